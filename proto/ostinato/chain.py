@@ -1,0 +1,123 @@
+"""The journal's hash chain and the receipts taken from it.
+
+Invariants of a journal, numbered for the tests that attack them:
+ 1. The first entry's previous hash is 32 zero bytes; every other entry's is the hash of the entry before it.
+ 2. Indexes are 1, 2, 3 and so on.
+ 3. Sequences are 1, 2, 3 and so on over the ADMITTED entries; a batch's are consecutive entries.
+ 4. Every outcome names a sequence admitted before it that had no outcome before.
+ 5. Epochs never fall.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from ostinato.canonical import DIGEST_BYTES, blob, digest, i64, text, u64
+from ostinato.digest import input_digest, logprobs_digest, output_digest
+from ostinato.v1 import sequencer_pb2, types_pb2
+
+GENESIS = bytes(DIGEST_BYTES)
+"""The previous hash of the first entry."""
+
+OUTCOMES = frozenset(
+    {
+        types_pb2.ENTRY_KIND_COMPLETED,
+        types_pb2.ENTRY_KIND_FAILED,
+        types_pb2.ENTRY_KIND_CANCELLED,
+        types_pb2.ENTRY_KIND_ABANDONED,
+    }
+)
+"""The kinds that end an item."""
+
+
+def entry_hash(previous_hash: bytes, header: types_pb2.EntryHeader) -> bytes:
+    """SHA-256 over the previous hash and every field of the header, in order of the fields' numbers."""
+    assert len(previous_hash) == DIGEST_BYTES
+    return digest(
+        "entry",
+        previous_hash,
+        u64(header.index),
+        i64(header.kind),
+        text(header.log_id),
+        text(header.writer),
+        u64(header.epoch),
+        u64(header.sequence),
+        u64(header.first_sequence),
+        u64(header.count),
+        u64(header.attempt),
+        u64(header.time_unix_millis),
+        u64(header.seed),
+        i64(header.grade),
+        blob(header.input_digest),
+        blob(header.output_digest),
+        blob(header.logprobs_digest),
+        blob(header.fingerprint_digest),
+        blob(header.payload_digest),
+    )
+
+
+def payload_digest(payload: bytes) -> bytes:
+    """Plain SHA-256 of a payload as recorded."""
+    return hashlib.sha256(payload).digest()
+
+
+def receipt(header: types_pb2.EntryHeader, previous_hash: bytes, hash_: bytes) -> types_pb2.Receipt:
+    """The proof of a COMPLETED entry."""
+    assert header.kind == types_pb2.ENTRY_KIND_COMPLETED
+    return types_pb2.Receipt(header=header, previous_hash=previous_hash, entry_hash=hash_)
+
+
+def check_receipt(proof: types_pb2.Receipt) -> list[str]:
+    """What is wrong with a receipt by itself; empty: it is sound."""
+    faults = []
+    if proof.header.kind != types_pb2.ENTRY_KIND_COMPLETED:
+        faults.append("header.kind: not COMPLETED")
+    if len(proof.previous_hash) != DIGEST_BYTES:
+        faults.append("previous_hash: not 32 bytes")
+    elif entry_hash(proof.previous_hash, proof.header) != proof.entry_hash:
+        faults.append("entry_hash: is not the hash of this header after this previous_hash")
+    return faults
+
+
+def check_result(result: types_pb2.Result) -> list[str]:
+    """What is wrong between a result's output and its receipt; empty: they belong together."""
+    header, output = result.receipt.header, result.output
+    faults = check_receipt(result.receipt)
+    for field, claimed, actual in (
+        ("sequence", header.sequence, result.sequence),
+        ("output_digest", header.output_digest, output_digest(output)),
+        ("logprobs_digest", header.logprobs_digest, logprobs_digest(output)),
+        ("seed", header.seed, output.seed),
+        ("grade", header.grade, output.grade),
+        ("attempt", header.attempt, result.attempt),
+    ):
+        if claimed != actual:
+            faults.append(f"header.{field}: does not belong to this output")
+    return faults
+
+
+def check_record(record: sequencer_pb2.ItemRecord) -> list[str]:
+    """What is wrong between an item's input, its output and their receipt; empty: they belong together."""
+    faults = check_result(record.result) if record.result.HasField("receipt") else []
+    if record.HasField("input"):
+        given = record.input
+        if record.admitted.input_digest != input_digest(given.token_ids, given.parameters, given.seed):
+            faults.append("admitted.input_digest: does not belong to this input")
+    if record.result.HasField("receipt") and record.result.receipt.header.input_digest != record.admitted.input_digest:
+        faults.append("header.input_digest: is not the admitted one")
+    return faults
+
+
+def check_link(previous: sequencer_pb2.Entry | None, entry: sequencer_pb2.Entry) -> list[str]:
+    """What is wrong with an entry after the one before it (None: it is the first); empty: the chain holds here."""
+    before, index = (previous.entry_hash, previous.header.index) if previous is not None else (GENESIS, 0)
+    faults = []
+    if entry.header.index != index + 1:
+        faults.append(f"index: {entry.header.index} after {index}")
+    if entry_hash(before, entry.header) != entry.entry_hash:
+        faults.append("entry_hash: is not the hash of this header after the entry before")
+    if entry.payload and payload_digest(entry.payload) != entry.header.payload_digest:
+        faults.append("payload: is not what payload_digest was taken of")
+    if previous is not None and entry.header.epoch < previous.header.epoch and entry.header.writer == previous.header.writer:
+        faults.append(f"epoch: {entry.header.epoch} after {previous.header.epoch}")
+    return faults

@@ -1,0 +1,278 @@
+"""Everything that can go wrong between a caller and an answer.
+
+    OstinatoError
+      + InvalidRequest        bad fields; names each          INVALID_ARGUMENT
+      + Refused               before sequencing: no number was burned
+      |   + MalformedMessage  bytes that are no message       INVALID_ARGUMENT
+      |   + QueueFull         retry later                     RESOURCE_EXHAUSTED
+      |   + JournalFull       retry later                     RESOURCE_EXHAUSTED
+      |   + EngineUnavailable retry later                     UNAVAILABLE
+      |   + Draining          retry elsewhere or later        UNAVAILABLE
+      |   + GradeNotEarned                                    FAILED_PRECONDITION
+      |   + KeyReused                                         ALREADY_EXISTS
+      |   + PayloadPruned                                     FAILED_PRECONDITION
+      |   + NotFound                                          NOT_FOUND
+      |   + NotBuilt                                          UNIMPLEMENTED
+      + Ended                 an admitted item's outcome without an output
+      |   + DeadlineExceeded                                  DEADLINE_EXCEEDED
+      |   + Cancelled                                         CANCELLED
+      |   + Abandoned                                         ABORTED
+      |   + GradeLost                                         ABORTED
+      |   + AttemptsExhausted                                 ABORTED
+      |   + FingerprintChanged                                FAILED_PRECONDITION
+      |   + EngineFailed                                      INTERNAL
+      + CallLost              the call is over, the items may not be
+      |   + SlowReader                                        RESOURCE_EXHAUSTED
+      |   + Disconnected      the far side was not reached    UNAVAILABLE
+      + StreamRefused         between sidecar and service
+          + EpochStale                                        FAILED_PRECONDITION
+          + WriterBusy                                        FAILED_PRECONDITION
+          + OutOfOrder                                        FAILED_PRECONDITION
+          + ProtocolViolation                                 INTERNAL
+
+A class is its row of the table: `code` and `reason` stand in it, and on the wire as google.rpc.Status with ErrorInfo, BadRequest
+and RetryInfo. `to_status` and `from_status` are inverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+DOMAIN = "ostinato"
+"""ErrorInfo.domain of every error of ours."""
+
+Code = grpc.StatusCode
+_BY_NUMBER: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class OstinatoError(Exception):
+    """Root of the tree. `message` is for people; `reason` and `code` are for programs."""
+
+    code: ClassVar[grpc.StatusCode] = Code.UNKNOWN
+    reason: ClassVar[str] = "UNKNOWN"
+
+    def __init__(self, message: str, *, retry_after: float | None = None, details: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after = retry_after
+        """Seconds after which trying again makes sense; None: it does not, or nobody knows."""
+        self.details = dict(details or {})
+        """ErrorInfo.metadata."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One bad field: its path in the request, such as `items[3].parameters.top_p`, and what is wrong with it."""
+
+    field: str
+    description: str
+
+
+class InvalidRequest(OstinatoError):
+    """The request can never succeed as it is."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, message: str = "", *, violations: Iterable[Violation] = (), **kwargs: object) -> None:
+        self.violations = tuple(violations)
+        super().__init__(message or "; ".join(f"{v.field}: {v.description}" for v in self.violations))
+
+
+def invalid(field: str, description: str) -> InvalidRequest:
+    """An InvalidRequest about one field."""
+    return InvalidRequest(violations=[Violation(field, description)])
+
+
+class Refused(OstinatoError):
+    """Turned away before sequencing."""
+
+
+class MalformedMessage(Refused):
+    code = Code.INVALID_ARGUMENT
+    reason = "MALFORMED_MESSAGE"
+
+
+class QueueFull(Refused):
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "QUEUE_FULL"
+
+
+class JournalFull(Refused):
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "JOURNAL_FULL"
+
+
+class EngineUnavailable(Refused):
+    code = Code.UNAVAILABLE
+    reason = "ENGINE_UNAVAILABLE"
+
+
+class Draining(Refused):
+    code = Code.UNAVAILABLE
+    reason = "DRAINING"
+
+
+class GradeNotEarned(Refused):
+    code = Code.FAILED_PRECONDITION
+    reason = "GRADE_NOT_EARNED"
+
+
+class KeyReused(Refused):
+    code = Code.ALREADY_EXISTS
+    reason = "KEY_REUSED"
+
+
+class PayloadPruned(Refused):
+    code = Code.FAILED_PRECONDITION
+    reason = "PAYLOAD_PRUNED"
+
+
+class NotFound(Refused):
+    code = Code.NOT_FOUND
+    reason = "NOT_FOUND"
+
+
+class NotBuilt(Refused):
+    code = Code.UNIMPLEMENTED
+    reason = "NOT_BUILT"
+
+
+class Ended(OstinatoError):
+    """The outcome of an admitted item that has no output."""
+
+
+class DeadlineExceeded(Ended):
+    code = Code.DEADLINE_EXCEEDED
+    reason = "DEADLINE_EXCEEDED"
+
+
+class Cancelled(Ended):
+    code = Code.CANCELLED
+    reason = "CANCELLED"
+
+
+class Abandoned(Ended):
+    code = Code.ABORTED
+    reason = "ABANDONED"
+
+
+class GradeLost(Ended):
+    code = Code.ABORTED
+    reason = "GRADE_LOST"
+
+
+class AttemptsExhausted(Ended):
+    code = Code.ABORTED
+    reason = "ATTEMPTS_EXHAUSTED"
+
+
+class FingerprintChanged(Ended):
+    code = Code.FAILED_PRECONDITION
+    reason = "FINGERPRINT_CHANGED"
+
+
+class EngineFailed(Ended):
+    code = Code.INTERNAL
+    reason = "ENGINE_FAILED"
+
+
+class CallLost(OstinatoError):
+    """The caller's call is over; with a key its items go on."""
+
+
+class SlowReader(CallLost):
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "SLOW_READER"
+
+
+class Disconnected(CallLost):
+    code = Code.UNAVAILABLE
+    reason = "DISCONNECTED"
+
+
+class StreamRefused(OstinatoError):
+    """The service will not have this Execute stream, or the sidecar this service."""
+
+
+class EpochStale(StreamRefused):
+    code = Code.FAILED_PRECONDITION
+    reason = "EPOCH_STALE"
+
+
+class WriterBusy(StreamRefused):
+    code = Code.FAILED_PRECONDITION
+    reason = "WRITER_BUSY"
+
+
+class OutOfOrder(StreamRefused):
+    code = Code.FAILED_PRECONDITION
+    reason = "OUT_OF_ORDER"
+
+
+class ProtocolViolation(StreamRefused):
+    code = Code.INTERNAL
+    reason = "PROTOCOL_VIOLATION"
+
+
+def _leaves(root: type[OstinatoError]) -> Iterable[type[OstinatoError]]:
+    for child in root.__subclasses__():
+        yield child
+        yield from _leaves(child)
+
+
+TABLE: Mapping[str, type[OstinatoError]] = {kind.reason: kind for kind in _leaves(OstinatoError) if kind.reason != "UNKNOWN"}
+"""Every reason and its class; the class has the code."""
+
+
+def to_status(error: OstinatoError) -> status_pb2.Status:
+    """The error as it goes over the wire."""
+    status = status_pb2.Status(code=error.code.value[0], message=error.message)
+    _pack(status, error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.details))
+    if isinstance(error, InvalidRequest) and error.violations:
+        bad = error_details_pb2.BadRequest()
+        for violation in error.violations:
+            bad.field_violations.add(field=violation.field, description=violation.description)
+        _pack(status, bad)
+    if error.retry_after is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(error.retry_after * 1000))
+        _pack(status, error_details_pb2.RetryInfo(retry_delay=delay))
+    return status
+
+
+def from_status(status: status_pb2.Status) -> OstinatoError:
+    """The error that `to_status` was given; an unknown reason becomes a plain OstinatoError with that code."""
+    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    for detail in status.details:
+        for message in (info, bad, retry):
+            detail.Unpack(message)
+    kind = TABLE.get(info.reason) if info.domain == DOMAIN else None
+    retry_after = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
+    if kind is None:
+        return foreign(_BY_NUMBER.get(status.code, Code.UNKNOWN), status.message)
+    if issubclass(kind, InvalidRequest):
+        return kind(status.message, violations=[Violation(v.field, v.description) for v in bad.field_violations])
+    return kind(status.message, retry_after=retry_after, details=info.metadata)
+
+
+def foreign(code: grpc.StatusCode, message: str) -> OstinatoError:
+    """An error that is not ours: gRPC's own, or a proxy's."""
+    kind = {Code.UNAVAILABLE: Disconnected, Code.DEADLINE_EXCEEDED: DeadlineExceeded, Code.CANCELLED: Cancelled}.get(code)
+    if kind is not None:
+        return kind(message)
+    error = OstinatoError(message or code_pb2.Code.Name(code.value[0]))
+    error.code = code  # type: ignore[misc]  # the one place where an instance knows better than its class
+    return error
+
+
+def _pack(status: status_pb2.Status, message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> None:
+    detail = any_pb2.Any()
+    detail.Pack(message)
+    status.details.append(detail)
