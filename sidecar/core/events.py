@@ -1,0 +1,175 @@
+"""What the core is told. Times are seconds on the clock that `step` is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ostinato.errors import OstinatoError
+from ostinato.v1 import types_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one item asks of the engine."""
+
+    kv_tokens: int
+    """Prompt and answer at worst."""
+    model_digest: bytes
+    """Of the model it was prepared for."""
+    required_grade: types_pb2.Grade.ValueType = types_pb2.GRADE_UNSPECIFIED
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """A prepared batch wants numbers. Answered by Refuse, or by AppendAdmission."""
+
+    ticket: int
+    """The edge's name for this call, never used twice."""
+    needs: tuple[Need, ...]
+    keyed: bool
+    deadline: float | None = None
+    """Of the caller; a keyed batch outlives it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbered:
+    """The batch is durable."""
+
+    ticket: int
+    first_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotNumbered:
+    """The batch was not appended: no room, or its key was bound."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """An item that an earlier epoch left unfinished. Told in ascending order, before anything else."""
+
+    sequence: int
+    need: Need
+    keyed: bool
+    attempt: int
+    """Of its next submission."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """An engine stream is up."""
+
+    runs: int
+    kv_blocks: int
+    block_tokens: int
+    model_digest: bytes
+    grade: types_pb2.Grade.ValueType
+
+
+@dataclass(frozen=True, slots=True)
+class Regraded:
+    """The engine's grade changed while it runs."""
+
+    grade: types_pb2.Grade.ValueType
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The engine stream is gone, with every run on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    run_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A run made its output; the edge keeps it."""
+
+    run_id: int
+    grade: types_pb2.Grade.ValueType
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A run ended without output."""
+
+    run_id: int
+    error: OstinatoError
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The item's outcome is durable."""
+
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Somebody wants these sequences ended, both included."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class CallerGone:
+    """Nobody waits for the batch any more. A keyed one goes on."""
+
+    ticket: int
+    error: OstinatoError
+    """Cancelled or DeadlineExceeded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rerun:
+    """A run without a number wants room. Ended by RerunLost, or by the run's own end."""
+
+    rerun_id: int
+    kv_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropRerun:
+    rerun_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Admit nothing more; finish what there is. Answered by Drained, sooner or later."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrainEnd:
+    """Finish nothing more."""
+
+
+Event = (
+    Admit
+    | Numbered
+    | NotNumbered
+    | Recovered
+    | Connected
+    | Regraded
+    | Disconnected
+    | Started
+    | Finished
+    | Failed
+    | Ended
+    | Cancel
+    | CallerGone
+    | Rerun
+    | DropRerun
+    | Tick
+    | Drain
+    | DrainEnd
+)

@@ -1,0 +1,65 @@
+"""A number and where it stands, and the limits it lives under."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from sidecar.core.events import Need
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Named limits; each comes from a setting of the same name."""
+
+    queue_items_max: int
+    window_runs_max: int
+    """0: twice what the engine runs at once."""
+    attempts_max: int
+    item_timeout_seconds: float
+    reruns_max: int = 64
+    overdue_seconds: float = 1.0
+    """How long past its time a run may be silent before it is given up here."""
+    retry_after_seconds: float = 1.0
+
+
+class Phase(Enum):
+    WAITING = auto()
+    """For room, in order."""
+    SUBMITTED = auto()
+    STARTED = auto()
+    ENDING = auto()
+    """Its outcome is on the way to the disk."""
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """An admitted item that has no durable outcome yet."""
+
+    sequence: int
+    ticket: int
+    """Of its call; 0 where that was in an earlier epoch."""
+    need: Need
+    keyed: bool
+    deadline: float | None
+    attempt: int = 1
+    phase: Phase = Phase.WAITING
+    run_id: int = 0
+    expires_at: float = 0.0
+    losses: int = 0
+    """Engines that were lost under it after Started."""
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it may be what kills the engine; it then runs with nothing beside it."""
+        return self.losses >= 2
+
+    def overdue(self, now: float, overdue_seconds: float) -> str:
+        """Why its time is over; empty: it is not."""
+        match self.phase:
+            case Phase.WAITING if self.deadline is not None and now >= self.deadline:
+                return "the deadline passed while it waited"
+            case Phase.SUBMITTED | Phase.STARTED if now >= self.expires_at + overdue_seconds:
+                return "its time passed and the engine was silent"
+            case _:
+                return ""

@@ -1,0 +1,256 @@
+"""The order of submission, one outcome for each number, attempts, room and drain.
+
+Invariants, numbered for the tests that attack them:
+ 1. First submissions leave in ascending order of sequence; of what waits, only the head is ever submitted.
+ 2. Every numbered item gets exactly one End, and is remembered until that is durable.
+ 3. The engine never holds more than its window; nothing overtakes a head that waits for room.
+ 4. An item is submitted again only after Disconnected, and ends once attempts_max engines were lost under it; from its second
+    loss on it runs with nothing beside it, so that a poison item cannot take its neighbours along.
+ 5. A refused batch leaves no trace. While draining every batch is refused and nothing is submitted a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ostinato import errors
+from ostinato.v1 import types_pb2
+
+from sidecar.core import effects as do
+from sidecar.core import events as ev
+from sidecar.core.batches import Batches
+from sidecar.core.item import Bounds, Item, Phase
+from sidecar.core.refusals import refusal, unfit
+from sidecar.core.reruns import Reruns
+from sidecar.core.window import Window
+
+
+class Sequencer:
+    """See the module. One per writer and epoch; not thread-safe."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self.items: dict[int, Item] = {}
+        """By sequence: admitted, outcome not durable yet."""
+        self.waiting: dict[int, Item] = {}
+        """The part of them that waits for room, ascending."""
+        self.reruns = Reruns(bounds.reruns_max)
+        self.window: Window | None = None
+        """None: no engine is connected."""
+        self.draining = False
+        self._abandoning = False
+        self._drained = False
+        self._batches = Batches()
+        self._runs: dict[int, Item] = {}
+        self._alone: Item | None = None
+        self._last_run_id = 0
+        self._stream_after_run_id = 0
+
+    @property
+    def queued(self) -> int:
+        """Items that wait for the journal or for room."""
+        return self._batches.numbering + len(self.waiting)
+
+    def step(self, event: ev.Event, now: float) -> list[do.Effect]:
+        """The effects of one event, in the order in which they are to be performed."""
+        effects = list(self._react(event, now))
+        effects.extend(self._submit_what_fits(now))
+        if self.draining and not self._drained and not self.items and not self._batches.numbering:
+            self._drained = True
+            effects.append(do.Drained())
+        return effects
+
+    def _react(self, event: ev.Event, now: float) -> Iterator[do.Effect]:
+        match event:
+            case ev.Admit():
+                yield self._admit(event)
+            case ev.Numbered():
+                yield from self._numbered(event)
+            case ev.NotNumbered(ticket):
+                self._batches.not_numbered(ticket)
+            case ev.Recovered():
+                yield from self._recovered(event)
+            case ev.Connected():
+                self.window = Window(event, self.bounds.window_runs_max or 2 * event.runs)
+                self._stream_after_run_id = self._last_run_id
+            case ev.Regraded(grade):
+                if self.window is not None:
+                    self.window.engine = replace(self.window.engine, grade=grade)
+            case ev.Disconnected():
+                yield from self._disconnected()
+            case ev.Started(run_id) | ev.Finished(run_id) | ev.Failed(run_id):
+                yield from self._run_event(run_id, event)
+            case ev.Ended(sequence):
+                item = self.items.pop(sequence)
+                assert item.phase is Phase.ENDING
+                self._batches.item_ended(item)
+            case ev.Cancel(first, last):
+                for item in [item for number, item in self.items.items() if first <= number <= last]:
+                    yield from self._end(item, errors.Cancelled("cancelled on request"))
+            case ev.CallerGone(ticket, error):
+                yield from self._caller_gone(ticket, error)
+            case ev.Rerun():
+                yield from self.reruns.add(event, self.window, draining=self.draining)
+            case ev.DropRerun(rerun_id):
+                yield from self.reruns.drop(rerun_id, self.window)
+            case ev.Tick():
+                yield from self._expire(now)
+            case ev.Drain():
+                self.draining = True
+                yield from self.reruns.lose(errors.Draining("the sidecar is draining"), self.window)
+                if self.window is None:
+                    yield from self._abandon()
+            case ev.DrainEnd():
+                self.draining = True
+                yield from self._abandon()
+
+    # ---- numbers
+
+    def _admit(self, admit: ev.Admit) -> do.Effect:
+        error = refusal(admit, self.window, self.queued, self.bounds, draining=self.draining)
+        if error is not None:
+            return do.Refuse(admit.ticket, error)
+        self._batches.open(admit)
+        return do.AppendAdmission(admit.ticket)
+
+    def _numbered(self, numbered: ev.Numbered) -> Iterator[do.Effect]:
+        batch = self._batches.numbered(numbered.ticket, numbered.first_sequence)
+        for item in batch.items():
+            self._enqueue(item)
+        if batch.left is not None:
+            yield from self._caller_gone(numbered.ticket, batch.left)
+        if self._abandoning:
+            yield from self._abandon()
+
+    def _recovered(self, recovered: ev.Recovered) -> Iterator[do.Effect]:
+        item = Item(recovered.sequence, 0, recovered.need, recovered.keyed, None, recovered.attempt)
+        self._enqueue(item)
+        if not item.keyed:
+            yield from self._end(item, errors.Abandoned("found unfinished, without a key"))
+
+    def _enqueue(self, item: Item) -> None:
+        assert item.sequence not in self.items
+        self.items[item.sequence] = item
+        self.waiting[item.sequence] = item
+
+    # ---- runs
+
+    def _submit_what_fits(self, now: float) -> Iterator[do.Effect]:
+        while self.window is not None and self.waiting:
+            head = next(iter(self.waiting.values()))
+            error = unfit(head, self.window)
+            if error is not None:
+                yield from self._end(head, error)
+            elif self._has_room(head, self.window):
+                yield self._submit(head, self.window, now)
+            else:
+                return
+        if self.window is not None and self._alone is None:
+            yield from self.reruns.submit(self.window, self._next_run_id, now + self.bounds.item_timeout_seconds)
+
+    def _has_room(self, item: Item, window: Window) -> bool:
+        return self._alone is None and (window.runs == 0 if item.suspect else window.fits(item.need.kv_tokens))
+
+    def _submit(self, item: Item, window: Window, now: float) -> do.Effect:
+        del self.waiting[item.sequence]
+        window.take(item.need.kv_tokens)
+        item.phase, item.run_id = Phase.SUBMITTED, self._next_run_id()
+        item.expires_at = min(now + self.bounds.item_timeout_seconds, item.deadline or float("inf"))
+        self._runs[item.run_id] = item
+        self._alone = item if item.suspect else None
+        return do.Submit(item.run_id, item.sequence, item.attempt, item.expires_at)
+
+    def _run_event(self, run_id: int, event: ev.Started | ev.Finished | ev.Failed) -> Iterator[do.Effect]:
+        item = self._runs.get(run_id)
+        if item is None:
+            yield from self._stray_event(run_id, event)
+            return
+        match event:
+            case ev.Started() if item.phase is Phase.SUBMITTED:
+                item.phase = Phase.STARTED
+            case ev.Finished(grade=grade) if item.phase is Phase.STARTED:
+                self._release(item)
+                if grade < item.need.required_grade:
+                    lost = errors.GradeLost(f"the grade fell to {types_pb2.Grade.Name(grade)} while it ran")
+                    yield from self._end(item, lost)
+                else:
+                    yield from self._end(item)
+            case ev.Failed(error=error):
+                self._release(item)
+                yield from self._end(item, error)
+            case _:
+                yield do.Fault(errors.ProtocolViolation(f"{type(event).__name__} for a run that is {item.phase.name}"))
+
+    def _stray_event(self, run_id: int, event: ev.Started | ev.Finished | ev.Failed) -> Iterator[do.Effect]:
+        """Of a rerun, of a run that was cancelled while the event was under way, or of no run at all."""
+        if self.window is not None and isinstance(event, ev.Finished | ev.Failed) and self.reruns.ended(run_id, self.window):
+            return
+        if not self._stream_after_run_id < run_id <= self._last_run_id:
+            yield do.Fault(errors.ProtocolViolation(f"{type(event).__name__} for run {run_id}, which was never submitted"))
+
+    def _next_run_id(self) -> int:
+        self._last_run_id += 1
+        return self._last_run_id
+
+    def _disconnected(self) -> Iterator[do.Effect]:
+        self.window = None
+        lost = sorted(self._runs.values(), key=lambda item: item.sequence)
+        self._runs.clear()
+        self._alone = None
+        for item in lost:
+            if item.phase is Phase.STARTED:
+                item.losses += 1
+                item.attempt += 1
+            item.phase = Phase.WAITING
+        self.waiting = {item.sequence: item for item in (*lost, *self.waiting.values())}
+        for item in lost:
+            if item.losses >= self.bounds.attempts_max:
+                exhausted = errors.AttemptsExhausted(f"the engine was lost under it {item.losses} times")
+                yield from self._end(item, exhausted)
+        yield from self.reruns.lose(errors.EngineUnavailable("the engine was lost"), None)
+        if self.draining:
+            yield from self._abandon()
+
+    # ---- ends
+
+    def _end(self, item: Item, error: errors.OstinatoError | None = None) -> Iterator[do.Effect]:
+        """The item's one outcome; whatever comes after the first is too late."""
+        if item.phase is Phase.ENDING:
+            return
+        if self._release(item):
+            yield do.CancelRun(item.run_id)
+        item.phase = Phase.ENDING
+        yield do.End(item.sequence, item.attempt, error)
+
+    def _release(self, item: Item) -> bool:
+        """Take it out of queue and window; whether a run is left behind."""
+        self.waiting.pop(item.sequence, None)
+        if self._runs.pop(item.run_id, None) is None:
+            return False
+        assert self.window is not None
+        self._alone = None if self._alone is item else self._alone
+        self.window.give(item.need.kv_tokens)
+        return True
+
+    def _caller_gone(self, ticket: int, error: errors.OstinatoError) -> Iterator[do.Effect]:
+        for sequence in self._batches.left(ticket, error):
+            if sequence in self.items:
+                yield from self._end(self.items[sequence], error)
+
+    def _expire(self, now: float) -> Iterator[do.Effect]:
+        for item in list(self.items.values()):
+            why = item.overdue(now, self.bounds.overdue_seconds)
+            if why:
+                yield from self._end(item, errors.DeadlineExceeded(why))
+
+    def _abandon(self) -> Iterator[do.Effect]:
+        """End what has no key; leave what has one to the next epoch."""
+        self._abandoning = True
+        for item in list(self.items.values()):
+            if not item.keyed:
+                yield from self._end(item, errors.Abandoned("unfinished when the drain ended"))
+            elif item.phase is not Phase.ENDING:
+                if self._release(item):
+                    yield do.CancelRun(item.run_id)
+                del self.items[item.sequence]

@@ -1,0 +1,42 @@
+"""How much the engine holds at once: items and KV blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sidecar.core.events import Connected
+
+
+@dataclass(slots=True)
+class Window:
+    """Room in a connected engine. `take` and `give` are balanced by the caller.
+
+    1. 0 <= runs <= runs_max
+    2. 0 <= blocks <= engine.kv_blocks
+    """
+
+    engine: Connected
+    runs_max: int
+    runs: int = 0
+    blocks: int = 0
+
+    def need(self, kv_tokens: int) -> int:
+        """KV blocks for this many tokens."""
+        return -(-kv_tokens // self.engine.block_tokens)
+
+    def ever_fits(self, kv_tokens: int) -> bool:
+        return self.need(kv_tokens) <= self.engine.kv_blocks
+
+    def fits(self, kv_tokens: int) -> bool:
+        return self.runs < self.runs_max and self.blocks + self.need(kv_tokens) <= self.engine.kv_blocks
+
+    def take(self, kv_tokens: int) -> None:
+        assert self.fits(kv_tokens)
+        self.runs += 1
+        self.blocks += self.need(kv_tokens)
+
+    def give(self, kv_tokens: int) -> None:
+        self.runs -= 1
+        self.blocks -= self.need(kv_tokens)
+        assert self.runs >= 0
+        assert self.blocks >= 0

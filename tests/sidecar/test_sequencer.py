@@ -1,0 +1,461 @@
+"""The sequencing core, event by event. The numbers in the claims are the invariants of `sidecar.core.sequencer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from ostinato import errors
+from ostinato.v1 import types_pb2
+
+from sidecar.core import effects as do
+from sidecar.core import events as ev
+from sidecar.core.item import Bounds, Phase
+from sidecar.core.sequencer import Sequencer
+
+MODEL = b"model"
+BOUNDS = Bounds(queue_items_max=8, window_runs_max=0, attempts_max=3, item_timeout_seconds=10.0)
+EXACT, SERIAL = types_pb2.GRADE_EXACT, types_pb2.GRADE_SERIAL
+
+
+def need(tokens: int = 8, *, model: bytes = MODEL, grade: types_pb2.Grade.ValueType = types_pb2.GRADE_UNSPECIFIED) -> ev.Need:
+    return ev.Need(tokens, model, grade)
+
+
+def engine(*, runs: int = 2, blocks: int = 8, grade: types_pb2.Grade.ValueType = EXACT, model: bytes = MODEL) -> ev.Connected:
+    return ev.Connected(runs=runs, kv_blocks=blocks, block_tokens=8, model_digest=model, grade=grade)
+
+
+@dataclass
+class Edge:
+    """A core with the least of an edge: numbers come at once, and what was asked for is kept."""
+
+    core: Sequencer = field(default_factory=lambda: Sequencer(BOUNDS))
+    now: float = 0.0
+    next_sequence: int = 1
+    tickets: int = 0
+    effects: list[do.Effect] = field(default_factory=list)
+
+    def tell(self, event: ev.Event) -> list[do.Effect]:
+        made = self.core.step(event, self.now)
+        self.effects.extend(made)
+        return made
+
+    def admit(self, *needs: ev.Need, keyed: bool = False, deadline: float | None = None) -> int:
+        """The ticket of a numbered batch."""
+        self.tickets += 1
+        made = self.tell(ev.Admit(self.tickets, needs, keyed, deadline))
+        assert made[0] == do.AppendAdmission(self.tickets)
+        first, self.next_sequence = self.next_sequence, self.next_sequence + len(needs)
+        self.tell(ev.Numbered(self.tickets, first))
+        return self.tickets
+
+    def refused(self, *needs: ev.Need) -> errors.OstinatoError:
+        self.tickets += 1
+        (effect,) = self.tell(ev.Admit(self.tickets, needs, False))
+        assert isinstance(effect, do.Refuse)
+        return effect.error
+
+    def submits(self) -> list[do.Submit]:
+        return [effect for effect in self.effects if isinstance(effect, do.Submit)]
+
+    def ends(self) -> list[do.End]:
+        return [effect for effect in self.effects if isinstance(effect, do.End)]
+
+    def run_of(self, sequence: int) -> int:
+        return [submit.run_id for submit in self.submits() if submit.sequence == sequence][-1]
+
+    def finish(self, sequence: int, grade: types_pb2.Grade.ValueType = EXACT) -> None:
+        self.tell(ev.Started(self.run_of(sequence)))
+        self.tell(ev.Finished(self.run_of(sequence), grade))
+        self.tell(ev.Ended(sequence))
+
+    def reason(self, sequence: int) -> str:
+        (end,) = [end for end in self.ends() if end.sequence == sequence]
+        return end.error.reason if end.error else "COMPLETED"
+
+
+def connected(**kwargs: int) -> Edge:
+    edge = Edge()
+    edge.tell(engine(**kwargs))
+    return edge
+
+
+def test_submission_follows_sequence() -> None:
+    """1: first submissions leave in ascending order of sequence, as many as the window holds."""
+    edge = connected(runs=2)
+    edge.admit(*[need()] * 6)
+
+    assert [submit.sequence for submit in edge.submits()] == [1, 2, 3, 4]
+
+    edge.finish(3)
+
+    assert [submit.sequence for submit in edge.submits()] == [1, 2, 3, 4, 5]
+
+
+def test_head_is_not_overtaken() -> None:
+    """3: a head that waits for KV room is not overtaken by one that would fit."""
+    edge = connected(runs=8, blocks=4)
+    edge.admit(need(24), need(16), need(8))
+
+    assert [submit.sequence for submit in edge.submits()] == [1]
+
+    edge.finish(1)
+
+    assert [submit.sequence for submit in edge.submits()] == [1, 2, 3]
+
+
+def test_never_fits_is_refused() -> None:
+    """What can never fit is refused by name, before it has a number."""
+    error = connected(blocks=4).refused(need(8), need(33))
+
+    assert isinstance(error, errors.InvalidRequest)
+    assert error.violations[0].field == "items[1]"
+
+
+def test_no_engine_no_number() -> None:
+    """Without an engine nothing is numbered, and the caller is told when to come back."""
+    error = Edge().refused(need())
+
+    assert isinstance(error, errors.EngineUnavailable)
+    assert error.retry_after
+
+
+def test_queue_is_bounded() -> None:
+    """A batch that the queue has no room for is refused whole."""
+    edge = connected(runs=1)
+    edge.admit(*[need()] * 8)
+    edge.admit(need(), need())
+
+    assert isinstance(edge.refused(need()), errors.QueueFull)
+
+
+def test_unearned_grade_is_refused() -> None:
+    """5: a grade that the engine has not earned is refused before sequencing."""
+    edge = Edge()
+    edge.tell(engine(grade=SERIAL))
+
+    assert isinstance(edge.refused(need(grade=EXACT)), errors.GradeNotEarned)
+
+
+def test_lost_grade_fails_the_item() -> None:
+    """An item that finished below its required grade fails with GRADE_LOST."""
+    edge = connected()
+    edge.admit(need(grade=EXACT))
+    edge.finish(1, SERIAL)
+
+    assert edge.reason(1) == "GRADE_LOST"
+
+
+def test_second_attempt_keeps_number_and_order() -> None:
+    """4: after a lost engine the same items are submitted again, first, ascending, and only those that had started count."""
+    edge = connected(runs=1)
+    edge.admit(need(), need(), need(), keyed=True)
+    edge.tell(ev.Started(edge.run_of(2)))
+    edge.tell(ev.Disconnected())
+    edge.tell(engine(runs=2))
+
+    assert [(s.sequence, s.attempt) for s in edge.submits()] == [(1, 1), (2, 1), (1, 1), (2, 2), (3, 1)]
+
+
+def test_poison_item_runs_alone_and_is_given_up() -> None:
+    """4: from its second loss on a suspect runs with nothing beside it, and the third loss ends it; its neighbours complete."""
+    edge = connected(runs=2)
+    edge.admit(*[need()] * 3)
+    for _ in range(2):
+        for sequence in (1, 2, 3):
+            edge.tell(ev.Started(edge.run_of(sequence)))
+        edge.tell(ev.Disconnected())
+        edge.tell(engine(runs=2))
+    alone = len(edge.submits())
+    edge.tell(ev.Started(edge.run_of(1)))
+
+    assert edge.submits()[alone - 1].sequence == 1
+    assert edge.core.window is not None
+    assert edge.core.window.runs == 1
+
+    edge.tell(ev.Disconnected())
+    edge.tell(engine(runs=2))
+
+    assert edge.reason(1) == "ATTEMPTS_EXHAUSTED"
+
+    edge.finish(2)
+    edge.finish(3)
+
+    assert [edge.reason(sequence) for sequence in (2, 3)] == ["COMPLETED", "COMPLETED"]
+
+
+def test_unkeyed_caller_frees_the_engine() -> None:
+    """An unkeyed caller that goes away ends its items and their runs; a keyed one only detaches."""
+    edge = connected(runs=1)
+    unkeyed = edge.admit(need(), need(), need())
+    keyed = edge.admit(need(), keyed=True)
+    edge.tell(ev.CallerGone(keyed, errors.Cancelled("gone")))
+    edge.tell(ev.CallerGone(unkeyed, errors.Cancelled("gone")))
+
+    assert [edge.reason(sequence) for sequence in (1, 2, 3)] == ["CANCELLED"] * 3
+    assert sum(isinstance(effect, do.CancelRun) for effect in edge.effects) == 2
+    assert edge.submits()[-1].sequence == 4
+
+
+def test_caller_gone_before_its_numbers() -> None:
+    """A caller that goes while its batch is being numbered still gets every number one outcome."""
+    edge = connected()
+    edge.tell(ev.Admit(7, (need(), need()), False))
+    edge.tell(ev.CallerGone(7, errors.DeadlineExceeded("late")))
+    edge.tell(ev.Numbered(7, 1))
+
+    assert [edge.reason(sequence) for sequence in (1, 2)] == ["DEADLINE_EXCEEDED"] * 2
+    assert not edge.submits()
+
+
+def test_waiting_past_the_deadline() -> None:
+    """An unkeyed item whose deadline passes in the queue fails; a keyed one stays."""
+    edge = connected(runs=1)
+    edge.admit(need(), need(), keyed=True)
+    edge.admit(need(), deadline=1.0)
+    edge.admit(need(), keyed=True, deadline=1.0)
+    edge.now = 1.5
+    edge.tell(ev.Tick())
+
+    assert edge.reason(3) == "DEADLINE_EXCEEDED"
+    assert {4}.issubset(edge.core.waiting)
+
+
+def test_silent_engine() -> None:
+    """A run that the engine is silent about past its time is cancelled and fails."""
+    edge = connected()
+    edge.admit(need())
+    edge.now = BOUNDS.item_timeout_seconds + BOUNDS.overdue_seconds
+    edge.tell(ev.Tick())
+
+    assert edge.reason(1) == "DEADLINE_EXCEEDED"
+    assert do.CancelRun(edge.run_of(1)) in edge.effects
+
+
+def test_late_events_of_a_cancelled_run() -> None:
+    """2: what the engine says of a run after it was cancelled changes nothing."""
+    edge = connected()
+    edge.admit(need())
+    edge.tell(ev.Started(edge.run_of(1)))
+    edge.tell(ev.Cancel(1, 1))
+
+    assert edge.tell(ev.Finished(edge.run_of(1), EXACT)) == []
+    assert edge.reason(1) == "CANCELLED"
+
+
+def test_out_of_protocol() -> None:
+    """A run that was never submitted, or finishes before it started, is the service's fault and drops the stream."""
+    edge = connected()
+    edge.admit(need())
+
+    assert isinstance(edge.tell(ev.Finished(99, EXACT))[0], do.Fault)
+    assert isinstance(edge.tell(ev.Finished(edge.run_of(1), EXACT))[0], do.Fault)
+    edge.tell(ev.Started(edge.run_of(1)))
+    assert isinstance(edge.tell(ev.Started(edge.run_of(1)))[0], do.Fault)
+
+
+def test_another_model_takes_nothing_over() -> None:
+    """An item prepared for another model fails with FINGERPRINT_CHANGED instead of running."""
+    edge = connected(runs=1)
+    edge.admit(need(), keyed=True)
+    edge.tell(ev.Disconnected())
+    edge.tell(engine(model=b"other"))
+
+    assert edge.reason(1) == "FINGERPRINT_CHANGED"
+
+
+def test_recovery() -> None:
+    """Recovered items with a key run first, ascending, as further attempts; those without become ABANDONED."""
+    edge = Edge(next_sequence=10)
+    edge.tell(ev.Recovered(4, need(), True, 2))
+    edge.tell(ev.Recovered(5, need(), False, 2))
+    edge.tell(ev.Recovered(9, need(), True, 3))
+    edge.tell(engine())
+    edge.admit(need())
+
+    assert edge.reason(5) == "ABANDONED"
+    assert [(s.sequence, s.attempt) for s in edge.submits()] == [(4, 2), (9, 3), (10, 1)]
+
+
+def test_drain_finishes_and_ends() -> None:
+    """5: a drain refuses new batches, finishes what there is, and then says so once."""
+    edge = connected(runs=1)
+    edge.admit(need(), need(), need())
+    edge.tell(ev.Drain())
+
+    assert isinstance(edge.refused(need()), errors.Draining)
+    for sequence in (1, 2, 3):
+        edge.finish(sequence)
+    edge.tell(ev.Tick())
+    assert [type(effect) for effect in edge.effects].count(do.Drained) == 1
+
+
+def test_drain_end() -> None:
+    """At the end of a drain the unkeyed are ABANDONED, and the keyed are left to the next epoch without an outcome."""
+    edge = connected(runs=1)
+    edge.admit(need(), need())
+    edge.admit(need(), keyed=True)
+    edge.tell(ev.Drain())
+    edge.tell(ev.DrainEnd())
+    edge.tell(ev.Ended(1))
+    made = edge.tell(ev.Ended(2))
+
+    assert [edge.reason(sequence) for sequence in (1, 2)] == ["ABANDONED"] * 2
+    assert made == [do.Drained()]
+    assert not [end for end in edge.ends() if end.sequence == 3]
+
+
+def test_numbered_after_the_drain_ended() -> None:
+    """A batch that gets its numbers after the drain ended is abandoned, not forgotten."""
+    edge = connected()
+    edge.tell(ev.Admit(1, (need(),), False))
+    edge.tell(ev.Drain())
+    edge.tell(ev.DrainEnd())
+    edge.tell(ev.Numbered(1, 1))
+
+    assert edge.reason(1) == "ABANDONED"
+
+
+def test_drain_without_an_engine() -> None:
+    """5: a drain whose engine is lost submits nothing a second time and ends at once."""
+    edge = connected()
+    edge.admit(need())
+    edge.admit(need(), keyed=True)
+    edge.tell(ev.Drain())
+    edge.tell(ev.Disconnected())
+    made = edge.tell(ev.Ended(1))
+
+    assert made == [do.Drained()]
+
+
+def test_reruns_wait_behind_items() -> None:
+    """Runs without a number wait behind every item, take room, and are lost with the engine."""
+    edge = connected(runs=1)
+    edge.admit(need(), need(), need())
+    edge.tell(ev.Rerun(1, 8))
+    edge.tell(ev.Rerun(2, 8))
+
+    assert not [effect for effect in edge.effects if isinstance(effect, do.SubmitRerun)]
+    edge.finish(1)
+    edge.finish(2)
+    (first,) = [effect for effect in edge.effects if isinstance(effect, do.SubmitRerun)]
+    assert first.rerun_id == 1
+    made = edge.tell(ev.Disconnected())
+    assert {effect.rerun_id for effect in made if isinstance(effect, do.RerunLost)} == {1, 2}
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Whatever happens in whatever order: one End for each number, in-order first submissions, a window that holds."""
+
+    tickets = Bundle("tickets")
+
+    @initialize(runs=st.integers(1, 4), blocks=st.integers(1, 12))
+    def start(self, runs: int, blocks: int) -> None:
+        self.runs, self.blocks = runs, blocks
+        self.edge = Edge(Sequencer(Bounds(64, 0, 3, 10.0)))
+        self.numbering: list[tuple[int, int]] = []
+        self.waiting_for_disk: list[int] = []
+        self.seen = 0
+
+    def tell(self, event: ev.Event) -> None:
+        for effect in self.edge.tell(event):
+            if isinstance(effect, do.End):
+                self.waiting_for_disk.append(effect.sequence)
+
+    @rule(target=tickets, sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), keyed=st.booleans())
+    def admit(self, sizes: list[int], keyed: bool) -> int:
+        self.edge.tickets += 1
+        self.tell(ev.Admit(self.edge.tickets, tuple(map(need, sizes)), keyed, 5.0))
+        if self.edge.effects and self.edge.effects[-1] == do.AppendAdmission(self.edge.tickets):
+            self.numbering.append((self.edge.tickets, len(sizes)))
+        return self.edge.tickets
+
+    @precondition(lambda self: self.numbering)
+    @rule(full=st.booleans())
+    def commit(self, full: bool) -> None:
+        ticket, count = self.numbering.pop(0)
+        if full:
+            self.tell(ev.NotNumbered(ticket))
+            return
+        first, self.edge.next_sequence = self.edge.next_sequence, self.edge.next_sequence + count
+        self.tell(ev.Numbered(ticket, first))
+
+    @precondition(lambda self: self.waiting_for_disk)
+    @rule()
+    def outcome_durable(self) -> None:
+        self.tell(ev.Ended(self.waiting_for_disk.pop(0)))
+
+    @rule(ticket=tickets, late=st.booleans())
+    def leave(self, ticket: int, late: bool) -> None:
+        self.tell(ev.CallerGone(ticket, errors.DeadlineExceeded("") if late else errors.Cancelled("")))
+
+    @rule(first=st.integers(1, 30), count=st.integers(0, 5))
+    def cancel(self, first: int, count: int) -> None:
+        self.tell(ev.Cancel(first, first + count))
+
+    @rule(seconds=st.floats(0, 4))
+    def tick(self, seconds: float) -> None:
+        self.edge.now += seconds
+        self.tell(ev.Tick())
+
+    @rule(grade=st.sampled_from([EXACT, SERIAL]))
+    def connect(self, grade: types_pb2.Grade.ValueType) -> None:
+        if self.edge.core.window is not None:
+            self.tell(ev.Disconnected())
+        self.tell(engine(runs=self.runs, blocks=self.blocks, grade=grade))
+
+    @rule()
+    def disconnect(self) -> None:
+        if self.edge.core.window is not None:
+            self.tell(ev.Disconnected())
+
+    @rule(data=st.data(), what=st.sampled_from(["started", "finished", "failed"]))
+    def engine_says(self, data: st.DataObject, what: str) -> None:
+        running = [i for i in self.edge.core.items.values() if i.phase in (Phase.SUBMITTED, Phase.STARTED)]
+        if not running:
+            return
+        item = data.draw(st.sampled_from(running))
+        if what == "failed":
+            self.tell(ev.Failed(item.run_id, errors.EngineFailed("no")))
+        elif item.phase is Phase.SUBMITTED:
+            self.tell(ev.Started(item.run_id))
+        elif what == "finished":
+            self.tell(ev.Finished(item.run_id, EXACT))
+
+    @rule()
+    def drain(self) -> None:
+        self.tell(ev.Drain())
+
+    @invariant()
+    def one_end_each(self) -> None:
+        sequences = [end.sequence for end in self.edge.ends()]
+        assert len(sequences) == len(set(sequences))
+        keyed_left = 0 if not self.edge.core.draining else None
+        numbered = self.edge.next_sequence - 1
+        if keyed_left == 0:
+            assert numbered == len(set(sequences) | set(self.edge.core.items))
+
+    @invariant()
+    def first_submissions_ascend(self) -> None:
+        first: dict[int, None] = {}
+        for submit in self.edge.submits():
+            first.setdefault(submit.sequence)
+        assert list(first) == sorted(first)
+
+    @invariant()
+    def window_holds(self) -> None:
+        window = self.edge.core.window
+        if window is None:
+            return
+        running = [i for i in self.edge.core.items.values() if i.phase in (Phase.SUBMITTED, Phase.STARTED)]
+        assert window.runs == len(running) <= window.runs_max
+        assert window.blocks == sum(window.need(item.need.kv_tokens) for item in running) <= window.engine.kv_blocks
+        assert not any(item.suspect for item in running) or len(running) == 1
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
