@@ -5,7 +5,8 @@ Invariants of a journal, numbered for the tests that attack them:
  2. Indexes are 1, 2, 3 and so on.
  3. Sequences are 1, 2, 3 and so on over the ADMITTED entries; a batch's are consecutive entries.
  4. Every outcome names a sequence admitted before it that had no outcome before.
- 5. Epochs never fall.
+ 5. A writer's epochs rise with its OPENED entries; every other entry has its writer's newest.
+ 6. The log id never changes.
 """
 
 from __future__ import annotations
@@ -103,21 +104,31 @@ def check_record(record: sequencer_pb2.ItemRecord) -> list[str]:
         given = record.input
         if record.admitted.input_digest != input_digest(given.token_ids, given.parameters, given.seed):
             faults.append("admitted.input_digest: does not belong to this input")
-    if record.result.HasField("receipt") and record.result.receipt.header.input_digest != record.admitted.input_digest:
-        faults.append("header.input_digest: is not the admitted one")
+    if record.result.HasField("receipt"):
+        proof, admitted = record.result.receipt.header, record.admitted
+        faults += [
+            f"header.{field}: is not the admitted one"
+            for field in ("log_id", "sequence", "input_digest")
+            if getattr(proof, field) != getattr(admitted, field)
+        ]
     return faults
 
 
 def check_link(previous: sequencer_pb2.Entry | None, entry: sequencer_pb2.Entry) -> list[str]:
-    """What is wrong with an entry after the one before it (None: it is the first); empty: the chain holds here."""
+    """What is wrong with an entry after the one before it (None: it is the first); empty: the chain holds here.
+
+    Invariants 3 and 4, and 5 between writers, need more than one entry before: they are the journal's to check.
+    """
     before, index = (previous.entry_hash, previous.header.index) if previous is not None else (GENESIS, 0)
     faults = []
     if entry.header.index != index + 1:
         faults.append(f"index: {entry.header.index} after {index}")
-    if entry_hash(before, entry.header) != entry.entry_hash:
+    if len(before) != DIGEST_BYTES or entry_hash(before, entry.header) != entry.entry_hash:
         faults.append("entry_hash: is not the hash of this header after the entry before")
     if entry.payload and payload_digest(entry.payload) != entry.header.payload_digest:
         faults.append("payload: is not what payload_digest was taken of")
     if previous is not None and entry.header.epoch < previous.header.epoch and entry.header.writer == previous.header.writer:
         faults.append(f"epoch: {entry.header.epoch} after {previous.header.epoch}")
+    if previous is not None and entry.header.log_id != previous.header.log_id:
+        faults.append(f"log_id: {entry.header.log_id} after {previous.header.log_id}")
     return faults

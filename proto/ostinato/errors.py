@@ -24,24 +24,28 @@
       + CallLost              the call is over, the items may not be
       |   + SlowReader                                        RESOURCE_EXHAUSTED
       |   + Disconnected      the far side was not reached    UNAVAILABLE
+      + Internal              a fault of ours                 INTERNAL
       + StreamRefused         between sidecar and service
           + EpochStale                                        FAILED_PRECONDITION
           + WriterBusy                                        FAILED_PRECONDITION
           + OutOfOrder                                        FAILED_PRECONDITION
           + ProtocolViolation                                 INTERNAL
 
-A class is its row of the table: `code` and `reason` stand in it, and on the wire as google.rpc.Status with ErrorInfo, BadRequest
-and RetryInfo. `to_status` and `from_status` are inverse.
+A class is its row of the table: `code` and `reason` stand in it, and on the wire as google.rpc.Status with ErrorInfo,
+BadRequest and RetryInfo. `to_status` and `from_status` are inverse.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 DOMAIN = "ostinato"
@@ -56,6 +60,11 @@ class OstinatoError(Exception):
 
     code: ClassVar[grpc.StatusCode] = Code.UNKNOWN
     reason: ClassVar[str] = "UNKNOWN"
+    """The class's name, in the form of an ErrorInfo: QueueFull is QUEUE_FULL."""
+
+    def __init_subclass__(cls) -> None:
+        if "code" in vars(cls):
+            cls.reason = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).upper()
 
     def __init__(self, message: str, *, retry_after: float | None = None, details: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -78,9 +87,8 @@ class InvalidRequest(OstinatoError):
     """The request can never succeed as it is."""
 
     code = Code.INVALID_ARGUMENT
-    reason = "INVALID_REQUEST"
 
-    def __init__(self, message: str = "", *, violations: Iterable[Violation] = (), **kwargs: object) -> None:
+    def __init__(self, message: str = "", *, violations: Iterable[Violation] = ()) -> None:
         self.violations = tuple(violations)
         super().__init__(message or "; ".join(f"{v.field}: {v.description}" for v in self.violations))
 
@@ -96,52 +104,42 @@ class Refused(OstinatoError):
 
 class MalformedMessage(Refused):
     code = Code.INVALID_ARGUMENT
-    reason = "MALFORMED_MESSAGE"
 
 
 class QueueFull(Refused):
     code = Code.RESOURCE_EXHAUSTED
-    reason = "QUEUE_FULL"
 
 
 class JournalFull(Refused):
     code = Code.RESOURCE_EXHAUSTED
-    reason = "JOURNAL_FULL"
 
 
 class EngineUnavailable(Refused):
     code = Code.UNAVAILABLE
-    reason = "ENGINE_UNAVAILABLE"
 
 
 class Draining(Refused):
     code = Code.UNAVAILABLE
-    reason = "DRAINING"
 
 
 class GradeNotEarned(Refused):
     code = Code.FAILED_PRECONDITION
-    reason = "GRADE_NOT_EARNED"
 
 
 class KeyReused(Refused):
     code = Code.ALREADY_EXISTS
-    reason = "KEY_REUSED"
 
 
 class PayloadPruned(Refused):
     code = Code.FAILED_PRECONDITION
-    reason = "PAYLOAD_PRUNED"
 
 
 class NotFound(Refused):
     code = Code.NOT_FOUND
-    reason = "NOT_FOUND"
 
 
 class NotBuilt(Refused):
     code = Code.UNIMPLEMENTED
-    reason = "NOT_BUILT"
 
 
 class Ended(OstinatoError):
@@ -150,37 +148,30 @@ class Ended(OstinatoError):
 
 class DeadlineExceeded(Ended):
     code = Code.DEADLINE_EXCEEDED
-    reason = "DEADLINE_EXCEEDED"
 
 
 class Cancelled(Ended):
     code = Code.CANCELLED
-    reason = "CANCELLED"
 
 
 class Abandoned(Ended):
     code = Code.ABORTED
-    reason = "ABANDONED"
 
 
 class GradeLost(Ended):
     code = Code.ABORTED
-    reason = "GRADE_LOST"
 
 
 class AttemptsExhausted(Ended):
     code = Code.ABORTED
-    reason = "ATTEMPTS_EXHAUSTED"
 
 
 class FingerprintChanged(Ended):
     code = Code.FAILED_PRECONDITION
-    reason = "FINGERPRINT_CHANGED"
 
 
 class EngineFailed(Ended):
     code = Code.INTERNAL
-    reason = "ENGINE_FAILED"
 
 
 class CallLost(OstinatoError):
@@ -189,12 +180,16 @@ class CallLost(OstinatoError):
 
 class SlowReader(CallLost):
     code = Code.RESOURCE_EXHAUSTED
-    reason = "SLOW_READER"
 
 
 class Disconnected(CallLost):
     code = Code.UNAVAILABLE
-    reason = "DISCONNECTED"
+
+
+class Internal(OstinatoError):
+    """A fault of ours that has no name; the log has the rest."""
+
+    code = Code.INTERNAL
 
 
 class StreamRefused(OstinatoError):
@@ -203,22 +198,18 @@ class StreamRefused(OstinatoError):
 
 class EpochStale(StreamRefused):
     code = Code.FAILED_PRECONDITION
-    reason = "EPOCH_STALE"
 
 
 class WriterBusy(StreamRefused):
     code = Code.FAILED_PRECONDITION
-    reason = "WRITER_BUSY"
 
 
 class OutOfOrder(StreamRefused):
     code = Code.FAILED_PRECONDITION
-    reason = "OUT_OF_ORDER"
 
 
 class ProtocolViolation(StreamRefused):
     code = Code.INTERNAL
-    reason = "PROTOCOL_VIOLATION"
 
 
 def _leaves(root: type[OstinatoError]) -> Iterable[type[OstinatoError]]:
@@ -227,7 +218,7 @@ def _leaves(root: type[OstinatoError]) -> Iterable[type[OstinatoError]]:
         yield from _leaves(child)
 
 
-TABLE: Mapping[str, type[OstinatoError]] = {kind.reason: kind for kind in _leaves(OstinatoError) if kind.reason != "UNKNOWN"}
+TABLE: Mapping[str, type[OstinatoError]] = {kind.reason: kind for kind in _leaves(OstinatoError) if "code" in vars(kind)}
 """Every reason and its class; the class has the code."""
 
 
@@ -252,7 +243,8 @@ def from_status(status: status_pb2.Status) -> OstinatoError:
     info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
     for detail in status.details:
         for message in (info, bad, retry):
-            detail.Unpack(message)
+            with suppress(DecodeError):  # a far side that is not ours may send anything
+                detail.Unpack(message)
     kind = TABLE.get(info.reason) if info.domain == DOMAIN else None
     retry_after = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
     if kind is None:
@@ -272,7 +264,7 @@ def foreign(code: grpc.StatusCode, message: str) -> OstinatoError:
     return error
 
 
-def _pack(status: status_pb2.Status, message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> None:
+def _pack(status: status_pb2.Status, message: Message) -> None:
     detail = any_pb2.Any()
     detail.Pack(message)
     status.details.append(detail)

@@ -1,0 +1,30 @@
+"""The `ostinato` command: everything the client can do, for people and for scripts.
+
+    session    the options of every command, and how a command ends
+    show       what is printed: lines, tables, JSON, errors
+    files      what is read, and the places in it that errors name
+    prompts    where prompts come from
+    options    options that commands share, above all how to sample
+    generate   generate
+    stream     generate --stream
+    journal    get, tail, head
+    control    cancel, model, tokenize, replay, report
+    verify     verify
+
+Exit codes: 0 all well; 1 a call or an item failed, a replay diverged, a proof is unsound; 2 wrong usage; 130 interrupted.
+"""
+
+import io
+import os
+import sys
+
+
+def main() -> None:
+    """The entry point."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before gRPC is loaded: it would say in its own words what we say in ours
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a model writes what a terminal's encoding may lack
+    from ostinato.cli.app import app
+
+    app()

@@ -1,0 +1,131 @@
+"""What all commands share: target, output form and deadline, given before or after the command's name; and how one ends."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import typer
+
+from ostinato import __version__, errors, requests
+from ostinato.cli import show
+from ostinato.client import DEFAULT_RESPONSE_BYTES, DEFAULT_TARGET, Client
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+"""As a shell has them for SIGINT and SIGPIPE."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """How a command was called."""
+
+    target: str = DEFAULT_TARGET
+    json: bool = False
+    timeout: float | None = None
+
+    def client(self, max_response_bytes: int = DEFAULT_RESPONSE_BYTES) -> Client:
+        return Client(self.target, max_response_bytes=max_response_bytes)
+
+
+_TARGET = ("--target", "-t")
+_TARGET_HELP = f"Sidecar: host:port or unix:/path. Default: OSTINATO_TARGET, or {DEFAULT_TARGET}."
+
+Target = Annotated[str | None, typer.Option(*_TARGET, help=_TARGET_HELP)]
+TargetOrEnvironment = Annotated[
+    str | None, typer.Option(*_TARGET, envvar="OSTINATO_TARGET", show_envvar=False, help=_TARGET_HELP)
+]
+"""Only the one before the command's name looks there, or the environment would win over an option."""
+
+Json = Annotated[bool | None, typer.Option("--json", help="One JSON object a line.")]
+Timeout = Annotated[float | None, typer.Option(help="Deadline of each call, in seconds. Default none.")]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich" if sys.stderr.isatty() else None,  # no boxes in a log
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        show.line(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    target: TargetOrEnvironment = None,
+    json: Json = None,
+    timeout: Timeout = None,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Reproducible text generation: ask, read the journal, run it again, check the proofs."""
+    context.obj = _given(Session(), target, json, timeout)
+
+
+def command(function: Callable[..., bool | Coroutine[Any, Any, bool]]) -> None:
+    """Registers `function` as a command. Its first parameter is the session; the others are the command's own.
+
+    It returns whether all is well, or what finds out: the part before it runs without an event loop, and may block.
+    """
+
+    @functools.wraps(function)
+    def run(context: typer.Context, target: Any, json: Any, timeout: Any, **own: Any) -> None:
+        session = _given(context.obj, target, json, timeout)
+        raise typer.Exit(_finish(lambda: function(session, **own), session.target))
+
+    signature = inspect.signature(function, eval_str=True)
+    _, *own = signature.parameters.values()
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    common = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in (("target", Target), ("json", Json), ("timeout", Timeout))
+    ]
+    parameters = [context, *(each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own), *common]
+    run.__signature__ = signature.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    app.command(function.__name__)(run)
+
+
+def _finish(begin: Callable[[], bool | Coroutine[Any, Any, bool]], target: str) -> int:
+    """Runs a command to its end; its exit code."""
+    try:
+        begun = begin()
+        well = asyncio.run(begun) if inspect.iscoroutine(begun) else begun
+    except errors.OstinatoError as error:
+        show.failure(error, target)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has what it wanted. What is still buffered must not fail again when the interpreter flushes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return 0 if well else 1
+
+
+@contextmanager
+def usage(where: str = "") -> Generator[None, None, None]:
+    """Turns a TypeError or ValueError about an argument into wrong usage. For the building of requests, and nothing else."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(f"{where}: {error}" if where else str(error)) from None
+
+
+def _given(session: Session, target: str | None, json: bool | None, timeout: float | None) -> Session:
+    with usage():
+        requests.seconds(timeout)
+    given = {"target": target, "json": json, "timeout": timeout}
+    return replace(session, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]

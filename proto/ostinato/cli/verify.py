@@ -1,0 +1,171 @@
+"""`ostinato verify`: recomputes proofs from files alone, with no sidecar and no trust in one."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from google.protobuf import json_format
+from google.protobuf.message import DecodeError
+
+from ostinato import chain
+from ostinato.cli import files, show
+from ostinato.cli.session import Session
+from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
+
+
+def verify(
+    session: Session, file: Annotated[Path, typer.Argument(help="JSON or JSON lines; - is stdin.", show_default=False)]
+) -> bool:
+    """Checks what generate, get and tail print with --json: receipts against their outputs, entries against their chain."""
+    checks = Checks()
+    checks.read(*files.read(file))
+    if session.json:
+        show.as_json(vars(checks.counts) | {"faults": checks.faults})
+    else:
+        for fault in checks.faults:
+            show.line(show.visible(fault))
+        if checks.counts.proofs:
+            show.line(str(checks.counts))
+    if not checks.counts.proofs:
+        show.note(f"error: nothing to verify in {file}: no receipt, and no entry whose predecessor is known")
+    return bool(checks.counts.proofs) and not checks.faults
+
+
+class Counts:
+    """How many proofs there were, and how many of them sound."""
+
+    def __init__(self) -> None:
+        self.receipts = self.sound_receipts = 0
+        self.entries = self.sound_entries = 0
+        self.entries_on_trust = 0
+        """Those whose predecessor is unknown, so that nothing can be said of them but that the next one names them."""
+
+    @property
+    def proofs(self) -> int:
+        return self.receipts + self.entries
+
+    def __str__(self) -> str:
+        parts = [f"{self.sound_receipts} of {self.receipts} receipts sound"] if self.receipts else []
+        if self.entries:
+            parts.append(f"{self.sound_entries} of {self.entries} entries sound")
+        if self.entries_on_trust:
+            parts.append(f"{self.entries_on_trust} taken on trust, without the entry before")
+        return ", ".join(parts)
+
+
+class Checks:
+    """Takes documents one by one and keeps what is wrong with them."""
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+        self.counts = Counts()
+        self._previous: sequencer_pb2.Entry | None = None
+
+    def read(self, name: str, content: bytes) -> None:
+        """A file of one JSON value, or of one in each line."""
+        try:
+            values = [(name, json.loads(content))]
+        except (ValueError, RecursionError):
+            values = list(self._parsed(files.lines(name, content)))
+        for place, value in values:
+            self.take(place, value)
+
+    def _parsed(self, lines: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, Any]]:
+        for place, line in lines:
+            try:
+                yield place, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                self._fault(place, [f"no JSON: {error}"])
+
+    def take(self, place: str, given: Any) -> None:
+        """One JSON value: a message that holds proofs, or a list of them."""
+        if isinstance(given, list):
+            for position, each in enumerate(given):
+                self.take(f"{place}[{position}]", each)
+            return
+        try:
+            self._take(place, given if isinstance(given, dict) else {})
+        except (json_format.ParseError, RecursionError) as error:
+            self._fault(place, [f"no message of ours: {error}"])
+        except (AssertionError, struct.error):
+            self._fault(place, ["no digest can be taken of it: it holds NaN or a negative number"])
+
+    def _take(self, place: str, given: dict[str, Any]) -> None:
+        if "header" in given and "previous_hash" in given:
+            self._receipt(place, chain.check_receipt(json_format.ParseDict(given, types_pb2.Receipt())))
+        elif "header" in given:
+            decoded = given.pop("decoded", None)
+            self._entry(place, json_format.ParseDict(given, sequencer_pb2.Entry()), decoded)
+        elif "results" in given:
+            for result in json_format.ParseDict(given, generation_pb2.GenerateResponse()).results:
+                self._result(place, result)
+        elif "items" in given:
+            for record in json_format.ParseDict(given, sequencer_pb2.GetResponse()).items:
+                self._record(place, record)
+        elif given.keys() & {"finished", "failed", "tokens", "restarted"} or _is_event(given):
+            event = json_format.ParseDict(given, generation_pb2.GenerateEvent())
+            if event.HasField("finished"):
+                self._result(place, event.finished)
+        elif "admitted" in given:
+            self._record(place, json_format.ParseDict(given, sequencer_pb2.ItemRecord()))
+        elif given.keys() & {"output", "status", "receipt"}:
+            self._result(place, json_format.ParseDict(given, types_pb2.Result()))
+        else:
+            self._fault(place, ["no Result, GenerateResponse, GenerateEvent, ItemRecord, Receipt or Entry"])
+
+    def _result(self, place: str, result: types_pb2.Result) -> None:
+        if result.HasField("receipt"):
+            self._receipt(f"{place}: sequence {result.sequence}", chain.check_result(result))
+        elif result.HasField("output"):
+            self._receipt(f"{place}: sequence {result.sequence}", ["receipt: missing"])
+
+    def _record(self, place: str, record: sequencer_pb2.ItemRecord) -> None:
+        place = f"{place}: sequence {record.admitted.sequence}"
+        if record.result.HasField("receipt"):
+            self._receipt(place, chain.check_record(record))
+        elif record.result.HasField("output"):
+            self._receipt(place, [*chain.check_record(record), "receipt: missing"])
+        else:
+            self._fault(place, chain.check_record(record))
+
+    def _receipt(self, place: str, faults: list[str]) -> None:
+        self.counts.receipts += 1
+        self.counts.sound_receipts += not faults
+        self._fault(place, faults)
+
+    def _entry(self, place: str, entry: sequencer_pb2.Entry, decoded: object) -> None:
+        previous, self._previous = self._previous, entry
+        faults = _payload_faults(entry, decoded)
+        if previous is None and entry.header.index != 1:
+            self.counts.entries_on_trust += 1
+        else:
+            faults = chain.check_link(previous, entry) + faults
+            self.counts.entries += 1
+            self.counts.sound_entries += not faults
+        self._fault(f"{place}: index {entry.header.index}", faults)
+
+    def _fault(self, place: str, faults: Iterable[str]) -> None:
+        self.faults.extend(f"{place}: {fault}" for fault in faults)
+
+
+def _is_event(given: dict[str, Any]) -> bool:
+    """An Admitted event and an ItemRecord have a field in common; only the event's holds a stamp."""
+    return isinstance(given.get("admitted"), dict) and "stamp" in given["admitted"]
+
+
+def _payload_faults(entry: sequencer_pb2.Entry, decoded: object) -> list[str]:
+    """What is wrong between an entry, its payload, and what the payload was said to say."""
+    if not entry.payload:
+        return ["decoded: there is no payload that says so"] if decoded else []
+    if chain.payload_digest(entry.payload) != entry.header.payload_digest:
+        return ["payload: is not what payload_digest was taken of"]
+    try:
+        said = show.entry(entry).get("decoded")
+    except DecodeError:
+        return ["payload: is no message"]
+    return ["decoded: is not what the payload says"] if decoded not in (None, said) else []

@@ -1,0 +1,248 @@
+"""Requests from Python values. Whatever cannot be written into the message at all raises TypeError or ValueError naming the
+parameter; what is out of a model's bounds is the server's to refuse, since it knows the model."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias, TypedDict
+
+from google.protobuf.descriptor import FieldDescriptor
+
+from ostinato.v1 import generation_pb2, types_pb2
+
+Chat: TypeAlias = Sequence[Mapping[str, str]]
+"""Messages, each `{"role": ..., "content": ...}`."""
+
+Prompt: TypeAlias = str | Sequence[int] | Chat | types_pb2.Item
+"""Text, token ids, a chat, or an item with parameters of its own."""
+
+Prompts: TypeAlias = str | types_pb2.Item | Sequence[Prompt]
+"""One text or item, or a list of prompts. One prompt of token ids, or one chat, is a list that holds it."""
+
+GradeName: TypeAlias = types_pb2.Grade.ValueType | str
+"""`"exact"`, `"serial"`, `"best-effort"`, or the enum's value."""
+
+GRADES: Mapping[str, types_pb2.Grade.ValueType] = {
+    "exact": types_pb2.GRADE_EXACT,
+    "serial": types_pb2.GRADE_SERIAL,
+    "best-effort": types_pb2.GRADE_BEST_EFFORT,
+}
+
+
+class Sampling(TypedDict, total=False):
+    """The fields of `Parameters`, whose comments in types.proto give bounds and defaults. None is as good as left out."""
+
+    seed: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    max_new_tokens: int | None
+    min_new_tokens: int | None
+    stop: str | Iterable[str] | None
+    stop_token_ids: Iterable[int] | None
+    bad_words: str | Iterable[str] | None
+    ignore_eos: bool | None
+    logprobs: int | None
+    response_format: types_pb2.ResponseFormat | Mapping[str, object] | None
+    """`{"json_schema": schema}`, where the schema is JSON text or what would become it, or `{"regex": pattern}`."""
+
+
+_FIELDS = types_pb2.Parameters.DESCRIPTOR.fields_by_name
+_INTEGERS = {
+    FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
+    FieldDescriptor.CPPTYPE_UINT32: (0, 2**32 - 1),
+    FieldDescriptor.CPPTYPE_UINT64: (0, 2**64 - 1),
+}
+
+
+def batch(
+    prompts: Prompts | generation_pb2.GenerateRequest,
+    key: str = "",
+    request_id: str = "",
+    required_grade: GradeName | None = None,
+    sampling: Sampling | None = None,
+) -> generation_pb2.GenerateRequest:
+    """A GenerateRequest. One given as `prompts` is taken as it is, and nothing may be given beside it."""
+    given: Mapping[str, object] = dict(sampling or {})
+    if isinstance(prompts, generation_pb2.GenerateRequest):
+        for name, value in {"key": key, "request_id": request_id, "required_grade": required_grade, **given}.items():
+            if value not in ("", None):
+                raise TypeError(f"{name}: belongs in the GenerateRequest that was given")
+        return prompts
+    request = generation_pb2.GenerateRequest(
+        items=items(prompts),
+        idempotency_key=text("key", key),
+        request_id=text("request_id", request_id),
+        required_grade=grade(required_grade),
+    )
+    if common := parameters(given):
+        request.parameters.CopyFrom(common)
+    return request
+
+
+def items(prompts: Prompts) -> list[types_pb2.Item]:
+    """One item for each prompt."""
+    if isinstance(prompts, str | types_pb2.Item):
+        return [item(prompts)]
+    listed = _list("prompts", prompts, "a text, an item or a list of prompts")
+    return [item(prompt, f"prompts[{position}]") for position, prompt in enumerate(listed)]
+
+
+def item(prompt: object, name: str = "prompts") -> types_pb2.Item:
+    """The item of one prompt, which errors call `name`."""
+    if isinstance(prompt, types_pb2.Item):
+        return prompt
+    if isinstance(prompt, str):
+        return types_pb2.Item(text=text(name, prompt))
+    listed = _list(name, prompt, "a text, a list of token ids, a list of messages or an item")
+    if isinstance(listed[0], Mapping | types_pb2.Message):
+        return types_pb2.Item(chat=chat(listed, name))
+    return types_pb2.Item(token_ids=token_ids(listed, name))
+
+
+def _list(name: str, given: object, wanted: str) -> Sequence[object]:
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+        raise TypeError(f"{name}: must be {wanted}, not {_kind(given)}")
+    if not given:
+        raise ValueError(f"{name}: empty")
+    return given
+
+
+def token_ids(given: object, name: str = "token_ids") -> types_pb2.TokenIds:
+    """A prompt of token ids."""
+    bounds = _INTEGERS[FieldDescriptor.CPPTYPE_UINT32]
+    listed = enumerate(_list(name, given, "a list of token ids"))
+    return types_pb2.TokenIds(ids=[integer(f"{name}[{position}]", each, *bounds) for position, each in listed])
+
+
+def chat(given: object, name: str = "messages") -> types_pb2.Chat:
+    """A prompt of messages."""
+    listed = enumerate(_list(name, given, "a list of messages"))
+    return types_pb2.Chat(messages=[_message(f"{name}[{position}]", each) for position, each in listed])
+
+
+def _message(name: str, given: object) -> types_pb2.Message:
+    if isinstance(given, types_pb2.Message):
+        return given
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name}: must be a message with role and content, not {_kind(given)}")
+    for part in given:
+        if part not in ("role", "content"):
+            raise TypeError(f"{name}.{part}: no such field; a message has role and content")
+    for part in ("role", "content"):
+        if part not in given:
+            raise ValueError(f"{name}.{part}: missing")
+    return types_pb2.Message(role=text(f"{name}.role", given["role"]), content=text(f"{name}.content", given["content"]))
+
+
+def parameters(given: Mapping[str, object]) -> types_pb2.Parameters | None:
+    """How to sample; None if nothing is set. The names are those of Sampling."""
+    made: dict[str, object] = {}
+    for name, value in given.items():
+        if name not in _FIELDS:
+            raise TypeError(f"{name}: no such parameter; there are {', '.join(_FIELDS)}")
+        if value is not None:
+            made[name] = _value(name, _FIELDS[name], value)
+    return types_pb2.Parameters(**made) if made else None  # type: ignore[arg-type]  # as the descriptor has it
+
+
+def _value(name: str, field: FieldDescriptor, value: object) -> object:
+    if field.message_type is not None:
+        return _response_format(name, value)
+    if not field.is_repeated:
+        return _scalar(name, field, value)
+    if isinstance(value, str) and field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
+        return [text(name, value)]
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: must be a list, not {_kind(value)}")
+    return [_scalar(f"{name}[{position}]", field, each) for position, each in enumerate(value)]
+
+
+def _scalar(name: str, field: FieldDescriptor, value: object) -> object:
+    match field.cpp_type:
+        case FieldDescriptor.CPPTYPE_STRING:
+            return text(name, value)
+        case FieldDescriptor.CPPTYPE_DOUBLE:
+            return number(name, value)
+        case FieldDescriptor.CPPTYPE_BOOL:
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: must be a bool, not {_kind(value)}")
+            return value
+        case kind:
+            return integer(name, value, *_INTEGERS[kind])
+
+
+def _response_format(name: str, value: object) -> types_pb2.ResponseFormat:
+    if isinstance(value, types_pb2.ResponseFormat):
+        return value
+    match value:
+        case {"regex": pattern, **rest} if not rest:
+            return types_pb2.ResponseFormat(regex=text(f"{name}.regex", pattern))
+        case {"json_schema": str(schema), **rest} if not rest:
+            return types_pb2.ResponseFormat(json_schema=text(f"{name}.json_schema", schema))
+        case {"json_schema": schema, **rest} if not rest:
+            return types_pb2.ResponseFormat(json_schema=json.dumps(schema))
+    raise TypeError(f'{name}: must be {{"json_schema": ...}} or {{"regex": ...}}')
+
+
+def grade(name: GradeName | None) -> types_pb2.Grade.ValueType:
+    """The enum's value; None is GRADE_UNSPECIFIED, any grade."""
+    if name is None:
+        return types_pb2.GRADE_UNSPECIFIED
+    value = GRADES.get(name) if isinstance(name, str) else name
+    if value not in types_pb2.Grade.values():
+        raise ValueError(f"required_grade: {name!r} is none of {', '.join(GRADES)}")
+    return value
+
+
+def span(first: int | None, last: int | None = None) -> generation_pb2.SequenceRange:
+    """The sequences `first` to `last`, both included; without a last, `first` alone."""
+    low = integer("first", first, 1, 2**64 - 1)
+    return generation_pb2.SequenceRange(first=low, last=low if last is None else integer("last", last, low, 2**64 - 1))
+
+
+def seconds(timeout: float | None) -> float | None:
+    """A gRPC deadline, in seconds from now; None: no deadline."""
+    if timeout is None:
+        return None
+    value = number("timeout", timeout)
+    if not 0 < value < math.inf:
+        raise ValueError(f"timeout: must be a finite number of seconds above 0, not {timeout}")
+    return value
+
+
+def integer(name: str, value: object, low: int, high: int) -> int:
+    """The value, if it is an integer from `low` to `high`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: must be an int, not {_kind(value)}")
+    whole = operator.index(value)
+    if not low <= whole <= high:
+        raise ValueError(f"{name}: {whole} is not from {low} to {high}")
+    return whole
+
+
+def number(name: str, value: object) -> float:
+    """The value, if it is a float or an int."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: must be a number, not {_kind(value)}")
+    return float(value)
+
+
+def text(name: str, value: object) -> str:
+    """The value, if it is a str that UTF-8 can carry."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: must be a str, not {_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: character {error.start} is half of a surrogate pair") from None
+    return value
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__

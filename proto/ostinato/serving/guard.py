@@ -1,0 +1,132 @@
+"""What stands between gRPC and every handler of ours.
+
+- Bytes that are no message raise MalformedMessage; gRPC by itself answers INTERNAL, which blames the server.
+- Our errors go out whole: code, reason, fields, and when to come back. Anything else goes out as INTERNAL, and into the log.
+- Each call is counted by its code and timed.
+
+Handlers are those of generated aio servicers: coroutines, or async generators for streamed answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Never, cast
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from ostinato.errors import Internal, OstinatoError, to_status
+from ostinato.serving.handlers import Context, Reader, Requests, behaviour_of, checked, lenient, rebuilt
+
+STATUS_BYTES_MAX, MESSAGE_BYTES_MAX, OTHER_DETAILS_BYTES = 3072, 768, 256
+"""Of a google.rpc.Status. It travels in headers, as base64 and its message once more, percent-encoded; 8 KiB of headers are all
+that a peer must take."""
+
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+"""Upper bounds in seconds: from a refusal to a long batch."""
+
+_log = logging.getLogger(__name__)
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Wraps the handlers of all services but gRPC's own. One Guard for one server and one registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._handled = Counter(
+            "ostinato_rpc_handled", "Calls that ended, by code.", ["service", "method", "code"], registry=registry
+        )
+        self._seconds = Histogram(
+            "ostinato_rpc_handling_seconds",
+            "From a call's arrival to its end.",
+            ["service", "method"],
+            registry=registry,
+            buckets=BUCKETS,
+        )
+        self._wrapped: dict[str, Any] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        path = handler_call_details.method
+        handler = await continuation(handler_call_details)
+        if handler is None or path.startswith("/grpc."):
+            return handler
+        if path not in self._wrapped:
+            self._wrapped[path] = self._wrap(path, handler)
+        return self._wrapped[path]
+
+    def _wrap(self, path: str, handler: Any) -> Any:
+        behaviour = behaviour_of(handler)
+
+        async def guarded(request: Any, context: Context) -> Any:
+            with self._observed(path, context):
+                try:
+                    if handler.request_streaming:
+                        return await behaviour(Requests(request), cast(Context, Reader(context)))
+                    return await behaviour(checked(request), context)
+                except OstinatoError as error:
+                    await _abort(context, error)
+                except grpc.aio.BaseError:  # the handler aborted by itself, or the caller is gone
+                    raise
+                except Exception:  # noqa: BLE001  # whatever it is, the caller gets a code and the log gets the rest
+                    _log.exception("handler failed", extra={"method": path})
+                    await _abort(context, Internal("internal error"))
+
+        return rebuilt(handler, guarded, lenient(handler.request_deserializer))
+
+    @contextlib.contextmanager
+    def _observed(self, path: str, context: Context) -> Iterator[None]:
+        service, _, method = path.strip("/").rpartition("/")
+        started, gone = time.monotonic(), False
+        try:
+            yield
+        except grpc.aio.AbortError:
+            raise
+        except (asyncio.CancelledError, grpc.aio.BaseError):
+            gone = True
+            raise
+        finally:
+            self._seconds.labels(service, method).observe(time.monotonic() - started)
+            self._handled.labels(service, method, _code(context, gone)).inc()
+
+
+async def _abort(context: Context, error: OstinatoError) -> Never:
+    """Ends the call with this error. Trailers that the handler had set stay."""
+    status = rpc_status.to_status(fitting(to_status(error)))
+    trailers = [*(context.trailing_metadata() or ()), *status.trailing_metadata]
+    if error.retry_after is not None:
+        trailers.append(("grpc-retry-pushback-ms", str(round(error.retry_after * 1000))))
+    await context.abort(status.code, status.details, tuple(trailers))
+
+
+def fitting(status: status_pb2.Status) -> status_pb2.Status:
+    """The status, its message and its bad fields cut to what arrives: of a hundred bad fields the first thirty or so."""
+    if status.ByteSize() <= STATUS_BYTES_MAX and len(status.message.encode()) <= MESSAGE_BYTES_MAX:
+        return status
+    cut = status_pb2.Status(code=status.code, message=status.message.encode()[:MESSAGE_BYTES_MAX].decode(errors="ignore"))
+    for detail in status.details:
+        bad = error_details_pb2.BadRequest()
+        if detail.Unpack(bad):
+            while bad.field_violations and cut.ByteSize() + bad.ByteSize() > STATUS_BYTES_MAX - OTHER_DETAILS_BYTES:
+                bad.field_violations.pop()
+            cut.details.add().Pack(bad)
+        else:
+            cut.details.append(detail)
+    return cut
+
+
+def _code(context: Context, gone: bool) -> str:
+    """The name of the code with which the call ends. gRPC cancels a handler for a deadline as for a caller that left."""
+    if not gone:
+        code = cast("grpc.StatusCode | None", context.code())  # None until it is set, whatever its types say
+        return (code or grpc.StatusCode.OK).name
+    left: float | None = context.time_remaining()
+    return "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"

@@ -1,0 +1,109 @@
+"""One line for each thing that happened.
+
+    2026-11-24T11:15:05.123Z INFO sidecar.admission admitted sequence=7 count=3 request_id="nightly"
+    {"time": "2026-11-24T11:15:05.123Z", "level": "INFO", "logger": "sidecar.flow", "message": "admitted", "sequence": "7"}
+
+Fields are passed through `extra`: `_log.info("admitted", extra={"sequence": 7, "count": 3})`; every key that logging does not
+know by itself comes out. Whatever text users send, it stays on its line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Literal, TextIO
+
+UINT64 = frozenset({"sequence", "first_sequence", "last_sequence", "epoch", "index", "run_id", "seed", "engine_seed"})
+"""Fields that are uint64 in the contract. JSON numbers are doubles to most readers, so in JSON these are strings, always."""
+
+_EXACT_IN_A_DOUBLE = 2**53
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_BARE = re.compile(r"[\w.:/@+-]+", re.ASCII)
+
+
+def setup(form: Literal["human", "json"], level: str = "INFO", stream: TextIO | None = None) -> None:
+    """Sends all logging to `stream` (stderr), from `level` up, in this form. Replaces what was set up before.
+
+    To be called before the first channel or server is made. Raises ValueError for a level that logging does not know.
+    """
+    # gRPC's core writes lines in a form of its own to stderr ("Got goaway"); what matters of them reaches us as errors.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter() if form == "json" else HumanFormatter())
+    root = logging.getLogger()
+    root.setLevel(level.upper())
+    root.handlers = [handler]
+
+
+class HumanFormatter(logging.Formatter):
+    """Time, level, logger, message, then key=value. Tracebacks follow on lines that begin with a bar."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        head = f"{_time(record)} {record.levelname} {record.name} {_one_line(record.getMessage())}"
+        line = " ".join([head, *(f"{key}={_human(value)}" for key, value in fields(record).items())])
+        return "\n".join([line, *(f"  | {_one_line(row)}" for row in self.traceback(record).splitlines())])
+
+    def traceback(self, record: logging.LogRecord) -> str:
+        """The record's exception and stack, or an empty text."""
+        parts = [self.formatException(record.exc_info)] if record.exc_info else []
+        return "\n".join([*parts, record.stack_info] if record.stack_info else parts)
+
+
+class JsonFormatter(HumanFormatter):
+    """One JSON object a line, ASCII only; the traceback is the field `exception`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, object] = {"time": _time(record), "level": record.levelname, "logger": record.name}
+        entry["message"] = record.getMessage()
+        for key, value in fields(record).items():
+            entry[f"{key}_" if key in entry else key] = _plain(key, value)
+        if trace := self.traceback(record):
+            entry["exception"] = trace
+        return json.dumps(entry)
+
+
+def fields(record: logging.LogRecord) -> Mapping[str, object]:
+    """What was passed as `extra`."""
+    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _human(value: object) -> str:
+    if isinstance(value, bytes):
+        return value.hex()
+    text = str(value)
+    return text if _BARE.fullmatch(text) else _one_line(json.dumps(text, ensure_ascii=False))
+
+
+def _plain(key: str, value: object) -> object:
+    """The value as JSON can say it."""
+    match value:
+        case None | bool() | str():
+            return value
+        case int():
+            return str(value) if key in UINT64 or abs(value) > _EXACT_IN_A_DOUBLE else value
+        case float():
+            return value if math.isfinite(value) else str(value)
+        case bytes():
+            return value.hex()
+        case Mapping():
+            return {str(name): _plain(str(name), inner) for name, inner in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_plain(key, inner) for inner in value]
+        case _:
+            return str(value)
+
+
+def _one_line(text: str) -> str:
+    r"""The text with everything that could end a line, move a cursor or fail to encode written out, as in \n."""
+    return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)

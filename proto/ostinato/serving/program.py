@@ -1,0 +1,64 @@
+"""A program from its first line to its exit code.
+
+    0    drained: told to stop, and did so in order
+    1    failed
+    2    the configuration is bad
+    130  told to stop again (SIGINT) before it had
+    143  the same (SIGTERM)
+
+Nothing else: a supervisor can tell a drained program from one that was not, and a bad flag from a bad day.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+DRAINED, FAILED, BAD_CONFIGURATION = 0, 1, 2
+
+_log = logging.getLogger(__name__)
+
+
+class StartupError(Exception):
+    """The program cannot run here, and its message says why in one line; no traceback would say more."""
+
+    def __init__(self, message: str, *, exit_code: int = FAILED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
+    """Runs `main` on an event loop of its own and returns the exit code for `sys.exit`.
+
+    The event that `main` is given is set by SIGTERM or SIGINT; `main` then finishes what it has and returns. A second signal
+    ends the process at once, threads and all.
+    """
+    try:
+        return asyncio.run(_supervised(main))
+    except StartupError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)  # noqa: T201  # logging may not be set up yet
+        return error.exit_code
+    except Exception:  # noqa: BLE001  # the last one to see it
+        _log.exception("failed")
+        return FAILED
+
+
+async def _supervised(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, number, stop)
+    return await main(stop)
+
+
+def _on_signal(number: signal.Signals, stop: asyncio.Event) -> None:
+    if stop.is_set():
+        _log.warning("%s again: exiting at once", number.name)
+        logging.shutdown()
+        os._exit(128 + number)
+    _log.info("%s: stopping", number.name)
+    stop.set()

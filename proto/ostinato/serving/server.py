@@ -1,0 +1,94 @@
+"""A gRPC server of ours: addresses, health, reflection, start and stop.
+
+    server = Server(["unix:/run/ostinato/engine.sock", "127.0.0.1:7001"], registry=registry)
+    server.add(add_EngineServicer_to_server, servicer, "ostinato.v1.Engine")
+    await server.start()
+    await server.set_health("ostinato.v1.Engine", serving=True)
+    ...
+    await server.stop(grace=10)
+
+Anyone who reaches a plain TCP port can use it, so all but loopback is refused unless it is allowed by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2
+from prometheus_client import CollectorRegistry
+
+from ostinato.serving.addresses import parse
+from ostinato.serving.guard import Guard
+from ostinato.serving.standard import Bystanders, Health, add_standard
+
+MESSAGE_BYTES_MAX = 4 * 1024 * 1024
+"""gRPC's own default, for requests."""
+
+S = TypeVar("S")
+
+
+class Server:
+    """One server of a program. To be made inside the event loop it runs on."""
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        registry: CollectorRegistry,
+        message_bytes_max: int = MESSAGE_BYTES_MAX,
+        allow_remote: bool = False,
+        socket_mode: int = 0o600,
+    ) -> None:
+        """Binds nothing yet. Raises StartupError for an address that is none, or that is remote and not allowed."""
+        self._addresses = [parse(text, allow_remote) for text in addresses]
+        self._socket_mode = socket_mode
+        self._bystanders = Bystanders()
+        self._services: list[str] = []
+        self._health: Health | None = None
+        self._grpc = grpc.aio.server(
+            interceptors=[Guard(registry), self._bystanders],
+            options=[
+                # With it on, a second server would share a port in silence.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", message_bytes_max),
+                # A peer that vanished without a word is noticed within about two minutes, and its calls end; peers may ask us
+                # the same, more often than gRPC would let them.
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+            ],
+        )
+        self.addresses: list[str] = []
+        """Where it listens, real ports filled in; known after `start`."""
+
+    def add(self, register: Callable[[S, grpc.aio.Server], None], servicer: S, name: str) -> None:
+        """Serves `servicer`, by its generated `add_…Servicer_to_server`, under its full name. Before `start`."""
+        register(servicer, self._grpc)
+        self._services.append(name)
+
+    async def start(self) -> None:
+        """Listens. Our services are NOT_SERVING until `set_health` says otherwise. Raises StartupError with the address that
+        cannot be had."""
+        local = all(address.local for address in self._addresses)
+        self._health = add_standard(self._grpc, self._services, debug=local)
+        for name in self._services:
+            await self.set_health(name, serving=False)
+        for address in self._addresses:
+            self.addresses.append(address.bind(self._grpc, self._socket_mode))
+        await self._grpc.start()
+
+    async def set_health(self, name: str, *, serving: bool) -> None:
+        """Says of the service `name` whether it serves. Without effect once stopping."""
+        assert self._health is not None, "start comes first"
+        status = health_pb2.HealthCheckResponse
+        await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+
+    async def stop(self, grace: float) -> None:
+        """Refuses new calls (UNAVAILABLE), lets those under way end for `grace` seconds, then cancels them. Health says
+        NOT_SERVING from the first moment. May be called again, also before `start`."""
+        if self._health is not None:
+            await self._health.enter_graceful_shutdown()
+        self._bystanders.close()
+        await self._grpc.stop(grace)

@@ -1,0 +1,133 @@
+"""Calls over gRPC: two channels to one target, deadlines and metadata on every call, and every failure as one of ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+from grpc_status import rpc_status
+
+from ostinato import errors, requests
+from ostinato.v1.generation_pb2_grpc import GenerationStub
+from ostinato.v1.sequencer_pb2_grpc import SequencerStub
+
+if TYPE_CHECKING:  # they exist for type checkers only
+    from ostinato.v1.generation_pb2_grpc import GenerationAsyncStub
+    from ostinato.v1.sequencer_pb2_grpc import SequencerAsyncStub
+
+RESPONSE_BYTES_METADATA = "ostinato-max-response-bytes"
+"""Metadata of every call: the largest answer that the sidecar may send, in decimal."""
+
+PAUSE_SECONDS = 0.2
+PAUSE_SECONDS_MAX = 5.0
+"""Between attempts to reach a sidecar: the first pause, which doubles, and the longest."""
+
+_RETRY_POLICY = {
+    "maxAttempts": 5,
+    "initialBackoff": f"{PAUSE_SECONDS}s",
+    "maxBackoff": f"{PAUSE_SECONDS_MAX}s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE"],
+}
+_RETRY_BUFFER_BYTES = 64 * 2**20  # a larger request is not kept for a second attempt; gRPC's default is 256 KiB
+
+RequestT = TypeVar("RequestT")
+ResponseT = TypeVar("ResponseT")
+
+
+class Stubs(NamedTuple):
+    """The services, over one channel."""
+
+    channel: grpc.aio.Channel
+    generation: GenerationAsyncStub
+    sequencer: SequencerAsyncStub
+
+
+class Wire:
+    """What is safe to send twice goes over `retrying`, anything else over `once`: gRPC decides by channel, not by call.
+
+    Both connect at their first use, in the event loop that uses them.
+    """
+
+    def __init__(self, target: str, credentials: grpc.ChannelCredentials | None, response_bytes: int) -> None:
+        self._target = target
+        self._credentials = credentials
+        self._response_bytes = response_bytes
+        self._metadata = grpc.aio.Metadata((RESPONSE_BYTES_METADATA, str(response_bytes)))
+        self._opened: dict[bool, Stubs] = {}
+
+    @property
+    def once(self) -> Stubs:
+        return self.stubs(retry=False)
+
+    @property
+    def retrying(self) -> Stubs:
+        return self.stubs(retry=True)
+
+    def stubs(self, *, retry: bool) -> Stubs:
+        if retry not in self._opened:
+            channel = self._open({"methodConfig": [{"name": [{}], "retryPolicy": _RETRY_POLICY}]} if retry else {}, retry)
+            self._opened[retry] = Stubs(channel, GenerationStub(channel), SequencerStub(channel))
+        return self._opened[retry]
+
+    async def close(self) -> None:
+        """Ends every call and connection. A later call opens them again."""
+        while self._opened:
+            _, stubs = self._opened.popitem()
+            await stubs.channel.close()
+
+    async def ask(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT], request: RequestT, timeout: float | None
+    ) -> ResponseT:
+        """One answer."""
+        try:
+            return await method(request, timeout=requests.seconds(timeout), metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise ours(error) from error
+
+    def read(
+        self, method: grpc.aio.UnaryStreamMultiCallable[RequestT, ResponseT], request: RequestT, timeout: float | None
+    ) -> AsyncGenerator[ResponseT, None]:
+        """A stream of answers; the call begins at the first step, and closing the iterator ends it."""
+        return self._responses(method, request, requests.seconds(timeout))
+
+    async def _responses(
+        self, method: grpc.aio.UnaryStreamMultiCallable[RequestT, ResponseT], request: RequestT, seconds: float | None
+    ) -> AsyncGenerator[ResponseT, None]:
+        call = method(request, timeout=seconds, metadata=self._metadata)
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise ours(error) from error
+        finally:
+            call.cancel()
+
+    def _open(self, service_config: object, retry: bool) -> grpc.aio.Channel:
+        options = [
+            ("grpc.max_receive_message_length", self._response_bytes),
+            ("grpc.initial_reconnect_backoff_ms", round(PAUSE_SECONDS * 1000)),
+            ("grpc.max_reconnect_backoff_ms", round(PAUSE_SECONDS_MAX * 1000)),
+            ("grpc.enable_retries", int(retry)),
+            ("grpc.per_rpc_retry_buffer_size", _RETRY_BUFFER_BYTES),
+            ("grpc.service_config", json.dumps(service_config)),
+        ]
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(self._target, options)
+        return grpc.aio.secure_channel(self._target, self._credentials, options)
+
+
+def ours(error: grpc.aio.AioRpcError) -> errors.OstinatoError:
+    """The error that the far side raised, or what stands for gRPC's own."""
+    try:
+        # The synchronous decoder, since an AioRpcError is a call that has ended.
+        status = rpc_status.from_call(error)
+        if status is not None:
+            return errors.from_status(status)
+    except (ValueError, DecodeError):
+        pass  # these details are none, or belong to another code: somebody between us wrote one of them
+    return errors.foreign(error.code(), error.details() or "")

@@ -1,0 +1,362 @@
+"""A sidecar of a few lines: it answers from a script, else as a tiny journal would, and keeps every call it saw."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import threading
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_status import rpc_status
+from typer.testing import CliRunner, Result
+
+from ostinato import chain, digest, errors
+from ostinato.cli.app import app
+from ostinato.client import Client
+from ostinato.v1 import generation_pb2, generation_pb2_grpc, sequencer_pb2, sequencer_pb2_grpc, types_pb2
+
+LOG_ID = "0123456789abcdef0123456789abcdef"
+
+
+@dataclass
+class Call:
+    """What the far side saw of a call."""
+
+    method: str
+    request: Any
+    metadata: dict[str, str | bytes]
+    seconds_left: float | None
+    cancelled: bool = False
+
+
+@dataclass
+class Journal:
+    """Enough of one for honest receipts."""
+
+    entries: list[sequencer_pb2.Entry] = field(default_factory=list)
+
+    def append(self, payload: bytes, **header: Any) -> sequencer_pb2.Entry:
+        previous = self.entries[-1].entry_hash if self.entries else chain.GENESIS
+        made = types_pb2.EntryHeader(
+            index=len(self.entries) + 1,
+            log_id=LOG_ID,
+            writer="fake",
+            epoch=1,
+            time_unix_millis=1_700_000_000_000 + len(self.entries),
+            payload_digest=chain.payload_digest(payload),
+            **header,
+        )
+        self.entries.append(sequencer_pb2.Entry(header=made, entry_hash=chain.entry_hash(previous, made), payload=payload))
+        return self.entries[-1]
+
+    def previous_hash(self, entry: sequencer_pb2.Entry) -> bytes:
+        return self.entries[entry.header.index - 2].entry_hash
+
+
+class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerServicer):
+    """Each element of `script[method]` answers one call: an error is raised, a message or a list of messages is sent (errors
+    may stand in the list), a function is awaited with request and context. A method without script does its best."""
+
+    def __init__(self) -> None:
+        self.script: defaultdict[str, deque[Any]] = defaultdict(deque)
+        self.calls: list[Call] = []
+        self.journal = Journal()
+        self.records: dict[int, sequencer_pb2.ItemRecord] = {}
+        self.diverging: set[int] = set()
+        self.grown = asyncio.Event()
+
+    def count(self, method: str) -> int:
+        return sum(call.method == method for call in self.calls)
+
+    async def Generate(self, request: Any, context: Any) -> Any:
+        return await self._unary("Generate", request, context, self._generate)
+
+    async def Cancel(self, request: Any, context: Any) -> Any:
+        return await self._unary("Cancel", request, context, lambda _: generation_pb2.CancelResponse(cancelled=1, ended=2))
+
+    async def GetModel(self, request: Any, context: Any) -> Any:
+        return await self._unary("GetModel", request, context, lambda _: generation_pb2.GetModelResponse(model=MODEL))
+
+    async def Tokenize(self, request: Any, context: Any) -> Any:
+        return await self._unary("Tokenize", request, context, self._tokenize)
+
+    async def Get(self, request: Any, context: Any) -> Any:
+        return await self._unary("Get", request, context, self._get)
+
+    async def Head(self, request: Any, context: Any) -> Any:
+        return await self._unary("Head", request, context, self._head)
+
+    async def Report(self, request: Any, context: Any) -> Any:
+        return await self._unary("Report", request, context, self._report)
+
+    async def GenerateStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        async for each in self._stream("GenerateStream", request, context, self._events):
+            yield each
+
+    async def Tail(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        async for each in self._stream("Tail", request, context, self._tail):
+            yield each
+
+    async def Replay(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        async for each in self._stream("Replay", request, context, self._replay):
+            yield each
+
+    def _seen(self, method: str, request: Any, context: Any) -> Call:
+        call = Call(method, request, dict(context.invocation_metadata()), context.time_remaining())
+        self.calls.append(call)
+        return call
+
+    async def _unary(self, method: str, request: Any, context: Any, default: Callable[[Any], Any]) -> Any:
+        call = self._seen(method, request, context)
+        try:
+            answer = self.script[method].popleft() if self.script[method] else default(request)
+            if callable(answer):
+                answer = await answer(request, context)
+        except errors.OstinatoError as error:
+            answer = error
+        except asyncio.CancelledError:
+            call.cancelled = True
+            raise
+        if isinstance(answer, errors.OstinatoError):
+            await context.abort_with_status(rpc_status.to_status(errors.to_status(answer)))
+        return answer
+
+    async def _stream(
+        self, method: str, request: Any, context: Any, default: Callable[[Any], AsyncIterator[Any]]
+    ) -> AsyncIterator[Any]:
+        call = self._seen(method, request, context)
+        source = _each(self.script[method].popleft()) if self.script[method] else default(request)
+        try:
+            async for answer in source:
+                if isinstance(answer, errors.OstinatoError):
+                    await context.abort_with_status(rpc_status.to_status(errors.to_status(answer)))
+                yield answer
+        except asyncio.CancelledError:
+            call.cancelled = True
+            raise
+
+    def _generate(self, request: generation_pb2.GenerateRequest) -> generation_pb2.GenerateResponse:
+        first, count = len(self.records) + 1, len(request.items)
+        stamp = types_pb2.Stamp(log_id=LOG_ID, writer="fake", epoch=1, first_sequence=first, count=count)
+        results = [self._run(request, item, first, first + position) for position, item in enumerate(request.items)]
+        return generation_pb2.GenerateResponse(stamp=stamp, results=results)
+
+    def _run(
+        self, request: generation_pb2.GenerateRequest, item: types_pb2.Item, first: int, sequence: int
+    ) -> types_pb2.Result:
+        given = types_pb2.Parameters()
+        given.MergeFrom(request.parameters)
+        given.MergeFrom(item.parameters)
+        seed = given.seed if given.HasField("seed") else digest.derived_seed(LOG_ID, sequence)
+        token_ids = _token_ids(item)
+        resolved = types_pb2.ResolvedParameters(temperature=1.0, max_new_tokens=4)
+        about: dict[str, Any] = {"sequence": sequence, "first_sequence": first, "count": len(request.items), "seed": seed}
+        about["input_digest"] = digest.input_digest(token_ids, resolved, seed)
+        admitted = sequencer_pb2.AdmittedPayload(
+            token_ids=token_ids, parameters=resolved, seed=seed, idempotency_key=request.idempotency_key
+        )
+        header = self.journal.append(admitted.SerializeToString(), kind=types_pb2.ENTRY_KIND_ADMITTED, **about).header
+        made = list(hashlib.sha256(f"{seed} {token_ids}".encode()).digest()[:4])
+        output = types_pb2.Output(
+            text="".join(chr(97 + token % 26) for token in made),
+            token_ids=made,
+            finish_reason=types_pb2.FINISH_REASON_LENGTH,
+            seed=seed,
+            engine_seed=seed,
+            prompt_tokens=len(token_ids),
+            grade=types_pb2.GRADE_EXACT,
+        )
+        if given.HasField("logprobs"):
+            output.logprobs.extend(types_pb2.TokenLogprobs(logprob=-0.1 * (token + 1)) for token in made)
+        timing = types_pb2.Timing(queue_micros=10, total_micros=2500)
+        completed = self.journal.append(
+            sequencer_pb2.CompletedPayload(output=output, timing=timing).SerializeToString(),
+            kind=types_pb2.ENTRY_KIND_COMPLETED,
+            attempt=1,
+            grade=output.grade,
+            output_digest=digest.output_digest(output),
+            logprobs_digest=digest.logprobs_digest(output),
+            fingerprint_digest=MODEL.fingerprint.digest,
+            **about,
+        )
+        receipt = chain.receipt(completed.header, self.journal.previous_hash(completed), completed.entry_hash)
+        result = types_pb2.Result(sequence=sequence, output=output, receipt=receipt, timing=timing, attempt=1)
+        self.records[sequence] = sequencer_pb2.ItemRecord(admitted=header, input=admitted, result=result)
+        self.grown.set()
+        return result
+
+    async def _events(self, request: generation_pb2.GenerateRequest) -> AsyncIterator[generation_pb2.GenerateEvent]:
+        response = self._generate(request)
+        yield generation_pb2.GenerateEvent(admitted=generation_pb2.Admitted(stamp=response.stamp))
+        for at in range(4):
+            runs = [
+                generation_pb2.TokenRun(
+                    sequence=result.sequence,
+                    attempt=1,
+                    first_token=at,
+                    token_ids=[result.output.token_ids[at]],
+                    text=result.output.text[at],
+                )
+                for result in response.results
+            ]
+            yield generation_pb2.GenerateEvent(tokens=generation_pb2.Tokens(runs=runs))
+        for result in response.results:
+            yield generation_pb2.GenerateEvent(finished=result)
+
+    def _tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
+        return generation_pb2.TokenizeResponse(results=[types_pb2.TokenIds(ids=_token_ids(item)) for item in request.items])
+
+    def _get(self, request: sequencer_pb2.GetRequest) -> sequencer_pb2.GetResponse:
+        found = [
+            record
+            for sequence, record in self.records.items()
+            if sequence == request.sequence
+            or (request.idempotency_key and record.input.idempotency_key == request.idempotency_key)
+        ]
+        if not found:
+            raise errors.NotFound(f"no item {request.sequence or request.idempotency_key}")
+        return sequencer_pb2.GetResponse(items=found)
+
+    def _head(self, request: sequencer_pb2.HeadRequest) -> sequencer_pb2.HeadResponse:
+        entries = self.journal.entries
+        return sequencer_pb2.HeadResponse(
+            log_id=LOG_ID,
+            writer="fake",
+            epoch=1,
+            index=len(entries),
+            entry_hash=entries[-1].entry_hash if entries else chain.GENESIS,
+            last_sequence=len(self.records),
+        )
+
+    def _report(self, request: sequencer_pb2.ReportRequest) -> sequencer_pb2.ReportResponse:
+        raise errors.NotBuilt("Report is not built yet")
+
+    async def _tail(self, request: sequencer_pb2.TailRequest) -> AsyncIterator[sequencer_pb2.TailResponse]:
+        at = max(request.from_index, 1) - 1
+        while True:
+            entries = [sequencer_pb2.Entry.FromString(entry.SerializeToString()) for entry in self.journal.entries[at:]]
+            for entry in entries:
+                if not request.payloads:
+                    entry.ClearField("payload")
+            if entries:
+                yield sequencer_pb2.TailResponse(entries=entries)
+            at += len(entries)
+            if not request.follow:
+                return
+            self.grown.clear()
+            await self.grown.wait()
+
+    async def _replay(self, request: sequencer_pb2.ReplayRequest) -> AsyncIterator[sequencer_pb2.ReplayResponse]:
+        wanted = range(request.range.first, request.range.last + 1)
+        for seen, record in enumerate((self.records[each] for each in wanted if each in self.records), 1):
+            sequence, output = record.result.sequence, record.result.output
+            made = types_pb2.Comparison(
+                sequence=sequence,
+                kind=types_pb2.COMPARISON_KIND_REPLAY,
+                verdict=types_pb2.VERDICT_MATCH,
+                compared_tokens=4,
+                actual=output,
+            )
+            if sequence in self.diverging:
+                made.verdict, made.first_difference, made.compared_tokens, made.margin = types_pb2.VERDICT_DIVERGED, 2, 2, 0.25
+            yield sequencer_pb2.ReplayResponse(comparison=made, seen=seen)
+
+
+MODEL = types_pb2.Model(
+    name="fake-1",
+    engine="scripted",
+    vocabulary_size=256,
+    context_tokens=128,
+    limits=types_pb2.Limits(batch_items_max=4, new_tokens_max=64, top_k_max=100, logprobs_max=20),
+    fingerprint=types_pb2.Fingerprint(
+        digest=digest.fingerprint_digest({"model": "fake-1", "threads": "1"}), fields={"model": "fake-1", "threads": "1"}
+    ),
+    grade=types_pb2.GRADE_EXACT,
+    grade_reason="self-test: 4 of 4 equal",
+    chat=True,
+)
+
+
+def _token_ids(item: types_pb2.Item) -> list[int]:
+    if item.HasField("token_ids"):
+        return list(item.token_ids.ids)
+    prompt = item.text if item.HasField("text") else "".join(f"{each.role}:{each.content}\n" for each in item.chat.messages)
+    return list(prompt.encode())
+
+
+async def _each(answer: Any) -> AsyncIterator[Any]:
+    for each in answer if isinstance(answer, list) else [answer]:
+        if callable(each):
+            await each()
+        else:
+            yield each
+
+
+@asynccontextmanager
+async def serving(fake: Fake, address: str = "127.0.0.1:0") -> AsyncIterator[str]:
+    """The fake behind a real socket of this loop; yields its target."""
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    generation_pb2_grpc.add_GenerationServicer_to_server(fake, server)
+    sequencer_pb2_grpc.add_SequencerServicer_to_server(fake, server)
+    port = server.add_insecure_port(address)
+    await server.start()
+    try:
+        yield address if address.startswith("unix:") else f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
+
+
+@asynccontextmanager
+async def talking(**options: Any) -> AsyncIterator[tuple[Fake, Client]]:
+    """A fake, and a client of it."""
+    fake = Fake()
+    async with serving(fake) as target, Client(target, **options) as client:
+        yield fake, client
+
+
+@contextmanager
+def serving_apart(fake: Fake) -> Iterator[str]:
+    """The fake in a thread of its own, for callers that block."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    def run(work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, loop).result()
+
+    server = serving(fake)
+    try:
+        yield run(server.__aenter__())
+    finally:
+        run(server.__aexit__(None, None, None))
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+class Terminal:
+    """The command, aimed at a fake."""
+
+    def __init__(self, fake: Fake, target: str) -> None:
+        self.fake = fake
+        self.target = target
+
+    def __call__(self, *arguments: object, stdin: str | bytes | None = None, **environment: str) -> Result:
+        given = ["--target", self.target, *map(str, arguments)]
+        return CliRunner().invoke(app, given, input=stdin, env={"OSTINATO_TARGET": None, **environment})
+
+    def lines(self, *arguments: object, stdin: str | bytes | None = None) -> list[Any]:
+        result = self("--json", *arguments, stdin=stdin)
+        assert result.exit_code == 0, result.output
+        return [json.loads(line) for line in result.stdout.splitlines()]
+
+    @property
+    def sent(self) -> list[generation_pb2.GenerateRequest]:
+        return [call.request for call in self.fake.calls if call.method.startswith("Generate")]

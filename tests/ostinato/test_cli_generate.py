@@ -1,0 +1,357 @@
+"""`ostinato generate`: prompts from everywhere, answers in order, errors that name their place."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf import json_format
+from typer.testing import CliRunner
+
+from ostinato import errors, requests
+from ostinato.cli.app import app
+from ostinato.v1 import generation_pb2, types_pb2
+
+from tests.ostinato.fake import MODEL, Fake, Terminal, serving_apart
+
+
+@pytest.fixture(name="ostinato")
+def _ostinato() -> Iterator[Terminal]:
+    fake = Fake()
+    with serving_apart(fake) as target:
+        yield Terminal(fake, target)
+
+
+def test_a_table_of_answers(ostinato: Terminal) -> None:
+    """Without --json there is a row for each prompt, aligned, with the seed and the beginning of the output digest."""
+    result = ostinato("generate", "Shanghai is", "Paris is", "-n", 2, "--seed", 7)
+
+    header, *rows = (line.split() for line in result.stdout.splitlines())
+    assert result.exit_code == 0
+    assert header == ["sequence", "seed", "grade", "finish", "digest", "tokens", "ms", "text"]
+    assert [row[:4] for row in rows] == [[str(sequence), "7", "exact", "length"] for sequence in (1, 2, 3, 4)]
+    assert rows[0][4:] == rows[1][4:] != rows[2][4:]
+    assert len(rows[0][4]) == 12
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**64 - 1])
+def test_json_is_protobufs_and_exact(ostinato: Terminal, seed: int) -> None:
+    """Each line is a Result in protobuf's JSON with the contract's names; 64-bit numbers are strings, also in receipts."""
+    [line] = ostinato.lines("generate", "a", "--seed", seed)
+
+    result = json_format.ParseDict(line, types_pb2.Result())
+    assert result == ostinato.fake.records[1].result
+    assert line["output"]["seed"] == line["receipt"]["header"]["seed"] == str(seed)
+    assert line["output"]["finish_reason"] == "FINISH_REASON_LENGTH"
+
+
+def test_every_parameter_has_an_option(ostinato: Terminal, tmp_path: Path) -> None:
+    """Each field of Parameters can be set, and the two kinds of response format by an option each."""
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    options = {
+        "--seed": 5,
+        "--temperature": 0.5,
+        "--top-k": 2,
+        "--top-p": 0.75,
+        "--min-p": 0.25,
+        "--repetition-penalty": 1.5,
+        "--max-new-tokens": 7,
+        "--min-new-tokens": 3,
+        "--stop": "x",
+        "--stop-token-id": 8,
+        "--bad-word": "z",
+        "--logprobs": 0,
+        "--json-schema": f"@{tmp_path}/schema.json",
+    }
+    arguments = [each for pair in options.items() for each in pair]
+
+    assert ostinato("generate", "a", *arguments, "--stop", "y", "--ignore-eos").exit_code == 0
+    assert ostinato("generate", "a", "--regex", "a+").exit_code == 0
+
+    given = ostinato.sent[0].parameters
+    assert {field.name for field, _ in given.ListFields()} == set(types_pb2.Parameters.DESCRIPTOR.fields_by_name)
+    assert (given.seed, given.temperature, list(given.stop), list(given.stop_token_ids)) == (5, 0.5, ["x", "y"], [8])
+    assert given.response_format.json_schema == '{"type": "object"}'
+    assert ostinato.sent[1].parameters.response_format.regex == "a+"
+
+
+def test_what_else_is_said_is_sent(ostinato: Terminal) -> None:
+    """Key, label, grade, size limit and timeout reach the sidecar."""
+    options = ["--key", "k", "--request-id", "r", "--require-grade", "serial", "--max-response-bytes", 5000, "--timeout", 20]
+    assert ostinato("generate", "a", *options).exit_code == 0
+
+    [call] = ostinato.fake.calls
+    assert (call.request.idempotency_key, call.request.request_id) == ("k", "r")
+    assert call.request.required_grade == types_pb2.GRADE_SERIAL
+    assert call.metadata["ostinato-max-response-bytes"] == "5000"
+    assert call.seconds_left == pytest.approx(20, abs=3)
+
+
+def test_stdin_is_a_prompt_a_line(ostinato: Terminal) -> None:
+    """- reads prompts from stdin; only a line feed ends one, and blank lines are none."""
+    ostinato.lines("generate", "first", "-", "last", stdin="a\r\n\n  \nb\u2028c\n")
+    assert [item.text for item in ostinato.sent[0].items] == ["first", "a", "b\u2028c", "last"]
+
+
+def test_chat_makes_messages_of_texts(ostinato: Terminal, tmp_path: Path) -> None:
+    """--chat turns texts into a user's messages, keeps their parameters, and leaves other prompts alone."""
+    (tmp_path / "f").write_text('{"text": "a", "seed": 1}\n{"token_ids": [1]}\n')
+    ostinato.lines("generate", "hi", "--chat", "--file", tmp_path / "f")
+
+    first, second, third = ostinato.sent[0].items
+    assert [(each.role, each.content) for each in first.chat.messages] == [("user", "hi")]
+    assert (second.chat.messages[0].content, second.parameters.seed) == ("a", 1)
+    assert third.HasField("token_ids")
+
+
+def test_a_file_holds_every_form_of_prompt(ostinato: Terminal, tmp_path: Path) -> None:
+    """Lines are strings or objects with one prompt and any parameters; a seed may be a string, as our own JSON has it."""
+    chat = [{"role": "user", "content": "hi"}]
+    objects: list[Any] = [
+        "a\u2028b",
+        {"text": "c", "seed": str(2**64 - 1)},
+        {"token_ids": [1, 2], "stop": "x"},
+        {"messages": chat},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n\n".join(map(json.dumps, objects)))
+
+    ostinato.lines("generate", "--file", file)
+
+    assert list(ostinato.sent[0].items) == [
+        requests.item("a\u2028b"),
+        types_pb2.Item(text="c", parameters=types_pb2.Parameters(seed=2**64 - 1)),
+        types_pb2.Item(token_ids=types_pb2.TokenIds(ids=[1, 2]), parameters=types_pb2.Parameters(stop=["x"])),
+        requests.item(chat),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nonsense", "Expecting value"),
+        ("7", "must be a JSON string or object"),
+        ("{}", "text, token_ids, messages: exactly one of them"),
+        ('{"text": "a", "token_ids": [1]}', "text, token_ids: exactly one of them"),
+        ('{"text": 1}', "text: must be a str, not int"),
+        ('{"text": "\\ud800"}', "text: character 0 is half of a surrogate pair"),
+        ('{"token_ids": []}', "token_ids: empty"),
+        ('{"token_ids": {"a": 1}}', "token_ids: must be a list of token ids, not dict"),
+        ('{"token_ids": [1, -1]}', "token_ids[1]: -1 is not from 0"),
+        ('{"messages": [1]}', "messages[0]: must be a message"),
+        ('{"messages": [{"role": "user"}]}', "messages[0].content: missing"),
+        ('{"text": "a", "topp": 1}', "topp: no such parameter"),
+        ('{"text": "a", "top_p": "1"}', "top_p: must be a number, not str"),
+        ('{"text": "a", "seed": 18446744073709551616}', "seed: 18446744073709551616 is not from 0 to"),
+        ('{"text": "a", "seed": "-1"}', "seed: must be an int, not str"),
+        ('{"text": "a", "seed": 1, "seed": 2}', "seed: given twice"),
+        ('{"text": "a", "temperature": NaN}', "NaN: is no JSON number"),
+        (b"\xff", "can't decode byte 0xff"),
+    ],
+)
+def test_a_bad_line_is_named(ostinato: Terminal, tmp_path: Path, line: str | bytes, message: str) -> None:
+    """A line that is no prompt is wrong usage, says file, line and field, and nothing is sent."""
+    file = tmp_path / "f"
+    file.write_bytes(b'"fine"\n\n' + (line if isinstance(line, bytes) else line.encode()))
+
+    result = ostinato("generate", "--file", file)
+
+    assert result.exit_code == 2
+    assert f"{file}:3: " in result.stderr
+    assert message in result.stderr
+    assert ostinato.fake.calls == []
+
+
+def test_a_refused_line_is_named(ostinato: Terminal, tmp_path: Path) -> None:
+    """What the sidecar has against an item is said about the line it came from; the rest as the sidecar said it."""
+    (tmp_path / "f").write_text('"a"\n\n"b"\n')
+    violations = [errors.Violation("items[1].parameters.top_p", "above 1"), errors.Violation("required_grade", "unknown")]
+    ostinato.fake.script["Generate"].append(errors.InvalidRequest("bad", violations=violations))
+
+    result = ostinato("generate", "--file", tmp_path / "f")
+
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "error: INVALID_REQUEST: the request has 2 bad fields",
+        f"  {tmp_path}/f:3: parameters.top_p: above 1",
+        "  required_grade: unknown",
+    ]
+
+
+def test_batches_keep_the_order(ostinato: Terminal) -> None:
+    """Requests hold at most what the model allows, a bounded number run at once, and answers come in the prompts' order."""
+    prompts = [f"prompt {number}" for number in range(19)]
+
+    lines = ostinato.lines("generate", *prompts, "--batch", 10, "--concurrency", 3, "--key", "k")
+
+    sizes = sorted(len(request.items) for request in ostinato.sent)
+    assert sizes == [3, 4, 4, 4, 4]
+    assert {request.idempotency_key for request in ostinato.sent} == {"k", "k/2", "k/3", "k/4", "k/5"}
+    asked = {record.result.sequence: bytes(record.input.token_ids).decode() for record in ostinato.fake.records.values()}
+    assert [asked[int(line["sequence"])] for line in lines] == prompts
+
+
+def test_at_most_so_many_requests_at_once(ostinato: Terminal) -> None:
+    """--concurrency is a bound, and is reached."""
+    running, most = 0, 0
+
+    async def slowly(request: Any, _context: Any) -> Any:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.05)
+        running -= 1
+        return ostinato.fake._generate(request)
+
+    ostinato.fake.script["Generate"].extend([slowly] * 6)
+    assert ostinato("generate", *"abcdef", "--batch", 1, "--concurrency", 2).exit_code == 0
+    assert most == 2
+
+
+def test_a_failed_item_is_shown_and_fails_the_command(ostinato: Terminal) -> None:
+    """An item without an output has its reason and message in its row; the others have their answers; exit 1."""
+    failed = types_pb2.Result(sequence=9, status=errors.to_status(errors.GradeLost("fell to\nserial")))
+    done = ostinato.fake._run(generation_pb2.GenerateRequest(), requests.item("a"), 1, 1)
+    ostinato.fake.script["Generate"].append(generation_pb2.GenerateResponse(results=[failed, done]))
+
+    result = ostinato("generate", "a", "b")
+
+    _, first, second = result.stdout.splitlines()
+    assert result.exit_code == 1
+    assert first.split(maxsplit=2)[:2] == ["9", "GRADE_LOST"]
+    assert first.endswith(r"fell to\nserial")
+    assert done.output.text in second
+
+
+def test_after_a_failed_call_nothing_more_begins(ostinato: Terminal) -> None:
+    """What was answered is printed, the error says when to try again, and the rest is not sent."""
+    ostinato.fake.script["Generate"].extend([ostinato.fake._generate(_request("a")), errors.QueueFull("full", retry_after=2.5)])
+
+    result = ostinato("generate", *"abcd", "--batch", 1)
+
+    assert result.exit_code == 1
+    assert len(result.stdout.splitlines()) == 2
+    assert result.stderr.splitlines() == ["error: QUEUE_FULL: full", "  Try again in 2.5 s."]
+    assert len(ostinato.sent) == 2
+
+
+def test_a_stream_shows_the_text(ostinato: Terminal) -> None:
+    """--stream writes the text alone to stdout, and what is to be known about it to stderr."""
+    result = ostinato("generate", "--stream", "a", "--seed", 3)
+
+    output = ostinato.fake.records[1].result.output
+    assert (result.exit_code, result.stdout) == (0, output.text + "\n")
+    assert result.stderr.startswith("sequence 1, seed 3, grade exact, finish length, digest ")
+
+
+def test_a_restart_is_said(ostinato: Terminal) -> None:
+    """Where a second attempt makes other tokens, the text begins anew; what was held back comes at the end."""
+    finished = types_pb2.Result(sequence=1, output=types_pb2.Output(text="world!"), attempt=2)
+    ostinato.fake.script["GenerateStream"].append(
+        [
+            _tokens("hel"),
+            generation_pb2.GenerateEvent(restarted=generation_pb2.Restarted(sequence=1, attempt=2)),
+            _tokens("world"),
+            generation_pb2.GenerateEvent(finished=finished),
+        ]
+    )
+
+    result = ostinato("generate", "--stream", "a")
+
+    assert (result.exit_code, result.stdout) == (0, "hel\nworld!\n")
+    assert result.stderr.startswith("restarted: attempt 2 makes other tokens; discard what came before\n")
+
+
+def test_a_broken_stream_ends_its_line(ostinato: Terminal) -> None:
+    """An item or a call that fails leaves what was shown, then says why; exit 1."""
+    failed = types_pb2.Result(sequence=1, status=errors.to_status(errors.Abandoned("gone")))
+    ostinato.fake.script["GenerateStream"].append([_tokens("hel"), generation_pb2.GenerateEvent(failed=failed)])
+    ostinato.fake.script["GenerateStream"].append([_tokens("hel"), errors.SlowReader("too slow")])
+
+    first, second = ostinato("generate", "--stream", "a"), ostinato("generate", "--stream", "a")
+
+    assert (first.exit_code, first.stdout) == (second.exit_code, second.stdout) == (1, "hel\n")
+    assert "ABANDONED" in first.stderr
+    assert second.stderr == "error: SLOW_READER: too slow\n"
+
+
+def test_a_stream_in_json_is_events(ostinato: Terminal) -> None:
+    """--stream --json prints every event as it is."""
+    events = [
+        json_format.ParseDict(line, generation_pb2.GenerateEvent()) for line in ostinato.lines("generate", "--stream", "a")
+    ]
+    assert [event.WhichOneof("event") for event in events] == ["admitted", *["tokens"] * 4, "finished"]
+
+
+def test_a_text_cannot_control_the_terminal(ostinato: Terminal) -> None:
+    """Control characters of an answer are written out in the table."""
+    output = types_pb2.Output(text="a\x1b[31m\nb\u202e\tc\\é")
+    ostinato.fake.script["Generate"].append(
+        generation_pb2.GenerateResponse(results=[types_pb2.Result(sequence=1, output=output)])
+    )
+    assert ostinato("generate", "a").stdout.splitlines()[1].endswith(r"a\x1b[31m\nb\u202e\tc\é")
+
+
+def test_progress_stays_off_stdout(ostinato: Terminal) -> None:
+    """A forced bar is drawn on stderr, and stdout is JSON as before; unforced there is none without a terminal."""
+    prompts = [str(number) for number in range(9)]
+    forced, quiet = ostinato("--json", "generate", *prompts, "--progress"), ostinato("--json", "generate", *prompts)
+
+    assert "generate" in forced.stderr
+    assert quiet.stderr == ""
+    assert [len(list(map(json.loads, each.stdout.splitlines()))) for each in (forced, quiet)] == [9, 9]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], "no prompt"),
+        (["generate", "a", "--stream", "-n", "2"], "--stream: shows one prompt, not 2"),
+        (["generate", "a", "--require-grade", "best"], "required_grade: 'best' is none of exact, serial, best-effort"),
+        (["generate", "a", "--seed", "-1"], "seed: -1 is not from 0 to 18446744073709551615"),
+        (["generate", "a", "--seed", "x"], "--seed"),
+        (["generate", "a", "--regex", "a", "--json-schema", "{}"], "give one of them"),
+        (["generate", "a", "--json-schema", "@/nowhere"], "--json-schema: "),
+        (["generate", "--file", "/nowhere"], "/nowhere: No such file"),
+        (["generate", "a", "--timeout", "0"], "timeout: must be a finite number of seconds above 0"),
+        (["generate", "a", "--batch", "0"], "--batch"),
+        (["generate", "a", "--nonsense"], "--nonsense"),
+    ],
+)
+def test_wrong_usage_is_two(ostinato: Terminal, arguments: list[str], message: str) -> None:
+    """Wrong usage exits 2, says what is wrong on stderr, and sends nothing."""
+    result = ostinato(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in " ".join(result.stderr.split())
+    assert ostinato.fake.calls == []
+
+
+def test_global_options_stand_anywhere(ostinato: Terminal) -> None:
+    """Target, --json and --timeout come before or after the command; nearer wins, and any wins over OSTINATO_TARGET."""
+    elsewhere = Terminal(ostinato.fake, "127.0.0.1:1")
+
+    assert json.loads(elsewhere("head", "-t", ostinato.target, "--json", "--timeout", 9).stdout)["writer"] == "fake"
+    assert ostinato("head", OSTINATO_TARGET="127.0.0.1:1").exit_code == 0
+    assert CliRunner().invoke(app, ["head"], env={"OSTINATO_TARGET": ostinato.target}).exit_code == 0
+    assert ostinato.fake.calls[0].seconds_left == pytest.approx(9, abs=3)
+
+
+def test_the_limit_of_the_model_is_asked_for_only_if_it_matters(ostinato: Terminal) -> None:
+    """One prompt is sent without a question before."""
+    ostinato("generate", "a")
+    assert [call.method for call in ostinato.fake.calls] == ["Generate"]
+    assert MODEL.limits.batch_items_max == 4
+
+
+def _request(text: str) -> generation_pb2.GenerateRequest:
+    return generation_pb2.GenerateRequest(items=[types_pb2.Item(text=text)])
+
+
+def _tokens(text: str) -> generation_pb2.GenerateEvent:
+    run = generation_pb2.TokenRun(sequence=1, attempt=1, text=text)
+    return generation_pb2.GenerateEvent(tokens=generation_pb2.Tokens(runs=[run]))

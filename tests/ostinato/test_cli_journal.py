@@ -1,0 +1,188 @@
+"""`ostinato get`, `tail`, `head`, `replay`, `cancel`, `model`, `tokenize` and `report`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from google.protobuf import json_format
+
+from ostinato import errors
+from ostinato.v1 import sequencer_pb2, types_pb2
+
+from tests.ostinato.fake import LOG_ID, MODEL, Fake, Terminal, serving_apart
+
+
+@pytest.fixture(name="ostinato")
+def _ostinato() -> Iterator[Terminal]:
+    fake = Fake()
+    with serving_apart(fake) as target:
+        terminal = Terminal(fake, target)
+        assert terminal("generate", "a", "b", "--key", "k", "--seed", 2**64 - 1).exit_code == 0
+        assert terminal("generate", "c").exit_code == 0
+        fake.calls.clear()
+        yield terminal
+
+
+def test_get_shows_an_item(ostinato: Terminal) -> None:
+    """An item is shown with its number, its seed and how it ended."""
+    shown = dict(line.split(maxsplit=1) for line in ostinato("get", 2).stdout.splitlines() if not line.startswith("input d"))
+    assert (shown["sequence"], shown["batch"], shown["seed"], shown["key"]) == ("2", "1..2", str(2**64 - 1), "k")
+    assert shown["ended"] == "length after 4 tokens"
+
+
+def test_get_by_key_shows_the_batch(ostinato: Terminal) -> None:
+    """--key shows every item of the batch; in JSON each is an ItemRecord a line."""
+    records = [json_format.ParseDict(line, sequencer_pb2.ItemRecord()) for line in ostinato.lines("get", "--key", "k")]
+    assert records == [ostinato.fake.records[1], ostinato.fake.records[2]]
+    assert ostinato("get", "--key", "k").stdout.count("sequence ") == 2
+
+
+def test_get_shows_how_far_an_item_is(ostinato: Terminal) -> None:
+    """An item that has not ended, and one that failed, are shown as such."""
+    header = types_pb2.EntryHeader(sequence=5, first_sequence=5, count=1, seed=1)
+    failed = types_pb2.Result(sequence=5, status=errors.to_status(errors.Abandoned("nobody waits")))
+    records = [sequencer_pb2.ItemRecord(admitted=header), sequencer_pb2.ItemRecord(admitted=header, result=failed)]
+    ostinato.fake.script["Get"].append(sequencer_pb2.GetResponse(items=records))
+
+    lines = ostinato("get", 5).stdout.splitlines()
+
+    assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("ended")] == ["not yet", "ABANDONED: nobody waits"]
+
+
+def test_what_is_not_there_is_an_error(ostinato: Terminal) -> None:
+    """NOT_FOUND is one line on stderr, and exit 1."""
+    result = ostinato("get", 99)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: NOT_FOUND: no item 99\n")
+
+
+def test_tail_is_a_line_an_entry(ostinato: Terminal) -> None:
+    """Index, kind, sequence, epoch, time and digest stand in a line; --from leaves earlier ones out."""
+    lines = [line.split() for line in ostinato("tail", "--from", 3).stdout.splitlines()]
+
+    assert [line[:4] for line in lines] == [
+        ["3", "admitted", "2", "1"],
+        ["4", "completed", "2", "1"],
+        ["5", "admitted", "3", "1"],
+        ["6", "completed", "3", "1"],
+    ]
+    assert lines[0][4] == "2023-11-14T22:13:20.002Z"
+    assert lines[1][5] == ostinato.fake.journal.entries[3].header.output_digest.hex()[:12]
+
+
+def test_tail_in_json_is_entries(ostinato: Terminal) -> None:
+    """A line of JSON is the entry, with its payload's bytes and, beside them, what they say."""
+    lines = ostinato.lines("tail", "--payloads")
+
+    decoded = [line.pop("decoded") for line in lines]
+    assert [json_format.ParseDict(line, sequencer_pb2.Entry()) for line in lines] == ostinato.fake.journal.entries
+    assert decoded[0]["seed"] == str(2**64 - 1)
+    assert decoded[1]["output"]["finish_reason"] == "FINISH_REASON_LENGTH"
+    assert json.loads(ostinato("tail", "--payloads").stdout.splitlines()[0].split(maxsplit=6)[6]) == decoded[0]
+
+
+def test_head_shows_the_end(ostinato: Terminal) -> None:
+    """The newest entry's index and hash, and the newest sequence."""
+    shown = dict(line.rsplit(maxsplit=1) for line in ostinato("head").stdout.splitlines())
+    assert (shown["log"], shown["index"], shown["last sequence"]) == (LOG_ID, "6", "3")
+    assert shown["entry hash"] == ostinato.fake.journal.entries[-1].entry_hash.hex()
+
+
+def test_replay_counts_verdicts(ostinato: Terminal) -> None:
+    """A range that gives the same answers again is all well."""
+    result = ostinato("replay", "1..3", "--concurrency", 2, "--alone")
+
+    [call] = ostinato.fake.calls
+    assert (result.exit_code, result.stdout) == (0, "3 match, 0 diverged, 0 incomparable\n")
+    assert (call.request.range.first, call.request.range.last) == (1, 3)
+    assert (call.request.concurrency, call.request.alone) == (2, True)
+
+
+def test_a_divergence_fails_the_replay(ostinato: Terminal) -> None:
+    """Each divergence is printed with its first differing token, and the command exits 1; in JSON it is a Comparison."""
+    ostinato.fake.diverging = {2}
+    token = ostinato.fake.records[2].result.output.token_ids[2]
+
+    result, in_json = ostinato("replay", "1..3"), ostinato("--json", "replay", "2")
+
+    assert result.exit_code == in_json.exit_code == 1
+    assert result.stdout.splitlines() == [
+        f"2 diverged at token 2, which is {token} now (margin 0.25)",
+        "2 match, 1 diverged, 0 incomparable",
+    ]
+    assert json.loads(in_json.stdout)["verdict"] == "VERDICT_DIVERGED"
+
+
+def test_drift_is_no_divergence(ostinato: Terminal) -> None:
+    """What cannot be compared is printed with the reason, and does not fail the command."""
+    drift = types_pb2.Comparison(sequence=1, verdict=types_pb2.VERDICT_INCOMPARABLE, drift=["device", "driver"])
+    failed = types_pb2.Comparison(
+        sequence=2, verdict=types_pb2.VERDICT_INCOMPARABLE, status=errors.to_status(errors.EngineFailed("broke"))
+    )
+    ostinato.fake.script["Replay"].append([sequencer_pb2.ReplayResponse(comparison=each) for each in (drift, failed)])
+
+    result = ostinato("replay", "1..3")
+
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "1 incomparable: device, driver",
+        "2 incomparable: broke",
+        "0 match, 0 diverged, 2 incomparable",
+    ]
+
+
+def test_cancel_takes_a_range_or_a_key(ostinato: Terminal) -> None:
+    """A..B, one number, or --key; the counts are printed."""
+    assert ostinato("cancel", "3..5").stdout == "1 cancelled, 2 had ended before\n"
+    assert ostinato.lines("cancel", "7") == [{"cancelled": 1, "ended": 2}]
+    ostinato("cancel", "--key", "k")
+
+    ranges = [(call.request.range.first, call.request.range.last) for call in ostinato.fake.calls]
+    assert ranges == [(3, 5), (7, 7), (0, 0)]
+    assert ostinato.fake.calls[2].request.idempotency_key == "k"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["cancel"],
+        ["cancel", "1", "--key", "k"],
+        ["get"],
+        ["get", "0"],
+        ["cancel", "5..3"],
+        ["cancel", "0"],
+        ["replay", "a..b"],
+        ["replay", "1..18446744073709551616"],
+        ["replay", "1..2", "--concurrency", "65"],
+        ["tail", "--from", "-1"],
+    ],
+)
+def test_wrong_usage_is_two(ostinato: Terminal, arguments: list[str]) -> None:
+    """A missing or impossible target exits 2, and nothing is sent."""
+    result = ostinato(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert ostinato.fake.calls == []
+
+
+def test_model_shows_grade_limits_and_fingerprint(ostinato: Terminal) -> None:
+    """The grade with its reason, each limit and each field of the fingerprint."""
+    shown = [line.split(maxsplit=1) for line in ostinato("model").stdout.splitlines()]
+    assert ["grade", "exact: self-test: 4 of 4 equal"] in shown
+    assert ["threads", "1"] in shown
+    assert ["batch_items_max", "4"] in shown
+    assert json_format.ParseDict(ostinato.lines("model")[0], types_pb2.Model()) == MODEL
+
+
+def test_tokenize_prints_ids(ostinato: Terminal) -> None:
+    """Ids with spaces between them, or TokenIds in JSON; --chat asks for the template."""
+    assert ostinato("tokenize", "abc").stdout == "97 98 99\n"
+    assert ostinato.lines("tokenize", "abc") == [{"ids": [97, 98, 99]}]
+    ostinato("tokenize", "abc", "--chat")
+    assert ostinato.fake.calls[-1].request.items[0].chat.messages[0].content == "abc"
+
+
+def test_report_is_not_built(ostinato: Terminal) -> None:
+    """What the sidecar does not have yet is said in its words; exit 1."""
+    result = ostinato("report")
+    assert (result.exit_code, result.stderr) == (1, "error: NOT_BUILT: Report is not built yet\n")

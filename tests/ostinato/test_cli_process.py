@@ -1,0 +1,150 @@
+"""The command as a process: signals, pipes, exit codes, and what it loads."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.ostinato.fake import Fake, serving_apart
+
+COMMAND = (sys.executable, "-m", "ostinato.cli")
+
+
+@pytest.fixture(name="far")
+def _far() -> Iterator[tuple[Fake, str]]:
+    fake = Fake()
+    with serving_apart(fake) as target:
+        yield fake, target
+
+
+def _run(*arguments: str, target: str = "127.0.0.1:1", **options: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OSTINATO_TARGET": target}
+    return subprocess.run([*COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=30, **options)
+
+
+def _start(*arguments: str, target: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OSTINATO_TARGET": target}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*COMMAND, *arguments], env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """A process that is started where SIGINT is ignored ignores it too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def _until(true: Callable[[], object], seconds: float = 10) -> bool:
+    for _ in range(round(seconds * 100)):
+        if true():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize("arguments", [("generate", "a"), ("generate", "a", "--stream"), ("tail", "--follow")])
+def test_an_interrupt_cancels_the_call(far: tuple[Fake, str], arguments: tuple[str, ...]) -> None:
+    """Ctrl-C exits 130 without a word, and the sidecar sees the call cancelled."""
+    fake, target = far
+    fake.script["Generate"].append(lambda *_: asyncio.sleep(60))
+    fake.script["GenerateStream"].append([lambda: asyncio.sleep(60)])
+    method = {"generate": "Generate", "tail": "Tail"}[arguments[0]] + "Stream" * ("--stream" in arguments)
+    with _start(*arguments, target=target) as process:
+        assert _until(lambda: fake.count(method))
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=10) == ("", "")
+
+    assert process.returncode == 130
+    assert _until(lambda: fake.calls[-1].cancelled)
+
+
+def test_an_interrupt_ends_the_reading_of_prompts(far: tuple[Fake, str]) -> None:
+    """One Ctrl-C is enough while the command waits for stdin."""
+    with _start("generate", "-", target=far[1]) as process:
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert process.communicate() == ("", "")
+
+
+def test_a_reader_may_leave(far: tuple[Fake, str]) -> None:
+    """A closed pipe ends the command quietly, as it does other tools, and its call."""
+    fake, target = far
+    assert _run("generate", "a", target=target).returncode == 0
+    with _start("tail", "--payloads", "--follow", target=target) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+
+        assert _run("generate", *"abcd", target=target).returncode == 0
+
+        assert process.wait(10) == 141
+        assert process.stderr.read() == ""
+    assert _until(lambda: next(call for call in fake.calls if call.method == "Tail").cancelled)
+
+
+def test_nobody_there_is_said_in_two_lines() -> None:
+    """Where no sidecar listens the error names the target and what to try, with no word of gRPC's own, and exit 1."""
+    done = _run("generate", "a")
+    first, second = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert first.startswith("error: DISCONNECTED: failed to connect")
+    assert second == "  Does a sidecar run at 127.0.0.1:1? Choose another with --target or OSTINATO_TARGET."
+
+
+def test_a_deadline_is_an_error(far: tuple[Fake, str]) -> None:
+    """An expired --timeout is a failed call."""
+    fake, target = far
+    fake.script["Generate"].append(lambda *_: asyncio.sleep(60))
+    done = _run("--timeout", "0.3", "generate", "a", target=target)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: DEADLINE_EXCEEDED: ")
+
+
+def test_a_pipe_gets_plain_text(far: tuple[Fake, str]) -> None:
+    """No escape codes and no boxes where stdout and stderr are no terminals, not even for wrong usage."""
+    for arguments in (("generate", *"abcd"), ("--help",), ("nonsense",)):
+        done = _run(*arguments, target=far[1])
+        assert (done.stdout + done.stderr).isascii()
+        assert "\x1b" not in done.stdout + done.stderr
+        assert not any(line.endswith(" ") for line in done.stdout.splitlines())
+
+
+def test_a_narrow_encoding_is_survived(far: tuple[Fake, str]) -> None:
+    """An answer that the output's encoding lacks is escaped, not stumbled over."""
+    fake, target = far
+    assert _run("generate", "é", target=target).returncode == 0
+    fake.records[1].result.output.text = "né"
+    environment = {**os.environ, "OSTINATO_TARGET": target, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run([*COMMAND, "get", "1"], env=environment, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.splitlines()[-1].endswith(r"n\xe9")
+
+
+def test_the_version_is_the_packages() -> None:
+    """--version prints the package's version."""
+    import ostinato
+
+    done = _run("--version")
+    assert (done.returncode, done.stdout) == (0, f"{ostinato.__version__}\n")
+
+
+def test_json_reaches_a_pipe_at_once(far: tuple[Fake, str]) -> None:
+    """A follower's lines are not held back until a block is full."""
+    _, target = far
+    assert _run("generate", "a", target=target).returncode == 0
+    with _start("tail", "--follow", "--json", target=target) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["header"]["index"] == "1"
+        process.send_signal(signal.SIGINT)

@@ -1,0 +1,301 @@
+"""`ostinato verify`: honest records pass, and no field can be altered without a fault."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf import json_format
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from ostinato import errors
+from ostinato.cli.app import app
+from ostinato.cli.verify import Checks
+from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
+
+from tests.ostinato.fake import Fake
+
+
+def _journal() -> Fake:
+    fake = Fake()
+    for number in range(3):
+        parameters = types_pb2.Parameters(seed=2**64 - 1 - number, logprobs=0)
+        items = [types_pb2.Item(text=text) for text in ("a", "b")]
+        fake._generate(generation_pb2.GenerateRequest(items=items, parameters=parameters))
+    return fake
+
+
+FAKE = _journal()
+RECORD = FAKE.records[3]
+ENTRIES = FAKE.journal.entries
+HEADER_FIELDS = [field.name for field in types_pb2.EntryHeader.DESCRIPTOR.fields]
+CASES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def _dict(message: Message) -> dict[str, Any]:
+    made: dict[str, Any] = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    return made
+
+
+def _check(*documents: Any) -> Checks:
+    checks = Checks()
+    checks.read("f", "\n".join(json.dumps(each) for each in documents).encode())
+    return checks
+
+
+def _verify(content: str | bytes, *arguments: str) -> Any:
+    return CliRunner().invoke(app, ["verify", "-", *arguments], input=content)
+
+
+def _flipped(message: types_pb2.EntryHeader, name: str, bit: int) -> None:
+    """One bit of a header's field is another."""
+    field, value = message.DESCRIPTOR.fields_by_name[name], getattr(message, name)
+    if field.type == FieldDescriptor.TYPE_STRING:
+        raw = bytearray((value or "w").encode())
+        raw[bit // 7 % len(raw)] ^= 1 << bit % 7  # it stays ASCII
+        setattr(message, name, raw.decode())
+    elif field.type == FieldDescriptor.TYPE_BYTES:
+        raw = bytearray(value or bytes(1))
+        raw[bit // 8 % len(raw)] ^= 1 << bit % 8
+        setattr(message, name, bytes(raw))
+    else:
+        bits = {FieldDescriptor.CPPTYPE_UINT64: 64, FieldDescriptor.CPPTYPE_UINT32: 32}.get(field.cpp_type, 3)
+        setattr(message, name, value ^ 1 << bit % bits)
+
+
+@pytest.mark.parametrize(
+    ("document", "counts"),
+    [
+        (RECORD.result, (1, 0)),
+        (RECORD, (1, 0)),
+        (RECORD.result.receipt, (1, 0)),
+        (generation_pb2.GenerateEvent(finished=RECORD.result), (1, 0)),
+        (generation_pb2.GenerateResponse(results=[each.result for each in FAKE.records.values()]), (6, 0)),
+        (sequencer_pb2.GetResponse(items=FAKE.records.values()), (6, 0)),
+        (ENTRIES[0], (0, 1)),
+    ],
+)
+def test_honest_records_are_sound(document: Message, counts: tuple[int, int]) -> None:
+    """Every kind of record that the command prints is taken, alone, in a list, and as a line among others."""
+    for checks, times in ((_check(_dict(document)), 1), (_check([_dict(document)], {"results": []}), 1)):
+        assert checks.faults == []
+        assert (checks.counts.sound_receipts, checks.counts.sound_entries) == tuple(times * each for each in counts)
+
+
+def test_an_honest_journal_is_sound(tmp_path: Path) -> None:
+    """A whole journal holds link by link; a part of it does but for its first entry, which is said to be taken on trust."""
+    lines = [json.dumps(_dict(entry)) for entry in ENTRIES]
+    (tmp_path / "whole").write_text("\n".join(lines))
+
+    whole, part = CliRunner().invoke(app, ["verify", str(tmp_path / "whole")]), _verify("\n".join(lines[4:]))
+
+    assert (whole.exit_code, whole.stdout) == (0, "12 of 12 entries sound\n")
+    assert (part.exit_code, part.stdout) == (0, "7 of 7 entries sound, 1 taken on trust, without the entry before\n")
+
+
+@CASES
+@given(st.sampled_from(HEADER_FIELDS), st.integers(0, 255), st.sampled_from(["receipt", "result", "record", "entry"]))
+def test_no_bit_of_a_header_can_be_flipped(name: str, bit: int, form: str) -> None:
+    """Whatever field of a header is altered, in whatever record, there is a fault."""
+    record, entries = copy.deepcopy(RECORD), copy.deepcopy(ENTRIES)
+    _flipped(record.result.receipt.header, name, bit)
+    _flipped(entries[bit % len(entries)].header, name, bit)
+    forms: dict[str, list[Message]] = {
+        "receipt": [record.result.receipt],
+        "result": [record.result],
+        "record": [record],
+        "entry": [*entries],
+    }
+    assert _check(*map(_dict, forms[form])).faults
+
+
+@CASES
+@given(st.sampled_from(["previous_hash", "entry_hash"]), st.integers(0, 255))
+def test_no_bit_of_a_hash_can_be_flipped(name: str, bit: int) -> None:
+    """The hashes of a receipt hold each other."""
+    receipt = copy.deepcopy(RECORD.result.receipt)
+    raw = bytearray(getattr(receipt, name))
+    raw[bit // 8] ^= 1 << bit % 8
+    setattr(receipt, name, bytes(raw))
+    assert _check(_dict(receipt)).faults
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        lambda result: result.update(sequence="4"),
+        lambda result: result.update(attempt=2),
+        lambda result: result.pop("receipt"),
+        lambda result: result.pop("output"),
+        lambda result: result["output"]["token_ids"].append(7),
+        lambda result: result["output"]["token_ids"].__setitem__(0, 300),
+        lambda result: result["output"].update(finish_reason="FINISH_REASON_STOP_STRING"),
+        lambda result: result["output"].update(matched_stop="x"),
+        lambda result: result["output"].update(seed="1"),
+        lambda result: result["output"].update(grade="GRADE_SERIAL"),
+        lambda result: result["output"]["logprobs"][0].update(logprob=-0.30000000000000004),
+        lambda result: result["output"].pop("logprobs"),
+        lambda result: result["output"]["logprobs"][0].update(logprob="NaN"),
+        lambda result: result["output"].update(finish_reason=-1),
+        lambda result: result["receipt"]["header"].update(grade=-1),
+        lambda result: result.update(receipt=_dict(FAKE.records[4].result.receipt)),
+    ],
+)
+def test_no_result_can_be_altered(tamper: Any) -> None:
+    """Output, seed, grade and numbers cannot part from their receipt, nor the receipt from its result."""
+    result = _dict(RECORD.result)
+    tamper(result)
+    checks = _check(result)
+    assert checks.faults
+    assert checks.counts.sound_receipts == 0
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        lambda record: record["input"]["token_ids"].append(7),
+        lambda record: record["input"]["parameters"].update(temperature=0.5),
+        lambda record: record["input"].update(seed="1"),
+        lambda record: record["input"]["parameters"].update(top_p="NaN"),
+        lambda record: record["admitted"].update(input_digest=base64.b64encode(bytes(32)).decode()),
+        lambda record: record["result"].pop("receipt"),
+        lambda record: record.update(input=_dict(FAKE.records[1].input), admitted=_dict(FAKE.records[1].admitted)),
+    ],
+)
+def test_no_input_can_be_altered(tamper: Any) -> None:
+    """What went in cannot part from what came out."""
+    record = _dict(RECORD)
+    tamper(record)
+    assert _check(record).faults
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        lambda entries: entries.pop(3),
+        lambda entries: entries.insert(3, entries[3]),
+        lambda entries: entries.reverse(),
+        lambda entries: entries[2].update(payload=entries[4]["payload"]),
+        lambda entries: entries[2].update(entry_hash=entries[4]["entry_hash"]),
+        lambda entries: entries[2].update(entry_hash=""),
+        lambda entries: entries[2]["header"].update(kind=-1),
+        lambda entries: entries[2].update(decoded={"seed": "1"}),
+        lambda entries: entries[2].update(payload="", decoded={"seed": "1"}),
+    ],
+)
+def test_no_journal_can_be_altered(tamper: Any) -> None:
+    """Entries can be neither left out nor repeated, reordered, exchanged or given another meaning."""
+    entries = [_dict(entry) for entry in ENTRIES]
+    tamper(entries)
+    assert _check(*entries).faults
+
+
+def test_faults_are_printed_and_counted() -> None:
+    """Each fault is a line with its place; the command exits 1 and says how many receipts were sound; --json holds the same."""
+    records = [_dict(record.result) for record in FAKE.records.values()]
+    records[1]["output"]["seed"] = "5"
+    content = "\n".join(map(json.dumps, records))
+
+    plain, in_json = _verify(content), _verify(content, "--json")
+
+    assert plain.exit_code == in_json.exit_code == 1
+    assert plain.stdout.splitlines() == [
+        "stdin:2: sequence 2: header.seed: does not belong to this output",
+        "5 of 6 receipts sound",
+    ]
+    assert json.loads(in_json.stdout) == {
+        "receipts": 6,
+        "sound_receipts": 5,
+        "entries": 0,
+        "sound_entries": 0,
+        "entries_on_trust": 0,
+        "faults": plain.stdout.splitlines()[:1],
+    }
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "\n\n",
+        "[]",
+        json.dumps(_dict(types_pb2.Result(sequence=1, status=errors.to_status(errors.Abandoned("gone"))))),
+        json.dumps(_dict(ENTRIES[5])),
+        json.dumps({"tokens": {}}),
+    ],
+)
+def test_nothing_to_verify_is_an_error(content: str) -> None:
+    """A file without a single proof is not a sound one."""
+    result = _verify(content)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: nothing to verify in -")
+
+
+@pytest.mark.parametrize("content", ["nonsense", '{"a": 1}', "7", '{"header": 7}', '{"output": {"seed": "x"}}', "[" * 5000])
+def test_what_is_no_record_is_a_fault(content: str) -> None:
+    """A line that is no record of ours is a fault, with its place, beside sound ones too."""
+    result = _verify(json.dumps(_dict(RECORD)) + "\n" + content)
+    assert result.exit_code == 1
+    assert result.stdout.startswith("stdin:2: no ")
+    assert result.stdout.endswith("1 of 1 receipts sound\n")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["header", "previous_hash", "entry_hash", "results", "items", "admitted", "stamp", "output", "receipt"]
+                )
+                | st.text(max_size=3),
+                inner,
+                max_size=4,
+            )
+        ),
+        max_leaves=8,
+    )
+)
+def test_no_json_is_too_odd(document: Any) -> None:
+    """Any JSON at all is judged, not stumbled over."""
+    checks = _check(document)
+    assert checks.counts.sound_receipts == 0
+    assert isinstance(checks.faults, list)
+
+
+def test_what_the_commands_print_is_what_verify_reads() -> None:
+    """generate, get and tail with --json, with any kind of payload and over a sidecar, verify as they are."""
+    from tests.ostinato.fake import Terminal, serving_apart
+
+    fake = Fake()
+    with serving_apart(fake) as target:
+        ostinato = Terminal(fake, target)
+        for arguments in (
+            ["generate", "a", "b", "--logprobs", "0", "--seed", 2**63],
+            ["generate", "c", "--stream"],
+            ["get", "2"],
+            ["tail"],
+            ["tail", "--payloads"],
+            ["tail", "--payloads", "--from", "3"],
+        ):
+            printed = ostinato("--json", *arguments).stdout
+            assert _verify(printed).exit_code == 0, printed
+
+
+@pytest.fixture(autouse=True)
+def _untouched() -> Iterator[None]:
+    """The records that the tests share stay as they are."""
+    before = [copy.deepcopy(record) for record in FAKE.records.values()]
+    yield
+    assert before == list(FAKE.records.values())

@@ -1,0 +1,369 @@
+"""The asyncio client against a server over a real socket: retries, deadlines, errors, streams."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_status import rpc_status
+
+from ostinato import Client, OstinatoError, errors
+from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
+
+from tests.ostinato.fake import Fake, serving, talking
+
+Talk = tuple[Fake, Client]
+
+
+@pytest.fixture(name="talk")
+async def _talk() -> AsyncIterator[Talk]:
+    async with talking() as talk:
+        yield talk
+
+
+READS: dict[str, Callable[[Client], Awaitable[object]]] = {
+    "Get": lambda client: client.get(1),
+    "Head": lambda client: client.head(),
+    "GetModel": lambda client: client.model(),
+    "Tokenize": lambda client: client.tokenize("a"),
+}
+
+
+async def test_a_batch_is_answered(talk: Talk) -> None:
+    """Results come in the order of the prompts, each with a seed and a receipt, and equal seeds give equal answers."""
+    _, client = talk
+
+    response = await client.generate(["Shanghai is"] * 3 + ["Paris is"], seed=1, top_k=40)
+
+    assert [result.sequence for result in response.results] == [1, 2, 3, 4]
+    assert len({result.output.text for result in response.results[:3]}) == 1
+    assert all(result.output.seed == 1 and result.HasField("receipt") for result in response.results)
+
+
+@pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1])
+async def test_seeds_are_exact(talk: Talk, seed: int) -> None:
+    """A seed beyond what a signed or a floating-point number holds comes back as it was sent."""
+    _, client = talk
+    assert (await client.generate("a", seed=seed)).results[0].output.seed == seed
+
+
+async def test_what_was_said_is_sent(talk: Talk) -> None:
+    """Key, label, grade and parameters stand in the request, and the size limit in the metadata."""
+    fake, client = talk
+
+    await client.generate("a", key="k", request_id="r", required_grade="serial", max_new_tokens=3)
+
+    sent = fake.calls[0].request
+    assert sent == generation_pb2.GenerateRequest(
+        items=[types_pb2.Item(text="a")],
+        idempotency_key="k",
+        request_id="r",
+        required_grade=types_pb2.GRADE_SERIAL,
+        parameters=types_pb2.Parameters(max_new_tokens=3),
+    )
+    assert fake.calls[0].metadata["ostinato-max-response-bytes"] == str(4 * 2**20)
+
+
+async def test_a_batch_with_a_key_is_retried(talk: Talk) -> None:
+    """UNAVAILABLE, twice, is no matter to a request with an idempotency key, however large."""
+    fake, client = talk
+    fake.script["Generate"].extend([errors.Draining("later"), errors.EngineUnavailable("later")])
+
+    response = await client.generate("a" * 1_000_000, key="k")
+
+    assert response.results[0].sequence == 1
+    assert fake.count("Generate") == 3
+
+
+async def test_a_batch_without_a_key_is_sent_once(talk: Talk) -> None:
+    """Without a key the first UNAVAILABLE is the caller's, since a second attempt would be a second request."""
+    fake, client = talk
+    fake.script["Generate"].append(errors.Draining("later"))
+
+    with pytest.raises(errors.Draining):
+        await client.generate("a")
+    assert fake.count("Generate") == 1
+
+
+async def test_a_stream_is_retried_with_a_key_only(talk: Talk) -> None:
+    """Streams follow the same rule as long as nothing was received."""
+    fake, client = talk
+    fake.script["GenerateStream"].extend([errors.Draining("later")] * 2)
+
+    with pytest.raises(errors.Draining):
+        _ = [event async for event in client.stream("a")]
+    assert [event async for event in client.stream("a", key="k")]
+    assert fake.count("GenerateStream") == 3
+
+
+@pytest.mark.parametrize("method", READS)
+async def test_reads_are_retried(talk: Talk, method: str) -> None:
+    """What changes nothing may be asked twice."""
+    fake, client = talk
+    await client.generate("a")
+    fake.script[method].append(errors.Draining("later"))
+
+    await READS[method](client)
+
+    assert fake.count(method) == 2
+
+
+async def test_cancel_and_replay_are_sent_once(talk: Talk) -> None:
+    """Calls that cause work are not repeated behind the caller's back."""
+    fake, client = talk
+    fake.script["Cancel"].append(errors.Draining("later"))
+    fake.script["Replay"].append(errors.Draining("later"))
+
+    with pytest.raises(errors.Draining):
+        await client.cancel(1)
+    with pytest.raises(errors.Draining):
+        _ = [verdict async for verdict in client.replay(1)]
+    assert (fake.count("Cancel"), fake.count("Replay")) == (1, 1)
+
+
+async def test_other_errors_are_not_retried(talk: Talk) -> None:
+    """Only UNAVAILABLE is retried: a full queue is the caller's to wait for."""
+    fake, client = talk
+    fake.script["Generate"].append(errors.QueueFull("full", retry_after=0.5))
+
+    with pytest.raises(errors.QueueFull) as caught:
+        await client.generate("a", key="k")
+    assert (caught.value.retry_after, fake.count("Generate")) == (0.5, 1)
+
+
+@pytest.mark.parametrize(("pushback", "count"), [("-1", 1), ("20", 2)])
+async def test_the_server_says_when(talk: Talk, pushback: str, count: int) -> None:
+    """grpc-retry-pushback-ms decides whether and when a retry is made."""
+    fake, client = talk
+
+    async def push(_request: Any, context: Any) -> None:
+        context.set_trailing_metadata((("grpc-retry-pushback-ms", pushback),))
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "later")
+
+    fake.script["Head"].append(push)
+    if count == 1:
+        with pytest.raises(errors.Disconnected):
+            await client.head()
+    else:
+        await client.head()
+    assert fake.count("Head") == count
+
+
+async def test_the_deadline_travels(talk: Talk) -> None:
+    """The server sees the timeout as time left, and none where none was given."""
+    fake, client = talk
+
+    await client.generate("a", timeout=30)
+    await client.generate("a")
+    _ = [event async for event in client.stream("a", timeout=20)]
+
+    assert fake.calls[0].seconds_left == pytest.approx(30, abs=3)
+    assert fake.calls[1].seconds_left is None
+    assert fake.calls[2].seconds_left == pytest.approx(20, abs=3)
+
+
+async def test_an_expired_deadline_is_an_error_of_ours(talk: Talk) -> None:
+    """DeadlineExceeded is raised on time, and the server's side of the call ends."""
+    fake, client = talk
+    fake.script["Generate"].append(lambda *_: asyncio.sleep(60))
+
+    with pytest.raises(errors.DeadlineExceeded):
+        await client.generate("a", timeout=0.2)
+    assert await _until(lambda: fake.calls[0].cancelled)
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, math.nan])
+async def test_an_impossible_deadline_is_refused_here(talk: Talk, timeout: float) -> None:
+    """Nothing is sent with a timeout that is not above zero; streams say so when they are made."""
+    fake, client = talk
+    with pytest.raises(ValueError, match=r"^timeout: "):
+        await client.generate("a", timeout=timeout)
+    with pytest.raises(ValueError, match=r"^timeout: "):
+        client.stream("a", timeout=timeout)
+    with pytest.raises(ValueError, match=r"^timeout: "):
+        client.replay(1, timeout=timeout)
+    with pytest.raises(ValueError, match=r"^timeout: "):
+        client.tail(timeout=timeout)
+    assert fake.calls == []
+
+
+@pytest.mark.parametrize("kind", errors.TABLE.values(), ids=errors.TABLE)
+async def test_every_error_comes_back_as_it_was_raised(talk: Talk, kind: type[OstinatoError]) -> None:
+    """Class, message, details, field paths and the time to wait survive the wire, from a call and from a stream."""
+    fake, client = talk
+    sent = kind("because", retry_after=1.5, details={"name": "value"})
+    if issubclass(kind, errors.InvalidRequest):
+        violations = [errors.Violation("items[3].parameters.top_p", "above 1"), errors.Violation("parameters.seed", "é")]
+        sent = kind("because", violations=violations)
+    fake.script["Cancel"].append(sent)
+    fake.script["GenerateStream"].append([generation_pb2.GenerateEvent(), sent])
+
+    with pytest.raises(OstinatoError) as from_call:
+        await client.cancel(1)
+    with pytest.raises(OstinatoError) as from_stream:
+        _ = [event async for event in client.stream("a")]
+
+    for caught in (from_call.value, from_stream.value):
+        assert type(caught) is kind
+        assert {**vars(caught)} == {**vars(sent)}
+
+
+async def test_errors_of_others_are_errors_of_ours(talk: Talk) -> None:
+    """What has no details, or details that contradict the status or are garbage, keeps at least its code and message."""
+    fake, client = talk
+
+    def abort(*details: bytes) -> Callable[..., Awaitable[None]]:
+        async def act(_request: Any, context: Any) -> None:
+            context.set_trailing_metadata(tuple(("grpc-status-details-bin", each) for each in details))
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a proxy")
+
+        return act
+
+    other = errors.to_status(errors.QueueFull("full")).SerializeToString()
+    for answer in (abort(), abort(other), abort(b"\xff\xff")):
+        fake.script["Cancel"].append(answer)
+        with pytest.raises(OstinatoError, match="a proxy") as caught:
+            await client.cancel(1)
+        assert caught.value.code is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_an_answer_beyond_the_limit_is_refused() -> None:
+    """max_response_bytes bounds what is received, and travels so that the sidecar can refuse sooner."""
+    async with talking(max_response_bytes=1000) as (fake, client):
+        fake.script["Head"].append(sequencer_pb2.HeadResponse(writer="w" * 2000))
+
+        with pytest.raises(OstinatoError) as caught:
+            await client.head()
+
+        assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert fake.calls[0].metadata["ostinato-max-response-bytes"] == "1000"
+    with pytest.raises(ValueError, match=r"^max_response_bytes: 0 is not from 1"):
+        Client(max_response_bytes=0)
+
+
+async def test_a_larger_limit_lets_more_through() -> None:
+    """An answer beyond gRPC's own 4 MiB arrives where the client allows it."""
+    async with talking(max_response_bytes=8 * 2**20) as (fake, client):
+        fake.script["Head"].append(sequencer_pb2.HeadResponse(writer="w" * 5 * 2**20))
+        assert len((await client.head()).writer) == 5 * 2**20
+
+
+async def test_nobody_there_is_said_at_once() -> None:
+    """A request that may not be repeated fails without waiting where no sidecar listens."""
+    async with Client("127.0.0.1:1") as client:
+        begun = time.monotonic()
+        with pytest.raises(errors.Disconnected, match="failed to connect"):
+            await client.generate("a")
+        assert time.monotonic() - begun < 2
+
+
+async def test_a_socket_is_a_target(tmp_path: Path) -> None:
+    """unix:/path is reached like host:port."""
+    async with serving(Fake(), f"unix:{tmp_path}/s") as target, Client(target) as client:
+        assert (await client.model()).name == "fake-1"
+
+
+async def test_a_closed_client_opens_again(talk: Talk) -> None:
+    """close() ends the connections, not the client."""
+    _, client = talk
+    await client.head()
+    await client.close()
+    assert (await client.head()).writer == "fake"
+
+
+async def test_a_stream_tells_what_happens(talk: Talk) -> None:
+    """Admitted first, then tokens whose texts are the output's, then one end for each item."""
+    _, client = talk
+
+    events = [event async for event in client.stream(["a", "b"])]
+
+    kinds = [event.WhichOneof("event") for event in events]
+    assert kinds == ["admitted", "tokens", "tokens", "tokens", "tokens", "finished", "finished"]
+    for result in (event.finished for event in events[-2:]):
+        runs = [run for event in events for run in event.tokens.runs if run.sequence == result.sequence]
+        assert "".join(run.text for run in runs) == result.output.text
+
+
+async def test_leaving_a_stream_ends_the_call(talk: Talk) -> None:
+    """A reader that goes away cancels what it read."""
+    fake, client = talk
+    fake.script["GenerateStream"].append([generation_pb2.GenerateEvent(), lambda: asyncio.sleep(60)])
+
+    async with aclosing(client.stream("a")) as events:
+        await anext(events)
+
+    assert await _until(lambda: fake.calls[0].cancelled)
+
+
+async def test_cancelling_the_task_ends_the_call(talk: Talk) -> None:
+    """A cancelled caller cancels its call, and sees its own cancellation."""
+    fake, client = talk
+    fake.script["Generate"].append(lambda *_: asyncio.sleep(60))
+    task = asyncio.create_task(client.generate("a"))
+    assert await _until(lambda: fake.calls)
+
+    task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await _until(lambda: fake.calls[0].cancelled)
+
+
+async def test_one_target_has_to_be_chosen(talk: Talk) -> None:
+    """get and cancel take a sequence or a key: not none of them, and not both."""
+    _, client = talk
+    for ask in (client.get, client.cancel):
+        with pytest.raises(TypeError, match="give one of them"):
+            await ask()
+        with pytest.raises(TypeError, match="give one of them"):
+            await ask(1, key="k")
+    with pytest.raises(ValueError, match=r"^sequence: 0 is not from 1"):
+        await client.get(0)
+
+
+async def test_a_keyed_batch_is_found_by_its_key(talk: Talk) -> None:
+    """get with a key gives every item of that batch, ascending."""
+    _, client = talk
+    await client.generate("other")
+    await client.generate(["a", "b"], key="k")
+    assert [record.admitted.sequence for record in await client.get(key="k")] == [2, 3]
+
+
+async def test_token_ids_go_back_into_generate(talk: Talk) -> None:
+    """tokenize gives lists that are prompts again, with the same answer."""
+    _, client = talk
+    tokens = await client.tokenize(["ab", [7, 8]])
+    assert tokens == [[97, 98], [7, 8]]
+    texts = [(await client.generate(prompts, seed=1)).results[0].output.text for prompts in ("ab", tokens[:1])]
+    assert texts[0] == texts[1]
+
+
+async def test_what_is_not_built_says_so(talk: Talk) -> None:
+    """report raises NotBuilt until there is one."""
+    _, client = talk
+    with pytest.raises(errors.NotBuilt):
+        await client.report()
+
+
+def test_the_decoder_is_for_finished_calls() -> None:
+    """What this client relies on: the synchronous decoder reads an AioRpcError."""
+    status = errors.to_status(errors.QueueFull("full"))
+    metadata = grpc.aio.Metadata(("grpc-status-details-bin", status.SerializeToString()))
+    error = grpc.aio.AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.aio.Metadata(), metadata, "full")
+    assert rpc_status.from_call(error) == status
+
+
+async def _until(true: Callable[[], object], seconds: float = 5) -> bool:
+    """Whether it became true in time."""
+    for _ in range(round(seconds * 100)):
+        if true():
+            return True
+        await asyncio.sleep(0.01)
+    return False

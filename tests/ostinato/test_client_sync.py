@@ -1,0 +1,207 @@
+"""The synchronous client: the same answers, and an end to everything it began."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ostinato
+from ostinato import Client, SyncClient, errors
+
+from tests.ostinato.fake import Fake, serving_apart
+
+Talk = tuple[Fake, SyncClient]
+
+
+@pytest.fixture(name="talk")
+def _talk() -> Iterator[Talk]:
+    fake = Fake()
+    with serving_apart(fake) as target, SyncClient(target) as client:
+        yield fake, client
+
+
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "generate": lambda client: client.generate(["a", [1, 2]], seed=2**64 - 1, logprobs=0),
+    "stream": lambda client: client.stream("b", key="k"),
+    "get": lambda client: client.get(1),
+    "tail": lambda client: client.tail(payloads=True),
+    "head": lambda client: client.head(),
+    "replay": lambda client: client.replay(1, 3),
+    "cancel": lambda client: client.cancel(1),
+    "model": lambda client: client.model(),
+    "tokenize": lambda client: client.tokenize("abc"),
+    "report": lambda client: client.report(),
+}
+
+
+async def _in_a_loop(target: str) -> list[object]:
+    made: list[object] = []
+    async with Client(target) as client:
+        for call in CALLS.values():
+            answer = call(client)
+            try:
+                made.append([each async for each in answer] if inspect.isasyncgen(answer) else await answer)
+            except errors.OstinatoError as error:
+                made.append(repr(error))
+    return made
+
+
+def _without(target: str) -> list[object]:
+    made: list[object] = []
+    with SyncClient(target) as client:
+        for call in CALLS.values():
+            try:
+                answer = call(client)
+                made.append(list(answer) if inspect.isgenerator(answer) else answer)
+            except errors.OstinatoError as error:
+                made.append(repr(error))
+    return made
+
+
+def test_both_clients_give_the_same_answers() -> None:
+    """Every public method, called alike on two equal sidecars, returns equal messages or raises equal errors."""
+    methods = {name for name, _ in inspect.getmembers(Client, inspect.isfunction) if not name.startswith("_")}
+    assert (
+        methods
+        == {*CALLS, "close"}
+        == {name for name, _ in inspect.getmembers(SyncClient, inspect.isfunction) if not name.startswith("_")}
+    )
+    with serving_apart(Fake()) as one, serving_apart(Fake()) as other:
+        assert asyncio.run(_in_a_loop(one)) == _without(other)
+
+
+def test_both_clients_have_the_same_signatures() -> None:
+    """Parameters and documentation are those of the asyncio client."""
+    for name in CALLS:
+        plain, waiting = getattr(Client, name), getattr(SyncClient, name)
+        assert inspect.signature(plain) == inspect.signature(waiting)
+        assert plain.__doc__ == waiting.__doc__
+
+
+def test_bad_arguments_are_refused_at_the_call(talk: Talk) -> None:
+    """A stream with a wrong argument raises when it is made, not at its first step."""
+    _, client = talk
+    with pytest.raises(ValueError, match=r"^timeout: "):
+        client.stream("a", timeout=0)
+    with pytest.raises(TypeError, match=r"^sed: no such parameter"):
+        client.stream("a", sed=1)  # type: ignore[call-arg]
+
+
+def test_an_interrupt_ends_the_call(talk: Talk) -> None:
+    """Ctrl-C in a waiting program cancels the call, and the client stays usable."""
+    fake, client = talk
+    fake.script["Generate"].append(lambda *_: asyncio.sleep(60))
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have made us ignore
+
+    def interrupt() -> None:
+        while not fake.calls:
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        client.generate("a")
+    thread.join()
+    signal.signal(signal.SIGINT, before)
+
+    assert _until(lambda: fake.calls[0].cancelled)
+    assert client.head().writer == "fake"
+
+
+def test_leaving_a_stream_ends_the_call(talk: Talk) -> None:
+    """A follow that is closed leaves nothing running."""
+    fake, client = talk
+    client.generate("a")
+    entries = client.tail(follow=True)
+    assert next(entries).header.index == 1
+
+    entries.close()
+
+    assert _until(lambda: fake.calls[-1].cancelled)
+
+
+def test_many_threads_share_a_client(talk: Talk) -> None:
+    """Calls of several threads do not wait for each other, and their sequences are all different."""
+    _, client = talk
+    with ThreadPoolExecutor(8) as pool:
+        responses = list(pool.map(lambda number: client.generate("a", seed=number), range(50)))
+    assert sorted(response.results[0].sequence for response in responses) == list(range(1, 51))
+    assert [response.results[0].output.seed for response in responses] == list(range(50))
+
+
+def test_closing_ends_what_other_threads_wait_for(talk: Talk) -> None:
+    """A waiting call becomes Cancelled, a waiting follow too; afterwards every call is an error."""
+    fake, client = talk
+    fake.script["Generate"].append(lambda *_: asyncio.sleep(60))
+    with ThreadPoolExecutor(2) as pool:
+        waiting: list[Future[Any]] = [
+            pool.submit(client.generate, "a"),
+            pool.submit(lambda: next(client.tail(follow=True))),
+        ]
+        assert _until(lambda: fake.count("Generate") and fake.count("Tail"))
+
+        client.close()
+
+        assert all(isinstance(each.exception(5), errors.Cancelled) for each in waiting)
+    with pytest.raises(RuntimeError, match="closed"):
+        client.head()
+    client.close()
+
+
+def test_a_stream_may_outlive_its_client() -> None:
+    """An unfinished stream of a closed client is dropped without a word."""
+    fake = Fake()
+    with serving_apart(fake) as target:
+        with SyncClient(target) as client:
+            client.generate("a")
+            entries = client.tail(follow=True)
+            next(entries)
+        entries.close()
+
+
+def test_the_public_names() -> None:
+    """The package exports a few names, and each can be had."""
+    assert ostinato.__all__ == ["Client", "OstinatoError", "SyncClient", "__version__"]
+    assert all(hasattr(ostinato, name) for name in ostinato.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Server'"):
+        _ = ostinato.Server
+
+
+def test_there_is_one_version() -> None:
+    """The package's version is the distribution's, wherever that has it from."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project.get("version", ostinato.__version__) == ostinato.__version__
+
+
+def test_the_package_is_light() -> None:
+    """Importing it loads neither gRPC nor what only the command needs; a client loads gRPC alone."""
+    script = """
+import sys, ostinato
+assert not {"grpc", "typer", "rich"} & set(sys.modules), "package"
+ostinato.SyncClient
+assert not {"typer", "rich", "ostinato.cli"} & set(sys.modules), "client"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=30)
+
+
+def _until(true: Callable[[], object], seconds: float = 5) -> bool:
+    """Whether it became true in time."""
+    for _ in range(round(seconds * 100)):
+        if true():
+            return True
+        time.sleep(0.01)
+    return False

@@ -1,0 +1,99 @@
+"""The contract as files: what is generated is what is committed, what is linted is clean, and the wheel is a client's."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CODEGEN = ROOT / ".codegen/bin/python"
+BUF = shutil.which("buf", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+needs_codegen = pytest.mark.skipif(not CODEGEN.exists(), reason="no code generator: `make install` makes .codegen")
+needs_buf = pytest.mark.skipif(BUF is None, reason="no buf: it comes with the extra dev")
+
+
+def output(*command: str | Path, cwd: Path = ROOT, **environ: str) -> str:
+    """What a command prints; fails with all of it if the command fails."""
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environ}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@needs_codegen
+def test_generated_code_is_what_is_committed(tmp_path: Path) -> None:
+    """Generating again gives every generated file byte for byte, and no other file."""
+    output("make", "--silent", "--assume-old=.codegen/.installed", "gen", f"OUT={tmp_path}")
+
+    def generated(root: Path) -> dict[str, bytes]:
+        found = (path for path in (root / "ostinato").rglob("*_pb2*") if path.suffix in {".py", ".pyi"})
+        return {str(path.relative_to(root)): path.read_bytes() for path in found}
+
+    made, committed = generated(tmp_path), generated(ROOT / "proto")
+    assert made.keys() == committed.keys()
+    assert [name for name in made if made[name] != committed[name]] == []
+
+
+@needs_buf
+def test_the_contract_is_linted_and_laid_out() -> None:
+    """buf has nothing to say about the .proto files."""
+    assert output(str(BUF), "lint") == ""
+    assert output(str(BUF), "format", "--diff", "--exit-code", "--path", "proto/ostinato") == ""
+
+
+@pytest.fixture(name="wheel", scope="module")
+def _wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("hatchling", reason="no build backend: it comes with the extra dev")
+    folder = tmp_path_factory.mktemp("wheel")
+    output(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, ".")
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def test_the_wheel_holds_the_contract_only(wheel: Path) -> None:
+    """Neither service nor sidecar nor tests land in anybody's site-packages; types and generated code do."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+
+    assert {name.split("/")[0] for name in names} == {"ostinato", "ostinato-0.1.0.dist-info"}
+    assert {"ostinato/py.typed", "ostinato/v1/types_pb2.py", "ostinato/v1/types_pb2.pyi", "ostinato/v1/types.proto"} <= names
+
+
+def test_the_wheel_asks_for_little(wheel: Path) -> None:
+    """A client is given gRPC, protobuf and what the command line draws with; all else is an extra."""
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = Parser().parsestr(archive.read("ostinato-0.1.0.dist-info/METADATA").decode())
+        scripts = archive.read("ostinato-0.1.0.dist-info/entry_points.txt").decode()
+    wanted = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+
+    assert {re.split(r"[^\w-]", line)[0] for line in wanted} == {
+        "googleapis-common-protos",
+        "grpcio",
+        "grpcio-status",
+        "protobuf",
+        "rich",
+        "typer",
+    }
+    assert "ostinato = ostinato.cli:main" in scripts
+
+
+def test_a_client_serves_nothing(wheel: Path, tmp_path: Path) -> None:
+    """Importing the client from the wheel brings in none of what only the programs need."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    script = "import sys, ostinato.client; print(ostinato.client.__file__); print(*sys.modules)"
+    where, modules = output(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(tmp_path)).splitlines()
+
+    assert Path(where).is_relative_to(tmp_path)
+    unwanted = {"prometheus_client", "service", "sidecar", "apsw", "numpy", "rich", "typer"}
+    assert unwanted & set(modules.split()) == set()

@@ -1,0 +1,416 @@
+"""The digests against docs/protocol.md, followed here by hand, and against what they promise."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from base64 import b64decode
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf.descriptor import FieldDescriptor as Field
+from google.protobuf.json_format import ParseDict
+from google.protobuf.message import Message
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from ostinato import chain, digest
+from ostinato.canonical import f64, i64, u64
+from ostinato.v1 import generation_pb2, types_pb2
+
+Given = Mapping[str, Any]
+"""A message in protobuf's JSON mapping: numbers of 64 bits are text, fields that are not set are missing."""
+
+VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())["vectors"]
+
+
+# The specification, read without the code that it specifies.
+
+
+def number(value: object) -> bytes:
+    named = {
+        name: enum.number
+        for kind in (types_pb2.Grade, types_pb2.FinishReason, types_pb2.EntryKind)
+        for name, enum in kind.DESCRIPTOR.values_by_name.items()
+    }
+    return struct.pack(">Q", named.get(value, int(value) if value not in named else 0) % 2**64)  # type: ignore[call-overload]
+
+
+def real(value: object) -> bytes:
+    as_float = float(value)  # type: ignore[arg-type]
+    return b"\xff" * 8 if math.isnan(as_float) else struct.pack(">d", as_float or 0.0)
+
+
+def string(value: object) -> bytes:
+    data = value if isinstance(value, bytes) else str(value).encode()
+    return struct.pack(">Q", len(data)) + data
+
+
+def many(write: Callable[[Any], bytes]) -> Callable[[Iterable[Any]], bytes]:
+    return lambda values: struct.pack(">Q", len(list(values))) + b"".join(write(value) for value in values)
+
+
+def perhaps(message: Given, field: str, write: Callable[[Any], bytes]) -> bytes:
+    return b"\1" + write(message[field]) if field in message else b"\0"
+
+
+def sha(name: str, *parts: bytes) -> bytes:
+    return hashlib.sha256(b"ostinato/" + name.encode() + b"/v1\0" + b"".join(parts)).digest()
+
+
+def response_format(message: Given) -> bytes:
+    for tag, field in ((1, "jsonSchema"), (2, "regex")):
+        if field in message:
+            return number(tag) + string(message[field])
+    return number(0)
+
+
+def parameters(p: Given) -> bytes:
+    return (
+        perhaps(p, "seed", number)
+        + b"".join(
+            perhaps(p, field, write)
+            for field, write in (
+                ("temperature", real), ("topK", number), ("topP", real), ("minP", real), ("repetitionPenalty", real),
+                ("maxNewTokens", number), ("minNewTokens", number),
+            )
+        )
+        + many(string)(p.get("stop", []))
+        + many(number)(p.get("stopTokenIds", []))
+        + many(string)(p.get("badWords", []))
+        + perhaps(p, "ignoreEos", number)
+        + perhaps(p, "logprobs", number)
+        + perhaps(p, "responseFormat", response_format)
+    )  # fmt: skip
+
+
+def prompt(message: Given) -> bytes:
+    def turn(turn: Given) -> bytes:
+        return string(turn.get("role", "")) + string(turn.get("content", ""))
+
+    return (
+        perhaps(message, "text", string)
+        + perhaps(message, "tokenIds", lambda ids: many(number)(ids.get("ids", [])))
+        + perhaps(message, "chat", lambda chat: many(turn)(chat.get("messages", [])))
+        + perhaps(message, "parameters", parameters)
+    )
+
+
+def request(message: Given) -> bytes:
+    return sha(
+        "request",
+        many(prompt)(message.get("items", [])),
+        perhaps(message, "parameters", parameters),
+        number(message.get("requiredGrade", 0)),
+        number(message.get("verify", False)),
+    )
+
+
+def resolved(p: Given) -> bytes:
+    return (
+        b"".join(
+            write(p.get(field, 0))
+            for field, write in (
+                ("temperature", real), ("topK", number), ("topP", real), ("minP", real), ("repetitionPenalty", real),
+                ("maxNewTokens", number), ("minNewTokens", number),
+            )
+        )
+        + many(string)(p.get("stop", []))
+        + many(number)(p.get("stopTokenIds", []))
+        + many(number)(p.get("badTokenIds", []))
+        + number(p.get("ignoreEos", False))
+        + perhaps(p, "logprobs", number)
+        + perhaps(p, "responseFormat", response_format)
+    )  # fmt: skip
+
+
+def item_input(message: Given) -> bytes:
+    return sha("input", many(number)(message["tokenIds"]), resolved(message["parameters"]), number(message["seed"]))
+
+
+def unseeded_input(message: Given) -> bytes:
+    return sha("unseeded-input", many(number)(message["tokenIds"]), resolved(message["parameters"]))
+
+
+def output(message: Given) -> bytes:
+    ids, reason, stop = message.get("tokenIds", []), message.get("finishReason", 0), message.get("matchedStop", "")
+    return sha("output", many(number)(ids), number(reason), string(stop))
+
+
+def logprobs(message: Given) -> bytes:
+    def top(one: Given) -> bytes:
+        return number(one.get("tokenId", 0)) + real(one.get("logprob", 0))
+
+    def position(one: Given) -> bytes:
+        return real(one.get("logprob", 0)) + many(top)(one.get("top", []))
+
+    positions = message.get("logprobs", [])
+    return sha("logprobs", many(position)(positions)) if positions else b""
+
+
+def fingerprint(fields: Given) -> bytes:
+    ordered = sorted(fields.items(), key=lambda field: field[0].encode())
+    return sha("fingerprint", many(lambda field: string(field[0]) + string(field[1]))(ordered))
+
+
+def model(fields: Given) -> bytes:
+    return sha("model", *(string(fields.get(name, "")) for name in ("model", "weights", "tokenizer", "template")))
+
+
+def derived_seed(message: Given) -> int:
+    return int.from_bytes(sha("seed", string(message["logId"]), number(message["sequence"]))[:8], "big")
+
+
+def entry(message: Given) -> bytes:
+    header = message["header"]
+    numbers = "index kind | epoch sequence firstSequence count attempt timeUnixMillis seed grade"
+    before, after = (names.split() for names in numbers.split("|"))
+    digests = ("inputDigest", "outputDigest", "logprobsDigest", "fingerprintDigest", "payloadDigest")
+    return sha(
+        "entry",
+        bytes.fromhex(message["previousHash"]),
+        *(number(header.get(name, 0)) for name in before),
+        *(string(header.get(name, "")) for name in ("logId", "writer")),
+        *(number(header.get(name, 0)) for name in after),
+        *(string(b64decode(header.get(name, ""))) for name in digests),
+    )
+
+
+BY_HAND: Mapping[str, Callable[[Given], bytes | int]] = {
+    "request": request,
+    "input": item_input,
+    "unseeded-input": unseeded_input,
+    "output": output,
+    "logprobs": logprobs,
+    "fingerprint": fingerprint,
+    "model": model,
+    "seed": derived_seed,
+    "entry": entry,
+}
+
+
+def by_code(name: str, message: Given) -> bytes | int:
+    """What the product makes of a vector."""
+    match name:
+        case "request":
+            return digest.request_digest(ParseDict(dict(message), generation_pb2.GenerateRequest()))
+        case "input":
+            given = ParseDict(message["parameters"], types_pb2.ResolvedParameters())
+            return digest.input_digest(message["tokenIds"], given, int(message["seed"]))
+        case "unseeded-input":
+            given = ParseDict(message["parameters"], types_pb2.ResolvedParameters())
+            return digest.unseeded_input_digest(message["tokenIds"], given)
+        case "output":
+            return digest.output_digest(ParseDict(dict(message), types_pb2.Output()))
+        case "logprobs":
+            return digest.logprobs_digest(ParseDict(dict(message), types_pb2.Output()))
+        case "fingerprint":
+            return digest.fingerprint_digest(message)
+        case "model":
+            return digest.model_digest(message)
+        case "seed":
+            return digest.derived_seed(message["logId"], int(message["sequence"]))
+        case _:
+            header = ParseDict(message["header"], types_pb2.EntryHeader())
+            return chain.entry_hash(bytes.fromhex(message["previousHash"]), header)
+
+
+def expected(vector: Given) -> bytes | int:
+    return int(vector["expected"]) if vector["digest"] == "seed" else bytes.fromhex(vector["expected"])
+
+
+each_vector = pytest.mark.parametrize("vector", [pytest.param(v, id=f"{v['digest']}: {v['name']}") for v in VECTORS])
+
+
+@each_vector
+def test_vector(vector: Given) -> None:
+    """The code gives what the vector says."""
+    assert by_code(vector["digest"], vector["given"]) == expected(vector)
+
+
+@each_vector
+def test_vector_by_hand(vector: Given) -> None:
+    """The specification, followed without our code, gives what the vector says."""
+    assert BY_HAND[vector["digest"]](vector["given"]) == expected(vector)
+
+
+def test_every_digest_has_a_vector() -> None:
+    """No digest is without an example, and no two examples of one digest agree but those that say why."""
+    assert {vector["digest"] for vector in VECTORS} == set(BY_HAND)
+    digests = [(vector["digest"], vector["expected"]) for vector in VECTORS]
+    same = [vector["name"] for vector, digest_ in zip(VECTORS, digests, strict=True) if digests.count(digest_) > 1]
+    assert same == [
+        "one prompt", "request_id and idempotency_key count for nothing", "temperature 0.0", "temperature -0.0 is 0.0",
+    ]  # fmt: skip
+
+
+# What the digests promise.
+
+
+def scalars(field: Any) -> st.SearchStrategy[object]:
+    match field.type:
+        case Field.TYPE_STRING:
+            return st.text(max_size=4)
+        case Field.TYPE_BOOL:
+            return st.booleans()
+        case Field.TYPE_DOUBLE:
+            return st.floats()
+        case Field.TYPE_UINT64:
+            return st.integers(0, 2**64 - 1)
+        case Field.TYPE_UINT32:
+            return st.integers(0, 2**32 - 1)
+        case Field.TYPE_INT32 | Field.TYPE_ENUM:
+            return st.integers(-(2**31), 2**31 - 1)
+        case Field.TYPE_BYTES:
+            return st.binary(max_size=4)
+        case other:
+            raise AssertionError(other)
+
+
+@st.composite
+def messages(draw: st.DrawFn, empty: Message) -> Message:
+    """Any message of this type, each field set or not."""
+    for field in empty.DESCRIPTOR.fields:
+        if not draw(st.booleans()):
+            continue
+        if field.message_type is not None and field.is_repeated:
+            for _ in range(draw(st.integers(0, 3))):
+                draw(messages(getattr(empty, field.name).add()))
+        elif field.message_type is not None:
+            getattr(empty, field.name).SetInParent()
+            draw(messages(getattr(empty, field.name)))
+        elif field.is_repeated:
+            getattr(empty, field.name).extend(draw(st.lists(scalars(field), max_size=3)))
+        else:
+            setattr(empty, field.name, draw(scalars(field)))
+    return empty
+
+
+requests = st.builds(generation_pb2.GenerateRequest).flatmap(messages)
+
+
+def places(message: Message, path: str = "") -> Iterable[tuple[Message, Any, str]]:
+    """Every field of a message and of those in it, set or not, with its path."""
+    for field in message.DESCRIPTOR.fields:
+        yield message, field, f"{path}.{field.name}"
+        if field.message_type is not None and field.is_repeated:
+            for position, child in enumerate(getattr(message, field.name)):
+                yield from places(child, f"{path}.{field.name}[{position}]")
+        elif field.message_type is not None and message.HasField(field.name):
+            yield from places(getattr(message, field.name), f"{path}.{field.name}")
+
+
+def change(data: st.DataObject, message: Message, field: Any) -> None:
+    """Give a field another value than it has: another one, one more or one less, or none."""
+    value = getattr(message, field.name)
+    if field.is_repeated:
+        if value and data.draw(st.booleans()):
+            del value[data.draw(st.integers(0, len(value) - 1))]
+        elif field.message_type is not None:
+            value.add()
+        else:
+            value.append(data.draw(scalars(field)))
+    elif field.message_type is not None:
+        if message.HasField(field.name):
+            message.ClearField(field.name)
+        else:
+            value.SetInParent()
+    elif field.has_presence and message.HasField(field.name) and data.draw(st.booleans()):
+        message.ClearField(field.name)
+    else:
+        setattr(message, field.name, data.draw(scalars(field)))
+
+
+def equal(one: Message, other: Message) -> bool:
+    """Whether they say the same: a NaN is a NaN, and minus nothing is nothing."""
+    texts = [message.SerializeToString(deterministic=True) for message in (one, other)]
+    if texts[0] == texts[1]:
+        return True
+    ours, theirs = list(places(one)), list(places(other))
+    if [path for _, _, path in ours] != [path for _, _, path in theirs]:
+        return False
+    for (left, field, _), (right, _, _) in zip(ours, theirs, strict=True):
+        if field.message_type is not None:
+            continue
+        if field.has_presence and left.HasField(field.name) != right.HasField(field.name):
+            return False
+        values = getattr(left, field.name), getattr(right, field.name)
+        if values[0] != values[1] and not all(isinstance(value, float) and math.isnan(value) for value in values):
+            return False
+    return True
+
+
+@settings(deadline=None)
+@given(requests, st.data())
+def test_request_digest_sees_every_field(request: generation_pb2.GenerateRequest, data: st.DataObject) -> None:
+    """Any other value in any field gives another digest, but in request_id and idempotency_key."""
+    other = generation_pb2.GenerateRequest()
+    other.CopyFrom(request)
+    message, field, path = data.draw(st.sampled_from(list(places(other))))
+    change(data, message, field)
+    assume(not equal(request, other))
+
+    ignored = path in {".request_id", ".idempotency_key"}
+    assert (digest.request_digest(request) == digest.request_digest(other)) == ignored, path
+
+
+@settings(deadline=None)
+@given(requests)
+def test_request_digest_survives_the_wire(request: generation_pb2.GenerateRequest) -> None:
+    """What is received has the digest of what was sent."""
+    received = generation_pb2.GenerateRequest.FromString(request.SerializeToString())
+    assert digest.request_digest(received) == digest.request_digest(request)
+
+
+@settings(deadline=None)
+@given(requests, st.binary(min_size=1, max_size=8))
+def test_unknown_fields_are_ignored(request: generation_pb2.GenerateRequest, value: bytes) -> None:
+    """Fields that a newer client sends and we do not know change no digest."""
+    unknown = bytes([0xFA, 0x7F, len(value)]) + value  # field 2047, length-delimited
+    received = generation_pb2.GenerateRequest.FromString(request.SerializeToString() + unknown)
+    assert digest.request_digest(received) == digest.request_digest(request)
+
+
+@settings(deadline=None)
+@given(st.lists(st.builds(types_pb2.ResolvedParameters).flatmap(messages), min_size=2, max_size=2), st.data())
+def test_input_digest_sees_every_parameter(pair: list[types_pb2.ResolvedParameters], data: st.DataObject) -> None:
+    """Two inputs have one digest only if tokens, parameters and seed are all equal."""
+    ids = data.draw(st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=3), min_size=2, max_size=2))
+    seeds = data.draw(st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=2))
+    alike = ids[0] == ids[1] and equal(pair[0], pair[1])
+    digests = [digest.input_digest(*given) for given in zip(ids, pair, seeds, strict=True)]
+    unseeded = [digest.unseeded_input_digest(*given) for given in zip(ids, pair, strict=True)]
+
+    assert (unseeded[0] == unseeded[1]) == alike
+    assert (digests[0] == digests[1]) == (alike and seeds[0] == seeds[1])
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.text(max_size=3), st.text(max_size=3)), st.randoms())
+def test_fingerprint_digest_has_no_order(fields: dict[str, str], random: Any) -> None:
+    """A fingerprint is a set of fields: in which order they come does not matter, what they are does."""
+    shuffled = list(fields.items())
+    random.shuffle(shuffled)
+
+    assert digest.fingerprint_digest(dict(shuffled)) == digest.fingerprint_digest(fields)
+    assert digest.fingerprint_digest({**fields, "one more": ""}) != digest.fingerprint_digest(fields)
+
+
+def test_encodings_at_their_edges() -> None:
+    """Numbers that do not fit are refused, and what is one value has one encoding."""
+    assert u64(2**64 - 1) == i64(-1) == b"\xff" * 8
+    assert f64(-0.0) == f64(0.0) == bytes(8)
+    assert f64(math.nan) == f64(-math.nan) != f64(math.inf)
+    for write, value in ((u64, -1), (u64, 2**64), (i64, 2**63)):
+        with pytest.raises(struct.error):
+            write(value)
+
+
+def test_derived_seeds_differ() -> None:
+    """Neighbours in a log, and equal numbers of two logs, get seeds of their own."""
+    seeds = {digest.derived_seed(log_id, sequence) for log_id in ("a" * 32, "b" * 32) for sequence in range(1, 1_000)}
+    assert len(seeds) == 2 * 999

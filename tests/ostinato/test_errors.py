@@ -1,0 +1,117 @@
+"""One table of errors: in the code, in the documentation, and over the wire and back."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import grpc
+import pytest
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ostinato import errors
+from ostinato.errors import TABLE, InvalidRequest, OstinatoError, Violation, foreign, from_status, to_status
+
+ROOT = Path(__file__).parents[2]
+
+plain = st.text(max_size=20)
+violations = st.lists(st.builds(Violation, plain, plain), max_size=3)
+
+
+@st.composite
+def any_error(draw: st.DrawFn) -> OstinatoError:
+    """An error of the table with everything that it can carry."""
+    kind = TABLE[draw(st.sampled_from(sorted(TABLE)))]
+    if issubclass(kind, InvalidRequest):
+        return kind(draw(plain.filter(bool)), violations=draw(violations))
+    wait = draw(st.none() | st.integers(0, 10**9).map(lambda millis: millis / 1000))
+    return kind(draw(plain), retry_after=wait, details=draw(st.dictionaries(plain, plain, max_size=3)))
+
+
+def told(error: OstinatoError) -> tuple[object, ...]:
+    """All that an error says."""
+    bad = error.violations if isinstance(error, InvalidRequest) else ()
+    return type(error), error.code, error.reason, error.message, error.retry_after, error.details, bad
+
+
+@settings(deadline=None)
+@given(any_error())
+def test_there_and_back(error: OstinatoError) -> None:
+    """An error comes out of its status as it went in."""
+    received = status_pb2.Status.FromString(to_status(error).SerializeToString())
+    assert told(from_status(received)) == told(error)
+
+
+@pytest.mark.parametrize("reason", sorted(TABLE))
+def test_on_the_wire(reason: str) -> None:
+    """Every error has its code and an ErrorInfo of our domain; RetryInfo only where somebody knows when."""
+    kind = TABLE[reason]
+    status = to_status(kind("because", details={"a": "b"}) if not issubclass(kind, InvalidRequest) else kind("because"))
+    info = error_details_pb2.ErrorInfo()
+
+    assert (status.code, status.message) == (kind.code.value[0], "because")
+    assert [detail.Unpack(info) for detail in status.details] == [True]
+    assert (info.domain, info.reason) == ("ostinato", reason)
+
+
+def test_bad_fields() -> None:
+    """Bad fields are named one by one, and the message says them all."""
+    error = InvalidRequest(violations=[Violation("items[3].parameters.top_p", "above 1"), Violation("items", "too many")])
+    assert error.message == "items[3].parameters.top_p: above 1; items: too many"
+    assert told(errors.invalid("items", "none")) == told(InvalidRequest(violations=[Violation("items", "none")]))
+
+
+def test_the_documented_table() -> None:
+    """docs/protocol.md lists every reason with its code, in the order of the code, and no other."""
+    text = (ROOT / "docs/protocol.md").read_text()
+    rows = re.findall(r"^\| `([A-Z_]+)` \| `([A-Z_]+)` \| \S.*\. \| \S.*\. \|$", text, re.MULTILINE)
+
+    assert rows == [(reason, kind.code.name) for reason, kind in TABLE.items()]
+
+
+def test_the_tree_in_the_docstring() -> None:
+    """The tree at the top of errors.py shows every class where it stands, with its code."""
+    assert errors.__doc__ is not None
+    drawn = re.findall(r"^    ([ |]*)\+ (\w+)(.*)$", errors.__doc__, re.MULTILINE)
+    expected = []
+
+    def walk(kind: type[OstinatoError], depth: int) -> None:
+        for child in kind.__subclasses__():
+            expected.append((depth, child.__name__, child.code.name if child.reason != "UNKNOWN" else ""))
+            walk(child, depth + 1)
+
+    walk(OstinatoError, 0)
+    found = [(len(indent) // 4, name, (re.findall(r"\b[A-Z_]{5,}$", rest) or [""])[0]) for indent, name, rest in drawn]
+    assert found == expected
+
+
+def test_reasons_are_unique() -> None:
+    """A reason is one class, and the classes between root and leaf have none."""
+    kinds = list(TABLE.values())
+    assert len(set(kinds)) == len(kinds)
+    assert all(re.fullmatch(r"[A-Z]+(_[A-Z]+)*", reason) and TABLE[reason].reason == reason for reason in TABLE)
+
+
+@pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
+def test_foreign(code: grpc.StatusCode) -> None:
+    """An error without our details keeps its code, is never taken for another reason, and says something."""
+    error = from_status(status_pb2.Status(code=code.value[0]))
+
+    assert error.code is code
+    assert error.reason in {"UNKNOWN", "DISCONNECTED", "DEADLINE_EXCEEDED", "CANCELLED"}
+    assert told(error) == told(foreign(code, ""))
+    assert OstinatoError.code is grpc.StatusCode.UNKNOWN
+
+
+def test_what_is_not_ours() -> None:
+    """Another domain's reason, one that we do not know, or a detail that cannot be read is no error of the table."""
+    for domain, reason in (("elsewhere", "QUEUE_FULL"), ("ostinato", "FROM_THE_FUTURE")):
+        status = status_pb2.Status(code=8, message="no")
+        status.details.add().Pack(error_details_pb2.ErrorInfo(domain=domain, reason=reason))
+        assert told(from_status(status))[1:4] == (grpc.StatusCode.RESOURCE_EXHAUSTED, "UNKNOWN", "no")
+    broken = any_pb2.Any(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff")
+    assert from_status(status_pb2.Status(code=8, details=[broken])).code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert from_status(status_pb2.Status(code=99)).code is grpc.StatusCode.UNKNOWN

@@ -1,0 +1,213 @@
+"""The guard, over real sockets: bad bytes, errors, counts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, Never, cast
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from prometheus_client import CollectorRegistry
+
+from ostinato import errors
+from ostinato.serving.guard import STATUS_BYTES_MAX, fitting
+
+from tests.ostinato.echo import METHODS, NAME, Context, Echo, call, raw, serving, text
+
+NOT_WIRE_FORMAT = b"\xff\xff\xff"
+NOT_UTF8 = b"\x12\x02\xff\xfe"  # field 2, a string of two bytes
+
+
+def raising(error: BaseException) -> Callable[[str, Context], Never]:
+    """A handler's act that raises."""
+
+    def act(_content: str, _context: Context) -> Never:
+        raise error
+
+    return act
+
+
+async def failure(channel: grpc.aio.Channel, method: str, *messages: bytes, timeout: float = 10) -> grpc.aio.AioRpcError:
+    """The error with which this call ends."""
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call(channel, method, *messages, timeout=timeout)
+    return raised.value
+
+
+def ours(error: Any) -> errors.OstinatoError:
+    """The error as our client sees it."""
+    status = rpc_status.from_call(error)
+    assert status is not None, f"no details: {error}"
+    return errors.from_status(status)
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_good_call_passes(method: str) -> None:
+    """Every kind of method answers as if there were no guard."""
+    async with serving(Echo()) as channel:
+        answers = await call(channel, method, text("hé"))
+
+    assert {answer.content for answer in answers} == {"hé"}
+
+
+@pytest.mark.parametrize("data", [NOT_WIRE_FORMAT, NOT_UTF8], ids=["wire format", "UTF-8"])
+@pytest.mark.parametrize("method", METHODS)
+async def test_bytes_that_are_no_message_are_the_callers_fault(method: str, data: bytes) -> None:
+    """Malformed bytes are answered INVALID_ARGUMENT with our reason, on every kind of method."""
+    async with serving(Echo()) as channel:
+        error = await failure(channel, method, data)
+
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert isinstance(ours(error), errors.MalformedMessage)
+
+
+@pytest.mark.parametrize("method", ["StreamUnary", "StreamStream", "ReaderWriter"])
+async def test_a_later_message_is_checked_too(method: str) -> None:
+    """In a stream of requests the bad one ends the call, not only a bad first."""
+    async with serving(Echo()) as channel:
+        error = await failure(channel, method, text("good"), NOT_UTF8)
+
+    assert isinstance(ours(error), errors.MalformedMessage)
+
+
+async def test_an_empty_message_is_a_message() -> None:
+    """No bytes at all are the message with nothing set."""
+    async with serving(Echo()) as channel:
+        assert [answer.content for answer in await call(channel, "UnaryUnary", b"")] == [""]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.invalid("items[3].parameters.top_p", "is above 1"),
+        errors.QueueFull("full", retry_after=0.25, details={"queue_items": "1024"}),
+        errors.KeyReused("another request"),
+    ],
+    ids=lambda error: error.reason,
+)
+@pytest.mark.parametrize("method", METHODS)
+async def test_our_errors_arrive_whole(method: str, error: errors.OstinatoError) -> None:
+    """What a handler raises is what from_status gives the client: class, message, fields, delay and details."""
+    async with serving(Echo(raising(error))) as channel:
+        raised = await failure(channel, method, text("x"))
+
+    assert raised.code() is error.code
+    got = ours(raised)
+    assert type(got) is type(error)
+    assert vars(got) == vars(error)
+
+
+async def test_a_delay_is_also_told_to_grpc() -> None:
+    """A retry_after goes into grpc-retry-pushback-ms, so that gRPC's own retries wait; trailers set before stay."""
+
+    def act(_content: str, context: Context) -> None:
+        context.set_trailing_metadata((("ostinato-kept", "yes"),))
+        raise errors.QueueFull("full", retry_after=0.25)
+
+    async with serving(Echo(act)) as channel:
+        trailers = (await failure(channel, "UnaryUnary", text("x"))).trailing_metadata()
+
+    assert dict(trailers or ())["grpc-retry-pushback-ms"] == "250"
+    assert dict(trailers or ())["ostinato-kept"] == "yes"
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_fault_of_ours_tells_the_log_and_not_the_caller(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Any other exception is INTERNAL with nothing of its text, and is logged with its traceback."""
+    async with serving(Echo(raising(ValueError("the password is tiger")))) as channel:
+        error = await failure(channel, method, text("x"))
+
+    assert error.code() is grpc.StatusCode.INTERNAL
+    assert "tiger" not in str(error)
+    status = rpc_status.from_call(cast(Any, error))
+    info = error_details_pb2.ErrorInfo()
+    assert status is not None and status.details[0].Unpack(info)
+    assert (info.reason, info.domain) == ("INTERNAL", errors.DOMAIN)
+    (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert record.exc_info is not None and "tiger" in str(record.exc_info[1])
+
+
+async def test_a_hundred_bad_fields_arrive_as_the_first_of_them() -> None:
+    """An error too large for headers is cut to what fits, instead of not arriving."""
+    violations = [errors.Violation(f"items[{i}].parameters.temperature", "ist größer als 100") for i in range(1000)]
+    async with serving(Echo(raising(errors.InvalidRequest(violations=violations)))) as channel:
+        got = ours(await failure(channel, "UnaryUnary", text("x")))
+
+    assert isinstance(got, errors.InvalidRequest)
+    assert 10 < len(got.violations) < 1000
+    assert list(got.violations) == violations[: len(got.violations)]
+
+
+def test_a_long_message_is_cut_between_characters() -> None:
+    """A message alone can be too long, and is cut without half a character."""
+    status = errors.to_status(errors.EngineFailed("ü" * 5000))
+
+    assert fitting(status).ByteSize() <= STATUS_BYTES_MAX
+    assert set(fitting(status).message) == {"ü"}
+
+
+async def test_calls_are_counted_by_code() -> None:
+    """Every end of a call is counted once under its own code, and timed."""
+    registry = CollectorRegistry()
+    handled: dict[str, str] = {"service": NAME, "method": "UnaryUnary"}
+
+    def count(code: str) -> float | None:
+        return registry.get_sample_value("ostinato_rpc_handled_total", {**handled, "code": code})
+
+    async def act(content: str, context: Context) -> None:
+        match content:
+            case "full":
+                raise errors.QueueFull("full")
+            case "bug":
+                raise ValueError
+            case "own":
+                await context.abort(grpc.StatusCode.NOT_FOUND, "not here")
+            case "slow":
+                await asyncio.sleep(30)
+
+    async with serving(Echo(act), registry) as channel:
+        await call(channel, "UnaryUnary", text("good"))
+        for content in ("full", "bug", "own"):
+            await failure(channel, "UnaryUnary", text(content))
+        await failure(channel, "UnaryUnary", NOT_UTF8)
+        await failure(channel, "UnaryUnary", text("slow"), timeout=0.1)
+        leaving = asyncio.create_task(call(channel, "UnaryUnary", text("slow")))
+        await asyncio.sleep(0.2)
+        leaving.cancel()
+        codes = ("OK", "RESOURCE_EXHAUSTED", "INTERNAL", "NOT_FOUND", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "CANCELLED")
+        async with asyncio.timeout(5):  # a call's end is counted just after its caller knows of it
+            while [count(code) for code in codes] != [1] * len(codes):
+                await asyncio.sleep(0.005)
+    assert registry.get_sample_value("ostinato_rpc_handling_seconds_count", handled) == len(codes)
+
+
+async def test_grpcs_own_services_are_not_counted() -> None:
+    """Health checks every second would drown the numbers that matter."""
+    registry = CollectorRegistry()
+    async with serving(Echo(), registry) as channel:
+        await raw(channel, "/grpc.health.v1.Health/Check")
+
+    assert not [metric for metric in registry.collect() if any(sample.labels.get("service") for sample in metric.samples)]
+
+
+async def test_a_stream_is_cleaned_up_when_its_caller_leaves() -> None:
+    """A generator's finally runs when the call is cancelled, not when the garbage collector finds it."""
+    echo = Echo(lambda _content, _context: asyncio.sleep(30))
+    async with serving(echo) as channel:
+        leaving = asyncio.create_task(call(channel, "UnaryStream", text("x")))
+        await asyncio.sleep(0.2)
+        leaving.cancel()
+        await asyncio.wait_for(echo.closed.wait(), 5)
+
+
+async def test_an_unknown_method_is_grpcs_to_refuse() -> None:
+    """Without a handler there is nothing to guard: UNIMPLEMENTED."""
+    async with serving(Echo()) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await raw(channel, f"/{NAME}/Nothing")
+
+    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -1,0 +1,84 @@
+"""Programs as processes: signals and exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).parents[2] / "proto"
+PROGRAM = """
+import asyncio, sys
+from ostinato.serving import logs
+from ostinato.serving.program import DRAINED, StartupError, run
+
+async def main(stop):
+    print("up", flush=True)
+    {body}
+    return DRAINED
+
+logs.setup("human")
+sys.exit(run(main))
+"""
+
+
+def started(body: str) -> subprocess.Popen[str]:
+    """A program with this body in its main, up and running."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(body=body)],
+        env={**os.environ, "PYTHONPATH": str(SOURCES)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    return process
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Its exit code and what it said on stderr."""
+    _, errors = process.communicate(timeout=20)
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_for_an_orderly_end(number: signal.Signals) -> None:
+    """SIGTERM and SIGINT set the event; what main then returns is the exit code."""
+    process = started("await stop.wait(); print('drained')")
+    process.send_signal(number)
+
+    code, errors = ended(process)
+    assert code == 0
+    assert f"{number.name}: stopping" in errors
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_it_at_once(number: signal.Signals, code: int) -> None:
+    """Who asks twice does not wait for a drain, nor for threads that hang."""
+    process = started("await stop.wait(); print('draining', flush=True); await asyncio.to_thread(__import__('time').sleep, 60)")
+    process.send_signal(number)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "draining\n"
+    process.send_signal(number)
+
+    assert ended(process)[0] == code
+
+
+def test_a_program_that_cannot_start_says_why_in_one_line() -> None:
+    """A StartupError is its message on stderr and its exit code, without a traceback."""
+    assert ended(started("raise StartupError('the port\\nis taken')")) == (1, "the port is taken\n")
+    assert ended(started("raise StartupError('bad', exit_code=2)"))[0] == 2
+
+
+def test_a_failure_is_logged_with_its_traceback() -> None:
+    """Any other exception ends the program with 1, and the log has where it came from."""
+    code, errors = ended(started("raise ValueError('odd')"))
+
+    assert code == 1
+    assert "ValueError: odd" in errors
+    assert "Traceback" in errors

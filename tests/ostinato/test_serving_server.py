@@ -1,0 +1,270 @@
+"""Servers on real sockets: who may listen where, health, reflection, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import stat
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from prometheus_client import CollectorRegistry
+
+from ostinato.serving.program import StartupError
+from ostinato.serving.server import Server
+from ostinato.v1 import generation_pb2_grpc
+
+from tests.ostinato.echo import METHODS, NAME, Echo, call, raw, register, serving, text
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def made(*addresses: str, echo: Echo | None = None, **kwargs: Any) -> Server:
+    """A server that is not started."""
+    server = Server(addresses, registry=CollectorRegistry(), **kwargs)
+    server.add(register, echo or Echo(), NAME)
+    return server
+
+
+@pytest.fixture(name="server")
+async def _server() -> AsyncIterator[Server]:
+    server = made("127.0.0.1:0")
+    await server.start()
+    yield server
+    await server.stop(grace=0)
+
+
+@pytest.fixture(name="health")
+async def _health(server: Server) -> AsyncIterator[Any]:
+    async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
+        yield health_pb2_grpc.HealthStub(channel)
+
+
+async def test_a_port_in_use_is_an_error_that_names_it(server: Server) -> None:
+    """A second server does not share the port in silence; it fails and says which address."""
+    second = made(server.addresses[0])
+    with pytest.raises(StartupError, match=f"{server.addresses[0]}: Address already in use"):
+        await second.start()
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_unix_socket_serves(tmp_path: Path, method: str) -> None:
+    """All kinds of calls work over a unix socket, which nobody else on the machine may open."""
+    server = made(f"unix:{tmp_path}/s.sock")
+    await server.start()
+    async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
+        assert (await call(channel, method, text("x")))[0].content == "x"
+    mode = stat.S_IMODE((tmp_path / "s.sock").stat().st_mode)
+    await server.stop(grace=0)
+
+    assert mode == 0o600
+    assert not (tmp_path / "s.sock").exists()
+
+
+async def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
+    """A file that a killed process left behind does not keep the next one from starting."""
+    path = tmp_path / "s.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+        left.listen()
+
+    server = made(f"unix:{path}")
+    await server.start()
+    async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
+        assert (await call(channel, "UnaryUnary", text("x")))[0].content == "x"
+    await server.stop(grace=0)
+
+
+async def test_a_living_socket_is_left_alone(tmp_path: Path) -> None:
+    """Where somebody answers, the second server fails and the first goes on."""
+    first, second = made(f"unix:{tmp_path}/s.sock"), made(f"unix:{tmp_path}/s.sock")
+    await first.start()
+    with pytest.raises(StartupError, match=r"s\.sock: Address already in use"):
+        await second.start()
+    async with grpc.aio.insecure_channel(first.addresses[0]) as channel:
+        assert (await call(channel, "UnaryUnary", text("x")))[0].content == "x"
+    await first.stop(grace=0)
+
+
+async def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+    """Somebody's file at that path is not removed."""
+    (tmp_path / "precious").write_text("data")
+    with pytest.raises(StartupError, match="no socket"):
+        await made(f"unix:{tmp_path}/precious").start()
+
+    assert (tmp_path / "precious").read_text() == "data"
+
+
+async def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    """A path whose directory does not exist fails with that path."""
+    with pytest.raises(StartupError, match=r"missing/s\.sock"):
+        await made(f"unix:{tmp_path}/missing/s.sock").start()
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "192.0.2.1:7000"])
+async def test_a_remote_address_must_be_allowed(address: str) -> None:
+    """A port that the network reaches is refused until somebody says that it is meant."""
+    with pytest.raises(StartupError, match="anyone on the network"):
+        made(address)
+
+
+async def test_an_allowed_remote_address_serves() -> None:
+    """With allow_remote any address is bound."""
+    server = made("0.0.0.0:0", allow_remote=True)
+    await server.start()
+    async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
+        assert (await call(channel, "UnaryUnary", text("x")))[0].content == "x"
+    await server.stop(grace=0)
+
+
+@pytest.mark.parametrize(
+    "address", ["", "7000", "localhost", "localhost:http", "example.org:7000", "127.0.0.1:65536", "unix:s", "unix:"]
+)
+async def test_what_is_no_address_is_refused(address: str) -> None:
+    """Names, missing ports and relative paths are refused before anything is bound."""
+    with pytest.raises(StartupError):
+        made(address)
+
+
+async def test_a_path_too_long_for_the_kernel_is_refused() -> None:
+    """A socket's path has 107 bytes; a longer one would be cut by some and refused by others."""
+    with pytest.raises(StartupError, match="107"):
+        made("unix:/" + "ü" * 60)
+
+
+async def test_one_server_listens_at_several_addresses(tmp_path: Path) -> None:
+    """Every address is bound, and real ports are reported."""
+    server = made("127.0.0.1:0", "localhost:0", f"unix:{tmp_path}/s.sock")
+    await server.start()
+    assert not [address for address in server.addresses if address.endswith(":0")]
+    for address in server.addresses:
+        async with grpc.aio.insecure_channel(address) as channel:
+            await call(channel, "UnaryUnary", text("x"))
+    await server.stop(grace=0)
+
+
+async def test_health_is_what_the_program_says(server: Server, health: Any) -> None:
+    """A service is NOT_SERVING until it is said to serve; the process is SERVING; an unknown name is NOT_FOUND."""
+
+    async def check(name: str) -> Any:
+        return (await health.Check(health_pb2.HealthCheckRequest(service=name))).status
+
+    assert [await check(""), await check(NAME)] == [SERVING, NOT_SERVING]
+    await server.set_health(NAME, serving=True)
+    assert await check(NAME) == SERVING
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await check("ostinato.v1.Nothing")
+    assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.skipif(not hasattr(health_pb2, "HealthListRequest"), reason="this grpcio-health-checking has no List")
+@pytest.mark.usefixtures("server")
+async def test_health_lists_all_services(health: Any) -> None:
+    """One question tells the state of every service."""
+    statuses = (await health.List(health_pb2.HealthListRequest())).statuses
+
+    assert {name: entry.status for name, entry in statuses.items()} == {"": SERVING, NAME: NOT_SERVING}
+
+
+async def test_a_watch_sees_changes_and_does_not_hold_up_the_stop(server: Server, health: Any) -> None:
+    """A watcher is told of every change, and a stop ends it at once instead of waiting for it."""
+    watch = health.Watch(health_pb2.HealthCheckRequest(service=NAME))
+    assert (await watch.read()).status == NOT_SERVING
+    await server.set_health(NAME, serving=True)
+    assert (await watch.read()).status == SERVING
+
+    started = time.monotonic()
+    await server.stop(grace=20)
+
+    assert time.monotonic() - started < 5
+    assert await watch.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_reflection_names_our_services() -> None:
+    """A client without our files finds services and messages by reflection."""
+    server = Server(["127.0.0.1:0"], registry=CollectorRegistry())
+    server.add(
+        generation_pb2_grpc.add_GenerationServicer_to_server,
+        generation_pb2_grpc.GenerationServicer(),  # type: ignore[abstract]  # at run time it answers UNIMPLEMENTED
+        "ostinato.v1.Generation",
+    )
+    await server.start()
+
+    def ask() -> tuple[list[str], str]:
+        with grpc.insecure_channel(server.addresses[0]) as channel:
+            database = ProtoReflectionDescriptorDatabase(channel)
+            return list(database.get_services()), database.FindFileContainingSymbol("ostinato.v1.GenerateRequest").name
+
+    services, file = await asyncio.to_thread(ask)
+    await server.stop(grace=0)
+    assert {"ostinato.v1.Generation", "grpc.health.v1.Health", "grpc.channelz.v1.Channelz"} <= set(services)
+    assert file == "ostinato/v1/generation.proto"
+
+
+@pytest.mark.parametrize(("address", "offered"), [("127.0.0.1:0", True), ("0.0.0.0:0", False)])
+async def test_channelz_is_for_this_machine_only(address: str, offered: bool) -> None:
+    """Channelz tells of every connection, so it is served only where nobody else can reach the server."""
+    server = made(address, allow_remote=True)
+    await server.start()
+    async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
+        ask = channelz_pb2_grpc.ChannelzStub(channel).GetServers(channelz_pb2.GetServersRequest())
+        code = await ask.code()
+    await server.stop(grace=0)
+
+    assert code is (grpc.StatusCode.OK if offered else grpc.StatusCode.UNIMPLEMENTED)
+
+
+async def test_a_message_over_the_limit_is_refused_by_grpc() -> None:
+    """message_bytes_max bounds what is read; the answer has no details, it is gRPC's own."""
+    async with serving(Echo(), message_bytes_max=1000) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await call(channel, "UnaryUnary", text("x" * 1001))
+
+    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_stop_lets_calls_end_and_takes_no_more() -> None:
+    """Within the grace a call under way is answered, and a new one is UNAVAILABLE."""
+    running, finish = asyncio.Event(), asyncio.Event()
+
+    async def act(_content: str, _context: Any) -> None:
+        running.set()
+        await finish.wait()
+
+    server = made("127.0.0.1:0", echo=Echo(act))
+    await server.start()
+    async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
+        first = asyncio.create_task(call(channel, "UnaryUnary", text("x")))
+        await running.wait()
+        stopping = asyncio.create_task(server.stop(grace=20))
+        await asyncio.sleep(0.1)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await raw(channel, "/grpc.health.v1.Health/Check")
+        finish.set()
+        assert (await first)[0].content == "x"
+        await asyncio.wait_for(stopping, 5)
+
+    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_stop_cancels_what_outlives_its_grace() -> None:
+    """After the grace the calls left are cancelled, so a stop always ends."""
+    async with serving(Echo(lambda _content, _context: asyncio.sleep(30))) as channel:
+        left = asyncio.create_task(call(channel, "UnaryUnary", text("x")))
+        await asyncio.sleep(0.1)
+    with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
+        await left
+
+
+async def test_a_server_that_never_started_can_be_stopped() -> None:
+    """A program that failed half way may clean up without asking how far it came."""
+    server = made("127.0.0.1:0")
+    await server.stop(grace=0)
+    await server.stop(grace=0)
