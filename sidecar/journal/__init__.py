@@ -1,0 +1,154 @@
+"""The journal: what is durable, in one order. Only modules in here know a database.
+
+`ledger` seals drafts into chained entries, purely, and `verify` checks such a chain. `sqlite` keeps them; `schema`, `tables`
+and `reserve` are its parts. `committer` decides what is committed together and what waits for room; `grouped` gives it a
+thread, and is the `Journal` that the rest of the sidecar sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ostinato.v1 import sequencer_pb2, types_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A batch that wants numbers."""
+
+    items: tuple[sequencer_pb2.AdmittedPayload, ...]
+    """In the request's order. Key and request digest are filled in from here; where seed_derived is set, so is the seed."""
+    request_digest: bytes
+    key: str = ""
+    """Empty: none. With a key that is bound already nothing is appended."""
+    tenant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The end of an item; the first one that is durable wins."""
+
+    admitted: types_pb2.EntryHeader
+    kind: types_pb2.EntryKind.ValueType
+    attempt: int
+    payload: sequencer_pb2.CompletedPayload | sequencer_pb2.EndedPayload
+    fingerprint_digest: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """A comparison's verdict about an item."""
+
+    admitted: types_pb2.EntryHeader
+    comparison: types_pb2.Comparison
+    fingerprint_digest: bytes = b""
+
+
+Draft = Admission | Outcome | Audit
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """An entry in its place."""
+
+    header: types_pb2.EntryHeader
+    previous_hash: bytes
+    entry_hash: bytes
+    payload: bytes
+    """As recorded; empty if it was dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What an idempotency key stands for."""
+
+    request_digest: bytes
+    first_sequence: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """What became of a draft."""
+
+    entries: tuple[Sealed, ...]
+    """Empty where the key was bound, or another outcome came first."""
+    binding: Binding | None = None
+    """Of an Admission whose key was bound before."""
+    twin: Sealed | None = None
+    """Of a COMPLETED outcome: the first COMPLETED entry with the same input and fingerprint digests; if there is none earlier,
+    the first with the same input digest."""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemEntries:
+    """What is recorded of one item."""
+
+    admitted: Sealed
+    outcome: Sealed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Where the journal stands."""
+
+    log_id: str
+    writer: str
+    epoch: int
+    index: int
+    entry_hash: bytes
+    last_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What opening a journal finds."""
+
+    head: Head
+    """After this epoch's OPENED entry."""
+    unfinished: tuple[Sealed, ...] = field(default=())
+    """ADMITTED entries without an outcome, ascending."""
+
+
+class Journal(Protocol):
+    """Durable when `append` returns. Appends take effect in the order of the calls, so sequences do too; every read sees the
+    appends that were called before it.
+
+    Raises errors.JournalFull (an Admission or an Audit found no room; outcomes wait for it instead) and JournalBroken (it is
+    not known what is durable: the process must end and recover; also after `close`).
+    """
+
+    @property
+    def full(self) -> bool:
+        """Whether admissions are refused for want of room."""
+        ...
+
+    async def append(self, draft: Draft) -> Appended: ...
+
+    async def binding(self, tenant: str, key: str) -> Binding | None: ...
+
+    async def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:
+        """The items numbered first to last, ascending, at most limit; unknown numbers are left out."""
+        ...
+
+    async def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
+        """Consecutive entries, at most limit; empty beyond the head."""
+        ...
+
+    async def head(self) -> Head: ...
+
+    async def wait(self, index: int) -> None:
+        """Until an entry with this index is durable."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class JournalBroken(Exception):
+    """What is durable is not known, or not ours any more (fenced): end the process and recover."""
+
+
+class JournalUnusable(Exception):
+    """The journal cannot be opened; the message says why and what to do."""

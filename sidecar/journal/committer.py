@@ -1,0 +1,161 @@
+"""What is committed together, and what happens when there is no room. Synchronous; `grouped` gives it a thread.
+
+    not full --JournalFull--> full, the reserve released --room again, nothing withheld, the reserve restored--> not full
+
+While it is full only outcomes are appended; those that find no room are withheld, in order, and go first when there is some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from ostinato.errors import JournalFull
+
+from sidecar.journal import Admission, Appended, Binding, Draft, Head, ItemEntries, JournalBroken, Outcome, Sealed
+
+T = TypeVar("T")
+
+WITHHELD_GROUP = 16
+"""Withheld outcomes in one commit: few, so that little room is of use."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSettings:
+    """Bounds of a commit, and of what waits for room."""
+
+    commit_drafts_max: int = 256
+    commit_bytes_max: int = 8 << 20
+    """Of payloads; a single draft may be larger."""
+    withheld_outcomes_max: int = 4_096
+    """Outcomes kept in memory while there is no room; one more breaks the journal."""
+    full_retry_seconds: float = 1.0
+    """How often a full journal looks for room, and what refused callers are told to wait."""
+
+    def __post_init__(self) -> None:
+        if (
+            min(self.commit_drafts_max, self.commit_bytes_max) < 1
+            or self.withheld_outcomes_max < 0
+            or self.full_retry_seconds <= 0
+        ):
+            raise ValueError("commit_drafts_max, commit_bytes_max and full_retry_seconds must be positive")
+
+
+class Backend(Protocol):
+    """A synchronous journal, used by one thread at a time. `SqliteJournal` says what each method promises and raises."""
+
+    @property
+    def head(self) -> Head: ...
+
+    @property
+    def reserved(self) -> bool: ...
+
+    def append_many(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]: ...
+
+    def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None: ...
+
+    def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]: ...
+
+    def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]: ...
+
+    def release_reserve(self) -> None: ...
+
+    def restore_reserve(self) -> bool: ...
+
+    def maintain(self, *, idle: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Job(Generic[T]):
+    """A draft, and whatever the caller recognises it by."""
+
+    draft: Draft
+    tag: T
+
+
+@dataclass(slots=True)
+class Round(Generic[T]):
+    """What came of a round of commits."""
+
+    settled: list[tuple[T, Appended | JournalFull]] = field(default_factory=list)
+    """By tag. What is withheld is not among them."""
+    commits: list[tuple[float, int, int]] = field(default_factory=list)
+    """Seconds, drafts and payload bytes of each transaction that was durable."""
+
+
+class Committer(Generic[T]):
+    """Appends drafts in the order given. JournalBroken and every other error: nothing is known, do not call again.
+
+    `now_millis` is Unix time for entries and keys; `seconds` is a monotonic clock for looking for room.
+    """
+
+    def __init__(
+        self, backend: Backend, settings: GroupSettings, now_millis: Callable[[], int], seconds: Callable[[], float]
+    ) -> None:
+        self.full = not backend.reserved
+        """Whether all but outcomes is refused."""
+        self._backend, self._settings = backend, settings
+        self._now_millis, self._seconds = now_millis, seconds
+        self._withheld: list[Job[T]] = []
+        self._retry_at = seconds()
+
+    def idle_seconds(self) -> float | None:
+        """How long it may be left alone; None: until there is work."""
+        return max(0.0, self._retry_at - self._seconds()) if self.full else None
+
+    def commit(self, jobs: Sequence[Job[T]]) -> Round[T]:
+        """Append these, after what was withheld before. Without jobs: look for room, if it is time."""
+        done = Round[T]()
+        if not self.full and (not jobs or self._append(jobs, done)):
+            return done
+        if not self.full:
+            self.full = True
+            self._backend.release_reserve()
+            self._retry_at = self._seconds() + self._settings.full_retry_seconds
+        due = self._seconds() >= self._retry_at
+        may_fit = due or not self._withheld
+        for job in jobs:
+            if isinstance(job.draft, Outcome):
+                self._withheld.append(job)
+            else:
+                done.settled.append((job.tag, self._refuse(job.draft)))
+        if may_fit:
+            self._append_withheld(done)
+        if len(self._withheld) > self._settings.withheld_outcomes_max:
+            raise JournalBroken(f"no room, and more than {self._settings.withheld_outcomes_max} outcomes wait for it")
+        if due:
+            self.full = bool(self._withheld) or not self._backend.restore_reserve()
+            self._retry_at = self._seconds() + self._settings.full_retry_seconds
+        return done
+
+    def finish(self) -> Round[T]:
+        """Try a last time. What still finds no room is not durable: recovery will find its items unfinished."""
+        done = Round[T]()
+        self._append_withheld(done)
+        return done
+
+    def _append_withheld(self, done: Round[T]) -> None:
+        while self._withheld and self._append(self._withheld[:WITHHELD_GROUP], done):
+            del self._withheld[:WITHHELD_GROUP]
+
+    def _append(self, jobs: Sequence[Job[T]], done: Round[T]) -> bool:
+        started = self._seconds()
+        try:
+            appended = self._backend.append_many([job.draft for job in jobs], self._now_millis())
+        except JournalFull:
+            return False
+        size = sum(len(entry.payload) for each in appended for entry in each.entries)
+        done.commits.append((self._seconds() - started, len(jobs), size))
+        done.settled += [(job.tag, each) for job, each in zip(jobs, appended, strict=True)]
+        return True
+
+    def _refuse(self, draft: Draft) -> Appended | JournalFull:
+        if isinstance(draft, Admission) and draft.key:
+            binding = self._backend.binding(draft.tenant, draft.key, self._now_millis())
+            if binding is not None:
+                return Appended((), binding=binding)
+        retry_after = self._settings.full_retry_seconds
+        return JournalFull("the journal has no room for new work", retry_after=retry_after)

@@ -1,0 +1,217 @@
+"""The `Journal` that the rest of the sidecar sees: one thread commits all that waits at once and reads in between."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sidecar.journal import Admission, Appended, Audit, Binding, Draft, Head, ItemEntries, JournalBroken, Outcome, Sealed
+from sidecar.journal.committer import Backend, Committer, GroupSettings, Job
+
+T = TypeVar("T")
+Answer = asyncio.Future[Any]
+OnCommit = Callable[[float, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    read: Callable[[], object]
+    answer: Answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Close:
+    pass
+
+
+class GroupedJournal:
+    """Implements `Journal` over a synchronous backend, which it owns from now on.
+
+    Belongs to the event loop that is running when it is made. A caller that is cancelled while it appends loses the answer, not
+    the draft. `on_commit` is called in the loop, after the answers, with a transaction's seconds, drafts and payload bytes.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        now_millis: Callable[[], int],
+        settings: GroupSettings | None = None,
+        on_commit: OnCommit = lambda seconds, drafts, payload_bytes: None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.broken: asyncio.Future[JournalBroken] = self._loop.create_future()
+        """Done, with the reason, when the process has to end. Never an exception, never cancelled by us."""
+        self._settings = settings or GroupSettings()
+        self._backend, self._now_millis, self._on_commit = backend, now_millis, on_commit
+        self._committer = Committer[Answer](backend, self._settings, now_millis, time.monotonic)
+        self._jobs: queue.SimpleQueue[Job[Answer] | _Read | _Close] = queue.SimpleQueue()
+        self._unanswered: dict[Answer, None] = {}
+        self._durable_index = backend.head.index
+        self._grown = self._loop.create_future()
+        self._over = ""
+        """Why nothing more is taken."""
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
+        self._thread.start()
+
+    @property
+    def full(self) -> bool:
+        """Whether admissions are refused for want of room."""
+        return self._committer.full
+
+    async def append(self, draft: Draft) -> Appended:
+        """Durable on return. Takes its place in the order when it first runs: at once, if awaited."""
+        answer = self._expect()
+        self._jobs.put(Job(draft, answer))
+        appended: Appended = await answer
+        return appended
+
+    async def binding(self, tenant: str, key: str) -> Binding | None:
+        return await self._read(lambda: self._backend.binding(tenant, key, self._now_millis()))
+
+    async def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:
+        return await self._read(lambda: self._backend.items(first, last, limit))
+
+    async def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
+        return await self._read(lambda: self._backend.entries(from_index, limit, payloads=payloads))
+
+    async def head(self) -> Head:
+        return await self._read(lambda: self._backend.head)
+
+    async def wait(self, index: int) -> None:
+        """Until an entry with this index is durable."""
+        while self._durable_index < index:
+            if self._over:
+                raise JournalBroken(self._over)
+            await asyncio.shield(self._grown)
+
+    async def close(self) -> None:
+        """Append what waits, then let go of the database. Calls after this one raise JournalBroken."""
+        if not self._over:
+            self._over = "the journal is closed"
+            self._jobs.put(_Close())
+        await asyncio.shield(self._ended)
+        self._thread.join()
+
+    async def _read(self, read: Callable[[], T]) -> T:
+        """Sees everything that was appended before it."""
+        answer = self._expect()
+        self._jobs.put(_Read(read, answer))
+        value: T = await answer
+        return value
+
+    def _expect(self) -> Answer:
+        if self._over:
+            raise JournalBroken(self._over)
+        answer: Answer = self._loop.create_future()
+        self._unanswered[answer] = None
+        return answer
+
+    # In the loop, on behalf of the thread.
+
+    def _settle(self, answers: Iterable[tuple[Answer, object]], commits: Iterable[tuple[float, int, int]], index: int) -> None:
+        for answer, value in answers:
+            self._unanswered.pop(answer, None)
+            if answer.done():
+                continue
+            if isinstance(value, Exception):
+                answer.set_exception(value)
+            else:
+                answer.set_result(value)
+        if index > self._durable_index:
+            self._durable_index = index
+            self._wake()
+        for commit in commits:
+            self._on_commit(*commit)
+
+    def _finish(self, error: JournalBroken | None) -> None:
+        """The thread is at its end; with an error if it is not known what is durable."""
+        if error is not None:
+            self._over = str(error)
+            if not self.broken.done():
+                self.broken.set_result(error)
+        for answer in self._unanswered:
+            if not answer.done():
+                answer.set_exception(JournalBroken(self._over))
+        self._unanswered.clear()
+        self._wake()
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+    def _wake(self) -> None:
+        grown, self._grown = self._grown, self._loop.create_future()
+        grown.set_result(None)
+
+    # In the thread.
+
+    def _work(self) -> None:
+        error = None
+        try:
+            while self._round():
+                pass
+        except BaseException as problem:  # noqa: BLE001  # whatever it is, nobody commits any more, and the program must know
+            error = JournalBroken(str(problem) if isinstance(problem, JournalBroken) else repr(problem))
+            error.__cause__ = problem
+        with suppress(Exception):
+            self._backend.close()
+        self._call(self._finish, error)
+
+    def _round(self) -> bool:
+        """Commit what waits, answer what asks. False: that was the last time."""
+        jobs, closing = self._take()
+        done = self._committer.commit([job for job in jobs if isinstance(job, Job)])
+        if done.settled:
+            self._call(self._settle, done.settled, done.commits, self._backend.head.index)
+        read = [(job.answer, self._answer(job.read)) for job in jobs if isinstance(job, _Read)]
+        if read:
+            self._call(self._settle, read, (), self._backend.head.index)
+        if closing:
+            done = self._committer.finish()
+            self._call(self._settle, done.settled, done.commits, self._backend.head.index)
+            return False
+        self._backend.maintain(idle=self._jobs.empty())
+        return True
+
+    def _take(self) -> tuple[list[Job[Answer] | _Read], bool]:
+        """All that waits, as far as it fits into a commit; and whether nothing comes after it."""
+        jobs: list[Job[Answer] | _Read] = []
+        size, timeout = 0, self._committer.idle_seconds()
+        while len(jobs) < self._settings.commit_drafts_max and size < self._settings.commit_bytes_max:
+            try:
+                job = self._jobs.get_nowait() if jobs else self._jobs.get(timeout=timeout)
+            except queue.Empty:
+                break
+            if isinstance(job, _Close):
+                return jobs, True
+            jobs.append(job)
+            size += _payload_bytes(job.draft) if isinstance(job, Job) else 0
+        return jobs, False
+
+    def _answer(self, read: Callable[[], object]) -> object:
+        try:
+            return read()
+        except JournalBroken:
+            raise
+        except Exception as error:  # noqa: BLE001  # the reader's mistake, and its to hear of
+            return error
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def _payload_bytes(draft: Draft) -> int:
+    match draft:
+        case Admission():
+            return sum(item.ByteSize() for item in draft.items)
+        case Outcome():
+            return draft.payload.ByteSize()
+        case Audit():
+            return draft.comparison.ByteSize()

@@ -1,0 +1,179 @@
+"""Drafts become entries: numbered, chained, each with its digests. Pure: what the journal holds and the time are arguments.
+
+A backend opens a transaction, reads the `Known` that `needs` asks for, lets a `Ledger` append, writes what it made, commits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from google.protobuf.message import Message
+
+from ostinato.chain import OUTCOMES, entry_hash, payload_digest
+from ostinato.digest import derived_seed, input_digest, logprobs_digest, output_digest
+from ostinato.v1 import sequencer_pb2, types_pb2
+
+from sidecar.journal import Admission, Appended, Audit, Binding, Draft, Head, Outcome, Sealed
+
+NUMBER_MAX = 2**63 - 1
+"""Indexes and sequences are uint64 in the contract and int64 in the databases; no journal comes near."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What has to be known before a group of drafts can be appended."""
+
+    keys: frozenset[tuple[str, str]]
+    """Tenant and key of each keyed admission."""
+    sequences: frozenset[int]
+    """Of the items that outcomes are about."""
+    input_digests: frozenset[bytes]
+    """Of the items that have completed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the journal holds of that, read in the transaction that appends."""
+
+    bindings: Mapping[tuple[str, str], Binding] = field(default_factory=dict)
+    """By tenant and key, without those that have expired."""
+    unfinished: frozenset[int] = frozenset()
+    """Those of the sequences that have no outcome."""
+    twins: Mapping[bytes, tuple[Sealed, ...]] = field(default_factory=dict)
+    """By input digest, the first COMPLETED entry of every fingerprint, ascending."""
+
+
+def needs(drafts: Iterable[Draft]) -> Needs:
+    """What a ledger for these drafts must be told."""
+    drafts = tuple(drafts)
+    outcomes = [draft for draft in drafts if isinstance(draft, Outcome)]
+    return Needs(
+        frozenset((draft.tenant, draft.key) for draft in drafts if isinstance(draft, Admission) and draft.key),
+        frozenset(outcome.admitted.sequence for outcome in outcomes),
+        frozenset(o.admitted.input_digest for o in outcomes if o.kind == types_pb2.ENTRY_KIND_COMPLETED),
+    )
+
+
+class Ledger:
+    """The entries of one transaction, after a head. All or nothing: drop it, and nothing has happened."""
+
+    def __init__(self, head: Head, known: Known, now_millis: int) -> None:
+        self.head = head
+        """After the newest entry."""
+        self.entries: list[Sealed] = []
+        """All that was made, ascending."""
+        self.bound: list[tuple[Admission, Binding]] = []
+        """The keys that were bound, with what they stand for."""
+        self._bindings = dict(known.bindings)
+        self._unfinished = set(known.unfinished)
+        self._twins = dict(known.twins)
+        self._now_millis = now_millis
+
+    def open(self, version: str) -> Sealed:
+        """Record that the head's writer has begun the head's epoch."""
+        header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_OPENED)
+        return self._seal(header, sequencer_pb2.OpenedPayload(version=version))
+
+    def append(self, draft: Draft) -> Appended:
+        """Entries for a draft, or the reason why there are none."""
+        match draft:
+            case Admission():
+                return self._admit(draft)
+            case Outcome():
+                return self._end(draft)
+            case Audit():
+                return Appended((self._audit(draft),))
+
+    def _admit(self, admission: Admission) -> Appended:
+        assert admission.items
+        binding = self._bindings.get((admission.tenant, admission.key))
+        if binding is not None:
+            return Appended((), binding=binding)
+        binding = Binding(admission.request_digest, self.head.last_sequence + 1, len(admission.items))
+        entries = tuple(self._admit_item(item, admission, binding) for item in admission.items)
+        if admission.key:
+            self._bindings[admission.tenant, admission.key] = binding
+            self.bound.append((admission, binding))
+        return Appended(entries)
+
+    def _admit_item(self, item: sequencer_pb2.AdmittedPayload, admission: Admission, batch: Binding) -> Sealed:
+        sequence = self.head.last_sequence + 1
+        payload = sequencer_pb2.AdmittedPayload()
+        payload.CopyFrom(item)
+        payload.idempotency_key, payload.request_digest = admission.key, admission.request_digest
+        if payload.seed_derived:
+            payload.seed = derived_seed(self.head.log_id, sequence)
+        header = types_pb2.EntryHeader(
+            kind=types_pb2.ENTRY_KIND_ADMITTED,
+            sequence=sequence,
+            first_sequence=batch.first_sequence,
+            count=batch.count,
+            seed=payload.seed,
+            input_digest=input_digest(payload.token_ids, payload.parameters, payload.seed),
+        )
+        return self._seal(header, payload)
+
+    def _end(self, outcome: Outcome) -> Appended:
+        assert outcome.kind in OUTCOMES
+        assert outcome.attempt >= 1
+        assert outcome.admitted.sequence <= self.head.last_sequence
+        if outcome.admitted.sequence not in self._unfinished:
+            return Appended(())
+        self._unfinished.remove(outcome.admitted.sequence)
+        header = self._about(outcome.admitted, outcome.kind, outcome.fingerprint_digest)
+        header.attempt = outcome.attempt
+        if not isinstance(outcome.payload, sequencer_pb2.CompletedPayload):
+            assert outcome.kind != types_pb2.ENTRY_KIND_COMPLETED
+            return Appended((self._seal(header, outcome.payload),))
+        assert outcome.kind == types_pb2.ENTRY_KIND_COMPLETED
+        output = outcome.payload.output
+        assert output.seed == header.seed, "an output bears its item's seed"
+        header.grade = output.grade
+        header.output_digest, header.logprobs_digest = output_digest(output), logprobs_digest(output)
+        sealed = self._seal(header, outcome.payload)
+        return Appended((sealed,), twin=self._twin(sealed))
+
+    def _twin(self, completed: Sealed) -> Sealed | None:
+        """The first one under the same fingerprint, which can be compared; else the first of all."""
+        header = completed.header
+        earlier = self._twins.get(header.input_digest, ())
+        for twin in earlier:
+            if twin.header.fingerprint_digest == header.fingerprint_digest:
+                return twin
+        self._twins[header.input_digest] = (*earlier, completed)
+        return earlier[0] if earlier else None
+
+    def _audit(self, audit: Audit) -> Sealed:
+        assert audit.comparison.sequence == audit.admitted.sequence
+        header = self._about(audit.admitted, types_pb2.ENTRY_KIND_AUDITED, audit.fingerprint_digest)
+        return self._seal(header, sequencer_pb2.AuditedPayload(comparison=audit.comparison))
+
+    def _about(
+        self, admitted: types_pb2.EntryHeader, kind: types_pb2.EntryKind.ValueType, fingerprint_digest: bytes
+    ) -> types_pb2.EntryHeader:
+        """A header about an item: what entries of every kind repeat of its ADMITTED one."""
+        assert admitted.kind == types_pb2.ENTRY_KIND_ADMITTED
+        assert admitted.log_id == self.head.log_id
+        return types_pb2.EntryHeader(
+            kind=kind,
+            sequence=admitted.sequence,
+            first_sequence=admitted.first_sequence,
+            count=admitted.count,
+            seed=admitted.seed,
+            input_digest=admitted.input_digest,
+            fingerprint_digest=fingerprint_digest,
+        )
+
+    def _seal(self, header: types_pb2.EntryHeader, payload: Message) -> Sealed:
+        head, recorded = self.head, payload.SerializeToString(deterministic=True)
+        header.index = head.index + 1
+        header.log_id, header.writer, header.epoch = head.log_id, head.writer, head.epoch
+        header.time_unix_millis = self._now_millis
+        header.payload_digest = payload_digest(recorded)
+        assert header.index <= NUMBER_MAX
+        sealed = Sealed(header, head.entry_hash, entry_hash(head.entry_hash, header), recorded)
+        last = header.sequence if header.kind == types_pb2.ENTRY_KIND_ADMITTED else head.last_sequence
+        self.head = replace(head, index=header.index, entry_hash=sealed.entry_hash, last_sequence=last)
+        self.entries.append(sealed)
+        return sealed

@@ -1,0 +1,234 @@
+"""The journal in one SQLite file: one sidecar, one connection, one transaction for a group of drafts.
+
+Write-ahead log, synced at every commit; the file is locked for as long as it is open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import apsw
+from google.protobuf.message import DecodeError
+
+from ostinato.chain import GENESIS, entry_hash
+from ostinato.errors import JournalFull
+
+from sidecar.journal import Appended, Binding, Draft, Head, ItemEntries, JournalBroken, JournalUnusable, Opened, Outcome, Sealed
+from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, needs
+from sidecar.journal.reserve import Reserve
+from sidecar.journal.schema import connect, migrate
+from sidecar.journal.tables import Tables
+from sidecar.journal.verify import Checked, verify
+
+CHECKPOINT_PAGES = 1_000
+"""From here on the write-ahead log is copied into the file when nothing else waits."""
+CHECKPOINT_PAGES_MAX = 16_000
+"""From here on, whatever waits."""
+PURGED_KEYS_MAX = 64
+"""In one transaction."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SqliteSettings:
+    """How much a journal may hold, and for how long."""
+
+    idempotency_ttl_seconds: int = 86_400
+    """From the outcome of a batch's last item."""
+    journal_bytes_max: int = 0
+    """Of the file, the write-ahead log not counted; 0: no bound but the disk."""
+    reserve_bytes: int = 64 << 20
+    """Held back for outcomes, of the disk and of journal_bytes_max; 0: nothing."""
+
+    def __post_init__(self) -> None:
+        if min(self.idempotency_ttl_seconds, self.journal_bytes_max, self.reserve_bytes) < 0:
+            raise ValueError("idempotency_ttl_seconds, journal_bytes_max and reserve_bytes must not be negative")
+        if self.journal_bytes_max and self.journal_bytes_max <= 2 * self.reserve_bytes:
+            raise ValueError("journal_bytes_max must be more than twice reserve_bytes")
+
+
+class SqliteJournal:
+    """An open journal. Synchronous and not thread-safe: `grouped` gives it a thread of its own.
+
+    Any method may raise JournalBroken; after that only `close` may be called.
+    """
+
+    head: Head
+
+    def __init__(self, db: apsw.Connection, reserve: Reserve, settings: SqliteSettings) -> None:
+        self._db, self._tables, self._reserve, self._settings = db, Tables(db), reserve, settings
+        self._page_bytes = int(db.pragma("page_size"))
+        self._wal_pages = 0
+        db.set_wal_hook(self._committed)
+        if settings.journal_bytes_max:
+            db.pragma("max_page_count", settings.journal_bytes_max // self._page_bytes)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        writer: str,
+        version: str,
+        new_log_id: str,
+        now_millis: int,
+        settings: SqliteSettings | None = None,
+        vfs: str | None = None,
+    ) -> tuple[SqliteJournal, Opened]:
+        """Open or create, and begin the writer's next epoch. JournalUnusable: the message says why.
+
+        `new_log_id`, 32 hexadecimal digits, names the journal if it is created now. `vfs` names SQLite's file layer.
+        """
+        assert len(bytes.fromhex(new_log_id)) == 16
+        settings = settings or SqliteSettings()
+        db = connect(path, vfs)
+        try:
+            journal = cls(db, Reserve(path.with_name(path.name + ".reserve"), settings.reserve_bytes), settings)
+            journal._begin(writer, version, new_log_id, now_millis)
+            journal.restore_reserve()
+            return journal, Opened(journal.head, tuple(journal._tables.unfinished()))
+        except (apsw.Error, OSError, JournalBroken, JournalFull) as error:
+            db.close()
+            raise JournalUnusable(f"{path}: {error}") from error
+        except BaseException:
+            db.close()
+            raise
+
+    @property
+    def reserved(self) -> bool:
+        """Whether room is held back for outcomes; without it admissions are refused."""
+        return self._reserve.held
+
+    def append_many(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
+        """One transaction: all of them in this order, durable on return, or none. JournalFull: nothing has changed."""
+        with self._transaction():
+            if self._tables.epoch() != self.head.epoch:
+                raise JournalBroken("fenced: a newer epoch of this writer has begun")
+            ledger = Ledger(self.head, self._tables.known(needs(drafts), now_millis), now_millis)
+            appended = [ledger.append(draft) for draft in drafts]
+            self._write(ledger)
+            self._tables.purge_keys(now_millis, PURGED_KEYS_MAX)
+            if not all(isinstance(draft, Outcome) for draft in drafts) and not (self.reserved and self._room()):
+                raise JournalFull("no room for new work in the journal")
+        self.head = ledger.head
+        return appended
+
+    def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None:
+        """What a key stands for, if it is bound and has not expired."""
+        with _sqlite():
+            return self._tables.bindings(frozenset({(tenant, key)}), now_millis).get((tenant, key))
+
+    def items(self, first: int, last: int, limit: int) -> list[ItemEntries]:
+        """Ascending, at most limit, without unknown numbers."""
+        if first > NUMBER_MAX:
+            return []
+        with _sqlite():
+            admitted = self._tables.admitted(first, min(last, NUMBER_MAX), limit)
+            last = admitted[-1].header.sequence if admitted else 0
+            ended = {outcome.header.sequence: outcome for outcome in self._tables.outcomes(first, last)}
+        return [ItemEntries(item, ended.get(item.header.sequence)) for item in admitted]
+
+    def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
+        """Consecutive entries, at most limit; empty beyond the head."""
+        if from_index > NUMBER_MAX:
+            return []
+        with _sqlite():
+            return self._tables.entries(from_index, limit, payloads=payloads)
+
+    def release_reserve(self) -> None:
+        """Let outcomes have the room that was held back; admissions are refused until it is restored."""
+        self._reserve.release()
+
+    def restore_reserve(self) -> bool:
+        """Hold room back again. False: there is not enough yet."""
+        with _sqlite():
+            return self._room() and self._reserve.take()
+
+    def maintain(self, *, idle: bool) -> None:
+        """Copy the write-ahead log into the file, if it has grown: sooner when nobody waits for it."""
+        if self._wal_pages >= (CHECKPOINT_PAGES if idle else CHECKPOINT_PAGES_MAX):
+            self._wal_pages = 0
+            with _sqlite(), suppress(apsw.FullError):
+                self._db.wal_checkpoint()
+
+    def close(self) -> None:
+        """Unlock the file."""
+        self._db.close()
+
+    def _begin(self, writer: str, version: str, new_log_id: str, now_millis: int) -> None:
+        try:
+            self._begin_epoch(writer, version, new_log_id, now_millis)
+        except JournalFull:
+            if not self.reserved:
+                raise
+            self.release_reserve()
+            self._begin_epoch(writer, version, new_log_id, now_millis)
+
+    def _begin_epoch(self, writer: str, version: str, new_log_id: str, now_millis: int) -> None:
+        with self._transaction():
+            migrate(self._db)
+            log_id, owner, epoch = self._tables.begin_epoch(new_log_id, writer)
+            if owner != writer:
+                raise JournalUnusable(f"this journal is of sidecar {owner!r}, not {writer!r}: each has its own")
+            ledger = Ledger(Head(log_id, writer, epoch, *self._newest()), Known(), now_millis)
+            ledger.open(version)
+            self._write(ledger)
+        self.head = ledger.head
+
+    def _newest(self) -> tuple[int, bytes, int]:
+        """Index and hash of the newest entry, and the last sequence."""
+        newest = self._tables.newest()
+        if newest is None:
+            return 0, GENESIS, 0
+        if entry_hash(newest.previous_hash, newest.header) != newest.entry_hash:
+            raise JournalUnusable(f"the newest entry, {newest.header.index}, is damaged: restore a copy that verifies")
+        return newest.header.index, newest.entry_hash, self._tables.last_sequence()
+
+    def _write(self, ledger: Ledger) -> None:
+        self._tables.write(ledger, self._settings.idempotency_ttl_seconds * 1000)
+
+    def _room(self) -> bool:
+        """Whether journal_bytes_max leaves the reserve untouched."""
+        if not self._settings.journal_bytes_max:
+            return True
+        return self._tables.pages_used() * self._page_bytes + self._settings.reserve_bytes <= self._settings.journal_bytes_max
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Committed at the end. JournalFull: undone. After any other error what is durable is not known; nothing is retried."""
+        with _sqlite():
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield
+                self._db.execute("COMMIT")
+            except (apsw.FullError, JournalFull) as error:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise JournalFull(str(error)) from error
+
+    def _committed(self, _db: apsw.Connection, _name: str, pages: int) -> int:
+        self._wal_pages = pages
+        return apsw.SQLITE_OK
+
+
+def verify_file(path: Path) -> Iterator[Checked]:
+    """Look at a journal that no sidecar uses, without opening an epoch in it. JournalUnusable: it cannot be read."""
+    db = connect(path)
+    try:
+        tables = Tables(db)
+        yield from verify(lambda index, limit: tables.entries(index, limit, payloads=True))
+    except (apsw.Error, DecodeError) as error:
+        raise JournalUnusable(f"{path}: {error}") from error
+    finally:
+        db.close()
+
+
+@contextmanager
+def _sqlite() -> Iterator[None]:
+    """What SQLite cannot do, or protobuf cannot read, leaves open what is on the disk."""
+    try:
+        yield
+    except (apsw.Error, DecodeError) as error:
+        raise JournalBroken(f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,119 @@
+"""What is read from the SQLite tables and written to them, in whatever transaction stands open."""
+
+from __future__ import annotations
+
+from array import array
+from collections import defaultdict
+
+import apsw
+
+from ostinato.chain import OUTCOMES
+from ostinato.v1 import types_pb2
+
+from sidecar.journal import Binding, Sealed
+from sidecar.journal.ledger import Known, Ledger, Needs
+
+_ENTRIES = "SELECT * FROM sealed WHERE entry_index >= ? ORDER BY entry_index LIMIT ?"
+_ENTRIES_BARE = """SELECT entry_index, header, previous_hash, entry_hash, x'' FROM sealed
+  WHERE entry_index >= ? ORDER BY entry_index LIMIT ?"""
+_NEWEST = "SELECT * FROM sealed ORDER BY entry_index DESC LIMIT 1"
+_ADMITTED = """SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted
+  WHERE sequence BETWEEN ? AND ? ORDER BY sequence LIMIT ?"""
+_OUTCOMES = "SELECT sealed.* FROM items JOIN sealed ON entry_index = outcome WHERE sequence BETWEEN ? AND ?"
+_UNFINISHED = "SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted WHERE outcome IS NULL ORDER BY sequence"
+_STILL_UNFINISHED = "SELECT sequence FROM items WHERE outcome IS NULL AND sequence IN carray(?)"
+_TWINS = "SELECT sealed.* FROM twins JOIN sealed USING (entry_index) WHERE input_digest IN carray(?) ORDER BY entry_index"
+_BINDINGS = """SELECT tenant, key, request_digest, first_sequence, count FROM keys
+  WHERE key IN carray(?) AND (expires_millis IS NULL OR expires_millis > ?)"""
+_END_KEYED = """UPDATE keys SET unfinished = unfinished - 1, expires_millis = CASE unfinished WHEN 1 THEN ?2 END
+  WHERE first_sequence = ?1"""
+_PURGE = """DELETE FROM keys WHERE first_sequence IN
+  (SELECT first_sequence FROM keys WHERE expires_millis <= ? ORDER BY expires_millis LIMIT ?)"""
+_PAGES_USED = "SELECT page_count - freelist_count FROM pragma_page_count, pragma_freelist_count"
+
+
+class Tables:
+    """Rows as values. Raises apsw.Error."""
+
+    def __init__(self, db: apsw.Connection) -> None:
+        self._db = db
+
+    def begin_epoch(self, new_log_id: str, writer: str) -> tuple[str, str, int]:
+        """Log id, owner and epoch, one higher than before; a new journal gets this log id and owner."""
+        self._db.execute("INSERT OR IGNORE INTO journal VALUES (1, ?, ?, 0)", (new_log_id, writer))
+        log_id, owner, epoch = self._db.execute("UPDATE journal SET epoch = epoch + 1 RETURNING log_id, writer, epoch").get
+        return log_id, owner, epoch
+
+    def epoch(self) -> int:
+        return int(self._db.execute("SELECT epoch FROM journal").get)
+
+    def newest(self) -> Sealed | None:
+        return next(iter(self._sealed(_NEWEST)), None)
+
+    def last_sequence(self) -> int:
+        return int(self._db.execute("SELECT coalesce(max(sequence), 0) FROM items").get)
+
+    def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
+        return self._sealed(_ENTRIES if payloads else _ENTRIES_BARE, from_index, limit)
+
+    def admitted(self, first: int, last: int, limit: int) -> list[Sealed]:
+        return self._sealed(_ADMITTED, first, last, limit)
+
+    def outcomes(self, first: int, last: int) -> list[Sealed]:
+        return self._sealed(_OUTCOMES, first, last)
+
+    def unfinished(self) -> list[Sealed]:
+        return self._sealed(_UNFINISHED)
+
+    def bindings(self, keys: frozenset[tuple[str, str]], now_millis: int) -> dict[tuple[str, str], Binding]:
+        """Those of the keys that are bound and have not expired; maybe the same keys of other tenants too."""
+        if not keys:
+            return {}
+        rows = self._db.execute(_BINDINGS, (apsw.carray(tuple(key for _, key in keys)), now_millis))
+        return {(tenant, key): Binding(*rest) for tenant, key, *rest in rows}
+
+    def known(self, needs: Needs, now_millis: int) -> Known:
+        unfinished, twins = frozenset[int](), defaultdict[bytes, tuple[Sealed, ...]](tuple)
+        if needs.sequences:
+            rows = self._db.execute(_STILL_UNFINISHED, (apsw.carray(array("q", needs.sequences)),))
+            unfinished = frozenset(sequence for (sequence,) in rows)
+        if needs.input_digests:
+            for twin in self._sealed(_TWINS, apsw.carray(tuple(needs.input_digests))):
+                twins[twin.header.input_digest] += (twin,)
+        return Known(self.bindings(needs.keys, now_millis), unfinished, twins)
+
+    def write(self, ledger: Ledger, key_ttl_millis: int) -> None:
+        """All that the ledger made."""
+        many, entries = self._db.executemany, ledger.entries
+        many(
+            "INSERT INTO entries VALUES (?, ?, ?)",
+            [(e.header.index, e.header.SerializeToString(deterministic=True), e.entry_hash) for e in entries],
+        )
+        many("INSERT INTO payloads VALUES (?, ?)", [(e.header.index, e.payload) for e in entries])
+        admitted = [e.header for e in entries if e.header.kind == types_pb2.ENTRY_KIND_ADMITTED]
+        many("INSERT INTO items (sequence, admitted) VALUES (?, ?)", [(h.sequence, h.index) for h in admitted])
+        many(
+            "INSERT OR REPLACE INTO keys VALUES (?1, ?2, ?3, ?4, ?5, ?2, NULL)",
+            [(b.first_sequence, b.count, b.request_digest, a.tenant, a.key) for a, b in ledger.bound],
+        )
+        ended = [e.header for e in entries if e.header.kind in OUTCOMES]
+        many("UPDATE items SET outcome = ? WHERE sequence = ?", [(h.index, h.sequence) for h in ended])
+        many(_END_KEYED, [(h.first_sequence, h.time_unix_millis + key_ttl_millis) for h in ended])
+        many(
+            "INSERT OR IGNORE INTO twins VALUES (?, ?, ?)",
+            [(h.input_digest, h.fingerprint_digest, h.index) for h in ended if h.kind == types_pb2.ENTRY_KIND_COMPLETED],
+        )
+
+    def purge_keys(self, now_millis: int, limit: int) -> None:
+        """Forget at most so many of the keys that have expired."""
+        self._db.execute(_PURGE, (now_millis, limit))
+
+    def pages_used(self) -> int:
+        """Of the file, less those that are free to be used again."""
+        return int(self._db.execute(_PAGES_USED).get)
+
+    def _sealed(self, query: str, *bindings: object) -> list[Sealed]:
+        return [
+            Sealed(types_pb2.EntryHeader.FromString(header), previous_hash, entry_hash, payload)
+            for _, header, previous_hash, entry_hash, payload in self._db.execute(query, bindings)
+        ]

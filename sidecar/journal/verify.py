@@ -1,0 +1,114 @@
+"""Whether a journal is what it claims to be: every link of the chain, every invariant of `ostinato.chain`, all payloads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+
+from ostinato.chain import OUTCOMES, check_link
+from ostinato.digest import input_digest, logprobs_digest, output_digest
+from ostinato.v1 import sequencer_pb2, types_pb2
+
+from sidecar.journal import Sealed
+
+PAGE = 1_000
+"""Entries read at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """How far a verification has come, and what was wrong since the last time it said so."""
+
+    index: int
+    """Of the last entry looked at."""
+    faults: tuple[str, ...]
+    """Each begins with `entry N:`."""
+
+
+def verify(read: Callable[[int, int], Sequence[Sealed]]) -> Iterator[Checked]:
+    """Look at all entries, page by page. `read` takes an index and a limit and gives the entries from there, if any."""
+    checker, index = Checker(), 0
+    while page := read(index + 1, PAGE):
+        faults = [f"entry {sealed.header.index}: {fault}" for sealed in page for fault in checker.check(sealed)]
+        index = max(index + len(page), page[-1].header.index)  # an index may be what is damaged
+        yield Checked(index, tuple(faults))
+
+
+class Checker:
+    """A journal's state, as its entries in order tell it."""
+
+    def __init__(self) -> None:
+        self.unfinished: set[int] = set()
+        """Sequences without an outcome so far."""
+        self.last_sequence = 0
+        self._previous: sequencer_pb2.Entry | None = None
+        self._epochs: dict[str, int] = {}
+        self._batch: tuple[int, int, int] | None = None
+        """First sequence, count and position of the next entry, within a batch."""
+
+    def check(self, sealed: Sealed) -> list[str]:
+        """What is wrong with the next entry; empty: nothing."""
+        previous = self._previous
+        entry = sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload)
+        self._previous = entry
+        faults = check_link(previous, entry)
+        if previous is not None and sealed.previous_hash != previous.entry_hash:
+            faults.append("previous_hash: is not the hash of the entry before")
+        for check in (self._check_epoch, self._check_sequence, self._check_batch):
+            faults += check(sealed.header)
+        return faults + _check_payload(sealed)
+
+    def _check_epoch(self, header: types_pb2.EntryHeader) -> list[str]:
+        newest = self._epochs.get(header.writer, 0)
+        if header.kind == types_pb2.ENTRY_KIND_OPENED:
+            self._epochs[header.writer] = max(newest, header.epoch)
+            return [] if header.epoch > newest else [f"epoch: opens {header.epoch} after {newest}"]
+        return [] if header.epoch == newest else [f"epoch: {header.epoch}, and the writer's newest is {newest}"]
+
+    def _check_sequence(self, header: types_pb2.EntryHeader) -> list[str]:
+        if header.kind == types_pb2.ENTRY_KIND_ADMITTED:
+            self.unfinished.add(header.sequence)
+            expected, self.last_sequence = self.last_sequence + 1, max(self.last_sequence, header.sequence)
+            return [] if header.sequence == expected else [f"sequence: {header.sequence} instead of {expected}"]
+        if header.kind not in OUTCOMES:
+            return []
+        if header.sequence not in self.unfinished:
+            return [f"sequence: {header.sequence} was not admitted, or had ended before"]
+        self.unfinished.remove(header.sequence)
+        return []
+
+    def _check_batch(self, header: types_pb2.EntryHeader) -> list[str]:
+        """A batch's entries stand together: each but the last is followed by the next of the same batch."""
+        expected, self._batch = self._batch, None
+        admitted = header.kind == types_pb2.ENTRY_KIND_ADMITTED
+        position = header.sequence - header.first_sequence
+        if admitted and position + 1 < header.count:
+            self._batch = (header.first_sequence, header.count, position + 1)
+        found = (header.first_sequence, header.count, position) if admitted else None
+        begins = found is None or position == 0
+        return [] if found == expected or (expected is None and begins) else ["batch: is not whole"]
+
+
+def _check_payload(sealed: Sealed) -> list[str]:
+    """What is wrong between a payload that is kept and its header."""
+    header, claims = sealed.header, []
+    if not sealed.payload:
+        return []
+    try:
+        if header.kind == types_pb2.ENTRY_KIND_ADMITTED:
+            given = sequencer_pb2.AdmittedPayload.FromString(sealed.payload)
+            digest = input_digest(given.token_ids, given.parameters, given.seed)
+            claims = [("seed", header.seed, given.seed), ("input_digest", header.input_digest, digest)]
+        elif header.kind == types_pb2.ENTRY_KIND_COMPLETED:
+            output = sequencer_pb2.CompletedPayload.FromString(sealed.payload).output
+            claims = [
+                ("seed", header.seed, output.seed),
+                ("grade", header.grade, output.grade),
+                ("output_digest", header.output_digest, output_digest(output)),
+                ("logprobs_digest", header.logprobs_digest, logprobs_digest(output)),
+            ]
+    except DecodeError:
+        return ["payload: cannot be read"]
+    return [f"{name}: is not the payload's" for name, claimed, actual in claims if claimed != actual]

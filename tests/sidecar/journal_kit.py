@@ -1,0 +1,120 @@
+"""What the journal's tests are made of: drafts, a clock, and one store per backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ostinato.v1 import sequencer_pb2, types_pb2
+
+from sidecar.journal import Admission, Audit, Draft, Opened, Outcome, Sealed
+from sidecar.journal.sqlite import SqliteJournal, SqliteSettings
+
+LOG_ID = "0123456789abcdef0123456789abcdef"
+PARAMETERS = types_pb2.ResolvedParameters(temperature=1.0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=16)
+FINGERPRINT = b"f" * 32
+
+
+@dataclass
+class Clock:
+    """Time that passes when told to."""
+
+    millis: int = 1_700_000_000_000
+
+    def now_millis(self) -> int:
+        return self.millis
+
+    def seconds(self) -> float:
+        return self.millis / 1000
+
+    def sleep(self, seconds: float) -> None:
+        self.millis += round(seconds * 1000)
+
+
+def item(*token_ids: int, seed: int | None = None, request_id: str = "") -> sequencer_pb2.AdmittedPayload:
+    """What is admitted; without a seed it gets one."""
+    return sequencer_pb2.AdmittedPayload(
+        token_ids=token_ids or (1, 2, 3),
+        parameters=PARAMETERS,
+        seed=seed or 0,
+        seed_derived=seed is None,
+        request_id=request_id,
+    )
+
+
+def admission(*items: sequencer_pb2.AdmittedPayload, key: str = "", tenant: str = "", digest: bytes = b"r" * 32) -> Admission:
+    """A batch; of one item if none is given."""
+    return Admission(items or (item(),), digest, key=key, tenant=tenant)
+
+
+def completed(
+    admitted: Sealed, *token_ids: int, attempt: int = 1, fingerprint: bytes = FINGERPRINT, text: str = "answer"
+) -> Outcome:
+    """An item's COMPLETED outcome, with this output."""
+    output = types_pb2.Output(
+        text=text,
+        token_ids=token_ids or (7, 8),
+        finish_reason=types_pb2.FINISH_REASON_LENGTH,
+        seed=admitted.header.seed,
+        grade=types_pb2.GRADE_EXACT,
+    )
+    payload = sequencer_pb2.CompletedPayload(output=output)
+    return Outcome(admitted.header, types_pb2.ENTRY_KIND_COMPLETED, attempt, payload, fingerprint)
+
+
+def ended(admitted: Sealed, kind: types_pb2.EntryKind.ValueType = types_pb2.ENTRY_KIND_FAILED, attempt: int = 1) -> Outcome:
+    """An outcome without an output."""
+    payload = sequencer_pb2.EndedPayload(code=13, reason="ENGINE_FAILED", message="it broke")
+    return Outcome(admitted.header, kind, attempt, payload, FINGERPRINT)
+
+
+def audit(admitted: Sealed) -> Audit:
+    """A verdict about an item."""
+    verdict = types_pb2.Comparison(sequence=admitted.header.sequence, verdict=types_pb2.VERDICT_MATCH)
+    return Audit(admitted.header, verdict, FINGERPRINT)
+
+
+ABOUT_AN_ITEM: Mapping[str, Callable[[Sealed], Draft]] = {"complete": completed, "end": ended, "audit": audit}
+"""Ways to make a draft about an admitted item."""
+
+
+def sequences(entries: Sequence[Sealed]) -> list[int]:
+    return [entry.header.sequence for entry in entries]
+
+
+@dataclass
+class SqliteStore:
+    """One journal on a disk, opened as often as wanted."""
+
+    path: Path
+    clock: Clock = field(default_factory=Clock)
+    settings: SqliteSettings = field(default_factory=lambda: SqliteSettings(reserve_bytes=0))
+    vfs: str | None = None
+
+    def open(self, *, writer: str = "writer", log_id: str = LOG_ID) -> tuple[SqliteJournal, Opened]:
+        return SqliteJournal.open(
+            self.path,
+            writer=writer,
+            version="1.0",
+            new_log_id=log_id,
+            now_millis=self.clock.millis,
+            settings=self.settings,
+            vfs=self.vfs,
+        )
+
+    @contextmanager
+    def opened(self) -> Iterator[SqliteJournal]:
+        journal, _ = self.open()
+        try:
+            yield journal
+        finally:
+            journal.close()
+
+    def configure(self, **settings: int) -> None:
+        self.settings = replace(self.settings, **settings)
+
+    def fence(self, journal: SqliteJournal) -> None:
+        """As if another process had begun an epoch of this writer, which the lock makes impossible."""
+        journal._db.execute("UPDATE journal SET epoch = epoch + 1")

@@ -1,0 +1,381 @@
+"""The journal's promises, against every backend and through the interface that the sidecar uses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from ostinato.chain import GENESIS, OUTCOMES, payload_digest
+from ostinato.digest import derived_seed, input_digest, output_digest
+from ostinato.v1 import sequencer_pb2, types_pb2
+
+from sidecar.journal import Journal, JournalBroken, Opened, Sealed
+from sidecar.journal.grouped import GroupedJournal
+from sidecar.journal.verify import verify
+from tests.sidecar.journal_kit import (
+    FINGERPRINT,
+    LOG_ID,
+    PARAMETERS,
+    SqliteStore,
+    admission,
+    audit,
+    completed,
+    ended,
+    item,
+    sequences,
+)
+
+DAY = 86_400
+
+
+@pytest.fixture(name="store", params=[SqliteStore])
+def _store(request: pytest.FixtureRequest, tmp_path: Path) -> SqliteStore:
+    made: SqliteStore = request.param(tmp_path / "journal.db")
+    return made
+
+
+class Open:
+    """A journal in use."""
+
+    def __init__(self, store: SqliteStore) -> None:
+        self.backend, self.found = store.open()
+        self.grouped = GroupedJournal(self.backend, now_millis=store.clock.now_millis)
+        self.journal: Journal = self.grouped
+
+    async def admit(self, *items: sequencer_pb2.AdmittedPayload, key: str = "") -> tuple[Sealed, ...]:
+        return (await self.journal.append(admission(*items, key=key))).entries
+
+
+@asynccontextmanager
+async def opened(store: SqliteStore) -> AsyncIterator[Open]:
+    using = Open(store)
+    try:
+        yield using
+    finally:
+        await using.journal.close()
+
+
+@pytest.fixture(name="using")
+async def _using(store: SqliteStore) -> AsyncIterator[Open]:
+    async with opened(store) as using:
+        yield using
+
+
+async def assert_sound(journal: Journal) -> None:
+    """Every link and every invariant holds."""
+    entries = await journal.entries(1, 10_000, payloads=True)
+    head = await journal.head()
+    assert (head.index, head.entry_hash) == (entries[-1].header.index, entries[-1].entry_hash)
+    pages = verify(lambda index, limit: entries[index - 1 : index - 1 + limit])
+    assert [fault for page in pages for fault in page.faults] == []
+
+
+async def test_numbers(using: Open) -> None:
+    """A batch takes a contiguous range of sequences, batches take consecutive ones, and indexes have no gap."""
+    first = await using.admit(item(), item(), item())
+    second = await using.admit(item())
+
+    assert sequences(first) == [1, 2, 3]
+    assert sequences(second) == [4]
+    assert [(e.header.first_sequence, e.header.count) for e in (*first, *second)] == [(1, 3)] * 3 + [(4, 1)]
+    assert [e.header.index for e in (*first, *second)] == [2, 3, 4, 5]
+    await assert_sound(using.journal)
+
+
+async def test_first_entry(using: Open, store: SqliteStore) -> None:
+    """A new journal begins with OPENED of epoch 1, after 32 zero bytes."""
+    opened_entry, *others = await using.journal.entries(1, 10, payloads=True)
+
+    header = opened_entry.header
+    assert others == []
+    assert (header.kind, header.epoch, header.log_id, header.writer) == (types_pb2.ENTRY_KIND_OPENED, 1, LOG_ID, "writer")
+    assert header.time_unix_millis == store.clock.millis
+    assert opened_entry.previous_hash == GENESIS
+    assert sequencer_pb2.OpenedPayload.FromString(opened_entry.payload).version == "1.0"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])
+async def test_given_seed(using: Open, seed: int) -> None:
+    """A seed that was given is recorded as it is, 0 and the largest included, and is part of the input digest."""
+    (entry,) = await using.admit(item(5, seed=seed))
+
+    payload = sequencer_pb2.AdmittedPayload.FromString(entry.payload)
+    (read,) = await using.journal.items(1, 1, 1)
+    assert read.admitted == entry
+    assert (entry.header.seed, payload.seed, payload.seed_derived) == (seed, seed, False)
+    assert entry.header.input_digest == input_digest([5], PARAMETERS, seed)
+
+
+async def test_derived_seed(using: Open) -> None:
+    """An item without a seed gets the one that log id and sequence give, and no two get the same."""
+    entries = await using.admit(item(5), item(5))
+
+    assert [e.header.seed for e in entries] == [derived_seed(LOG_ID, 1), derived_seed(LOG_ID, 2)]
+    assert all(sequencer_pb2.AdmittedPayload.FromString(e.payload).seed == e.header.seed for e in entries)
+    assert entries[0].header.input_digest != entries[1].header.input_digest
+
+
+async def test_completed(using: Open) -> None:
+    """A COMPLETED entry bears the item's place and input, the attempt, the output's digests and grade, and the fingerprint."""
+    (admitted,) = await using.admit(item())
+    outcome = completed(admitted, 4, 5, attempt=3)
+    (entry,) = (await using.journal.append(outcome)).entries
+
+    header = entry.header
+    assert (header.kind, header.sequence, header.attempt) == (types_pb2.ENTRY_KIND_COMPLETED, 1, 3)
+    assert (header.seed, header.input_digest) == (admitted.header.seed, admitted.header.input_digest)
+    assert header.output_digest == output_digest(outcome.payload.output)  # type: ignore[union-attr]
+    assert (header.logprobs_digest, header.grade, header.fingerprint_digest) == (b"", types_pb2.GRADE_EXACT, FINGERPRINT)
+    assert entry.payload == outcome.payload.SerializeToString(deterministic=True)
+    assert header.payload_digest == payload_digest(entry.payload)
+    assert (await using.journal.items(1, 1, 1))[0].outcome == entry
+
+
+@pytest.mark.parametrize("kind", sorted(OUTCOMES - {types_pb2.ENTRY_KIND_COMPLETED}))
+async def test_ended(using: Open, kind: types_pb2.EntryKind.ValueType) -> None:
+    """An outcome without an output bears seed and input digest too, and no grade."""
+    (admitted,) = await using.admit(item())
+    (entry,) = (await using.journal.append(ended(admitted, kind))).entries
+
+    header = entry.header
+    assert (header.kind, header.seed, header.input_digest) == (kind, admitted.header.seed, admitted.header.input_digest)
+    assert (header.grade, header.output_digest, header.attempt) == (types_pb2.GRADE_UNSPECIFIED, b"", 1)
+
+
+async def test_first_outcome_wins(using: Open) -> None:
+    """Of two outcomes of an item, in one commit or in two, only the first is recorded."""
+    (admitted,) = await using.admit(item())
+    first, second = await asyncio.gather(using.journal.append(completed(admitted)), using.journal.append(ended(admitted)))
+    third = await using.journal.append(ended(admitted))
+
+    assert len(first.entries) == 1
+    assert (second.entries, third.entries) == ((), ())
+    assert (await using.journal.items(1, 1, 1))[0].outcome == first.entries[0]
+    assert (await using.journal.head()).index == 3
+
+
+async def test_audited(using: Open) -> None:
+    """A verdict is an entry about its item that takes no number and ends nothing."""
+    (admitted,) = await using.admit(item())
+    (entry,) = (await using.journal.append(audit(admitted))).entries
+
+    assert (entry.header.kind, entry.header.sequence) == (types_pb2.ENTRY_KIND_AUDITED, 1)
+    assert sequencer_pb2.AuditedPayload.FromString(entry.payload).comparison.verdict == types_pb2.VERDICT_MATCH
+    assert (await using.journal.items(1, 1, 1))[0].outcome is None
+    assert sequences(await using.admit(item())) == [2]
+
+
+async def test_key_is_bound_once(using: Open) -> None:
+    """A bound key returns what it stands for and appends nothing, also within one commit and whatever the request is."""
+    appends = (using.journal.append(admission(item(), item(), key="k", digest=digest * 32)) for digest in (b"a", b"b", b"a"))
+    first, second, third = await asyncio.gather(*appends)
+    later = await using.journal.append(admission(key="k"))
+
+    assert sequences(first.entries) == [1, 2]
+    assert first.binding is None
+    for repeated in (second, third, later):
+        assert repeated.entries == ()
+        assert repeated.binding is not None
+        assert (repeated.binding.request_digest, repeated.binding.first_sequence, repeated.binding.count) == (b"a" * 32, 1, 2)
+    assert await using.journal.binding("", "k") == later.binding
+    assert (await using.journal.head()).last_sequence == 2
+
+
+async def test_key_is_scoped_by_tenant(using: Open) -> None:
+    """One key of two tenants is two keys, and an empty key is none."""
+    for tenant in ("", "a", "b"):
+        assert len((await using.journal.append(admission(key="k", tenant=tenant))).entries) == 1
+    for _ in range(2):
+        assert len((await using.journal.append(admission(tenant="a"))).entries) == 1
+
+    assert [b.first_sequence for t in ("", "a", "b") if (b := await using.journal.binding(t, "k"))] == [1, 2, 3]
+    assert await using.journal.binding("c", "k") is None
+    assert await using.journal.binding("a", "") is None
+
+
+async def test_key_expires(using: Open, store: SqliteStore) -> None:
+    """A key is kept until its ttl has passed since the last outcome of its batch, then it may be bound again."""
+    first, second = await using.admit(item(), item(), key="k")
+    store.clock.sleep(100 * DAY)
+    await using.journal.append(completed(first))
+    store.clock.sleep(DAY)
+    assert await using.journal.binding("", "k") is not None, "an item of the batch has not ended"
+
+    await using.journal.append(ended(second))
+    store.clock.sleep(DAY - 0.001)
+    assert (await using.journal.append(admission(key="k"))).binding is not None
+    store.clock.sleep(0.001)
+    assert await using.journal.binding("", "k") is None
+    assert sequences(await using.admit(item(), key="k")) == [3]
+    assert (again := await using.journal.binding("", "k")) is not None
+    assert (again.first_sequence, again.count) == (3, 1)
+
+
+async def test_twin(using: Open) -> None:
+    """A COMPLETED outcome comes with the first COMPLETED entry of an equal input, also one of the same commit."""
+    entries = await using.admit(*(item(1, seed=9) for _ in range(3)), item(1, seed=10))
+    answers = await asyncio.gather(*(using.journal.append(completed(entry, 4)) for entry in entries))
+
+    assert [answer.twin for answer in answers] == [None, answers[0].entries[0], answers[0].entries[0], None]
+    (late,) = await using.admit(item(1, seed=9))
+    answer = await using.journal.append(completed(late, 5))
+    assert answer.twin == answers[0].entries[0]
+    assert answer.twin is not None
+    assert sequencer_pb2.CompletedPayload.FromString(answer.twin.payload).output.token_ids == [4]
+
+
+async def test_twin_of_one_fingerprint(using: Open) -> None:
+    """The first one under the same fingerprint is preferred; without one it is the first of all."""
+    entries = await using.admit(*(item(1, seed=9) for _ in range(4)))
+    outcomes = [completed(entry, fingerprint=name * 32) for entry, name in zip(entries, (b"a", b"b", b"b", b"a"), strict=True)]
+    answers = [await using.journal.append(outcome) for outcome in outcomes]
+
+    firsts = [answer.entries[0] for answer in answers]
+    assert [answer.twin for answer in answers] == [None, firsts[0], firsts[1], firsts[0]]
+
+
+async def test_failed_has_no_twin(using: Open) -> None:
+    """An item without an output is nobody's twin."""
+    first, second = await using.admit(item(1, seed=9), item(1, seed=9))
+    await using.journal.append(ended(first))
+
+    assert (await using.journal.append(completed(second))).twin is None
+
+
+async def test_items(using: Open) -> None:
+    """Items are read by their numbers, ascending, as many as wanted; numbers that were never given are left out."""
+    entries = await using.admit(*(item(n) for n in range(1, 6)))
+    (outcome,) = (await using.journal.append(completed(entries[1]))).entries
+
+    async def read(first: int, last: int, limit: int = 100) -> list[int]:
+        return [found.admitted.header.sequence for found in await using.journal.items(first, last, limit)]
+
+    assert await read(2, 4) == [2, 3, 4]
+    assert await read(0, 2**64 - 1) == [1, 2, 3, 4, 5]
+    assert await read(1, 5, 2) == [1, 2]
+    assert await read(6, 2**63) == await read(2**63, 2**64 - 1) == await read(4, 3) == []
+    assert [found.outcome for found in await using.journal.items(1, 3, 3)] == [None, outcome, None]
+
+
+async def test_entries(using: Open) -> None:
+    """Entries are read by index, with their payloads or without; beyond the head there are none."""
+    admitted = await using.admit(item(), item())
+
+    assert tuple(await using.journal.entries(2, 10, payloads=True)) == admitted
+    assert [len(e.payload) for e in await using.journal.entries(2, 1, payloads=False)] == [0]
+    assert (await using.journal.entries(2, 1, payloads=False))[0].previous_hash == admitted[0].previous_hash
+    for index in (4, 2**63, 2**64 - 1):
+        assert await using.journal.entries(index, 10, payloads=True) == []
+
+
+async def test_reopen(store: SqliteStore) -> None:
+    """A journal that is opened again goes on where it was, in the next epoch, and hands over what has not ended."""
+    async with opened(store) as using:
+        first, second, third = await using.admit(item(), item(), item())
+        await using.journal.append(completed(second))
+        before = await using.journal.head()
+        assert using.found == Opened(using.found.head, ())
+    async with opened(store) as using:
+        assert using.found.unfinished == (first, third)
+        head = using.found.head
+        assert (head.log_id, head.epoch, head.index, head.last_sequence) == (LOG_ID, 2, before.index + 1, 3)
+        assert sequences(await using.admit(item(), key="k")) == [4]
+        await assert_sound(using.journal)
+    async with opened(store) as using:
+        assert sequences(using.found.unfinished) == [1, 3, 4]
+        assert (await using.journal.binding("", "k")) is not None
+        assert sequencer_pb2.AdmittedPayload.FromString(using.found.unfinished[2].payload).idempotency_key == "k"
+
+
+async def test_log_id_stays(store: SqliteStore) -> None:
+    """The log id that a journal was made with is its name for good."""
+    store.open()[0].close()
+    journal, found = store.open(log_id="f" * 32)
+    journal.close()
+
+    assert found.head.log_id == LOG_ID
+
+
+async def test_order_of_calls(using: Open) -> None:
+    """Appends take effect in the order of the calls, and are answered in it."""
+    answered: list[int] = []
+
+    async def append(number: int) -> int:
+        (entry,) = await using.admit(item(number))
+        answered.append(number)
+        return entry.header.sequence
+
+    numbers = await asyncio.gather(*(append(number) for number in range(1, 600)))
+
+    assert numbers == answered == list(range(1, 600))
+    await assert_sound(using.journal)
+
+
+async def test_reads_see_earlier_appends(using: Open) -> None:
+    """A read sees every append that was called before it, answered or not."""
+    for expected in range(1, 20):
+        append = asyncio.ensure_future(using.admit(item(), key=f"k{expected}"))
+        await asyncio.sleep(0)
+        assert (await using.journal.head()).last_sequence == expected
+        binding = await using.journal.binding("", f"k{expected}")
+        assert binding is not None
+        assert binding.first_sequence == expected
+        await append
+
+
+async def test_cancelled_caller(using: Open) -> None:
+    """A caller that is cancelled while it appends loses the answer, not the draft, nor its place."""
+    tasks = [asyncio.ensure_future(using.admit(item(number))) for number in range(1, 10)]
+    await asyncio.sleep(0)
+    for task in tasks[::2]:
+        task.cancel()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert [isinstance(answer, asyncio.CancelledError) for answer in answers] == [n % 2 == 0 for n in range(9)]
+    items = await using.journal.items(1, 100, 100)
+    assert [sequencer_pb2.AdmittedPayload.FromString(i.admitted.payload).token_ids[0] for i in items] == list(range(1, 10))
+
+
+async def test_wait(using: Open) -> None:
+    """Waiting for an index ends when an entry with it is durable: at once, if it is already."""
+    await asyncio.wait_for(using.journal.wait(1), 5)
+    waiting = [asyncio.ensure_future(using.journal.wait(index)) for index in (2, 2, 3)]
+    await asyncio.sleep(0)
+    assert not any(task.done() for task in waiting)
+
+    await using.admit(item())
+    await asyncio.wait_for(asyncio.gather(*waiting[:2]), 5)
+    assert not waiting[2].done()
+    await using.admit(item())
+    await asyncio.wait_for(waiting[2], 5)
+
+
+async def test_close(store: SqliteStore) -> None:
+    """Closing appends what waits; a call after that, or a wait that cannot end, is told so."""
+    using = Open(store)
+    appends = [asyncio.ensure_future(using.admit(item())) for _ in range(600)]
+    waiting = asyncio.ensure_future(using.journal.wait(10_000))
+    await asyncio.sleep(0)
+    await asyncio.gather(using.journal.close(), using.journal.close())
+
+    assert [(await append)[0].header.sequence for append in appends] == list(range(1, 601))
+    for call in (waiting, using.admit(item()), using.journal.head(), using.journal.wait(10_000)):
+        with pytest.raises(JournalBroken, match="closed"):
+            await call
+    assert not using.grouped.broken.done()
+
+
+async def test_stale_epoch(using: Open, store: SqliteStore) -> None:
+    """A writer whose epoch has been taken over appends nothing more, and knows that it has to end."""
+    await using.admit(item())
+    store.fence(using.backend)
+
+    with pytest.raises(JournalBroken, match="fenced"):
+        await using.admit(item())
+    assert "fenced" in str(await asyncio.wait_for(using.grouped.broken, 5))
+    with pytest.raises(JournalBroken):
+        await using.admit(item())

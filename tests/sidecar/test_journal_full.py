@@ -1,0 +1,278 @@
+"""No room: new work is refused, outcomes wait in their order and go first when there is some, and nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from ostinato.errors import JournalFull
+
+from sidecar.journal import Appended, Draft, JournalBroken, JournalUnusable, Sealed
+from sidecar.journal.committer import WITHHELD_GROUP, Committer, GroupSettings, Job
+from sidecar.journal.grouped import GroupedJournal
+from sidecar.journal.reserve import Reserve
+from sidecar.journal.verify import verify
+from tests.sidecar.journal_disk import Disk
+from tests.sidecar.journal_kit import Clock, SqliteStore, admission, audit, completed, ended, item
+
+RETRY = 5.0
+
+
+class Full:
+    """A committer over a journal on a disk whose size is ours to set."""
+
+    def __init__(self, folder: Path, withheld_outcomes_max: int = 100) -> None:
+        self.disk, self.clock = Disk(), Clock()
+        self.store = SqliteStore(folder / "journal.db", clock=self.clock, vfs=self.disk.name)
+        self.journal, _ = self.store.open()
+        settings = GroupSettings(full_retry_seconds=RETRY, withheld_outcomes_max=withheld_outcomes_max)
+        self.committer = Committer[str](self.journal, settings, self.clock.now_millis, self.clock.seconds)
+
+    def admit(self, count: int) -> list[Sealed]:
+        return list(self.journal.append_many([admission(*(item(n) for n in range(1, count + 1)))], 1)[0].entries)
+
+    def fill(self, more: int = 0) -> None:
+        """Leave room for so many bytes."""
+        self.disk.bytes_max = sum(len(image.data) for image in self.disk.files.values()) + more
+
+    def is_full(self) -> bool:
+        return self.committer.full
+
+    def end(self) -> None:
+        self.disk.bytes_max = 1 << 40
+        self.journal.close()
+
+    def commit(self, **drafts: Draft) -> dict[str, Appended | JournalFull]:
+        """What became of the drafts that were settled, by name."""
+        return dict(self.committer.commit([Job(draft, name) for name, draft in drafts.items()]).settled)
+
+
+@pytest.fixture(name="full")
+def _full(tmp_path: Path) -> Iterator[Full]:
+    full = Full(tmp_path)
+    yield full
+    full.end()
+
+
+def test_admissions_are_refused(full: Full) -> None:
+    """Without room an admission and a verdict are refused, and told when to come again; reads go on."""
+    (entry,) = full.admit(1)
+    full.fill()
+    answers = full.commit(admission=admission(), audit=audit(entry))
+
+    assert full.is_full()
+    assert not full.journal.reserved
+    for answer in answers.values():
+        assert isinstance(answer, JournalFull)
+        assert answer.retry_after == RETRY
+    assert full.committer.idle_seconds() == RETRY
+    assert len(full.journal.items(1, 10, 10)) == 1
+
+
+def test_outcomes_use_the_reserve(full: Full) -> None:
+    """As long as they find room, outcomes are appended at once, though new work is refused."""
+    entries = full.admit(2)
+    full.fill(100_000)
+    for name, entry in zip(("first", "second"), entries, strict=True):
+        drafts: dict[str, Draft] = {"refused": admission(item(*range(100_000))), name: completed(entry)}
+        answers = full.commit(**drafts)
+        assert isinstance(answers["refused"], JournalFull)
+        assert isinstance(answers[name], Appended)
+    assert full.is_full()
+
+
+def test_bound_keys_are_answered(full: Full) -> None:
+    """A retry by key needs no room, so it gets its binding."""
+    full.journal.append_many([admission(key="k")], full.clock.millis)
+    full.fill()
+    answers = full.commit(new=admission(key="new"), retry=admission(key="k"))
+
+    assert isinstance(answers["new"], JournalFull)
+    assert isinstance(answers["retry"], Appended)
+    assert answers["retry"].binding is not None
+
+
+def test_outcomes_wait(full: Full) -> None:
+    """Outcomes without room are withheld, and appended in their order before anything else when room returns."""
+    entries = full.admit(5)
+    full.fill()
+    big = "x" * 50_000
+    assert list(full.commit(first=completed(entries[3], text=big), refused=admission())) == ["refused"]
+    assert full.commit(second=completed(entries[1]), third=ended(entries[2])) == {}
+    full.clock.sleep(RETRY)
+    assert full.commit() == {}
+    assert full.is_full()
+
+    full.fill(1 << 20)
+    assert full.commit(fourth=ended(entries[0])) == {}, "it is not time yet"
+    full.clock.sleep(RETRY)
+    answers = full.commit(fifth=ended(entries[4]))
+    assert list(answers) == ["first", "second", "third", "fourth", "fifth"]
+    assert [a.entries[0].header.sequence for a in answers.values() if isinstance(a, Appended)] == [4, 2, 3, 1, 5]
+    assert not full.is_full()
+    assert isinstance(full.commit(admission=admission())["admission"], Appended)
+    recorded = full.journal.entries(1, 100, payloads=True)
+    assert [fault for page in verify(lambda i, n: recorded[i - 1 : i - 1 + n]) for fault in page.faults] == []
+
+
+def test_little_room_is_used(full: Full) -> None:
+    """Where there is room for some outcomes only, those go that fit, and the others stay in order."""
+    entries = full.admit(3 * WITHHELD_GROUP)
+    full.fill()
+    drafts = {f"{n:02}": completed(entry, text="x" * 4_000) for n, entry in enumerate(entries)}
+    assert full.commit(**drafts) == {}
+    full.fill(WITHHELD_GROUP * 9_000)
+    full.clock.sleep(RETRY)
+    some = list(full.commit())
+    assert 0 < len(some) < len(drafts)
+
+    full.fill(1 << 20)
+    full.clock.sleep(RETRY)
+    assert some + list(full.commit()) == list(drafts)
+
+
+def test_too_many_outcomes_wait(tmp_path: Path) -> None:
+    """Memory is bounded: more withheld outcomes than the setting allows break the journal."""
+    full = Full(tmp_path, withheld_outcomes_max=2)
+    entries = full.admit(3)
+    full.fill()
+    assert full.commit(first=completed(entries[0]), second=completed(entries[1])) == {}
+
+    with pytest.raises(JournalBroken, match="more than 2 outcomes"):
+        full.commit(third=completed(entries[2]))
+    full.end()
+
+
+def test_withheld_outcome_counts_as_first(full: Full) -> None:
+    """Of two outcomes of an item that both had to wait, the one that came first is recorded."""
+    (entry,) = full.admit(1)
+    full.fill()
+    assert full.commit(first=completed(entry), second=ended(entry)) == {}
+    full.fill(1 << 20)
+    full.clock.sleep(RETRY)
+    answers = full.commit()
+
+    assert [len(a.entries) for a in answers.values() if isinstance(a, Appended)] == [1, 0]
+
+
+def test_finish(full: Full) -> None:
+    """At the end what waits is tried a last time; what still has no room is for recovery to find unfinished."""
+    entries = full.admit(2)
+    full.fill()
+    full.commit(first=completed(entries[0]))
+    assert full.committer.finish().settled == []
+    full.fill(1 << 20)
+    assert [name for name, _ in full.committer.finish().settled] == ["first"]
+    full.journal.close()
+
+    journal, found = full.store.open()
+    assert [entry.header.sequence for entry in found.unfinished] == [2]
+    journal.close()
+
+
+@pytest.mark.parametrize("more", range(0, 40_000, 2_000))
+def test_no_room_anywhere(full: Full, more: int) -> None:
+    """Wherever in a commit the disk runs full, it leaves no trace and the journal goes on."""
+    entries = full.admit(8)
+    head = full.journal.head
+    full.fill(more)
+    group: list[Draft] = [admission(item(*range(3_000)), key="k"), *(completed(entry, text="x" * 2_000) for entry in entries)]
+    with pytest.raises(JournalFull):
+        full.journal.append_many(group, full.clock.millis)
+    assert full.journal.head == head
+    assert full.journal.binding("", "k", full.clock.millis) is None
+
+    full.fill(1 << 20)
+    answers = full.journal.append_many(group, full.clock.millis)
+    assert [len(answer.entries) for answer in answers] == [1] * 9
+    full.journal.close()
+    with full.store.opened() as journal:
+        recorded = journal.entries(1, 100, payloads=True)
+    assert [fault for page in verify(lambda i, n: recorded[i - 1 : i - 1 + n]) for fault in page.faults] == []
+
+
+async def test_grouped_journal(tmp_path: Path) -> None:
+    """Refused, waiting and reading callers are served side by side, and all recover by themselves."""
+    full = Full(tmp_path)
+    entries = full.admit(4)
+    settings = GroupSettings(full_retry_seconds=0.02)
+    journal = GroupedJournal(full.journal, now_millis=full.clock.now_millis, settings=settings)
+    full.fill()
+    with pytest.raises(JournalFull):
+        await journal.append(admission(item(*range(5_000))))
+
+    outcomes = [asyncio.ensure_future(journal.append(completed(entry, text="x" * 9_000))) for entry in entries]
+    await asyncio.sleep(0.1)
+    assert not any(task.done() for task in outcomes)
+    assert (await journal.items(1, 1, 1))[0].outcome is None
+    full.disk.bytes_max = 1 << 40
+    answers: Sequence[Appended] = await asyncio.wait_for(asyncio.gather(*outcomes), 5)
+    assert [a.entries[0].header.sequence for a in answers] == [1, 2, 3, 4]
+    for _ in range(100):
+        if not journal.full:
+            break
+        await asyncio.sleep(0.02)
+    assert len((await journal.append(admission())).entries) == 1
+    await journal.close()
+
+
+async def test_closing_while_full(tmp_path: Path) -> None:
+    """A program that ends while outcomes wait tells their callers that they are not durable, and the next one finds them."""
+    full = Full(tmp_path)
+    (entry,) = full.admit(1)
+    journal = GroupedJournal(full.journal, now_millis=full.clock.now_millis)
+    full.fill()
+    outcome = asyncio.ensure_future(journal.append(completed(entry, text="x" * 50_000)))
+    await asyncio.sleep(0.05)
+    await journal.close()
+    with pytest.raises(JournalBroken, match="closed"):
+        await outcome
+    assert not journal.broken.done()
+
+    full.disk.bytes_max = 1 << 40
+    again, found = full.store.open()
+    again.close()
+    assert [unfinished.header.sequence for unfinished in found.unfinished] == [1]
+
+
+async def test_room_at_the_end(tmp_path: Path) -> None:
+    """Outcomes that wait when the program ends are tried a last time."""
+    full = Full(tmp_path)
+    (entry,) = full.admit(1)
+    settings = GroupSettings(full_retry_seconds=3_600)
+    journal = GroupedJournal(full.journal, now_millis=full.clock.now_millis, settings=settings)
+    full.fill()
+    outcome = asyncio.ensure_future(journal.append(completed(entry, text="x" * 50_000)))
+    await asyncio.sleep(0.05)
+    full.disk.bytes_max = 1 << 40
+    await journal.close()
+
+    assert len((await outcome).entries) == 1
+
+
+def test_opening_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where even the first entry finds no room, opening says so; a reserve is freed for it, and then new work is refused."""
+    full = Full(tmp_path)
+    full.journal.close()
+    full.fill()
+    with pytest.raises(JournalUnusable, match="disk is full"):
+        full.store.open()
+
+    def release(reserve: Reserve) -> None:
+        """The file lies on a real disk, and what it takes up is missing on ours."""
+        reserve._path.unlink()
+        reserve.held = False
+        full.fill(100_000)
+
+    full.store.configure(reserve_bytes=100_000)
+    monkeypatch.setattr(Reserve, "release", release)
+    tmp_path.joinpath("journal.db.reserve").write_bytes(bytes(100_000))
+    monkeypatch.setattr(Reserve, "take", lambda _: False)
+    with full.store.opened() as journal:
+        assert journal.head.epoch == 2
+        with pytest.raises(JournalFull):
+            journal.append_many([admission()], 1)
+    full.end()

@@ -1,0 +1,235 @@
+"""Group commit: what waits is committed together, answered together, and fails together when the journal breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from ostinato.chain import GENESIS
+
+from sidecar.journal import Appended, Binding, Draft, Head, ItemEntries, Journal, JournalBroken, Sealed
+from sidecar.journal.committer import GroupSettings
+from sidecar.journal.grouped import GroupedJournal
+from sidecar.journal.ledger import Known, Ledger
+from tests.sidecar.journal_kit import LOG_ID, Clock, SqliteStore, admission, item
+
+
+@dataclass
+class Scripted:
+    """A backend in memory that commits when it is let, and fails when it is told to."""
+
+    head: Head = field(default_factory=lambda: Head(LOG_ID, "writer", 1, 1, GENESIS, 0))
+    reserved: bool = True
+    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    fault: BaseException | None = None
+    groups: list[list[Draft]] = field(default_factory=list)
+    maintained: list[bool] = field(default_factory=list)
+    closed: bool = False
+
+    def append_many(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
+        assert self.go.acquire(timeout=10)
+        if self.fault is not None:
+            raise self.fault
+        self.groups.append(list(drafts))
+        ledger = Ledger(self.head, Known(), now_millis)
+        appended = [ledger.append(draft) for draft in drafts]
+        self.head = ledger.head
+        return appended
+
+    def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None:
+        raise LookupError("the reader's mistake")
+
+    def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:
+        raise JournalBroken("the disk cannot be read")
+
+    def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
+        return []
+
+    def release_reserve(self) -> None: ...
+
+    def restore_reserve(self) -> bool:
+        return True
+
+    def maintain(self, *, idle: bool) -> None:
+        self.maintained.append(idle)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@dataclass
+class Running:
+    """A journal over such a backend, and what it reported."""
+
+    backend: Scripted
+    journal: GroupedJournal
+    commits: list[tuple[float, int, int]]
+
+    async def gather(self, count: int) -> list[Appended]:
+        return await asyncio.gather(*(self.journal.append(admission(item(n))) for n in range(1, count + 1)))
+
+
+@asynccontextmanager
+async def running(settings: GroupSettings | None = None) -> AsyncIterator[Running]:
+    backend, commits = Scripted(), list[tuple[float, int, int]]()
+    journal = GroupedJournal(
+        backend, now_millis=Clock().now_millis, settings=settings, on_commit=lambda *commit: commits.append(commit)
+    )
+    yield Running(backend, journal, commits)
+    backend.go.release(1_000)
+    await journal.close()
+    assert backend.closed
+
+
+async def test_groups() -> None:
+    """All drafts that came during one commit make up the next one."""
+    async with running() as it:
+        first = asyncio.ensure_future(it.gather(1))
+        await asyncio.sleep(0.05)
+        others = asyncio.ensure_future(it.gather(99))
+        await asyncio.sleep(0)
+        it.backend.go.release(2)
+        await asyncio.gather(first, others)
+
+        sizes = [len(group) for group in it.backend.groups]
+        assert sizes == [1, 99]
+        assert [drafts for _, drafts, _ in it.commits] == sizes
+        assert all(seconds > 0 and payload_bytes > drafts for seconds, drafts, payload_bytes in it.commits)
+
+
+async def test_groups_of_a_real_journal(tmp_path: Path) -> None:
+    """Many requesters at once take far fewer commits than drafts."""
+    store = SqliteStore(tmp_path / "journal.db")
+    commits: list[int] = []
+    backend, _ = store.open()
+    journal = GroupedJournal(
+        backend, now_millis=store.clock.now_millis, on_commit=lambda seconds, drafts, size: commits.append(drafts)
+    )
+
+    async def requester() -> None:
+        for _ in range(10):
+            await journal.append(admission())
+
+    await asyncio.gather(*(requester() for _ in range(50)))
+    await journal.close()
+    assert sum(commits) == 500
+    assert len(commits) < 100
+
+
+async def test_bounds() -> None:
+    """A commit takes no more drafts than the settings allow, and no further one when it has enough bytes."""
+    async with running(GroupSettings(commit_drafts_max=7)) as it:
+        it.backend.go.release(1_000)
+        await it.gather(50)
+        assert max(len(group) for group in it.backend.groups) == 7
+        assert sum(len(group) for group in it.backend.groups) == 50
+    async with running(GroupSettings(commit_bytes_max=3 * item(1).ByteSize())) as it:
+        it.backend.go.release(1_000)
+        await it.gather(50)
+        assert max(len(group) for group in it.backend.groups) == 3
+        assert sum(len(group) for group in it.backend.groups) == 50
+
+
+async def test_one_call_into_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop is woken once for a group, not once for a draft."""
+    loop = asyncio.get_running_loop()
+    calls: list[Callable[..., object]] = []
+    wake = loop.call_soon_threadsafe
+
+    def counted(function: Callable[..., object], *args: object) -> object:
+        calls.append(function)
+        return wake(function, *args)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+    async with running() as it:
+        it.backend.go.release(1_000)
+        await it.gather(200)
+
+        assert len(calls) == len(it.backend.groups) < 200
+
+
+async def test_maintenance() -> None:
+    """Upkeep comes after the answers, and is told whether somebody waits."""
+    async with running(GroupSettings(commit_drafts_max=1)) as it:
+        appends = asyncio.ensure_future(it.gather(2))
+        await asyncio.sleep(0.05)
+        it.backend.go.release(2)
+        await appends
+        for _ in range(200):
+            if len(it.backend.maintained) == 2:
+                break
+            await asyncio.sleep(0.005)
+
+        assert it.backend.maintained == [False, True]
+
+
+@pytest.mark.parametrize("fault", [JournalBroken("fenced"), OSError("I/O error"), AssertionError("our own bug")])
+async def test_broken(fault: Exception) -> None:
+    """After an error nothing is retried: all that wait fail, later calls fail at once, and the program is told why."""
+    async with running() as it:
+        appends = [asyncio.ensure_future(it.journal.append(admission())) for _ in range(5)]
+        reads = [asyncio.ensure_future(it.journal.head()), asyncio.ensure_future(it.journal.wait(100))]
+        await asyncio.sleep(0.05)
+        it.backend.fault = fault
+        it.backend.go.release(1)
+        results = await asyncio.gather(*appends, *reads, return_exceptions=True)
+
+        assert all(isinstance(result, JournalBroken) for result in results)
+        reason = await it.journal.broken
+        assert str(fault) in str(reason)
+        assert reason.__cause__ is fault
+        for call in (it.journal.append(admission()), it.journal.head(), it.journal.wait(100)):
+            with pytest.raises(JournalBroken):
+                await call
+        assert it.backend.groups == []
+
+
+async def test_broken_with_a_cancelled_caller() -> None:
+    """A caller that is gone is not missed when the journal breaks."""
+    async with running() as it:
+        tasks = [asyncio.ensure_future(it.journal.append(admission())) for _ in range(3)]
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+        it.backend.fault = OSError("I/O error")
+        it.backend.go.release(1)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+
+        assert [type(result) for result in results] == [asyncio.CancelledError, JournalBroken, JournalBroken]
+
+
+async def test_reads_that_fail() -> None:
+    """A reader's mistake is the reader's alone; a disk that cannot be read breaks the journal."""
+    async with running() as it:
+        with pytest.raises(LookupError):
+            await it.journal.binding("", "k")
+        assert not it.journal.broken.done()
+        with pytest.raises(JournalBroken, match="cannot be read"):
+            await it.journal.items(1, 1, 1)
+        assert it.journal.broken.done()
+
+
+async def test_starts_full() -> None:
+    """A journal without its reserve refuses new work until the reserve is restored, by itself."""
+    backend = Scripted(reserved=False)
+    journal: Journal = GroupedJournal(backend, now_millis=Clock().now_millis, settings=GroupSettings(full_retry_seconds=0.01))
+    for _ in range(200):
+        if not journal.full:
+            break
+        await asyncio.sleep(0.005)
+    assert not journal.full
+    await journal.close()
+
+
+def test_settings() -> None:
+    """Bounds that make no sense are refused when they are set."""
+    for settings in ({"commit_drafts_max": 0}, {"commit_bytes_max": 0}, {"withheld_outcomes_max": -1}):
+        with pytest.raises(ValueError, match="must"):
+            GroupSettings(**settings)
+    with pytest.raises(ValueError, match="must"):
+        GroupSettings(full_retry_seconds=0)

@@ -1,0 +1,179 @@
+"""A journal against a model of fifty lines: any work in any order, reopened, killed and copied in between."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from ostinato.v1 import types_pb2
+
+from sidecar.journal import Appended, Draft, Sealed
+from sidecar.journal.sqlite import SqliteJournal, verify_file
+from tests.sidecar.journal_kit import ABOUT_AN_ITEM, SqliteStore, admission, item
+
+TTL = 100
+ADMIT, COMPLETE, END, AUDIT = "admit", "complete", "end", "audit"
+
+
+@dataclass
+class Model:
+    """What a journal should say: items by sequence, keys, and how many entries there are."""
+
+    millis: int = 0
+    epoch: int = 0
+    entries: int = 0
+    outcomes: list[str] = field(default_factory=list)
+    """Of item 1, 2, ...; empty: none."""
+    inputs: list[tuple[int, int]] = field(default_factory=list)
+    """Token and seed of item 1, 2, ..."""
+    keys: dict[str, tuple[int, int, float]] = field(default_factory=dict)
+    """First sequence, count, and when it may be bound again."""
+    first_completed: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def admit(self, inputs: list[tuple[int, int]], key: str) -> tuple[list[int], int | None]:
+        """Sequences, or the first one of the batch that the key stands for."""
+        bound = self.keys.get(key)
+        if key and bound and self.millis < bound[2]:
+            return [], bound[0]
+        first = len(self.outcomes) + 1
+        self.outcomes += [""] * len(inputs)
+        self.inputs += inputs
+        self.entries += len(inputs)
+        if key:
+            self.keys[key] = (first, len(inputs), float("inf"))
+        return list(range(first, first + len(inputs))), None
+
+    def end(self, sequence: int, outcome: str) -> tuple[bool, int | None]:
+        """Whether it counts, and the sequence of its twin."""
+        if self.outcomes[sequence - 1]:
+            return False, None
+        self.outcomes[sequence - 1] = outcome
+        self.entries += 1
+        for key, (first, count, _) in self.keys.items():
+            if first <= sequence < first + count and all(self.outcomes[first - 1 : first - 1 + count]):
+                self.keys[key] = (first, count, self.millis + TTL * 1000)
+        if outcome != COMPLETE:
+            return True, None
+        earlier = self.first_completed.setdefault(self.inputs[sequence - 1], sequence)
+        return True, earlier if earlier != sequence else None
+
+
+inputs = st.lists(st.tuples(st.integers(1, 2), st.integers(0, 1)), min_size=1, max_size=3)
+keys = st.sampled_from(["", "", "a", "b"])
+steps = st.one_of(
+    st.tuples(st.just(ADMIT), inputs, keys),
+    st.tuples(st.sampled_from([COMPLETE, COMPLETE, END, AUDIT]), st.integers(0, 2**16)),
+)
+
+
+class JournalMachine(RuleBasedStateMachine):
+    """Does the same to both and compares."""
+
+    journal: SqliteJournal
+
+    @initialize()
+    def create(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="journal-"))
+        self.store = SqliteStore(self.folder / "0.db")
+        self.store.configure(idempotency_ttl_seconds=TTL)
+        self.model = Model(self.store.clock.millis)
+        self.admitted: list[Sealed] = []
+        self.open()
+
+    def open(self) -> None:
+        self.journal, found = self.store.open()
+        self.model.epoch += 1
+        self.model.entries += 1
+        head = found.head
+        assert (head.epoch, head.index, head.last_sequence) == (self.model.epoch, self.model.entries, len(self.model.outcomes))
+        unfinished = [n for n, outcome in enumerate(self.model.outcomes, start=1) if not outcome]
+        assert [entry.header.sequence for entry in found.unfinished] == unfinished
+        assert list(found.unfinished) == [self.admitted[n - 1] for n in unfinished]
+
+    @rule(group=st.lists(steps, min_size=1, max_size=6))
+    def commit(self, group: list[tuple]) -> None:  # type: ignore[type-arg]
+        """One transaction of several drafts."""
+        drafts = [(step, draft) for step in group if (draft := self.draft(step)) is not None]
+        answers = self.journal.append_many([draft for _, draft in drafts], self.model.millis)
+        for (step, draft), answer in zip(drafts, answers, strict=True):
+            self.compare(step, draft, answer)
+
+    def draft(self, step: tuple) -> Draft | None:  # type: ignore[type-arg]
+        if step[0] == ADMIT:
+            return admission(*(item(token, seed=seed) for token, seed in step[1]), key=step[2])
+        if not self.admitted:
+            return None
+        return ABOUT_AN_ITEM[step[0]](self.admitted[step[1] % len(self.admitted)])
+
+    def compare(self, step: tuple, draft: Draft, answer: Appended) -> None:  # type: ignore[type-arg]
+        numbers = [entry.header.sequence for entry in answer.entries]
+        if step[0] == ADMIT:
+            expected, bound = self.model.admit(step[1], step[2])
+            self.admitted += answer.entries
+            assert numbers == expected
+            assert (answer.binding.first_sequence if answer.binding else None) == bound
+        elif step[0] == AUDIT:
+            self.model.entries += 1
+            assert len(numbers) == 1
+        else:
+            counts, twin = self.model.end(draft.admitted.sequence, step[0])  # type: ignore[union-attr]
+            assert numbers == ([draft.admitted.sequence] if counts else [])  # type: ignore[union-attr]
+            assert (answer.twin.header.sequence if answer.twin else None) == twin
+
+    @rule(seconds=st.sampled_from([1, TTL // 2, TTL]))
+    def sleep(self, seconds: int) -> None:
+        self.store.clock.sleep(seconds)
+        self.model.millis = self.store.clock.millis
+
+    @rule()
+    def reopen(self) -> None:
+        self.journal.close()
+        self.open()
+
+    @rule()
+    def kill(self) -> None:
+        """What is in the files at this moment is all that there is: no close, no checkpoint."""
+        killed, path = self.journal, self.folder / f"{self.model.epoch}.db"
+        for suffix in ("", "-wal"):
+            shutil.copyfile(f"{self.store.path}{suffix}", f"{path}{suffix}")
+        killed.close()
+        self.store.path = path
+        self.open()
+
+    @rule()
+    def checkpoint(self) -> None:
+        self.journal._db.wal_checkpoint()
+
+    @precondition(lambda self: hasattr(self, "journal"))
+    @invariant()
+    def agrees(self) -> None:
+        """Everything that can be read says what the model says."""
+        model = self.model
+        assert (self.journal.head.index, self.journal.head.last_sequence) == (model.entries, len(model.outcomes))
+        kinds = {types_pb2.ENTRY_KIND_COMPLETED: COMPLETE, types_pb2.ENTRY_KIND_FAILED: END}
+        found = self.journal.items(1, 2**64 - 1, 10_000)
+        assert [pair.admitted for pair in found] == self.admitted
+        assert [kinds[pair.outcome.header.kind] if pair.outcome else "" for pair in found] == model.outcomes
+        for key in ("a", "b"):
+            bound = model.keys.get(key)
+            binding = self.journal.binding("", key, model.millis)
+            live = bound is not None and model.millis < bound[2]
+            assert (binding.first_sequence if binding else None) == (bound[0] if bound and live else None)
+
+    def teardown(self) -> None:
+        if hasattr(self, "journal"):
+            self.journal.close()
+            assert [fault for page in verify_file(self.store.path) for fault in page.faults] == []
+            shutil.rmtree(self.folder)
+
+
+TestJournalModel = JournalMachine.TestCase
+TestJournalModel.settings = settings(
+    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)

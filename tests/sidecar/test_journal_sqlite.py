@@ -1,0 +1,368 @@
+"""The SQLite file: who may open it, what is refused and why, and what verification finds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import apsw
+import pytest
+
+from ostinato.chain import entry_hash, payload_digest
+from ostinato.errors import JournalFull
+from ostinato.v1 import types_pb2
+
+from sidecar.journal import JournalUnusable
+from sidecar.journal.schema import APPLICATION_ID, MIGRATIONS, WAL_BYTES_MAX
+from sidecar.journal.sqlite import CHECKPOINT_PAGES, SqliteJournal, SqliteSettings, verify_file
+from tests.sidecar.journal_kit import SqliteStore, admission, audit, completed, ended, item, sequences
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(name="store")
+def _store(tmp_path: Path) -> SqliteStore:
+    return SqliteStore(tmp_path / "journal.db")
+
+
+def program(store: SqliteStore, then: str) -> subprocess.Popen[str]:
+    """Another process that opens the journal, says how that went, and goes on."""
+    code = f"""
+        from pathlib import Path
+        from tests.sidecar.journal_kit import SqliteStore, admission
+        from sidecar.journal import JournalUnusable
+        try:
+            journal, _ = SqliteStore(Path({str(store.path)!r})).open()
+            print("open", flush=True)
+        except JournalUnusable as error:
+            raise SystemExit(str(error))
+        {then}
+    """
+    environ = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'proto'}"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.Popen(command, text=True, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_only_one_process(store: SqliteStore) -> None:
+    """While a sidecar has the journal, no other process gets it; when it is closed, the next one does."""
+    with store.opened():
+        with pytest.raises(JournalUnusable, match="in use by another sidecar"):
+            store.open()
+        refused = program(store, "pass")
+        assert "in use by another sidecar" in refused.communicate(timeout=30)[1]
+    admitted = program(store, "pass")
+    assert admitted.communicate(timeout=30)[0] == "open\n"
+
+
+def test_kill(store: SqliteStore) -> None:
+    """A process that is killed while it appends leaves everything it has acknowledged, and lets go of the file."""
+    appending = "while True: print(journal.append_many([admission()], 1)[0].entries[0].header.sequence, flush=True)"
+    with program(store, appending) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline().strip() for _ in range(200)]
+        process.send_signal(signal.SIGKILL)
+        lines += process.stdout.read().splitlines()
+
+    acknowledged = max(int(line) for line in lines[1:] if line)
+    with store.opened() as journal:
+        assert journal.head.last_sequence in (acknowledged, acknowledged + 1)
+        assert sequences([found.admitted for found in journal.items(1, 10**6, 10**6)])[:acknowledged] == list(
+            range(1, acknowledged + 1)
+        )
+    assert faults(store) == []
+
+
+def test_file_is_private(store: SqliteStore) -> None:
+    """The journal holds prompts and answers: its files are its owner's alone."""
+    store.configure(reserve_bytes=4096)
+    with store.opened() as journal:
+        journal.append_many([admission()], 1)
+        files = list(store.path.parent.iterdir())
+        assert {path.suffix for path in files} == {".db", ".db-wal", ".reserve"}
+        assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+
+
+def test_one_writer(store: SqliteStore) -> None:
+    """A journal of another writer is refused, and stays as it was."""
+    store.open(writer="a")[0].close()
+    with pytest.raises(JournalUnusable, match="is of sidecar 'a', not 'b'"):
+        store.open(writer="b")
+
+    journal, found = store.open(writer="a")
+    journal.close()
+    assert (found.head.epoch, found.head.index) == (2, 2)
+
+
+def test_newer_schema(store: SqliteStore) -> None:
+    """A journal that a newer sidecar has written is refused, not guessed at."""
+    with store.opened() as journal:
+        journal._db.pragma("user_version", len(MIGRATIONS) + 1)
+    with pytest.raises(JournalUnusable, match="run a newer one"):
+        store.open()
+
+
+def test_foreign_files(store: SqliteStore) -> None:
+    """Another program's database, a file that is none, and a folder that is missing are refused with words for each."""
+    db = apsw.Connection(str(store.path))
+    db.execute("CREATE TABLE something (x)")
+    db.close()
+    with pytest.raises(JournalUnusable, match="another program's database"):
+        store.open()
+    store.path.write_text("Once upon a time, " * 1000)
+    with pytest.raises(JournalUnusable, match="is not a journal"):
+        store.open()
+    with pytest.raises(JournalUnusable, match="cannot be opened"):
+        SqliteStore(store.path.parent / "missing" / "journal.db").open()
+
+
+def test_interrupted_creation(store: SqliteStore) -> None:
+    """A process that died between making the file and its first commit is no obstacle."""
+    store.path.touch(mode=0o600)
+    store.open()[0].close()
+    db = apsw.Connection(str(other := store.path.with_name("other.db")))
+    db.pragma("journal_mode", "WAL")
+    db.close()
+    with SqliteStore(other).opened() as journal:
+        assert (journal.head.epoch, journal._db.pragma("application_id")) == (1, APPLICATION_ID)
+
+
+def test_durability_settings(store: SqliteStore) -> None:
+    """Every commit is synced, the log beside the file is bounded, and checkpoints happen only when we say so."""
+    with store.opened() as journal:
+        assert journal._db.pragma("synchronous") == 2
+        assert journal._db.pragma("journal_mode") == "wal"
+        assert journal._db.pragma("locking_mode") == "exclusive"
+        assert journal._db.pragma("journal_size_limit") == WAL_BYTES_MAX
+
+
+def test_checkpoint(store: SqliteStore) -> None:
+    """The write-ahead log is copied into the file when nobody waits, or when it is very long, and then begins anew."""
+    wal = store.path.with_name(store.path.name + "-wal")
+    with store.opened() as journal:
+        while journal._wal_pages < CHECKPOINT_PAGES:
+            journal.append_many([admission(item(*range(5_000)))], 1)
+            journal.maintain(idle=False)
+        grown, before = wal.stat().st_size, store.path.stat().st_size
+        journal.maintain(idle=True)
+        assert store.path.stat().st_size > before
+        assert journal._wal_pages == 0
+        journal.append_many([admission(item(*range(5_000)))], 1)
+        assert wal.stat().st_size <= grown
+        assert journal._wal_pages < 100
+
+
+def test_damaged_end(store: SqliteStore) -> None:
+    """A journal whose newest entry is not what its hash says is refused at once."""
+    with store.opened() as journal:
+        journal._db.execute("UPDATE entries SET entry_hash = zeroblob(32) WHERE entry_index = 1")
+    with pytest.raises(JournalUnusable, match="newest entry, 1, is damaged"):
+        store.open()
+
+
+def test_expired_keys_are_purged(store: SqliteStore) -> None:
+    """Keys that have expired go in small steps with later appends; others stay."""
+    store.configure(idempotency_ttl_seconds=1)
+    with store.opened() as journal:
+
+        def kept() -> int:
+            return int(journal._db.execute("SELECT count(*) FROM keys").get)
+
+        answers = journal.append_many([admission(key=f"k{n}") for n in range(100)], store.clock.millis)
+        journal.append_many([ended(answer.entries[0]) for answer in answers[:90]], store.clock.millis)
+        assert kept() == 100
+        store.clock.sleep(1)
+        journal.append_many([admission()], store.clock.millis)
+        assert 10 < kept() < 100
+        journal.append_many([admission()], store.clock.millis)
+        assert kept() == 10
+
+
+def test_settings() -> None:
+    """Bounds that cannot be kept are refused when they are set."""
+    for settings in ({"reserve_bytes": -1}, {"journal_bytes_max": 100, "reserve_bytes": 50}, {"idempotency_ttl_seconds": -1}):
+        with pytest.raises(ValueError, match="must"):
+            SqliteSettings(**settings)
+
+
+# No room.
+
+
+def fill(journal: SqliteJournal, tokens: int = 2_000) -> int:
+    """Admit until there is no room; how many were admitted."""
+    admitted = 0
+    while True:
+        try:
+            journal.append_many([admission(item(*range(tokens)))], 1)
+        except JournalFull:
+            return admitted
+        admitted += 1
+
+
+def test_bound(store: SqliteStore) -> None:
+    """At journal_bytes_max admissions and verdicts find no room and change nothing; outcomes do, within the reserve."""
+    store.configure(journal_bytes_max=1 << 20, reserve_bytes=128 << 10)
+    with store.opened() as journal:
+        admitted = fill(journal) + fill(journal, tokens=1)
+        assert admitted > 20
+        head = journal.head
+        unfinished = [found.admitted for found in journal.items(1, admitted, admitted)]
+        with pytest.raises(JournalFull):
+            journal.append_many([completed(unfinished[0]), audit(unfinished[0])], 1)
+        assert journal.head == head
+        assert len(journal.entries(1, 10_000, payloads=False)) == head.index
+
+        answers = journal.append_many([completed(entry) for entry in unfinished], 1)
+        assert all(len(answer.entries) == 1 for answer in answers)
+    assert store.path.stat().st_size <= 1 << 20
+    assert faults(store) == []
+
+
+def test_outcomes_find_a_bound_too(store: SqliteStore) -> None:
+    """Outcomes that exceed even the reserve are refused whole, and fit when room returns."""
+    store.configure(journal_bytes_max=512 << 10, reserve_bytes=64 << 10)
+    with store.opened() as journal:
+        entries = [found.admitted for found in journal.items(1, fill(journal), 100)]
+        big = completed(entries[0], text="x" * (128 << 10))
+        with pytest.raises(JournalFull):
+            journal.append_many([big], 1)
+        journal._db.execute("DELETE FROM payloads WHERE entry_index > 2")
+        assert len(journal.append_many([big], 1)[0].entries) == 1
+        assert journal.restore_reserve()
+
+
+def test_reserve(store: SqliteStore) -> None:
+    """The reserve is real disk space; without it only outcomes are taken, until it is restored."""
+    store.configure(reserve_bytes=1 << 20)
+    reserve = store.path.with_name("journal.db.reserve")
+    with store.opened() as journal:
+        assert journal.reserved
+        assert reserve.stat().st_blocks * 512 >= 1 << 20
+        (entry,) = journal.append_many([admission()], 1)[0].entries
+        journal.release_reserve()
+        assert not reserve.exists()
+        with pytest.raises(JournalFull):
+            journal.append_many([admission()], 1)
+        assert len(journal.append_many([completed(entry)], 1)[0].entries) == 1
+        assert journal.restore_reserve()
+        assert len(journal.append_many([admission()], 1)[0].entries) == 1
+
+
+def test_reserve_larger_than_the_disk(store: SqliteStore) -> None:
+    """Where the reserve cannot be had the journal opens and is read, takes outcomes, and refuses new work."""
+    with store.opened() as journal:
+        (entry,) = journal.append_many([admission()], 1)[0].entries
+    store.configure(reserve_bytes=1 << 50)
+    with store.opened() as journal:
+        assert not journal.reserved
+        assert not store.path.with_name("journal.db.reserve").exists()
+        assert len(journal.items(1, 1, 1)) == 1
+        with pytest.raises(JournalFull):
+            journal.append_many([admission()], 1)
+        assert len(journal.append_many([completed(entry)], 1)[0].entries) == 1
+
+
+# Verification.
+
+
+def faults(store: SqliteStore) -> list[str]:
+    return [fault for page in verify_file(store.path) for fault in page.faults]
+
+
+@pytest.fixture(name="written")
+def _written(store: SqliteStore) -> SqliteStore:
+    """OPENED, ADMITTED 1 to 3 (one batch), COMPLETED 1, FAILED 2, OPENED."""
+    with store.opened() as journal:
+        entries = journal.append_many([admission(item(1), item(2), item(3))], 1)[0].entries
+        journal.append_many([completed(entries[0]), ended(entries[1])], 1)
+    store.open()[0].close()
+    return store
+
+
+def test_verify(written: SqliteStore) -> None:
+    """A journal as it was written has no faults, and verifying it adds nothing to it."""
+    pages = list(verify_file(written.path))
+
+    assert [(page.index, page.faults) for page in pages] == [(7, ())]
+    assert list(verify_file(written.path)) == pages
+
+
+def forge(store: SqliteStore, index: int, /, **fields: object) -> None:
+    """Change an entry's header and hash everything after it anew, as somebody with the file and this program could."""
+    db = apsw.Connection(str(store.path))
+    hashes: dict[int, bytes] = dict(list(db.execute("SELECT entry_index, entry_hash FROM entries")))
+    previous = hashes[index - 1]
+    for number in range(index, max(hashes) + 1):
+        header = types_pb2.EntryHeader.FromString(db.execute("SELECT header FROM entries WHERE entry_index = ?", (number,)).get)
+        if number == index:
+            for name, value in fields.items():
+                setattr(header, name, value)
+        previous = entry_hash(previous, header)
+        db.execute(
+            "UPDATE entries SET header = ?, entry_hash = ? WHERE entry_index = ?",
+            (header.SerializeToString(), previous, number),
+        )
+    db.close()
+
+
+def execute(store: SqliteStore, statement: str, *values: object) -> None:
+    db = apsw.Connection(str(store.path))
+    db.execute(statement, values)
+    db.close()
+
+
+def test_verify_finds_changed_bytes(written: SqliteStore) -> None:
+    """1: an entry that was changed, taken out or whose payload was changed is found; a payload that was dropped is no fault."""
+    execute(written, "DELETE FROM payloads WHERE entry_index = 3")
+    assert faults(written) == []
+    execute(written, "UPDATE payloads SET payload = x'00' WHERE entry_index = 4")
+    assert "entry 4: payload: is not what payload_digest was taken of" in faults(written)
+    header = types_pb2.EntryHeader(index=5, kind=types_pb2.ENTRY_KIND_COMPLETED)
+    execute(written, "UPDATE entries SET header = ? WHERE entry_index = 5", header.SerializeToString())
+    assert "entry 5: entry_hash: is not the hash of this header after the entry before" in faults(written)
+    execute(written, "DELETE FROM entries WHERE entry_index = 6")
+    assert "entry 7: index: 7 after 5" in faults(written)
+
+
+@pytest.mark.parametrize(
+    ("index", "fields", "fault"),
+    [
+        (3, {"index": 9}, "index: 9 after 2"),
+        (3, {"sequence": 4}, "sequence: 4 instead of 2"),
+        (3, {"first_sequence": 2, "count": 1}, "batch: is not whole"),
+        (4, {"count": 4}, "batch: is not whole"),
+        (4, {"kind": types_pb2.ENTRY_KIND_AUDITED}, "batch: is not whole"),
+        (2, {"count": 1}, "batch: is not whole"),
+        (6, {"sequence": 1}, "sequence: 1 was not admitted, or had ended before"),
+        (6, {"sequence": 9}, "sequence: 9 was not admitted, or had ended before"),
+        (6, {"epoch": 7}, "epoch: 7, and the writer's newest is 1"),
+        (6, {"writer": "x"}, "epoch: 1, and the writer's newest is 0"),
+        (7, {"epoch": 1}, "epoch: opens 1 after 1"),
+        (5, {"epoch": 0}, "epoch: 0 after 1"),
+        (5, {"log_id": "x"}, "log_id: x after 0123456789abcdef0123456789abcdef"),
+        (5, {"output_digest": b"x" * 32}, "output_digest: is not the payload's"),
+        (5, {"seed": 1}, "seed: is not the payload's"),
+        (2, {"input_digest": b"x" * 32}, "input_digest: is not the payload's"),
+        (5, {"payload_digest": payload_digest(b"")}, "payload: is not what payload_digest was taken of"),
+    ],
+)
+def test_verify_finds_forgeries(written: SqliteStore, index: int, fields: dict[str, object], fault: str) -> None:
+    """2 to 5: what breaks an invariant is found, also where all hashes were made to fit."""
+    forge(written, index, **fields)
+
+    found = faults(written)
+    number = fields.get("index", index)
+    assert any(line == f"entry {n}: {fault}" for line in found for n in (number, index, index + 1)), found
+
+
+def test_verify_refuses_what_it_cannot_read(written: SqliteStore) -> None:
+    """A file that is in use, or whose entries are no messages, cannot be verified, and says so."""
+    with written.opened(), pytest.raises(JournalUnusable, match="in use"):
+        faults(written)
+    execute(written, "UPDATE entries SET header = x'ff' WHERE entry_index = 5")
+    with pytest.raises(JournalUnusable):
+        faults(written)
