@@ -41,18 +41,19 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import ClassVar
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 DOMAIN = "ostinato"
 """ErrorInfo.domain of every error of ours."""
 
-Code = grpc.StatusCode
-_BY_NUMBER: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+TABLE: dict[str, type[OstinatoError]] = {}
+"""Every reason and its class, which has the code: filled in by the classes below, in their order."""
+Code, Bad = grpc.StatusCode, error_details_pb2.BadRequest
 
 
 class OstinatoError(Exception):
@@ -65,14 +66,13 @@ class OstinatoError(Exception):
     def __init_subclass__(cls) -> None:
         if "code" in vars(cls):
             cls.reason = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).upper()
+            TABLE.setdefault(cls.reason, cls)
 
     def __init__(self, message: str, *, retry_after: float | None = None, details: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.retry_after = retry_after
-        """Seconds after which trying again makes sense; None: it does not, or nobody knows."""
-        self.details = dict(details or {})
-        """ErrorInfo.metadata."""
+        self.retry_after = retry_after  # seconds after which trying again makes sense; None: it does not, or nobody knows
+        self.details = dict(details or {})  # ErrorInfo.metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,59 +212,39 @@ class ProtocolViolation(StreamRefused):
     code = Code.INTERNAL
 
 
-def _leaves(root: type[OstinatoError]) -> Iterable[type[OstinatoError]]:
-    for child in root.__subclasses__():
-        yield child
-        yield from _leaves(child)
-
-
-TABLE: Mapping[str, type[OstinatoError]] = {kind.reason: kind for kind in _leaves(OstinatoError) if "code" in vars(kind)}
-"""Every reason and its class; the class has the code."""
-
-
 def to_status(error: OstinatoError) -> status_pb2.Status:
     """The error as it goes over the wire."""
     status = status_pb2.Status(code=error.code.value[0], message=error.message)
-    _pack(status, error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.details))
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.details))
     if isinstance(error, InvalidRequest) and error.violations:
-        bad = error_details_pb2.BadRequest()
-        for violation in error.violations:
-            bad.field_violations.add(field=violation.field, description=violation.description)
-        _pack(status, bad)
+        named = [Bad.FieldViolation(field=v.field, description=v.description) for v in error.violations]
+        status.details.add().Pack(Bad(field_violations=named))
     if error.retry_after is not None:
-        delay = duration_pb2.Duration()
-        delay.FromMilliseconds(round(error.retry_after * 1000))
-        _pack(status, error_details_pb2.RetryInfo(retry_delay=delay))
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=timedelta(seconds=error.retry_after)))
     return status
 
 
 def from_status(status: status_pb2.Status) -> OstinatoError:
     """The error that `to_status` was given; an unknown reason becomes a plain OstinatoError with that code."""
-    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    info, bad, retry = error_details_pb2.ErrorInfo(), Bad(), error_details_pb2.RetryInfo()
     for detail in status.details:
         for message in (info, bad, retry):
             with suppress(DecodeError):  # a far side that is not ours may send anything
                 detail.Unpack(message)
     kind = TABLE.get(info.reason) if info.domain == DOMAIN else None
-    retry_after = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
     if kind is None:
-        return foreign(_BY_NUMBER.get(status.code, Code.UNKNOWN), status.message)
+        return foreign({code.value[0]: code for code in Code}.get(status.code, Code.UNKNOWN), status.message)
     if issubclass(kind, InvalidRequest):
         return kind(status.message, violations=[Violation(v.field, v.description) for v in bad.field_violations])
+    retry_after = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
     return kind(status.message, retry_after=retry_after, details=info.metadata)
 
 
 def foreign(code: grpc.StatusCode, message: str) -> OstinatoError:
     """An error that is not ours: gRPC's own, or a proxy's."""
-    kind = {Code.UNAVAILABLE: Disconnected, Code.DEADLINE_EXCEEDED: DeadlineExceeded, Code.CANCELLED: Cancelled}.get(code)
-    if kind is not None:
-        return kind(message)
+    kinds = {Code.UNAVAILABLE: Disconnected, Code.DEADLINE_EXCEEDED: DeadlineExceeded, Code.CANCELLED: Cancelled}
+    if code in kinds:
+        return kinds[code](message)
     error = OstinatoError(message or code_pb2.Code.Name(code.value[0]))
     error.code = code  # type: ignore[misc]  # the one place where an instance knows better than its class
     return error
-
-
-def _pack(status: status_pb2.Status, message: Message) -> None:
-    detail = any_pb2.Any()
-    detail.Pack(message)
-    status.details.append(detail)

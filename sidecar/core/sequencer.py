@@ -96,14 +96,11 @@ class Sequencer:
                 yield from self.reruns.drop(rerun_id, self.window)
             case ev.Tick():
                 yield from self._expire(now)
-            case ev.Drain():
+            case ev.Drain() | ev.DrainEnd():
                 self.draining = True
                 yield from self.reruns.lose(errors.Draining("the sidecar is draining"), self.window)
-                if self.window is None:
+                if self.window is None or isinstance(event, ev.DrainEnd):
                     yield from self._abandon()
-            case ev.DrainEnd():
-                self.draining = True
-                yield from self._abandon()
 
     # ---- numbers
 
@@ -142,15 +139,12 @@ class Sequencer:
             error = unfit(head, self.window)
             if error is not None:
                 yield from self._end(head, error)
-            elif self._has_room(head, self.window):
+            elif self._alone is None and self.window.fits(head.need.kv_tokens, alone=head.suspect):
                 yield self._submit(head, self.window, now)
             else:
                 return
         if self.window is not None and self._alone is None:
             yield from self.reruns.submit(self.window, self._next_run_id, now + self.bounds.item_timeout_seconds)
-
-    def _has_room(self, item: Item, window: Window) -> bool:
-        return self._alone is None and (window.runs == 0 if item.suspect else window.fits(item.need.kv_tokens))
 
     def _submit(self, item: Item, window: Window, now: float) -> do.Effect:
         del self.waiting[item.sequence]

@@ -27,8 +27,10 @@ class Window:
     def ever_fits(self, kv_tokens: int) -> bool:
         return self.need(kv_tokens) <= self.engine.kv_blocks
 
-    def fits(self, kv_tokens: int) -> bool:
-        return self.runs < self.runs_max and self.blocks + self.need(kv_tokens) <= self.engine.kv_blocks
+    def fits(self, kv_tokens: int, *, alone: bool = False) -> bool:
+        """Whether there is room now; `alone`: and nothing beside it."""
+        room = self.runs < self.runs_max and self.blocks + self.need(kv_tokens) <= self.engine.kv_blocks
+        return room and not (alone and self.runs)
 
     def take(self, kv_tokens: int) -> None:
         assert self.fits(kv_tokens)
