@@ -298,7 +298,7 @@ class Item(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Tokenised with the model's special tokens at its start. Not empty."""
+    """Tokenised behind the model's begin token. Control tokens written in it are text; as token_ids they are tokens. Not empty."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
     @_builtins.property

@@ -1,0 +1,98 @@
+"""`python -m service`: the wiring, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Coroutine
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ostinato.serving.logs import setup
+from ostinato.serving.metrics import registry, serve_metrics
+from ostinato.serving.program import DRAINED, run
+from ostinato.serving.server import Server
+from ostinato.serving.settings import describe, load
+from ostinato.v1.engine_pb2_grpc import add_EngineServicer_to_server
+
+from service.config import Settings
+from service.engines.base import Engine
+from service.metrics import Metrics
+from service.opening import make_ready, open_engine
+from service.servicer import NAME, EngineServicer, Workers
+
+T = TypeVar("T")
+_log = logging.getLogger("service")
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> int:
+    """Listen at once, load and test the engine meanwhile, serve until told to stop, and drain."""
+    own = registry()
+    page = serve_metrics(own, settings.metrics)
+    workers = Workers(settings.prepare_threads, settings.prepare_queue_max)
+    servicer = EngineServicer(workers)
+    server = Server(
+        settings.addresses,
+        registry=own,
+        message_bytes_max=settings.message_bytes_max,
+        allow_remote=settings.allow_remote,
+        socket_mode=int(settings.socket_mode, 8),
+    )
+    server.add(add_EngineServicer_to_server, servicer, NAME)
+    engine: Engine | None = None
+    try:
+        _make_directories(settings.addresses)
+        await server.start()
+        _log.info("listening", extra={"addresses": ",".join(server.addresses)})
+        _log.info("metrics", extra={"port": page.port})
+        engine = await open_engine(settings)
+        servicer.ready = await _unless(stop, make_ready(engine, settings, Metrics(own), secrets.token_hex(16)))
+        if servicer.ready is not None:
+            await server.set_health(NAME, serving=True)
+            _log.info("serving")
+            await stop.wait()
+        await server.stop(settings.drain_seconds)
+    finally:
+        await server.stop(0)
+        workers.close()
+        if engine is not None:
+            await engine.close()
+        page.close()
+    _log.info("drained")
+    return DRAINED
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """What `work` returns; None, and no more of it, once told to stop."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        return await working if working.done() else None
+    finally:
+        working.cancel()
+        stopping.cancel()
+        await asyncio.gather(working, stopping, return_exceptions=True)
+
+
+def _make_directories(addresses: list[str]) -> None:
+    """Of socket files; where that fails, listening says why."""
+    for address in addresses:
+        if address.startswith("unix:"):
+            with suppress(OSError):
+                Path(address[5:]).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def main() -> None:
+    """Never returns."""
+    settings = load(Settings, "service", sys.argv[1:], os.environ)
+    setup(settings.log_form, settings.log_level)
+    _log.info("settings: %s", describe(settings))
+    sys.exit(run(lambda stop: serve(settings, stop)))
+
+
+if __name__ == "__main__":
+    main()

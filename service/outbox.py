@@ -1,0 +1,95 @@
+"""What waits to be written to the sidecar: everything that happened since the last message, made into as few as will do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from ostinato.errors import SlowReader
+from ostinato.v1 import engine_pb2
+
+
+class Outbox:
+    """1. Events of one run leave in order, and no timer holds any back.
+    2. A run's tokens that wait are one event, however often the engine reported.
+    3. Bounded in bytes: a sidecar that does not read loses its stream; the engine never waits for it.
+    """
+
+    def __init__(self, bytes_max: int, frame_bytes_max: int) -> None:
+        self._bytes_max, self._frame_bytes_max = bytes_max, frame_bytes_max
+        self._events: deque[engine_pb2.RunEvent] = deque()
+        self._bytes = 0
+        self._tokens: dict[int, engine_pb2.RunEvent] = {}
+        self._welcome: engine_pb2.Welcome | None = None
+        self._bell = asyncio.Event()
+        self._closed = False
+        self._error: Exception | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
+    def put(self, event: engine_pb2.RunEvent) -> None:
+        """Add an event, which is the outbox's from now on. Without effect once failed."""
+        if self._error is not None:
+            return
+        self._bytes += event.ByteSize()
+        if self._bytes > self._bytes_max:
+            self.fail(SlowReader(f"more than {self._bytes_max} bytes wait to be read"))
+            return
+        waiting = self._tokens.get(event.run_id)
+        if waiting is not None and event.HasField("tokens"):
+            _append(waiting.tokens, event.tokens)
+        else:
+            self._events.append(event)
+            if event.HasField("tokens"):
+                self._tokens[event.run_id] = event
+        self._bell.set()
+
+    def welcome(self, welcome: engine_pb2.Welcome) -> None:
+        """To stand in the next message; a newer one replaces one that waits."""
+        self._welcome = welcome
+        self._bell.set()
+
+    def close(self) -> None:
+        """Nothing more comes: `next` returns None once all is written."""
+        self._closed = True
+        self._bell.set()
+
+    def fail(self, error: Exception) -> None:
+        """End at once: `next` raises this, whatever waits. The first error counts."""
+        self._error = self._error or error
+        self._bell.set()
+
+    async def next(self) -> engine_pb2.ExecuteResponse | None:
+        """Everything that waits, as far as it fits one message, as soon as anything does. None: closed, and all is written."""
+        while True:
+            await self._bell.wait()
+            if self._error is not None:
+                raise self._error
+            if self._events or self._welcome is not None:
+                return self._frame()
+            if self._closed:
+                return None
+            self._bell.clear()
+
+    def _frame(self) -> engine_pb2.ExecuteResponse:
+        frame = engine_pb2.ExecuteResponse(welcome=self._welcome)
+        self._welcome = None
+        taken = 0
+        while self._events:
+            size = self._events[0].ByteSize()
+            if taken and taken + size > self._frame_bytes_max:
+                break
+            taken += size
+            event = self._events.popleft()
+            self._tokens.pop(event.run_id, None)
+            frame.events.append(event)
+        self._bytes = max(0, self._bytes - taken) if self._events else 0
+        return frame
+
+
+def _append(tokens: engine_pb2.RunTokens, more: engine_pb2.RunTokens) -> None:
+    tokens.token_ids.extend(more.token_ids)
+    tokens.text += more.text
+    tokens.logprobs.extend(more.logprobs)

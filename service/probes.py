@@ -1,0 +1,80 @@
+"""What the self-test asks: fixed prompts, seeds and sampling.
+
+Lengths are those at which kernels are known to change their mind: below and above 64 rows in a batch, below and above a window
+of 256 tokens. Few tokens are made of each: a difference in any bit shows in the logprobs long before it changes a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ostinato.v1 import types_pb2
+
+from service.engines.base import Vocabulary
+
+TEXT = """\
+The tide came in under a white sky, and nobody on the pier said a word about the boat. Three weeks ago it had left with
+seven people, a dog, and 240 litres of water; now it lay against the wall as if it had never moved. "Who tied it up?" asked
+the harbour master. He counted the ropes twice: one, two, three, and a fourth that was not on his list. In the cabin the
+clock showed half past nine, the kettle was warm, and on the table stood a chessboard in the middle of a game. def
+winner(board): return None was written on the margin of the chart, next to a sum that did not add up (17 + 25 = 43). Then
+the dog barked, somewhere below.
+"""
+
+LONG, SHORT = 8, 12
+"""New tokens of long and of short prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One prompt of the test."""
+
+    name: str
+    token_ids: tuple[int, ...]
+    parameters: types_pb2.ResolvedParameters
+    seed: int
+
+
+_MIXES = (
+    # name, prompt tokens, new tokens, temperature, top_k, top_p, min_p, repetition penalty
+    ("long sampled", 300, LONG, 0.8, 40, 1.0, 0.0, 1.0),
+    ("long greedy", 301, LONG, 0.0, 0, 1.0, 0.0, 1.0),
+    ("long penalised", 288, LONG, 1.0, 0, 0.95, 0.0, 1.2),
+    ("medium hot", 70, SHORT, 1.3, 0, 1.0, 0.05, 1.0),
+    ("short narrow", 24, SHORT, 0.7, 5, 0.9, 0.0, 1.0),
+    ("short greedy penalised", 8, SHORT, 0.0, 0, 1.0, 0.0, 1.1),
+    ("shortest", 3, SHORT, 1.0, 0, 1.0, 0.0, 1.0),
+)
+_STRANGERS = (("stranger", 20, LONG, 1.0, 0, 1.0, 0.0, 1.0), ("stranger that leaves", 33, SHORT, 0.9, 20, 1.0, 0.0, 1.0))
+
+
+def probes(vocabulary: Vocabulary, context_tokens: int) -> list[Probe]:
+    """Those whose answers are compared, the longest first."""
+    return [_probe(index, mix, vocabulary, context_tokens) for index, mix in enumerate(_MIXES)]
+
+
+def strangers(vocabulary: Vocabulary, context_tokens: int) -> list[Probe]:
+    """Those that only keep the others company; the last one is to be cancelled on its way."""
+    return [_probe(100 + index, mix, vocabulary, context_tokens) for index, mix in enumerate(_STRANGERS)]
+
+
+def _probe(
+    index: int, mix: tuple[str, int, int, float, int, float, float, float], vocabulary: Vocabulary, context_tokens: int
+) -> Probe:
+    name, length, new, temperature, top_k, top_p, min_p, penalty = mix
+    new = max(1, min(new, context_tokens // 2))
+    text = vocabulary.encode(TEXT, special=False)
+    length = min(length, context_tokens - new)
+    start = 7 * index
+    ids = tuple(text[(start + offset) % len(text)] for offset in range(length))
+    parameters = types_pb2.ResolvedParameters(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=penalty,
+        max_new_tokens=new,
+        ignore_eos=True,
+        logprobs=20,
+    )
+    return Probe(name, ids, parameters, seed=(index * 0x9E3779B97F4A7C15 + 1) % 2**64)

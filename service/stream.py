@@ -1,0 +1,178 @@
+"""The Execute stream: a sidecar's runs in, what happens to them out.
+
+1. A stream begins with Hello and is answered with Welcome; `service.fence` decides who is let in, and only one is.
+2. Runs reach the engine in the order of submission.
+3. The stream's half-close lets its runs end, then ends the stream. Any other end stops them at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+
+from ostinato.errors import EpochStale, OstinatoError, ProtocolViolation, QueueFull, to_status
+from ostinato.v1 import engine_pb2
+
+from service.description import Describer
+from service.fence import Fence
+from service.metrics import Metrics
+from service.outbox import Outbox
+from service.runs import Owner, Runs
+from service.submissions import Protocol, unfit
+
+Requests = AsyncIterator[engine_pb2.ExecuteRequest]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of one stream."""
+
+    runs_max: int
+    """That have not ended."""
+    buffer_bytes_max: int
+    frame_bytes_max: int
+
+
+@dataclass(slots=True)
+class Streams:
+    """All Execute streams of the process, of which one is connected at most."""
+
+    runs: Runs
+    describer: Describer
+    bounds: Bounds
+    metrics: Metrics
+    fence: Fence = field(default_factory=Fence)
+    _current: Stream | None = None
+
+    async def execute(self, requests: Requests) -> AsyncGenerator[engine_pb2.ExecuteResponse]:
+        """Serve one stream to its end. Raises a StreamRefused for a sidecar that breaks a rule or is replaced."""
+        try:
+            first = await anext(requests, None)
+            if first is None or not first.HasField("hello"):
+                raise ProtocolViolation("a stream begins with hello")
+            stream = self._admit(first.hello)
+        except OstinatoError as error:
+            self._count(error)
+            raise
+        try:
+            async with aclosing(stream.serve(first, requests)) as frames:
+                async for frame in frames:
+                    yield frame
+        except OstinatoError as error:
+            self._count(error)
+            raise
+        finally:
+            self._leave(stream)
+
+    def _admit(self, hello: engine_pb2.Hello) -> Stream:
+        """The new stream; the one before, if it is still there, is out of the way."""
+        self.fence.admit(hello)
+        if self._current is not None:
+            self._current.replace(hello.epoch)
+        self._current = Stream(self, hello)
+        self.metrics.streams.set(1)
+        _log.info("sidecar connected", extra=_names(hello))
+        return self._current
+
+    def _leave(self, stream: Stream) -> None:
+        stream.stop()
+        _log.info("sidecar gone", extra=_names(stream.hello))
+        if self._current is stream:
+            self._current = None
+            self.fence.leave()
+            self.metrics.streams.set(0)
+
+    def _count(self, error: OstinatoError) -> None:
+        self.metrics.refused.labels(error.reason).inc()
+        _log.warning("stream refused", extra={"reason": error.reason, "why": error.message})
+
+
+class Stream:
+    """One sidecar's stream, once let in."""
+
+    def __init__(self, streams: Streams, hello: engine_pb2.Hello) -> None:
+        self.hello = hello
+        self._describer, self._bounds, self._metrics = streams.describer, streams.bounds, streams.metrics
+        self._outbox = Outbox(self._bounds.buffer_bytes_max, self._bounds.frame_bytes_max)
+        self._owner = Owner(streams.runs, self._deliver)
+        self._protocol = Protocol()
+        self._half_closed = self._stopped = False
+        self._unwatch = streams.describer.held.watch(self._welcome)
+
+    async def serve(self, first: engine_pb2.ExecuteRequest, requests: Requests) -> AsyncGenerator[engine_pb2.ExecuteResponse]:
+        """Frames, as soon as there is something to say."""
+        self._welcome()
+        reading = asyncio.create_task(self._read(first, requests))
+        try:
+            while (frame := await self._outbox.next()) is not None:
+                self._metrics.frame_events.observe(len(frame.events))
+                yield frame
+        finally:
+            reading.cancel()
+            with suppress(asyncio.CancelledError):
+                await reading
+
+    def replace(self, epoch: int) -> None:
+        """Make way for a later stream."""
+        self.stop()
+        self._outbox.fail(EpochStale(f"replaced by a stream of epoch {epoch}", details={"highest": str(epoch)}))
+
+    def stop(self) -> None:
+        """Stop all runs and take no more. May be called again."""
+        self._stopped = True
+        self._owner.close()
+        self._unwatch()
+
+    async def _read(self, first: engine_pb2.ExecuteRequest, requests: Requests) -> None:
+        """Take requests until the sidecar half-closes. Whatever goes wrong ends the stream, through the outbox."""
+        try:
+            self._take(first)
+            async for request in requests:
+                if request.HasField("hello"):
+                    raise ProtocolViolation("hello stands in the first message only")
+                self._take(request)
+        except Exception as error:  # noqa: BLE001  # raised again where the stream is served
+            self.stop()
+            self._outbox.fail(error)
+            return
+        self._half_closed = True
+        self._close_if_done()
+
+    def _take(self, request: engine_pb2.ExecuteRequest) -> None:
+        if self._stopped:
+            return  # a later stream has the engine; this one only does not know yet
+        for submit in request.submits:
+            self._submit(submit)
+        for run_id in request.cancels:
+            self._owner.cancel(run_id)
+
+    def _submit(self, submit: engine_pb2.Submit) -> None:
+        self._protocol.check(submit)
+        error: OstinatoError | None = unfit(submit, self._describer.limits, self._describer.engine.vocabulary.size)
+        if len(self._owner) >= self._bounds.runs_max:
+            error = QueueFull(f"more than {self._bounds.runs_max} runs at once")
+        if error is None:
+            self._owner.submit(submit)
+        else:
+            self._outbox.put(engine_pb2.RunEvent(run_id=submit.run_id, failed=to_status(error)))
+
+    def _deliver(self, event: engine_pb2.RunEvent) -> None:
+        self._outbox.put(event)
+        if self._outbox.failed:
+            self.stop()
+        self._close_if_done()
+
+    def _close_if_done(self) -> None:
+        if self._half_closed and not len(self._owner):
+            self._outbox.close()
+
+    def _welcome(self) -> None:
+        self._outbox.welcome(engine_pb2.Welcome(description=self._describer.response()))
+
+
+def _names(hello: engine_pb2.Hello) -> dict[str, object]:
+    return {"log_id": hello.log_id, "writer": hello.writer, "epoch": hello.epoch, "last_sequence": hello.last_sequence}

@@ -1,0 +1,204 @@
+"""A service in this process, with the scripted engine, behind a real unix socket; and a sidecar's end of its stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import tempfile
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_status import rpc_status
+from prometheus_client import CollectorRegistry
+
+from ostinato import errors
+from ostinato.serving.metrics import registry
+from ostinato.serving.server import Server
+from ostinato.v1 import engine_pb2, engine_pb2_grpc, types_pb2
+
+from service.config import Settings
+from service.engines.scripted import ScriptedEngine, parse
+from service.metrics import Metrics
+from service.opening import make_ready
+from service.servicer import NAME, EngineServicer, Workers
+
+LOG = "0123456789abcdef0123456789abcdef"
+PRIMARY, REPLAY = engine_pb2.PURPOSE_PRIMARY, engine_pb2.PURPOSE_REPLAY
+
+
+@dataclass
+class Service:
+    """A running service and a stub to it."""
+
+    server: Server
+    servicer: EngineServicer
+    engine: ScriptedEngine
+    registry: CollectorRegistry
+    stub: engine_pb2_grpc.EngineAsyncStub
+    address: str
+    end_codes: list[int]
+
+    def sample(self, name: str, **labels: str) -> float:
+        """A metric's value, 0 where it has none yet."""
+        return self.registry.get_sample_value(name, labels) or 0.0
+
+    @contextlib.asynccontextmanager
+    async def stream(self, **hello: Any) -> AsyncIterator[Stream]:
+        """A connected stream; cancelled at the end if it still runs."""
+        stream = Stream(self.stub.Execute())
+        await stream.send(hello=hello_of(**hello))
+        try:
+            yield stream
+        finally:
+            stream.call.cancel()
+
+
+@contextlib.asynccontextmanager
+async def served(script: Mapping[str, object] | None = None, **settings: Any) -> AsyncIterator[Service]:
+    """A ready service; its self-test is off unless asked for."""
+    with tempfile.TemporaryDirectory(prefix="ostinato-") as folder:
+        given: dict[str, Any] = {"self_test": "off", "state_dir": Path(folder), "listen": (f"unix:{folder}/e.sock",)} | settings
+        chosen = Settings(engine="scripted", **given)
+        own, end_codes = registry(), list[int]()
+        engine = ScriptedEngine(parse(json.dumps(script or {})), end_process=end_codes.append)
+        workers = Workers(chosen.prepare_threads, chosen.prepare_queue_max)
+        servicer = EngineServicer(workers)
+        server = Server(chosen.addresses, registry=own, message_bytes_max=chosen.message_bytes_max)
+        server.add(engine_pb2_grpc.add_EngineServicer_to_server, servicer, NAME)
+        await server.start()
+        try:
+            servicer.ready = await make_ready(engine, chosen, Metrics(own), "0" * 32)
+            await server.set_health(NAME, serving=True)
+            async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
+                stub: Any = engine_pb2_grpc.EngineStub(channel)
+                yield Service(server, servicer, engine, own, stub, server.addresses[0], end_codes)
+        finally:
+            await server.stop(0)
+            workers.close()
+            await engine.close()
+
+
+@dataclass
+class Stream:
+    """A sidecar's end of Execute."""
+
+    call: Any
+    welcomes: list[engine_pb2.DescribeResponse] = field(default_factory=list)
+    events: list[engine_pb2.RunEvent] = field(default_factory=list)
+    frames: int = 0
+
+    async def send(
+        self,
+        *submits: engine_pb2.Submit,
+        hello: engine_pb2.Hello | None = None,
+        cancels: Iterable[int] = (),
+    ) -> None:
+        await self.call.write(engine_pb2.ExecuteRequest(hello=hello, submits=submits, cancels=cancels))
+
+    async def read(self) -> engine_pb2.ExecuteResponse | None:
+        """The next message, noted; None at the stream's good end. Raises the OstinatoError it ended with."""
+        try:
+            frame: engine_pb2.ExecuteResponse | Any = await asyncio.wait_for(self.call.read(), 10)
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
+        if frame is grpc.aio.EOF:
+            return None
+        self.frames += 1
+        if frame.HasField("welcome"):
+            self.welcomes.append(frame.welcome.description)
+        self.events.extend(frame.events)
+        return frame
+
+    async def until(self, run_id: int, *kinds: str) -> engine_pb2.RunEvent:
+        """Read on until this run has an event of one of these kinds."""
+        while True:
+            for event in self.events:
+                if event.run_id == run_id and event.WhichOneof("event") in kinds:
+                    return event
+            assert await self.read() is not None, f"the stream ended before {kinds} of run {run_id}"
+
+    async def end(self, run_id: int) -> engine_pb2.RunEvent:
+        """How the run ended."""
+        return await self.until(run_id, "finished", "failed")
+
+    async def output(self, run_id: int) -> types_pb2.Output:
+        return (await self.end(run_id)).finished.output
+
+    async def failure(self, run_id: int) -> errors.OstinatoError:
+        return errors.from_status((await self.end(run_id)).failed)
+
+    async def done(self) -> None:
+        """Half-close, and read to the end."""
+        await self.call.done_writing()
+        while await self.read() is not None:
+            pass
+
+    async def broken(self) -> errors.OstinatoError:
+        """Read to the bad end."""
+        try:
+            while await self.read() is not None:
+                pass
+        except errors.OstinatoError as error:
+            return error
+        raise AssertionError("the stream ended well")
+
+    def of(self, run_id: int, kind: str) -> list[engine_pb2.RunEvent]:
+        return [event for event in self.events if event.run_id == run_id and event.WhichOneof("event") == kind]
+
+
+def error_of(error: grpc.aio.AioRpcError) -> errors.OstinatoError:
+    """What the service raised."""
+    status: Any = rpc_status.from_call(error)  # the sync one decodes both
+    return errors.foreign(error.code(), error.details() or "") if status is None else errors.from_status(status)
+
+
+def hello_of(log: str = LOG, writer: str = "w", epoch: int = 1) -> engine_pb2.Hello:
+    return engine_pb2.Hello(log_id=log, writer=writer, epoch=epoch)
+
+
+def submit_of(
+    run_id: int,
+    *,
+    sequence: int | None = None,
+    purpose: Any = PRIMARY,
+    attempt: int = 1,
+    prompt: bytes = b"hello",
+    seed: int = 1,
+    stream: bool = True,
+    timeout_millis: int = 0,
+    **parameters: Any,
+) -> engine_pb2.Submit:
+    """A run of 8 tokens; its sequence is its run_id if not given."""
+    return engine_pb2.Submit(
+        run_id=run_id,
+        purpose=purpose,
+        sequence=run_id if sequence is None else sequence,
+        attempt=attempt,
+        token_ids=prompt,
+        parameters=resolved(**parameters),
+        seed=seed,
+        stream=stream,
+        timeout_millis=timeout_millis,
+    )
+
+
+def resolved(**changes: Any) -> types_pb2.ResolvedParameters:
+    given = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0, "max_new_tokens": 8, "ignore_eos": True}
+    return types_pb2.ResolvedParameters(**(given | changes))
+
+
+@contextlib.contextmanager
+def refused(kind: type[errors.OstinatoError]) -> Iterator[list[errors.OstinatoError]]:
+    """Expects an RPC to fail with this error, which is then in the list."""
+    found: list[errors.OstinatoError] = []
+    try:
+        yield found
+    except grpc.aio.AioRpcError as error:
+        found.append(error_of(error))
+        assert type(found[0]) is kind, found[0]
+    else:
+        raise AssertionError(f"{kind.__name__} was expected")

@@ -1,0 +1,45 @@
+"""Who is let in, as a sequence of comings and goings."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ostinato.errors import EpochStale, StreamRefused, WriterBusy
+
+from service.fence import Fence, Writer
+from tests.service.support import hello_of
+
+steps = st.lists(
+    st.tuples(st.sampled_from(["log1", "log2"]), st.sampled_from(["a", "b"]), st.integers(1, 5)) | st.none(), max_size=30
+)
+
+
+@given(steps)
+def test_fence(history: list[tuple[str, str, int] | None]) -> None:
+    """Admitted epochs never fall on a log; while somebody is connected nobody else is admitted; refusals change nothing."""
+    fence = Fence()
+    highest: dict[str, int] = {}
+    connected: Writer | None = None
+    for step in history:
+        if step is None:
+            fence.leave()
+            connected = None
+            continue
+        log, name, epoch = step
+        writer, before = Writer(log, name), (fence.connected, dict(fence._highest))
+        wanted: type[StreamRefused] | None = None
+        if epoch < highest.get(log, 0):
+            wanted = EpochStale
+        elif connected not in (None, writer):
+            wanted = WriterBusy
+
+        if wanted is None:
+            fence.admit(hello_of(log, name, epoch))
+            highest[log], connected = epoch, writer
+        else:
+            with pytest.raises(wanted):
+                fence.admit(hello_of(log, name, epoch))
+            assert before == (fence.connected, fence._highest)
+        assert (fence.connected, fence._highest) == (connected, highest)

@@ -1,0 +1,161 @@
+"""`python -m service` as a process: how it starts, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Self
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from ostinato.errors import EngineUnavailable
+from ostinato.v1 import engine_pb2, engine_pb2_grpc
+
+from tests.pair import Program
+from tests.service.support import error_of
+
+
+class Running:
+    """A service process of one test."""
+
+    def __init__(self, folder: Path, *args: str) -> None:
+        self.address = f"unix:{folder}/deep/engine.sock"
+        given = ["--listen", self.address, "--metrics", "127.0.0.1:0", "--state-dir", str(folder / "state")]
+        self.program = Program("service", ["--engine", "scripted", *given, "--log-format", "json", *args])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.program.running:
+            self.program.kill()
+
+
+def test_start_and_stop(tmp_path: Path) -> None:
+    """It starts, answers, shows its metrics, and ends with 0 when told to; its socket is its owner's alone."""
+    with Running(tmp_path) as service:
+        service.program.wait_for("serving")
+        with grpc.insecure_channel(service.address) as channel:
+            described = engine_pb2_grpc.EngineStub(channel).Describe(engine_pb2.DescribeRequest())
+        port = service.program.wait_for("metrics")["port"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+            metrics = page.read().decode()
+        mode = (tmp_path / "deep" / "engine.sock").stat().st_mode & 0o777
+
+        assert service.program.stop() == 0
+    assert described.model.engine == "scripted"
+    assert len(bytes.fromhex(described.incarnation)) == 16
+    assert "ostinato_service_grade 3.0" in metrics
+    assert 'ostinato_service_fingerprint_info{digest="' in metrics
+    assert mode == 0o600
+
+
+def test_listens_before_it_is_ready(tmp_path: Path) -> None:
+    """While the model loads, health says NOT_SERVING and RPCs say UNAVAILABLE; stopping then is a good end."""
+    with Running(tmp_path, "--script", '{"load_seconds": 1.5}') as service:
+        service.program.wait_for("listening")
+        with grpc.insecure_channel(service.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="ostinato.v1.Engine"))
+            with pytest.raises(grpc.RpcError) as caught:
+                engine_pb2_grpc.EngineStub(channel).Describe(engine_pb2.DescribeRequest())
+
+        assert service.program.stop() == 0
+    assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert isinstance(error_of(caught.value), EngineUnavailable)  # type: ignore[arg-type]
+
+
+def test_interrupted_self_test(tmp_path: Path) -> None:
+    """A service that is told to stop while it tests itself stops."""
+    script = {"rules": [{"do": "hang", "purposes": ["SELF_TEST"]}]}
+    with Running(tmp_path, "--script", json.dumps(script)) as service:
+        service.program.wait_for("engine loaded")
+
+        assert service.program.stop(signal.SIGINT) == 0
+
+
+def test_crash_shows_in_the_exit_code(tmp_path: Path) -> None:
+    """A scripted crash is a crash."""
+    script = {"rules": [{"do": "crash", "at": 3, "purposes": ["SELF_TEST"]}]}
+    with Running(tmp_path, "--script", json.dumps(script)) as service:
+        assert service.program._process.wait(20) == 70
+
+
+def output_of(*args: str) -> tuple[int, str]:
+    """Exit code and stderr of a service that is not expected to run."""
+    done = subprocess.run(
+        [sys.executable, "-m", "service", "--metrics", "", *args],
+        env={"PYTHONPATH": "proto:."},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (["--nonsense"], "--nonsense"),
+        (["--engine", "magic"], "--engine"),
+        (["--engine", "scripted", "--script", '{"rules": [{"do": "explode"}]}'], "--script: rules[0].do"),
+        (["--engine", "scripted", "--threads", "2"], "--threads: is not for engine scripted"),
+        (["--script", "{}"], "--script: is not for engine llama"),
+        (["--socket-mode", "rw"], "--socket-mode"),
+        (["--self-test", "maybe"], "--self-test"),
+    ],
+)
+def test_bad_flags(args: list[str], complaint: str) -> None:
+    """A bad setting is exit code 2, and is named."""
+    code, said = output_of(*args)
+
+    assert code == 2
+    assert complaint in said
+
+
+def test_turbomind_says_what_is_missing(tmp_path: Path) -> None:
+    """An engine that cannot run here is exit code 1 and one line that says what to do."""
+    code, said = output_of("--engine", "turbomind", "--listen", f"unix:{tmp_path}/e.sock", "--log-level", "ERROR")
+
+    assert code == 1
+    assert said.startswith("engine turbomind ")
+    assert "--engine llama" in said
+    assert said.count("\n") == 1
+
+
+def test_missed_grade_stops_it(tmp_path: Path) -> None:
+    """A required grade that is not earned is exit code 1 and one line."""
+    address = f"unix:{tmp_path}/e.sock"
+    code, said = output_of(
+        "--engine", "scripted", "--listen", address, "--log-level", "ERROR", "--self-test", "off", "--require-grade", "EXACT"
+    )  # fmt: skip
+
+    assert (code, said) == (1, "grade EXACT is required, BEST_EFFORT was earned: not tested\n")
+
+
+def test_address_that_cannot_be_had(tmp_path: Path) -> None:
+    """An address that is taken, remote or none is exit code 1 and one line."""
+    for address in ("0.0.0.0:0", "nowhere", f"unix:{tmp_path}"):
+        code, said = output_of("--engine", "scripted", "--listen", address, "--log-level", "ERROR")
+
+        assert code == 1
+        assert said.count("\n") == 1
+
+
+@pytest.mark.llama
+def test_unreadable_model(tmp_path: Path) -> None:
+    """A model that cannot be read is exit code 1 and one line that names it."""
+    (tmp_path / "m.gguf").write_text("no model")
+    for path in (tmp_path / "none.gguf", tmp_path / "m.gguf", tmp_path):
+        code, said = output_of("--model", str(path), "--listen", f"unix:{tmp_path}/e.sock", "--log-level", "ERROR")
+
+        assert code == 1
+        assert str(path) in said
+        assert said.count("\n") == 1

@@ -1,0 +1,295 @@
+"""The scripted engine: deterministic, obedient, fast, and strict about its script."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ostinato.v1 import engine_pb2, types_pb2
+
+from service.answer import Answer
+from service.engines.base import Engine, Events, Run
+from service.engines.scripted import Rule, Script, ScriptedEngine, parse
+from service.engines.scripted.tokens import LOGPROBS, Tokens, menu
+from service.engines.scripted.vocabulary import END, ByteVocabulary
+from tests.service.support import REPLAY, resolved
+
+
+def run_of(run_id: int = 1, *, stream: bool = False, prompt: bytes = b"hello", **about: Any) -> Run:
+    given = {"sequence": run_id, "attempt": 1, "purpose": engine_pb2.PURPOSE_PRIMARY, "seed": 1}
+    parameters = resolved(**{key: value for key, value in about.items() if key not in given})
+    return Run(
+        run_id=run_id,
+        token_ids=tuple(prompt),
+        parameters=parameters,
+        stream=stream,
+        answer=Answer(parameters, ByteVocabulary()),
+        **(given | {key: value for key, value in about.items() if key in given}),
+    )
+
+
+async def played(script: Script, *runs: Run, order: list[int] | None = None) -> dict[int, list[engine_pb2.RunEvent]]:
+    """All events by run, once every run has ended; into `order` the runs as they finish."""
+    events: dict[int, list[engine_pb2.RunEvent]] = {run.run_id: [] for run in runs}
+    left, done = set(events), asyncio.Event()
+
+    def on_events(new: Events) -> None:
+        for event in new:
+            events[event.run_id].append(event)
+            if event.WhichOneof("event") in ("finished", "failed"):
+                left.discard(event.run_id)
+            if order is not None and event.HasField("finished"):
+                order.append(event.run_id)
+        if not left:
+            done.set()
+
+    engine: Engine = ScriptedEngine(script)
+    engine.start(on_events, lambda grade, why: None)
+    for run in runs:
+        engine.submit(run)
+    await asyncio.wait_for(done.wait(), 20)
+    await engine.close()
+    return events
+
+
+def ids_of(events: list[engine_pb2.RunEvent]) -> list[int]:
+    return list(events[-1].finished.output.token_ids)
+
+
+def ids(count: int = 40, **about: Any) -> list[int]:
+    """The first tokens of a run, without an engine."""
+    tokens = Tokens("scripted", run_of(**about))
+    return [tokens.token(index)[0] for index in range(count)]
+
+
+parameters = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.sampled_from([0.0, 0.5, 1.0]),
+        "top_k": st.sampled_from([0, 1, 5]),
+        "top_p": st.sampled_from([0.5, 1.0]),
+        "bad_token_ids": st.lists(st.integers(97, 122), max_size=26, unique=True).map(sorted),
+        "ignore_eos": st.booleans(),
+        "min_new_tokens": st.integers(0, 8),
+        "logprobs": st.integers(0, 20),
+    },
+)
+
+
+@given(parameters, st.integers(0, 2**64 - 1))
+def test_tokens_are_a_function_of_the_input(given_: dict[str, Any], seed: int) -> None:
+    """The same input makes the same tokens, and each by its index alone."""
+    tokens = Tokens("scripted", run_of(seed=seed, **given_))
+
+    assert ids(seed=seed, **given_) == [tokens.token(index)[0] for index in reversed(range(40))][::-1]
+
+
+@given(parameters, st.integers(0, 2**64 - 1))
+def test_tokens_obey(given_: dict[str, Any], seed: int) -> None:
+    """Banned tokens never come, nor the end before min_new_tokens or with ignore_eos."""
+    made = ids(seed=seed, **given_)
+
+    assert not set(made) & set(given_.get("bad_token_ids", []))
+    assert END not in made[: given_.get("min_new_tokens", 0)]
+    assert not (given_.get("ignore_eos", True) and END in made)
+
+
+def test_seed_matters_when_sampling() -> None:
+    """Two seeds part within sixteen tokens."""
+    outcomes = {tuple(ids(16, seed=seed)) for seed in range(300)}
+
+    assert len(outcomes) == 300
+
+
+@pytest.mark.parametrize("greedy", [{"temperature": 0.0}, {"top_k": 1}])
+def test_greedy_has_no_seed(greedy: dict[str, Any]) -> None:
+    """Greedy answers are the same for all seeds."""
+    assert ids(seed=1, **greedy) == ids(seed=2, **greedy)
+
+
+def test_what_matters_changes_tokens() -> None:
+    """Another prompt, temperature, top_p, penalty or model makes other tokens; another length or stop does not."""
+    base = ids()
+
+    for change in ({"prompt": b"hellp"}, {"temperature": 0.9}, {"top_p": 0.99}, {"repetition_penalty": 1.1}):
+        assert ids(**change) != base
+    assert [Tokens("other", run_of()).token(index)[0] for index in range(40)] != base
+    assert ids(max_new_tokens=1000, stop=["x"]) == base
+
+
+def test_logprobs_fit_their_tokens() -> None:
+    """The chosen token's logprob is that of its place among the likeliest, which descend and do not depend on n."""
+    few, many = Tokens("m", run_of(logprobs=2)), Tokens("m", run_of(logprobs=20))
+    for index in range(60):
+        (token, two), (same, twenty) = few.token(index), many.token(index)
+        assert two is not None
+        assert twenty is not None
+        assert (token, two.logprob, list(two.top)) == (same, twenty.logprob, list(twenty.top)[:2])
+        places = {each.token_id: each.logprob for each in twenty.top}
+        assert len(places) == 20
+        assert places.get(token, twenty.logprob) == twenty.logprob
+        assert [each.logprob for each in twenty.top] == list(LOGPROBS[:20])
+
+
+def test_sampling_parameters_narrow_the_menu() -> None:
+    """top_k, top_p and min_p leave fewer choices, never none."""
+    assert menu(resolved(temperature=0.0)) == 1
+    assert menu(resolved(top_k=3)) == 3
+    assert menu(resolved(top_p=0.25)) == 2
+    assert menu(resolved(top_p=0.2)) == 1
+    assert menu(resolved(min_p=1.0)) == 1
+    assert menu(resolved()) > 31
+
+
+def test_answers_are_readable() -> None:
+    """The text is letters, spaces and a little punctuation, and answers end by themselves."""
+    made = [ids(2000, seed=seed, ignore_eos=False) for seed in range(5)]
+
+    assert all(END in each for each in made)
+    assert all(bytes(each[: each.index(END)]).decode().replace("\n", " ").isprintable() for each in made)
+
+
+async def test_diverge() -> None:
+    """From `at` on the tokens are others, before it the same."""
+    rule = Rule("diverge", at=2, purposes=frozenset({REPLAY}))
+    events = await played(Script(rules=(rule,)), run_of(1), run_of(2, purpose=REPLAY))
+
+    first, second = ids_of(events[1]), ids_of(events[2])
+    assert first[:2] == second[:2]
+    assert first[2] != second[2]
+
+
+async def test_diverge_in_company() -> None:
+    """A rule for company spares the run that is alone."""
+    script = Script(rules=(Rule("diverge", company=True),))
+    alone = await played(script, run_of(1))
+    together = await played(script, run_of(1), run_of(2))
+
+    assert ids_of(alone[1]) == ids()[:8]
+    assert ids_of(together[1]) != ids()[:8]
+
+
+async def test_delay_holds_up_one_run() -> None:
+    """A delayed run waits; its neighbour does not."""
+    script = Script(rules=(Rule("delay", at=1, seconds=0.2, sequences=frozenset({1})),))
+    began = time.monotonic()
+    events = await played(script, run_of(1), run_of(2))
+
+    assert time.monotonic() - began >= 0.2
+    assert ids_of(events[1]) == ids_of(events[2])
+
+
+async def test_new_run_is_not_held_up_by_a_sleeping_one() -> None:
+    """While every run sleeps, a new one starts at once."""
+    ended: list[int] = []
+    engine = ScriptedEngine(Script(rules=(Rule("delay", seconds=30, sequences=frozenset({1})),)))
+    engine.start(lambda events: ended.extend(e.run_id for e in events if e.HasField("finished")), lambda *_: None)
+    engine.submit(run_of(1))
+    await asyncio.sleep(0.02)
+    engine.submit(run_of(2))
+    await asyncio.sleep(0.05)
+    await engine.close()
+
+    assert ended == [2]
+
+
+async def test_room_is_for_the_head() -> None:
+    """A run that does not fit the KV cache now holds up those behind it; one that never will fails."""
+    script = Script(runs=8, kv_blocks=4, block_tokens=10)
+    order: list[int] = []
+    events = await played(script, *(run_of(i, max_new_tokens=new) for i, new in enumerate((20, 30, 2, 50), 1)), order=order)
+
+    assert [len(ids_of(events[i])) for i in (1, 2, 3)] == [20, 30, 2]
+    assert events[4][-1].HasField("failed")
+    assert order == [1, 2, 3]
+
+
+async def test_company_of_hundreds_changes_nothing() -> None:
+    """Hundreds of runs at once give what each gives alone."""
+    runs = [run_of(i, seed=i, max_new_tokens=50) for i in range(1, 401)]
+    events = await played(Script(runs=400, kv_blocks=10**6), *runs)
+
+    assert all(ids_of(events[i]) == ids(50, seed=i) for i in range(1, 401))
+
+
+async def test_fast_enough() -> None:
+    """Ten thousand tokens a second at the very least, on a busy machine too."""
+    runs = [run_of(i, seed=i, max_new_tokens=500, stream=True) for i in range(1, 65)]
+    began = time.process_time()
+    await played(Script(), *runs)
+
+    assert 64 * 500 / (time.process_time() - began) > 10_000
+
+
+async def test_own_mistake_is_not_a_silent_halt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that goes wrong fails the runs there are, and the engine goes on with the next."""
+    monkeypatch.setattr(Tokens, "token", lambda *_, **__: 1 // 0)
+    failed = await played(Script(), run_of(1), run_of(2))
+    monkeypatch.undo()
+
+    assert all(failed[i][-1].HasField("failed") for i in (1, 2))
+    assert ids_of((await played(Script(), run_of(1)))[1]) == ids()[:8]
+
+
+def test_script_is_read_whole() -> None:
+    """Every key arrives, sequences as numbers or as text."""
+    script = parse(
+        '{"model": "m", "grade": "SERIAL", "runs": 1, "fields": {"device": "x"}, "rules": [{"do": "diverge", "at": 2,'
+        '"sequences": [7, "18446744073709551615"], "purposes": ["REPLAY", "SELF_TEST"], "attempts": [1], "share": 0.5},'
+        '{"do": "lose_grade", "to": "SERIAL"}]}'
+    )
+
+    assert (script.model, script.grade, script.runs, script.fields) == ("m", types_pb2.GRADE_SERIAL, 1, {"device": "x"})
+    assert script.rules[0].sequences == frozenset({7, 2**64 - 1})
+    assert script.rules[0].purposes == frozenset({REPLAY, 0})
+    assert script.rules[1].to == types_pb2.GRADE_SERIAL
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not an object"),
+        ('{"run": 1}', "run: unknown"),
+        ('{"runs": 0}', "runs: 0"),
+        ('{"runs": true}', "runs: True"),
+        ('{"runs": 1.5}', "runs: 1.5"),
+        ('{"delay_seconds": -1}', "delay_seconds"),
+        ('{"delay_seconds": NaN}', "delay_seconds"),
+        ('{"grade": "BEST"}', "grade: 'BEST'"),
+        ('{"chat": 1}', "chat"),
+        ('{"fields": {"a": 1}}', "fields.a"),
+        ('{"rules": [{}]}', r"rules\[0\].do: is missing"),
+        ('{"rules": [{"do": "explode"}]}', r"rules\[0\].do"),
+        ('{"rules": [{"do": "fail", "purposes": ["OTHER"]}]}', r"rules\[0\].purposes\[0\]"),
+        ('{"rules": [{"do": "fail", "sequences": [-1]}]}', r"rules\[0\].sequences\[0\]"),
+        ('{"rules": [{"do": "fail", "share": 1.5}]}', r"rules\[0\].share"),
+        ('{"rules": {"do": "fail"}}', "rules: is not a list"),
+    ],
+)
+def test_script_is_checked_strictly(text: str, complaint: str) -> None:
+    """A script with an unknown key or a bad value is refused, and the place is named."""
+    with pytest.raises(ValueError, match=complaint):
+        parse(text)
+
+
+def test_rules_spare_the_self_test() -> None:
+    """A rule without purposes is not about the service's own test; one that names it is."""
+    test = run_of(1, purpose=0)
+
+    assert not Rule("fail").matches(test)
+    assert Rule("fail", purposes=frozenset({0})).matches(test)
+
+
+def test_share_is_a_share() -> None:
+    """A share picks about that many runs, always the same ones."""
+    rule = Rule("fail", share=0.25)
+    chosen = [i for i in range(2000) if rule.matches(run_of(1, sequence=i))]
+
+    assert 400 < len(chosen) < 600
+    assert chosen == [i for i in range(2000) if rule.matches(run_of(1, sequence=i))]

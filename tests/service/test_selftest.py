@@ -1,0 +1,215 @@
+"""The self-test: who earns which grade, what is said about it, and what a kept proof is worth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ostinato.serving.program import StartupError
+from ostinato.v1 import engine_pb2, types_pb2
+
+from service.engines.scripted.vocabulary import ByteVocabulary
+from service.probes import probes, strangers
+from service.proof import Proofs, code_digest
+from service.selftest import Finding
+from tests.service.support import served
+
+EXACT, SERIAL, BEST_EFFORT = types_pb2.GRADE_EXACT, types_pb2.GRADE_SERIAL, types_pb2.GRADE_BEST_EFFORT
+
+
+async def model(script: dict[str, Any], **settings: Any) -> types_pb2.Model:
+    async with served(script, **{"self_test": "full", **settings}) as service:
+        return (await service.stub.Describe(engine_pb2.DescribeRequest())).model
+
+
+def misdeed(do: str, **about: Any) -> dict[str, Any]:
+    return {"rules": [{"do": do, "purposes": ["SELF_TEST"], **about}]}
+
+
+async def test_clean_engine_earns_exact() -> None:
+    """An engine that answers alike in any company earns EXACT, and the reason says what was compared."""
+    found = await model({})
+
+    assert found.grade == EXACT
+    assert "7 prompts of 3 to 301 tokens" in found.grade_reason
+
+
+@pytest.mark.parametrize("at", [0, 5, 11])
+async def test_divergence_in_company_is_refused(at: int) -> None:
+    """An engine whose tokens depend on its company does not earn EXACT, and the first difference is named."""
+    found = await model(misdeed("diverge", company=True, at=at))
+
+    assert found.grade == BEST_EFFORT
+    assert f"made another token at {at} together with the other prompts" in found.grade_reason
+
+
+async def test_one_at_a_time_earns_serial() -> None:
+    """An engine with room for one can earn SERIAL."""
+    found = await model({"runs": 1})
+
+    assert found.grade == SERIAL
+    assert "twice, one at a time" in found.grade_reason
+
+
+async def test_ceiling_is_not_tested_beyond() -> None:
+    """A configuration that could not earn EXACT is not tested, and its own reason is published."""
+    found = await model({"grade": "BEST_EFFORT"})
+
+    assert (found.grade, found.grade_reason) == (BEST_EFFORT, "the script says so")
+
+
+async def test_failed_run_is_best_effort() -> None:
+    """A self-test in which a run fails proves nothing."""
+    found = await model(misdeed("fail", at=3))
+
+    assert found.grade == BEST_EFFORT
+    assert "a run of the self-test failed" in found.grade_reason
+
+
+async def test_hanging_run_is_best_effort() -> None:
+    """A self-test that does not end in time proves nothing, and leaves nothing running."""
+    async with served(misdeed("hang", at=3), self_test="full", self_test_timeout_seconds=0.2) as service:
+        found = (await service.stub.Describe(engine_pb2.DescribeRequest())).model
+
+        assert (found.grade, found.grade_reason) == (BEST_EFFORT, "the self-test did not end within 0.2 s")
+        assert not service.engine._active
+
+
+async def test_grade_lost_during_the_test_is_not_earned() -> None:
+    """What the engine says it lost while it was tested cannot be earned by the test."""
+    found = await model(misdeed("lose_grade", at=3, to="SERIAL"))
+
+    assert found.grade == SERIAL
+    assert "the script took it" in found.grade_reason
+
+
+async def test_off_is_best_effort() -> None:
+    """Without a test there is no grade to speak of."""
+    found = await model({}, self_test="off")
+
+    assert (found.grade, found.grade_reason) == (BEST_EFFORT, "not tested")
+
+
+async def test_required_grade_stops_the_service() -> None:
+    """A service that must have a grade and does not earn it does not start."""
+    with pytest.raises(StartupError, match="grade EXACT is required, BEST_EFFORT was earned"):
+        await model(misdeed("diverge", company=True), require_grade="EXACT")
+
+    assert (await model({}, require_grade="SERIAL")).grade == EXACT
+
+
+def test_probes_fit_small_contexts() -> None:
+    """Prompts and answers shrink with the context."""
+    for context in (2, 8, 40, 4096):
+        for probe in [*probes(ByteVocabulary(), context), *strangers(ByteVocabulary(), context)]:
+            assert probe.token_ids
+            assert len(probe.token_ids) + probe.parameters.max_new_tokens <= context
+
+
+def test_probes_differ() -> None:
+    """No two probes have the same prompt or seed, and greedy, sampled and penalised ones are among them."""
+    made = probes(ByteVocabulary(), 4096)
+
+    assert len({probe.token_ids for probe in made}) == len({probe.seed for probe in made}) == len(made) == 7
+    assert {probe.parameters.temperature == 0 for probe in made} == {True, False}
+    assert {probe.parameters.repetition_penalty == 1 for probe in made} == {True, False}
+
+
+FINDING = Finding(EXACT, "all equal", 1.5, 200)
+
+
+def test_proof_is_found_again(tmp_path: Path) -> None:
+    """What was kept under a fingerprint is found under it, and under no other."""
+    proofs = Proofs(tmp_path / "proofs", "code")
+    proofs.keep(b"f" * 32, FINDING, "2026-01-01T00:00:00+00:00")
+
+    assert proofs.find(b"f" * 32) == (FINDING, "2026-01-01T00:00:00+00:00")
+    assert proofs.find(b"g" * 32) is None
+
+
+@pytest.mark.parametrize(
+    "change", [{"code": "new"}, {"test": "0"}, {"fingerprint": "00"}, {"grade": "GRADE_BEST"}, {"more": 1}]
+)
+def test_proof_that_does_not_fit_is_ignored(tmp_path: Path, change: dict[str, object]) -> None:
+    """A proof made by other code, another test, for another fingerprint, or in another form proves nothing."""
+    proofs = Proofs(tmp_path, "code")
+    proofs.keep(b"f" * 32, FINDING, "")
+    path = next(tmp_path.iterdir())
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    assert proofs.find(b"f" * 32) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"null"])
+def test_broken_proof_is_ignored(tmp_path: Path, content: bytes) -> None:
+    """A file that is no proof is passed over."""
+    proofs = Proofs(tmp_path, "code")
+    (tmp_path / f"{'66' * 32}.json").write_bytes(content)
+
+    assert proofs.find(b"f" * 32) is None
+
+
+def test_unusable_directory_is_only_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A state directory that cannot be written costs a test at the next start, nothing else."""
+    (tmp_path / "file").write_text("")
+    proofs = Proofs(tmp_path / "file" / "proofs", "code")
+    proofs.keep(b"f" * 32, FINDING, "")
+
+    assert proofs.find(b"f" * 32) is None
+    assert "proof not kept" in caplog.text
+
+
+def test_proofs_are_written_whole(tmp_path: Path) -> None:
+    """No draft stays behind, and a new proof replaces the old one."""
+    proofs = Proofs(tmp_path, "code")
+    for reason in ("one", "two"):
+        proofs.keep(b"f" * 32, Finding(EXACT, reason, 1.0, 1), "")
+
+    assert len(list(tmp_path.iterdir())) == 1
+    kept = proofs.find(b"f" * 32)
+    assert kept is not None
+    assert kept[0].reason == "two"
+
+
+def test_code_digest_sees_changes(tmp_path: Path) -> None:
+    """Another byte, name or file is other code."""
+    (tmp_path / "a.py").write_text("1")
+    seen = {code_digest(tmp_path)}
+    (tmp_path / "a.py").write_text("2")
+    seen.add(code_digest(tmp_path))
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b.py").write_text("")
+    seen.add(code_digest(tmp_path))
+
+    assert len(seen) == 3
+
+
+async def test_kept_proof_saves_the_test(tmp_path: Path) -> None:
+    """A second start of the same thing takes the first one's word; full tests all the same."""
+    state = tmp_path / "state"
+    first = await model({}, self_test="kept", state_dir=state)
+    second = await model({"rules": [{"do": "fail", "purposes": ["SELF_TEST"]}]}, self_test="kept", state_dir=state)
+    third = await model({"rules": [{"do": "fail", "purposes": ["SELF_TEST"]}]}, self_test="full", state_dir=state)
+
+    assert [first.grade, second.grade, third.grade] == [EXACT, EXACT, BEST_EFFORT]
+    assert "; proved at " in second.grade_reason
+
+
+async def test_proof_of_another_fingerprint_does_not_count(tmp_path: Path) -> None:
+    """Another device is another fingerprint, and is tested itself."""
+    state = tmp_path / "state"
+    await model({}, self_test="kept", state_dir=state)
+    other = await model(misdeed("fail") | {"fields": {"device": "other"}}, self_test="kept", state_dir=state)
+
+    assert other.grade == BEST_EFFORT
+
+
+async def test_failures_are_not_kept(tmp_path: Path) -> None:
+    """A test that failed is made again at the next start."""
+    state = tmp_path / "state"
+    await model(misdeed("fail"), self_test="kept", state_dir=state)
+
+    assert (await model({}, self_test="kept", state_dir=state)).grade == EXACT

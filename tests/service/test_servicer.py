@@ -1,0 +1,127 @@
+"""The service's RPCs but Execute, over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import grpc
+import pytest
+
+from ostinato.digest import fingerprint_digest
+from ostinato.errors import EngineUnavailable, InvalidRequest, MalformedMessage, NotBuilt, QueueFull
+from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
+
+from service.servicer import Workers
+from tests.service.support import error_of, refused, served
+
+
+async def test_describe() -> None:
+    """Describe says what runs, what it takes, what it holds and what it is worth."""
+    async with served({"runs": 3, "kv_blocks": 7, "model": "m", "fields": {"device": "d"}}, batch_items_max=9) as service:
+        found = await service.stub.Describe(engine_pb2.DescribeRequest())
+
+        assert (found.model.name, found.model.engine, found.model.vocabulary_size) == ("m", "scripted", 262)
+        assert (found.model.context_tokens, found.model.limits.new_tokens_max) == (4096, 4095)
+        limits = found.model.limits
+        assert (limits.batch_items_max, limits.top_k_max, limits.logprobs_max) == (9, 1024, 20)
+        assert all(getattr(limits, field.name) for field in limits.DESCRIPTOR.fields)
+        assert (found.capacity.runs, found.capacity.kv_blocks, found.capacity.block_tokens) == (3, 7, 64)
+        assert dict(found.model.fingerprint.fields).items() >= {"engine": "scripted", "model": "m", "device": "d"}.items()
+        assert found.model.fingerprint.digest == fingerprint_digest(found.model.fingerprint.fields)
+        assert found.incarnation == "0" * 32
+        assert found.model.chat
+        assert service.sample("ostinato_engine_capacity", of="runs") == 3
+
+
+async def test_not_ready_is_unavailable() -> None:
+    """Until the engine is tested every RPC says UNAVAILABLE, and when to come back."""
+    async with served() as service:
+        service.servicer.ready = None
+        for call in (
+            service.stub.Describe(engine_pb2.DescribeRequest()),
+            service.stub.Prepare(engine_pb2.PrepareRequest()),
+            service.stub.Tokenize(generation_pb2.TokenizeRequest()),
+            service.stub.Execute().read(),
+        ):
+            with refused(EngineUnavailable) as errors:
+                await call
+            assert errors[0].retry_after == 1.0
+
+
+async def test_get_tokenizer_is_not_built() -> None:
+    """GetTokenizer answers UNIMPLEMENTED."""
+    async with served() as service:
+        with refused(NotBuilt):
+            await service.stub.GetTokenizer(engine_pb2.GetTokenizerRequest()).read()
+
+
+async def test_prepare_refuses_with_paths() -> None:
+    """Violations arrive with their paths."""
+    async with served() as service:
+        with refused(InvalidRequest) as found:
+            await service.stub.Prepare(engine_pb2.PrepareRequest(items=[types_pb2.Item(text="")]))
+
+        assert isinstance(found[0], InvalidRequest)
+        assert [violation.field for violation in found[0].violations] == ["items[0].text"]
+
+
+@pytest.mark.parametrize("text", ["hi", "x" * 4000, "x" * 9000], ids=["small", "large", "over the context"])
+async def test_prepare_small_and_large(text: str) -> None:
+    """A request is prepared alike on the loop and in a thread."""
+    async with served({"context_tokens": 8192}) as service:
+        call = service.stub.Prepare(engine_pb2.PrepareRequest(items=[types_pb2.Item(text=text)] * 2))
+        if len(text) > 8191:
+            with refused(InvalidRequest):
+                await call
+        else:
+            response = await call
+            assert [len(item.token_ids) for item in response.items] == [len(text) + 1] * 2
+            assert len(response.model_digest) == 32
+
+
+async def test_model_digest_is_of_the_model_alone() -> None:
+    """Another device prepares alike; another tokenizer does not."""
+
+    async def digest(**fields: str) -> bytes:
+        async with served({"fields": fields}) as service:
+            request = engine_pb2.PrepareRequest(items=[types_pb2.Item(text="x")])
+            return (await service.stub.Prepare(request)).model_digest
+
+    assert await digest() == await digest(device="other")
+    assert await digest() != await digest(tokenizer="other")
+
+
+async def test_malformed_bytes() -> None:
+    """Bytes that are no message are the caller's fault."""
+    async with served() as service, grpc.aio.insecure_channel(service.address) as channel:
+        raw: Any = channel.unary_unary("/ostinato.v1.Engine/Prepare")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await raw(b"\xff\xff")
+
+        assert isinstance(error_of(caught.value), MalformedMessage)
+
+
+async def test_workers_are_bounded() -> None:
+    """Beyond threads and queue, work is refused with a time to come back; a caller that leaves does not free its thread."""
+    workers, gate = Workers(threads=1, queue_max=1), threading.Event()
+    busy = [asyncio.create_task(workers.run(gate.wait)) for _ in range(2)]
+    await asyncio.sleep(0.02)
+    busy[0].cancel()
+    with pytest.raises(QueueFull) as caught:
+        await workers.run(gate.wait)
+    gate.set()
+    await asyncio.gather(*busy, return_exceptions=True)
+
+    assert caught.value.retry_after == 1.0
+    assert await workers.run(lambda: 5) == 5
+    workers.close()
+
+
+async def test_workers_pass_errors_on() -> None:
+    """What the work raises reaches its caller."""
+    workers = Workers(threads=1, queue_max=1)
+    with pytest.raises(ZeroDivisionError):
+        await workers.run(lambda: 1 // 0)
+    workers.close()

@@ -1,0 +1,534 @@
+"""The Execute stream, over a real socket: what a sidecar may do, what it gets, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+
+from ostinato import errors
+from ostinato.v1 import engine_pb2, types_pb2
+
+from tests.service.support import LOG, REPLAY, Service, Stream, hello_of, served, submit_of
+
+SLOW: dict[str, Any] = {"delay_seconds": 0.005}
+ENDLESS: dict[str, Any] = {"max_new_tokens": 4000}
+
+
+async def eventually(condition: Any) -> None:
+    """Waits for something that another task does soon."""
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def idle(service: Service) -> bool:
+    return not service.engine._active and not service.engine._waiting
+
+
+async def test_welcome_comes_first() -> None:
+    """The first message holds the description, as Describe gives it."""
+    async with served() as service, service.stream() as stream:
+        frame = await stream.read()
+
+        assert frame is not None
+        assert frame.welcome.description == await service.stub.Describe(engine_pb2.DescribeRequest())
+        assert frame.welcome.description.model.engine == "scripted"
+
+
+async def test_events_of_a_run_are_in_order() -> None:
+    """A streamed run starts, brings its tokens gapless, and finishes with the same tokens and text."""
+    async with served() as service, service.stream() as stream:
+        await stream.send(submit_of(9))
+        output = await stream.output(9)
+
+        kinds = [event.WhichOneof("event") for event in stream.events]
+        tokens = [event.tokens for event in stream.of(9, "tokens")]
+        assert (kinds[0], kinds[-1]) == ("started", "finished")
+        assert [token for each in tokens for token in each.token_ids] == list(output.token_ids)
+        assert "".join(each.text for each in tokens) == output.text
+        assert (output.prompt_tokens, output.seed, output.engine_seed) == (5, 1, 1)
+        assert output.grade == types_pb2.GRADE_BEST_EFFORT
+
+
+async def test_unstreamed_run_is_silent_in_between() -> None:
+    """Without stream, only Started and the end are sent."""
+    async with served() as service, service.stream() as stream:
+        await stream.send(submit_of(1, stream=False))
+        await stream.end(1)
+
+        assert [event.WhichOneof("event") for event in stream.events] == ["started", "finished"]
+
+
+async def test_submission_order_is_engine_order() -> None:
+    """Runs reach the engine in the order of the messages and, within one, of its submits."""
+    async with served({"record": 100}) as service, service.stream() as stream:
+        await stream.send(*(submit_of(i) for i in range(1, 40)))
+        await stream.send(*(submit_of(i) for i in range(40, 80)))
+        await stream.end(79)
+
+        assert list(service.engine.submitted) == list(range(1, 80))
+
+
+async def test_starts_in_order_when_the_engine_is_full() -> None:
+    """With room for two, runs start first come, first served."""
+    async with served({"runs": 2}) as service, service.stream() as stream:
+        await stream.send(*(submit_of(i, max_new_tokens=1 + i % 3) for i in range(1, 20)))
+        for i in range(1, 20):
+            await stream.end(i)
+
+        assert [e.run_id for e in stream.events if e.WhichOneof("event") == "started"] == list(range(1, 20))
+
+
+async def test_same_input_same_answer() -> None:
+    """Two runs of one input are equal, whatever else they are called."""
+    async with served() as service, service.stream() as stream:
+        await stream.send(submit_of(1), submit_of(2, purpose=REPLAY, sequence=1, attempt=2))
+
+        assert (await stream.output(1)) == (await stream.output(2))
+
+
+async def test_frames_coalesce() -> None:
+    """A sidecar that reads late gets what happened meanwhile in few messages, not one per token."""
+    async with served() as service, service.stream() as stream:
+        await stream.read()
+        await stream.send(*(submit_of(i, max_new_tokens=500) for i in range(1, 9)))
+        await asyncio.sleep(0.8)
+        for i in range(1, 9):
+            await stream.end(i)
+
+        assert sum(len(e.tokens.token_ids) for i in range(1, 9) for e in stream.of(i, "tokens")) == 4000
+        assert stream.frames < 1000
+
+
+async def test_large_backlog_comes_in_bounded_messages() -> None:
+    """No message grows far beyond frame_bytes_max, however much waits."""
+    async with served(frame_bytes_max=10_000) as service, service.stream() as stream:
+        await stream.send(*(submit_of(i, max_new_tokens=1000, stream=False) for i in range(1, 30)))
+        sizes = []
+        while len(stream.events) < 58:
+            frame = await stream.read()
+            assert frame is not None
+            sizes.append(frame.ByteSize())
+
+        assert max(sizes) < 20_000
+
+
+async def test_slow_reader_loses_its_stream() -> None:
+    """A sidecar that does not read is cut off at buffer_bytes_max, and the engine is free."""
+    async with served(buffer_bytes_max=50_000) as service, service.stream() as stream:
+        await stream.read()
+        await stream.send(*(submit_of(i, max_new_tokens=4000, logprobs=20) for i in range(1, 65)))
+        await eventually(lambda: service.sample("ostinato_engine_runs_total", purpose="primary", end="cancelled") == 64)
+
+        assert idle(service)
+        assert isinstance(await stream.broken(), errors.SlowReader)
+
+
+async def test_cancel_before_start() -> None:
+    """A queued run that is cancelled never starts, and nothing is said of it."""
+    async with served({"runs": 1, **SLOW}) as service, service.stream() as stream:
+        await stream.send(submit_of(1, max_new_tokens=20), submit_of(2), submit_of(3))
+        await stream.send(cancels=[2])
+        await stream.end(3)
+
+        assert not [event for event in stream.events if event.run_id == 2]
+
+
+async def test_cancel_while_running() -> None:
+    """A running run that is cancelled stops, makes room, and is not spoken of again."""
+    async with served({"runs": 1, **SLOW}) as service, service.stream() as stream:
+        await stream.send(submit_of(1, **ENDLESS), submit_of(2))
+        await stream.until(1, "tokens")
+        await stream.send(cancels=[1])
+        await stream.end(2)
+
+        assert not stream.of(1, "finished")
+        assert not stream.of(1, "failed")
+        assert service.sample("ostinato_engine_runs_total", purpose="primary", end="cancelled") == 1
+
+
+async def test_cancel_after_the_end_is_ignored() -> None:
+    """Cancelling what has ended, or never was, changes nothing."""
+    async with served() as service, service.stream() as stream:
+        await stream.send(submit_of(1))
+        await stream.end(1)
+        await stream.send(submit_of(2), cancels=[1, 77])
+
+        assert (await stream.output(2)).token_ids
+
+
+async def test_cancel_in_the_message_of_the_submit() -> None:
+    """Within a message, cancels come after submits."""
+    async with served(SLOW) as service, service.stream() as stream:
+        await stream.send(submit_of(1, **ENDLESS), cancels=[1])
+        await stream.done()
+
+        assert stream.events == []
+
+
+async def test_deadline() -> None:
+    """A run that takes longer than its timeout fails with DEADLINE_EXCEEDED and frees the engine; others go on."""
+    async with served(SLOW) as service, service.stream() as stream:
+        await stream.send(submit_of(1, timeout_millis=60, **ENDLESS), submit_of(2, max_new_tokens=30))
+
+        assert isinstance(await stream.failure(1), errors.DeadlineExceeded)
+        assert len((await stream.output(2)).token_ids) == 30
+        assert service.sample("ostinato_engine_runs_in_flight") == 0
+
+
+async def test_deadline_of_a_hanging_run() -> None:
+    """A run that makes no token any more still ends by its timeout."""
+    async with served({"rules": [{"do": "hang", "at": 2}]}) as service, service.stream() as stream:
+        await stream.send(submit_of(1, timeout_millis=50))
+
+        assert isinstance(await stream.failure(1), errors.DeadlineExceeded)
+
+
+async def test_deadline_counts_from_submission() -> None:
+    """A queued run expires too."""
+    async with served({"runs": 1, "rules": [{"do": "hang"}]}) as service, service.stream() as stream:
+        await stream.send(submit_of(1), submit_of(2, timeout_millis=40))
+
+        assert isinstance(await stream.failure(2), errors.DeadlineExceeded)
+        assert not stream.of(2, "started")
+
+
+async def test_longest_deadline() -> None:
+    """The largest timeout is as good as none."""
+    async with served() as service, service.stream() as stream:
+        await stream.send(submit_of(1, timeout_millis=2**64 - 1))
+
+        assert (await stream.output(1)).token_ids
+
+
+async def test_engine_failure_fails_one_run() -> None:
+    """A run that the engine gives up fails with ENGINE_FAILED; its neighbour finishes."""
+    async with served({"rules": [{"do": "fail", "at": 3, "sequences": [1]}]}) as service, service.stream() as stream:
+        await stream.send(submit_of(1), submit_of(2))
+
+        assert isinstance(await stream.failure(1), errors.EngineFailed)
+        assert sum(len(event.tokens.token_ids) for event in stream.of(1, "tokens")) == 3
+        assert (await stream.output(2)).token_ids
+
+
+async def test_disconnect_frees_the_engine() -> None:
+    """When the sidecar vanishes, all its runs stop at once."""
+    async with served(SLOW) as service:
+        async with service.stream() as stream:
+            await stream.send(*(submit_of(i, **ENDLESS) for i in range(1, 100)))
+            await stream.until(1, "tokens")
+            assert not idle(service)
+        await eventually(lambda: idle(service))
+
+        assert service.sample("ostinato_service_streams") == 0
+        assert service.sample("ostinato_engine_runs_in_flight") == 0
+        assert service.sample("ostinato_engine_runs_queued") == 0
+
+
+async def test_half_close_drains() -> None:
+    """After half-close runs go on to their end, and then the stream ends well."""
+    async with served(SLOW) as service, service.stream() as stream:
+        await stream.send(*(submit_of(i, max_new_tokens=20) for i in range(1, 5)))
+        await stream.done()
+
+        assert sorted(event.run_id for event in stream.events if event.HasField("finished")) == [1, 2, 3, 4]
+
+
+async def test_half_close_without_runs_ends() -> None:
+    """A stream with nothing to do ends as soon as it is half-closed, welcome included."""
+    async with served() as service, service.stream() as stream:
+        await stream.done()
+
+        assert len(stream.welcomes) == 1
+
+
+async def test_stop_waits_for_the_stream() -> None:
+    """A stopping server keeps the stream until the sidecar half-closes, and takes no other."""
+    async with served(SLOW) as service, service.stream() as stream:
+        await stream.send(submit_of(1, max_new_tokens=30))
+        await stream.until(1, "tokens")
+        stopping = asyncio.create_task(service.server.stop(10))
+        await asyncio.sleep(0.02)
+        await stream.send(submit_of(2))
+        await stream.done()
+        await stopping
+
+        assert len((await stream.output(1)).token_ids) == 30
+        assert (await stream.output(2)).token_ids
+
+
+async def test_stop_ends_when_grace_does() -> None:
+    """A sidecar that never half-closes is cut off when the grace is over, and its runs stop."""
+    async with served(SLOW) as service, service.stream() as stream:
+        await stream.send(submit_of(1, **ENDLESS))
+        await stream.until(1, "tokens")
+        await asyncio.wait_for(service.server.stop(0.1), 5)
+
+        await eventually(lambda: idle(service))
+        await stream.broken()
+
+
+async def test_stale_epoch_is_refused() -> None:
+    """An epoch lower than one seen of this log is refused, also after that one has gone."""
+    async with served() as service:
+        async with service.stream(epoch=5) as stream:
+            await stream.read()
+            await stream.done()
+        async with service.stream(epoch=4) as stale:
+            error = await stale.broken()
+
+        assert isinstance(error, errors.EpochStale)
+        assert error.details["highest"] == "5"
+        assert service.sample("ostinato_service_streams_refused_total", reason="EPOCH_STALE") == 1
+
+
+@pytest.mark.parametrize("epoch", [3, 4])
+async def test_same_or_higher_epoch_takes_over(epoch: int) -> None:
+    """A writer that comes back ends its earlier stream, whose runs stop before the new one's begin."""
+    async with served(SLOW) as service, service.stream(epoch=3) as old:
+        await old.send(*(submit_of(i, **ENDLESS) for i in range(1, 70)))
+        await old.until(1, "tokens")
+        async with service.stream(epoch=epoch) as new:
+            await new.read()
+            await new.send(submit_of(1))
+
+            assert (await new.output(1)).token_ids
+            assert isinstance(await old.broken(), errors.EpochStale)
+            assert idle(service)
+
+
+async def test_replaced_stream_can_submit_nothing() -> None:
+    """What a replaced sidecar has under way never reaches the engine, even while its stream cannot be told yet."""
+    async with served({"record": 100}) as service:
+        assert service.servicer.ready is not None
+        streams, old_says, new_says = service.servicer.ready.streams, Said(), Said()
+        old_says(engine_pb2.ExecuteRequest(hello=hello_of(epoch=1)))
+        async with contextlib.aclosing(streams.execute(old_says.all())) as old:
+            await anext(old)  # and not read on: as if a write hung
+            new_says(engine_pb2.ExecuteRequest(hello=hello_of(epoch=2)))
+            async with contextlib.aclosing(streams.execute(new_says.all())) as new:
+                await anext(new)
+                old_says(engine_pb2.ExecuteRequest(submits=[submit_of(66)]))
+                new_says(engine_pb2.ExecuteRequest(submits=[submit_of(1)]))
+                await eventually(lambda: service.engine.submitted)
+                await asyncio.sleep(0.02)
+
+                assert list(service.engine.submitted) == [1]
+                with pytest.raises(errors.EpochStale):
+                    await anext(old)
+
+
+class Said(asyncio.Queue[engine_pb2.ExecuteRequest]):
+    """What a sidecar says, without a socket."""
+
+    __call__ = asyncio.Queue.put_nowait
+
+    async def all(self) -> AsyncIterator[engine_pb2.ExecuteRequest]:
+        while True:
+            yield await self.get()
+
+
+@pytest.mark.parametrize("other", [{"writer": "x"}, {"log": "f" * 32}, {"writer": "x", "epoch": 9}])
+async def test_another_writer_is_refused(other: dict[str, Any]) -> None:
+    """A second log or writer is refused while one is connected, whatever its epoch, and the first goes on undisturbed."""
+    async with served(SLOW) as service, service.stream() as first:
+        await first.send(submit_of(1, max_new_tokens=20))
+        await first.read()
+        async with service.stream(**other) as second:
+            assert isinstance(await second.broken(), errors.WriterBusy)
+
+        assert len((await first.output(1)).token_ids) == 20
+
+
+async def test_another_writer_may_come_later() -> None:
+    """Once the first writer is gone, another log is served."""
+    async with served() as service:
+        async with service.stream(epoch=7) as first:
+            await first.done()
+        async with service.stream(log="e" * 32, writer="x") as second:
+            await second.send(submit_of(1))
+
+            assert (await second.output(1)).token_ids
+
+
+async def test_refused_hello_leaves_no_trace() -> None:
+    """A refused epoch does not count as seen: it is not the busy writer's rival that fences it."""
+    async with served() as service, service.stream(epoch=3) as first:
+        await first.read()
+        async with service.stream(writer="x", epoch=9) as second:
+            await second.broken()
+        async with service.stream(epoch=3) as again:
+            await again.send(submit_of(1))
+
+            assert (await again.output(1)).token_ids
+
+
+@pytest.mark.parametrize(
+    ("submits", "kind"),
+    [
+        ([submit_of(0, sequence=1)], errors.ProtocolViolation),
+        ([submit_of(1), submit_of(1, sequence=2)], errors.ProtocolViolation),
+        ([submit_of(1, purpose=engine_pb2.PURPOSE_UNSPECIFIED)], errors.ProtocolViolation),
+        ([submit_of(1, purpose=42)], errors.ProtocolViolation),
+        ([submit_of(1, attempt=0)], errors.ProtocolViolation),
+        ([submit_of(1, prompt=b"")], errors.ProtocolViolation),
+        ([engine_pb2.Submit(run_id=1, purpose=REPLAY, sequence=1, attempt=1, token_ids=[1])], errors.ProtocolViolation),
+        ([submit_of(1, sequence=5), submit_of(2, sequence=5)], errors.OutOfOrder),
+        ([submit_of(1, sequence=5), submit_of(2, sequence=4)], errors.OutOfOrder),
+        ([submit_of(1, sequence=0)], errors.OutOfOrder),
+    ],
+)
+async def test_broken_rules_end_the_stream(submits: list[engine_pb2.Submit], kind: type[errors.OstinatoError]) -> None:
+    """Each rule of Submit, once broken, ends the stream with its error and stops its runs."""
+    async with served({"rules": [{"do": "hang"}]}) as service, service.stream() as stream:
+        await stream.send(*submits)
+
+        assert type(await stream.broken()) is kind
+        await eventually(lambda: idle(service))
+
+
+async def test_run_id_is_used_up_by_its_run() -> None:
+    """A run_id is unique in the stream, also after its run has ended."""
+    async with served() as service, service.stream() as stream:
+        await stream.send(submit_of(1))
+        await stream.end(1)
+        await stream.send(submit_of(1, sequence=2))
+
+        assert isinstance(await stream.broken(), errors.ProtocolViolation)
+
+
+async def test_reruns_have_no_place_in_the_order() -> None:
+    """Only PRIMARY sequences must rise."""
+    async with served() as service, service.stream() as stream:
+        await stream.send(submit_of(1, sequence=5), submit_of(2, sequence=3, purpose=REPLAY), submit_of(3, sequence=6))
+
+        assert (await stream.output(2)) == (await stream.output(1))
+        await stream.output(3)
+
+
+async def test_largest_sequences_and_ids() -> None:
+    """2^63 and 2^64-1 are numbers like others."""
+    async with served({"record": 9}) as service, service.stream(epoch=2**64 - 1) as stream:
+        await stream.send(submit_of(2**63, seed=2**64 - 1), submit_of(2**64 - 1))
+
+        assert (await stream.output(2**63)).seed == 2**64 - 1
+        await stream.output(2**64 - 1)
+        assert list(service.engine.submitted) == [2**63, 2**64 - 1]
+
+
+@pytest.mark.parametrize(
+    "hello", [hello_of(log=""), hello_of(writer=""), hello_of(epoch=0), None], ids=["log", "writer", "epoch", "none"]
+)
+async def test_stream_begins_with_a_whole_hello(hello: engine_pb2.Hello | None) -> None:
+    """A first message without hello, or with half of one, ends the stream."""
+    async with served() as service:
+        stream = Stream(service.stub.Execute())
+        await stream.send(submit_of(1), hello=hello)
+
+        assert isinstance(await stream.broken(), errors.ProtocolViolation)
+
+
+async def test_second_hello_ends_the_stream() -> None:
+    """Hello stands in the first message only."""
+    async with served() as service, service.stream() as stream:
+        await stream.send(hello=hello_of(epoch=2))
+
+        assert isinstance(await stream.broken(), errors.ProtocolViolation)
+
+
+async def test_malformed_message_ends_the_stream() -> None:
+    """Bytes that are no message end the stream with INVALID_ARGUMENT, and its runs."""
+    async with served(SLOW) as service, grpc.aio.insecure_channel(service.address) as channel:
+        raw: Any = channel.stream_stream(
+            "/ostinato.v1.Engine/Execute", response_deserializer=engine_pb2.ExecuteResponse.FromString
+        )()
+        await raw.write(engine_pb2.ExecuteRequest(hello=hello_of(), submits=[submit_of(1, **ENDLESS)]).SerializeToString())
+        stream = Stream(raw)
+        await stream.until(1, "tokens")
+        await raw.write(b"\xff\xff\xff")
+
+        assert isinstance(await stream.broken(), errors.MalformedMessage)
+        await eventually(lambda: idle(service))
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"max_new_tokens": 4096}, "parameters.max_new_tokens"),
+        ({"top_k": 1025}, "parameters.top_k"),
+        ({"temperature": float("nan")}, "parameters.temperature"),
+        ({"top_p": 0.0}, "parameters.top_p"),
+        ({"repetition_penalty": float("inf")}, "parameters.repetition_penalty"),
+        ({"min_new_tokens": 9}, "parameters.min_new_tokens"),
+        ({"stop_token_ids": [262]}, "parameters.stop_token_ids"),
+        ({"logprobs": 21}, "parameters.logprobs"),
+    ],
+)
+async def test_run_that_does_not_fit_fails_alone(changes: dict[str, Any], path: str) -> None:
+    """A run that this engine cannot take fails with what is wrong; the stream and the other runs go on."""
+    async with served() as service, service.stream() as stream:
+        await stream.send(submit_of(1, **changes), submit_of(2))
+        error = await stream.failure(1)
+
+        assert isinstance(error, errors.InvalidRequest)
+        assert [violation.field for violation in error.violations] == [path]
+        assert (await stream.output(2)).token_ids
+
+
+async def test_token_outside_the_vocabulary_fails_alone() -> None:
+    """Another model's tokens fail their run, not the stream."""
+    async with served() as service, service.stream() as stream:
+        foreign = submit_of(1)
+        foreign.token_ids.append(262)
+        await stream.send(foreign, submit_of(2))
+
+        assert isinstance(await stream.failure(1), errors.InvalidRequest)
+        await stream.output(2)
+
+
+async def test_too_many_runs_are_turned_away() -> None:
+    """Beyond runs_max a run fails at once with QUEUE_FULL."""
+    async with served({"rules": [{"do": "hang", "sequences": [1, 2]}]}, runs_max=2) as service, service.stream() as stream:
+        await stream.send(submit_of(1), submit_of(2), submit_of(3))
+
+        assert isinstance(await stream.failure(3), errors.QueueFull)
+
+
+async def test_grade_lost_mid_run() -> None:
+    """When the engine loses its grade, Welcome is sent again, the run under way and all later ones have the lower grade."""
+    rules = [{"do": "lose_grade", "at": 4, "sequences": [2], "to": "BEST_EFFORT"}]
+    async with served({"rules": rules}, self_test="full") as service, service.stream() as stream:
+        await stream.send(submit_of(1))
+        before = await stream.output(1)
+        await stream.send(submit_of(2))
+        during = await stream.output(2)
+        await stream.send(submit_of(3))
+        after = await stream.output(3)
+
+        grades = [before.grade, during.grade, after.grade]
+        assert grades == [types_pb2.GRADE_EXACT, types_pb2.GRADE_BEST_EFFORT, types_pb2.GRADE_BEST_EFFORT]
+        assert [welcome.model.grade for welcome in stream.welcomes] == [types_pb2.GRADE_EXACT, types_pb2.GRADE_BEST_EFFORT]
+        assert "token 4 of sequence 2" in stream.welcomes[-1].model.grade_reason
+
+
+async def test_crash_is_not_survived() -> None:
+    """A scripted crash ends the process with its own code, once what had been reported has left."""
+    async with (
+        served({"rules": [{"do": "crash", "at": 1, "sequences": [1], "purposes": ["PRIMARY"]}]}) as service,
+        service.stream() as stream,
+    ):
+        await stream.send(submit_of(1), submit_of(2, purpose=REPLAY))
+        await stream.until(1, "tokens")
+        await eventually(lambda: service.end_codes)  # in this test the process is only told to end
+
+        assert service.end_codes == [70]
+
+
+async def test_stream_uses_no_more_than_one_log() -> None:
+    """The fixture's log id is the contract's: 32 hexadecimal digits."""
+    assert len(bytes.fromhex(LOG)) == 16
