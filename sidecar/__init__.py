@@ -1,0 +1,17 @@
+"""The sidecar: admits, orders, tags, journals, dispatches in order, compares, replays. The only public door.
+
+    generation, reading   the public services
+    admission             what can refuse a request before it has a number
+    core/                 what happens next, decided purely
+    dispatcher            performs what the core decides
+    work, progress, calls an admitted item, its tokens, and who waits for them
+    link                  the one ordered stream to the service
+    rerunner, replay      runs without numbers, and what compares them with the record
+    compare, collisions   verdicts
+    journal/              what is durable
+    observer, metrics     what is seen of it all
+    config, __main__      settings and wiring
+
+A request's way: admission → journal (its numbers are durable) → core (its turn) → link → service → link → journal (its
+outcome is durable) → caller.
+"""

@@ -1,0 +1,178 @@
+"""`python -m sidecar`: wiring, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import time
+import uuid
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+import ostinato
+from ostinato.serving import logs, program
+from ostinato.serving.metrics import registry, serve_metrics
+from ostinato.serving.server import Server
+from ostinato.serving.settings import describe, load
+from ostinato.v1 import engine_pb2
+from ostinato.v1.generation_pb2_grpc import add_GenerationServicer_to_server
+from ostinato.v1.sequencer_pb2_grpc import add_SequencerServicer_to_server
+
+from sidecar.config import Settings
+from sidecar.core import events as ev
+from sidecar.core.sequencer import Sequencer
+from sidecar.dispatcher import Dispatcher
+from sidecar.generation import GenerationServicer
+from sidecar.journal import JournalUnusable, Opened
+from sidecar.journal.grouped import GroupedJournal
+from sidecar.journal.sqlite import SqliteJournal, SqliteSettings
+from sidecar.link import EngineLink
+from sidecar.metrics import Metrics
+from sidecar.observer import Observer
+from sidecar.reading import SequencerServicer
+
+log = logging.getLogger("sidecar")
+
+DRAIN_END_SECONDS = 5.0
+"""For the last outcomes to become durable."""
+SWITCH_SECONDS = 0.001
+"""The journal's thread waits this long at most for the interpreter, not Python's 5 ms: an append would take as long."""
+
+GENERATION, SEQUENCER = "ostinato.v1.Generation", "ostinato.v1.Sequencer"
+
+
+class Sidecar:
+    """One running sidecar."""
+
+    def __init__(self, settings: Settings, numbers: CollectorRegistry) -> None:
+        self.settings = settings
+        self.observer = Observer(Metrics(numbers))
+        backend, self.opened = open_journal(settings)
+        self.journal = GroupedJournal(backend, now_millis=wall_millis, on_commit=self.observer.committed)
+        self.link = EngineLink(settings.engine, settings.reconnect_seconds)
+        self.dispatcher = Dispatcher(Sequencer(settings.bounds), self.journal, self.link, self.observer, time.monotonic)
+        self.server = Server(
+            settings.listen,
+            registry=numbers,
+            message_bytes_max=settings.message_bytes_max,
+            allow_remote=settings.allow_remote,
+        )
+        self.server.add(add_GenerationServicer_to_server, GenerationServicer(self.dispatcher, settings), GENERATION)
+        self.server.add(add_SequencerServicer_to_server, SequencerServicer(self.dispatcher, settings), SEQUENCER)
+
+    async def run(self, stop: asyncio.Event) -> int:
+        """Until told to stop, or until it must end and recover."""
+        self.observer.opened(self.opened.head)
+        self.dispatcher.recover(self.opened.unfinished, self.opened.head.epoch)
+        await self.server.start()
+        log.info("listening", extra={"addresses": ",".join(self.server.addresses), "epoch": self.opened.head.epoch})
+        await self.server.set_health(SEQUENCER, serving=True)
+        ending: list[asyncio.Future[Any]] = [
+            asyncio.create_task(stop.wait()),
+            asyncio.create_task(self.link.run(self.dispatcher, self._hello)),
+            asyncio.create_task(self._watch_clock()),
+            self.dispatcher.broken,
+            self.journal.broken,
+        ]
+        done, pending = await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
+        code = program.DRAINED
+        if stop.is_set():
+            await self._drain()
+        else:
+            cause = next(iter(done))
+            log.critical("must end and recover: %s", cause.exception() or cause.result())
+            code = program.FAILED
+        await self.server.stop(grace=1.0 if code == program.DRAINED else 0.0)
+        await self.link.close()
+        for task in pending:
+            task.cancel()
+        await self.journal.close()
+        return code
+
+    async def _hello(self) -> engine_pb2.Hello:
+        head = await self.journal.head()
+        return engine_pb2.Hello(
+            log_id=head.log_id,
+            writer=head.writer,
+            epoch=head.epoch,
+            last_sequence=head.last_sequence,
+            head_hash=head.entry_hash,
+        )
+
+    async def _watch_clock(self) -> None:
+        """Deadlines, and whether the door is open."""
+        serving = False
+        while True:
+            self.dispatcher.tell(ev.Tick())
+            self.observer.journal_full(self.journal.full)
+            can_admit = self.dispatcher.engine is not None and not self.journal.full and not self.dispatcher.core.draining
+            if can_admit != serving:
+                serving = can_admit
+                await self.server.set_health(GENERATION, serving=serving)
+            await asyncio.sleep(self.settings.tick_seconds)
+
+    async def _drain(self) -> None:
+        log.info("draining", extra={"unfinished": len(self.dispatcher.works)})
+        await self.server.set_health(GENERATION, serving=False)
+        self.dispatcher.tell(ev.Drain())
+        try:
+            await asyncio.wait_for(self.dispatcher.drained.wait(), self.settings.drain_seconds)
+        except TimeoutError:
+            self.dispatcher.tell(ev.DrainEnd())
+            # Not for ever: where the journal is full, the outcomes left are recovery's.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.dispatcher.drained.wait(), DRAIN_END_SECONDS)
+        log.info("drained", extra={"left_to_recovery": len(self.dispatcher.works)})
+
+
+def open_journal(settings: Settings) -> tuple[SqliteJournal, Opened]:
+    """Raises StartupError that says why not."""
+    try:
+        settings.journal.parent.mkdir(parents=True, exist_ok=True)
+        return SqliteJournal.open(
+            settings.journal,
+            writer=settings.writer,
+            version=ostinato.__version__,
+            new_log_id=uuid.uuid4().hex,
+            now_millis=wall_millis(),
+            settings=SqliteSettings(
+                idempotency_ttl_seconds=round(settings.idempotency_ttl_seconds),
+                journal_bytes_max=settings.journal_bytes_max,
+                reserve_bytes=settings.journal_reserve_bytes,
+            ),
+        )
+    except (JournalUnusable, OSError) as error:
+        raise program.StartupError(f"journal: {error}") from error
+
+
+def wall_millis() -> int:
+    """Unix time; for people, never for order."""
+    return time.time_ns() // 1_000_000
+
+
+def main() -> int:
+    """The exit code."""
+    settings = load(Settings, "sidecar", sys.argv[1:], os.environ)
+    logs.setup("json" if settings.log_format == "json" else "human", settings.log_level)
+    log.info("starting: %s", describe(settings))
+    sys.setswitchinterval(SWITCH_SECONDS)
+
+    async def serve(stop: asyncio.Event) -> int:
+        numbers = registry()
+        sidecar = Sidecar(settings, numbers)
+        metrics = serve_metrics(numbers, settings.metrics)
+        log.info("metrics", extra={"port": metrics.port})
+        try:
+            return await sidecar.run(stop)
+        finally:
+            metrics.close()
+
+    return program.run(serve)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""From a request to a draft of its admission: everything that can refuse it before it has a number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ostinato import errors
+from ostinato.digest import request_digest
+from ostinato.errors import Violation
+from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
+
+from sidecar.config import Settings
+from sidecar.journal import Admission
+
+RESPONSE_BYTES_METADATA = "ostinato-max-response-bytes"
+"""A client that reads more than gRPC's default says so here, in decimal."""
+
+STAMP_BYTES = 512
+"""Of a GenerateResponse beside its results, at worst."""
+
+
+def check(request: generation_pb2.GenerateRequest, settings: Settings) -> None:
+    """What needs no engine to be judged. Raises InvalidRequest with every bad field, or NotBuilt."""
+    violations = list(_violations(request, settings))
+    if violations:
+        raise errors.InvalidRequest(violations=violations)
+    if request.verify:
+        raise errors.NotBuilt("verify is not built yet")
+
+
+def _violations(request: generation_pb2.GenerateRequest, settings: Settings) -> Iterable[Violation]:
+    if not request.items:
+        yield Violation("items", "is empty")
+    elif len(request.items) > settings.batch_items_max:
+        yield Violation("items", f"has {len(request.items)} items, at most {settings.batch_items_max} are allowed")
+    for field, most in (("idempotency_key", settings.idempotency_key_bytes_max), ("request_id", settings.request_id_bytes_max)):
+        size = len(getattr(request, field).encode())
+        if size > most:
+            yield Violation(field, f"has {size} bytes, at most {most} are allowed")
+    if request.required_grade not in types_pb2.Grade.values():
+        yield Violation("required_grade", f"{request.required_grade} is no grade")
+
+
+def response_bytes_max(metadata: Iterable[tuple[str, str | bytes]], settings: Settings) -> int:
+    """What this client reads. Raises InvalidRequest for metadata that is no number."""
+    for key, value in metadata:
+        if key == RESPONSE_BYTES_METADATA:
+            text = value if isinstance(value, str) else value.decode("ascii", "replace")
+            if not (text.isascii() and text.isdigit()) or len(text) > 20 or int(text) == 0:
+                raise errors.invalid(f"metadata.{RESPONSE_BYTES_METADATA}", f"{text[:32]!r} is no positive number")
+            return min(int(text), settings.response_bytes_ceiling)
+    return settings.max_response_bytes
+
+
+def check_size(prepared: engine_pb2.PrepareResponse, most: int) -> None:
+    """A worst-case answer that the client would not read is refused before the work. Raises InvalidRequest."""
+    worst = STAMP_BYTES + sum(item.result_bytes for item in prepared.items)
+    if worst > most:
+        what = f"the answer may have {worst} bytes, the client reads {most}: ask for fewer items, tokens or logprobs,"
+        raise errors.invalid("items", f"{what} or raise metadata {RESPONSE_BYTES_METADATA}")
+
+
+def draft(request: generation_pb2.GenerateRequest, prepared: engine_pb2.PrepareResponse) -> Admission:
+    """What is to be made durable."""
+    digest = request_digest(request)
+    items = tuple(
+        sequencer_pb2.AdmittedPayload(
+            token_ids=item.token_ids,
+            parameters=item.parameters,
+            seed=item.seed,
+            seed_derived=not item.HasField("seed"),
+            idempotency_key=request.idempotency_key,
+            request_digest=digest,
+            request_id=request.request_id,
+            required_grade=request.required_grade,
+            model_digest=prepared.model_digest,
+        )
+        for item in prepared.items
+    )
+    return Admission(items, digest, request.idempotency_key)

@@ -1,0 +1,86 @@
+"""Two runs, one verdict. Pure; every kind of comparison uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ostinato.digest import output_digest
+from ostinato.v1 import types_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A run's output, and what it was made of and on."""
+
+    output: types_pb2.Output
+    input_digest: bytes
+    fingerprint_digest: bytes
+
+
+def first_difference(expected: Sequence[int], actual: Sequence[int]) -> int | None:
+    """Index of the first token that differs; where one is a prefix of the other, its length; None: they are equal."""
+    for index, (a, b) in enumerate(zip(expected, actual, strict=False)):
+        if a != b:
+            return index
+    return None if len(expected) == len(actual) else min(len(expected), len(actual))
+
+
+def compare(expected: Side, actual: Side, kind: types_pb2.ComparisonKind.ValueType, sequence: int) -> types_pb2.Comparison:
+    """MATCH where the output digests are equal, DIVERGED where not, INCOMPARABLE where inputs or fingerprints differ."""
+    comparison = types_pb2.Comparison(
+        sequence=sequence,
+        kind=kind,
+        expected_output_digest=output_digest(expected.output),
+        actual_output_digest=output_digest(actual.output),
+    )
+    drift = []
+    if expected.input_digest != actual.input_digest:
+        drift.append("input")
+    if expected.fingerprint_digest != actual.fingerprint_digest:
+        drift.append("fingerprint")
+    difference = first_difference(expected.output.token_ids, actual.output.token_ids)
+    comparison.compared_tokens = len(expected.output.token_ids) if difference is None else difference
+    if drift:
+        comparison.verdict = types_pb2.VERDICT_INCOMPARABLE
+        comparison.drift.extend(drift)
+    elif comparison.expected_output_digest == comparison.actual_output_digest:
+        comparison.verdict = types_pb2.VERDICT_MATCH
+    else:
+        comparison.verdict = types_pb2.VERDICT_DIVERGED
+        # Equal tokens with another finish reason part behind the last token.
+        comparison.first_difference = len(expected.output.token_ids) if difference is None else difference
+        gap = margin(expected.output, comparison.first_difference)
+        if gap is not None:
+            comparison.margin = gap
+    return comparison
+
+
+def compare_prefix(
+    sent: Sequence[int], output: types_pb2.Output, sequence: int, *, same_fingerprint: bool
+) -> types_pb2.Comparison:
+    """What a lost attempt had sent against the attempt that finished: a RECOVERY comparison over as many tokens."""
+    difference = first_difference(sent, output.token_ids[: len(sent)])
+    comparison = types_pb2.Comparison(
+        sequence=sequence,
+        kind=types_pb2.COMPARISON_KIND_RECOVERY,
+        actual_output_digest=output_digest(output),
+        compared_tokens=len(sent) if difference is None else difference,
+    )
+    if not same_fingerprint:
+        comparison.verdict = types_pb2.VERDICT_INCOMPARABLE
+        comparison.drift.append("fingerprint")
+    elif difference is None:
+        comparison.verdict = types_pb2.VERDICT_MATCH
+    else:
+        comparison.verdict = types_pb2.VERDICT_DIVERGED
+        comparison.first_difference = difference
+    return comparison
+
+
+def margin(output: types_pb2.Output, index: int) -> float | None:
+    """Logprob of the likeliest less that of the second likeliest token at this index, where RAW ones are known."""
+    if output.logprob_kind != types_pb2.LOGPROB_KIND_RAW or index >= len(output.logprobs):
+        return None
+    top = output.logprobs[index].top
+    return top[0].logprob - top[1].logprob if len(top) >= 2 else None

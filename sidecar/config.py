@@ -1,0 +1,65 @@
+"""The sidecar's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ostinato.serving.settings import field
+
+from sidecar.core.item import Bounds
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Flags of `python -m sidecar`, and environment variables OSTINATO_SIDECAR_…"""
+
+    listen: tuple[str, ...] = field(("127.0.0.1:7001",), "addresses of the public door, host:port or unix:/path")
+    engine: str = field("unix:.run/engine.sock", "address of the service")
+    journal: Path = field(Path(".run/journal.sqlite"), "file of the journal")
+    writer: str = field("ostinato-0", "stable name of this sidecar, written into every entry")
+    metrics: str = field("127.0.0.1:9400", "where /metrics is, host:port; empty: nowhere")
+    allow_remote: bool = field(False, "listen in plain TCP beyond loopback")
+    log_format: str = field("human", "of log lines", choices=("human", "json"))
+    log_level: str = field("info", "of log lines", choices=("debug", "info", "warning", "error"))
+    # bounds of a request
+    batch_items_max: int = field(256, "items in one request", minimum=1, maximum=4096)
+    message_bytes_max: int = field(4 << 20, "of one request", minimum=1024)
+    max_response_bytes: int = field(4 << 20, "of a worst-case answer, unless the client's metadata raises it", minimum=1024)
+    response_bytes_ceiling: int = field(256 << 20, "what a client's metadata may raise it to", minimum=1024)
+    idempotency_key_bytes_max: int = field(256, "of an idempotency key", minimum=1)
+    request_id_bytes_max: int = field(256, "of a request id", minimum=1)
+    # order and room
+    queue_items_max: int = field(4096, "items that wait for the journal or for the engine", minimum=1)
+    window_runs_max: int = field(0, "runs handed to the engine at once; 0: twice what it runs", minimum=0)
+    attempts_max: int = field(3, "engines that may be lost under an item", minimum=1)
+    item_timeout_seconds: float = field(600.0, "for one attempt", minimum=0.001)
+    idempotency_ttl_seconds: float = field(86400.0, "a key is kept this long after its outcome", minimum=0.0)
+    stream_tokens_max: int = field(65536, "tokens that wait for a slow reader before its call is lost", minimum=1)
+    followers_max: int = field(64, "calls that follow the journal at once", minimum=1)
+    replays_max: int = field(4, "replays at once", minimum=1)
+    # journal
+    journal_bytes_max: int = field(0, "of the journal; 0: what the disk holds", minimum=0)
+    journal_reserve_bytes: int = field(16 << 20, "kept free for outcomes", minimum=0)
+    # time
+    drain_seconds: float = field(30.0, "to finish what was admitted, after SIGTERM", minimum=0.0)
+    reconnect_seconds: float = field(0.2, "pause before the engine stream is opened again", minimum=0.01)
+    tick_seconds: float = field(0.1, "between looks at the clock", minimum=0.01)
+
+    def __post_init__(self) -> None:
+        if not self.writer or len(self.writer.encode()) > 128:
+            raise ValueError("--writer: 1 to 128 bytes")
+        if self.response_bytes_ceiling < self.max_response_bytes:
+            raise ValueError("--response-bytes-ceiling is below --max-response-bytes")
+        if self.journal_bytes_max and self.journal_bytes_max <= 2 * self.journal_reserve_bytes:
+            raise ValueError("--journal-bytes-max must be more than twice --journal-reserve-bytes")
+
+    @property
+    def bounds(self) -> Bounds:
+        """The core's part."""
+        return Bounds(
+            queue_items_max=self.queue_items_max,
+            window_runs_max=self.window_runs_max,
+            attempts_max=self.attempts_max,
+            item_timeout_seconds=self.item_timeout_seconds,
+        )

@@ -1,0 +1,180 @@
+"""The public door: batches in, ordered answers out."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+
+from ostinato import errors
+from ostinato.digest import request_digest
+from ostinato.v1 import engine_pb2, generation_pb2, generation_pb2_grpc, types_pb2
+
+from sidecar.admission import check, check_size, draft, response_bytes_max
+from sidecar.calls import Call, Streamed, Unary, slow
+from sidecar.config import Settings
+from sidecar.core import events as ev
+from sidecar.dispatcher import Dispatcher
+from sidecar.journal import Binding
+from sidecar.results import response_of, result_of, stamp_of
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+EARLY_SECONDS, EARLY_SHARE = 0.05, 0.02
+"""A caller's own clock runs out before ours: by the way here, and because gRPC rounds a timeout up, by up to a hundredth."""
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServicer):
+    """See generation.proto."""
+
+    def __init__(self, dispatcher: Dispatcher, settings: Settings) -> None:
+        self._dispatcher = dispatcher
+        self._settings = settings
+
+    async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> generation_pb2.GenerateResponse:
+        call, patience = Unary(len(request.items)), remaining(context)
+        ticket, stamp, _ = await self._enter(request, context, call)
+        try:
+            return response_of(stamp, await call.results())
+        except asyncio.CancelledError:
+            self._dispatcher.leave(ticket, call, gone(context, patience))
+            raise
+
+    # Writes by itself: a generator could not be left while its reader is slow.
+    async def GenerateStream(  # type: ignore[override]
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> None:
+        call, patience = Streamed(len(request.items), self._settings.stream_tokens_max), remaining(context)
+        ticket, stamp, repeated = await self._enter(request, context, call)
+        admitted = generation_pb2.Admitted(stamp=stamp, repeated_key=repeated)
+        try:
+            await context.write(generation_pb2.GenerateEvent(admitted=admitted))
+            while events := await call.take():
+                for event in events:
+                    await self._write(context, event, call)
+        except asyncio.CancelledError:
+            self._dispatcher.leave(ticket, call, gone(context, patience))
+            raise
+        except errors.SlowReader as error:
+            self._dispatcher.leave(ticket, call, errors.Cancelled(error.message))
+            raise
+
+    async def _write(self, context: Context, event: generation_pb2.GenerateEvent, call: Streamed) -> None:
+        """Waits for the reader, but not for one that has fallen too far behind."""
+        written = asyncio.ensure_future(context.write(event))
+        overrun = asyncio.ensure_future(call.overrun.wait())
+        try:
+            await asyncio.wait({written, overrun}, return_when=asyncio.FIRST_COMPLETED)
+            if not written.done():
+                raise slow(self._settings.stream_tokens_max)
+            written.result()
+        finally:
+            written.cancel()
+            overrun.cancel()
+
+    async def Cancel(self, request: generation_pb2.CancelRequest, context: Context) -> generation_pb2.CancelResponse:
+        first, last = await self._range(request)
+        waiting = [work.ended for number, work in self._dispatcher.works.items() if first <= number <= last]
+        self._dispatcher.tell(ev.Cancel(first, last))
+        results = await asyncio.gather(*(asyncio.shield(ended) for ended in waiting))
+        cancelled = sum(result.status.code == grpc.StatusCode.CANCELLED.value[0] for result in results)
+        return generation_pb2.CancelResponse(cancelled=cancelled, ended=last - first + 1 - cancelled)
+
+    async def _range(self, request: generation_pb2.CancelRequest) -> tuple[int, int]:
+        match request.WhichOneof("target"):
+            case "range":
+                first, last = request.range.first, request.range.last
+                if not 1 <= first <= last:
+                    raise errors.invalid("range", "first must be at least 1 and last at least first")
+                newest = (await self._dispatcher.journal.head()).last_sequence
+                if last > newest:
+                    raise errors.NotFound(f"the newest sequence is {newest}")
+                return first, last
+            case "idempotency_key":
+                binding = await self._dispatcher.journal.binding("", request.idempotency_key)
+                if binding is None:
+                    raise errors.NotFound("this key is not bound")
+                return binding.first_sequence, binding.first_sequence + binding.count - 1
+            case _:
+                raise errors.invalid("target", "is missing")
+
+    async def GetModel(self, request: generation_pb2.GetModelRequest, context: Context) -> generation_pb2.GetModelResponse:
+        engine = self._dispatcher.engine
+        if engine is None:
+            raise errors.EngineUnavailable("no engine is connected", retry_after=1.0)
+        model = types_pb2.Model()
+        model.CopyFrom(engine.model)
+        model.limits.batch_items_max = self._settings.batch_items_max
+        model.limits.idempotency_key_bytes_max = self._settings.idempotency_key_bytes_max
+        model.limits.request_id_bytes_max = self._settings.request_id_bytes_max
+        return generation_pb2.GetModelResponse(model=model)
+
+    async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Context) -> generation_pb2.TokenizeResponse:
+        return await self._dispatcher.link.tokenize(request, remaining(context))
+
+    # ---- admission
+
+    async def _enter(
+        self, request: generation_pb2.GenerateRequest, context: Context, call: Call
+    ) -> tuple[int, types_pb2.Stamp, bool]:
+        """The ticket, the stamp, and whether the key was bound before. Raises whatever refuses the request."""
+        try:
+            return await self._number(request, context, call)
+        except errors.OstinatoError as error:
+            self._dispatcher.observer.refused(error)
+            raise
+
+    async def _number(
+        self, request: generation_pb2.GenerateRequest, context: Context, call: Call
+    ) -> tuple[int, types_pb2.Stamp, bool]:
+        left = remaining(context)
+        if left is not None and left <= 0:
+            raise errors.DeadlineExceeded("the deadline had passed before anything was numbered")
+        check(request, self._settings)
+        most = response_bytes_max(context.invocation_metadata() or (), self._settings)
+        if request.idempotency_key:
+            binding = await self._dispatcher.journal.binding("", request.idempotency_key)
+            if binding is not None:
+                return 0, await self._join(request, binding, call), True
+        prepare = engine_pb2.PrepareRequest(items=request.items, parameters=request.parameters)
+        prepared = await self._dispatcher.link.prepare(prepare, left)
+        check_size(prepared, most)
+        deadline = None if left is None else self._dispatcher.clock() + (remaining(context) or 0.0)
+        admission = draft(request, prepared)
+        ticket, answer = await self._dispatcher.admit(admission, call, deadline, lambda: gone(context, left))
+        if isinstance(answer, Binding):
+            return 0, await self._join(request, answer, call), True
+        return ticket, answer, False
+
+    async def _join(self, request: generation_pb2.GenerateRequest, binding: Binding, call: Call) -> types_pb2.Stamp:
+        """The recorded outcomes of a bound key, and those still to come. Raises KeyReused for another request."""
+        if request_digest(request) != binding.request_digest:
+            raise errors.KeyReused("this key was used for another request")
+        self._dispatcher.observer.repeated()
+        first, last = binding.first_sequence, binding.first_sequence + binding.count - 1
+        joined = {
+            number: self._dispatcher.works[number] for number in range(first, last + 1) if number in self._dispatcher.works
+        }
+        for work in joined.values():
+            work.join(call)
+        recorded = await self._dispatcher.journal.items(first, last, binding.count)
+        for entries in recorded:
+            if entries.admitted.header.sequence not in joined:
+                assert entries.outcome is not None
+                call.result(result_of(entries.outcome))
+        return stamp_of(recorded[0].admitted.header)
+
+
+def remaining(context: Context) -> float | None:
+    """Seconds until the caller's deadline; None: it has none."""
+    left: float | None = context.time_remaining()
+    return left
+
+
+def gone(context: Context, patience: float | None) -> errors.OstinatoError:
+    """Why gRPC cancelled the handler of a caller that came with this many seconds to its deadline: it shows both alike."""
+    left = remaining(context)
+    if left is not None and patience is not None and left <= EARLY_SECONDS + EARLY_SHARE * patience:
+        return errors.DeadlineExceeded("the caller's deadline passed")
+    return errors.Cancelled("the caller went away")

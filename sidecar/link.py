@@ -1,0 +1,221 @@
+"""The one ordered stream to the service, kept up; and the calls beside it that prepare and tokenise."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import grpc
+
+from ostinato import errors
+from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
+from ostinato.wire import ours
+
+log = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 1.0
+"""For the service to end a half-closed stream."""
+SUBMIT_BYTES = 1 << 20
+"""One message carries waiting submits up to about this size."""
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # A half-open connection is found in 15 seconds, also while nothing is said.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+
+class Listener(Protocol):
+    """Who is told what comes over the stream, on the event loop."""
+
+    def engine_up(self, description: engine_pb2.DescribeResponse) -> None:
+        """Welcome; or again, because the description changed."""
+        ...
+
+    def engine_events(self, events: list[engine_pb2.RunEvent]) -> None: ...
+
+    def engine_fault(self, error: errors.ProtocolViolation) -> None:
+        """The service said what it must not; the stream ends."""
+        ...
+
+    def engine_down(self, error: errors.OstinatoError) -> None: ...
+
+
+Stream = grpc.aio.StreamStreamCall[engine_pb2.ExecuteRequest, engine_pb2.ExecuteResponse]
+
+
+class EngineLink:
+    """Reconnects for ever, until a stream is refused for good (EPOCH_STALE) or the link is closed."""
+
+    def __init__(self, target: str, pause_seconds: float) -> None:
+        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._stub: engine_pb2_grpc.EngineAsyncStub = engine_pb2_grpc.EngineStub(self._channel)
+        self._pause_seconds = pause_seconds
+        self._submits: deque[engine_pb2.Submit] = deque()
+        self._cancels: list[int] = []
+        self._something = asyncio.Event()
+        self._closing = False
+        self._stream: Stream | None = None
+        self._ended = asyncio.Event()
+        self._ended.set()
+
+    # ---- the stream
+
+    def submit(self, submit: engine_pb2.Submit) -> None:
+        """Behind every submit before it. Lost if the stream is; Disconnected tells."""
+        self._submits.append(submit)
+        self._something.set()
+
+    def cancel(self, run_id: int) -> None:
+        self._cancels.append(run_id)
+        self._something.set()
+
+    def drop(self, why: str) -> None:
+        """End the stream; the service said what it must not."""
+        log.error("dropping the engine stream: %s", why)
+        if self._stream is not None:
+            self._stream.cancel()
+
+    async def run(self, listener: Listener, hello: Callable[[], Awaitable[engine_pb2.Hello]]) -> None:
+        """Until closed. Raises EpochStale if a newer incarnation of this writer has come."""
+        while not self._closing:
+            try:
+                await self._one_stream(listener, await hello())
+            except errors.EpochStale:
+                raise
+            except errors.OstinatoError as error:
+                if not self._closing:
+                    log.warning("engine stream ended: %s: %s", error.reason, error.message)
+            await asyncio.sleep(self._pause_seconds)
+
+    async def _one_stream(self, listener: Listener, hello: engine_pb2.Hello) -> None:
+        stream = self._stream = self._stub.Execute(wait_for_ready=True)
+        self._ended.clear()
+        up = False
+        writer: asyncio.Task[None] | None = None
+        error: errors.OstinatoError = errors.Disconnected("the service closed the stream")
+        try:
+            await stream.write(engine_pb2.ExecuteRequest(hello=hello))
+            while (response := await stream.read()) is not grpc.aio.EOF:
+                if not isinstance(response, engine_pb2.ExecuteResponse):  # gRPC's None for bytes that it cannot parse
+                    raise errors.ProtocolViolation("these bytes are no message")
+                if response.HasField("welcome"):
+                    check_description(response.welcome.description)
+                    listener.engine_up(response.welcome.description)
+                    up = True
+                    writer = writer or asyncio.create_task(self._write(stream))
+                elif not up:
+                    raise errors.ProtocolViolation("the first message is no Welcome")
+                if response.events:
+                    listener.engine_events(list(response.events))
+        except grpc.aio.AioRpcError as failure:
+            error = ours(failure)
+        except errors.ProtocolViolation as fault:
+            listener.engine_fault(fault)
+            error = fault
+        except asyncio.InvalidStateError:
+            error = errors.Disconnected("the stream broke")
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # the stream does not tell: its read cancels it with the task
+                raise
+            error = errors.Disconnected("the stream was dropped")
+        finally:
+            self._stream = None
+            self._ended.set()
+            stream.cancel()
+            if writer is not None:
+                writer.cancel()
+                with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    await writer
+            self._submits.clear()
+            self._cancels.clear()
+            if up:
+                listener.engine_down(error)
+        raise error
+
+    async def _write(self, stream: Stream) -> None:
+        while True:
+            await self._something.wait()
+            self._something.clear()
+            while self._submits or self._cancels:
+                await stream.write(self._message())
+            if self._closing:
+                await stream.done_writing()
+                return
+
+    def _message(self) -> engine_pb2.ExecuteRequest:
+        message = engine_pb2.ExecuteRequest()
+        size = 0
+        while self._submits and size < SUBMIT_BYTES:
+            submit = self._submits.popleft()
+            size += submit.ByteSize()
+            message.submits.append(submit)
+        if not self._submits:
+            message.cancels.extend(self._cancels)
+            self._cancels.clear()
+        return message
+
+    async def close(self) -> None:
+        """Half-close, so that the service can end the stream in peace, and leave."""
+        self._closing = True
+        self._something.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), CLOSE_SECONDS)
+        await self._channel.close()
+
+    # ---- beside it
+
+    async def prepare(self, request: engine_pb2.PrepareRequest, timeout: float | None) -> engine_pb2.PrepareResponse:
+        """Raises what the service raised; EngineUnavailable if it cannot be reached, ProtocolViolation for a useless answer."""
+        try:
+            prepared = await self._stub.Prepare(request, timeout=timeout)
+        except grpc.aio.AioRpcError as failure:
+            raise unavailable(ours(failure)) from None
+        check_prepared(prepared, len(request.items))
+        return prepared
+
+    async def tokenize(self, request: generation_pb2.TokenizeRequest, timeout: float | None) -> generation_pb2.TokenizeResponse:
+        """As prepare."""
+        try:
+            tokenized: generation_pb2.TokenizeResponse | None = await self._stub.Tokenize(request, timeout=timeout)
+        except grpc.aio.AioRpcError as failure:
+            raise unavailable(ours(failure)) from None
+        if tokenized is None or len(tokenized.results) != len(request.items):
+            raise errors.ProtocolViolation("the service did not tokenise what it was given")
+        return tokenized
+
+
+def check_description(description: engine_pb2.DescribeResponse) -> None:
+    """Raises ProtocolViolation for an engine that could hold nothing, or whose grade is none."""
+    capacity, grade = description.capacity, description.model.grade
+    if not (capacity.runs and capacity.kv_blocks and capacity.block_tokens):
+        raise errors.ProtocolViolation("an engine that holds nothing")
+    if grade not in types_pb2.Grade.values():
+        raise errors.ProtocolViolation(f"grade {grade} is none")
+
+
+def check_prepared(prepared: engine_pb2.PrepareResponse | None, count: int) -> None:
+    """Raises ProtocolViolation for what could be numbered, but never run. None: gRPC could not parse it."""
+    if prepared is None or len(prepared.items) != count:
+        raise errors.ProtocolViolation("the service did not prepare what it was given")
+    if not all(item.token_ids and item.parameters.max_new_tokens for item in prepared.items):
+        raise errors.ProtocolViolation("the service prepared an item without tokens or parameters")
+
+
+def unavailable(error: errors.OstinatoError) -> errors.OstinatoError:
+    """An engine that cannot be reached is one to come back for."""
+    if isinstance(error, errors.Disconnected):
+        return errors.EngineUnavailable("the service cannot be reached", retry_after=1.0)
+    return error

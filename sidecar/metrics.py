@@ -1,0 +1,62 @@
+"""The sidecar's metrics, by name. Base units, no colons, no sequence in a label."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+COMMIT = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+BETWEEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+class Metrics:
+    """One set for one registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"ostinato_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"ostinato_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"ostinato_{name}", text, labels, buckets=buckets, registry=registry)
+
+        # order
+        self.admitted = counter("admitted_items", "Items that got a sequence.")
+        self.refused = counter("refused_requests", "Requests turned away before sequencing.", "reason")
+        self.ended = counter("ended_items", "Items with a durable outcome.", "outcome")
+        self.repeated = counter("repeated_requests", "Requests whose idempotency key was bound: answered, never run again.")
+        self.attempts = counter("attempts", "Submissions to the engine beyond an item's first.")
+        self.queue = gauge("queue_items", "Items that wait for the journal or for room.")
+        self.inflight = gauge("inflight_items", "Runs that the engine holds, re-runs included.")
+        self.inflight_blocks = gauge("inflight_kv_blocks", "KV blocks that those may need at worst.")
+        self.kv_blocks = gauge("kv_blocks", "KV blocks of the connected engine.")
+        self.last_sequence = gauge("last_sequence", "The newest sequence given out.")
+        self.epoch = gauge("epoch", "This writer's incarnation.")
+        # time
+        self.admission = histogram("admission_seconds", "From a prepared batch to its durable numbers.", LATENCY)
+        self.first_token = histogram("time_to_first_token_seconds", "From admission, where somebody streams.", LATENCY)
+        self.between_tokens = histogram("between_tokens_seconds", "Between the tokens of one item, streamed.", BETWEEN)
+        self.item = histogram("item_seconds", "From admission to the durable outcome.", LATENCY)
+        # journal
+        self.commit = histogram("journal_commit_seconds", "One transaction.", COMMIT)
+        self.commit_drafts = histogram("journal_commit_drafts", "Batches and outcomes in one transaction.", COUNTS)
+        self.journal_bytes = counter("journal_payload_bytes", "Bytes of payload made durable.")
+        self.journal_full = gauge("journal_full", "1 while new work is refused for want of room.")
+        # engine
+        self.connected = gauge("engine_connected", "1 while the engine stream is up.")
+        self.grade = gauge("engine_grade", "3 EXACT, 2 SERIAL, 1 BEST_EFFORT, 0 not connected.")
+        self.fingerprint = gauge("engine_info", "1 for the connected engine.", "engine", "model", "fingerprint", "grade")
+        self.faults = counter("engine_faults", "What the service said and must not; the stream is dropped.", "reason")
+        # divergence
+        self.comparisons = counter("comparisons", "Verdicts.", "kind", "grade", "verdict")
+        self.compared_tokens = counter(
+            "compared_tokens", "Tokens that were compared up to the first difference.", "kind", "grade"
+        )
+        self.first_difference = histogram(
+            "first_difference_token", "Index of the first differing token.", COUNTS, "kind", "grade"
+        )
+        self.collision_checks = counter("collision_checks", "Unseeded outputs compared with those of equal inputs.")
+        self.collisions = counter("collisions", "Unseeded outputs that were equal to an earlier one of another seed.")

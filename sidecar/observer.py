@@ -1,0 +1,154 @@
+"""What is seen of the work: metrics, log lines, and the comparisons that cost no run."""
+
+from __future__ import annotations
+
+import logging
+
+from ostinato import errors
+from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
+
+from sidecar.collisions import Collisions
+from sidecar.compare import Side, compare
+from sidecar.core.sequencer import Sequencer
+from sidecar.journal import Head, Sealed
+from sidecar.metrics import Metrics
+from sidecar.work import Work
+
+log = logging.getLogger(__name__)
+
+
+def _short(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix).lower()
+
+
+def grade_name(grade: types_pb2.Grade.ValueType) -> str:
+    """As a label: exact, serial, best_effort."""
+    return _short(types_pb2.Grade.Name(grade), "GRADE_")
+
+
+class Observer:
+    """Sees everything, changes nothing."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self._collisions = Collisions()
+
+    def opened(self, head: Head) -> None:
+        """The journal is open, in a new epoch."""
+        self.metrics.epoch.set(head.epoch)
+        self.metrics.last_sequence.set(head.last_sequence)
+
+    # ---- order
+
+    def queue(self, core: Sequencer) -> None:
+        self.metrics.queue.set(core.queued)
+        self.metrics.inflight.set(core.window.runs if core.window else 0)
+        self.metrics.inflight_blocks.set(core.window.blocks if core.window else 0)
+
+    def admitted(self, stamp: types_pb2.Stamp, seconds: float) -> None:
+        """`seconds`: from the prepared batch to its numbers."""
+        self.metrics.admitted.inc(stamp.count)
+        self.metrics.last_sequence.set(stamp.first_sequence + stamp.count - 1)
+        self.metrics.admission.observe(seconds)
+
+    def refused(self, error: errors.OstinatoError) -> None:
+        self.metrics.refused.labels(error.reason).inc()
+        if isinstance(error, errors.ProtocolViolation):
+            self.fault(error)
+
+    def repeated(self) -> None:
+        self.metrics.repeated.inc()
+
+    def submitted(self, attempt_of: Work, *, again: bool) -> None:
+        if again:
+            self.metrics.attempts.inc()
+            log.warning("submitted again", extra={"sequence": attempt_of.sequence, "attempt": attempt_of.progress.attempt})
+
+    def tokens(self, work: Work, count: int, now: float) -> None:
+        """Before the work takes the tokens in."""
+        if work.first_token_at is None:
+            self.metrics.first_token.observe(now - work.admitted_at)
+        elif count and work.last_tokens_at is not None:
+            self.metrics.between_tokens.observe((now - work.last_tokens_at) / count)
+
+    def ended(self, work: Work, sealed: Sealed, twin: Sealed | None, result: types_pb2.Result) -> None:
+        """The outcome is durable."""
+        outcome = _short(types_pb2.EntryKind.Name(sealed.header.kind), "ENTRY_KIND_")
+        self.metrics.ended.labels(outcome).inc()
+        self.metrics.item.observe(result.timing.total_micros / 1e6, {"sequence": str(work.sequence)})
+        log.info("ended", extra={"sequence": work.sequence, "request_id": work.input.request_id, "outcome": outcome})
+        if sealed.header.kind != types_pb2.ENTRY_KIND_COMPLETED:
+            return
+        if work.recovery is not None:
+            self.compared(work.recovery, sealed.header.grade)
+        if twin is not None and twin.payload:
+            self.compared(twin_comparison(sealed, result.output, twin), sealed.header.grade)
+        self._check_collision(work, result.output)
+
+    def _check_collision(self, work: Work, output: types_pb2.Output) -> None:
+        collides = self._collisions.check(work.input, output)
+        if collides is not None:
+            self.metrics.collision_checks.inc()
+        if collides:
+            self.metrics.collisions.inc()
+            log.error("collision: an unseeded answer equals that of another seed", extra={"sequence": work.sequence})
+
+    # ---- divergence
+
+    def compared(self, comparison: types_pb2.Comparison, grade: types_pb2.Grade.ValueType) -> None:
+        """One verdict more."""
+        kind, label = _short(types_pb2.ComparisonKind.Name(comparison.kind), "COMPARISON_KIND_"), grade_name(grade)
+        verdict = _short(types_pb2.Verdict.Name(comparison.verdict), "VERDICT_")
+        self.metrics.comparisons.labels(kind, label, verdict).inc()
+        if comparison.verdict == types_pb2.VERDICT_INCOMPARABLE:
+            return
+        self.metrics.compared_tokens.labels(kind, label).inc(comparison.compared_tokens)
+        if comparison.verdict == types_pb2.VERDICT_DIVERGED:
+            self.metrics.first_difference.labels(kind, label).observe(comparison.first_difference)
+            log.error(
+                "diverged",
+                extra={"sequence": comparison.sequence, "kind": kind, "first_difference": comparison.first_difference},
+            )
+
+    # ---- engine and journal
+
+    def engine(self, description: engine_pb2.DescribeResponse | None) -> None:
+        """None: it is not connected any more."""
+        self.metrics.fingerprint.clear()
+        self.metrics.connected.set(description is not None)
+        self.metrics.grade.set(description.model.grade if description else 0)
+        self.metrics.kv_blocks.set(description.capacity.kv_blocks if description else 0)
+        if description is None:
+            log.warning("engine disconnected")
+            return
+        model = description.model
+        digest = model.fingerprint.digest.hex()
+        self.metrics.fingerprint.labels(model.engine, model.name, digest[:16], grade_name(model.grade)).set(1)
+        log.info(
+            "engine connected",
+            extra={"engine": model.engine, "model": model.name, "fingerprint": digest[:16], "grade": grade_name(model.grade)},
+        )
+
+    def fault(self, error: errors.OstinatoError) -> None:
+        self.metrics.faults.labels(error.reason).inc()
+        log.error("engine fault", extra={"reason": error.reason, "why": error.message})
+
+    def journal_full(self, full: bool) -> None:
+        self.metrics.journal_full.set(full)
+
+    def committed(self, seconds: float, drafts: int, payload_bytes: int) -> None:
+        """One transaction of the journal."""
+        self.metrics.commit.observe(seconds)
+        self.metrics.commit_drafts.observe(drafts)
+        self.metrics.journal_bytes.inc(payload_bytes)
+
+
+def twin_comparison(sealed: Sealed, output: types_pb2.Output, twin: Sealed) -> types_pb2.Comparison:
+    """A COMPLETED entry against the first one of the same input."""
+    first = sequencer_pb2.CompletedPayload.FromString(twin.payload).output
+    return compare(
+        Side(first, twin.header.input_digest, twin.header.fingerprint_digest),
+        Side(output, sealed.header.input_digest, sealed.header.fingerprint_digest),
+        types_pb2.COMPARISON_KIND_TWIN,
+        sealed.header.sequence,
+    )

@@ -1,0 +1,100 @@
+"""What was sent of one item's tokens, so that a second attempt can go on behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
+
+
+@dataclass(slots=True)
+class Progress:
+    """Tokens of the running attempt against those that were sent.
+
+    While an attempt repeats what was sent, nothing leaves. At the first other token it is sent from its token 0, behind a
+    Restarted. Equal tokens make equal text, so texts are cut by length.
+    """
+
+    sequence: int
+    attempt: int = 1
+    sent: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[types_pb2.TokenLogprobs] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
+    """What the newest lost attempt had sent: what a recovery comparison compares."""
+    _seen: int = 0
+    _repeat: generation_pb2.TokenRun | None = None
+    """This attempt from its token 0, while it has not got beyond what was sent."""
+
+    def restart(self, attempt: int) -> None:
+        """A new attempt begins at token 0."""
+        self.lost = list(self.sent)
+        self.attempt, self._seen, self._repeat = attempt, 0, self._run(0)
+
+    def accept(self, tokens: engine_pb2.RunTokens) -> tuple[generation_pb2.Restarted | None, generation_pb2.TokenRun | None]:
+        """What a listener is to be sent. Raises ValueError if these tokens do not follow those before."""
+        if tokens.first_token != self._seen:
+            raise ValueError(f"tokens from {tokens.first_token} after {self._seen}")
+        start, self._seen = self._seen, self._seen + len(tokens.token_ids)
+        if self._repeat is None:
+            run = self._run(start)
+            _extend(run, tokens)
+            return None, self._send(run)
+        _extend(self._repeat, tokens)
+        before = self.sent[start : self._seen]
+        if before != tokens.token_ids[: len(before)]:
+            run, self._repeat = self._repeat, None
+            self.sent, self.texts, self.logprobs = [], [], []
+            return generation_pb2.Restarted(sequence=self.sequence, attempt=self.attempt), self._send(run)
+        return None, self._beyond(self._repeat)
+
+    def finish(self, output: types_pb2.Output) -> tuple[generation_pb2.Restarted | None, generation_pb2.TokenRun | None]:
+        """What a listener is to be sent before this output of the running attempt, if it did not repeat all that was sent.
+        Raises ValueError if the output is not what the attempt streamed."""
+        streamed = self.sent if self._repeat is None else self._repeat.token_ids
+        if streamed != output.token_ids[: len(streamed)]:
+            raise ValueError("an output that is not what was streamed")
+        if self.sent == output.token_ids[: len(self.sent)]:
+            return None, None
+        run, self._repeat = self._run(0), None
+        run.token_ids.extend(output.token_ids)
+        run.logprobs.extend(output.logprobs)
+        run.text = output.text
+        self.sent, self.texts, self.logprobs = [], [], []
+        return generation_pb2.Restarted(sequence=self.sequence, attempt=self.attempt), self._send(run)
+
+    def so_far(self) -> generation_pb2.TokenRun | None:
+        """All that was sent, for somebody who comes later; None: nothing."""
+        if not self.sent:
+            return None
+        run = self._run(0)
+        run.token_ids.extend(self.sent)
+        run.logprobs.extend(self.logprobs)
+        run.text = "".join(self.texts)
+        return run
+
+    def _beyond(self, repeat: generation_pb2.TokenRun) -> generation_pb2.TokenRun | None:
+        """What the repetition has beyond what was sent, once it got there."""
+        if self._seen < len(self.sent):
+            return None
+        run = self._run(len(self.sent))
+        run.token_ids.extend(repeat.token_ids[len(self.sent) :])
+        run.logprobs.extend(repeat.logprobs[len(self.sent) :])
+        run.text = repeat.text[sum(map(len, self.texts)) :]
+        self._repeat = None
+        return self._send(run) if run.token_ids or run.text else None
+
+    def _run(self, first_token: int) -> generation_pb2.TokenRun:
+        return generation_pb2.TokenRun(sequence=self.sequence, attempt=self.attempt, first_token=first_token)
+
+    def _send(self, run: generation_pb2.TokenRun) -> generation_pb2.TokenRun:
+        self.sent.extend(run.token_ids)
+        self.texts.append(run.text)
+        self.logprobs.extend(run.logprobs)
+        return run
+
+
+def _extend(run: generation_pb2.TokenRun, tokens: engine_pb2.RunTokens) -> None:
+    run.token_ids.extend(tokens.token_ids)
+    run.logprobs.extend(tokens.logprobs)
+    run.text += tokens.text

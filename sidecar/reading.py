@@ -1,0 +1,136 @@
+"""The Sequencer service: the journal read, followed and run again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+import grpc
+
+from ostinato import errors
+from ostinato.v1 import sequencer_pb2, sequencer_pb2_grpc
+
+from sidecar.config import Settings
+from sidecar.dispatcher import Dispatcher
+from sidecar.journal import Sealed
+from sidecar.replay import replay
+from sidecar.results import record_of
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+PAGE_ENTRIES = 256
+"""Read at once."""
+
+MESSAGE_BYTES = 1 << 20
+"""One message carries payloads up to about this size; a single one may be larger."""
+
+
+class Places:
+    """A bound on calls of one kind."""
+
+    def __init__(self, what: str, most: int) -> None:
+        self._what, self._most, self._taken = what, most, 0
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """Raises QueueFull if all are taken."""
+        if self._taken >= self._most:
+            raise errors.QueueFull(f"{self._most} {self._what} run already", retry_after=1.0)
+        self._taken += 1
+        try:
+            yield
+        finally:
+            self._taken -= 1
+
+
+class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
+    """See sequencer.proto. Reads are served while the journal is full and while the engine is away."""
+
+    def __init__(self, dispatcher: Dispatcher, settings: Settings) -> None:
+        self._dispatcher = dispatcher
+        self._journal = dispatcher.journal
+        self._followers = Places("followers", settings.followers_max)
+        self._replays = Places("replays", settings.replays_max)
+
+    async def Get(self, request: sequencer_pb2.GetRequest, context: Context) -> sequencer_pb2.GetResponse:
+        match request.WhichOneof("target"):
+            case "sequence":
+                if request.sequence < 1:
+                    raise errors.invalid("sequence", "must be at least 1")
+                first, count = request.sequence, 1
+            case "idempotency_key":
+                binding = await self._journal.binding("", request.idempotency_key)
+                if binding is None:
+                    raise errors.NotFound("this key is not bound")
+                first, count = binding.first_sequence, binding.count
+            case _:
+                raise errors.invalid("target", "is missing")
+        items = await self._journal.items(first, first + count - 1, count)
+        if not items:
+            raise errors.NotFound(f"no sequence {first}")
+        return sequencer_pb2.GetResponse(items=map(record_of, items))
+
+    async def Tail(self, request: sequencer_pb2.TailRequest, context: Context) -> AsyncIterator[sequencer_pb2.TailResponse]:
+        with self._followers.one():
+            index = max(1, request.from_index)
+            while True:
+                page = await self._journal.entries(index, PAGE_ENTRIES, payloads=request.payloads)
+                if page:
+                    index = page[-1].header.index + 1
+                    for entries in _messages(page):
+                        yield sequencer_pb2.TailResponse(entries=entries)
+                elif request.follow:
+                    await self._journal.wait(index)
+                else:
+                    return
+
+    async def Replay(
+        self, request: sequencer_pb2.ReplayRequest, context: Context
+    ) -> AsyncIterator[sequencer_pb2.ReplayResponse]:
+        if not 1 <= request.range.first <= request.range.last:
+            raise errors.invalid("range", "first must be at least 1 and last at least first")
+        if request.concurrency > 64:
+            raise errors.invalid("concurrency", "at most 64 are allowed")
+        newest = (await self._journal.head()).last_sequence
+        if request.range.first > newest:
+            raise errors.NotFound(f"the newest sequence is {newest}")
+        if self._dispatcher.engine is None:
+            raise errors.EngineUnavailable("no engine is connected", retry_after=1.0)
+        concurrency = 1 if request.alone else request.concurrency or 8
+        last = min(request.range.last, newest)
+        with self._replays.one():
+            async for response in replay(self._dispatcher, request.range.first, last, concurrency):
+                yield response
+
+    async def Head(self, request: sequencer_pb2.HeadRequest, context: Context) -> sequencer_pb2.HeadResponse:
+        head = await self._journal.head()
+        return sequencer_pb2.HeadResponse(
+            log_id=head.log_id,
+            writer=head.writer,
+            epoch=head.epoch,
+            index=head.index,
+            entry_hash=head.entry_hash,
+            last_sequence=head.last_sequence,
+            unfinished=len(self._dispatcher.works),
+        )
+
+    async def Report(self, request: sequencer_pb2.ReportRequest, context: Context) -> sequencer_pb2.ReportResponse:
+        raise errors.NotBuilt("Report is not built yet")
+
+
+def _messages(page: Sequence[Sealed]) -> Iterator[list[sequencer_pb2.Entry]]:
+    """The page, in as many parts as every client can read."""
+    entries: list[sequencer_pb2.Entry] = []
+    size = 0
+    for sealed in page:
+        if entries and size + len(sealed.payload) > MESSAGE_BYTES:
+            yield entries
+            entries, size = [], 0
+        entries.append(_entry(sealed))
+        size += len(sealed.payload)
+    yield entries
+
+
+def _entry(sealed: Sealed) -> sequencer_pb2.Entry:
+    return sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload)

@@ -1,0 +1,70 @@
+"""What a caller is told of an entry. Derived from the journal alone, so a later answer is the earlier one, byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ostinato import errors
+from ostinato.chain import receipt
+from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
+
+from sidecar.journal import ItemEntries, Sealed
+
+
+def outcome_kind(error: errors.OstinatoError | None) -> types_pb2.EntryKind.ValueType:
+    """The kind of entry that an item's end becomes."""
+    if error is None:
+        return types_pb2.ENTRY_KIND_COMPLETED
+    if isinstance(error, errors.Cancelled):
+        return types_pb2.ENTRY_KIND_CANCELLED
+    return types_pb2.ENTRY_KIND_ABANDONED if isinstance(error, errors.Abandoned) else types_pb2.ENTRY_KIND_FAILED
+
+
+def ended_payload(error: errors.OstinatoError, timing: types_pb2.Timing) -> sequencer_pb2.EndedPayload:
+    """What is recorded of an item without output."""
+    return sequencer_pb2.EndedPayload(code=error.code.value[0], reason=error.reason, message=error.message, timing=timing)
+
+
+def result_of(outcome: Sealed) -> types_pb2.Result:
+    """Raises PayloadPruned where the payload was dropped."""
+    header = outcome.header
+    result = types_pb2.Result(sequence=header.sequence, attempt=header.attempt)
+    if not outcome.payload:
+        raise errors.PayloadPruned(f"the payload of sequence {header.sequence} is not kept any more")
+    if header.kind == types_pb2.ENTRY_KIND_COMPLETED:
+        completed = sequencer_pb2.CompletedPayload.FromString(outcome.payload)
+        result.output.CopyFrom(completed.output)
+        result.timing.CopyFrom(completed.timing)
+        result.receipt.CopyFrom(receipt(header, outcome.previous_hash, outcome.entry_hash))
+    else:
+        ended = sequencer_pb2.EndedPayload.FromString(outcome.payload)
+        kind = errors.TABLE.get(ended.reason, errors.EngineFailed)
+        result.status.CopyFrom(errors.to_status(kind(ended.message)))
+        result.timing.CopyFrom(ended.timing)
+    return result
+
+
+def stamp_of(header: types_pb2.EntryHeader) -> types_pb2.Stamp:
+    """Of the batch that this item belongs to, from its ADMITTED header."""
+    return types_pb2.Stamp(
+        log_id=header.log_id,
+        writer=header.writer,
+        epoch=header.epoch,
+        first_sequence=header.first_sequence,
+        count=header.count,
+    )
+
+
+def response_of(stamp: types_pb2.Stamp, results: Sequence[types_pb2.Result]) -> generation_pb2.GenerateResponse:
+    """A whole batch's answer."""
+    return generation_pb2.GenerateResponse(stamp=stamp, results=results)
+
+
+def record_of(entries: ItemEntries) -> sequencer_pb2.ItemRecord:
+    """What is known of an item; what was pruned is left out."""
+    record = sequencer_pb2.ItemRecord(admitted=entries.admitted.header)
+    if entries.admitted.payload:
+        record.input.CopyFrom(sequencer_pb2.AdmittedPayload.FromString(entries.admitted.payload))
+    if entries.outcome is not None and entries.outcome.payload:
+        record.result.CopyFrom(result_of(entries.outcome))
+    return record

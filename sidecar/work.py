@@ -1,0 +1,179 @@
+"""Calls and items at the edge: what the core does not need to know, and the world does."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from ostinato.errors import OstinatoError
+from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
+
+from sidecar.calls import Call
+from sidecar.compare import compare_prefix
+from sidecar.core.events import Need
+from sidecar.journal import Admission, Binding, Outcome, Sealed
+from sidecar.progress import Progress
+from sidecar.results import ended_payload, outcome_kind
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Asking:
+    """A call that waits for its numbers."""
+
+    admission: Admission
+    call: Call
+    asked_at: float
+    answer: asyncio.Future[types_pb2.Stamp | Binding]
+
+    def settle(self, answer: types_pb2.Stamp | Binding) -> None:
+        if not self.answer.done():
+            self.answer.set_result(answer)
+
+    def refuse(self, error: OstinatoError) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """From admission to its durable outcome. Times are seconds on the program's monotonic clock."""
+
+    admitted: types_pb2.EntryHeader
+    input: sequencer_pb2.AdmittedPayload
+    admitted_at: float
+    calls: list[Call]
+    progress: Progress
+    ended: asyncio.Future[types_pb2.Result]
+    """The result, once it is durable."""
+    submitted_at: float | None = None
+    first_token_at: float | None = None
+    last_tokens_at: float | None = None
+    fingerprint_digest: bytes = b""
+    """Of the engine it was last submitted to."""
+    first_fingerprint_digest: bytes = b""
+    output: types_pb2.Output | None = None
+    recovery: types_pb2.Comparison | None = field(default=None)
+
+    @classmethod
+    def of(cls, entry: Sealed, calls: list[Call], now: float) -> Work:
+        """The work that an ADMITTED entry makes."""
+        payload = sequencer_pb2.AdmittedPayload.FromString(entry.payload)
+        ended: asyncio.Future[types_pb2.Result] = asyncio.get_running_loop().create_future()
+        return cls(entry.header, payload, now, calls, Progress(entry.header.sequence), ended)
+
+    @property
+    def sequence(self) -> int:
+        return self.admitted.sequence
+
+    def submit(self, run_id: int, attempt: int, timeout_seconds: float, now: float) -> engine_pb2.Submit:
+        """The message that starts an attempt."""
+        if self.submitted_at is None:
+            self.submitted_at = now
+        elif attempt != self.progress.attempt or self.progress.sent:
+            self.progress.restart(attempt)
+        self.progress.attempt = attempt
+        return submission(
+            self.input,
+            run_id=run_id,
+            purpose=engine_pb2.PURPOSE_PRIMARY,
+            sequence=self.sequence,
+            attempt=attempt,
+            stream=any(call.wants_tokens for call in self.calls),
+            timeout_seconds=timeout_seconds,
+        )
+
+    def join(self, call: Call) -> None:
+        """Somebody else waits too. It is sent what was streamed so far, if anything was."""
+        self.calls.append(call)
+        run = self.progress.so_far()
+        if call.wants_tokens and run is not None:
+            call.tokens(run)
+
+    def tokens(self, tokens: engine_pb2.RunTokens, now: float) -> None:
+        """Tell those who stream. Raises ValueError if the tokens do not follow those before."""
+        if self.first_token_at is None:
+            self.first_token_at = now
+        self.last_tokens_at = now
+        self._tell(*self.progress.accept(tokens))
+
+    def finished(self, output: types_pb2.Output, vocabulary_size: int) -> None:
+        """Keep the output; compare it with what a lost attempt had sent. Raises ValueError if it cannot be this item's."""
+        self._check(output, vocabulary_size)
+        self._tell(*self.progress.finish(output))
+        self.output = output
+        if self.progress.lost:
+            same = self.fingerprint_digest == self.first_fingerprint_digest
+            self.recovery = compare_prefix(self.progress.lost, output, self.sequence, same_fingerprint=same)
+
+    def _check(self, output: types_pb2.Output, vocabulary_size: int) -> None:
+        given = self.input
+        if output.seed != given.seed:
+            raise ValueError(f"an output of seed {output.seed}, not {given.seed}")
+        if len(output.token_ids) > given.parameters.max_new_tokens or max(output.token_ids, default=0) >= vocabulary_size:
+            raise ValueError("an output of too many tokens, or of tokens that do not exist")
+        if output.grade not in types_pb2.Grade.values():
+            raise ValueError(f"grade {output.grade} is none")
+
+    def _tell(self, restarted: generation_pb2.Restarted | None, run: generation_pb2.TokenRun | None) -> None:
+        for call in self.calls:
+            if restarted is not None:
+                call.restarted(restarted)
+            if run is not None and call.wants_tokens:
+                call.tokens(run)
+
+    def outcome(self, error: OstinatoError | None, attempt: int, now: float) -> Outcome:
+        """What is to be made durable; without an error, the output."""
+        timing = self._timing(now)
+        payload: sequencer_pb2.CompletedPayload | sequencer_pb2.EndedPayload
+        if error is None:
+            assert self.output is not None
+            payload = sequencer_pb2.CompletedPayload(output=self.output, timing=timing)
+        else:
+            payload = ended_payload(error, timing)
+        return Outcome(self.admitted, outcome_kind(error), attempt, payload, self.fingerprint_digest)
+
+    def _timing(self, now: float) -> types_pb2.Timing:
+        """Where the time went, until now."""
+
+        def since_admission(moment: float | None) -> int:
+            return 0 if moment is None else max(0, round((moment - self.admitted_at) * 1e6))
+
+        return types_pb2.Timing(
+            queue_micros=since_admission(self.submitted_at),
+            first_token_micros=since_admission(self.first_token_at),
+            total_micros=since_admission(now),
+        )
+
+
+def need_of(payload: sequencer_pb2.AdmittedPayload) -> Need:
+    """What the core has to know of an item."""
+    return Need(kv_tokens(payload), payload.model_digest, payload.required_grade)
+
+
+def kv_tokens(payload: sequencer_pb2.AdmittedPayload) -> int:
+    """Prompt and answer at worst."""
+    return len(payload.token_ids) + payload.parameters.max_new_tokens
+
+
+def submission(
+    payload: sequencer_pb2.AdmittedPayload,
+    *,
+    run_id: int,
+    purpose: engine_pb2.Purpose.ValueType,
+    sequence: int,
+    attempt: int,
+    stream: bool,
+    timeout_seconds: float,
+) -> engine_pb2.Submit:
+    """A recorded input as a run: never rendered or tokenised again."""
+    return engine_pb2.Submit(
+        run_id=run_id,
+        purpose=purpose,
+        sequence=sequence,
+        attempt=attempt,
+        token_ids=payload.token_ids,
+        parameters=payload.parameters,
+        seed=payload.seed,
+        stream=stream,
+        timeout_millis=max(1, round(timeout_seconds * 1000)),
+    )

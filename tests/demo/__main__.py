@@ -1,0 +1,98 @@
+"""`python -m tests.demo`, and `python -m tests.demo --up`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from tests.demo.show import show
+from tests.pair import ROOT, Pair
+
+STATE = ROOT / ".run" / "service"
+"""Proofs of the self-test stay here, so that a second start is quick."""
+
+NEXT = """
+[bold]Running.[/] Ctrl-C stops both. In another terminal:
+
+  .venv/bin/ostinato -t {target} generate "Shanghai is" -n 3 --seed 1 --top-k 40
+  .venv/bin/ostinato -t {target} tail --follow
+  .venv/bin/ostinato -t {target} replay 1..3
+  .venv/bin/buf curl --protocol grpc --http2-prior-knowledge \\
+    -d '{{"items": [{{"text": "Shanghai is"}}], "parameters": {{"seed": "1"}}}}' \\
+    http://{target}/ostinato.v1.Generation/Generate
+  curl -s http://127.0.0.1:{metrics}/metrics | grep ^ostinato_
+
+A stub in five lines of Python:
+
+  import grpc
+  from ostinato.v1 import generation_pb2, generation_pb2_grpc, types_pb2
+  stub = generation_pb2_grpc.GenerationStub(grpc.insecure_channel("{target}"))
+  request = generation_pb2.GenerateRequest(items=[types_pb2.Item(text="Shanghai is")] * 3)
+  print([result.output.text for result in stub.Generate(request).results])
+"""
+
+
+def main() -> int:
+    """0: everything that was shown is as promised."""
+    parser = argparse.ArgumentParser(prog="python -m tests.demo")
+    parser.add_argument("--up", action="store_true", help="leave both running until Ctrl-C")
+    parser.add_argument("--engine", default="llama", help="llama, turbomind or scripted")
+    parser.add_argument("--model", default="", help="path of another model")
+    args = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    service = ["--model", args.model] if args.model else []
+    pair = Pair(service=service, engine=args.engine, state=STATE)
+    try:
+        if args.up:
+            pair.stay(ROOT / ".run", "127.0.0.1:7001", "127.0.0.1:9400")
+        with pair:
+            begin(pair, console)
+            if args.up:
+                stay(pair, console)
+                return 0
+            promises = asyncio.run(show(pair, console))
+            pair.stop()
+            return 0 if promises else 1
+    except AssertionError as error:
+        console.print(f"[red]{error}[/]", highlight=False)
+        return 1
+
+
+def begin(pair: Pair, console: Console) -> None:
+    """Start both, and say how long what took."""
+    started = time.monotonic()
+    service = pair.start_service()
+    sidecar = pair.start_sidecar()
+    with console.status("starting: the first time, the engine has to earn its grade in a self-test"):
+        service.wait_for("serving")
+        connected = sidecar.wait_for("engine connected")
+    console.print(
+        f"engine [bold]{connected['model']}[/] at grade [bold]{str(connected['grade']).upper()}[/], "
+        f"ready after {time.monotonic() - started:.1f} s; fingerprint {connected['fingerprint']}"
+    )
+
+
+def stay(pair: Pair, console: Console) -> None:
+    """Until Ctrl-C, or until one of the two ends."""
+    assert pair.sidecar is not None
+    console.print(NEXT.format(target=pair.target, metrics=pair.sidecar.wait_for("metrics")["port"]), highlight=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while all(program.running for program in pair.programs):
+            time.sleep(0.2)
+        ended = next(program for program in pair.programs if not program.running)
+        raise AssertionError(f"{ended.name} ended:\n" + "\n".join(ended.lines[-10:]))
+    except KeyboardInterrupt:
+        console.print("stopping")
+        pair.stop()
+
+
+if __name__ == "__main__":
+    Path(ROOT / ".run").mkdir(exist_ok=True)
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""What the demo sends, and how it shows the outcome."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+import ostinato
+from ostinato.chain import check_result
+from ostinato.v1 import types_pb2
+
+from tests.pair import Pair
+
+PROMPT = "Shanghai is"
+TRAFFIC = (
+    "The capital of France is",
+    "Once upon a time there was a lighthouse keeper who",
+    "def fibonacci(n):",
+    "The three laws of robotics are",
+    "In the year 2150,",
+    "A recipe for bread:",
+)
+
+
+async def show(pair: Pair, console: Console) -> bool:
+    """Whether everything came as promised."""
+    async with ostinato.Client(pair.target) as client:
+        seeded = await ask(client, 3, seed=1)
+        unseeded = await ask(client, 3, seed=None)
+        among = await among_traffic(client)
+        console.print(table(seeded, unseeded, among))
+        replayed = [verdict.comparison.verdict async for verdict in client.replay(1, unseeded[-1].sequence)]
+    outputs = {result.receipt.header.output_digest for result in (*seeded, *among)}
+    promises = {
+        "one seed, one answer: alone in a batch of equals and among other traffic": len(outputs) == 1,
+        "no seed, three answers": len({result.receipt.header.output_digest for result in unseeded}) == 3,
+        "every receipt verifies offline": not any(check_result(result) for result in (*seeded, *unseeded, *among)),
+        "sequences are 1, 2, 3, ...": sorted(r.sequence for r in (*seeded, *unseeded)) == [1, 2, 3, 4, 5, 6],
+        "replayed from the journal: equal": set(replayed) == {types_pb2.VERDICT_MATCH},
+    }
+    for promise, kept in promises.items():
+        console.print(f"  [green]✓[/] {promise}" if kept else f"  [red]✗ {promise}[/]", highlight=False)
+    console.print(counted(pair))
+    return all(promises.values())
+
+
+async def ask(client: ostinato.Client, copies: int, seed: int | None) -> Sequence[types_pb2.Result]:
+    """The prompt, so many times in one batch."""
+    return (await client.generate([PROMPT] * copies, seed=seed, top_k=40, max_new_tokens=16)).results
+
+
+async def among_traffic(client: ostinato.Client) -> Sequence[types_pb2.Result]:
+    """The seeded prompt once more, while strangers of all kinds come and go."""
+
+    async def stranger(number: int, prompt: str) -> None:
+        await asyncio.sleep(0.05 * number)
+        await client.generate(prompt, temperature=0.5 + 0.2 * number, top_p=0.9, max_new_tokens=8 + 6 * number)
+
+    strangers = [asyncio.create_task(stranger(number, prompt)) for number, prompt in enumerate(TRAFFIC)]
+    await asyncio.sleep(0.2)
+    answer = await ask(client, 1, seed=1)
+    await asyncio.gather(*strangers)
+    return answer
+
+
+def table(seeded: Sequence[types_pb2.Result], unseeded: Sequence[types_pb2.Result], among: Sequence[types_pb2.Result]) -> Table:
+    """One row an answer."""
+    made = Table(title=f"\n{PROMPT!r}, top_k 40", title_justify="left", title_style="bold")
+    for name, justify in (("", "left"), ("sequence", "right"), ("seed", "right"), ("grade", "left"), ("output", "left")):
+        made.add_column(name, justify="right" if justify == "right" else "left", no_wrap=True)
+    made.add_column("ms", justify="right")
+    made.add_column("text", overflow="fold")
+    for label, results in (("seed 1", seeded), ("no seed", unseeded), ("seed 1, in traffic", among)):
+        for result in results:
+            made.add_row(
+                label,
+                str(result.sequence),
+                str(result.output.seed),
+                types_pb2.Grade.Name(result.output.grade).removeprefix("GRADE_"),
+                result.receipt.header.output_digest.hex()[:12],
+                f"{result.timing.total_micros / 1000:.0f}",
+                repr(result.output.text),
+            )
+        made.add_section()
+    return made
+
+
+def counted(pair: Pair) -> str:
+    """Where the metrics are, and what they say."""
+    assert pair.sidecar is not None
+    port = pair.sidecar.wait_for("metrics")["port"]
+    wanted = ("ostinato_ended_items_total", "ostinato_comparisons_total", "ostinato_collision", "ostinato_last_sequence")
+    samples = [
+        f"  {name} {value:g}"
+        for name, value in sorted(pair.metrics().items())
+        if name.startswith(wanted) and not name.split("{")[0].endswith("_created")
+    ]
+    return "\n".join([f"\nhttp://127.0.0.1:{port}/metrics counted", *samples])

@@ -1,0 +1,219 @@
+"""Programs killed, and told to stop, in the middle of a load; the checks are those of `tests.soak.checks`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from ostinato import errors
+from ostinato.client import Client
+from ostinato.v1 import generation_pb2
+
+from tests.pair import Pair
+from tests.soak import checks, chaos
+from tests.soak.chaos import Story
+from tests.soak.checks import ABANDONED, COMPLETED, Record
+from tests.soak.load import Load, jobs
+from tests.soak.recording import RecordedPair
+
+SLOW = json.dumps({"rules": [{"do": "delay", "at": 1, "seconds": 0.5}, {"do": "delay", "at": 2, "seconds": 0.5}]})
+"""Every run takes a second, most of it between its tokens."""
+GENERATION = "ostinato.v1.Generation"
+
+
+@pytest.fixture()
+def rng() -> random.Random:
+    """Its seed is printed where a test fails."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    return random.Random(seed)
+
+
+async def story(rng: random.Random, kills: Sequence[str]) -> Story:
+    """One chapter with these kills, in which nothing was wrong."""
+    with chaos.pair() as pair:
+        pair.start()
+        told = Story(pair, rng)
+        assert await told.chapter(kills) == []
+        return told
+
+
+@pytest.mark.timeout(120)
+async def test_a_killed_sidecar_loses_nothing(rng: random.Random) -> None:
+    """After kill -9 and restart, numbers go on, keyed items complete one attempt later, others are ABANDONED, and every
+    acknowledged answer is there."""
+    told = await story(rng, ["sidecar"] * 4)
+
+    outcomes, admitted = told.record.outcomes, told.record.admitted
+    assert {outcome.kind for outcome in outcomes.values()} == {COMPLETED, ABANDONED}
+    assert [
+        sequence
+        for sequence, outcome in outcomes.items()
+        if outcome.kind == COMPLETED and outcome.attempt != 1 + outcome.epoch - admitted[sequence].epoch
+    ] == []
+    assert any(outcome.attempt > 1 for outcome in outcomes.values() if outcome.kind == COMPLETED)
+    assert any(call.repeated for call in told.load.calls)
+
+
+@pytest.mark.timeout(120)
+async def test_a_killed_service_is_not_noticed(rng: random.Random) -> None:
+    """After kill -9 of the service no call is lost: streams go on behind what they had, and equal inputs have equal answers."""
+    told = await story(rng, ["service"] * 4)
+
+    assert {outcome.kind for outcome in told.record.outcomes.values()} == {COMPLETED}
+    assert {type(call.error) for call in told.load.calls} == {type(None), errors.EngineUnavailable}
+    assert sum(call.restarts for call in told.load.calls) == 0
+    assert any(outcome.attempt > 1 for outcome in told.record.outcomes.values())
+
+
+@pytest.mark.timeout(120)
+async def test_both_may_die(rng: random.Random) -> None:
+    """Kills of both at once, and of one before the other is back, lose nothing either."""
+    told = await story(rng, rng.sample(["both", "both", "sidecar", "service"], 4))
+
+    assert told.record.opened == told.epochs == 4
+
+
+@pytest.mark.timeout(120)
+async def test_attempts_are_counted() -> None:
+    """Second attempts show in the results, in the metrics, and as recovery comparisons that all match."""
+    with Pair(service=["--script", SLOW]) as pair:
+        pair.start()
+        async with Client(pair.target) as client:
+            asked = asyncio.create_task(_events(client, ["a", "b", "c"]))
+            await asyncio.sleep(0.6)
+            assert pair.service is not None
+            await asyncio.to_thread(pair.service.kill)
+            pair.start_service()
+            events = await asked
+            metrics = pair.metrics()
+
+        assert [event.finished.attempt for event in events if event.HasField("finished")] == [2, 2, 2]
+        assert not any(event.HasField("restarted") for event in events)
+        assert metrics["ostinato_attempts_total"] == 3
+        assert metrics['ostinato_comparisons_total{grade="exact",kind="recovery",verdict="match"}'] == 3
+        assert metrics['ostinato_compared_tokens_total{grade="exact",kind="recovery"}'] >= 3
+
+
+async def _events(client: Client, prompts: list[str]) -> list[generation_pb2.GenerateEvent]:
+    return [event async for event in client.stream(prompts, max_new_tokens=20, ignore_eos=True, seed=7)]
+
+
+@pytest.mark.timeout(120)
+async def test_a_sidecar_that_is_told_to_stop_finishes_first(rng: random.Random) -> None:
+    """SIGTERM under load: what was admitted completes in its first attempt and reaches its callers, nothing new gets a number,
+    and the program exits with 0; clients carry on with the next one."""
+    with RecordedPair(service=["--script", SLOW]) as pair:
+        pair.start()
+        load = Load(lambda: pair.target, jobs(rng, "drain"))
+        running = asyncio.create_task(load.run(chaos.CLIENTS))
+        await asyncio.sleep(1)
+        assert pair.sidecar is not None
+        code = await asyncio.to_thread(pair.sidecar.stop)
+        await asyncio.to_thread(pair.start_sidecar)
+        await asyncio.sleep(1)
+        load.stop()
+        await running
+        async with Client(pair.target) as client:
+            record = await Record().read(client)
+            faults = await checks.kept(load.calls, client)
+        faults += checks.numbers(record) + checks.calls(load.calls, record) + checks.real_time(load.calls)
+        faults += checks.results(load.calls) + checks.submitted(pair.submissions(), record)
+
+    assert faults == []
+    assert code == 0
+    assert {outcome.kind for outcome in record.outcomes.values()} == {COMPLETED}
+    assert {outcome.attempt for outcome in record.outcomes.values()} == {1}
+    refused = Counter(type(call.error) for call in load.calls if call.error is not None)
+    assert refused[errors.Draining]
+    assert not refused[errors.QueueFull]
+
+
+@pytest.mark.timeout(60)
+async def test_health_says_so_before_anybody_is_refused() -> None:
+    """While it drains, a caller that is refused with DRAINING and a time to come back finds the sidecar NOT_SERVING."""
+    with Pair(service=["--script", SLOW]) as pair:
+        pair.start()
+        async with Client(pair.target) as client, grpc.aio.insecure_channel(pair.target) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            request = health_pb2.HealthCheckRequest(service=GENERATION)
+            while (await health.Check(request)).status != health_pb2.HealthCheckResponse.SERVING:
+                await asyncio.sleep(0.01)
+            work = asyncio.create_task(client.generate("long", ignore_eos=True))
+            await asyncio.sleep(0.3)
+            assert pair.sidecar is not None
+            stopping = asyncio.create_task(asyncio.to_thread(pair.sidecar.stop))
+            refusal: errors.OstinatoError | None = None
+            while refusal is None:
+                try:
+                    await client.generate("another", max_new_tokens=1)
+                except errors.OstinatoError as error:
+                    refusal = error
+            after = await health.Check(request)
+            answer, code = await work, await stopping
+
+        assert isinstance(refusal, errors.Draining)
+        assert refusal.code is grpc.StatusCode.UNAVAILABLE
+        assert refusal.retry_after
+        assert after.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert answer.results[0].HasField("output")
+        assert code == 0
+
+
+@pytest.mark.timeout(60)
+async def test_a_drain_ends_in_time() -> None:
+    """When the drain's time is over, unkeyed items are ABANDONED and their callers told; keyed ones complete in the next epoch."""
+    with Pair(service=["--script", SLOW], sidecar=["--drain-seconds", "0.3"]) as pair:
+        pair.start()
+        async with Client(pair.target) as client:
+            unkeyed = asyncio.create_task(client.generate("a", ignore_eos=True))
+            keyed = asyncio.create_task(client.generate("b", ignore_eos=True, key="mine"))
+            await asyncio.sleep(0.3)
+            assert pair.sidecar is not None
+            started = time.monotonic()
+            code = await asyncio.to_thread(pair.sidecar.stop)
+            seconds = time.monotonic() - started
+            await asyncio.to_thread(pair.start_sidecar)
+            abandoned, completed = (await unkeyed).results[0], (await keyed).results[0]
+            record = await Record().read(client)
+
+        assert code == 0
+        assert seconds < 5
+        assert abandoned.status.code == grpc.StatusCode.ABORTED.value[0]
+        assert (completed.HasField("output"), completed.attempt) == (True, 2)
+        assert {sequence: outcome.kind for sequence, outcome in sorted(record.outcomes.items())} == {1: ABANDONED, 2: COMPLETED}
+
+
+@pytest.mark.timeout(120)
+async def test_a_service_that_is_told_to_stop_loses_nothing(rng: random.Random) -> None:
+    """SIGTERM of the service under load: it exits with 0, callers are refused or answered, and every item completes."""
+    with RecordedPair(service=["--script", SLOW, "--drain-seconds", "1"]) as pair:
+        pair.start()
+        load = Load(lambda: pair.target, jobs(rng, "drain"))
+        running = asyncio.create_task(load.run(chaos.CLIENTS))
+        await asyncio.sleep(1)
+        assert pair.service is not None
+        code = await asyncio.to_thread(pair.service.stop)
+        pair.start_service()
+        await asyncio.sleep(1.5)
+        load.stop()
+        await running
+        async with Client(pair.target) as client:
+            record = await Record().read(client)
+        faults = checks.numbers(record) + checks.calls(load.calls, record) + checks.results(load.calls)
+        faults += checks.kinds(load.calls, record) + checks.submitted(pair.submissions(), record)
+
+    assert faults == []
+    assert code == 0
+    assert {outcome.kind for outcome in record.outcomes.values()} == {COMPLETED}
+    assert {type(call.error) for call in load.calls} == {type(None), errors.EngineUnavailable}
+
+

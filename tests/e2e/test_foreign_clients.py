@@ -1,0 +1,186 @@
+"""Clients that are not ours: Node with the .proto files as they are, and buf with nothing but reflection."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.rpc import error_details_pb2
+
+from tests.pair import ROOT, Pair, running_pair
+
+NODE = Path(__file__).parent / "node"
+MODULES = ROOT / "build" / "node"
+"""Where npm's packages are kept from one run to the next."""
+BUF = Path(sys.executable).parent / "buf"
+SEED_MAX = 2**64 - 1
+
+
+@pytest.fixture(scope="module")
+def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pair, dict[str, str]]]:
+    """A pair with two doors: a port and a socket file."""
+    socket = tmp_path_factory.mktemp("door") / "door.sock"
+    with running_pair(service=["--self-test", "off"], sidecar=["--listen", f"127.0.0.1:0,unix:{socket}"]) as pair:
+        yield pair, {"tcp": pair.target, "unix": f"unix:{socket}"}
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def target(request: pytest.FixtureRequest, doors: tuple[Pair, dict[str, str]]) -> str:
+    return doors[1][request.param]
+
+
+@pytest.fixture
+def pair(doors: tuple[Pair, dict[str, str]]) -> Pair:
+    """For what its programs logged, should a test fail."""
+    return doors[0]
+
+
+def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=60, env={**os.environ, **env}, cwd=ROOT
+    )
+
+
+# ---- Node
+
+
+@pytest.fixture(scope="module")
+def node() -> Path:
+    """The program; skips, and says why, where Node or its packages cannot be had."""
+    program, npm = shutil.which("node"), shutil.which("npm")
+    if program is None or npm is None:
+        pytest.skip(f"{'node' if program is None else 'npm'} is not installed")
+    MODULES.mkdir(parents=True, exist_ok=True)
+    wanted, had = NODE / "package.json", MODULES / "package.json"
+    if not had.is_file() or had.read_text() != wanted.read_text() or not (MODULES / "node_modules").is_dir():
+        shutil.rmtree(MODULES / "node_modules", ignore_errors=True)
+        install = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--no-package-lock"]
+        shutil.copy(wanted, had)
+        try:
+            subprocess.run(install, cwd=MODULES, capture_output=True, text=True, timeout=40, check=True)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            had.unlink()
+            pytest.skip(f"npm cannot install the packages: {error}: {error.stderr!r}"[:500])
+    return Path(program)
+
+
+@pytest.fixture(scope="module")
+def said(node: Path, doors: tuple[Pair, dict[str, str]]) -> dict[str, Any]:
+    """What the Node client was told, over each door."""
+    answers = {}
+    for name, target in doors[1].items():
+        done = run(node, NODE / "client.js", ROOT / "proto", target, NODE_PATH=str(MODULES / "node_modules"))
+        assert done.returncode == 0, done.stderr
+        answers[name] = json.loads(done.stdout)
+    return answers
+
+
+@pytest.mark.parametrize("name", ["tcp", "unix"])
+def test_node_generates(pair: Pair, said: dict[str, Any], name: str) -> None:
+    """A batch is answered, in order; the largest seed and seed 0 come back exact, digests whole, enums by name."""
+    results = said[name]["unary"]["results"]
+
+    assert [result["output"]["seed"] for result in results] == [str(SEED_MAX), "0"]
+    assert [result["receipt"]["header"]["seed"] for result in results] == [str(SEED_MAX), "0"]
+    for result in results:
+        output = result["output"]
+        assert (result["outcome"], output["finish_reason"]) == ("output", "FINISH_REASON_LENGTH")
+        assert len(output["token_ids"]) == len(output["logprobs"]) == 8
+        assert output["text"] == bytes(output["token_ids"]).decode()
+        assert result["receipt"]["entry_hash"] == 32
+
+
+@pytest.mark.parametrize("name", ["tcp", "unix"])
+def test_node_streams(pair: Pair, said: dict[str, Any], name: str) -> None:
+    """Admitted, tokens, and an end for each item; the tokens are those of the unary answer to the same request."""
+    events = said[name]["events"]
+    kinds = [event["event"] for event in events]
+
+    assert kinds[0] == "admitted" and kinds.count("finished") == 2 and set(kinds) == {"admitted", "tokens", "finished"}
+    first = int(events[0]["admitted"]["stamp"]["first_sequence"])
+    for place, result in enumerate(said[name]["unary"]["results"]):
+        runs = [run for event in events if event["event"] == "tokens" for run in event["tokens"]["runs"]]
+        streamed = [token for run in runs if run["sequence"] == str(first + place) for token in run["token_ids"]]
+        assert streamed == result["output"]["token_ids"]
+
+
+@pytest.mark.parametrize("name", ["tcp", "unix"])
+def test_node_reads_a_refusal(pair: Pair, said: dict[str, Any], name: str) -> None:
+    """Code, reason and the bad field are there for whoever decodes the standard details."""
+    refused = said[name]["refused"]
+
+    assert refused["code"] == 3
+    assert refused["details"]["ErrorInfo"] == {"reason": "INVALID_REQUEST", "domain": "ostinato"}
+    assert [each["field"] for each in refused["details"]["BadRequest"]["field_violations"]] == ["parameters.top_p"]
+
+
+# ---- buf
+
+
+def curl(target: str, *args: str, method: str = "") -> subprocess.CompletedProcess[str]:
+    """`buf curl` with what the server says of itself."""
+    if not BUF.exists():
+        pytest.skip("buf is not installed")
+    where: Sequence[str] = [f"http://{target}/{method}"]
+    if target.startswith("unix:"):
+        where = ["--unix-socket", target.removeprefix("unix:"), f"http://localhost/{method}"]
+    return run(BUF, "curl", "--protocol", "grpc", "--http2-prior-knowledge", *args, *where)
+
+
+def generate(target: str, request: object) -> subprocess.CompletedProcess[str]:
+    return curl(target, "-d", json.dumps(request), method="ostinato.v1.Generation/Generate")
+
+
+def test_buf_lists_what_there_is(pair: Pair, target: str) -> None:
+    """Reflection names every method of both services, and health."""
+    listed = curl(target, "--list-methods")
+
+    assert listed.returncode == 0, listed.stderr
+    methods = set(listed.stdout.split())
+    generation = {f"ostinato.v1.Generation/{name}" for name in ("Generate", "GenerateStream", "Cancel", "GetModel", "Tokenize")}
+    sequencer = {f"ostinato.v1.Sequencer/{name}" for name in ("Get", "Tail", "Replay", "Head", "Report")}
+    assert generation | sequencer | {"grpc.health.v1.Health/Check"} <= methods, listed.stdout
+
+
+def test_buf_generates(pair: Pair, target: str) -> None:
+    """JSON in, JSON out, uint64 as text."""
+    answered = generate(target, {"items": [{"text": "Shanghai is"}], "parameters": {"seed": str(SEED_MAX), "maxNewTokens": 4}})
+
+    assert answered.returncode == 0, answered.stderr
+    (result,) = json.loads(answered.stdout)["results"]
+    assert result["output"]["seed"] == str(SEED_MAX)
+    assert 1 <= len(result["output"]["tokenIds"]) <= 4
+
+
+def test_buf_streams(pair: Pair, target: str) -> None:
+    """One JSON object for each event."""
+    request = json.dumps({"items": [{"text": "Shanghai is"}], "parameters": {"maxNewTokens": 4}})
+    answered = curl(target, "-d", request, method="ostinato.v1.Generation/GenerateStream")
+
+    assert answered.returncode == 0, answered.stderr
+    events = json.loads("[" + answered.stdout.replace("}\n{", "},{") + "]")
+    assert "admitted" in events[0] and "finished" in events[-1]
+
+
+def test_buf_shows_a_refusal(pair: Pair, target: str) -> None:
+    """The status with its details on stderr as JSON, and 8 times its code as the exit code."""
+    refused = generate(target, {"items": [{"text": ""}]})
+
+    assert refused.returncode == 8 * 3, refused
+    status = json.loads(refused.stderr)
+    assert status["code"] == "invalid_argument"
+    assert status["message"] == "items[0].text: is empty"
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    for message, detail in zip((info, bad), status["details"], strict=True):
+        assert detail["type"] == message.DESCRIPTOR.full_name
+        message.ParseFromString(base64.b64decode(detail["value"] + "=="))
+    assert info.reason == "INVALID_REQUEST"
+    assert [each.field for each in bad.field_violations] == ["items[0].text"]

@@ -1,0 +1,185 @@
+"""Real processes for tests, benchmarks and the demo: a service and a sidecar, on sockets and files of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+ROOT = Path(__file__).parent.parent
+START_SECONDS = 60.0
+
+
+class Program:
+    """`python -m NAME`, its log kept line by line."""
+
+    def __init__(self, name: str, args: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("OSTINATO_")}
+        path = os.pathsep.join([str(ROOT), str(ROOT / "proto")])
+        self.name = name
+        self.lines: list[str] = []
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", name, *args],
+            cwd=ROOT,
+            env={**inherited, "PYTHONPATH": path, **(env or {})},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        with self._process.stderr as stream:
+            for line in stream:
+                self.lines.append(line.rstrip("\n"))
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def records(self) -> list[dict[str, object]]:
+        """The log's JSON lines."""
+        found = []
+        for line in list(self.lines):
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+    def wait_for(self, message: str, seconds: float = START_SECONDS) -> dict[str, object]:
+        """The first log record with this message; fails loudly with the log if the program ends or the time runs out."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for record in self.records():
+                if record.get("message") == message:
+                    return record
+            if not self.running:
+                self._reader.join()
+                break
+            time.sleep(0.01)
+        raise AssertionError(f"{self.name} never said {message!r}:\n" + "\n".join(self.lines[-40:]))
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, seconds: float = 40.0) -> int:
+        """The exit code."""
+        if self.running:
+            self._process.send_signal(number)
+        code = self._process.wait(seconds)
+        self._reader.join(5)
+        return code
+
+    def kill(self) -> None:
+        """As a power cut would."""
+        self.stop(signal.SIGKILL)
+
+
+class Pair:
+    """A service and a sidecar. A context: whatever still runs at its end is killed, and its files go."""
+
+    def __init__(
+        self,
+        *,
+        service: Sequence[str] = (),
+        sidecar: Sequence[str] = (),
+        engine: str = "scripted",
+        state: Path | None = None,
+    ) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ostinato-"))
+        self.metrics_address = "127.0.0.1:0"
+        self._temporary = self.folder
+        self._state = state or self.folder / "state"
+        self.engine_address = f"unix:{self.folder}/engine.sock"
+        self._service_args = ["--engine", engine, *service]
+        self._sidecar_args = list(sidecar)
+        self.programs: list[Program] = []
+        self.service: Program | None = None
+        self.sidecar: Program | None = None
+        self.target = ""
+
+    def stay(self, folder: Path, target: str, metrics: str) -> None:
+        """Use this folder and these addresses instead; the folder is kept."""
+        self.folder, self.target, self.metrics_address = folder, target, metrics
+
+    def start_service(self, *extra: str) -> Program:
+        """Running, but not necessarily ready."""
+        self.service = self._start(
+            "service",
+            ["--listen", self.engine_address, "--metrics", "127.0.0.1:0", "--state-dir", str(self._state)],
+            [*self._service_args, *extra],
+        )
+        return self.service
+
+    def start_sidecar(self, *extra: str) -> Program:
+        """Listening; `target` is its address."""
+        args = [
+            "--engine",
+            self.engine_address,
+            "--journal",
+            str(self.folder / "journal.sqlite"),
+            "--metrics",
+            self.metrics_address,
+        ]
+        args += ["--listen", self.target or "127.0.0.1:0", "--journal-reserve-bytes", str(1 << 20)]
+        self.sidecar = self._start("sidecar", args, [*self._sidecar_args, *extra])
+        self.target = str(self.sidecar.wait_for("listening")["addresses"]).split(",")[0]
+        return self.sidecar
+
+    def stop(self) -> None:
+        """The sidecar drains, then the service."""
+        for program in (self.sidecar, self.service):
+            if program is not None:
+                program.stop()
+
+    def _start(self, name: str, args: list[str], extra: list[str]) -> Program:
+        program = Program(name, [*args, "--log-format", "json", *extra])
+        self.programs.append(program)
+        return program
+
+    def start(self) -> Pair:
+        """Both, connected."""
+        self.start_service()
+        self.start_sidecar().wait_for("engine connected")
+        return self
+
+    def metrics(self, program: Program | None = None) -> dict[str, float]:
+        """Samples of a program's /metrics by name and labels, as written: `ostinato_ended_items_total{outcome="completed"}`."""
+        port = (program or self.sidecar or self.programs[0]).wait_for("metrics")["port"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+            text = page.read().decode()
+        return {name: float(value) for name, value in re.findall(r"^([a-z]\S*(?: \S+=.*})?) (\S+)$", text, re.MULTILINE)}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for program in self.programs:
+            if program.running:
+                program.kill()
+        if kind is not None:
+            for program in self.programs:
+                sys.stderr.write(f"---- {program.name}\n" + "\n".join(program.lines[-30:]) + "\n")
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def running_pair(**kwargs: Sequence[str]) -> Iterator[Pair]:
+    """A connected pair."""
+    with Pair(**kwargs) as pair:  # type: ignore[arg-type]
+        yield pair.start()

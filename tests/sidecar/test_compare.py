@@ -1,0 +1,157 @@
+"""Verdicts, against an oracle that looks at everything the slow way."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ostinato.digest import output_digest
+from ostinato.v1 import types_pb2
+
+from sidecar.compare import Side, compare, compare_prefix, first_difference, margin
+
+LENGTH, STOP = types_pb2.FINISH_REASON_LENGTH, types_pb2.FINISH_REASON_STOP_STRING
+MATCH, DIVERGED, INCOMPARABLE = types_pb2.VERDICT_MATCH, types_pb2.VERDICT_DIVERGED, types_pb2.VERDICT_INCOMPARABLE
+TWIN = types_pb2.COMPARISON_KIND_TWIN
+
+token_lists = st.lists(st.integers(0, 2), max_size=6)
+outputs = st.builds(
+    types_pb2.Output,
+    token_ids=token_lists,
+    finish_reason=st.sampled_from([LENGTH, STOP]),
+    matched_stop=st.sampled_from(["", "."]),
+)
+sides = st.builds(Side, outputs, st.sampled_from([b"input", b"other"]), st.sampled_from([b"fingerprint", b"other"]))
+
+
+def naive(expected: list[int], actual: list[int]) -> int | None:
+    """The first index at which one of them has something else, or nothing."""
+    for index in range(max(len(expected), len(actual))):
+        if expected[index : index + 1] != actual[index : index + 1]:
+            return index
+    return None
+
+
+def output(*token_ids: int, reason: types_pb2.FinishReason.ValueType = LENGTH, stop: str = "") -> types_pb2.Output:
+    return types_pb2.Output(token_ids=token_ids, finish_reason=reason, matched_stop=stop)
+
+
+def verdict(expected: types_pb2.Output, actual: types_pb2.Output) -> types_pb2.Comparison:
+    """Of two runs of one input on one engine."""
+    return compare(Side(expected, b"i", b"f"), Side(actual, b"i", b"f"), TWIN, 7)
+
+
+@given(token_lists, token_lists)
+def test_the_first_difference(expected: list[int], actual: list[int]) -> None:
+    """It is where a reader of both would stop; None for equal ones only."""
+    assert first_difference(expected, actual) == naive(expected, actual)
+
+
+@given(sides, sides)
+def test_a_verdict(expected: Side, actual: Side) -> None:
+    """Drift goes first; else equal tokens, reason and stop are a MATCH, and anything else is DIVERGED where it shows."""
+    said = compare(expected, actual, TWIN, 7)
+
+    drift = [
+        name
+        for name, differs in (
+            ("input", expected.input_digest != actual.input_digest),
+            ("fingerprint", expected.fingerprint_digest != actual.fingerprint_digest),
+        )
+        if differs
+    ]
+    place = naive(list(expected.output.token_ids), list(actual.output.token_ids))
+    shared = len(expected.output.token_ids) if place is None else place
+    assert (said.sequence, said.kind, list(said.drift), said.compared_tokens) == (7, TWIN, drift, shared)
+    assert (said.expected_output_digest, said.actual_output_digest) == (
+        output_digest(expected.output),
+        output_digest(actual.output),
+    )
+    equal = expected.output == actual.output
+    assert said.verdict == (INCOMPARABLE if drift else MATCH if equal else DIVERGED)
+    assert said.HasField("first_difference") == (said.verdict == DIVERGED)
+    if said.verdict == DIVERGED:
+        assert said.first_difference == shared
+    assert not said.HasField("margin")
+
+
+def test_a_prefix_differs_at_its_end() -> None:
+    """Where one output goes on and the other does not, they differ at the shorter one's length."""
+    assert verdict(output(1, 2, 3), output(1, 2)).first_difference == 2
+    assert verdict(output(1), output(1, 2, 3)).first_difference == 1
+    assert verdict(output(), output(1)).first_difference == 0
+
+
+def test_equal_tokens_with_another_end() -> None:
+    """Another finish reason, or another stop, is a divergence behind the last token."""
+    for other in (output(1, 2, reason=STOP), output(1, 2, stop=".")):
+        said = verdict(output(1, 2), other)
+        assert (said.verdict, said.first_difference, said.compared_tokens) == (DIVERGED, 2, 2)
+
+
+# ---- the margin
+
+RAW, PROCESSED = types_pb2.LOGPROB_KIND_RAW, types_pb2.LOGPROB_KIND_PROCESSED
+
+
+def likely(*tops: list[float], kind: types_pb2.LogprobKind.ValueType = RAW) -> types_pb2.Output:
+    """Tokens 0, 1 and so on, whose likeliest choices had these logprobs."""
+    logprobs = [
+        types_pb2.TokenLogprobs(top=[types_pb2.TopLogprob(token_id=rank, logprob=value) for rank, value in enumerate(top)])
+        for top in tops
+    ]
+    return types_pb2.Output(token_ids=range(len(tops)), finish_reason=LENGTH, logprobs=logprobs, logprob_kind=kind)
+
+
+def test_the_margin_is_the_recorded_runs_at_the_difference() -> None:
+    """How close the recorded run was to its second choice, there and not elsewhere."""
+    said = verdict(likely([-0.1, -5.0], [-0.5, -0.75, -3.0]), output(0, 9))
+    assert (said.first_difference, said.margin) == (1, 0.25)
+
+
+@pytest.mark.parametrize(
+    "recorded",
+    [
+        likely([-0.5, -0.75], kind=PROCESSED),
+        likely([-0.5, -0.75], kind=types_pb2.LOGPROB_KIND_UNSPECIFIED),
+        likely([-0.5]),
+        likely([]),
+        output(0),
+    ],
+    ids=["processed", "of no kind", "one choice", "the chosen token's only", "no logprobs"],
+)
+def test_no_margin(recorded: types_pb2.Output) -> None:
+    """Only RAW logprobs of two choices or more tell it."""
+    assert margin(recorded, 0) is None
+    assert not verdict(recorded, output(9)).HasField("margin")
+
+
+def test_no_margin_behind_the_end() -> None:
+    """Where the recorded run had ended there is no choice to speak of."""
+    said = verdict(likely([-0.5, -0.75]), output(0, 1))
+    assert (said.first_difference, said.HasField("margin")) == (1, False)
+
+
+def test_a_margin_of_impossible_choices() -> None:
+    """Minus infinity on both sides gives NaN, which is carried, not raised."""
+    assert math.isnan(margin(likely([-math.inf, -math.inf]), 0) or 0.0)
+
+
+# ---- recovery
+
+
+@given(token_lists, token_lists, st.booleans())
+def test_a_recovery(sent: list[int], made: list[int], same: bool) -> None:
+    """What had been sent must be a beginning of what the last attempt made; no more than was sent is compared."""
+    said = compare_prefix(sent, output(*made), 7, same_fingerprint=same)
+
+    place = naive(sent, made[: len(sent)])
+    assert said.kind == types_pb2.COMPARISON_KIND_RECOVERY
+    assert said.compared_tokens == (len(sent) if place is None else place)
+    assert said.verdict == (INCOMPARABLE if not same else MATCH if made[: len(sent)] == sent else DIVERGED)
+    assert list(said.drift) == ([] if same else ["fingerprint"])
+    if said.verdict == DIVERGED:
+        assert said.first_difference == place

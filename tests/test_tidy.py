@@ -1,0 +1,165 @@
+"""Style that can be checked is checked here, not in review: who may import whom, how long things may be, what is not said."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FILE_LINES_MAX, FUNCTION_LINES_MAX = 250, 70
+GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
+
+
+@dataclass(frozen=True)
+class Only:
+    """Modules `what` may be imported by the product's files that match `by`, and by no other."""
+
+    what: tuple[str, ...]
+    by: str
+    why: str
+
+
+ARROWS = (
+    Only(("service",), r"service/", "the contract and the sidecar know no service"),
+    Only(("sidecar",), r"sidecar/", "the contract and the service know no sidecar"),
+    Only(("tests",), r"tests/", "the product knows no test"),
+    Only(("lmdeploy",), r"service/engines/turbomind", "one engine, one room"),
+    Only(("xllamacpp",), r"service/engines/llama/library\.py", "its binding changes with every release"),
+    Only(("apsw", "psycopg", "sqlite3"), r"sidecar/journal/", "only the journal knows a database"),
+    Only(("ostinato.serving",), r"proto/ostinato/serving/|service/|sidecar/", "clients do not serve"),
+)
+
+CLIENT = re.compile(r"proto/ostinato/(?!serving/)")
+CLIENT_MAY_IMPORT = frozenset({"google", "grpc", "grpc_status", "ostinato", "rich", "typer"}) | sys.stdlib_module_names
+
+# What a reader of the repository has no use for. Written so that this file does not say it.
+UNSAID = {
+    "a number in somebody's tracker": r"\b[Ii]ssues? #\d",
+    "a path of one machine": r"(?<![\w.])/[w]ork/(?:main|shared|\.)|/[r]oot/",
+    "a registry's host": r"py[p]i\.org|python[h]osted|npm[j]s\.|deb\.[d]ebian|[g]hcr\.io|[q]uay\.io|registry-1\.[d]ocker",
+}
+
+
+@cache
+def files() -> tuple[Path, ...]:
+    """Every file of the repository that git would keep, relative to its root."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
+    return tuple(path for name in listed.stdout.decode().split("\0") if name and (ROOT / (path := Path(name))).is_file())
+
+
+def python(*tops: str) -> Iterator[Path]:
+    """Written (not generated) Python under these folders."""
+    return (path for path in files() if path.suffix == ".py" and path.parts[0] in tops and not GENERATED.search(path.name))
+
+
+def product() -> Iterator[Path]:
+    """The programs and the contract."""
+    return python("proto", "service", "sidecar")
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    """The file, parsed."""
+    return ast.parse((ROOT / path).read_text(), str(path))
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything that a file imports, at its top or deeper."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """All functions of a file, methods and inner ones included."""
+    return (node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def within(name: str, modules: tuple[str, ...]) -> bool:
+    """Whether `name` is one of these modules or lies in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def test_imports_follow_the_arrows() -> None:
+    """Nobody imports what is not theirs to know."""
+    wrong = [
+        f"{path}:{line} imports {name}: {arrow.why}"
+        for path in product()
+        for line, name in imported(path)
+        for arrow in ARROWS
+        if within(name, arrow.what) and not re.match(arrow.by, path.as_posix())
+    ]
+
+    assert wrong == []
+
+
+def test_a_client_needs_little() -> None:
+    """What the wheel's users import rests on the wheel's requirements and nothing else."""
+    wrong = [
+        f"{path}:{line} imports {name}"
+        for path in product()
+        if CLIENT.match(path.as_posix())
+        for line, name in imported(path)
+        if name.split(".")[0] not in CLIENT_MAY_IMPORT
+    ]
+
+    assert wrong == []
+
+
+def test_files_are_short() -> None:
+    """A room that outgrows its size is two rooms."""
+    lengths = {path: len((ROOT / path).read_text().splitlines()) for path in product()}
+
+    assert {str(path): length for path, length in lengths.items() if length > FILE_LINES_MAX} == {}
+
+
+def test_functions_are_short() -> None:
+    """A function fits a screen."""
+    lengths = {
+        f"{path}:{node.lineno} {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for path in product()
+        for node in functions(path)
+    }
+
+    assert {name: length for name, length in lengths.items() if length > FUNCTION_LINES_MAX} == {}
+
+
+def test_every_test_states_its_claim() -> None:
+    """A test without a sentence is a test that nobody can correct."""
+    silent = [
+        f"{path}:{node.lineno} {node.name}"
+        for path in python("tests")
+        if path.name.startswith("test_")
+        for node in functions(path)
+        if node.name.startswith("test_") and not ast.get_docstring(node)
+    ]
+
+    assert silent == []
+
+
+def test_some_things_are_not_said() -> None:
+    """No file speaks of trackers, of one machine's folders, or of where packages come from."""
+    said = []
+    for path in files():
+        try:
+            lines = (ROOT / path).read_text().splitlines()
+        except UnicodeDecodeError:
+            continue  # a picture
+        said += [
+            f"{path}:{number} names {what}"
+            for number, line in enumerate(lines, start=1)
+            for what, pattern in UNSAID.items()
+            if re.search(pattern, line)
+        ]
+
+    assert said == []
