@@ -198,10 +198,11 @@ async def test_an_impossible_deadline_is_refused_here(talk: Talk, timeout: float
 async def test_every_error_comes_back_as_it_was_raised(talk: Talk, kind: type[OstinatoError]) -> None:
     """Class, message, details, field paths and the time to wait survive the wire, from a call and from a stream."""
     fake, client = talk
-    sent = kind("because", retry_after=1.5, details={"name": "value"})
     if issubclass(kind, errors.InvalidRequest):
         violations = [errors.Violation("items[3].parameters.top_p", "above 1"), errors.Violation("parameters.seed", "é")]
-        sent = kind("because", violations=violations)
+        sent: OstinatoError = kind("because", violations=violations)
+    else:
+        sent = kind("because", retry_after=1.5, details={"name": "value"})
     fake.script["Cancel"].append(sent)
     fake.script["GenerateStream"].append([generation_pb2.GenerateEvent(), sent])
 

@@ -1,0 +1,184 @@
+"""The llama engine's face towards the service: everything here happens on the event loop, except where it says otherwise."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from queue import SimpleQueue
+
+from ostinato.v1 import engine_pb2, types_pb2
+
+from service.engines.base import EngineUnusable, Events, Run
+from service.engines.llama import LlamaOptions
+from service.engines.llama.abi import KV_TYPES
+from service.engines.llama.batching import PREFILL_CHUNK, PREFILL_STEP, Batching, Command, rows_max
+from service.engines.llama.checker import Checker
+from service.engines.llama.grammar import SEPARATORS, Grammar, source_of
+from service.engines.llama.library import library
+from service.engines.llama.model import load_model, packaged_model
+from service.engines.llama.sampling import ORDER, PENALTY_WINDOW
+
+BLOCK_TOKENS = 64
+"""In which Capacity counts; memory is really given by the slot."""
+BATCH_ROWS_MIN = 512
+
+
+class LlamaEngine:
+    """A `service.engines.base.Engine`: one thread that decodes, one slot for each run."""
+
+    name = "llama"
+    logprob_kind = types_pb2.LOGPROB_KIND_RAW
+
+    def __init__(self, options: LlamaOptions) -> None:
+        """Loads the model, in whatever thread. Raises EngineUnusable."""
+        self._options = options
+        self._library = library()
+        self._model = load_model(self._library, options.model or packaged_model())
+        self.vocabulary = self._model.vocabulary
+        self._commands: SimpleQueue[Command] = SimpleQueue()
+        self._live: set[int] = set()
+        """Runs of which something may still be reported."""
+        self._thread: threading.Thread | None = None
+        self._closing = threading.Lock()
+        self._closed = False
+        try:
+            self._context = self._new_context()
+        except EngineUnusable:
+            self._library.free(self._model.handle)
+            raise
+        self._checker = Checker(self._model.path)
+        # llguidance prepares for a vocabulary once, which takes a moment.
+        Grammar(self._library, self.vocabulary.handle, self.vocabulary.size, "regex", b"a").close()
+        atexit.register(self._stop)  # or the process would end under a thread that is inside llama.cpp
+
+    @property
+    def model_name(self) -> str:
+        return self._model.name
+
+    @property
+    def context_tokens(self) -> int:
+        return self._options.context_tokens
+
+    @property
+    def top_k_max(self) -> int:
+        return self.vocabulary.size
+
+    @property
+    def chat(self) -> bool:
+        return self.vocabulary.chat
+
+    @property
+    def capacity(self) -> engine_pb2.Capacity:
+        blocks_per_run = -(-self._options.context_tokens // BLOCK_TOKENS)
+        runs = self._options.runs
+        return engine_pb2.Capacity(runs=runs, kv_blocks=runs * blocks_per_run, block_tokens=BLOCK_TOKENS)
+
+    @property
+    def fields(self) -> Mapping[str, str]:
+        options = self._options
+        return {
+            **self._model.fields,
+            "engine": self.name,
+            "kv": options.kv,
+            "kv_unified": "off",
+            "flash_attention": "on",
+            "ubatch": str(options.ubatch),
+            "threads": str(options.threads),
+            "runs": str(options.runs),
+            "context_tokens": str(options.context_tokens),
+            "prefill_chunk": str(PREFILL_CHUNK),
+            "prefill_step": str(PREFILL_STEP),
+            "penalty_window": str(PENALTY_WINDOW),
+            "sampling": ORDER,
+            "json_separators": f"{SEPARATORS['item_separator']!r} {SEPARATORS['key_separator']!r}",
+        }
+
+    @property
+    def ceiling(self) -> tuple[types_pb2.Grade.ValueType, str]:
+        if self._options.runs == 1:
+            return types_pb2.GRADE_SERIAL, "there is one slot: runs are computed one at a time"
+        if self._options.kv == "f16":
+            return types_pb2.GRADE_EXACT, "the KV cache is f16: attention may round by what is in the batch; q8_0 avoids it"
+        return types_pb2.GRADE_EXACT, "the KV cache is q8_0 and each run has its own"
+
+    def check_format(self, response_format: types_pb2.ResponseFormat) -> None:
+        """Raises ValueError if this grammar cannot be obeyed. Any thread; waits for another process, the first time for about
+        a second."""
+        self._checker.check(*source_of(response_format))
+
+    def start(self, on_events: Callable[[Events], None], on_grade: Callable[[types_pb2.Grade.ValueType, str], None]) -> None:
+        """`on_grade` is never called: what this engine computes with does not change while it runs."""
+        assert self._thread is None, "an engine is started once"
+        self._loop, self._on_events = asyncio.get_running_loop(), on_events
+        batching = Batching(
+            self._library,
+            self._context,
+            self.vocabulary,
+            runs=self._options.runs,
+            context_tokens=self._options.context_tokens,
+            commands=self._commands,
+            post=self._post,
+        )
+        self._thread = threading.Thread(target=batching.work, name="llama", daemon=True)
+        self._thread.start()
+
+    def submit(self, run: Run) -> None:
+        self._live.add(run.run_id)
+        self._commands.put(run)
+
+    def cancel(self, run_id: int) -> None:
+        if run_id in self._live:
+            self._live.discard(run_id)
+            self._commands.put(run_id)
+
+    async def close(self) -> None:
+        """Waits for the step that is under way."""
+        self._live.clear()
+        await asyncio.to_thread(self._stop)
+
+    def _post(self, events: Events) -> None:
+        """From the engine's thread."""
+        with suppress(RuntimeError):  # the loop is closed: nobody is left to listen
+            self._loop.call_soon_threadsafe(self._deliver, events)
+
+    def _deliver(self, events: Events) -> None:
+        """Pass on what is not of runs that were cancelled meanwhile."""
+        told = [event for event in events if event.run_id in self._live]
+        self._live.difference_update(event.run_id for event in told if event.WhichOneof("event") in ("finished", "failed"))
+        if told:
+            self._on_events(told)
+
+    def _stop(self) -> None:
+        """End the thread and free everything. Any thread; may be called again."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            if self._thread is not None:
+                self._commands.put(None)
+                self._thread.join()
+            self._checker.close()
+            self._library.free_context(self._context)
+            self._library.free(self._model.handle)
+            atexit.unregister(self._stop)
+
+    def _new_context(self) -> int:
+        options, most = self._options, self._model.context_tokens_max
+        if not 2 <= options.context_tokens <= most:
+            raise EngineUnusable(f"context_tokens must be 2 to {most} for {self._model.path.name}, is {options.context_tokens}")
+        if min(options.runs, options.threads, options.ubatch) < 1:
+            raise EngineUnusable("runs, threads and ubatch must be at least 1")
+        if options.kv not in KV_TYPES:
+            raise EngineUnusable(f"kv must be one of {', '.join(KV_TYPES)}, is {options.kv}")
+        return self._library.new_context(
+            self._model.handle,
+            tokens=options.context_tokens,
+            runs=options.runs,
+            batch=max(BATCH_ROWS_MIN, rows_max(options.runs)),
+            ubatch=options.ubatch,
+            threads=options.threads,
+            kv=options.kv,
+        )
