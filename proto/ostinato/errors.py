@@ -241,8 +241,8 @@ def from_status(status: status_pb2.Status) -> OstinatoError:
 
 
 def foreign(code: grpc.StatusCode, message: str) -> OstinatoError:
-    """An error that is not ours: gRPC's own, or a proxy's."""
-    kinds = {Code.UNAVAILABLE: Disconnected, Code.DEADLINE_EXCEEDED: DeadlineExceeded, Code.CANCELLED: Cancelled}
+    """An error that is not ours: gRPC's own, or a proxy's. Its CANCELLED is a server that stops, not somebody's wish."""
+    kinds = {Code.UNAVAILABLE: Disconnected, Code.DEADLINE_EXCEEDED: DeadlineExceeded, Code.CANCELLED: Disconnected}
     if code in kinds:
         return kinds[code](message)
     error = OstinatoError(message or code_pb2.Code.Name(code.value[0]))

@@ -674,8 +674,9 @@ async def test_a_slow_reader_loses_its_call_and_stalls_nobody() -> None:
         )
         limit = [("ostinato-max-response-bytes", str(32 << 20))]
         plain = unread(asked(["a"] * 4, **MANY), metadata=limit)
+        await eventually(lambda: newest_is(door, 4), "the first has its numbers")
         keyed = unread(asked(["a"] * 2, key="slow", **MANY), metadata=limit)
-        await eventually(lambda: newest_is(door, 6), "both have their numbers")
+        await eventually(lambda: newest_is(door, 6), "the second has its numbers")
 
         for _ in range(20):
             async with asyncio.timeout(5):

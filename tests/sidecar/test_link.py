@@ -216,14 +216,15 @@ async def test_a_stream_may_be_dropped(tmp_path: Path) -> None:
     service = Service(endless)
     async with linked(tmp_path, service) as (link, listener, _):
         await listener.hears("up")
-        link.submit(submit(1))
+        for run_id in (1, 2):
+            link.submit(submit(run_id, SUBMIT_BYTES))
         link.cancel(1)
         link.drop("it said what it must not")
         await listener.hears("up", "down: DISCONNECTED", "up")
-        link.submit(submit(2))
-        await eventually(lambda: service.requests[-1] == engine_pb2.ExecuteRequest(submits=[submit(2)]))
+        link.submit(submit(3))
+        await eventually(lambda: service.requests[-1] == engine_pb2.ExecuteRequest(submits=[submit(3)]))
 
-        assert [each.run_id for request in service.requests for each in request.submits] == [2]
+        assert [each.run_id for request in service.requests for each in request.submits] == [3]
 
 
 async def test_a_link_that_is_closed_stays_closed(tmp_path: Path) -> None:

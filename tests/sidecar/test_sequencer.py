@@ -78,9 +78,9 @@ class Edge:
         return end.error.reason if end.error else "COMPLETED"
 
 
-def connected(**kwargs: int) -> Edge:
+def connected(*, runs: int = 2, blocks: int = 8) -> Edge:
     edge = Edge()
-    edge.tell(engine(**kwargs))
+    edge.tell(engine(runs=runs, blocks=blocks))
     return edge
 
 
