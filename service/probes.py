@@ -21,8 +21,10 @@ winner(board): return None was written on the margin of the chart, next to a sum
 the dog barked, somewhere below.
 """
 
-LONG, SHORT = 8, 12
-"""New tokens of long and of short prompts."""
+LONG, SHORT, CROWD = 8, 12, 48
+"""New tokens of long and of short prompts, and of those that make up a crowd."""
+CROWD_MIN, CROWD_MAX = 32, 64
+"""An engine that runs so many at once is tested with a crowd, for kernels change their mind with the size of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,32 +37,44 @@ class Probe:
     seed: int
 
 
-_MIXES = (
+Mix = tuple[str, int, int, float, int, float, float, float]
+
+_MIXES: tuple[Mix, ...] = (
     # name, prompt tokens, new tokens, temperature, top_k, top_p, min_p, repetition penalty
     ("long sampled", 300, LONG, 0.8, 40, 1.0, 0.0, 1.0),
-    ("long greedy", 301, LONG, 0.0, 0, 1.0, 0.0, 1.0),
+    ("medium greedy", 72, SHORT, 0.0, 0, 1.0, 0.0, 1.0),
     ("long penalised", 288, LONG, 1.0, 0, 0.95, 0.0, 1.2),
     ("medium hot", 70, SHORT, 1.3, 0, 1.0, 0.05, 1.0),
     ("short narrow", 24, SHORT, 0.7, 5, 0.9, 0.0, 1.0),
     ("short greedy penalised", 8, SHORT, 0.0, 0, 1.0, 0.0, 1.1),
     ("shortest", 3, SHORT, 1.0, 0, 1.0, 0.0, 1.0),
 )
-_STRANGERS = (("stranger", 20, LONG, 1.0, 0, 1.0, 0.0, 1.0), ("stranger that leaves", 33, SHORT, 0.9, 20, 1.0, 0.0, 1.0))
+_STRANGERS: tuple[Mix, ...] = (
+    ("stranger", 20, LONG, 1.0, 0, 1.0, 0.0, 1.0),
+    ("stranger that leaves", 33, SHORT, 0.9, 20, 1.0, 0.0, 1.0),
+)
 
 
-def probes(vocabulary: Vocabulary, context_tokens: int) -> list[Probe]:
-    """Those whose answers are compared, the longest first."""
-    return [_probe(index, mix, vocabulary, context_tokens) for index, mix in enumerate(_MIXES)]
+def probes(vocabulary: Vocabulary, context_tokens: int, runs: int, top_k_max: int) -> list[Probe]:
+    """Those whose answers are compared, the longest first; a crowd where the engine runs one."""
+    crowd = [_mix(number) for number in range(len(_MIXES), min(runs, CROWD_MAX))] if runs >= CROWD_MIN else []
+    return [_probe(index, mix, vocabulary, context_tokens, top_k_max) for index, mix in enumerate((*_MIXES, *crowd))]
 
 
-def strangers(vocabulary: Vocabulary, context_tokens: int) -> list[Probe]:
+def _mix(number: int) -> Mix:
+    """One of a crowd: every length, every way to sample, and top_k in every bucket that a kernel may have."""
+    temperature = (0.7, 1.0, 0.0, 1.3, 0.9)[number % 5]
+    top_k = (0, 12, 25, 50, 200, 1000)[number % 6]
+    top_p, min_p, penalty = (1.0, 0.95, 0.8)[number % 3], (0.0, 0.05)[number % 7 == 0], (1.0, 1.1)[number % 4 == 0]
+    return (f"one of a crowd, number {number}", 3 + 37 * number % 280, CROWD, temperature, top_k, top_p, min_p, penalty)
+
+
+def strangers(vocabulary: Vocabulary, context_tokens: int, top_k_max: int) -> list[Probe]:
     """Those that only keep the others company; the last one is to be cancelled on its way."""
-    return [_probe(100 + index, mix, vocabulary, context_tokens) for index, mix in enumerate(_STRANGERS)]
+    return [_probe(100 + index, mix, vocabulary, context_tokens, top_k_max) for index, mix in enumerate(_STRANGERS)]
 
 
-def _probe(
-    index: int, mix: tuple[str, int, int, float, int, float, float, float], vocabulary: Vocabulary, context_tokens: int
-) -> Probe:
+def _probe(index: int, mix: Mix, vocabulary: Vocabulary, context_tokens: int, top_k_max: int) -> Probe:
     name, length, new, temperature, top_k, top_p, min_p, penalty = mix
     new = max(1, min(new, context_tokens // 2))
     text = vocabulary.encode(TEXT, special=False)
@@ -69,7 +83,7 @@ def _probe(
     ids = tuple(text[(start + offset) % len(text)] for offset in range(length))
     parameters = types_pb2.ResolvedParameters(
         temperature=temperature,
-        top_k=top_k,
+        top_k=min(top_k, top_k_max),
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=penalty,

@@ -18,7 +18,7 @@ from ostinato.v1 import engine_pb2, types_pb2
 from service.probes import Probe, probes, strangers
 from service.runs import Owner, Runs
 
-VERSION = "1"
+VERSION = "2"
 """Of the test; a proof by another one proves nothing."""
 
 EXACT, SERIAL, BEST_EFFORT = types_pb2.GRADE_EXACT, types_pb2.GRADE_SERIAL, types_pb2.GRADE_BEST_EFFORT
@@ -41,13 +41,14 @@ async def self_test(runs: Runs, clock: Callable[[], float], timeout_seconds: flo
     serial = engine.capacity.runs == 1
     if ceiling < (SERIAL if serial else EXACT):
         return Finding(BEST_EFFORT, why, 0.0, 0)
-    bench = _Bench(runs, probes(engine.vocabulary, engine.context_tokens))
+    asked = probes(engine.vocabulary, engine.context_tokens, engine.capacity.runs, engine.top_k_max)
+    bench = _Bench(runs, asked)
     try:
         async with asyncio.timeout(timeout_seconds):
             if serial:
                 await bench.twice()
             else:
-                await bench.in_company(strangers(engine.vocabulary, engine.context_tokens))
+                await bench.in_company(strangers(engine.vocabulary, engine.context_tokens, engine.top_k_max))
         grade, reason = (SERIAL if serial else EXACT), bench.summary(serial)
     except _Unequal as error:
         grade, reason = BEST_EFFORT, str(error)

@@ -34,7 +34,7 @@ async def test_clean_engine_earns_exact() -> None:
     found = await model({})
 
     assert found.grade == EXACT
-    assert "7 prompts of 3 to 301 tokens" in found.grade_reason
+    assert "64 prompts of 3 to 300 tokens" in found.grade_reason
 
 
 @pytest.mark.parametrize("at", [0, 5, 11])
@@ -104,16 +104,17 @@ async def test_required_grade_stops_the_service() -> None:
 def test_probes_fit_small_contexts() -> None:
     """Prompts and answers shrink with the context."""
     for context in (2, 8, 40, 4096):
-        for probe in [*probes(ByteVocabulary(), context), *strangers(ByteVocabulary(), context)]:
+        for probe in [*probes(ByteVocabulary(), context, 64, 1024), *strangers(ByteVocabulary(), context, 1024)]:
             assert probe.token_ids
             assert len(probe.token_ids) + probe.parameters.max_new_tokens <= context
 
 
-def test_probes_differ() -> None:
-    """No two probes have the same prompt or seed, and greedy, sampled and penalised ones are among them."""
-    made = probes(ByteVocabulary(), 4096)
+@pytest.mark.parametrize(("runs", "count"), [(8, 7), (31, 7), (32, 32), (256, 64)])
+def test_probes_differ(runs: int, count: int) -> None:
+    """A crowd of up to 64 for an engine that runs one; no two probes share a prompt or a seed, and all ways to sample occur."""
+    made = probes(ByteVocabulary(), 4096, runs, 1024)
 
-    assert len({probe.token_ids for probe in made}) == len({probe.seed for probe in made}) == len(made) == 7
+    assert len({probe.token_ids for probe in made}) == len({probe.seed for probe in made}) == len(made) == count
     assert {probe.parameters.temperature == 0 for probe in made} == {True, False}
     assert {probe.parameters.repetition_penalty == 1 for probe in made} == {True, False}
 

@@ -1,0 +1,40 @@
+"""The GPU engine: LMDeploy's TurboMind, made batch-invariant.
+
+    options       how to run a model
+    host, model   what the machine has, and what the model's folder says
+    overrides     three functions of TurboMind's and cuBLAS's, replaced (overrides.c, cublaslt.h), and their counters
+    plans         which algorithms may serve a product: pure
+    calibrate     the same, proved on this GPU
+    exactness     all that together: what it takes to be exact, and what is missing
+    request       a run's parameters as TurboMind wants them: pure
+    vocabulary    tokens and chat template
+    formats       response formats
+    logprobs      of a token: pure
+    memory        how much the KV cache holds: pure
+    native        LMDeploy's TurboMind; the only file that touches it
+    probing       the first run
+    batching      runs in, tokens out
+    metering      what Prometheus is shown
+    engine        the face towards the service
+
+lmdeploy, torch, transformers and numpy are needed only where `load` is called, and imported only there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from service.engines.turbomind.options import TurbomindOptions
+
+if TYPE_CHECKING:
+    from service.engines.turbomind.engine import TurbomindEngine
+
+
+def load(options: TurbomindOptions) -> TurbomindEngine:
+    """A loaded engine. Takes from ten seconds to minutes, most of it TurboMind's own. Raises EngineUnusable."""
+    from service.engines.turbomind.loading import load as load_all
+
+    return load_all(options)
+
+
+__all__ = ["TurbomindOptions", "load"]

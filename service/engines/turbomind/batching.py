@@ -1,0 +1,228 @@
+"""The runs: in order into TurboMind, and what it makes of them out again. All on the event loop.
+
+1. Runs enter in order of submission, as long as there is a slot and room in the KV cache for the longest answer of the next
+   one; so TurboMind never has to take memory from one run for another, and nothing overtakes.
+2. A run that TurboMind still has keeps its slot and its room, whether anybody waits for it or not.
+3. TurboMind reports from a thread of its own. However many reports there are, one wake-up takes them all.
+4. A prompt of one token is handed over when no other prompt is under way: TurboMind takes it for a prompt or for a decode by
+   what stands beside it, and the two round differently.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+from ostinato.errors import EngineFailed, OstinatoError, to_status
+from ostinato.v1 import engine_pb2, types_pb2
+
+from service.engines.base import Events, Run
+from service.engines.turbomind.formats import Formats
+from service.engines.turbomind.logprobs import token_logprobs
+from service.engines.turbomind.memory import needed
+from service.engines.turbomind.native import Handle, Native, Status, why
+from service.engines.turbomind.request import Request, request_of
+
+POLL_SECONDS = 0.001
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Live:
+    """A run that TurboMind has."""
+
+    run: Run
+    handle: Handle
+    blocks: int
+    seen: int
+    """Tokens of it that the answer has, prompt included."""
+    wanted: bool = True
+    """Whether anything is still to be reported."""
+
+
+class Batching:
+    """Belongs to the running event loop; `on_events` is called there."""
+
+    def __init__(
+        self,
+        native: Native,
+        formats: Formats,
+        *,
+        end_ids: frozenset[int],
+        runs: int,
+        blocks: int,
+        block_tokens: int,
+        on_events: Callable[[Events], None],
+        before_events: Callable[[], None],
+    ) -> None:
+        """`before_events` is called when a step's results are there and nothing of them is reported yet."""
+        self._native, self._formats, self._end_ids = native, formats, end_ids
+        self._slots, self._blocks, self._block_tokens = runs, blocks, block_tokens
+        self._blocks_max = blocks
+        self._on_events, self._before_events = on_events, before_events
+        self._waiting: OrderedDict[int, Run] = OrderedDict()
+        self._live: dict[int, _Live] = {}
+        self._changed: deque[int] = deque()
+        self._rung = False
+        self._bell = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def __len__(self) -> int:
+        """Runs that TurboMind has."""
+        return len(self._live)
+
+    def submit(self, run: Run) -> None:
+        self._waiting[run.run_id] = run
+        self._bell.set()
+
+    def cancel(self, run_id: int) -> None:
+        self._waiting.pop(run_id, None)
+        live = self._live.get(run_id)
+        if live is not None and live.wanted:
+            live.wanted = False
+            live.handle.cancel()
+        self._bell.set()
+
+    def cancel_all(self) -> None:
+        for run_id in (*self._waiting, *self._live):
+            self.cancel(run_id)
+
+    async def feed(self) -> None:
+        """Hand over what waits, for ever."""
+        while True:
+            await self._bell.wait()
+            self._bell.clear()
+            while self._waiting and self._slots:
+                run = next(iter(self._waiting.values()))
+                blocks = needed(len(run.token_ids) + run.parameters.max_new_tokens, self._block_tokens)
+                if self._blocks < blocks <= self._blocks_max:
+                    break
+                await self._hand_over(run, blocks)
+
+    async def _hand_over(self, run: Run, blocks: int) -> None:
+        """The head of the queue; it may be cancelled at every pause."""
+        try:
+            if blocks > self._blocks_max:
+                raise EngineFailed(f"it needs {blocks} blocks of the KV cache, which has {self._blocks_max}")
+            request = request_of(run.parameters, run.seed, stream=run.stream, end_ids=self._end_ids)
+            grammar: object = None
+            if run.parameters.HasField("response_format"):
+                grammar = await self._formats.ready(run.parameters.response_format)
+            alone = len(run.token_ids) == 1
+            if alone:
+                await self._settled()
+            if run.run_id in self._waiting:
+                self._start(run, request, grammar, blocks)
+            if alone:
+                await self._settled()
+        except Exception as error:  # noqa: BLE001  # whatever is wrong with one run ends that run
+            if not isinstance(error, OstinatoError | ValueError):
+                _log.exception("a run cannot be started")
+            if self._waiting.pop(run.run_id, None) is not None:
+                self._on_events([_failed(run, error)])
+
+    def _start(self, run: Run, request: Request, grammar: object, blocks: int) -> None:
+        handle = self._native.start(run.run_id, run.token_ids, request, grammar, partial(self._ring, run.run_id))
+        del self._waiting[run.run_id]
+        self._live[run.run_id] = _Live(run, handle, blocks, seen=len(run.token_ids))
+        self._slots -= 1
+        self._blocks -= blocks
+        self._on_events([engine_pb2.RunEvent(run_id=run.run_id, started=engine_pb2.Started())])
+
+    async def _settled(self) -> None:
+        """Until no prompt waits for its step."""
+        while not all(live.handle.scheduled for live in self._live.values()):
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _ring(self, run_id: int) -> None:
+        """From TurboMind's thread."""
+        self._changed.append(run_id)
+        if not self._rung:
+            self._rung = True
+            with suppress(RuntimeError):  # the loop is closed: nobody is left to listen
+                self._loop.call_soon_threadsafe(self._collect)
+
+    def _collect(self) -> None:
+        """Take what has changed."""
+        self._rung = False  # first: who rings from here on is heard again
+        events: Events = []
+        while self._changed:
+            live = self._live.get(self._changed.popleft())
+            if live is None:
+                continue
+            try:
+                self._advance(live, events)
+            except Exception as error:  # noqa: BLE001  # likewise
+                self._give_up(live, error, events)
+        self._before_events()
+        if events:
+            self._on_events(events)
+        self._bell.set()
+
+    def _advance(self, live: _Live, events: Events) -> None:
+        """New tokens of one run, and its end."""
+        progress = live.handle.poll()
+        if progress is None:
+            return
+        ended = progress.status != Status.RUNNING
+        if ended:
+            self._leave(live)
+        if not live.wanted:
+            return
+        run = live.run
+        if progress.status in (Status.RUNNING, Status.FINISHED):
+            self._accept(live, progress.length)
+            if run.stream and (news := run.answer.take()) is not None:
+                events.append(engine_pb2.RunEvent(run_id=run.run_id, tokens=news))
+        if run.answer.complete:
+            live.wanted = False
+            events.append(engine_pb2.RunEvent(run_id=run.run_id, finished=engine_pb2.Finished(output=_output(run))))
+            if not ended:
+                live.handle.cancel()
+        elif ended:
+            live.wanted = False
+            events.append(_failed(run, EngineFailed(why(progress.status))))
+
+    def _accept(self, live: _Live, length: int) -> None:
+        """Give the answer its tokens, up to its end: TurboMind may have gone further."""
+        run, handle, answer, parameters = live.run, live.handle, live.run.answer, live.run.parameters
+        wants = parameters.HasField("logprobs")
+        for index, token_id in enumerate(handle.ids(live.seen, length), start=live.seen - len(run.token_ids)):
+            found = token_logprobs(token_id, *handle.logprobs(index), parameters.logprobs) if wants else None
+            if wants and found is None:
+                raise EngineFailed(f"TurboMind gives no logprob for the token {token_id} that it chose")
+            if answer.accept(token_id, found):
+                break
+        live.seen = length
+
+    def _give_up(self, live: _Live, error: Exception, events: Events) -> None:
+        if not isinstance(error, OstinatoError):
+            _log.error("a run went wrong", exc_info=error)
+        if live.wanted:
+            live.wanted = False
+            events.append(_failed(live.run, error))
+        live.handle.cancel()
+
+    def _leave(self, live: _Live) -> None:
+        del self._live[live.run.run_id]
+        self._slots += 1
+        self._blocks += live.blocks
+
+
+def _output(run: Run) -> types_pb2.Output:
+    return run.answer.output(
+        seed=run.seed,
+        engine_seed=run.seed,
+        prompt_tokens=len(run.token_ids),
+        logprob_kind=types_pb2.LOGPROB_KIND_PROCESSED,
+    )
+
+
+def _failed(run: Run, error: Exception) -> engine_pb2.RunEvent:
+    known = error if isinstance(error, OstinatoError) else EngineFailed(str(error) or type(error).__name__)
+    return engine_pb2.RunEvent(run_id=run.run_id, failed=to_status(known))

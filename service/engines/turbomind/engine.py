@@ -1,0 +1,170 @@
+"""The turbomind engine's face towards the service. Everything happens on the event loop, except where it says otherwise."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ostinato.v1 import engine_pb2, types_pb2
+
+from service.engines.base import Events, Run
+from service.engines.turbomind.batching import Batching
+from service.engines.turbomind.exactness import Exactness
+from service.engines.turbomind.formats import Formats
+from service.engines.turbomind.metering import samples
+from service.engines.turbomind.native import Native
+from service.engines.turbomind.options import BLOCK_TOKENS, TOP_K_MAX, TurbomindOptions
+from service.engines.turbomind.vocabulary import HuggingFaceVocabulary
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+WATCH_SECONDS = 5.0
+STALL_SECONDS = 90.0
+"""Without a step, while there is work: as long as LMDeploy's own server waits."""
+END_SECONDS = 10.0
+"""For the runs that are told to stop; and then as long for TurboMind's threads."""
+_log = logging.getLogger(__name__)
+
+OnGrade = Callable[[types_pb2.Grade.ValueType, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What an engine is made of."""
+
+    native: Native
+    vocabulary: HuggingFaceVocabulary
+    exactness: Exactness
+    blocks: int
+    """Of the KV cache."""
+    fields: Mapping[str, str]
+
+
+class TurbomindEngine:
+    """A `service.engines.base.Engine`."""
+
+    name = "turbomind"
+    logprob_kind = types_pb2.LOGPROB_KIND_PROCESSED
+    top_k_max = TOP_K_MAX
+
+    def __init__(self, options: TurbomindOptions, loaded: Loaded) -> None:
+        self._options, self._loaded = options, loaded
+        self.vocabulary = loaded.vocabulary
+        words = loaded.vocabulary
+        self._formats = Formats(lambda: loaded.native.grammar_compiler(words.pieces, words.end_ids))
+        self._batching: Batching | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._exact = self.ceiling[0] == types_pb2.GRADE_EXACT
+        """As far as the overrides' own count goes."""
+        self._closed = False
+
+    @property
+    def model_name(self) -> str:
+        return self._loaded.exactness.model.name
+
+    @property
+    def context_tokens(self) -> int:
+        return self._options.context_tokens
+
+    @property
+    def chat(self) -> bool:
+        return self.vocabulary.chat
+
+    @property
+    def capacity(self) -> engine_pb2.Capacity:
+        return engine_pb2.Capacity(runs=self._options.runs, kv_blocks=self._loaded.blocks, block_tokens=BLOCK_TOKENS)
+
+    @property
+    def fields(self) -> Mapping[str, str]:
+        return self._loaded.fields
+
+    @property
+    def ceiling(self) -> tuple[types_pb2.Grade.ValueType, str]:
+        return self._loaded.exactness.ceiling
+
+    def check_format(self, response_format: types_pb2.ResponseFormat) -> None:
+        """Any thread; waits for xgrammar."""
+        self._formats.check(response_format)
+
+    def start(
+        self,
+        on_events: Callable[[Events], None],
+        on_grade: OnGrade,
+        on_broken: Callable[[str], None] | None = None,
+    ) -> None:
+        """`on_grade` is called if a product was served by whatever cuBLAS chose, `on_broken` if TurboMind stands still."""
+        assert self._batching is None, "an engine is started once"
+        self._batching = batching = Batching(
+            self._loaded.native,
+            self._formats,
+            end_ids=self.vocabulary.end_ids,
+            runs=self._options.runs,
+            blocks=self._loaded.blocks,
+            block_tokens=BLOCK_TOKENS,
+            on_events=on_events,
+            before_events=lambda: self._look(on_grade),
+        )
+        self._tasks = [asyncio.create_task(batching.feed()), asyncio.create_task(self._watch(batching, on_broken))]
+
+    def submit(self, run: Run) -> None:
+        assert self._batching is not None, "an engine is started before it is given work"
+        self._batching.submit(run)
+
+    def cancel(self, run_id: int) -> None:
+        if self._batching is not None:
+            self._batching.cancel(run_id)
+
+    async def close(self) -> None:
+        """Waits for TurboMind, but not for ever."""
+        self._closed = True
+        if self._batching is not None:
+            self._batching.cancel_all()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._emptied(self._batching), END_SECONDS)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._formats.close()
+        ended = threading.Event()
+        threading.Thread(target=self._free, args=(ended,), name="turbomind-close", daemon=True).start()
+        if not await asyncio.get_running_loop().run_in_executor(None, ended.wait, END_SECONDS):
+            _log.warning("TurboMind does not end; the process ends without it")
+
+    def collect(self) -> Iterable[Metric]:
+        """For a Prometheus registry. Any thread."""
+        return () if self._closed else samples(self._loaded.exactness.overrides, self._loaded.native.load())
+
+    def _look(self, on_grade: OnGrade) -> None:
+        """Before any result of a step is reported: was it computed as it should be?"""
+        overrides = self._loaded.exactness.overrides
+        if self._exact and overrides is not None and overrides.uncovered:
+            self._exact = False
+            on_grade(types_pb2.GRADE_BEST_EFFORT, "a product had to be served by an algorithm that is not permitted")
+
+    async def _watch(self, batching: Batching, on_broken: Callable[[str], None] | None) -> None:
+        tick, still = -1, 0.0
+        while still < STALL_SECONDS:
+            await asyncio.sleep(WATCH_SECONDS)
+            now = self._loaded.native.load().tick
+            still = still + WATCH_SECONDS if len(batching) and now == tick else 0.0
+            tick = now
+        why = f"TurboMind has work and has made no step for {STALL_SECONDS:g} s"
+        _log.error("engine stalled", extra={"why": why})
+        if on_broken is not None:
+            on_broken(why)
+
+    async def _emptied(self, batching: Batching) -> None:
+        while len(batching):
+            await asyncio.sleep(0.01)
+
+    def _free(self, ended: threading.Event) -> None:
+        try:
+            self._loaded.native.close()
+        finally:
+            ended.set()

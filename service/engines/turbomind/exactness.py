@@ -1,0 +1,158 @@
+"""Whether this configuration can be exact: what it takes is put in place here, and what is missing is said."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ostinato.v1 import types_pb2
+
+from service.engines.turbomind import calibrate, host
+from service.engines.turbomind.model import Model
+from service.engines.turbomind.options import TurbomindOptions
+from service.engines.turbomind.overrides import NAMES, Mode, NoOverrides, Overrides, build
+from service.engines.turbomind.overrides import digest as overrides_digest
+from service.engines.turbomind.plans import Manifest
+
+NO_SPLITS = "max_splits=1"
+"""For TurboMind's own kernels, which serve quantised weights: none of them cuts K."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Exactness:
+    """One per process: what is loaded stays."""
+
+    options: TurbomindOptions
+    model: Model
+    overrides: Overrides | None = None
+    manifest: Manifest | None = None
+    cublas: str = "unknown"
+    why_not: str = ""
+    """The first thing that is missing."""
+    _kept: Manifest | None = None
+    _environment: Mapping[str, str] | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.options.state_dir / "turbomind"
+
+    def load(self) -> None:
+        """Before torch is imported."""
+        if not self.options.exact:
+            self.why_not = "exact mode is off"
+            return
+        try:
+            self.overrides = Overrides(build(self.folder))
+        except NoOverrides as error:
+            self._miss(f"the overrides are missing: {error}")
+            return
+        self.overrides.configure(host.turbomind_library(), self.options.splits)
+        self.overrides.mode(Mode.LEARN)
+
+    def prepare(self, gpu: host.Gpu, version: str) -> None:
+        """Behind TurboMind's library, before the model."""
+        if self.overrides is None:
+            self.cublas = host.mapped("libcublas")
+            return
+        try:
+            number, library = self.overrides.open()
+        except NoOverrides as error:
+            self._miss(str(error))
+            self.overrides = None
+            return
+        self.cublas = f"{Path(library).name} {number}"
+        calibrate.lend_workspace(self.overrides)
+        options = self.options
+        self._environment = {
+            "lmdeploy": version, "cublas": self.cublas, "gpu": gpu.name, "capability": gpu.capability, "driver": gpu.driver,
+            "config": self.model.config_digest, "dtype": options.dtype, "model_format": options.model_format or "",
+            "tp": str(options.tp), "runs": str(options.runs), "prefill_tokens": str(options.prefill_tokens),
+            "overrides": overrides_digest(),
+        }  # fmt: skip
+        os.environ["TM_GEMM_TUNE"] = NO_SPLITS
+        self._kept = calibrate.find(self._path("plans", "json"), self._environment)
+        if not self._quantised:
+            return
+        table = self._path("kernels", "bin")
+        if self._kept is not None and self._kept.table == _sha256(table):
+            os.environ["TM_GEMM_IMPORT"] = str(table)  # or timing would choose again, and perhaps otherwise
+        else:
+            self._kept = None
+            table.unlink(missing_ok=True)
+            os.environ["TM_GEMM_EXPORT"] = str(table)
+
+    def prove(self) -> None:
+        """Behind the model's first run, before its second: measure, or take a kept manifest's word."""
+        overrides, options, environment = self.overrides, self.options, self._environment
+        if overrides is None or environment is None:
+            return
+        calls = overrides.counters.calls
+        unreached = [name for name in NAMES if not calls[name]]
+        if unreached:
+            self._miss(f"TurboMind does not reach the override {unreached[0]}")
+        shapes = overrides.shapes()
+        try:
+            if self._kept is not None and self._kept.fits(environment, shapes):
+                self.manifest = self._kept
+            else:
+                most = options.prefill_tokens + options.runs if "TM_GEMM_IMPORT" in os.environ else options.runs
+                permits = calibrate.measure(overrides, {shape: max(most, rows) for shape, rows in shapes.items()})
+                table = _sha256(self._path("kernels", "bin")) if self._quantised else ""
+                self.manifest = Manifest(environment, permits, table)
+                calibrate.keep(self._path("plans", "json"), self.manifest)
+            if bare := shapes.keys() - self.manifest.permits.keys():
+                self._miss(f"nothing rounds alike in the product {min(bare).m}x{min(bare).k}")
+            if uncovered := calibrate.install(overrides, self.manifest, options.runs):
+                self._miss(uncovered)
+        except NoOverrides as error:
+            self._miss(str(error))
+        overrides.mode(Mode.SERVE)
+
+    @property
+    def ceiling(self) -> tuple[types_pb2.Grade.ValueType, str]:
+        """The best grade that can be earned, and why."""
+        if self.options.tp > 1:
+            return types_pb2.GRADE_BEST_EFFORT, "several GPUs add up in an order of their own: tp is more than 1"
+        if self.options.runs == 1:
+            return types_pb2.GRADE_SERIAL, "there is one slot: runs are computed one at a time"
+        if self.model.experts:
+            return types_pb2.GRADE_BEST_EFFORT, "a mixture of experts is not proved to be exact"
+        if self.why_not:
+            return types_pb2.GRADE_BEST_EFFORT, self.why_not
+        return types_pb2.GRADE_EXACT, "attention splits, sampling kernel and product algorithms do not depend on the batch"
+
+    @property
+    def fields(self) -> Mapping[str, str]:
+        """Of the fingerprint."""
+        loaded = self.overrides
+        omitted = ",".join(sorted(loaded.omitted)) if loaded is not None else ""
+        own = "chosen by timing at start " + secrets.token_hex(8) if self._quantised else "its own"
+        return {
+            "overrides": "none" if loaded is None else overrides_digest() + (f" without {omitted}" if omitted else ""),
+            "kernel_plan": own if self.manifest is None else self.manifest.digest,
+            "attention_splits": "its own" if loaded is None else str(self.options.splits),
+            "cublas": self.cublas,
+        }
+
+    @property
+    def _quantised(self) -> bool:
+        return self.model.quantisation != "none" or self.options.model_format not in (None, "hf")
+
+    def _path(self, name: str, suffix: str) -> Path:
+        lines = [f"{key}={value}\n" for key, value in sorted((self._environment or {}).items())]
+        return (self.folder / f"{name}-{hashlib.sha256(''.join(lines).encode()).hexdigest()[:16]}.{suffix}").absolute()
+
+    def _miss(self, why: str) -> None:
+        self.why_not = self.why_not or why
+        _log.warning("not exact", extra={"why": why})
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, or "" where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""

@@ -1,0 +1,92 @@
+"""From options to an engine, in the one order that works: overrides, torch, TurboMind's library, the model, its first run, the
+proof of its products."""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from service.engines.base import EngineUnusable
+from service.engines.turbomind import host, memory, model
+from service.engines.turbomind.engine import Loaded, TurbomindEngine
+from service.engines.turbomind.exactness import Exactness
+from service.engines.turbomind.native import Native, bring_in
+from service.engines.turbomind.options import BLOCK_TOKENS, TurbomindOptions
+from service.engines.turbomind.overrides import TOP_K_BUCKET
+from service.engines.turbomind.probing import probe
+from service.engines.turbomind.request import RULES
+from service.engines.turbomind.vocabulary import HuggingFaceVocabulary
+
+_log = logging.getLogger(__name__)
+
+
+def load(options: TurbomindOptions) -> TurbomindEngine:
+    """Raises EngineUnusable."""
+    version = host.lmdeploy_version()
+    described = model.read(options.model)
+    if options.context_tokens > described.context_tokens_max:
+        most = described.context_tokens_max
+        raise EngineUnusable(f"context_tokens must be at most {most} for {described.name}, is {options.context_tokens}")
+    exactness = Exactness(options, described)
+    exactness.load()
+    gpu = host.gpu(options.tp)
+    with ThreadPoolExecutor(1) as aside:
+        weights = aside.submit(model.weights_digest, described.path)
+        vocabulary = HuggingFaceVocabulary(described)
+        bring_in()
+        exactness.prepare(gpu, version)
+        began = time.monotonic()
+        native = Native(options, described)
+        _log.info("model loaded", extra={"dtype": native.dtype, "seconds": round(time.monotonic() - began, 3)})
+        try:
+            share = probe(native, options.context_tokens)
+            exactness.prove()
+            blocks = _blocks(options, described, share)
+            digest = weights.result()
+        except EngineUnusable:
+            native.close()
+            raise
+        fields = {
+            **exactness.fields,
+            "engine": TurbomindEngine.name,
+            "engine_version": f"lmdeploy {version}",
+            "model": described.name,
+            "weights": digest,
+            "tokenizer": model.tokenizer_digest(described.path),
+            "template": vocabulary.template_digest,
+            "dtype": native.dtype,
+            "quantisation": options.model_format or described.quantisation,
+            "tp": str(options.tp),
+            "device": gpu.name,
+            "capability": gpu.capability,
+            "driver": gpu.driver,
+            "top_k_bucket": str(TOP_K_BUCKET) if exactness.overrides is not None else "its own",
+            "kv_bits": str(options.kv_bits),
+            "context_tokens": str(options.context_tokens),
+            "prefill_tokens": str(options.prefill_tokens),
+            "block_tokens": str(BLOCK_TOKENS),
+            "runs": str(options.runs),
+            "exact": "on" if options.exact else "off",
+            "request_rules": RULES,
+        }
+    return TurbomindEngine(options, Loaded(native, vocabulary, exactness, blocks, fields))
+
+
+def _blocks(options: TurbomindOptions, described: model.Model, share: float) -> int:
+    """Of the KV cache, which can be promised. Raises EngineUnusable for too few."""
+    size = memory.block_bytes(
+        layers=described.layers,
+        kv_heads=-(-described.kv_heads // options.tp),
+        head_dim=described.head_dim,
+        block_tokens=BLOCK_TOKENS,
+        kv_bits=options.kv_bits,
+    )
+    found = memory.blocks(share=share, size=size, runs=options.runs)
+    _log.info("KV cache", extra={"blocks": found, "block_bytes": size, "block_share": share})
+    if found < memory.needed(options.context_tokens, BLOCK_TOKENS):
+        raise EngineUnusable(
+            f"the KV cache has room for {found * BLOCK_TOKENS} tokens, not for one run of {options.context_tokens}:"
+            " raise cache_fraction or lower context_tokens"
+        )
+    return found

@@ -1,0 +1,211 @@
+"""LMDeploy's TurboMind, loaded; a run of it; and what it says of itself. The only file that touches LMDeploy.
+
+Not its AsyncEngine, nor the generator of its instances: those strip the stop token, detokenise every token a second time, build
+dicts of logprobs one number at a time, rewrite parameters and set seeds by themselves, and cost one task and a wake-up for each
+token of each run. What they stand on is small: a request goes in, a callback says that its state has changed, and its tokens
+stand in a buffer.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from service.engines.base import EngineUnusable
+from service.engines.turbomind.host import module
+from service.engines.turbomind.model import Model
+from service.engines.turbomind.options import BLOCK_TOKENS, TurbomindOptions
+from service.engines.turbomind.request import Request
+
+
+class Status(IntEnum):
+    """Of a run: `Request` in TurboMind's src/turbomind/engine/request.h."""
+
+    RUNNING = 0
+    INVALID = 1
+    CONFLICT = 2
+    FAILED = 5
+    TOO_LONG = 6
+    FINISHED = 7
+    CANCELLED = 8
+    INCONSISTENT = 9
+    NO_QUEUE = 10
+    OUT_OF_MEMORY = 11
+
+
+_WHY = {
+    Status.INVALID: "TurboMind finds the run malformed",
+    Status.CONFLICT: "TurboMind has another run of this number",
+    Status.FAILED: "TurboMind made a mistake inside",
+    Status.TOO_LONG: "TurboMind finds the prompt longer than its context",
+    Status.FINISHED: "TurboMind ended the run before the answer was complete",
+    Status.CANCELLED: "TurboMind cancelled the run by itself",
+    Status.INCONSISTENT: "TurboMind finds the run inconsistent with its cache",
+    Status.NO_QUEUE: "TurboMind takes no runs any more",
+    Status.OUT_OF_MEMORY: "TurboMind has no room for the run in its KV cache",
+}
+
+
+def why(status: int) -> str:
+    """What a status says to those who did not want it."""
+    return next((text for known, text in _WHY.items() if known == status), f"TurboMind ended the run with status {status}")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A run's state: its status, and how many tokens there are, prompt included."""
+
+    status: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Of the scheduler, now."""
+
+    tick: int
+    """Steps so far."""
+    usage: float
+    """Part of the KV cache's region that is in use."""
+
+
+def bring_in() -> None:
+    """Import LMDeploy and load TurboMind's library, and with it cuBLAS. Raises EngineUnusable.
+
+    On import LMDeploy silences everybody else's log and writes its own to stdout: both are undone.
+    """
+    os.environ.setdefault("TM_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    levels = {handler: handler.level for handler in logging.getLogger().handlers}
+    module("lmdeploy")
+    turbomind = module("lmdeploy.turbomind")
+    for handler, level in levels.items():
+        handler.setLevel(level)
+    own = logging.getLogger("lmdeploy")
+    own.handlers.clear()
+    own.propagate = True
+    own.setLevel(logging.WARNING)
+    if not turbomind.is_available():
+        raise EngineUnusable(f"TurboMind's library cannot be loaded: {turbomind._import_error}")
+
+
+class Handle:
+    """One run inside TurboMind. Not thread-safe."""
+
+    def __init__(self, instance: Any, outputs: Any, state: Any, metrics: Any) -> None:
+        torch = module("torch")
+        self._instance, self._state, self._metrics = instance, state, metrics
+        self._arrays = {name: torch.from_dlpack(tensor).numpy() for name, tensor in outputs.items()}
+
+    def poll(self) -> Progress | None:
+        """The newest state, once; None: nothing is new."""
+        state = self._state.consume()
+        return None if state is None else Progress(state.status, state.seq_len)
+
+    def ids(self, first: int, last: int) -> list[int]:
+        """Tokens `first` to `last`, the last left out, counted from the prompt's first."""
+        found: list[int] = self._arrays["output_ids"][first:last].tolist()
+        return found
+
+    def logprobs(self, index: int) -> tuple[Any, Any]:
+        """Ids and logprobs (numpy, int32 and float32) of the tokens that were left to choose from at answer token `index`, at
+        most 1024, likeliest first; the chosen one is among them."""
+        kept = int(self._arrays["logprob_nums"][index])
+        return self._arrays["logprob_indexes"][index, :kept], self._arrays["logprob_vals"][index, :kept]
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether it has been in a step."""
+        return bool(self._metrics.scheduled_time)
+
+    def cancel(self) -> None:
+        """Takes effect at the next step, which is then reported as CANCELLED; without effect on a run that has ended."""
+        self._instance.cancel()
+
+
+class Native:
+    """A loaded model. Takes from seconds to minutes to make."""
+
+    def __init__(self, options: TurbomindOptions, model: Model) -> None:
+        """Behind `bring_in`. Raises EngineUnusable."""
+        from lmdeploy import TurbomindEngineConfig, turbomind
+
+        self._tm: Any = turbomind._tm
+        config = TurbomindEngineConfig(
+            dtype=options.dtype,
+            model_format=options.model_format,
+            tp=options.tp,
+            session_len=options.session_tokens,
+            max_batch_size=options.runs,
+            cache_max_entry_count=options.cache_fraction,
+            cache_block_seq_len=BLOCK_TOKENS,
+            enable_prefix_caching=False,
+            quant_policy=0 if options.kv_bits == 16 else options.kv_bits,
+            max_prefill_token_num=options.prefill_tokens,
+            enable_metrics=True,
+        )
+        try:
+            self._engine: Any = turbomind.TurboMind.from_pretrained(str(model.path), engine_config=config)
+        except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
+            raise EngineUnusable(f"TurboMind cannot load {model.path}: {type(error).__name__}: {error}") from error
+        self.dtype: str = self._engine.engine_config.dtype
+        self.vocabulary_size: int = self._engine._vocab_size
+
+    def start(
+        self, run_id: int, token_ids: Sequence[int], request: Request, grammar: object, on_change: Callable[[], None]
+    ) -> Handle:
+        """Hand a run over; runs begin in order of these calls. `on_change` is called in a thread of TurboMind's, with the GIL,
+        when there is something new to poll, and never after the end."""
+        torch, tm = module("torch"), self._tm
+        instance = self._engine.model_comm.create_request()
+        if grammar is not None:
+            instance.set_grammar(grammar)
+        inputs = tm.TensorMap()
+        inputs["input_ids"] = tm.from_dlpack(torch.tensor(token_ids, dtype=torch.int32))
+        session = tm.SessionParam(id=run_id, step=0)
+        return Handle(
+            instance, *instance.forward(inputs, None, session, self._config(request), request.each_step, True, on_change)
+        )
+
+    def load(self) -> Load:
+        """Cheap; any thread."""
+        now = self._engine.model_comm.get_schedule_metrics(0)
+        return Load(now.scheduler_tick, now.cache_usage)
+
+    def grammar_compiler(self, pieces: Sequence[bytes], end_ids: Iterable[int]) -> Any:
+        """TurboMind's own xgrammar, told each token's bytes and the tokens that may end an answer. LMDeploy's compiler reads the
+        vocabulary by itself and guesses how it is written: wrongly where a tokenizer was converted."""
+        from lmdeploy.turbomind.tokenizer_info import TokenizerInfo, VocabType
+
+        info = TokenizerInfo(list(pieces), VocabType.RAW, vocab_size=len(pieces), stop_token_ids=sorted(end_ids))
+        return self._tm.GrammarCompiler(info)
+
+    def close(self) -> None:
+        """Waits for TurboMind's threads, which go with the last reference to it. Nothing may be called afterwards."""
+        self._engine.close()
+        del self._engine
+        gc.collect()
+
+    def _config(self, request: Request) -> Any:
+        made = self._tm.GenerationConfig()
+        for name in (
+            "max_new_tokens", "min_new_tokens", "top_k", "top_p", "min_p", "temperature", "repetition_penalty", "random_seed",
+            "output_logprobs",
+        ):  # fmt: skip
+            setattr(made, name, getattr(request, name))
+        made.eos_ids = list(request.eos_ids)
+        if request.stop_ids:
+            made.stop_ids = _words(request.stop_ids)
+        if request.bad_ids:
+            made.bad_ids = _words(request.bad_ids)
+        return made
+
+
+def _words(token_ids: Sequence[int]) -> list[list[int]]:
+    """Words of one token each, as TurboMind wants them: all tokens, and where each word ends."""
+    return [list(token_ids), list(range(1, len(token_ids) + 1))]

@@ -1,0 +1,81 @@
+"""How to run a model on GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from service.engines.base import EngineUnusable
+
+BLOCK_TOKENS = 64
+"""Of one block of the KV cache; TurboMind's default, and what its kernels are built for."""
+TOP_K_MAX = 1024
+"""Above this TurboMind ends the process."""
+PREFILL_TOKENS_MIN = 8192
+"""TurboMind's own default for the prompt tokens of one step."""
+SPLIT_WORKSPACE = 4096
+"""Partial results of a decode's attention: splits times runs may not exceed them."""
+SHORT_CONTEXT = 4096
+"""Up to this a split of the attention costs more than it brings."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurbomindOptions:
+    """The defaults can be EXACT."""
+
+    model: Path | None = None
+    """A folder in Hugging Face's layout: config.json, safetensors, tokenizer."""
+    state_dir: Path = Path(".run/service")
+    """Where what is compiled and measured once is kept."""
+    context_tokens: int = 4096
+    """Prompt and answer of one run together, at most what the model was trained for."""
+    runs: int = 256
+    """At once."""
+    dtype: Literal["auto", "float16", "bfloat16"] = "auto"
+    model_format: Literal["hf", "awq", "gptq", "compressed-tensors", "fp8", "mxfp4"] | None = None
+    """None: as config.json says."""
+    tp: int = 1
+    """GPUs that share the model; more than one cannot be exact."""
+    cache_fraction: float = 0.8
+    """Of the memory that is free once the weights are loaded, for the KV cache."""
+    kv_bits: Literal[4, 8, 16] = 16
+    """Of one number in the KV cache."""
+    attention_splits: int = 0
+    """Into how many parts a decode's attention is cut; 0: as suits the context."""
+    exact: bool = True
+    """Off: TurboMind as it comes, to compare with."""
+
+    def __post_init__(self) -> None:
+        """Raises EngineUnusable for what TurboMind would refuse less kindly, or not notice."""
+        for name, bad, wanted in (
+            ("context_tokens", self.context_tokens < 2, "at least 2"),
+            ("runs", self.runs < 1, "at least 1"),
+            ("tp", self.tp < 1, "at least 1"),
+            ("cache_fraction", not 0 < self.cache_fraction < 1, "above 0 and below 1"),
+            ("attention_splits", self.attention_splits not in range(129), "0 to 128"),
+        ):
+            if bad:
+                raise EngineUnusable(f"{name} must be {wanted}, is {getattr(self, name)}")
+        if self.splits * self.runs > SPLIT_WORKSPACE:
+            raise EngineUnusable(
+                f"attention_splits ({self.splits}) times runs ({self.runs}) is more than TurboMind has room for,"
+                f" {SPLIT_WORKSPACE}: lower one of them"
+            )
+
+    @property
+    def splits(self) -> int:
+        """The attention's constant number of parts."""
+        chosen = 1 if self.context_tokens <= SHORT_CONTEXT else 8
+        return self.attention_splits or min(chosen, max(1, SPLIT_WORKSPACE // self.runs))
+
+    @property
+    def session_tokens(self) -> int:
+        """TurboMind's session_len. It is also how many tokens of prompts a step may hold, unless it is as small as a batch."""
+        return max(self.context_tokens, self.runs + 1)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens of one step. Not below session_tokens, or a prompt would be cut where its company leaves off; and of a
+        rest of one token another kernel takes care."""
+        return max(PREFILL_TOKENS_MIN, self.session_tokens)

@@ -1,0 +1,210 @@
+/* What makes TurboMind's answers independent of their company: three functions that it calls through its PLT, replaced.
+
+   GetSplitCount         into how many parts a decode's attention is cut: a constant, not a function of the batch
+   invokeTopKSortFilter  which kernel sorts: always that of the largest top_k
+   cublasGemmEx          dense products: cublasLt, with algorithms that were found to round alike for every number of tokens
+
+   Load it with RTLD_GLOBAL before anything that brings cuBLAS (torch does) and before TurboMind. cublasGemmEx carries the
+   version "libcublas.so.12" (overrides.py links it so), hence no reference to another cuBLAS comes here. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <link.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cublaslt.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define GET_SPLIT_COUNT "_ZN9turbomind13GetSplitCountEiiiiiff"
+#define TOP_K_SORT "_ZN9turbomind20invokeTopKSortFilterIfEEvRNS_20TopKSortFilterParamsEP11CUstream_st"
+#define TOP_K_OFFSET 40 /* of int32 max_top_k in TopKSortFilterParams, behind five pointers */
+#define IDS 16          /* permitted algorithms of one shape */
+#define SHAPES 64
+#define BUCKETS 65536
+
+enum { STOCK, LEARN, SERVE };           /* what becomes of a product */
+enum { SPLIT, TOP_K, GEMM, OVERRIDES }; /* places in the counters */
+enum { NOT_SUPPORTED = 15 };            /* cublasStatus_t */
+
+typedef struct { Shape shape; int32_t n_max, permitted, ids[IDS]; } Entry;
+typedef struct Plan { Shape shape; int32_t n, covered; Problem problem; Algo algo; struct Plan *next; } Plan;
+
+EXPORT _Atomic uint64_t ost_calls[OVERRIDES], ost_plans, ost_uncovered;
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static _Atomic int mode;
+static char turbomind_path[4096];
+static int splits, top_k, entry_count;
+static Entry entries[SHAPES];
+static Plan *table[BUCKETS];
+
+/* ---- the originals ---- */
+
+static void *original(const char *library, const char *name, void *mine) {
+  void *there = *library ? dlopen(library, RTLD_NOLOAD | RTLD_LAZY) : NULL;
+  void *found = there ? dlsym(there, name) : NULL; /* without a library this would find mine, and call it for ever */
+  return found == mine ? NULL : found;
+}
+
+static struct { void *known; uintptr_t first, last; } code;
+
+static int note_code(struct dl_phdr_info *info, size_t size, void *unused) {
+  (void)size, (void)unused;
+  for (int i = 0; i < info->dlpi_phnum; i++) {
+    uintptr_t first = info->dlpi_addr + info->dlpi_phdr[i].p_vaddr, last = first + info->dlpi_phdr[i].p_memsz;
+    if (info->dlpi_phdr[i].p_type == PT_LOAD && first <= (uintptr_t)code.known && (uintptr_t)code.known < last)
+      return code.first = first, code.last = last, 1;
+  }
+  return 0;
+}
+
+/* Others that use the same cuBLAS (torch, on a CUDA 12 host) get what they asked for, and count for nothing. */
+static int from_turbomind(void *caller) {
+  pthread_mutex_lock(&lock);
+  if (!code.known && (code.known = original(turbomind_path, GET_SPLIT_COUNT, NULL))) dl_iterate_phdr(note_code, NULL);
+  int inside = (uintptr_t)caller >= code.first && (uintptr_t)caller < code.last;
+  pthread_mutex_unlock(&lock);
+  return inside;
+}
+
+/* ---- shapes and plans, under the lock ---- */
+
+static Entry *entry_of(const Shape *shape, int add) {
+  for (int i = 0; i < entry_count; i++)
+    if (!memcmp(&entries[i].shape, shape, sizeof *shape)) return &entries[i];
+  if (!add || entry_count == SHAPES) return NULL;
+  entries[entry_count] = (Entry){.shape = *shape};
+  return &entries[entry_count++];
+}
+
+static Plan *plan_of(const Shape *shape, int n) {
+  uint32_t hash = 2166136261u ^ (uint32_t)n;
+  for (size_t i = 0; i < sizeof *shape / 4; i++) hash = (hash ^ ((const uint32_t *)shape)[i]) * 16777619u;
+  Plan **bucket = &table[(hash ^ hash >> 16) % BUCKETS];
+  for (Plan *p = *bucket; p; p = p->next)
+    if (p->n == n && !memcmp(&p->shape, shape, sizeof *shape)) return p;
+  Plan *plan = calloc(1, sizeof *plan);
+  if (!plan) abort();
+  *plan = (Plan){.shape = *shape, .n = n, .next = *bucket};
+  Entry *entry = entry_of(shape, 0);
+  Result results[RESULTS];
+  Candidate c;
+  int count = entry && entry->permitted && open_lt() && describe(shape, n, &plan->problem) ? ask(&plan->problem, results) : 0;
+  for (int i = 0; i < count && !plan->covered; i++)
+    for (int j = 0; whole(&results[i], &c) && j < entry->permitted && !plan->covered; j++)
+      if (entry->ids[j] == c.id) plan->algo = results[i].algo, plan->covered = 1;
+  ost_plans++;
+  return *bucket = plan;
+}
+
+/* ---- what TurboMind calls ---- */
+
+EXPORT int split_count(int max, int grid, int active, int processors, int waves, float alpha, float beta) __asm__(GET_SPLIT_COUNT);
+EXPORT int split_count(int max, int grid, int active, int processors, int waves, float alpha, float beta) {
+  int (*stock)(int, int, int, int, int, float, float);
+  ost_calls[SPLIT]++;
+  if (splits) return max <= 1 ? 1 : splits; /* at most 1: a prompt, or every context fits one tile */
+  *(void **)&stock = original(turbomind_path, GET_SPLIT_COUNT, (void *)split_count);
+  return stock ? stock(max, grid, active, processors, waves, alpha, beta) : 1;
+}
+
+EXPORT void top_k_sort(char *params, void *stream) __asm__(TOP_K_SORT);
+EXPORT void top_k_sort(char *params, void *stream) {
+  static void (*stock)(char *, void *);
+  if (!stock) *(void **)&stock = original(turbomind_path, TOP_K_SORT, (void *)top_k_sort);
+  if (!stock) abort(); /* tokens drawn from what is not sorted would be wrong ones */
+  int32_t *max_top_k = (int32_t *)(params + TOP_K_OFFSET);
+  if (*max_top_k < top_k) *max_top_k = top_k;
+  ost_calls[TOP_K]++;
+  stock(params, stream);
+}
+
+EXPORT int cublasGemmEx(void *handle, int transa, int transb, int m, int n, int k, Const alpha, Const a, int a_type, int lda,
+                        Const b, int b_type, int ldb, Const beta, void *c, int c_type, int ldc, int compute, int algo) {
+  static int (*stock)(void *, int, int, int, int, int, Const, Const, int, int, Const, int, int, Const, void *, int, int, int, int);
+  if (!stock) *(void **)&stock = original("libcublas.so.12", "cublasGemmEx", (void *)cublasGemmEx);
+  int now = from_turbomind(__builtin_return_address(0)) ? mode : STOCK;
+  if (now != STOCK) {
+    Shape shape = {transa, transb, m, k, a_type, b_type, c_type, lda, ldb, ldc, compute};
+    void *stream;
+    pthread_mutex_lock(&lock);
+    Entry *entry = entry_of(&shape, now == LEARN);
+    if (entry && entry->n_max < n) entry->n_max = n;
+    Plan *plan = now == SERVE ? plan_of(&shape, n) : NULL;
+    pthread_mutex_unlock(&lock);
+    ost_calls[GEMM]++;
+    if (plan && plan->covered && !lt.stream(handle, &stream) && !run(&plan->problem, &plan->algo, alpha, a, b, beta, c, stream))
+      return 0;
+    if (now == SERVE) ost_uncovered++;
+  }
+  if (!stock) return NOT_SUPPORTED;
+  return stock(handle, transa, transb, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, compute, algo);
+}
+
+/* ---- what the service calls, one thread at a time ---- */
+
+/* Of the declarations in overrides.py. */
+EXPORT int ost_abi(void) { return 1; }
+
+/* Before TurboMind is loaded. `split` and `bucket` of 0 leave the stock behaviour; calls are counted all the same. */
+EXPORT void ost_configure(const char *path, int split, int bucket) {
+  strncpy(turbomind_path, path, sizeof turbomind_path - 1);
+  splits = split, top_k = bucket;
+}
+
+EXPORT void ost_mode(int value) { mode = value; }
+
+/* Device memory that products may use. It must outlive them. */
+EXPORT void ost_workspace(void *memory, size_t bytes) { workspace = memory, workspace_bytes = bytes; }
+
+/* The version of the cublasLt that serves on the current device and where it lies; 0: there is none. */
+EXPORT size_t ost_open(const char **path) {
+  Dl_info where;
+  if (!open_lt()) return 0;
+  *path = dladdr(*(void **)&lt.matmul, &where) ? where.dli_fname : "";
+  return lt.version();
+}
+
+/* The shapes that were called in LEARN; returns their number. */
+EXPORT int ost_shapes(Entry *out, int most) {
+  pthread_mutex_lock(&lock);
+  int count = entry_count < most ? entry_count : most;
+  memcpy(out, entries, (size_t)count * sizeof *out);
+  pthread_mutex_unlock(&lock);
+  return count;
+}
+
+/* Run candidate `index` of this product with alpha 1 and beta 0. 0: it ran; 1: it cannot run; -1: there is none. */
+EXPORT int ost_try(const Shape *shape, int n, int index, Const a, Const b, void *c, void *stream, Candidate *out) {
+  static Shape last;
+  static int last_n, count;
+  static Problem problem;
+  static Result results[RESULTS];
+  const float one = 1, zero = 0;
+  if (memcmp(&last, shape, sizeof last) || last_n != n) {
+    last = *shape, last_n = n;
+    count = open_lt() && describe(shape, n, &problem) ? ask(&problem, results) : 0;
+  }
+  if (index >= count) return -1;
+  return !whole(&results[index], out) || run(&problem, &results[index].algo, &one, a, b, &zero, c, stream);
+}
+
+/* Serve this shape with these algorithms. 0: there is no room for it. */
+EXPORT int ost_permit(const Shape *shape, const int32_t *ids, int count) {
+  pthread_mutex_lock(&lock);
+  Entry *entry = count <= IDS ? entry_of(shape, 1) : NULL;
+  if (entry) memcpy(entry->ids, ids, (size_t)count * sizeof *ids), entry->permitted = count;
+  pthread_mutex_unlock(&lock);
+  return entry != NULL;
+}
+
+/* Make the plan for n tokens now. 1: it is covered. */
+EXPORT int ost_cover(const Shape *shape, int n) {
+  pthread_mutex_lock(&lock);
+  int covered = plan_of(shape, n)->covered;
+  pthread_mutex_unlock(&lock);
+  return covered;
+}

@@ -1,0 +1,196 @@
+"""The overrides: compiled on this machine, loaded before all else, told what to do and asked what they did.
+
+overrides.c says what is overridden and why. Nothing of it needs a GPU until products are served.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from ctypes import POINTER, c_char_p, c_int, c_int32, c_size_t, c_uint64, c_void_p
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from service.engines.turbomind.plans import PERMITTED_MAX, Shape
+
+ABI = 1
+SOURCES = ("overrides.c", "cublaslt.h")
+LINKED_AS = "libcublas.so.12 { global: cublasGemmEx; };\n"
+"""The version script: only references to this version of cublasGemmEx are to find ours."""
+FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden")
+COMPILERS = ("cc", "gcc", "clang")
+NAMES = ("split_count", "top_k", "gemm")
+SHAPES_MAX = 64
+TOP_K_BUCKET = 1024
+"""The largest: so every top_k that TurboMind takes is sorted by the same kernel."""
+OMIT = "OSTINATO_TURBOMIND_OMIT"
+"""Environment: overrides to leave out, comma separated. A self-test that does not notice would be worth nothing."""
+_HERE = Path(__file__).parent
+
+
+class Mode(IntEnum):
+    """What becomes of a product: cuBLAS's own choice; that, and its shape is noted; only what is permitted."""
+
+    STOCK = 0
+    LEARN = 1
+    SERVE = 2
+
+
+class NoOverrides(Exception):
+    """They cannot be had here; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Since the process began."""
+
+    calls: Mapping[str, int]
+    """By override, see NAMES."""
+    plans: int
+    uncovered: int
+    """Products that nothing permitted could serve, and cuBLAS served as it liked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What cublasLt proposes for a product."""
+
+    algorithm: int
+    runs: bool
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(each.name, c_int32) for each in fields(Shape)]
+
+
+class _Entry(ctypes.Structure):
+    _fields_ = [("shape", _Shape), ("n_max", c_int32), ("permitted", c_int32), ("ids", c_int32 * PERMITTED_MAX)]
+
+
+class _Candidate(ctypes.Structure):
+    _fields_ = [(name, c_int32) for name in ("id", "tile", "split_k", "scheme")]
+
+
+_EXPORTS: Mapping[str, tuple[Any, ...]] = {
+    "ost_abi": (c_int,),
+    "ost_configure": (None, c_char_p, c_int, c_int),
+    "ost_mode": (None, c_int),
+    "ost_workspace": (None, c_void_p, c_size_t),
+    "ost_open": (c_size_t, POINTER(c_char_p)),
+    "ost_shapes": (c_int, POINTER(_Entry), c_int),
+    "ost_try": (c_int, POINTER(_Shape), c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, POINTER(_Candidate)),
+    "ost_permit": (c_int, POINTER(_Shape), POINTER(c_int32), c_int),
+    "ost_cover": (c_int, POINTER(_Shape), c_int),
+}
+
+
+def digest() -> str:
+    """SHA-256 of what the overrides are made from."""
+    parts = [(_HERE / name).read_bytes() for name in SOURCES] + [LINKED_AS.encode(), " ".join(FLAGS).encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def build(folder: Path) -> Path:
+    """The shared library in this folder, compiled if it is not there yet. Raises NoOverrides."""
+    path = (folder / f"overrides-{digest()[:16]}.so").absolute()
+    if path.exists():
+        return path
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise NoOverrides(f"there is no C compiler ({', '.join(COMPILERS)})")
+    draft, script = path.with_suffix(f".{os.getpid()}"), path.with_suffix(".map")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        script.write_text(LINKED_AS)
+        command = [compiler, *FLAGS, f"-Wl,--version-script={script}", "-o", str(draft), str(_HERE / SOURCES[0]), "-ldl"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode:
+            raise NoOverrides(f"{compiler} cannot compile them: {done.stderr.strip()[-500:]}")
+        draft.replace(path)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoOverrides(f"they cannot be compiled: {error}") from error
+    return path
+
+
+class Overrides:
+    """The loaded library. Calibration belongs to one thread; the counters may be read from any."""
+
+    def __init__(self, path: Path) -> None:
+        """Must come before torch and TurboMind are loaded, or they have found cuBLAS already. Raises NoOverrides."""
+        self.path = path
+        self.omitted = frozenset(filter(None, os.environ.get(OMIT, "").split(",")))
+        try:
+            self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+            for name, (result, *arguments) in _EXPORTS.items():
+                function = getattr(self._library, name)
+                function.restype, function.argtypes = result, arguments
+        except (OSError, AttributeError) as error:
+            raise NoOverrides(f"{path} cannot be loaded: {error}") from error
+        if (found := self._library.ost_abi()) != ABI:
+            raise NoOverrides(f"{path} is version {found}, not {ABI}")
+        self._calls = (c_uint64 * len(NAMES)).in_dll(self._library, "ost_calls")
+        self._plans = c_uint64.in_dll(self._library, "ost_plans")
+        self._uncovered = c_uint64.in_dll(self._library, "ost_uncovered")
+        self._workspace: object = None
+
+    def configure(self, turbomind: Path, splits: int) -> None:
+        """Before TurboMind's library, at this path, is loaded."""
+        splits = 0 if "split_count" in self.omitted else splits
+        bucket = 0 if "top_k" in self.omitted else TOP_K_BUCKET
+        self._library.ost_configure(os.fsencode(turbomind), splits, bucket)
+
+    def mode(self, mode: Mode) -> None:
+        self._library.ost_mode(Mode.STOCK if mode is Mode.SERVE and "gemm" in self.omitted else mode)
+
+    def open(self) -> tuple[int, str]:
+        """Version and path of the cublasLt that serves on the current device. Raises NoOverrides."""
+        path = c_char_p()
+        version = self._library.ost_open(ctypes.byref(path))
+        if not version:
+            raise NoOverrides("no cublasLt can be opened")
+        return int(version), os.fsdecode(path.value or b"")
+
+    def lend(self, workspace: object, pointer: int, size: int) -> None:
+        """Device memory for products, at `pointer`; `workspace` is kept, so that it stays."""
+        self._workspace = workspace
+        self._library.ost_workspace(pointer, size)
+
+    def shapes(self) -> Mapping[Shape, int]:
+        """Those noted so far, and the most tokens that each was called with."""
+        entries = (_Entry * SHAPES_MAX)()
+        count = self._library.ost_shapes(entries, SHAPES_MAX)
+        return {Shape(*(getattr(e.shape, each.name) for each in fields(Shape))): e.n_max for e in entries[:count]}
+
+    def attempt(self, shape: Shape, n: int, rank: int, a: int, b: int, c: int, stream: int) -> Candidate | None:
+        """Queue candidate `rank` of a product on a stream; the rest are device pointers. None: there is no such candidate."""
+        made = _Candidate()
+        status = self._library.ost_try(_native(shape), n, rank, a, b, c, stream, ctypes.byref(made))
+        return None if status < 0 else Candidate(made.id, status == 0)
+
+    def permit(self, shape: Shape, algorithms: Sequence[int]) -> None:
+        """Raises NoOverrides if there are too many shapes or algorithms."""
+        if not self._library.ost_permit(_native(shape), (c_int32 * len(algorithms))(*algorithms), len(algorithms)):
+            raise NoOverrides("the model has more kinds of products than there is room for")
+
+    def covers(self, shape: Shape, n: int) -> bool:
+        """Whether a permitted algorithm can serve n tokens; decides now which one does."""
+        return bool(self._library.ost_cover(_native(shape), n))
+
+    @property
+    def counters(self) -> Counters:
+        return Counters(dict(zip(NAMES, self._calls, strict=True)), self._plans.value, self._uncovered.value)
+
+    @property
+    def uncovered(self) -> int:
+        """As in `counters`; cheap enough for every step."""
+        return self._uncovered.value
+
+
+def _native(shape: Shape) -> _Shape:
+    return _Shape(*(getattr(shape, each.name) for each in fields(Shape)))

@@ -1,0 +1,161 @@
+"""Which algorithms of cublasLt may serve: those that give a row the same bits whatever stands beside it. Pure.
+
+A product is one weight, m outputs by k inputs, times n tokens; n changes at every step. For a grid of n every algorithm that
+cublasLt offers is tried with the same rows, repeated. Algorithms that agree on every row at every n are one class; the class
+that can serve the most n is permitted, and no other ever runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from typing import Any
+
+PERIOD = 4
+"""Rows of a trial that differ; the others repeat them."""
+ALL_BELOW = 9
+PERMITTED_MAX = 16
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shape:
+    """A kind of product, as TurboMind hands it to cublasGemmEx; the numbers are cuBLAS's own."""
+
+    transa: int
+    transb: int
+    m: int
+    k: int
+    a_type: int
+    b_type: int
+    c_type: int
+    lda: int
+    ldb: int
+    ldc: int
+    compute: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One algorithm, tried with n tokens."""
+
+    n: int
+    rank: int
+    """Its place in cublasLt's answer for this n; 0 is the fastest, as cublasLt believes."""
+    algorithm: int
+    alike: bool
+    """Whether equal rows came out equal."""
+    rows: tuple[str, ...]
+    """A digest for each row that differs, the first min(n, PERIOD)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What may serve a shape."""
+
+    permitted: tuple[int, ...]
+    missing: tuple[int, ...]
+    """Numbers of tokens, of those tried, that nothing permitted can serve."""
+
+
+def grid(n_max: int) -> list[int]:
+    """Numbers of tokens to try: all small ones, and those around the powers of two and between them, where kernels change."""
+    found = set(range(1, ALL_BELOW)) | {n_max}
+    step = 8
+    while step <= n_max:
+        found |= {step - 1, step, step + 1, step + step // 2, step + step // 2 + 1}
+        step *= 2
+    return sorted(n for n in found if 1 <= n <= n_max)
+
+
+def choose(trials: Sequence[Trial]) -> Choice:
+    """The class that serves the most numbers of tokens; of equals, the one that cublasLt ranks higher."""
+    classes: list[tuple[dict[int, str], set[int]]] = []
+    for algorithm in dict.fromkeys(trial.algorithm for trial in sorted(trials, key=lambda trial: (trial.rank, -trial.n))):
+        voice = _voice([trial for trial in trials if trial.algorithm == algorithm])
+        if voice is None:
+            continue
+        for known, members in classes:
+            if all(known.get(row, digest) == digest for row, digest in voice.items()):
+                known.update(voice)
+                members.add(algorithm)
+                break
+        else:
+            classes.append((dict(voice), {algorithm}))
+    wanted = {trial.n for trial in trials}
+    if not classes:
+        return Choice((), tuple(sorted(wanted)))
+    served = [_served(members, trials) for _, members in classes]
+    best = max(range(len(classes)), key=lambda i: (len(served[i]), -sum(served[i].values())))
+    permitted = tuple(sorted(classes[best][1]))[:PERMITTED_MAX]
+    return Choice(permitted, tuple(sorted(wanted - set(_served(set(permitted), trials)))))
+
+
+def _voice(trials: Iterable[Trial]) -> Mapping[int, str] | None:
+    """One algorithm's digest of each row; None if it has more than one."""
+    voice: dict[int, str] = {}
+    for trial in trials:
+        if not trial.alike or any(voice.setdefault(row, digest) != digest for row, digest in enumerate(trial.rows)):
+            return None
+    return voice
+
+
+def _served(members: set[int], trials: Iterable[Trial]) -> Mapping[int, int]:
+    """By number of tokens, the best rank among these algorithms."""
+    best: dict[int, int] = {}
+    for trial in trials:
+        if trial.algorithm in members:
+            best[trial.n] = min(trial.rank, best.get(trial.n, trial.rank))
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """What serves a shape."""
+
+    algorithms: tuple[int, ...]
+    rows: int
+    """Up to how many tokens it was tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What was measured, kept for the next start of the same thing on the same machine."""
+
+    environment: Mapping[str, str]
+    """Everything it was measured under; another value of anything makes it worthless."""
+    permits: Mapping[Shape, Permit]
+    table: str = ""
+    """SHA-256 of TurboMind's own choice of kernels, where it has quantised ones."""
+
+    def fits(self, environment: Mapping[str, str], shapes: Iterable[Shape] = ()) -> bool:
+        """Whether it may be used here, and knows all that is needed."""
+        return dict(self.environment) == dict(environment) and self.permits.keys() >= set(shapes)
+
+    @property
+    def digest(self) -> str:
+        """Of the kernels alone: equal ones round alike."""
+        body = json.dumps([sorted([astuple(shape), permit.algorithms] for shape, permit in self.permits.items()), self.table])
+        return hashlib.sha256(body.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        permits = [{"shape": asdict(shape), **asdict(self.permits[shape])} for shape in sorted(self.permits)]
+        body = {"environment": dict(self.environment), "permits": permits, "table": self.table, "digest": self.digest}
+        return json.dumps(body, indent=1) + "\n"
+
+
+def from_json(text: str) -> Manifest:
+    """Raises ValueError for a text that is no manifest, or was changed."""
+    try:
+        body: Any = json.loads(text)
+        permits = {
+            Shape(**each["shape"]): Permit(tuple(map(int, each["algorithms"])), int(each["rows"])) for each in body["permits"]
+        }
+        manifest = Manifest(dict(body["environment"]), permits, str(body["table"]))
+        digest = body["digest"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"lacks something: {error}") from error
+    if digest != manifest.digest:
+        raise ValueError("does not have the digest that is written in it")
+    return manifest

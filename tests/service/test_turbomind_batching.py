@@ -1,0 +1,368 @@
+"""The runs of the turbomind engine, with somebody else in TurboMind's place."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from ostinato.errors import EngineFailed, InvalidRequest, OstinatoError, from_status
+from ostinato.v1 import engine_pb2, types_pb2
+
+from service.answer import Answer
+from service.engines.base import Run
+from service.engines.scripted.vocabulary import END, ByteVocabulary
+from service.engines.turbomind.batching import Batching
+from service.engines.turbomind.formats import Formats
+from service.engines.turbomind.native import Native, Progress, Status
+from service.engines.turbomind.request import Request
+
+VOCABULARY = ByteVocabulary()
+
+
+@dataclass
+class Handle:
+    """A run, as TurboMind would hold it; the test makes its tokens."""
+
+    tokens: list[int]
+    request: Request
+    grammar: object
+    on_change: Callable[[], None]
+    news: Progress | None = None
+    scheduled: bool = True
+    cancelled: bool = False
+    rows: list[dict[int, float]] = field(default_factory=list)
+
+    def make(self, text: str | Sequence[int], status: int = Status.RUNNING) -> None:
+        """Report as TurboMind does: a newer state replaces one that nobody took, and only the first rings."""
+        self.tokens += text.encode() if isinstance(text, str) else text
+        waits, self.news = self.news is not None, Progress(status, len(self.tokens))
+        if not waits:
+            self.on_change()
+
+    def poll(self) -> Progress | None:
+        news, self.news = self.news, None
+        return news
+
+    def ids(self, first: int, last: int) -> list[int]:
+        return self.tokens[first:last]
+
+    def logprobs(self, index: int) -> tuple[Any, Any]:
+        row = self.rows[index]
+        return np.array([*row], np.int32), np.array([*row.values()], np.float32)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+@dataclass
+class Stage:
+    """A batching, and what it said and did."""
+
+    batching: Batching
+    handles: dict[int, Handle]
+    """Of runs that were handed over, in that order."""
+    events: list[engine_pb2.RunEvent]
+
+    async def rest(self) -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    def of(self, run_id: int, kind: str) -> list[engine_pb2.RunEvent]:
+        return [event for event in self.events if event.run_id == run_id and event.WhichOneof("event") == kind]
+
+    def output(self, run_id: int) -> types_pb2.Output:
+        (event,) = self.of(run_id, "finished")
+        return event.finished.output
+
+    def failure(self, run_id: int) -> OstinatoError:
+        (event,) = self.of(run_id, "failed")
+        return from_status(event.failed)
+
+
+@asynccontextmanager
+async def staged(
+    *, runs: int = 4, blocks: int = 100, compile_format: Callable[[str], object] = str, scheduled: bool = True
+) -> AsyncIterator[Stage]:
+    handles: dict[int, Handle] = {}
+
+    class FakeNative:
+        def start(
+            self, run_id: int, ids: Sequence[int], request: Request, grammar: object, change: Callable[[], None]
+        ) -> Handle:
+            handles[run_id] = Handle(list(ids), request, grammar, change, scheduled=scheduled)
+            return handles[run_id]
+
+    class Compiler:
+        compile_json_schema = compile_regex = staticmethod(compile_format)
+
+    events: list[engine_pb2.RunEvent] = []
+    formats = Formats(Compiler)
+    batching = Batching(
+        cast(Native, FakeNative()),
+        formats,
+        end_ids=VOCABULARY.end_ids,
+        runs=runs,
+        blocks=blocks,
+        block_tokens=4,
+        on_events=events.extend,
+        before_events=lambda: None,
+    )
+    feeding = asyncio.create_task(batching.feed())
+    yield Stage(batching, handles, events)
+    feeding.cancel()
+    await asyncio.gather(feeding, return_exceptions=True)
+    formats.close()
+
+
+def run_of(run_id: int, *, prompt: bytes = b"ab", stream: bool = False, seed: int = 5, **changes: Any) -> Run:
+    given = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0, "max_new_tokens": 8}
+    parameters = types_pb2.ResolvedParameters(**(given | changes))
+    answer = Answer(parameters, VOCABULARY)
+    return Run(run_id, run_id, 1, engine_pb2.PURPOSE_PRIMARY, tuple(prompt), parameters, seed, stream, answer)
+
+
+async def test_runs_enter_in_order_as_slots_become_free() -> None:
+    """A slot is free when TurboMind has reported the end, and not before."""
+    async with staged(runs=2) as stage:
+        for run_id in (3, 1, 2):
+            stage.batching.submit(run_of(run_id))
+        await stage.rest()
+        before = [*stage.handles]
+        stage.handles[1].make("x" * 8, Status.FINISHED)
+        await stage.rest()
+
+    assert (before, [*stage.handles]) == ([3, 1], [3, 1, 2])
+    assert [event.run_id for event in stage.events if event.HasField("started")] == [3, 1, 2]
+
+
+async def test_the_head_waits_for_room_and_nothing_overtakes_it() -> None:
+    """Room is counted in blocks for the longest answer; a small run behind a large one waits with it."""
+    async with staged(blocks=5) as stage:
+        stage.batching.submit(run_of(1))  # 2 + 8 tokens: 3 blocks of 4
+        stage.batching.submit(run_of(2, prompt=b"abcdef"))  # 4 blocks
+        stage.batching.submit(run_of(3, max_new_tokens=1))  # 1 block
+        await stage.rest()
+        before = [*stage.handles]
+        stage.handles[1].make("x" * 8, Status.FINISHED)
+        await stage.rest()
+
+    assert (before, [*stage.handles]) == ([1], [1, 2, 3])
+
+
+async def test_a_run_that_can_never_fit_fails_and_lets_others_pass() -> None:
+    """It would wait for ever."""
+    async with staged(blocks=2) as stage:
+        stage.batching.submit(run_of(1))
+        stage.batching.submit(run_of(2, max_new_tokens=4))
+        await stage.rest()
+
+    assert "3 blocks of the KV cache, which has 2" in stage.failure(1).message
+    assert [*stage.handles] == [2]
+
+
+async def test_a_run_that_nobody_streams_is_reported_once_with_every_token() -> None:
+    """The stop token included, which TurboMind ends the run with by itself."""
+    async with staged() as stage:
+        stage.batching.submit(run_of(1))
+        await stage.rest()
+        stage.handles[1].make([*b"hey", END], Status.FINISHED)
+        await stage.rest()
+
+    output = stage.output(1)
+    assert (output.text, [*output.token_ids]) == ("hey", [*b"hey", END])
+    assert (output.finish_reason, output.prompt_tokens) == (types_pb2.FINISH_REASON_END_OF_SEQUENCE, 2)
+    assert (output.seed, output.engine_seed, output.logprob_kind) == (5, 5, types_pb2.LOGPROB_KIND_PROCESSED)
+    assert (stage.handles[1].request.each_step, stage.of(1, "tokens")) == (False, [])
+
+
+async def test_a_streamed_runs_tokens_come_as_they_are_made() -> None:
+    """Several reports that were not taken in time are one."""
+    async with staged() as stage:
+        stage.batching.submit(run_of(1, stream=True))
+        await stage.rest()
+        stage.handles[1].make("a")
+        await stage.rest()
+        stage.handles[1].make("b")
+        stage.handles[1].make("c")
+        await stage.rest()
+        stage.handles[1].make("defgh", Status.FINISHED)
+        await stage.rest()
+
+    assert [event.tokens.text for event in stage.of(1, "tokens")] == ["a", "bc", "defgh"]
+    assert stage.output(1).finish_reason == types_pb2.FINISH_REASON_LENGTH
+
+
+async def test_an_answer_that_ends_here_stops_turbomind() -> None:
+    """A stop string is ours to find; tokens beyond it are nobody's, and the slot stays taken until TurboMind has let go."""
+    async with staged(runs=1) as stage:
+        stage.batching.submit(run_of(1, stop=["!"]))
+        stage.batching.submit(run_of(2))
+        await stage.rest()
+        stage.handles[1].make("ab!cd")
+        await stage.rest()
+        handed_over, cancelled = [*stage.handles], stage.handles[1].cancelled
+        stage.handles[1].make("e", Status.CANCELLED)
+        await stage.rest()
+
+    assert (stage.output(1).text, stage.output(1).matched_stop) == ("ab", "!")
+    assert [*stage.output(1).token_ids] == [*b"ab!"]
+    assert (handed_over, cancelled, [*stage.handles]) == ([1], True, [1, 2])
+
+
+async def test_least_tokens_are_kept_even_if_turbomind_makes_an_end_before() -> None:
+    """It cannot ban every end; so it is never told to end such a run."""
+    async with staged() as stage:
+        stage.batching.submit(run_of(1, min_new_tokens=3))
+        await stage.rest()
+        stage.handles[1].make([END, *b"xy", END])
+        await stage.rest()
+
+    assert [*stage.output(1).token_ids] == [END, *b"xy", END]
+    assert (stage.handles[1].request.stop_ids, stage.handles[1].cancelled) == ((), True)
+
+
+async def test_a_cancelled_run_is_silent() -> None:
+    """Waiting, running, and long ended."""
+    async with staged(runs=1) as stage:
+        for run_id in (1, 2, 3):
+            stage.batching.submit(run_of(run_id, stream=True))
+        await stage.rest()
+        for run_id in (2, 1, 1, 99):
+            stage.batching.cancel(run_id)
+        stage.handles[1].make("late")
+        await stage.rest()
+        stage.handles[1].make("later", Status.CANCELLED)
+        await stage.rest()
+
+    assert [event.WhichOneof("event") for event in stage.events if event.run_id == 1] == ["started"]
+    assert ([*stage.handles], stage.handles[1].cancelled) == ([1, 3], True)
+    assert not [event for event in stage.events if event.run_id == 2]
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (Status.OUT_OF_MEMORY, "no room for the run in its KV cache"),
+        (Status.FAILED, "made a mistake inside"),
+        (Status.TOO_LONG, "longer than its context"),
+        (Status.CANCELLED, "by itself"),
+        (Status.FINISHED, "before the answer was complete"),
+        (77, "with status 77"),
+    ],
+)
+async def test_a_bad_end_is_an_engine_failure_with_its_reason(status: int, text: str) -> None:
+    """And frees the slot."""
+    async with staged(runs=1) as stage:
+        stage.batching.submit(run_of(1))
+        stage.batching.submit(run_of(2))
+        await stage.rest()
+        stage.handles[1].make("a", status)
+        await stage.rest()
+
+    assert isinstance(stage.failure(1), EngineFailed)
+    assert text in stage.failure(1).message
+    assert [*stage.handles] == [1, 2]
+
+
+async def test_logprobs_are_those_that_were_drawn_from() -> None:
+    """The chosen token's, and the likeliest, ties by id; what is impossible is left out."""
+    async with staged() as stage:
+        stage.batching.submit(run_of(1, logprobs=2, max_new_tokens=2))
+        await stage.rest()
+        stage.handles[1].rows = [{98: -0.5, 99: -1.0, 97: -1.0, 0: -np.inf}, {97: 0.0}]
+        stage.handles[1].make("ca", Status.FINISHED)
+        await stage.rest()
+
+    first, second = stage.output(1).logprobs
+    assert (first.logprob, [(each.token_id, each.logprob) for each in first.top]) == (-1.0, [(98, -0.5), (97, -1.0)])
+    assert (second.logprob, [(each.token_id, each.logprob) for each in second.top]) == (0.0, [(97, 0.0)])
+
+
+async def test_a_token_without_a_logprob_fails_the_run_alone() -> None:
+    """Nothing is made up; the neighbour goes on."""
+    async with staged() as stage:
+        stage.batching.submit(run_of(1, logprobs=0))
+        stage.batching.submit(run_of(2))
+        await stage.rest()
+        stage.handles[1].rows = [{98: 0.0}]
+        stage.handles[1].make("a")
+        stage.handles[2].make("x" * 8, Status.FINISHED)
+        await stage.rest()
+
+    assert "no logprob for the token 97" in stage.failure(1).message
+    assert (stage.handles[1].cancelled, stage.output(2).text) == (True, "x" * 8)
+
+
+async def test_what_turbomind_would_cut_off_is_refused() -> None:
+    """Under the name of the field that came to too many tokens."""
+    async with staged() as stage:
+        stage.batching.submit(run_of(1, bad_token_ids=range(33)))
+        stage.batching.submit(run_of(2))
+        await stage.rest()
+
+    assert isinstance(stage.failure(1), InvalidRequest)
+    assert [*stage.handles] == [2]
+
+
+async def test_a_grammar_is_compiled_before_its_run_and_holds_its_place() -> None:
+    """Those behind wait, for order is by submission."""
+    async with staged(compile_format=lambda source: f"compiled {source}") as stage:
+        stage.batching.submit(run_of(1, response_format=types_pb2.ResponseFormat(regex="a+")))
+        stage.batching.submit(run_of(2))
+        for _ in range(100):
+            await asyncio.sleep(0.001)
+            if len(stage.handles) == 2:
+                break
+
+    assert [(run_id, handle.grammar) for run_id, handle in stage.handles.items()] == [(1, "compiled a+"), (2, None)]
+
+
+async def test_a_grammar_that_cannot_be_obeyed_fails_its_run() -> None:
+    """TurboMind itself would only warn, and answer as it likes."""
+
+    def refuse(source: str) -> object:
+        raise RuntimeError("no such thing")
+
+    async with staged(compile_format=refuse) as stage:
+        stage.batching.submit(run_of(1, response_format=types_pb2.ResponseFormat(json_schema="{}")))
+        for _ in range(100):
+            await asyncio.sleep(0.001)
+            if stage.of(1, "failed"):
+                break
+
+    assert "cannot be obeyed: no such thing" in stage.failure(1).message
+    assert stage.handles == {}
+
+
+async def test_a_prompt_of_one_token_is_handed_over_when_no_other_prompt_is_under_way() -> None:
+    """Before it and after it; beside a longer one TurboMind would compute it with another kernel."""
+    async with staged(scheduled=False) as stage:
+        stage.batching.submit(run_of(1))
+        stage.batching.submit(run_of(2, prompt=b"a"))
+        stage.batching.submit(run_of(3))
+        seen = []
+        for run_id in (1, 2, 3):
+            await asyncio.sleep(0.01)
+            seen.append([*stage.handles])
+            stage.handles[run_id].scheduled = True
+
+    assert seen == [[1], [1, 2], [1, 2, 3]]
+
+
+async def test_a_one_token_prompt_that_is_cancelled_while_it_waits_is_not_handed_over() -> None:
+    """It may be cancelled at every pause."""
+    async with staged(scheduled=False) as stage:
+        stage.batching.submit(run_of(1))
+        stage.batching.submit(run_of(2, prompt=b"a"))
+        await asyncio.sleep(0.005)
+        stage.batching.cancel(2)
+        stage.handles[1].scheduled = True
+        await asyncio.sleep(0.01)
+
+    assert [*stage.handles] == [1]

@@ -1,0 +1,254 @@
+"""The turbomind engine inside the service, with a TurboMind that is twenty lines long."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from ostinato.serving.metrics import registry
+from ostinato.v1 import engine_pb2, types_pb2
+
+from service.answer import Answer
+from service.engines.base import Run
+from service.engines.scripted.vocabulary import ByteVocabulary
+from service.engines.turbomind import engine as engine_module
+from service.engines.turbomind.engine import Loaded, TurbomindEngine
+from service.engines.turbomind.exactness import Exactness
+from service.engines.turbomind.model import Model
+from service.engines.turbomind.native import Load, Native, Progress, Status
+from service.engines.turbomind.options import TurbomindOptions
+from service.engines.turbomind.overrides import Counters, Overrides
+from service.engines.turbomind.request import Request
+from service.engines.turbomind.vocabulary import HuggingFaceVocabulary
+from service.grade import HeldGrade
+from service.metrics import Metrics
+from service.runs import Runs
+from service.selftest import self_test
+
+MODEL = Model(Path("/models/tiny"), 4096, 262, 2, 2, 16, "none", 0, frozenset({256}), "0" * 64)
+OPTIONS = TurbomindOptions(model=MODEL.path, runs=32)
+
+
+@dataclass
+class FakeOverrides:
+    """Counters, and nothing else."""
+
+    uncovered: int = 0
+    omitted: frozenset[str] = frozenset()
+
+    @property
+    def counters(self) -> Counters:
+        return Counters({"split_count": 4, "top_k": 5, "gemm": 6}, 7, self.uncovered)
+
+
+@dataclass
+class FakeHandle:
+    """Makes a token a step, out of its own prompt, seed and place, and of its company where it is told to."""
+
+    prompt: tuple[int, ...]
+    request: Request
+    on_change: Callable[[], None]
+    made: list[int] = field(default_factory=list)
+    rows: list[float] = field(default_factory=list)
+    ended: bool = False
+    news: Progress | None = None
+    scheduled = True
+
+    def step(self, company: int) -> None:
+        spice = f"{self.prompt}{dataclasses.replace(self.request, each_step=False)}{len(self.made)}{company}"
+        digest = sha256(spice.encode()).digest()
+        self.made.append(digest[0])
+        self.rows.append(-digest[1] / 256)
+        self.ended = len(self.made) == self.request.max_new_tokens
+        if self.ended or self.request.each_step:
+            self.report(Status.FINISHED if self.ended else Status.RUNNING)
+
+    def report(self, status: int) -> None:
+        self.news = Progress(status, len(self.prompt) + len(self.made))
+        self.on_change()
+
+    def poll(self) -> Progress | None:
+        news, self.news = self.news, None
+        return news
+
+    def ids(self, first: int, last: int) -> list[int]:
+        return [*self.prompt, *self.made][first:last]
+
+    def logprobs(self, index: int) -> tuple[Any, Any]:
+        return np.array([self.made[index]], np.int32), np.array([self.rows[index]], np.float32)
+
+    def cancel(self) -> None:
+        if not self.ended:
+            self.ended = True
+            self.report(Status.CANCELLED)
+
+
+@dataclass
+class FakeNative:
+    """One step of all runs whenever the loop is idle."""
+
+    mixes: bool = False
+    """Whether company shows in the tokens."""
+    stuck: bool = False
+    closed: bool = False
+    tick: int = 0
+    handles: list[FakeHandle] = field(default_factory=list)
+
+    def start(
+        self, run_id: int, ids: Sequence[int], request: Request, grammar: object, change: Callable[[], None]
+    ) -> FakeHandle:
+        handle = FakeHandle(tuple(ids), request, change)
+        self.handles.append(handle)
+        if len(self.handles) == 1 and not self.stuck:
+            asyncio.get_running_loop().call_soon(self.step)
+        return handle
+
+    def step(self) -> None:
+        self.tick += 1
+        self.handles = [handle for handle in self.handles if not handle.ended]
+        company = len(self.handles) if self.mixes else 1
+        for handle in self.handles:
+            handle.step(company)
+        if self.handles:
+            asyncio.get_running_loop().call_soon(self.step)
+
+    def load(self) -> Load:
+        return Load(self.tick, 0.25)
+
+    def grammar_compiler(self, pieces: Sequence[bytes], end_ids: Iterable[int]) -> object:
+        raise AssertionError("no grammar is asked for here")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@asynccontextmanager
+async def engine_of(
+    native: FakeNative, overrides: FakeOverrides | None, options: TurbomindOptions = OPTIONS
+) -> AsyncIterator[TurbomindEngine]:
+    exactness = Exactness(options, MODEL, cast(Overrides, overrides))
+    vocabulary = cast(HuggingFaceVocabulary, ByteVocabulary())
+    engine = TurbomindEngine(options, Loaded(cast(Native, native), vocabulary, exactness, 4096, {"engine": "turbomind"}))
+    yield engine
+    await engine.close()
+
+
+async def earned(native: FakeNative, overrides: FakeOverrides | None = None, **options: Any) -> tuple[str, str]:
+    """The grade that the service's self-test gives, and its reason."""
+    async with engine_of(native, overrides, dataclasses.replace(OPTIONS, **options)) as engine:
+        held = HeldGrade()
+        runs = Runs(engine, held, Metrics(registry()))
+        runs.start()
+        finding = await self_test(runs, asyncio.get_running_loop().time, 30)
+        held.earn(finding.grade, finding.reason)
+    return types_pb2.Grade.Name(held.grade).removeprefix("GRADE_"), held.reason
+
+
+async def test_an_engine_whose_runs_keep_to_themselves_is_exact() -> None:
+    """The whole self-test passes, streamed, cancelled and all."""
+    grade, reason = await earned(FakeNative(), FakeOverrides())
+
+    assert (grade, "the same tokens and logprob bits" in reason) == ("EXACT", True)
+
+
+async def test_company_that_shows_is_found() -> None:
+    """Whatever the overrides claim."""
+    grade, reason = await earned(FakeNative(mixes=True), FakeOverrides())
+
+    assert (grade, "together with the other prompts" in reason) == ("BEST_EFFORT", True)
+
+
+async def test_one_uncovered_product_takes_the_grade_before_its_answer_is_reported() -> None:
+    """Also one that happened before or during the self-test."""
+    grade, reason = await earned(FakeNative(), FakeOverrides(uncovered=1))
+
+    assert (grade, reason) == ("BEST_EFFORT", "a product had to be served by an algorithm that is not permitted")
+
+
+@pytest.mark.parametrize(
+    ("options", "grade", "reason"),
+    [
+        ({"exact": False}, "BEST_EFFORT", "exact mode is off"),
+        ({"tp": 2}, "BEST_EFFORT", "several GPUs"),
+        ({"runs": 1}, "SERIAL", "twice, one at a time"),
+    ],
+)
+async def test_what_a_configuration_cannot_be_is_not_tested_for(options: dict[str, Any], grade: str, reason: str) -> None:
+    """The ceiling says why."""
+    native, overrides = FakeNative(), FakeOverrides()
+    async with engine_of(native, overrides, dataclasses.replace(OPTIONS, **options)) as engine:
+        if options.get("exact") is False:
+            engine._loaded.exactness.load()
+        runs = Runs(engine, HeldGrade(), Metrics(registry()))
+        runs.start()
+        finding = await self_test(runs, asyncio.get_running_loop().time, 30)
+
+    assert types_pb2.Grade.Name(finding.grade) == f"GRADE_{grade}"
+    assert reason in finding.reason
+
+
+async def test_a_turbomind_that_stands_still_is_broken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only while it has work; whoever looks after the process starts another."""
+    monkeypatch.setattr(engine_module, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(engine_module, "STALL_SECONDS", 0.05)
+    monkeypatch.setattr(engine_module, "END_SECONDS", 0.05)
+    broken: list[str] = []
+    async with engine_of(FakeNative(stuck=True), None) as engine:
+        engine.start(lambda events: None, lambda grade, reason: None, broken.append)
+        await asyncio.sleep(0.1)
+        idle = [*broken]
+        engine.submit(run_like_those_of_the_self_test())
+        await asyncio.sleep(0.2)
+    assert [record.message for record in caplog.records if record.message == "engine stalled"]
+    caplog.clear()
+
+    assert (idle, len(broken)) == ([], 1)
+    assert "no step" in broken[0]
+
+
+async def test_the_counters_are_metrics() -> None:
+    """By the names that alerts are written for."""
+    own = CollectorRegistry()
+    async with engine_of(FakeNative(tick=3), FakeOverrides(uncovered=2)) as engine:
+        own.register(engine)
+        values = {
+            name: own.get_sample_value(name)
+            for name in ("ostinato_engine_override_uncovered_total", "ostinato_engine_override_plans_total")
+        }
+        calls = own.get_sample_value("ostinato_engine_override_calls_total", {"override": "gemm"})
+
+    assert values == {"ostinato_engine_override_uncovered_total": 2, "ostinato_engine_override_plans_total": 7}
+    assert calls == 6
+
+
+async def test_closing_frees_the_model_and_ends_what_runs() -> None:
+    """Silently."""
+    native = FakeNative()
+    events: list[Any] = []
+    async with engine_of(native, None) as engine:
+        engine.start(events.extend, lambda grade, reason: None)
+        engine.submit(run_like_those_of_the_self_test())
+        await asyncio.sleep(0)
+
+    assert native.closed
+    assert [handle for handle in native.handles if not handle.ended] == []
+    assert not [event for event in events if event.WhichOneof("event") in ("finished", "failed")]
+
+
+def run_like_those_of_the_self_test() -> Run:
+    parameters = types_pb2.ResolvedParameters(
+        temperature=1, top_p=1, repetition_penalty=1, max_new_tokens=1000, ignore_eos=True
+    )
+    return Run(1, 0, 1, engine_pb2.PURPOSE_UNSPECIFIED, (1, 2, 3), parameters, 1, True, Answer(parameters, ByteVocabulary()))

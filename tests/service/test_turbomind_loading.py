@@ -1,0 +1,348 @@
+"""What is said where TurboMind cannot run, and what a model's folder is read as."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from ostinato.v1 import types_pb2
+
+from service.config import Settings
+from service.engines import load
+from service.engines.base import EngineUnusable
+from service.engines.turbomind import TurbomindOptions, calibrate, host, model
+from service.engines.turbomind.exactness import Exactness
+from service.engines.turbomind.overrides import Counters, Mode, NoOverrides, Overrides
+from service.engines.turbomind.plans import Manifest, Permit, Shape
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": 30,
+    "max_position_embeddings": 8192,
+    "vocab_size": 49152,
+    "eos_token_id": 0,
+}
+LAYER = Shape(0, 0, 576, 1536, 14, 14, 14, 576, 1536, 576, 68)
+HEAD = Shape(0, 0, 49152, 576, 14, 14, 14, 49152, 576, 49152, 68)
+GPU = host.Gpu("NVIDIA H100 80GB HBM3", "9.0", "580.159")
+
+
+def folder(tmp_path: Path, config: Mapping[str, Any] = CONFIG, **files: str) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name, text in files.items():
+        (tmp_path / name.replace("_JSON", ".json")).write_text(text)
+    return tmp_path
+
+
+def test_without_lmdeploy_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what to do on a machine without a GPU."""
+    monkeypatch.setattr(host, "lmdeploy_version", _not_installed)
+
+    with pytest.raises(
+        EngineUnusable, match=r"needs lmdeploy: pip install 'ostinato\[turbomind\]'; without a GPU use --engine"
+    ):
+        load(Settings(engine="turbomind", model=folder(tmp_path), state_dir=tmp_path))
+
+
+_real_version = host.lmdeploy_version
+
+
+def _not_installed() -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", _raise_not_found)
+        return _real_version()
+
+
+def _raise_not_found(name: str) -> str:
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [("0.18.0", True), ("0.18.9", True), ("0.17.2", False), ("0.19.0", False), ("0.19.0rc1", False), ("1.0", False)],
+)
+def test_only_versions_that_it_was_proved_with_will_do(version: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one may call other functions."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+
+    if fits:
+        assert host.lmdeploy_version() == version
+    else:
+        with pytest.raises(EngineUnusable, match=rf"lmdeploy>=0\.18,<0\.19, found {version}"):
+            host.lmdeploy_version()
+
+
+def test_a_missing_package_is_named() -> None:
+    """Whichever it is."""
+    with pytest.raises(EngineUnusable, match="engine turbomind needs no_such_package"):
+        host.module("no_such_package")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"runs": 0}, "runs must be at least 1, is 0"),
+        ({"cache_fraction": 1.0}, "cache_fraction must be above 0 and below 1"),
+        ({"attention_splits": 129}, "attention_splits must be 0 to 128"),
+        ({"attention_splits": 32}, r"attention_splits \(32\) times runs \(256\)"),
+    ],
+)
+def test_options_that_turbomind_would_take_badly_are_refused(options: dict[str, Any], text: str) -> None:
+    """Some of them would overrun a buffer."""
+    with pytest.raises(EngineUnusable, match=text):
+        TurbomindOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("context", "runs", "splits", "prefill"),
+    [(4096, 256, 1, 8192), (8192, 256, 8, 8192), (32_768, 256, 8, 32_768), (32_768, 1024, 4, 32_768), (128, 256, 1, 8192)],
+)
+def test_splits_and_prefill_follow_the_context(context: int, runs: int, splits: int, prefill: int) -> None:
+    """A prompt is never cut by its company, and partial results always fit."""
+    options = TurbomindOptions(context_tokens=context, runs=runs)
+
+    assert (options.splits, options.prefill_tokens) == (splits, prefill)
+    assert options.prefill_tokens >= options.session_tokens > runs
+
+
+def test_a_model_is_what_its_config_says(tmp_path: Path) -> None:
+    """Nested in a vision model's as well; ends come from generation_config.json, if there is one."""
+    plain = model.read(folder(tmp_path))
+    nested = model.read(
+        folder(
+            tmp_path,
+            {"text_config": CONFIG, "quantization_config": {"quant_method": "awq"}},
+            generation_config_JSON='{"eos_token_id": [2, 5]}',
+        )
+    )
+
+    assert (plain.layers, plain.kv_heads, plain.head_dim, plain.quantisation, plain.experts) == (30, 3, 64, "none", 0)
+    assert (plain.end_ids, nested.end_ids) == (frozenset({0}), frozenset({2, 5}))
+    assert (nested.quantisation, nested.vocabulary_size) == ("awq", 49152)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ("{", "is not that of a text model"),
+        ('{"vocab_size": 5}', "is not that of a text model"),
+        (None, "name a folder that has config.json"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_named(config: str | None, text: str, tmp_path: Path) -> None:
+    """With what is wrong with it."""
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+
+    with pytest.raises(EngineUnusable, match=text):
+        model.read(tmp_path)
+
+
+def test_a_model_has_to_be_named() -> None:
+    """There is none to fall back on."""
+    with pytest.raises(EngineUnusable, match="needs --model"):
+        model.read(None)
+
+
+def test_digests_follow_contents_and_names(tmp_path: Path) -> None:
+    """Of weights and of the tokenizer, each by itself."""
+    with pytest.raises(EngineUnusable, match="has no weights"):
+        model.weights_digest(tmp_path)
+    (tmp_path / "model-1.safetensors").write_bytes(b"a")
+    one = model.weights_digest(tmp_path)
+    (tmp_path / "model-2.safetensors").write_bytes(b"b")
+    two = model.weights_digest(tmp_path)
+    (tmp_path / "model-2.safetensors").write_bytes(b"c")
+    without = model.tokenizer_digest(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+
+    assert len({one, two, model.weights_digest(tmp_path)}) == 3
+    assert model.tokenizer_digest(tmp_path) != without
+
+
+class FakeOverrides:
+    """As far as exactness asks."""
+
+    def __init__(self, shapes: Mapping[Shape, int], calls: int = 1, uncovered_n: int = 0) -> None:
+        self._shapes, self._uncovered_n = shapes, uncovered_n
+        self.counters = Counters(dict.fromkeys(("split_count", "top_k", "gemm"), calls), 0, 0)
+        self.modes: list[Mode] = []
+        self.permitted: dict[Shape, tuple[int, ...]] = {}
+        self.omitted: frozenset[str] = frozenset()
+
+    def open(self) -> tuple[int, str]:
+        return 130100, "/somewhere/libcublasLt.so.13"
+
+    def shapes(self) -> Mapping[Shape, int]:
+        return self._shapes
+
+    def permit(self, shape: Shape, algorithms: tuple[int, ...]) -> None:
+        self.permitted[shape] = algorithms
+
+    def covers(self, shape: Shape, n: int) -> bool:
+        return n != self._uncovered_n
+
+    def mode(self, mode: Mode) -> None:
+        self.modes.append(mode)
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """These are not set, now and when the test has ended."""
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def proved(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: FakeOverrides,
+    permits: Mapping[Shape, Permit],
+    *,
+    gpu: host.Gpu = GPU,
+    measured: list[Mapping[Shape, int]] | None = None,
+) -> Exactness:
+    """An exactness behind its proof, where measuring gives these permits."""
+
+    def measure(_: object, shapes: Mapping[Shape, int]) -> Mapping[Shape, Permit]:
+        (measured if measured is not None else []).append(shapes)
+        return permits
+
+    monkeypatch.setattr(calibrate, "lend_workspace", lambda _: None)
+    monkeypatch.setattr(calibrate, "measure", measure)
+    without(monkeypatch, "TM_GEMM_TUNE")
+    read = model.read(folder(tmp_path))
+    exactness = Exactness(TurbomindOptions(model=tmp_path, state_dir=tmp_path), read, cast(Overrides, overrides))
+    exactness.prepare(gpu, "0.18.0")
+    exactness.prove()
+    return exactness
+
+
+PERMITS = {LAYER: Permit((66,), 8448), HEAD: Permit((66,), 256)}
+
+
+def test_with_all_in_place_it_may_be_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shape is served, and tried with as many tokens as it can get: a batch at least."""
+    overrides, measured = FakeOverrides({LAYER: 8448, HEAD: 1}), list[Mapping[Shape, int]]()
+    exactness = proved(tmp_path, monkeypatch, overrides, PERMITS, measured=measured)
+
+    assert exactness.ceiling[0] == types_pb2.GRADE_EXACT
+    assert measured == [{LAYER: 8448, HEAD: 256}]
+    assert (overrides.permitted, overrides.modes) == ({LAYER: (66,), HEAD: (66,)}, [Mode.SERVE])
+    assert exactness.fields["kernel_plan"] == Manifest({}, PERMITS).digest
+    assert (exactness.fields["cublas"], exactness.fields["attention_splits"]) == ("libcublasLt.so.13 130100", "1")
+
+
+def test_the_next_start_takes_the_manifests_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same machine; another driver is measured again."""
+    measured: list[Mapping[Shape, int]] = []
+    for gpu in (GPU, GPU, host.Gpu(GPU.name, GPU.capability, "590.1")):
+        exactness = proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448, HEAD: 1}), PERMITS, gpu=gpu, measured=measured)
+        assert exactness.ceiling[0] == types_pb2.GRADE_EXACT
+
+    assert len(measured) == 2
+
+
+def test_a_manifest_that_was_damaged_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a warning."""
+    measured: list[Mapping[Shape, int]] = []
+    proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448}), PERMITS, measured=measured)
+    (kept,) = (tmp_path / "turbomind").glob("plans-*.json")
+    kept.write_text(kept.read_text().replace("66", "99"))
+    proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448}), PERMITS, measured=measured)
+
+    assert len(measured) == 2
+    assert "kernel plans unreadable" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "permits", "why"),
+    [
+        (FakeOverrides({LAYER: 8448}, calls=0), PERMITS, "does not reach the override split_count"),
+        (FakeOverrides({LAYER: 8448, HEAD: 1}), {LAYER: Permit((66,), 8448)}, "nothing rounds alike in the product 49152x576"),
+        (
+            FakeOverrides({LAYER: 8448}, uncovered_n=77),
+            PERMITS,
+            "no algorithm rounds alike for 77 tokens of the product 576x1536",
+        ),
+    ],
+)
+def test_what_is_missing_is_the_ceilings_reason(
+    overrides: FakeOverrides, permits: Mapping[Shape, Permit], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine runs all the same."""
+    exactness = proved(tmp_path, monkeypatch, overrides, permits)
+
+    assert exactness.ceiling[0] == types_pb2.GRADE_BEST_EFFORT
+    assert why in exactness.ceiling[1]
+
+
+def test_without_overrides_the_engine_runs_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says why it is no better."""
+
+    def refuse(_: Path) -> Path:
+        raise NoOverrides("there is no C compiler")
+
+    monkeypatch.setattr("service.engines.turbomind.exactness.build", refuse)
+    exactness = Exactness(TurbomindOptions(model=tmp_path, state_dir=tmp_path), model.read(folder(tmp_path)))
+    exactness.load()
+    exactness.prepare(GPU, "0.18.0")
+    exactness.prove()
+
+    assert exactness.ceiling == (types_pb2.GRADE_BEST_EFFORT, "the overrides are missing: there is no C compiler")
+    assert exactness.fields == {
+        "overrides": "none",
+        "kernel_plan": "its own",
+        "attention_splits": "its own",
+        "cublas": "",
+    }
+
+
+def test_experts_are_not_proved(tmp_path: Path) -> None:
+    """Their products go through other kernels."""
+    exactness = Exactness(TurbomindOptions(model=tmp_path), model.read(folder(tmp_path, CONFIG | {"num_experts": 64})))
+
+    assert exactness.ceiling[0] == types_pb2.GRADE_BEST_EFFORT
+    assert "experts" in exactness.ceiling[1]
+
+
+def test_quantised_kernels_are_pinned_by_the_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TurboMind chooses them by timing: the first choice is exported, and imported from then on while its file is unharmed."""
+    monkeypatch.setattr(calibrate, "lend_workspace", lambda _: None)
+    monkeypatch.setattr(calibrate, "measure", lambda _, shapes: {shape: Permit((66,), 256) for shape in shapes})
+    config = CONFIG | {"quantization_config": {"quant_method": "awq"}}
+    seen = []
+    for damage in (False, False, True):
+        without(monkeypatch, "TM_GEMM_IMPORT", "TM_GEMM_EXPORT", "TM_GEMM_TUNE")
+        if damage:
+            next((tmp_path / "turbomind").glob("kernels-*.bin")).write_bytes(b"other")
+        read = model.read(folder(tmp_path, config))
+        exactness = Exactness(
+            TurbomindOptions(model=tmp_path, state_dir=tmp_path), read, cast(Overrides, FakeOverrides({HEAD: 1}))
+        )
+        exactness.prepare(GPU, "0.18.0")
+        exported, imported = os.environ.get("TM_GEMM_EXPORT"), os.environ.get("TM_GEMM_IMPORT")
+        if exported:
+            Path(exported).parent.mkdir(exist_ok=True)
+            Path(exported).write_bytes(b"table")
+        exactness.prove()
+        assert exactness.manifest is not None
+        seen.append((bool(exported), bool(imported), os.environ["TM_GEMM_TUNE"], exactness.manifest.digest))
+
+    assert [each[:3] for each in seen] == [
+        (True, False, "max_splits=1"),
+        (False, True, "max_splits=1"),
+        (True, False, "max_splits=1"),
+    ]
+    assert len({each[3] for each in seen}) == 1

@@ -1,0 +1,369 @@
+"""The overrides, compiled here and called by stand-ins for TurboMind, cuBLAS and cublasLt, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.engines.turbomind.overrides import NoOverrides, build, digest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+
+TURBOMIND = r"""
+#include <stddef.h>
+int split(int max, int grid, int active, int sms, int waves, float a, float b) __asm__("_ZN9turbomind13GetSplitCountEiiiiiff");
+int split(int max, int grid, int active, int sms, int waves, float a, float b) { return 100 + max; }
+static int seen;
+void top_k(char *p, void *s) __asm__("_ZN9turbomind20invokeTopKSortFilterIfEEvRNS_20TopKSortFilterParamsEP11CUstream_st");
+void top_k(char *p, void *s) { seen = *(int *)(p + 40); }
+int cublasGemmEx(void *, int, int, int, int, int, const void *, const void *, int, int, const void *, int, int, const void *,
+                 void *, int, int, int, int);
+int drive_split(int max) { return split(max, 1, 1, 1, 4, 1, 1); }
+int drive_top_k(int k) { int p[14] = {0}; p[10] = k; top_k((char *)p, NULL); return seen; }
+int drive_gemm(void *handle, int m, int n, int k, const void *a, const void *b, void *c) {
+  float one = 1, zero = 0;
+  return cublasGemmEx(handle, 0, 0, m, n, k, &one, a, 2, m, b, 2, k, &zero, c, 2, m, 68, 99);
+}
+"""
+"""What calls: the two functions of its own that are replaced, and cuBLAS, all through its PLT."""
+
+CUBLAS = r"""
+int cublasGemmEx(void *h, int ta, int tb, int m, int n, int k, const void *al, const void *a, int at, int lda, const void *b,
+                 int bt, int ldb, const void *be, void *c, int ct, int ldc, int comp, int algo) {
+  for (int i = 0; i < m * n; i++) ((unsigned short *)c)[i] = 7777;
+  return 0;
+}
+int cublasCreate_v2(void **h) { *h = h; return 0; }
+#ifdef WHOLE
+int cublasGetStream_v2(void *h, void **s) { *s = h; return 0; }
+#endif
+"""
+"""Its own choice of kernel is 7777. Without WHOLE, a stand-in for version 12 where 13 serves."""
+
+CUBLASLT = r"""
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <stdlib.h>
+typedef struct { uint64_t data[8]; } Algo;
+typedef struct { Algo algo; size_t ws; int state; float waves; int res[4]; } Heur;
+typedef struct { int64_t v[4]; } Thing;
+size_t cublasLtGetVersion(void) { return VERSION; }
+int cublasLtCreate(void **h) { *h = malloc(8); return 0; }
+int cublasLtMatmulDescCreate(void **d, int comp, int scale) { *d = calloc(1, 64); return comp != 68 || scale; }
+int cublasLtMatmulDescSetAttribute(void *d, int what, const void *v, size_t size) { return size != 4 || what < 3 || what > 4; }
+int cublasLtMatrixLayoutCreate(void **l, int type, uint64_t rows, uint64_t cols, int64_t ld) {
+  Thing *t = calloc(1, sizeof *t); t->v[0] = rows; t->v[1] = cols; t->v[2] = ld; *l = t; return type != 2; }
+int cublasLtMatmulPreferenceCreate(void **p) { *p = calloc(1, 16); return 0; }
+int cublasLtMatmulPreferenceSetAttribute(void *p, int what, const void *v, size_t size) {
+  if (what == 3) ((uint64_t *)p)[0] = 1 + *(const uint32_t *)v;
+  if (what == 1) ((uint64_t *)p)[1] = *(const size_t *)v;
+  return 0; }
+int cublasLtMatmulPreferenceDestroy(void *p) { free(p); return 0; }
+/* algorithm ids: 66 and 67 round alike; 16, for one token only, rounds otherwise; 30 rounds by how many tokens there are; 99
+   splits K, against what was asked; 5 runs nowhere */
+int cublasLtMatmulAlgoGetHeuristic(void *h, void *d, Thing *a, Thing *b, Thing *c, void *cc, void *p, int most, Heur *r,
+                                   int *n) {
+  int tokens = (int)b->v[1], count = 0;
+  if (((uint64_t *)p)[0] != 1 || ((uint64_t *)p)[1] == 0) return 1;
+  const int all[] = {tokens == 1 ? 16 : -1, 99, 30, 5, tokens % 2 ? 66 : 67, 66};
+  for (int i = 0; i < 6 && count < most; i++) {
+    if (all[i] < 0 || (tokens == 13 && all[i] > 60 && all[i] < 70)) continue; /* nothing that rounds alike for 13 tokens */
+    memset(&r[count], 0, sizeof *r);
+    r[count].algo.data[0] = all[i]; r[count].algo.data[1] = all[i] == 99 ? 3 : 1; r[count].state = all[i] == 5 ? 15 : 0;
+    count++; }
+  *n = count; return 0; }
+int cublasLtMatmulAlgoConfigGetAttribute(const Algo *a, int what, void *v, size_t size, size_t *written) {
+  *(uint32_t *)v = what == 0 ? a->data[0] : what == 2 ? a->data[1] : 0; *written = 4; return 0; }
+void *last_stream, *last_workspace; size_t last_bytes; int fail;
+int cublasLtMatmul(void *h, void *d, const void *al, const void *a, Thing *at, const void *b, Thing *bt, const void *be,
+                   const void *c, Thing *ct, void *out, Thing *ot, const Algo *algo, void *ws, size_t bytes, void *stream) {
+  if (fail) return 15;
+  int odd = algo->data[0] == 66 || algo->data[0] == 67 ? 0 : (int)(algo->data[0] + ct->v[1]);
+  for (int j = 0; j < ct->v[1]; j++) for (int i = 0; i < ct->v[0]; i++)
+    ((uint16_t *)out)[j * ct->v[2] + i] = ((const uint16_t *)b)[j * bt->v[2]] * 3 + i + odd;
+  last_stream = stream; last_workspace = ws; last_bytes = bytes; return 0; }
+"""
+
+OTHER = r"""
+int cublasGemmEx(void *, int, int, int, int, int, const void *, const void *, int, int, const void *, int, int, const void *,
+                 void *, int, int, int, int);
+int foreign(void *h, void *c) {
+  float one = 1;
+  return cublasGemmEx(h, 0, 0, 4, 1, 2, &one, c, 2, 4, c, 2, 2, &one, c, 2, 4, 68, 99);
+}
+"""
+"""Somebody else who uses the same cuBLAS."""
+
+PRELUDE = """
+import ctypes, json, sys
+from array import array
+from pathlib import Path
+from service.engines.turbomind.overrides import Mode, Overrides
+from service.engines.turbomind.plans import PERIOD, Permit, Manifest, Shape, Trial, choose, grid
+
+folder = Path(sys.argv[1])
+overrides = Overrides(Path(sys.argv[2]))
+overrides.configure(folder / "_turbomind.so", int(sys.argv[3]))
+turbomind = ctypes.CDLL(str(folder / "_turbomind.so"))
+for name in ("drive_gemm",):
+    getattr(turbomind, name).argtypes = [ctypes.c_void_p, *[ctypes.c_int] * 3, *[ctypes.c_void_p] * 3]
+HANDLE, M, K = 0x5150, 6, 4
+space = ctypes.create_string_buffer(64)
+overrides.lend(space, ctypes.addressof(space), 64)
+
+def buffers(n):
+    b, c = array("H", [17 * (j % PERIOD) for j in range(n) for _ in range(K)]), array("H", [0] * (M * n))
+    return b, c
+
+def gemm(n, k=K):
+    b, c = buffers(n)
+    status = turbomind.drive_gemm(HANDLE, M, n, k, b.buffer_info()[0], b.buffer_info()[0], c.buffer_info()[0])
+    return status, list(c)
+
+def measure(shape, n_max):
+    trials = []
+    for n in grid(n_max):
+        for rank in range(32):
+            b, c = buffers(n)
+            made = overrides.attempt(shape, n, rank, b.buffer_info()[0], b.buffer_info()[0], c.buffer_info()[0], 0)
+            if made is None:
+                break
+            if made.runs:
+                rows = [c[j * M : (j + 1) * M] for j in range(n)]
+                alike = all(rows[j] == rows[j % PERIOD] for j in range(n))
+                trials.append(Trial(n, rank, made.algorithm, alike, tuple(str(list(row)) for row in rows[:PERIOD])))
+    return choose(trials), trials
+
+def alike(values, n):
+    rows = [values[j * M : (j + 1) * M] for j in range(n)]
+    return rows == [[17 * (j % PERIOD) * 3 + i for i in range(M)] for j in range(n)]
+"""
+
+
+def compiled(folder: Path, name: str, source: str, *flags: str) -> None:
+    (folder / f"{name}.c").write_text(source)
+    command = [
+        "cc",
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-w",
+        "-o",
+        str(folder / name),
+        str(folder / f"{name}.c"),
+        f"-L{folder}",
+        *flags,
+    ]
+    subprocess.run(command, check=True)
+
+
+def versioned(folder: Path, major: int) -> str:
+    script = folder / f"cublas{major}.map"
+    script.write_text(f"libcublas.so.{major} {{ global: cublas*; local: *; }};\n")
+    return f"-Wl,--version-script={script},-soname,libcublas.so.{major}"
+
+
+@pytest.fixture(params=["cuda 12", "cuda 13 behind a stand-in"], scope="module")
+def stand_ins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all the libraries that there are on such a host."""
+    tmp_path = tmp_path_factory.mktemp("host")
+    if request.param == "cuda 12":
+        compiled(tmp_path, "libcublas.so.12", CUBLAS, "-DWHOLE", versioned(tmp_path, 12))
+        compiled(tmp_path, "libcublasLt.so.12", CUBLASLT, "-DVERSION=120804", "-Wl,-soname,libcublasLt.so.12")
+    else:
+        compiled(tmp_path, "libcublas.so.12", CUBLAS, versioned(tmp_path, 12))
+        compiled(tmp_path, "libcublasLt.so.12", "int unused;", "-Wl,-soname,libcublasLt.so.12")
+        compiled(tmp_path, "libcublas.so.13", CUBLAS, "-DWHOLE", versioned(tmp_path, 13))
+        compiled(tmp_path, "libcublasLt.so.13", CUBLASLT, "-DVERSION=130100", "-Wl,-soname,libcublasLt.so.13")
+    compiled(tmp_path, "_turbomind.so", TURBOMIND, "-l:libcublas.so.12", "-l:libcublasLt.so.12", "-Wl,--no-as-needed")
+    compiled(tmp_path, "other.so", OTHER, "-l:libcublas.so.12")
+    return tmp_path
+
+
+def drive(folder: Path, script: str, *, splits: int = 4, omit: str = "") -> Any:
+    """What the script prints, as JSON."""
+    path = build(folder / "state")
+    program = PRELUDE + textwrap.dedent(script)
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/proto", "LD_LIBRARY_PATH": str(folder), "OSTINATO_TURBOMIND_OMIT": omit}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder), str(path), str(splits)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_attention_is_cut_into_a_constant_number_of_parts(stand_ins: Path) -> None:
+    """Where TurboMind asks for at most one part it gets one, else always the same, whatever the batch."""
+    found = drive(stand_ins, "print(json.dumps([turbomind.drive_split(n) for n in (0, 1, 2, 7, 128)]))", splits=8)
+
+    assert found == [1, 1, 8, 8, 8]
+
+
+def test_every_top_k_is_sorted_by_the_largest_kernel(stand_ins: Path) -> None:
+    """TurboMind's own function is called, with its maximum raised to 1024 and never lowered."""
+    found = drive(
+        stand_ins,
+        """
+        found = [turbomind.drive_top_k(k) for k in (1, 40, 1024, 5000)]
+        print(json.dumps([found, overrides.counters.calls]))
+        """,
+    )
+
+    assert found == [[1024, 1024, 1024, 5000], {"split_count": 0, "top_k": 4, "gemm": 0}]
+
+
+def test_left_out_overrides_behave_as_stock_and_still_count(stand_ins: Path) -> None:
+    """What the sabotage of the GPU check leaves out is TurboMind's own again."""
+    found = drive(
+        stand_ins,
+        """
+        overrides.mode(Mode.LEARN), gemm(3), overrides.mode(Mode.SERVE)
+        found = [turbomind.drive_split(7), turbomind.drive_top_k(40), gemm(3)[1][0], overrides.counters.calls]
+        print(json.dumps([found, overrides.uncovered]))
+        """,
+        omit="split_count,top_k,gemm",
+    )
+
+    assert found == [[107, 40, 7777, {"split_count": 1, "top_k": 1, "gemm": 1}], 0]
+
+
+def test_products_are_learned_proved_and_served(stand_ins: Path) -> None:
+    """Learning leaves cuBLAS alone and notes shapes; proof drops what rounds otherwise; serving gives a row the same bits at
+    every number of tokens, on the handle's stream."""
+    found = drive(
+        stand_ins,
+        """
+        stock = gemm(5)
+        overrides.mode(Mode.LEARN)
+        learning = [gemm(n)[1][0] for n in (1, 9, 4)]
+        (shape, n_max), = overrides.shapes().items()
+        choice, trials = measure(shape, 12)
+        overrides.permit(shape, choice.permitted)
+        overrides.mode(Mode.SERVE)
+        served = [n for n in range(1, 13) if gemm(n) == (0, gemm(n)[1]) and alike(gemm(n)[1], n)]
+        counters = overrides.counters
+        print(json.dumps({
+            "stock": stock[1][0], "learning": learning, "shape": [shape.m, shape.k, n_max], "permitted": choice.permitted,
+            "missing": choice.missing, "tried": sorted({t.algorithm for t in trials}), "served": served,
+            "calls": counters.calls["gemm"], "plans": counters.plans, "uncovered": counters.uncovered,
+            "version": overrides.open()[0], "library": Path(overrides.open()[1]).name,
+        }))
+        """,
+    )
+
+    library = found.pop("library")
+    assert found == {
+        "stock": 7777,
+        "learning": [7777] * 3,
+        "shape": [6, 4, 9],
+        "permitted": [66, 67],
+        "missing": [],
+        "tried": [16, 30, 66, 67],
+        "served": list(range(1, 13)),
+        "calls": 3 + 3 * 12,
+        "plans": 12,
+        "uncovered": 0,
+        "version": 130100 if library.endswith("13") else 120804,
+    }
+    assert library in ("libcublasLt.so.12", "libcublasLt.so.13")
+
+
+def test_what_cannot_be_served_exactly_goes_to_cublas_and_is_counted(stand_ins: Path) -> None:
+    """A number of tokens without a permitted algorithm, an unknown shape, a product that fails: none is an error, each is one
+    uncovered call."""
+    found = drive(
+        stand_ins,
+        """
+        overrides.mode(Mode.LEARN), gemm(1)
+        shape, = overrides.shapes()
+        overrides.permit(shape, [66, 67])
+        overrides.mode(Mode.SERVE)
+        counts = [overrides.uncovered]
+        for call in (lambda: gemm(2), lambda: gemm(13), lambda: gemm(2, k=2)):
+            status, values = call()
+            counts.append([status, values[0] == 7777, overrides.uncovered])
+        lt = ctypes.CDLL(Path(overrides.open()[1]).name)
+        ctypes.c_int.in_dll(lt, "fail").value = 1
+        status, values = gemm(2)
+        counts.append([status, values[0] == 7777, overrides.uncovered])
+        print(json.dumps([counts, overrides.covers(shape, 2), overrides.covers(shape, 13)]))
+        """,
+    )
+
+    assert found == [[0, [0, False, 0], [0, True, 1], [0, True, 2], [0, True, 3]], True, False]
+
+
+def test_others_who_use_cublas_are_left_alone(stand_ins: Path) -> None:
+    """A library that is not TurboMind gets cuBLAS's own choice and counts for nothing."""
+    found = drive(
+        stand_ins,
+        """
+        overrides.mode(Mode.SERVE)
+        other = ctypes.CDLL(str(folder / "other.so"))
+        other.foreign.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        c = array("H", [0] * 8)
+        status = other.foreign(HANDLE, c.buffer_info()[0])
+        print(json.dumps([status, c[0], overrides.counters.calls["gemm"], overrides.uncovered]))
+        """,
+    )
+
+    assert found == [0, 7777, 0, 0]
+
+
+def test_a_product_runs_on_its_handles_stream_in_the_lent_workspace(stand_ins: Path) -> None:
+    """Else it would race with the kernels before and behind it."""
+    found = drive(
+        stand_ins,
+        """
+        overrides.mode(Mode.LEARN), gemm(1)
+        shape, = overrides.shapes()
+        overrides.permit(shape, [66])
+        overrides.mode(Mode.SERVE), gemm(3)
+        lt = ctypes.CDLL(Path(overrides.open()[1]).name)
+        value = lambda name: ctypes.c_void_p.in_dll(lt, name).value
+        same = value("last_workspace") == ctypes.addressof(space)
+        print(json.dumps([value("last_stream") == HANDLE, same, ctypes.c_size_t.in_dll(lt, "last_bytes").value]))
+        """,
+    )
+
+    assert found == [True, True, 64]
+
+
+def test_the_library_is_built_once_and_named_after_its_source(tmp_path: Path) -> None:
+    """A later start takes what is there."""
+    first = build(tmp_path)
+    modified = first.stat().st_mtime_ns
+
+    assert (build(tmp_path), first.stat().st_mtime_ns) == (first, modified)
+    assert digest()[:16] in first.name
+
+
+def test_without_a_compiler_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine runs without overrides then; its ceiling repeats this text."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+
+    with pytest.raises(NoOverrides, match="no C compiler"):
+        build(tmp_path / "state")
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that whoever reads the grade's reason knows what to mend."""
+    monkeypatch.setenv("CC", "false")
+
+    with pytest.raises(NoOverrides, match="false cannot compile them"):
+        build(tmp_path)

@@ -1,0 +1,116 @@
+"""Which algorithms may serve, and when a kept proof still counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.engines.turbomind.plans import PERIOD, Choice, Manifest, Permit, Shape, Trial, choose, from_json, grid
+
+SHAPE = Shape(0, 0, 576, 1536, 14, 14, 14, 576, 1536, 576, 68)
+OTHER = dataclasses.replace(SHAPE, m=49_152)
+ENVIRONMENT = {"lmdeploy": "0.18.0", "cublas": "libcublasLt.so.13 130100", "gpu": "H100", "driver": "580.159"}
+MANIFEST = Manifest(ENVIRONMENT, {SHAPE: Permit((66,), 8448), OTHER: Permit((66, 67), 256)}, "ab" * 32)
+
+
+def trial(n: int, rank: int, algorithm: int, sound: str = "x", *, alike: bool = True) -> Trial:
+    return Trial(n, rank, algorithm, alike, tuple(f"{sound}{row}" for row in range(min(n, PERIOD))))
+
+
+def test_algorithms_that_agree_everywhere_are_permitted_together() -> None:
+    """Tiles and algorithms may differ; only bits count."""
+    trials = [trial(n, rank, algorithm) for n in (1, 2, 8, 100) for rank, algorithm in enumerate((66, 71))]
+
+    assert choose(trials) == Choice((66, 71), ())
+
+
+def test_an_algorithm_that_rounds_otherwise_is_dropped() -> None:
+    """As the one is that cublasLt likes best for a single token."""
+    trials = [trial(1, 0, 16, "y"), *(trial(n, 1, 66) for n in (1, 2, 300))]
+
+    assert choose(trials) == Choice((66,), ())
+
+
+def test_an_algorithm_that_disagrees_with_itself_is_dropped() -> None:
+    """Whether between numbers of tokens or within one."""
+    trials = [trial(n, 2, 66) for n in (1, 64)]
+    changing = [trial(1, 0, 30, "y"), trial(64, 0, 30, "z")]
+    uneven = [trial(1, 1, 31), trial(64, 1, 31, alike=False)]
+
+    assert choose([*trials, *changing, *uneven]) == Choice((66,), ())
+
+
+def test_the_class_that_serves_most_wins_over_the_faster_one() -> None:
+    """A class that leaves out a number of tokens would leave it to cuBLAS."""
+    fast = [trial(n, 0, 20, "y") for n in (1, 2)]
+    complete = [trial(n, 1, 66) for n in (1, 2, 3)]
+
+    assert choose([*fast, *complete]) == Choice((66,), ())
+
+
+def test_of_two_complete_classes_the_faster_wins() -> None:
+    """As cublasLt ranks them."""
+    assert choose([trial(n, rank, 20 + rank, "xy"[rank]) for n in (1, 2) for rank in (0, 1)]) == Choice((20,), ())
+
+
+def test_what_no_permitted_algorithm_serves_is_named() -> None:
+    """And so it is where there is none at all."""
+    assert choose([trial(1, 0, 66), trial(2, 0, 66), trial(5, 0, 20, alike=False)]) == Choice((66,), (5,))
+    assert choose([trial(5, 0, 20, alike=False)]) == Choice((), (5,))
+    assert choose([]) == Choice((), ())
+
+
+@given(st.integers(1, 20_000))
+def test_the_grid_has_all_small_numbers_both_ends_and_the_edges_of_tiles(most: int) -> None:
+    """Ascending, without duplicates, nothing beyond."""
+    found = grid(most)
+
+    assert found == sorted(set(found))
+    assert found[0] == 1
+    assert found[-1] == most
+    assert {n for n in (*range(1, 10), 15, 16, 17, 63, 64, 65, 127, 128, 129, 4096, 4097) if n <= most} <= set(found)
+
+
+def test_a_manifest_survives_its_file() -> None:
+    """Byte for byte of what counts."""
+    assert from_json(MANIFEST.to_json()) == MANIFEST
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+def test_a_manifest_from_elsewhere_does_not_fit(name: str) -> None:
+    """Whatever differs: another driver may bring other kernels."""
+    assert MANIFEST.fits(ENVIRONMENT, [SHAPE, OTHER])
+    assert not MANIFEST.fits(ENVIRONMENT | {name: "another"}, [SHAPE])
+
+
+def test_a_manifest_that_lacks_a_shape_does_not_fit() -> None:
+    """One that knows more does."""
+    assert MANIFEST.fits(ENVIRONMENT, [OTHER])
+    assert not MANIFEST.fits(ENVIRONMENT, [SHAPE, dataclasses.replace(SHAPE, k=64)])
+
+
+def test_the_digest_is_of_kernels_alone() -> None:
+    """The order of shapes and how far they were tried change nothing; another algorithm or table does."""
+    reordered = dataclasses.replace(
+        MANIFEST, permits={shape: MANIFEST.permits[shape] for shape in (OTHER, SHAPE)}, environment={}
+    )
+    tried = dataclasses.replace(MANIFEST, permits={**MANIFEST.permits, SHAPE: Permit((66,), 1)})
+    another = dataclasses.replace(MANIFEST, permits={**MANIFEST.permits, SHAPE: Permit((67,), 8448)})
+    table = dataclasses.replace(MANIFEST, table="")
+
+    assert reordered.digest == tried.digest == MANIFEST.digest
+    assert len({MANIFEST.digest, another.digest, table.digest}) == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", MANIFEST.to_json().replace("66", "67"), json.dumps({"environment": {}, "permits": [1], "table": ""})],
+)
+def test_a_file_that_is_no_manifest_is_refused(text: str) -> None:
+    """Also one that somebody changed."""
+    with pytest.raises(ValueError, match=r"."):
+        from_json(text)

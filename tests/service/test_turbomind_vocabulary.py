@@ -1,0 +1,65 @@
+"""Tokens and their bytes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.engines.turbomind.vocabulary import _letters, begin_of, kind_of, pieces
+
+BYTE_LEVEL = {"decoder": {"type": "ByteLevel"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}]}}
+SENTENCEPIECE = {
+    "decoder": {"type": "Sequence", "decoders": [{"type": "Replace"}, {"type": "ByteFallback"}]},
+    "pre_tokenizer": None,
+}
+
+
+@pytest.mark.parametrize(("layout", "expected"), [(BYTE_LEVEL, "byte-level"), (SENTENCEPIECE, "sentencepiece")])
+def test_the_tokenizers_description_says_how_bytes_are_written(layout: object, expected: str) -> None:
+    """In its decoder or its pre-tokenizer, however deep."""
+    assert kind_of(json.dumps(layout)) == expected
+
+
+def test_byte_level_tokens_are_bytes() -> None:
+    """A space is Ġ, a line break Ċ, and half a character is half a character."""
+    found = pieces({"Ġthe": 0, "Ċ": 1, "Ã": 2, "¤": 3, "a b": 4}, {}, "byte-level", 6)
+
+    assert found == [b" the", b"\n", b"\xc3", b"\xa4", b"a b", b""]
+
+
+@given(st.binary(max_size=8))
+def test_every_byte_has_a_letter(data: bytes) -> None:
+    """And comes back."""
+    letters = _letters()
+    written = {byte: letter for letter, byte in letters.items()}
+    token = "".join(written[bytes([byte])] for byte in data)
+
+    assert len(letters) == 256
+    assert pieces({token: 0}, {}, "byte-level", 1) == [data]
+
+
+def test_sentencepiece_tokens_are_text_but_for_spaces_and_bytes() -> None:
+    """What only looks like a byte is text."""
+    found = pieces({"▁the": 0, "<0x0A>": 1, "<0xE2>": 2, "<0xZZ>": 3, "ä": 4}, {}, "sentencepiece", 5)
+
+    assert found == [b" the", b"\n", b"\xe2", b"<0xZZ>", "ä".encode()]
+
+
+def test_control_tokens_add_nothing_and_other_added_ones_are_text() -> None:
+    """Ids beyond the model's vocabulary are nobody's."""
+    added = {1: ("<|im_end|>", True), 2: ("<tool Ġ>", False), 9: ("<image>", True)}
+    found = pieces({"a": 0, "<|im_end|>": 1, "<tool Ġ>": 2, "<image>": 9}, added, "byte-level", 4)
+
+    assert found == [b"a", b"", "<tool Ġ>".encode(), b""]
+
+
+@pytest.mark.parametrize(
+    ("whole", "bare", "expected"),
+    [([1, 5], [5], [1]), ([5], [5], []), ([1, 5, 2], [5], [1]), ([5, 2], [5], []), ([9], [5], [])],
+)
+def test_begin_tokens_are_what_stands_before_a_text(whole: list[int], bare: list[int], expected: list[int]) -> None:
+    """An end token that a tokenizer would add is not wanted."""
+    assert begin_of(whole, bare) == expected
