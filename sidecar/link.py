@@ -89,14 +89,17 @@ class EngineLink:
 
     async def run(self, listener: Listener, hello: Callable[[], Awaitable[engine_pb2.Hello]]) -> None:
         """Until closed. Raises EpochStale if a newer incarnation of this writer has come."""
+        said = ""  # once, not at each attempt, while a service loads its model
         while not self._closing:
             try:
                 await self._one_stream(listener, await hello())
             except errors.EpochStale:
                 raise
             except errors.OstinatoError as error:
-                if not self._closing:
-                    log.warning("engine stream ended: %s: %s", error.reason, error.message)
+                why = f"{error.reason}: {error.message}"
+                if why != said and not self._closing:
+                    log.warning("engine stream ended: %s", why)
+                said = why
             await asyncio.sleep(self._pause_seconds)
 
     async def _one_stream(self, listener: Listener, hello: engine_pb2.Hello) -> None:

@@ -18,7 +18,7 @@ from ostinato.client import Client
 from ostinato.v1 import generation_pb2
 
 from tests.pair import Pair
-from tests.soak import checks, chaos
+from tests.soak import chaos, checks
 from tests.soak.chaos import Story
 from tests.soak.checks import ABANDONED, COMPLETED, Record
 from tests.soak.load import Load, jobs
@@ -29,7 +29,7 @@ SLOW = json.dumps({"rules": [{"do": "delay", "at": 1, "seconds": 0.5}, {"do": "d
 GENERATION = "ostinato.v1.Generation"
 
 
-@pytest.fixture()
+@pytest.fixture
 def rng() -> random.Random:
     """Its seed is printed where a test fails."""
     seed = random.randrange(2**32)
@@ -170,7 +170,7 @@ async def test_health_says_so_before_anybody_is_refused() -> None:
 
 @pytest.mark.timeout(60)
 async def test_a_drain_ends_in_time() -> None:
-    """When the drain's time is over, unkeyed items are ABANDONED and their callers told; keyed ones complete in the next epoch."""
+    """When the drain's time is over, unkeyed items are ABANDONED and their callers told; keyed ones go on in the next epoch."""
     with Pair(service=["--script", SLOW], sidecar=["--drain-seconds", "0.3"]) as pair:
         pair.start()
         async with Client(pair.target) as client:
@@ -215,5 +215,3 @@ async def test_a_service_that_is_told_to_stop_loses_nothing(rng: random.Random) 
     assert code == 0
     assert {outcome.kind for outcome in record.outcomes.values()} == {COMPLETED}
     assert {type(call.error) for call in load.calls} == {type(None), errors.EngineUnavailable}
-
-

@@ -19,7 +19,7 @@ BATCHES, CLIENTS = 2_000, 20
 
 @pytest.mark.timeout(120)
 async def test_a_load_is_ordered_proved_and_counted() -> None:
-    """Two thousand mixed batches get the numbers 1 to n in real-time order, run in that order, and each answer has its proof."""
+    """Two thousand mixed batches get the numbers 1 to n in real-time order, run in that order, and each answer is proved."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     with RecordedPair() as pair:

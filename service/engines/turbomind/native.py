@@ -178,8 +178,8 @@ class Native:
         return Load(now.scheduler_tick, now.cache_usage)
 
     def grammar_compiler(self, pieces: Sequence[bytes], end_ids: Iterable[int]) -> Any:
-        """TurboMind's own xgrammar, told each token's bytes and the tokens that may end an answer. LMDeploy's compiler reads the
-        vocabulary by itself and guesses how it is written: wrongly where a tokenizer was converted."""
+        """TurboMind's own xgrammar, told each token's bytes and the tokens that may end an answer. LMDeploy's compiler reads
+        the vocabulary by itself and guesses how it is written: wrongly where a tokenizer was converted."""
         from lmdeploy.turbomind.tokenizer_info import TokenizerInfo, VocabType
 
         info = TokenizerInfo(list(pieces), VocabType.RAW, vocab_size=len(pieces), stop_token_ids=sorted(end_ids))

@@ -1,0 +1,47 @@
+"""What only shows after a long time."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.bench.memory import ITEMS, hold
+from tests.soak import chaos, checks
+from tests.soak.chaos import Story
+
+MEGABYTES_MAX = 150
+ROUNDS, CHAPTER = 200, 10
+
+pytestmark = pytest.mark.soak
+
+
+@pytest.mark.timeout(1800)
+async def test_memory_is_bounded() -> None:
+    """After a hundred thousand items the sidecar is smaller than 150 MB, and never was larger."""
+    before, after = await hold(ITEMS)
+    print(f"{before.now:.0f} MB before, {after.now:.0f} MB after {ITEMS:,} items, {after.peak:.0f} MB at most")
+
+    assert after.peak < MEGABYTES_MAX
+
+
+@pytest.mark.timeout(3600)
+async def test_two_hundred_kills() -> None:
+    """Service and sidecar killed in turn, two hundred times on one journal: after every tenth all that was promised holds."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    with chaos.pair() as pair:
+        pair.start()
+        story = Story(pair, rng)
+        for chapter in range(ROUNDS // CHAPTER):
+            faults = await story.chapter(["service", "sidecar"] * (CHAPTER // 2), keyed_share=0.8)
+            assert faults == [], f"chapter {chapter}, seed {seed}"
+            print(f"chapter {chapter}: {len(story.record.admitted)} items so far, epoch {story.epochs}")
+        assert pair.sidecar is not None
+        code = pair.sidecar.stop()
+        faults = checks.journal_file(pair.folder / "journal.sqlite")
+
+    assert code == 0
+    assert faults == []
+    assert story.record.opened == 1 + ROUNDS // 2
