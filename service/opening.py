@@ -47,6 +47,7 @@ async def make_ready(engine: Engine, settings: Settings, metrics: Metrics, incar
     """Start the engine, earn its grade, and put together what answers. Raises StartupError where a required grade is missed."""
     identity = fingerprint(engine.fields)
     metrics.describe(engine.capacity, identity.digest, identity.fields)
+    metrics.include(engine)
     held = HeldGrade()
     held.watch(lambda: metrics.hold(held.grade))
     runs = Runs(engine, held, metrics)

@@ -150,6 +150,8 @@ class Dispatcher:
                 self._runs.pop(event.run_id, None)
             case "failed":
                 error = errors.from_status(event.failed)
+                if isinstance(error, errors.CallLost):  # bare codes of gRPC's mean a call, and this is a run
+                    error = errors.EngineFailed(error.message)
                 self.reruns.failed(event.run_id, error)
                 self.tell(ev.Failed(event.run_id, error))
                 self._runs.pop(event.run_id, None)

@@ -6,9 +6,11 @@ likes, and reports immutable events on the event loop; nobody else touches a run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from prometheus_client import Metric
 
 from ostinato.v1 import engine_pb2, types_pb2
 
@@ -111,6 +113,10 @@ class Engine(Protocol):
 
     def check_format(self, response_format: types_pb2.ResponseFormat) -> None:
         """Raises ValueError if this grammar cannot be obeyed. May be called from any thread."""
+        ...
+
+    def collect(self) -> Iterable[Metric]:
+        """What only this engine counts, for a Prometheus registry; perhaps nothing. Any thread."""
         ...
 
     def start(self, on_events: Callable[[Events], None], on_grade: Callable[[types_pb2.Grade.ValueType, str], None]) -> None:

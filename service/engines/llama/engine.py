@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import atexit
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from queue import SimpleQueue
+
+from prometheus_client import Metric
 
 from ostinato.v1 import engine_pb2, types_pb2
 
@@ -108,6 +110,9 @@ class LlamaEngine:
         """Raises ValueError if this grammar cannot be obeyed. Any thread; waits for another process, the first time for about
         a second."""
         self._checker.check(*source_of(response_format))
+
+    def collect(self) -> Iterable[Metric]:
+        return ()
 
     def start(self, on_events: Callable[[Events], None], on_grade: Callable[[types_pb2.Grade.ValueType, str], None]) -> None:
         """`on_grade` is never called: what this engine computes with does not change while it runs."""

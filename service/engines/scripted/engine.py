@@ -7,9 +7,11 @@ import logging
 import math
 import os
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+
+from prometheus_client import Metric
 
 from ostinato.errors import EngineFailed, to_status
 from ostinato.v1 import engine_pb2, types_pb2
@@ -94,6 +96,9 @@ class ScriptedEngine:
 
     def check_format(self, response_format: types_pb2.ResponseFormat) -> None:
         raise ValueError("the scripted engine obeys no grammar")
+
+    def collect(self) -> Iterable[Metric]:
+        return ()
 
     def start(self, on_events: Callable[[Events], None], on_grade: Callable[[types_pb2.Grade.ValueType, str], None]) -> None:
         self._on_events, self._on_grade = on_events, on_grade
