@@ -18,7 +18,7 @@ STATE = ROOT / ".run" / "service"
 """Proofs of the self-test stay here, so that a second start is quick."""
 
 NEXT = """
-[bold]Running.[/] Ctrl-C stops both. In another terminal:
+Running. Ctrl-C stops both. In another terminal:
 
   .venv/bin/ostinato -t {target} generate "Shanghai is" -n 3 --seed 1 --top-k 40
   .venv/bin/ostinato -t {target} tail --follow
@@ -81,7 +81,8 @@ def begin(pair: Pair, console: Console) -> None:
 def stay(pair: Pair, console: Console) -> None:
     """Until Ctrl-C, or until one of the two ends."""
     assert pair.sidecar is not None
-    console.print(NEXT.format(target=pair.target, metrics=pair.sidecar.wait_for("metrics")["port"]), highlight=False)
+    text = NEXT.format(target=pair.target, metrics=pair.sidecar.wait_for("metrics")["port"])
+    console.print(text, highlight=False, markup=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while all(program.running for program in pair.programs):
