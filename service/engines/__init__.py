@@ -1,6 +1,7 @@
 """The engines, behind one protocol.
 
 base        what the service asks of an engine
+sources     what every engine asks of a grammar
 llama       llama.cpp on CPUs; the default
 turbomind   LMDeploy's TurboMind on GPUs
 scripted    no model: for tests, simulations and benchmarks

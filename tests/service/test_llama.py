@@ -36,10 +36,10 @@ import numpy as np
 from service.engines.llama import abi, gguf
 from service.engines.llama.checker import explanation
 from service.engines.llama.engine import LlamaEngine
-from service.engines.llama.grammar import SOURCE_BYTES_MAX
 from service.engines.llama.model import packaged_model
 from service.engines.llama.sampling import fold_seed, token_logprobs
 from service.engines.llama.template import ChatTemplate
+from service.engines.sources import SOURCE_BYTES_MAX
 
 pytestmark = pytest.mark.llama
 on_the_loop = pytest.mark.asyncio(loop_scope="module")

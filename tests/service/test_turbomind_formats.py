@@ -9,8 +9,9 @@ import pytest
 
 from ostinato.v1 import types_pb2
 
+from service.engines.sources import SOURCE_BYTES_MAX
 from service.engines.turbomind import formats as formats_module
-from service.engines.turbomind.formats import SOURCE_BYTES_MAX, Formats, source_of
+from service.engines.turbomind.formats import Formats, source_of
 
 Format = types_pb2.ResponseFormat
 

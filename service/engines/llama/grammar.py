@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from ostinato.v1 import types_pb2
 
 from service.engines.llama.library import CANDIDATE, Library
+from service.engines.sources import bounded, schema_of
 
-SOURCE_BYTES_MAX = 65_536
 SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON is written on one line, as Python's json.dumps does: with free white space, a small model may never leave it."""
 
@@ -53,34 +53,10 @@ class Grammar:
 def source_of(response_format: types_pb2.ResponseFormat) -> tuple[str, bytes]:
     """What llguidance calls this kind of grammar, and the grammar. Raises ValueError for what it need not see."""
     if response_format.WhichOneof("format") == "json_schema":
-        return "json", _schema(_bounded(response_format.json_schema)).encode()
+        # A schema that says itself how white space is to be written has its way.
+        return "json", json.dumps({"x-guidance": SEPARATORS} | schema_of(response_format.json_schema)).encode()
     if response_format.WhichOneof("format") == "regex":
         if "\0" in response_format.regex:
             raise ValueError("holds a NUL character; write \\x00")
-        return "regex", _bounded(response_format.regex).encode()
+        return "regex", bounded(response_format.regex).encode()
     raise ValueError("is empty")
-
-
-def _bounded(source: str) -> str:
-    if (size := len(source.encode())) > SOURCE_BYTES_MAX:
-        raise ValueError(f"must be at most {SOURCE_BYTES_MAX} bytes, is {size}")
-    return source
-
-
-def _schema(text: str) -> str:
-    """The schema with our separators, unless it says itself how white space is to be written."""
-    try:
-        schema = json.loads(text, parse_constant=_no_constant)
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"is not JSON: {error}") from error
-    if schema is True:
-        schema = {}
-    if not isinstance(schema, dict):
-        raise ValueError("a schema is an object or true")
-    return json.dumps({"x-guidance": SEPARATORS} | schema)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")

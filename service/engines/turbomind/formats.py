@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,7 +12,8 @@ from typing import Any
 
 from ostinato.v1 import types_pb2
 
-SOURCE_BYTES_MAX = 65_536
+from service.engines.sources import bounded, schema_of
+
 KEPT = 128
 """Compiled grammars."""
 COMPILE_SECONDS_MAX = 10.0
@@ -27,28 +27,11 @@ def source_of(response_format: types_pb2.ResponseFormat) -> tuple[str, str]:
     """Kind of grammar and the grammar. Raises ValueError for what no compiler need see."""
     kind = response_format.WhichOneof("format")
     if kind == "json_schema":
-        return kind, _schema(_bounded(response_format.json_schema))
+        schema_of(response_format.json_schema)
+        return kind, response_format.json_schema
     if kind == "regex":
-        return kind, _bounded(response_format.regex)
+        return kind, bounded(response_format.regex)
     raise ValueError("is empty")
-
-
-def _bounded(source: str) -> str:
-    if (size := len(source.encode())) > SOURCE_BYTES_MAX:
-        raise ValueError(f"must be at most {SOURCE_BYTES_MAX} bytes, is {size}")
-    return source
-
-
-def _schema(text: str) -> str:
-    try:
-        schema = json.loads(text)
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"is not JSON: {error}") from error
-    if not isinstance(schema, dict) and schema is not True:
-        raise ValueError("a schema is an object or true")
-    return text
 
 
 class Formats:
