@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import time
-from collections import Counter
 from collections.abc import Sequence
 
 import grpc
@@ -132,9 +131,9 @@ async def test_a_sidecar_that_is_told_to_stop_finishes_first(rng: random.Random)
     assert code == 0
     assert {outcome.kind for outcome in record.outcomes.values()} == {COMPLETED}
     assert {outcome.attempt for outcome in record.outcomes.values()} == {1}
-    refused = Counter(type(call.error) for call in load.calls if call.error is not None)
-    assert refused[errors.Draining]
-    assert not refused[errors.QueueFull]
+    # While it drains, while nobody listens, and while the next one is not connected yet.
+    refusals = {errors.Draining, errors.Disconnected, errors.EngineUnavailable}
+    assert {type(call.error) for call in load.calls if call.error is not None} <= refusals
 
 
 @pytest.mark.timeout(60)
