@@ -8,12 +8,10 @@ from ostinato import errors
 from ostinato.digest import request_digest
 from ostinato.errors import Violation
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
+from ostinato.wire import RESPONSE_BYTES_METADATA
 
 from sidecar.config import Settings
 from sidecar.journal import Admission
-
-RESPONSE_BYTES_METADATA = "ostinato-max-response-bytes"
-"""A client that reads more than gRPC's default says so here, in decimal."""
 
 STAMP_BYTES = 512
 """Of a GenerateResponse beside its results, at worst."""

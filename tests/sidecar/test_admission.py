@@ -9,8 +9,9 @@ import pytest
 from ostinato import errors
 from ostinato.digest import request_digest
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
+from ostinato.wire import RESPONSE_BYTES_METADATA
 
-from sidecar.admission import RESPONSE_BYTES_METADATA, STAMP_BYTES, check, check_size, draft, response_bytes_max
+from sidecar.admission import STAMP_BYTES, check, check_size, draft, response_bytes_max
 from sidecar.config import Settings
 
 SETTINGS = Settings(max_response_bytes=4096, response_bytes_ceiling=8192, batch_items_max=2)
