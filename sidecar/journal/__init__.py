@@ -7,7 +7,7 @@ thread, and is the `Journal` that the rest of the sidecar sees.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -46,7 +46,16 @@ class Audit:
     fingerprint_digest: bytes = b""
 
 
-Draft = Admission | Outcome | Audit
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something to be remembered beside the chain, until another note of the same name replaces it. No entry, no hash."""
+
+    name: str
+    """A path, `kind/…`: what is asked for together begins alike."""
+    value: bytes
+
+
+Draft = Admission | Outcome | Audit | Note
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +83,7 @@ class Appended:
     """What became of a draft."""
 
     entries: tuple[Sealed, ...]
-    """Empty where the key was bound, or another outcome came first."""
+    """Empty for a Note, and where the key was bound or another outcome came first."""
     binding: Binding | None = None
     """Of an Admission whose key was bound before."""
     twin: Sealed | None = None
@@ -116,7 +125,7 @@ class Journal(Protocol):
     """Durable when `append` returns. Appends take effect in the order of the calls, so sequences do too; every read sees the
     appends that were called before it.
 
-    Raises errors.JournalFull (an Admission or an Audit found no room; outcomes wait for it instead) and JournalBroken (it is
+    Raises errors.JournalFull (anything but an Outcome found no room; outcomes wait for it instead) and JournalBroken (it is
     not known what is durable: the process must end and recover; also after `close`).
     """
 
@@ -135,6 +144,10 @@ class Journal(Protocol):
 
     async def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
         """Consecutive entries, at most limit; empty beyond the head."""
+        ...
+
+    async def notes(self, prefix: str) -> Mapping[str, bytes]:
+        """Every note whose name begins with it, by name."""
         ...
 
     async def head(self) -> Head: ...

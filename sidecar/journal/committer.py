@@ -7,7 +7,7 @@ While it is full only outcomes are appended; those that find no room are withhel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -58,6 +58,8 @@ class Backend(Protocol):
     def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]: ...
 
     def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]: ...
+
+    def notes(self, prefix: str) -> Mapping[str, bytes]: ...
 
     def release_reserve(self) -> None: ...
 

@@ -6,12 +6,12 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sidecar.journal import Admission, Appended, Audit, Binding, Draft, Head, ItemEntries, JournalBroken, Outcome, Sealed
+from sidecar.journal import Admission, Appended, Audit, Binding, Draft, Head, ItemEntries, JournalBroken, Note, Outcome, Sealed
 from sidecar.journal.committer import Backend, Committer, GroupSettings, Job
 
 T = TypeVar("T")
@@ -81,6 +81,9 @@ class GroupedJournal:
 
     async def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
         return await self._read(lambda: self._backend.entries(from_index, limit, payloads=payloads))
+
+    async def notes(self, prefix: str) -> Mapping[str, bytes]:
+        return await self._read(lambda: self._backend.notes(prefix))
 
     async def head(self) -> Head:
         return await self._read(lambda: self._backend.head)
@@ -215,3 +218,5 @@ def _payload_bytes(draft: Draft) -> int:
             return draft.payload.ByteSize()
         case Audit():
             return draft.comparison.ByteSize()
+        case Note():
+            return len(draft.value)

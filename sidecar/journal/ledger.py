@@ -14,7 +14,7 @@ from ostinato.chain import OUTCOMES, entry_hash, payload_digest
 from ostinato.digest import derived_seed, input_digest, logprobs_digest, output_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal import Admission, Appended, Audit, Binding, Draft, Head, Outcome, Sealed
+from sidecar.journal import Admission, Appended, Audit, Binding, Draft, Head, Note, Outcome, Sealed
 
 NUMBER_MAX = 2**63 - 1
 """Indexes and sequences are uint64 in the contract and int64 in the databases; no journal comes near."""
@@ -65,6 +65,8 @@ class Ledger:
         """All that was made, ascending."""
         self.bound: list[tuple[Admission, Binding]] = []
         """The keys that were bound, with what they stand for."""
+        self.notes: dict[str, bytes] = {}
+        """By name; a later one has replaced an earlier one."""
         self._bindings = dict(known.bindings)
         self._unfinished = set(known.unfinished)
         self._twins = dict(known.twins)
@@ -84,6 +86,10 @@ class Ledger:
                 return self._end(draft)
             case Audit():
                 return Appended((self._audit(draft),))
+            case Note(name, value):
+                assert name
+                self.notes[name] = value
+                return Appended(())
 
     def _admit(self, admission: Admission) -> Appended:
         assert admission.items

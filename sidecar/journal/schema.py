@@ -52,7 +52,12 @@ CREATE TABLE twins (
 ) STRICT, WITHOUT ROWID;
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST,)
+_SECOND = """
+-- Beside the record: what the sidecar remembers, by name.
+CREATE TABLE notes (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT, WITHOUT ROWID;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND)
 """The n-th makes version n of version n - 1, in the transaction that opens the journal. Never edit one that was released."""
 
 

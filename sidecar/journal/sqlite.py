@@ -137,6 +137,11 @@ class SqliteJournal:
         with _sqlite():
             return self._tables.entries(from_index, limit, payloads=payloads)
 
+    def notes(self, prefix: str) -> dict[str, bytes]:
+        """Every note whose name begins with it, by name."""
+        with _sqlite():
+            return self._tables.notes(prefix)
+
     def release_reserve(self) -> None:
         """Let outcomes have the room that was held back; admissions are refused until it is restored."""
         self._reserve.release()

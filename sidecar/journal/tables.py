@@ -104,6 +104,13 @@ class Tables:
             [(h.input_digest, h.fingerprint_digest, h.index) for h in ended if h.kind == types_pb2.ENTRY_KIND_COMPLETED],
         )
 
+        many("INSERT OR REPLACE INTO notes VALUES (?, ?)", list(ledger.notes.items()))
+
+    def notes(self, prefix: str) -> dict[str, bytes]:
+        return dict(
+            self._db.execute("SELECT name, value FROM notes WHERE substr(name, 1, length(?1)) = ?1 ORDER BY name", (prefix,))
+        )
+
     def purge_keys(self, now_millis: int, limit: int) -> None:
         """Forget at most so many of the keys that have expired."""
         self._db.execute(_PURGE, (now_millis, limit))

@@ -13,7 +13,7 @@ from ostinato.chain import GENESIS, OUTCOMES, payload_digest
 from ostinato.digest import derived_seed, input_digest, output_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal import Journal, JournalBroken, Opened, Sealed
+from sidecar.journal import Journal, JournalBroken, Note, Opened, Sealed
 from sidecar.journal.grouped import GroupedJournal
 from sidecar.journal.verify import verify
 from tests.sidecar.journal_kit import (
@@ -167,6 +167,18 @@ async def test_audited(using: Open) -> None:
     assert sequencer_pb2.AuditedPayload.FromString(entry.payload).comparison.verdict == types_pb2.VERDICT_MATCH
     assert (await using.journal.items(1, 1, 1))[0].outcome is None
     assert sequences(await using.admit(item())) == [2]
+
+
+async def test_notes(store: SqliteStore) -> None:
+    """A note is found by how its name begins, replaced by the next of that name, outlives the process, and is no entry."""
+    async with opened(store) as using:
+        for name, value in (("a/1", b"old"), ("a/2", b""), ("b/1", b"other"), ("a/1", b"new")):
+            assert (await using.journal.append(Note(name, value))).entries == ()
+        assert (await using.journal.head()).index == 1
+    async with opened(store) as using:
+        assert await using.journal.notes("a/") == {"a/1": b"new", "a/2": b""}
+        assert list(await using.journal.notes("")) == ["a/1", "a/2", "b/1"]
+        assert await using.journal.notes("%") == {}
 
 
 async def test_key_is_bound_once(using: Open) -> None:

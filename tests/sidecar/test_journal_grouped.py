@@ -51,6 +51,9 @@ class Scripted:
     def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
         return []
 
+    def notes(self, prefix: str) -> dict[str, bytes]:
+        return {}
+
     def release_reserve(self) -> None: ...
 
     def restore_reserve(self) -> bool:

@@ -17,7 +17,7 @@ from ostinato.chain import entry_hash, payload_digest
 from ostinato.errors import JournalFull
 from ostinato.v1 import types_pb2
 
-from sidecar.journal import JournalUnusable
+from sidecar.journal import JournalUnusable, Note
 from sidecar.journal.schema import APPLICATION_ID, MIGRATIONS, WAL_BYTES_MAX
 from sidecar.journal.sqlite import CHECKPOINT_PAGES, SqliteJournal, SqliteSettings, verify_file
 from tests.sidecar.journal_kit import SqliteStore, admission, audit, completed, ended, item, sequences
@@ -35,7 +35,7 @@ def program(store: SqliteStore, then: str) -> subprocess.Popen[str]:
     code = f"""
         from pathlib import Path
         from tests.sidecar.journal_kit import SqliteStore, admission
-        from sidecar.journal import JournalUnusable
+        from sidecar.journal import JournalUnusable, Note
         try:
             journal, _ = SqliteStore(Path({str(store.path)!r})).open()
             print("open", flush=True)
@@ -104,6 +104,18 @@ def test_newer_schema(store: SqliteStore) -> None:
         journal._db.pragma("user_version", len(MIGRATIONS) + 1)
     with pytest.raises(JournalUnusable, match="run a newer one"):
         store.open()
+
+
+def test_an_older_version_is_brought_up(store: SqliteStore) -> None:
+    """A journal of the first version opens, keeps its record, and can do what only a newer one can."""
+    with store.opened() as journal:
+        journal.append_many([admission()], store.clock.millis)
+        journal._db.execute("DROP TABLE notes")
+        journal._db.pragma("user_version", 1)
+    with store.opened() as journal:
+        assert sequences(journal.entries(1, 10, payloads=True)) == [0, 1, 0]
+        journal.append_many([Note("name", b"value")], store.clock.millis)
+        assert journal.notes("n") == {"name": b"value"}
 
 
 def test_foreign_files(store: SqliteStore) -> None:
