@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 
 from ostinato import errors
+from ostinato.compare import Side, compare
 from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 
 from sidecar.collisions import Collisions
-from sidecar.compare import Side, compare
 from sidecar.core.sequencer import Sequencer
 from sidecar.journal import Head, Sealed
 from sidecar.metrics import Metrics

@@ -7,10 +7,10 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from ostinato import errors
+from ostinato.compare import Side, compare
 from ostinato.digest import input_digest
 from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 
-from sidecar.compare import Side, compare
 from sidecar.dispatcher import Dispatcher
 from sidecar.journal import Audit, ItemEntries
 from sidecar.rerunner import Made

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from ostinato.compare import compare_prefix
 from ostinato.errors import OstinatoError
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 
 from sidecar.calls import Call
-from sidecar.compare import compare_prefix
 from sidecar.core.events import Need
 from sidecar.journal import Admission, Binding, Outcome, Sealed
 from sidecar.progress import Progress

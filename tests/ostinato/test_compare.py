@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ostinato.compare import Side, compare, compare_prefix, first_difference, margin
 from ostinato.digest import output_digest
 from ostinato.v1 import types_pb2
-
-from sidecar.compare import Side, compare, compare_prefix, first_difference, margin
 
 LENGTH, STOP = types_pb2.FINISH_REASON_LENGTH, types_pb2.FINISH_REASON_STOP_STRING
 MATCH, DIVERGED, INCOMPARABLE = types_pb2.VERDICT_MATCH, types_pb2.VERDICT_DIVERGED, types_pb2.VERDICT_INCOMPARABLE
