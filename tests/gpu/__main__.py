@@ -10,10 +10,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.gpu import parts
+from tests.gpu import parts, whole
 from tests.gpu.parts import Plan, say
 
-PARTS = ("exact", "stock", "restart", "sabotage", "speed")
+PARTS = ("exact", "stock", "restart", "sabotage", "crash", "speed", "path")
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -35,6 +35,10 @@ async def check(plan: Plan, chosen: set[str]) -> list[str]:
         lines += await parts.restart(plan)
     if "sabotage" in chosen and not plan.late():
         lines += await parts.sabotage(plan)
+    if "crash" in chosen and not plan.late():
+        lines += await whole.crash(plan)
+    if "path" in chosen and not plan.late():
+        lines += await whole.path(plan)
     for key in rates.get("exact", {}):
         ours, theirs = rates["exact"][key], rates.get("stock", {}).get(key)
         against = f" / {theirs:.0f} = {ours / theirs:.2f}" if theirs else ""
@@ -53,6 +57,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=480.0, help="begin nothing new after so long")
     parser.add_argument("--state", type=Path, help="kept from call to call; else a new one")
     parser.add_argument("--sidecar", action="store_true", help="ask through a sidecar (needs apsw)")
+    parser.add_argument("--engine", default="turbomind", help="another one, to try the check itself")
     parser.add_argument("--flags", default="", help="more flags of the service, in one text: --flags='--context-tokens 16384'")
     given = parser.parse_args()
     began = time.monotonic()
@@ -66,6 +71,7 @@ def main() -> None:
             trials=given.trials,
             batches=given.batches,
             sidecar=given.sidecar,
+            engine=given.engine,
             deadline=began + given.seconds,
         )
         lines = asyncio.run(check(plan, set(given.parts.split(","))))

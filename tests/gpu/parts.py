@@ -31,6 +31,7 @@ class Plan:
     trials: int
     batches: tuple[int, ...]
     sidecar: bool
+    engine: str
     deadline: float
     """By time.monotonic; nothing new is begun after it."""
     bad: list[str] = field(default_factory=list)
@@ -158,7 +159,9 @@ def overrides_of(stack: Stack) -> str:
 async def exact(plan: Plan, *, with_speed: bool) -> tuple[list[str], dict[str, float]]:
     """The promise: no answer knows its company. With tokens a second, if wanted."""
     asks = targets(plan.targets)
-    async with running(plan.model, plan.state, "--self-test", "full", *plan.flags, sidecar=plan.sidecar) as stack:
+    async with running(
+        plan.model, plan.state, "--self-test", "full", *plan.flags, sidecar=plan.sidecar, engine=plan.engine
+    ) as stack:
         model = await introduce(stack, "exact")
         if model.grade != types_pb2.GRADE_EXACT:
             plan.bad.append(f"the self-test earns no EXACT: {model.grade_reason}")
@@ -183,7 +186,9 @@ async def exact(plan: Plan, *, with_speed: bool) -> tuple[list[str], dict[str, f
 async def stock(plan: Plan, *, with_speed: bool, compare: bool) -> tuple[list[str], dict[str, float]]:
     """TurboMind as it comes, for scale."""
     asks, lines = targets(plan.targets), list[str]()
-    async with running(plan.model, plan.state, "--no-exact", "--self-test", "off", *plan.flags, sidecar=plan.sidecar) as stack:
+    async with running(
+        plan.model, plan.state, "--no-exact", "--self-test", "off", *plan.flags, sidecar=plan.sidecar, engine=plan.engine
+    ) as stack:
         await introduce(stack, "stock")
         if compare:
             expected = await alone(stack.front, asks)
@@ -197,7 +202,7 @@ async def restart(plan: Plan) -> list[str]:
     """Two processes, one answer, and the second takes the first one's word for its kernels and its grade."""
     asks, found, fields = targets(plan.targets), [], dict[str, str]()
     for title in ("first process", "second process"):
-        async with running(plan.model, plan.state, *plan.flags, sidecar=plan.sidecar) as stack:
+        async with running(plan.model, plan.state, *plan.flags, sidecar=plan.sidecar, engine=plan.engine) as stack:
             model = await introduce(stack, title)
             answers = await alone(stack.front, asks)
             found.append((digest(answers), model.fingerprint.digest.hex()[:16], stack.started_seconds))
@@ -216,7 +221,7 @@ async def sabotage(plan: Plan) -> list[str]:
         if plan.late():
             break
         env = {"OSTINATO_TURBOMIND_OMIT": name}
-        async with running(plan.model, plan.state, "--self-test", "full", *plan.flags, env=env) as stack:
+        async with running(plan.model, plan.state, "--self-test", "full", *plan.flags, env=env, engine=plan.engine) as stack:
             model = await introduce(stack, f"without {name}")
         grade = types_pb2.Grade.Name(model.grade).removeprefix("GRADE_")
         if model.grade == types_pb2.GRADE_EXACT:

@@ -7,9 +7,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -121,6 +121,10 @@ class SidecarFront:
 
     client: Client
     seconds: float = 0.0
+    round: str = ""
+    """Not empty: the asks have idempotency keys that begin so, and none leaves."""
+    attempts: dict[str, int] = field(default_factory=dict)
+    """That each ask took, the last time."""
 
     async def describe(self) -> types_pb2.Model:
         return await self.client.model()
@@ -131,12 +135,15 @@ class SidecarFront:
 
         async def one(ask: Ask) -> None:
             await asyncio.sleep(ask.after)
+            key = f"{self.round} {ask.name}" if self.round else ""
+            timeout = 0.2 if ask.leaves and not key else 300.0
             try:
-                response = await self.client.generate([ask.item], timeout=0.2 if ask.leaves else 300.0)
+                response = await self.client.generate([ask.item], timeout=timeout, key=key)
             except OstinatoError as error:
                 answers[ask.name] = error
                 return
             (result,) = response.results
+            self.attempts[ask.name] = result.attempt
             answers[ask.name] = result.output if result.HasField("output") else from_status(result.status)
 
         await asyncio.gather(*map(one, asks))
@@ -153,11 +160,21 @@ class Stack:
     started_seconds: float
     """Until the service served."""
     metrics_port: int
+    start_service: Callable[[], Program]
+    """Another one like it, in its place."""
+    sidecar: Program | None = None
+    public: str = ""
+    """The sidecar's address."""
 
 
 @asynccontextmanager
 async def running(
-    model: Path, state: Path, *flags: str, sidecar: bool = False, env: Mapping[str, str] | None = None
+    model: Path,
+    state: Path,
+    *flags: str,
+    sidecar: bool = False,
+    env: Mapping[str, str] | None = None,
+    engine: str = "turbomind",
 ) -> AsyncIterator[Stack]:
     """A service with this model, and a sidecar before it if wanted. State is kept from one call to the next."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "proto"), os.environ.get("PYTHONPATH", "")])
@@ -165,9 +182,15 @@ async def running(
     with tempfile.TemporaryDirectory(prefix="ostinato-gpu-") as folder:
         address = f"unix:{folder}/engine.sock"
         began = time.monotonic()
-        arguments = ["--engine", "turbomind", "--model", str(model), "--listen", address, "--metrics", "127.0.0.1:0"]
-        arguments += ["--state-dir", str(state), "--message-bytes-max", str(MESSAGE_BYTES), "--log-format", "json"]
-        programs = [Program("service", [*arguments, *flags], full_env)]
+        programs: list[Program] = []
+
+        def start_service() -> Program:
+            arguments = ["--engine", engine, "--model", str(model), "--listen", address, "--metrics", "127.0.0.1:0"]
+            arguments += ["--state-dir", str(state), "--message-bytes-max", str(MESSAGE_BYTES), "--log-format", "json"]
+            programs[:1] = [Program("service", [*arguments, *flags], full_env)]
+            return programs[0]
+
+        start_service()
         try:
             await asyncio.to_thread(programs[0].wait_for, "serving", START_SECONDS)
             seconds = time.monotonic() - began
@@ -177,12 +200,13 @@ async def running(
                 arguments += ["--listen", f"unix:{folder}/public.sock", "--log-format", "json"]
                 programs.append(Program("sidecar", arguments, full_env))
                 await asyncio.to_thread(programs[1].wait_for, "engine connected", 60.0)
-                async with Client(f"unix:{folder}/public.sock", max_response_bytes=MESSAGE_BYTES) as client:
-                    yield Stack(SidecarFront(client), programs[0], seconds, port)
+                public = f"unix:{folder}/public.sock"
+                async with Client(public, max_response_bytes=MESSAGE_BYTES) as client:
+                    yield Stack(SidecarFront(client), programs[0], seconds, port, start_service, programs[1], public)
             else:
                 async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
                     stub: Any = engine_pb2_grpc.EngineStub(channel)
-                    yield Stack(ServiceFront(stub), programs[0], seconds, port)
+                    yield Stack(ServiceFront(stub), programs[0], seconds, port, start_service)
             code = await asyncio.to_thread(programs[-1].stop) if sidecar else 0
             code = code or await asyncio.to_thread(programs[0].stop)
             if code:
