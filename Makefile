@@ -56,8 +56,9 @@ bench: install ## latency and throughput, with and without the sidecar
 soak: install ## the tests that run for many minutes
 	$(PY) -m pytest -m soak --timeout=0
 
-gpu-check: ## on a GPU host with LMDeploy: exact, stock, restart, sabotage, speed; MODEL=/path/of/a/model
-	$(PYTHON) -m tests.gpu $(MODEL) --parts exact,stock,restart,sabotage,speed
+gpu-check: ## on a GPU host with LMDeploy: exact, stock, restart, sabotage, crash, speed, path; MODEL=/path/of/a/model
+	$(PYTHON) -m tests.gpu $(MODEL) --sidecar --parts exact,stock,restart,sabotage,crash
+	$(PYTHON) -m tests.gpu $(MODEL) --parts speed,path
 
 wheel: install ## the client's wheel, into dist/
 	.venv/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

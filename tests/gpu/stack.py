@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import grpc
 
 from ostinato.client import Client
-from ostinato.errors import OstinatoError, from_status
-from ostinato.v1 import engine_pb2, engine_pb2_grpc, types_pb2
+from ostinato.errors import EngineUnavailable, OstinatoError, from_status
+from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
 
 from tests.gpu.traffic import Ask
 from tests.pair import ROOT, Program
@@ -138,7 +138,7 @@ class SidecarFront:
             key = f"{self.round} {ask.name}" if self.round else ""
             timeout = 0.2 if ask.leaves and not key else 300.0
             try:
-                response = await self.client.generate([ask.item], timeout=timeout, key=key)
+                response = await self._generate(ask, key, timeout)
             except OstinatoError as error:
                 answers[ask.name] = error
                 return
@@ -149,6 +149,16 @@ class SidecarFront:
         await asyncio.gather(*map(one, asks))
         self.seconds = time.monotonic() - began
         return {ask.name: answers[ask.name] for ask in asks if not ask.leaves}
+
+    async def _generate(self, ask: Ask, key: str, timeout: float) -> generation_pb2.GenerateResponse:
+        """With a key, again and again while there is no engine."""
+        while True:
+            try:
+                return await self.client.generate([ask.item], timeout=timeout, key=key)
+            except EngineUnavailable as error:
+                if not key:
+                    raise
+                await asyncio.sleep(error.retry_after or 1.0)
 
 
 @dataclass
@@ -185,7 +195,8 @@ async def running(
         programs: list[Program] = []
 
         def start_service() -> Program:
-            arguments = ["--engine", engine, "--model", str(model), "--listen", address, "--metrics", "127.0.0.1:0"]
+            arguments = ["--engine", engine, "--listen", address, "--metrics", "127.0.0.1:0"]
+            arguments += ["--model", str(model)] if engine != "scripted" else []
             arguments += ["--state-dir", str(state), "--message-bytes-max", str(MESSAGE_BYTES), "--log-format", "json"]
             programs[:1] = [Program("service", [*arguments, *flags], full_env)]
             return programs[0]

@@ -39,6 +39,9 @@ async def crash(plan: Plan) -> list[str]:
         tokens, bits = divergence(expected, answers, [ask.name for ask in asks])
         again = sum(attempt > 1 for attempt in stack.front.attempts.values())
         say(f"   {len(everyone)} keyed items through two kills in {time.monotonic() - began:.1f} s, {again} of them run again")
+        broken = {name: str(answer)[:120] for name, answer in answers.items() if isinstance(answer, OstinatoError)}
+        if broken:
+            say(f"   {len(broken)} failed: {list(broken.items())[:3]}")
         if tokens or bits or not again:
             plan.bad.append(f"crash: {len(tokens)}+{len(bits)} of {len(asks)} differ after a kill; {again} were run again")
         recovered = _comparisons(stack, "recovery")
