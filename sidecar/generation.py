@@ -9,6 +9,7 @@ import grpc
 
 from ostinato import errors
 from ostinato.digest import request_digest
+from ostinato.serving.deadlines import ran_out, remaining
 from ostinato.v1 import engine_pb2, generation_pb2, generation_pb2_grpc, types_pb2
 
 from sidecar.admission import check, check_size, draft, response_bytes_max
@@ -20,9 +21,6 @@ from sidecar.journal import Binding
 from sidecar.results import response_of, result_of, stamp_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-EARLY_SECONDS, EARLY_SHARE = 0.05, 0.02
-"""A caller's own clock runs out before ours: by the way here, and because gRPC rounds a timeout up, by up to a hundredth."""
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServicer):
@@ -166,15 +164,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         return stamp_of(recorded[0].admitted.header)
 
 
-def remaining(context: Context) -> float | None:
-    """Seconds until the caller's deadline; None: it has none."""
-    left: float | None = context.time_remaining()
-    return left
-
-
 def gone(context: Context, patience: float | None) -> errors.OstinatoError:
     """Why gRPC cancelled the handler of a caller that came with this many seconds to its deadline: it shows both alike."""
-    left = remaining(context)
-    if left is not None and patience is not None and left <= EARLY_SECONDS + EARLY_SHARE * patience:
+    if ran_out(remaining(context), patience):
         return errors.DeadlineExceeded("the caller's deadline passed")
     return errors.Cancelled("the caller went away")

@@ -14,9 +14,10 @@ from grpc_status import rpc_status
 from prometheus_client import CollectorRegistry
 
 from ostinato import errors
-from ostinato.serving.guard import STATUS_BYTES_MAX, fitting
+from ostinato.serving.deadlines import EARLY_SECONDS, EARLY_SHARE
+from ostinato.serving.guard import STATUS_BYTES_MAX, _code, fitting
 
-from tests.ostinato.echo import METHODS, NAME, Context, Echo, call, raw, serving, text
+from tests.ostinato.echo import METHODS, NAME, Context, Echo, call, eventually, raw, serving, text
 
 NOT_WIRE_FORMAT = b"\xff\xff\xff"
 NOT_UTF8 = b"\x12\x02\xff\xfe"  # field 2, a string of two bytes
@@ -152,11 +153,11 @@ def test_a_long_message_is_cut_between_characters() -> None:
 
 async def test_calls_are_counted_by_code() -> None:
     """Every end of a call is counted once under its own code, and timed."""
-    registry = CollectorRegistry()
+    registry, hanging = CollectorRegistry(), asyncio.Event()
     handled: dict[str, str] = {"service": NAME, "method": "UnaryUnary"}
 
-    def count(code: str) -> float | None:
-        return registry.get_sample_value("ostinato_rpc_handled_total", {**handled, "code": code})
+    def count(code: str) -> float:
+        return registry.get_sample_value("ostinato_rpc_handled_total", {**handled, "code": code}) or 0
 
     async def act(content: str, context: Context) -> None:
         match content:
@@ -167,22 +168,67 @@ async def test_calls_are_counted_by_code() -> None:
             case "own":
                 await context.abort(grpc.StatusCode.NOT_FOUND, "not here")
             case "slow":
-                await asyncio.sleep(30)
+                hanging.set()
+                await asyncio.Event().wait()
 
     async with serving(Echo(act), registry) as channel:
         await call(channel, "UnaryUnary", text("good"))
         for content in ("full", "bug", "own"):
             await failure(channel, "UnaryUnary", text(content))
         await failure(channel, "UnaryUnary", NOT_UTF8)
-        await failure(channel, "UnaryUnary", text("slow"), timeout=0.1)
-        leaving = asyncio.create_task(call(channel, "UnaryUnary", text("slow")))
-        await asyncio.sleep(0.2)
+        leaving = asyncio.create_task(call(channel, "UnaryUnary", text("slow"), timeout=1000))
+        await hanging.wait()
         leaving.cancel()
-        codes = ("OK", "RESOURCE_EXHAUSTED", "INTERNAL", "NOT_FOUND", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "CANCELLED")
-        async with asyncio.timeout(5):  # a call's end is counted just after its caller knows of it
-            while [count(code) for code in codes] != [1] * len(codes):
-                await asyncio.sleep(0.005)
+        codes = ("OK", "RESOURCE_EXHAUSTED", "INTERNAL", "NOT_FOUND", "INVALID_ARGUMENT", "CANCELLED")
+        await eventually(lambda: [count(code) for code in codes] == [1] * len(codes))
     assert registry.get_sample_value("ostinato_rpc_handling_seconds_count", handled) == len(codes)
+
+
+async def test_a_passed_deadline_is_counted_once() -> None:
+    """A caller whose deadline passed is one end more; which of two codes it gets is the clocks' business."""
+    registry, hanging = CollectorRegistry(), asyncio.Event()
+
+    async def act(_content: str, _context: Context) -> None:
+        hanging.set()
+        await asyncio.Event().wait()
+
+    def ends() -> dict[str, float]:
+        counted = (metric for metric in registry.collect() if metric.name == "ostinato_rpc_handled")
+        samples = (sample for metric in counted for sample in metric.samples if sample.name.endswith("_total"))
+        return {sample.labels["code"]: sample.value for sample in samples}
+
+    async with serving(Echo(act), registry) as channel:
+        error = await failure(channel, "UnaryUnary", text("x"), timeout=0.3)
+        if hanging.is_set():  # else it was over before it got there
+            await eventually(lambda: bool(ends()))
+
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert sum(ends().values()) <= 1
+    assert set(ends()) <= {"DEADLINE_EXCEEDED", "CANCELLED"}
+
+
+class Left:
+    """A call's context, of which only its clock matters."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+
+    def time_remaining(self) -> float | None:
+        return self._seconds
+
+
+@pytest.mark.parametrize("patience", [0.1, 1.0, 30.0, 3600.0])
+def test_a_caller_whose_time_is_all_but_over_left_because_of_it(patience: float) -> None:
+    """The caller's own clock runs out before ours, by EARLY_SECONDS and EARLY_SHARE at most; before that it went by itself."""
+    early = EARLY_SECONDS + EARLY_SHARE * patience
+    for left, code in ((-1.0, "DEADLINE_EXCEEDED"), (0.0, "DEADLINE_EXCEEDED"), (early * 0.99, "DEADLINE_EXCEEDED")):
+        assert _code(cast(Context, Left(left)), patience, gone=True) == code
+    assert _code(cast(Context, Left(early * 1.01)), patience, gone=True) == "CANCELLED"
+
+
+def test_a_caller_without_a_deadline_can_only_leave() -> None:
+    """No deadline, no DEADLINE_EXCEEDED."""
+    assert _code(cast(Context, Left(None)), None, gone=True) == "CANCELLED"
 
 
 async def test_grpcs_own_services_are_not_counted() -> None:
@@ -196,12 +242,18 @@ async def test_grpcs_own_services_are_not_counted() -> None:
 
 async def test_a_stream_is_cleaned_up_when_its_caller_leaves() -> None:
     """A generator's finally runs when the call is cancelled, not when the garbage collector finds it."""
-    echo = Echo(lambda _content, _context: asyncio.sleep(30))
+    hanging = asyncio.Event()
+
+    async def act(_content: str, _context: Context) -> None:
+        hanging.set()
+        await asyncio.Event().wait()
+
+    echo = Echo(act)
     async with serving(echo) as channel:
-        leaving = asyncio.create_task(call(channel, "UnaryStream", text("x")))
-        await asyncio.sleep(0.2)
+        leaving = asyncio.create_task(call(channel, "UnaryStream", text("x"), timeout=1000))
+        await hanging.wait()
         leaving.cancel()
-        await asyncio.wait_for(echo.closed.wait(), 5)
+        await echo.closed.wait()
 
 
 async def test_an_unknown_method_is_grpcs_to_refuse() -> None:

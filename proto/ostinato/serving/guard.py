@@ -22,6 +22,7 @@ from grpc_status import rpc_status
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from ostinato.errors import Internal, OstinatoError, to_status
+from ostinato.serving.deadlines import ran_out, remaining
 from ostinato.serving.handlers import Context, Reader, Requests, behaviour_of, checked, lenient, rebuilt
 
 STATUS_BYTES_MAX, MESSAGE_BYTES_MAX, OTHER_DETAILS_BYTES = 3072, 768, 256
@@ -85,7 +86,7 @@ class Guard(grpc.aio.ServerInterceptor):
     @contextlib.contextmanager
     def _observed(self, path: str, context: Context) -> Iterator[None]:
         service, _, method = path.strip("/").rpartition("/")
-        started, gone = time.monotonic(), False
+        started, patience, gone = time.monotonic(), remaining(context), False
         try:
             yield
         except grpc.aio.AbortError:
@@ -95,7 +96,7 @@ class Guard(grpc.aio.ServerInterceptor):
             raise
         finally:
             self._seconds.labels(service, method).observe(time.monotonic() - started)
-            self._handled.labels(service, method, _code(context, gone)).inc()
+            self._handled.labels(service, method, _code(context, patience, gone=gone)).inc()
 
 
 async def _abort(context: Context, error: OstinatoError) -> Never:
@@ -123,10 +124,9 @@ def fitting(status: status_pb2.Status) -> status_pb2.Status:
     return cut
 
 
-def _code(context: Context, gone: bool) -> str:
-    """The name of the code with which the call ends. gRPC cancels a handler for a deadline as for a caller that left."""
-    if not gone:
-        code = cast("grpc.StatusCode | None", context.code())  # None until it is set, whatever its types say
-        return (code or grpc.StatusCode.OK).name
-    left: float | None = context.time_remaining()
-    return "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
+def _code(context: Context, patience: float | None, *, gone: bool) -> str:
+    """The name of the code with which a call ends that came with `patience` seconds to its deadline."""
+    if gone:
+        return (grpc.StatusCode.DEADLINE_EXCEEDED if ran_out(remaining(context), patience) else grpc.StatusCode.CANCELLED).name
+    code = cast("grpc.StatusCode | None", context.code())  # None until it is set, whatever its types say
+    return (code or grpc.StatusCode.OK).name
