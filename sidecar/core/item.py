@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from sidecar.core.events import Need
@@ -42,12 +42,18 @@ class Item:
     need: Need
     keyed: bool
     deadline: float | None
-    attempt: int = 1
+    first_attempt: int = 1
+    """More than 1 if earlier epochs had it."""
+    attempt: int = field(init=False)
+    """The newest that was submitted, and the first one until then: its outcome is that one's."""
     phase: Phase = Phase.WAITING
     run_id: int = 0
     expires_at: float = 0.0
     losses: int = 0
     """Engines that were lost under it after Started."""
+
+    def __post_init__(self) -> None:
+        self.attempt = self.first_attempt
 
     @property
     def suspect(self) -> bool:

@@ -150,6 +150,7 @@ class Sequencer:
         del self.waiting[item.sequence]
         window.take(item.need.kv_tokens)
         item.phase, item.run_id = Phase.SUBMITTED, self._next_run_id()
+        item.attempt = item.first_attempt + item.losses
         item.expires_at = min(now + self.bounds.item_timeout_seconds, item.deadline or float("inf"))
         self._runs[item.run_id] = item
         self._alone = item if item.suspect else None
@@ -195,7 +196,6 @@ class Sequencer:
         for item in lost:
             if item.phase is Phase.STARTED:
                 item.losses += 1
-                item.attempt += 1
             item.phase = Phase.WAITING
         self.waiting = {item.sequence: item for item in (*lost, *self.waiting.values())}
         for item in lost:

@@ -161,6 +161,17 @@ def test_second_attempt_keeps_number_and_order() -> None:
     assert [(s.sequence, s.attempt) for s in edge.submits()] == [(1, 1), (2, 1), (1, 1), (2, 2), (3, 1)]
 
 
+def test_an_attempt_that_never_began_is_not_recorded() -> None:
+    """4: an item that ends while it waits to be run again names the attempt that was lost, not the one that was to come."""
+    edge = connected()
+    edge.admit(need(), keyed=True)
+    edge.tell(ev.Started(edge.run_of(1)))
+    edge.tell(ev.Disconnected())
+    edge.tell(ev.Cancel(1, 1))
+
+    assert [end.attempt for end in edge.ends()] == [1]
+
+
 def test_poison_item_runs_alone_and_is_given_up() -> None:
     """4: from its second loss on a suspect runs with nothing beside it, and the third loss ends it; its neighbours complete."""
     edge = connected(runs=2)
@@ -181,6 +192,7 @@ def test_poison_item_runs_alone_and_is_given_up() -> None:
     edge.tell(engine(runs=2))
 
     assert edge.reason(1) == "ATTEMPTS_EXHAUSTED"
+    assert [end.attempt for end in edge.ends()] == [BOUNDS.attempts_max]
 
     edge.finish(2)
     edge.finish(3)
@@ -438,6 +450,11 @@ class AnyOrder(RuleBasedStateMachine):
         numbered = self.edge.next_sequence - 1
         if keyed_left == 0:
             assert numbered == len(set(sequences) | set(self.edge.core.items))
+
+    @invariant()
+    def an_end_names_the_newest_attempt(self) -> None:
+        newest = {submit.sequence: submit.attempt for submit in self.edge.submits()}
+        assert all(end.attempt == newest.get(end.sequence, 1) for end in self.edge.ends())
 
     @invariant()
     def first_submissions_ascend(self) -> None:
