@@ -230,6 +230,24 @@ async def test_a_message_over_the_limit_is_refused_by_grpc() -> None:
     assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def test_a_burst_is_taken_up_whole() -> None:
+    """Thousands of calls at once all reach their handler; gRPC's own bound would end most, and not say why."""
+    burst, arrived, all_here = 2500, 0, asyncio.Event()
+
+    async def act(_content: str, _context: Any) -> None:
+        nonlocal arrived
+        arrived += 1
+        if arrived == burst:
+            all_here.set()
+        await all_here.wait()
+
+    async with serving(Echo(act)) as channel, asyncio.TaskGroup() as calls:
+        for _ in range(burst):
+            calls.create_task(call(channel, "UnaryUnary", text("x"), timeout=1000))
+
+    assert arrived == burst
+
+
 async def test_a_stop_lets_calls_end_and_takes_no_more() -> None:
     """Within the grace a call under way is answered, and a new one is UNAVAILABLE."""
     running, finish = asyncio.Event(), asyncio.Event()

@@ -25,6 +25,8 @@ from ostinato.serving.standard import Bystanders, Health, add_standard
 
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 """gRPC's own default, for requests."""
+PENDING_CALLS_MAX = 1 << 16
+"""That have arrived and that no handler has taken up yet."""
 
 S = TypeVar("S")
 
@@ -53,6 +55,9 @@ class Server:
                 # With it on, a second server would share a port in silence.
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", message_bytes_max),
+                # Beyond a thousand gRPC would end calls by itself, with a bare CANCELLED. Ours are refused with a reason.
+                ("grpc.server.max_pending_requests", PENDING_CALLS_MAX),
+                ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS_MAX),
                 # A peer that vanished without a word is noticed within about two minutes, and its calls end; peers may ask us
                 # the same, more often than gRPC would let them.
                 ("grpc.keepalive_time_ms", 60_000),
