@@ -25,6 +25,9 @@ from service.metrics import Metrics
 from service.opening import make_ready, open_engine
 from service.servicer import NAME, EngineServicer, Workers
 
+IDLE_SECONDS = 2.0
+"""Told to stop, a service lets a sidecar go that has asked for nothing for this long."""
+
 T = TypeVar("T")
 _log = logging.getLogger("service")
 
@@ -55,6 +58,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
             await server.set_health(NAME, serving=True)
             _log.info("serving")
             await stop.wait()
+            servicer.ready.streams.drain(IDLE_SECONDS)
         await server.stop(settings.drain_seconds)
     finally:
         await server.stop(0)

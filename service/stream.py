@@ -3,6 +3,8 @@
 1. A stream begins with Hello and is answered with Welcome; `service.fence` decides who is let in, and only one is.
 2. Runs reach the engine in the order of submission.
 3. The stream's half-close lets its runs end, then ends the stream. Any other end stops them at once.
+4. A service that is told to stop keeps the stream, and takes runs from it, until there were none for a while: the sidecar, told
+   to stop at the same moment, still needs it.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ class Streams:
     metrics: Metrics
     fence: Fence = field(default_factory=Fence)
     _current: Stream | None = None
+    _idle_seconds: float | None = None
 
     async def execute(self, requests: Requests) -> AsyncGenerator[engine_pb2.ExecuteResponse]:
         """Serve one stream to its end. Raises a StreamRefused for a sidecar that breaks a rule or is replaced."""
@@ -68,12 +71,20 @@ class Streams:
         finally:
             self._leave(stream)
 
+    def drain(self, idle_seconds: float) -> None:
+        """From now on a stream ends well once it has had no run for this long."""
+        self._idle_seconds = idle_seconds
+        if self._current is not None:
+            self._current.drain(idle_seconds)
+
     def _admit(self, hello: engine_pb2.Hello) -> Stream:
         """The new stream; the one before, if it is still there, is out of the way."""
         self.fence.admit(hello)
         if self._current is not None:
             self._current.replace(hello.epoch)
         self._current = Stream(self, hello)
+        if self._idle_seconds is not None:
+            self._current.drain(self._idle_seconds)
         self.metrics.streams.set(1)
         _log.info("sidecar connected", extra=_names(hello))
         return self._current
@@ -101,6 +112,8 @@ class Stream:
         self._owner = Owner(streams.runs, self._deliver)
         self._protocol = Protocol()
         self._half_closed = self._stopped = False
+        self._idle_seconds: float | None = None
+        self._idle: asyncio.TimerHandle | None = None
         self._unwatch = streams.describer.held.watch(self._welcome)
 
     async def serve(self, first: engine_pb2.ExecuteRequest, requests: Requests) -> AsyncGenerator[engine_pb2.ExecuteResponse]:
@@ -121,10 +134,16 @@ class Stream:
         self.stop()
         self._outbox.fail(EpochStale(f"replaced by a stream of epoch {epoch}", details={"highest": str(epoch)}))
 
+    def drain(self, idle_seconds: float) -> None:
+        """End well once there has been no run for this long."""
+        self._idle_seconds = idle_seconds
+        self._settle()
+
     def stop(self) -> None:
         """Stop all runs and take no more. May be called again."""
         self._stopped = True
         self._owner.close()
+        self._settle()
         self._unwatch()
 
     async def _read(self, first: engine_pb2.ExecuteRequest, requests: Requests) -> None:
@@ -140,7 +159,7 @@ class Stream:
             self._outbox.fail(error)
             return
         self._half_closed = True
-        self._close_if_done()
+        self._settle()
 
     def _take(self, request: engine_pb2.ExecuteRequest) -> None:
         if self._stopped:
@@ -149,6 +168,7 @@ class Stream:
             self._submit(submit)
         for run_id in request.cancels:
             self._owner.cancel(run_id)
+        self._settle()
 
     def _submit(self, submit: engine_pb2.Submit) -> None:
         self._protocol.check(submit)
@@ -164,11 +184,24 @@ class Stream:
         self._outbox.put(event)
         if self._outbox.failed:
             self.stop()
-        self._close_if_done()
+        self._settle()
 
-    def _close_if_done(self) -> None:
-        if self._half_closed and not len(self._owner):
+    def _settle(self) -> None:
+        """Without a run, a half-closed stream ends at once, and one that is to end anyway after a while."""
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
+        if len(self._owner):
+            return
+        if self._half_closed:
             self._outbox.close()
+        elif self._idle_seconds is not None and not self._stopped:
+            self._idle = asyncio.get_running_loop().call_later(self._idle_seconds, self._retire)
+
+    def _retire(self) -> None:
+        _log.info("sidecar let go", extra=_names(self.hello))
+        self.stop()
+        self._outbox.close()
 
     def _welcome(self) -> None:
         self._outbox.welcome(engine_pb2.Welcome(description=self._describer.response()))

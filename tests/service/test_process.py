@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from ostinato.errors import EngineUnavailable
 from ostinato.v1 import engine_pb2, engine_pb2_grpc
 
 from tests.pair import Program
-from tests.service.support import error_of
+from tests.service.support import error_of, hello_of
 
 
 class Running:
@@ -54,6 +55,20 @@ def test_start_and_stop(tmp_path: Path) -> None:
     assert "ostinato_service_grade 3.0" in metrics
     assert 'ostinato_service_fingerprint_info{digest="' in metrics
     assert mode == 0o600
+
+
+def test_an_idle_sidecar_does_not_hold_up_the_stop(tmp_path: Path) -> None:
+    """Told to stop, it does not wait its whole drain for a stream on which nothing happens."""
+    says: queue.SimpleQueue[engine_pb2.ExecuteRequest | None] = queue.SimpleQueue()
+    says.put(engine_pb2.ExecuteRequest(hello=hello_of()))
+    with Running(tmp_path, "--drain-seconds", "3600") as service, grpc.insecure_channel(service.address) as channel:
+        service.program.wait_for("serving")
+        frames = engine_pb2_grpc.EngineStub(channel).Execute(iter(says.get, None))
+        assert next(frames).HasField("welcome")
+
+        assert service.program.stop() == 0
+        assert list(frames) == [], "it ended well"
+    says.put(None)
 
 
 def test_listens_before_it_is_ready(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from ostinato import errors
 from ostinato.v1 import engine_pb2, types_pb2
 
+from service.stream import Streams
 from tests.service.support import LOG, REPLAY, Service, Stream, hello_of, served, submit_of
 
 SLOW: dict[str, Any] = {"delay_seconds": 0.005}
@@ -21,9 +22,27 @@ ENDLESS: dict[str, Any] = {"max_new_tokens": 4000}
 
 async def eventually(condition: Any) -> None:
     """Waits for something that another task does soon."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+NEVER = 1000.0
+"""Seconds that no test lasts."""
+
+
+def streams(service: Service) -> Streams:
+    assert service.servicer.ready is not None
+    return service.servicer.ready.streams
+
+
+async def refusing(service: Service) -> None:
+    """Until a new call is turned away."""
+    async with asyncio.timeout(30):
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            while True:
+                await service.stub.Describe(engine_pb2.DescribeRequest())
+                await asyncio.sleep(0.005)
 
 
 def idle(service: Service) -> bool:
@@ -97,7 +116,7 @@ async def test_frames_coalesce() -> None:
     async with served() as service, service.stream() as stream:
         await stream.read()
         await stream.send(*(submit_of(i, max_new_tokens=500) for i in range(1, 9)))
-        await asyncio.sleep(0.8)
+        await eventually(lambda: service.sample("ostinato_engine_runs_total", purpose="primary", end="finished") == 8)
         for i in range(1, 9):
             await stream.end(i)
 
@@ -248,18 +267,48 @@ async def test_half_close_without_runs_ends() -> None:
 
 
 async def test_stop_waits_for_the_stream() -> None:
-    """A stopping server keeps the stream until the sidecar half-closes, and takes no other."""
+    """A service told to stop keeps the stream until the sidecar half-closes, and takes no other call."""
     async with served(SLOW) as service, service.stream() as stream:
         await stream.send(submit_of(1, max_new_tokens=30))
         await stream.until(1, "tokens")
-        stopping = asyncio.create_task(service.server.stop(10))
-        await asyncio.sleep(0.02)
+        streams(service).drain(NEVER)
+        stopping = asyncio.create_task(service.server.stop(NEVER))
+        await refusing(service)
         await stream.send(submit_of(2))
+        await stream.end(1)
+        await stream.end(2)
+        await stream.send(submit_of(3))
         await stream.done()
         await stopping
 
         assert len((await stream.output(1)).token_ids) == 30
         assert (await stream.output(2)).token_ids
+        assert (await stream.output(3)).token_ids
+
+
+async def test_stop_lets_an_idle_sidecar_go() -> None:
+    """A service told to stop ends a stream well that nobody half-closes, but not while it has runs."""
+    async with served(SLOW) as service, service.stream() as stream:
+        await stream.send(submit_of(1, max_new_tokens=30), submit_of(2, max_new_tokens=60))
+        await stream.until(1, "tokens")
+        streams(service).drain(0.02)
+        stopping = asyncio.create_task(service.server.stop(NEVER))
+        while await stream.read() is not None:
+            pass
+        await stopping
+
+        assert [len((await stream.output(run_id)).token_ids) for run_id in (1, 2)] == [30, 60]
+
+
+async def test_a_stream_that_comes_during_a_drain_ends_too() -> None:
+    """A stream that was let in at the last moment does not keep a stopping service."""
+    async with served() as service:
+        streams(service).drain(0.02)
+        async with service.stream() as stream:
+            while await stream.read() is not None:
+                pass
+
+        assert service.sample("ostinato_service_streams") == 0
 
 
 async def test_stop_ends_when_grace_does() -> None:
@@ -267,7 +316,7 @@ async def test_stop_ends_when_grace_does() -> None:
     async with served(SLOW) as service, service.stream() as stream:
         await stream.send(submit_of(1, **ENDLESS))
         await stream.until(1, "tokens")
-        await asyncio.wait_for(service.server.stop(0.1), 5)
+        await service.server.stop(0.1)
 
         await eventually(lambda: idle(service))
         await stream.broken()
