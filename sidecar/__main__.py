@@ -116,9 +116,9 @@ class Sidecar:
             await asyncio.sleep(self.settings.tick_seconds)
 
     async def _drain(self) -> None:
+        self.dispatcher.tell(ev.Drain())
         log.info("draining", extra={"unfinished": len(self.dispatcher.works)})
         await self.server.set_health(GENERATION, serving=False)
-        self.dispatcher.tell(ev.Drain())
         try:
             await asyncio.wait_for(self.dispatcher.drained.wait(), self.settings.drain_seconds)
         except TimeoutError:

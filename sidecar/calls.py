@@ -21,6 +21,10 @@ class Call(Protocol):
 
     def result(self, result: types_pb2.Result) -> None: ...
 
+    def lost(self, error: errors.OstinatoError) -> None:
+        """The call is over without an outcome of its items. The first error counts."""
+        ...
+
 
 class Unary:
     """Collects the results of a whole batch."""
@@ -30,7 +34,8 @@ class Unary:
     def __init__(self, count: int) -> None:
         self._count = count
         self._results: dict[int, types_pb2.Result] = {}
-        self._complete = asyncio.Event()
+        self._lost: errors.OstinatoError | None = None
+        self._over = asyncio.Event()
 
     def tokens(self, run: generation_pb2.TokenRun) -> None: ...
 
@@ -39,11 +44,17 @@ class Unary:
     def result(self, result: types_pb2.Result) -> None:
         self._results[result.sequence] = result
         if len(self._results) == self._count:
-            self._complete.set()
+            self._over.set()
+
+    def lost(self, error: errors.OstinatoError) -> None:
+        self._lost = self._lost or error
+        self._over.set()
 
     async def results(self) -> list[types_pb2.Result]:
-        """When all have ended; ascending."""
-        await self._complete.wait()
+        """When all have ended; ascending. Raises what the call was lost for."""
+        await self._over.wait()
+        if self._lost is not None:
+            raise self._lost
         return [self._results[sequence] for sequence in sorted(self._results)]
 
 
@@ -59,6 +70,7 @@ class Streamed:
         self._tokens = 0
         self._runs: dict[int, generation_pb2.TokenRun] = {}
         """Of the last message, by sequence."""
+        self._lost: errors.OstinatoError | None = None
         self._something = asyncio.Event()
         self.overrun = asyncio.Event()
 
@@ -92,17 +104,24 @@ class Streamed:
         completed = result.HasField("output")
         self._put(generation_pb2.GenerateEvent(finished=result) if completed else generation_pb2.GenerateEvent(failed=result))
 
+    def lost(self, error: errors.OstinatoError) -> None:
+        self._lost = self._lost or error
+        self._something.set()
+
     def _put(self, event: generation_pb2.GenerateEvent) -> None:
         self._events.append(event)
         self._something.set()
 
     async def take(self) -> Iterable[generation_pb2.GenerateEvent]:
-        """All that came since the last take; nothing: every item has ended and was told. Raises SlowReader."""
-        while not self._events and self._open:
+        """All that came since the last take; nothing: every item has ended and was told. Raises SlowReader; and what the call
+        was lost for, behind what had come before."""
+        while not self._events and self._open and self._lost is None:
             self._something.clear()
             await self._something.wait()
         if self.overrun.is_set():
             raise slow(self._tokens_max)
+        if not self._events and self._lost is not None:
+            raise self._lost
         events, self._events, self._tokens = self._events, [], 0
         return events
 

@@ -177,6 +177,8 @@ class Dispatcher:
                 self.link.cancel(run_id)
             case do.End():
                 self._spawn(self._append_outcome(effect))
+            case do.LeaveToRecovery(sequence):
+                self.works[sequence].leave()
             case do.RerunLost(rerun_id, error):
                 self.reruns.lost(rerun_id, error)
             case do.Fault(error):

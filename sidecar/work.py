@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from ostinato.compare import compare_prefix
-from ostinato.errors import OstinatoError
+from ostinato.errors import Draining, OstinatoError
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 
 from sidecar.calls import Call
@@ -14,6 +14,9 @@ from sidecar.core.events import Need
 from sidecar.journal import Admission, Binding, Outcome, Sealed
 from sidecar.progress import Progress
 from sidecar.results import ended_payload, outcome_kind
+
+LEFT_SECONDS = 1.0
+"""After which it makes sense to ask for what a drain left unfinished."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +56,8 @@ class Work:
     first_fingerprint_digest: bytes = b""
     output: types_pb2.Output | None = None
     recovery: types_pb2.Comparison | None = field(default=None)
+    left: Draining | None = None
+    """Why nobody need wait for it in this process; None: it goes on."""
 
     @classmethod
     def of(cls, entry: Sealed, calls: list[Call], now: float) -> Work:
@@ -84,10 +89,21 @@ class Work:
 
     def join(self, call: Call) -> None:
         """Somebody else waits too. It is sent what was streamed so far, if anything was."""
+        if self.left is not None:
+            call.lost(self.left)
+            return
         self.calls.append(call)
         run = self.progress.so_far()
         if call.wants_tokens and run is not None:
             call.tokens(run)
+
+    def leave(self) -> None:
+        """The next epoch's; those who wait are told to come back for it."""
+        self.left = Draining("the sidecar stops and finishes this when it is started again", retry_after=LEFT_SECONDS)
+        for call in self.calls:
+            call.lost(self.left)
+        self.ended.set_exception(self.left)
+        self.ended.exception()  # somebody has to look at it, and there may be nobody
 
     def tokens(self, tokens: engine_pb2.RunTokens, now: float) -> None:
         """Tell those who stream. Raises ValueError if the tokens do not follow those before."""

@@ -7,7 +7,7 @@
       |   + QueueFull         retry later                     RESOURCE_EXHAUSTED
       |   + JournalFull       retry later                     RESOURCE_EXHAUSTED
       |   + EngineUnavailable retry later                     UNAVAILABLE
-      |   + Draining          retry elsewhere or later        UNAVAILABLE
+      |   + Draining          retry later; a key's are kept   UNAVAILABLE
       |   + GradeNotEarned                                    FAILED_PRECONDITION
       |   + KeyReused                                         ALREADY_EXISTS
       |   + PayloadPruned                                     FAILED_PRECONDITION

@@ -56,6 +56,13 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
+class LeaveToRecovery:
+    """This process will not finish the item, and the next one will: who waits for it must come back."""
+
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
 class RerunLost:
     """The rerun will not run, or not to its end."""
 
@@ -75,4 +82,4 @@ class Drained:
     """Nothing is left that this process will finish."""
 
 
-Effect = AppendAdmission | Refuse | Submit | SubmitRerun | CancelRun | End | RerunLost | Fault | Drained
+Effect = AppendAdmission | Refuse | Submit | SubmitRerun | CancelRun | End | LeaveToRecovery | RerunLost | Fault | Drained

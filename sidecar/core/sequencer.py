@@ -200,8 +200,7 @@ class Sequencer:
         self.waiting = {item.sequence: item for item in (*lost, *self.waiting.values())}
         for item in lost:
             if item.losses >= self.bounds.attempts_max:
-                exhausted = errors.AttemptsExhausted(f"the engine was lost under it {item.losses} times")
-                yield from self._end(item, exhausted)
+                yield from self._end(item, errors.AttemptsExhausted(f"the engine was lost under it {item.losses} times"))
         yield from self.reruns.lose(errors.EngineUnavailable("the engine was lost"), None)
         if self.draining:
             yield from self._abandon()
@@ -248,3 +247,4 @@ class Sequencer:
                 if self._release(item):
                     yield do.CancelRun(item.run_id)
                 del self.items[item.sequence]
+                yield do.LeaveToRecovery(item.sequence)

@@ -732,7 +732,9 @@ async def healthy(door: Door) -> bool:
 
 async def test_draining() -> None:
     """Told to stop, it refuses what is new with a time to come back, finishes what it has, and exits 0."""
-    async with own(SLOWLY) as door:
+    script = {**SLOWLY, "rules": [{"do": "hang", "at": 1, "sequences": [1]}]}
+    async with own(script) as door:
+        held, holder = await begun(door, one())
         stream, listener = await begun(door, one(max_new_tokens=200, ignore_eos=True))
         assert door.pair.sidecar is not None
         os.kill(door.pair.sidecar.pid, signal.SIGTERM)
@@ -747,8 +749,37 @@ async def test_draining() -> None:
 
         listener.whole()
         assert len(result.output.token_ids) == 200
+        assert door.pair.sidecar.running, "the first one is not finished yet"
+        await door.client.cancel(1)
+        await rest(held, holder)
         code, log = await asyncio.to_thread(ended, door.pair.sidecar)
         assert code == 0, log
+
+
+async def test_a_drain_that_runs_out_of_time() -> None:
+    """Those who wait with a key are told DRAINING and when to come back, and the next start has their answers; without a key
+    it is over."""
+    script = {**SLOWLY, "rules": [{"do": "hang", "at": 1, "attempts": [1]}]}
+    async with own(script, "--drain-seconds", "0") as door:
+        request = asked("a", key="left", max_new_tokens=4)
+        stream, listener = await begun(door, request)
+        waiting = asyncio.ensure_future(refusal(door.generation.Generate(request)))
+        unkeyed, other = await begun(door, one())
+        await eventually(lambda: door.pair.metrics()["ostinato_repeated_requests_total"] == 1, "it waits for the same answer")
+        assert door.pair.sidecar is not None
+        os.kill(door.pair.sidecar.pid, signal.SIGTERM)
+
+        for said in (await refusal(rest(stream, listener)), await waiting):
+            said.says(errors.Draining)
+            assert said.retry_after is not None, said
+        (result,) = (await rest(unkeyed, other)).results
+        assert errors.from_status(result.status).reason == "ABANDONED"
+        code, log = await asyncio.to_thread(ended, door.pair.sidecar)
+        assert code == 0, log
+
+        door.pair.start_sidecar().wait_for("engine connected")
+        (result,) = (await door.client.generate(request)).results
+        assert (result.WhichOneof("outcome"), result.attempt) == ("output", 2)
 
 
 IN_USE = "Address already in use"

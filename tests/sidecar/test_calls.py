@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ostinato.errors import Cancelled, SlowReader, to_status
+from ostinato.errors import Cancelled, Draining, SlowReader, to_status
 from ostinato.v1 import generation_pb2, types_pb2
 
 from sidecar.calls import Streamed, Unary
@@ -121,6 +121,23 @@ async def test_a_reader_waits_for_something() -> None:
         happen()
         assert len(list(await waiting)) == 1
     assert not list(await call.take())
+
+
+async def test_a_call_is_lost_behind_what_it_was_told() -> None:
+    """Both kinds are woken to raise why, the first reason; a stream after what had come before."""
+    unary, streamed = Unary(2), Streamed(2, 100)
+    waiting = asyncio.ensure_future(unary.results())
+    await asyncio.sleep(0)
+    for call in (unary, streamed):
+        call.result(completed(1))
+        call.lost(Draining("first"))
+        call.lost(Draining("second"))
+
+    with pytest.raises(Draining, match="first"):
+        await waiting
+    assert await streamed.take() == [Event(finished=completed(1))]
+    with pytest.raises(Draining, match="first"):
+        await streamed.take()
 
 
 async def test_a_reader_who_falls_behind() -> None:

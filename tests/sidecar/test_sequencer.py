@@ -319,17 +319,20 @@ def test_drain_end() -> None:
     assert [edge.reason(sequence) for sequence in (1, 2)] == ["ABANDONED"] * 2
     assert made == [do.Drained()]
     assert not [end for end in edge.ends() if end.sequence == 3]
+    assert edge.effects.count(do.LeaveToRecovery(3)) == 1
 
 
 def test_numbered_after_the_drain_ended() -> None:
-    """A batch that gets its numbers after the drain ended is abandoned, not forgotten."""
+    """A batch that gets its numbers after the drain ended is abandoned, or left to recovery, but not forgotten."""
     edge = connected()
     edge.tell(ev.Admit(1, (need(),), False))
+    edge.tell(ev.Admit(2, (need(),), True))
     edge.tell(ev.Drain())
     edge.tell(ev.DrainEnd())
     edge.tell(ev.Numbered(1, 1))
 
     assert edge.reason(1) == "ABANDONED"
+    assert edge.tell(ev.Numbered(2, 2)) == [do.LeaveToRecovery(2)]
 
 
 def test_drain_without_an_engine() -> None:

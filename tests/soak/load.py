@@ -91,7 +91,8 @@ class Call:
 
     @property
     def refused(self) -> bool:
-        return isinstance(self.error, errors.Refused)
+        """Whether it burned no number. A drain also ends the calls of what has a key and numbers."""
+        return isinstance(self.error, errors.Refused) and not (self.job.keyed and isinstance(self.error, errors.Draining))
 
 
 class Load:
