@@ -91,7 +91,10 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     async def Execute(
         self, request_iterator: AsyncIterator[engine_pb2.ExecuteRequest], context: Context
     ) -> AsyncGenerator[engine_pb2.ExecuteResponse]:
-        async with aclosing(self._ready().streams.execute(request_iterator)) as frames:
+        # Heard before anything is refused: a refusal that is quicker than hello makes the sidecar's write fail, and gRPC then
+        # tells it of that instead.
+        hello = await anext(request_iterator, None)
+        async with aclosing(self._ready().streams.execute(hello, request_iterator)) as frames:
             async for frame in frames:
                 yield frame
 

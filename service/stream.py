@@ -51,10 +51,12 @@ class Streams:
     _current: Stream | None = None
     _idle_seconds: float | None = None
 
-    async def execute(self, requests: Requests) -> AsyncGenerator[engine_pb2.ExecuteResponse]:
-        """Serve one stream to its end. Raises a StreamRefused for a sidecar that breaks a rule or is replaced."""
+    async def execute(
+        self, first: engine_pb2.ExecuteRequest | None, requests: Requests
+    ) -> AsyncGenerator[engine_pb2.ExecuteResponse]:
+        """Serve one stream, its first request and the rest, to its end. Raises a StreamRefused for a sidecar that breaks a rule
+        or is replaced."""
         try:
-            first = await anext(requests, None)
             if first is None or not first.HasField("hello"):
                 raise ProtocolViolation("a stream begins with hello")
             stream = self._admit(first.hello)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -13,7 +15,7 @@ from ostinato.digest import fingerprint_digest
 from ostinato.errors import EngineUnavailable, InvalidRequest, MalformedMessage, NotBuilt, QueueFull
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
-from service.servicer import Workers
+from service.servicer import EngineServicer, Workers
 from tests.service.support import error_of, refused, served
 
 
@@ -43,11 +45,31 @@ async def test_not_ready_is_unavailable() -> None:
             service.stub.Describe(engine_pb2.DescribeRequest()),
             service.stub.Prepare(engine_pb2.PrepareRequest()),
             service.stub.Tokenize(generation_pb2.TokenizeRequest()),
-            service.stub.Execute().read(),
+            service.stub.Execute(iter([engine_pb2.ExecuteRequest()])).read(),
         ):
             with refused(EngineUnavailable) as errors:
                 await call
             assert errors[0].retry_after == 1.0
+
+
+async def test_hello_is_heard_before_a_stream_is_refused() -> None:
+    """Also a service that is not ready reads first: to a sidecar whose first write fails, gRPC would not say why."""
+    asked, says = asyncio.Event(), asyncio.Event()
+
+    async def requests() -> AsyncIterator[engine_pb2.ExecuteRequest]:
+        asked.set()
+        await says.wait()
+        yield engine_pb2.ExecuteRequest()
+
+    servicer = EngineServicer(Workers(threads=1, queue_max=1))
+    context: Any = None
+    async with contextlib.aclosing(servicer.Execute(requests(), context)) as frames:
+        answer = asyncio.ensure_future(anext(frames))
+        await asyncio.wait({answer, asyncio.ensure_future(asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        assert not answer.done()
+        says.set()
+        with pytest.raises(EngineUnavailable):
+            await answer
 
 
 async def test_get_tokenizer_is_not_built() -> None:
@@ -107,7 +129,7 @@ async def test_workers_are_bounded() -> None:
     """Beyond threads and queue, work is refused with a time to come back; a caller that leaves does not free its thread."""
     workers, gate = Workers(threads=1, queue_max=1), threading.Event()
     busy = [asyncio.create_task(workers.run(gate.wait)) for _ in range(2)]
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0)  # each has taken its place
     busy[0].cancel()
     with pytest.raises(QueueFull) as caught:
         await workers.run(gate.wait)

@@ -354,13 +354,12 @@ async def test_same_or_higher_epoch_takes_over(epoch: int) -> None:
 async def test_replaced_stream_can_submit_nothing() -> None:
     """What a replaced sidecar has under way never reaches the engine, even while its stream cannot be told yet."""
     async with served({"record": 100}) as service:
-        assert service.servicer.ready is not None
-        streams, old_says, new_says = service.servicer.ready.streams, Said(), Said()
-        old_says(engine_pb2.ExecuteRequest(hello=hello_of(epoch=1)))
-        async with contextlib.aclosing(streams.execute(old_says.all())) as old:
+        old_says, new_says = Said(), Said()
+        first = engine_pb2.ExecuteRequest(hello=hello_of(epoch=1))
+        async with contextlib.aclosing(streams(service).execute(first, old_says.all())) as old:
             await anext(old)  # and not read on: as if a write hung
-            new_says(engine_pb2.ExecuteRequest(hello=hello_of(epoch=2)))
-            async with contextlib.aclosing(streams.execute(new_says.all())) as new:
+            second = engine_pb2.ExecuteRequest(hello=hello_of(epoch=2))
+            async with contextlib.aclosing(streams(service).execute(second, new_says.all())) as new:
                 await anext(new)
                 old_says(engine_pb2.ExecuteRequest(submits=[submit_of(66)]))
                 new_says(engine_pb2.ExecuteRequest(submits=[submit_of(1)]))
