@@ -113,7 +113,9 @@ class Sidecar:
             if can_admit != serving:
                 serving = can_admit
                 await self.server.set_health(GENERATION, serving=serving)
-            await asyncio.sleep(self.settings.tick_seconds)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.dispatcher.engine_changed.wait(), self.settings.tick_seconds)
+            self.dispatcher.engine_changed.clear()
 
     async def _drain(self) -> None:
         self.dispatcher.tell(ev.Drain())

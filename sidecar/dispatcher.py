@@ -44,6 +44,8 @@ class Dispatcher:
         """By sequence: admitted, outcome not durable yet."""
         self.engine: engine_pb2.DescribeResponse | None = None
         """None: not connected."""
+        self.engine_changed = asyncio.Event()
+        """It came or went; for one who clears it."""
         self.drained = asyncio.Event()
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when the process must end and recover."""
@@ -100,16 +102,9 @@ class Dispatcher:
         if again:
             self.tell(ev.Regraded(description.model.grade))
             return
-        capacity = description.capacity
-        self.tell(
-            ev.Connected(
-                runs=capacity.runs,
-                kv_blocks=capacity.kv_blocks,
-                block_tokens=capacity.block_tokens,
-                model_digest=model_digest(description.model.fingerprint.fields),
-                grade=description.model.grade,
-            )
-        )
+        room, digest = description.capacity, model_digest(description.model.fingerprint.fields)
+        self.tell(ev.Connected(room.runs, room.kv_blocks, room.block_tokens, digest, description.model.grade))
+        self.engine_changed.set()
 
     def engine_down(self, error: errors.OstinatoError) -> None:
         """See link.Listener."""
@@ -117,6 +112,7 @@ class Dispatcher:
         self.observer.engine(None)
         self._runs.clear()
         self.tell(ev.Disconnected())
+        self.engine_changed.set()
 
     def engine_events(self, events: list[engine_pb2.RunEvent]) -> None:
         """See link.Listener."""

@@ -695,8 +695,9 @@ async def test_a_slow_reader_loses_its_call_and_stalls_nobody() -> None:
 
 
 async def test_no_engine() -> None:
-    """Without a service work is refused with a time to come back, nothing is numbered, and reads are served; then it comes."""
-    with Pair(service=scripted({})) as pair:
+    """Without a service work is refused with a time to come back, nothing is numbered, and reads are served; then it comes, and
+    goes: health says so at once, not when the clock is looked at next."""
+    with Pair(service=scripted({}), sidecar=["--tick-seconds", "1000"]) as pair:
         pair.start_sidecar()
         async with opened(pair) as door:
             for call in (
@@ -712,12 +713,15 @@ async def test_no_engine() -> None:
             assert len(await entries(door, 1)) == 1
             assert await health(door) == "NOT_SERVING"
 
-            pair.start_service()
+            service = pair.start_service()
 
             assert pair.sidecar is not None
             pair.sidecar.wait_for("engine connected")
             assert (await door.client.generate("a", max_new_tokens=1)).stamp.first_sequence == 1
             await eventually(lambda: healthy(door), "health says so")
+
+            service.kill()
+            await eventually(lambda: not_serving(door), "health says so")
 
 
 async def health(door: Door, service: str = "ostinato.v1.Generation") -> str:
@@ -874,7 +878,8 @@ async def not_serving(door: Door) -> bool:
 
 async def test_no_room_for_the_engine_or_the_queue() -> None:
     """What can never fit is the caller's mistake; what does not fit now is told when to come back, and fits then."""
-    small = SLOWLY | {"kv_blocks": 4, "block_tokens": 16, "context_tokens": 256}
+    held = {"do": "hang", "at": 1, "sequences": [2]}
+    small = {"kv_blocks": 4, "block_tokens": 16, "context_tokens": 256, "rules": [held]}
     async with own(small, "--queue-items-max", "3") as door:
         async with door.nothing_numbered():
             (await refusal(door.generation.Generate(items(Item(text="a"), ids(60))))).says(errors.InvalidRequest, "items[0]")
@@ -887,6 +892,7 @@ async def test_no_room_for_the_engine_or_the_queue() -> None:
         said = await refusal(door.generation.Generate(one(max_new_tokens=1)))
         said.says(errors.QueueFull)
         assert said.retry_after is not None, said
+        await door.client.cancel(2)
         await rest(stream, listener)
         assert all(result.HasField("output") for result in (await waiting).results)
         assert (await door.client.generate("a", max_new_tokens=1)).stamp.first_sequence == listener.stamp.first_sequence + 4
