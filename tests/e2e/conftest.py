@@ -67,7 +67,7 @@ async def refusal(call: Awaitable[object]) -> Refusal:
     raise AssertionError(f"this should have been refused, and was answered:\n{answer}")
 
 
-async def eventually(condition: Callable[[], bool | Awaitable[bool]], what: str, seconds: float = 15.0) -> None:
+async def eventually(condition: Callable[[], bool | Awaitable[bool]], what: str, seconds: float = 30.0) -> None:
     """Wait for something that another process does soon."""
     deadline = time.monotonic() + seconds
     while True:
@@ -151,7 +151,7 @@ async def opened(pair: Pair) -> AsyncIterator[Door]:
         yield Door(pair, client, channel)
 
 
-def ended(program: Program, seconds: float = 20.0) -> tuple[int, str]:
+def ended(program: Program, seconds: float = 40.0) -> tuple[int, str]:
     """Exit code and log of a program that ends by itself."""
     deadline = time.monotonic() + seconds
     while program.running:

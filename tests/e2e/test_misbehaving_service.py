@@ -188,7 +188,7 @@ class Stage:
         """Assert that the sidecar lives and works, and that every number has one outcome."""
         assert self.door.pair.sidecar is not None and self.door.pair.sidecar.running
         await self.connected()
-        good = await self.door.client.generate("good", timeout=15)
+        good = await self.door.client.generate("good", timeout=40)
         assert list(good.results[0].output.token_ids) == answer(self.fake.submits[-1]), good
         outcomes: dict[int, list[str]] = {number: [] for number in range(1, good.stamp.first_sequence + 1)}
         async for entry in self.door.client.tail():
@@ -248,7 +248,7 @@ async def test_a_fault_costs_the_stream_and_no_number(stage: Stage, misdeed: Cal
     """The fault is counted and logged, the stream opened again, and the item is run once more and completed."""
     stage.fake.runs = [misdeed]
 
-    events = [event async for event in stage.door.client.stream(["abc", "def"], timeout=15)]
+    events = [event async for event in stage.door.client.stream(["abc", "def"], timeout=40)]
 
     results = sorted((event.finished for event in events if event.HasField("finished")), key=lambda each: each.sequence)
     assert [list(result.output.token_ids) for result in results] == [answer(Submit(token_ids=t)) for t in (b"abc", b"def")]
@@ -275,7 +275,7 @@ async def test_tokens_of_a_lost_attempt_are_taken_back(stage: Stage) -> None:
     for restarts in (0, 1):
         made: list[int] = []
         seen = 0
-        async for event in stage.door.client.stream("abc", timeout=15):
+        async for event in stage.door.client.stream("abc", timeout=40):
             if event.HasField("restarted"):
                 seen, made = seen + 1, []
             for run in event.tokens.runs:
@@ -290,7 +290,7 @@ async def test_an_item_of_faults_only_is_given_up(stage: Stage) -> None:
     """A service that breaks the protocol under an item again and again costs that item its attempts, and no more."""
     stage.fake.runs = [lambda s: [frame(started(s), finished(s, grade=17))]] * 3
 
-    (result,) = (await stage.door.client.generate("abc", timeout=15)).results
+    (result,) = (await stage.door.client.generate("abc", timeout=40)).results
 
     assert errors.from_status(result.status).reason == "ATTEMPTS_EXHAUSTED"
     assert stage.faults() == 3
@@ -315,7 +315,7 @@ async def test_the_first_end_counts(stage: Stage, misdeed: Callable[[Submit], Se
     """What is said of a run after its end changes nothing, and a failure that makes no sense is still a failure."""
     stage.fake.runs = [misdeed]
 
-    (result,) = (await stage.door.client.generate("abc", timeout=15)).results
+    (result,) = (await stage.door.client.generate("abc", timeout=40)).results
 
     if reason:
         assert result.status.code != 0, result
@@ -329,7 +329,7 @@ async def test_a_stream_that_is_closed(stage: Stage) -> None:
     """A service that ends the stream is one that was lost: the sidecar comes back, and the attempt counts if it had started."""
     stage.fake.runs = [lambda s: [CLOSE], lambda s: [frame(started(s)), CLOSE]]
 
-    (result,) = (await stage.door.client.generate("abc", timeout=15)).results
+    (result,) = (await stage.door.client.generate("abc", timeout=40)).results
 
     assert (result.WhichOneof("outcome"), result.attempt) == ("output", 2)
     assert [submit.attempt for submit in stage.fake.submits] == [1, 1, 2]
@@ -353,7 +353,7 @@ async def test_no_welcome(stage: Stage, first: Wire) -> None:
     stage.fake.welcomes = [first, first]
     stage.fake.runs = [lambda s: [CLOSE]]
 
-    await stage.door.client.generate("abc", timeout=15)
+    await stage.door.client.generate("abc", timeout=40)
 
     assert len(stage.fake.hellos) == 4
     assert stage.faults() == 2
@@ -391,7 +391,7 @@ async def test_a_useless_preparation(stage: Stage, misdeed: Callable[[engine_pb2
     """What cannot be run is never numbered: the caller gets an error, at once, and the fault is counted."""
     stage.fake.prepares = [misdeed, misdeed]
 
-    async with asyncio.timeout(10), stage.door.nothing_numbered():
+    async with asyncio.timeout(40), stage.door.nothing_numbered():
         request = generation_pb2.GenerateRequest(items=[types_pb2.Item(text="abc")] * 2)
         (await refusal(stage.door.generation.Generate(request))).says(errors.ProtocolViolation)
         (await refusal(stage.door.streamed(request))).says(errors.ProtocolViolation)
@@ -408,7 +408,7 @@ async def test_what_another_model_prepared(stage: Stage) -> None:
 
     stage.fake.prepares = [other]
 
-    (result,) = (await stage.door.client.generate("abc", timeout=15)).results
+    (result,) = (await stage.door.client.generate("abc", timeout=40)).results
 
     assert errors.from_status(result.status).reason == "FINGERPRINT_CHANGED"
     assert stage.fake.submits == []

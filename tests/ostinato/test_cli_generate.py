@@ -198,13 +198,14 @@ def test_batches_keep_the_order(ostinato: Terminal) -> None:
 
 def test_at_most_so_many_requests_at_once(ostinato: Terminal) -> None:
     """--concurrency is a bound, and is reached."""
-    running, most = 0, 0
+    running, most, pair = 0, 0, asyncio.Barrier(2)
 
     async def slowly(request: Any, _context: Any) -> Any:
         nonlocal running, most
         running += 1
         most = max(most, running)
-        await asyncio.sleep(0.05)
+        await pair.wait()
+        await asyncio.sleep(0.05)  # a third would come meanwhile
         running -= 1
         return ostinato.fake._generate(request)
 

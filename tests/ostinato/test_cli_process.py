@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,7 +48,7 @@ def _interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def _until(true: Callable[[], object], seconds: float = 10) -> bool:
+def _until(true: Callable[[], object], seconds: float = 30) -> bool:
     for _ in range(round(seconds * 100)):
         if true():
             return True
@@ -53,17 +56,25 @@ def _until(true: Callable[[], object], seconds: float = 10) -> bool:
     return False
 
 
+def _waits_for_more(process: subprocess.Popen[str]) -> bool:
+    """Whether it has read all that was written, and sleeps."""
+    assert process.stdin is not None
+    unread = int.from_bytes(fcntl.ioctl(process.stdin, termios.FIONREAD, bytes(4)), sys.byteorder)
+    state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return not unread and state == "S"
+
+
 @pytest.mark.parametrize("arguments", [("generate", "a"), ("generate", "a", "--stream"), ("tail", "--follow")])
 def test_an_interrupt_cancels_the_call(far: tuple[Fake, str], arguments: tuple[str, ...]) -> None:
     """Ctrl-C exits 130 without a word, and the sidecar sees the call cancelled."""
     fake, target = far
-    fake.script["Generate"].append(lambda *_: asyncio.sleep(60))
-    fake.script["GenerateStream"].append([lambda: asyncio.sleep(60)])
+    fake.script["Generate"].append(lambda *_: asyncio.sleep(1000))
+    fake.script["GenerateStream"].append([lambda: asyncio.sleep(1000)])
     method = {"generate": "Generate", "tail": "Tail"}[arguments[0]] + "Stream" * ("--stream" in arguments)
     with _start(*arguments, target=target) as process:
         assert _until(lambda: fake.count(method))
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=10) == ("", "")
+        assert process.communicate(timeout=30) == ("", "")
 
     assert process.returncode == 130
     assert _until(lambda: fake.calls[-1].cancelled)
@@ -72,9 +83,11 @@ def test_an_interrupt_cancels_the_call(far: tuple[Fake, str], arguments: tuple[s
 def test_an_interrupt_ends_the_reading_of_prompts(far: tuple[Fake, str]) -> None:
     """One Ctrl-C is enough while the command waits for stdin."""
     with _start("generate", "-", target=far[1]) as process:
-        time.sleep(1)
+        assert process.stdin is not None
+        os.write(process.stdin.fileno(), b"a")
+        assert _until(lambda: _waits_for_more(process))
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
+        assert process.wait(30) == 130
         assert process.communicate() == ("", "")
 
 
@@ -90,7 +103,7 @@ def test_a_reader_may_leave(far: tuple[Fake, str]) -> None:
 
         assert _run("generate", *"abcd", target=target).returncode == 0
 
-        assert process.wait(10) == 141
+        assert process.wait(30) == 141
         assert process.stderr.read() == ""
     assert _until(lambda: next(call for call in fake.calls if call.method == "Tail").cancelled)
 
@@ -107,7 +120,7 @@ def test_nobody_there_is_said_in_two_lines() -> None:
 def test_a_deadline_is_an_error(far: tuple[Fake, str]) -> None:
     """An expired --timeout is a failed call."""
     fake, target = far
-    fake.script["Generate"].append(lambda *_: asyncio.sleep(60))
+    fake.script["Generate"].append(lambda *_: asyncio.sleep(1000))
     done = _run("--timeout", "0.3", "generate", "a", target=target)
     assert done.returncode == 1
     assert done.stderr.startswith("error: DEADLINE_EXCEEDED: ")

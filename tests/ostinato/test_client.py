@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -14,7 +13,7 @@ import grpc
 import pytest
 from grpc_status import rpc_status
 
-from ostinato import Client, OstinatoError, errors
+from ostinato import Client, OstinatoError, errors, wire
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 from tests.ostinato.fake import Fake, serving, talking
@@ -170,13 +169,13 @@ async def test_the_deadline_travels(talk: Talk) -> None:
 
 
 async def test_an_expired_deadline_is_an_error_of_ours(talk: Talk) -> None:
-    """DeadlineExceeded is raised on time, and the server's side of the call ends."""
+    """DeadlineExceeded is raised on time, and the server's side of the call ends, if it had come so far."""
     fake, client = talk
-    fake.script["Generate"].append(lambda *_: asyncio.sleep(60))
+    fake.script["Generate"].append(lambda *_: asyncio.sleep(1000))
 
     with pytest.raises(errors.DeadlineExceeded):
         await client.generate("a", timeout=0.2)
-    assert await _until(lambda: fake.calls[0].cancelled)
+    assert await _until(lambda: all(call.cancelled for call in fake.calls))
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, math.nan])
@@ -256,13 +255,13 @@ async def test_a_larger_limit_lets_more_through() -> None:
         assert len((await client.head()).writer) == 5 * 2**20
 
 
-async def test_nobody_there_is_said_at_once() -> None:
+async def test_nobody_there_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that may not be repeated fails without waiting where no sidecar listens."""
+    for pause in ("initialBackoff", "maxBackoff"):
+        monkeypatch.setitem(wire._RETRY_POLICY, pause, "1000s")
     async with Client("127.0.0.1:1") as client:
-        begun = time.monotonic()
         with pytest.raises(errors.Disconnected, match="failed to connect"):
             await client.generate("a")
-        assert time.monotonic() - begun < 2
 
 
 async def test_a_socket_is_a_target(tmp_path: Path) -> None:
@@ -295,7 +294,7 @@ async def test_a_stream_tells_what_happens(talk: Talk) -> None:
 async def test_leaving_a_stream_ends_the_call(talk: Talk) -> None:
     """A reader that goes away cancels what it read."""
     fake, client = talk
-    fake.script["GenerateStream"].append([generation_pb2.GenerateEvent(), lambda: asyncio.sleep(60)])
+    fake.script["GenerateStream"].append([generation_pb2.GenerateEvent(), lambda: asyncio.sleep(1000)])
 
     async with aclosing(client.stream("a")) as events:
         await anext(events)
@@ -306,7 +305,7 @@ async def test_leaving_a_stream_ends_the_call(talk: Talk) -> None:
 async def test_cancelling_the_task_ends_the_call(talk: Talk) -> None:
     """A cancelled caller cancels its call, and sees its own cancellation."""
     fake, client = talk
-    fake.script["Generate"].append(lambda *_: asyncio.sleep(60))
+    fake.script["Generate"].append(lambda *_: asyncio.sleep(1000))
     task = asyncio.create_task(client.generate("a"))
     assert await _until(lambda: fake.calls)
 
@@ -361,7 +360,7 @@ def test_the_decoder_is_for_finished_calls() -> None:
     assert rpc_status.from_call(error) == status
 
 
-async def _until(true: Callable[[], object], seconds: float = 5) -> bool:
+async def _until(true: Callable[[], object], seconds: float = 30) -> bool:
     """Whether it became true in time."""
     for _ in range(round(seconds * 100)):
         if true():

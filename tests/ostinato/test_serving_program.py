@@ -42,7 +42,7 @@ def started(body: str) -> subprocess.Popen[str]:
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Its exit code and what it said on stderr."""
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=50)
     return process.returncode, errors
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import stat
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from ostinato.serving.program import StartupError
 from ostinato.serving.server import Server
 from ostinato.v1 import generation_pb2_grpc
 
-from tests.ostinato.echo import METHODS, NAME, Echo, call, raw, register, serving, text
+from tests.ostinato.echo import METHODS, NAME, Echo, call, register, serving, text
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -180,10 +179,8 @@ async def test_a_watch_sees_changes_and_does_not_hold_up_the_stop(server: Server
     await server.set_health(NAME, serving=True)
     assert (await watch.read()).status == SERVING
 
-    started = time.monotonic()
-    await server.stop(grace=20)
+    await server.stop(grace=1000)
 
-    assert time.monotonic() - started < 5
     assert await watch.code() is grpc.StatusCode.UNAVAILABLE
 
 
@@ -259,24 +256,31 @@ async def test_a_stop_lets_calls_end_and_takes_no_more() -> None:
     server = made("127.0.0.1:0", echo=Echo(act))
     await server.start()
     async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
-        first = asyncio.create_task(call(channel, "UnaryUnary", text("x")))
+        first = asyncio.create_task(call(channel, "UnaryUnary", text("x"), timeout=1000))
         await running.wait()
-        stopping = asyncio.create_task(server.stop(grace=20))
-        await asyncio.sleep(0.1)
-        with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await raw(channel, "/grpc.health.v1.Health/Check")
+        stopping = asyncio.create_task(server.stop(grace=1000))
+        check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+        code = grpc.StatusCode.OK
+        while code in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):  # the latter for one that the stop met on its way
+            code = await check(b"").code()
         finish.set()
         assert (await first)[0].content == "x"
-        await asyncio.wait_for(stopping, 5)
+        await stopping
 
-    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert code is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_stop_cancels_what_outlives_its_grace() -> None:
     """After the grace the calls left are cancelled, so a stop always ends."""
-    async with serving(Echo(lambda _content, _context: asyncio.sleep(30))) as channel:
-        left = asyncio.create_task(call(channel, "UnaryUnary", text("x")))
-        await asyncio.sleep(0.1)
+    running = asyncio.Event()
+
+    async def act(_content: str, _context: Any) -> None:
+        running.set()
+        await asyncio.Event().wait()
+
+    async with serving(Echo(act)) as channel:
+        left = asyncio.create_task(call(channel, "UnaryUnary", text("x"), timeout=1000))
+        await running.wait()
     with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
         await left
 

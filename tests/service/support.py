@@ -102,7 +102,7 @@ class Stream:
     async def read(self) -> engine_pb2.ExecuteResponse | None:
         """The next message, noted; None at the stream's good end. Raises the OstinatoError it ended with."""
         try:
-            frame: engine_pb2.ExecuteResponse | Any = await asyncio.wait_for(self.call.read(), 10)
+            frame: engine_pb2.ExecuteResponse | Any = await asyncio.wait_for(self.call.read(), 30)
         except grpc.aio.AioRpcError as error:
             raise error_of(error) from error
         if frame is grpc.aio.EOF:

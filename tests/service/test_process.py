@@ -45,7 +45,7 @@ def test_start_and_stop(tmp_path: Path) -> None:
         with grpc.insecure_channel(service.address) as channel:
             described = engine_pb2_grpc.EngineStub(channel).Describe(engine_pb2.DescribeRequest())
         port = service.program.wait_for("metrics")["port"]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as page:
             metrics = page.read().decode()
         mode = (tmp_path / "deep" / "engine.sock").stat().st_mode & 0o777
 
@@ -72,8 +72,9 @@ def test_an_idle_sidecar_does_not_hold_up_the_stop(tmp_path: Path) -> None:
 
 
 def test_listens_before_it_is_ready(tmp_path: Path) -> None:
-    """While the model loads, health says NOT_SERVING and RPCs say UNAVAILABLE; stopping then is a good end."""
-    with Running(tmp_path, "--script", '{"load_seconds": 1.5}') as service:
+    """Until the model is loaded and tested, health says NOT_SERVING and RPCs say UNAVAILABLE; stopping then is a good end."""
+    script = {"load_seconds": 0.3, "rules": [{"do": "hang", "purposes": ["SELF_TEST"]}]}
+    with Running(tmp_path, "--script", json.dumps(script)) as service:
         service.program.wait_for("listening")
         with grpc.insecure_channel(service.address) as channel:
             health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="ostinato.v1.Engine"))
@@ -98,7 +99,7 @@ def test_crash_shows_in_the_exit_code(tmp_path: Path) -> None:
     """A scripted crash is a crash."""
     script = {"rules": [{"do": "crash", "at": 3, "purposes": ["SELF_TEST"]}]}
     with Running(tmp_path, "--script", json.dumps(script)) as service:
-        assert service.program._process.wait(20) == 70
+        assert service.program._process.wait(40) == 70
 
 
 def output_of(*args: str) -> tuple[int, str]:

@@ -150,9 +150,11 @@ async def test_slow_reader_loses_its_stream() -> None:
 
 async def test_cancel_before_start() -> None:
     """A queued run that is cancelled never starts, and nothing is said of it."""
-    async with served({"runs": 1, **SLOW}) as service, service.stream() as stream:
-        await stream.send(submit_of(1, max_new_tokens=20), submit_of(2), submit_of(3))
+    held = {"runs": 1, "rules": [{"do": "hang", "sequences": [1]}]}
+    async with served(held) as service, service.stream() as stream:
+        await stream.send(submit_of(1), submit_of(2), submit_of(3))
         await stream.send(cancels=[2])
+        await stream.send(cancels=[1])
         await stream.end(3)
 
         assert not [event for event in stream.events if event.run_id == 2]

@@ -69,6 +69,12 @@ class Stage:
     """Of runs that were handed over, in that order."""
     events: list[engine_pb2.RunEvent]
 
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """What a thread or a pause does soon."""
+        async with asyncio.timeout(30):
+            while not condition():
+                await asyncio.sleep(0.001)
+
     async def rest(self) -> None:
         for _ in range(20):
             await asyncio.sleep(0)
@@ -315,10 +321,7 @@ async def test_a_grammar_is_compiled_before_its_run_and_holds_its_place() -> Non
     async with staged(compile_format=lambda source: f"compiled {source}") as stage:
         stage.batching.submit(run_of(1, response_format=types_pb2.ResponseFormat(regex="a+")))
         stage.batching.submit(run_of(2))
-        for _ in range(100):
-            await asyncio.sleep(0.001)
-            if len(stage.handles) == 2:
-                break
+        await stage.until(lambda: len(stage.handles) == 2)
 
     assert [(run_id, handle.grammar) for run_id, handle in stage.handles.items()] == [(1, "compiled a+"), (2, None)]
 
@@ -331,10 +334,7 @@ async def test_a_grammar_that_cannot_be_obeyed_fails_its_run() -> None:
 
     async with staged(compile_format=refuse) as stage:
         stage.batching.submit(run_of(1, response_format=types_pb2.ResponseFormat(json_schema="{}")))
-        for _ in range(100):
-            await asyncio.sleep(0.001)
-            if stage.of(1, "failed"):
-                break
+        await stage.until(lambda: bool(stage.of(1, "failed")))
 
     assert "cannot be obeyed: no such thing" in stage.failure(1).message
     assert stage.handles == {}
@@ -346,9 +346,10 @@ async def test_a_prompt_of_one_token_is_handed_over_when_no_other_prompt_is_unde
         stage.batching.submit(run_of(1))
         stage.batching.submit(run_of(2, prompt=b"a"))
         stage.batching.submit(run_of(3))
-        seen = []
+        seen: list[list[int]] = []
         for run_id in (1, 2, 3):
-            await asyncio.sleep(0.01)
+            await stage.until(lambda: len(stage.handles) > len(seen))
+            await asyncio.sleep(0.01)  # the next one would come meanwhile
             seen.append([*stage.handles])
             stage.handles[run_id].scheduled = True
 

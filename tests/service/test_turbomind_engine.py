@@ -210,7 +210,8 @@ async def test_a_turbomind_that_stands_still_is_broken(
         await asyncio.sleep(0.1)
         idle = [*broken]
         engine.submit(run_like_those_of_the_self_test())
-        await asyncio.sleep(0.2)
+        while not broken:
+            await asyncio.sleep(0.005)
     assert [record.message for record in caplog.records if record.message == "engine stalled"]
     caplog.clear()
 

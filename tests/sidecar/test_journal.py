@@ -354,16 +354,16 @@ async def test_cancelled_caller(using: Open) -> None:
 
 async def test_wait(using: Open) -> None:
     """Waiting for an index ends when an entry with it is durable: at once, if it is already."""
-    await asyncio.wait_for(using.journal.wait(1), 5)
+    await using.journal.wait(1)
     waiting = [asyncio.ensure_future(using.journal.wait(index)) for index in (2, 2, 3)]
     await asyncio.sleep(0)
     assert not any(task.done() for task in waiting)
 
     await using.admit(item())
-    await asyncio.wait_for(asyncio.gather(*waiting[:2]), 5)
+    await asyncio.gather(*waiting[:2])
     assert not waiting[2].done()
     await using.admit(item())
-    await asyncio.wait_for(waiting[2], 5)
+    await waiting[2]
 
 
 async def test_close(store: SqliteStore) -> None:
@@ -388,6 +388,6 @@ async def test_stale_epoch(using: Open, store: SqliteStore) -> None:
 
     with pytest.raises(JournalBroken, match="fenced"):
         await using.admit(item())
-    assert "fenced" in str(await asyncio.wait_for(using.grouped.broken, 5))
+    assert "fenced" in str(await using.grouped.broken)
     with pytest.raises(JournalBroken):
         await using.admit(item())

@@ -26,6 +26,8 @@ class Scripted:
 
     head: Head = field(default_factory=lambda: Head(LOG_ID, "writer", 1, 1, GENESIS, 0))
     reserved: bool = True
+    begun: threading.Event = field(default_factory=threading.Event)
+    """The first commit is under way."""
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     fault: BaseException | None = None
     groups: list[list[Draft]] = field(default_factory=list)
@@ -33,7 +35,8 @@ class Scripted:
     closed: bool = False
 
     def append_many(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
-        assert self.go.acquire(timeout=10)
+        self.begun.set()
+        assert self.go.acquire(timeout=30)
         if self.fault is not None:
             raise self.fault
         self.groups.append(list(drafts))
@@ -78,6 +81,13 @@ class Running:
         return await asyncio.gather(*(self.journal.append(admission(item(n))) for n in range(1, count + 1)))
 
 
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Waits for what the journal's thread does soon."""
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
 @asynccontextmanager
 async def running(settings: GroupSettings | None = None) -> AsyncIterator[Running]:
     backend, commits = Scripted(), list[tuple[float, int, int]]()
@@ -94,7 +104,7 @@ async def test_groups() -> None:
     """All drafts that came during one commit make up the next one."""
     async with running() as it:
         first = asyncio.ensure_future(it.gather(1))
-        await asyncio.sleep(0.05)
+        await eventually(it.backend.begun.is_set)
         others = asyncio.ensure_future(it.gather(99))
         await asyncio.sleep(0)
         it.backend.go.release(2)
@@ -161,13 +171,10 @@ async def test_maintenance() -> None:
     """Upkeep comes after the answers, and is told whether somebody waits."""
     async with running(GroupSettings(commit_drafts_max=1)) as it:
         appends = asyncio.ensure_future(it.gather(2))
-        await asyncio.sleep(0.05)
+        await eventually(it.backend.begun.is_set)
         it.backend.go.release(2)
         await appends
-        for _ in range(200):
-            if len(it.backend.maintained) == 2:
-                break
-            await asyncio.sleep(0.005)
+        await eventually(lambda: len(it.backend.maintained) == 2)
 
         assert it.backend.maintained == [False, True]
 
@@ -178,7 +185,7 @@ async def test_broken(fault: Exception) -> None:
     async with running() as it:
         appends = [asyncio.ensure_future(it.journal.append(admission())) for _ in range(5)]
         reads = [asyncio.ensure_future(it.journal.head()), asyncio.ensure_future(it.journal.wait(100))]
-        await asyncio.sleep(0.05)
+        await eventually(it.backend.begun.is_set)
         it.backend.fault = fault
         it.backend.go.release(1)
         results = await asyncio.gather(*appends, *reads, return_exceptions=True)
@@ -221,11 +228,7 @@ async def test_starts_full() -> None:
     """A journal without its reserve refuses new work until the reserve is restored, by itself."""
     backend = Scripted(reserved=False)
     journal: Journal = GroupedJournal(backend, now_millis=Clock().now_millis, settings=GroupSettings(full_retry_seconds=0.01))
-    for _ in range(200):
-        if not journal.full:
-            break
-        await asyncio.sleep(0.005)
-    assert not journal.full
+    await eventually(lambda: not journal.full)
     await journal.close()
 
 

@@ -78,7 +78,7 @@ class Listener:
 
     async def hears(self, *what: str) -> None:
         """Wait until it was told exactly this, so far."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while len(self.told) < len(what):
                 self.news.clear()
                 await self.news.wait()
@@ -133,7 +133,7 @@ def submit(run_id: int, size: int = 1) -> engine_pb2.Submit:
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -190,7 +190,7 @@ async def test_a_newer_epoch_ends_the_link(tmp_path: Path, after_welcome: bool) 
     """EPOCH_STALE, at Hello or later, is for good."""
     stale = errors.EpochStale("epoch 3 is over: 4 has been here")
     async with linked(tmp_path, Service(refusing(stale, after_welcome=after_welcome))) as (_, listener, running):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             with pytest.raises(errors.EpochStale, match="4 has been here"):
                 await running
         assert listener.told == (["up", "down: EPOCH_STALE"] if after_welcome else [])
@@ -232,7 +232,7 @@ async def test_a_link_that_is_closed_stays_closed(tmp_path: Path) -> None:
     async with linked(tmp_path, Service(endless)) as (link, listener, running):
         await listener.hears("up")
         await link.close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await running
         assert len(listener.told) == 2
 
@@ -259,7 +259,7 @@ async def failing(call: Awaitable[object]) -> errors.OstinatoError:
 async def test_no_service(tmp_path: Path) -> None:
     """Where nobody listens, preparing fails at once, with a time to come back."""
     link = EngineLink(f"unix:{tmp_path}/nobody.sock", pause_seconds=0.01)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         error = await failing(link.prepare(engine_pb2.PrepareRequest(), None))
     await link.close()
 
