@@ -10,7 +10,9 @@ import grpc
 
 from ostinato import errors
 from ostinato.v1 import sequencer_pb2, sequencer_pb2_grpc
+from ostinato.wire import RESPONSE_BYTES_METADATA
 
+from sidecar.admission import response_bytes_max
 from sidecar.config import Settings
 from sidecar.dispatcher import Dispatcher
 from sidecar.journal import Sealed
@@ -49,6 +51,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
 
     def __init__(self, dispatcher: Dispatcher, settings: Settings) -> None:
         self._dispatcher = dispatcher
+        self._settings = settings
         self._journal = dispatcher.journal
         self._followers = Places("followers", settings.followers_max)
         self._replays = Places("replays", settings.replays_max)
@@ -69,7 +72,13 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
         items = await self._journal.items(first, first + count - 1, count)
         if not items:
             raise errors.NotFound(f"no sequence {first}")
-        return sequencer_pb2.GetResponse(items=map(record_of, items))
+        response = sequencer_pb2.GetResponse(items=map(record_of, items))
+        size, most = response.ByteSize(), response_bytes_max(context.invocation_metadata() or (), self._settings)
+        if size > most:
+            what = f"the answer has {size} bytes, the client reads {most}: raise metadata {RESPONSE_BYTES_METADATA}"
+            others = f", get sequences {first} to {first + count - 1} one by one, or Tail the journal" if count > 1 else ""
+            raise errors.invalid(str(request.WhichOneof("target")), what + others)
+        return response
 
     async def Tail(self, request: sequencer_pb2.TailRequest, context: Context) -> AsyncIterator[sequencer_pb2.TailResponse]:
         with self._followers.one():

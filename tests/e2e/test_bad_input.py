@@ -16,6 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ostinato import errors
+from ostinato.client import Client
 from ostinato.requests import batch
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, sequencer_pb2, types_pb2
 
@@ -594,16 +595,23 @@ async def test_tail_from_anywhere(door: Door) -> None:
         assert await entries(door, beyond) == []
 
 
-async def test_tail_of_large_payloads() -> None:
-    """However much was recorded at once, each message is one that a client reads which knows of no limits."""
+async def test_reading_large_payloads() -> None:
+    """However much was recorded at once, each message of Tail is one that a client reads which knows of no limits; Get, whose
+    one message may not be, says what to do, and gives it to a client that reads more."""
     async with own({"context_tokens": 16_000}) as door:
         # Stop strings stand in the request once, and in every payload.
         request = items(*[ids(13_000)] * 256, max_new_tokens=1, stop=[f"{n:->256}" for n in range(16)])
+        request.idempotency_key = "large"
         response = await door.generation.Generate(request)
         record = await door.client.get(response.stamp.first_sequence)
         assert 256 * record[0].input.ByteSize() > 4 << 20, "or nothing is tested"
 
         assert await entries(door, 1, payloads=True) == list(range(1, 2 * 256 + 2))
+        said = await refusal(door.sequencer.Get(sequencer_pb2.GetRequest(idempotency_key="large")))
+        said.says(errors.InvalidRequest, "idempotency_key")
+        assert "sequences 1 to 256" in said.message
+        async with Client(door.pair.target, max_response_bytes=64 << 20) as reader:
+            assert [each.admitted.sequence for each in await reader.get(key="large")] == list(range(1, 257))
 
 
 async def replayed(door: Door, first: int, last: int, **options: Any) -> list[sequencer_pb2.ReplayResponse]:
@@ -915,11 +923,11 @@ async def test_a_grade_that_is_lost() -> None:
     script = {"delay_seconds": 0.002, "rules": [{"do": "lose_grade", "at": 3, "sequences": [1]}]}
     with running_pair(service=["--script", json.dumps(script)]) as pair:
         async with opened(pair) as door:
-            wanted, whatever = await asyncio.gather(
-                door.client.generate(["a", "b"], required_grade="exact", max_new_tokens=60, ignore_eos=True),
-                door.client.generate("c", max_new_tokens=60, ignore_eos=True),
-            )
-            assert {errors.from_status(result.status).reason for result in wanted.results} == {"GRADE_LOST"}
+            exact = door.client.generate(["a", "b"], required_grade="exact", max_new_tokens=60, ignore_eos=True)
+            wanted = asyncio.ensure_future(exact)
+            await eventually(lambda: newest_is(door, 2), "those that asked for it have the first numbers")
+            whatever = await door.client.generate("c", max_new_tokens=60, ignore_eos=True)
+            assert {errors.from_status(result.status).reason for result in (await wanted).results} == {"GRADE_LOST"}
             assert whatever.results[0].output.grade == types_pb2.GRADE_BEST_EFFORT
             async with door.nothing_numbered():
                 said = await refusal(door.generation.Generate(batch("a", required_grade="exact")))
