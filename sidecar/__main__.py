@@ -14,10 +14,12 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 import ostinato
-from ostinato.serving import logs, program
+from ostinato.serving import logs, program, tokens
+from ostinato.serving.credentials import Credentials
 from ostinato.serving.metrics import registry, serve_metrics
 from ostinato.serving.server import Server
 from ostinato.serving.settings import describe, load
+from ostinato.serving.tls import ServerTls
 from ostinato.v1 import engine_pb2
 from ostinato.v1.generation_pb2_grpc import add_GenerationServicer_to_server
 from ostinato.v1.sequencer_pb2_grpc import add_SequencerServicer_to_server
@@ -50,7 +52,9 @@ class Sidecar:
 
     def __init__(self, settings: Settings, numbers: CollectorRegistry) -> None:
         self.settings = settings
+        self.numbers = numbers
         self.observer = Observer(Metrics(numbers))
+        self.credentials = credentials_of(settings)
         backend, self.opened = open_journal(settings)
         self.journal = GroupedJournal(backend, now_millis=wall_millis, on_commit=self.observer.committed)
         self.link = EngineLink(settings.engine, settings.reconnect_seconds)
@@ -60,6 +64,8 @@ class Sidecar:
             registry=numbers,
             message_bytes_max=settings.message_bytes_max,
             allow_remote=settings.allow_remote,
+            credentials=self.credentials,
+            health_address=settings.health_listen,
         )
         self.server.add(add_GenerationServicer_to_server, GenerationServicer(self.dispatcher, settings), GENERATION)
         self.server.add(add_SequencerServicer_to_server, SequencerServicer(self.dispatcher, settings), SEQUENCER)
@@ -69,12 +75,14 @@ class Sidecar:
         self.observer.opened(self.opened.head)
         self.dispatcher.recover(self.opened.unfinished, self.opened.head.epoch)
         await self.server.start()
-        log.info("listening", extra={"addresses": ",".join(self.server.addresses), "epoch": self.opened.head.epoch})
+        listening = {"addresses": ",".join(self.server.addresses), "health_address": self.server.health_address}
+        log.info("listening", extra={**listening, "epoch": self.opened.head.epoch})
         await self.server.set_health(SEQUENCER, serving=True)
         ending: list[asyncio.Future[Any]] = [
             asyncio.create_task(stop.wait()),
             asyncio.create_task(self.link.run(self.dispatcher, self._hello)),
             asyncio.create_task(self._watch_clock()),
+            asyncio.create_task(self.credentials.watch(self.numbers)),
             self.dispatcher.broken,
             self.journal.broken,
         ]
@@ -131,6 +139,15 @@ class Sidecar:
         log.info("drained", extra={"left_to_recovery": len(self.dispatcher.works)})
 
 
+def credentials_of(settings: Settings) -> Credentials:
+    """Raises StartupError that names flag and file."""
+    tls = None
+    if settings.tls_certificate is not None and settings.tls_key is not None:
+        tls = ServerTls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+    listed = tokens.listed(settings.tokens) if settings.tokens is not None else None
+    return Credentials(tls, listed, settings.trust_tenant_metadata)
+
+
 def open_journal(settings: Settings) -> tuple[SqliteJournal, Opened]:
     """Raises StartupError that says why not."""
     try:
@@ -158,6 +175,8 @@ def wall_millis() -> int:
 
 def main() -> int:
     """The exit code."""
+    if sys.argv[1:2] == ["token"]:
+        return tokens.main("python -m sidecar token", sys.argv[2:])
     settings = load(Settings, "sidecar", sys.argv[1:], os.environ)
     logs.setup("json" if settings.log_format == "json" else "human", settings.log_level)
     log.info("starting: %s", describe(settings))

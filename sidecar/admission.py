@@ -58,7 +58,7 @@ def check_size(prepared: engine_pb2.PrepareResponse, most: int) -> None:
         raise errors.invalid("items", f"{what} or raise metadata {RESPONSE_BYTES_METADATA}")
 
 
-def draft(request: generation_pb2.GenerateRequest, prepared: engine_pb2.PrepareResponse) -> Admission:
+def draft(request: generation_pb2.GenerateRequest, prepared: engine_pb2.PrepareResponse, tenant: str = "") -> Admission:
     """What is to be made durable."""
     digest = request_digest(request)
     items = tuple(
@@ -75,4 +75,4 @@ def draft(request: generation_pb2.GenerateRequest, prepared: engine_pb2.PrepareR
         )
         for item in prepared.items
     )
-    return Admission(items, digest, request.idempotency_key)
+    return Admission(items, digest, request.idempotency_key, tenant)

@@ -19,7 +19,14 @@ class Settings:
     journal: Path = field(Path(".run/journal.sqlite"), "file of the journal")
     writer: str = field("ostinato-0", "stable name of this sidecar, written into every entry")
     metrics: str = field("127.0.0.1:9400", "where /metrics is, host:port; empty: nowhere")
+    health_listen: str = field("", "a port in plain text with health on it and nothing else, for probes; empty: none")
     allow_remote: bool = field(False, "listen in plain TCP beyond loopback")
+    # credentials; their files are read again when they change
+    tls_certificate: Path | None = field(None, "PEM file of the certificate, and those between it and its root")
+    tls_key: Path | None = field(None, "PEM file of its private key")
+    tls_client_ca: Path | None = field(None, "PEM file of the CAs whose client certificates are required")
+    tokens: Path | None = field(None, "file of who may call: lines of tenant, role and a token's SHA-256")
+    trust_tenant_metadata: bool = field(False, "believe ostinato-tenant in a call's metadata: a gateway in front sets it")
     log_format: str = field("human", "of log lines", choices=("human", "json"))
     log_level: str = field("info", "of log lines", choices=("debug", "info", "warning", "error"))
     # bounds of a request
@@ -49,6 +56,12 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.writer or len(self.writer.encode()) > 128:
             raise ValueError("--writer: 1 to 128 bytes")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("--tls-certificate, --tls-key: one needs the other")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("--tls-client-ca needs --tls-certificate and --tls-key")
+        if self.trust_tenant_metadata and (self.tokens is not None or self.tls_client_ca is not None):
+            raise ValueError("--trust-tenant-metadata: tenants come from --tokens and --tls-client-ca already")
         if self.response_bytes_ceiling < self.max_response_bytes:
             raise ValueError("--response-bytes-ceiling is below --max-response-bytes")
         if self.journal_bytes_max and self.journal_bytes_max <= 2 * self.journal_reserve_bytes:

@@ -10,8 +10,10 @@ import grpc
 from ostinato import errors
 from ostinato.digest import request_digest
 from ostinato.serving.deadlines import ran_out, remaining
+from ostinato.serving.identity import caller
 from ostinato.v1 import engine_pb2, generation_pb2, generation_pb2_grpc, types_pb2
 
+from sidecar.access import need_sight
 from sidecar.admission import check, check_size, draft, response_bytes_max
 from sidecar.calls import Call, Streamed, Unary, slow
 from sidecar.config import Settings
@@ -88,9 +90,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
                 newest = (await self._dispatcher.journal.head()).last_sequence
                 if last > newest:
                     raise errors.NotFound(f"the newest sequence is {newest}")
+                await need_sight(self._dispatcher.journal, first, last)
                 return first, last
             case "idempotency_key":
-                binding = await self._dispatcher.journal.binding("", request.idempotency_key)
+                binding = await self._dispatcher.journal.binding(caller().tenant, request.idempotency_key)
                 if binding is None:
                     raise errors.NotFound("this key is not bound")
                 return binding.first_sequence, binding.first_sequence + binding.count - 1
@@ -132,14 +135,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         check(request, self._settings)
         most = response_bytes_max(context.invocation_metadata() or (), self._settings)
         if request.idempotency_key:
-            binding = await self._dispatcher.journal.binding("", request.idempotency_key)
+            binding = await self._dispatcher.journal.binding(caller().tenant, request.idempotency_key)
             if binding is not None:
                 return 0, await self._join(request, binding, call), True
         prepare = engine_pb2.PrepareRequest(items=request.items, parameters=request.parameters)
         prepared = await self._dispatcher.link.prepare(prepare, left)
         check_size(prepared, most)
         deadline = None if left is None else self._dispatcher.clock() + (remaining(context) or 0.0)
-        admission = draft(request, prepared)
+        admission = draft(request, prepared, caller().tenant)
         ticket, answer = await self._dispatcher.admit(admission, call, deadline, lambda: gone(context, left))
         if isinstance(answer, Binding):
             return 0, await self._join(request, answer, call), True

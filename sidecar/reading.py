@@ -9,9 +9,11 @@ from typing import Any
 import grpc
 
 from ostinato import errors
+from ostinato.serving.identity import caller
 from ostinato.v1 import sequencer_pb2, sequencer_pb2_grpc
 from ostinato.wire import RESPONSE_BYTES_METADATA
 
+from sidecar.access import need_sight, visible
 from sidecar.admission import response_bytes_max
 from sidecar.config import Settings
 from sidecar.dispatcher import Dispatcher
@@ -63,14 +65,14 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
                     raise errors.invalid("sequence", "must be at least 1")
                 first, count = request.sequence, 1
             case "idempotency_key":
-                binding = await self._journal.binding("", request.idempotency_key)
+                binding = await self._journal.binding(caller().tenant, request.idempotency_key)
                 if binding is None:
                     raise errors.NotFound("this key is not bound")
                 first, count = binding.first_sequence, binding.count
             case _:
                 raise errors.invalid("target", "is missing")
         items = await self._journal.items(first, first + count - 1, count)
-        if not items:
+        if not items or (request.HasField("sequence") and not visible(items[0])):
             raise errors.NotFound(f"no sequence {first}")
         response = sequencer_pb2.GetResponse(items=map(record_of, items))
         size, most = response.ByteSize(), response_bytes_max(context.invocation_metadata() or (), self._settings)
@@ -81,6 +83,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
         return response
 
     async def Tail(self, request: sequencer_pb2.TailRequest, context: Context) -> AsyncIterator[sequencer_pb2.TailResponse]:
+        caller().need_admin("Tail")
         with self._followers.one():
             index = max(1, request.from_index)
             while True:
@@ -106,6 +109,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
             raise errors.NotFound(f"the newest sequence is {newest}")
         if self._dispatcher.engine is None:
             raise errors.EngineUnavailable("no engine is connected", retry_after=1.0)
+        await need_sight(self._journal, request.range.first, min(request.range.last, newest))
         concurrency = 1 if request.alone else request.concurrency or 8
         last = min(request.range.last, newest)
         with self._replays.one():
@@ -113,6 +117,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
                 yield response
 
     async def Head(self, request: sequencer_pb2.HeadRequest, context: Context) -> sequencer_pb2.HeadResponse:
+        caller().need_admin("Head")
         head = await self._journal.head()
         return sequencer_pb2.HeadResponse(
             log_id=head.log_id,
@@ -125,6 +130,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
         )
 
     async def Report(self, request: sequencer_pb2.ReportRequest, context: Context) -> sequencer_pb2.ReportResponse:
+        caller().need_admin("Report")
         raise errors.NotBuilt("Report is not built yet")
 
 

@@ -26,13 +26,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ostinato.client import Client as Client
     from ostinato.errors import OstinatoError as OstinatoError
+    from ostinato.pem import tls as tls
     from ostinato.sync import SyncClient as SyncClient
 
 __version__ = "0.1.0"
 
-__all__ = ["Client", "OstinatoError", "SyncClient", "__version__"]
+__all__ = ["Client", "OstinatoError", "SyncClient", "__version__", "tls"]
 
-_HOMES = {"Client": "ostinato.client", "OstinatoError": "ostinato.errors", "SyncClient": "ostinato.sync"}
+_HOMES = {
+    "Client": "ostinato.client",
+    "OstinatoError": "ostinato.errors",
+    "SyncClient": "ostinato.sync",
+    "tls": "ostinato.pem",
+}
 
 
 def __getattr__(name: str) -> object:

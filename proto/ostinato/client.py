@@ -25,10 +25,12 @@ DEFAULT_RESPONSE_BYTES = 4 * 2**20
 
 
 class Client:
-    """A sidecar at `target`, "host:port" or "unix:/path". Belongs to one event loop: `async with Client(...) as client`.
+    """A sidecar at `target`: "host:port", "https://host:port" or "unix:/path". Belongs to one event loop:
+    `async with Client(...) as client`.
 
-    `credentials`: for TLS, such as `grpc.ssl_channel_credentials()`. `max_response_bytes`: the largest answer to receive;
-    the sidecar refuses a batch that could exceed it before doing any work.
+    `credentials`: for TLS with files of your own, `ostinato.tls(...)`; https:// alone trusts whom everybody trusts. `token`: of
+    the caller; it travels with every call, so over a network only under TLS. `max_response_bytes`: the largest answer to
+    receive; the sidecar refuses a batch that could exceed it before doing any work.
 
     Every method takes a `timeout` in seconds, which travels as the call's deadline (None: no deadline), and raises
     `errors.OstinatoError`; a bad argument is a TypeError or ValueError that names it. Cancelling the task, or closing the
@@ -40,11 +42,12 @@ class Client:
         target: str = DEFAULT_TARGET,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
         max_response_bytes: int = DEFAULT_RESPONSE_BYTES,
     ) -> None:
         self.target = target
         bytes_max = requests.integer("max_response_bytes", max_response_bytes, 1, 2**31 - 1)
-        self._wire = Wire(target, credentials, bytes_max)
+        self._wire = Wire(target, credentials, bytes_max, token)
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,9 +1,11 @@
 """Everything that can go wrong between a caller and an answer.
 
     OstinatoError
-      + InvalidRequest        bad fields; names each          INVALID_ARGUMENT
+      + InvalidRequest        can never succeed as it is      INVALID_ARGUMENT
       + Refused               before sequencing: no number was burned
       |   + MalformedMessage  bytes that are no message       INVALID_ARGUMENT
+      |   + Unauthenticated   who calls?                      UNAUTHENTICATED
+      |   + PermissionDenied  not for this role               PERMISSION_DENIED
       |   + QueueFull         retry later                     RESOURCE_EXHAUSTED
       |   + JournalFull       retry later                     RESOURCE_EXHAUSTED
       |   + EngineUnavailable retry later                     UNAVAILABLE
@@ -24,15 +26,14 @@
       + CallLost              the call is over, the items may not be
       |   + SlowReader                                        RESOURCE_EXHAUSTED
       |   + Disconnected      the far side was not reached    UNAVAILABLE
-      + Internal              a fault of ours                 INTERNAL
+      + Internal              our fault; the log has the rest INTERNAL
       + StreamRefused         between sidecar and service
           + EpochStale                                        FAILED_PRECONDITION
           + WriterBusy                                        FAILED_PRECONDITION
           + OutOfOrder                                        FAILED_PRECONDITION
           + ProtocolViolation                                 INTERNAL
 
-A class is its row of the table: `code` and `reason` stand in it, and on the wire as google.rpc.Status with ErrorInfo,
-BadRequest and RetryInfo. `to_status` and `from_status` are inverse.
+A class is its row of the table. On the wire it is a google.rpc.Status with details; `to_status` and `from_status` are inverse.
 """
 
 from __future__ import annotations
@@ -40,19 +41,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-DOMAIN = "ostinato"
-"""ErrorInfo.domain of every error of ours."""
+DOMAIN = "ostinato"  # ErrorInfo.domain of every error of ours
 
-TABLE: dict[str, type[OstinatoError]] = {}
-"""Every reason and its class, which has the code: filled in by the classes below, in their order."""
+TABLE: dict[str, type[OstinatoError]] = {}  # by reason; filled in by the classes below, in their order
 Code, Bad = grpc.StatusCode, error_details_pb2.BadRequest
 
 
@@ -60,8 +58,7 @@ class OstinatoError(Exception):
     """Root of the tree. `message` is for people; `reason` and `code` are for programs."""
 
     code: ClassVar[grpc.StatusCode] = Code.UNKNOWN
-    reason: ClassVar[str] = "UNKNOWN"
-    """The class's name, in the form of an ErrorInfo: QueueFull is QUEUE_FULL."""
+    reason: ClassVar[str] = "UNKNOWN"  # the class's name, in the form of an ErrorInfo: QueueFull is QUEUE_FULL
 
     def __init_subclass__(cls) -> None:
         if "code" in vars(cls):
@@ -75,8 +72,7 @@ class OstinatoError(Exception):
         self.details = dict(details or {})  # ErrorInfo.metadata
 
 
-@dataclass(frozen=True, slots=True)
-class Violation:
+class Violation(NamedTuple):
     """One bad field: its path in the request, such as `items[3].parameters.top_p`, and what is wrong with it."""
 
     field: str
@@ -84,8 +80,6 @@ class Violation:
 
 
 class InvalidRequest(OstinatoError):
-    """The request can never succeed as it is."""
-
     code = Code.INVALID_ARGUMENT
 
     def __init__(self, message: str = "", *, violations: Iterable[Violation] = ()) -> None:
@@ -104,6 +98,14 @@ class Refused(OstinatoError):
 
 class MalformedMessage(Refused):
     code = Code.INVALID_ARGUMENT
+
+
+class Unauthenticated(Refused):
+    code = Code.UNAUTHENTICATED
+
+
+class PermissionDenied(Refused):
+    code = Code.PERMISSION_DENIED
 
 
 class QueueFull(Refused):
@@ -187,8 +189,6 @@ class Disconnected(CallLost):
 
 
 class Internal(OstinatoError):
-    """A fault of ours that has no name; the log has the rest."""
-
     code = Code.INTERNAL
 
 

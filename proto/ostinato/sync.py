@@ -61,9 +61,10 @@ class SyncClient:
         target: str = DEFAULT_TARGET,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
         max_response_bytes: int = DEFAULT_RESPONSE_BYTES,
     ) -> None:
-        self._client = Client(target, credentials=credentials, max_response_bytes=max_response_bytes)
+        self._client = Client(target, credentials=credentials, token=token, max_response_bytes=max_response_bytes)
         self._gate = threading.Lock()  # nothing enters the loop once it is about to end
         self._closed = False
         self._loop = asyncio.new_event_loop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -53,11 +54,19 @@ class Wire:
     Both connect at their first use, in the event loop that uses them.
     """
 
-    def __init__(self, target: str, credentials: grpc.ChannelCredentials | None, response_bytes: int) -> None:
+    def __init__(
+        self, target: str, credentials: grpc.ChannelCredentials | None, response_bytes: int, token: str | None = None
+    ) -> None:
+        scheme, mark, rest = target.partition("://")
+        if mark and scheme in ("http", "https"):
+            target = rest.rstrip("/")
+            credentials = credentials or (grpc.ssl_channel_credentials() if scheme == "https" else None)
         self._target = target
         self._credentials = credentials
         self._response_bytes = response_bytes
         self._metadata = grpc.aio.Metadata((RESPONSE_BYTES_METADATA, str(response_bytes)))
+        if token is not None:
+            self._metadata.add("authorization", bearer(token))
         self._opened: dict[bool, Stubs] = {}
 
     @property
@@ -119,6 +128,13 @@ class Wire:
         if self._credentials is None:
             return grpc.aio.insecure_channel(self._target, options)
         return grpc.aio.secure_channel(self._target, self._credentials, options)
+
+
+def bearer(token: str) -> str:
+    """The metadata `authorization` of a call. Raises ValueError."""
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ValueError("token: must be printable ASCII without spaces")
+    return f"Bearer {token}"
 
 
 def ours(error: grpc.aio.AioRpcError) -> errors.OstinatoError:

@@ -19,7 +19,8 @@ class Admission:
     """A batch that wants numbers."""
 
     items: tuple[sequencer_pb2.AdmittedPayload, ...]
-    """In the request's order. Key and request digest are filled in from here; where seed_derived is set, so is the seed."""
+    """In the request's order. Key, request digest and tenant are filled in from here; where seed_derived is set, so is the
+    seed."""
     request_digest: bytes
     key: str = ""
     """Empty: none. With a key that is bound already nothing is appended."""

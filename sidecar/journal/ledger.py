@@ -108,6 +108,7 @@ class Ledger:
         payload = sequencer_pb2.AdmittedPayload()
         payload.CopyFrom(item)
         payload.idempotency_key, payload.request_digest = admission.key, admission.request_digest
+        payload.tenant = admission.tenant
         if payload.seed_derived:
             payload.seed = derived_seed(self.head.log_id, sequence)
         header = types_pb2.EntryHeader(

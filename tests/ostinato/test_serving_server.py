@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import stat
 from collections.abc import AsyncIterator
@@ -55,7 +56,7 @@ async def test_a_port_in_use_is_an_error_that_names_it(server: Server) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 async def test_a_unix_socket_serves(tmp_path: Path, method: str) -> None:
-    """All kinds of calls work over a unix socket, which nobody else on the machine may open."""
+    """All kinds of calls work over a unix socket, which its owner and group may open and nobody else."""
     server = made(f"unix:{tmp_path}/s.sock")
     await server.start()
     async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
@@ -63,7 +64,7 @@ async def test_a_unix_socket_serves(tmp_path: Path, method: str) -> None:
     mode = stat.S_IMODE((tmp_path / "s.sock").stat().st_mode)
     await server.stop(grace=0)
 
-    assert mode == 0o600
+    assert mode == 0o660
     assert not (tmp_path / "s.sock").exists()
 
 
@@ -102,9 +103,21 @@ async def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
 
 
 async def test_a_missing_directory_is_named(tmp_path: Path) -> None:
-    """A path whose directory does not exist fails with that path."""
-    with pytest.raises(StartupError, match=r"missing/s\.sock"):
-        await made(f"unix:{tmp_path}/missing/s.sock").start()
+    """The last folder of a socket's path is made, closed to others; one more that is missing fails with that path."""
+    with pytest.raises(StartupError, match=r"missing/deeper/s\.sock"):
+        await made(f"unix:{tmp_path}/missing/deeper/s.sock").start()
+    server = made(f"unix:{tmp_path}/missing/s.sock")
+    await server.start()
+    await server.stop(grace=0)
+
+    assert stat.S_IMODE((tmp_path / "missing").stat().st_mode) & 0o027 == 0
+
+
+async def test_a_socket_where_everybody_may_write_is_refused(tmp_path: Path) -> None:
+    """Whoever may write in the folder could take the socket's place, so the error names the folder."""
+    os.chmod(tmp_path, 0o777)  # noqa: PTH101  # a quick call, in a test
+    with pytest.raises(StartupError, match=rf"everybody may write in {tmp_path}"):
+        await made(f"unix:{tmp_path}/s.sock").start()
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "192.0.2.1:7000"])

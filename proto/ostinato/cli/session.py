@@ -9,14 +9,18 @@ import os
 import sys
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any
 
+import grpc
 import typer
 
 from ostinato import __version__, errors, requests
 from ostinato.cli import show
 from ostinato.client import DEFAULT_RESPONSE_BYTES, DEFAULT_TARGET, Client
+from ostinato.pem import tls
+from ostinato.wire import bearer
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -30,13 +34,15 @@ class Session:
     target: str = DEFAULT_TARGET
     json: bool = False
     timeout: float | None = None
+    credentials: grpc.ChannelCredentials | None = None
+    token: str | None = field(default=None, repr=False)
 
     def client(self, max_response_bytes: int = DEFAULT_RESPONSE_BYTES) -> Client:
-        return Client(self.target, max_response_bytes=max_response_bytes)
+        return Client(self.target, credentials=self.credentials, token=self.token, max_response_bytes=max_response_bytes)
 
 
 _TARGET = ("--target", "-t")
-_TARGET_HELP = f"Sidecar: host:port or unix:/path. Default: OSTINATO_TARGET, or {DEFAULT_TARGET}."
+_TARGET_HELP = f"Sidecar: host:port, https://host:port or unix:/path. Default: OSTINATO_TARGET, or {DEFAULT_TARGET}."
 
 Target = Annotated[str | None, typer.Option(*_TARGET, help=_TARGET_HELP)]
 TargetOrEnvironment = Annotated[
@@ -46,6 +52,16 @@ TargetOrEnvironment = Annotated[
 
 Json = Annotated[bool | None, typer.Option("--json", help="One JSON object a line.")]
 Timeout = Annotated[float | None, typer.Option(help="Deadline of each call, in seconds. Default none.")]
+
+
+def _credential(variable: str, text: str) -> Any:
+    return typer.Option(envvar=variable, help=text, metavar="FILE", rich_help_panel="Credentials")
+
+
+TokenFile = Annotated[Path | None, _credential("OSTINATO_TOKEN_FILE", "Holds the token; or give the token in OSTINATO_TOKEN.")]
+TlsCa = Annotated[Path | None, _credential("OSTINATO_TLS_CA", "PEM: whose sidecars to trust. Turns TLS on.")]
+TlsCertificate = Annotated[Path | None, _credential("OSTINATO_TLS_CERTIFICATE", "PEM: of this client, if it is asked for one.")]
+TlsKey = Annotated[Path | None, _credential("OSTINATO_TLS_KEY", "PEM: the certificate's private key.")]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,10 +84,18 @@ def common(
     target: TargetOrEnvironment = None,
     json: Json = None,
     timeout: Timeout = None,
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_certificate: TlsCertificate = None,
+    tls_key: TlsKey = None,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Reproducible text generation: ask, read the journal, run it again, check the proofs."""
-    context.obj = _given(Session(), target, json, timeout)
+    with usage():
+        secured = any((tls_ca, tls_certificate, tls_key))
+        credentials = tls(tls_ca, certificate=tls_certificate, key=tls_key) if secured else None
+        session = Session(credentials=credentials, token=_token(token_file))
+    context.obj = _given(session, target, json, timeout)
 
 
 def command(function: Callable[..., bool | Coroutine[Any, Any, bool]]) -> None:
@@ -122,6 +146,18 @@ def usage(where: str = "") -> Generator[None, None, None]:
         yield
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(f"{where}: {error}" if where else str(error)) from None
+
+
+def _token(file: Path | None) -> str | None:
+    token = os.environ.get("OSTINATO_TOKEN") or None
+    if file is not None:
+        try:
+            token = file.read_text("ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--token-file: {error}") from None
+    if token is not None:
+        bearer(token)
+    return token
 
 
 def _given(session: Session, target: str | None, json: bool | None, timeout: float | None) -> Session:

@@ -36,10 +36,11 @@ class Tcp:
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if self.host.version == 6 else f"{self.host}:{self.port}"
 
-    def bind(self, server: grpc.aio.Server, _mode: int) -> str:
+    def bind(self, server: grpc.aio.Server, _mode: int, tls: grpc.ServerCredentials | None = None) -> str:
         """Binds and returns the address with its real port. Raises StartupError."""
         try:
-            return str(Tcp(self.host, server.add_insecure_port(str(self))))
+            port = server.add_insecure_port(str(self)) if tls is None else server.add_secure_port(str(self), tls)
+            return str(Tcp(self.host, port))
         except RuntimeError as error:
             raise StartupError(f"cannot listen on {self}: {self._why() or error}") from error
 
@@ -64,9 +65,10 @@ class Unix:
     def __str__(self) -> str:
         return f"unix:{self.path}"
 
-    def bind(self, server: grpc.aio.Server, mode: int) -> str:
-        """Binds, with this mode on the file. Raises StartupError."""
+    def bind(self, server: grpc.aio.Server, mode: int, _tls: grpc.ServerCredentials | None = None) -> str:
+        """Binds in plain text, with this mode on the file. Raises StartupError."""
         try:
+            self._check_folder()
             self._clear()
             with _umask(0o777 & ~mode):  # closed from the first moment, not from chmod on
                 server.add_insecure_port(str(self))
@@ -75,6 +77,13 @@ class Unix:
             why = error.strerror if isinstance(error, OSError) else "the directory must exist and be writable"
             raise StartupError(f"cannot listen on {self}: {why}") from error
         return str(self)
+
+    def _check_folder(self) -> None:
+        """Whoever may write there can put a socket of their own in the place of ours. Makes the last folder of the path."""
+        folder = self.path.parent
+        folder.mkdir(mode=0o750, exist_ok=True)
+        if folder.stat().st_mode & 0o002:
+            raise StartupError(f"cannot listen on {self}: everybody may write in {folder}; use one below it, or chmod o-w")
 
     def _clear(self) -> None:
         """Removes what a killed process left. gRPC itself would take the path from under a living one, or from a file."""
@@ -111,7 +120,8 @@ def parse(text: str, allow_remote: bool) -> Address:
     if not 0 <= parsed.port <= 65535:
         raise StartupError(f"{text!r}: a port is 0 to 65535")
     if not parsed.local and not allow_remote:
-        raise StartupError(f"{text}: anyone on the network could use this; allow it, or listen on loopback or a unix socket")
+        what = "anyone on the network could use this; allow it, turn TLS on, or listen on loopback or a unix socket"
+        raise StartupError(f"{text}: {what}")
     return parsed
 
 

@@ -1,5 +1,6 @@
 """What stands between gRPC and every handler of ours.
 
+- Callers are identified, and handlers find them in `identity.caller()`. gRPC's own services are an admin's, but for health.
 - Bytes that are no message raise MalformedMessage; gRPC by itself answers INTERNAL, which blames the server.
 - Our errors go out whole: code, reason, fields, and when to come back. Anything else goes out as INTERNAL, and into the log.
 - Each call is counted by its code and timed.
@@ -22,8 +23,10 @@ from grpc_status import rpc_status
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from ostinato.errors import Internal, OstinatoError, to_status
+from ostinato.serving.credentials import NONE, Credentials
 from ostinato.serving.deadlines import ran_out, remaining
 from ostinato.serving.handlers import Context, Reader, Requests, behaviour_of, checked, lenient, rebuilt
+from ostinato.serving.identity import CALLER
 
 STATUS_BYTES_MAX, MESSAGE_BYTES_MAX, OTHER_DETAILS_BYTES = 3072, 768, 256
 """Of a google.rpc.Status. It travels in headers, as base64 and its message once more, percent-encoded; 8 KiB of headers are all
@@ -38,7 +41,8 @@ _log = logging.getLogger(__name__)
 class Guard(grpc.aio.ServerInterceptor):
     """Wraps the handlers of all services but gRPC's own. One Guard for one server and one registry."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, credentials: Credentials = NONE) -> None:
+        self._credentials = credentials
         self._handled = Counter(
             "ostinato_rpc_handled", "Calls that ended, by code.", ["service", "method", "code"], registry=registry
         )
@@ -58,7 +62,7 @@ class Guard(grpc.aio.ServerInterceptor):
     ) -> Any:
         path = handler_call_details.method
         handler = await continuation(handler_call_details)
-        if handler is None or path.startswith("/grpc."):
+        if handler is None or path.startswith("/grpc.health.") or (path.startswith("/grpc.") and not self._credentials.asked):
             return handler
         if path not in self._wrapped:
             self._wrapped[path] = self._wrap(path, handler)
@@ -70,6 +74,9 @@ class Guard(grpc.aio.ServerInterceptor):
         async def guarded(request: Any, context: Context) -> Any:
             with self._observed(path, context):
                 try:
+                    CALLER.set(self._credentials.identify(context))
+                    if path.startswith("/grpc."):
+                        CALLER.get().need_admin(path)
                     if handler.request_streaming:
                         return await behaviour(Requests(request), cast(Context, Reader(context)))
                     return await behaviour(checked(request), context)

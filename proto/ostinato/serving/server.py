@@ -7,19 +7,22 @@
     ...
     await server.stop(grace=10)
 
-Anyone who reaches a plain TCP port can use it, so all but loopback is refused unless it is allowed by name.
+Anyone who reaches a plain TCP port can use it, so without TLS all but loopback is refused unless it is allowed by name. TLS
+is for TCP; a unix socket is guarded by its mode.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import grpc
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from ostinato.serving.addresses import parse
+from ostinato.serving.credentials import NONE, Credentials
 from ostinato.serving.guard import Guard
 from ostinato.serving.standard import Bystanders, Health, add_standard
 
@@ -41,19 +44,25 @@ class Server:
         registry: CollectorRegistry,
         message_bytes_max: int = MESSAGE_BYTES_MAX,
         allow_remote: bool = False,
-        socket_mode: int = 0o600,
+        socket_mode: int = 0o660,
+        credentials: Credentials = NONE,
+        health_address: str = "",
     ) -> None:
-        """Binds nothing yet. Raises StartupError for an address that is none, or that is remote and not allowed."""
-        self._addresses = [parse(text, allow_remote) for text in addresses]
+        """Binds nothing yet. `health_address`: a port in plain text with health on it and nothing else, open to all: probes
+        have no certificate. Raises StartupError for an address that is none, or that is remote and not allowed."""
+        self._credentials = credentials
+        self._addresses = [parse(text, allow_remote or credentials.tls is not None) for text in addresses]
+        self._health_address = parse(health_address, allow_remote=True) if health_address else None
         self._socket_mode = socket_mode
         self._bystanders = Bystanders()
         self._services: list[str] = []
         self._health: Health | None = None
+        exclusive = ("grpc.so_reuseport", 0)  # with it on, a second server would share a port in silence
+        self._probed = grpc.aio.server(interceptors=[self._bystanders], options=[exclusive])
         self._grpc = grpc.aio.server(
-            interceptors=[Guard(registry), self._bystanders],
+            interceptors=[Guard(registry, credentials), self._bystanders],
             options=[
-                # With it on, a second server would share a port in silence.
-                ("grpc.so_reuseport", 0),
+                exclusive,
                 ("grpc.max_receive_message_length", message_bytes_max),
                 # Beyond a thousand gRPC would end calls by itself, with a bare CANCELLED. Ours are refused with a reason.
                 ("grpc.server.max_pending_requests", PENDING_CALLS_MAX),
@@ -67,6 +76,8 @@ class Server:
         )
         self.addresses: list[str] = []
         """Where it listens, real ports filled in; known after `start`."""
+        self.health_address = ""
+        """The same of the port for probes."""
 
     def add(self, register: Callable[[S, grpc.aio.Server], None], servicer: S, name: str) -> None:
         """Serves `servicer`, by its generated `add_…Servicer_to_server`, under its full name. Before `start`."""
@@ -77,11 +88,15 @@ class Server:
         """Listens. Our services are NOT_SERVING until `set_health` says otherwise. Raises StartupError with the address that
         cannot be had."""
         local = all(address.local for address in self._addresses)
-        self._health = add_standard(self._grpc, self._services, debug=local)
+        self._health = add_standard(self._grpc, self._services, debug=local or self._credentials.asked)
         for name in self._services:
             await self.set_health(name, serving=False)
         for address in self._addresses:
-            self.addresses.append(address.bind(self._grpc, self._socket_mode))
+            self.addresses.append(address.bind(self._grpc, self._socket_mode, self._credentials.port_credentials()))
+        if self._health_address is not None:
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probed)
+            self.health_address = self._health_address.bind(self._probed, self._socket_mode)
+            await self._probed.start()
         await self._grpc.start()
 
     async def set_health(self, name: str, *, serving: bool) -> None:
@@ -96,4 +111,4 @@ class Server:
         if self._health is not None:
             await self._health.enter_graceful_shutdown()
         self._bystanders.close()
-        await self._grpc.stop(grace)
+        await asyncio.gather(self._grpc.stop(grace), self._probed.stop(grace))

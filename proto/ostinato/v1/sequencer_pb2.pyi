@@ -225,6 +225,7 @@ class AdmittedPayload(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     REQUIRED_GRADE_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """The seed in effect."""
     seed_derived: _builtins.bool
@@ -237,6 +238,8 @@ class AdmittedPayload(_message.Message):
     required_grade: _types_pb2.Grade.ValueType
     model_digest: _builtins.bytes
     """As PrepareResponse.model_digest: another model or tokenizer cannot take the item over."""
+    tenant: _builtins.str
+    """Whose item it is; empty where there are no credentials."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -253,10 +256,11 @@ class AdmittedPayload(_message.Message):
         request_id: _builtins.str = ...,
         required_grade: _types_pb2.Grade.ValueType = ...,
         model_digest: _builtins.bytes = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_key", b"idempotency_key", "model_digest", b"model_digest", "parameters", b"parameters", "request_digest", b"request_digest", "request_id", b"request_id", "required_grade", b"required_grade", "seed", b"seed", "seed_derived", b"seed_derived", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_key", b"idempotency_key", "model_digest", b"model_digest", "parameters", b"parameters", "request_digest", b"request_digest", "request_id", b"request_id", "required_grade", b"required_grade", "seed", b"seed", "seed_derived", b"seed_derived", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,31 @@
+"""Which items the caller may see. What it may not see does not exist for it: NOT_FOUND, never PERMISSION_DENIED."""
+
+from __future__ import annotations
+
+from ostinato import errors
+from ostinato.serving.identity import caller
+from ostinato.v1 import sequencer_pb2
+
+from sidecar.journal import ItemEntries, Journal
+
+PAGE_ITEMS = 64
+"""Read at once."""
+
+
+def visible(item: ItemEntries) -> bool:
+    """Whether the caller may see it. Without its payload nobody knows whose it is, and only an admin may."""
+    if not item.admitted.payload:
+        return caller().admin
+    return caller().may_see(sequencer_pb2.AdmittedPayload.FromString(item.admitted.payload).tenant)
+
+
+async def need_sight(journal: Journal, first: int, last: int) -> None:
+    """Raises NotFound for a range with an item in it that the caller may not see. Reads nothing for an admin."""
+    while first <= last and not caller().admin:
+        page = await journal.items(first, last, PAGE_ITEMS)
+        if not page:
+            return
+        for item in page:
+            if not visible(item):
+                raise errors.NotFound(f"no sequence {item.admitted.header.sequence}")
+        first = page[-1].admitted.header.sequence + 1

@@ -1,0 +1,249 @@
+"""Who gets in at a server's door, over real sockets: tokens, certificates, roles, and what a probe may ask."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+import pytest
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prometheus_client import CollectorRegistry
+
+from ostinato import errors, pem, wire
+from ostinato.serving import credentials as serving_credentials
+from ostinato.serving import tokens
+from ostinato.serving.credentials import TENANT_METADATA, Credentials
+from ostinato.serving.identity import Identity, Role, caller
+from ostinato.serving.server import Server
+from ostinato.serving.tls import ServerTls
+
+from tests.certificates import Authority
+from tests.ostinato.echo import NAME, Context, Echo, register, text
+
+Metadata = Sequence[tuple[str, str]]
+
+
+class Door:
+    """A server with credentials, and who was seen behind them."""
+
+    def __init__(self, credentials: Credentials, **kwargs: Any) -> None:
+        self.registry, self.seen = CollectorRegistry(), list[Identity]()
+        self.server = Server(["127.0.0.1:0"], registry=self.registry, credentials=credentials, **kwargs)
+        self.server.add(register, Echo(self._see), NAME)
+
+    def _see(self, _content: str, _context: Context) -> None:
+        self.seen.append(caller())
+
+    async def __aenter__(self) -> Self:
+        await self.server.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.server.stop(grace=0)
+
+    @contextlib.asynccontextmanager
+    async def channel(self, trust: grpc.ChannelCredentials | None = None) -> AsyncIterator[grpc.aio.Channel]:
+        """A connection of its own."""
+        address, options = self.server.addresses[0], [("grpc.use_local_subchannel_pool", 1)]
+        plain = grpc.aio.insecure_channel(address, options)
+        async with plain if trust is None else grpc.aio.secure_channel(address, trust, options) as channel:
+            yield channel
+
+    async def call(self, *metadata: tuple[str, str], trust: grpc.ChannelCredentials | None = None) -> Identity:
+        """As whom a call was handled. Raises what refused it."""
+        async with self.channel(trust) as channel:
+            try:
+                await channel.unary_unary(f"/{NAME}/UnaryUnary")(text("x"), metadata=metadata, timeout=10)
+            except grpc.aio.AioRpcError as error:
+                raise wire.ours(error) from error
+        return self.seen[-1]
+
+
+def bearer(token: str) -> tuple[str, str]:
+    return "authorization", f"Bearer {token}"
+
+
+@pytest.fixture(name="authority")
+def _authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+def file_of(folder: Path, *lines: str) -> Path:
+    """A file of tokens."""
+    path = folder / "tokens"
+    path.touch(mode=0o600)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+async def test_a_token_is_who_calls(tmp_path: Path) -> None:
+    """Tenant and role are those of the token's line, on every kind of method; the scheme's case does not matter."""
+    (token, line), (admin, other) = tokens.new("acme", Role.TENANT), tokens.new("ops", Role.ADMIN)
+    async with Door(Credentials(tokens=tokens.listed(file_of(tmp_path, line, other)))) as door:
+        assert await door.call(bearer(token)) == Identity("acme", Role.TENANT)
+        assert await door.call(("authorization", f"bearer {admin}")) == Identity("ops", Role.ADMIN)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        [],
+        [bearer("wrong")],
+        [bearer("")],
+        [("authorization", "wrong")],
+        [("authorization", "Basic d3Jvbmc=")],
+        [(TENANT_METADATA, "acme")],
+        [bearer("wrong"), bearer("wrong")],
+    ],
+)
+async def test_nobody_else_gets_in(tmp_path: Path, metadata: Metadata) -> None:
+    """No token, a wrong one, another scheme, two at once, or a mere claim: UNAUTHENTICATED, and the handler never runs."""
+    async with Door(Credentials(tokens=tokens.listed(file_of(tmp_path, tokens.new("acme", Role.TENANT)[1])))) as door:
+        with pytest.raises(errors.Unauthenticated):
+            await door.call(*metadata)
+
+        assert door.seen == []
+
+
+async def test_without_credentials_everybody_is_an_admin() -> None:
+    """As long as nothing is asked, a token is no reason to refuse anybody, and a claimed tenant is not believed."""
+    async with Door(Credentials()) as door:
+        assert await door.call(bearer("any"), (TENANT_METADATA, "acme")) == Identity("", Role.ADMIN)
+
+
+async def test_a_gateways_word() -> None:
+    """Where it is trusted, the metadata is the tenant; what is no tenant is refused by that name."""
+    async with Door(Credentials(trust_tenant_metadata=True)) as door:
+        assert await door.call((TENANT_METADATA, "acme")) == Identity("acme", Role.TENANT)
+        assert await door.call() == Identity("", Role.ADMIN)
+        for bad in ("", "two words", "x" * 129):
+            with pytest.raises(errors.InvalidRequest, match=f"metadata.{TENANT_METADATA}"):
+                await door.call((TENANT_METADATA, bad))
+        with pytest.raises(errors.Unauthenticated, match="2 times"):
+            await door.call((TENANT_METADATA, "acme"), (TENANT_METADATA, "other"))
+
+
+async def test_a_certificate_is_who_calls(authority: Authority, tmp_path: Path) -> None:
+    """The URI of a client's certificate is its tenant, else the common name; a line says otherwise, and a token wins."""
+    token, line = tokens.new("acme", Role.TENANT)
+    listed = tokens.listed(file_of(tmp_path, line, "ops admin certificate:spiffe://test/ops"))
+    served = ServerTls(*authority.sign("sidecar"), authority.file)
+    async with Door(Credentials(served, listed)) as door:
+
+        def client(name: str, *uris: str) -> grpc.ChannelCredentials:
+            certificate, key = authority.sign(name, file="client", uris=uris)
+            return pem.tls(authority.file, certificate=certificate, key=key)
+
+        assert await door.call(trust=client("acme")) == Identity("acme", Role.TENANT)
+        assert await door.call(trust=client("x", "spiffe://test/x")) == Identity("spiffe://test/x", Role.TENANT)
+        assert await door.call(trust=client("x", "spiffe://test/ops")) == Identity("ops", Role.ADMIN)
+        assert await door.call(bearer(token), trust=client("other")) == Identity("acme", Role.TENANT)
+        for name, uris in (("two words", ()), ("x", ("urn:a", "urn:b"))):
+            with pytest.raises(errors.Unauthenticated, match="cannot be a tenant"):
+                await door.call(trust=client(name, *uris))
+
+
+async def test_only_the_authoritys_clients_connect(authority: Authority, tmp_path: Path) -> None:
+    """No certificate, an expired one, one of another CA, plain text, and a client that does not trust the server: no call."""
+    strangers = Authority(tmp_path, "strangers")
+    async with Door(Credentials(ServerTls(*authority.sign("sidecar"), authority.file))) as door:
+        certificate, key = authority.sign("late", days=-1)
+        stranger, strange_key = strangers.sign("acme", file="stranger")
+        good, good_key = authority.sign("acme")
+        for trust in (
+            pem.tls(authority.file),
+            pem.tls(authority.file, certificate=certificate, key=key),
+            pem.tls(authority.file, certificate=stranger, key=strange_key),
+            pem.tls(strangers.file, certificate=good, key=good_key),
+            None,
+        ):
+            with pytest.raises(errors.Disconnected):
+                await door.call(trust=trust)
+
+        assert await door.call(trust=pem.tls(authority.file, certificate=good, key=good_key)) == Identity("acme", Role.TENANT)
+
+
+async def test_files_change_under_way(authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new certificate serves new connections while calls go on, a revoked token stops, and bad files are counted only."""
+    monkeypatch.setattr(serving_credentials, "RELOAD_SECONDS", 0.01)
+    (token, line), (admin, other) = tokens.new("acme", Role.TENANT), tokens.new("ops", Role.ADMIN)
+    path, (certificate, key) = file_of(tmp_path, line, other), authority.sign("sidecar")
+    credentials = Credentials(ServerTls(certificate, key, None), tokens.listed(path))
+    rotated = Authority(tmp_path, "rotated")
+    async with Door(credentials) as door, door.channel(pem.tls(authority.file)) as old:
+        watching = asyncio.create_task(credentials.watch(door.registry))
+
+        async def reloaded(kind: str, outcome: str) -> None:
+            labels = {"kind": kind, "outcome": outcome}
+            async with asyncio.timeout(10):
+                while not door.registry.get_sample_value("ostinato_credential_reloads_total", labels):
+                    await asyncio.sleep(0.01)
+
+        method = old.unary_unary(f"/{NAME}/UnaryUnary")
+        await method(text("x"), metadata=[bearer(admin)])
+        path.write_text(other + "\n")
+        await reloaded("tokens", "used")
+        with pytest.raises(errors.Unauthenticated):
+            await door.call(bearer(token), trust=pem.tls(authority.file))
+        path.write_text("nonsense\n")
+        await reloaded("tokens", "unusable")
+        for file, change in zip((certificate, key), rotated.sign("sidecar", file="next"), strict=True):
+            file.write_bytes(change.read_bytes())
+        await reloaded("tls", "used")
+        assert await door.call(bearer(admin), trust=pem.tls(rotated.file)) == Identity("ops", Role.ADMIN)
+        with pytest.raises(errors.Disconnected):
+            await door.call(bearer(admin), trust=pem.tls(authority.file))
+        await method(text("x"), metadata=[bearer(admin)])
+        watching.cancel()
+
+
+async def test_grpcs_own_services_are_an_admins(tmp_path: Path) -> None:
+    """With credentials, reflection and channelz answer an admin, refuse a tenant and a stranger; health answers all."""
+    (token, line), (admin, other) = tokens.new("acme", Role.TENANT), tokens.new("ops", Role.ADMIN)
+    async with Door(Credentials(tokens=tokens.listed(file_of(tmp_path, line, other)))) as door, door.channel() as channel:
+
+        async def reflect(*metadata: tuple[str, str]) -> list[str]:
+            ask = reflection_pb2.ServerReflectionRequest(list_services="")
+            answers = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([ask]), metadata=metadata)
+            return [found.name async for answer in answers for found in answer.list_services_response.service]
+
+        async def servers(*metadata: tuple[str, str]) -> int:
+            stub = channelz_pb2_grpc.ChannelzStub(channel)
+            return len((await stub.GetServers(channelz_pb2.GetServersRequest(), metadata=metadata)).server)
+
+        assert NAME in await reflect(bearer(admin))
+        assert await servers(bearer(admin)) >= 1
+        for ask in (reflect, servers):
+            for metadata, code in (((bearer(token),), "PERMISSION_DENIED"), ((), "UNAUTHENTICATED")):
+                with pytest.raises(grpc.aio.AioRpcError) as raised:
+                    await ask(*metadata)
+                assert raised.value.code().name == code
+        health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_port_for_probes(authority: Authority) -> None:
+    """Beside a door under mTLS, the port for probes tells health in plain text and knows no other service."""
+    served = ServerTls(*authority.sign("sidecar"), authority.file)
+    async with Door(Credentials(served), health_address="127.0.0.1:0") as door:
+        await door.server.set_health(NAME, serving=True)
+        async with grpc.aio.insecure_channel(door.server.health_address) as channel:
+            health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=NAME))
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await channel.unary_unary(f"/{NAME}/UnaryUnary")(text("x"))
+
+    assert health.status == health_pb2.HealthCheckResponse.SERVING
+    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_tls_lets_a_remote_address_in(authority: Authority) -> None:
+    """Beyond loopback a port needs TLS or leave."""
+    served = ServerTls(*authority.sign("sidecar"), None)
+
+    Server(["0.0.0.0:0"], registry=CollectorRegistry(), credentials=Credentials(served))
