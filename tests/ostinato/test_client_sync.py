@@ -175,7 +175,7 @@ def test_a_stream_may_outlive_its_client() -> None:
 
 def test_the_public_names() -> None:
     """The package exports a few names, and each can be had."""
-    assert ostinato.__all__ == ["Client", "OstinatoError", "SyncClient", "__version__"]
+    assert ostinato.__all__ == ["Client", "OstinatoError", "SyncClient", "__version__", "tls"]
     assert all(hasattr(ostinato, name) for name in ostinato.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Server'"):
         _ = ostinato.Server

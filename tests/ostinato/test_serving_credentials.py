@@ -48,7 +48,7 @@ class Door:
         await self.server.stop(grace=0)
 
     @contextlib.asynccontextmanager
-    async def channel(self, trust: grpc.ChannelCredentials | None = None) -> AsyncIterator[grpc.aio.Channel]:
+    async def channel(self, trust: grpc.ChannelCredentials | None = None) -> AsyncIterator[Any]:
         """A connection of its own."""
         address, options = self.server.addresses[0], [("grpc.use_local_subchannel_pool", 1)]
         plain = grpc.aio.insecure_channel(address, options)
@@ -233,7 +233,8 @@ async def test_a_port_for_probes(authority: Authority) -> None:
     served = ServerTls(*authority.sign("sidecar"), authority.file)
     async with Door(Credentials(served), health_address="127.0.0.1:0") as door:
         await door.server.set_health(NAME, serving=True)
-        async with grpc.aio.insecure_channel(door.server.health_address) as channel:
+        async with grpc.aio.insecure_channel(door.server.health_address) as probe:
+            channel: Any = probe
             health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=NAME))
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await channel.unary_unary(f"/{NAME}/UnaryUnary")(text("x"))

@@ -1,0 +1,212 @@
+"""Two tenants and an operator at the door of a real pair: TLS, tokens, and nothing of one that the other sees."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import ostinato
+from ostinato import errors
+from ostinato.client import Client
+from ostinato.serving import tokens
+from ostinato.serving.identity import Role
+
+from tests.certificates import Authority
+from tests.e2e.conftest import ended, eventually
+from tests.pair import Pair
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A pair under TLS, and what its callers hold."""
+
+    pair: Pair
+    authority: Authority
+    certificate: Path
+    key: Path
+    tokens: dict[str, str]
+
+    def client(self, tenant: str) -> Client:
+        """Of this tenant, on a connection of its own."""
+        return Client(f"https://{self.pair.target}", credentials=ostinato.tls(self.authority.file), token=self.tokens[tenant])
+
+
+@pytest.fixture(scope="module", name="guarded")
+def _guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    folder = tmp_path_factory.mktemp("credentials")
+    authority = Authority(folder)
+    certificate, key = authority.sign("sidecar")
+    made = {"acme": tokens.new("acme", Role.TENANT), "zeta": tokens.new("zeta", Role.TENANT)}
+    made["ops"] = tokens.new("ops", Role.ADMIN)
+    listed = folder / "tokens"
+    listed.touch(mode=0o600)
+    listed.write_text("\n".join(line for _, line in made.values()))
+    flags = ["--tls-certificate", str(certificate), "--tls-key", str(key), "--tokens", str(listed)]
+    with Pair(sidecar=[*flags, "--health-listen", "127.0.0.1:0"]) as pair:
+        pair.start()
+        yield Guarded(pair, authority, certificate, key, {name: token for name, (token, _) in made.items()})
+
+
+async def test_the_same_key_of_two_tenants_is_two_requests(guarded: Guarded) -> None:
+    """Keys are scoped by tenant: the same key and request get numbers of their own, and each its own answer again, also after
+    a crash of the sidecar."""
+    answers = {}
+    for tenant in ("acme", "zeta"):
+        async with guarded.client(tenant) as client:
+            answers[tenant] = await client.generate("one", key="night", max_new_tokens=4)
+            assert await client.generate("one", key="night", max_new_tokens=4) == answers[tenant]
+    assert guarded.pair.sidecar is not None
+    guarded.pair.sidecar.kill()
+    guarded.pair.start_sidecar().wait_for("engine connected")
+
+    assert answers["acme"].stamp.first_sequence != answers["zeta"].stamp.first_sequence
+    for tenant, answer in answers.items():
+        async with guarded.client(tenant) as client:
+            assert await client.generate("one", key="night", max_new_tokens=4) == answer
+            (record,) = await client.get(key="night")
+            assert record.result == answer.results[0]
+            assert record.input.tenant == tenant
+
+
+async def test_what_is_anothers_does_not_exist(guarded: Guarded) -> None:
+    """Get, Cancel and Replay of another tenant's item, alone or in a range, are NOT_FOUND; the owner's and the admin's work."""
+    async with guarded.client("acme") as acme, guarded.client("zeta") as zeta, guarded.client("ops") as ops:
+        own = (await acme.generate("mine", max_new_tokens=4)).stamp.first_sequence
+        other = (await zeta.generate("theirs", max_new_tokens=4, key="theirs")).stamp.first_sequence
+        assert other == own + 1
+        for first, last in ((other, other), (own, other)):
+            with pytest.raises(errors.NotFound):
+                _ = [verdict async for verdict in acme.replay(first, last)]
+            with pytest.raises(errors.NotFound):
+                await acme.cancel(first, last)
+        with pytest.raises(errors.NotFound):
+            await acme.get(other)
+        with pytest.raises(errors.NotFound):
+            await acme.get(key="theirs")
+        with pytest.raises(errors.NotFound):
+            await acme.cancel(key="theirs")
+
+        assert [record.input.tenant for record in await acme.get(own)] == ["acme"]
+        assert (await acme.cancel(own)).ended == 1
+        assert len([verdict async for verdict in acme.replay(own)]) == 1
+        assert [record.input.tenant for record in await ops.get(other)] == ["zeta"]
+        assert len([verdict async for verdict in ops.replay(own, other)]) == 2
+
+
+async def test_the_journal_is_an_admins(guarded: Guarded) -> None:
+    """Tail, Head and Report are PERMISSION_DENIED to tenants, and an admin's without another word."""
+    async with guarded.client("acme") as acme, guarded.client("ops") as ops:
+        for refused in (acme.head(), acme.report(), anext(acme.tail())):
+            with pytest.raises(errors.PermissionDenied):
+                await refused
+        assert (await ops.head()).index > 0
+        assert (await anext(ops.tail())).header.index == 1
+
+
+async def test_a_call_without_a_token_burns_no_number(guarded: Guarded) -> None:
+    """UNAUTHENTICATED, before anything else is looked at, and counted by its code."""
+    async with guarded.client("ops") as ops:
+        before = (await ops.head()).last_sequence
+        stranger = Client(guarded.pair.target, credentials=ostinato.tls(guarded.authority.file), token="wrong")
+        async with stranger, Client(guarded.pair.target, credentials=ostinato.tls(guarded.authority.file)) as nobody:
+            for client in (stranger, nobody):
+                with pytest.raises(errors.Unauthenticated):
+                    await client.generate("one")
+        assert (await ops.head()).last_sequence == before
+    counted = 'ostinato_rpc_handled_total{code="UNAUTHENTICATED",method="Generate",service="ostinato.v1.Generation"}'
+    assert guarded.pair.metrics()[counted] == 2
+
+
+async def test_a_certificate_changes_under_load(guarded: Guarded) -> None:
+    """While callers come and go on new connections, the server's certificate is replaced twice, and no call fails."""
+    reloads = 'ostinato_credential_reloads_total{kind="tls",outcome="used"}'
+    over = asyncio.Event()
+
+    async def caller() -> int:
+        done = 0
+        while not over.is_set():
+            async with guarded.client("acme") as client:
+                done += len((await client.generate("load", max_new_tokens=2)).results)
+        return done
+
+    callers = [asyncio.create_task(caller()) for _ in range(3)]
+    before = guarded.pair.metrics()[reloads]
+    for number in (1, 2):
+        for file, change in zip(
+            (guarded.certificate, guarded.key), guarded.authority.sign("sidecar", file="next"), strict=True
+        ):
+            change.rename(file)
+        seen = before + number
+        await eventually(partial(lambda least: guarded.pair.metrics()[reloads] >= least, seen), "the certificate is read again")
+    over.set()
+
+    assert min(await asyncio.gather(*callers)) > 0
+
+
+async def test_a_probe_needs_nothing(guarded: Guarded) -> None:
+    """The port for probes says in plain text that the sidecar can admit."""
+    assert guarded.pair.sidecar is not None
+    address = str(guarded.pair.sidecar.wait_for("listening")["health_address"])
+    async with grpc.aio.insecure_channel(address) as channel:
+        request = health_pb2.HealthCheckRequest(service="ostinato.v1.Generation")
+        health = await health_pb2_grpc.HealthStub(channel).Check(request)
+
+    assert health.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_the_command_has_credentials(guarded: Guarded, tmp_path: Path) -> None:
+    """`ostinato` takes a CA and a token, from files or from the environment; without them it fails and says why."""
+
+    def run(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ostinato.cli", "--target", f"https://{guarded.pair.target}", *options, "head"]
+        return subprocess.run(command, env={"PYTHONPATH": ":".join(sys.path), **environment}, capture_output=True, text=True)
+
+    token = tmp_path / "token"
+    token.write_text(guarded.tokens["ops"] + "\n")
+    trust = str(guarded.authority.file)
+    files, variables = run("--tls-ca", trust, "--token-file", str(token)), run("--tls-ca", trust, OSTINATO_TOKEN="no")
+    missing, half = run("--tls-ca", str(tmp_path / "nowhere")), run("--tls-ca", trust, "--tls-key", trust)
+
+    assert (files.returncode, files.stderr) == (0, "")
+    assert (variables.returncode, "UNAUTHENTICATED" in variables.stderr) == (1, True), variables.stderr
+    assert (missing.returncode, "nowhere" in missing.stderr) == (2, True), missing.stderr
+    assert (half.returncode, "one needs the other" in half.stderr) == (2, True), half.stderr
+
+
+def test_the_synchronous_client_has_credentials(guarded: Guarded) -> None:
+    """SyncClient takes the same arguments."""
+    trust = ostinato.tls(guarded.authority.file)
+    with ostinato.SyncClient(f"https://{guarded.pair.target}", credentials=trust, token=guarded.tokens["acme"]) as client:
+        assert client.generate("one", max_new_tokens=2).results[0].HasField("output")
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "why"),
+    [
+        (["--tls-certificate", "{certificate}", "--tls-key", "{stray}"], 1, "--tls-key: {stray}: is not the key"),
+        (["--tls-certificate", "{certificate}"], 2, "one needs the other"),
+        (["--tokens", "{certificate}"], 1, "--tokens: {certificate}: mode 0644"),
+        (["--trust-tenant-metadata", "--tokens", "x"], 2, "--trust-tenant-metadata"),
+    ],
+)
+def test_bad_credentials_stop_the_sidecar(guarded: Guarded, tmp_path: Path, flags: list[str], code: int, why: str) -> None:
+    """It does not start, and names the flag and the file."""
+    _, stray = guarded.authority.sign("stray")
+    guarded.certificate.chmod(0o644)
+    names = {"certificate": str(guarded.certificate), "stray": str(stray)}
+    with Pair() as pair, contextlib.suppress(AssertionError):
+        pair.start_sidecar(*(flag.format(**names) for flag in flags))
+    found, log = ended(pair.programs[0])
+
+    assert found == code
+    assert why.format(**names) in log
