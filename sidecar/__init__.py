@@ -1,6 +1,7 @@
 """The sidecar: admits, orders, tags, journals, dispatches in order, compares, replays. The only public door.
 
     generation, reading   the public services
+    access                which items a caller may see
     admission             what can refuse a request before it has a number
     core/                 what happens next, decided purely
     dispatcher            performs what the core decides
@@ -12,6 +13,6 @@
     observer, metrics     what is seen of it all
     config, __main__      settings and wiring
 
-A request's way: admission → journal (its numbers are durable) → core (its turn) → link → service → link → journal (its
+A request's way: admission → core (its turn among tenants) → journal (its numbers are durable) → core (its turn) → link → service → link → journal (its
 outcome is durable) → caller.
 """

@@ -144,6 +144,8 @@ def credentials_of(settings: Settings) -> Credentials:
     tls = None
     if settings.tls_certificate is not None and settings.tls_key is not None:
         tls = ServerTls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+    if settings.tokens is not None and tls is None and settings.allow_remote:
+        log.warning("tokens travel in plain text")
     listed = tokens.listed(settings.tokens) if settings.tokens is not None else None
     return Credentials(tls, listed, settings.trust_tenant_metadata)
 

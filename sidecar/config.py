@@ -37,7 +37,9 @@ class Settings:
     idempotency_key_bytes_max: int = field(256, "of an idempotency key", minimum=1)
     request_id_bytes_max: int = field(256, "of a request id", minimum=1)
     # order and room
-    queue_items_max: int = field(4096, "items that wait for the journal or for the engine", minimum=1)
+    queue_items_max: int = field(4096, "items that wait for a number, the journal or the engine", minimum=1)
+    tenant_queue_items_max: int = field(1024, "of them, items of one tenant that wait for a number", minimum=1)
+    numbered_items_max: int = field(64, "of them, items that have one, where there are tenants", minimum=1)
     window_runs_max: int = field(0, "runs handed to the engine at once; 0: twice what it runs", minimum=0)
     attempts_max: int = field(3, "engines that may be lost under an item", minimum=1)
     item_timeout_seconds: float = field(600.0, "for one attempt", minimum=0.001)
@@ -68,11 +70,18 @@ class Settings:
             raise ValueError("--journal-bytes-max must be more than twice --journal-reserve-bytes")
 
     @property
+    def tenants(self) -> bool:
+        """Whether there are any but ""."""
+        return self.trust_tenant_metadata or self.tokens is not None or self.tls_client_ca is not None
+
+    @property
     def bounds(self) -> Bounds:
         """The core's part."""
         return Bounds(
             queue_items_max=self.queue_items_max,
             window_runs_max=self.window_runs_max,
+            tenant_queue_items_max=self.tenant_queue_items_max if self.tenants else self.queue_items_max,
+            numbered_items_max=min(self.queue_items_max, self.numbered_items_max) if self.tenants else self.queue_items_max,
             attempts_max=self.attempts_max,
             item_timeout_seconds=self.item_timeout_seconds,
         )

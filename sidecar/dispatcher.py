@@ -18,6 +18,7 @@ from ostinato.v1 import engine_pb2, types_pb2
 from sidecar.calls import Call
 from sidecar.core import effects as do
 from sidecar.core import events as ev
+from sidecar.core.entrance import Entrance
 from sidecar.core.sequencer import Sequencer
 from sidecar.journal import Admission, Appended, Binding, Journal, Sealed
 from sidecar.link import EngineLink
@@ -36,6 +37,7 @@ class Dispatcher:
         self, core: Sequencer, journal: Journal, link: EngineLink, observer: Observer, clock: Callable[[], float]
     ) -> None:
         self.core = core
+        self.entrance = Entrance(core)
         self.journal = journal
         self.link = link
         self.observer = observer
@@ -59,9 +61,9 @@ class Dispatcher:
 
     def tell(self, event: ev.Event) -> None:
         """One event for the core; its effects are performed before this returns."""
-        for effect in self.core.step(event, self.clock()):
+        for effect in self.entrance.step(event, self.clock()):
             self._perform(effect)
-        self.observer.queue(self.core)
+        self.observer.queue(self.core, self.entrance.waiting.items)
 
     def recover(self, unfinished: Sequence[Sealed], epoch: int) -> None:
         """Take up what earlier epochs left, ascending."""
@@ -80,7 +82,7 @@ class Dispatcher:
         ticket = self._last_ticket
         asking = self._asking[ticket] = Asking(admission, call, self.clock(), asyncio.get_running_loop().create_future())
         try:
-            self.tell(ev.Admit(ticket, tuple(map(need_of, admission.items)), bool(admission.key), deadline))
+            self.tell(ev.Admit(ticket, tuple(map(need_of, admission.items)), bool(admission.key), deadline, admission.tenant))
             return ticket, await asking.answer
         except asyncio.CancelledError:
             self.leave(ticket, call, gone())

@@ -29,6 +29,7 @@ class Metrics:
         self.ended = counter("ended_items", "Items with a durable outcome.", "outcome")
         self.repeated = counter("repeated_requests", "Requests whose idempotency key was bound: answered, never run again.")
         self.attempts = counter("attempts", "Submissions to the engine beyond an item's first.")
+        self.unnumbered = gauge("unnumbered_items", "Items that wait for a number.")
         self.queue = gauge("queue_items", "Items that wait for the journal or for room.")
         self.inflight = gauge("inflight_items", "Runs that the engine holds, re-runs included.")
         self.inflight_blocks = gauge("inflight_kv_blocks", "KV blocks that those may need at worst.")

@@ -40,7 +40,9 @@ class Observer:
 
     # ---- order
 
-    def queue(self, core: Sequencer) -> None:
+    def queue(self, core: Sequencer, unnumbered: int) -> None:
+        """After every event. `unnumbered`: items that wait for their numbers."""
+        self.metrics.unnumbered.set(unnumbered)
         self.metrics.queue.set(core.queued)
         self.metrics.inflight.set(core.window.runs if core.window else 0)
         self.metrics.inflight_blocks.set(core.window.blocks if core.window else 0)

@@ -29,6 +29,11 @@ class Admit:
     keyed: bool
     deadline: float | None = None
     """Of the caller; a keyed batch outlives it."""
+    tenant: str = ""
+
+    def over(self, now: float) -> bool:
+        """Whether nobody would wait for it any more."""
+        return not self.keyed and self.deadline is not None and now >= self.deadline
 
 
 @dataclass(frozen=True, slots=True)

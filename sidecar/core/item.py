@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -17,6 +18,10 @@ class Bounds:
     """0: twice what the engine runs at once."""
     attempts_max: int
     item_timeout_seconds: float
+    tenant_queue_items_max: int = sys.maxsize
+    """Of one tenant, before they are numbered."""
+    numbered_items_max: int = sys.maxsize
+    """That are numbered and wait for the engine; more wait before they are."""
     reruns_max: int = 64
     overdue_seconds: float = 1.0
     """How long past its time a run may be silent before it is given up here."""
