@@ -13,6 +13,6 @@
     observer, metrics     what is seen of it all
     config, __main__      settings and wiring
 
-A request's way: admission → core (its turn among tenants) → journal (its numbers are durable) → core (its turn) → link → service → link → journal (its
-outcome is durable) → caller.
+A request's way: admission → core (its turn among tenants) → journal (its numbers are durable) → core (its turn among numbers)
+→ link → service → link → journal (its outcome is durable) → caller.
 """

@@ -133,6 +133,8 @@ def failure(error: errors.OstinatoError, target: str) -> None:
         note(f"error: {reason}: {visible(error.message)}")
     if isinstance(error, errors.Disconnected):
         note(f"  Does a sidecar run at {target}? Choose another with --target or OSTINATO_TARGET.")
+    if isinstance(error, errors.Unauthenticated):
+        note("  Give a token with --token-file, before the command, or in OSTINATO_TOKEN.")
     if error.retry_after is not None:
         note(f"  Try again in {error.retry_after:g} s.")
 

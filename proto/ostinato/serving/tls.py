@@ -83,5 +83,9 @@ def _check_key(pem: bytes, leaf: x509.Certificate) -> None:
     except (ValueError, UnsupportedAlgorithm):
         raise Unusable(KEY, "holds no private key in PEM form") from None
     form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    if key.public_key().public_bytes(*form) != leaf.public_key().public_bytes(*form):
+    try:
+        certified = leaf.public_key().public_bytes(*form)
+    except (ValueError, UnsupportedAlgorithm):
+        raise Unusable(CERTIFICATE, "the certificate's public key is of an unknown kind") from None
+    if key.public_key().public_bytes(*form) != certified:
         raise Unusable(KEY, "is not the key of the certificate")
