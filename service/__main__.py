@@ -8,8 +8,6 @@ import os
 import secrets
 import sys
 from collections.abc import Coroutine
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ostinato.serving.logs import setup
@@ -48,7 +46,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     server.add(add_EngineServicer_to_server, servicer, NAME)
     engine: Engine | None = None
     try:
-        _make_directories(settings.addresses)
         await server.start()
         _log.info("listening", extra={"addresses": ",".join(server.addresses)})
         _log.info("metrics", extra={"port": page.port})
@@ -80,14 +77,6 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None
         working.cancel()
         stopping.cancel()
         await asyncio.gather(working, stopping, return_exceptions=True)
-
-
-def _make_directories(addresses: list[str]) -> None:
-    """Of socket files; where that fails, listening says why."""
-    for address in addresses:
-        if address.startswith("unix:"):
-            with suppress(OSError):
-                Path(address[5:]).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ class Running:
 
 
 def test_start_and_stop(tmp_path: Path) -> None:
-    """It starts, answers, shows its metrics, and ends with 0 when told to; its socket is its owner's alone."""
+    """It starts, answers, shows its metrics, and ends with 0 when told to; its socket is its owner's and its group's."""
     with Running(tmp_path) as service:
         service.program.wait_for("serving")
         with grpc.insecure_channel(service.address) as channel:
@@ -54,7 +54,7 @@ def test_start_and_stop(tmp_path: Path) -> None:
     assert len(bytes.fromhex(described.incarnation)) == 16
     assert "ostinato_service_grade 3.0" in metrics
     assert 'ostinato_service_fingerprint_info{digest="' in metrics
-    assert mode == 0o600
+    assert mode == 0o660
 
 
 def test_an_idle_sidecar_does_not_hold_up_the_stop(tmp_path: Path) -> None:

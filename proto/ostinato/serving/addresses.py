@@ -74,14 +74,14 @@ class Unix:
                 server.add_insecure_port(str(self))
             self.path.chmod(mode)
         except (OSError, RuntimeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "the directory must exist and be writable"
+            why = error.strerror if isinstance(error, OSError) else "the directory must be writable"
             raise StartupError(f"cannot listen on {self}: {why}") from error
         return str(self)
 
     def _check_folder(self) -> None:
-        """Whoever may write there can put a socket of their own in the place of ours. Makes the last folder of the path."""
+        """Whoever may write there can put a socket of their own in the place of ours. Makes a folder that is missing."""
         folder = self.path.parent
-        folder.mkdir(mode=0o750, exist_ok=True)
+        folder.mkdir(mode=0o750, parents=True, exist_ok=True)
         if folder.stat().st_mode & 0o002:
             raise StartupError(f"cannot listen on {self}: everybody may write in {folder}; use one below it, or chmod o-w")
 
