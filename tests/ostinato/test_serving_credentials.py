@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -201,6 +202,24 @@ async def test_files_change_under_way(authority: Authority, tmp_path: Path, monk
             await door.call(bearer(admin), trust=pem.tls(authority.file))
         await method(text("x"), metadata=[bearer(admin)])
         watching.cancel()
+
+
+async def test_another_authority_takes_over(authority: Authority, tmp_path: Path) -> None:
+    """A new client CA lets its clients in and the old one's out; a connection that is there already stays."""
+    late, (old, old_key) = Authority(tmp_path, "late"), authority.sign("acme")
+    (new, new_key), trusted = late.sign("zeta"), tmp_path / "trusted.pem"
+    served = ServerTls(*authority.sign("sidecar"), Path(shutil.copy(authority.file, trusted)))
+    before = pem.tls(authority.file, certificate=old, key=old_key)
+    async with Door(Credentials(served)) as door, door.channel(before) as there:
+        await there.unary_unary(f"/{NAME}/UnaryUnary")(text("x"))
+        shutil.copy(late.file, trusted)
+        assert served.files.refresh()
+        with pytest.raises(errors.Disconnected):
+            await door.call(trust=before)
+        assert await door.call(trust=pem.tls(authority.file, certificate=new, key=new_key)) == Identity("zeta", Role.TENANT)
+        await there.unary_unary(f"/{NAME}/UnaryUnary")(text("x"))
+
+    assert [identity.tenant for identity in door.seen] == ["acme", "zeta", "acme"]
 
 
 async def test_grpcs_own_services_are_an_admins(tmp_path: Path) -> None:
