@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 from ostinato.digest import output_digest, unseeded_input_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
+from ostinato.v1.sequencer_pb2 import COLLISION_FOUND, COLLISION_NONE, COLLISION_UNSPECIFIED
 
 TOKENS_MIN = 16
 """Shorter answers may well be equal by chance."""
@@ -23,10 +24,10 @@ class Collisions:
         self._inputs_max = inputs_max
         self._outputs_max = outputs_max
 
-    def check(self, given: sequencer_pb2.AdmittedPayload, output: types_pb2.Output) -> bool | None:
-        """Whether an equal input with another seed made this very output before; None: there was none to compare with."""
+    def check(self, given: sequencer_pb2.AdmittedPayload, output: types_pb2.Output) -> sequencer_pb2.Collision.ValueType:
+        """Whether an equal input with another seed made this very output before; UNSPECIFIED: nothing to compare with."""
         if not given.seed_derived or not _free(given.parameters) or len(output.token_ids) < TOKENS_MIN:
-            return None
+            return COLLISION_UNSPECIFIED
         name, made = unseeded_input_digest(given.token_ids, given.parameters), output_digest(output)
         seen = self._inputs.setdefault(name, {})
         self._inputs.move_to_end(name)
@@ -36,7 +37,9 @@ class Collisions:
             seen.setdefault(made, output.engine_seed)
         if len(self._inputs) > self._inputs_max:
             self._inputs.popitem(last=False)
-        return collides if known else None
+        if not known:
+            return COLLISION_UNSPECIFIED
+        return COLLISION_FOUND if collides else COLLISION_NONE
 
 
 def _free(parameters: types_pb2.ResolvedParameters) -> bool:

@@ -16,11 +16,12 @@ from ostinato.digest import model_digest
 from ostinato.v1 import engine_pb2, types_pb2
 
 from sidecar.calls import Call
+from sidecar.collisions import Collisions
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.entrance import Entrance
 from sidecar.core.sequencer import Sequencer
-from sidecar.journal import Admission, Appended, Binding, Journal, Sealed
+from sidecar.journal import Admission, Binding, Journal, Sealed
 from sidecar.link import EngineLink
 from sidecar.observer import Observer
 from sidecar.rerunner import Rerunner
@@ -52,6 +53,7 @@ class Dispatcher:
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when the process must end and recover."""
         self.reruns = Rerunner(self)
+        self._collisions = Collisions()
         self._asking: dict[int, Asking] = {}
         self._runs: dict[int, Work] = {}
         self._last_ticket = 0
@@ -189,7 +191,7 @@ class Dispatcher:
         assert self.engine is not None
         work, now = self.works[submit.sequence], self.clock()
         again = work.submitted_at is not None
-        work.fingerprint_digest = self.engine.model.fingerprint.digest
+        work.fingerprint_digest, work.company = self.engine.model.fingerprint.digest, submit.company
         if not again:
             work.first_fingerprint_digest = work.fingerprint_digest
         self._runs[submit.run_id] = work
@@ -218,22 +220,22 @@ class Dispatcher:
 
     async def _append_outcome(self, end: do.End) -> None:
         work = self.works[end.sequence]
-        appended = await self.journal.append(work.outcome(end.error, end.attempt, self.clock()))
+        appended = await self.journal.append(work.outcome(end.error, end.attempt, self.clock(), self._collisions))
         if appended.entries:
             sealed = appended.entries[0]
         else:  # another writer's outcome came first, and is the one
             outcome = (await self.journal.items(end.sequence, end.sequence, 1))[0].outcome
             assert outcome is not None
             sealed = outcome
-        self._tell_outcome(work, sealed, appended)
+        self._tell_outcome(work, sealed)
 
-    def _tell_outcome(self, work: Work, sealed: Sealed, appended: Appended) -> None:
+    def _tell_outcome(self, work: Work, sealed: Sealed) -> None:
         result = result_of(sealed)
         del self.works[work.sequence]
         for call in work.calls:
             call.result(result)
         work.ended.set_result(result)
-        self.observer.ended(work, sealed, appended.twin, result)
+        self.observer.ended(work, sealed, result)
         self.tell(ev.Ended(work.sequence))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 
 from ostinato import errors
-from ostinato.compare import Side, compare
 from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 
-from sidecar.collisions import Collisions
 from sidecar.core.sequencer import Sequencer
 from sidecar.journal import Head, Sealed
 from sidecar.metrics import Metrics
@@ -31,7 +29,6 @@ class Observer:
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
-        self._collisions = Collisions()
 
     def opened(self, head: Head) -> None:
         """The journal is open, in a new epoch."""
@@ -73,7 +70,7 @@ class Observer:
         elif count and work.last_tokens_at is not None:
             self.metrics.between_tokens.observe((now - work.last_tokens_at) / count)
 
-    def ended(self, work: Work, sealed: Sealed, twin: Sealed | None, result: types_pb2.Result) -> None:
+    def ended(self, work: Work, sealed: Sealed, result: types_pb2.Result) -> None:
         """The outcome is durable."""
         outcome = _short(types_pb2.EntryKind.Name(sealed.header.kind), "ENTRY_KIND_")
         self.metrics.ended.labels(outcome).inc()
@@ -83,15 +80,12 @@ class Observer:
             return
         if work.recovery is not None:
             self.compared(work.recovery, sealed.header.grade)
-        if twin is not None and twin.payload:
-            self.compared(twin_comparison(sealed, result.output, twin), sealed.header.grade)
-        self._check_collision(work, result.output)
-
-    def _check_collision(self, work: Work, output: types_pb2.Output) -> None:
-        collides = self._collisions.check(work.input, output)
-        if collides is not None:
+        completed = sequencer_pb2.CompletedPayload.FromString(sealed.payload)
+        if completed.HasField("twin"):
+            self.compared(completed.twin, sealed.header.grade)
+        if completed.collision:
             self.metrics.collision_checks.inc()
-        if collides:
+        if completed.collision == sequencer_pb2.COLLISION_FOUND:
             self.metrics.collisions.inc()
             log.error("collision: an unseeded answer equals that of another seed", extra={"sequence": work.sequence})
 
@@ -143,14 +137,3 @@ class Observer:
         self.metrics.commit.observe(seconds)
         self.metrics.commit_drafts.observe(drafts)
         self.metrics.journal_bytes.inc(payload_bytes)
-
-
-def twin_comparison(sealed: Sealed, output: types_pb2.Output, twin: Sealed) -> types_pb2.Comparison:
-    """A COMPLETED entry against the first one of the same input."""
-    first = sequencer_pb2.CompletedPayload.FromString(twin.payload).output
-    return compare(
-        Side(first, twin.header.input_digest, twin.header.fingerprint_digest),
-        Side(output, sealed.header.input_digest, sealed.header.fingerprint_digest),
-        types_pb2.COMPARISON_KIND_TWIN,
-        sealed.header.sequence,
-    )

@@ -61,22 +61,27 @@ async def _one(dispatcher: Dispatcher, entries: ItemEntries) -> types_pb2.Compar
         kind=types_pb2.COMPARISON_KIND_REPLAY,
         verdict=types_pb2.VERDICT_INCOMPARABLE,
         expected_output_digest=header.output_digest,
+        expected_writer=header.writer,
+        expected_sequence=header.sequence,
+        grade=header.grade,
     )
     made: Made | None = None
     try:
         if not (entries.admitted.payload and outcome.payload):
             raise errors.PayloadPruned(f"the payloads of sequence {header.sequence} are not kept any more")
         given = sequencer_pb2.AdmittedPayload.FromString(entries.admitted.payload)
-        recorded = sequencer_pb2.CompletedPayload.FromString(outcome.payload).output
+        recorded = sequencer_pb2.CompletedPayload.FromString(outcome.payload)
         made = await dispatcher.reruns.run(given, header.sequence, engine_pb2.PURPOSE_REPLAY)
-        expected = Side(recorded, header.input_digest, header.fingerprint_digest)
+        expected = Side.recorded(header, recorded)
         actual = Side(made.output, input_digest(given.token_ids, given.parameters, given.seed), made.fingerprint_digest)
         comparison = compare(expected, actual, types_pb2.COMPARISON_KIND_REPLAY, header.sequence)
     except errors.OstinatoError as error:
         comparison.status.CopyFrom(errors.to_status(error))
     dispatcher.observer.compared(comparison, header.grade)
     with contextlib.suppress(errors.JournalFull):  # the verdict is in the metrics and in the answer
-        await dispatcher.journal.append(Audit(entries.admitted.header, comparison, made.fingerprint_digest if made else b""))
+        await dispatcher.journal.append(
+            Audit(entries.admitted.header, comparison, made.fingerprint_digest if made else b"", comparison.grade)
+        )
     if made is not None and comparison.verdict == types_pb2.VERDICT_DIVERGED:
         comparison.actual.CopyFrom(made.output)
     return comparison

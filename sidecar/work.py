@@ -10,10 +10,12 @@ from ostinato.errors import Draining, OstinatoError
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 
 from sidecar.calls import Call
+from sidecar.collisions import Collisions
 from sidecar.core.events import Need
 from sidecar.journal import Admission, Binding, Outcome, Sealed
 from sidecar.progress import Progress
 from sidecar.results import ended_payload, outcome_kind
+from sidecar.sampling import sampling
 
 LEFT_SECONDS = 1.0
 """After which it makes sense to ask for what a drain left unfinished."""
@@ -54,6 +56,8 @@ class Work:
     fingerprint_digest: bytes = b""
     """Of the engine it was last submitted to."""
     first_fingerprint_digest: bytes = b""
+    company: int = 0
+    """Runs that the engine held when it was last submitted, itself included."""
     output: types_pb2.Output | None = None
     recovery: types_pb2.Comparison | None = field(default=None)
     left: Draining | None = None
@@ -137,13 +141,19 @@ class Work:
             if run is not None and call.wants_tokens:
                 call.tokens(run)
 
-    def outcome(self, error: OstinatoError | None, attempt: int, now: float) -> Outcome:
+    def outcome(self, error: OstinatoError | None, attempt: int, now: float, collisions: Collisions) -> Outcome:
         """What is to be made durable; without an error, the output."""
         timing = self._timing(now)
         payload: sequencer_pb2.CompletedPayload | sequencer_pb2.EndedPayload
         if error is None:
             assert self.output is not None
-            payload = sequencer_pb2.CompletedPayload(output=self.output, timing=timing)
+            payload = sequencer_pb2.CompletedPayload(
+                output=self.output,
+                timing=timing,
+                collision=collisions.check(self.input, self.output),
+                company=self.company,
+                sampling=sampling(self.input.parameters),
+            )
         else:
             payload = ended_payload(error, timing)
         return Outcome(self.admitted, outcome_kind(error), attempt, payload, self.fingerprint_digest)

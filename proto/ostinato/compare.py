@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ostinato.digest import output_digest
-from ostinato.v1 import types_pb2
+from ostinato.v1 import sequencer_pb2, types_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,26 @@ class Side:
     output: types_pb2.Output
     input_digest: bytes
     fingerprint_digest: bytes
+    writer: str = ""
+    """Of the entry that recorded it; empty: none did."""
+    sequence: int = 0
+    """Of that entry."""
+    company: int = 0
+    """Runs that the engine held when it was handed over, itself included; 0: not known."""
+    sampling: str = ""
+
+    @classmethod
+    def recorded(cls, header: types_pb2.EntryHeader, completed: sequencer_pb2.CompletedPayload) -> Side:
+        """What a COMPLETED entry holds."""
+        return cls(
+            completed.output,
+            header.input_digest,
+            header.fingerprint_digest,
+            header.writer,
+            header.sequence,
+            completed.company,
+            completed.sampling,
+        )
 
 
 def first_difference(expected: Sequence[int], actual: Sequence[int]) -> int | None:
@@ -33,6 +53,11 @@ def compare(expected: Side, actual: Side, kind: types_pb2.ComparisonKind.ValueTy
         kind=kind,
         expected_output_digest=output_digest(expected.output),
         actual_output_digest=output_digest(actual.output),
+        expected_writer=expected.writer,
+        expected_sequence=expected.sequence,
+        grade=min(expected.output.grade, actual.output.grade),
+        company=max(expected.company, actual.company),
+        sampling=expected.sampling or actual.sampling,
     )
     drift = []
     if expected.input_digest != actual.input_digest:

@@ -30,6 +30,8 @@ class Submit:
     sequence: int
     attempt: int
     expires_at: float
+    company: int
+    """Runs that the engine holds now, this one included."""
 
 
 @dataclass(frozen=True, slots=True)

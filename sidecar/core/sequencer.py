@@ -154,7 +154,7 @@ class Sequencer:
         item.expires_at = min(now + self.bounds.item_timeout_seconds, item.deadline or float("inf"))
         self._runs[item.run_id] = item
         self._alone = item if item.suspect else None
-        return do.Submit(item.run_id, item.sequence, item.attempt, item.expires_at)
+        return do.Submit(item.run_id, item.sequence, item.attempt, item.expires_at, window.runs)
 
     def _run_event(self, run_id: int, event: ev.Started | ev.Finished | ev.Failed) -> Iterator[do.Effect]:
         item = self._runs.get(run_id)

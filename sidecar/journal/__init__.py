@@ -35,6 +35,7 @@ class Outcome:
     kind: types_pb2.EntryKind.ValueType
     attempt: int
     payload: sequencer_pb2.CompletedPayload | sequencer_pb2.EndedPayload
+    """Of a COMPLETED one, the twin's comparison is filled in from here."""
     fingerprint_digest: bytes = b""
 
 
@@ -45,6 +46,9 @@ class Audit:
     admitted: types_pb2.EntryHeader
     comparison: types_pb2.Comparison
     fingerprint_digest: bytes = b""
+    """Of the second run."""
+    grade: types_pb2.Grade.ValueType = types_pb2.GRADE_UNSPECIFIED
+    """What was promised: that of the item's COMPLETED entry, unless the second run's was lower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +91,6 @@ class Appended:
     """Empty for a Note, and where the key was bound or another outcome came first."""
     binding: Binding | None = None
     """Of an Admission whose key was bound before."""
-    twin: Sealed | None = None
-    """Of a COMPLETED outcome: the first COMPLETED entry with the same input and fingerprint digests; if there is none earlier,
-    the first with the same input digest."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from google.protobuf.message import Message
 
 from ostinato.chain import OUTCOMES, entry_hash, payload_digest
+from ostinato.compare import Side, compare
 from ostinato.digest import derived_seed, input_digest, logprobs_digest, output_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
@@ -138,22 +139,18 @@ class Ledger:
         assert output.seed == header.seed, "an output bears its item's seed"
         header.grade = output.grade
         header.output_digest, header.logprobs_digest = output_digest(output), logprobs_digest(output)
-        sealed = self._seal(header, outcome.payload)
-        return Appended((sealed,), twin=self._twin(sealed))
-
-    def _twin(self, completed: Sealed) -> Sealed | None:
-        """The first one under the same fingerprint, which can be compared; else the first of all."""
-        header = completed.header
         earlier = self._twins.get(header.input_digest, ())
-        for twin in earlier:
-            if twin.header.fingerprint_digest == header.fingerprint_digest:
-                return twin
-        self._twins[header.input_digest] = (*earlier, completed)
-        return earlier[0] if earlier else None
+        same = [entry for entry in earlier if entry.header.fingerprint_digest == header.fingerprint_digest]
+        twin = next(iter(same or earlier), None)
+        sealed = self._seal(header, _with_twin(header, outcome.payload, twin))
+        if not same:
+            self._twins[header.input_digest] = (*earlier, sealed)
+        return Appended((sealed,))
 
     def _audit(self, audit: Audit) -> Sealed:
         assert audit.comparison.sequence == audit.admitted.sequence
         header = self._about(audit.admitted, types_pb2.ENTRY_KIND_AUDITED, audit.fingerprint_digest)
+        header.grade = audit.grade
         return self._seal(header, sequencer_pb2.AuditedPayload(comparison=audit.comparison))
 
     def _about(
@@ -184,3 +181,17 @@ class Ledger:
         self.head = replace(head, index=header.index, entry_hash=sealed.entry_hash, last_sequence=last)
         self.entries.append(sealed)
         return sealed
+
+
+def _with_twin(
+    header: types_pb2.EntryHeader, given: sequencer_pb2.CompletedPayload, twin: Sealed | None
+) -> sequencer_pb2.CompletedPayload:
+    """What is recorded of a completed item that has this twin: a copy, if anything is added."""
+    assert not given.HasField("twin")
+    if twin is None or not twin.payload:
+        return given
+    first = Side.recorded(twin.header, sequencer_pb2.CompletedPayload.FromString(twin.payload))
+    payload = sequencer_pb2.CompletedPayload()
+    payload.CopyFrom(given)
+    payload.twin.CopyFrom(compare(first, Side.recorded(header, given), types_pb2.COMPARISON_KIND_TWIN, header.sequence))
+    return payload

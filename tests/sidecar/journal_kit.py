@@ -80,6 +80,14 @@ ABOUT_AN_ITEM: Mapping[str, Callable[[Sealed], Draft]] = {"complete": completed,
 """Ways to make a draft about an admitted item."""
 
 
+def twin(entry: Sealed) -> types_pb2.Comparison | None:
+    """What a COMPLETED entry says of its twin."""
+    if entry.header.kind != types_pb2.ENTRY_KIND_COMPLETED:
+        return None
+    completed = sequencer_pb2.CompletedPayload.FromString(entry.payload)
+    return completed.twin if completed.HasField("twin") else None
+
+
 def sequences(entries: Sequence[Sealed]) -> list[int]:
     return [entry.header.sequence for entry in entries]
 

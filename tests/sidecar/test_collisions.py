@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ostinato.v1 import sequencer_pb2, types_pb2
+from ostinato.v1.sequencer_pb2 import COLLISION_FOUND, COLLISION_NONE, COLLISION_UNSPECIFIED
 
 from sidecar.collisions import TOKENS_MIN, Collisions
 
@@ -27,10 +28,10 @@ def test_equal_answers_of_unequal_seeds_collide() -> None:
     """The first answer has nothing to be compared with; a different one is fine; the first one again is a collision."""
     seen = Collisions()
 
-    assert seen.check(given(), output(0, engine_seed=1)) is None
-    assert seen.check(given(), output(1, engine_seed=2)) is False
-    assert seen.check(given(), output(0, engine_seed=3)) is True
-    assert seen.check(given(), output(1, engine_seed=4)) is True
+    assert seen.check(given(), output(0, engine_seed=1)) == COLLISION_UNSPECIFIED
+    assert seen.check(given(), output(1, engine_seed=2)) == COLLISION_NONE
+    assert seen.check(given(), output(0, engine_seed=3)) == COLLISION_FOUND
+    assert seen.check(given(), output(1, engine_seed=4)) == COLLISION_FOUND
 
 
 def test_equal_engine_seeds_are_arithmetic() -> None:
@@ -38,7 +39,7 @@ def test_equal_engine_seeds_are_arithmetic() -> None:
     seen = Collisions()
     seen.check(given(), output(0, engine_seed=1))
 
-    assert seen.check(given(), output(0, engine_seed=1)) is False
+    assert seen.check(given(), output(0, engine_seed=1)) == COLLISION_NONE
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_other_inputs_are_not_compared(other: sequencer_pb2.AdmittedPayload) -> 
     seen = Collisions()
     seen.check(given(), output(0, engine_seed=1))
 
-    assert seen.check(other, output(0, engine_seed=2)) is None
+    assert seen.check(other, output(0, engine_seed=2)) == COLLISION_UNSPECIFIED
 
 
 FORMAT = types_pb2.ResponseFormat(regex="a+")
@@ -66,18 +67,18 @@ def test_who_does_not_count(item: sequencer_pb2.AdmittedPayload) -> None:
     """Where the caller gave the seed, or little is left to chance, equal answers are no news."""
     seen = Collisions()
 
-    assert seen.check(item, output(0, engine_seed=1)) is None
-    assert seen.check(item, output(0, engine_seed=2)) is None
+    assert seen.check(item, output(0, engine_seed=1)) == COLLISION_UNSPECIFIED
+    assert seen.check(item, output(0, engine_seed=2)) == COLLISION_UNSPECIFIED
 
 
 def test_short_answers_do_not_count() -> None:
     """They may be equal by chance; from 16 tokens on they may not."""
     seen = Collisions()
     for engine_seed in (1, 2):
-        assert seen.check(given(), output(0, engine_seed=engine_seed, count=TOKENS_MIN - 1)) is None
+        assert seen.check(given(), output(0, engine_seed=engine_seed, count=TOKENS_MIN - 1)) == COLLISION_UNSPECIFIED
 
     assert TOKENS_MIN == 16
-    assert seen.check(given(), output(0, engine_seed=3)) is None, "nor are they remembered"
+    assert seen.check(given(), output(0, engine_seed=3)) == COLLISION_UNSPECIFIED, "nor are they remembered"
 
 
 def test_seeded_answers_are_not_remembered() -> None:
@@ -85,7 +86,7 @@ def test_seeded_answers_are_not_remembered() -> None:
     seen = Collisions()
     seen.check(given(seed_derived=False), output(0, engine_seed=1))
 
-    assert seen.check(given(), output(0, engine_seed=2)) is None
+    assert seen.check(given(), output(0, engine_seed=2)) == COLLISION_UNSPECIFIED
 
 
 def test_memory_is_bounded() -> None:
@@ -93,10 +94,10 @@ def test_memory_is_bounded() -> None:
     seen = Collisions(inputs_max=2, outputs_max=2)
     for prompt in (b"a", b"b", b"a", b"c"):  # c pushes b out, not a
         seen.check(given(prompt=prompt), output(0, engine_seed=1))
-    assert seen.check(given(prompt=b"a"), output(0, engine_seed=2)) is True
-    assert seen.check(given(prompt=b"b"), output(0, engine_seed=2)) is None
+    assert seen.check(given(prompt=b"a"), output(0, engine_seed=2)) == COLLISION_FOUND
+    assert seen.check(given(prompt=b"b"), output(0, engine_seed=2)) == COLLISION_UNSPECIFIED
 
     for first in (1, 2):
         seen.check(given(prompt=b"b"), output(first, engine_seed=3))
-    assert seen.check(given(prompt=b"b"), output(2, engine_seed=4)) is False, "a third output is not remembered"
-    assert seen.check(given(prompt=b"b"), output(1, engine_seed=4)) is True
+    assert seen.check(given(prompt=b"b"), output(2, engine_seed=4)) == COLLISION_NONE, "a third output is not remembered"
+    assert seen.check(given(prompt=b"b"), output(1, engine_seed=4)) == COLLISION_FOUND

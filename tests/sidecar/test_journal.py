@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ostinato.chain import GENESIS, OUTCOMES, payload_digest
 from ostinato.digest import derived_seed, input_digest, output_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal import Journal, JournalBroken, Note, Opened, Sealed
+from sidecar.journal import Appended, Journal, JournalBroken, Note, Opened, Sealed
 from sidecar.journal.grouped import GroupedJournal
 from sidecar.journal.verify import verify
 from tests.sidecar.journal_kit import (
@@ -27,6 +27,7 @@ from tests.sidecar.journal_kit import (
     ended,
     item,
     sequences,
+    twin,
 )
 
 DAY = 86_400
@@ -227,27 +228,34 @@ async def test_key_expires(using: Open, store: SqliteStore) -> None:
     assert (again.first_sequence, again.count) == (3, 1)
 
 
+def twins(answers: Sequence[Appended]) -> list[tuple[int, str] | None]:
+    """Sequence of the first run, and verdict, of each."""
+    found = [twin(entry) for answer in answers for entry in answer.entries]
+    return [said and (said.expected_sequence, types_pb2.Verdict.Name(said.verdict)) for said in found]
+
+
 async def test_twin(using: Open) -> None:
-    """A COMPLETED outcome comes with the first COMPLETED entry of an equal input, also one of the same commit."""
+    """A COMPLETED entry holds the comparison with the first one of an equal input, also one of the same commit."""
     entries = await using.admit(*(item(1, seed=9) for _ in range(3)), item(1, seed=10))
     answers = await asyncio.gather(*(using.journal.append(completed(entry, 4)) for entry in entries))
-
-    assert [answer.twin for answer in answers] == [None, answers[0].entries[0], answers[0].entries[0], None]
     (late,) = await using.admit(item(1, seed=9))
-    answer = await using.journal.append(completed(late, 5))
-    assert answer.twin == answers[0].entries[0]
-    assert answer.twin is not None
-    assert sequencer_pb2.CompletedPayload.FromString(answer.twin.payload).output.token_ids == [4]
+    answers.append(await using.journal.append(completed(late, 4, 5)))
+
+    assert twins(answers) == [None, (1, "VERDICT_MATCH"), (1, "VERDICT_MATCH"), None, (1, "VERDICT_DIVERGED")]
+    said = twin(answers[-1].entries[0])
+    assert said is not None
+    assert (said.sequence, said.first_difference, said.kind) == (5, 1, types_pb2.COMPARISON_KIND_TWIN)
+    assert (said.expected_writer, said.grade) == ("writer", types_pb2.GRADE_EXACT)
+    assert said.actual_output_digest == answers[-1].entries[0].header.output_digest
 
 
 async def test_twin_of_one_fingerprint(using: Open) -> None:
-    """The first one under the same fingerprint is preferred; without one it is the first of all."""
+    """The first one under the same fingerprint is preferred; without one it is the first of all, and that is drift."""
     entries = await using.admit(*(item(1, seed=9) for _ in range(4)))
     outcomes = [completed(entry, fingerprint=name * 32) for entry, name in zip(entries, (b"a", b"b", b"b", b"a"), strict=True)]
     answers = [await using.journal.append(outcome) for outcome in outcomes]
 
-    firsts = [answer.entries[0] for answer in answers]
-    assert [answer.twin for answer in answers] == [None, firsts[0], firsts[1], firsts[0]]
+    assert twins(answers) == [None, (1, "VERDICT_INCOMPARABLE"), (2, "VERDICT_MATCH"), (1, "VERDICT_MATCH")]
 
 
 async def test_failed_has_no_twin(using: Open) -> None:
@@ -255,7 +263,7 @@ async def test_failed_has_no_twin(using: Open) -> None:
     first, second = await using.admit(item(1, seed=9), item(1, seed=9))
     await using.journal.append(ended(first))
 
-    assert (await using.journal.append(completed(second))).twin is None
+    assert twins([await using.journal.append(completed(second))]) == [None]
 
 
 async def test_items(using: Open) -> None:

@@ -26,13 +26,15 @@ from ostinato.v1 import generation_pb2 as ostinato_dot_v1_dot_generation__pb2
 from ostinato.v1 import types_pb2 as ostinato_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bostinato/v1/sequencer.proto\x12\x0bostinato.v1\x1a\x1costinato/v1/generation.proto\x1a\x17ostinato/v1/types.proto\"E\n\nGetRequest\x12\x12\n\x08sequence\x18\x01 \x01(\x04H\x00\x12\x19\n\x0fidempotency_key\x18\x02 \x01(\tH\x00\x42\x08\n\x06target\"5\n\x0bGetResponse\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.ostinato.v1.ItemRecord\"\x8a\x01\n\nItemRecord\x12*\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x18.ostinato.v1.EntryHeader\x12+\n\x05input\x18\x02 \x01(\x0b\x32\x1c.ostinato.v1.AdmittedPayload\x12#\n\x06result\x18\x03 \x01(\x0b\x32\x13.ostinato.v1.Result\"C\n\x0bTailRequest\x12\x12\n\nfrom_index\x18\x01 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\x12\x10\n\x08payloads\x18\x03 \x01(\x08\"3\n\x0cTailResponse\x12#\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x12.ostinato.v1.Entry\"V\n\x05\x45ntry\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.ostinato.v1.EntryHeader\x12\x12\n\nentry_hash\x18\x02 \x01(\x0c\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\" \n\rOpenedPayload\x12\x0f\n\x07version\x18\x01 \x01(\t\"\x94\x02\n\x0f\x41\x64mittedPayload\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x33\n\nparameters\x18\x02 \x01(\x0b\x32\x1f.ostinato.v1.ResolvedParameters\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x14\n\x0cseed_derived\x18\x04 \x01(\x08\x12\x17\n\x0fidempotency_key\x18\x05 \x01(\t\x12\x16\n\x0erequest_digest\x18\x06 \x01(\x0c\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12*\n\x0erequired_grade\x18\x08 \x01(\x0e\x32\x12.ostinato.v1.Grade\x12\x14\n\x0cmodel_digest\x18\t \x01(\x0c\x12\x0e\n\x06tenant\x18\n \x01(\t\"\\\n\x10\x43ompletedPayload\x12#\n\x06output\x18\x01 \x01(\x0b\x32\x13.ostinato.v1.Output\x12#\n\x06timing\x18\x02 \x01(\x0b\x32\x13.ostinato.v1.Timing\"b\n\x0c\x45ndedPayload\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12#\n\x06timing\x18\x04 \x01(\x0b\x32\x13.ostinato.v1.Timing\"=\n\x0e\x41uditedPayload\x12+\n\ncomparison\x18\x01 \x01(\x0b\x32\x17.ostinato.v1.Comparison\"^\n\rReplayRequest\x12)\n\x05range\x18\x01 \x01(\x0b\x32\x1a.ostinato.v1.SequenceRange\x12\x13\n\x0b\x63oncurrency\x18\x02 \x01(\r\x12\r\n\x05\x61lone\x18\x03 \x01(\x08\"K\n\x0eReplayResponse\x12+\n\ncomparison\x18\x01 \x01(\x0b\x32\x17.ostinato.v1.Comparison\x12\x0c\n\x04seen\x18\x02 \x01(\x04\"\r\n\x0bHeadRequest\"\x8b\x01\n\x0cHeadResponse\x12\x0e\n\x06log_id\x18\x01 \x01(\t\x12\x0e\n\x06writer\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05index\x18\x04 \x01(\x04\x12\x12\n\nentry_hash\x18\x05 \x01(\x0c\x12\x15\n\rlast_sequence\x18\x06 \x01(\x04\x12\x12\n\nunfinished\x18\x07 \x01(\x04\"\x0f\n\rReportRequest\"\x10\n\x0eReportResponse2\xc9\x02\n\tSequencer\x12\x38\n\x03Get\x12\x17.ostinato.v1.GetRequest\x1a\x18.ostinato.v1.GetResponse\x12=\n\x04Tail\x12\x18.ostinato.v1.TailRequest\x1a\x19.ostinato.v1.TailResponse0\x01\x12\x43\n\x06Replay\x12\x1a.ostinato.v1.ReplayRequest\x1a\x1b.ostinato.v1.ReplayResponse0\x01\x12;\n\x04Head\x12\x18.ostinato.v1.HeadRequest\x1a\x19.ostinato.v1.HeadResponse\x12\x41\n\x06Report\x12\x1a.ostinato.v1.ReportRequest\x1a\x1b.ostinato.v1.ReportResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bostinato/v1/sequencer.proto\x12\x0bostinato.v1\x1a\x1costinato/v1/generation.proto\x1a\x17ostinato/v1/types.proto\"E\n\nGetRequest\x12\x12\n\x08sequence\x18\x01 \x01(\x04H\x00\x12\x19\n\x0fidempotency_key\x18\x02 \x01(\tH\x00\x42\x08\n\x06target\"5\n\x0bGetResponse\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.ostinato.v1.ItemRecord\"\x8a\x01\n\nItemRecord\x12*\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x18.ostinato.v1.EntryHeader\x12+\n\x05input\x18\x02 \x01(\x0b\x32\x1c.ostinato.v1.AdmittedPayload\x12#\n\x06result\x18\x03 \x01(\x0b\x32\x13.ostinato.v1.Result\"C\n\x0bTailRequest\x12\x12\n\nfrom_index\x18\x01 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\x12\x10\n\x08payloads\x18\x03 \x01(\x08\"3\n\x0cTailResponse\x12#\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x12.ostinato.v1.Entry\"V\n\x05\x45ntry\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.ostinato.v1.EntryHeader\x12\x12\n\nentry_hash\x18\x02 \x01(\x0c\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\" \n\rOpenedPayload\x12\x0f\n\x07version\x18\x01 \x01(\t\"\x94\x02\n\x0f\x41\x64mittedPayload\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x33\n\nparameters\x18\x02 \x01(\x0b\x32\x1f.ostinato.v1.ResolvedParameters\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x14\n\x0cseed_derived\x18\x04 \x01(\x08\x12\x17\n\x0fidempotency_key\x18\x05 \x01(\t\x12\x16\n\x0erequest_digest\x18\x06 \x01(\x0c\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12*\n\x0erequired_grade\x18\x08 \x01(\x0e\x32\x12.ostinato.v1.Grade\x12\x14\n\x0cmodel_digest\x18\t \x01(\x0c\x12\x0e\n\x06tenant\x18\n \x01(\t\"\xd1\x01\n\x10\x43ompletedPayload\x12#\n\x06output\x18\x01 \x01(\x0b\x32\x13.ostinato.v1.Output\x12#\n\x06timing\x18\x02 \x01(\x0b\x32\x13.ostinato.v1.Timing\x12%\n\x04twin\x18\x03 \x01(\x0b\x32\x17.ostinato.v1.Comparison\x12)\n\tcollision\x18\x04 \x01(\x0e\x32\x16.ostinato.v1.Collision\x12\x0f\n\x07\x63ompany\x18\x05 \x01(\r\x12\x10\n\x08sampling\x18\x06 \x01(\t\"b\n\x0c\x45ndedPayload\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12#\n\x06timing\x18\x04 \x01(\x0b\x32\x13.ostinato.v1.Timing\"=\n\x0e\x41uditedPayload\x12+\n\ncomparison\x18\x01 \x01(\x0b\x32\x17.ostinato.v1.Comparison\"^\n\rReplayRequest\x12)\n\x05range\x18\x01 \x01(\x0b\x32\x1a.ostinato.v1.SequenceRange\x12\x13\n\x0b\x63oncurrency\x18\x02 \x01(\r\x12\r\n\x05\x61lone\x18\x03 \x01(\x08\"K\n\x0eReplayResponse\x12+\n\ncomparison\x18\x01 \x01(\x0b\x32\x17.ostinato.v1.Comparison\x12\x0c\n\x04seen\x18\x02 \x01(\x04\"\r\n\x0bHeadRequest\"\x8b\x01\n\x0cHeadResponse\x12\x0e\n\x06log_id\x18\x01 \x01(\t\x12\x0e\n\x06writer\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05index\x18\x04 \x01(\x04\x12\x12\n\nentry_hash\x18\x05 \x01(\x0c\x12\x15\n\rlast_sequence\x18\x06 \x01(\x04\x12\x12\n\nunfinished\x18\x07 \x01(\x04\"\x0f\n\rReportRequest\"\x10\n\x0eReportResponse*O\n\tCollision\x12\x19\n\x15\x43OLLISION_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43OLLISION_NONE\x10\x01\x12\x13\n\x0f\x43OLLISION_FOUND\x10\x02\x32\xc9\x02\n\tSequencer\x12\x38\n\x03Get\x12\x17.ostinato.v1.GetRequest\x1a\x18.ostinato.v1.GetResponse\x12=\n\x04Tail\x12\x18.ostinato.v1.TailRequest\x1a\x19.ostinato.v1.TailResponse0\x01\x12\x43\n\x06Replay\x12\x1a.ostinato.v1.ReplayRequest\x1a\x1b.ostinato.v1.ReplayResponse0\x01\x12;\n\x04Head\x12\x18.ostinato.v1.HeadRequest\x1a\x19.ostinato.v1.HeadResponse\x12\x41\n\x06Report\x12\x1a.ostinato.v1.ReportRequest\x1a\x1b.ostinato.v1.ReportResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ostinato.v1.sequencer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_COLLISION']._serialized_start=1629
+  _globals['_COLLISION']._serialized_end=1708
   _globals['_GETREQUEST']._serialized_start=99
   _globals['_GETREQUEST']._serialized_end=168
   _globals['_GETRESPONSE']._serialized_start=170
@@ -49,24 +51,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPENEDPAYLOAD']._serialized_end=608
   _globals['_ADMITTEDPAYLOAD']._serialized_start=611
   _globals['_ADMITTEDPAYLOAD']._serialized_end=887
-  _globals['_COMPLETEDPAYLOAD']._serialized_start=889
-  _globals['_COMPLETEDPAYLOAD']._serialized_end=981
-  _globals['_ENDEDPAYLOAD']._serialized_start=983
-  _globals['_ENDEDPAYLOAD']._serialized_end=1081
-  _globals['_AUDITEDPAYLOAD']._serialized_start=1083
-  _globals['_AUDITEDPAYLOAD']._serialized_end=1144
-  _globals['_REPLAYREQUEST']._serialized_start=1146
-  _globals['_REPLAYREQUEST']._serialized_end=1240
-  _globals['_REPLAYRESPONSE']._serialized_start=1242
-  _globals['_REPLAYRESPONSE']._serialized_end=1317
-  _globals['_HEADREQUEST']._serialized_start=1319
-  _globals['_HEADREQUEST']._serialized_end=1332
-  _globals['_HEADRESPONSE']._serialized_start=1335
-  _globals['_HEADRESPONSE']._serialized_end=1474
-  _globals['_REPORTREQUEST']._serialized_start=1476
-  _globals['_REPORTREQUEST']._serialized_end=1491
-  _globals['_REPORTRESPONSE']._serialized_start=1493
-  _globals['_REPORTRESPONSE']._serialized_end=1509
-  _globals['_SEQUENCER']._serialized_start=1512
-  _globals['_SEQUENCER']._serialized_end=1841
+  _globals['_COMPLETEDPAYLOAD']._serialized_start=890
+  _globals['_COMPLETEDPAYLOAD']._serialized_end=1099
+  _globals['_ENDEDPAYLOAD']._serialized_start=1101
+  _globals['_ENDEDPAYLOAD']._serialized_end=1199
+  _globals['_AUDITEDPAYLOAD']._serialized_start=1201
+  _globals['_AUDITEDPAYLOAD']._serialized_end=1262
+  _globals['_REPLAYREQUEST']._serialized_start=1264
+  _globals['_REPLAYREQUEST']._serialized_end=1358
+  _globals['_REPLAYRESPONSE']._serialized_start=1360
+  _globals['_REPLAYRESPONSE']._serialized_end=1435
+  _globals['_HEADREQUEST']._serialized_start=1437
+  _globals['_HEADREQUEST']._serialized_end=1450
+  _globals['_HEADRESPONSE']._serialized_start=1453
+  _globals['_HEADRESPONSE']._serialized_end=1592
+  _globals['_REPORTREQUEST']._serialized_start=1594
+  _globals['_REPORTREQUEST']._serialized_end=1609
+  _globals['_REPORTRESPONSE']._serialized_start=1611
+  _globals['_REPORTRESPONSE']._serialized_end=1627
+  _globals['_SEQUENCER']._serialized_start=1711
+  _globals['_SEQUENCER']._serialized_end=2040
 # @@protoc_insertion_point(module_scope)

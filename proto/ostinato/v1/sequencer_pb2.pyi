@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from ostinato.v1 import generation_pb2 as _generation_pb2
 from ostinato.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
@@ -19,6 +20,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Collision:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CollisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Collision.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COLLISION_UNSPECIFIED: _Collision.ValueType  # 0
+    """Not checked: no such input is remembered, or equal outputs would mean nothing (docs/determinism.md)."""
+    COLLISION_NONE: _Collision.ValueType  # 1
+    """It was checked, and differs."""
+    COLLISION_FOUND: _Collision.ValueType  # 2
+    """They are equal: seeds are not what they seem."""
+
+class Collision(_Collision, metaclass=_CollisionEnumTypeWrapper):
+    """Whether an unseeded output equals that of an equal input with another seed."""
+
+COLLISION_UNSPECIFIED: Collision.ValueType  # 0
+"""Not checked: no such input is remembered, or equal outputs would mean nothing (docs/determinism.md)."""
+COLLISION_NONE: Collision.ValueType  # 1
+"""It was checked, and differs."""
+COLLISION_FOUND: Collision.ValueType  # 2
+"""They are equal: seeds are not what they seem."""
+Global___Collision: _TypeAlias = Collision  # noqa: Y015
 
 @_typing.final
 class GetRequest(_message.Message):
@@ -274,19 +299,38 @@ class CompletedPayload(_message.Message):
 
     OUTPUT_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    TWIN_FIELD_NUMBER: _builtins.int
+    COLLISION_FIELD_NUMBER: _builtins.int
+    COMPANY_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    collision: Global___Collision.ValueType
+    company: _builtins.int
+    """Runs that the engine held when this one was handed to it, itself included."""
+    sampling: _builtins.str
+    """How it was sampled, in a line: what is not at its default."""
     @_builtins.property
     def output(self) -> _types_pb2.Output: ...
     @_builtins.property
     def timing(self) -> _types_pb2.Timing: ...
+    @_builtins.property
+    def twin(self) -> _types_pb2.Comparison:
+        """Against the first recorded output of an equal input: under the same fingerprint if there is one, else the first of all.
+        Unset where there is none, or its payload is not kept.
+        """
+
     def __init__(
         self,
         *,
         output: _types_pb2.Output | None = ...,
         timing: _types_pb2.Timing | None = ...,
+        twin: _types_pb2.Comparison | None = ...,
+        collision: Global___Collision.ValueType = ...,
+        company: _builtins.int = ...,
+        sampling: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "timing", b"timing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "timing", b"timing", "twin", b"twin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "timing", b"timing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collision", b"collision", "company", b"company", "output", b"output", "sampling", b"sampling", "timing", b"timing", "twin", b"twin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -961,6 +961,11 @@ class Comparison(_message.Message):
     DRIFT_FIELD_NUMBER: _builtins.int
     ACTUAL_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    EXPECTED_WRITER_FIELD_NUMBER: _builtins.int
+    GRADE_FIELD_NUMBER: _builtins.int
+    COMPANY_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    EXPECTED_SEQUENCE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """The item whose input was run twice."""
     kind: Global___ComparisonKind.ValueType
@@ -975,6 +980,16 @@ class Comparison(_message.Message):
     """
     expected_output_digest: _builtins.bytes
     actual_output_digest: _builtins.bytes
+    expected_writer: _builtins.str
+    """The sidecar that recorded the first run."""
+    grade: Global___Grade.ValueType
+    """The lower of the two runs' grades: what was promised."""
+    company: _builtins.int
+    """The larger of the two runs' companies (CompletedPayload.company), as far as they are known."""
+    sampling: _builtins.str
+    """As CompletedPayload.sampling."""
+    expected_sequence: _builtins.int
+    """The item whose recorded output was the first run's; a twin has another than `sequence`. 0: no item's."""
     @_builtins.property
     def drift(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """INCOMPARABLE only: the names of the fingerprint's fields that differ, or "input"."""
@@ -1001,10 +1016,15 @@ class Comparison(_message.Message):
         drift: _abc.Iterable[_builtins.str] | None = ...,
         actual: Global___Output | None = ...,
         status: _status_pb2.Status | None = ...,
+        expected_writer: _builtins.str = ...,
+        grade: Global___Grade.ValueType = ...,
+        company: _builtins.int = ...,
+        sampling: _builtins.str = ...,
+        expected_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_difference", b"_first_difference", "_margin", b"_margin", "actual", b"actual", "first_difference", b"first_difference", "margin", b"margin", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_difference", b"_first_difference", "_margin", b"_margin", "actual", b"actual", "actual_output_digest", b"actual_output_digest", "compared_tokens", b"compared_tokens", "drift", b"drift", "expected_output_digest", b"expected_output_digest", "first_difference", b"first_difference", "kind", b"kind", "margin", b"margin", "sequence", b"sequence", "status", b"status", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_difference", b"_first_difference", "_margin", b"_margin", "actual", b"actual", "actual_output_digest", b"actual_output_digest", "company", b"company", "compared_tokens", b"compared_tokens", "drift", b"drift", "expected_output_digest", b"expected_output_digest", "expected_sequence", b"expected_sequence", "expected_writer", b"expected_writer", "first_difference", b"first_difference", "grade", b"grade", "kind", b"kind", "margin", b"margin", "sampling", b"sampling", "sequence", b"sequence", "status", b"status", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_difference: _TypeAlias = _typing.Literal["first_difference"]  # noqa: Y015
     _WhichOneofArgType__first_difference: _TypeAlias = _typing.Literal["_first_difference", b"_first_difference"]  # noqa: Y015
