@@ -28,8 +28,10 @@ from sidecar.config import Settings
 from sidecar.core import events as ev
 from sidecar.core.sequencer import Sequencer
 from sidecar.dispatcher import Dispatcher
+from sidecar.divergence.book import Book
+from sidecar.divergence.numbers import Numbers
 from sidecar.generation import GenerationServicer
-from sidecar.journal import JournalUnusable, Opened
+from sidecar.journal import JournalBroken, JournalUnusable, Opened
 from sidecar.journal.grouped import GroupedJournal
 from sidecar.journal.sqlite import SqliteJournal, SqliteSettings
 from sidecar.link import EngineLink
@@ -53,10 +55,13 @@ class Sidecar:
     def __init__(self, settings: Settings, numbers: CollectorRegistry) -> None:
         self.settings = settings
         self.numbers = numbers
-        self.observer = Observer(Metrics(numbers))
         self.credentials = credentials_of(settings)
+        self.observer, self.book = Observer(Metrics(numbers)), Book(settings.writer)
+        numbers.register(Numbers(lambda: self.book.tally))
         backend, self.opened = open_journal(settings)
-        self.journal = GroupedJournal(backend, now_millis=wall_millis, on_commit=self.observer.committed)
+        self.journal = GroupedJournal(
+            backend, now_millis=wall_millis, on_commit=self.observer.committed, on_entries=self.book.committed
+        )
         self.link = EngineLink(settings.engine, settings.reconnect_seconds)
         self.dispatcher = Dispatcher(Sequencer(settings.bounds), self.journal, self.link, self.observer, time.monotonic)
         self.server = Server(
@@ -68,11 +73,12 @@ class Sidecar:
             health_address=settings.health_listen,
         )
         self.server.add(add_GenerationServicer_to_server, GenerationServicer(self.dispatcher, settings), GENERATION)
-        self.server.add(add_SequencerServicer_to_server, SequencerServicer(self.dispatcher, settings), SEQUENCER)
+        self.server.add(add_SequencerServicer_to_server, SequencerServicer(self.dispatcher, self.book, settings), SEQUENCER)
 
     async def run(self, stop: asyncio.Event) -> int:
         """Until told to stop, or until it must end and recover."""
         self.observer.opened(self.opened.head)
+        await self.book.restore(self.journal)
         self.dispatcher.recover(self.opened.unfinished, self.opened.head.epoch)
         await self.server.start()
         listening = {"addresses": ",".join(self.server.addresses), "health_address": self.server.health_address}
@@ -83,6 +89,7 @@ class Sidecar:
             asyncio.create_task(self.link.run(self.dispatcher, self._hello)),
             asyncio.create_task(self._watch_clock()),
             asyncio.create_task(self.credentials.watch(self.numbers)),
+            asyncio.create_task(self.book.keep(self.journal)),
             self.dispatcher.broken,
             self.journal.broken,
         ]
@@ -98,6 +105,8 @@ class Sidecar:
         await self.link.close()
         for task in pending:
             task.cancel()
+        with contextlib.suppress(JournalBroken):
+            await self.book.save(self.journal)
         await self.journal.close()
         return code
 

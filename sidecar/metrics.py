@@ -1,4 +1,4 @@
-"""The sidecar's metrics, by name. Base units, no colons, no sequence in a label."""
+"""The sidecar's metrics, by name. Base units, no colons, no sequence in a label. Divergence has `divergence.numbers`."""
 
 from __future__ import annotations
 
@@ -51,13 +51,3 @@ class Metrics:
         self.grade = gauge("engine_grade", "3 EXACT, 2 SERIAL, 1 BEST_EFFORT, 0 not connected.")
         self.fingerprint = gauge("engine_info", "1 for the connected engine.", "engine", "model", "fingerprint", "grade")
         self.faults = counter("engine_faults", "What the service said and must not; the stream is dropped.", "reason")
-        # divergence
-        self.comparisons = counter("comparisons", "Verdicts.", "kind", "grade", "verdict")
-        self.compared_tokens = counter(
-            "compared_tokens", "Tokens that were compared up to the first difference.", "kind", "grade"
-        )
-        self.first_difference = histogram(
-            "first_difference_token", "Index of the first differing token.", COUNTS, "kind", "grade"
-        )
-        self.collision_checks = counter("collision_checks", "Unseeded outputs compared with those of equal inputs.")
-        self.collisions = counter("collisions", "Unseeded outputs that were equal to an earlier one of another seed.")

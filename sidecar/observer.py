@@ -1,27 +1,19 @@
-"""What is seen of the work: metrics, log lines, and the comparisons that cost no run."""
+"""What is seen of the work: metrics and log lines. What is found of divergence is counted by `divergence`."""
 
 from __future__ import annotations
 
 import logging
 
 from ostinato import errors
-from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
+from ostinato.v1 import engine_pb2, types_pb2
 
 from sidecar.core.sequencer import Sequencer
+from sidecar.divergence import labels
 from sidecar.journal import Head, Sealed
 from sidecar.metrics import Metrics
 from sidecar.work import Work
 
 log = logging.getLogger(__name__)
-
-
-def _short(name: str, prefix: str) -> str:
-    return name.removeprefix(prefix).lower()
-
-
-def grade_name(grade: types_pb2.Grade.ValueType) -> str:
-    """As a label: exact, serial, best_effort."""
-    return _short(types_pb2.Grade.Name(grade), "GRADE_")
 
 
 class Observer:
@@ -72,39 +64,10 @@ class Observer:
 
     def ended(self, work: Work, sealed: Sealed, result: types_pb2.Result) -> None:
         """The outcome is durable."""
-        outcome = _short(types_pb2.EntryKind.Name(sealed.header.kind), "ENTRY_KIND_")
+        outcome = types_pb2.EntryKind.Name(sealed.header.kind).removeprefix("ENTRY_KIND_").lower()
         self.metrics.ended.labels(outcome).inc()
         self.metrics.item.observe(result.timing.total_micros / 1e6, {"sequence": str(work.sequence)})
         log.info("ended", extra={"sequence": work.sequence, "request_id": work.input.request_id, "outcome": outcome})
-        if sealed.header.kind != types_pb2.ENTRY_KIND_COMPLETED:
-            return
-        if work.recovery is not None:
-            self.compared(work.recovery, sealed.header.grade)
-        completed = sequencer_pb2.CompletedPayload.FromString(sealed.payload)
-        if completed.HasField("twin"):
-            self.compared(completed.twin, sealed.header.grade)
-        if completed.collision:
-            self.metrics.collision_checks.inc()
-        if completed.collision == sequencer_pb2.COLLISION_FOUND:
-            self.metrics.collisions.inc()
-            log.error("collision: an unseeded answer equals that of another seed", extra={"sequence": work.sequence})
-
-    # ---- divergence
-
-    def compared(self, comparison: types_pb2.Comparison, grade: types_pb2.Grade.ValueType) -> None:
-        """One verdict more."""
-        kind, label = _short(types_pb2.ComparisonKind.Name(comparison.kind), "COMPARISON_KIND_"), grade_name(grade)
-        verdict = _short(types_pb2.Verdict.Name(comparison.verdict), "VERDICT_")
-        self.metrics.comparisons.labels(kind, label, verdict).inc()
-        if comparison.verdict == types_pb2.VERDICT_INCOMPARABLE:
-            return
-        self.metrics.compared_tokens.labels(kind, label).inc(comparison.compared_tokens)
-        if comparison.verdict == types_pb2.VERDICT_DIVERGED:
-            self.metrics.first_difference.labels(kind, label).observe(comparison.first_difference)
-            log.error(
-                "diverged",
-                extra={"sequence": comparison.sequence, "kind": kind, "first_difference": comparison.first_difference},
-            )
 
     # ---- engine and journal
 
@@ -119,10 +82,10 @@ class Observer:
             return
         model = description.model
         digest = model.fingerprint.digest.hex()
-        self.metrics.fingerprint.labels(model.engine, model.name, digest[:16], grade_name(model.grade)).set(1)
+        self.metrics.fingerprint.labels(model.engine, model.name, digest[:16], labels.grade(model.grade)).set(1)
         log.info(
             "engine connected",
-            extra={"engine": model.engine, "model": model.name, "fingerprint": digest[:16], "grade": grade_name(model.grade)},
+            extra={"engine": model.engine, "model": model.name, "fingerprint": digest[:16], "grade": labels.grade(model.grade)},
         )
 
     def fault(self, error: errors.OstinatoError) -> None:

@@ -10,18 +10,24 @@ import grpc
 
 from ostinato import errors
 from ostinato.serving.identity import caller
-from ostinato.v1 import sequencer_pb2, sequencer_pb2_grpc
+from ostinato.v1 import sequencer_pb2, sequencer_pb2_grpc, types_pb2
 from ostinato.wire import RESPONSE_BYTES_METADATA
 
 from sidecar.access import need_sight, visible
 from sidecar.admission import response_bytes_max
 from sidecar.config import Settings
 from sidecar.dispatcher import Dispatcher
+from sidecar.divergence.book import Book
+from sidecar.divergence.statistics import CONFIDENCE
+from sidecar.divergence.summary import report
 from sidecar.journal import Sealed
 from sidecar.replay import replay
 from sidecar.results import record_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+FINGERPRINTS = "fingerprint/"
+"""The notes that hold what a fingerprint consists of; its digest follows, in hexadecimal."""
 
 PAGE_ENTRIES = 256
 """Read at once."""
@@ -51,9 +57,10 @@ class Places:
 class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
     """See sequencer.proto. Reads are served while the journal is full and while the engine is away."""
 
-    def __init__(self, dispatcher: Dispatcher, settings: Settings) -> None:
+    def __init__(self, dispatcher: Dispatcher, book: Book, settings: Settings) -> None:
         self._dispatcher = dispatcher
         self._settings = settings
+        self._book = book
         self._journal = dispatcher.journal
         self._followers = Places("followers", settings.followers_max)
         self._replays = Places("replays", settings.replays_max)
@@ -131,7 +138,18 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
 
     async def Report(self, request: sequencer_pb2.ReportRequest, context: Context) -> sequencer_pb2.ReportResponse:
         caller().need_admin("Report")
-        raise errors.NotBuilt("Report is not built yet")
+        if not (request.confidence >= 0 and (1 + request.confidence) / 2 < 1):  # NaN is neither
+            raise errors.invalid("confidence", "must be above 0 and below 1, or 0 for 0.95")
+        head = await self._journal.head()
+        fingerprints = await self._journal.notes(FINGERPRINTS)
+        response = report(
+            self._book.tally,
+            self._book.index,
+            request.confidence or CONFIDENCE,
+            {name.removeprefix(FINGERPRINTS): types_pb2.Fingerprint.FromString(note) for name, note in fingerprints.items()},
+        )
+        response.log_id, response.writer = head.log_id, head.writer
+        return response
 
 
 def _messages(page: Sequence[Sealed]) -> Iterator[list[sequencer_pb2.Entry]]:

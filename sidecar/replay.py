@@ -77,8 +77,7 @@ async def _one(dispatcher: Dispatcher, entries: ItemEntries) -> types_pb2.Compar
         comparison = compare(expected, actual, types_pb2.COMPARISON_KIND_REPLAY, header.sequence)
     except errors.OstinatoError as error:
         comparison.status.CopyFrom(errors.to_status(error))
-    dispatcher.observer.compared(comparison, header.grade)
-    with contextlib.suppress(errors.JournalFull):  # the verdict is in the metrics and in the answer
+    with contextlib.suppress(errors.JournalFull):  # the verdict is in the answer, and nowhere else
         await dispatcher.journal.append(
             Audit(entries.admitted.header, comparison, made.fingerprint_digest if made else b"", comparison.grade)
         )

@@ -128,9 +128,10 @@ class Client:
         """Where the journal and its writer stand."""
         return await self._wire.ask(self._wire.retrying.sequencer.Head, sequencer_pb2.HeadRequest(), timeout)
 
-    async def report(self, *, timeout: float | None = None) -> sequencer_pb2.ReportResponse:
-        """Divergence in summary."""
-        return await self._wire.ask(self._wire.retrying.sequencer.Report, sequencer_pb2.ReportRequest(), timeout)
+    async def report(self, *, confidence: float = 0.0, timeout: float | None = None) -> sequencer_pb2.ReportResponse:
+        """Divergence in summary. `confidence`: of its intervals, above 0 and below 1; 0 is the sidecar's choice."""
+        request = sequencer_pb2.ReportRequest(confidence=confidence)
+        return await self._wire.ask(self._wire.retrying.sequencer.Report, request, timeout)
 
     def tail(
         self, from_index: int = 1, *, follow: bool = False, payloads: bool = False, timeout: float | None = None

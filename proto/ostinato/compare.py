@@ -31,10 +31,10 @@ class Side:
             completed.output,
             header.input_digest,
             header.fingerprint_digest,
-            header.writer,
-            header.sequence,
-            completed.company,
-            completed.sampling,
+            writer=header.writer,
+            sequence=header.sequence,
+            company=completed.company,
+            sampling=completed.sampling,
         )
 
 

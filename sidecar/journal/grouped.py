@@ -17,6 +17,7 @@ from sidecar.journal.committer import Backend, Committer, GroupSettings, Job
 T = TypeVar("T")
 Answer = asyncio.Future[Any]
 OnCommit = Callable[[float, int, int], None]
+OnEntries = Callable[[Sequence[Sealed]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class GroupedJournal:
     """Implements `Journal` over a synchronous backend, which it owns from now on.
 
     Belongs to the event loop that is running when it is made. A caller that is cancelled while it appends loses the answer, not
-    the draft. `on_commit` is called in the loop, after the answers, with a transaction's seconds, drafts and payload bytes.
+    the draft. `on_commit` is called in the loop, after the answers, with a transaction's seconds, drafts and payload bytes;
+    before that, `on_entries` with all that was made durable, in order, none left out.
     """
 
     def __init__(
@@ -44,12 +46,13 @@ class GroupedJournal:
         now_millis: Callable[[], int],
         settings: GroupSettings | None = None,
         on_commit: OnCommit = lambda seconds, drafts, payload_bytes: None,
+        on_entries: OnEntries = lambda entries: None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.broken: asyncio.Future[JournalBroken] = self._loop.create_future()
         """Done, with the reason, when the process has to end. Never an exception, never cancelled by us."""
         self._settings = settings or GroupSettings()
-        self._backend, self._now_millis, self._on_commit = backend, now_millis, on_commit
+        self._backend, self._now_millis, self._on_commit, self._on_entries = backend, now_millis, on_commit, on_entries
         self._committer = Committer[Answer](backend, self._settings, now_millis, time.monotonic)
         self._jobs: queue.SimpleQueue[Job[Answer] | _Read | _Close] = queue.SimpleQueue()
         self._unanswered: dict[Answer, None] = {}
@@ -119,7 +122,7 @@ class GroupedJournal:
 
     # In the loop, on behalf of the thread.
 
-    def _settle(self, answers: Iterable[tuple[Answer, object]], commits: Iterable[tuple[float, int, int]], index: int) -> None:
+    def _settle(self, answers: Sequence[tuple[Answer, object]], commits: Iterable[tuple[float, int, int]], index: int) -> None:
         for answer, value in answers:
             self._unanswered.pop(answer, None)
             if answer.done():
@@ -128,6 +131,7 @@ class GroupedJournal:
                 answer.set_exception(value)
             else:
                 answer.set_result(value)
+        self._on_entries([entry for _, value in answers if isinstance(value, Appended) for entry in value.entries])
         if index > self._durable_index:
             self._durable_index = index
             self._wake()

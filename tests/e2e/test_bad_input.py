@@ -632,7 +632,7 @@ async def test_replay_of_no_range(door: Door) -> None:
 
 async def test_replay_names_the_token_that_differs(door: Door) -> None:
     """An engine that makes another token 3 in a replay is DIVERGED at 3, journalled and counted; no number is taken."""
-    name = 'ostinato_comparisons_total{grade="best_effort",kind="replay",verdict="diverged"}'
+    name = 'ostinato_comparisons_total{grade="best_effort",kind="replay",replica="same",verdict="diverged"}'
     before = door.pair.metrics().get(name, 0)
     stamp = (await door.client.generate(["a", "b"], max_new_tokens=8, logprobs=2, ignore_eos=True)).stamp
 
@@ -660,8 +660,9 @@ async def test_a_twin_that_differs_is_counted() -> None:
 
         metrics = door.pair.metrics()
         assert {name: value for name, value in metrics.items() if name.startswith("ostinato_comparisons_total")} == {
-            'ostinato_comparisons_total{grade="best_effort",kind="twin",verdict="match"}': 1,
-            'ostinato_comparisons_total{grade="best_effort",kind="twin",verdict="diverged"}': 1,
+            'ostinato_comparisons_total{grade="best_effort",kind="twin",replica="same",verdict="match"}': 1,
+            'ostinato_comparisons_total{grade="best_effort",kind="twin",replica="same",verdict="diverged"}': 1,
+            'ostinato_comparisons_total{grade="best_effort",kind="twin",replica="same",verdict="incomparable"}': 0,
         }
         assert metrics['ostinato_first_difference_token_sum{grade="best_effort",kind="twin"}'] == 2
         assert metrics['ostinato_compared_tokens_total{grade="best_effort",kind="twin"}'] == 8 + 2
@@ -952,8 +953,8 @@ async def test_a_listener_whose_engine_dies() -> None:
         assert listener.restarts == [2]
         assert [result.attempt for result in listener.results] == [2, 2, 2]
         metrics = door.pair.metrics()
-        assert metrics['ostinato_comparisons_total{grade="best_effort",kind="recovery",verdict="diverged"}'] == 1
-        assert metrics['ostinato_comparisons_total{grade="best_effort",kind="recovery",verdict="match"}'] == 2
+        assert metrics['ostinato_comparisons_total{grade="best_effort",kind="recovery",replica="same",verdict="diverged"}'] == 1
+        assert metrics['ostinato_comparisons_total{grade="best_effort",kind="recovery",replica="same",verdict="match"}'] == 2
         assert metrics['ostinato_first_difference_token_sum{grade="best_effort",kind="recovery"}'] == 4
         assert metrics["ostinato_attempts_total"] == 3
 

@@ -100,7 +100,7 @@ async def test_attempts_are_counted() -> None:
         assert [event.finished.attempt for event in events if event.HasField("finished")] == [2, 2, 2]
         assert not any(event.HasField("restarted") for event in events)
         assert metrics["ostinato_attempts_total"] == 3
-        assert metrics['ostinato_comparisons_total{grade="exact",kind="recovery",verdict="match"}'] == 3
+        assert metrics['ostinato_comparisons_total{grade="exact",kind="recovery",replica="same",verdict="match"}'] == 3
         assert metrics['ostinato_compared_tokens_total{grade="exact",kind="recovery"}'] >= 3
 
 

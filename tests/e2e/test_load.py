@@ -66,7 +66,7 @@ def books(metrics: dict[str, float], seen: list[Call], record: Record) -> list[s
         "ostinato_repeated_requests_total": len(done) - len(batches),
         "ostinato_epoch": 1,
         "ostinato_engine_grade": 3,
-        'ostinato_comparisons_total{grade="exact",kind="twin",verdict="match"}': len(completed) - len(distinct),
+        'ostinato_comparisons_total{grade="exact",kind="twin",replica="same",verdict="match"}': len(completed) - len(distinct),
         "ostinato_collisions_total": 0,
         'ostinato_rpc_handled_total{code="OK",method="Generate",service="ostinato.v1.Generation"}': unary,
         'ostinato_rpc_handled_total{code="OK",method="GenerateStream",service="ostinato.v1.Generation"}': len(done) - unary,

@@ -508,14 +508,21 @@ Global___HeadResponse: _TypeAlias = HeadResponse  # noqa: Y015
 
 @_typing.final
 class ReportRequest(_message.Message):
+    """How sure the intervals are to be."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
+    confidence: _builtins.float
+    """Above 0 and below 1; 0 is taken as 0.95."""
     def __init__(
         self,
+        *,
+        confidence: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence", b"confidence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -523,15 +530,416 @@ Global___ReportRequest: _TypeAlias = ReportRequest  # noqa: Y015
 
 @_typing.final
 class ReportResponse(_message.Message):
+    """Divergence in summary: what this sidecar found over the life of its journal. Its entries alone are counted, and all of them."""
+
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SkippedAuditsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    LOG_ID_FIELD_NUMBER: _builtins.int
+    WRITER_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
+    ALARM_FIELD_NUMBER: _builtins.int
+    STRATA_FIELD_NUMBER: _builtins.int
+    FINGERPRINTS_FIELD_NUMBER: _builtins.int
+    COLLISION_CHECKS_FIELD_NUMBER: _builtins.int
+    COLLISIONS_FIELD_NUMBER: _builtins.int
+    SKIPPED_AUDITS_FIELD_NUMBER: _builtins.int
+    STRATA_MAX_FIELD_NUMBER: _builtins.int
+    log_id: _builtins.str
+    writer: _builtins.str
+    index: _builtins.int
+    """The newest entry that is counted in."""
+    confidence: _builtins.float
+    """Of every interval below."""
+    alarm: _builtins.bool
+    """Whether an alarm is up in any stratum."""
+    collision_checks: _builtins.int
+    """Unseeded outputs that were held against those of other seeds, and those that were equal."""
+    collisions: _builtins.int
+    strata_max: _builtins.int
+    """The kind, grade, fingerprint and replica of at most this many strata are told apart; the oldest ones are forgotten."""
+    @_builtins.property
+    def strata(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stratum]:
+        """Those compared last come first."""
+
+    @_builtins.property
+    def fingerprints(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Fingerprint]:
+        """What the strata's fingerprints consist of, where it is known."""
+
+    @_builtins.property
+    def skipped_audits(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Items that were chosen for an audit which did not run, by reason."""
 
     def __init__(
         self,
+        *,
+        log_id: _builtins.str = ...,
+        writer: _builtins.str = ...,
+        index: _builtins.int = ...,
+        confidence: _builtins.float = ...,
+        alarm: _builtins.bool = ...,
+        strata: _abc.Iterable[Global___Stratum] | None = ...,
+        fingerprints: _abc.Iterable[_types_pb2.Fingerprint] | None = ...,
+        collision_checks: _builtins.int = ...,
+        collisions: _builtins.int = ...,
+        skipped_audits: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        strata_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alarm", b"alarm", "collision_checks", b"collision_checks", "collisions", b"collisions", "confidence", b"confidence", "fingerprints", b"fingerprints", "index", b"index", "log_id", b"log_id", "skipped_audits", b"skipped_audits", "strata", b"strata", "strata_max", b"strata_max", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportResponse: _TypeAlias = ReportResponse  # noqa: Y015
+
+@_typing.final
+class Stratum(_message.Message):
+    """Comparisons that are alike: of one kind, at one grade, on one fingerprint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class DriftEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    KIND_FIELD_NUMBER: _builtins.int
+    GRADE_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_DIGEST_FIELD_NUMBER: _builtins.int
+    OTHER_REPLICA_FIELD_NUMBER: _builtins.int
+    MATCHED_FIELD_NUMBER: _builtins.int
+    DIVERGED_FIELD_NUMBER: _builtins.int
+    INCOMPARABLE_FIELD_NUMBER: _builtins.int
+    DRIFT_FIELD_NUMBER: _builtins.int
+    COMPARED_TOKENS_FIELD_NUMBER: _builtins.int
+    PER_COMPARISON_FIELD_NUMBER: _builtins.int
+    RECENT_FIELD_NUMBER: _builtins.int
+    PER_TOKEN_FIELD_NUMBER: _builtins.int
+    EVIDENCE_LOG10_FIELD_NUMBER: _builtins.int
+    ALARM_FIELD_NUMBER: _builtins.int
+    ALARMED_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    FIRST_DIVERGED_FIELD_NUMBER: _builtins.int
+    LAST_DIVERGED_FIELD_NUMBER: _builtins.int
+    TOKEN_SPANS_FIELD_NUMBER: _builtins.int
+    SAMPLINGS_FIELD_NUMBER: _builtins.int
+    COMPANIES_FIELD_NUMBER: _builtins.int
+    TIMES_FIELD_NUMBER: _builtins.int
+    kind: _types_pb2.ComparisonKind.ValueType
+    grade: _types_pb2.Grade.ValueType
+    fingerprint_digest: _builtins.bytes
+    """Of the second run; empty where there was none."""
+    other_replica: _builtins.bool
+    """Whether another sidecar on the same log recorded the first run."""
+    matched: _builtins.int
+    diverged: _builtins.int
+    incomparable: _builtins.int
+    compared_tokens: _builtins.int
+    """Tokens up to the first difference."""
+    evidence_log10: _builtins.float
+    """Logarithm to base 10 of the evidence against at most one divergence in a thousand (docs/determinism.md)."""
+    alarm: _builtins.bool
+    """Whether the evidence is 100 or more."""
+    @_builtins.property
+    def drift(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Incomparable ones by what differed, as in Comparison.drift; "failed": the second run made no output."""
+
+    @_builtins.property
+    def per_comparison(self) -> Global___Rate:
+        """Of a comparison to diverge, over all of them, and over the newest ones."""
+
+    @_builtins.property
+    def recent(self) -> Global___Rate: ...
+    @_builtins.property
+    def per_token(self) -> Global___Rate:
+        """Of a token to be the first that differs: divergence where length plays no part."""
+
+    @_builtins.property
+    def alarmed(self) -> Global___Moment:
+        """When the alarm first went up; unset: it never did."""
+
+    @_builtins.property
+    def first(self) -> Global___Moment: ...
+    @_builtins.property
+    def last(self) -> Global___Moment: ...
+    @_builtins.property
+    def first_diverged(self) -> Global___Moment:
+        """Unset: nothing diverged."""
+
+    @_builtins.property
+    def last_diverged(self) -> Global___Moment: ...
+    @_builtins.property
+    def token_spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenSpan]:
+        """By the index of the first differing token, ascending."""
+
+    @_builtins.property
+    def samplings(self) -> _containers.RepeatedCompositeFieldContainer[Global___SamplingShare]:
+        """Those that diverge most often come first; "" stands for items that do not say how they were sampled."""
+
+    @_builtins.property
+    def companies(self) -> _containers.RepeatedCompositeFieldContainer[Global___CompanyShare]:
+        """Ascending."""
+
+    @_builtins.property
+    def times(self) -> _containers.RepeatedCompositeFieldContainer[Global___TimeShare]:
+        """Ascending, without those in which nothing was compared."""
+
+    def __init__(
+        self,
+        *,
+        kind: _types_pb2.ComparisonKind.ValueType = ...,
+        grade: _types_pb2.Grade.ValueType = ...,
+        fingerprint_digest: _builtins.bytes = ...,
+        other_replica: _builtins.bool = ...,
+        matched: _builtins.int = ...,
+        diverged: _builtins.int = ...,
+        incomparable: _builtins.int = ...,
+        drift: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        compared_tokens: _builtins.int = ...,
+        per_comparison: Global___Rate | None = ...,
+        recent: Global___Rate | None = ...,
+        per_token: Global___Rate | None = ...,
+        evidence_log10: _builtins.float = ...,
+        alarm: _builtins.bool = ...,
+        alarmed: Global___Moment | None = ...,
+        first: Global___Moment | None = ...,
+        last: Global___Moment | None = ...,
+        first_diverged: Global___Moment | None = ...,
+        last_diverged: Global___Moment | None = ...,
+        token_spans: _abc.Iterable[Global___TokenSpan] | None = ...,
+        samplings: _abc.Iterable[Global___SamplingShare] | None = ...,
+        companies: _abc.Iterable[Global___CompanyShare] | None = ...,
+        times: _abc.Iterable[Global___TimeShare] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alarmed", b"alarmed", "first", b"first", "first_diverged", b"first_diverged", "last", b"last", "last_diverged", b"last_diverged", "per_comparison", b"per_comparison", "per_token", b"per_token", "recent", b"recent"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alarm", b"alarm", "alarmed", b"alarmed", "companies", b"companies", "compared_tokens", b"compared_tokens", "diverged", b"diverged", "drift", b"drift", "evidence_log10", b"evidence_log10", "fingerprint_digest", b"fingerprint_digest", "first", b"first", "first_diverged", b"first_diverged", "grade", b"grade", "incomparable", b"incomparable", "kind", b"kind", "last", b"last", "last_diverged", b"last_diverged", "matched", b"matched", "other_replica", b"other_replica", "per_comparison", b"per_comparison", "per_token", b"per_token", "recent", b"recent", "samplings", b"samplings", "times", b"times", "token_spans", b"token_spans"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stratum: _TypeAlias = Stratum  # noqa: Y015
+
+@_typing.final
+class Rate(_message.Message):
+    """A probability, and an interval that holds it with the report's confidence (Wilson's)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    TRIALS_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    LOWER_FIELD_NUMBER: _builtins.int
+    UPPER_FIELD_NUMBER: _builtins.int
+    events: _builtins.int
+    trials: _builtins.int
+    value: _builtins.float
+    """events / trials, 0 without trials."""
+    lower: _builtins.float
+    upper: _builtins.float
+    def __init__(
+        self,
+        *,
+        events: _builtins.int = ...,
+        trials: _builtins.int = ...,
+        value: _builtins.float = ...,
+        lower: _builtins.float = ...,
+        upper: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "lower", b"lower", "trials", b"trials", "upper", b"upper", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rate: _TypeAlias = Rate  # noqa: Y015
+
+@_typing.final
+class Moment(_message.Message):
+    """A place in the journal, and the time there by its writer's clock."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    TIME_UNIX_MILLIS_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    time_unix_millis: _builtins.int
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        time_unix_millis: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "time_unix_millis", b"time_unix_millis"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Moment: _TypeAlias = Moment  # noqa: Y015
+
+@_typing.final
+class TokenSpan(_message.Message):
+    """A row of a life table: comparisons by the token index at which they diverged, or ended equal (censored)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    AT_RISK_FIELD_NUMBER: _builtins.int
+    DIVERGED_FIELD_NUMBER: _builtins.int
+    CENSORED_FIELD_NUMBER: _builtins.int
+    HAZARD_FIELD_NUMBER: _builtins.int
+    EQUAL_BEFORE_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    """Token indexes, both included."""
+    last: _builtins.int
+    at_risk: _builtins.int
+    """Comparisons equal over all tokens before the first index."""
+    diverged: _builtins.int
+    censored: _builtins.int
+    """Their last token lies here, and no difference."""
+    equal_before: _builtins.float
+    """Estimated share of answers equal over all tokens before the first index, if all were long enough."""
+    @_builtins.property
+    def hazard(self) -> Global___Rate:
+        """Of a token within the span to be the first that differs."""
+
+    def __init__(
+        self,
+        *,
+        first: _builtins.int = ...,
+        last: _builtins.int = ...,
+        at_risk: _builtins.int = ...,
+        diverged: _builtins.int = ...,
+        censored: _builtins.int = ...,
+        hazard: Global___Rate | None = ...,
+        equal_before: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hazard", b"hazard"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_risk", b"at_risk", "censored", b"censored", "diverged", b"diverged", "equal_before", b"equal_before", "first", b"first", "hazard", b"hazard", "last", b"last"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenSpan: _TypeAlias = TokenSpan  # noqa: Y015
+
+@_typing.final
+class SamplingShare(_message.Message):
+    """Comparisons by how the item was sampled."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    RATE_FIELD_NUMBER: _builtins.int
+    sampling: _builtins.str
+    """As CompletedPayload.sampling."""
+    @_builtins.property
+    def rate(self) -> Global___Rate: ...
+    def __init__(
+        self,
+        *,
+        sampling: _builtins.str = ...,
+        rate: Global___Rate | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rate", b"rate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rate", b"rate", "sampling", b"sampling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SamplingShare: _TypeAlias = SamplingShare  # noqa: Y015
+
+@_typing.final
+class CompanyShare(_message.Message):
+    """Comparisons by how many runs the engine held."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    RATE_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    """As Comparison.company, both included; 0 to 0: not known."""
+    last: _builtins.int
+    @_builtins.property
+    def rate(self) -> Global___Rate: ...
+    def __init__(
+        self,
+        *,
+        first: _builtins.int = ...,
+        last: _builtins.int = ...,
+        rate: Global___Rate | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rate", b"rate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "last", b"last", "rate", b"rate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompanyShare: _TypeAlias = CompanyShare  # noqa: Y015
+
+@_typing.final
+class TimeShare(_message.Message):
+    """Comparisons by time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_UNIX_MILLIS_FIELD_NUMBER: _builtins.int
+    WIDTH_MILLIS_FIELD_NUMBER: _builtins.int
+    RATE_FIELD_NUMBER: _builtins.int
+    time_unix_millis: _builtins.int
+    """The bucket's beginning, and its width."""
+    width_millis: _builtins.int
+    @_builtins.property
+    def rate(self) -> Global___Rate: ...
+    def __init__(
+        self,
+        *,
+        time_unix_millis: _builtins.int = ...,
+        width_millis: _builtins.int = ...,
+        rate: Global___Rate | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rate", b"rate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rate", b"rate", "time_unix_millis", b"time_unix_millis", "width_millis", b"width_millis"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TimeShare: _TypeAlias = TimeShare  # noqa: Y015

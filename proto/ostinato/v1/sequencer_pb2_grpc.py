@@ -95,7 +95,7 @@ class SequencerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Report(self, request, context):
-        """Divergence in summary. Not built yet: UNIMPLEMENTED.
+        """Divergence in summary.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,7 +42,7 @@ class SequencerStub:
     Head: _grpc.UnaryUnaryMultiCallable[_sequencer_pb2.HeadRequest, _sequencer_pb2.HeadResponse]
     """Where the journal stands."""
     Report: _grpc.UnaryUnaryMultiCallable[_sequencer_pb2.ReportRequest, _sequencer_pb2.ReportResponse]
-    """Divergence in summary. Not built yet: UNIMPLEMENTED."""
+    """Divergence in summary."""
 
 @_typing.type_check_only
 class SequencerAsyncStub(SequencerStub):
@@ -58,7 +58,7 @@ class SequencerAsyncStub(SequencerStub):
     Head: _aio.UnaryUnaryMultiCallable[_sequencer_pb2.HeadRequest, _sequencer_pb2.HeadResponse]  # type: ignore[assignment]
     """Where the journal stands."""
     Report: _aio.UnaryUnaryMultiCallable[_sequencer_pb2.ReportRequest, _sequencer_pb2.ReportResponse]  # type: ignore[assignment]
-    """Divergence in summary. Not built yet: UNIMPLEMENTED."""
+    """Divergence in summary."""
 
 class SequencerServicer(metaclass=_abc_1.ABCMeta):
     """Reads the journal, and runs parts of it again."""
@@ -101,6 +101,6 @@ class SequencerServicer(metaclass=_abc_1.ABCMeta):
         request: _sequencer_pb2.ReportRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sequencer_pb2.ReportResponse, _abc.Awaitable[_sequencer_pb2.ReportResponse]]:
-        """Divergence in summary. Not built yet: UNIMPLEMENTED."""
+        """Divergence in summary."""
 
 def add_SequencerServicer_to_server(servicer: SequencerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,50 @@
+"""All strata and what is counted beside them: a fold over events. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from sidecar.divergence.stratum import Stratum
+from sidecar.divergence.verdicts import Checked, Compared, Event, Key, Skipped
+
+STRATA_MAX = 256
+"""One more, and the one that was counted in longest ago is forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Never changed, only replaced."""
+
+    strata: tuple[Stratum, ...] = ()
+    """In the order in which they were last counted in, so that the newest fingerprints are last."""
+    collision_checks: int = 0
+    collisions: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Audits that were chosen and did not run, by reason. Not in the journal: what a kill -9 leaves unsaved of them is lost."""
+
+    def after(self, event: Event) -> Tally:
+        """With one event more."""
+        match event:
+            case Compared():
+                return self._compared(event)
+            case Checked(collides=collides):
+                checks, found = self.collision_checks + 1, self.collisions + collides
+                return replace(self, collision_checks=checks, collisions=found)
+            case Skipped(reason):
+                return replace(self, skipped={**self.skipped, reason: self.skipped.get(reason, 0) + 1})
+
+    def _compared(self, event: Compared) -> Tally:
+        others = tuple(each for each in self.strata if each.key != event.key)
+        stratum = self.stratum(event.key) or Stratum(event.key, event.at, event.at)
+        return replace(self, strata=(*others, stratum.after(event))[-STRATA_MAX:])
+
+    def stratum(self, key: Key) -> Stratum | None:
+        """None: nothing was compared that is like this."""
+        return next((each for each in self.strata if each.key == key), None)
+
+    def newest(self) -> Mapping[tuple[str, str], Stratum]:
+        """Of every kind and grade the stratum to look at: of those of its newest fingerprint, the one with most evidence."""
+        fingerprints = {(each.key.kind, each.key.grade): each.key.fingerprint for each in self.strata}
+        current = [each for each in self.strata if fingerprints[each.key.kind, each.key.grade] == each.key.fingerprint]
+        return {(each.key.kind, each.key.grade): each for each in sorted(current, key=lambda each: each.evidence.log)}

@@ -1,0 +1,212 @@
+"""The tally at the edge: no count is lost and none is counted twice, whenever the process dies."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ostinato.v1 import sequencer_pb2, types_pb2
+
+from sidecar.divergence.book import VERSION, Book, Page
+from sidecar.divergence.tally import Tally
+from sidecar.divergence.verdicts import events
+from sidecar.journal import Admission, Audit, Note, Outcome, Sealed
+from sidecar.journal.grouped import GroupedJournal
+from tests.sidecar.journal_kit import SqliteStore, admission, completed, item
+
+WRITER = "writer"
+COMPLETE, AUDIT, SAVE, CRASH = "complete", "audit", "save", "crash"
+
+lives = st.lists(
+    st.one_of(
+        st.tuples(st.just(COMPLETE), st.integers(0, 2)),
+        st.tuples(st.just(COMPLETE), st.integers(0, 2)),
+        st.tuples(st.just(AUDIT), st.integers(0, 2)),
+        st.tuples(st.just(SAVE), st.just(0)),
+        st.tuples(st.just(CRASH), st.just(0)),
+    ),
+    max_size=14,
+)
+
+
+class Life:
+    """A sidecar's journal and book, from one kill -9 to the next."""
+
+    def __init__(self, store: SqliteStore) -> None:
+        self.store = store
+
+    async def begin(self) -> None:
+        self.book = Book(WRITER)
+        backend, _ = self.store.open()
+        self.journal = GroupedJournal(backend, now_millis=self.store.clock.now_millis, on_entries=self.book.committed)
+        await self.book.restore(self.journal)
+
+    async def crash(self) -> None:
+        """Nothing is saved; all that the book knew is gone. What was committed is on the disk."""
+        await self.journal.close()
+        await self.begin()
+
+    async def complete(self, token: int) -> Sealed:
+        (admitted,) = (await self.journal.append(admission(item(1, seed=9)))).entries
+        return (await self.journal.append(outcome(admitted, token))).entries[0]
+
+    async def audit(self, token: int) -> None:
+        (admitted,) = (await self.journal.append(admission(item(token)))).entries
+        verdict = types_pb2.VERDICT_DIVERGED if token else types_pb2.VERDICT_MATCH
+        comparison = types_pb2.Comparison(
+            sequence=admitted.header.sequence, kind=types_pb2.COMPARISON_KIND_AUDIT, verdict=verdict
+        )
+        await self.journal.append(Audit(admitted.header, comparison, b"f" * 32, types_pb2.GRADE_EXACT))
+
+    async def everything(self) -> Tally:
+        """The fold over the whole journal."""
+        tally = Tally()
+        for entry in await self.journal.entries(1, 10_000, payloads=True):
+            for event in events(entry.header, entry.payload):
+                tally = tally.after(event)
+        return tally
+
+
+def outcome(admitted: Sealed, token: int) -> Outcome:
+    draft = completed(admitted, 7, token)
+    assert isinstance(draft.payload, sequencer_pb2.CompletedPayload)
+    draft.payload.collision = sequencer_pb2.COLLISION_NONE
+    return draft
+
+
+@settings(max_examples=40)
+@given(lives)
+def test_a_crash_anywhere_changes_no_count(given: list[tuple[str, int]]) -> None:
+    """Whatever is saved and whenever it dies, the tally is the fold over the whole journal."""
+
+    async def live() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            life = Life(SqliteStore(Path(folder) / "journal.db"))
+            await life.begin()
+            for do, token in given:
+                match do:
+                    case "complete":
+                        await life.complete(token)
+                    case "audit":
+                        await life.audit(token)
+                    case "save":
+                        await life.book.save(life.journal)
+                    case _:
+                        await life.crash()
+                assert life.book.tally == await life.everything()
+            await life.crash()
+            assert life.book.tally == await life.everything()
+            assert life.book.index == (await life.journal.head()).index
+            await life.journal.close()
+
+    asyncio.run(live())
+
+
+async def begun(folder: Path) -> Life:
+    life = Life(SqliteStore(folder / "journal.db"))
+    await life.begin()
+    return life
+
+
+async def test_a_start_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was counted before the last save is not read again."""
+    life = await begun(tmp_path)
+    for _ in range(3):
+        await life.complete(0)
+    await life.book.save(life.journal)
+    saved = life.book.index
+    await life.complete(1)
+    asked: list[int] = []
+    entries = GroupedJournal.entries
+
+    async def watched(journal: GroupedJournal, from_index: int, limit: int, *, payloads: bool) -> object:
+        asked.append(from_index)
+        return await entries(journal, from_index, limit, payloads=payloads)
+
+    monkeypatch.setattr(GroupedJournal, "entries", watched)
+    await life.crash()
+
+    assert min(asked) == saved + 1
+    assert life.book.tally == await life.everything()
+    await life.journal.close()
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        b"",
+        b"no JSON",
+        b'{"version": 1, "index": "three"}',
+        msgspec.json.encode(Page(version=VERSION + 1, index=2)),
+        msgspec.json.encode(Page(index=1_000)),
+    ],
+    ids=["empty", "garbage", "wrong type", "newer version", "beyond the head"],
+)
+async def test_what_cannot_be_believed_is_counted_anew(tmp_path: Path, kept: bytes) -> None:
+    """A note that is damaged, of another version, or ahead of the journal, costs a scan and no count."""
+    life = await begun(tmp_path)
+    for token in (0, 0, 1):
+        await life.complete(token)
+    await life.journal.append(Note(f"divergence/{WRITER}", kept))
+    await life.crash()
+
+    assert life.book.tally == await life.everything() != Tally()
+    await life.journal.close()
+
+
+async def test_only_own_entries_are_counted(tmp_path: Path) -> None:
+    """On a log that others write to as well, each counts its own."""
+    life = await begun(tmp_path)
+    for token in (0, 1):
+        await life.complete(token)
+    other = Book("another")
+    await other.restore(life.journal)
+
+    assert other.tally == Tally()
+    assert other.index == life.book.index
+    await life.journal.close()
+
+
+async def test_skipped_audits_are_kept(tmp_path: Path) -> None:
+    """What no entry says is in the note."""
+    life = await begun(tmp_path)
+    for reason in ("busy", "busy", "drained"):
+        life.book.audit_skipped(reason)
+    await life.book.save(life.journal)
+    await life.crash()
+
+    assert life.book.tally.skipped == {"busy": 2, "drained": 1}
+    await life.journal.close()
+
+
+async def test_nothing_changed_is_not_written(tmp_path: Path) -> None:
+    """Saving twice writes once."""
+    life = await begun(tmp_path)
+    await life.complete(0)
+    await life.book.save(life.journal)
+    note = await life.journal.notes("divergence/")
+    await life.journal.append(Note(f"divergence/{WRITER}", b"a mark"))
+    await life.book.save(life.journal)
+
+    assert list(note) == [f"divergence/{WRITER}"]
+    assert (await life.journal.notes("divergence/")) == {f"divergence/{WRITER}": b"a mark"}
+    await life.journal.close()
+
+
+async def test_a_batch_of_many(tmp_path: Path) -> None:
+    """What is committed together is counted once each, twins within the batch included."""
+    life = await begun(tmp_path)
+    drafts: list[Admission] = [admission(*(item(1, seed=9) for _ in range(5))) for _ in range(10)]
+    batches = await asyncio.gather(*(life.journal.append(draft) for draft in drafts))
+    await asyncio.gather(*(life.journal.append(outcome(entry, 0)) for batch in batches for entry in batch.entries))
+
+    (stratum,) = life.book.tally.strata
+    assert (stratum.matched, stratum.diverged) == (49, 0)
+    assert life.book.tally.collision_checks == 50
+    await life.journal.close()
