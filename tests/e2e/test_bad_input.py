@@ -205,9 +205,12 @@ async def test_verify_is_not_built(door: Door) -> None:
         (await refusal(door.generation.Generate(Request(items=[Item(text="a")], verify=True)))).says(errors.NotBuilt)
 
 
-async def test_report_is_not_built(door: Door) -> None:
-    """Report answers UNIMPLEMENTED."""
-    (await refusal(door.sequencer.Report(sequencer_pb2.ReportRequest()))).says(errors.NotBuilt)
+@pytest.mark.parametrize("confidence", [1.0, -0.1, 95.0, float("nan"), float("inf"), 1 - 2**-53])
+async def test_report_at_no_confidence(door: Door, confidence: float) -> None:
+    """A confidence that is none, or that no interval could have, is refused."""
+    (await refusal(door.sequencer.Report(sequencer_pb2.ReportRequest(confidence=confidence)))).says(
+        errors.InvalidRequest, "confidence"
+    )
 
 
 async def test_a_grade_that_is_not_earned_is_refused(door: Door) -> None:

@@ -236,7 +236,7 @@ class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerS
         )
 
     def _report(self, request: sequencer_pb2.ReportRequest) -> sequencer_pb2.ReportResponse:
-        raise errors.NotBuilt("Report is not built yet")
+        return sequencer_pb2.ReportResponse(log_id=LOG_ID, writer="fake", confidence=request.confidence or 0.95)
 
     async def _tail(self, request: sequencer_pb2.TailRequest) -> AsyncIterator[sequencer_pb2.TailResponse]:
         at = max(request.from_index, 1) - 1

@@ -1,4 +1,4 @@
-"""`ostinato get`, `tail`, `head`, `replay`, `cancel`, `model`, `tokenize` and `report`."""
+"""`ostinato get`, `tail`, `head`, `replay`, `cancel`, `model` and `tokenize`."""
 
 from __future__ import annotations
 
@@ -180,9 +180,3 @@ def test_tokenize_prints_ids(ostinato: Terminal) -> None:
     assert ostinato.lines("tokenize", "abc") == [{"ids": [97, 98, 99]}]
     ostinato("tokenize", "abc", "--chat")
     assert ostinato.fake.calls[-1].request.items[0].chat.messages[0].content == "abc"
-
-
-def test_report_is_not_built(ostinato: Terminal) -> None:
-    """What the sidecar does not have yet is said in its words; exit 1."""
-    result = ostinato("report")
-    assert (result.exit_code, result.stderr) == (1, "error: NOT_BUILT: Report is not built yet\n")

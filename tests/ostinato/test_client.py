@@ -345,11 +345,12 @@ async def test_token_ids_go_back_into_generate(talk: Talk) -> None:
     assert texts[0] == texts[1]
 
 
-async def test_what_is_not_built_says_so(talk: Talk) -> None:
-    """report raises NotBuilt until there is one."""
-    _, client = talk
-    with pytest.raises(errors.NotBuilt):
-        await client.report()
+async def test_report(talk: Talk) -> None:
+    """report asks for the confidence it was given, and leaves it to the sidecar without."""
+    fake, client = talk
+    answers = [await client.report(), await client.report(confidence=0.99)]
+    assert [answer.confidence for answer in answers] == [0.95, 0.99]
+    assert [call.request.confidence for call in fake.calls] == [0, 0.99]
 
 
 def test_the_decoder_is_for_finished_calls() -> None:

@@ -8,10 +8,13 @@
     generate   generate
     stream     generate --stream
     journal    get, tail, head
-    control    cancel, model, tokenize, replay, report
+    control    cancel, model, tokenize, replay
+    report     report
+    page       report --html
     verify     verify
 
-Exit codes: 0 all well; 1 a call or an item failed, a replay diverged, a proof is unsound; 2 wrong usage; 130 interrupted.
+Exit codes: 0 all well; 1 a call or an item failed, a replay diverged, a proof is unsound, an alarm is up; 2 wrong usage;
+130 interrupted.
 """
 
 import io

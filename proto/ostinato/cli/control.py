@@ -1,4 +1,4 @@
-"""`ostinato cancel`, `model`, `tokenize`, `replay` and `report`."""
+"""`ostinato cancel`, `model`, `tokenize` and `replay`."""
 
 from __future__ import annotations
 
@@ -88,13 +88,6 @@ async def replay(
     if not session.json:
         show.line(", ".join(f"{verdicts[each]} {each}" for each in ("match", "diverged", "incomparable")))
     return not verdicts["diverged"]
-
-
-async def report(session: Session) -> bool:
-    """Shows how often answers diverged. Not built yet."""
-    async with session.client() as client:
-        show.as_json(await client.report(timeout=session.timeout))
-    return True
 
 
 def _difference(found: types_pb2.Comparison) -> str:

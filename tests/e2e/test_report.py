@@ -1,0 +1,131 @@
+"""What an operator is told of divergence, end to end: the same through a kill -9, in metrics, report and page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ostinato.sync import SyncClient
+
+from tests.pair import ROOT, Pair
+
+ITEMS, DIVERGING, AT = 64, [5, 9, 20, 33, 34, 60], 3
+SCRIPT = {"rules": [{"do": "diverge", "at": AT, "sequences": DIVERGING}]}
+
+COUNTED = tuple(f"ostinato_{name}" for name in ("comparisons", "compared_tokens", "first_difference", "divergence", "coll"))
+
+
+@pytest.fixture(name="pair", scope="module")
+def _pair() -> Iterator[Pair]:
+    """One that has diverged, as told, in twins."""
+    with Pair(service=["--script", json.dumps(SCRIPT), "--self-test", "off"]) as pair:
+        pair.start()
+        with SyncClient(pair.target) as client:
+            client.generate(["a"] * ITEMS, seed=1, max_new_tokens=8, ignore_eos=True)
+        yield pair
+
+
+def report(pair: Pair, *args: str) -> tuple[int, str]:
+    """Exit code and output of the command."""
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-m", "ostinato.cli", "--target", pair.target, "report", *args]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode in (0, 1), done.stderr
+    return done.returncode, done.stdout
+
+
+def counted(pair: Pair) -> dict[str, float]:
+    return {name: value for name, value in pair.metrics().items() if name.startswith(COUNTED)}
+
+
+def test_metrics_and_report_agree(pair: Pair) -> None:
+    """The report's counts are the metrics', and both are what the script did; an alarm is exit code 1."""
+    code, text = report(pair, "--json")
+    (stratum,) = json.loads(text)["strata"]
+    metrics, labels = pair.metrics(), '{grade="best_effort",kind="twin"}'
+    verdicts = {
+        verdict: metrics[f'ostinato_comparisons_total{{grade="best_effort",kind="twin",replica="same",verdict="{verdict}"}}']
+        for verdict in ("match", "diverged")
+    }
+
+    assert verdicts == {"match": ITEMS - 1 - len(DIVERGING), "diverged": len(DIVERGING)}
+    assert (int(stratum["matched"]), int(stratum["diverged"])) == (verdicts["match"], verdicts["diverged"])
+    assert metrics[f"ostinato_divergence_rate{labels}"] == stratum["recent"]["value"] == len(DIVERGING) / (ITEMS - 1)
+    assert metrics[f"ostinato_divergence_rate_lower{labels}"] == pytest.approx(stratum["recent"]["lower"])
+    assert metrics[f"ostinato_divergence_evidence_log10{labels}"] == stratum["evidence_log10"] > 2
+    assert (code, stratum["alarm"], metrics[f"ostinato_divergence_alarm{labels}"]) == (1, True, 1)
+    assert {int(each.get("first", 0)): int(each.get("diverged", 0)) for each in stratum["token_spans"]}[2] == len(DIVERGING)
+    bucket = 'ostinato_first_difference_token_bucket{grade="best_effort",kind="twin",le="%s"}'
+    assert [metrics[bucket % bound] for bound in ("1.0", "3.0", "+Inf")] == [0, len(DIVERGING), len(DIVERGING)]
+
+
+def test_a_kill_changes_no_count(pair: Pair) -> None:
+    """After kill -9 of the sidecar, counters, rates and evidence are what they were, and go on from there."""
+    before = counted(pair)
+    assert pair.sidecar is not None
+    pair.sidecar.kill()
+    pair.start_sidecar().wait_for("engine connected")
+    assert counted(pair) == before
+
+    with SyncClient(pair.target) as client:
+        client.generate("a", seed=1, max_new_tokens=8, ignore_eos=True)
+    name = 'ostinato_comparisons_total{grade="best_effort",kind="twin",replica="same",verdict="match"}'
+    assert counted(pair)[name] == before[name] + 1
+
+
+def test_a_drain_saves(pair: Pair) -> None:
+    """After a drain too; the tally is then in the journal's note."""
+    before = counted(pair)
+    assert pair.sidecar is not None
+    assert pair.sidecar.stop() == 0
+    pair.start_sidecar().wait_for("engine connected")
+
+    assert counted(pair) == before
+
+
+def chromium() -> Any:
+    """A real browser, or the reason why there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("no chromium on this machine")
+    return playwright.sync_playwright, path
+
+
+def test_the_page_in_a_browser(pair: Pair, tmp_path: Path) -> None:
+    """The page draws its three charts offline and without a complaint, and their numbers are those of the JSON."""
+    pytest.importorskip("plotly", reason="ostinato[report] is not installed")
+    start, path = chromium()
+    file = tmp_path / "report.html"
+    _, text = report(pair, "--json", "--html", str(file))
+    (stratum,) = json.loads(text)["strata"]
+    said: list[str] = []
+    asked: list[str] = []
+    with start() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1800})
+        page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(file.as_uri())
+        page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 3")
+        values = "key => Array.from(document.getElementById(key)._fullData[0].y)"
+        drawn = {key: page.evaluate(values, key) for key in ("by-company", "by-token", "by-time")}
+        marks = page.evaluate("document.querySelectorAll('#by-company .points path, #by-time .points path').length")
+        cells = page.locator("#strata tbody td").all_inner_texts()
+        browser.close()
+
+    assert said == []
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert drawn["by-company"] == pytest.approx([each["rate"].get("value", 0.0) for each in stratum["companies"]])
+    assert drawn["by-token"] == pytest.approx([1 - each["equal_before"] for each in stratum["token_spans"]])
+    assert drawn["by-time"] == pytest.approx([each["rate"].get("value", 0.0) for each in stratum["times"]])
+    assert marks == len(stratum["companies"]) + len(stratum["times"])
+    assert cells[4:6] == [str(int(stratum["matched"]) + int(stratum["diverged"])), stratum["diverged"]]

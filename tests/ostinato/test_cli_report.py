@@ -1,0 +1,185 @@
+"""`ostinato report`: what it prints, writes and returns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from google.protobuf import json_format
+
+from ostinato.v1 import sequencer_pb2, types_pb2
+
+from tests.ostinato.fake import Fake, Terminal, serving_apart
+
+Rate, Moment = sequencer_pb2.Rate, sequencer_pb2.Moment
+
+
+def rate(events: int, trials: int) -> sequencer_pb2.Rate:
+    value = events / trials
+    return Rate(events=events, trials=trials, value=value, lower=value / 2, upper=min(1.0, 2 * value + 0.01))
+
+
+def stratum(diverged: int = 0, *, alarm: bool = False) -> sequencer_pb2.Stratum:
+    made = sequencer_pb2.Stratum(
+        kind=types_pb2.COMPARISON_KIND_TWIN,
+        grade=types_pb2.GRADE_BEST_EFFORT,
+        fingerprint_digest=b"\xab" * 32,
+        other_replica=True,
+        matched=100 - diverged,
+        diverged=diverged,
+        incomparable=3,
+        drift={"fingerprint.device": 2, "": 1},
+        compared_tokens=1_000,
+        per_comparison=rate(diverged, 100),
+        recent=rate(diverged, 100),
+        per_token=rate(diverged, 1_000),
+        evidence_log10=9.4 if alarm else -1.0,
+        alarm=alarm,
+        first=Moment(index=3, time_unix_millis=1_000),
+        last=Moment(index=300, time_unix_millis=2_000),
+        token_spans=[
+            sequencer_pb2.TokenSpan(first=0, last=0, at_risk=100, hazard=rate(0, 100), equal_before=1.0),
+            sequencer_pb2.TokenSpan(
+                first=4, last=7, at_risk=100, diverged=diverged, censored=100 - diverged, hazard=rate(diverged, 400)
+            ),
+        ],
+        samplings=[sequencer_pb2.SamplingShare(sampling="greedy", rate=rate(diverged, 100))],
+        companies=[
+            sequencer_pb2.CompanyShare(first=0, last=0, rate=rate(0, 1)),
+            sequencer_pb2.CompanyShare(first=1, last=1, rate=rate(0, 50)),
+            sequencer_pb2.CompanyShare(first=4, last=7, rate=rate(diverged, 50)),
+        ],
+        times=[sequencer_pb2.TimeShare(time_unix_millis=0, width_millis=60_000, rate=rate(diverged, 100))],
+    )
+    if diverged:
+        made.first_diverged.CopyFrom(Moment(index=7, time_unix_millis=1_500))
+        made.last_diverged.CopyFrom(Moment(index=9, time_unix_millis=1_600))
+    if alarm:
+        made.alarmed.CopyFrom(Moment(index=9, time_unix_millis=1_600))
+    return made
+
+
+def response(*strata: sequencer_pb2.Stratum) -> sequencer_pb2.ReportResponse:
+    return sequencer_pb2.ReportResponse(
+        log_id="0" * 32,
+        writer="w",
+        index=300,
+        confidence=0.95,
+        alarm=any(each.alarm for each in strata),
+        strata=strata,
+        collision_checks=12,
+        collisions=1,
+        skipped_audits={"busy": 4},
+    )
+
+
+@pytest.fixture(name="ostinato")
+def _ostinato() -> Iterator[Terminal]:
+    fake = Fake()
+    with serving_apart(fake) as target:
+        yield Terminal(fake, target)
+
+
+def test_nothing_yet(ostinato: Terminal) -> None:
+    """A sidecar that has compared nothing says so, and all is well."""
+    result = ostinato("report")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0] == "nothing was compared yet"
+
+
+def test_all_is_well(ostinato: Terminal) -> None:
+    """Without an alarm the exit code is 0; rates stand with their bounds, drift and what was skipped beside them."""
+    ostinato.fake.script["Report"].append(response(stratum()))
+    result = ostinato("report")
+    header, row, *rest = result.stdout.splitlines()
+
+    assert result.exit_code == 0
+    assert header.split() == [
+        "kind",
+        "grade",
+        "replica",
+        "fingerprint",
+        "compared",
+        "diverged",
+        "rate",
+        "interval",
+        "per-token",
+        "evidence",
+        "alarm",
+    ]
+    assert row.split()[:7] == ["twin", "best-effort", "other", "abababababab", "100", "0", "0.000%"]
+    assert "0.000% to 1.000%" in row
+    assert "twin, best-effort, abababababab, other replica: incomparable 3: others 1, fingerprint.device 2" in rest
+    assert "collisions: 1 of 12 checked" in rest
+    assert "audits skipped, busy: 4" in rest
+
+
+def test_an_alarm_fails(ostinato: Terminal) -> None:
+    """While an alarm is up the exit code is 1, and it is said since when, where and under what."""
+    ostinato.fake.script["Report"].append(response(stratum(5, alarm=True), stratum()))
+    result = ostinato("report")
+
+    assert result.exit_code == 1
+    assert "1e+9 UP since 1970-01-01T00:00:01.600Z" in " ".join(result.stdout.split())
+    assert "diverged first at 1970-01-01T00:00:01.500Z (entry 7)" in result.stdout
+    assert "first differing token: 4-7: 5 of 100" in result.stdout
+    assert "engine held: not known: 0 of 1, 1 run: 0 of 50, 4-7 runs: 5 of 50" in result.stdout
+    assert "worst sampled: greedy: 5 of 100" in result.stdout
+
+
+def test_json_is_the_response(ostinato: Terminal) -> None:
+    """--json is the whole response in one line; the exit code stays."""
+    made = response(stratum(5, alarm=True))
+    ostinato.fake.script["Report"].append(made)
+    result = ostinato("report", "--json", "--confidence", 0.9)
+
+    assert json_format.ParseDict(json.loads(result.stdout), sequencer_pb2.ReportResponse()) == made
+    assert result.exit_code == 1
+    assert ostinato.fake.calls[-1].request.confidence == 0.9
+
+
+@pytest.mark.parametrize("confidence", ["0", "1", "95", "nan", "-1"])
+def test_no_confidence(ostinato: Terminal, confidence: str) -> None:
+    """A confidence that is none is wrong usage, and nobody is asked."""
+    result = ostinato("report", "--confidence", confidence)
+    assert (result.exit_code, ostinato.fake.calls) == (2, [])
+    assert "--confidence" in result.stderr
+
+
+def test_a_page_without_plotly(ostinato: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the library is missing the extra is named, and nobody is asked."""
+    monkeypatch.delitem(sys.modules, "ostinato.cli.page", raising=False)
+    for name in [name for name in sys.modules if name.split(".")[0] == "plotly"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    result = ostinato("report", "--html", tmp_path / "page.html")
+
+    assert (result.exit_code, ostinato.fake.calls) == (2, [])
+    assert "ostinato[report]" in " ".join(result.stderr.split())
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_page_that_cannot_be_written(ostinato: Terminal, tmp_path: Path) -> None:
+    """A file that cannot be is wrong usage, and named."""
+    pytest.importorskip("plotly")
+    result = ostinato("report", "--html", tmp_path / "no" / "page.html")
+    assert result.exit_code == 2
+    assert "--html" in result.stderr
+
+
+def test_a_page_fetches_nothing_and_escapes(ostinato: Terminal, tmp_path: Path) -> None:
+    """Everything is in the page, and no name in the report becomes markup."""
+    pytest.importorskip("plotly")
+    bad = stratum(1)
+    bad.samplings[0].sampling = "<script>alert(1)</script>"
+    ostinato.fake.script["Report"].append(response(bad))
+    assert ostinato("report", "--html", tmp_path / "page.html").exit_code == 0
+    page = (tmp_path / "page.html").read_text("utf-8")
+
+    assert "<script>alert(1)" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "src=" not in page.split("<body>")[0]
+    assert '<script src="' not in page
