@@ -8,7 +8,8 @@
     work, progress, calls an admitted item, its tokens, and who waits for them
     link                  the one ordered stream to the service
     rerunner, replay      runs without numbers, and what compares them with the record
-    compare, collisions   verdicts
+    collisions, sampling  what an outcome says beside its output
+    divergence/           verdicts, counted and judged
     journal/              what is durable
     observer, metrics     what is seen of it all
     config, __main__      settings and wiring

@@ -61,6 +61,7 @@ class Book:
         self._page = self._saved = _read((await journal.notes(self._name)).get(self._name), head)
         while page := await journal.entries(self.index + 1, PAGE_ENTRIES, payloads=True):
             self._count(page)
+        log.info("divergence restored", extra={"index": self.index, "read": self.index - self._saved.index})
 
     def committed(self, entries: Sequence[Sealed]) -> None:
         """These are durable; ascending, and after all that was counted before."""
