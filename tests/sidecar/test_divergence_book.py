@@ -80,7 +80,7 @@ def outcome(admitted: Sealed, token: int) -> Outcome:
     return draft
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(lives)
 def test_a_crash_anywhere_changes_no_count(given: list[tuple[str, int]]) -> None:
     """Whatever is saved and whenever it dies, the tally is the fold over the whole journal."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -15,6 +15,7 @@ runs = st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_si
 """Each: tokens that were equal, and whether it diverged behind them."""
 
 
+@settings(deadline=None)
 @given(counts, st.sampled_from([0.5, 0.9, 0.95, 0.99, 0.999]))
 def test_the_interval_is_wilsons(count: tuple[int, int], confidence: float) -> None:
     """The bounds are those of scipy's Wilson score interval."""
@@ -36,6 +37,7 @@ def test_known_bounds() -> None:
     assert [round(Rate(0, trials).upper, 4) for trials in (300, 3_000)] == [0.0126, 0.0013]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32))
 def test_spans_cover_every_index(index: int) -> None:
     """Each token index lies in one span."""
@@ -50,6 +52,7 @@ def spans(given: list[tuple[int, bool]]) -> list[Ended]:
     return table
 
 
+@settings(deadline=None)
 @given(runs)
 def test_the_life_table_counts_positions(given: list[tuple[int, bool]]) -> None:
     """Each position at which both runs had a token, or parted, is a trial of its span; a difference is one event."""
@@ -66,6 +69,7 @@ def test_the_life_table_counts_positions(given: list[tuple[int, bool]]) -> None:
     assert sum(row.hazard.trials for row in table) == trials.sum()
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 1), st.booleans()), min_size=1, max_size=60))
 def test_it_is_kaplan_and_meiers_where_spans_are_narrow(given: list[tuple[int, bool]]) -> None:
     """Where a span is one index wide, the share that is still equal is scipy's estimate from censored data."""

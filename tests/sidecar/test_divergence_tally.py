@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import msgspec
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ostinato.v1 import sequencer_pb2, types_pb2
@@ -39,6 +39,7 @@ def verdict(value: types_pb2.Verdict.ValueType = MATCH, **fields: object) -> typ
     return types_pb2.Comparison(verdict=value, **fields)  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(keys, comparisons), max_size=60))
 def test_it_counts_what_a_list_would(given: list[tuple[Key, types_pb2.Comparison]]) -> None:
     """Each stratum's counts are those that one gets by going through all its verdicts again."""
@@ -75,6 +76,7 @@ def test_it_counts_what_a_list_would(given: list[tuple[Key, types_pb2.Comparison
             assert sum(shares, Share()) == Share(stratum.compared, stratum.diverged)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(keys, comparisons), max_size=30))
 def test_it_survives_being_written_down(given: list[tuple[Key, types_pb2.Comparison]]) -> None:
     """As JSON and back it is the same, to the last bit of the evidence."""
