@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ostinato import errors
+from ostinato.v1 import types_pb2
 
+from sidecar.divergence import labels
 from sidecar.divergence.tally import Tally
-from sidecar.divergence.verdicts import Checked, Compared, Skipped, events
+from sidecar.divergence.verdicts import Checked, Compared, NotCompared, events
 from sidecar.journal import Journal, Note, Sealed
 
 log = logging.getLogger(__name__)
@@ -70,9 +72,9 @@ class Book:
         if self.index - self._saved.index >= SAVE_ENTRIES:
             self._due.set()
 
-    def audit_skipped(self, reason: str) -> None:
-        """An item was chosen for an audit that will not run."""
-        self._page = Page(index=self.index, tally=self.tally.after(Skipped(reason)))
+    def not_compared(self, kind: types_pb2.ComparisonKind.ValueType, reason: str) -> None:
+        """A second run was due and brought no verdict: an audit that was chosen and did not run, say."""
+        self._page = Page(index=self.index, tally=self.tally.after(NotCompared(labels.kind(kind), reason)))
 
     async def keep(self, journal: Journal) -> None:
         """Save now and then, for ever."""

@@ -33,8 +33,8 @@ class Numbers(Collector):
         yield from _comparisons(tally)
         yield _first_difference(tally)
         yield from _judgement(tally)
-        skipped = [((reason,), count) for reason, count in tally.skipped.items()]
-        yield _counter("skipped_audits", "Items chosen for an audit that did not run.", ("reason",), skipped)
+        lost = [((kind, why), count) for kind, reasons in tally.not_compared.items() for why, count in reasons.items()]
+        yield _counter("not_compared", "Second runs that were due and brought no verdict.", ("kind", "reason"), lost)
         yield _counter(
             "collision_checks", "Unseeded outputs compared with those of equal inputs.", (), [((), tally.collision_checks)]
         )

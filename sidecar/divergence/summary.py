@@ -26,7 +26,11 @@ def report(
         fingerprints=[fingerprint for digest, fingerprint in fingerprints.items() if digest in seen],
         collision_checks=tally.collision_checks,
         collisions=tally.collisions,
-        skipped_audits=tally.skipped,
+        not_compared=[
+            sequencer_pb2.NotCompared(kind=labels.kind_of(kind), reason=reason, count=count)
+            for kind, reasons in sorted(tally.not_compared.items())
+            for reason, count in sorted(reasons.items())
+        ],
         strata_max=STRATA_MAX,
     )
 

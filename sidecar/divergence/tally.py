@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from sidecar.divergence.stratum import Stratum
-from sidecar.divergence.verdicts import Checked, Compared, Event, Key, Skipped
+from sidecar.divergence.verdicts import Checked, Compared, Event, Key, NotCompared
 
 STRATA_MAX = 256
 """One more, and the one that was counted in longest ago is forgotten."""
@@ -20,8 +20,8 @@ class Tally:
     """In the order in which they were last counted in, so that the newest fingerprints are last."""
     collision_checks: int = 0
     collisions: int = 0
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    """Audits that were chosen and did not run, by reason. Not in the journal: what a kill -9 leaves unsaved of them is lost."""
+    not_compared: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Second runs that brought no verdict, by kind and reason. Not in the journal: what a kill -9 finds unsaved is lost."""
 
     def after(self, event: Event) -> Tally:
         """With one event more."""
@@ -31,8 +31,10 @@ class Tally:
             case Checked(collides=collides):
                 checks, found = self.collision_checks + 1, self.collisions + collides
                 return replace(self, collision_checks=checks, collisions=found)
-            case Skipped(reason):
-                return replace(self, skipped={**self.skipped, reason: self.skipped.get(reason, 0) + 1})
+            case NotCompared(kind, reason):
+                reasons = self.not_compared.get(kind, {})
+                reasons = {**reasons, reason: reasons.get(reason, 0) + 1}
+                return replace(self, not_compared={**self.not_compared, kind: reasons})
 
     def _compared(self, event: Compared) -> Tally:
         others = tuple(each for each in self.strata if each.key != event.key)

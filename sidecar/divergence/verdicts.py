@@ -65,13 +65,14 @@ class Checked:
 
 
 @dataclass(frozen=True, slots=True)
-class Skipped:
-    """An item was chosen for an audit that did not run. No entry says so."""
+class NotCompared:
+    """A second run was due and brought no verdict. No entry says so."""
 
+    kind: str
     reason: str
 
 
-Event = Compared | Checked | Skipped
+Event = Compared | Checked | NotCompared
 
 
 def events(header: types_pb2.EntryHeader, payload: bytes) -> Iterator[Compared | Checked]:

@@ -72,7 +72,9 @@ def response(*strata: sequencer_pb2.Stratum) -> sequencer_pb2.ReportResponse:
         strata=strata,
         collision_checks=12,
         collisions=1,
-        skipped_audits={"busy": 4},
+        not_compared=[
+            sequencer_pb2.NotCompared(kind=types_pb2.COMPARISON_KIND_AUDIT, reason="busy", count=4),
+        ],
     )
 
 
@@ -91,7 +93,7 @@ def test_nothing_yet(ostinato: Terminal) -> None:
 
 
 def test_all_is_well(ostinato: Terminal) -> None:
-    """Without an alarm the exit code is 0; rates stand with their bounds, drift and what was skipped beside them."""
+    """Without an alarm the exit code is 0; rates stand with their bounds, drift and what was not compared beside them."""
     ostinato.fake.script["Report"].append(response(stratum()))
     result = ostinato("report")
     header, row, *rest = result.stdout.splitlines()
@@ -114,7 +116,7 @@ def test_all_is_well(ostinato: Terminal) -> None:
     assert "0.000% to 1.000%" in row
     assert "twin, best-effort, abababababab, other replica: incomparable 3: others 1, fingerprint.device 2" in rest
     assert "collisions: 1 of 12 checked" in rest
-    assert "audits skipped, busy: 4" in rest
+    assert "not compared: audit, busy: 4" in rest
 
 
 def test_an_alarm_fails(ostinato: Terminal) -> None:

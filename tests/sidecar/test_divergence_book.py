@@ -173,15 +173,15 @@ async def test_only_own_entries_are_counted(tmp_path: Path) -> None:
     await life.journal.close()
 
 
-async def test_skipped_audits_are_kept(tmp_path: Path) -> None:
+async def test_what_was_not_compared_is_kept(tmp_path: Path) -> None:
     """What no entry says is in the note."""
     life = await begun(tmp_path)
     for reason in ("busy", "busy", "drained"):
-        life.book.audit_skipped(reason)
+        life.book.not_compared(types_pb2.COMPARISON_KIND_AUDIT, reason)
     await life.book.save(life.journal)
     await life.crash()
 
-    assert life.book.tally.skipped == {"busy": 2, "drained": 1}
+    assert life.book.tally.not_compared == {"audit": {"busy": 2, "drained": 1}}
     await life.journal.close()
 
 

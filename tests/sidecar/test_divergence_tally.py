@@ -14,7 +14,7 @@ from sidecar.divergence.evidence import Evidence
 from sidecar.divergence.statistics import span_of
 from sidecar.divergence.stratum import BUCKETS_MAX, DRIFT_MAX, SAMPLINGS_MAX, WINDOW_COMPARISONS, Share, Stratum
 from sidecar.divergence.tally import STRATA_MAX, Tally
-from sidecar.divergence.verdicts import FAILED, Checked, Compared, Key, Moment, Skipped, events
+from sidecar.divergence.verdicts import FAILED, Checked, Compared, Key, Moment, NotCompared, events
 
 KEY = Key("twin", "exact", "ab" * 32, other_replica=False)
 MATCH, DIVERGED, INCOMPARABLE = types_pb2.VERDICT_MATCH, types_pb2.VERDICT_DIVERGED, types_pb2.VERDICT_INCOMPARABLE
@@ -80,7 +80,7 @@ def test_it_counts_what_a_list_would(given: list[tuple[Key, types_pb2.Comparison
 @given(st.lists(st.tuples(keys, comparisons), max_size=30))
 def test_it_survives_being_written_down(given: list[tuple[Key, types_pb2.Comparison]]) -> None:
     """As JSON and back it is the same, to the last bit of the evidence."""
-    tally = Tally().after(Skipped("busy")).after(Checked(Moment(1, 1), 1, collides=True))
+    tally = Tally().after(NotCompared("audit", "busy")).after(Checked(Moment(1, 1), 1, collides=True))
     for n, (key, said) in enumerate(given, start=1):
         tally = tally.after(compared(said, n, key, n))
 

@@ -122,7 +122,7 @@ def _tables(found: ReportResponse) -> Iterable[str]:
         (show.short(each.digest), field, value) for each in found.fingerprints for field, value in sorted(each.fields.items())
     ]
     beside = [("collisions", f"{found.collisions} of {found.collision_checks} checked")]
-    beside += [(f"audits skipped, {reason}", str(count)) for reason, count in sorted(found.skipped_audits.items())]
+    beside += [(f"not compared: {show.word(each, 'kind')}, {each.reason}", str(each.count)) for each in found.not_compared]
     worst_rows = [(who, sampling, str(rate.events), str(rate.trials), f"{rate.value:.3%}") for who, sampling, rate in worst]
     yield "<h2>Worst sampled</h2>" + _table("samplings", ("", "sampling", "diverged", "compared", "rate"), worst_rows)
     yield "<h2>Drift</h2>" + _table("drift", ("", "what differed", "incomparable"), drift)

@@ -69,8 +69,8 @@ def _print(found: ReportResponse) -> None:
         for said in _details(each):
             show.line(f"{name(each)}: {show.visible(said)}")
     show.line(f"collisions: {found.collisions} of {found.collision_checks} checked")
-    for reason, count in sorted(found.skipped_audits.items()):
-        show.line(f"audits skipped, {show.visible(reason)}: {count}")
+    for lost in found.not_compared:
+        show.line(f"not compared: {show.word(lost, 'kind')}, {show.visible(lost.reason)}: {lost.count}")
     show.line(f"intervals: {found.confidence:.4g} confidence; evidence of 100 raises the alarm; up to entry {found.index}")
 
 

@@ -534,26 +534,6 @@ class ReportResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    @_typing.final
-    class SkippedAuditsEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        value: _builtins.int
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _builtins.int = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
     LOG_ID_FIELD_NUMBER: _builtins.int
     WRITER_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
@@ -563,7 +543,7 @@ class ReportResponse(_message.Message):
     FINGERPRINTS_FIELD_NUMBER: _builtins.int
     COLLISION_CHECKS_FIELD_NUMBER: _builtins.int
     COLLISIONS_FIELD_NUMBER: _builtins.int
-    SKIPPED_AUDITS_FIELD_NUMBER: _builtins.int
+    NOT_COMPARED_FIELD_NUMBER: _builtins.int
     STRATA_MAX_FIELD_NUMBER: _builtins.int
     log_id: _builtins.str
     writer: _builtins.str
@@ -587,8 +567,8 @@ class ReportResponse(_message.Message):
         """What the strata's fingerprints consist of, where it is known."""
 
     @_builtins.property
-    def skipped_audits(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Items that were chosen for an audit which did not run, by reason."""
+    def not_compared(self) -> _containers.RepeatedCompositeFieldContainer[Global___NotCompared]:
+        """Second runs that were due and brought no verdict, such as audits that were chosen and did not run."""
 
     def __init__(
         self,
@@ -602,16 +582,44 @@ class ReportResponse(_message.Message):
         fingerprints: _abc.Iterable[_types_pb2.Fingerprint] | None = ...,
         collision_checks: _builtins.int = ...,
         collisions: _builtins.int = ...,
-        skipped_audits: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        not_compared: _abc.Iterable[Global___NotCompared] | None = ...,
         strata_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alarm", b"alarm", "collision_checks", b"collision_checks", "collisions", b"collisions", "confidence", b"confidence", "fingerprints", b"fingerprints", "index", b"index", "log_id", b"log_id", "skipped_audits", b"skipped_audits", "strata", b"strata", "strata_max", b"strata_max", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alarm", b"alarm", "collision_checks", b"collision_checks", "collisions", b"collisions", "confidence", b"confidence", "fingerprints", b"fingerprints", "index", b"index", "log_id", b"log_id", "not_compared", b"not_compared", "strata", b"strata", "strata_max", b"strata_max", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportResponse: _TypeAlias = ReportResponse  # noqa: Y015
+
+@_typing.final
+class NotCompared(_message.Message):
+    """How many second runs brought no verdict, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    kind: _types_pb2.ComparisonKind.ValueType
+    reason: _builtins.str
+    """From the table of reasons (docs/protocol.md), or one of the audits' own."""
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        kind: _types_pb2.ComparisonKind.ValueType = ...,
+        reason: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "kind", b"kind", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NotCompared: _TypeAlias = NotCompared  # noqa: Y015
 
 @_typing.final
 class Stratum(_message.Message):
