@@ -239,3 +239,23 @@ def test_settings() -> None:
             GroupSettings(**settings)
     with pytest.raises(ValueError, match="must"):
         GroupSettings(full_retry_seconds=0)
+
+
+async def test_every_entry_is_told_once(tmp_path: Path) -> None:
+    """All that is made durable is told in the order of the indexes, also what nobody waits for any more."""
+    told: list[int] = []
+    backend, opened = SqliteStore(tmp_path / "journal.db").open()
+    journal = GroupedJournal(
+        backend,
+        now_millis=Clock().now_millis,
+        on_entries=lambda entries: told.extend(entry.header.index for entry in entries),
+    )
+    appends = [asyncio.ensure_future(journal.append(admission(item(n), item(n)))) for n in range(1, 30)]
+    await asyncio.sleep(0)
+    appends[3].cancel()
+    await asyncio.gather(*appends, return_exceptions=True)
+    last = (await journal.head()).index
+    await journal.close()
+
+    assert appends[3].cancelled()
+    assert told == list(range(opened.head.index + 1, last + 1))
