@@ -7,6 +7,7 @@ append, a run) becomes a later event.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.entrance import Entrance
 from sidecar.core.sequencer import Sequencer
-from sidecar.journal import Admission, Binding, Journal, Sealed
+from sidecar.journal import Admission, Audit, Binding, Journal, Sealed
 from sidecar.link import EngineLink
 from sidecar.observer import Observer
 from sidecar.rerunner import Rerunner
@@ -221,21 +222,19 @@ class Dispatcher:
     async def _append_outcome(self, end: do.End) -> None:
         work = self.works[end.sequence]
         appended = await self.journal.append(work.outcome(end.error, end.attempt, self.clock(), self._collisions))
-        if appended.entries:
-            sealed = appended.entries[0]
-        else:  # another writer's outcome came first, and is the one
-            outcome = (await self.journal.items(end.sequence, end.sequence, 1))[0].outcome
-            assert outcome is not None
-            sealed = outcome
-        self._tell_outcome(work, sealed)
-
-    def _tell_outcome(self, work: Work, sealed: Sealed) -> None:
+        sealed = next(iter(appended.entries), None)
+        if sealed is None:  # another writer's outcome came first, and is the one
+            sealed = (await self.journal.items(end.sequence, end.sequence, 1))[0].outcome
+        assert sealed is not None
         result = result_of(sealed)
         del self.works[work.sequence]
         for call in work.calls:
             call.result(result)
         work.ended.set_result(result)
         self.observer.ended(work, sealed, result)
+        if work.recovery is not None and work.output is not None:
+            with contextlib.suppress(errors.JournalFull):  # the answer is durable, and this is not part of it
+                await self.journal.append(Audit(work.admitted, work.recovery, work.fingerprint_digest, work.output.grade))
         self.tell(ev.Ended(work.sequence))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
