@@ -15,6 +15,7 @@ from ostinato import errors
 from ostinato.client import Client
 from ostinato.v1 import generation_pb2
 
+from tests.e2e.conftest import eventually
 from tests.pair import Pair
 from tests.soak import chaos, checks
 from tests.soak.chaos import Story
@@ -95,12 +96,13 @@ async def test_attempts_are_counted() -> None:
                 if len(begun) == 3 and pair.service is not None and len(pair.programs) == 2:
                     await asyncio.to_thread(pair.service.kill)
                     pair.start_service()
+            verdict = 'ostinato_comparisons_total{grade="exact",kind="recovery",replica="same",verdict="match"}'
+            await eventually(lambda: pair.metrics().get(verdict) == 3, "the verdicts are durable")
             metrics = pair.metrics()
 
         assert [event.finished.attempt for event in events if event.HasField("finished")] == [2, 2, 2]
         assert not any(event.HasField("restarted") for event in events)
         assert metrics["ostinato_attempts_total"] == 3
-        assert metrics['ostinato_comparisons_total{grade="exact",kind="recovery",replica="same",verdict="match"}'] == 3
         assert metrics['ostinato_compared_tokens_total{grade="exact",kind="recovery"}'] >= 3
 
 
