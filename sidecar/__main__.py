@@ -78,6 +78,7 @@ class Sidecar:
     async def run(self, stop: asyncio.Event) -> int:
         """Until told to stop, or until it must end and recover."""
         self.observer.opened(self.opened.head)
+        await self.dispatcher.fingerprints.load()
         await self.book.restore(self.journal)
         self.dispatcher.recover(self.opened.unfinished, self.opened.head.epoch)
         await self.server.start()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -22,14 +21,13 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.entrance import Entrance
 from sidecar.core.sequencer import Sequencer
+from sidecar.fingerprints import Fingerprints
 from sidecar.journal import Admission, Audit, Binding, Journal, Sealed
 from sidecar.link import EngineLink
 from sidecar.observer import Observer
 from sidecar.rerunner import Rerunner
 from sidecar.results import result_of, stamp_of
 from sidecar.work import Asking, Work, need_of
-
-log = logging.getLogger(__name__)
 
 
 class Dispatcher:
@@ -54,6 +52,7 @@ class Dispatcher:
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when the process must end and recover."""
         self.reruns = Rerunner(self)
+        self.fingerprints = Fingerprints(journal)
         self._collisions = Collisions()
         self._asking: dict[int, Asking] = {}
         self._runs: dict[int, Work] = {}
@@ -104,6 +103,7 @@ class Dispatcher:
         """See link.Listener."""
         again, self.engine = self.engine is not None, description
         self.observer.engine(description)
+        self._spawn(self.fingerprints.meet(description.model.fingerprint))
         if again:
             self.tell(ev.Regraded(description.model.grade))
             return
@@ -144,7 +144,8 @@ class Dispatcher:
                 output = event.finished.output
                 if work is not None:
                     assert self.engine is not None
-                    work.finished(output, self.engine.model.vocabulary_size)
+                    drift = self.fingerprints.drift(work.first_fingerprint_digest, work.fingerprint_digest)
+                    work.finished(output, self.engine.model.vocabulary_size, drift)
                 else:
                     self.reruns.finished(event.run_id, output)
                 self.tell(ev.Finished(event.run_id, output.grade))
@@ -193,8 +194,7 @@ class Dispatcher:
         work, now = self.works[submit.sequence], self.clock()
         again = work.submitted_at is not None
         work.fingerprint_digest, work.company = self.engine.model.fingerprint.digest, submit.company
-        if not again:
-            work.first_fingerprint_digest = work.fingerprint_digest
+        work.first_fingerprint_digest = work.first_fingerprint_digest or work.fingerprint_digest
         self._runs[submit.run_id] = work
         self.link.submit(work.submit(submit.run_id, submit.attempt, submit.expires_at - now, now))
         self.observer.submitted(work, again=again)

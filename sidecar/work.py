@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ostinato.compare import compare_prefix
@@ -116,14 +117,14 @@ class Work:
         self.last_tokens_at = now
         self._tell(*self.progress.accept(tokens))
 
-    def finished(self, output: types_pb2.Output, vocabulary_size: int) -> None:
-        """Keep the output; compare it with what a lost attempt had sent. Raises ValueError if it cannot be this item's."""
+    def finished(self, output: types_pb2.Output, vocabulary_size: int, drift: Sequence[str]) -> None:
+        """Keep the output; compare it with what a lost attempt had sent. `drift`: between the engines of the first and this
+        attempt. Raises ValueError if it cannot be this item's."""
         self._check(output, vocabulary_size)
         self._tell(*self.progress.finish(output))
         self.output = output
         if self.progress.lost:
-            same = self.fingerprint_digest == self.first_fingerprint_digest
-            self.recovery = compare_prefix(self.progress.lost, output, self.sequence, same_fingerprint=same)
+            self.recovery = compare_prefix(self.progress.lost, output, self.sequence, drift)
 
     def _check(self, output: types_pb2.Output, vocabulary_size: int) -> None:
         given = self.input

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ostinato.digest import output_digest
@@ -23,9 +23,16 @@ class Side:
     company: int = 0
     """Runs that the engine held when it was handed over, itself included; 0: not known."""
     sampling: str = ""
+    fingerprint_fields: Mapping[str, str] | None = None
+    """What the digest is of; None: not known."""
 
     @classmethod
-    def recorded(cls, header: types_pb2.EntryHeader, completed: sequencer_pb2.CompletedPayload) -> Side:
+    def recorded(
+        cls,
+        header: types_pb2.EntryHeader,
+        completed: sequencer_pb2.CompletedPayload,
+        fingerprint_fields: Mapping[str, str] | None = None,
+    ) -> Side:
         """What a COMPLETED entry holds."""
         return cls(
             completed.output,
@@ -35,19 +42,33 @@ class Side:
             sequence=header.sequence,
             company=completed.company,
             sampling=completed.sampling,
+            fingerprint_fields=fingerprint_fields,
         )
 
 
-def first_difference(expected: Sequence[int], actual: Sequence[int]) -> int | None:
-    """Index of the first token that differs; where one is a prefix of the other, its length; None: they are equal."""
+def first_difference(expected: Sequence[object], actual: Sequence[object]) -> int | None:
+    """Index of the first token, or character of texts, that differs; where one is a prefix of the other, its length;
+    None: they are equal."""
     for index, (a, b) in enumerate(zip(expected, actual, strict=False)):
         if a != b:
             return index
     return None if len(expected) == len(actual) else min(len(expected), len(actual))
 
 
+def fingerprint_drift(expected: Mapping[str, str] | None, actual: Mapping[str, str] | None) -> list[str]:
+    """The fields in which two fingerprints of unequal digests differ, as `fingerprint.device`; `fingerprint` where one of them
+    is not known, or nothing shows."""
+    if expected is None or actual is None:
+        return ["fingerprint"]
+    differing = (name for name in sorted(expected.keys() | actual.keys()) if expected.get(name) != actual.get(name))
+    return [f"fingerprint.{name}" for name in differing] or ["fingerprint"]
+
+
 def compare(expected: Side, actual: Side, kind: types_pb2.ComparisonKind.ValueType, sequence: int) -> types_pb2.Comparison:
-    """MATCH where the output digests are equal, DIVERGED where not, INCOMPARABLE where inputs or fingerprints differ."""
+    """MATCH where the output digests are equal, DIVERGED where not, INCOMPARABLE where inputs or fingerprints differ.
+
+    Where only fingerprints differ, it is said all the same where the outputs part.
+    """
     comparison = types_pb2.Comparison(
         sequence=sequence,
         kind=kind,
@@ -59,20 +80,18 @@ def compare(expected: Side, actual: Side, kind: types_pb2.ComparisonKind.ValueTy
         company=max(expected.company, actual.company),
         sampling=expected.sampling or actual.sampling,
     )
-    drift = []
-    if expected.input_digest != actual.input_digest:
-        drift.append("input")
+    same_input = expected.input_digest == actual.input_digest
+    comparison.drift.extend([] if same_input else ["input"])
     if expected.fingerprint_digest != actual.fingerprint_digest:
-        drift.append("fingerprint")
+        comparison.drift.extend(fingerprint_drift(expected.fingerprint_fields, actual.fingerprint_fields))
+    equal = comparison.expected_output_digest == comparison.actual_output_digest
+    if comparison.drift:
+        comparison.verdict = types_pb2.VERDICT_INCOMPARABLE
+    else:
+        comparison.verdict = types_pb2.VERDICT_MATCH if equal else types_pb2.VERDICT_DIVERGED
     difference = first_difference(expected.output.token_ids, actual.output.token_ids)
     comparison.compared_tokens = len(expected.output.token_ids) if difference is None else difference
-    if drift:
-        comparison.verdict = types_pb2.VERDICT_INCOMPARABLE
-        comparison.drift.extend(drift)
-    elif comparison.expected_output_digest == comparison.actual_output_digest:
-        comparison.verdict = types_pb2.VERDICT_MATCH
-    else:
-        comparison.verdict = types_pb2.VERDICT_DIVERGED
+    if same_input and not equal:
         # Equal tokens with another finish reason part behind the last token.
         comparison.first_difference = len(expected.output.token_ids) if difference is None else difference
         gap = margin(expected.output, comparison.first_difference)
@@ -82,9 +101,12 @@ def compare(expected: Side, actual: Side, kind: types_pb2.ComparisonKind.ValueTy
 
 
 def compare_prefix(
-    sent: Sequence[int], output: types_pb2.Output, sequence: int, *, same_fingerprint: bool
+    sent: Sequence[int], output: types_pb2.Output, sequence: int, drift: Sequence[str] = ()
 ) -> types_pb2.Comparison:
-    """What a lost attempt had sent against the attempt that finished: a RECOVERY comparison over as many tokens."""
+    """What a lost attempt had sent against the attempt that finished: a RECOVERY comparison over as many tokens.
+
+    `drift`: in what their fingerprints differ, as `fingerprint_drift` has it.
+    """
     difference = first_difference(sent, output.token_ids[: len(sent)])
     comparison = types_pb2.Comparison(
         sequence=sequence,
@@ -92,13 +114,12 @@ def compare_prefix(
         actual_output_digest=output_digest(output),
         compared_tokens=len(sent) if difference is None else difference,
     )
-    if not same_fingerprint:
+    if drift:
         comparison.verdict = types_pb2.VERDICT_INCOMPARABLE
-        comparison.drift.append("fingerprint")
-    elif difference is None:
-        comparison.verdict = types_pb2.VERDICT_MATCH
+        comparison.drift.extend(drift)
     else:
-        comparison.verdict = types_pb2.VERDICT_DIVERGED
+        comparison.verdict = types_pb2.VERDICT_MATCH if difference is None else types_pb2.VERDICT_DIVERGED
+    if difference is not None:
         comparison.first_difference = difference
     return comparison
 

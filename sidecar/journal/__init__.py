@@ -60,6 +60,9 @@ class Note:
     value: bytes
 
 
+FINGERPRINTS = "fingerprint/"
+"""Of the names of notes that hold a Fingerprint; its digest follows, in hexadecimal."""
+
 Draft = Admission | Outcome | Audit | Note
 
 

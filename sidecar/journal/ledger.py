@@ -31,6 +31,8 @@ class Needs:
     """Of the items that outcomes are about."""
     input_digests: frozenset[bytes]
     """Of the items that have completed."""
+    fingerprint_digests: frozenset[bytes]
+    """Of what they were made on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +45,20 @@ class Known:
     """Those of the sequences that have no outcome."""
     twins: Mapping[bytes, tuple[Sealed, ...]] = field(default_factory=dict)
     """By input digest, the first COMPLETED entry of every fingerprint, ascending."""
+    fingerprints: Mapping[bytes, Mapping[str, str]] = field(default_factory=dict)
+    """By digest, the fields of those that may have to be compared, as far as they were noted."""
 
 
 def needs(drafts: Iterable[Draft]) -> Needs:
     """What a ledger for these drafts must be told."""
     drafts = tuple(drafts)
     outcomes = [draft for draft in drafts if isinstance(draft, Outcome)]
+    completed = [outcome for outcome in outcomes if outcome.kind == types_pb2.ENTRY_KIND_COMPLETED]
     return Needs(
         frozenset((draft.tenant, draft.key) for draft in drafts if isinstance(draft, Admission) and draft.key),
         frozenset(outcome.admitted.sequence for outcome in outcomes),
-        frozenset(o.admitted.input_digest for o in outcomes if o.kind == types_pb2.ENTRY_KIND_COMPLETED),
+        frozenset(outcome.admitted.input_digest for outcome in completed),
+        frozenset(outcome.fingerprint_digest for outcome in completed),
     )
 
 
@@ -71,6 +77,7 @@ class Ledger:
         self._bindings = dict(known.bindings)
         self._unfinished = set(known.unfinished)
         self._twins = dict(known.twins)
+        self._fingerprints = known.fingerprints
         self._now_millis = now_millis
 
     def open(self, version: str) -> Sealed:
@@ -142,10 +149,27 @@ class Ledger:
         earlier = self._twins.get(header.input_digest, ())
         same = [entry for entry in earlier if entry.header.fingerprint_digest == header.fingerprint_digest]
         twin = next(iter(same or earlier), None)
-        sealed = self._seal(header, _with_twin(header, outcome.payload, twin))
+        sealed = self._seal(header, self._with_twin(header, outcome.payload, twin))
         if not same:
             self._twins[header.input_digest] = (*earlier, sealed)
         return Appended((sealed,))
+
+    def _with_twin(
+        self, header: types_pb2.EntryHeader, given: sequencer_pb2.CompletedPayload, twin: Sealed | None
+    ) -> sequencer_pb2.CompletedPayload:
+        """What is recorded of a completed item that has this twin: a copy, if anything is added."""
+        assert not given.HasField("twin")
+        if twin is None or not twin.payload:
+            return given
+        first = sequencer_pb2.CompletedPayload.FromString(twin.payload)
+        expected, actual = (
+            Side.recorded(each, completed, self._fingerprints.get(each.fingerprint_digest))
+            for each, completed in ((twin.header, first), (header, given))
+        )
+        payload = sequencer_pb2.CompletedPayload()
+        payload.CopyFrom(given)
+        payload.twin.CopyFrom(compare(expected, actual, types_pb2.COMPARISON_KIND_TWIN, header.sequence))
+        return payload
 
     def _audit(self, audit: Audit) -> Sealed:
         assert audit.comparison.sequence == audit.admitted.sequence
@@ -181,17 +205,3 @@ class Ledger:
         self.head = replace(head, index=header.index, entry_hash=sealed.entry_hash, last_sequence=last)
         self.entries.append(sealed)
         return sealed
-
-
-def _with_twin(
-    header: types_pb2.EntryHeader, given: sequencer_pb2.CompletedPayload, twin: Sealed | None
-) -> sequencer_pb2.CompletedPayload:
-    """What is recorded of a completed item that has this twin: a copy, if anything is added."""
-    assert not given.HasField("twin")
-    if twin is None or not twin.payload:
-        return given
-    first = Side.recorded(twin.header, sequencer_pb2.CompletedPayload.FromString(twin.payload))
-    payload = sequencer_pb2.CompletedPayload()
-    payload.CopyFrom(given)
-    payload.twin.CopyFrom(compare(first, Side.recorded(header, given), types_pb2.COMPARISON_KIND_TWIN, header.sequence))
-    return payload

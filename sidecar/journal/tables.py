@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from array import array
 from collections import defaultdict
+from collections.abc import Mapping
 
 import apsw
 
 from ostinato.chain import OUTCOMES
 from ostinato.v1 import types_pb2
 
-from sidecar.journal import Binding, Sealed
+from sidecar.journal import FINGERPRINTS, Binding, Sealed
 from sidecar.journal.ledger import Known, Ledger, Needs
 
 _ENTRIES = "SELECT * FROM sealed WHERE entry_index >= ? ORDER BY entry_index LIMIT ?"
@@ -80,7 +81,13 @@ class Tables:
         if needs.input_digests:
             for twin in self._sealed(_TWINS, apsw.carray(tuple(needs.input_digests))):
                 twins[twin.header.input_digest] += (twin,)
-        return Known(self.bindings(needs.keys, now_millis), unfinished, twins)
+        met = {twin.header.fingerprint_digest for earlier in twins.values() for twin in earlier}
+        fingerprints = self._fingerprints() if met and len(met | needs.fingerprint_digests) > 1 else {}
+        return Known(self.bindings(needs.keys, now_millis), unfinished, twins, fingerprints)
+
+    def _fingerprints(self) -> dict[bytes, Mapping[str, str]]:
+        noted = map(types_pb2.Fingerprint.FromString, self.notes(FINGERPRINTS).values())
+        return {fingerprint.digest: fingerprint.fields for fingerprint in noted}
 
     def write(self, ledger: Ledger, key_ttl_millis: int) -> None:
         """All that the ledger made."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ostinato.compare import Side, compare, compare_prefix, first_difference, margin
-from ostinato.digest import output_digest
+from ostinato.digest import fingerprint_digest, output_digest
 from ostinato.v1 import types_pb2
 
 LENGTH, STOP = types_pb2.FINISH_REASON_LENGTH, types_pb2.FINISH_REASON_STOP_STRING
@@ -23,6 +23,7 @@ outputs = st.builds(
     finish_reason=st.sampled_from([LENGTH, STOP]),
     matched_stop=st.sampled_from(["", "."]),
 )
+fields = st.dictionaries(st.sampled_from(["device", "driver", "model"]), st.sampled_from(["1", "2"]))
 sides = st.builds(Side, outputs, st.sampled_from([b"input", b"other"]), st.sampled_from([b"fingerprint", b"other"]))
 
 
@@ -71,10 +72,26 @@ def test_a_verdict(expected: Side, actual: Side) -> None:
     )
     equal = expected.output == actual.output
     assert said.verdict == (INCOMPARABLE if drift else MATCH if equal else DIVERGED)
-    assert said.HasField("first_difference") == (said.verdict == DIVERGED)
-    if said.verdict == DIVERGED:
-        assert said.first_difference == shared
+    apart = not equal and "input" not in drift
+    assert (said.HasField("first_difference"), said.first_difference) == (apart, shared if apart else 0)
     assert not said.HasField("margin")
+
+
+@given(fields, fields)
+def test_the_fields_that_differ(expected: dict[str, str], actual: dict[str, str]) -> None:
+    """Known fingerprints drift in the fields that are not in both with one value; a known and an unknown one just drift."""
+    run = output(1)
+
+    def drift(one: dict[str, str] | None, other: dict[str, str] | None) -> list[str]:
+        first, second = (
+            Side(run, b"i", fingerprint_digest({"un": "known"} if given is None else given), fingerprint_fields=given)
+            for given in (one, other)
+        )
+        return list(compare(first, second, TWIN, 7).drift)
+
+    differing = {f"fingerprint.{name}" for name, _ in expected.items() ^ actual.items()}
+    assert drift(expected, actual) == sorted(differing)
+    assert drift(expected, None) == drift(None, actual) == ["fingerprint"]
 
 
 def test_a_prefix_differs_at_its_end() -> None:
@@ -142,15 +159,15 @@ def test_a_margin_of_impossible_choices() -> None:
 # ---- recovery
 
 
-@given(token_lists, token_lists, st.booleans())
-def test_a_recovery(sent: list[int], made: list[int], same: bool) -> None:
+@given(token_lists, token_lists, st.sampled_from([[], ["fingerprint.device"]]))
+def test_a_recovery(sent: list[int], made: list[int], drift: list[str]) -> None:
     """What had been sent must be a beginning of what the last attempt made; no more than was sent is compared."""
-    said = compare_prefix(sent, output(*made), 7, same_fingerprint=same)
+    said = compare_prefix(sent, output(*made), 7, drift)
 
     place = naive(sent, made[: len(sent)])
     assert said.kind == types_pb2.COMPARISON_KIND_RECOVERY
     assert said.compared_tokens == (len(sent) if place is None else place)
-    assert said.verdict == (INCOMPARABLE if not same else MATCH if made[: len(sent)] == sent else DIVERGED)
-    assert list(said.drift) == ([] if same else ["fingerprint"])
-    if said.verdict == DIVERGED:
-        assert said.first_difference == place
+    assert said.verdict == (INCOMPARABLE if drift else MATCH if made[: len(sent)] == sent else DIVERGED)
+    assert list(said.drift) == drift
+    assert said.HasField("first_difference") == (place is not None)
+    assert said.first_difference == (place or 0)

@@ -60,7 +60,13 @@ def test_needs() -> None:
         audit(entries[1]),
     ]
 
-    assert needs(drafts) == Needs(frozenset({("t", "k")}), frozenset({1, 2}), frozenset({entries[0].header.input_digest}))
+    outcome = completed(entries[0])
+    assert needs(drafts) == Needs(
+        frozenset({("t", "k")}),
+        frozenset({1, 2}),
+        frozenset({outcome.admitted.input_digest}),
+        frozenset({outcome.fingerprint_digest}),
+    )
 
 
 def test_known_binding() -> None:

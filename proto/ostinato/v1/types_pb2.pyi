@@ -971,7 +971,9 @@ class Comparison(_message.Message):
     kind: Global___ComparisonKind.ValueType
     verdict: Global___Verdict.ValueType
     first_difference: _builtins.int
-    """First differing token index, from 0; where one output is a prefix of the other, the shorter length. DIVERGED only."""
+    """First differing token index, from 0; where one output is a prefix of the other, the shorter length. Set where the outputs
+    of one input differ, whatever they were made on.
+    """
     compared_tokens: _builtins.int
     """Tokens compared before the difference, or in all."""
     margin: _builtins.float
@@ -992,7 +994,9 @@ class Comparison(_message.Message):
     """The item whose recorded output was the first run's; a twin has another than `sequence`. 0: no item's."""
     @_builtins.property
     def drift(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """INCOMPARABLE only: the names of the fingerprint's fields that differ, or "input"."""
+        """INCOMPARABLE only: "input", and the fields in which the fingerprints differ, as "fingerprint.device"; "fingerprint" alone
+        where one of the two is known by its digest only.
+        """
 
     @_builtins.property
     def actual(self) -> Global___Output:

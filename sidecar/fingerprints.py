@@ -1,0 +1,68 @@
+"""Fingerprints by their digests: every one that an engine ever came with, kept as notes in the journal."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping
+
+from ostinato import errors
+from ostinato.compare import fingerprint_drift
+from ostinato.digest import fingerprint_digest
+from ostinato.v1 import types_pb2
+
+from sidecar.journal import FINGERPRINTS, Journal, Note
+
+log = logging.getLogger(__name__)
+
+
+class Fingerprints:
+    """Those that are known. A digest is over the fields, so what does not fit its own digest is not believed."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._known: dict[bytes, types_pb2.Fingerprint] = {}
+        self._kept: set[bytes] = set()
+        """Digests of those in the journal."""
+
+    async def load(self) -> None:
+        """What earlier epochs met."""
+        for name, value in (await self._journal.notes(FINGERPRINTS)).items():
+            fingerprint = types_pb2.Fingerprint.FromString(value)
+            if self._believe(fingerprint):
+                self._kept.add(fingerprint.digest)
+            else:
+                log.error("a note holds a fingerprint that does not fit its digest", extra={"note": name})
+
+    async def meet(self, fingerprint: types_pb2.Fingerprint) -> None:
+        """An engine came with it. Known at once, and durable before any outcome that was made on it."""
+        if fingerprint.digest in self._kept:
+            return
+        if not self._believe(fingerprint):
+            log.error("the engine's fingerprint does not fit its digest", extra={"fingerprint": fingerprint.digest.hex()[:16]})
+            return
+        with contextlib.suppress(errors.JournalFull):  # to be tried again when it comes again
+            await self._journal.append(
+                Note(FINGERPRINTS + fingerprint.digest.hex(), fingerprint.SerializeToString(deterministic=True))
+            )
+            self._kept.add(fingerprint.digest)
+
+    @property
+    def known(self) -> Mapping[bytes, types_pb2.Fingerprint]:
+        """By digest."""
+        return self._known
+
+    def drift(self, expected: bytes, actual: bytes) -> list[str]:
+        """In what two digests' fingerprints differ; nothing: they are the same."""
+        return [] if expected == actual else fingerprint_drift(self.fields(expected), self.fields(actual))
+
+    def fields(self, digest: bytes) -> Mapping[str, str] | None:
+        """None: nobody came with it while this journal was kept."""
+        known = self._known.get(digest)
+        return None if known is None else known.fields
+
+    def _believe(self, fingerprint: types_pb2.Fingerprint) -> bool:
+        fits = fingerprint_digest(fingerprint.fields) == fingerprint.digest
+        if fits:
+            self._known[fingerprint.digest] = fingerprint
+        return fits
