@@ -81,7 +81,8 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
         items = await self._journal.items(first, first + count - 1, count)
         if not items or (request.HasField("sequence") and not visible(items[0])):
             raise errors.NotFound(f"no sequence {first}")
-        response = sequencer_pb2.GetResponse(items=map(record_of, items))
+        known = self._dispatcher.fingerprints.known if request.HasField("sequence") else {}
+        response = sequencer_pb2.GetResponse(items=[record_of(entries, known) for entries in items])
         size, most = response.ByteSize(), response_bytes_max(context.invocation_metadata() or (), self._settings)
         if size > most:
             what = f"the answer has {size} bytes, the client reads {most}: raise metadata {RESPONSE_BYTES_METADATA}"
@@ -120,7 +121,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
         concurrency = 1 if request.alone else request.concurrency or 8
         last = min(request.range.last, newest)
         with self._replays.one():
-            async for response in replay(self._dispatcher, request.range.first, last, concurrency):
+            async for response in replay(self._dispatcher, request.range.first, last, concurrency, alone=request.alone):
                 yield response
 
     async def Head(self, request: sequencer_pb2.HeadRequest, context: Context) -> sequencer_pb2.HeadResponse:

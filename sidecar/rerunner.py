@@ -47,14 +47,21 @@ class Rerunner:
         self._runs: dict[int, _Rerun] = {}
         self._last_id = 0
 
-    async def run(self, payload: sequencer_pb2.AdmittedPayload, sequence: int, purpose: engine_pb2.Purpose.ValueType) -> Made:
-        """Waits for room and for the end. Raises what ended it without output."""
+    async def run(
+        self,
+        payload: sequencer_pb2.AdmittedPayload,
+        sequence: int,
+        purpose: engine_pb2.Purpose.ValueType,
+        *,
+        alone: bool = False,
+    ) -> Made:
+        """Waits for room, `alone` for all of it, and for the end. Raises what ended it without output."""
         self._last_id += 1
         rerun_id = self._last_id
         made: asyncio.Future[Made] = asyncio.get_running_loop().create_future()
         self._reruns[rerun_id] = _Rerun(payload, sequence, purpose, made)
         try:
-            self._teller.tell(ev.Rerun(rerun_id, kv_tokens(payload)))
+            self._teller.tell(ev.Rerun(rerun_id, kv_tokens(payload), alone))
             return await made
         except asyncio.CancelledError:
             self._teller.tell(ev.DropRerun(rerun_id))

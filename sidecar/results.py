@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ostinato import errors
 from ostinato.chain import receipt
@@ -60,11 +60,15 @@ def response_of(stamp: types_pb2.Stamp, results: Sequence[types_pb2.Result]) -> 
     return generation_pb2.GenerateResponse(stamp=stamp, results=results)
 
 
-def record_of(entries: ItemEntries) -> sequencer_pb2.ItemRecord:
-    """What is known of an item; what was pruned is left out."""
+def record_of(entries: ItemEntries, fingerprints: Mapping[bytes, types_pb2.Fingerprint]) -> sequencer_pb2.ItemRecord:
+    """What is known of an item; what was pruned is left out. `fingerprints`: by digest."""
     record = sequencer_pb2.ItemRecord(admitted=entries.admitted.header)
     if entries.admitted.payload:
         record.input.CopyFrom(sequencer_pb2.AdmittedPayload.FromString(entries.admitted.payload))
-    if entries.outcome is not None and entries.outcome.payload:
-        record.result.CopyFrom(result_of(entries.outcome))
+    if entries.outcome is not None:
+        record.outcome.CopyFrom(entries.outcome.header)
+        if entries.outcome.payload:
+            record.result.CopyFrom(result_of(entries.outcome))
+        if record.outcome.fingerprint_digest in fingerprints:
+            record.fingerprint.CopyFrom(fingerprints[record.outcome.fingerprint_digest])
     return record

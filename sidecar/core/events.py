@@ -136,6 +136,8 @@ class Rerun:
 
     rerun_id: int
     kv_tokens: int
+    alone: bool = False
+    """With nothing beside it, whatever it has to wait for."""
 
 
 @dataclass(frozen=True, slots=True)

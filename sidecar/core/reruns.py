@@ -20,6 +20,11 @@ class Reruns:
         self.running: dict[int, ev.Rerun] = {}
         """By run_id."""
 
+    @property
+    def room(self) -> bool:
+        """Whether one more may wait."""
+        return len(self.waiting) < self.most
+
     def add(self, rerun: ev.Rerun, window: Window | None, *, draining: bool) -> Iterator[do.Effect]:
         if draining:
             yield do.RerunLost(rerun.rerun_id, errors.Draining("the sidecar is draining"))
@@ -27,7 +32,7 @@ class Reruns:
             yield do.RerunLost(rerun.rerun_id, errors.EngineUnavailable("no engine is connected"))
         elif not window.ever_fits(rerun.kv_tokens):
             yield do.RerunLost(rerun.rerun_id, errors.EngineFailed("needs more KV blocks than the engine has"))
-        elif len(self.waiting) >= self.most:
+        elif not self.room:
             yield do.RerunLost(rerun.rerun_id, errors.QueueFull(f"{self.most} re-runs wait"))
         else:
             self.waiting[rerun.rerun_id] = rerun
@@ -36,10 +41,10 @@ class Reruns:
         """As many as fit, oldest first."""
         while self.waiting:
             rerun = next(iter(self.waiting.values()))
-            if not window.fits(rerun.kv_tokens):
+            if not window.fits(rerun.kv_tokens, alone=rerun.alone):
                 return
             del self.waiting[rerun.rerun_id]
-            window.take(rerun.kv_tokens)
+            window.take(rerun.kv_tokens, alone=rerun.alone)
             run_id = next_run_id()
             self.running[run_id] = rerun
             yield do.SubmitRerun(run_id, rerun.rerun_id, expires_at)

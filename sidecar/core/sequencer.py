@@ -43,7 +43,6 @@ class Sequencer:
         self._drained = False
         self._batches = Batches()
         self._runs: dict[int, Item] = {}
-        self._alone: Item | None = None
         self._last_run_id = 0
         self._stream_after_run_id = 0
 
@@ -139,21 +138,20 @@ class Sequencer:
             error = unfit(head, self.window)
             if error is not None:
                 yield from self._end(head, error)
-            elif self._alone is None and self.window.fits(head.need.kv_tokens, alone=head.suspect):
+            elif self.window.fits(head.need.kv_tokens, alone=head.suspect):
                 yield self._submit(head, self.window, now)
             else:
                 return
-        if self.window is not None and self._alone is None:
+        if self.window is not None:
             yield from self.reruns.submit(self.window, self._next_run_id, now + self.bounds.item_timeout_seconds)
 
     def _submit(self, item: Item, window: Window, now: float) -> do.Effect:
         del self.waiting[item.sequence]
-        window.take(item.need.kv_tokens)
+        window.take(item.need.kv_tokens, alone=item.suspect)
         item.phase, item.run_id = Phase.SUBMITTED, self._next_run_id()
         item.attempt = item.first_attempt + item.losses
         item.expires_at = min(now + self.bounds.item_timeout_seconds, item.deadline or float("inf"))
         self._runs[item.run_id] = item
-        self._alone = item if item.suspect else None
         return do.Submit(item.run_id, item.sequence, item.attempt, item.expires_at, window.runs)
 
     def _run_event(self, run_id: int, event: ev.Started | ev.Finished | ev.Failed) -> Iterator[do.Effect]:
@@ -192,7 +190,6 @@ class Sequencer:
         self.window = None
         lost = sorted(self._runs.values(), key=lambda item: item.sequence)
         self._runs.clear()
-        self._alone = None
         for item in lost:
             if item.phase is Phase.STARTED:
                 item.losses += 1
@@ -222,7 +219,6 @@ class Sequencer:
         if self._runs.pop(item.run_id, None) is None:
             return False
         assert self.window is not None
-        self._alone = None if self._alone is item else self._alone
         self.window.give(item.need.kv_tokens)
         return True
 

@@ -13,12 +13,15 @@ class Window:
 
     1. 0 <= runs <= runs_max
     2. 0 <= blocks <= engine.kv_blocks
+    3. Beside what was taken alone there is nothing.
     """
 
     engine: Connected
     runs_max: int
     runs: int = 0
     blocks: int = 0
+    alone: bool = False
+    """Whether what it holds was taken to be alone."""
 
     def need(self, kv_tokens: int) -> int:
         """KV blocks for this many tokens."""
@@ -30,14 +33,16 @@ class Window:
     def fits(self, kv_tokens: int, *, alone: bool = False) -> bool:
         """Whether there is room now; `alone`: and nothing beside it."""
         room = self.runs < self.runs_max and self.blocks + self.need(kv_tokens) <= self.engine.kv_blocks
-        return room and not (alone and self.runs)
+        return room and not self.alone and not (alone and self.runs)
 
-    def take(self, kv_tokens: int) -> None:
-        assert self.fits(kv_tokens)
+    def take(self, kv_tokens: int, *, alone: bool = False) -> None:
+        assert self.fits(kv_tokens, alone=alone)
+        self.alone = alone
         self.runs += 1
         self.blocks += self.need(kv_tokens)
 
     def give(self, kv_tokens: int) -> None:
+        self.alone = False  # with it, nothing else could be given back
         self.runs -= 1
         self.blocks -= self.need(kv_tokens)
         assert self.runs >= 0

@@ -119,15 +119,18 @@ def test_what_was_pruned_is_not_made_up() -> None:
 
     with pytest.raises(errors.PayloadPruned):
         result_of(bare)
-    record = record_of(ItemEntries(Sealed(admitted.header, admitted.previous_hash, admitted.entry_hash, b""), bare))
-    assert record == sequencer_pb2.ItemRecord(admitted=admitted.header)
+    record = record_of(ItemEntries(Sealed(admitted.header, admitted.previous_hash, admitted.entry_hash, b""), bare), {})
+    assert record == sequencer_pb2.ItemRecord(admitted=admitted.header, outcome=sealed.header)
 
 
 def test_a_record() -> None:
-    """An item's record has what went in and, once it has ended, what a caller is told."""
+    """A record has what went in and, once the item has ended, what a caller is told, and what it ran on where that is known."""
     admitted, sealed = entries()
+    known = types_pb2.Fingerprint(digest=sealed.header.fingerprint_digest, fields={"device": "abacus"})
 
-    assert not record_of(ItemEntries(admitted)).HasField("result")
-    record = record_of(ItemEntries(admitted, sealed))
+    assert not record_of(ItemEntries(admitted), {}).HasField("result")
+    assert not record_of(ItemEntries(admitted, sealed), {}).HasField("fingerprint")
+    record = record_of(ItemEntries(admitted, sealed), {known.digest: known})
+    assert (record.outcome, record.fingerprint) == (sealed.header, known)
     assert record.input.SerializeToString(deterministic=True) == admitted.payload
     assert record.result == result_of(sealed)

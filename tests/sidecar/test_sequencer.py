@@ -354,13 +354,35 @@ def test_reruns_wait_behind_items() -> None:
     edge.tell(ev.Rerun(1, 8))
     edge.tell(ev.Rerun(2, 8))
 
-    assert not [effect for effect in edge.effects if isinstance(effect, do.SubmitRerun)]
+    assert not reruns(edge)
     edge.finish(1)
     edge.finish(2)
-    (first,) = [effect for effect in edge.effects if isinstance(effect, do.SubmitRerun)]
+    (first,) = reruns(edge)
     assert first.rerun_id == 1
     made = edge.tell(ev.Disconnected())
     assert {effect.rerun_id for effect in made if isinstance(effect, do.RerunLost)} == {1, 2}
+
+
+def test_a_rerun_alone_has_nothing_beside_it() -> None:
+    """It waits until nothing runs or waits, and what comes then waits for its end, items and re-runs alike."""
+    edge = connected(runs=4)
+    edge.admit(need())
+    edge.tell(ev.Rerun(1, 8, alone=True))
+    edge.tell(ev.Rerun(2, 8))
+
+    assert not reruns(edge)
+    edge.finish(1)
+    assert [effect.rerun_id for effect in reruns(edge)] == [1]
+
+    edge.admit(need())
+    assert [submit.sequence for submit in edge.submits()] == [1]
+    edge.tell(ev.Finished(reruns(edge)[0].run_id, EXACT))
+    assert [submit.sequence for submit in edge.submits()] == [1, 2]
+    assert [effect.rerun_id for effect in reruns(edge)] == [1, 2]
+
+
+def reruns(edge: Edge) -> list[do.SubmitRerun]:
+    return [effect for effect in edge.effects if isinstance(effect, do.SubmitRerun)]
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -375,6 +397,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.numbering: list[tuple[int, int]] = []
         self.waiting_for_disk: list[int] = []
         self.seen = 0
+        self.reruns = 0
 
     def tell(self, event: ev.Event) -> None:
         for effect in self.edge.tell(event):
@@ -441,6 +464,21 @@ class AnyOrder(RuleBasedStateMachine):
         elif what == "finished":
             self.tell(ev.Finished(item.run_id, EXACT))
 
+    @rule(tokens=st.integers(1, 40), alone=st.booleans())
+    def rerun(self, tokens: int, alone: bool) -> None:
+        self.reruns += 1
+        self.tell(ev.Rerun(self.reruns, tokens, alone))
+
+    @rule(data=st.data(), what=st.sampled_from(["finished", "failed", "dropped"]))
+    def rerun_ends(self, data: st.DataObject, what: str) -> None:
+        if not self.edge.core.reruns.running:
+            return
+        run_id, rerun = data.draw(st.sampled_from(list(self.edge.core.reruns.running.items())))
+        if what == "dropped":
+            self.tell(ev.DropRerun(rerun.rerun_id))
+        else:
+            self.tell(ev.Finished(run_id, EXACT) if what == "finished" else ev.Failed(run_id, errors.EngineFailed("no")))
+
     @rule()
     def drain(self) -> None:
         self.tell(ev.Drain())
@@ -472,9 +510,11 @@ class AnyOrder(RuleBasedStateMachine):
         if window is None:
             return
         running = [i for i in self.edge.core.items.values() if i.phase in (Phase.SUBMITTED, Phase.STARTED)]
-        assert window.runs == len(running) <= window.runs_max
-        assert window.blocks == sum(window.need(item.need.kv_tokens) for item in running) <= window.engine.kv_blocks
-        assert not any(item.suspect for item in running) or len(running) == 1
+        beside = list(self.edge.core.reruns.running.values())
+        tokens = [*(item.need.kv_tokens for item in running), *(rerun.kv_tokens for rerun in beside)]
+        assert window.runs == len(tokens) <= window.runs_max
+        assert window.blocks == sum(map(window.need, tokens)) <= window.engine.kv_blocks
+        assert not any((*(item.suspect for item in running), *(rerun.alone for rerun in beside))) or len(tokens) == 1
 
 
 TestAnyOrder = AnyOrder.TestCase

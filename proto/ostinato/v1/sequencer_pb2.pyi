@@ -103,6 +103,8 @@ class ItemRecord(_message.Message):
     ADMITTED_FIELD_NUMBER: _builtins.int
     INPUT_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def admitted(self) -> _types_pb2.EntryHeader: ...
     @_builtins.property
@@ -111,7 +113,15 @@ class ItemRecord(_message.Message):
 
     @_builtins.property
     def result(self) -> _types_pb2.Result:
-        """Unset while the item has not ended."""
+        """Unset while the item has not ended, and where the outcome's payload was dropped."""
+
+    @_builtins.property
+    def outcome(self) -> _types_pb2.EntryHeader:
+        """Of the entry that ended it; unset while the item has not ended."""
+
+    @_builtins.property
+    def fingerprint(self) -> _types_pb2.Fingerprint:
+        """What the outcome was made on, where this sidecar has met it. Not in the answer to a key, which has many items."""
 
     def __init__(
         self,
@@ -119,10 +129,12 @@ class ItemRecord(_message.Message):
         admitted: _types_pb2.EntryHeader | None = ...,
         input: Global___AdmittedPayload | None = ...,
         result: _types_pb2.Result | None = ...,
+        outcome: _types_pb2.EntryHeader | None = ...,
+        fingerprint: _types_pb2.Fingerprint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "input", b"input", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "fingerprint", b"fingerprint", "input", b"input", "outcome", b"outcome", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "input", b"input", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "fingerprint", b"fingerprint", "input", b"input", "outcome", b"outcome", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -403,7 +415,9 @@ class ReplayRequest(_message.Message):
     concurrency: _builtins.int
     """Re-runs in flight at once, 1 to 64; 0 is taken as 8."""
     alone: _builtins.bool
-    """Run each by itself, with nothing else of this replay beside it."""
+    """Run each by itself in the engine: nothing else of this sidecar runs beside it. It waits until nothing else runs or waits,
+    and what comes meanwhile waits for its end. What others ask of the same engine is beyond this sidecar.
+    """
     @_builtins.property
     def range(self) -> _generation_pb2.SequenceRange:
         """Sequences; what never completed is passed over."""
@@ -425,25 +439,43 @@ Global___ReplayRequest: _TypeAlias = ReplayRequest  # noqa: Y015
 
 @_typing.final
 class ReplayResponse(_message.Message):
-    """One verdict, as it falls. Ascending order is not promised."""
+    """A verdict as it falls, or what was passed over. Ascending order is not promised."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     COMPARISON_FIELD_NUMBER: _builtins.int
     SEEN_FIELD_NUMBER: _builtins.int
+    RECORD_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    PASSED_OVER_FIELD_NUMBER: _builtins.int
     seen: _builtins.int
-    """Items of the range looked at so far, this one included."""
+    """Items of the range looked at so far, these included."""
+    total: _builtins.int
+    """Items of the range in all, as far as there were any when the replay began."""
     @_builtins.property
-    def comparison(self) -> _types_pb2.Comparison: ...
+    def comparison(self) -> _types_pb2.Comparison:
+        """Unset where passed_over is not empty."""
+
+    @_builtins.property
+    def record(self) -> Global___ItemRecord:
+        """The recorded item, where its output and the second run's differ."""
+
+    @_builtins.property
+    def passed_over(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sequences of items that never completed, some at a time."""
+
     def __init__(
         self,
         *,
         comparison: _types_pb2.Comparison | None = ...,
         seen: _builtins.int = ...,
+        record: Global___ItemRecord | None = ...,
+        total: _builtins.int = ...,
+        passed_over: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "record", b"record"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "seen", b"seen"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "passed_over", b"passed_over", "record", b"record", "seen", b"seen", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
