@@ -188,7 +188,13 @@ class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerS
         )
         receipt = chain.receipt(completed.header, self.journal.previous_hash(completed), completed.entry_hash)
         result = types_pb2.Result(sequence=sequence, output=output, receipt=receipt, timing=timing, attempt=1)
-        self.records[sequence] = sequencer_pb2.ItemRecord(admitted=header, input=admitted, result=result)
+        self.records[sequence] = sequencer_pb2.ItemRecord(
+            admitted=header,
+            input=admitted,
+            result=result,
+            outcome=completed.header,
+            fingerprint=MODEL.fingerprint,
+        )
         self.grown.set()
         return result
 
@@ -254,19 +260,36 @@ class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerS
             await self.grown.wait()
 
     async def _replay(self, request: sequencer_pb2.ReplayRequest) -> AsyncIterator[sequencer_pb2.ReplayResponse]:
-        wanted = range(request.range.first, request.range.last + 1)
-        for seen, record in enumerate((self.records[each] for each in wanted if each in self.records), 1):
-            sequence, output = record.result.sequence, record.result.output
+        newest = len(self.records)
+        if request.range.first > newest:
+            raise errors.NotFound(f"the newest sequence is {newest}")
+        wanted = range(request.range.first, min(request.range.last, newest) + 1)
+        for seen, sequence in enumerate(wanted, 1):
+            counted: dict[str, Any] = {"seen": seen, "total": len(wanted)}
+            record = self.records[sequence]
+            if record.outcome.kind != types_pb2.ENTRY_KIND_COMPLETED:
+                yield sequencer_pb2.ReplayResponse(passed_over=[sequence], **counted)
+                continue
             made = types_pb2.Comparison(
                 sequence=sequence,
                 kind=types_pb2.COMPARISON_KIND_REPLAY,
                 verdict=types_pb2.VERDICT_MATCH,
                 compared_tokens=4,
-                actual=output,
             )
-            if sequence in self.diverging:
-                made.verdict, made.first_difference, made.compared_tokens, made.margin = types_pb2.VERDICT_DIVERGED, 2, 2, 0.25
-            yield sequencer_pb2.ReplayResponse(comparison=made, seen=seen)
+            if sequence not in self.diverging:
+                yield sequencer_pb2.ReplayResponse(comparison=made, **counted)
+                continue
+            made.verdict, made.first_difference, made.compared_tokens, made.margin = types_pb2.VERDICT_DIVERGED, 2, 2, 0.25
+            made.actual.CopyFrom(self.another(record.result.output))
+            yield sequencer_pb2.ReplayResponse(comparison=made, record=record, **counted)
+
+    def another(self, output: types_pb2.Output) -> types_pb2.Output:
+        """The same up to token 2, which is the next one."""
+        made = types_pb2.Output()
+        made.CopyFrom(output)
+        made.token_ids[2] = (made.token_ids[2] + 1) % 256
+        made.text = f"{made.text[:2]}\n{made.text[3:]}"
+        return made
 
 
 MODEL = types_pb2.Model(

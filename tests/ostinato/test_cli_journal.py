@@ -1,4 +1,4 @@
-"""`ostinato get`, `tail`, `head`, `replay`, `cancel`, `model` and `tokenize`."""
+"""`ostinato get`, `tail`, `head`, `cancel`, `model` and `tokenize`."""
 
 from __future__ import annotations
 
@@ -89,49 +89,6 @@ def test_head_shows_the_end(ostinato: Terminal) -> None:
     assert shown["entry hash"] == ostinato.fake.journal.entries[-1].entry_hash.hex()
 
 
-def test_replay_counts_verdicts(ostinato: Terminal) -> None:
-    """A range that gives the same answers again is all well."""
-    result = ostinato("replay", "1..3", "--concurrency", 2, "--alone")
-
-    [call] = ostinato.fake.calls
-    assert (result.exit_code, result.stdout) == (0, "3 match, 0 diverged, 0 incomparable\n")
-    assert (call.request.range.first, call.request.range.last) == (1, 3)
-    assert (call.request.concurrency, call.request.alone) == (2, True)
-
-
-def test_a_divergence_fails_the_replay(ostinato: Terminal) -> None:
-    """Each divergence is printed with its first differing token, and the command exits 1; in JSON it is a Comparison."""
-    ostinato.fake.diverging = {2}
-    token = ostinato.fake.records[2].result.output.token_ids[2]
-
-    result, in_json = ostinato("replay", "1..3"), ostinato("--json", "replay", "2")
-
-    assert result.exit_code == in_json.exit_code == 1
-    assert result.stdout.splitlines() == [
-        f"2 diverged at token 2, which is {token} now (margin 0.25)",
-        "2 match, 1 diverged, 0 incomparable",
-    ]
-    assert json.loads(in_json.stdout)["verdict"] == "VERDICT_DIVERGED"
-
-
-def test_drift_is_no_divergence(ostinato: Terminal) -> None:
-    """What cannot be compared is printed with the reason, and does not fail the command."""
-    drift = types_pb2.Comparison(sequence=1, verdict=types_pb2.VERDICT_INCOMPARABLE, drift=["device", "driver"])
-    failed = types_pb2.Comparison(
-        sequence=2, verdict=types_pb2.VERDICT_INCOMPARABLE, status=errors.to_status(errors.EngineFailed("broke"))
-    )
-    ostinato.fake.script["Replay"].append([sequencer_pb2.ReplayResponse(comparison=each) for each in (drift, failed)])
-
-    result = ostinato("replay", "1..3")
-
-    assert result.exit_code == 0
-    assert result.stdout.splitlines() == [
-        "1 incomparable: device, driver",
-        "2 incomparable: broke",
-        "0 match, 0 diverged, 2 incomparable",
-    ]
-
-
 def test_cancel_takes_a_range_or_a_key(ostinato: Terminal) -> None:
     """A..B, one number, or --key; the counts are printed."""
     assert ostinato("cancel", "3..5").stdout == "1 cancelled, 2 had ended before\n"
@@ -152,9 +109,6 @@ def test_cancel_takes_a_range_or_a_key(ostinato: Terminal) -> None:
         ["get", "0"],
         ["cancel", "5..3"],
         ["cancel", "0"],
-        ["replay", "a..b"],
-        ["replay", "1..18446744073709551616"],
-        ["replay", "1..2", "--concurrency", "65"],
         ["tail", "--from", "-1"],
     ],
 )

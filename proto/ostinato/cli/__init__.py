@@ -8,13 +8,16 @@
     generate   generate
     stream     generate --stream
     journal    get, tail, head
-    control    cancel, model, tokenize, replay
+    replay     replay
+    resume     what a replay has done so far
+    difference two runs side by side
+    control    cancel, model, tokenize
     report     report
     page       report --html
     verify     verify
 
 Exit codes: 0 all well; 1 a call or an item failed, a replay diverged, a proof is unsound, an alarm is up; 2 wrong usage;
-130 interrupted.
+3 a replay found nothing that diverged, and something that it could not judge; 130 interrupted.
 """
 
 import io

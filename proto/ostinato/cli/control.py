@@ -1,20 +1,16 @@
-"""`ostinato cancel`, `model`, `tokenize` and `replay`."""
+"""`ostinato cancel`, `model` and `tokenize`."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import aclosing
 from typing import Annotated
 
 import typer
 
-from ostinato import errors, requests
+from ostinato import requests
 from ostinato.cli import options, prompts, show
 from ostinato.cli.session import Session, usage
 from ostinato.v1 import types_pb2
-
-Span = Annotated[str, typer.Argument(metavar="A..B", help="Sequences, both included; or one of them.", show_default=False)]
 
 
 async def cancel(
@@ -62,43 +58,6 @@ async def tokenize(
     else:
         show.line(" ".join(map(str, token_ids)))
     return True
-
-
-async def replay(
-    session: Session,
-    sequences: Span,
-    concurrency: Annotated[int, typer.Option(min=0, max=64, help="Re-runs at once; 0 is the sidecar's choice.")] = 0,
-    alone: Annotated[bool, typer.Option("--alone", help="Each with no other re-run beside it.")] = False,
-) -> bool:
-    """Runs completed items again, and fails if any answer differs."""
-    span, verdicts = options.span(sequences), Counter[str]()
-    async with session.client() as client:
-        with usage():
-            responses = client.replay(span.first, span.last, concurrency=concurrency, alone=alone, timeout=session.timeout)
-        with show.progress("replay", span.last - span.first + 1) as seen:
-            async with aclosing(responses):
-                async for response in responses:
-                    found = response.comparison
-                    verdicts[show.word(found, "verdict")] += 1
-                    seen(response.seen)
-                    if session.json:
-                        show.as_json(found)
-                    elif found.verdict != types_pb2.VERDICT_MATCH:
-                        show.line(_difference(found))
-    if not session.json:
-        show.line(", ".join(f"{verdicts[each]} {each}" for each in ("match", "diverged", "incomparable")))
-    return not verdicts["diverged"]
-
-
-def _difference(found: types_pb2.Comparison) -> str:
-    if found.verdict != types_pb2.VERDICT_DIVERGED:
-        why = errors.from_status(found.status).message if found.HasField("status") else ", ".join(found.drift)
-        return f"{found.sequence} incomparable: {show.visible(why)}"
-    at = found.first_difference
-    line = f"{found.sequence} diverged at token {at}"
-    if at < len(found.actual.token_ids):
-        line += f", which is {found.actual.token_ids[at]} now"
-    return line + (f" (margin {found.margin:g})" if found.HasField("margin") else "")
 
 
 def _model(given: types_pb2.Model) -> Iterator[tuple[str, object]]:

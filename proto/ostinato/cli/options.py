@@ -56,6 +56,13 @@ def response_format(json_schema: str | None, regex: str | None) -> dict[str, obj
     return None if regex is None else {"regex": regex}
 
 
+def open_span(text: str) -> generation_pb2.SequenceRange:
+    """As `span`, but `A..` goes on to the newest, and `..B` begins at 1."""
+    if text.startswith(".."):
+        text = f"1{text}"
+    return span(f"{text}{2**64 - 1}" if text.endswith("..") else text)
+
+
 def span(text: str) -> generation_pb2.SequenceRange:
     """`A..B`, both included, or `A` alone."""
     found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text, re.ASCII)

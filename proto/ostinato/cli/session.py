@@ -22,9 +22,10 @@ from ostinato.client import DEFAULT_RESPONSE_BYTES, DEFAULT_TARGET, Client
 from ostinato.pem import tls
 from ostinato.wire import bearer
 
+UNJUDGED = 3
 INTERRUPTED = 130
 BROKEN_PIPE = 141
-"""As a shell has them for SIGINT and SIGPIPE."""
+"""Exit codes; the last two as a shell has them for SIGINT and SIGPIPE."""
 
 
 @dataclass(frozen=True, slots=True)

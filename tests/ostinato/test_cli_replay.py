@@ -1,0 +1,319 @@
+"""`ostinato replay`: verdicts, the view of a difference, interruptions, and another sidecar."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf import json_format
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ostinato import digest, errors
+from ostinato.cli.resume import State
+from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
+
+from tests.ostinato.fake import MODEL, Fake, Terminal, serving_apart
+
+COUNTS = "{} match, {} diverged, {} incomparable, {} not compared, {} passed over"
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(name="ostinato")
+def _ostinato() -> Iterator[Terminal]:
+    """Aimed at a sidecar with sequences 1 to 6."""
+    fake = Fake()
+    with serving_apart(fake) as target:
+        terminal = Terminal(fake, target)
+        assert terminal("generate", "a", "b", "c", "--seed", 2**64 - 1, "--temperature", 0).exit_code == 0
+        assert terminal("generate", "d", "e", "f", "--logprobs", 0).exit_code == 0
+        fake.calls.clear()
+        yield terminal
+
+
+def spans(fake: Fake) -> list[tuple[int, int]]:
+    return [(call.request.range.first, call.request.range.last) for call in fake.calls if call.method == "Replay"]
+
+
+@pytest.mark.parametrize(
+    ("range_", "expected"),
+    [("1..3", (1, 3)), ("2..", (2, 6)), ("..4", (1, 4)), ("..", (1, 6)), ("5", (5, 5)), ("3..18446744073709551615", (3, 6))],
+)
+def test_ranges(ostinato: Terminal, range_: str, expected: tuple[int, int]) -> None:
+    """A..B, A.., ..B or one sequence; what lies ahead of the newest is cut off, and no file is left behind."""
+    result = ostinato("replay", range_, "--concurrency", 2, "--alone")
+
+    count = expected[1] - expected[0] + 1
+    assert (result.exit_code, result.stdout) == (0, COUNTS.format(count, 0, 0, 0, 0) + "\n")
+    assert spans(ostinato.fake) == [expected]
+    assert not any(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["a..b"],
+        ["1...3"],
+        ["0..3"],
+        ["3..2"],
+        ["1..18446744073709551616"],
+        ["1..2", "--concurrency", "65"],
+        ["--resume", "nothing.jsonl"],
+    ],
+)
+def test_wrong_usage_is_two(ostinato: Terminal, arguments: list[str]) -> None:
+    """No range, an impossible one, or a state that is not there exits 2, and nothing is run."""
+    result = ostinato("replay", *arguments)
+    assert (result.exit_code, result.stdout, spans(ostinato.fake)) == (2, "", [])
+
+
+def test_an_unknown_range_is_an_error(ostinato: Terminal) -> None:
+    """A range ahead of the newest sequence says which that is, and exits 1."""
+    result = ostinato("replay", "7..9")
+    assert (result.exit_code, result.stderr) == (1, "error: NOT_FOUND: the newest sequence is 6\n")
+
+
+def test_what_never_completed_is_passed_over(ostinato: Terminal) -> None:
+    """It is counted, and fails nothing."""
+    ostinato.fake.records[2].outcome.kind = types_pb2.ENTRY_KIND_FAILED
+    result = ostinato("replay", "1..3")
+    assert (result.exit_code, result.stdout) == (0, COUNTS.format(2, 0, 0, 0, 1) + "\n")
+
+
+def test_a_divergence_is_shown_side_by_side(ostinato: Terminal) -> None:
+    """Both texts with the place where they part, both tokens, margin, seed and parameters; and exit 1."""
+    ostinato.fake.diverging = {5}
+    recorded = ostinato.fake.records[5].result.output
+    now = ostinato.fake.another(recorded)
+
+    result = ostinato("replay", "4..6")
+
+    lines = [re.split(r"  +", line.strip()) for line in result.stdout.splitlines()]
+    assert result.exit_code == 1
+    assert lines == [
+        ["5 diverged at token 2"],
+        ["recorded", "now"],
+        ["text", f"{recorded.text[:2]}▶{recorded.text[2:]}", f"{now.text[:2]}▶\\n{now.text[3:]}"],
+        ["token 2", str(recorded.token_ids[2]), str(now.token_ids[2])],
+        ["logprob", f"{recorded.logprobs[2].logprob:.6f}", f"{now.logprobs[2].logprob:.6f}"],
+        ["tokens", "4, length", "4, length"],
+        ["margin", "0.250000, no near-tie"],
+        ["seed", str(recorded.seed)],
+        ["parameters", "temperature 1.0, max_new_tokens 4"],
+        [COUNTS.format(2, 1, 0, 0, 0)],
+    ]
+
+
+def test_json_is_a_response_a_line(ostinato: Terminal) -> None:
+    """Each is a ReplayResponse; a divergence has both outputs."""
+    ostinato.fake.diverging = {2}
+    result = ostinato("replay", "1..3", "--json")
+    said = [json_format.ParseDict(json.loads(line), sequencer_pb2.ReplayResponse()) for line in result.stdout.splitlines()]
+    assert (result.exit_code, [each.seen for each in said], {each.total for each in said}) == (1, [1, 2, 3], {3})
+    assert said[1].record == ostinato.fake.records[2]
+    assert said[1].comparison.actual == ostinato.fake.another(ostinato.fake.records[2].result.output)
+    assert not said[0].HasField("record")
+
+
+def test_what_cannot_be_judged_is_three(ostinato: Terminal) -> None:
+    """Drift and runs without an output are printed with their reasons; the command exits 3, unless something diverged."""
+    drift = types_pb2.Comparison(sequence=1, verdict=types_pb2.VERDICT_INCOMPARABLE, drift=["fingerprint.device", "input"])
+    failed = types_pb2.Comparison(sequence=2, status=errors.to_status(errors.EngineFailed("broke")))
+    diverged = types_pb2.Comparison(sequence=3, verdict=types_pb2.VERDICT_DIVERGED, first_difference=0)
+    said = [sequencer_pb2.ReplayResponse(comparison=each) for each in (drift, failed, diverged)]
+    ostinato.fake.script["Replay"].extend([said[:2], said])
+
+    unjudged, all_three = ostinato("replay", "1..2"), ostinato("replay", "1..3")
+
+    assert (unjudged.exit_code, all_three.exit_code) == (3, 1)
+    assert unjudged.stdout.splitlines() == [
+        "1 incomparable: fingerprint.device, input",
+        "2 not compared: broke",
+        COUNTS.format(0, 0, 1, 1, 0),
+    ]
+
+
+# ---- interruptions
+
+
+@given(st.lists(st.tuples(st.integers(5, 30), st.sampled_from(["match", "diverged", "passed over"])), unique_by=lambda x: x[0]))
+def test_what_is_done_and_what_is_left(done: list[tuple[int, str]]) -> None:
+    """Whatever order the responses come in, what is left is the range less what is done, and nothing is in it twice."""
+    state = State(Path("unused"), {"log_id": "", "first": 5, "last": 30, "against": None})
+    for sequence, verdict in done:
+        if verdict == "passed over":
+            state.take(sequencer_pb2.ReplayResponse(passed_over=[sequence]))
+        else:
+            value = types_pb2.Verdict.Value(f"VERDICT_{verdict.upper()}")
+            state.take(sequencer_pb2.ReplayResponse(comparison=types_pb2.Comparison(sequence=sequence, verdict=value)))
+
+    left = [sequence for first, last in state.left() for sequence in range(first, last + 1)]
+    assert left == [sequence for sequence in range(5, 31) if sequence not in dict(done)]
+    assert (state.seen, state.verdicts.total()) == (len(done), len(done))
+
+
+def test_a_lost_sidecar_is_gone_on_with(ostinato: Terminal) -> None:
+    """A replay that breaks says what it did and how to go on; going on runs the rest and nothing twice, and counts it all."""
+    first = [match(1), match(3), sequencer_pb2.ReplayResponse(passed_over=[2])]
+    failed = types_pb2.Comparison(sequence=4, status=errors.to_status(errors.DeadlineExceeded("slow")))
+    first.append(sequencer_pb2.ReplayResponse(comparison=failed))
+    ostinato.fake.script["Replay"].append([*first, errors.EngineUnavailable("the engine was lost")])
+
+    broken = ostinato("replay", "..")
+    [path] = Path().iterdir()
+    with path.open("a") as file:
+        file.write('{"sequences": [5], "verd')  # the power went
+    other_range = ostinato("replay", "1..4", "--resume", path)
+    resumed = ostinato("replay", "--resume", path)
+
+    assert (broken.exit_code, broken.stdout) == (1, "4 not compared: slow\n")
+    assert broken.stderr.splitlines() == [
+        f"interrupted: 3 of 6 looked at: {COUNTS.format(2, 0, 0, 1, 1)}",
+        f"  Go on with: ostinato replay --resume {path}",
+        "error: ENGINE_UNAVAILABLE: the engine was lost",
+    ]
+    assert other_range.exit_code == 2
+    assert (resumed.exit_code, resumed.stdout) == (0, COUNTS.format(5, 0, 0, 0, 1) + "\n")
+    assert spans(ostinato.fake) == [(1, 6), (4, 6)]
+    assert not path.exists()
+
+
+def test_a_state_is_of_one_journal(ostinato: Terminal) -> None:
+    """Another journal's state, one against another sidecar, and a file that is none are wrong usage."""
+    for about in ({"log_id": "f" * 32, "against": None}, {"log_id": "0123456789abcdef" * 2, "against": "elsewhere:1"}, {}):
+        Path("state").write_text(json.dumps({"first": 1, "last": 3, **about}) + "\n")
+        result = ostinato("replay", "--resume", "state", "--against", "127.0.0.1:1")
+        assert (result.exit_code, "--resume" in result.stderr or "no state" in result.stderr) == (2, True)
+    assert spans(ostinato.fake) == []
+
+
+def test_an_interrupt_can_be_gone_on_with(ostinato: Terminal) -> None:
+    """Ctrl-C exits 130, says where it was, and leaves a file that knows."""
+    ostinato.fake.script["Replay"].append([match(1), match(2), lambda: asyncio.sleep(60)])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        command = [sys.executable, "-m", "ostinato.cli", "--target", ostinato.target, "replay", "1.."]
+        with subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            until(lambda: any(path.read_text().count("\n") == 3 for path in Path().iterdir()))
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=20)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+    [path] = Path().iterdir()
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines() == [
+        f"interrupted: 2 of 6 looked at: {COUNTS.format(2, 0, 0, 0, 0)}",
+        f"  Go on with: ostinato replay --resume {path}",
+    ]
+    assert ostinato("replay", "--resume", path).stdout == COUNTS.format(6, 0, 0, 0, 0) + "\n"
+    assert spans(ostinato.fake) == [(1, 6), (3, 6)]
+
+
+def match(sequence: int) -> sequencer_pb2.ReplayResponse:
+    return sequencer_pb2.ReplayResponse(
+        comparison=types_pb2.Comparison(sequence=sequence, verdict=types_pb2.VERDICT_MATCH), total=6
+    )
+
+
+def until(true: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# ---- elsewhere
+
+
+@pytest.fixture(name="elsewhere")
+def _elsewhere() -> Iterator[tuple[Fake, str]]:
+    fake = Fake()
+    with serving_apart(fake) as target:
+        yield fake, target
+
+
+def test_another_sidecar_gives_the_same(ostinato: Terminal, elsewhere: tuple[Fake, str]) -> None:
+    """It is asked with the recorded token ids, every parameter and the seed in effect, and its answers are compared here."""
+    ostinato.fake.records[2].outcome.kind = types_pb2.ENTRY_KIND_CANCELLED
+    ostinato.fake.records[3].result.ClearField("output")
+    ostinato.fake.records[4].input.parameters.bad_token_ids.append(7)
+    other, target = elsewhere
+
+    result = ostinato("replay", "1..", "--against", target)
+
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (3, COUNTS.format(3, 0, 0, 2, 1))
+    resolved = set(types_pb2.ResolvedParameters.DESCRIPTOR.fields_by_name)
+    asked = {call.request.items[0].parameters.seed: call.request for call in other.calls if call.method == "Generate"}
+    assert set(asked) == {ostinato.fake.records[each].admitted.seed for each in (1, 5, 6)}
+    request = asked[2**64 - 1]
+    assert list(request.items[0].token_ids.ids) == list(b"a")
+    given = {field.name for field, _ in request.items[0].parameters.ListFields()}
+    assert given == resolved - {"stop", "stop_token_ids", "bad_token_ids", "logprobs", "response_format"} | {"seed"}
+    assert spans(ostinato.fake) == []
+
+
+def test_drift_elsewhere_names_its_fields(ostinato: Terminal, elsewhere: tuple[Fake, str]) -> None:
+    """Another fingerprint makes no verdict, but its fields are named, and the tokens are compared all the same."""
+    other, target = elsewhere
+    fields = {"model": "fake-1", "threads": "2", "driver": "9"}
+    model = types_pb2.Model(fingerprint=types_pb2.Fingerprint(digest=digest.fingerprint_digest(fields), fields=fields))
+    other.script["GetModel"].append(generation_pb2.GetModelResponse(model=model))
+
+    async def drifted(request: generation_pb2.GenerateRequest, _: Any) -> generation_pb2.GenerateResponse:
+        response = other._generate(request)
+        response.results[0].receipt.header.fingerprint_digest = model.fingerprint.digest
+        return response
+
+    async def another(request: generation_pb2.GenerateRequest, context: Any) -> generation_pb2.GenerateResponse:
+        response = await drifted(request, context)
+        response.results[0].output.CopyFrom(other.another(response.results[0].output))
+        return response
+
+    other.script["Generate"].extend([drifted, another])
+    result = ostinato("replay", "1..2", "--against", target, "--concurrency", 1)
+
+    lines = result.stdout.splitlines()
+    assert lines[0] == "1 incomparable: fingerprint.driver, fingerprint.threads; the outputs are equal"
+    assert lines[1] == "2 incomparable: fingerprint.driver, fingerprint.threads; the outputs part at token 2"
+    assert lines[3].split()[1:] == [
+        f"{text[:2]}▶{text[2:]}".replace("\n", r"\n")
+        for text in (
+            ostinato.fake.records[2].result.output.text,
+            other.another(ostinato.fake.records[2].result.output).text,
+        )
+    ]
+    assert (result.exit_code, lines[-1]) == (3, COUNTS.format(0, 0, 2, 0, 0))
+    assert MODEL.fingerprint.fields.keys() ^ fields.keys() == {"driver"}
+
+
+def test_a_full_queue_elsewhere_is_waited_for(ostinato: Terminal, elsewhere: tuple[Fake, str]) -> None:
+    """QUEUE_FULL is no verdict: the same item is sent again; a bad request is one, and is counted."""
+    other, target = elsewhere
+    other.script["Generate"].extend([errors.QueueFull("full", retry_after=0.01), errors.invalid("items[0].token_ids", "no")])
+    result = ostinato("replay", "1", "--against", target)
+    assert result.stdout.splitlines() == ["1 not compared: items[0].token_ids: no", COUNTS.format(0, 0, 0, 1, 0)]
+    assert other.count("Generate") == 2
+
+
+def test_nobody_elsewhere_breaks_the_replay(ostinato: Terminal) -> None:
+    """A sidecar that is not there ends the command, with nothing done and nothing left behind."""
+    result = ostinato("replay", "1..", "--against", "127.0.0.1:1")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[0] == f"interrupted: 0 of 6 looked at: {COUNTS.format(0, 0, 0, 0, 0)}"
+    assert not any(Path().iterdir())
