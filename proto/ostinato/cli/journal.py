@@ -107,6 +107,8 @@ def _record(record: sequencer_pb2.ItemRecord) -> Iterator[tuple[str, object]]:
     elif result.HasField("status"):
         error = errors.from_status(result.status)
         yield "ended", f"{error.reason}: {error.message}"
+    elif record.HasField("outcome"):
+        yield "ended", f"{show.word(record.outcome, 'kind')}, pruned"
     else:
         yield "ended", "not yet"
 

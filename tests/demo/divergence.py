@@ -1,0 +1,202 @@
+"""`python -m tests.demo.divergence`: a setting that diverges under load, seen by the sidecar, and the default one right after.
+
+One sidecar and one journal all the way: the service is started with a 16-bit KV cache, asked the same seeded prompts with more
+and more of them at once, stopped, started as it is by default, and asked them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import ostinato
+from ostinato import errors
+from ostinato.abreast import abreast
+from ostinato.cli import difference
+from ostinato.requests import Sampling
+from ostinato.v1 import sequencer_pb2, types_pb2
+
+from service.probes import TEXT
+from tests.demo.__main__ import STATE
+from tests.demo.chart import draw
+from tests.pair import ROOT, Pair
+
+NOT_INVARIANT = ("--kv", "f16", "--ubatch", "512")
+"""With keys and values of 16 bits llama.cpp sums in another order where company makes it cut a prompt in other pieces."""
+AT_ONCE = (1, 2, 4, 8)
+PROMPT_CHARACTERS, NEW_TOKENS = 400, 48
+START_SECONDS = 400.0
+SHOWN = 2
+"""Divergences side by side."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What became of the prompts under one setting of the service."""
+
+    name: str
+    model: types_pb2.Model
+    first: Sequence[types_pb2.Result]
+    later: Sequence[types_pb2.Result]
+    report: sequencer_pb2.ReportResponse
+
+    @property
+    def twins(self) -> sequencer_pb2.Stratum:
+        """Of its fingerprint."""
+        for stratum in self.report.strata:
+            ours = stratum.fingerprint_digest == self.model.fingerprint.digest
+            if ours and stratum.kind == types_pb2.COMPARISON_KIND_TWIN:
+                return stratum
+        raise AssertionError("the sidecar compared nothing")
+
+    @property
+    def others(self) -> list[types_pb2.Result]:
+        """Answers unlike the first one to their prompt, as the caller sees it."""
+        first = {result.output.seed: result.receipt.header.output_digest for result in self.first}
+        return [result for result in self.later if result.receipt.header.output_digest != first[result.output.seed]]
+
+
+def main() -> int:
+    """0: everything was as it is said to be."""
+    parser = argparse.ArgumentParser(prog="python -m tests.demo.divergence")
+    parser.add_argument("--prompts", type=int, default=12, help="different ones")
+    parser.add_argument("--rounds", type=int, default=1, help="with each number of them at once")
+    parser.add_argument("--chart", type=Path, default=ROOT / ".run" / "divergence.svg", help="file to draw to")
+    args = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    with Pair(engine="llama", state=STATE) as pair:
+        pair.start_service(*NOT_INVARIANT)
+        pair.start_sidecar()
+        kept = asyncio.run(show(pair, console, args.prompts, args.rounds, args.chart))
+        pair.stop()
+    return 0 if kept else 1
+
+
+async def show(pair: Pair, console: Console, prompts: int, rounds: int, chart: Path) -> bool:
+    """Whether every promise was kept."""
+    async with ostinato.Client(pair.target) as client:
+        loose = await run(client, console, "f16 keys and values", prompts, rounds)
+        again = await replayed_alone(client, console, loose)
+        assert pair.service is not None
+        await asyncio.to_thread(pair.service.kill)  # nothing runs, and a drain would wait for the sidecar to leave
+        pair.start_service()
+        default = await run(client, console, "default", prompts, rounds, loose)
+    chart.parent.mkdir(parents=True, exist_ok=True)
+    draw(chart, [(each.name, each.twins) for each in (loose, default)])
+    console.print(table(loose, default))
+    console.print(f"drawn to {chart}")
+    promises = {
+        "f16: the self-test found it out: best effort": loose.model.grade == types_pb2.GRADE_BEST_EFFORT,
+        "f16: answers changed under load": bool(loose.others),
+        "f16: the sidecar counted what the caller saw": loose.twins.diverged == len(loose.others),
+        "f16: the alarm went up": loose.twins.alarm,
+        "f16: run again alone, what had changed is the first answer again": again,
+        "default: exact": default.model.grade == types_pb2.GRADE_EXACT,
+        "default: nothing changed, and no alarm": not (default.others or default.twins.diverged or default.twins.alarm),
+        "from one to the other: drift, named": set(drift(default)) == {"fingerprint.kv"},
+    }
+    for promise, kept in promises.items():
+        console.print(f"  [green]✓[/] {promise}" if kept else f"  [red]✗ {promise}[/]")
+    return all(promises.values())
+
+
+async def run(
+    client: ostinato.Client, console: Console, name: str, prompts: int, rounds: int, after: Setting | None = None
+) -> Setting:
+    """Each prompt alone, then with more and more at once."""
+    with console.status(f"{name}: starting, with a self-test"):
+        model = await connected(client, after=after)
+    grade = types_pb2.Grade.Name(model.grade).removeprefix("GRADE_")
+    console.print(f"\n[bold]{name}[/]: {grade}: {model.grade_reason}")
+    setting = Setting(name, model, await traffic(client, prompts, 1), (), sequencer_pb2.ReportResponse())
+    for at_once in AT_ONCE:
+        with console.status(f"{name}: {at_once} at once"):
+            made = [result for _ in range(rounds) for result in await traffic(client, prompts, at_once)]
+        setting = replace(setting, later=[*setting.later, *made], report=await client.report())
+        twins = setting.twins
+        console.print(
+            f"  {at_once} at once: {len(setting.others)} of {len(setting.later)} so far are unlike the first answer;"
+            f" evidence 10^{twins.evidence_log10:.1f}{', [red]alarm[/]' if twins.alarm else ''}"
+        )
+    return setting
+
+
+async def connected(client: ostinato.Client, *, after: Setting | None) -> types_pb2.Model:
+    """The engine, once it is there, and another one than before."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            model = await client.model()
+            if after is None or model.fingerprint != after.model.fingerprint:
+                return model
+        except errors.EngineUnavailable:
+            pass
+        assert time.monotonic() < deadline, "the engine never came"
+        await asyncio.sleep(0.2)
+
+
+async def traffic(client: ostinato.Client, prompts: int, at_once: int) -> list[types_pb2.Result]:
+    """Every prompt once."""
+
+    async def ask(number: int) -> types_pb2.Result:
+        prompt = TEXT[13 * number : 13 * number + PROMPT_CHARACTERS]
+        parameters = Sampling(seed=number, temperature=0.8, top_k=40, max_new_tokens=NEW_TOKENS, ignore_eos=True, logprobs=2)
+        return (await client.generate(prompt, **parameters)).results[0]
+
+    async def asked() -> AsyncIterator[Coroutine[Any, Any, types_pb2.Result]]:
+        for number in range(prompts):
+            yield ask(number)
+
+    return [result async for result in abreast(asked(), at_once)]
+
+
+async def replayed_alone(client: ostinato.Client, console: Console, setting: Setting) -> bool:
+    """Some of what changed, run once more with nothing beside it and shown: whether it is the first answer again."""
+    first = {result.output.seed: result.receipt.header.output_digest for result in setting.first}
+    same = []
+    for result in setting.others[:SHOWN]:
+        async for response in client.replay(result.sequence, alone=True):
+            console.print(
+                f"\n{difference.headline(response.comparison)}, which {setting.model.name} made in company, and now alone"
+            )
+            difference.side_by_side(response)
+            same.append(response.comparison.actual_output_digest == first[result.output.seed])
+    return bool(same) and all(same)
+
+
+def drift(setting: Setting) -> list[str]:
+    """In what the first answers under this setting were found to differ from those of the one before."""
+    return list(setting.twins.drift)
+
+
+def table(*settings: Setting) -> Table:
+    """What the report says of each setting, by company."""
+    made = Table(title="\nWhat the sidecar reports of twins", title_justify="left", title_style="bold")
+    for name in ("setting", "runs in the engine", "diverged", "of", "share", "95 % bounds"):
+        made.add_column(name, justify="left" if name == "setting" else "right")
+    for setting in settings:
+        for company in setting.twins.companies:
+            span = f"{company.first}" if company.first == company.last else f"{company.first} to {company.last}"
+            made.add_row(setting.name, span, *rate(company.rate))
+        made.add_row(setting.name, "all", *rate(setting.twins.per_comparison))
+        made.add_row(setting.name, "per token", *rate(setting.twins.per_token))
+        made.add_section()
+    return made
+
+
+def rate(given: sequencer_pb2.Rate) -> tuple[str, ...]:
+    bounds = f"{given.lower:.2%} to {given.upper:.2%}"
+    return str(given.events), str(given.trials), f"{given.value:.2%}", bounds
+
+
+if __name__ == "__main__":
+    sys.exit(main())
