@@ -95,9 +95,13 @@ def test_what_never_completed_is_passed_over(ostinato: Terminal) -> None:
     assert (result.exit_code, result.stdout) == (0, COUNTS.format(2, 0, 0, 0, 1) + "\n")
 
 
-def test_a_divergence_is_shown_side_by_side(ostinato: Terminal) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "weight"), [(0, "no near-tie"), (0.5, "but sampled: the draw decides, not the likeliest token")]
+)
+def test_a_divergence_is_shown_side_by_side(ostinato: Terminal, temperature: float, weight: str) -> None:
     """Both texts with the place where they part, both tokens, margin, seed and parameters; and exit 1."""
     ostinato.fake.diverging = {5}
+    ostinato.fake.records[5].input.parameters.temperature = temperature
     recorded = ostinato.fake.records[5].result.output
     now = ostinato.fake.another(recorded)
 
@@ -112,9 +116,9 @@ def test_a_divergence_is_shown_side_by_side(ostinato: Terminal) -> None:
         ["token 2", str(recorded.token_ids[2]), str(now.token_ids[2])],
         ["logprob", f"{recorded.logprobs[2].logprob:.6f}", f"{now.logprobs[2].logprob:.6f}"],
         ["tokens", "4, length", "4, length"],
-        ["margin", "0.250000, no near-tie"],
+        ["margin", f"0.250000, {weight}"],
         ["seed", str(recorded.seed)],
-        ["parameters", "temperature 1.0, max_new_tokens 4"],
+        ["parameters", f"temperature {temperature:g}, max_new_tokens 4"],
         [COUNTS.format(2, 1, 0, 0, 0)],
     ]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from google.protobuf.message import Message
-
 from ostinato import errors
 from ostinato.cli import show
 from ostinato.compare import first_difference
@@ -71,7 +69,7 @@ def _about(
     found: types_pb2.Comparison, given: sequencer_pb2.AdmittedPayload, expected: types_pb2.Output, actual: types_pb2.Output
 ) -> Iterator[tuple[str, str]]:
     if found.HasField("margin"):
-        yield "margin", f"{found.margin:.6f}, {'a near-tie' if found.margin <= NEAR_TIE else 'no near-tie'}"
+        yield "margin", f"{found.margin:.6f}, {_weight(found.margin, given.parameters)}"
     moved = _moved(expected, actual, found.first_difference)
     yield "shift", "" if moved is None else f"the same tokens' logprobs there moved by at most {moved:.6f}"
     yield "seed", f"{given.seed}{' (derived)' if given.seed_derived else ''}"
@@ -86,6 +84,15 @@ def _moved(expected: types_pb2.Output, actual: types_pb2.Output, at: int) -> flo
     return max((abs(before[token_id] - now[token_id]) for token_id in before.keys() & now.keys()), default=None)
 
 
-def _set(message: Message) -> Iterator[str]:
-    for field, value in message.ListFields():
-        yield f"{field.name} {list(value) if field.is_repeated else show.visible(str(value).strip())}"
+def _weight(margin: float, parameters: types_pb2.ResolvedParameters) -> str:
+    """What a margin means."""
+    if parameters.temperature and parameters.top_k != 1:
+        return "but sampled: the draw decides, not the likeliest token"
+    return "a near-tie" if margin <= NEAR_TIE else "no near-tie"
+
+
+def _set(parameters: types_pb2.ResolvedParameters) -> Iterator[str]:
+    yield f"temperature {parameters.temperature:g}"
+    for field, value in parameters.ListFields():
+        if field.name != "temperature":
+            yield f"{field.name} {list(value) if field.is_repeated else show.visible(str(value).strip())}"
