@@ -51,10 +51,10 @@ class Setting:
 
     @property
     def twins(self) -> sequencer_pb2.Stratum:
-        """Of its fingerprint."""
+        """Of its fingerprint and grade: what was held against another setting has the lower grade of both."""
         for stratum in self.report.strata:
             ours = stratum.fingerprint_digest == self.model.fingerprint.digest
-            if ours and stratum.kind == types_pb2.COMPARISON_KIND_TWIN:
+            if ours and stratum.kind == types_pb2.COMPARISON_KIND_TWIN and stratum.grade == self.model.grade:
                 return stratum
         raise AssertionError("the sidecar compared nothing")
 
@@ -175,7 +175,8 @@ async def replayed_alone(client: ostinato.Client, console: Console, setting: Set
 
 def drift(setting: Setting) -> list[str]:
     """In what the first answers under this setting were found to differ from those of the one before."""
-    return list(setting.twins.drift)
+    ours = [each for each in setting.report.strata if each.fingerprint_digest == setting.model.fingerprint.digest]
+    return [name for stratum in ours for name in stratum.drift]
 
 
 def table(*settings: Setting) -> Table:
