@@ -155,9 +155,11 @@ class Client:
         alone: bool = False,
         timeout: float | None = None,
     ) -> AsyncGenerator[sequencer_pb2.ReplayResponse, None]:
-        """Runs the completed items `first` to `last` (`first` alone without it) again; a verdict for each, in any order.
+        """Runs the completed items `first` to `last` (`first` alone without it) again; a verdict for each, in any order, and
+        the sequences of those that were passed over. `ostinato.against` runs them at another sidecar.
 
-        `concurrency`: re-runs at once, 1 to 64; 0 is the sidecar's choice. `alone`: with no other of them beside it.
+        `concurrency`: re-runs at once, 1 to 64; 0 is the sidecar's choice. `alone`: each with nothing else of the sidecar
+        beside it in the engine, whatever it has to wait for.
         """
         concurrency = requests.integer("concurrency", concurrency, 0, 2**32 - 1)
         request = sequencer_pb2.ReplayRequest(range=requests.span(first, last), concurrency=concurrency, alone=alone)

@@ -94,6 +94,8 @@ async def _replayed(stack: Stack) -> Counter[str]:
     async with Client(stack.public) as client:
         last = (await client.head()).last_sequence
         async for response in client.replay(1, last, concurrency=64):
+            if response.passed_over:
+                continue
             comparison = response.comparison
             name = types_pb2.Verdict.Name(comparison.verdict).removeprefix("VERDICT_")
             found[f"code {comparison.status.code}" if comparison.HasField("status") else name] += 1
