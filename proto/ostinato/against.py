@@ -18,8 +18,15 @@ from ostinato.compare import Side, compare
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 CONCURRENCY = 8
-GONE = (errors.CallLost, errors.EngineUnavailable, errors.Draining, errors.JournalFull)
-"""What says nothing about an item, but that nobody can run it now."""
+GONE = (
+    errors.CallLost,
+    errors.EngineUnavailable,
+    errors.Draining,
+    errors.JournalFull,
+    errors.PermissionDenied,
+    errors.Unauthenticated,
+)
+"""What says nothing about an item, but that nobody can run it now, or will for this caller."""
 
 
 async def replay_against(
@@ -31,11 +38,8 @@ async def replay_against(
     Raises what keeps `source` from being read, and what keeps `other` from running anything: an item without a verdict may
     be asked for again.
     """
-    head = await source.head(timeout=timeout)
-    if first > head.last_sequence:
-        raise errors.NotFound(f"the newest sequence is {head.last_sequence}")
-    last = min(last, head.last_sequence)
-    elsewhere = _Elsewhere(source, other, head.log_id, timeout)
+    log_id, last = await extent(source, first, last, timeout=timeout)
+    elsewhere = _Elsewhere(source, other, log_id, timeout)
     counted = sequencer_pb2.ReplayResponse(total=last - first + 1)
 
     async def runs() -> AsyncIterator[Coroutine[Any, Any, sequencer_pb2.ReplayResponse]]:
@@ -47,6 +51,21 @@ async def replay_against(
             counted.seen += 1
             response.MergeFrom(counted)
             yield response
+
+
+async def extent(source: Client, first: int, last: int, *, timeout: float | None = None) -> tuple[str, int]:
+    """The log's id, and the last sequence of the range that there is. Raises NotFound for a range that lies ahead.
+
+    Only an operator is told what the newest is: anybody else has to name a last one that there is.
+    """
+    try:
+        head = await source.head(timeout=timeout)
+    except errors.PermissionDenied:
+        [record] = await source.get(last, timeout=timeout)
+        return record.admitted.log_id, last
+    if first > head.last_sequence:
+        raise errors.NotFound(f"the newest sequence is {head.last_sequence}")
+    return head.log_id, min(last, head.last_sequence)
 
 
 def request(record: sequencer_pb2.ItemRecord, request_id: str) -> generation_pb2.GenerateRequest:

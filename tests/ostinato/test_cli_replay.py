@@ -88,6 +88,16 @@ def test_an_unknown_range_is_an_error(ostinato: Terminal) -> None:
     assert (result.exit_code, result.stderr) == (1, "error: NOT_FOUND: the newest sequence is 6\n")
 
 
+def test_who_is_no_operator_names_both_ends(ostinato: Terminal) -> None:
+    """Where Head is not for the caller, a range of items that there are is replayed; one whose end is not there is not found."""
+    ostinato.fake.script["Head"].extend([errors.PermissionDenied("Head is for operators")] * 2)
+    known, ahead = ostinato("replay", "2..6"), ostinato("replay", "2..7")
+
+    assert (known.exit_code, known.stdout) == (0, COUNTS.format(5, 0, 0, 0, 0) + "\n")
+    assert (ahead.exit_code, ahead.stderr) == (1, "error: NOT_FOUND: no item 7\n")
+    assert spans(ostinato.fake) == [(2, 6)]
+
+
 def test_what_never_completed_is_passed_over(ostinato: Terminal) -> None:
     """It is counted, and fails nothing."""
     ostinato.fake.records[2].outcome.kind = types_pb2.ENTRY_KIND_FAILED

@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ostinato import errors
-from ostinato.against import CONCURRENCY, replay_against
+from ostinato.against import CONCURRENCY, extent, replay_against
 from ostinato.cli import difference, options, show
 from ostinato.cli.resume import NOT_COMPARED, PASSED_OVER, State
 from ostinato.cli.session import UNJUDGED, Session
@@ -27,7 +28,11 @@ Sequences = Annotated[
 ]
 Against = Annotated[
     str | None,
-    typer.Option(metavar="TARGET", help="Run them at another sidecar, through its public door.", show_default=False),
+    typer.Option(
+        metavar="TARGET",
+        help="Run them at another sidecar, through its public door, with the same credentials.",
+        show_default=False,
+    ),
 ]
 Concurrency = Annotated[int, typer.Option(min=0, max=64, help=f"Re-runs at once; 0 is {CONCURRENCY}.")]
 Alone = Annotated[bool, typer.Option("--alone", help="Each with nothing else of the sidecar beside it in the engine.")]
@@ -49,7 +54,8 @@ async def replay(
         source = await stack.enter_async_context(session.client(RESPONSE_BYTES))
         state = await _state(session, source, sequences, against, resume)
         target = state.against
-        other = await stack.enter_async_context(Client(target, max_response_bytes=RESPONSE_BYTES)) if target else None
+        elsewhere = replace(session, target=target) if target else None
+        other = await stack.enter_async_context(elsewhere.client(RESPONSE_BYTES)) if elsewhere else None
         runs = _Runs(session, source, other, 1 if alone else concurrency, alone)
         await _follow(session, state, runs)
     if not session.json:
@@ -65,10 +71,10 @@ async def _state(session: Session, source: Client, sequences: str | None, agains
     if resume is None and sequences is None:
         raise typer.BadParameter("A..B, --resume: give one of them")
     wanted = None if sequences is None else options.open_span(sequences)
-    head = await source.head(timeout=session.timeout)
     if resume is not None:
         state = State.read(resume)
-        if state.log_id != head.log_id:
+        log_id, _ = await extent(source, state.first, state.last, timeout=session.timeout)
+        if state.log_id != log_id:
             raise typer.BadParameter(f"--resume: {resume} is of another journal, {state.log_id}")
         if wanted is not None and (wanted.first, min(wanted.last, state.last)) != (state.first, state.last):
             raise typer.BadParameter(f"--resume: {resume} is of {state.first}..{state.last}")
@@ -76,14 +82,8 @@ async def _state(session: Session, source: Client, sequences: str | None, agains
             raise typer.BadParameter(f"--resume: {resume} is against {state.against or 'the sidecar itself'}")
         return state
     assert wanted is not None
-    if wanted.first > head.last_sequence:
-        raise errors.NotFound(f"the newest sequence is {head.last_sequence}")
-    about = {
-        "log_id": head.log_id,
-        "first": wanted.first,
-        "last": min(wanted.last, head.last_sequence),
-        "against": against,
-    }
+    log_id, last = await extent(source, wanted.first, wanted.last, timeout=session.timeout)
+    about = {"log_id": log_id, "first": wanted.first, "last": last, "against": against}
     return State(Path(f"ostinato-replay-{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**6:06}.jsonl"), about)
 
 
