@@ -89,7 +89,7 @@ def test_an_unknown_range_is_an_error(ostinato: Terminal) -> None:
 
 
 def test_who_is_no_operator_names_both_ends(ostinato: Terminal) -> None:
-    """Where Head is not for the caller, a range of items that there are is replayed; one whose end is not there is not found."""
+    """Where Head is not for the caller, a range that there is is replayed; one whose last item is not there is not found."""
     ostinato.fake.script["Head"].extend([errors.PermissionDenied("Head is for operators")] * 2)
     known, ahead = ostinato("replay", "2..6"), ostinato("replay", "2..7")
 
