@@ -193,7 +193,7 @@ class Stage:
         outcomes: dict[int, list[str]] = {number: [] for number in range(1, good.stamp.first_sequence + 1)}
         async for entry in self.door.client.tail():
             name = types_pb2.EntryKind.Name(entry.header.kind)
-            if name not in ("ENTRY_KIND_OPENED", "ENTRY_KIND_ADMITTED"):
+            if name not in ("ENTRY_KIND_OPENED", "ENTRY_KIND_ADMITTED", "ENTRY_KIND_AUDITED"):
                 outcomes[entry.header.sequence].append(name)
         assert {number: said for number, said in outcomes.items() if len(said) != 1} == {}
         assert (await self.door.client.head()).unfinished == 0
