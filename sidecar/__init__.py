@@ -7,7 +7,9 @@
     dispatcher            performs what the core decides
     work, progress, calls an admitted item, its tokens, and who waits for them
     link                  the one ordered stream to the service
-    rerunner, replay      runs without numbers, and what compares them with the record
+    outcomes              from an item's end to what its callers are told
+    rerunner, recheck     runs without numbers, and what compares them with the record
+    replay                a range of the journal, run again
     collisions, sampling  what an outcome says beside its output
     divergence/           verdicts, counted and judged
     journal/              what is durable

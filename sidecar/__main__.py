@@ -56,7 +56,8 @@ class Sidecar:
         self.settings = settings
         self.numbers = numbers
         self.credentials = credentials_of(settings)
-        self.observer, self.book = Observer(Metrics(numbers)), Book(settings.writer)
+        self.book = Book(settings.writer)
+        self.observer = Observer(Metrics(numbers), self.book.not_compared)
         numbers.register(Numbers(lambda: self.book.tally))
         backend, self.opened = open_journal(settings)
         self.journal = GroupedJournal(

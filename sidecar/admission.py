@@ -15,15 +15,15 @@ from sidecar.journal import Admission
 
 STAMP_BYTES = 512
 """Of a GenerateResponse beside its results, at worst."""
+VERDICT_BYTES = 2048
+"""Of a result's comparison, at worst."""
 
 
 def check(request: generation_pb2.GenerateRequest, settings: Settings) -> None:
-    """What needs no engine to be judged. Raises InvalidRequest with every bad field, or NotBuilt."""
+    """What needs no engine to be judged. Raises InvalidRequest with every bad field."""
     violations = list(_violations(request, settings))
     if violations:
         raise errors.InvalidRequest(violations=violations)
-    if request.verify:
-        raise errors.NotBuilt("verify is not built yet")
 
 
 def _violations(request: generation_pb2.GenerateRequest, settings: Settings) -> Iterable[Violation]:
@@ -50,9 +50,10 @@ def response_bytes_max(metadata: Iterable[tuple[str, str | bytes]], settings: Se
     return settings.max_response_bytes
 
 
-def check_size(prepared: engine_pb2.PrepareResponse, most: int) -> None:
+def check_size(prepared: engine_pb2.PrepareResponse, most: int, *, verify: bool = False) -> None:
     """A worst-case answer that the client would not read is refused before the work. Raises InvalidRequest."""
-    worst = STAMP_BYTES + sum(item.result_bytes for item in prepared.items)
+    each = VERDICT_BYTES if verify else 0
+    worst = STAMP_BYTES + sum(item.result_bytes + each for item in prepared.items)
     if worst > most:
         what = f"the answer may have {worst} bytes, the client reads {most}: ask for fewer items, tokens or logprobs,"
         raise errors.invalid("items", f"{what} or raise metadata {RESPONSE_BYTES_METADATA}")
@@ -72,6 +73,7 @@ def draft(request: generation_pb2.GenerateRequest, prepared: engine_pb2.PrepareR
             request_id=request.request_id,
             required_grade=request.required_grade,
             model_digest=prepared.model_digest,
+            verify=request.verify,
         )
         for item in prepared.items
     )

@@ -47,6 +47,8 @@ class Settings:
     stream_tokens_max: int = field(65536, "tokens that wait for a slow reader before its call is lost", minimum=1)
     followers_max: int = field(64, "calls that follow the journal at once", minimum=1)
     replays_max: int = field(4, "replays at once", minimum=1)
+    # second runs
+    reruns_share: float = field(0.25, "of the engine that second runs may hold; one always may", minimum=0.0, maximum=1.0)
     # journal
     journal_bytes_max: int = field(0, "of the journal; 0: what the disk holds", minimum=0)
     journal_reserve_bytes: int = field(16 << 20, "kept free for outcomes", minimum=0)
@@ -84,4 +86,5 @@ class Settings:
             numbered_items_max=min(self.queue_items_max, self.numbered_items_max) if self.tenants else self.queue_items_max,
             attempts_max=self.attempts_max,
             item_timeout_seconds=self.item_timeout_seconds,
+            reruns_share=self.reruns_share,
         )

@@ -7,7 +7,6 @@ append, a run) becomes a later event.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -23,10 +22,12 @@ from sidecar.core.entrance import Entrance
 from sidecar.core.sequencer import Sequencer
 from sidecar.fingerprints import Fingerprints
 from sidecar.journal import Admission, Audit, Binding, Journal, Sealed
-from sidecar.link import EngineLink
+from sidecar.link import EngineLink, run_error
 from sidecar.observer import Observer
+from sidecar.outcomes import Outcomes
+from sidecar.recheck import Rechecker
 from sidecar.rerunner import Rerunner
-from sidecar.results import result_of, stamp_of
+from sidecar.results import stamp_of
 from sidecar.work import Asking, Work, need_of
 
 
@@ -53,6 +54,8 @@ class Dispatcher:
         """Fails when the process must end and recover."""
         self.reruns = Rerunner(self)
         self.fingerprints = Fingerprints(journal)
+        self.rechecker = Rechecker(self.reruns, journal, observer, self.fingerprints)
+        self.outcomes = Outcomes(journal, observer, self.rechecker)
         self._collisions = Collisions()
         self._asking: dict[int, Asking] = {}
         self._runs: dict[int, Work] = {}
@@ -93,8 +96,7 @@ class Dispatcher:
     def leave(self, ticket: int, call: Call, error: errors.OstinatoError) -> None:
         """This call is over; its ticket is 0 if it only joined."""
         for work in self.works.values():
-            if call in work.calls:
-                work.calls.remove(call)
+            work.detach(call, error)
         self.tell(ev.CallerGone(ticket, error))
 
     # ---- the engine's side (link.Listener)
@@ -103,7 +105,7 @@ class Dispatcher:
         """See link.Listener."""
         again, self.engine = self.engine is not None, description
         self.observer.engine(description)
-        self._spawn(self.fingerprints.meet(description.model.fingerprint))
+        self.spawn(self.fingerprints.meet(description.model.fingerprint))
         if again:
             self.tell(ev.Regraded(description.model.grade))
             return
@@ -146,14 +148,15 @@ class Dispatcher:
                     assert self.engine is not None
                     drift = self.fingerprints.drift(work.first_fingerprint_digest, work.fingerprint_digest)
                     work.finished(output, self.engine.model.vocabulary_size, drift)
+                    work.company_at_end = self.core.window.runs if self.core.window is not None else 0
+                    if work.input.verify:
+                        work.second = self.rechecker.begin(work.input, work.sequence, types_pb2.COMPARISON_KIND_VERIFY)
                 else:
                     self.reruns.finished(event.run_id, output)
                 self.tell(ev.Finished(event.run_id, output.grade))
                 self._runs.pop(event.run_id, None)
             case "failed":
-                error = errors.from_status(event.failed)
-                if isinstance(error, errors.CallLost):  # bare codes of gRPC's mean a call, and this is a run
-                    error = errors.EngineFailed(error.message)
+                error = run_error(event.failed)
                 self.reruns.failed(event.run_id, error)
                 self.tell(ev.Failed(event.run_id, error))
                 self._runs.pop(event.run_id, None)
@@ -167,7 +170,7 @@ class Dispatcher:
     def _perform(self, effect: do.Effect) -> None:
         match effect:
             case do.AppendAdmission(ticket):
-                self._spawn(self._append_admission(ticket))
+                self.spawn(self._append_admission(ticket))
             case do.Refuse(ticket, error):
                 self._asking.pop(ticket).refuse(error)
             case do.Submit():
@@ -178,7 +181,7 @@ class Dispatcher:
                 self._runs.pop(run_id, None)
                 self.link.cancel(run_id)
             case do.End():
-                self._spawn(self._append_outcome(effect))
+                self.spawn(self._append_outcome(effect))
             case do.LeaveToRecovery(sequence):
                 self.works[sequence].leave()
             case do.RerunLost(rerun_id, error):
@@ -221,23 +224,16 @@ class Dispatcher:
 
     async def _append_outcome(self, end: do.End) -> None:
         work = self.works[end.sequence]
-        appended = await self.journal.append(work.outcome(end.error, end.attempt, self.clock(), self._collisions))
-        sealed = next(iter(appended.entries), None)
-        if sealed is None:  # another writer's outcome came first, and is the one
-            sealed = (await self.journal.items(end.sequence, end.sequence, 1))[0].outcome
-        assert sealed is not None
-        result = result_of(sealed)
+        result = await self.outcomes.append(work, work.outcome(end.error, end.attempt, self.clock(), self._collisions))
         del self.works[work.sequence]
         for call in work.calls:
             call.result(result)
         work.ended.set_result(result)
-        self.observer.ended(work, sealed, result)
-        if work.recovery is not None and work.output is not None:
-            with contextlib.suppress(errors.JournalFull):  # the answer is durable, and this is not part of it
-                await self.journal.append(Audit(work.admitted, work.recovery, work.fingerprint_digest, work.output.grade))
+        if work.recovery is not None and work.output is not None:  # the answer is durable, and this is not part of it
+            await self.rechecker.record(Audit(work.admitted, work.recovery, work.fingerprint_digest, work.output.grade))
         self.tell(ev.Ended(work.sequence))
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """A task whose failure ends the process: nothing else may fail here than the journal."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)

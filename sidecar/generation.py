@@ -20,7 +20,7 @@ from sidecar.config import Settings
 from sidecar.core import events as ev
 from sidecar.dispatcher import Dispatcher
 from sidecar.journal import Binding
-from sidecar.results import response_of, result_of, stamp_of
+from sidecar.results import answer_of, response_of, stamp_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -75,9 +75,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
 
     async def Cancel(self, request: generation_pb2.CancelRequest, context: Context) -> generation_pb2.CancelResponse:
         first, last = await self._range(request)
-        waiting = [work.ended for number, work in self._dispatcher.works.items() if first <= number <= last]
+        works = [work for number, work in self._dispatcher.works.items() if first <= number <= last]
         self._dispatcher.tell(ev.Cancel(first, last))
-        results = await asyncio.gather(*(asyncio.shield(ended) for ended in waiting))
+        for work in works:
+            work.forgo(errors.Cancelled("cancelled on request"))
+        results = await asyncio.gather(*(asyncio.shield(work.ended) for work in works))
         cancelled = sum(result.status.code == grpc.StatusCode.CANCELLED.value[0] for result in results)
         return generation_pb2.CancelResponse(cancelled=cancelled, ended=last - first + 1 - cancelled)
 
@@ -140,7 +142,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
                 return 0, await self._join(request, binding, call), True
         prepare = engine_pb2.PrepareRequest(items=request.items, parameters=request.parameters)
         prepared = await self._dispatcher.link.prepare(prepare, left)
-        check_size(prepared, most)
+        check_size(prepared, most, verify=request.verify)
         deadline = None if left is None else self._dispatcher.clock() + (remaining(context) or 0.0)
         admission = draft(request, prepared, caller().tenant)
         ticket, answer = await self._dispatcher.admit(admission, call, deadline, lambda: gone(context, left))
@@ -162,8 +164,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         recorded = await self._dispatcher.journal.items(first, last, binding.count)
         for entries in recorded:
             if entries.admitted.header.sequence not in joined:
-                assert entries.outcome is not None
-                call.result(result_of(entries.outcome))
+                call.result(answer_of(entries))
         return stamp_of(recorded[0].admitted.header)
 
 

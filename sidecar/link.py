@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import grpc
+from google.rpc import status_pb2
 
 from ostinato import errors
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
@@ -215,6 +216,13 @@ def check_prepared(prepared: engine_pb2.PrepareResponse | None, count: int) -> N
         raise errors.ProtocolViolation("the service did not prepare what it was given")
     if not all(item.token_ids and item.parameters.max_new_tokens for item in prepared.items):
         raise errors.ProtocolViolation("the service prepared an item without tokens or parameters")
+
+
+def run_error(status: status_pb2.Status) -> errors.OstinatoError:
+    """Why a run ended without output."""
+    error = errors.from_status(status)
+    # Bare codes of gRPC's mean a call, and this is a run.
+    return errors.EngineFailed(error.message) if isinstance(error, errors.CallLost) else error
 
 
 def unavailable(error: errors.OstinatoError) -> errors.OstinatoError:

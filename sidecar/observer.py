@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from ostinato import errors
 from ostinato.v1 import engine_pb2, types_pb2
@@ -19,8 +20,9 @@ log = logging.getLogger(__name__)
 class Observer:
     """Sees everything, changes nothing."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self.metrics = metrics
+    def __init__(self, metrics: Metrics, not_compared: Callable[[types_pb2.ComparisonKind.ValueType, str], None]) -> None:
+        """`not_compared` counts a second run that was due and brought no verdict, by kind and reason."""
+        self.metrics, self.not_compared = metrics, not_compared
 
     def opened(self, head: Head) -> None:
         """The journal is open, in a new epoch."""

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from ostinato import errors
 from ostinato.abreast import abreast
-from ostinato.compare import Side, compare
-from ostinato.digest import input_digest
-from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
+from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.dispatcher import Dispatcher
-from sidecar.journal import Audit, ItemEntries
-from sidecar.rerunner import Made
-from sidecar.results import record_of
+from sidecar.journal import ItemEntries
+from sidecar.recheck import Record
+from sidecar.results import no_verdict, record_of
 
+REPLAY = types_pb2.COMPARISON_KIND_REPLAY
 PAGE_ITEMS = 64
 """Read from the journal at once."""
 ROOM_SECONDS = 0.05
@@ -77,37 +75,19 @@ async def _answer(dispatcher: Dispatcher, entries: ItemEntries, *, alone: bool) 
 
 
 async def _one(dispatcher: Dispatcher, entries: ItemEntries, *, alone: bool) -> types_pb2.Comparison:
-    outcome = entries.outcome
-    assert outcome is not None
-    header, fields = outcome.header, dispatcher.fingerprints.fields
-    comparison = types_pb2.Comparison(
-        sequence=header.sequence,
-        kind=types_pb2.COMPARISON_KIND_REPLAY,
-        verdict=types_pb2.VERDICT_INCOMPARABLE,
-        expected_output_digest=header.output_digest,
-        expected_writer=header.writer,
-        expected_sequence=header.sequence,
-        grade=header.grade,
-    )
-    made: Made | None = None
+    assert entries.outcome is not None
+    sequence, rechecker = entries.outcome.header.sequence, dispatcher.rechecker
     try:
-        if not (entries.admitted.payload and outcome.payload):
-            raise errors.PayloadPruned(f"the payloads of sequence {header.sequence} are not kept any more")
-        given = sequencer_pb2.AdmittedPayload.FromString(entries.admitted.payload)
-        recorded = sequencer_pb2.CompletedPayload.FromString(outcome.payload)
-        made = await dispatcher.reruns.run(given, header.sequence, engine_pb2.PURPOSE_REPLAY, alone=alone)
-        expected = Side.recorded(header, recorded, fields(header.fingerprint_digest))
-        digest = input_digest(given.token_ids, given.parameters, given.seed)
-        actual = Side(made.output, digest, made.fingerprint_digest, fingerprint_fields=fields(made.fingerprint_digest))
-        comparison = compare(expected, actual, types_pb2.COMPARISON_KIND_REPLAY, header.sequence)
+        record = Record.of(entries)
+    except errors.PayloadPruned as error:
+        dispatcher.observer.not_compared(REPLAY, error.reason)
+        return no_verdict(sequence, REPLAY, error)
+    try:
+        checked = await rechecker.check(record, REPLAY, rechecker.begin(record.input, sequence, REPLAY, alone=alone))
     except (errors.EngineUnavailable, errors.Draining):
         raise
-    except errors.OstinatoError as error:
-        comparison.status.CopyFrom(errors.to_status(error))
-    with contextlib.suppress(errors.JournalFull):  # the verdict is in the answer, and nowhere else
-        await dispatcher.journal.append(
-            Audit(entries.admitted.header, comparison, made.fingerprint_digest if made else b"", comparison.grade)
-        )
-    if made is not None and comparison.HasField("first_difference"):
-        comparison.actual.CopyFrom(made.output)
-    return comparison
+    except errors.OstinatoError as error:  # counted
+        return no_verdict(sequence, REPLAY, error)
+    if checked.comparison.HasField("first_difference"):
+        checked.comparison.actual.CopyFrom(checked.output)
+    return checked.comparison

@@ -1,4 +1,4 @@
-"""Runs without numbers: a recorded input, run again behind everything that has one."""
+"""Runs without numbers: a recorded input, run again when the core finds room for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from ostinato import errors
 from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 
 from sidecar.core import events as ev
-from sidecar.work import kv_tokens, submission
+from sidecar.work import Made, kv_tokens, submission
+
+URGENCY = {engine_pb2.PURPOSE_VERIFY: ev.Urgency.VERIFY, engine_pb2.PURPOSE_REPLAY: ev.Urgency.REPLAY}
+"""Of what somebody waits for; the rest is background."""
 
 
 class Teller(Protocol):
@@ -21,14 +24,6 @@ class Teller(Protocol):
     def tell(self, event: ev.Event) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    """What a re-run made, and on what."""
-
-    output: types_pb2.Output
-    fingerprint_digest: bytes
-
-
 @dataclass(slots=True, eq=False)
 class _Rerun:
     payload: sequencer_pb2.AdmittedPayload
@@ -36,10 +31,22 @@ class _Rerun:
     purpose: engine_pb2.Purpose.ValueType
     made: asyncio.Future[Made]
     fingerprint_digest: bytes = b""
+    run_id: int = 0
+    over: bool = False
+    """Whether the core knows that it has ended."""
+
+    def end(self, result: Made | errors.OstinatoError) -> None:
+        self.over = True
+        if self.made.done():
+            return
+        if isinstance(result, Made):
+            self.made.set_result(result)
+        else:
+            self.made.set_exception(result)
 
 
 class Rerunner:
-    """Keeps the futures of re-runs. One beside each Dispatcher."""
+    """Keeps the futures of re-runs. One beside each core."""
 
     def __init__(self, teller: Teller) -> None:
         self._teller = teller
@@ -47,31 +54,36 @@ class Rerunner:
         self._runs: dict[int, _Rerun] = {}
         self._last_id = 0
 
-    async def run(
+    def run(
         self,
         payload: sequencer_pb2.AdmittedPayload,
         sequence: int,
         purpose: engine_pb2.Purpose.ValueType,
         *,
         alone: bool = False,
-    ) -> Made:
-        """Waits for room, `alone` for all of it, and for the end. Raises what ended it without output."""
+    ) -> asyncio.Future[Made]:
+        """Asks for room, `alone` for all of it, at once. The future fails with what ended the run without an output; whoever
+        does not want it any more cancels it, or makes it fail."""
         self._last_id += 1
         rerun_id = self._last_id
         made: asyncio.Future[Made] = asyncio.get_running_loop().create_future()
         self._reruns[rerun_id] = _Rerun(payload, sequence, purpose, made)
-        try:
-            self._teller.tell(ev.Rerun(rerun_id, kv_tokens(payload), alone))
-            return await made
-        except asyncio.CancelledError:
+        made.add_done_callback(lambda _: self._done(rerun_id))
+        self._teller.tell(ev.Rerun(rerun_id, kv_tokens(payload), URGENCY.get(purpose, ev.Urgency.BACKGROUND), alone))
+        return made
+
+    def _done(self, rerun_id: int) -> None:
+        rerun = self._reruns.pop(rerun_id)
+        if not rerun.over:
+            self._runs.pop(rerun.run_id, None)
             self._teller.tell(ev.DropRerun(rerun_id))
-            raise
-        finally:
-            del self._reruns[rerun_id]
+        if not rerun.made.cancelled():
+            rerun.made.exception()  # seen, even if nobody waits
 
     def submission(self, run_id: int, rerun_id: int, timeout_seconds: float) -> engine_pb2.Submit:
         """The core found room: the message that starts it."""
         rerun = self._runs[run_id] = self._reruns[rerun_id]
+        rerun.run_id = run_id
         if self._teller.engine is not None:
             rerun.fingerprint_digest = self._teller.engine.model.fingerprint.digest
         return submission(
@@ -86,19 +98,16 @@ class Rerunner:
 
     def finished(self, run_id: int, output: types_pb2.Output) -> None:
         """The run made this; runs that are none of ours are ignored."""
-        rerun = self._runs.pop(run_id, None)
-        if rerun is not None and not rerun.made.done():
-            rerun.made.set_result(Made(output, rerun.fingerprint_digest))
+        if (rerun := self._runs.pop(run_id, None)) is not None:
+            rerun.end(Made(output, rerun.fingerprint_digest))
 
     def failed(self, run_id: int, error: errors.OstinatoError) -> None:
         """The run ended without; runs that are none of ours are ignored."""
-        rerun = self._runs.pop(run_id, None)
-        if rerun is not None and not rerun.made.done():
-            rerun.made.set_exception(error)
+        if (rerun := self._runs.pop(run_id, None)) is not None:
+            rerun.end(error)
 
     def lost(self, rerun_id: int, error: errors.OstinatoError) -> None:
         """The core gave it up."""
-        rerun = self._reruns.get(rerun_id)
-        self._runs = {run_id: other for run_id, other in self._runs.items() if other is not rerun}
-        if rerun is not None and not rerun.made.done():
-            rerun.made.set_exception(error)
+        if (rerun := self._reruns.get(rerun_id)) is not None:
+            self._runs.pop(rerun.run_id, None)
+            rerun.end(error)

@@ -44,6 +44,29 @@ def result_of(outcome: Sealed) -> types_pb2.Result:
     return result
 
 
+def answer_of(entries: ItemEntries) -> types_pb2.Result:
+    """A result with all that belongs to it. The item must have ended. Raises PayloadPruned."""
+    assert entries.outcome is not None
+    result = result_of(entries.outcome)
+    asked = bool(entries.admitted.payload) and sequencer_pb2.AdmittedPayload.FromString(entries.admitted.payload).verify
+    if result.HasField("output") and (asked or entries.verified is not None):
+        result.comparison.CopyFrom(verification_of(result.sequence, entries.verified))
+    return result
+
+
+def verification_of(sequence: int, verified: Sealed | None) -> types_pb2.Comparison:
+    """The verdict that the client asked for; None: the journal has none, and will not get one any more."""
+    if verified is not None and verified.payload:
+        return sequencer_pb2.AuditedPayload.FromString(verified.payload).comparison
+    missing = errors.Abandoned("no verdict was recorded: the sidecar stopped before, or the journal was full")
+    return no_verdict(sequence, types_pb2.COMPARISON_KIND_VERIFY, missing)
+
+
+def no_verdict(sequence: int, kind: types_pb2.ComparisonKind.ValueType, error: errors.OstinatoError) -> types_pb2.Comparison:
+    """What is said where there was no second output: why."""
+    return types_pb2.Comparison(sequence=sequence, kind=kind, status=errors.to_status(error))
+
+
 def stamp_of(header: types_pb2.EntryHeader) -> types_pb2.Stamp:
     """Of the batch that this item belongs to, from its ADMITTED header."""
     return types_pb2.Stamp(
@@ -68,7 +91,7 @@ def record_of(entries: ItemEntries, fingerprints: Mapping[bytes, types_pb2.Finge
     if entries.outcome is not None:
         record.outcome.CopyFrom(entries.outcome.header)
         if entries.outcome.payload:
-            record.result.CopyFrom(result_of(entries.outcome))
+            record.result.CopyFrom(answer_of(entries))
         if record.outcome.fingerprint_digest in fingerprints:
             record.fingerprint.CopyFrom(fingerprints[record.outcome.fingerprint_digest])
     return record

@@ -40,6 +40,14 @@ class Asking:
             self.answer.set_exception(error)
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a re-run made, and on what."""
+
+    output: types_pb2.Output
+    fingerprint_digest: bytes
+
+
 @dataclass(slots=True, eq=False)
 class Work:
     """From admission to its durable outcome. Times are seconds on the program's monotonic clock."""
@@ -63,6 +71,10 @@ class Work:
     recovery: types_pb2.Comparison | None = field(default=None)
     left: Draining | None = None
     """Why nobody need wait for it in this process; None: it goes on."""
+    second: asyncio.Future[Made] | None = None
+    """The run that verifies the first one, from the first one's end on."""
+    company_at_end: int = 0
+    """Runs that it held when this one ended."""
 
     @classmethod
     def of(cls, entry: Sealed, calls: list[Call], now: float) -> Work:
@@ -109,6 +121,18 @@ class Work:
             call.lost(self.left)
         self.ended.set_exception(self.left)
         self.ended.exception()  # somebody has to look at it, and there may be nobody
+
+    def detach(self, call: Call, error: OstinatoError) -> None:
+        """A call waits no more. Where nobody may come back there is no use in a second run."""
+        if call in self.calls:
+            self.calls.remove(call)
+            if not self.calls and not self.input.idempotency_key:
+                self.forgo(error)
+
+    def forgo(self, error: OstinatoError) -> None:
+        """Leave without a verdict, if a second run is under way."""
+        if self.second is not None and not self.second.done():
+            self.second.set_exception(error)
 
     def tokens(self, tokens: engine_pb2.RunTokens, now: float) -> None:
         """Tell those who stream. Raises ValueError if the tokens do not follow those before."""

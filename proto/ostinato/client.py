@@ -66,15 +66,16 @@ class Client:
         key: str = "",
         request_id: str = "",
         required_grade: GradeName | None = None,
+        verify: bool = False,
         timeout: float | None = None,
         **parameters: Unpack[Sampling],
     ) -> generation_pb2.GenerateResponse:
         """All outcomes of a batch, in the order of its prompts. A failed item raises nothing: its result has a status.
 
         With a `key`, the same call again returns the recorded answer. Without one, a lost connection or an expired `timeout`
-        ends the work.
+        ends the work. With `verify`, each answer was made twice, and its result has the verdict in `comparison`.
         """
-        request = requests.batch(prompts, key, request_id, required_grade, parameters)
+        request = requests.batch(prompts, key, request_id, required_grade, parameters, verify=verify)
         return await self._wire.ask(self._wire.stubs(retry=bool(request.idempotency_key)).generation.Generate, request, timeout)
 
     def stream(
@@ -84,11 +85,12 @@ class Client:
         key: str = "",
         request_id: str = "",
         required_grade: GradeName | None = None,
+        verify: bool = False,
         timeout: float | None = None,
         **parameters: Unpack[Sampling],
     ) -> AsyncGenerator[generation_pb2.GenerateEvent, None]:
         """As `generate`, event by event: admitted, tokens, restarted, and one finished or failed for each item."""
-        request = requests.batch(prompts, key, request_id, required_grade, parameters)
+        request = requests.batch(prompts, key, request_id, required_grade, parameters, verify=verify)
         return self._wire.read(
             self._wire.stubs(retry=bool(request.idempotency_key)).generation.GenerateStream, request, timeout
         )

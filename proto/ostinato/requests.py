@@ -66,20 +66,18 @@ def batch(
     request_id: str = "",
     required_grade: GradeName | None = None,
     sampling: Sampling | None = None,
+    verify: bool = False,
 ) -> generation_pb2.GenerateRequest:
     """A GenerateRequest. One given as `prompts` is taken as it is, and nothing may be given beside it."""
     given: Mapping[str, object] = dict(sampling or {})
     if isinstance(prompts, generation_pb2.GenerateRequest):
-        for name, value in {"key": key, "request_id": request_id, "required_grade": required_grade, **given}.items():
-            if value not in ("", None):
+        own = {"key": key, "request_id": request_id, "required_grade": required_grade, "verify": verify, **given}
+        for name, value in own.items():
+            if value not in ("", None, False):
                 raise TypeError(f"{name}: belongs in the GenerateRequest that was given")
         return prompts
-    request = generation_pb2.GenerateRequest(
-        items=items(prompts),
-        idempotency_key=text("key", key),
-        request_id=text("request_id", request_id),
-        required_grade=grade(required_grade),
-    )
+    request = generation_pb2.GenerateRequest(items=items(prompts), required_grade=grade(required_grade), verify=verify)
+    request.idempotency_key, request.request_id = text("key", key), text("request_id", request_id)
     if common := parameters(given):
         request.parameters.CopyFrom(common)
     return request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 from ostinato.errors import OstinatoError
 from ostinato.v1 import types_pb2
@@ -130,12 +131,22 @@ class CallerGone:
     """Cancelled or DeadlineExceeded."""
 
 
+class Urgency(IntEnum):
+    """Which rerun goes first."""
+
+    VERIFY = 0
+    """A caller waits for it. Told before the end of the item's first run, whose room it takes over."""
+    REPLAY = 1
+    BACKGROUND = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Rerun:
     """A run without a number wants room. Ended by RerunLost, or by the run's own end."""
 
     rerun_id: int
     kv_tokens: int
+    urgency: Urgency
     alone: bool = False
     """With nothing beside it, whatever it has to wait for."""
 

@@ -22,7 +22,10 @@ class Bounds:
     """Of one tenant, before they are numbered."""
     numbered_items_max: int = sys.maxsize
     """That are numbered and wait for the engine; more wait before they are."""
-    reruns_max: int = 64
+    reruns_max: int = 256
+    """That wait, of each urgency."""
+    reruns_share: float = 0.25
+    """Of the engine, held at most by runs that no caller of Generate waits for."""
     overdue_seconds: float = 1.0
     """How long past its time a run may be silent before it is given up here."""
     retry_after_seconds: float = 1.0

@@ -1,77 +1,128 @@
-"""Runs without numbers: audits, replays and the like. They wait behind every item and are never recovered."""
+"""Runs without numbers: verifications, replays, audits and canaries. They are never recovered.
+
+1. A verification takes over the room of its item's first run, so nobody waits for it whom that run did not keep waiting.
+2. Every other rerun waits until no item does, and takes only what starts at once in the engine: it is never ahead of an
+   item in the engine's own queue.
+3. Together those hold at most `share` of the engine's runs and of its KV blocks, or one run; a burst of items finds the rest.
+4. Of what waits, the more urgent goes first, and of equals the older.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from ostinato import errors
 
 from sidecar.core import effects as do
 from sidecar.core import events as ev
+from sidecar.core.item import Bounds
 from sidecar.core.window import Window
 
 
-class Reruns:
-    """First in, first out; one that never fits is lost at once."""
+@dataclass(frozen=True, slots=True)
+class Running:
+    rerun: ev.Rerun
+    expires_at: float
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.waiting: dict[int, ev.Rerun] = {}
-        self.running: dict[int, ev.Rerun] = {}
+
+class Reruns:
+    """See the module. One that never fits is lost at once."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self.waiting: dict[ev.Urgency, dict[int, ev.Rerun]] = {urgency: {} for urgency in ev.Urgency}
+        """By rerun_id, the oldest first."""
+        self.running: dict[int, Running] = {}
         """By run_id."""
 
     @property
     def room(self) -> bool:
-        """Whether one more may wait."""
-        return len(self.waiting) < self.most
+        """Whether one more replay may wait."""
+        return len(self.waiting[ev.Urgency.REPLAY]) < self.bounds.reruns_max
 
-    def add(self, rerun: ev.Rerun, window: Window | None, *, draining: bool) -> Iterator[do.Effect]:
-        if draining:
-            yield do.RerunLost(rerun.rerun_id, errors.Draining("the sidecar is draining"))
-        elif window is None:
-            yield do.RerunLost(rerun.rerun_id, errors.EngineUnavailable("no engine is connected"))
-        elif not window.ever_fits(rerun.kv_tokens):
-            yield do.RerunLost(rerun.rerun_id, errors.EngineFailed("needs more KV blocks than the engine has"))
-        elif not self.room:
-            yield do.RerunLost(rerun.rerun_id, errors.QueueFull(f"{self.most} re-runs wait"))
+    def told(self, event: ev.Rerun | ev.DropRerun, window: Window | None, *, draining: bool) -> Iterator[do.Effect]:
+        """One more, or one that nobody wants any more."""
+        if isinstance(event, ev.DropRerun):
+            for queue in self.waiting.values():
+                queue.pop(event.rerun_id, None)
+            running = [run_id for run_id, running in self.running.items() if running.rerun.rerun_id == event.rerun_id]
+            yield from self._cancel(running, window)
+        elif (error := self._refusal(event, window, draining=draining)) is not None:
+            yield do.RerunLost(event.rerun_id, error)
         else:
-            self.waiting[rerun.rerun_id] = rerun
+            self.waiting[event.urgency][event.rerun_id] = event
 
-    def submit(self, window: Window, next_run_id: Callable[[], int], expires_at: float) -> Iterator[do.Effect]:
-        """As many as fit, oldest first."""
-        while self.waiting:
-            rerun = next(iter(self.waiting.values()))
-            if not window.fits(rerun.kv_tokens, alone=rerun.alone):
-                return
-            del self.waiting[rerun.rerun_id]
-            window.take(rerun.kv_tokens, alone=rerun.alone)
-            run_id = next_run_id()
-            self.running[run_id] = rerun
-            yield do.SubmitRerun(run_id, rerun.rerun_id, expires_at)
+    def _refusal(self, rerun: ev.Rerun, window: Window | None, *, draining: bool) -> errors.OstinatoError | None:
+        if draining:
+            return errors.Draining("the sidecar is draining")
+        if window is None:
+            return errors.EngineUnavailable("no engine is connected")
+        if not window.ever_fits(rerun.kv_tokens):
+            return errors.EngineFailed("needs more KV blocks than the engine has")
+        most = self.bounds.reruns_max  # there are as many verifications as runs of items, which are bounded elsewhere
+        if rerun.urgency is not ev.Urgency.VERIFY and len(self.waiting[rerun.urgency]) >= most:
+            return errors.QueueFull(f"{most} re-runs wait")
+        return None
+
+    def verify(self, window: Window, next_run_id: Callable[[], int], now: float) -> Iterator[do.Effect]:
+        """The verifications that fit: before what waits."""
+        queue = self.waiting[ev.Urgency.VERIFY]
+        while queue and window.fits((rerun := next(iter(queue.values()))).kv_tokens):
+            yield self._submit(rerun, window, next_run_id(), now)
+
+    def submit(self, window: Window, next_run_id: Callable[[], int], now: float) -> Iterator[do.Effect]:
+        """The others that may begin: behind what waits."""
+        for urgency in (ev.Urgency.REPLAY, ev.Urgency.BACKGROUND):
+            queue = self.waiting[urgency]
+            while queue:
+                rerun = next(iter(queue.values()))
+                if not self._may_begin(rerun, window):
+                    return
+                yield self._submit(rerun, window, next_run_id(), now)
+
+    def _submit(self, rerun: ev.Rerun, window: Window, run_id: int, now: float) -> do.Effect:
+        del self.waiting[rerun.urgency][rerun.rerun_id]
+        window.take(rerun.kv_tokens, alone=rerun.alone)
+        expires_at = now + self.bounds.item_timeout_seconds
+        self.running[run_id] = Running(rerun, expires_at)
+        return do.SubmitRerun(run_id, rerun.rerun_id, expires_at)
+
+    def _may_begin(self, rerun: ev.Rerun, window: Window) -> bool:
+        share, engine = self.bounds.reruns_share, window.engine
+        held = [r.rerun.kv_tokens for r in self.running.values() if r.rerun.urgency is not ev.Urgency.VERIFY]
+        blocks = sum(map(window.need, held)) + window.need(rerun.kv_tokens)
+        in_share = len(held) < int(share * engine.runs) and blocks <= share * engine.kv_blocks
+        return window.runs < engine.runs and window.fits(rerun.kv_tokens, alone=rerun.alone) and (in_share or not held)
 
     def ended(self, run_id: int, window: Window) -> bool:
         """A run is over; whether it was one of these."""
-        rerun = self.running.pop(run_id, None)
-        if rerun is not None:
-            window.give(rerun.kv_tokens)
-        return rerun is not None
+        running = self.running.pop(run_id, None)
+        if running is not None:
+            window.give(running.rerun.kv_tokens)
+        return running is not None
 
-    def drop(self, rerun_id: int, window: Window | None) -> Iterator[do.Effect]:
-        """Nobody wants it any more."""
-        self.waiting.pop(rerun_id, None)
-        for run_id, rerun in list(self.running.items()):
-            if rerun.rerun_id == rerun_id and window is not None:
-                self.ended(run_id, window)
-                yield do.CancelRun(run_id)
+    def expire(self, now: float, window: Window | None) -> Iterator[do.Effect]:
+        """Give up those that the engine is silent about past their time."""
+        late = {i: r for i, r in self.running.items() if now >= r.expires_at + self.bounds.overdue_seconds}
+        yield from self._cancel(late, window)
+        for running in late.values():
+            yield do.RerunLost(running.rerun.rerun_id, errors.DeadlineExceeded("its time passed and the engine was silent"))
 
     def lose(self, error: errors.OstinatoError, window: Window | None) -> Iterator[do.Effect]:
         """All of them; with no window their runs are lost already."""
-        lost = [*self.running.values(), *self.waiting.values()]
-        for run_id in list(self.running):
-            if window is not None:
-                self.ended(run_id, window)
-                yield do.CancelRun(run_id)
-        self.running.clear()
-        self.waiting.clear()
+        lost = [running.rerun for running in self.running.values()]
+        yield from self._cancel(self.running, window)
+        for queue in self.waiting.values():
+            lost += queue.values()
+            queue.clear()
         for rerun in lost:
             yield do.RerunLost(rerun.rerun_id, error)
+
+    def _cancel(self, run_ids: Iterable[int], window: Window | None) -> Iterator[do.Effect]:
+        for run_id in list(run_ids):
+            if window is None:
+                del self.running[run_id]
+            else:
+                self.ended(run_id, window)
+                yield do.CancelRun(run_id)

@@ -3,7 +3,7 @@
 Invariants, numbered for the tests that attack them:
  1. First submissions leave in ascending order of sequence; of what waits, only the head is ever submitted.
  2. Every numbered item gets exactly one End, and is remembered until that is durable.
- 3. The engine never holds more than its window; nothing overtakes a head that waits for room.
+ 3. The engine never holds more than its window; nothing overtakes a head that waits for room (`reruns` on verifications).
  4. An item is submitted again only after Disconnected, and ends once attempts_max engines were lost under it; from its second
     loss on it runs with nothing beside it, so that a poison item cannot take its neighbours along.
  5. A refused batch leaves no trace. While draining every batch is refused and nothing is submitted a second time.
@@ -35,7 +35,7 @@ class Sequencer:
         """By sequence: admitted, outcome not durable yet."""
         self.waiting: dict[int, Item] = {}
         """The part of them that waits for room, ascending."""
-        self.reruns = Reruns(bounds.reruns_max)
+        self.reruns = Reruns(bounds)
         self.window: Window | None = None
         """None: no engine is connected."""
         self.draining = False
@@ -89,12 +89,11 @@ class Sequencer:
                     yield from self._end(item, errors.Cancelled("cancelled on request"))
             case ev.CallerGone(ticket, error):
                 yield from self._caller_gone(ticket, error)
-            case ev.Rerun():
-                yield from self.reruns.add(event, self.window, draining=self.draining)
-            case ev.DropRerun(rerun_id):
-                yield from self.reruns.drop(rerun_id, self.window)
+            case ev.Rerun() | ev.DropRerun():
+                yield from self.reruns.told(event, self.window, draining=self.draining)
             case ev.Tick():
                 yield from self._expire(now)
+                yield from self.reruns.expire(now, self.window)
             case ev.Drain() | ev.DrainEnd():
                 self.draining = True
                 yield from self.reruns.lose(errors.Draining("the sidecar is draining"), self.window)
@@ -104,8 +103,7 @@ class Sequencer:
     # ---- numbers
 
     def _admit(self, admit: ev.Admit) -> do.Effect:
-        error = refusal(admit, self.window, self.queued, self.bounds, draining=self.draining)
-        if error is not None:
+        if (error := refusal(admit, self.window, self.queued, self.bounds, draining=self.draining)) is not None:
             return do.Refuse(admit.ticket, error)
         self._batches.open(admit)
         return do.AppendAdmission(admit.ticket)
@@ -133,17 +131,18 @@ class Sequencer:
     # ---- runs
 
     def _submit_what_fits(self, now: float) -> Iterator[do.Effect]:
-        while self.window is not None and self.waiting:
+        if self.window is None:
+            return
+        yield from self.reruns.verify(self.window, self._next_run_id, now)
+        while self.waiting:
             head = next(iter(self.waiting.values()))
-            error = unfit(head, self.window)
-            if error is not None:
+            if (error := unfit(head, self.window)) is not None:
                 yield from self._end(head, error)
             elif self.window.fits(head.need.kv_tokens, alone=head.suspect):
                 yield self._submit(head, self.window, now)
             else:
                 return
-        if self.window is not None:
-            yield from self.reruns.submit(self.window, self._next_run_id, now + self.bounds.item_timeout_seconds)
+        yield from self.reruns.submit(self.window, self._next_run_id, now)
 
     def _submit(self, item: Item, window: Window, now: float) -> do.Effect:
         del self.waiting[item.sequence]
@@ -229,8 +228,7 @@ class Sequencer:
 
     def _expire(self, now: float) -> Iterator[do.Effect]:
         for item in list(self.items.values()):
-            why = item.overdue(now, self.bounds.overdue_seconds)
-            if why:
+            if why := item.overdue(now, self.bounds.overdue_seconds):
                 yield from self._end(item, errors.DeadlineExceeded(why))
 
     def _abandon(self) -> Iterator[do.Effect]:

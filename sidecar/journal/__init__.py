@@ -41,14 +41,17 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """A comparison's verdict about an item."""
+    """A comparison's verdict about an item. One of kind VERIFY belongs to the item's answer: `ItemEntries.verified`."""
 
     admitted: types_pb2.EntryHeader
+    """Of a canary, which was never admitted: only seed and input_digest are set."""
     comparison: types_pb2.Comparison
     fingerprint_digest: bytes = b""
     """Of the second run."""
     grade: types_pb2.Grade.ValueType = types_pb2.GRADE_UNSPECIFIED
     """What was promised: that of the item's COMPLETED entry, unless the second run's was lower."""
+    canary: str = ""
+    """Its name; empty: it is about an item."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,8 @@ class ItemEntries:
 
     admitted: Sealed
     outcome: Sealed | None = None
+    verified: Sealed | None = None
+    """The AUDITED entry of kind VERIFY."""
 
 
 @dataclass(frozen=True, slots=True)

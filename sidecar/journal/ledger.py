@@ -74,6 +74,8 @@ class Ledger:
         """The keys that were bound, with what they stand for."""
         self.notes: dict[str, bytes] = {}
         """By name; a later one has replaced an earlier one."""
+        self.verified: list[types_pb2.EntryHeader] = []
+        """Of the AUDITED entries of kind VERIFY, which a backend finds by their sequence."""
         self._bindings = dict(known.bindings)
         self._unfinished = set(known.unfinished)
         self._twins = dict(known.twins)
@@ -173,9 +175,16 @@ class Ledger:
 
     def _audit(self, audit: Audit) -> Sealed:
         assert audit.comparison.sequence == audit.admitted.sequence
-        header = self._about(audit.admitted, types_pb2.ENTRY_KIND_AUDITED, audit.fingerprint_digest)
+        if audit.canary:
+            header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_AUDITED, fingerprint_digest=audit.fingerprint_digest)
+            header.seed, header.input_digest = audit.admitted.seed, audit.admitted.input_digest
+        else:
+            header = self._about(audit.admitted, types_pb2.ENTRY_KIND_AUDITED, audit.fingerprint_digest)
         header.grade = audit.grade
-        return self._seal(header, sequencer_pb2.AuditedPayload(comparison=audit.comparison))
+        sealed = self._seal(header, sequencer_pb2.AuditedPayload(comparison=audit.comparison, canary=audit.canary))
+        if audit.comparison.kind == types_pb2.COMPARISON_KIND_VERIFY:
+            self.verified.append(sealed.header)
+        return sealed
 
     def _about(
         self, admitted: types_pb2.EntryHeader, kind: types_pb2.EntryKind.ValueType, fingerprint_digest: bytes

@@ -57,7 +57,12 @@ _SECOND = """
 CREATE TABLE notes (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT, WITHOUT ROWID;
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND)
+_THIRD = """
+-- The AUDITED entry of kind VERIFY: part of the item's answer.
+ALTER TABLE items ADD COLUMN verified INTEGER;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD)
 """The n-th makes version n of version n - 1, in the transaction that opens the journal. Never edit one that was released."""
 
 

@@ -128,7 +128,9 @@ class SqliteJournal:
             admitted = self._tables.admitted(first, min(last, NUMBER_MAX), limit)
             last = admitted[-1].header.sequence if admitted else 0
             ended = {outcome.header.sequence: outcome for outcome in self._tables.outcomes(first, last)}
-        return [ItemEntries(item, ended.get(item.header.sequence)) for item in admitted]
+            verified = {audited.header.sequence: audited for audited in self._tables.verified(first, last)}
+        numbers = [(item, item.header.sequence) for item in admitted]
+        return [ItemEntries(item, ended.get(number), verified.get(number)) for item, number in numbers]
 
     def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
         """Consecutive entries, at most limit; empty beyond the head."""

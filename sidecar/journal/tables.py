@@ -21,6 +21,7 @@ _NEWEST = "SELECT * FROM sealed ORDER BY entry_index DESC LIMIT 1"
 _ADMITTED = """SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted
   WHERE sequence BETWEEN ? AND ? ORDER BY sequence LIMIT ?"""
 _OUTCOMES = "SELECT sealed.* FROM items JOIN sealed ON entry_index = outcome WHERE sequence BETWEEN ? AND ?"
+_VERIFIED = "SELECT sealed.* FROM items JOIN sealed ON entry_index = verified WHERE sequence BETWEEN ? AND ?"
 _UNFINISHED = "SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted WHERE outcome IS NULL ORDER BY sequence"
 _STILL_UNFINISHED = "SELECT sequence FROM items WHERE outcome IS NULL AND sequence IN carray(?)"
 _TWINS = "SELECT sealed.* FROM twins JOIN sealed USING (entry_index) WHERE input_digest IN carray(?) ORDER BY entry_index"
@@ -62,6 +63,9 @@ class Tables:
 
     def outcomes(self, first: int, last: int) -> list[Sealed]:
         return self._sealed(_OUTCOMES, first, last)
+
+    def verified(self, first: int, last: int) -> list[Sealed]:
+        return self._sealed(_VERIFIED, first, last)
 
     def unfinished(self) -> list[Sealed]:
         return self._sealed(_UNFINISHED)
@@ -105,6 +109,7 @@ class Tables:
         )
         ended = [e.header for e in entries if e.header.kind in OUTCOMES]
         many("UPDATE items SET outcome = ? WHERE sequence = ?", [(h.index, h.sequence) for h in ended])
+        many("UPDATE items SET verified = ? WHERE sequence = ?", [(h.index, h.sequence) for h in ledger.verified])
         many(_END_KEYED, [(h.first_sequence, h.time_unix_millis + key_ttl_millis) for h in ended])
         many(
             "INSERT OR IGNORE INTO twins VALUES (?, ?, ?)",

@@ -14,6 +14,7 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from ostinato import errors
+from ostinato.chain import OUTCOMES
 from ostinato.digest import fingerprint_digest, model_digest
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 from ostinato.v1.engine_pb2 import RunEvent, Submit
@@ -192,9 +193,8 @@ class Stage:
         assert list(good.results[0].output.token_ids) == answer(self.fake.submits[-1]), good
         outcomes: dict[int, list[str]] = {number: [] for number in range(1, good.stamp.first_sequence + 1)}
         async for entry in self.door.client.tail():
-            name = types_pb2.EntryKind.Name(entry.header.kind)
-            if name not in ("ENTRY_KIND_OPENED", "ENTRY_KIND_ADMITTED", "ENTRY_KIND_AUDITED"):
-                outcomes[entry.header.sequence].append(name)
+            if entry.header.kind in OUTCOMES:
+                outcomes[entry.header.sequence].append(types_pb2.EntryKind.Name(entry.header.kind))
         assert {number: said for number, said in outcomes.items() if len(said) != 1} == {}
         assert (await self.door.client.head()).unfinished == 0
 

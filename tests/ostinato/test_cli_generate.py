@@ -91,6 +91,20 @@ def test_what_else_is_said_is_sent(ostinato: Terminal) -> None:
     assert call.seconds_left == pytest.approx(20, abs=3)
 
 
+def test_verified_answers_are_counted(ostinato: Terminal) -> None:
+    """--verify asks for second runs, says what came of them, and fails if one differs."""
+    results = [
+        types_pb2.Result(sequence=n, output=types_pb2.Output(), comparison=types_pb2.Comparison(verdict=verdict))  # type: ignore[arg-type]
+        for n, verdict in enumerate([1, 1, 2, 0], start=1)
+    ]
+    ostinato.fake.script["Generate"].append(generation_pb2.GenerateResponse(results=results))
+
+    result = ostinato("generate", "a", "--verify")
+
+    assert ostinato.sent[0].verify
+    assert (result.exit_code, result.stderr) == (1, "verified: 2 match, 1 diverged, 1 not compared\n")
+
+
 def test_stdin_is_a_prompt_a_line(ostinato: Terminal) -> None:
     """- reads prompts from stdin; only a line feed ends one, and blank lines are none."""
     ostinato.lines("generate", "first", "-", "last", stdin="a\r\n\n  \nb\u2028c\n")

@@ -70,9 +70,9 @@ def ended(admitted: Sealed, kind: types_pb2.EntryKind.ValueType = types_pb2.ENTR
     return Outcome(admitted.header, kind, attempt, payload, FINGERPRINT)
 
 
-def audit(admitted: Sealed) -> Audit:
+def audit(admitted: Sealed, kind: types_pb2.ComparisonKind.ValueType = types_pb2.COMPARISON_KIND_AUDIT) -> Audit:
     """A verdict about an item."""
-    verdict = types_pb2.Comparison(sequence=admitted.header.sequence, verdict=types_pb2.VERDICT_MATCH)
+    verdict = types_pb2.Comparison(sequence=admitted.header.sequence, kind=kind, verdict=types_pb2.VERDICT_MATCH)
     return Audit(admitted.header, verdict, FINGERPRINT)
 
 

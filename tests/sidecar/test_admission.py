@@ -11,7 +11,7 @@ from ostinato.digest import request_digest
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 from ostinato.wire import RESPONSE_BYTES_METADATA
 
-from sidecar.admission import STAMP_BYTES, check, check_size, draft, response_bytes_max
+from sidecar.admission import STAMP_BYTES, VERDICT_BYTES, check, check_size, draft, response_bytes_max
 from sidecar.config import Settings
 
 SETTINGS = Settings(max_response_bytes=4096, response_bytes_ceiling=8192, batch_items_max=2)
@@ -85,13 +85,6 @@ def test_everything_wrong_is_named() -> None:
     assert fields(Request(request_id="x" * 257, required_grade=-1)) == ["items", "request_id", "required_grade"]  # type: ignore[arg-type]
 
 
-def test_verify_is_not_built() -> None:
-    """A good request that wants verify is UNIMPLEMENTED; a bad one is bad first."""
-    with pytest.raises(errors.NotBuilt):
-        check(Request(items=[ITEM], verify=True), SETTINGS)
-    assert fields(Request(verify=True)) == ["items"]
-
-
 # ---- once it is prepared
 
 PREPARED = engine_pb2.PrepareResponse(
@@ -113,6 +106,9 @@ def test_an_answer_that_may_be_too_large() -> None:
     with pytest.raises(errors.InvalidRequest, match="3512 bytes, the client reads 3511") as caught:
         check_size(PREPARED, STAMP_BYTES + 2999)
     assert [violation.field for violation in caught.value.violations] == ["items"]
+    check_size(PREPARED, STAMP_BYTES + 3000 + 2 * VERDICT_BYTES, verify=True)
+    with pytest.raises(errors.InvalidRequest):
+        check_size(PREPARED, STAMP_BYTES + 2999 + 2 * VERDICT_BYTES, verify=True)
 
 
 def test_a_draft_has_all_that_a_rerun_needs() -> None:

@@ -13,7 +13,7 @@ from ostinato.chain import GENESIS, OUTCOMES, payload_digest
 from ostinato.digest import derived_seed, input_digest, output_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal import Appended, Journal, JournalBroken, Note, Opened, Sealed
+from sidecar.journal import Appended, Audit, Journal, JournalBroken, Note, Opened, Sealed
 from sidecar.journal.grouped import GroupedJournal
 from sidecar.journal.verify import verify
 from tests.sidecar.journal_kit import (
@@ -168,6 +168,28 @@ async def test_audited(using: Open) -> None:
     assert sequencer_pb2.AuditedPayload.FromString(entry.payload).comparison.verdict == types_pb2.VERDICT_MATCH
     assert (await using.journal.items(1, 1, 1))[0].outcome is None
     assert sequences(await using.admit(item())) == [2]
+
+
+async def test_verified(using: Open) -> None:
+    """A verdict of kind VERIFY is found with its item; those of other kinds are not part of it."""
+    (first, second) = (await using.journal.append(admission(item(1), item(2)))).entries
+    await using.journal.append(completed(first))
+    await using.journal.append(audit(first, types_pb2.COMPARISON_KIND_REPLAY))
+    (verified,) = (await using.journal.append(audit(first, types_pb2.COMPARISON_KIND_VERIFY))).entries
+
+    assert [each.verified for each in await using.journal.items(1, 2, 2)] == [verified, None]
+    assert second.header.sequence == 2
+
+
+async def test_a_canarys_verdict(using: Open) -> None:
+    """It names no item, bears the canary's name, and leaves a chain that verifies."""
+    comparison = types_pb2.Comparison(kind=types_pb2.COMPARISON_KIND_CANARY, verdict=types_pb2.VERDICT_MATCH)
+    header = types_pb2.EntryHeader(seed=5, input_digest=b"i" * 32)
+    (entry,) = (await using.journal.append(Audit(header, comparison, b"f" * 32, canary="short"))).entries
+
+    assert (entry.header.sequence, entry.header.seed, entry.header.input_digest) == (0, 5, b"i" * 32)
+    assert sequencer_pb2.AuditedPayload.FromString(entry.payload).canary == "short"
+    await assert_sound(using.journal)
 
 
 async def test_notes(store: SqliteStore) -> None:

@@ -110,12 +110,14 @@ def test_an_older_version_is_brought_up(store: SqliteStore) -> None:
     """A journal of the first version opens, keeps its record, and can do what only a newer one can."""
     with store.opened() as journal:
         journal.append_many([admission()], store.clock.millis)
-        journal._db.execute("DROP TABLE notes")
+        journal._db.execute("DROP TABLE notes; ALTER TABLE items DROP COLUMN verified")
         journal._db.pragma("user_version", 1)
     with store.opened() as journal:
         assert sequences(journal.entries(1, 10, payloads=True)) == [0, 1, 0]
         journal.append_many([Note("name", b"value")], store.clock.millis)
         assert journal.notes("n") == {"name": b"value"}
+        (item,) = journal.items(1, 1, 1)
+        assert item.verified is None
 
 
 def test_foreign_files(store: SqliteStore) -> None:

@@ -10,8 +10,8 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal import Head, ItemEntries, Outcome, Sealed
 from sidecar.journal.ledger import Known, Ledger
-from sidecar.results import ended_payload, outcome_kind, record_of, response_of, result_of, stamp_of
-from tests.sidecar.journal_kit import LOG_ID, admission, completed, item
+from sidecar.results import answer_of, ended_payload, outcome_kind, record_of, response_of, result_of, stamp_of
+from tests.sidecar.journal_kit import LOG_ID, admission, audit, completed, ended, item
 
 TIMING = types_pb2.Timing(queue_micros=1, first_token_micros=2, total_micros=3)
 
@@ -134,3 +134,23 @@ def test_a_record() -> None:
     assert (record.outcome, record.fingerprint) == (sealed.header, known)
     assert record.input.SerializeToString(deterministic=True) == admitted.payload
     assert record.result == result_of(sealed)
+
+
+def test_a_verdict_that_was_asked_for() -> None:
+    """Where the journal has it, it is part of the answer; where it was asked for and is not there, the answer says so, always
+    in the same words; an item that failed, or that nobody wanted verified, has none."""
+    made = ledger()
+    asked = item(1, 2, seed=5)
+    asked.verify = True
+    (admitted,) = made.append(admission(asked)).entries
+    (sealed,) = ledger(made.head, 1).append(completed(admitted)).entries
+    (verified,) = ledger(made.head).append(audit(admitted, types_pb2.COMPARISON_KIND_VERIFY)).entries
+
+    assert answer_of(ItemEntries(admitted, sealed, verified)).comparison.verdict == types_pb2.VERDICT_MATCH
+    without = [answer_of(ItemEntries(admitted, sealed)).comparison for _ in range(2)]
+    assert without[0].SerializeToString(deterministic=True) == without[1].SerializeToString(deterministic=True)
+    assert (without[0].sequence, without[0].verdict) == (1, types_pb2.VERDICT_UNSPECIFIED)
+    assert errors.from_status(without[0].status).reason == "ABANDONED"
+    (failed,) = ledger(made.head, 1).append(ended(admitted)).entries
+    assert not answer_of(ItemEntries(admitted, failed)).HasField("comparison")
+    assert not answer_of(ItemEntries(*entries())).HasField("comparison")

@@ -347,28 +347,12 @@ def test_drain_without_an_engine() -> None:
     assert made == [do.Drained()]
 
 
-def test_reruns_wait_behind_items() -> None:
-    """Runs without a number wait behind every item, take room, and are lost with the engine."""
-    edge = connected(runs=1)
-    edge.admit(need(), need(), need())
-    edge.tell(ev.Rerun(1, 8))
-    edge.tell(ev.Rerun(2, 8))
-
-    assert not reruns(edge)
-    edge.finish(1)
-    edge.finish(2)
-    (first,) = reruns(edge)
-    assert first.rerun_id == 1
-    made = edge.tell(ev.Disconnected())
-    assert {effect.rerun_id for effect in made if isinstance(effect, do.RerunLost)} == {1, 2}
-
-
 def test_a_rerun_alone_has_nothing_beside_it() -> None:
     """It waits until nothing runs or waits, and what comes then waits for its end, items and re-runs alike."""
     edge = connected(runs=4)
     edge.admit(need())
-    edge.tell(ev.Rerun(1, 8, alone=True))
-    edge.tell(ev.Rerun(2, 8))
+    edge.tell(ev.Rerun(1, 8, ev.Urgency.REPLAY, alone=True))
+    edge.tell(ev.Rerun(2, 8, ev.Urgency.REPLAY))
 
     assert not reruns(edge)
     edge.finish(1)
@@ -386,23 +370,45 @@ def reruns(edge: Edge) -> list[do.SubmitRerun]:
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Whatever happens in whatever order: one End for each number, in-order first submissions, a window that holds."""
+    """Whatever happens in whatever order: one End for each number, in-order first submissions, a window that holds, and reruns
+    that never take what an item waits for."""
 
     tickets = Bundle("tickets")
 
-    @initialize(runs=st.integers(1, 4), blocks=st.integers(1, 12))
-    def start(self, runs: int, blocks: int) -> None:
+    @initialize(runs=st.integers(1, 4), blocks=st.integers(1, 12), share=st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+    def start(self, runs: int, blocks: int, share: float) -> None:
         self.runs, self.blocks = runs, blocks
-        self.edge = Edge(Sequencer(Bounds(64, 0, 3, 10.0)))
+        self.edge = Edge(Sequencer(Bounds(64, 0, 3, 10.0, reruns_max=4, reruns_share=share)))
         self.numbering: list[tuple[int, int]] = []
         self.waiting_for_disk: list[int] = []
-        self.seen = 0
         self.reruns = 0
 
     def tell(self, event: ev.Event) -> None:
+        core = self.edge.core
         for effect in self.edge.tell(event):
             if isinstance(effect, do.End):
                 self.waiting_for_disk.append(effect.sequence)
+            if isinstance(effect, do.SubmitRerun):
+                assert effect.run_id in core.reruns.running
+                background = core.reruns.running[effect.run_id].rerun.urgency is not ev.Urgency.VERIFY
+                assert not (background and core.waiting)
+                assert not background or (core.window is not None and core.window.runs <= core.window.engine.runs)
+
+    @rule(size=st.integers(1, 40), urgency=st.sampled_from(ev.Urgency), alone=st.booleans())
+    def rerun(self, size: int, urgency: ev.Urgency, alone: bool) -> None:
+        self.reruns += 1
+        self.tell(ev.Rerun(self.reruns, size, urgency, alone and urgency is not ev.Urgency.VERIFY))
+
+    @rule(data=st.data())
+    def drop_rerun(self, data: st.DataObject) -> None:
+        self.tell(ev.DropRerun(data.draw(st.integers(0, self.reruns))))
+
+    @rule(data=st.data(), failed=st.booleans())
+    def rerun_ends(self, data: st.DataObject, failed: bool) -> None:
+        running = sorted(self.edge.core.reruns.running)
+        if running:
+            run_id = data.draw(st.sampled_from(running))
+            self.tell(ev.Failed(run_id, errors.EngineFailed("no")) if failed else ev.Finished(run_id, EXACT))
 
     @rule(target=tickets, sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), keyed=st.booleans())
     def admit(self, sizes: list[int], keyed: bool) -> int:
@@ -464,21 +470,6 @@ class AnyOrder(RuleBasedStateMachine):
         elif what == "finished":
             self.tell(ev.Finished(item.run_id, EXACT))
 
-    @rule(tokens=st.integers(1, 40), alone=st.booleans())
-    def rerun(self, tokens: int, alone: bool) -> None:
-        self.reruns += 1
-        self.tell(ev.Rerun(self.reruns, tokens, alone))
-
-    @rule(data=st.data(), what=st.sampled_from(["finished", "failed", "dropped"]))
-    def rerun_ends(self, data: st.DataObject, what: str) -> None:
-        if not self.edge.core.reruns.running:
-            return
-        run_id, rerun = data.draw(st.sampled_from(list(self.edge.core.reruns.running.items())))
-        if what == "dropped":
-            self.tell(ev.DropRerun(rerun.rerun_id))
-        else:
-            self.tell(ev.Finished(run_id, EXACT) if what == "finished" else ev.Failed(run_id, errors.EngineFailed("no")))
-
     @rule()
     def drain(self) -> None:
         self.tell(ev.Drain())
@@ -510,11 +501,23 @@ class AnyOrder(RuleBasedStateMachine):
         if window is None:
             return
         running = [i for i in self.edge.core.items.values() if i.phase in (Phase.SUBMITTED, Phase.STARTED)]
-        beside = list(self.edge.core.reruns.running.values())
-        tokens = [*(item.need.kv_tokens for item in running), *(rerun.kv_tokens for rerun in beside)]
-        assert window.runs == len(tokens) <= window.runs_max
-        assert window.blocks == sum(map(window.need, tokens)) <= window.engine.kv_blocks
-        assert not any((*(item.suspect for item in running), *(rerun.alone for rerun in beside))) or len(tokens) == 1
+        reruns = [each.rerun for each in self.edge.core.reruns.running.values()]
+        kv_tokens = [*(item.need.kv_tokens for item in running), *(rerun.kv_tokens for rerun in reruns)]
+        assert window.runs == len(kv_tokens) <= window.runs_max
+        assert window.blocks == sum(map(window.need, kv_tokens)) <= window.engine.kv_blocks
+        assert not any((*(item.suspect for item in running), *(rerun.alone for rerun in reruns))) or len(kv_tokens) == 1
+
+    @invariant()
+    def reruns_keep_to_their_share(self) -> None:
+        window, reruns = self.edge.core.window, self.edge.core.reruns
+        if window is None:
+            assert not reruns.running
+            assert not any(reruns.waiting.values())
+            return
+        held = [each.rerun.kv_tokens for each in reruns.running.values() if each.rerun.urgency is not ev.Urgency.VERIFY]
+        if len(held) > 1:
+            assert len(held) <= reruns.bounds.reruns_share * window.engine.runs
+            assert sum(map(window.need, held)) <= reruns.bounds.reruns_share * window.engine.kv_blocks
 
 
 TestAnyOrder = AnyOrder.TestCase

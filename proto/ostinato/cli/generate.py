@@ -40,6 +40,7 @@ def generate(
     require_grade: Annotated[
         str | None, typer.Option(metavar="exact|serial|best-effort", help="Refuse to answer below this grade.")
     ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Make each answer twice, and fail if one differs.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Show the tokens of one prompt as they come.")] = False,
     progress: Annotated[bool | None, typer.Option(help="Progress on stderr. Default: if it is a terminal.")] = None,
     max_response_bytes: Annotated[
@@ -86,7 +87,7 @@ def generate(
         "response_format": options.response_format(json_schema, regex),
     }
     with usage():
-        common = requests.batch([wanted[0].item], key, request_id, require_grade, sampling)
+        common = requests.batch([wanted[0].item], key, request_id, require_grade, sampling, verify=verify)
     if stream:
         if len(wanted) > 1:
             raise typer.BadParameter(f"--stream: shows one prompt, not {len(wanted)}")
@@ -122,7 +123,9 @@ async def _generate(
         finally:
             if results and not session.json:
                 show.table(show.RESULT_COLUMNS, map(show.result, results))
-    return all(result.HasField("output") for result in results)
+                if common.verify:
+                    show.note(f"verified: {show.verdicts(results)}")
+    return all(result.HasField("output") and result.comparison.verdict != types_pb2.VERDICT_DIVERGED for result in results)
 
 
 def _read(texts: Sequence[str], file: Path | None) -> Iterator[Prompt]:

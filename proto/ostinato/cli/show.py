@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -142,6 +143,12 @@ def failure(error: errors.OstinatoError, target: str) -> None:
 def visible(text: str) -> str:
     """The text in one line, with nothing in it that a terminal would obey."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def verdicts(results: Iterable[types_pb2.Result]) -> str:
+    """How many of each, such as "2 match, 1 diverged"."""
+    counts = Counter(word(each.comparison, "verdict") for each in results if each.HasField("comparison"))
+    return ", ".join(f"{count} {'not compared' if name == 'unspecified' else name}" for name, count in counts.items()) or "none"
 
 
 def word(message: Message, field: str) -> str:

@@ -41,8 +41,8 @@ class GenerateRequest(_message.Message):
     required_grade: _types_pb2.Grade.ValueType
     """Refuse (GRADE_NOT_EARNED) or fail an item (GRADE_LOST) rather than answer below this grade."""
     verify: _builtins.bool
-    """Run each item again before answering; the first run is the answer, the verdict is in the result. Not built yet: refused
-    with UNIMPLEMENTED.
+    """Run each item again before answering; the first run is the answer, the verdict is in Result.comparison. Twice the work. A
+    second run that cannot be had (the sidecar drains, the engine is lost) costs the verdict, never the answer.
     """
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Item]:

@@ -263,6 +263,7 @@ class AdmittedPayload(_message.Message):
     REQUIRED_GRADE_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    VERIFY_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """The seed in effect."""
     seed_derived: _builtins.bool
@@ -277,6 +278,8 @@ class AdmittedPayload(_message.Message):
     """As PrepareResponse.model_digest: another model or tokenizer cannot take the item over."""
     tenant: _builtins.str
     """Whose item it is; empty where there are no credentials."""
+    verify: _builtins.bool
+    """Whether the client asked for a second run before its answer."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -294,10 +297,11 @@ class AdmittedPayload(_message.Message):
         required_grade: _types_pb2.Grade.ValueType = ...,
         model_digest: _builtins.bytes = ...,
         tenant: _builtins.str = ...,
+        verify: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_key", b"idempotency_key", "model_digest", b"model_digest", "parameters", b"parameters", "request_digest", b"request_digest", "request_id", b"request_id", "required_grade", b"required_grade", "seed", b"seed", "seed_derived", b"seed_derived", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_key", b"idempotency_key", "model_digest", b"model_digest", "parameters", b"parameters", "request_digest", b"request_digest", "request_id", b"request_id", "required_grade", b"required_grade", "seed", b"seed", "seed_derived", b"seed_derived", "tenant", b"tenant", "token_ids", b"token_ids", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -388,16 +392,20 @@ class AuditedPayload(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COMPARISON_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
+    canary: _builtins.str
+    """The name of the canary that it is about, else empty."""
     @_builtins.property
     def comparison(self) -> _types_pb2.Comparison: ...
     def __init__(
         self,
         *,
         comparison: _types_pb2.Comparison | None = ...,
+        canary: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "comparison", b"comparison"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -109,23 +109,25 @@ class _Verdict:
 class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdict.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     VERDICT_UNSPECIFIED: _Verdict.ValueType  # 0
+    """None: there was no second output; Comparison.status says why."""
     VERDICT_MATCH: _Verdict.ValueType  # 1
     """Same input, same fingerprint, same output."""
     VERDICT_DIVERGED: _Verdict.ValueType  # 2
     """Same input, same fingerprint, another output: nondeterminism."""
     VERDICT_INCOMPARABLE: _Verdict.ValueType  # 3
-    """Inputs or fingerprints differ, or one run made no output: nothing is said about determinism (drift is not divergence)."""
+    """Inputs or fingerprints differ: nothing is said about determinism (drift is not divergence)."""
 
 class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper):
     """What became of a comparison of two runs."""
 
 VERDICT_UNSPECIFIED: Verdict.ValueType  # 0
+"""None: there was no second output; Comparison.status says why."""
 VERDICT_MATCH: Verdict.ValueType  # 1
 """Same input, same fingerprint, same output."""
 VERDICT_DIVERGED: Verdict.ValueType  # 2
 """Same input, same fingerprint, another output: nondeterminism."""
 VERDICT_INCOMPARABLE: Verdict.ValueType  # 3
-"""Inputs or fingerprints differ, or one run made no output: nothing is said about determinism (drift is not divergence)."""
+"""Inputs or fingerprints differ: nothing is said about determinism (drift is not divergence)."""
 Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
 
 class _ComparisonKind:
@@ -190,7 +192,7 @@ class _EntryKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EntryKind.V
     ENTRY_KIND_ABANDONED: _EntryKind.ValueType  # 6
     """Recovery, or the end of a drain, found it unfinished and without a key."""
     ENTRY_KIND_AUDITED: _EntryKind.ValueType  # 7
-    """A comparison's verdict about an item."""
+    """A comparison's verdict about an item, or about a canary."""
 
 class EntryKind(_EntryKind, metaclass=_EntryKindEnumTypeWrapper):
     """What an entry of the journal records."""
@@ -209,7 +211,7 @@ ENTRY_KIND_CANCELLED: EntryKind.ValueType  # 5
 ENTRY_KIND_ABANDONED: EntryKind.ValueType  # 6
 """Recovery, or the end of a drain, found it unfinished and without a key."""
 ENTRY_KIND_AUDITED: EntryKind.ValueType  # 7
-"""A comparison's verdict about an item."""
+"""A comparison's verdict about an item, or about a canary."""
 Global___EntryKind: _TypeAlias = EntryKind  # noqa: Y015
 
 @_typing.final
@@ -810,7 +812,7 @@ class EntryHeader(_message.Message):
     writer: _builtins.str
     epoch: _builtins.int
     sequence: _builtins.int
-    """The item this entry is about; 0 in OPENED."""
+    """The item this entry is about; 0 in OPENED, and in AUDITED about a canary."""
     first_sequence: _builtins.int
     """The batch the item belongs to, as in Stamp."""
     count: _builtins.int
@@ -921,7 +923,7 @@ class Result(_message.Message):
     def timing(self) -> Global___Timing: ...
     @_builtins.property
     def comparison(self) -> Global___Comparison:
-        """With GenerateRequest.verify only."""
+        """With GenerateRequest.verify and an output only: of kind VERIFY."""
 
     def __init__(
         self,
@@ -967,7 +969,7 @@ class Comparison(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     EXPECTED_SEQUENCE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """The item whose input was run twice."""
+    """The item whose input was run twice; 0 for a canary."""
     kind: Global___ComparisonKind.ValueType
     verdict: Global___Verdict.ValueType
     first_difference: _builtins.int
@@ -1004,7 +1006,7 @@ class Comparison(_message.Message):
 
     @_builtins.property
     def status(self) -> _status_pb2.Status:
-        """INCOMPARABLE because the second run failed: why."""
+        """Why there is no verdict: the second run made no output, or there was none."""
 
     def __init__(
         self,
