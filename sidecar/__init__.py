@@ -9,7 +9,8 @@
     link                  the one ordered stream to the service
     outcomes              from an item's end to what its callers are told
     rerunner, recheck     runs without numbers, and what compares them with the record
-    replay                a range of the journal, run again
+    replay, audit, watch  who asks for them: an operator, a lot, the clock (canaries)
+    shadow                a second service that gets a share of the work
     collisions, sampling  what an outcome says beside its output
     divergence/           verdicts, counted and judged
     journal/              what is durable

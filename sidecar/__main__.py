@@ -24,6 +24,9 @@ from ostinato.v1 import engine_pb2
 from ostinato.v1.generation_pb2_grpc import add_GenerationServicer_to_server
 from ostinato.v1.sequencer_pb2_grpc import add_SequencerServicer_to_server
 
+from sidecar import canaries
+from sidecar.audit import Auditor
+from sidecar.canaries import Canary
 from sidecar.config import Settings
 from sidecar.core import events as ev
 from sidecar.core.sequencer import Sequencer
@@ -38,6 +41,8 @@ from sidecar.link import EngineLink
 from sidecar.metrics import Metrics
 from sidecar.observer import Observer
 from sidecar.reading import SequencerServicer
+from sidecar.shadow import Shadow
+from sidecar.watch import Watch
 
 log = logging.getLogger("sidecar")
 
@@ -56,6 +61,7 @@ class Sidecar:
         self.settings = settings
         self.numbers = numbers
         self.credentials = credentials_of(settings)
+        watched = read_canaries(settings)
         self.book = Book(settings.writer)
         self.observer = Observer(Metrics(numbers), self.book.not_compared)
         numbers.register(Numbers(lambda: self.book.tally))
@@ -65,6 +71,9 @@ class Sidecar:
         )
         self.link = EngineLink(settings.engine, settings.reconnect_seconds)
         self.dispatcher = Dispatcher(Sequencer(settings.bounds), self.journal, self.link, self.observer, time.monotonic)
+        self.auditor = Auditor(self.dispatcher, settings)
+        self.shadow = Shadow(self.dispatcher, settings) if settings.shadow else None
+        self.watch = Watch(self.dispatcher, watched, settings.canary_seconds)
         self.server = Server(
             settings.listen,
             registry=numbers,
@@ -82,6 +91,7 @@ class Sidecar:
         await self.dispatcher.fingerprints.load()
         await self.book.restore(self.journal)
         self.dispatcher.recover(self.opened.unfinished, self.opened.head.epoch)
+        await self.auditor.read_back()
         await self.server.start()
         listening = {"addresses": ",".join(self.server.addresses), "health_address": self.server.health_address}
         log.info("listening", extra={**listening, "epoch": self.opened.head.epoch})
@@ -95,6 +105,7 @@ class Sidecar:
             self.dispatcher.broken,
             self.journal.broken,
         ]
+        shadowing = asyncio.create_task(self.shadow.run(self._hello)) if self.shadow is not None else None
         done, pending = await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
         code = program.DRAINED
         if stop.is_set():
@@ -105,6 +116,9 @@ class Sidecar:
             code = program.FAILED
         await self.server.stop(grace=1.0 if code == program.DRAINED else 0.0)
         await self.link.close()
+        if self.shadow is not None and shadowing is not None:
+            await self.shadow.close()
+            pending.add(shadowing)
         for task in pending:
             task.cancel()
         with contextlib.suppress(JournalBroken):
@@ -127,6 +141,10 @@ class Sidecar:
         serving = False
         while True:
             self.dispatcher.tell(ev.Tick())
+            self.auditor.look()
+            self.watch.look()
+            if self.shadow is not None:
+                self.shadow.tell(ev.Tick())
             self.observer.journal_full(self.journal.full)
             can_admit = self.dispatcher.engine is not None and not self.journal.full and not self.dispatcher.core.draining
             if can_admit != serving:
@@ -138,6 +156,8 @@ class Sidecar:
 
     async def _drain(self) -> None:
         self.dispatcher.tell(ev.Drain())
+        if self.shadow is not None:
+            self.shadow.tell(ev.Drain())
         log.info("draining", extra={"unfinished": len(self.dispatcher.works)})
         await self.server.set_health(GENERATION, serving=False)
         try:
@@ -159,6 +179,14 @@ def credentials_of(settings: Settings) -> Credentials:
         log.warning("tokens travel in plain text")
     listed = tokens.listed(settings.tokens) if settings.tokens is not None else None
     return Credentials(tls, listed, settings.trust_tenant_metadata)
+
+
+def read_canaries(settings: Settings) -> tuple[Canary, ...]:
+    """Raises StartupError that says what is wrong with the file."""
+    try:
+        return canaries.read(settings.canaries)
+    except ValueError as error:
+        raise program.StartupError(f"--canaries: {error}", exit_code=program.BAD_CONFIGURATION) from error
 
 
 def open_journal(settings: Settings) -> tuple[SqliteJournal, Opened]:

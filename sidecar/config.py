@@ -49,6 +49,17 @@ class Settings:
     replays_max: int = field(4, "replays at once", minimum=1)
     # second runs
     reruns_share: float = field(0.25, "of the engine that second runs may hold; one always may", minimum=0.0, maximum=1.0)
+    audit_rate: float = field(0.01, "share of completed items that are run again, by lot", minimum=0.0, maximum=1.0)
+    audit_tokens_per_second: float = field(0.0, "that audits may cost, prompts included; 0: no bound", minimum=0.0)
+    audit_backlog_max: int = field(1024, "chosen items that wait to be run again", minimum=1)
+    audit_patience_seconds: float = field(60.0, "an item that ran alone waits so long for company", minimum=0.0)
+    shadow: str = field("", "address of a second service that a share of completed items is mirrored to; empty: none")
+    shadow_rate: float = field(0.01, "share of completed items that are mirrored, by lot", minimum=0.0, maximum=1.0)
+    shadow_queue_max: int = field(256, "items that wait for the shadow; more are dropped", minimum=1)
+    canaries: Path | None = field(
+        None, "TOML file of prompts whose answers are learned and watched; none: those that come along"
+    )
+    canary_seconds: float = field(300.0, "between two rounds of canaries; 0: none are run", minimum=0.0)
     # journal
     journal_bytes_max: int = field(0, "of the journal; 0: what the disk holds", minimum=0)
     journal_reserve_bytes: int = field(16 << 20, "kept free for outcomes", minimum=0)
@@ -66,6 +77,8 @@ class Settings:
             raise ValueError("--tls-client-ca needs --tls-certificate and --tls-key")
         if self.trust_tenant_metadata and (self.tokens is not None or self.tls_client_ca is not None):
             raise ValueError("--trust-tenant-metadata: tenants come from --tokens and --tls-client-ca already")
+        if self.shadow == self.engine:
+            raise ValueError("--shadow: is the address of --engine")
         if self.response_bytes_ceiling < self.max_response_bytes:
             raise ValueError("--response-bytes-ceiling is below --max-response-bytes")
         if self.journal_bytes_max and self.journal_bytes_max <= 2 * self.journal_reserve_bytes:

@@ -51,3 +51,9 @@ class Metrics:
         self.grade = gauge("engine_grade", "3 EXACT, 2 SERIAL, 1 BEST_EFFORT, 0 not connected.")
         self.fingerprint = gauge("engine_info", "1 for the connected engine.", "engine", "model", "fingerprint", "grade")
         self.faults = counter("engine_faults", "What the service said and must not; the stream is dropped.", "reason")
+        # second runs; their verdicts are counted from the journal
+        self.audit_backlog = gauge("audit_backlog_items", "Items that were chosen for an audit and wait for it.")
+        self.shadow_connected = gauge("shadow_connected", "1 while the stream to the shadow is up.")
+        self.shadow_drift = counter(
+            "shadow_drift", "Outputs of a shadow with another fingerprint, against the recorded ones.", "outputs"
+        )

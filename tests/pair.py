@@ -103,6 +103,8 @@ class Pair:
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ostinato-"))
         self.metrics_address = "127.0.0.1:0"
+        self.second_runs = ["--audit-rate", "0", "--canary-seconds", "0"]
+        """None, unless whoever uses the pair says so here or among the sidecar's flags."""
         self._temporary = self.folder
         self._state = state or self.folder / "state"
         self.engine_address = f"unix:{self.folder}/engine.sock"
@@ -136,6 +138,7 @@ class Pair:
             "--metrics",
             self.metrics_address,
         ]
+        args += self.second_runs
         args += ["--listen", self.target or "127.0.0.1:0", "--journal-reserve-bytes", str(1 << 20)]
         self.sidecar = self._start("sidecar", args, [*self._sidecar_args, *extra])
         self.target = str(self.sidecar.wait_for("listening")["addresses"]).split(",")[0]

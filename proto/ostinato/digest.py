@@ -1,4 +1,4 @@
-"""The digests: what was asked, what went in, what came out, on what it ran; and the seed nobody gave.
+"""The digests: what was asked, what went in, what came out, on what it ran; the seed nobody gave, and lots.
 
 Field order is fixed by docs/protocol.md; test vectors stand in tests/ostinato/vectors.json.
 """
@@ -63,6 +63,16 @@ def model_digest(fields: Mapping[str, str]) -> bytes:
 def derived_seed(log_id: str, sequence: int) -> int:
     """The seed of an item that came without one: unique in its log, and known to whoever knows the number."""
     return int.from_bytes(digest("seed", text(log_id), u64(sequence))[:8])
+
+
+def draw(lot: str, log_id: str, sequence: int) -> int:
+    """What an item draws in a lot ("audit", "shadow"): a uint64, the same whoever asks and whenever."""
+    return int.from_bytes(digest(lot, text(log_id), u64(sequence))[:8])
+
+
+def drawn(lot: str, log_id: str, sequence: int, rate: float) -> bool:
+    """Whether the item belongs to this share, 0 to 1, of all items."""
+    return draw(lot, log_id, sequence) < int(rate * 2**64)
 
 
 def _set(message: Message, field: str, value: T) -> T | None:

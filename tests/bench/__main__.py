@@ -16,10 +16,10 @@ from pathlib import Path
 import apsw
 from rich.console import Console
 
-from tests.bench import journal, memory, overhead, starts, tokens
+from tests.bench import audits, journal, memory, overhead, starts, tokens
 from tests.bench.table import Table
 
-WHAT = ("overhead", "journal", "memory", "starts", "tokens")
+WHAT = ("overhead", "audits", "journal", "memory", "starts", "tokens")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -48,6 +48,8 @@ async def measured(what: list[str], rounds: int, seconds: float, items: int, *, 
         match name:
             case "overhead":
                 tables.append(await overhead.measure(rounds, seconds))
+            case "audits":
+                tables.append(await audits.measure(rounds, seconds))
             case "journal":
                 tables.append(await journal.measure(rounds, seconds))
             case "memory":

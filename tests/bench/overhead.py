@@ -121,8 +121,8 @@ async def measure(rounds: int, seconds: float) -> Table:
                 Way("engine alone, not streamed", lambda: direct.run(stream=False), bare),
                 Way("engine alone, streamed", lambda: direct.run(stream=True), bare),
                 Way("sidecar, Tokenize only", lambda: client.tokenize(PROMPT), *programs),
-                Way("sidecar, Generate", lambda: _unary(client, 1), *programs),
-                Way("sidecar, Generate, batches of 8", lambda: _unary(client, 8), *programs, items=8),
+                Way("sidecar, Generate", lambda: unary(client, 1), *programs),
+                Way("sidecar, Generate, batches of 8", lambda: unary(client, 8), *programs, items=8),
                 Way("sidecar, GenerateStream", lambda: _streamed(client), *programs),
             )
             return _table(await _in_turn(ways, rounds, seconds))
@@ -135,11 +135,12 @@ async def _in_turn(ways: Sequence[Way], rounds: int, seconds: float) -> dict[tup
     for _ in range(rounds):
         for clients in CLIENTS:
             for way in ways:
-                seen.setdefault((way.name, clients), []).append(await _round(way, clients, seconds))
+                seen.setdefault((way.name, clients), []).append(await one_round(way, clients, seconds))
     return seen
 
 
-async def _round(way: Way, clients: int, seconds: float) -> Seen:
+async def one_round(way: Way, clients: int, seconds: float) -> Seen:
+    """A closed loop of one way."""
     programs = [program for program in (way.service, way.sidecar) if program is not None]
     before, began = [_processor_seconds(program) for program in programs], time.perf_counter()
     loop = await closed_loop(clients, seconds, way.request)
@@ -169,7 +170,8 @@ def _table(seen: dict[tuple[str, int], list[Seen]]) -> Table:
     return table
 
 
-async def _unary(client: Client, items: int) -> None:
+async def unary(client: Client, items: int) -> None:
+    """One request."""
     await client.generate([PROMPT] * items, max_new_tokens=TOKENS, ignore_eos=True)
 
 

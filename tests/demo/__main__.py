@@ -48,6 +48,7 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 140)
     service = ["--model", args.model] if args.model else []
     pair = Pair(service=service, engine=args.engine, state=STATE)
+    pair.second_runs = []  # as it would be out there
     try:
         if args.up:
             pair.stay(ROOT / ".run", "127.0.0.1:7001", "127.0.0.1:9400")

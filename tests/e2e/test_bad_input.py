@@ -199,12 +199,6 @@ async def test_the_items_seed_wins(door: Door) -> None:
     assert [result.output.seed for result in response.results] == [0, 7, 1]
 
 
-async def test_verify_is_not_built(door: Door) -> None:
-    """verify is refused rather than ignored."""
-    async with door.nothing_numbered():
-        (await refusal(door.generation.Generate(Request(items=[Item(text="a")], verify=True)))).says(errors.NotBuilt)
-
-
 @pytest.mark.parametrize("confidence", [1.0, -0.1, 95.0, float("nan"), float("inf"), 1 - 2**-53])
 async def test_report_at_no_confidence(door: Door, confidence: float) -> None:
     """A confidence that is none, or that no interval could have, is refused."""
@@ -806,6 +800,9 @@ TROUBLES = {
     "service's port": ("service --engine scripted --listen {target}", IN_USE),
     "service's socket": ("service --engine scripted --listen {engine}", IN_USE),
     "no room by its settings": ("sidecar --journal-bytes-max 65536", "--journal-bytes-max must be more than twice"),
+    "the engine as its shadow": ("sidecar --engine unix:a --shadow unix:a", "--shadow: is the address of --engine"),
+    "no rate": ("sidecar --audit-rate nan", "--audit-rate: 'nan' is not finite"),
+    "more than all": ("sidecar --shadow-rate 1.5", "--shadow-rate: '1.5' is not 0.0 to 1.0"),
     "no model": ("service --engine llama --listen unix:{folder}/llama.sock --model /nonexistent.gguf", "/nonexistent.gguf"),
 }
 

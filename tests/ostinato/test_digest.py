@@ -7,7 +7,9 @@ import json
 import math
 import struct
 from base64 import b64decode
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +163,8 @@ def model(fields: Given) -> bytes:
     return sha("model", *(string(fields.get(name, "")) for name in ("model", "weights", "tokenizer", "template")))
 
 
-def derived_seed(message: Given) -> int:
-    return int.from_bytes(sha("seed", string(message["logId"]), number(message["sequence"]))[:8], "big")
+def derived_seed(message: Given, name: str = "seed") -> int:
+    return int.from_bytes(sha(name, string(message["logId"]), number(message["sequence"]))[:8], "big")
 
 
 def entry(message: Given) -> bytes:
@@ -189,6 +191,8 @@ BY_HAND: Mapping[str, Callable[[Given], bytes | int]] = {
     "fingerprint": fingerprint,
     "model": model,
     "seed": derived_seed,
+    "audit": partial(derived_seed, name="audit"),
+    "shadow": partial(derived_seed, name="shadow"),
     "entry": entry,
 }
 
@@ -212,6 +216,8 @@ def by_code(name: str, message: Given) -> bytes | int:
             return digest.fingerprint_digest(message)
         case "model":
             return digest.model_digest(message)
+        case "audit" | "shadow" as lot:
+            return digest.draw(lot, message["logId"], int(message["sequence"]))
         case "seed":
             return digest.derived_seed(message["logId"], int(message["sequence"]))
         case _:
@@ -220,7 +226,7 @@ def by_code(name: str, message: Given) -> bytes | int:
 
 
 def expected(vector: Given) -> bytes | int:
-    return int(vector["expected"]) if vector["digest"] == "seed" else bytes.fromhex(vector["expected"])
+    return int(vector["expected"]) if vector["digest"] in ("seed", "audit", "shadow") else bytes.fromhex(vector["expected"])
 
 
 each_vector = pytest.mark.parametrize("vector", [pytest.param(v, id=f"{v['digest']}: {v['name']}") for v in VECTORS])
@@ -414,3 +420,30 @@ def test_derived_seeds_differ() -> None:
     """Neighbours in a log, and equal numbers of two logs, get seeds of their own."""
     seeds = {digest.derived_seed(log_id, sequence) for log_id in ("a" * 32, "b" * 32) for sequence in range(1, 1_000)}
     assert len(seeds) == 2 * 999
+
+
+@pytest.mark.parametrize("lot", ["audit", "shadow"])
+def test_lots_are_even(lot: str) -> None:
+    """Draws fall evenly into 64 classes: of 64,000 items, chi-square with 63 degrees of freedom stays below 120."""
+    classes = Counter(digest.draw(lot, "0123456789abcdef" * 2, sequence) >> 58 for sequence in range(1, 64_001))
+
+    assert sum((classes[each] - 1000) ** 2 / 1000 for each in range(64)) < 120
+
+
+def test_lots_are_apart() -> None:
+    """What is audited says nothing of what is mirrored: one in twenty of each is one in four hundred of both."""
+    items = [sequence for sequence in range(1, 200_001) if digest.drawn("audit", "a" * 32, sequence, 0.05)]
+    both = [sequence for sequence in items if digest.drawn("shadow", "a" * 32, sequence, 0.05)]
+
+    assert 9_500 < len(items) < 10_500
+    assert 400 < len(both) < 600
+
+
+@given(st.integers(0, 2**64 - 1), st.floats(0, 1), st.floats(0, 1))
+def test_a_larger_share_holds_a_smaller_one(sequence: int, rate: float, other: float) -> None:
+    """All items are in 1, none in 0, and who is in a share is in every larger one."""
+    less, more = sorted((rate, other))
+
+    assert digest.drawn("audit", "a" * 32, sequence, 1.0)
+    assert not digest.drawn("audit", "a" * 32, sequence, 0.0)
+    assert digest.drawn("audit", "a" * 32, sequence, less) <= digest.drawn("audit", "a" * 32, sequence, more)

@@ -1,0 +1,152 @@
+"""Audits: what was chosen is run again, and the entries, the metrics and the engine's script agree about what differed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+from ostinato.digest import drawn
+from ostinato.requests import batch
+
+from tests.e2e.conftest import Door, ended, eventually, opened
+from tests.e2e.reruns_kit import Audited, audited, counted, missing, paired, rule, service
+from tests.pair import Pair
+
+ALL = ("--audit-rate", "1")
+
+
+async def items(door: Door, *counts: int, tokens: int = 8) -> None:
+    """Requests one after the other, of so many items each."""
+    for count in counts:
+        response = await door.client.generate([f"p{n}" for n in range(count)], max_new_tokens=tokens, ignore_eos=True)
+        assert all(result.HasField("output") for result in response.results)
+
+
+async def judged(door: Door, count: int) -> list[Audited]:
+    """The AUDITED entries, once there are so many; the metrics agree with them."""
+    await eventually(lambda: counted(door.pair, "audit").total() >= count, f"{count} audits have a verdict")
+    found: list[Audited] = []
+
+    async def written() -> bool:
+        found[:] = await audited(door.client, "audit")
+        return len(found) >= count
+
+    await eventually(written, f"{count} audits are recorded")
+    return found
+
+
+async def test_what_differs_is_found() -> None:
+    """Of twelve items, run again, the two that the engine makes otherwise are DIVERGED at that token, and the others MATCH."""
+    async with paired(*ALL, rules=[rule("diverge", 3, "AUDIT", sequences=[3, 7])]) as door:
+        await items(door, 12)
+        found = await judged(door, 12)
+
+        assert sorted(each.sequence for each in found) == list(range(1, 13))
+        assert sorted(each.sequence for each in found if each.verdict == "diverged") == [3, 7]
+        assert counted(door.pair, "audit") == Counter(each.verdict for each in found)
+        for each in found:
+            said = each.said.comparison
+            assert (said.expected_output_digest == said.actual_output_digest) == (each.verdict == "match")
+            assert said.compared_tokens == (8 if each.verdict == "match" else 3)
+        assert missing(door.pair, "audit") == {}
+
+
+async def test_the_lot_decides() -> None:
+    """At a rate of one third exactly those items are audited that the lot says, whatever else happens."""
+    async with paired("--audit-rate", "0.3333") as door:
+        await items(door, 30, 30)
+        log_id = (await door.client.head()).log_id
+        chosen = [sequence for sequence in range(1, 61) if drawn("audit", log_id, sequence, 0.3333)]
+
+        assert sorted(each.sequence for each in await judged(door, len(chosen))) == chosen
+        await door.freed()
+        assert len(await audited(door.client, "audit")) == len(chosen)
+
+
+async def test_what_ran_alone_is_audited_in_company() -> None:
+    """Four items, each alone in the engine, are run again together: an engine that only errs in company is found out."""
+    unhurried = ("--tick-seconds", "60")  # else the first three may be run beside the fourth
+    async with paired(*ALL, *unhurried, rules=[rule("diverge", 1, "AUDIT", company=True)], delay_seconds=0.002) as door:
+        await items(door, 1, 1, 1)
+        assert door.pair.metrics()["ostinato_audit_backlog_items"] == 3
+        await items(door, 1)
+
+        assert Counter(each.verdict for each in await judged(door, 4)) == Counter(diverged=4)
+
+
+async def test_a_restart_takes_up_what_was_left() -> None:
+    """Audits that a killed sidecar had not come to are run by the next one: each chosen item is judged once."""
+    hang = rule("hang", 0, "AUDIT", sequences=[4, 5, 6, 7, 8, 9])
+    with Pair(service=service(hang), sidecar=ALL) as pair:
+        pair.start()
+        async with opened(pair) as door:
+            await items(door, 9)
+            assert {each.sequence for each in await judged(door, 3)} == {1, 2, 3}
+            assert pair.sidecar is not None
+            assert pair.service is not None
+            pair.sidecar.kill()
+            pair.service.kill()
+        pair.start_service("--script", service(rule("diverge", 2, "AUDIT", sequences=[5, 6]))[-1])
+        pair.start_sidecar("--audit-patience-seconds", "0").wait_for("engine connected")
+        async with opened(pair) as door:
+            found = await judged(door, 9)
+
+            assert sorted(each.sequence for each in found) == list(range(1, 10))
+            assert sorted(each.sequence for each in found if each.verdict == "diverged") == [5, 6]
+            assert counted(pair, "audit") == Counter(match=7, diverged=2)
+
+
+async def test_the_budget_and_the_bound() -> None:
+    """What finds no room in the backlog is counted, as BUDGET where that is why: judged, waiting and skipped are all."""
+    flags = ("--audit-tokens-per-second", "0.001", "--audit-backlog-max", "3")
+    async with paired(*ALL, *flags) as door:
+        await items(door, 20, 20)
+        await door.freed()
+
+        def settled() -> bool:
+            waiting = door.pair.metrics()["ostinato_audit_backlog_items"]
+            skipped = missing(door.pair, "audit")
+            return counted(door.pair, "audit").total() + sum(skipped.values()) + waiting == 40 and waiting == 3
+
+        await eventually(settled, "all forty are accounted for")
+        assert missing(door.pair, "audit")["BUDGET"] > 0
+
+
+async def test_another_engine_is_no_audit() -> None:
+    """What waits for an audit while another engine comes is skipped and counted: all it could show is drift."""
+    with Pair(service=service(), sidecar=ALL) as pair:
+        pair.start()
+        async with opened(pair) as door:
+            await items(door, 1, 1)
+            assert pair.service is not None
+            pair.service.kill()
+            assert pair.sidecar is not None
+            pair.start_service("--script", service(fields={"device": "another"})[-1]).wait_for("serving")
+            await eventually(lambda: pair.metrics()["ostinato_engine_connected"] == 1, "the other engine is connected")
+            await items(door, 1, 1)
+            await eventually(lambda: missing(pair, "audit") == {"FINGERPRINT_CHANGED": 2}, "the first two are skipped")
+            await items(door, 1, 1)
+
+            assert {3, 4} <= {each.sequence for each in await judged(door, 2)}
+            assert missing(pair, "audit") == {"FINGERPRINT_CHANGED": 2}
+
+
+async def test_recovery_is_recorded() -> None:
+    """An item whose second attempt makes other tokens than were sent is DIVERGED in an entry behind its outcome."""
+    rules = [rule("crash", 4, attempts=[1], sequences=[1]), rule("diverge", 2, attempts=[2])]
+    with Pair(service=service(*rules, delay_seconds=0.01)) as pair:
+        pair.start()
+        async with opened(pair) as door:
+            request = batch(["a"], sampling={"max_new_tokens": 8, "ignore_eos": True})
+            call = asyncio.ensure_future(door.streamed(request))
+            assert pair.service is not None
+            await asyncio.to_thread(ended, pair.service)
+            pair.start_service()
+            events = await call
+
+            assert [event.WhichOneof("event") for event in events].count("restarted") == 1
+            await eventually(lambda: counted(pair, "recovery") == Counter(diverged=1), "the verdict is recorded")
+            (found,) = await audited(door.client, "recovery")
+            (record,) = await door.client.get(1)
+            assert (found.verdict, found.said.comparison.first_difference, found.sequence) == ("diverged", 2, 1)
+            assert record.result.receipt.header.index < found.index

@@ -1,0 +1,123 @@
+"""Canaries: answers are learned once for each fingerprint, and whatever differs from them later is found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+from sidecar.journal.sqlite import verify_file
+from tests.e2e.conftest import ended, eventually, opened
+from tests.e2e.reruns_kit import audited, counted, missing, rule, service
+from tests.pair import ROOT, Pair
+
+WATCHING = ("--canary-seconds", "1000")
+THREE = "".join(
+    f'[[canary]]\nname = "{name}"\ntext = "Shanghai is"\n[canary.parameters]\n'
+    f"seed = {tokens}\nmax_new_tokens = {tokens}\nignore_eos = true\n"
+    for name, tokens in (("short", 4), ("middle", 6), ("long", 16))
+)
+
+
+def learned(pair: Pair) -> Counter[str]:
+    """How often each canary's answer was learned, by all sidecars of the pair."""
+    records = [record for program in pair.programs for record in program.records()]
+    return Counter(str(record["canary"]) for record in records if record.get("message") == "canary learned")
+
+
+async def test_a_changed_answer_is_found(tmp_path: Path) -> None:
+    """Learned at the first connection, equal at the next one of the same engine, learned apart on another one, and DIVERGED
+    where an engine of the first fingerprint makes another token: in the metrics, and in entries that name the canary."""
+    file = tmp_path / "canaries.toml"
+    file.write_text(THREE)
+    with Pair(service=service(), sidecar=[*WATCHING, "--canaries", str(file)]) as pair:
+        pair.start()
+        assert pair.sidecar is not None
+        await eventually(lambda: learned(pair) == Counter(short=1, middle=1, long=1), "all are learned")
+        assert counted(pair, "canary") == Counter()
+
+        for script, verdicts, known in (
+            (service(), Counter(match=3), 3),
+            (service(fields={"device": "another"}), Counter(match=3), 6),
+            (service(rule("diverge", 5, "CANARY")), Counter(match=4, diverged=2), 6),
+        ):
+            assert pair.service is not None
+            pair.service.kill()
+            pair.start_service("--script", script[-1])
+            await eventually(
+                lambda verdicts=verdicts, known=known: (  # type: ignore[misc]
+                    counted(pair, "canary") == verdicts and learned(pair).total() == known
+                ),
+                f"{verdicts}, {known} learned",
+            )
+        async with opened(pair) as door:
+            found = await audited(door.client, "canary")
+            assert {each.sequence for each in found} == {0}
+            assert Counter(f"{each.said.canary} {each.verdict}" for each in found) == Counter(
+                {"short match": 2, "middle match": 1, "middle diverged": 1, "long match": 1, "long diverged": 1}
+            )
+            assert {each.said.comparison.first_difference for each in found if each.verdict == "diverged"} == {5}
+            assert await door.last_sequence() == 0
+        pair.stop()
+        assert [fault for page in verify_file(pair.folder / "journal.sqlite") for fault in page.faults] == []
+
+
+async def test_what_is_known_outlives_the_sidecar() -> None:
+    """The default set: a sidecar that starts again knows the answers; what the engine cannot do is said once and counted."""
+    with Pair(service=service(), sidecar=WATCHING) as pair:
+        pair.start()
+        await eventually(lambda: learned(pair).total() == 5, "all but one are learned")
+        refused = pair.sidecar.wait_for("canary refused") if pair.sidecar is not None else {}
+        assert refused["canary"] == "json"
+        assert missing(pair, "canary") == {"INVALID_REQUEST": 1}
+        pair.sidecar.kill()  # type: ignore[union-attr]
+        pair.start_sidecar()
+
+        await eventually(lambda: counted(pair, "canary") == Counter(match=5), "all are compared")
+        assert learned(pair).total() == 5
+
+
+async def test_again_and_again() -> None:
+    """They run on a timer too; a refused one is counted each time and said once."""
+    with Pair(service=service(), sidecar=["--canary-seconds", "0.2"]) as pair:
+        pair.start()
+        await eventually(lambda: counted(pair, "canary")["match"] >= 10, "two more rounds")
+        assert missing(pair, "canary")["INVALID_REQUEST"] >= 3
+        assert pair.sidecar is not None
+        assert [record.get("message") for record in pair.sidecar.records()].count("canary refused") == 1
+
+
+async def test_a_canary_that_kills_the_engine() -> None:
+    """Twice, and then it is given up: the engine lives on, and is not killed at every start."""
+    with Pair(service=service(rule("crash", 20, "CANARY")), sidecar=WATCHING) as pair:
+        pair.start()
+        for _ in range(2):
+            assert pair.service is not None
+            ended(pair.service)
+            pair.start_service()
+        await eventually(lambda: missing(pair, "canary").get("ATTEMPTS_EXHAUSTED", 0) > 0, "those under it are given up")
+        async with opened(pair) as door:
+            assert (await door.client.generate("a", max_new_tokens=1)).results[0].HasField("output")
+        assert pair.service is not None
+        assert pair.service.running
+
+
+def test_a_bad_file_stops_the_program(tmp_path: Path) -> None:
+    """Exit code 2, and one line that names flag, file and field."""
+    file = tmp_path / "canaries.toml"
+    file.write_text(THREE.replace("seed = 6", "seed = 6\ntempo = 1"))
+    ended = subprocess.run(
+        [sys.executable, "-m", "sidecar", "--canaries", str(file), "--journal", str(tmp_path / "journal")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto")])},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+    assert ended.returncode == 2
+    assert f"--canaries: {file}: canary[1].parameters.tempo: no such parameter" in ended.stderr
+    assert not (tmp_path / "journal").exists()
