@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from ostinato.serving.logs import setup
 from ostinato.serving.metrics import registry, serve_metrics
+from ostinato.serving.probe import probe
 from ostinato.serving.program import DRAINED, run
 from ostinato.serving.server import Server
 from ostinato.serving.settings import describe, load
@@ -81,6 +82,8 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None
 
 def main() -> None:
     """Never returns."""
+    if sys.argv[1:2] == ["probe"]:
+        sys.exit(probe("service", Settings().listen[0], sys.argv[2:], os.environ))
     settings = load(Settings, "service", sys.argv[1:], os.environ)
     setup(settings.log_form, settings.log_level)
     _log.info("settings: %s", describe(settings))

@@ -17,6 +17,7 @@ import ostinato
 from ostinato.serving import logs, program, tokens
 from ostinato.serving.credentials import Credentials
 from ostinato.serving.metrics import registry, serve_metrics
+from ostinato.serving.probe import probe
 from ostinato.serving.server import Server
 from ostinato.serving.settings import describe, load
 from ostinato.serving.tls import ServerTls
@@ -218,6 +219,8 @@ def main() -> int:
     """The exit code."""
     if sys.argv[1:2] == ["token"]:
         return tokens.main("python -m sidecar token", sys.argv[2:])
+    if sys.argv[1:2] == ["probe"]:
+        return probe("sidecar", Settings().listen[0], sys.argv[2:], os.environ)
     settings = load(Settings, "sidecar", sys.argv[1:], os.environ)
     logs.setup("json" if settings.log_format == "json" else "human", settings.log_level)
     log.info("starting: %s", describe(settings))

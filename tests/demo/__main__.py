@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.demo.show import show
+from tests.demo.show import counted, show
 from tests.pair import ROOT, Pair
 
 STATE = ROOT / ".run" / "service"
@@ -57,7 +57,8 @@ def main() -> int:
             if args.up:
                 stay(pair, console)
                 return 0
-            promises = asyncio.run(show(pair, console))
+            promises = asyncio.run(show(pair.target, console))
+            console.print(counted(pair))
             pair.stop()
             return 0 if promises else 1
     except AssertionError as error:

@@ -31,6 +31,7 @@ def started(body: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(body=body)],
         env={**os.environ, "PYTHONPATH": str(SOURCES)},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -59,7 +60,7 @@ def test_a_signal_asks_for_an_orderly_end(number: signal.Signals) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_it_at_once(number: signal.Signals, code: int) -> None:
-    """Who asks twice does not wait for a drain, nor for threads that hang."""
+    """Who asks twice in the same way does not wait for a drain, nor for threads that hang."""
     process = started("await stop.wait(); print('draining', flush=True); await asyncio.to_thread(__import__('time').sleep, 60)")
     process.send_signal(number)
     assert process.stdout is not None
@@ -67,6 +68,21 @@ def test_a_second_signal_ends_it_at_once(number: signal.Signals, code: int) -> N
     process.send_signal(number)
 
     assert ended(process)[0] == code
+
+
+def test_a_hook_and_a_supervisor_may_both_ask() -> None:
+    """SIGINT and then SIGTERM are one wish: the drain goes on, and its exit code is 0."""
+    process = started("await stop.wait(); print('draining', flush=True); await asyncio.to_thread(sys.stdin.readline)")
+    assert process.stdout is not None
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "draining\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr is not None
+    while "SIGTERM: stopping" not in process.stderr.readline():
+        assert process.poll() is None
+
+    assert process.communicate("\n", timeout=20)[0] == ""
+    assert process.returncode == 0
 
 
 def test_a_program_that_cannot_start_says_why_in_one_line() -> None:

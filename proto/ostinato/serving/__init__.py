@@ -11,6 +11,7 @@
     addresses    where it listens, and why it cannot
     standard     gRPC's own services beside ours, and how they end
     program      one event loop, signals, exit codes
+    probe        health, asked by a command
 
 A program's __main__ loads its settings, sets up its logs, and hands an async main to program.run.
 """

@@ -3,8 +3,8 @@
     0    drained: told to stop, and did so in order
     1    failed
     2    the configuration is bad
-    130  told to stop again (SIGINT) before it had
-    143  the same (SIGTERM)
+    130  told to stop again by a second SIGINT before it had
+    143  the same by a second SIGTERM
 
 Nothing else: a supervisor can tell a drained program from one that was not, and a bad flag from a bad day.
 """
@@ -34,8 +34,9 @@ class StartupError(Exception):
 def run(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
     """Runs `main` on an event loop of its own and returns the exit code for `sys.exit`.
 
-    The event that `main` is given is set by SIGTERM or SIGINT; `main` then finishes what it has and returns. A second signal
-    ends the process at once, threads and all.
+    The event that `main` is given is set by SIGTERM or SIGINT; `main` then finishes what it has and returns. The same signal
+    again ends the process at once, threads and all. The other one does not: a hook may ask by SIGINT before a supervisor does
+    by SIGTERM, and both mean the one drain.
     """
     try:
         return asyncio.run(_supervised(main))
@@ -49,16 +50,18 @@ def run(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
 
 async def _supervised(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
     stop = asyncio.Event()
+    told: set[signal.Signals] = set()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _on_signal, number, stop)
+        loop.add_signal_handler(number, _on_signal, number, told, stop)
     return await main(stop)
 
 
-def _on_signal(number: signal.Signals, stop: asyncio.Event) -> None:
-    if stop.is_set():
+def _on_signal(number: signal.Signals, told: set[signal.Signals], stop: asyncio.Event) -> None:
+    if number in told:
         _log.warning("%s again: exiting at once", number.name)
         logging.shutdown()
         os._exit(128 + number)
+    told.add(number)
     _log.info("%s: stopping", number.name)
     stop.set()

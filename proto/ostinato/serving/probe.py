@@ -1,0 +1,46 @@
+"""Health, asked by a command: `python -m sidecar probe`, for supervisors that run commands and speak no gRPC.
+
+    python -m sidecar probe                          the process runs: liveness
+    python -m sidecar probe ostinato.v1.Generation   it can admit: readiness
+
+Exit code 0 for SERVING and 1 for all else, with one line that says which.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+def probe(program: str, listen: str, argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """The exit code. Asks where `program` listens by its environment, else `listen`; flags of the process that runs cannot be
+    known here, hence --address. Raises SystemExit(2) for bad flags."""
+    variable = f"OSTINATO_{program.upper()}_LISTEN"
+    first = environ.get(variable, listen).split(",")[0].strip()
+    parser = argparse.ArgumentParser(prog=f"python -m {program} probe", allow_abbrev=False)
+    parser.add_argument("service", nargs="?", default="", help="full name of a gRPC service; none: the process")
+    parser.add_argument("--address", default=first, help=f"host:port or unix:/path [default {first}, from {variable}]")
+    parser.add_argument("--timeout-seconds", type=float, default=2.0, help="for the answer [default 2]")
+    given = parser.parse_args(argv)
+    if not 0 < given.timeout_seconds <= 3600:
+        parser.error("--timeout-seconds: is not above 0 and at most 3600")
+    healthy, answer = ask(given.address, given.service, given.timeout_seconds)
+    print(f"{answer}: {given.service or program} at {given.address}")  # noqa: T201  # this is its answer
+    return 0 if healthy else 1
+
+
+def ask(address: str, service: str, timeout_seconds: float) -> tuple[bool, str]:
+    """Whether it serves, and the health status; or the status code and why there is none."""
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service=service), timeout=timeout_seconds
+            )
+        except grpc.RpcError as error:
+            return False, f"{error.code().name} ({' '.join(str(error.details()).split())})"
+    return answer.status == SERVING, health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
