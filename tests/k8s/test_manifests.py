@@ -1,0 +1,270 @@
+"""Manifests, and what a cluster would find wrong and no schema does: names, labels, ports, places and times that must agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+import ostinato
+
+from service.config import Settings as Service
+from sidecar.__main__ import DRAIN_END_SECONDS, GENERATION, SEQUENCER
+from sidecar.config import Settings as Sidecar
+from sidecar.metrics import Metrics
+from tests.k8s.manifests import (
+    BIN,
+    K8S,
+    OVERLAYS,
+    Combination,
+    Yaml,
+    built,
+    combinations,
+    containers,
+    environment,
+    kustomize,
+    of_kind,
+    pod,
+    quantity,
+    settings,
+    statefulset,
+)
+
+VERSIONS = ("1.33", "1.37")
+"""The first with native sidecars for everybody, and the newest known here."""
+FOREIGN = {"Certificate", "PodMonitor", "PrometheusRule", "ScaledObject"}
+"""Kinds that an operator brings; no schema of Kubernetes has them."""
+every = pytest.mark.parametrize("chosen", tuple(combinations()), ids=lambda chosen: "+".join(chosen) or "base")
+
+
+@cache
+def _validated(text: str) -> None:
+    resource = json.loads(text)
+    for version in VERSIONS:
+        kubernetes_validate.validate(resource, version, strict=True)
+
+
+@every
+def test_it_is_what_the_schemas_say(chosen: Combination) -> None:
+    """No field is misspelt, missing or of another type, in the oldest version that can run it and in the newest."""
+    for resource in built(chosen):
+        if resource["kind"] not in FOREIGN:
+            _validated(json.dumps(resource, sort_keys=True))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_is_a_component_on_the_base(overlay: str) -> None:
+    """Overlays say nothing of their own, so that what they do can be had together."""
+    assert kustomize(K8S / "overlays" / overlay) == built((overlay,))
+
+
+@pytest.mark.parametrize("folder", ["base", *(f"overlays/{name}" for name in OVERLAYS)])
+def test_kubernetes_own_types_read_it(folder: str, tmp_path: Path) -> None:
+    """Go's decoder takes every quantity, duration and number; schemas do not look into their text."""
+    path = tmp_path / "all.yaml"
+    core = [resource for resource in kustomize(K8S / folder) if resource["kind"] == "StatefulSet"]
+    path.write_text(yaml.safe_dump_all(core))
+    done = subprocess.run(
+        [BIN / "kubectl", "set", "env", "--local", "-f", path, "A=b", "-o", "name"],
+        env={**os.environ, "KUBECONFIG": os.devnull}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "statefulset.apps/ostinato\n", "")
+
+
+@every
+def test_selectors_find_the_pod(chosen: Combination) -> None:
+    """Everything that looks for Pods by labels finds ours."""
+    resources = built(chosen)
+    labels = statefulset(resources)["spec"]["template"]["metadata"]["labels"]
+    selectors = [statefulset(resources)["spec"]["selector"]["matchLabels"]]
+    selectors += [service["spec"]["selector"] for service in of_kind(resources, "Service")]
+    selectors += [budget["spec"]["selector"]["matchLabels"] for budget in of_kind(resources, "PodDisruptionBudget")]
+    selectors += [policy["spec"]["podSelector"]["matchLabels"] for policy in of_kind(resources, "NetworkPolicy")]
+    selectors += [monitor["spec"]["selector"]["matchLabels"] for monitor in of_kind(resources, "PodMonitor")]
+    selectors += [spread["labelSelector"]["matchLabels"] for spread in pod(resources)["topologySpreadConstraints"]]
+
+    assert all(selector and selector.items() <= labels.items() for selector in selectors)
+    assert statefulset(resources)["spec"]["serviceName"] in [s["metadata"]["name"] for s in of_kind(resources, "Service")]
+
+
+@every
+def test_ports_are_where_somebody_listens(chosen: Combination) -> None:
+    """Services, policies and monitors name ports that containers have, and on which the programs listen."""
+    resources = built(chosen)
+    declared = {port["containerPort"]: port["name"] for c in containers(resources).values() for port in c["ports"]}
+    listening = [settings(c).metrics for c in containers(resources).values()]
+    listening += settings(containers(resources)["sidecar"]).listen
+    listening += filter(None, [environment(containers(resources)["sidecar"]).get("OSTINATO_SIDECAR_HEALTH_LISTEN")])
+    asked = [port["targetPort"] for service in of_kind(resources, "Service") for port in service["spec"]["ports"]]
+    asked += [p["port"] for n in of_kind(resources, "NetworkPolicy") for rule in n["spec"]["ingress"] for p in rule["ports"]]
+    monitored = [e["port"] for m in of_kind(resources, "PodMonitor") for e in m["spec"]["podMetricsEndpoints"]]
+
+    assert set(declared) == {int(address.rpartition(":")[2]) for address in listening}
+    assert all(isinstance(port, int) for port in asked)
+    assert set(asked) <= set(declared)
+    assert set(monitored) <= set(declared.values())
+
+
+@every
+def test_probes_ask_the_right_things(chosen: Combination) -> None:
+    """By integer ports of their own container; starting and living ask the Sequencer, which does not wait for a model."""
+    resources = built(chosen)
+    sidecar, service = (containers(resources)[name] for name in ("sidecar", "service"))
+    ports = [port["containerPort"] for port in sidecar["ports"]]
+    probes = {kind: sidecar[f"{kind}Probe"]["grpc"] for kind in ("startup", "liveness", "readiness")}
+
+    assert all(type(probe["port"]) is int and probe["port"] in ports for probe in probes.values())
+    assert [probes[kind]["service"] for kind in ("startup", "liveness", "readiness")] == [SEQUENCER, SEQUENCER, GENERATION]
+    assert service["livenessProbe"]["exec"]["command"][:4] == ["python", "-m", "service", "probe"]
+    assert "startupProbe" not in service, "its socket is there before its model is"
+
+
+@every
+def test_the_sidecar_is_a_native_one(chosen: Combination) -> None:
+    """It is an init container that stays, and the Pod's own policy is the one that a StatefulSet must have."""
+    spec = pod(built(chosen))
+
+    assert [(c["name"], c.get("restartPolicy")) for c in spec["initContainers"]] == [("sidecar", "Always")]
+    assert [(c["name"], c.get("restartPolicy")) for c in spec["containers"]] == [("service", None)]
+    assert spec.get("restartPolicy", "Always") == "Always"
+
+
+@every
+def test_the_programs_take_their_environment(chosen: Combination) -> None:
+    """Every variable is a setting with a value that the program takes, and no Service's name can add another."""
+    resources = built(chosen)
+    spec = pod(resources)
+
+    for name, container in containers(resources).items():
+        prefixed = [key for key in environment(container) if key.startswith("OSTINATO_")]
+        assert all(key.startswith(f"OSTINATO_{name.upper()}_") for key in prefixed)
+        settings(container)
+    assert spec["enableServiceLinks"] is False
+
+
+@every
+def test_every_drain_fits_into_the_next(chosen: Combination) -> None:
+    """What was admitted can end before the sidecar's drain does, that one before the service's, and both within the grace."""
+    resources = built(chosen)
+    sidecar, service = (settings(containers(resources)[name]) for name in ("sidecar", "service"))
+    grace = pod(resources)["terminationGracePeriodSeconds"]
+
+    assert sidecar.item_timeout_seconds <= sidecar.drain_seconds
+    assert sidecar.drain_seconds + DRAIN_END_SECONDS < service.drain_seconds < grace
+    assert grace > Sidecar().drain_seconds + Sidecar().item_timeout_seconds
+    assert grace > Service().drain_seconds + Sidecar().item_timeout_seconds
+
+
+@every
+def test_one_file_has_one_writer(chosen: Combination) -> None:
+    """More than one Pod only where the order is shared, each under its own name; a number that KEDA owns is not stated."""
+    resources = built(chosen)
+    replicas = statefulset(resources)["spec"].get("replicas")
+    [writer] = [v for v in containers(resources)["sidecar"]["env"] if v["name"] == "OSTINATO_SIDECAR_WRITER"]
+    claims = [claim["metadata"]["name"] for claim in statefulset(resources)["spec"]["volumeClaimTemplates"]]
+
+    assert replicas == (None if "autoscaling" in chosen else 3 if "postgres" in chosen else 1)
+    assert writer["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
+    assert claims == (["state"] if "postgres" in chosen else ["journal", "state"])
+
+
+@every
+def test_what_is_written_lies_on_a_volume(chosen: Combination) -> None:
+    """Every mount has its volume, and every path of a setting its mount: the root is read-only."""
+    resources = built(chosen)
+    volumes = {volume["name"] for volume in pod(resources)["volumes"]}
+    volumes |= {claim["metadata"]["name"] for claim in statefulset(resources)["spec"]["volumeClaimTemplates"]}
+    for container in containers(resources).values():
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        values = [value for key, value in environment(container).items() if key.startswith("OSTINATO_")]
+        paths = [value.removeprefix("unix:") for value in values if re.match(r"(unix:)?/", value)]
+
+        assert set(mounts.values()) <= volumes
+        assert "/tmp" in mounts  # where libraries put what is theirs
+        assert [path for path in paths if not any(Path(path).is_relative_to(mount) for mount in mounts)] == []
+
+
+@every
+def test_it_is_restricted(chosen: Combination) -> None:
+    """Pod Security's `restricted`, and a read-only root besides; nothing of the node, no token of the cluster."""
+    resources = built(chosen)
+    spec = pod(resources)
+
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["runAsUser"] == 10001
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert spec["automountServiceAccountToken"] is False
+    assert not {"hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace"} & set(spec)
+    assert {kind for volume in spec["volumes"] for kind in volume} <= {
+        "name", "configMap", "secret", "emptyDir", "persistentVolumeClaim",
+    }  # fmt: skip
+    for container in containers(resources).values():
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+    assert of_kind(resources, "Secret") == [], "secrets are made by those who run it"
+
+
+@every
+def test_resources_can_be_had(chosen: Combination) -> None:
+    """Quantities are quantities, memory is bounded, and nothing asks for more than it may have."""
+    resources = built(chosen)
+    sizes = [volume["emptyDir"]["sizeLimit"] for volume in pod(resources)["volumes"] if "emptyDir" in volume]
+    sizes += [c["spec"]["resources"]["requests"]["storage"] for c in statefulset(resources)["spec"]["volumeClaimTemplates"]]
+
+    assert all(quantity(size) > 0 for size in sizes)
+    for container in containers(resources).values():
+        requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+        assert {"cpu", "memory"} <= set(requests) == set(limits)
+        assert all(0 < quantity(requests[name]) <= quantity(limits[name]) for name in requests)
+
+
+@every
+def test_images_are_this_version(chosen: Combination) -> None:
+    """Each image has a tag, and it is the project's version."""
+    images = {name: container["image"] for name, container in containers(built(chosen)).items()}
+    service = "ostinato-service-turbomind" if "turbomind" in chosen else "ostinato-service"
+
+    assert images == {
+        "sidecar": f"ostinato-sidecar:{ostinato.__version__}",
+        "service": f"{service}:{ostinato.__version__}",
+    }
+
+
+@every
+def test_metrics_that_are_asked_for_exist(chosen: Combination) -> None:
+    """Rules and scaling ask for metrics that the sidecar has."""
+    numbers = CollectorRegistry()
+    Metrics(numbers)
+    known = {f"{m.name}_total" if m.type == "counter" else m.name for m in numbers.collect()}
+    resources = built(chosen)
+    asked = [r["expr"] for rule in of_kind(resources, "PrometheusRule") for g in rule["spec"]["groups"] for r in g["rules"]]
+    asked += [t["metadata"]["query"] for scaled in of_kind(resources, "ScaledObject") for t in scaled["spec"]["triggers"]]
+
+    assert {name for query in asked for name in re.findall(r"\bostinato_\w+", query)} <= known
+
+
+def test_bad_quantities_are_noticed() -> None:
+    """The check can fail."""
+    for text in ("", "1Gx", "-1", "1 Gi", "cpu"):
+        with pytest.raises(ValueError, match="no quantity"):
+            quantity(text)
+    assert quantity("1Gi") == 1024**3
+
+
+def test_an_unknown_variable_is_noticed() -> None:
+    """The check can fail: a program stops at a variable that it does not know."""
+    container: Yaml = {"name": "sidecar", "env": [{"name": "OSTINATO_SIDECAR_LISTENS", "value": "x"}]}
+    with pytest.raises(SystemExit):
+        settings(container)
