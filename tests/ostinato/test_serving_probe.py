@@ -61,11 +61,16 @@ def test_a_server_that_does_not_answer_fails_in_time(capsys: pytest.CaptureFixtu
     [
         ({}, "unix:/default.sock"),
         ({"OSTINATO_SERVICE_LISTEN": "unix:/nowhere.sock, 127.0.0.1:1"}, "unix:/nowhere.sock"),
+        (
+            {"OSTINATO_SERVICE_LISTEN": "127.0.0.1:1", "OSTINATO_SERVICE_HEALTH_LISTEN": "unix:/health.sock"},
+            "unix:/health.sock",
+        ),
+        ({"OSTINATO_SERVICE_LISTEN": "unix:/nowhere.sock", "OSTINATO_SERVICE_HEALTH_LISTEN": ""}, "unix:/nowhere.sock"),
         ({"OSTINATO_SIDECAR_LISTEN": "unix:/other.sock", "OSTINATO_SERVICE_ODD": "1"}, "unix:/default.sock"),
     ],
 )
 def test_the_address_is_the_programs_own(environ: dict[str, str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The environment says where the program listens, by its first address; nothing else there matters to a probe."""
+    """The environment says where to ask, by the port for probes or the first address; nothing else there matters."""
     assert probe("service", "unix:/default.sock", [], environ) == 1
 
     assert capsys.readouterr().out.endswith(f"service at {expected}\n")

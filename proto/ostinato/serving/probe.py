@@ -18,13 +18,14 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
 def probe(program: str, listen: str, argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """The exit code. Asks where `program` listens by its environment, else `listen`; flags of the process that runs cannot be
-    known here, hence --address. Raises SystemExit(2) for bad flags."""
-    variable = f"OSTINATO_{program.upper()}_LISTEN"
-    first = environ.get(variable, listen).split(",")[0].strip()
+    """The exit code. Asks at the port for probes, or where `program` listens, by its environment, else at `listen`; the flags
+    that it runs with cannot be known here, hence --address. In plain text. Raises SystemExit(2) for bad flags."""
+    prefix = f"OSTINATO_{program.upper()}_"
+    addresses = environ.get(f"{prefix}HEALTH_LISTEN") or environ.get(f"{prefix}LISTEN", listen)
+    first = addresses.split(",")[0].strip()
     parser = argparse.ArgumentParser(prog=f"python -m {program} probe", allow_abbrev=False)
     parser.add_argument("service", nargs="?", default="", help="full name of a gRPC service; none: the process")
-    parser.add_argument("--address", default=first, help=f"host:port or unix:/path [default {first}, from {variable}]")
+    parser.add_argument("--address", default=first, help=f"host:port or unix:/path [default {first}]")
     parser.add_argument("--timeout-seconds", type=float, default=2.0, help="for the answer [default 2]")
     given = parser.parse_args(argv)
     if not 0 < given.timeout_seconds <= 3600:
