@@ -32,12 +32,6 @@ COMPONENTS = (
 OVERLAYS = tuple(sorted(path.parent.name for path in K8S.glob("overlays/*/kustomization.yaml")))
 SETTINGS: dict[str, type] = {"service": Service, "sidecar": Sidecar}
 
-WAITING = {
-    f"OSTINATO_SIDECAR_{name}": "components/mtls is written for TLS at the sidecar's door"
-    for name in ("TLS_CERTIFICATE", "TLS_KEY", "TLS_CLIENT_CA", "HEALTH_LISTEN")
-}
-"""Variables that no program knows yet, and whose they are."""
-
 Yaml: TypeAlias = dict[str, Any]
 Combination: TypeAlias = tuple[str, ...]
 
@@ -119,7 +113,7 @@ def _value(container: Yaml, variable: Yaml) -> str:
 def settings(container: Yaml) -> Any:
     """What the program makes of its environment; it stops the test where it would stop."""
     name = container["name"]
-    own = {key: value for key, value in environment(container).items() if key.startswith("OSTINATO_") and key not in WAITING}
+    own = {key: value for key, value in environment(container).items() if key.startswith("OSTINATO_")}
     return load(SETTINGS[name], name, container.get("args", []), own)
 
 

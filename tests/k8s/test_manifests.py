@@ -19,6 +19,8 @@ import ostinato
 from service.config import Settings as Service
 from sidecar.__main__ import DRAIN_END_SECONDS, GENERATION, SEQUENCER
 from sidecar.config import Settings as Sidecar
+from sidecar.divergence.numbers import Numbers
+from sidecar.divergence.tally import Tally
 from sidecar.metrics import Metrics
 from tests.k8s.manifests import (
     BIN,
@@ -102,8 +104,8 @@ def test_ports_are_where_somebody_listens(chosen: Combination) -> None:
     resources = built(chosen)
     declared = {port["containerPort"]: port["name"] for c in containers(resources).values() for port in c["ports"]}
     listening = [settings(c).metrics for c in containers(resources).values()]
-    listening += settings(containers(resources)["sidecar"]).listen
-    listening += filter(None, [environment(containers(resources)["sidecar"]).get("OSTINATO_SIDECAR_HEALTH_LISTEN")])
+    sidecar = settings(containers(resources)["sidecar"])
+    listening += [*sidecar.listen, *filter(None, [sidecar.health_listen])]
     asked = [port["targetPort"] for service in of_kind(resources, "Service") for port in service["spec"]["ports"]]
     asked += [p["port"] for n in of_kind(resources, "NetworkPolicy") for rule in n["spec"]["ingress"] for p in rule["ports"]]
     monitored = [e["port"] for m in of_kind(resources, "PodMonitor") for e in m["spec"]["podMetricsEndpoints"]]
@@ -247,6 +249,7 @@ def test_metrics_that_are_asked_for_exist(chosen: Combination) -> None:
     """Rules and scaling ask for metrics that the sidecar has."""
     numbers = CollectorRegistry()
     Metrics(numbers)
+    numbers.register(Numbers(Tally))
     known = {f"{m.name}_total" if m.type == "counter" else m.name for m in numbers.collect()}
     resources = built(chosen)
     asked = [r["expr"] for rule in of_kind(resources, "PrometheusRule") for g in rule["spec"]["groups"] for r in g["rules"]]
