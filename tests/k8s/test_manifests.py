@@ -44,7 +44,7 @@ VERSIONS = ("1.33", "1.37")
 """The first with native sidecars for everybody, and the newest known here."""
 FOREIGN = {"Certificate", "PodMonitor", "PrometheusRule", "ScaledObject"}
 """Kinds that an operator brings; no schema of Kubernetes has them."""
-every = pytest.mark.parametrize("chosen", tuple(combinations()), ids=lambda chosen: "+".join(chosen) or "base")
+every = pytest.mark.parametrize("chosen", combinations(), ids=lambda chosen: "+".join(chosen) or "base")
 
 
 @cache
