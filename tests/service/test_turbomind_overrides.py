@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from service.engines.turbomind import overrides
 from service.engines.turbomind.overrides import NoOverrides, build, digest
 
 ROOT = Path(__file__).parents[2]
@@ -350,6 +351,18 @@ def test_the_library_is_built_once_and_named_after_its_source(tmp_path: Path) ->
 
     assert (build(tmp_path), first.stat().st_mtime_ns) == (first, modified)
     assert digest()[:16] in first.name
+
+
+def test_an_image_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compiled beside the source is taken, wherever the program may write, and by a machine that has no compiler."""
+    for name in overrides.SOURCES:
+        shutil.copy(Path(overrides.__file__).with_name(name), tmp_path)
+    monkeypatch.setattr(overrides, "_HERE", tmp_path)
+    made = build(tmp_path)
+    monkeypatch.setenv("CC", "/nowhere/cc")
+
+    assert build(tmp_path / "state") == made
+    assert not (tmp_path / "state").exists()
 
 
 def test_without_a_compiler_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
