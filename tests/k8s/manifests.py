@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import re
@@ -31,9 +30,6 @@ COMPONENTS = (
 """In an order in which they may be named: who scales takes the number of Pods from who states it."""
 OVERLAYS = tuple(sorted(path.parent.name for path in K8S.glob("overlays/*/kustomization.yaml")))
 SETTINGS: dict[str, type] = {"service": Service, "sidecar": Sidecar}
-
-WAITING = {"OSTINATO_SIDECAR_CANARIES": "components/canaries is written for --canaries, which the sidecar has not got yet"}
-"""Variables that no program knows, and why they are in a manifest."""
 
 Yaml: TypeAlias = dict[str, Any]
 Combination: TypeAlias = tuple[str, ...]
@@ -121,8 +117,7 @@ def settings(container: Yaml) -> Any:
 
 @cache
 def _settings(name: str, args: tuple[str, ...], own: tuple[tuple[str, str], ...]) -> Any:
-    known = {f"OSTINATO_{name.upper()}_{field.name.upper()}" for field in dataclasses.fields(SETTINGS[name])}
-    return load(SETTINGS[name], name, args, {key: value for key, value in own if key in known or key not in WAITING})
+    return load(SETTINGS[name], name, args, dict(own))
 
 
 _SUFFIXES = {"": Decimal(1), "m": Decimal("0.001"), "k": Decimal(10**3), "M": Decimal(10**6), "G": Decimal(10**9)} | {

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 import ostinato
 
 from service.config import Settings as Service
+from sidecar import canaries
 from sidecar.__main__ import DRAIN_END_SECONDS, GENERATION, SEQUENCER
 from sidecar.config import Settings as Sidecar
 from sidecar.divergence.numbers import Numbers
@@ -256,6 +257,11 @@ def test_metrics_that_are_asked_for_exist(chosen: Combination) -> None:
     asked += [t["metadata"]["query"] for scaled in of_kind(resources, "ScaledObject") for t in scaled["spec"]["triggers"]]
 
     assert {name for query in asked for name in re.findall(r"\bostinato_\w+", query)} <= known
+
+
+def test_the_canaries_are_canaries() -> None:
+    """The sidecar takes the file of the component, and knows every one in it by its name."""
+    assert [canary.name for canary in canaries.read(K8S / "components" / "canaries" / "canaries.toml")] == ["greedy", "sampled"]
 
 
 def test_bad_quantities_are_noticed() -> None:
