@@ -1,6 +1,6 @@
 """Which sidecar may drive the engine. Pure; kept in memory for the life of the process.
 
-1. An epoch lower than the highest admitted on its log is refused: that sidecar has been replaced.
+1. An epoch lower than the highest admitted of its writer on its log is refused: that sidecar has been replaced.
 2. While one writer of one log is connected, every other writer and log is refused.
 3. The same writer with the same epoch or a higher one takes over from its own earlier stream.
 """
@@ -29,24 +29,24 @@ class Fence:
     """Epochs seen and the writer connected."""
 
     connected: Writer | None = None
-    _highest: dict[str, int] = field(default_factory=dict)
+    _highest: dict[Writer, int] = field(default_factory=dict)
 
     def admit(self, hello: engine_pb2.Hello) -> None:
         """Let this writer in; whoever was connected before is to go. Raises ProtocolViolation, EpochStale or WriterBusy, and
         then remembers nothing of it."""
         if not hello.log_id or not hello.writer or not hello.epoch:
             raise ProtocolViolation("hello lacks log_id, writer or epoch")
-        highest = self._highest.get(hello.log_id, 0)
+        writer = Writer(hello.log_id, hello.writer)
+        highest = self._highest.get(writer, 0)
         if hello.epoch < highest:
             raise EpochStale(
-                f"epoch {hello.epoch} of log {hello.log_id} is over: {highest} has been here",
+                f"epoch {hello.epoch} of {writer} is over: {highest} has been here",
                 details={"epoch": str(hello.epoch), "highest": str(highest)},
             )
-        writer = Writer(hello.log_id, hello.writer)
         if self.connected not in (None, writer):
             raise WriterBusy(f"another is connected: {self.connected}", retry_after=1.0)
         self.connected = writer
-        self._highest[hello.log_id] = hello.epoch
+        self._highest[writer] = hello.epoch
 
     def leave(self) -> None:
         """The writer's stream has ended."""

@@ -30,7 +30,8 @@ class Protocol:
     _order: deque[int] = field(default_factory=deque)
 
     def check(self, submit: engine_pb2.Submit) -> None:
-        """Take note of it. Raises ProtocolViolation, or OutOfOrder for a primary sequence that does not rise."""
+        """Take note of it. Raises ProtocolViolation, or OutOfOrder for a primary sequence that does not rise: of first
+        attempts only, because a later one may be of an item that another writer has left behind."""
         run_id, primary = submit.run_id, submit.purpose == engine_pb2.PURPOSE_PRIMARY
         if not run_id or run_id in self._seen:
             raise ProtocolViolation(f"run_id {run_id} is {'used twice' if run_id else 'no run_id'}")
@@ -40,9 +41,9 @@ class Protocol:
             raise ProtocolViolation(f"run {run_id}: attempts count from 1")
         if not submit.token_ids or not submit.parameters.max_new_tokens:
             raise ProtocolViolation(f"run {run_id}: lacks token_ids or parameters")
-        if primary and submit.sequence <= self.last_sequence:
+        if primary and (not submit.sequence or (submit.attempt == 1 and submit.sequence <= self.last_sequence)):
             raise OutOfOrder(f"run {run_id}: sequence {submit.sequence} comes after {self.last_sequence}")
-        if primary:
+        if primary and submit.attempt == 1:
             self.last_sequence = submit.sequence
         self._remember(run_id)
 

@@ -8,12 +8,11 @@ import logging
 import os
 import sys
 import time
-import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-import ostinato
 from ostinato.serving import logs, program, tokens
 from ostinato.serving.credentials import Credentials
 from ostinato.serving.metrics import registry, serve_metrics
@@ -35,12 +34,12 @@ from sidecar.dispatcher import Dispatcher
 from sidecar.divergence.book import Book
 from sidecar.divergence.numbers import Numbers
 from sidecar.generation import GenerationServicer
-from sidecar.journal import JournalBroken, JournalUnusable, Opened
+from sidecar.journal import JournalBroken, Unfinished
 from sidecar.journal.grouped import GroupedJournal
-from sidecar.journal.sqlite import SqliteJournal, SqliteSettings
 from sidecar.link import EngineLink
 from sidecar.metrics import Metrics
 from sidecar.observer import Observer
+from sidecar.opening import open_journal
 from sidecar.reading import SequencerServicer
 from sidecar.shadow import Shadow
 from sidecar.watch import Watch
@@ -66,9 +65,13 @@ class Sidecar:
         self.book = Book(settings.writer)
         self.observer = Observer(Metrics(numbers), self.book.not_compared)
         numbers.register(Numbers(lambda: self.book.tally))
-        backend, self.opened = open_journal(settings)
+        backend, self.opened = open_journal(settings, wall_millis())
         self.journal = GroupedJournal(
-            backend, now_millis=wall_millis, on_commit=self.observer.committed, on_entries=self.book.committed
+            backend,
+            now_millis=wall_millis,
+            on_commit=self.observer.committed,
+            on_entries=self.book.committed,
+            on_taken=self._take_over,
         )
         self.link = EngineLink(settings.engine, settings.reconnect_seconds)
         self.dispatcher = Dispatcher(Sequencer(settings.bounds), self.journal, self.link, self.observer, time.monotonic)
@@ -91,7 +94,7 @@ class Sidecar:
         self.observer.opened(self.opened.head)
         await self.dispatcher.fingerprints.load()
         await self.book.restore(self.journal)
-        self.dispatcher.recover(self.opened.unfinished, self.opened.head.epoch)
+        self.dispatcher.recover(self.opened.unfinished)
         await self.auditor.read_back()
         await self.server.start()
         listening = {"addresses": ",".join(self.server.addresses), "health_address": self.server.health_address}
@@ -126,6 +129,11 @@ class Sidecar:
             await self.book.save(self.journal)
         await self.journal.close()
         return code
+
+    def _take_over(self, unfinished: Sequence[Unfinished]) -> None:
+        if not self.dispatcher.core.draining:  # else they are for others, as soon as this lease has ended
+            self.observer.taken_over(unfinished)
+            self.dispatcher.recover(unfinished)
 
     async def _hello(self) -> engine_pb2.Hello:
         head = await self.journal.head()
@@ -188,26 +196,6 @@ def read_canaries(settings: Settings) -> tuple[Canary, ...]:
         return canaries.read(settings.canaries)
     except ValueError as error:
         raise program.StartupError(f"--canaries: {error}", exit_code=program.BAD_CONFIGURATION) from error
-
-
-def open_journal(settings: Settings) -> tuple[SqliteJournal, Opened]:
-    """Raises StartupError that says why not."""
-    try:
-        settings.journal.parent.mkdir(parents=True, exist_ok=True)
-        return SqliteJournal.open(
-            settings.journal,
-            writer=settings.writer,
-            version=ostinato.__version__,
-            new_log_id=uuid.uuid4().hex,
-            now_millis=wall_millis(),
-            settings=SqliteSettings(
-                idempotency_ttl_seconds=round(settings.idempotency_ttl_seconds),
-                journal_bytes_max=settings.journal_bytes_max,
-                reserve_bytes=settings.journal_reserve_bytes,
-            ),
-        )
-    except (JournalUnusable, OSError) as error:
-        raise program.StartupError(f"journal: {error}") from error
 
 
 def wall_millis() -> int:

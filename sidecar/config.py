@@ -16,8 +16,8 @@ class Settings:
 
     listen: tuple[str, ...] = field(("127.0.0.1:7001",), "addresses of the public door, host:port or unix:/path")
     engine: str = field("unix:.run/engine.sock", "address of the service")
-    journal: Path = field(Path(".run/journal.sqlite"), "file of the journal")
-    writer: str = field("ostinato-0", "stable name of this sidecar, written into every entry")
+    journal: str = field(".run/journal.sqlite", "file of the journal, or postgresql://… of one that sidecars share")
+    writer: str = field("ostinato-0", "stable name of this sidecar, its own on a log, written into every entry")
     metrics: str = field("127.0.0.1:9400", "where /metrics is, host:port; empty: nowhere")
     health_listen: str = field("", "a port in plain text with health on it and nothing else, for probes; empty: none")
     allow_remote: bool = field(False, "listen in plain TCP beyond loopback")
@@ -63,6 +63,7 @@ class Settings:
     # journal
     journal_bytes_max: int = field(0, "of the journal; 0: what the disk holds", minimum=0)
     journal_reserve_bytes: int = field(16 << 20, "kept free for outcomes", minimum=0)
+    lease_seconds: float = field(10.0, "without a sign of life, until others take over; PostgreSQL", minimum=0.5)
     # time
     drain_seconds: float = field(30.0, "to finish what was admitted, after SIGTERM", minimum=0.0)
     reconnect_seconds: float = field(0.2, "pause before the engine stream is opened again", minimum=0.01)
@@ -83,6 +84,13 @@ class Settings:
             raise ValueError("--response-bytes-ceiling is below --max-response-bytes")
         if self.journal_bytes_max and self.journal_bytes_max <= 2 * self.journal_reserve_bytes:
             raise ValueError("--journal-bytes-max must be more than twice --journal-reserve-bytes")
+        if self.journal_bytes_max and self.journal_shared:
+            raise ValueError("--journal-bytes-max bounds a file; a PostgreSQL server has bounds of its own")
+
+    @property
+    def journal_shared(self) -> bool:
+        """Whether the journal is in PostgreSQL."""
+        return self.journal.startswith(("postgresql://", "postgres://"))
 
     @property
     def tenants(self) -> bool:

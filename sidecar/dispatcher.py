@@ -20,8 +20,9 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.entrance import Entrance
 from sidecar.core.sequencer import Sequencer
+from sidecar.elsewhere import Elsewhere
 from sidecar.fingerprints import Fingerprints
-from sidecar.journal import Admission, Audit, Binding, Journal, Sealed
+from sidecar.journal import Admission, Audit, Binding, Journal, Unfinished
 from sidecar.link import EngineLink, run_error
 from sidecar.observer import Observer
 from sidecar.outcomes import Outcomes
@@ -57,6 +58,7 @@ class Dispatcher:
         self.rechecker = Rechecker(self.reruns, journal, observer, self.fingerprints)
         self.outcomes = Outcomes(journal, observer, self.rechecker)
         self._collisions = Collisions()
+        self.elsewhere = Elsewhere(journal)
         self._asking: dict[int, Asking] = {}
         self._runs: dict[int, Work] = {}
         self._last_ticket = 0
@@ -70,13 +72,12 @@ class Dispatcher:
             self._perform(effect)
         self.observer.queue(self.core, self.entrance.waiting.items)
 
-    def recover(self, unfinished: Sequence[Sealed], epoch: int) -> None:
+    def recover(self, unfinished: Sequence[Unfinished]) -> None:
         """Take up what earlier epochs left, ascending."""
-        for entry in unfinished:
-            work = self.works[entry.header.sequence] = Work.of(entry, [], self.clock())
-            attempt = 1 + epoch - entry.header.epoch
-            need = need_of(work.input)
-            self.tell(ev.Recovered(work.sequence, need, bool(work.input.idempotency_key), attempt))
+        for one in unfinished:
+            calls = self.elsewhere.claim(one.admitted.header.sequence)
+            work = self.works[one.admitted.header.sequence] = Work.of(one.admitted, calls, self.clock())
+            self.tell(ev.Recovered(work.sequence, need_of(work.input), bool(work.input.idempotency_key), one.attempt))
 
     async def admit(
         self, admission: Admission, call: Call, deadline: float | None, gone: Callable[[], errors.OstinatoError]
@@ -97,6 +98,7 @@ class Dispatcher:
         """This call is over; its ticket is 0 if it only joined."""
         for work in self.works.values():
             work.detach(call, error)
+        self.elsewhere.leave(call)
         self.tell(ev.CallerGone(ticket, error))
 
     # ---- the engine's side (link.Listener)
@@ -206,7 +208,7 @@ class Dispatcher:
         asking = self._asking[ticket]
         try:
             appended = await self.journal.append(asking.admission)
-        except errors.JournalFull as error:
+        except errors.Refused as error:
             self.tell(ev.NotNumbered(ticket))
             self._asking.pop(ticket).refuse(error)
             return

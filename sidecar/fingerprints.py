@@ -41,7 +41,7 @@ class Fingerprints:
         if not self._believe(fingerprint):
             log.error("the engine's fingerprint does not fit its digest", extra={"fingerprint": fingerprint.digest.hex()[:16]})
             return
-        with contextlib.suppress(errors.JournalFull):  # to be tried again when it comes again
+        with contextlib.suppress(errors.Refused):  # to be tried again when it comes again
             await self._journal.append(
                 Note(FINGERPRINTS + fingerprint.digest.hex(), fingerprint.SerializeToString(deterministic=True))
             )

@@ -20,7 +20,7 @@ from sidecar.config import Settings
 from sidecar.core import events as ev
 from sidecar.dispatcher import Dispatcher
 from sidecar.journal import Binding
-from sidecar.results import answer_of, response_of, stamp_of
+from sidecar.results import answer_of, is_whole, response_of, stamp_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -81,6 +81,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
             work.forgo(errors.Cancelled("cancelled on request"))
         results = await asyncio.gather(*(asyncio.shield(work.ended) for work in works))
         cancelled = sum(result.status.code == grpc.StatusCode.CANCELLED.value[0] for result in results)
+        cancelled += await self._dispatcher.elsewhere.cancel(first, last, self._dispatcher.works)
         return generation_pb2.CancelResponse(cancelled=cancelled, ended=last - first + 1 - cancelled)
 
     async def _range(self, request: generation_pb2.CancelRequest) -> tuple[int, int]:
@@ -162,9 +163,16 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         for work in joined.values():
             work.join(call)
         recorded = await self._dispatcher.journal.items(first, last, binding.count)
+        elsewhere = []
         for entries in recorded:
-            if entries.admitted.header.sequence not in joined:
+            if entries.admitted.header.sequence in joined:
+                continue
+            if is_whole(entries):
                 call.result(answer_of(entries))
+            else:
+                elsewhere.append(entries.admitted.header.sequence)
+        if elsewhere:
+            await self._dispatcher.elsewhere.join(call, elsewhere)
         return stamp_of(recorded[0].admitted.header)
 
 

@@ -30,6 +30,7 @@ class Metrics:
         self.repeated = counter("repeated_requests", "Requests whose idempotency key was bound: answered, never run again.")
         self.attempts = counter("attempts", "Submissions to the engine beyond an item's first.")
         self.unnumbered = gauge("unnumbered_items", "Items that wait for a number.")
+        self.taken_over = counter("taken_over_items", "Items of other writers, finished here because their lease had run out.")
         self.queue = gauge("queue_items", "Items that wait for the journal or for room.")
         self.inflight = gauge("inflight_items", "Runs that the engine holds, re-runs included.")
         self.inflight_blocks = gauge("inflight_kv_blocks", "KV blocks that those may need at worst.")
@@ -45,7 +46,7 @@ class Metrics:
         self.commit = histogram("journal_commit_seconds", "One transaction.", COMMIT)
         self.commit_drafts = histogram("journal_commit_drafts", "Batches and outcomes in one transaction.", COUNTS)
         self.journal_bytes = counter("journal_payload_bytes", "Bytes of payload made durable.")
-        self.journal_full = gauge("journal_full", "1 while new work is refused for want of room.")
+        self.journal_full = gauge("journal_full", "1 while new work is refused for want of room, or of a database.")
         # engine
         self.connected = gauge("engine_connected", "1 while the engine stream is up.")
         self.grade = gauge("engine_grade", "3 EXACT, 2 SERIAL, 1 BEST_EFFORT, 0 not connected.")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ostinato import errors
 from ostinato.v1 import engine_pb2, types_pb2
 
 from sidecar.core.sequencer import Sequencer
 from sidecar.divergence import labels
-from sidecar.journal import Head, Sealed
+from sidecar.journal import Head, Sealed, Unfinished
 from sidecar.metrics import Metrics
 from sidecar.work import Work
 
@@ -28,6 +28,11 @@ class Observer:
         """The journal is open, in a new epoch."""
         self.metrics.epoch.set(head.epoch)
         self.metrics.last_sequence.set(head.last_sequence)
+
+    def taken_over(self, unfinished: Sequence[Unfinished]) -> None:
+        """Another writer's lease has run out, and its items are this one's now."""
+        self.metrics.taken_over.inc(len(unfinished))
+        log.warning("took over", extra={"writer": unfinished[0].admitted.header.writer, "count": len(unfinished)})
 
     # ---- order
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from ostinato import errors
 from ostinato.v1 import types_pb2
 
+from sidecar.elsewhere import ended
 from sidecar.journal import Audit, Journal, Outcome
 from sidecar.observer import Observer
 from sidecar.recheck import Rechecker, Record
@@ -32,8 +33,7 @@ class Outcomes:
         appended = await self._journal.append(outcome)
         if not appended.entries:  # another writer's outcome came first, and is the one
             work.forgo(errors.Abandoned("another outcome came first"))
-            (entries,) = await self._journal.items(work.sequence, work.sequence, 1)
-            return answer_of(entries)
+            return answer_of(await ended(self._journal, work.sequence))
         (sealed,) = appended.entries
         result = result_of(sealed)
         self._observer.ended(work, sealed, result)

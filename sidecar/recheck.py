@@ -113,6 +113,6 @@ class Rechecker:
         """Its entry, from which it is counted; None where the journal is full, and that is counted instead."""
         try:
             return (await self._journal.append(audit)).entries[0]
-        except errors.JournalFull as error:
+        except errors.Refused as error:
             self._observer.not_compared(audit.comparison.kind, error.reason)
             return None

@@ -54,6 +54,14 @@ def answer_of(entries: ItemEntries) -> types_pb2.Result:
     return result
 
 
+def is_whole(entries: ItemEntries) -> bool:
+    """Whether the journal has all of its answer: the outcome, and the verdict that was asked for."""
+    if entries.outcome is None or entries.outcome.header.kind != types_pb2.ENTRY_KIND_COMPLETED:
+        return entries.outcome is not None
+    asked = bool(entries.admitted.payload) and sequencer_pb2.AdmittedPayload.FromString(entries.admitted.payload).verify
+    return not asked or entries.verified is not None
+
+
 def verification_of(sequence: int, verified: Sealed | None) -> types_pb2.Comparison:
     """The verdict that the client asked for; None: the journal has none, and will not get one any more."""
     if verified is not None and verified.payload:

@@ -1,9 +1,20 @@
-"""What holds for every test."""
+"""What holds for every test, and one PostgreSQL server for all of them, started when it is first wanted."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.postgres import Postgres
 
 # How long an example takes is the machine's business.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+@pytest.fixture(scope="session", name="postgres")
+def _postgres() -> Iterator[Postgres]:
+    with Postgres() as server:
+        yield server

@@ -1,4 +1,5 @@
-"""Everything that can go wrong between a caller and an answer.
+"""Everything that can go wrong between a caller and an answer. A class is its row of the table; on the wire it is a
+google.rpc.Status with details, and `to_status` and `from_status` are inverse.
 
     OstinatoError
       + InvalidRequest        can never succeed as it is      INVALID_ARGUMENT
@@ -8,6 +9,7 @@
       |   + PermissionDenied  not for this role               PERMISSION_DENIED
       |   + QueueFull         retry later                     RESOURCE_EXHAUSTED
       |   + JournalFull       retry later                     RESOURCE_EXHAUSTED
+      |   + JournalUnavailable later or elsewhere             UNAVAILABLE
       |   + EngineUnavailable retry later                     UNAVAILABLE
       |   + Draining          retry later; a key's are kept   UNAVAILABLE
       |   + GradeNotEarned                                    FAILED_PRECONDITION
@@ -32,8 +34,6 @@
           + WriterBusy                                        FAILED_PRECONDITION
           + OutOfOrder                                        FAILED_PRECONDITION
           + ProtocolViolation                                 INTERNAL
-
-A class is its row of the table. On the wire it is a google.rpc.Status with details; `to_status` and `from_status` are inverse.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 DOMAIN = "ostinato"  # ErrorInfo.domain of every error of ours
-
 TABLE: dict[str, type[OstinatoError]] = {}  # by reason; filled in by the classes below, in their order
 Code, Bad = grpc.StatusCode, error_details_pb2.BadRequest
 
@@ -67,8 +66,7 @@ class OstinatoError(Exception):
 
     def __init__(self, message: str, *, retry_after: float | None = None, details: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.message = message
-        self.retry_after = retry_after  # seconds after which trying again makes sense; None: it does not, or nobody knows
+        self.message, self.retry_after = message, retry_after  # seconds until trying again makes sense; None: nobody knows
         self.details = dict(details or {})  # ErrorInfo.metadata
 
 
@@ -114,6 +112,10 @@ class QueueFull(Refused):
 
 class JournalFull(Refused):
     code = Code.RESOURCE_EXHAUSTED
+
+
+class JournalUnavailable(Refused):
+    code = Code.UNAVAILABLE
 
 
 class EngineUnavailable(Refused):
@@ -217,8 +219,7 @@ def to_status(error: OstinatoError) -> status_pb2.Status:
     status = status_pb2.Status(code=error.code.value[0], message=error.message)
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.details))
     if isinstance(error, InvalidRequest) and error.violations:
-        named = [Bad.FieldViolation(field=v.field, description=v.description) for v in error.violations]
-        status.details.add().Pack(Bad(field_violations=named))
+        status.details.add().Pack(Bad(field_violations=[Bad.FieldViolation(**v._asdict()) for v in error.violations]))
     if error.retry_after is not None:
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=timedelta(seconds=error.retry_after)))
     return status
@@ -231,8 +232,7 @@ def from_status(status: status_pb2.Status) -> OstinatoError:
         for message in (info, bad, retry):
             with suppress(DecodeError):  # a far side that is not ours may send anything
                 detail.Unpack(message)
-    kind = TABLE.get(info.reason) if info.domain == DOMAIN else None
-    if kind is None:
+    if info.domain != DOMAIN or (kind := TABLE.get(info.reason)) is None:
         return foreign({code.value[0]: code for code in Code}.get(status.code, Code.UNKNOWN), status.message)
     if issubclass(kind, InvalidRequest):
         return kind(status.message, violations=[Violation(v.field, v.description) for v in bad.field_violations])

@@ -54,7 +54,8 @@ class NotNumbered:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """An item that an earlier epoch left unfinished. Told in ascending order, before anything else."""
+    """An item that an earlier epoch left unfinished: of this writer, told before anything else, or later of another one, whose
+    lease has run out. It is not a first submission, and goes to its place among what waits."""
 
     sequence: int
     need: Need

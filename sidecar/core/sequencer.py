@@ -118,15 +118,15 @@ class Sequencer:
             yield from self._abandon()
 
     def _recovered(self, recovered: ev.Recovered) -> Iterator[do.Effect]:
-        item = Item(recovered.sequence, 0, recovered.need, recovered.keyed, None, recovered.attempt)
-        self._enqueue(item)
+        self._enqueue(item := Item(recovered.sequence, 0, recovered.need, recovered.keyed, None, recovered.attempt))
+        if max(self.waiting) > item.sequence:
+            self.waiting = dict(sorted(self.waiting.items()))
         if not item.keyed:
             yield from self._end(item, errors.Abandoned("found unfinished, without a key"))
 
     def _enqueue(self, item: Item) -> None:
         assert item.sequence not in self.items
-        self.items[item.sequence] = item
-        self.waiting[item.sequence] = item
+        self.items[item.sequence] = self.waiting[item.sequence] = item
 
     # ---- runs
 

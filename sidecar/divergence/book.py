@@ -88,7 +88,7 @@ class Book:
         """What has changed. Where the journal is full, the next start has the more to read."""
         page = self._page
         if page is not self._saved:
-            with contextlib.suppress(errors.JournalFull):
+            with contextlib.suppress(errors.Refused):
                 await journal.append(Note(self._name, msgspec.json.encode(page)))
                 self._saved = page
 

@@ -1,8 +1,9 @@
 """The journal: what is durable, in one order. Only modules in here know a database.
 
-`ledger` seals drafts into chained entries, purely, and `verify` checks such a chain. `sqlite` keeps them; `schema`, `tables`
-and `reserve` are its parts. `committer` decides what is committed together and what waits for room; `grouped` gives it a
-thread, and is the `Journal` that the rest of the sidecar sees.
+`ledger` seals drafts into chained entries, purely, and `verify` checks such a chain. `sqlite` keeps them for one sidecar
+(`schema`, `tables` and `reserve` are its parts), `postgres` for many (`postgres_schema`, `postgres_tables`, `database`).
+`committer` decides what is committed together and what waits for room; `grouped` gives it a thread, and is, with `reads`,
+the `Journal` that the rest of the sidecar sees.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ostinato.errors import Disconnected
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 
@@ -122,26 +124,36 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
+class Unfinished:
+    """An item without an outcome, which is now this writer's to finish."""
+
+    admitted: Sealed
+    attempt: int
+    """Of its next submission: higher than that of any before."""
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     """What opening a journal finds."""
 
     head: Head
     """After this epoch's OPENED entry."""
-    unfinished: tuple[Sealed, ...] = field(default=())
-    """ADMITTED entries without an outcome, ascending."""
+    unfinished: tuple[Unfinished, ...] = field(default=())
+    """Ascending."""
 
 
 class Journal(Protocol):
     """Durable when `append` returns. Appends take effect in the order of the calls, so sequences do too; every read sees the
-    appends that were called before it.
+    appends that were called before it. Other writers may append in between.
 
-    Raises errors.JournalFull (anything but an Outcome found no room; outcomes wait for it instead) and JournalBroken (it is
-    not known what is durable: the process must end and recover; also after `close`).
+    Raises errors.JournalFull (anything but an Outcome found no room; outcomes wait for it instead), errors.JournalUnavailable
+    (likewise, while the database cannot be reached; reads raise it too) and JournalBroken (it is not known what is durable,
+    or this writer was replaced: the process must end and recover; also after `close`).
     """
 
     @property
     def full(self) -> bool:
-        """Whether admissions are refused for want of room."""
+        """Whether admissions are refused: there is no room, or no database."""
         ...
 
     async def append(self, draft: Draft) -> Appended: ...
@@ -150,6 +162,10 @@ class Journal(Protocol):
 
     async def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:
         """The items numbered first to last, ascending, at most limit; unknown numbers are left out."""
+        ...
+
+    async def unfinished(self, first: int, last: int, limit: int) -> Sequence[Sealed]:
+        """ADMITTED entries of those of the items first to last that have no outcome, whoever finishes them; as `items`."""
         ...
 
     async def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
@@ -163,14 +179,25 @@ class Journal(Protocol):
     async def head(self) -> Head: ...
 
     async def wait(self, index: int) -> None:
-        """Until an entry with this index is durable."""
+        """Until an entry with this index is durable, whoever appends it."""
         ...
 
     async def close(self) -> None: ...
 
 
-class JournalBroken(Exception):
-    """What is durable is not known, or not ours any more (fenced): end the process and recover."""
+class JournalBroken(Disconnected):
+    """What is durable is not known, or not ours any more (fenced): end the process and recover.
+
+    Callers are told that their call is lost, and why only in the log.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__("the sidecar has to recover", retry_after=1.0)
+        self.args = (why,)
+
+
+class CommitUnknown(Exception):
+    """The database was lost during a commit. Whoever appends the same drafts again is told what became of them."""
 
 
 class JournalUnusable(Exception):

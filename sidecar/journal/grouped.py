@@ -6,18 +6,22 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sidecar.journal import Admission, Appended, Audit, Binding, Draft, Head, ItemEntries, JournalBroken, Note, Outcome, Sealed
-from sidecar.journal.committer import Backend, Committer, GroupSettings, Job
+from ostinato.errors import JournalUnavailable
+
+from sidecar.journal import Appended, Draft, JournalBroken, Sealed, Unfinished
+from sidecar.journal.committer import Backend, Committer, GroupSettings, Job, payload_bytes
+from sidecar.journal.reads import Reads
 
 T = TypeVar("T")
 Answer = asyncio.Future[Any]
 OnCommit = Callable[[float, int, int], None]
 OnEntries = Callable[[Sequence[Sealed]], None]
+OnTaken = Callable[[Sequence[Unfinished]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +31,22 @@ class _Read:
 
 
 @dataclass(frozen=True, slots=True)
+class _Look:
+    """Somebody has begun to wait for what others append."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Close:
     pass
 
 
-class GroupedJournal:
+class GroupedJournal(Reads):
     """Implements `Journal` over a synchronous backend, which it owns from now on.
 
     Belongs to the event loop that is running when it is made. A caller that is cancelled while it appends loses the answer, not
     the draft. `on_commit` is called in the loop, after the answers, with a transaction's seconds, drafts and payload bytes;
-    before that, `on_entries` with all that was made durable, in order, none left out.
+    before that, `on_entries` with all that was made durable, in order, none left out; `on_taken` with items of other writers
+    that have become this one's to finish.
     """
 
     def __init__(
@@ -47,20 +57,25 @@ class GroupedJournal:
         settings: GroupSettings | None = None,
         on_commit: OnCommit = lambda seconds, drafts, payload_bytes: None,
         on_entries: OnEntries = lambda entries: None,
+        on_taken: OnTaken = lambda unfinished: None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.broken: asyncio.Future[JournalBroken] = self._loop.create_future()
         """Done, with the reason, when the process has to end. Never an exception, never cancelled by us."""
         self._settings = settings or GroupSettings()
-        self._backend, self._now_millis, self._on_commit, self._on_entries = backend, now_millis, on_commit, on_entries
+        super().__init__(backend, now_millis)
+        self._on_commit, self._on_entries, self._on_taken = on_commit, on_entries, on_taken
         self._committer = Committer[Answer](backend, self._settings, now_millis, time.monotonic)
-        self._jobs: queue.SimpleQueue[Job[Answer] | _Read | _Close] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job[Answer] | _Read | _Look | _Close] = queue.SimpleQueue()
         self._unanswered: dict[Answer, None] = {}
         self._durable_index = backend.head.index
         self._grown = self._loop.create_future()
+        self._waiting = 0
+        """Calls of `wait`; read by the thread too."""
         self._over = ""
         """Why nothing more is taken."""
         self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._looked_at = 0.0
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
         self._thread.start()
 
@@ -76,27 +91,18 @@ class GroupedJournal:
         appended: Appended = await answer
         return appended
 
-    async def binding(self, tenant: str, key: str) -> Binding | None:
-        return await self._read(lambda: self._backend.binding(tenant, key, self._now_millis()))
-
-    async def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:
-        return await self._read(lambda: self._backend.items(first, last, limit))
-
-    async def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
-        return await self._read(lambda: self._backend.entries(from_index, limit, payloads=payloads))
-
-    async def notes(self, prefix: str) -> Mapping[str, bytes]:
-        return await self._read(lambda: self._backend.notes(prefix))
-
-    async def head(self) -> Head:
-        return await self._read(lambda: self._backend.head)
-
     async def wait(self, index: int) -> None:
         """Until an entry with this index is durable."""
-        while self._durable_index < index:
-            if self._over:
-                raise JournalBroken(self._over)
-            await asyncio.shield(self._grown)
+        self._waiting += 1
+        try:
+            if self._backend.poll_seconds is not None and not self._over:
+                self._jobs.put(_Look())
+            while self._durable_index < index:
+                if self._over:
+                    raise JournalBroken(self._over)
+                await asyncio.shield(self._grown)
+        finally:
+            self._waiting -= 1
 
     async def close(self) -> None:
         """Append what waits, then let go of the database. Calls after this one raise JournalBroken."""
@@ -183,13 +189,31 @@ class GroupedJournal:
             done = self._committer.finish()
             self._call(self._settle, done.settled, done.commits, self._backend.head.index)
             return False
-        self._backend.maintain(idle=self._jobs.empty())
+        taken = self._committer.maintain(idle=self._jobs.empty())
+        if taken:
+            self._call(self._on_taken, taken)
+        self._look()
         return True
 
-    def _take(self) -> tuple[list[Job[Answer] | _Read], bool]:
+    def _look(self) -> None:
+        """Whether others have appended, if somebody waits for it."""
+        poll_seconds = self._backend.poll_seconds
+        if poll_seconds is None or not self._waiting or time.monotonic() < self._looked_at + poll_seconds:
+            return
+        self._looked_at = time.monotonic()
+        with suppress(JournalUnavailable):
+            self._call(self._settle, (), (), self._backend.newest().index)
+
+    def _idle_seconds(self) -> float | None:
+        """How long the queue may stay empty before there is something to do all the same."""
+        poll_seconds = self._backend.poll_seconds if self._waiting else None
+        bounds = (self._committer.idle_seconds(), self._backend.idle_seconds(), poll_seconds)
+        return min((bound for bound in bounds if bound is not None), default=None)
+
+    def _take(self) -> tuple[list[Job[Answer] | _Read | _Look], bool]:
         """All that waits, as far as it fits into a commit; and whether nothing comes after it."""
-        jobs: list[Job[Answer] | _Read] = []
-        size, timeout = 0, self._committer.idle_seconds()
+        jobs: list[Job[Answer] | _Read | _Look] = []
+        size, timeout = 0, self._idle_seconds()
         while len(jobs) < self._settings.commit_drafts_max and size < self._settings.commit_bytes_max:
             try:
                 job = self._jobs.get_nowait() if jobs else self._jobs.get(timeout=timeout)
@@ -198,7 +222,7 @@ class GroupedJournal:
             if isinstance(job, _Close):
                 return jobs, True
             jobs.append(job)
-            size += _payload_bytes(job.draft) if isinstance(job, Job) else 0
+            size += payload_bytes(job.draft) if isinstance(job, Job) else 0
         return jobs, False
 
     def _answer(self, read: Callable[[], object]) -> object:
@@ -212,15 +236,3 @@ class GroupedJournal:
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
             self._loop.call_soon_threadsafe(function, *arguments)
-
-
-def _payload_bytes(draft: Draft) -> int:
-    match draft:
-        case Admission():
-            return sum(item.ByteSize() for item in draft.items)
-        case Outcome():
-            return draft.payload.ByteSize()
-        case Audit():
-            return draft.comparison.ByteSize()
-        case Note():
-            return len(draft.value)

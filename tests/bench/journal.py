@@ -1,4 +1,4 @@
-"""The journal by itself: items made durable, against SQLite doing the same inserts with nothing around it."""
+"""The journal by itself: items made durable, against its database doing the same inserts with nothing around it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ from contextlib import contextmanager
 from hashlib import sha256
 from itertools import count as counting
 from pathlib import Path
+from typing import Any
 
 import apsw
+import psycopg
 
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal import Admission, Outcome
+from sidecar.journal import Admission, Opened, Outcome
+from sidecar.journal.committer import Backend
+from sidecar.journal.database import Connection
 from sidecar.journal.grouped import GroupedJournal
+from sidecar.journal.postgres import PostgresJournal
+from sidecar.journal.postgres_schema import migrate as migrate_postgres
 from sidecar.journal.schema import connect, migrate
 from sidecar.journal.sqlite import SqliteJournal, SqliteSettings
 from tests.bench.loop import Round, closed_loop, middle, summary
 from tests.bench.table import Table
+from tests.postgres import Postgres
 
 REQUESTERS = (1, 64, 256)
 PROMPT_TOKENS, NEW_TOKENS = 200, 64
@@ -53,15 +60,16 @@ def outcome(admitted: types_pb2.EntryHeader) -> Outcome:
     return Outcome(admitted, types_pb2.ENTRY_KIND_COMPLETED, 1, payload, b"f" * 32)
 
 
-async def _ours(folder: Path, requesters: int, seconds: float) -> Round:
-    backend, _ = SqliteJournal.open(
-        folder / "ours.sqlite",
-        writer="bench",
-        version="0",
-        new_log_id="0" * 32,
-        now_millis=0,
-        settings=SqliteSettings(reserve_bytes=0),
-    )
+def _sqlite(path: Path) -> tuple[Backend, Opened]:
+    settings = SqliteSettings(reserve_bytes=0)
+    return SqliteJournal.open(path, writer="bench", version="0", new_log_id="0" * 32, now_millis=0, settings=settings)
+
+
+def _postgres(url: str) -> tuple[Backend, Opened]:
+    return PostgresJournal.open(url, writer="bench", version="0", new_log_id="0" * 32, now_millis=0)
+
+
+async def _ours(backend: Backend, requesters: int, seconds: float) -> Round:
     journal, numbers = GroupedJournal(backend, now_millis=lambda: time.time_ns() // 10**6), counting()
 
     async def item() -> None:
@@ -116,18 +124,69 @@ def _entries(db: apsw.Connection, indexes: range, header: bytes, payload: bytes)
     db.executemany("INSERT INTO payloads VALUES (?, ?)", [(index, payload) for index in indexes])
 
 
+def _bare_postgres(url: str, requesters: int, seconds: float) -> Round:
+    """As `_bare`, in one statement a table, with the log's row locked first and updated last."""
+    given = admission(1).items[0].SerializeToString()
+    made = outcome(types_pb2.EntryHeader()).payload.SerializeToString()
+    index, sequence, taken, began = 0, 0, list[float](), time.perf_counter()
+    with psycopg.connect(url, autocommit=True) as db:
+        migrate_postgres(db)
+        db.execute("INSERT INTO log VALUES (true, '', 0, '', 0)")
+        while (sent := time.perf_counter()) < began + seconds:
+            items = list(range(sequence, sequence + requesters))
+            first = list(range(index, index + requesters))
+            second = list(range(index + requesters, index + 2 * requesters))
+            for indexes, header, payload in ((first, "admitted", given), (second, "completed", made)):
+                headers = [b"h" * HEADER_BYTES[header]] * requesters
+                with db.pipeline():
+                    db.execute("BEGIN")
+                    db.execute("SELECT FROM log FOR UPDATE")
+                with db.pipeline():
+                    _rows(db, "entries", indexes, headers, [b"e" * 32] * requesters)
+                    _rows(db, "payloads", indexes, [payload] * requesters)
+                    if indexes is first:
+                        _rows(db, "items (sequence, admitted, owner)", items, first, ["bench"] * requesters)
+                    else:
+                        db.execute(ENDED, (items, second))
+                        digests = [sha256(number.to_bytes(8)).digest() for number in items]
+                        _rows(db, "twins", digests, [b"f" * 32] * requesters, second)
+                    db.execute("UPDATE log SET last_index = %s", (indexes[-1],))
+                    db.execute("COMMIT")
+            taken += [time.perf_counter() - sent] * requesters
+            sequence, index = sequence + requesters, index + 2 * requesters
+    return summary(taken, time.perf_counter() - began)
+
+
+def _rows(db: Connection, table: str, *columns: list[Any]) -> None:
+    types = ", ".join(f"%b::{TYPES[type(column[0])]}[]" for column in columns)
+    db.execute(f"INSERT INTO {table} SELECT * FROM unnest({types})".encode(), columns)
+
+
+ENDED = "UPDATE items SET outcome = o FROM unnest(%b::bigint[], %b::bigint[]) AS ended (s, o) WHERE sequence = s"
+TYPES = {int: "bigint", bytes: "bytea", str: "text"}
+
+
 async def measure(rounds: int, seconds: float) -> Table:
-    """Both, in turn, each time into a new file."""
+    """Each, in turn, every time into a new file or schema."""
     seen: dict[tuple[str, int], list[Round]] = {}
-    for _ in range(rounds):
-        for requesters in REQUESTERS:
-            with tempfile.TemporaryDirectory(prefix="ostinato-") as folder:
-                seen.setdefault(("the journal", requesters), []).append(await _ours(Path(folder), requesters, seconds))
-                seen.setdefault(("SQLite alone", requesters), []).append(_bare(Path(folder), requesters, seconds))
+    with Postgres() as server:
+        for _ in range(rounds):
+            for requesters in REQUESTERS:
+
+                def saw(name: str, round_: Round, requesters: int = requesters) -> None:
+                    seen.setdefault((name, requesters), []).append(round_)
+
+                with tempfile.TemporaryDirectory(prefix="ostinato-") as name:
+                    folder, url = Path(name), server.url(server.schema())
+                    saw("the journal in SQLite", await _ours(_sqlite(folder / "ours.sqlite")[0], requesters, seconds))
+                    saw("SQLite alone", _bare(folder, requesters, seconds))
+                    saw("the journal in PostgreSQL", await _ours(_postgres(url)[0], requesters, seconds))
+                    saw("PostgreSQL alone", _bare_postgres(server.url(server.schema()), requesters, seconds))
     note = (
         f"An item is an admission with {PROMPT_TOKENS} token ids and, after it, an outcome with {NEW_TOKENS}: two synced "
-        "commits. SQLite alone inserts the same rows from ready bytes; the journal also numbers, digests, chains, serialises, "
-        "and answers each requester."
+        "commits. The databases alone insert the same rows from ready bytes, in transactions of as many as there are "
+        "requesters; the journal also numbers, digests, chains, serialises, and answers each requester. PostgreSQL runs on the "
+        "same cores, behind a unix socket."
     )
     table = Table("Journal", ["", "requesters", "items/s", "p50 ms", "p99 ms"], note)
     for name, requesters in sorted(seen, key=lambda case: case[1]):

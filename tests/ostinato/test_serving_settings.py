@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,17 @@ def test_a_secret_is_never_shown(capsys: pytest.CaptureFixture[str]) -> None:
     """A secret's value is neither in the line at start nor in a complaint about it."""
     assert "token=***" in describe(settings("--token=tiger"))
     assert "1234" not in refusal(capsys, ["--limit=1234"])
+
+
+@pytest.mark.parametrize(
+    "name", ["postgresql://me:tiger@h/db", "postgresql://me:ti@g/er@h/db", "postgresql://h/db?password=tiger&x=1"]
+)
+def test_a_password_in_a_url_is_never_shown(name: str) -> None:
+    """Of a URL the line at start shows the server, and neither who connects nor how."""
+    line = describe(settings(f"--writer={name}"))
+
+    assert "writer=" in line and "h/db" in line
+    assert "ti" not in re.sub(r"items|writer", "", line)
 
 
 def test_the_line_at_start_is_one_line() -> None:

@@ -18,9 +18,9 @@ steps = st.lists(
 
 @given(steps)
 def test_fence(history: list[tuple[str, str, int] | None]) -> None:
-    """Admitted epochs never fall on a log; while somebody is connected nobody else is admitted; refusals change nothing."""
+    """A writer's epochs never fall on a log; while somebody is connected nobody else is admitted; refusals change nothing."""
     fence = Fence()
-    highest: dict[str, int] = {}
+    highest: dict[Writer, int] = {}
     connected: Writer | None = None
     for step in history:
         if step is None:
@@ -30,14 +30,14 @@ def test_fence(history: list[tuple[str, str, int] | None]) -> None:
         log, name, epoch = step
         writer, before = Writer(log, name), (fence.connected, dict(fence._highest))
         wanted: type[StreamRefused] | None = None
-        if epoch < highest.get(log, 0):
+        if epoch < highest.get(writer, 0):
             wanted = EpochStale
         elif connected not in (None, writer):
             wanted = WriterBusy
 
         if wanted is None:
             fence.admit(hello_of(log, name, epoch))
-            highest[log], connected = epoch, writer
+            highest[writer], connected = epoch, writer
         else:
             with pytest.raises(wanted):
                 fence.admit(hello_of(log, name, epoch))

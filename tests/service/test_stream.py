@@ -431,6 +431,8 @@ async def test_refused_hello_leaves_no_trace() -> None:
         ([submit_of(1, sequence=5), submit_of(2, sequence=5)], errors.OutOfOrder),
         ([submit_of(1, sequence=5), submit_of(2, sequence=4)], errors.OutOfOrder),
         ([submit_of(1, sequence=0)], errors.OutOfOrder),
+        ([submit_of(1, sequence=0, attempt=2)], errors.OutOfOrder),
+        ([submit_of(1, sequence=5), submit_of(2, sequence=3, attempt=2), submit_of(3, sequence=4)], errors.OutOfOrder),
     ],
 )
 async def test_broken_rules_end_the_stream(submits: list[engine_pb2.Submit], kind: type[errors.OstinatoError]) -> None:
@@ -459,6 +461,16 @@ async def test_reruns_have_no_place_in_the_order() -> None:
 
         assert (await stream.output(2)) == (await stream.output(1))
         await stream.output(3)
+
+
+async def test_later_attempts_have_no_place_in_the_order() -> None:
+    """Only first attempts must rise, over whatever gaps: what was taken over from another writer comes when it comes."""
+    async with served() as service, service.stream() as stream:
+        await stream.send(submit_of(1, sequence=5), submit_of(2, sequence=3, attempt=2), submit_of(3, sequence=900))
+        await stream.send(submit_of(4, sequence=950, attempt=3), submit_of(5, sequence=901))
+
+        for run_id in range(1, 6):
+            await stream.output(run_id)
 
 
 async def test_largest_sequences_and_ids() -> None:

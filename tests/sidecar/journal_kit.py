@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, LiteralString, Protocol
+
+import psycopg
 
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal import Admission, Audit, Draft, Opened, Outcome, Sealed
-from sidecar.journal.sqlite import SqliteJournal, SqliteSettings
+from sidecar.journal.committer import Backend
+from sidecar.journal.postgres import PostgresJournal, PostgresSettings
+from sidecar.journal.postgres_reads import verify_database
+from sidecar.journal.sqlite import SqliteJournal, SqliteSettings, verify_file
+from sidecar.journal.verify import Checked
 
 LOG_ID = "0123456789abcdef0123456789abcdef"
 PARAMETERS = types_pb2.ResolvedParameters(temperature=1.0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=16)
@@ -92,6 +100,20 @@ def sequences(entries: Sequence[Sealed]) -> list[int]:
     return [entry.header.sequence for entry in entries]
 
 
+class Store(Protocol):
+    """One journal, opened as often as wanted."""
+
+    clock: Clock
+
+    def open(self, *, writer: str = "writer", log_id: str = LOG_ID) -> tuple[Backend, Opened]: ...
+
+    def configure(self, **settings: int) -> None: ...
+
+    def fence(self, journal: Backend) -> None: ...
+
+    def verify(self) -> Iterator[Checked]: ...
+
+
 @dataclass
 class SqliteStore:
     """One journal on a disk, opened as often as wanted."""
@@ -123,6 +145,64 @@ class SqliteStore:
     def configure(self, **settings: int) -> None:
         self.settings = replace(self.settings, **settings)
 
-    def fence(self, journal: SqliteJournal) -> None:
+    def fence(self, journal: Backend) -> None:
         """As if another process had begun an epoch of this writer, which the lock makes impossible."""
+        assert isinstance(journal, SqliteJournal)
         journal._db.execute("UPDATE journal SET epoch = epoch + 1")
+
+    def verify(self) -> Iterator[Checked]:
+        return verify_file(self.path)
+
+
+@dataclass
+class PostgresStore:
+    """One journal in a schema of its own. Its leases are by the server's clock, whatever the time is here."""
+
+    url: str
+    clock: Clock = field(default_factory=Clock)
+    settings: PostgresSettings = field(default_factory=PostgresSettings)
+    journals: list[PostgresJournal] = field(default_factory=list)
+
+    def open(
+        self, *, writer: str = "writer", log_id: str = LOG_ID, url: str = "", seconds: Callable[[], float] = time.monotonic
+    ) -> tuple[PostgresJournal, Opened]:
+        journal, found = PostgresJournal.open(
+            url or self.url,
+            writer=writer,
+            version="1.0",
+            new_log_id=log_id,
+            now_millis=self.clock.millis,
+            settings=self.settings,
+            seconds=seconds,
+        )
+        self.journals.append(journal)
+        return journal, found
+
+    def kill(self) -> None:
+        """Every journal that is open, as their processes' deaths would."""
+        while self.journals:
+            self.journals.pop()._database.drop()
+
+    @contextmanager
+    def opened(self, writer: str = "writer") -> Iterator[PostgresJournal]:
+        journal, _ = self.open(writer=writer)
+        try:
+            yield journal
+        finally:
+            journal.close()
+
+    def configure(self, **settings: float) -> None:
+        self.settings = replace(self.settings, **settings)  # type: ignore[arg-type]
+
+    def fence(self, journal: Backend) -> None:
+        """Another process begins an epoch of this writer."""
+        self.open(writer=journal.head.writer)[0].close()
+
+    def verify(self) -> Iterator[Checked]:
+        return verify_database(self.url)
+
+    def execute(self, query: LiteralString, *parameters: object) -> list[tuple[Any, ...]]:
+        """On a connection of its own; what it returns."""
+        with psycopg.connect(self.url, autocommit=True) as db:
+            found = db.execute(query, parameters)
+            return found.fetchall() if found.description else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -13,14 +13,17 @@ from ostinato.chain import GENESIS, OUTCOMES, payload_digest
 from ostinato.digest import derived_seed, input_digest, output_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal import Appended, Audit, Journal, JournalBroken, Note, Opened, Sealed
+from sidecar.journal import Appended, Audit, Journal, JournalBroken, Note, Opened, Sealed, Unfinished
 from sidecar.journal.grouped import GroupedJournal
 from sidecar.journal.verify import verify
+from tests.postgres import Postgres
 from tests.sidecar.journal_kit import (
     FINGERPRINT,
     LOG_ID,
     PARAMETERS,
+    PostgresStore,
     SqliteStore,
+    Store,
     admission,
     audit,
     completed,
@@ -33,16 +36,21 @@ from tests.sidecar.journal_kit import (
 DAY = 86_400
 
 
-@pytest.fixture(name="store", params=[SqliteStore])
-def _store(request: pytest.FixtureRequest, tmp_path: Path) -> SqliteStore:
-    made: SqliteStore = request.param(tmp_path / "journal.db")
-    return made
+@pytest.fixture(name="store", params=["sqlite", "postgres"])
+def _store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    if request.param == "sqlite":
+        yield SqliteStore(tmp_path / "journal.db")
+        return
+    server: Postgres = request.getfixturevalue("postgres")
+    store = PostgresStore(server.url(server.schema()))
+    yield store
+    store.kill()
 
 
 class Open:
     """A journal in use."""
 
-    def __init__(self, store: SqliteStore) -> None:
+    def __init__(self, store: Store) -> None:
         self.backend, self.found = store.open()
         self.grouped = GroupedJournal(self.backend, now_millis=store.clock.now_millis)
         self.journal: Journal = self.grouped
@@ -52,7 +60,7 @@ class Open:
 
 
 @asynccontextmanager
-async def opened(store: SqliteStore) -> AsyncIterator[Open]:
+async def opened(store: Store) -> AsyncIterator[Open]:
     using = Open(store)
     try:
         yield using
@@ -61,7 +69,7 @@ async def opened(store: SqliteStore) -> AsyncIterator[Open]:
 
 
 @pytest.fixture(name="using")
-async def _using(store: SqliteStore) -> AsyncIterator[Open]:
+async def _using(store: Store) -> AsyncIterator[Open]:
     async with opened(store) as using:
         yield using
 
@@ -87,7 +95,7 @@ async def test_numbers(using: Open) -> None:
     await assert_sound(using.journal)
 
 
-async def test_first_entry(using: Open, store: SqliteStore) -> None:
+async def test_first_entry(using: Open, store: Store) -> None:
     """A new journal begins with OPENED of epoch 1, after 32 zero bytes."""
     opened_entry, *others = await using.journal.entries(1, 10, payloads=True)
 
@@ -192,7 +200,7 @@ async def test_a_canarys_verdict(using: Open) -> None:
     await assert_sound(using.journal)
 
 
-async def test_notes(store: SqliteStore) -> None:
+async def test_notes(store: Store) -> None:
     """A note is found by how its name begins, replaced by the next of that name, outlives the process, and is no entry."""
     async with opened(store) as using:
         for name, value in (("a/1", b"old"), ("a/2", b""), ("b/1", b"other"), ("a/1", b"new")):
@@ -232,7 +240,7 @@ async def test_key_is_scoped_by_tenant(using: Open) -> None:
     assert await using.journal.binding("a", "") is None
 
 
-async def test_key_expires(using: Open, store: SqliteStore) -> None:
+async def test_key_expires(using: Open, store: Store) -> None:
     """A key is kept until its ttl has passed since the last outcome of its batch, then it may be bound again."""
     first, second = await using.admit(item(), item(), key="k")
     store.clock.sleep(100 * DAY)
@@ -301,6 +309,8 @@ async def test_items(using: Open) -> None:
     assert await read(1, 5, 2) == [1, 2]
     assert await read(6, 2**63) == await read(2**63, 2**64 - 1) == await read(4, 3) == []
     assert [found.outcome for found in await using.journal.items(1, 3, 3)] == [None, outcome, None]
+    for bounds, expected in (((1, 5, 9), [1, 3, 4, 5]), ((2, 2**64 - 1, 2), [3, 4]), ((2, 2, 9), []), ((6, 9, 9), [])):
+        assert sequences(await using.journal.unfinished(*bounds)) == expected
 
 
 async def test_entries(using: Open) -> None:
@@ -314,7 +324,7 @@ async def test_entries(using: Open) -> None:
         assert await using.journal.entries(index, 10, payloads=True) == []
 
 
-async def test_reopen(store: SqliteStore) -> None:
+async def test_reopen(store: Store) -> None:
     """A journal that is opened again goes on where it was, in the next epoch, and hands over what has not ended."""
     async with opened(store) as using:
         first, second, third = await using.admit(item(), item(), item())
@@ -322,18 +332,18 @@ async def test_reopen(store: SqliteStore) -> None:
         before = await using.journal.head()
         assert using.found == Opened(using.found.head, ())
     async with opened(store) as using:
-        assert using.found.unfinished == (first, third)
+        assert using.found.unfinished == (Unfinished(first, 2), Unfinished(third, 2))
         head = using.found.head
         assert (head.log_id, head.epoch, head.index, head.last_sequence) == (LOG_ID, 2, before.index + 1, 3)
         assert sequences(await using.admit(item(), key="k")) == [4]
         await assert_sound(using.journal)
     async with opened(store) as using:
-        assert sequences(using.found.unfinished) == [1, 3, 4]
+        assert [(one.admitted.header.sequence, one.attempt) for one in using.found.unfinished] == [(1, 3), (3, 3), (4, 2)]
         assert (await using.journal.binding("", "k")) is not None
-        assert sequencer_pb2.AdmittedPayload.FromString(using.found.unfinished[2].payload).idempotency_key == "k"
+        assert sequencer_pb2.AdmittedPayload.FromString(using.found.unfinished[2].admitted.payload).idempotency_key == "k"
 
 
-async def test_log_id_stays(store: SqliteStore) -> None:
+async def test_log_id_stays(store: Store) -> None:
     """The log id that a journal was made with is its name for good."""
     store.open()[0].close()
     journal, found = store.open(log_id="f" * 32)
@@ -396,7 +406,7 @@ async def test_wait(using: Open) -> None:
     await waiting[2]
 
 
-async def test_close(store: SqliteStore) -> None:
+async def test_close(store: Store) -> None:
     """Closing appends what waits; a call after that, or a wait that cannot end, is told so."""
     using = Open(store)
     appends = [asyncio.ensure_future(using.admit(item())) for _ in range(600)]
@@ -411,7 +421,7 @@ async def test_close(store: SqliteStore) -> None:
     assert not using.grouped.broken.done()
 
 
-async def test_stale_epoch(using: Open, store: SqliteStore) -> None:
+async def test_stale_epoch(using: Open, store: Store) -> None:
     """A writer whose epoch has been taken over appends nothing more, and knows that it has to end."""
     await using.admit(item())
     store.fence(using.backend)

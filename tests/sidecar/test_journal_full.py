@@ -11,7 +11,7 @@ import pytest
 from ostinato.errors import JournalFull
 
 from sidecar.journal import Appended, Draft, JournalBroken, JournalUnusable, Sealed
-from sidecar.journal.committer import WITHHELD_GROUP, Committer, GroupSettings, Job
+from sidecar.journal.committer import WITHHELD_GROUP, Committer, GroupSettings, Job, Refusal
 from sidecar.journal.grouped import GroupedJournal
 from sidecar.journal.reserve import Reserve
 from sidecar.journal.verify import verify
@@ -45,7 +45,7 @@ class Full:
         self.disk.bytes_max = 1 << 40
         self.journal.close()
 
-    def commit(self, **drafts: Draft) -> dict[str, Appended | JournalFull]:
+    def commit(self, **drafts: Draft) -> dict[str, Appended | Refusal]:
         """What became of the drafts that were settled, by name."""
         return dict(self.committer.commit([Job(draft, name) for name, draft in drafts.items()]).settled)
 
@@ -169,7 +169,7 @@ def test_finish(full: Full) -> None:
     full.journal.close()
 
     journal, found = full.store.open()
-    assert [entry.header.sequence for entry in found.unfinished] == [2]
+    assert [one.admitted.header.sequence for one in found.unfinished] == [2]
     journal.close()
 
 
@@ -234,7 +234,7 @@ async def test_closing_while_full(tmp_path: Path) -> None:
     full.disk.bytes_max = 1 << 40
     again, found = full.store.open()
     again.close()
-    assert [unfinished.header.sequence for unfinished in found.unfinished] == [1]
+    assert [one.admitted.header.sequence for one in found.unfinished] == [1]
 
 
 async def test_room_at_the_end(tmp_path: Path) -> None:

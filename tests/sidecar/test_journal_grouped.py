@@ -13,7 +13,7 @@ import pytest
 
 from ostinato.chain import GENESIS
 
-from sidecar.journal import Appended, Binding, Draft, Head, ItemEntries, Journal, JournalBroken, Sealed
+from sidecar.journal import Appended, Binding, Draft, Head, ItemEntries, Journal, JournalBroken, Sealed, Unfinished
 from sidecar.journal.committer import GroupSettings
 from sidecar.journal.grouped import GroupedJournal
 from sidecar.journal.ledger import Known, Ledger
@@ -33,6 +33,14 @@ class Scripted:
     groups: list[list[Draft]] = field(default_factory=list)
     maintained: list[bool] = field(default_factory=list)
     closed: bool = False
+    poll_seconds: float | None = None
+    taken: list[Unfinished] = field(default_factory=list)
+
+    def newest(self) -> Head:
+        return self.head
+
+    def idle_seconds(self) -> float | None:
+        return None
 
     def append_many(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
         self.begun.set()
@@ -51,6 +59,9 @@ class Scripted:
     def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:
         raise JournalBroken("the disk cannot be read")
 
+    def unfinished(self, first: int, last: int, limit: int) -> Sequence[Sealed]:
+        return []
+
     def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
         return []
 
@@ -62,8 +73,10 @@ class Scripted:
     def restore_reserve(self) -> bool:
         return True
 
-    def maintain(self, *, idle: bool) -> None:
+    def maintain(self, now_millis: int, *, idle: bool) -> list[Unfinished]:
         self.maintained.append(idle)
+        taken, self.taken = self.taken, []
+        return taken
 
     def close(self) -> None:
         self.closed = True

@@ -1,4 +1,4 @@
-"""A journal against a model of fifty lines: any work in any order, reopened, killed and copied in between."""
+"""A journal against a model of fifty lines: any work in any order, reopened, killed and copied or taken over in between."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -14,8 +15,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ostinato.v1 import types_pb2
 
 from sidecar.journal import Appended, Draft, Sealed
-from sidecar.journal.sqlite import SqliteJournal, verify_file
-from tests.sidecar.journal_kit import ABOUT_AN_ITEM, SqliteStore, admission, item
+from sidecar.journal.committer import Backend
+from sidecar.journal.postgres import PostgresJournal
+from sidecar.journal.sqlite import SqliteJournal
+from tests.postgres import Postgres
+from tests.sidecar.journal_kit import ABOUT_AN_ITEM, PostgresStore, SqliteStore, Store, admission, item
 from tests.sidecar.journal_kit import twin as twin_of
 
 TTL = 100
@@ -76,12 +80,10 @@ steps = st.one_of(
 class JournalMachine(RuleBasedStateMachine):
     """Does the same to both and compares."""
 
-    journal: SqliteJournal
+    store: Store
+    journal: Backend
 
-    @initialize()
     def create(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="journal-"))
-        self.store = SqliteStore(self.folder / "0.db")
         self.store.configure(idempotency_ttl_seconds=TTL)
         self.model = Model(self.store.clock.millis)
         self.admitted: list[Sealed] = []
@@ -93,17 +95,24 @@ class JournalMachine(RuleBasedStateMachine):
         self.model.entries += 1
         head = found.head
         assert (head.epoch, head.index, head.last_sequence) == (self.model.epoch, self.model.entries, len(self.model.outcomes))
-        unfinished = [n for n, outcome in enumerate(self.model.outcomes, start=1) if not outcome]
-        assert [entry.header.sequence for entry in found.unfinished] == unfinished
-        assert list(found.unfinished) == [self.admitted[n - 1] for n in unfinished]
+        unfinished = [n for n, outcome in enumerate(self.model.outcomes, start=1) if not outcome and self.owned(n)]
+        assert [one.admitted for one in found.unfinished] == [self.admitted[n - 1] for n in unfinished]
+
+    def owned(self, sequence: int) -> bool:
+        """Whether it is this writer's to finish."""
+        return True
 
     @rule(group=st.lists(steps, min_size=1, max_size=6))
     def commit(self, group: list[tuple]) -> None:  # type: ignore[type-arg]
         """One transaction of several drafts."""
         drafts = [(step, draft) for step in group if (draft := self.draft(step)) is not None]
-        answers = self.journal.append_many([draft for _, draft in drafts], self.model.millis)
+        answers = self.writing().append_many([draft for _, draft in drafts], self.model.millis)
         for (step, draft), answer in zip(drafts, answers, strict=True):
             self.compare(step, draft, answer)
+
+    def writing(self) -> Backend:
+        """The journal that appends next."""
+        return self.journal
 
     def draft(self, step: tuple) -> Draft | None:  # type: ignore[type-arg]
         if step[0] == ADMIT:
@@ -137,6 +146,41 @@ class JournalMachine(RuleBasedStateMachine):
         self.journal.close()
         self.open()
 
+    @precondition(lambda self: hasattr(self, "journal"))
+    @invariant()
+    def agrees(self) -> None:
+        """Everything that can be read says what the model says."""
+        model = self.model
+        head = self.journal.newest()
+        assert (head.index, head.last_sequence) == (model.entries, len(model.outcomes))
+        kinds = {types_pb2.ENTRY_KIND_COMPLETED: COMPLETE, types_pb2.ENTRY_KIND_FAILED: END}
+        found = self.journal.items(1, 2**64 - 1, 10_000)
+        assert [pair.admitted for pair in found] == self.admitted
+        assert [kinds[pair.outcome.header.kind] if pair.outcome else "" for pair in found] == model.outcomes
+        for key in ("a", "b"):
+            bound = model.keys.get(key)
+            binding = self.journal.binding("", key, model.millis)
+            live = bound is not None and model.millis < bound[2]
+            assert (binding.first_sequence if binding else None) == (bound[0] if bound and live else None)
+
+    def teardown(self) -> None:
+        if hasattr(self, "journal"):
+            self.journal.close()
+            assert [fault for page in self.store.verify() for fault in page.faults] == []
+
+
+class SqliteMachine(JournalMachine):
+    """In a file, which is copied when it is killed."""
+
+    store: SqliteStore
+    journal: SqliteJournal
+
+    @initialize()
+    def begin(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="journal-"))
+        self.store = SqliteStore(self.folder / "0.db")
+        self.create()
+
     @rule()
     def kill(self) -> None:
         """What is in the files at this moment is all that there is: no close, no checkpoint."""
@@ -151,30 +195,81 @@ class JournalMachine(RuleBasedStateMachine):
     def checkpoint(self) -> None:
         self.journal._db.wal_checkpoint()
 
-    @precondition(lambda self: hasattr(self, "journal"))
-    @invariant()
-    def agrees(self) -> None:
-        """Everything that can be read says what the model says."""
-        model = self.model
-        assert (self.journal.head.index, self.journal.head.last_sequence) == (model.entries, len(model.outcomes))
-        kinds = {types_pb2.ENTRY_KIND_COMPLETED: COMPLETE, types_pb2.ENTRY_KIND_FAILED: END}
-        found = self.journal.items(1, 2**64 - 1, 10_000)
-        assert [pair.admitted for pair in found] == self.admitted
-        assert [kinds[pair.outcome.header.kind] if pair.outcome else "" for pair in found] == model.outcomes
-        for key in ("a", "b"):
-            bound = model.keys.get(key)
-            binding = self.journal.binding("", key, model.millis)
-            live = bound is not None and model.millis < bound[2]
-            assert (binding.first_sequence if binding else None) == (bound[0] if bound and live else None)
-
     def teardown(self) -> None:
-        if hasattr(self, "journal"):
-            self.journal.close()
-            assert [fault for page in verify_file(self.store.path) for fault in page.faults] == []
+        super().teardown()
+        if hasattr(self, "folder"):
             shutil.rmtree(self.folder)
 
 
-TestJournalModel = JournalMachine.TestCase
-TestJournalModel.settings = settings(
+class PostgresMachine(JournalMachine):
+    """In a schema, with another writer that appends too, and takes over."""
+
+    server: Postgres
+    store: PostgresStore
+    other: PostgresJournal
+
+    @initialize()
+    def begin(self) -> None:
+        self.store = PostgresStore(self.server.url(self.server.schema()))
+        self.elsewhere, self.others, self.seconds = False, set[int](), 0.0
+        self.create()
+        self.other, _ = self.store.open(writer="other", seconds=lambda: self.seconds)
+        self.model.entries += 1
+
+    @rule()
+    def change(self) -> None:
+        """The other writer appends from here on, or no longer."""
+        self.elsewhere = not self.elsewhere
+
+    def writing(self) -> Backend:
+        return self.other if self.elsewhere else self.journal
+
+    def compare(self, step: tuple, draft: Draft, answer: Appended) -> None:  # type: ignore[type-arg]
+        super().compare(step, draft, answer)
+        if self.elsewhere and step[0] == ADMIT:
+            self.others.update(entry.header.sequence for entry in answer.entries)
+
+    def owned(self, sequence: int) -> bool:
+        return sequence not in self.others
+
+    @rule()
+    def kill(self) -> None:
+        assert isinstance(self.journal, PostgresJournal)
+        self.journal._database.drop()
+        self.open()
+
+    @rule()
+    def take_over(self) -> None:
+        """The first writer is gone for long enough, and comes back."""
+        self.store.execute("UPDATE writers SET lease_until = clock_timestamp() - interval '1 second' WHERE name = 'writer'")
+        self.seconds += 1 + self.store.settings.lease_seconds
+        taken = [one.admitted.header.sequence for one in self.other.maintain(self.model.millis, idle=True)]
+        left = [n for n, outcome in enumerate(self.model.outcomes, start=1) if not outcome and n not in self.others]
+        assert taken == left
+        self.others.update(taken)
+        if taken:
+            self.model.entries += 1
+            self.model.epoch += 1
+            self.journal.close()
+            self.open()
+
+    def teardown(self) -> None:
+        super().teardown()
+        if hasattr(self, "store"):
+            self.store.kill()
+
+
+TestSqliteModel = SqliteMachine.TestCase
+TestSqliteModel.settings = settings(
     max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+class TestPostgresModel(PostgresMachine.TestCase):  # type: ignore[misc, valid-type]
+    """On the session's server."""
+
+    settings = settings(max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+    @pytest.fixture(autouse=True)
+    def _server(self, postgres: Postgres) -> None:
+        PostgresMachine.server = postgres

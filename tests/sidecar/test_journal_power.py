@@ -37,14 +37,14 @@ class Run:
         journal: SqliteJournal | None = None
         try:
             journal, found = self.store.open()
-            self.unfinished = {entry.header.sequence: entry for entry in found.unfinished}
+            self.unfinished = {one.admitted.header.sequence: one.admitted for one in found.unfinished}
             journal._db.pragma("synchronous", self.synchronous)
             self.acknowledged = journal.entries(1, 10_000, payloads=True)
             for _ in range(40):
                 self.acknowledge(journal.append_many(self.group(), self.store.clock.millis))
                 if self.rng.random() < 0.1:
                     journal._wal_pages = 1 << 20  # as if it had grown: a checkpoint is due
-                    journal.maintain(idle=True)
+                    journal.maintain(0, idle=True)
         except (PowerLost, JournalUnusable):
             pass
         finally:

@@ -160,9 +160,9 @@ def test_checkpoint(store: SqliteStore) -> None:
     with store.opened() as journal:
         while journal._wal_pages < CHECKPOINT_PAGES:
             journal.append_many([admission(item(*range(5_000)))], 1)
-            journal.maintain(idle=False)
+            journal.maintain(0, idle=False)
         grown, before = wal.stat().st_size, store.path.stat().st_size
-        journal.maintain(idle=True)
+        journal.maintain(0, idle=True)
         assert store.path.stat().st_size > before
         assert journal._wal_pages == 0
         journal.append_many([admission(item(*range(5_000)))], 1)

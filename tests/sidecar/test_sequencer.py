@@ -293,6 +293,21 @@ def test_recovery() -> None:
     assert [(s.sequence, s.attempt) for s in edge.submits()] == [(4, 2), (9, 3), (10, 1)]
 
 
+def test_taking_over() -> None:
+    """1: what is taken over from another writer goes to its place among what waits, and moves no first submission."""
+    edge = connected(runs=1)
+    edge.next_sequence = 10
+    edge.admit(need(), need(), need())
+    edge.admit(need(), need())
+    edge.tell(ev.Recovered(3, need(), True, 2))
+    edge.tell(ev.Recovered(4, need(), False, 2))
+    for sequence in (10, 11, 3, 12, 13, 14):
+        edge.finish(sequence)
+
+    assert edge.reason(4) == "ABANDONED"
+    assert [(s.sequence, s.attempt) for s in edge.submits()] == [(10, 1), (11, 1), (3, 2), (12, 1), (13, 1), (14, 1)]
+
+
 def test_drain_finishes_and_ends() -> None:
     """5: a drain refuses new batches, finishes what there is, and then says so once."""
     edge = connected(runs=1)

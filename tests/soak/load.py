@@ -119,11 +119,11 @@ class Load:
     async def _client(self) -> None:
         async with Client(self._target()) as client:
             for job in self._source:
-                await self._answer(client, job)
+                await self._answer(lambda: client, job)
                 if self._over:
                     return
 
-    async def _answer(self, client: Client, job: Job) -> None:
+    async def _answer(self, client: Callable[[], Client], job: Job) -> None:
         while True:
             call = Call(job, f"{self._name}/{job.number}/{next(self._call_ids)}", time.monotonic())
             self.calls.append(call)
@@ -131,9 +131,9 @@ class Load:
             request.CopyFrom(job.request)
             request.request_id = call.request_id
             try:
-                await (_stream if job.streamed else _ask)(client, request, call)
+                await (_stream if job.streamed else _ask)(client(), request, call)
                 return
-            except (errors.QueueFull, errors.EngineUnavailable, errors.Draining) as error:
+            except (errors.QueueFull, errors.EngineUnavailable, errors.JournalUnavailable, errors.Draining) as error:
                 call.error = error
                 if self._over:
                     return

@@ -7,7 +7,8 @@ import random
 import pytest
 
 from tests.bench.memory import ITEMS, hold
-from tests.soak import chaos, checks
+from tests.postgres import Postgres
+from tests.soak import chaos, checks, shared
 from tests.soak.chaos import Story
 
 MEGABYTES_MAX = 150
@@ -45,3 +46,18 @@ async def test_two_hundred_kills() -> None:
     assert code == 0
     assert faults == []
     assert story.record.opened == 1 + ROUNDS // 2
+
+
+@pytest.mark.timeout(3600)
+async def test_a_hundred_kills_on_a_shared_log() -> None:
+    """Three sidecars and their PostgreSQL server killed a hundred times, on ten logs: all promises hold."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng, fenced, items = random.Random(seed), 0, 0
+    with Postgres() as server:
+        for chapter in range(10):
+            async with shared.sidecars(server, rng) as together:
+                _, record, faults = await shared.chapter(together, rng, kills=6, pauses=2, crashes=2)
+            assert faults == [], f"chapter {chapter}, seed {seed}"
+            fenced, items = fenced + together.fenced, items + len(record.admitted)
+            print(f"chapter {chapter}: {items} items so far, {fenced} sidecars fenced")

@@ -33,6 +33,8 @@ REQUIRED: Any = dataclasses.MISSING
 
 T = TypeVar("T")
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_PASSWORD = re.compile(r"(?<=://)[^\s\"]*(?=@)|(?<=password=)[^&\s\"]*")
+"""Of a URL: all before the host, since nobody can tell in what is not quite a URL where a name ends and a password begins."""
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_(TCP|UDP|SCTP)\w*)?$")
 
 
@@ -186,7 +188,7 @@ def _convert(kind: type, text: str) -> object:
 
 
 def _shown(f: dataclasses.Field[object], value: object) -> str:
-    return "***" if f.metadata.get("secret") else _plain(value)
+    return "***" if f.metadata.get("secret") else _PASSWORD.sub("***", _plain(value))
 
 
 def _plain(value: object) -> str:

@@ -332,7 +332,9 @@ class Submit(_message.Message):
     """Unique in the stream, never 0."""
     purpose: Global___Purpose.ValueType
     sequence: _builtins.int
-    """PRIMARY: strictly increasing in the stream. Else the item that is run again, or 0."""
+    """PRIMARY: of first attempts, strictly increasing in the stream; contiguous only where the log has one writer. Else the item
+    that is run again, or 0.
+    """
     attempt: _builtins.int
     """From 1."""
     seed: _builtins.int

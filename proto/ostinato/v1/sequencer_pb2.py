@@ -26,7 +26,7 @@ from ostinato.v1 import generation_pb2 as ostinato_dot_v1_dot_generation__pb2
 from ostinato.v1 import types_pb2 as ostinato_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bostinato/v1/sequencer.proto\x12\x0bostinato.v1\x1a\x1costinato/v1/generation.proto\x1a\x17ostinato/v1/types.proto\"E\n\nGetRequest\x12\x12\n\x08sequence\x18\x01 \x01(\x04H\x00\x12\x19\n\x0fidempotency_key\x18\x02 \x01(\tH\x00\x42\x08\n\x06target\"5\n\x0bGetResponse\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.ostinato.v1.ItemRecord\"\xe4\x01\n\nItemRecord\x12*\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x18.ostinato.v1.EntryHeader\x12+\n\x05input\x18\x02 \x01(\x0b\x32\x1c.ostinato.v1.AdmittedPayload\x12#\n\x06result\x18\x03 \x01(\x0b\x32\x13.ostinato.v1.Result\x12)\n\x07outcome\x18\x04 \x01(\x0b\x32\x18.ostinato.v1.EntryHeader\x12-\n\x0b\x66ingerprint\x18\x05 \x01(\x0b\x32\x18.ostinato.v1.Fingerprint\"C\n\x0bTailRequest\x12\x12\n\nfrom_index\x18\x01 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\x12\x10\n\x08payloads\x18\x03 \x01(\x08\"3\n\x0cTailResponse\x12#\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x12.ostinato.v1.Entry\"V\n\x05\x45ntry\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.ostinato.v1.EntryHeader\x12\x12\n\nentry_hash\x18\x02 \x01(\x0c\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\" \n\rOpenedPayload\x12\x0f\n\x07version\x18\x01 \x01(\t\"\xa4\x02\n\x0f\x41\x64mittedPayload\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x33\n\nparameters\x18\x02 \x01(\x0b\x32\x1f.ostinato.v1.ResolvedParameters\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x14\n\x0cseed_derived\x18\x04 \x01(\x08\x12\x17\n\x0fidempotency_key\x18\x05 \x01(\t\x12\x16\n\x0erequest_digest\x18\x06 \x01(\x0c\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12*\n\x0erequired_grade\x18\x08 \x01(\x0e\x32\x12.ostinato.v1.Grade\x12\x14\n\x0cmodel_digest\x18\t \x01(\x0c\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x0e\n\x06verify\x18\x0b \x01(\x08\"\xd1\x01\n\x10\x43ompletedPayload\x12#\n\x06output\x18\x01 \x01(\x0b\x32\x13.ostinato.v1.Output\x12#\n\x06timing\x18\x02 \x01(\x0b\x32\x13.ostinato.v1.Timing\x12%\n\x04twin\x18\x03 \x01(\x0b\x32\x17.ostinato.v1.Comparison\x12)\n\tcollision\x18\x04 \x01(\x0e\x32\x16.ostinato.v1.Collision\x12\x0f\n\x07\x63ompany\x18\x05 \x01(\r\x12\x10\n\x08sampling\x18\x06 \x01(\t\"b\n\x0c\x45ndedPayload\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12#\n\x06timing\x18\x04 \x01(\x0b\x32\x13.ostinato.v1.Timing\"M\n\x0e\x41uditedPayload\x12+\n\ncomparison\x18\x01 \x01(\x0b\x32\x17.ostinato.v1.Comparison\x12\x0e\n\x06\x63\x61nary\x18\x02 \x01(\t\"^\n\rReplayRequest\x12)\n\x05range\x18\x01 \x01(\x0b\x32\x1a.ostinato.v1.SequenceRange\x12\x13\n\x0b\x63oncurrency\x18\x02 \x01(\r\x12\r\n\x05\x61lone\x18\x03 \x01(\x08\"\x98\x01\n\x0eReplayResponse\x12+\n\ncomparison\x18\x01 \x01(\x0b\x32\x17.ostinato.v1.Comparison\x12\x0c\n\x04seen\x18\x02 \x01(\x04\x12\'\n\x06record\x18\x03 \x01(\x0b\x32\x17.ostinato.v1.ItemRecord\x12\r\n\x05total\x18\x04 \x01(\x04\x12\x13\n\x0bpassed_over\x18\x05 \x03(\x04\"\r\n\x0bHeadRequest\"\x8b\x01\n\x0cHeadResponse\x12\x0e\n\x06log_id\x18\x01 \x01(\t\x12\x0e\n\x06writer\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05index\x18\x04 \x01(\x04\x12\x12\n\nentry_hash\x18\x05 \x01(\x0c\x12\x15\n\rlast_sequence\x18\x06 \x01(\x04\x12\x12\n\nunfinished\x18\x07 \x01(\x04\"#\n\rReportRequest\x12\x12\n\nconfidence\x18\x01 \x01(\x01\"\xaa\x02\n\x0eReportResponse\x12\x0e\n\x06log_id\x18\x01 \x01(\t\x12\x0e\n\x06writer\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\x04\x12\x12\n\nconfidence\x18\x04 \x01(\x01\x12\r\n\x05\x61larm\x18\x05 \x01(\x08\x12$\n\x06strata\x18\x06 \x03(\x0b\x32\x14.ostinato.v1.Stratum\x12.\n\x0c\x66ingerprints\x18\x07 \x03(\x0b\x32\x18.ostinato.v1.Fingerprint\x12\x18\n\x10\x63ollision_checks\x18\x08 \x01(\x04\x12\x12\n\ncollisions\x18\t \x01(\x04\x12.\n\x0cnot_compared\x18\n \x03(\x0b\x32\x18.ostinato.v1.NotCompared\x12\x12\n\nstrata_max\x18\x0b \x01(\r\"W\n\x0bNotCompared\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.ostinato.v1.ComparisonKind\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"\xcc\x06\n\x07Stratum\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.ostinato.v1.ComparisonKind\x12!\n\x05grade\x18\x02 \x01(\x0e\x32\x12.ostinato.v1.Grade\x12\x1a\n\x12\x66ingerprint_digest\x18\x03 \x01(\x0c\x12\x15\n\rother_replica\x18\x04 \x01(\x08\x12\x0f\n\x07matched\x18\x05 \x01(\x04\x12\x10\n\x08\x64iverged\x18\x06 \x01(\x04\x12\x14\n\x0cincomparable\x18\x07 \x01(\x04\x12.\n\x05\x64rift\x18\x08 \x03(\x0b\x32\x1f.ostinato.v1.Stratum.DriftEntry\x12\x17\n\x0f\x63ompared_tokens\x18\t \x01(\x04\x12)\n\x0eper_comparison\x18\n \x01(\x0b\x32\x11.ostinato.v1.Rate\x12!\n\x06recent\x18\x0b \x01(\x0b\x32\x11.ostinato.v1.Rate\x12$\n\tper_token\x18\x0c \x01(\x0b\x32\x11.ostinato.v1.Rate\x12\x16\n\x0e\x65vidence_log10\x18\r \x01(\x01\x12\r\n\x05\x61larm\x18\x0e \x01(\x08\x12$\n\x07\x61larmed\x18\x0f \x01(\x0b\x32\x13.ostinato.v1.Moment\x12\"\n\x05\x66irst\x18\x10 \x01(\x0b\x32\x13.ostinato.v1.Moment\x12!\n\x04last\x18\x11 \x01(\x0b\x32\x13.ostinato.v1.Moment\x12+\n\x0e\x66irst_diverged\x18\x12 \x01(\x0b\x32\x13.ostinato.v1.Moment\x12*\n\rlast_diverged\x18\x13 \x01(\x0b\x32\x13.ostinato.v1.Moment\x12+\n\x0btoken_spans\x18\x14 \x03(\x0b\x32\x16.ostinato.v1.TokenSpan\x12-\n\tsamplings\x18\x15 \x03(\x0b\x32\x1a.ostinato.v1.SamplingShare\x12,\n\tcompanies\x18\x16 \x03(\x0b\x32\x19.ostinato.v1.CompanyShare\x12%\n\x05times\x18\x17 \x03(\x0b\x32\x16.ostinato.v1.TimeShare\x1a,\n\nDriftEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"S\n\x04Rate\x12\x0e\n\x06\x65vents\x18\x01 \x01(\x04\x12\x0e\n\x06trials\x18\x02 \x01(\x04\x12\r\n\x05value\x18\x03 \x01(\x01\x12\r\n\x05lower\x18\x04 \x01(\x01\x12\r\n\x05upper\x18\x05 \x01(\x01\"1\n\x06Moment\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x18\n\x10time_unix_millis\x18\x02 \x01(\x04\"\x96\x01\n\tTokenSpan\x12\r\n\x05\x66irst\x18\x01 \x01(\x04\x12\x0c\n\x04last\x18\x02 \x01(\x04\x12\x0f\n\x07\x61t_risk\x18\x03 \x01(\x04\x12\x10\n\x08\x64iverged\x18\x04 \x01(\x04\x12\x10\n\x08\x63\x65nsored\x18\x05 \x01(\x04\x12!\n\x06hazard\x18\x06 \x01(\x0b\x32\x11.ostinato.v1.Rate\x12\x14\n\x0c\x65qual_before\x18\x07 \x01(\x01\"B\n\rSamplingShare\x12\x10\n\x08sampling\x18\x01 \x01(\t\x12\x1f\n\x04rate\x18\x02 \x01(\x0b\x32\x11.ostinato.v1.Rate\"L\n\x0c\x43ompanyShare\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\r\x12\x1f\n\x04rate\x18\x03 \x01(\x0b\x32\x11.ostinato.v1.Rate\"\\\n\tTimeShare\x12\x18\n\x10time_unix_millis\x18\x01 \x01(\x04\x12\x14\n\x0cwidth_millis\x18\x02 \x01(\x04\x12\x1f\n\x04rate\x18\x03 \x01(\x0b\x32\x11.ostinato.v1.Rate*O\n\tCollision\x12\x19\n\x15\x43OLLISION_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43OLLISION_NONE\x10\x01\x12\x13\n\x0f\x43OLLISION_FOUND\x10\x02\x32\xc9\x02\n\tSequencer\x12\x38\n\x03Get\x12\x17.ostinato.v1.GetRequest\x1a\x18.ostinato.v1.GetResponse\x12=\n\x04Tail\x12\x18.ostinato.v1.TailRequest\x1a\x19.ostinato.v1.TailResponse0\x01\x12\x43\n\x06Replay\x12\x1a.ostinato.v1.ReplayRequest\x1a\x1b.ostinato.v1.ReplayResponse0\x01\x12;\n\x04Head\x12\x18.ostinato.v1.HeadRequest\x1a\x19.ostinato.v1.HeadResponse\x12\x41\n\x06Report\x12\x1a.ostinato.v1.ReportRequest\x1a\x1b.ostinato.v1.ReportResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bostinato/v1/sequencer.proto\x12\x0bostinato.v1\x1a\x1costinato/v1/generation.proto\x1a\x17ostinato/v1/types.proto\"E\n\nGetRequest\x12\x12\n\x08sequence\x18\x01 \x01(\x04H\x00\x12\x19\n\x0fidempotency_key\x18\x02 \x01(\tH\x00\x42\x08\n\x06target\"5\n\x0bGetResponse\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.ostinato.v1.ItemRecord\"\xe4\x01\n\nItemRecord\x12*\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x18.ostinato.v1.EntryHeader\x12+\n\x05input\x18\x02 \x01(\x0b\x32\x1c.ostinato.v1.AdmittedPayload\x12#\n\x06result\x18\x03 \x01(\x0b\x32\x13.ostinato.v1.Result\x12)\n\x07outcome\x18\x04 \x01(\x0b\x32\x18.ostinato.v1.EntryHeader\x12-\n\x0b\x66ingerprint\x18\x05 \x01(\x0b\x32\x18.ostinato.v1.Fingerprint\"C\n\x0bTailRequest\x12\x12\n\nfrom_index\x18\x01 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\x12\x10\n\x08payloads\x18\x03 \x01(\x08\"3\n\x0cTailResponse\x12#\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x12.ostinato.v1.Entry\"V\n\x05\x45ntry\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.ostinato.v1.EntryHeader\x12\x12\n\nentry_hash\x18\x02 \x01(\x0c\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\"7\n\rOpenedPayload\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x15\n\rtaken_over_by\x18\x02 \x01(\t\"\xa4\x02\n\x0f\x41\x64mittedPayload\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x33\n\nparameters\x18\x02 \x01(\x0b\x32\x1f.ostinato.v1.ResolvedParameters\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x14\n\x0cseed_derived\x18\x04 \x01(\x08\x12\x17\n\x0fidempotency_key\x18\x05 \x01(\t\x12\x16\n\x0erequest_digest\x18\x06 \x01(\x0c\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12*\n\x0erequired_grade\x18\x08 \x01(\x0e\x32\x12.ostinato.v1.Grade\x12\x14\n\x0cmodel_digest\x18\t \x01(\x0c\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x0e\n\x06verify\x18\x0b \x01(\x08\"\xd1\x01\n\x10\x43ompletedPayload\x12#\n\x06output\x18\x01 \x01(\x0b\x32\x13.ostinato.v1.Output\x12#\n\x06timing\x18\x02 \x01(\x0b\x32\x13.ostinato.v1.Timing\x12%\n\x04twin\x18\x03 \x01(\x0b\x32\x17.ostinato.v1.Comparison\x12)\n\tcollision\x18\x04 \x01(\x0e\x32\x16.ostinato.v1.Collision\x12\x0f\n\x07\x63ompany\x18\x05 \x01(\r\x12\x10\n\x08sampling\x18\x06 \x01(\t\"b\n\x0c\x45ndedPayload\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12#\n\x06timing\x18\x04 \x01(\x0b\x32\x13.ostinato.v1.Timing\"M\n\x0e\x41uditedPayload\x12+\n\ncomparison\x18\x01 \x01(\x0b\x32\x17.ostinato.v1.Comparison\x12\x0e\n\x06\x63\x61nary\x18\x02 \x01(\t\"^\n\rReplayRequest\x12)\n\x05range\x18\x01 \x01(\x0b\x32\x1a.ostinato.v1.SequenceRange\x12\x13\n\x0b\x63oncurrency\x18\x02 \x01(\r\x12\r\n\x05\x61lone\x18\x03 \x01(\x08\"\x98\x01\n\x0eReplayResponse\x12+\n\ncomparison\x18\x01 \x01(\x0b\x32\x17.ostinato.v1.Comparison\x12\x0c\n\x04seen\x18\x02 \x01(\x04\x12\'\n\x06record\x18\x03 \x01(\x0b\x32\x17.ostinato.v1.ItemRecord\x12\r\n\x05total\x18\x04 \x01(\x04\x12\x13\n\x0bpassed_over\x18\x05 \x03(\x04\"\r\n\x0bHeadRequest\"\x8b\x01\n\x0cHeadResponse\x12\x0e\n\x06log_id\x18\x01 \x01(\t\x12\x0e\n\x06writer\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05index\x18\x04 \x01(\x04\x12\x12\n\nentry_hash\x18\x05 \x01(\x0c\x12\x15\n\rlast_sequence\x18\x06 \x01(\x04\x12\x12\n\nunfinished\x18\x07 \x01(\x04\"#\n\rReportRequest\x12\x12\n\nconfidence\x18\x01 \x01(\x01\"\xaa\x02\n\x0eReportResponse\x12\x0e\n\x06log_id\x18\x01 \x01(\t\x12\x0e\n\x06writer\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\x04\x12\x12\n\nconfidence\x18\x04 \x01(\x01\x12\r\n\x05\x61larm\x18\x05 \x01(\x08\x12$\n\x06strata\x18\x06 \x03(\x0b\x32\x14.ostinato.v1.Stratum\x12.\n\x0c\x66ingerprints\x18\x07 \x03(\x0b\x32\x18.ostinato.v1.Fingerprint\x12\x18\n\x10\x63ollision_checks\x18\x08 \x01(\x04\x12\x12\n\ncollisions\x18\t \x01(\x04\x12.\n\x0cnot_compared\x18\n \x03(\x0b\x32\x18.ostinato.v1.NotCompared\x12\x12\n\nstrata_max\x18\x0b \x01(\r\"W\n\x0bNotCompared\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.ostinato.v1.ComparisonKind\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"\xcc\x06\n\x07Stratum\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.ostinato.v1.ComparisonKind\x12!\n\x05grade\x18\x02 \x01(\x0e\x32\x12.ostinato.v1.Grade\x12\x1a\n\x12\x66ingerprint_digest\x18\x03 \x01(\x0c\x12\x15\n\rother_replica\x18\x04 \x01(\x08\x12\x0f\n\x07matched\x18\x05 \x01(\x04\x12\x10\n\x08\x64iverged\x18\x06 \x01(\x04\x12\x14\n\x0cincomparable\x18\x07 \x01(\x04\x12.\n\x05\x64rift\x18\x08 \x03(\x0b\x32\x1f.ostinato.v1.Stratum.DriftEntry\x12\x17\n\x0f\x63ompared_tokens\x18\t \x01(\x04\x12)\n\x0eper_comparison\x18\n \x01(\x0b\x32\x11.ostinato.v1.Rate\x12!\n\x06recent\x18\x0b \x01(\x0b\x32\x11.ostinato.v1.Rate\x12$\n\tper_token\x18\x0c \x01(\x0b\x32\x11.ostinato.v1.Rate\x12\x16\n\x0e\x65vidence_log10\x18\r \x01(\x01\x12\r\n\x05\x61larm\x18\x0e \x01(\x08\x12$\n\x07\x61larmed\x18\x0f \x01(\x0b\x32\x13.ostinato.v1.Moment\x12\"\n\x05\x66irst\x18\x10 \x01(\x0b\x32\x13.ostinato.v1.Moment\x12!\n\x04last\x18\x11 \x01(\x0b\x32\x13.ostinato.v1.Moment\x12+\n\x0e\x66irst_diverged\x18\x12 \x01(\x0b\x32\x13.ostinato.v1.Moment\x12*\n\rlast_diverged\x18\x13 \x01(\x0b\x32\x13.ostinato.v1.Moment\x12+\n\x0btoken_spans\x18\x14 \x03(\x0b\x32\x16.ostinato.v1.TokenSpan\x12-\n\tsamplings\x18\x15 \x03(\x0b\x32\x1a.ostinato.v1.SamplingShare\x12,\n\tcompanies\x18\x16 \x03(\x0b\x32\x19.ostinato.v1.CompanyShare\x12%\n\x05times\x18\x17 \x03(\x0b\x32\x16.ostinato.v1.TimeShare\x1a,\n\nDriftEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"S\n\x04Rate\x12\x0e\n\x06\x65vents\x18\x01 \x01(\x04\x12\x0e\n\x06trials\x18\x02 \x01(\x04\x12\r\n\x05value\x18\x03 \x01(\x01\x12\r\n\x05lower\x18\x04 \x01(\x01\x12\r\n\x05upper\x18\x05 \x01(\x01\"1\n\x06Moment\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x18\n\x10time_unix_millis\x18\x02 \x01(\x04\"\x96\x01\n\tTokenSpan\x12\r\n\x05\x66irst\x18\x01 \x01(\x04\x12\x0c\n\x04last\x18\x02 \x01(\x04\x12\x0f\n\x07\x61t_risk\x18\x03 \x01(\x04\x12\x10\n\x08\x64iverged\x18\x04 \x01(\x04\x12\x10\n\x08\x63\x65nsored\x18\x05 \x01(\x04\x12!\n\x06hazard\x18\x06 \x01(\x0b\x32\x11.ostinato.v1.Rate\x12\x14\n\x0c\x65qual_before\x18\x07 \x01(\x01\"B\n\rSamplingShare\x12\x10\n\x08sampling\x18\x01 \x01(\t\x12\x1f\n\x04rate\x18\x02 \x01(\x0b\x32\x11.ostinato.v1.Rate\"L\n\x0c\x43ompanyShare\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\r\x12\x1f\n\x04rate\x18\x03 \x01(\x0b\x32\x11.ostinato.v1.Rate\"\\\n\tTimeShare\x12\x18\n\x10time_unix_millis\x18\x01 \x01(\x04\x12\x14\n\x0cwidth_millis\x18\x02 \x01(\x04\x12\x1f\n\x04rate\x18\x03 \x01(\x0b\x32\x11.ostinato.v1.Rate*O\n\tCollision\x12\x19\n\x15\x43OLLISION_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43OLLISION_NONE\x10\x01\x12\x13\n\x0f\x43OLLISION_FOUND\x10\x02\x32\xc9\x02\n\tSequencer\x12\x38\n\x03Get\x12\x17.ostinato.v1.GetRequest\x1a\x18.ostinato.v1.GetResponse\x12=\n\x04Tail\x12\x18.ostinato.v1.TailRequest\x1a\x19.ostinato.v1.TailResponse0\x01\x12\x43\n\x06Replay\x12\x1a.ostinato.v1.ReplayRequest\x1a\x1b.ostinato.v1.ReplayResponse0\x01\x12;\n\x04Head\x12\x18.ostinato.v1.HeadRequest\x1a\x19.ostinato.v1.HeadResponse\x12\x41\n\x06Report\x12\x1a.ostinato.v1.ReportRequest\x1a\x1b.ostinato.v1.ReportResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STRATUM_DRIFTENTRY']._loaded_options = None
   _globals['_STRATUM_DRIFTENTRY']._serialized_options = b'8\001'
-  _globals['_COLLISION']._serialized_start=3597
-  _globals['_COLLISION']._serialized_end=3676
+  _globals['_COLLISION']._serialized_start=3620
+  _globals['_COLLISION']._serialized_end=3699
   _globals['_GETREQUEST']._serialized_start=99
   _globals['_GETREQUEST']._serialized_end=168
   _globals['_GETRESPONSE']._serialized_start=170
@@ -50,45 +50,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENTRY']._serialized_start=578
   _globals['_ENTRY']._serialized_end=664
   _globals['_OPENEDPAYLOAD']._serialized_start=666
-  _globals['_OPENEDPAYLOAD']._serialized_end=698
-  _globals['_ADMITTEDPAYLOAD']._serialized_start=701
-  _globals['_ADMITTEDPAYLOAD']._serialized_end=993
-  _globals['_COMPLETEDPAYLOAD']._serialized_start=996
-  _globals['_COMPLETEDPAYLOAD']._serialized_end=1205
-  _globals['_ENDEDPAYLOAD']._serialized_start=1207
-  _globals['_ENDEDPAYLOAD']._serialized_end=1305
-  _globals['_AUDITEDPAYLOAD']._serialized_start=1307
-  _globals['_AUDITEDPAYLOAD']._serialized_end=1384
-  _globals['_REPLAYREQUEST']._serialized_start=1386
-  _globals['_REPLAYREQUEST']._serialized_end=1480
-  _globals['_REPLAYRESPONSE']._serialized_start=1483
-  _globals['_REPLAYRESPONSE']._serialized_end=1635
-  _globals['_HEADREQUEST']._serialized_start=1637
-  _globals['_HEADREQUEST']._serialized_end=1650
-  _globals['_HEADRESPONSE']._serialized_start=1653
-  _globals['_HEADRESPONSE']._serialized_end=1792
-  _globals['_REPORTREQUEST']._serialized_start=1794
-  _globals['_REPORTREQUEST']._serialized_end=1829
-  _globals['_REPORTRESPONSE']._serialized_start=1832
-  _globals['_REPORTRESPONSE']._serialized_end=2130
-  _globals['_NOTCOMPARED']._serialized_start=2132
-  _globals['_NOTCOMPARED']._serialized_end=2219
-  _globals['_STRATUM']._serialized_start=2222
-  _globals['_STRATUM']._serialized_end=3066
-  _globals['_STRATUM_DRIFTENTRY']._serialized_start=3022
-  _globals['_STRATUM_DRIFTENTRY']._serialized_end=3066
-  _globals['_RATE']._serialized_start=3068
-  _globals['_RATE']._serialized_end=3151
-  _globals['_MOMENT']._serialized_start=3153
-  _globals['_MOMENT']._serialized_end=3202
-  _globals['_TOKENSPAN']._serialized_start=3205
-  _globals['_TOKENSPAN']._serialized_end=3355
-  _globals['_SAMPLINGSHARE']._serialized_start=3357
-  _globals['_SAMPLINGSHARE']._serialized_end=3423
-  _globals['_COMPANYSHARE']._serialized_start=3425
-  _globals['_COMPANYSHARE']._serialized_end=3501
-  _globals['_TIMESHARE']._serialized_start=3503
-  _globals['_TIMESHARE']._serialized_end=3595
-  _globals['_SEQUENCER']._serialized_start=3679
-  _globals['_SEQUENCER']._serialized_end=4008
+  _globals['_OPENEDPAYLOAD']._serialized_end=721
+  _globals['_ADMITTEDPAYLOAD']._serialized_start=724
+  _globals['_ADMITTEDPAYLOAD']._serialized_end=1016
+  _globals['_COMPLETEDPAYLOAD']._serialized_start=1019
+  _globals['_COMPLETEDPAYLOAD']._serialized_end=1228
+  _globals['_ENDEDPAYLOAD']._serialized_start=1230
+  _globals['_ENDEDPAYLOAD']._serialized_end=1328
+  _globals['_AUDITEDPAYLOAD']._serialized_start=1330
+  _globals['_AUDITEDPAYLOAD']._serialized_end=1407
+  _globals['_REPLAYREQUEST']._serialized_start=1409
+  _globals['_REPLAYREQUEST']._serialized_end=1503
+  _globals['_REPLAYRESPONSE']._serialized_start=1506
+  _globals['_REPLAYRESPONSE']._serialized_end=1658
+  _globals['_HEADREQUEST']._serialized_start=1660
+  _globals['_HEADREQUEST']._serialized_end=1673
+  _globals['_HEADRESPONSE']._serialized_start=1676
+  _globals['_HEADRESPONSE']._serialized_end=1815
+  _globals['_REPORTREQUEST']._serialized_start=1817
+  _globals['_REPORTREQUEST']._serialized_end=1852
+  _globals['_REPORTRESPONSE']._serialized_start=1855
+  _globals['_REPORTRESPONSE']._serialized_end=2153
+  _globals['_NOTCOMPARED']._serialized_start=2155
+  _globals['_NOTCOMPARED']._serialized_end=2242
+  _globals['_STRATUM']._serialized_start=2245
+  _globals['_STRATUM']._serialized_end=3089
+  _globals['_STRATUM_DRIFTENTRY']._serialized_start=3045
+  _globals['_STRATUM_DRIFTENTRY']._serialized_end=3089
+  _globals['_RATE']._serialized_start=3091
+  _globals['_RATE']._serialized_end=3174
+  _globals['_MOMENT']._serialized_start=3176
+  _globals['_MOMENT']._serialized_end=3225
+  _globals['_TOKENSPAN']._serialized_start=3228
+  _globals['_TOKENSPAN']._serialized_end=3378
+  _globals['_SAMPLINGSHARE']._serialized_start=3380
+  _globals['_SAMPLINGSHARE']._serialized_end=3446
+  _globals['_COMPANYSHARE']._serialized_start=3448
+  _globals['_COMPANYSHARE']._serialized_end=3524
+  _globals['_TIMESHARE']._serialized_start=3526
+  _globals['_TIMESHARE']._serialized_end=3618
+  _globals['_SEQUENCER']._serialized_start=3702
+  _globals['_SEQUENCER']._serialized_end=4031
 # @@protoc_insertion_point(module_scope)

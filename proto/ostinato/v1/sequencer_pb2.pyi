@@ -232,16 +232,20 @@ class OpenedPayload(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
+    TAKEN_OVER_BY_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The sidecar's version."""
+    taken_over_by: _builtins.str
+    """Empty, or the writer that ended this one's epoch, because its lease had run out, and took over its items."""
     def __init__(
         self,
         *,
         version: _builtins.str = ...,
+        taken_over_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["taken_over_by", b"taken_over_by", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,80 @@
+"""What is read from a journal in PostgreSQL, by whoever holds a connection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from ostinato.errors import JournalFull, JournalUnavailable
+
+from sidecar.journal import Binding, ItemEntries, JournalBroken, JournalUnusable, Sealed
+from sidecar.journal.database import Database
+from sidecar.journal.postgres_tables import PostgresTables
+from sidecar.journal.verify import Checked, verify
+
+T = TypeVar("T")
+
+
+class PostgresReads:
+    """Each on the connection that there is, or on a new one. Any may raise JournalUnavailable or JournalBroken."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None:
+        """What a key stands for, if it is bound and has not expired."""
+        return self.read(lambda tables: tables.bindings([(tenant, key)], now_millis)).get((tenant, key))
+
+    def items(self, first: int, last: int, limit: int) -> list[ItemEntries]:
+        """Ascending, at most limit, without unknown numbers."""
+        return self.read(lambda tables: tables.items(first, last, limit))
+
+    def unfinished(self, first: int, last: int, limit: int) -> list[Sealed]:
+        """ADMITTED entries of items without an outcome, as `items`."""
+        return self.read(lambda tables: tables.unfinished(first, last, limit))
+
+    def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
+        """Consecutive entries, at most limit; empty beyond the head."""
+        return self.read(lambda tables: tables.entries(from_index, limit, payloads=payloads))
+
+    def notes(self, prefix: str) -> dict[str, bytes]:
+        """Every note whose name begins with it, by name."""
+        return self.read(lambda tables: tables.notes(prefix))
+
+    def read(self, read: Callable[[PostgresTables], T]) -> T:
+        """Raises JournalUnavailable, JournalBroken."""
+
+        def once() -> T:
+            with self._database.connected() as db:
+                return read(PostgresTables(db))
+
+        return twice(once)
+
+
+def verify_database(url: str) -> Iterator[Checked]:
+    """Look at a journal, in use or not, without opening an epoch in it. JournalUnusable: it cannot be read."""
+    database = Database(url, name="verify", idle_transaction_seconds=0)
+    reads = PostgresReads(database)
+    try:
+        with unusable():
+            yield from verify(lambda index, limit: reads.entries(index, limit, payloads=True))
+    finally:
+        database.drop()
+
+
+def twice(once: Callable[[], T]) -> T:
+    """A connection that broke while nobody used it is replaced unseen."""
+    try:
+        return once()
+    except JournalUnavailable:
+        return once()
+
+
+@contextmanager
+def unusable() -> Iterator[None]:
+    """Where a journal is opened, not used."""
+    try:
+        yield
+    except (JournalUnavailable, JournalFull, JournalBroken) as error:
+        raise JournalUnusable(str(error)) from error

@@ -1,0 +1,146 @@
+"""Sidecars that share a log: real processes, one PostgreSQL server, and kills."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from ostinato import errors
+from ostinato.client import Client
+
+from tests.e2e.conftest import eventually
+from tests.pair import Pair
+from tests.postgres import Postgres
+from tests.soak import shared
+from tests.soak.checks import Record
+
+SLOW = json.dumps({"rules": [{"do": "delay", "at": 1, "seconds": 0.7}]})
+
+
+@contextlib.contextmanager
+def started(url: str, *writers: str) -> Iterator[list[Pair]]:
+    """A pair for each writer, connected."""
+    with contextlib.ExitStack() as stack:
+        sidecar = ["--journal", url, "--lease-seconds", "0.5"]
+        pairs = [Pair(service=["--script", SLOW], sidecar=[*sidecar, "--writer", writer]) for writer in writers]
+        for pair in pairs:
+            stack.enter_context(pair).start_service()
+        for program in [pair.start_sidecar() for pair in pairs]:
+            program.wait_for("engine connected")
+        yield pairs
+
+
+async def numbered(client: Client, sequence: int) -> None:
+    """Until there is such a sequence."""
+    await eventually(lambda: _reached(client, sequence), f"sequence {sequence}")
+
+
+async def _reached(client: Client, sequence: int) -> bool:
+    return (await client.head()).last_sequence >= sequence
+
+
+@pytest.mark.timeout(120)
+async def test_a_key_is_one_key_everywhere(postgres: Postgres) -> None:
+    """A key that one sidecar works on is joined at another one, unary and streamed, and answered alike, byte for byte; an
+    equal input of another sidecar is a twin."""
+    url = postgres.url(postgres.schema())
+    with started(url, "a", "b") as (a, b):
+        async with Client(a.target) as at_a, Client(b.target) as at_b:
+            asked = asyncio.create_task(at_a.generate(["x", "y"], seed=1, key="k"))
+            await numbered(at_b, 2)
+            joined = asyncio.create_task(at_b.generate(["x", "y"], seed=1, key="k"))
+            events = [event async for event in at_b.stream(["x", "y"], seed=1, key="k")]
+            first, second = await asked, await joined
+            other = await at_b.generate("x", seed=1)
+            heads = [await at_a.head(), await at_b.head()]
+        metrics = b.metrics()
+
+    assert [result.SerializeToString(deterministic=True) for result in first.results] == [
+        result.SerializeToString(deterministic=True) for result in second.results
+    ]
+    assert second.stamp == first.stamp
+    assert second.stamp.writer == "a"
+    assert [event.finished for event in events if event.HasField("finished")] == list(first.results)
+    assert events[0].admitted.repeated_key
+    assert other.results[0].sequence == 3
+    assert other.results[0].receipt.header.writer == "b"
+    assert metrics['ostinato_comparisons_total{grade="exact",kind="twin",verdict="match"}'] == 1
+    assert heads[0].entry_hash == heads[1].entry_hash
+    assert {head.log_id for head in heads} == {first.stamp.log_id}
+
+
+@pytest.mark.timeout(120)
+async def test_a_dead_sidecar_is_taken_over(postgres: Postgres) -> None:
+    """A sidecar that dies and does not come back: once its lease has run out another one runs its keyed items, under the same
+    numbers, and answers whoever waits for them there; when it does come back it finds nothing left to do."""
+    url = postgres.url(postgres.schema())
+    with started(url, "a", "b") as (a, b):
+        async with Client(a.target) as at_a, Client(b.target) as at_b:
+            asked = asyncio.create_task(at_a.generate(["x", "y"], key="k"))
+            await numbered(at_b, 2)
+            unkeyed = asyncio.create_task(at_a.generate("z"))
+            await numbered(at_b, 3)
+            joined = asyncio.create_task(at_b.generate(["x", "y"], key="k"))
+            await asyncio.sleep(0.1)
+            assert a.sidecar is not None
+            await asyncio.to_thread(a.sidecar.kill)
+            answer = await joined
+            await asyncio.gather(asked, unkeyed, return_exceptions=True)
+            record = await Record().read(at_b)
+            again = await asyncio.to_thread(a.start_sidecar)
+            epoch = again.wait_for("listening")["epoch"]
+        metrics = b.metrics()
+
+    assert [(result.sequence, result.attempt) for result in answer.results] == [(1, 2), (2, 2)]
+    assert answer.stamp.writer == "a"
+    assert metrics["ostinato_taken_over_items_total"] == 3
+    assert set(record.outcomes) == {1, 2, 3}
+    assert {outcome.writer for outcome in record.outcomes.values()} == {"b"}
+    assert epoch == "3"
+
+
+@pytest.mark.timeout(120)
+async def test_a_server_that_restarts(postgres: Postgres) -> None:
+    """While the server is away work is refused with a hint when to come back, and what runs waits; then all of it goes on in
+    the same process."""
+    url = postgres.url(postgres.schema())
+    with started(url, "a") as (a,):
+        async with Client(a.target) as client:
+            running = asyncio.create_task(client.generate("x"))
+            await asyncio.sleep(0.3)
+            postgres.crash()
+            with pytest.raises(errors.JournalUnavailable) as refused:
+                await client.generate("y", timeout=20)
+            await asyncio.sleep(1)
+            assert not running.done()
+            postgres.start()
+            answer = await running
+            head = await client.head()
+        assert a.sidecar is not None and a.sidecar.running
+        code = await asyncio.to_thread(a.sidecar.stop)
+
+    assert refused.value.retry_after
+    assert answer.results[0].HasField("output")
+    assert head.epoch == 1
+    assert code == 0
+
+
+@pytest.mark.timeout(180)
+async def test_promises_hold_while_sidecars_die(postgres: Postgres) -> None:
+    """Three sidecars, six clients that send keyed batches to any of them, kill -9 of sidecars and of the server, and a sidecar
+    that stands still past its lease: numbers are gapless, every item has one outcome, what was acknowledged is there, no
+    attempt ran twice, and the chain verifies."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    async with shared.sidecars(postgres, rng) as together:
+        load, record, faults = await shared.chapter(together, rng, kills=1, pauses=1, crashes=1)
+
+    assert faults == []
+    assert len({header.writer for header in record.admitted.values()}) == 3
+    assert any(call.repeated for call in load.calls)

@@ -1,0 +1,192 @@
+"""A journal whose database goes away, through the interface that the sidecar uses: refused, withheld, in doubt, and back."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from urllib.parse import quote
+
+import pytest
+
+from ostinato.errors import JournalUnavailable
+from ostinato.v1 import types_pb2
+
+from sidecar.journal import Appended, JournalBroken, Note, Sealed
+from sidecar.journal.committer import GroupSettings
+from sidecar.journal.grouped import GroupedJournal
+from sidecar.journal.postgres_tables import PostgresTables
+from tests.postgres import Postgres
+from tests.sidecar.journal_kit import PostgresStore, admission, completed, item, sequences
+from tests.sidecar.postgres_proxy import Cut, Proxy, proxy
+
+SETTINGS = GroupSettings(full_retry_seconds=0.05, withheld_outcomes_max=8)
+
+
+@pytest.fixture(name="store")
+def _store(postgres: Postgres) -> Iterator[PostgresStore]:
+    store = PostgresStore(postgres.url(postgres.schema()))
+    yield store
+    store.kill()
+
+
+@pytest.fixture(name="line")
+def _line(postgres: Postgres) -> Iterator[Proxy]:
+    with proxy(postgres) as line:
+        yield line
+
+
+@asynccontextmanager
+async def grouped(store: PostgresStore, line: Proxy | None = None, writer: str = "writer") -> AsyncIterator[GroupedJournal]:
+    url = store.url if line is None else re.sub(r"(?<=host=)[^&]*", quote(str(line.folder), safe=""), store.url)
+    journal = GroupedJournal(store.open(writer=writer, url=url)[0], now_millis=store.clock.now_millis, settings=SETTINGS)
+    yield journal
+    await journal.close()
+
+
+async def full(journal: GroupedJournal, expected: bool) -> None:
+    """Until it refuses new work, or no longer."""
+    async with asyncio.timeout(20):
+        while journal.full is not expected:
+            await asyncio.sleep(0.01)
+
+
+async def refused(journal: GroupedJournal) -> None:
+    for draft in (admission(), admission(key="new"), Note("n", b"")):
+        with pytest.raises(JournalUnavailable) as error:
+            await journal.append(draft)
+        assert error.value.retry_after == SETTINGS.full_retry_seconds
+
+
+async def test_away_and_back(store: PostgresStore, line: Proxy) -> None:
+    """While the database is away new work and reads are refused, outcomes wait, and then go first, in their order."""
+    async with grouped(store, line) as journal:
+        entries = (await journal.append(admission(*(item(number) for number in range(1, 6))))).entries
+        line.sever()
+        await refused(journal)
+        assert journal.full
+        waiting = [asyncio.ensure_future(journal.append(completed(entry))) for entry in entries]
+        await refused(journal)
+        for read in (journal.head(), journal.items(1, 1, 1), journal.binding("", "k"), journal.notes("")):
+            with pytest.raises(JournalUnavailable):
+                await read
+        assert not any(one.done() for one in waiting)
+        line.closed = False
+        ended = [(await one).entries[0] for one in waiting]
+        await full(journal, expected=False)
+        after = (await journal.append(admission())).entries
+
+        assert [entry.header.index for entry in ended] == [7, 8, 9, 10, 11]
+        assert sequences(after) == [6]
+        assert not journal.broken.done()
+
+
+async def test_away_while_nobody_asks(store: PostgresStore, line: Proxy) -> None:
+    """That the database is gone is found out by the lease, and so is that it is back."""
+    store.configure(lease_seconds=0.1)
+    async with grouped(store, line) as journal:
+        line.sever()
+        await full(journal, expected=True)
+        line.closed = False
+        await full(journal, expected=False)
+
+
+async def test_away_for_too_long(store: PostgresStore, line: Proxy) -> None:
+    """Outcomes are withheld up to a bound; one more, and the process has to end."""
+    async with grouped(store, line) as journal:
+        entries = (await journal.append(admission(*(item() for _ in range(SETTINGS.withheld_outcomes_max + 1))))).entries
+        line.sever()
+        answers = await asyncio.gather(*(journal.append(completed(entry)) for entry in entries), return_exceptions=True)
+
+        assert {type(answer) for answer in answers} == {JournalBroken}
+        assert "outcomes wait" in str(await journal.broken)
+
+
+@pytest.mark.parametrize("cut", [Cut.BEFORE, Cut.AFTER])
+async def test_in_doubt(store: PostgresStore, line: Proxy, monkeypatch: pytest.MonkeyPatch, cut: Cut) -> None:
+    """Drafts of a commit that may or may not have been durable are answered once that is known, and not refused before; each
+    is there once, and what came later comes behind them."""
+    commit = PostgresTables.commit
+
+    def cutting(self: PostgresTables, *args: object) -> None:
+        monkeypatch.setattr(PostgresTables, "commit", commit)
+        line.cut, line.closed = cut, True
+        commit(self, *args)  # type: ignore[arg-type]
+
+    async with grouped(store, line) as journal:
+        first, second = (await journal.append(admission(item(1), item(2)))).entries
+        monkeypatch.setattr(PostgresTables, "commit", cutting)
+        doubtful = [asyncio.ensure_future(journal.append(draft)) for draft in (admission(item(3), key="k"), completed(first))]
+        await full(journal, expected=True)
+        withheld = asyncio.ensure_future(journal.append(completed(second)))
+        await refused(journal)
+        assert not any(one.done() for one in (*doubtful, withheld))
+        line.closed = False
+        answers: Sequence[Appended] = await asyncio.wait_for(asyncio.gather(*doubtful, withheld), 20)
+        await full(journal, expected=False)
+        entries = await journal.entries(2, 100, payloads=True)
+
+        assert [answer.entries[0].header.index for answer in answers] == [4, 5, 6]
+        assert list(entries[2:]) == [answer.entries[0] for answer in answers]
+        assert [fault for page in store.verify() for fault in page.faults] == []
+
+
+async def test_closing_while_in_doubt(store: PostgresStore, line: Proxy) -> None:
+    """A journal that is closed while its database is away answers nobody, and says that it was closed."""
+    async with grouped(store, line) as journal:
+        (entry,) = (await journal.append(admission())).entries
+        line.sever()
+        waiting = asyncio.ensure_future(journal.append(completed(entry)))
+        await full(journal, expected=True)
+        await journal.close()
+
+        with pytest.raises(JournalBroken, match="closed"):
+            await waiting
+
+
+async def test_a_server_that_crashes(store: PostgresStore, postgres: Postgres) -> None:
+    """kill -9 of the server, twice, under the load of two writers: what was acknowledged is there once, and nothing else is
+    but what nobody was told of; one order throughout."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng, acknowledged = random.Random(seed), dict[str, Sealed]()
+    stop = asyncio.Event()
+
+    async def client(name: str, journals: Sequence[GroupedJournal]) -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            key = f"{name}/{number}"
+            while True:  # until it is known
+                journal = rng.choice(journals)
+                try:
+                    answer = await journal.append(admission(item(number), key=key))
+                    sequence = answer.binding.first_sequence if answer.binding else answer.entries[0].header.sequence
+                    (found,) = await journal.items(sequence, sequence, 1)
+                    acknowledged[key] = found.admitted
+                    await journal.append(completed(found.admitted))
+                    break
+                except JournalUnavailable:
+                    await asyncio.sleep(0.02)
+
+    async with grouped(store, writer="a") as a, grouped(store, writer="b") as b:
+        clients = [asyncio.ensure_future(client(f"c{number}", (a, b))) for number in range(8)]
+        for _ in range(2):
+            await asyncio.sleep(rng.uniform(0.1, 0.4))
+            await asyncio.to_thread(postgres.crash)
+            await asyncio.sleep(rng.uniform(0, 0.2))
+            await asyncio.to_thread(postgres.start)
+        stop.set()
+        await asyncio.wait_for(asyncio.gather(*clients), 30)
+        items = await a.items(1, 2**63, 100_000)
+        assert not (a.broken.done() or b.broken.done())
+
+    assert {pair.admitted.header.sequence: pair.admitted for pair in items} == {
+        entry.header.sequence: entry for entry in acknowledged.values()
+    }
+    assert [pair.admitted.header.sequence for pair in items] == list(range(1, len(items) + 1))
+    assert {pair.outcome.header.kind for pair in items if pair.outcome} == {types_pb2.ENTRY_KIND_COMPLETED}
+    assert all(pair.outcome for pair in items)
+    assert [fault for page in store.verify() for fault in page.faults] == []

@@ -1,0 +1,173 @@
+"""Several sidecars on one log in PostgreSQL, each with a service of its own, under clients that go to whichever they like."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from ostinato.client import Client
+
+from sidecar.journal.postgres_reads import verify_database
+from tests.pair import Pair
+from tests.postgres import Postgres
+from tests.soak import checks
+from tests.soak.chaos import SCRIPT
+from tests.soak.checks import COMPLETED, Record
+from tests.soak.load import Job, Load, jobs
+from tests.soak.recording import RecordedPair
+
+LEASE_SECONDS = 1.0
+CLIENTS = 6
+SETTLED_SECONDS = 60.0
+
+
+class Roaming(Load):
+    """Clients that ask another sidecar every time."""
+
+    def __init__(self, pairs: Sequence[Pair], source: Iterator[Job], rng: random.Random) -> None:
+        super().__init__(lambda: "", source)
+        self._pairs, self._rng = pairs, rng
+
+    async def _client(self) -> None:
+        async with AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(Client(pair.target)) for pair in self._pairs]
+            for job in self._source:
+                await self._answer(lambda: self._rng.choice(clients), job)
+                if self._over:
+                    return
+
+
+class Sidecars:
+    """What runs, and who is killed."""
+
+    def __init__(self, server: Postgres, pairs: Sequence[RecordedPair], url: str, rng: random.Random) -> None:
+        self.server, self.pairs, self.url, self._rng = server, pairs, url, rng
+        self.fenced = 0
+        """Sidecars that ended by themselves, because another had taken over their items."""
+
+    async def kill(self) -> None:
+        """One of them, as a power cut would; it comes back before its lease has run out, or after."""
+        pair = self._rng.choice(self.pairs)
+        assert pair.sidecar is not None
+        await asyncio.to_thread(pair.sidecar.kill)
+        await asyncio.sleep(self._rng.choice((0.0, 2.5 * LEASE_SECONDS)))
+        await self.start(pair)
+
+    async def pause(self) -> None:
+        """One of them stands still for longer than its lease, and then goes on where it was."""
+        pair = self._rng.choice(self.pairs)
+        assert pair.sidecar is not None
+        os.kill(pair.sidecar.pid, signal.SIGSTOP)
+        await asyncio.sleep(3 * LEASE_SECONDS)
+        os.kill(pair.sidecar.pid, signal.SIGCONT)
+
+    async def crash_server(self) -> None:
+        """The server dies, and recovers."""
+        await asyncio.to_thread(self.server.crash)
+        await asyncio.sleep(self._rng.uniform(0, 1))
+        await asyncio.to_thread(self.server.start)
+
+    async def start(self, pair: Pair) -> None:
+        """A sidecar that ended, on the same address; again, if its journal was not there."""
+        for attempt in itertools.count(1):
+            try:
+                await asyncio.to_thread(pair.start_sidecar)
+                return
+            except AssertionError:
+                if attempt == 20:
+                    raise
+                await asyncio.sleep(0.2)
+
+    async def watch(self) -> None:
+        """Start what was fenced again; nothing else may end by itself."""
+        for pair in self.pairs:
+            assert pair.sidecar is not None
+            if not pair.sidecar.running:
+                assert any("fenced" in line for line in pair.sidecar.lines), "\n".join(pair.sidecar.lines[-20:])
+                self.fenced += 1
+                await self.start(pair)
+
+    async def settled(self, client: Client) -> Record:
+        """The whole log, once every item has ended."""
+        deadline = time.monotonic() + SETTLED_SECONDS
+        record = await Record().read(client)
+        while set(record.admitted) != set(record.outcomes):
+            assert time.monotonic() < deadline, f"{sorted(set(record.admitted) - set(record.outcomes))} never end"
+            await asyncio.sleep(0.1)
+            await self.watch()
+            with contextlib.suppress(Exception):
+                await record.read(client)
+        return record
+
+
+@asynccontextmanager
+async def sidecars(server: Postgres, rng: random.Random, count: int = 3) -> AsyncIterator[Sidecars]:
+    """So many, connected, on a new log."""
+    url = server.url(server.schema())
+    with contextlib.ExitStack() as stack:
+        pairs = []
+        for number in range(count):
+            args = ["--journal", url, "--writer", f"writer-{number}", "--lease-seconds", str(LEASE_SECONDS)]
+            pairs.append(stack.enter_context(RecordedPair(service=["--script", SCRIPT], sidecar=args)))
+            pairs[-1].start_service()
+        for pair in pairs:
+            (await asyncio.to_thread(pair.start_sidecar)).wait_for("engine connected")
+        yield Sidecars(server, pairs, url, rng)
+
+
+async def chapter(
+    shared: Sidecars, rng: random.Random, kills: int, pauses: int, crashes: int
+) -> tuple[Load, Record, list[str]]:
+    """A load of keyed batches in which sidecars die or stand still and the server crashes; what was wrong in the end."""
+    load = Roaming(shared.pairs, jobs(rng, f"shared {rng.random()}", keyed_share=1, repeated_share=0.3), rng)
+    running = asyncio.create_task(load.run(CLIENTS))
+    todo = [shared.kill] * kills + [shared.pause] * pauses + [shared.crash_server] * crashes
+    rng.shuffle(todo)
+    try:
+        for act in todo:
+            await asyncio.sleep(rng.uniform(0.2, 0.8))
+            await act()
+            await shared.watch()
+        load.stop()
+        deadline = time.monotonic() + SETTLED_SECONDS
+        while not running.done() and time.monotonic() < deadline:
+            await asyncio.wait({running}, timeout=0.2)
+            await shared.watch()
+        await asyncio.wait_for(running, 1)
+    finally:
+        running.cancel()
+    async with Client(rng.choice(shared.pairs).target) as client:
+        record = await shared.settled(client)
+        faults = await checks.kept(load.calls, client, most=200)
+    faults += checks.numbers(record) + checks.calls(load.calls, record) + checks.kinds(load.calls, record)
+    faults += checks.real_time(load.calls) + checks.results(load.calls) + checks.reproduced(record)
+    faults += submitted(shared.pairs, record)
+    faults += [fault for page in verify_database(shared.url) for fault in page.faults]
+    return load, record, faults
+
+
+def submitted(pairs: Sequence[RecordedPair], record: Record) -> list[str]:
+    """First attempts reached each engine in order of sequence, no attempt ran twice, and what completed ran at its writer."""
+    ran, by_writer = Counter[tuple[int, int]](), dict[str, set[tuple[int, int]]]()
+    faults = []
+    for number, pair in enumerate(pairs):
+        lines = [(line.sequence, line.attempt) for line in pair.submissions()]
+        firsts = [sequence for sequence, attempt in lines if attempt == 1]
+        if firsts != sorted(firsts):
+            faults.append(f"writer-{number}: first attempts reached the engine out of order")
+        ran.update(lines)
+        by_writer[f"writer-{number}"] = set(lines)
+    faults += [f"sequence {sequence}: attempt {attempt} ran twice" for (sequence, attempt), times in ran.items() if times > 1]
+    return faults + [
+        f"sequence {sequence}: attempt {outcome.attempt} never ran at {outcome.writer}"
+        for sequence, outcome in record.outcomes.items()
+        if outcome.kind == COMPLETED and (sequence, outcome.attempt) not in by_writer[outcome.writer]
+    ]
