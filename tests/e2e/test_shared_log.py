@@ -12,6 +12,7 @@ import pytest
 
 from ostinato import errors
 from ostinato.client import Client
+from ostinato.v1 import sequencer_pb2, types_pb2
 
 from tests.e2e.conftest import eventually
 from tests.pair import Pair
@@ -58,7 +59,7 @@ async def test_a_key_is_one_key_everywhere(postgres: Postgres) -> None:
             first, second = await asked, await joined
             other = await at_b.generate("x", seed=1)
             heads = [await at_a.head(), await at_b.head()]
-        metrics = b.metrics()
+            entries = [entry async for entry in at_a.tail(payloads=True)]
 
     assert [result.SerializeToString(deterministic=True) for result in first.results] == [
         result.SerializeToString(deterministic=True) for result in second.results
@@ -69,7 +70,8 @@ async def test_a_key_is_one_key_everywhere(postgres: Postgres) -> None:
     assert events[0].admitted.repeated_key
     assert other.results[0].sequence == 3
     assert other.results[0].receipt.header.writer == "b"
-    assert metrics['ostinato_comparisons_total{grade="exact",kind="twin",verdict="match"}'] == 1
+    twin = sequencer_pb2.CompletedPayload.FromString(entries[-1].payload).twin
+    assert (twin.expected_sequence, twin.expected_writer, twin.verdict) == (1, "a", types_pb2.VERDICT_MATCH)
     assert heads[0].entry_hash == heads[1].entry_hash
     assert {head.log_id for head in heads} == {first.stamp.log_id}
 

@@ -268,7 +268,7 @@ TestSqliteModel.settings = settings(
 class TestPostgresModel(PostgresMachine.TestCase):  # type: ignore[misc, valid-type]
     """On the session's server."""
 
-    settings = settings(max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings = settings(max_examples=10, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
     @pytest.fixture(autouse=True)
     def _server(self, postgres: Postgres) -> None:
