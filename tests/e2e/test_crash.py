@@ -84,6 +84,22 @@ async def test_both_may_die(rng: random.Random) -> None:
 
 
 @pytest.mark.timeout(120)
+async def test_ten_kills_in_turn(rng: random.Random) -> None:
+    """Service and sidecar killed in turn, ten times on one journal under clients of which most have keys: all that was promised
+    holds, and the file verifies."""
+    with chaos.pair() as pair:
+        pair.start()
+        told = Story(pair, rng)
+        faults = await told.chapter(["service", "sidecar"] * 5, keyed_share=0.8)
+        assert pair.sidecar is not None
+        code = await asyncio.to_thread(pair.sidecar.stop)
+        faults += checks.journal_file(pair.folder / "journal.sqlite")
+
+    assert faults == []
+    assert (code, told.record.opened) == (0, 6)
+
+
+@pytest.mark.timeout(120)
 async def test_attempts_are_counted() -> None:
     """Second attempts show in the results, in the metrics, and as recovery comparisons that all match."""
     with Pair(service=["--script", HANGING]) as pair:

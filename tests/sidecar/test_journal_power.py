@@ -18,6 +18,8 @@ from tests.sidecar.journal_kit import ABOUT_AN_ITEM, SqliteStore, admission, ite
 
 LOSSES = 4
 """Of power, in one run."""
+SEEDS, MORE_SEEDS = 40, 300
+"""In every run of the tests, and in `make sim`."""
 
 
 class Run:
@@ -83,7 +85,9 @@ class Run:
         return found + [f"entry {index} was acknowledged and is lost" for index in lost]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=[pytest.mark.sim] if seed >= SEEDS else []) for seed in range(MORE_SEEDS)]
+)
 def test_power_loss(seed: int, tmp_path: Path) -> None:
     """However often power fails, at whatever write, every acknowledged entry is there and the chain holds."""
     run = Run(seed, tmp_path)

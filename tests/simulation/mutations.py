@@ -1,0 +1,385 @@
+"""Faults put into the product on purpose, and the promise that each breaks. What is not found cannot be promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import apsw
+
+from ostinato import errors
+from ostinato.digest import request_digest
+from ostinato.v1 import types_pb2
+
+from service.stream import Stream
+from sidecar import generation, results
+from sidecar.core import effects as do
+from sidecar.core import entrance, refusals, sequencer
+from sidecar.core import events as ev
+from sidecar.core.sequencer import Sequencer
+from sidecar.core.window import Window
+from sidecar.dispatcher import Dispatcher
+from sidecar.journal import Admission, Appended, Binding, Draft, ItemEntries, Outcome, Sealed, schema, sqlite
+from sidecar.journal.grouped import GroupedJournal
+from sidecar.journal.ledger import Known, Ledger, needs
+from sidecar.journal.tables import Tables
+from sidecar.progress import Progress
+from sidecar.results import stamp_of
+from tests.simulation.plan import plan_of
+from tests.simulation.promises import PROMISES
+from tests.simulation.world import simulate
+
+Patch = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """One fault."""
+
+    promise: int
+    name: str
+    patch: Patch
+    file: bool
+    """Whether it is one of the file's, not of a log that many share."""
+
+
+PATIENCE_SECONDS = 60.0
+"""Of a world with a fault in it: most that do not end by then never do."""
+
+MUTATIONS: list[Mutation] = []
+
+
+def breaks(promise: int, *, file: bool = False) -> Callable[[Patch], Patch]:
+    """The mutation that this context manager is, by its name."""
+
+    def register(patch: Patch) -> Patch:
+        MUTATIONS.append(Mutation(promise, patch.__name__, patch, file))
+        return patch
+
+    return register
+
+
+def caught(mutation: Mutation, most: int) -> int | None:
+    """The first of so many seeds in which the checker of its promise finds it."""
+    # Every fourth seed is one of a file.
+    seeds = [seed for seed in range(4 * most) if (seed % 4 == 0) == mutation.file][:most]
+    with mutation.patch():
+        for seed in seeds:
+            plan = replace(plan_of(seed), patience_seconds=PATIENCE_SECONDS)
+            if any(PROMISES[mutation.promise](simulate(plan))):
+                return seed
+    return None
+
+
+def instead(owner: object, name: str, stand_in: object) -> AbstractContextManager[Any]:
+    return mock.patch.object(owner, name, stand_in)
+
+
+# ---- 1: numbers
+
+
+@breaks(1)
+def a_number_is_used_again_after_a_restart() -> AbstractContextManager[Any]:
+    """The first number of a new epoch is the last of the one before."""
+    open_ = Ledger.open
+
+    def opened(self: Ledger, version: str) -> Sealed:
+        self.head = replace(self.head, last_sequence=max(0, self.head.last_sequence - 1))
+        return open_(self, version)
+
+    return instead(Ledger, "open", opened)
+
+
+@breaks(1)
+def a_gap_behind_every_batch() -> AbstractContextManager[Any]:
+    """A batch of two burns a third number."""
+    admit = Ledger._admit
+
+    def admitted(self: Ledger, admission: Admission) -> Appended:
+        made = admit(self, admission)
+        if len(admission.items) == 2 and made.entries:
+            self.head = replace(self.head, last_sequence=self.head.last_sequence + 1)
+        return made
+
+    return instead(Ledger, "_admit", admitted)
+
+
+# ---- 2: refusals and outcomes
+
+
+@breaks(2)
+def a_refusal_that_burns_numbers() -> AbstractContextManager[Any]:
+    """What is refused is appended all the same."""
+    perform = Dispatcher._perform
+
+    async def append(self: Dispatcher, admission: Admission) -> None:
+        await self.journal.append(admission)
+
+    def performed(self: Dispatcher, effect: do.Effect) -> None:
+        if isinstance(effect, do.Refuse):
+            self.spawn(append(self, self._asking[effect.ticket].admission))
+        perform(self, effect)
+
+    return instead(Dispatcher, "_perform", performed)
+
+
+@breaks(2)
+def a_lost_outcome() -> AbstractContextManager[Any]:
+    """Every failure is forgotten where it should become durable."""
+    append = Dispatcher._append_outcome
+
+    async def appended(self: Dispatcher, end: do.End) -> None:
+        if end.error is None:
+            await append(self, end)
+
+    return instead(Dispatcher, "_append_outcome", appended)
+
+
+@breaks(2)
+@contextmanager
+def two_outcomes() -> Iterator[None]:
+    """Every outcome is appended twice, and the ledger takes both."""
+    append, end = GroupedJournal.append, Ledger._end
+
+    async def twice(self: GroupedJournal, draft: Draft) -> Appended:
+        if isinstance(draft, Outcome):
+            await append(self, draft)
+        return await append(self, draft)
+
+    def any_(self: Ledger, outcome: Outcome) -> Appended:
+        self._unfinished.add(outcome.admitted.sequence)
+        return end(self, outcome)
+
+    with instead(GroupedJournal, "append", twice), instead(Ledger, "_end", any_):
+        yield
+
+
+@breaks(2)
+@contextmanager
+def admitted_while_it_drains() -> Iterator[None]:
+    """A sidecar that was told to stop goes on taking work."""
+
+    def refusal(*arguments: Any, draining: bool) -> errors.OstinatoError | None:
+        return refusals.refusal(*arguments, draining=False)
+
+    with instead(sequencer, "refusal", refusal), instead(entrance, "refusal", refusal):
+        yield
+
+
+@breaks(2)
+def a_stream_that_starts_over_unsaid() -> AbstractContextManager[Any]:
+    """A second attempt's tokens are sent behind those of the first."""
+
+    def restart(self: Progress, attempt: int) -> None:
+        self.attempt, self._seen, self.sent = attempt, 0, []
+
+    return instead(Progress, "restart", restart)
+
+
+# ---- 3: real time
+
+
+@breaks(3)
+def numbers_from_a_pool() -> AbstractContextManager[Any]:
+    """Single items take the number after the next, and the next single item the one that was left."""
+    admit, left = Ledger._admit, list[int]()
+
+    def admitted(self: Ledger, admission: Admission) -> Appended:
+        last = self.head.last_sequence
+        if len(admission.items) > 1 or (admission.tenant, admission.key) in self._bindings:
+            return admit(self, admission)
+        if left:
+            self.head = replace(self.head, last_sequence=left.pop() - 1)
+            made = admit(self, admission)
+            self.head = replace(self.head, last_sequence=last)
+            return made
+        left.append(last + 1)
+        self.head = replace(self.head, last_sequence=last + 1)
+        return admit(self, admission)
+
+    return instead(Ledger, "_admit", admitted)
+
+
+# ---- 4: submission
+
+
+@breaks(4)
+def the_newest_first() -> AbstractContextManager[Any]:
+    """What came last is submitted first."""
+
+    def submit(self: Sequencer, now: float) -> Iterator[do.Effect]:
+        while self.window is not None and self.waiting:
+            item = list(self.waiting.values())[-1]
+            if not self.window.fits(item.need.kv_tokens):
+                return
+            yield self._submit(item, self.window, now)
+
+    return instead(Sequencer, "_submit_what_fits", submit)
+
+
+@breaks(4)
+def a_small_one_overtakes() -> AbstractContextManager[Any]:
+    """Whatever fits is submitted, though the head has to wait."""
+
+    def submit(self: Sequencer, now: float) -> Iterator[do.Effect]:
+        for item in list(self.waiting.values()):
+            if self.window is not None and self.window.fits(item.need.kv_tokens):
+                yield self._submit(item, self.window, now)
+
+    return instead(Sequencer, "_submit_what_fits", submit)
+
+
+@breaks(4)
+@contextmanager
+def more_than_the_engine_holds() -> Iterator[None]:
+    """Room is not counted."""
+    with instead(Window, "fits", lambda *_, **__: True):
+        yield
+
+
+# ---- 5: epochs
+
+
+@breaks(5)
+def the_replaced_stream_goes_on() -> AbstractContextManager[Any]:
+    """The service takes a newer sidecar in and leaves the older one's stream as it is."""
+    return instead(Stream, "replace", lambda self, epoch: None)
+
+
+@breaks(5, file=True)
+def epochs_stand_still() -> AbstractContextManager[Any]:
+    """A restarted sidecar takes itself for the one before."""
+
+    def begin(self: Tables, new_log_id: str, writer: str) -> tuple[str, str, int]:
+        self._db.execute("INSERT OR IGNORE INTO journal VALUES (1, ?, ?, 1)", (new_log_id, writer))
+        log_id, owner, epoch = self._db.execute("SELECT log_id, writer, epoch FROM journal").get
+        return log_id, owner, epoch
+
+    return instead(Tables, "begin_epoch", begin)
+
+
+# ---- 6: keys
+
+
+@breaks(6)
+@contextmanager
+def keys_are_forgotten() -> Iterator[None]:
+    """Neither the journal nor the ledger remembers what a key is bound to."""
+    init = Ledger.__init__
+
+    def made(self: Ledger, head: Any, known: Known, now_millis: int) -> None:
+        init(self, head, replace(known, bindings={}), now_millis)
+
+    async def unbound(self: GroupedJournal, tenant: str, key: str) -> Binding | None:
+        return None
+
+    with instead(Ledger, "__init__", made), instead(GroupedJournal, "binding", unbound):
+        yield
+
+
+@breaks(6)
+def anybody_may_use_a_key() -> AbstractContextManager[Any]:
+    """The request that comes with a bound key is not compared with the one that bound it."""
+    join = generation.GenerationServicer._join
+
+    async def joined(self: Any, request: Any, binding: Binding, call: Any) -> types_pb2.Stamp:
+        return await join(self, request, replace(binding, request_digest=request_digest(request)), call)
+
+    return instead(generation.GenerationServicer, "_join", joined)
+
+
+@breaks(6)
+def another_answer_the_second_time() -> AbstractContextManager[Any]:
+    """A recorded answer comes back with another attempt in it."""
+
+    def changed(entries: ItemEntries) -> types_pb2.Result:
+        result = results.answer_of(entries)
+        result.timing.total_micros += 1
+        return result
+
+    return instead(generation, "answer_of", changed)
+
+
+# ---- 7: what was acknowledged
+
+
+@breaks(7)
+def numbers_are_told_too_early() -> AbstractContextManager[Any]:
+    """A batch is acknowledged with the numbers that it will have, once it is durable."""
+    append = Dispatcher._append_admission
+
+    async def appended(self: Dispatcher, ticket: int) -> None:
+        asking = self._asking[ticket]
+        if not asking.admission.key:
+            head = self.journal._backend.head  # type: ignore[attr-defined]
+            guess = Ledger(head, Known(), 0).append(asking.admission)
+            asking.settle(stamp_of(guess.entries[0].header))
+        await append(self, ticket)
+
+    return instead(Dispatcher, "_append_admission", appended)
+
+
+@breaks(7, file=True)
+def answers_before_they_are_durable() -> AbstractContextManager[Any]:
+    """The journal answers, and commits with the next group."""
+    append_many = sqlite.SqliteJournal.append_many
+    held: dict[int, list[Draft]] = {}
+
+    def later(self: Any, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
+        before, outcomes = held.pop(id(self), []), [draft for draft in drafts if isinstance(draft, Outcome)]
+        if len(outcomes) < len(drafts):
+            return append_many(self, [*before, *drafts], now_millis)[len(before) :]
+        append_many(self, before, now_millis)
+        held[id(self)] = list(drafts)
+        ledger = Ledger(self.head, self._tables.known(needs(drafts), now_millis), now_millis)
+        return [ledger.append(draft) for draft in drafts]
+
+    return instead(sqlite.SqliteJournal, "append_many", later)
+
+
+@breaks(7, file=True)
+def the_disk_is_not_synced() -> AbstractContextManager[Any]:
+    """Commits are left to the operating system."""
+
+    def unsynced(*arguments: Any) -> apsw.Connection:
+        db = schema.connect(*arguments)
+        db.pragma("synchronous", "OFF")
+        return db
+
+    return instead(sqlite, "connect", unsynced)
+
+
+@breaks(7)
+def what_has_no_key_runs_again() -> AbstractContextManager[Any]:
+    """Recovery takes up everything."""
+    recovered = Sequencer._recovered
+
+    def all_of_them(self: Sequencer, event: ev.Recovered) -> Iterator[do.Effect]:
+        return recovered(self, replace(event, keyed=True))
+
+    return instead(Sequencer, "_recovered", all_of_them)
+
+
+@breaks(7)
+def recovery_counts_from_one() -> AbstractContextManager[Any]:
+    """What is taken up in a later epoch is called the first attempt again."""
+    recovered = Sequencer._recovered
+
+    def first(self: Sequencer, event: ev.Recovered) -> Iterator[do.Effect]:
+        return recovered(self, replace(event, attempt=1))
+
+    return instead(Sequencer, "_recovered", first)
+
+
+@breaks(7)
+def recovery_takes_up_nothing() -> AbstractContextManager[Any]:
+    """What has a key is abandoned too."""
+    recovered = Sequencer._recovered
+
+    def none(self: Sequencer, event: ev.Recovered) -> Iterator[do.Effect]:
+        return recovered(self, replace(event, keyed=False))
+
+    return instead(Sequencer, "_recovered", none)

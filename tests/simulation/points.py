@@ -1,0 +1,194 @@
+"""The places where a sidecar can die: before and after every step at a seam between its parts, and a run that dies there.
+
+The seams are the product's own protocols, so that a method that is added to one has its points at once: Journal (what becomes
+durable), Backend (what reaches the disk), EngineLink and its Listener (what passes to and from the service), and the door.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from ostinato.v1 import engine_pb2, generation_pb2
+
+from sidecar.journal import Admission, Audit, Draft, Journal, Note, Opened, Outcome
+from sidecar.journal.committer import Backend
+from sidecar.link import EngineLink, Listener
+from tests.simulation.edges import Seams
+from tests.simulation.history import History
+from tests.simulation.loop import Died, Node
+from tests.simulation.plan import Fault, Job, Plan
+from tests.simulation.stores import Store
+from tests.simulation.world import World
+
+DRAFTS = {"admission": Admission, "outcome": Outcome, "audit": Audit, "note": Note}
+EVENTS = ("started", "tokens", "finished", "failed")
+MESSAGES = ("admitted", "tokens", "restarted", "finished", "failed", "response")
+
+NOT_REACHED = {
+    "link.drop": "only a service that breaks the protocol brings it about: tests/e2e/test_misbehaving_service.py",
+    "listener.engine_fault": "likewise",
+    "after link.run": "it is cancelled with the process that it keeps connected",
+}
+
+
+def methods(seam: type) -> list[str]:
+    """What can be called at a seam."""
+    return [name for name, member in vars(seam).items() if inspect.isfunction(member) and not name.startswith("_")]
+
+
+SEAMS: dict[str, type] = {"journal": Journal, "backend": Backend, "link": EngineLink, "listener": Listener}
+KINDS = {"journal.append": tuple(DRAFTS), "backend.append_many": tuple(DRAFTS), "listener.engine_events": EVENTS}
+
+
+def _steps() -> Iterator[str]:
+    yield "backend.open"
+    for seam, protocol in SEAMS.items():
+        for method in methods(protocol):
+            step = f"{seam}.{method}"
+            yield from (f"{step} {kind}" for kind in KINDS[step]) if step in KINDS else (step,)
+    yield "link.hello"
+    yield from (f"door.write {message}" for message in MESSAGES)
+
+
+POINTS = tuple(
+    point
+    for step in _steps()
+    for point in (f"before {step}", f"after {step}")
+    if step not in NOT_REACHED and point not in NOT_REACHED
+)
+
+
+def _named(step: str, arguments: Sequence[Any]) -> list[str]:
+    """The step's name, with what it is about."""
+    if step in ("journal.append", "backend.append_many"):
+        drafts: Sequence[Draft] = [arguments[0]] if step == "journal.append" else arguments[0]
+        kinds = {kind for kind, of in DRAFTS.items() for draft in drafts if isinstance(draft, of)}
+        return [f"{step} {kind}" for kind in sorted(kinds)]
+    if step == "listener.engine_events":
+        events: list[engine_pb2.RunEvent] = arguments[0]
+        return [f"{step} {kind}" for kind in EVENTS if any(event.WhichOneof("event") == kind for event in events)]
+    return [step]
+
+
+class _Pointed:
+    """A part of a sidecar, with a point before and after each of these methods."""
+
+    def __init__(self, part: object, seam: str, points: Points) -> None:
+        self._part, self._seam, self._points = part, seam, points
+        self._methods = frozenset(methods(SEAMS[seam]))
+
+    def __getattr__(self, name: str) -> Any:
+        member = getattr(self._part, name)
+        if name not in self._methods:
+            return member
+        around = self._points.awaited if inspect.iscoroutinefunction(member) else self._points.called
+        return partial(around, f"{self._seam}.{name}", member)
+
+
+class Points(Seams):
+    """Counts what it comes by, and dies where it is told to."""
+
+    def __init__(self, world: World, node: Node, reached: Counter[str], point: str, occurrence: int) -> None:
+        self._world, self._node, self._reached = world, node, reached
+        self._point, self._occurrence = point, occurrence
+
+    def reach(self, when: str, steps: Sequence[str]) -> None:
+        for step in steps:
+            point = f"{when} {step}"
+            self._reached[point] += 1
+            if point == self._point and self._reached[point] == self._occurrence:
+                self._world.die(self._node)
+                raise Died(point)
+
+    def called(self, step: str, member: Callable[..., Any], *given: Any, **how: Any) -> Any:
+        names = _named(step, given)
+        self.reach("before", names)
+        answer = member(*given, **how)
+        self.reach("after", names)
+        return answer
+
+    async def awaited(self, step: str, member: Callable[..., Awaitable[Any]], *given: Any, **how: Any) -> Any:
+        names = _named(step, given)
+        self.reach("before", names)
+        if step == "link.run":
+            listener, hello = given
+            given = (_Pointed(listener, "listener", self), partial(self.awaited, "link.hello", hello))
+        answer = await member(*given, **how)
+        self.reach("after", names)
+        return answer
+
+    # ---- Seams
+
+    def before_open(self) -> None:
+        self.reach("before", ["backend.open"])
+
+    def opened(self, backend: Backend, opened: Opened) -> tuple[Backend, Opened]:
+        self.reach("after", ["backend.open"])
+        pointed: Any = _Pointed(backend, "backend", self)
+        return pointed, opened
+
+    def journal(self, journal: Any) -> Any:
+        return _Pointed(journal, "journal", self)
+
+    def link(self, link: EngineLink) -> Any:
+        return _Pointed(link, "link", self)
+
+    async def write(self, message: Any, write: Callable[[Any], Awaitable[None]]) -> None:
+        kind = "response"
+        if isinstance(message, generation_pb2.GenerateEvent):
+            kind = message.WhichOneof("event") or kind
+        self.reach("before", [f"door.write {kind}"])
+        await write(message)
+        self.reach("after", [f"door.write {kind}"])
+
+
+def plan() -> Plan:
+    """A short life in which everything happens once: streams, keys, a full disk, a lost engine, a replay, a drain."""
+
+    def job(number: int, at: float, texts: str, key: str = "", *, streamed: bool = False, tokens: int = 8, **how: Any) -> Job:
+        request = generation_pb2.GenerateRequest(idempotency_key=key)
+        for text in texts:
+            request.items.add(text=text)
+        request.parameters.max_new_tokens = tokens
+        request.parameters.ignore_eos = True
+        return Job(number, at, request, streamed, **how)
+
+    jobs = (
+        job(0, 0.6, "abc", "key-0", streamed=True, tokens=14),
+        job(1, 0.7, "ab", streamed=True),
+        job(2, 0.8, "cd", "key-2", again_after=2.0),
+        job(3, 1.0, "e"),
+        job(4, 8.3, "f", "key-4", tokens=40, cancels_after=1.0),
+        job(5, 3.0, "other", "key-0"),
+        job(6, 5.0, "g", "key-6", streamed=True),
+        job(7, 9.5, "hi", "key-7", streamed=True),
+        job(8, 9.6, "a"),
+    )
+    faults = (
+        Fault(1.35, "kill the service", 0.0, 0),
+        Fault(4.2, "fill the disk", 2.5, 0),
+        Fault(7.0, "replay", 0.0, 0),
+        Fault(7.5, "read", 0.0, 0),
+        Fault(10.0, "drain the sidecar", 0.0, 0),
+    )
+    rules: tuple[dict[str, object], ...] = (
+        {"do": "diverge", "at": 2, "attempts": [2]},
+        {"do": "fail", "at": 3, "sequences": [4]},
+    )
+    return Plan(
+        "points", False, jobs, faults, (0.001, 0.01), (0.001, 0.01), step_seconds=0.1, engine_runs=2, kv_blocks=12, rules=rules
+    )
+
+
+def dies_at(store: Store, point: str = "", occurrence: int = 0) -> tuple[History, Counter[str]]:
+    """What came of a run whose sidecar died there, with the power; and how often it came by each point."""
+    reached, history = Counter[str](), History()
+
+    def seams(world: World, node: Node) -> Points:
+        return Points(world, node, reached, point, occurrence)
+
+    return World(plan(), store, history, seams).run(), reached

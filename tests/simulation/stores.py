@@ -1,0 +1,302 @@
+"""Journals that outlive their sidecars, and what a crash leaves of them.
+
+Two, because they can fail in different ways. `SqliteLog` is the product's backend over SQLite's own file layer, simulated:
+writes that no sync made safe are lost, torn or kept. A file has one sidecar at a time. `SharedLog` is the least of a database
+that several sidecars write: the very Ledger, and transactions that happen whole or not at all; there a sidecar that was paused
+can wake up and find another in its place. It is also quick.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import apsw
+
+from ostinato.chain import GENESIS, OUTCOMES
+from ostinato.errors import JournalFull
+from ostinato.v1 import types_pb2
+
+from sidecar.journal import (
+    Appended,
+    Binding,
+    Draft,
+    Head,
+    ItemEntries,
+    JournalBroken,
+    JournalUnusable,
+    Opened,
+    Sealed,
+    Unfinished,
+)
+from sidecar.journal.committer import Backend
+from sidecar.journal.ledger import Known, Ledger, needs
+from sidecar.journal.sqlite import SqliteJournal, SqliteSettings
+from tests.sidecar.journal_disk import Disk, PowerLost
+
+WRITER, VERSION = "ostinato-0", "simulated"
+LOG_ID = "0123456789abcdef0123456789abcdef"
+ALL = 1 << 30
+KEY_TTL_MILLIS = 86_400_000
+
+
+class Store(Protocol):
+    """One log, opened by one sidecar after the other, or by several."""
+
+    shared: bool
+    """Whether a second sidecar can open it while the first is there."""
+
+    def open(self, now_millis: int) -> tuple[Backend, Opened]:
+        """A new epoch."""
+        ...
+
+    def crash(self, backend: Backend | None, rng: random.Random, *, power: bool) -> None:
+        """The sidecar with this backend died; with the power, the whole machine did."""
+        ...
+
+    def darken(self) -> None:
+        """The machine goes dark now: until the crash nothing reaches the disk any more."""
+        ...
+
+    def entries(self) -> Sequence[Sealed]:
+        """What is on the disk now, every entry."""
+        ...
+
+    def fail_in(self, operations: int) -> None:
+        """The machine goes dark in the middle of a commit that comes soon."""
+        ...
+
+    def fill(self, full: bool) -> None:
+        """No room from now on; or room again."""
+        ...
+
+
+class SqliteLog:
+    """The real backend, on a simulated disk."""
+
+    shared = False
+
+    def __init__(self, folder: Path) -> None:
+        self.disk = Disk()
+        self._path = folder / "journal.sqlite"
+
+    def open(self, now_millis: int) -> tuple[Backend, Opened]:
+        try:
+            return SqliteJournal.open(
+                self._path,
+                writer=WRITER,
+                version=VERSION,
+                new_log_id=LOG_ID,
+                now_millis=now_millis,
+                settings=SqliteSettings(reserve_bytes=0),
+                vfs=self.disk.name,
+            )
+        except apsw.FullError as error:
+            # Out of a close, where SQLite's own file layer keeps it to itself and one in Python cannot.
+            raise JournalUnusable(str(error)) from error
+
+    def crash(self, backend: Backend | None, rng: random.Random, *, power: bool) -> None:
+        # SQLite must not tidy up on its way out: nobody does who is killed.
+        self.disk.dark = True
+        if backend is not None:
+            with suppress(apsw.Error, PowerLost):
+                backend.close()
+        if power:
+            self.disk.lose_power(rng)
+        self.disk.dark, self.disk.dark_after = False, -1
+
+    def darken(self) -> None:
+        self.disk.dark = True
+
+    def entries(self) -> Sequence[Sealed]:
+        copy = SqliteLog(self._path.parent)
+        for name, image in self.disk.files.items():
+            copied = type(image)(bytearray(image.data), bytes(image.data))
+            copy.disk.files[name] = copied
+        reader, _ = copy.open(0)
+        try:
+            return reader.entries(1, ALL, payloads=True)[:-1]  # less the epoch that this very look has opened
+        finally:
+            reader.close()
+
+    def fail_in(self, operations: int) -> None:
+        self.disk.dark_after = operations
+
+    def fill(self, full: bool) -> None:
+        held = sum(len(image.data) for image in self.disk.files.values())
+        self.disk.bytes_max = held if full else 1 << 40
+
+
+@dataclass
+class SharedLog:
+    """A log in memory, of which every transaction is atomic."""
+
+    shared = True
+    written: list[Sealed] = field(default_factory=list)
+    keys: dict[tuple[str, str], Binding] = field(default_factory=dict)
+    ended: dict[int, Sealed] = field(default_factory=dict)
+    admitted: dict[int, Sealed] = field(default_factory=dict)
+    twins: dict[bytes, tuple[Sealed, ...]] = field(default_factory=dict)
+    notes: dict[str, bytes] = field(default_factory=dict)
+    verified: dict[int, Sealed] = field(default_factory=dict)
+    epoch: int = 0
+    full: bool = False
+    dark_after: int = -1
+
+    def open(self, now_millis: int) -> tuple[Backend, Opened]:
+        self.operate()
+        self.epoch += 1
+        ledger = Ledger(self.head(), Known(), now_millis)
+        ledger.open(VERSION)
+        self.write(ledger)
+        left = [entry for sequence, entry in self.admitted.items() if sequence not in self.ended]
+        unfinished = tuple(Unfinished(entry, 1 + self.epoch - entry.header.epoch) for entry in left)
+        return _SharedBackend(self, ledger.head), Opened(ledger.head, unfinished)
+
+    def crash(self, backend: Backend | None, rng: random.Random, *, power: bool) -> None:
+        self.dark_after = -1
+
+    def darken(self) -> None: ...
+
+    def entries(self) -> Sequence[Sealed]:
+        return list(self.written)
+
+    def fail_in(self, operations: int) -> None:
+        self.dark_after = operations
+
+    def fill(self, full: bool) -> None:
+        self.full = full
+
+    # ---- for backends
+
+    def operate(self) -> None:
+        """PowerLost: in this one."""
+        if self.dark_after == 0:
+            raise PowerLost
+        self.dark_after -= 1
+
+    def head(self) -> Head:
+        newest = self.written[-1] if self.written else None
+        index, last = len(self.written), len(self.admitted)
+        return Head(LOG_ID, WRITER, self.epoch, index, newest.entry_hash if newest else GENESIS, last)
+
+    def write(self, ledger: Ledger) -> None:
+        for entry in ledger.entries:
+            header = entry.header
+            self.written.append(entry)
+            if header.kind == types_pb2.ENTRY_KIND_ADMITTED:
+                self.admitted[header.sequence] = entry
+            if header.kind in OUTCOMES:
+                self.ended[header.sequence] = entry
+            if header.kind == types_pb2.ENTRY_KIND_COMPLETED:
+                earlier = self.twins.get(header.input_digest, ())
+                if all(twin.header.fingerprint_digest != header.fingerprint_digest for twin in earlier):
+                    self.twins[header.input_digest] = (*earlier, entry)
+        self.notes.update(ledger.notes)
+        self.verified.update({header.sequence: self.written[header.index - 1] for header in ledger.verified})
+        self.keys.update({(admission.tenant, admission.key): binding for admission, binding in ledger.bound})
+
+
+class _SharedBackend:
+    """One sidecar's way to it."""
+
+    reserved = True
+    poll_seconds = None
+
+    def __init__(self, log: SharedLog, head: Head) -> None:
+        self.head = head
+        self._log = log
+
+    def newest(self) -> Head:
+        return self.head
+
+    def append_many(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
+        log = self._log
+        log.operate()
+        if log.epoch != self.head.epoch:
+            raise JournalBroken("fenced: a newer epoch of this writer has begun")
+        if log.full:
+            raise JournalFull("no room")
+        wanted = needs(drafts)
+        known = Known(
+            {name: log.keys[name] for name in sorted(wanted.keys) if name in log.keys},
+            frozenset(sequence for sequence in wanted.sequences if sequence not in log.ended),
+            {digest: log.twins[digest] for digest in wanted.input_digests if digest in log.twins},
+        )
+        ledger = Ledger(self.head, known, now_millis)
+        appended = [ledger.append(draft) for draft in drafts]
+        log.write(ledger)
+        self.head = ledger.head
+        log.operate()
+        return appended
+
+    def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None:
+        return self._log.keys.get((tenant, key))
+
+    def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:
+        log = self._log
+        numbers = [number for number in range(first, min(last, len(log.admitted)) + 1) if number in log.admitted]
+        return [
+            ItemEntries(log.admitted[number], log.ended.get(number), log.verified.get(number)) for number in numbers[:limit]
+        ]
+
+    def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
+        page = self._log.written[from_index - 1 : from_index - 1 + limit]
+        return page if payloads else [replace(entry, payload=b"") for entry in page]
+
+    def notes(self, prefix: str) -> Mapping[str, bytes]:
+        return {name: value for name, value in sorted(self._log.notes.items()) if name.startswith(prefix)}
+
+    def release_reserve(self) -> None: ...
+
+    def restore_reserve(self) -> bool:
+        return not self._log.full
+
+    def unfinished(self, first: int, last: int, limit: int) -> Sequence[Sealed]:
+        return [pair.admitted for pair in self.items(first, last, ALL) if pair.outcome is None][:limit]
+
+    def idle_seconds(self) -> None:
+        return None
+
+    def maintain(self, now_millis: int, *, idle: bool) -> Sequence[Unfinished]:
+        return ()
+
+    def close(self) -> None: ...
+
+
+class Watched:
+    """A backend, and somebody who is told when what is safe, and when the power went in the middle of it."""
+
+    def __init__(self, backend: Backend, durable: Callable[[int, int], None], lost_power: Callable[[], None]) -> None:
+        """`durable` is given the first and the last index of what a commit has made safe."""
+        self._backend, self._durable, self._lost_power = backend, durable, lost_power
+
+    def append_many(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
+        before = self._backend.head.index
+        with self._watch():
+            appended = self._backend.append_many(drafts, now_millis)
+        self._durable(before + 1, self._backend.head.index)
+        return appended
+
+    def maintain(self, now_millis: int, *, idle: bool) -> Sequence[Unfinished]:
+        with self._watch():
+            return self._backend.maintain(now_millis, idle=idle)
+
+    def close(self) -> None:
+        with self._watch():
+            self._backend.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    @contextmanager
+    def _watch(self) -> Iterator[None]:
+        try:
+            yield
+        except PowerLost:
+            self._lost_power()
+            raise

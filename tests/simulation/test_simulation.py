@@ -1,0 +1,67 @@
+"""Both programs in a world of misfortunes, seed by seed: no promise of docs/order.md is broken, and faults are caught."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+from tests.simulation.mutations import MUTATIONS, Mutation, caught
+from tests.simulation.plan import plan_of
+from tests.simulation.promises import PROMISES
+from tests.simulation.shrink import ROOT, command, look, shrunk
+from tests.simulation.sights import WANTED
+from tests.simulation.world import simulate
+
+SEEDS = 160
+MUTATED_SEEDS = 60
+
+looked = cache(look)
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_every_promise_is_kept(seed: int) -> None:
+    """Whatever this seed does to sidecar, service, network and disk, all seven promises hold, and everything ends."""
+    _, broken, _ = looked(seed)
+
+    assert broken == {}, f"repeat: {command(shrunk(seed, frozenset(broken)))}"
+
+
+def test_the_promises_were_tried() -> None:
+    """Those seeds come across every outcome, every refusal, second attempts, joined streams, replaced sidecars."""
+    seen = {name for seed in range(SEEDS) for name in looked(seed)[2]}
+
+    assert WANTED - seen == set()
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_a_seed_is_one_run(seed: int) -> None:
+    """The same seed is the same run, step for step, in another process and with other hashes too."""
+    line = f"from tests.simulation.shrink import *; print(simulate(plan_of({seed})).digest)"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "proto")])
+    digests = {simulate(plan_of(seed)).digest, simulate(plan_of(seed)).digest}
+    for hashes in ("1", "2"):
+        told = subprocess.run(
+            [sys.executable, "-c", line],
+            env={**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": hashes},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        digests.add(told.stdout.strip())
+
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_fault_is_caught(mutation: Mutation) -> None:
+    """This fault, put into the product, is found by the checker of the promise that it breaks."""
+    assert caught(mutation, MUTATED_SEEDS) is not None, f"promise {mutation.promise} was not broken in {MUTATED_SEEDS} seeds"
+
+
+def test_every_promise_can_be_broken() -> None:
+    """There is no checker that finds nothing."""
+    assert {mutation.promise for mutation in MUTATIONS} == set(PROMISES)

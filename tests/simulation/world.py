@@ -1,0 +1,495 @@
+"""A sidecar, a service, clients, a disk and a network; and what happens to them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import gc
+import json
+import logging
+import math
+import random
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from ostinato.digest import input_digest
+from ostinato.errors import EpochStale
+from ostinato.serving.program import StartupError
+from ostinato.v1 import engine_pb2
+from ostinato.v1.engine_pb2_grpc import add_EngineServicer_to_server
+
+from service.config import Settings as ServiceSettings
+from service.engines.base import Run
+from service.engines.scripted import ScriptedEngine, parse
+from service.metrics import Metrics
+from service.opening import make_ready
+from service.servicer import NAME, EngineServicer, Workers
+from sidecar.config import Settings
+from sidecar.journal import JournalBroken, JournalUnusable, Opened
+from sidecar.journal.committer import Backend
+from tests.sidecar.journal_disk import PowerLost
+from tests.simulation.clients import Clients
+from tests.simulation.edges import EPOCH_MILLIS, Door, Process, Seams
+from tests.simulation.history import History, Stream, Submission
+from tests.simulation.loop import Deadlock, Died, Node, VirtualLoop
+from tests.simulation.network import Handler, Incoming, Network, Outgoing
+from tests.simulation.plan import SECONDS, Fault, Plan
+from tests.simulation.stores import SharedLog, SqliteLog, Store, Watched
+
+RESTART_SECONDS = (0.1, 2.0)
+BLOCK_TOKENS = 8
+WINDOW = 2
+"""Runs that a sidecar hands over for each that the engine runs."""
+
+_stream: contextvars.ContextVar[Stream | None] = contextvars.ContextVar("stream", default=None)
+
+
+class RecordingEngine(ScriptedEngine):
+    """Notes what reaches it, and from whom."""
+
+    note: Callable[[Stream, Run], None]
+
+    def submit(self, run: Run) -> None:
+        stream = _stream.get()
+        if stream is not None:
+            self.note(stream, run)
+        super().submit(run)
+
+
+class ServiceDoor(Door):
+    """Notes what passes on Execute."""
+
+    world: World
+    number: int
+
+    def find(self, path: str) -> tuple[Node, Handler] | None:
+        found = super().find(path)
+        if found is None or not path.endswith("/Execute"):
+            return found
+        rpc = self._methods[path]
+        return self.node, lambda incoming: self._execute(rpc, incoming)
+
+    async def _execute(self, rpc: Any, incoming: Incoming) -> None:
+        history = self.world.history
+        stream = Stream(len(history.streams) + 1, self.number, engine_pb2.Hello(), 0, self.world.plan.kv_blocks, 0)
+        stream.runs = WINDOW * self.world.plan.engine_runs
+        history.streams.append(stream)
+        _stream.set(stream)
+        answers = rpc.stream_stream(self._requests(stream, incoming), incoming)
+        async with contextlib.aclosing(answers), _sees(history, "a service that was fenced off", EpochStale):
+            async for answer in answers:
+                if answer.HasField("welcome"):
+                    epoch = stream.hello.epoch
+                    step = history.note(self.node.loop.time(), "welcome", stream.number, epoch)
+                    history.welcomed.append((step, stream.number, epoch))
+                for event in answer.events:
+                    if event.WhichOneof("event") in ("finished", "failed"):
+                        stream.live.pop(event.run_id, None)
+                    if event.HasField("started"):
+                        history.started[stream.number, event.run_id] = history.step
+                await incoming.write(answer)
+
+    async def _requests(self, stream: Stream, incoming: Incoming) -> AsyncIterator[engine_pb2.ExecuteRequest]:
+        async for request in incoming.requests(engine_pb2.ExecuteRequest.FromString):
+            if request.HasField("hello"):
+                stream.hello, stream.step = request.hello, self.world.history.step
+            self._load(stream, request)
+            yield request
+
+    def _load(self, stream: Stream, request: engine_pb2.ExecuteRequest) -> None:
+        """What the engine then holds. Cancels stand behind the submits that take their room."""
+        for run_id in request.cancels:
+            stream.live.pop(run_id, None)
+        for submit in request.submits:
+            tokens = len(submit.token_ids) + submit.parameters.max_new_tokens
+            if submit.run_id not in request.cancels:
+                stream.live[submit.run_id] = math.ceil(tokens / BLOCK_TOKENS)
+            if sum(stream.live.values()) > stream.blocks or len(stream.live) > stream.runs:
+                held = f"{len(stream.live)} runs, {sum(stream.live.values())} KV blocks"
+                stream.overfull.append(f"sequence {submit.sequence} made it {held}")
+
+
+class World:
+    """One run of one plan. `history` is what came of it."""
+
+    def __init__(self, plan: Plan, store: Store, history: History, seams: Callable[[World, Node], Seams] | None = None) -> None:
+        """`seams` is asked for what stands between the parts of each sidecar."""
+        self._seams = seams or (lambda world, node: Seams())
+        self.plan, self.store, self.history = plan, store, history
+        self.loop = VirtualLoop()
+        self.rng = random.Random(f"{plan.seed}/world")
+        answers = random.Random(f"{plan.seed}/answers")
+        self.loop.answer_delay = lambda: answers.uniform(*plan.commit_seconds)
+        self.network = Network(self.loop, random.Random(f"{plan.seed}/network"), plan.delay_seconds)
+        self.clients = Clients(self.loop, self.network, history, self.dial)
+        self.sidecar: Process | None = None
+        """The one that clients find."""
+        self.sidecars: list[Process] = []
+        self._backends: dict[Node, Backend] = {}
+        self.service: ServiceDoor | None = None
+        self._services = 0
+        self._model = "model-0"
+        self._step_seconds = plan.step_seconds
+        self._engines: list[ScriptedEngine] = []
+        self._mended = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # ---- the whole
+
+    def run(self) -> History:
+        """From the first start to the last look at the disk."""
+        asyncio.set_event_loop(self.loop)
+        logging.disable(logging.CRITICAL)
+        gc.disable()  # what it closes it would close at moments of its own
+        try:
+            self.loop.run_until_complete(asyncio.wait_for(self._story(), SECONDS + 4 * self.plan.patience_seconds))
+        except (TimeoutError, Deadlock) as error:
+            self.history.unended = self.history.unended or f"not everything came to its end ({error!r})"
+        finally:
+            failures = [error for error in self.loop.failures if not isinstance(error, Died)]
+            self.history.deaths += [f"a callback raised {error!r}" for error in failures]
+            self.network.muted = True
+            self._crash(power=True)
+            try:
+                self.history.disk = list(self.store.entries())
+            except JournalUnusable as error:
+                self.history.deaths.append(f"the journal cannot be read any more: {error}")
+            self._shut()
+            gc.enable()
+            logging.disable(logging.NOTSET)
+            asyncio.set_event_loop(None)
+        return self.history
+
+    async def _story(self) -> None:
+        self.start_service()
+        self.start_sidecar()
+        jobs = [asyncio.ensure_future(self.clients.job(job)) for job in self.plan.jobs]
+        faults = [asyncio.ensure_future(self._fault(fault)) for fault in self.plan.faults]
+        await asyncio.sleep(SECONDS)
+        await asyncio.gather(*faults)
+        self._mend()
+        await self._within("the clients' jobs", asyncio.gather(*jobs))
+        await self._within("the journal", self._settle())
+        self.kill_sidecar(power=True)
+        keyed = [job for job in self.plan.jobs if job.key]
+        await self._within("the encore", asyncio.gather(*map(self.clients.encore, keyed)))
+        await self._within("the journal", self._settle())
+
+    async def _within(self, what: str, awaitable: asyncio.Future[Any] | Any) -> None:
+        try:
+            await asyncio.wait_for(awaitable, self.plan.patience_seconds)
+        except TimeoutError:
+            self.history.unended = f"{what}: not ended after {self.plan.patience_seconds:.0f} s of peace"
+            raise
+
+    async def _settle(self) -> None:
+        """Until the sidecar knows of nothing unfinished."""
+        while self.sidecar is None or self.sidecar.node.dead or self.sidecar.program.dispatcher.works:
+            await asyncio.sleep(0.5)
+
+    def _mend(self) -> None:
+        self._mended = True
+        for path in ("engine", "clients"):
+            self.network.heal(path)
+        self.store.fill(False)
+        self.store.fail_in(-1)
+
+    def _shut(self) -> None:
+        for process in self.sidecars:
+            process.dismiss()
+        for engine in self._engines:
+            engine._end_process = lambda code: None
+        self.loop.shut()
+
+    # ---- processes
+
+    def start_service(self) -> None:
+        """A new one; the one before is gone."""
+        self._services += 1
+        node = Node(self.loop, f"service-{self._services}")
+        door = ServiceDoor(node)
+        door.world, door.number = self, self._services
+        self.service = door
+        self.history.note(self.loop.time(), "start", node, self._model)
+        self._keep(node.spawn(self._serve(door)))
+
+    async def _serve(self, door: ServiceDoor) -> None:
+        script = {
+            "model": self._model,
+            "runs": self.plan.engine_runs,
+            "kv_blocks": self.plan.kv_blocks,
+            "block_tokens": BLOCK_TOKENS,
+            "context_tokens": 1000,
+            "delay_seconds": self._step_seconds,
+            "rules": list(self.plan.rules),
+        }
+        settings = ServiceSettings(engine="scripted", self_test="off")
+        engine = RecordingEngine(parse(json.dumps(script)), end_process=lambda code: self._end_service(door))
+        engine.note = self._submitted
+        self._engines.append(engine)
+        workers = Workers(1, 1)
+        servicer = EngineServicer(workers)
+        door.add(add_EngineServicer_to_server, servicer, NAME)
+        servicer.ready = await make_ready(engine, settings, Metrics(CollectorRegistry()), "0" * 32)
+        await door.start()
+
+    def _submitted(self, stream: Stream, run: Run) -> None:
+        history, digest = self.history, input_digest(run.token_ids, run.parameters, run.seed)
+        step = history.note(self.loop.time(), "submit", stream.number, run.purpose, run.sequence, run.attempt)
+        history.submissions.append(
+            Submission(
+                step,
+                stream.number,
+                stream.service,
+                stream.hello.epoch,
+                run.purpose,
+                run.sequence,
+                run.attempt,
+                run.run_id,
+                digest,
+            )
+        )
+
+    def _end_service(self, door: ServiceDoor) -> None:
+        """An engine crashes. What it has said arrives before that: one that dies before its Started is told is held against
+        nobody (docs/order.md)."""
+
+        def end() -> None:
+            if not door.node.dead and door is self.service:
+                self.kill_service()
+
+        self.network.later(2 * self.plan.delay_seconds[1], end)
+
+    def kill_service(self, *, silently: bool = False) -> None:
+        """As kill -9, or as a machine that is simply not there any more. Another one is started soon."""
+        door = self.service
+        if door is None:
+            return
+        self.service = None
+        self.history.note(self.loop.time(), "kill", door.node)
+        door.node.kill()
+        self.network.died(door.node, silently=silently)
+        self.network.later(self.rng.uniform(*RESTART_SECONDS), self.start_service)
+
+    def start_sidecar(self) -> None:
+        """A new one, which clients find from now on."""
+        node = Node(self.loop, f"sidecar-{len(self.sidecars) + 1}")
+        settings = Settings(
+            queue_items_max=16, item_timeout_seconds=8.0, drain_seconds=3.0, tick_seconds=0.5, max_response_bytes=1 << 20
+        )
+        rng = random.Random(f"{self.plan.seed}/{node}")
+        seams = self._seams(self, node)
+        try:
+            process = Process(
+                node,
+                self.network,
+                settings,
+                lambda: self.service,
+                lambda: seams.opened(*self._open(node, seams)),
+                rng,
+                self.plan.commit_seconds,
+                seams,
+            )
+        except (StartupError, JournalUnusable, PowerLost, Died) as error:
+            self.history.note(self.loop.time(), "no start", node, type(error).__name__)
+            node.kill()
+            self._crash_store(node, power=isinstance(error, PowerLost | Died))
+            self.network.later(self.rng.uniform(*RESTART_SECONDS), self.start_sidecar)
+            return
+        self.history.note(self.loop.time(), "start", node, process.epoch)
+        self.sidecars.append(process)
+        self.sidecar = process
+        self._keep(node.spawn(self._run(process)))
+
+    def _open(self, node: Node, seams: Seams) -> tuple[Backend, Opened]:
+        seams.before_open()
+        backend, opened = self.store.open(EPOCH_MILLIS + round(self.loop.time() * 1e3))
+        # What a sidecar that is gone has written, and could not tell anybody of, counts from now on.
+        self._durable(1, opened.head.index)
+        self.history.opened += 1
+        self._backends[node] = watched = Watched(backend, self._durable, lambda: self._lost_power(node))
+        return watched, opened
+
+    def _durable(self, first: int, last: int) -> None:
+        step = self.history.note(self.loop.time(), "durable", first, last)
+        for index in range(first, last + 1):
+            self.history.durable.setdefault(index, step)
+
+    def die(self, node: Node) -> None:
+        """Here and now, and the power with it."""
+        self.store.darken()
+        self._lost_power(node)
+
+    def _lost_power(self, node: Node) -> None:
+        """In the very middle of a write; whatever the sidecar would do next, it does not."""
+        node.kill()
+        self.network.at(self.loop.time(), lambda: self._after_power(node))
+
+    def _after_power(self, node: Node) -> None:
+        if self.sidecar is not None and self.sidecar.node is node:
+            self.kill_sidecar(power=True)
+
+    async def _run(self, process: Process) -> None:
+        try:
+            code = await process.run()
+        except Exception as error:  # noqa: BLE001  # as a traceback on stderr, and exit code 1
+            self._note_death(process, 1, error)
+        else:
+            self._note_death(process, code)
+        process.node.kill()
+        self.network.died(process.node)
+        if process is self.sidecar:
+            self.sidecar = None
+            self.network.later(self.rng.uniform(*RESTART_SECONDS), self.start_sidecar)
+
+    def _note_death(self, process: Process, code: int, *errors: Exception) -> None:
+        """A sidecar may end because it was told to, because its journal is lost to it, or because it was replaced."""
+        self.history.note(self.loop.time(), "exit", process.node, code)
+        broken, link = process.program.dispatcher.broken, process.program.journal.broken
+        causes: list[object] = [*errors]
+        causes += [broken.exception()] if broken.done() and not broken.cancelled() else []
+        causes += [link.result()] if link.done() and not link.cancelled() else []
+        for cause in causes:
+            inner = getattr(cause, "__cause__", None)
+            if not isinstance(cause, JournalBroken | EpochStale) or (
+                inner is not None and not isinstance(inner, JournalBroken)
+            ):
+                self.history.deaths.append(f"{process.node} ended with {cause!r}")
+
+    def kill_sidecar(self, *, power: bool) -> None:
+        """As kill -9, or as a power cut. Another one is started soon."""
+        process = self.sidecar
+        if process is None:
+            return
+        self.sidecar = None
+        self.history.note(self.loop.time(), "kill", process.node, power)
+        process.node.kill()
+        self._crash_store(process.node, power=power)
+        self.network.died(process.node)
+        self.network.later(self.rng.uniform(*RESTART_SECONDS), self.start_sidecar)
+
+    def _crash(self, *, power: bool) -> None:
+        for process in self.sidecars:
+            process.node.kill()
+            self._crash_store(process.node, power=power)
+
+    def _crash_store(self, node: Node, *, power: bool) -> None:
+        backend = self._backends.pop(node, None)
+        self.store.crash(backend, self.rng, power=power)
+
+    # ---- faults
+
+    async def _fault(self, fault: Fault) -> None:
+        await asyncio.sleep(fault.at)
+        self.history.note(self.loop.time(), "fault", fault.name, fault.seconds)
+        match fault.name:
+            case "kill the sidecar":
+                self.kill_sidecar(power=False)
+            case "cut the power":
+                self.kill_sidecar(power=True)
+            case "cut the power in a commit":
+                self.store.fail_in(fault.operations)
+            case "kill the service":
+                self.kill_service()
+            case "vanish the service":
+                self.kill_service(silently=True)
+            case "bring another model":
+                self._model = "model-1" if self._model == "model-0" else "model-0"
+                self.kill_service()
+            case "cut off the engine":
+                await self._cut("engine", fault.seconds)
+            case "cut off the clients":
+                await self._cut("clients", fault.seconds)
+            case "reset the engine stream":
+                self.network.reset("engine")
+            case "reset the clients":
+                self.network.reset("clients")
+            case "pause the sidecar" if self.sidecar is not None:
+                await self._pause(self.sidecar.node, fault.seconds)
+            case "pause the service" if self.service is not None:
+                await self._pause(self.service.node, fault.seconds)
+            case "replace the sidecar" if self.sidecar is not None:
+                await self._replace(self.sidecar.node, fault.seconds)
+            case "slow the engine":
+                self._step_seconds = 0.5 if self._step_seconds < 0.5 else self.plan.step_seconds
+                self.kill_service()
+            case "drain the sidecar" if self.sidecar is not None:
+                self.history.drains.append((self.history.step, self.sidecar.epoch))
+                self.sidecar.stop.set()
+            case "fill the disk":
+                self.store.fill(True)
+                await asyncio.sleep(fault.seconds)
+                self.store.fill(False)
+            case "read":
+                self._keep(asyncio.ensure_future(self.clients.read()))
+            case "replay":
+                self._keep(asyncio.ensure_future(self.clients.replay(1, 1000)))
+
+    async def _cut(self, path: str, seconds: float) -> None:
+        self.network.cut(path)
+        await asyncio.sleep(seconds)
+        self.network.heal(path)
+
+    async def _pause(self, node: Node, seconds: float) -> None:
+        node.stop()
+        await asyncio.sleep(seconds)
+        if not node.dead:
+            node.go_on()
+
+    async def _replace(self, node: Node, seconds: float) -> None:
+        """It stands still, another one takes its place, and then it wakes up and knows of nothing."""
+        node.stop()
+        await asyncio.sleep(min(0.5, seconds))
+        if self.sidecar is not None and self.sidecar.node is node:
+            self.start_sidecar()
+            self.history.sights.add("a sidecar that was replaced")
+        await asyncio.sleep(seconds)
+        if not node.dead:
+            self.history.sights.add("a replaced sidecar that came back")
+            node.go_on()
+
+    # ---- ways
+
+    def dial(self, method: str, deadline: float | None) -> Outgoing:
+        """A client's call to whoever is there."""
+
+        def door() -> tuple[Node, Handler] | None:
+            return None if self.sidecar is None else self.sidecar.door.find(method)
+
+        return Outgoing(self.network, "clients", None, door, deadline=deadline)
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+@contextlib.asynccontextmanager
+async def _sees(history: History, what: str, error: type[Exception]) -> AsyncIterator[None]:
+    try:
+        yield
+    except error:
+        history.sights.add(what)
+        raise
+
+
+def simulate(plan: Plan, *, trace: bool = False) -> History:
+    """What came of it."""
+    history = History(trace=[] if trace else None)
+    with store_of(plan) as store:
+        return World(plan, store, history).run()
+
+
+@contextlib.contextmanager
+def store_of(plan: Plan) -> Iterator[Store]:
+    if plan.shared:
+        yield SharedLog()
+        return
+    # Only the journal's name is ever on a real disk, and that one is synced.
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="ostinato-", dir=memory if memory.is_dir() else None) as folder:
+        yield SqliteLog(Path(folder))
