@@ -31,6 +31,10 @@ class Bounds:
     retry_after_seconds: float = 1.0
 
 
+SCARES_MAX = 4
+"""An engine that dies too quickly to say what it began blames nobody; from then on, what it held is tried one at a time."""
+
+
 class Phase(Enum):
     WAITING = auto()
     """For room, in order."""
@@ -58,7 +62,9 @@ class Item:
     run_id: int = 0
     expires_at: float = 0.0
     losses: int = 0
-    """Engines that were lost under it after Started."""
+    """Engines that were lost under it after Started, or with nothing beside it."""
+    scares: int = 0
+    """Engines that were lost before they began it, with others beside it."""
 
     def __post_init__(self) -> None:
         self.attempt = self.first_attempt
@@ -66,7 +72,15 @@ class Item:
     @property
     def suspect(self) -> bool:
         """Whether it may be what kills the engine; it then runs with nothing beside it."""
-        return self.losses >= 2
+        return self.losses >= 2 or self.scares >= SCARES_MAX
+
+    def lost(self) -> None:
+        """The engine that held it is gone. With nothing beside it, it is held against it, begun or not."""
+        if self.phase is Phase.STARTED or self.suspect:
+            self.losses += 1
+        else:
+            self.scares += 1
+        self.phase = Phase.WAITING
 
     def overdue(self, now: float, overdue_seconds: float) -> str:
         """Why its time is over; empty: it is not."""

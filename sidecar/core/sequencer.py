@@ -5,7 +5,8 @@ Invariants, numbered for the tests that attack them:
  2. Every numbered item gets exactly one End, and is remembered until that is durable.
  3. The engine never holds more than its window; nothing overtakes a head that waits for room (`reruns` on verifications).
  4. An item is submitted again only after Disconnected, and ends once attempts_max engines were lost under it; from its second
-    loss on it runs with nothing beside it, so that a poison item cannot take its neighbours along.
+    loss on it runs with nothing beside it, so that a poison item cannot take its neighbours along (`item` on those that kill
+    before they begin).
  5. A refused batch leaves no trace. While draining every batch is refused and nothing is submitted a second time.
 """
 
@@ -190,9 +191,7 @@ class Sequencer:
         lost = sorted(self._runs.values(), key=lambda item: item.sequence)
         self._runs.clear()
         for item in lost:
-            if item.phase is Phase.STARTED:
-                item.losses += 1
-            item.phase = Phase.WAITING
+            item.lost()
         self.waiting = {item.sequence: item for item in (*lost, *self.waiting.values())}
         for item in lost:
             if item.losses >= self.bounds.attempts_max:

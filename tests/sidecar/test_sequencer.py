@@ -13,7 +13,7 @@ from ostinato.v1 import types_pb2
 
 from sidecar.core import effects as do
 from sidecar.core import events as ev
-from sidecar.core.item import Bounds, Phase
+from sidecar.core.item import SCARES_MAX, Bounds, Phase
 from sidecar.core.sequencer import Sequencer
 
 MODEL = b"model"
@@ -198,6 +198,28 @@ def test_poison_item_runs_alone_and_is_given_up() -> None:
     edge.finish(3)
 
     assert [edge.reason(sequence) for sequence in (2, 3)] == ["COMPLETED", "COMPLETED"]
+
+
+def test_poison_that_kills_before_it_begins() -> None:
+    """4: an item that kills the engine before anything is said to have begun is found: what was held is tried one at a time."""
+    edge = connected(runs=4)
+    edge.admit(*[need()] * 3)
+    poison, engines = 2, 1
+    while (item := edge.core.items[poison]).phase is not Phase.ENDING:
+        if item.phase is Phase.SUBMITTED:
+            engines += 1
+            edge.tell(ev.Disconnected())
+            edge.tell(engine(runs=4))
+        else:
+            edge.finish(edge.submits()[-1].sequence)
+
+    assert edge.reason(poison) == "ATTEMPTS_EXHAUSTED"
+    assert engines == 1 + SCARES_MAX + BOUNDS.attempts_max
+    assert edge.reason(1) == "COMPLETED"
+
+    edge.finish(3)
+
+    assert edge.reason(3) == "COMPLETED"
 
 
 def test_unkeyed_caller_frees_the_engine() -> None:
