@@ -28,6 +28,7 @@ class Metrics:
         self.refused = counter("refused_requests", "Requests turned away before sequencing.", "reason")
         self.ended = counter("ended_items", "Items with a durable outcome.", "outcome")
         self.repeated = counter("repeated_requests", "Requests whose idempotency key was bound: answered, never run again.")
+        self.submitted = counter("submitted_items", "Items handed to the engine, each counted at its first time.")
         self.attempts = counter("attempts", "Submissions to the engine beyond an item's first.")
         self.unnumbered = gauge("unnumbered_items", "Items that wait for a number.")
         self.taken_over = counter("taken_over_items", "Items of other writers, finished here because their lease had run out.")

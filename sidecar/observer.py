@@ -47,7 +47,7 @@ class Observer:
         """`seconds`: from the prepared batch to its numbers."""
         self.metrics.admitted.inc(stamp.count)
         self.metrics.last_sequence.set(stamp.first_sequence + stamp.count - 1)
-        self.metrics.admission.observe(seconds)
+        self.metrics.admission.observe(seconds, {"sequence": str(stamp.first_sequence)})
 
     def refused(self, error: errors.OstinatoError) -> None:
         self.metrics.refused.labels(error.reason).inc()
@@ -61,11 +61,13 @@ class Observer:
         if again:
             self.metrics.attempts.inc()
             log.warning("submitted again", extra={"sequence": attempt_of.sequence, "attempt": attempt_of.progress.attempt})
+        else:
+            self.metrics.submitted.inc()
 
     def tokens(self, work: Work, count: int, now: float) -> None:
         """Before the work takes the tokens in."""
         if work.first_token_at is None:
-            self.metrics.first_token.observe(now - work.admitted_at)
+            self.metrics.first_token.observe(now - work.admitted_at, {"sequence": str(work.sequence)})
         elif count and work.last_tokens_at is not None:
             self.metrics.between_tokens.observe((now - work.last_tokens_at) / count)
 

@@ -1,0 +1,77 @@
+"""What runs, what it has earned, and how fast it is."""
+
+from __future__ import annotations
+
+from k8s.monitoring.board import GRADES, Board, heat_map, lines, number, rows
+
+BOARD = Board("engine", "Tokens, runs, KV cache, grade and fingerprint.")
+GPU = "Only TurboMind says it."
+
+BOARD.row(
+    "What runs",
+    number("Grade held", "none", "min(ostinato_service_grade{ON})", names=GRADES),
+    number(
+        "Self-test", "s", "max(ostinato_service_self_test_seconds{ON})", about="How long the one took that this grade rests on."
+    ),
+    number("Generated", "ops", "sum(rate(ostinato_engine_generated_tokens_total{ON}[RATE]))", about="Tokens a second."),
+    number("Runs", "none", "sum(ostinato_engine_runs_in_flight{ON})"),
+    number(
+        "Fingerprints",
+        "none",
+        "count(count by (fingerprint) (ostinato_engine_info{ON}))",
+        (None, "green"),
+        (2, "orange"),
+        about="That are connected now; more than one gives more than one answer.",
+    ),
+    number("KV blocks", "none", 'sum(ostinato_engine_capacity{ON,of="kv_blocks"})'),
+    rows("As the sidecars see it", "ostinato_engine_info{ON}", width=12),
+    rows("Fingerprints", "ostinato_service_fingerprint_info{ON}", width=12),
+)
+BOARD.row(
+    "Work",
+    lines(
+        "Tokens",
+        "ops",
+        ("sum(rate(ostinato_engine_generated_tokens_total{ON}[RATE]))", "generated"),
+        ("sum(rate(ostinato_engine_prompt_tokens_total{ON}[RATE]))", "of prompts"),
+    ),
+    lines(
+        "Runs",
+        "none",
+        ("sum(ostinato_engine_runs_in_flight{ON})", "in flight"),
+        ("sum(ostinato_engine_runs_queued{ON})", "queued"),
+        ('sum(ostinato_engine_capacity{ON,of="runs"})', "at once limit"),
+    ),
+    lines("Ended", "ops", ("sum by (purpose, end) (rate(ostinato_engine_runs_total{ON}[RATE]))", "{{purpose}} {{end}}")),
+    heat_map("Whole runs", "s", "ostinato_engine_run_seconds", "From submission to the end, of those that finished."),
+    heat_map("To the first token", "s", "ostinato_engine_first_token_seconds", "From submission, of streamed runs."),
+    heat_map("Between tokens", "s", "ostinato_engine_between_tokens_seconds", "Of streamed runs."),
+    heat_map("Queue", "s", "ostinato_engine_queue_seconds", "From submission to start."),
+    lines(
+        "Grade",
+        "none",
+        ("ostinato_engine_grade{ON}", "{{instance}} connected"),
+        ("ostinato_service_grade{ON}", "{{instance}} held"),
+        about="3 exact, 2 serial, 1 best effort, 0 not connected.",
+        steps=True,
+    ),
+    lines(
+        "KV blocks",
+        "none",
+        ("sum(ostinato_inflight_kv_blocks{ON})", "needed at worst"),
+        ('sum(ostinato_engine_capacity{ON,of="kv_blocks"})', "held limit"),
+    ),
+)
+BOARD.row(
+    "TurboMind",
+    lines("KV cache in use", "percentunit", ("ostinato_engine_kv_usage_ratio{ON}", "{{instance}}"), about=GPU),
+    lines("Steps", "ops", ("rate(ostinato_engine_steps_total{ON}[RATE])", "{{instance}}"), about=GPU),
+    lines(
+        "Overrides",
+        "ops",
+        ("sum by (override) (rate(ostinato_engine_override_calls_total{ON}[RATE]))", "{{override}}"),
+        ("sum(ostinato_engine_override_plans_total{ON})", "products planned"),
+        ("sum(ostinato_engine_override_uncovered_total{ON})", "products uncovered"),
+        about=f"Calls that an override served. Uncovered must stay 0. {GPU}",
+    ),
+)
