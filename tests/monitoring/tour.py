@@ -1,0 +1,150 @@
+"""A pair under load that does all that can be watched: answers, diverges, fails, refuses, drifts, starts again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ostinato
+from ostinato.client import Client
+from ostinato.errors import OstinatoError
+
+from tests.certificates import Authority
+from tests.monitoring.watch import Prometheus, Webhook, aim, until, watching
+from tests.pair import Pair, Program
+
+SIDECAR, SERVICE = "ostinato-sidecar", "ostinato-service"
+DIVERGES_FROM = 60
+"""The first sequence whose answer is scripted to differ."""
+SCRIPT = {
+    "runs": 8,
+    "delay_seconds": 0.002,
+    "rules": [
+        {"do": "diverge", "at": at, "purposes": ["PRIMARY"], "sequences": list(range(DIVERGES_FROM + at, 50_000, 97))}
+        for at in (1, 6, 9, 20)
+    ]
+    + [{"do": "fail", "at": 3, "purposes": ["PRIMARY"], "sequences": list(range(41, 50_000, 301))}],
+}
+
+
+@dataclass(frozen=True)
+class Tour:
+    """What is left of it: the programs still run, and so does the load."""
+
+    pair: Pair
+    prometheus: Prometheus
+    webhook: Webhook
+    start: float
+    """Unix time."""
+
+
+@contextlib.contextmanager
+def touring(folder: Path, seconds: tuple[float, float, float]) -> Iterator[Tour]:
+    """Load for these times: before the service starts again as another, before the sidecar starts again, and behind that."""
+    authority = Authority(folder)
+    certificate, key = authority.sign("sidecar")
+    door = ["--tls-certificate", str(certificate), "--tls-key", str(key)]
+    with Pair(service=["--script", json.dumps(SCRIPT)], sidecar=door) as pair, contextlib.ExitStack() as stack:
+        pair.start()
+        targets: dict[str, Callable[[], int]] = {SIDECAR: lambda: port(pair.sidecar), SERVICE: lambda: port(pair.service)}
+        prometheus, webhook = stack.enter_context(watching(folder, targets))
+        start = time.time()
+
+        def scraped() -> bool:
+            return len(prometheus.now(f'up{{job=~"{SIDECAR}|{SERVICE}"}} == 1')) == 2
+
+        def aimed() -> None:
+            aim(folder, {job: target() for job, target in targets.items()})
+
+        until(scraped, "both are scraped")
+        stack.enter_context(loading(lambda: Client(f"https://{pair.target}", credentials=ostinato.tls(authority.file))))
+        pause(seconds[0], start)
+        assert pair.service is not None and pair.sidecar is not None
+        pair.service.kill()  # what it ran is run again, by the next one
+        pair.start_service("--script", json.dumps({**SCRIPT, "fields": {"driver": "another"}})).wait_for("serving")
+        aimed()
+        pause(seconds[1], time.time())
+        pair.sidecar.stop()
+        pair.start_sidecar().wait_for("engine connected")
+        aimed()
+        pause(seconds[2], time.time())
+        until(lambda: bool(prometheus.now("changes(ostinato_epoch[1m]) > 0")), "the second epoch is scraped")
+        yield Tour(pair, prometheus, webhook, start)
+
+
+def port(program: Program | None) -> int:
+    """Of its metrics."""
+    assert program is not None
+    return int(str(program.wait_for("metrics")["port"]))
+
+
+def pause(seconds: float, since: float) -> None:
+    """How long a picture is, not what happens in it."""
+    time.sleep(max(0.0, since + seconds - time.time()))
+
+
+@contextlib.contextmanager
+def loading(connect: Callable[[], Client]) -> Iterator[None]:
+    """Callers of all sorts, in a thread of their own, until the end."""
+    over = threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(_callers(connect, over)), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(30)
+
+
+async def _callers(connect: Callable[[], Client], over: threading.Event) -> None:
+    keys = itertools.count()
+
+    async def equal(client: Client) -> None:
+        await client.generate(["Shanghai is"] * 4, seed=1, top_k=40, max_new_tokens=24, ignore_eos=True)
+
+    async def unseeded(client: Client) -> None:
+        await client.generate(["A phrase that repeats"] * 2, max_new_tokens=32, ignore_eos=True)
+
+    async def keyed(client: Client) -> None:
+        key = f"key-{next(keys) // 2}"
+        await client.generate("Once, and once more", key=key, max_new_tokens=8)
+
+    async def hasty(client: Client) -> None:
+        await client.generate("Too slow", max_new_tokens=400, ignore_eos=True, timeout=0.05)
+
+    async def wrong(client: Client) -> None:
+        await client.generate("Too much", max_new_tokens=1_000_000)
+
+    async def streamed(client: Client) -> None:
+        async with contextlib.aclosing(client.stream("Token by token", max_new_tokens=48, ignore_eos=True)) as events:
+            await _read(events, leave=next(keys) % 10 == 0)
+
+    async def replayed(client: Client) -> None:
+        async with contextlib.aclosing(client.replay(1, 8)) as events:
+            await _read(events, leave=False)
+
+    async with connect() as client:
+        work = (equal, unseeded, keyed, streamed, streamed, hasty, wrong, replayed)
+        await asyncio.gather(*(_again(one, client, over, 0.05 + 0.2 * (one in (hasty, wrong, replayed))) for one in work))
+
+
+async def _again(one: Callable[[Client], Awaitable[None]], client: Client, over: threading.Event, rest: float) -> None:
+    while not over.is_set():
+        with contextlib.suppress(OstinatoError):
+            await one(client)
+        await asyncio.sleep(rest)
+
+
+async def _read(events: AsyncIterator[object], *, leave: bool) -> None:
+    seen = 0
+    async for _ in events:
+        seen += 1
+        if leave and seen == 3:
+            return

@@ -1,0 +1,169 @@
+"""A real Prometheus and a real Alertmanager beside a running pair, and a webhook that hears what they say."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+NEEDED = ("prometheus", "promtool", "prometheus-alertmanager")
+RULES = Path(__file__).parents[2] / "k8s" / "monitoring" / "rules.yaml"
+
+
+def missing() -> str:
+    """Why this machine cannot watch; empty if it can."""
+    names = [name for name in NEEDED if shutil.which(name) is None]
+    return f"not installed here: {', '.join(names)}" if names else ""
+
+
+class Webhook:
+    """Where Alertmanager calls."""
+
+    def __init__(self) -> None:
+        self.alerts: list[dict[str, Any]] = []
+        alerts = self.alerts
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                alerts.extend(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["alerts"])
+                self.send_response(204)
+                self.end_headers()
+
+            def log_request(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}/"
+
+    def heard(self, name: str) -> list[dict[str, Any]]:
+        """The alerts of this name, as they came."""
+        return [alert for alert in list(self.alerts) if alert["labels"]["alertname"] == name]
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class Prometheus:
+    """Its HTTP API."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def ready(self) -> bool:
+        """Whether it answers."""
+        with contextlib.suppress(OSError):
+            self._get("/-/ready")
+            return True
+        return False
+
+    def now(self, query: str) -> list[dict[str, Any]]:
+        """An instant query's vector."""
+        found: list[dict[str, Any]] = self._api("query", query=query)["result"]
+        return found
+
+    def over(self, query: str, start: float, end: float, step: float = 1.0) -> list[dict[str, Any]]:
+        """A range query's matrix."""
+        found: list[dict[str, Any]] = self._api("query_range", query=query, start=start, end=end, step=step)["result"]
+        return found
+
+    def exemplars(self, query: str, start: float, end: float) -> list[dict[str, Any]]:
+        """By series, what its exemplars say."""
+        found: list[dict[str, Any]] = self._api("query_exemplars", query=query, start=start, end=end)
+        return found
+
+    def rules(self) -> list[dict[str, Any]]:
+        """All, with their health and last error."""
+        return [rule for group in self._api("rules")["groups"] for rule in group["rules"]]
+
+    def _api(self, what: str, **values: object) -> Any:
+        return json.loads(self._get(f"/api/v1/{what}?{urllib.parse.urlencode(values)}"))["data"]
+
+    def _get(self, path: str) -> bytes:
+        with urllib.request.urlopen(self._url + path, timeout=10) as answer:
+            body: bytes = answer.read()
+        return body
+
+
+@contextlib.contextmanager
+def watching(folder: Path, targets: Mapping[str, Callable[[], int]]) -> Iterator[tuple[Prometheus, Webhook]]:
+    """Scrapes the jobs' ports each second, as files say that may change; judges by the project's rules each second."""
+    webhook = Webhook()
+    ports = free_port(), free_port()
+    aim(folder, {job: port() for job, port in targets.items()})
+    (folder / "alertmanager.yml").write_text(yaml.safe_dump(_alertmanager(webhook.url)))
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(_prometheus(folder, list(targets), ports[1])))
+    commands = (
+        [
+            "prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/series", "--log.level=warn",
+            f"--web.listen-address=127.0.0.1:{ports[0]}", "--enable-feature=exemplar-storage",
+        ],
+        [
+            "prometheus-alertmanager", f"--config.file={folder}/alertmanager.yml", f"--storage.path={folder}/alerts",
+            f"--web.listen-address=127.0.0.1:{ports[1]}", "--cluster.listen-address=", "--log.level=warn",
+        ],
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        stack.callback(webhook.close)
+        for command in commands:
+            log = stack.enter_context((folder / f"{command[0]}.log").open("wb"))
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            stack.callback(process.wait, 20)
+            stack.callback(process.terminate)
+        found = Prometheus(f"http://127.0.0.1:{ports[0]}")
+        until(found.ready, "Prometheus is ready: " + str(folder))
+        yield found, webhook
+
+
+def aim(folder: Path, targets: Mapping[str, int]) -> None:
+    """Where the jobs are from now on; Prometheus reads it by itself. An instance keeps its name."""
+    for job, port in targets.items():
+        content = [{"targets": [f"127.0.0.1:{port}"], "labels": {"instance": f"{job.removeprefix('ostinato-')}-0"}}]
+        new = folder / f"{job}.new"
+        new.write_text(json.dumps(content))
+        new.rename(folder / f"{job}.json")
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+    """Wait for what another process does soon."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port: int = found.getsockname()[1]
+        return port
+
+
+def _prometheus(folder: Path, jobs: list[str], alertmanager: int) -> dict[str, Any]:
+    return {
+        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(RULES)],
+        "alerting": {"alertmanagers": [{"static_configs": [{"targets": [f"127.0.0.1:{alertmanager}"]}]}]},
+        "scrape_configs": [{"job_name": job, "file_sd_configs": [{"files": [f"{folder}/{job}.json"]}]} for job in jobs],
+    }
+
+
+def _alertmanager(url: str) -> dict[str, Any]:
+    return {
+        "route": {"receiver": "webhook", "group_by": ["alertname"], "group_wait": "1s", "group_interval": "1s"},
+        "receivers": [{"name": "webhook", "webhook_configs": [{"url": url, "send_resolved": True}]}],
+    }
