@@ -112,8 +112,12 @@ BOARD.row(
         "Shadow",
         "ops",
         ("sum by (outputs) (rate(ostinato_shadow_drift_total{ON}[RATE]))", "another fingerprint, {{outputs}}"),
-        ("sum(ostinato_shadow_connected{ON})", "connected"),
         about="How a second service of another fingerprint answers.",
     ),
-    lines("Audits that wait", "none", ("sum(ostinato_audit_backlog_items{ON})", "items")),
+    lines(
+        "Behind the callers",
+        "none",
+        ("sum(ostinato_audit_backlog_items{ON})", "audits that wait"),
+        ("sum(ostinato_shadow_connected{ON})", "shadows connected"),
+    ),
 )

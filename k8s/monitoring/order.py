@@ -72,11 +72,13 @@ BOARD.row(
         ("sum(ostinato_unnumbered_items{ON})", "wait for a number"),
         ("sum(ostinato_queue_items{ON})", "wait for journal or room"),
         ("sum(ostinato_inflight_items{ON})", "in the engine"),
+        width=6,
     ),
     lines(
         "Share of the KV blocks",
         "percentunit",
         ("sum(ostinato_inflight_kv_blocks{ON}) / (sum(ostinato_kv_blocks{ON}) > 0)", "needed at worst"),
+        width=6,
     ),
     lines(
         "Streams to the engine",
@@ -85,7 +87,8 @@ BOARD.row(
         ("sum(ostinato_service_streams{ON})", "open at the services"),
         ("sum by (reason) (increase(ostinato_service_streams_refused_total{ON}[RATE]))", "refused {{reason}}"),
         ("sum by (reason) (increase(ostinato_engine_faults_total{ON}[RATE]))", "dropped {{reason}}"),
+        width=6,
         steps=True,
     ),
-    heat_map("Events in a message", "none", "ostinato_service_frame_events", "From the service to the sidecar."),
+    heat_map("Events in a message", "none", "ostinato_service_frame_events", "From the service to the sidecar.", 6),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from k8s.monitoring.board import GRADES, Board, heat_map, lines, number
 
 BOARD = Board("overview", "Objectives, traffic, latency and how full it is.")
+CALLS = '{ON,service="ostinato.v1.Generation"}'
 BAD_FROM = ((None, "green"), (1, "red"))
 
 BOARD.row(
@@ -56,7 +57,9 @@ BOARD.row(
         ("sum by (outcome) (rate(ostinato_ended_items_total{ON}[RATE]))", "{{outcome}}"),
     ),
     lines(
-        "Calls by code", "ops", ("sum by (method, code) (rate(ostinato_rpc_handled_total{ON}[RATE]))", "{{method}} {{code}}")
+        "Calls by code",
+        "ops",
+        (f"sum by (method, code) (rate(ostinato_rpc_handled_total{CALLS}[RATE]))", "{{method}} {{code}}"),
     ),
     lines(
         "Turned away",
@@ -92,7 +95,10 @@ BOARD.row(
     lines(
         "Calls, 99 %",
         "s",
-        ("histogram_quantile(0.99, sum by (method, le) (rate(ostinato_rpc_handling_seconds_bucket{ON}[RATE])))", "{{method}}"),
+        (
+            f"histogram_quantile(0.99, sum by (method, le) (rate(ostinato_rpc_handling_seconds_bucket{CALLS}[RATE])))",
+            "{{method}}",
+        ),
     ),
 )
 BOARD.row(

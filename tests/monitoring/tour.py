@@ -30,7 +30,8 @@ SCRIPT = {
         {"do": "diverge", "at": at, "purposes": ["PRIMARY"], "sequences": list(range(DIVERGES_FROM + at, 50_000, 97))}
         for at in (1, 6, 9, 20)
     ]
-    + [{"do": "fail", "at": 3, "purposes": ["PRIMARY"], "sequences": list(range(41, 50_000, 301))}],
+    + [{"do": "fail", "at": 3, "purposes": ["PRIMARY"], "sequences": list(range(41, 50_000, 301))}]
+    + [{"do": "fail", "at": 2, "purposes": ["AUDIT"], "share": 0.2}],
 }
 
 
@@ -50,8 +51,10 @@ def touring(folder: Path, seconds: tuple[float, float, float]) -> Iterator[Tour]
     """Load for these times: before the service starts again as another, before the sidecar starts again, and behind that."""
     authority = Authority(folder)
     certificate, key = authority.sign("sidecar")
-    door = ["--tls-certificate", str(certificate), "--tls-key", str(key)]
-    with Pair(service=["--script", json.dumps(SCRIPT)], sidecar=door) as pair, contextlib.ExitStack() as stack:
+    flags = ["--tls-certificate", str(certificate), "--tls-key", str(key), "--shadow", f"unix:{folder}/shadow.sock"]
+    flags += ["--shadow-rate", "0.2", "--audit-rate", "0.2", "--audit-patience-seconds", "1", "--canary-seconds", "2"]
+    with Pair(service=["--script", json.dumps(SCRIPT)], sidecar=flags) as pair, contextlib.ExitStack() as stack:
+        pair.programs.append(_shadow(folder))
         pair.start()
         targets: dict[str, Callable[[], int]] = {SIDECAR: lambda: port(pair.sidecar), SERVICE: lambda: port(pair.service)}
         prometheus, webhook = stack.enter_context(watching(folder, targets))
@@ -75,8 +78,15 @@ def touring(folder: Path, seconds: tuple[float, float, float]) -> Iterator[Tour]
         pair.start_sidecar().wait_for("engine connected")
         aimed()
         pause(seconds[2], time.time())
-        until(lambda: bool(prometheus.now("changes(ostinato_epoch[1m]) > 0")), "the second epoch is scraped")
+        until(lambda: bool(prometheus.now("changes(ostinato_epoch[1m] offset 2s) > 0")), "the second epoch is scraped")
         yield Tour(pair, prometheus, webhook, start)
+
+
+def _shadow(folder: Path) -> Program:
+    """The second service, on another device as it says, so that its answers are drift."""
+    script = json.dumps({"fields": {"device": "another"}})
+    where = ["--listen", f"unix:{folder}/shadow.sock", "--state-dir", f"{folder}/shadow", "--metrics", "127.0.0.1:0"]
+    return Program("service", ["--engine", "scripted", "--script", script, "--log-format", "json", *where])
 
 
 def port(program: Program | None) -> int:
