@@ -36,8 +36,8 @@ NAMES = {
     "purple": "#b877d9",
 }
 CAPTION = (
-    "Drawn from the dashboard's queries by matplotlib, not by Grafana. A scripted engine under load, which diverges as it is told "
-    "and starts again as another; dotted: an epoch (blue) or a fingerprint (purple) begins."
+    "Drawn from the dashboard's queries by matplotlib, not by Grafana. A scripted engine under load, which diverges as it is "
+    "told and starts again as another; dotted: an epoch (blue) or a fingerprint (purple) begins."
 )
 
 

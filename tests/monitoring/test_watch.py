@@ -74,6 +74,7 @@ def test_a_deploy_that_drifts_is_told(tour: Tour) -> None:
     until(lambda: bool(fields("twin")), "the webhook hears of it")
 
     assert fields("twin") == {"fingerprint.driver"}
+    assert fields("shadow") == set(), "a shadow is meant to differ"
 
 
 def test_every_rule_is_well(tour: Tour) -> None:
