@@ -20,8 +20,6 @@ from service.config import Settings as Service
 from sidecar import canaries
 from sidecar.__main__ import DRAIN_END_SECONDS, GENERATION, SEQUENCER
 from sidecar.config import Settings as Sidecar
-from sidecar.divergence.numbers import Numbers
-from sidecar.divergence.tally import Tally
 from sidecar.metrics import Metrics
 from tests.k8s.manifests import (
     BIN,
@@ -246,17 +244,40 @@ def test_images_are_this_version(chosen: Combination) -> None:
 
 
 @every
-def test_metrics_that_are_asked_for_exist(chosen: Combination) -> None:
-    """Rules and scaling ask for metrics that the sidecar has."""
+def test_scaling_asks_for_what_there_is(chosen: Combination) -> None:
+    """Scaling asks for metrics that the sidecar has; tests/monitoring asks the same of the rules."""
     numbers = CollectorRegistry()
     Metrics(numbers)
-    numbers.register(Numbers(Tally))
-    known = {f"{m.name}_total" if m.type == "counter" else m.name for m in numbers.collect()}
-    resources = built(chosen)
-    asked = [r["expr"] for rule in of_kind(resources, "PrometheusRule") for g in rule["spec"]["groups"] for r in g["rules"]]
-    asked += [t["metadata"]["query"] for scaled in of_kind(resources, "ScaledObject") for t in scaled["spec"]["triggers"]]
+    asked = [t["metadata"]["query"] for scaled in of_kind(built(chosen), "ScaledObject") for t in scaled["spec"]["triggers"]]
 
-    assert {name for query in asked for name in re.findall(r"\bostinato_\w+", query)} <= known
+    assert {name for query in asked for name in re.findall(r"\bostinato_\w+", query)} <= {m.name for m in numbers.collect()}
+
+
+def test_monitoring_brings_the_dashboards() -> None:
+    """Each in a ConfigMap of its own, with the label by which Grafana's sidecar finds it, byte for byte."""
+    maps = [each for each in of_kind(built(("monitoring",)), "ConfigMap") if "grafana_dashboard" in each["metadata"]["labels"]]
+    files = (K8S / "components" / "monitoring" / "dashboards").glob("*.json")
+
+    assert {each["metadata"]["name"]: each["data"] for each in maps} == {
+        f"ostinato-dashboard-{path.stem}": {path.name: path.read_text()} for path in files
+    }
+
+
+def test_the_rules_know_the_jobs() -> None:
+    """What Prometheus calls the two programs is what the rules and dashboards call them; an instance has its Pod's name."""
+    [monitor] = of_kind(built(("monitoring",)), "PodMonitor")
+    set_to = {
+        endpoint["port"]: {
+            each["targetLabel"]: each.get("replacement", each.get("sourceLabels")) for each in endpoint["relabelings"]
+        }
+        for endpoint in monitor["spec"]["podMetricsEndpoints"]
+    }
+    pod_name = ["__meta_kubernetes_pod_name"]
+
+    assert set_to == {
+        "metrics": {"job": "ostinato-sidecar", "instance": pod_name},
+        "engine-metrics": {"job": "ostinato-service", "instance": pod_name},
+    }
 
 
 def test_the_canaries_are_canaries() -> None:

@@ -53,6 +53,16 @@ def test_the_rules_do_what_their_examples_say() -> None:
     assert "SUCCESS" in promtool("test", "rules", "rules_test.yaml")
 
 
+@needs_promtool
+def test_prometheus_reads_the_configuration_of_the_docs(tmp_path: Path) -> None:
+    """What docs/operations.md shows can be copied: Prometheus takes it, with the rules."""
+    [shown] = re.findall(r"^```yaml\n(global: .*?)^```", OPERATIONS.read_text(), re.MULTILINE | re.DOTALL)
+    config = tmp_path / "prometheus.yml"
+    config.write_text(shown.replace("k8s/monitoring/rules.yaml", str(MONITORING / "rules.yaml")))
+
+    assert f"{len(list(rules()))} rules found" in promtool("check", "config", str(config))
+
+
 @every_alert
 def test_an_alert_has_both_examples(name: str) -> None:
     """One in which it is silent, one in which it speaks, and both with data of what it asks for."""
