@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TypeAlias, TypeVar
 
 from grafana_foundation_sdk.builders import bargauge, common, dashboard, heatmap, prometheus, stat, table, timeseries
@@ -63,13 +64,11 @@ class Board:
                 .keep_time(True)
             )
         )
-        number = 0
+        ids = count(1)
         for title, panels in self.rows:
-            number += 1
-            made.with_row(dashboard.Row(title).id(number))
+            made.with_row(dashboard.Row(title).id(next(ids)))
             for panel in panels:
-                number += 1
-                made.with_panel(panel.id(number))
+                made.with_panel(panel.id(next(ids)))
         return made.build()
 
 
@@ -91,13 +90,12 @@ def number(
     unit: str,
     query: str,
     *colours: tuple[float | None, str],
-    legend: str = "",
     about: str = "",
     width: int = 4,
     names: dict[str, tuple[str, str]] | None = None,
 ) -> stat.Panel:
     """The newest value. `colours`: from which value on, the first from None; `names`: what values are called instead."""
-    made = _panel(stat.Panel(), title, unit, [(query, legend)], about, width, 4, instant=True)
+    made = _panel(stat.Panel(), title, unit, [(query, "")], about, width, 4, instant=True)
     made.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"])).graph_mode(looks.BigValueGraphMode.NONE)
     if colours:
         made.thresholds(_thresholds(colours)).color_mode(looks.BigValueColorMode.BACKGROUND)

@@ -33,6 +33,7 @@ BOARD.row(
         ("sum(rate(ostinato_submitted_items_total{ON}[RATE]))", "submitted"),
         ("sum(rate(ostinato_attempts_total{ON}[RATE]))", "submitted again"),
         ("sum(rate(ostinato_ended_items_total{ON}[RATE]))", "ended"),
+        ("sum(rate(ostinato_taken_over_items_total{ON}[RATE]))", "taken over"),
     ),
     lines("Newest sequence", "none", ("ostinato_last_sequence{ON}", "{{instance}}")),
     lines("Epoch", "none", ("ostinato_epoch{ON}", "{{instance}}"), steps=True),

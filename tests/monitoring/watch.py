@@ -49,9 +49,10 @@ class Webhook:
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}/"
 
-    def heard(self, name: str) -> list[dict[str, Any]]:
-        """The alerts of this name, as they came."""
-        return [alert for alert in list(self.alerts) if alert["labels"]["alertname"] == name]
+    def heard(self, name: str, **labels: str) -> list[dict[str, Any]]:
+        """The alerts of this name with these labels, as they came."""
+        wanted = {"alertname": name, **labels}.items()
+        return [alert for alert in list(self.alerts) if wanted <= alert["labels"].items()]
 
     def close(self) -> None:
         self._server.shutdown()
@@ -126,7 +127,11 @@ def watching(folder: Path, targets: Mapping[str, Callable[[], int]]) -> Iterator
             stack.callback(process.wait, 20)
             stack.callback(process.terminate)
         found = Prometheus(f"http://127.0.0.1:{ports[0]}")
-        until(found.ready, "Prometheus is ready: " + str(folder))
+        try:
+            until(found.ready, "Prometheus is ready")
+        except AssertionError as error:
+            error.add_note((folder / "prometheus.log").read_text())
+            raise
         yield found, webhook
 
 
