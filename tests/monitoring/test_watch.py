@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 import urllib.request
@@ -28,7 +29,7 @@ def _tour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tour]:
     """One for all: what they claim is about the same quarter of a minute."""
     if why := missing():
         pytest.skip(why)
-    with touring(tmp_path_factory.mktemp("tour"), (7, 5, 4)) as made:
+    with touring(tmp_path_factory.mktemp("tour"), (5, 4, 3)) as made:
         yield made
 
 
@@ -84,21 +85,28 @@ def test_every_rule_is_well(tour: Tour) -> None:
     assert [name for name in recorded if not tour.prometheus.now(name)] == []
 
 
-@pytest.mark.parametrize("name", list(names.boards()))
-def test_no_panel_is_empty(tour: Tour, name: str) -> None:
-    """Every query of every panel has data of this pair, but for those of metrics that EMPTY names."""
-    empty = []
+def empty(tour: Tour, name: str) -> list[tuple[str, str]]:
+    """Titles and queries of a dashboard's panels that bring nothing, though no metric of EMPTY is in them."""
+    found = []
     for panel in names.panels(names.boards()[name]):
         for target in panel["targets"]:
             query = names.spelt(target["expr"])
             if target.get("instant"):
-                found = tour.prometheus.now(query)
+                series = tour.prometheus.now(query)
             else:
-                found = tour.prometheus.over(query, tour.start, time.time())
-            if not found and not names.asked([query]) <= set(EMPTY):
-                empty.append((panel["title"], query))
+                series = tour.prometheus.over(query, tour.start, time.time())
+            if not series and not names.asked([query]) <= set(EMPTY):
+                found.append((panel["title"], query))
+    return found
 
-    assert empty == []
+
+@pytest.mark.parametrize("name", list(names.boards()))
+def test_no_panel_is_empty(tour: Tour, name: str) -> None:
+    """Every query of every panel comes to have data of this pair, but for those of metrics that EMPTY names."""
+    with contextlib.suppress(AssertionError):
+        until(lambda: not empty(tour, name), "rare things happen too")
+
+    assert empty(tour, name) == []
 
 
 @pytest.mark.parametrize("name", list(names.boards()))

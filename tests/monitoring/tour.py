@@ -48,7 +48,7 @@ class Tour:
 
 @contextlib.contextmanager
 def touring(folder: Path, seconds: tuple[float, float, float]) -> Iterator[Tour]:
-    """Load for these times: before the service starts again as another, before the sidecar starts again, and behind that."""
+    """Load, at least for these times: before the service starts again as another, before the sidecar does, and behind that."""
     authority = Authority(folder)
     certificate, key = authority.sign("sidecar")
     flags = ["--tls-certificate", str(certificate), "--tls-key", str(key), "--shadow", f"unix:{folder}/shadow.sock"]
@@ -60,25 +60,25 @@ def touring(folder: Path, seconds: tuple[float, float, float]) -> Iterator[Tour]
         prometheus, webhook = stack.enter_context(watching(folder, targets))
         start = time.time()
 
-        def scraped() -> bool:
-            return len(prometheus.now(f'up{{job=~"{SIDECAR}|{SERVICE}"}} == 1')) == 2
+        def reached(query: str, seconds: float = 0.0) -> None:
+            since = time.time()
+            until(lambda: bool(prometheus.now(query)) and time.time() >= since + seconds, query, 120.0)
 
         def aimed() -> None:
             aim(folder, {job: target() for job, target in targets.items()})
 
-        until(scraped, "both are scraped")
+        reached(f'count(up{{job=~"{SIDECAR}|{SERVICE}"}} == 1) == 2')
         stack.enter_context(loading(lambda: Client(f"https://{pair.target}", credentials=ostinato.tls(authority.file))))
-        pause(seconds[0], start)
+        reached('ostinato_comparisons_total{kind="twin",verdict="diverged"} > 3', seconds[0])
         assert pair.service is not None and pair.sidecar is not None
         pair.service.kill()  # what it ran is run again, by the next one
         pair.start_service("--script", json.dumps({**SCRIPT, "fields": {"driver": "another"}})).wait_for("serving")
         aimed()
-        pause(seconds[1], time.time())
+        reached('ostinato_drift_total{kind="twin"} > 0', seconds[1])
         pair.sidecar.stop()
         pair.start_sidecar().wait_for("engine connected")
         aimed()
-        pause(seconds[2], time.time())
-        until(lambda: bool(prometheus.now("changes(ostinato_epoch[1m] offset 2s) > 0")), "the second epoch is scraped")
+        reached("changes(ostinato_epoch[1m] offset 2s) > 0", seconds[2])
         yield Tour(pair, prometheus, webhook, start)
 
 
@@ -93,11 +93,6 @@ def port(program: Program | None) -> int:
     """Of its metrics."""
     assert program is not None
     return int(str(program.wait_for("metrics")["port"]))
-
-
-def pause(seconds: float, since: float) -> None:
-    """How long a picture is, not what happens in it."""
-    time.sleep(max(0.0, since + seconds - time.time()))
 
 
 @contextlib.contextmanager
