@@ -59,7 +59,7 @@ async def make_ready(engine: Engine, settings: Settings, metrics: Metrics, incar
     describer = Describer(engine, limits, identity, held, incarnation)
     prompts = Prompts(engine.vocabulary, limits, engine.chat)
     preparer = Preparer(prompts, lexicon, engine.check_format, model_digest(identity.fields))
-    return Ready(describer, preparer, Streams(runs, describer, settings.bounds, metrics))
+    return Ready(describer, engine.vocabulary, preparer, Streams(runs, describer, settings.bounds, metrics))
 
 
 async def _earn(held: HeldGrade, digest: bytes, runs: Runs, settings: Settings, metrics: Metrics) -> None:

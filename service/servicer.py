@@ -15,6 +15,8 @@ from ostinato.errors import EngineUnavailable, NotBuilt, QueueFull
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
 
 from service.description import Describer
+from service.engines.base import Vocabulary
+from service.engines.huggingface import archive
 from service.prepare import Preparer
 from service.stream import Streams
 
@@ -24,6 +26,8 @@ HEAVY_BYTES = 4096
 """Of items: what is tokenised without a thread takes about a millisecond at most."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
+CHUNK_BYTES = 1 << 20
+"""Of the tokenizer's files."""
 T = TypeVar("T")
 
 
@@ -32,6 +36,7 @@ class Ready:
     """All that exists once the engine is loaded and tested."""
 
     describer: Describer
+    vocabulary: Vocabulary
     preparer: Preparer
     streams: Streams
 
@@ -85,8 +90,13 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     async def GetTokenizer(
         self, request: engine_pb2.GetTokenizerRequest, context: Context
     ) -> AsyncGenerator[engine_pb2.GetTokenizerResponse]:
-        raise NotBuilt("the tokenizer's files are not served yet")
-        yield  # type: ignore[unreachable]  # makes this a generator, which is what a stream is
+        vocabulary = self._ready().vocabulary
+        try:
+            packed = await self._workers.run(lambda: archive(vocabulary.files()))
+        except ValueError as error:
+            raise NotBuilt(f"no tokenizer.json can be made for this model: {error}") from error
+        for start in range(0, len(packed), CHUNK_BYTES):
+            yield engine_pb2.GetTokenizerResponse(chunk=packed[start : start + CHUNK_BYTES])
 
     async def Execute(
         self, request_iterator: AsyncIterator[engine_pb2.ExecuteRequest], context: Context

@@ -86,8 +86,23 @@ class Sidecar:
             credentials=self.credentials,
             health_address=settings.health_listen,
         )
-        self.server.add(add_GenerationServicer_to_server, GenerationServicer(self.dispatcher, settings), GENERATION)
+        generation = GenerationServicer(self.dispatcher, settings)
+        self.doors = [GENERATION]
+        self.server.add(add_GenerationServicer_to_server, generation, GENERATION)
         self.server.add(add_SequencerServicer_to_server, SequencerServicer(self.dispatcher, self.book, settings), SEQUENCER)
+        if settings.vllm_face:
+            self._add_vllm_face(generation)
+
+    def _add_vllm_face(self, generation: GenerationServicer) -> None:
+        """Raises StartupError where its package is missing."""
+        try:
+            from smg_grpc_proto.generated.vllm_engine_pb2_grpc import add_VllmEngineServicer_to_server
+
+            from sidecar.gateway.servicer import NAME, VllmServicer
+        except ImportError as error:
+            raise program.StartupError(f"--vllm-face: {error}; pip install 'ostinato[gateway]'") from error
+        self.server.add(add_VllmEngineServicer_to_server, VllmServicer(generation, self.dispatcher, self.settings), NAME)
+        self.doors.append(NAME)
 
     async def run(self, stop: asyncio.Event) -> int:
         """Until told to stop, or until it must end and recover."""
@@ -158,17 +173,21 @@ class Sidecar:
             can_admit = self.dispatcher.engine is not None and not self.journal.full and not self.dispatcher.core.draining
             if can_admit != serving:
                 serving = can_admit
-                await self.server.set_health(GENERATION, serving=serving)
+                await self._set_doors(serving=serving)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.dispatcher.engine_changed.wait(), self.settings.tick_seconds)
             self.dispatcher.engine_changed.clear()
+
+    async def _set_doors(self, *, serving: bool) -> None:
+        for name in self.doors:
+            await self.server.set_health(name, serving=serving)
 
     async def _drain(self) -> None:
         self.dispatcher.tell(ev.Drain())
         if self.shadow is not None:
             self.shadow.tell(ev.Drain())
         log.info("draining", extra={"unfinished": len(self.dispatcher.works)})
-        await self.server.set_health(GENERATION, serving=False)
+        await self._set_doors(serving=False)
         try:
             await asyncio.wait_for(self.dispatcher.drained.wait(), self.settings.drain_seconds)
         except TimeoutError:

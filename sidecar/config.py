@@ -27,6 +27,9 @@ class Settings:
     tls_client_ca: Path | None = field(None, "PEM file of the CAs whose client certificates are required")
     tokens: Path | None = field(None, "file of who may call: lines of tenant, role and a token's SHA-256")
     trust_tenant_metadata: bool = field(False, "believe ostinato-tenant in a call's metadata: a gateway in front sets it")
+    # a face for OpenAI gateways, on the same addresses; needs the extra gateway
+    vllm_face: bool = field(False, "serve vllm.grpc.engine.VllmEngine beside Generation")
+    vllm_timeout_seconds: float = field(600.0, "for a call to it that has no earlier deadline", minimum=0.001)
     log_format: str = field("human", "of log lines", choices=("human", "json"))
     log_level: str = field("info", "of log lines", choices=("debug", "info", "warning", "error"))
     # bounds of a request

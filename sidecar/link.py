@@ -1,4 +1,4 @@
-"""The one ordered stream to the service, kept up; and the calls beside it that prepare and tokenise."""
+"""The one ordered stream to the service, kept up; and the calls beside it: prepare, tokenise, and the tokenizer itself."""
 
 from __future__ import annotations
 
@@ -199,6 +199,14 @@ class EngineLink:
         if tokenized is None or len(tokenized.results) != len(request.items):
             raise errors.ProtocolViolation("the service did not tokenise what it was given")
         return tokenized
+
+    async def tokenizer(self, timeout: float | None) -> bytes:
+        """The zip of the tokenizer's files. Raises what the service raised; EngineUnavailable if it cannot be reached."""
+        try:
+            parts = self._stub.GetTokenizer(engine_pb2.GetTokenizerRequest(), timeout=timeout)
+            return b"".join([part.chunk async for part in parts])
+        except grpc.aio.AioRpcError as failure:
+            raise unavailable(ours(failure)) from None
 
 
 def check_description(description: engine_pb2.DescribeResponse) -> None:

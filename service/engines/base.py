@@ -42,6 +42,11 @@ class Vocabulary(Protocol):
         """The chat as text, ready for the assistant's turn. Raises ValueError with what the template says against it."""
         ...
 
+    def files(self) -> Mapping[str, bytes]:
+        """Hugging Face's tokenizer.json and tokenizer_config.json, which make the same token ids of a text and of a chat; takes
+        up to a second. Raises ValueError where there can be none, saying why."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Run:

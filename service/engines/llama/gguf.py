@@ -1,4 +1,4 @@
-"""The metadata at the head of a GGUF file, as far as a fingerprint needs it: which bytes belong to which key."""
+"""The metadata at the head of a GGUF file: which bytes belong to which key, and what some of them mean."""
 
 from __future__ import annotations
 
@@ -52,6 +52,21 @@ def text(value: bytes) -> str:
 def length(value: bytes) -> int:
     """Elements of an array."""
     return int(struct.unpack_from("<Q", value, 8)[0])
+
+
+def strings(value: bytes) -> list[str]:
+    """The elements of an array of text."""
+    found, at = [], 16
+    for _ in range(length(value)):
+        (size,) = struct.unpack_from("<Q", value, at)
+        found.append(value[at + 8 : at + 8 + size].decode())
+        at += 8 + size
+    return found
+
+
+def numbers(value: bytes) -> list[int]:
+    """The elements of an array of 32-bit numbers."""
+    return list(struct.unpack_from(f"<{length(value)}i", value, 16))
 
 
 class _Reader:

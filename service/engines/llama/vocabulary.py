@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 from ostinato.v1 import types_pb2
 
+from service.engines import huggingface
+from service.engines.llama import bpe, gguf
 from service.engines.llama.library import Library, library
 from service.engines.llama.template import ChatTemplate
 
@@ -21,6 +23,7 @@ class LlamaVocabulary:
     def __init__(self, library: Library, path: Path) -> None:
         """Of the GGUF at `path`. Raises EngineUnusable."""
         self._library = library
+        self._path = path
         file = path.stat()
         model = _kept(path, file.st_size, file.st_mtime_ns)
         self.handle = library.vocabulary(model)
@@ -32,6 +35,7 @@ class LlamaVocabulary:
         self.template = library.template(model)
         """As it stands in the file, if it does."""
         self._chat = self._template(begin, end)
+        self._controls = self._written(begin), self._written(end)
 
     @property
     def chat(self) -> bool:
@@ -54,6 +58,14 @@ class LlamaVocabulary:
         if self._chat is None:
             raise ValueError("the model has no chat template")
         return self._chat.render(messages)
+
+    def files(self) -> Mapping[str, bytes]:
+        """See base.Vocabulary."""
+        begin, end = self._controls
+        return {
+            huggingface.TOKENIZER: bpe.tokenizer_json(gguf.read_metadata(self._path), next(iter(self._begin), None)),
+            huggingface.CONFIG: huggingface.config(template=self.template, begin=begin or None, end=end or None),
+        }
 
     def _template(self, begin: int | None, end: int | None) -> ChatTemplate | None:
         """None: there is none, or none that can be used."""

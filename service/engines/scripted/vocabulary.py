@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ostinato.v1 import types_pb2
+
+from service.engines import huggingface
 
 END = 256
 BEGIN = 257
@@ -17,6 +19,13 @@ CONTROLS = {
     "<|assistant|>": 260,
     "<|tool|>": 261,
 }
+_TEMPLATE = (
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'system' and not loop.first -%}{{ raise_exception('a system message must come first') }}{%- endif -%}"
+    "{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}"
+    "{%- endfor -%}{{ '<|assistant|>' }}"
+)
+"""`render` in the words of a gateway."""
 _CONTROL = re.compile("|".join(map(re.escape, CONTROLS)))
 
 
@@ -45,3 +54,13 @@ class ByteVocabulary:
         if any(message.role == "system" for message in messages[1:]):
             raise ValueError("a system message must come first")
         return "".join(f"<|{m.role}|>{m.content}<|end|>" for m in messages) + "<|assistant|>"
+
+    def files(self) -> Mapping[str, bytes]:
+        """See base.Vocabulary."""
+        tokens = huggingface.letters() + list(CONTROLS)
+        return {
+            huggingface.TOKENIZER: huggingface.byte_level_bpe(
+                tokens, (), controls=dict.fromkeys(CONTROLS.values(), True), splits=(), begin=BEGIN
+            ),
+            huggingface.CONFIG: huggingface.config(template=_TEMPLATE, begin=tokens[BEGIN], end=tokens[END]),
+        }

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ostinato.v1 import types_pb2
 
+from service.engines import huggingface
 from service.engines.base import EngineUnusable
 from service.engines.turbomind.host import module
 from service.engines.turbomind.model import Model
@@ -29,6 +30,7 @@ class HuggingFaceVocabulary:
         except (OSError, ValueError, AttributeError, ImportError) as error:
             raise EngineUnusable(f"{model.path} has no tokenizer that can be used: {error}; it needs tokenizer.json") from error
         layout = backend.to_str()
+        self._layout: str = layout
         self._special = tokenizers.Tokenizer.from_str(layout)
         self._plain = tokenizers.Tokenizer.from_str(layout)
         self._plain.encode_special_tokens = True  # as text, that is
@@ -73,6 +75,14 @@ class HuggingFaceVocabulary:
             raise ValueError(str(error) or type(error).__name__) from error
         return str(text)
 
+    def files(self) -> Mapping[str, bytes]:
+        """See base.Vocabulary."""
+        template = self._hf.chat_template
+        config = huggingface.config(
+            template=template if isinstance(template, str) else None, begin=self._hf.bos_token, end=self._hf.eos_token
+        )
+        return {huggingface.TOKENIZER: self._layout.encode(), huggingface.CONFIG: config}
+
 
 def kind_of(layout: str) -> Kind:
     """From the tokenizer's description in JSON."""
@@ -93,7 +103,7 @@ def pieces(tokens: Mapping[str, int], added: Mapping[int, tuple[str, bool]], kin
     """The bytes that each of `size` tokens adds to the text. `added` has tokens that are text as they stand, or, where True,
     control tokens, which add none; nor do ids that the tokenizer does not know."""
     found = [b""] * size
-    letters = _letters()
+    letters = {letter: bytes([byte]) for byte, letter in enumerate(huggingface.letters())}
     for token, token_id in tokens.items():
         if token_id >= size:
             continue
@@ -122,10 +132,3 @@ def _sentencepiece(token: str) -> bytes:
         except ValueError:
             pass
     return token.replace("\u2581", " ").encode()
-
-
-def _letters() -> Mapping[str, bytes]:
-    """GPT-2's alphabet: bytes that print stand for themselves, the others for the characters from U+0100 on, in order."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): bytes([byte]) for byte in printable} | {chr(256 + i): bytes([byte]) for i, byte in enumerate(others)}

@@ -1,0 +1,102 @@
+"""A vocabulary in the form of Hugging Face's files, which gateways read: tokenizer.json and tokenizer_config.json."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+
+def letters() -> list[str]:
+    """GPT-2's alphabet, by byte: bytes that print stand for themselves, the others for characters from U+0100 on, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = {byte: 256 + index for index, byte in enumerate(byte for byte in range(256) if byte not in printable)}
+    return [chr(others.get(byte, byte)) for byte in range(256)]
+
+
+def byte_level_bpe(
+    tokens: Sequence[str],
+    merges: Iterable[str],
+    *,
+    controls: Mapping[int, bool],
+    splits: Sequence[str],
+    begin: int | None,
+    ignore_merges: bool = False,
+) -> bytes:
+    """tokenizer.json of a byte-level BPE.
+
+    `tokens` by id, in GPT-2's alphabet; `merges` as "left right"; `controls`: ids of tokens that are recognised when they are
+    written out, and whether decoding leaves them out; `splits`: regular expressions that cut a text into words, one after the
+    other; `begin`: the token put before every text.
+    """
+    described: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added(token_id, tokens[token_id], special=special) for token_id, special in sorted(controls.items())],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*map(_split, splits), _byte_level()]},
+        "post_processor": None if begin is None else _begins_with(tokens[begin], begin),
+        "decoder": _byte_level(),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignore_merges,
+            "vocab": {token: token_id for token_id, token in enumerate(tokens)},
+            "merges": list(merges),
+        },
+    }
+    return json.dumps(described, ensure_ascii=False).encode()
+
+
+def config(*, template: str | None, begin: str | None, end: str | None) -> bytes:
+    """tokenizer_config.json: the control tokens as text, and the chat template."""
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "bos_token": begin,
+        "eos_token": end,
+        "chat_template": template,
+    }
+    return json.dumps({name: value for name, value in described.items() if value is not None}, ensure_ascii=False).encode()
+
+
+def archive(files: Mapping[str, bytes]) -> bytes:
+    """A zip of the files, the same bytes for the same files."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as packed:
+        for name in sorted(files):
+            packed.writestr(zipfile.ZipInfo(name), files[name], zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
+
+
+def _added(token_id: int, text: str, *, special: bool) -> dict[str, object]:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": token_id, "content": text, "special": special, **plain}
+
+
+def _split(pattern: str) -> dict[str, object]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _byte_level() -> dict[str, object]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def _begins_with(text: str, token_id: int) -> dict[str, object]:
+    begin, one, other = {"SpecialToken": {"id": text, "type_id": 0}}, _sequence("A"), _sequence("B")
+    special = {text: {"id": text, "ids": [token_id], "tokens": [text]}}
+    return {"type": "TemplateProcessing", "single": [begin, one], "pair": [begin, one, other], "special_tokens": special}
+
+
+def _sequence(name: str) -> dict[str, object]:
+    return {"Sequence": {"id": name, "type_id": 0}}
