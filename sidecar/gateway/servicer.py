@@ -26,6 +26,7 @@ from sidecar.gateway.sampling import in_their_words, request_of
 from sidecar.generation import GenerationServicer
 
 NAME = "vllm.grpc.engine.VllmEngine"
+RESTART_GATEWAY = "another tokenizer runs now than the gateway was given: restart the gateway"
 CHUNK_BYTES = 1 << 20
 """Of the tokenizer's files."""
 
@@ -40,6 +41,8 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
         self._dispatcher = dispatcher
         self._timeout_seconds = settings.vllm_timeout_seconds
         self._started = time.monotonic()
+        self._told = ""
+        """The tokenizer that a gateway was given last, as the fingerprint names it."""
         self._running: defaultdict[tuple[str, str], set[asyncio.Future[None]]] = defaultdict(set)
         """By tenant and request id, which need not be unique."""
 
@@ -65,6 +68,8 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
         patience = remaining(context)
         if patience is not None:
             deadline = min(deadline, time.monotonic() + patience)
+        if self._tokenizer_changed():
+            raise errors.FingerprintChanged(RESTART_GATEWAY)
         ours = request_of(request)
         answer: Any = Answer(context, len(request.tokenized.input_ids), lambda: deadline - time.monotonic())
         try:
@@ -92,6 +97,8 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
             why = "draining"
         elif self._dispatcher.journal.full:
             why = "the journal is full"
+        elif self._tokenizer_changed():
+            why = RESTART_GATEWAY
         return vllm.HealthCheckResponse(healthy=not why, message=why or "OK")
 
     async def GetModelInfo(self, request: vllm.GetModelInfoRequest, context: Context) -> vllm.GetModelInfoResponse:
@@ -125,11 +132,17 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
     async def GetTokenizer(
         self, request: common.GetTokenizerRequest, context: Context
     ) -> AsyncGenerator[common.GetTokenizerChunk]:
+        self._told = self._model().fingerprint.fields["tokenizer"]
         files = await self._dispatcher.link.tokenizer(remaining(context))
         for start in range(0, len(files), CHUNK_BYTES):
             last = start + CHUNK_BYTES >= len(files)
             digest = hashlib.sha256(files).hexdigest() if last else ""
             yield common.GetTokenizerChunk(data=files[start : start + CHUNK_BYTES], sha256=digest)
+
+    def _tokenizer_changed(self) -> bool:
+        """Whether a gateway's token ids may be those of another model."""
+        engine = self._dispatcher.engine
+        return bool(self._told and engine is not None and engine.model.fingerprint.fields["tokenizer"] != self._told)
 
     def _model(self) -> types_pb2.Model:
         if self._dispatcher.engine is None:

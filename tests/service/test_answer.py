@@ -37,6 +37,9 @@ class Bytes:
     def render(self, messages: object) -> str:
         raise ValueError
 
+    def files(self) -> dict[str, bytes]:
+        raise ValueError
+
 
 @dataclass(frozen=True)
 class Case:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
+import json
 import threading
+import zipfile
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,6 +18,8 @@ from ostinato.digest import fingerprint_digest
 from ostinato.errors import EngineUnavailable, InvalidRequest, MalformedMessage, NotBuilt, QueueFull
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
+from service import servicer as module
+from service.engines.scripted.vocabulary import ByteVocabulary
 from service.servicer import EngineServicer, Workers
 from tests.service.support import error_of, refused, served
 
@@ -72,11 +77,30 @@ async def test_hello_is_heard_before_a_stream_is_refused() -> None:
             await answer
 
 
-async def test_get_tokenizer_is_not_built() -> None:
-    """GetTokenizer answers UNIMPLEMENTED."""
+async def test_get_tokenizer_is_a_zip_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GetTokenizer's chunks make a zip of tokenizer.json and tokenizer_config.json."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1000)
     async with served() as service:
-        with refused(NotBuilt):
+        chunks = [part.chunk async for part in service.stub.GetTokenizer(engine_pb2.GetTokenizerRequest())]
+
+        with zipfile.ZipFile(io.BytesIO(b"".join(chunks))) as packed:
+            assert packed.testzip() is None
+            assert packed.namelist() == ["tokenizer.json", "tokenizer_config.json"]
+            assert "<|begin|>" in json.loads(packed.read("tokenizer.json"))["model"]["vocab"]
+        assert {len(chunk) for chunk in chunks[:-1]} == {1000}
+
+
+async def test_a_tokenizer_that_cannot_be_told_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GetTokenizer answers UNIMPLEMENTED, with the reason, for a vocabulary that has no such form."""
+
+    def files(_: ByteVocabulary) -> dict[str, bytes]:
+        raise ValueError("it is of no known kind")
+
+    monkeypatch.setattr(ByteVocabulary, "files", files)
+    async with served() as service:
+        with refused(NotBuilt) as errors:
             await service.stub.GetTokenizer(engine_pb2.GetTokenizerRequest()).read()
+        assert "it is of no known kind" in errors[0].message
 
 
 async def test_prepare_refuses_with_paths() -> None:

@@ -62,10 +62,17 @@ class LlamaVocabulary:
     def files(self) -> Mapping[str, bytes]:
         """See base.Vocabulary."""
         begin, end = self._controls
+        template = self.template
+        if template is not None and self._begin and not self._writes_begin(begin):
+            template = "{{ bos_token }}" + template
         return {
             huggingface.TOKENIZER: bpe.tokenizer_json(gguf.read_metadata(self._path), next(iter(self._begin), None)),
-            huggingface.CONFIG: huggingface.config(template=self.template, begin=begin or None, end=end or None),
+            huggingface.CONFIG: huggingface.config(template=template, begin=begin or None, end=end or None),
         }
+
+    def _writes_begin(self, begin: str) -> bool:
+        """Whether a chat has its begin token from the template itself; if not, `encode` puts it there, and a gateway does not."""
+        return self._chat is not None and self._chat.render([types_pb2.Message(role="user", content="a")]).startswith(begin)
 
     def _template(self, begin: int | None, end: int | None) -> ChatTemplate | None:
         """None: there is none, or none that can be used."""

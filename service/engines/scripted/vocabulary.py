@@ -20,6 +20,7 @@ CONTROLS = {
     "<|tool|>": 261,
 }
 _TEMPLATE = (
+    "{{ bos_token }}"
     "{%- for m in messages -%}"
     "{%- if m.role == 'system' and not loop.first -%}{{ raise_exception('a system message must come first') }}{%- endif -%}"
     "{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}"

@@ -1,0 +1,76 @@
+"""Hugging Face's files, read by Hugging Face's own library: they make the tokens and the text that the service makes."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from ostinato.v1 import types_pb2
+
+from service.engines.huggingface import archive, config, letters
+from service.engines.llama.template import ChatTemplate
+from service.engines.scripted.vocabulary import CONTROLS, ByteVocabulary
+
+VOCABULARY = ByteVocabulary()
+FILES = VOCABULARY.files()
+TOKENIZER = Tokenizer.from_str(FILES["tokenizer.json"].decode())
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+WRITTEN = st.lists(TEXT | st.sampled_from(list(CONTROLS))).map("".join)
+
+
+@given(WRITTEN)
+def test_a_text_has_the_same_tokens(text: str) -> None:
+    """With control tokens recognised, behind the begin token."""
+    assert TOKENIZER.encode(text).ids == VOCABULARY.encode(text, special=True)
+
+
+@given(WRITTEN)
+def test_tokens_have_the_same_text(text: str) -> None:
+    """Control tokens have none, here as there."""
+    ids = VOCABULARY.encode(text, special=True)
+
+    assert TOKENIZER.decode(ids) == b"".join(map(VOCABULARY.piece, ids)).decode()
+
+
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "tool"]), TEXT)), st.none() | TEXT)
+def test_a_chat_has_the_same_tokens(turns: list[tuple[str, str]], system: str | None) -> None:
+    """The template in the files, rendered by a gateway, comes to what the service renders and tokenises."""
+    messages = [types_pb2.Message(role=role, content=content) for role, content in turns]
+    if system is not None:
+        messages.insert(0, types_pb2.Message(role="system", content=system))
+    told = json.loads(FILES["tokenizer_config.json"])
+    template = ChatTemplate(told["chat_template"], begin=told["bos_token"], end=told["eos_token"])
+
+    rendered = TOKENIZER.encode(template.render(messages), add_special_tokens=False).ids
+    assert rendered == VOCABULARY.encode(VOCABULARY.render(messages), special=True)
+
+
+def test_letters_are_the_library_s() -> None:
+    """Each byte's letter is the one that the library's byte-level decoder takes for it."""
+    assert sorted(letters()) == sorted(
+        Tokenizer.from_str(FILES["tokenizer.json"].decode()).get_vocab().keys() - CONTROLS.keys()
+    )
+
+
+def test_the_archive_is_the_same_for_the_same_files() -> None:
+    """Byte for byte, whatever the order and the day; and unpacks to them."""
+    files = {"b": b"2" * 5000, "a": b"1"}
+    packed = archive(files)
+
+    assert packed == archive(dict(reversed(files.items())))
+    with zipfile.ZipFile(io.BytesIO(packed)) as opened:
+        assert {name: opened.read(name) for name in opened.namelist()} == files
+
+
+def test_what_a_model_does_not_have_is_not_written() -> None:
+    """No null in tokenizer_config.json: a reader may take it for text."""
+    assert json.loads(config(template=None, begin=None, end="</s>")) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "</s>",
+    }

