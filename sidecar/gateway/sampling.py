@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import struct
+import re
 from collections.abc import Iterator
+from ctypes import c_float
 
 from google.protobuf.message import Message
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
@@ -40,11 +41,11 @@ REQUEST = frozenset({"request_id", "tokenized", "text", "sampling_params", "stre
 _PATHS = {f"parameters.{own}": f"sampling_params.{theirs}" for theirs, own in PARAMETERS.items() if theirs != "json_object"}
 
 
-def request_of(theirs: vllm.GenerateRequest) -> generation_pb2.GenerateRequest:
+def request_of(theirs: vllm.GenerateRequest, items_max: int) -> generation_pb2.GenerateRequest:
     """One item for each of `n`; a given seed is the first one's, and counts up. Raises InvalidRequest with every bad field."""
     given = theirs.sampling_params
     violations = [*_unknown(theirs, REQUEST, ""), *_unknown(given, {*PARAMETERS, *OF_THE_TEXT, "n"}, "sampling_params.")]
-    violations += _bad(theirs)
+    violations += _bad(theirs, items_max)
     if violations:
         raise errors.InvalidRequest(violations=violations)
     prompt = types_pb2.Item()
@@ -72,8 +73,7 @@ def as_written(value: float) -> float:
     input as another client's."""
     if not math.isfinite(value):
         return value
-    narrow = struct.pack("f", value)
-    return next(wide for digits in range(1, 18) if struct.pack("f", wide := float(f"{value:.{digits}g}")) == narrow)
+    return next(wide for digits in range(1, 10) if c_float(wide := float(f"{value:.{digits}g}")).value == value)
 
 
 def _parameters(given: vllm.SamplingParams) -> types_pb2.Parameters:
@@ -102,13 +102,15 @@ def _parameters(given: vllm.SamplingParams) -> types_pb2.Parameters:
     return made
 
 
-def _bad(theirs: vllm.GenerateRequest) -> Iterator[Violation]:
+def _bad(theirs: vllm.GenerateRequest, items_max: int) -> Iterator[Violation]:
     given = theirs.sampling_params
     if theirs.WhichOneof("input") is None:
         yield Violation("tokenized", "is missing, and so is text")
     if given.HasField("seed") and not 0 <= given.seed <= SEED_MAX:
         why = "a gateway cuts others down to 32 bits in silence, so this one may not be the caller's"
         yield Violation("sampling_params.seed", f"must be 0 to {SEED_MAX}, is {given.seed}: {why}")
+    if given.n > items_max:
+        yield Violation("sampling_params.n", f"must be at most {items_max}, is {given.n}")
     for name in ("top_k", "max_tokens", "min_tokens"):
         if getattr(given, name) >= 1 << 31:
             yield Violation(f"sampling_params.{name}", f"{getattr(given, name)} is too large")
@@ -122,9 +124,11 @@ def _unknown(message: Message, known: frozenset[str] | set[str], path: str) -> I
 
 
 def _path(field: str) -> str:
-    """Of a field of ours, theirs."""
-    _, _, inner = field.rpartition("].")
-    if field.startswith("items[") and not inner.startswith("parameters."):
+    """Of a field of ours, theirs. All items have one prompt, and their parameters are the batch's."""
+    own = re.sub(r"^items\[\d+\]\.(?=parameters\.)", "", field)
+    if own.startswith("items["):
         return "tokenized.input_ids"
-    own = inner or field
-    return next((theirs + own.removeprefix(path) for path, theirs in _PATHS.items() if own.startswith(path)), field)
+    if own == "items":
+        return "sampling_params.n"
+    longest = max((path for path in _PATHS if re.match(rf"{re.escape(path)}\b", own)), key=len, default=None)
+    return own if longest is None else _PATHS[longest] + own.removeprefix(longest)

@@ -39,6 +39,7 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
     def __init__(self, generation: GenerationServicer, dispatcher: Dispatcher, settings: Settings) -> None:
         self._generation = generation
         self._dispatcher = dispatcher
+        self._items_max = settings.batch_items_max
         self._timeout_seconds = settings.vllm_timeout_seconds
         self._started = time.monotonic()
         self._told = ""
@@ -70,7 +71,7 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
             deadline = min(deadline, time.monotonic() + patience)
         if self._tokenizer_changed():
             raise errors.FingerprintChanged(RESTART_GATEWAY)
-        ours = request_of(request)
+        ours = request_of(request, self._items_max)
         answer: Any = Answer(context, len(request.tokenized.input_ids), lambda: deadline - time.monotonic())
         try:
             if request.stream:

@@ -71,7 +71,7 @@ class LlamaVocabulary:
         }
 
     def _writes_begin(self, begin: str) -> bool:
-        """Whether a chat has its begin token from the template itself; if not, `encode` puts it there, and a gateway does not."""
+        """Whether a chat has its begin token from the template; if not, `encode` puts it there, and a gateway does not."""
         return self._chat is not None and self._chat.render([types_pb2.Message(role="user", content="a")]).startswith(begin)
 
     def _template(self, begin: int | None, end: int | None) -> ChatTemplate | None:
