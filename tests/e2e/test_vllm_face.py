@@ -1,0 +1,217 @@
+"""VllmEngine at a real sidecar's door, called as a gateway would: proof, deadlines, tenants, and ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from smg_grpc_proto.generated import common_pb2, sglang_scheduler_pb2, sglang_scheduler_pb2_grpc
+from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
+from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
+
+from ostinato.chain import check_receipt
+from ostinato.client import Client
+from ostinato.serving import tokens
+from ostinato.serving.identity import Role
+from ostinato.v1 import types_pb2
+
+from tests.e2e.conftest import ended, eventually
+from tests.pair import ROOT, Pair, Program
+
+SCRIPT = '{"rules": [{"do": "hang", "at": 100}]}'
+HANGS = 200
+"""More tokens than any run gets to."""
+NAME = "vllm.grpc.engine.VllmEngine"
+
+
+@dataclass(frozen=True)
+class Face:
+    """A pair whose sidecar wears it, and the tokens of two tenants and an operator."""
+
+    pair: Pair
+    tokens: dict[str, str]
+
+    def client(self, tenant: str) -> Client:
+        return Client(self.pair.target, token=self.tokens[tenant])
+
+    def metadata(self, tenant: str) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.tokens[tenant]}"),)
+
+
+@pytest.fixture(scope="module", name="face")
+def _face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
+    made = {name: tokens.new(name, Role.ADMIN if name == "ops" else Role.TENANT) for name in ("acme", "zeta", "ops")}
+    listed = tmp_path_factory.mktemp("face") / "tokens"
+    listed.touch(mode=0o600)
+    listed.write_text("\n".join(line for _, line in made.values()))
+    sidecar = ["--vllm-face", "--tokens", str(listed)]
+    with Pair(service=["--script", SCRIPT, "--self-test", "off"], sidecar=sidecar) as pair:
+        yield Face(pair.start(), {name: token for name, (token, _) in made.items()})
+
+
+@pytest.fixture(name="stub")
+async def _stub(face: Face) -> AsyncIterator[Any]:
+    async with grpc.aio.insecure_channel(face.pair.target) as channel:
+        yield VllmEngineStub(channel)
+
+
+def asked(request_id: str = "r", *, stream: bool = False, **parameters: Any) -> vllm.GenerateRequest:
+    return vllm.GenerateRequest(
+        request_id=request_id,
+        tokenized=vllm.TokenizedInput(input_ids=[97, 98]),
+        sampling_params=vllm.SamplingParams(**({"max_tokens": 5} | parameters)),
+        stream=stream,
+    )
+
+
+async def code_of(call: Any) -> grpc.StatusCode:
+    """With which a stream ends, read to its end."""
+    try:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_receipts_come_in_the_trailers(face: Face, stub: Any, stream: bool) -> None:
+    """With the stamp: each proves its item offline, and is the one that the journal keeps."""
+    call = stub.Generate(asked(stream=stream, n=2, seed=5), metadata=face.metadata("acme"))
+    messages = [message async for message in call]
+    trailers = await call.trailing_metadata()
+    stamp = types_pb2.Stamp.FromString(dict(trailers)["ostinato-stamp-bin"])
+    receipts = [types_pb2.Receipt.FromString(value) for key, value in trailers if key == "ostinato-receipt-bin"]
+
+    assert [message.complete.index for message in messages if message.HasField("complete")] == [0, 1]
+    assert any(message.HasField("chunk") for message in messages) == stream
+    assert [check_receipt(receipt) for receipt in receipts] == [[], []]
+    async with face.client("acme") as client:
+        for number, receipt in zip(range(stamp.first_sequence, stamp.first_sequence + stamp.count), receipts, strict=True):
+            (record,) = await client.get(number)
+            assert record.result.receipt == receipt
+            assert record.input.seed == 5 + number - stamp.first_sequence
+
+
+async def test_who_calls_is_asked(face: Face, stub: Any) -> None:
+    """Without a token nothing is answered, health included; with one, the item is its tenant's."""
+    for call in (stub.Generate(asked()).read(), stub.HealthCheck(vllm.HealthCheckRequest())):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+    call = stub.Generate(asked("mine"), metadata=face.metadata("zeta"))
+    _ = [message async for message in call]
+    sequence = types_pb2.Stamp.FromString(dict(await call.trailing_metadata())["ostinato-stamp-bin"]).first_sequence
+    async with face.client("ops") as ops:
+        (record,) = await ops.get(sequence)
+    assert (record.input.tenant, record.input.request_id) == ("zeta", "mine")
+
+
+async def test_abort(face: Face, stub: Any) -> None:
+    """Ends all of the caller's calls with this request id, as CANCELLED, and nobody else's; unknown ids are ignored."""
+    calls = {
+        name: stub.Generate(asked("same", stream=True, max_tokens=HANGS, ignore_eos=True), metadata=face.metadata(tenant))
+        for name, tenant in (("one", "acme"), ("two", "acme"), ("other", "zeta"))
+    }
+    for call in calls.values():
+        assert (await call.read()).HasField("chunk")
+    await stub.Abort(vllm.AbortRequest(request_ids=["same", "unknown"]), metadata=face.metadata("acme"))
+
+    for name in ("one", "two"):
+        assert await code_of(calls[name]) == grpc.StatusCode.CANCELLED
+    assert not calls["other"].done()
+    calls["other"].cancel()
+    await eventually(
+        lambda: face.pair.metrics(face.pair.service)["ostinato_engine_runs_in_flight"] == 0, "the engine works on nothing"
+    )
+
+
+async def test_a_call_without_a_deadline_has_one() -> None:
+    """--vllm-timeout-seconds: then the item fails with DEADLINE_EXCEEDED, and the call with it, streamed or not."""
+    sidecar = ["--vllm-face", "--vllm-timeout-seconds", "0.5"]
+    with Pair(service=["--script", SCRIPT, "--self-test", "off"], sidecar=sidecar) as pair:
+        pair.start()
+        async with grpc.aio.insecure_channel(pair.target) as channel, Client(pair.target) as client:
+            stub: Any = VllmEngineStub(channel)
+            for stream in (True, False):
+                call = stub.Generate(asked(stream=stream, max_tokens=HANGS, ignore_eos=True))
+                assert await code_of(call) == grpc.StatusCode.DEADLINE_EXCEEDED
+                stamp = types_pb2.Stamp.FromString(dict(await call.trailing_metadata())["ostinato-stamp-bin"])
+                (record,) = await client.get(stamp.first_sequence)
+                assert record.result.status.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+
+
+async def test_what_a_gateway_asks_at_first(face: Face, stub: Any) -> None:
+    """What runs, how full it is, that it is well, and the tokenizer whole, with its digest behind."""
+    seen = {"metadata": face.metadata("acme")}
+    model = await stub.GetModelInfo(vllm.GetModelInfoRequest(), **seen)
+    loads = await stub.GetLoads(vllm.GetLoadsRequest(), **seen)
+    chunks = [chunk async for chunk in stub.GetTokenizer(common_pb2.GetTokenizerRequest(), **seen)]
+
+    assert (model.served_model_name, model.max_context_length, model.vocab_size) == ("scripted", 4096, 262)
+    assert len(loads.loads) == loads.dp_rank_count == 1
+    assert (await stub.GetServerInfo(vllm.GetServerInfoRequest(), **seen)).server_type == "vllm-grpc"
+    assert (await stub.HealthCheck(vllm.HealthCheckRequest(), **seen)).healthy
+    assert [len(chunk.sha256) for chunk in chunks] == [0] * (len(chunks) - 1) + [64]
+    async with grpc.aio.insecure_channel(face.pair.target) as channel:
+        health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=NAME))
+    assert health.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_what_there_is_not_is_unimplemented(face: Face, stub: Any) -> None:
+    """Embeddings, profiles and cache events say so, and so does another kind of worker's health: a gateway probes for it."""
+    async with grpc.aio.insecure_channel(face.pair.target) as channel:
+        other: Any = sglang_scheduler_pb2_grpc.SglangSchedulerStub(channel)
+        for call in (
+            stub.Embed(vllm.EmbedRequest(), metadata=face.metadata("acme")),
+            stub.FlushCache(common_pb2.FlushCacheRequest(), metadata=face.metadata("acme")),
+            stub.StartProfile(common_pb2.StartProfileRequest(), metadata=face.metadata("acme")),
+            stub.StopProfile(common_pb2.StopProfileRequest(), metadata=face.metadata("acme")),
+            stub.SubscribeKvEvents(common_pb2.SubscribeKvEventsRequest(), metadata=face.metadata("acme")).read(),
+            other.HealthCheck(sglang_scheduler_pb2.HealthCheckRequest(), metadata=face.metadata("acme")),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_without_an_engine_it_is_not_well() -> None:
+    """HealthCheck says why, and asking for the model is UNAVAILABLE: the gateway takes it out of its rounds, and comes back."""
+    with Pair(sidecar=["--vllm-face"]) as pair:
+        pair.start_sidecar()
+        async with grpc.aio.insecure_channel(pair.target) as channel:
+            stub: Any = VllmEngineStub(channel)
+            health = await stub.HealthCheck(vllm.HealthCheckRequest())
+            for call in (
+                stub.GetModelInfo(vllm.GetModelInfoRequest()),
+                stub.Generate(asked()).read(),
+                stub.GetTokenizer(common_pb2.GetTokenizerRequest()).read(),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call
+                assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert (health.healthy, health.message) == (False, "no engine is connected")
+
+
+def test_its_package_is_needed_only_where_it_is_wanted(tmp_path: Path) -> None:
+    """Without smg-grpc-proto the sidecar runs, and with --vllm-face it stops at once, naming the extra."""
+    (tmp_path / "smg_grpc_proto.py").write_text("raise ModuleNotFoundError('it is not installed here')")
+    paths = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "proto")])
+    flags = ["--listen", "127.0.0.1:0", "--metrics", "", "--journal", str(tmp_path / "journal"), "--log-format", "json"]
+
+    wants = Program("sidecar", [*flags, "--vllm-face"], env={"PYTHONPATH": paths})
+    code, log = ended(wants)
+    assert (code, log.splitlines()[-1]) == (1, "--vllm-face: it is not installed here; pip install 'ostinato[gateway]'")
+    assert not (tmp_path / "journal").exists()
+    without = Program("sidecar", flags, env={"PYTHONPATH": paths})
+    try:
+        without.wait_for("listening")
+    finally:
+        assert without.stop() == 0
