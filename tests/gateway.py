@@ -5,68 +5,49 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-SMG = Path(sys.executable).parent / "smg"
+from tests.pair import Program
+
 START_SECONDS = 60.0
 
 
-class Gateway:
-    """`smg launch` in front of `target`, a context. Its retries are off: each would be a
-    request of its own, with numbers of its own."""
+class Gateway(Program):
+    """`smg launch` in front of `target`; a context, which kills it: told to stop, it would wait for a load balancer that is not
+    there. Its retries are off: each would be a request of its own, with numbers of its own."""
 
     def __init__(self, target: str, port: int = 0) -> None:
-        self.port = port or free_port()
-        self.url = f"http://127.0.0.1:{self.port}/v1"
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # it lives as long as this
-        command = [SMG, "launch", "--host", "127.0.0.1", "--port", str(self.port), "--worker-urls", f"grpc://{target}"]
-        command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
-        command += ["--disable-retries", "--log-level", "warn"]
-        self._process = subprocess.Popen(list(map(str, command)), stdout=self._log, stderr=subprocess.STDOUT)
+        self.address = f"127.0.0.1:{port or free_port()}"
+        self.url = f"http://{self.address}/v1"
+        args = ["--host", "127.0.0.1", "--port", self.address.rpartition(":")[2], "--worker-urls", f"grpc://{target}"]
+        args += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
+        super().__init__("smg", ["launch", *args, "--disable-retries", "--log-level", "warn"])
 
-    @property
-    def running(self) -> bool:
-        return self._process.poll() is None
-
-    def wait(self, seconds: float = START_SECONDS) -> str:
-        """The model's name, once the gateway has its tokenizer too."""
+    def model(self, seconds: float = START_SECONDS) -> str:
+        """The name of what it offers, once it has its tokenizer too."""
         deadline = time.monotonic() + seconds
         while self.running and time.monotonic() < deadline:
             with contextlib.suppress(OSError):
                 self._get("/readiness")
                 return str(self._get("/v1/models")["data"][0]["id"])
             time.sleep(0.02)
-        raise AssertionError(f"the gateway was never ready:\n{self.log()}")
+        raise AssertionError("the gateway was never ready:\n" + "\n".join(self.lines[-40:]))
 
     def _get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{self.address}{path}", timeout=5) as answer:
             return json.load(answer)
-
-    def log(self) -> str:
-        """Its last lines."""
-        self._log.seek(0)
-        return "".join(self._log.readlines()[-40:])
-
-    def stop(self) -> None:
-        """At once: told to stop, it would wait for a load balancer that is not there."""
-        self._process.kill()
-        self._process.wait()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
+        self.kill()
         if kind is not None:
-            sys.stderr.write(f"---- gateway\n{self.log()}\n")
-        self._log.close()
+            sys.stderr.write("---- gateway\n" + "\n".join(self.lines[-30:]) + "\n")
 
 
 def free_port() -> int:

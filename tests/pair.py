@@ -35,16 +35,16 @@ class Program:
             [sys.executable, "-m", name, *args],
             cwd=ROOT,
             env={**inherited, "PYTHONPATH": path, **(env or {})},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self._process.stderr is not None
-        with self._process.stderr as stream:
+        assert self._process.stdout is not None
+        with self._process.stdout as stream:
             for line in stream:
                 self.lines.append(line.rstrip("\n"))
 

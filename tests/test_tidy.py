@@ -32,6 +32,7 @@ ARROWS = (
     Only(("lmdeploy",), r"service/engines/turbomind", "one engine, one room"),
     Only(("xllamacpp",), r"service/engines/llama/library\.py", "its binding changes with every release"),
     Only(("apsw", "psycopg", "sqlite3"), r"sidecar/journal/", "only the journal knows a database"),
+    Only(("smg_grpc_proto",), r"sidecar/gateway/", "an extra, for those who want that face"),
     Only(("plotly",), r"proto/ostinato/cli/page\.py", "an extra of the wheel, and slow to import"),
     Only(("ostinato.serving",), r"proto/ostinato/serving/|service/|sidecar/", "clients do not serve"),
 )

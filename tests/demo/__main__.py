@@ -12,13 +12,14 @@ from pathlib import Path
 from rich.console import Console
 
 from tests.demo.show import counted, show
+from tests.gateway import Gateway
 from tests.pair import ROOT, Pair
 
 STATE = ROOT / ".run" / "service"
 """Proofs of the self-test stay here, so that a second start is quick."""
 
 NEXT = """
-Running. Ctrl-C stops both. In another terminal:
+Running. Ctrl-C stops it all. In another terminal:
 
   .venv/bin/ostinato -t {target} generate "Shanghai is" -n 3 --seed 1 --top-k 40
   .venv/bin/ostinato -t {target} tail --follow
@@ -37,23 +38,34 @@ A stub in five lines of Python:
   print([result.output.text for result in stub.Generate(request).results])
 """
 
+OPENAI = """
+OpenAI's API is at {url}:
+
+  curl -s {url}/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"model": "{model}", "seed": 1, "messages": [{{"role": "user", "content": "Where is Shanghai?"}}]}}'
+"""
+GATEWAY_PORT = 8000
+
 
 def main() -> int:
     """0: everything that was shown is as promised."""
     parser = argparse.ArgumentParser(prog="python -m tests.demo")
     parser.add_argument("--up", action="store_true", help="leave both running until Ctrl-C")
     parser.add_argument("--engine", default="llama", help="llama, turbomind or scripted")
+    parser.add_argument("--gateway", action="store_true", help="with --up: an OpenAI gateway too")
     parser.add_argument("--model", default="", help="path of another model")
     args = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140)
     service = ["--model", args.model] if args.model else []
-    pair = Pair(service=service, engine=args.engine, state=STATE)
+    pair = Pair(service=service, sidecar=["--vllm-face"] if args.gateway else [], engine=args.engine, state=STATE)
     pair.second_runs = []  # as it would be out there
     try:
         if args.up:
             pair.stay(ROOT / ".run", "127.0.0.1:7001", "127.0.0.1:9400")
         with pair:
             begin(pair, console)
+            if args.gateway:
+                open_gateway(pair, console)
             if args.up:
                 stay(pair, console)
                 return 0
@@ -80,8 +92,15 @@ def begin(pair: Pair, console: Console) -> None:
     )
 
 
+def open_gateway(pair: Pair, console: Console) -> None:
+    """In front of the sidecar, until the pair ends."""
+    gateway = Gateway(pair.target, GATEWAY_PORT)
+    pair.programs.append(gateway)
+    console.print(OPENAI.format(model=gateway.model(), url=gateway.url), highlight=False, markup=False)
+
+
 def stay(pair: Pair, console: Console) -> None:
-    """Until Ctrl-C, or until one of the two ends."""
+    """Until Ctrl-C, or until one of the programs ends."""
     assert pair.sidecar is not None
     text = NEXT.format(target=pair.target, metrics=pair.sidecar.wait_for("metrics")["port"])
     console.print(text, highlight=False, markup=False)

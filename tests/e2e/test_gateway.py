@@ -29,7 +29,7 @@ def _behind() -> Iterator[tuple[Pair, Gateway]]:
     with Pair(service=["--script", SCRIPT], sidecar=["--vllm-face"]) as pair:
         pair.start()
         with Gateway(pair.target) as gateway:
-            gateway.wait()
+            gateway.model()
             yield pair, gateway
 
 
@@ -212,7 +212,7 @@ async def test_a_full_queue_is_429() -> None:
     with Pair(service=["--script", SCRIPT, "--self-test", "off"], sidecar=["--vllm-face", "--queue-items-max", "1"]) as pair:
         pair.start()
         with Gateway(pair.target) as gateway:
-            model = gateway.wait()
+            model = gateway.model()
             async with openai.AsyncOpenAI(base_url=gateway.url, api_key="none", max_retries=0) as api:
                 with pytest.raises(openai.RateLimitError):
                     await api.completions.create(model=model, prompt="x", n=2)
@@ -225,7 +225,7 @@ async def test_another_tokenizer_is_noticed() -> None:
         pair.start()
         with Gateway(pair.target) as gateway:
             api = openai.AsyncOpenAI(base_url=gateway.url, api_key="none", max_retries=0)
-            model = gateway.wait()
+            model = gateway.model()
             await api.completions.create(model=model, prompt="x", max_tokens=2)
             assert pair.service is not None
             pair.service.stop()
@@ -236,7 +236,7 @@ async def test_another_tokenizer_is_noticed() -> None:
             await api.close()
         with Gateway(pair.target) as gateway:
             async with openai.AsyncOpenAI(base_url=gateway.url, api_key="none", max_retries=0) as api:
-                await api.completions.create(model=gateway.wait(), prompt="x", max_tokens=2)
+                await api.completions.create(model=gateway.model(), prompt="x", max_tokens=2)
 
 
 @pytest.mark.llama
@@ -252,7 +252,7 @@ async def test_a_real_model(tmp_path: Path) -> None:
         with Gateway(pair.target) as gateway:
             api = openai.AsyncOpenAI(base_url=gateway.url, api_key="none", max_retries=0)
             async with api, Client(pair.target) as own:
-                await real(api, gateway.wait(), own)
+                await real(api, gateway.model(), own)
 
 
 async def real(api: openai.AsyncOpenAI, model: str, own: Client) -> None:
@@ -270,7 +270,7 @@ async def real(api: openai.AsyncOpenAI, model: str, own: Client) -> None:
     text = await api.completions.create(model=model, prompt="Shanghai is", max_tokens=12, seed=1, extra_body={"top_k": 40})
     assert text.choices[0].text == plain
 
-    schema = {"name": "answer", "schema": {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"]}}
+    schema: Any = {"name": "answer", "schema": {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"]}}
     formed = await api.chat.completions.create(
         **asked | {"max_tokens": 40}, response_format={"type": "json_schema", "json_schema": schema}
     )

@@ -40,7 +40,7 @@ def answer(count: int = 1) -> tuple[Wire, Answer, types_pb2.Stamp]:
 
 
 def completed(sequence: int = 7, **output: Any) -> types_pb2.Result:
-    made = {"token_ids": [5, 6], "finish_reason": types_pb2.FINISH_REASON_LENGTH, "prompt_tokens": 3} | output
+    made: dict[str, Any] = {"token_ids": [5, 6], "finish_reason": types_pb2.FINISH_REASON_LENGTH, "prompt_tokens": 3} | output
     header = types_pb2.EntryHeader(sequence=sequence, log_id="0" * 32, writer="w" * 128)
     for name in ("input_digest", "output_digest", "logprobs_digest", "fingerprint_digest", "payload_digest"):
         setattr(header, name, bytes(32))
