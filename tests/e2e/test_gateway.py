@@ -166,6 +166,7 @@ async def test_logprobs(api: openai.AsyncOpenAI) -> None:
         ({"seed": 2**31 - 1}, "seed"),
         ({"seed": 2**40}, "seed"),
         ({"seed": -1}, "seed"),
+        ({"seed": -(2**40)}, "seed"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -181,6 +182,27 @@ async def test_what_is_refused(api: openai.AsyncOpenAI, door: Door, parameters: 
     async with door.nothing_numbered():
         with pytest.raises(openai.BadRequestError, match=field):
             await api.completions.create(**({"model": "scripted", "prompt": "x"} | parameters))
+
+
+async def test_what_the_gateway_loses(api: openai.AsyncOpenAI, door: Door) -> None:
+    """What docs/operations.md says that it drops, and what it does to a bare prompt, it still does."""
+    before = await door.last_sequence()
+    made = await api.completions.create(
+        model="scripted",
+        prompt="a<|end|>b",
+        max_tokens=3,
+        logprobs=1,
+        best_of=3,
+        logit_bias={"97": 5},
+        extra_headers={"X-Request-Id": "x"},
+    )
+    (record,) = await records(door, before, "x")
+    ours = await door.client.generate("a<|end|>b", max_new_tokens=1)
+    (own,) = await door.client.get(ours.stamp.first_sequence)
+
+    assert made.choices[0].logprobs is None and len(record.result.output.logprobs) == 3
+    assert list(record.input.token_ids) == [97, 256, 98]
+    assert list(own.input.token_ids) == [257, *b"a<|end|>b"]
 
 
 @pytest.mark.parametrize("streamed", [True, False])

@@ -88,7 +88,7 @@ class EngineServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetTokenizer(self, request, context):
-        """The tokenizer's files, for gateways. Not built yet: UNIMPLEMENTED.
+        """A zip of Hugging Face's tokenizer.json and tokenizer_config.json, for gateways. UNIMPLEMENTED for a model that has no such form.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,7 @@ class EngineStub:
     """Turns items into token ids and resolved parameters, or refuses with field paths. Runs nothing."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
     GetTokenizer: _grpc.UnaryStreamMultiCallable[_engine_pb2.GetTokenizerRequest, _engine_pb2.GetTokenizerResponse]
-    """The tokenizer's files, for gateways. Not built yet: UNIMPLEMENTED."""
+    """A zip of Hugging Face's tokenizer.json and tokenizer_config.json, for gateways. UNIMPLEMENTED for a model that has no such form."""
     Execute: _grpc.StreamStreamMultiCallable[_engine_pb2.ExecuteRequest, _engine_pb2.ExecuteResponse]
     """The one ordered stream of a sidecar. It begins with Hello, answered by Welcome. When it ends, for whatever reason, the
     service stops every run of it.
@@ -57,7 +57,7 @@ class EngineAsyncStub(EngineStub):
     """Turns items into token ids and resolved parameters, or refuses with field paths. Runs nothing."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
     GetTokenizer: _aio.UnaryStreamMultiCallable[_engine_pb2.GetTokenizerRequest, _engine_pb2.GetTokenizerResponse]  # type: ignore[assignment]
-    """The tokenizer's files, for gateways. Not built yet: UNIMPLEMENTED."""
+    """A zip of Hugging Face's tokenizer.json and tokenizer_config.json, for gateways. UNIMPLEMENTED for a model that has no such form."""
     Execute: _aio.StreamStreamMultiCallable[_engine_pb2.ExecuteRequest, _engine_pb2.ExecuteResponse]  # type: ignore[assignment]
     """The one ordered stream of a sidecar. It begins with Hello, answered by Welcome. When it ends, for whatever reason, the
     service stops every run of it.
@@ -95,7 +95,7 @@ class EngineServicer(metaclass=_abc_1.ABCMeta):
         request: _engine_pb2.GetTokenizerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_engine_pb2.GetTokenizerResponse], _abc.AsyncIterator[_engine_pb2.GetTokenizerResponse]]:
-        """The tokenizer's files, for gateways. Not built yet: UNIMPLEMENTED."""
+        """A zip of Hugging Face's tokenizer.json and tokenizer_config.json, for gateways. UNIMPLEMENTED for a model that has no such form."""
 
     @_abc_1.abstractmethod
     def Execute(
