@@ -17,7 +17,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc as vllm_grpc
 from ostinato import __version__, errors
 from ostinato.serving.deadlines import remaining
 from ostinato.serving.identity import caller
-from ostinato.v1 import types_pb2
+from ostinato.v1 import generation_pb2, types_pb2
 
 from sidecar.config import Settings
 from sidecar.dispatcher import Dispatcher
@@ -70,9 +70,7 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
         patience = remaining(context)
         if patience is not None:
             deadline = min(deadline, time.monotonic() + patience)
-        if self._tokenizer_changed():
-            raise errors.FingerprintChanged(RESTART_GATEWAY)
-        ours = request_of(request, self._items_max)
+        ours = self._ours(request)
         answer: Any = Answer(context, len(request.tokenized.input_ids), lambda: deadline - time.monotonic())
         try:
             if request.stream:
@@ -82,6 +80,16 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
                 await answer.whole(await self._generation.Generate(ours, answer))
         except errors.InvalidRequest as error:
             raise in_their_words(error) from error
+
+    def _ours(self, request: vllm.GenerateRequest) -> generation_pb2.GenerateRequest:
+        """Raises what refuses it, counted as Generation counts its own refusals."""
+        try:
+            if self._tokenizer_changed():
+                raise errors.FingerprintChanged(RESTART_GATEWAY)
+            return request_of(request, self._items_max)
+        except errors.OstinatoError as error:
+            self._dispatcher.observer.refused(error)
+            raise
 
     async def Abort(self, request: vllm.AbortRequest, context: Context) -> vllm.AbortResponse:
         for request_id in request.request_ids:
@@ -134,8 +142,9 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
     async def GetTokenizer(
         self, request: common.GetTokenizerRequest, context: Context
     ) -> AsyncGenerator[common.GetTokenizerChunk]:
-        self._told = self._model().fingerprint.fields["tokenizer"]
+        told = self._model().fingerprint.fields["tokenizer"]
         files = await self._dispatcher.link.tokenizer(remaining(context))
+        self._told = told
         for start in range(0, len(files), CHUNK_BYTES):
             last = start + CHUNK_BYTES >= len(files)
             digest = hashlib.sha256(files).hexdigest() if last else ""

@@ -178,10 +178,13 @@ async def test_logprobs(api: openai.AsyncOpenAI) -> None:
     ids=str,
 )
 async def test_what_is_refused(api: openai.AsyncOpenAI, door: Door, parameters: dict[str, Any], field: str) -> None:
-    """400, with the gateway's name of the field, and no number is burned."""
+    """400, with the gateway's name of the field; no number is burned, and it is counted."""
+    counted = 'ostinato_refused_requests_total{reason="INVALID_REQUEST"}'
+    before = door.pair.metrics().get(counted, 0)
     async with door.nothing_numbered():
         with pytest.raises(openai.BadRequestError, match=field):
             await api.completions.create(**({"model": "scripted", "prompt": "x"} | parameters))
+    assert door.pair.metrics()[counted] == before + 1
 
 
 async def test_what_the_gateway_loses(api: openai.AsyncOpenAI, door: Door) -> None:

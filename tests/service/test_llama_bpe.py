@@ -9,7 +9,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -67,7 +67,6 @@ def test_many_languages(vocabulary: LlamaVocabulary, tokenizer: Tokenizer, text:
     assert tokenizer.decode(ids).encode() == b"".join(map(vocabulary.piece, ids))
 
 
-@settings(max_examples=500)
 @given(words=st.lists(WORDS, max_size=12))
 @example(words=["a", "\u00a0", "\u1680", "b"])
 def test_any_text(vocabulary: LlamaVocabulary, tokenizer: Tokenizer, words: list[str]) -> None:
@@ -77,7 +76,7 @@ def test_any_text(vocabulary: LlamaVocabulary, tokenizer: Tokenizer, words: list
     assert tokenizer.encode(text).ids == vocabulary.encode(text, special=True)
 
 
-@pytest.mark.parametrize("pre", sorted(bpe.SPLITS))
+@pytest.mark.parametrize("pre", sorted(bpe.SPLITS.keys() - {"smollm"}))
 def test_every_known_way_of_cutting(tmp_path_factory: pytest.TempPathFactory, pre: str) -> None:
     """The same model, told to cut its texts in another way: still the same ids as llama.cpp's."""
     path = told(tmp_path_factory.getbasetemp() / f"{pre}.gguf", pre)
