@@ -20,6 +20,7 @@ from ostinato.v1.engine_pb2_grpc import add_EngineServicer_to_server
 
 from service.config import Settings
 from service.engines.base import Engine
+from service.memory import Memory
 from service.metrics import Metrics
 from service.opening import make_ready, open_engine
 from service.servicer import NAME, EngineServicer, Workers
@@ -50,8 +51,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         await server.start()
         _log.info("listening", extra={"addresses": ",".join(server.addresses)})
         _log.info("metrics", extra={"port": page.port})
-        engine = await open_engine(settings)
-        servicer.ready = await _unless(stop, make_ready(engine, settings, Metrics(own), secrets.token_hex(16)))
+        engine, memory = await open_engine(settings), Memory(settings.state_dir / "sequences.json")
+        servicer.ready = await _unless(stop, make_ready(engine, settings, Metrics(own), secrets.token_hex(16), memory))
         if servicer.ready is not None:
             await server.set_health(NAME, serving=True)
             _log.info("serving")

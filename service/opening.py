@@ -16,9 +16,11 @@ from service.config import Settings
 from service.description import Describer
 from service.engines import load
 from service.engines.base import Engine, EngineUnusable
+from service.fence import Fence
 from service.fingerprint import fingerprint
 from service.grade import HeldGrade
 from service.lexicon import Lexicon
+from service.memory import Memory
 from service.metrics import Metrics
 from service.prepare import Preparer
 from service.prompts import Prompts
@@ -43,7 +45,9 @@ async def open_engine(settings: Settings) -> Engine:
     return engine
 
 
-async def make_ready(engine: Engine, settings: Settings, metrics: Metrics, incarnation: str) -> Ready:
+async def make_ready(
+    engine: Engine, settings: Settings, metrics: Metrics, incarnation: str, memory: Memory | None = None
+) -> Ready:
     """Start the engine, earn its grade, and put together what answers. Raises StartupError where a required grade is missed."""
     identity = fingerprint(engine.fields)
     metrics.describe(engine.capacity, identity.digest, identity.fields)
@@ -59,7 +63,9 @@ async def make_ready(engine: Engine, settings: Settings, metrics: Metrics, incar
     describer = Describer(engine, limits, identity, held, incarnation)
     prompts = Prompts(engine.vocabulary, limits, engine.chat)
     preparer = Preparer(prompts, lexicon, engine.check_format, model_digest(identity.fields))
-    return Ready(describer, engine.vocabulary, preparer, Streams(runs, describer, settings.bounds, metrics))
+    fence = Fence(sequences=memory.read() if memory is not None else {})
+    streams = Streams(runs, describer, settings.bounds, metrics, fence, memory)
+    return Ready(describer, engine.vocabulary, preparer, streams)
 
 
 async def _earn(held: HeldGrade, digest: bytes, runs: Runs, settings: Settings, metrics: Metrics) -> None:

@@ -20,6 +20,7 @@ from ostinato.v1 import engine_pb2
 
 from service.description import Describer
 from service.fence import Fence
+from service.memory import Memory
 from service.metrics import Metrics
 from service.outbox import Outbox
 from service.runs import Owner, Runs
@@ -27,6 +28,10 @@ from service.submissions import Protocol, unfit
 
 Requests = AsyncIterator[engine_pb2.ExecuteRequest]
 _log = logging.getLogger(__name__)
+
+
+REMEMBER_SECONDS = 1.0
+"""Between two writings of the memory, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +53,11 @@ class Streams:
     bounds: Bounds
     metrics: Metrics
     fence: Fence = field(default_factory=Fence)
+    memory: Memory | None = None
+    """Where the fence's sequences are kept; None: nowhere."""
     _current: Stream | None = None
     _idle_seconds: float | None = None
+    _remembering: asyncio.TimerHandle | None = None
 
     async def execute(
         self, first: engine_pb2.ExecuteRequest | None, requests: Requests
@@ -79,6 +87,16 @@ class Streams:
         if self._current is not None:
             self._current.drain(idle_seconds)
 
+    def ran(self, log_id: str, sequence: int) -> None:
+        """This sequence was submitted. It is remembered soon."""
+        self.fence.ran(log_id, sequence)
+        if self.memory is not None and self._remembering is None:
+            self._remembering = asyncio.get_running_loop().call_later(REMEMBER_SECONDS, self._remember, self.memory)
+
+    def _remember(self, memory: Memory) -> None:
+        self._remembering = None
+        memory.write(self.fence.sequences)
+
     def _admit(self, hello: engine_pb2.Hello) -> Stream:
         """The new stream; the one before, if it is still there, is out of the way."""
         self.fence.admit(hello)
@@ -97,6 +115,9 @@ class Streams:
         if self._current is stream:
             self._current = None
             self.fence.leave()
+            if self._remembering is not None and self.memory is not None:
+                self._remembering.cancel()
+                self._remember(self.memory)
             self.metrics.streams.set(0)
 
     def _count(self, error: OstinatoError) -> None:
@@ -109,6 +130,7 @@ class Stream:
 
     def __init__(self, streams: Streams, hello: engine_pb2.Hello) -> None:
         self.hello = hello
+        self._streams = streams
         self._describer, self._bounds, self._metrics = streams.describer, streams.bounds, streams.metrics
         self._outbox = Outbox(self._bounds.buffer_bytes_max, self._bounds.frame_bytes_max)
         self._owner = Owner(streams.runs, self._deliver)
@@ -174,6 +196,8 @@ class Stream:
 
     def _submit(self, submit: engine_pb2.Submit) -> None:
         self._protocol.check(submit)
+        if submit.purpose == engine_pb2.PURPOSE_PRIMARY:
+            self._streams.ran(self.hello.log_id, submit.sequence)
         error: OstinatoError | None = unfit(submit, self._describer.limits, self._describer.engine.vocabulary.size)
         if len(self._owner) >= self._bounds.runs_max:
             error = QueueFull(f"more than {self._bounds.runs_max} runs at once")

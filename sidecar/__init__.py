@@ -15,7 +15,9 @@
     divergence/           verdicts, counted and judged
     journal/              what is durable
     observer, metrics     what is seen of it all
-    config, __main__      settings and wiring
+    high_water            where the journal stood, outside of it
+    commands              what an operator does to a journal
+    config, opening, __main__   settings and wiring
 
 A request's way: admission → core (its turn among tenants) → journal (its numbers are durable) → core (its turn among numbers)
 → link → service → link → journal (its outcome is durable) → caller.

@@ -24,7 +24,7 @@ from ostinato.v1 import engine_pb2
 from ostinato.v1.generation_pb2_grpc import add_GenerationServicer_to_server
 from ostinato.v1.sequencer_pb2_grpc import add_SequencerServicer_to_server
 
-from sidecar import canaries, gateway
+from sidecar import canaries, commands, gateway
 from sidecar.audit import Auditor
 from sidecar.canaries import Canary
 from sidecar.config import Settings
@@ -34,8 +34,10 @@ from sidecar.dispatcher import Dispatcher
 from sidecar.divergence.book import Book
 from sidecar.divergence.numbers import Numbers
 from sidecar.generation import GenerationServicer
+from sidecar.high_water import HighWater
 from sidecar.journal import JournalBroken, Unfinished
 from sidecar.journal.grouped import GroupedJournal
+from sidecar.journal.mark import MarkFile
 from sidecar.link import EngineLink
 from sidecar.metrics import Metrics
 from sidecar.observer import Observer
@@ -74,6 +76,7 @@ class Sidecar:
             on_entries=self.book.committed,
             on_taken=self._take_over,
         )
+        self.high_water = HighWater(MarkFile(settings.mark), self.journal) if settings.mark is not None else None
         self.link = EngineLink(settings.engine, settings.reconnect_seconds)
         self.dispatcher = Dispatcher(Sequencer(settings.bounds), self.journal, self.link, self.observer, time.monotonic)
         self.auditor = Auditor(self.dispatcher, settings)
@@ -115,6 +118,8 @@ class Sidecar:
             self.dispatcher.broken,
             self.journal.broken,
         ]
+        if self.high_water is not None:
+            ending.append(asyncio.create_task(self.high_water.keep()))
         shadowing = asyncio.create_task(self.shadow.run(self._hello)) if self.shadow is not None else None
         done, pending = await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
         code = program.DRAINED
@@ -133,6 +138,8 @@ class Sidecar:
             task.cancel()
         with contextlib.suppress(JournalBroken):
             await self.book.save(self.journal)
+            if self.high_water is not None:
+                await self.high_water.write()
         await self.journal.close()
         return code
 
@@ -219,6 +226,8 @@ def main() -> int:
         return tokens.main("python -m sidecar token", sys.argv[2:])
     if sys.argv[1:2] == ["probe"]:
         return probe("sidecar", Settings().listen[0], sys.argv[2:], os.environ)
+    if sys.argv[1:2] and sys.argv[1] in commands.COMMANDS:
+        commands.main(sys.argv[1:])
     settings = load(Settings, "sidecar", sys.argv[1:], os.environ)
     logs.setup("json" if settings.log_format == "json" else "human", settings.log_level)
     log.info("starting: %s", describe(settings))

@@ -17,6 +17,7 @@ class Settings:
     listen: tuple[str, ...] = field(("127.0.0.1:7001",), "addresses of the public door, host:port or unix:/path")
     engine: str = field("unix:.run/engine.sock", "address of the service")
     journal: str = field(".run/journal.sqlite", "file of the journal, or postgresql://… of one that sidecars share")
+    high_water: Path | None = field(None, "file of the journal's high-water mark; none: beside a journal in a file, with .mark")
     writer: str = field("ostinato-0", "stable name of this sidecar, its own on a log, written into every entry")
     metrics: str = field("127.0.0.1:9400", "where /metrics is, host:port; empty: nowhere")
     health_listen: str = field("", "a port in plain text with health on it and nothing else, for probes; empty: none")
@@ -67,6 +68,7 @@ class Settings:
     journal_bytes_max: int = field(0, "of the journal; 0: what the disk holds", minimum=0)
     journal_reserve_bytes: int = field(16 << 20, "kept free for outcomes", minimum=0)
     lease_seconds: float = field(10.0, "without a sign of life, until others take over; PostgreSQL", minimum=0.5)
+    payloads: str = field("full", "kept in the journal; digests: only until the outcome", choices=("full", "digests"))
     # time
     drain_seconds: float = field(30.0, "to finish what was admitted, after SIGTERM", minimum=0.0)
     reconnect_seconds: float = field(0.2, "pause before the engine stream is opened again", minimum=0.01)
@@ -93,7 +95,12 @@ class Settings:
     @property
     def journal_shared(self) -> bool:
         """Whether the journal is in PostgreSQL."""
-        return self.journal.startswith(("postgresql://", "postgres://"))
+        return is_shared(self.journal)
+
+    @property
+    def mark(self) -> Path | None:
+        """The high-water mark's file, if there is one."""
+        return self.high_water or mark_of(self.journal)
 
     @property
     def tenants(self) -> bool:
@@ -112,3 +119,13 @@ class Settings:
             item_timeout_seconds=self.item_timeout_seconds,
             reruns_share=self.reruns_share,
         )
+
+
+def mark_of(journal: str) -> Path | None:
+    """Where a journal's high-water mark is, unless its operator says otherwise: on another disk it would be worth more."""
+    return None if is_shared(journal) else Path(f"{journal}.mark")
+
+
+def is_shared(journal: str) -> bool:
+    """Whether it is in PostgreSQL."""
+    return journal.startswith(("postgresql://", "postgres://"))

@@ -57,7 +57,7 @@ Stream = grpc.aio.StreamStreamCall[engine_pb2.ExecuteRequest, engine_pb2.Execute
 
 
 class EngineLink:
-    """Reconnects for ever, until a stream is refused for good (EPOCH_STALE) or the link is closed."""
+    """Reconnects for ever, until a stream is refused for good (EPOCH_STALE, JOURNAL_BEHIND) or the link is closed."""
 
     def __init__(self, target: str, pause_seconds: float) -> None:
         self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
@@ -89,12 +89,13 @@ class EngineLink:
             self._stream.cancel()
 
     async def run(self, listener: Listener, hello: Callable[[], Awaitable[engine_pb2.Hello]]) -> None:
-        """Until closed. Raises EpochStale if a newer incarnation of this writer has come."""
+        """Until closed. Raises EpochStale if a newer incarnation of this writer has come, and JournalBehind if the service has
+        run what the journal does not hold."""
         said = ""  # once, not at each attempt, while a service loads its model
         while not self._closing:
             try:
                 await self._one_stream(listener, await hello())
-            except errors.EpochStale:
+            except (errors.EpochStale, errors.JournalBehind):
                 raise
             except errors.OstinatoError as error:
                 why = f"{error.reason}: {error.message}"

@@ -8,21 +8,37 @@ from pathlib import Path
 import ostinato
 from ostinato.serving import program
 
-from sidecar.config import Settings
-from sidecar.journal import JournalUnusable, Opened
+from sidecar.config import Settings, is_shared
+from sidecar.journal import JournalUnusable, Mark, Opened
 from sidecar.journal.committer import Backend
-from sidecar.journal.sqlite import SqliteJournal, SqliteSettings
+from sidecar.journal.keeping import Kept
+from sidecar.journal.mark import MarkFile
+from sidecar.journal.settings import PostgresSettings, SqliteSettings
+from sidecar.journal.sqlite import SqliteJournal
+from sidecar.journal.sqlite_kept import SqliteKept
 
 
-def open_journal(settings: Settings, now_millis: int) -> tuple[Backend, Opened]:
-    """Raises StartupError that says why not."""
+def open_journal(settings: Settings, now_millis: int, *, checked: bool = True) -> tuple[Backend, Opened]:
+    """Raises StartupError that says why not. Checked: against the high-water mark."""
     try:
-        return _open_shared(settings, now_millis) if settings.journal_shared else _open_file(settings, now_millis)
+        mark = MarkFile(settings.mark).read() if checked and settings.mark is not None else None
+        return (_open_shared if settings.journal_shared else _open_file)(settings, now_millis, mark)
     except (JournalUnusable, OSError) as error:
         raise program.StartupError(f"journal: {error}") from error
 
 
-def _open_file(settings: Settings, now_millis: int) -> tuple[Backend, Opened]:
+def open_kept(journal: str, *, create: bool = False) -> Kept:
+    """Raises JournalUnusable."""
+    if not is_shared(journal):
+        return SqliteKept(Path(journal), create=create)
+    try:
+        from sidecar.journal.postgres_kept import PostgresKept
+    except ImportError as error:
+        raise JournalUnusable(f"PostgreSQL needs this package's extra `postgres`: {error}") from error
+    return PostgresKept(journal, create=create)
+
+
+def _open_file(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[Backend, Opened]:
     path = Path(settings.journal)
     path.parent.mkdir(parents=True, exist_ok=True)
     return SqliteJournal.open(
@@ -31,17 +47,19 @@ def _open_file(settings: Settings, now_millis: int) -> tuple[Backend, Opened]:
         version=ostinato.__version__,
         new_log_id=uuid.uuid4().hex,
         now_millis=now_millis,
+        mark=mark,
         settings=SqliteSettings(
             idempotency_ttl_seconds=round(settings.idempotency_ttl_seconds),
             journal_bytes_max=settings.journal_bytes_max,
             reserve_bytes=settings.journal_reserve_bytes,
+            digests_only=settings.payloads == "digests",
         ),
     )
 
 
-def _open_shared(settings: Settings, now_millis: int) -> tuple[Backend, Opened]:
+def _open_shared(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[Backend, Opened]:
     try:
-        from sidecar.journal.postgres import PostgresJournal, PostgresSettings
+        from sidecar.journal.postgres import PostgresJournal
     except ImportError as error:
         raise program.StartupError(f"journal: PostgreSQL needs this package's extra `postgres`: {error}") from error
     return PostgresJournal.open(
@@ -50,7 +68,10 @@ def _open_shared(settings: Settings, now_millis: int) -> tuple[Backend, Opened]:
         version=ostinato.__version__,
         new_log_id=uuid.uuid4().hex,
         now_millis=now_millis,
+        mark=mark,
         settings=PostgresSettings(
-            idempotency_ttl_seconds=round(settings.idempotency_ttl_seconds), lease_seconds=settings.lease_seconds
+            idempotency_ttl_seconds=round(settings.idempotency_ttl_seconds),
+            lease_seconds=settings.lease_seconds,
+            digests_only=settings.payloads == "digests",
         ),
     )

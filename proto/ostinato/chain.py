@@ -3,7 +3,8 @@
 Invariants of a journal, numbered for the tests that attack them:
  1. The first entry's previous hash is 32 zero bytes; every other entry's is the hash of the entry before it.
  2. Indexes are 1, 2, 3 and so on.
- 3. Sequences are 1, 2, 3 and so on over the ADMITTED entries; a batch's are consecutive entries.
+ 3. Sequences are 1, 2, 3 and so on over the ADMITTED entries, but for those that a LOST entry takes in their stead; a batch's
+    are consecutive entries.
  4. Every outcome names a sequence admitted before it that had no outcome before.
  5. A writer's epochs rise with its OPENED entries; every other entry has its writer's newest.
  6. The log id never changes.
@@ -12,13 +13,17 @@ Invariants of a journal, numbered for the tests that attack them:
 from __future__ import annotations
 
 import hashlib
+import struct
 
-from ostinato.canonical import DIGEST_BYTES, blob, digest, i64, text, u64
+from ostinato.canonical import DIGEST_BYTES, blob, digest, text
 from ostinato.digest import input_digest, logprobs_digest, output_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 GENESIS = bytes(DIGEST_BYTES)
 """The previous hash of the first entry."""
+
+_PLACE, _NUMBERS = struct.Struct(">Qq"), struct.Struct(">7Qq")
+"""Neighbours in a header, each as u64 or i64."""
 
 OUTCOMES = frozenset(
     {
@@ -37,18 +42,19 @@ def entry_hash(previous_hash: bytes, header: types_pb2.EntryHeader) -> bytes:
     return digest(
         "entry",
         previous_hash,
-        u64(header.index),
-        i64(header.kind),
+        _PLACE.pack(header.index, header.kind),
         text(header.log_id),
         text(header.writer),
-        u64(header.epoch),
-        u64(header.sequence),
-        u64(header.first_sequence),
-        u64(header.count),
-        u64(header.attempt),
-        u64(header.time_unix_millis),
-        u64(header.seed),
-        i64(header.grade),
+        _NUMBERS.pack(
+            header.epoch,
+            header.sequence,
+            header.first_sequence,
+            header.count,
+            header.attempt,
+            header.time_unix_millis,
+            header.seed,
+            header.grade,
+        ),
         blob(header.input_digest),
         blob(header.output_digest),
         blob(header.logprobs_digest),

@@ -64,15 +64,18 @@ def fingerprint_drift(expected: Mapping[str, str] | None, actual: Mapping[str, s
     return [f"fingerprint.{name}" for name in differing] or ["fingerprint"]
 
 
-def compare(expected: Side, actual: Side, kind: types_pb2.ComparisonKind.ValueType, sequence: int) -> types_pb2.Comparison:
+def compare(
+    expected: Side, actual: Side, kind: types_pb2.ComparisonKind.ValueType, sequence: int, *, dropped_digest: bytes = b""
+) -> types_pb2.Comparison:
     """MATCH where the output digests are equal, DIVERGED where not, INCOMPARABLE where inputs or fingerprints differ.
 
-    Where only fingerprints differ, it is said all the same where the outputs part.
+    Where only fingerprints differ, it is said all the same where the outputs part. `dropped_digest`: of an expected output that
+    is not kept; then nobody knows where they part, and no tokens are compared unless all of them are equal.
     """
     comparison = types_pb2.Comparison(
         sequence=sequence,
         kind=kind,
-        expected_output_digest=output_digest(expected.output),
+        expected_output_digest=dropped_digest or output_digest(expected.output),
         actual_output_digest=output_digest(actual.output),
         expected_writer=expected.writer,
         expected_sequence=expected.sequence,
@@ -89,6 +92,9 @@ def compare(expected: Side, actual: Side, kind: types_pb2.ComparisonKind.ValueTy
         comparison.verdict = types_pb2.VERDICT_INCOMPARABLE
     else:
         comparison.verdict = types_pb2.VERDICT_MATCH if equal else types_pb2.VERDICT_DIVERGED
+    if dropped_digest:
+        comparison.compared_tokens = len(actual.output.token_ids) if equal else 0
+        return comparison
     difference = first_difference(expected.output.token_ids, actual.output.token_ids)
     comparison.compared_tokens = len(expected.output.token_ids) if difference is None else difference
     if same_input and not equal:

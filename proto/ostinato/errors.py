@@ -1,6 +1,5 @@
 """Everything that can go wrong between a caller and an answer. A class is its row of the table; on the wire it is a
 google.rpc.Status with details, and `to_status` and `from_status` are inverse.
-
     OstinatoError
       + InvalidRequest        can never succeed as it is      INVALID_ARGUMENT
       + Refused               before sequencing: no number was burned
@@ -32,9 +31,9 @@ google.rpc.Status with details, and `to_status` and `from_status` are inverse.
       + StreamRefused         between sidecar and service
           + EpochStale                                        FAILED_PRECONDITION
           + WriterBusy                                        FAILED_PRECONDITION
+          + JournalBehind                                     FAILED_PRECONDITION
           + OutOfOrder                                        FAILED_PRECONDITION
-          + ProtocolViolation                                 INTERNAL
-"""
+          + ProtocolViolation                                 INTERNAL"""
 
 from __future__ import annotations
 
@@ -46,11 +45,10 @@ from typing import ClassVar, NamedTuple
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2
 
-DOMAIN = "ostinato"  # ErrorInfo.domain of every error of ours
 TABLE: dict[str, type[OstinatoError]] = {}  # by reason; filled in by the classes below, in their order
-Code, Bad = grpc.StatusCode, error_details_pb2.BadRequest
+DOMAIN, Code, Bad = "ostinato", grpc.StatusCode, error_details_pb2.BadRequest  # ErrorInfo.domain of every error of ours
 
 
 class OstinatoError(Exception):
@@ -66,8 +64,7 @@ class OstinatoError(Exception):
 
     def __init__(self, message: str, *, retry_after: float | None = None, details: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.message, self.retry_after = message, retry_after  # seconds until trying again makes sense; None: nobody knows
-        self.details = dict(details or {})  # ErrorInfo.metadata
+        self.message, self.retry_after, self.details = message, retry_after, dict(details or {})  # seconds; None: not known
 
 
 class Violation(NamedTuple):
@@ -206,6 +203,10 @@ class WriterBusy(StreamRefused):
     code = Code.FAILED_PRECONDITION
 
 
+class JournalBehind(StreamRefused):
+    code = Code.FAILED_PRECONDITION
+
+
 class OutOfOrder(StreamRefused):
     code = Code.FAILED_PRECONDITION
 
@@ -243,8 +244,7 @@ def from_status(status: status_pb2.Status) -> OstinatoError:
 def foreign(code: grpc.StatusCode, message: str) -> OstinatoError:
     """An error that is not ours: gRPC's own, or a proxy's. Its CANCELLED is a server that stops, not somebody's wish."""
     kinds = {Code.UNAVAILABLE: Disconnected, Code.DEADLINE_EXCEEDED: DeadlineExceeded, Code.CANCELLED: Disconnected}
-    if code in kinds:
-        return kinds[code](message)
-    error = OstinatoError(message or code_pb2.Code.Name(code.value[0]))
-    error.code = code  # type: ignore[misc]  # the one place where an instance knows better than its class
+    error = kinds.get(code, OstinatoError)(message or code.name)
+    if code not in kinds:
+        error.code = code  # type: ignore[misc]  # the one place where an instance knows better than its class
     return error

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from ostinato.v1 import types_pb2
+
 from sidecar.divergence.evidence import Evidence
 from sidecar.divergence.statistics import CONFIDENCE, Ended, Rate, span_of
 from sidecar.divergence.verdicts import Compared, Key, Moment
@@ -104,7 +106,8 @@ class Stratum:
 
     def token_rate(self, confidence: float = CONFIDENCE) -> Rate:
         """Of a token to be the first that differs: the differing ones were tried too."""
-        return Rate(self.diverged, self.compared_tokens + self.diverged, confidence)
+        diverged = sum(each.diverged for each in self.spans)
+        return Rate(diverged, self.compared_tokens + diverged, confidence)
 
     def after(self, event: Compared) -> Stratum:
         """With one verdict more."""
@@ -113,8 +116,7 @@ class Stratum:
             return replace(self, last=event.at, incomparable=self.incomparable + 1, drift=_count(self.drift, event.drift))
         diverged, comparison = event.diverged, event.comparison
         share, evidence = Share(1, int(diverged)), self.evidence.after(diverged=diverged)
-        number, company = span_of(comparison.compared_tokens), comparison.company.bit_length()
-        spans = _padded(self.spans, number, Ended())
+        company = comparison.company.bit_length()
         companies = _padded(self.companies, company, Share())
         return replace(
             self,
@@ -126,11 +128,20 @@ class Stratum:
             first_diverged=self.first_diverged or (event.at if diverged else None),
             last_diverged=event.at if diverged else self.last_diverged,
             recent=(self.recent + "01"[diverged])[-WINDOW_COMPARISONS:],
-            spans=_put(spans, number, spans[number].after(comparison.compared_tokens, diverged=diverged)),
+            spans=self._spans_after(comparison),
             samplings=_sampled(self.samplings, comparison.sampling, share),
             companies=_put(companies, company, companies[company] + share),
             series=self.series.after(event.at.unix_millis, share),
         )
+
+    def _spans_after(self, comparison: types_pb2.Comparison) -> tuple[Ended, ...]:
+        """Where it is not known where two outputs part, nothing is said of tokens."""
+        diverged = comparison.verdict == types_pb2.VERDICT_DIVERGED
+        if diverged and not comparison.HasField("first_difference"):
+            return self.spans
+        number = span_of(comparison.compared_tokens)
+        spans = _padded(self.spans, number, Ended())
+        return _put(spans, number, spans[number].after(comparison.compared_tokens, diverged=diverged))
 
 
 def _padded(row: tuple[T, ...], number: int, empty: T) -> tuple[T, ...]:

@@ -3,7 +3,9 @@
 `ledger` seals drafts into chained entries, purely, and `verify` checks such a chain. `sqlite` keeps them for one sidecar
 (`schema`, `tables` and `reserve` are its parts), `postgres` for many (`postgres_schema`, `postgres_tables`, `database`).
 `committer` decides what is committed together and what waits for room; `grouped` gives it a thread, and is, with `reads`,
-the `Journal` that the rest of the sidecar sees.
+the `Journal` that the rest of the sidecar sees. `mark` finds a journal that lost its end.
+
+For its operator a journal is `Kept` (`keeping`, `transfer`; `sqlite_kept`, `postgres_kept`).
 """
 
 from __future__ import annotations
@@ -65,10 +67,30 @@ class Note:
     value: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Where a journal stood, as remembered outside of it."""
+
+    log_id: str
+    index: int
+    entry_hash: bytes
+    last_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """The journal's end was lost, numbers with it. They are not given out again."""
+
+    through: int
+    """The newest sequence that may have been given out; not below the journal's own."""
+    mark: Mark | None = None
+    """What shows that it is lost."""
+
+
 FINGERPRINTS = "fingerprint/"
 """Of the names of notes that hold a Fingerprint; its digest follows, in hexadecimal."""
 
-Draft = Admission | Outcome | Audit | Note
+Draft = Admission | Outcome | Audit | Note | Loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +143,10 @@ class Head:
     index: int
     entry_hash: bytes
     last_sequence: int
+
+    @property
+    def mark(self) -> Mark:
+        return Mark(self.log_id, self.index, self.entry_hash, self.last_sequence)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from sidecar.journal import (
     Head,
     ItemEntries,
     JournalBroken,
+    Loss,
     Note,
     Outcome,
     Sealed,
@@ -243,3 +244,5 @@ def payload_bytes(draft: Draft) -> int:
             return draft.comparison.ByteSize()
         case Note():
             return len(draft.value)
+        case Loss():
+            return 0

@@ -15,10 +15,12 @@ from ostinato.compare import Side, compare
 from ostinato.digest import derived_seed, input_digest, logprobs_digest, output_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal import Admission, Appended, Audit, Binding, Draft, Head, Note, Outcome, Sealed
+from sidecar.journal import Admission, Appended, Audit, Binding, Draft, Head, Loss, Note, Outcome, Sealed
 
 NUMBER_MAX = 2**63 - 1
 """Indexes and sequences are uint64 in the contract and int64 in the databases; no journal comes near."""
+LOST_MAX = 2**32 - 1
+"""Numbers that one LOST entry can stand for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,13 @@ def needs(drafts: Iterable[Draft]) -> Needs:
         frozenset(outcome.admitted.input_digest for outcome in completed),
         frozenset(outcome.fingerprint_digest for outcome in completed),
     )
+
+
+def verifications(entries: Iterable[Sealed]) -> list[types_pb2.EntryHeader]:
+    """Of those among sealed entries that are AUDITED entries of kind VERIFY."""
+    audited = (entry for entry in entries if entry.header.kind == types_pb2.ENTRY_KIND_AUDITED)
+    verify = types_pb2.COMPARISON_KIND_VERIFY
+    return [e.header for e in audited if sequencer_pb2.AuditedPayload.FromString(e.payload).comparison.kind == verify]
 
 
 class Ledger:
@@ -109,6 +118,8 @@ class Ledger:
                 assert name
                 self.notes[name] = value
                 return Appended(())
+            case Loss():
+                return Appended((self._lose(draft),))
 
     def _admit(self, admission: Admission) -> Appended:
         assert admission.items
@@ -170,16 +181,19 @@ class Ledger:
     ) -> sequencer_pb2.CompletedPayload:
         """What is recorded of a completed item that has this twin: a copy, if anything is added."""
         assert not given.HasField("twin")
-        if twin is None or not twin.payload:
+        if twin is None:
             return given
-        first = sequencer_pb2.CompletedPayload.FromString(twin.payload)
+        first, digest = sequencer_pb2.CompletedPayload.FromString(twin.payload), b""
+        if not twin.payload:
+            first.output.grade, digest = twin.header.grade, twin.header.output_digest
         expected, actual = (
             Side.recorded(each, completed, self._fingerprints.get(each.fingerprint_digest))
             for each, completed in ((twin.header, first), (header, given))
         )
         payload = sequencer_pb2.CompletedPayload()
         payload.CopyFrom(given)
-        payload.twin.CopyFrom(compare(expected, actual, types_pb2.COMPARISON_KIND_TWIN, header.sequence))
+        verdict = compare(expected, actual, types_pb2.COMPARISON_KIND_TWIN, header.sequence, dropped_digest=digest)
+        payload.twin.CopyFrom(verdict)
         return payload
 
     def _audit(self, audit: Audit) -> Sealed:
@@ -193,6 +207,17 @@ class Ledger:
         sealed = self._seal(header, sequencer_pb2.AuditedPayload(comparison=audit.comparison, canary=audit.canary))
         if audit.comparison.kind == types_pb2.COMPARISON_KIND_VERIFY:
             self.verified.append(sealed.header)
+        return sealed
+
+    def _lose(self, loss: Loss) -> Sealed:
+        first = self.head.last_sequence + 1
+        assert first - 1 <= loss.through < first + LOST_MAX
+        header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_LOST, first_sequence=first, count=loss.through + 1 - first)
+        payload = sequencer_pb2.LostPayload()
+        if loss.mark is not None:
+            payload.index, payload.entry_hash = loss.mark.index, loss.mark.entry_hash
+        sealed = self._seal(header, payload)
+        self.head = replace(self.head, last_sequence=loss.through)
         return sealed
 
     def _about(
@@ -220,6 +245,6 @@ class Ledger:
         assert header.index <= NUMBER_MAX
         sealed = Sealed(header, head.entry_hash, entry_hash(head.entry_hash, header), recorded)
         last = header.sequence if header.kind == types_pb2.ENTRY_KIND_ADMITTED else head.last_sequence
-        self.head = replace(head, index=header.index, entry_hash=sealed.entry_hash, last_sequence=last)
+        self.head = Head(head.log_id, head.writer, head.epoch, header.index, sealed.entry_hash, last)
         self.entries.append(sealed)
         return sealed

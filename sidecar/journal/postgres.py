@@ -18,38 +18,28 @@ from ostinato.errors import JournalFull, JournalUnavailable
 
 from sidecar.journal import (
     Appended,
+    Binding,
     CommitUnknown,
     Draft,
     Head,
     JournalBroken,
     JournalUnusable,
+    Mark,
     Opened,
     Unfinished,
 )
 from sidecar.journal.database import Database
 from sidecar.journal.ledger import Known, Ledger, needs
+from sidecar.journal.mark import check_mark
 from sidecar.journal.postgres_reads import PostgresReads, twice, unusable
 from sidecar.journal.postgres_schema import check, migrate
 from sidecar.journal.postgres_tables import PostgresTables, Turn
+from sidecar.journal.settings import PostgresSettings
 
 PURGED_KEYS_MAX = 64
 """In one transaction."""
 LOOKS_PER_LEASE = 4
 """At one's own lease and at those of others."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PostgresSettings:
-    """For how long a journal holds what."""
-
-    idempotency_ttl_seconds: int = 86_400
-    """From the outcome of a batch's last item."""
-    lease_seconds: float = 10.0
-    """After so long without a sign of life another writer may take over a writer's items."""
-
-    def __post_init__(self) -> None:
-        if self.idempotency_ttl_seconds < 0 or self.lease_seconds <= 0:
-            raise ValueError("idempotency_ttl_seconds must not be negative, and lease_seconds must be positive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +83,13 @@ class PostgresJournal(PostgresReads):
         new_log_id: str,
         now_millis: int,
         settings: PostgresSettings | None = None,
+        mark: Mark | None = None,
         seconds: Callable[[], float] = time.monotonic,
     ) -> tuple[PostgresJournal, Opened]:
         """Open or create, and begin the writer's next epoch. JournalUnusable: the message says why.
 
-        `new_log_id`, 32 hexadecimal digits, names the journal if it is created now. `seconds` is a monotonic clock.
+        `new_log_id`, 32 hexadecimal digits, names the journal if it is created now. One that does not hold what `mark` says is
+        refused, and stays as it was. `seconds` is a monotonic clock.
         """
         assert len(bytes.fromhex(new_log_id)) == 16
         settings = settings or PostgresSettings()
@@ -106,10 +98,12 @@ class PostgresJournal(PostgresReads):
         with unusable(), database.connected() as db:
             check(db)
             migrate(db)
-            unfinished = journal._begin_epoch(PostgresTables(db), writer, new_log_id, now_millis)
+            unfinished = journal._begin_epoch(PostgresTables(db), writer, new_log_id, now_millis, mark)
         return journal, Opened(journal.head, tuple(unfinished))
 
-    def _begin_epoch(self, tables: PostgresTables, writer: str, new_log_id: str, now_millis: int) -> list[Unfinished]:
+    def _begin_epoch(
+        self, tables: PostgresTables, writer: str, new_log_id: str, now_millis: int, mark: Mark | None
+    ) -> list[Unfinished]:
         head = tables.begin_epoch(writer, self._settings.lease_seconds, new_log_id, GENESIS)
         newest = [
             (entry.header.index, entry.entry_hash, entry_hash(entry.previous_hash, entry.header))
@@ -117,6 +111,9 @@ class PostgresJournal(PostgresReads):
         ]
         if newest != ([(head.index, head.entry_hash, head.entry_hash)] if head.index else []):
             raise JournalUnusable(f"the newest entry, {head.index}, is damaged: restore a copy that verifies")
+        if mark is not None:
+            marked = tables.entries(mark.index, 1, payloads=False)
+            check_mark(mark, head.log_id, head.index, head.last_sequence, marked[0].entry_hash if marked else None)
         ledger = Ledger(head, Known(), now_millis)
         ledger.open(self._version)
         unfinished = tables.take(writer, [writer])
@@ -139,7 +136,7 @@ class PostgresJournal(PostgresReads):
     def _append(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
         turn = self._turn()
         with self._transaction() as tables:
-            head, known = tables.begin(turn, needs(drafts), now_millis)
+            head, known = tables.begin(turn, needs(drafts), self._expiry(now_millis))
             ledger = Ledger(head, known, now_millis)
             appended = [ledger.append(draft) for draft in drafts]
             self._doubt = _Doubt(turn, ledger.head, drafts, appended)
@@ -159,7 +156,16 @@ class PostgresJournal(PostgresReads):
         self.head, self._doubt = self._doubt.head, None
 
     def _write(self, tables: PostgresTables, ledger: Ledger, now_millis: int) -> None:
-        tables.commit(ledger, now_millis, self._settings.idempotency_ttl_seconds * 1000, PURGED_KEYS_MAX)
+        ttl_millis, only = self._settings.idempotency_ttl_seconds * 1000, self._settings.digests_only
+        tables.commit(ledger, now_millis, ttl_millis, PURGED_KEYS_MAX, only)
+
+    def _expiry(self, now_millis: int) -> int:
+        """Keys that expire up to then are not bound any more."""
+        return 0 if self._settings.digests_only else now_millis
+
+    def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None:
+        """As in `PostgresReads`."""
+        return super().binding(tenant, key, self._expiry(now_millis))
 
     def _resolve(self, drafts: Sequence[Draft] = ()) -> list[Appended]:
         """What the transaction in doubt has appended; nothing if there is none, or it is not durable."""

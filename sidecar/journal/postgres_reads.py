@@ -11,7 +11,6 @@ from ostinato.errors import JournalFull, JournalUnavailable
 from sidecar.journal import Binding, ItemEntries, JournalBroken, JournalUnusable, Sealed
 from sidecar.journal.database import Database
 from sidecar.journal.postgres_tables import PostgresTables
-from sidecar.journal.verify import Checked, verify
 
 T = TypeVar("T")
 
@@ -50,17 +49,6 @@ class PostgresReads:
                 return read(PostgresTables(db))
 
         return twice(once)
-
-
-def verify_database(url: str) -> Iterator[Checked]:
-    """Look at a journal, in use or not, without opening an epoch in it. JournalUnusable: it cannot be read."""
-    database = Database(url, name="verify", idle_transaction_seconds=0)
-    reads = PostgresReads(database)
-    try:
-        with unusable():
-            yield from verify(lambda index, limit: reads.entries(index, limit, payloads=True))
-    finally:
-        database.drop()
 
 
 def twice(once: Callable[[], T]) -> T:

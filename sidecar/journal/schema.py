@@ -62,7 +62,12 @@ _THIRD = """
 ALTER TABLE items ADD COLUMN verified INTEGER;
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD)
+_FOURTH = """
+-- The newest sequence that a LOST entry stands for.
+ALTER TABLE journal ADD COLUMN lost_sequence INTEGER NOT NULL DEFAULT 0;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH)
 """The n-th makes version n of version n - 1, in the transaction that opens the journal. Never edit one that was released."""
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import apsw
@@ -16,12 +15,25 @@ from google.protobuf.message import DecodeError
 from ostinato.chain import GENESIS, entry_hash
 from ostinato.errors import JournalFull
 
-from sidecar.journal import Appended, Binding, Draft, Head, ItemEntries, JournalBroken, JournalUnusable, Opened, Outcome, Sealed
+from sidecar.journal import (
+    Appended,
+    Binding,
+    Draft,
+    Head,
+    ItemEntries,
+    JournalBroken,
+    JournalUnusable,
+    Mark,
+    Opened,
+    Outcome,
+    Sealed,
+)
 from sidecar.journal.ledger import Known, Ledger, needs
+from sidecar.journal.mark import check_mark
 from sidecar.journal.reserve import Reserve
 from sidecar.journal.schema import connect, migrate
+from sidecar.journal.settings import SqliteSettings
 from sidecar.journal.tables import Tables
-from sidecar.journal.verify import Checked, verify
 
 CHECKPOINT_PAGES = 1_000
 """From here on the write-ahead log is copied into the file when nothing else waits."""
@@ -29,24 +41,6 @@ CHECKPOINT_PAGES_MAX = 16_000
 """From here on, whatever waits."""
 PURGED_KEYS_MAX = 64
 """In one transaction."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SqliteSettings:
-    """How much a journal may hold, and for how long."""
-
-    idempotency_ttl_seconds: int = 86_400
-    """From the outcome of a batch's last item."""
-    journal_bytes_max: int = 0
-    """Of the file, the write-ahead log not counted; 0: no bound but the disk."""
-    reserve_bytes: int = 64 << 20
-    """Held back for outcomes, of the disk and of journal_bytes_max; 0: nothing."""
-
-    def __post_init__(self) -> None:
-        if min(self.idempotency_ttl_seconds, self.journal_bytes_max, self.reserve_bytes) < 0:
-            raise ValueError("idempotency_ttl_seconds, journal_bytes_max and reserve_bytes must not be negative")
-        if self.journal_bytes_max and self.journal_bytes_max <= 2 * self.reserve_bytes:
-            raise ValueError("journal_bytes_max must be more than twice reserve_bytes")
 
 
 class SqliteJournal:
@@ -78,18 +72,20 @@ class SqliteJournal:
         new_log_id: str,
         now_millis: int,
         settings: SqliteSettings | None = None,
+        mark: Mark | None = None,
         vfs: str | None = None,
     ) -> tuple[SqliteJournal, Opened]:
         """Open or create, and begin the writer's next epoch. JournalUnusable: the message says why.
 
-        `new_log_id`, 32 hexadecimal digits, names the journal if it is created now. `vfs` names SQLite's file layer.
+        `new_log_id`, 32 hexadecimal digits, names the journal if it is created now. A journal that does not hold what `mark`
+        says is refused, and stays as it was. `vfs` names SQLite's file layer.
         """
         assert len(bytes.fromhex(new_log_id)) == 16
         settings = settings or SqliteSettings()
         db = connect(path, vfs)
         try:
             journal = cls(db, Reserve(path.with_name(path.name + ".reserve"), settings.reserve_bytes), settings)
-            journal._begin(writer, version, new_log_id, now_millis)
+            journal._begin(writer, version, new_log_id, now_millis, mark)
             journal.restore_reserve()
             return journal, Opened(journal.head, journal._tables.left(journal.head.epoch))
         except (apsw.Error, OSError, JournalBroken, JournalFull) as error:
@@ -109,10 +105,10 @@ class SqliteJournal:
         with self._transaction():
             if self._tables.epoch() != self.head.epoch:
                 raise JournalBroken("fenced: a newer epoch of this writer has begun")
-            ledger = Ledger(self.head, self._tables.known(needs(drafts), now_millis), now_millis)
+            ledger = Ledger(self.head, self._tables.known(needs(drafts), self._expiry(now_millis)), now_millis)
             appended = [ledger.append(draft) for draft in drafts]
             self._write(ledger)
-            self._tables.purge_keys(now_millis, PURGED_KEYS_MAX)
+            self._purge(ledger, now_millis)
             if not all(isinstance(draft, Outcome) for draft in drafts) and not (self.reserved and self._room()):
                 raise JournalFull("no room for new work in the journal")
         self.head = ledger.head
@@ -121,7 +117,7 @@ class SqliteJournal:
     def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None:
         """What a key stands for, if it is bound and has not expired."""
         with _sqlite():
-            return self._tables.bindings(frozenset({(tenant, key)}), now_millis).get((tenant, key))
+            return self._tables.bindings(frozenset({(tenant, key)}), self._expiry(now_millis)).get((tenant, key))
 
     def items(self, first: int, last: int, limit: int) -> list[ItemEntries]:
         """Ascending, at most limit, without unknown numbers."""
@@ -172,22 +168,26 @@ class SqliteJournal:
         """Unlock the file."""
         self._db.close()
 
-    def _begin(self, writer: str, version: str, new_log_id: str, now_millis: int) -> None:
+    def _begin(self, writer: str, version: str, new_log_id: str, now_millis: int, mark: Mark | None) -> None:
         try:
-            self._begin_epoch(writer, version, new_log_id, now_millis)
+            self._begin_epoch(writer, version, new_log_id, now_millis, mark)
         except JournalFull:
             if not self.reserved:
                 raise
             self.release_reserve()
-            self._begin_epoch(writer, version, new_log_id, now_millis)
+            self._begin_epoch(writer, version, new_log_id, now_millis, mark)
 
-    def _begin_epoch(self, writer: str, version: str, new_log_id: str, now_millis: int) -> None:
+    def _begin_epoch(self, writer: str, version: str, new_log_id: str, now_millis: int, mark: Mark | None) -> None:
         with self._transaction():
             migrate(self._db)
             log_id, owner, epoch = self._tables.begin_epoch(new_log_id, writer)
             if owner != writer:
                 raise JournalUnusable(f"this journal is of sidecar {owner!r}, not {writer!r}: each has its own")
-            ledger = Ledger(Head(log_id, writer, epoch, *self._newest()), Known(), now_millis)
+            head = Head(log_id, writer, epoch, *self._newest())
+            if mark is not None:
+                marked = self._tables.entries(mark.index, 1, payloads=False)
+                check_mark(mark, log_id, head.index, head.last_sequence, marked[0].entry_hash if marked else None)
+            ledger = Ledger(head, Known(), now_millis)
             ledger.open(version)
             self._write(ledger)
         self.head = ledger.head
@@ -203,6 +203,18 @@ class SqliteJournal:
 
     def _write(self, ledger: Ledger) -> None:
         self._tables.write(ledger, self._settings.idempotency_ttl_seconds * 1000)
+
+    def _purge(self, ledger: Ledger, now_millis: int) -> None:
+        """Let go of what the settings do not keep."""
+        if self._settings.digests_only:
+            self._tables.drop_ended(ledger.entries)
+            self._tables.drop_expired(now_millis, PURGED_KEYS_MAX)
+        else:
+            self._tables.purge_keys(now_millis, PURGED_KEYS_MAX)
+
+    def _expiry(self, now_millis: int) -> int:
+        """Keys that expire up to then are not bound any more."""
+        return 0 if self._settings.digests_only else now_millis
 
     def _room(self) -> bool:
         """Whether journal_bytes_max leaves the reserve untouched."""
@@ -226,18 +238,6 @@ class SqliteJournal:
     def _committed(self, _db: apsw.Connection, _name: str, pages: int) -> int:
         self._wal_pages = pages
         return apsw.SQLITE_OK
-
-
-def verify_file(path: Path) -> Iterator[Checked]:
-    """Look at a journal that no sidecar uses, without opening an epoch in it. JournalUnusable: it cannot be read."""
-    db = connect(path)
-    try:
-        tables = Tables(db)
-        yield from verify(lambda index, limit: tables.entries(index, limit, payloads=True))
-    except (apsw.Error, DecodeError) as error:
-        raise JournalUnusable(f"{path}: {error}") from error
-    finally:
-        db.close()
 
 
 @contextmanager

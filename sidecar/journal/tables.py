@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import apsw
 
@@ -17,6 +17,7 @@ from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs
 _ENTRIES = "SELECT * FROM sealed WHERE entry_index >= ? ORDER BY entry_index LIMIT ?"
 _ENTRIES_BARE = """SELECT entry_index, header, previous_hash, entry_hash, x'' FROM sealed
   WHERE entry_index >= ? ORDER BY entry_index LIMIT ?"""
+_LAST_SEQUENCE = "SELECT max(lost_sequence, (SELECT coalesce(max(sequence), 0) FROM items)) FROM journal"
 _NEWEST = "SELECT * FROM sealed ORDER BY entry_index DESC LIMIT 1"
 _ADMITTED = """SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted
   WHERE sequence BETWEEN ? AND ? ORDER BY sequence LIMIT ?"""
@@ -32,6 +33,16 @@ _END_KEYED = """UPDATE keys SET unfinished = unfinished - 1, expires_millis = CA
   WHERE first_sequence = ?1"""
 _PURGE = """DELETE FROM keys WHERE first_sequence IN
   (SELECT first_sequence FROM keys WHERE expires_millis <= ? ORDER BY expires_millis LIMIT ?)"""
+_KEYS = """SELECT tenant, key, request_digest, first_sequence, count, expires_millis FROM keys WHERE first_sequence >= ?
+  ORDER BY first_sequence LIMIT ?"""
+_WRITE_KEYS = """INSERT INTO keys SELECT ?1, ?2, ?3, ?4, ?5, count(*), ?6 FROM items
+  WHERE sequence BETWEEN ?1 AND ?1 + ?2 - 1 AND outcome IS NULL"""
+_EXPIRED = """SELECT first_sequence, first_sequence + count - 1 FROM keys WHERE expires_millis <= ?
+  ORDER BY expires_millis LIMIT ?"""
+_BIND_FOR_GOOD = "UPDATE keys SET expires_millis = NULL WHERE first_sequence = ?"
+_KEYED = "SELECT first_sequence FROM keys WHERE first_sequence IN carray(?)"
+_DROP = """DELETE FROM payloads WHERE entry_index IN (SELECT admitted FROM items WHERE sequence BETWEEN ?1 AND ?2
+  UNION ALL SELECT outcome FROM items WHERE sequence BETWEEN ?1 AND ?2)"""
 _PAGES_USED = "SELECT page_count - freelist_count FROM pragma_page_count, pragma_freelist_count"
 
 
@@ -43,7 +54,7 @@ class Tables:
 
     def begin_epoch(self, new_log_id: str, writer: str) -> tuple[str, str, int]:
         """Log id, owner and epoch, one higher than before; a new journal gets this log id and owner."""
-        self._db.execute("INSERT OR IGNORE INTO journal VALUES (1, ?, ?, 0)", (new_log_id, writer))
+        self._db.execute("INSERT OR IGNORE INTO journal VALUES (1, ?, ?, 0, 0)", (new_log_id, writer))
         log_id, owner, epoch = self._db.execute("UPDATE journal SET epoch = epoch + 1 RETURNING log_id, writer, epoch").get
         return log_id, owner, epoch
 
@@ -54,7 +65,7 @@ class Tables:
         return next(iter(self._sealed(_NEWEST)), None)
 
     def last_sequence(self) -> int:
-        return int(self._db.execute("SELECT coalesce(max(sequence), 0) FROM items").get)
+        return int(self._db.execute(_LAST_SEQUENCE).get)
 
     def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
         return self._sealed(_ENTRIES if payloads else _ENTRIES_BARE, min(from_index, NUMBER_MAX), limit)
@@ -102,28 +113,64 @@ class Tables:
 
     def write(self, ledger: Ledger, key_ttl_millis: int) -> None:
         """All that the ledger made."""
-        many, entries = self._db.executemany, ledger.entries
-        many(
-            "INSERT INTO entries VALUES (?, ?, ?)",
-            [(e.header.index, e.header.SerializeToString(deterministic=True), e.entry_hash) for e in entries],
-        )
-        many("INSERT INTO payloads VALUES (?, ?)", [(e.header.index, e.payload) for e in entries])
-        admitted = [e.header for e in entries if e.header.kind == types_pb2.ENTRY_KIND_ADMITTED]
-        many("INSERT INTO items (sequence, admitted) VALUES (?, ?)", [(h.sequence, h.index) for h in admitted])
+        self.write_entries(ledger.entries, ledger.verified)
+        many = self._db.executemany
         many(
             "INSERT OR REPLACE INTO keys VALUES (?1, ?2, ?3, ?4, ?5, ?2, NULL)",
             [(b.first_sequence, b.count, b.request_digest, a.tenant, a.key) for a, b in ledger.bound],
         )
+        ended = [e.header for e in ledger.entries if e.header.kind in OUTCOMES]
+        many(_END_KEYED, [(h.first_sequence, h.time_unix_millis + key_ttl_millis) for h in ended])
+        self.write_notes(ledger.notes)
+
+    def write_entries(self, entries: Sequence[Sealed], verified: Sequence[types_pb2.EntryHeader]) -> None:
+        """The record, and what says where to look in it. `verified`: of those of kind VERIFY."""
+        many = self._db.executemany
+        many(
+            "INSERT INTO entries VALUES (?, ?, ?)",
+            [(e.header.index, e.header.SerializeToString(deterministic=True), e.entry_hash) for e in entries],
+        )
+        many("INSERT INTO payloads VALUES (?, ?)", [(e.header.index, e.payload) for e in entries if e.payload])
+        admitted = [e.header for e in entries if e.header.kind == types_pb2.ENTRY_KIND_ADMITTED]
+        many("INSERT INTO items (sequence, admitted) VALUES (?, ?)", [(h.sequence, h.index) for h in admitted])
         ended = [e.header for e in entries if e.header.kind in OUTCOMES]
         many("UPDATE items SET outcome = ? WHERE sequence = ?", [(h.index, h.sequence) for h in ended])
-        many("UPDATE items SET verified = ? WHERE sequence = ?", [(h.index, h.sequence) for h in ledger.verified])
-        many(_END_KEYED, [(h.first_sequence, h.time_unix_millis + key_ttl_millis) for h in ended])
         many(
             "INSERT OR IGNORE INTO twins VALUES (?, ?, ?)",
             [(h.input_digest, h.fingerprint_digest, h.index) for h in ended if h.kind == types_pb2.ENTRY_KIND_COMPLETED],
         )
+        many("UPDATE items SET verified = ? WHERE sequence = ?", [(h.index, h.sequence) for h in verified])
+        lost = [e.header for e in entries if e.header.kind == types_pb2.ENTRY_KIND_LOST]
+        many("UPDATE journal SET lost_sequence = ?", [(h.first_sequence + h.count - 1,) for h in lost])
 
-        many("INSERT OR REPLACE INTO notes VALUES (?, ?)", list(ledger.notes.items()))
+    def write_notes(self, notes: Mapping[str, bytes]) -> None:
+        self._db.executemany("INSERT OR REPLACE INTO notes VALUES (?, ?)", list(notes.items()))
+
+    def write_keys(self, keys: Iterable[tuple[int, int, bytes, str, str, int | None]]) -> None:
+        """Of entries that are there: first sequence, count, request digest, tenant, key, and when it expires."""
+        self._db.executemany(_WRITE_KEYS, list(keys))
+
+    def drop_payloads(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Of the items with these sequences, first to last: what went in and what came out."""
+        self._db.executemany(_DROP, list(ranges))
+
+    def drop_ended(self, entries: Sequence[Sealed]) -> None:
+        """The payloads of the items that these entries end, but for those with a key."""
+        ended = [e.header for e in entries if e.header.kind in OUTCOMES]
+        if ended:
+            rows = self._db.execute(_KEYED, (apsw.carray(array("q", {h.first_sequence for h in ended})),))
+            keyed = {first for (first,) in rows}
+            self.drop_payloads((h.sequence, h.sequence) for h in ended if h.first_sequence not in keyed)
+
+    def drop_expired(self, now_millis: int, limit: int) -> None:
+        """The payloads of at most so many batches whose keys have expired. The keys stay bound for good."""
+        expired = list(self._db.execute(_EXPIRED, (now_millis, limit)))
+        self.drop_payloads(expired)
+        self._db.executemany(_BIND_FOR_GOOD, [(first,) for first, _ in expired])
+
+    def keys(self, from_sequence: int, limit: int) -> list[tuple[str, str, bytes, int, int, int | None]]:
+        """Tenant, key, request digest, first sequence, count, and when it expires."""
+        return list(self._db.execute(_KEYS, (from_sequence, limit)))
 
     def notes(self, prefix: str) -> dict[str, bytes]:
         return dict(

@@ -24,16 +24,22 @@ class Checked:
     index: int
     """Of the last entry looked at."""
     faults: tuple[str, ...]
-    """Each begins with `entry N:`."""
+    """Each begins with the entry's index and kind, `entry 7, ADMITTED:`."""
 
 
 def verify(read: Callable[[int, int], Sequence[Sealed]]) -> Iterator[Checked]:
     """Look at all entries, page by page. `read` takes an index and a limit and gives the entries from there, if any."""
     checker, index = Checker(), 0
     while page := read(index + 1, PAGE):
-        faults = [f"entry {sealed.header.index}: {fault}" for sealed in page for fault in checker.check(sealed)]
+        faults = [f"{_name(sealed.header)}: {fault}" for sealed in page for fault in checker.check(sealed)]
         index = max(index + len(page), page[-1].header.index)  # an index may be what is damaged
         yield Checked(index, tuple(faults))
+
+
+def _name(header: types_pb2.EntryHeader) -> str:
+    kinds = types_pb2.EntryKind
+    kind = kinds.Name(header.kind).removeprefix("ENTRY_KIND_") if header.kind in kinds.values() else f"kind {header.kind}"
+    return f"entry {header.index}, {kind}"
 
 
 class Checker:
@@ -72,6 +78,11 @@ class Checker:
             self.unfinished.add(header.sequence)
             expected, self.last_sequence = self.last_sequence + 1, max(self.last_sequence, header.sequence)
             return [] if header.sequence == expected else [f"sequence: {header.sequence} instead of {expected}"]
+        if header.kind == types_pb2.ENTRY_KIND_LOST:
+            expected, self.last_sequence = self.last_sequence + 1, header.first_sequence + header.count - 1
+            return (
+                [] if header.first_sequence == expected else [f"first_sequence: {header.first_sequence} instead of {expected}"]
+            )
         if header.kind not in OUTCOMES:
             return []
         if header.sequence not in self.unfinished:

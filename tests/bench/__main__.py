@@ -16,10 +16,10 @@ from pathlib import Path
 import apsw
 from rich.console import Console
 
-from tests.bench import audits, journal, memory, overhead, starts, tokens
+from tests.bench import appending, audits, growth, journal, memory, overhead, starts, tokens
 from tests.bench.table import Table
 
-WHAT = ("overhead", "audits", "journal", "memory", "starts", "tokens")
+WHAT = ("overhead", "audits", "journal", "appending", "growth", "memory", "starts", "tokens")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -52,6 +52,10 @@ async def measured(what: list[str], rounds: int, seconds: float, items: int, *, 
                 tables.append(await audits.measure(rounds, seconds))
             case "journal":
                 tables.append(await journal.measure(rounds, seconds))
+            case "appending":
+                tables.append(await asyncio.to_thread(appending.measure, rounds))
+            case "growth":
+                tables.append(await asyncio.to_thread(growth.measure))
             case "memory":
                 tables.append(await memory.measure(items))
             case "starts":

@@ -23,7 +23,8 @@ from sidecar.journal.grouped import GroupedJournal
 from sidecar.journal.postgres import PostgresJournal
 from sidecar.journal.postgres_schema import migrate as migrate_postgres
 from sidecar.journal.schema import connect, migrate
-from sidecar.journal.sqlite import SqliteJournal, SqliteSettings
+from sidecar.journal.settings import SqliteSettings
+from sidecar.journal.sqlite import SqliteJournal
 from tests.bench.loop import Round, closed_loop, middle, summary
 from tests.bench.table import Table
 from tests.postgres import Postgres
@@ -38,7 +39,7 @@ def admission(number: int) -> Admission:
     parameters = types_pb2.ResolvedParameters(temperature=1, top_p=1, repetition_penalty=1, max_new_tokens=NEW_TOKENS)
     digest = sha256(number.to_bytes(8)).digest()
     payload = sequencer_pb2.AdmittedPayload(
-        token_ids=[(number + position) % 40_000 for position in range(PROMPT_TOKENS)],
+        token_ids=range(number % 40_000, number % 40_000 + PROMPT_TOKENS),
         parameters=parameters,
         seed_derived=True,
         request_digest=digest,

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from sidecar.journal.sqlite import verify_file
+from sidecar.journal.sqlite_kept import verify_file
 from tests.e2e.conftest import ended, eventually, opened
 from tests.e2e.reruns_kit import audited, counted, missing, rule, service
 from tests.pair import ROOT, Pair

@@ -22,6 +22,7 @@ from ostinato.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 
 from service.config import Settings
 from service.engines.scripted import ScriptedEngine, parse
+from service.memory import Memory
 from service.metrics import Metrics
 from service.opening import make_ready
 from service.servicer import NAME, EngineServicer, Workers
@@ -71,7 +72,9 @@ async def served(script: Mapping[str, object] | None = None, **settings: Any) ->
         server.add(engine_pb2_grpc.add_EngineServicer_to_server, servicer, NAME)
         await server.start()
         try:
-            servicer.ready = await make_ready(engine, chosen, Metrics(own), "0" * 32)
+            servicer.ready = await make_ready(
+                engine, chosen, Metrics(own), "0" * 32, Memory(chosen.state_dir / "sequences.json")
+            )
             await server.set_health(NAME, serving=True)
             async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
                 stub: Any = engine_pb2_grpc.EngineStub(channel)
@@ -80,6 +83,8 @@ async def served(script: Mapping[str, object] | None = None, **settings: Any) ->
             await server.stop(0)
             workers.close()
             await engine.close()
+            if servicer.ready is not None and servicer.ready.streams.memory is not None:
+                servicer.ready.streams.memory.close()
 
 
 @dataclass
@@ -156,8 +161,8 @@ def error_of(error: grpc.aio.AioRpcError) -> errors.OstinatoError:
     return errors.foreign(error.code(), error.details() or "") if status is None else errors.from_status(status)
 
 
-def hello_of(log: str = LOG, writer: str = "w", epoch: int = 1) -> engine_pb2.Hello:
-    return engine_pb2.Hello(log_id=log, writer=writer, epoch=epoch)
+def hello_of(log: str = LOG, writer: str = "w", epoch: int = 1, last_sequence: int = 2**64 - 1) -> engine_pb2.Hello:
+    return engine_pb2.Hello(log_id=log, writer=writer, epoch=epoch, last_sequence=last_sequence)
 
 
 def submit_of(

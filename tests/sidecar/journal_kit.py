@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, LiteralString, Protocol
@@ -13,11 +13,14 @@ import psycopg
 
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal import Admission, Audit, Draft, Opened, Outcome, Sealed
+from sidecar.journal import Admission, Audit, Draft, Mark, Opened, Outcome, Sealed
 from sidecar.journal.committer import Backend
-from sidecar.journal.postgres import PostgresJournal, PostgresSettings
-from sidecar.journal.postgres_reads import verify_database
-from sidecar.journal.sqlite import SqliteJournal, SqliteSettings, verify_file
+from sidecar.journal.keeping import Kept
+from sidecar.journal.postgres import PostgresJournal
+from sidecar.journal.postgres_kept import PostgresKept, verify_database
+from sidecar.journal.settings import PostgresSettings, SqliteSettings
+from sidecar.journal.sqlite import SqliteJournal
+from sidecar.journal.sqlite_kept import SqliteKept, verify_file
 from sidecar.journal.verify import Checked
 
 LOG_ID = "0123456789abcdef0123456789abcdef"
@@ -105,7 +108,15 @@ class Store(Protocol):
 
     clock: Clock
 
-    def open(self, *, writer: str = "writer", log_id: str = LOG_ID) -> tuple[Backend, Opened]: ...
+    def open(self, *, writer: str = "writer", log_id: str = LOG_ID, mark: Mark | None = None) -> tuple[Backend, Opened]: ...
+
+    def opened(self) -> AbstractContextManager[Backend]: ...
+
+    def kept(self, *, create: bool = False) -> AbstractContextManager[Kept]: ...
+
+    def another(self) -> Store: ...
+
+    def faults(self) -> list[str]: ...
 
     def configure(self, **settings: int) -> None: ...
 
@@ -123,7 +134,7 @@ class SqliteStore:
     settings: SqliteSettings = field(default_factory=lambda: SqliteSettings(reserve_bytes=0))
     vfs: str | None = None
 
-    def open(self, *, writer: str = "writer", log_id: str = LOG_ID) -> tuple[SqliteJournal, Opened]:
+    def open(self, *, writer: str = "writer", log_id: str = LOG_ID, mark: Mark | None = None) -> tuple[SqliteJournal, Opened]:
         return SqliteJournal.open(
             self.path,
             writer=writer,
@@ -131,6 +142,7 @@ class SqliteStore:
             new_log_id=log_id,
             now_millis=self.clock.millis,
             settings=self.settings,
+            mark=mark,
             vfs=self.vfs,
         )
 
@@ -142,8 +154,24 @@ class SqliteStore:
         finally:
             journal.close()
 
+    @contextmanager
+    def kept(self, *, create: bool = False) -> Iterator[Kept]:
+        """Closed, and kept."""
+        kept = SqliteKept(self.path, create=create)
+        try:
+            yield kept
+        finally:
+            kept.close()
+
+    def another(self) -> SqliteStore:
+        """One with nothing in it."""
+        return SqliteStore(self.path.with_name("another.db"), self.clock, self.settings)
+
+    def faults(self) -> list[str]:
+        return [fault for page in verify_file(self.path) for fault in page.faults]
+
     def configure(self, **settings: int) -> None:
-        self.settings = replace(self.settings, **settings)
+        self.settings = replace(self.settings, **settings)  # type: ignore[arg-type]
 
     def fence(self, journal: Backend) -> None:
         """As if another process had begun an epoch of this writer, which the lock makes impossible."""
@@ -162,9 +190,17 @@ class PostgresStore:
     clock: Clock = field(default_factory=Clock)
     settings: PostgresSettings = field(default_factory=PostgresSettings)
     journals: list[PostgresJournal] = field(default_factory=list)
+    spare: str = ""
+    """The URL of another schema, with nothing in it."""
 
     def open(
-        self, *, writer: str = "writer", log_id: str = LOG_ID, url: str = "", seconds: Callable[[], float] = time.monotonic
+        self,
+        *,
+        writer: str = "writer",
+        log_id: str = LOG_ID,
+        url: str = "",
+        mark: Mark | None = None,
+        seconds: Callable[[], float] = time.monotonic,
     ) -> tuple[PostgresJournal, Opened]:
         journal, found = PostgresJournal.open(
             url or self.url,
@@ -173,6 +209,7 @@ class PostgresStore:
             new_log_id=log_id,
             now_millis=self.clock.millis,
             settings=self.settings,
+            mark=mark,
             seconds=seconds,
         )
         self.journals.append(journal)
@@ -200,6 +237,22 @@ class PostgresStore:
 
     def verify(self) -> Iterator[Checked]:
         return verify_database(self.url)
+
+    @contextmanager
+    def kept(self, *, create: bool = False) -> Iterator[Kept]:
+        """Whether it is in use or not."""
+        kept = PostgresKept(self.url, create=create)
+        try:
+            yield kept
+        finally:
+            kept.close()
+
+    def another(self) -> PostgresStore:
+        """One with nothing in it."""
+        return PostgresStore(self.spare, self.clock, self.settings)
+
+    def faults(self) -> list[str]:
+        return [fault for page in self.verify() for fault in page.faults]
 
     def execute(self, query: LiteralString, *parameters: object) -> list[tuple[Any, ...]]:
         """On a connection of its own; what it returns."""

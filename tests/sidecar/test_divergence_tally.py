@@ -32,6 +32,8 @@ keys = st.builds(Key, st.sampled_from(["twin", "audit"]), st.just("exact"), st.s
 def compared(comparison: types_pb2.Comparison, index: int = 1, key: Key = KEY, millis: int = 0) -> Compared:
     if comparison.verdict == INCOMPARABLE:
         comparison.drift.append("fingerprint.device")
+    if comparison.verdict == DIVERGED:
+        comparison.first_difference = comparison.compared_tokens
     return Compared(Moment(index, millis), key, comparison)
 
 
@@ -187,3 +189,13 @@ def test_values_of_a_newer_version_are_numbers() -> None:
 
     assert isinstance(event, Compared)
     assert (event.key.kind, event.key.grade) == ("99", "98")
+
+
+def test_nobody_knows_where() -> None:
+    """Outputs that differ where one is not kept count as a comparison, and say nothing of tokens."""
+    known, unknown = verdict(DIVERGED, compared_tokens=7, first_difference=7), verdict(DIVERGED)
+    tally = Tally().after(compared(known)).after(Compared(Moment(2, 0), KEY, unknown))
+
+    (stratum,) = tally.strata
+    assert (stratum.diverged, stratum.compared, stratum.compared_tokens) == (2, 2, 7)
+    assert (stratum.token_rate().events, stratum.token_rate().trials) == (1, 8)

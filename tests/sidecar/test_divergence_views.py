@@ -33,6 +33,8 @@ def made() -> Tally:
             index += 1
             said = types_pb2.Comparison(verdict=verdict, compared_tokens=tokens, company=company, sampling=sampling)
             said.drift.extend(["fingerprint.device"] if verdict == INCOMPARABLE else [])
+            if verdict == DIVERGED:
+                said.first_difference = tokens
             tally = tally.after(Compared(Moment(index, index * 60_000), key, said))
     for collides in (True, False, False):
         tally = tally.after(Checked(Moment(99, 1), 1, collides))

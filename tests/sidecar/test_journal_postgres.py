@@ -18,8 +18,9 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 from sidecar.journal import CommitUnknown, JournalBroken, JournalUnusable, Note, Sealed, Unfinished
 from sidecar.journal import postgres_schema as schema
 from sidecar.journal.database import Database
-from sidecar.journal.postgres import PostgresJournal, PostgresSettings
+from sidecar.journal.postgres import PostgresJournal
 from sidecar.journal.postgres_tables import PostgresTables
+from sidecar.journal.settings import PostgresSettings
 from tests.postgres import Postgres, installed
 from tests.sidecar.journal_kit import PostgresStore, admission, completed, ended, item, sequences, twin
 from tests.sidecar.postgres_proxy import Cut, Proxy, proxy

@@ -102,7 +102,7 @@ async def linked(folder: Path, service: Service) -> AsyncIterator[tuple[EngineLi
     finally:
         await link.close()
         running.cancel()
-        with contextlib.suppress(asyncio.CancelledError, errors.EpochStale):
+        with contextlib.suppress(asyncio.CancelledError, errors.EpochStale, errors.JournalBehind):
             await running
         await server.stop(0)
 
@@ -183,6 +183,15 @@ async def test_a_stream_that_was_never_up_is_not_down(tmp_path: Path) -> None:
     async with linked(tmp_path, service) as (_, listener, _):
         await listener.hears("up")
         assert len(service.streams) == 1
+
+
+async def test_a_lost_end_ends_the_link(tmp_path: Path) -> None:
+    """JOURNAL_BEHIND is for good."""
+    async with linked(tmp_path, Service(refusing(errors.JournalBehind("7 was run here")))) as (_, listener, running):
+        async with asyncio.timeout(30):
+            with pytest.raises(errors.JournalBehind, match="7 was run here"):
+                await running
+        assert listener.told == []
 
 
 @pytest.mark.parametrize("after_welcome", [False, True])

@@ -35,7 +35,8 @@ from sidecar.journal import (
 )
 from sidecar.journal.committer import Backend
 from sidecar.journal.ledger import Known, Ledger, needs
-from sidecar.journal.sqlite import SqliteJournal, SqliteSettings
+from sidecar.journal.settings import SqliteSettings
+from sidecar.journal.sqlite import SqliteJournal
 from tests.sidecar.journal_disk import Disk, PowerLost
 
 WRITER, VERSION = "ostinato-0", "simulated"

@@ -14,7 +14,7 @@ from ostinato import chain
 from ostinato.client import Client
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal.sqlite import verify_file
+from sidecar.journal.sqlite_kept import verify_file
 from tests.soak.load import Call, Job
 from tests.soak.recording import Submission
 

@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from ostinato.client import Client
 
-from sidecar.journal.postgres_reads import verify_database
+from sidecar.journal.postgres_kept import verify_database
 from tests.pair import Pair
 from tests.postgres import Postgres
 from tests.soak import checks

@@ -205,8 +205,8 @@ class Entry(_message.Message):
     PAYLOAD_FIELD_NUMBER: _builtins.int
     entry_hash: _builtins.bytes
     payload: _builtins.bytes
-    """A serialised OpenedPayload, AdmittedPayload, CompletedPayload, EndedPayload or AuditedPayload by kind, byte for byte as
-    recorded: its SHA-256 is header.payload_digest. Empty unless wanted and kept.
+    """A serialised OpenedPayload, AdmittedPayload, CompletedPayload, EndedPayload, AuditedPayload or LostPayload by kind, byte for
+    byte as recorded: its SHA-256 is header.payload_digest. Empty unless wanted and kept.
     """
     @_builtins.property
     def header(self) -> _types_pb2.EntryHeader: ...
@@ -414,6 +414,30 @@ class AuditedPayload(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AuditedPayload: _TypeAlias = AuditedPayload  # noqa: Y015
+
+@_typing.final
+class LostPayload(_message.Message):
+    """Payload of LOST: the newest entry that is known to have been there. Unset where only the numbers were known."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    ENTRY_HASH_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    entry_hash: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        entry_hash: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry_hash", b"entry_hash", "index", b"index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LostPayload: _TypeAlias = LostPayload  # noqa: Y015
 
 @_typing.final
 class ReplayRequest(_message.Message):

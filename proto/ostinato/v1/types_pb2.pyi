@@ -193,6 +193,10 @@ class _EntryKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EntryKind.V
     """Recovery, or the end of a drain, found it unfinished and without a key."""
     ENTRY_KIND_AUDITED: _EntryKind.ValueType  # 7
     """A comparison's verdict about an item, or about a canary."""
+    ENTRY_KIND_LOST: _EntryKind.ValueType  # 8
+    """The end of the journal was lost, and its operator accepted that: `count` sequences from `first_sequence` were given out,
+    nothing else is known of them, and they are not given out again.
+    """
 
 class EntryKind(_EntryKind, metaclass=_EntryKindEnumTypeWrapper):
     """What an entry of the journal records."""
@@ -212,6 +216,10 @@ ENTRY_KIND_ABANDONED: EntryKind.ValueType  # 6
 """Recovery, or the end of a drain, found it unfinished and without a key."""
 ENTRY_KIND_AUDITED: EntryKind.ValueType  # 7
 """A comparison's verdict about an item, or about a canary."""
+ENTRY_KIND_LOST: EntryKind.ValueType  # 8
+"""The end of the journal was lost, and its operator accepted that: `count` sequences from `first_sequence` were given out,
+nothing else is known of them, and they are not given out again.
+"""
 Global___EntryKind: _TypeAlias = EntryKind  # noqa: Y015
 
 @_typing.final
@@ -812,9 +820,9 @@ class EntryHeader(_message.Message):
     writer: _builtins.str
     epoch: _builtins.int
     sequence: _builtins.int
-    """The item this entry is about; 0 in OPENED, and in AUDITED about a canary."""
+    """The item this entry is about; 0 in OPENED, in LOST, and in AUDITED about a canary."""
     first_sequence: _builtins.int
-    """The batch the item belongs to, as in Stamp."""
+    """The batch the item belongs to, as in Stamp; in LOST, what was lost."""
     count: _builtins.int
     attempt: _builtins.int
     """Which attempt made the outcome, from 1."""

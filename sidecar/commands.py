@@ -1,0 +1,208 @@
+"""`python -m sidecar COMMAND`: what an operator does to a journal: to one in a file while no sidecar has it open."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from ostinato.serving.program import FAILED
+from ostinato.v1 import types_pb2
+
+from sidecar.config import Settings, is_shared, mark_of
+from sidecar.journal import JournalUnusable, Loss, keeping
+from sidecar.journal.keeping import Kept
+from sidecar.journal.ledger import LOST_MAX
+from sidecar.journal.mark import MarkFile
+from sidecar.journal.transfer import export as lines_of
+from sidecar.journal.transfer import take_in
+from sidecar.journal.verify import verify as verified
+from sidecar.opening import open_journal, open_kept
+
+_AGES = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+"""Seconds by unit."""
+
+_errors = Console(stderr=True)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+COMMANDS = ("verify", "prune", "redact", "export", "import", "accept-loss")
+
+Journal = Annotated[str, typer.Option(envvar="OSTINATO_SIDECAR_JOURNAL", help="The journal's file, or its postgresql:// URL.")]
+JOURNAL = Settings().journal
+
+
+def main(argv: Sequence[str]) -> None:
+    """Ends the process: 0; 1 where the journal is not what it should be; 2 for a bad command line."""
+    try:
+        app(args=list(argv), prog_name="python -m sidecar")
+    except (JournalUnusable, OSError) as error:
+        _say(f"{argv[0]}: {error}")
+        sys.exit(FAILED)
+
+
+@app.command()
+def verify(journal: Journal = JOURNAL) -> None:
+    """Check every link, every invariant, and every payload that is kept. The first bad entry ends it, with exit code 1."""
+    with _kept(journal) as kept, _progress(kept) as came_to:
+        index = 0
+        for checked in verified(lambda index, limit: kept.entries(index, limit, payloads=True)):
+            if checked.faults:
+                raise JournalUnusable("\n".join(checked.faults))
+            came_to(index := checked.index)
+    _say(f"{index} entries are sound")
+
+
+@app.command()
+def prune(
+    before: Annotated[
+        str,
+        typer.Option(help="A sequence; a time, 2026-11-01T12:00, in UTC if it does not say; or an age: 12h, 30d, 4w."),
+    ],
+    journal: Journal = JOURNAL,
+) -> None:
+    """Drop the payloads of items that have ended before. Prompts and answers go for good; hashes, and so the chain, stay."""
+    old, dropped = older(before, time.time()), 0
+    with _kept(journal) as kept, _progress(kept) as came_to:
+        for index, count in keeping.prune(kept, old):
+            dropped += count
+            came_to(index)
+    _say(f"{dropped} payloads are dropped")
+
+
+@app.command()
+def redact(sequences: Annotated[list[int], typer.Argument(min=1)], journal: Journal = JOURNAL) -> None:
+    """Drop the payloads of single items, as prune does."""
+    with _kept(journal) as kept:
+        _say(f"{keeping.redact(kept, sequences)} payloads are dropped")
+
+
+@app.command()
+def export(
+    file: Annotated[str, typer.Argument(help="A new file; - for the standard output.")], journal: Journal = JOURNAL
+) -> None:
+    """Write the whole journal as lines of JSON, for another backend."""
+    with _kept(journal) as kept, _progress(kept) as came_to, _created(file) as lines:
+        for number, line in enumerate(lines_of(kept)):
+            lines.write(line + "\n")
+            came_to(number)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[str, typer.Argument(help="An exported journal; - for the standard input.")],
+    writer: Annotated[str | None, typer.Option(help="Whose it is to be, where the log has several.")] = None,
+    journal: Journal = JOURNAL,
+) -> None:
+    """Fill an empty journal from such lines: all of it, with its chain verified, or nothing."""
+    with _kept(journal, create=True) as kept, _opened(file) as lines, _progress() as came_to:
+        log = take_in(kept, lines, writer, came_to)
+    _say(f"log {log.log_id}: {log.index} entries, sequences to {log.last_sequence}")
+
+
+@app.command()
+def accept_loss(
+    through: Annotated[int, typer.Option(help="The newest sequence that may have been given out.")],
+    high_water: Annotated[
+        Path | None, typer.Option(envvar="OSTINATO_SIDECAR_HIGH_WATER", help="The mark's file; default: beside the journal.")
+    ] = None,
+    journal: Journal = JOURNAL,
+) -> None:
+    """Go on with a journal that lost its end. What it lost stays lost; the numbers are not given out again."""
+    path = high_water or mark_of(journal)
+    file = MarkFile(path) if path is not None else None
+    mark = file.read() if file is not None else None
+    with _kept(journal) as kept:
+        log = kept.log()
+    if log is None or (mark is not None and mark.log_id != log.log_id):
+        raise JournalUnusable("the mark is of another log: put that log's journal back, or remove the mark to begin without it")
+    known = max(log.last_sequence, mark.last_sequence if mark is not None else 0)
+    if through < known:
+        raise JournalUnusable(f"--through {through}: sequences to {known} were given out")
+    if through - log.last_sequence > LOST_MAX:
+        raise JournalUnusable(f"--through {through}: the journal ends at sequence {log.last_sequence}; so many cannot be lost")
+    # A log that sidecars share may be in use: its operator is a writer of its own.
+    opened, _ = open_journal(
+        Settings(journal=journal, writer="operator" if is_shared(journal) else next(iter(log.writers))),
+        now_millis := time.time_ns() // 10**6,
+        checked=False,
+    )
+    try:
+        (appended,) = opened.append_many([Loss(through, mark)], now_millis)
+        if file is not None:
+            file.write(opened.head.mark)
+    finally:
+        opened.close()
+    lost = appended.entries[0].header
+    _say(f"entry {lost.index} says that {lost.count} sequences are lost; the next one is {through + 1}")
+
+
+def older(text: str, now_seconds: float) -> Callable[[types_pb2.EntryHeader], bool]:
+    """Which outcomes `--before` means."""
+    if text.isascii() and text.isdigit():
+        return lambda header: header.sequence < int(text)
+    age = re.fullmatch(r"(\d{1,9})([smhdw])", text, re.ASCII)
+    try:
+        then = now_seconds - int(age[1]) * _AGES[age[2]] if age else _utc(datetime.fromisoformat(text)).timestamp()
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no sequence, time or age") from None
+    return lambda header: header.time_unix_millis < then * 1000
+
+
+def _utc(time: datetime) -> datetime:
+    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
+
+
+@contextmanager
+def _kept(journal: str, *, create: bool = False) -> Iterator[Kept]:
+    kept = open_kept(journal, create=create)
+    try:
+        yield kept
+    finally:
+        kept.close()
+
+
+@contextmanager
+def _progress(kept: Kept | None = None) -> Iterator[Callable[..., None]]:
+    """A bar, where somebody sees it; told the index, and of how many if that was not known before."""
+    log = kept.log() if kept is not None else None
+    with Progress(console=_errors, transient=True, disable=not _errors.is_terminal) as bar:
+        task = bar.add_task("entries", total=log.index if log is not None else None)
+        yield lambda index, total=None: bar.update(task, completed=index, **({} if total is None else {"total": total}))
+
+
+@contextmanager
+def _created(name: str) -> Iterator[IO[str]]:
+    """Its owner's alone, as the journal is; a file that was not finished is removed."""
+    if name == "-":
+        yield sys.stdout
+        return
+    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            yield file
+    except BaseException:
+        with suppress(OSError):
+            Path(name).unlink()
+        raise
+
+
+@contextmanager
+def _opened(name: str) -> Iterator[IO[str]]:
+    if name == "-":
+        yield sys.stdin
+        return
+    with Path(name).open(encoding="utf-8") as file:
+        yield file
+
+
+def _say(text: str) -> None:
+    _errors.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,75 @@
+"""The high-water mark: where a journal stood, in a file of its own, so that one that lost its end is found at the next start.
+
+It is written after the commit that it names, never before. Whatever lies between it and the head when the end is lost, the
+service remembers (JOURNAL_BEHIND).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from ostinato.canonical import DIGEST_BYTES
+
+from sidecar.journal import JournalUnusable, Mark
+
+
+class MarkFile:
+    """One mark, replaced whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> Mark | None:
+        """None: there is none yet. Raises JournalUnusable for a file that is no mark."""
+        try:
+            told = json.loads(self.path.read_bytes())
+            mark = Mark(told["log_id"], int(told["index"]), bytes.fromhex(told["entry_hash"]), int(told["last_sequence"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise JournalUnusable(f"{self.path} is no high-water mark ({error!r}): put a copy back, or remove it") from error
+        if len(mark.entry_hash) != DIGEST_BYTES:
+            raise JournalUnusable(f"{self.path} is no high-water mark: its hash has {len(mark.entry_hash)} bytes")
+        return mark
+
+    def write(self, mark: Mark) -> None:
+        """Durable on return. Raises OSError, and then the one before is still there."""
+        told = {
+            "log_id": mark.log_id,
+            "index": str(mark.index),
+            "entry_hash": mark.entry_hash.hex(),
+            "last_sequence": str(mark.last_sequence),
+        }
+        new = self.path.with_name(self.path.name + ".new")
+        handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(handle, json.dumps(told).encode() + b"\n")
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        new.replace(self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def check_mark(mark: Mark, log_id: str, index: int, last_sequence: int, marked_hash: bytes | None) -> None:
+    """Whether a journal of this log, with so many entries and numbers, holds what the mark says was durable. `marked_hash`: of
+    its entry with the mark's index. Raises JournalUnusable that says what is lost, and what to do."""
+    if log_id != mark.log_id:
+        raise JournalUnusable(
+            f"the high-water mark is of log {mark.log_id}, and this journal is another or new: put that log's journal back, "
+            "or remove the mark to begin without it"
+        )
+    if marked_hash == mark.entry_hash:
+        return
+    found = f"has another entry {mark.index}" if marked_hash is not None else f"ends at entry {index}, sequence {last_sequence}"
+    through = max(mark.last_sequence, last_sequence)
+    raise JournalUnusable(
+        f"its end is lost: it {found}, and entry {mark.index}, sequence {mark.last_sequence} was durable: put a newer copy "
+        f"back, or accept the loss: python -m sidecar accept-loss --through {through}"
+    )

@@ -1,0 +1,151 @@
+"""The journal as it is kept: followed over a crash, put back from an old copy, thinned out."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from ostinato import errors
+from ostinato.chain import check_link
+from ostinato.client import Client
+from ostinato.v1 import sequencer_pb2, types_pb2
+
+from tests.e2e.conftest import Door, ended, eventually, opened
+from tests.pair import ROOT, Pair
+
+
+@pytest.fixture(name="state", scope="module")
+def _state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """So that only the first service tests itself."""
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(name="pair")
+def _pair(request: pytest.FixtureRequest, state: Path) -> Iterator[Pair]:
+    with Pair(sidecar=getattr(request, "param", ()), state=state) as pair:
+        yield pair.start()
+
+
+def journal(pair: Pair) -> Path:
+    return pair.folder / "journal.sqlite"
+
+
+def command(pair: Pair, *argv: str) -> str:
+    """What a command says about the pair's journal; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sidecar", *argv, "--journal", str(journal(pair))],
+        cwd=ROOT,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+async def test_follow_outlives_a_crash(pair: Pair) -> None:
+    """A follower sees every entry once, linked to the one before, over three times kill -9 and a restart."""
+    followed: list[sequencer_pb2.Entry] = []
+
+    async def follow(client: Client) -> None:
+        async with aclosing(client.tail(1, follow=True, payloads=True)) as entries:
+            async for entry in entries:
+                followed.append(entry)  # noqa: PERF401  # it has no end
+
+    async with Client(pair.target) as client, opened(pair) as door:
+        following = asyncio.create_task(follow(client))
+        await eventually(lambda: bool(followed), "the follower is there")
+        for _ in range(3):
+            await door.client.generate(["a", "b", "c"], max_new_tokens=3)
+            pair.sidecar.kill()  # type: ignore[union-attr]
+            await asyncio.to_thread(lambda: pair.start_sidecar().wait_for("engine connected"))
+        await door.client.generate("d", max_new_tokens=1)
+        head = await door.client.head()
+        await eventually(lambda: len(followed) >= head.index, "everything is followed")
+        following.cancel()
+
+    assert [entry.header.index for entry in followed] == list(range(1, head.index + 1))
+    assert [
+        fault for before, entry in zip([None, *followed], followed, strict=False) for fault in check_link(before, entry)
+    ] == []
+    assert followed[-1].entry_hash == head.entry_hash
+
+
+async def test_an_old_copy_is_found(pair: Pair) -> None:
+    """A sidecar whose journal is behind its mark does not start; one without a mark is ended by the service, also by a new one;
+    and where its operator has accepted the loss, it goes on behind what was lost."""
+    async with opened(pair) as door:
+        await door.client.generate("before")
+    pair.sidecar.stop()  # type: ignore[union-attr]
+    copy = shutil.copyfile(journal(pair), pair.folder / "copy")
+    pair.start_sidecar().wait_for("engine connected")
+    async with opened(pair) as door:
+        lost = await door.client.generate(["after", "after"])
+    assert [result.sequence for result in lost.results] == [2, 3]
+    pair.stop()
+    shutil.copyfile(copy, journal(pair))
+
+    with pytest.raises(AssertionError, match="accept-loss --through 3"):
+        pair.start_sidecar()
+    assert ended(pair.programs[-1])[0] == 1
+    (pair.folder / "journal.sqlite.mark").unlink()
+    pair.start_service()
+    pair.start_sidecar()
+    code, log = ended(pair.programs[-1])
+    assert (code, "sequence 3 of log" in log, "accept-loss --through 3" in log) == (1, True, True)
+
+    assert "2 sequences are lost" in command(pair, "accept-loss", "--through", "3")
+    pair.start_sidecar().wait_for("engine connected")
+    async with opened(pair) as door:
+        assert (await door.client.generate("again")).stamp.first_sequence == 4
+        with pytest.raises(errors.NotFound):
+            await door.client.get(3)
+        kinds = [entry.header.kind async for entry in door.client.tail()]
+    assert kinds.count(types_pb2.ENTRY_KIND_LOST) == 1
+    pair.stop()
+    assert "are sound" in command(pair, "verify")
+
+
+async def replayed(door: Door, first: int, last: int) -> list[types_pb2.Comparison]:
+    return [response.comparison async for response in door.client.replay(first, last)]
+
+
+@pytest.mark.parametrize("pair", [["--payloads", "digests"]], indirect=True)
+async def test_digests_only(pair: Pair) -> None:
+    """Without payloads a key's answer comes back until it is dropped, twins are compared, and nothing is run again."""
+    async with opened(pair) as door:
+        keyed = await door.client.generate("a", seed=1, key="k")
+        plain = await door.client.generate("a", seed=1)
+        assert plain.results[0].output == keyed.results[0].output
+        await door.client.generate("b", seed=1)
+        await door.client.generate("b", seed=1)
+        twins = re.compile(r'ostinato_comparisons_total\{.*kind="twin".*verdict="match"')
+        found = sum(value for name, value in pair.metrics().items() if twins.match(name))
+        assert found == 2, "one by its output, one by its digest"
+        (record,) = await door.client.get(plain.stamp.first_sequence)
+        assert not (record.HasField("input") or record.HasField("result"))
+        (verdict,) = await replayed(door, plain.stamp.first_sequence, plain.stamp.first_sequence)
+        assert errors.from_status(verdict.status).reason == "PAYLOAD_PRUNED"
+
+    pair.sidecar.kill()  # type: ignore[union-attr]
+    pair.start_sidecar().wait_for("engine connected")
+    async with opened(pair) as door:
+        assert await door.client.generate("a", seed=1, key="k") == keyed
+        last = await door.last_sequence()
+    pair.sidecar.stop()  # type: ignore[union-attr]
+    assert "2 payloads" in command(pair, "redact", str(keyed.stamp.first_sequence))
+    pair.start_sidecar().wait_for("engine connected")
+    async with opened(pair) as door:
+        for _ in range(2):
+            with pytest.raises(errors.PayloadPruned):
+                await door.client.generate("a", seed=1, key="k")
+        assert await door.last_sequence() == last

@@ -1,0 +1,258 @@
+"""`python -m sidecar COMMAND`: what an operator is told, and what the exit code is."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import stat
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import apsw
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from ostinato.v1 import types_pb2
+
+from sidecar import commands, config
+from sidecar.journal import JournalUnusable
+from sidecar.journal.mark import MarkFile
+from tests.postgres import Postgres
+from tests.sidecar.journal_kit import PostgresStore, SqliteStore, admission, completed, item, sequences
+
+NOW = 1_700_000_000.0
+
+
+@pytest.fixture(name="store")
+def _store(tmp_path: Path) -> SqliteStore:
+    """Of three items that have ended."""
+    store = SqliteStore(tmp_path / "journal.db")
+    with store.opened() as journal:
+        (answer,) = journal.append_many([admission(item(1), item(2), item(3))], store.clock.millis)
+        journal.append_many([completed(entry) for entry in answer.entries], store.clock.millis)
+    return store
+
+
+def mark_of(store: SqliteStore) -> Path:
+    path = config.mark_of(str(store.path))
+    assert path is not None
+    return path
+
+
+class Said:
+    """Runs a command in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys = capsys
+        self.out = ""
+        monkeypatch.setattr(commands, "_errors", Console(stderr=True, width=1_000))
+
+    def __call__(self, *argv: object, code: int = 0) -> str:
+        """What it says; it must end with this code."""
+        with pytest.raises(SystemExit) as ended:
+            commands.main([str(each) for each in argv])
+        self.out, said = self._capsys.readouterr()
+        assert ended.value.code == code, said
+        return said
+
+
+@pytest.fixture(name="run")
+def _run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Said:
+    return Said(capsys, monkeypatch)
+
+
+def test_verify(store: SqliteStore, run: Said) -> None:
+    """A sound journal gives 0; else 1, and the first bad entry is named, with its kind and what is wrong with it."""
+    assert "7 entries are sound" in run("verify", "--journal", store.path)
+    db = apsw.Connection(str(store.path))
+    db.execute("UPDATE payloads SET payload = x'00' WHERE entry_index = 5")
+    db.close()
+    said = run("verify", "--journal", store.path, code=1)
+    assert "entry 5, COMPLETED: payload: is not what payload_digest was taken of" in said
+
+
+def test_a_journal_in_use(store: SqliteStore, run: Said) -> None:
+    """While a sidecar has the journal, every command says so and does nothing."""
+    with store.opened():
+        for command in (
+            ["verify"],
+            ["prune", "--before", "9"],
+            ["redact", "1"],
+            ["export", "-"],
+            ["accept-loss", "--through", "9"],
+        ):
+            assert "in use by another sidecar" in run(*command, "--journal", store.path, code=1)
+
+
+def test_a_journal_that_is_not_there(tmp_path: Path, run: Said) -> None:
+    """A wrong path is an error, and makes no journal there."""
+    for command in (["verify"], ["prune", "--before", "1d"], ["redact", "1"], ["export", "-"]):
+        assert "does not exist" in run(*command, "--journal", tmp_path / "nothing", code=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command", [["prune", "--before", "yesterday"], ["redact"], ["redact", "0"], ["accept-loss"], ["prune"]]
+)
+def test_bad_command_lines(store: SqliteStore, run: Said, command: list[str]) -> None:
+    """What cannot be meant is refused with code 2."""
+    run(*command, "--journal", store.path, code=2)
+
+
+def test_prune_and_redact(store: SqliteStore, run: Said) -> None:
+    """Payloads go by number, by age and by time; the journal verifies afterwards."""
+    assert "2 payloads are dropped" in run("redact", "2", "--journal", store.path)
+    assert "2 payloads are dropped" in run("prune", "--before", "3", "--journal", store.path)
+    assert "0 payloads are dropped" in run("prune", "--before", "2023-11-14", "--journal", store.path)
+    assert "2 payloads are dropped" in run("prune", "--before", "1h", "--journal", store.path)
+    assert "sound" in run("verify", "--journal", store.path)
+
+
+@given(st.integers(1, 9_999), st.sampled_from("smhdw"))
+def test_ages(count: int, unit: str) -> None:
+    """An age is so long before now, whatever its unit."""
+    seconds = count * {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}[unit]
+    old = commands.older(f"{count}{unit}", NOW)
+    at = round((NOW - seconds) * 1000)
+    if at > 0:
+        assert not old(types_pb2.EntryHeader(time_unix_millis=at))
+        assert old(types_pb2.EntryHeader(time_unix_millis=at - 1))
+
+
+@given(st.datetimes(datetime(1970, 1, 2), datetime(2100, 1, 1)))  # noqa: DTZ001
+def test_times(time: datetime) -> None:
+    """A time without an offset is UTC."""
+    millis = round(time.replace(tzinfo=UTC).timestamp() * 1000)
+    for text in (time.isoformat(), time.isoformat() + "+00:00"):
+        assert commands.older(text, NOW)(types_pb2.EntryHeader(time_unix_millis=millis - 1))
+        assert not commands.older(text, NOW)(types_pb2.EntryHeader(time_unix_millis=millis + 1))
+
+
+def test_export_and_import(store: SqliteStore, run: Said, tmp_path: Path) -> None:
+    """Through a file that is its owner's alone and that nothing overwrites; the copy is the journal again."""
+    file, other = tmp_path / "journal.jsonl", tmp_path / "other.db"
+    run("export", file, "--journal", store.path)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert "File exists" in run("export", file, "--journal", store.path, code=1)
+    assert "7 entries, sequences to 3" in run("import", file, "--journal", other)
+    assert "not empty" in run("import", file, "--journal", other, code=1)
+    run("export", "-", "--journal", other)
+    assert run.out == file.read_text()
+
+
+def test_half_a_file(store: SqliteStore, run: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that ends early, or is none, leaves no journal behind, and the line is named."""
+    run("export", "-", "--journal", store.path)
+    lines, other = run.out.splitlines(keepends=True), tmp_path / "other.db"
+    for text, why in (
+        ("".join(lines[:-1]), "ends at entry 6 of 7"),
+        ("".join(lines)[:-9], f"line {len(lines)}"),
+        ("", "line 1"),
+        ("{}\n", "line 1"),
+        (lines[0] + "[]\n", "line 2: is no JSON object"),
+        (json.dumps({**json.loads(lines[0]), "version": 2}), "version 1"),
+    ):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert why in run("import", "-", "--journal", other, code=1)
+        assert not other.exists()
+
+
+# A journal that lost its end: copied, gone on with, and put back.
+
+
+@pytest.fixture(name="behind")
+def _behind(store: SqliteStore) -> SqliteStore:
+    """Its copy of sequence 3 has replaced what had come to sequence 5, as the mark knows."""
+    copy = store.path.with_name("copy.db")
+    shutil.copyfile(store.path, copy)
+    with store.opened() as journal:
+        journal.append_many([admission(item(4), item(5))], store.clock.millis)
+        MarkFile(mark_of(store)).write(journal.head.mark)
+    shutil.copyfile(copy, store.path)
+    return store
+
+
+def test_accept_loss(behind: SqliteStore, run: Said) -> None:
+    """An old copy, put back, opens only when its operator has said which numbers are lost, and goes on behind them."""
+    mark = MarkFile(mark_of(behind))
+    with pytest.raises(JournalUnusable, match="accept-loss --through 5"):
+        behind.open(mark=mark.read())
+    assert "sequences to 5 were given out" in run("accept-loss", "--through", "4", "--journal", behind.path, code=1)
+    assert "cannot be lost" in run("accept-loss", "--through", 2**40, "--journal", behind.path, code=1)
+    with pytest.raises(JournalUnusable):
+        behind.open(mark=mark.read())
+
+    assert "2 sequences are lost; the next one is 6" in run("accept-loss", "--through", "5", "--journal", behind.path)
+    assert "sound" in run("verify", "--journal", behind.path)
+    journal, _ = behind.open(mark=mark.read())
+    assert sequences(journal.append_many([admission()], 1)[0].entries) == [6]
+    journal.close()
+
+
+def test_another_log(behind: SqliteStore, run: Said) -> None:
+    """Neither a new journal nor that of another log is taken for the marked one, whatever its operator accepts."""
+    behind.path.unlink()
+    mark = MarkFile(mark_of(behind)).read()
+    with pytest.raises(JournalUnusable, match="another or new"):
+        behind.open(mark=mark, log_id="e" * 32)
+    assert "another log" in run("accept-loss", "--through", "5", "--journal", behind.path, code=1)
+    behind.open(log_id="e" * 32)[0].close()
+    assert "another log" in run("accept-loss", "--through", "5", "--journal", behind.path, code=1)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"log_id": "a", "index": "x", "entry_hash": "", "last_sequence": "1"}'])
+def test_a_damaged_mark(store: SqliteStore, text: str) -> None:
+    """A file that is no mark is not taken for none."""
+    file = mark_of(store)
+    file.write_text(text)
+    with pytest.raises(JournalUnusable, match="is no high-water mark"):
+        MarkFile(file).read()
+
+
+def test_a_mark_is_replaced_whole(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read is what was written, and a writing that fails leaves the mark before."""
+    file = MarkFile(mark_of(store))
+    assert file.read() is None
+    with store.opened() as journal:
+        mark = journal.head.mark
+    file.write(mark)
+    assert file.read() == mark
+
+    def fail(_handle: int) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        file.write(type(mark)(mark.log_id, mark.index + 1, mark.entry_hash, mark.last_sequence))
+    assert file.read() == mark
+
+
+def test_a_shared_journal(postgres: Postgres, run: Said, tmp_path: Path) -> None:
+    """The commands take a database as well: they fill it, thin it out while it is in use, and go on behind what is lost."""
+    store, url, file = SqliteStore(tmp_path / "journal.db"), postgres.url(postgres.schema()), tmp_path / "journal.jsonl"
+    with store.opened() as journal:
+        (answer,) = journal.append_many([admission(item(1), item(2), key="k")], store.clock.millis)
+        journal.append_many([completed(answer.entries[0])], store.clock.millis)
+    run("export", file, "--journal", store.path)
+    assert "no journal in this database" in run("verify", "--journal", url, code=1)
+    run("import", file, "--journal", url)
+
+    shared = PostgresStore(url)
+    backend, found = shared.open()
+    assert [(each.admitted.header.sequence, each.attempt) for each in found.unfinished] == [(2, 2)]
+    assert "2 payloads are dropped" in run("redact", "1", "--journal", url)
+    assert sequences(backend.append_many([admission()], 1)[0].entries) == [3]
+    backend.close()
+    mark = tmp_path / "mark"
+    MarkFile(mark).write(replace(backend.head.mark, index=99, last_sequence=7))
+    with pytest.raises(JournalUnusable, match="accept-loss --through 7"):
+        shared.open(mark=MarkFile(mark).read())
+    run("accept-loss", "--through", "7", "--high-water", mark, "--journal", url)
+    backend, _ = shared.open(mark=MarkFile(mark).read())
+    assert sequences(backend.append_many([admission()], 1)[0].entries) == [8]
+    backend.close()
+    assert "are sound" in run("verify", "--journal", url)

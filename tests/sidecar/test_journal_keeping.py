@@ -1,0 +1,301 @@
+"""What is done to a journal that no sidecar uses, and what it keeps: against every backend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ostinato.v1 import sequencer_pb2, types_pb2
+
+from sidecar.journal import JournalUnusable, Loss, Note, Sealed
+from sidecar.journal.keeping import prune, redact
+from sidecar.journal.transfer import export, take_in
+from tests.postgres import Postgres
+from tests.sidecar.journal_kit import PostgresStore, SqliteStore, Store, admission, audit, completed, ended, item, sequences
+
+DAY = 86_400
+
+
+@pytest.fixture(name="store", params=["sqlite", "postgres"])
+def _store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    if request.param == "sqlite":
+        yield SqliteStore(tmp_path / "journal.db")
+        return
+    server: Postgres = request.getfixturevalue("postgres")
+    store = PostgresStore(server.url(server.schema()), spare=server.url(server.schema()))
+    yield store
+    store.kill()
+
+
+def fill(store: Store) -> None:
+    """Two epochs, batches with and without keys, every kind of entry, notes, one item unfinished."""
+    with store.opened() as journal:
+        now = store.clock.millis
+        answers = journal.append_many(
+            [admission(item(1), item(2, seed=2**64 - 1), key="k", tenant="t"), admission(item(3)), Note("a/ü", b"\0\xff")], now
+        )
+        first, second, third = (*answers[0].entries, *answers[1].entries)
+        journal.append_many([completed(first, 2**31), ended(second), audit(first), completed(third)], now + 1)
+        journal.append_many([Loss(9), admission(item(4), key="open")], now + 2)
+    store.clock.sleep(1)
+    store.open()[0].close()
+
+
+def kept_payloads(entries: Sequence[Sealed]) -> list[int]:
+    """Sequences of the items of which something is kept, once for each entry."""
+    return sorted(entry.header.sequence for entry in entries if entry.payload and entry.header.sequence)
+
+
+# The end, lost.
+
+
+def test_a_mark_that_holds(store: Store) -> None:
+    """A journal that has the marked entry opens, however far it has gone on."""
+    with store.opened() as journal:
+        mark = journal.head.mark
+        journal.append_many([admission()], 1)
+    for _ in range(2):
+        journal, _ = store.open(mark=mark)
+        journal.close()
+
+
+def test_a_lost_end_is_found(store: Store) -> None:
+    """A journal without the marked entry, with another in its place, or of another log is refused, and stays as it was."""
+    with store.opened() as journal:
+        journal.append_many([admission()], 1)
+        head = journal.head
+    for index, hash_, log_id, what in (
+        (head.index + 1, b"x" * 32, head.log_id, "ends at entry 2, sequence 1, and entry 3, sequence 7"),
+        (head.index, b"x" * 32, head.log_id, "has another entry 2"),
+        (1, head.entry_hash, head.log_id, "has another entry 1"),
+        (head.index, head.entry_hash, "f" * 32, "of log f"),
+    ):
+        with pytest.raises(JournalUnusable, match=what):
+            store.open(mark=type(head.mark)(log_id, index, hash_, 7))
+    journal, found = store.open()
+    journal.close()
+    assert (found.head.epoch, found.head.index) == (2, 3)
+
+
+@pytest.mark.parametrize("through", [1, 2, 1_000, 2**32])
+def test_accepted_loss(store: Store, through: int) -> None:
+    """Numbers that were lost are not given out again, nor forgotten; the journal says which they were, and verifies."""
+    with store.opened() as journal:
+        journal.append_many([admission()], 1)
+        mark = journal.head.mark
+        (answer,) = journal.append_many([Loss(through, mark)], 1)
+        header = answer.entries[0].header
+        assert (header.kind, header.sequence) == (types_pb2.ENTRY_KIND_LOST, 0)
+        assert (header.first_sequence, header.count) == (2, through - 1)
+        assert sequencer_pb2.LostPayload.FromString(answer.entries[0].payload).entry_hash == mark.entry_hash
+    journal, found = store.open()
+    assert found.head.last_sequence == through
+    (answer,) = journal.append_many([admission(item(), item())], 1)
+    assert sequences(answer.entries) == [through + 1, through + 2]
+    assert [found.admitted.header.sequence for found in journal.items(1, 2**63, 10)] == [1, through + 1, through + 2]
+    journal.close()
+    assert store.faults() == []
+
+
+# Payloads, dropped.
+
+
+def test_prune(store: Store) -> None:
+    """Prompts and answers of old items go; hashes, verdicts, keys and what has not ended stay, and the chain verifies."""
+    fill(store)
+    with store.kept() as kept:
+        assert sum(count for _, count in prune(kept, lambda header: header.sequence < 3)) == 4
+        entries = list(kept.entries(1, 100, payloads=True))
+        assert kept_payloads(entries) == [1, 3, 3, 10]
+        assert sum(count for _, count in prune(kept, lambda header: True)) == 2
+        assert kept_payloads(list(kept.entries(1, 100, payloads=True))) == [1, 10]
+    assert store.faults() == []
+    with store.opened() as journal:
+        assert journal.binding("t", "k", store.clock.millis) is not None
+        assert journal.items(1, 1, 1)[0].outcome is not None
+
+
+def test_redact(store: Store) -> None:
+    """One item's payloads go; one that is unknown or has not ended is refused, and then nothing goes."""
+    fill(store)
+    with store.kept() as kept:
+        for numbers, why in (
+            ([1, 4], "no sequence 4"),
+            ([1, 10], "10 has not ended"),
+            ([1, 2**64 - 1], "no sequence 18"),
+        ):
+            with pytest.raises(JournalUnusable, match=why):
+                redact(kept, numbers)
+        assert redact(kept, [3]) == 2
+        assert redact(kept, [3, 3]) == 0
+        assert kept_payloads(list(kept.entries(1, 100, payloads=True))) == [1, 1, 1, 2, 2, 10]
+    assert store.faults() == []
+
+
+def test_what_is_dropped_is_gone(tmp_path: Path) -> None:
+    """No file has the bytes of a payload that was dropped."""
+    store = SqliteStore(tmp_path / "journal.db")
+    secret = "a secret that nobody is to read again"
+    with store.opened() as journal:
+        (answer,) = journal.append_many([admission(item(5, request_id=secret))], 1)
+        journal.append_many([completed(answer.entries[0], text=secret)], 1)
+    files = list(tmp_path.iterdir())
+    assert any(secret.encode() in path.read_bytes() for path in files)
+    with store.kept() as kept:
+        redact(kept, [1])
+    assert not any(secret.encode() in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_digests_only(store: Store) -> None:
+    """An item's payloads are kept until its outcome, and what is unfinished can be finished after a restart."""
+    store.configure(digests_only=True)
+    with store.opened() as journal:
+        (answer,) = journal.append_many([admission(item(1, seed=9), item(1, seed=9), item(3), item(1, seed=9))], 1)
+        first, second, third, fourth = answer.entries
+        (made,) = journal.append_many([completed(first, 4)], 1)
+        assert made.entries[0].payload, "whoever waits for it is answered"
+        assert kept_payloads(journal.entries(1, 100, payloads=True)) == [2, 3, 4]
+        (twin,) = journal.append_many([completed(second, 4)], 1)
+        verdict = sequencer_pb2.CompletedPayload.FromString(twin.entries[0].payload).twin
+        assert (verdict.verdict, verdict.compared_tokens, verdict.expected_sequence) == (types_pb2.VERDICT_MATCH, 1, 1)
+        (other,) = journal.append_many([completed(fourth, 5)], 1)
+        verdict = sequencer_pb2.CompletedPayload.FromString(other.entries[0].payload).twin
+        assert (verdict.verdict, verdict.HasField("first_difference")) == (types_pb2.VERDICT_DIVERGED, False)
+    journal, found = store.open()
+    assert [item.admitted for item in found.unfinished] == [third]
+    journal.append_many([ended(third)], 1)
+    assert kept_payloads(journal.entries(1, 100, payloads=True)) == []
+    journal.close()
+    assert store.faults() == []
+
+
+def test_digests_only_with_a_key(store: Store) -> None:
+    """A keyed batch's payloads are kept until its ttl, and its key stays bound for good."""
+    store.configure(digests_only=True, idempotency_ttl_seconds=DAY)
+    with store.opened() as journal:
+        (answer,) = journal.append_many([admission(item(1), item(2), key="k")], store.clock.millis)
+        journal.append_many([completed(entry) for entry in answer.entries], store.clock.millis)
+        store.clock.sleep(DAY - 1)
+        journal.append_many([admission()], store.clock.millis)
+        assert kept_payloads(journal.entries(1, 100, payloads=True)) == [1, 1, 2, 2, 3]
+        store.clock.sleep(1)
+        (again,) = journal.append_many([admission(item(1), item(2), key="k")], store.clock.millis)
+        assert kept_payloads(journal.entries(1, 100, payloads=True)) == [3]
+        store.clock.sleep(100 * DAY)
+        (later,) = journal.append_many([admission(key="k")], store.clock.millis)
+        bound = journal.binding("", "k", store.clock.millis)
+    assert bound is not None
+    assert again.binding == later.binding == bound
+    assert (bound.first_sequence, bound.count) == (1, 2)
+
+
+# From one journal into another.
+
+
+def exported(store: Store) -> list[str]:
+    with store.kept() as kept:
+        return list(export(kept))
+
+
+def taken_in(store: Store, lines: list[str], writer: str | None = None) -> None:
+    with store.kept(create=True) as kept:
+        take_in(kept, lines, writer, lambda index, total: None)
+
+
+def test_there_and_back(store: Store) -> None:
+    """An imported journal is the exported one: record, keys, notes and dropped payloads, and it goes on where that was."""
+    fill(store)
+    with store.kept() as kept:
+        redact(kept, [3])
+    lines, other = exported(store), store.another()
+    taken_in(other, lines)
+
+    assert exported(other) == lines
+    assert other.faults() == []
+    (journal, found), (original, expected) = other.open(), store.open()
+    assert found == expected
+    for each in (journal, original):
+        assert each.binding("t", "k", store.clock.millis) == original.binding("t", "k", store.clock.millis) is not None
+        assert each.items(1, 100, 100) == original.items(1, 100, 100)
+        (answer,) = each.append_many([admission()], store.clock.millis)
+        assert sequences(answer.entries) == [11]
+        store.clock.millis += DAY * 1000
+        assert each.binding("t", "k", store.clock.millis) is None, "it expires as it would have"
+        store.clock.millis -= DAY * 1000
+        each.close()
+
+
+def test_large_numbers_are_text(store: Store) -> None:
+    """64-bit numbers are strings in JSON: a seed of 2^64 - 1 is not rounded by whoever reads it."""
+    fill(store)
+    entries = [told["entry"] for line in exported(store) if "entry" in (told := json.loads(line))]
+
+    assert {entry["header"].get("seed") for entry in entries} >= {str(2**64 - 1)}
+    assert all(isinstance(entry["header"]["index"], str) for entry in entries)
+
+
+def test_only_into_nothing(store: Store) -> None:
+    """A journal with anything in it takes no other in, and an empty one has nothing to export."""
+    fill(store)
+    lines = exported(store)
+    with pytest.raises(JournalUnusable, match="not empty"):
+        taken_in(store, lines)
+    assert exported(store) == lines
+    with store.another().kept(create=True) as kept, pytest.raises(JournalUnusable, match="nothing in"):
+        list(export(kept))
+
+
+def test_several_writers(store: Store) -> None:
+    """A log of several writers goes into a journal of one only when somebody says whose it is."""
+    fill(store)
+    first, *others = exported(store)
+    head = json.loads(first)
+    head["writers"]["other"] = "3"
+    with pytest.raises(JournalUnusable, match="several writers"):
+        taken_in(store.another(), [json.dumps(head), *others])
+    taken_in(store.another(), [json.dumps(head), *others], "other")
+    journal, found = store.another().open(writer="other")
+    journal.close()
+    assert found.head.epoch == 4
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_what_is_not_whole_leaves_nothing(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Lines that are cut off, left out, doubled, exchanged or changed in a letter are refused, and the journal stays empty."""
+    folder = tmp_path_factory.mktemp("transfer")
+    store = SqliteStore(folder / "journal.db")
+    fill(store)
+    lines = exported(store)
+    text, other = "\n".join(lines), store.another()
+    at = data.draw(st.integers(0, len(lines) - 1))
+    match data.draw(st.sampled_from(["cut", "leave out", "double", "exchange", "change"])):
+        case "cut":
+            damaged = text[: data.draw(st.integers(0, len(text) - 1))].split("\n")
+        case "leave out":
+            damaged = lines[:at] + lines[at + 1 :]
+        case "double":
+            damaged = lines[: at + 1] + lines[at:]
+        case "exchange":
+            entries = [number for number, line in enumerate(lines) if line.startswith('{"entry"')]
+            a, b = data.draw(st.lists(st.sampled_from(entries), min_size=2, max_size=2, unique=True))
+            damaged = list(lines)
+            damaged[a], damaged[b] = lines[b], lines[a]
+        case _:
+            at = next(number for number, line in enumerate(lines) if line.startswith('{"entry"'))
+            at = data.draw(st.integers(at, len(lines) - 1))
+            letter = data.draw(st.integers(0, len(lines[at]) - 1))
+            damaged = list(lines)
+            damaged[at] = lines[at][:letter] + "~" + lines[at][letter + 1 :]
+
+    try:
+        taken_in(other, damaged)
+    except JournalUnusable:
+        assert not other.path.exists()
+    else:
+        assert exported(other) == lines, "only a letter that says nothing, such as the padding of base64, may change"
