@@ -5,7 +5,7 @@ Field order is fixed by docs/protocol.md; test vectors stand in tests/ostinato/v
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -27,12 +27,12 @@ def request_digest(request: generation_pb2.GenerateRequest) -> bytes:
     )
 
 
-def input_digest(token_ids: Iterable[int], parameters: types_pb2.ResolvedParameters, seed: int) -> bytes:
+def input_digest(token_ids: Sequence[int], parameters: types_pb2.ResolvedParameters, seed: int) -> bytes:
     """Of all that a request adds to the fingerprint: two runs with equal ones may be compared."""
     return digest("input", ids(token_ids), _resolved(parameters), u64(seed))
 
 
-def unseeded_input_digest(token_ids: Iterable[int], parameters: types_pb2.ResolvedParameters) -> bytes:
+def unseeded_input_digest(token_ids: Sequence[int], parameters: types_pb2.ResolvedParameters) -> bytes:
     """Of the input but for its seed: where two of these are equal and both seeds were derived, outputs should differ."""
     return digest("unseeded-input", ids(token_ids), _resolved(parameters))
 
