@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import random
 import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import pytest
 
@@ -21,62 +19,12 @@ from ostinato.requests import Sampling
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from tests.e2e.conftest import Door, eventually, opened
-from tests.pair import Pair
+from tests.e2e.counts_plan import RECOVERED, REPEATED, SENT, TOKENS, UNSEEDED, Expected, N, Plan
+from tests.pair import Pair, Program
 
-N, TOKENS, SENT = 10, 12, 4
-"""Items of each kind; tokens of an answer; tokens that a lost attempt had sent."""
-QUIET = Sampling(seed=7, temperature=0.0, max_new_tokens=TOKENS, ignore_eos=True)
-
-
-@dataclass
-class Expected:
-    """Of one kind of comparison."""
-
-    kind: str
-    at: int
-    """First differing token, where one differs."""
-    tokens: int
-    """Compared where none does."""
-    compared: set[int]
-    diverged: set[int]
-
-    @property
-    def compared_tokens(self) -> int:
-        return self.tokens * (len(self.compared) - len(self.diverged)) + self.at * len(self.diverged)
-
-
-@dataclass
-class Plan:
-    """Which sequences are of which kind, and which of them diverge: drawn by a seed."""
-
-    seed: int
-    twin: Expected = field(init=False)
-    replay: Expected = field(init=False)
-    recovery: Expected = field(init=False)
-
-    def __post_init__(self) -> None:
-        rng = random.Random(self.seed)
-
-        def some(first: int) -> tuple[set[int], set[int]]:
-            sequences = set(range(first, first + N))
-            return sequences, set(rng.sample(sorted(sequences), rng.randint(1, N - 1)))
-
-        self.replay = Expected("replay", 5, TOKENS, *some(1))
-        self.twin = Expected("twin", 3, TOKENS, *some(N + 1))
-        self.recovery = Expected("recovery", 2, SENT, *some(2 * N + 1))
-
-    @property
-    def script(self) -> str:
-        """A replay's, a twin's and a second attempt's divergences; first attempts that hang; and an item that is poison."""
-        hung = sorted(self.recovery.compared)
-        rules: list[dict[str, Any]] = [
-            {"do": "diverge", "at": self.replay.at, "sequences": sorted(self.replay.diverged), "purposes": ["REPLAY"]},
-            {"do": "diverge", "at": self.twin.at, "sequences": sorted(self.twin.diverged), "purposes": ["PRIMARY"]},
-            {"do": "hang", "at": SENT, "sequences": hung, "attempts": [1], "purposes": ["PRIMARY"]},
-            {"do": "diverge", "at": self.recovery.at, "sequences": sorted(self.recovery.diverged), "attempts": [2]},
-            {"do": "crash", "sequences": [hung[-1] + 1], "attempts": [1], "purposes": ["PRIMARY"]},
-        ]
-        return json.dumps({"rules": rules})
+SEEDED = Sampling(seed=7, temperature=0.0, max_new_tokens=TOKENS, ignore_eos=True)
+FREE = Sampling(temperature=1.0, max_new_tokens=TOKENS, ignore_eos=True)
+SECOND_RUNS = ("--audit-rate", "1", "--audit-patience-seconds", "0", "--shadow-rate", "1", "--canary-seconds", "1000")
 
 
 @pytest.fixture(name="plan")
@@ -87,35 +35,69 @@ def _plan() -> Plan:
 
 
 @pytest.fixture(name="pair")
-def _pair(plan: Plan) -> Iterator[Pair]:
-    with Pair(service=["--script", plan.script]) as pair:
-        yield pair.start()
+def _pair(plan: Plan, tmp_path: Path) -> Iterator[Pair]:
+    """With a shadow, and with canaries that are learned."""
+    file, shadow, state = tmp_path / "canaries.toml", f"unix:{tmp_path}/shadow.sock", tmp_path / "state"
+    file.write_text(plan.canaries())
+    sidecar = [*SECOND_RUNS, "--shadow", shadow, "--canaries", str(file)]
+    with Pair(service=["--script", plan.script()], sidecar=sidecar, state=state) as pair:
+        pair.start()
+        flags = ("--engine", "scripted", "--script", plan.script(), "--state-dir", str(state), "--metrics", "127.0.0.1:0")
+        pair.programs.append(Program("service", [*flags, "--listen", shadow, "--log-format", "json"]))
+        yield pair
 
 
 async def test_k_of_n_everywhere(pair: Pair, plan: Plan) -> None:
-    """Twin, recovery and replay: each counter, bound, verdict and entry says k of n, also after a kill -9 of the sidecar."""
+    """Every kind of comparison: each counter, bound, verdict, answer and entry says k of n, also after a kill -9 of the
+    sidecar, and after a SIGTERM."""
     async with opened(pair) as door:
+        await eventually(lambda: pair.metrics()["ostinato_shadow_connected"] == 1, "the shadow is connected")
+        await eventually(lambda: learned(pair) == N, "the canaries are learned")
         prompts = [f"prompt {number}" for number in range(N)]
-        for _ in range(2):
-            await door.client.generate(prompts, **QUIET)
+        verified = await door.client.generate(prompts, verify=True, **SEEDED)
+        await door.client.generate(prompts, **SEEDED)
+        await settled(door, audits=2 * N)
         await lost_and_recovered(door, plan)
-        said = [each.comparison async for each in door.client.replay(1, N)]
+        await door.client.generate(["another"] * N, **FREE)
+        replayed = [each.comparison async for each in door.client.replay(REPEATED[0], REPEATED[-1])]
+        await settled(door, audits=4 * N)
         await agree(door, plan)
-    assert {each.sequence for each in said if each.verdict == types_pb2.VERDICT_DIVERGED} == plan.replay.diverged
+    told(replayed, plan.kind("replay"))
+    told([result.comparison for result in verified.results], plan.kind("verify"))
 
+    for stop in (Program.kill, Program.stop):
+        assert pair.sidecar is not None
+        stop(pair.sidecar)
+        pair.start_sidecar("--canary-seconds", "0").wait_for("engine connected")
+        async with opened(pair) as door:
+            await agree(door, plan)
+            records = [record for sequence in REPEATED for record in await door.client.get(sequence)]
+            told([record.result.comparison for record in records], plan.kind("verify"))
+
+
+def learned(pair: Pair) -> int:
+    """Canaries whose answers are known."""
     assert pair.sidecar is not None
-    pair.sidecar.kill()
-    pair.start_sidecar()
-    async with opened(pair) as door:
-        await agree(door, plan)
+    return sum(record.get("message") == "canary learned" for record in pair.sidecar.records())
+
+
+async def settled(door: Door, audits: int) -> None:
+    """Until so many items are audited and mirrored; nothing is left to compare then."""
+
+    def all_compared() -> bool:
+        metrics = door.pair.metrics()
+        return all(verdicts(metrics, kind).total() == audits for kind in ("audit", "shadow"))
+
+    await eventually(all_compared, f"{audits} items are audited and mirrored")
+    await door.freed()
 
 
 async def lost_and_recovered(door: Door, plan: Plan) -> None:
-    """Items that were heard up to a token, whose engine dies, and which are run again by the next one."""
+    """Items that were heard up to a token, whose engine is killed, and which are run again by the next one."""
     heard: Counter[int] = Counter()
 
     async def listen() -> None:
-        stream = door.client.stream([f"another {number}" for number in range(N)], **QUIET)
+        stream = door.client.stream([f"lost {number}" for number in range(N)], **SEEDED)
         async with aclosing(stream):
             async for event in stream:
                 for run in event.tokens.runs:
@@ -123,77 +105,101 @@ async def lost_and_recovered(door: Door, plan: Plan) -> None:
 
     listening = asyncio.create_task(listen())
     await eventually(lambda: len(heard) == N and set(heard.values()) == {SENT}, "every item is heard up to where it hangs")
-    poison = asyncio.create_task(door.client.generate("poison", max_new_tokens=1))
-    service = door.pair.service
-    assert service is not None
-    await eventually(lambda: not service.running, "the engine is lost")
-    door.pair.start_service()
-    await asyncio.gather(listening, poison)
+    assert set(heard) == set(RECOVERED)
+    assert door.pair.service is not None
+    door.pair.service.kill()
+    door.pair.start_service("--script", plan.script(canaries_diverge=True))
+    await listening
+    await eventually(lambda: verdicts(door.pair.metrics(), "canary").total() == N, "the canaries are compared")
 
 
 async def agree(door: Door, plan: Plan) -> None:
     """All that is said anywhere is what was planned."""
-    journal = await journalled(door.client)
+    journal, colliding = await journalled(door.client)
     report = await door.client.report()
     metrics = door.pair.metrics()
-    for expected in (plan.twin, plan.recovery, plan.replay):
-        compared = [each for each in journal if kind_of(each) == expected.kind]
-        diverged = [each for each in compared if each.verdict == types_pb2.VERDICT_DIVERGED]
-        assert {each.sequence for each in compared} == expected.compared, expected
-        assert {each.sequence for each in diverged} == expected.diverged, expected
-        assert len(compared) == N
-        assert {each.first_difference for each in diverged} == {expected.at}
-        assert sum(each.compared_tokens for each in compared) == expected.compared_tokens
+    for expected in plan.kinds:
+        compared = {item: comparison for item, comparison in journal if kind_of(comparison) == expected.kind}
+        told(list(compared.values()), expected, items=list(compared))
         check_metrics(metrics, expected)
         [stratum] = [each for each in report.strata if kind_of(each) == expected.kind]
         check_stratum(stratum, expected)
         alarm = metrics[f'ostinato_divergence_alarm{{grade="exact",kind="{expected.kind}"}}']
-        assert (stratum.alarm, alarm) == (len(expected.diverged) >= 3, stratum.alarm)
-    assert len(journal) == 3 * N
-    assert report.collisions == 0
+        assert (stratum.alarm, alarm) == (expected.k >= 3, stratum.alarm), expected
+    assert len(journal) == sum(expected.n for expected in plan.kinds)
+    assert len(report.strata) == len(plan.kinds)
+    assert not report.not_compared
+
+    k, checks = len(plan.collisions), len(UNSEEDED) - 1
+    assert {item for item, collides in colliding.items() if collides} == plan.collisions
+    assert len(colliding) == report.collision_checks == metrics["ostinato_collision_checks_total"] == checks
+    assert report.collisions == metrics["ostinato_collisions_total"] == k
 
 
-async def journalled(client: Client) -> list[types_pb2.Comparison]:
-    """Every comparison in the journal."""
-    found = []
+async def journalled(client: Client) -> tuple[list[tuple[int, types_pb2.Comparison]], dict[int, bool]]:
+    """Every comparison in the journal, and whether an item collides where that was looked at."""
+    found, collisions = [], {}
     async for entry in client.tail(payloads=True):
         if entry.header.kind == types_pb2.ENTRY_KIND_COMPLETED:
             completed = sequencer_pb2.CompletedPayload.FromString(entry.payload)
-            found += [completed.twin] if completed.HasField("twin") else []
+            found += [(entry.header.sequence, completed.twin)] if completed.HasField("twin") else []
+            if completed.collision:
+                collisions[entry.header.sequence] = completed.collision == sequencer_pb2.COLLISION_FOUND
         elif entry.header.kind == types_pb2.ENTRY_KIND_AUDITED:
-            found.append(sequencer_pb2.AuditedPayload.FromString(entry.payload).comparison)
-    return found
+            audited = sequencer_pb2.AuditedPayload.FromString(entry.payload)
+            assert audited.comparison.sequence == entry.header.sequence
+            found.append((int(audited.canary or entry.header.sequence), audited.comparison))
+    return found, collisions
+
+
+def told(comparisons: list[types_pb2.Comparison], expected: Expected, items: list[int] | None = None) -> None:
+    """Each item has the verdict, the token and the length that it should; `items`: whose they are, if not their sequences'."""
+    items = items or [each.sequence for each in comparisons]
+    said = dict(zip(items, comparisons, strict=True))
+    assert len(comparisons) == len(said) == expected.n, expected
+    assert {kind_of(each) for each in comparisons} == {expected.kind}
+    diverged = {item: each for item, each in said.items() if each.verdict == types_pb2.VERDICT_DIVERGED}
+    assert {item: each.first_difference for item, each in diverged.items()} == expected.parted, expected
+    matched = {item: each for item, each in said.items() if each.verdict == types_pb2.VERDICT_MATCH}
+    assert {item: each.compared_tokens for item, each in matched.items()} == expected.equal, expected
 
 
 def kind_of(given: types_pb2.Comparison | sequencer_pb2.Stratum) -> str:
     return types_pb2.ComparisonKind.Name(given.kind).removeprefix("COMPARISON_KIND_").lower()
 
 
-def check_metrics(metrics: dict[str, float], expected: Expected) -> None:
+def verdicts(metrics: dict[str, float], kind: str) -> Counter[str]:
+    """Those there are of a kind."""
     counts: Counter[str] = Counter()
     for name, value in metrics.items():
-        if name.startswith("ostinato_comparisons_total{") and f'kind="{expected.kind}"' in name:
+        if name.startswith("ostinato_comparisons_total{") and f'kind="{kind}"' in name:
             counts[re.findall('verdict="([a-z]+)"', name)[0]] += round(value)
-    k = len(expected.diverged)
-    assert +counts == Counter(match=N - k, diverged=k)
+    return +counts
+
+
+def check_metrics(metrics: dict[str, float], expected: Expected) -> None:
+    k, n = expected.k, expected.n
+    assert verdicts(metrics, expected.kind) == +Counter(match=n - k, diverged=k)
     labels = f'{{grade="exact",kind="{expected.kind}"}}'
     assert metrics[f"ostinato_compared_tokens_total{labels}"] == expected.compared_tokens
     assert metrics[f"ostinato_first_difference_token_count{labels}"] == k
-    assert metrics[f"ostinato_first_difference_token_sum{labels}"] == k * expected.at
-    lower, upper = wilson(k, N)
-    assert metrics[f"ostinato_divergence_rate{labels}"] == k / N
+    assert metrics[f"ostinato_first_difference_token_sum{labels}"] == sum(expected.parted.values())
+    lower, upper = wilson(k, n)
+    assert metrics[f"ostinato_divergence_rate{labels}"] == k / n
     assert metrics[f"ostinato_divergence_rate_lower{labels}"] == pytest.approx(lower)
     assert metrics[f"ostinato_divergence_rate_upper{labels}"] == pytest.approx(upper)
 
 
 def check_stratum(stratum: sequencer_pb2.Stratum, expected: Expected) -> None:
-    k = len(expected.diverged)
-    assert (stratum.matched, stratum.diverged, stratum.incomparable) == (N - k, k, 0)
+    k, n = expected.k, expected.n
+    assert (stratum.matched, stratum.diverged, stratum.incomparable) == (n - k, k, 0)
     assert stratum.compared_tokens == expected.compared_tokens
-    rate = stratum.per_comparison
-    assert (rate.events, rate.trials, rate.lower, rate.upper) == (k, N, *map(pytest.approx, wilson(k, N)))
+    for rate in (stratum.per_comparison, stratum.recent):
+        assert (rate.events, rate.trials, rate.lower, rate.upper) == (k, n, *map(pytest.approx, wilson(k, n)))
+    assert (stratum.per_token.events, stratum.per_token.trials) == (k, expected.compared_tokens + k)
+    for span in stratum.token_spans:
+        assert span.diverged == sum(span.first <= at <= span.last for at in expected.parted.values())
     assert sum(span.diverged for span in stratum.token_spans) == k
-    assert [span.diverged for span in stratum.token_spans if span.first <= expected.at <= span.last] == [k]
 
 
 def wilson(k: int, n: int) -> tuple[float, float]:

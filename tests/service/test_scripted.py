@@ -174,6 +174,17 @@ async def test_diverge_in_company() -> None:
     assert ids_of(together[1]) != ids()[:8]
 
 
+async def test_forget_seed() -> None:
+    """From `at` on the tokens are those of seed 0, whatever the seed."""
+    script = Script(rules=(Rule("forget_seed", at=2, sequences=frozenset({1, 2})),))
+    sampled: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 16, "ignore_eos": True}
+    runs = [run_of(number, seed=seed, **sampled) for number, seed in ((1, 5), (2, 6), (3, 0), (4, 5))]
+    first, second, zero, heedful = [ids_of(events) for events in (await played(script, *runs)).values()]
+
+    assert first[2:] == second[2:] == zero[2:] != heedful[2:]
+    assert first[:2] == heedful[:2]
+
+
 async def test_delay_holds_up_one_run() -> None:
     """A delayed run waits; its neighbour does not."""
     script = Script(rules=(Rule("delay", at=1, seconds=0.2, sequences=frozenset({1})),))

@@ -9,7 +9,7 @@ import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prometheus_client import Metric
 
@@ -207,6 +207,8 @@ class ScriptedEngine:
         match rule.do:
             case "diverge":
                 active.diverged = True
+            case "forget_seed":
+                active.tokens = Tokens(self.script.model, replace(active.run, seed=0))
             case "lose_grade":
                 self._on_grade(rule.to, f"the script took it at token {active.made} of sequence {active.run.sequence}")
             case "fail":

@@ -24,7 +24,7 @@ from service.engines.base import Run
 
 T = TypeVar("T")
 
-DEEDS = ("diverge", "fail", "hang", "crash", "delay", "lose_grade")
+DEEDS = ("diverge", "forget_seed", "fail", "hang", "crash", "delay", "lose_grade")
 _PURPOSES = {name.removeprefix("PURPOSE_"): number for name, number in engine_pb2.Purpose.items() if number} | {"SELF_TEST": 0}
 _GRADES = {name.removeprefix("GRADE_"): number for name, number in types_pb2.Grade.items() if number}
 
@@ -34,9 +34,9 @@ class Rule:
     """One misdeed, and the runs it happens to."""
 
     do: str
-    """diverge: other tokens from `at` on. fail: ends with ENGINE_FAILED. hang: makes no token any more, until cancelled.
-    crash: makes no token any more, and a moment later the process ends, with no goodbye. delay: waits once for `seconds`.
-    lose_grade: says that the grade fell to `to`."""
+    """diverge: other tokens from `at` on. forget_seed: from `at` on the tokens of seed 0. fail: ends with ENGINE_FAILED.
+    hang: makes no token any more, until cancelled. crash: makes no token any more, and a moment later the process ends, with
+    no goodbye. delay: waits once for `seconds`. lose_grade: says that the grade fell to `to`."""
     at: int = 0
     """Token index, from 0, before which it happens."""
     sequences: frozenset[int] | None = None
