@@ -1,7 +1,8 @@
 """`python -m tests.demo.divergence`: a setting that diverges under load, seen by the sidecar, and the default one right after.
 
-One sidecar and one journal all the way: the service is started with a 16-bit KV cache, asked the same seeded prompts with more
-and more of them at once, stopped, started as it is by default, and asked them again.
+One journal all the way: the service is started with a 16-bit KV cache, asked the same seeded prompts with more and more of them
+at once, and audited; stopped, started as it is by default, asked them again, and audited. Audits are company to what is asked,
+so they come behind it: a sidecar that starts again with `--audit-rate 1` takes up all that was never audited.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 import ostinato
-from ostinato import errors
 from ostinato.abreast import abreast
 from ostinato.cli import difference
 from ostinato.requests import Sampling
@@ -32,8 +31,8 @@ from tests.pair import ROOT, Pair
 
 NOT_INVARIANT = ("--kv", "f16", "--ubatch", "512")
 """With keys and values of 16 bits llama.cpp sums in another order where company makes it cut a prompt in other pieces."""
-AT_ONCE = (1, 2, 4, 8)
-PROMPT_CHARACTERS, NEW_TOKENS = 400, 48
+AT_ONCE = (1, 2, 8)
+PROMPT_CHARACTERS, NEW_TOKENS = 400, 32
 START_SECONDS = 400.0
 SHOWN = 2
 """Divergences side by side."""
@@ -52,11 +51,19 @@ class Setting:
     @property
     def twins(self) -> sequencer_pb2.Stratum:
         """Of its fingerprint and grade: what was held against another setting has the lower grade of both."""
+        return self._stratum(types_pb2.COMPARISON_KIND_TWIN)
+
+    @property
+    def audits(self) -> sequencer_pb2.Stratum:
+        """Likewise."""
+        return self._stratum(types_pb2.COMPARISON_KIND_AUDIT)
+
+    def _stratum(self, kind: types_pb2.ComparisonKind.ValueType) -> sequencer_pb2.Stratum:
         for stratum in self.report.strata:
             ours = stratum.fingerprint_digest == self.model.fingerprint.digest
-            if ours and stratum.kind == types_pb2.COMPARISON_KIND_TWIN and stratum.grade == self.model.grade:
+            if ours and stratum.kind == kind and stratum.grade == self.model.grade:
                 return stratum
-        raise AssertionError("the sidecar compared nothing")
+        return sequencer_pb2.Stratum()
 
     @property
     def others(self) -> list[types_pb2.Result]:
@@ -68,14 +75,13 @@ class Setting:
 def main() -> int:
     """0: everything was as it is said to be."""
     parser = argparse.ArgumentParser(prog="python -m tests.demo.divergence")
-    parser.add_argument("--prompts", type=int, default=12, help="different ones")
+    parser.add_argument("--prompts", type=int, default=8, help="different ones")
     parser.add_argument("--rounds", type=int, default=1, help="with each number of them at once")
     parser.add_argument("--chart", type=Path, default=ROOT / ".run" / "divergence.svg", help="file to draw to")
     args = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     with Pair(engine="llama", state=STATE) as pair:
         pair.start_service(*NOT_INVARIANT)
-        pair.start_sidecar()
         kept = asyncio.run(show(pair, console, args.prompts, args.rounds, args.chart))
         pair.stop()
     return 0 if kept else 1
@@ -83,13 +89,11 @@ def main() -> int:
 
 async def show(pair: Pair, console: Console, prompts: int, rounds: int, chart: Path) -> bool:
     """Whether every promise was kept."""
-    async with ostinato.Client(pair.target) as client:
-        loose = await run(client, console, "f16 keys and values", prompts, rounds)
-        again = await replayed_alone(client, console, loose)
-        assert pair.service is not None
-        await asyncio.to_thread(pair.service.kill)  # nothing runs, and a drain would wait for the sidecar to leave
-        pair.start_service()
-        default = await run(client, console, "default", prompts, rounds, loose)
+    loose = await run(pair, console, "f16 keys and values", prompts, rounds)
+    again = await replayed_alone(pair, console, loose)
+    await asyncio.to_thread(pair.stop)
+    pair.start_service()
+    default = await run(pair, console, "default", prompts, rounds)
     chart.parent.mkdir(parents=True, exist_ok=True)
     draw(chart, [(each.name, each.twins) for each in (loose, default)])
     console.print(table(loose, default))
@@ -99,9 +103,11 @@ async def show(pair: Pair, console: Console, prompts: int, rounds: int, chart: P
         "f16: answers changed under load": bool(loose.others),
         "f16: the sidecar counted what the caller saw": loose.twins.diverged == len(loose.others),
         "f16: the alarm went up": loose.twins.alarm,
+        "f16: audits find it too, without a prompt that comes twice": loose.audits.diverged > 0,
         "f16: run again alone, what had changed is the first answer again": again,
         "default: exact": default.model.grade == types_pb2.GRADE_EXACT,
         "default: nothing changed, and no alarm": not (default.others or default.twins.diverged or default.twins.alarm),
+        "default: all audits match": default.audits.matched == len(default.first) + len(default.later),
         "from one to the other: drift, named": set(drift(default)) == {"fingerprint.kv"},
     }
     for promise, kept in promises.items():
@@ -109,39 +115,48 @@ async def show(pair: Pair, console: Console, prompts: int, rounds: int, chart: P
     return all(promises.values())
 
 
-async def run(
-    client: ostinato.Client, console: Console, name: str, prompts: int, rounds: int, after: Setting | None = None
-) -> Setting:
-    """Each prompt alone, then with more and more at once."""
+async def run(pair: Pair, console: Console, name: str, prompts: int, rounds: int) -> Setting:
+    """Each prompt alone, then with more and more at once, then all that was answered once more."""
     with console.status(f"{name}: starting, with a self-test"):
-        model = await connected(client, after=after)
-    grade = types_pb2.Grade.Name(model.grade).removeprefix("GRADE_")
-    console.print(f"\n[bold]{name}[/]: {grade}: {model.grade_reason}")
-    setting = Setting(name, model, await traffic(client, prompts, 1), (), sequencer_pb2.ReportResponse())
-    for at_once in AT_ONCE:
-        with console.status(f"{name}: {at_once} at once"):
-            made = [result for _ in range(rounds) for result in await traffic(client, prompts, at_once)]
-        setting = replace(setting, later=[*setting.later, *made], report=await client.report())
-        twins = setting.twins
-        console.print(
-            f"  {at_once} at once: {len(setting.others)} of {len(setting.later)} so far are unlike the first answer;"
-            f" evidence 10^{twins.evidence_log10:.1f}{', [red]alarm[/]' if twins.alarm else ''}"
-        )
+        await sidecar(pair)
+    async with ostinato.Client(pair.target) as client:
+        model = await client.model()
+        grade = types_pb2.Grade.Name(model.grade).removeprefix("GRADE_")
+        console.print(f"\n[bold]{name}[/]: {grade}: {model.grade_reason}")
+        setting = Setting(name, model, await traffic(client, prompts, 1), (), sequencer_pb2.ReportResponse())
+        for at_once in AT_ONCE:
+            with console.status(f"{name}: {at_once} at once"):
+                made = [result for _ in range(rounds) for result in await traffic(client, prompts, at_once)]
+            setting = replace(setting, later=[*setting.later, *made], report=await client.report())
+            twins = setting.twins
+            console.print(
+                f"  {at_once} at once: {len(setting.others)} of {len(setting.later)} so far are unlike the first answer;"
+                f" evidence 10^{twins.evidence_log10:.1f}{', [red]alarm[/]' if twins.alarm else ''}"
+            )
+    with console.status(f"{name}: audits"):
+        setting = await audited(pair, setting)
+    audits = setting.audits
+    console.print(f"  audits: {audits.diverged} of {audits.matched + audits.diverged} are unlike the recorded answer")
     return setting
 
 
-async def connected(client: ostinato.Client, *, after: Setting | None) -> types_pb2.Model:
-    """The engine, once it is there, and another one than before."""
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            model = await client.model()
-            if after is None or model.fingerprint != after.model.fingerprint:
-                return model
-        except errors.EngineUnavailable:
-            pass
-        assert time.monotonic() < deadline, "the engine never came"
-        await asyncio.sleep(0.2)
+async def audited(pair: Pair, setting: Setting) -> Setting:
+    """With a report behind the audits of all that was answered."""
+    await sidecar(pair, "--audit-rate", "1", "--audit-patience-seconds", "0")
+    wanted = len(setting.first) + len(setting.later)
+    async with asyncio.timeout(START_SECONDS), ostinato.Client(pair.target) as client:
+        while setting.audits.matched + setting.audits.diverged < wanted:
+            await asyncio.sleep(0.2)
+            setting = replace(setting, report=await client.report())
+    return setting
+
+
+async def sidecar(pair: Pair, *flags: str) -> None:
+    """Started, or started again on the same journal, and connected."""
+    if pair.sidecar is not None:
+        await asyncio.to_thread(pair.sidecar.stop)
+    started = await asyncio.to_thread(pair.start_sidecar, *flags)
+    await asyncio.to_thread(started.wait_for, "engine connected", START_SECONDS)
 
 
 async def traffic(client: ostinato.Client, prompts: int, at_once: int) -> list[types_pb2.Result]:
@@ -159,17 +174,17 @@ async def traffic(client: ostinato.Client, prompts: int, at_once: int) -> list[t
     return [result async for result in abreast(asked(), at_once)]
 
 
-async def replayed_alone(client: ostinato.Client, console: Console, setting: Setting) -> bool:
+async def replayed_alone(pair: Pair, console: Console, setting: Setting) -> bool:
     """Some of what changed, run once more with nothing beside it and shown: whether it is the first answer again."""
     first = {result.output.seed: result.receipt.header.output_digest for result in setting.first}
     same = []
-    for result in setting.others[:SHOWN]:
-        async for response in client.replay(result.sequence, alone=True):
-            console.print(
-                f"\n{difference.headline(response.comparison)}, which {setting.model.name} made in company, and now alone"
-            )
-            difference.side_by_side(response)
-            same.append(response.comparison.actual_output_digest == first[result.output.seed])
+    async with ostinato.Client(pair.target) as client:
+        for result in setting.others[:SHOWN]:
+            async for response in client.replay(result.sequence, alone=True):
+                headline = difference.headline(response.comparison)
+                console.print(f"\n{headline}, which {setting.name} made in company, and now alone")
+                difference.side_by_side(response)
+                same.append(response.comparison.actual_output_digest == first[result.output.seed])
     return bool(same) and all(same)
 
 
@@ -180,8 +195,8 @@ def drift(setting: Setting) -> list[str]:
 
 
 def table(*settings: Setting) -> Table:
-    """What the report says of each setting, by company."""
-    made = Table(title="\nWhat the sidecar reports of twins", title_justify="left", title_style="bold")
+    """What the report says of each setting: of twins by company, and of audits."""
+    made = Table(title="\nWhat the sidecar reports of twins, and of audits", title_justify="left", title_style="bold")
     for name in ("setting", "runs in the engine", "diverged", "of", "share", "95 % bounds"):
         made.add_column(name, justify="left" if name == "setting" else "right")
     for setting in settings:
@@ -190,6 +205,7 @@ def table(*settings: Setting) -> Table:
             made.add_row(setting.name, span, *rate(company.rate))
         made.add_row(setting.name, "all", *rate(setting.twins.per_comparison))
         made.add_row(setting.name, "per token", *rate(setting.twins.per_token))
+        made.add_row(setting.name, "audits", *rate(setting.audits.per_comparison))
         made.add_section()
     return made
 
