@@ -62,7 +62,7 @@ def _charts(strata: Sequence[Stratum]) -> Iterable[str]:
         [(each, [_moment(t.time_unix_millis) for t in each.times], [t.rate for t in each.times]) for each in strata]
     )
     by_time.update_xaxes(title="time (UTC)", type="date")
-    yield _chart("by-company", "By batch size", "Share that diverged, with its interval.", by_company, library=True)
+    yield _chart("by-company", "By company", "Share that diverged, with its interval.", by_company, library=True)
     yield _chart(
         "by-token", "By first differing token", "Estimated share of answers that have parted before this token.", by_token
     )
