@@ -33,7 +33,7 @@ class Metrics:
         self.unnumbered = gauge("unnumbered_items", "Items that wait for a number.")
         self.taken_over = counter("taken_over_items", "Items of other writers, finished here because their lease had run out.")
         self.queue = gauge("queue_items", "Items that wait for the journal or for room.")
-        self.inflight = gauge("inflight_items", "Runs that the engine holds, re-runs included.")
+        self.inflight = gauge("inflight_items", "Runs that the engine holds, second runs included.")
         self.inflight_blocks = gauge("inflight_kv_blocks", "KV blocks that those may need at worst.")
         self.kv_blocks = gauge("kv_blocks", "KV blocks of the connected engine.")
         self.last_sequence = gauge("last_sequence", "The newest sequence given out.")

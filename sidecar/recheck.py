@@ -1,4 +1,4 @@
-"""A completed item, run again from its record and compared with it: what audits, replays and all other re-runs share."""
+"""A completed item, run again from its record and compared with it: what audits, replays and all other second runs share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PURPOSES: dict[Kind, engine_pb2.Purpose.ValueType] = {
     types_pb2.COMPARISON_KIND_REPLAY: engine_pb2.PURPOSE_REPLAY,
     types_pb2.COMPARISON_KIND_SHADOW: engine_pb2.PURPOSE_SHADOW,
 }
-"""What the service is told that a re-run is for."""
+"""What the service is told that a second run is for."""
 
 
 @dataclass(frozen=True, slots=True)

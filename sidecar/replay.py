@@ -20,7 +20,7 @@ REPLAY = types_pb2.COMPARISON_KIND_REPLAY
 PAGE_ITEMS = 64
 """Read from the journal at once."""
 ROOM_SECONDS = 0.05
-"""Between looks whether another re-run may wait."""
+"""Between looks whether another second run may wait."""
 
 
 async def replay(

@@ -46,7 +46,7 @@ class _Rerun:
 
 
 class Rerunner:
-    """Keeps the futures of re-runs. One beside each core."""
+    """Keeps the futures of second runs. One beside each core."""
 
     def __init__(self, teller: Teller) -> None:
         self._teller = teller

@@ -42,7 +42,7 @@ class Asking:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a re-run made, and on what."""
+    """What a second run made, and on what."""
 
     output: types_pb2.Output
     fingerprint_digest: bytes

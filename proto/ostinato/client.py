@@ -160,7 +160,7 @@ class Client:
         """Runs the completed items `first` to `last` (`first` alone without it) again; a verdict for each, in any order, and
         the sequences of those that were passed over. `ostinato.against` runs them at another sidecar.
 
-        `concurrency`: re-runs at once, 1 to 64; 0 is the sidecar's choice. `alone`: each with nothing else of the sidecar
+        `concurrency`: runs at once, 1 to 64; 0 is the sidecar's choice. `alone`: each with nothing else of the sidecar
         beside it in the engine, whatever it has to wait for.
         """
         concurrency = requests.integer("concurrency", concurrency, 0, 2**32 - 1)

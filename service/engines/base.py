@@ -55,7 +55,7 @@ class Run:
     run_id: int
     """Unique in this process."""
     sequence: int
-    """The item's number; of a re-run the item it repeats, or 0."""
+    """The item's number; of a second run the item it repeats, or 0."""
     attempt: int
     purpose: engine_pb2.Purpose.ValueType
     token_ids: tuple[int, ...]

@@ -62,7 +62,7 @@ class Reruns:
             return errors.EngineFailed("needs more KV blocks than the engine has")
         most = self.bounds.reruns_max  # there are as many verifications as runs of items, which are bounded elsewhere
         if rerun.urgency is not ev.Urgency.VERIFY and len(self.waiting[rerun.urgency]) >= most:
-            return errors.QueueFull(f"{most} re-runs wait")
+            return errors.QueueFull(f"{most} second runs wait")
         return None
 
     def verify(self, window: Window, next_run_id: Callable[[], int], now: float) -> Iterator[do.Effect]:

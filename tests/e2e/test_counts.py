@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import aclosing
@@ -20,6 +19,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 from tests.e2e.conftest import Door, eventually, opened
 from tests.e2e.counts_plan import RECOVERED, REPEATED, SENT, TOKENS, UNSEEDED, Expected, N, Plan
+from tests.e2e.reruns_kit import counted
 from tests.pair import Pair, Program
 
 SEEDED = Sampling(seed=7, temperature=0.0, max_new_tokens=TOKENS, ignore_eos=True)
@@ -83,12 +83,8 @@ def learned(pair: Pair) -> int:
 
 async def settled(door: Door, audits: int) -> None:
     """Until so many items are audited and mirrored; nothing is left to compare then."""
-
-    def all_compared() -> bool:
-        metrics = door.pair.metrics()
-        return all(verdicts(metrics, kind).total() == audits for kind in ("audit", "shadow"))
-
-    await eventually(all_compared, f"{audits} items are audited and mirrored")
+    for kind in ("audit", "shadow"):
+        await eventually(lambda kind=kind: counted(door.pair, kind).total() == audits, f"{audits} have a verdict: {kind}")  # type: ignore[misc]
     await door.freed()
 
 
@@ -110,7 +106,7 @@ async def lost_and_recovered(door: Door, plan: Plan) -> None:
     door.pair.service.kill()
     door.pair.start_service("--script", plan.script(canaries_diverge=True))
     await listening
-    await eventually(lambda: verdicts(door.pair.metrics(), "canary").total() == N, "the canaries are compared")
+    await eventually(lambda: counted(door.pair, "canary").total() == N, "the canaries are compared")
 
 
 async def agree(door: Door, plan: Plan) -> None:
@@ -121,6 +117,7 @@ async def agree(door: Door, plan: Plan) -> None:
     for expected in plan.kinds:
         compared = {item: comparison for item, comparison in journal if kind_of(comparison) == expected.kind}
         told(list(compared.values()), expected, items=list(compared))
+        assert counted(door.pair, expected.kind) == Counter(match=expected.n - expected.k, diverged=expected.k)
         check_metrics(metrics, expected)
         [stratum] = [each for each in report.strata if kind_of(each) == expected.kind]
         check_stratum(stratum, expected)
@@ -168,18 +165,8 @@ def kind_of(given: types_pb2.Comparison | sequencer_pb2.Stratum) -> str:
     return types_pb2.ComparisonKind.Name(given.kind).removeprefix("COMPARISON_KIND_").lower()
 
 
-def verdicts(metrics: dict[str, float], kind: str) -> Counter[str]:
-    """Those there are of a kind."""
-    counts: Counter[str] = Counter()
-    for name, value in metrics.items():
-        if name.startswith("ostinato_comparisons_total{") and f'kind="{kind}"' in name:
-            counts[re.findall('verdict="([a-z]+)"', name)[0]] += round(value)
-    return +counts
-
-
 def check_metrics(metrics: dict[str, float], expected: Expected) -> None:
     k, n = expected.k, expected.n
-    assert verdicts(metrics, expected.kind) == +Counter(match=n - k, diverged=k)
     labels = f'{{grade="exact",kind="{expected.kind}"}}'
     assert metrics[f"ostinato_compared_tokens_total{labels}"] == expected.compared_tokens
     assert metrics[f"ostinato_first_difference_token_count{labels}"] == k
