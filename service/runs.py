@@ -12,13 +12,14 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ostinato.errors import DeadlineExceeded, to_status
+from ostinato.errors import Cancelled, DeadlineExceeded, OstinatoError, from_status, to_status
 from ostinato.v1 import engine_pb2
 
 from service.answer import Answer
 from service.engines.base import Engine, Events, Run
 from service.grade import HeldGrade
 from service.metrics import Metrics
+from service.spans import RunSpans
 
 Deliver = Callable[[engine_pb2.RunEvent], None]
 
@@ -28,6 +29,7 @@ class _Live:
     owner: Owner
     submit: engine_pb2.Submit
     submitted_at: float
+    spans: RunSpans
     last_token_at: float | None = None
     started: bool = False
     reported_tokens: int = 0
@@ -53,7 +55,7 @@ class Runs:
 
     def _submit(self, owner: Owner, submit: engine_pb2.Submit) -> int:
         run_id = next(self._ids)
-        live = self._live[run_id] = _Live(owner, submit, self._loop.time())
+        live = self._live[run_id] = _Live(owner, submit, self._loop.time(), RunSpans(submit, self.engine))
         if submit.timeout_millis:
             live.deadline = self._loop.call_later(submit.timeout_millis / 1000, self._expire, run_id)
         self._metrics.queued.inc()
@@ -74,17 +76,18 @@ class Runs:
 
     def _cancel(self, run_id: int) -> None:
         self.engine.cancel(run_id)
-        self._end(run_id, "cancelled")
+        self._end(run_id, "cancelled", Cancelled("not wanted any more"))
 
     def _expire(self, run_id: int) -> None:
         live = self._live[run_id]
         self.engine.cancel(run_id)
-        self._end(run_id, "expired")
         error = DeadlineExceeded(f"the run did not end within {live.submit.timeout_millis} ms")
+        self._end(run_id, "expired", error)
         live.owner._deliver(engine_pb2.RunEvent(run_id=live.submit.run_id, failed=to_status(error)))
 
-    def _end(self, run_id: int, end: str) -> None:
+    def _end(self, run_id: int, end: str, error: OstinatoError | None = None) -> None:
         live = self._live.pop(run_id)
+        live.spans.ended(error)
         live.owner._forget(live.submit.run_id)
         if live.deadline is not None:
             live.deadline.cancel()
@@ -106,6 +109,7 @@ class Runs:
         match event.WhichOneof("event"):
             case "started":
                 live.started = True
+                live.spans.started()
                 self._metrics.queued.dec()
                 self._metrics.running.inc()
                 self._metrics.queue_seconds.observe(now - live.submitted_at)
@@ -115,16 +119,18 @@ class Runs:
             case "finished":
                 output = event.finished.output
                 output.grade = self.held.grade
+                live.spans.finished(output)
                 self._metrics.new_tokens.inc(len(output.token_ids) - live.reported_tokens)
                 self._metrics.run_seconds.observe(now - live.submitted_at)
                 self._end(run_id, "finished")
             case _:
-                self._end(run_id, "failed")
+                self._end(run_id, "failed", from_status(event.failed))
 
     def _note_tokens(self, count: int, live: _Live, now: float) -> None:
         if not count:
             return
         if live.last_token_at is None:
+            live.spans.first_token()
             self._metrics.first_token_seconds.observe(now - live.submitted_at)
         else:
             self._metrics.between_tokens_seconds.observe((now - live.last_token_at) / count)

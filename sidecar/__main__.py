@@ -234,14 +234,15 @@ def main() -> int:
     sys.setswitchinterval(SWITCH_SECONDS)
 
     async def serve(stop: asyncio.Event) -> int:
-        numbers = registry()
-        sidecar = Sidecar(settings, numbers)
-        metrics = serve_metrics(numbers, settings.metrics)
-        log.info("metrics", extra={"port": metrics.port})
-        try:
-            return await sidecar.run(stop)
-        finally:
-            metrics.close()
+        with program.traced(settings.traces, "ostinato.sidecar", settings.writer):
+            numbers = registry()
+            sidecar = Sidecar(settings, numbers)
+            metrics = serve_metrics(numbers, settings.metrics)
+            log.info("metrics", extra={"port": metrics.port})
+            try:
+                return await sidecar.run(stop)
+            finally:
+                metrics.close()
 
     return program.run(serve)
 

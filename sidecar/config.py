@@ -31,6 +31,7 @@ class Settings:
     # a face for OpenAI gateways, on the same addresses; needs the extra gateway
     vllm_face: bool = field(False, "serve vllm.grpc.engine.VllmEngine beside Generation")
     vllm_timeout_seconds: float = field(600.0, "for a call to it that has no earlier deadline", minimum=0.001)
+    traces: str = field("", "where spans go, otlp:http://host:4318; empty: where OTEL_… variables say, or nowhere")
     log_format: str = field("human", "of log lines", choices=("human", "json"))
     log_level: str = field("info", "of log lines", choices=("debug", "info", "warning", "error"))
     # bounds of a request

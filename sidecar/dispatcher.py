@@ -119,6 +119,8 @@ class Dispatcher:
         """See link.Listener."""
         self.engine = None
         self.observer.engine(None)
+        for work in self._runs.values():
+            work.spans.lost()
         self._runs.clear()
         self.tell(ev.Disconnected())
         self.engine_changed.set()
@@ -152,7 +154,8 @@ class Dispatcher:
                     work.finished(output, self.engine.model.vocabulary_size, drift)
                     work.company_at_end = self.core.window.runs if self.core.window is not None else 0
                     if work.input.verify:
-                        work.second = self.rechecker.begin(work.input, work.sequence, types_pb2.COMPARISON_KIND_VERIFY)
+                        with work.spans.item.entered():
+                            work.second = self.rechecker.begin(work.input, work.sequence, types_pb2.COMPARISON_KIND_VERIFY)
                 else:
                     self.reruns.finished(event.run_id, output)
                 self.tell(ev.Finished(event.run_id, output.grade))
@@ -207,7 +210,8 @@ class Dispatcher:
     async def _append_admission(self, ticket: int) -> None:
         asking = self._asking[ticket]
         try:
-            appended = await self.journal.append(asking.admission)
+            with asking.span.child("journal"):
+                appended = await self.journal.append(asking.admission)
         except errors.Refused as error:
             self.tell(ev.NotNumbered(ticket))
             self._asking.pop(ticket).refuse(error)
@@ -218,7 +222,7 @@ class Dispatcher:
             return
         now = self.clock()
         for entry in appended.entries:
-            self.works[entry.header.sequence] = Work.of(entry, [asking.call], now)
+            self.works[entry.header.sequence] = Work.of(entry, [asking.call], now, asking.caller)
         stamp = stamp_of(appended.entries[0].header)
         self._asking.pop(ticket).settle(stamp)
         self.observer.admitted(stamp, now - asking.asked_at)

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from ostinato import errors
+from ostinato import errors, tracing
 from ostinato.digest import request_digest
 from ostinato.serving.deadlines import ran_out, remaining
 from ostinato.serving.identity import caller
@@ -123,8 +123,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         self, request: generation_pb2.GenerateRequest, context: Context, call: Call
     ) -> tuple[int, types_pb2.Stamp, bool]:
         """The ticket, the stamp, and whether the key was bound before. Raises whatever refuses the request."""
+        span = tracing.current()
+        span.note({"ostinato.request_id": request.request_id, "ostinato.items": len(request.items)})
         try:
-            return await self._number(request, context, call)
+            ticket, stamp, repeated = await self._number(request, context, call)
+            span.note({"ostinato.sequence": stamp.first_sequence, "ostinato.epoch": stamp.epoch})
+            span.note({"ostinato.repeated_key": repeated})
+            return ticket, stamp, repeated
         except errors.OstinatoError as error:
             self._dispatcher.observer.refused(error)
             raise

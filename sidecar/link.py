@@ -12,7 +12,7 @@ from typing import Protocol
 import grpc
 from google.rpc import status_pb2
 
-from ostinato import errors
+from ostinato import errors, tracing
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
 from ostinato.wire import ours
 
@@ -185,7 +185,8 @@ class EngineLink:
     async def prepare(self, request: engine_pb2.PrepareRequest, timeout: float | None) -> engine_pb2.PrepareResponse:
         """Raises what the service raised; EngineUnavailable if it cannot be reached, ProtocolViolation for a useless answer."""
         try:
-            prepared = await self._stub.Prepare(request, timeout=timeout)
+            with tracing.call("ostinato.v1.Engine/Prepare") as span:
+                prepared = await self._stub.Prepare(request, timeout=timeout, metadata=span.metadata)
         except grpc.aio.AioRpcError as failure:
             raise unavailable(ours(failure)) from None
         check_prepared(prepared, len(request.items))
@@ -194,7 +195,10 @@ class EngineLink:
     async def tokenize(self, request: generation_pb2.TokenizeRequest, timeout: float | None) -> generation_pb2.TokenizeResponse:
         """As prepare."""
         try:
-            tokenized: generation_pb2.TokenizeResponse | None = await self._stub.Tokenize(request, timeout=timeout)
+            with tracing.call("ostinato.v1.Engine/Tokenize") as span:
+                tokenized: generation_pb2.TokenizeResponse | None = await self._stub.Tokenize(
+                    request, timeout=timeout, metadata=span.metadata
+                )
         except grpc.aio.AioRpcError as failure:
             raise unavailable(ours(failure)) from None
         if tokenized is None or len(tokenized.results) != len(request.items):

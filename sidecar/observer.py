@@ -60,14 +60,15 @@ class Observer:
     def submitted(self, attempt_of: Work, *, again: bool) -> None:
         if again:
             self.metrics.attempts.inc()
-            log.warning("submitted again", extra={"sequence": attempt_of.sequence, "attempt": attempt_of.progress.attempt})
+            fields = {"sequence": attempt_of.sequence, "attempt": attempt_of.progress.attempt, **attempt_of.spans.item.ids}
+            log.warning("submitted again", extra=fields)
         else:
             self.metrics.submitted.inc()
 
     def tokens(self, work: Work, count: int, now: float) -> None:
         """Before the work takes the tokens in."""
         if work.first_token_at is None:
-            self.metrics.first_token.observe(now - work.admitted_at, {"sequence": str(work.sequence)})
+            self.metrics.first_token.observe(now - work.admitted_at, _exemplar(work))
         elif count and work.last_tokens_at is not None:
             self.metrics.between_tokens.observe((now - work.last_tokens_at) / count)
 
@@ -75,8 +76,10 @@ class Observer:
         """The outcome is durable."""
         outcome = types_pb2.EntryKind.Name(sealed.header.kind).removeprefix("ENTRY_KIND_").lower()
         self.metrics.ended.labels(outcome).inc()
-        self.metrics.item.observe(result.timing.total_micros / 1e6, {"sequence": str(work.sequence)})
-        log.info("ended", extra={"sequence": work.sequence, "request_id": work.input.request_id, "outcome": outcome})
+        self.metrics.item.observe(result.timing.total_micros / 1e6, _exemplar(work))
+        fields = {"sequence": work.sequence, "request_id": work.input.request_id, "outcome": outcome, **work.spans.item.ids}
+        log.info("ended", extra=fields)
+        work.spans.ended(sealed.header, errors.from_status(result.status) if result.HasField("status") else None)
 
     # ---- second runs
 
@@ -128,3 +131,7 @@ class Observer:
         self.metrics.commit.observe(seconds)
         self.metrics.commit_drafts.observe(drafts)
         self.metrics.journal_bytes.inc(payload_bytes)
+
+
+def _exemplar(work: Work) -> dict[str, str]:
+    return {"sequence": str(work.sequence), **work.spans.item.exemplar}

@@ -30,9 +30,11 @@ class Outcomes:
 
     async def append(self, work: Work, outcome: Outcome) -> types_pb2.Result:
         """The result, durable: what a later reader of the journal derives too. Raises JournalBroken."""
-        appended = await self._journal.append(outcome)
+        with work.spans.item.child("journal"):
+            appended = await self._journal.append(outcome)
         if not appended.entries:  # another writer's outcome came first, and is the one
             work.forgo(errors.Abandoned("another outcome came first"))
+            work.spans.item.end()
             return answer_of(await ended(self._journal, work.sequence))
         (sealed,) = appended.entries
         result = result_of(sealed)

@@ -6,10 +6,11 @@ import asyncio
 from dataclasses import dataclass
 from typing import Protocol
 
-from ostinato import errors
+from ostinato import errors, tracing
 from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 
 from sidecar.core import events as ev
+from sidecar.spans import run_span
 from sidecar.work import Made, kv_tokens, submission
 
 URGENCY = {engine_pb2.PURPOSE_VERIFY: ev.Urgency.VERIFY, engine_pb2.PURPOSE_REPLAY: ev.Urgency.REPLAY}
@@ -30,6 +31,7 @@ class _Rerun:
     sequence: int
     purpose: engine_pb2.Purpose.ValueType
     made: asyncio.Future[Made]
+    span: tracing.Span
     fingerprint_digest: bytes = b""
     run_id: int = 0
     over: bool = False
@@ -67,7 +69,7 @@ class Rerunner:
         self._last_id += 1
         rerun_id = self._last_id
         made: asyncio.Future[Made] = asyncio.get_running_loop().create_future()
-        self._reruns[rerun_id] = _Rerun(payload, sequence, purpose, made)
+        self._reruns[rerun_id] = _Rerun(payload, sequence, purpose, made, run_span(purpose, sequence))
         made.add_done_callback(lambda _: self._done(rerun_id))
         self._teller.tell(ev.Rerun(rerun_id, kv_tokens(payload), URGENCY.get(purpose, ev.Urgency.BACKGROUND), alone))
         return made
@@ -77,8 +79,7 @@ class Rerunner:
         if not rerun.over:
             self._runs.pop(rerun.run_id, None)
             self._teller.tell(ev.DropRerun(rerun_id))
-        if not rerun.made.cancelled():
-            rerun.made.exception()  # seen, even if nobody waits
+        rerun.span.end(None if rerun.made.cancelled() else rerun.made.exception())  # seen, even if nobody waits
 
     def submission(self, run_id: int, rerun_id: int, timeout_seconds: float) -> engine_pb2.Submit:
         """The core found room: the message that starts it."""
@@ -94,6 +95,7 @@ class Rerunner:
             attempt=1,
             stream=False,
             timeout_seconds=timeout_seconds,
+            traceparent=rerun.span.traceparent,
         )
 
     def finished(self, run_id: int, output: types_pb2.Output) -> None:

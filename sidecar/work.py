@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ostinato import tracing
 from ostinato.compare import compare_prefix
 from ostinato.errors import Draining, OstinatoError
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
@@ -17,6 +18,7 @@ from sidecar.journal import Admission, Binding, Outcome, Sealed
 from sidecar.progress import Progress
 from sidecar.results import ended_payload, outcome_kind
 from sidecar.sampling import sampling
+from sidecar.spans import ItemSpans
 
 LEFT_SECONDS = 1.0
 """After which it makes sense to ask for what a drain left unfinished."""
@@ -30,12 +32,16 @@ class Asking:
     call: Call
     asked_at: float
     answer: asyncio.Future[types_pb2.Stamp | Binding]
+    caller: tracing.Span = field(default_factory=tracing.current)
+    span: tracing.Span = field(default_factory=lambda: tracing.span("admission"))
 
     def settle(self, answer: types_pb2.Stamp | Binding) -> None:
+        self.span.end()
         if not self.answer.done():
             self.answer.set_result(answer)
 
     def refuse(self, error: OstinatoError) -> None:
+        self.span.end(error)
         if not self.answer.done():
             self.answer.set_exception(error)
 
@@ -59,6 +65,7 @@ class Work:
     progress: Progress
     ended: asyncio.Future[types_pb2.Result]
     """The result, once it is durable."""
+    spans: ItemSpans
     submitted_at: float | None = None
     first_token_at: float | None = None
     last_tokens_at: float | None = None
@@ -77,11 +84,12 @@ class Work:
     """Runs that it held when this one ended."""
 
     @classmethod
-    def of(cls, entry: Sealed, calls: list[Call], now: float) -> Work:
-        """The work that an ADMITTED entry makes."""
+    def of(cls, entry: Sealed, calls: list[Call], now: float, caller: tracing.Span | None = None) -> Work:
+        """The work that an ADMITTED entry makes. `caller`: the span of the call that brought it, if there is one."""
         payload = sequencer_pb2.AdmittedPayload.FromString(entry.payload)
         ended: asyncio.Future[types_pb2.Result] = asyncio.get_running_loop().create_future()
-        return cls(entry.header, payload, now, calls, Progress(entry.header.sequence), ended)
+        spans = ItemSpans(entry.header, payload, tracing.current() if caller is None else caller)
+        return cls(entry.header, payload, now, calls, Progress(entry.header.sequence), ended, spans)
 
     @property
     def sequence(self) -> int:
@@ -102,6 +110,7 @@ class Work:
             attempt=attempt,
             stream=any(call.wants_tokens for call in self.calls),
             timeout_seconds=timeout_seconds,
+            traceparent=self.spans.submitted(attempt, self.company),
         )
 
     def join(self, call: Call) -> None:
@@ -119,6 +128,8 @@ class Work:
         self.left = Draining("the sidecar stops and finishes this when it is started again", retry_after=LEFT_SECONDS)
         for call in self.calls:
             call.lost(self.left)
+        self.spans.over(self.left)
+        self.spans.item.end(self.left)
         self.ended.set_exception(self.left)
         self.ended.exception()  # somebody has to look at it, and there may be nobody
 
@@ -147,6 +158,7 @@ class Work:
         self._check(output, vocabulary_size)
         self._tell(*self.progress.finish(output))
         self.output = output
+        self.spans.over(None)
         if self.progress.lost:
             self.recovery = compare_prefix(self.progress.lost, output, self.sequence, drift)
 
@@ -160,6 +172,8 @@ class Work:
             raise ValueError(f"grade {output.grade} is none")
 
     def _tell(self, restarted: generation_pb2.Restarted | None, run: generation_pb2.TokenRun | None) -> None:
+        if restarted is not None:
+            self.spans.item.event("restarted", {"ostinato.attempt": restarted.attempt})
         for call in self.calls:
             if restarted is not None:
                 call.restarted(restarted)
@@ -168,6 +182,7 @@ class Work:
 
     def outcome(self, error: OstinatoError | None, attempt: int, now: float, collisions: Collisions) -> Outcome:
         """What is to be made durable; without an error, the output."""
+        self.spans.over(error)
         timing = self._timing(now)
         payload: sequencer_pb2.CompletedPayload | sequencer_pb2.EndedPayload
         if error is None:
@@ -215,6 +230,7 @@ def submission(
     attempt: int,
     stream: bool,
     timeout_seconds: float,
+    traceparent: str,
 ) -> engine_pb2.Submit:
     """A recorded input as a run: never rendered or tokenised again."""
     return engine_pb2.Submit(
@@ -227,4 +243,5 @@ def submission(
         seed=payload.seed,
         stream=stream,
         timeout_millis=max(1, round(timeout_seconds * 1000)),
+        traceparent=traceparent,
     )

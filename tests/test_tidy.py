@@ -34,11 +34,13 @@ ARROWS = (
     Only(("apsw", "psycopg", "sqlite3"), r"sidecar/journal/", "only the journal knows a database"),
     Only(("smg_grpc_proto",), r"sidecar/gateway/", "an extra, for those who want that face"),
     Only(("plotly",), r"proto/ostinato/cli/page\.py", "an extra of the wheel, and slow to import"),
+    Only(("opentelemetry", "ostinato.otel"), r"proto/ostinato/(otel|tracing)\.py", "an extra of the wheel, off by default"),
     Only(("ostinato.serving",), r"proto/ostinato/serving/|service/|sidecar/", "clients do not serve"),
 )
 
 CLIENT = re.compile(r"proto/ostinato/(?!serving/)")
-CLIENT_MAY_IMPORT = sys.stdlib_module_names | {"google", "grpc", "grpc_status", "ostinato", "plotly", "rich", "typer"}
+CLIENT_EXTRAS = {"opentelemetry", "plotly"}
+CLIENT_MAY_IMPORT = sys.stdlib_module_names | CLIENT_EXTRAS | {"google", "grpc", "grpc_status", "ostinato", "rich", "typer"}
 
 
 # What a reader of the repository has no use for. Written so that this file does not say it.

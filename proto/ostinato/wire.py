@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 
-from ostinato import errors, requests
+from ostinato import errors, requests, tracing
+from ostinato.v1 import generation_pb2, sequencer_pb2
 from ostinato.v1.generation_pb2_grpc import GenerationStub
 from ostinato.v1.sequencer_pb2_grpc import SequencerStub
 
@@ -36,7 +37,15 @@ _RETRY_POLICY = {
 }
 _RETRY_BUFFER_BYTES = 64 * 2**20  # a larger request is not kept for a second attempt; gRPC's default is 256 KiB
 
-RequestT = TypeVar("RequestT")
+_METHODS = {
+    (method.input_type.full_name, method.server_streaming): f"{service.full_name}/{method.name}"
+    for file in (generation_pb2, sequencer_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
+"""What a request is for, by its type and whether the answer is a stream."""
+
+RequestT = TypeVar("RequestT", bound=Message)
 ResponseT = TypeVar("ResponseT")
 
 
@@ -93,10 +102,11 @@ class Wire:
         self, method: grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT], request: RequestT, timeout: float | None
     ) -> ResponseT:
         """One answer."""
-        try:
-            return await method(request, timeout=requests.seconds(timeout), metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            raise ours(error) from error
+        with _span(request, streamed=False) as span:
+            try:
+                return await method(request, timeout=requests.seconds(timeout), metadata=self._with(span))
+            except grpc.aio.AioRpcError as error:
+                raise ours(error) from error
 
     def read(
         self, method: grpc.aio.UnaryStreamMultiCallable[RequestT, ResponseT], request: RequestT, timeout: float | None
@@ -107,14 +117,19 @@ class Wire:
     async def _responses(
         self, method: grpc.aio.UnaryStreamMultiCallable[RequestT, ResponseT], request: RequestT, seconds: float | None
     ) -> AsyncGenerator[ResponseT, None]:
-        call = method(request, timeout=seconds, metadata=self._metadata)
-        try:
-            async for response in call:
-                yield response
-        except grpc.aio.AioRpcError as error:
-            raise ours(error) from error
-        finally:
-            call.cancel()
+        with _span(request, streamed=True) as span:
+            call = method(request, timeout=seconds, metadata=self._with(span))
+            try:
+                async for response in call:
+                    yield response
+            except grpc.aio.AioRpcError as error:
+                raise ours(error) from error
+            finally:
+                call.cancel()
+
+    def _with(self, span: tracing.Span) -> grpc.aio.Metadata:
+        """A call's metadata."""
+        return grpc.aio.Metadata(*self._metadata, *span.metadata) if span.metadata else self._metadata
 
     def _open(self, service_config: object, retry: bool) -> grpc.aio.Channel:
         options = [
@@ -128,6 +143,14 @@ class Wire:
         if self._credentials is None:
             return grpc.aio.insecure_channel(self._target, options)
         return grpc.aio.secure_channel(self._target, self._credentials, options)
+
+
+def _span(request: Message, *, streamed: bool) -> tracing.Span:
+    """Of one call, within whatever span its caller is in."""
+    if not tracing.on():
+        return tracing.OFF
+    label = getattr(request, "request_id", "")
+    return tracing.call(_METHODS[request.DESCRIPTOR.full_name, streamed], {"ostinato.request_id": label} if label else None)
 
 
 def bearer(token: str) -> str:

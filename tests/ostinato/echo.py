@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -72,13 +72,15 @@ def register(servicer: Echo, server: grpc.aio.Server) -> None:
 
 
 @contextlib.asynccontextmanager
-async def serving(echo: Echo, registry: CollectorRegistry | None = None, **kwargs: Any) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel to `echo` behind a Server."""
+async def serving(
+    echo: Echo, registry: CollectorRegistry | None = None, *, options: Sequence[tuple[str, Any]] = (), **kwargs: Any
+) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel, with these options, to `echo` behind a Server."""
     server = Server(["127.0.0.1:0"], registry=registry or CollectorRegistry(), **kwargs)
     server.add(register, echo, NAME)
     await server.start()
     try:
-        async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
+        async with grpc.aio.insecure_channel(server.addresses[0], options) as channel:
             yield channel
     finally:
         await server.stop(grace=0)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import grpc
 import typer
 
-from ostinato import __version__, errors, requests
+from ostinato import __version__, errors, requests, tracing
 from ostinato.cli import show
 from ostinato.client import DEFAULT_RESPONSE_BYTES, DEFAULT_TARGET, Client
 from ostinato.pem import tls
@@ -62,6 +62,7 @@ def _credential(variable: str, text: str) -> Any:
 TokenFile = Annotated[Path | None, _credential("OSTINATO_TOKEN_FILE", "Holds the token; or give the token in OSTINATO_TOKEN.")]
 TlsCa = Annotated[Path | None, _credential("OSTINATO_TLS_CA", "PEM: whose sidecars to trust. Turns TLS on.")]
 TlsCertificate = Annotated[Path | None, _credential("OSTINATO_TLS_CERTIFICATE", "PEM: of this client, if it is asked for one.")]
+Traces = Annotated[str, typer.Option(envvar="OSTINATO_TRACES", help="Where spans go: otlp:http://host:4318.", metavar="TARGET")]
 TlsKey = Annotated[Path | None, _credential("OSTINATO_TLS_KEY", "PEM: the certificate's private key.")]
 
 app = typer.Typer(
@@ -89,6 +90,7 @@ def common(
     tls_ca: TlsCa = None,
     tls_certificate: TlsCertificate = None,
     tls_key: TlsKey = None,
+    traces: Traces = "",
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Reproducible text generation: ask, read the journal, run it again, check the proofs."""
@@ -96,6 +98,8 @@ def common(
         secured = any((tls_ca, tls_certificate, tls_key))
         credentials = tls(tls_ca, certificate=tls_certificate, key=tls_key) if secured else None
         session = Session(credentials=credentials, token=_token(token_file))
+        if traces:
+            tracing.start(traces, "ostinato.cli", "", os.environ)
     context.obj = _given(session, target, json, timeout)
 
 
@@ -137,6 +141,8 @@ def _finish(begin: Callable[[], bool | Coroutine[Any, Any, bool]], target: str) 
         # The reader has what it wanted. What is still buffered must not fail again when the interpreter flushes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    finally:
+        tracing.stop()
     return 0 if well else 1
 
 

@@ -3,7 +3,7 @@
 - Callers are identified, and handlers find them in `identity.caller()`. gRPC's own services are an admin's, but for health.
 - Bytes that are no message raise MalformedMessage; gRPC by itself answers INTERNAL, which blames the server.
 - Our errors go out whole: code, reason, fields, and when to come back. Anything else goes out as INTERNAL, and into the log.
-- Each call is counted by its code and timed.
+- Each call is counted by its code and timed, and has a span where there are traces; a stream without an end has none.
 
 Handlers are those of generated aio servicers: coroutines, or async generators for streamed answers.
 """
@@ -22,6 +22,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from ostinato import tracing
 from ostinato.errors import Internal, OstinatoError, to_status
 from ostinato.serving.credentials import NONE, Credentials
 from ostinato.serving.deadlines import ran_out, remaining
@@ -34,6 +35,16 @@ that a peer must take."""
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 """Upper bounds in seconds: from a refusal to a long batch."""
+
+FAULTS = {
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DATA_LOSS,
+}
+"""Codes that mark a server's span as failed; the others are the caller's doing."""
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +83,8 @@ class Guard(grpc.aio.ServerInterceptor):
         behaviour = behaviour_of(handler)
 
         async def guarded(request: Any, context: Context) -> Any:
-            with self._observed(path, context):
+            span = tracing.OFF if handler.request_streaming else _span(path, context)
+            with span.entered(), self._observed(path, context, span):
                 try:
                     CALLER.set(self._credentials.identify(context))
                     if path.startswith("/grpc."):
@@ -81,17 +93,17 @@ class Guard(grpc.aio.ServerInterceptor):
                         return await behaviour(Requests(request), cast(Context, Reader(context)))
                     return await behaviour(checked(request), context)
                 except OstinatoError as error:
-                    await _abort(context, error)
+                    await _abort(context, span, error)
                 except grpc.aio.BaseError:  # the handler aborted by itself, or the caller is gone
                     raise
                 except Exception:  # noqa: BLE001  # whatever it is, the caller gets a code and the log gets the rest
                     _log.exception("handler failed", extra={"method": path})
-                    await _abort(context, Internal("internal error"))
+                    await _abort(context, span, Internal("internal error"))
 
         return rebuilt(handler, guarded, lenient(handler.request_deserializer))
 
     @contextlib.contextmanager
-    def _observed(self, path: str, context: Context) -> Iterator[None]:
+    def _observed(self, path: str, context: Context, span: tracing.Span) -> Iterator[None]:
         service, _, method = path.strip("/").rpartition("/")
         started, patience, gone = time.monotonic(), remaining(context), False
         try:
@@ -102,12 +114,29 @@ class Guard(grpc.aio.ServerInterceptor):
             gone = True
             raise
         finally:
-            self._seconds.labels(service, method).observe(time.monotonic() - started)
-            self._handled.labels(service, method, _code(context, patience, gone=gone)).inc()
+            code = _code(context, patience, gone=gone)
+            self._seconds.labels(service, method).observe(time.monotonic() - started, span.exemplar)
+            self._handled.labels(service, method, code).inc()
+            span.note({"rpc.response.status_code": code} | ({"error.type": code} if gone else {}))
+            span.end()
 
 
-async def _abort(context: Context, error: OstinatoError) -> Never:
+def _span(path: str, context: Context) -> tracing.Span:
+    """Of a call, within the caller's. gRPC's own retries tell how many came before."""
+    if not tracing.on():
+        return tracing.OFF
+    metadata = dict(context.invocation_metadata() or ())
+    name = path.strip("/")
+    attributes = {"rpc.system.name": "grpc", "rpc.method": name}
+    span = tracing.span(name, attributes, tracing.Kind.SERVER, metadata.items())
+    if retries := metadata.get("grpc-previous-rpc-attempts"):
+        span.event("retried", {"ostinato.previous_attempts": str(retries)})
+    return span
+
+
+async def _abort(context: Context, span: tracing.Span, error: OstinatoError) -> Never:
     """Ends the call with this error. Trailers that the handler had set stay."""
+    span.fail(error.reason, fault=error.code in FAULTS)
     status = rpc_status.to_status(fitting(to_status(error)))
     trailers = [*(context.trailing_metadata() or ()), *status.trailing_metadata]
     if error.retry_after is not None:

@@ -4,7 +4,7 @@
     {"time": "2026-11-24T11:15:05.123Z", "level": "INFO", "logger": "sidecar.flow", "message": "admitted", "sequence": "7"}
 
 Fields are passed through `extra`: `_log.info("admitted", extra={"sequence": 7, "count": 3})`; every key that logging does not
-know by itself comes out. Whatever text users send, it stays on its line.
+know by itself comes out, and in a trace its `trace_id` and `span_id`. Whatever text users send, it stays on its line.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Literal, TextIO
+
+from ostinato import tracing
 
 UINT64 = frozenset({"sequence", "first_sequence", "last_sequence", "epoch", "index", "run_id", "seed", "engine_seed"})
 """Fields that are uint64 in the contract. JSON numbers are doubles to most readers, so in JSON these are strings, always."""
@@ -36,6 +38,7 @@ def setup(form: Literal["human", "json"], level: str = "INFO", stream: TextIO | 
     # gRPC's core writes lines in a form of its own to stderr ("Got goaway"); what matters of them reaches us as errors.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     handler = logging.StreamHandler(stream or sys.stderr)
+    handler.addFilter(_traced)
     handler.setFormatter(JsonFormatter() if form == "json" else HumanFormatter())
     root = logging.getLogger()
     root.setLevel(level.upper())
@@ -67,6 +70,13 @@ class JsonFormatter(HumanFormatter):
         if trace := self.traceback(record):
             entry["exception"] = trace
         return json.dumps(entry)
+
+
+def _traced(record: logging.LogRecord) -> bool:
+    """Names the span that the line was written in, unless the line names one itself."""
+    if not hasattr(record, "trace_id"):
+        vars(record).update(tracing.current().ids)
+    return True
 
 
 def fields(record: logging.LogRecord) -> Mapping[str, object]:

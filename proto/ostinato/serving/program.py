@@ -16,7 +16,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+from ostinato import tracing
 
 DRAINED, FAILED, BAD_CONFIGURATION = 0, 1, 2
 
@@ -46,6 +50,19 @@ def run(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
     except Exception:  # noqa: BLE001  # the last one to see it
         _log.exception("failed")
         return FAILED
+
+
+@contextmanager
+def traced(target: str, service: str, instance: str = "") -> Iterator[None]:
+    """Exports spans as `tracing.start` does, if that is wanted, for as long as the context lasts. Raises StartupError."""
+    try:
+        tracing.start(target, service, instance or str(uuid.uuid4()), os.environ)
+    except ValueError as error:
+        raise StartupError(str(error), exit_code=BAD_CONFIGURATION) from None
+    try:
+        yield
+    finally:
+        tracing.stop()
 
 
 async def _supervised(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:

@@ -328,6 +328,7 @@ class Submit(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
     TIMEOUT_MILLIS_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.int
     """Unique in the stream, never 0."""
     purpose: Global___Purpose.ValueType
@@ -342,6 +343,8 @@ class Submit(_message.Message):
     """Send tokens as they are made. Else only Started and the end are sent."""
     timeout_millis: _builtins.int
     """How long the run may take from its submission, in milliseconds; then it fails with DEADLINE_EXCEEDED. 0: no bound."""
+    traceparent: _builtins.str
+    """The span of the sidecar that this run belongs to, as W3C's traceparent. Empty: none. Determines nothing."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -358,10 +361,11 @@ class Submit(_message.Message):
         seed: _builtins.int = ...,
         stream: _builtins.bool = ...,
         timeout_millis: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "parameters", b"parameters", "purpose", b"purpose", "run_id", b"run_id", "seed", b"seed", "sequence", b"sequence", "stream", b"stream", "timeout_millis", b"timeout_millis", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "parameters", b"parameters", "purpose", b"purpose", "run_id", b"run_id", "seed", b"seed", "sequence", b"sequence", "stream", b"stream", "timeout_millis", b"timeout_millis", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
