@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import stat
 from collections.abc import AsyncIterator
@@ -23,6 +24,7 @@ from ostinato.v1 import generation_pb2_grpc
 
 from tests.ostinato.echo import METHODS, NAME, Echo, call, register, serving, text
 
+ROOT = Path(__file__).parents[2]
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -304,3 +306,14 @@ async def test_a_server_that_never_started_can_be_stopped() -> None:
     server = made("127.0.0.1:0")
     await server.stop(grace=0)
     await server.stop(grace=0)
+
+
+def test_every_option_is_one_that_grpc_knows() -> None:
+    """A misspelt option of a channel or a server is ignored in silence, so each name that we use must be in gRPC's library."""
+    written = (path.read_text() for folder in ("proto", "service", "sidecar") for path in (ROOT / folder).rglob("*.py"))
+    used = {name for text in written for name in re.findall(r'"(grpc\.[a-z][a-z0-9_.]+)", ?[^)]', text)}
+    (library,) = (Path(grpc.__file__).parent / "_cython").glob("cygrpc*.so")
+
+    assert len(used) > 10
+    known = library.read_bytes()
+    assert {name for name in used if name.encode() + b"\0" not in known} == set()

@@ -71,7 +71,7 @@ class Server:
                 # the same, more often than gRPC would let them.
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ],
         )
         self.addresses: list[str] = []
