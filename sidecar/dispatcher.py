@@ -118,9 +118,7 @@ class Dispatcher:
     def engine_down(self, error: errors.OstinatoError) -> None:
         """See link.Listener."""
         self.engine = None
-        self.observer.engine(None)
-        for work in self._runs.values():
-            work.spans.lost()
+        self.observer.engine_lost(self._runs.values())
         self._runs.clear()
         self.tell(ev.Disconnected())
         self.engine_changed.set()

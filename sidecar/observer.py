@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ostinato import errors
 from ostinato.v1 import engine_pb2, types_pb2
@@ -118,6 +118,12 @@ class Observer:
             "engine connected",
             extra={"engine": model.engine, "model": model.name, "fingerprint": digest[:16], "grade": labels.grade(model.grade)},
         )
+
+    def engine_lost(self, works: Iterable[Work]) -> None:
+        """It is not connected any more; these were in it."""
+        for work in works:
+            work.spans.lost()
+        self.engine(None)
 
     def fault(self, error: errors.OstinatoError) -> None:
         self.metrics.faults.labels(error.reason).inc()

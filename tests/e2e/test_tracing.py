@@ -126,7 +126,7 @@ async def traced_client(target: str, pair: Pair) -> AsyncIterator[Client]:
         async with Client(pair.target) as client:
             yield client
     finally:
-        tracing.stop()
+        tracing.stop(30)
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +154,9 @@ async def test_one_trace_from_client_to_engine(pair: Pair, client: Client, colle
     assert sorted((name, names.get(span.parent_span_id, "")) for name, span in found) == sorted(TREE)
     assert all(span.status.code != Status.STATUS_CODE_ERROR for _, span in found)
     header = answer.results[0].receipt.header
-    item = await spans.one("ostinato.sidecar item", sequence=1)
+    item = await spans.one("ostinato.sidecar item", sequence=answer.stamp.first_sequence)
     assert of(item) | {"ostinato.log_id": ""} == {
-        "ostinato.sequence": 1,
+        "ostinato.sequence": answer.stamp.first_sequence,
         "ostinato.log_id": "",
         "ostinato.writer": "ostinato-0",
         "ostinato.epoch": 1,
@@ -172,10 +172,10 @@ async def test_one_trace_from_client_to_engine(pair: Pair, client: Client, colle
     assert (generated["gen_ai.usage.output_tokens"], generated["gen_ai.response.finish_reasons"]) == (5, ["length"])
     assert SECRET not in str(found) and "a prompt" not in str(found)
     assert pair.sidecar is not None
-    ended = [record for record in pair.sidecar.records() if record["message"] == "ended"]
+    ended = [record for record in pair.sidecar.records() if record.get("request_id") == "night-7"]
     assert {record.get("trace_id") for record in ended} == {root.trace_id.hex()}
     assert re.search(
-        f'ostinato_item_seconds_bucket.* # {{sequence="[12]",trace_id="{root.trace_id.hex()}"}}', openmetrics(pair)
+        f'ostinato_item_seconds_bucket.* # {{sequence="\\d+",trace_id="{root.trace_id.hex()}"}}', openmetrics(pair)
     )
 
 
@@ -192,6 +192,23 @@ async def test_a_refusal_is_marked(client: Client, collector: tuple[str, Spans])
     assert of(server)["rpc.response.status_code"] == "INVALID_ARGUMENT"
     assert (server.status.code, asked.status.code) == (Status.STATUS_CODE_UNSET, Status.STATUS_CODE_ERROR)
     assert "top_p" not in str(server) + str(asked)
+
+
+async def test_a_second_run_is_within_what_asked_for_it(client: Client, collector: tuple[str, Spans]) -> None:
+    """The run that verifies an answer is part of its item; the one of a replay, part of the replay's call."""
+    _, spans = collector
+    answer = await client.generate("a", request_id="verified", verify=True, max_new_tokens=3, ignore_eos=True)
+    sequence = answer.stamp.first_sequence
+    assert [response.seen async for response in client.replay(sequence)]
+    item = await spans.one("ostinato.sidecar item", request_id="verified")
+    verify = await spans.one("ostinato.sidecar verify", sequence=sequence)
+    replay = await spans.one("ostinato.sidecar replay", sequence=sequence)
+    called = await spans.one("ostinato.sidecar ostinato.v1.Sequencer/Replay")
+
+    assert (verify.parent_span_id, replay.parent_span_id) == (item.span_id, called.span_id)
+    for purpose, second in (("VERIFY", verify), ("REPLAY", replay)):
+        run = await spans.one("ostinato.service run", sequence=sequence, purpose=purpose)
+        assert (run.trace_id, run.parent_span_id) == (second.trace_id, second.span_id)
 
 
 async def test_failures_and_second_attempts_show(collector: tuple[str, Spans]) -> None:
