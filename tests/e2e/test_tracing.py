@@ -217,8 +217,10 @@ async def test_failures_and_second_attempts_show(collector: tuple[str, Spans]) -
     target, spans = collector
     with traced_pair(target, FAILING) as pair:
         async with traced_client(target, pair) as client:
+            seen = set()
             async for event in client.stream(["a", "b"], request_id="failing", max_new_tokens=5, ignore_eos=True):
-                if any(run.sequence == 2 for run in event.tokens.runs) and len(pair.programs) == 2:
+                seen |= {run.sequence for run in event.tokens.runs if run.sequence == 2} | {event.failed.sequence}
+                if seen >= {1, 2} and len(pair.programs) == 2:
                     assert pair.service is not None
                     await asyncio.to_thread(pair.service.kill)
                     pair.start_service()
