@@ -237,12 +237,9 @@ def main() -> int:
         with program.traced(settings.traces, "ostinato.sidecar", settings.writer):
             numbers = registry()
             sidecar = Sidecar(settings, numbers)
-            metrics = serve_metrics(numbers, settings.metrics)
-            log.info("metrics", extra={"port": metrics.port})
-            try:
+            with contextlib.closing(serve_metrics(numbers, settings.metrics)) as metrics:
+                log.info("metrics", extra={"port": metrics.port})
                 return await sidecar.run(stop)
-            finally:
-                metrics.close()
 
     return program.run(serve)
 
