@@ -129,7 +129,7 @@ class Channel:
         self._network, self._node, self._service = network, node, service
 
     def unary_unary(self, path: str, request_serializer: Any, response_deserializer: Any, **_: object) -> Any:
-        async def ask(request: Any, timeout: float | None = None) -> Any:
+        async def ask(request: Any, timeout: float | None = None, metadata: object = None) -> Any:
             deadline = None if timeout is None else self._network.loop.time() + timeout
             call = self._open(path, deadline=deadline)
             call.write(request_serializer(request))

@@ -254,7 +254,7 @@ def epochs_stand_still() -> AbstractContextManager[Any]:
     """A restarted sidecar takes itself for the one before."""
 
     def begin(self: Tables, new_log_id: str, writer: str) -> tuple[str, str, int]:
-        self._db.execute("INSERT OR IGNORE INTO journal VALUES (1, ?, ?, 1)", (new_log_id, writer))
+        self._db.execute("INSERT OR IGNORE INTO journal VALUES (1, ?, ?, 1, 0)", (new_log_id, writer))
         log_id, owner, epoch = self._db.execute("SELECT log_id, writer, epoch FROM journal").get
         return log_id, owner, epoch
 
