@@ -11,7 +11,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from ostinato import errors
-from ostinato.digest import model_digest
 from ostinato.v1 import engine_pb2, types_pb2
 
 from sidecar.calls import Call
@@ -111,8 +110,7 @@ class Dispatcher:
         if again:
             self.tell(ev.Regraded(description.model.grade))
             return
-        room, digest = description.capacity, model_digest(description.model.fingerprint.fields)
-        self.tell(ev.Connected(room.runs, room.kv_blocks, room.block_tokens, digest, description.model.grade))
+        self.tell(ev.Connected.of(description))
         self.engine_changed.set()
 
     def engine_down(self, error: errors.OstinatoError) -> None:

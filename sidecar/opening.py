@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ostinato
@@ -31,11 +33,18 @@ def open_kept(journal: str, *, create: bool = False) -> Kept:
     """Raises JournalUnusable."""
     if not is_shared(journal):
         return SqliteKept(Path(journal), create=create)
-    try:
+    with _postgres():
         from sidecar.journal.postgres_kept import PostgresKept
+    return PostgresKept(journal, create=create)
+
+
+@contextmanager
+def _postgres() -> Iterator[None]:
+    """Around an import that needs its driver."""
+    try:
+        yield
     except ImportError as error:
         raise JournalUnusable(f"PostgreSQL needs this package's extra `postgres`: {error}") from error
-    return PostgresKept(journal, create=create)
 
 
 def _open_file(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[Backend, Opened]:
@@ -58,10 +67,8 @@ def _open_file(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[
 
 
 def _open_shared(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[Backend, Opened]:
-    try:
+    with _postgres():
         from sidecar.journal.postgres import PostgresJournal
-    except ImportError as error:
-        raise program.StartupError(f"journal: PostgreSQL needs this package's extra `postgres`: {error}") from error
     return PostgresJournal.open(
         settings.journal,
         writer=settings.writer,

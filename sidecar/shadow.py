@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from ostinato import errors
-from ostinato.digest import drawn, model_digest
+from ostinato.digest import drawn
 from ostinato.v1 import engine_pb2, types_pb2
 
 from sidecar.config import Settings
@@ -88,18 +88,9 @@ class Shadow:
         again, self.engine = self.engine is not None, description
         if again:
             return
-        capacity, model = description.capacity, description.model
         self._dispatcher.observer.shadow(description)
-        self._dispatcher.spawn(self._dispatcher.fingerprints.meet(model.fingerprint))
-        self.tell(
-            ev.Connected(
-                runs=capacity.runs,
-                kv_blocks=capacity.kv_blocks,
-                block_tokens=capacity.block_tokens,
-                model_digest=model_digest(model.fingerprint.fields),
-                grade=model.grade,
-            )
-        )
+        self._dispatcher.spawn(self._dispatcher.fingerprints.meet(description.model.fingerprint))
+        self.tell(ev.Connected.of(description))
 
     def engine_down(self, error: errors.OstinatoError) -> None:
         """See link.Listener."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+from ostinato.digest import model_digest
 from ostinato.errors import OstinatoError
-from ostinato.v1 import types_pb2
+from ostinato.v1 import engine_pb2, types_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,12 @@ class Connected:
     block_tokens: int
     model_digest: bytes
     grade: types_pb2.Grade.ValueType
+
+    @classmethod
+    def of(cls, description: engine_pb2.DescribeResponse) -> Connected:
+        """To an engine that says this of itself."""
+        room, model = description.capacity, description.model
+        return cls(room.runs, room.kv_blocks, room.block_tokens, model_digest(model.fingerprint.fields), model.grade)
 
 
 @dataclass(frozen=True, slots=True)
