@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, LiteralString, Protocol
@@ -146,22 +146,12 @@ class SqliteStore:
             vfs=self.vfs,
         )
 
-    @contextmanager
-    def opened(self) -> Iterator[SqliteJournal]:
-        journal, _ = self.open()
-        try:
-            yield journal
-        finally:
-            journal.close()
+    def opened(self) -> AbstractContextManager[SqliteJournal]:
+        return closing(self.open()[0])
 
-    @contextmanager
-    def kept(self, *, create: bool = False) -> Iterator[Kept]:
+    def kept(self, *, create: bool = False) -> AbstractContextManager[Kept]:
         """Closed, and kept."""
-        kept = SqliteKept(self.path, create=create)
-        try:
-            yield kept
-        finally:
-            kept.close()
+        return closing(SqliteKept(self.path, create=create))
 
     def another(self) -> SqliteStore:
         """One with nothing in it."""
@@ -220,13 +210,8 @@ class PostgresStore:
         while self.journals:
             self.journals.pop()._database.drop()
 
-    @contextmanager
-    def opened(self, writer: str = "writer") -> Iterator[PostgresJournal]:
-        journal, _ = self.open(writer=writer)
-        try:
-            yield journal
-        finally:
-            journal.close()
+    def opened(self, writer: str = "writer") -> AbstractContextManager[PostgresJournal]:
+        return closing(self.open(writer=writer)[0])
 
     def configure(self, **settings: float) -> None:
         self.settings = replace(self.settings, **settings)  # type: ignore[arg-type]
@@ -238,14 +223,9 @@ class PostgresStore:
     def verify(self) -> Iterator[Checked]:
         return verify_database(self.url)
 
-    @contextmanager
-    def kept(self, *, create: bool = False) -> Iterator[Kept]:
+    def kept(self, *, create: bool = False) -> AbstractContextManager[Kept]:
         """Whether it is in use or not."""
-        kept = PostgresKept(self.url, create=create)
-        try:
-            yield kept
-        finally:
-            kept.close()
+        return closing(PostgresKept(self.url, create=create))
 
     def another(self) -> PostgresStore:
         """One with nothing in it."""

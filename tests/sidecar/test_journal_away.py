@@ -20,7 +20,7 @@ from sidecar.journal.grouped import GroupedJournal
 from sidecar.journal.postgres_tables import PostgresTables
 from tests.postgres import Postgres
 from tests.sidecar.journal_kit import PostgresStore, admission, completed, item, sequences
-from tests.sidecar.postgres_proxy import Cut, Proxy, proxy
+from tests.sidecar.postgres_proxy import Cut, Proxy
 
 SETTINGS = GroupSettings(full_retry_seconds=0.05, withheld_outcomes_max=8)
 
@@ -30,12 +30,6 @@ def _store(postgres: Postgres) -> Iterator[PostgresStore]:
     store = PostgresStore(postgres.url(postgres.schema()))
     yield store
     store.kill()
-
-
-@pytest.fixture(name="line")
-def _line(postgres: Postgres) -> Iterator[Proxy]:
-    with proxy(postgres) as line:
-        yield line
 
 
 @asynccontextmanager

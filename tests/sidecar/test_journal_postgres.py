@@ -23,7 +23,7 @@ from sidecar.journal.postgres_tables import PostgresTables
 from sidecar.journal.settings import PostgresSettings
 from tests.postgres import Postgres, installed
 from tests.sidecar.journal_kit import PostgresStore, admission, completed, ended, item, sequences, twin
-from tests.sidecar.postgres_proxy import Cut, Proxy, proxy
+from tests.sidecar.postgres_proxy import Cut, Proxy
 
 NOW = 1_700_000_000_000
 EXPIRE = "UPDATE writers SET lease_until = clock_timestamp() - interval '1 second' WHERE name = %s"
@@ -34,12 +34,6 @@ def _store(postgres: Postgres) -> Iterator[PostgresStore]:
     store = PostgresStore(postgres.url(postgres.schema()))
     yield store
     store.kill()
-
-
-@pytest.fixture(name="line")
-def _line(postgres: Postgres) -> Iterator[Proxy]:
-    with proxy(postgres) as line:
-        yield line
 
 
 def admit(journal: PostgresJournal, *items: sequencer_pb2.AdmittedPayload, key: str = "") -> tuple[Sealed, ...]:

@@ -1,0 +1,17 @@
+"""What several of these tests need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.postgres import Postgres
+from tests.sidecar.postgres_proxy import Proxy, proxy
+
+
+@pytest.fixture(name="line")
+def _line(postgres: Postgres) -> Iterator[Proxy]:
+    """A way to the server that can be cut."""
+    with proxy(postgres) as line:
+        yield line
