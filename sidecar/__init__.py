@@ -5,7 +5,7 @@
     admission             what can refuse a request before it has a number
     core/                 what happens next, decided purely
     dispatcher            performs what the core decides
-    work, progress, calls an admitted item, its tokens, and who waits for them
+    work, calls           an admitted item, and who waits for it (what they were sent: ostinato.progress)
     link                  the one ordered stream to the service
     outcomes              from an item's end to what its callers are told
     rerunner, recheck     runs without numbers, and what compares them with the record

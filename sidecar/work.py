@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from ostinato import tracing
 from ostinato.compare import compare_prefix
 from ostinato.errors import Draining, OstinatoError
+from ostinato.progress import Progress
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 
 from sidecar.calls import Call
 from sidecar.collisions import Collisions
 from sidecar.core.events import Need
 from sidecar.journal import Admission, Binding, Outcome, Sealed
-from sidecar.progress import Progress
 from sidecar.results import ended_payload, outcome_kind
 from sidecar.sampling import sampling
 from sidecar.spans import ItemSpans

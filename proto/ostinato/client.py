@@ -1,7 +1,8 @@
 """The asyncio client: one method for each RPC, Python values in, the contract's messages out, `ostinato.errors` raised.
 
-What is safe to send twice is retried by gRPC itself: pure reads, and batches with an idempotency key. Anything else is sent
-once, because a Generate that is sent again is another request with other numbers.
+What is safe to send twice is tried again while the sidecar, its engine or room in its queue is missing: pure reads, and batches
+with an idempotency key; until the timeout, or without one for a few seconds (reads) or a minute (keys). Anything else is
+sent once, because a Generate that is sent again is another request with other numbers.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Self, Unpack
 import grpc
 
 from ostinato import errors, requests
+from ostinato.joined import joined
+from ostinato.patience import KEYED_SECONDS, PAUSE_SECONDS, PAUSE_SECONDS_MAX, READ_SECONDS
 from ostinato.requests import GradeName, Prompts, Sampling
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
-from ostinato.wire import PAUSE_SECONDS, PAUSE_SECONDS_MAX, Wire
+from ostinato.wire import Wire
 
 DEFAULT_TARGET = "localhost:7001"
 DEFAULT_RESPONSE_BYTES = 4 * 2**20
@@ -72,11 +75,13 @@ class Client:
     ) -> generation_pb2.GenerateResponse:
         """All outcomes of a batch, in the order of its prompts. A failed item raises nothing: its result has a status.
 
-        With a `key`, the same call again returns the recorded answer. Without one, a lost connection or an expired `timeout`
-        ends the work. With `verify`, each answer was made twice, and its result has the verdict in `comparison`.
+        With a `key`, the same call again returns the recorded answer, and the client makes it again by itself while the sidecar
+        is away or full. Without one, a lost connection or an expired `timeout` ends the work. With `verify`, each answer was
+        made twice, and its result has the verdict in `comparison`.
         """
         request = requests.batch(prompts, key, request_id, required_grade, parameters, verify=verify)
-        return await self._wire.ask(self._wire.stubs(retry=bool(request.idempotency_key)).generation.Generate, request, timeout)
+        bound = KEYED_SECONDS if request.idempotency_key else 0.0
+        return await self._wire.ask(self._wire.stubs.generation.Generate, request, timeout, bound)
 
     def stream(
         self,
@@ -89,11 +94,15 @@ class Client:
         timeout: float | None = None,
         **parameters: Unpack[Sampling],
     ) -> AsyncGenerator[generation_pb2.GenerateEvent, None]:
-        """As `generate`, event by event: admitted, tokens, restarted, and one finished or failed for each item."""
+        """As `generate`, event by event: admitted, tokens, restarted, and one finished or failed for each item.
+
+        With a `key` a lost stream is joined again and goes on behind what was told: nothing comes twice, and tokens that
+        nobody streamed meanwhile come in one run before their item's finished.
+        """
         request = requests.batch(prompts, key, request_id, required_grade, parameters, verify=verify)
-        return self._wire.read(
-            self._wire.stubs(retry=bool(request.idempotency_key)).generation.GenerateStream, request, timeout
-        )
+        if request.idempotency_key:
+            return joined(self._wire, request, requests.seconds(timeout))
+        return self._wire.read(self._wire.stubs.generation.GenerateStream, request, timeout)
 
     async def cancel(
         self, first: int | None = None, last: int | None = None, *, key: str = "", timeout: float | None = None
@@ -103,17 +112,17 @@ class Client:
             request = generation_pb2.CancelRequest(idempotency_key=key)
         else:
             request = generation_pb2.CancelRequest(range=requests.span(first, last))
-        return await self._wire.ask(self._wire.once.generation.Cancel, request, timeout)
+        return await self._wire.ask(self._wire.stubs.generation.Cancel, request, timeout)
 
     async def model(self, *, timeout: float | None = None) -> types_pb2.Model:
         """What is running, its limits, its fingerprint and the grade it has earned."""
         request = generation_pb2.GetModelRequest()
-        return (await self._wire.ask(self._wire.retrying.generation.GetModel, request, timeout)).model
+        return (await self._wire.ask(self._wire.stubs.generation.GetModel, request, timeout, READ_SECONDS)).model
 
     async def tokenize(self, prompts: Prompts, *, timeout: float | None = None) -> list[list[int]]:
         """For each prompt the token ids that `generate` would make of it."""
         request = generation_pb2.TokenizeRequest(items=requests.items(prompts))
-        response = await self._wire.ask(self._wire.retrying.generation.Tokenize, request, timeout)
+        response = await self._wire.ask(self._wire.stubs.generation.Tokenize, request, timeout, READ_SECONDS)
         return [list(tokens.ids) for tokens in response.results]
 
     async def get(
@@ -124,16 +133,16 @@ class Client:
             request = sequencer_pb2.GetRequest(idempotency_key=key)
         else:
             request = sequencer_pb2.GetRequest(sequence=requests.integer("sequence", sequence, 1, 2**64 - 1))
-        return list((await self._wire.ask(self._wire.retrying.sequencer.Get, request, timeout)).items)
+        return list((await self._wire.ask(self._wire.stubs.sequencer.Get, request, timeout, READ_SECONDS)).items)
 
     async def head(self, *, timeout: float | None = None) -> sequencer_pb2.HeadResponse:
         """Where the journal and its writer stand."""
-        return await self._wire.ask(self._wire.retrying.sequencer.Head, sequencer_pb2.HeadRequest(), timeout)
+        return await self._wire.ask(self._wire.stubs.sequencer.Head, sequencer_pb2.HeadRequest(), timeout, READ_SECONDS)
 
     async def report(self, *, confidence: float = 0.0, timeout: float | None = None) -> sequencer_pb2.ReportResponse:
         """Divergence in summary. `confidence`: of its intervals, above 0 and below 1; 0 is the sidecar's choice."""
         request = sequencer_pb2.ReportRequest(confidence=confidence)
-        return await self._wire.ask(self._wire.retrying.sequencer.Report, request, timeout)
+        return await self._wire.ask(self._wire.stubs.sequencer.Report, request, timeout, READ_SECONDS)
 
     def tail(
         self, from_index: int = 1, *, follow: bool = False, payloads: bool = False, timeout: float | None = None
@@ -146,7 +155,7 @@ class Client:
         from_index = requests.integer("from_index", from_index, 0, 2**64 - 1)
         request = sequencer_pb2.TailRequest(from_index=from_index, follow=follow, payloads=payloads)
         requests.seconds(timeout)
-        return self._follow(request, timeout) if follow else self._entries(request, timeout)
+        return self._follow(request, timeout) if follow else self._entries(request, timeout, READ_SECONDS)
 
     def replay(
         self,
@@ -165,12 +174,12 @@ class Client:
         """
         concurrency = requests.integer("concurrency", concurrency, 0, 2**32 - 1)
         request = sequencer_pb2.ReplayRequest(range=requests.span(first, last), concurrency=concurrency, alone=alone)
-        return self._wire.read(self._wire.once.sequencer.Replay, request, timeout)
+        return self._wire.read(self._wire.stubs.sequencer.Replay, request, timeout)
 
     async def _entries(
-        self, request: sequencer_pb2.TailRequest, timeout: float | None
+        self, request: sequencer_pb2.TailRequest, timeout: float | None, bound: float = 0.0
     ) -> AsyncGenerator[sequencer_pb2.Entry, None]:
-        async with aclosing(self._wire.read(self._wire.retrying.sequencer.Tail, request, timeout)) as responses:
+        async with aclosing(self._wire.read(self._wire.stubs.sequencer.Tail, request, timeout, bound)) as responses:
             async for response in responses:
                 for entry in response.entries:
                     yield entry

@@ -1,8 +1,7 @@
-"""Calls over gRPC: two channels to one target, deadlines and metadata on every call, and every failure as one of ours."""
+"""Calls over gRPC: one channel, deadlines and metadata on every call, second tries, and every failure as one of ours."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -13,6 +12,7 @@ from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 
 from ostinato import errors, requests, tracing
+from ostinato.patience import PAUSE_SECONDS, PAUSE_SECONDS_MAX, Patience
 from ostinato.v1 import generation_pb2, sequencer_pb2
 from ostinato.v1.generation_pb2_grpc import GenerationStub
 from ostinato.v1.sequencer_pb2_grpc import SequencerStub
@@ -23,19 +23,6 @@ if TYPE_CHECKING:  # they exist for type checkers only
 
 RESPONSE_BYTES_METADATA = "ostinato-max-response-bytes"
 """Metadata of every call: the largest answer that the sidecar may send, in decimal."""
-
-PAUSE_SECONDS = 0.2
-PAUSE_SECONDS_MAX = 5.0
-"""Between attempts to reach a sidecar: the first pause, which doubles, and the longest."""
-
-_RETRY_POLICY = {
-    "maxAttempts": 5,
-    "initialBackoff": f"{PAUSE_SECONDS}s",
-    "maxBackoff": f"{PAUSE_SECONDS_MAX}s",
-    "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE"],
-}
-_RETRY_BUFFER_BYTES = 64 * 2**20  # a larger request is not kept for a second attempt; gRPC's default is 256 KiB
 
 _METHODS = {
     (method.input_type.full_name, method.server_streaming): f"{service.full_name}/{method.name}"
@@ -58,9 +45,10 @@ class Stubs(NamedTuple):
 
 
 class Wire:
-    """What is safe to send twice goes over `retrying`, anything else over `once`: gRPC decides by channel, not by call.
+    """Connects at its first use, in the event loop that uses it.
 
-    Both connect at their first use, in the event loop that uses them.
+    gRPC's own retries are off: they end after five, a few seconds, whatever time is left. `bound` below is that of `Patience`:
+    0 for what is not safe to send twice.
     """
 
     def __init__(
@@ -76,69 +64,86 @@ class Wire:
         self._metadata = grpc.aio.Metadata((RESPONSE_BYTES_METADATA, str(response_bytes)))
         if token is not None:
             self._metadata.add("authorization", bearer(token))
-        self._opened: dict[bool, Stubs] = {}
+        self._opened: Stubs | None = None
 
     @property
-    def once(self) -> Stubs:
-        return self.stubs(retry=False)
-
-    @property
-    def retrying(self) -> Stubs:
-        return self.stubs(retry=True)
-
-    def stubs(self, *, retry: bool) -> Stubs:
-        if retry not in self._opened:
-            channel = self._open({"methodConfig": [{"name": [{}], "retryPolicy": _RETRY_POLICY}]} if retry else {}, retry)
-            self._opened[retry] = Stubs(channel, GenerationStub(channel), SequencerStub(channel))
-        return self._opened[retry]
+    def stubs(self) -> Stubs:
+        if self._opened is None:
+            channel = self._open()
+            self._opened = Stubs(channel, GenerationStub(channel), SequencerStub(channel))
+        return self._opened
 
     async def close(self) -> None:
         """Ends every call and connection. A later call opens them again."""
-        while self._opened:
-            _, stubs = self._opened.popitem()
-            await stubs.channel.close()
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            await opened.channel.close()
 
     async def ask(
-        self, method: grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT], request: RequestT, timeout: float | None
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT],
+        request: RequestT,
+        timeout: float | None,
+        bound: float = 0.0,
     ) -> ResponseT:
         """One answer."""
+        patience = Patience(requests.seconds(timeout), bound)
         with _span(request, streamed=False) as span:
-            try:
-                return await method(request, timeout=requests.seconds(timeout), metadata=self._with(span))
-            except grpc.aio.AioRpcError as error:
-                raise ours(error) from error
+            while True:
+                try:
+                    return await method(request, timeout=patience.left, metadata=self._with(span))
+                except grpc.aio.AioRpcError as error:
+                    failure = ours(error)
+                await patience.wait(failure)
+                span.event("tried again", {"ostinato.reason": failure.reason})
 
     def read(
-        self, method: grpc.aio.UnaryStreamMultiCallable[RequestT, ResponseT], request: RequestT, timeout: float | None
+        self,
+        method: grpc.aio.UnaryStreamMultiCallable[RequestT, ResponseT],
+        request: RequestT,
+        timeout: float | None,
+        bound: float = 0.0,
     ) -> AsyncGenerator[ResponseT, None]:
-        """A stream of answers; the call begins at the first step, and closing the iterator ends it."""
-        return self._responses(method, request, requests.seconds(timeout))
+        """A stream of answers; the call begins at the first step, and closing the iterator ends it. Once something has come
+        there is no second try."""
+        return self._responses(method, request, requests.seconds(timeout), bound)
 
     async def _responses(
-        self, method: grpc.aio.UnaryStreamMultiCallable[RequestT, ResponseT], request: RequestT, seconds: float | None
+        self,
+        method: grpc.aio.UnaryStreamMultiCallable[RequestT, ResponseT],
+        request: RequestT,
+        timeout: float | None,
+        bound: float,
     ) -> AsyncGenerator[ResponseT, None]:
+        patience, begun = Patience(timeout, bound), False
         with _span(request, streamed=True) as span:
-            call = method(request, timeout=seconds, metadata=self._with(span))
-            try:
-                async for response in call:
-                    yield response
-            except grpc.aio.AioRpcError as error:
-                raise ours(error) from error
-            finally:
-                call.cancel()
+            while True:
+                call = method(request, timeout=patience.left, metadata=self._with(span))
+                try:
+                    async for response in call:
+                        begun = True
+                        yield response
+                    return
+                except grpc.aio.AioRpcError as error:
+                    failure = ours(error)
+                finally:
+                    call.cancel()
+                if begun:
+                    raise failure
+                await patience.wait(failure)
+                span.event("tried again", {"ostinato.reason": failure.reason})
 
     def _with(self, span: tracing.Span) -> grpc.aio.Metadata:
         """A call's metadata."""
         return grpc.aio.Metadata(*self._metadata, *span.metadata) if span.metadata else self._metadata
 
-    def _open(self, service_config: object, retry: bool) -> grpc.aio.Channel:
+    def _open(self) -> grpc.aio.Channel:
         options = [
             ("grpc.max_receive_message_length", self._response_bytes),
             ("grpc.initial_reconnect_backoff_ms", round(PAUSE_SECONDS * 1000)),
             ("grpc.max_reconnect_backoff_ms", round(PAUSE_SECONDS_MAX * 1000)),
-            ("grpc.enable_retries", int(retry)),
-            ("grpc.per_rpc_retry_buffer_size", _RETRY_BUFFER_BYTES),
-            ("grpc.service_config", json.dumps(service_config)),
+            ("grpc.enable_retries", 0),
+            ("grpc.use_local_subchannel_pool", 1),  # or another client's failures would be answers to this one
         ]
         if self._credentials is None:
             return grpc.aio.insecure_channel(self._target, options)
@@ -161,7 +166,13 @@ def bearer(token: str) -> str:
 
 
 def ours(error: grpc.aio.AioRpcError) -> errors.OstinatoError:
-    """The error that the far side raised, or what stands for gRPC's own."""
+    """The error that the far side raised, or what stands for gRPC's own; its cause is what gRPC raised."""
+    made = _ours(error)
+    made.__cause__ = error
+    return made
+
+
+def _ours(error: grpc.aio.AioRpcError) -> errors.OstinatoError:
     try:
         # The synchronous decoder, since an AioRpcError is a call that has ended.
         status = rpc_status.from_call(error)

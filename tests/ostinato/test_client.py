@@ -13,7 +13,7 @@ import grpc
 import pytest
 from grpc_status import rpc_status
 
-from ostinato import Client, OstinatoError, errors, wire
+from ostinato import Client, OstinatoError, errors, patience
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 from tests.ostinato.fake import Fake, serving, talking
@@ -125,16 +125,6 @@ async def test_cancel_and_replay_are_sent_once(talk: Talk) -> None:
     with pytest.raises(errors.Draining):
         _ = [verdict async for verdict in client.replay(1)]
     assert (fake.count("Cancel"), fake.count("Replay")) == (1, 1)
-
-
-async def test_other_errors_are_not_retried(talk: Talk) -> None:
-    """Only UNAVAILABLE is retried: a full queue is the caller's to wait for."""
-    fake, client = talk
-    fake.script["Generate"].append(errors.QueueFull("full", retry_after=0.5))
-
-    with pytest.raises(errors.QueueFull) as caught:
-        await client.generate("a", key="k")
-    assert (caught.value.retry_after, fake.count("Generate")) == (0.5, 1)
 
 
 @pytest.mark.parametrize(("pushback", "count"), [("-1", 1), ("20", 2)])
@@ -257,8 +247,7 @@ async def test_a_larger_limit_lets_more_through() -> None:
 
 async def test_nobody_there_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that may not be repeated fails without waiting where no sidecar listens."""
-    for pause in ("initialBackoff", "maxBackoff"):
-        monkeypatch.setitem(wire._RETRY_POLICY, pause, "1000s")
+    monkeypatch.setattr(patience, "PAUSE_SECONDS", 1000)
     async with Client("127.0.0.1:1") as client:
         with pytest.raises(errors.Disconnected, match="failed to connect"):
             await client.generate("a")

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ostinato.progress import Progress
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
-
-from sidecar.progress import Progress
 
 SEQUENCE, TOKENS_MAX, END = 7, 8, 9
 
@@ -211,3 +210,14 @@ def test_an_output_that_was_not_streamed() -> None:
     progress.accept(runs([1], [])[0])
     with pytest.raises(ValueError, match="not what was streamed"):
         progress.finish(output([2]))
+
+
+def test_other_tokens_are_the_new_attempts() -> None:
+    """What is sent behind a Restarted says which attempt made it."""
+    progress = Progress(SEQUENCE)
+    progress.accept(engine_pb2.RunTokens(token_ids=[1], text="é"))
+    progress.restart(2)
+    restarted, run = progress.accept(engine_pb2.RunTokens(token_ids=[2], text="汉"))
+    assert restarted is not None
+    assert run is not None
+    assert (restarted.attempt, run.attempt) == (2, 2)

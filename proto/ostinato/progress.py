@@ -1,4 +1,4 @@
-"""What was sent of one item's tokens, so that a second attempt can go on behind it."""
+"""What was sent of one item's tokens, so that a second attempt, or a second connection, can go on behind it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,12 @@ class Progress:
     def restart(self, attempt: int) -> None:
         """A new attempt begins at token 0."""
         self.lost = list(self.sent)
-        self.attempt, self._seen, self._repeat = attempt, 0, self._run(0)
+        self.attempt, self._seen = attempt, 0
+        self._repeat = self._run(0)
 
-    def accept(self, tokens: engine_pb2.RunTokens) -> tuple[generation_pb2.Restarted | None, generation_pb2.TokenRun | None]:
+    def accept(
+        self, tokens: engine_pb2.RunTokens | generation_pb2.TokenRun
+    ) -> tuple[generation_pb2.Restarted | None, generation_pb2.TokenRun | None]:
         """What a listener is to be sent. Raises ValueError if these tokens do not follow those before."""
         if tokens.first_token != self._seen:
             raise ValueError(f"tokens from {tokens.first_token} after {self._seen}")
@@ -73,16 +76,20 @@ class Progress:
         run.text = "".join(self.texts)
         return run
 
+    def rest(self, output: types_pb2.Output | generation_pb2.TokenRun) -> generation_pb2.TokenRun | None:
+        """What the output has beyond all that was sent, which is how it begins; None: nothing."""
+        run = self._run(len(self.sent))
+        run.token_ids.extend(output.token_ids[len(self.sent) :])
+        run.logprobs.extend(output.logprobs[len(self.sent) :])
+        run.text = output.text[sum(map(len, self.texts)) :]
+        return self._send(run) if run.token_ids or run.text else None
+
     def _beyond(self, repeat: generation_pb2.TokenRun) -> generation_pb2.TokenRun | None:
         """What the repetition has beyond what was sent, once it got there."""
         if self._seen < len(self.sent):
             return None
-        run = self._run(len(self.sent))
-        run.token_ids.extend(repeat.token_ids[len(self.sent) :])
-        run.logprobs.extend(repeat.logprobs[len(self.sent) :])
-        run.text = repeat.text[sum(map(len, self.texts)) :]
         self._repeat = None
-        return self._send(run) if run.token_ids or run.text else None
+        return self.rest(repeat)
 
     def _run(self, first_token: int) -> generation_pb2.TokenRun:
         return generation_pb2.TokenRun(sequence=self.sequence, attempt=self.attempt, first_token=first_token)
@@ -94,7 +101,7 @@ class Progress:
         return run
 
 
-def _extend(run: generation_pb2.TokenRun, tokens: engine_pb2.RunTokens) -> None:
+def _extend(run: generation_pb2.TokenRun, tokens: engine_pb2.RunTokens | generation_pb2.TokenRun) -> None:
     run.token_ids.extend(tokens.token_ids)
     run.logprobs.extend(tokens.logprobs)
     run.text += tokens.text

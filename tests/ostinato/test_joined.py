@@ -1,0 +1,193 @@
+"""Keyed streams over lost connections: whoever listens hears everything, and everything once."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ostinato import errors
+from ostinato.joined import Told
+from ostinato.v1 import generation_pb2, types_pb2
+from ostinato.v1.generation_pb2 import GenerateEvent
+
+from tests.ostinato.fake import LOG_ID, talking
+
+LETTERS = "abé汉"
+STAMP = types_pb2.Stamp(log_id=LOG_ID, writer="w", epoch=1, first_sequence=5, count=2)
+SEQUENCES = (5, 6)
+
+
+def _text(ids: list[int]) -> str:
+    return "".join(LETTERS[each] for each in ids)
+
+
+def _admitted() -> GenerateEvent:
+    return GenerateEvent(admitted=generation_pb2.Admitted(stamp=STAMP))
+
+
+def _tokens(sequence: int, ids: list[int], first: int, attempt: int = 1) -> GenerateEvent:
+    run = generation_pb2.TokenRun(
+        sequence=sequence, attempt=attempt, first_token=first, token_ids=ids[first:], text=_text(ids[first:])
+    )
+    return GenerateEvent(tokens=generation_pb2.Tokens(runs=[run]))
+
+
+def _finished(sequence: int, ids: list[int], attempt: int = 1) -> GenerateEvent:
+    output = types_pb2.Output(text=_text(ids), token_ids=ids)
+    return GenerateEvent(finished=types_pb2.Result(sequence=sequence, output=output, attempt=attempt))
+
+
+@dataclass
+class Listener:
+    """Believes what it is told, and notes what it should not have been told."""
+
+    admitted: int = 0
+    ids: dict[int, list[int]] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    ended: dict[int, list[int]] = field(default_factory=dict)
+
+    def hear(self, event: GenerateEvent) -> None:
+        match event.WhichOneof("event"):
+            case "admitted":
+                self.admitted += 1
+            case "tokens":
+                for run in event.tokens.runs:
+                    ids = self.ids.setdefault(run.sequence, [])
+                    assert run.sequence not in self.ended
+                    assert run.first_token == len(ids), "a gap, or a repetition"
+                    assert run.token_ids or run.text, "a run of nothing"
+                    ids.extend(run.token_ids)
+                    self.texts[run.sequence] = self.texts.get(run.sequence, "") + run.text
+            case "restarted":
+                self.ids[event.restarted.sequence], self.texts[event.restarted.sequence] = [], ""
+            case "finished":
+                assert event.finished.sequence not in self.ended
+                self.ended[event.finished.sequence] = list(event.finished.output.token_ids)
+
+
+@st.composite
+def _connections(draw: st.DrawFn) -> tuple[list[list[GenerateEvent]], dict[int, list[int]]]:
+    """What a sidecar tells on each connection, and the outputs. Later connections may bring another attempt with other tokens,
+    tell the beginning at once, in pieces, or not at all, and end anywhere; the last one ends the batch."""
+    ids = st.lists(st.integers(0, 3), max_size=6)
+    count = draw(st.integers(1, 4))
+    outputs = {sequence: draw(ids) for sequence in SEQUENCES}
+    ended: set[int] = set()
+    connections = []
+    for number in range(1, count + 1):
+        told = [_admitted()]
+        for sequence in SEQUENCES:
+            final = number == count or sequence in ended or draw(st.booleans())
+            tokens = outputs[sequence] if final or draw(st.booleans()) else draw(ids)
+            streamed = draw(st.booleans()) and sequence not in ended
+            cuts = sorted({0, *draw(st.lists(st.integers(0, len(tokens)), max_size=3))})
+            if streamed and (number == 1 or tokens):
+                told += [
+                    _tokens(sequence, tokens[:end], start, number)
+                    for start, end in zip(cuts, [*cuts[1:], len(tokens)], strict=True)
+                    if end > start
+                ]
+            if final:
+                ended.add(sequence)
+                told.append(_finished(sequence, tokens, number))
+        connections.append(told if number == count else told[: draw(st.integers(0, len(told)))])
+    return connections, outputs
+
+
+@given(_connections())
+def test_everything_is_told_once(told: tuple[list[list[GenerateEvent]], dict[int, list[int]]]) -> None:
+    """However often a stream is cut, and whatever each connection repeats, leaves out or makes anew: Admitted comes once,
+    tokens follow each other without a gap or a repetition, each item ends once, and after a loss its tokens are all there."""
+    connections, outputs = told
+    listener, hears = Listener(), Told()
+    for number, events in enumerate(connections):
+        if number:
+            hears.lose()
+        for event in events:
+            before = set(listener.ended)
+            for new in hears.take(event):
+                listener.hear(new)
+            for sequence in set(listener.ended) - before:
+                if number:
+                    assert listener.ids.get(sequence, []) == outputs[sequence]
+                    assert listener.texts.get(sequence, "") == _text(outputs[sequence])
+
+    assert listener.admitted == 1
+    assert listener.ended == outputs
+    assert hears.complete
+
+
+def test_an_unbroken_stream_passes_as_it_is() -> None:
+    """Where nothing is lost, the caller hears what the sidecar says, word for word."""
+    other = generation_pb2.Restarted(sequence=6, attempt=2)
+    events = [
+        _admitted(),
+        _tokens(5, [0, 1], 0),
+        _tokens(6, [2], 0),
+        GenerateEvent(restarted=other),
+        _tokens(6, [3, 3], 0, 2),
+        _finished(5, [0, 1]),
+        _finished(6, [3, 3], 2),
+    ]
+    told = Told()
+    assert [new for event in events for new in told.take(event)] == events
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        _tokens(5, [0, 1, 2], 2),
+        GenerateEvent(admitted=generation_pb2.Admitted(stamp=types_pb2.Stamp(log_id=LOG_ID, first_sequence=9, count=2))),
+    ],
+    ids=["a gap", "another batch"],
+)
+def test_what_cannot_follow_is_an_error(wrong: GenerateEvent) -> None:
+    """A sidecar that leaves tokens out, or that forgot the key and began anew, is not believed."""
+    told = Told()
+    assert list(told.take(_admitted()))
+    told.lose()
+    with pytest.raises(errors.Internal, match="does not follow"):
+        list(told.take(wrong))
+
+
+async def test_a_lost_stream_is_joined() -> None:
+    """Over a socket: a stream that breaks behind its second token, and again before anything new, goes on with the third."""
+
+    def lost(*events: GenerateEvent) -> list[object]:
+        return [*events, errors.Draining("going", retry_after=0.01)]
+
+    async with talking() as (fake, client):
+        stamp = types_pb2.Stamp(log_id=LOG_ID, first_sequence=5, count=1)
+        admitted = GenerateEvent(admitted=generation_pb2.Admitted(stamp=stamp))
+        fake.script["GenerateStream"].extend(
+            [
+                lost(admitted, _tokens(5, [0, 1], 0)),
+                lost(admitted),
+                lost(admitted, _tokens(5, [0], 0)),
+                [admitted, _tokens(5, [0, 1, 2], 0), _finished(5, [0, 1, 2, 3])],
+            ]
+        )
+        async with aclosing(client.stream("a", key="k", timeout=60)) as events:
+            heard = [event async for event in events]
+
+    assert heard == [
+        admitted,
+        _tokens(5, [0, 1], 0),
+        _tokens(5, [0, 1, 2], 2),
+        _tokens(5, [0, 1, 2, 3], 3),
+        _finished(5, [0, 1, 2, 3]),
+    ]
+    assert fake.count("GenerateStream") == 4
+
+
+async def test_a_loss_behind_the_last_word_is_none() -> None:
+    """A stream that breaks once every item has ended has told all, and is over."""
+    async with talking() as (fake, client):
+        events = [_admitted(), _finished(5, [0]), _finished(6, [1])]
+        fake.script["GenerateStream"].append([*events, errors.Internal("at the end")])
+        async with aclosing(client.stream(["a", "b"], key="k")) as source:
+            assert [event async for event in source] == events

@@ -1,0 +1,167 @@
+"""Second tries: as long as the caller has time, for what passes, and only where they are safe."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ostinato import Client, errors, patience
+from ostinato.patience import Patience
+from ostinato.v1 import generation_pb2
+
+from tests.ostinato.fake import Fake, serving, talking
+
+Ask = Callable[[Client, float | None], Awaitable[object]]
+
+
+async def _streamed(client: Client, timeout: float | None, key: str = "k") -> list[generation_pb2.GenerateEvent]:
+    async with aclosing(client.stream("a", key=key, timeout=timeout)) as events:
+        return [event async for event in events]
+
+
+async def _tailed(client: Client, timeout: float | None) -> object:
+    return [entry async for entry in client.tail(timeout=timeout)]
+
+
+SAFE: dict[str, Ask] = {
+    "Generate": lambda client, timeout: client.generate("a", key="k", timeout=timeout),
+    "GenerateStream": _streamed,
+    "GetModel": lambda client, timeout: client.model(timeout=timeout),
+    "Tail": _tailed,
+}
+
+
+@pytest.fixture(name="quick")
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "PAUSE_SECONDS_MAX", 0.01)
+
+
+def _script(fake: Fake, method: str, answers: list[errors.OstinatoError]) -> None:
+    fake.script[method].extend([answer] if method in ("GenerateStream", "Tail") else answer for answer in answers)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("method", SAFE)
+@pytest.mark.parametrize("kind", patience.WAITED_FOR, ids=lambda kind: kind.reason)
+async def test_what_passes_is_waited_for(method: str, kind: type[errors.OstinatoError]) -> None:
+    """Each error that the table says will pass, eight times in a row, is no matter to a keyed batch or a read in time."""
+    async with talking() as (fake, client):
+        _script(fake, method, [kind("later")] * 8)
+        await SAFE[method](client, 60)
+        assert fake.count(method) == 9
+
+
+@pytest.mark.parametrize("method", SAFE)
+@pytest.mark.parametrize("kind", sorted(set(errors.TABLE.values()) - set(patience.WAITED_FOR), key=str), ids=lambda k: k.reason)
+async def test_what_does_not_pass_is_the_callers(method: str, kind: type[errors.OstinatoError]) -> None:
+    """Every other error is raised at once, with or without a key."""
+    async with talking() as (fake, client):
+        _script(fake, method, [kind("never")])
+        with pytest.raises(kind):
+            await SAFE[method](client, 60)
+        assert fake.count(method) == 1
+
+
+@pytest.mark.parametrize("kind", patience.WAITED_FOR, ids=lambda kind: kind.reason)
+async def test_without_a_key_there_is_one_try(kind: type[errors.OstinatoError]) -> None:
+    """A batch without a key would be another batch: whatever ends it, the caller is told."""
+    async with talking() as (fake, client):
+        _script(fake, "Generate", [kind("later")])
+        _script(fake, "GenerateStream", [kind("later")])
+        with pytest.raises(kind):
+            await client.generate("a", timeout=60)
+        with pytest.raises(kind):
+            await _streamed(client, 60, key="")
+        assert len(fake.calls) == 2
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("method", SAFE)
+async def test_the_deadline_ends_it(method: str) -> None:
+    """Where the deadline comes first, what kept the answer away is raised, which says more than that time ran out."""
+    async with talking() as (fake, client):
+        _script(fake, method, [errors.EngineUnavailable("starting")] * 1000)
+        begun = time.monotonic()
+        with pytest.raises(errors.EngineUnavailable):
+            await SAFE[method](client, 0.5)
+        assert fake.count(method) > 5
+        assert time.monotonic() - begun < 30
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("method", SAFE)
+async def test_without_a_deadline_there_is_a_bound(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call without a timeout does not try for ever."""
+    for name in ("READ_SECONDS", "KEYED_SECONDS"):
+        for module in ("client", "joined"):
+            monkeypatch.setattr(f"ostinato.{module}.{name}", 0.2, raising=False)
+    async with talking() as (fake, client):
+        _script(fake, method, [errors.Draining("going")] * 1000)
+        with pytest.raises(errors.Draining):
+            await SAFE[method](client, None)
+        assert fake.count(method) > 3
+
+
+@pytest.mark.parametrize("method", SAFE)
+async def test_who_says_when_is_obeyed(method: str) -> None:
+    """A RetryInfo is waited for; one beyond the deadline is not, for it would be in vain."""
+    async with talking() as (fake, client):
+        _script(fake, method, [errors.QueueFull("full", retry_after=0.3)])
+        begun = time.monotonic()
+        await SAFE[method](client, 60)
+        assert time.monotonic() - begun >= 0.3
+
+        _script(fake, method, [errors.QueueFull("full", retry_after=1000)])
+        with pytest.raises(errors.QueueFull) as caught:
+            await SAFE[method](client, 50)
+        assert caught.value.retry_after == 1000
+
+
+@pytest.mark.usefixtures("quick")
+async def test_every_try_knows_what_is_left() -> None:
+    """The deadline that travels is the call's, not one for each try."""
+    async with talking() as (fake, client):
+        _script(fake, "Generate", [errors.QueueFull("full", retry_after=0.3)] * 2)
+        await client.generate("a", key="k", timeout=8)  # gRPC sends so many to a tenth
+        first, second, third = (call.seconds_left or 0 for call in fake.calls)
+        assert first > second > third
+
+
+async def test_pauses_grow_and_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pause is twice the one before, up to the longest, and by chance a little more; what was heard begins anew."""
+    pauses: list[float] = []
+
+    async def note(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", note)
+    patient = Patience(None, 1000)
+    for _ in range(6):
+        await patient.wait(errors.Draining("going"))
+    patient.heard()
+    await patient.wait(errors.Draining("going"))
+
+    for pause, least in zip(pauses, [0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 0.2], strict=True):
+        assert least <= pause <= 1.25 * least
+
+
+async def test_a_sidecar_that_comes_back_late(tmp_path: Path) -> None:
+    """A keyed batch, and a keyed stream, that began while nobody listened are answered once somebody does."""
+    target, fake = f"unix:{tmp_path}/s", Fake()
+    async with Client(target) as client:
+        asked: list[asyncio.Task[Any]] = [
+            asyncio.create_task(client.generate("a", key="one", timeout=60)),
+            asyncio.create_task(_streamed(client, 60, key="two")),
+        ]
+        done, _ = await asyncio.wait(asked, timeout=1)
+        assert not done
+        async with serving(fake, target):
+            response, events = await asyncio.gather(*asked)
+        assert {response.results[0].sequence, events[-1].finished.sequence} == {1, 2}
