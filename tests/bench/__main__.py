@@ -16,10 +16,10 @@ from pathlib import Path
 import apsw
 from rich.console import Console
 
-from tests.bench import appending, audits, growth, journal, memory, overhead, starts, tokens
+from tests.bench import appending, audits, bulk, growth, journal, memory, overhead, starts, tokens
 from tests.bench.table import Table
 
-WHAT = ("overhead", "audits", "journal", "appending", "growth", "memory", "starts", "tokens")
+WHAT = ("overhead", "audits", "bulk", "journal", "appending", "growth", "memory", "starts", "tokens")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -50,6 +50,8 @@ async def measured(what: list[str], rounds: int, seconds: float, items: int, *, 
                 tables.append(await overhead.measure(rounds, seconds))
             case "audits":
                 tables.append(await audits.measure(rounds, seconds))
+            case "bulk":
+                tables.append(await asyncio.to_thread(bulk.measure, items))
             case "journal":
                 tables.append(await journal.measure(rounds, seconds))
             case "appending":
@@ -79,7 +81,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", metavar="what", help=f"of {', '.join(WHAT)}; all of them if none is named")
     parser.add_argument("--rounds", type=int, default=5, help="of each case; the median counts")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each round, where a round is a loop")
-    parser.add_argument("--items", type=int, default=memory.ITEMS, help="for memory")
+    parser.add_argument("--items", type=int, default=memory.ITEMS, help="for memory and bulk")
     parser.add_argument("--no-llama", action="store_true", help="leave the llama engine out")
     parser.add_argument("--write", type=Path, help="a page with marks, between which the tables are to stand")
     given = parser.parse_args()

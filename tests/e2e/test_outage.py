@@ -14,8 +14,8 @@ from ostinato.v1 import generation_pb2
 
 from tests.pair import Pair
 
-HANGING = json.dumps({"rules": [{"do": "hang", "at": 2, "attempts": [1]}]})
-"""Every run makes two tokens, and no more before its second attempt."""
+HANGING = json.dumps({"rules": [{"do": "hang", "at": 2, "sequences": [1, 2, 3], "attempts": [1]}]})
+"""Those under way make two tokens, and no more before their second attempt."""
 OUTAGE_SECONDS = 4.0
 """gRPC's own retries, five at most, end after 3.0 to 3.6."""
 

@@ -69,6 +69,7 @@ class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerS
         self.calls: list[Call] = []
         self.journal = Journal()
         self.records: dict[int, sequencer_pb2.ItemRecord] = {}
+        self.keyed: dict[str, generation_pb2.GenerateResponse] = {}
         self.diverging: set[int] = set()
         self.grown = asyncio.Event()
 
@@ -143,10 +144,16 @@ class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerS
             raise
 
     def _generate(self, request: generation_pb2.GenerateRequest) -> generation_pb2.GenerateResponse:
+        key = request.idempotency_key
+        if key in self.keyed:
+            return self.keyed[key]
         first, count = len(self.records) + 1, len(request.items)
         stamp = types_pb2.Stamp(log_id=LOG_ID, writer="fake", epoch=1, first_sequence=first, count=count)
         results = [self._run(request, item, first, first + position) for position, item in enumerate(request.items)]
-        return generation_pb2.GenerateResponse(stamp=stamp, results=results)
+        response = generation_pb2.GenerateResponse(stamp=stamp, results=results)
+        if key:
+            self.keyed[key] = response
+        return response
 
     def _run(
         self, request: generation_pb2.GenerateRequest, item: types_pb2.Item, first: int, sequence: int

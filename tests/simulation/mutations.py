@@ -12,6 +12,7 @@ import apsw
 
 from ostinato import errors
 from ostinato.digest import request_digest
+from ostinato.progress import Progress
 from ostinato.v1 import types_pb2
 
 from service.stream import Stream
@@ -26,7 +27,6 @@ from sidecar.journal import Admission, Appended, Binding, Draft, ItemEntries, Ou
 from sidecar.journal.grouped import GroupedJournal
 from sidecar.journal.ledger import Known, Ledger, needs
 from sidecar.journal.tables import Tables
-from sidecar.progress import Progress
 from sidecar.results import stamp_of
 from tests.simulation.plan import plan_of
 from tests.simulation.promises import PROMISES

@@ -6,6 +6,9 @@
     prompts    where prompts come from
     options    options that commands share, above all how to sample
     generate   generate
+    batches    prompts as requests, some at once
+    bulk       generate --output
+    answers    the file that it writes
     stream     generate --stream
     journal    get, tail, head
     replay     replay

@@ -39,6 +39,23 @@ JsonSchema = Annotated[
 ]
 Regex = Annotated[str | None, _sampling("--regex", text="The whole answer matches this expression.")]
 
+File = Annotated[
+    Path | None,
+    typer.Option(help="JSON lines: strings, or objects with text, token_ids or messages, and any parameters. - is stdin."),
+]
+RequireGrade = Annotated[
+    str | None, typer.Option(metavar="exact|serial|best-effort", help="Refuse to answer below this grade.")
+]
+MaxResponseBytes = Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Largest answer to a request.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write a JSON line for each prompt of --file in here, and sum up; go on if it exists.",
+        show_default=False,
+        dir_okay=False,
+    ),
+]
 Key = Annotated[str, typer.Option("--key", help="Idempotency key.", show_default=False)]
 
 

@@ -14,7 +14,7 @@ from ostinato.cli.session import usage
 from ostinato.v1 import types_pb2
 
 _PROMPTS: Mapping[str, Callable[[object], types_pb2.Item]] = {
-    "text": lambda value: types_pb2.Item(text=requests.text("text", value)),
+    "text": lambda value: types_pb2.Item(text=_text(value)),
     "token_ids": lambda value: types_pb2.Item(token_ids=requests.token_ids(value)),
     "messages": lambda value: types_pb2.Item(chat=requests.chat(value)),
 }
@@ -61,7 +61,7 @@ def _prompt(text: str, place: str) -> Prompt:
 
 
 def _lines(path: Path | str) -> Iterator[tuple[str, str]]:
-    for place, line in files.lines(*files.read(path)):
+    for place, line in files.each_line(path):
         with usage(place):
             text = line.decode()
         yield place, text
@@ -69,7 +69,7 @@ def _lines(path: Path | str) -> Iterator[tuple[str, str]]:
 
 def _item(given: object) -> types_pb2.Item:
     if isinstance(given, str):
-        return requests.item(given, "text")
+        given = {"text": given}
     if not isinstance(given, dict):
         raise TypeError("must be a JSON string or object")
     chosen = [name for name in _PROMPTS if name in given]
@@ -81,6 +81,13 @@ def _item(given: object) -> types_pb2.Item:
     if parameters := requests.parameters(given):
         item.parameters.CopyFrom(parameters)
     return item
+
+
+def _text(value: object) -> str:
+    text = requests.text("text", value)
+    if not text:
+        raise ValueError("text: empty")
+    return text
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:

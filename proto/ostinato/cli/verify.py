@@ -114,6 +114,7 @@ class Checks:
         elif "admitted" in given:
             self._record(place, json_format.ParseDict(given, sequencer_pb2.ItemRecord()))
         elif given.keys() & {"output", "status", "receipt"}:
+            given = {name: value for name, value in given.items() if name not in ("line", "key")}  # of generate --output
             self._result(place, json_format.ParseDict(given, types_pb2.Result()))
         else:
             self._fault(place, ["no Result, GenerateResponse, GenerateEvent, ItemRecord, Receipt or Entry"])
