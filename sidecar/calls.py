@@ -14,6 +14,8 @@ class Call(Protocol):
     """Told what happens to its items, on the event loop; never blocks it."""
 
     wants_tokens: bool
+    sequences: range
+    """The items that it waits for; empty until they are known."""
 
     def tokens(self, run: generation_pb2.TokenRun) -> None: ...
 
@@ -32,6 +34,7 @@ class Unary:
     wants_tokens = False
 
     def __init__(self, count: int) -> None:
+        self.sequences = range(0)
         self._count = count
         self._results: dict[int, types_pb2.Result] = {}
         self._lost: errors.OstinatoError | None = None
@@ -64,6 +67,7 @@ class Streamed:
     wants_tokens = True
 
     def __init__(self, count: int, tokens_max: int) -> None:
+        self.sequences = range(0)
         self._open = count
         self._tokens_max = tokens_max
         self._events: list[generation_pb2.GenerateEvent] = []

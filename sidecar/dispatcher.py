@@ -62,6 +62,7 @@ class Dispatcher:
         self._runs: dict[int, Work] = {}
         self._last_ticket = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        observer.watch(core, lambda: self.entrance.waiting.items)
 
     # ---- events in
 
@@ -69,7 +70,6 @@ class Dispatcher:
         """One event for the core; its effects are performed before this returns."""
         for effect in self.entrance.step(event, self.clock()):
             self._perform(effect)
-        self.observer.queue(self.core, self.entrance.waiting.items)
 
     def recover(self, unfinished: Sequence[Unfinished]) -> None:
         """Take up what earlier epochs left, ascending."""
@@ -95,8 +95,9 @@ class Dispatcher:
 
     def leave(self, ticket: int, call: Call, error: errors.OstinatoError) -> None:
         """This call is over; its ticket is 0 if it only joined."""
-        for work in self.works.values():
-            work.detach(call, error)
+        for sequence in call.sequences:
+            if sequence in self.works:
+                self.works[sequence].detach(call, error)
         self.elsewhere.leave(call)
         self.tell(ev.CallerGone(ticket, error))
 
@@ -216,10 +217,10 @@ class Dispatcher:
             self.tell(ev.NotNumbered(ticket))
             self._asking.pop(ticket).settle(appended.binding)
             return
-        now = self.clock()
+        now, stamp = self.clock(), stamp_of(appended.entries[0].header)
+        asking.call.sequences = range(stamp.first_sequence, stamp.first_sequence + stamp.count)
         for entry in appended.entries:
             self.works[entry.header.sequence] = Work.of(entry, [asking.call], now, asking.caller)
-        stamp = stamp_of(appended.entries[0].header)
         self._asking.pop(ticket).settle(stamp)
         self.observer.admitted(stamp, now - asking.asked_at)
         self.tell(ev.Numbered(ticket, stamp.first_sequence))

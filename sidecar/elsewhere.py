@@ -65,10 +65,11 @@ class Elsewhere:
 
     def leave(self, call: Call) -> None:
         """This call waits no more."""
-        for sequence in [sequence for sequence, calls in self._calls.items() if call in calls]:
-            self._calls[sequence].remove(call)
-            if not self._calls[sequence]:
-                del self._calls[sequence]
+        for sequence in call.sequences:
+            if call in (calls := self._calls.get(sequence, [])):
+                calls.remove(call)
+                if not calls:
+                    del self._calls[sequence]
         if not self._calls and self._following is not None:
             self._following.cancel()
             self._following = None

@@ -18,6 +18,7 @@ from sidecar.admission import check, check_size, draft, response_bytes_max
 from sidecar.calls import Call, Streamed, Unary, slow
 from sidecar.config import Settings
 from sidecar.core import events as ev
+from sidecar.core.item import numbered
 from sidecar.dispatcher import Dispatcher
 from sidecar.journal import Binding
 from sidecar.results import answer_of, is_whole, response_of, stamp_of
@@ -75,7 +76,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
 
     async def Cancel(self, request: generation_pb2.CancelRequest, context: Context) -> generation_pb2.CancelResponse:
         first, last = await self._range(request)
-        works = [work for number, work in self._dispatcher.works.items() if first <= number <= last]
+        works = numbered(self._dispatcher.works, first, last)
         self._dispatcher.tell(ev.Cancel(first, last))
         for work in works:
             work.forgo(errors.Cancelled("cancelled on request"))
@@ -162,9 +163,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
             raise errors.KeyReused("this key was used for another request")
         self._dispatcher.observer.repeated()
         first, last = binding.first_sequence, binding.first_sequence + binding.count - 1
-        joined = {
-            number: self._dispatcher.works[number] for number in range(first, last + 1) if number in self._dispatcher.works
-        }
+        call.sequences = range(first, last + 1)
+        joined = {number: self._dispatcher.works[number] for number in call.sequences if number in self._dispatcher.works}
         for work in joined.values():
             work.join(call)
         recorded = await self._dispatcher.journal.items(first, last, binding.count)

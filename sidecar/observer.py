@@ -36,12 +36,12 @@ class Observer:
 
     # ---- order
 
-    def queue(self, core: Sequencer, unnumbered: int) -> None:
-        """After every event. `unnumbered`: items that wait for their numbers."""
-        self.metrics.unnumbered.set(unnumbered)
-        self.metrics.queue.set(core.queued)
-        self.metrics.inflight.set(core.window.runs if core.window else 0)
-        self.metrics.inflight_blocks.set(core.window.blocks if core.window else 0)
+    def watch(self, core: Sequencer, unnumbered: Callable[[], int]) -> None:
+        """Read both whenever metrics are. `unnumbered`: items that wait for their numbers."""
+        self.metrics.unnumbered.set_function(unnumbered)
+        self.metrics.queue.set_function(lambda: core.queued)
+        self.metrics.inflight.set_function(lambda: window.runs if (window := core.window) else 0)
+        self.metrics.inflight_blocks.set_function(lambda: window.blocks if (window := core.window) else 0)
 
     def admitted(self, stamp: types_pb2.Stamp, seconds: float) -> None:
         """`seconds`: from the prepared batch to its numbers."""
@@ -78,7 +78,7 @@ class Observer:
         self.metrics.ended.labels(outcome).inc()
         self.metrics.item.observe(result.timing.total_micros / 1e6, _exemplar(work))
         fields = {"sequence": work.sequence, "request_id": work.input.request_id, "outcome": outcome, **work.spans.item.ids}
-        log.info("ended", extra=fields)
+        log.debug("ended", extra=fields)
         work.spans.ended(sealed.header, errors.from_status(result.status) if result.HasField("status") else None)
 
     # ---- second runs

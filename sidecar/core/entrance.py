@@ -59,10 +59,7 @@ class Entrance:
             case ev.Ended():
                 self.pace.ended(now)
             case ev.Tick():
-                for admit in self.waiting:
-                    if admit.over(now):
-                        self.waiting.drop(admit)
-                        yield _late(admit)
+                yield from map(_late, self.waiting.drop_late(now))
             case ev.Drain() | ev.DrainEnd():
                 for admit in self.waiting:
                     self.waiting.drop(admit)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from sidecar.core.agenda import Agenda
 from sidecar.core.events import Admit
 
 QUANTUM_TOKENS = 256
@@ -48,6 +49,9 @@ class FairQueue:
         self._quantum = quantum
         self._lanes: dict[str, Lane] = {}
         """In the order of their turns."""
+        self._admits: dict[int, Admit] = {}
+        """By ticket."""
+        self._agenda = Agenda()
         self._serving: Lane | None = None
         """Whose turn has begun; stands first while something of it waits."""
         self.items = 0
@@ -64,15 +68,16 @@ class FairQueue:
 
     def get(self, ticket: int) -> Admit | None:
         """The batch with this ticket, if it waits."""
-        return next((lane.batches[ticket] for lane in self._lanes.values() if ticket in lane.batches), None)
+        return self._admits.get(ticket)
 
     def __iter__(self) -> Iterator[Admit]:
         return (admit for lane in list(self._lanes.values()) for admit in list(lane.batches.values()))
 
     def put(self, admit: Admit) -> None:
         lane = self._lanes.setdefault(admit.tenant, Lane(admit.tenant))
-        assert admit.ticket not in lane.batches
-        lane.batches[admit.ticket] = admit
+        assert admit.ticket not in self._admits
+        self._admits[admit.ticket] = lane.batches[admit.ticket] = admit
+        self._agenda.put(admit.ticket, None if admit.keyed else admit.deadline)
         lane.items += len(admit.needs)
         self.items += len(admit.needs)
 
@@ -96,11 +101,18 @@ class FairQueue:
     def drop(self, admit: Admit) -> None:
         """It does not wait any more."""
         lane = self._lanes[admit.tenant]
-        del lane.batches[admit.ticket]
+        del self._admits[admit.ticket], lane.batches[admit.ticket]
+        self._agenda.put(admit.ticket, None)
         lane.items -= len(admit.needs)
         self.items -= len(admit.needs)
         if not lane.batches:
             del self._lanes[admit.tenant]
+
+    def drop_late(self, now: float) -> Iterator[Admit]:
+        """Those that nobody would wait for any more; they do not wait either."""
+        for ticket in self._agenda.due(now):
+            self.drop(admit := self._admits[ticket])
+            yield admit
 
     def _advance(self) -> Lane:
         """Ends the turn that there is, and gives turns until one can pay: all at once, however many there are."""

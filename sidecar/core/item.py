@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TypeVar
 
 from sidecar.core.events import Need
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +86,24 @@ class Item:
             self.scares += 1
         self.phase = Phase.WAITING
 
-    def overdue(self, now: float, overdue_seconds: float) -> str:
-        """Why its time is over; empty: it is not."""
+    def overdue_at(self, overdue_seconds: float) -> float | None:
+        """When its time is over, where it stands now; None: never."""
         match self.phase:
-            case Phase.WAITING if self.deadline is not None and now >= self.deadline:
-                return "the deadline passed while it waited"
-            case Phase.SUBMITTED | Phase.STARTED if now >= self.expires_at + overdue_seconds:
-                return "its time passed and the engine was silent"
-            case _:
-                return ""
+            case Phase.WAITING:
+                return self.deadline
+            case Phase.SUBMITTED | Phase.STARTED:
+                return self.expires_at + overdue_seconds
+            case Phase.ENDING:
+                return None
+
+    @property
+    def why_overdue(self) -> str:
+        waited = self.phase is Phase.WAITING
+        return "the deadline passed while it waited" if waited else "its time passed and the engine was silent"
+
+
+def numbered(by_sequence: Mapping[int, T], first: int, last: int) -> list[T]:
+    """Those numbered first to last, without looking at more than there are, or than were asked for."""
+    if last - first < len(by_sequence):
+        return [by_sequence[sequence] for sequence in range(first, last + 1) if sequence in by_sequence]
+    return [each for sequence, each in by_sequence.items() if first <= sequence <= last]

@@ -20,8 +20,9 @@ from ostinato.v1 import types_pb2
 
 from sidecar.core import effects as do
 from sidecar.core import events as ev
+from sidecar.core.agenda import Agenda
 from sidecar.core.batches import Batches
-from sidecar.core.item import Bounds, Item, Phase
+from sidecar.core.item import Bounds, Item, Phase, numbered
 from sidecar.core.refusals import refusal, unfit
 from sidecar.core.reruns import Reruns
 from sidecar.core.window import Window
@@ -42,7 +43,7 @@ class Sequencer:
         self.draining = False
         self._abandoning = False
         self._drained = False
-        self._batches = Batches()
+        self._batches, self._agenda = Batches(), Agenda()
         self._runs: dict[int, Item] = {}
         self._last_run_id = 0
         self._stream_after_run_id = 0
@@ -86,7 +87,7 @@ class Sequencer:
                 assert item.phase is Phase.ENDING
                 self._batches.item_ended(item)
             case ev.Cancel(first, last):
-                for item in [item for number, item in self.items.items() if first <= number <= last]:
+                for item in numbered(self.items, first, last):
                     yield from self._end(item, errors.Cancelled("cancelled on request"))
             case ev.CallerGone(ticket, error):
                 yield from self._caller_gone(ticket, error)
@@ -119,8 +120,9 @@ class Sequencer:
             yield from self._abandon()
 
     def _recovered(self, recovered: ev.Recovered) -> Iterator[do.Effect]:
+        last = next(reversed(self.waiting), 0)
         self._enqueue(item := Item(recovered.sequence, 0, recovered.need, recovered.keyed, None, recovered.attempt))
-        if max(self.waiting) > item.sequence:
+        if last > item.sequence:
             self.waiting = dict(sorted(self.waiting.items()))
         if not item.keyed:
             yield from self._end(item, errors.Abandoned("found unfinished, without a key"))
@@ -128,6 +130,7 @@ class Sequencer:
     def _enqueue(self, item: Item) -> None:
         assert item.sequence not in self.items
         self.items[item.sequence] = self.waiting[item.sequence] = item
+        self._agenda.put(item.sequence, item.overdue_at(self.bounds.overdue_seconds))
 
     # ---- runs
 
@@ -152,6 +155,7 @@ class Sequencer:
         item.attempt = item.first_attempt + item.losses
         item.expires_at = min(now + self.bounds.item_timeout_seconds, item.deadline or float("inf"))
         self._runs[item.run_id] = item
+        self._agenda.put(item.sequence, item.overdue_at(self.bounds.overdue_seconds))
         return do.Submit(item.run_id, item.sequence, item.attempt, item.expires_at, window.runs)
 
     def _run_event(self, run_id: int, event: ev.Started | ev.Finished | ev.Failed) -> Iterator[do.Effect]:
@@ -192,6 +196,7 @@ class Sequencer:
         self._runs.clear()
         for item in lost:
             item.lost()
+            self._agenda.put(item.sequence, item.overdue_at(self.bounds.overdue_seconds))
         self.waiting = {item.sequence: item for item in (*lost, *self.waiting.values())}
         for item in lost:
             if item.losses >= self.bounds.attempts_max:
@@ -214,6 +219,7 @@ class Sequencer:
     def _release(self, item: Item) -> bool:
         """Take it out of queue and window; whether a run is left behind."""
         self.waiting.pop(item.sequence, None)
+        self._agenda.put(item.sequence, None)
         if self._runs.pop(item.run_id, None) is None:
             return False
         assert self.window is not None
@@ -226,9 +232,9 @@ class Sequencer:
                 yield from self._end(self.items[sequence], error)
 
     def _expire(self, now: float) -> Iterator[do.Effect]:
-        for item in list(self.items.values()):
-            if why := item.overdue(now, self.bounds.overdue_seconds):
-                yield from self._end(item, errors.DeadlineExceeded(why))
+        for sequence in self._agenda.due(now):
+            item = self.items[sequence]
+            yield from self._end(item, errors.DeadlineExceeded(item.why_overdue))
 
     def _abandon(self) -> Iterator[do.Effect]:
         """End what has no key; leave what has one to the next epoch."""

@@ -88,6 +88,7 @@ async def test_leaving(two: Two) -> None:
     (first, second) = await two.admitted(2)
     gone, stays = Unary(1), Unary(1)
     await two.elsewhere.join(gone, [1])
+    gone.sequences = range(1, 2)
     two.elsewhere.leave(gone)
     assert two.elsewhere._following is None
     await two.elsewhere.join(stays, [2])

@@ -1,0 +1,34 @@
+"""When to look at what."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar.core.agenda import Agenda
+
+MOMENTS = st.none() | st.integers(0, 20).map(float)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5), MOMENTS), max_size=400))
+def test_each_comes_once_when_it_is_due(steps: list[tuple[bool, int, float | None]]) -> None:
+    """Whatever is put down, put off and dropped, what is due is what a look at all of them would find, the earliest first."""
+    agenda, plain = Agenda(), dict[int, float]()
+    for look, key, moment in steps:
+        if look and moment is not None:
+            expected = sorted((at, each) for each, at in plain.items() if at <= moment)
+            assert list(agenda.due(moment)) == [each for _, each in expected]
+            plain = {each: at for each, at in plain.items() if at > moment}
+        else:
+            agenda.put(key, moment)
+            plain.pop(key, None)
+            if moment is not None:
+                plain[key] = moment
+
+
+def test_what_was_put_off_takes_no_room() -> None:
+    """However often a few are put off, the agenda does not grow."""
+    agenda = Agenda()
+    for moment in range(100_000):
+        agenda.put(moment % 3, float(moment))
+    assert len(agenda._heap) < 100
