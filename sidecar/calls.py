@@ -76,13 +76,14 @@ class Streamed:
         """Of the last message, by sequence."""
         self._lost: errors.OstinatoError | None = None
         self._something = asyncio.Event()
-        self.overrun = asyncio.Event()
+        self.overrun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when too much waits."""
 
     def tokens(self, run: generation_pb2.TokenRun) -> None:
         self._tokens += len(run.token_ids)
-        if self._tokens > self._tokens_max:
-            self.overrun.set()
-        if self.overrun.is_set():
+        if self._tokens > self._tokens_max and not self.overrun.done():
+            self.overrun.set_result(None)
+        if self.overrun.done():
             return
         if not (self._events and self._events[-1].HasField("tokens")):
             self._put(generation_pb2.GenerateEvent(tokens=generation_pb2.Tokens()))
@@ -122,7 +123,7 @@ class Streamed:
         while not self._events and self._open and self._lost is None:
             self._something.clear()
             await self._something.wait()
-        if self.overrun.is_set():
+        if self.overrun.done():
             raise slow(self._tokens_max)
         if not self._events and self._lost is not None:
             raise self._lost

@@ -141,8 +141,9 @@ class Dispatcher:
             case "started":
                 self.tell(ev.Started(event.run_id))
             case "tokens" if work is not None:
-                self.observer.tokens(work, len(event.tokens.token_ids), self.clock())
-                work.tokens(event.tokens, self.clock())
+                tokens, now = event.tokens, self.clock()
+                self.observer.tokens(work, len(tokens.token_ids), now)
+                work.tokens(tokens, now)
             case "finished":
                 output = event.finished.output
                 if work is not None:

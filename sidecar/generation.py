@@ -64,15 +64,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     async def _write(self, context: Context, event: generation_pb2.GenerateEvent, call: Streamed) -> None:
         """Waits for the reader, but not for one that has fallen too far behind."""
         written = asyncio.ensure_future(context.write(event))
-        overrun = asyncio.ensure_future(call.overrun.wait())
         try:
-            await asyncio.wait({written, overrun}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({written, call.overrun}, return_when=asyncio.FIRST_COMPLETED)
             if not written.done():
                 raise slow(self._settings.stream_tokens_max)
             written.result()
         finally:
             written.cancel()
-            overrun.cancel()
 
     async def Cancel(self, request: generation_pb2.CancelRequest, context: Context) -> generation_pb2.CancelResponse:
         first, last = await self._range(request)

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
+_Tokens = engine_pb2.RunTokens | generation_pb2.TokenRun | types_pb2.Output
+_NONE = engine_pb2.RunTokens()
+
 
 @dataclass(slots=True)
 class Progress:
@@ -29,8 +32,7 @@ class Progress:
     def restart(self, attempt: int) -> None:
         """A new attempt begins at token 0."""
         self.lost = list(self.sent)
-        self.attempt, self._seen = attempt, 0
-        self._repeat = self._run(0)
+        self.attempt, self._seen, self._repeat = attempt, 0, self._run(0, _NONE)
 
     def accept(
         self, tokens: engine_pb2.RunTokens | generation_pb2.TokenRun
@@ -40,9 +42,7 @@ class Progress:
             raise ValueError(f"tokens from {tokens.first_token} after {self._seen}")
         start, self._seen = self._seen, self._seen + len(tokens.token_ids)
         if self._repeat is None:
-            run = self._run(start)
-            _extend(run, tokens)
-            return None, self._send(run)
+            return None, self._send(self._run(start, tokens))
         _extend(self._repeat, tokens)
         before = self.sent[start : self._seen]
         if before != tokens.token_ids[: len(before)]:
@@ -59,10 +59,7 @@ class Progress:
             raise ValueError("an output that is not what was streamed")
         if self.sent == output.token_ids[: len(self.sent)]:
             return None, None
-        run, self._repeat = self._run(0), None
-        run.token_ids.extend(output.token_ids)
-        run.logprobs.extend(output.logprobs)
-        run.text = output.text
+        run, self._repeat = self._run(0, output), None
         self.sent, self.texts, self.logprobs = [], [], []
         return generation_pb2.Restarted(sequence=self.sequence, attempt=self.attempt), self._send(run)
 
@@ -70,18 +67,16 @@ class Progress:
         """All that was sent, for somebody who comes later; None: nothing."""
         if not self.sent:
             return None
-        run = self._run(0)
-        run.token_ids.extend(self.sent)
-        run.logprobs.extend(self.logprobs)
-        run.text = "".join(self.texts)
-        return run
+        so_far = engine_pb2.RunTokens(token_ids=self.sent, text="".join(self.texts), logprobs=self.logprobs)
+        return self._run(0, so_far)
 
     def rest(self, output: types_pb2.Output | generation_pb2.TokenRun) -> generation_pb2.TokenRun | None:
         """What the output has beyond all that was sent, which is how it begins; None: nothing."""
-        run = self._run(len(self.sent))
-        run.token_ids.extend(output.token_ids[len(self.sent) :])
-        run.logprobs.extend(output.logprobs[len(self.sent) :])
-        run.text = output.text[sum(map(len, self.texts)) :]
+        start = len(self.sent)
+        beyond = types_pb2.Output(
+            token_ids=output.token_ids[start:], text=output.text[sum(map(len, self.texts)) :], logprobs=output.logprobs[start:]
+        )
+        run = self._run(start, beyond)
         return self._send(run) if run.token_ids or run.text else None
 
     def _beyond(self, repeat: generation_pb2.TokenRun) -> generation_pb2.TokenRun | None:
@@ -91,13 +86,21 @@ class Progress:
         self._repeat = None
         return self.rest(repeat)
 
-    def _run(self, first_token: int) -> generation_pb2.TokenRun:
-        return generation_pb2.TokenRun(sequence=self.sequence, attempt=self.attempt, first_token=first_token)
+    def _run(self, first_token: int, tokens: _Tokens) -> generation_pb2.TokenRun:
+        return generation_pb2.TokenRun(
+            sequence=self.sequence,
+            attempt=self.attempt,
+            first_token=first_token,
+            token_ids=tokens.token_ids,
+            text=tokens.text,
+            logprobs=tokens.logprobs,
+        )
 
     def _send(self, run: generation_pb2.TokenRun) -> generation_pb2.TokenRun:
         self.sent.extend(run.token_ids)
         self.texts.append(run.text)
-        self.logprobs.extend(run.logprobs)
+        if run.logprobs:
+            self.logprobs.extend(run.logprobs)
         return run
 
 

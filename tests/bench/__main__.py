@@ -16,10 +16,10 @@ from pathlib import Path
 import apsw
 from rich.console import Console
 
-from tests.bench import appending, audits, bulk, growth, journal, memory, overhead, starts, tokens
+from tests.bench import appending, audits, bulk, crowd, door, growth, journal, memory, overhead, starts, tokens
 from tests.bench.table import Table
 
-WHAT = ("overhead", "audits", "bulk", "journal", "appending", "growth", "memory", "starts", "tokens")
+WHAT = ("overhead", "door", "crowd", "audits", "bulk", "journal", "appending", "growth", "memory", "starts", "tokens")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -48,6 +48,10 @@ async def measured(what: list[str], rounds: int, seconds: float, items: int, *, 
         match name:
             case "overhead":
                 tables.append(await overhead.measure(rounds, seconds))
+            case "door":
+                tables += await door.measure(rounds, seconds)
+            case "crowd":
+                tables.append(await crowd.measure())
             case "audits":
                 tables.append(await audits.measure(rounds, seconds))
             case "bulk":

@@ -139,17 +139,21 @@ async def _in_turn(ways: Sequence[Way], rounds: int, seconds: float) -> dict[tup
     return seen
 
 
-async def one_round(way: Way, clients: int, seconds: float) -> Seen:
-    """A closed loop of one way."""
+Loop = Callable[[int, float, Callable[[], Awaitable[object]]], Awaitable[Round]]
+
+
+async def one_round(way: Way, clients: int, seconds: float, run: Loop = closed_loop) -> Seen:
+    """A loop of one way, a closed one unless it is said."""
     programs = [program for program in (way.service, way.sidecar) if program is not None]
-    before, began = [_processor_seconds(program) for program in programs], time.perf_counter()
-    loop = await closed_loop(clients, seconds, way.request)
+    before, began = [processor_seconds(program) for program in programs], time.perf_counter()
+    loop = await run(clients, seconds, way.request)
     items = loop.per_second * (time.perf_counter() - began) * way.items
-    service, *sidecar = ((_processor_seconds(each) - first) / items for each, first in zip(programs, before, strict=True))
+    service, *sidecar = ((processor_seconds(each) - first) / items for each, first in zip(programs, before, strict=True))
     return Seen(replace(loop, per_second=loop.per_second * way.items), sidecar[0] if sidecar else None, service)
 
 
-def _processor_seconds(program: Program) -> float:
+def processor_seconds(program: Program) -> float:
+    """That it has used, in all of its threads."""
     fields = Path(f"/proc/{program.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
