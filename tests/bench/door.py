@@ -49,7 +49,7 @@ async def _fan(client: Client) -> None:
         pass
 
 
-async def open_loop(per_second: float, seconds: float, request: Callable[[], Awaitable[object]]) -> Round:
+async def open_loop(per_second: int, seconds: float, request: Callable[[], Awaitable[object]]) -> Round:
     """Requests leave at random moments, however long those before them take."""
     taken, tasks, began = list[float](), list[asyncio.Task[None]](), time.perf_counter()
 
@@ -76,8 +76,7 @@ async def _paces(engine: Way, single: Way, rounds: int, seconds: float) -> Table
         seen: dict[str, list[Seen]] = {engine.name: [], single.name: []}
         for _ in range(rounds):
             for way in (engine, single):
-                loop = lambda _, s, request, pace=per_second: open_loop(pace, s, request)  # noqa: E731
-                seen[way.name].append(await one_round(way, 1, seconds, loop))
+                seen[way.name].append(await one_round(way, per_second, seconds, open_loop))
         alone, through = (middle([each.loop for each in seen[way.name]]) for way in (engine, single))
         added = [millis(through.p50 - alone.p50), millis(through.p99 - alone.p99)]
         cost = median([each.sidecar or 0.0 for each in seen[single.name]])

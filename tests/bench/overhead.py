@@ -143,7 +143,7 @@ Loop = Callable[[int, float, Callable[[], Awaitable[object]]], Awaitable[Round]]
 
 
 async def one_round(way: Way, clients: int, seconds: float, run: Loop = closed_loop) -> Seen:
-    """A loop of one way, a closed one unless it is said."""
+    """A loop of one way. `clients` is whatever the loop takes first."""
     programs = [program for program in (way.service, way.sidecar) if program is not None]
     before, began = [processor_seconds(program) for program in programs], time.perf_counter()
     loop = await run(clients, seconds, way.request)
