@@ -95,9 +95,8 @@ class Dispatcher:
 
     def leave(self, ticket: int, call: Call, error: errors.OstinatoError) -> None:
         """This call is over; its ticket is 0 if it only joined."""
-        for sequence in call.sequences:
-            if sequence in self.works:
-                self.works[sequence].detach(call, error)
+        for work in filter(None, map(self.works.get, call.sequences)):
+            work.detach(call, error)
         self.elsewhere.leave(call)
         self.tell(ev.CallerGone(ticket, error))
 
