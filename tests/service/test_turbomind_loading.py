@@ -177,6 +177,7 @@ class FakeOverrides:
         self.counters = Counters(dict.fromkeys(("split_count", "top_k", "gemm"), calls), 0, 0)
         self.modes: list[Mode] = []
         self.permitted: dict[Shape, tuple[int, ...]] = {}
+        self.preferred: list[tuple[Shape, int, bytes]] = []
         self.omitted: frozenset[str] = frozenset()
 
     def open(self) -> tuple[int, str]:
@@ -187,6 +188,9 @@ class FakeOverrides:
 
     def permit(self, shape: Shape, algorithms: tuple[int, ...]) -> None:
         self.permitted[shape] = algorithms
+
+    def prefer(self, shape: Shape, n: int, code: bytes) -> None:
+        self.preferred.append((shape, n, code))
 
     def covers(self, shape: Shape, n: int) -> bool:
         return n != self._uncovered_n
@@ -217,7 +221,7 @@ def proved(
         (measured if measured is not None else []).append(shapes)
         return permits
 
-    monkeypatch.setattr(calibrate, "lend_workspace", lambda _: None)
+    monkeypatch.setattr(calibrate, "lend_workspace", lambda _, gpus: None)
     monkeypatch.setattr(calibrate, "measure", measure)
     without(monkeypatch, "TM_GEMM_TUNE")
     read = model.read(folder(tmp_path))
@@ -227,7 +231,7 @@ def proved(
     return exactness
 
 
-PERMITS = {LAYER: Permit((66,), 8448), HEAD: Permit((66,), 256)}
+PERMITS = {LAYER: Permit((66,), 8448, ((1, "0a"), (8448, "ff"))), HEAD: Permit((66,), 256)}
 
 
 def test_with_all_in_place_it_may_be_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +242,7 @@ def test_with_all_in_place_it_may_be_exact(tmp_path: Path, monkeypatch: pytest.M
     assert exactness.ceiling[0] == types_pb2.GRADE_EXACT
     assert measured == [{LAYER: 8448, HEAD: 256}]
     assert (overrides.permitted, overrides.modes) == ({LAYER: (66,), HEAD: (66,)}, [Mode.SERVE])
+    assert overrides.preferred == [(LAYER, 1, b"\x0a"), (LAYER, 8448, b"\xff")]
     assert exactness.fields["kernel_plan"] == Manifest({}, PERMITS).digest
     assert (exactness.fields["cublas"], exactness.fields["attention_splits"]) == ("libcublasLt.so.13 130100", "1")
 
@@ -319,7 +324,7 @@ def test_experts_are_not_proved(tmp_path: Path) -> None:
 
 def test_quantised_kernels_are_pinned_by_the_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TurboMind chooses them by timing: the first choice is exported, and imported from then on while its file is unharmed."""
-    monkeypatch.setattr(calibrate, "lend_workspace", lambda _: None)
+    monkeypatch.setattr(calibrate, "lend_workspace", lambda _, gpus: None)
     monkeypatch.setattr(calibrate, "measure", lambda _, shapes: {shape: Permit((66,), 256) for shape in shapes})
     config = CONFIG | {"quantization_config": {"quant_method": "awq"}}
     seen = []

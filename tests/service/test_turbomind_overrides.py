@@ -71,7 +71,7 @@ int cublasLtMatmulPreferenceSetAttribute(void *p, int what, const void *v, size_
   return 0; }
 int cublasLtMatmulPreferenceDestroy(void *p) { free(p); return 0; }
 /* algorithm ids: 66 and 67 round alike; 16, for one token only, rounds otherwise; 30 rounds by how many tokens there are; 99
-   splits K, against what was asked; 5 runs nowhere */
+   splits K, against what was asked; 5 runs nowhere. Of each, the tile is the number of tokens it was offered for */
 int cublasLtMatmulAlgoGetHeuristic(void *h, void *d, Thing *a, Thing *b, Thing *c, void *cc, void *p, int most, Heur *r,
                                    int *n) {
   int tokens = (int)b->v[1], count = 0;
@@ -81,19 +81,28 @@ int cublasLtMatmulAlgoGetHeuristic(void *h, void *d, Thing *a, Thing *b, Thing *
     if (all[i] < 0 || (tokens == 13 && all[i] > 60 && all[i] < 70)) continue; /* nothing that rounds alike for 13 tokens */
     memset(&r[count], 0, sizeof *r);
     r[count].algo.data[0] = all[i]; r[count].algo.data[1] = all[i] == 99 ? 3 : 1; r[count].state = all[i] == 5 ? 15 : 0;
+    r[count].algo.data[2] = tokens;
     count++; }
   *n = count; return 0; }
 int cublasLtMatmulAlgoConfigGetAttribute(const Algo *a, int what, void *v, size_t size, size_t *written) {
-  *(uint32_t *)v = what == 0 ? a->data[0] : what == 2 ? a->data[1] : 0; *written = 4; return 0; }
-void *last_stream, *last_workspace; size_t last_bytes; int fail;
+  if (size != (what < 7 ? 4 : 2)) return 1;
+  uint32_t found = what == 0 ? a->data[0] : what == 1 ? a->data[2] : what == 2 ? a->data[1] : 0;
+  memcpy(v, &found, size); *written = size; return 0; }
+int cublasLtMatmulAlgoCheck(void *h, void *d, Thing *a, Thing *b, Thing *c, void *cc, const Algo *algo, Heur *r) {
+  r->ws = algo->data[2] == 1000 ? 1000 : 0;
+  return algo->data[0] == 5 || (algo->data[0] == 16 && b->v[1] > 1) ? 15 : 0; }
+void *last_stream, *last_workspace; size_t last_bytes; int fail, last_tile; void *last_weights[8]; int runs;
 int cublasLtMatmul(void *h, void *d, const void *al, const void *a, Thing *at, const void *b, Thing *bt, const void *be,
                    const void *c, Thing *ct, void *out, Thing *ot, const Algo *algo, void *ws, size_t bytes, void *stream) {
   if (fail) return 15;
   int odd = algo->data[0] == 66 || algo->data[0] == 67 ? 0 : (int)(algo->data[0] + ct->v[1]);
   for (int j = 0; j < ct->v[1]; j++) for (int i = 0; i < ct->v[0]; i++)
     ((uint16_t *)out)[j * ct->v[2] + i] = ((const uint16_t *)b)[j * bt->v[2]] * 3 + i + odd;
-  last_stream = stream; last_workspace = ws; last_bytes = bytes; return 0; }
+  last_stream = stream; last_workspace = ws; last_bytes = bytes; last_tile = algo->data[2];
+  last_weights[runs++ % 8] = (void *)a; return 0; }
 """
+
+DRIVER = "int current; int cuCtxGetDevice(int *device) { *device = current; return 0; }"
 
 OTHER = r"""
 int cublasGemmEx(void *, int, int, int, int, int, const void *, const void *, int, int, const void *, int, int, const void *,
@@ -109,8 +118,8 @@ PRELUDE = """
 import ctypes, json, sys
 from array import array
 from pathlib import Path
-from service.engines.turbomind.overrides import Mode, Overrides
-from service.engines.turbomind.plans import PERIOD, Permit, Manifest, Shape, Trial, choose, grid
+from service.engines.turbomind.overrides import Matrices, Mode, Overrides
+from service.engines.turbomind.plans import PERIOD, Trial, choose, grid
 
 folder = Path(sys.argv[1])
 overrides = Overrides(Path(sys.argv[2]))
@@ -120,7 +129,7 @@ for name in ("drive_gemm",):
     getattr(turbomind, name).argtypes = [ctypes.c_void_p, *[ctypes.c_int] * 3, *[ctypes.c_void_p] * 3]
 HANDLE, M, K = 0x5150, 6, 4
 space = ctypes.create_string_buffer(64)
-overrides.lend(space, ctypes.addressof(space), 64)
+overrides.lend(0, space, ctypes.addressof(space), 64)
 
 def buffers(n):
     b, c = array("H", [17 * (j % PERIOD) for j in range(n) for _ in range(K)]), array("H", [0] * (M * n))
@@ -131,19 +140,23 @@ def gemm(n, k=K):
     status = turbomind.drive_gemm(HANDLE, M, n, k, b.buffer_info()[0], b.buffer_info()[0], c.buffer_info()[0])
     return status, list(c)
 
+def attempt(shape, n, candidate, times=1, stride=0, copies=1):
+    b, c = buffers(n)
+    matrices = Matrices(b.buffer_info()[0], b.buffer_info()[0], c.buffer_info()[0], 0, stride, copies)
+    return overrides.attempt(shape, n, candidate, matrices, times), [list(c[j * M : (j + 1) * M]) for j in range(n)]
+
 def measure(shape, n_max):
     trials = []
     for n in grid(n_max):
-        for rank in range(32):
-            b, c = buffers(n)
-            made = overrides.attempt(shape, n, rank, b.buffer_info()[0], b.buffer_info()[0], c.buffer_info()[0], 0)
-            if made is None:
-                break
-            if made.runs:
-                rows = [c[j * M : (j + 1) * M] for j in range(n)]
+        for rank, candidate in enumerate(overrides.offers(shape, n)):
+            ran, rows = attempt(shape, n, candidate)
+            if ran:
                 alike = all(rows[j] == rows[j % PERIOD] for j in range(n))
-                trials.append(Trial(n, rank, made.algorithm, alike, tuple(str(list(row)) for row in rows[:PERIOD])))
+                trials.append(Trial(n, rank, candidate, alike, tuple(str(row) for row in rows[:PERIOD])))
     return choose(trials), trials
+
+def value(name, kind=ctypes.c_int):
+    return kind.in_dll(ctypes.CDLL(Path(overrides.open()[1]).name), name)
 
 def alike(values, n):
     rows = [values[j * M : (j + 1) * M] for j in range(n)]
@@ -187,6 +200,7 @@ def stand_ins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         compiled(tmp_path, "libcublas.so.13", CUBLAS, "-DWHOLE", versioned(tmp_path, 13))
         compiled(tmp_path, "libcublasLt.so.13", CUBLASLT, "-DVERSION=130100", "-Wl,-soname,libcublasLt.so.13")
     compiled(tmp_path, "_turbomind.so", TURBOMIND, "-l:libcublas.so.12", "-l:libcublasLt.so.12", "-Wl,--no-as-needed")
+    compiled(tmp_path, "libcuda.so.1", DRIVER, "-Wl,-soname,libcuda.so.1")
     compiled(tmp_path, "other.so", OTHER, "-l:libcublas.so.12")
     return tmp_path
 
@@ -297,8 +311,7 @@ def test_what_cannot_be_served_exactly_goes_to_cublas_and_is_counted(stand_ins: 
         for call in (lambda: gemm(2), lambda: gemm(13), lambda: gemm(2, k=2)):
             status, values = call()
             counts.append([status, values[0] == 7777, overrides.uncovered])
-        lt = ctypes.CDLL(Path(overrides.open()[1]).name)
-        ctypes.c_int.in_dll(lt, "fail").value = 1
+        value("fail").value = 1
         status, values = gemm(2)
         counts.append([status, values[0] == 7777, overrides.uncovered])
         print(json.dumps([counts, overrides.covers(shape, 2), overrides.covers(shape, 13)]))
@@ -334,14 +347,78 @@ def test_a_product_runs_on_its_handles_stream_in_the_lent_workspace(stand_ins: P
         shape, = overrides.shapes()
         overrides.permit(shape, [66])
         overrides.mode(Mode.SERVE), gemm(3)
-        lt = ctypes.CDLL(Path(overrides.open()[1]).name)
-        value = lambda name: ctypes.c_void_p.in_dll(lt, name).value
-        same = value("last_workspace") == ctypes.addressof(space)
-        print(json.dumps([value("last_stream") == HANDLE, same, ctypes.c_size_t.in_dll(lt, "last_bytes").value]))
+        pointers = [value(name, ctypes.c_void_p).value for name in ("last_stream", "last_workspace")]
+        print(json.dumps([pointers == [HANDLE, ctypes.addressof(space)], value("last_bytes", ctypes.c_size_t).value]))
         """,
     )
 
-    assert found == [True, True, 64]
+    assert found == [True, 64]
+
+
+def test_each_gpu_has_a_workspace_of_its_own(stand_ins: Path) -> None:
+    """A product of another GPU does not write into this one's memory."""
+    found = drive(
+        stand_ins,
+        """
+        other = ctypes.create_string_buffer(32)
+        overrides.lend(1, other, ctypes.addressof(other), 32)
+        overrides.mode(Mode.LEARN), gemm(1)
+        shape, = overrides.shapes()
+        overrides.permit(shape, [66])
+        overrides.mode(Mode.SERVE)
+        used = []
+        for device in (0, 1, 0):
+            ctypes.c_int.in_dll(ctypes.CDLL("libcuda.so.1"), "current").value = device
+            gemm(3)
+            used.append(value("last_workspace", ctypes.c_void_p).value)
+        print(json.dumps([{ctypes.addressof(space): 0, ctypes.addressof(other): 1}.get(each) for each in used]))
+        """,
+    )
+
+    assert found == [0, 1, 0]
+
+
+def test_the_fastest_serves_up_to_the_number_of_tokens_it_was_found_at(stand_ins: Path) -> None:
+    """Beyond the last, and where it cannot run or wants more memory than there is, cublasLt's own favourite of those permitted
+    does."""
+    found = drive(
+        stand_ins,
+        """
+        overrides.mode(Mode.LEARN), gemm(1)
+        shape, = overrides.shapes()
+        overrides.permit(shape, [66, 67])
+        code = lambda n, algorithm: next(c.code for c in overrides.offers(shape, n) if c.algorithm == algorithm)
+        impossible = next(c.code for c in overrides.offers(shape, 1) if c.algorithm == 16)
+        for n, chosen in ((2, code(700, 66)), (4, code(800, 67)), (6, impossible), (8, code(1000, 66))):
+            overrides.prefer(shape, n, chosen)
+        overrides.mode(Mode.SERVE)
+        tiles = {}
+        for n in (1, 2, 3, 4, 5, 7, 9):
+            assert alike(gemm(n)[1], n)
+            tiles[n] = value("last_tile").value
+        print(json.dumps([tiles, overrides.uncovered]))
+        """,
+    )
+
+    assert found == [{"1": 700, "2": 700, "3": 800, "4": 800, "5": 5, "7": 7, "9": 9}, 0]
+
+
+def test_a_candidate_is_tried_many_times_on_other_weights_each_time(stand_ins: Path) -> None:
+    """As in a model, where no layer finds its weights in a cache; and one that cannot run says so."""
+    found = drive(
+        stand_ins,
+        """
+        overrides.mode(Mode.LEARN), gemm(1)
+        shape, = overrides.shapes()
+        best = {c.algorithm: c for c in overrides.offers(shape, 1)}
+        ran, _ = attempt(shape, 1, best[66], times=5, stride=64, copies=2)
+        weights = list(value("last_weights", ctypes.c_void_p * 8))[:5]
+        refused, rows = attempt(shape, 2, best[16])
+        print(json.dumps([ran, [each - weights[0] for each in weights], refused, rows]))
+        """,
+    )
+
+    assert found == [True, [0, 64, 0, 64, 0], False, [[0] * 6] * 2]
 
 
 def test_the_library_is_built_once_and_named_after_its_source(tmp_path: Path) -> None:

@@ -9,16 +9,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engines.turbomind.plans import PERIOD, Choice, Manifest, Permit, Shape, Trial, choose, from_json, grid
+from service.engines.turbomind.plans import (
+    PERIOD,
+    Candidate,
+    Choice,
+    Manifest,
+    Permit,
+    Shape,
+    Trial,
+    choose,
+    fastest,
+    from_json,
+    grid,
+    timed,
+)
 
 SHAPE = Shape(0, 0, 576, 1536, 14, 14, 14, 576, 1536, 576, 68)
 OTHER = dataclasses.replace(SHAPE, m=49_152)
 ENVIRONMENT = {"lmdeploy": "0.18.0", "cublas": "libcublasLt.so.13 130100", "gpu": "H100", "driver": "580.159"}
-MANIFEST = Manifest(ENVIRONMENT, {SHAPE: Permit((66,), 8448), OTHER: Permit((66, 67), 256)}, "ab" * 32)
+MANIFEST = Manifest(
+    ENVIRONMENT, {SHAPE: Permit((66,), 8448, ((1, "0a"), (8448, "ff"))), OTHER: Permit((66, 67), 256)}, "ab" * 32
+)
 
 
 def trial(n: int, rank: int, algorithm: int, sound: str = "x", *, alike: bool = True) -> Trial:
-    return Trial(n, rank, algorithm, alike, tuple(f"{sound}{row}" for row in range(min(n, PERIOD))))
+    rows = tuple(f"{sound}{row}" for row in range(min(n, PERIOD)))
+    return Trial(n, rank, Candidate(algorithm, (algorithm, rank), b"%d" % rank), alike, rows)
+
+
+def measured(n: int, rank: int, seconds: float | None, algorithm: int = 66) -> Trial:
+    return dataclasses.replace(trial(n, rank, algorithm), seconds=seconds)
 
 
 def test_algorithms_that_agree_everywhere_are_permitted_together() -> None:
@@ -75,6 +95,33 @@ def test_the_grid_has_all_small_numbers_both_ends_and_the_edges_of_tiles(most: i
     assert {n for n in (*range(1, 10), 15, 16, 17, 63, 64, 65, 127, 128, 129, 4096, 4097) if n <= most} <= set(found)
 
 
+@given(st.integers(1, 20_000))
+def test_times_are_taken_along_the_grid(most: int) -> None:
+    """Ascending, both ends, and few enough to be taken one by one."""
+    found = timed(most)
+
+    assert found == sorted(set(found))
+    assert (found[0], found[-1]) == (1, most)
+    assert len(found) <= 24
+
+
+def test_the_fastest_permitted_candidate_serves() -> None:
+    """Whatever cublasLt thinks of it; a class that is not permitted may be as fast as it likes."""
+    trials = [measured(8, 0, 3.0), measured(8, 1, 2.0), measured(8, 2, 1.0, 20), measured(1, 0, 1.0), measured(1, 1, 1.5)]
+
+    chosen = fastest(trials, (66,))
+
+    assert {n: candidate.code for n, candidate in chosen.items()} == {1: b"0", 8: b"1"}
+    assert list(chosen) == [1, 8]
+
+
+def test_a_hair_faster_is_no_reason() -> None:
+    """Nor is a trial without a time."""
+    assert fastest([measured(8, 0, 1.0), measured(8, 1, 0.99), measured(9, 0, None)], (66,)) == {
+        8: measured(8, 0, 1.0).candidate
+    }
+
+
 def test_a_manifest_survives_its_file() -> None:
     """Byte for byte of what counts."""
     assert from_json(MANIFEST.to_json()) == MANIFEST
@@ -94,11 +141,12 @@ def test_a_manifest_that_lacks_a_shape_does_not_fit() -> None:
 
 
 def test_the_digest_is_of_kernels_alone() -> None:
-    """The order of shapes and how far they were tried change nothing; another algorithm or table does."""
+    """The order of shapes and how far they were tried change nothing; another algorithm or table does. Which
+    of those that round alike is fastest is chance."""
     reordered = dataclasses.replace(
         MANIFEST, permits={shape: MANIFEST.permits[shape] for shape in (OTHER, SHAPE)}, environment={}
     )
-    tried = dataclasses.replace(MANIFEST, permits={**MANIFEST.permits, SHAPE: Permit((66,), 1)})
+    tried = dataclasses.replace(MANIFEST, permits={**MANIFEST.permits, SHAPE: Permit((66,), 1, ((1, "0b"),))})
     another = dataclasses.replace(MANIFEST, permits={**MANIFEST.permits, SHAPE: Permit((67,), 8448)})
     table = dataclasses.replace(MANIFEST, table="")
 
@@ -108,7 +156,15 @@ def test_the_digest_is_of_kernels_alone() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", MANIFEST.to_json().replace("66", "67"), json.dumps({"environment": {}, "permits": [1], "table": ""})],
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        MANIFEST.to_json().replace("66", "67"),
+        MANIFEST.to_json().replace("0a", "0b"),
+        json.dumps({"environment": {}, "permits": [1], "table": ""}),
+    ],
 )
 def test_a_file_that_is_no_manifest_is_refused(text: str) -> None:
     """Also one that somebody changed."""

@@ -5,34 +5,27 @@ The products are the model's own: TurboMind has just been through all of them, o
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from service.engines.turbomind.host import module
 from service.engines.turbomind.overrides import NoOverrides, Overrides
-from service.engines.turbomind.plans import PERIOD, Manifest, Permit, Shape, Trial, choose, from_json, grid
+from service.engines.turbomind.plans import Choice, Manifest, Permit, Shape, Trial, choose, fastest, from_json, grid, timed
+from service.engines.turbomind.trials import Trials, can_try
 
 WORKSPACE_BYTES = 64 << 20
-MEMORY_SHARE = 0.4
-"""Of the GPU's free memory, for the matrices of a trial."""
-RANKS_MAX = 32
-_TORCH_TYPES = {0: "float32", 2: "float16", 14: "bfloat16"}
-"""By cudaDataType_t."""
-_BITS = {2: "int16", 4: "int32"}
-_CHUNK = 256 * PERIOD
 _log = logging.getLogger(__name__)
 
 
-def lend_workspace(overrides: Overrides) -> None:
-    """Before the first product is tried or served."""
+def lend_workspace(overrides: Overrides, gpus: int) -> None:
+    """On each GPU, before the first product is tried or served."""
     torch = module("torch")
-    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
-    overrides.lend(workspace, workspace.data_ptr(), WORKSPACE_BYTES)
+    for gpu in range(gpus):
+        workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=f"cuda:{gpu}")
+        overrides.lend(gpu, workspace, workspace.data_ptr(), WORKSPACE_BYTES)
 
 
 def find(path: Path, environment: Mapping[str, str]) -> Manifest | None:
@@ -68,73 +61,53 @@ def measure(overrides: Overrides, shapes: Mapping[Shape, int]) -> dict[Shape, Pe
     for shape, rows in sorted(shapes.items()):
         began = time.monotonic()
         try:
-            trials = list(_trials(overrides, shape, rows, torch))
+            choice, permit, trials = _measured(Trials(overrides, shape, rows)) if can_try(shape) else (Choice((), ()), None, [])
         except torch.cuda.OutOfMemoryError as error:
             raise NoOverrides("there is not enough GPU memory left to try the products: lower cache_fraction") from error
         torch.cuda.empty_cache()
-        choice = choose(trials)
-        if choice.permitted:
-            permits[shape] = Permit(choice.permitted, max(trial.n for trial in trials))
+        if permit is not None:
+            permits[shape] = permit
         _log.info(
             "product measured",
             extra={
                 "m": shape.m, "k": shape.k, "rows": rows, "tried": sorted({trial.algorithm for trial in trials}),
+                "configurations": len({trial.candidate.config for trial in trials}), "trials": len(trials),
                 "permitted": choice.permitted, "missing": choice.missing, "seconds": round(time.monotonic() - began, 3),
             },
         )  # fmt: skip
     return permits
 
 
+def _measured(product: Trials) -> tuple[Choice, Permit | None, list[Trial]]:
+    """First what cublasLt offers for each number of tokens. Then each offer that may stay races against the others, also at
+    numbers it was not offered for: cublasLt's favourite takes up to three times as long as the fastest. Last, what won, at all
+    numbers in between, for which it is going to serve."""
+    every = grid(product.rows)
+    trials = [trial for n in every for trial in product.offered(n)]
+    permitted = choose(trials).permitted
+    pool = {trial.candidate.config: trial.candidate for trial in trials if trial.algorithm in permitted}
+    for n in timed(product.rows):
+        trials += product.race(n, list(pool.values()))
+    winners = fastest(trials, permitted)
+    for n in every:
+        if n not in winners and (above := min((w for w in winners if w > n), default=None)) is not None:
+            trials += product.race(n, [winners[above]])
+    choice = choose(trials)
+    if not choice.permitted:
+        return choice, None, trials
+    codes = tuple((n, winner.code.hex()) for n, winner in winners.items() if winner.algorithm in choice.permitted)
+    return choice, Permit(choice.permitted, product.rows, codes), trials
+
+
 def install(overrides: Overrides, manifest: Manifest, runs: int) -> str:
     """Serve with these permits from now on. What is not covered, in words, or an empty text."""
     for shape, permit in manifest.permits.items():
         overrides.permit(shape, permit.algorithms)
+        for n, code in permit.fastest:
+            overrides.prefer(shape, n, bytes.fromhex(code))
     for shape, permit in manifest.permits.items():
         wanted = sorted({*range(1, min(runs, permit.rows) + 1), *grid(permit.rows)})
         missing = [n for n in wanted if not overrides.covers(shape, n)]
         if missing:
             return f"no algorithm rounds alike for {missing[0]} tokens of the product {shape.m}x{shape.k}"
     return ""
-
-
-def _trials(overrides: Overrides, shape: Shape, rows: int, torch: Any) -> Iterator[Trial]:
-    """Every algorithm at every number of tokens, on random weights and PERIOD random rows, repeated."""
-    if shape.transb or shape.a_type not in _TORCH_TYPES or shape.b_type not in _TORCH_TYPES or shape.c_type not in _TORCH_TYPES:
-        return
-    a_type, b_type, c_type = (getattr(torch, _TORCH_TYPES[each]) for each in (shape.a_type, shape.b_type, shape.c_type))
-    rows = min(rows, _rows_max(shape, torch))
-    random = torch.Generator("cuda").manual_seed(shape.m * shape.k)
-    weights = (shape.m if shape.transa else shape.k) * shape.lda
-    a = torch.randn(weights, generator=random, device="cuda", dtype=a_type).mul_(shape.k**-0.5)
-    b = torch.randn(PERIOD, shape.ldb, generator=random, device="cuda", dtype=b_type).repeat(-(-rows // PERIOD), 1)
-    c = torch.empty(rows, shape.ldc, dtype=c_type, device="cuda")
-    stream = torch.cuda.current_stream().cuda_stream
-    for n in grid(rows):
-        for rank in range(RANKS_MAX):
-            c[:n].fill_(float("nan"))  # what an earlier trial left would look right
-            made = overrides.attempt(shape, n, rank, a.data_ptr(), b.data_ptr(), c.data_ptr(), stream)
-            if made is None:
-                break
-            if made.runs:
-                yield Trial(n, rank, made.algorithm, *_compared(c[:n, : shape.m], torch))
-
-
-def _compared(c: Any, torch: Any) -> tuple[bool, tuple[str, ...]]:
-    """Whether the rows repeat with their period, bit by bit, and a digest of each of the first."""
-    bits = c.view(getattr(torch, _BITS[c.element_size()]))
-    first = bits[:PERIOD]
-    alike = torch.ones((), dtype=torch.bool, device=c.device)
-    if len(bits) > PERIOD:
-        model = first.repeat(_CHUNK // PERIOD, 1)
-        for start in range(0, len(bits), _CHUNK):
-            part = bits[start : start + _CHUNK]
-            alike &= (part == model[: len(part)]).all()
-    digests = tuple(hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in first.contiguous().cpu().numpy())
-    return bool(alike), digests
-
-
-def _rows_max(shape: Shape, torch: Any) -> int:
-    """So many rows of input and output as there is memory for."""
-    free, _ = torch.cuda.mem_get_info()
-    weights = 4 * (shape.m if shape.transa else shape.k) * shape.lda
-    return max(1, int((free * MEMORY_SHARE - weights) // (4 * (shape.ldb + 2 * shape.ldc))))

@@ -4,28 +4,31 @@
 #include <stdint.h>
 
 #define RESULTS 32 /* of one heuristic call */
+#define DEVICES 16
 
 enum { R_32F = 0 };                        /* cudaDataType_t */
 enum { TRANSA = 3, TRANSB = 4 };           /* cublasLtMatmulDescAttributes_t */
 enum { WORKSPACE_MAX = 1, REDUCTION = 3 }; /* cublasLtMatmulPreferenceAttributes_t */
-enum { ALGO_ID, TILE, SPLIT_K, SCHEME };   /* cublasLtMatmulAlgoConfigAttributes_t */
+/* cublasLtMatmulAlgoConfigAttributes_t; the last two have 16 bits */
+enum { ALGO_ID, TILE, SPLIT_K, SCHEME, SWIZZLE, CUSTOM, STAGES, INNER, CLUSTER, CONFIG };
 
 typedef const void *Const;
 typedef struct { int32_t transa, transb, m, k, a_type, b_type, c_type, lda, ldb, ldc, compute; } Shape; /* all but n, the tokens */
-typedef struct { int32_t id, tile, split_k, scheme; } Candidate;
 typedef struct { uint64_t data[8]; } Algo;
+typedef struct { Algo algo; int32_t config[CONFIG]; } Candidate;
 typedef struct { Algo algo; size_t workspace; int32_t state; float waves; int32_t reserved[4]; } Result;
 typedef struct { void *op, *a, *b, *c; } Problem;
+typedef struct { void *handle, *workspace; size_t bytes; } Device;
 
-static void *workspace;
-static size_t workspace_bytes;
+static Device devices[DEVICES];
 
 static struct {
-  void *handle;
-  int (*create)(void **), (*op_create)(void **, int, int), (*op_set)(void *, int, Const, size_t);
+  int complete;
+  int (*device)(int *), (*create)(void **), (*op_create)(void **, int, int), (*op_set)(void *, int, Const, size_t);
   int (*layout_create)(void **, int, uint64_t, uint64_t, int64_t), (*algo_get)(const Algo *, int, void *, size_t, size_t *);
   int (*wish_create)(void **), (*wish_set)(void *, int, Const, size_t), (*wish_destroy)(void *);
   int (*heuristic)(void *, void *, void *, void *, void *, void *, void *, int, Result *, int *);
+  int (*check)(void *, void *, void *, void *, void *, void *, const Algo *, Result *);
   int (*matmul)(void *, void *, Const, Const, void *, Const, void *, Const, Const, void *, void *, void *, const Algo *, void *,
                 size_t, void *);
   int (*stream)(void *, void **);
@@ -42,7 +45,8 @@ static void *find(const char *const *names, const char *symbol) {
   return NULL;
 }
 
-static int open_lt(void) {
+static int load_lt(void) {
+  static const char *const driver[] = {"libcuda.so.1", NULL};
   static const char *const cublas[] = {"libcublas.so.12", "libcublas.so.13", NULL};
   static const char *const cublaslt[] = {"libcublasLt.so.12", "libcublasLt.so.13", NULL};
   const struct { const char *name; void *to; } wanted[] = {
@@ -50,15 +54,24 @@ static int open_lt(void) {
       {"cublasLtMatmulDescSetAttribute", &lt.op_set}, {"cublasLtMatrixLayoutCreate", &lt.layout_create},
       {"cublasLtMatmulPreferenceCreate", &lt.wish_create}, {"cublasLtMatmulPreferenceSetAttribute", &lt.wish_set},
       {"cublasLtMatmulPreferenceDestroy", &lt.wish_destroy}, {"cublasLtMatmulAlgoGetHeuristic", &lt.heuristic},
-      {"cublasLtMatmulAlgoConfigGetAttribute", &lt.algo_get}, {"cublasLtMatmul", &lt.matmul},
-      {"cublasLtGetVersion", &lt.version}};
-  if (lt.handle) return 1;
+      {"cublasLtMatmulAlgoConfigGetAttribute", &lt.algo_get}, {"cublasLtMatmulAlgoCheck", &lt.check},
+      {"cublasLtMatmul", &lt.matmul}, {"cublasLtGetVersion", &lt.version}};
+  *(void **)&lt.device = find(driver, "cuCtxGetDevice");
   *(void **)&lt.stream = find(cublas, "cublasGetStream_v2");
   int complete = lt.stream != NULL;
   for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
     complete = (*(void **)wanted[i].to = find(cublaslt, wanted[i].name)) && complete;
-  if (!complete || lt.create(&lt.handle)) lt.handle = NULL;
-  return lt.handle != NULL;
+  return complete;
+}
+
+/* The current device, with cublasLt open on it, or NULL. */
+static Device *open_lt(void) {
+  int number = 0;
+  if (!lt.complete && !(lt.complete = load_lt())) return NULL;
+  if ((lt.device && lt.device(&number)) || number < 0 || number >= DEVICES) return NULL;
+  Device *d = &devices[number];
+  if (!d->handle && lt.create(&d->handle)) d->handle = NULL;
+  return d->handle ? d : NULL;
 }
 
 static int describe(const Shape *s, int n, Problem *p) {
@@ -69,29 +82,34 @@ static int describe(const Shape *s, int n, Problem *p) {
            lt.layout_create(&p->c, s->c_type, s->m, n, s->ldc));
 }
 
-/* How many algorithms there are without a reduction across parts of K, best first. */
-static int ask(const Problem *p, Result *results) {
+/* Algorithms that sum up K in one go, best first by cublasLt's own reckoning; returns their number, at most RESULTS. */
+static int ask(const Device *d, const Problem *p, Candidate *out) {
   void *wish;
   uint32_t no_scheme = 0;
-  int count = 0;
+  int count = 0, whole = 0;
+  Result results[RESULTS];
+  size_t written;
   if (lt.wish_create(&wish)) return 0;
-  int failed = lt.wish_set(wish, WORKSPACE_MAX, &workspace_bytes, sizeof workspace_bytes) ||
-               lt.wish_set(wish, REDUCTION, &no_scheme, sizeof no_scheme) ||
-               lt.heuristic(lt.handle, p->op, p->a, p->b, p->c, p->c, wish, RESULTS, results, &count);
+  if (lt.wish_set(wish, WORKSPACE_MAX, &d->bytes, sizeof d->bytes) || lt.wish_set(wish, REDUCTION, &no_scheme, sizeof no_scheme) ||
+      lt.heuristic(d->handle, p->op, p->a, p->b, p->c, p->c, wish, RESULTS, results, &count))
+    count = 0;
   lt.wish_destroy(wish);
-  return failed ? 0 : count;
+  for (int i = 0; i < count; i++) {
+    Candidate c = {results[i].algo, {0}};
+    for (int what = 0; what < CONFIG; what++)
+      lt.algo_get(&c.algo, what, &c.config[what], what < INNER ? sizeof(int32_t) : sizeof(int16_t), &written);
+    if (!results[i].state && c.config[SCHEME] == 0 && c.config[SPLIT_K] <= 1) out[whole++] = c;
+  }
+  return whole;
 }
 
-/* Whether it can run and sums up K in one go. */
-static int whole(const Result *r, Candidate *c) {
-  size_t n;
-  *c = (Candidate){-1, -1, -1, -1};
-  lt.algo_get(&r->algo, ALGO_ID, &c->id, sizeof c->id, &n), lt.algo_get(&r->algo, TILE, &c->tile, sizeof c->tile, &n);
-  lt.algo_get(&r->algo, SPLIT_K, &c->split_k, sizeof c->split_k, &n);
-  lt.algo_get(&r->algo, SCHEME, &c->scheme, sizeof c->scheme, &n);
-  return !r->state && c->scheme == 0 && c->split_k <= 1;
+/* Whether an algorithm can run this product, which may be another one than it was offered for. */
+static int possible(const Device *d, const Problem *p, const Algo *algo) {
+  Result r = {.workspace = 0};
+  return !lt.check(d->handle, p->op, p->a, p->b, p->c, p->c, algo, &r) && r.workspace <= d->bytes;
 }
 
-static int run(const Problem *p, const Algo *algo, Const alpha, Const a, Const b, Const beta, void *c, void *stream) {
-  return lt.matmul(lt.handle, p->op, alpha, a, p->a, b, p->b, beta, c, p->c, c, p->c, algo, workspace, workspace_bytes, stream);
+static int run(const Device *d, const Problem *p, const Algo *algo, Const alpha, Const a, Const b, Const beta, void *c,
+               void *stream) {
+  return lt.matmul(d->handle, p->op, alpha, a, p->a, b, p->b, beta, c, p->c, c, p->c, algo, d->workspace, d->bytes, stream);
 }

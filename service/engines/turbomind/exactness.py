@@ -67,7 +67,7 @@ class Exactness:
             self.overrides = None
             return
         self.cublas = f"{Path(library).name} {number}"
-        calibrate.lend_workspace(self.overrides)
+        calibrate.lend_workspace(self.overrides, self.options.tp)
         options = self.options
         self._environment = {
             "lmdeploy": version, "cublas": self.cublas, "gpu": gpu.name, "capability": gpu.capability, "driver": gpu.driver,

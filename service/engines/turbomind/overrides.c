@@ -22,6 +22,7 @@
 #define TOP_K_SORT "_ZN9turbomind20invokeTopKSortFilterIfEEvRNS_20TopKSortFilterParamsEP11CUstream_st"
 #define TOP_K_OFFSET 40 /* of int32 max_top_k in TopKSortFilterParams, behind five pointers */
 #define IDS 16          /* permitted algorithms of one shape */
+#define FASTEST 64      /* numbers of tokens for which the fastest of them is known */
 #define SHAPES 64
 #define BUCKETS 65536
 
@@ -30,6 +31,7 @@ enum { SPLIT, TOP_K, GEMM, OVERRIDES }; /* places in the counters */
 enum { NOT_SUPPORTED = 15 };            /* cublasStatus_t */
 
 typedef struct { Shape shape; int32_t n_max, permitted, ids[IDS]; } Entry;
+typedef struct { int32_t n; Algo algo; } Fast;
 typedef struct Plan { Shape shape; int32_t n, covered; Problem problem; Algo algo; struct Plan *next; } Plan;
 
 EXPORT _Atomic uint64_t ost_calls[OVERRIDES], ost_plans, ost_uncovered;
@@ -39,6 +41,7 @@ static _Atomic int mode;
 static char turbomind_path[4096];
 static int splits, top_k, entry_count;
 static Entry entries[SHAPES];
+static Fast fastest[SHAPES][FASTEST]; /* of each entry, by rising n; the rest is 0 */
 static Plan *table[BUCKETS];
 
 /* ---- the originals ---- */
@@ -80,6 +83,13 @@ static Entry *entry_of(const Shape *shape, int add) {
   return &entries[entry_count++];
 }
 
+/* The algorithm that was fastest for the next number of tokens it was looked for at, or NULL. */
+static const Algo *fastest_of(const Entry *entry, int n) {
+  for (const Fast *f = fastest[entry - entries], *end = f + FASTEST; f < end && f->n; f++)
+    if (n <= f->n) return &f->algo;
+  return NULL;
+}
+
 static Plan *plan_of(const Shape *shape, int n) {
   uint32_t hash = 2166136261u ^ (uint32_t)n;
   for (size_t i = 0; i < sizeof *shape / 4; i++) hash = (hash ^ ((const uint32_t *)shape)[i]) * 16777619u;
@@ -90,12 +100,16 @@ static Plan *plan_of(const Shape *shape, int n) {
   if (!plan) abort();
   *plan = (Plan){.shape = *shape, .n = n, .next = *bucket};
   Entry *entry = entry_of(shape, 0);
-  Result results[RESULTS];
-  Candidate c;
-  int count = entry && entry->permitted && open_lt() && describe(shape, n, &plan->problem) ? ask(&plan->problem, results) : 0;
-  for (int i = 0; i < count && !plan->covered; i++)
-    for (int j = 0; whole(&results[i], &c) && j < entry->permitted && !plan->covered; j++)
-      if (entry->ids[j] == c.id) plan->algo = results[i].algo, plan->covered = 1;
+  Device *here = entry && entry->permitted ? open_lt() : NULL;
+  if (here && describe(shape, n, &plan->problem)) {
+    Candidate offered[RESULTS];
+    const Algo *fast = fastest_of(entry, n);
+    if (fast && possible(here, &plan->problem, fast)) plan->algo = *fast, plan->covered = 1;
+    int count = plan->covered ? 0 : ask(here, &plan->problem, offered);
+    for (int i = 0; i < count && !plan->covered; i++)
+      for (int j = 0; j < entry->permitted && !plan->covered; j++)
+        if (entry->ids[j] == offered[i].config[ALGO_ID]) plan->algo = offered[i].algo, plan->covered = 1;
+  }
   ost_plans++;
   return *bucket = plan;
 }
@@ -134,10 +148,10 @@ EXPORT int cublasGemmEx(void *handle, int transa, int transb, int m, int n, int 
     Entry *entry = entry_of(&shape, now == LEARN);
     if (entry && entry->n_max < n) entry->n_max = n;
     Plan *plan = now == SERVE ? plan_of(&shape, n) : NULL;
+    Device *here = plan && plan->covered ? open_lt() : NULL;
     pthread_mutex_unlock(&lock);
     ost_calls[GEMM]++;
-    if (plan && plan->covered && !lt.stream(handle, &stream) && !run(&plan->problem, &plan->algo, alpha, a, b, beta, c, stream))
-      return 0;
+    if (here && !lt.stream(handle, &stream) && !run(here, &plan->problem, &plan->algo, alpha, a, b, beta, c, stream)) return 0;
     if (now == SERVE) ost_uncovered++;
   }
   if (!stock) return NOT_SUPPORTED;
@@ -147,7 +161,7 @@ EXPORT int cublasGemmEx(void *handle, int transa, int transb, int m, int n, int 
 /* ---- what the service calls, one thread at a time ---- */
 
 /* Of the declarations in overrides.py. */
-EXPORT int ost_abi(void) { return 1; }
+EXPORT int ost_abi(void) { return 2; }
 
 /* Before TurboMind is loaded. `split` and `bucket` of 0 leave the stock behaviour; calls are counted all the same. */
 EXPORT void ost_configure(const char *path, int split, int bucket) {
@@ -157,8 +171,10 @@ EXPORT void ost_configure(const char *path, int split, int bucket) {
 
 EXPORT void ost_mode(int value) { mode = value; }
 
-/* Device memory that products may use. It must outlive them. */
-EXPORT void ost_workspace(void *memory, size_t bytes) { workspace = memory, workspace_bytes = bytes; }
+/* Memory on a device that products there may use. It must outlive them. */
+EXPORT void ost_workspace(int device, void *memory, size_t bytes) {
+  if (device >= 0 && device < DEVICES) devices[device].workspace = memory, devices[device].bytes = bytes;
+}
 
 /* The version of the cublasLt that serves on the current device and where it lies; 0: there is none. */
 EXPORT size_t ost_open(const char **path) {
@@ -177,19 +193,32 @@ EXPORT int ost_shapes(Entry *out, int most) {
   return count;
 }
 
-/* Run candidate `index` of this product with alpha 1 and beta 0. 0: it ran; 1: it cannot run; -1: there is none. */
-EXPORT int ost_try(const Shape *shape, int n, int index, Const a, Const b, void *c, void *stream, Candidate *out) {
+/* The algorithms that cublasLt offers for this product; returns their number. */
+EXPORT int ost_offers(const Shape *shape, int n, Candidate *out) {
+  Device *here = open_lt();
+  Problem problem;
+  return here && describe(shape, n, &problem) ? ask(here, &problem, out) : 0;
+}
+
+/* Run this product `times` with alpha 1 and beta 0, the weights being the next of `copies`, `stride` bytes apart, each time.
+   0: it ran; 1: the algorithm cannot run it. */
+EXPORT int ost_try(const Shape *shape, int n, const Algo *algo, int times, const char *a, size_t stride, int copies, Const b,
+                   void *c, void *stream) {
   static Shape last;
-  static int last_n, count;
+  static int last_n;
   static Problem problem;
-  static Result results[RESULTS];
   const float one = 1, zero = 0;
+  Device *here = open_lt();
+  if (!here) return 1;
   if (memcmp(&last, shape, sizeof last) || last_n != n) {
+    last_n = 0;
+    if (!describe(shape, n, &problem)) return 1;
     last = *shape, last_n = n;
-    count = open_lt() && describe(shape, n, &problem) ? ask(&problem, results) : 0;
   }
-  if (index >= count) return -1;
-  return !whole(&results[index], out) || run(&problem, &results[index].algo, &one, a, b, &zero, c, stream);
+  if (!possible(here, &problem, algo)) return 1;
+  for (int i = 0; i < times; i++)
+    if (run(here, &problem, algo, &one, a + stride * (size_t)(i % copies), b, &zero, c, stream)) return 1;
+  return 0;
 }
 
 /* Serve this shape with these algorithms. 0: there is no room for it. */
@@ -199,6 +228,17 @@ EXPORT int ost_permit(const Shape *shape, const int32_t *ids, int count) {
   if (entry) memcpy(entry->ids, ids, (size_t)count * sizeof *ids), entry->permitted = count;
   pthread_mutex_unlock(&lock);
   return entry != NULL;
+}
+
+/* Serve this shape with this algorithm, one of those permitted, up to n tokens; to be told by rising n. 0: there is no room. */
+EXPORT int ost_prefer(const Shape *shape, int n, const Algo *algo) {
+  pthread_mutex_lock(&lock);
+  Entry *entry = entry_of(shape, 0);
+  int place = 0;
+  while (entry && place < FASTEST && fastest[entry - entries][place].n) place++;
+  if (entry && place < FASTEST) fastest[entry - entries][place] = (Fast){n, *algo};
+  pthread_mutex_unlock(&lock);
+  return entry && place < FASTEST;
 }
 
 /* Make the plan for n tokens now. 1: it is covered. */

@@ -17,9 +17,9 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from service.engines.turbomind.plans import PERMITTED_MAX, Shape
+from service.engines.turbomind.plans import PERMITTED_MAX, Candidate, Shape
 
-ABI = 1
+ABI = 2
 SOURCES = ("overrides.c", "cublaslt.h")
 LINKED_AS = "libcublas.so.12 { global: cublasGemmEx; };\n"
 """The version script: only references to this version of cublasGemmEx are to find ours."""
@@ -27,6 +27,7 @@ FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden")
 COMPILERS = ("cc", "gcc", "clang")
 NAMES = ("split_count", "top_k", "gemm")
 SHAPES_MAX = 64
+OFFERS_MAX = 32
 TOP_K_BUCKET = 1024
 """The largest: so every top_k that TurboMind takes is sorted by the same kernel."""
 OMIT = "OSTINATO_TURBOMIND_OMIT"
@@ -58,11 +59,16 @@ class Counters:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """What cublasLt proposes for a product."""
+class Matrices:
+    """Device pointers of a product, and the stream it is to run on."""
 
-    algorithm: int
-    runs: bool
+    a: int
+    """The weights; `copies` of them, `stride_bytes` apart, are used in turn, as a model's would be."""
+    b: int
+    c: int
+    stream: int
+    stride_bytes: int = 0
+    copies: int = 1
 
 
 class _Shape(ctypes.Structure):
@@ -74,18 +80,20 @@ class _Entry(ctypes.Structure):
 
 
 class _Candidate(ctypes.Structure):
-    _fields_ = [(name, c_int32) for name in ("id", "tile", "split_k", "scheme")]
+    _fields_ = [("code", c_uint64 * 8), ("config", c_int32 * 9)]
 
 
 _EXPORTS: Mapping[str, tuple[Any, ...]] = {
     "ost_abi": (c_int,),
     "ost_configure": (None, c_char_p, c_int, c_int),
     "ost_mode": (None, c_int),
-    "ost_workspace": (None, c_void_p, c_size_t),
+    "ost_workspace": (None, c_int, c_void_p, c_size_t),
     "ost_open": (c_size_t, POINTER(c_char_p)),
     "ost_shapes": (c_int, POINTER(_Entry), c_int),
-    "ost_try": (c_int, POINTER(_Shape), c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, POINTER(_Candidate)),
+    "ost_offers": (c_int, POINTER(_Shape), c_int, POINTER(_Candidate)),
+    "ost_try": (c_int, POINTER(_Shape), c_int, c_char_p, c_int, c_void_p, c_size_t, c_int, c_void_p, c_void_p, c_void_p),
     "ost_permit": (c_int, POINTER(_Shape), POINTER(c_int32), c_int),
+    "ost_prefer": (c_int, POINTER(_Shape), c_int, c_char_p),
     "ost_cover": (c_int, POINTER(_Shape), c_int),
 }
 
@@ -140,7 +148,7 @@ class Overrides:
         self._calls = (c_uint64 * len(NAMES)).in_dll(self._library, "ost_calls")
         self._plans = c_uint64.in_dll(self._library, "ost_plans")
         self._uncovered = c_uint64.in_dll(self._library, "ost_uncovered")
-        self._workspace: object = None
+        self._workspaces: list[object] = []
 
     def configure(self, turbomind: Path, splits: int) -> None:
         """Before TurboMind's library, at this path, is loaded."""
@@ -159,10 +167,10 @@ class Overrides:
             raise NoOverrides("no cublasLt can be opened")
         return int(version), os.fsdecode(path.value or b"")
 
-    def lend(self, workspace: object, pointer: int, size: int) -> None:
-        """Device memory for products, at `pointer`; `workspace` is kept, so that it stays."""
-        self._workspace = workspace
-        self._library.ost_workspace(pointer, size)
+    def lend(self, device: int, workspace: object, pointer: int, size: int) -> None:
+        """Memory on a device for products there, at `pointer`; `workspace` is kept, so that it stays."""
+        self._workspaces.append(workspace)
+        self._library.ost_workspace(device, pointer, size)
 
     def shapes(self) -> Mapping[Shape, int]:
         """Those noted so far, and the most tokens that each was called with."""
@@ -170,16 +178,28 @@ class Overrides:
         count = self._library.ost_shapes(entries, SHAPES_MAX)
         return {Shape(*(getattr(e.shape, each.name) for each in fields(Shape))): e.n_max for e in entries[:count]}
 
-    def attempt(self, shape: Shape, n: int, rank: int, a: int, b: int, c: int, stream: int) -> Candidate | None:
-        """Queue candidate `rank` of a product on a stream; the rest are device pointers. None: there is no such candidate."""
-        made = _Candidate()
-        status = self._library.ost_try(_native(shape), n, rank, a, b, c, stream, ctypes.byref(made))
-        return None if status < 0 else Candidate(made.id, status == 0)
+    def offers(self, shape: Shape, n: int) -> list[Candidate]:
+        """What cublasLt would run n tokens with, without cutting K; its favourite first."""
+        found = (_Candidate * OFFERS_MAX)()
+        count = self._library.ost_offers(_native(shape), n, found)
+        return [Candidate(each.config[0], tuple(each.config), bytes(each.code)) for each in found[:count]]
+
+    def attempt(self, shape: Shape, n: int, candidate: Candidate, matrices: Matrices, times: int = 1) -> bool:
+        """Queue a product `times`. False: the candidate cannot run it."""
+        m = matrices
+        return not self._library.ost_try(
+            _native(shape), n, candidate.code, times, m.a, m.stride_bytes, m.copies, m.b, m.c, m.stream
+        )
 
     def permit(self, shape: Shape, algorithms: Sequence[int]) -> None:
         """Raises NoOverrides if there are too many shapes or algorithms."""
         if not self._library.ost_permit(_native(shape), (c_int32 * len(algorithms))(*algorithms), len(algorithms)):
             raise NoOverrides("the model has more kinds of products than there is room for")
+
+    def prefer(self, shape: Shape, n: int, code: bytes) -> None:
+        """Serve up to n tokens with this algorithm, one of those permitted; to be told by rising n."""
+        if not self._library.ost_prefer(_native(shape), n, code):
+            raise NoOverrides("there is no room for more algorithms of one product")
 
     def covers(self, shape: Shape, n: int) -> bool:
         """Whether a permitted algorithm can serve n tokens; decides now which one does."""

@@ -2,7 +2,7 @@
 
 A product is one weight, m outputs by k inputs, times n tokens; n changes at every step. For a grid of n every algorithm that
 cublasLt offers is tried with the same rows, repeated. Algorithms that agree on every row at every n are one class; the class
-that can serve the most n is permitted, and no other ever runs.
+that can serve the most n is permitted, and no other ever runs. Within it, bits are no reason to choose: the fastest serves.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ PERIOD = 4
 """Rows of a trial that differ; the others repeat them."""
 ALL_BELOW = 9
 PERMITTED_MAX = 16
+FASTER = 0.98
+"""Of another's time: what is worth to be told apart from chance."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -37,17 +39,34 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """An algorithm as cublasLt configures it for a product."""
+
+    algorithm: int
+    config: tuple[int, ...]
+    """Tile, stages, cluster and the like: they change the speed."""
+    code: bytes
+    """What cublasLt of the same version takes for it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Trial:
-    """One algorithm, tried with n tokens."""
+    """A candidate, tried with n tokens."""
 
     n: int
     rank: int
     """Its place in cublasLt's answer for this n; 0 is the fastest, as cublasLt believes."""
-    algorithm: int
+    candidate: Candidate
     alike: bool
     """Whether equal rows came out equal."""
     rows: tuple[str, ...]
     """A digest for each row that differs, the first min(n, PERIOD)."""
+    seconds: float | None = None
+    """That one product took; None: not measured."""
+
+    @property
+    def algorithm(self) -> int:
+        return self.candidate.algorithm
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +86,24 @@ def grid(n_max: int) -> list[int]:
         found |= {step - 1, step, step + 1, step + step // 2, step + step // 2 + 1}
         step *= 2
     return sorted(n for n in found if 1 <= n <= n_max)
+
+
+def timed(n_max: int) -> list[int]:
+    """Numbers of tokens to look for the fastest at: powers of two, up to 512 one between them as well, and the end."""
+    powers = [1 << i for i in range(n_max.bit_length())]
+    return sorted({*powers, *(n + n // 2 for n in powers if 16 <= n < 512 and n + n // 2 <= n_max), n_max})
+
+
+def fastest(trials: Iterable[Trial], permitted: Sequence[int]) -> dict[int, Candidate]:
+    """For each number of tokens that was timed, the permitted candidate to serve it with, by rising n. One that cublasLt ranks
+    lower must be faster by more than chance."""
+    best: dict[int, tuple[float, Candidate]] = {}
+    for trial in sorted(trials, key=lambda trial: (trial.n, trial.rank)):
+        if trial.seconds is None or trial.algorithm not in permitted:
+            continue
+        if trial.n not in best or trial.seconds < FASTER * best[trial.n][0]:
+            best[trial.n] = (trial.seconds, trial.candidate)
+    return {n: candidate for n, (_, candidate) in best.items()}
 
 
 def choose(trials: Sequence[Trial]) -> Choice:
@@ -117,6 +154,9 @@ class Permit:
     algorithms: tuple[int, ...]
     rows: int
     """Up to how many tokens it was tried."""
+    fastest: tuple[tuple[int, str], ...] = ()
+    """The codes, in hexadecimal, that serve up to so many tokens, by rising number; any other number is left to cublasLt's own
+    choice among the algorithms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,20 +182,29 @@ class Manifest:
     def to_json(self) -> str:
         permits = [{"shape": asdict(shape), **asdict(self.permits[shape])} for shape in sorted(self.permits)]
         body = {"environment": dict(self.environment), "permits": permits, "table": self.table, "digest": self.digest}
-        return json.dumps(body, indent=1) + "\n"
+        return json.dumps(body | {"checksum": _checksum(body)}, indent=1) + "\n"
 
 
 def from_json(text: str) -> Manifest:
     """Raises ValueError for a text that is no manifest, or was changed."""
     try:
         body: Any = json.loads(text)
+        checksum = body.pop("checksum")
         permits = {
-            Shape(**each["shape"]): Permit(tuple(map(int, each["algorithms"])), int(each["rows"])) for each in body["permits"]
+            Shape(**each["shape"]): Permit(
+                tuple(map(int, each["algorithms"])),
+                int(each["rows"]),
+                tuple((int(n), str(code)) for n, code in each["fastest"]),
+            )
+            for each in body["permits"]
         }
         manifest = Manifest(dict(body["environment"]), permits, str(body["table"]))
-        digest = body["digest"]
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"lacks something: {error}") from error
-    if digest != manifest.digest:
-        raise ValueError("does not have the digest that is written in it")
+    if checksum != _checksum(body):
+        raise ValueError("does not have the checksum that is written in it")
     return manifest
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
