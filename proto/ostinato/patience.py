@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from typing import NoReturn
 
 import grpc.aio
 
@@ -21,6 +22,7 @@ KEYED_SECONDS = 60.0
 WAITED_FOR = (
     errors.QueueFull,
     errors.JournalFull,
+    errors.JournalUnavailable,
     errors.EngineUnavailable,
     errors.Draining,
     errors.SlowReader,
@@ -43,6 +45,8 @@ class Patience:
         self._bound = bound
         self._bound_end: float | None = None
         self._pause = PAUSE_SECONDS
+        self._lost: errors.CallLost | None = None
+        """A try of which nobody knows what became."""
 
     @property
     def left(self) -> float | None:
@@ -54,18 +58,26 @@ class Patience:
         self._bound_end, self._pause = None, PAUSE_SECONDS
 
     async def wait(self, error: errors.OstinatoError) -> None:
-        """Until another try makes sense. Raises the error where none does, or no time is left for one."""
+        """Until another try makes sense. Raises the error where none does, or no time is left for one; but a refusal says that
+        nothing was done, which is not known of a try that was lost before."""
+        if isinstance(error, errors.CallLost):
+            self._lost = error
         if not self._bound or not isinstance(error, WAITED_FOR) or _forbidden(error):
-            raise error
+            self._give_up(error)
         now = time.monotonic()
         self._bound_end = self._bound_end or now + self._bound
         left = (self._end or self._bound_end) - now
         # Callers who wait for one sidecar should not all come at once; and the last try has to have some time.
         pause = (error.retry_after or min(self._pause, left / 2)) * random.uniform(1.0, 1.25)  # noqa: S311  # no secret
         if left <= PAUSE_SECONDS or pause >= left:
-            raise error
+            self._give_up(error)
         self._pause = min(2 * self._pause, PAUSE_SECONDS_MAX)
         await asyncio.sleep(pause)
+
+    def _give_up(self, error: errors.OstinatoError) -> NoReturn:
+        if self._lost is not None and isinstance(error, errors.Refused):
+            raise self._lost from error
+        raise error
 
 
 def _forbidden(error: errors.OstinatoError) -> bool:

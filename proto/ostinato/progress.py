@@ -32,7 +32,8 @@ class Progress:
     def restart(self, attempt: int) -> None:
         """A new attempt begins at token 0."""
         self.lost = list(self.sent)
-        self.attempt, self._seen, self._repeat = attempt, 0, self._run(0, _NONE)
+        self.attempt, self._seen = attempt, 0
+        self._repeat = self._run(0, _NONE)
 
     def accept(
         self, tokens: engine_pb2.RunTokens | generation_pb2.TokenRun

@@ -112,7 +112,7 @@ def traced_pair(target: str, script: object) -> Iterator[Pair]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", SOON_MILLIS)
         service = ["--self-test", "off", "--script", json.dumps(script), "--traces", target]
-        with Pair(service=service, sidecar=["--traces", target]) as pair:
+        with Pair(service=service, sidecar=["--traces", target, "--log-level", "debug"]) as pair:
             yield pair.start()
 
 

@@ -69,6 +69,16 @@ async def test_what_does_not_pass_is_the_callers(method: str, kind: type[errors.
         assert fake.count(method) == 1
 
 
+@pytest.mark.usefixtures("quick")
+async def test_a_refusal_behind_a_lost_try_does_not_say_that_nothing_was_done() -> None:
+    """The lost one may have been numbered: its error is the caller's, and the refusal its cause."""
+    async with talking() as (fake, client):
+        _script(fake, "Generate", [errors.Disconnected("gone"), errors.GradeNotEarned("never")])
+        with pytest.raises(errors.Disconnected) as lost:
+            await client.generate("a", key="k", timeout=60)
+    assert isinstance(lost.value.__cause__, errors.GradeNotEarned)
+
+
 @pytest.mark.parametrize("kind", patience.WAITED_FOR, ids=lambda kind: kind.reason)
 async def test_without_a_key_there_is_one_try(kind: type[errors.OstinatoError]) -> None:
     """A batch without a key would be another batch: whatever ends it, the caller is told."""
@@ -82,16 +92,16 @@ async def test_without_a_key_there_is_one_try(kind: type[errors.OstinatoError]) 
         assert len(fake.calls) == 2
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("method", SAFE)
-async def test_the_deadline_ends_it(method: str) -> None:
-    """Where the deadline comes first, what kept the answer away is raised, which says more than that time ran out."""
+async def test_the_deadline_ends_it(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no time is left for another try, what kept the answer away is raised, which says more than that time ran out."""
+    monkeypatch.setattr(patience, "PAUSE_SECONDS", 2.0)  # of which the last try has some
     async with talking() as (fake, client):
-        _script(fake, method, [errors.EngineUnavailable("starting")] * 1000)
+        _script(fake, method, [errors.EngineUnavailable("starting", retry_after=0.02)] * 1000)
         begun = time.monotonic()
         with pytest.raises(errors.EngineUnavailable):
-            await SAFE[method](client, 0.5)
-        assert fake.count(method) > 5
+            await SAFE[method](client, 2.4)
+        assert fake.count(method) > 1
         assert time.monotonic() - begun < 30
 
 
