@@ -1,9 +1,16 @@
 """What only a GPU can show.
 
-python -m tests.gpu.smoke MODEL     the engine alone, in this process: loads, four prompts, everything it says of itself
-python -m tests.gpu MODEL           the real service, through gRPC: exact, stock, restart, sabotage, speed
+python -m tests.gpu.smoke MODEL         the engine alone, in this process: loads, four prompts, everything it says of itself
+python -m tests.gpu MODEL               the real programs, through gRPC: exact, restart, stock, crash, speed, path, sabotage
+python -m tests.gpu.rows MODEL FOLDER   models and settings, one start and one line each
+python -m tests.gpu.tp MODEL            two GPUs that share a model
+python -m tests.gpu.bare MODEL          LMDeploy's own pipeline, measured like ours: the yardstick of `speed`
 
 traffic    targets, whose answers are compared, and their neighbours
-stack      the programs, and two ways to ask them: the service's own stream, or a client through a sidecar
-parts      what is measured
+fronts     two ways to ask: the service's own stream, or a client through a sidecar
+stack      the programs
+plan       what was asked for, and what was found
+compare    answers side by side
+parts      what is measured of one model; speed, crash: likewise
+shapes     models with random weights
 """

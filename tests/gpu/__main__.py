@@ -10,53 +10,84 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.gpu import parts, whole
-from tests.gpu.parts import Plan, say
+from tests.gpu import parts, shapes, speed
+from tests.gpu.crash import crash
+from tests.gpu.plan import Plan, say
 
-PARTS = ("exact", "stock", "restart", "sabotage", "crash", "speed", "path")
+PARTS = ("exact", "restart", "stock", "crash", "speed", "path", "sabotage")
+OTHER_DTYPES = ("exact", "stock")
+"""What is looked at in dtypes other than the first."""
 
 
 def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part)
 
 
-async def check(plan: Plan, chosen: set[str]) -> list[str]:
-    """The parts that were chosen, in an order that starts the service as rarely as possible; lines for the table."""
-    lines: list[str] = []
-    rates: dict[str, dict[str, float]] = {}
-    with_speed = "speed" in chosen
-    if "exact" in chosen or with_speed:
-        found, rates["exact"] = await parts.exact(plan, with_speed=with_speed)
-        lines += found
-    if ("stock" in chosen or with_speed) and not plan.late():
-        found, rates["stock"] = await parts.stock(plan, with_speed=with_speed, compare="stock" in chosen)
-        lines += found
-    if "restart" in chosen and not plan.late():
-        lines += await parts.restart(plan)
-    if "sabotage" in chosen and not plan.late():
-        lines += await parts.sabotage(plan)
+def names(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
+
+
+async def check(plan: Plan, chosen: set[str]) -> None:
+    """The parts that were chosen, with as few starts as possible, the most telling first."""
+    with_speed, with_path = "speed" in chosen, "path" in chosen
+    if "exact" in chosen or "restart" in chosen:
+        with plan.part("exact"):
+            await parts.exact(plan, with_path=with_path and plan.sidecar)
+    if chosen & {"restart", "speed", "path"} and not plan.late():
+        with plan.part("restart, speed"):
+            await parts.second(plan, with_speed=with_speed, with_path=with_path)
+    if chosen & {"stock", "speed"} and not plan.late():
+        with plan.part("stock"):
+            await parts.stock(plan, compare="stock" in chosen, with_speed=with_speed)
     if "crash" in chosen and not plan.late():
-        lines += await whole.crash(plan)
-    if "path" in chosen and not plan.late():
-        lines += await whole.path(plan)
-    for key in rates.get("exact", {}):
-        ours, theirs = rates["exact"][key], rates.get("stock", {}).get(key)
-        against = f" / {theirs:.0f} = {ours / theirs:.2f}" if theirs else ""
-        lines.append(f"speed    {key:>13}: {ours:.0f}{against} tokens/s")
-    return lines
+        with plan.part("crash, replay"):
+            await crash(plan)
+    if with_speed and plan.engine == "turbomind" and not plan.late():
+        with plan.part("bare pipeline"):
+            await speed.bare(plan)
+    plan.lines += speed.table(plan.rates)
+    paths = plan.rates.get("path", {})
+    if paths.keys() == {"whole", "direct"}:
+        plan.lines.append(f"path     whole / direct = {paths['whole'] / paths['direct']:.3f}")
+
+
+async def check_all(plan: Plan, chosen: set[str], dtypes: tuple[str, ...], shape: str) -> list[Plan]:
+    """In every dtype; and the sabotage, of a model made for it where one is named."""
+    making = await shapes.begin(shape, plan.model, plan.state) if shape and "sabotage" in chosen else None
+    plans = [plan.anew("--dtype", dtype) for dtype in dtypes] or [plan.anew()]
+    await check(plans[0], chosen)
+    for other in plans[1:]:
+        await check(other, chosen & set(OTHER_DTYPES))
+    if "sabotage" in chosen and not plan.late():
+        own = plan.anew() if making else plans[0].anew()
+        with own.part("sabotage"):
+            if making is not None:
+                own.model = await making.ready()
+            await parts.sabotage(own)
+        plans.append(own)
+    if making is not None:
+        await making.remove()
+    return plans
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu")
     parser.add_argument("model", type=Path)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
+    parser.add_argument("--parts", type=names, default=PARTS, help=f"of {','.join(PARTS)}")
+    parser.add_argument("--digest-only", action="store_true", help="one line: all targets alone, and what made them")
+    parser.add_argument(
+        "--dtypes", type=names, default=(), help="such as bfloat16,float16: all parts in the first, a few in others"
+    )
+    parser.add_argument(
+        "--shape", default="", help=f"of the model that is sabotaged, of {','.join(shapes.SHAPES)}; none: MODEL"
+    )
     parser.add_argument("--targets", type=int, default=64)
     parser.add_argument("--totals", type=numbers, default=(64, 128, 256))
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--batches", type=numbers, default=(1, 8, 32, 64, 128, 256))
     parser.add_argument("--seconds", type=float, default=480.0, help="begin nothing new after so long")
     parser.add_argument("--state", type=Path, help="kept from call to call; else a new one")
-    parser.add_argument("--sidecar", action="store_true", help="ask through a sidecar (needs apsw)")
+    parser.add_argument("--no-sidecar", action="store_true", help="ask the service alone, where that can be")
     parser.add_argument("--engine", default="turbomind", help="another one, to try the check itself")
     parser.add_argument("--flags", default="", help="more flags of the service, in one text: --flags='--context-tokens 16384'")
     given = parser.parse_args()
@@ -66,20 +97,27 @@ def main() -> None:
             model=given.model.resolve(),
             state=given.state or Path(folder),
             flags=tuple(shlex.split(given.flags)),
+            engine=given.engine,
             targets=given.targets,
             totals=given.totals,
             trials=given.trials,
             batches=given.batches,
-            sidecar=given.sidecar,
-            engine=given.engine,
+            sidecar=not given.no_sidecar,
             deadline=began + given.seconds,
         )
-        lines = asyncio.run(check(plan, set(given.parts.split(","))))
-    say(f"\n==== {plan.model.name} {' '.join(plan.flags)}, {time.monotonic() - began:.0f} s")
-    for line in (*lines, *(f"BAD      {text}" for text in plan.bad)):
-        say(line)
-    say("all as it should be" if not plan.bad else f"{len(plan.bad)} not as they should be")
-    sys.exit(1 if plan.bad else 0)
+        if given.digest_only:
+            asyncio.run(parts.digest_only(plan))
+            plans = [plan]
+        else:
+            plans = asyncio.run(check_all(plan, set(given.parts), given.dtypes, given.shape))
+    for each in plans:
+        say(f"\n==== {each.model.name} {' '.join(each.flags)}")
+        for line in (*each.lines, *(f"BAD      {text}" for text in each.bad)):
+            say(line)
+    bad = sum(len(each.bad) for each in plans)
+    say(f"{bad} not as they should be" if bad else "all as it should be")
+    say(f"seconds  in all: {time.monotonic() - began:.0f}")
+    sys.exit(1 if bad else 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The programs, started as a user would, and two ways to ask them."""
+"""The programs, started as a user would."""
 
 from __future__ import annotations
 
@@ -9,156 +9,21 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 
 from ostinato.client import Client
-from ostinato.errors import EngineUnavailable, OstinatoError, from_status
-from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
+from ostinato.v1 import engine_pb2_grpc
 
-from tests.gpu.traffic import Ask
+from tests.gpu.fronts import Front, ServiceFront, SidecarFront
 from tests.pair import ROOT, Program
 
-START_SECONDS = 420.0
+START_SECONDS = 240.0
 MESSAGE_BYTES = 256 << 20
 OPTIONS = [("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.max_send_message_length", MESSAGE_BYTES)]
-
-Answers = dict[str, types_pb2.Output | OstinatoError]
-
-
-class Front(Protocol):
-    """Something that answers."""
-
-    seconds: float
-    """That the last ask took, without preparing it where that can be told apart."""
-
-    async def ask(self, asks: Sequence[Ask], *, stream: bool = False) -> Answers:
-        """Each by its name; those that left have no answer."""
-        ...
-
-    async def describe(self) -> types_pb2.Model: ...
-
-
-@dataclass
-class ServiceFront:
-    """The service's own Execute stream, as a sidecar would use it."""
-
-    stub: Any
-    epoch: int = 1
-    seconds: float = 0.0
-
-    async def describe(self) -> types_pb2.Model:
-        model: types_pb2.Model = (await self.stub.Describe(engine_pb2.DescribeRequest())).model
-        return model
-
-    async def ask(self, asks: Sequence[Ask], *, stream: bool = False) -> Answers:
-        prepared = await self._prepare([ask.item for ask in asks])
-        began = time.monotonic()
-        call = self.stub.Execute()
-        self.epoch += 1
-        hello = engine_pb2.Hello(log_id="0" * 32, writer="gpu", epoch=self.epoch)
-        await call.write(engine_pb2.ExecuteRequest(hello=hello))
-        sending = asyncio.create_task(self._send(call, asks, prepared, stream))
-        answers: Answers = {}
-        wanted = {index for index, ask in enumerate(asks, start=1) if not ask.leaves}
-        while wanted:
-            frame = await call.read()
-            if frame is grpc.aio.EOF:
-                raise AssertionError("the service ended the stream")
-            for event in frame.events:
-                if event.HasField("finished"):
-                    answers[asks[event.run_id - 1].name] = event.finished.output
-                elif event.HasField("failed"):
-                    answers[asks[event.run_id - 1].name] = from_status(event.failed)
-                else:
-                    continue
-                wanted.discard(event.run_id)
-        self.seconds = time.monotonic() - began
-        await sending
-        await call.done_writing()
-        while await call.read() is not grpc.aio.EOF:
-            pass
-        return answers
-
-    async def _prepare(self, items: Sequence[types_pb2.Item]) -> list[engine_pb2.PreparedItem]:
-        found: list[engine_pb2.PreparedItem] = []
-        for start in range(0, len(items), 128):
-            request = engine_pb2.PrepareRequest(items=items[start : start + 128])
-            found += (await self.stub.Prepare(request)).items
-        return found
-
-    async def _send(self, call: Any, asks: Sequence[Ask], prepared: Sequence[engine_pb2.PreparedItem], stream: bool) -> None:
-        """In order of their arrival; all that arrive at once in one message."""
-        began, order = time.monotonic(), sorted(range(len(asks)), key=lambda index: asks[index].after)
-        submits: list[engine_pb2.Submit] = []
-        leaving: list[tuple[float, int]] = []
-        for place, index in enumerate(order):
-            ask, item = asks[index], prepared[index]
-            submits.append(
-                engine_pb2.Submit(
-                    run_id=index + 1, purpose=engine_pb2.PURPOSE_REPLAY, sequence=0, attempt=1, token_ids=item.token_ids,
-                    parameters=item.parameters, seed=item.seed, stream=stream or ask.leaves,
-                )
-            )  # fmt: skip
-            if ask.leaves:
-                leaving.append((ask.after + 0.2, index + 1))
-            pause = asks[order[place + 1]].after - (time.monotonic() - began) if place + 1 < len(order) else 0.0
-            if pause > 0.001 or place + 1 == len(order):
-                await call.write(engine_pb2.ExecuteRequest(submits=submits))
-                submits = []
-                await asyncio.sleep(max(0.0, pause))
-        for due, run_id in leaving:
-            await asyncio.sleep(max(0.0, due - (time.monotonic() - began)))
-            await call.write(engine_pb2.ExecuteRequest(cancels=[run_id]))
-
-
-@dataclass
-class SidecarFront:
-    """A client of a sidecar; each ask is a batch of its own, and none streams."""
-
-    client: Client
-    seconds: float = 0.0
-    round: str = ""
-    """Not empty: the asks have idempotency keys that begin so, and none leaves."""
-    attempts: dict[str, int] = field(default_factory=dict)
-    """That each ask took, the last time."""
-
-    async def describe(self) -> types_pb2.Model:
-        return await self.client.model()
-
-    async def ask(self, asks: Sequence[Ask], *, stream: bool = False) -> Answers:
-        answers: Answers = {}
-        began = time.monotonic()
-
-        async def one(ask: Ask) -> None:
-            await asyncio.sleep(ask.after)
-            key = f"{self.round} {ask.name}" if self.round else ""
-            timeout = 0.2 if ask.leaves and not key else 300.0
-            try:
-                response = await self._generate(ask, key, timeout)
-            except OstinatoError as error:
-                answers[ask.name] = error
-                return
-            (result,) = response.results
-            self.attempts[ask.name] = result.attempt
-            answers[ask.name] = result.output if result.HasField("output") else from_status(result.status)
-
-        await asyncio.gather(*map(one, asks))
-        self.seconds = time.monotonic() - began
-        return {ask.name: answers[ask.name] for ask in asks if not ask.leaves}
-
-    async def _generate(self, ask: Ask, key: str, timeout: float) -> generation_pb2.GenerateResponse:
-        """With a key, again and again while there is no engine."""
-        while True:
-            try:
-                return await self.client.generate([ask.item], timeout=timeout, key=key)
-            except EngineUnavailable as error:
-                if not key:
-                    raise
-                await asyncio.sleep(error.retry_after or 1.0)
 
 
 @dataclass
@@ -175,6 +40,11 @@ class Stack:
     sidecar: Program | None = None
     public: str = ""
     """The sidecar's address."""
+
+    def processor_seconds(self) -> dict[str, float]:
+        """Of processor time so far, by program, this one included."""
+        programs = {"service": self.service, **({"sidecar": self.sidecar} if self.sidecar is not None else {})}
+        return {name: _processor_seconds(program.pid) for name, program in programs.items()} | {"client": time.process_time()}
 
 
 @asynccontextmanager
@@ -229,6 +99,12 @@ async def running(
             for program in programs:
                 if program.running:
                     program.kill()
+
+
+def _processor_seconds(pid: int) -> float:
+    """In user and system mode, all threads: fields 14 and 15 of the process's stat, counted from the command's end."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _tell(programs: Sequence[Program], title: str) -> None:

@@ -1,39 +1,17 @@
-"""Requests: targets of eight kinds, and neighbours that ask for anything. The same at every call."""
+"""Requests: targets of sixteen kinds, and neighbours that ask for anything. The same at every call."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from ostinato.v1 import types_pb2
 
-WORDS = [
-    "river",
-    "city",
-    "engine",
-    "music",
-    "protein",
-    "market",
-    "winter",
-    "theorem",
-    "garden",
-    "history",
-    "copper",
-    "signal",
-    "memory",
-    "bridge",
-    "ocean",
-    "letter",
-    "planet",
-    "velvet",
-    "shadow",
-    "number",
-    "circle",
-    "silver",
-    "forest",
-    "window",
-]
+WORDS = (
+    "river", "city", "engine", "music", "protein", "market", "winter", "theorem", "garden", "history", "copper", "signal",
+    "memory", "bridge", "ocean", "letter", "planet", "velvet", "shadow", "number", "circle", "silver", "forest", "window",
+)  # fmt: skip
 OPENINGS = (
     "Shanghai is", "The theory of evolution", "Once upon a time, in a small village by the sea,", "def quicksort(arr):",
     "The three most important things about databases are", "In 1969,", "My favourite recipe needs",
@@ -42,23 +20,42 @@ OPENINGS = (
 NEW_TOKENS = 96
 CHOSEN_TOO = 5
 """Logprobs beside the chosen token's."""
-KINDS: tuple[dict[str, object], ...] = (
-    {"temperature": 1.0, "top_k": 40},
-    {"temperature": 0.0},
-    {"temperature": 0.7, "top_p": 0.9},
-    {"temperature": 1.0, "top_k": 12, "repetition_penalty": 1.1},
-    {"temperature": 1.3, "top_k": 5},
-    {"temperature": 1.0, "top_k": 50, "top_p": 0.8},
-    {"temperature": 0.9, "top_k": 1000, "min_p": 0.05},
-    {
-        "temperature": 0.0,
-        "repetition_penalty": 1.2,
-        "bad_words": ["the"],
-        "min_new_tokens": NEW_TOKENS - 1,
-        "ignore_eos": False,
-    },
+ARRIVALS_SECONDS = 0.5
+"""Within which everyone arrives."""
+LONG_WORDS = (1500, 3000, 6000, 10500)
+"""Of every fourth target's prompt, where contexts are long: up to 12,000 tokens."""
+LONG_CONTEXT = 16384
+IDS = (40, 250)
+"""Token ids that every vocabulary has, the second one left out."""
+SCHEMA = (
+    '{"type": "object", "properties": {"city": {"type": "string", "maxLength": 24}, "people": {"type": "integer"},'
+    ' "coast": {"type": "boolean"}}, "required": ["city", "people", "coast"]}'
 )
-"""Sampled narrowly, greedily, by nucleus, with a penalty, hot, narrow and by nucleus, wide, and greedily with all else."""
+FIRST, SECOND, ONE_TOKEN = "first turn", "second turn", "one token"
+KINDS: dict[str, dict[str, object]] = {
+    "sampled": {"temperature": 1.0, "top_k": 40},
+    "greedy": {"temperature": 0.0},
+    "nucleus": {"temperature": 0.7, "top_p": 0.9},
+    "penalised": {"temperature": 1.0, "top_k": 12, "repetition_penalty": 1.1},
+    "hot": {"temperature": 1.3, "top_k": 5},
+    "narrow nucleus": {"temperature": 1.0, "top_k": 50, "top_p": 0.8},
+    "wide": {"temperature": 0.9, "top_k": 1000, "min_p": 0.05},
+    "all at once": {
+        "temperature": 0.0, "repetition_penalty": 1.2, "bad_words": ["the"], "min_new_tokens": 95, "ignore_eos": False,
+    },
+    "widest": {"temperature": 1.0, "top_k": 1024},
+    "bad words": {"temperature": 1.0, "top_k": 20, "bad_words": ["the", "a", "of", "is", "to"]},
+    "minimum": {"temperature": 0.9, "top_k": 60, "min_new_tokens": 24, "ignore_eos": False},
+    "json": {"temperature": 0.8, "ignore_eos": False, "response_format": types_pb2.ResponseFormat(json_schema=SCHEMA)},
+    "regex": {
+        "temperature": 1.0, "top_k": 64, "ignore_eos": False,
+        "response_format": types_pb2.ResponseFormat(regex="[A-Z][a-z]{2,11}( [a-z]{2,11}){3,9}\\."),
+    },
+    FIRST: {"temperature": 0.8, "top_k": 30},
+    SECOND: {"temperature": 0.0},
+    ONE_TOKEN: {"temperature": 1.0, "top_k": 50},
+}  # fmt: skip
+"""Name and sampling. The second turn's prompt has the first one's prompt and answer in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,27 +68,54 @@ class Ask:
     """Seconds that it waits before it is sent."""
     leaves: bool = False
     """Cancelled on its way."""
+    streams: bool = False
+    follows: str = ""
+    """Name of the ask whose answer its prompt begins with, once that is known."""
+
+    def behind(self, first: Ask, answer: types_pb2.Output) -> Ask:
+        """The second turn, its prompt complete."""
+        item = types_pb2.Item()
+        item.CopyFrom(self.item)
+        item.text = f"{first.item.text}{answer.text}\n{self.item.text}"
+        return replace(self, item=item, follows="")
 
 
-def targets(count: int) -> list[Ask]:
-    """Of prompts between 3 and about 500 tokens, and, last, of a single one."""
-    rng = random.Random(5)
-    made = []
+def targets(count: int, *, new_tokens: int = NEW_TOKENS, context_tokens: int = 4096) -> list[Ask]:
+    """All kinds in turn, of prompts between 1 and about 500 tokens; of up to 12,000 where the context has room for them."""
+    rng, kinds = random.Random(5), list(KINDS.items())
+    made: list[Ask] = []
     for index in range(count):
-        words = " ".join(rng.choice(WORDS) for _ in range((index * 37) % 260))
+        kind, given = kinds[index % len(kinds)]
+        length = (index * 37) % 260
+        if context_tokens >= LONG_CONTEXT and index % 4 == 2:
+            length = LONG_WORDS[index // 4 % len(LONG_WORDS)]
+        words = " ".join(rng.choice(WORDS) for _ in range(length))
         parameters = types_pb2.Parameters(
-            max_new_tokens=NEW_TOKENS, ignore_eos=True, logprobs=CHOSEN_TOO, seed=1_000_003 * index + (index % 3 == 0) * 2**63
+            max_new_tokens=new_tokens, ignore_eos=True, logprobs=CHOSEN_TOO, seed=1_000_003 * index + (index % 3 == 0) * 2**63
         )
-        parameters.MergeFrom(types_pb2.Parameters(**KINDS[index % len(KINDS)]))  # type: ignore[arg-type]
-        item = types_pb2.Item(text=f"{OPENINGS[index % len(OPENINGS)]} {words}", parameters=parameters)
-        if index == count - 1:
+        parameters.MergeFrom(types_pb2.Parameters(**given))  # type: ignore[arg-type]
+        parameters.min_new_tokens = min(parameters.min_new_tokens, new_tokens - 1)
+        item = types_pb2.Item(text=f"{rng.choice(OPENINGS)} {words}", parameters=parameters)
+        if kind == ONE_TOKEN:
             item.ClearField("text")
-            item.token_ids.ids.append(500)
-        made.append(Ask(f"{index}/{index % len(KINDS)}", item))
+            item.token_ids.ids.append(IDS[0] + index)
+        made.append(Ask(f"{index} {kind}", item, follows=made[-1].name if kind == SECOND else ""))
     return made
 
 
-def neighbours(count: int, seed: int) -> Iterator[Ask]:
+def plain(asks: Sequence[Ask]) -> list[Ask]:
+    """The same for an engine that obeys no grammar and knows no words: the scripted one."""
+    found = []
+    for ask in asks:
+        item = types_pb2.Item()
+        item.CopyFrom(ask.item)
+        item.parameters.ClearField("response_format")
+        item.parameters.ClearField("bad_words")
+        found.append(replace(ask, item=item))
+    return found
+
+
+def neighbours(count: int, seed: int, context_tokens: int = 4096) -> Iterator[Ask]:
     """Lengths, sampling, arrival, grammar, cancellation: anything goes."""
     rng = random.Random(seed)
     for index in range(count):
@@ -109,17 +133,20 @@ def neighbours(count: int, seed: int) -> Iterator[Ask]:
             parameters.response_format.regex = "[a-z ]{5,60}"
         if rng.random() < 0.1:
             parameters.stop.append("e")
-        words = " ".join(rng.choice(WORDS) for _ in range(rng.randrange(1, 900)))
-        item = types_pb2.Item(text=words, parameters=parameters)
+        length = rng.randrange(1, 900)
+        if context_tokens >= LONG_CONTEXT and rng.random() < 0.05:
+            length *= 10
+        item = types_pb2.Item(text=" ".join(rng.choice(WORDS) for _ in range(length)), parameters=parameters)
         if rng.random() < 0.03:
-            item = types_pb2.Item(token_ids=types_pb2.TokenIds(ids=[rng.randrange(300, 4000)]), parameters=parameters)
-        yield Ask(f"neighbour {index}", item, after=rng.random() * 0.5, leaves=rng.random() < 0.1)
+            item = types_pb2.Item(token_ids=types_pb2.TokenIds(ids=[rng.randrange(*IDS)]), parameters=parameters)
+        yield Ask(f"neighbour {index}", item, after=rng.random() * ARRIVALS_SECONDS, leaves=rng.random() < 0.1)
 
 
-def mixed(asks: list[Ask], total: int, seed: int) -> list[Ask]:
-    """The targets among so many in all, shuffled, arriving within half a second."""
+def mixed(asks: Sequence[Ask], total: int, seed: int, context_tokens: int = 4096) -> list[Ask]:
+    """The targets among so many in all, shuffled, arriving within half a second, about half of them streamed."""
     rng = random.Random(seed)
-    everyone = [Ask(ask.name, ask.item, after=rng.random() * 0.5) for ask in asks] + list(neighbours(total - len(asks), seed))
+    everyone = [replace(ask, after=rng.random() * ARRIVALS_SECONDS, streams=rng.random() < 0.5) for ask in asks]
+    everyone += neighbours(total - len(asks), seed, context_tokens)
     rng.shuffle(everyone)
     return everyone
 
@@ -132,7 +159,7 @@ def fillers(count: int, new_tokens: int) -> list[Ask]:
             types_pb2.Item(
                 text="Shanghai is",
                 parameters=types_pb2.Parameters(
-                    max_new_tokens=new_tokens, ignore_eos=True, temperature=0.9, top_k=40, seed=index, logprobs=None
+                    max_new_tokens=new_tokens, ignore_eos=True, temperature=0.9, top_k=40, seed=index
                 ),
             ),
         )
@@ -146,3 +173,13 @@ def long_prompts(count: int, words: int) -> list[Ask]:
     parameters = types_pb2.Parameters(max_new_tokens=1, ignore_eos=True, temperature=0.0, seed=1)
     texts = [" ".join(rng.choice(WORDS) for _ in range(words)) for _ in range(count)]
     return [Ask(f"long {index}", types_pb2.Item(text=text, parameters=parameters)) for index, text in enumerate(texts)]
+
+
+def contexts(count: int, tokens: int, new_tokens: int) -> list[Ask]:
+    """As `fillers`, behind so many prompt tokens."""
+    rng = random.Random(11)
+    found = fillers(count, new_tokens)
+    for ask in found:
+        ask.item.ClearField("text")
+        ask.item.token_ids.ids.extend(rng.randrange(*IDS) for _ in range(tokens))
+    return found

@@ -1,0 +1,167 @@
+"""Two ways to ask: the service's own stream, as a sidecar would use it, and a client through a sidecar."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import grpc
+
+from ostinato.client import Client
+from ostinato.errors import EngineFailed, OstinatoError, from_status
+from ostinato.v1 import engine_pb2, types_pb2
+
+from tests.gpu.traffic import Ask
+
+ASK_SECONDS = 240.0
+"""However many ask: a device that hangs is not to take the others' time along."""
+
+Answers = dict[str, types_pb2.Output | OstinatoError]
+
+
+class Front(Protocol):
+    """Something that answers."""
+
+    seconds: float
+    """That the last ask took, without preparing it where that can be told apart."""
+
+    async def ask(self, asks: Sequence[Ask], *, stream: bool = False) -> Answers:
+        """Each by its name; those that left have no answer."""
+        ...
+
+    async def describe(self) -> types_pb2.Model: ...
+
+
+@dataclass
+class ServiceFront:
+    """The service's own Execute stream, as a sidecar would use it."""
+
+    stub: Any
+    epoch: int = 1
+    seconds: float = 0.0
+
+    async def describe(self) -> types_pb2.Model:
+        model: types_pb2.Model = (await self.stub.Describe(engine_pb2.DescribeRequest())).model
+        return model
+
+    async def ask(self, asks: Sequence[Ask], *, stream: bool = False) -> Answers:
+        async with asyncio.timeout(ASK_SECONDS):
+            return await self._ask(asks, stream)
+
+    async def _ask(self, asks: Sequence[Ask], stream: bool) -> Answers:
+        prepared = await self._prepare([ask.item for ask in asks])
+        began = time.monotonic()
+        call = self.stub.Execute()
+        self.epoch += 1
+        hello = engine_pb2.Hello(log_id="0" * 32, writer="gpu", epoch=self.epoch)
+        await call.write(engine_pb2.ExecuteRequest(hello=hello))
+        sending = asyncio.create_task(self._send(call, asks, prepared, stream))
+        answers: Answers = {}
+        wanted = {index for index, ask in enumerate(asks, start=1) if not ask.leaves}
+        while wanted:
+            frame = await call.read()
+            if frame is grpc.aio.EOF:
+                raise AssertionError("the service ended the stream")
+            for event in frame.events:
+                if event.HasField("finished"):
+                    answers[asks[event.run_id - 1].name] = event.finished.output
+                elif event.HasField("failed"):
+                    answers[asks[event.run_id - 1].name] = from_status(event.failed)
+                else:
+                    continue
+                wanted.discard(event.run_id)
+        self.seconds = time.monotonic() - began
+        await sending
+        await call.done_writing()
+        while await call.read() is not grpc.aio.EOF:
+            pass
+        return answers
+
+    async def _prepare(self, items: Sequence[types_pb2.Item]) -> list[engine_pb2.PreparedItem]:
+        found: list[engine_pb2.PreparedItem] = []
+        for start in range(0, len(items), 128):
+            request = engine_pb2.PrepareRequest(items=items[start : start + 128])
+            found += (await self.stub.Prepare(request)).items
+        return found
+
+    async def _send(self, call: Any, asks: Sequence[Ask], prepared: Sequence[engine_pb2.PreparedItem], stream: bool) -> None:
+        """In order of their arrival; all that arrive at once in one message."""
+        began, order = time.monotonic(), sorted(range(len(asks)), key=lambda index: asks[index].after)
+        submits: list[engine_pb2.Submit] = []
+        leaving: list[tuple[float, int]] = []
+        for place, index in enumerate(order):
+            ask, item = asks[index], prepared[index]
+            submits.append(
+                engine_pb2.Submit(
+                    run_id=index + 1, purpose=engine_pb2.PURPOSE_REPLAY, sequence=0, attempt=1, token_ids=item.token_ids,
+                    parameters=item.parameters, seed=item.seed, stream=stream or ask.streams or ask.leaves,
+                )
+            )  # fmt: skip
+            if ask.leaves:
+                leaving.append((ask.after + 0.2, index + 1))
+            pause = asks[order[place + 1]].after - (time.monotonic() - began) if place + 1 < len(order) else 0.0
+            if pause > 0.001 or place + 1 == len(order):
+                await call.write(engine_pb2.ExecuteRequest(submits=submits))
+                submits = []
+                await asyncio.sleep(max(0.0, pause))
+        for due, run_id in leaving:
+            await asyncio.sleep(max(0.0, due - (time.monotonic() - began)))
+            await call.write(engine_pb2.ExecuteRequest(cancels=[run_id]))
+
+
+@dataclass
+class SidecarFront:
+    """A client of a sidecar; each ask is a batch of its own, by Generate or by GenerateStream."""
+
+    client: Client
+    seconds: float = 0.0
+    round: str = ""
+    """Not empty: the asks have idempotency keys that begin so, and none leaves."""
+    attempts: dict[str, int] = field(default_factory=dict)
+    """That each ask took, the last time."""
+
+    async def describe(self) -> types_pb2.Model:
+        return await self.client.model()
+
+    async def ask(self, asks: Sequence[Ask], *, stream: bool = False) -> Answers:
+        answers: Answers = {}
+        began = time.monotonic()
+
+        async def one(ask: Ask) -> None:
+            await asyncio.sleep(ask.after)
+            key = f"{self.round} {ask.name}" if self.round else ""
+            timeout = 0.2 if ask.leaves and not key else ASK_SECONDS
+            try:
+                answers[ask.name] = await self._answer(ask, key, timeout, stream or ask.streams)
+            except OstinatoError as error:
+                answers[ask.name] = error
+
+        await asyncio.gather(*map(one, asks))
+        self.seconds = time.monotonic() - began
+        return {ask.name: answers[ask.name] for ask in asks if not ask.leaves}
+
+    async def _answer(self, ask: Ask, key: str, timeout: float, stream: bool) -> types_pb2.Output:
+        """Raises OstinatoError, also for a stream that told other tokens than it ended with."""
+        told: list[int] = []
+        result: types_pb2.Result | None = None
+        if stream:
+            async with aclosing(self.client.stream([ask.item], timeout=timeout, key=key)) as events:
+                async for event in events:
+                    if event.HasField("restarted"):
+                        told.clear()
+                    told += (token for run in event.tokens.runs for token in run.token_ids)
+                    if event.HasField("finished") or event.HasField("failed"):
+                        result = event.finished if event.HasField("finished") else event.failed
+        else:
+            (result,) = (await self.client.generate([ask.item], timeout=timeout, key=key)).results
+        assert result is not None, "a stream ended without its item's end"
+        self.attempts[ask.name] = result.attempt
+        if not result.HasField("output"):
+            raise from_status(result.status)
+        if stream and told != list(result.output.token_ids):
+            raise EngineFailed(f"the stream told {len(told)} tokens, which are not those that it ended with")
+        return result.output

@@ -1,0 +1,186 @@
+"""`python -m tests.gpu.rows MODEL FOLDER`: many models and settings, one start and one line each.
+
+MODEL is a real, small one: it is a row itself, and lends the shapes its tokenizer. They are made in FOLDER, the next one
+while a row is asked, and go when their last row is done. Every row: the self-test's grade, 32 targets alone, among 64, and
+among 256.
+Cut prompts (chunked prefill) are no row: this service never lets TurboMind cut one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shlex
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ostinato.v1 import types_pb2
+
+from tests.gpu import shapes
+from tests.gpu.compare import alone, grade, introduce, together
+from tests.gpu.parts import fingerprint, overrides_of
+from tests.gpu.plan import Plan, Reference, say
+from tests.gpu.shapes import Making
+from tests.gpu.stack import running
+
+SEED = 4711
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """`shape` empty: MODEL itself."""
+
+    name: str
+    shape: str
+    flags: str = ""
+
+
+ROWS = (
+    Row("SmolLM2 bf16", "", "--dtype bfloat16"),
+    Row("1b bf16", "llama-1b"),
+    Row("1.7b bf16", "qwen3-1.7b"),
+    Row("1.7b kv8", "qwen3-1.7b", "--kv-bits 8"),
+    Row("1.7b kv4", "qwen3-1.7b", "--kv-bits 4"),
+    Row("1.7b 16k", "qwen3-1.7b", "--context-tokens 16384"),
+    Row("moe", "qwen3-moe"),
+    Row("8b awq", "llama-8b-awq"),
+    Row("8b fp8", "llama-8b-fp8"),
+    Row("8b bf16", "llama-8b"),
+    Row("8b gptq", "llama-8b-gptq"),
+    Row("bias bf16", "qwen2-1.5b"),
+    Row("SmolLM2 fp16", "", "--dtype float16"),
+    Row("1b 16k kv8", "llama-1b", "--context-tokens 16384 --kv-bits 8"),
+)
+"""The most telling first, but those of one shape together where that saves making it again."""
+
+
+async def nothing() -> None:
+    pass
+
+
+async def measure(plan: Plan, title: str, once_up: Callable[[], Awaitable[None]] = nothing) -> tuple[Reference, str]:
+    """One start: what the targets are alone, and a line. Adds to `plan.bad` what an EXACT service may not do."""
+    began = time.monotonic()
+    async with running(plan.model, plan.state, *plan.flags, engine=plan.engine) as stack:
+        model = await introduce(stack, title)
+        await once_up()
+        reference = await alone(stack, plan)
+        cells = []
+        for total in plan.totals:
+            if plan.late():
+                break
+            tokens, bits = await together(stack.front, reference, total, SEED + total, plan)
+            cells.append(f"{total}: {tokens}+{bits}")
+            if (tokens or bits) and model.grade == types_pb2.GRADE_EXACT:
+                plan.bad.append(f"{title}: {tokens}+{bits} diverged among {total}, and it says EXACT")
+        after = await stack.front.describe()
+        say(f"   {overrides_of(stack)}")
+        if after.grade != model.grade:
+            plan.bad.append(f"{title}: {grade(model)} was lost on the way: {after.grade_reason}")
+    dtype = model.fingerprint.fields.get("dtype", "")
+    why = "" if model.grade == types_pb2.GRADE_EXACT else f" ({model.grade_reason[:110]})"
+    diverged = f"of {len(reference.asks)} diverged {', '.join(cells)}"
+    line = (
+        f"{title:14} {dtype:8} {' '.join(plan.flags):32} {grade(model):11} {diverged:40}"
+        f" digest {reference.digest} fingerprint {fingerprint(model)}, {time.monotonic() - began:.0f} s{why}"
+    )
+    return reference, line
+
+
+async def rows(plan: Plan, chosen: Sequence[Row], folder: Path) -> None:
+    """One after the other, while there is time; the shape of the next one is made while this one runs."""
+    making: dict[str, Making] = {}
+
+    async def begin(*those: Row) -> None:
+        for row in those:
+            if row.shape and row.shape not in making and plan.engine != "scripted":
+                making[row.shape] = await shapes.begin(row.shape, plan.model, folder)
+
+    for index, row in enumerate(chosen):
+        if plan.late():
+            plan.lines.append(f"{row.name:14} no time")
+            continue
+        flags = tuple(shlex.split(row.flags)) if plan.engine != "scripted" else ()
+        try:
+            await begin(row)
+            model = await making[row.shape].ready() if row.shape in making else plan.model
+            own = Plan(
+                model, plan.state, (*plan.flags, *flags), plan.engine, plan.targets, plan.new_tokens, plan.totals,
+                deadline=plan.deadline, bad=plan.bad,
+            )  # fmt: skip
+            _, line = await measure(own, row.name, partial(begin, *chosen[index + 1 : index + 2]))
+        except Exception as error:  # noqa: BLE001  # a row that cannot be had says so, and the next one goes on
+            line = f"{row.name:14} CANNOT: {_why(error)}"
+        plan.tell(line)
+        if row.shape in making and all(later.shape != row.shape for later in chosen[index + 1 :]):
+            await making.pop(row.shape).remove()
+    for left in making.values():
+        await left.remove()
+
+
+def _why(error: Exception) -> str:
+    """The last line of a program's log that says something, or the error itself."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    told = next((line for line in reversed(lines) if '"ERROR"' in line or "Error" in line), lines[-1] if lines else "")
+    return f"{type(error).__name__}: {told[-400:]}"
+
+
+def arguments(program: str) -> argparse.ArgumentParser:
+    """What this and `tests.gpu.tp` are told alike."""
+    parser = argparse.ArgumentParser(prog=program)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--targets", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--totals", default="64,256")
+    parser.add_argument("--seconds", type=float, default=540.0, help="begin nothing new after so long")
+    parser.add_argument("--state", type=Path, help="kept from call to call; else a new one")
+    parser.add_argument("--engine", default="turbomind", help="another one, to try the check itself")
+    parser.add_argument("--flags", default="", help="more flags of the service, in one text")
+    return parser
+
+
+def plan_of(given: argparse.Namespace, state: str) -> Plan:
+    return Plan(
+        model=given.model.resolve(),
+        state=given.state or Path(state),
+        flags=tuple(shlex.split(given.flags)),
+        engine=given.engine,
+        targets=given.targets,
+        new_tokens=given.new_tokens,
+        totals=tuple(int(each) for each in given.totals.split(",")),
+        deadline=time.monotonic() + given.seconds,
+    )
+
+
+def conclude(plan: Plan, began: float) -> int:
+    """The table, last; the exit code."""
+    say("\n====")
+    for line in (*plan.lines, *(f"BAD {text}" for text in plan.bad)):
+        say(line)
+    say(f"{len(plan.bad)} not as they should be, {time.monotonic() - began:.0f} s")
+    return 1 if plan.bad else 0
+
+
+def main() -> None:
+    parser = arguments("python -m tests.gpu.rows")
+    parser.add_argument("folder", type=Path, help="where shapes are made: room for two, 25 GB")
+    parser.add_argument("--rows", default="", help=f"of {', '.join(row.name for row in ROWS)}; none: all")
+    given, began = parser.parse_args(), time.monotonic()
+    wanted = [name.strip() for name in given.rows.split(",") if name.strip()]
+    if unknown := set(wanted) - {row.name for row in ROWS}:
+        parser.error(f"--rows: {', '.join(sorted(unknown))}: unknown")
+    chosen = [row for row in ROWS if not wanted or row.name in wanted]
+    with tempfile.TemporaryDirectory(prefix="ostinato-state-") as state:
+        plan = plan_of(given, state)
+        asyncio.run(rows(plan, chosen, given.folder))
+        code = conclude(plan, began)
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
