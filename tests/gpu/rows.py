@@ -24,11 +24,13 @@ from ostinato.v1 import types_pb2
 from tests.gpu import shapes
 from tests.gpu.compare import alone, grade, introduce, together
 from tests.gpu.parts import fingerprint, overrides_of
-from tests.gpu.plan import Plan, Reference, say
+from tests.gpu.plan import Plan, Reference, say, why
 from tests.gpu.shapes import Making
-from tests.gpu.stack import running
+from tests.gpu.stack import Stack, running
 
 SEED = 4711
+START_SECONDS = 120.0
+"""Twice what the slowest row takes; one that hangs is not to take the others' time along."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,6 @@ ROWS = (
     Row("8b gptq", "llama-8b-gptq"),
     Row("bias bf16", "qwen2-1.5b"),
     Row("SmolLM2 fp16", "", "--dtype float16"),
-    Row("1b 16k kv8", "llama-1b", "--context-tokens 16384 --kv-bits 8"),
 )
 """The most telling first, but those of one shape together where that saves making it again."""
 
@@ -66,30 +67,41 @@ async def nothing() -> None:
 async def measure(plan: Plan, title: str, once_up: Callable[[], Awaitable[None]] = nothing) -> tuple[Reference, str]:
     """One start: what the targets are alone, and a line. Adds to `plan.bad` what an EXACT service may not do."""
     began = time.monotonic()
-    async with running(plan.model, plan.state, *plan.flags, engine=plan.engine) as stack:
+    async with running(plan.model, plan.state, *plan.flags, engine=plan.engine, start_seconds=START_SECONDS) as stack:
         model = await introduce(stack, title)
         await once_up()
         reference = await alone(stack, plan)
-        cells = []
+        cells = await among(stack, reference, plan, title)
+    dtype = model.fingerprint.fields.get("dtype", "")
+    reason = "" if model.grade == types_pb2.GRADE_EXACT else f" ({model.grade_reason[:110]})"
+    diverged = f"of {len(reference.asks)} diverged {', '.join(cells)}"
+    line = (
+        f"{title:14} {dtype:8} {' '.join(plan.flags):32} {grade(model):11} {diverged:40}"
+        f" digest {reference.digest} fingerprint {fingerprint(model)}, {time.monotonic() - began:.0f} s{reason}"
+    )
+    return reference, line
+
+
+async def among(stack: Stack, reference: Reference, plan: Plan, title: str) -> list[str]:
+    """For each total how many diverged. What goes wrong ends it, and what is known by then is kept."""
+    cells = []
+    promised = reference.model.grade
+    try:
         for total in plan.totals:
             if plan.late():
                 break
             tokens, bits = await together(stack.front, reference, total, SEED + total, plan)
             cells.append(f"{total}: {tokens}+{bits}")
-            if (tokens or bits) and model.grade == types_pb2.GRADE_EXACT:
+            if (tokens or bits) and promised == types_pb2.GRADE_EXACT:
                 plan.bad.append(f"{title}: {tokens}+{bits} diverged among {total}, and it says EXACT")
-        after = await stack.front.describe()
         say(f"   {overrides_of(stack)}")
-        if after.grade != model.grade:
-            plan.bad.append(f"{title}: {grade(model)} was lost on the way: {after.grade_reason}")
-    dtype = model.fingerprint.fields.get("dtype", "")
-    why = "" if model.grade == types_pb2.GRADE_EXACT else f" ({model.grade_reason[:110]})"
-    diverged = f"of {len(reference.asks)} diverged {', '.join(cells)}"
-    line = (
-        f"{title:14} {dtype:8} {' '.join(plan.flags):32} {grade(model):11} {diverged:40}"
-        f" digest {reference.digest} fingerprint {fingerprint(model)}, {time.monotonic() - began:.0f} s{why}"
-    )
-    return reference, line
+        after = await stack.front.describe()
+        if after.grade != promised:
+            plan.bad.append(f"{title}: {grade(reference.model)} was lost on the way: {after.grade_reason}")
+    except Exception as error:  # noqa: BLE001  # likewise
+        plan.bad.append(f"{title}: {why(error)}")
+        cells.append("then it FAILED")
+    return cells
 
 
 async def rows(plan: Plan, chosen: Sequence[Row], folder: Path) -> None:
@@ -98,14 +110,14 @@ async def rows(plan: Plan, chosen: Sequence[Row], folder: Path) -> None:
 
     async def begin(*those: Row) -> None:
         for row in those:
-            if row.shape and row.shape not in making and plan.engine != "scripted":
+            if row.shape and row.shape not in making and plan.engine == "turbomind":
                 making[row.shape] = await shapes.begin(row.shape, plan.model, folder)
 
     for index, row in enumerate(chosen):
         if plan.late():
             plan.lines.append(f"{row.name:14} no time")
             continue
-        flags = tuple(shlex.split(row.flags)) if plan.engine != "scripted" else ()
+        flags = tuple(shlex.split(row.flags)) if plan.engine == "turbomind" else ()
         try:
             await begin(row)
             model = await making[row.shape].ready() if row.shape in making else plan.model
@@ -115,19 +127,12 @@ async def rows(plan: Plan, chosen: Sequence[Row], folder: Path) -> None:
             )  # fmt: skip
             _, line = await measure(own, row.name, partial(begin, *chosen[index + 1 : index + 2]))
         except Exception as error:  # noqa: BLE001  # a row that cannot be had says so, and the next one goes on
-            line = f"{row.name:14} CANNOT: {_why(error)}"
+            line = f"{row.name:14} CANNOT: {why(error)}"
         plan.tell(line)
         if row.shape in making and all(later.shape != row.shape for later in chosen[index + 1 :]):
             await making.pop(row.shape).remove()
     for left in making.values():
         await left.remove()
-
-
-def _why(error: Exception) -> str:
-    """The last line of a program's log that says something, or the error itself."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    told = next((line for line in reversed(lines) if '"ERROR"' in line or "Error" in line), lines[-1] if lines else "")
-    return f"{type(error).__name__}: {told[-400:]}"
 
 
 def arguments(program: str) -> argparse.ArgumentParser:

@@ -55,6 +55,7 @@ async def running(
     sidecar: bool = False,
     env: Mapping[str, str] | None = None,
     engine: str = "turbomind",
+    start_seconds: float = START_SECONDS,
 ) -> AsyncIterator[Stack]:
     """A service with this model, and a sidecar before it if wanted. State is kept from one call to the next."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "proto"), os.environ.get("PYTHONPATH", "")])
@@ -73,12 +74,13 @@ async def running(
 
         start_service()
         try:
-            await asyncio.to_thread(programs[0].wait_for, "serving", START_SECONDS)
+            await asyncio.to_thread(programs[0].wait_for, "serving", start_seconds)
             seconds = time.monotonic() - began
             port = int(str(programs[0].wait_for("metrics")["port"]))
             if sidecar:
                 arguments = ["--engine", address, "--journal", f"{folder}/journal.sqlite", "--metrics", "127.0.0.1:0"]
                 arguments += ["--listen", f"unix:{folder}/public.sock", "--log-format", "json"]
+                arguments += ["--audit-rate", "0", "--canary-seconds", "0"]  # alone means alone
                 programs.append(Program("sidecar", arguments, full_env))
                 await asyncio.to_thread(programs[1].wait_for, "engine connected", 60.0)
                 public = f"unix:{folder}/public.sock"

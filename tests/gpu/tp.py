@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 
-from tests.gpu.plan import Plan
+from tests.gpu.plan import Plan, why
 from tests.gpu.rows import arguments, conclude, measure, plan_of
 
 ROWS = (
@@ -34,7 +34,7 @@ async def check(plan: Plan) -> None:
         try:
             reference, line = await measure(own, title)
         except Exception as error:  # noqa: BLE001  # the other rows are worth having
-            plan.tell(f"{title:14} CANNOT: {type(error).__name__}: {str(error)[-400:]}")
+            plan.tell(f"{title:14} CANNOT: {why(error)}")
             continue
         plan.tell(line)
         digests[title] = reference.digest

@@ -1,0 +1,61 @@
+"""The check itself, on the scripted engine: it must see what is wrong, and only that."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.speed import table
+from tests.gpu.traffic import KINDS, SECOND, targets
+from tests.pair import ROOT
+
+QUIET: dict[str, object] = {"runs": 8}
+LOUD = QUIET | {"rules": [{"do": "diverge", "at": 3, "purposes": ["REPLAY"], "company": True}]}
+PARTS = ["--targets", "16", "--totals", "4,16", "--trials", "1", "--batches", "1,4", "--no-sidecar"]
+
+
+def check(script: dict[str, object], folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    flags = f"--script {shlex.quote(json.dumps(script))}"
+    command = [sys.executable, "-m", "tests.gpu", str(folder), "--engine", "scripted", f"--flags={flags}", *PARTS, *more]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_an_engine_whose_answers_know_their_company_is_found_out(tmp_path: Path) -> None:
+    """An engine that diverges only in company, and passes its self-test, ends the check with exit code 1 and the count."""
+    done = check(LOUD, tmp_path, "--parts", "exact")
+
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"^BAD +exact: [1-9]\d*\+0 of 16 diverged among 4$", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_an_exact_engine_passes(tmp_path: Path) -> None:
+    """Alone, in batches, in another process: one digest, exit code 0."""
+    done = check(QUIET, tmp_path, "--parts", "exact,restart")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all as it should be" in done.stdout
+
+
+@pytest.mark.parametrize("count", [16, 64])
+def test_targets_are_of_every_kind_and_the_same_at_every_call(count: int) -> None:
+    """All kinds are compared in every run, and two runs ask the same."""
+    first, second = targets(count), targets(count)
+
+    assert [(ask.name, ask.item.SerializeToString(deterministic=True)) for ask in first] == [
+        (ask.name, ask.item.SerializeToString(deterministic=True)) for ask in second
+    ]
+    assert {ask.name.partition(" ")[2] for ask in first} == KINDS.keys()
+    assert all(bool(ask.follows) == ask.name.endswith(SECOND) for ask in first)
+
+
+def test_the_table_takes_geometric_means() -> None:
+    """Twice as fast in one cell and half as fast in the other is neither."""
+    lines = table({"exact": {"1": 100.0, "8": 50.0}, "bare": {"1": 50.0, "8": 100.0}})
+
+    assert lines[-1].split() == ["speed", "geom.", "mean", "-", "1.000"]
