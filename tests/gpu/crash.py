@@ -29,7 +29,7 @@ async def crash(plan: Plan) -> None:
         reference = plan.reference or await alone(stack, plan)
         assert isinstance(stack.front, SidecarFront)
         stack.front.round = "crash"
-        total = max(plan.totals[0], len(reference.asks))
+        total = max(plan.totals[:2])
         everyone = mixed(reference.asks, total, seed=7, context_tokens=model.context_tokens)
         answering = asyncio.create_task(stack.front.ask(plain(everyone) if plan.engine == "scripted" else everyone))
         began = time.monotonic()

@@ -142,7 +142,7 @@ def arguments(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--targets", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--totals", default="64,256")
-    parser.add_argument("--seconds", type=float, default=540.0, help="begin nothing new after so long")
+    parser.add_argument("--seconds", type=float, default=500.0, help="begin nothing new after so long")
     parser.add_argument("--state", type=Path, help="kept from call to call; else a new one")
     parser.add_argument("--engine", default="turbomind", help="another one, to try the check itself")
     parser.add_argument("--flags", default="", help="more flags of the service, in one text")

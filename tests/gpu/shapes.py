@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ GROUP = 128
 """Inputs that share a scale; of fp8, outputs too."""
 FP8_SPREAD = 64.0
 """Of the numbers that fp8 holds, which end at 448."""
+FILES = 8
+"""Written, and by the service digested, at once."""
 SHAPES: dict[str, Config] = {
     "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
     "llama-8b": LLAMA_8B,
@@ -154,7 +157,13 @@ def make(shape: str, model: Path, folder: Path) -> None:
             found[f"{name}.bias"] = normal(1, rows, 0.1)[0].clone()
     found["lm_head.weight"] *= 2
     found |= {f"{name}.weight": torch.ones(size, dtype=dtype) for name, size in norms(config)}
-    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def save(number: int) -> None:
+        part = {name: found[name] for name in list(found)[number::FILES]}
+        save_file(part, folder / f"model-{number}.safetensors", metadata={"format": "pt"})
+
+    with ThreadPoolExecutor(FILES) as threads:
+        list(threads.map(save, range(FILES)))
 
 
 @dataclass
