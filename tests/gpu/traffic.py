@@ -22,7 +22,7 @@ CHOSEN_TOO = 5
 """Logprobs beside the chosen token's."""
 ARRIVALS_SECONDS = 0.5
 """Within which everyone arrives."""
-LONG_WORDS = (1500, 3000, 6000, 10500)
+LONG_WORDS = (1500, 3000, 6000, 12000)
 """Of every fourth target's prompt, where contexts are long: up to 12,000 tokens."""
 LONG_CONTEXT = 16384
 IDS = (40, 250)
