@@ -37,9 +37,11 @@ class Prompts:
                 ids = self._ids(item.token_ids.ids, where)
             case _:
                 ids = self._chat(item.chat.messages, where)
-        most = self.limits.context_tokens - 1
+        most, size = self.limits.context_tokens - 1, self.vocabulary.size
         if not 1 <= len(ids) <= most:
             raise invalid(where, f"must be 1 to {most} tokens, is {len(ids)}")
+        if (highest := max(ids)) >= size:  # a tokenizer may have more tokens than its model has rows for
+            raise invalid(where, f"has a token, {highest}, that is not below the vocabulary's {size}")
         return ids
 
     def _text(self, text: str, where: str) -> Sequence[int]:

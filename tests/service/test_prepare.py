@@ -230,6 +230,19 @@ def test_bad_prompts(bad: types_pb2.Item, path: str) -> None:
     assert paths(bad) == [path]
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model() -> None:
+    """What it makes of a text is held against the model's size as well: an engine would read beyond its embeddings."""
+
+    class Larger(ByteVocabulary):
+        size = 105
+
+    with pytest.raises(InvalidRequest) as caught:
+        preparer(Larger()).prepare(engine_pb2.PrepareRequest(items=[item("hi"), types_pb2.Item(chat=CHAT)]))
+
+    assert [violation.field for violation in caught.value.violations] == ["items[0].text", "items[1].chat"]
+    assert "is not below the vocabulary's 105" in caught.value.violations[0].description
+
+
 def test_chat_without_template() -> None:
     """A model without a template takes no chats."""
     with pytest.raises(InvalidRequest, match="no chat template"):

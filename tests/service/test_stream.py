@@ -528,6 +528,7 @@ async def test_malformed_message_ends_the_stream() -> None:
         ({"repetition_penalty": float("inf")}, "parameters.repetition_penalty"),
         ({"min_new_tokens": 9}, "parameters.min_new_tokens"),
         ({"stop_token_ids": [262]}, "parameters.stop_token_ids"),
+        ({"bad_token_ids": [262]}, "parameters.bad_token_ids"),
         ({"logprobs": 21}, "parameters.logprobs"),
     ],
 )

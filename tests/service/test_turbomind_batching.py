@@ -336,7 +336,7 @@ async def test_a_grammar_that_cannot_be_obeyed_fails_its_run() -> None:
         stage.batching.submit(run_of(1, response_format=types_pb2.ResponseFormat(json_schema="{}")))
         await stage.until(lambda: bool(stage.of(1, "failed")))
 
-    assert "cannot be obeyed: no such thing" in stage.failure(1).message
+    assert "parameters.response_format cannot be obeyed: no such thing" in stage.failure(1).message
     assert stage.handles == {}
 
 

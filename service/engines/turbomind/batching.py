@@ -112,7 +112,7 @@ class Batching:
             request = request_of(run.parameters, run.seed, stream=run.stream, end_ids=self._end_ids)
             grammar: object = None
             if run.parameters.HasField("response_format"):
-                grammar = await self._formats.ready(run.parameters.response_format)
+                grammar = await self._grammar(run.parameters.response_format)
             alone = len(run.token_ids) == 1
             if alone:
                 await self._settled()
@@ -121,10 +121,17 @@ class Batching:
             if alone:
                 await self._settled()
         except Exception as error:  # noqa: BLE001  # whatever is wrong with one run ends that run
-            if not isinstance(error, OstinatoError | ValueError):
+            if not isinstance(error, OstinatoError):
                 _log.exception("a run cannot be started")
             if self._waiting.pop(run.run_id, None) is not None:
                 self._on_events([_failed(run, error)])
+
+    async def _grammar(self, response_format: types_pb2.ResponseFormat) -> object:
+        """Raises EngineFailed with what xgrammar says against it: Prepare had nothing against it, or was not asked here."""
+        try:
+            return await self._formats.ready(response_format)
+        except ValueError as error:
+            raise EngineFailed(f"parameters.response_format {error}") from error
 
     def _start(self, run: Run, request: Request, grammar: object, blocks: int) -> None:
         handle = self._native.start(run.run_id, run.token_ids, request, grammar, partial(self._ring, run.run_id))
