@@ -72,6 +72,7 @@ BOARD.row(
         ("sum by (override) (rate(ostinato_engine_override_calls_total{ON}[RATE]))", "{{override}}"),
         ("sum(ostinato_engine_override_plans_total{ON})", "products planned"),
         ("sum(ostinato_engine_override_uncovered_total{ON})", "products uncovered"),
-        about=f"Calls that an override served. Uncovered must stay 0. {GPU}",
+        ("sum(ostinato_engine_preemptions_total{ON})", "runs taken out"),
+        about=f"Calls that an override served. What is uncovered or taken out must stay 0. {GPU}",
     ),
 )

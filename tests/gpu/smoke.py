@@ -82,7 +82,7 @@ class Bench:
 
 async def exercise(engine: TurbomindEngine) -> None:
     bench = Bench(engine)
-    engine.start(bench.on_events, lambda grade, reason: say("GRADE", grade, reason), lambda why: say("BROKEN", why))
+    engine.start(bench.on_events, lambda grade, reason: say("GRADE", grade, reason))
     encode, tell = engine.vocabulary.encode, bench.tell
     prompts = [encode(prompt, special=True) for prompt in PROMPTS]
     ids = prompts[0]

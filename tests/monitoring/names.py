@@ -18,8 +18,9 @@ K8S = ROOT / "k8s"
 DASHBOARDS = K8S / "components" / "monitoring" / "dashboards"
 OPERATIONS = ROOT / "docs" / "operations.md"
 
-_NOTHING: Any = SimpleNamespace(counters=SimpleNamespace(calls={}, plans=0, uncovered=0), usage=0, tick=0)
-GPU = {metric.name: "only TurboMind says it, on a GPU" for metric in metering.samples(_NOTHING, _NOTHING)}
+_OVERRIDES: Any = SimpleNamespace(counters=SimpleNamespace(calls={}, plans=0, uncovered=0))
+_LOAD: Any = SimpleNamespace(usage=0, tick=0, active=0, waiting=0, prefix_hits=0)
+GPU = {metric.name: "only TurboMind says it, on a GPU" for metric in metering.Meter(1, lambda: _LOAD).collect(_OVERRIDES)}
 
 
 def panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -49,7 +50,7 @@ def alerts() -> dict[str, dict[str, Any]]:
 
 def asked(texts: Iterable[str]) -> set[str]:
     """Names of metrics in queries or prose, as their families are called; what rules record is not one."""
-    words = {word for text in texts for word in re.findall(r"(?<![\w:])ostinato_[a-z0-9_]+(?![\w:])", text)}
+    words = {word for text in texts for word in re.findall(r"(?<![\w:])(?:ostinato|lmdeploy)_[a-z0-9_]+(?![\w:])", text)}
     return {re.sub(r"_(total|bucket|sum|count)$", "", word) for word in words}
 
 

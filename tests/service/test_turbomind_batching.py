@@ -19,10 +19,12 @@ from service.engines.base import Run
 from service.engines.scripted.vocabulary import END, ByteVocabulary
 from service.engines.turbomind.batching import Batching
 from service.engines.turbomind.formats import Formats
-from service.engines.turbomind.native import Native, Progress, Status
+from service.engines.turbomind.metering import Meter
+from service.engines.turbomind.native import Account, Load, Native, Progress, Status
 from service.engines.turbomind.request import Request
 
 VOCABULARY = ByteVocabulary()
+ACCOUNT = Account(queued=100.0, scheduled=101.0, cached=0)
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Handle:
     scheduled: bool = True
     cancelled: bool = False
     rows: list[dict[int, float]] = field(default_factory=list)
+    account: Account = ACCOUNT
 
     def make(self, text: str | Sequence[int], status: int = Status.RUNNING) -> None:
         """Report as TurboMind does: a newer state replaces one that nobody took, and only the first rings."""
@@ -68,6 +71,7 @@ class Stage:
     handles: dict[int, Handle]
     """Of runs that were handed over, in that order."""
     events: list[engine_pb2.RunEvent]
+    meter: Meter
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """What a thread or a pause does soon."""
@@ -104,14 +108,20 @@ async def staged(
             handles[run_id] = Handle(list(ids), request, grammar, change, scheduled=scheduled)
             return handles[run_id]
 
+        def load(self) -> Load:
+            return Load(7, 0.5, len(handles), 0, 0.0)
+
     class Compiler:
         compile_json_schema = compile_regex = staticmethod(compile_format)
 
     events: list[engine_pb2.RunEvent] = []
     formats = Formats(Compiler)
+    native = cast(Native, FakeNative())
+    meter = Meter(4096, native.load)
     batching = Batching(
-        cast(Native, FakeNative()),
+        native,
         formats,
+        meter,
         end_ids=VOCABULARY.end_ids,
         runs=runs,
         blocks=blocks,
@@ -120,7 +130,7 @@ async def staged(
         before_events=lambda: None,
     )
     feeding = asyncio.create_task(batching.feed())
-    yield Stage(batching, handles, events)
+    yield Stage(batching, handles, events, meter)
     feeding.cancel()
     await asyncio.gather(feeding, return_exceptions=True)
     formats.close()
@@ -367,3 +377,24 @@ async def test_a_one_token_prompt_that_is_cancelled_while_it_waits_is_not_handed
         await asyncio.sleep(0.01)
 
     assert [*stage.handles] == [1]
+
+
+async def test_a_runs_account_is_taken_when_it_leaves() -> None:
+    """By LMDeploy's names: succeeded is what came to its end, also where we stopped it; a cancelled run is none."""
+    async with staged() as stage:
+        for run_id in (1, 2, 3):
+            stage.batching.submit(run_of(run_id, stop=["b"] if run_id == 2 else [], max_new_tokens=3))
+        await stage.rest()
+        stage.handles[1].make("xyz", Status.FINISHED)
+        stage.handles[2].make("ab")
+        await stage.rest()
+        stage.handles[2].make("", Status.CANCELLED)
+        stage.batching.cancel(3)
+        stage.handles[3].make("x", Status.CANCELLED)
+        await stage.rest()
+        found = {each.name: each.value for metric in stage.meter.collect(None) for each in metric.samples if not each.labels}
+
+    assert (found["lmdeploy_num_requests_succeeded"], found["lmdeploy_num_requests_failed"]) == (2, 1)
+    assert (found["lmdeploy_prompt_tokens_total"], found["lmdeploy_generation_tokens_total"]) == (6, 6)
+    assert (found["lmdeploy_request_generation_tokens_count"], found["lmdeploy_request_generation_tokens_sum"]) == (2, 5)
+    assert (found["lmdeploy_request_queue_time_seconds_sum"], found["lmdeploy_cached_tokens_total"]) == (2.0, 0)

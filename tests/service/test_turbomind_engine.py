@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from service.engines.turbomind import engine as engine_module
 from service.engines.turbomind.engine import Loaded, TurbomindEngine
 from service.engines.turbomind.exactness import Exactness
 from service.engines.turbomind.model import Model
-from service.engines.turbomind.native import Load, Native, Progress, Status
+from service.engines.turbomind.native import Account, Load, Native, Progress, Status
 from service.engines.turbomind.options import TurbomindOptions
 from service.engines.turbomind.overrides import Counters, Overrides
 from service.engines.turbomind.request import Request
@@ -37,6 +38,7 @@ from service.selftest import self_test
 
 MODEL = Model(Path("/models/tiny"), 4096, 262, 2, 2, 16, "none", 0, frozenset({256}), "0" * 64)
 OPTIONS = TurbomindOptions(model=MODEL.path, runs=32)
+ACCOUNT = Account(queued=100.0, scheduled=101.0, cached=0)
 
 
 @dataclass
@@ -63,6 +65,7 @@ class FakeHandle:
     ended: bool = False
     news: Progress | None = None
     scheduled = True
+    account: Account = ACCOUNT
 
     def step(self, company: int) -> None:
         spice = f"{self.prompt}{dataclasses.replace(self.request, each_step=False)}{len(self.made)}{company}"
@@ -102,12 +105,14 @@ class FakeNative:
     stuck: bool = False
     closed: bool = False
     tick: int = 0
+    waiting: int = 0
+    cached: int = 0
     handles: list[FakeHandle] = field(default_factory=list)
 
     def start(
         self, run_id: int, ids: Sequence[int], request: Request, grammar: object, change: Callable[[], None]
     ) -> FakeHandle:
-        handle = FakeHandle(tuple(ids), request, change)
+        handle = FakeHandle(tuple(ids), request, change, account=dataclasses.replace(ACCOUNT, cached=self.cached))
         self.handles.append(handle)
         if len(self.handles) == 1 and not self.stuck:
             asyncio.get_running_loop().call_soon(self.step)
@@ -123,7 +128,7 @@ class FakeNative:
             asyncio.get_running_loop().call_soon(self.step)
 
     def load(self) -> Load:
-        return Load(self.tick, 0.25)
+        return Load(self.tick, 0.25, len(self.handles), self.waiting, 0.0)
 
     def grammar_compiler(self, pieces: Sequence[bytes], end_ids: Iterable[int]) -> object:
         raise AssertionError("no grammar is asked for here")
@@ -134,11 +139,15 @@ class FakeNative:
 
 @asynccontextmanager
 async def engine_of(
-    native: FakeNative, overrides: FakeOverrides | None, options: TurbomindOptions = OPTIONS
+    native: FakeNative,
+    overrides: FakeOverrides | None,
+    options: TurbomindOptions = OPTIONS,
+    end_process: Callable[[int], object] = sys.exit,
 ) -> AsyncIterator[TurbomindEngine]:
     exactness = Exactness(options, MODEL, cast(Overrides, overrides))
     vocabulary = cast(HuggingFaceVocabulary, ByteVocabulary())
-    engine = TurbomindEngine(options, Loaded(cast(Native, native), vocabulary, exactness, 4096, {"engine": "turbomind"}))
+    loaded = Loaded(cast(Native, native), vocabulary, exactness, 4096, {"engine": "turbomind"})
+    engine = TurbomindEngine(options, loaded, end_process=end_process)
     yield engine
     await engine.close()
 
@@ -176,6 +185,20 @@ async def test_one_uncovered_product_takes_the_grade_before_its_answer_is_report
 
 
 @pytest.mark.parametrize(
+    ("native", "why"),
+    [
+        (FakeNative(waiting=1), "TurboMind took a run out of its batch"),
+        (FakeNative(cached=64), "TurboMind took part of a prompt from a cache, which is off"),
+    ],
+)
+async def test_what_must_never_happen_takes_the_grade_before_an_answer_is_reported(native: FakeNative, why: str) -> None:
+    """Even though the tokens were the same this time."""
+    grade, reason = await earned(native, FakeOverrides())
+
+    assert (grade, why in reason) == ("BEST_EFFORT", True)
+
+
+@pytest.mark.parametrize(
     ("options", "grade", "reason"),
     [
         ({"exact": False}, "BEST_EFFORT", "exact mode is off"),
@@ -197,26 +220,27 @@ async def test_what_a_configuration_cannot_be_is_not_tested_for(options: dict[st
     assert reason in finding.reason
 
 
-async def test_a_turbomind_that_stands_still_is_broken(
+async def test_a_turbomind_that_stands_still_ends_the_process(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only while it has work; whoever looks after the process starts another."""
     monkeypatch.setattr(engine_module, "WATCH_SECONDS", 0.01)
     monkeypatch.setattr(engine_module, "STALL_SECONDS", 0.05)
     monkeypatch.setattr(engine_module, "END_SECONDS", 0.05)
-    broken: list[str] = []
-    async with engine_of(FakeNative(stuck=True), None) as engine:
-        engine.start(lambda events: None, lambda grade, reason: None, broken.append)
+    codes: list[int] = []
+    async with engine_of(FakeNative(stuck=True), None, end_process=codes.append) as engine:
+        engine.start(lambda events: None, lambda grade, reason: None)
         await asyncio.sleep(0.1)
-        idle = [*broken]
+        idle = [*codes]
         engine.submit(run_like_those_of_the_self_test())
-        while not broken:
-            await asyncio.sleep(0.005)
-    assert [record.message for record in caplog.records if record.message == "engine stalled"]
+        async with asyncio.timeout(30):
+            while not codes:
+                await asyncio.sleep(0.005)
+    said = [vars(record)["why"] for record in caplog.records if record.message == "engine stalled"]
     caplog.clear()
 
-    assert (idle, len(broken)) == ([], 1)
-    assert "no step" in broken[0]
+    assert (idle, codes, len(said)) == ([], [1], 1)
+    assert "has made no step" in said[0]
 
 
 async def test_the_counters_are_metrics() -> None:
@@ -232,6 +256,7 @@ async def test_the_counters_are_metrics() -> None:
 
     assert values == {"ostinato_engine_override_uncovered_total": 2, "ostinato_engine_override_plans_total": 7}
     assert calls == 6
+    assert own.get_sample_value("ostinato_engine_preemptions_total") is None  # closed: nobody may ask TurboMind any more
 
 
 async def test_closing_frees_the_model_and_ends_what_runs() -> None:

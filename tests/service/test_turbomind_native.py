@@ -15,7 +15,7 @@ import pytest
 from service.engines.base import EngineUnusable
 from service.engines.turbomind import native as native_module
 from service.engines.turbomind.model import Model
-from service.engines.turbomind.native import Load, Native, Progress, bring_in
+from service.engines.turbomind.native import Account, Load, Native, Progress, bring_in
 from service.engines.turbomind.options import TurbomindOptions
 from service.engines.turbomind.probing import probe
 from service.engines.turbomind.request import Request
@@ -56,7 +56,11 @@ class Instance:
             return state
 
         change()
-        return outputs, SimpleNamespace(consume=consume), SimpleNamespace(scheduled_time=0)
+        return (
+            outputs,
+            SimpleNamespace(consume=consume),
+            SimpleNamespace(enqueue_time=1_500_000, scheduled_time=0, cached_tokens=0),
+        )
 
 
 @pytest.fixture
@@ -71,7 +75,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     )
     comm = SimpleNamespace(
         create_request=lambda: Instance(made),
-        get_schedule_metrics=lambda rank: SimpleNamespace(scheduler_tick=3, cache_usage=0.05),
+        get_schedule_metrics=lambda rank: SimpleNamespace(
+            scheduler_tick=3, cache_usage=0.05, active_seqs=2, waiting_seqs=1, prefix_cache_hit_rate=0.0
+        ),
     )
 
     def from_pretrained(path: str, engine_config: Any) -> Any:
@@ -147,7 +153,7 @@ def test_a_run_is_handed_over_with_all_its_parameters(calls: list[Any]) -> None:
     assert ([handle.poll(), handle.poll(), handle.poll()], rung) == ([Progress(0, 4), Progress(7, 11), None], [1, 1])
     assert handle.ids(3, 6) == [100, 101, 102]
     assert [each.tolist() for each in handle.logprobs(0)] == [[9, 8], np.array([-0.1, -3.0], np.float32).tolist()]
-    assert (handle.scheduled, native.load()) == (False, Load(3, 0.05))
+    assert (handle.scheduled, handle.account, native.load()) == (False, Account(1.5, 0.0, 0), Load(3, 0.05, 2, 1, 0.0))
 
 
 def test_what_turbomind_says_against_a_model_is_passed_on(calls: list[Any]) -> None:

@@ -14,7 +14,8 @@
     native        LMDeploy's TurboMind; the only file that touches it
     probing       the first run
     batching      runs in, tokens out
-    metering      what Prometheus is shown
+    preemptions   whether TurboMind took a run out of its batch: pure
+    metering      what Prometheus is shown, LMDeploy's own metrics among it
     engine        the face towards the service
 
 lmdeploy, torch, transformers and numpy are needed only where `load` is called, and imported only there.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,7 +26,8 @@ from service.engines.base import Events, Run
 from service.engines.turbomind.formats import Formats
 from service.engines.turbomind.logprobs import token_logprobs
 from service.engines.turbomind.memory import needed
-from service.engines.turbomind.native import Handle, Native, Status, why
+from service.engines.turbomind.metering import Meter
+from service.engines.turbomind.native import Handle, Native, Progress, Status, why
 from service.engines.turbomind.request import Request, request_of
 
 POLL_SECONDS = 0.001
@@ -52,6 +54,7 @@ class Batching:
         self,
         native: Native,
         formats: Formats,
+        meter: Meter,
         *,
         end_ids: frozenset[int],
         runs: int,
@@ -61,7 +64,7 @@ class Batching:
         before_events: Callable[[], None],
     ) -> None:
         """`before_events` is called when a step's results are there and nothing of them is reported yet."""
-        self._native, self._formats, self._end_ids = native, formats, end_ids
+        self._native, self._formats, self._meter, self._end_ids = native, formats, meter, end_ids
         self._slots, self._blocks, self._block_tokens = runs, blocks, block_tokens
         self._blocks_max = blocks
         self._on_events, self._before_events = on_events, before_events
@@ -137,6 +140,7 @@ class Batching:
         handle = self._native.start(run.run_id, run.token_ids, request, grammar, partial(self._ring, run.run_id))
         del self._waiting[run.run_id]
         self._live[run.run_id] = _Live(run, handle, blocks, seen=len(run.token_ids))
+        self._meter.entered(run.run_id, handle)
         self._slots -= 1
         self._blocks -= blocks
         self._on_events([engine_pb2.RunEvent(run_id=run.run_id, started=engine_pb2.Started())])
@@ -178,7 +182,7 @@ class Batching:
             return
         ended = progress.status != Status.RUNNING
         if ended:
-            self._leave(live)
+            self._leave(live, progress)
         if not live.wanted:
             return
         run = live.run
@@ -215,10 +219,14 @@ class Batching:
             events.append(_failed(live.run, error))
         live.handle.cancel()
 
-    def _leave(self, live: _Live) -> None:
-        del self._live[live.run.run_id]
+    def _leave(self, live: _Live, progress: Progress) -> None:
+        run, prompt = live.run, len(live.run.token_ids)
+        del self._live[run.run_id]
         self._slots += 1
         self._blocks += live.blocks
+        made = max(0, progress.length - prompt)
+        succeeded = progress.status == Status.FINISHED or run.answer.complete
+        self._meter.left(run.run_id, live.handle.account, prompt, made, succeeded=succeeded, now=time.time())
 
 
 def _output(run: Run) -> types_pb2.Output:

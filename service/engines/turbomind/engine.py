@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ostinato.serving.program import FAILED
 from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.base import Events, Run
 from service.engines.turbomind.batching import Batching
 from service.engines.turbomind.exactness import Exactness
 from service.engines.turbomind.formats import Formats
-from service.engines.turbomind.metering import samples
+from service.engines.turbomind.metering import Meter
 from service.engines.turbomind.native import Native
 from service.engines.turbomind.options import BLOCK_TOKENS, TOP_K_MAX, TurbomindOptions
 from service.engines.turbomind.vocabulary import HuggingFaceVocabulary
@@ -53,15 +55,16 @@ class TurbomindEngine:
     logprob_kind = types_pb2.LOGPROB_KIND_PROCESSED
     top_k_max = TOP_K_MAX
 
-    def __init__(self, options: TurbomindOptions, loaded: Loaded) -> None:
-        self._options, self._loaded = options, loaded
+    def __init__(self, options: TurbomindOptions, loaded: Loaded, *, end_process: Callable[[int], object] = os._exit) -> None:
+        self._options, self._loaded, self._end_process = options, loaded, end_process
         self.vocabulary = loaded.vocabulary
         words = loaded.vocabulary
         self._formats = Formats(lambda: loaded.native.grammar_compiler(words.pieces, words.end_ids))
         self._batching: Batching | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._exact = self.ceiling[0] == types_pb2.GRADE_EXACT
-        """As far as the overrides' own count goes."""
+        self._meter = Meter(options.context_tokens, loaded.native.load)
+        self._sound = True
+        """As far as can be seen while it runs."""
         self._closed = False
 
     @property
@@ -92,17 +95,13 @@ class TurbomindEngine:
         """Any thread; waits for xgrammar."""
         self._formats.check(response_format)
 
-    def start(
-        self,
-        on_events: Callable[[Events], None],
-        on_grade: OnGrade,
-        on_broken: Callable[[str], None] | None = None,
-    ) -> None:
-        """`on_grade` is called if a product was served by whatever cuBLAS chose, `on_broken` if TurboMind stands still."""
+    def start(self, on_events: Callable[[Events], None], on_grade: OnGrade) -> None:
+        """`on_grade` is called if anything is seen that depends on company; a TurboMind that stands still ends the process."""
         assert self._batching is None, "an engine is started once"
         self._batching = batching = Batching(
             self._loaded.native,
             self._formats,
+            self._meter,
             end_ids=self.vocabulary.end_ids,
             runs=self._options.runs,
             blocks=self._loaded.blocks,
@@ -110,7 +109,7 @@ class TurbomindEngine:
             on_events=on_events,
             before_events=lambda: self._look(on_grade),
         )
-        self._tasks = [asyncio.create_task(batching.feed()), asyncio.create_task(self._watch(batching, on_broken))]
+        self._tasks = [asyncio.create_task(batching.feed()), asyncio.create_task(self._watch(batching, on_grade))]
 
     def submit(self, run: Run) -> None:
         assert self._batching is not None, "an engine is started before it is given work"
@@ -138,26 +137,39 @@ class TurbomindEngine:
 
     def collect(self) -> Iterable[Metric]:
         """For a Prometheus registry. Any thread."""
-        return () if self._closed else samples(self._loaded.exactness.overrides, self._loaded.native.load())
+        return () if self._closed else self._meter.collect(self._loaded.exactness.overrides)
 
     def _look(self, on_grade: OnGrade) -> None:
         """Before any result of a step is reported: was it computed as it should be?"""
-        overrides = self._loaded.exactness.overrides
-        if self._exact and overrides is not None and overrides.uncovered:
-            self._exact = False
-            on_grade(types_pb2.GRADE_BEST_EFFORT, "a product had to be served by an algorithm that is not permitted")
+        self._meter.look()
+        if self._sound and (why := self._flaw()):
+            self._sound = False
+            on_grade(types_pb2.GRADE_BEST_EFFORT, why)
 
-    async def _watch(self, batching: Batching, on_broken: Callable[[str], None] | None) -> None:
+    def _flaw(self) -> str:
+        """What was seen that must not be; empty: nothing."""
+        overrides = self._loaded.exactness.overrides
+        if self._meter.preemptions:
+            return "TurboMind took a run out of its batch, and computed it again with other kernels"
+        if self._meter.cached_tokens:
+            return "TurboMind took part of a prompt from a cache, which is off"
+        if self.ceiling[0] == types_pb2.GRADE_EXACT and overrides is not None and overrides.uncovered:
+            return "a product had to be served by an algorithm that is not permitted"
+        return ""
+
+    async def _watch(self, batching: Batching, on_grade: OnGrade) -> None:
+        """By the rule of LMDeploy's EngineHealthMonitor: work, and no step for so long. That ends the process, and another is
+        started. A mistake inside TurboMind's threads needs no watch, since it aborts the process. Idle there is nothing to see:
+        they sleep, and LMDeploy's monitor only asks whether the object is there; the sidecar's canaries are work."""
         tick, still = -1, 0.0
         while still < STALL_SECONDS:
             await asyncio.sleep(WATCH_SECONDS)
+            self._look(on_grade)
             now = self._loaded.native.load().tick
             still = still + WATCH_SECONDS if len(batching) and now == tick else 0.0
             tick = now
-        why = f"TurboMind has work and has made no step for {STALL_SECONDS:g} s"
-        _log.error("engine stalled", extra={"why": why})
-        if on_broken is not None:
-            on_broken(why)
+        _log.critical("engine stalled", extra={"why": f"TurboMind has work and has made no step for {STALL_SECONDS:g} s"})
+        self._end_process(FAILED)
 
     async def _emptied(self, batching: Batching) -> None:
         while len(batching):

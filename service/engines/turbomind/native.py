@@ -72,6 +72,23 @@ class Load:
     """Steps so far."""
     usage: float
     """Part of the KV cache's region that is in use."""
+    active: int
+    """Runs in the newest step."""
+    waiting: int
+    """Runs that it has, but not in that step."""
+    prefix_hits: float
+    """Part of all prompts that the prefix cache had."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What it wrote down of a run. Unix times in seconds; 0 for what did not happen."""
+
+    queued: float
+    scheduled: float
+    """First in a step."""
+    cached: int
+    """Prompt tokens that were not computed then."""
 
 
 def bring_in() -> None:
@@ -122,6 +139,11 @@ class Handle:
     def scheduled(self) -> bool:
         """Whether it has been in a step."""
         return bool(self._metrics.scheduled_time)
+
+    @property
+    def account(self) -> Account:
+        told = self._metrics
+        return Account(told.enqueue_time / 1e6, told.scheduled_time / 1e6, told.cached_tokens)
 
     def cancel(self) -> None:
         """Takes effect at the next step, which is then reported as CANCELLED; without effect on a run that has ended."""
@@ -175,7 +197,7 @@ class Native:
     def load(self) -> Load:
         """Cheap; any thread."""
         now = self._engine.model_comm.get_schedule_metrics(0)
-        return Load(now.scheduler_tick, now.cache_usage)
+        return Load(now.scheduler_tick, now.cache_usage, now.active_seqs, now.waiting_seqs, now.prefix_cache_hit_rate)
 
     def grammar_compiler(self, pieces: Sequence[bytes], end_ids: Iterable[int]) -> Any:
         """TurboMind's own xgrammar, told each token's bytes and the tokens that may end an answer. LMDeploy's compiler reads
