@@ -17,7 +17,17 @@ MEBI = 1024 * 1024
 _SHARED = ("model", "context_tokens", "runs")
 OWN = {
     "llama": (*_SHARED, "threads", "kv", "ubatch"),
-    "turbomind": (*_SHARED, "dtype", "model_format", "tp", "cache_fraction", "kv_bits", "attention_splits", "exact"),
+    "turbomind": (
+        *_SHARED,
+        "dtype",
+        "model_format",
+        "tp",
+        "communicator",
+        "cache_fraction",
+        "kv_bits",
+        "attention_splits",
+        "exact",
+    ),
     "scripted": ("script",),
 }
 """The settings that are handed to an engine, by its own names. None: the engine's own default."""
@@ -36,7 +46,10 @@ class Settings:
     ubatch: int | None = field(None, "llama: rows computed at once", minimum=1)
     dtype: str | None = field(None, "turbomind: of its numbers", choices=("auto", "float16", "bfloat16"))
     model_format: str | None = field(None, "turbomind: form of the weights; none: as the model says")
-    tp: int | None = field(None, "turbomind: GPUs that share the model; more than one cannot be exact", minimum=1)
+    tp: int | None = field(
+        None, "turbomind: GPUs that share the model, a power of two; more than one is best effort", minimum=1
+    )
+    communicator: str | None = field(None, "turbomind: by which those GPUs add up", choices=("nccl", "cuda-ipc"))
     cache_fraction: float | None = field(None, "turbomind: share of free memory for the KV cache", minimum=0.0, maximum=1.0)
     kv_bits: int | None = field(None, "turbomind: of one number in the KV cache", choices=(4, 8, 16))
     attention_splits: int | None = field(None, "turbomind: parts of a decode's attention; 0: by the context", minimum=0)

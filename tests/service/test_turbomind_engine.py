@@ -36,7 +36,7 @@ from service.metrics import Metrics
 from service.runs import Runs
 from service.selftest import self_test
 
-MODEL = Model(Path("/models/tiny"), 4096, 262, 2, 2, 16, "none", 0, frozenset({256}), "0" * 64)
+MODEL = Model(Path("/models/tiny"), 4096, 262, 2, 2, 2, 16, "none", 0, frozenset({256}), "0" * 64)
 OPTIONS = TurbomindOptions(model=MODEL.path, runs=32)
 ACCOUNT = Account(queued=100.0, scheduled=101.0, cached=0)
 
@@ -202,7 +202,8 @@ async def test_what_must_never_happen_takes_the_grade_before_an_answer_is_report
     ("options", "grade", "reason"),
     [
         ({"exact": False}, "BEST_EFFORT", "exact mode is off"),
-        ({"tp": 2}, "BEST_EFFORT", "several GPUs"),
+        ({"tp": 2}, "BEST_EFFORT", "not yet proved on any host"),
+        ({"tp": 4}, "BEST_EFFORT", "several GPUs add up in an order of their own"),
         ({"runs": 1}, "SERIAL", "twice, one at a time"),
     ],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -16,7 +18,7 @@ from ostinato.v1 import types_pb2
 from service.config import Settings
 from service.engines import load
 from service.engines.base import EngineUnusable
-from service.engines.turbomind import TurbomindOptions, calibrate, host, model
+from service.engines.turbomind import TurbomindOptions, calibrate, host, loading, model
 from service.engines.turbomind.exactness import Exactness
 from service.engines.turbomind.overrides import Counters, Mode, NoOverrides, Overrides
 from service.engines.turbomind.plans import Manifest, Permit, Shape
@@ -90,10 +92,12 @@ def test_a_missing_package_is_named() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"runs": 0}, "runs must be at least 1, is 0"),
-        ({"cache_fraction": 1.0}, "cache_fraction must be above 0 and below 1"),
-        ({"attention_splits": 129}, "attention_splits must be 0 to 128"),
-        ({"attention_splits": 32}, r"attention_splits \(32\) times runs \(256\)"),
+        ({"runs": 0}, "--runs must be at least 1, is 0"),
+        ({"cache_fraction": 1.0}, "--cache-fraction must be above 0 and below 1"),
+        ({"attention_splits": 129}, "--attention-splits must be 0 to 128"),
+        ({"attention_splits": 32}, r"--attention-splits \(32\) times --runs \(256\)"),
+        ({"tp": 0}, "--tp must be a power of two, is 0"),
+        ({"tp": 6}, "--tp must be a power of two, is 6"),
     ],
 )
 def test_options_that_turbomind_would_take_badly_are_refused(options: dict[str, Any], text: str) -> None:
@@ -128,6 +132,35 @@ def test_a_model_is_what_its_config_says(tmp_path: Path) -> None:
     assert (plain.layers, plain.kv_heads, plain.head_dim, plain.quantisation, plain.experts) == (30, 3, 64, "none", 0)
     assert (plain.end_ids, nested.end_ids) == (frozenset({0}), frozenset({2, 5}))
     assert (nested.quantisation, nested.vocabulary_size) == ("awq", 49152)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"context_tokens": 8193}, "--context-tokens must be at most 8192 for served, is 8193"),
+        ({"tp": 2}, "--tp must divide the 9 heads of attention of served, is 2"),
+        ({"tp": 4}, "--tp must divide the 9 heads"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_before_it_is_loaded(options: dict[str, Any], text: str, tmp_path: Path) -> None:
+    """By the flag's name."""
+    (tmp_path / "served").mkdir()
+    read = model.read(folder(tmp_path / "served"))
+
+    loading.check(TurbomindOptions(), read)
+    with pytest.raises(EngineUnusable, match=text):
+        loading.check(TurbomindOptions(**options), read)
+    with pytest.raises(EngineUnusable, match="--tp must divide the 3 heads of keys and values"):
+        loading.check(TurbomindOptions(tp=2), dataclasses.replace(read, heads=8))
+
+
+def test_more_gpus_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With how many torch finds."""
+    cuda = SimpleNamespace(is_available=lambda: True, device_count=lambda: 1)
+    monkeypatch.setattr(host, "module", lambda name: SimpleNamespace(cuda=cuda))
+
+    with pytest.raises(EngineUnusable, match="--tp is 2, and torch finds 1 CUDA devices: lower it"):
+        host.gpu(2)
 
 
 @pytest.mark.parametrize(

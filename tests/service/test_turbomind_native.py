@@ -21,7 +21,7 @@ from service.engines.turbomind.probing import probe
 from service.engines.turbomind.request import Request
 
 Ring = Callable[[], None]
-MODEL = Model(Path("/models/tiny"), 4096, 300, 2, 2, 16, "none", 0, frozenset({2}), "0" * 64)
+MODEL = Model(Path("/models/tiny"), 4096, 300, 2, 2, 2, 16, "none", 0, frozenset({2}), "0" * 64)
 REQUEST = Request(8, 0, 40, 0.9, 0.0, 0.7, 1.1, 2**64 - 1, (2,), (2, 5), (7,), 3, True)
 
 
@@ -115,6 +115,7 @@ def test_the_engine_is_set_up_as_the_options_say(calls: list[Any]) -> None:
                 "dtype": "float16",
                 "model_format": None,
                 "tp": 1,
+                "communicator": "nccl",
                 "session_len": 16_384,
                 "max_batch_size": 64,
                 "cache_max_entry_count": 0.8,
@@ -158,7 +159,7 @@ def test_a_run_is_handed_over_with_all_its_parameters(calls: list[Any]) -> None:
 
 def test_what_turbomind_says_against_a_model_is_passed_on(calls: list[Any]) -> None:
     """By asserts, mostly."""
-    broken = Model(Path("/models/broken"), 4096, 300, 2, 2, 16, "none", 0, frozenset(), "")
+    broken = Model(Path("/models/broken"), 4096, 300, 2, 2, 2, 16, "none", 0, frozenset(), "")
 
     with pytest.raises(EngineUnusable, match="cannot load /models/broken: AssertionError: mismatched quant method"):
         Native(TurbomindOptions(), broken)

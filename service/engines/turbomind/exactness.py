@@ -21,6 +21,9 @@ from service.engines.turbomind.plans import Manifest
 
 NO_SPLITS = "max_splits=1"
 """For TurboMind's own kernels, which serve quantised weights: none of them cuts K."""
+SHARED = {1: "", 2: "a sum of two does not depend on their order, but two GPUs are not yet proved on any host: --tp is 2"}
+"""By GPUs that share the model, why they cannot be exact. Empty: they can."""
+MORE = "several GPUs add up in an order of their own: --tp is more than 2"
 _log = logging.getLogger(__name__)
 
 
@@ -117,8 +120,8 @@ class Exactness:
     @property
     def ceiling(self) -> tuple[types_pb2.Grade.ValueType, str]:
         """The best grade that can be earned, and why."""
-        if self.options.tp > 1:
-            return types_pb2.GRADE_BEST_EFFORT, "several GPUs add up in an order of their own: tp is more than 1"
+        if why := SHARED.get(self.options.tp, MORE):
+            return types_pb2.GRADE_BEST_EFFORT, why
         if self.options.runs == 1:
             return types_pb2.GRADE_SERIAL, "there is one slot: runs are computed one at a time"
         if self.model.experts:

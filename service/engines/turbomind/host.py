@@ -67,7 +67,7 @@ def gpu(wanted: int) -> Gpu:
     if not cuda.is_available():
         raise EngineUnusable(f"engine turbomind needs a CUDA device, and torch finds none; {ELSE}")
     if (found := cuda.device_count()) < wanted:
-        raise EngineUnusable(f"tp is {wanted}, and torch finds {found} CUDA devices: lower tp")
+        raise EngineUnusable(f"--tp is {wanted}, and torch finds {found} CUDA devices: lower it")
     major, minor = cuda.get_device_capability(0)
     return Gpu(cuda.get_device_name(0), f"{major}.{minor}", _driver())
 

@@ -25,9 +25,7 @@ def load(options: TurbomindOptions) -> TurbomindEngine:
     """Raises EngineUnusable."""
     version = host.lmdeploy_version()
     described = model.read(options.model)
-    if options.context_tokens > described.context_tokens_max:
-        most = described.context_tokens_max
-        raise EngineUnusable(f"context_tokens must be at most {most} for {described.name}, is {options.context_tokens}")
+    check(options, described)
     exactness = Exactness(options, described)
     exactness.load()
     gpu = host.gpu(options.tp)
@@ -58,6 +56,7 @@ def load(options: TurbomindOptions) -> TurbomindEngine:
             "dtype": native.dtype,
             "quantisation": options.model_format or described.quantisation,
             "tp": str(options.tp),
+            "communicator": options.communicator if options.tp > 1 else "none",
             "device": gpu.name,
             "capability": gpu.capability,
             "driver": gpu.driver,
@@ -71,6 +70,16 @@ def load(options: TurbomindOptions) -> TurbomindEngine:
             "request_rules": RULES,
         }
     return TurbomindEngine(options, Loaded(native, vocabulary, exactness, blocks, fields))
+
+
+def check(options: TurbomindOptions, described: model.Model) -> None:
+    """Raises EngineUnusable for what this model cannot do."""
+    most = described.context_tokens_max
+    if options.context_tokens > most:
+        raise EngineUnusable(f"--context-tokens must be at most {most} for {described.name}, is {options.context_tokens}")
+    for heads, of in ((described.heads, "attention"), (described.kv_heads, "keys and values")):
+        if heads % options.tp:
+            raise EngineUnusable(f"--tp must divide the {heads} heads of {of} of {described.name}, is {options.tp}")
 
 
 def _blocks(options: TurbomindOptions, described: model.Model, share: float) -> int:
@@ -87,6 +96,6 @@ def _blocks(options: TurbomindOptions, described: model.Model, share: float) -> 
     if found < memory.needed(options.context_tokens, BLOCK_TOKENS):
         raise EngineUnusable(
             f"the KV cache has room for {found * BLOCK_TOKENS} tokens, not for one run of {options.context_tokens}:"
-            " raise cache_fraction or lower context_tokens"
+            " raise --cache-fraction or lower --context-tokens"
         )
     return found

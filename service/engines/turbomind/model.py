@@ -31,6 +31,7 @@ class Model:
     vocabulary_size: int
     """Of the model; a tokenizer may have less."""
     layers: int
+    heads: int
     kv_heads: int
     head_dim: int
     quantisation: str
@@ -60,6 +61,7 @@ def read(path: Path | None) -> Model:
             context_tokens_max=int(config["max_position_embeddings"]),
             vocabulary_size=int(config["vocab_size"]),
             layers=int(config["num_hidden_layers"]),
+            heads=heads,
             kv_heads=int(config.get("num_key_value_heads") or heads),
             head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
             quantisation=str((whole.get("quantization_config") or {}).get("quant_method", "none")),

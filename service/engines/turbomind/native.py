@@ -162,6 +162,7 @@ class Native:
             dtype=options.dtype,
             model_format=options.model_format,
             tp=options.tp,
+            communicator=options.communicator,
             session_len=options.session_tokens,
             max_batch_size=options.runs,
             cache_max_entry_count=options.cache_fraction,

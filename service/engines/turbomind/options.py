@@ -36,7 +36,9 @@ class TurbomindOptions:
     model_format: Literal["hf", "awq", "gptq", "compressed-tensors", "fp8", "mxfp4"] | None = None
     """None: as config.json says."""
     tp: int = 1
-    """GPUs that share the model; more than one cannot be exact."""
+    """GPUs that share the model, a power of two; more than one is not proved to be exact."""
+    communicator: Literal["nccl", "cuda-ipc"] = "nccl"
+    """By which they add up."""
     cache_fraction: float = 0.8
     """Of the memory that is free once the weights are loaded, for the KV cache."""
     kv_bits: Literal[4, 8, 16] = 16
@@ -51,15 +53,15 @@ class TurbomindOptions:
         for name, bad, wanted in (
             ("context_tokens", self.context_tokens < 2, "at least 2"),
             ("runs", self.runs < 1, "at least 1"),
-            ("tp", self.tp < 1, "at least 1"),
+            ("tp", self.tp < 1 or self.tp & (self.tp - 1), "a power of two"),
             ("cache_fraction", not 0 < self.cache_fraction < 1, "above 0 and below 1"),
             ("attention_splits", self.attention_splits not in range(129), "0 to 128"),
         ):
             if bad:
-                raise EngineUnusable(f"{name} must be {wanted}, is {getattr(self, name)}")
+                raise EngineUnusable(f"--{name.replace('_', '-')} must be {wanted}, is {getattr(self, name)}")
         if self.splits * self.runs > SPLIT_WORKSPACE:
             raise EngineUnusable(
-                f"attention_splits ({self.splits}) times runs ({self.runs}) is more than TurboMind has room for,"
+                f"--attention-splits ({self.splits}) times --runs ({self.runs}) is more than TurboMind has room for,"
                 f" {SPLIT_WORKSPACE}: lower one of them"
             )
 
