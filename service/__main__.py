@@ -18,6 +18,7 @@ from ostinato.serving.server import Server
 from ostinato.serving.settings import describe, load
 from ostinato.v1.engine_pb2_grpc import add_EngineServicer_to_server
 
+from service.calibration import calibrate
 from service.config import Settings
 from service.engines.base import Engine
 from service.memory import Memory
@@ -85,9 +86,12 @@ def main() -> None:
     """Never returns."""
     if sys.argv[1:2] == ["probe"]:
         sys.exit(probe("service", Settings().listen[0], sys.argv[2:], os.environ))
-    settings = load(Settings, "service", sys.argv[1:], os.environ)
+    calibrating = sys.argv[1:2] == ["calibrate"]
+    settings = load(Settings, "service", sys.argv[2 if calibrating else 1 :], os.environ)
     setup(settings.log_form, settings.log_level)
     _log.info("settings: %s", describe(settings))
+    if calibrating:
+        sys.exit(calibrate(settings))
 
     async def traced_service(stop: asyncio.Event) -> int:
         with traced(settings.traces, "ostinato.service"):

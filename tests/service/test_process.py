@@ -57,6 +57,15 @@ def test_start_and_stop(tmp_path: Path) -> None:
     assert mode == 0o660
 
 
+def test_only_turbomind_can_be_calibrated() -> None:
+    """The command takes the service's own settings, and is a bad command line for every other engine."""
+    command = [sys.executable, "-m", "service", "calibrate", "--engine", "scripted", "--log-level", "ERROR"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "service: calibrate: --engine scripted has no products to prove; only turbomind has\n"
+
+
 def test_an_idle_sidecar_does_not_hold_up_the_stop(tmp_path: Path) -> None:
     """Told to stop, it does not wait its whole drain for a stream on which nothing happens."""
     says: queue.SimpleQueue[engine_pb2.ExecuteRequest | None] = queue.SimpleQueue()

@@ -15,6 +15,7 @@ import pytest
 
 from ostinato.v1 import types_pb2
 
+from service.calibration import calibrate as calibrate_command
 from service.config import Settings
 from service.engines import load
 from service.engines.base import EngineUnusable
@@ -22,6 +23,7 @@ from service.engines.turbomind import TurbomindOptions, calibrate, host, loading
 from service.engines.turbomind.exactness import Exactness
 from service.engines.turbomind.overrides import Counters, Mode, NoOverrides, Overrides
 from service.engines.turbomind.plans import Manifest, Permit, Shape
+from service.engines.turbomind.table import table
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -35,6 +37,7 @@ CONFIG = {
 }
 LAYER = Shape(0, 0, 576, 1536, 14, 14, 14, 576, 1536, 576, 68)
 HEAD = Shape(0, 0, 49152, 576, 14, 14, 14, 49152, 576, 49152, 68)
+TAIL = Shape(0, 0, 576, 576, 14, 14, 14, 576, 576, 576, 68)
 GPU = host.Gpu("NVIDIA H100 80GB HBM3", "9.0", "580.159")
 
 
@@ -302,6 +305,77 @@ def test_a_manifest_that_was_damaged_is_measured_again(
 
     assert len(measured) == 2
     assert "kernel plans unreadable" in caplog.text
+
+
+def test_a_manifest_that_is_refused_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the fields in which the likest of those that are kept was made elsewhere."""
+    origins = []
+    newer = host.Gpu(GPU.name, GPU.capability, "590.1")
+    for gpu in (GPU, GPU, newer, host.Gpu("NVIDIA H200", GPU.capability, "590.1")):
+        exactness = proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448}), PERMITS, gpu=gpu)
+        origins.append(exactness.origin)
+
+    assert origins == [
+        "made now: none was kept",
+        "kept",
+        "made now: the kept one is of another environment: driver was 580.159, is 590.1",
+        f"made now: the kept one is of another environment: gpu was {GPU.name}, is NVIDIA H200",
+    ]
+    assert proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448, TAIL: 1}), PERMITS).origin == (
+        "made now: the kept one lacks a product"
+    )
+
+
+def test_the_table_of_what_was_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row for each product, covered or not; then the digest, where it is kept, and what can be earned."""
+    exactness = proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448, HEAD: 1}), {LAYER: Permit((66, 71), 8448)})
+    lines = table(exactness).splitlines()
+    assert exactness.manifest is not None
+
+    assert lines[:3] == [
+        "product      type  algorithms  tokens",
+        "576 x 1536   bf16  66 71       1 to 8448",
+        "49152 x 576  bf16  none        none",
+    ]
+    assert lines[4:] == [
+        f"kernel plan  {exactness.manifest.digest}",
+        f"kept at      {exactness.path}",
+        "origin       made now: none was kept",
+        "can earn     BEST_EFFORT: nothing rounds alike in the product 49152x576",
+        "not covered  nothing rounds alike in the product 49152x576",
+    ]
+    assert exactness.path.exists()
+
+
+@pytest.mark.parametrize(("covered", "code"), [(True, 0), (False, 1)])
+def test_calibrate_says_what_was_proved(
+    covered: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And its exit code whether that is everything; the engine is closed."""
+    exactness = proved(
+        tmp_path, monkeypatch, FakeOverrides({LAYER: 8448} | ({} if covered else {HEAD: 1})), {LAYER: PERMITS[LAYER]}
+    )
+    closed: list[bool] = []
+
+    async def close() -> None:
+        closed.append(True)
+
+    monkeypatch.setattr(loading, "load", lambda options: SimpleNamespace(exactness=exactness, close=close))
+
+    assert calibrate_command(Settings(engine="turbomind", model=tmp_path, state_dir=tmp_path)) == code
+    assert (closed, "576 x 1536" in capsys.readouterr().out) == ([True], True)
+
+
+def test_calibrate_of_what_cannot_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine without products is a bad command line; one that cannot be loaded is a failure; each says why in a line."""
+    monkeypatch.setattr(host, "lmdeploy_version", _not_installed)
+
+    assert calibrate_command(Settings(engine="llama")) == 2
+    assert capsys.readouterr().err == ("service: calibrate: --engine llama has no products to prove; only turbomind has\n")
+    assert calibrate_command(Settings(engine="turbomind", model=tmp_path)) == 1
+    assert capsys.readouterr().err.startswith("service: calibrate: engine turbomind needs lmdeploy")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@
     plans         which algorithms may serve a product: pure
     calibrate     the same, proved on this GPU
     exactness     all that together: what it takes to be exact, and what is missing
+    table         the same for people
     request       a run's parameters as TurboMind wants them: pure
     vocabulary    tokens and chat template
     formats       response formats
@@ -38,4 +39,12 @@ def load(options: TurbomindOptions) -> TurbomindEngine:
     return load_all(options)
 
 
-__all__ = ["TurbomindOptions", "load"]
+def report(engine: TurbomindEngine) -> tuple[str, bool]:
+    """What was proved when it was loaded, as a table, and whether all of it is covered."""
+    from service.engines.turbomind.table import table
+
+    exactness = engine.exactness
+    return table(exactness), not exactness.why_not
+
+
+__all__ = ["TurbomindOptions", "load", "report"]

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from service.engines.turbomind.host import module
@@ -28,16 +29,32 @@ def lend_workspace(overrides: Overrides, gpus: int) -> None:
         overrides.lend(gpu, workspace, workspace.data_ptr(), WORKSPACE_BYTES)
 
 
-def find(path: Path, environment: Mapping[str, str]) -> Manifest | None:
-    """The manifest kept at `path`, if it was made in this environment."""
+def find(path: Path, environment: Mapping[str, str]) -> tuple[Manifest | None, str]:
+    """The manifest kept at `path`, if it was made in this environment; else why there is none, with what sets the likest of
+    those beside it apart."""
     try:
         manifest = from_json(path.read_text())
     except FileNotFoundError:
-        return None
+        return None, _likest(path, environment)
     except (OSError, ValueError) as error:
         _log.warning("kernel plans unreadable", extra={"path": path, "why": str(error)})
-        return None
-    return manifest if manifest.fits(environment) else None
+        return None, f"the kept one {error}"
+    return (manifest, "kept") if manifest.fits(environment) else (None, _apart(manifest.environment, environment))
+
+
+def _likest(path: Path, environment: Mapping[str, str]) -> str:
+    found = []
+    for other in path.parent.glob(f"plans-*{path.suffix}"):
+        with suppress(OSError, ValueError):
+            found.append(from_json(other.read_text()).environment)
+    return min((_apart(theirs, environment) for theirs in found), key=lambda text: text.count(";"), default="none was kept")
+
+
+def _apart(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
+    """The fields in which two environments differ, in words."""
+    names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+    parts = [f"{name} was {theirs.get(name, 'not there')}, is {ours.get(name, 'not there')}" for name in names]
+    return f"the kept one is of another environment: {'; '.join(parts)}"
 
 
 def keep(path: Path, manifest: Manifest) -> None:

@@ -68,8 +68,12 @@ class TurbomindEngine:
         self._closed = False
 
     @property
+    def exactness(self) -> Exactness:
+        return self._loaded.exactness
+
+    @property
     def model_name(self) -> str:
-        return self._loaded.exactness.model.name
+        return self.exactness.model.name
 
     @property
     def context_tokens(self) -> int:
@@ -89,7 +93,7 @@ class TurbomindEngine:
 
     @property
     def ceiling(self) -> tuple[types_pb2.Grade.ValueType, str]:
-        return self._loaded.exactness.ceiling
+        return self.exactness.ceiling
 
     def check_format(self, response_format: types_pb2.ResponseFormat) -> None:
         """Any thread; waits for xgrammar."""
@@ -137,7 +141,7 @@ class TurbomindEngine:
 
     def collect(self) -> Iterable[Metric]:
         """For a Prometheus registry. Any thread."""
-        return () if self._closed else self._meter.collect(self._loaded.exactness.overrides)
+        return () if self._closed else self._meter.collect(self.exactness.overrides)
 
     def _look(self, on_grade: OnGrade) -> None:
         """Before any result of a step is reported: was it computed as it should be?"""
@@ -148,7 +152,7 @@ class TurbomindEngine:
 
     def _flaw(self) -> str:
         """What was seen that must not be; empty: nothing."""
-        overrides = self._loaded.exactness.overrides
+        overrides = self.exactness.overrides
         if self._meter.preemptions:
             return "TurboMind took a run out of its batch, and computed it again with other kernels"
         if self._meter.cached_tokens:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,21 @@ class Exactness:
     cublas: str = "unknown"
     why_not: str = ""
     """The first thing that is missing."""
+    origin: str = ""
+    """Of the manifest: that it was kept, or why it had to be made."""
+    seconds: float = 0.0
+    """That the proof took."""
     _kept: Manifest | None = None
     _environment: Mapping[str, str] | None = None
 
     @property
     def folder(self) -> Path:
         return self.options.state_dir / "turbomind"
+
+    @property
+    def path(self) -> Path:
+        """Of the manifest, once the environment is known."""
+        return self._path("plans", "json")
 
     def load(self) -> None:
         """Before torch is imported."""
@@ -79,19 +89,30 @@ class Exactness:
             "overrides": overrides_digest(),
         }  # fmt: skip
         os.environ["TM_GEMM_TUNE"] = NO_SPLITS
-        self._kept = calibrate.find(self._path("plans", "json"), self._environment)
+        self._kept, self.origin = calibrate.find(self.path, self._environment)
         if not self._quantised:
             return
         table = self._path("kernels", "bin")
         if self._kept is not None and self._kept.table == _sha256(table):
             os.environ["TM_GEMM_IMPORT"] = str(table)  # or timing would choose again, and perhaps otherwise
         else:
-            self._kept = None
+            if self._kept is not None:
+                self._kept, self.origin = None, f"{table.name} is not the one that it was made with"
             table.unlink(missing_ok=True)
             os.environ["TM_GEMM_EXPORT"] = str(table)
 
     def prove(self) -> None:
         """Behind the model's first run, before its second: measure, or take a kept manifest's word."""
+        began = time.monotonic()
+        self._prove()
+        self.seconds = round(time.monotonic() - began, 3)
+        if self.manifest is not None:
+            _log.info(
+                "kernel plans",
+                extra={"digest": self.manifest.digest, "path": self.path, "origin": self.origin, "seconds": self.seconds},
+            )
+
+    def _prove(self) -> None:
         overrides, options, environment = self.overrides, self.options, self._environment
         if overrides is None or environment is None:
             return
@@ -105,10 +126,13 @@ class Exactness:
                 self.manifest = self._kept
             else:
                 most = options.prefill_tokens + options.runs if "TM_GEMM_IMPORT" in os.environ else options.runs
+                if self._kept is not None:
+                    self.origin = "the kept one lacks a product"
+                self.origin = f"made now: {self.origin}"
                 permits = calibrate.measure(overrides, {shape: max(most, rows) for shape, rows in shapes.items()})
                 table = _sha256(self._path("kernels", "bin")) if self._quantised else ""
                 self.manifest = Manifest(environment, permits, table)
-                calibrate.keep(self._path("plans", "json"), self.manifest)
+                calibrate.keep(self.path, self.manifest)
             if bare := shapes.keys() - self.manifest.permits.keys():
                 self._miss(f"nothing rounds alike in the product {min(bare).m}x{min(bare).k}")
             if uncovered := calibrate.install(overrides, self.manifest, options.runs):
