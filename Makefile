@@ -72,8 +72,9 @@ demo: install ## both programs, a few batches to a real model, and what came of 
 demo-divergence: install ## a setting that diverges under load, caught and shown, and the default right after; CHART=/path.svg
 	$(PY) -m tests.demo.divergence --chart $(or $(CHART),.run/divergence.svg)
 
-up: install ## both programs, until Ctrl-C; ENGINE=llama MODEL=/path/of/another; GATEWAY=1: and an OpenAI API
-	$(PY) -m tests.demo --up --engine $(or $(ENGINE),llama) --model "$(MODEL)" $(if $(GATEWAY),--gateway)
+# LMDeploy is part of a GPU host's own Python, which needs no more than this package's service and sidecar beside it.
+up: $(if $(filter turbomind,$(ENGINE)),,install) ## both programs, until Ctrl-C; ENGINE=turbomind MODEL=/path/of/a/model; GATEWAY=1: and an OpenAI API
+	$(if $(filter turbomind,$(ENGINE)),$(PYTHON),$(PY)) -m tests.demo --up --engine $(or $(ENGINE),llama) --model "$(MODEL)" $(if $(GATEWAY),--gateway)
 
 bench: install ## latency and throughput, with and without the sidecar
 	$(PY) -m tests.bench

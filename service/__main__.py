@@ -52,8 +52,10 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         await server.start()
         _log.info("listening", extra={"addresses": ",".join(server.addresses)})
         _log.info("metrics", extra={"port": page.port})
-        engine, memory = await open_engine(settings), Memory(settings.state_dir / "sequences.json")
-        servicer.ready = await _unless(stop, make_ready(engine, settings, Metrics(own), secrets.token_hex(16), memory))
+        engine, seconds = await open_engine(settings)
+        memory = Memory(settings.state_dir / "sequences.json")
+        making = make_ready(engine, settings, Metrics(own), secrets.token_hex(16), memory, seconds)
+        servicer.ready = await _unless(stop, making)
         if servicer.ready is not None:
             await server.set_health(NAME, serving=True)
             _log.info("serving")

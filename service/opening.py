@@ -33,8 +33,8 @@ from service.stream import Streams
 _log = logging.getLogger(__name__)
 
 
-async def open_engine(settings: Settings) -> Engine:
-    """The loaded engine. Raises StartupError with one line about what is missing."""
+async def open_engine(settings: Settings) -> tuple[Engine, float]:
+    """The loaded engine, and the seconds that took. Raises StartupError with one line about what is missing."""
     began = time.monotonic()
     try:
         engine = await asyncio.to_thread(load, settings)
@@ -42,13 +42,19 @@ async def open_engine(settings: Settings) -> Engine:
         raise StartupError(str(error)) from error
     seconds = round(time.monotonic() - began, 3)
     _log.info("engine loaded", extra={"engine": engine.name, "model": engine.model_name, "seconds": seconds})
-    return engine
+    return engine, seconds
 
 
 async def make_ready(
-    engine: Engine, settings: Settings, metrics: Metrics, incarnation: str, memory: Memory | None = None
+    engine: Engine,
+    settings: Settings,
+    metrics: Metrics,
+    incarnation: str,
+    memory: Memory | None = None,
+    load_seconds: float = 0.0,
 ) -> Ready:
-    """Start the engine, earn its grade, and put together what answers. Raises StartupError where a required grade is missed."""
+    """Start the engine, earn its grade, and put together what answers. Raises StartupError where a required grade is missed.
+    How long loading took is for the log."""
     identity = fingerprint(engine.fields)
     metrics.describe(engine.capacity, identity.digest, identity.fields)
     metrics.include(engine)
@@ -58,7 +64,7 @@ async def make_ready(
     runs.start()
     lexicon = Lexicon(engine.vocabulary)
     await asyncio.to_thread(lexicon.warm)
-    await _earn(held, identity.digest, runs, settings, metrics)
+    await _earn(held, identity.digest, runs, settings, metrics, load_seconds)
     limits = settings.limits(engine.context_tokens, engine.top_k_max)
     describer = Describer(engine, limits, identity, held, incarnation)
     prompts = Prompts(engine.vocabulary, limits, engine.chat)
@@ -68,13 +74,17 @@ async def make_ready(
     return Ready(describer, engine.vocabulary, preparer, streams)
 
 
-async def _earn(held: HeldGrade, digest: bytes, runs: Runs, settings: Settings, metrics: Metrics) -> None:
-    """Test, or take a kept proof's word for it."""
+async def _earn(held: HeldGrade, digest: bytes, runs: Runs, settings: Settings, metrics: Metrics, load_seconds: float) -> None:
+    """Test, or take a kept proof's word for it; and say what came of it, what that rests on, and what it cost."""
+    began = time.monotonic()
     finding = await _find(digest, runs, settings)
     held.earn(finding.grade, finding.reason)
     metrics.self_test_seconds.set(finding.seconds)
     name = types_pb2.Grade.Name(held.grade).removeprefix("GRADE_")
-    _log.info("grade earned", extra={"grade": name, "reason": held.reason, "seconds": round(finding.seconds, 3)})
+    proof_seconds = runs.engine.proof_seconds
+    costs = {"load": load_seconds - proof_seconds, "proof": proof_seconds, "self_test": time.monotonic() - began}
+    seconds = {f"{part}_seconds": round(max(0.0, value), 3) for part, value in costs.items()}
+    _log.info("grade earned", extra={"grade": name, "reason": held.reason, "rests_on": runs.engine.ceiling[1], **seconds})
     if held.grade < settings.required_grade:
         raise StartupError(f"grade {settings.require_grade} is required, {name} was earned: {held.reason}")
 

@@ -116,6 +116,11 @@ class Engine(Protocol):
         """The best grade that this configuration could earn, and why not better: the self-test does not test for more."""
         ...
 
+    @property
+    def proof_seconds(self) -> float:
+        """Of loading, what it took to prove what the ceiling says; 0 where nothing has to be."""
+        ...
+
     def check_format(self, response_format: types_pb2.ResponseFormat) -> None:
         """Raises ValueError if this grammar cannot be obeyed. May be called from any thread."""
         ...

@@ -21,12 +21,9 @@ STATE = ROOT / ".run" / "service"
 NEXT = """
 Running. Ctrl-C stops it all. In another terminal:
 
-  .venv/bin/ostinato -t {target} generate "Shanghai is" -n 3 --seed 1 --top-k 40
-  .venv/bin/ostinato -t {target} tail --follow
-  .venv/bin/ostinato -t {target} replay 1..3
-  .venv/bin/buf curl --protocol grpc --http2-prior-knowledge \\
-    -d '{{"items": [{{"text": "Shanghai is"}}], "parameters": {{"seed": "1"}}}}' \\
-    http://{target}/ostinato.v1.Generation/Generate
+  {ostinato} -t {target} generate "Shanghai is" -n 3 --seed 1 --top-k 40
+  {ostinato} -t {target} tail --follow
+  {ostinato} -t {target} replay 1..3
   curl -s http://127.0.0.1:{metrics}/metrics | grep ^ostinato_
 
 A stub in five lines of Python:
@@ -45,6 +42,8 @@ OpenAI's API is at {url}:
     -d '{{"model": "{model}", "seed": 1, "messages": [{{"role": "user", "content": "Where is Shanghai?"}}]}}'
 """
 GATEWAY_PORT = 8000
+START_SECONDS = 1800.0
+"""A large model on a GPU is loaded and proved for minutes, the first time."""
 
 
 def main() -> int:
@@ -74,7 +73,7 @@ def main() -> int:
             pair.stop()
             return 0 if promises else 1
     except AssertionError as error:
-        console.print(f"[red]{error}[/]", highlight=False)
+        console.print(str(error), style="red", highlight=False, markup=False)
         return 1
 
 
@@ -84,7 +83,7 @@ def begin(pair: Pair, console: Console) -> None:
     service = pair.start_service()
     sidecar = pair.start_sidecar()
     with console.status("starting: the first time, the engine has to earn its grade in a self-test"):
-        service.wait_for("serving")
+        service.wait_for("serving", START_SECONDS)
         connected = sidecar.wait_for("engine connected")
     console.print(
         f"engine [bold]{connected['model']}[/] at grade [bold]{str(connected['grade']).upper()}[/], "
@@ -100,9 +99,18 @@ def open_gateway(pair: Pair, console: Console) -> None:
 
 
 def stay(pair: Pair, console: Console) -> None:
-    """Until Ctrl-C, or until one of the programs ends."""
-    assert pair.sidecar is not None
-    text = NEXT.format(target=pair.target, metrics=pair.sidecar.wait_for("metrics")["port"])
+    """What the grade rests on, and what to do now; until Ctrl-C, or until one of the programs ends."""
+    assert pair.sidecar is not None and pair.service is not None
+    earned = pair.service.wait_for("grade earned")
+    why = "; ".join(dict.fromkeys([str(earned["rests_on"]), str(earned["reason"])]))
+    costs = ", ".join(f"{earned[f'{part}_seconds']} s of {part.replace('_', '-')}" for part in ("load", "proof", "self_test"))
+    console.print(f"that rests on this: {why}; and it cost {costs}", highlight=False, markup=False)
+    ostinato = Path(sys.executable).with_name("ostinato")
+    text = NEXT.format(
+        target=pair.target,
+        metrics=pair.sidecar.wait_for("metrics")["port"],
+        ostinato=ostinato.relative_to(ROOT) if ostinato.is_relative_to(ROOT) else ostinato,
+    )
     console.print(text, highlight=False, markup=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

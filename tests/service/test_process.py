@@ -7,6 +7,7 @@ import queue
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from typing import Self
@@ -18,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ostinato.errors import EngineUnavailable
 from ostinato.v1 import engine_pb2, engine_pb2_grpc
 
-from tests.pair import Program
+from tests.pair import START_SECONDS, Program
 from tests.service.support import error_of, hello_of
 
 
@@ -64,6 +65,19 @@ def test_only_turbomind_can_be_calibrated() -> None:
 
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "service: calibrate: --engine scripted has no products to prove; only turbomind has\n"
+
+
+def test_the_log_says_what_the_grade_rests_on_and_what_it_cost(tmp_path: Path) -> None:
+    """In one line, in plain words, each part of the start by itself."""
+    with Running(tmp_path, "--log-format", "human", "--script", '{"load_seconds": 0.2}') as service:
+        deadline = time.monotonic() + START_SECONDS
+        while not (said := [line for line in service.program.lines if "grade earned" in line]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    assert "INFO service.opening grade earned grade=EXACT reason=" in said[0]
+    assert 'rests_on="the script says so" load_seconds=0.' in said[0]
+    assert "proof_seconds=0" in said[0]
+    assert float(said[0].rpartition("self_test_seconds=")[2]) > 0
 
 
 def test_an_idle_sidecar_does_not_hold_up_the_stop(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,6 +85,14 @@ def test_only_versions_that_it_was_proved_with_will_do(version: str, fits: bool,
     else:
         with pytest.raises(EngineUnusable, match=rf"lmdeploy>=0\.18,<0\.19, found {version}"):
             host.lmdeploy_version()
+
+
+def test_the_extra_asks_for_what_is_checked() -> None:
+    """pyproject.toml and the check at start have one range of versions."""
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    least, below = (".".join(map(str, version)) for version in host.VERSIONS)
+
+    assert extras["turbomind"] == [f"lmdeploy>={least},<{below}"]
 
 
 def test_a_missing_package_is_named() -> None:

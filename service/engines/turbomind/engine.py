@@ -95,6 +95,10 @@ class TurbomindEngine:
     def ceiling(self) -> tuple[types_pb2.Grade.ValueType, str]:
         return self.exactness.ceiling
 
+    @property
+    def proof_seconds(self) -> float:
+        return self.exactness.seconds
+
     def check_format(self, response_format: types_pb2.ResponseFormat) -> None:
         """Any thread; waits for xgrammar."""
         self._formats.check(response_format)
