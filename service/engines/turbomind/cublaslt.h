@@ -68,7 +68,8 @@ static int load_lt(void) {
 static Device *open_lt(void) {
   int number = 0;
   if (!lt.complete && !(lt.complete = load_lt())) return NULL;
-  if ((lt.device && lt.device(&number)) || number < 0 || number >= DEVICES) return NULL;
+  if (lt.device && lt.device(&number)) number = 0; /* no context yet: what the runtime makes one of */
+  if (number < 0 || number >= DEVICES) return NULL;
   Device *d = &devices[number];
   if (!d->handle && lt.create(&d->handle)) d->handle = NULL;
   return d->handle ? d : NULL;
