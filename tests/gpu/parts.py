@@ -11,6 +11,13 @@ from tests.gpu.compare import alone, company, digest, divergence, grade, introdu
 from tests.gpu.plan import Plan, Reference, say
 from tests.gpu.stack import Stack, running
 
+COUNTED = (
+    "ostinato_engine_override",
+    "ostinato_engine_preemptions",
+    "ostinato_service_grade",
+    "lmdeploy_num",
+    "lmdeploy_cached",
+)
 FIELDS = ("device", "driver", "engine_version", "cublas", "kernel_plan", "overrides", "attention_splits", "dtype")
 
 
@@ -18,7 +25,7 @@ def overrides_of(stack: Stack) -> str:
     """The counters, as Prometheus sees them."""
     with urllib.request.urlopen(f"http://127.0.0.1:{stack.metrics_port}/metrics", timeout=10) as page:
         lines = page.read().decode().splitlines()
-    return "; ".join(line for line in lines if line.startswith(("ostinato_engine_override", "ostinato_service_grade")))
+    return "; ".join(line for line in lines if line.startswith(COUNTED))
 
 
 def fingerprint(model: types_pb2.Model) -> str:
