@@ -4,6 +4,7 @@ python -m tests.gpu.smoke MODEL         the engine alone, in this process: loads
 python -m tests.gpu MODEL               the real programs, through gRPC: exact, restart, stock, crash, speed, path, sabotage
 python -m tests.gpu.rows MODEL FOLDER   models and settings, one start and one line each
 python -m tests.gpu.tp MODEL            two GPUs that share a model
+python -m tests.gpu.preempted MODEL     more memory is promised than there is: are preemptions seen?
 python -m tests.gpu.bare MODEL          LMDeploy's own pipeline, measured like ours: the yardstick of `speed`
 
 traffic    targets, whose answers are compared, and their neighbours
