@@ -379,8 +379,8 @@ def test_each_gpu_has_a_workspace_of_its_own(stand_ins: Path) -> None:
 
 
 def test_the_fastest_serves_up_to_the_number_of_tokens_it_was_found_at(stand_ins: Path) -> None:
-    """Beyond the last, and where it cannot run or wants more memory than there is, cublasLt's own favourite of those permitted
-    does."""
+    """Beyond the last, where none is named, and where it cannot run or wants more memory than there is, cublasLt's own
+    favourite of those permitted does."""
     found = drive(
         stand_ins,
         """
@@ -389,18 +389,19 @@ def test_the_fastest_serves_up_to_the_number_of_tokens_it_was_found_at(stand_ins
         overrides.permit(shape, [66, 67])
         code = lambda n, algorithm: next(c.code for c in overrides.offers(shape, n) if c.algorithm == algorithm)
         impossible = next(c.code for c in overrides.offers(shape, 1) if c.algorithm == 16)
-        for n, chosen in ((2, code(700, 66)), (4, code(800, 67)), (6, impossible), (8, code(1000, 66))):
+        told = {2: code(700, 66), 4: code(800, 67), 6: impossible, 8: code(1000, 66), 10: b"", 12: code(9, 66)}
+        for n, chosen in told.items():
             overrides.prefer(shape, n, chosen)
         overrides.mode(Mode.SERVE)
         tiles = {}
-        for n in (1, 2, 3, 4, 5, 7, 9):
+        for n in (1, 2, 3, 4, 5, 7, 10, 11, 14):
             assert alike(gemm(n)[1], n)
             tiles[n] = value("last_tile").value
         print(json.dumps([tiles, overrides.uncovered]))
         """,
     )
 
-    assert found == [{"1": 700, "2": 700, "3": 800, "4": 800, "5": 5, "7": 7, "9": 9}, 0]
+    assert found == [{"1": 700, "2": 700, "3": 800, "4": 800, "5": 5, "7": 7, "10": 10, "11": 9, "14": 14}, 0]
 
 
 def test_a_candidate_is_tried_many_times_on_other_weights_each_time(stand_ins: Path) -> None:

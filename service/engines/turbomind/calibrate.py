@@ -14,10 +14,24 @@ from pathlib import Path
 
 from service.engines.turbomind.host import module
 from service.engines.turbomind.overrides import NoOverrides, Overrides
-from service.engines.turbomind.plans import Choice, Manifest, Permit, Shape, Trial, choose, fastest, from_json, grid, timed
+from service.engines.turbomind.plans import (
+    Choice,
+    Manifest,
+    Permit,
+    Shape,
+    Trial,
+    between,
+    choose,
+    fastest,
+    from_json,
+    grid,
+    timed,
+)
 from service.engines.turbomind.trials import Trials, can_try
 
 WORKSPACE_BYTES = 64 << 20
+FEW_FROM = 512
+"""From so many tokens on, what wins here may win a little further on."""
 _log = logging.getLogger(__name__)
 
 
@@ -80,7 +94,7 @@ def measure(overrides: Overrides, shapes: Mapping[Shape, int]) -> dict[Shape, Pe
         try:
             choice, permit, trials = _measured(Trials(overrides, shape, rows)) if can_try(shape) else (Choice((), ()), None, [])
         except torch.cuda.OutOfMemoryError as error:
-            raise NoOverrides("there is not enough GPU memory left to try the products: lower cache_fraction") from error
+            raise NoOverrides("there is not enough GPU memory left to try the products: lower --cache-fraction") from error
         torch.cuda.empty_cache()
         if permit is not None:
             permits[shape] = permit
@@ -104,16 +118,21 @@ def _measured(product: Trials) -> tuple[Choice, Permit | None, list[Trial]]:
     permitted = choose(trials).permitted
     pool = {trial.candidate.config: trial.candidate for trial in trials if trial.algorithm in permitted}
     for n in timed(product.rows):
-        trials += product.race(n, list(pool.values()))
+        trials += product.race(n, pool.values())
+    few = {winner for n, winner in fastest(trials, permitted).items() if winner is not None and n >= FEW_FROM}
+    for n in between(product.rows):
+        trials += product.race(n, few)
     winners = fastest(trials, permitted)
     for n in every:
-        if n not in winners and (above := min((w for w in winners if w > n), default=None)) is not None:
-            trials += product.race(n, [winners[above]])
+        above = next((w for w in winners if w >= n), n)
+        if n not in winners and (winner := winners.get(above)) is not None:
+            trials += product.race(n, [winner])
     choice = choose(trials)
     if not choice.permitted:
         return choice, None, trials
-    codes = tuple((n, winner.code.hex()) for n, winner in winners.items() if winner.algorithm in choice.permitted)
-    return choice, Permit(choice.permitted, product.rows, codes), trials
+    codes = tuple((n, "" if winner is None else winner.code.hex()) for n, winner in winners.items())
+    kept = {winner.algorithm for winner in winners.values() if winner is not None} <= set(choice.permitted)
+    return choice, Permit(choice.permitted, product.rows, codes if kept else ()), trials
 
 
 def install(overrides: Overrides, manifest: Manifest, runs: int) -> str:

@@ -31,7 +31,7 @@ enum { SPLIT, TOP_K, GEMM, OVERRIDES }; /* places in the counters */
 enum { NOT_SUPPORTED = 15 };            /* cublasStatus_t */
 
 typedef struct { Shape shape; int32_t n_max, permitted, ids[IDS]; } Entry;
-typedef struct { int32_t n; Algo algo; } Fast;
+typedef struct { int32_t n, known; Algo algo; } Fast;
 typedef struct Plan { Shape shape; int32_t n, covered; Problem problem; Algo algo; struct Plan *next; } Plan;
 
 EXPORT _Atomic uint64_t ost_calls[OVERRIDES], ost_plans, ost_uncovered;
@@ -83,10 +83,10 @@ static Entry *entry_of(const Shape *shape, int add) {
   return &entries[entry_count++];
 }
 
-/* The algorithm that was fastest for the next number of tokens it was looked for at, or NULL. */
+/* What was fastest for the next number of tokens that it was looked for at; NULL: what cublasLt likes best. */
 static const Algo *fastest_of(const Entry *entry, int n) {
   for (const Fast *f = fastest[entry - entries], *end = f + FASTEST; f < end && f->n; f++)
-    if (n <= f->n) return &f->algo;
+    if (n <= f->n) return f->known ? &f->algo : NULL;
   return NULL;
 }
 
@@ -230,13 +230,13 @@ EXPORT int ost_permit(const Shape *shape, const int32_t *ids, int count) {
   return entry != NULL;
 }
 
-/* Serve this shape with this algorithm, one of those permitted, up to n tokens; to be told by rising n. 0: there is no room. */
+/* Serve this shape, by rising n, with this permitted algorithm, or NULL for cublasLt's own, up to n tokens. 0: there is no room. */
 EXPORT int ost_prefer(const Shape *shape, int n, const Algo *algo) {
   pthread_mutex_lock(&lock);
   Entry *entry = entry_of(shape, 0);
   int place = 0;
   while (entry && place < FASTEST && fastest[entry - entries][place].n) place++;
-  if (entry && place < FASTEST) fastest[entry - entries][place] = (Fast){n, *algo};
+  if (entry && place < FASTEST) fastest[entry - entries][place] = (Fast){n, algo != NULL, algo ? *algo : (Algo){{0}}};
   pthread_mutex_unlock(&lock);
   return entry && place < FASTEST;
 }

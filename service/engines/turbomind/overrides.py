@@ -197,8 +197,9 @@ class Overrides:
             raise NoOverrides("the model has more kinds of products than there is room for")
 
     def prefer(self, shape: Shape, n: int, code: bytes) -> None:
-        """Serve up to n tokens with this algorithm, one of those permitted; to be told by rising n."""
-        if not self._library.ost_prefer(_native(shape), n, code):
+        """Serve up to n tokens with this algorithm, one of those permitted; empty: with cublasLt's favourite of them. To be
+        told by rising n."""
+        if not self._library.ost_prefer(_native(shape), n, code or None):
             raise NoOverrides("there is no room for more algorithms of one product")
 
     def covers(self, shape: Shape, n: int) -> bool:

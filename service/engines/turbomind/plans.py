@@ -17,8 +17,10 @@ PERIOD = 4
 """Rows of a trial that differ; the others repeat them."""
 ALL_BELOW = 9
 PERMITTED_MAX = 16
-FASTER = 0.98
-"""Of another's time: what is worth to be told apart from chance."""
+FASTER = 0.97
+"""Of another's time: what is told apart from chance."""
+POINTS = 16
+"""Of the numbers of tokens beyond 512, about so many are timed."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -63,6 +65,8 @@ class Trial:
     """A digest for each row that differs, the first min(n, PERIOD)."""
     seconds: float | None = None
     """That one product took; None: not measured."""
+    offered: bool = True
+    """Whether cublasLt offered it for this n; else its rank is behind all that are."""
 
     @property
     def algorithm(self) -> int:
@@ -94,14 +98,22 @@ def timed(n_max: int) -> list[int]:
     return sorted({*powers, *(n + n // 2 for n in powers if 16 <= n < 512 and n + n // 2 <= n_max), n_max})
 
 
-def fastest(trials: Iterable[Trial], permitted: Sequence[int]) -> dict[int, Candidate]:
-    """For each number of tokens that was timed, the permitted candidate to serve it with, by rising n. One that cublasLt ranks
-    lower must be faster by more than chance."""
-    best: dict[int, tuple[float, Candidate]] = {}
+def between(n_max: int) -> list[int]:
+    """Numbers of tokens to look at what was fastest around them: how well a large product fills the GPU changes quickly."""
+    step = max(256, -(-n_max // POINTS))
+    return [n for n in range(512 + step, n_max, step) if n not in timed(n_max)]
+
+
+def fastest(trials: Iterable[Trial], permitted: Sequence[int]) -> dict[int, Candidate | None]:
+    """For each number of tokens that was timed, the permitted candidate to serve it with, by rising n; None: the one that
+    cublasLt likes best. Another must be faster by more than chance."""
+    best: dict[int, tuple[float, Candidate | None]] = {}
     for trial in sorted(trials, key=lambda trial: (trial.n, trial.rank)):
         if trial.seconds is None or trial.algorithm not in permitted:
             continue
-        if trial.n not in best or trial.seconds < FASTER * best[trial.n][0]:
+        if trial.n not in best:
+            best[trial.n] = (trial.seconds, None if trial.offered else trial.candidate)
+        elif trial.seconds < FASTER * best[trial.n][0]:
             best[trial.n] = (trial.seconds, trial.candidate)
     return {n: candidate for n, (_, candidate) in best.items()}
 
@@ -155,8 +167,8 @@ class Permit:
     rows: int
     """Up to how many tokens it was tried."""
     fastest: tuple[tuple[int, str], ...] = ()
-    """The codes, in hexadecimal, that serve up to so many tokens, by rising number; any other number is left to cublasLt's own
-    choice among the algorithms."""
+    """The codes, in hexadecimal, that serve up to so many tokens, by rising number. An empty one, and any other number, is left
+    to cublasLt's own choice among the algorithms."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -59,10 +59,11 @@ class Trials:
             if (trial := self._tried(n, rank, candidate)) is not None:
                 yield trial
 
-    def race(self, n: int, candidates: Sequence[Candidate]) -> Iterator[Trial]:
-        """Those that can run n tokens, with the time that one product takes."""
+    def race(self, n: int, others: Iterable[Candidate]) -> Iterator[Trial]:
+        """What cublasLt offers for n tokens and these others, with the time that one product takes."""
+        offers = {candidate.config: candidate for candidate in self._overrides.offers(self._shape, n)}
         best = float("inf")
-        for rank, candidate in enumerate(candidates):
+        for rank, candidate in enumerate((offers | {other.config: other for other in others}).values()):
             if (trial := self._tried(n, rank, candidate)) is None:
                 continue
             seconds = self._seconds(n, candidate, 2)
@@ -70,7 +71,7 @@ class Trials:
                 times = min(32, max(2, int(LOOK_SECONDS / seconds)))
                 seconds = min(self._seconds(n, candidate, times) for _ in range(3))
             best = min(best, seconds)
-            yield replace(trial, seconds=seconds)
+            yield replace(trial, seconds=seconds, offered=candidate.config in offers)
 
     def _tried(self, n: int, rank: int, candidate: Candidate) -> Trial | None:
         self._c[:n].fill_(float("nan"))  # what an earlier trial left would look right
