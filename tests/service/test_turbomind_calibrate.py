@@ -42,8 +42,8 @@ class FakeTrials:
 
 
 def test_an_offer_for_one_number_of_tokens_serves_others_if_it_is_faster() -> None:
-    """Each number that was timed has its fastest, of those that round alike everywhere; one that was not offered there is tried at
-    all numbers it is to serve."""
+    """Each number that was timed has its fastest, of those that round alike everywhere; one that was not offered there is tried
+    at all numbers it is to serve."""
     choice, permit, trials = _measured(cast(Trials, FakeTrials(100)))
 
     assert (choice.permitted, choice.missing) == ((66,), ())
