@@ -8,8 +8,9 @@ FROM scratch AS wheels
 
 FROM $PYTHON AS build
 ARG PIP_NO_INDEX
-ENV PIP_FIND_LINKS=/wheels PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ONLY_BINARY=:all: PIP_NO_DEPS=1 \
-    PIP_REQUIRE_HASHES=1 PIP_PYTHON=/opt/venv/bin/python
+# Stages below inherit variables from every builder, arguments not from every one; pip passes over an empty one.
+ENV PIP_FIND_LINKS=/wheels PIP_NO_INDEX=$PIP_NO_INDEX PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ONLY_BINARY=:all: \
+    PIP_NO_DEPS=1 PIP_REQUIRE_HASHES=1 PIP_PYTHON=/opt/venv/bin/python
 # pip stays behind: it has an environment of its own.
 RUN python -m venv /opt/pip && python -m venv --without-pip /opt/venv
 
