@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from ostinato.errors import ProtocolViolation
+
 LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 COMMIT = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 BETWEEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
@@ -53,6 +55,7 @@ class Metrics:
         self.grade = gauge("engine_grade", "3 EXACT, 2 SERIAL, 1 BEST_EFFORT, 0 not connected.")
         self.fingerprint = gauge("engine_info", "1 for the connected engine.", "engine", "model", "fingerprint", "grade")
         self.faults = counter("engine_faults", "What the service said and must not; the stream is dropped.", "reason")
+        self.faults.labels(ProtocolViolation.reason)  # the first one is to be an increase
         # second runs; their verdicts are counted from the journal
         self.audit_backlog = gauge("audit_backlog_items", "Items that were chosen for an audit and wait for it.")
         self.shadow_connected = gauge("shadow_connected", "1 while the stream to the shadow is up.")

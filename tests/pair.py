@@ -105,6 +105,8 @@ class Pair:
         self.metrics_address = "127.0.0.1:0"
         self.second_runs = ["--audit-rate", "0", "--canary-seconds", "0"]
         """None, unless whoever uses the pair says so here or among the sidecar's flags."""
+        self.env: dict[str, str] = {}
+        """More than this process has, for both programs."""
         self._temporary = self.folder
         self._state = state or self.folder / "state"
         self.engine_address = f"unix:{self.folder}/engine.sock"
@@ -151,7 +153,7 @@ class Pair:
                 program.stop()
 
     def _start(self, name: str, args: list[str], extra: list[str]) -> Program:
-        program = Program(name, [*args, "--log-format", "json", *extra])
+        program = Program(name, [*args, "--log-format", "json", *extra], self.env)
         self.programs.append(program)
         return program
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import time
 import urllib.request
@@ -19,7 +20,6 @@ pytestmark = pytest.mark.timeout(180)
 
 EMPTY = names.GPU | {
     "ostinato_service_streams_refused": "a service that turned a stream away; two sidecars at one service would do it",
-    "ostinato_engine_faults": "a service that breaks the protocol",
 }
 """Metrics without a sample here, and what it would need."""
 
@@ -75,6 +75,16 @@ def test_a_deploy_that_drifts_is_told(tour: Tour) -> None:
 
     assert {each["labels"]["field"] for each in twins} == {"fingerprint.driver"}
     assert tour.webhook.heard("OstinatoDrift", kind="shadow") == [], "a shadow is meant to differ"
+
+
+def test_the_first_time_is_an_increase(tour: Tour) -> None:
+    """What an alert fires for once it has happened is on the page before it has, or the first time would pass unnoticed."""
+    once = [rule["expr"] for rule in names.alerts().values() if "last_over_time" not in rule["expr"]]
+    counters = {name for expr in once for name in re.findall(r"increase\((ostinato_\w+)(?:{[^}]*})?\[1h]\)+ > 0", expr)}
+    samples = page(tour.pair.sidecar)
+
+    assert len(counters) >= 3
+    assert [name for name in counters if not re.search(rf"^{name}(?:{{.*}})? ", samples, re.MULTILINE)] == []
 
 
 def test_every_rule_is_well(tour: Tour) -> None:

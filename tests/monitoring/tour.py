@@ -8,9 +8,10 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import ostinato
 from ostinato.client import Client
@@ -20,6 +21,8 @@ from tests.certificates import Authority
 from tests.monitoring.watch import Prometheus, Webhook, aim, until, watching
 from tests.pair import Pair, Program
 
+Sort: TypeAlias = tuple[Callable[[Client], Awaitable[None]], float]
+"""What a caller does, and its rest between one time and the next, in seconds."""
 SIDECAR, SERVICE = "ostinato-sidecar", "ostinato-service"
 DIVERGES_FROM = 60
 """The first sequence whose answer is scripted to differ."""
@@ -54,7 +57,7 @@ def touring(folder: Path, seconds: tuple[float, float, float]) -> Iterator[Tour]
     flags = ["--tls-certificate", str(certificate), "--tls-key", str(key), "--shadow", f"unix:{folder}/shadow.sock"]
     flags += ["--shadow-rate", "0.2", "--audit-rate", "0.2", "--audit-patience-seconds", "1", "--canary-seconds", "2"]
     with Pair(service=["--script", json.dumps(SCRIPT)], sidecar=flags) as pair, contextlib.ExitStack() as stack:
-        pair.programs.append(_shadow(folder))
+        pair.programs.append(shadow(folder))
         pair.start()
         targets: dict[str, Callable[[], int]] = {SIDECAR: lambda: port(pair.sidecar), SERVICE: lambda: port(pair.service)}
         prometheus, webhook = stack.enter_context(watching(folder, targets))
@@ -68,7 +71,7 @@ def touring(folder: Path, seconds: tuple[float, float, float]) -> Iterator[Tour]
             aim(folder, {job: target() for job, target in targets.items()})
 
         reached(f'count(up{{job=~"{SIDECAR}|{SERVICE}"}} == 1) == 2')
-        stack.enter_context(loading(lambda: Client(f"https://{pair.target}", credentials=ostinato.tls(authority.file))))
+        stack.enter_context(calling(lambda: connected(pair, authority), all_sorts()))
         reached('ostinato_comparisons_total{kind="twin",verdict="diverged"} > 3', seconds[0])
         assert pair.service is not None and pair.sidecar is not None
         pair.service.kill()  # what it ran is run again, by the next one
@@ -82,7 +85,12 @@ def touring(folder: Path, seconds: tuple[float, float, float]) -> Iterator[Tour]
         yield Tour(pair, prometheus, webhook, start)
 
 
-def _shadow(folder: Path) -> Program:
+def connected(pair: Pair, authority: Authority) -> Client:
+    """To its public door."""
+    return Client(f"https://{pair.target}", credentials=ostinato.tls(authority.file))
+
+
+def shadow(folder: Path) -> Program:
     """The second service, on another device as it says, so that its answers are drift."""
     script = json.dumps({"fields": {"device": "another"}})
     where = ["--listen", f"unix:{folder}/shadow.sock", "--state-dir", f"{folder}/shadow", "--metrics", "127.0.0.1:0"]
@@ -96,10 +104,10 @@ def port(program: Program | None) -> int:
 
 
 @contextlib.contextmanager
-def loading(connect: Callable[[], Client]) -> Iterator[None]:
-    """Callers of all sorts, in a thread of their own, until the end."""
+def calling(connect: Callable[[], Client], sorts: Sequence[Sort]) -> Iterator[None]:
+    """Callers of these sorts, in a thread of their own, until the end."""
     over = threading.Event()
-    thread = threading.Thread(target=lambda: asyncio.run(_callers(connect, over)), daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(_callers(connect, sorts, over)), daemon=True)
     thread.start()
     try:
         yield
@@ -108,7 +116,24 @@ def loading(connect: Callable[[], Client]) -> Iterator[None]:
         thread.join(30)
 
 
-async def _callers(connect: Callable[[], Client], over: threading.Event) -> None:
+async def _callers(connect: Callable[[], Client], sorts: Sequence[Sort], over: threading.Event) -> None:
+    async with connect() as client:
+        calls = [asyncio.create_task(_again(call, client, rest)) for call, rest in sorts]
+        await asyncio.to_thread(over.wait)
+        for each in calls:
+            each.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def _again(call: Callable[[Client], Awaitable[None]], client: Client, rest: float) -> None:
+    while True:
+        with contextlib.suppress(OstinatoError):
+            await call(client)
+        await asyncio.sleep(rest)
+
+
+def all_sorts() -> Sequence[Sort]:
+    """Of callers, good and bad."""
     keys = itertools.count()
 
     async def equal(client: Client) -> None:
@@ -135,16 +160,10 @@ async def _callers(connect: Callable[[], Client], over: threading.Event) -> None
         async with contextlib.aclosing(client.replay(1, 8)) as events:
             await _read(events, leave=False)
 
-    async with connect() as client:
-        work = (equal, unseeded, keyed, streamed, streamed, hasty, wrong, replayed)
-        await asyncio.gather(*(_again(one, client, over, 0.05 + 0.2 * (one in (hasty, wrong, replayed))) for one in work))
-
-
-async def _again(one: Callable[[Client], Awaitable[None]], client: Client, over: threading.Event, rest: float) -> None:
-    while not over.is_set():
-        with contextlib.suppress(OstinatoError):
-            await one(client)
-        await asyncio.sleep(rest)
+    quick, slow = 0.05, 0.25
+    return [(call, quick) for call in (equal, unseeded, keyed, streamed, streamed)] + [
+        (call, slow) for call in (hasty, wrong, replayed)
+    ]
 
 
 async def _read(events: AsyncIterator[object], *, leave: bool) -> None:

@@ -102,13 +102,15 @@ class Prometheus:
 
 
 @contextlib.contextmanager
-def watching(folder: Path, targets: Mapping[str, Callable[[], int]]) -> Iterator[tuple[Prometheus, Webhook]]:
-    """Scrapes the jobs' ports each second, as files say that may change; judges by the project's rules each second."""
+def watching(
+    folder: Path, targets: Mapping[str, Callable[[], int]], rules: Path = RULES, period: str = "1s"
+) -> Iterator[tuple[Prometheus, Webhook]]:
+    """Scrapes the jobs' ports each period, as files say that may change; judges by the rules as often."""
     webhook = Webhook()
     ports = free_port(), free_port()
     aim(folder, {job: port() for job, port in targets.items()})
     (folder / "alertmanager.yml").write_text(yaml.safe_dump(_alertmanager(webhook.url)))
-    (folder / "prometheus.yml").write_text(yaml.safe_dump(_prometheus(folder, list(targets), ports[1])))
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(_prometheus(folder, rules, period, list(targets), ports[1])))
     commands = (
         [
             "prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/series", "--log.level=warn",
@@ -158,10 +160,10 @@ def free_port() -> int:
         return port
 
 
-def _prometheus(folder: Path, jobs: list[str], alertmanager: int) -> dict[str, Any]:
+def _prometheus(folder: Path, rules: Path, period: str, jobs: list[str], alertmanager: int) -> dict[str, Any]:
     return {
-        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
-        "rule_files": [str(RULES)],
+        "global": {"scrape_interval": period, "scrape_timeout": period, "evaluation_interval": period},
+        "rule_files": [str(rules)],
         "alerting": {"alertmanagers": [{"static_configs": [{"targets": [f"127.0.0.1:{alertmanager}"]}]}]},
         "scrape_configs": [{"job_name": job, "file_sd_configs": [{"files": [f"{folder}/{job}.json"]}]} for job in jobs],
     }
@@ -169,6 +171,6 @@ def _prometheus(folder: Path, jobs: list[str], alertmanager: int) -> dict[str, A
 
 def _alertmanager(url: str) -> dict[str, Any]:
     return {
-        "route": {"receiver": "webhook", "group_by": ["alertname"], "group_wait": "1s", "group_interval": "1s"},
+        "route": {"receiver": "webhook", "group_by": ["alertname"], "group_wait": "100ms", "group_interval": "1s"},
         "receivers": [{"name": "webhook", "webhook_configs": [{"url": url, "send_resolved": True}]}],
     }
