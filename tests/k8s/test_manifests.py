@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -66,6 +67,24 @@ def test_it_is_what_the_schemas_say(chosen: Combination) -> None:
 def test_an_overlay_is_a_component_on_the_base(overlay: str) -> None:
     """Overlays say nothing of their own, so that what they do can be had together."""
     assert kustomize(K8S / "overlays" / overlay) == built((overlay,))
+
+
+def test_the_kustomization_of_the_docs(tmp_path: Path) -> None:
+    """What docs/operations.md shows can be copied: it builds, and changes what it says."""
+    text = (K8S.parent / "docs" / "operations.md").read_text()
+    [shown] = re.findall(r"^```yaml\n(apiVersion: kustomize.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "ostinato").mkdir()
+    shutil.copytree(K8S, tmp_path / "ostinato" / "k8s")
+    (tmp_path / "kustomization.yaml").write_text(shown)
+    resources = kustomize(tmp_path)
+    claims = statefulset(resources)["spec"]["volumeClaimTemplates"]
+
+    assert {container["image"] for container in containers(resources).values()} == {
+        f"registry.example/ostinato-{name}:{ostinato.__version__}" for name in ("sidecar", "service")
+    }
+    assert [claim["spec"]["resources"]["requests"]["storage"] for claim in claims] == ["100Gi", "1Gi"]
+    assert of_kind(resources, "Certificate")
+    assert of_kind(resources, "PrometheusRule")
 
 
 @pytest.mark.parametrize("folder", ["base", *(f"overlays/{name}" for name in OVERLAYS)])
