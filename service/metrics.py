@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.registry import Collector
 
+from ostinato import enums
 from ostinato.v1 import engine_pb2, types_pb2
 
 # Upper bounds: seconds between tokens, seconds of a whole run, events of a frame.
@@ -66,7 +67,7 @@ class Metrics:
 
     def end(self, purpose: engine_pb2.Purpose.ValueType, end: str) -> None:
         """A run ended: finished, failed, cancelled or expired."""
-        name = "self_test" if not purpose else engine_pb2.Purpose.Name(purpose).removeprefix("PURPOSE_").lower()
+        name = enums.word(engine_pb2.Purpose, purpose).lower() if purpose else "self_test"
         self.ended.labels(name, end).inc()
 
     def hold(self, grade: types_pb2.Grade.ValueType) -> None:

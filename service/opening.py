@@ -8,6 +8,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ostinato import enums
 from ostinato.digest import model_digest
 from ostinato.serving.program import StartupError
 from ostinato.v1 import types_pb2
@@ -80,7 +81,7 @@ async def _earn(held: HeldGrade, digest: bytes, runs: Runs, settings: Settings, 
     finding = await _find(digest, runs, settings)
     held.earn(finding.grade, finding.reason)
     metrics.self_test_seconds.set(finding.seconds)
-    name = types_pb2.Grade.Name(held.grade).removeprefix("GRADE_")
+    name = enums.word(types_pb2.Grade, held.grade)
     proof_seconds = runs.engine.proof_seconds
     costs = {"load": load_seconds - proof_seconds, "proof": proof_seconds, "self_test": time.monotonic() - began}
     seconds = {f"{part}_seconds": round(max(0.0, value), 3) for part, value in costs.items()}

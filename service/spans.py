@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ostinato import errors, tracing
+from ostinato import enums, errors, tracing
 from ostinato.tracing import OFF, Kind
 from ostinato.v1 import engine_pb2, types_pb2
 
@@ -21,7 +21,7 @@ class RunSpans:
             return
         parent = {"traceparent": submit.traceparent} if submit.traceparent else {}
         attributes: dict[str, tracing.Value] = {
-            "ostinato.purpose": engine_pb2.Purpose.Name(submit.purpose).removeprefix("PURPOSE_"),
+            "ostinato.purpose": enums.word(engine_pb2.Purpose, submit.purpose),
             "ostinato.sequence": submit.sequence,
             "ostinato.attempt": submit.attempt,
             "ostinato.seed": str(submit.seed),
@@ -56,11 +56,11 @@ class RunSpans:
     def finished(self, output: types_pb2.Output) -> None:
         """It made this, and is about to end."""
         if self._run:
-            reason = types_pb2.FinishReason.Name(output.finish_reason).removeprefix("FINISH_REASON_").lower()
+            reason = enums.word(types_pb2.FinishReason, output.finish_reason).lower()
             self._engine_span.note(
                 {"gen_ai.response.finish_reasons": [reason], "gen_ai.usage.output_tokens": len(output.token_ids)}
             )
-            self._run.note({"ostinato.grade": types_pb2.Grade.Name(output.grade).removeprefix("GRADE_")})
+            self._run.note({"ostinato.grade": enums.word(types_pb2.Grade, output.grade)})
 
     def ended(self, error: errors.OstinatoError | None) -> None:
         """It ends, for this reason if there is no output."""

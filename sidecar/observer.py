@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
-from ostinato import errors
+from ostinato import enums, errors
 from ostinato.v1 import engine_pb2, types_pb2
 
 from sidecar.core.sequencer import Sequencer
-from sidecar.divergence import labels
 from sidecar.journal import Head, Sealed, Unfinished
 from sidecar.metrics import Metrics
 from sidecar.work import Work
@@ -74,7 +73,7 @@ class Observer:
 
     def ended(self, work: Work, sealed: Sealed, result: types_pb2.Result) -> None:
         """The outcome is durable."""
-        outcome = types_pb2.EntryKind.Name(sealed.header.kind).removeprefix("ENTRY_KIND_").lower()
+        outcome = enums.word(types_pb2.EntryKind, sealed.header.kind).lower()
         self.metrics.ended.labels(outcome).inc()
         self.metrics.item.observe(result.timing.total_micros / 1e6, _exemplar(work))
         fields = {"sequence": work.sequence, "request_id": work.input.request_id, "outcome": outcome, **work.spans.item.ids}
@@ -112,12 +111,10 @@ class Observer:
             log.warning("engine disconnected")
             return
         model = description.model
-        digest = model.fingerprint.digest.hex()
-        self.metrics.fingerprint.labels(model.engine, model.name, digest[:16], labels.grade(model.grade)).set(1)
-        log.info(
-            "engine connected",
-            extra={"engine": model.engine, "model": model.name, "fingerprint": digest[:16], "grade": labels.grade(model.grade)},
-        )
+        digest, grade = model.fingerprint.digest.hex()[:16], enums.word(types_pb2.Grade, model.grade).lower()
+        self.metrics.fingerprint.labels(model.engine, model.name, digest, grade).set(1)
+        fields = {"engine": model.engine, "model": model.name, "fingerprint": digest, "grade": grade}
+        log.info("engine connected", extra=fields)
 
     def engine_lost(self, works: Iterable[Work]) -> None:
         """It is not connected any more; these were in it."""

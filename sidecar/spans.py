@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ostinato import tracing
+from ostinato import enums, tracing
 from ostinato.errors import Disconnected, OstinatoError
 from ostinato.tracing import OFF, Kind, Span
 from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
@@ -10,8 +10,7 @@ from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 
 def run_span(purpose: engine_pb2.Purpose.ValueType, sequence: int) -> Span:
     """Of a second run, from when it is asked for: within what asked for it, or on its own."""
-    name = engine_pb2.Purpose.Name(purpose).removeprefix("PURPOSE_").lower()
-    return tracing.span(name, {"ostinato.sequence": sequence}, Kind.CLIENT)
+    return tracing.span(enums.word(engine_pb2.Purpose, purpose).lower(), {"ostinato.sequence": sequence}, Kind.CLIENT)
 
 
 class ItemSpans:
@@ -66,8 +65,8 @@ class ItemSpans:
             self.item.note(
                 {
                     "ostinato.attempt": header.attempt,
-                    "ostinato.outcome": types_pb2.EntryKind.Name(header.kind).removeprefix("ENTRY_KIND_"),
-                    "ostinato.grade": types_pb2.Grade.Name(header.grade).removeprefix("GRADE_"),
+                    "ostinato.outcome": enums.word(types_pb2.EntryKind, header.kind),
+                    "ostinato.grade": enums.word(types_pb2.Grade, header.grade),
                     "ostinato.fingerprint": header.fingerprint_digest.hex(),
                 }
             )

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from ostinato import errors
+from ostinato import enums, errors
 from ostinato.v1 import types_pb2
 
-from sidecar.divergence import labels
 from sidecar.divergence.tally import Tally
 from sidecar.divergence.verdicts import Checked, Compared, NotCompared, events
 from sidecar.journal import Journal, Note, Sealed
@@ -74,7 +73,8 @@ class Book:
 
     def not_compared(self, kind: types_pb2.ComparisonKind.ValueType, reason: str) -> None:
         """A second run was due and brought no verdict: an audit that was chosen and did not run, say."""
-        self._page = Page(index=self.index, tally=self.tally.after(NotCompared(labels.kind(kind), reason)))
+        lost = NotCompared(enums.word(types_pb2.ComparisonKind, kind).lower(), reason)
+        self._page = Page(index=self.index, tally=self.tally.after(lost))
 
     async def keep(self, journal: Journal) -> None:
         """Save now and then, for ever."""

@@ -13,7 +13,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from sidecar.divergence import labels
 from sidecar.divergence.statistics import span_first
 from sidecar.divergence.stratum import Stratum
 from sidecar.divergence.tally import Tally
@@ -49,7 +48,7 @@ def _comparisons(tally: Tally) -> Iterator[Metric]:
         kind, grade = stratum.key.kind, stratum.key.grade
         verdicts = {"match": stratum.matched, "diverged": stratum.diverged, "incomparable": stratum.incomparable}
         for verdict, count in verdicts.items():
-            comparisons[kind, grade, verdict, labels.replica(stratum.key.other_replica)] += count
+            comparisons[kind, grade, verdict, "other" if stratum.key.other_replica else "same"] += count
         tokens[kind, grade] += stratum.compared_tokens
         drift.update({(kind, name or "others"): count for name, count in stratum.drift.items()})
     yield _counter("comparisons", "Verdicts.", ("kind", "grade", "verdict", "replica"), comparisons.items())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from ostinato import enums
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.divergence import labels
 from sidecar.divergence.statistics import Rate, life_table
 from sidecar.divergence.stratum import Share, Stratum
 from sidecar.divergence.tally import STRATA_MAX, Tally
@@ -27,7 +27,7 @@ def report(
         collision_checks=tally.collision_checks,
         collisions=tally.collisions,
         not_compared=[
-            sequencer_pb2.NotCompared(kind=labels.kind_of(kind), reason=reason, count=count)
+            sequencer_pb2.NotCompared(kind=enums.value(types_pb2.ComparisonKind, kind.upper()), reason=reason, count=count)
             for kind, reasons in sorted(tally.not_compared.items())
             for reason, count in sorted(reasons.items())
         ],
@@ -38,8 +38,8 @@ def report(
 def _stratum(stratum: Stratum, confidence: float) -> sequencer_pb2.Stratum:
     series = stratum.series
     return sequencer_pb2.Stratum(
-        kind=labels.kind_of(stratum.key.kind),
-        grade=labels.grade_of(stratum.key.grade),
+        kind=enums.value(types_pb2.ComparisonKind, stratum.key.kind.upper()),
+        grade=enums.value(types_pb2.Grade, stratum.key.grade.upper()),
         fingerprint_digest=bytes.fromhex(stratum.key.fingerprint),
         other_replica=stratum.key.other_replica,
         matched=stratum.matched,

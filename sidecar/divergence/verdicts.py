@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ostinato import enums
 from ostinato.v1 import sequencer_pb2, types_pb2
-
-from sidecar.divergence import labels
 
 FAILED = "failed"
 """Stands among the names of what drifted where the second run made no output."""
@@ -92,8 +91,8 @@ def events(header: types_pb2.EntryHeader, payload: bytes) -> Iterator[Compared |
 
 def _compared(at: Moment, header: types_pb2.EntryHeader, comparison: types_pb2.Comparison) -> Compared:
     key = Key(
-        labels.kind(comparison.kind),
-        labels.grade(comparison.grade or header.grade),
+        enums.word(types_pb2.ComparisonKind, comparison.kind).lower(),
+        enums.word(types_pb2.Grade, comparison.grade or header.grade).lower(),
         header.fingerprint_digest.hex(),
         comparison.expected_writer not in ("", header.writer),
     )

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from ostinato import digest, errors
+from ostinato import digest, enums, errors
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 PAYLOADS: Mapping[types_pb2.EntryKind.ValueType, type[Message]] = {
@@ -155,10 +155,7 @@ def word(message: Message, field: str) -> str:
     """An enum field's value as people write it: GRADE_BEST_EFFORT is best-effort."""
     kind, value = message.DESCRIPTOR.fields_by_name[field].enum_type, getattr(message, field)
     assert kind is not None
-    names = kind.values_by_number
-    if value not in names:
-        return str(value)
-    return names[value].name.removeprefix(names[0].name.removesuffix("UNSPECIFIED")).lower().replace("_", "-")
+    return enums.words(kind).get(value, str(value)).lower().replace("_", "-")
 
 
 def short(hash_: bytes) -> str:
