@@ -31,8 +31,7 @@ class Progress:
 
     def restart(self, attempt: int) -> None:
         """A new attempt begins at token 0."""
-        self.lost = list(self.sent)
-        self.attempt, self._seen = attempt, 0
+        self.lost, self.attempt, self._seen = list(self.sent), attempt, 0
         self._repeat = self._run(0, _NONE)
 
     def accept(
@@ -47,9 +46,7 @@ class Progress:
         _extend(self._repeat, tokens)
         before = self.sent[start : self._seen]
         if before != tokens.token_ids[: len(before)]:
-            run, self._repeat = self._repeat, None
-            self.sent, self.texts, self.logprobs = [], [], []
-            return generation_pb2.Restarted(sequence=self.sequence, attempt=self.attempt), self._send(run)
+            return self._anew(self._repeat)
         return None, self._beyond(self._repeat)
 
     def finish(self, output: types_pb2.Output) -> tuple[generation_pb2.Restarted | None, generation_pb2.TokenRun | None]:
@@ -60,9 +57,7 @@ class Progress:
             raise ValueError("an output that is not what was streamed")
         if self.sent == output.token_ids[: len(self.sent)]:
             return None, None
-        run, self._repeat = self._run(0, output), None
-        self.sent, self.texts, self.logprobs = [], [], []
-        return generation_pb2.Restarted(sequence=self.sequence, attempt=self.attempt), self._send(run)
+        return self._anew(self._run(0, output))
 
     def so_far(self) -> generation_pb2.TokenRun | None:
         """All that was sent, for somebody who comes later; None: nothing."""
@@ -79,6 +74,12 @@ class Progress:
         )
         run = self._run(start, beyond)
         return self._send(run) if run.token_ids or run.text else None
+
+    def _anew(self, run: generation_pb2.TokenRun) -> tuple[generation_pb2.Restarted, generation_pb2.TokenRun | None]:
+        """The attempt from its token 0, in place of all that was sent; it may be that it made nothing."""
+        self.sent, self.texts, self.logprobs, self._repeat = [], [], [], None
+        restarted = generation_pb2.Restarted(sequence=self.sequence, attempt=self.attempt)
+        return restarted, self._send(run) if run.token_ids or run.text else None
 
     def _beyond(self, repeat: generation_pb2.TokenRun) -> generation_pb2.TokenRun | None:
         """What the repetition has beyond what was sent, once it got there."""

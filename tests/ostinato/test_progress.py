@@ -178,6 +178,15 @@ def test_a_shorter_second_answer() -> None:
     assert (listener.tokens, listener.restarts) == ([1, 2], [2])
 
 
+def test_a_second_answer_of_nothing() -> None:
+    """An attempt that makes nothing takes back what was sent, and sends no run of nothing."""
+    progress = Progress(SEQUENCE)
+    progress.accept(runs([1], [])[0])
+    progress.restart(2)
+
+    assert progress.finish(types_pb2.Output()) == (generation_pb2.Restarted(sequence=SEQUENCE, attempt=2), None)
+
+
 def test_nothing_was_sent() -> None:
     """Who comes before the first token gets nothing; what is lost with nothing sent compares nothing."""
     progress = Progress(SEQUENCE)
