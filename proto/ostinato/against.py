@@ -73,22 +73,12 @@ def request(record: sequencer_pb2.ItemRecord, request_id: str) -> generation_pb2
     given, parameters = record.input, record.input.parameters
     if parameters.bad_token_ids:
         raise errors.invalid("bad_words", "are recorded as token ids, which a request cannot have")
-    made = types_pb2.Parameters(
-        seed=given.seed,
-        temperature=parameters.temperature,
-        top_k=parameters.top_k,
-        top_p=parameters.top_p,
-        min_p=parameters.min_p,
-        repetition_penalty=parameters.repetition_penalty,
-        max_new_tokens=parameters.max_new_tokens,
-        min_new_tokens=parameters.min_new_tokens,
-        stop=parameters.stop,
-        stop_token_ids=parameters.stop_token_ids,
-        ignore_eos=parameters.ignore_eos,
-        response_format=parameters.response_format if parameters.HasField("response_format") else None,
-    )
-    if parameters.HasField("logprobs"):
-        made.logprobs = parameters.logprobs
+    said = {
+        field.name: getattr(parameters, field.name)
+        for field in parameters.DESCRIPTOR.fields
+        if field.name != "bad_token_ids" and (not field.has_presence or parameters.HasField(field.name))  # type: ignore[arg-type]
+    }
+    made = types_pb2.Parameters(seed=given.seed, **said)
     item = types_pb2.Item(token_ids=types_pb2.TokenIds(ids=given.token_ids), parameters=made)
     return generation_pb2.GenerateRequest(items=[item], request_id=request_id)
 

@@ -8,7 +8,6 @@ sent once, because a Generate that is sent again is another request with other n
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Self, Unpack
@@ -17,7 +16,7 @@ import grpc
 
 from ostinato import errors, requests
 from ostinato.joined import joined
-from ostinato.patience import KEYED_SECONDS, PAUSE_SECONDS, PAUSE_SECONDS_MAX, READ_SECONDS
+from ostinato.patience import KEYED_SECONDS, PAUSE_SECONDS, PAUSE_SECONDS_MAX, READ_SECONDS, Patience
 from ostinato.requests import GradeName, Prompts, Sampling
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 from ostinato.wire import Wire
@@ -187,12 +186,12 @@ class Client:
     async def _follow(
         self, request: sequencer_pb2.TailRequest, timeout: float | None
     ) -> AsyncGenerator[sequencer_pb2.Entry, None]:
-        end = None if timeout is None else time.monotonic() + timeout
+        patience = Patience(timeout, 0.0)
         await self.head(timeout=timeout)  # a silent Tail does not say whether anybody is there
         pause = PAUSE_SECONDS
         while True:
             try:
-                async with aclosing(self._entries(request, _left(end))) as entries:
+                async with aclosing(self._entries(request, patience.left)) as entries:
                     async for entry in entries:
                         request.from_index = entry.header.index + 1
                         pause = PAUSE_SECONDS
@@ -202,7 +201,7 @@ class Client:
                 if error.code is not grpc.StatusCode.UNAVAILABLE and not isinstance(error, errors.SlowReader):
                     raise
                 wait = error.retry_after or pause
-            await asyncio.sleep(min(wait, _left(end) or wait))
+            await asyncio.sleep(min(wait, patience.left or wait))
             pause = min(2 * pause, PAUSE_SECONDS_MAX)
 
 
@@ -210,8 +209,3 @@ def _by_key(name: str, number: int | None, key: str) -> bool:
     if (number is None) == (key == ""):
         raise TypeError(f"{name}, key: give one of them")
     return number is None
-
-
-def _left(end: float | None) -> float | None:
-    """Seconds until then; never 0 or less, so that the call itself tells of an expired deadline."""
-    return None if end is None else max(end - time.monotonic(), 0.001)

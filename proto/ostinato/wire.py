@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import grpc
@@ -167,17 +168,10 @@ def bearer(token: str) -> str:
 
 def ours(error: grpc.aio.AioRpcError) -> errors.OstinatoError:
     """The error that the far side raised, or what stands for gRPC's own; its cause is what gRPC raised."""
-    made = _ours(error)
+    made = errors.foreign(error.code(), error.details() or "")
+    with suppress(ValueError, DecodeError):  # these details are none, or another code's: somebody between us wrote one of them
+        # The synchronous decoder, since an AioRpcError is a call that has ended.
+        if (status := rpc_status.from_call(error)) is not None:
+            made = errors.from_status(status)
     made.__cause__ = error
     return made
-
-
-def _ours(error: grpc.aio.AioRpcError) -> errors.OstinatoError:
-    try:
-        # The synchronous decoder, since an AioRpcError is a call that has ended.
-        status = rpc_status.from_call(error)
-        if status is not None:
-            return errors.from_status(status)
-    except (ValueError, DecodeError):
-        pass  # these details are none, or belong to another code: somebody between us wrote one of them
-    return errors.foreign(error.code(), error.details() or "")
