@@ -21,11 +21,6 @@ from ostinato import __version__
 from ostinato.errors import Cancelled, OstinatoError
 from ostinato.tracing import Attributes, Kind, Metadata, Span, Value
 
-_KINDS = {
-    Kind.INTERNAL: trace.SpanKind.INTERNAL,
-    Kind.CLIENT: trace.SpanKind.CLIENT,
-    Kind.SERVER: trace.SpanKind.SERVER,
-}
 _INT64 = range(-(2**63), 2**63)
 _W3C = TraceContextTextMapPropagator()
 
@@ -57,7 +52,7 @@ class Recorded(Span):
         return dict(self.metadata).get("traceparent", "")
 
     def child(self, name: str, attributes: Attributes | None = None, kind: Kind = Kind.INTERNAL) -> Span:
-        started = self._tracer.start_span(name, self._context, _KINDS[kind], _fitting(attributes))
+        started = self._tracer.start_span(name, self._context, trace.SpanKind[kind.name], _fitting(attributes))
         return Recorded(self._tracer, started)
 
     def note(self, attributes: Attributes) -> None:
@@ -94,15 +89,15 @@ class Recorded(Span):
 
 
 class OtelRecorder:
-    """See `tracing.Recorder`."""
+    """Makes spans by a provider that somebody else set up (None: the process's), or by one of its own."""
 
-    def __init__(self, provider: trace.TracerProvider, *, owned: bool) -> None:
-        self._provider, self._owned = provider, owned
-        self._tracer = provider.get_tracer("ostinato", __version__)
+    def __init__(self, provider: trace.TracerProvider | None = None, *, owned: bool = False) -> None:
+        self._provider, self._owned = provider or trace.get_tracer_provider(), owned
+        self._tracer = self._provider.get_tracer("ostinato", __version__)
 
     def span(self, name: str, attributes: Attributes | None, kind: Kind, parent: Metadata | None) -> Span:
         context = None if parent is None else _W3C.extract({key: str(value) for key, value in parent}, Context())
-        return Recorded(self._tracer, self._tracer.start_span(name, context, _KINDS[kind], _fitting(attributes)))
+        return Recorded(self._tracer, self._tracer.start_span(name, context, trace.SpanKind[kind.name], _fitting(attributes)))
 
     def current(self) -> Span:
         return Recorded(self._tracer, trace.get_current_span())
@@ -113,11 +108,6 @@ class OtelRecorder:
             ending = threading.Thread(target=self._provider.shutdown, name="traces-end", daemon=True)
             ending.start()
             ending.join(seconds)
-
-
-def recorder(provider: trace.TracerProvider | None) -> OtelRecorder:
-    """For a provider that somebody else set up; None: the process's."""
-    return OtelRecorder(provider or trace.get_tracer_provider(), owned=False)
 
 
 def exporting(endpoint: str, service: str, instance: str) -> OtelRecorder:

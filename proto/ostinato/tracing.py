@@ -17,10 +17,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
+
+    from ostinato.otel import OtelRecorder
 
 Value: TypeAlias = str | int | float | bool | Sequence[str]
 Attributes: TypeAlias = Mapping[str, Value]
@@ -88,17 +90,7 @@ class Span:
 OFF = Span()
 
 
-class Recorder(Protocol):
-    """What makes spans, where they are made."""
-
-    def span(self, name: str, attributes: Attributes | None, kind: Kind, parent: Metadata | None) -> Span: ...
-
-    def current(self) -> Span: ...
-
-    def close(self, seconds: float) -> None: ...
-
-
-_recorder: Recorder | None = None
+_recorder: OtelRecorder | None = None
 
 
 def on() -> bool:
@@ -146,7 +138,7 @@ def use(provider: TracerProvider | None = None) -> None:
     global _recorder
     from ostinato import otel
 
-    _recorder = otel.recorder(provider)
+    _recorder = otel.OtelRecorder(provider)
 
 
 def stop(seconds: float = 1.0) -> None:
