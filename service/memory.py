@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from ostinato.serving.files import replace
 from ostinato.serving.program import StartupError
 
 LOGS_MAX = 256
@@ -37,20 +37,11 @@ class Memory:
     def write(self, sequences: Mapping[str, int]) -> None:
         """Soon. The last ones of the mapping are kept; what cannot be written is logged."""
         kept = {log_id: str(sequence) for log_id, sequence in list(sequences.items())[-LOGS_MAX:]}
-        self._thread.submit(self._replace, json.dumps(kept, indent=1)).add_done_callback(_say_what_failed)
+        self._thread.submit(replace, self._path, json.dumps(kept, indent=1)).add_done_callback(_say_what_failed)
 
     def close(self) -> None:
         """When everything is written."""
         self._thread.shutdown()
-
-    def _replace(self, text: str) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        new = self._path.with_suffix(".new")
-        with new.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self._path)
 
 
 def _say_what_failed(written: Future[None]) -> None:

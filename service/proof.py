@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from ostinato.serving.files import replace
 from ostinato.v1 import types_pb2
 
 from service.selftest import VERSION, Finding
@@ -73,11 +73,8 @@ class Proofs:
             made_at=made_at,
         )
         path = self._path(fingerprint)
-        draft = path.with_suffix(f".{os.getpid()}")
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            draft.write_text(json.dumps(dataclasses.asdict(proof), indent=1) + "\n")
-            draft.replace(path)
+            replace(path, json.dumps(dataclasses.asdict(proof), indent=1) + "\n")
         except OSError as error:
             _log.warning("proof not kept", extra={"path": path, "why": str(error)})
 

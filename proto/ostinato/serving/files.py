@@ -1,4 +1,4 @@
-"""Files that are read again whenever they change."""
+"""Files that are read again whenever they change, and files that are replaced whole."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ BYTES_MAX = 1 << 20
 """Of one file."""
 
 T = TypeVar("T")
+
+
+def replace(path: Path, text: str) -> None:
+    """Makes this its content, and makes its folder. Durable on return. Raises OSError, and then what was there still is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}")
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
 
 
 class Unusable(ValueError):
