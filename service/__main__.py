@@ -90,7 +90,7 @@ def main() -> None:
         sys.exit(probe("service", Settings().listen[0], sys.argv[2:], os.environ))
     calibrating = sys.argv[1:2] == ["calibrate"]
     settings = load(Settings, "service", sys.argv[2 if calibrating else 1 :], os.environ)
-    setup(settings.log_form, settings.log_level)
+    setup(settings.log_format, settings.log_level)
     _log.info("settings: %s", describe(settings))
     if calibrating:
         sys.exit(calibrate(settings))

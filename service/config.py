@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from ostinato.serving.settings import field
 from ostinato.v1 import types_pb2
@@ -108,10 +108,6 @@ class Settings:
     def addresses(self) -> list[str]:
         """`listen`, its paths absolute."""
         return [f"unix:{Path(text[5:]).absolute()}" if text.startswith("unix:") else text for text in self.listen]
-
-    @property
-    def log_form(self) -> Literal["human", "json"]:
-        return cast(Literal["human", "json"], self.log_format)
 
     @property
     def required_grade(self) -> types_pb2.Grade.ValueType:

@@ -229,7 +229,7 @@ def main() -> int:
     if sys.argv[1:2] and sys.argv[1] in commands.COMMANDS:
         commands.main(sys.argv[1:])
     settings = load(Settings, "sidecar", sys.argv[1:], os.environ)
-    logs.setup("json" if settings.log_format == "json" else "human", settings.log_level)
+    logs.setup(settings.log_format, settings.log_level)
     log.info("starting: %s", describe(settings))
     sys.setswitchinterval(SWITCH_SECONDS)
 

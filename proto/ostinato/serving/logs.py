@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Literal, TextIO
+from typing import TextIO
 
 from ostinato import tracing
 
@@ -30,8 +30,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _BARE = re.compile(r"[\w.:/@+-]+", re.ASCII)
 
 
-def setup(form: Literal["human", "json"], level: str = "INFO", stream: TextIO | None = None) -> None:
-    """Sends all logging to `stream` (stderr), from `level` up, in this form. Replaces what was set up before.
+def setup(form: str, level: str = "INFO", stream: TextIO | None = None) -> None:
+    """Sends all logging to `stream` (stderr), from `level` up, as "human" or "json". Replaces what was set up before.
 
     To be called before the first channel or server is made. Raises ValueError for a level that logging does not know.
     """
