@@ -7,15 +7,14 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
+from ostinato.cli.show import note, progress
 from ostinato.serving.program import FAILED
 from ostinato.v1 import types_pb2
 
@@ -32,7 +31,6 @@ from sidecar.opening import open_journal, open_kept
 _AGES = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 """Seconds by unit."""
 
-_errors = Console(stderr=True)
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 COMMANDS = ("verify", "prune", "redact", "export", "import", "accept-loss")
 
@@ -45,20 +43,20 @@ def main(argv: Sequence[str]) -> None:
     try:
         app(args=list(argv), prog_name="python -m sidecar")
     except (JournalUnusable, OSError) as error:
-        _say(f"{argv[0]}: {error}")
+        note(f"{argv[0]}: {error}")
         sys.exit(FAILED)
 
 
 @app.command()
 def verify(journal: Journal = JOURNAL) -> None:
     """Check every link, every invariant, and every payload that is kept. The first bad entry ends it, with exit code 1."""
-    with _kept(journal) as kept, _progress(kept) as came_to:
+    with closing(open_kept(journal)) as kept, _progress(kept) as came_to:
         index = 0
         for checked in verified(lambda index, limit: kept.entries(index, limit, payloads=True)):
             if checked.faults:
                 raise JournalUnusable("\n".join(checked.faults))
             came_to(index := checked.index)
-    _say(f"{index} entries are sound")
+    note(f"{index} entries are sound")
 
 
 @app.command()
@@ -71,18 +69,18 @@ def prune(
 ) -> None:
     """Drop the payloads of items that have ended before. Prompts and answers go for good; hashes, and so the chain, stay."""
     old, dropped = older(before, time.time()), 0
-    with _kept(journal) as kept, _progress(kept) as came_to:
+    with closing(open_kept(journal)) as kept, _progress(kept) as came_to:
         for index, count in keeping.prune(kept, old):
             dropped += count
             came_to(index)
-    _say(f"{dropped} payloads are dropped")
+    note(f"{dropped} payloads are dropped")
 
 
 @app.command()
 def redact(sequences: Annotated[list[int], typer.Argument(min=1)], journal: Journal = JOURNAL) -> None:
     """Drop the payloads of single items, as prune does."""
-    with _kept(journal) as kept:
-        _say(f"{keeping.redact(kept, sequences)} payloads are dropped")
+    with closing(open_kept(journal)) as kept:
+        note(f"{keeping.redact(kept, sequences)} payloads are dropped")
 
 
 @app.command()
@@ -90,7 +88,7 @@ def export(
     file: Annotated[str, typer.Argument(help="A new file; - for the standard output.")], journal: Journal = JOURNAL
 ) -> None:
     """Write the whole journal as lines of JSON, for another backend."""
-    with _kept(journal) as kept, _progress(kept) as came_to, _created(file) as lines:
+    with closing(open_kept(journal)) as kept, _progress(kept) as came_to, _created(file) as lines:
         for number, line in enumerate(lines_of(kept)):
             lines.write(line + "\n")
             came_to(number)
@@ -103,9 +101,13 @@ def import_(
     journal: Journal = JOURNAL,
 ) -> None:
     """Fill an empty journal from such lines: all of it, with its chain verified, or nothing."""
-    with _kept(journal, create=True) as kept, _opened(file) as lines, _progress() as came_to:
+    with (
+        closing(open_kept(journal, create=True)) as kept,
+        nullcontext(sys.stdin) if file == "-" else Path(file).open(encoding="utf-8") as lines,
+        progress("entries", None) as came_to,
+    ):
         log = take_in(kept, lines, writer, came_to)
-    _say(f"log {log.log_id}: {log.index} entries, sequences to {log.last_sequence}")
+    note(f"log {log.log_id}: {log.index} entries, sequences to {log.last_sequence}")
 
 
 @app.command()
@@ -120,7 +122,7 @@ def accept_loss(
     path = high_water or mark_of(journal)
     file = MarkFile(path) if path is not None else None
     mark = file.read() if file is not None else None
-    with _kept(journal) as kept:
+    with closing(open_kept(journal)) as kept:
         log = kept.log()
     if log is None or (mark is not None and mark.log_id != log.log_id):
         raise JournalUnusable("the mark is of another log: put that log's journal back, or remove the mark to begin without it")
@@ -142,7 +144,7 @@ def accept_loss(
     finally:
         opened.close()
     lost = appended.entries[0].header
-    _say(f"entry {lost.index} says that {lost.count} sequences are lost; the next one is {through + 1}")
+    note(f"entry {lost.index} says that {lost.count} sequences are lost; the next one is {through + 1}")
 
 
 def older(text: str, now_seconds: float) -> Callable[[types_pb2.EntryHeader], bool]:
@@ -161,22 +163,9 @@ def _utc(time: datetime) -> datetime:
     return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
 
 
-@contextmanager
-def _kept(journal: str, *, create: bool = False) -> Iterator[Kept]:
-    kept = open_kept(journal, create=create)
-    try:
-        yield kept
-    finally:
-        kept.close()
-
-
-@contextmanager
-def _progress(kept: Kept | None = None) -> Iterator[Callable[..., None]]:
-    """A bar, where somebody sees it; told the index, and of how many if that was not known before."""
-    log = kept.log() if kept is not None else None
-    with Progress(console=_errors, transient=True, disable=not _errors.is_terminal) as bar:
-        task = bar.add_task("entries", total=log.index if log is not None else None)
-        yield lambda index, total=None: bar.update(task, completed=index, **({} if total is None else {"total": total}))
+def _progress(kept: Kept) -> AbstractContextManager[Callable[..., None]]:
+    log = kept.log()
+    return progress("entries", None if log is None else log.index)
 
 
 @contextmanager
@@ -193,16 +182,3 @@ def _created(name: str) -> Iterator[IO[str]]:
         with suppress(OSError):
             Path(name).unlink()
         raise
-
-
-@contextmanager
-def _opened(name: str) -> Iterator[IO[str]]:
-    if name == "-":
-        yield sys.stdin
-        return
-    with Path(name).open(encoding="utf-8") as file:
-        yield file
-
-
-def _say(text: str) -> None:
-    _errors.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -14,7 +14,6 @@ import apsw
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from ostinato.v1 import types_pb2
 
@@ -46,10 +45,9 @@ def mark_of(store: SqliteStore) -> Path:
 class Said:
     """Runs a command in this process."""
 
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
         self.out = ""
-        monkeypatch.setattr(commands, "_errors", Console(stderr=True, width=1_000))
 
     def __call__(self, *argv: object, code: int = 0) -> str:
         """What it says; it must end with this code."""
@@ -61,8 +59,8 @@ class Said:
 
 
 @pytest.fixture(name="run")
-def _run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Said:
-    return Said(capsys, monkeypatch)
+def _run(capsys: pytest.CaptureFixture[str]) -> Said:
+    return Said(capsys)
 
 
 def test_verify(store: SqliteStore, run: Said) -> None:

@@ -89,16 +89,17 @@ def _aligned(rows: Sequence[Sequence[str]]) -> None:
 
 
 @contextmanager
-def progress(what: str, total: int, wanted: bool | None = None) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, by default if that is a terminal; yields what is told how many are done."""
+def progress(what: str, total: int | None, wanted: bool | None = None) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, by default if that is a terminal; yields what is told how many are done, and of how many if that was
+    not known before."""
     if not (sys.stderr.isatty() if wanted is None else wanted):
-        yield lambda _: None
+        yield lambda done, total=None: None
         return
     console = Console(stderr=True, force_terminal=True)
     # Lines for the same terminal have to pass above the bar; lines for a pipe must not come near it.
     with Progress(console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
+        yield lambda done, total=None: bar.update(task, completed=done, total=total)
 
 
 def result(given: types_pb2.Result) -> tuple[str, ...]:
