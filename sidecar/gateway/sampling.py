@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
-from ctypes import c_float
+from typing import Any
 
+from google.protobuf import json_format
 from google.protobuf.message import Message
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 
@@ -68,38 +68,19 @@ def in_their_words(error: errors.OstinatoError) -> errors.OstinatoError:
     return errors.InvalidRequest(violations=[Violation(_path(each.field), each.description) for each in error.violations])
 
 
-def as_written(value: float) -> float:
-    """The shortest decimal that is this 32-bit number: 0.7 and not 0.699999988079071, so that a gateway's request is the same
-    input as another client's."""
-    if not math.isfinite(value):
-        return value
-    return next(wide for digits in range(1, 10) if c_float(wide := float(f"{value:.{digits}g}")).value == value)
-
-
 def _parameters(given: vllm.SamplingParams) -> types_pb2.Parameters:
-    """All but the seed. Zero is what an unset field reads as, and stands for the default where zero itself is of no use."""
-    made = types_pb2.Parameters(stop=given.stop, stop_token_ids=given.stop_token_ids)
-    if given.HasField("temperature"):
-        made.temperature = as_written(given.temperature)
-    if given.top_p:
-        made.top_p = as_written(given.top_p)
-    if given.min_p:
-        made.min_p = as_written(given.min_p)
-    if given.repetition_penalty:
-        made.repetition_penalty = as_written(given.repetition_penalty)
-    made.top_k, made.min_new_tokens, made.ignore_eos = given.top_k, given.min_tokens, given.ignore_eos
-    if given.HasField("max_tokens"):
-        made.max_new_tokens = given.max_tokens
-    if given.HasField("logprobs"):
-        made.logprobs = given.logprobs
-    match given.WhichOneof("constraint"):
-        case "json_schema":
-            made.response_format.json_schema = given.json_schema
-        case "regex":
-            made.response_format.regex = given.regex
-        case "json_object" if given.json_object:
-            made.response_format.json_schema = '{"type":"object"}'
-    return made
+    """All but the seed, by way of JSON: there a 32-bit number is written as people do, 0.7 and not 0.699999988079071, so that
+    a gateway's request is the same input as another client's. A field that reads as zero because it is not set is not there."""
+    made: dict[str, Any] = {}
+    for theirs, value in json_format.MessageToDict(given, preserving_proto_field_name=True).items():
+        match theirs:
+            case "json_schema" | "regex":
+                made["response_format"] = {theirs: value}
+            case "json_object" if value:
+                made["response_format"] = {"json_schema": '{"type":"object"}'}
+            case _ if theirs in PARAMETERS and theirs not in ("json_object", "seed"):
+                made[PARAMETERS[theirs]] = value
+    return json_format.ParseDict(made, types_pb2.Parameters())
 
 
 def _bad(theirs: vllm.GenerateRequest, items_max: int) -> Iterator[Violation]:
