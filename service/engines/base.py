@@ -12,6 +12,7 @@ from typing import Protocol
 
 from prometheus_client import Metric
 
+from ostinato.errors import EngineFailed, to_status
 from ostinato.v1 import engine_pb2, types_pb2
 
 from service.answer import Answer
@@ -66,6 +67,24 @@ class Run:
     """Whether Tokens events are wanted."""
     answer: Answer
     """Grows with every token; decides where the answer ends."""
+
+    def started(self) -> engine_pb2.RunEvent:
+        return engine_pb2.RunEvent(run_id=self.run_id, started=engine_pb2.Started())
+
+    def news(self) -> Events:
+        """Tokens that were not reported yet, where they are wanted."""
+        new = self.answer.take() if self.stream else None
+        return [] if new is None else [engine_pb2.RunEvent(run_id=self.run_id, tokens=new)]
+
+    def finished(self, engine_seed: int, logprob_kind: types_pb2.LogprobKind.ValueType) -> engine_pb2.RunEvent:
+        """Of a complete answer. `engine_seed`: the seed as the engine folds it."""
+        output = self.answer.output(
+            seed=self.seed, engine_seed=engine_seed, prompt_tokens=len(self.token_ids), logprob_kind=logprob_kind
+        )
+        return engine_pb2.RunEvent(run_id=self.run_id, finished=engine_pb2.Finished(output=output))
+
+    def failed(self, why: str) -> engine_pb2.RunEvent:
+        return engine_pb2.RunEvent(run_id=self.run_id, failed=to_status(EngineFailed(why)))
 
 
 Events = list[engine_pb2.RunEvent]

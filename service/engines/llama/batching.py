@@ -15,8 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from ostinato.errors import EngineFailed, to_status
-from ostinato.v1 import engine_pb2, types_pb2
+from ostinato.v1 import types_pb2
 
 from service.engines.base import Events, Run
 from service.engines.llama.grammar import Grammar, GrammarLost, source_of
@@ -51,11 +50,6 @@ class _Active:
     @property
     def prefilling(self) -> bool:
         return self.fed < len(self.run.token_ids)
-
-    @property
-    def fresh(self) -> bool:
-        """Whether nothing of it has been in a batch."""
-        return not self.fed
 
 
 class Batching:
@@ -112,10 +106,9 @@ class Batching:
         events: Events = []
         self._enter(events)
         chosen = self._choose()
-        started = [active for active in chosen if active.fresh]
-        if started:
+        if started := [active for active in chosen if not active.fed]:
             # Now, not at the end of the step: if the process dies of it, the sidecar shall know who was there.
-            self._post([engine_pb2.RunEvent(run_id=active.run.run_id, started=engine_pb2.Started()) for active in started])
+            self._post([active.run.started() for active in started])
         try:
             if chosen:
                 self._decode(chosen, events)
@@ -130,7 +123,7 @@ class Batching:
             try:
                 sampler = self._sampler(run)
             except Exception as error:  # noqa: BLE001  # whatever it is, it is this run's alone
-                events.append(_failed(run, str(error) or type(error).__name__))
+                events.append(run.failed(str(error) or type(error).__name__))
             else:
                 self._active[run.run_id] = _Active(run, heapq.heappop(self._free), sampler)
 
@@ -192,14 +185,12 @@ class Batching:
             complete = self._accept(active, row)
         except (GrammarLost, NoTokenAllowed, ValueError) as error:
             self._leave(active)
-            events.append(_failed(run, str(error)))
+            events.append(run.failed(str(error)))
             return
-        if run.stream and (news := run.answer.take()) is not None:
-            events.append(engine_pb2.RunEvent(run_id=run.run_id, tokens=news))
+        events += run.news()
         if complete:
-            finished = engine_pb2.Finished(output=_output(run))
             self._leave(active)
-            events.append(engine_pb2.RunEvent(run_id=run.run_id, finished=finished))
+            events.append(run.finished(fold_seed(run.seed), types_pb2.LOGPROB_KIND_RAW))
 
     def _accept(self, active: _Active, row: int) -> bool:
         logits = self._library.logits(self._context, row, self._vocabulary.size)
@@ -214,7 +205,7 @@ class Batching:
         actives = tuple(self._active.values())
         for active in actives:
             self._leave(active)
-        self._post([_failed(active.run, why) for active in actives])
+        self._post([active.run.failed(why) for active in actives])
 
     def _leave(self, active: _Active) -> None:
         del self._active[active.run.run_id]
@@ -226,16 +217,3 @@ class Batching:
 def rows_max(runs: int) -> int:
     """In one batch."""
     return PREFILL_STEP + runs
-
-
-def _output(run: Run) -> types_pb2.Output:
-    return run.answer.output(
-        seed=run.seed,
-        engine_seed=fold_seed(run.seed),
-        prompt_tokens=len(run.token_ids),
-        logprob_kind=types_pb2.LOGPROB_KIND_RAW,
-    )
-
-
-def _failed(run: Run, why: str) -> engine_pb2.RunEvent:
-    return engine_pb2.RunEvent(run_id=run.run_id, failed=to_status(EngineFailed(why)))

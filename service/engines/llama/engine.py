@@ -40,7 +40,8 @@ class LlamaEngine:
         self._options = options
         self._library = library()
         self._model = load_model(self._library, options.model or packaged_model())
-        self.vocabulary = self._model.vocabulary
+        self.vocabulary, self.model_name, self.chat = self._model.vocabulary, self._model.name, self._model.vocabulary.chat
+        self.context_tokens, self.top_k_max = options.context_tokens, self.vocabulary.size
         self._commands: SimpleQueue[Command] = SimpleQueue()
         self._live: set[int] = set()
         """Runs of which something may still be reported."""
@@ -56,22 +57,6 @@ class LlamaEngine:
         # llguidance prepares for a vocabulary once, which takes a moment.
         Grammar(self._library, self.vocabulary.handle, self.vocabulary.size, "regex", b"a").close()
         atexit.register(self._stop)  # or the process would end under a thread that is inside llama.cpp
-
-    @property
-    def model_name(self) -> str:
-        return self._model.name
-
-    @property
-    def context_tokens(self) -> int:
-        return self._options.context_tokens
-
-    @property
-    def top_k_max(self) -> int:
-        return self.vocabulary.size
-
-    @property
-    def chat(self) -> bool:
-        return self.vocabulary.chat
 
     @property
     def capacity(self) -> engine_pb2.Capacity:
@@ -108,8 +93,7 @@ class LlamaEngine:
         return types_pb2.GRADE_EXACT, "the KV cache is q8_0 and each run has its own"
 
     def check_format(self, response_format: types_pb2.ResponseFormat) -> None:
-        """Raises ValueError if this grammar cannot be obeyed. Any thread; waits for another process, the first time for about
-        a second."""
+        """Waits for another process, the first time for about a second."""
         self._checker.check(*source_of(response_format))
 
     def collect(self) -> Iterable[Metric]:

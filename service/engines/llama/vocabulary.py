@@ -42,11 +42,6 @@ class LlamaVocabulary:
         return self._chat is not None
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of `text`, after the begin token if the model wants one (and the text has not written it out).
-
-        With `special`, control tokens written out in the text become those tokens, as a rendered chat needs it; without, they
-        are text like any other, so that a prompt cannot forge a turn.
-        """
         ids = self._library.tokenize(self.handle, text.encode(), control=special)
         return ids if ids[:1] == self._begin else self._begin + ids
 
@@ -54,13 +49,11 @@ class LlamaVocabulary:
         return self._pieces[token_id]
 
     def render(self, messages: Sequence[types_pb2.Message]) -> str:
-        """The chat as the model's own template writes it. Raises ValueError."""
         if self._chat is None:
             raise ValueError("the model has no chat template")
         return self._chat.render(messages)
 
     def files(self) -> Mapping[str, bytes]:
-        """See base.Vocabulary."""
         begin, end = self._controls
         template = self.template
         if template is not None and self._begin and not self._writes_begin(begin):

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 from prometheus_client import Metric
 
-from ostinato.errors import EngineFailed, to_status
 from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.base import Events, Run
@@ -56,6 +55,10 @@ class ScriptedEngine:
         self.vocabulary = ByteVocabulary()
         self.submitted: deque[int] = deque(maxlen=script.record)
         """The last sequences, in order of submission, as many as the script's `record` says."""
+        self.model_name, self.chat = script.model, script.chat
+        self.context_tokens, self.top_k_max = script.context_tokens, script.top_k_max
+        self.capacity = engine_pb2.Capacity(runs=script.runs, kv_blocks=script.kv_blocks, block_tokens=script.block_tokens)
+        self.ceiling = script.grade, "the script says so"
         self._end_process = end_process
         self._waiting: OrderedDict[int, Run] = OrderedDict()
         self._active: dict[int, _Active] = {}
@@ -66,34 +69,9 @@ class ScriptedEngine:
         self._on_grade: Callable[[types_pb2.Grade.ValueType, str], None] = lambda grade, reason: None
 
     @property
-    def model_name(self) -> str:
-        return self.script.model
-
-    @property
-    def context_tokens(self) -> int:
-        return self.script.context_tokens
-
-    @property
-    def top_k_max(self) -> int:
-        return self.script.top_k_max
-
-    @property
-    def chat(self) -> bool:
-        return self.script.chat
-
-    @property
-    def capacity(self) -> engine_pb2.Capacity:
-        script = self.script
-        return engine_pb2.Capacity(runs=script.runs, kv_blocks=script.kv_blocks, block_tokens=script.block_tokens)
-
-    @property
     def fields(self) -> Mapping[str, str]:
         own = {"engine": self.name, "engine_version": VERSION, "model": self.model_name}
         return own | {"tokenizer": "bytes", "template": "turns"} | dict(self.script.fields)
-
-    @property
-    def ceiling(self) -> tuple[types_pb2.Grade.ValueType, str]:
-        return self.script.grade, "the script says so"
 
     def check_format(self, response_format: types_pb2.ResponseFormat) -> None:
         raise ValueError("the scripted engine obeys no grammar")
@@ -138,7 +116,7 @@ class ScriptedEngine:
         runs = [*(active.run for active in self._active.values()), *self._waiting.values()]
         for run in runs:
             self.cancel(run.run_id)
-        self._on_events([_failed(run, "the engine made a mistake; its log has more") for run in runs])
+        self._on_events([run.failed("the engine made a mistake; its log has more") for run in runs])
 
     async def _step(self, now: float) -> None:
         """One token of every run that is awake, then the step's delay; or rest, where there is nothing to do."""
@@ -166,14 +144,14 @@ class ScriptedEngine:
             run = next(iter(self._waiting.values()))
             blocks = math.ceil((len(run.token_ids) + run.parameters.max_new_tokens) / self.script.block_tokens)
             if blocks > self.script.kv_blocks:
-                events.append(_failed(run, "the run can never fit the KV cache"))
+                events.append(run.failed("the run can never fit the KV cache"))
             elif blocks > self._free_blocks:
                 return
             else:
                 self._free_blocks -= blocks
                 rules = [rule for rule in self.script.rules if rule.matches(run)]
                 self._active[run.run_id] = _Active(run, Tokens(self.script.model, run), rules, blocks)
-                events.append(engine_pb2.RunEvent(run_id=run.run_id, started=engine_pb2.Started()))
+                events.append(run.started())
             del self._waiting[run.run_id]
 
     def _leave(self, run_id: int) -> None:
@@ -191,14 +169,10 @@ class ScriptedEngine:
         token_id, logprobs = active.tokens.token(active.made, other=active.diverged)
         active.made += 1
         complete = run.answer.accept(token_id, logprobs)
-        if run.stream and (delta := run.answer.take()) is not None:
-            events.append(engine_pb2.RunEvent(run_id=run.run_id, tokens=delta))
+        events += run.news()
         if complete:
             self._leave(run.run_id)
-            output = run.answer.output(
-                seed=run.seed, engine_seed=run.seed, prompt_tokens=len(run.token_ids), logprob_kind=self.logprob_kind
-            )
-            events.append(engine_pb2.RunEvent(run_id=run.run_id, finished=engine_pb2.Finished(output=output)))
+            events.append(run.finished(run.seed, self.logprob_kind))
 
     def _applies(self, rule: Rule, active: _Active) -> bool:
         return active.made >= rule.at and (not rule.company or len(self._active) > 1)
@@ -214,7 +188,7 @@ class ScriptedEngine:
                 self._on_grade(rule.to, f"the script took it at token {active.made} of sequence {active.run.sequence}")
             case "fail":
                 self._leave(active.run.run_id)
-                events.append(_failed(active.run, f"the script fails it at token {active.made}"))
+                events.append(active.run.failed(f"the script fails it at token {active.made}"))
                 return False
             case "delay":
                 active.wake_at = now + rule.seconds
@@ -228,7 +202,3 @@ class ScriptedEngine:
                 asyncio.get_running_loop().call_later(CRASH_SECONDS, self._end_process, CRASHED)
                 return False
         return True
-
-
-def _failed(run: Run, message: str) -> engine_pb2.RunEvent:
-    return engine_pb2.RunEvent(run_id=run.run_id, failed=to_status(EngineFailed(message)))

@@ -57,7 +57,6 @@ class ByteVocabulary:
         return "".join(f"<|{m.role}|>{m.content}<|end|>" for m in messages) + "<|assistant|>"
 
     def files(self) -> Mapping[str, bytes]:
-        """See base.Vocabulary."""
         tokens = huggingface.letters() + list(CONTROLS)
         return {
             huggingface.TOKENIZER: huggingface.byte_level_bpe(
