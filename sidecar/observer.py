@@ -33,8 +33,6 @@ class Observer:
         self.metrics.taken_over.inc(len(unfinished))
         log.warning("took over", extra={"writer": unfinished[0].admitted.header.writer, "count": len(unfinished)})
 
-    # ---- order
-
     def watch(self, core: Sequencer, unnumbered: Callable[[], int]) -> None:
         """Read both whenever metrics are. `unnumbered`: items that wait for their numbers."""
         self.metrics.unnumbered.set_function(unnumbered)
@@ -80,8 +78,6 @@ class Observer:
         log.debug("ended", extra=fields)
         work.spans.ended(sealed.header, errors.from_status(result.status) if result.HasField("status") else None)
 
-    # ---- second runs
-
     def audits_waiting(self, count: int) -> None:
         self.metrics.audit_backlog.set(count)
 
@@ -98,8 +94,6 @@ class Observer:
         """Of a shadow with another fingerprint it is the point whether its outputs are equal all the same. No verdict."""
         equal = comparison.expected_output_digest == comparison.actual_output_digest
         self.metrics.shadow_drift.labels("equal" if equal else "unequal").inc()
-
-    # ---- engine and journal
 
     def engine(self, description: engine_pb2.DescribeResponse | None) -> None:
         """None: it is not connected any more."""

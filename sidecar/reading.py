@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
-
-import grpc
 
 from ostinato import errors
+from ostinato.serving.handlers import Context
 from ostinato.serving.identity import caller
-from ostinato.v1 import sequencer_pb2, sequencer_pb2_grpc, types_pb2
+from ostinato.v1 import sequencer_pb2, sequencer_pb2_grpc
 from ostinato.wire import RESPONSE_BYTES_METADATA
 
 from sidecar.access import need_sight, visible
@@ -23,11 +21,6 @@ from sidecar.divergence.summary import report
 from sidecar.journal import Sealed
 from sidecar.replay import replay
 from sidecar.results import record_of
-
-Context = grpc.aio.ServicerContext[Any, Any]
-
-FINGERPRINTS = "fingerprint/"
-"""The notes that hold what a fingerprint consists of; its digest follows, in hexadecimal."""
 
 PAGE_ENTRIES = 256
 """Read at once."""
@@ -112,16 +105,16 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
             raise errors.invalid("range", "first must be at least 1 and last at least first")
         if request.concurrency > 64:
             raise errors.invalid("concurrency", "at most 64 are allowed")
-        newest = (await self._journal.head()).last_sequence
-        if request.range.first > newest:
+        first, newest = request.range.first, (await self._journal.head()).last_sequence
+        if first > newest:
             raise errors.NotFound(f"the newest sequence is {newest}")
+        last = min(request.range.last, newest)
         if self._dispatcher.engine is None:
             raise errors.EngineUnavailable("no engine is connected", retry_after=1.0)
-        await need_sight(self._journal, request.range.first, min(request.range.last, newest))
+        await need_sight(self._journal, first, last)
         concurrency = 1 if request.alone else request.concurrency or 8
-        last = min(request.range.last, newest)
         with self._replays.one():
-            async for response in replay(self._dispatcher, request.range.first, last, concurrency, alone=request.alone):
+            async for response in replay(self._dispatcher, first, last, concurrency, alone=request.alone):
                 yield response
 
     async def Head(self, request: sequencer_pb2.HeadRequest, context: Context) -> sequencer_pb2.HeadResponse:
@@ -141,14 +134,8 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
         caller().need_admin("Report")
         if not (request.confidence >= 0 and (1 + request.confidence) / 2 < 1):  # NaN is neither
             raise errors.invalid("confidence", "must be above 0 and below 1, or 0 for 0.95")
-        head = await self._journal.head()
-        fingerprints = await self._journal.notes(FINGERPRINTS)
-        response = report(
-            self._book.tally,
-            self._book.index,
-            request.confidence or CONFIDENCE,
-            {name.removeprefix(FINGERPRINTS): types_pb2.Fingerprint.FromString(note) for name, note in fingerprints.items()},
-        )
+        head, known = await self._journal.head(), self._dispatcher.fingerprints.known
+        response = report(self._book.tally, self._book.index, request.confidence or CONFIDENCE, known)
         response.log_id, response.writer = head.log_id, head.writer
         return response
 
@@ -161,10 +148,6 @@ def _messages(page: Sequence[Sealed]) -> Iterator[list[sequencer_pb2.Entry]]:
         if entries and size + len(sealed.payload) > MESSAGE_BYTES:
             yield entries
             entries, size = [], 0
-        entries.append(_entry(sealed))
+        entries.append(sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload))
         size += len(sealed.payload)
     yield entries
-
-
-def _entry(sealed: Sealed) -> sequencer_pb2.Entry:
-    return sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload)

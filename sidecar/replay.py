@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -11,14 +11,13 @@ from ostinato import errors
 from ostinato.abreast import abreast
 from ostinato.v1 import sequencer_pb2, types_pb2
 
+from sidecar.access import pages
 from sidecar.dispatcher import Dispatcher
 from sidecar.journal import ItemEntries
 from sidecar.recheck import Record
 from sidecar.results import no_verdict, record_of
 
 REPLAY = types_pb2.COMPARISON_KIND_REPLAY
-PAGE_ITEMS = 64
-"""Read from the journal at once."""
 ROOM_SECONDS = 0.05
 """Between looks whether another second run may wait."""
 
@@ -41,7 +40,7 @@ async def replay(
 async def _answers(
     dispatcher: Dispatcher, first: int, last: int, *, alone: bool
 ) -> AsyncIterator[Coroutine[Any, Any, sequencer_pb2.ReplayResponse]]:
-    async for page in _pages(dispatcher, first, last):
+    async for page in pages(dispatcher.journal, first, last):
         if others := [entries.admitted.header.sequence for entries in page if not _completed(entries)]:
             yield _passed_over(others)
         for entries in filter(_completed, page):
@@ -52,15 +51,6 @@ async def _answers(
 
 async def _passed_over(sequences: list[int]) -> sequencer_pb2.ReplayResponse:
     return sequencer_pb2.ReplayResponse(passed_over=sequences)
-
-
-async def _pages(dispatcher: Dispatcher, first: int, last: int) -> AsyncIterator[Sequence[ItemEntries]]:
-    while first <= last:
-        page = await dispatcher.journal.items(first, last, PAGE_ITEMS)
-        if not page:
-            return
-        yield page
-        first = page[-1].admitted.header.sequence + 1
 
 
 def _completed(entries: ItemEntries) -> bool:

@@ -81,10 +81,7 @@ class Shadow:
                 case do.Fault(error):
                     self._link.drop(error.message)
 
-    # ---- link.Listener
-
     def engine_up(self, description: engine_pb2.DescribeResponse) -> None:
-        """See link.Listener."""
         again, self.engine = self.engine is not None, description
         if again:
             return
@@ -93,13 +90,11 @@ class Shadow:
         self.tell(ev.Connected.of(description))
 
     def engine_down(self, error: errors.OstinatoError) -> None:
-        """See link.Listener."""
         self.engine = None
         self._dispatcher.observer.shadow(None)
         self.tell(ev.Disconnected())
 
     def engine_events(self, events: list[engine_pb2.RunEvent]) -> None:
-        """See link.Listener."""
         for event in events:
             match event.WhichOneof("event"):
                 case "finished":
@@ -112,7 +107,6 @@ class Shadow:
                     self.tell(ev.Failed(event.run_id, error))
 
     def engine_fault(self, error: errors.ProtocolViolation) -> None:
-        """See link.Listener."""
         log.error("shadow fault", extra={"reason": error.reason, "why": error.message})
 
 

@@ -14,16 +14,16 @@ from sidecar.divergence.verdicts import Moment
 
 
 def report(
-    tally: Tally, index: int, confidence: float, fingerprints: Mapping[str, types_pb2.Fingerprint]
+    tally: Tally, index: int, confidence: float, fingerprints: Mapping[bytes, types_pb2.Fingerprint]
 ) -> sequencer_pb2.ReportResponse:
-    """Everything but log id and writer. Fingerprints by their digests' hexadecimal digits."""
-    seen = {stratum.key.fingerprint for stratum in tally.strata}
+    """Everything but log id and writer. Fingerprints by their digests."""
+    seen = {bytes.fromhex(stratum.key.fingerprint) for stratum in tally.strata}
     return sequencer_pb2.ReportResponse(
         index=index,
         confidence=confidence,
         alarm=any(stratum.evidence.alarm for stratum in tally.strata),
         strata=[_stratum(stratum, confidence) for stratum in reversed(tally.strata)],
-        fingerprints=[fingerprint for digest, fingerprint in fingerprints.items() if digest in seen],
+        fingerprints=[fingerprint for digest, fingerprint in sorted(fingerprints.items()) if digest in seen],
         collision_checks=tally.collision_checks,
         collisions=tally.collisions,
         not_compared=[

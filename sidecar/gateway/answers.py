@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import grpc
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 
 from ostinato import errors
+from ostinato.serving.handlers import Context
 from ostinato.v1 import generation_pb2, types_pb2
 
 STAMP_METADATA, RECEIPT_METADATA = "ostinato-stamp-bin", "ostinato-receipt-bin"
 RECEIPTS_MAX = 8
 """In a call's trailers, of which a peer need not take more than 8 KiB; Sequencer.Get has them all."""
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Answer:

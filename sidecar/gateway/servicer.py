@@ -9,13 +9,13 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator
 from typing import Any, Never
 
-import grpc
 from smg_grpc_proto.generated import common_pb2 as common
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as vllm_grpc
 
 from ostinato import __version__, errors
 from ostinato.serving.deadlines import remaining
+from ostinato.serving.handlers import Context
 from ostinato.serving.identity import caller
 from ostinato.v1 import generation_pb2, types_pb2
 
@@ -30,8 +30,6 @@ RESTART_GATEWAY = "another tokenizer runs now than the gateway was given: restar
 register = vllm_grpc.add_VllmEngineServicer_to_server
 CHUNK_BYTES = 1 << 20
 """Of the tokenizer's files."""
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the package has no types for it
@@ -97,8 +95,6 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
                 running.cancel()
         return vllm.AbortResponse()
 
-    # ---- what runs
-
     async def HealthCheck(self, request: vllm.HealthCheckRequest, context: Context) -> vllm.HealthCheckResponse:
         why = ""
         if self._dispatcher.engine is None:
@@ -159,8 +155,6 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
         if self._dispatcher.engine is None:
             raise errors.EngineUnavailable("no engine is connected", retry_after=1.0)
         return self._dispatcher.engine.model
-
-    # ---- what there is not
 
     async def Embed(self, request: Any, context: Context) -> Never:
         raise errors.NotBuilt("this is for text generation only")

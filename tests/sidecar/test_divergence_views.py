@@ -87,9 +87,8 @@ def test_nothing_is_served_of_nothing() -> None:
 @pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
 def test_a_report_says_it_all(confidence: float) -> None:
     """The newest stratum comes first; worst samplings first, companies and times ascending, intervals as confident as asked."""
-    found = report(
-        made(), 77, confidence, {"bb" * 32: types_pb2.Fingerprint(digest=b"\xbb" * 32), "cc" * 32: types_pb2.Fingerprint()}
-    )
+    known = {digest: types_pb2.Fingerprint(digest=digest) for digest in (b"\xcc" * 32, b"\xbb" * 32)}
+    found = report(made(), 77, confidence, known)
     stratum = found.strata[0]
     rate = Rate(1, 7, confidence)
 
