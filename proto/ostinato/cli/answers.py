@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any
 
 import typer
 
@@ -28,38 +28,33 @@ class Answers:
     """The file, open for one run alone. First `kept` is asked for each batch until it has none; from there on `write`."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: BinaryIO | None = None
-        self._lines = 0
-
-    def __enter__(self) -> Self:
-        if self._path.exists() and not self._path.is_file():
-            raise typer.BadParameter(f"--output: {self._path} is no file: it is read, to go on where it ends")
+        """Wrong usage for what is no file, or another run's."""
+        if path.exists() and not path.is_file():
+            raise typer.BadParameter(f"--output: {path} is no file: it is read, to go on where it ends")
+        self._path, self._lines = path, 0
         try:
-            self._file = self._path.open("r+b" if self._path.exists() else "x+b")
+            self._file = path.open("r+b" if path.exists() else "x+b")
         except OSError as error:
-            raise typer.BadParameter(f"--output: {self._path}: {error.strerror}") from None
+            raise typer.BadParameter(f"--output: {path}: {error.strerror}") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
-            raise typer.BadParameter(f"--output: another run writes to {self._path}") from None
-        return self
+            raise typer.BadParameter(f"--output: another run writes to {path}") from None
 
-    def __exit__(self, *_: object) -> None:
-        assert self._file is not None
+    def close(self) -> None:
         with suppress(OSError):  # of what there was no room for, which has been said
             self._file.close()
 
     def kept(self, batch: Batch) -> list[dict[str, Any]] | None:
         """The answers to this batch that are there; None: not all of them, and what there was of the last one is gone.
         Wrong usage where something else is in their place."""
-        assert self._file is not None
         start, found = self._file.tell(), []
         for prompt in batch.part:
             line = self._file.readline()
             if not line.endswith(b"\n"):
-                self._half(line, prompt)
+                if not (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
+                    raise self._other(prompt)  # not one of ours that was cut short
                 self._file.seek(start)
                 self._file.truncate()
                 return None
@@ -69,7 +64,6 @@ class Answers:
 
     def write(self, batch: Batch, results: Sequence[types_pb2.Result]) -> list[dict[str, Any]]:
         """The answers to a batch, as they are written. Raises an OSError where there is no room."""
-        assert self._file is not None
         if len(results) != len(batch.part):
             raise errors.Internal(f"{len(results)} answers to {len(batch.part)} prompts")
         key = batch.request.idempotency_key
@@ -83,7 +77,6 @@ class Answers:
 
     def end(self) -> None:
         """Wrong usage where there is more than was asked for."""
-        assert self._file is not None
         if self._file.read(1):
             raise typer.BadParameter(f"--output: {self._path} has more than the {self._lines} answers that were asked for")
 
@@ -95,11 +88,6 @@ class Answers:
         except (ValueError, TypeError, LookupError):
             pass
         raise self._other(prompt)
-
-    def _half(self, line: bytes, prompt: Prompt) -> None:
-        """A line that was cut short is one of ours, or nothing is cut off."""
-        if not (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
-            raise self._other(prompt)
 
     def _other(self, prompt: Prompt) -> typer.BadParameter:
         return typer.BadParameter(

@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def run_name(key: str, file: Path) -> str:
 async def bulk(session: Session, wanted: Bulk, total: int) -> bool:
     """Answers what is not answered, and sums it up. Whether every prompt has an output, and no second run differed."""
     tally = Tally()
-    with Answers(wanted.output) as answers:
+    with closing(Answers(wanted.output)) as answers:
         try:
             async with session.client(wanted.max_response_bytes) as client:
                 with show.progress("generate", total, wanted.progress) as done:
@@ -87,7 +88,7 @@ async def _run(
         answers.end()
         return
     newest, written = await _newest(client, session), first.number - 1
-    async with aclosing(outcomes(client, session.timeout, _then(first, source), wanted.concurrency)) as answered:
+    async with aclosing(outcomes(client, session.timeout, chain([first], source), wanted.concurrency)) as answered:
         async for batch, response in answered:
             if batch.number != written + 1:
                 continue  # one before it failed: it waits in the record
@@ -110,11 +111,6 @@ async def _skip(source: Iterator[Batch], answers: Answers, tally: Tally, done: C
         done(tally.items)
         await asyncio.sleep(0)  # a moment for an interrupt
     return None
-
-
-def _then(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
-    yield first
-    yield from rest
 
 
 async def _newest(client: Client, session: Session) -> int | None:

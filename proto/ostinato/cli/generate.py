@@ -40,21 +40,7 @@ def generate(
     stream: Annotated[bool, typer.Option("--stream", help="Show the tokens of one prompt as they come.")] = False,
     progress: Annotated[bool | None, typer.Option(help="Progress on stderr. Default: if it is a terminal.")] = None,
     max_response_bytes: options.MaxResponseBytes = DEFAULT_RESPONSE_BYTES,
-    seed: options.Seed = None,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    min_new_tokens: options.MinNewTokens = None,
-    stop: options.Stop = None,
-    stop_token_ids: options.StopTokenIds = None,
-    bad_words: options.BadWords = None,
-    ignore_eos: options.IgnoreEos = None,
-    logprobs: options.Logprobs = None,
-    json_schema: options.JsonSchema = None,
-    regex: options.Regex = None,
+    **sampling: Annotated[Any, options.SAMPLING],
 ) -> Coroutine[Any, Any, bool]:
     """Answers prompts: a table, or with --json a line for each result.
 
@@ -62,24 +48,8 @@ def generate(
     With --key, the same command again returns the recorded answers; of several requests, the second has KEY/2, and so on.
     With --output, --file may have any length, and the same command goes on where it was interrupted.
     """
-    sampling: requests.Sampling = {
-        "seed": seed,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "max_new_tokens": max_new_tokens,
-        "min_new_tokens": min_new_tokens,
-        "stop": stop or None,
-        "stop_token_ids": stop_token_ids or None,
-        "bad_words": bad_words or None,
-        "ignore_eos": ignore_eos,
-        "logprobs": logprobs,
-        "response_format": options.response_format(json_schema, regex),
-    }
     with usage():
-        common = requests.batch(types_pb2.Item(), key, request_id, require_grade, sampling, verify=verify)
+        common = requests.batch(types_pb2.Item(), key, request_id, require_grade, options.sampling(sampling), verify=verify)
     source = partial(_read, texts or [], file, n, chat)
     if output is not None:
         return _bulk(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -13,31 +14,29 @@ from ostinato.cli.session import usage
 from ostinato.v1 import generation_pb2
 
 
-def _sampling(*names: str, text: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel="Sampling", show_default=False)
+def _sampling(kind: Any, text: str, *names: str, metavar: str | None = None) -> Any:
+    option = typer.Option(*names, help=text, metavar=metavar, rich_help_panel="Sampling", show_default=False)
+    return Annotated[kind | None, option]
 
 
-Seed = Annotated[int | None, _sampling("--seed", text="Any uint64; the same for all prompts. Default: one derived for each.")]
-Temperature = Annotated[float | None, _sampling("--temperature", text="0 to 100; 0 is greedy. Default 1.")]
-TopK = Annotated[int | None, _sampling("--top-k", text="Sample from so many likeliest tokens; 0 is off, the default.")]
-TopP = Annotated[float | None, _sampling("--top-p", text="Sample from this mass of likeliest tokens; 1 is off, the default.")]
-MinP = Annotated[float | None, _sampling("--min-p", text="Least probability relative to the likeliest; 0 is off, the default.")]
-RepetitionPenalty = Annotated[float | None, _sampling("--repetition-penalty", text="Above 0 to 10; 1 is off, the default.")]
-MaxNewTokens = Annotated[int | None, _sampling("--max-new-tokens", text="Default 128, or what the context leaves.")]
-MinNewTokens = Annotated[int | None, _sampling("--min-new-tokens", text="No end before so many tokens. Default 0.")]
-Stop = Annotated[list[str] | None, _sampling("--stop", text="End before this string. May be repeated.", metavar="TEXT")]
-StopTokenIds = Annotated[
-    list[int] | None, _sampling("--stop-token-id", text="End with this token. May be repeated.", metavar="ID")
-]
-BadWords = Annotated[
-    list[str] | None, _sampling("--bad-word", text="A token that must not appear. May be repeated.", metavar="TEXT")
-]
-IgnoreEos = Annotated[bool | None, _sampling("--ignore-eos/--no-ignore-eos", text="Go on behind the model's end of sequence.")]
-Logprobs = Annotated[int | None, _sampling("--logprobs", text="0: of the chosen tokens; n: of the n likeliest too.")]
-JsonSchema = Annotated[
-    str | None, _sampling("--json-schema", text="The answer obeys this schema: JSON, or @ and a file.", metavar="JSON|@FILE")
-]
-Regex = Annotated[str | None, _sampling("--regex", text="The whole answer matches this expression.")]
+SAMPLING: Mapping[str, Any] = {
+    "seed": _sampling(int, "Any uint64; the same for all prompts. Default: one derived for each."),
+    "temperature": _sampling(float, "0 to 100; 0 is greedy. Default 1."),
+    "top_k": _sampling(int, "Sample from so many likeliest tokens; 0 is off, the default."),
+    "top_p": _sampling(float, "Sample from this mass of likeliest tokens; 1 is off, the default."),
+    "min_p": _sampling(float, "Least probability relative to the likeliest; 0 is off, the default."),
+    "repetition_penalty": _sampling(float, "Above 0 to 10; 1 is off, the default."),
+    "max_new_tokens": _sampling(int, "Default 128, or what the context leaves."),
+    "min_new_tokens": _sampling(int, "No end before so many tokens. Default 0."),
+    "stop": _sampling(list[str], "End before this string. May be repeated.", metavar="TEXT"),
+    "stop_token_ids": _sampling(list[int], "End with this token. May be repeated.", "--stop-token-id", metavar="ID"),
+    "bad_words": _sampling(list[str], "A token that must not appear. May be repeated.", "--bad-word", metavar="TEXT"),
+    "ignore_eos": _sampling(bool, "Go on behind the model's end of sequence."),
+    "logprobs": _sampling(int, "0: of the chosen tokens; n: of the n likeliest too."),
+    "json_schema": _sampling(str, "The answer obeys this schema: JSON, or @ and a file.", metavar="JSON|@FILE"),
+    "regex": _sampling(str, "The whole answer matches this expression."),
+}
+"""By the names of what `sampling` is given."""
 
 File = Annotated[
     Path | None,
@@ -59,8 +58,10 @@ Output = Annotated[
 Key = Annotated[str, typer.Option("--key", help="Idempotency key.", show_default=False)]
 
 
-def response_format(json_schema: str | None, regex: str | None) -> dict[str, object] | None:
-    """The parameter of that name."""
+def sampling(given: Mapping[str, Any]) -> requests.Sampling:
+    """The parameters that these options make."""
+    made: dict[str, Any] = {name: value or None if isinstance(value, list) else value for name, value in given.items()}
+    json_schema, regex = made.pop("json_schema"), made.pop("regex")
     if json_schema is not None and regex is not None:
         raise typer.BadParameter("--json-schema, --regex: give one of them")
     if json_schema is not None and json_schema.startswith("@"):
@@ -69,8 +70,10 @@ def response_format(json_schema: str | None, regex: str | None) -> dict[str, obj
         except (OSError, UnicodeDecodeError) as error:
             raise typer.BadParameter(f"--json-schema: {error}") from None
     if json_schema is not None:
-        return {"json_schema": json_schema}
-    return None if regex is None else {"regex": regex}
+        made["response_format"] = {"json_schema": json_schema}
+    elif regex is not None:
+        made["response_format"] = {"regex": regex}
+    return cast(requests.Sampling, made)
 
 
 def open_span(text: str) -> generation_pb2.SequenceRange:

@@ -117,7 +117,8 @@ def _details(given: Stratum) -> Iterator[str]:
         )
         recent = given.recent
         yield f"of the newest {recent.trials}: {recent.events} diverged, {interval(recent)}"
-        yield "first differing token: " + _spans(given)
+        parting = (f"{span(each)}: {each.diverged} of {each.at_risk}" for each in given.token_spans if each.diverged)
+        yield "first differing token: " + ", ".join(parting)
         yield "engine held: " + ", ".join(f"{_company(each)}: {_share(each.rate)}" for each in given.companies)
         worst = [each for each in given.samplings if each.rate.events][:WORST]
         yield "worst sampled: " + "; ".join(f"{each.sampling or 'not said'}: {_share(each.rate)}" for each in worst)
@@ -128,12 +129,8 @@ def _details(given: Stratum) -> Iterator[str]:
         yield f"incomparable {given.incomparable}: {fields}"
 
 
-def _spans(given: Stratum) -> str:
-    return ", ".join(f"{span(each)}: {each.diverged} of {each.at_risk}" for each in given.token_spans if each.diverged)
-
-
-def span(given: TokenSpan) -> str:
-    """Token indexes: `4` or `4-7`."""
+def span(given: TokenSpan | CompanyShare) -> str:
+    """`4` or `4-7`."""
     return str(given.first) if given.first == given.last else f"{given.first}-{given.last}"
 
 
@@ -142,10 +139,8 @@ def _company(given: CompanyShare) -> str:
 
 
 def company(given: CompanyShare) -> str:
-    """Runs that the engine held: `4-7`, or that it is not known."""
-    if not given.last:
-        return "not known"
-    return str(given.first) if given.first == given.last else f"{given.first}-{given.last}"
+    """Runs that the engine held, or that it is not known."""
+    return span(given) if given.last else "not known"
 
 
 def _share(rate: Rate) -> str:

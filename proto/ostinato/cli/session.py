@@ -104,7 +104,8 @@ def common(
 
 
 def command(function: Callable[..., bool | Coroutine[Any, Any, bool]]) -> None:
-    """Registers `function` as a command. Its first parameter is the session; the others are the command's own.
+    """Registers `function` as a command. Its first parameter is the session; the others are the command's own, and `**`, by its
+    annotation, stands for a mapping of many.
 
     It returns whether all is well, or what finds out: the part before it runs without an event loop, and may block.
     """
@@ -115,13 +116,16 @@ def command(function: Callable[..., bool | Coroutine[Any, Any, bool]]) -> None:
         raise typer.Exit(_finish(lambda: function(session, **own), session.target))
 
     signature = inspect.signature(function, eval_str=True)
-    _, *own = signature.parameters.values()
+    _, *listed = signature.parameters.values()
+    own = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in listed if each.kind is not each.VAR_KEYWORD]
+    many = [each.annotation.__metadata__[0] for each in listed if each.kind is each.VAR_KEYWORD]
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    common = [
+    optional = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        for name, kind in (("target", Target), ("json", Json), ("timeout", Timeout))
+        for kinds in (*many, {"target": Target, "json": Json, "timeout": Timeout})
+        for name, kind in kinds.items()
     ]
-    parameters = [context, *(each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own), *common]
+    parameters = [context, *own, *optional]
     run.__signature__ = signature.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     app.command(function.__name__)(run)

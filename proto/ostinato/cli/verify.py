@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,14 +37,16 @@ def verify(
     return bool(checks.counts.proofs) and not checks.faults
 
 
+@dataclass
 class Counts:
     """How many proofs there were, and how many of them sound."""
 
-    def __init__(self) -> None:
-        self.receipts = self.sound_receipts = 0
-        self.entries = self.sound_entries = 0
-        self.entries_on_trust = 0
-        """Those whose predecessor is unknown, so that nothing can be said of them but that the next one names them."""
+    receipts: int = 0
+    sound_receipts: int = 0
+    entries: int = 0
+    sound_entries: int = 0
+    entries_on_trust: int = 0
+    """Those whose predecessor is unknown, so that nothing can be said of them but that the next one names them."""
 
     @property
     def proofs(self) -> int:
