@@ -20,7 +20,6 @@
     stops           stop strings in a growing text
 
     description   who answers: model, limits, fingerprint, grade, capacity
-    fingerprint     what determines the answers, besides the requests
     grade           the grade that is held; it only falls
     selftest        how it is earned
     probes            what the self-test asks

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ostinato.digest import fingerprint_digest
 from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.base import Engine
 from service.grade import HeldGrade
 from service.limits import Limits
+
+ANSWER_RULES = "1"
+"""Version of the rules by which this service ends an answer; they are part of what determines it."""
+
+
+def fingerprint(engine_fields: Mapping[str, str]) -> types_pb2.Fingerprint:
+    """What determines the answers, besides the requests: the engine's fields and the service's own, with their digest."""
+    fields = {**engine_fields, "answer_rules": ANSWER_RULES}
+    return types_pb2.Fingerprint(digest=fingerprint_digest(fields), fields=fields)
 
 
 @dataclass(frozen=True, slots=True)

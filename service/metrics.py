@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.registry import Collector
 
 from ostinato import enums
-from ostinato.v1 import engine_pb2, types_pb2
+from ostinato.v1 import engine_pb2
 
 # Upper bounds: seconds between tokens, seconds of a whole run, events of a frame.
 FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -22,37 +22,35 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
 
-        def seconds(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(f"ostinato_engine_{name}_seconds", text, labels, registry=registry, buckets=buckets)
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"ostinato_{name}", text, labels, registry=registry)
 
-        self.running = Gauge("ostinato_engine_runs_in_flight", "Runs that the engine works on.", registry=registry)
-        self.queued = Gauge("ostinato_engine_runs_queued", "Runs that wait for the engine.", registry=registry)
-        self.ended = Counter(
-            "ostinato_engine_runs", "Runs that ended, by purpose and how.", ["purpose", "end"], registry=registry
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"ostinato_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"ostinato_{name}", text, buckets=buckets, registry=registry)
+
+        self.running = gauge("engine_runs_in_flight", "Runs that the engine works on.")
+        self.queued = gauge("engine_runs_queued", "Runs that wait for the engine.")
+        self.ended = counter("engine_runs", "Runs that ended, by purpose and how.", "purpose", "end")
+        self.prompt_tokens = counter("engine_prompt_tokens", "Tokens of the prompts of runs that started.")
+        self.new_tokens = counter("engine_generated_tokens", "Tokens generated, as far as they were reported.")
+        self.queue_seconds = histogram("engine_queue_seconds", "From submission to start.", SLOW)
+        self.run_seconds = histogram("engine_run_seconds", "From submission to the end, of runs that finished.", SLOW)
+        self.first_token_seconds = histogram(
+            "engine_first_token_seconds", "From submission to the first token, of streamed runs.", SLOW
         )
-        self.prompt_tokens = Counter(
-            "ostinato_engine_prompt_tokens", "Tokens of the prompts of runs that started.", registry=registry
+        self.between_tokens_seconds = histogram(
+            "engine_between_tokens_seconds", "From one token to the next, of streamed runs.", FAST
         )
-        self.new_tokens = Counter(
-            "ostinato_engine_generated_tokens", "Tokens generated, as far as they were reported.", registry=registry
-        )
-        self.queue_seconds = seconds("queue", "From submission to start.", SLOW)
-        self.run_seconds = seconds("run", "From submission to the end, of runs that finished.", SLOW)
-        self.first_token_seconds = seconds("first_token", "From submission to the first token, of streamed runs.", SLOW)
-        self.between_tokens_seconds = seconds("between_tokens", "From one token to the next, of streamed runs.", FAST)
-        self.capacity = Gauge("ostinato_engine_capacity", "What the engine holds at once.", ["of"], registry=registry)
-        self.grade = Gauge("ostinato_service_grade", "The grade held: 1 best effort, 2 serial, 3 exact.", registry=registry)
+        self.capacity = gauge("engine_capacity", "What the engine holds at once.", "of")
+        self.grade = gauge("service_grade", "The grade held: 1 best effort, 2 serial, 3 exact.")
         self.fingerprint = Info("ostinato_service_fingerprint", "What determines the answers.", registry=registry)
-        self.self_test_seconds = Gauge(
-            "ostinato_service_self_test_seconds", "How long the self-test of this grade took.", registry=registry
-        )
-        self.streams = Gauge("ostinato_service_streams", "Execute streams that are open.", registry=registry)
-        self.refused = Counter(
-            "ostinato_service_streams_refused", "Execute streams refused or broken off.", ["reason"], registry=registry
-        )
-        self.frame_events = Histogram(
-            "ostinato_service_frame_events", "Events in one message to the sidecar.", registry=registry, buckets=FRAME
-        )
+        self.self_test_seconds = gauge("service_self_test_seconds", "How long the self-test of this grade took.")
+        self.streams = gauge("service_streams", "Execute streams that are open.")
+        self.refused = counter("service_streams_refused", "Execute streams refused or broken off.", "reason")
+        self.frame_events = histogram("service_frame_events", "Events in one message to the sidecar.", FRAME)
 
     def include(self, collector: Collector) -> None:
         """Serve what somebody else counts."""
@@ -69,6 +67,3 @@ class Metrics:
         """A run ended: finished, failed, cancelled or expired."""
         name = enums.word(engine_pb2.Purpose, purpose).lower() if purpose else "self_test"
         self.ended.labels(name, end).inc()
-
-    def hold(self, grade: types_pb2.Grade.ValueType) -> None:
-        self.grade.set(grade)

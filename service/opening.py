@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,11 +15,10 @@ from ostinato.serving.program import StartupError
 from ostinato.v1 import types_pb2
 
 from service.config import Settings
-from service.description import Describer
+from service.description import Describer, fingerprint
 from service.engines import load
 from service.engines.base import Engine, EngineUnusable
 from service.fence import Fence
-from service.fingerprint import fingerprint
 from service.grade import HeldGrade
 from service.lexicon import Lexicon
 from service.memory import Memory
@@ -60,7 +60,7 @@ async def make_ready(
     metrics.describe(engine.capacity, identity.digest, identity.fields)
     metrics.include(engine)
     held = HeldGrade()
-    held.watch(lambda: metrics.hold(held.grade))
+    held.watch(lambda: metrics.grade.set(held.grade))
     runs = Runs(engine, held, metrics)
     runs.start()
     lexicon = Lexicon(engine.vocabulary)
@@ -98,7 +98,7 @@ async def _find(digest: bytes, runs: Runs, settings: Settings) -> Finding:
     ceiling, _ = runs.engine.ceiling
     if kept is not None and kept[0].grade <= ceiling:
         finding, made_at = kept
-        return Finding(finding.grade, f"{finding.reason}; proved at {made_at}", finding.seconds, finding.compared_tokens)
+        return replace(finding, reason=f"{finding.reason}; proved at {made_at}")
     finding = await self_test(runs, time.monotonic, settings.self_test_timeout_seconds)
     if finding.grade > types_pb2.GRADE_BEST_EFFORT:
         proofs.keep(digest, finding, datetime.now(UTC).isoformat(timespec="seconds"))

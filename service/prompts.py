@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from ostinato.errors import InvalidRequest, Violation, invalid
 from ostinato.v1 import types_pb2
 
-from service.engines.base import Vocabulary
+from service.engines.base import ROLES, Vocabulary
 from service.limits import Limits
-
-ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)

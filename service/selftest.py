@@ -45,8 +45,9 @@ async def self_test(runs: Runs, clock: Callable[[], float], timeout_seconds: flo
     bench = _Bench(runs, asked)
     try:
         async with asyncio.timeout(timeout_seconds):
+            await bench.alone()
             if serial:
-                await bench.twice()
+                await bench.again()
             else:
                 await bench.in_company(strangers(engine.vocabulary, engine.context_tokens, engine.top_k_max))
         grade, reason = (SERIAL if serial else EXACT), bench.summary(serial)
@@ -75,17 +76,17 @@ class _Bench:
         self._alone: dict[str, types_pb2.Output] = {}
         self.compared_tokens = 0
 
-    async def twice(self) -> None:
-        """Each by itself, and again."""
+    async def alone(self) -> None:
+        """Each by itself: what all that comes after is compared with."""
         for probe in self._probes:
             self._alone[probe.name] = await self._start(probe)
+
+    async def again(self) -> None:
         for probe in self._probes:
             self._compare(probe, await self._start(probe), "when it ran again")
 
     async def in_company(self, others: Sequence[Probe]) -> None:
-        """Each by itself, then in two kinds of company."""
-        for probe in self._probes:
-            self._alone[probe.name] = await self._start(probe)
+        """In two kinds of company."""
         ends = [self._start(probe) for probe in self._probes]
         for probe, end in zip(self._probes, ends, strict=True):
             self._compare(probe, await end, "together with the other prompts")
@@ -96,10 +97,10 @@ class _Bench:
         ends = [self._start(probe) for probe in early]
         await self._begun.wait()  # the first token is there: the rest joins on the way
         joined = [self._start(probe) for probe in (*others, *late)]
-        leaving = joined[len(others) - 1]
+        leaving = next(run_id for run_id, end in self._ends.items() if end is joined[len(others) - 1])
         for probe, end in zip((*early, *late), (*ends, *joined[len(others) :]), strict=True):
             self._compare(probe, await end, "in another order, among strangers")
-            self._cancel(leaving)
+            self._owner.cancel(leaving)
 
     def summary(self, serial: bool) -> str:
         lengths = sorted(len(probe.token_ids) for probe in self._probes)
@@ -126,11 +127,6 @@ class _Bench:
         )
         return self._ends[run_id]
 
-    def _cancel(self, end: asyncio.Future[types_pb2.Output]) -> None:
-        for run_id, future in self._ends.items():
-            if future is end:
-                self._owner.cancel(run_id)
-
     def _on_event(self, event: engine_pb2.RunEvent) -> None:
         if not event.HasField("started"):
             self._begun.set()
@@ -142,13 +138,9 @@ class _Bench:
 
     def _compare(self, probe: Probe, output: types_pb2.Output, when: str) -> None:
         alone = self._alone[probe.name]
-        if _digests(output) != _digests(alone):
+        if any(digest(output) != digest(alone) for digest in (output_digest, logprobs_digest)):
             raise _Unequal(f"prompt '{probe.name}' ({len(probe.token_ids)} tokens) {_difference(alone, output)} {when}")
         self.compared_tokens += len(output.token_ids)
-
-
-def _digests(output: types_pb2.Output) -> tuple[bytes, bytes]:
-    return output_digest(output), logprobs_digest(output)
 
 
 def _difference(alone: types_pb2.Output, other: types_pb2.Output) -> str:

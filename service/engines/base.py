@@ -17,6 +17,9 @@ from ostinato.v1 import engine_pb2, types_pb2
 
 from service.answer import Answer
 
+ROLES = ("system", "user", "assistant", "tool")
+"""Whose a chat's messages may be."""
+
 
 class Vocabulary(Protocol):
     """A model's tokens. Every method is pure and may be called from any thread."""

@@ -10,7 +10,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ostinato.v1 import types_pb2
 
-ROLES = ("system", "user", "assistant", "tool")
+from service.engines.base import ROLES
 
 
 class ChatTemplate:
