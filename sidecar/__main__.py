@@ -14,19 +14,16 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from ostinato.serving import logs, program, tokens
-from ostinato.serving.credentials import Credentials
 from ostinato.serving.metrics import registry, serve_metrics
 from ostinato.serving.probe import probe
 from ostinato.serving.server import Server
 from ostinato.serving.settings import describe, load
-from ostinato.serving.tls import ServerTls
 from ostinato.v1 import engine_pb2
 from ostinato.v1.generation_pb2_grpc import add_GenerationServicer_to_server
 from ostinato.v1.sequencer_pb2_grpc import add_SequencerServicer_to_server
 
-from sidecar import canaries, commands, gateway
+from sidecar import gateway
 from sidecar.audit import Auditor
-from sidecar.canaries import Canary
 from sidecar.config import Settings
 from sidecar.core import events as ev
 from sidecar.core.sequencer import Sequencer
@@ -41,7 +38,7 @@ from sidecar.journal.mark import MarkFile
 from sidecar.link import EngineLink
 from sidecar.metrics import Metrics
 from sidecar.observer import Observer
-from sidecar.opening import open_journal
+from sidecar.opening import credentials_of, open_journal, read_canaries
 from sidecar.reading import SequencerServicer
 from sidecar.shadow import Shadow
 from sidecar.watch import Watch
@@ -196,25 +193,6 @@ class Sidecar:
         log.info("drained", extra={"left_to_recovery": len(self.dispatcher.works)})
 
 
-def credentials_of(settings: Settings) -> Credentials:
-    """Raises StartupError that names flag and file."""
-    tls = None
-    if settings.tls_certificate is not None and settings.tls_key is not None:
-        tls = ServerTls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
-    if settings.tokens is not None and tls is None and settings.allow_remote:
-        log.warning("tokens travel in plain text")
-    listed = tokens.listed(settings.tokens) if settings.tokens is not None else None
-    return Credentials(tls, listed, settings.trust_tenant_metadata)
-
-
-def read_canaries(settings: Settings) -> tuple[Canary, ...]:
-    """Raises StartupError that says what is wrong with the file."""
-    try:
-        return canaries.read(settings.canaries)
-    except ValueError as error:
-        raise program.StartupError(f"--canaries: {error}", exit_code=program.BAD_CONFIGURATION) from error
-
-
 def wall_millis() -> int:
     """Unix time; for people, never for order."""
     return time.time_ns() // 1_000_000
@@ -226,7 +204,9 @@ def main() -> int:
         return tokens.main("python -m sidecar token", sys.argv[2:])
     if sys.argv[1:2] == ["probe"]:
         return probe("sidecar", Settings().listen[0], sys.argv[2:], os.environ)
-    if sys.argv[1:2] and sys.argv[1] in commands.COMMANDS:
+    if sys.argv[1:2] and not sys.argv[1].startswith("-"):
+        from sidecar import commands  # here, or every sidecar would wait for what draws a command line's pictures
+
         commands.main(sys.argv[1:])
     settings = load(Settings, "sidecar", sys.argv[1:], os.environ)
     logs.setup(settings.log_format, settings.log_level)

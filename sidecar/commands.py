@@ -32,7 +32,6 @@ _AGES = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 """Seconds by unit."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-COMMANDS = ("verify", "prune", "redact", "export", "import", "accept-loss")
 
 Journal = Annotated[str, typer.Option(envvar="OSTINATO_SIDECAR_JOURNAL", help="The journal's file, or its postgresql:// URL.")]
 JOURNAL = Settings().journal

@@ -1,15 +1,19 @@
-"""The journal that the settings name, opened."""
+"""What the settings name, opened: credentials, canaries, the journal."""
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import ostinato
-from ostinato.serving import program
+from ostinato.serving import program, tokens
+from ostinato.serving.credentials import Credentials
 
+from sidecar import canaries
+from sidecar.canaries import Canary
 from sidecar.config import Settings, is_shared
 from sidecar.journal import JournalUnusable, Mark, Opened
 from sidecar.journal.committer import Backend
@@ -18,6 +22,29 @@ from sidecar.journal.mark import MarkFile
 from sidecar.journal.settings import PostgresSettings, SqliteSettings
 from sidecar.journal.sqlite import SqliteJournal
 from sidecar.journal.sqlite_kept import SqliteKept
+
+log = logging.getLogger("sidecar")
+
+
+def credentials_of(settings: Settings) -> Credentials:
+    """Raises StartupError that names flag and file."""
+    tls = None
+    if settings.tls_certificate is not None and settings.tls_key is not None:
+        from ostinato.serving.tls import ServerTls  # here: only with certificates is there a need for cryptography
+
+        tls = ServerTls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+    if settings.tokens is not None and tls is None and settings.allow_remote:
+        log.warning("tokens travel in plain text")
+    listed = tokens.listed(settings.tokens) if settings.tokens is not None else None
+    return Credentials(tls, listed, settings.trust_tenant_metadata)
+
+
+def read_canaries(settings: Settings) -> tuple[Canary, ...]:
+    """Raises StartupError that says what is wrong with the file."""
+    try:
+        return canaries.read(settings.canaries)
+    except ValueError as error:
+        raise program.StartupError(f"--canaries: {error}", exit_code=program.BAD_CONFIGURATION) from error
 
 
 def open_journal(settings: Settings, now_millis: int, *, checked: bool = True) -> tuple[Backend, Opened]:

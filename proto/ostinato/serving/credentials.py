@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -21,8 +22,10 @@ from ostinato.serving.files import Reloaded
 from ostinato.serving.handlers import Context
 from ostinato.serving.identity import ANYBODY, TENANT, Identity, Role
 from ostinato.serving.program import StartupError
-from ostinato.serving.tls import ServerTls
 from ostinato.serving.tokens import Tokens
+
+if TYPE_CHECKING:
+    from ostinato.serving.tls import ServerTls
 
 TENANT_METADATA = "ostinato-tenant"
 RELOAD_SECONDS = 1.0

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from ostinato.serving.files import Reloaded, Source, Unusable
 
@@ -82,10 +82,9 @@ def _check_key(pem: bytes, leaf: x509.Certificate) -> None:
         raise Unusable(KEY, "the key is encrypted, and nobody is here to be asked for its password") from None
     except (ValueError, UnsupportedAlgorithm):
         raise Unusable(KEY, "holds no private key in PEM form") from None
-    form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     try:
-        certified = leaf.public_key().public_bytes(*form)
+        certified = leaf.public_key()
     except (ValueError, UnsupportedAlgorithm):
         raise Unusable(CERTIFICATE, "the certificate's public key is of an unknown kind") from None
-    if key.public_key().public_bytes(*form) != certified:
+    if key.public_key() != certified:
         raise Unusable(KEY, "is not the key of the certificate")
