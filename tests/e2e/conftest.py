@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,14 @@ from ostinato import errors
 from ostinato.client import Client
 from ostinato.v1 import generation_pb2, generation_pb2_grpc, sequencer_pb2_grpc, types_pb2
 
-from tests.pair import Pair, Program
+from tests.pair import Pair, Program, running_pair
 
 GENERATE = "/ostinato.v1.Generation/Generate"
 STREAM = "/ostinato.v1.Generation/GenerateStream"
 GET = "/ostinato.v1.Sequencer/Get"
+
+SLOWLY = {"delay_seconds": 0.005, "rules": [{"do": "diverge", "at": 3, "purposes": ["REPLAY"]}]}
+"""The script of an engine that takes its time, and makes other tokens where it is asked again."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,19 @@ def ended(program: Program, seconds: float = 40.0) -> tuple[int, str]:
             raise AssertionError(f"{program.name} still runs:\n" + "\n".join(program.lines[-20:]))
         time.sleep(0.01)
     return program.stop(), "\n".join(program.lines)
+
+
+@pytest.fixture(scope="session", name="pair")
+def _pair() -> Iterator[Pair]:
+    """One for all that leave it as it was; its engine takes its time."""
+    with running_pair(service=["--script", json.dumps(SLOWLY), "--self-test", "off"]) as shared:
+        yield shared
+
+
+@pytest.fixture(name="door")
+async def _door(pair: Pair) -> AsyncIterator[Door]:
+    async with opened(pair) as door:
+        yield door
 
 
 @pytest.hookimpl(wrapper=True)

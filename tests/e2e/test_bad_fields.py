@@ -1,0 +1,289 @@
+"""Requests that no number may be burned for: bad fields, bad bytes, too much, and what is not there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import grpc
+import pytest
+
+from ostinato import errors
+from ostinato.client import Client
+from ostinato.requests import batch
+from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
+
+from tests.e2e.conftest import GENERATE, GET, STREAM, Door, refusal
+from tests.e2e.door_kit import Item, Parameters, Request, TokenIds, asked, entries, ids, items, one, own, replayed, span
+
+CONTEXT = 4096
+LETTERS = b"etaoinshrdlcumwfgypbvkjxqz .,-\n"
+"""With all of these as stop tokens a scripted answer ends at its first token, however long it might be."""
+
+
+def chat(*roles: str) -> types_pb2.Item:
+    return Item(chat=types_pb2.Chat(messages=[types_pb2.Message(role=role, content="hello") for role in roles]))
+
+
+BAD: Mapping[str, tuple[Request, str]] = {
+    "empty batch": (items(), "items"),
+    "one item too many": (items(*[Item(text="hello")] * 257), "items"),
+    "empty text": (items(Item(text="")), "items[0].text"),
+    "empty token ids": (items(Item(token_ids=TokenIds())), "items[0].token_ids"),
+    "no messages": (items(chat()), "items[0].chat"),
+    "unknown role": (items(chat("user", "king")), "items[0].chat.messages[1].role"),
+    "a chat that the template refuses": (items(chat("user", "system")), "items[0].chat"),
+    "no prompt": (items(Item(text="hello"), Item()), "items[1]"),
+    "two prompts": (items(Item(text="hello", token_ids=TokenIds(ids=[1]))), "items[0]"),
+    "text over the context": (items(Item(text="a" * CONTEXT)), "items[0].text"),
+    "token ids over the context": (items(ids(CONTEXT)), "items[0].token_ids"),
+    "prompt and answer over the context": (items(ids(4000), max_new_tokens=97), "parameters.max_new_tokens"),
+    "token id outside the vocabulary": (items(Item(token_ids=TokenIds(ids=[1, 262]))), "items[0].token_ids.ids[1]"),
+    "temperature NaN": (one(temperature=math.nan), "parameters.temperature"),
+    "temperature +inf": (one(temperature=math.inf), "parameters.temperature"),
+    "temperature -inf": (one(temperature=-math.inf), "parameters.temperature"),
+    "temperature negative": (one(temperature=-0.5), "parameters.temperature"),
+    "temperature above 100": (one(temperature=100.5), "parameters.temperature"),
+    "temperature of one item": (
+        items(Item(text="a"), Item(text="b", parameters=Parameters(temperature=math.nan))),
+        "items[1].parameters.temperature",
+    ),
+    "top_p 0": (one(top_p=0.0), "parameters.top_p"),
+    "top_p negative": (one(top_p=-0.1), "parameters.top_p"),
+    "top_p above 1": (one(top_p=1.0000001), "parameters.top_p"),
+    "top_p NaN": (one(top_p=math.nan), "parameters.top_p"),
+    "min_p negative": (one(min_p=-0.1), "parameters.min_p"),
+    "min_p above 1": (one(min_p=1.1), "parameters.min_p"),
+    "min_p NaN": (one(min_p=math.nan), "parameters.min_p"),
+    "repetition_penalty 0": (one(repetition_penalty=0.0), "parameters.repetition_penalty"),
+    "repetition_penalty NaN": (one(repetition_penalty=math.nan), "parameters.repetition_penalty"),
+    "top_k above the engine's": (one(top_k=1025), "parameters.top_k"),
+    "top_k negative": (one(top_k=-1), "parameters.top_k"),
+    "max_new_tokens 0": (one(max_new_tokens=0), "parameters.max_new_tokens"),
+    "max_new_tokens negative": (one(max_new_tokens=-1), "parameters.max_new_tokens"),
+    "max_new_tokens above the limit": (one(max_new_tokens=CONTEXT), "parameters.max_new_tokens"),
+    "min_new_tokens above max": (one(min_new_tokens=9, max_new_tokens=8), "parameters.min_new_tokens"),
+    "min_new_tokens negative": (one(min_new_tokens=-1), "parameters.min_new_tokens"),
+    "stop string empty": (one(stop=["a", ""]), "parameters.stop[1]"),
+    "stop strings too many": (one(stop=["a"] * 17), "parameters.stop"),
+    "stop string too long": (one(stop=["é" * 129]), "parameters.stop[0]"),
+    "stop token outside the vocabulary": (one(stop_token_ids=[262]), "parameters.stop_token_ids[0]"),
+    "stop tokens too many": (one(stop_token_ids=range(33)), "parameters.stop_token_ids"),
+    "bad word that is no token": (one(bad_words=["a", "two"]), "parameters.bad_words[1]"),
+    "logprobs 21": (one(logprobs=21), "parameters.logprobs"),
+    "logprobs -1": (one(logprobs=-1), "parameters.logprobs"),
+    "a format without a format": (one(response_format=types_pb2.ResponseFormat()), "parameters.response_format"),
+    "a format that the engine does not obey": (
+        one(response_format=types_pb2.ResponseFormat(regex="a+")),
+        "parameters.response_format.regex",
+    ),
+    "idempotency key too long": (batch("hello", key="é" * 128 + "x"), "idempotency_key"),
+    "request id too long": (batch("hello", request_id="x" * 257), "request_id"),
+    "a grade that is none": (Request(items=[Item(text="hello")], required_grade=4), "required_grade"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize(("request_", "field"), BAD.values(), ids=BAD)
+async def test_a_bad_field_is_named(door: Door, request_: Request, field: str) -> None:
+    """INVALID_ARGUMENT with the field's path, from both methods, before any number is given."""
+    async with door.nothing_numbered():
+        (await refusal(door.generation.Generate(request_))).says(errors.InvalidRequest, field)
+        (await refusal(door.streamed(request_))).says(errors.InvalidRequest, field)
+
+
+async def test_all_bad_fields_are_named_at_once(door: Door) -> None:
+    """A caller with three mistakes learns of three."""
+    request = items(Item(text=""), Item(text="b", parameters=Parameters(top_k=-1)), top_p=0.0)
+
+    async with door.nothing_numbered():
+        said = await refusal(door.generation.Generate(request))
+        said.says(errors.InvalidRequest, "parameters.top_p", "items[0].text", "items[1].parameters.top_k")
+
+
+@pytest.mark.parametrize("name", ["empty batch", "empty text", "no prompt", "two prompts", "unknown role"])
+async def test_tokenize_has_the_same_rules(door: Door, name: str) -> None:
+    """A prompt that Generate refuses is refused by Tokenize, by the same path."""
+    request, field = BAD[name]
+
+    async with door.nothing_numbered():
+        said = await refusal(door.generation.Tokenize(generation_pb2.TokenizeRequest(items=request.items)))
+        said.says(errors.InvalidRequest, field)
+
+
+async def test_the_largest_of_everything_is_taken(door: Door) -> None:
+    """Bounds are inclusive: each limit itself is no error."""
+    request = items(
+        ids(CONTEXT - 1), temperature=100.0, top_k=1024, top_p=1.0, min_p=1.0, repetition_penalty=10.0, max_new_tokens=1,
+        min_new_tokens=1, stop=["é" * 128] * 16, stop_token_ids=range(32), bad_words=["a"] * 32, logprobs=20, seed=2**64 - 1,
+    )  # fmt: skip
+    request.idempotency_key, request.request_id = "é" * 128, "x" * 256
+
+    (result,) = (await door.generation.Generate(request)).results
+    assert (result.output.prompt_tokens, len(result.output.token_ids), result.output.seed) == (CONTEXT - 1, 1, 2**64 - 1), (
+        result
+    )
+
+
+async def test_the_items_seed_wins(door: Door) -> None:
+    """A seed given in both places is the item's, 0 included, and the answer says so."""
+    given = [Item(text="a", parameters=Parameters(seed=0)), Item(text="a", parameters=Parameters(seed=7)), Item(text="a")]
+
+    response = await door.generation.Generate(items(*given, seed=1, max_new_tokens=2))
+    assert [result.output.seed for result in response.results] == [0, 7, 1]
+
+
+@pytest.mark.parametrize("confidence", [1.0, -0.1, 95.0, float("nan"), float("inf"), 1 - 2**-53])
+async def test_report_at_no_confidence(door: Door, confidence: float) -> None:
+    """A confidence that is none, or that no interval could have, is refused."""
+    (await refusal(door.sequencer.Report(sequencer_pb2.ReportRequest(confidence=confidence)))).says(
+        errors.InvalidRequest, "confidence"
+    )
+
+
+async def test_a_grade_that_is_not_earned_is_refused(door: Door) -> None:
+    """A service that was not tested has earned BEST_EFFORT and no more."""
+    async with door.nothing_numbered():
+        for grade in ("serial", "exact"):
+            said = await refusal(door.generation.Generate(batch("a", required_grade=grade)))
+            said.says(errors.GradeNotEarned)
+    response = await door.client.generate("a", required_grade="best-effort", max_new_tokens=1)
+    assert response.results[0].output.grade == types_pb2.GRADE_BEST_EFFORT
+
+
+BROKEN = {"no wire format": b"\xff\xff\xff\xff", "a field cut short": b"\x0a\x7fabc"}
+
+
+NO_UTF8 = {GENERATE: b"\x0a\x03\x0a\x01\xff", STREAM: b"\x0a\x03\x0a\x01\xff", GET: b"\x12\x01\xff"}
+"""A prompt of one byte, and a key."""
+
+
+@pytest.mark.parametrize("method", [GENERATE, STREAM, GET])
+async def test_bytes_that_are_no_message(door: Door, method: str) -> None:
+    """They are the caller's fault (INVALID_ARGUMENT, MALFORMED_MESSAGE), not ours."""
+    async with door.nothing_numbered():
+        for data in (*BROKEN.values(), NO_UTF8[method]):
+            (await refusal(door.raw(method, data))).says(errors.MalformedMessage)
+
+
+async def test_a_message_over_the_limit(door: Door) -> None:
+    """RESOURCE_EXHAUSTED from gRPC itself, without details, and the connection goes on."""
+    huge = Request(items=[Item(text="x" * (5 << 20))])
+
+    async with door.nothing_numbered():
+        for call in (door.generation.Generate(huge), door.streamed(huge)):
+            said = await refusal(call)
+            assert (said.code, said.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, ""), said
+        assert (await door.generation.GetModel(generation_pb2.GetModelRequest())).model.engine == "scripted"
+
+
+async def test_fields_of_a_newer_client_are_ignored(door: Door) -> None:
+    """A field that this side does not know changes nothing, the request's digest included."""
+    request = asked("hello", key="newer client", max_new_tokens=2).SerializeToString()
+    known = Request.FromString(request)
+
+    first = await door.raw(GENERATE, request + b"\xfa\x3e\x03abc")
+    assert await door.raw(GENERATE, request) == first
+    async with door.nothing_numbered():
+        item = known.items[0].SerializeToString() + b"\xf8\x3e\x01"
+        nested = b"\x0a" + bytes([len(item)]) + item + request[2 + known.items[0].ByteSize() :]
+        assert await door.raw(GENERATE, nested) == first
+
+
+LARGE = items(*[Item(text="a")] * 4, max_new_tokens=4000, logprobs=20, stop_token_ids=LETTERS)
+"""Nearly 5 MB at worst; in truth it ends at once."""
+
+
+async def test_an_answer_that_may_be_too_large_is_refused_before_the_work(door: Door) -> None:
+    """The worst case is over what a gRPC client reads unless told otherwise."""
+    async with door.nothing_numbered():
+        (await refusal(door.generation.Generate(LARGE))).says(errors.InvalidRequest, "items")
+
+
+async def test_a_client_that_reads_more_may_say_so(door: Door) -> None:
+    """Metadata raises the limit."""
+    response = await door.generation.Generate(LARGE, metadata=[("ostinato-max-response-bytes", str(8 << 20))])
+    assert [len(result.output.token_ids) for result in response.results] == [1] * 4
+
+
+async def test_a_client_that_reads_less_may_say_so(door: Door) -> None:
+    """Metadata lowers it too."""
+    async with door.nothing_numbered():
+        call = door.generation.Generate(one(max_new_tokens=1), metadata=[("ostinato-max-response-bytes", "1000")])
+        (await refusal(call)).says(errors.InvalidRequest, "items")
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "1e6", "4 MiB", "9" * 21])
+async def test_metadata_that_is_no_size(door: Door, value: str) -> None:
+    """Metadata that is no positive number is refused rather than ignored."""
+    async with door.nothing_numbered():
+        call = door.generation.Generate(one(), metadata=[("ostinato-max-response-bytes", value)])
+        (await refusal(call)).says(errors.InvalidRequest, "metadata.ostinato-max-response-bytes")
+
+
+async def test_cancel_of_what_is_not_there(door: Door) -> None:
+    """A sequence or a key that was never given out is NOT_FOUND."""
+    async with door.nothing_numbered():
+        newest = await door.last_sequence()
+        for request in (span(newest + 1, newest + 1), span(1, newest + 1), span(2**64 - 1, 2**64 - 1)):
+            (await refusal(door.generation.Cancel(request))).says(errors.NotFound)
+        for key in ("never used", ""):
+            by_key = generation_pb2.CancelRequest(idempotency_key=key)
+            (await refusal(door.generation.Cancel(by_key))).says(errors.NotFound)
+
+
+async def test_cancel_of_no_range(door: Door) -> None:
+    """A range that is none, or no target at all, is the caller's mistake."""
+    for request in (span(0, 1), span(2, 1), span(0, 0)):
+        (await refusal(door.generation.Cancel(request))).says(errors.InvalidRequest, "range")
+    (await refusal(door.generation.Cancel(generation_pb2.CancelRequest()))).says(errors.InvalidRequest, "target")
+
+
+async def test_get_of_what_is_not_there(door: Door) -> None:
+    """Nothing is NOT_FOUND, and no target is the caller's mistake."""
+    newest = await door.last_sequence()
+    for sequence in (newest + 1, 2**63, 2**64 - 1):
+        (await refusal(door.sequencer.Get(sequencer_pb2.GetRequest(sequence=sequence)))).says(errors.NotFound)
+    (await refusal(door.sequencer.Get(sequencer_pb2.GetRequest(idempotency_key="never used")))).says(errors.NotFound)
+    (await refusal(door.sequencer.Get(sequencer_pb2.GetRequest(sequence=0)))).says(errors.InvalidRequest, "sequence")
+    (await refusal(door.sequencer.Get(sequencer_pb2.GetRequest()))).says(errors.InvalidRequest, "target")
+
+
+async def test_tail_from_anywhere(door: Door) -> None:
+    """0 is taken as 1; beyond the head there is nothing, however far."""
+    await door.client.generate("a", max_new_tokens=1)
+    head = (await door.client.head()).index
+
+    assert await entries(door, 0) == await entries(door, 1) == list(range(1, head + 1))
+    assert await entries(door, head) == [head]
+    for beyond in (head + 1, 2**63, 2**64 - 1):
+        assert await entries(door, beyond) == []
+
+
+async def test_reading_large_payloads() -> None:
+    """However much was recorded at once, each message of Tail is one that a client reads which knows of no limits; Get, whose
+    one message may not be, says what to do, and gives it to a client that reads more."""
+    async with own({"context_tokens": 16_000}) as door:
+        # Stop strings stand in the request once, and in every payload.
+        request = items(*[ids(13_000)] * 256, max_new_tokens=1, stop=[f"{n:->256}" for n in range(16)])
+        request.idempotency_key = "large"
+        response = await door.generation.Generate(request)
+        record = await door.client.get(response.stamp.first_sequence)
+        assert 256 * record[0].input.ByteSize() > 4 << 20, "or nothing is tested"
+
+        assert await entries(door, 1, payloads=True) == list(range(1, 2 * 256 + 2))
+        said = await refusal(door.sequencer.Get(sequencer_pb2.GetRequest(idempotency_key="large")))
+        said.says(errors.InvalidRequest, "idempotency_key")
+        assert "sequences 1 to 256" in said.message
+        async with Client(door.pair.target, max_response_bytes=64 << 20) as reader:
+            assert [each.admitted.sequence for each in await reader.get(key="large")] == list(range(1, 257))
+
+
+async def test_replay_of_no_range(door: Door) -> None:
+    """A range that is none, or lies ahead, or too much at once, is refused; nothing is numbered."""
+    async with door.nothing_numbered():
+        for first, last in ((0, 1), (2, 1), (0, 0)):
+            (await refusal(replayed(door, first, last))).says(errors.InvalidRequest, "range")
+        (await refusal(replayed(door, 1, 1, concurrency=65))).says(errors.InvalidRequest, "concurrency")
+        newest = await door.last_sequence()
+        (await refusal(replayed(door, newest + 1, 2**64 - 1))).says(errors.NotFound)
+        (await refusal(door.sequencer.Replay(sequencer_pb2.ReplayRequest()).read())).says(errors.InvalidRequest, "range")

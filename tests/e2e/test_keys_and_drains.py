@@ -1,0 +1,324 @@
+"""Callers who come again, leave, do not read or change their mind; and a sidecar that is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import grpc
+
+from ostinato import errors
+from ostinato.v1 import generation_pb2, types_pb2
+
+from tests.e2e.conftest import SLOWLY, STREAM, Door, Refusal, ended, eventually, refusal
+from tests.e2e.door_kit import (
+    ENDLESS,
+    Heard,
+    Request,
+    asked,
+    begun,
+    bytes_of,
+    health,
+    heard,
+    newest_is,
+    one,
+    own,
+    replayed,
+    rest,
+    span,
+)
+
+
+async def test_a_key_is_bound_to_its_request(door: Door) -> None:
+    """The same key with another request is refused, whatever it differs in; with another request_id it is the same request."""
+    first = await door.client.generate("a", key="bound", max_new_tokens=2)
+
+    async with door.nothing_numbered():
+        for other in (asked("b", key="bound", max_new_tokens=2), asked("a", key="bound", max_new_tokens=3)):
+            (await refusal(door.generation.Generate(other))).says(errors.KeyReused)
+            (await refusal(door.streamed(other))).says(errors.KeyReused)
+        again = await door.client.generate("a", key="bound", max_new_tokens=2, request_id="another label")
+        assert bytes_of(again) == bytes_of(first)
+
+
+async def test_a_retry_joins_what_is_in_flight(door: Door) -> None:
+    """Two callers with one key share one run; one who streams and comes late gets every token from the first on."""
+    before = door.pair.metrics()["ostinato_admitted_items_total"]
+    request = asked(["a", "b"], key="joined", max_new_tokens=200, ignore_eos=True)
+    early, first = await begun(door, request)
+
+    late, unary = await asyncio.gather(door.streamed(request), door.generation.Generate(request))
+    first, second = await rest(early, first), heard(late)
+
+    assert (first.repeated, second.repeated) == (False, True)
+    assert first.results == second.results == list(unary.results)
+    for result in unary.results:
+        assert first.tokens[result.sequence] == second.tokens[result.sequence] == list(result.output.token_ids)
+    assert door.pair.metrics()["ostinato_admitted_items_total"] == before + 2
+
+
+async def test_many_callers_with_one_key(door: Door) -> None:
+    """However they race, one request of those gets the key, and all who sent it get its answer; the others are refused."""
+    requests = [asked(prompt, key="raced", max_new_tokens=8) for prompt in "ab" for _ in range(8)]
+
+    answers = await asyncio.gather(*map(door.generation.Generate, requests), return_exceptions=True)
+
+    found = {bytes_of(each) for each in answers if isinstance(each, generation_pb2.GenerateResponse)}
+    refused = [Refusal.of(each) for each in answers if isinstance(each, grpc.aio.AioRpcError)]
+    assert (len(found), len(refused)) == (1, 8), (answers, refused)
+    for said in refused:
+        said.says(errors.KeyReused)
+
+
+async def test_a_keyed_caller_may_leave_and_come_back(door: Door) -> None:
+    """Its work goes on, and the retry gets the same sequences and, from then on, the same bytes."""
+    request = asked(["a", "b"], key="left", max_new_tokens=40, ignore_eos=True)
+    call, listener = await begun(door, request)
+    call.cancel()
+
+    joined = await door.generation.Generate(request)
+    recorded = await door.generation.Generate(request)
+
+    assert joined.stamp == listener.stamp
+    assert [result.WhichOneof("outcome") for result in joined.results] == ["output", "output"]
+    assert bytes_of(recorded) == bytes_of(joined)
+
+
+async def test_a_keyed_caller_outlives_its_deadline(door: Door) -> None:
+    """With a key a deadline ends the call, not the work."""
+    request = asked("a", key="too late", max_new_tokens=60, ignore_eos=True)
+
+    said = await refusal(door.generation.Generate(request, timeout=0.1))
+
+    assert said.code == grpc.StatusCode.DEADLINE_EXCEEDED, said
+    (result,) = (await door.generation.Generate(request)).results
+    assert len(result.output.token_ids) == 60, result
+    assert result.attempt == 1
+
+
+async def test_a_key_outlives_the_sidecar() -> None:
+    """After a drain, and after a kill, the same key returns the same bytes; what the kill interrupted is finished."""
+    async with own(SLOWLY) as door:
+        first = await door.client.generate(["a", "b"], key="kept", max_new_tokens=4)
+        interrupted = asked("c", key="interrupted", max_new_tokens=40)
+        assert door.pair.sidecar is not None
+        assert door.pair.sidecar.stop() == 0
+        door.pair.start_sidecar().wait_for("engine connected")
+        assert bytes_of(await door.client.generate(["a", "b"], key="kept", max_new_tokens=4)) == bytes_of(first)
+        _, listener = await begun(door, interrupted)
+
+        door.pair.sidecar.kill()
+        door.pair.start_sidecar().wait_for("engine connected")
+
+        assert bytes_of(await door.client.generate(["a", "b"], key="kept", max_new_tokens=4)) == bytes_of(first)
+        finished = await door.client.generate(interrupted)
+        assert finished.stamp == listener.stamp
+        assert (finished.results[0].WhichOneof("outcome"), finished.results[0].attempt) == ("output", 2)
+
+
+async def test_a_deadline_that_has_passed(door: Door) -> None:
+    """The caller is told by its own gRPC, and nothing is numbered."""
+    async with door.nothing_numbered():
+        for call in (door.generation.Generate(one(), timeout=-1), door.generation.GenerateStream(one(), timeout=-1).read()):
+            said = await refusal(call)
+            assert (said.code, said.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, ""), said
+
+
+async def test_an_unkeyed_deadline_ends_the_work(door: Door) -> None:
+    """The items become FAILED with DEADLINE_EXCEEDED, however the caller's clock and ours race, and the engine is free."""
+    first = await door.last_sequence() + 1
+
+    async def until(timeout: float) -> None:
+        call = door.generation.Generate(one(**ENDLESS), timeout=timeout)
+        said = await refusal(call)
+        assert said.code == grpc.StatusCode.DEADLINE_EXCEEDED, said
+
+    async def streamed_until(timeout: float) -> None:
+        said = await refusal(rest(door.generation.GenerateStream(one(**ENDLESS), timeout=timeout), Heard()))
+        assert said.code == grpc.StatusCode.DEADLINE_EXCEEDED, said
+
+    for timeout in (0.002, 0.005, 0.05, 0.5):
+        await asyncio.gather(*[call(timeout) for call in (until, streamed_until) for _ in range(5)])
+
+    last = await door.last_sequence()
+    assert last >= first, "those that took longer than an admission have numbers"
+    assert {await door.outcome(number) for number in range(first, last + 1)} == {("FAILED", "DEADLINE_EXCEEDED")}
+    await door.freed()
+
+
+async def test_an_unkeyed_caller_who_leaves_ends_the_work(door: Door) -> None:
+    """All its items become CANCELLED, and the engine is free."""
+    call, listener = await begun(door, asked(["a", "b"], **ENDLESS))
+    unary = asyncio.ensure_future(door.client.generate("c", **ENDLESS))
+    first = listener.stamp.first_sequence
+    await eventually(lambda: newest_is(door, first + 2), "the unary call has its number")
+
+    call.cancel()
+    unary.cancel()
+
+    for sequence in range(first, first + 3):
+        assert await door.outcome(sequence) == ("CANCELLED", "CANCELLED")
+    await door.freed()
+
+
+async def test_cancel_while_it_runs(door: Door) -> None:
+    """It answers once the outcomes are durable; the listener is told, and the engine is free."""
+    stream, listener = await begun(door, asked(["a", "b"], **ENDLESS))
+    first = listener.stamp.first_sequence
+
+    answer = await door.generation.Cancel(span(first, first + 1))
+
+    assert (answer.cancelled, answer.ended) == (2, 0)
+    results = (await rest(stream, listener)).results
+    assert [result.sequence for result in results] == [first, first + 1]
+    assert {errors.from_status(result.status).reason for result in results} == {"CANCELLED"}
+    assert await door.kinds(first) == ["CANCELLED"]
+    await door.freed()
+
+
+async def test_cancel_after_the_end(door: Door) -> None:
+    """What has ended keeps its outcome, and is counted as ended."""
+    stamp = (await door.client.generate(["a", "b"], max_new_tokens=2)).stamp
+
+    for _ in range(2):
+        answer = await door.generation.Cancel(span(stamp.first_sequence, stamp.first_sequence + 1))
+        assert (answer.cancelled, answer.ended) == (0, 2)
+    assert await door.outcome(stamp.first_sequence) == ("COMPLETED", "")
+
+
+async def test_cancel_by_key(door: Door) -> None:
+    """A key ends the whole batch, also when its caller has left; a retry then gets those outcomes."""
+    request = asked(["a", "b"], key="cancelled", **ENDLESS)
+    stream, listener = await begun(door, request)
+    stream.cancel()
+
+    answer = await door.generation.Cancel(generation_pb2.CancelRequest(idempotency_key="cancelled"))
+
+    assert (answer.cancelled, answer.ended) == (2, 0)
+    again = await door.generation.Generate(request)
+    assert again.stamp == listener.stamp
+    assert {errors.from_status(result.status).reason for result in again.results} == {"CANCELLED"}
+    await door.freed()
+
+
+async def test_replay_names_the_token_that_differs(door: Door) -> None:
+    """An engine that makes another token 3 in a replay is DIVERGED at 3, journalled and counted; no number is taken."""
+    name = 'ostinato_comparisons_total{grade="best_effort",kind="replay",replica="same",verdict="diverged"}'
+    before = door.pair.metrics().get(name, 0)
+    stamp = (await door.client.generate(["a", "b"], max_new_tokens=8, logprobs=2, ignore_eos=True)).stamp
+
+    async with door.nothing_numbered():
+        found = await replayed(door, stamp.first_sequence, stamp.first_sequence + 1)
+
+        assert sorted(each.comparison.sequence for each in found) == [stamp.first_sequence, stamp.first_sequence + 1]
+        assert [each.seen for each in found] == [1, 2]
+        for each in found:
+            said = each.comparison
+            assert (said.verdict, said.first_difference, said.compared_tokens) == (types_pb2.VERDICT_DIVERGED, 3, 3), said
+            assert said.HasField("margin") and said.actual.token_ids, said
+        assert door.pair.metrics()[name] == before + 2
+        audited = [entry async for entry in door.client.tail() if entry.header.kind == types_pb2.ENTRY_KIND_AUDITED]
+        assert {entry.header.sequence for entry in audited[-2:]} == {each.comparison.sequence for each in found}
+
+
+async def test_a_twin_that_differs_is_counted() -> None:
+    """Equal inputs with unequal outputs are one divergence, at its token."""
+    script = {"rules": [{"do": "diverge", "at": 2, "sequences": [3]}]}
+    async with own(script) as door:
+        first, second, third = (await door.client.generate(["a"] * 3, seed=1, max_new_tokens=8)).results
+        assert list(first.output.token_ids) == list(second.output.token_ids)
+        assert list(first.output.token_ids[:2]) == list(third.output.token_ids[:2])
+
+        metrics = door.pair.metrics()
+        assert {name: value for name, value in metrics.items() if name.startswith("ostinato_comparisons_total")} == {
+            'ostinato_comparisons_total{grade="best_effort",kind="twin",replica="same",verdict="match"}': 1,
+            'ostinato_comparisons_total{grade="best_effort",kind="twin",replica="same",verdict="diverged"}': 1,
+            'ostinato_comparisons_total{grade="best_effort",kind="twin",replica="same",verdict="incomparable"}': 0,
+        }
+        assert metrics['ostinato_first_difference_token_sum{grade="best_effort",kind="twin"}'] == 2
+        assert metrics['ostinato_compared_tokens_total{grade="best_effort",kind="twin"}'] == 8 + 2
+
+
+UNREAD = [("grpc.http2.lookahead_bytes", 16_384), ("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", 32 << 20)]
+
+
+MANY: dict[str, Any] = {"max_new_tokens": 1000, "ignore_eos": True, "logprobs": 20}
+
+
+async def test_a_slow_reader_loses_its_call_and_stalls_nobody() -> None:
+    """Tokens beyond the bound end an unread stream with SLOW_READER and its items as CANCELLED; with a key they go on."""
+    async with own({}, "--stream-tokens-max", "500") as door, grpc.aio.insecure_channel(door.pair.target, UNREAD) as channel:
+        unread: Any = channel.unary_stream(
+            STREAM, request_serializer=Request.SerializeToString, response_deserializer=generation_pb2.GenerateEvent.FromString
+        )
+        limit = [("ostinato-max-response-bytes", str(32 << 20))]
+        plain = unread(asked(["a"] * 4, **MANY), metadata=limit)
+        await eventually(lambda: newest_is(door, 4), "the first has its numbers")
+        keyed = unread(asked(["a"] * 2, key="slow", **MANY), metadata=limit)
+        await eventually(lambda: newest_is(door, 6), "the second has its numbers")
+
+        for _ in range(20):
+            async with asyncio.timeout(30):
+                await door.client.generate("b", max_new_tokens=2)
+
+        for call in (plain, keyed):
+            said = await refusal(rest(call, Heard()))
+            said.says(errors.SlowReader)
+        outcomes = [await door.outcome(number) for number in range(1, 7)]
+        assert sorted(outcomes[:4]) == [("CANCELLED", "CANCELLED")] * 4
+        assert sorted(outcomes[4:]) == [("COMPLETED", "")] * 2
+        await door.freed()
+
+
+async def test_draining() -> None:
+    """Told to stop, it refuses what is new with a time to come back, finishes what it has, and exits 0."""
+    script = {**SLOWLY, "rules": [{"do": "hang", "at": 1, "sequences": [1]}]}
+    async with own(script) as door:
+        held, holder = await begun(door, one())
+        stream, listener = await begun(door, one(max_new_tokens=200, ignore_eos=True))
+        assert door.pair.sidecar is not None
+        os.kill(door.pair.sidecar.pid, signal.SIGTERM)
+        door.pair.sidecar.wait_for("draining")
+
+        said = await refusal(door.generation.Generate(one()))
+        said.says(errors.Draining)
+        assert said.retry_after is not None, said
+        assert await health(door) == "NOT_SERVING"
+        assert await door.last_sequence() == listener.stamp.first_sequence
+        (result,) = (await rest(stream, listener)).results
+
+        listener.whole()
+        assert len(result.output.token_ids) == 200
+        assert door.pair.sidecar.running, "the first one is not finished yet"
+        await door.client.cancel(1)
+        await rest(held, holder)
+        code, log = await asyncio.to_thread(ended, door.pair.sidecar)
+        assert code == 0, log
+
+
+async def test_a_drain_that_runs_out_of_time() -> None:
+    """Those who wait with a key are told DRAINING and when to come back, and the next start has their answers; without a key
+    it is over."""
+    script = {**SLOWLY, "rules": [{"do": "hang", "at": 1, "attempts": [1]}]}
+    async with own(script, "--drain-seconds", "0") as door:
+        request = asked("a", key="left", max_new_tokens=4)
+        stream, listener = await begun(door, request)
+        waiting = asyncio.ensure_future(refusal(door.generation.Generate(request)))
+        unkeyed, other = await begun(door, one())
+        await eventually(lambda: door.pair.metrics()["ostinato_repeated_requests_total"] == 1, "it waits for the same answer")
+        assert door.pair.sidecar is not None
+        os.kill(door.pair.sidecar.pid, signal.SIGTERM)
+
+        for said in (await refusal(rest(stream, listener)), await waiting):
+            said.says(errors.Draining)
+            assert said.retry_after is not None, said
+        (result,) = (await rest(unkeyed, other)).results
+        assert errors.from_status(result.status).reason == "ABANDONED"
+        code, log = await asyncio.to_thread(ended, door.pair.sidecar)
+        assert code == 0, log
+
+        door.pair.start_sidecar().wait_for("engine connected")
+        (result,) = (await door.client.generate(request)).results
+        assert (result.WhichOneof("outcome"), result.attempt) == ("output", 2)

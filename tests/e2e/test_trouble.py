@@ -1,0 +1,253 @@
+"""Programs that cannot start; no engine, no room, and an engine that hangs, falls or dies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import grpc
+import pytest
+
+from ostinato import errors
+from ostinato.requests import batch
+from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
+
+from tests.e2e.conftest import SLOWLY, Door, Refusal, ended, eventually, opened, refusal
+from tests.e2e.door_kit import (
+    Heard,
+    Item,
+    asked,
+    begun,
+    bytes_of,
+    entries,
+    health,
+    healthy,
+    ids,
+    items,
+    newest_is,
+    not_serving,
+    one,
+    own,
+    rest,
+    scripted,
+)
+from tests.pair import Pair, Program, running_pair
+
+
+async def test_no_engine() -> None:
+    """Without a service work is refused with a time to come back, nothing is numbered, and reads are served; then it comes, and
+    goes: health says so at once, not when the clock is looked at next."""
+    with Pair(service=scripted({}), sidecar=["--tick-seconds", "1000"]) as pair:
+        pair.start_sidecar()
+        async with opened(pair) as door:
+            for call in (
+                door.generation.Generate(one()),
+                door.streamed(one()),
+                door.generation.GetModel(generation_pb2.GetModelRequest()),
+                door.generation.Tokenize(generation_pb2.TokenizeRequest(items=[Item(text="a")])),
+            ):
+                said = await refusal(call)
+                said.says(errors.EngineUnavailable)
+                assert said.retry_after is not None, said
+            assert await door.last_sequence() == 0
+            assert len(await entries(door, 1)) == 1
+            assert await health(door) == "NOT_SERVING"
+
+            service = pair.start_service()
+
+            assert pair.sidecar is not None
+            pair.sidecar.wait_for("engine connected")
+            assert (await door.client.generate("a", max_new_tokens=1)).stamp.first_sequence == 1
+            await eventually(lambda: healthy(door), "health says so")
+
+            service.kill()
+            await eventually(lambda: not_serving(door), "health says so")
+
+
+IN_USE = "Address already in use"
+
+
+TROUBLES = {
+    "second sidecar": ("sidecar --journal {journal} --listen 127.0.0.1:0", "{journal} is in use by another sidecar"),
+    "sidecar's port": ("sidecar --journal {folder}/1.sqlite --listen {target}", IN_USE),
+    "metrics' port": ("sidecar --journal {folder}/2.sqlite --listen 127.0.0.1:0 --metrics {target}", IN_USE),
+    "journal is a directory": ("sidecar --journal {folder} --listen 127.0.0.1:0", "{folder}"),
+    "service's port": ("service --engine scripted --listen {target}", IN_USE),
+    "service's socket": ("service --engine scripted --listen {engine}", IN_USE),
+    "no room by its settings": ("sidecar --journal-bytes-max 65536", "--journal-bytes-max must be more than twice"),
+    "the engine as its shadow": ("sidecar --engine unix:a --shadow unix:a", "--shadow: is the address of --engine"),
+    "no rate": ("sidecar --audit-rate nan", "--audit-rate: 'nan' is not finite"),
+    "more than all": ("sidecar --shadow-rate 1.5", "--shadow-rate: '1.5' is not 0.0 to 1.0"),
+    "no database": ("sidecar --journal postgresql://me:hunter2@127.0.0.1:1/x", "the database cannot be reached"),
+    "a file's bound": ("sidecar --journal postgresql://h/x --journal-bytes-max 99999999", "--journal-bytes-max bounds a file"),
+    "no model": ("service --engine llama --listen unix:{folder}/llama.sock --model /nonexistent.gguf", "/nonexistent.gguf"),
+}
+
+
+@pytest.mark.parametrize(("line", "why"), TROUBLES.values(), ids=TROUBLES)
+def test_a_program_that_cannot_start_says_why(pair: Pair, line: str, why: str) -> None:
+    """Exit code 1 (2 for its settings) and a last line that names the trouble; the pair that runs is not disturbed."""
+    names = {"journal": pair.folder / "journal.sqlite", "folder": pair.folder, "target": pair.target}
+    line, why = (text.format(**names, engine=pair.engine_address) for text in (line, why))
+    name, *args = line.split()
+
+    code, log = ended(Program(name, args if "--metrics" in args else [*args, "--metrics", ""]))
+
+    assert code == (2 if why.startswith("--") else 1), log
+    assert why in log.splitlines()[-1], log
+    assert "Traceback" not in log and "hunter2" not in log, log
+    assert pair.sidecar is not None and pair.sidecar.running
+    assert pair.service is not None and pair.service.running
+
+
+async def test_a_sidecar_that_was_replaced_ends() -> None:
+    """When a later epoch of the same writer has the engine, the earlier one exits and says so; its successor takes over."""
+    async with own() as door:
+        head = await door.client.head()
+        hello = engine_pb2.Hello(log_id=head.log_id, writer=head.writer, epoch=head.epoch + 1)
+        async with grpc.aio.insecure_channel(door.pair.engine_address) as channel:
+            stub: engine_pb2_grpc.EngineAsyncStub = engine_pb2_grpc.EngineStub(channel)
+            stream = stub.Execute()
+            await stream.write(engine_pb2.ExecuteRequest(hello=hello))
+            assert door.pair.sidecar is not None
+
+            code, log = await asyncio.to_thread(ended, door.pair.sidecar)
+
+            assert code == 1, log
+            assert f"replaced by a stream of epoch {head.epoch + 1}" in log, log
+            stream.cancel()
+        door.pair.start_sidecar().wait_for("engine connected")
+        assert (await door.client.generate("a", max_new_tokens=1)).stamp.epoch == head.epoch + 1
+
+
+async def test_a_full_journal() -> None:
+    """No new work, and a time to come back; what is in flight still ends, everything can be read, and both can be seen."""
+    limits = ("--journal-bytes-max", str(1 << 20), "--journal-reserve-bytes", str(256 << 10))
+    async with own(SLOWLY, *limits) as door:
+        kept = await door.client.generate("kept", key="kept", max_new_tokens=2)
+        # Its outcome has some hundred thousand bytes: of the reserve, once nothing else is left.
+        stream, listener = await begun(door, one(max_new_tokens=400, ignore_eos=True, logprobs=20))
+        said = await filled(door)
+        said.says(errors.JournalFull)
+        assert said.retry_after is not None, said
+        last = await door.last_sequence()
+
+        (result,) = (await rest(stream, listener)).results
+
+        listener.whole()
+        assert len(result.output.token_ids) == 400
+        assert await door.kinds(result.sequence) == ["COMPLETED"]
+        assert (await door.client.head()).unfinished == 0
+        assert (await door.client.get(result.sequence))[0].result == result
+        (await refusal(door.streamed(one()))).says(errors.JournalFull)
+        assert await door.last_sequence() == last
+        assert bytes_of(await door.client.generate("kept", key="kept", max_new_tokens=2)) == bytes_of(kept)
+        await eventually(lambda: not_serving(door), "health says so")
+        assert await health(door, "ostinato.v1.Sequencer") == "SERVING"
+        assert door.pair.metrics()["ostinato_journal_full"] == 1
+
+
+async def filled(door: Door) -> Any:
+    """The refusal by a journal that had been filled until then."""
+    for _ in range(100):
+        try:
+            await door.generation.Generate(items(*[ids(4000)] * 16, max_new_tokens=1))
+        except grpc.aio.AioRpcError as error:
+            return Refusal.of(error)
+    raise AssertionError("the journal takes more than it may")
+
+
+async def test_no_room_for_the_engine_or_the_queue() -> None:
+    """What can never fit is the caller's mistake; what does not fit now is told when to come back, and fits then."""
+    held = {"do": "hang", "at": 1, "sequences": [2]}
+    small = {"kv_blocks": 4, "block_tokens": 16, "context_tokens": 256, "rules": [held]}
+    async with own(small, "--queue-items-max", "3") as door:
+        async with door.nothing_numbered():
+            (await refusal(door.generation.Generate(items(Item(text="a"), ids(60))))).says(errors.InvalidRequest, "items[0]")
+            said = await refusal(door.generation.Generate(items(*[Item(text="a")] * 4, max_new_tokens=1)))
+            said.says(errors.QueueFull)
+
+        stream, listener = await begun(door, one(max_new_tokens=40, ignore_eos=True))
+        waiting = asyncio.ensure_future(door.client.generate(["a"] * 3, max_new_tokens=40, ignore_eos=True))
+        await eventually(lambda: newest_is(door, listener.stamp.first_sequence + 3), "the queue is full")
+        said = await refusal(door.generation.Generate(one(max_new_tokens=1)))
+        said.says(errors.QueueFull)
+        assert said.retry_after is not None, said
+        await door.client.cancel(2)
+        await rest(stream, listener)
+        assert all(result.HasField("output") for result in (await waiting).results)
+        assert (await door.client.generate("a", max_new_tokens=1)).stamp.first_sequence == listener.stamp.first_sequence + 4
+
+
+async def test_an_engine_that_hangs() -> None:
+    """No item outlives its time, keyed or not, and the engine is free of it."""
+    script = {"rules": [{"do": "hang", "at": 2, "sequences": [1, 2]}]}
+    async with own(script, "--item-timeout-seconds", "0.3") as door:
+        responses = await asyncio.gather(door.client.generate("a"), door.client.generate("b", key="hangs"))
+        assert {errors.from_status(each.results[0].status).reason for each in responses} == {"DEADLINE_EXCEEDED"}
+        assert [await door.kinds(number) for number in (1, 2)] == [["FAILED"]] * 2
+        await door.freed()
+
+
+async def test_a_grade_that_is_lost() -> None:
+    """Items that asked for it fail with GRADE_LOST, those that did not say what they got, and no more are admitted."""
+    script = {"runs": 4, "delay_seconds": 0.002, "rules": [{"do": "lose_grade", "at": 3, "sequences": [1]}]}
+    with running_pair(service=["--script", json.dumps(script)]) as pair:
+        async with opened(pair) as door:
+            exact = door.client.generate(["a", "b"], required_grade="exact", max_new_tokens=60, ignore_eos=True)
+            wanted = asyncio.ensure_future(exact)
+            await eventually(lambda: newest_is(door, 2), "those that asked for it have the first numbers")
+            whatever = await door.client.generate("c", max_new_tokens=60, ignore_eos=True)
+            assert {errors.from_status(result.status).reason for result in (await wanted).results} == {"GRADE_LOST"}
+            assert whatever.results[0].output.grade == types_pb2.GRADE_BEST_EFFORT
+            async with door.nothing_numbered():
+                said = await refusal(door.generation.Generate(batch("a", required_grade="exact")))
+                said.says(errors.GradeNotEarned)
+
+
+async def test_a_listener_whose_engine_dies() -> None:
+    """Attempt 2 goes on behind what was sent where it is equal; where it is not, Restarted says so, once, and it is counted."""
+    script = {"delay_seconds": 0.005, "rules": [{"do": "diverge", "at": 4, "sequences": [2], "attempts": [2]}]}
+    async with own(script) as door:
+        stream: Any = door.generation.GenerateStream(asked(["a", "b", "c"], max_new_tokens=100, ignore_eos=True))
+        listener = Heard()
+        while not listener.tokens or min(map(len, listener.tokens.values())) < 10:
+            listener.hear(await stream.read())
+
+        assert door.pair.service is not None
+        door.pair.service.kill()
+        door.pair.start_service()
+        await rest(stream, listener)
+
+        listener.whole()
+        assert listener.restarts == [2]
+        assert [result.attempt for result in listener.results] == [2, 2, 2]
+        counted = 'ostinato_comparisons_total{grade="best_effort",kind="recovery",replica="same",verdict="%s"}'
+        verdicts = {counted % "diverged": 1.0, counted % "match": 2.0}
+        await eventually(lambda: verdicts.items() <= door.pair.metrics().items(), "the verdicts are durable")
+        metrics = door.pair.metrics()
+        assert metrics['ostinato_first_difference_token_sum{grade="best_effort",kind="recovery"}'] == 4
+        assert metrics["ostinato_attempts_total"] == 3
+
+
+async def test_an_item_that_kills_every_engine() -> None:
+    """It fails after its attempts, and takes no neighbour with it."""
+    script = {"delay_seconds": 0.002, "rules": [{"do": "crash", "at": 5, "sequences": [3]}]}
+    async with own(script) as door:
+        answer = asyncio.ensure_future(door.client.generate(["a", "b", "c", "d", "e"], max_new_tokens=40, ignore_eos=True))
+        deaths = 0
+        while not answer.done():
+            assert door.pair.service is not None
+            if not door.pair.service.running:
+                deaths += 1
+                door.pair.start_service()
+            await asyncio.sleep(0.02)
+
+        results = (await answer).results
+        assert deaths == 3
+        assert [result.WhichOneof("outcome") for result in results] == ["output", "output", "status", "output", "output"]
+        assert errors.from_status(results[2].status).reason == "ATTEMPTS_EXHAUSTED"
+        assert [await door.kinds(number) for number in range(1, 6)] == [
+            [k] for k in ["COMPLETED"] * 2 + ["FAILED"] + ["COMPLETED"] * 2
+        ]
