@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -21,6 +22,9 @@ from typing import Self
 
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 180.0
+PROOFS = Path(tempfile.mkdtemp(prefix="ostinato-proofs-"))
+"""What an engine has proved to one pair holds for the next, as it does when a service starts again."""
+atexit.register(shutil.rmtree, PROOFS, ignore_errors=True)
 
 
 class Program:
@@ -31,6 +35,7 @@ class Program:
         path = os.pathsep.join([str(ROOT), str(ROOT / "proto")])
         self.name = name
         self.lines: list[str] = []
+        self._records: list[dict[str, object]] = []
         self._process = subprocess.Popen(
             [sys.executable, "-m", name, *args],
             cwd=ROOT,
@@ -47,6 +52,8 @@ class Program:
         with self._process.stdout as stream:
             for line in stream:
                 self.lines.append(line.rstrip("\n"))
+                with contextlib.suppress(ValueError):
+                    self._records.append(json.loads(line))
 
     @property
     def pid(self) -> int:
@@ -58,11 +65,7 @@ class Program:
 
     def records(self) -> list[dict[str, object]]:
         """The log's JSON lines."""
-        found = []
-        for line in list(self.lines):
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return found
+        return list(self._records)
 
     def wait_for(self, message: str, seconds: float = START_SECONDS) -> dict[str, object]:
         """The first log record with this message; fails loudly with the log if the program ends or the time runs out."""
@@ -109,6 +112,9 @@ class Pair:
         """More than this process has, for both programs."""
         self._temporary = self.folder
         self._state = state or self.folder / "state"
+        if state is None:
+            self._state.mkdir()
+            (self._state / "proofs").symlink_to(PROOFS)
         self.engine_address = f"unix:{self.folder}/engine.sock"
         self._service_args = ["--engine", engine, *service]
         self._sidecar_args = list(sidecar)

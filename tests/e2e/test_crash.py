@@ -23,8 +23,8 @@ from tests.soak.checks import ABANDONED, COMPLETED, Record
 from tests.soak.load import Load, jobs
 from tests.soak.recording import RecordedPair
 
-SLOW = json.dumps({"rules": [{"do": "delay", "at": 1, "seconds": 0.5}, {"do": "delay", "at": 2, "seconds": 0.5}]})
-"""Every run takes a second, most of it between its tokens."""
+SLOW = json.dumps({"rules": [{"do": "delay", "at": 1, "seconds": 0.25}, {"do": "delay", "at": 2, "seconds": 0.25}]})
+"""Every run takes half a second, most of it between its tokens."""
 HANGING = json.dumps({"rules": [{"do": "hang", "at": 1, "attempts": [1]}]})
 """Every run makes one token, and no more before its second attempt."""
 GENERATION = "ostinato.v1.Generation"
@@ -130,11 +130,11 @@ async def test_a_sidecar_that_is_told_to_stop_finishes_first(rng: random.Random)
         pair.start()
         load = Load(lambda: pair.target, jobs(rng, "drain"))
         running = asyncio.create_task(load.run(chaos.CLIENTS))
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.5)
         assert pair.sidecar is not None
         code = await asyncio.to_thread(pair.sidecar.stop)
         await asyncio.to_thread(pair.start_sidecar)
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.5)
         load.stop()
         await running
         async with Client(pair.target) as client:
@@ -220,15 +220,15 @@ async def test_a_drain_ends_in_time() -> None:
 @pytest.mark.timeout(120)
 async def test_a_service_that_is_told_to_stop_loses_nothing(rng: random.Random) -> None:
     """SIGTERM of the service under load: it exits with 0, callers are refused or answered, and every item completes."""
-    with RecordedPair(service=["--script", SLOW, "--drain-seconds", "1"]) as pair:
+    with RecordedPair(service=["--script", SLOW, "--drain-seconds", "0.5"]) as pair:
         pair.start()
         load = Load(lambda: pair.target, jobs(rng, "drain"))
         running = asyncio.create_task(load.run(chaos.CLIENTS))
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.5)
         assert pair.service is not None
         code = await asyncio.to_thread(pair.service.stop)
         pair.start_service()
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(1)
         load.stop()
         await running
         async with Client(pair.target) as client:

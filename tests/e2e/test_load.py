@@ -1,4 +1,4 @@
-"""Two thousand batches from twenty clients at once: order, proof and books, over real processes."""
+"""A thousand batches from twenty clients at once: order, proof and books, over real processes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.soak.checks import COMPLETED, Record
 from tests.soak.load import Call, Load, jobs
 from tests.soak.recording import RecordedPair
 
-BATCHES, CLIENTS = 2_000, 20
+BATCHES, CLIENTS = 1_000, 20
 
 
 @pytest.mark.timeout(120)
 async def test_a_load_is_ordered_proved_and_counted() -> None:
-    """Two thousand mixed batches get the numbers 1 to n in real-time order, run in that order, and each answer is proved."""
+    """A thousand mixed batches get the numbers 1 to n in real-time order, run in that order, and each answer is proved."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     with RecordedPair() as pair:
