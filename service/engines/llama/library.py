@@ -116,13 +116,10 @@ class Library:
     def is_end(self, vocabulary: int, token_id: int) -> bool:
         return bool(self._c.llama_vocab_is_eog(vocabulary, token_id))
 
-    def begin_id(self, vocabulary: int) -> int | None:
-        token_id: int = self._c.llama_vocab_bos(vocabulary)
-        return token_id if token_id >= 0 else None
-
-    def end_id(self, vocabulary: int) -> int | None:
-        token_id: int = self._c.llama_vocab_eos(vocabulary)
-        return token_id if token_id >= 0 else None
+    def edge_ids(self, vocabulary: int) -> tuple[int | None, int | None]:
+        """The tokens that begin and end a text, if there are any."""
+        begin, end = int(self._c.llama_vocab_bos(vocabulary)), int(self._c.llama_vocab_eos(vocabulary))
+        return begin if begin >= 0 else None, end if end >= 0 else None
 
     def wants_begin(self, vocabulary: int) -> bool:
         return bool(self._c.llama_vocab_get_add_bos(vocabulary))
@@ -183,12 +180,12 @@ class Library:
 
     # Samplers
 
-    def greedy(self) -> int:
-        return self._chain([self._c.llama_sampler_init_greedy()])
-
     def chain(self, *, top_k: int, top_p: float, min_p: float, temperature: float, seed: int) -> int:
-        """A sampler of these, in this order, then a draw. `seed` is below 2**32 - 1, which would mean "any"."""
+        """A sampler of these, in this order, then a draw; at temperature 0 of nothing but the likeliest. `seed` is below
+        2**32 - 1, which would mean "any"."""
         c = self._c
+        if temperature == 0:
+            return self._chain([c.llama_sampler_init_greedy()])
         links = [c.llama_sampler_init_top_k(top_k)] if top_k else []
         links += [c.llama_sampler_init_top_p(top_p, MIN_KEEP)] if top_p < 1 else []
         links += [c.llama_sampler_init_min_p(min_p, MIN_KEEP)] if min_p > 0 else []

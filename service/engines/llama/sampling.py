@@ -55,7 +55,13 @@ class Sampler:
         self._penalty = parameters.repetition_penalty
         self._recent = deque(prompt, PENALTY_WINDOW)
         self._size = size
-        self._chain = _chain(library, parameters, seed)
+        self._chain = library.chain(
+            top_k=parameters.top_k,
+            top_p=parameters.top_p,
+            min_p=parameters.min_p,
+            temperature=parameters.temperature,
+            seed=seed,
+        )
 
     def draw(self, logits: Logits, made: int) -> int:
         """The next token, after `made` others. Raises NoTokenAllowed, GrammarLost, and ValueError for logits not finite."""
@@ -102,18 +108,6 @@ class Sampler:
         penalised = logits.copy()
         penalised[recent] = np.clip(values, -_LOGIT_MAX, _LOGIT_MAX)
         return penalised
-
-
-def _chain(library: Library, parameters: types_pb2.ResolvedParameters, seed: int) -> int:
-    if parameters.temperature == 0:
-        return library.greedy()
-    return library.chain(
-        top_k=parameters.top_k,
-        top_p=parameters.top_p,
-        min_p=parameters.min_p,
-        temperature=parameters.temperature,
-        seed=seed,
-    )
 
 
 def fold_seed(seed: int) -> int:

@@ -30,7 +30,7 @@ class LlamaVocabulary:
         self.size = library.size(self.handle)
         self.end_ids = frozenset(token_id for token_id in range(self.size) if library.is_end(self.handle, token_id))
         self._pieces = [library.piece(self.handle, token_id, control=False) for token_id in range(self.size)]
-        begin, end = library.begin_id(self.handle), library.end_id(self.handle)
+        begin, end = library.edge_ids(self.handle)
         self._begin = [begin] if begin is not None and library.wants_begin(self.handle) else []
         self.template = library.template(model)
         """As it stands in the file, if it does."""
