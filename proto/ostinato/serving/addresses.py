@@ -6,12 +6,10 @@ could be bound to only one of them, in silence.
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import os
 import socket
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +68,11 @@ class Unix:
         try:
             self._check_folder()
             self._clear()
-            with _umask(0o777 & ~mode):  # closed from the first moment, not from chmod on
+            before = os.umask(0o777 & ~mode)  # closed from the first moment, not from chmod on
+            try:
                 server.add_insecure_port(str(self))
+            finally:
+                os.umask(before)
             self.path.chmod(mode)
         except (OSError, RuntimeError) as error:
             why = error.strerror if isinstance(error, OSError) else "the directory must be writable"
@@ -123,12 +124,3 @@ def parse(text: str, allow_remote: bool) -> Address:
         what = "anyone on the network could use this; allow it, turn TLS on, or listen on loopback or a unix socket"
         raise StartupError(f"{text}: {what}")
     return parsed
-
-
-@contextlib.contextmanager
-def _umask(mask: int) -> Iterator[None]:
-    before = os.umask(mask)
-    try:
-        yield
-    finally:
-        os.umask(before)

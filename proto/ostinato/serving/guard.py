@@ -26,7 +26,7 @@ from ostinato import tracing
 from ostinato.errors import Internal, OstinatoError, to_status
 from ostinato.serving.credentials import NONE, Credentials
 from ostinato.serving.deadlines import ran_out, remaining
-from ostinato.serving.handlers import Context, Reader, Requests, behaviour_of, checked, lenient, rebuilt
+from ostinato.serving.handlers import Context, Reader, behaviour_of, checked, lenient, messages, rebuilt
 from ostinato.serving.identity import CALLER
 
 STATUS_BYTES_MAX, MESSAGE_BYTES_MAX, OTHER_DETAILS_BYTES = 3072, 768, 256
@@ -90,7 +90,7 @@ class Guard(grpc.aio.ServerInterceptor):
                     if path.startswith("/grpc."):
                         CALLER.get().need_admin(path)
                     if handler.request_streaming:
-                        return await behaviour(Requests(request), cast(Context, Reader(context)))
+                        return await behaviour(messages(request), cast(Context, Reader(context)))
                     return await behaviour(checked(request), context)
                 except OstinatoError as error:
                     await _abort(context, span, error)

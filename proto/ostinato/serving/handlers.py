@@ -70,20 +70,10 @@ def checked(parsed: Any) -> Any:
     return parsed
 
 
-class Requests:
+async def messages(source: AsyncIterable[Any]) -> AsyncIterator[Any]:
     """A call's messages, each checked."""
-
-    def __init__(self, source: AsyncIterable[Any]) -> None:
-        self._source = source
-        self._messages: AsyncIterator[Any] | None = None
-
-    def __aiter__(self) -> Requests:
-        return self
-
-    async def __anext__(self) -> Any:
-        if self._messages is None:  # not before: gRPC warns of an iterator that was made and never asked
-            self._messages = aiter(self._source)
-        return checked(await anext(self._messages))
+    async for message in source:  # not before the first is asked for: gRPC warns of an iterator that was made and never asked
+        yield checked(message)
 
 
 class Reader:
