@@ -90,13 +90,8 @@ class Settings:
             raise ValueError("--response-bytes-ceiling is below --max-response-bytes")
         if self.journal_bytes_max and self.journal_bytes_max <= 2 * self.journal_reserve_bytes:
             raise ValueError("--journal-bytes-max must be more than twice --journal-reserve-bytes")
-        if self.journal_bytes_max and self.journal_shared:
+        if self.journal_bytes_max and is_shared(self.journal):
             raise ValueError("--journal-bytes-max bounds a file; a PostgreSQL server has bounds of its own")
-
-    @property
-    def journal_shared(self) -> bool:
-        """Whether the journal is in PostgreSQL."""
-        return is_shared(self.journal)
 
     @property
     def mark(self) -> Path | None:

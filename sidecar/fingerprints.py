@@ -21,7 +21,8 @@ class Fingerprints:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._known: dict[bytes, types_pb2.Fingerprint] = {}
+        self.known: dict[bytes, types_pb2.Fingerprint] = {}
+        """By digest."""
         self._kept: set[bytes] = set()
         """Digests of those in the journal."""
 
@@ -47,22 +48,17 @@ class Fingerprints:
             )
             self._kept.add(fingerprint.digest)
 
-    @property
-    def known(self) -> Mapping[bytes, types_pb2.Fingerprint]:
-        """By digest."""
-        return self._known
-
     def drift(self, expected: bytes, actual: bytes) -> list[str]:
         """In what two digests' fingerprints differ; nothing: they are the same."""
         return [] if expected == actual else fingerprint_drift(self.fields(expected), self.fields(actual))
 
     def fields(self, digest: bytes) -> Mapping[str, str] | None:
         """None: nobody came with it while this journal was kept."""
-        known = self._known.get(digest)
+        known = self.known.get(digest)
         return None if known is None else known.fields
 
     def _believe(self, fingerprint: types_pb2.Fingerprint) -> bool:
         fits = fingerprint_digest(fingerprint.fields) == fingerprint.digest
         if fits:
-            self._known[fingerprint.digest] = fingerprint
+            self.known[fingerprint.digest] = fingerprint
         return fits

@@ -51,7 +51,7 @@ def open_journal(settings: Settings, now_millis: int, *, checked: bool = True) -
     """Raises StartupError that says why not. Checked: against the high-water mark."""
     try:
         mark = MarkFile(settings.mark).read() if checked and settings.mark is not None else None
-        return (_open_shared if settings.journal_shared else _open_file)(settings, now_millis, mark)
+        return (_open_shared if is_shared(settings.journal) else _open_file)(settings, now_millis, mark)
     except (JournalUnusable, OSError) as error:
         raise program.StartupError(f"journal: {error}") from error
 

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ostinato import errors
+from ostinato import enums, errors
 from ostinato.compare import Side, compare
 from ostinato.digest import input_digest
 from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
@@ -19,15 +19,6 @@ from sidecar.sampling import sampling
 from sidecar.work import Made
 
 Kind: TypeAlias = types_pb2.ComparisonKind.ValueType
-
-PURPOSES: dict[Kind, engine_pb2.Purpose.ValueType] = {
-    types_pb2.COMPARISON_KIND_AUDIT: engine_pb2.PURPOSE_AUDIT,
-    types_pb2.COMPARISON_KIND_VERIFY: engine_pb2.PURPOSE_VERIFY,
-    types_pb2.COMPARISON_KIND_CANARY: engine_pb2.PURPOSE_CANARY,
-    types_pb2.COMPARISON_KIND_REPLAY: engine_pb2.PURPOSE_REPLAY,
-    types_pb2.COMPARISON_KIND_SHADOW: engine_pb2.PURPOSE_SHADOW,
-}
-"""What the service is told that a second run is for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +80,8 @@ class Rechecker:
         self, given: sequencer_pb2.AdmittedPayload, sequence: int, kind: Kind, *, alone: bool = False
     ) -> asyncio.Future[Made]:
         """Ask for the second run, `alone` with nothing beside it. A future that fails, or is cancelled, gives it up."""
-        return self._reruns.run(given, sequence, PURPOSES[kind], alone=alone)
+        purpose = enums.value(engine_pb2.Purpose, enums.word(types_pb2.ComparisonKind, kind))  # they have the same words
+        return self._reruns.run(given, sequence, purpose, alone=alone)
 
     async def check(self, record: Record, kind: Kind, second: asyncio.Future[Made] | None = None) -> Checked:
         """The verdict on a second run, which begins now if it has not. Raises what ended it without an output: that is no

@@ -51,8 +51,6 @@ class _Screen:
             case "failed":
                 self.end()
                 show.note(_summary(event.failed))
-            case _:
-                pass
 
     def end(self) -> None:
         """Ends the line, if one was begun."""
