@@ -79,7 +79,7 @@ async def eventually(condition: Callable[[], bool | Awaitable[bool]], what: str,
         if holds if isinstance(holds, bool) else await holds:
             return
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.01)
 
 
 class Door:

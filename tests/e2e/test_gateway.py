@@ -253,7 +253,7 @@ async def test_another_tokenizer_is_noticed() -> None:
             model = gateway.model()
             await api.completions.create(model=model, prompt="x", max_tokens=2)
             assert pair.service is not None
-            pair.service.stop()
+            pair.service.kill()
             pair.start_service("--script", fields).wait_for("serving")
             await eventually(lambda: pair.metrics()["ostinato_engine_connected"] == 1, "the engine is there again")
             with pytest.raises(openai.APIStatusError, match="restart the gateway"):
