@@ -38,7 +38,7 @@ from sidecar.journal.mark import MarkFile
 from sidecar.link import EngineLink
 from sidecar.metrics import Metrics
 from sidecar.observer import Observer
-from sidecar.opening import credentials_of, open_journal, read_canaries
+from sidecar.opening import credentials_of, open_journal, read_canaries, reading
 from sidecar.reading import SequencerServicer
 from sidecar.shadow import Shadow
 from sidecar.watch import Watch
@@ -98,10 +98,11 @@ class Sidecar:
     async def run(self, stop: asyncio.Event) -> int:
         """Until told to stop, or until it must end and recover."""
         self.observer.opened(self.opened.head)
-        await self.dispatcher.fingerprints.load()
-        await self.book.restore(self.journal)
-        self.dispatcher.recover(self.opened.unfinished)
-        await self.auditor.read_back()
+        with reading():
+            await self.dispatcher.fingerprints.load()
+            await self.book.restore(self.journal)
+            self.dispatcher.recover(self.opened.unfinished)
+            await self.auditor.read_back()
         await self.server.start()
         listening = {"addresses": ",".join(self.server.addresses), "health_address": self.server.health_address}
         log.info("listening", extra={**listening, "epoch": self.opened.head.epoch})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from ostinato.errors import JournalUnavailable
+
 from sidecar.journal import Journal
 from sidecar.journal.mark import MarkFile
 
@@ -29,10 +31,12 @@ class HighWater:
             await asyncio.sleep(MARK_SECONDS)
 
     async def write(self) -> None:
-        """What is durable now."""
-        mark = (await self._journal.head()).mark
+        """What is durable now, if the journal can be asked."""
         try:
+            mark = (await self._journal.head()).mark
             await asyncio.to_thread(self._file.write, mark)
+        except JournalUnavailable:
+            log.info("the journal is away: the high-water mark stays as it is")
         except OSError as error:
             log.error("the high-water mark cannot be written", extra={"path": str(self._file.path), "why": str(error)})
         else:

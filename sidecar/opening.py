@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ostinato
+from ostinato.errors import JournalUnavailable
 from ostinato.serving import program, tokens
 from ostinato.serving.credentials import Credentials
 
@@ -53,6 +54,15 @@ def open_journal(settings: Settings, now_millis: int, *, checked: bool = True) -
         mark = MarkFile(settings.mark).read() if checked and settings.mark is not None else None
         return (_open_shared if is_shared(settings.journal) else _open_file)(settings, now_millis, mark)
     except (JournalUnusable, OSError) as error:
+        raise program.StartupError(f"journal: {error}") from error
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Around what has to be read before anything is served. Raises StartupError if the journal is away."""
+    try:
+        yield
+    except JournalUnavailable as error:
         raise program.StartupError(f"journal: {error}") from error
 
 

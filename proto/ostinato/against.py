@@ -23,6 +23,7 @@ GONE = (
     errors.EngineUnavailable,
     errors.Draining,
     errors.JournalFull,
+    errors.JournalUnavailable,
     errors.PermissionDenied,
     errors.Unauthenticated,
 )

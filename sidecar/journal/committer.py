@@ -38,10 +38,11 @@ Refusal = JournalFull | JournalUnavailable
 WITHHELD_GROUP = 16
 """Withheld outcomes in one commit: few, so that little room is of use."""
 
-_WHY: Mapping[type[Refusal], str] = {
+WHY: Mapping[type[Refusal], str] = {
     JournalFull: "the journal has no room for new work",
     JournalUnavailable: "the journal's database cannot be reached",
 }
+"""What callers are told. More of it is in the log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,7 +231,7 @@ class Committer(Generic[T]):
                 binding = self._backend.binding(draft.tenant, draft.key, self._now_millis())
                 if binding is not None:
                     return Appended((), binding=binding)
-        return self._why(_WHY[self._why], retry_after=self._settings.full_retry_seconds)
+        return self._why(WHY[self._why], retry_after=self._settings.full_retry_seconds)
 
 
 def payload_bytes(draft: Draft) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,6 +20,8 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 
 BACKOFF_SECONDS, BACKOFF_SECONDS_MAX = 0.1, 2.0
 """Between attempts to connect; doubled from the one to the other."""
+
+log = logging.getLogger(__name__)
 
 _PARAMETERS: Mapping[str, str] = {
     "connect_timeout": "5",
@@ -102,9 +105,11 @@ class Database:
         except psycopg.Error as error:
             self._retry_at = self._seconds() + self._backoff_seconds
             self._backoff_seconds = min(2 * self._backoff_seconds, BACKOFF_SECONDS_MAX)
-            self._said = "the database cannot be reached: " + " ".join(str(error).split())
+            said, self._said = self._said, "the database cannot be reached: " + " ".join(str(error).split())
+            if said != self._said:
+                log.warning(self._said)
             raise JournalUnavailable(self._said) from error
-        self._backoff_seconds = BACKOFF_SECONDS
+        self._backoff_seconds, self._said = BACKOFF_SECONDS, ""
         self._connection, self._connected_at = connection, self._seconds()
         return connection
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from ostinato.errors import JournalUnavailable
 
 from sidecar.journal import Appended, Draft, JournalBroken, Sealed, Unfinished
-from sidecar.journal.committer import Backend, Committer, GroupSettings, Job, payload_bytes
+from sidecar.journal.committer import WHY, Backend, Committer, GroupSettings, Job, payload_bytes
 from sidecar.journal.reads import Reads
 
 T = TypeVar("T")
@@ -230,6 +230,8 @@ class GroupedJournal(Reads):
             return read()
         except JournalBroken:
             raise
+        except JournalUnavailable:
+            return JournalUnavailable(WHY[JournalUnavailable], retry_after=self._settings.full_retry_seconds)
         except Exception as error:  # noqa: BLE001  # the reader's mistake, and its to hear of
             return error
 

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
@@ -14,9 +15,11 @@ import pytest
 from ostinato.errors import JournalUnavailable
 from ostinato.v1 import types_pb2
 
+from sidecar.high_water import HighWater
 from sidecar.journal import Appended, JournalBroken, Note, Sealed
 from sidecar.journal.committer import GroupSettings
 from sidecar.journal.grouped import GroupedJournal
+from sidecar.journal.mark import MarkFile
 from sidecar.journal.postgres_tables import PostgresTables
 from tests.postgres import Postgres
 from tests.sidecar.journal_kit import PostgresStore, admission, completed, item, sequences
@@ -64,8 +67,10 @@ async def test_away_and_back(store: PostgresStore, line: Proxy) -> None:
         waiting = [asyncio.ensure_future(journal.append(completed(entry))) for entry in entries]
         await refused(journal)
         for read in (journal.head(), journal.items(1, 1, 1), journal.binding("", "k"), journal.notes("")):
-            with pytest.raises(JournalUnavailable):
+            with pytest.raises(JournalUnavailable) as error:
                 await read
+            assert error.value.retry_after == SETTINGS.full_retry_seconds
+            assert str(line.folder) not in error.value.message, "where the database is, callers need not know"
         assert not any(one.done() for one in waiting)
         line.closed = False
         ended = [(await one).entries[0] for one in waiting]
@@ -75,6 +80,26 @@ async def test_away_and_back(store: PostgresStore, line: Proxy) -> None:
         assert [entry.header.index for entry in ended] == [7, 8, 9, 10, 11]
         assert sequences(after) == [6]
         assert not journal.broken.done()
+
+
+async def test_no_mark_while_it_is_away(store: PostgresStore, line: Proxy, tmp_path: Path) -> None:
+    """The high-water mark stays where it was while the database is away, and rises again when it is back."""
+    file = MarkFile(tmp_path / "mark")
+    async with grouped(store, line) as journal:
+        high_water = HighWater(file, journal)
+        await high_water.write()
+        line.sever()
+        await refused(journal)
+        await high_water.write()
+        before = file.read()
+        line.closed = False
+        await full(journal, expected=False)
+        await journal.append(admission())
+        await high_water.write()
+        after = file.read()
+
+    assert before is not None and after is not None
+    assert (before.last_sequence, after.last_sequence) == (0, 1)
 
 
 async def test_away_while_nobody_asks(store: PostgresStore, line: Proxy) -> None:

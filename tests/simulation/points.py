@@ -1,7 +1,8 @@
 """The places where a sidecar can die: before and after every step at a seam between its parts, and a run that dies there.
 
 The seams are the product's own protocols, so that a method that is added to one has its points at once: Journal (what becomes
-durable), Backend (what reaches the disk), EngineLink and its Listener (what passes to and from the service), and the door.
+durable), Backend (what reaches the disk), EngineLink and its Listener (what passes to and from the service), and the door. With
+PostgreSQL there is one more, PostgresTables (what is asked of the server); there the line can break too, or the server die.
 """
 
 from __future__ import annotations
@@ -9,18 +10,28 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
-from ostinato.v1 import engine_pb2, generation_pb2
+import psycopg
+
+from ostinato.chain import OUTCOMES
+from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
 from sidecar.journal import Admission, Audit, Draft, Journal, Note, Opened, Outcome
 from sidecar.journal.committer import Backend
+from sidecar.journal.database import Connection
+from sidecar.journal.ledger import Ledger
+from sidecar.journal.postgres_tables import PostgresTables
 from sidecar.link import EngineLink, Listener
 from tests.simulation.edges import Seams
 from tests.simulation.history import History
 from tests.simulation.loop import Died, Node
 from tests.simulation.plan import Fault, Job, Plan
+from tests.simulation.postgres_log import PostgresLog, cut
 from tests.simulation.stores import Store
 from tests.simulation.world import World
 
@@ -28,11 +39,18 @@ DRAFTS = {"admission": Admission, "outcome": Outcome, "audit": Audit, "note": No
 EVENTS = ("started", "tokens", "finished", "failed")
 MESSAGES = ("admitted", "tokens", "restarted", "finished", "failed", "response")
 
+MADE = {types_pb2.ENTRY_KIND_OPENED: "epoch", types_pb2.ENTRY_KIND_ADMITTED: "admission", types_pb2.ENTRY_KIND_AUDITED: "audit"}
+MADE.update(dict.fromkeys(OUTCOMES, "outcome"))
+
 NOT_REACHED = {
     "link.drop": "only a service that breaks the protocol brings it about: tests/e2e/test_misbehaving_service.py",
     "listener.engine_fault": "likewise",
     "link.tokenizer": "a gateway asks for it, and it changes nothing: tests/e2e/test_gateway.py",
     "after link.run": "it is cancelled with the process that it keeps connected",
+    "database.fence": "there is no other writer to fence: tests/sidecar/test_journal_postgres.py",
+    "database.committed": "only where a commit is in doubt: test_points.py has that, too",
+    "database.write_entries": "a part of commit",
+    "database.write_notes": "likewise",
 }
 
 
@@ -41,8 +59,19 @@ def methods(seam: type) -> list[str]:
     return [name for name, member in vars(seam).items() if inspect.isfunction(member) and not name.startswith("_")]
 
 
-SEAMS: dict[str, type] = {"journal": Journal, "backend": Backend, "link": EngineLink, "listener": Listener}
-KINDS = {"journal.append": tuple(DRAFTS), "backend.append_many": tuple(DRAFTS), "listener.engine_events": EVENTS}
+SEAMS: dict[str, type] = {
+    "journal": Journal,
+    "backend": Backend,
+    "database": PostgresTables,
+    "link": EngineLink,
+    "listener": Listener,
+}
+KINDS = {
+    "journal.append": tuple(DRAFTS),
+    "backend.append_many": tuple(DRAFTS),
+    "database.commit": ("epoch", *DRAFTS),
+    "listener.engine_events": EVENTS,
+}
 
 
 def _steps() -> Iterator[str]:
@@ -61,6 +90,18 @@ POINTS = tuple(
     for point in (f"before {step}", f"after {step}")
     if step not in NOT_REACHED and point not in NOT_REACHED
 )
+"""Of every store; those of the seam `database` only where there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blow:
+    """What happens where."""
+
+    point: str
+    occurrence: int
+    kind: str = "death"
+    """Of the sidecar, with the power; or `cut`: of the line to the database, `crash`: of its server. Those two at the seam
+    `database`: before a step it fails, after a step it has happened and nobody hears of it."""
 
 
 def _named(step: str, arguments: Sequence[Any]) -> list[str]:
@@ -69,6 +110,10 @@ def _named(step: str, arguments: Sequence[Any]) -> list[str]:
         drafts: Sequence[Draft] = [arguments[0]] if step == "journal.append" else arguments[0]
         kinds = {kind for kind, of in DRAFTS.items() for draft in drafts if isinstance(draft, of)}
         return [f"{step} {kind}" for kind in sorted(kinds)]
+    if step == "database.commit":
+        ledger: Ledger = arguments[0]
+        made = {MADE[entry.header.kind] for entry in ledger.entries} | ({"note"} if ledger.notes else set())
+        return [f"{step} {kind}" for kind in sorted(made)]
     if step == "listener.engine_events":
         events: list[engine_pb2.RunEvent] = arguments[0]
         return [f"{step} {kind}" for kind in EVENTS if any(event.WhichOneof("event") == kind for event in events)]
@@ -93,24 +138,42 @@ class _Pointed:
 class Points(Seams):
     """Counts what it comes by, and dies where it is told to."""
 
-    def __init__(self, world: World, node: Node, reached: Counter[str], point: str, occurrence: int) -> None:
+    def __init__(self, world: World, node: Node, reached: Counter[str], blows: Sequence[Blow]) -> None:
         self._world, self._node, self._reached = world, node, reached
-        self._point, self._occurrence = point, occurrence
+        self._blows = blows
 
-    def reach(self, when: str, steps: Sequence[str]) -> None:
+    def reach(self, when: str, steps: Sequence[str]) -> list[str]:
+        """What it has come to here, if it is not death: the kinds of the blows."""
+        struck = []
         for step in steps:
             point = f"{when} {step}"
             self._reached[point] += 1
-            if point == self._point and self._reached[point] == self._occurrence:
-                self._world.die(self._node)
-                raise Died(point)
+            here = (point, self._reached[point])
+            struck += [blow.kind for blow in self._blows if (blow.point, blow.occurrence) == here]
+        if "death" in struck:
+            self._world.die(self._node)
+            raise Died(steps)
+        return struck
 
     def called(self, step: str, member: Callable[..., Any], *given: Any, **how: Any) -> Any:
         names = _named(step, given)
-        self.reach("before", names)
+        self._strike(self.reach("before", names), member)
         answer = member(*given, **how)
-        self.reach("after", names)
+        if step == "database.commit":
+            self._world.durable(1, given[0].head.index)
+        if self._strike(self.reach("after", names), member):
+            raise psycopg.OperationalError("the line broke before the answer came")
         return answer
+
+    def _strike(self, kinds: Sequence[str], member: Any) -> bool:
+        """Whether the line is gone."""
+        if kinds:
+            cut(member.__self__)
+        if "crash" in kinds:
+            store = self._world.store
+            assert isinstance(store, PostgresLog)
+            store.crash_server(self._world.loop)
+        return bool(kinds)
 
     async def awaited(self, step: str, member: Callable[..., Awaitable[Any]], *given: Any, **how: Any) -> Any:
         names = _named(step, given)
@@ -185,11 +248,18 @@ def plan() -> Plan:
     )
 
 
-def dies_at(store: Store, point: str = "", occurrence: int = 0) -> tuple[History, Counter[str]]:
-    """What came of a run whose sidecar died there, with the power; and how often it came by each point."""
-    reached, history = Counter[str](), History()
+def struck(store: Store, *blows: Blow) -> tuple[History, Counter[str]]:
+    """What came of a run to which this happened; and how often it came by each point."""
+    reached, history, newest = Counter[str](), History(), list[Points]()
 
     def seams(world: World, node: Node) -> Points:
-        return Points(world, node, reached, point, occurrence)
+        newest.append(Points(world, node, reached, blows))
+        return newest[-1]
 
-    return World(plan(), store, history, seams).run(), reached
+    def tables(db: Connection) -> Any:
+        return _Pointed(PostgresTables(db), "database", newest[-1])
+
+    with ExitStack() as stack:
+        for module in ("postgres", "postgres_reads"):
+            stack.enter_context(mock.patch(f"sidecar.journal.{module}.PostgresTables", tables))
+        return World(plan(), store, history, seams).run(), reached

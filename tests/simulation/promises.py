@@ -17,7 +17,7 @@ from tests.simulation.history import Call, History, Submission
 
 ADMITTED, OPENED = types_pb2.ENTRY_KIND_ADMITTED, types_pb2.ENTRY_KIND_OPENED
 COMPLETED, ABANDONED = types_pb2.ENTRY_KIND_COMPLETED, types_pb2.ENTRY_KIND_ABANDONED
-COME_BACK = errors.QueueFull | errors.JournalFull | errors.EngineUnavailable | errors.Draining
+COME_BACK = errors.QueueFull | errors.JournalFull | errors.JournalUnavailable | errors.EngineUnavailable | errors.Draining
 
 
 class Disk:

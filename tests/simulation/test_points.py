@@ -1,4 +1,4 @@
-"""Death at every named point: whatever step the sidecar has just taken or was about to take, all promises hold."""
+"""A blow at every named point: whatever step the sidecar has just taken or was about to take, all promises hold."""
 
 from __future__ import annotations
 
@@ -9,50 +9,132 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulation.points import NOT_REACHED, POINTS, SEAMS, dies_at, methods
+from tests.postgres import Postgres
+from tests.simulation.points import NOT_REACHED, POINTS, SEAMS, Blow, methods, struck
+from tests.simulation.postgres_log import PostgresLog
 from tests.simulation.promises import broken
 from tests.simulation.stores import SqliteLog, Store
 
-STORES: dict[str, Callable[[Path], Store]] = {"sqlite": SqliteLog}
-"""Every backend that a crash can leave something of."""
+
+def about(*steps: str) -> list[str]:
+    """The points of the steps that begin so."""
+    return [point for point in POINTS if point.split(" ", 1)[1].startswith(steps)]
 
 
-@cache
-def reached(backend: str, folder: Path) -> Counter[str]:
-    """How often a life without a death comes by each point."""
-    history, counts = dies_at(STORES[backend](folder))
-    assert broken(history) == {}
-    return counts
+DATABASE = about("database.")
+PLACES = [("sqlite", point) for point in POINTS if point not in DATABASE] + [("postgres", point) for point in POINTS]
+"""The points on every backend that a crash can leave something of."""
+DURABLE = about("journal.append", "backend.open", "backend.append_many", "database.begin", "database.take", "database.commit")
+QUICK = [place for place in PLACES if place[0] == "sqlite" or place[1] in DURABLE]
+"""Of PostgreSQL those at which something becomes durable."""
+IN_DOUBT = about("database.commit admission", "database.commit outcome", "database.commit audit", "database.commit note")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("undisturbed")
+class Logs:
+    """New ones, and what an undisturbed life does on them."""
+
+    def __init__(self, folder: Path, server: Callable[[], Postgres]) -> None:
+        self._folder, self._server = folder, server
+        self._made = 0
+        self.reached = cache(self._reached)
+
+    def new(self, backend: str) -> Store:
+        if backend == "postgres":
+            return PostgresLog(self._server())
+        self._made += 1
+        folder = self._folder / str(self._made)
+        folder.mkdir()
+        return SqliteLog(folder)
+
+    def _reached(self, backend: str) -> Counter[str]:
+        """How often it comes by each point."""
+        history, counts = struck(self.new(backend))
+        assert broken(history) == {}
+        return counts
+
+    def middle(self, backend: str, point: str) -> int:
+        """The time in the middle of those at which it comes by there."""
+        times = self.reached(backend)[point]
+        assert times, "nothing comes by here any more"
+        return (times + 1) // 2
+
+    def some(self, backend: str, point: str, most: int) -> list[int]:
+        """The first so many times, and the last."""
+        times = self.reached(backend)[point]
+        return sorted({*range(1, min(times, most) + 1), times})
 
 
-@pytest.mark.parametrize("backend", STORES)
-@pytest.mark.parametrize("point", POINTS)
-def test_death_at_a_point(point: str, backend: str, folder: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module", name="logs")
+def _logs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Logs:
+    return Logs(tmp_path_factory.mktemp("logs"), lambda: request.getfixturevalue("postgres"))
+
+
+@pytest.mark.parametrize(("backend", "point"), QUICK)
+def test_death_at_a_point(backend: str, point: str, logs: Logs) -> None:
     """The sidecar dies here, with the power, in the middle of its life; it recovers, and no promise is broken."""
-    times = reached(backend, folder)[point]
-    assert times, "nothing comes by here any more"
-    history, counts = dies_at(STORES[backend](tmp_path), point, (times + 1) // 2)
+    blow = Blow(point, logs.middle(backend, point))
+    history, counts = struck(logs.new(backend), blow)
 
-    assert counts[point] >= (times + 1) // 2
+    assert counts[point] >= blow.occurrence
+    assert broken(history) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "point"),
+    [
+        *(("cut", point) for point in about("database.begin", "database.commit")),
+        *(("crash", point) for point in about("database.commit admission", "database.commit outcome")),
+    ],
+)
+def test_a_database_lost_at_a_point(kind: str, point: str, logs: Logs) -> None:
+    """The line to PostgreSQL breaks here, or its server dies: the sidecar finds out what is durable, no promise is broken."""
+    history, _ = struck(logs.new("postgres"), Blow(point, logs.middle("postgres", point), kind))
+
+    assert broken(history) == {}
+
+
+@pytest.mark.parametrize("moment", ["before database.committed", "after database.committed"])
+@pytest.mark.parametrize("point", about("database.commit admission", "database.commit outcome"))
+def test_death_in_doubt(point: str, moment: str, logs: Logs) -> None:
+    """The line breaks in a commit, which the server has or has not, and the sidecar dies while it asks which: no promise is
+    broken."""
+    cut = Blow(point, logs.middle("postgres", point), "cut")
+    history, counts = struck(logs.new("postgres"), cut, Blow(moment, 1))
+
+    assert counts[moment] == 1
     assert broken(history) == {}
 
 
 @pytest.mark.sim
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("backend", STORES)
-@pytest.mark.parametrize("point", POINTS)
-def test_every_death_at_a_point(point: str, backend: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("backend", "point"), PLACES)
+def test_every_death_at_a_point(backend: str, point: str, logs: Logs) -> None:
     """And so it is whichever time the sidecar comes by there: the first twelve, and the last."""
-    times = reached(backend, folder)[point]
-    for occurrence in sorted({*range(1, min(times, 12) + 1), times}):
-        room = tmp_path / str(occurrence)
-        room.mkdir()
-        history, _ = dies_at(STORES[backend](room), point, occurrence)
+    for occurrence in logs.some(backend, point, 12):
+        history, _ = struck(logs.new(backend), Blow(point, occurrence))
+        assert broken(history) == {}, f"time {occurrence}"
+
+
+@pytest.mark.sim
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("point", DATABASE)
+@pytest.mark.parametrize("kind", ["cut", "crash"])
+def test_every_database_lost_at_a_point(kind: str, point: str, logs: Logs) -> None:
+    """And so it is at each thing that is asked of the server: the first four times, and the last."""
+    for occurrence in logs.some("postgres", point, 4):
+        history, _ = struck(logs.new("postgres"), Blow(point, occurrence, kind))
+        assert broken(history) == {}, f"time {occurrence}"
+
+
+@pytest.mark.sim
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("moment", ["before database.committed", "after database.committed"])
+@pytest.mark.parametrize("kind", ["cut", "crash"])
+@pytest.mark.parametrize("point", IN_DOUBT)
+def test_every_death_in_doubt(point: str, kind: str, moment: str, logs: Logs) -> None:
+    """And so it is with every commit that can be in doubt, whether the line is lost in it or the server."""
+    for occurrence in logs.some("postgres", point, 4):
+        history, _ = struck(logs.new("postgres"), Blow(point, occurrence, kind), Blow(moment, 1))
         assert broken(history) == {}, f"time {occurrence}"
 
 

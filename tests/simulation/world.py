@@ -310,12 +310,13 @@ class World:
         seams.before_open()
         backend, opened = self.store.open(EPOCH_MILLIS + round(self.loop.time() * 1e3))
         # What a sidecar that is gone has written, and could not tell anybody of, counts from now on.
-        self._durable(1, opened.head.index)
+        self.durable(1, opened.head.index)
         self.history.opened += 1
-        self._backends[node] = watched = Watched(backend, self._durable, lambda: self._lost_power(node))
+        self._backends[node] = watched = Watched(backend, self.durable, lambda: self._lost_power(node))
         return watched, opened
 
-    def _durable(self, first: int, last: int) -> None:
+    def durable(self, first: int, last: int) -> None:
+        """These entries are safe now, if not before."""
         step = self.history.note(self.loop.time(), "durable", first, last)
         for index in range(first, last + 1):
             self.history.durable.setdefault(index, step)
@@ -351,7 +352,7 @@ class World:
         """A sidecar may end because it was told to, because its journal is lost to it, or because it was replaced."""
         self.history.note(self.loop.time(), "exit", process.node, code)
         broken, link = process.program.dispatcher.broken, process.program.journal.broken
-        causes: list[object] = [*errors]
+        causes: list[object] = [error for error in errors if not isinstance(error, StartupError)]
         causes += [broken.exception()] if broken.done() and not broken.cancelled() else []
         causes += [link.result()] if link.done() and not link.cancelled() else []
         for cause in causes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -24,6 +25,13 @@ LIFE_SECONDS = (0.2, 0.8)
 READY_SHARE = 0.75
 """Of the kills after which the pair may come together again before the next one."""
 READY_SECONDS = 60.0
+
+
+def seed() -> int:
+    """That of the environment, SOAK_SEED, to repeat a run; else a new one. Printed."""
+    chosen = int(os.environ.get("SOAK_SEED") or random.randrange(2**32))
+    print(f"SOAK_SEED={chosen}")
+    return chosen
 
 
 def pair() -> RecordedPair:

@@ -29,15 +29,14 @@ async def test_memory_is_bounded() -> None:
 @pytest.mark.timeout(3600)
 async def test_two_hundred_kills() -> None:
     """Service and sidecar killed in turn, two hundred times on one journal: after every tenth all that was promised holds."""
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
+    seed = chaos.seed()
     rng = random.Random(seed)
     with chaos.pair() as pair:
         pair.start()
         story = Story(pair, rng)
         for chapter in range(ROUNDS // CHAPTER):
             faults = await story.chapter(["service", "sidecar"] * (CHAPTER // 2), keyed_share=0.8)
-            assert faults == [], f"chapter {chapter}, seed {seed}"
+            assert faults == [], f"chapter {chapter}, SOAK_SEED={seed}"
             print(f"chapter {chapter}: {len(story.record.admitted)} items so far, epoch {story.epochs}")
         assert pair.sidecar is not None
         code = pair.sidecar.stop()
@@ -51,13 +50,12 @@ async def test_two_hundred_kills() -> None:
 @pytest.mark.timeout(3600)
 async def test_a_hundred_kills_on_a_shared_log() -> None:
     """Three sidecars and their PostgreSQL server killed a hundred times, on ten logs: all promises hold."""
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
+    seed = chaos.seed()
     rng, fenced, items = random.Random(seed), 0, 0
     with Postgres() as server:
         for chapter in range(10):
             async with shared.sidecars(server, rng) as together:
                 _, record, faults = await shared.chapter(together, rng, kills=6, pauses=2, crashes=2)
-            assert faults == [], f"chapter {chapter}, seed {seed}"
+            assert faults == [], f"chapter {chapter}, SOAK_SEED={seed}"
             fenced, items = fenced + together.fenced, items + len(record.admitted)
             print(f"chapter {chapter}: {items} items so far, {fenced} sidecars fenced")
