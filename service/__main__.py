@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from ostinato.serving.logs import setup
 from ostinato.serving.metrics import registry, serve_metrics
 from ostinato.serving.probe import probe
-from ostinato.serving.program import DRAINED, run, traced
+from ostinato.serving.program import DRAINED, heed, run, traced
 from ostinato.serving.server import Server
 from ostinato.serving.settings import describe, load
 from ostinato.v1.engine_pb2_grpc import add_EngineServicer_to_server
@@ -53,6 +53,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         _log.info("listening", extra={"addresses": ",".join(server.addresses)})
         _log.info("metrics", extra={"port": page.port})
         engine, seconds = await open_engine(settings)
+        heed(stop)
         memory = Memory(settings.state_dir / "sequences.json")
         making = make_ready(engine, settings, Metrics(own), secrets.token_hex(16), memory, seconds)
         servicer.ready = await _unless(stop, making)

@@ -217,7 +217,8 @@ def main() -> int:
     async def serve(stop: asyncio.Event) -> int:
         with program.traced(settings.traces, "ostinato.sidecar", settings.writer):
             numbers = registry()
-            sidecar = Sidecar(settings, numbers)
+            sidecar = Sidecar(settings, numbers)  # opens its journal, which may take long
+            program.heed(stop)
             with contextlib.closing(serve_metrics(numbers, settings.metrics)) as metrics:
                 log.info("metrics", extra={"port": metrics.port})
                 return await sidecar.run(stop)

@@ -14,9 +14,10 @@ SOURCES = Path(__file__).parents[2] / "proto"
 PROGRAM = """
 import asyncio, sys
 from ostinato.serving import logs
-from ostinato.serving.program import DRAINED, StartupError, run
+from ostinato.serving.program import DRAINED, StartupError, heed, run
 
 async def main(stop):
+    {first}
     print("up", flush=True)
     {body}
     return DRAINED
@@ -26,10 +27,10 @@ sys.exit(run(main))
 """
 
 
-def started(body: str) -> subprocess.Popen[str]:
+def started(body: str, first: str = "heed(stop)") -> subprocess.Popen[str]:
     """A program with this body in its main, up and running."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(body=body)],
+        [sys.executable, "-c", PROGRAM.format(first=first, body=body)],
         env={**os.environ, "PYTHONPATH": str(SOURCES)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -49,8 +50,20 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_asks_for_an_orderly_end(number: signal.Signals) -> None:
-    """SIGTERM and SIGINT set the event; what main then returns is the exit code."""
+    """SIGTERM and SIGINT set the event that main heeds; what main then returns is the exit code."""
     process = started("await stop.wait(); print('drained')")
+    process.send_signal(number)
+
+    code, errors = ended(process)
+    assert code == 0
+    assert f"{number.name}: stopping" in errors
+
+
+@pytest.mark.parametrize("body", ["await asyncio.to_thread(__import__('time').sleep, 600)", "__import__('time').sleep(600)"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_at_once_what_has_not_begun_to_serve(number: signal.Signals, body: str) -> None:
+    """Until main heeds them both signals are a good end, whatever a thread, or the loop itself, is at work on."""
+    process = started(body, first="")
     process.send_signal(number)
 
     code, errors = ended(process)

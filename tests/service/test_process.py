@@ -109,6 +109,15 @@ def test_listens_before_it_is_ready(tmp_path: Path) -> None:
     assert isinstance(error_of(caught.value), EngineUnavailable)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_load(number: signal.Signals, tmp_path: Path) -> None:
+    """A service that is told to stop while its model loads does not wait for that."""
+    with Running(tmp_path, "--script", json.dumps({"load_seconds": 600})) as service:
+        service.program.wait_for("listening")
+
+        assert service.program.stop(number) == 0
+
+
 def test_interrupted_self_test(tmp_path: Path) -> None:
     """A service that is told to stop while it tests itself stops."""
     script = {"rules": [{"do": "hang", "purposes": ["SELF_TEST"]}]}

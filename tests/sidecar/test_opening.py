@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import socket
 import sys
+import tempfile
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -13,7 +17,9 @@ from sidecar.config import Settings
 from sidecar.journal.postgres import PostgresJournal
 from sidecar.journal.sqlite import SqliteJournal
 from sidecar.opening import open_journal
+from tests.pair import Program
 from tests.postgres import Postgres
+from tests.sidecar.postgres_proxy import SOCKET
 
 
 def test_a_path_is_a_file(tmp_path: Path) -> None:
@@ -34,6 +40,21 @@ def test_a_url_is_a_database(postgres: Postgres, scheme: str) -> None:
 
     assert isinstance(backend, PostgresJournal)
     assert (opened.head.writer, opened.head.epoch) == ("w", 1)
+
+
+def test_told_to_stop_while_it_waits() -> None:
+    """A sidecar that is told to stop while its database does not answer does not wait for that."""
+    folder = tempfile.mkdtemp(prefix="px", dir="/var/tmp")
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(f"{folder}/{SOCKET}")
+        silent.listen()
+        program = Program("sidecar", ["--journal", f"postgresql:///x?host={quote(folder, safe='')}&connect_timeout=600"])
+        with silent.accept()[0] as line:
+            assert line.recv(1), "it asks"
+            code = program.stop()
+    shutil.rmtree(folder)
+
+    assert code == 0, program.lines
 
 
 def test_a_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:

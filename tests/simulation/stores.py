@@ -1,9 +1,9 @@
 """Journals that outlive their sidecars, and what a crash leaves of them.
 
 Two, because they can fail in different ways; `postgres_log` has a third. `SqliteLog` is the product's backend over SQLite's own
-file layer, simulated: writes that no sync made safe are lost, torn or kept. A file has one sidecar at a time. `SharedLog` is the least of a database
-that several sidecars write: the very Ledger, and transactions that happen whole or not at all; there a sidecar that was paused
-can wake up and find another in its place. It is also quick.
+file layer, simulated: writes that no sync made safe are lost, torn or kept. A file has one sidecar at a time. `SharedLog` is
+the least of a database that several sidecars write: the very Ledger, and transactions that happen whole or not at all; there a
+sidecar that was paused can wake up and find another in its place. It is also quick.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A program from its first line to its exit code.
 
-    0    drained: told to stop, and did so in order
+    0    drained: told to stop, and did so in order, or before there was anything to put in order
     1    failed
     2    the configuration is bad
     130  told to stop again by a second SIGINT before it had
@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from ostinato import tracing
 
 DRAINED, FAILED, BAD_CONFIGURATION = 0, 1, 2
+STOPS = (signal.SIGTERM, signal.SIGINT)
 
 _log = logging.getLogger(__name__)
 
@@ -38,9 +39,10 @@ class StartupError(Exception):
 def run(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
     """Runs `main` on an event loop of its own and returns the exit code for `sys.exit`.
 
-    The event that `main` is given is set by SIGTERM or SIGINT; `main` then finishes what it has and returns. The same signal
-    again ends the process at once, threads and all. The other one does not: a hook may ask by SIGINT before a supervisor does
-    by SIGTERM, and both mean the one drain.
+    SIGTERM and SIGINT end the process at once, whatever a library is at work on, until `main` hands the event that it is given
+    to `heed`. Then they set it, and `main` finishes what it has and returns. The same signal again ends the process at once,
+    threads and all. The other one does not: a hook may ask by SIGINT before a supervisor does by SIGTERM, and both mean the one
+    drain.
     """
     try:
         return asyncio.run(_supervised(main))
@@ -66,12 +68,25 @@ def traced(target: str, service: str, instance: str = "") -> Iterator[None]:
 
 
 async def _supervised(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
-    stop = asyncio.Event()
+    for number in STOPS:
+        signal.signal(number, _leave)
+    return await main(asyncio.Event())
+
+
+def heed(stop: asyncio.Event) -> None:
+    """From now on SIGTERM and SIGINT set the event: there is something to be ended in order."""
     told: set[signal.Signals] = set()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPS:
         loop.add_signal_handler(number, _on_signal, number, told, stop)
-    return await main(stop)
+
+
+def _leave(number: int, _frame: object) -> None:
+    try:
+        _log.info("%s: stopping, nothing was served yet", signal.Signals(number).name)
+        logging.shutdown()
+    finally:
+        os._exit(DRAINED)
 
 
 def _on_signal(number: signal.Signals, told: set[signal.Signals], stop: asyncio.Event) -> None:
