@@ -98,7 +98,7 @@ class EngineLink:
             except (errors.EpochStale, errors.JournalBehind):
                 raise
             except errors.OstinatoError as error:
-                why = f"{error.reason}: {error.message}"
+                why = f"{error.reason} ({error.code.name}): {error.message}"
                 if why != said and not self._closing:
                     log.warning("engine stream ended: %s", why)
                 said = why
@@ -111,7 +111,8 @@ class EngineLink:
         writer: asyncio.Task[None] | None = None
         error: errors.OstinatoError = errors.Disconnected("the service closed the stream")
         try:
-            await stream.write(engine_pb2.ExecuteRequest(hello=hello))
+            with contextlib.suppress(asyncio.InvalidStateError):  # it has ended already: reading says why
+                await stream.write(engine_pb2.ExecuteRequest(hello=hello))
             while (response := await stream.read()) is not grpc.aio.EOF:
                 if not isinstance(response, engine_pb2.ExecuteResponse):  # gRPC's None for bytes that it cannot parse
                     raise errors.ProtocolViolation("these bytes are no message")
@@ -129,8 +130,6 @@ class EngineLink:
         except errors.ProtocolViolation as fault:
             listener.engine_fault(fault)
             error = fault
-        except asyncio.InvalidStateError:
-            error = errors.Disconnected("the stream broke")
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():  # the stream does not tell: its read cancels it with the task

@@ -28,7 +28,7 @@ class Metrics:
         # order
         self.admitted = counter("admitted_items", "Items that got a sequence.")
         self.refused = counter("refused_requests", "Requests turned away before sequencing.", "reason")
-        self.ended = counter("ended_items", "Items with a durable outcome.", "outcome")
+        self.ended = counter("ended_items", "Items with a durable outcome.", "outcome", "reason")
         self.repeated = counter("repeated_requests", "Requests whose idempotency key was bound: answered, never run again.")
         self.submitted = counter("submitted_items", "Items handed to the engine, each counted at its first time.")
         self.attempts = counter("attempts", "Submissions to the engine beyond an item's first.")

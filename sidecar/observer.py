@@ -72,11 +72,12 @@ class Observer:
     def ended(self, work: Work, sealed: Sealed, result: types_pb2.Result) -> None:
         """The outcome is durable."""
         outcome = enums.word(types_pb2.EntryKind, sealed.header.kind).lower()
-        self.metrics.ended.labels(outcome).inc()
+        error = errors.from_status(result.status) if result.HasField("status") else None
+        self.metrics.ended.labels(outcome, error.reason if error is not None else "").inc()
         self.metrics.item.observe(result.timing.total_micros / 1e6, _exemplar(work))
         fields = {"sequence": work.sequence, "request_id": work.input.request_id, "outcome": outcome, **work.spans.item.ids}
         log.debug("ended", extra=fields)
-        work.spans.ended(sealed.header, errors.from_status(result.status) if result.HasField("status") else None)
+        work.spans.ended(sealed.header, error)
 
     def audits_waiting(self, count: int) -> None:
         self.metrics.audit_backlog.set(count)

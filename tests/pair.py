@@ -170,7 +170,7 @@ class Pair:
         return self
 
     def metrics(self, program: Program | None = None) -> dict[str, float]:
-        """Samples of a program's /metrics by name and labels, as written: `ostinato_ended_items_total{outcome="completed"}`."""
+        """Samples of a program's /metrics by name and labels, as written: `ostinato_comparisons_total{kind="twin"}`."""
         port = (program or self.sidecar or self.programs[0]).wait_for("metrics")["port"]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
             text = page.read().decode()

@@ -54,7 +54,7 @@ BOARD.row(
         "Items",
         "ops",
         ("sum(rate(ostinato_admitted_items_total{ON}[RATE]))", "admitted"),
-        ("sum by (outcome) (rate(ostinato_ended_items_total{ON}[RATE]))", "{{outcome}}"),
+        ("sum by (outcome, reason) (rate(ostinato_ended_items_total{ON}[RATE]))", "{{outcome}} {{reason}}"),
     ),
     lines(
         "Calls by code",

@@ -29,6 +29,7 @@ i64: Callable[[int], bytes] = struct.Struct(">q").pack
 
 _f64: Callable[[float], bytes] = struct.Struct(">d").pack
 _NAN = b"\xff" * 8
+_NONE = bytes(8)
 
 
 def f64(value: float) -> bytes:
@@ -59,6 +60,8 @@ def array(encode: Callable[[T], bytes], values: Iterable[T]) -> bytes:
 
 def ids(values: Sequence[int]) -> bytes:
     """An array of u64; the fast way for token ids."""
+    if not values:
+        return _NONE
     numbers = array_of("Q", values[:])  # protobuf hands out a whole list sooner than its items
     if sys.byteorder == "little":
         numbers.byteswap()

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from functools import lru_cache
 
-from ostinato.canonical import DIGEST_BYTES, blob, digest, text
+from ostinato.canonical import DIGEST_BYTES, digest, text, u64
 from ostinato.digest import input_digest, logprobs_digest, output_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
@@ -39,12 +40,13 @@ OUTCOMES = frozenset(
 def entry_hash(previous_hash: bytes, header: types_pb2.EntryHeader) -> bytes:
     """SHA-256 over the previous hash and every field of the header, in order of the fields' numbers."""
     assert len(previous_hash) == DIGEST_BYTES
+    inputs, output, logprobs = header.input_digest, header.output_digest, header.logprobs_digest
+    fingerprint, payload = header.fingerprint_digest, header.payload_digest
     return digest(
         "entry",
         previous_hash,
         _PLACE.pack(header.index, header.kind),
-        text(header.log_id),
-        text(header.writer),
+        _names(header.log_id, header.writer),
         _NUMBERS.pack(
             header.epoch,
             header.sequence,
@@ -55,12 +57,23 @@ def entry_hash(previous_hash: bytes, header: types_pb2.EntryHeader) -> bytes:
             header.seed,
             header.grade,
         ),
-        blob(header.input_digest),
-        blob(header.output_digest),
-        blob(header.logprobs_digest),
-        blob(header.fingerprint_digest),
-        blob(header.payload_digest),
+        u64(len(inputs)),
+        inputs,
+        u64(len(output)),
+        output,
+        u64(len(logprobs)),
+        logprobs,
+        u64(len(fingerprint)),
+        fingerprint,
+        u64(len(payload)),
+        payload,
     )
+
+
+@lru_cache
+def _names(log_id: str, writer: str) -> bytes:
+    """Which hardly ever change from one entry to the next."""
+    return text(log_id) + text(writer)
 
 
 def payload_digest(payload: bytes) -> bytes:

@@ -12,7 +12,6 @@ from sidecar.journal.ledger import verifications
 from sidecar.journal.postgres_reads import PostgresReads, unusable
 from sidecar.journal.postgres_schema import check, migrate
 from sidecar.journal.postgres_tables import PostgresTables
-from sidecar.journal.verify import Checked, verify
 
 _KEYS = """SELECT tenant, key, request_digest, first_sequence, count, expires_millis FROM keys WHERE first_sequence >= %s
   ORDER BY first_sequence LIMIT %s"""
@@ -123,12 +122,3 @@ class _Filler:
     def notes(self, notes: Mapping[str, bytes]) -> None:
         """See `Filler`."""
         self._tables.write_notes(notes)
-
-
-def verify_database(url: str) -> Iterator[Checked]:
-    """Look at a journal, in use or not. JournalUnusable: it cannot be read."""
-    kept = PostgresKept(url)
-    try:
-        yield from verify(lambda index, limit: kept.entries(index, limit, payloads=True))
-    finally:
-        kept.close()

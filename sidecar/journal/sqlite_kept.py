@@ -14,7 +14,6 @@ from sidecar.journal.keeping import Key, Log
 from sidecar.journal.ledger import NUMBER_MAX, verifications
 from sidecar.journal.schema import connect, migrate
 from sidecar.journal.tables import Tables
-from sidecar.journal.verify import Checked, verify
 
 
 class SqliteKept:
@@ -124,12 +123,3 @@ class _Filler:
     def notes(self, notes: Mapping[str, bytes]) -> None:
         """See `Filler`."""
         self._tables.write_notes(notes)
-
-
-def verify_file(path: Path) -> Iterator[Checked]:
-    """Look at a journal that no sidecar uses. JournalUnusable: it cannot be read."""
-    kept = SqliteKept(path)
-    try:
-        yield from verify(lambda index, limit: kept.entries(index, limit, payloads=True))
-    finally:
-        kept.close()

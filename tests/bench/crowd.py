@@ -44,7 +44,7 @@ async def _crowd(client: Client, pair: Pair, sidecar: Program, crowd: int) -> li
     for call in calls:
         call.cancel()
     await asyncio.gather(*calls, return_exceptions=True)
-    await _until(pair, 'ostinato_ended_items_total{outcome="cancelled"}', crowd)
+    await _until(pair, 'ostinato_ended_items_total{outcome="cancelled",reason="CANCELLED"}', crowd)
     leaving = (processor_seconds(sidecar) - before) / crowd
     return [count(memory), f"{idle * 1000:.3g}", f"{leaving * 1000:.3g}"]
 

@@ -8,10 +8,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from sidecar.journal.sqlite_kept import verify_file
 from tests.e2e.conftest import ended, eventually, opened
 from tests.e2e.reruns_kit import audited, counted, missing, rule, service
 from tests.pair import ROOT, Pair
+from tests.sidecar.journal_kit import verify_journal
 
 WATCHING = ("--canary-seconds", "1000")
 THREE = "".join(
@@ -61,7 +61,7 @@ async def test_a_changed_answer_is_found(tmp_path: Path) -> None:
             assert {each.said.comparison.first_difference for each in found if each.verdict == "diverged"} == {5}
             assert await door.last_sequence() == 0
         pair.stop()
-        assert [fault for page in verify_file(pair.folder / "journal.sqlite") for fault in page.faults] == []
+        assert [fault for page in verify_journal(pair.folder / "journal.sqlite") for fault in page.faults] == []
 
 
 async def test_what_is_known_outlives_the_sidecar() -> None:

@@ -211,7 +211,7 @@ async def test_what_the_gateway_loses(api: openai.AsyncOpenAI, door: Door) -> No
 @pytest.mark.parametrize("streamed", [True, False])
 async def test_who_leaves_stops_the_engine(api: openai.AsyncOpenAI, door: Door, streamed: bool) -> None:
     """A client goes away in the midst of its answer: the engine stops, and journal and metrics say CANCELLED."""
-    cancelled = 'ostinato_ended_items_total{outcome="cancelled"}'
+    cancelled = 'ostinato_ended_items_total{outcome="cancelled",reason="CANCELLED"}'
     before, sequence = door.pair.metrics().get(cancelled, 0), await door.last_sequence() + 1
     asking = api.completions.create(
         model="scripted", prompt="long", max_tokens=HANG_AT + 500, extra_body={"ignore_eos": True}, stream=streamed

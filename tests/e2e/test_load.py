@@ -56,7 +56,7 @@ def books(metrics: dict[str, float], seen: list[Call], record: Record) -> list[s
     expected = {
         "ostinato_admitted_items_total": items,
         "ostinato_last_sequence": items,
-        'ostinato_ended_items_total{outcome="completed"}': items,
+        'ostinato_ended_items_total{outcome="completed",reason=""}': items,
         "ostinato_item_seconds_count": items,
         "ostinato_admission_seconds_count": len(batches),
         "ostinato_queue_items": 0,

@@ -17,15 +17,22 @@ from sidecar.journal import Admission, Audit, Draft, Mark, Opened, Outcome, Seal
 from sidecar.journal.committer import Backend
 from sidecar.journal.keeping import Kept
 from sidecar.journal.postgres import PostgresJournal
-from sidecar.journal.postgres_kept import PostgresKept, verify_database
+from sidecar.journal.postgres_kept import PostgresKept
 from sidecar.journal.settings import PostgresSettings, SqliteSettings
 from sidecar.journal.sqlite import SqliteJournal
-from sidecar.journal.sqlite_kept import SqliteKept, verify_file
-from sidecar.journal.verify import Checked
+from sidecar.journal.sqlite_kept import SqliteKept
+from sidecar.journal.verify import Checked, verify
+from sidecar.opening import open_kept
 
 LOG_ID = "0123456789abcdef0123456789abcdef"
 PARAMETERS = types_pb2.ResolvedParameters(temperature=1.0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=16)
 FINGERPRINT = b"f" * 32
+
+
+def verify_journal(journal: Path | str) -> Iterator[Checked]:
+    """Look at a journal, by its path or URL; nobody may use a file. JournalUnusable: it cannot be read."""
+    with closing(open_kept(str(journal))) as kept:
+        yield from verify(lambda index, limit: kept.entries(index, limit, payloads=True))
 
 
 @dataclass
@@ -158,7 +165,7 @@ class SqliteStore:
         return SqliteStore(self.path.with_name("another.db"), self.clock, self.settings)
 
     def faults(self) -> list[str]:
-        return [fault for page in verify_file(self.path) for fault in page.faults]
+        return [fault for page in verify_journal(self.path) for fault in page.faults]
 
     def configure(self, **settings: int) -> None:
         self.settings = replace(self.settings, **settings)  # type: ignore[arg-type]
@@ -169,7 +176,7 @@ class SqliteStore:
         journal._db.execute("UPDATE journal SET epoch = epoch + 1")
 
     def verify(self) -> Iterator[Checked]:
-        return verify_file(self.path)
+        return verify_journal(self.path)
 
 
 @dataclass
@@ -221,7 +228,7 @@ class PostgresStore:
         self.open(writer=journal.head.writer)[0].close()
 
     def verify(self) -> Iterator[Checked]:
-        return verify_database(self.url)
+        return verify_journal(self.url)
 
     def kept(self, *, create: bool = False) -> AbstractContextManager[Kept]:
         """Whether it is in use or not."""

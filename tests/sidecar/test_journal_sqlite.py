@@ -22,8 +22,7 @@ from sidecar.journal import JournalUnusable, Note
 from sidecar.journal.schema import APPLICATION_ID, MIGRATIONS, WAL_BYTES_MAX
 from sidecar.journal.settings import SqliteSettings
 from sidecar.journal.sqlite import CHECKPOINT_PAGES, SqliteJournal
-from sidecar.journal.sqlite_kept import verify_file
-from tests.sidecar.journal_kit import SqliteStore, admission, audit, completed, ended, item, sequences
+from tests.sidecar.journal_kit import SqliteStore, admission, audit, completed, ended, item, sequences, verify_journal
 
 ROOT = Path(__file__).parents[2]
 
@@ -288,7 +287,7 @@ def test_reserve_larger_than_the_disk(store: SqliteStore) -> None:
 
 
 def faults(store: SqliteStore) -> list[str]:
-    return [fault for page in verify_file(store.path) for fault in page.faults]
+    return [fault for page in verify_journal(store.path) for fault in page.faults]
 
 
 @pytest.fixture(name="written")
@@ -303,10 +302,10 @@ def _written(store: SqliteStore) -> SqliteStore:
 
 def test_verify(written: SqliteStore) -> None:
     """A journal as it was written has no faults, and verifying it adds nothing to it."""
-    pages = list(verify_file(written.path))
+    pages = list(verify_journal(written.path))
 
     assert [(page.index, page.faults) for page in pages] == [(7, ())]
-    assert list(verify_file(written.path)) == pages
+    assert list(verify_journal(written.path)) == pages
 
 
 def forge(store: SqliteStore, index: int, /, **fields: object) -> None:

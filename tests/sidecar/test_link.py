@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -306,3 +307,20 @@ def test_a_preparation_that_cannot_be_numbered() -> None:
     ):
         with pytest.raises(errors.ProtocolViolation):
             check_prepared(bad, 2)
+
+
+async def test_a_refusal_before_hello_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that has refused before Hello could be written is heard: what it said is not taken for a broken line, which
+    would be tried again for ever."""
+    call = importlib.import_module("grpc.aio._call").StreamStreamCall
+    write = call.write
+
+    async def late(stream: Any, message: engine_pb2.ExecuteRequest) -> None:
+        await stream.code()
+        await write(stream, message)
+
+    monkeypatch.setattr(call, "write", late)
+    async with linked(tmp_path, Service(refusing(errors.EpochStale("a newer one")))) as (_, listener, running):
+        with pytest.raises(errors.EpochStale):
+            await asyncio.wait_for(running, 30)
+        assert listener.told == []

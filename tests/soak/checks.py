@@ -14,7 +14,7 @@ from ostinato import chain
 from ostinato.client import Client
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal.sqlite_kept import verify_file
+from tests.sidecar.journal_kit import verify_journal
 from tests.soak.load import Call, Job
 from tests.soak.recording import Submission
 
@@ -231,4 +231,4 @@ async def kept(seen: Iterable[Call], client: Client, *, most: int = 10**9) -> li
 
 def journal_file(path: Path) -> list[str]:
     """The file verifies, read without a sidecar."""
-    return [fault for checked in verify_file(path) for fault in checked.faults]
+    return [fault for checked in verify_journal(path) for fault in checked.faults]

@@ -15,9 +15,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from ostinato.client import Client
 
-from sidecar.journal.postgres_kept import verify_database
 from tests.pair import Pair
 from tests.postgres import Postgres
+from tests.sidecar.journal_kit import verify_journal
 from tests.soak import checks
 from tests.soak.chaos import SCRIPT
 from tests.soak.checks import COMPLETED, Record
@@ -150,7 +150,7 @@ async def chapter(
     faults += checks.numbers(record) + checks.calls(load.calls, record) + checks.kinds(load.calls, record)
     faults += checks.real_time(load.calls) + checks.results(load.calls) + checks.reproduced(record)
     faults += submitted(shared.pairs, record)
-    faults += [fault for page in verify_database(shared.url) for fault in page.faults]
+    faults += [fault for page in verify_journal(shared.url) for fault in page.faults]
     return load, record, faults
 
 
