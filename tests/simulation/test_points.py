@@ -24,7 +24,7 @@ def about(*steps: str) -> list[str]:
 DATABASE = about("database.")
 PLACES = [("sqlite", point) for point in POINTS if point not in DATABASE] + [("postgres", point) for point in POINTS]
 """The points on every backend that a crash can leave something of."""
-DURABLE = about("journal.append", "backend.open", "backend.append_many", "database.begin", "database.take", "database.commit")
+DURABLE = about("backend.open", "backend.append_many", "database.begin", "database.take", "database.commit")
 QUICK = [place for place in PLACES if place[0] == "sqlite" or place[1] in DURABLE]
 """Of PostgreSQL those at which something becomes durable."""
 IN_DOUBT = about("database.commit admission", "database.commit outcome", "database.commit audit", "database.commit note")
