@@ -71,7 +71,7 @@ async def make_ready(
     prompts = Prompts(engine.vocabulary, limits, engine.chat)
     preparer = Preparer(prompts, lexicon, engine.check_format, model_digest(identity.fields))
     fence = Fence(sequences=memory.read() if memory is not None else {})
-    streams = Streams(runs, describer, settings.bounds, metrics, fence, memory)
+    streams = Streams(runs, describer, preparer, settings.bounds, metrics, fence, memory)
     return Ready(describer, engine.vocabulary, preparer, streams)
 
 

@@ -17,7 +17,7 @@ class Outbox:
 
     def __init__(self, bytes_max: int, frame_bytes_max: int) -> None:
         self._bytes_max, self._frame_bytes_max = bytes_max, frame_bytes_max
-        self._events: deque[engine_pb2.RunEvent] = deque()
+        self._events: deque[engine_pb2.RunEvent | engine_pb2.PrepareResponse] = deque()
         self._bytes = 0
         self._tokens: dict[int, engine_pb2.RunEvent] = {}
         self._welcome: engine_pb2.Welcome | None = None
@@ -29,13 +29,15 @@ class Outbox:
     def failed(self) -> bool:
         return self._error is not None
 
+    def answer(self, prepared: engine_pb2.PrepareResponse) -> None:
+        """As `put`, the answer to a request."""
+        if self._has_room(prepared.ByteSize()):
+            self._events.append(prepared)
+            self._bell.set()
+
     def put(self, event: engine_pb2.RunEvent) -> None:
         """Add an event, which is the outbox's from now on. Without effect once failed."""
-        if self._error is not None:
-            return
-        self._bytes += event.ByteSize()
-        if self._bytes > self._bytes_max:
-            self.fail(SlowReader(f"more than {self._bytes_max} bytes wait to be read"))
+        if not self._has_room(event.ByteSize()):
             return
         waiting = self._tokens.get(event.run_id)
         if waiting is not None and event.HasField("tokens"):
@@ -45,6 +47,14 @@ class Outbox:
             if event.HasField("tokens"):
                 self._tokens[event.run_id] = event
         self._bell.set()
+
+    def _has_room(self, size: int) -> bool:
+        """For so many bytes more; without room it has failed."""
+        if self._error is None:
+            self._bytes += size
+            if self._bytes > self._bytes_max:
+                self.fail(SlowReader(f"more than {self._bytes_max} bytes wait to be read"))
+        return self._error is None
 
     def welcome(self, welcome: engine_pb2.Welcome) -> None:
         """To stand in the next message; a newer one replaces one that waits."""
@@ -65,6 +75,7 @@ class Outbox:
         """Everything that waits, as far as it fits one message, as soon as anything does. None: closed, and all is written."""
         while True:
             await self._bell.wait()
+            await asyncio.sleep(0)  # what happens in this turn of the loop leaves together
             if self._error is not None:
                 raise self._error
             if self._events or self._welcome is not None:
@@ -83,8 +94,11 @@ class Outbox:
                 break
             taken += size
             event = self._events.popleft()
-            self._tokens.pop(event.run_id, None)
-            frame.events.append(event)
+            if isinstance(event, engine_pb2.PrepareResponse):
+                frame.prepared.append(event)
+            else:
+                self._tokens.pop(event.run_id, None)
+                frame.events.append(event)
         self._bytes = max(0, self._bytes - taken) if self._events else 0
         return frame
 

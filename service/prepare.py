@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ostinato.errors import InvalidRequest, Violation
+from ostinato.errors import Internal, InvalidRequest, OstinatoError, Violation, to_status
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
 from service.lexicon import Lexicon
 from service.limits import Limits
 from service.parameters import Sources, problems, relations, resolved
 from service.prompts import Prompts
+from service.spans import prepare_span
+
+_log = logging.getLogger(__name__)
 
 RECEIPT_BYTES = 1024
 """Of a serialised Result, all but the output's text, ids and logprobs, at worst."""
@@ -40,6 +44,21 @@ class Preparer:
         items = [self._item(item, request.parameters, f"items[{i}]", found, sound) for i, item in enumerate(request.items)]
         found.raise_if_any()
         return engine_pb2.PrepareResponse(items=(item for item in items if item is not None), model_digest=self.model_digest)
+
+    def answer(self, request: engine_pb2.PrepareRequest) -> engine_pb2.PrepareResponse:
+        """As `prepare`, for a stream that must outlive a bad request: what that raises is the answer."""
+        with prepare_span(request.traceparent) as span:
+            try:
+                response = self.prepare(request)
+            except OstinatoError as error:
+                span.fail(error.reason, fault=False)
+                response = engine_pb2.PrepareResponse(refused=to_status(error))
+            except Exception:  # noqa: BLE001  # whatever it is, the caller gets a code and the log gets the rest
+                _log.exception("could not prepare")
+                span.fail(Internal.reason)
+                response = engine_pb2.PrepareResponse(refused=to_status(Internal("internal error")))
+            response.prepare_id = request.prepare_id
+            return response
 
     def tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
         """The prompts' token ids; parameters are not looked at. Raises InvalidRequest."""

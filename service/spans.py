@@ -1,4 +1,4 @@
-"""The trace of one run, where there are traces: from its submission to its end, and in it what the engine does."""
+"""The traces of a service, where there are any: of a preparation, and of a run with what the engine does in it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.base import Engine
 
-OPERATION = "text_completion"
+OPERATION, PREPARE = "text_completion", "ostinato.v1.Engine/Prepare"
+
+
+def prepare_span(traceparent: str) -> tracing.Span:
+    """Of a preparation over the stream, as if it were a call."""
+    if not tracing.on():
+        return OFF
+    attributes = {"rpc.system.name": "grpc", "rpc.method": PREPARE}
+    return tracing.span(PREPARE, attributes, Kind.SERVER, _parent(traceparent))
+
+
+def _parent(traceparent: str) -> tracing.Metadata:
+    return [("traceparent", traceparent)] if traceparent else []
 
 
 class RunSpans:
@@ -19,14 +31,13 @@ class RunSpans:
         self._submit, self._engine = submit, engine
         if not (tracing.on() and submit.purpose):
             return
-        parent = {"traceparent": submit.traceparent} if submit.traceparent else {}
         attributes: dict[str, tracing.Value] = {
             "ostinato.purpose": enums.word(engine_pb2.Purpose, submit.purpose),
             "ostinato.sequence": submit.sequence,
             "ostinato.attempt": submit.attempt,
             "ostinato.seed": str(submit.seed),
         }
-        self._run = tracing.span("run", attributes, Kind.SERVER, parent.items())
+        self._run = tracing.span("run", attributes, Kind.SERVER, _parent(submit.traceparent))
 
     def started(self) -> None:
         """The engine has begun to work on it."""

@@ -23,6 +23,7 @@ from service.fence import Fence
 from service.memory import Memory
 from service.metrics import Metrics
 from service.outbox import Outbox
+from service.prepare import Preparer
 from service.runs import Owner, Runs
 from service.submissions import Protocol, unfit
 
@@ -50,6 +51,7 @@ class Streams:
 
     runs: Runs
     describer: Describer
+    preparer: Preparer
     bounds: Bounds
     metrics: Metrics
     fence: Fence = field(default_factory=Fence)
@@ -192,6 +194,8 @@ class Stream:
             self._submit(submit)
         for run_id in request.cancels:
             self._owner.cancel(run_id)
+        for prepare in request.prepares:
+            self._outbox.answer(self._streams.preparer.answer(prepare))
         self._settle()
 
     def _submit(self, submit: engine_pb2.Submit) -> None:

@@ -1,4 +1,4 @@
-"""The one ordered stream to the service, kept up; and the calls beside it: prepare, tokenise, and the tokenizer itself."""
+"""The one ordered stream to the service, kept up; and the calls beside it, for what would keep the stream waiting."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import grpc
 from google.rpc import status_pb2
@@ -16,12 +16,15 @@ from ostinato import errors, tracing
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
 from ostinato.wire import ours
 
+from sidecar.preparing import Preparing, check_prepared, is_short
+
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 1.0
 """For the service to end a half-closed stream."""
 SUBMIT_BYTES = 1 << 20
-"""One message carries waiting submits up to about this size."""
+"""One message carries waiting submits, and what waits to be prepared, up to about this size of each."""
 
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
@@ -65,13 +68,12 @@ class EngineLink:
         self._pause_seconds = pause_seconds
         self._submits: deque[engine_pb2.Submit] = deque()
         self._cancels: list[int] = []
+        self._preparing = Preparing()
         self._something = asyncio.Event()
         self._closing = False
         self._stream: Stream | None = None
         self._ended = asyncio.Event()
         self._ended.set()
-
-    # ---- the stream
 
     def submit(self, submit: engine_pb2.Submit) -> None:
         """Behind every submit before it. Lost if the stream is; Disconnected tells."""
@@ -118,11 +120,14 @@ class EngineLink:
                     raise errors.ProtocolViolation("these bytes are no message")
                 if response.HasField("welcome"):
                     check_description(response.welcome.description)
+                    self._preparing.open()
                     listener.engine_up(response.welcome.description)
                     up = True
                     writer = writer or asyncio.create_task(self._write(stream))
                 elif not up:
                     raise errors.ProtocolViolation("the first message is no Welcome")
+                if response.prepared:
+                    self._preparing.settle(response.prepared)
                 if response.events:
                     listener.engine_events(list(response.events))
         except grpc.aio.AioRpcError as failure:
@@ -145,6 +150,7 @@ class EngineLink:
                     await writer
             self._submits.clear()
             self._cancels.clear()
+            self._preparing.lose()
             if up:
                 listener.engine_down(error)
         raise error
@@ -153,14 +159,15 @@ class EngineLink:
         while True:
             await self._something.wait()
             self._something.clear()
-            while self._submits or self._cancels:
+            while self._submits or self._cancels or self._preparing:
+                await asyncio.sleep(0)  # whoever has something to send in this turn of the loop sends it along
                 await stream.write(self._message())
             if self._closing:
                 await stream.done_writing()
                 return
 
     def _message(self) -> engine_pb2.ExecuteRequest:
-        message = engine_pb2.ExecuteRequest()
+        message = engine_pb2.ExecuteRequest(prepares=self._preparing.take(SUBMIT_BYTES))
         size = 0
         while self._submits and size < SUBMIT_BYTES:
             submit = self._submits.popleft()
@@ -179,27 +186,21 @@ class EngineLink:
             await asyncio.wait_for(self._ended.wait(), CLOSE_SECONDS)
         await self._channel.close()
 
-    # ---- beside it
-
     async def prepare(self, request: engine_pb2.PrepareRequest, timeout: float | None) -> engine_pb2.PrepareResponse:
         """Raises what the service raised; EngineUnavailable if it cannot be reached, ProtocolViolation for a useless answer."""
-        try:
-            with tracing.call("ostinato.v1.Engine/Prepare") as span:
-                prepared = await self._stub.Prepare(request, timeout=timeout, metadata=span.metadata)
-        except grpc.aio.AioRpcError as failure:
-            raise unavailable(ours(failure)) from None
-        check_prepared(prepared, len(request.items))
-        return prepared
+        with tracing.call("ostinato.v1.Engine/Prepare") as span:
+            if is_short(request):
+                request.traceparent = span.traceparent
+                self._something.set()
+                prepared: engine_pb2.PrepareResponse | None = await self._preparing.ask(request, timeout)
+            else:
+                prepared = await _called(self._stub.Prepare(request, timeout=timeout, metadata=span.metadata))
+        return check_prepared(prepared, len(request.items))
 
     async def tokenize(self, request: generation_pb2.TokenizeRequest, timeout: float | None) -> generation_pb2.TokenizeResponse:
         """As prepare."""
-        try:
-            with tracing.call("ostinato.v1.Engine/Tokenize") as span:
-                tokenized: generation_pb2.TokenizeResponse | None = await self._stub.Tokenize(
-                    request, timeout=timeout, metadata=span.metadata
-                )
-        except grpc.aio.AioRpcError as failure:
-            raise unavailable(ours(failure)) from None
+        with tracing.call("ostinato.v1.Engine/Tokenize") as span:
+            tokenized = await _called(self._stub.Tokenize(request, timeout=timeout, metadata=span.metadata))
         if tokenized is None or len(tokenized.results) != len(request.items):
             raise errors.ProtocolViolation("the service did not tokenise what it was given")
         return tokenized
@@ -213,6 +214,14 @@ class EngineLink:
             raise unavailable(ours(failure)) from None
 
 
+async def _called(call: Awaitable[T]) -> T | None:
+    """What a call of the service answers; None, which is gRPC's: bytes that are no message."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as failure:
+        raise unavailable(ours(failure)) from None
+
+
 def check_description(description: engine_pb2.DescribeResponse) -> None:
     """Raises ProtocolViolation for an engine that could hold nothing, or whose grade is none."""
     capacity, grade = description.capacity, description.model.grade
@@ -220,14 +229,6 @@ def check_description(description: engine_pb2.DescribeResponse) -> None:
         raise errors.ProtocolViolation("an engine that holds nothing")
     if grade not in types_pb2.Grade.values():
         raise errors.ProtocolViolation(f"grade {grade} is none")
-
-
-def check_prepared(prepared: engine_pb2.PrepareResponse | None, count: int) -> None:
-    """Raises ProtocolViolation for what could be numbered, but never run. None: gRPC could not parse it."""
-    if prepared is None or len(prepared.items) != count:
-        raise errors.ProtocolViolation("the service did not prepare what it was given")
-    if not all(item.token_ids and item.parameters.max_new_tokens for item in prepared.items):
-        raise errors.ProtocolViolation("the service prepared an item without tokens or parameters")
 
 
 def run_error(status: status_pb2.Status) -> errors.OstinatoError:

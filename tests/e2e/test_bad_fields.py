@@ -91,6 +91,23 @@ async def test_a_bad_field_is_named(door: Door, request_: Request, field: str) -
         (await refusal(door.streamed(request_))).says(errors.InvalidRequest, field)
 
 
+async def test_bad_requests_among_good_ones(door: Door) -> None:
+    """What is asked at once is prepared together, and each request is judged by itself: the bad ones are refused with their own
+    fields, the good ones numbered without a gap, and one whose caller leaves troubles nobody."""
+    before = await door.last_sequence()
+    good = [door.generation.Generate(one(max_new_tokens=2)) for _ in range(20)]
+    bad = [door.generation.Generate(items(*[Item(text="a")] * index, Item(text=""))) for index in range(10)]
+    left = door.generation.Generate(one(max_new_tokens=2))
+    left.cancel()
+
+    for index, call in enumerate(bad):
+        (await refusal(call)).says(errors.InvalidRequest, f"items[{index}].text")
+    numbers = sorted([(await call).stamp.first_sequence for call in good])
+
+    assert numbers == list(range(before + 1, before + 21))
+    assert left.cancelled()
+
+
 async def test_all_bad_fields_are_named_at_once(door: Door) -> None:
     """A caller with three mistakes learns of three."""
     request = items(Item(text=""), Item(text="b", parameters=Parameters(top_k=-1)), top_p=0.0)

@@ -19,6 +19,7 @@ from ostinato.digest import fingerprint_digest, model_digest
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 from ostinato.v1.engine_pb2 import RunEvent, Submit
 
+from sidecar.preparing import SHORT_BYTES
 from tests.e2e.conftest import Door, eventually, opened, refusal
 from tests.pair import Pair
 
@@ -116,6 +117,10 @@ class Fake:
         self.hellos.append((await anext(requests)).hello)
         yield self.welcomes.pop(0) if self.welcomes else welcome()
         async for request in requests:
+            for asked in request.prepares:
+                response = self._prepared(asked)
+                response.prepare_id = asked.prepare_id
+                yield engine_pb2.ExecuteResponse(prepared=[response])
             for submit in request.submits:
                 self.submits.append(submit)
                 for message in (self.runs.pop(0) if self.runs else behave)(submit):
@@ -124,6 +129,9 @@ class Fake:
                     yield message
 
     async def prepare(self, request: engine_pb2.PrepareRequest, context: Any) -> Wire:
+        return self._prepared(request)
+
+    def _prepared(self, request: engine_pb2.PrepareRequest) -> Wire:
         return (self.prepares.pop(0) if self.prepares else prepare)(request)
 
     async def tokenize(self, request: generation_pb2.TokenizeRequest, context: Any) -> Wire:
@@ -382,17 +390,23 @@ PREPARES: Mapping[str, Callable[[engine_pb2.PrepareRequest], Wire]] = {
     "more items": some(3),
     "items without tokens": some(2, token_ids=None),
     "items without parameters": some(2, parameters=None),
-    "bytes that are no message": lambda request: b"\xff\xff",
+}
+SHORT, LONG = "abc", "a" * SHORT_BYTES
+"""Prepared over the stream, and by a call."""
+USELESS: Mapping[str, tuple[str, Callable[[engine_pb2.PrepareRequest], Wire]]] = {
+    **{name: (SHORT, misdeed) for name, misdeed in PREPARES.items()},
+    "by a call, fewer items": (LONG, some(1)),
+    "by a call, bytes that are no message": (LONG, lambda request: b"\xff\xff"),
 }
 
 
-@pytest.mark.parametrize("misdeed", PREPARES.values(), ids=PREPARES)
-async def test_a_useless_preparation(stage: Stage, misdeed: Callable[[engine_pb2.PrepareRequest], Wire]) -> None:
+@pytest.mark.parametrize(("text", "misdeed"), USELESS.values(), ids=USELESS)
+async def test_a_useless_preparation(stage: Stage, text: str, misdeed: Callable[[engine_pb2.PrepareRequest], Wire]) -> None:
     """What cannot be run is never numbered: the caller gets an error, at once, and the fault is counted."""
     stage.fake.prepares = [misdeed, misdeed]
 
     async with asyncio.timeout(40), stage.door.nothing_numbered():
-        request = generation_pb2.GenerateRequest(items=[types_pb2.Item(text="abc")] * 2)
+        request = generation_pb2.GenerateRequest(items=[types_pb2.Item(text=text)] * 2)
         (await refusal(stage.door.generation.Generate(request))).says(errors.ProtocolViolation)
         (await refusal(stage.door.streamed(request))).says(errors.ProtocolViolation)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-ON_PURPOSE = ("crashing, as the script says", "a step failed")
+ON_PURPOSE = ("crashing, as the script says", "a step failed", "could not prepare")
 
 
 @pytest.fixture(autouse=True)

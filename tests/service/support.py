@@ -101,8 +101,9 @@ class Stream:
         *submits: engine_pb2.Submit,
         hello: engine_pb2.Hello | None = None,
         cancels: Iterable[int] = (),
+        prepares: Iterable[engine_pb2.PrepareRequest] = (),
     ) -> None:
-        await self.call.write(engine_pb2.ExecuteRequest(hello=hello, submits=submits, cancels=cancels))
+        await self.call.write(engine_pb2.ExecuteRequest(hello=hello, submits=submits, cancels=cancels, prepares=prepares))
 
     async def read(self) -> engine_pb2.ExecuteResponse | None:
         """The next message, noted; None at the stream's good end. Raises the OstinatoError it ended with."""

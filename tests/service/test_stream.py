@@ -13,6 +13,7 @@ import pytest
 from ostinato import errors
 from ostinato.v1 import engine_pb2, types_pb2
 
+from service.engines.scripted.vocabulary import ByteVocabulary
 from service.stream import Streams
 from tests.service.support import LOG, REPLAY, Service, Stream, hello_of, served, submit_of
 
@@ -146,6 +147,39 @@ async def test_slow_reader_loses_its_stream() -> None:
 
         assert idle(service)
         assert isinstance(await stream.broken(), errors.SlowReader)
+
+
+async def test_preparing_over_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request has an answer of its own, by its id: what the call would have answered, refused or broken down with. The
+    runs beside it go on."""
+    encode = ByteVocabulary.encode
+
+    def crash(self: ByteVocabulary, text: str, *, special: bool) -> list[int]:
+        assert text != "crash"
+        return encode(self, text, special=special)
+
+    monkeypatch.setattr(ByteVocabulary, "encode", crash)
+    async with served() as service, service.stream() as stream:
+        asked = [
+            engine_pb2.PrepareRequest(items=[types_pb2.Item(text=text)], prepare_id=prepare_id)
+            for prepare_id, text in enumerate(("good", "", "crash", "good"), 1)
+        ]
+        await stream.send(submit_of(1), prepares=asked)
+        answered = dict[int, engine_pb2.PrepareResponse]()
+        while len(answered) < len(asked):
+            frame = await stream.read()
+            assert frame is not None
+            answered |= {each.prepare_id: each for each in frame.prepared}
+
+        called = await service.stub.Prepare(engine_pb2.PrepareRequest(items=[types_pb2.Item(text="good")]))
+        for prepare_id in (1, 4):
+            answered[prepare_id].prepare_id = 0
+            assert answered[prepare_id] == called
+        refused, broken = (errors.from_status(answered[prepare_id].refused) for prepare_id in (2, 3))
+        assert isinstance(refused, errors.InvalidRequest)
+        assert [violation.field for violation in refused.violations] == ["items[0].text"]
+        assert (type(broken), broken.message) == (errors.Internal, "internal error")
+        assert len((await stream.output(1)).token_ids) == 8
 
 
 async def test_cancel_before_start() -> None:

@@ -17,7 +17,7 @@ from ostinato import errors
 from ostinato.serving.server import Server
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 
-from sidecar.link import SUBMIT_BYTES, EngineLink, check_description, check_prepared, unavailable
+from sidecar.link import SUBMIT_BYTES, EngineLink, check_description, unavailable
 
 DESCRIPTION = engine_pb2.DescribeResponse(
     model=types_pb2.Model(grade=types_pb2.GRADE_EXACT),
@@ -169,6 +169,64 @@ async def test_what_waits_leaves_together_and_in_order(tmp_path: Path) -> None:
         assert [list(request.cancels) for request in sent] == [[]] * (len(sent) - 1) + [[10, 3]]
 
 
+def asked(text: str) -> engine_pb2.PrepareRequest:
+    return engine_pb2.PrepareRequest(items=[types_pb2.Item(text=text)])
+
+
+def prepared(request: engine_pb2.PrepareRequest) -> engine_pb2.PrepareResponse:
+    """A good answer; of a "bad" request, a refusal."""
+    if request.items[0].text == "bad":
+        status = errors.to_status(errors.invalid("items[0].text", "bad"))
+        return engine_pb2.PrepareResponse(prepare_id=request.prepare_id, refused=status)
+    item = engine_pb2.PreparedItem(token_ids=[1], parameters=types_pb2.ResolvedParameters(max_new_tokens=1))
+    return engine_pb2.PrepareResponse(prepare_id=request.prepare_id, items=[item])
+
+
+async def preparing(requests: Requests) -> AsyncIterator[engine_pb2.ExecuteResponse]:
+    """Answers what is to be prepared, the last one first."""
+    yield WELCOME
+    async for request in requests:
+        yield engine_pb2.ExecuteResponse(prepared=map(prepared, reversed(request.prepares)))
+
+
+async def dying(requests: Requests) -> AsyncIterator[engine_pb2.ExecuteResponse]:
+    """Ends where it should prepare something."""
+    yield WELCOME
+    async for request in requests:
+        if request.prepares:
+            return
+
+
+async def test_what_is_to_be_prepared_leaves_together(tmp_path: Path) -> None:
+    """Each is answered by itself, beside one that is refused, and one that nobody waits for any more."""
+    service = Service(preparing)
+    async with linked(tmp_path, service) as (link, listener, _):
+        await listener.hears("up")
+        asking = [asyncio.create_task(link.prepare(asked(text), 30.0)) for text in ("a", "bad", "left", "b")]
+        await asyncio.sleep(0)
+        asking[2].cancel()
+        done = await asyncio.gather(*asking, return_exceptions=True)
+
+        assert [type(each) for each in done] == [
+            engine_pb2.PrepareResponse,
+            errors.InvalidRequest,
+            asyncio.CancelledError,
+            engine_pb2.PrepareResponse,
+        ]
+        sent = [[each.items[0].text for each in request.prepares] for request in service.requests[1:]]
+        assert sent == [["a", "bad", "b"]]
+
+
+async def test_a_stream_that_ends_while_it_prepares(tmp_path: Path) -> None:
+    """Everybody who waits is told to come back; the next stream prepares again."""
+    async with linked(tmp_path, Service(dying, preparing)) as (link, listener, _):
+        await listener.hears("up")
+        for error in await asyncio.gather(*(failing(link.prepare(asked(text), None)) for text in "ab")):
+            assert (type(error), error.retry_after) == (errors.EngineUnavailable, 1.0)
+        await listener.hears("up", "down: DISCONNECTED", "up")
+        assert (await link.prepare(asked("a"), None)).items
+
+
 async def test_a_lost_stream_is_opened_again(tmp_path: Path) -> None:
     """Whatever ends it, the listener is told once that it is down, and the next one is up."""
     service = Service(closing, refusing(errors.OutOfOrder("no"), after_welcome=True), endless)
@@ -292,21 +350,6 @@ def test_an_engine_that_holds_nothing(missing: str) -> None:
     description.capacity.ClearField(missing)  # type: ignore[arg-type]
     with pytest.raises(errors.ProtocolViolation):
         check_description(description)
-
-
-def test_a_preparation_that_cannot_be_numbered() -> None:
-    """As many items as were asked for, each with tokens and room for an answer."""
-    good = engine_pb2.PreparedItem(token_ids=[1], parameters=types_pb2.ResolvedParameters(max_new_tokens=1))
-    check_prepared(engine_pb2.PrepareResponse(items=[good] * 2), 2)
-    for bad in (
-        None,
-        engine_pb2.PrepareResponse(items=[good]),
-        engine_pb2.PrepareResponse(items=[good] * 3),
-        engine_pb2.PrepareResponse(items=[good, engine_pb2.PreparedItem(token_ids=[1])]),
-        engine_pb2.PrepareResponse(items=[good, engine_pb2.PreparedItem(parameters=good.parameters)]),
-    ):
-        with pytest.raises(errors.ProtocolViolation):
-            check_prepared(bad, 2)
 
 
 async def test_a_refusal_before_hello_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,12 @@ class PrepareRequest(_message.Message):
 
     ITEMS_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    PREPARE_ID_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    prepare_id: _builtins.int
+    """Over Execute: names the request in its answer; unique in the stream, never 0."""
+    traceparent: _builtins.str
+    """Over Execute: the span that it belongs to, as W3C's traceparent. Empty: none."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Item]: ...
     @_builtins.property
@@ -134,10 +140,12 @@ class PrepareRequest(_message.Message):
         *,
         items: _abc.Iterable[_types_pb2.Item] | None = ...,
         parameters: _types_pb2.Parameters | None = ...,
+        prepare_id: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "parameters", b"parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "parameters", b"parameters", "prepare_id", b"prepare_id", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -149,21 +157,31 @@ class PrepareResponse(_message.Message):
 
     ITEMS_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    PREPARE_ID_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     model_digest: _builtins.bytes
     """Over the fingerprint's fields model, weights, tokenizer and template (docs/protocol.md)."""
+    prepare_id: _builtins.int
+    """Over Execute: that of the request."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreparedItem]:
         """In the order of the items."""
+
+    @_builtins.property
+    def refused(self) -> _status_pb2.Status:
+        """Over Execute, and in place of the rest: what the call would have failed with."""
 
     def __init__(
         self,
         *,
         items: _abc.Iterable[Global___PreparedItem] | None = ...,
         model_digest: _builtins.bytes = ...,
+        prepare_id: _builtins.int = ...,
+        refused: _status_pb2.Status | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["refused", b"refused"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "model_digest", b"model_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "model_digest", b"model_digest", "prepare_id", b"prepare_id", "refused", b"refused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -245,13 +263,16 @@ Global___GetTokenizerResponse: _TypeAlias = GetTokenizerResponse  # noqa: Y015
 
 @_typing.final
 class ExecuteRequest(_message.Message):
-    """Sidecar to service. Within a message: hello, then submits in their order, then cancels."""
+    """Sidecar to service. Within a message: hello, then submits in their order, then cancels;
+    what is to be prepared has no order.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HELLO_FIELD_NUMBER: _builtins.int
     SUBMITS_FIELD_NUMBER: _builtins.int
     CANCELS_FIELD_NUMBER: _builtins.int
+    PREPARES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """In the first message, and only there."""
@@ -262,16 +283,21 @@ class ExecuteRequest(_message.Message):
     def cancels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """run_ids; unknown and ended ones are ignored."""
 
+    @_builtins.property
+    def prepares(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrepareRequest]:
+        """Short ones, without a response_format; each is answered, in whatever order."""
+
     def __init__(
         self,
         *,
         hello: Global___Hello | None = ...,
         submits: _abc.Iterable[Global___Submit] | None = ...,
         cancels: _abc.Iterable[_builtins.int] | None = ...,
+        prepares: _abc.Iterable[Global___PrepareRequest] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancels", b"cancels", "hello", b"hello", "submits", b"submits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancels", b"cancels", "hello", b"hello", "prepares", b"prepares", "submits", b"submits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -379,6 +405,7 @@ class ExecuteResponse(_message.Message):
 
     WELCOME_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
+    PREPARED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """In the first message, and again whenever the description changes (a grade was lost)."""
@@ -387,15 +414,18 @@ class ExecuteResponse(_message.Message):
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunEvent]:
         """What happened to many runs since the last message; of one run, in order."""
 
+    @_builtins.property
+    def prepared(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrepareResponse]: ...
     def __init__(
         self,
         *,
         welcome: Global___Welcome | None = ...,
         events: _abc.Iterable[Global___RunEvent] | None = ...,
+        prepared: _abc.Iterable[Global___PrepareResponse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "prepared", b"prepared", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -75,7 +75,8 @@ class EngineServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Prepare(self, request, context):
-        """Turns items into token ids and resolved parameters, or refuses with field paths. Runs nothing.
+        """Turns items into token ids and resolved parameters, or refuses with field paths. Runs nothing. Over Execute it costs less, but
+        what takes long there keeps the runs waiting.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,7 +37,9 @@ class EngineStub:
     Describe: _grpc.UnaryUnaryMultiCallable[_engine_pb2.DescribeRequest, _engine_pb2.DescribeResponse]
     """What runs here. UNAVAILABLE until the model is loaded and the self-test is done."""
     Prepare: _grpc.UnaryUnaryMultiCallable[_engine_pb2.PrepareRequest, _engine_pb2.PrepareResponse]
-    """Turns items into token ids and resolved parameters, or refuses with field paths. Runs nothing."""
+    """Turns items into token ids and resolved parameters, or refuses with field paths. Runs nothing. Over Execute it costs less, but
+    what takes long there keeps the runs waiting.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
     GetTokenizer: _grpc.UnaryStreamMultiCallable[_engine_pb2.GetTokenizerRequest, _engine_pb2.GetTokenizerResponse]
     """A zip of Hugging Face's tokenizer.json and tokenizer_config.json, for gateways. UNIMPLEMENTED for a model that has no such form."""
@@ -54,7 +56,9 @@ class EngineAsyncStub(EngineStub):
     Describe: _aio.UnaryUnaryMultiCallable[_engine_pb2.DescribeRequest, _engine_pb2.DescribeResponse]  # type: ignore[assignment]
     """What runs here. UNAVAILABLE until the model is loaded and the self-test is done."""
     Prepare: _aio.UnaryUnaryMultiCallable[_engine_pb2.PrepareRequest, _engine_pb2.PrepareResponse]  # type: ignore[assignment]
-    """Turns items into token ids and resolved parameters, or refuses with field paths. Runs nothing."""
+    """Turns items into token ids and resolved parameters, or refuses with field paths. Runs nothing. Over Execute it costs less, but
+    what takes long there keeps the runs waiting.
+    """
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
     GetTokenizer: _aio.UnaryStreamMultiCallable[_engine_pb2.GetTokenizerRequest, _engine_pb2.GetTokenizerResponse]  # type: ignore[assignment]
     """A zip of Hugging Face's tokenizer.json and tokenizer_config.json, for gateways. UNIMPLEMENTED for a model that has no such form."""
@@ -80,7 +84,9 @@ class EngineServicer(metaclass=_abc_1.ABCMeta):
         request: _engine_pb2.PrepareRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_engine_pb2.PrepareResponse, _abc.Awaitable[_engine_pb2.PrepareResponse]]:
-        """Turns items into token ids and resolved parameters, or refuses with field paths. Runs nothing."""
+        """Turns items into token ids and resolved parameters, or refuses with field paths. Runs nothing. Over Execute it costs less, but
+        what takes long there keeps the runs waiting.
+        """
 
     @_abc_1.abstractmethod
     def Tokenize(
