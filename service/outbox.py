@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 
 from ostinato.errors import SlowReader
+from ostinato.serving.turns import still
 from ostinato.v1 import engine_pb2
 
 
@@ -75,7 +76,7 @@ class Outbox:
         """Everything that waits, as far as it fits one message, as soon as anything does. None: closed, and all is written."""
         while True:
             await self._bell.wait()
-            await asyncio.sleep(0)  # what happens in this turn of the loop leaves together
+            await still(lambda: self._bytes)
             if self._error is not None:
                 raise self._error
             if self._events or self._welcome is not None:

@@ -35,7 +35,9 @@ class Sources:
     item_path: str
 
     def merged(self) -> types_pb2.Parameters:
-        """Field by field: an item's replaces the batch's."""
+        """Field by field: an item's replaces the batch's. To be read only."""
+        if not self.item.ListFields():
+            return self.batch
         merged = types_pb2.Parameters()
         merged.CopyFrom(self.batch)
         for field, _ in self.item.ListFields():

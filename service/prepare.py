@@ -99,6 +99,8 @@ class Preparer:
 
     def _judge(self, given: types_pb2.Parameters, path: str) -> list[Violation]:
         """What is wrong with these by themselves, by the engine's judgement too."""
+        if not given.ListFields():
+            return []
         found = list(problems(given, path, self.limits, self.lexicon, self.prompts.vocabulary.size))
         where = f"{path}.response_format"
         if given.HasField("response_format") and not any(violation.field.startswith(where) for violation in found):

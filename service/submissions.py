@@ -6,7 +6,6 @@ tokens, a smaller context than when it was recorded) fails by itself, and its ne
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,8 @@ from ostinato.v1 import engine_pb2
 from service.limits import Limits
 
 PURPOSES = frozenset(engine_pb2.Purpose.values()) - {engine_pb2.PURPOSE_UNSPECIFIED}
+_FLOATS = (("temperature", 100.0, True), ("min_p", 1.0, True), ("top_p", 1.0, False), ("repetition_penalty", 10.0, False))
+"""The most that each may be, and whether it may be nothing."""
 REMEMBERED = 65_536
 """How many run ids a stream remembers, to find one that is used again."""
 
@@ -73,10 +74,9 @@ def _unfit(submit: engine_pb2.Submit, limits: Limits, vocabulary_size: int) -> I
         yield "parameters.top_k", f"is above {limits.top_k_max}"
     if given.logprobs > limits.logprobs_max:
         yield "parameters.logprobs", f"is above {limits.logprobs_max}"
-    bounds = {"temperature": (given.temperature, 100.0), "min_p": (given.min_p, 1.0)}
-    above_zero = {"top_p": (given.top_p, 1.0), "repetition_penalty": (given.repetition_penalty, 10.0)}
-    for name, (value, most) in (bounds | above_zero).items():
-        if math.isnan(value) or not 0 <= value <= most or (name in above_zero and not value):
+    for name, most, zero in _FLOATS:
+        value: float = getattr(given, name)
+        if not 0 <= value <= most or not (value or zero):  # so NaN is neither
             yield f"parameters.{name}", f"{value} is out of bounds"
     for name in ("stop_token_ids", "bad_token_ids"):
         if any(token_id >= vocabulary_size for token_id in getattr(given, name)):

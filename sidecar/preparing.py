@@ -70,9 +70,9 @@ class Preparing:
             raise answered
         return answered
 
-    def __bool__(self) -> bool:
-        """Whether something is to be sent, or was until nobody waited for it."""
-        return bool(self._unsent)
+    def __len__(self) -> int:
+        """Those to be sent, with some that nobody waits for any more."""
+        return len(self._unsent)
 
     def take(self, bytes_max: int) -> Iterator[engine_pb2.PrepareRequest]:
         """The next ones that somebody waits for, until there are so many bytes of them."""

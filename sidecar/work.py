@@ -20,6 +20,7 @@ from sidecar.results import ended_payload, outcome_kind
 from sidecar.sampling import sampling
 from sidecar.spans import ItemSpans
 
+GRADES = frozenset(types_pb2.Grade.values())
 LEFT_SECONDS = 1.0
 """After which it makes sense to ask for what a drain left unfinished."""
 
@@ -168,7 +169,7 @@ class Work:
             raise ValueError(f"an output of seed {output.seed}, not {given.seed}")
         if len(output.token_ids) > given.parameters.max_new_tokens or max(output.token_ids, default=0) >= vocabulary_size:
             raise ValueError("an output of too many tokens, or of tokens that do not exist")
-        if output.grade not in types_pb2.Grade.values():
+        if output.grade not in GRADES:
             raise ValueError(f"grade {output.grade} is none")
 
     def _tell(self, restarted: generation_pb2.Restarted | None, run: generation_pb2.TokenRun | None) -> None:

@@ -37,6 +37,11 @@ class Reruns:
         """By run_id."""
 
     @property
+    def wait(self) -> bool:
+        """Whether any does."""
+        return any(self.waiting.values())
+
+    @property
     def room(self) -> bool:
         """Whether one more replay may wait."""
         return len(self.waiting[ev.Urgency.REPLAY]) < self.bounds.reruns_max

@@ -56,7 +56,8 @@ class Sequencer:
     def step(self, event: ev.Event, now: float) -> list[do.Effect]:
         """The effects of one event, in the order in which they are to be performed."""
         effects = list(self._react(event, now))
-        effects.extend(self._submit_what_fits(now))
+        if self.waiting or self.reruns.wait:
+            effects.extend(self._submit_what_fits(now))
         if self.draining and not self._drained and not self.items and not self._batches.numbering:
             self._drained = True
             effects.append(do.Drained())

@@ -10,6 +10,7 @@
     server       a gRPC server: start, health, stop
     addresses    where it listens, and why it cannot
     standard     gRPC's own services beside ours, and how they end
+    turns        what leaves together
     program      one event loop, signals, exit codes
     probe        health, asked by a command
 

@@ -12,6 +12,7 @@ Nothing else: a supervisor can tell a drained program from one that was not, and
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -24,6 +25,8 @@ from ostinato import tracing
 
 DRAINED, FAILED, BAD_CONFIGURATION = 0, 1, 2
 STOPS = (signal.SIGTERM, signal.SIGINT)
+OBJECTS_MAX = 10_000
+"""New ones until the garbage collector looks at them, not Python's 700: 64 items are thousands, and no cycle."""
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +47,8 @@ def run(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
     threads and all. The other one does not: a hook may ask by SIGINT before a supervisor does by SIGTERM, and both mean the one
     drain.
     """
+    gc.freeze()  # what was imported stays, and need not be looked at again and again
+    gc.set_threshold(OBJECTS_MAX)
     try:
         return asyncio.run(_supervised(main))
     except StartupError as error:
