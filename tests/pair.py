@@ -30,15 +30,15 @@ atexit.register(shutil.rmtree, PROOFS, ignore_errors=True)
 class Program:
     """`python -m NAME`, its log kept line by line."""
 
-    def __init__(self, name: str, args: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, name: str, args: Sequence[str], env: Mapping[str, str] | None = None, root: Path = ROOT) -> None:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("OSTINATO_")}
-        path = os.pathsep.join([str(ROOT), str(ROOT / "proto")])
+        path = os.pathsep.join([str(root), str(root / "proto")])
         self.name = name
         self.lines: list[str] = []
         self._records: list[dict[str, object]] = []
         self._process = subprocess.Popen(
             [sys.executable, "-m", name, *args],
-            cwd=ROOT,
+            cwd=root,
             env={**inherited, "PYTHONPATH": path, **(env or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -103,7 +103,9 @@ class Pair:
         sidecar: Sequence[str] = (),
         engine: str = "scripted",
         state: Path | None = None,
+        root: Path = ROOT,
     ) -> None:
+        """`root`: the checkout whose programs they are."""
         self.folder = Path(tempfile.mkdtemp(prefix="ostinato-"))
         self.metrics_address = "127.0.0.1:0"
         self.second_runs = ["--audit-rate", "0", "--canary-seconds", "0"]
@@ -111,6 +113,7 @@ class Pair:
         self.env: dict[str, str] = {}
         """More than this process has, for both programs."""
         self._temporary = self.folder
+        self._root = root
         self._state = state or self.folder / "state"
         if state is None:
             self._state.mkdir()
@@ -159,7 +162,7 @@ class Pair:
                 program.stop()
 
     def _start(self, name: str, args: list[str], extra: list[str]) -> Program:
-        program = Program(name, [*args, "--log-format", "json", *extra], self.env)
+        program = Program(name, [*args, "--log-format", "json", *extra], self.env, self._root)
         self.programs.append(program)
         return program
 

@@ -41,7 +41,9 @@ def machine() -> str:
     )
 
 
-async def measured(what: list[str], rounds: int, seconds: float, items: int, *, llama: bool) -> list[Table]:
+async def measured(
+    what: list[str], rounds: int, seconds: float, items: int, *, llama: bool, beside: Path | None = None
+) -> list[Table]:
     """The tables, in order."""
     tables = []
     for name in what:
@@ -49,7 +51,7 @@ async def measured(what: list[str], rounds: int, seconds: float, items: int, *, 
             case "overhead":
                 tables.append(await overhead.measure(rounds, seconds))
             case "door":
-                tables += await door.measure(rounds, seconds)
+                tables += await door.measure(rounds, seconds, beside)
             case "crowd":
                 tables.append(await crowd.measure())
             case "audits":
@@ -86,6 +88,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of each case; the median counts")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each round, where a round is a loop")
     parser.add_argument("--items", type=int, default=memory.ITEMS, help="for memory and bulk")
+    parser.add_argument("--beside", type=Path, help="for door: another checkout, measured in the same rounds")
     parser.add_argument("--no-llama", action="store_true", help="leave the llama engine out")
     parser.add_argument("--write", type=Path, help="a page with marks, between which the tables are to stand")
     given = parser.parse_args()
@@ -94,7 +97,9 @@ def main() -> None:
         parser.error(f"{', '.join(sorted(unknown))}: there is {', '.join(WHAT)}")
     console, where = Console(width=None if sys.stdout.isatty() else 140), machine()
     console.print(where)
-    tables = asyncio.run(measured(given.what or list(WHAT), given.rounds, given.seconds, given.items, llama=not given.no_llama))
+    what, llama = given.what or list(WHAT), not given.no_llama
+    measuring = measured(what, given.rounds, given.seconds, given.items, llama=llama, beside=given.beside)
+    tables = asyncio.run(measuring)
     for table in tables:
         table.show(console)
     if given.write:

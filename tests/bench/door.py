@@ -5,43 +5,60 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 from ostinato.client import Client
 
 from tests.bench.loop import Round, closed_loop, middle, summary
 from tests.bench.overhead import PROMPT, TOKENS, Direct, Seen, Way, one_round, unary
 from tests.bench.table import Table, count, median, millis
-from tests.pair import Pair, Program
+from tests.pair import ROOT, Pair, Program
 
 PACES = (50, 200, 500)
 FAN_ITEMS, FAN_TOKENS = 64, 256
 """Of a streamed request."""
 
 
-async def measure(rounds: int, seconds: float) -> list[Table]:
-    """All in turn; the engine alone is driven over an Execute stream of another service."""
-    with Pair() as through, Pair() as alone:
-        await asyncio.to_thread(through.start)
+async def measure(rounds: int, seconds: float, beside: Path | None) -> list[Table]:
+    """All in turn; the engine alone is driven over an Execute stream of another service. `beside`: another checkout, whose
+    programs are driven by the same client, in the same rounds."""
+    async with AsyncExitStack() as stack:
+        through = await _pair(stack, ROOT)
+        alone = stack.enter_context(Pair())
         bare: Program = await asyncio.to_thread(alone.start_service)
         await asyncio.to_thread(bare.wait_for, "serving")
-        assert through.service is not None and through.sidecar is not None
-        programs = through.service, through.sidecar
-        async with AsyncExitStack() as stack:
-            client = await stack.enter_async_context(Client(through.target))
-            direct = await stack.enter_async_context(Direct(alone.engine_address))
-            engine = Way("engine alone", lambda: direct.run(stream=False), bare)
-            single = Way("single items", lambda: unary(client, 1), *programs)
-            await closed_loop(8, 0.5, engine.request)
-            await closed_loop(8, 0.5, single.request)
-            paced = await _paces(engine, single, rounds, seconds)
-            most = (
-                (single, 64),
-                (Way("batches of 64", lambda: unary(client, 64), *programs, items=64), 8),
-                (Way(f"streams of {FAN_ITEMS} items", lambda: _fan(client), *programs, items=FAN_ITEMS), 4),
-            )
-            return [paced, await _saturation(most, rounds, seconds)]
+        direct = await stack.enter_async_context(Direct(alone.engine_address))
+        engine = Way("engine alone", lambda: direct.run(stream=False), bare)
+        await closed_loop(8, 0.5, engine.request)
+        single, *_ = ways = await _ways(stack, through, "")
+        paced = await _paces(engine, single[0], rounds, seconds)
+        if beside is not None:
+            others = await _ways(stack, await _pair(stack, beside), ", beside")
+            ways = [way for both in zip(others, ways, strict=True) for way in both]
+        return [paced, await _saturation(ways, rounds, seconds)]
+
+
+async def _pair(stack: AsyncExitStack, root: Path) -> Pair:
+    pair = stack.enter_context(Pair(root=root))
+    await asyncio.to_thread(pair.start)
+    return pair
+
+
+async def _ways(stack: AsyncExitStack, pair: Pair, mark: str) -> list[tuple[Way, int]]:
+    """What is sent through a pair, and by how many clients."""
+    assert pair.service is not None and pair.sidecar is not None
+    client, programs = await stack.enter_async_context(Client(pair.target)), (pair.service, pair.sidecar)
+    ways = [
+        (Way(f"single items{mark}", lambda: unary(client, 1), *programs), 64),
+        (Way(f"single items{mark}", lambda: unary(client, 1), *programs), 1),
+        (Way(f"batches of 64{mark}", lambda: unary(client, 64), *programs, items=64), 8),
+        (Way(f"streams of {FAN_ITEMS} items{mark}", lambda: _fan(client), *programs, items=FAN_ITEMS), 4),
+    ]
+    for way, _ in ways:
+        await closed_loop(8, 0.3, way.request)
+    return ways
 
 
 async def _fan(client: Client) -> None:
@@ -84,19 +101,21 @@ async def _paces(engine: Way, single: Way, rounds: int, seconds: float) -> Table
     return table
 
 
-async def _saturation(most: tuple[tuple[Way, int], ...], rounds: int, seconds: float) -> Table:
-    note = f"{TOKENS} tokens an item; {FAN_TOKENS} where they are streamed, each token as soon as it is made."
-    columns = ["", "clients", "items/s", "tokens/s", "sidecar ms/item", "sidecar µs/token", "service ms/item"]
+async def _saturation(ways: Sequence[tuple[Way, int]], rounds: int, seconds: float) -> Table:
+    note = (
+        f"{TOKENS} tokens an item; {FAN_TOKENS} where they are streamed, each token as soon as it is made. Processor time is "
+        "that of all three programs, the client's with them."
+    )
+    columns = ["", "clients", "items/s", "tokens/s", "sidecar ms/item", "service ms/item", "client ms/item", "all, ms/item"]
     table = Table("The most that passes", columns, note)
-    seen: dict[str, list[Seen]] = {}
-    for _ in range(rounds):
-        for way, clients in most:
-            seen.setdefault(way.name, []).append(await one_round(way, clients, seconds))
-    for way, clients in most:
-        tokens = FAN_TOKENS if "streams" in way.name else TOKENS
-        items = median([each.loop.per_second for each in seen[way.name]])
-        sidecar = median([each.sidecar or 0.0 for each in seen[way.name]])
-        service = median([each.service for each in seen[way.name]])
-        cells = [count(items), count(items * tokens), millis(sidecar), f"{sidecar / tokens * 1e6:.3g}", millis(service)]
+    seen: dict[tuple[str, int], list[Seen]] = {}
+    for number in range(rounds):
+        for way, clients in ways[:: -1 if number % 2 else 1]:
+            seen.setdefault((way.name, clients), []).append(await one_round(way, clients, seconds))
+    for way, clients in ways:
+        own, tokens = seen[way.name, clients], FAN_TOKENS if "streams" in way.name else TOKENS
+        items = median([each.loop.per_second for each in own])
+        costs = [median([getattr(each, name) for each in own]) for name in ("sidecar", "service", "client")]
+        cells = [count(items), count(items * tokens), *map(millis, costs), millis(sum(costs))]
         table.rows.append([way.name, str(clients), *cells])
     return table

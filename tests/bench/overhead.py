@@ -104,6 +104,7 @@ class Seen:
     loop: Round
     sidecar: float | None
     service: float
+    client: float
 
 
 async def measure(rounds: int, seconds: float) -> Table:
@@ -145,11 +146,12 @@ Loop = Callable[[int, float, Callable[[], Awaitable[object]]], Awaitable[Round]]
 async def one_round(way: Way, clients: int, seconds: float, run: Loop = closed_loop) -> Seen:
     """A loop of one way. `clients` is whatever the loop takes first."""
     programs = [program for program in (way.service, way.sidecar) if program is not None]
-    before, began = [processor_seconds(program) for program in programs], time.perf_counter()
+    before, began, client = [processor_seconds(program) for program in programs], time.perf_counter(), time.process_time()
     loop = await run(clients, seconds, way.request)
+    client = time.process_time() - client
     items = loop.per_second * (time.perf_counter() - began) * way.items
     service, *sidecar = ((processor_seconds(each) - first) / items for each, first in zip(programs, before, strict=True))
-    return Seen(replace(loop, per_second=loop.per_second * way.items), sidecar[0] if sidecar else None, service)
+    return Seen(replace(loop, per_second=loop.per_second * way.items), sidecar[0] if sidecar else None, service, client / items)
 
 
 def processor_seconds(program: Program) -> float:
