@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import NamedTuple
 
@@ -15,6 +16,24 @@ from ostinato.client import Client
 from ostinato.v1 import generation_pb2
 
 Outcome = generation_pb2.GenerateResponse | errors.OstinatoError
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked, and how."""
+
+    prompts: Callable[[], Iterator[Prompt]]
+    """From the beginning each time."""
+    common: generation_pb2.GenerateRequest
+    """All but the prompts."""
+    batch: int
+    concurrency: int
+    progress: bool | None
+    max_response_bytes: int
+
+    async def size(self, client: Client, timeout: float | None) -> int:
+        """Of a batch: `batch`, or the model's limit."""
+        return min(self.batch, (await client.model(timeout=timeout)).limits.batch_items_max or self.batch)
 
 
 class Batch(NamedTuple):

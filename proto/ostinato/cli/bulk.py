@@ -12,7 +12,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, closing
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from typing import Any
 from ostinato import digest, errors
 from ostinato.cli import show
 from ostinato.cli.answers import Answers
-from ostinato.cli.batches import Batch, batches, outcomes
-from ostinato.cli.prompts import Prompt
+from ostinato.cli.batches import Asked, Batch, batches, outcomes
 from ostinato.cli.session import Session
 from ostinato.client import Client
 from ostinato.v1 import generation_pb2
@@ -29,41 +27,27 @@ from ostinato.v1 import generation_pb2
 NAME_BYTES_MAX = 128
 
 
-@dataclass(frozen=True, slots=True)
-class Bulk:
-    """What is asked, and where the answers go."""
-
-    prompts: Callable[[], Iterator[Prompt]]
-    """The file, from its beginning each time."""
-    common: generation_pb2.GenerateRequest
-    """Its key is the run's name."""
-    output: Path
-    batch: int
-    concurrency: int
-    progress: bool | None
-    max_response_bytes: int
-
-
 def run_name(key: str, file: Path) -> str:
     """Of a run that asks for this file."""
     return key or file.name.encode()[:NAME_BYTES_MAX].decode(errors="ignore")
 
 
-async def bulk(session: Session, wanted: Bulk, total: int) -> bool:
-    """Answers what is not answered, and sums it up. Whether every prompt has an output, and no second run differed."""
+async def bulk(session: Session, wanted: Asked, total: int, output: Path) -> bool:
+    """Answers what is not answered, and sums it up. Whether every prompt has an output, and no second run differed. The key is
+    the run's name."""
     tally = Tally()
-    with closing(Answers(wanted.output)) as answers:
+    with closing(Answers(output)) as answers:
         try:
             async with session.client(wanted.max_response_bytes) as client:
                 with show.progress("generate", total, wanted.progress) as done:
                     await _run(client, session, wanted, answers, tally, done)
         except OSError as error:
-            show.note(f"error: {wanted.output}: {error.strerror}")
+            show.note(f"error: {output}: {error.strerror}")
         except (asyncio.CancelledError, errors.OstinatoError):
-            _interrupted(wanted, tally, total)
+            _interrupted(output, tally, total)
             raise
     if tally.items < total:
-        _interrupted(wanted, tally, total)
+        _interrupted(output, tally, total)
         return False
     if session.json:
         show.as_json(tally.summary())
@@ -73,9 +57,9 @@ async def bulk(session: Session, wanted: Bulk, total: int) -> bool:
 
 
 async def _run(
-    client: Client, session: Session, wanted: Bulk, answers: Answers, tally: Tally, done: Callable[[int], None]
+    client: Client, session: Session, wanted: Asked, answers: Answers, tally: Tally, done: Callable[[int], None]
 ) -> None:
-    size = min(wanted.batch, (await client.model(timeout=session.timeout)).limits.batch_items_max or wanted.batch)
+    size = await wanted.size(client, session.timeout)
 
     def key(number: int, request: generation_pb2.GenerateRequest) -> str:
         first = (number - 1) * size + 1
@@ -121,8 +105,8 @@ async def _newest(client: Client, session: Session) -> int | None:
         return None
 
 
-def _interrupted(wanted: Bulk, tally: Tally, total: int) -> None:
-    show.note(f"interrupted: {tally.items} of {total} answers are in {wanted.output}; the same command goes on")
+def _interrupted(output: Path, tally: Tally, total: int) -> None:
+    show.note(f"interrupted: {tally.items} of {total} answers are in {output}; the same command goes on")
 
 
 def _said(value: Any) -> str:

@@ -13,8 +13,8 @@ import typer
 
 from ostinato import requests
 from ostinato.cli import files, options, prompts, show
-from ostinato.cli.batches import batches, outcomes
-from ostinato.cli.bulk import Bulk, bulk, run_name
+from ostinato.cli.batches import Asked, batches, outcomes
+from ostinato.cli.bulk import bulk, run_name
 from ostinato.cli.prompts import Prompt
 from ostinato.cli.session import Session, usage
 from ostinato.cli.stream import stream_one
@@ -50,12 +50,10 @@ def generate(
     """
     with usage():
         common = requests.batch(types_pb2.Item(), key, request_id, require_grade, options.sampling(sampling), verify=verify)
-    source = partial(_read, texts or [], file, n, chat)
+    asked = Asked(partial(_read, texts or [], file, n, chat), common, batch, concurrency, progress, max_response_bytes)
     if output is not None:
-        return _bulk(
-            session, file, Bulk(source, common, output, batch, concurrency, progress, max_response_bytes), texts, stream
-        )
-    wanted = list(source())
+        return _bulk(session, asked, output, file, alone=not texts and not stream)
+    wanted = list(asked.prompts())
     if not wanted:
         raise typer.BadParameter(NO_PROMPT)
     if stream:
@@ -63,42 +61,31 @@ def generate(
             raise typer.BadParameter(f"--stream: shows one prompt, not {len(wanted)}")
         common.items[0].CopyFrom(wanted[0].item)
         return stream_one(session, common, max_response_bytes)
-    return _generate(session, wanted, common, batch, concurrency, progress, max_response_bytes)
+    return _generate(session, wanted, asked)
 
 
-def _bulk(
-    session: Session, file: Path | None, wanted: Bulk, texts: list[str] | None, stream: bool
-) -> Coroutine[Any, Any, bool]:
+def _bulk(session: Session, asked: Asked, output: Path, file: Path | None, *, alone: bool) -> Coroutine[Any, Any, bool]:
     """After a first look at every line: what is wrong with one is said before anything is sent."""
-    if file is None or str(file) == files.STDIN or texts or stream:
+    if file is None or str(file) == files.STDIN or not alone:
         raise typer.BadParameter("--output: takes the prompts of --file, which is read twice, and of nothing else")
-    wanted.common.idempotency_key = run_name(wanted.common.idempotency_key, file)
-    total = sum(1 for _ in wanted.prompts())
+    asked.common.idempotency_key = run_name(asked.common.idempotency_key, file)
+    total = sum(1 for _ in asked.prompts())
     if not total:
         raise typer.BadParameter(NO_PROMPT)
-    return bulk(session, wanted, total)
+    return bulk(session, asked, total, output)
 
 
-async def _generate(
-    session: Session,
-    wanted: Sequence[Prompt],
-    common: generation_pb2.GenerateRequest,
-    batch: int,
-    concurrency: int,
-    progress: bool | None,
-    max_response_bytes: int,
-) -> bool:
+async def _generate(session: Session, wanted: Sequence[Prompt], asked: Asked) -> bool:
     """Sends the prompts and prints their results, in order. Whether every item has an output."""
     results: list[types_pb2.Result] = []
-    async with session.client(max_response_bytes) as client:
-        if len(wanted) > 1:
-            batch = min(batch, (await client.model(timeout=session.timeout)).limits.batch_items_max or batch)
-        source = batches(wanted, common, batch, partial(_key, common.idempotency_key))
-        answered = outcomes(client, session.timeout, source, concurrency)
+    common = asked.common
+    async with session.client(asked.max_response_bytes) as client:
+        size = await asked.size(client, session.timeout) if len(wanted) > 1 else 1
+        source = batches(wanted, common, size, partial(_key, common.idempotency_key))
+        answered = outcomes(client, session.timeout, source, asked.concurrency)
         try:
-            with show.progress(
-                "generate", len(wanted), False if len(wanted) <= batch and progress is None else progress
-            ) as done:
+            one = len(wanted) <= size  # request: there is nothing between its beginning and its end
+            with show.progress("generate", len(wanted), False if one and asked.progress is None else asked.progress) as done:
                 async with aclosing(answered):
                     async for _, response in answered:
                         results.extend(response.results)

@@ -77,8 +77,6 @@ class Library:
         text: bytes = self._c.llama_print_system_info()
         return " ".join(part.strip().removesuffix(" = 1") for part in text.decode().split(":", 1)[-1].split("|")).strip()
 
-    # Models
-
     def load(self, path: Path, *, vocabulary_only: bool = False) -> int:
         """A model. Raises EngineUnusable with what llama.cpp says against it."""
         params = self._c.llama_model_default_params()
@@ -103,8 +101,6 @@ class Library:
     def template(self, model: int) -> str | None:
         text: bytes | None = self._c.llama_model_chat_template(model, None)
         return None if text is None else text.decode()
-
-    # Vocabularies
 
     def vocabulary(self, model: int) -> int:
         """It lives as long as the model."""
@@ -144,8 +140,6 @@ class Library:
                 return [int(token_id) for token_id in buffer[:count]]
             room = -count
 
-    # Contexts
-
     def new_context(self, model: int, *, tokens: int, runs: int, batch: int, ubatch: int, threads: int, kv: str) -> int:
         """Room for `runs` sequences of `tokens` each, decoded at most `batch` rows at once. Raises EngineUnusable.
 
@@ -177,8 +171,6 @@ class Library:
     def forget(self, context: int, sequence: int) -> None:
         """Free what the context holds of a sequence."""
         self._c.llama_memory_seq_rm(self._c.llama_get_memory(context), sequence, -1, -1)
-
-    # Samplers
 
     def chain(self, *, top_k: int, top_p: float, min_p: float, temperature: float, seed: int) -> int:
         """A sampler of these, in this order, then a draw; at temperature 0 of nothing but the likeliest. `seed` is below
