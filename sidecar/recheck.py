@@ -48,16 +48,8 @@ class Record:
 
     def side(self, fingerprints: Fingerprints) -> Side:
         """The recorded run."""
-        return Side(
-            self.output,
-            self.completed.input_digest,
-            self.completed.fingerprint_digest,
-            writer=self.completed.writer,
-            sequence=self.completed.sequence,
-            company=self.company,
-            sampling=sampling(self.input.parameters),
-            fingerprint_fields=fingerprints.fields(self.completed.fingerprint_digest),
-        )
+        fields = fingerprints.fields(self.completed.fingerprint_digest)
+        return Side.recorded(self.completed, self.output, fields, self.company, sampling(self.input.parameters))
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,14 +118,7 @@ class _Elsewhere:
             raise errors.from_status(result.status)
         made = result.receipt.header
         comparison = compare(
-            Side(
-                record.result.output,
-                outcome.input_digest,
-                outcome.fingerprint_digest,
-                writer=outcome.writer,
-                sequence=outcome.sequence,
-                fingerprint_fields=record.fingerprint.fields if record.HasField("fingerprint") else None,
-            ),
+            Side.recorded(outcome, record.result.output, record.fingerprint.fields if record.HasField("fingerprint") else None),
             Side(
                 result.output,
                 made.input_digest,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ostinato.digest import output_digest
-from ostinato.v1 import sequencer_pb2, types_pb2
+from ostinato.v1 import types_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +30,14 @@ class Side:
     def recorded(
         cls,
         header: types_pb2.EntryHeader,
-        completed: sequencer_pb2.CompletedPayload,
-        fingerprint_fields: Mapping[str, str] | None = None,
+        output: types_pb2.Output,
+        fingerprint_fields: Mapping[str, str] | None,
+        company: int = 0,
+        sampling: str = "",
     ) -> Side:
         """What a COMPLETED entry holds."""
-        return cls(
-            completed.output,
-            header.input_digest,
-            header.fingerprint_digest,
-            writer=header.writer,
-            sequence=header.sequence,
-            company=completed.company,
-            sampling=completed.sampling,
-            fingerprint_fields=fingerprint_fields,
-        )
+        made_of, made_on = header.input_digest, header.fingerprint_digest
+        return cls(output, made_of, made_on, header.writer, header.sequence, company, sampling, fingerprint_fields)
 
 
 def first_difference(expected: Sequence[object], actual: Sequence[object]) -> int | None:

@@ -187,7 +187,13 @@ class Ledger:
         if not twin.payload:
             first.output.grade, digest = twin.header.grade, twin.header.output_digest
         expected, actual = (
-            Side.recorded(each, completed, self._fingerprints.get(each.fingerprint_digest))
+            Side.recorded(
+                each,
+                completed.output,
+                self._fingerprints.get(each.fingerprint_digest),
+                company=completed.company,
+                sampling=completed.sampling,
+            )
             for each, completed in ((twin.header, first), (header, given))
         )
         payload = sequencer_pb2.CompletedPayload()
