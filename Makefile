@@ -79,7 +79,7 @@ up: $(if $(filter turbomind,$(ENGINE)),,install) ## both programs, until Ctrl-C;
 bench: install ## latency and throughput, with and without the sidecar
 	$(PY) -m tests.bench
 
-sim: install ## thousands of seeds against the seven promises, deaths at every point, losses of power; SEEDS=3000 FIRST=0
+sim: install ## thousands of seeds against the seven promises, deaths at every point on both backends, losses of power; SEEDS=3000 FIRST=0
 	$(PY) -m tests.simulation --seeds $(or $(SEEDS),3000) --first $(or $(FIRST),0)
 	$(PY) -m pytest -m sim
 
