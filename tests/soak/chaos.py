@@ -55,7 +55,7 @@ class Story:
         """Kill these, "service", "sidecar" or "both", one after the other under one load. What was wrong in the end."""
         self.chapters += 1
         since = len(self.record.admitted) + 1
-        source = jobs(self.rng, f"chapter {self.chapters}", keyed_share=keyed_share, repeated_share=0.05)
+        source = jobs(self.rng, f"chapter {self.chapters}", keyed_share=keyed_share, repeated_share=0.2)
         self.load = Load(lambda: self.pair.target, source, f"chapter {self.chapters}")
         running = asyncio.create_task(self.load.run(CLIENTS))
         try:
