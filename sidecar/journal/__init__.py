@@ -1,9 +1,9 @@
 """The journal: what is durable, in one order. Only modules in here know a database.
 
-`ledger` seals drafts into chained entries, purely, and `verify` checks such a chain. `sqlite` keeps them for one sidecar
-(`schema`, `tables` and `reserve` are its parts), `postgres` for many (`postgres_schema`, `postgres_tables`, `database`).
-`committer` decides what is committed together and what waits for room; `grouped` gives it a thread, and is, with `reads`,
-the `Journal` that the rest of the sidecar sees. `mark` finds a journal that lost its end.
+`ledger` seals drafts into chained entries, purely, from what is `known`, and `verify` checks such a chain. `sqlite` keeps
+them for one sidecar (`schema`, `tables` and `reserve` are its parts), `postgres` for many (`postgres_schema`,
+`postgres_tables`, `database`). `committer` decides what is committed together and what waits for room; `grouped` gives it a
+thread, and is, with `reads`, the `Journal` that the rest of the sidecar sees. `mark` finds a journal that lost its end.
 
 For its operator a journal is `Kept` (`keeping`, `transfer`; `sqlite_kept`, `postgres_kept`).
 """

@@ -29,7 +29,8 @@ from sidecar.journal import (
     Unfinished,
 )
 from sidecar.journal.database import Database
-from sidecar.journal.ledger import Known, Ledger, needs
+from sidecar.journal.known import Known, needs
+from sidecar.journal.ledger import Ledger
 from sidecar.journal.mark import check_mark
 from sidecar.journal.postgres_reads import PostgresReads, twice, unusable
 from sidecar.journal.postgres_schema import check, migrate

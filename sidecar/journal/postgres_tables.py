@@ -13,7 +13,8 @@ from ostinato.v1 import types_pb2
 from sidecar.journal import FINGERPRINTS, Binding, Head, ItemEntries, JournalBroken, Sealed, Unfinished
 from sidecar.journal import postgres_queries as sql
 from sidecar.journal.database import Connection
-from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs
+from sidecar.journal.known import Known, Needs
+from sidecar.journal.ledger import NUMBER_MAX, Ledger
 
 
 @dataclass(frozen=True, slots=True)

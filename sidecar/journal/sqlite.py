@@ -28,7 +28,8 @@ from sidecar.journal import (
     Outcome,
     Sealed,
 )
-from sidecar.journal.ledger import Known, Ledger, needs
+from sidecar.journal.known import Known, needs
+from sidecar.journal.ledger import Ledger
 from sidecar.journal.mark import check_mark
 from sidecar.journal.reserve import Reserve
 from sidecar.journal.schema import connect, migrate

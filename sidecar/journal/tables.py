@@ -12,7 +12,8 @@ from ostinato.chain import OUTCOMES
 from ostinato.v1 import types_pb2
 
 from sidecar.journal import FINGERPRINTS, Binding, ItemEntries, Sealed, Unfinished
-from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs
+from sidecar.journal.known import Known, Needs
+from sidecar.journal.ledger import NUMBER_MAX, Ledger
 
 _ENTRIES = "SELECT * FROM sealed WHERE entry_index >= ? ORDER BY entry_index LIMIT ?"
 _ENTRIES_BARE = """SELECT entry_index, header, previous_hash, entry_hash, x'' FROM sealed

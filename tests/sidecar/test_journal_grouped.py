@@ -16,7 +16,8 @@ from ostinato.chain import GENESIS
 from sidecar.journal import Appended, Binding, Draft, Head, ItemEntries, Journal, JournalBroken, Sealed, Unfinished
 from sidecar.journal.committer import GroupSettings
 from sidecar.journal.grouped import GroupedJournal
-from sidecar.journal.ledger import Known, Ledger
+from sidecar.journal.known import Known
+from sidecar.journal.ledger import Ledger
 from tests.sidecar.journal_kit import LOG_ID, Clock, SqliteStore, admission, item
 
 

@@ -12,7 +12,8 @@ from ostinato.chain import GENESIS, entry_hash
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal import Binding, Draft, Head, Outcome, Sealed
-from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs, needs
+from sidecar.journal.known import Known, Needs, needs
+from sidecar.journal.ledger import NUMBER_MAX, Ledger
 from sidecar.journal.verify import Checker
 from tests.sidecar.journal_kit import ABOUT_AN_ITEM, LOG_ID, admission, audit, completed, ended, item
 

@@ -25,7 +25,8 @@ from sidecar.core.window import Window
 from sidecar.dispatcher import Dispatcher
 from sidecar.journal import Admission, Appended, Binding, Draft, ItemEntries, Outcome, Sealed, schema, sqlite
 from sidecar.journal.grouped import GroupedJournal
-from sidecar.journal.ledger import Known, Ledger, needs
+from sidecar.journal.known import Known, needs
+from sidecar.journal.ledger import Ledger
 from sidecar.journal.tables import Tables
 from sidecar.results import stamp_of
 from tests.simulation.plan import plan_of

@@ -34,7 +34,8 @@ from sidecar.journal import (
     Unfinished,
 )
 from sidecar.journal.committer import Backend
-from sidecar.journal.ledger import Known, Ledger, needs
+from sidecar.journal.known import Known, needs
+from sidecar.journal.ledger import Ledger
 from sidecar.journal.settings import SqliteSettings
 from sidecar.journal.sqlite import SqliteJournal
 from tests.sidecar.journal_disk import Disk, PowerLost
