@@ -92,6 +92,7 @@ async def test_a_dead_sidecar_is_taken_over(postgres: Postgres) -> None:
             assert a.sidecar is not None
             await asyncio.to_thread(a.sidecar.kill)
             answer = await joined
+            asked.cancel()  # at one that does not come back, it would try for a minute
             await asyncio.gather(asked, unkeyed, return_exceptions=True)
             record = await Record().read(at_b)
             again = await asyncio.to_thread(a.start_sidecar)
