@@ -93,8 +93,8 @@ class Watch:
 
     async def _run(self, canary: Canary, given: sequencer_pb2.AdmittedPayload, fingerprint: bytes) -> None:
         digest = input_digest(given.token_ids, given.parameters, given.seed)
-        known = (await self._dispatcher.journal.notes(_name(fingerprint, digest))).get(_name(fingerprint, digest))
         try:
+            known = await self._known(_name(fingerprint, digest))
             if known is None:
                 await self._learn(canary, given, digest)
             else:
@@ -113,6 +113,13 @@ class Watch:
             pass  # counted
         else:
             del self._losses[canary.name]
+
+    async def _known(self, name: str) -> bytes | None:
+        try:
+            return (await self._dispatcher.journal.notes(name)).get(name)
+        except errors.JournalUnavailable as error:
+            self._dispatcher.observer.not_compared(CANARY, error.reason)
+            raise
 
     def _trusted(self, canary: Canary) -> bool:
         """Whether it is not what kills the engine, again and again, as soon as it has connected."""
