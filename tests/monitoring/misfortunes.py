@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import apsw
 import grpc
 import yaml
 
@@ -47,6 +48,8 @@ LATE = 120.0
 IN_THE_TOUR = {"OstinatoDiverged", "OstinatoDivergenceAlarm", "OstinatoDrift"}
 """test_watch.py has these, as they are, unhurried."""
 PERIOD = "500ms"
+ROOM_BYTES = 1 << 20
+"""That a journal is left, of which a quarter is held back."""
 
 
 def hurried(folder: Path) -> Path:
@@ -142,9 +145,15 @@ class World:
             self._told("OstinatoOrderStalled")
 
     def has_no_room(self) -> None:
-        """The third start, with a journal that may not grow."""
-        self._start_again("--journal-reserve-bytes", "4096", "--journal-bytes-max", "16384")
-        with self._calling([(_patient, 0.3)]):
+        """The third start, with a journal that may grow by little, and an engine that lets it."""
+        assert self.pair.service is not None and self.pair.sidecar is not None
+        self.pair.service.kill()
+        self.pair.start_service().wait_for("serving")
+        self.pair.sidecar.kill()
+        with contextlib.closing(apsw.Connection(str(self.pair.folder / "journal.sqlite"))) as db:
+            most = db.pragma("page_count") * db.pragma("page_size") + ROOM_BYTES
+        self._start_again("--journal-reserve-bytes", str(ROOM_BYTES // 4), "--journal-bytes-max", str(most))
+        with self._calling([(_wordy, 0.01)]):
             self._told(*(name for name in alerts() if name not in IN_THE_TOUR))
 
     def _start_again(self, *flags: str) -> None:
@@ -173,6 +182,10 @@ async def _calm(client: Client) -> None:
 
 async def _flood(client: Client) -> None:
     await client.generate("Too much, too soon", max_new_tokens=4000, ignore_eos=True, timeout=1)
+
+
+async def _wordy(client: Client) -> None:
+    await client.generate([[65] * 3000] * 4, max_new_tokens=1)
 
 
 async def _patient(client: Client) -> None:
