@@ -143,7 +143,7 @@ class Batching:
         self._meter.entered(run.run_id, handle)
         self._slots -= 1
         self._blocks -= blocks
-        self._on_events([engine_pb2.RunEvent(run_id=run.run_id, started=engine_pb2.Started())])
+        self._on_events([run.started()])
 
     async def _settled(self) -> None:
         """Until no prompt waits for its step."""
@@ -188,16 +188,15 @@ class Batching:
         run = live.run
         if progress.status in (Status.RUNNING, Status.FINISHED):
             self._accept(live, progress.length)
-            if run.stream and (news := run.answer.take()) is not None:
-                events.append(engine_pb2.RunEvent(run_id=run.run_id, tokens=news))
+            events += run.news()
         if run.answer.complete:
             live.wanted = False
-            events.append(engine_pb2.RunEvent(run_id=run.run_id, finished=engine_pb2.Finished(output=_output(run))))
+            events.append(run.finished(run.seed, types_pb2.LOGPROB_KIND_PROCESSED))
             if not ended:
                 live.handle.cancel()
         elif ended:
             live.wanted = False
-            events.append(_failed(run, EngineFailed(why(progress.status))))
+            events.append(run.failed(why(progress.status)))
 
     def _accept(self, live: _Live, length: int) -> None:
         """Give the answer its tokens, up to its end: TurboMind may have gone further."""
@@ -229,15 +228,7 @@ class Batching:
         self._meter.left(run.run_id, live.handle.account, prompt, made, succeeded=succeeded, now=time.time())
 
 
-def _output(run: Run) -> types_pb2.Output:
-    return run.answer.output(
-        seed=run.seed,
-        engine_seed=run.seed,
-        prompt_tokens=len(run.token_ids),
-        logprob_kind=types_pb2.LOGPROB_KIND_PROCESSED,
-    )
-
-
 def _failed(run: Run, error: Exception) -> engine_pb2.RunEvent:
-    known = error if isinstance(error, OstinatoError) else EngineFailed(str(error) or type(error).__name__)
-    return engine_pb2.RunEvent(run_id=run.run_id, failed=to_status(known))
+    if isinstance(error, OstinatoError):
+        return engine_pb2.RunEvent(run_id=run.run_id, failed=to_status(error))
+    return run.failed(str(error) or type(error).__name__)
