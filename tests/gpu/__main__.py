@@ -8,6 +8,8 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable
+from dataclasses import replace
 from pathlib import Path
 
 from tests.gpu import parts, shapes, speed
@@ -17,6 +19,8 @@ from tests.gpu.plan import Plan, say
 PARTS = ("exact", "restart", "stock", "crash", "speed", "path", "sabotage")
 OTHER_DTYPES = ("exact", "stock")
 """What is looked at in dtypes other than the first."""
+SHARE = ("--cache-fraction", "0.2")
+"""Of the GPU's memory, for each of those that run at once."""
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -39,9 +43,6 @@ async def check(plan: Plan, chosen: set[str]) -> None:
     if chosen & {"stock", "speed"} and not plan.late():
         with plan.part("stock"):
             await parts.stock(plan, compare="stock" in chosen, with_speed=with_speed)
-    if "crash" in chosen and not plan.late():
-        with plan.part("crash, replay"):
-            await crash(plan)
     if with_speed and plan.engine == "turbomind" and not plan.late():
         with plan.part("bare pipeline"):
             await speed.bare(plan)
@@ -52,22 +53,39 @@ async def check(plan: Plan, chosen: set[str]) -> None:
 
 
 async def check_all(plan: Plan, chosen: set[str], dtypes: tuple[str, ...], shape: str) -> list[Plan]:
-    """In every dtype; and the sabotage, of a model made for it where one is named."""
-    making = await shapes.begin(shape, plan.model, plan.state) if shape and "sabotage" in chosen else None
-    plans = [plan.anew("--dtype", dtype) for dtype in dtypes] or [plan.anew()]
-    await check(plans[0], chosen)
-    for other in plans[1:]:
-        await check(other, chosen & set(OTHER_DTYPES))
-    if "sabotage" in chosen and not plan.late():
-        own = plan.anew() if making else plans[0].anew()
-        with own.part("sabotage"):
-            if making is not None:
-                own.model = await making.ready()
-            await parts.sabotage(own)
-        plans.append(own)
-    if making is not None:
-        await making.remove()
-    return plans
+    """The first dtype by itself, as its speed is measured; then at once what no speed is asked of: its crash, the other dtypes,
+    and the sabotage, of a model made for it where one is named."""
+    first, *others = [plan.anew("--dtype", dtype) for dtype in dtypes] or [plan.anew()]
+    await check(first, chosen)
+    share = SHARE if plan.engine == "turbomind" else ()
+    crashed = replace(first, flags=(*share, *first.flags), lines=[], bad=[])
+    others = [replace(other, flags=(*share, *other.flags)) for other in others]
+    sabotaged = replace(plan.anew(), flags=(*share, *plan.flags))
+    rest: list[Awaitable[None]] = [check(other, chosen & set(OTHER_DTYPES)) for other in others]
+    if "crash" in chosen:
+        rest.append(_crash(crashed))
+    if "sabotage" in chosen:
+        rest.append(_sabotage(sabotaged, shape))
+    await asyncio.gather(*rest)
+    return [each for each in (first, crashed, *others, sabotaged) if each is first or each.lines or each.bad]
+
+
+async def _crash(plan: Plan) -> None:
+    if not plan.late():
+        with plan.part("crash, replay"):
+            await crash(plan)
+
+
+async def _sabotage(plan: Plan, shape: str) -> None:
+    if plan.late():
+        return
+    with plan.part("sabotage"):
+        making = await shapes.begin(shape, plan.model, plan.state) if shape else None
+        if making is not None:
+            plan.model = await making.ready()
+        await parts.sabotage(plan)
+        if making is not None:
+            await making.remove()
 
 
 def main() -> None:
