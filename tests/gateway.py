@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import sys
 import time
 import urllib.request
 from types import TracebackType
 from typing import Any, Self
 
-from tests.pair import Program
+from tests.pair import Program, held_port
 
 START_SECONDS = 60.0
 
@@ -21,10 +20,12 @@ class Gateway(Program):
     there. Its retries are off: each would be a request of its own, with numbers of its own."""
 
     def __init__(self, target: str, port: int = 0) -> None:
-        self.address = f"127.0.0.1:{port or free_port()}"
+        self._held = held_port(), held_port()
+        own, metrics = (held.getsockname()[1] for held in self._held)
+        self.address = f"127.0.0.1:{port or own}"
         self.url = f"http://{self.address}/v1"
         args = ["--host", "127.0.0.1", "--port", self.address.rpartition(":")[2], "--worker-urls", f"grpc://{target}"]
-        args += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
+        args += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics)]
         super().__init__("smg", ["launch", *args, "--disable-retries", "--log-level", "warn"])
 
     def model(self, seconds: float = START_SECONDS) -> str:
@@ -46,12 +47,7 @@ class Gateway(Program):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.kill()
+        for held in self._held:
+            held.close()
         if kind is not None:
             sys.stderr.write("---- gateway\n" + "\n".join(self.lines[-30:]) + "\n")
-
-
-def free_port() -> int:
-    """One that is free now; the gateway does not say which it took, so it has to be told."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

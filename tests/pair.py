@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,14 @@ START_SECONDS = 180.0
 PROOFS = Path(tempfile.mkdtemp(prefix="ostinato-proofs-"))
 """What an engine has proved to one pair holds for the next, as it does when a service starts again."""
 atexit.register(shutil.rmtree, PROOFS, ignore_errors=True)
+
+
+def held_port() -> socket.socket:
+    """Bound to a port that the system gives to nobody else while this is open; whoever is told the number can listen there."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
 
 
 class Program:
@@ -124,6 +133,7 @@ class Pair:
         self.programs: list[Program] = []
         self.service: Program | None = None
         self.sidecar: Program | None = None
+        self._port = held_port()  # also while one sidecar is gone and the next is not there yet
         self.target = ""
 
     def stay(self, folder: Path, target: str, metrics: str) -> None:
@@ -150,7 +160,7 @@ class Pair:
             self.metrics_address,
         ]
         args += self.second_runs
-        args += ["--listen", self.target or "127.0.0.1:0", "--journal-reserve-bytes", str(1 << 20)]
+        args += ["--listen", self.target or f"127.0.0.1:{self._port.getsockname()[1]}", "--journal-reserve-bytes", str(1 << 20)]
         self.sidecar = self._start("sidecar", args, [*self._sidecar_args, *extra])
         self.target = str(self.sidecar.wait_for("listening")["addresses"]).split(",")[0]
         return self.sidecar
@@ -189,6 +199,7 @@ class Pair:
         if kind is not None:
             for program in self.programs:
                 sys.stderr.write(f"---- {program.name}\n" + "\n".join(program.lines[-30:]) + "\n")
+        self._port.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 

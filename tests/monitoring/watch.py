@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tests.pair import held_port
 
 NEEDED = ("prometheus", "promtool", "prometheus-alertmanager")
 RULES = Path(__file__).parents[2] / "k8s" / "monitoring" / "rules.yaml"
@@ -107,7 +108,8 @@ def watching(
 ) -> Iterator[tuple[Prometheus, Webhook]]:
     """Scrapes the jobs' ports each period, as files say that may change; judges by the rules as often."""
     webhook = Webhook()
-    ports = free_port(), free_port()
+    held = held_port(), held_port()
+    ports = [each.getsockname()[1] for each in held]
     aim(folder, {job: port() for job, port in targets.items()})
     (folder / "alertmanager.yml").write_text(yaml.safe_dump(_alertmanager(webhook.url)))
     (folder / "prometheus.yml").write_text(yaml.safe_dump(_prometheus(folder, rules, period, list(targets), ports[1])))
@@ -123,6 +125,8 @@ def watching(
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.callback(webhook.close)
+        for each in held:
+            stack.enter_context(each)
         for command in commands:
             log = stack.enter_context((folder / f"{command[0]}.log").open("wb"))
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -152,12 +156,6 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> No
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
-        return port
 
 
 def _prometheus(folder: Path, rules: Path, period: str, jobs: list[str], alertmanager: int) -> dict[str, Any]:
