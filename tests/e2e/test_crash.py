@@ -122,6 +122,16 @@ async def test_attempts_are_counted() -> None:
         assert metrics['ostinato_compared_tokens_total{grade="exact",kind="recovery"}'] >= 3
 
 
+async def under_way(load: Load) -> None:
+    """Until somebody has numbers, and no answer yet."""
+    await eventually(lambda: any(call.stamp is not None and not call.complete for call in load.calls), "work is under way")
+
+
+async def answered(load: Load, calls: int) -> None:
+    """Until one is that came behind the first so many calls."""
+    await eventually(lambda: any(call.complete for call in load.calls[calls:]), "clients carry on")
+
+
 @pytest.mark.timeout(120)
 async def test_a_sidecar_that_is_told_to_stop_finishes_first(rng: random.Random) -> None:
     """SIGTERM under load: what was admitted completes in its first attempt and reaches its callers, nothing new gets a number,
@@ -130,11 +140,12 @@ async def test_a_sidecar_that_is_told_to_stop_finishes_first(rng: random.Random)
         pair.start()
         load = Load(lambda: pair.target, jobs(rng, "drain"))
         running = asyncio.create_task(load.run(chaos.CLIENTS))
-        await asyncio.sleep(0.5)
+        await under_way(load)
         assert pair.sidecar is not None
         code = await asyncio.to_thread(pair.sidecar.stop)
+        before = len(load.calls)
         await asyncio.to_thread(pair.start_sidecar)
-        await asyncio.sleep(0.5)
+        await answered(load, before)
         load.stop()
         await running
         async with Client(pair.target) as client:
@@ -224,11 +235,12 @@ async def test_a_service_that_is_told_to_stop_loses_nothing(rng: random.Random) 
         pair.start()
         load = Load(lambda: pair.target, jobs(rng, "drain"))
         running = asyncio.create_task(load.run(chaos.CLIENTS))
-        await asyncio.sleep(0.5)
+        await under_way(load)
         assert pair.service is not None
         code = await asyncio.to_thread(pair.service.stop)
+        before = len(load.calls)
         pair.start_service()
-        await asyncio.sleep(1)
+        await answered(load, before)
         load.stop()
         await running
         async with Client(pair.target) as client:

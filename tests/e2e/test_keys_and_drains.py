@@ -100,7 +100,8 @@ async def test_a_keyed_caller_outlives_its_deadline(door: Door) -> None:
 
 async def test_a_key_outlives_the_sidecar() -> None:
     """After a drain, and after a kill, the same key returns the same bytes; what the kill interrupted is finished."""
-    async with own(SLOWLY) as door:
+    held = {"do": "hang", "at": 1, "sequences": [3], "attempts": [1]}
+    async with own({"rules": [held]}) as door:
         first = await door.client.generate(["a", "b"], key="kept", max_new_tokens=4)
         interrupted = asked("c", key="interrupted", max_new_tokens=40)
         assert door.pair.sidecar is not None

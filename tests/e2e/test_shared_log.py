@@ -21,14 +21,16 @@ from tests.soak import chaos, shared
 from tests.soak.checks import Record
 
 SLOW = json.dumps({"rules": [{"do": "delay", "at": 1, "seconds": 0.7}]})
+HANGING = json.dumps({"rules": [{"do": "hang", "at": 1, "attempts": [1]}]})
+"""Every run makes one token, and no more before its second attempt."""
 
 
 @contextlib.contextmanager
-def started(url: str, *writers: str) -> Iterator[list[Pair]]:
+def started(url: str, *writers: str, script: str = SLOW) -> Iterator[list[Pair]]:
     """A pair for each writer, connected."""
     with contextlib.ExitStack() as stack:
         sidecar = ["--journal", url, "--lease-seconds", "0.5"]
-        pairs = [Pair(service=["--script", SLOW], sidecar=[*sidecar, "--writer", writer]) for writer in writers]
+        pairs = [Pair(service=["--script", script], sidecar=[*sidecar, "--writer", writer]) for writer in writers]
         for pair in pairs:
             stack.enter_context(pair).start_service()
         for program in [pair.start_sidecar() for pair in pairs]:
@@ -81,14 +83,14 @@ async def test_a_dead_sidecar_is_taken_over(postgres: Postgres) -> None:
     """A sidecar that dies and does not come back: once its lease has run out another one runs its keyed items, under the same
     numbers, and answers whoever waits for them there; when it does come back it finds nothing left to do."""
     url = postgres.url(postgres.schema())
-    with started(url, "a", "b") as (a, b):
+    with started(url, "a", "b", script=HANGING) as (a, b):
         async with Client(a.target) as at_a, Client(b.target) as at_b:
             asked = asyncio.create_task(at_a.generate(["x", "y"], key="k"))
             await numbered(at_b, 2)
             unkeyed = asyncio.create_task(at_a.generate("z"))
             await numbered(at_b, 3)
             joined = asyncio.create_task(at_b.generate(["x", "y"], key="k"))
-            await asyncio.sleep(0.1)
+            await eventually(lambda: b.metrics()["ostinato_repeated_requests_total"] == 1, "it waits for the same answer")
             assert a.sidecar is not None
             await asyncio.to_thread(a.sidecar.kill)
             answer = await joined
@@ -115,11 +117,11 @@ async def test_a_server_that_restarts(postgres: Postgres) -> None:
     with started(url, "a") as (a,):
         async with Client(a.target) as client:
             running = asyncio.create_task(client.generate("x"))
-            await asyncio.sleep(0.3)
+            await numbered(client, 1)
             postgres.crash()
             with pytest.raises(errors.JournalUnavailable) as refused:
                 await client.generate("y", timeout=20)
-            await asyncio.sleep(1)
+            await eventually(lambda: a.metrics(a.service)["ostinato_engine_runs_in_flight"] == 0, "the engine is done with it")
             assert not running.done()
             postgres.start()
             answer = await running

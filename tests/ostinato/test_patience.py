@@ -170,7 +170,7 @@ async def test_a_sidecar_that_comes_back_late(tmp_path: Path) -> None:
             asyncio.create_task(client.generate("a", key="one", timeout=60)),
             asyncio.create_task(_streamed(client, 60, key="two")),
         ]
-        done, _ = await asyncio.wait(asked, timeout=1)
+        done, _ = await asyncio.wait(asked, timeout=0.5)
         assert not done
         async with serving(fake, target):
             response, events = await asyncio.gather(*asked)

@@ -197,20 +197,22 @@ async def test_delay_holds_up_one_run() -> None:
 
 async def test_new_run_is_not_held_up_by_a_sleeping_one() -> None:
     """While every run sleeps, a new one starts at once."""
-    ended: asyncio.Queue[int] = asyncio.Queue()
+    heard: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
 
     def on_events(events: Events) -> None:
         for event in events:
-            if event.HasField("finished"):
-                ended.put_nowait(event.run_id)
+            heard.put_nowait((event.run_id, event.WhichOneof("event")))
 
     engine = ScriptedEngine(Script(rules=(Rule("delay", seconds=1000, sequences=frozenset({1})),)))
     engine.start(on_events, lambda *_: None)
     engine.submit(run_of(1))
-    await asyncio.sleep(0.02)
+    begun = await heard.get()
+    for _ in range(10):  # steps of the loop, of which it needs three to be at rest
+        await asyncio.sleep(0)
     engine.submit(run_of(2))
+    others = [await heard.get(), await heard.get()]
 
-    assert await ended.get() == 2
+    assert [begun, *others] == [(1, "started"), (2, "started"), (2, "finished")]
     await engine.close()
 
 
@@ -231,15 +233,6 @@ async def test_company_of_hundreds_changes_nothing() -> None:
     events = await played(Script(runs=400, kv_blocks=10**6), *runs)
 
     assert all(ids_of(events[i]) == ids(50, seed=i) for i in range(1, 401))
-
-
-async def test_fast_enough() -> None:
-    """Ten thousand tokens a second at the very least, on a busy machine too."""
-    runs = [run_of(i, seed=i, max_new_tokens=500, stream=True) for i in range(1, 65)]
-    began = time.process_time()
-    await played(Script(), *runs)
-
-    assert 64 * 500 / (time.process_time() - began) > 10_000
 
 
 async def test_own_mistake_is_not_a_silent_halt(monkeypatch: pytest.MonkeyPatch) -> None:
