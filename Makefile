@@ -63,8 +63,9 @@ check: install ## lint, layout, types, and a contract that only grows
 	.venv/bin/buf format --diff --exit-code --path proto/ostinato
 	.venv/bin/buf build -o - | .venv/bin/buf breaking - --against proto/baseline.binpb
 
-test: check ## check, then every test that needs no GPU and no hour
-	$(PY) -m pytest -m 'not sim and not soak and not gpu and not image'
+# Two files at a time, in order: most of a test's time goes by in waiting for programs. WORKERS=0: one after the other, in one process.
+test: check ## check, then every test that needs no GPU and no hour; WORKERS=2
+	$(PY) -m pytest -n $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder -m 'not sim and not soak and not gpu and not image'
 
 demo: install ## both programs, a few batches to a real model, and what came of them
 	$(PY) -m tests.demo
