@@ -144,6 +144,8 @@ class Points(Seams):
 
     def reach(self, when: str, steps: Sequence[str]) -> list[str]:
         """What it has come to here, if it is not death: the kinds of the blows."""
+        if self._world.over:
+            return []  # what is cancelled at the end is cancelled in any order
         struck = []
         for step in steps:
             point = f"{when} {step}"

@@ -69,6 +69,13 @@ def _logs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     return Logs(tmp_path_factory.mktemp("logs"), lambda: request.getfixturevalue("postgres"))
 
 
+def test_one_life_is_like_another(logs: Logs) -> None:
+    """An undisturbed life comes by each point as often as the one before: the middle of that is the middle of this."""
+    _, counts = struck(logs.new("sqlite"))
+
+    assert counts == logs.reached("sqlite")
+
+
 @pytest.mark.parametrize(("backend", "point"), QUICK)
 def test_death_at_a_point(backend: str, point: str, logs: Logs) -> None:
     """The sidecar dies here, with the power, in the middle of its life; it recovers, and no promise is broken."""
