@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ostinato.chain import GENESIS
+from ostinato.errors import JournalFull
 
 from sidecar.journal import Appended, Binding, Draft, Head, ItemEntries, Journal, JournalBroken, Sealed, Unfinished
 from sidecar.journal.committer import GroupSettings
@@ -27,6 +28,8 @@ class Scripted:
 
     head: Head = field(default_factory=lambda: Head(LOG_ID, "writer", 1, 1, GENESIS, 0))
     reserved: bool = True
+    room: bool = True
+    """For the reserve, where there is none."""
     begun: threading.Event = field(default_factory=threading.Event)
     """The first commit is under way."""
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
@@ -72,7 +75,7 @@ class Scripted:
     def release_reserve(self) -> None: ...
 
     def restore_reserve(self) -> bool:
-        return True
+        return self.room
 
     def maintain(self, now_millis: int, *, idle: bool) -> list[Unfinished]:
         self.maintained.append(idle)
@@ -240,8 +243,11 @@ async def test_reads_that_fail() -> None:
 
 async def test_starts_full() -> None:
     """A journal without its reserve refuses new work until the reserve is restored, by itself."""
-    backend = Scripted(reserved=False)
+    backend = Scripted(reserved=False, room=False)
     journal: Journal = GroupedJournal(backend, now_millis=Clock().now_millis, settings=GroupSettings(full_retry_seconds=0.01))
+    with pytest.raises(JournalFull):
+        await journal.append(admission())
+    backend.room = True
     await eventually(lambda: not journal.full)
     await journal.close()
 
