@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from ostinato.client import Client
 
 from tests.e2e.conftest import eventually
@@ -20,7 +18,6 @@ LINES = 240
 SLOW = json.dumps({"rules": [{"do": "delay", "at": 1, "seconds": 0.1}]})
 
 
-@pytest.mark.timeout(120)
 async def test_a_run_whose_both_ends_are_killed_does_nothing_twice() -> None:
     """kill -9 of the sidecar is a pause to the run, kill -9 of the run is mended by the same command: every line has one
     number, and one answer in its place that verifies offline."""

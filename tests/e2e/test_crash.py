@@ -47,7 +47,6 @@ async def story(rng: random.Random, kills: Sequence[str]) -> Story:
         return told
 
 
-@pytest.mark.timeout(120)
 async def test_a_killed_sidecar_loses_nothing(rng: random.Random) -> None:
     """After kill -9 and restart, numbers go on, keyed items complete one attempt later, others are ABANDONED, and every
     acknowledged answer is there."""
@@ -64,7 +63,6 @@ async def test_a_killed_sidecar_loses_nothing(rng: random.Random) -> None:
     assert any(call.repeated for call in told.load.calls)
 
 
-@pytest.mark.timeout(120)
 async def test_a_killed_service_is_not_noticed(rng: random.Random) -> None:
     """After kill -9 of the service no call is lost: streams go on behind what they had, and equal inputs have equal answers."""
     told = await story(rng, ["service"] * 4)
@@ -75,7 +73,6 @@ async def test_a_killed_service_is_not_noticed(rng: random.Random) -> None:
     assert any(outcome.attempt > 1 for outcome in told.record.outcomes.values())
 
 
-@pytest.mark.timeout(120)
 async def test_both_may_die(rng: random.Random) -> None:
     """Kills of both at once, and of one before the other is back, lose nothing either."""
     told = await story(rng, rng.sample(["both", "both", "sidecar", "service"], 4))
@@ -83,7 +80,6 @@ async def test_both_may_die(rng: random.Random) -> None:
     assert told.record.opened == told.epochs == 4
 
 
-@pytest.mark.timeout(120)
 async def test_ten_kills_in_turn(rng: random.Random) -> None:
     """Service and sidecar killed in turn, ten times on one journal under clients of which most have keys: all that was promised
     holds, and the file verifies."""
@@ -99,7 +95,6 @@ async def test_ten_kills_in_turn(rng: random.Random) -> None:
     assert (code, told.record.opened) == (0, 6)
 
 
-@pytest.mark.timeout(120)
 async def test_attempts_are_counted() -> None:
     """Second attempts show in the results, in the metrics, and as recovery comparisons that all match."""
     with Pair(service=["--script", HANGING]) as pair:
@@ -132,7 +127,6 @@ async def answered(load: Load, calls: int) -> None:
     await eventually(lambda: any(call.complete for call in load.calls[calls:]), "clients carry on")
 
 
-@pytest.mark.timeout(120)
 async def test_a_sidecar_that_is_told_to_stop_finishes_first(rng: random.Random) -> None:
     """SIGTERM under load: what was admitted completes in its first attempt and reaches its callers, nothing new gets a number,
     and the program exits with 0; clients carry on with the next one."""
@@ -169,7 +163,6 @@ async def _unfinished(client: Client, count: int) -> None:
             await asyncio.sleep(0.01)
 
 
-@pytest.mark.timeout(60)
 async def test_health_says_so_before_anybody_is_refused() -> None:
     """While it drains, a caller that is refused with DRAINING and a time to come back finds the sidecar NOT_SERVING."""
     held = {"rules": [{"do": "hang", "sequences": [1]}]}
@@ -202,7 +195,6 @@ async def test_health_says_so_before_anybody_is_refused() -> None:
         assert code == 0
 
 
-@pytest.mark.timeout(60)
 async def test_a_drain_ends_in_time() -> None:
     """When the drain's time is over, unkeyed items are ABANDONED and their callers told; keyed ones go on in the next epoch."""
     with Pair(service=["--script", HANGING], sidecar=["--drain-seconds", "0.3"]) as pair:
@@ -228,7 +220,6 @@ async def test_a_drain_ends_in_time() -> None:
         assert kinds == {abandoned.sequence: ABANDONED, completed.sequence: COMPLETED}
 
 
-@pytest.mark.timeout(120)
 async def test_a_service_that_is_told_to_stop_loses_nothing(rng: random.Random) -> None:
     """SIGTERM of the service under load: it exits with 0, callers are refused or answered, and every item completes."""
     with RecordedPair(service=["--script", SLOW, "--drain-seconds", "0.5"]) as pair:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 
-import pytest
-
 from ostinato.client import Client
 
 from tests.soak import checks
@@ -17,7 +15,6 @@ from tests.soak.recording import RecordedPair
 BATCHES, CLIENTS = 1_000, 20
 
 
-@pytest.mark.timeout(120)
 async def test_a_load_is_ordered_proved_and_counted() -> None:
     """A thousand mixed batches get the numbers 1 to n in real-time order, run in that order, and each answer is proved."""
     seed = random.randrange(2**32)

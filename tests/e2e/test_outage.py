@@ -20,7 +20,6 @@ OUTAGE_SECONDS = 4.0
 """gRPC's own retries, five at most, end after 3.0 to 3.6."""
 
 
-@pytest.mark.timeout(120)
 async def test_an_outage_is_not_noticed() -> None:
     """A batch under way, a stream between its tokens and a batch that is sent meanwhile, each with a key and time, are answered
     once the sidecar is back: same numbers, each token once; a batch without a key is told."""

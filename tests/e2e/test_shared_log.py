@@ -47,7 +47,6 @@ async def _reached(client: Client, sequence: int) -> bool:
     return (await client.head()).last_sequence >= sequence
 
 
-@pytest.mark.timeout(120)
 async def test_a_key_is_one_key_everywhere(postgres: Postgres) -> None:
     """A key that one sidecar works on is joined at another one, unary and streamed, and answered alike, byte for byte; an
     equal input of another sidecar is a twin."""
@@ -78,7 +77,6 @@ async def test_a_key_is_one_key_everywhere(postgres: Postgres) -> None:
     assert {head.log_id for head in heads} == {first.stamp.log_id}
 
 
-@pytest.mark.timeout(120)
 async def test_a_dead_sidecar_is_taken_over(postgres: Postgres) -> None:
     """A sidecar that dies and does not come back: once its lease has run out another one runs its keyed items, under the same
     numbers, and answers whoever waits for them there; when it does come back it finds nothing left to do."""
@@ -109,7 +107,6 @@ async def test_a_dead_sidecar_is_taken_over(postgres: Postgres) -> None:
     assert epoch == "3"
 
 
-@pytest.mark.timeout(120)
 async def test_a_server_that_restarts(postgres: Postgres) -> None:
     """While the server is away work is refused with a hint when to come back, and what runs waits; then all of it goes on in
     the same process."""

@@ -86,7 +86,7 @@ class Bench:
         return run_id
 
     async def end(self, run_id: int) -> engine_pb2.RunEvent:
-        return await asyncio.wait_for(self._ends[run_id], 50)
+        return await asyncio.wait_for(self._ends[run_id], 100)
 
     async def output(self, run_id: int) -> types_pb2.Output:
         event = await self.end(run_id)
@@ -103,7 +103,7 @@ class Bench:
     async def until(self, run_id: int, kind: str) -> None:
         while kind not in self.of(run_id):
             self._news.clear()
-            await asyncio.wait_for(self._news.wait(), 50)
+            await asyncio.wait_for(self._news.wait(), 100)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", name="bench")
