@@ -1,4 +1,4 @@
-"""The scripted engine: deterministic, obedient, fast, and strict about its script."""
+"""The scripted engine: deterministic, obedient, and strict about its script."""
 
 from __future__ import annotations
 
