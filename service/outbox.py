@@ -74,16 +74,17 @@ class Outbox:
 
     async def next(self) -> engine_pb2.ExecuteResponse | None:
         """Everything that waits, as far as it fits one message, as soon as anything does. None: closed, and all is written."""
-        while True:
-            await self._bell.wait()
-            await still(lambda: self._bytes)
-            if self._error is not None:
-                raise self._error
+        while self._error is None:
             if self._events or self._welcome is not None:
-                return self._frame()
-            if self._closed:
+                await still(lambda: self._bytes)
+                if self._error is None:
+                    return self._frame()
+            elif self._closed:
                 return None
-            self._bell.clear()
+            else:
+                self._bell.clear()
+                await self._bell.wait()
+        raise self._error
 
     def _frame(self) -> engine_pb2.ExecuteResponse:
         frame = engine_pb2.ExecuteResponse(welcome=self._welcome)
