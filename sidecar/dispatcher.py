@@ -14,14 +14,13 @@ from ostinato import errors
 from ostinato.v1 import engine_pb2, types_pb2
 
 from sidecar.calls import Call
-from sidecar.collisions import Collisions
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.entrance import Entrance
 from sidecar.core.sequencer import Sequencer
 from sidecar.elsewhere import Elsewhere
 from sidecar.fingerprints import Fingerprints
-from sidecar.journal import Admission, Audit, Binding, Journal, Unfinished
+from sidecar.journal import Admission, Binding, Journal, Unfinished
 from sidecar.link import EngineLink, run_error
 from sidecar.observer import Observer
 from sidecar.outcomes import Outcomes
@@ -55,8 +54,7 @@ class Dispatcher:
         self.reruns = Rerunner(self)
         self.fingerprints = Fingerprints(journal)
         self.rechecker = Rechecker(self.reruns, journal, observer, self.fingerprints)
-        self.outcomes = Outcomes(journal, observer, self.rechecker)
-        self._collisions = Collisions()
+        self.outcomes = Outcomes(self, journal, observer, self.rechecker)
         self.elsewhere = Elsewhere(journal)
         self._asking: dict[int, Asking] = {}
         self._runs: dict[int, Work] = {}
@@ -183,7 +181,7 @@ class Dispatcher:
                 self._runs.pop(run_id, None)
                 self.link.cancel(run_id)
             case do.End():
-                self.spawn(self._append_outcome(effect))
+                self.outcomes.end(effect)
             case do.LeaveToRecovery(sequence):
                 self.works[sequence].leave()
             case do.RerunLost(rerun_id, error):
@@ -224,17 +222,6 @@ class Dispatcher:
         self._asking.pop(ticket).settle(stamp)
         self.observer.admitted(stamp, now - asking.asked_at)
         self.tell(ev.Numbered(ticket, stamp.first_sequence))
-
-    async def _append_outcome(self, end: do.End) -> None:
-        work = self.works[end.sequence]
-        result = await self.outcomes.append(work, work.outcome(end.error, end.attempt, self.clock(), self._collisions))
-        del self.works[work.sequence]
-        for call in work.calls:
-            call.result(result)
-        work.ended.set_result(result)
-        if work.recovery is not None and work.output is not None:  # the answer is durable, and this is not part of it
-            await self.rechecker.record(Audit(work.admitted, work.recovery, work.fingerprint_digest, work.output.grade))
-        self.tell(ev.Ended(work.sequence))
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """A task whose failure ends the process: nothing else may fail here than the journal."""

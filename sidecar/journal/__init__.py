@@ -184,6 +184,10 @@ class Journal(Protocol):
 
     async def append(self, draft: Draft) -> Appended: ...
 
+    async def append_outcomes(self, outcomes: Sequence[Outcome]) -> list[Appended]:
+        """Each as by `append`, in this order; returns when all are durable."""
+        ...
+
     async def binding(self, tenant: str, key: str) -> Binding | None: ...
 
     async def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:

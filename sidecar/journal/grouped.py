@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from ostinato.errors import JournalUnavailable
 
-from sidecar.journal import Appended, Draft, JournalBroken, Sealed, Unfinished
+from sidecar.journal import Appended, Draft, JournalBroken, Outcome, Sealed, Unfinished
 from sidecar.journal.committer import WHY, Backend, Committer, GroupSettings, Job, payload_bytes
 from sidecar.journal.reads import Reads
 
@@ -86,10 +86,13 @@ class GroupedJournal(Reads):
 
     async def append(self, draft: Draft) -> Appended:
         """Durable on return. Takes its place in the order when it first runs: at once, if awaited."""
-        answer = self._expect()
-        self._jobs.put(Job(draft, answer))
-        appended: Appended = await answer
+        appended: Appended = await self._put(draft)
         return appended
+
+    async def append_outcomes(self, outcomes: Sequence[Outcome]) -> list[Appended]:
+        """As `append` of each in turn, at the price of one task."""
+        answers = [self._put(outcome) for outcome in outcomes]
+        return [await answer for answer in answers]
 
     async def wait(self, index: int) -> None:
         """Until an entry with this index is durable."""
@@ -118,6 +121,11 @@ class GroupedJournal(Reads):
         self._jobs.put(_Read(read, answer))
         value: T = await answer
         return value
+
+    def _put(self, draft: Draft) -> Answer:
+        answer = self._expect()
+        self._jobs.put(Job(draft, answer))
+        return answer
 
     def _expect(self) -> Answer:
         if self._over:
@@ -153,6 +161,7 @@ class GroupedJournal(Reads):
         for answer in self._unanswered:
             if not answer.done():
                 answer.set_exception(JournalBroken(self._over))
+                answer.exception()  # whoever waits for many sees only the first
         self._unanswered.clear()
         self._wake()
         if not self._ended.done():

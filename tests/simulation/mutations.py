@@ -28,6 +28,7 @@ from sidecar.journal.grouped import GroupedJournal
 from sidecar.journal.known import Known, needs
 from sidecar.journal.ledger import Ledger
 from sidecar.journal.tables import Tables
+from sidecar.outcomes import Outcomes
 from sidecar.results import stamp_of
 from tests.simulation.plan import plan_of
 from tests.simulation.promises import PROMISES
@@ -130,31 +131,30 @@ def a_refusal_that_burns_numbers() -> AbstractContextManager[Any]:
 @breaks(2)
 def a_lost_outcome() -> AbstractContextManager[Any]:
     """Every failure is forgotten where it should become durable."""
-    append = Dispatcher._append_outcome
+    end = Outcomes.end
 
-    async def appended(self: Dispatcher, end: do.End) -> None:
-        if end.error is None:
-            await append(self, end)
+    def completed(self: Outcomes, effect: do.End) -> None:
+        if effect.error is None:
+            end(self, effect)
 
-    return instead(Dispatcher, "_append_outcome", appended)
+    return instead(Outcomes, "end", completed)
 
 
 @breaks(2)
 @contextmanager
 def two_outcomes() -> Iterator[None]:
     """Every outcome is appended twice, and the ledger takes both."""
-    append, end = GroupedJournal.append, Ledger._end
+    append, end = GroupedJournal.append_outcomes, Ledger._end
 
-    async def twice(self: GroupedJournal, draft: Draft) -> Appended:
-        if isinstance(draft, Outcome):
-            await append(self, draft)
-        return await append(self, draft)
+    async def twice(self: GroupedJournal, outcomes: Sequence[Outcome]) -> list[Appended]:
+        await append(self, outcomes)
+        return await append(self, outcomes)
 
     def any_(self: Ledger, outcome: Outcome) -> Appended:
         self._unfinished.add(outcome.admitted.sequence)
         return end(self, outcome)
 
-    with instead(GroupedJournal, "append", twice), instead(Ledger, "_end", any_):
+    with instead(GroupedJournal, "append_outcomes", twice), instead(Ledger, "_end", any_):
         yield
 
 

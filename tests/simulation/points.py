@@ -67,7 +67,7 @@ SEAMS: dict[str, type] = {
     "listener": Listener,
 }
 KINDS = {
-    "journal.append": tuple(DRAFTS),
+    "journal.append": tuple(kind for kind in DRAFTS if kind != "outcome"),
     "backend.append_many": tuple(DRAFTS),
     "database.commit": ("epoch", *DRAFTS),
     "listener.engine_events": EVENTS,
