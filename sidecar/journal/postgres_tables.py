@@ -110,7 +110,7 @@ class PostgresTables:
             if digests_only:
                 self._write(sql.DROP_ENDED, [h.sequence for h in ended], [h.first_sequence for h in ended])
                 self._db.execute(sql.DROP_EXPIRED, (now_millis, purge))
-            else:
+            elif ledger.bound:
                 self._db.execute(sql.PURGE, (now_millis, purge))
             head = ledger.head
             if ledger.entries:

@@ -210,7 +210,7 @@ class SqliteJournal:
         if self._settings.digests_only:
             self._tables.drop_ended(ledger.entries)
             self._tables.drop_expired(now_millis, PURGED_KEYS_MAX)
-        else:
+        elif ledger.bound:  # for as many as come, more go
             self._tables.purge_keys(now_millis, PURGED_KEYS_MAX)
 
     def _expiry(self, now_millis: int) -> int:

@@ -115,45 +115,43 @@ class Tables:
     def write(self, ledger: Ledger, key_ttl_millis: int) -> None:
         """All that the ledger made."""
         self.write_entries(ledger.entries, ledger.verified)
-        many = self._db.executemany
-        many(
+        self._many(
             "INSERT OR REPLACE INTO keys VALUES (?1, ?2, ?3, ?4, ?5, ?2, NULL)",
             [(b.first_sequence, b.count, b.request_digest, a.tenant, a.key) for a, b in ledger.bound],
         )
         ended = [e.header for e in ledger.entries if e.header.kind in OUTCOMES]
-        many(_END_KEYED, [(h.first_sequence, h.time_unix_millis + key_ttl_millis) for h in ended])
+        self._many(_END_KEYED, [(h.first_sequence, h.time_unix_millis + key_ttl_millis) for h in ended])
         self.write_notes(ledger.notes)
 
     def write_entries(self, entries: Sequence[Sealed], verified: Sequence[types_pb2.EntryHeader]) -> None:
         """The record, and what says where to look in it. `verified`: of those of kind VERIFY."""
-        many = self._db.executemany
-        many(
+        self._many(
             "INSERT INTO entries VALUES (?, ?, ?)",
             [(e.header.index, e.header.SerializeToString(deterministic=True), e.entry_hash) for e in entries],
         )
-        many("INSERT INTO payloads VALUES (?, ?)", [(e.header.index, e.payload) for e in entries if e.payload])
+        self._many("INSERT INTO payloads VALUES (?, ?)", [(e.header.index, e.payload) for e in entries if e.payload])
         admitted = [e.header for e in entries if e.header.kind == types_pb2.ENTRY_KIND_ADMITTED]
-        many("INSERT INTO items (sequence, admitted) VALUES (?, ?)", [(h.sequence, h.index) for h in admitted])
+        self._many("INSERT INTO items (sequence, admitted) VALUES (?, ?)", [(h.sequence, h.index) for h in admitted])
         ended = [e.header for e in entries if e.header.kind in OUTCOMES]
-        many("UPDATE items SET outcome = ? WHERE sequence = ?", [(h.index, h.sequence) for h in ended])
-        many(
+        self._many("UPDATE items SET outcome = ? WHERE sequence = ?", [(h.index, h.sequence) for h in ended])
+        self._many(
             "INSERT OR IGNORE INTO twins VALUES (?, ?, ?)",
             [(h.input_digest, h.fingerprint_digest, h.index) for h in ended if h.kind == types_pb2.ENTRY_KIND_COMPLETED],
         )
-        many("UPDATE items SET verified = ? WHERE sequence = ?", [(h.index, h.sequence) for h in verified])
+        self._many("UPDATE items SET verified = ? WHERE sequence = ?", [(h.index, h.sequence) for h in verified])
         lost = [e.header for e in entries if e.header.kind == types_pb2.ENTRY_KIND_LOST]
-        many("UPDATE journal SET lost_sequence = ?", [(h.first_sequence + h.count - 1,) for h in lost])
+        self._many("UPDATE journal SET lost_sequence = ?", [(h.first_sequence + h.count - 1,) for h in lost])
 
     def write_notes(self, notes: Mapping[str, bytes]) -> None:
-        self._db.executemany("INSERT OR REPLACE INTO notes VALUES (?, ?)", list(notes.items()))
+        self._many("INSERT OR REPLACE INTO notes VALUES (?, ?)", list(notes.items()))
 
     def write_keys(self, keys: Iterable[tuple[int, int, bytes, str, str, int | None]]) -> None:
         """Of entries that are there: first sequence, count, request digest, tenant, key, and when it expires."""
-        self._db.executemany(_WRITE_KEYS, list(keys))
+        self._many(_WRITE_KEYS, list(keys))
 
     def drop_payloads(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Of the items with these sequences, first to last: what went in and what came out."""
-        self._db.executemany(_DROP, list(ranges))
+        self._many(_DROP, list(ranges))
 
     def drop_ended(self, entries: Sequence[Sealed]) -> None:
         """The payloads of the items that these entries end, but for those with a key."""
@@ -167,7 +165,7 @@ class Tables:
         """The payloads of at most so many batches whose keys have expired. The keys stay bound for good."""
         expired = list(self._db.execute(_EXPIRED, (now_millis, limit)))
         self.drop_payloads(expired)
-        self._db.executemany(_BIND_FOR_GOOD, [(first,) for first, _ in expired])
+        self._many(_BIND_FOR_GOOD, [(first,) for first, _ in expired])
 
     def keys(self, from_sequence: int, limit: int) -> list[tuple[str, str, bytes, int, int, int | None]]:
         """Tenant, key, request digest, first sequence, count, and when it expires."""
@@ -185,6 +183,10 @@ class Tables:
     def pages_used(self) -> int:
         """Of the file, less those that are free to be used again."""
         return int(self._db.execute(_PAGES_USED).get)
+
+    def _many(self, statement: str, rows: Sequence[tuple[apsw.SQLiteValue, ...]]) -> None:
+        if rows:  # a statement for none takes a microsecond as well, and every commit has half a dozen
+            self._db.executemany(statement, rows)
 
     def _sealed(self, query: str, *bindings: object) -> list[Sealed]:
         return [
