@@ -20,7 +20,7 @@ from tests.bench.journal import TYPES, admission, open_postgres, open_sqlite, ou
 from tests.bench.table import Table, count, median
 from tests.postgres import Postgres
 
-GROUPS, ITEMS = (64, 256), 5_120
+GROUPS, ITEMS = (1, 64, 256), 5_120
 """Items in a commit, and in all."""
 
 Rows = dict[str, list[tuple[object, ...]]]

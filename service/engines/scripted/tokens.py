@@ -8,7 +8,7 @@ soon, greedy texts have no seed in them, and logprobs do not depend on how many 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from hashlib import sha256
 from itertools import accumulate, islice
@@ -78,7 +78,7 @@ def menu(given: types_pb2.ResolvedParameters) -> int:
         return 1
     by_top_k = given.top_k or RANKS
     by_top_p = RANKS if given.top_p >= 1 else bisect_right([*accumulate(PROBABILITIES)], given.top_p) + 1
-    by_min_p = sum(p >= given.min_p * PROBABILITIES[0] for p in PROBABILITIES)
+    by_min_p = RANKS - bisect_left(PROBABILITIES[::-1], given.min_p * PROBABILITIES[0])
     return max(1, min(by_top_k, by_top_p, by_min_p))
 
 
