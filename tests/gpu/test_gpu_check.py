@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpu import splits
 from tests.gpu.speed import table
 from tests.gpu.traffic import KINDS, SECOND, targets
 from tests.pair import ROOT
@@ -59,3 +60,20 @@ def test_the_table_takes_geometric_means() -> None:
     lines = table({"exact": {"1": 100.0, "8": 50.0}, "bare": {"1": 50.0, "8": 100.0}})
 
     assert lines[-1].split() == ["speed", "geom.", "mean", "-", "1.000"]
+
+
+def test_streams_are_in_no_mean() -> None:
+    """What the pipeline loses to its own detokenising says nothing of exactness."""
+    lines = table({"exact": {"1": 100.0, "1 streamed": 900.0}, "bare": {"1": 100.0, "1 streamed": 100.0}})
+
+    assert lines[-1].split()[-1] == "1.000"
+
+
+def test_parts_of_attention_stand_beside_the_pipeline() -> None:
+    """Each number of parts with its ratio; a cell that was not measured is no zero."""
+    lines = splits.table({"1": {"64": 90.0, "4k x1": 50.0}, "4": {"64": 80.0}, "bare": {"64": 100.0}})
+
+    assert [line.split() for line in lines[1:]] == [
+        ["64", "90", "(0.90)", "80", "(0.80)", "100", "(1.00)"],
+        ["4k", "x1", "50", "-", "-"],
+    ]
