@@ -300,6 +300,7 @@ class Process:
         simulated = {
             "sidecar.__main__.Server": lambda *_, **__: door,
             "sidecar.__main__.open_journal": lambda *_: open_backend(),
+            "sidecar.__main__.MarkFile": lambda path: types.SimpleNamespace(path=path, write=lambda _: None),
             "sidecar.__main__.GroupedJournal": lambda *given, **how: seams.journal(GroupedJournal(*given, **how)),
             "sidecar.__main__.EngineLink": lambda *given, **how: seams.link(EngineLink(*given, **how)),
             "sidecar.__main__.time": clock,

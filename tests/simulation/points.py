@@ -144,7 +144,7 @@ class Points(Seams):
 
     def reach(self, when: str, steps: Sequence[str]) -> list[str]:
         """What it has come to here, if it is not death: the kinds of the blows."""
-        if self._world.over:
+        if self._world.network.muted:
             return []  # what is cancelled at the end is cancelled in any order
         struck = []
         for step in steps:

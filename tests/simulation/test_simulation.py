@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 
+from sidecar.config import Settings
 from tests.simulation.mutations import MUTATIONS, Mutation, caught
 from tests.simulation.plan import plan_of
 from tests.simulation.promises import PROMISES
@@ -54,6 +56,16 @@ def test_a_seed_is_one_run(seed: int) -> None:
         digests.add(told.stdout.strip())
 
     assert len(digests) == 1
+
+
+def test_a_run_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a run is in the folder where it is made: a sidecar's files there stay as they are, and runs beside it too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / Settings().journal).parent.mkdir()
+
+    simulate(plan_of(3))
+
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)

@@ -137,8 +137,6 @@ class World:
         self._step_seconds = plan.step_seconds
         self._engines: list[ScriptedEngine] = []
         self._mended = False
-        self.over = False
-        """Nothing that happens now is part of the history."""
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # ---- the whole
@@ -155,7 +153,7 @@ class World:
         finally:
             failures = [error for error in self.loop.failures if not isinstance(error, Died)]
             self.history.deaths += [f"a callback raised {error!r}" for error in failures]
-            self.over = self.network.muted = True
+            self.network.muted = True
             self._crash(power=True)
             try:
                 self.history.disk = list(self.store.entries())
