@@ -14,21 +14,13 @@ from pathlib import Path
 
 from tests.gpu import parts, shapes, speed
 from tests.gpu.crash import crash
-from tests.gpu.plan import Plan, say
+from tests.gpu.plan import Plan, names, numbers, say
 
 PARTS = ("exact", "restart", "stock", "crash", "speed", "path", "sabotage")
 OTHER_DTYPES = ("exact", "stock")
 """What is looked at in dtypes other than the first."""
 SHARE = ("--cache-fraction", "0.2")
 """Of the GPU's memory, for each of those that run at once."""
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part)
-
-
-def names(text: str) -> tuple[str, ...]:
-    return tuple(part for part in text.split(",") if part)
 
 
 async def check(plan: Plan, chosen: set[str]) -> None:

@@ -25,7 +25,7 @@ from ostinato.v1 import types_pb2
 from service.config import Settings
 from service.engines.turbomind.options import BLOCK_TOKENS, TurbomindOptions
 from tests.gpu.fronts import Answers
-from tests.gpu.plan import Plan
+from tests.gpu.plan import Plan, numbers
 from tests.gpu.speed import measure
 from tests.gpu.traffic import Ask
 
@@ -91,10 +91,10 @@ class Bare:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.bare")
     parser.add_argument("model", type=Path)
-    parser.add_argument("--batches", default="1,8,32,64,128,256")
+    parser.add_argument("--batches", type=numbers, default=(1, 8, 32, 64, 128, 256))
     given, flags = parser.parse_known_args()
     settings = load(Settings, "service", ["--engine", "turbomind", *flags], {})
-    plan = Plan(given.model, Path(), batches=tuple(int(each) for each in given.batches.split(",")))
+    plan = Plan(given.model, Path(), batches=given.batches)
     began = time.monotonic()
     bare = Bare(given.model, TurbomindOptions(**settings.own("turbomind")))
     started = time.monotonic() - began

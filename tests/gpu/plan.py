@@ -91,5 +91,15 @@ def why(error: Exception) -> str:
     return f"{type(error).__name__}: {told[-400:]}"
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """Of a flag: "1,8,64"."""
+    return tuple(map(int, names(text)))
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Likewise: "exact, stock"."""
+    return tuple(stripped for part in text.split(",") if (stripped := part.strip()))
+
+
 def say(text: str) -> None:
     print(text, flush=True)

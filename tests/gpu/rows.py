@@ -24,7 +24,7 @@ from ostinato.v1 import types_pb2
 from tests.gpu import shapes
 from tests.gpu.compare import alone, grade, introduce, together
 from tests.gpu.parts import fingerprint, overrides_of
-from tests.gpu.plan import Plan, Reference, say, why
+from tests.gpu.plan import Plan, Reference, names, numbers, say, why
 from tests.gpu.shapes import Making
 from tests.gpu.stack import Stack, running
 
@@ -142,7 +142,7 @@ def arguments(program: str) -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path)
     parser.add_argument("--targets", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--totals", default="64,256")
+    parser.add_argument("--totals", type=numbers, default=(64, 256))
     parser.add_argument("--seconds", type=float, default=500.0, help="begin nothing new after so long")
     parser.add_argument("--state", type=Path, help="kept from call to call; else a new one")
     parser.add_argument("--engine", default="turbomind", help="another one, to try the check itself")
@@ -158,7 +158,7 @@ def plan_of(given: argparse.Namespace, state: str) -> Plan:
         engine=given.engine,
         targets=given.targets,
         new_tokens=given.new_tokens,
-        totals=tuple(int(each) for each in given.totals.split(",")),
+        totals=given.totals,
         deadline=time.monotonic() + given.seconds,
     )
 
@@ -175,12 +175,11 @@ def conclude(plan: Plan, began: float) -> int:
 def main() -> None:
     parser = arguments("python -m tests.gpu.rows")
     parser.add_argument("folder", type=Path, help="where shapes are made: room for two, 25 GB")
-    parser.add_argument("--rows", default="", help=f"of {', '.join(row.name for row in ROWS)}; none: all")
+    parser.add_argument("--rows", type=names, default=(), help=f"of {', '.join(row.name for row in ROWS)}; none: all")
     given, began = parser.parse_args(), time.monotonic()
-    wanted = [name.strip() for name in given.rows.split(",") if name.strip()]
-    if unknown := set(wanted) - {row.name for row in ROWS}:
+    if unknown := set(given.rows) - {row.name for row in ROWS}:
         parser.error(f"--rows: {', '.join(sorted(unknown))}: unknown")
-    chosen = [row for row in ROWS if not wanted or row.name in wanted]
+    chosen = [row for row in ROWS if not given.rows or row.name in given.rows]
     with tempfile.TemporaryDirectory(prefix="ostinato-state-") as state:
         plan = plan_of(given, state)
         asyncio.run(rows(plan, chosen, given.folder))

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tests.gpu import speed
-from tests.gpu.__main__ import numbers
 from tests.gpu.compare import introduce
-from tests.gpu.plan import Plan, say
+from tests.gpu.plan import Plan, numbers, say
 from tests.gpu.stack import running
 
 

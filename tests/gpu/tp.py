@@ -55,7 +55,7 @@ def gpus() -> int:
 
 def main() -> None:
     parser = arguments("python -m tests.gpu.tp")
-    parser.set_defaults(totals="2,8,32,128,256", seconds=480.0)
+    parser.set_defaults(totals=(2, 8, 32, 128, 256), seconds=480.0)
     given, began = parser.parse_args(), time.monotonic()
     if given.engine == "turbomind" and (found := gpus()) < 2:
         print(f"tensor parallelism is not looked at: that takes two GPUs, and here torch finds {found}")
