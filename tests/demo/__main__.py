@@ -54,6 +54,7 @@ def main() -> int:
     parser.add_argument("--gateway", action="store_true", help="with --up: an OpenAI gateway too")
     parser.add_argument("--model", default="", help="path of another model")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or it would leave the programs behind
     console = Console(width=None if sys.stdout.isatty() else 140)
     service = ["--model", args.model] if args.model else []
     pair = Pair(service=service, sidecar=["--vllm-face"] if args.gateway else [], engine=args.engine, state=STATE)
@@ -75,6 +76,8 @@ def main() -> int:
     except AssertionError as error:
         console.print(str(error), style="red", highlight=False, markup=False)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def begin(pair: Pair, console: Console) -> None:
@@ -112,7 +115,6 @@ def stay(pair: Pair, console: Console) -> None:
         ostinato=ostinato.relative_to(ROOT) if ostinato.is_relative_to(ROOT) else ostinato,
     )
     console.print(text, highlight=False, markup=False)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while all(program.running for program in pair.programs):
             time.sleep(0.2)
