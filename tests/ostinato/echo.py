@@ -107,13 +107,6 @@ async def raw(channel: Any, path: str, message: bytes = b"") -> bytes:
     return answer
 
 
-async def eventually(condition: Callable[[], bool]) -> None:
-    """Waits for what the other side does soon; the ceiling is for one that never does."""
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 def text(content: str) -> bytes:
     """A message's bytes."""
     return Message(content=content).SerializeToString()

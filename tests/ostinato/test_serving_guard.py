@@ -17,7 +17,8 @@ from ostinato import errors
 from ostinato.serving.deadlines import EARLY_SECONDS, EARLY_SHARE
 from ostinato.serving.guard import STATUS_BYTES_MAX, _code, fitting
 
-from tests.ostinato.echo import METHODS, NAME, Context, Echo, call, eventually, raw, serving, text
+from tests.ostinato.echo import METHODS, NAME, Context, Echo, call, raw, serving, text
+from tests.waiting import eventually
 
 NOT_WIRE_FORMAT = b"\xff\xff\xff"
 NOT_UTF8 = b"\x12\x02\xff\xfe"  # field 2, a string of two bytes

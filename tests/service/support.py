@@ -26,9 +26,14 @@ from service.memory import Memory
 from service.metrics import Metrics
 from service.opening import make_ready
 from service.servicer import NAME, EngineServicer, Workers
+from service.stream import Streams
 
 LOG = "0123456789abcdef0123456789abcdef"
 PRIMARY, REPLAY = engine_pb2.PURPOSE_PRIMARY, engine_pb2.PURPOSE_REPLAY
+SLOW: dict[str, Any] = {"delay_seconds": 0.005}
+"""A script, between two tokens."""
+ENDLESS: dict[str, Any] = {"max_new_tokens": 4000}
+"""Parameters of a run that does not end by itself while a test lasts."""
 
 
 @dataclass
@@ -46,6 +51,15 @@ class Service:
     def sample(self, name: str, **labels: str) -> float:
         """A metric's value, 0 where it has none yet."""
         return self.registry.get_sample_value(name, labels) or 0.0
+
+    def idle(self) -> bool:
+        """Whether the engine has no run."""
+        return not self.engine._active and not self.engine._waiting
+
+    @property
+    def streams(self) -> Streams:
+        assert self.servicer.ready is not None
+        return self.servicer.ready.streams
 
     @contextlib.asynccontextmanager
     async def stream(self, **hello: Any) -> AsyncIterator[Stream]:

@@ -20,6 +20,7 @@ from sidecar.journal.grouped import GroupedJournal
 from sidecar.journal.known import Known
 from sidecar.journal.ledger import Ledger
 from tests.sidecar.journal_kit import LOG_ID, Clock, SqliteStore, admission, item
+from tests.waiting import eventually
 
 
 @dataclass
@@ -96,13 +97,6 @@ class Running:
 
     async def gather(self, count: int) -> list[Appended]:
         return await asyncio.gather(*(self.journal.append(admission(item(n))) for n in range(1, count + 1)))
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    """Waits for what the journal's thread does soon."""
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 @asynccontextmanager

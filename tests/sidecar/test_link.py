@@ -18,6 +18,7 @@ from ostinato.serving.server import Server
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 
 from sidecar.link import SUBMIT_BYTES, EngineLink, check_description, unavailable
+from tests.waiting import eventually
 
 DESCRIPTION = engine_pb2.DescribeResponse(
     model=types_pb2.Model(grade=types_pb2.GRADE_EXACT),
@@ -131,12 +132,6 @@ def refusing(error: errors.OstinatoError, *, after_welcome: bool = False) -> Exe
 
 def submit(run_id: int, size: int = 1) -> engine_pb2.Submit:
     return engine_pb2.Submit(run_id=run_id, token_ids=[1] * size)
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_hello_comes_first(tmp_path: Path) -> None:
