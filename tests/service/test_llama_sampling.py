@@ -1,0 +1,160 @@
+"""What the llama engine draws: by the seed and the parameters, and never by the company."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from ostinato.v1 import types_pb2
+
+from tests.service.llama_kit import LACKING, Bench, bits, on_the_loop
+
+if LACKING:
+    pytest.skip(f"the llama engine's packages are not installed: {LACKING}", allow_module_level=True)
+
+import numpy as np
+
+from service.engines.llama.sampling import fold_seed, token_logprobs
+
+pytestmark = pytest.mark.llama
+
+MIXES: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.7},
+    {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1},
+    {"temperature": 1.3, "min_p": 0.05},
+    {"temperature": 0.0},
+)
+
+
+@pytest.mark.parametrize(
+    ("seed", "folded"),
+    [
+        (0, 0),
+        (7, 7),
+        (2**32 - 2, 2**32 - 2),
+        (2**32 - 1, 597867875),
+        (2**32, 1739479891),
+        (2**63, 1523102845),
+        (2**64 - 1, 4103576),
+    ],
+)
+def test_seeds_fold(seed: int, folded: int) -> None:
+    """A seed that fits is itself; any other is folded, by a rule that never changes, to one that is not the reserved one."""
+    assert fold_seed(seed) == folded < 2**32 - 1
+
+
+def test_the_likeliest_are_ordered_by_id_where_equal() -> None:
+    """Logprobs are the log-softmax of the whole row, the likeliest first, ties by id, also at the edge."""
+    logits = np.array([1, 3, 2, 3, 2, 2], np.float32)
+
+    found = token_logprobs(logits, 0, 4)
+
+    norm = math.log(sum(math.exp(value) for value in logits))
+    assert [top.token_id for top in found.top] == [1, 3, 2, 4]
+    assert found.logprob == pytest.approx(1 - norm, abs=1e-12)
+    assert found.top[2].logprob == pytest.approx(2 - norm, abs=1e-12)
+
+
+@on_the_loop
+async def test_company_changes_nothing(bench: Bench) -> None:
+    """Equal seeded requests give equal tokens and logprob bits alone, in a full batch, and among strangers who come and go."""
+    words = "the quick brown fox jumps over the lazy dog and runs home " * 22
+    prompts = ("Once upon a time", "def fib(n):", words, "A haiku:")
+    wanted: list[dict[str, Any]] = [
+        {"prompt": prompt, "seed": 2**63 + index, "logprobs": 5, "max_new_tokens": 10} | MIXES[index]
+        for index, prompt in enumerate(prompts)
+    ]
+    assert len(bench.engine.vocabulary.encode(words, special=False)) > 257  # attention's kernels change at 64 and 257
+
+    alone = [bits(await bench.answer(**one)) for one in wanted]
+    together = [bench.start(**wanted[index]) for index in (0, 1, 3, 2, 3, 1, 0, 1)]
+    full = [bits(await bench.output(run_id)) for run_id in together]
+
+    strangers = [
+        bench.start(f"Stranger {index} says", seed=index, stream=True, max_new_tokens=9 * index) for index in (1, 3, 5)
+    ]
+    staggered = []
+    for one in reversed(wanted):
+        staggered.append(bench.start(**one))
+        await bench.until(staggered[-1], "started")
+    await bench.until(strangers[-1], "tokens")
+    bench.engine.cancel(strangers[-1])
+    among = [bits(await bench.output(run_id)) for run_id in reversed(staggered)]
+
+    assert full == [alone[index] for index in (0, 1, 3, 2, 3, 1, 0, 1)]
+    assert among == alone
+
+
+@on_the_loop
+async def test_seeds_decide(bench: Bench) -> None:
+    """Another seed gives another answer; the record holds the seed as given and as folded."""
+    seeds = (0, 1, 2**32, 2**64 - 1)
+    runs = [bench.start("My favourite", seed=seed, max_new_tokens=8) for seed in seeds]
+    outputs = [await bench.output(run_id) for run_id in runs]
+
+    assert len({tuple(output.token_ids) for output in outputs}) == len(seeds)
+    assert [(output.seed, output.engine_seed) for output in outputs] == [(seed, fold_seed(seed)) for seed in seeds]
+    assert [output.prompt_tokens for output in outputs] == [2] * len(seeds)
+
+
+@on_the_loop
+async def test_greedy(bench: Bench) -> None:
+    """Temperature 0 takes the likeliest token each time, whatever the seed."""
+    one, other = [await bench.answer("Two and two", temperature=0.0, logprobs=1, seed=seed) for seed in (1, 2)]
+
+    assert one.token_ids == other.token_ids == [position.top[0].token_id for position in one.logprobs]
+
+
+@on_the_loop
+async def test_logprobs_do_not_depend_on_how_many_are_wanted(bench: Bench) -> None:
+    """The chosen token's logprob has the same bits with 0 and with 20 others beside it; unasked for, there is none."""
+    none, few, many = [await bench.answer("The sea", seed=3, **n) for n in ({}, {"logprobs": 0}, {"logprobs": 20})]
+
+    assert [position.logprob for position in few.logprobs] == [position.logprob for position in many.logprobs]
+    assert [len(position.top) for position in many.logprobs] == [20] * 8
+    assert not none.logprobs
+    assert none.token_ids == few.token_ids == many.token_ids
+
+
+@on_the_loop
+async def test_the_penalty_avoids_repetition(bench: Bench) -> None:
+    """With the strongest penalty, greedy answers do not say twice what they would say again and again."""
+    prompt = "no no no no no no no no"
+    plain, penalised = [
+        await bench.answer(prompt, temperature=0.0, repetition_penalty=penalty, max_new_tokens=12) for penalty in (1.0, 10.0)
+    ]
+
+    assert len(set(plain.token_ids)) < 12
+    assert len(set(penalised.token_ids)) == 12
+
+
+@on_the_loop
+async def test_bad_tokens_never_appear(bench: Bench) -> None:
+    """What is forbidden is not said, even if it is the likeliest each time."""
+    plain = await bench.answer("One, two, three,", temperature=0.0)
+    forbidden = sorted(set(plain.token_ids))
+    output = await bench.answer("One, two, three,", temperature=0.0, bad_token_ids=forbidden, max_new_tokens=12)
+
+    assert set(output.token_ids).isdisjoint(forbidden)
+
+
+@on_the_loop
+async def test_ends_that_may_not_come_yet(bench: Bench) -> None:
+    """Neither the model's end nor a stop token comes before min_new_tokens; with ignore_eos the model's end never comes."""
+    vocabulary = bench.engine.vocabulary
+    chat = vocabulary.encode(vocabulary.render([types_pb2.Message(role="user", content="Say OK.")]), special=True)
+    about: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 24}
+    plain = await bench.answer(chat, ignore_eos=False, **about)
+    made = len(plain.token_ids)
+    longer = await bench.answer(chat, ignore_eos=False, min_new_tokens=made + 3, **about)
+    stopped = await bench.answer(chat, min_new_tokens=3, stop_token_ids=sorted(set(plain.token_ids[:2])), **about)
+    endless = await bench.answer(chat, ignore_eos=True, **about)
+
+    assert plain.finish_reason == types_pb2.FINISH_REASON_END_OF_SEQUENCE
+    assert longer.token_ids[: made - 1] == plain.token_ids[: made - 1]
+    assert vocabulary.end_ids.isdisjoint(longer.token_ids[: made + 3])
+    assert set(stopped.token_ids[:3]).isdisjoint(plain.token_ids[:2])
+    assert len(endless.token_ids) == 24
+    assert vocabulary.end_ids.isdisjoint(endless.token_ids)
