@@ -11,7 +11,7 @@ from ostinato import errors
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.sequencer import Sequencer
-from tests.sidecar.test_sequencer import BOUNDS, EXACT, Edge, connected, engine, need
+from tests.sidecar.sequencer_kit import BOUNDS, EXACT, Edge, connected, engine, need
 
 VERIFY, REPLAY, BACKGROUND = ev.Urgency.VERIFY, ev.Urgency.REPLAY, ev.Urgency.BACKGROUND
 

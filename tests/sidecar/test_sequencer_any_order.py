@@ -1,0 +1,171 @@
+"""The sequencing core through whatever can happen, in any order."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from ostinato import errors
+from ostinato.v1 import types_pb2
+
+from sidecar.core import effects as do
+from sidecar.core import events as ev
+from sidecar.core.item import Bounds, Phase
+from sidecar.core.sequencer import Sequencer
+from tests.sidecar.sequencer_kit import EXACT, SERIAL, Edge, engine, need
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Whatever happens in whatever order: one End for each number, in-order first submissions, a window that holds, and reruns
+    that never take what an item waits for."""
+
+    tickets = Bundle("tickets")
+
+    @initialize(runs=st.integers(1, 4), blocks=st.integers(1, 12), share=st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+    def start(self, runs: int, blocks: int, share: float) -> None:
+        self.runs, self.blocks = runs, blocks
+        self.edge = Edge(Sequencer(Bounds(64, 0, 3, 10.0, reruns_max=4, reruns_share=share)))
+        self.numbering: list[tuple[int, int]] = []
+        self.waiting_for_disk: list[int] = []
+        self.reruns = 0
+
+    def tell(self, event: ev.Event) -> None:
+        core = self.edge.core
+        for effect in self.edge.tell(event):
+            if isinstance(effect, do.End):
+                self.waiting_for_disk.append(effect.sequence)
+            if isinstance(effect, do.SubmitRerun):
+                assert effect.run_id in core.reruns.running
+                background = core.reruns.running[effect.run_id].rerun.urgency is not ev.Urgency.VERIFY
+                assert not (background and core.waiting)
+                assert not background or (core.window is not None and core.window.runs <= core.window.engine.runs)
+
+    @rule(size=st.integers(1, 40), urgency=st.sampled_from(ev.Urgency), alone=st.booleans())
+    def rerun(self, size: int, urgency: ev.Urgency, alone: bool) -> None:
+        self.reruns += 1
+        self.tell(ev.Rerun(self.reruns, size, urgency, alone and urgency is not ev.Urgency.VERIFY))
+
+    @rule(data=st.data())
+    def drop_rerun(self, data: st.DataObject) -> None:
+        self.tell(ev.DropRerun(data.draw(st.integers(0, self.reruns))))
+
+    @rule(data=st.data(), failed=st.booleans())
+    def rerun_ends(self, data: st.DataObject, failed: bool) -> None:
+        running = sorted(self.edge.core.reruns.running)
+        if running:
+            run_id = data.draw(st.sampled_from(running))
+            self.tell(ev.Failed(run_id, errors.EngineFailed("no")) if failed else ev.Finished(run_id, EXACT))
+
+    @rule(target=tickets, sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), keyed=st.booleans())
+    def admit(self, sizes: list[int], keyed: bool) -> int:
+        self.edge.tickets += 1
+        self.tell(ev.Admit(self.edge.tickets, tuple(map(need, sizes)), keyed, 5.0))
+        if self.edge.effects and self.edge.effects[-1] == do.AppendAdmission(self.edge.tickets):
+            self.numbering.append((self.edge.tickets, len(sizes)))
+        return self.edge.tickets
+
+    @precondition(lambda self: self.numbering)
+    @rule(full=st.booleans())
+    def commit(self, full: bool) -> None:
+        ticket, count = self.numbering.pop(0)
+        if full:
+            self.tell(ev.NotNumbered(ticket))
+            return
+        first, self.edge.next_sequence = self.edge.next_sequence, self.edge.next_sequence + count
+        self.tell(ev.Numbered(ticket, first))
+
+    @precondition(lambda self: self.waiting_for_disk)
+    @rule()
+    def outcome_durable(self) -> None:
+        self.tell(ev.Ended(self.waiting_for_disk.pop(0)))
+
+    @rule(ticket=tickets, late=st.booleans())
+    def leave(self, ticket: int, late: bool) -> None:
+        self.tell(ev.CallerGone(ticket, errors.DeadlineExceeded("") if late else errors.Cancelled("")))
+
+    @rule(first=st.integers(1, 30), count=st.integers(0, 5))
+    def cancel(self, first: int, count: int) -> None:
+        self.tell(ev.Cancel(first, first + count))
+
+    @rule(seconds=st.floats(0, 4))
+    def tick(self, seconds: float) -> None:
+        self.edge.now += seconds
+        self.tell(ev.Tick())
+
+    @rule(grade=st.sampled_from([EXACT, SERIAL]))
+    def connect(self, grade: types_pb2.Grade.ValueType) -> None:
+        if self.edge.core.window is not None:
+            self.tell(ev.Disconnected())
+        self.tell(engine(runs=self.runs, blocks=self.blocks, grade=grade))
+
+    @rule()
+    def disconnect(self) -> None:
+        if self.edge.core.window is not None:
+            self.tell(ev.Disconnected())
+
+    @rule(data=st.data(), what=st.sampled_from(["started", "finished", "failed"]))
+    def engine_says(self, data: st.DataObject, what: str) -> None:
+        running = [i for i in self.edge.core.items.values() if i.phase in (Phase.SUBMITTED, Phase.STARTED)]
+        if not running:
+            return
+        item = data.draw(st.sampled_from(running))
+        if what == "failed":
+            self.tell(ev.Failed(item.run_id, errors.EngineFailed("no")))
+        elif item.phase is Phase.SUBMITTED:
+            self.tell(ev.Started(item.run_id))
+        elif what == "finished":
+            self.tell(ev.Finished(item.run_id, EXACT))
+
+    @rule()
+    def drain(self) -> None:
+        self.tell(ev.Drain())
+
+    @invariant()
+    def one_end_each(self) -> None:
+        sequences = [end.sequence for end in self.edge.ends()]
+        assert len(sequences) == len(set(sequences))
+        keyed_left = 0 if not self.edge.core.draining else None
+        numbered = self.edge.next_sequence - 1
+        if keyed_left == 0:
+            assert numbered == len(set(sequences) | set(self.edge.core.items))
+
+    @invariant()
+    def an_end_names_the_newest_attempt(self) -> None:
+        newest = {submit.sequence: submit.attempt for submit in self.edge.submits()}
+        assert all(end.attempt == newest.get(end.sequence, 1) for end in self.edge.ends())
+
+    @invariant()
+    def first_submissions_ascend(self) -> None:
+        first: dict[int, None] = {}
+        for submit in self.edge.submits():
+            first.setdefault(submit.sequence)
+        assert list(first) == sorted(first)
+
+    @invariant()
+    def window_holds(self) -> None:
+        window = self.edge.core.window
+        if window is None:
+            return
+        running = [i for i in self.edge.core.items.values() if i.phase in (Phase.SUBMITTED, Phase.STARTED)]
+        reruns = [each.rerun for each in self.edge.core.reruns.running.values()]
+        kv_tokens = [*(item.need.kv_tokens for item in running), *(rerun.kv_tokens for rerun in reruns)]
+        assert window.runs == len(kv_tokens) <= window.runs_max
+        assert window.blocks == sum(map(window.need, kv_tokens)) <= window.engine.kv_blocks
+        assert not any((*(item.suspect for item in running), *(rerun.alone for rerun in reruns))) or len(kv_tokens) == 1
+
+    @invariant()
+    def reruns_keep_to_their_share(self) -> None:
+        window, reruns = self.edge.core.window, self.edge.core.reruns
+        if window is None:
+            assert not reruns.running
+            assert not any(reruns.waiting.values())
+            return
+        held = [each.rerun.kv_tokens for each in reruns.running.values() if each.rerun.urgency is not ev.Urgency.VERIFY]
+        if len(held) > 1:
+            assert len(held) <= reruns.bounds.reruns_share * window.engine.runs
+            assert sum(map(window.need, held)) <= reruns.bounds.reruns_share * window.engine.kv_blocks
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
