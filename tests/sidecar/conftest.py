@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.postgres import Postgres
+from tests.sidecar.journal_kit import PostgresStore
 from tests.sidecar.postgres_proxy import Proxy, proxy
 
 
@@ -15,3 +16,11 @@ def _line(postgres: Postgres) -> Iterator[Proxy]:
     """A way to the server that can be cut."""
     with proxy(postgres) as line:
         yield line
+
+
+@pytest.fixture(name="store")
+def _store(postgres: Postgres) -> Iterator[PostgresStore]:
+    """A journal's database of its own."""
+    store = PostgresStore(postgres.url(postgres.schema()))
+    yield store
+    store.kill()

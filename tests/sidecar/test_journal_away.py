@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from urllib.parse import quote
 
 import pytest
 
@@ -23,21 +21,15 @@ from sidecar.journal.mark import MarkFile
 from sidecar.journal.postgres_tables import PostgresTables
 from tests.postgres import Postgres
 from tests.sidecar.journal_kit import PostgresStore, admission, completed, item, sequences
+from tests.sidecar.postgres_kit import through
 from tests.sidecar.postgres_proxy import Cut, Proxy
 
 SETTINGS = GroupSettings(full_retry_seconds=0.05, withheld_outcomes_max=8)
 
 
-@pytest.fixture(name="store")
-def _store(postgres: Postgres) -> Iterator[PostgresStore]:
-    store = PostgresStore(postgres.url(postgres.schema()))
-    yield store
-    store.kill()
-
-
 @asynccontextmanager
 async def grouped(store: PostgresStore, line: Proxy | None = None, writer: str = "writer") -> AsyncIterator[GroupedJournal]:
-    url = store.url if line is None else re.sub(r"(?<=host=)[^&]*", quote(str(line.folder), safe=""), store.url)
+    url = store.url if line is None else through(line, store)
     journal = GroupedJournal(store.open(writer=writer, url=url)[0], now_millis=store.clock.now_millis, settings=SETTINGS)
     yield journal
     await journal.close()
