@@ -7,6 +7,7 @@ stores      journals that outlive their sidecars: SQLite on a simulated disk, an
 history     what clients saw, what the engine saw, what the disk held, and when
 plan        what a seed means: who asks for what, and what goes wrong when
 clients     those who ask, and how they try again
+watching    the service, with notes of what reaches its engine and what passes on its stream
 world       all of it, from the first start to the last look at the disk
 promises    one checker for each promise of docs/order.md
 mutations   faults put into the product on purpose, and the promise that each breaks

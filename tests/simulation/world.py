@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import gc
 import json
 import logging
-import math
 import random
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from prometheus_client import CollectorRegistry
 from ostinato.digest import input_digest
 from ostinato.errors import EpochStale
 from ostinato.serving.program import StartupError
-from ostinato.v1 import engine_pb2
 from ostinato.v1.engine_pb2_grpc import add_EngineServicer_to_server
 
 from service.config import Settings as ServiceSettings
@@ -34,84 +31,15 @@ from sidecar.journal import JournalBroken, JournalUnusable, Opened
 from sidecar.journal.committer import Backend
 from tests.sidecar.journal_disk import PowerLost
 from tests.simulation.clients import Clients
-from tests.simulation.edges import EPOCH_MILLIS, Door, Process, Seams
+from tests.simulation.edges import EPOCH_MILLIS, Process, Seams
 from tests.simulation.history import History, Stream, Submission
 from tests.simulation.loop import Deadlock, Died, Node, VirtualLoop
-from tests.simulation.network import Handler, Incoming, Network, Outgoing
+from tests.simulation.network import Handler, Network, Outgoing
 from tests.simulation.plan import SECONDS, Fault, Plan
 from tests.simulation.stores import SharedLog, SqliteLog, Store, Watched
+from tests.simulation.watching import BLOCK_TOKENS, RecordingEngine, ServiceDoor
 
 RESTART_SECONDS = (0.1, 2.0)
-BLOCK_TOKENS = 8
-WINDOW = 2
-"""Runs that a sidecar hands over for each that the engine runs."""
-
-_stream: contextvars.ContextVar[Stream | None] = contextvars.ContextVar("stream", default=None)
-
-
-class RecordingEngine(ScriptedEngine):
-    """Notes what reaches it, and from whom."""
-
-    note: Callable[[Stream, Run], None]
-
-    def submit(self, run: Run) -> None:
-        stream = _stream.get()
-        if stream is not None:
-            self.note(stream, run)
-        super().submit(run)
-
-
-class ServiceDoor(Door):
-    """Notes what passes on Execute."""
-
-    world: World
-    number: int
-
-    def find(self, path: str) -> tuple[Node, Handler] | None:
-        found = super().find(path)
-        if found is None or not path.endswith("/Execute"):
-            return found
-        rpc = self._methods[path]
-        return self.node, lambda incoming: self._execute(rpc, incoming)
-
-    async def _execute(self, rpc: Any, incoming: Incoming) -> None:
-        history = self.world.history
-        stream = Stream(len(history.streams) + 1, self.number, engine_pb2.Hello(), 0, self.world.plan.kv_blocks, 0)
-        stream.runs = WINDOW * self.world.plan.engine_runs
-        history.streams.append(stream)
-        _stream.set(stream)
-        answers = rpc.stream_stream(self._requests(stream, incoming), incoming)
-        async with contextlib.aclosing(answers), _sees(history, "a service that was fenced off", EpochStale):
-            async for answer in answers:
-                if answer.HasField("welcome"):
-                    epoch = stream.hello.epoch
-                    step = history.note(self.node.loop.time(), "welcome", stream.number, epoch)
-                    history.welcomed.append((step, stream.number, epoch))
-                for event in answer.events:
-                    if event.WhichOneof("event") in ("finished", "failed"):
-                        stream.live.pop(event.run_id, None)
-                    if event.HasField("started"):
-                        history.started[stream.number, event.run_id] = history.step
-                await incoming.write(answer)
-
-    async def _requests(self, stream: Stream, incoming: Incoming) -> AsyncIterator[engine_pb2.ExecuteRequest]:
-        async for request in incoming.requests(engine_pb2.ExecuteRequest.FromString):
-            if request.HasField("hello"):
-                stream.hello, stream.step = request.hello, self.world.history.step
-            self._load(stream, request)
-            yield request
-
-    def _load(self, stream: Stream, request: engine_pb2.ExecuteRequest) -> None:
-        """What the engine then holds. Cancels stand behind the submits that take their room."""
-        for run_id in request.cancels:
-            stream.live.pop(run_id, None)
-        for submit in request.submits:
-            tokens = len(submit.token_ids) + submit.parameters.max_new_tokens
-            if submit.run_id not in request.cancels:
-                stream.live[submit.run_id] = math.ceil(tokens / BLOCK_TOKENS)
-            if sum(stream.live.values()) > stream.blocks or len(stream.live) > stream.runs:
-                held = f"{len(stream.live)} runs, {sum(stream.live.values())} KV blocks"
-                stream.overfull.append(f"sequence {submit.sequence} made it {held}")
 
 
 class World:
@@ -467,15 +395,6 @@ class World:
     def _keep(self, task: asyncio.Task[Any]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-@contextlib.asynccontextmanager
-async def _sees(history: History, what: str, error: type[Exception]) -> AsyncIterator[None]:
-    try:
-        yield
-    except error:
-        history.sights.add(what)
-        raise
 
 
 def simulate(plan: Plan, *, trace: bool = False) -> History:
