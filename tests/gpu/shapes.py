@@ -113,11 +113,11 @@ def make(shape: str, model: Path, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
+    config = json.loads((model / "config.json").read_text()) | BASE | SHAPES[shape]
     folder.mkdir(parents=True, exist_ok=True)
     for path in model.iterdir():
         if "safetensors" not in path.name:
             shutil.copy(path, folder)
-    config = json.loads((model / "config.json").read_text()) | BASE | SHAPES[shape]
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, config["dtype"])
