@@ -73,11 +73,13 @@ async def _sabotage(plan: Plan, shape: str) -> None:
         return
     with plan.part("sabotage"):
         making = await shapes.begin(shape, plan.model, plan.state) if shape else None
-        if making is not None:
-            plan.model = await making.ready()
-        await parts.sabotage(plan)
-        if making is not None:
-            await making.remove()
+        try:
+            if making is not None:
+                plan.model = await making.ready()
+            await parts.sabotage(plan)
+        finally:
+            if making is not None:
+                await making.remove()
 
 
 def main() -> None:

@@ -13,11 +13,7 @@ from sidecar.core.item import Bounds
 from sidecar.core.sequencer import Sequencer
 
 MODEL = b"model"
-
-
 BOUNDS = Bounds(queue_items_max=8, window_runs_max=0, attempts_max=3, item_timeout_seconds=10.0)
-
-
 EXACT, SERIAL = types_pb2.GRADE_EXACT, types_pb2.GRADE_SERIAL
 
 
