@@ -33,13 +33,13 @@ ARROWS = (
     Only(("xllamacpp",), r"service/engines/llama/library\.py", "its binding changes with every release"),
     Only(("apsw", "psycopg", "sqlite3"), r"sidecar/journal/", "only the journal knows a database"),
     Only(("smg_grpc_proto",), r"sidecar/gateway/", "an extra, for those who want that face"),
-    Only(("plotly",), r"proto/ostinato/cli/page\.py", "an extra of the wheel, and slow to import"),
+    Only(("matplotlib",), r"proto/ostinato/cli/(page|charts)\.py", "an extra of the wheel, and slow to import"),
     Only(("opentelemetry", "ostinato.otel"), r"proto/ostinato/(otel|tracing)\.py", "an extra of the wheel, off by default"),
     Only(("ostinato.serving",), r"proto/ostinato/serving/|service/|sidecar/", "clients do not serve"),
 )
 
 CLIENT = re.compile(r"proto/ostinato/(?!serving/)")
-CLIENT_EXTRAS = {"opentelemetry", "plotly"}
+CLIENT_EXTRAS = {"opentelemetry", "matplotlib"}
 CLIENT_MAY_IMPORT = sys.stdlib_module_names | CLIENT_EXTRAS | {"google", "grpc", "grpc_status", "ostinato", "rich", "typer"}
 
 

@@ -14,18 +14,18 @@ BOARD.row(
         "Self-test", "s", "max(ostinato_service_self_test_seconds{ON})", about="How long the one took that this grade rests on."
     ),
     number("Generated", "ops", "sum(rate(ostinato_engine_generated_tokens_total{ON}[RATE]))", about="Tokens a second."),
-    number("Runs", "none", "sum(ostinato_engine_runs_in_flight{ON})"),
+    number("Runs in flight", "none", "sum(ostinato_engine_runs_in_flight{ON})"),
     number(
-        "Fingerprints",
+        "Fingerprints connected",
         "none",
         "count(count by (fingerprint) (ostinato_engine_info{ON}))",
         (None, "green"),
         (2, "orange"),
-        about="That are connected now; more than one gives more than one answer.",
+        about="More than one gives more than one answer.",
     ),
-    number("KV blocks", "none", 'sum(ostinato_engine_capacity{ON,of="kv_blocks"})'),
-    rows("As the sidecars see it", "ostinato_engine_info{ON}", width=12),
-    rows("Fingerprints", "ostinato_service_fingerprint_info{ON}", width=12),
+    number("KV capacity", "none", 'sum(ostinato_engine_capacity{ON,of="kv_blocks"})'),
+    rows("Fingerprints as the sidecars see them", "ostinato_engine_info{ON}", width=12),
+    rows("Fingerprints as the services report them", "ostinato_service_fingerprint_info{ON}", width=12),
 )
 BOARD.row(
     "Work",

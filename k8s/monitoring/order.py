@@ -18,7 +18,7 @@ BOARD.row(
         about="Items, for numbers, the journal or room.",
     ),
     number("In the engine", "none", "sum(ostinato_inflight_items{ON})"),
-    number("Journal", "none", "max(ostinato_journal_full{ON})", names={"0": ("room", "green"), "1": ("FULL", "red")}),
+    number("Journal room", "none", "max(ostinato_journal_full{ON})", names={"0": ("room", "green"), "1": ("FULL", "red")}),
     number(
         "Abandoned, a day",
         "none",
@@ -35,22 +35,22 @@ BOARD.row(
         ("sum(rate(ostinato_ended_items_total{ON}[RATE]))", "ended"),
         ("sum(rate(ostinato_taken_over_items_total{ON}[RATE]))", "taken over"),
     ),
-    lines("Newest sequence", "none", ("ostinato_last_sequence{ON}", "{{instance}}")),
-    lines("Epoch", "none", ("ostinato_epoch{ON}", "{{instance}}"), steps=True),
+    lines("Newest sequence over time", "none", ("ostinato_last_sequence{ON}", "{{instance}}")),
+    lines("Epoch over time", "none", ("ostinato_epoch{ON}", "{{instance}}"), steps=True),
 )
 BOARD.row(
     "Journal",
-    heat_map("Commits", "s", "ostinato_journal_commit_seconds", "One transaction each."),
+    heat_map("Commit time", "s", "ostinato_journal_commit_seconds", "One transaction each."),
     heat_map("Batches and outcomes in a commit", "none", "ostinato_journal_commit_drafts"),
     lines(
-        "Commit",
+        "Commit time, median and 99 %",
         "s",
         ('instance:ostinato_journal_commit_seconds:quantile5m{ON,quantile="0.5"}', "{{instance}} median"),
         ('instance:ostinato_journal_commit_seconds:quantile5m{ON,quantile="0.99"}', "{{instance}} 99 %"),
         about="Within five minutes.",
     ),
     lines(
-        "Commits",
+        "Journal writes",
         "ops",
         ("sum(rate(ostinato_journal_commit_seconds_count{ON}[RATE]))", "commits"),
         ("sum(rate(ostinato_journal_commit_drafts_sum{ON}[RATE]))", "batches and outcomes"),
@@ -68,7 +68,7 @@ BOARD.row(
 BOARD.row(
     "Window",
     lines(
-        "Window",
+        "Items by stage",
         "none",
         ("sum(ostinato_unnumbered_items{ON})", "wait for a number"),
         ("sum(ostinato_queue_items{ON})", "wait for journal or room"),

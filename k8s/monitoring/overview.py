@@ -77,7 +77,7 @@ BOARD.row(
     heat_map("Between tokens", "s", "ostinato_between_tokens_seconds"),
     heat_map("Whole items", "s", "ostinato_item_seconds", "From admission to the durable outcome."),
     lines(
-        "Whole items",
+        "Whole items, median and 99 %",
         "s",
         ("histogram_quantile(0.5, sum by (le) (rate(ostinato_item_seconds_bucket{ON}[RATE])))", "median"),
         ("histogram_quantile(0.99, sum by (le) (rate(ostinato_item_seconds_bucket{ON}[RATE])))", "99 %"),

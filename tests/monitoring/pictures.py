@@ -18,13 +18,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from tests.monitoring.names import spelt
 from tests.monitoring.watch import Prometheus
 
 Json: TypeAlias = dict[str, Any]
-COLUMN_INCHES, ROW_INCHES, DPI = 0.56, 0.3, 80
+COLUMN_INCHES, ROW_INCHES, DPI = 0.56, 0.3, 110
+LEGEND_COLUMNS_MAX, LEGEND_ROWS_MAX = 6, 3
 COLOURS = ("#73bf69", "#f2cc0c", "#8ab8ff", "#ff780a", "#f2495c", "#5794f2", "#b877d9", "#705da0", "#37872d", "#fade2a")
 PAPER, INK, FAINT = "#181b1f", "#d8d9da", "#3a3d42"
 NAMES = {
@@ -36,13 +38,13 @@ NAMES = {
     "purple": "#b877d9",
 }
 CAPTION = (
-    "Drawn from the dashboard's queries by matplotlib, not by Grafana. A scripted engine under load, which diverges as it is "
-    "told and starts again as another; dotted: an epoch (blue) or a fingerprint (purple) begins."
+    "Drawn from the dashboard's queries by matplotlib, not by Grafana. {what} "
+    "Dotted: an epoch (blue) or a fingerprint (purple) begins."
 )
 
 
-def draw(path: Path, board: Json, prometheus: Prometheus, start: float, end: float) -> None:
-    """All panels, between these Unix times."""
+def draw(path: Path, board: Json, prometheus: Prometheus, start: float, end: float, what: str) -> None:
+    """All panels, between these Unix times; `what` is a sentence of the caption: the system that they show."""
     mpl.rcParams.update({"font.family": "sans-serif", "font.size": 7, "text.color": INK, "text.parse_math": False})
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in board["panels"]) + 1
     figure = Figure(figsize=(24 * COLUMN_INCHES, height * ROW_INCHES), facecolor="#111217")
@@ -58,7 +60,7 @@ def draw(path: Path, board: Json, prometheus: Prometheus, start: float, end: flo
         place.spines[:].set_visible(False)
         place.set_title(panel["title"], loc="left", y=1, pad=-11, x=0.01, fontsize=7.5)
         DRAWN[panel["type"]](place, panel, asked)
-    figure.text(0.005, 0.25 / height, CAPTION, fontsize=7, color="#9fa7b3")
+    figure.text(0.005, 0.25 / height, CAPTION.format(what=what), fontsize=7, color="#9fa7b3")
     with BytesIO() as full:
         figure.savefig(full, format="png", dpi=DPI)
         Image.open(full).convert("RGB").quantize(128).save(path, optimize=True)
@@ -126,7 +128,7 @@ def _lines(place: Axes, panel: Json, asked: Asked) -> None:
     for number, (name, _, times, values) in enumerate(series):
         dashed = re.search(r" (lower|upper|limit)$", name)
         inner.plot(
-            times, values, label=name if number < 9 else None, color=COLOURS[number % len(COLOURS)], linewidth=0.9,
+            times, values, label=name, color=COLOURS[number % len(COLOURS)], linewidth=0.9,
             linestyle="--" if dashed else "-", drawstyle="steps-post" if steps else "default",
         )  # fmt: skip
     for at, value in asked.exemplars(panel):
@@ -137,9 +139,24 @@ def _lines(place: Axes, panel: Json, asked: Asked) -> None:
     inner.set_ylim(bottom=defaults.get("min"))
     inner.yaxis.set_major_formatter(lambda value, _: written(value, defaults["unit"]))
     if series:
-        inner.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=3, frameon=False, fontsize=5.5, labelcolor=INK)
+        _legend(place, inner)
     else:
         inner.text(0.5, 0.5, "No data", ha="center", transform=inner.transAxes)
+
+
+def _legend(place: Axes, inner: Axes) -> None:
+    """Below the axes, in as many columns as fit into the panel; entries for which there is no room are counted."""
+    assert isinstance(place.figure, Figure)
+    handles, names = inner.get_legend_handles_labels()
+    look: Any = {"loc": "upper left", "bbox_to_anchor": (0, -0.14), "frameon": False, "fontsize": 5.5, "labelcolor": INK}
+    for columns in range(LEGEND_COLUMNS_MAX, 0, -1):
+        room = columns * LEGEND_ROWS_MAX
+        more = len(names) - room + 1 if len(names) > room else 0
+        shown = [*names[: len(names) - more], f"and {more} more"] if more else names
+        lines = [*handles[: len(names) - more], Line2D([], [], alpha=0)] if more else handles
+        made = inner.legend(lines, shown, ncols=columns, **look)
+        if made.get_window_extent().x1 <= place.get_window_extent().x1:
+            return
 
 
 def _heat(place: Axes, panel: Json, asked: Asked) -> None:
@@ -163,6 +180,10 @@ def _bars(place: Axes, panel: Json, asked: Asked) -> None:
     inner.spines[:].set_visible(False)
     found = sorted((float(labels["le"]), value) for labels, value in asked.now(panel))
     values = np.diff([value for _, value in found], prepend=0)
+    if not values.any():
+        inner.text(0.5, 0.5, "none", ha="center", transform=inner.transAxes)
+        inner.set_axis_off()
+        return
     inner.bar(range(len(found)), values, color=COLOURS[0])
     inner.set_xticks(range(len(found)), [written(bound, "short") for bound, _ in found], fontsize=5.5, rotation=60)
     inner.tick_params(colors=INK, length=0)

@@ -115,7 +115,9 @@ def test_a_dashboard_is_complete(name: str) -> None:
         for y in range(panel["gridPos"]["h"])
     ]
     queries = [target["expr"] for panel in panels(board) for target in panel["targets"]]
+    titles = [panel["title"] for panel in panels(board)]
 
+    assert sorted(titles) == sorted(set(titles)), "two panels of one title"
     assert [panel["id"] for panel in board["panels"]] == list(range(1, len(board["panels"]) + 1))
     assert all(panel["title"] and panel["fieldConfig"]["defaults"]["unit"] for panel in panels(board))
     assert {panel["datasource"]["uid"] for panel in panels(board)} == {"${datasource}"}

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from google.protobuf import json_format
 
@@ -128,7 +129,7 @@ def test_an_alarm_fails(ostinato: Terminal) -> None:
     assert "1e+9 UP since 1970-01-01T00:00:01.600Z" in " ".join(result.stdout.split())
     assert "diverged first at 1970-01-01T00:00:01.500Z (entry 7)" in result.stdout
     assert "first differing token: 4-7: 5 of 100" in result.stdout
-    assert "engine held: not known: 0 of 1, 1 run: 0 of 50, 4-7 runs: 5 of 50" in result.stdout
+    assert "batch occupancy: not known: 0 of 1, 1 run: 0 of 50, 4-7 runs: 5 of 50" in result.stdout
     assert "worst sampled: greedy: 5 of 100" in result.stdout
 
 
@@ -151,12 +152,13 @@ def test_no_confidence(ostinato: Terminal, confidence: str) -> None:
     assert "--confidence" in result.stderr
 
 
-def test_a_page_without_plotly(ostinato: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_without_matplotlib(ostinato: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the library is missing the extra is named, and nobody is asked."""
     monkeypatch.delitem(sys.modules, "ostinato.cli.page", raising=False)
-    for name in [name for name in sys.modules if name.split(".")[0] == "plotly"]:
+    monkeypatch.delitem(sys.modules, "ostinato.cli.charts", raising=False)
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = ostinato("report", "--html", tmp_path / "page.html")
 
     assert (result.exit_code, ostinato.fake.calls) == (2, [])
@@ -166,7 +168,7 @@ def test_a_page_without_plotly(ostinato: Terminal, tmp_path: Path, monkeypatch: 
 
 def test_a_page_that_cannot_be_written(ostinato: Terminal, tmp_path: Path) -> None:
     """A file that cannot be is wrong usage, and named."""
-    pytest.importorskip("plotly")
+    pytest.importorskip("matplotlib")
     result = ostinato("report", "--html", tmp_path / "no" / "page.html")
     assert result.exit_code == 2
     assert "--html" in result.stderr
@@ -174,7 +176,7 @@ def test_a_page_that_cannot_be_written(ostinato: Terminal, tmp_path: Path) -> No
 
 def test_a_page_fetches_nothing_and_escapes(ostinato: Terminal, tmp_path: Path) -> None:
     """Everything is in the page, and no name in the report becomes markup."""
-    pytest.importorskip("plotly")
+    pytest.importorskip("matplotlib")
     bad = stratum(1)
     bad.samplings[0].sampling = "<script>alert(1)</script>"
     ostinato.fake.script["Report"].append(response(bad))
@@ -185,3 +187,38 @@ def test_a_page_fetches_nothing_and_escapes(ostinato: Terminal, tmp_path: Path) 
     assert "&lt;script&gt;alert(1)" in page
     assert "src=" not in page.split("<body>")[0]
     assert '<script src="' not in page
+
+
+def test_occupancy_in_order() -> None:
+    """Ticks ascend by number of runs over all groups, "not known" is last, and a point stands at the tick of its runs."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from ostinato.cli import charts
+
+    first, second = stratum(1), stratum(2)
+    del first.companies[2], second.companies[:2]  # 0 and 1 run; 4 to 7 runs
+    first.companies.append(sequencer_pb2.CompanyShare(first=16, last=31, rate=rate(1, 4)))
+    axes = Figure().subplots()
+    charts.by_occupancy(axes, {"second": second, "first": first})
+    points = {
+        str(each.get_label()): [float(x) for x in np.asarray(each.get_xdata())] for each in axes.get_lines() if each.get_gid()
+    }
+
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1 run", "4-7 runs", "16-31 runs", "not known"]
+    assert [round(place) for place in points["second"]] == [1]
+    assert [round(place) for place in points["first"]] == [3, 0, 2]
+    assert points["second"][0] < 1
+    assert points["first"][1] > 0
+
+
+@pytest.mark.parametrize("columns", [40, 60, 200])
+def test_a_narrow_terminal(ostinato: Terminal, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """No word is broken: where the table does not fit, each of its cells has a line of its own, with its column's name."""
+    ostinato.fake.script["Report"].append(response(stratum(5, alarm=True), stratum()))
+    monkeypatch.setattr("ostinato.cli.show._is_terminal", lambda: True)
+    text = ostinato("report", COLUMNS=str(columns), TERM="dumb").stdout
+
+    assert "abababababab" in text
+    assert "2.500% to 11.000%" in " ".join(text.split())
+    assert ("fingerprint  abababababab" in text) == (columns < 200)

@@ -119,7 +119,7 @@ def _details(given: Stratum) -> Iterator[str]:
         yield f"of the newest {recent.trials}: {recent.events} diverged, {interval(recent)}"
         parting = (f"{span(each)}: {each.diverged} of {each.at_risk}" for each in given.token_spans if each.diverged)
         yield "first differing token: " + ", ".join(parting)
-        yield "engine held: " + ", ".join(f"{_company(each)}: {_share(each.rate)}" for each in given.companies)
+        yield "batch occupancy: " + ", ".join(f"{occupancy(each)}: {_share(each.rate)}" for each in given.companies)
         worst = [each for each in given.samplings if each.rate.events][:WORST]
         yield "worst sampled: " + "; ".join(f"{each.sampling or 'not said'}: {_share(each.rate)}" for each in worst)
     if given.alarmed.index and not given.alarm:
@@ -134,13 +134,9 @@ def span(given: TokenSpan | CompanyShare) -> str:
     return str(given.first) if given.first == given.last else f"{given.first}-{given.last}"
 
 
-def _company(given: CompanyShare) -> str:
-    return company(given) + (" run" if given.last == 1 else " runs") if given.last else company(given)
-
-
-def company(given: CompanyShare) -> str:
-    """Runs that the engine held, or that it is not known."""
-    return span(given) if given.last else "not known"
+def occupancy(given: CompanyShare) -> str:
+    """Runs that the engine held: `1 run`, `4-7 runs`; `not known` where the comparison has no record of it."""
+    return span(given) + (" run" if given.last == 1 else " runs") if given.last else "not known"
 
 
 def _share(rate: Rate) -> str:

@@ -33,6 +33,9 @@ PAYLOADS: Mapping[types_pb2.EntryKind.ValueType, type[Message]] = {
 }
 """What an entry's payload is, by kind."""
 
+UNBOUNDED_COLUMNS = 10_000
+"""Wider than any terminal."""
+
 RESULT_COLUMNS = ("sequence", "seed", "grade", "finish", "digest", "tokens", "ms", "text")
 
 
@@ -66,15 +69,27 @@ def entry(given: sequencer_pb2.Entry) -> dict[str, Any]:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Rows under a header."""
+    """Rows under a header; on a terminal too narrow for whole words a line for each cell, and a blank line between rows."""
     listed = list(rows)
-    if sys.stdout.isatty():
-        made = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-        for row in listed:
-            made.add_row(*map(Text, row))
-        Console().print(made)
+    if not _is_terminal():
+        _aligned([columns, *listed])
         return
-    _aligned([columns, *listed])
+    console = Console()
+    made = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in listed:
+        made.add_row(*map(Text, row))
+    # Measured as if there were room for all: in less, rich may already report that it breaks words.
+    if console.measure(made, options=console.options.update(max_width=UNBOUNDED_COLUMNS)).minimum <= console.width:
+        console.print(made)
+        return
+    for number, row in enumerate(listed):
+        if number:
+            line("")
+        _aligned([(name, value) for name, value in zip(columns, row, strict=True) if value])
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
 
 
 def card(pairs: Iterable[tuple[str, object]]) -> None:

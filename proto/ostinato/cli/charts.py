@@ -1,0 +1,87 @@
+"""Charts of a divergence report, on matplotlib axes. Needs matplotlib.
+
+Each function draws one group of comparisons at a time, so that several groups can stand side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from ostinato.cli.report import occupancy
+from ostinato.v1.sequencer_pb2 import CompanyShare, Rate, Stratum, TimeShare, TokenSpan
+
+COLOURS = ("#2f6fde", "#d9822b", "#2a9d72", "#8e5bd0", "#c23b5a", "#3a8fa3", "#7a7f35", "#5a6675")
+SPREAD = 0.3
+"""Part of the distance between two ticks that the points of all groups share."""
+
+
+def by_occupancy(axes: Axes, groups: Mapping[str, Stratum]) -> None:
+    """The share that diverged, by how many runs the engine held: ticks ascending, "not known" last."""
+    buckets = {_bucket(share): occupancy(share) for stratum in groups.values() for share in stratum.companies}
+    places = {bucket: place for place, bucket in enumerate(sorted(buckets))}
+    for number, (name, stratum) in enumerate(groups.items()):
+        shift = SPREAD * ((number + 0.5) / len(groups) - 0.5)
+        at = [places[_bucket(share)] + shift for share in stratum.companies]
+        _points(axes, number, name, at, [share.rate for share in stratum.companies])
+    axes.set_xticks(list(places.values()), [buckets[bucket] for bucket in places])
+    axes.set(xlabel="batch occupancy (runs in the engine)", ylabel="diverged", xlim=(-0.6, max(len(places), 1) - 0.4))
+    _percent(axes)
+
+
+def by_token(axes: Axes, groups: Mapping[str, Stratum]) -> None:
+    """The estimated share of answers that differ before a token, by its index."""
+    for number, (name, stratum) in enumerate(groups.items()):
+        spans: Sequence[TokenSpan] = stratum.token_spans
+        shares = [1 - span.equal_before for span in spans]
+        axes.step(
+            [span.first for span in spans], shares, where="post", color=_colour(number), label=name, gid=f"steps-{number}"
+        )
+    axes.set(xlabel="index of the token", ylabel="diverged before it")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _percent(axes)
+
+
+def by_time(axes: Axes, groups: Mapping[str, Stratum]) -> None:
+    """The share that diverged, over time (UTC)."""
+    for number, (name, stratum) in enumerate(groups.items()):
+        times: Sequence[TimeShare] = stratum.times
+        at = [datetime.fromtimestamp(share.time_unix_millis / 1000, UTC) for share in times]
+        _points(axes, number, name, at, [share.rate for share in times])
+    axes.set(xlabel="time (UTC)", ylabel="diverged")
+    axes.margins(x=0.1)
+    for label in axes.get_xticklabels():
+        label.set(rotation=20, horizontalalignment="right")
+    _percent(axes)
+
+
+def _points(axes: Axes, number: int, name: str, at: Sequence[float | datetime], rates: Iterable[Rate]) -> None:
+    rates = list(rates)
+    whiskers = [
+        [max(0.0, rate.value - rate.lower) for rate in rates],
+        [max(0.0, rate.upper - rate.value) for rate in rates],
+    ]
+    values = [rate.value for rate in rates]
+    axes.errorbar(at, values, yerr=whiskers, fmt="none", ecolor=_colour(number), capsize=3, linewidth=1)  # type: ignore[arg-type]
+    axes.plot(at, values, "o", color=_colour(number), label=name, gid=f"points-{number}", clip_on=False)  # type: ignore[arg-type]
+
+
+def _bucket(share: CompanyShare) -> tuple[bool, int]:
+    """Sorts by occupancy; not known (0) is last."""
+    return share.first == 0, share.first
+
+
+def _percent(axes: Axes) -> None:
+    top = axes.get_ylim()[1]
+    axes.set_ylim(0, min(1.02, max(top, 0.01)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e4e8ed", linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
