@@ -26,13 +26,22 @@ class Memory:
         self._thread = ThreadPoolExecutor(1, "memory")
 
     def read(self) -> dict[str, int]:
-        """By log id. Raises StartupError for a file that is something else."""
+        """By log id. Raises StartupError for a file that cannot be read, or that is something else."""
         try:
-            return {log_id: int(sequence) for log_id, sequence in json.loads(self._path.read_bytes()).items()}
+            content = self._path.read_bytes()
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise StartupError(f"{self._path} cannot be read ({error!r}): put a copy back, or remove it") from error
+        except OSError as error:
+            raise StartupError(
+                f"{self._path} cannot be read: {error.strerror or error}: let this user read it, or name another --state-dir"
+            ) from error
+        try:
+            return {log_id: int(sequence) for log_id, sequence in json.loads(content).items()}
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise StartupError(
+                f"{self._path} is not a list of sequences ({error!r}): put a copy back, or, if every journal is known to have "
+                "its end, remove it"
+            ) from error
 
     def write(self, sequences: Mapping[str, int]) -> None:
         """Soon. The last ones of the mapping are kept; what cannot be written is logged."""

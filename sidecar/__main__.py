@@ -98,7 +98,7 @@ class Sidecar:
     async def run(self, stop: asyncio.Event) -> int:
         """Until told to stop, or until it must end and recover."""
         self.observer.opened(self.opened.head)
-        with reading():
+        with reading(self.settings):
             await self.dispatcher.fingerprints.load()
             await self.book.restore(self.journal)
             self.dispatcher.recover(self.opened.unfinished)

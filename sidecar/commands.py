@@ -14,17 +14,18 @@ from typing import IO, Annotated
 
 import typer
 
-from ostinato.cli.show import note, progress
-from ostinato.serving.program import FAILED
+from ostinato.cli.show import note, progress, visible
+from ostinato.serving.program import FAILED, StartupError
 from ostinato.v1 import types_pb2
 
 from sidecar.config import Settings, is_shared, mark_of
 from sidecar.journal import JournalUnusable, Loss, keeping
+from sidecar.journal.diagnosis import RESTORE
 from sidecar.journal.keeping import Kept
 from sidecar.journal.ledger import LOST_MAX
 from sidecar.journal.mark import MarkFile
+from sidecar.journal.transfer import LinesUnusable, take_in
 from sidecar.journal.transfer import export as lines_of
-from sidecar.journal.transfer import take_in
 from sidecar.journal.verify import verify as verified
 from sidecar.opening import open_journal, open_kept
 
@@ -41,8 +42,8 @@ def main(argv: Sequence[str]) -> None:
     """Ends the process: 0; 1 where the journal is not what it should be; 2 for a bad command line."""
     try:
         app(args=list(argv), prog_name="python -m sidecar")
-    except (JournalUnusable, OSError) as error:
-        note(f"{argv[0]}: {error}")
+    except (JournalUnusable, StartupError, OSError) as error:
+        note(f"{argv[0]}: {visible(' '.join(str(error).split()))}")
         sys.exit(FAILED)
 
 
@@ -53,7 +54,8 @@ def verify(journal: Journal = JOURNAL) -> None:
         index = 0
         for checked in verified(lambda index, limit: kept.entries(index, limit, payloads=True)):
             if checked.faults:
-                raise JournalUnusable("\n".join(checked.faults))
+                others = f" (and {len(checked.faults) - 1} more, some because of it)" if len(checked.faults) > 1 else ""
+                raise JournalUnusable(f"{kept.name} is damaged: {checked.faults[0]}{others}: {RESTORE}")
             came_to(index := checked.index)
     note(f"{index} entries are sound")
 
@@ -101,11 +103,14 @@ def import_(
 ) -> None:
     """Fill an empty journal from such lines: all of it, with its chain verified, or nothing."""
     with (
-        closing(open_kept(journal, create=True)) as kept,
         nullcontext(sys.stdin) if file == "-" else Path(file).open(encoding="utf-8") as lines,
+        closing(open_kept(journal, create=True)) as kept,
         progress("entries", None) as came_to,
     ):
-        log = take_in(kept, lines, writer, came_to)
+        try:
+            log = take_in(kept, lines, writer, came_to)
+        except LinesUnusable as error:
+            raise JournalUnusable(f"{'stdin' if file == '-' else file} {error}") from error
     note(f"log {log.log_id}: {log.index} entries, sequences to {log.last_sequence}")
 
 

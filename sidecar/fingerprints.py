@@ -6,6 +6,8 @@ import contextlib
 import logging
 from collections.abc import Mapping
 
+from google.protobuf.message import DecodeError
+
 from ostinato import errors
 from ostinato.compare import fingerprint_drift
 from ostinato.digest import fingerprint_digest
@@ -29,7 +31,11 @@ class Fingerprints:
     async def load(self) -> None:
         """What earlier epochs met."""
         for name, value in (await self._journal.notes(FINGERPRINTS)).items():
-            fingerprint = types_pb2.Fingerprint.FromString(value)
+            try:
+                fingerprint = types_pb2.Fingerprint.FromString(value)
+            except DecodeError:
+                log.error("a note holds no fingerprint that can be read", extra={"note": name})
+                continue
             if self._believe(fingerprint):
                 self._kept.add(fingerprint.digest)
             else:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
+
 import ostinato
 from ostinato.errors import JournalUnavailable
 from ostinato.serving import program, tokens
@@ -16,8 +18,9 @@ from ostinato.serving.credentials import Credentials
 from sidecar import canaries
 from sidecar.canaries import Canary
 from sidecar.config import Settings, is_shared
-from sidecar.journal import JournalUnusable, Mark, Opened
+from sidecar.journal import JournalBroken, JournalUnusable, Mark, Opened
 from sidecar.journal.committer import Backend
+from sidecar.journal.diagnosis import RESTORE, user
 from sidecar.journal.keeping import Kept
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.settings import PostgresSettings, SqliteSettings
@@ -51,6 +54,8 @@ def read_canaries(settings: Settings) -> tuple[Canary, ...]:
 def open_journal(settings: Settings, now_millis: int, *, checked: bool = True) -> tuple[Backend, Opened]:
     """Raises StartupError that says why not. Checked: against the high-water mark."""
     try:
+        if not is_shared(settings.journal):
+            _make_folder(Path(settings.journal).parent)
         mark = MarkFile(settings.mark).read() if checked and settings.mark is not None else None
         return (_open_shared if is_shared(settings.journal) else _open_file)(settings, now_millis, mark)
     except (JournalUnusable, OSError) as error:
@@ -58,12 +63,17 @@ def open_journal(settings: Settings, now_millis: int, *, checked: bool = True) -
 
 
 @contextmanager
-def reading() -> Iterator[None]:
-    """Around what has to be read before anything is served. Raises StartupError if the journal is away."""
+def reading(settings: Settings) -> Iterator[None]:
+    """Around what has to be read before anything is served. Raises StartupError if the journal is away or damaged."""
+    name = "the database" if is_shared(settings.journal) else settings.journal
     try:
         yield
     except JournalUnavailable as error:
         raise program.StartupError(f"journal: {error}") from error
+    except JournalBroken as error:
+        raise program.StartupError(f"journal: {name}: {error.args[0]}: look at it with verify") from error
+    except DecodeError as error:
+        raise program.StartupError(f"journal: {name} is damaged: an entry's payload cannot be read: {RESTORE}") from error
 
 
 def open_kept(journal: str, *, create: bool = False) -> Kept:
@@ -84,9 +94,16 @@ def _postgres() -> Iterator[None]:
         raise JournalUnusable(f"PostgreSQL needs this package's extra `postgres`: {error}") from error
 
 
+def _make_folder(folder: Path) -> None:
+    """Raises JournalUnusable."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JournalUnusable(f"the folder {folder} cannot be created by {user()}: {error.strerror}") from error
+
+
 def _open_file(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[Backend, Opened]:
     path = Path(settings.journal)
-    path.parent.mkdir(parents=True, exist_ok=True)
     return SqliteJournal.open(
         path,
         writer=settings.writer,

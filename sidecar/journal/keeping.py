@@ -11,7 +11,8 @@ from ostinato.chain import OUTCOMES
 from ostinato.v1 import types_pb2
 
 from sidecar.journal import ItemEntries, JournalUnusable, Sealed
-from sidecar.journal.verify import PAGE
+from sidecar.journal.diagnosis import RESTORE
+from sidecar.journal.verify import PAGE, Checker, name_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,11 @@ class Filler(Protocol):
 class Kept(Protocol):
     """Raises JournalUnusable where the database cannot."""
 
+    @property
+    def name(self) -> str:
+        """For errors: the file, or what stands for a database, whose URL may hold a password."""
+        ...
+
     def log(self) -> Log | None:
         """None: it is empty."""
         ...
@@ -86,11 +92,14 @@ class Kept(Protocol):
 
 
 def pages(kept: Kept, *, payloads: bool) -> Iterator[Sequence[Sealed]]:
-    """All entries."""
-    index = 1
+    """All entries. Raises JournalUnusable for the first that is damaged: what it says must be neither copied nor believed."""
+    checker, index = Checker(), 1
     while page := kept.entries(index, PAGE, payloads=payloads):
+        for sealed in page:
+            if faults := checker.check(sealed):
+                raise JournalUnusable(f"{kept.name} is damaged: {name_of(sealed.header)}: {'; '.join(faults)}: {RESTORE}")
         yield page
-        index = page[-1].header.index + 1
+        index += len(page)
 
 
 def prune(kept: Kept, old: Callable[[types_pb2.EntryHeader], bool]) -> Iterator[tuple[int, int]]:
@@ -107,7 +116,7 @@ def redact(kept: Kept, sequences: Iterable[int]) -> int:
     for sequence in wanted:
         found = kept.items(sequence, sequence, 1)
         if not found:
-            raise JournalUnusable(f"there is no sequence {sequence}")
+            raise JournalUnusable(f"{kept.name}: there is no sequence {sequence}")
         if found[0].outcome is None:
-            raise JournalUnusable(f"sequence {sequence} has not ended: whoever finishes it needs its payload")
+            raise JournalUnusable(f"{kept.name}: sequence {sequence} has not ended: whoever finishes it needs its payload")
     return kept.drop(wanted)

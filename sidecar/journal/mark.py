@@ -13,6 +13,7 @@ from pathlib import Path
 from ostinato.canonical import DIGEST_BYTES
 
 from sidecar.journal import JournalUnusable, Mark
+from sidecar.journal.diagnosis import user
 
 
 class MarkFile:
@@ -22,16 +23,31 @@ class MarkFile:
         self.path = path
 
     def read(self) -> Mark | None:
-        """None: there is none yet. Raises JournalUnusable for a file that is no mark."""
+        """None: there is none yet. Raises JournalUnusable for a mark that cannot be read, and for a file that is no mark."""
         try:
-            told = json.loads(self.path.read_bytes())
-            mark = Mark(told["log_id"], int(told["index"]), bytes.fromhex(told["entry_hash"]), int(told["last_sequence"]))
+            content = self.path.read_bytes()
         except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise JournalUnusable(f"{self.path} is no high-water mark ({error!r}): put a copy back, or remove it") from error
-        if len(mark.entry_hash) != DIGEST_BYTES:
-            raise JournalUnusable(f"{self.path} is no high-water mark: its hash has {len(mark.entry_hash)} bytes")
+            if self.path.parent.is_dir():
+                return None
+            raise JournalUnusable(
+                f"{self.path}: the folder of the high-water mark does not exist: mount or create it, or name "
+                "another --high-water"
+            ) from None
+        except OSError as error:
+            raise JournalUnusable(
+                f"{self.path}: the high-water mark cannot be read by {user()}: {error.strerror or error}: make it readable, or "
+                "name the right file with --high-water; without it a journal that lost its end is not found"
+            ) from error
+        try:
+            told = json.loads(content)
+            mark = Mark(str(told["log_id"]), int(told["index"]), bytes.fromhex(told["entry_hash"]), int(told["last_sequence"]))
+            if mark.index < 1 or mark.last_sequence < 0 or len(mark.entry_hash) != DIGEST_BYTES:
+                raise ValueError("a number or the hash cannot be that of an entry")
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise JournalUnusable(
+                f"{self.path} is no high-water mark ({error!r}): put a copy back, or, if the journal is known to have its end, "
+                "remove it"
+            ) from error
         return mark
 
     def write(self, mark: Mark) -> None:

@@ -26,6 +26,9 @@ _WRITE_LOG = "INSERT INTO log VALUES (true, %s, %s, %b, %s) ON CONFLICT DO NOTHI
 class PostgresKept:
     """Implements `Kept`."""
 
+    name = "the database"
+    """See `Kept`."""
+
     def __init__(self, url: str, *, create: bool = False) -> None:
         self._database = Database(url, name="keeping", idle_transaction_seconds=0)
         self._reads = PostgresReads(self._database)

@@ -9,6 +9,7 @@ from pathlib import Path
 import apsw
 
 from sidecar.journal import JournalUnusable
+from sidecar.journal.diagnosis import RESTORE, cut, damaged, place_fault, reason
 
 APPLICATION_ID = 0x4F535449
 """`OSTI` in the file's header: this is no other program's database."""
@@ -71,20 +72,27 @@ MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH)
 """The n-th makes version n of version n - 1, in the transaction that opens the journal. Never edit one that was released."""
 
 
-def connect(path: Path, vfs: str | None = None) -> apsw.Connection:
-    """The journal's file, created if need be, locked against every other process until it is closed.
+def connect(path: Path, vfs: str | None = None, *, create: bool = True) -> apsw.Connection:
+    """The journal's file, created if need be and wanted, locked against every other process until it is closed.
 
     It may be empty, or of an older version: `migrate` comes next. `vfs` names SQLite's file layer. JournalUnusable: the message
     says why.
     """
+    if vfs is None and (fault := place_fault(path, create=create)):
+        raise JournalUnusable(fault)
     try:
-        _create(path)
+        if create:
+            _create(path)
         db = apsw.Connection(os.fspath(path), vfs=vfs)
     except (OSError, apsw.Error) as error:
-        raise JournalUnusable(f"{path} cannot be opened: {error}") from error
+        raise JournalUnusable(reason(path, error)) from error
     try:
         db.pragma("locking_mode", "EXCLUSIVE")
+        if vfs is None and (fault := cut(path, db.pragma("page_size"), db.pragma("page_count"))):
+            raise JournalUnusable(fault)
         _check(db, path)
+        if not create and _is_empty(db):
+            raise JournalUnusable(f"{path} is empty: there is no journal in it; name the journal's file")
         if db.pragma("journal_mode", "WAL") != "wal":
             raise JournalUnusable(f"{path}: this file layer cannot keep a write-ahead log")
         db.pragma("synchronous", "FULL")
@@ -92,12 +100,8 @@ def connect(path: Path, vfs: str | None = None) -> apsw.Connection:
         db.pragma("temp_store", "MEMORY")
     except BaseException as error:
         db.close()
-        if isinstance(error, apsw.BusyError):
-            raise JournalUnusable(f"{path} is in use by another sidecar") from error
-        if isinstance(error, apsw.NotADBError):
-            raise JournalUnusable(f"{path} is not a journal") from error
-        if isinstance(error, apsw.Error):
-            raise JournalUnusable(f"{path} cannot be read: {error}") from error
+        if isinstance(error, apsw.Error | OSError):
+            raise JournalUnusable(reason(path, error)) from error
         raise
     return db
 
@@ -110,13 +114,25 @@ def migrate(db: apsw.Connection) -> None:
     db.pragma("application_id", APPLICATION_ID)
 
 
+def _is_empty(db: apsw.Connection) -> bool:
+    """Whether the database has no tables."""
+    return bool(db.execute("SELECT count(*) FROM sqlite_schema").get == 0)
+
+
 def _check(db: apsw.Connection, path: Path) -> None:
-    empty = db.execute("SELECT count(*) FROM sqlite_schema").get == 0
-    if db.pragma("application_id") != APPLICATION_ID and not empty:
-        raise JournalUnusable(f"{path} is not a journal but another program's database")
+    empty, ours = _is_empty(db), db.pragma("application_id") == APPLICATION_ID
+    if not empty and not ours:
+        if db.execute("SELECT count(*) FROM sqlite_schema WHERE name IN ('journal', 'sealed')").get == 2:
+            raise JournalUnusable(damaged(path, "its header, bytes 68 to 71, is not that of a journal, and its tables are"))
+        raise JournalUnusable(f"{path} is not a journal but another program's database: name the journal's file")
     version = db.pragma("user_version")
+    if ours and not empty and version < 1:
+        raise JournalUnusable(damaged(path, f"its header, bytes 60 to 63, says version {version}"))
     if version > len(MIGRATIONS):
-        raise JournalUnusable(f"{path} has version {version}; this sidecar knows up to {len(MIGRATIONS)}: run a newer one")
+        raise JournalUnusable(
+            f"{path} has version {version}; this sidecar knows up to {len(MIGRATIONS)}: run a newer one, or, if none has had "
+            f"this file, {RESTORE}"
+        )
 
 
 def _create(path: Path) -> None:

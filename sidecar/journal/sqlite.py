@@ -10,10 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import apsw
-from google.protobuf.message import DecodeError
 
-from ostinato.chain import GENESIS, entry_hash
+from ostinato.chain import GENESIS, entry_hash, payload_digest
 from ostinato.errors import JournalFull
+from ostinato.v1 import types_pb2
 
 from sidecar.journal import (
     Appended,
@@ -27,14 +27,17 @@ from sidecar.journal import (
     Opened,
     Outcome,
     Sealed,
+    Unfinished,
 )
+from sidecar.journal.diagnosis import RESTORE, reason
 from sidecar.journal.known import Known, needs
 from sidecar.journal.ledger import Ledger
 from sidecar.journal.mark import check_mark
 from sidecar.journal.reserve import Reserve
 from sidecar.journal.schema import connect, migrate
 from sidecar.journal.settings import SqliteSettings
-from sidecar.journal.tables import Tables
+from sidecar.journal.tables import UNREADABLE, Tables
+from sidecar.journal.verify import PAGE
 
 CHECKPOINT_PAGES = 1_000
 """From here on the write-ahead log is copied into the file when nothing else waits."""
@@ -42,6 +45,8 @@ CHECKPOINT_PAGES_MAX = 16_000
 """From here on, whatever waits."""
 PURGED_KEYS_MAX = 64
 """In one transaction."""
+CHECKED_ENTRIES = 4_096
+"""Of the newest ones the hashes are checked at every start: what it reads, and what it goes on from, is what was written."""
 
 
 class SqliteJournal:
@@ -88,10 +93,17 @@ class SqliteJournal:
             journal = cls(db, Reserve(path.with_name(path.name + ".reserve"), settings.reserve_bytes), settings)
             journal._begin(writer, version, new_log_id, now_millis, mark)
             journal.restore_reserve()
-            return journal, Opened(journal.head, journal._tables.left(journal.head.epoch))
-        except (apsw.Error, OSError, JournalBroken, JournalFull) as error:
+            with _sqlite():
+                left = journal._tables.left(journal.head.epoch)
+            _check_left(left)
+            return journal, Opened(journal.head, left)
+        except JournalUnusable as error:
             db.close()
             raise JournalUnusable(f"{path}: {error}") from error
+        except (apsw.Error, OSError, JournalBroken, JournalFull) as error:
+            db.close()
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            raise JournalUnusable(reason(path, cause, bytes_max=settings.journal_bytes_max)) from error
         except BaseException:
             db.close()
             raise
@@ -198,8 +210,9 @@ class SqliteJournal:
         newest = self._tables.newest()
         if newest is None:
             return 0, GENESIS, 0
-        if entry_hash(newest.previous_hash, newest.header) != newest.entry_hash:
-            raise JournalUnusable(f"the newest entry, {newest.header.index}, is damaged: restore a copy that verifies")
+        index = newest.header.index
+        for first in range(max(1, index - CHECKED_ENTRIES + 1), index + 1, PAGE):
+            _check_page(first, self._tables.entries(first, min(PAGE, index + 1 - first), payloads=False))
         return newest.header.index, newest.entry_hash, self._tables.last_sequence()
 
     def _write(self, ledger: Ledger) -> None:
@@ -241,10 +254,26 @@ class SqliteJournal:
         return apsw.SQLITE_OK
 
 
+def _check_page(first: int, page: Sequence[Sealed]) -> None:
+    """Raises JournalUnusable for consecutive entries, from the first index on, that are not what was written."""
+    for index, sealed in enumerate(page, first):
+        if sealed.header.index != index or entry_hash(sealed.previous_hash, sealed.header) != sealed.entry_hash:
+            raise JournalUnusable(f"entry {index} is damaged or missing: {RESTORE}")
+
+
+def _check_left(left: Sequence[Unfinished]) -> None:
+    """Raises JournalUnusable for unfinished items that are not what was admitted: they would run again."""
+    for each in left:
+        header, payload = each.admitted.header, each.admitted.payload
+        sound = entry_hash(each.admitted.previous_hash, header) == each.admitted.entry_hash
+        if not (sound and header.kind == types_pb2.ENTRY_KIND_ADMITTED and payload_digest(payload) == header.payload_digest):
+            raise JournalUnusable(f"entry {header.index} is damaged, and its item has not ended: {RESTORE}")
+
+
 @contextmanager
 def _sqlite() -> Iterator[None]:
-    """What SQLite cannot do, or protobuf cannot read, leaves open what is on the disk."""
+    """What SQLite cannot do, or is no row of a journal, leaves open what is on the disk."""
     try:
         yield
-    except (apsw.Error, DecodeError) as error:
+    except UNREADABLE as error:
         raise JournalBroken(f"{type(error).__name__}: {error}") from error

@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import apsw
-from google.protobuf.message import DecodeError
-
 from sidecar.journal import ItemEntries, JournalUnusable, Sealed
+from sidecar.journal.diagnosis import reason
 from sidecar.journal.keeping import Key, Log
 from sidecar.journal.ledger import NUMBER_MAX, verifications
 from sidecar.journal.schema import connect, migrate
-from sidecar.journal.tables import Tables
+from sidecar.journal.tables import UNREADABLE, Tables
 
 
 class SqliteKept:
     """Implements `Kept`; locked against sidecars until it is closed."""
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
-        if not create and not path.exists():
-            raise JournalUnusable(f"{path} does not exist")
-        self._path, self._created = path, not path.exists()
-        self._db = connect(path)
+        new = create and not os.path.lexists(path)
+        self._path, self._created = path, new
+        self._db = connect(path, create=create)
         self._tables = Tables(self._db)
-        with self._transaction():
-            migrate(self._db)
-        self._db.pragma("secure_delete", True)  # what is dropped is overwritten
+        try:
+            with self._transaction():
+                migrate(self._db)
+            if not create and self.log() is None:
+                raise JournalUnusable(f"{path} has no entries: name the journal's file")
+            with self._readable():
+                self._db.pragma("secure_delete", True)  # what is dropped is overwritten
+        except BaseException:
+            self._db.close()
+            raise
+
+    @property
+    def name(self) -> str:
+        """See `Kept`."""
+        return str(self._path)
 
     def log(self) -> Log | None:
         """See `Kept`."""
         with self._readable():
-            row = self._db.execute("SELECT log_id, writer, epoch FROM journal").get
-            newest = self._tables.newest()
-        if row is None or newest is None:
-            return None
-        log_id, writer, epoch = row
-        return Log(log_id, {writer: epoch}, newest.header.index, newest.entry_hash, self._tables.last_sequence())
+            owner, newest = self._tables.owner(), self._tables.newest()
+            if owner is None or newest is None:
+                return None
+            log_id, writer, epoch = owner
+            return Log(log_id, {writer: epoch}, newest.header.index, newest.entry_hash, self._tables.last_sequence())
 
     def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
         """See `Kept`."""
@@ -100,8 +109,8 @@ class SqliteKept:
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except (apsw.Error, DecodeError) as error:
-            raise JournalUnusable(f"{self._path}: {error}") from error
+        except UNREADABLE as error:
+            raise JournalUnusable(reason(self._path, error)) from error
 
 
 class _Filler:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from types import NoneType
+from typing import Any
 
 import apsw
+from google.protobuf.message import DecodeError
 
+from ostinato.canonical import DIGEST_BYTES
 from ostinato.chain import OUTCOMES
+from ostinato.digest import fingerprint_digest
 from ostinato.v1 import types_pb2
 
 from sidecar.journal import FINGERPRINTS, Binding, ItemEntries, Sealed, Unfinished
 from sidecar.journal.known import Known, Needs
 from sidecar.journal.ledger import NUMBER_MAX, Ledger
 
+_BEGIN_EPOCH = "UPDATE journal SET epoch = epoch + 1 RETURNING log_id, writer, epoch"
 _ENTRIES = "SELECT * FROM sealed WHERE entry_index >= ? ORDER BY entry_index LIMIT ?"
 _ENTRIES_BARE = """SELECT entry_index, header, previous_hash, entry_hash, x'' FROM sealed
   WHERE entry_index >= ? ORDER BY entry_index LIMIT ?"""
@@ -44,11 +51,23 @@ _BIND_FOR_GOOD = "UPDATE keys SET expires_millis = NULL WHERE first_sequence = ?
 _KEYED = "SELECT first_sequence FROM keys WHERE first_sequence IN carray(?)"
 _DROP = """DELETE FROM payloads WHERE entry_index IN (SELECT admitted FROM items WHERE sequence BETWEEN ?1 AND ?2
   UNION ALL SELECT outcome FROM items WHERE sequence BETWEEN ?1 AND ?2)"""
+_NOTES = "SELECT name, value FROM notes WHERE substr(name, 1, length(?1)) = ?1 ORDER BY name"
 _PAGES_USED = "SELECT page_count - freelist_count FROM pragma_page_count, pragma_freelist_count"
 
 
+_Kind = type | tuple[type, ...]
+
+
+class Damaged(Exception):
+    """A row holds what no journal writes; the message names it."""
+
+
+UNREADABLE = (apsw.Error, Damaged)
+"""What any statement may raise."""
+
+
 class Tables:
-    """Rows as values. Raises apsw.Error."""
+    """Rows as values. Raises UNREADABLE."""
 
     def __init__(self, db: apsw.Connection) -> None:
         self._db = db
@@ -56,17 +75,23 @@ class Tables:
     def begin_epoch(self, new_log_id: str, writer: str) -> tuple[str, str, int]:
         """Log id, owner and epoch, one higher than before; a new journal gets this log id and owner."""
         self._db.execute("INSERT OR IGNORE INTO journal VALUES (1, ?, ?, 0, 0)", (new_log_id, writer))
-        log_id, owner, epoch = self._db.execute("UPDATE journal SET epoch = epoch + 1 RETURNING log_id, writer, epoch").get
+        log_id, owner, epoch = self._row("journal", _BEGIN_EPOCH, (), str, str, int)
         return log_id, owner, epoch
 
+    def owner(self) -> tuple[str, str, int] | None:
+        """Log id, owner and epoch; None: the journal is empty."""
+        return next(self._rows("journal", "SELECT log_id, writer, epoch FROM journal", (), str, str, int), None)
+
     def epoch(self) -> int:
-        return int(self._db.execute("SELECT epoch FROM journal").get)
+        (epoch,) = self._row("journal", "SELECT epoch FROM journal", (), int)
+        return int(epoch)
 
     def newest(self) -> Sealed | None:
         return next(iter(self._sealed(_NEWEST)), None)
 
     def last_sequence(self) -> int:
-        return int(self._db.execute(_LAST_SEQUENCE).get)
+        (sequence,) = self._row("items", _LAST_SEQUENCE, (), int)
+        return int(sequence)
 
     def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
         return self._sealed(_ENTRIES if payloads else _ENTRIES_BARE, min(from_index, NUMBER_MAX), limit)
@@ -93,13 +118,14 @@ class Tables:
         """Those of the keys that are bound and have not expired; maybe the same keys of other tenants too."""
         if not keys:
             return {}
-        rows = self._db.execute(_BINDINGS, (apsw.carray(tuple(key for _, key in keys)), now_millis))
+        given = (apsw.carray(tuple(key for _, key in keys)), now_millis)
+        rows = self._rows("keys", _BINDINGS, given, str, str, bytes, int, int)
         return {(tenant, key): Binding(*rest) for tenant, key, *rest in rows}
 
     def known(self, needs: Needs, now_millis: int) -> Known:
         unfinished, twins = frozenset[int](), defaultdict[bytes, tuple[Sealed, ...]](tuple)
         if needs.sequences:
-            rows = self._db.execute(_STILL_UNFINISHED, (apsw.carray(array("q", needs.sequences)),))
+            rows = self._rows("items", _STILL_UNFINISHED, (apsw.carray(array("q", needs.sequences)),), int)
             unfinished = frozenset(sequence for (sequence,) in rows)
         if needs.input_digests:
             for twin in self._sealed(_TWINS, apsw.carray(tuple(needs.input_digests))):
@@ -109,8 +135,14 @@ class Tables:
         return Known(self.bindings(needs.keys, now_millis), unfinished, twins, fingerprints)
 
     def _fingerprints(self) -> dict[bytes, Mapping[str, str]]:
-        noted = map(types_pb2.Fingerprint.FromString, self.notes(FINGERPRINTS).values())
-        return {fingerprint.digest: fingerprint.fields for fingerprint in noted}
+        """By digest; without those that are damaged, as `sidecar.fingerprints` leaves them out."""
+        found: dict[bytes, Mapping[str, str]] = {}
+        for value in self.notes(FINGERPRINTS).values():
+            with suppress(DecodeError):
+                fingerprint = types_pb2.Fingerprint.FromString(value)
+                if fingerprint_digest(fingerprint.fields) == fingerprint.digest:
+                    found[fingerprint.digest] = fingerprint.fields
+        return found
 
     def write(self, ledger: Ledger, key_ttl_millis: int) -> None:
         """All that the ledger made."""
@@ -157,24 +189,22 @@ class Tables:
         """The payloads of the items that these entries end, but for those with a key."""
         ended = [e.header for e in entries if e.header.kind in OUTCOMES]
         if ended:
-            rows = self._db.execute(_KEYED, (apsw.carray(array("q", {h.first_sequence for h in ended})),))
+            rows = self._rows("keys", _KEYED, (apsw.carray(array("q", {h.first_sequence for h in ended})),), int)
             keyed = {first for (first,) in rows}
             self.drop_payloads((h.sequence, h.sequence) for h in ended if h.first_sequence not in keyed)
 
     def drop_expired(self, now_millis: int, limit: int) -> None:
         """The payloads of at most so many batches whose keys have expired. The keys stay bound for good."""
-        expired = list(self._db.execute(_EXPIRED, (now_millis, limit)))
+        expired = list(self._rows("keys", _EXPIRED, (now_millis, limit), int, int))
         self.drop_payloads(expired)
         self._many(_BIND_FOR_GOOD, [(first,) for first, _ in expired])
 
     def keys(self, from_sequence: int, limit: int) -> list[tuple[str, str, bytes, int, int, int | None]]:
         """Tenant, key, request digest, first sequence, count, and when it expires."""
-        return list(self._db.execute(_KEYS, (from_sequence, limit)))
+        return list(self._rows("keys", _KEYS, (from_sequence, limit), str, str, bytes, int, int, (int, NoneType)))
 
     def notes(self, prefix: str) -> dict[str, bytes]:
-        return dict(
-            self._db.execute("SELECT name, value FROM notes WHERE substr(name, 1, length(?1)) = ?1 ORDER BY name", (prefix,))
-        )
+        return dict(self._rows("notes", _NOTES, (prefix,), str, bytes))
 
     def purge_keys(self, now_millis: int, limit: int) -> None:
         """Forget at most so many of the keys that have expired."""
@@ -189,7 +219,32 @@ class Tables:
             self._db.executemany(statement, rows)
 
     def _sealed(self, query: str, *bindings: object) -> list[Sealed]:
-        return [
-            Sealed(types_pb2.EntryHeader.FromString(header), previous_hash, entry_hash, payload)
-            for _, header, previous_hash, entry_hash, payload in self._db.execute(query, bindings)
-        ]
+        found = []
+        for row in self._rows("entries", query, bindings, int, bytes, bytes, bytes, bytes):
+            index, serialized, previous_hash, entry_hash, payload = row
+            try:
+                header = types_pb2.EntryHeader.FromString(serialized)
+            except DecodeError:
+                raise Damaged(f"entry {index}: its header cannot be read") from None
+            if header.index != index:
+                raise Damaged(f"entry {index}: its header says {header.index}")
+            if not len(previous_hash) == len(entry_hash) == DIGEST_BYTES:
+                raise Damaged(f"entry {index}: its hash, or the one before, has not {DIGEST_BYTES} bytes")
+            found.append(Sealed(header, previous_hash, entry_hash, payload))
+        return found
+
+    def _row(self, table: str, query: str, bindings: tuple[object, ...], *kinds: _Kind) -> tuple[Any, ...]:
+        """The one row, as `_rows`."""
+        for row in self._rows(table, query, bindings, *kinds):
+            return row
+        raise Damaged(f"table {table}: a row is missing")
+
+    def _rows(self, table: str, query: str, bindings: tuple[object, ...], *kinds: _Kind) -> Iterator[tuple[Any, ...]]:
+        """With values of these kinds. Raises Damaged for any other: STRICT holds for what is written, not for what is read."""
+        try:
+            for row in self._db.execute(query, bindings):
+                if not all(map(isinstance, row, kinds)):
+                    raise Damaged(f"table {table}: a row holds values of other types")
+                yield row
+        except UnicodeDecodeError:
+            raise Damaged(f"table {table}: a row holds text that is not UTF-8") from None

@@ -18,6 +18,7 @@ from ostinato.v1 import sequencer_pb2
 
 from sidecar.journal import JournalUnusable, Sealed
 from sidecar.journal.keeping import Filler, Kept, Key, Log, pages
+from sidecar.journal.ledger import NUMBER_MAX
 from sidecar.journal.verify import PAGE, Checker
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ def export(kept: Kept) -> Iterator[str]:
     with kept.snapshot():
         log = kept.log()
         if log is None:
-            raise JournalUnusable("there is nothing in this journal")
+            raise JournalUnusable(f"{kept.name} has no entries: name the journal that is to be exported")
         keys, notes = list(_keys(kept)), kept.notes("")
         yield json.dumps(_head(log, len(keys), len(notes)))
         yield from (json.dumps({"key": _of_key(key)}) for key in keys)
@@ -40,17 +41,23 @@ def export(kept: Kept) -> Iterator[str]:
                 yield json.dumps({"entry": json_format.MessageToDict(entry, preserving_proto_field_name=True)})
 
 
+class LinesUnusable(JournalUnusable):
+    """What was to be taken in is no whole exported journal; the message says which line, and what is wrong with it."""
+
+
 def take_in(kept: Kept, lines: Iterable[str], writer: str | None, on_entries: Callable[[int, int], None]) -> Log:
-    """Fill an empty journal from such lines: all of it, with its chain verified, or nothing. JournalUnusable says which line
-    is wrong and why. `on_entries` is told how many there are of how many."""
+    """Fill an empty journal from such lines: all of it, with its chain verified, or nothing. Raises LinesUnusable, and
+    JournalUnusable where the journal is not empty. `on_entries` is told how many there are of how many."""
     if kept.log() is not None:
-        raise JournalUnusable("this journal is not empty: take another in only where there is none")
-    numbered = enumerate(lines, start=1)
-    head = _read(*next(numbered, (1, "")), _log)
-    log, keys_count, notes_count = head
+        raise JournalUnusable(f"{kept.name} is not empty: take another in only where there is none")
+    numbered = enumerate(_decoded(lines), start=1)
+    first = next(numbered, None)
+    if first is None:
+        raise LinesUnusable("is empty: it is no exported journal")
+    log, keys_count, notes_count = _read(*first, _log)
     owner = writer or (next(iter(log.writers)) if len(log.writers) == 1 else "")
     if not owner:
-        raise JournalUnusable(f"line 1: the log has several writers, name one that is to have it: {', '.join(log.writers)}")
+        raise LinesUnusable(f"line 1: the log has several writers, name one that is to have it: {', '.join(log.writers)}")
     with kept.filling(log, owner) as filler:
         reader = _Reader(log, filler, on_entries)
         for number, line in numbered:
@@ -102,28 +109,43 @@ class _Reader:
         self._on_entries(self._index, self._log.index)
 
     def finish(self, keys_count: int, notes_count: int) -> None:
-        """Raises JournalUnusable if this is not all that line 1 said."""
+        """Raises LinesUnusable if this is not all that line 1 said."""
         self._flush()
         if (self._index, self._hash) != (self._log.index, self._log.entry_hash):
-            raise JournalUnusable(f"the file ends at entry {self._index} of {self._log.index}: it is not whole")
+            raise LinesUnusable(f"ends at entry {self._index} of {self._log.index}: it is not whole")
         if (len(self._keys), len(self._notes)) != (keys_count, notes_count):
-            raise JournalUnusable("keys or notes are missing: the file is not whole")
+            raise LinesUnusable("keys or notes are missing: it is not whole")
         if self._checker.last_sequence != self._log.last_sequence:
-            raise JournalUnusable("line 1: last_sequence is not that of the entries")
+            raise LinesUnusable("line 1: last_sequence is not that of the entries")
         self._filler.keys(self._keys)
         self._filler.notes(self._notes)
 
 
+def _decoded(lines: Iterable[str]) -> Iterator[str]:
+    """Raises LinesUnusable where a file is not text."""
+    number = 0
+    try:
+        for line in lines:
+            number += 1
+            yield line
+    except UnicodeDecodeError as error:
+        raise LinesUnusable(f"is not UTF-8 text after line {number}: it is no exported journal") from error
+
+
 def _read(number: int, line: str, read: Callable[[dict[str, Any]], T]) -> T:
     try:
+        if not line.strip():
+            raise ValueError("is blank")
         told = json.loads(line)
         if not isinstance(told, dict):
             raise ValueError("is no JSON object")
         return read(told)
     except KeyError as error:
-        raise JournalUnusable(f"line {number}: {error} is missing") from error
-    except (ValueError, TypeError, AttributeError, json_format.ParseError) as error:
-        raise JournalUnusable(f"line {number}: {error}") from error
+        raise LinesUnusable(f"line {number}: {error} is missing") from error
+    except RecursionError as error:
+        raise LinesUnusable(f"line {number}: is nested too deeply") from error
+    except (ValueError, TypeError, AttributeError, OverflowError, json_format.ParseError) as error:
+        raise LinesUnusable(f"line {number}: {error}") from error
 
 
 def _head(log: Log, keys: int, notes: int) -> dict[str, object]:
@@ -143,10 +165,10 @@ def _head(log: Log, keys: int, notes: int) -> dict[str, object]:
 def _log(told: dict[str, Any]) -> tuple[Log, int, int]:
     if told.get("format") != FORMAT or told.get("version") != VERSION:
         raise ValueError(f"is not the first line of an exported journal of version {VERSION}")
-    writers = {str(name): int(epoch) for name, epoch in told["writers"].items()}
+    writers = {str(name): _number(epoch) for name, epoch in told["writers"].items()}
     entry_hash = base64.b64decode(told["entry_hash"], validate=True)
-    log = Log(str(told["log_id"]), writers, int(told["index"]), entry_hash, int(told["last_sequence"]))
-    return log, int(told["keys"]), int(told["notes"])
+    log = Log(str(told["log_id"]), writers, _number(told["index"]), entry_hash, _number(told["last_sequence"]))
+    return log, _number(told["keys"]), _number(told["notes"])
 
 
 def _keys(kept: Kept) -> Iterator[Key]:
@@ -173,10 +195,18 @@ def _key(told: dict[str, Any]) -> Key:
         str(told["tenant"]),
         str(told["key"]),
         base64.b64decode(told["request_digest"], validate=True),
-        int(told["first_sequence"]),
-        int(told["count"]),
-        None if expires is None else int(expires),
+        _number(told["first_sequence"]),
+        _number(told["count"]),
+        None if expires is None else _number(expires),
     )
+
+
+def _number(told: object) -> int:
+    """Raises ValueError for what no database could hold."""
+    number = int(str(told))
+    if not 0 <= number <= NUMBER_MAX:
+        raise ValueError(f"{number} is not 0 to {NUMBER_MAX}")
+    return number
 
 
 def _base64(value: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,12 +32,13 @@ def verify(read: Callable[[int, int], Sequence[Sealed]]) -> Iterator[Checked]:
     """Look at all entries, page by page. `read` takes an index and a limit and gives the entries from there, if any."""
     checker, index = Checker(), 0
     while page := read(index + 1, PAGE):
-        faults = [f"{_name(sealed.header)}: {fault}" for sealed in page for fault in checker.check(sealed)]
+        faults = [f"{name_of(sealed.header)}: {fault}" for sealed in page for fault in checker.check(sealed)]
         index = max(index + len(page), page[-1].header.index)  # an index may be what is damaged
         yield Checked(index, tuple(faults))
 
 
-def _name(header: types_pb2.EntryHeader) -> str:
+def name_of(header: types_pb2.EntryHeader) -> str:
+    """`entry 7, ADMITTED`."""
     kinds = types_pb2.EntryKind
     kind = kinds.Name(header.kind).removeprefix("ENTRY_KIND_") if header.kind in kinds.values() else f"kind {header.kind}"
     return f"entry {header.index}, {kind}"
@@ -120,6 +122,10 @@ def _check_payload(sealed: Sealed) -> list[str]:
                 ("output_digest", header.output_digest, output_digest(output)),
                 ("logprobs_digest", header.logprobs_digest, logprobs_digest(output)),
             ]
+        elif header.kind == types_pb2.ENTRY_KIND_AUDITED:
+            sequencer_pb2.AuditedPayload.FromString(sealed.payload)
     except DecodeError:
         return ["payload: cannot be read"]
+    except (AssertionError, struct.error):
+        return ["payload: no digest can be taken of it, it holds NaN or a negative number"]
     return [f"{name}: is not the payload's" for name, claimed, actual in claims if claimed != actual]

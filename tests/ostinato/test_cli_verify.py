@@ -299,3 +299,35 @@ def _untouched() -> Iterator[None]:
     before = [copy.deepcopy(record) for record in FAKE.records.values()]
     yield
     assert before == list(FAKE.records.values())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", ["NOTHING: it is empty"]),
+        (b"\n \n\t\r\n", ["NOTHING: it holds nothing but blank lines"]),
+        (b"SQLite format 3\0" + bytes(84), ["FILE: is a SQLite file: if it is a sidecar's journal, python -m", "NOTHING"]),
+        (b"\x7fELF\xff\n" * 1000, ["FILE:1: no JSON: ", "FILE: none of the other 999 lines is JSON", "NOTHING"]),
+        (b"\xff", ["FILE:1: no JSON: ", "NOTHING"]),
+        (b"[]", ["NOTHING: no receipt"]),
+    ],
+)
+def test_a_file_without_a_record(tmp_path: Path, content: bytes, said: list[str]) -> None:
+    """A file that holds no record is never sound: exit code 1, and a few lines that say what it is."""
+    file = tmp_path / "file"
+    file.write_bytes(content)
+
+    result = CliRunner().invoke(app, ["verify", str(file)])
+
+    assert result.exit_code == 1
+    begins = [each.replace("NOTHING", "error: nothing to verify in FILE").replace("FILE", str(file)) for each in said]
+    lines = [*result.stdout.splitlines(), *result.stderr.splitlines()]
+    assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True)), lines
+
+
+def test_a_folder_for_a_file(tmp_path: Path) -> None:
+    """A folder is wrong usage, and named."""
+    result = CliRunner().invoke(app, ["verify", str(tmp_path)])
+
+    assert result.exit_code == 2
+    assert f"{tmp_path}: Is a directory" in result.output

@@ -29,8 +29,17 @@ def test_what_is_no_memory(tmp_path: Path, text: str) -> None:
     """A file that is something else is not taken for an empty one."""
     path = tmp_path / "sequences.json"
     path.write_text(text)
-    with pytest.raises(StartupError, match="sequences.json cannot be read"):
+    with pytest.raises(StartupError, match="sequences.json is not a list of sequences"):
         Memory(path).read()
+
+
+def test_a_memory_that_cannot_be_read(tmp_path: Path) -> None:
+    """A file that cannot be read is neither called another file nor to be removed: it may say that a journal lost its end."""
+    path = tmp_path / "sequences.json"
+    path.mkdir()
+    with pytest.raises(StartupError, match="sequences.json cannot be read: Is a directory") as refused:
+        Memory(path).read()
+    assert "remove" not in str(refused.value)
 
 
 async def test_over_a_restart(tmp_path: Path) -> None:

@@ -168,3 +168,18 @@ def test_digests_follow_contents_and_names(tmp_path: Path) -> None:
 
     assert len({one, two, model.weights_digest(tmp_path)}) == 3
     assert model.tokenizer_digest(tmp_path) != without
+
+
+def test_a_file_of_a_model_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """It is not taken for one that is not there."""
+    folder(tmp_path)
+    for name, read in (
+        ("generation_config.json", model.read),
+        ("tokenizer.json", model.tokenizer_digest),
+        ("model.safetensors", model.weights_digest),
+    ):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).mkdir()
+        with pytest.raises(EngineUnusable, match=rf"{name}.*: Is a directory; let this user read it"):
+            read(tmp_path)
+        (tmp_path / name).rmdir()

@@ -149,7 +149,8 @@ def test_half_a_file(store: SqliteStore, run: Said, tmp_path: Path, monkeypatch:
     for text, why in (
         ("".join(lines[:-1]), "ends at entry 6 of 7"),
         ("".join(lines)[:-9], f"line {len(lines)}"),
-        ("", "line 1"),
+        ("", "stdin is empty"),
+        ("\n \n", "line 1: is blank"),
         ("{}\n", "line 1"),
         (lines[0] + "[]\n", "line 2: is no JSON object"),
         (json.dumps({**json.loads(lines[0]), "version": 2}), "version 1"),
@@ -197,7 +198,7 @@ def test_another_log(behind: SqliteStore, run: Said) -> None:
     mark = MarkFile(mark_of(behind)).read()
     with pytest.raises(JournalUnusable, match="another or new"):
         behind.open(mark=mark, log_id="e" * 32)
-    assert "another log" in run("accept-loss", "--through", "5", "--journal", behind.path, code=1)
+    assert "there is no journal in it" in run("accept-loss", "--through", "5", "--journal", behind.path, code=1)
     behind.open(log_id="e" * 32)[0].close()
     assert "another log" in run("accept-loss", "--through", "5", "--journal", behind.path, code=1)
 

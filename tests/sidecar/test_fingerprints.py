@@ -79,3 +79,16 @@ async def test_a_false_digest_is_not_believed() -> None:
     journal.kept["fingerprint/00"] = false.SerializeToString()
     await fingerprints.load()
     assert fingerprints.known == {}
+
+
+async def test_a_note_that_is_damaged_is_left_out() -> None:
+    """A note that cannot be read, or does not fit its digest, does not keep a sidecar from starting, and is not believed."""
+    journal, sound, other = Notes(), of(device="a"), of(device="b")
+    await opened(journal).meet(sound)
+    journal.kept["fingerprint/00"] = b"\xff"
+    journal.kept["fingerprint/01"] = types_pb2.Fingerprint(digest=other.digest, fields={"device": "c"}).SerializeToString()
+
+    fingerprints = opened(journal)
+    await fingerprints.load()
+
+    assert set(fingerprints.known) == {sound.digest}

@@ -246,7 +246,7 @@ def test_only_into_nothing(store: Store) -> None:
     with pytest.raises(JournalUnusable, match="not empty"):
         taken_in(store, lines)
     assert exported(store) == lines
-    with store.another().kept(create=True) as kept, pytest.raises(JournalUnusable, match="nothing in"):
+    with store.another().kept(create=True) as kept, pytest.raises(JournalUnusable, match="has no entries"):
         list(export(kept))
 
 

@@ -10,13 +10,16 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from google.protobuf.message import DecodeError
 
+from ostinato.errors import JournalUnavailable
 from ostinato.serving.program import StartupError
 
 from sidecar.config import Settings
+from sidecar.journal import JournalBroken
 from sidecar.journal.postgres import PostgresJournal
 from sidecar.journal.sqlite import SqliteJournal
-from sidecar.opening import open_journal
+from sidecar.opening import open_journal, reading
 from tests.pair import Program
 from tests.postgres import Postgres
 from tests.sidecar.postgres_proxy import SOCKET
@@ -55,6 +58,24 @@ def test_told_to_stop_while_it_waits() -> None:
     shutil.rmtree(folder)
 
     assert code == 0, program.lines
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (JournalBroken("CorruptError: database disk image is malformed"), "is malformed: look at it with verify"),
+        (DecodeError("wire format"), "is damaged: an entry's payload cannot be read: restore a copy"),
+        (JournalUnavailable("the database cannot be reached"), "the database cannot be reached"),
+    ],
+)
+def test_what_is_read_before_serving(error: Exception, why: str) -> None:
+    """What a start cannot read of its journal ends it with one line, and a URL with its password is not in it."""
+    for journal, name in (("/data/journal.sqlite", "/data/journal.sqlite"), ("postgresql://me:hunter2@h/x", "the database")):
+        with pytest.raises(StartupError) as refused, reading(Settings(journal=journal)):
+            raise error
+        assert why in str(refused.value)
+        assert name in str(refused.value) or isinstance(error, JournalUnavailable)
+        assert "hunter2" not in str(refused.value)
 
 
 def test_a_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,10 +29,10 @@ class Answers:
 
     def __init__(self, path: Path) -> None:
         """Wrong usage for what is no file, or another run's."""
-        if path.exists() and not path.is_file():
-            raise typer.BadParameter(f"--output: {path} is no file: it is read, to go on where it ends")
         self._path, self._lines = path, 0
         try:
+            if path.exists() and not path.is_file():
+                raise typer.BadParameter(f"--output: {path} is no file: it is read, to go on where it ends")
             self._file = path.open("r+b" if path.exists() else "x+b")
         except OSError as error:
             raise typer.BadParameter(f"--output: {path}: {error.strerror}") from None

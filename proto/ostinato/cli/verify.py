@@ -18,13 +18,17 @@ from ostinato.cli import files, show
 from ostinato.cli.session import Session
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
+_SQLITE = b"SQLite format 3\0"
+"""What such a file begins with."""
+
 
 def verify(
     session: Session, file: Annotated[Path, typer.Argument(help="JSON or JSON lines; - is stdin.", show_default=False)]
 ) -> bool:
     """Checks what generate, get and tail print with --json: receipts against their outputs, entries against their chain."""
     checks = Checks()
-    checks.read(*files.read(file))
+    name, content = files.read(file)
+    checks.read(name, content)
     if session.json:
         show.as_json(vars(checks.counts) | {"faults": checks.faults})
     else:
@@ -33,8 +37,14 @@ def verify(
         if checks.counts.proofs:
             show.line(str(checks.counts))
     if not checks.counts.proofs:
-        show.note(f"error: nothing to verify in {file}: no receipt, and no entry whose predecessor is known")
+        show.note(f"error: nothing to verify in {file}: {_lack(content)}")
     return bool(checks.counts.proofs) and not checks.faults
+
+
+def _lack(content: bytes) -> str:
+    if not content.strip():
+        return "it holds nothing but blank lines" if content else "it is empty"
+    return "no receipt, and no entry whose predecessor is known"
 
 
 @dataclass
@@ -70,11 +80,17 @@ class Checks:
         self._previous: sequencer_pb2.Entry | None = None
 
     def read(self, name: str, content: bytes) -> None:
-        """A file of one JSON value, or of one in each line."""
+        """A file of one JSON value, or of one in each line. A file that has none is one fault, however many lines it has."""
+        if content.startswith(_SQLITE):
+            self._fault(name, ["is a SQLite file: if it is a sidecar's journal, python -m sidecar verify reads it"])
+            return
         try:
             values = [(name, json.loads(content))]
         except (ValueError, RecursionError):
+            first = len(self.faults)
             values = list(self._parsed(files.lines(name, content)))
+            if not values and (others := len(self.faults) - first - 1) > 0:
+                self.faults[first + 1 :] = [f"{name}: none of the other {others} lines is JSON"]
         for place, value in values:
             self.take(place, value)
 

@@ -181,5 +181,11 @@ class Exactness:
 
 
 def _sha256(path: Path) -> str:
-    """Of a file, or "" where there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+    """Of a file, or "" where there is none, or none that can be read, which is logged."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        _log.warning("kernel table unreadable", extra={"path": path, "why": str(error)})
+        return ""

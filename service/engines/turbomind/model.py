@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,23 +71,27 @@ def read(path: Path | None) -> Model:
             config_digest=hashlib.sha256(raw).hexdigest(),
         )
     except OSError as error:
-        raise EngineUnusable(
-            f"{path} cannot be read as a model: {error.strerror}; name a folder that has config.json"
-        ) from error
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        advice = "name a folder that has config.json" if missing else "let this user read it"
+        file = error.filename or path / "config.json"
+        raise EngineUnusable(f"{path} cannot be read as a model: {file}: {error.strerror}; {advice}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineUnusable(f"{path}/config.json is not that of a text model: {error!r}") from error
 
 
 def _end_ids(path: Path, config: Mapping[str, Any]) -> frozenset[int]:
     """Of generation_config.json, or of config.json where that has none."""
-    file = path / "generation_config.json"
-    given = (json.loads(file.read_bytes()) if file.exists() else {}).get("eos_token_id", config.get("eos_token_id"))
+    try:
+        own = json.loads((path / "generation_config.json").read_bytes())
+    except FileNotFoundError:
+        own = {}
+    given = own.get("eos_token_id", config.get("eos_token_id"))
     return frozenset(int(each) for each in (given if isinstance(given, list) else [given]) if each is not None)
 
 
 def weights_digest(path: Path) -> str:
     """SHA-256 over the names and SHA-256 of the files that hold weights, read by several threads: a second for each GB or
-    two. Raises EngineUnusable if there are none."""
+    two. Raises EngineUnusable if there are none, or one cannot be read."""
     files = next((found for pattern in WEIGHTS if (found := sorted(path.glob(pattern)))), [])
     if not files:
         raise EngineUnusable(f"{path} has no weights: no file is named {' or '.join(WEIGHTS)}")
@@ -95,13 +100,16 @@ def weights_digest(path: Path) -> str:
 
 def tokenizer_digest(path: Path) -> str:
     """Likewise of the tokenizer's files."""
-    return _digest_of([file for name in TOKENIZER_FILES if (file := path / name).exists()])
+    return _digest_of([file for name in TOKENIZER_FILES if os.path.lexists(file := path / name)])
 
 
 def _digest_of(files: Iterable[Path]) -> str:
     paths = list(files)
-    with ThreadPoolExecutor() as threads:
-        digests = list(threads.map(_sha256, paths))
+    try:
+        with ThreadPoolExecutor() as threads:
+            digests = list(threads.map(_sha256, paths))
+    except OSError as error:
+        raise EngineUnusable(f"{error.filename} cannot be read: {error.strerror}; let this user read it") from error
     lines = [f"{path.name} {digest}\n" for path, digest in zip(paths, digests, strict=True)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -1,0 +1,173 @@
+"""Why the file of a journal cannot be used: one line that names the file, what is wrong with it, and what to do."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import stat
+from pathlib import Path
+
+import apsw
+
+RESTORE = "restore a copy that verifies, see docs/operations.md, Backing it up, and restoring it"
+
+_MAGIC = b"SQLite format 3\0"
+_MAGIC_FAULTS_MAX = 4
+"""A file that differs in so few of these bytes was a SQLite file."""
+_HEADER_BYTES = 100
+"""Of a SQLite file, before its first table: https://www.sqlite.org/fileformat2.html."""
+_PAGE_BYTES_MIN, _PAGE_BYTES_MAX = 512, 65536
+_FIXED_BYTES = ((18, 1, 2), (19, 1, 2), (21, 64, 64), (22, 32, 32), (23, 32, 32))
+"""Offset, smallest and largest value."""
+_FIXED_WORDS = ((44, 1, 4), (56, 1, 3))
+"""The same, of 4 bytes each: schema format and text encoding."""
+
+_DAMAGE = (apsw.CorruptError, apsw.NotADBError, apsw.ReadOnlyError, apsw.SQLError, apsw.ConstraintError, apsw.MismatchError)
+"""What SQLite raises where the content is not what this program wrote: another table, column or type."""
+
+
+def user() -> str:
+    """This process's user, for people."""
+    number = os.geteuid()
+    try:
+        return f"user {pwd.getpwuid(number).pw_name} (uid {number})"
+    except KeyError:
+        return f"uid {number}"
+
+
+def place_fault(path: Path, *, create: bool) -> str:
+    """What keeps this user from a journal at this path, found without opening the file; empty: nothing. `create`: a journal
+    that is not there yet is to be created."""
+    folder = path.parent
+    try:
+        if not stat.S_ISDIR(folder.stat().st_mode):
+            return f"{path}: {folder} is not a folder"
+    except FileNotFoundError:
+        return f"{path} does not exist, nor does its folder {folder}: create the folder, or name another --journal"
+    except OSError as error:
+        return f"{path}: the folder {folder} cannot be read by {user()}: {error.strerror}"
+    files = (path, path.with_name(path.name + "-wal"))
+    for file in files:
+        try:
+            if not stat.S_ISREG(mode := file.stat().st_mode):
+                return f"{file} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}: {_why_file(file, path)}"
+        except FileNotFoundError:
+            if file == path and not create:
+                return f"{path} does not exist: name a journal that does"
+        except OSError as error:
+            return f"{file} cannot be read by {user()}: {error.strerror}"
+        else:
+            if fault := _access_fault(file, os.R_OK | os.W_OK):
+                return fault
+    fault = _access_fault(folder, os.W_OK | os.X_OK)
+    return f"{path}: its folder {fault}, and the journal needs files beside it" if fault else ""
+
+
+def _why_file(file: Path, path: Path) -> str:
+    return "name the journal's file" if file == path else f"{path} needs a file of this name beside it; move it away"
+
+
+def _access_fault(path: Path, mode: int) -> str:
+    """What keeps this user from reading or writing it; empty: nothing."""
+    if os.access(path, mode, effective_ids=True):
+        return ""
+    found = path.stat()
+    if os.statvfs(path).f_flag & os.ST_RDONLY:
+        return f"{path} cannot be written: its file system is read-only; copy the journal's files to one that is not"
+    verb = "written" if os.access(path, mode & ~os.W_OK, effective_ids=True) else "read"
+    held = f"its mode is {stat.S_IMODE(found.st_mode):04o} and its owner {found.st_uid}:{found.st_gid}"
+    return f"{path} cannot be {verb} by {user()}: {held}; change them, or run as another user"
+
+
+def reason(path: Path, error: Exception, *, bytes_max: int = 0) -> str:
+    """The line for an error of SQLite, of the operating system, or of reading a row.
+
+    May drop the lock that this process has on the file, by opening and closing it: only for a journal that is given up.
+    `bytes_max`: the bound that was set for the file; 0: none.
+    """
+    if isinstance(error, apsw.BusyError):
+        return f"{path} is in use by another sidecar or command{_holder(path)}: stop that first"
+    if isinstance(error, apsw.FullError):
+        return _full(path, bytes_max)
+    if isinstance(error, (OSError, apsw.CantOpenError, apsw.PermissionsError, apsw.ReadOnlyError, apsw.IOError)):
+        if fault := place_fault(path, create=True):
+            return fault
+        if isinstance(error, OSError):
+            return f"{path} cannot be opened: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
+        if not isinstance(error, apsw.ReadOnlyError):
+            return f"{path} cannot be read or written: {error} (SQLite's code {getattr(error, 'extendedresult', 'unknown')}): look at its disk"
+    if not isinstance(error, apsw.Error):
+        return damaged(path, str(error))
+    if fault := _header_fault(path):
+        return fault
+    return damaged(path, str(error)) if isinstance(error, _DAMAGE) else f"{path} cannot be used: {error}"
+
+
+def damaged(path: Path, what: str) -> str:
+    """The line for a file whose content is not what was written."""
+    return f"{path} is damaged: {what}: {RESTORE}"
+
+
+def cut(path: Path, page_bytes: int, pages: int) -> str:
+    """The line for a file that is shorter than its pages, or ends inside one; empty: it is whole, or a write-ahead log stands
+    beside it, which may hold what the file lacks."""
+    wal, size = path.with_name(path.name + "-wal"), path.stat().st_size
+    if wal.exists() and wal.stat().st_size:
+        return ""
+    if size % page_bytes:
+        return damaged(path, f"it is cut: {size} bytes are not a whole number of pages of {page_bytes}")
+    if size < page_bytes * pages:
+        return damaged(path, f"it is cut: its header says {page_bytes * pages} bytes, and {size} are there")
+    return ""
+
+
+def _full(path: Path, bytes_max: int) -> str:
+    size = path.stat().st_size if path.exists() else 0
+    if bytes_max and size >= bytes_max // 2:
+        return f"{path}: no room is left of --journal-bytes-max {bytes_max}: raise it, or drop payloads with prune"
+    free = shutil.disk_usage(path.parent).free
+    return f"{path}: its disk is full, {free} bytes are free in {path.parent}: make room there"
+
+
+def _header_fault(path: Path) -> str:
+    """What is wrong with the first bytes of the file, or with its length; empty: nothing that can be seen."""
+    try:
+        with path.open("rb") as file:
+            header, size = file.read(_HEADER_BYTES), os.fstat(file.fileno()).st_size
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    if not size:
+        return ""
+    if not header.startswith(_MAGIC):
+        same = sum(a == b for a, b in zip(header, _MAGIC, strict=False))
+        if same >= min(size, len(_MAGIC)) - _MAGIC_FAULTS_MAX:
+            return damaged(path, f"its first {len(_MAGIC)} bytes are not quite those of a SQLite file, or it is cut")
+        return f"{path} is not a journal, nor any other SQLite file: it begins with {header[:16]!r}; name the journal's file"
+    if size < _HEADER_BYTES:
+        return damaged(path, f"it is cut: {size} bytes are there, fewer than its header has")
+    page_bytes = int.from_bytes(header[16:18]) if header[16:18] != b"\0\1" else _PAGE_BYTES_MAX
+    if not (_PAGE_BYTES_MIN <= page_bytes <= _PAGE_BYTES_MAX) or page_bytes & (page_bytes - 1):
+        return damaged(path, f"its header, bytes 16 and 17, says {page_bytes} bytes a page, which cannot be")
+    for offset, smallest, largest in _FIXED_BYTES:
+        if not smallest <= header[offset] <= largest:
+            return damaged(path, f"its header, byte {offset}, says {header[offset]}, which cannot be")
+    for offset, smallest, largest in _FIXED_WORDS:
+        if not smallest <= (value := int.from_bytes(header[offset : offset + 4])) <= largest:
+            return damaged(path, f"its header, bytes {offset} to {offset + 3}, says {value}, which cannot be")
+    return cut(path, page_bytes, int.from_bytes(header[28:32]))
+
+
+def _holder(path: Path) -> str:
+    """Who has locked it, as far as the system tells."""
+    try:
+        found = path.stat()
+        device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()
+            if device in fields and "->" not in fields:
+                number = int(fields[fields.index(device) - 1])
+                return f", process {number} ({Path(f'/proc/{number}/comm').read_text().strip()})" if number > 0 else ""
+    except (OSError, ValueError):
+        pass  # of another machine, or the system does not say
+    return ""
