@@ -23,6 +23,9 @@ _FIXED_BYTES = ((18, 1, 2), (19, 1, 2), (21, 64, 64), (22, 32, 32), (23, 32, 32)
 _FIXED_WORDS = ((44, 1, 4), (56, 1, 3))
 """The same, of 4 bytes each: schema format and text encoding."""
 
+_DISK = (apsw.IOError, apsw.CantOpenError, apsw.PermissionsError)
+_REFUSAL = (OSError, apsw.ReadOnlyError, *_DISK)
+"""What is raised where the file or its folder is not this user's to use, and for other reasons as well."""
 _DAMAGE = (apsw.CorruptError, apsw.NotADBError, apsw.ReadOnlyError, apsw.SQLError, apsw.ConstraintError, apsw.MismatchError)
 """What SQLite raises where the content is not what this program wrote: another table, column or type."""
 
@@ -90,13 +93,13 @@ def reason(path: Path, error: Exception, *, bytes_max: int = 0) -> str:
         return f"{path} is in use by another sidecar or command{_holder(path)}: stop that first"
     if isinstance(error, apsw.FullError):
         return _full(path, bytes_max)
-    if isinstance(error, (OSError, apsw.CantOpenError, apsw.PermissionsError, apsw.ReadOnlyError, apsw.IOError)):
-        if fault := place_fault(path, create=True):
-            return fault
-        if isinstance(error, OSError):
-            return f"{path} cannot be opened: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
-        if not isinstance(error, apsw.ReadOnlyError):
-            return f"{path} cannot be read or written: {error} (SQLite's code {getattr(error, 'extendedresult', 'unknown')}): look at its disk"
+    if isinstance(error, _REFUSAL) and (fault := place_fault(path, create=True)):
+        return fault
+    if isinstance(error, OSError):
+        return f"{path} cannot be opened: {error.filename or path}: {error.strerror or error}"
+    if isinstance(error, _DISK):
+        code = getattr(error, "extendedresult", "unknown")
+        return f"{path} cannot be read or written: {error} (SQLite's code {code}): look at its disk"
     if not isinstance(error, apsw.Error):
         return damaged(path, str(error))
     if fault := _header_fault(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import stat
 from dataclasses import replace
@@ -81,6 +82,7 @@ def test_a_journal_in_use(store: SqliteStore, run: Said) -> None:
             ["prune", "--before", "9"],
             ["redact", "1"],
             ["export", "-"],
+            ["import", os.devnull],
             ["accept-loss", "--through", "9"],
         ):
             assert "in use by another sidecar" in run(*command, "--journal", store.path, code=1)
