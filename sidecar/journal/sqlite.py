@@ -83,19 +83,16 @@ class SqliteJournal:
     ) -> tuple[SqliteJournal, Opened]:
         """Open or create, and begin the writer's next epoch. JournalUnusable: the message says why.
 
-        `new_log_id`, 32 hexadecimal digits, names the journal if it is created now. A journal that does not hold what `mark`
-        says is refused, and stays as it was. `vfs` names SQLite's file layer.
+        `new_log_id`, 32 hexadecimal digits, names the journal if it is created now. A journal that is damaged, or does not hold
+        what `mark` says, is refused, and stays as it was. `vfs` names SQLite's file layer.
         """
         assert len(bytes.fromhex(new_log_id)) == 16
         settings = settings or SqliteSettings()
         db = connect(path, vfs)
         try:
             journal = cls(db, Reserve(path.with_name(path.name + ".reserve"), settings.reserve_bytes), settings)
-            journal._begin(writer, version, new_log_id, now_millis, mark)
+            left = journal._begin(writer, version, new_log_id, now_millis, mark)
             journal.restore_reserve()
-            with _sqlite():
-                left = journal._tables.left(journal.head.epoch)
-            _check_left(left)
             return journal, Opened(journal.head, left)
         except JournalUnusable as error:
             db.close()
@@ -181,39 +178,45 @@ class SqliteJournal:
         """Unlock the file."""
         self._db.close()
 
-    def _begin(self, writer: str, version: str, new_log_id: str, now_millis: int, mark: Mark | None) -> None:
+    def _begin(self, writer: str, version: str, new_log_id: str, now_millis: int, mark: Mark | None) -> tuple[Unfinished, ...]:
+        """What earlier epochs left."""
         try:
-            self._begin_epoch(writer, version, new_log_id, now_millis, mark)
+            return self._begin_epoch(writer, version, new_log_id, now_millis, mark)
         except JournalFull:
             if not self.reserved:
                 raise
             self.release_reserve()
-            self._begin_epoch(writer, version, new_log_id, now_millis, mark)
+            return self._begin_epoch(writer, version, new_log_id, now_millis, mark)
 
-    def _begin_epoch(self, writer: str, version: str, new_log_id: str, now_millis: int, mark: Mark | None) -> None:
+    def _begin_epoch(
+        self, writer: str, version: str, new_log_id: str, now_millis: int, mark: Mark | None
+    ) -> tuple[Unfinished, ...]:
         with self._transaction():
             migrate(self._db)
             log_id, owner, epoch = self._tables.begin_epoch(new_log_id, writer)
             if owner != writer:
                 raise JournalUnusable(f"this journal is of sidecar {owner!r}, not {writer!r}: each has its own")
-            head = Head(log_id, writer, epoch, *self._newest())
+            head = Head(log_id, writer, epoch, *self._newest(log_id))
             if mark is not None:
                 marked = self._tables.entries(mark.index, 1, payloads=False)
                 check_mark(mark, log_id, head.index, head.last_sequence, marked[0].entry_hash if marked else None)
+            left = self._tables.left(epoch)
+            _check_left(left)
             ledger = Ledger(head, Known(), now_millis)
             ledger.open(version)
             self._write(ledger)
         self.head = ledger.head
+        return left
 
-    def _newest(self) -> tuple[int, bytes, int]:
+    def _newest(self, log_id: str) -> tuple[int, bytes, int]:
         """Index and hash of the newest entry, and the last sequence."""
         newest = self._tables.newest()
         if newest is None:
             return 0, GENESIS, 0
         index = newest.header.index
         for first in range(max(1, index - CHECKED_ENTRIES + 1), index + 1, PAGE):
-            _check_page(first, self._tables.entries(first, min(PAGE, index + 1 - first), payloads=False))
-        return newest.header.index, newest.entry_hash, self._tables.last_sequence()
+            _check_page(log_id, first, self._tables.entries(first, min(PAGE, index + 1 - first), payloads=False))
+        return index, newest.entry_hash, self._tables.last_sequence()
 
     def _write(self, ledger: Ledger) -> None:
         self._tables.write(ledger, self._settings.idempotency_ttl_seconds * 1000)
@@ -254,11 +257,13 @@ class SqliteJournal:
         return apsw.SQLITE_OK
 
 
-def _check_page(first: int, page: Sequence[Sealed]) -> None:
-    """Raises JournalUnusable for consecutive entries, from the first index on, that are not what was written."""
+def _check_page(log_id: str, first: int, page: Sequence[Sealed]) -> None:
+    """Raises JournalUnusable for consecutive entries, from the first index on, that are not what was written in this log."""
     for index, sealed in enumerate(page, first):
         if sealed.header.index != index or entry_hash(sealed.previous_hash, sealed.header) != sealed.entry_hash:
             raise JournalUnusable(f"entry {index} is damaged or missing: {RESTORE}")
+        if sealed.header.log_id != log_id:
+            raise JournalUnusable(f"table journal is damaged: it names log {log_id!r}, and entry {index} another: {RESTORE}")
 
 
 def _check_left(left: Sequence[Unfinished]) -> None:

@@ -12,15 +12,14 @@ from sidecar.journal.diagnosis import reason
 from sidecar.journal.keeping import Key, Log
 from sidecar.journal.ledger import NUMBER_MAX, verifications
 from sidecar.journal.schema import connect, migrate
-from sidecar.journal.tables import UNREADABLE, Tables
+from sidecar.journal.tables import UNREADABLE, Damaged, Tables
 
 
 class SqliteKept:
     """Implements `Kept`; locked against sidecars until it is closed."""
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
-        new = create and not os.path.lexists(path)
-        self._path, self._created = path, new
+        self._path, self._created = path, create and not os.path.lexists(path)
         self._db = connect(path, create=create)
         self._tables = Tables(self._db)
         try:
@@ -46,6 +45,8 @@ class SqliteKept:
             if owner is None or newest is None:
                 return None
             log_id, writer, epoch = owner
+            if newest.header.log_id != log_id:
+                raise Damaged(f"table journal names log {log_id!r}, and entry {newest.header.index} another")
             return Log(log_id, {writer: epoch}, newest.header.index, newest.entry_hash, self._tables.last_sequence())
 
     def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:

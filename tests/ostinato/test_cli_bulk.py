@@ -292,11 +292,12 @@ def test_a_full_disk_is_said(ostinato: Terminal, file: Path) -> None:
     assert output.read_bytes() == whole
 
 
-@pytest.mark.parametrize("output", ["/dev/null", "."])
+@pytest.mark.parametrize("output", ["/dev/null", ".", "a" * 300])
 def test_an_output_can_be_read(ostinato: Terminal, file: Path, output: str) -> None:
-    """What is no file cannot be gone on with, and is wrong usage."""
+    """What is no file cannot be gone on with, and is wrong usage; so is what cannot be looked at."""
     result = ostinato(*_command(file), "--output", output)
     assert result.exit_code == 2
+    assert "--output" in result.output and output in result.output
     assert ostinato.sent == []
 
 

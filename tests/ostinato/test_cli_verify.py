@@ -307,7 +307,7 @@ def _untouched() -> Iterator[None]:
         (b"", ["NOTHING: it is empty"]),
         (b"\n \n\t\r\n", ["NOTHING: it holds nothing but blank lines"]),
         (b"SQLite format 3\0" + bytes(84), ["FILE: is a SQLite file: if it is a sidecar's journal, python -m", "NOTHING"]),
-        (b"\x7fELF\xff\n" * 1000, ["FILE:1: no JSON: ", "FILE: none of the other 999 lines is JSON", "NOTHING"]),
+        (b"\x7fELF\xff\n" * 1000, ["FILE:1: no JSON: ", "FILE: the other 999 lines are no JSON either", "NOTHING"]),
         (b"\xff", ["FILE:1: no JSON: ", "NOTHING"]),
         (b"[]", ["NOTHING: no receipt"]),
     ],

@@ -223,7 +223,7 @@ def test_another_file(tried: Tried, content: bytes, why: str) -> None:
 
 
 def test_a_folder_in_its_place(tried: Tried) -> None:
-    """A folder is said to be one, whoever opens it."""
+    """A folder is said to be one, by a start and by every command."""
     tried.path.mkdir()
     for argv in COMMANDS:
         assert "is a folder: name the journal's file" in tried.command(*argv)[1]
@@ -237,6 +237,8 @@ def test_a_row_of_other_types(tried: Tried, sound: Sound) -> None:
         ("UPDATE entries SET entry_hash = x'00' WHERE entry_index = 2", "its hash, or the one before, has not 32 bytes"),
         ("UPDATE entries SET entry_index = 99 WHERE entry_index = 2", "entry 99: its header says 2"),
         ("UPDATE journal SET log_id = CAST(x'ff' AS TEXT)", "table journal: a row holds text that is not UTF-8"),
+        ("UPDATE journal SET log_id = 'other'", "table journal names log 'other', and entry"),
+        ("UPDATE journal SET log_id = 'other'", "table journal is damaged: it names log 'other', and entry"),
         ("UPDATE journal SET epoch = 'x'", "table journal: a row holds values of other types"),
         ("UPDATE items SET admitted = 1 WHERE outcome IS NULL", "entry 1 is damaged, and its item has not ended"),
         ("DELETE FROM journal", ""),
@@ -247,11 +249,31 @@ def test_a_row_of_other_types(tried: Tried, sound: Sound) -> None:
         db.pragma("writable_schema", True)
         db.execute("UPDATE sqlite_schema SET sql = replace(sql, 'STRICT', '')")
         db.close()
-        db = apsw.Connection(str(tried.path))
-        db.execute(statement)
-        db.close()
+        _execute(tried.path, statement)
         said = tried.check(tried.path.read_bytes())
         assert any(why in each for each in said), (statement, said)
+
+
+def test_a_refused_start_adds_nothing(tried: Tried, sound: Sound) -> None:
+    """However often a start is refused, over the newest entries or over an item that it would run again, the journal stays."""
+    last = max(sound.entries)
+    for statement, why in (
+        (f"UPDATE entries SET entry_hash = zeroblob(32) WHERE entry_index = {last}", f"entry {last} is damaged or missing"),
+        ("UPDATE payloads SET payload = x'00' WHERE entry_index = 10", "entry 10 is damaged, and its item has not ended"),
+    ):
+        tried.put(sound.content)
+        _execute(tried.path, statement)
+        for _ in range(3):
+            assert why in str(tried.start())
+        db = apsw.Connection(str(tried.path))
+        assert db.execute("SELECT max(entry_index) FROM entries").get == last
+        db.close()
+
+
+def _execute(path: Path, statement: str) -> None:
+    db = apsw.Connection(str(path))
+    db.execute(statement)
+    db.close()
 
 
 # What lies beside it.

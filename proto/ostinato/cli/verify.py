@@ -90,7 +90,7 @@ class Checks:
             first = len(self.faults)
             values = list(self._parsed(files.lines(name, content)))
             if not values and (others := len(self.faults) - first - 1) > 0:
-                self.faults[first + 1 :] = [f"{name}: none of the other {others} lines is JSON"]
+                self.faults[first + 1 :] = [f"{name}: the other {others} lines are no JSON either"]
         for place, value in values:
             self.take(place, value)
 
