@@ -24,6 +24,8 @@ from sidecar.journal.diagnosis import RESTORE
 from sidecar.journal.keeping import Kept
 from sidecar.journal.ledger import LOST_MAX
 from sidecar.journal.mark import MarkFile
+from sidecar.journal.salvage import copied, sound_part
+from sidecar.journal.salvage import lines as sound_lines
 from sidecar.journal.transfer import LinesUnusable, take_in
 from sidecar.journal.transfer import export as lines_of
 from sidecar.journal.verify import verify as verified
@@ -86,13 +88,35 @@ def redact(sequences: Annotated[list[int], typer.Argument(min=1)], journal: Jour
 
 @app.command()
 def export(
-    file: Annotated[str, typer.Argument(help="A new file; - for the standard output.")], journal: Journal = JOURNAL
+    file: Annotated[str, typer.Argument(help="A new file; - for the standard output.")],
+    journal: Journal = JOURNAL,
+    until_damage: Annotated[
+        bool, typer.Option("--until-damage", help="Of a damaged file: the entries before the first that is bad.")
+    ] = False,
 ) -> None:
     """Write the whole journal as lines of JSON, for another backend."""
+    if until_damage:
+        if is_shared(journal):
+            raise typer.BadParameter("--until-damage is for a journal in a file")
+        _salvage(Path(journal), file)
+        return
     with closing(open_kept(journal)) as kept, _progress(kept) as came_to, _created(file) as lines:
         for number, line in enumerate(lines_of(kept)):
             lines.write(line + "\n")
             came_to(number)
+
+
+def _salvage(journal: Path, file: str) -> None:
+    with copied(journal) as tables:
+        part = sound_part(tables, str(journal))
+        with progress("entries", part.log.index) as came_to, _created(file) as lines:
+            for number, line in enumerate(sound_lines(tables, part)):
+                lines.write(line + "\n")
+                came_to(number)
+    note(
+        f"entries to {part.log.index}, sequences to {part.log.last_sequence} are sound"
+        + visible(f"; then: {part.fault or 'nothing'}; take them in with import, and what is lost with accept-loss")
+    )
 
 
 @app.command("import")

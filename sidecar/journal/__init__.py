@@ -5,7 +5,8 @@ them for one sidecar (`schema`, `tables` and `reserve` are its parts), `postgres
 `postgres_tables`, `database`). `committer` decides what is committed together and what waits for room; `grouped` gives it a
 thread, and is, with `reads`, the `Journal` that the rest of the sidecar sees. `mark` finds a journal that lost its end.
 
-For its operator a journal is `Kept` (`keeping`, `transfer`; `sqlite_kept`, `postgres_kept`).
+For its operator a journal is `Kept` (`keeping`, `transfer`; `sqlite_kept`, `postgres_kept`). `diagnosis` says
+why a file cannot be used, and `salvage` takes what is sound out of a damaged one.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import apsw
 
-RESTORE = "restore a copy that verifies, see docs/operations.md, Backing it up, and restoring it"
+RESTORE = "restore a copy that verifies, see docs/operations.md, A file that is damaged, or out of reach"
 
 _MAGIC = b"SQLite format 3\0"
 _MAGIC_FAULTS_MAX = 4

@@ -32,13 +32,32 @@ def export(kept: Kept) -> Iterator[str]:
         if log is None:
             raise JournalUnusable(f"{kept.name} has no entries: name the journal that is to be exported")
         keys, notes = list(_keys(kept)), kept.notes("")
-        yield json.dumps(_head(log, len(keys), len(notes)))
-        yield from (json.dumps({"key": _of_key(key)}) for key in keys)
-        yield from (json.dumps({"note": {"name": name, "value": _base64(value)}}) for name, value in notes.items())
+        yield head_line(log, len(keys), len(notes))
+        yield from map(line_of_key, keys)
+        yield from (line_of_note(name, value) for name, value in notes.items())
         for page in pages(kept, payloads=True):
-            for sealed in page:
-                entry = sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload)
-                yield json.dumps({"entry": json_format.MessageToDict(entry, preserving_proto_field_name=True)})
+            yield from map(line_of_entry, page)
+
+
+def head_line(log: Log, keys: int, notes: int) -> str:
+    """The first one."""
+    return json.dumps(_head(log, keys, notes))
+
+
+def line_of_key(key: Key) -> str:
+    """One of those that follow."""
+    return json.dumps({"key": _of_key(key)})
+
+
+def line_of_note(name: str, value: bytes) -> str:
+    """One of those that follow the keys."""
+    return json.dumps({"note": {"name": name, "value": _base64(value)}})
+
+
+def line_of_entry(sealed: Sealed) -> str:
+    """One of the rest."""
+    entry = sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload)
+    return json.dumps({"entry": json_format.MessageToDict(entry, preserving_proto_field_name=True)})
 
 
 class LinesUnusable(JournalUnusable):

@@ -51,10 +51,16 @@ class Checker:
         self.unfinished: set[int] = set()
         """Sequences without an outcome so far."""
         self.last_sequence = 0
+        self.epochs: dict[str, int] = {}
+        """The newest one of each writer."""
         self._previous: sequencer_pb2.Entry | None = None
-        self._epochs: dict[str, int] = {}
         self._batch: tuple[int, int, int] | None = None
         """First sequence, count and position of the next entry, within a batch."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether no batch is begun and not ended."""
+        return self._batch is None
 
     def check(self, sealed: Sealed) -> list[str]:
         """What is wrong with the next entry; empty: nothing."""
@@ -69,9 +75,9 @@ class Checker:
         return faults + _check_payload(sealed)
 
     def _check_epoch(self, header: types_pb2.EntryHeader) -> list[str]:
-        newest = self._epochs.get(header.writer, 0)
+        newest = self.epochs.get(header.writer, 0)
         if header.kind == types_pb2.ENTRY_KIND_OPENED:
-            self._epochs[header.writer] = max(newest, header.epoch)
+            self.epochs[header.writer] = max(newest, header.epoch)
             return [] if header.epoch > newest else [f"epoch: opens {header.epoch} after {newest}"]
         return [] if header.epoch == newest else [f"epoch: {header.epoch}, and the writer's newest is {newest}"]
 

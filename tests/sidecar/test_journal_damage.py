@@ -573,3 +573,84 @@ def test_numbers_that_no_database_holds(tmp_path: Path, sound: Sound, field: str
         pytest.raises(JournalUnusable, match="line 1: "),
     ):
         take_in(kept, [line, *rest], None, lambda index, of: None)
+
+
+# What is sound of a damaged one.
+
+
+def test_what_is_sound_is_gone_on_with(tried: Tried, tmp_path: Path) -> None:
+    """Of a journal that is cut, the entries before the cut become a journal again, which goes on behind what is accepted as
+    lost; the damaged file stays as it was, and so do the keys of what is left."""
+    store = SqliteStore(tmp_path / "grown.db")
+    with store.opened() as journal:
+        for number in range(12):
+            (answer,) = journal.append_many([admission(*map(item, range(1, 21)), key=f"k{number}")], 1)
+            journal.append_many([completed(entry) for entry in answer.entries], 2)
+        mark = journal.head.mark
+    with store.kept() as kept:
+        written = {entry.header.index: entry for entry in kept.entries(1, 1000, payloads=True)}
+    content = store.path.read_bytes()
+    content = content[: len(content) * 3 // 4 - 100]
+    tried.put(content)
+    MarkFile(Path(f"{tried.path}.mark")).write(mark)
+    file = tmp_path / "sound.jsonl"
+
+    assert tried.command("export", file)[0] == 1
+    code, said = tried.command("export", file, "--until-damage")
+    assert code == 0, said
+    assert tried.path.read_bytes() == content
+    found = re.search(r"entries to (\d+), sequences to (\d+) are sound; then: entry", said)
+    assert found, said
+    index, last = map(int, found.groups())
+    assert 100 < index < mark.index
+
+    tried.path.unlink()
+    assert tried.command("import", file)[0] == 0
+    assert f"accept-loss --through {mark.last_sequence}" in str(tried.start())
+    assert tried.command("accept-loss", "--through", mark.last_sequence)[0] == 0
+    assert tried.command("verify")[0] == 0
+    with closing(open_kept(str(tried.path))) as kept:
+        left = kept.entries(1, index, payloads=True)
+        assert left == [written[entry.header.index] for entry in left]
+        assert [key.key for key in kept.keys(1, 99)] == [f"k{number}" for number in range(len(kept.keys(1, 99)))]
+        assert kept.keys(1, 99)[-1].first_sequence + 19 <= last
+    left_over = tried.start()
+    assert not isinstance(left_over, str)
+    assert {each.admitted.header.sequence for each in left_over} <= set(range(1, last + 1))
+
+
+def test_any_byte_until_the_damage(tried: Tried, sound: Sound) -> None:
+    """Whatever byte is damaged, what is exported until there is what was written, and is taken in again; or nothing is."""
+    rng, taken = random.Random(6), 0
+    file = tried.path.with_name("sound.jsonl")
+    for _ in range(40):
+        content = bytearray(sound.content)
+        content[rng.randrange(100, len(content))] ^= rng.randrange(1, 256)
+        content[len(content) // 2] ^= 1  # so that there is damage, whatever else
+        tried.put(bytes(content))
+        file.unlink(missing_ok=True)
+        code, _ = tried.command("export", file, "--until-damage")
+        assert tried.path.read_bytes() == bytes(content)
+        if code:
+            assert not file.exists()
+            continue
+        tried.path.unlink()
+        assert tried.command("import", file)[0] == 0
+        with closing(open_kept(str(tried.path))) as kept:
+            assert all(sound.holds(entry) for entry in kept.entries(1, 1000, payloads=True))
+        taken += 1
+    assert taken > 10
+
+
+def test_a_journal_in_use_is_not_salvaged(tried: Tried, sound: Sound) -> None:
+    """Nothing is exported until the damage of a journal that a sidecar has, of a database, or of no journal."""
+    tried.put(sound.content)
+    with SqliteStore(tried.path).opened():
+        assert "in use by another sidecar" in tried.command("export", "-", "--until-damage")[1]
+    for content, why in ((b"", "not even the first entry"), (b"hello, this is a text", "is not a journal")):
+        tried.put(content)
+        code, said = tried.command("export", "-", "--until-damage")
+        assert (code, why in said) == (1, True), said
+    with pytest.raises(SystemExit) as ended:
+        commands.main(["export", "-", "--until-damage", "--journal", "postgresql://h/x"])
+    assert ended.value.code == 2
