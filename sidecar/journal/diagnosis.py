@@ -108,8 +108,9 @@ def reason(path: Path, error: Exception, *, bytes_max: int = 0) -> str:
 
 
 def damaged(path: Path, what: str) -> str:
-    """The line for a file whose content is not what was written."""
-    return f"{path} is damaged: {what}: {RESTORE}"
+    """The line for a file whose content is not what was written. SQLite may quote some of it."""
+    printable = "".join(each if each.isprintable() else "?" for each in what)
+    return f"{path} is damaged: {printable}: {RESTORE}"
 
 
 def cut(path: Path, page_bytes: int, pages: int) -> str:

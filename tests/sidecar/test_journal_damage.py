@@ -95,7 +95,7 @@ class Tried:
         with pytest.raises(SystemExit) as ended:
             commands.main([*map(str, argv), "--journal", str(self.path)])
         code, said = int(ended.value.code or 0), self._capsys.readouterr().err
-        assert said.count("\n") <= 1, said
+        assert said.count("\n") <= 1 and said.removesuffix("\n").isprintable(), said
         if code:
             assert str(self.path) in said, said
         return code, said
@@ -110,7 +110,7 @@ class Tried:
         else:
             backend.close()
             return list(opened.unfinished)
-        assert "\n" not in said and str(self.path) in said, said
+        assert said.isprintable() and str(self.path) in said, said
         return said
 
     def check(self, content: bytes, **beside: bytes) -> tuple[str, str, str]:
@@ -178,6 +178,13 @@ def test_any_byte(tried: Tried, sound: Sound) -> None:
         found += "is damaged" in verified
         assert ("is damaged" in verified) == ("is damaged" in exported), (verified, exported)
     assert found > 10
+
+
+def test_what_is_quoted_is_printable(tried: Tried, sound: Sound) -> None:
+    """What a line quotes of a damaged file holds nothing that a terminal would obey."""
+    content = sound.content.replace(b"CREATE TABLE items (", b"CREATE TABLE items \x1b")
+    for said in tried.check(content):
+        assert "is damaged: malformed database schema (items) - unrecognized token: " in said, said
 
 
 def test_cut_anywhere(tried: Tried, sound: Sound) -> None:
