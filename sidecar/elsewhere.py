@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Coroutine, Sequence
+from typing import Any
 
 from ostinato.chain import OUTCOMES
-from ostinato.errors import Cancelled, JournalUnavailable
+from ostinato.errors import Cancelled, JournalUnavailable, PayloadPruned
 from ostinato.v1 import types_pb2
 
 from sidecar.calls import Call
 from sidecar.journal import ItemEntries, Journal, JournalBroken, Outcome
 from sidecar.results import answer_of, ended_payload, is_whole
+
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 PAGE_ENTRIES = 256
 """Read at once."""
@@ -25,8 +28,9 @@ PAUSE_SECONDS = 0.2
 class Elsewhere:
     """Follows the journal while anybody waits."""
 
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
+    def __init__(self, journal: Journal, spawn: Spawn) -> None:
+        """`spawn` starts the task that follows; its failure must end the process, or calls would wait for ever."""
+        self._journal, self._spawn = journal, spawn
         self._calls: dict[int, list[Call]] = {}
         """By sequence."""
         self._following: asyncio.Task[None] | None = None
@@ -38,7 +42,7 @@ class Elsewhere:
         try:
             head = await self._journal.head()
             if self._following is None or self._following.done():
-                self._following = asyncio.create_task(self._follow(head.index + 1))
+                self._following = self._spawn(self._follow(head.index + 1))
             for entries in await self._journal.items(sequences[0], sequences[-1], sequences[-1] - sequences[0] + 1):
                 self._tell(entries, head.writer)
         except BaseException:
@@ -97,9 +101,20 @@ class Elsewhere:
 
     def _tell(self, entries: ItemEntries, over: str = "") -> None:
         """If the answer is whole. What the writer `over` has left without a verdict will not get one any more."""
-        if entries.outcome is not None and (is_whole(entries) or entries.outcome.header.writer == over):
-            for call in self._calls.pop(entries.admitted.header.sequence, ()):
-                call.result(answer_of(entries))
+        sequence = entries.admitted.header.sequence
+        if entries.outcome is None or sequence not in self._calls:
+            return
+        if not is_whole(entries) and entries.outcome.header.writer != over:
+            return
+        try:
+            answer = answer_of(entries)
+        except PayloadPruned as error:  # as a later call with the same key
+            for call in self._calls.pop(sequence):
+                call.lost(error)
+                self.leave(call)
+            return
+        for call in self._calls.pop(sequence):
+            call.result(answer)
 
 
 async def ended(journal: Journal, sequence: int) -> ItemEntries:

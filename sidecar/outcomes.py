@@ -16,7 +16,7 @@ from sidecar.elsewhere import ended
 from sidecar.journal import Appended, Audit, Journal
 from sidecar.observer import Observer
 from sidecar.recheck import Rechecker, Record
-from sidecar.results import answer_of, no_verdict, result_of, verification_of
+from sidecar.results import answer_or_header, no_verdict, result_of, verification_of
 from sidecar.work import Made, Work
 
 VERIFY = types_pb2.COMPARISON_KIND_VERIFY
@@ -33,7 +33,7 @@ class Host(Protocol):
 
     def tell(self, event: ev.Event) -> None: ...
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None: ...
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> object: ...
 
 
 class Outcomes:
@@ -78,11 +78,11 @@ class Outcomes:
         self._host.tell(ev.Ended(work.sequence))
 
     async def _result(self, work: Work, appended: Appended) -> types_pb2.Result:
-        """What a later reader of the journal derives too. Raises JournalBroken."""
+        """What a later reader of the journal derives too, while payloads are kept. Raises JournalBroken."""
         if not appended.entries:  # another writer's outcome came first, and is the one
             work.forgo(errors.Abandoned("another outcome came first"))
             work.spans.item.end()
-            return answer_of(await ended(self._journal, work.sequence))
+            return answer_or_header(await ended(self._journal, work.sequence))  # --payloads digests may have dropped it
         (sealed,) = appended.entries
         result = result_of(sealed)
         self._observer.ended(work, sealed, result)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ostinato import errors
+from ostinato import enums, errors
 from ostinato.chain import receipt
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 from sidecar.journal import ItemEntries, Sealed
+
+ENDED_BY_KIND: Mapping[types_pb2.EntryKind.ValueType, type[errors.Ended]] = {
+    types_pb2.ENTRY_KIND_CANCELLED: errors.Cancelled,
+    types_pb2.ENTRY_KIND_ABANDONED: errors.Abandoned,
+}
+"""Kinds of outcome that one error makes, so that the header alone says which."""
 
 
 def outcome_kind(error: errors.OstinatoError | None) -> types_pb2.EntryKind.ValueType:
@@ -52,6 +58,19 @@ def answer_of(entries: ItemEntries) -> types_pb2.Result:
     if result.HasField("output") and (asked or entries.verified is not None):
         result.comparison.CopyFrom(verification_of(result.sequence, entries.verified))
     return result
+
+
+def answer_or_header(entries: ItemEntries) -> types_pb2.Result:
+    """As `answer_of`. Where the outcome's payload was dropped, a status that the entry's header gives: CANCELLED, ABANDONED,
+    or PAYLOAD_PRUNED for the other kinds, whose reason or output only the payload had."""
+    assert entries.outcome is not None
+    header = entries.outcome.header
+    if entries.outcome.payload:
+        return answer_of(entries)
+    kind = enums.word(types_pb2.EntryKind, header.kind)
+    why = f"sequence {header.sequence} ended as {kind}; its payload is not kept any more"
+    error = ENDED_BY_KIND.get(header.kind, errors.PayloadPruned)(why)
+    return types_pb2.Result(sequence=header.sequence, attempt=header.attempt, status=errors.to_status(error))
 
 
 def is_whole(entries: ItemEntries) -> bool:

@@ -26,10 +26,10 @@ HANGING = json.dumps({"rules": [{"do": "hang", "at": 1, "attempts": [1]}]})
 
 
 @contextlib.contextmanager
-def started(url: str, *writers: str, script: str = SLOW) -> Iterator[list[Pair]]:
+def started(url: str, *writers: str, script: str = SLOW, payloads: str = "full") -> Iterator[list[Pair]]:
     """A pair for each writer, connected."""
     with contextlib.ExitStack() as stack:
-        sidecar = ["--journal", url, "--lease-seconds", "0.5"]
+        sidecar = ["--journal", url, "--lease-seconds", "0.5", "--payloads", payloads]
         pairs = [Pair(service=["--script", script], sidecar=[*sidecar, "--writer", writer]) for writer in writers]
         for pair in pairs:
             stack.enter_context(pair).start_service()
@@ -105,6 +105,29 @@ async def test_a_dead_sidecar_is_taken_over(postgres: Postgres) -> None:
     assert set(record.outcomes) == {1, 2, 3}
     assert {outcome.writer for outcome in record.outcomes.values()} == {"b"}
     assert epoch == "3"
+
+
+async def test_cancelled_from_another_sidecar(postgres: Postgres) -> None:
+    """An item without a key that runs at one sidecar and is cancelled through another one is answered as CANCELLED by the
+    first, which goes on, also where the payload of that outcome is not kept."""
+    url = postgres.url(postgres.schema())
+    with started(url, "a", "b", script=HANGING, payloads="digests") as (a, b):
+        async with Client(a.target) as at_a, Client(b.target) as at_b:
+            asked = asyncio.create_task(at_a.generate("x"))
+            await numbered(at_b, 1)
+            cancelled = await at_b.cancel(1)
+            assert a.service is not None
+            await asyncio.to_thread(a.service.kill)
+            await asyncio.to_thread(a.start_service)
+            answer = await asked
+            after = await at_a.head()
+        assert a.sidecar is not None
+        code = await asyncio.to_thread(a.sidecar.stop)
+
+    assert cancelled.cancelled == 1
+    assert errors.from_status(answer.results[0].status).reason == "CANCELLED"
+    assert after.last_sequence == 1
+    assert code == 0
 
 
 async def test_a_server_that_restarts(postgres: Postgres) -> None:

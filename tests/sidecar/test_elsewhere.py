@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
+from ostinato import errors
 from ostinato.v1 import types_pb2
 
 from sidecar.calls import Unary
@@ -16,6 +18,7 @@ from sidecar.elsewhere import Elsewhere
 from sidecar.elsewhere import ended as recorded
 from sidecar.journal import Note, Sealed
 from sidecar.journal.grouped import GroupedJournal
+from sidecar.journal.settings import PostgresSettings
 from tests.postgres import Postgres
 from tests.sidecar.journal_kit import PostgresStore, admission, audit, completed, ended, item
 
@@ -28,9 +31,15 @@ class Two:
     there: GroupedJournal
     here: GroupedJournal
     elsewhere: Elsewhere = field(init=False)
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    """That it has started."""
 
     def __post_init__(self) -> None:
-        self.elsewhere = Elsewhere(self.here)
+        self.elsewhere = Elsewhere(self.here, self.spawn)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        self.tasks.append(asyncio.ensure_future(coroutine))
+        return self.tasks[-1]
 
     async def admitted(self, count: int) -> tuple[Sealed, ...]:
         return (await self.there.append(admission(*(item(number) for number in range(1, count + 1)), key="k"))).entries
@@ -164,3 +173,44 @@ async def test_followers_see_other_writers(two: Two) -> None:
     await asyncio.wait_for(following, 10)
 
     assert seen == list(range(head.index + 1, head.index + 31))
+
+
+async def test_an_answer_that_is_not_kept(postgres: Postgres) -> None:
+    """Where the payload of the outcome was dropped, every call that waits for the item ends with PAYLOAD_PRUNED, and a call
+    that waits for another item is still told."""
+    store = PostgresStore(postgres.url(postgres.schema()), settings=PostgresSettings(digests_only=True))
+    async with opened(store) as two:
+        (first,) = (await two.there.append(admission(item(1)))).entries  # without a key: dropped with its outcome
+        (second,) = (await two.there.append(admission(item(2), key="k"))).entries
+        calls = [Unary(1), Unary(1), Unary(1), Unary(1)]
+        sequences = (1, 1, 2, 1)
+        for call, sequence in zip(calls, sequences, strict=True):
+            call.sequences = range(sequence, sequence + 1)
+        for call in calls[:3]:
+            await two.elsewhere.join(call, call.sequences)
+        await two.there.append(completed(first))
+        for call in calls[:2]:
+            with pytest.raises(errors.PayloadPruned):
+                await told(call)
+        await two.elsewhere.join(calls[3], [1])
+        with pytest.raises(errors.PayloadPruned):
+            await told(calls[3])
+        await two.there.append(completed(second))
+        assert [result.sequence for result in await told(calls[2])] == [2]
+
+
+async def test_a_follower_that_fails(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends the task that follows the journal is told to whoever watches over the process, and is not lost with it."""
+    await two.admitted(1)
+    await two.elsewhere.join(Unary(1), [1])
+
+    async def entries(index: int, limit: int, *, payloads: bool) -> list[Sealed]:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(two.here, "entries", entries)
+    await two.there.append(Note("n", b"no entry"))
+    await two.there.append(admission(item(2)))
+    await asyncio.wait(two.tasks, timeout=10)
+
+    (task,) = two.tasks
+    assert isinstance(task.exception(), ZeroDivisionError)

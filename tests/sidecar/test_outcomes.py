@@ -1,0 +1,96 @@
+"""From an item's end to what its callers are told, on a real journal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from ostinato import errors
+from ostinato.v1 import types_pb2
+
+from sidecar.calls import Unary
+from sidecar.core import effects as do
+from sidecar.core import events as ev
+from sidecar.journal import Outcome, Sealed
+from sidecar.journal.grouped import GroupedJournal
+from sidecar.journal.settings import SqliteSettings
+from sidecar.outcomes import Outcomes
+from sidecar.results import ended_payload, outcome_kind
+from sidecar.work import Work
+from tests.sidecar.journal_kit import SqliteStore, admission, completed, ended, item
+
+
+class Host:
+    """Keeps what Outcomes tells it, and the tasks that it starts."""
+
+    def __init__(self) -> None:
+        self.works: dict[int, Work] = {}
+        self.clock = asyncio.get_running_loop().time
+        self.told: list[ev.Event] = []
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def tell(self, event: ev.Event) -> None:
+        self.told.append(event)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self.tasks.append(asyncio.ensure_future(coroutine))
+
+    async def finish(self) -> None:
+        """Until every task has ended. Raises what one of them raised."""
+        while self.tasks:
+            await self.tasks.pop()
+
+
+@pytest.fixture(name="journal")
+async def _journal(tmp_path: Path) -> AsyncIterator[GroupedJournal]:
+    """One that keeps no payload of an unkeyed item that has ended."""
+    settings = SqliteSettings(reserve_bytes=0, digests_only=True)
+    store = SqliteStore(tmp_path / "journal.db", settings=settings)
+    journal = GroupedJournal(store.open()[0], now_millis=store.clock.now_millis)
+    yield journal
+    await journal.close()
+
+
+def cancelled(admitted: Sealed) -> Outcome:
+    error = errors.Cancelled("cancelled on request")
+    return Outcome(admitted.header, outcome_kind(error), 1, ended_payload(error, types_pb2.Timing()))
+
+
+def abandoned(admitted: Sealed) -> Outcome:
+    return ended(admitted, types_pb2.ENTRY_KIND_ABANDONED)
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (cancelled, "CANCELLED"),
+        (abandoned, "ABANDONED"),
+        (ended, "PAYLOAD_PRUNED"),
+        (completed, "PAYLOAD_PRUNED"),
+    ],
+)
+async def test_another_outcome_whose_payload_was_dropped(journal: GroupedJournal, first: Any, reason: str) -> None:
+    """Where another sidecar's outcome came first and its payload is dropped already, callers are told what its header says,
+    and the item ends here as any other."""
+    (admitted,) = (await journal.append(admission(item(1)))).entries
+    host, call = Host(), Unary(1)
+    unused = cast(Any, SimpleNamespace())
+    work = host.works[1] = Work.of(admitted, [call], 0.0)
+    outcomes = Outcomes(host, journal, unused, unused)
+    await journal.append(first(admitted))
+    (recorded,) = await journal.items(1, 1, 1)
+    assert recorded.outcome is not None
+    assert recorded.outcome.payload == b""
+
+    outcomes.end(do.End(1, 1, errors.EngineFailed("too late")))
+    await host.finish()
+
+    (result,) = await call.results()
+    assert (result.sequence, result.attempt, errors.from_status(result.status).reason) == (1, 1, reason)
+    assert await work.ended == result
+    assert (host.works, host.told) == ({}, [ev.Ended(1)])
