@@ -8,11 +8,13 @@ Invariants, numbered for the tests that attack them:
     loss on it runs with nothing beside it, so that a poison item cannot take its neighbours along (`item` on those that kill
     before they begin).
  5. A refused batch leaves no trace. While draining every batch is refused and nothing is submitted a second time.
+ 6. What waits is in ascending order of sequence, whatever brought it there: its numbers, a takeover, or the loss of an engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ostinato import errors
@@ -113,25 +115,33 @@ class Sequencer:
 
     def _numbered(self, numbered: ev.Numbered) -> Iterator[do.Effect]:
         batch = self._batches.numbered(numbered.ticket, numbered.first_sequence)
-        for item in batch.items():
-            self._enqueue(item)
+        self._enqueue(*batch.items())
         if batch.left is not None:
             yield from self._caller_gone(numbered.ticket, batch.left)
         if self._abandoning:
             yield from self._abandon()
 
     def _recovered(self, recovered: ev.Recovered) -> Iterator[do.Effect]:
-        last = next(reversed(self.waiting), 0)
-        self._enqueue(item := Item(recovered.sequence, 0, recovered.need, recovered.keyed, None, recovered.attempt))
-        if last > item.sequence:
-            self.waiting = dict(sorted(self.waiting.items()))
+        item = Item(recovered.sequence, 0, recovered.need, recovered.keyed, None, recovered.attempt)
+        self._enqueue(item)
         if not item.keyed:
             yield from self._end(item, errors.Abandoned("found unfinished, without a key"))
 
-    def _enqueue(self, item: Item) -> None:
-        assert item.sequence not in self.items
-        self.items[item.sequence] = self.waiting[item.sequence] = item
-        self._agenda.put(item.sequence, item.overdue_at(self.bounds.overdue_seconds))
+    def _enqueue(self, *items: Item) -> None:
+        """Items that are new here, ascending."""
+        for item in items:
+            assert item.sequence not in self.items
+            self.items[item.sequence] = item
+        self._wait(items)
+
+    def _wait(self, items: Sequence[Item]) -> None:
+        """Put these, which are ascending, into the queue: behind the last, unless a takeover or a lost engine brings them."""
+        last = next(reversed(self.waiting), 0)
+        for item in items:
+            self.waiting[item.sequence] = item
+            self._agenda.put(item.sequence, item.overdue_at(self.bounds.overdue_seconds))
+        if items and items[0].sequence < last:
+            self.waiting = dict(sorted(self.waiting.items()))
 
     # ---- runs
 
@@ -145,6 +155,7 @@ class Sequencer:
                 yield from self._end(head, error)
             elif self.window.fits(head.need.kv_tokens, alone=head.suspect):
                 yield self._submit(head, self.window, now)
+                assert head.sequence < next(iter(self.waiting), sys.maxsize), "invariant 6: what waits is ascending"
             else:
                 return
         yield from self.reruns.submit(self.window, self._next_run_id, now)
@@ -197,8 +208,7 @@ class Sequencer:
         self._runs.clear()
         for item in lost:
             item.lost()
-            self._agenda.put(item.sequence, item.overdue_at(self.bounds.overdue_seconds))
-        self.waiting = {item.sequence: item for item in (*lost, *self.waiting.values())}
+        self._wait(lost)
         for item in lost:
             if item.losses >= self.bounds.attempts_max:
                 yield from self._end(item, errors.AttemptsExhausted(f"the engine was lost under it {item.losses} times"))

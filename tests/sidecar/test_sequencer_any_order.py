@@ -15,6 +15,9 @@ from sidecar.core.item import Bounds, Phase
 from sidecar.core.sequencer import Sequencer
 from tests.sidecar.sequencer_kit import EXACT, SERIAL, Edge, engine, need
 
+DRAINED_FROM = 20
+"""The number from which on a drain may come: nothing is admitted after it."""
+
 
 class AnyOrder(RuleBasedStateMachine):
     """Whatever happens in whatever order: one End for each number, in-order first submissions, a window that holds, and reruns
@@ -22,13 +25,18 @@ class AnyOrder(RuleBasedStateMachine):
 
     tickets = Bundle("tickets")
 
-    @initialize(runs=st.integers(1, 4), blocks=st.integers(1, 12), share=st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+    @initialize(runs=st.integers(1, 4), blocks=st.integers(3, 12), share=st.sampled_from([0.0, 0.25, 0.5, 1.0]))
     def start(self, runs: int, blocks: int, share: float) -> None:
         self.runs, self.blocks = runs, blocks
         self.edge = Edge(Sequencer(Bounds(64, 0, 3, 10.0, reruns_max=4, reruns_share=share)))
         self.numbering: list[tuple[int, int]] = []
         self.waiting_for_disk: list[int] = []
+        self.others = [1, 2, 3]
+        """Numbers of another writer, whose lease has not run out."""
+        self.edge.next_sequence = 4
+        self.taken: set[int] = set()
         self.reruns = 0
+        self.tell(engine(runs=self.runs, blocks=self.blocks))
 
     def tell(self, event: ev.Event) -> None:
         core = self.edge.core
@@ -75,6 +83,20 @@ class AnyOrder(RuleBasedStateMachine):
         first, self.edge.next_sequence = self.edge.next_sequence, self.edge.next_sequence + count
         self.tell(ev.Numbered(ticket, first))
 
+    @rule(count=st.integers(1, 3))
+    def another_writer_admits(self, count: int) -> None:
+        self.others.extend(range(self.edge.next_sequence, self.edge.next_sequence + count))
+        self.edge.next_sequence += count
+
+    @precondition(lambda self: self.others)
+    @rule(count=st.integers(1, 3), size=st.integers(1, 40), keyed=st.booleans())
+    def take_over(self, count: int, size: int, keyed: bool) -> None:
+        """Some of what it left, ascending."""
+        taken, self.others = self.others[:count], self.others[count:]
+        self.taken.update(taken)
+        for sequence in taken:
+            self.tell(ev.Recovered(sequence, need(size), keyed, 2))
+
     @precondition(lambda self: self.waiting_for_disk)
     @rule()
     def outcome_durable(self) -> None:
@@ -117,6 +139,7 @@ class AnyOrder(RuleBasedStateMachine):
         elif what == "finished":
             self.tell(ev.Finished(item.run_id, EXACT))
 
+    @precondition(lambda self: self.edge.next_sequence > DRAINED_FROM)
     @rule()
     def drain(self) -> None:
         self.tell(ev.Drain())
@@ -128,19 +151,25 @@ class AnyOrder(RuleBasedStateMachine):
         keyed_left = 0 if not self.edge.core.draining else None
         numbered = self.edge.next_sequence - 1
         if keyed_left == 0:
-            assert numbered == len(set(sequences) | set(self.edge.core.items))
+            assert numbered == len(set(sequences) | set(self.edge.core.items) | set(self.others))
 
     @invariant()
     def an_end_names_the_newest_attempt(self) -> None:
         newest = {submit.sequence: submit.attempt for submit in self.edge.submits()}
-        assert all(end.attempt == newest.get(end.sequence, 1) for end in self.edge.ends())
+        for end in self.edge.ends():
+            assert end.attempt == newest.get(end.sequence, 2 if end.sequence in self.taken else 1)
 
     @invariant()
     def first_submissions_ascend(self) -> None:
         first: dict[int, None] = {}
         for submit in self.edge.submits():
-            first.setdefault(submit.sequence)
+            if submit.sequence not in self.taken:
+                first.setdefault(submit.sequence)
         assert list(first) == sorted(first)
+
+    @invariant()
+    def what_waits_ascends(self) -> None:
+        assert list(self.edge.core.waiting) == sorted(self.edge.core.waiting)
 
     @invariant()
     def window_holds(self) -> None:
