@@ -45,6 +45,8 @@ class Book:
         self._writer = writer
         self._name = f"divergence/{writer}"
         self._page = self._saved = Page()
+        self._early: list[Sealed] | None = []
+        """Committed before what is older was counted in: a takeover may end items during the start. None: it was."""
         self._due = asyncio.Event()
 
     @property
@@ -57,15 +59,24 @@ class Book:
         return self._page.index
 
     async def restore(self, journal: Journal) -> None:
-        """Read what was kept, and count what came after it. Before anything is appended."""
+        """Read what was kept, and count what came after it. Once; what is committed meanwhile is counted at the end, from
+        memory, since the journal may have dropped its payload."""
+        assert self._early is not None
         head = (await journal.head()).index
+        if self._early:
+            head = self._early[0].header.index - 1
         self._page = self._saved = _read((await journal.notes(self._name)).get(self._name), head)
-        while page := await journal.entries(self.index + 1, PAGE_ENTRIES, payloads=True):
+        while page := await journal.entries(self.index + 1, min(PAGE_ENTRIES, head - self.index), payloads=True):
             self._count(page)
         log.info("divergence restored", extra={"index": self.index, "read": self.index - self._saved.index})
+        early, self._early = self._early, None
+        self.committed(early)
 
     def committed(self, entries: Sequence[Sealed]) -> None:
         """These are durable; ascending, and after all that was counted before."""
+        if self._early is not None:
+            self._early += entries
+            return
         for event in self._count(entries):
             _say(event)
         if self.index - self._saved.index >= SAVE_ENTRIES:

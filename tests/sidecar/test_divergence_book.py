@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from ostinato.v1 import sequencer_pb2, types_pb2
 
+from sidecar.divergence import book
 from sidecar.divergence.book import VERSION, Book, Page
 from sidecar.divergence.tally import Tally
 from sidecar.divergence.verdicts import events
@@ -157,6 +160,47 @@ async def test_what_cannot_be_believed_is_counted_anew(tmp_path: Path, kept: byt
     await life.crash()
 
     assert life.book.tally == await life.everything() != Tally()
+    await life.journal.close()
+
+
+@pytest.mark.parametrize("digests_only", [False, True], ids=["full", "digests"])
+async def test_what_is_committed_while_it_is_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digests_only: bool
+) -> None:
+    """Outcomes of items that are taken over become durable before, while and after the journal is read: each is counted once,
+    also where its payload is dropped at once."""
+    life = await begun(tmp_path)
+    for _ in range(6):
+        await life.complete(0)
+    await life.journal.close()
+    counted = life.book.tally.collision_checks
+    life.store.settings = replace(life.store.settings, digests_only=digests_only)
+    life.book = Book(WRITER)
+    life.journal = GroupedJournal(
+        life.store.open()[0], now_millis=life.store.clock.now_millis, on_entries=lambda entries: life.book.committed(entries)
+    )
+    entries = GroupedJournal.entries
+    reads = 0
+
+    async def interrupted(journal: GroupedJournal, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
+        nonlocal reads
+        page = await entries(journal, from_index, limit, payloads=payloads)
+        reads += 1
+        await life.complete(0)
+        return page
+
+    monkeypatch.setattr(book, "PAGE_ENTRIES", 5)
+    monkeypatch.setattr(GroupedJournal, "entries", interrupted)
+    await life.complete(0)
+    await life.book.restore(life.journal)
+    monkeypatch.undo()
+    await life.complete(0)
+
+    assert reads > 1
+    assert life.book.tally.collision_checks == counted + 1 + reads + 1
+    assert life.book.index == (await life.journal.head()).index
+    if not digests_only:
+        assert life.book.tally == await life.everything()
     await life.journal.close()
 
 
