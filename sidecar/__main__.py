@@ -64,7 +64,7 @@ class Sidecar:
         face = gateway.face() if settings.vllm_face else None
         self.book = Book(settings.writer)
         self.observer = Observer(Metrics(numbers), self.book.not_compared)
-        numbers.register(Numbers(lambda: self.book.tally))
+        numbers.register(Numbers(lambda: self.book.counted))
         backend, self.opened = open_journal(settings, wall_millis())
         self.journal = GroupedJournal(
             backend,

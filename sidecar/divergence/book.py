@@ -54,6 +54,11 @@ class Book:
         return self._page.tally
 
     @property
+    def counted(self) -> Tally | None:
+        """The tally; None: what was counted before this start has not been read yet."""
+        return self.tally if self._early is None else None
+
+    @property
     def index(self) -> int:
         """Of the newest entry that is counted in."""
         return self._page.index

@@ -22,13 +22,16 @@ SPANS = 18
 
 
 class Numbers(Collector):
-    """Asks for the tally at every scrape, from the scrape's thread."""
+    """Asks for the tally at every scrape, from the scrape's thread. Without one nothing is served: a counter that stood at 0
+    while a start reads what was counted would look as if all of it had happened since."""
 
-    def __init__(self, tally: Callable[[], Tally]) -> None:
+    def __init__(self, tally: Callable[[], Tally | None]) -> None:
         self._tally = tally
 
     def collect(self) -> Iterator[Metric]:
         tally = self._tally()
+        if tally is None:
+            return
         yield from _comparisons(tally)
         yield _first_difference(tally)
         yield from _judgement(tally)
@@ -44,7 +47,7 @@ class Numbers(Collector):
 
 def _comparisons(tally: Tally) -> Iterator[Metric]:
     comparisons, tokens, drift = Counter[tuple[str, ...]](), Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
-    for stratum in tally.strata:
+    for stratum in tally.counted:
         kind, grade = stratum.key.kind, stratum.key.grade
         verdicts = {"match": stratum.matched, "diverged": stratum.diverged, "incomparable": stratum.incomparable}
         for verdict, count in verdicts.items():
@@ -64,7 +67,7 @@ def _first_difference(tally: Tally) -> Metric:
     )
     diverged: dict[tuple[str, str], list[int]] = {}
     tokens = Counter[tuple[str, str]]()
-    for stratum in tally.strata:
+    for stratum in tally.counted:
         kind = stratum.key.kind, stratum.key.grade
         counts = diverged.setdefault(kind, [0] * (SPANS + 1))
         for number, ended in enumerate(stratum.spans):

@@ -54,6 +54,14 @@ class Ended:
     clean_tokens: int = 0
     """Tokens of those that did not."""
 
+    def __add__(self, other: Ended) -> Ended:
+        return Ended(
+            self.diverged + other.diverged,
+            self.clean + other.clean,
+            self.diverged_tokens + other.diverged_tokens,
+            self.clean_tokens + other.clean_tokens,
+        )
+
     def after(self, tokens: int, *, diverged: bool) -> Ended:
         """And one more, equal over so many tokens."""
         if diverged:

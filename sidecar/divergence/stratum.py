@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import TypeVar
 
 from ostinato.v1 import types_pb2
@@ -98,7 +100,7 @@ class Stratum:
     @property
     def compared_tokens(self) -> int:
         """Up to the first difference."""
-        return sum(each.diverged_tokens + each.clean_tokens for each in self.spans)
+        return _tokens(self.spans)
 
     def recent_rate(self, confidence: float = CONFIDENCE) -> Rate:
         """Of a comparison to diverge, over the newest ones."""
@@ -142,6 +144,43 @@ class Stratum:
         number = span_of(comparison.compared_tokens)
         spans = _padded(self.spans, number, Ended())
         return _put(spans, number, spans[number].after(comparison.compared_tokens, diverged=diverged))
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """The sum of strata of one kind, grade and replica whose fingerprints are not told apart any more: what counters need."""
+
+    key: Key
+    """Its fingerprint is empty."""
+    matched: int = 0
+    diverged: int = 0
+    incomparable: int = 0
+    drift: Mapping[str, int] = field(default_factory=dict)
+    spans: tuple[Ended, ...] = ()
+
+    @property
+    def compared_tokens(self) -> int:
+        """Up to the first difference."""
+        return _tokens(self.spans)
+
+    def after(self, stratum: Stratum) -> Forgotten:
+        """And this stratum. Names are not moved to the empty one, or the count of one would go down: there are no more of them
+        than a service's fingerprint has fields."""
+        drift = Counter(self.drift)
+        drift.update(stratum.drift)
+        spans = tuple(one + other for one, other in zip_longest(self.spans, stratum.spans, fillvalue=Ended()))
+        return Forgotten(
+            self.key,
+            self.matched + stratum.matched,
+            self.diverged + stratum.diverged,
+            self.incomparable + stratum.incomparable,
+            dict(drift),
+            spans,
+        )
+
+
+def _tokens(spans: tuple[Ended, ...]) -> int:
+    return sum(each.diverged_tokens + each.clean_tokens for each in spans)
 
 
 def _padded(row: tuple[T, ...], number: int, empty: T) -> tuple[T, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import msgspec
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.divergence.evidence import Evidence
 from sidecar.divergence.statistics import span_of
-from sidecar.divergence.stratum import BUCKETS_MAX, DRIFT_MAX, SAMPLINGS_MAX, WINDOW_COMPARISONS, Share, Stratum
+from sidecar.divergence.stratum import BUCKETS_MAX, DRIFT_MAX, SAMPLINGS_MAX, WINDOW_COMPARISONS, Forgotten, Share, Stratum
 from sidecar.divergence.tally import STRATA_MAX, Tally
 from sidecar.divergence.verdicts import FAILED, Checked, Compared, Key, Moment, NotCompared, events
 
@@ -85,6 +86,7 @@ def test_it_survives_being_written_down(given: list[tuple[Key, types_pb2.Compari
     tally = Tally().after(NotCompared("audit", "busy")).after(Checked(Moment(1, 1), 1, collides=True))
     for n, (key, said) in enumerate(given, start=1):
         tally = tally.after(compared(said, n, key, n))
+    tally = replace(tally, forgotten=tuple(Forgotten(stratum.key).after(stratum) for stratum in tally.strata))
 
     assert msgspec.json.decode(msgspec.json.encode(tally), type=Tally) == tally
 
@@ -131,6 +133,7 @@ def test_it_stays_small() -> None:
     assert len(stratum.series.buckets) <= BUCKETS_MAX
     assert sum(stratum.series.buckets.values(), Share()) == Share(1_001, 1)
     assert len(tally.strata) == STRATA_MAX
+    assert [(sums.key.fingerprint, sums.matched) for sums in tally.forgotten] == [("", STRATA_MAX)]
     assert tally.strata[-1].last.index == 2 * STRATA_MAX - 1, "the newest stay"
 
 

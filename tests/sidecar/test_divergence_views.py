@@ -7,10 +7,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from ostinato.v1 import sequencer_pb2, types_pb2
 
+from sidecar.divergence.book import Book
 from sidecar.divergence.numbers import Numbers
 from sidecar.divergence.statistics import Rate
 from sidecar.divergence.summary import report
-from sidecar.divergence.tally import Tally
+from sidecar.divergence.tally import STRATA_MAX, Tally
 from sidecar.divergence.verdicts import Checked, Compared, Key, Moment, NotCompared
 
 MATCH, DIVERGED, INCOMPARABLE = types_pb2.VERDICT_MATCH, types_pb2.VERDICT_DIVERGED, types_pb2.VERDICT_INCOMPARABLE
@@ -41,7 +42,7 @@ def made() -> Tally:
     return tally.after(NotCompared("audit", "busy"))
 
 
-def metrics(tally: Tally) -> dict[str, float]:
+def metrics(tally: Tally | None) -> dict[str, float]:
     registry = CollectorRegistry(auto_describe=True)
     registry.register(Numbers(lambda: tally))
     lines = generate_latest(registry).decode().splitlines()
@@ -66,6 +67,36 @@ def test_metrics_are_sums_over_fingerprints() -> None:
     buckets = [seen[f'ostinato_first_difference_token_bucket{{{kind},le="{le}"}}'] for le in ("3.0", "7.0", "131071.0", "+Inf")]
     assert buckets == [0, 2, 2, 3]
     assert seen[f"ostinato_first_difference_token_sum{{{kind}}}"] == 2 * 5 + 200_000
+
+
+def test_no_counter_goes_down() -> None:
+    """Whatever is compared, on more fingerprints than are told apart, every counter and bucket stays where it was or rises:
+    Prometheus would take a smaller value for a restart, and page for all that was counted before."""
+    tally, before = Tally(), dict[str, float]()
+    for n in range(STRATA_MAX + 40):
+        key = Key(("twin", "audit")[n % 2], "exact", f"{n % (STRATA_MAX + 20):064x}", other_replica=n % 3 == 0)
+        for verdict in (MATCH, DIVERGED, INCOMPARABLE):
+            said = types_pb2.Comparison(verdict=verdict, compared_tokens=1 << n % 20)
+            said.drift.extend([f"fingerprint.{n % 5}"] if verdict == INCOMPARABLE else [])
+            if verdict == DIVERGED:
+                said.first_difference = said.compared_tokens
+            tally = tally.after(Compared(Moment(n, n), key, said))
+        if n % 20 == 0 or n >= STRATA_MAX:
+            seen = {name: value for name, value in metrics(tally).items() if not name.startswith("ostinato_divergence_")}
+            assert {name: (value, seen.get(name, 0)) for name, value in before.items() if seen.get(name, 0) < value} == {}
+            before = seen
+
+    assert len(tally.strata) == STRATA_MAX
+    assert sum(value for name, value in before.items() if "comparisons_total" in name) == 3 * (STRATA_MAX + 40)
+    assert sum(value for name, value in before.items() if "drift_total" in name) == STRATA_MAX + 40
+
+
+def test_nothing_is_served_before_it_is_restored() -> None:
+    """While a start reads what was counted there is no counter at all: one that stands at 0 would look like a restart of the
+    count, and all of it like an increase."""
+    book = Book("writer")
+
+    assert metrics(book.counted) == {}
 
 
 def test_gauges_are_the_newest_fingerprints() -> None:
