@@ -9,10 +9,12 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from ostinato.errors import OstinatoError
 from ostinato.serving import logs, program, tokens
 from ostinato.serving.metrics import registry, serve_metrics
 from ostinato.serving.probe import probe
@@ -107,8 +109,9 @@ class Sidecar:
         listening = {"addresses": ",".join(self.server.addresses), "health_address": self.server.health_address}
         log.info("listening", extra={**listening, "epoch": self.opened.head.epoch})
         await self.server.set_health(SEQUENCER, serving=True)
+        stopped = asyncio.create_task(stop.wait())
         ending: list[asyncio.Future[Any]] = [
-            asyncio.create_task(stop.wait()),
+            stopped,
             asyncio.create_task(self.link.run(self.dispatcher, self._hello)),
             asyncio.create_task(self._watch_clock()),
             asyncio.create_task(self.credentials.watch(self.numbers)),
@@ -120,13 +123,12 @@ class Sidecar:
             ending.append(asyncio.create_task(self.high_water.keep()))
         shadowing = asyncio.create_task(self.shadow.run(self._hello)) if self.shadow is not None else None
         done, pending = await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
-        code = program.DRAINED
-        if stop.is_set():
-            await self._drain()
-        else:
-            cause = next(iter(done))
-            log.critical("must end and recover: %s", cause.exception() or cause.result())
-            code = program.FAILED
+        if done == {stopped}:
+            done = await self._drain(pending)
+        done.discard(stopped)
+        for cause in done:
+            _say_why(cause)
+        code = program.FAILED if done else program.DRAINED
         await self.server.stop(grace=1.0 if code == program.DRAINED else 0.0)
         await self.link.close()
         if self.shadow is not None and shadowing is not None:
@@ -178,20 +180,30 @@ class Sidecar:
         for name in self.doors:
             await self.server.set_health(name, serving=serving)
 
-    async def _drain(self) -> None:
+    async def _drain(self, ending: AbstractSet[asyncio.Future[Any]]) -> set[asyncio.Future[Any]]:
+        """Finish what can be finished. Those of `ending` that are done: there is nothing to wait for after that."""
         self.dispatcher.tell(ev.Drain())
         if self.shadow is not None:
             self.shadow.tell(ev.Drain())
         log.info("draining", extra={"unfinished": len(self.dispatcher.works)})
         await self._set_doors(serving=False)
-        try:
-            await asyncio.wait_for(self.dispatcher.drained.wait(), self.settings.drain_seconds)
-        except TimeoutError:
+        drained = asyncio.create_task(self.dispatcher.drained.wait())
+        first: AbstractSet[asyncio.Future[Any]] = {drained, *ending}
+        done, _ = await asyncio.wait(first, timeout=self.settings.drain_seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
             self.dispatcher.tell(ev.DrainEnd())
             # Not for ever: where the journal is full, the outcomes left are recovery's.
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.dispatcher.drained.wait(), DRAIN_END_SECONDS)
+            done, _ = await asyncio.wait(first, timeout=DRAIN_END_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        drained.cancel()
         log.info("drained", extra={"left_to_recovery": len(self.dispatcher.works)})
+        return done - {drained}
+
+
+def _say_why(cause: asyncio.Future[Any]) -> None:
+    """Why the process ends; a fault of ours with its traceback."""
+    why = cause.exception() or cause.result()
+    fault = why if isinstance(why, BaseException) and not isinstance(why, OstinatoError) else None
+    log.critical("must end and recover: %s", why if fault is None else repr(fault), exc_info=fault)
 
 
 def wall_millis() -> int:

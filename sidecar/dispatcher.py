@@ -7,6 +7,7 @@ append, a run) becomes a later event.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from sidecar.core.entrance import Entrance
 from sidecar.core.sequencer import Sequencer
 from sidecar.elsewhere import Elsewhere
 from sidecar.fingerprints import Fingerprints
-from sidecar.journal import Admission, Binding, Journal, Unfinished
+from sidecar.journal import Admission, Binding, Journal, JournalBroken, Unfinished
 from sidecar.link import EngineLink, run_error
 from sidecar.observer import Observer
 from sidecar.outcomes import Outcomes
@@ -28,6 +29,8 @@ from sidecar.recheck import Rechecker
 from sidecar.rerunner import Rerunner
 from sidecar.results import stamp_of
 from sidecar.work import Asking, Work, need_of
+
+log = logging.getLogger(__name__)
 
 
 class Dispatcher:
@@ -232,5 +235,10 @@ class Dispatcher:
 
     def _reap(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None and not self.broken.done():
-            self.broken.set_exception(task.exception() or RuntimeError())
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        if not self.broken.done():
+            self.broken.set_exception(error)
+        elif not isinstance(error, JournalBroken):  # which all of them may tell, one after the other
+            log.error("one more task has failed", exc_info=error)

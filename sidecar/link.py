@@ -124,7 +124,10 @@ class EngineLink:
                     self._preparing.open()
                     listener.engine_up(response.welcome.description)
                     up = True
-                    writer = writer or asyncio.create_task(self._write(stream))
+                    if writer is None:
+                        writer = asyncio.create_task(self._write(stream))
+                        # One that fails must not leave a stream that is only read.
+                        writer.add_done_callback(lambda task: stream.cancel() if _fault(task) else None)
                 elif not up:
                     raise errors.ProtocolViolation("the first message is no Welcome")
                 if response.prepared:
@@ -147,14 +150,14 @@ class EngineLink:
             stream.cancel()
             if writer is not None:
                 writer.cancel()
-                with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                    await writer
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({writer})
             self._submits.clear()
             self._cancels.clear()
             self._preparing.lose()
             if up:
                 listener.engine_down(error)
-        raise error
+        raise _fault(writer) or error
 
     async def _write(self, stream: Stream) -> None:
         while True:
@@ -213,6 +216,14 @@ class EngineLink:
             return b"".join([part.chunk async for part in parts])
         except grpc.aio.AioRpcError as failure:
             raise unavailable(ours(failure)) from None
+
+
+def _fault(writer: asyncio.Task[None] | None) -> BaseException | None:
+    """What ended the task that writes; None: it did not fail, or because the stream has ended, which reading tells."""
+    if writer is None or not writer.done() or writer.cancelled():
+        return None
+    error = writer.exception()
+    return None if isinstance(error, grpc.aio.AioRpcError | asyncio.InvalidStateError) else error
 
 
 async def _called(call: Awaitable[T]) -> T | None:

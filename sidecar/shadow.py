@@ -44,11 +44,14 @@ class Shadow:
         dispatcher.outcomes.witnesses.append(self.completed)
 
     async def run(self, hello: Callable[[], Awaitable[engine_pb2.Hello]]) -> None:
-        """Keep the stream up. Where the second service turns this sidecar away for good, it serves without."""
+        """Keep the stream up. Where that ends for good, the sidecar serves without: a second service that turns it away, and a
+        fault of ours in here, are no reason to stop answering."""
         try:
             await self._link.run(self, hello)
-        except errors.EpochStale as error:
+        except (errors.EpochStale, errors.JournalBehind) as error:
             log.error("no shadow any more", extra={"why": error.message})
+        except Exception:
+            log.exception("the shadow has failed")
 
     async def close(self) -> None:
         await self._link.close()

@@ -167,6 +167,17 @@ class GroupedJournal(Reads):
         if not self._ended.done():
             self._ended.set_result(None)
 
+    def _guarded(self, function: Callable[..., None], arguments: Sequence[object]) -> None:
+        """What fails here has not been told what is durable, or whose items are taken over: the process has to recover."""
+        try:
+            function(*arguments)
+        except Exception as error:
+            if not self.broken.done():
+                broken = JournalBroken(repr(error))
+                broken.__cause__ = error
+                self.broken.set_result(broken)
+            raise
+
     def _wake(self) -> None:
         grown, self._grown = self._grown, self._loop.create_future()
         grown.set_result(None)
@@ -246,4 +257,4 @@ class GroupedJournal(Reads):
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
-            self._loop.call_soon_threadsafe(function, *arguments)
+            self._loop.call_soon_threadsafe(self._guarded, function, arguments)

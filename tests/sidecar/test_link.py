@@ -7,7 +7,7 @@ import contextlib
 import importlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -362,3 +362,16 @@ async def test_a_refusal_before_hello_is_heard(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(errors.EpochStale):
             await asyncio.wait_for(running, 30)
         assert listener.told == []
+
+
+async def test_a_writer_that_fails(tmp_path: Path) -> None:
+    """What cannot be written ends the stream and then the link, with the reason: it does not go on reading for ever."""
+    with contextlib.suppress(AttributeError):  # which `linked` raises again
+        async with linked(tmp_path, Service(endless)) as (link, listener, running):
+            await listener.hears("up")
+            link.submit(cast(Any, "no message"))
+            ended, _ = await asyncio.wait({running}, timeout=10)
+
+    assert ended == {running}
+    assert isinstance(running.exception(), AttributeError)
+    assert listener.told == ["up", "down: DISCONNECTED"]
