@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 
 from ostinato import enums, errors
-from ostinato.v1 import engine_pb2, types_pb2
+from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 
+from sidecar.collisions import choice_of
 from sidecar.core.sequencer import Sequencer
 from sidecar.journal import Head, Sealed, Unfinished
 from sidecar.metrics import Metrics
@@ -78,6 +79,18 @@ class Observer:
         fields = {"sequence": work.sequence, "request_id": work.input.request_id, "outcome": outcome, **work.spans.item.ids}
         log.debug("ended", extra=fields)
         work.spans.ended(sealed.header, error)
+        if work.collision == sequencer_pb2.COLLISION_FOUND and work.output is not None:
+            choice = choice_of(work.input.parameters, work.output)
+            log.error(
+                "collision: an unseeded answer equals that of another seed",
+                extra={
+                    "sequence": work.sequence,
+                    "tokens": choice.tokens,
+                    "distinct_tokens": choice.distinct_tokens,
+                    "logprobs_known": choice.logprobs_known,
+                    "choice_bits": round(choice.bits, 1),
+                },
+            )
 
     def audits_waiting(self, count: int) -> None:
         self.metrics.audit_backlog.set(count)

@@ -83,6 +83,8 @@ class Work:
     """The run that verifies the first one, from the first one's end on."""
     company_at_end: int = 0
     """Runs that it held when this one ended."""
+    collision: sequencer_pb2.Collision.ValueType = sequencer_pb2.COLLISION_UNSPECIFIED
+    """What was found about its output, once there is an outcome."""
 
     @classmethod
     def of(cls, entry: Sealed, calls: list[Call], now: float, caller: tracing.Span | None = None) -> Work:
@@ -188,10 +190,11 @@ class Work:
         payload: sequencer_pb2.CompletedPayload | sequencer_pb2.EndedPayload
         if error is None:
             assert self.output is not None
+            self.collision = collisions.check(self.input, self.output)
             payload = sequencer_pb2.CompletedPayload(
                 output=self.output,
                 timing=timing,
-                collision=collisions.check(self.input, self.output),
+                collision=self.collision,
                 company=self.company,
                 sampling=sampling(self.input.parameters),
             )

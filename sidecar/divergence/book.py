@@ -137,10 +137,8 @@ def _read(kept: bytes | None, head: int) -> Page:
 
 
 def _say(event: Compared | Checked) -> None:
-    if isinstance(event, Checked):
-        if event.collides:
-            log.error("collision: an unseeded answer equals that of another seed", extra={"sequence": event.sequence})
-    elif event.diverged:
+    """A collision is said by the observer, which has the item's parameters."""
+    if isinstance(event, Compared) and event.diverged:
         log.error(
             "diverged",
             extra={

@@ -10,6 +10,8 @@ from typing import Any
 
 N, TOKENS, SENT = 10, 16, 4
 """Items of each band; tokens of an answer; tokens that a lost attempt had sent."""
+FREE_TOKENS = 128
+"""Of an unseeded answer: with few distinct tokens, one that is equal would say nothing of its seed."""
 REPEATED, TWINS, RECOVERED, UNSEEDED = (range(first, first + N) for first in range(1, 4 * N, N))
 """Bands of sequences: verified, and replayed; the same once more; lost and recovered; alike but for their seeds."""
 SHORT = 2
@@ -79,6 +81,7 @@ class Plan:
         }
         primary = made["TWIN"] | made["RECOVERY"]
         repeated, all_items = dict.fromkeys(REPEATED, TOKENS), dict.fromkeys(every, TOKENS)
+        all_items |= dict.fromkeys(UNSEEDED, FREE_TOKENS)
         self.kinds = [
             Expected.of("twin", {}, made["TWIN"], dict.fromkeys(TWINS, TOKENS)),
             Expected.of("recovery", {}, made["RECOVERY"], dict.fromkeys(RECOVERED, SENT)),

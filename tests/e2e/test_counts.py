@@ -18,12 +18,12 @@ from ostinato.requests import Sampling
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from tests.e2e.conftest import Door, eventually, opened
-from tests.e2e.counts_plan import RECOVERED, REPEATED, SENT, TOKENS, UNSEEDED, Expected, N, Plan
+from tests.e2e.counts_plan import FREE_TOKENS, RECOVERED, REPEATED, SENT, TOKENS, UNSEEDED, Expected, N, Plan
 from tests.e2e.reruns_kit import counted
 from tests.pair import Pair, Program
 
 SEEDED = Sampling(seed=7, temperature=0.0, max_new_tokens=TOKENS, ignore_eos=True)
-FREE = Sampling(temperature=1.0, max_new_tokens=TOKENS, ignore_eos=True)
+FREE = Sampling(temperature=1.0, max_new_tokens=FREE_TOKENS, ignore_eos=True)
 SECOND_RUNS = ("--audit-rate", "1", "--audit-patience-seconds", "0", "--shadow-rate", "1", "--canary-seconds", "1000")
 
 

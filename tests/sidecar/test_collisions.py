@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from ostinato.v1 import sequencer_pb2, types_pb2
 from ostinato.v1.sequencer_pb2 import COLLISION_FOUND, COLLISION_NONE, COLLISION_UNSPECIFIED
 
-from sidecar.collisions import TOKENS_MIN, Collisions
+from sidecar.collisions import CHOICE_BITS_MIN, DISTINCT_TOKEN_BITS, TOKENS_MIN, Collisions, choice_of
 
 
 def given(*, seed_derived: bool = True, prompt: bytes = b"Shanghai is", **parameters: Any) -> sequencer_pb2.AdmittedPayload:
@@ -20,8 +21,23 @@ def given(*, seed_derived: bool = True, prompt: bytes = b"Shanghai is", **parame
     )
 
 
-def output(first: int = 0, *, engine_seed: int, count: int = TOKENS_MIN) -> types_pb2.Output:
-    return types_pb2.Output(token_ids=[first] * count, finish_reason=types_pb2.FINISH_REASON_LENGTH, engine_seed=engine_seed)
+def output(first: int = 0, *, engine_seed: int, count: int = 64) -> types_pb2.Output:
+    """Of tokens that are all distinct."""
+    return types_pb2.Output(
+        token_ids=range(first, first + count), finish_reason=types_pb2.FINISH_REASON_LENGTH, engine_seed=engine_seed
+    )
+
+
+def with_logprobs(
+    made: types_pb2.Output, kind: types_pb2.LogprobKind.ValueType, probability: float, *likelier: float
+) -> types_pb2.Output:
+    """Each token had this probability, and others these."""
+    made.logprob_kind = kind
+    for _ in made.token_ids:
+        position = made.logprobs.add(logprob=math.log(probability))
+        for each in sorted((probability, *likelier), reverse=True):
+            position.top.add(token_id=999, logprob=math.log(each))
+    return made
 
 
 def test_equal_answers_of_unequal_seeds_collide() -> None:
@@ -71,14 +87,107 @@ def test_who_does_not_count(item: sequencer_pb2.AdmittedPayload) -> None:
     assert seen.check(item, output(0, engine_seed=2)) == COLLISION_UNSPECIFIED
 
 
-def test_short_answers_do_not_count() -> None:
-    """They may be equal by chance; from 16 tokens on they may not."""
+def loop(*words: int, engine_seed: int, count: int = 256) -> types_pb2.Output:
+    """village market market market …"""
+    made = output(engine_seed=engine_seed, count=count)
+    made.token_ids[:] = [*words, *[words[-1]] * (count - len(words))]
+    return made
+
+
+def test_a_loop_is_no_collision() -> None:
+    """Two answers that fall into the same loop took little choice: that they are equal says nothing, however long they are."""
     seen = Collisions()
+
+    assert seen.check(given(), loop(7, 8, engine_seed=1)) == COLLISION_UNSPECIFIED
+    assert seen.check(given(), loop(7, 8, engine_seed=2)) == COLLISION_UNSPECIFIED
+
+
+def test_a_cold_answer_is_no_collision() -> None:
+    """At a low temperature, or with a small top_p, little is left to chance in an answer of as many distinct tokens."""
+    for cold in (given(temperature=0.1), given(top_p=0.1)):
+        seen = Collisions()
+        assert seen.check(cold, output(engine_seed=1)) == COLLISION_UNSPECIFIED
+        assert seen.check(cold, output(engine_seed=2)) == COLLISION_UNSPECIFIED
+
+
+RAW, PROCESSED = types_pb2.LOGPROB_KIND_RAW, types_pb2.LOGPROB_KIND_PROCESSED
+PLAIN = given(top_k=0)
+RESHAPED = given(top_k=40, temperature=0.5)
+
+
+@pytest.mark.parametrize(
+    ("item", "kind", "probabilities", "bits"),
+    [
+        (PLAIN, PROCESSED, (0.5,), 16.0),
+        (PLAIN, RAW, (0.25,), 32.0),
+        (RESHAPED, PROCESSED, (0.25,), 32.0),
+        (RESHAPED, RAW, (0.5, 0.25), 0.0),
+        (RESHAPED, RAW, (0.25, 0.5), 16 * math.log2(1 + 4)),
+        (given(top_k=40), RAW, (0.25, 0.5), 16 * math.log2(1 + 2)),
+    ],
+    ids=["processed", "raw, not reshaped", "processed, reshaped", "raw, the likeliest", "raw, by temperature", "raw, by top_k"],
+)
+def test_choice_from_logprobs(
+    item: sequencer_pb2.AdmittedPayload, kind: types_pb2.LogprobKind.ValueType, probabilities: tuple[float, ...], bits: float
+) -> None:
+    """The bits are the logarithm of the answer's probability where the logprobs are of what was drawn from, and else a bound
+    from what is likelier than the tokens that were drawn."""
+    made = with_logprobs(output(engine_seed=1, count=16), kind, *probabilities)
+
+    choice = choice_of(item.parameters, made)
+
+    assert (choice.tokens, choice.distinct_tokens, choice.logprobs_known) == (16, 16, True)
+    assert choice.bits == pytest.approx(bits)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        given(repetition_penalty=1.1),
+        given(bad_token_ids=[5]),
+        given(ignore_eos=True),
+        given(min_new_tokens=4),
+    ],
+    ids=["a penalty", "a ban", "no end", "no early end"],
+)
+def test_raw_logprobs_that_do_not_say(item: sequencer_pb2.AdmittedPayload) -> None:
+    """Where the order of tokens may have changed after the logprobs were taken, the distinct tokens are all that is known."""
+    choice = choice_of(item.parameters, with_logprobs(output(engine_seed=1), RAW, 0.01, 0.5))
+
+    assert not choice.logprobs_known
+    assert choice.bits == 64 * DISTINCT_TOKEN_BITS
+
+
+def test_known_choice_decides() -> None:
+    """A loop that was drawn from even odds each time collides; an answer of distinct tokens that was all but certain does
+    not."""
+    seen = Collisions()
+    for engine_seed, found in ((1, COLLISION_UNSPECIFIED), (2, COLLISION_FOUND)):
+        assert seen.check(given(), with_logprobs(loop(7, 8, engine_seed=engine_seed), PROCESSED, 0.5)) == found
     for engine_seed in (1, 2):
-        assert seen.check(given(), output(0, engine_seed=engine_seed, count=TOKENS_MIN - 1)) == COLLISION_UNSPECIFIED
+        certain = with_logprobs(output(engine_seed=engine_seed), PROCESSED, 0.99)
+        assert seen.check(given(prompt=b"2 + 2"), certain) == COLLISION_UNSPECIFIED
+
+
+def test_the_threshold() -> None:
+    """An answer just above it is compared, and one just below it is not."""
+    enough = math.ceil(CHOICE_BITS_MIN / DISTINCT_TOKEN_BITS)
+    for count, found in ((enough, COLLISION_FOUND), (enough - 1, COLLISION_UNSPECIFIED)):
+        seen = Collisions()
+        seen.check(given(), output(engine_seed=1, count=count))
+        assert seen.check(given(), output(engine_seed=2, count=count)) == found
+
+
+def test_short_answers_do_not_count() -> None:
+    """They may be equal by chance, whatever the logprobs say; from 16 tokens on they may not."""
+    seen, made = Collisions(), (TOKENS_MIN - 1, TOKENS_MIN - 1, TOKENS_MIN, TOKENS_MIN)
+    found = [
+        seen.check(given(), with_logprobs(output(0, engine_seed=engine_seed, count=count), PROCESSED, 0.01))
+        for engine_seed, count in enumerate(made, start=1)
+    ]
 
     assert TOKENS_MIN == 16
-    assert seen.check(given(), output(0, engine_seed=3)) == COLLISION_UNSPECIFIED, "nor are they remembered"
+    assert found == [COLLISION_UNSPECIFIED, COLLISION_UNSPECIFIED, COLLISION_UNSPECIFIED, COLLISION_FOUND]
 
 
 def test_seeded_answers_are_not_remembered() -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from ostinato import errors
 from ostinato.v1 import types_pb2
@@ -19,6 +20,8 @@ from sidecar.core import events as ev
 from sidecar.journal import Outcome, Sealed
 from sidecar.journal.grouped import GroupedJournal
 from sidecar.journal.settings import SqliteSettings
+from sidecar.metrics import Metrics
+from sidecar.observer import Observer
 from sidecar.outcomes import Outcomes
 from sidecar.results import ended_payload, outcome_kind
 from sidecar.work import Work
@@ -94,3 +97,22 @@ async def test_another_outcome_whose_payload_was_dropped(journal: GroupedJournal
     assert (result.sequence, result.attempt, errors.from_status(result.status).reason) == (1, 1, reason)
     assert await work.ended == result
     assert (host.works, host.told) == ({}, [ev.Ended(1)])
+
+
+async def test_a_collision_is_told(journal: GroupedJournal, caplog: pytest.LogCaptureFixture) -> None:
+    """Two unseeded items with one answer are logged once, with what is known of the choice that the answer took."""
+    unused = cast(Any, SimpleNamespace())
+    host, observer = Host(), Observer(Metrics(CollectorRegistry()), lambda kind, reason: None)
+    outcomes = Outcomes(host, journal, observer, unused)
+    batch = (await journal.append(admission(item(1), item(1)))).entries
+    for admitted in batch:
+        work = host.works[admitted.header.sequence] = Work.of(admitted, [], 0.0)
+        seed = admitted.header.seed
+        work.output = types_pb2.Output(token_ids=range(40), seed=seed, engine_seed=seed, grade=types_pb2.GRADE_EXACT)
+        outcomes.end(do.End(work.sequence, 1, None))
+    await host.finish()
+
+    (record,) = [each for each in caplog.records if each.levelname == "ERROR"]
+    said = {name: getattr(record, name) for name in ("sequence", "tokens", "distinct_tokens", "logprobs_known", "choice_bits")}
+    assert record.getMessage() == "collision: an unseeded answer equals that of another seed"
+    assert said == {"sequence": 2, "tokens": 40, "distinct_tokens": 40, "logprobs_known": False, "choice_bits": 50.0}
