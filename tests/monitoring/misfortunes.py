@@ -177,7 +177,7 @@ class World:
 
 
 async def _calm(client: Client) -> None:
-    await client.generate(["A phrase that repeats"] * 2, max_new_tokens=16, ignore_eos=True)
+    await client.generate(["A phrase that repeats"] * 2, max_new_tokens=128, ignore_eos=True)
 
 
 async def _flood(client: Client) -> None:

@@ -101,6 +101,8 @@ class History:
     """Step at which an entry was safe, by index."""
     disk: list[Sealed] = field(default_factory=list)
     """Every entry, in the end."""
+    taken: dict[int, int] = field(default_factory=dict)
+    """Step at which a sidecar was told that another writer's item is its own, by sequence."""
     opened: int = 0
     """Journals that were opened."""
     deaths: list[str] = field(default_factory=list)

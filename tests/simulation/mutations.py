@@ -20,6 +20,7 @@ from sidecar import generation, results
 from sidecar.core import effects as do
 from sidecar.core import entrance, refusals, sequencer
 from sidecar.core import events as ev
+from sidecar.core.item import Item
 from sidecar.core.sequencer import Sequencer
 from sidecar.core.window import Window
 from sidecar.dispatcher import Dispatcher
@@ -231,6 +232,30 @@ def a_small_one_overtakes() -> AbstractContextManager[Any]:
                 yield self._submit(item, self.window, now)
 
     return instead(Sequencer, "_submit_what_fits", submit)
+
+
+@breaks(4)
+@contextmanager
+def a_lost_engine_goes_ahead_of_a_takeover() -> Iterator[None]:
+    """What waits again after a loss is put in front, though older items were taken over meanwhile; and nothing asserts."""
+
+    def wait(self: Sequencer, items: Sequence[Item]) -> None:
+        lost = self.window is None and any(item.run_id for item in items)
+        new = {item.sequence: item for item in items}
+        self.waiting = {**new, **self.waiting} if lost else dict(sorted({**self.waiting, **new}.items()))
+
+    def submit(self: Sequencer, now: float) -> Iterator[do.Effect]:
+        while self.window is not None and self.waiting:
+            head = next(iter(self.waiting.values()))
+            if (error := refusals.unfit(head, self.window)) is not None:
+                yield from self._end(head, error)
+            elif self.window.fits(head.need.kv_tokens, alone=head.suspect):
+                yield self._submit(head, self.window, now)
+            else:
+                return
+
+    with instead(Sequencer, "_wait", wait), instead(Sequencer, "_submit_what_fits", submit):
+        yield
 
 
 @breaks(4)

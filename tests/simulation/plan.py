@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ostinato.v1 import generation_pb2, types_pb2
@@ -34,6 +34,8 @@ FAULTS = {
     "read": 2,
 }
 
+TAKEOVER = "leave another writer's items"
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -44,7 +46,7 @@ class Fault:
     seconds: float
     """How long, where it lasts."""
     operations: int
-    """After how many writes of the disk, where it is in a commit."""
+    """After how many writes of the disk, where it is in a commit; how many items, where another writer leaves some."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +106,7 @@ def plan_of(seed: int) -> Plan:
     rng = random.Random(f"{seed}/plan")
     shared = seed % 4 != 0
     jobs = tuple(_jobs(rng))
-    faults = tuple(sorted(_faults(rng, shared), key=lambda fault: fault.at))
+    faults = tuple(sorted([*_faults(rng, shared), *_takeovers(seed, jobs, shared)], key=lambda fault: fault.at))
     slow = rng.choice([0.01, 0.02, 0.2, 1.0])
     rules: list[dict[str, object]] = [{"do": "fail", "at": 2, "share": 0.04}, {"do": "hang", "at": 3, "share": 0.03}]
     if rng.random() < 0.3:
@@ -168,3 +170,12 @@ def _faults(rng: random.Random, shared: bool) -> Iterator[Fault]:
         if name == "replace the sidecar" and not shared:
             name = "cut the power in a commit"  # a file has one sidecar at a time: its lock sees to that
         yield Fault(rng.uniform(0.0, SECONDS), name, rng.choice([0.3, 2.0, 6.0, 20.0]), rng.randrange(1, 12))
+
+
+def _takeovers(seed: int, jobs: Sequence[Job], shared: bool) -> Iterator[Fault]:
+    """By a chance of their own, so that the rest of a seed is what it was without them. Each just ahead of a job, which is then
+    at work with larger numbers when the items are taken over."""
+    rng = random.Random(f"{seed}/takeovers")
+    for _ in range(rng.choice([0, 1, 2, 3]) if shared else 0):
+        job = rng.choice(jobs)
+        yield Fault(max(0.0, job.at - 0.01), TAKEOVER, rng.choice([0.3, 1.0]), rng.randint(1, 3))

@@ -14,6 +14,7 @@ from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 from sidecar.journal import Sealed
 from sidecar.results import result_of
 from tests.simulation.history import Call, History, Submission
+from tests.simulation.stores import WRITER
 
 ADMITTED, OPENED = types_pb2.ENTRY_KIND_ADMITTED, types_pb2.ENTRY_KIND_OPENED
 COMPLETED, ABANDONED = types_pb2.ENTRY_KIND_COMPLETED, types_pb2.ENTRY_KIND_ABANDONED
@@ -123,20 +124,28 @@ def real_time(history: History) -> Iterator[str]:
 
 def submitted_in_order(history: History) -> Iterator[str]:
     """4. The engine gets numbers in their order, each stream ascending, and never more at once than it can hold."""
-    runs = primaries(history)
-    firsts = list(dict.fromkeys((one.epoch, one.sequence) for one in runs))
+    runs, others = primaries(history), _others(history)
+    firsts = list(dict.fromkeys((one.epoch, one.sequence) for one in runs if one.sequence not in others))
     # Epoch by epoch: what ended while it waited, and lost its outcome to a crash, is submitted first when it is recovered.
     for (epoch, earlier), (next_epoch, later) in itertools.pairwise(sorted(firsts, key=lambda first: first[0])):
         if epoch == next_epoch and later < earlier:
             yield f"sequence {later} reached the engine behind {earlier}"
-    for _, together in itertools.groupby(runs, key=lambda one: one.stream):
+    welcomed = {stream: step for step, stream, _ in history.welcomed}
+    # What is taken over while a stream is up is older than what has passed on it. On every later stream it has its place.
+    placed = [one for one in runs if history.taken.get(one.sequence, 0) <= welcomed[one.stream]]
+    for _, together in itertools.groupby(placed, key=lambda one: one.stream):
         for one, other in itertools.pairwise(together):
             if other.sequence <= one.sequence:
                 yield f"sequence {other.sequence} was submitted behind {one.sequence} on stream {one.stream}"
     for stream in history.streams:
         yield from (f"the engine was given too much: {fault}" for fault in stream.overfull)
     known = {entry.header.sequence for entry in history.disk if entry.header.kind == ADMITTED}
-    yield from (f"sequence {one} ran and was never admitted" for _, one in firsts if one not in known)
+    yield from (f"sequence {one.sequence} ran and was never admitted" for one in runs if one.sequence not in known)
+
+
+def _others(history: History) -> set[int]:
+    """Sequences that another writer of the log has given out."""
+    return {e.header.sequence for e in history.disk if e.header.kind == ADMITTED and e.header.writer != WRITER}
 
 
 def fenced(history: History) -> Iterator[str]:
@@ -144,6 +153,8 @@ def fenced(history: History) -> Iterator[str]:
     newest = 0
     for entry in history.disk:
         header = entry.header
+        if header.writer != WRITER:
+            continue
         if header.kind == OPENED:
             if header.epoch <= newest:
                 yield f"entry {header.index} opens epoch {header.epoch} after {newest}"
@@ -261,8 +272,9 @@ def _acknowledged(call: Call, disk: Disk, history: History) -> Iterator[str]:
 
 
 def _attempt(one: Submission, entry: Sealed, disk: Disk, history: History) -> Iterator[str]:
-    """Same number, one attempt more for every epoch and for every engine that was lost under it in this one."""
-    least = 1 + one.epoch - entry.header.epoch
+    """Same number, one attempt more for every epoch, for a takeover, and for every engine that was lost under it in this
+    epoch."""
+    least = 1 + one.epoch - entry.header.epoch + (entry.header.writer != WRITER)
     earlier = [
         other
         for other in primaries(history)

@@ -15,7 +15,8 @@ WANTED = frozenset(
         "refused: INVALID_REQUEST", "refused: JOURNAL_FULL", "refused: KEY_REUSED", "refused: QUEUE_FULL",
         "lost: DISCONNECTED", "lost: DEADLINE_EXCEEDED", "an answer by key, again", "a second attempt in one epoch",
         "a second attempt in a later epoch", "a stream that was joined", "a sidecar that was replaced",
-        "a replaced sidecar that came back", "a service that was fenced off", "a re-run",
+        "a replaced sidecar that came back", "a takeover", "a takeover beside what runs", "a service that was fenced off",
+        "a re-run",
     }
 )  # fmt: skip
 """What some hundred seeds have to show."""
@@ -44,4 +45,10 @@ def _sights(history: History) -> Iterator[str]:
             yield "a re-run"
         elif one.attempt > 1:
             yield f"a second attempt in {'one' if one.epoch == epochs.get(one.sequence) else 'a later'} epoch"
+    if history.taken:
+        yield "a takeover"
+    for one in history.submissions:
+        newer = history.taken.get(one.sequence, one.step) < one.step
+        if newer and any(other.sequence > one.sequence and other.step < one.step for other in history.submissions):
+            yield "a takeover beside what runs"
     yield from history.sights

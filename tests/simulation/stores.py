@@ -19,9 +19,10 @@ import apsw
 
 from ostinato.chain import GENESIS, OUTCOMES
 from ostinato.errors import JournalFull
-from ostinato.v1 import types_pb2
+from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal import (
+    Admission,
     Appended,
     Binding,
     Draft,
@@ -146,6 +147,9 @@ class SharedLog:
     notes: dict[str, bytes] = field(default_factory=dict)
     verified: dict[int, Sealed] = field(default_factory=dict)
     epoch: int = 0
+    left: list[tuple[int, Sealed]] = field(default_factory=list)
+    """ADMITTED entries of dead writers, with the millisecond from which on they may be taken over."""
+    others: int = 0
     full: bool = False
     dark_after: int = -1
 
@@ -156,8 +160,29 @@ class SharedLog:
         ledger.open(VERSION)
         self.write(ledger)
         left = [entry for sequence, entry in self.admitted.items() if sequence not in self.ended]
-        unfinished = tuple(Unfinished(entry, 1 + self.epoch - entry.header.epoch) for entry in left)
+        self.left.clear()
+        unfinished = tuple(Unfinished(entry, self.attempt(entry)) for entry in left)
         return _SharedBackend(self, ledger.head), Opened(ledger.head, unfinished)
+
+    def attempt(self, entry: Sealed) -> int:
+        """Of its next submission, counted from epochs; that another writer has taken it over counts as one."""
+        return 1 + self.epoch - entry.header.epoch + (entry.header.writer != WRITER)
+
+    def leave(self, count: int, now_millis: int, lease_millis: int) -> tuple[int, int] | None:
+        """Another writer has numbered so many keyed items, and dies: first and last index of its entries. The items are like
+        the newest one; None: there is none."""
+        if not self.admitted or self.full:
+            return None
+        given = sequencer_pb2.AdmittedPayload.FromString(self.admitted[len(self.admitted)].payload)
+        self.others += 1
+        name = f"other-{self.others}"
+        given.request_id, given.verify = name, False
+        ledger = Ledger(replace(self.head(), writer=name), Known(), now_millis)
+        ledger.open(VERSION)
+        ledger.append(Admission((given,) * count, name.encode().ljust(32), key=name))
+        self.write(ledger)
+        self.left += [(now_millis + lease_millis, entry) for entry in ledger.entries[1:]]
+        return ledger.entries[0].header.index, ledger.entries[-1].header.index
 
     def crash(self, backend: Backend | None, rng: random.Random, *, power: bool) -> None:
         self.dark_after = -1
@@ -229,7 +254,7 @@ class _SharedBackend:
             frozenset(sequence for sequence in wanted.sequences if sequence not in log.ended),
             {digest: log.twins[digest] for digest in wanted.input_digests if digest in log.twins},
         )
-        ledger = Ledger(self.head, known, now_millis)
+        ledger = Ledger(log.head(), known, now_millis)
         appended = [ledger.append(draft) for draft in drafts]
         log.write(ledger)
         self.head = ledger.head
@@ -265,7 +290,17 @@ class _SharedBackend:
         return None
 
     def maintain(self, now_millis: int, *, idle: bool) -> Sequence[Unfinished]:
-        return ()
+        log = self._log
+        left = [entry for due_millis, entry in log.left if due_millis <= now_millis]
+        if not left or log.full or log.epoch != self.head.epoch:
+            return ()
+        log.left = [each for each in log.left if each[0] > now_millis]
+        ledger = Ledger(log.head(), Known(), now_millis)
+        for writer in dict.fromkeys(entry.header.writer for entry in left):
+            ledger.fence(writer, log.epoch + 1, VERSION)
+        log.write(ledger)
+        self.head = ledger.head
+        return [Unfinished(entry, log.attempt(entry)) for entry in left if entry.header.sequence not in log.ended]
 
     def close(self) -> None: ...
 

@@ -9,7 +9,7 @@ import json
 import logging
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from service.metrics import Metrics
 from service.opening import make_ready
 from service.servicer import NAME, EngineServicer, Workers
 from sidecar.config import Settings
-from sidecar.journal import JournalBroken, JournalUnusable, Opened
+from sidecar.journal import JournalBroken, JournalUnusable, Opened, Unfinished
 from sidecar.journal.committer import Backend
+from sidecar.journal.grouped import _Look
 from tests.sidecar.journal_disk import PowerLost
 from tests.simulation.clients import Clients
 from tests.simulation.edges import EPOCH_MILLIS, Process, Seams
@@ -51,6 +52,7 @@ class World:
         self.plan, self.store, self.history = plan, store, history
         self.loop = VirtualLoop()
         self.rng = random.Random(f"{plan.seed}/world")
+        self._takeovers = random.Random(f"{plan.seed}/takeovers in the world")
         answers = random.Random(f"{plan.seed}/answers")
         self.loop.answer_delay = lambda: answers.uniform(*plan.commit_seconds)
         self.network = Network(self.loop, random.Random(f"{plan.seed}/network"), plan.delay_seconds)
@@ -232,6 +234,8 @@ class World:
         self.history.note(self.loop.time(), "start", node, process.epoch)
         self.sidecars.append(process)
         self.sidecar = process
+        if self.plan.shared:
+            self._watch_takeovers(process)
         self._keep(node.spawn(self._run(process)))
 
     def _open(self, node: Node, seams: Seams) -> tuple[Backend, Opened]:
@@ -354,10 +358,39 @@ class World:
                 self.store.fill(True)
                 await asyncio.sleep(fault.seconds)
                 self.store.fill(False)
+            case "leave another writer's items":
+                self._leave(fault.operations, fault.seconds)
             case "read":
                 self._keep(asyncio.ensure_future(self.clients.read()))
             case "replay":
                 self._keep(asyncio.ensure_future(self.clients.replay(1, 1000)))
+
+    def _leave(self, count: int, lease_seconds: float) -> None:
+        """Another writer of the log dies; the sidecar that is here takes its items over once its lease has run out."""
+        assert isinstance(self.store, SharedLog)
+        written = self.store.leave(count, EPOCH_MILLIS + round(self.loop.time() * 1e3), round(lease_seconds * 1e3))
+        if written is not None:
+            self.durable(*written)
+            self.network.later(lease_seconds, self._look_at_leases)
+
+    def _look_at_leases(self) -> None:
+        """A sidecar looks at them from time to time; this one does it now."""
+        if self.sidecar is not None and not self.sidecar.node.dead:
+            self.sidecar.program.journal._jobs.put(_Look())
+
+    def _watch_takeovers(self, process: Process) -> None:
+        """Note when it is told that items are its own from now on. Often the engine is lost then, while they wait behind newer
+        items."""
+        journal, on_taken = process.program.journal, process.program.journal._on_taken
+
+        def taken(unfinished: Sequence[Unfinished]) -> None:
+            step = self.history.note(self.loop.time(), "takeover", process.node, len(unfinished))
+            self.history.taken.update((one.admitted.header.sequence, step) for one in unfinished)
+            on_taken(unfinished)
+            if self._takeovers.random() < 0.7:
+                self.network.later(self._takeovers.uniform(0.01, 0.5), lambda: self.network.reset("engine"))
+
+        journal._on_taken = taken
 
     async def _cut(self, path: str, seconds: float) -> None:
         self.network.cut(path)
