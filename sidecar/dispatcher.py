@@ -58,7 +58,7 @@ class Dispatcher:
         self.fingerprints = Fingerprints(journal)
         self.rechecker = Rechecker(self.reruns, journal, observer, self.fingerprints)
         self.outcomes = Outcomes(self, journal, observer, self.rechecker)
-        self.elsewhere = Elsewhere(journal, self.spawn)
+        self.elsewhere = Elsewhere(journal, self.supervise)
         self._asking: dict[int, Asking] = {}
         self._runs: dict[int, Work] = {}
         self._last_ticket = 0
@@ -226,12 +226,14 @@ class Dispatcher:
         self.observer.admitted(stamp, now - asking.asked_at)
         self.tell(ev.Numbered(ticket, stamp.first_sequence))
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """A task whose failure ends the process: nothing else may fail here than the journal."""
-        task = asyncio.get_running_loop().create_task(coroutine)
+        self.supervise(asyncio.get_running_loop().create_task(coroutine))
+
+    def supervise(self, task: asyncio.Task[None]) -> None:
+        """As `spawn`, of a task that its owner may cancel."""
         self._tasks.add(task)
         task.add_done_callback(self._reap)
-        return task
 
     def _reap(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

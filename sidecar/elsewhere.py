@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Container, Coroutine, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Sequence
 
 from ostinato.chain import OUTCOMES
 from ostinato.errors import Cancelled, JournalUnavailable, PayloadPruned
@@ -14,8 +13,6 @@ from ostinato.v1 import types_pb2
 from sidecar.calls import Call
 from sidecar.journal import ItemEntries, Journal, JournalBroken, Outcome
 from sidecar.results import answer_of, ended_payload, is_whole
-
-Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 PAGE_ENTRIES = 256
 """Read at once."""
@@ -28,9 +25,9 @@ PAUSE_SECONDS = 0.2
 class Elsewhere:
     """Follows the journal while anybody waits."""
 
-    def __init__(self, journal: Journal, spawn: Spawn) -> None:
-        """`spawn` starts the task that follows; its failure must end the process, or calls would wait for ever."""
-        self._journal, self._spawn = journal, spawn
+    def __init__(self, journal: Journal, supervise: Callable[[asyncio.Task[None]], None]) -> None:
+        """`supervise` gets the task that follows; its failure must end the process, or calls would wait for ever."""
+        self._journal, self._supervise = journal, supervise
         self._calls: dict[int, list[Call]] = {}
         """By sequence."""
         self._following: asyncio.Task[None] | None = None
@@ -42,7 +39,8 @@ class Elsewhere:
         try:
             head = await self._journal.head()
             if self._following is None or self._following.done():
-                self._following = self._spawn(self._follow(head.index + 1))
+                self._following = asyncio.create_task(self._follow(head.index + 1))
+                self._supervise(self._following)
             for entries in await self._journal.items(sequences[0], sequences[-1], sequences[-1] - sequences[0] + 1):
                 self._tell(entries, head.writer)
         except BaseException:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 
@@ -35,11 +34,7 @@ class Two:
     """That it has started."""
 
     def __post_init__(self) -> None:
-        self.elsewhere = Elsewhere(self.here, self.spawn)
-
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        self.tasks.append(asyncio.ensure_future(coroutine))
-        return self.tasks[-1]
+        self.elsewhere = Elsewhere(self.here, self.tasks.append)
 
     async def admitted(self, count: int) -> tuple[Sealed, ...]:
         return (await self.there.append(admission(*(item(number) for number in range(1, count + 1)), key="k"))).entries

@@ -104,9 +104,11 @@ async def linked(folder: Path, service: Service) -> AsyncIterator[tuple[EngineLi
     finally:
         await link.close()
         running.cancel()
-        with contextlib.suppress(asyncio.CancelledError, errors.EpochStale, errors.JournalBehind):
-            await running
-        await server.stop(0)
+        try:
+            with contextlib.suppress(asyncio.CancelledError, errors.EpochStale, errors.JournalBehind):
+                await running
+        finally:
+            await server.stop(0)
 
 
 async def endless(requests: Requests) -> AsyncIterator[engine_pb2.ExecuteResponse]:
