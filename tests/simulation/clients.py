@@ -117,9 +117,13 @@ class Clients:
             async with aclosing(self._stream(STREAM if job.streamed else GENERATE, request, deadline)) as answers:
                 async for answer in answers:
                     self._take(call, answer)
+            call.ended_well = True
         except errors.OstinatoError as error:
             call.error = error
             history.note(self._loop.time(), "error", request.request_id, error.reason)
+        finally:
+            if not self._network.muted:
+                call.closed = history.note(self._loop.time(), "closed", request.request_id)
         return call
 
     async def _ask(self, method: str, request: Message, seconds: float) -> None:

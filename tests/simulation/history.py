@@ -36,6 +36,10 @@ class Call:
     faults: list[str] = field(default_factory=list)
     """What a stream must not do."""
     error: errors.OstinatoError | None = None
+    closed: int = 0
+    """Step at which the call ended for its client, whichever way; 0: it was open to the end."""
+    ended_well: bool = False
+    """The sidecar ended it, and not with an error."""
     encore: bool = False
     """Sent when all was over, to see what is remembered."""
 
@@ -109,6 +113,8 @@ class History:
     """Processes that ended by themselves, and for no reason that the world gave them."""
     sights: set[str] = field(default_factory=set)
     """What the world saw happen, for those who ask whether it happened at all."""
+    out_of_reach: list[tuple[float, float]] = field(default_factory=list)
+    """From and to which second of the clock a path was cut or a process stood still."""
     drains: list[tuple[int, int]] = field(default_factory=list)
     """Step and epoch of each sidecar that was told to stop."""
     unended: str = ""
@@ -116,15 +122,21 @@ class History:
     _digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     trace: list[str] | None = None
     """Every line, where somebody wants to read them."""
+    _times: list[float] = field(default_factory=list)
 
     def note(self, now: float, *what: object) -> int:
         """The step at which this happened."""
         self.step += 1
+        self._times.append(now)
         line = f"{self.step} {now:.6f} " + " ".join(map(str, what))
         self._digest.update(line.encode())
         if self.trace is not None:
             self.trace.append(line)
         return self.step
+
+    def time_of(self, step: int) -> float:
+        """When it was, in seconds of the world's clock."""
+        return self._times[step - 1]
 
     @property
     def digest(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -13,10 +14,10 @@ import apsw
 from ostinato import errors
 from ostinato.digest import request_digest
 from ostinato.progress import Progress
-from ostinato.v1 import types_pb2
+from ostinato.v1 import generation_pb2, types_pb2
 
 from service.stream import Stream
-from sidecar import generation, results
+from sidecar import calls, generation, results
 from sidecar.core import effects as do
 from sidecar.core import entrance, refusals, sequencer
 from sidecar.core import events as ev
@@ -179,6 +180,45 @@ def a_stream_that_starts_over_unsaid() -> AbstractContextManager[Any]:
         self.attempt, self._seen, self.sent = attempt, 0, []
 
     return instead(Progress, "restart", restart)
+
+
+@breaks(2)
+def a_stream_that_ends_too_early() -> AbstractContextManager[Any]:
+    """A streamed failure is counted and not sent."""
+    result_ = calls.Streamed.result
+
+    def result(self: calls.Streamed, result: types_pb2.Result) -> None:
+        result_(self, result)
+        if not result.HasField("output"):
+            self._events.pop()
+
+    return instead(calls.Streamed, "result", result)
+
+
+@breaks(2)
+@contextmanager
+def an_answer_to_a_caller_out_of_reach_is_lost() -> Iterator[None]:
+    """What is answered while the path to its caller is cut is never sent, also not when the path is healed."""
+    servicer = generation.GenerationServicer
+    generate, write = servicer.Generate, servicer._write
+
+    async def lost_if_cut(context: Any) -> None:
+        network, path = context._call.network, context._call.path
+        if network.is_cut(path):
+            await asyncio.Future()  # until the connection breaks or the deadline passes
+
+    async def unary(self: Any, request: Any, context: Any) -> generation_pb2.GenerateResponse:
+        response = await generate(self, request, context)
+        await lost_if_cut(context)
+        return response
+
+    async def streamed(self: Any, context: Any, event: generation_pb2.GenerateEvent, call: Any) -> None:
+        if event.WhichOneof("event") in ("finished", "failed"):
+            await lost_if_cut(context)
+        await write(self, context, event, call)
+
+    with instead(servicer, "Generate", unary), instead(servicer, "_write", streamed):
+        yield
 
 
 # ---- 3: real time

@@ -39,6 +39,7 @@ class Network:
         self._cuts: dict[str, int] = {}
         self._cut_number = 0
         self.calls: list[Outgoing] = []
+        """Those of which something can still arrive or be lost."""
         self.muted = False
 
     def delay(self) -> float:
@@ -62,7 +63,7 @@ class Network:
     def heal(self, path: str) -> None:
         """What is still believed in on both sides arrives now."""
         self._cuts.pop(path, None)
-        for call in self.calls:
+        for call in list(self.calls):
             if call.path == path:
                 call.flush()
 
@@ -220,8 +221,8 @@ class Outgoing:
         """This side is not interested any more."""
         if not self._in.ended:
             self.cancelled = True
-            self._forget()
             self._in.end()
+            self.forget()
             self._up.send(self._cancel_far, self.caller)
 
     def _cancel_far(self) -> None:
@@ -232,8 +233,8 @@ class Outgoing:
         """The far side ended it, or nobody can."""
         if not self._in.ended:
             self.error = error
-            self._forget()
             self._in.end()
+            self.forget()
 
     def answer(self, message: bytes) -> None:
         self._down.send(lambda: self._in.put(message), self.callee)
@@ -254,8 +255,11 @@ class Outgoing:
         if self.incoming is not None:
             self.network.later(callee_seconds, self.incoming.cancel)
 
-    def _forget(self) -> None:
-        if self in self.network.calls and self.incoming is None:
+    def forget(self) -> None:
+        """Take it from the network's list, once nothing of it can arrive or be lost any more."""
+        # The end of the handler is not the end of the call: its answer may be under way, or held by a cut.
+        over = self._in.ended and (self._lost or self.incoming is None or self.incoming.over)
+        if over and self in self.network.calls:
             self.network.calls.remove(self)
 
 
@@ -284,8 +288,7 @@ class Incoming:
             self._call.finish(None)
         finally:
             self.over = True
-            if self._call in self._call.network.calls:
-                self._call.network.calls.remove(self._call)
+            self._call.forget()
 
     def cancel(self) -> None:
         self._task.cancel()

@@ -18,6 +18,8 @@ from tests.simulation.stores import WRITER
 
 ADMITTED, OPENED = types_pb2.ENTRY_KIND_ADMITTED, types_pb2.ENTRY_KIND_OPENED
 COMPLETED, ABANDONED = types_pb2.ENTRY_KIND_COMPLETED, types_pb2.ENTRY_KIND_ABANDONED
+HEARD_SECONDS = 10.0
+"""In which a client hears of an outcome that is durable, while it can be reached."""
 COME_BACK = errors.QueueFull | errors.JournalFull | errors.JournalUnavailable | errors.EngineUnavailable | errors.Draining
 
 
@@ -74,7 +76,7 @@ def gapless(history: History) -> Iterator[str]:
 
 
 def ended_once(history: History) -> Iterator[str]:
-    """2. A refusal burns no number and says when to come back; every number ends once, and everybody is told the same."""
+    """2. A refusal burns no number and says when to come back; every number ends once, and all its callers hear the same."""
     disk = Disk(history)
     own = disk.by_request()
     for call in history.calls:
@@ -85,6 +87,8 @@ def ended_once(history: History) -> Iterator[str]:
         if isinstance(call.error, COME_BACK) and not call.error.retry_after:
             yield f"{call} was refused ({call.error.reason}) and not told when to come back"
         yield from (f"{call}: {fault}" for fault in call.faults)
+        if call.ended_well and not call.complete:
+            yield f"{call} ended without an error, and with {len(call.results)} results"
         for step, epoch in history.drains:
             if (
                 any(disk.admitted[number].header.epoch == epoch for number in own.get(call.request.request_id, []))
@@ -100,8 +104,33 @@ def ended_once(history: History) -> Iterator[str]:
         for result in call.results:
             told[result.sequence].add(result.SerializeToString(deterministic=True))
     yield from (f"sequence {number}: {len(what)} different results were told" for number, what in told.items() if len(what) > 1)
+    yield from _heard(history, disk)
     if history.unended:
         yield history.unended
+
+
+def _heard(history: History, disk: Disk) -> Iterator[str]:
+    """No call stays open without an answer when all its outcomes are durable and its client can be reached."""
+    own, requests = disk.by_request(), _requests(history)
+    keyed = defaultdict[tuple[str, bytes], list[int]](list)
+    for number, given in disk.given.items():
+        keyed[given.idempotency_key, given.request_digest].append(number)
+    for call in history.calls:
+        numbers = own.get(call.request.request_id)
+        if not numbers and call.key:
+            numbers = keyed.get((call.key, requests[call.key, _body(call)]))
+        outcomes = [disk.outcomes[number][:1] for number in numbers or ()]
+        if not call.closed or not outcomes or not all(outcomes):
+            continue
+        steps = [history.durable.get(outcome[0].header.index, call.closed) for outcome in outcomes]
+        since = history.time_of(max(call.sent, *steps))
+        until = since + HEARD_SECONDS
+        for begin, end in sorted(history.out_of_reach):
+            if begin < until:
+                until = max(until, end + HEARD_SECONDS)
+        if history.time_of(call.closed) > until:
+            seconds = history.time_of(call.closed) - since
+            yield f"{call} heard nothing for {seconds:.0f} s, though sequences {numbers} had ended and it could be reached"
 
 
 def real_time(history: History) -> Iterator[str]:

@@ -393,27 +393,36 @@ class World:
         journal._on_taken = taken
 
     async def _cut(self, path: str, seconds: float) -> None:
-        self.network.cut(path)
-        await asyncio.sleep(seconds)
+        with self._out_of_reach():
+            self.network.cut(path)
+            await asyncio.sleep(seconds)
         self.network.heal(path)
 
     async def _pause(self, node: Node, seconds: float) -> None:
-        node.stop()
-        await asyncio.sleep(seconds)
+        with self._out_of_reach():
+            node.stop()
+            await asyncio.sleep(seconds)
         if not node.dead:
             node.go_on()
 
     async def _replace(self, node: Node, seconds: float) -> None:
         """It stands still, another one takes its place, and then it wakes up and knows of nothing."""
-        node.stop()
-        await asyncio.sleep(min(0.5, seconds))
-        if self.sidecar is not None and self.sidecar.node is node:
-            self.start_sidecar()
-            self.history.sights.add("a sidecar that was replaced")
-        await asyncio.sleep(seconds)
+        with self._out_of_reach():
+            node.stop()
+            await asyncio.sleep(min(0.5, seconds))
+            if self.sidecar is not None and self.sidecar.node is node:
+                self.start_sidecar()
+                self.history.sights.add("a sidecar that was replaced")
+            await asyncio.sleep(seconds)
         if not node.dead:
             self.history.sights.add("a replaced sidecar that came back")
             node.go_on()
+
+    @contextlib.contextmanager
+    def _out_of_reach(self) -> Iterator[None]:
+        since = self.loop.time()
+        yield
+        self.history.out_of_reach.append((since, self.loop.time()))
 
     # ---- ways
 
