@@ -15,11 +15,12 @@ from typing import IO, Annotated
 import typer
 
 from ostinato.cli.show import note, progress, visible
+from ostinato.errors import JournalFull, JournalUnavailable
 from ostinato.serving.program import FAILED, StartupError
 from ostinato.v1 import types_pb2
 
 from sidecar.config import Settings, is_shared, mark_of
-from sidecar.journal import JournalUnusable, Loss, keeping
+from sidecar.journal import JournalBroken, JournalUnusable, Loss, keeping
 from sidecar.journal.diagnosis import RESTORE
 from sidecar.journal.keeping import Kept
 from sidecar.journal.ledger import LOST_MAX
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     """Ends the process: 0; 1 where the journal is not what it should be; 2 for a bad command line."""
     try:
         app(args=list(argv), prog_name="python -m sidecar")
-    except (JournalUnusable, StartupError, OSError) as error:
+    except (JournalUnusable, JournalFull, JournalUnavailable, JournalBroken, StartupError, OSError) as error:
         note(f"{argv[0]}: {visible(' '.join(str(error).split()))}")
         sys.exit(FAILED)
 
@@ -152,6 +153,8 @@ def accept_loss(
     mark = file.read() if file is not None else None
     with closing(open_kept(journal)) as kept:
         log = kept.log()
+    if log is None and mark is None:
+        raise JournalUnusable("the journal has no entries: it has lost nothing")
     if log is None or (mark is not None and mark.log_id != log.log_id):
         raise JournalUnusable("the mark is of another log: put that log's journal back, or remove the mark to begin without it")
     known = max(log.last_sequence, mark.last_sequence if mark is not None else 0)

@@ -7,20 +7,26 @@ import json
 import os
 import shutil
 import stat
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest.mock import Mock
 
 import apsw
+import psycopg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ostinato.errors import JournalFull, JournalUnavailable
 from ostinato.v1 import types_pb2
 
 from sidecar import commands, config
-from sidecar.journal import JournalUnusable
+from sidecar.journal import JournalBroken, JournalUnusable
 from sidecar.journal.mark import MarkFile
+from sidecar.journal.sqlite import SqliteJournal
+from sidecar.journal.sqlite_kept import SqliteKept
 from tests.postgres import Postgres
 from tests.sidecar.journal_kit import PostgresStore, SqliteStore, admission, completed, item, sequences
 
@@ -205,6 +211,58 @@ def test_another_log(behind: SqliteStore, run: Said) -> None:
     assert "another log" in run("accept-loss", "--through", "5", "--journal", behind.path, code=1)
 
 
+DAMAGES = {
+    "its hash": "UPDATE entries SET entry_hash = zeroblob(32) WHERE entry_index = 7",
+    "its header": "UPDATE entries SET header = (SELECT header FROM entries WHERE entry_index = 6) WHERE entry_index = 7",
+    "the hash before it": "UPDATE entries SET entry_hash = zeroblob(32) WHERE entry_index = 6",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_accept_loss_behind_a_damaged_entry(store: SqliteStore, run: Said, damage: str) -> None:
+    """A journal whose newest entry is damaged is refused in one line that says what to do, and nothing is appended."""
+    with closing(apsw.Connection(str(store.path))) as db:
+        db.execute(DAMAGES[damage])
+        before = [db.execute(f"SELECT * FROM {table}").fetchall() for table in ("journal", "entries")]
+
+    said = run("accept-loss", "--through", "9", "--journal", store.path, code=1)
+
+    assert said.startswith("accept-loss: ")
+    assert "is damaged" in said
+    assert "restore a copy that verifies" in said
+    assert said.count("\n") == 1
+    with closing(apsw.Connection(str(store.path))) as db:
+        assert [db.execute(f"SELECT * FROM {table}").fetchall() for table in ("journal", "entries")] == before
+
+
+def test_accept_loss_of_an_empty_journal(tmp_path: Path, run: Said) -> None:
+    """A journal without an entry, and without a mark, is not taken for another log's."""
+    SqliteKept(tmp_path / "journal.db", create=True)._db.close()
+
+    assert "has no entries" in run("accept-loss", "--through", "9", "--journal", tmp_path / "journal.db", code=1)
+
+
+@pytest.mark.parametrize("error", [JournalFull("no room"), JournalUnavailable("no database"), JournalBroken("torn")])
+def test_accept_loss_that_cannot_be_written(
+    behind: SqliteStore, run: Said, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A journal that cannot take the LOST entry is told in one line, and the mark stays as it was."""
+    mark = mark_of(behind).read_bytes()
+    monkeypatch.setattr(SqliteJournal, "append_many", Mock(side_effect=error))
+
+    said = run("accept-loss", "--through", "5", "--journal", behind.path, code=1)
+
+    assert said == f"accept-loss: {error}\n"
+    assert mark_of(behind).read_bytes() == mark
+
+
+def test_a_journal_that_cannot_be_opened(behind: SqliteStore, run: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What keeps accept-loss from opening the journal is told in one line."""
+    monkeypatch.setattr(SqliteJournal, "open", Mock(side_effect=JournalUnusable("a newer version")))
+
+    assert run("accept-loss", "--through", "5", "--journal", behind.path, code=1) == "accept-loss: journal: a newer version\n"
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"log_id": "a", "index": "x", "entry_hash": "", "last_sequence": "1"}'])
 def test_a_damaged_mark(store: SqliteStore, text: str) -> None:
     """A file that is no mark is not taken for none."""
@@ -252,6 +310,14 @@ def test_a_shared_journal(postgres: Postgres, run: Said, tmp_path: Path) -> None
     MarkFile(mark).write(replace(backend.head.mark, index=99, last_sequence=7))
     with pytest.raises(JournalUnusable, match="accept-loss --through 7"):
         shared.open(mark=MarkFile(mark).read())
+    with psycopg.connect(url) as db:
+        db.execute("UPDATE log SET head_hash = decode(repeat('00', 32), 'hex')")
+    damaged = run("accept-loss", "--through", "7", "--high-water", mark, "--journal", url, code=1)
+    assert (
+        f"accept-loss: journal: the newest entry, {backend.head.index}, is damaged: restore a copy that verifies\n" == damaged
+    )
+    with psycopg.connect(url) as db:
+        db.execute("UPDATE log SET head_hash = %b", (backend.head.entry_hash,))
     run("accept-loss", "--through", "7", "--high-water", mark, "--journal", url)
     backend, _ = shared.open(mark=MarkFile(mark).read())
     assert sequences(backend.append_many([admission()], 1)[0].entries) == [8]
