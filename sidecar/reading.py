@@ -73,7 +73,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
                 raise errors.invalid("target", "is missing")
         items = await self._journal.items(first, first + count - 1, count)
         if not items or (request.HasField("sequence") and not visible(items[0])):
-            raise errors.NotFound(f"no sequence {first}")
+            raise errors.NotFound(await self._why_not(first))
         known = self._dispatcher.fingerprints.known if request.HasField("sequence") else {}
         response = sequencer_pb2.GetResponse(items=[record_of(entries, known) for entries in items])
         size, most = response.ByteSize(), response_bytes_max(context.invocation_metadata() or (), self._settings)
@@ -82,6 +82,14 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
             others = f", get sequences {first} to {first + count - 1} one by one, or Tail the journal" if count > 1 else ""
             raise errors.invalid(str(request.WhichOneof("target")), what + others)
         return response
+
+    async def _why_not(self, sequence: int) -> str:
+        """Why there is no item with this sequence. That it was lost is said to admins only: it may have been of any tenant."""
+        newest = (await self._journal.head()).last_sequence
+        # Numbers have no gaps: one up to the newest that was not admitted is in a LOST entry.
+        if caller().admin and sequence <= newest and not await self._journal.items(sequence, sequence, 1):
+            return f"sequence {sequence} is lost: it was given out, and the journal's end with its item was lost"
+        return f"no sequence {sequence}"
 
     async def Tail(self, request: sequencer_pb2.TailRequest, context: Context) -> AsyncIterator[sequencer_pb2.TailResponse]:
         caller().need_admin("Tail")

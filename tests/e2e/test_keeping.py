@@ -107,8 +107,10 @@ async def test_an_old_copy_is_found(pair: Pair) -> None:
     pair.start_sidecar().wait_for("engine connected")
     async with opened(pair) as door:
         assert (await door.client.generate("again")).stamp.first_sequence == 4
-        with pytest.raises(errors.NotFound):
+        with pytest.raises(errors.NotFound, match="sequence 3 is lost"):
             await door.client.get(3)
+        with pytest.raises(errors.NotFound, match="no sequence 5"):
+            await door.client.get(5)
         kinds = [entry.header.kind async for entry in door.client.tail()]
     assert kinds.count(types_pb2.ENTRY_KIND_LOST) == 1
     pair.stop()

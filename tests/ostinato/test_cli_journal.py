@@ -7,8 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 from google.protobuf import json_format
+from google.protobuf.descriptor import FieldDescriptor
+from typer.testing import CliRunner
 
 from ostinato import errors
+from ostinato.cli import show
+from ostinato.cli.app import app
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from tests.ostinato.fake import LOG_ID, MODEL, Fake, Terminal, serving_apart
@@ -80,6 +84,43 @@ def test_tail_in_json_is_entries(ostinato: Terminal) -> None:
     assert decoded[0]["seed"] == str(2**64 - 1)
     assert decoded[1]["output"]["finish_reason"] == "FINISH_REASON_LENGTH"
     assert json.loads(ostinato("tail", "--payloads").stdout.splitlines()[0].split(maxsplit=6)[6]) == decoded[0]
+
+
+KINDS = [kind for kind in types_pb2.EntryKind.values() if kind != types_pb2.ENTRY_KIND_UNSPECIFIED]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=types_pb2.EntryKind.Name)
+def test_tail_decodes_every_kind(kind: types_pb2.EntryKind.ValueType) -> None:
+    """An entry of any kind of the contract is shown with what its payload says, and what is printed verifies."""
+    payload = show.PAYLOADS[kind]()
+    field = next(each for each in payload.DESCRIPTOR.fields if not each.is_repeated)
+    if field.message_type is not None:
+        getattr(payload, field.name).SetInParent()
+    else:
+        setattr(payload, field.name, "x" if field.type == FieldDescriptor.TYPE_STRING else 7)
+    fake = Fake()
+    fake.journal.append(payload.SerializeToString(), kind=kind, sequence=3)
+    with serving_apart(fake) as target:
+        terminal = Terminal(fake, target)
+        printed, line = terminal("--json", "tail", "--payloads").stdout, terminal("tail", "--payloads").stdout
+
+    decoded = json_format.MessageToDict(payload, preserving_proto_field_name=True)
+    assert json.loads(printed)["decoded"] == decoded
+    assert line.split()[1] == types_pb2.EntryKind.Name(kind).removeprefix("ENTRY_KIND_").lower()
+    assert json.loads(line.split(maxsplit=6)[6]) == decoded
+    verified = CliRunner().invoke(app, ["verify", "-"], input=printed)
+    assert (verified.exit_code, verified.stdout) == (0, "1 of 1 entries sound\n")
+
+
+@pytest.mark.parametrize(("count", "numbers"), [(1, "4"), (3, "4..6"), (0, "-")])
+def test_tail_shows_what_was_lost(count: int, numbers: str) -> None:
+    """The line of a LOST entry has the sequences that it stands for, also without payloads."""
+    fake = Fake()
+    fake.journal.append(b"", kind=types_pb2.ENTRY_KIND_LOST, first_sequence=4, count=count)
+    with serving_apart(fake) as target:
+        line = Terminal(fake, target)("tail").stdout
+
+    assert line.split()[:4] == ["1", "lost", numbers, "1"]
 
 
 def test_head_shows_the_end(ostinato: Terminal) -> None:

@@ -82,12 +82,20 @@ def _line(header: types_pb2.EntryHeader, payload: Any) -> str:
     cells = (
         f"{header.index:>8}",
         f"{show.word(header, 'kind'):<9}",
-        f"{header.sequence or '-':>8}",
+        f"{_sequences(header):>8}",
         f"{header.epoch:>4}",
         show.moment(header.time_unix_millis),
         show.short(digest),
     )
     return "  ".join(cells if payload is None else (*cells, json.dumps(payload)))
+
+
+def _sequences(header: types_pb2.EntryHeader) -> str:
+    """Of the item that the entry is about; of a LOST entry all that it stands for."""
+    if header.kind != types_pb2.ENTRY_KIND_LOST:
+        return str(header.sequence or "-")
+    first, last = header.first_sequence, header.first_sequence + header.count - 1
+    return f"{first}..{last}" if first < last else str(first) if first == last else "-"
 
 
 def _record(record: sequencer_pb2.ItemRecord) -> Iterator[tuple[str, object]]:

@@ -30,6 +30,7 @@ PAYLOADS: Mapping[types_pb2.EntryKind.ValueType, type[Message]] = {
     types_pb2.ENTRY_KIND_CANCELLED: sequencer_pb2.EndedPayload,
     types_pb2.ENTRY_KIND_ABANDONED: sequencer_pb2.EndedPayload,
     types_pb2.ENTRY_KIND_AUDITED: sequencer_pb2.AuditedPayload,
+    types_pb2.ENTRY_KIND_LOST: sequencer_pb2.LostPayload,
 }
 """What an entry's payload is, by kind."""
 

@@ -1,0 +1,48 @@
+"""What a reader of the journal is told of a sequence without an item."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ostinato import errors
+from ostinato.serving.identity import CALLER, Identity, Role
+from ostinato.v1 import sequencer_pb2
+
+from sidecar.config import Settings
+from sidecar.journal import Head
+from sidecar.reading import SequencerServicer
+
+
+class Empty:
+    """A journal whose newest sequence is 5, and that has no items."""
+
+    async def items(self, first: int, last: int, limit: int) -> list[Any]:
+        return []
+
+    async def head(self) -> Head:
+        return Head("0" * 32, "writer", 1, 9, bytes(32), 5)
+
+
+@pytest.mark.parametrize(
+    ("role", "sequence", "message"),
+    [
+        (Role.ADMIN, 5, "sequence 5 is lost: it was given out, and the journal's end with its item was lost"),
+        (Role.ADMIN, 6, "no sequence 6"),
+        (Role.TENANT, 5, "no sequence 5"),
+    ],
+)
+async def test_a_sequence_without_an_item(role: Role, sequence: int, message: str) -> None:
+    """An admin is told that a sequence is lost; to a tenant it does not exist, as another tenant's."""
+    dispatcher: Any = SimpleNamespace(journal=Empty())
+    book: Any = None
+    servicer = SequencerServicer(dispatcher, book, Settings())
+    CALLER.set(Identity("tenant", role))
+    context: Any = None
+
+    with pytest.raises(errors.NotFound) as told:
+        await servicer.Get(sequencer_pb2.GetRequest(sequence=sequence), context)
+
+    assert told.value.message == message
