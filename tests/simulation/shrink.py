@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +50,10 @@ def shrunk(seed: int, promises: frozenset[int]) -> Shrunk:
 
 
 def command(what: Shrunk) -> str:
-    """Repeats it, on the commit that it was found on."""
-    parts = [f"python -m tests.simulation --seed {what.seed}"]
+    """Repeats it from the repository's root, with this Python, on the commit that it was found on."""
+    python = Path(sys.executable)
+    program = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
+    parts = [f"{shlex.quote(str(program))} -m tests.simulation --seed {what.seed}"]
     for name, places in (("faults", what.faults), ("jobs", what.jobs)):
         if places:
             parts.append(f"--without-{name} {','.join(map(str, sorted(places)))}")

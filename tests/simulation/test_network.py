@@ -85,7 +85,6 @@ BREAKS: dict[str, Callable[[Line], object]] = {
     "keepalive": lambda line: line.wait(KEEPALIVE_SECONDS),
     "reset": lambda line: line.network.reset(PATH),
     "died": lambda line: line.network.died(line.node),
-    "died silently": lambda line: (line.network.died(line.node, silently=True), line.wait(KEEPALIVE_SECONDS)),
 }
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from sidecar.config import Settings
+from tests.simulation import __main__
 from tests.simulation.mutations import MUTATIONS, Mutation, caught
 from tests.simulation.plan import plan_of
 from tests.simulation.promises import PROMISES
-from tests.simulation.shrink import ROOT, command, look, shrunk
+from tests.simulation.shrink import ROOT, Shrunk, command, look, shrunk
 from tests.simulation.sights import WANTED
 from tests.simulation.world import simulate
 
@@ -79,3 +80,23 @@ def test_a_fault_is_caught(mutation: Mutation) -> None:
 def test_every_promise_can_be_broken() -> None:
     """There is no checker that finds nothing."""
     assert {mutation.promise for mutation in MUTATIONS} == set(PROMISES)
+
+
+def test_a_report_repeats_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last line of a broken seed's report, given to a shell in the repository's root, is the same run."""
+    monkeypatch.setattr(__main__, "shrunk", lambda seed, promises: Shrunk(seed, frozenset({0, 1}), frozenset({2, 4})))
+    first, fault, repeat = __main__._report(3, {2: ["sequence 1 has 0 outcomes"]}).splitlines()
+    same = simulate(plan_of(3).without(faults=frozenset({0, 1}), jobs=frozenset({2, 4})))
+
+    said = subprocess.run(
+        ["/bin/sh", "-c", repeat.removeprefix("  repeat: ")],
+        cwd=ROOT,
+        env={"PATH": "/nowhere"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (first, fault) == ("seed 3 broke [2]:", "  promise 2: sequence 1 has 0 outcomes")
+    assert (said.returncode, said.stderr) == (0, "")
+    assert said.stdout.splitlines()[-1].startswith(f"digest {same.digest}, ")
