@@ -114,7 +114,7 @@ class History:
     sights: set[str] = field(default_factory=set)
     """What the world saw happen, for those who ask whether it happened at all."""
     out_of_reach: list[tuple[float, float]] = field(default_factory=list)
-    """From and to which second of the clock a path was cut or a process stood still."""
+    """From and to which second of the clock a path was cut, a process stood still, or a replaced sidecar did not know of it."""
     drains: list[tuple[int, int]] = field(default_factory=list)
     """Step and epoch of each sidecar that was told to stop."""
     unended: str = ""

@@ -80,6 +80,10 @@ class Network:
                 noticed = KEEPALIVE_SECONDS if silently else self.delay()
                 call.lose(noticed, noticed)
 
+    def open_to_dead(self) -> list[Outgoing]:
+        """Calls whose called process is dead, and whose connection is not broken: the world has forgotten `died`."""
+        return [call for call in self.calls if call.callee is not None and call.callee.dead and not call.lost]
+
     def reset(self, path: str) -> None:
         """Every connection of this path breaks, with what is under way."""
         for call in list(self.calls):
@@ -169,7 +173,7 @@ class Outgoing:
         self._up, self._down = _Wire(network, path), _Wire(network, path)
         self._in = _Inbox(network.loop)
         self.error: errors.OstinatoError | None = None
-        self.cancelled = self._lost = False
+        self.cancelled = self.lost = False
         self.incoming: Incoming | None = None
         network.calls.append(self)
         self._waiting: list[bytes | None] = []
@@ -248,9 +252,9 @@ class Outgoing:
 
     def lose(self, caller_seconds: float, callee_seconds: float) -> None:
         """The connection breaks; what is under way is lost, and either side is told after so long."""
-        if self._lost:
+        if self.lost:
             return
-        self._lost = self._up.broken = self._down.broken = True
+        self.lost = self._up.broken = self._down.broken = True
         self.network.later(caller_seconds, lambda: self.end(errors.Disconnected("the connection broke")))
         if self.incoming is not None:
             self.network.later(callee_seconds, self.incoming.cancel)
@@ -258,7 +262,7 @@ class Outgoing:
     def forget(self) -> None:
         """Take it from the network's list, once nothing of it can arrive or be lost any more."""
         # The end of the handler is not the end of the call: its answer may be under way, or held by a cut.
-        over = self._in.ended and (self._lost or self.incoming is None or self.incoming.over)
+        over = self._in.ended and (self.lost or self.incoming is None or self.incoming.over)
         if over and self in self.network.calls:
             self.network.calls.remove(self)
 

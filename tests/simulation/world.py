@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,8 @@ class World:
         self._engines: list[ScriptedEngine] = []
         self._mended = False
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._replaced: dict[Node, float] = {}
+        """Sidecars that were told of no successor and are not dead, and since when."""
 
     # ---- the whole
 
@@ -84,6 +87,7 @@ class World:
             failures = [error for error in self.loop.failures if not isinstance(error, Died)]
             self.history.deaths += [f"a callback raised {error!r}" for error in failures]
             self.network.muted = True
+            self.history.out_of_reach += [(since, math.inf) for since in self._replaced.values()]
             self._crash(power=True)
             try:
                 self.history.disk = list(self.store.entries())
@@ -109,6 +113,7 @@ class World:
         keyed = [job for job in self.plan.jobs if job.key]
         await self._within("the encore", asyncio.gather(*map(self.clients.encore, keyed)))
         await self._within("the journal", self._settle())
+        assert not self.network.open_to_dead(), "the connections of a dead process are broken"
 
     async def _within(self, what: str, awaitable: asyncio.Future[Any] | Any) -> None:
         try:
@@ -266,6 +271,16 @@ class World:
     def _after_power(self, node: Node) -> None:
         if self.sidecar is not None and self.sidecar.node is node:
             self.kill_sidecar(power=True)
+        elif any(process.node is node for process in self.sidecars):  # one that was replaced; its successor has the store
+            self.history.note(self.loop.time(), "kill", node, True)
+            self._end_connections(node)
+
+    def _end_connections(self, node: Node) -> None:
+        """Of a sidecar that is dead."""
+        self.network.died(node)
+        since = self._replaced.pop(node, None)
+        if since is not None:
+            self.history.out_of_reach.append((since, self.loop.time()))
 
     async def _run(self, process: Process) -> None:
         try:
@@ -275,7 +290,7 @@ class World:
         else:
             self._note_death(process, code)
         process.node.kill()
-        self.network.died(process.node)
+        self._end_connections(process.node)
         if process is self.sidecar:
             self.sidecar = None
             self.network.later(self.rng.uniform(*RESTART_SECONDS), self.start_sidecar)
@@ -303,7 +318,7 @@ class World:
         self.history.note(self.loop.time(), "kill", process.node, power)
         process.node.kill()
         self._crash_store(process.node, power=power)
-        self.network.died(process.node)
+        self._end_connections(process.node)
         self.network.later(self.rng.uniform(*RESTART_SECONDS), self.start_sidecar)
 
     def _crash(self, *, power: bool) -> None:
@@ -407,13 +422,14 @@ class World:
 
     async def _replace(self, node: Node, seconds: float) -> None:
         """It stands still, another one takes its place, and then it wakes up and knows of nothing."""
-        with self._out_of_reach():
-            node.stop()
-            await asyncio.sleep(min(0.5, seconds))
-            if self.sidecar is not None and self.sidecar.node is node:
-                self.start_sidecar()
-                self.history.sights.add("a sidecar that was replaced")
-            await asyncio.sleep(seconds)
+        # This log has no leases: until it appends or meets the service, it does not know, and its callers wait with it.
+        self._replaced.setdefault(node, self.loop.time())
+        node.stop()
+        await asyncio.sleep(min(0.5, seconds))
+        if self.sidecar is not None and self.sidecar.node is node:
+            self.start_sidecar()
+            self.history.sights.add("a sidecar that was replaced")
+        await asyncio.sleep(seconds)
         if not node.dead:
             self.history.sights.add("a replaced sidecar that came back")
             node.go_on()
