@@ -26,10 +26,10 @@ class Postgres:
     """One server, of the binaries in this folder; without one, of the newest that is installed."""
 
     def __init__(self, binaries: Path | None = None) -> None:
-        self._binaries = binaries or packaged() or installed()[-1]
         self.root = Path(tempfile.mkdtemp(prefix="pg", dir="/var/tmp"))  # short: a socket's path has 107 bytes
         if os.geteuid() == 0:
             os.chown(self.root, NOBODY, NOBODY)
+        self._binaries = self._executable(binaries or packaged() or installed()[-1])
         made = self._spawn("initdb", "-D", "d", "-U", "ostinato", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync")
         assert made.wait() == 0, (self.root / "log").read_text()
         with (self.root / "d/postgresql.conf").open("a") as settings:
@@ -37,11 +37,21 @@ class Postgres:
         self._schemas = itertools.count(1)
         self._process: subprocess.Popen[bytes] | None = None
 
+    def _executable(self, binaries: Path) -> Path:
+        """These, or a copy where the server's user may not enter their folder: root's home, or what has mode 700."""
+        if subprocess.run([*_as_server_user(), "test", "-x", binaries / "postgres"], check=False).returncode == 0:
+            return binaries
+        package, copy = binaries.parents[1], self.root / "package"
+        for folder in (package, package.with_name(f"{package.name}.libs")):  # programs look for libraries beside their folder
+            shutil.copytree(folder, copy / folder.name, ignore=shutil.ignore_patterns("include", "__pycache__"))
+        for path in (copy, *copy.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+        return copy / binaries.relative_to(package.parent)
+
     def _spawn(self, tool: str, *args: str) -> subprocess.Popen[bytes]:
-        # Not by Popen's own `user`: that forks, and a fork beside gRPC's threads may crash.
-        drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"] if os.geteuid() == 0 else []
         with (self.root / "log").open("ab") as log:
-            return subprocess.Popen([*drop, self._binaries / tool, *args], stdout=log, stderr=log, cwd=self.root)
+            command = [*_as_server_user(), self._binaries / tool, *args]
+            return subprocess.Popen(command, stdout=log, stderr=log, cwd=self.root)
 
     def start(self) -> Self:
         """Until it answers."""
@@ -101,6 +111,12 @@ def packaged() -> Path | None:
 def installed() -> list[Path]:
     """Those of the machine, oldest first."""
     return sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+
+
+def _as_server_user() -> list[str]:
+    """Before a command: PostgreSQL refuses to run as root."""
+    # Not by Popen's own `user`: that forks, and a fork beside gRPC's threads may crash.
+    return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"] if os.geteuid() == 0 else []
 
 
 def _alive(pid: str) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,7 @@ from sidecar.journal import JournalUnusable, Note
 from sidecar.journal import postgres_schema as schema
 from sidecar.journal.database import Database
 from sidecar.journal.settings import PostgresSettings
-from tests.postgres import Postgres, installed
+from tests.postgres import Postgres, installed, packaged
 from tests.sidecar.journal_kit import PostgresStore, admission, completed, item
 from tests.sidecar.postgres_kit import EXPIRE, NOW, Watch, admit, sound
 
@@ -111,6 +113,24 @@ def _retry_until_unusable(store: PostgresStore) -> None:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         store.open()[0].close()
+
+
+def test_binaries_that_other_users_cannot_reach(tmp_path: Path) -> None:
+    """A server whose binaries lie below a folder of mode 700 starts, also as root, who runs it as another user."""
+    binaries = packaged()
+    assert binaries is not None, "they come with the development requirements"
+    tmp_path.chmod(0o700)
+    package = binaries.parents[1]
+    for folder in (package, package.with_name(f"{package.name}.libs")):
+        shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("include"))
+    with Postgres(tmp_path / binaries.relative_to(package.parent)) as server:
+        store = PostgresStore(server.url())
+        with store.opened() as journal:
+            admit(journal)
+        root = server.root
+        assert sound(store)
+
+    assert not root.exists()
 
 
 @pytest.mark.skipif(not installed(), reason="this machine has no PostgreSQL of its own")
