@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from ostinato.v1 import types_pb2
+
 from sidecar.journal import ItemEntries, JournalUnusable, Sealed
 from sidecar.journal.database import Connection, Database
 from sidecar.journal.keeping import Key, Log
@@ -19,6 +21,9 @@ _DROP = """DELETE FROM payloads WHERE entry_index IN
   (SELECT unnest(ARRAY[admitted, outcome]) FROM items WHERE sequence = ANY(%b::bigint[]))"""
 _WRITE_KEY = """INSERT INTO keys SELECT %s, %s, %b, %b, %b, count(*), %s FROM items
   WHERE sequence BETWEEN %s AND %s AND outcome IS NULL"""
+# By the primary key: `items` has no index on `admitted`.
+_WRITE_ATTEMPTS = """UPDATE items SET attempt = begun.attempt
+  FROM unnest(%b::bigint[], %b::integer[]) AS begun (sequence, attempt) WHERE items.sequence = begun.sequence"""
 _WRITE_WRITER = "INSERT INTO writers VALUES (%s, %s, '-infinity', '')"
 _WRITE_LOG = "INSERT INTO log VALUES (true, %s, %s, %b, %s) ON CONFLICT DO NOTHING"
 
@@ -110,10 +115,12 @@ class _Filler:
     def entries(self, entries: Sequence[Sealed]) -> None:
         """See `Filler`."""
         self._tables.write_entries(entries, verifications(entries))
-        for header in (entry.header for entry in entries):
-            again = self._log.writers.get(header.writer, header.epoch) - header.epoch
-            if again:  # what is unfinished is begun anew by each epoch of its writer
-                self._db.execute("UPDATE items SET attempt = %s WHERE admitted = %s", (1 + again, header.index))
+        # What is unfinished is begun anew by each epoch of its writer.
+        admitted = [entry.header for entry in entries if entry.header.kind == types_pb2.ENTRY_KIND_ADMITTED]
+        attempts = [1 + self._log.writers.get(header.writer, header.epoch) - header.epoch for header in admitted]
+        again = [(header.sequence, attempt) for header, attempt in zip(admitted, attempts, strict=True) if attempt > 1]
+        if again:
+            self._db.execute(_WRITE_ATTEMPTS, ([sequence for sequence, _ in again], [attempt for _, attempt in again]))
 
     def keys(self, keys: Sequence[Key]) -> None:
         """See `Filler`."""

@@ -14,6 +14,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal import JournalUnusable, Loss, Note, Sealed
 from sidecar.journal.keeping import prune, redact
+from sidecar.journal.postgres_kept import PostgresKept
 from sidecar.journal.transfer import export, take_in
 from tests.postgres import Postgres
 from tests.sidecar.journal_kit import PostgresStore, SqliteStore, Store, admission, audit, completed, ended, item, sequences
@@ -228,6 +229,29 @@ def test_there_and_back(store: Store) -> None:
         assert each.binding("t", "k", store.clock.millis) is None, "it expires as it would have"
         store.clock.millis -= DAY * 1000
         each.close()
+
+
+def test_an_import_reads_a_row_a_few_times(postgres: Postgres) -> None:
+    """The server reads a few rows for an entry of an earlier epoch, and not all that were imported before it."""
+    store = PostgresStore(postgres.url(postgres.schema()), spare=postgres.url(postgres.schema()))
+    with store.opened() as journal:
+        (answer,) = journal.append_many([admission(*(item(number) for number in range(1, 401)))], store.clock.millis)
+        journal.append_many([completed(entry) for entry in answer.entries[:200]], store.clock.millis)
+    store.open()[0].close()
+    other = store.another()
+    with other.kept(create=True) as kept:
+        take_in(kept, exported(store), None, lambda index, total: None)
+        assert isinstance(kept, PostgresKept)
+        with kept._database.connected() as db:
+            db.execute("SELECT pg_stat_force_next_flush()")
+            read = db.execute(ROWS_READ).fetchone()
+
+    assert other.execute("SELECT attempt, count(*) FROM items WHERE outcome IS NULL GROUP BY attempt") == [(2, 200)]
+    assert read is not None
+    assert read[0] < 5 * 600
+
+
+ROWS_READ = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables WHERE relid = 'items'::regclass"
 
 
 def test_large_numbers_are_text(store: Store) -> None:
