@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,6 +21,8 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 
 BACKOFF_SECONDS, BACKOFF_SECONDS_MAX = 0.1, 2.0
 """Between attempts to connect; doubled from the one to the other."""
+LOCK_WAITS_PER_LEASE = 4
+"""A statement that has waited for a lock so long is cancelled, to look at the session that holds it."""
 
 log = logging.getLogger(__name__)
 
@@ -35,20 +38,27 @@ _PARAMETERS: Mapping[str, str] = {
 }
 """Unless the URL has them."""
 
-# A session that may take as long as it needs, and is durable when it says so; but it must not sit on the log's lock. Each
-# statement has to see what was committed before it. What this server does not know, or has stricter, stays.
+# A session that may take as long as it needs, and is durable when it says so; but it must not keep the log's lock while it does
+# nothing, nor wait for that lock without a look at who holds it. `transaction_timeout` would end a large transaction that is at
+# work, and not one whose client does not read. Each statement has to see what was committed before it. What this server does
+# not know, or has stricter, stays.
 _SESSION = """SELECT set_config(name, wanted, false) FROM pg_settings JOIN (VALUES
-    ('statement_timeout', '0'), ('lock_timeout', '0'), ('transaction_timeout', '0'),
+    ('statement_timeout', '0'), ('lock_timeout', %s), ('transaction_timeout', '0'),
     ('idle_in_transaction_session_timeout', %s), ('default_transaction_isolation', 'read committed'),
     ('synchronous_commit', 'on')) AS ours (name, wanted) USING (name)
   WHERE name <> 'synchronous_commit' OR setting IN ('off', 'local', 'remote_write')"""
 
 
+class LogLocked(JournalUnavailable):
+    """Another session holds a lock that was waited for. Nothing has changed, and the connection is as it was."""
+
+
 class Database:
-    """Connects when it is needed. Not thread-safe. `seconds` is a monotonic clock."""
+    """Connects when it is needed. Not thread-safe. `seconds` is a monotonic clock. `lease_seconds` bounds how long a session
+    may be idle within a transaction and, by its share, how long a statement waits for a lock; 0: nothing does."""
 
     def __init__(
-        self, url: str, *, name: str, idle_transaction_seconds: float, seconds: Callable[[], float] = time.monotonic
+        self, url: str, *, name: str, lease_seconds: float = 0.0, seconds: Callable[[], float] = time.monotonic
     ) -> None:
         ours = {**_PARAMETERS, "application_name": f"ostinato {name}"}
         try:
@@ -56,12 +66,13 @@ class Database:
         except psycopg.ProgrammingError:
             raise JournalUnusable("the URL cannot be read; special characters in it are percent-encoded") from None
         self._parameters = make_conninfo(url, **{name: value for name, value in ours.items() if name not in given})
-        self._idle_millis = str(round(idle_transaction_seconds * 1000))
+        self.lease_seconds = lease_seconds
         self._seconds = seconds
         self._connection: Connection | None = None
         self._connected_at = seconds()
         self._backoff_seconds, self._retry_at = BACKOFF_SECONDS, seconds()
         self._said = ""
+        self._pinned, self._lost = False, ""
 
     @property
     def connected_seconds(self) -> float:
@@ -70,17 +81,21 @@ class Database:
 
     @contextmanager
     def connected(self) -> Iterator[Connection]:
-        """In autocommit mode. Raises JournalUnavailable (not reached, or lost: undone, unless it was a commit), JournalFull
-        (undone) and JournalBroken."""
+        """In autocommit mode. Raises JournalUnavailable (not reached, or lost: undone, unless it was a commit), LogLocked
+        (undone), JournalFull (undone) and JournalBroken."""
         connection = self._connection or self._connect()
         try:
             yield connection
         except psycopg.errors.DiskFull as error:
             self.drop()
             raise JournalFull(f"the database has no room: {error}") from error
+        except psycopg.errors.LockNotAvailable as error:
+            self._roll_back(connection)
+            raise LogLocked("another session holds the log's lock") from error
         except psycopg.Error as error:
             self.drop()
             if _lost(error):
+                self._lost = " ".join(str(error).split())
                 raise JournalUnavailable(f"the database was lost: {error}") from error
             raise JournalBroken(f"{type(error).__name__}: {error}") from error
         except BaseException as error:
@@ -89,6 +104,16 @@ class Database:
                 raise JournalBroken(f"an entry cannot be read: {error}") from error
             raise
 
+    @contextmanager
+    def pinned(self) -> Iterator[Connection]:
+        """As `connected`, for a transaction of many calls: until the end a connection that is lost is not replaced."""
+        with self.connected() as connection:
+            self._pinned = True
+            try:
+                yield connection
+            finally:
+                self._pinned = False
+
     def drop(self) -> None:
         """Let go of the connection."""
         connection, self._connection = self._connection, None
@@ -96,12 +121,19 @@ class Database:
             with suppress(psycopg.Error):
                 connection.close()
 
+    def _roll_back(self, connection: Connection) -> None:
+        try:
+            connection.rollback()
+        except psycopg.Error:
+            self.drop()
+
     def _connect(self) -> Connection:
+        if self._pinned:
+            raise JournalUnavailable(f"the connection was lost within a transaction, which has to begin again: {self._lost}")
         if self._seconds() < self._retry_at:
             raise JournalUnavailable(self._said)
         try:
-            connection: Connection = psycopg.connect(self._parameters, autocommit=True)
-            connection.execute(_SESSION, (self._idle_millis,))
+            connection = self._opened()
         except psycopg.Error as error:
             self._retry_at = self._seconds() + self._backoff_seconds
             self._backoff_seconds = min(2 * self._backoff_seconds, BACKOFF_SECONDS_MAX)
@@ -112,6 +144,19 @@ class Database:
         self._backoff_seconds, self._said = BACKOFF_SECONDS, ""
         self._connection, self._connected_at = connection, self._seconds()
         return connection
+
+    def _opened(self) -> Connection:
+        connection: Connection = psycopg.connect(self._parameters, autocommit=True)
+        try:
+            connection.execute(_SESSION, (_millis(self.lease_seconds / LOCK_WAITS_PER_LEASE), _millis(self.lease_seconds)))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+def _millis(seconds: float) -> str:
+    return str(math.ceil(seconds * 1000))
 
 
 def _lost(error: psycopg.Error) -> bool:

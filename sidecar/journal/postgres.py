@@ -94,12 +94,21 @@ class PostgresJournal(PostgresReads):
         """
         assert len(bytes.fromhex(new_log_id)) == 16
         settings = settings or PostgresSettings()
-        database = Database(url, name=writer, idle_transaction_seconds=settings.lease_seconds, seconds=seconds)
+        database = Database(url, name=writer, lease_seconds=settings.lease_seconds, seconds=seconds)
         journal = cls(database, settings, version, seconds)
-        with unusable(), database.connected() as db:
-            check(db)
-            migrate(db)
-            unfinished = journal._begin_epoch(PostgresTables(db), writer, new_log_id, now_millis, mark)
+
+        def begin() -> list[Unfinished]:
+            with database.connected() as db:
+                check(db)
+                migrate(db)
+                return journal._begin_epoch(PostgresTables(db), writer, new_log_id, now_millis, mark)
+
+        try:
+            with unusable():
+                unfinished = journal.waiting(begin)
+        except BaseException:
+            database.drop()
+            raise
         return journal, Opened(journal.head, tuple(unfinished))
 
     def _begin_epoch(
@@ -128,7 +137,7 @@ class PostgresJournal(PostgresReads):
         """One transaction: all of them in this order, durable on return, or none. JournalFull: nothing has changed.
         CommitUnknown: append the same drafts again, before any others."""
         try:
-            return twice(lambda: self._resolve(drafts) or self._append(drafts, now_millis))
+            return self.waiting(lambda: twice(lambda: self._resolve(drafts) or self._append(drafts, now_millis)))
         except JournalUnavailable as error:
             if self._doubt is not None and self._doubt.drafts:
                 raise CommitUnknown(error.message) from error
@@ -212,7 +221,7 @@ class PostgresJournal(PostgresReads):
             self._maintain_at = self._seconds() + self._settings.lease_seconds / LOOKS_PER_LEASE
             with suppress(JournalFull):
                 self.read(lambda tables: tables.renew(self._turn()))
-                self._take_over(now_millis)
+                self.waiting(lambda: self._take_over(now_millis))
         taken, self._taken = self._taken, []
         return taken
 

@@ -35,7 +35,7 @@ class PostgresKept:
     """See `Kept`."""
 
     def __init__(self, url: str, *, create: bool = False) -> None:
-        self._database = Database(url, name="keeping", idle_transaction_seconds=0)
+        self._database = Database(url, name="keeping")
         self._reads = PostgresReads(self._database)
         with unusable(), self._database.connected() as db:
             if create:
@@ -82,8 +82,8 @@ class PostgresKept:
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """See `Kept`."""
-        with unusable(), self._database.connected() as db:
+        """See `Kept`. JournalUnusable also if the connection is lost: what comes after would be of another moment."""
+        with unusable(), self._database.pinned() as db:
             db.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             yield
             db.execute("COMMIT")
@@ -91,7 +91,7 @@ class PostgresKept:
     @contextmanager
     def filling(self, log: Log, writer: str) -> Iterator[_Filler]:
         """See `Kept`. Every writer keeps what is its own."""
-        with unusable(), self._database.connected() as db:
+        with unusable(), self._database.pinned() as db:
             db.execute("BEGIN")
             row = (log.log_id, log.index, log.entry_hash, log.last_sequence)
             if not db.execute(_WRITE_LOG, row).rowcount:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 HEAD = "SELECT log_id, last_index, head_hash, last_sequence FROM log"
 LOCK = "SELECT log_id, last_index, head_hash, last_sequence FROM log FOR UPDATE"
+# A session that has locked the log's row and has waited for its client for a whole lease. Its writer's lease is over: one is
+# renewed between transactions only. Not a session that is at work: it may be committing, or waiting for a standby.
+END_STOPPED = """SELECT pid, application_name, pg_terminate_backend(pid)
+  FROM log JOIN pg_stat_activity ON backend_xid = log.xmax
+  WHERE wait_event_type = 'Client' AND state_change < clock_timestamp() - make_interval(secs => %s)"""
 RENEW = """UPDATE writers SET lease_until = clock_timestamp() + make_interval(secs => %s)
   WHERE name = %s AND epoch = %s RETURNING epoch"""
 TURN = """UPDATE writers SET lease_until = clock_timestamp() + make_interval(secs => %s), committed = %s

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from ostinato.errors import JournalFull, JournalUnavailable
 
 from sidecar.journal import Binding, ItemEntries, JournalBroken, JournalUnusable, Sealed
-from sidecar.journal.database import Database
+from sidecar.journal.database import LOCK_WAITS_PER_LEASE, Database, LogLocked
 from sidecar.journal.postgres_tables import PostgresTables
 
 T = TypeVar("T")
+
+LOCK_WAITS_MAX = 2 * LOCK_WAITS_PER_LEASE
+"""For one lock: a session that stands still is ended after one lease, and what is at work may take another."""
 
 
 class PostgresReads:
@@ -48,13 +51,25 @@ class PostgresReads:
             with self._database.connected() as db:
                 return read(PostgresTables(db))
 
-        return twice(once)
+        return self.waiting(lambda: twice(once))
+
+    def waiting(self, once: Callable[[], T]) -> T:
+        """What may have to wait for a lock, which a sidecar that stands still does not keep. LogLocked: it is kept for long."""
+        for _ in range(LOCK_WAITS_MAX - 1):
+            try:
+                return once()
+            except LogLocked:
+                with suppress(JournalUnavailable), self._database.connected() as db:
+                    PostgresTables(db).end_stopped(self._database.lease_seconds)
+        return once()
 
 
 def twice(once: Callable[[], T]) -> T:
-    """A connection that broke while nobody used it is replaced unseen."""
+    """On a new connection where the old one broke while it was not in use."""
     try:
         return once()
+    except LogLocked:
+        raise
     except JournalUnavailable:
         return once()
 

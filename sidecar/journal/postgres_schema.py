@@ -66,6 +66,7 @@ MIGRATIONS: tuple[str, ...] = (_FIRST,)
 def migrate(db: Connection) -> None:
     """Bring a journal, or an empty schema, to the newest version. JournalUnusable: the message says why not."""
     with db.transaction():
+        db.execute("SET LOCAL lock_timeout = 0")  # another one's migration takes as long as it takes
         db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
         version = _version(db)
         if version > len(MIGRATIONS):

@@ -1,11 +1,14 @@
-"""What is read from the PostgreSQL tables and written to them. Raises psycopg.Error."""
+"""What is read from the PostgreSQL tables and written to them. Raises psycopg.Error; LockNotAvailable: a lock was not free."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import psycopg
 
 from ostinato.chain import OUTCOMES
 from ostinato.v1 import types_pb2
@@ -15,6 +18,8 @@ from sidecar.journal import postgres_queries as sql
 from sidecar.journal.database import Connection
 from sidecar.journal.known import Known, Needs
 from sidecar.journal.ledger import NUMBER_MAX, Ledger
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +146,18 @@ class PostgresTables:
     def release(self, turn: Turn) -> None:
         """Let the lease end now."""
         self._db.execute(sql.RENEW, (-1, turn.writer, turn.epoch))
+
+    def end_stopped(self, lease_seconds: float) -> None:
+        """End the session that has kept the log's lock for a lease while its client stood still. Its transaction is undone; the
+        client finds its connection gone."""
+        try:
+            ended = self._db.execute(sql.END_STOPPED, (lease_seconds,)).fetchall()
+        except psycopg.errors.InsufficientPrivilege as error:
+            _log.warning("a session that stands still has the log's lock and cannot be ended", extra={"error": str(error)})
+            return
+        for pid, name, _ in ended:
+            said = {"pid": pid, "application_name": name}
+            _log.warning("a session that stood still was ended: it had the log's lock", extra=said)
 
     def dead(self, writer: str) -> bool:
         """Whether `fence` would find a writer."""

@@ -231,6 +231,25 @@ def test_there_and_back(store: Store) -> None:
         each.close()
 
 
+def test_an_export_is_of_one_moment(postgres: Postgres) -> None:
+    """An export that loses its connection ends there and says so: what a new connection shows is of another moment."""
+    store = PostgresStore(postgres.url(postgres.schema()))
+    with store.opened() as journal:
+        for _ in range(2):
+            journal.append_many([admission(*(item(number) for number in range(1, 601)))], store.clock.millis)
+        with store.kept() as kept:
+            lines = export(kept)
+            first = next(lines)
+            store.execute(END_KEEPING)
+            journal.append_many([completed(*journal.unfinished(1, 1, 1))], store.clock.millis)
+            with pytest.raises(JournalUnusable, match="begin again"):
+                list(lines)
+        assert json.loads(first)["index"] == "1201"
+
+
+END_KEEPING = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = 'ostinato keeping'"
+
+
 def test_an_import_reads_a_row_a_few_times(postgres: Postgres) -> None:
     """The server reads a few rows for an entry of an earlier epoch, and not all that were imported before it."""
     store = PostgresStore(postgres.url(postgres.schema()), spare=postgres.url(postgres.schema()))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
+import psycopg
 import pytest
 
-from ostinato.errors import JournalFull
+from ostinato.errors import JournalFull, JournalUnavailable
 
 from sidecar.journal import JournalUnusable, Note
 from sidecar.journal import postgres_schema as schema
@@ -91,18 +93,39 @@ def test_a_forgetful_server(store: PostgresStore) -> None:
     weak = store.url.replace(
         "options=", "options=-csynchronous_commit%3Doff%20-cdefault_transaction_isolation%3Dserializable%20"
     )
-    database = Database(weak, name="t", idle_transaction_seconds=7)
+    database = Database(weak, name="t", lease_seconds=7)
     with database.connected() as db:
         shown = {name: db.execute(f"SHOW {name}").fetchone() for name in SESSION}
     database.drop()
     assert shown == {name: (value,) for name, value in SESSION.items()}
 
 
+def test_a_connection_that_cannot_be_set_up(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is closed, whatever the server refused of its settings."""
+    schema = postgres.schema()
+    with psycopg.connect(postgres.url(schema), autocommit=True) as db:
+        db.execute("""CREATE FUNCTION set_config(text, text, boolean) RETURNS text LANGUAGE plpgsql
+            AS $$ BEGIN RAISE EXCEPTION 'permission denied to set parameter'; END $$""")
+    made: list[psycopg.Connection] = []
+    connect = psycopg.connect
+
+    def connecting(*args: Any, **how: Any) -> psycopg.Connection:
+        made.append(connect(*args, **how))
+        return made[-1]
+
+    monkeypatch.setattr(psycopg, "connect", connecting)
+    database = Database(postgres.url(f"{schema},pg_catalog"), name="t")
+    with pytest.raises(JournalUnavailable, match="permission denied"), database.connected():
+        pass
+
+    assert [connection.closed for connection in made] == [True]
+
+
 SESSION = {
     "default_transaction_isolation": "read committed",
     "synchronous_commit": "on",
     "statement_timeout": "0",
-    "lock_timeout": "0",
+    "lock_timeout": "1750ms",
     "idle_in_transaction_session_timeout": "7s",
     "application_name": "ostinato t",
 }

@@ -48,6 +48,7 @@ NOT_REACHED = {
     "link.tokenizer": "a gateway asks for it, and it changes nothing: tests/e2e/test_gateway.py",
     "after link.run": "it is cancelled with the process that it keeps connected",
     "database.fence": "there is no other writer to fence: tests/sidecar/test_journal_postgres.py",
+    "database.end_stopped": "no other session holds the log's lock: tests/sidecar/test_journal_postgres_stopped.py",
     "database.committed": "only where a commit is in doubt: test_points.py has that, too",
     "database.write_entries": "a part of commit",
     "database.write_notes": "likewise",
