@@ -30,11 +30,39 @@ SETTLED_SECONDS = 60.0
 
 
 class Roaming(Load):
-    """Clients that ask another sidecar every time."""
+    """Clients that ask another sidecar every time, and one at each sidecar that asks no other."""
 
-    def __init__(self, pairs: Sequence[Pair], source: Iterator[Job], rng: random.Random) -> None:
+    def __init__(self, pairs: Sequence[Pair], source: Iterator[Job], rng: random.Random, name: str) -> None:
         super().__init__(lambda: "", source)
         self._pairs, self._rng = pairs, rng
+        self._own = {pair: jobs(rng, f"{name} at {number}", keyed_share=1) for number, pair in enumerate(pairs)}
+        self.answered: dict[Pair, list[tuple[float, float]]] = {pair: [] for pair in pairs}
+        """When each job of a sidecar's own client was first sent, and when it was answered."""
+
+    async def run(self, clients: int) -> None:
+        """As `Load.run`; so many that go to all, and the sidecars' own."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(super().run(clients))
+            for pair in self._pairs:
+                group.create_task(self._resident(pair))
+
+    async def _resident(self, pair: Pair) -> None:
+        async with Client(pair.target) as client:
+            for job in self._own[pair]:
+                sent_at = time.monotonic()
+                await self._answer(lambda: client, job)
+                if self._over:
+                    return
+                self.answered[pair].append((sent_at, time.monotonic()))
+
+    def answered_since(self, pair: Pair, since: float) -> bool:
+        """Whether a job that was sent after this was answered there."""
+        return bool(self.answered[pair]) and self.answered[pair][-1][0] >= since
+
+    def longest_wait(self, pair: Pair, since: float) -> float:
+        """Seconds without an answer of it, at most, from then on."""
+        ends = [since, *(answered_at for _, answered_at in self.answered[pair] if answered_at > since)]
+        return max((b - a for a, b in itertools.pairwise(ends)), default=0.0)
 
     async def _client(self) -> None:
         async with AsyncExitStack() as stack:
@@ -52,6 +80,9 @@ class Sidecars:
         self.server, self.pairs, self.url, self._rng = server, pairs, url, rng
         self.fenced = 0
         """Sidecars that ended by themselves, because another had taken over their items."""
+        self.load: Roaming | None = None
+        self.waits: list[float] = []
+        """By pause, the longest time in seconds for which a sidecar that was not stopped gave no answer."""
 
     async def kill(self) -> None:
         """One of them, as a power cut would; it comes back before its lease has run out, or after."""
@@ -62,12 +93,32 @@ class Sidecars:
         await self.start(pair)
 
     async def pause(self) -> None:
-        """One of them stands still for longer than its lease, and then goes on where it was."""
+        """One of them stands still for longer than its lease, and until each of the others has answered what it was asked
+        meanwhile: whatever the stopped one has locked. Then it goes on where it was."""
+        load = self.load
+        assert load is not None
+        await self._answering(self.pairs)
+        await asyncio.sleep(self._rng.uniform(0, 0.5))
         pair = self._rng.choice(self.pairs)
+        others = [other for other in self.pairs if other is not pair]
         assert pair.sidecar is not None
+        since = time.monotonic()
         os.kill(pair.sidecar.pid, signal.SIGSTOP)
-        await asyncio.sleep(3 * LEASE_SECONDS)
-        os.kill(pair.sidecar.pid, signal.SIGCONT)
+        try:
+            await asyncio.sleep(self._rng.uniform(2, 4) * LEASE_SECONDS)
+            await self._answering(others)
+        finally:
+            os.kill(pair.sidecar.pid, signal.SIGCONT)
+        self.waits.append(max(load.longest_wait(other, since) for other in others))
+
+    async def _answering(self, pairs: Sequence[Pair]) -> None:
+        """Until each of these has answered something that it is asked from now on."""
+        assert self.load is not None
+        since = time.monotonic()
+        while not all(self.load.answered_since(pair, since) for pair in pairs):
+            assert time.monotonic() < since + SETTLED_SECONDS, "a sidecar gives no answer"
+            await asyncio.sleep(0.05)
+            await self.watch()
 
     async def crash_server(self) -> None:
         """The server dies, and recovers."""
@@ -127,7 +178,8 @@ async def chapter(
     shared: Sidecars, rng: random.Random, kills: int, pauses: int, crashes: int
 ) -> tuple[Load, Record, list[str]]:
     """A load of keyed batches in which sidecars die or stand still and the server crashes; what was wrong in the end."""
-    load = Roaming(shared.pairs, jobs(rng, f"shared {rng.random()}", keyed_share=1, repeated_share=0.3), rng)
+    name = f"shared {rng.random()}"
+    load = shared.load = Roaming(shared.pairs, jobs(rng, name, keyed_share=1, repeated_share=0.3), rng, name)
     running = asyncio.create_task(load.run(CLIENTS))
     todo = [shared.kill] * kills + [shared.pause] * pauses + [shared.crash_server] * crashes
     rng.shuffle(todo)
@@ -135,6 +187,7 @@ async def chapter(
         for act in todo:
             await asyncio.sleep(rng.uniform(0.2, 0.8))
             await act()
+            assert not running.done(), "the load goes on until it is told to stop"
             await shared.watch()
         load.stop()
         deadline = time.monotonic() + SETTLED_SECONDS

@@ -13,6 +13,7 @@ from tests.soak.chaos import Story
 
 MEGABYTES_MAX = 150
 ROUNDS, CHAPTER = 200, 10
+STOPS, STOP_CHAPTERS = 100, 5
 
 pytestmark = pytest.mark.soak
 
@@ -45,6 +46,21 @@ async def test_two_hundred_kills() -> None:
     assert code == 0
     assert faults == []
     assert story.record.opened == 1 + ROUNDS // 2
+
+
+@pytest.mark.timeout(3600)
+async def test_a_hundred_stops_on_a_shared_log() -> None:
+    """Three sidecars are stopped (SIGSTOP) at random moments, a hundred times, on five logs: the others answer, and all
+    promises hold."""
+    seed = chaos.seed()
+    rng, fenced, waits = random.Random(seed), 0, list[float]()
+    with Postgres() as server:
+        for chapter in range(STOP_CHAPTERS):
+            async with shared.sidecars(server, rng) as together:
+                _, _, faults = await shared.chapter(together, rng, kills=0, pauses=STOPS // STOP_CHAPTERS, crashes=0)
+            assert faults == [], f"chapter {chapter}, SOAK_SEED={seed}"
+            fenced, waits = fenced + together.fenced, waits + together.waits
+            print(f"chapter {chapter}: {len(waits)} stops, {fenced} sidecars fenced; no answer for {max(waits):.2f} s at most")
 
 
 @pytest.mark.timeout(3600)
