@@ -50,7 +50,7 @@ class Postgres:
 
     def _spawn(self, tool: str, *args: str) -> subprocess.Popen[bytes]:
         with (self.root / "log").open("ab") as log:
-            command = [*_as_server_user(), self._binaries / tool, *args]
+            command = [*_as_server_user(), str(self._binaries / tool), *args]
             return subprocess.Popen(command, stdout=log, stderr=log, cwd=self.root)
 
     def start(self) -> Self:

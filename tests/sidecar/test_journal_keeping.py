@@ -241,7 +241,7 @@ def test_an_export_is_of_one_moment(postgres: Postgres) -> None:
             lines = export(kept)
             first = next(lines)
             store.execute(END_KEEPING)
-            journal.append_many([completed(*journal.unfinished(1, 1, 1))], store.clock.millis)
+            journal.append_many([completed(journal.unfinished(1, 1, 1)[0])], store.clock.millis)
             with pytest.raises(JournalUnusable, match="begin again"):
                 list(lines)
         assert json.loads(first)["index"] == "1201"
