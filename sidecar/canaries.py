@@ -31,7 +31,9 @@ def read(path: Path | None) -> tuple[Canary, ...]:
         names = [canary.name for canary in canaries]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{min(twice)!r} is the name of two canaries")
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     return canaries
 

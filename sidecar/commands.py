@@ -17,6 +17,7 @@ import typer
 from ostinato.cli.show import note, progress, visible
 from ostinato.errors import JournalFull, JournalUnavailable
 from ostinato.serving.program import FAILED, StartupError
+from ostinato.serving.settings import lookup
 from ostinato.v1 import types_pb2
 
 from sidecar.config import Settings, is_shared, mark_of
@@ -41,6 +42,27 @@ Journal = Annotated[str, typer.Option(envvar="OSTINATO_SIDECAR_JOURNAL", help="T
 JOURNAL = Settings().journal
 
 
+def _from_file(context: typer.Context, file: str | None) -> str | None:
+    """Takes what is given neither as a flag nor in the environment from the settings file."""
+    try:
+        context.default_map = {name: lookup(Settings, "sidecar", name, {}, file) for name in ("journal", "high_water")}
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return file
+
+
+Config = Annotated[
+    str | None,
+    typer.Option(
+        envvar="OSTINATO_SIDECAR_CONFIG",
+        callback=_from_file,
+        is_eager=True,
+        metavar="FILE",
+        help="The sidecar's settings file, for what is not given here.",
+    ),
+]
+
+
 def main(argv: Sequence[str]) -> None:
     """Ends the process: 0; 1 where the journal is not what it should be; 2 for a bad command line."""
     try:
@@ -51,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 @app.command()
-def verify(journal: Journal = JOURNAL) -> None:
+def verify(journal: Journal = JOURNAL, config: Config = None) -> None:
     """Check every link, every invariant, and every payload that is kept. The first bad entry ends it, with exit code 1."""
     with closing(open_kept(journal)) as kept, _progress(kept) as came_to:
         index = 0
@@ -70,6 +92,7 @@ def prune(
         typer.Option(help="A sequence; a time, 2026-11-01T12:00, in UTC if it does not say; or an age: 12h, 30d, 4w."),
     ],
     journal: Journal = JOURNAL,
+    config: Config = None,
 ) -> None:
     """Drop the payloads of items that have ended before. Prompts and answers go for good; hashes, and so the chain, stay."""
     old, dropped = older(before, time.time()), 0
@@ -81,7 +104,7 @@ def prune(
 
 
 @app.command()
-def redact(sequences: Annotated[list[int], typer.Argument(min=1)], journal: Journal = JOURNAL) -> None:
+def redact(sequences: Annotated[list[int], typer.Argument(min=1)], journal: Journal = JOURNAL, config: Config = None) -> None:
     """Drop the payloads of single items, as prune does."""
     with closing(open_kept(journal)) as kept:
         note(f"{keeping.redact(kept, sequences)} payloads are dropped")
@@ -125,6 +148,7 @@ def import_(
     file: Annotated[str, typer.Argument(help="An exported journal; - for the standard input.")],
     writer: Annotated[str | None, typer.Option(help="Whose it is to be, where the log has several.")] = None,
     journal: Journal = JOURNAL,
+    config: Config = None,
 ) -> None:
     """Fill an empty journal from such lines: all of it, with its chain verified, or nothing."""
     with (
@@ -146,6 +170,7 @@ def accept_loss(
         Path | None, typer.Option(envvar="OSTINATO_SIDECAR_HIGH_WATER", help="The mark's file; default: beside the journal.")
     ] = None,
     journal: Journal = JOURNAL,
+    config: Config = None,
 ) -> None:
     """Go on with a journal that lost its end. What it lost stays lost; the numbers are not given out again."""
     path = high_water or mark_of(journal)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ostinato.serving.addresses import check_target
 from ostinato.serving.settings import field
 
 from sidecar.core.item import Bounds
@@ -17,7 +18,9 @@ class Settings:
     listen: tuple[str, ...] = field(("127.0.0.1:7001",), "addresses of the public door, host:port or unix:/path")
     engine: str = field("unix:.run/engine.sock", "address of the service")
     journal: str = field(".run/journal.sqlite", "file of the journal, or postgresql://… of one that sidecars share")
-    high_water: Path | None = field(None, "file of the journal's high-water mark; none: beside a journal in a file, with .mark")
+    high_water: Path | None = field(
+        None, "file of the journal's high-water mark", applies="beside a journal in a file, with .mark"
+    )
     writer: str = field("ostinato-0", "stable name of this sidecar, its own on a log, written into every entry")
     metrics: str = field("127.0.0.1:9400", "where /metrics is, host:port; empty: nowhere")
     health_listen: str = field("", "a port in plain text with health on it and nothing else, for probes; empty: none")
@@ -36,7 +39,7 @@ class Settings:
     log_level: str = field("info", "of log lines", choices=("debug", "info", "warning", "error"))
     # bounds of a request
     batch_items_max: int = field(256, "items in one request", minimum=1, maximum=4096)
-    message_bytes_max: int = field(4 << 20, "of one request", minimum=1024)
+    message_bytes_max: int = field(4 << 20, "of one request", minimum=1024, maximum=2**31 - 1)
     max_response_bytes: int = field(4 << 20, "of a worst-case answer, unless the client's metadata raises it", minimum=1024)
     response_bytes_ceiling: int = field(256 << 20, "what a client's metadata may raise it to", minimum=1024)
     idempotency_key_bytes_max: int = field(256, "of an idempotency key", minimum=1)
@@ -62,7 +65,7 @@ class Settings:
     shadow_rate: float = field(0.01, "share of completed items that are mirrored, by lot", minimum=0.0, maximum=1.0)
     shadow_queue_max: int = field(256, "items that wait for the shadow; more are dropped", minimum=1)
     canaries: Path | None = field(
-        None, "TOML file of prompts whose answers are learned and watched; none: those that come along"
+        None, "TOML file of prompts whose answers are learned and watched", applies="the sidecar's own"
     )
     canary_seconds: float = field(300.0, "between two rounds of canaries; 0: none are run", minimum=0.0)
     # journal
@@ -84,6 +87,13 @@ class Settings:
             raise ValueError("--tls-client-ca needs --tls-certificate and --tls-key")
         if self.trust_tenant_metadata and (self.tokens is not None or self.tls_client_ca is not None):
             raise ValueError("--trust-tenant-metadata: tenants come from --tokens and --tls-client-ca already")
+        if not self.listen:
+            raise ValueError("--listen: needs at least one address")
+        if not self.journal:
+            raise ValueError("--journal: needs a file, or the URL of a database")
+        check_target("--engine", self.engine)
+        if self.shadow:
+            check_target("--shadow", self.shadow)
         if self.shadow == self.engine:
             raise ValueError("--shadow: is the address of --engine")
         if self.response_bytes_ceiling < self.max_response_bytes:

@@ -56,10 +56,17 @@ def open_journal(settings: Settings, now_millis: int, *, checked: bool = True) -
     try:
         if not is_shared(settings.journal):
             _make_folder(Path(settings.journal).parent)
-        mark = MarkFile(settings.mark).read() if checked and settings.mark is not None else None
+        mark = _mark(settings.mark) if checked and settings.mark is not None else None
         return (_open_shared if is_shared(settings.journal) else _open_file)(settings, now_millis, mark)
     except (JournalUnusable, OSError) as error:
-        raise program.StartupError(f"journal: {error}") from error
+        raise program.StartupError(f"--journal: {error}") from error
+
+
+def _mark(path: Path) -> Mark | None:
+    try:
+        return MarkFile(path).read()
+    except JournalUnusable as error:
+        raise program.StartupError(f"--high-water: {error}") from error
 
 
 @contextmanager
@@ -69,11 +76,11 @@ def reading(settings: Settings) -> Iterator[None]:
     try:
         yield
     except JournalUnavailable as error:
-        raise program.StartupError(f"journal: {error}") from error
+        raise program.StartupError(f"--journal: {error}") from error
     except JournalBroken as error:
-        raise program.StartupError(f"journal: {name}: {error.args[0]}: look at it with verify") from error
+        raise program.StartupError(f"--journal: {name}: {error.args[0]}: look at it with verify") from error
     except DecodeError as error:
-        raise program.StartupError(f"journal: {name} is damaged: an entry's payload cannot be read: {RESTORE}") from error
+        raise program.StartupError(f"--journal: {name} is damaged: an entry's payload cannot be read: {RESTORE}") from error
 
 
 def open_kept(journal: str, *, create: bool = False) -> Kept:
@@ -103,9 +110,8 @@ def _make_folder(folder: Path) -> None:
 
 
 def _open_file(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[Backend, Opened]:
-    path = Path(settings.journal)
     return SqliteJournal.open(
-        path,
+        Path(settings.journal),
         writer=settings.writer,
         version=ostinato.__version__,
         new_log_id=uuid.uuid4().hex,

@@ -71,7 +71,7 @@ class Database:
         self._connection: Connection | None = None
         self._connected_at = seconds()
         self._backoff_seconds, self._retry_at = BACKOFF_SECONDS, seconds()
-        self._said = ""
+        self._said, self._has_been_connected = "", False
         self._pinned, self._lost = False, ""
 
     @property
@@ -138,11 +138,11 @@ class Database:
             self._retry_at = self._seconds() + self._backoff_seconds
             self._backoff_seconds = min(2 * self._backoff_seconds, BACKOFF_SECONDS_MAX)
             said, self._said = self._said, "the database cannot be reached: " + " ".join(str(error).split())
-            if said != self._said:
+            if said != self._said and self._has_been_connected:  # else the journal cannot be opened, and its caller says why
                 log.warning(self._said)
             raise JournalUnavailable(self._said) from error
         self._backoff_seconds, self._said = BACKOFF_SECONDS, ""
-        self._connection, self._connected_at = connection, self._seconds()
+        self._connection, self._connected_at, self._has_been_connected = connection, self._seconds(), True
         return connection
 
     def _opened(self) -> Connection:

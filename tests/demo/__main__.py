@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from service.config import ENGINES
 from tests.demo.show import counted, show
 from tests.gateway import Gateway
 from tests.pair import ROOT, Pair
@@ -50,7 +51,7 @@ def main() -> int:
     """0: everything that was shown is as promised."""
     parser = argparse.ArgumentParser(prog="python -m tests.demo")
     parser.add_argument("--up", action="store_true", help="leave both running until Ctrl-C")
-    parser.add_argument("--engine", default="llama", help="llama, turbomind or scripted")
+    parser.add_argument("--engine", default="llama", choices=ENGINES)
     parser.add_argument("--gateway", action="store_true", help="with --up: an OpenAI gateway too")
     parser.add_argument("--model", default="", help="path of another model")
     args = parser.parse_args()

@@ -39,7 +39,8 @@ async def test_no_engine() -> None:
     """Without a service work is refused with a time to come back, nothing is numbered, and reads are served; then it comes, and
     goes: health says so at once, not when the clock is looked at next."""
     with Pair(service=scripted({}), sidecar=["--tick-seconds", "1000"]) as pair:
-        pair.start_sidecar()
+        waiting = pair.start_sidecar().wait_for("waiting for the engine")
+        assert waiting["address"] == pair.engine_address
         async with opened(pair) as door:
             for call in (
                 door.generation.Generate(one()),

@@ -146,11 +146,11 @@ def test_a_narrow_encoding_is_survived(far: tuple[Fake, str]) -> None:
 
 
 def test_the_version_is_the_packages() -> None:
-    """--version prints the package's version."""
+    """--version prints the command's name and the package's version."""
     import ostinato
 
     done = _run("--version")
-    assert (done.returncode, done.stdout) == (0, f"{ostinato.__version__}\n")
+    assert (done.returncode, done.stdout) == (0, f"ostinato {ostinato.__version__}\n")
 
 
 def test_json_reaches_a_pipe_at_once(far: tuple[Fake, str]) -> None:

@@ -110,8 +110,7 @@ def test_a_field_cannot_hide_the_level() -> None:
 
 
 @pytest.fixture(name="root")
-def _root(monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.Logger]:
-    monkeypatch.setenv("GRPC_VERBOSITY", "NONE")
+def _root() -> Iterator[logging.Logger]:
     root = logging.getLogger()
     before = root.level, root.handlers
     yield root

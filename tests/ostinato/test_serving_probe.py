@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,24 @@ from prometheus_client import CollectorRegistry
 
 from ostinato.serving.probe import probe
 from ostinato.serving.server import Server
+from ostinato.serving.settings import field
 
 from tests.ostinato.echo import NAME, Echo, register
 
 ROOT = Path(__file__).parents[2]
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Where a program listens."""
+
+    listen: tuple[str, ...] = field(("unix:/default.sock",), "addresses")
+    health_listen: str = field("", "for probes")
+
+
 async def asked(address: str, *argv: str) -> int:
     """The exit code; the probe blocks, so it has a thread."""
-    return await asyncio.to_thread(probe, "sidecar", "127.0.0.1:1", ["--address", address, *argv], {})
+    return await asyncio.to_thread(probe, Settings, "sidecar", ["--address", address, *argv], {})
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
@@ -52,7 +62,7 @@ def test_a_server_that_does_not_answer_fails_in_time(capsys: pytest.CaptureFixtu
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
 
-        assert probe("service", "unix:/nowhere", ["--address", address, "--timeout-seconds", "0.2"], {}) == 1
+        assert probe(Settings, "service", ["--address", address, "--timeout-seconds", "0.2"], {}) == 1
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
@@ -71,16 +81,31 @@ def test_a_server_that_does_not_answer_fails_in_time(capsys: pytest.CaptureFixtu
 )
 def test_the_address_is_the_programs_own(environ: dict[str, str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The environment says where to ask, by the port for probes or the first address; nothing else there matters."""
-    assert probe("service", "unix:/default.sock", [], environ) == 1
+    assert probe(Settings, "service", [], environ) == 1
 
     assert capsys.readouterr().out.endswith(f"service at {expected}\n")
+
+
+def test_the_address_may_be_in_the_settings_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file that the environment or --config names says where to ask too, below the environment."""
+    file = tmp_path / "ostinato.toml"
+    file.write_text('[service]\nlisten = ["unix:/file.sock", "127.0.0.1:1"]\nodd = 1\n')
+    named = {"OSTINATO_SERVICE_CONFIG": str(file)}
+
+    assert probe(Settings, "service", [], named) == 1
+    assert probe(Settings, "service", ["--config", str(file)], {}) == 1
+    assert probe(Settings, "service", [], {**named, "OSTINATO_SERVICE_LISTEN": "unix:/nowhere.sock"}) == 1
+    asked = [line.rpartition(" ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert asked == ["unix:/file.sock", "unix:/file.sock", "unix:/nowhere.sock"]
+    with pytest.raises(SystemExit, match="2"):
+        probe(Settings, "service", ["--config", str(tmp_path / "none")], {})
 
 
 @pytest.mark.parametrize("argv", [["--timeout-seconds", "0"], ["--timeout-seconds", "nan"], ["--adress", "x"], ["a", "b"]])
 def test_a_bad_flag_is_not_bad_health(argv: list[str]) -> None:
     """A probe that was asked wrongly exits with 2, as the programs do."""
     with pytest.raises(SystemExit) as ended:
-        probe("sidecar", "127.0.0.1:1", argv, {})
+        probe(Settings, "sidecar", argv, {})
 
     assert ended.value.code == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,15 +23,15 @@ async def main(stop):
     {body}
     return DRAINED
 
-logs.setup("human")
-sys.exit(run(main))
+logs.setup("{form}")
+sys.exit(run("program", main))
 """
 
 
-def started(body: str, first: str = "heed(stop)") -> subprocess.Popen[str]:
+def started(body: str, first: str = "heed(stop)", form: str = "human") -> subprocess.Popen[str]:
     """A program with this body in its main, up and running."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(first=first, body=body)],
+        [sys.executable, "-c", PROGRAM.format(first=first, body=body, form=form)],
         env={**os.environ, "PYTHONPATH": str(SOURCES)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -99,9 +100,20 @@ def test_a_hook_and_a_supervisor_may_both_ask() -> None:
 
 
 def test_a_program_that_cannot_start_says_why_in_one_line() -> None:
-    """A StartupError is its message on stderr and its exit code, without a traceback."""
-    assert ended(started("raise StartupError('the port\\nis taken')")) == (1, "the port is taken\n")
+    """A StartupError is its message on stderr behind the program's name, and its exit code, without a traceback."""
+    assert ended(started("raise StartupError('the port\\nis \\033[1mtaken')")) == (1, "program: the port is \\x1b[1mtaken\n")
     assert ended(started("raise StartupError('bad', exit_code=2)"))[0] == 2
+
+
+def test_a_program_with_a_json_log_says_why_in_one_record() -> None:
+    """A StartupError is one JSON record of level CRITICAL where the log is JSON, whatever level is logged."""
+    code, errors = ended(
+        started("logs.setup('json', 'ERROR'); raise StartupError('the port\\nis taken', exit_code=2)", form="json")
+    )
+
+    record = json.loads(errors)
+    assert (code, record.pop("time")[-1]) == (2, "Z")
+    assert record == {"level": "CRITICAL", "logger": "program", "message": "the port is taken", "exit_code": 2}
 
 
 def test_a_failure_is_logged_with_its_traceback() -> None:

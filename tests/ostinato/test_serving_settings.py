@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from ostinato.serving.settings import REQUIRED, describe, field, load
+from ostinato.serving.settings import REQUIRED, describe, field, load, lookup, read
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,3 +193,193 @@ def test_settings_do_not_change() -> None:
     """What was printed at start is what holds until the end."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings().queue_items = 5  # type: ignore[misc]
+
+
+# A settings file.
+
+File = Callable[[str], Path]
+
+
+@pytest.fixture(name="file")
+def _file(tmp_path: Path) -> File:
+    def write(text: str) -> Path:
+        path = tmp_path / "ostinato.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+ALL = """
+[service]
+anything = "is the service's to judge"
+
+[sidecar]
+queue_items = 18446744073709551615
+grace_seconds = 1
+audit = false
+log_format = "json"
+listen = ["127.0.0.1:1", "unix:/s"]
+writer = ""
+share = 0.5
+token = "t"
+"""
+
+
+def test_every_type_is_read_from_a_file(file: File) -> None:
+    """TOML's own types are the settings' types; a whole number may be a number, and an empty text is none where none may be."""
+    got = settings(f"--config={file(ALL)}")
+
+    assert got == Settings(
+        journal=Path("j"),
+        queue_items=2**64 - 1,
+        grace_seconds=1.0,
+        audit=False,
+        log_format="json",
+        listen=("127.0.0.1:1", "unix:/s"),
+        share=0.5,
+        token="t",
+    )
+    assert type(got.grace_seconds) is float
+
+
+def test_a_file_may_hold_what_is_required(file: File) -> None:
+    """A required setting may stand in the file."""
+    path = file('[sidecar]\njournal = "a/b"\n')
+
+    assert load(Settings, "sidecar", [f"--config={path}"], {}).journal == Path("a/b")
+
+
+def test_flag_and_environment_win_over_the_file(file: File) -> None:
+    """Flag, environment, file, default: in this order. The file itself may be named by flag or environment, likewise."""
+    path = str(file("[sidecar]\nqueue_items = 7\ngrace_seconds = 7\nlimit = 7\n"))
+
+    got = settings("--queue-items=5", CONFIG=path, QUEUE_ITEMS="6", GRACE_SECONDS="6")
+    assert (got.queue_items, got.grace_seconds, got.limit) == (5, 6.0, 7)
+    assert settings(f"--config={path}", CONFIG="/nowhere").queue_items == 7
+    assert settings("--config=", CONFIG=path).queue_items == 1024
+    assert settings(CONFIG="").queue_items == 1024
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[sidecar]\nqueue_item = 1", "[sidecar] queue_item: names no setting; did you mean queue_items?"),
+        ("[sidecar]\nqueue-items = 1", "[sidecar] queue-items: names no setting; did you mean queue_items?"),
+        ("[sidecar]\nconfig = 'x'", "[sidecar] config: names no setting"),
+        ("[sidecra]\nqueue_items = 1", "[sidecra]: names no table; did you mean sidecar?; there are [service] and [sidecar]"),
+        ("[[sidecars]]", "[sidecars]: names no table"),
+        ("queue_items = 1", "queue_items: is not in a table; there are [service] and [sidecar]"),
+        ("sidecar = 1", "sidecar: is not in a table"),
+        ("service = 1", "service: is not in a table"),
+        ("[sidecar]\nqueue_items = '1'", "[sidecar] queue_items: '1' is not a whole number"),
+        ("[sidecar]\nqueue_items = true", "[sidecar] queue_items: true is not a whole number"),
+        ("[sidecar]\nqueue_items = 1.0", "[sidecar] queue_items: 1.0 is not a whole number"),
+        ("[sidecar]\nqueue_items = 0", "[sidecar] queue_items: 0 is not 1 to 18446744073709551615"),
+        ("[sidecar]\ngrace_seconds = nan", "[sidecar] grace_seconds: nan is not finite"),
+        ("[sidecar]\ngrace_seconds = inf", "[sidecar] grace_seconds: inf is not finite"),
+        ("[sidecar]\ngrace_seconds = 1" + 400 * "0", " is not finite"),
+        ("[sidecar]\ngrace_seconds = -1", "[sidecar] grace_seconds: -1 is not at least 0"),
+        ("[sidecar]\ngrace_seconds = false", "[sidecar] grace_seconds: false is not a number"),
+        ("[sidecar]\naudit = 'yes'", "[sidecar] audit: 'yes' is not true or false"),
+        ("[sidecar]\naudit = 1", "[sidecar] audit: 1 is not true or false"),
+        ("[sidecar]\nlog_format = 'xml'", "[sidecar] log_format: 'xml' is not one of human, json"),
+        ("[sidecar]\nlisten = 'unix:/s'", "[sidecar] listen: 'unix:/s' is not an array of strings"),
+        ("[sidecar]\nlisten = [7001]", '[sidecar] listen: "[7001]" is not an array of strings'),
+        ("[sidecar]\njournal = 1979-05-27", "[sidecar] journal: 1979-05-27 is not a string"),
+        ("[sidecar]\nwriter = {a = 1}", "[sidecar] writer: "),
+        ("[sidecar]\nqueue_items = 13", "queue_items cannot be 13 with audit"),
+        ("[sidecar\n", "--config: {path}: is not TOML: "),
+        ("[sidecar]\nlimit = 1\nlimit = 2", "--config: {path}: is not TOML: "),
+        ("a = " + 2000 * "[", "--config: {path}: is not TOML: "),
+    ],
+)
+def test_a_bad_file_is_named(file: File, capsys: pytest.CaptureFixture[str], text: str, words: str) -> None:
+    """Whatever is wrong in a file is one line that names the file, the table and the key, and what would be right."""
+    path = file(text)
+    message = refusal(capsys, [f"--config={path}"], journal="journal" not in text)
+
+    assert words.replace("{path}", str(path)) in message
+    assert len(message.splitlines()) == 1
+    assert str(path) in message or "cannot be 13" in message
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing file, a folder and bytes that are no text are named with the flag or variable that names them."""
+    (tmp_path / "bytes").write_bytes(b"\xff")
+
+    assert refusal(capsys, ["--config=/nowhere"]) == "sidecar: --config: /nowhere: No such file or directory\n"
+    assert refusal(capsys, [], {"OSTINATO_SIDECAR_CONFIG": str(tmp_path)}).startswith(
+        f"sidecar: OSTINATO_SIDECAR_CONFIG: {tmp_path}: Is a directory"
+    )
+    assert "bytes: is no UTF-8 text" in refusal(capsys, [f"--config={tmp_path}/bytes"])
+
+
+def test_a_secret_in_a_file_is_never_shown(file: File, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither a secret nor a password in a URL is quoted in a complaint about it."""
+    for text in ("[sidecar]\ntoken = ['tiger']", "[sidecar]\nlog_format = 'x://me:tiger@h'"):
+        message = refusal(capsys, [f"--config={file(text)}"])
+
+        assert "[sidecar]" in message and "tiger" not in message
+
+
+def test_the_line_at_start_says_where_settings_come_from(file: File) -> None:
+    """Behind the settings stand those that are not left to their defaults, by where they come from."""
+    path = file("[sidecar]\nqueue_items = 7\ngrace_seconds = 7\n")
+    argv, environ = ["--journal=j", f"--config={path}", "--no-audit"], {"OSTINATO_SIDECAR_GRACE_SECONDS": "1"}
+    line = describe(*read(Settings, "sidecar", argv, environ))
+
+    assert line.endswith(f"; from flags: journal, audit; from {path}: queue_items; from environment: grace_seconds")
+
+
+def test_a_command_looks_up_one_setting(file: File) -> None:
+    """What stands beside a program reads single settings, whatever else is wrong."""
+    path = file("[sidecar]\nqueue_items = 7\nodd = 1\nlimit = 99\n")
+
+    assert lookup(Settings, "sidecar", "queue_items", {}, str(path)) == 7
+    assert lookup(Settings, "sidecar", "queue_items", {"OSTINATO_SIDECAR_QUEUE_ITEMS": "6"}, str(path)) == 6
+    assert lookup(Settings, "sidecar", "writer", {}) is None
+    with pytest.raises(ValueError, match="limit: is not at most 9"):
+        lookup(Settings, "sidecar", "limit", {}, str(path))
+    with pytest.raises(ValueError, match="/nowhere: No such file"):
+        lookup(Settings, "sidecar", "queue_items", {}, "/nowhere")
+
+
+# How it is said.
+
+
+def test_a_misspelt_flag_is_named_with_what_is_near(capsys: pytest.CaptureFixture[str]) -> None:
+    """A flag that is none is one line, its value none more."""
+    assert refusal(capsys, ["--queue-item", "5"]) == "sidecar: --queue-item: names no setting; did you mean --queue-items?\n"
+    assert refusal(capsys, ["--confg=x"]) == "sidecar: --confg: names no setting; did you mean --config?\n"
+    assert refusal(capsys, ["5"]) == "sidecar: '5': is no flag\n"
+    assert refusal(capsys, ["--audit=maybe"]).startswith("sidecar: --audit/--no-audit: ")
+    assert refusal(capsys, ["--writer"]) == "sidecar: --writer: expected one argument\n"
+
+
+@pytest.mark.parametrize("where", ["flag", "variable", "file"])
+def test_a_refusal_is_a_record_where_the_log_is_json(where: str, file: File, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wherever --log-format json stands, what is wrong is a JSON record of level CRITICAL with the exit code."""
+    argv = ["--queue-items=0"]
+    environ = {}
+    match where:
+        case "flag":
+            argv.append("--log-format=json")
+        case "variable":
+            environ["OSTINATO_SIDECAR_LOG_FORMAT"] = "json"
+        case _:
+            text = "[sidecar]\nlog_format = 'json'"
+            argv.append(f"--config={file(text)}")
+    record = json.loads(refusal(capsys, argv, environ))
+
+    assert (record["level"], record["logger"], record["exit_code"]) == ("CRITICAL", "sidecar", 2)
+    assert record["message"] == "--queue-items: '0' is not 1 to 18446744073709551615"
+
+
+def test_the_version_is_the_projects(capsys: pytest.CaptureFixture[str]) -> None:
+    """--version prints the program's name and the version that pyproject.toml has."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    with pytest.raises(SystemExit, match="0"):
+        settings("--version")
+
+    assert capsys.readouterr().out == f"ostinato-sidecar {project['version']}\n"

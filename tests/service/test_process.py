@@ -173,7 +173,7 @@ def test_turbomind_says_what_is_missing(tmp_path: Path) -> None:
     code, said = output_of("--engine", "turbomind", "--listen", f"unix:{tmp_path}/e.sock", "--log-level", "ERROR")
 
     assert code == 1
-    assert said.startswith("engine turbomind ")
+    assert said.startswith("service: --engine turbomind ")
     assert "--engine llama" in said
     assert said.count("\n") == 1
 
@@ -185,15 +185,16 @@ def test_missed_grade_stops_it(tmp_path: Path) -> None:
         "--engine", "scripted", "--listen", address, "--log-level", "ERROR", "--self-test", "off", "--require-grade", "EXACT"
     )  # fmt: skip
 
-    assert (code, said) == (1, "grade EXACT is required, BEST_EFFORT was earned: not tested\n")
+    assert (code, said) == (1, "service: --require-grade: EXACT is required, BEST_EFFORT was earned: not tested\n")
 
 
 def test_address_that_cannot_be_had(tmp_path: Path) -> None:
-    """An address that is taken, remote or none is exit code 1 and one line."""
-    for address in ("0.0.0.0:0", "nowhere", f"unix:{tmp_path}"):
+    """An address that is taken is exit code 1, one that is remote or none is exit code 2; each is one line."""
+    for address, expected in (("0.0.0.0:0", 2), ("nowhere", 2), (f"unix:{tmp_path}", 1)):
         code, said = output_of("--engine", "scripted", "--listen", address, "--log-level", "ERROR")
 
-        assert code == 1
+        assert code == expected
+        assert said.startswith("service: --listen: ")
         assert said.count("\n") == 1
 
 

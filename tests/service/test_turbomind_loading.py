@@ -122,6 +122,14 @@ def test_what_a_model_cannot_do_is_refused_before_it_is_loaded(options: dict[str
         loading.check(TurbomindOptions(tp=2), dataclasses.replace(read, heads=8))
 
 
+def test_a_machine_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the flag, and what to use instead."""
+    monkeypatch.setattr(host, "module", lambda name: SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False)))
+
+    with pytest.raises(EngineUnusable, match="^--engine turbomind needs a CUDA device, .*; without a GPU use --engine llama$"):
+        host.gpu(1)
+
+
 def test_more_gpus_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """With how many torch finds."""
     cuda = SimpleNamespace(is_available=lambda: True, device_count=lambda: 1)

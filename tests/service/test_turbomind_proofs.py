@@ -185,7 +185,7 @@ def test_calibrate_of_what_cannot_be(
     assert calibrate_command(Settings(engine="llama")) == 2
     assert capsys.readouterr().err == ("service: calibrate: --engine llama has no products to prove; only turbomind has\n")
     assert calibrate_command(Settings(engine="turbomind", model=tmp_path)) == 1
-    assert capsys.readouterr().err.startswith("service: calibrate: engine turbomind needs lmdeploy")
+    assert capsys.readouterr().err.startswith("service: calibrate: --engine turbomind needs lmdeploy")
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,21 @@ def test_a_journal_that_is_not_there(tmp_path: Path, run: Said) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_settings_file_names_the_journal(
+    store: SqliteStore, run: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--config, or its variable, says which journal is meant where neither a flag nor the journal's own variable does."""
+    file = tmp_path / "ostinato.toml"
+    file.write_text(f"[sidecar]\njournal = '{store.path}'\n")
+    assert "sound" in run("verify", "--config", file)
+    assert "nowhere does not exist" in run("verify", "--config", file, "--journal", tmp_path / "nowhere", code=1)
+    monkeypatch.setenv("OSTINATO_SIDECAR_CONFIG", str(file))
+    assert "sound" in run("verify")
+    monkeypatch.setenv("OSTINATO_SIDECAR_JOURNAL", str(tmp_path / "nowhere"))
+    assert "nowhere does not exist" in run("verify", code=1)
+    run("verify", "--config", tmp_path, code=2)
+
+
 @pytest.mark.parametrize(
     "command", [["prune", "--before", "yesterday"], ["redact"], ["redact", "0"], ["accept-loss"], ["prune"]]
 )

@@ -76,7 +76,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        show.line(__version__)
+        show.line(f"ostinato {__version__}")
         raise typer.Exit
 
 
@@ -91,7 +91,9 @@ def common(
     tls_certificate: TlsCertificate = None,
     tls_key: TlsKey = None,
     traces: Traces = "",
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print name and version.")
+    ] = False,
 ) -> None:
     """Reproducible text generation: ask, read the journal, run it again, check the proofs."""
     with usage():

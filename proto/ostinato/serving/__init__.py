@@ -1,6 +1,6 @@
 """How a program of ours is run. The two programs use it; clients never do.
 
-    settings     a frozen dataclass from flags and environment, checked once
+    settings     a frozen dataclass from flags, environment and a file, checked once
     logs         one line per event, for people or for machines
     metrics      our own registry, and the page it is scraped from
     guard        what stands between gRPC and every handler: identity, bad bytes, errors, counts
@@ -16,3 +16,8 @@
 
 A program's __main__ loads its settings, sets up its logs, and hands an async main to program.run.
 """
+
+import os
+
+# gRPC's core writes lines of its own to stderr; what matters of them reaches us as errors. It reads this when it is loaded.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")

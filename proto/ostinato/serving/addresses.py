@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
 
-from ostinato.serving.program import StartupError
+from ostinato.serving.program import BAD_CONFIGURATION, StartupError
 
-_PATH_BYTES_MAX = 107  # of a socket's path, by the kernel
+PATH_BYTES_MAX = 107
+"""Of a socket's path, by the kernel."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tcp:
     """A port."""
 
+    flag: str
     host: ipaddress.IPv4Address | ipaddress.IPv6Address
     port: int
 
@@ -38,9 +41,9 @@ class Tcp:
         """Binds and returns the address with its real port. Raises StartupError."""
         try:
             port = server.add_insecure_port(str(self)) if tls is None else server.add_secure_port(str(self), tls)
-            return str(Tcp(self.host, port))
+            return str(replace(self, port=port))
         except RuntimeError as error:
-            raise StartupError(f"cannot listen on {self}: {self._why() or error}") from error
+            raise StartupError(f"{self.flag}: cannot listen on {self}: {self._why() or error}") from error
 
     def _why(self) -> str:
         """What the kernel has against this address; gRPC does not say."""
@@ -57,6 +60,7 @@ class Tcp:
 class Unix:
     """A socket file."""
 
+    flag: str
     path: Path
     local = True
 
@@ -74,23 +78,42 @@ class Unix:
             finally:
                 os.umask(before)
             self.path.chmod(mode)
-        except (OSError, RuntimeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "the directory must be writable"
-            raise StartupError(f"cannot listen on {self}: {why}") from error
+        except OSError as error:
+            raise self._error(error.strerror or str(error)) from error
+        except RuntimeError as error:
+            raise self._error(self._why() or str(error)) from error
         return str(self)
+
+    def _error(self, why: str) -> StartupError:
+        return StartupError(f"{self.flag}: cannot listen on {self}: {why}")
+
+    def _why(self) -> str:
+        """What the kernel has against this path; gRPC does not say."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.bind(str(self.path))
+            except OSError as error:
+                return os.strerror(error.errno or 0)
+        self.path.unlink(missing_ok=True)
+        return ""
 
     def _check_folder(self) -> None:
         """Whoever may write there can put a socket of their own in the place of ours. Makes a folder that is missing."""
         folder = self.path.parent
-        folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+        except FileExistsError:
+            raise self._error(f"{folder} is no directory") from None
+        except OSError as error:
+            raise self._error(f"{folder} cannot be made: {error.strerror}") from error
         if folder.stat().st_mode & 0o002:
-            raise StartupError(f"cannot listen on {self}: everybody may write in {folder}; use one below it, or chmod o-w")
+            raise self._error(f"everybody may write in {folder}; use one below it, or chmod o-w")
 
     def _clear(self) -> None:
         """Removes what a killed process left. gRPC itself would take the path from under a living one, or from a file."""
         try:
             if not stat.S_ISSOCK(self.path.lstat().st_mode):
-                raise StartupError(f"cannot listen on {self}: the file is no socket")
+                raise self._error("the file is no socket")
         except FileNotFoundError:
             return
         with socket.socket(socket.AF_UNIX) as probe:
@@ -100,27 +123,43 @@ class Unix:
             except ConnectionRefusedError:
                 self.path.unlink(missing_ok=True)
                 return
-        raise StartupError(f"cannot listen on {self}: Address already in use")
+        raise self._error("Address already in use")
 
 
 Address = Tcp | Unix
 
 
-def parse(text: str, allow_remote: bool) -> Address:
-    """Raises StartupError for what is no address, or is remote and not allowed."""
+def parse(flag: str, text: str, allow_remote: bool) -> Address:
+    """Raises StartupError that names the flag, for what is no address, or is remote and not allowed."""
+
+    def wrong(why: str) -> StartupError:
+        return StartupError(f"{flag}: {text!r}: {why}", exit_code=BAD_CONFIGURATION)
+
     if text.startswith("unix:"):
         path = Path(text.removeprefix("unix:"))
-        if not path.is_absolute() or len(os.fsencode(path)) > _PATH_BYTES_MAX:
-            raise StartupError(f"{text}: a socket's path is absolute and at most {_PATH_BYTES_MAX} bytes long")
-        return Unix(path)
+        if not path.is_absolute():
+            raise wrong("a socket's path is absolute")
+        if (size := len(os.fsencode(path))) > PATH_BYTES_MAX:
+            raise wrong(f"a socket's path is at most {PATH_BYTES_MAX} bytes long, this one is {size}")
+        return Unix(flag, path)
     host, _, port = text.rpartition(":")
     try:
-        parsed = Tcp(ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]")), int(port))
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
+        parsed = Tcp(flag, address, int(port))
     except ValueError:
-        raise StartupError(f"{text!r} is no address: unix:/path, or an IP address (or localhost) and a port") from None
+        raise wrong("is no address: unix:/path, or an IP address (or localhost) and a port") from None
     if not 0 <= parsed.port <= 65535:
-        raise StartupError(f"{text!r}: a port is 0 to 65535")
+        raise wrong("a port is 0 to 65535")
     if not parsed.local and not allow_remote:
-        what = "anyone on the network could use this; allow it, turn TLS on, or listen on loopback or a unix socket"
-        raise StartupError(f"{text}: {what}")
+        raise wrong("anyone on the network could use this; allow it, turn TLS on, or listen on loopback or a unix socket")
     return parsed
+
+
+def check_target(flag: str, text: str) -> None:
+    """Raises ValueError for what gRPC would try to reach for ever: no address of a server."""
+    path = text.removeprefix("unix:")
+    if path == text:
+        if not re.fullmatch(r"\S+:\d{1,5}|unix-abstract:\S+", text):
+            raise ValueError(f"{flag}: {text!r} is no address: unix:path or host:port")
+    elif not path or len(os.fsencode(path)) > PATH_BYTES_MAX:
+        raise ValueError(f"{flag}: {text!r}: a socket's path is 1 to {PATH_BYTES_MAX} bytes long")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from ostinato.serving.program import StartupError
+from ostinato.serving.program import BAD_CONFIGURATION, StartupError
 
 BYTES_MAX = 1 << 20
 """Of one file."""
@@ -92,4 +92,4 @@ class Reloaded(Generic[T]):
             return self._parse({source.flag: source.read() for source in self._sources})
         except Unusable as error:
             path = next(source.path for source in self._sources if source.flag == error.flag)
-            raise StartupError(f"{error.flag}: {path}: {error}") from error
+            raise StartupError(f"{error.flag}: {path}: {error}", exit_code=BAD_CONFIGURATION) from error

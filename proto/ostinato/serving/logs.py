@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -33,16 +32,27 @@ _BARE = re.compile(r"[\w.:/@+-]+", re.ASCII)
 def setup(form: str, level: str = "INFO", stream: TextIO | None = None) -> None:
     """Sends all logging to `stream` (stderr), from `level` up, as "human" or "json". Replaces what was set up before.
 
-    To be called before the first channel or server is made. Raises ValueError for a level that logging does not know.
+    Raises ValueError for a level that logging does not know.
     """
-    # gRPC's core writes lines in a form of its own to stderr ("Got goaway"); what matters of them reaches us as errors.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.addFilter(_traced)
     handler.setFormatter(JsonFormatter() if form == "json" else HumanFormatter())
     root = logging.getLogger()
     root.setLevel(level.upper())
     root.handlers = [handler]
+
+
+def report_failure(program: str, why: str, exit_code: int, *, form: str = "") -> None:
+    """Says on stderr why `program` ends: in one line for people, or as a record of level CRITICAL. `form`: "human" or "json";
+    else that of `setup`."""
+    why = " ".join(why.split())
+    if form == "json" or (not form and any(type(each.formatter) is JsonFormatter for each in logging.getLogger().handlers)):
+        extra = {"exit_code": exit_code}
+        record = logging.getLogger(program).makeRecord(program, logging.CRITICAL, "", 0, why, (), None, extra=extra)
+        line = JsonFormatter().format(record)
+    else:
+        line = f"{program}: {_one_line(why)}"
+    print(line, file=sys.stderr, flush=True)  # noqa: T201  # logging may not be set up, or be set to say less
 
 
 class HumanFormatter(logging.Formatter):

@@ -11,7 +11,7 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, start_http_server
 
-from ostinato.serving.program import StartupError
+from ostinato.serving.program import BAD_CONFIGURATION, StartupError
 
 
 def registry() -> CollectorRegistry:
@@ -42,15 +42,15 @@ class MetricsServer:
 def serve_metrics(registry: CollectorRegistry, address: str) -> MetricsServer:
     """Serves `registry` at `host:port` (port 0: any free one), as OpenMetrics with exemplars to those who ask for it.
 
-    An empty address turns the page off. Raises StartupError with the address if it cannot be had.
+    An empty address turns the page off. Raises StartupError that names the flag and the address, if it cannot be had.
     """
     if not address:
         return MetricsServer(port=0)
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise StartupError(f"metrics: {address!r} is not host:port")
+        raise StartupError(f"--metrics: {address!r} is not host:port", exit_code=BAD_CONFIGURATION)
     try:
         server, thread = start_http_server(int(port), host.strip("[]"), registry)
     except OSError as error:
-        raise StartupError(f"metrics: cannot listen on {address}: {error.strerror or error}") from error
+        raise StartupError(f"--metrics: cannot listen on {address}: {error.strerror or error}") from error
     return MetricsServer(server.server_port, server, thread)

@@ -16,12 +16,12 @@ import gc
 import logging
 import os
 import signal
-import sys
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 from ostinato import tracing
+from ostinato.serving.logs import report_failure
 
 DRAINED, FAILED, BAD_CONFIGURATION = 0, 1, 2
 STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -39,8 +39,8 @@ class StartupError(Exception):
         self.exit_code = exit_code
 
 
-def run(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
-    """Runs `main` on an event loop of its own and returns the exit code for `sys.exit`.
+def run(program: str, main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
+    """Runs `main` on an event loop of its own and returns the exit code for `sys.exit`. `program`: its name in messages.
 
     SIGTERM and SIGINT end the process at once, whatever a library is at work on, until `main` hands the event that it is given
     to `heed`. Then they set it, and `main` finishes what it has and returns. The same signal again ends the process at once,
@@ -52,7 +52,7 @@ def run(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
     try:
         return asyncio.run(_supervised(main))
     except StartupError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)  # noqa: T201  # logging may not be set up yet
+        report_failure(program, str(error), error.exit_code)
         return error.exit_code
     except Exception:  # noqa: BLE001  # the last one to see it
         _log.exception("failed")

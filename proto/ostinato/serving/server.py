@@ -49,10 +49,11 @@ class Server:
         health_address: str = "",
     ) -> None:
         """Binds nothing yet. `health_address`: a port in plain text with health on it and nothing else, open to all: probes
-        have no certificate. Raises StartupError for an address that is none, or that is remote and not allowed."""
+        have no certificate. Raises StartupError that names the flag of an address that is none, or that is remote and not
+        allowed: --listen or --health-listen."""
         self._credentials = credentials
-        self._addresses = [parse(text, allow_remote or credentials.tls is not None) for text in addresses]
-        self._health_address = parse(health_address, allow_remote=True) if health_address else None
+        self._addresses = [parse("--listen", text, allow_remote or credentials.tls is not None) for text in addresses]
+        self._health_address = parse("--health-listen", health_address, allow_remote=True) if health_address else None
         self._socket_mode = socket_mode
         self._bystanders = Bystanders()
         self._services: list[str] = []

@@ -1,4 +1,4 @@
-"""Settings: a frozen dataclass, from flags and environment, checked once.
+"""Settings: a frozen dataclass, from flags, environment and a file, checked once.
 
     @dataclass(frozen=True, slots=True)
     class Settings:
@@ -7,9 +7,11 @@
 
     settings = load(Settings, "sidecar", sys.argv[1:], os.environ)
 
-gives `--queue-items` and OSTINATO_SIDECAR_QUEUE_ITEMS; a flag wins over the environment, which wins over the default. Types:
-str, int, float, bool (`--x`, `--no-x`), Path, tuple[str, ...] (comma separated), and each of them `| None` (an empty value is
-None). Whatever is wrong stops the program with exit code 2 and names the flag or variable; nothing is ignored or clamped.
+gives `--queue-items`, OSTINATO_SIDECAR_QUEUE_ITEMS, and `queue_items` in the table [sidecar] of the TOML file that `--config`
+or OSTINATO_SIDECAR_CONFIG names. A flag wins over the environment, which wins over the file, which wins over the default.
+Types: str, int, float, bool (`--x`, `--no-x`), Path, tuple[str, ...] (comma separated; an array in the file), and each of them
+`| None` (an empty value is None). Whatever is wrong stops the program with exit code 2 and names the flag, the variable, or the
+file, table and key; nothing is ignored or clamped.
 """
 
 from __future__ import annotations
@@ -20,19 +22,36 @@ import difflib
 import json
 import math
 import re
-import sys
+import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
+from ostinato import __version__
+from ostinato.serving.logs import report_failure
 from ostinato.serving.program import BAD_CONFIGURATION
 
+TABLES = ("service", "sidecar")
+"""Of a settings file: one for each program. A program checks its own."""
 REQUIRED: Any = dataclasses.MISSING
 """As a default: there is none."""
 
+CONFIG = "config"
+"""What the settings file is called among the flags and variables. It is no setting itself."""
+
 T = TypeVar("T")
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_IN_TOML: Mapping[type, tuple[tuple[type, ...], str]] = {
+    str: ((str,), "a string"),
+    Path: ((str,), "a string"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "true or false"),
+    tuple: ((list,), "an array of strings"),
+}
+"""What a setting of this type may be in a file."""
 _PASSWORD = re.compile(r"(?<=://)[^\s\"]*(?=@)|(?<=password=)[^&\s\"]*")
 """Of a URL: all before the host, since nobody can tell in what is not quite a URL where a name ends and a password begins."""
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_(TCP|UDP|SCTP)\w*)?$")
@@ -46,37 +65,114 @@ def field(
     maximum: float | None = None,
     choices: Sequence[object] | None = None,
     secret: bool = False,
+    applies: str = "",
 ) -> T:
-    """One setting. Bounds are inclusive; a secret's value is never printed."""
-    about = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices, "secret": secret}
+    """One setting. Bounds are inclusive; a secret's value is never printed. `applies`: for --help, what applies by default
+    where `default` itself does not say it."""
+    about = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices, "secret": secret, "applies": applies}
     made: T = dataclasses.field(default=default, metadata=about, kw_only=True)
     return made
 
 
 def load(cls: type[T], program: str, argv: Sequence[str], environ: Mapping[str, str]) -> T:
     """The settings of `program`. Raises SystemExit(2), after saying on stderr everything that is wrong."""
+    return read(cls, program, argv, environ)[0]
+
+
+def read(cls: type[T], program: str, argv: Sequence[str], environ: Mapping[str, str]) -> tuple[T, Mapping[str, str]]:
+    """As `load`, and where each setting comes from that is not left to its default: "flags", "environment" or the file."""
     options = list(_options(cls, program))
-    flags = vars(_parser(program, options).parse_args(argv))
-    problems = list(_unknown(program, options, environ))
+    flags, problems = _flags(program, options, argv)
+    problems += _unknown(program, options, environ)
+    file = _File.of(program, flags, environ)
+    problems += file.problems(options)
     values: dict[str, object] = {}
+    sources: dict[str, str] = {}
     for option in options:
         try:
-            values |= option.read(flags, environ)
+            if (found := option.find(flags, environ, file)) is not None:
+                values[option.name], sources[option.name] = found
         except ValueError as error:
             problems.append(str(error))
     if not problems:
         try:
-            return cls(**values)
+            return cls(**values), sources
         except ValueError as error:  # from __post_init__: a relation between settings
             problems.append(str(error))
-    sys.stderr.writelines(f"{program}: {problem}\n" for problem in problems)
+    for problem in problems:
+        report_failure(program, problem, BAD_CONFIGURATION, form=str(values.get("log_format", "")))
     raise SystemExit(BAD_CONFIGURATION)
 
 
-def describe(settings: object) -> str:
-    """All settings in one line, `key=value …`, for the log at start."""
+def lookup(cls: type, program: str, name: str, environ: Mapping[str, str], config: str | None = None) -> Any:
+    """One setting as environment and file have it, or its default, whatever else is wrong there: for commands beside the
+    program. `config`: the file, where the environment does not name it. Raises ValueError."""
+    file = _File.of(program, {CONFIG: config}, environ)
+    if file.unusable:
+        raise ValueError(file.unusable)
+    option = next(option for option in _options(cls, program) if option.name == name)
+    found = option.find({}, environ, file)
+    return option.default if found is None else found[0]
+
+
+def describe(settings: object, sources: Mapping[str, str] = types.MappingProxyType({})) -> str:
+    """All settings in one line, `key=value …`, for the log at start; and behind them which of them come from where."""
     assert dataclasses.is_dataclass(settings)
-    return " ".join(f"{f.name}={_shown(f, getattr(settings, f.name))}" for f in dataclasses.fields(settings))
+    line = " ".join(f"{f.name}={_shown(f, getattr(settings, f.name))}" for f in dataclasses.fields(settings))
+    origins = dict.fromkeys(sources.values())
+    return line + "".join(f"; from {origin}: {', '.join(n for n, o in sources.items() if o == origin)}" for origin in origins)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _File:
+    """A settings file, read."""
+
+    path: str = ""
+    program: str = ""
+    document: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    unusable: str = ""
+    """Why there is no document, with the flag or variable that names the file."""
+
+    @classmethod
+    def of(cls, program: str, flags: Mapping[str, Any], environ: Mapping[str, str]) -> _File:
+        variable = f"{_prefix(program)}{CONFIG.upper()}"
+        source, path = f"--{CONFIG}", flags.get(CONFIG)
+        if path is None:
+            source, path = variable, environ.get(variable)
+        if not path:
+            return cls()
+        try:
+            return cls(path, program, tomllib.loads(Path(path).read_text("utf-8")))
+        except OSError as error:
+            why = error.strerror or str(error)
+        except UnicodeDecodeError:
+            why = "is no UTF-8 text"
+        except (ValueError, RecursionError) as error:
+            why = f"is not TOML: {error}"
+        return cls(path, program, unusable=f"{source}: {path}: {why}")
+
+    @property
+    def table(self) -> Mapping[str, object]:
+        """The program's own."""
+        found = self.document.get(self.program)
+        return found if isinstance(found, dict) else {}
+
+    def where(self, key: str) -> str:
+        return f"{self.path}: [{self.program}] {key}"
+
+    def problems(self, options: Iterable[_Option]) -> Iterator[str]:
+        """Whatever is not a setting's value."""
+        if self.unusable:
+            yield self.unusable
+        for name, found in self.document.items():
+            if name not in TABLES and isinstance(found, dict | list):
+                yield f"{self.path}: [{name}]: names no table{_near(name, TABLES)}; there are {_listed(TABLES)}"
+            elif not isinstance(found, dict):
+                yield f"{self.path}: {name}: is not in a table; there are {_listed(TABLES)}"
+        names = [option.name for option in options]
+        for key in self.table:
+            if key not in names:
+                yield f"{self.where(key)}: names no setting{_near(key, names)}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,31 +188,55 @@ class _Option:
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
-    def read(self, flags: Mapping[str, str | bool | None], environ: Mapping[str, str]) -> Mapping[str, object]:
-        """This setting by its name, or nothing where the default holds. Raises ValueError that says where what is wrong."""
-        source, given = self.flag, flags[self.name]
-        if given is None:
-            source, given = self.variable, environ.get(self.variable)
-        if given is None:
-            if self.default is REQUIRED:
-                raise ValueError(f"{self.flag} ({self.variable}): is required")
-            return {}
-        try:
-            return {self.name: given if isinstance(given, bool) else self.parse(given)}
-        except ValueError as error:
-            shown = "" if self.about["secret"] else f"{given!r} "
-            raise ValueError(f"{source}: {shown}{error}") from None
+    def find(self, flags: Mapping[str, Any], environ: Mapping[str, str], file: _File) -> tuple[object, str] | None:
+        """This setting and where it comes from, or None where the default holds. Raises ValueError that says where what is
+        wrong."""
+        places: Sequence[tuple[Any, str, str, Callable[[Any], object]]] = (
+            (flags.get(self.name), self.flag, "flags", self.parse),
+            (environ.get(self.variable), self.variable, "environment", self.parse),
+            (file.table.get(self.name), file.where(self.name), file.path, self.typed),
+        )
+        for given, where, origin, value_of in places:
+            if given is None:
+                continue
+            try:
+                return value_of(given), origin
+            except ValueError as error:
+                shown = "" if self.about["secret"] else f"{_quoted(given)} "
+                raise ValueError(f"{where}: {shown}{error}") from None
+        if self.default is REQUIRED:
+            raise ValueError(f"{self.flag} ({self.variable}): is required")
+        return None
 
-    def parse(self, text: str) -> object:
-        """The value, within its bounds."""
-        if self.optional and not text:
+    def parse(self, given: str | bool) -> object:
+        """The value of a text, within its bounds."""
+        if isinstance(given, bool) or (self.optional and not given):
+            return given if isinstance(given, bool) else None
+        return self.bounded(_convert(self.kind, given))
+
+    def typed(self, given: object) -> object:
+        """The value of what TOML has, within its bounds."""
+        if self.optional and given == "":
             return None
-        value = _convert(self.kind, text)
+        allowed, what = _IN_TOML[self.kind]
+        if type(given) not in allowed or (isinstance(given, list) and not all(isinstance(each, str) for each in given)):
+            raise ValueError(f"is not {what}")
+        try:
+            return self.bounded(self.kind(given))
+        except OverflowError:
+            raise ValueError("is not finite") from None
+
+    def bounded(self, value: object) -> object:
+        """The value. Raises ValueError for one out of bounds."""
         low, high, choices = self.about["minimum"], self.about["maximum"], self.about["choices"]
         if choices is not None and value not in choices:
             raise ValueError(f"is not {self.bounds}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError("is not finite")
         if isinstance(value, int | float) and ((low is not None and value < low) or (high is not None and value > high)):
             raise ValueError(f"is not {self.bounds}")
+        if isinstance(value, int) and abs(value) >= 2**64:
+            raise ValueError("is too large")
         return value
 
     @property
@@ -130,7 +250,7 @@ class _Option:
 
     @property
     def help(self) -> str:
-        default = "required" if self.default is REQUIRED else f"default {_plain(self.default)}"
+        default = "required" if self.default is REQUIRED else f"default {self.about['applies'] or plain(self.default)}"
         parts = [part for part in (self.variable, default, self.bounds) if part]
         return f"{self.about['help']} [{'; '.join(parts)}]".replace("%", "%%")
 
@@ -145,8 +265,18 @@ def _options(cls: type, program: str) -> Iterator[_Option]:
         yield _Option(f.name, variable, typing.get_origin(kind) or kind, optional, f.default, f.metadata)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError: what is wrong is said together with all else that is."""
+        raise ValueError(message.removeprefix("argument "))
+
+
 def _parser(program: str, options: Sequence[_Option]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program, usage=f"python -m {program} [setting ...]", allow_abbrev=False)
+    parser = _Parser(prog=program, usage=f"python -m {program} [setting ...]", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"ostinato-{program} {__version__}")
+    about = f"TOML file of settings, named as their flags with _ for -, in {_listed(TABLES)}"
+    variable = f"{_prefix(program)}{CONFIG.upper()}"
+    parser.add_argument(f"--{CONFIG}", metavar="FILE", help=f"{about} [{variable}; default none]")
     for option in options:
         if option.kind is bool:
             parser.add_argument(option.flag, action=argparse.BooleanOptionalAction, default=None, help=option.help)
@@ -156,15 +286,43 @@ def _parser(program: str, options: Sequence[_Option]) -> argparse.ArgumentParser
     return parser
 
 
+def _flags(program: str, options: Sequence[_Option], argv: Sequence[str]) -> tuple[Mapping[str, Any], list[str]]:
+    """The flags by the names of their settings, as far as they can be read, and what is wrong with them."""
+    given = argparse.Namespace()
+    try:
+        _, strays = _parser(program, options).parse_known_args(argv, given)
+    except ValueError as error:
+        return vars(given), [str(error)]
+    names = [f"--{CONFIG}", *(option.flag for option in options)]
+    problems, value_may_follow = [], False
+    for stray in strays:
+        if stray.startswith("-"):
+            flag = stray.partition("=")[0]
+            problems.append(f"{flag}: names no setting{_near(flag, names)}")
+        elif not value_may_follow:
+            problems.append(f"{_quoted(stray)}: is no flag")
+        value_may_follow = stray.startswith("-") and "=" not in stray
+    return vars(given), problems
+
+
 def _unknown(program: str, options: Sequence[_Option], environ: Mapping[str, str]) -> Iterator[str]:
-    prefix, known = _prefix(program), {option.variable for option in options}
+    prefix = _prefix(program)
+    names = [CONFIG.upper(), *(option.name.upper() for option in options)]
+    known = {prefix + name for name in names}
     for variable in sorted(name for name in environ if name.startswith(prefix) and name not in known):
-        names = [option.name.upper() for option in options]
-        near = difflib.get_close_matches(variable.removeprefix(prefix), names)
-        hint = f"; did you mean {' or '.join(prefix + name for name in near)}?" if near else ""
+        hint = _near(variable.removeprefix(prefix), names, prefix)
         if _SERVICE_LINK.search(variable):
             hint = "; if Kubernetes set it for a Service of that name, turn enableServiceLinks off in the Pod"
         yield f"{variable}: names no setting{hint}"
+
+
+def _near(name: str, names: Sequence[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, names)
+    return f"; did you mean {' or '.join(prefix + each for each in near)}?" if near else ""
+
+
+def _listed(tables: Sequence[str]) -> str:
+    return " and ".join(f"[{table}]" for table in tables)
 
 
 def _prefix(program: str) -> str:
@@ -179,19 +337,22 @@ def _convert(kind: type, text: str) -> object:
     if kind is tuple:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     try:
-        value = kind(text)
+        return kind(text)
     except ValueError:
         raise ValueError(f"is no {kind.__name__}") from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("is not finite")
-    return value
 
 
 def _shown(f: dataclasses.Field[object], value: object) -> str:
-    return "***" if f.metadata.get("secret") else _PASSWORD.sub("***", _plain(value))
+    return "***" if f.metadata.get("secret") else _PASSWORD.sub("***", plain(value))
 
 
-def _plain(value: object) -> str:
+def _quoted(value: object) -> str:
+    """For a complaint about it."""
+    return _PASSWORD.sub("***", repr(value) if isinstance(value, str) else plain(value))
+
+
+def plain(value: object) -> str:
+    """A setting's value as people read it."""
     if value is None:
         return "none"
     if isinstance(value, bool):

@@ -26,6 +26,16 @@ from service.engines.base import EngineUnusable
 if TYPE_CHECKING:
     from service.engines.llama.engine import LlamaEngine
 
+RUNS_MAX = 256
+"""llama.cpp's own bound of sequences in a context."""
+THREADS_MAX = 512
+"""Likewise of threads. With more it ends the process."""
+UBATCH_MAX = 512
+"""The rows of the smallest batch: llama.cpp would cut a larger one down to it in silence."""
+POSITIONS_MAX = 2**31 - 1
+"""Tokens of all runs together."""
+KV_TYPES = ("f16", "q8_0")
+
 
 @dataclass(frozen=True, slots=True)
 class LlamaOptions:
@@ -44,13 +54,30 @@ class LlamaOptions:
     ubatch: int = 512
     """Rows computed at once, at most."""
 
+    def __post_init__(self) -> None:
+        """Raises EngineUnusable for what llama.cpp would refuse less kindly, or cut down by itself."""
+        for name, good, wanted in (
+            ("context_tokens", self.context_tokens >= 2, "at least 2"),
+            ("runs", 1 <= self.runs <= RUNS_MAX, f"1 to {RUNS_MAX}"),
+            ("threads", 1 <= self.threads <= THREADS_MAX, f"1 to {THREADS_MAX}"),
+            ("kv", self.kv in KV_TYPES, f"one of {', '.join(KV_TYPES)}"),
+            ("ubatch", 1 <= self.ubatch <= UBATCH_MAX, f"1 to {UBATCH_MAX}"),
+        ):
+            if not good:
+                raise EngineUnusable(f"--{name.replace('_', '-')} must be {wanted}, is {getattr(self, name)}")
+        if self.context_tokens * self.runs > POSITIONS_MAX:
+            raise EngineUnusable(
+                f"--context-tokens ({self.context_tokens}) times --runs ({self.runs}) is more than llama.cpp counts,"
+                f" {POSITIONS_MAX}: lower one of them"
+            )
+
 
 def load(options: LlamaOptions) -> LlamaEngine:
     """A loaded engine. Takes about a second. Raises EngineUnusable."""
     try:
         from service.engines.llama.engine import LlamaEngine
     except ImportError as error:
-        raise EngineUnusable(f"the llama engine needs {error.name}; pip install 'numpy>=1.26' 'jinja2>=3.1,<4'") from error
+        raise EngineUnusable(f"--engine llama needs {error.name}; pip install 'numpy>=1.26' 'jinja2>=3.1,<4'") from error
     return LlamaEngine(options)
 
 

@@ -133,7 +133,7 @@ def locate() -> Path:
     spec = importlib.util.find_spec("xllamacpp")
     path = Path(spec.origin or "").with_name("xllamacpp.abi3.so") if spec is not None else None
     if path is None or not path.exists():
-        raise EngineUnusable(f"llama.cpp is not installed; {INSTALL}")
+        raise EngineUnusable(f"--engine llama: llama.cpp is not installed; {INSTALL}")
     return path
 
 
@@ -146,12 +146,14 @@ def bind(path: Path) -> ctypes.CDLL:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        raise EngineUnusable(f"{path} cannot be used: {error}; {INSTALL}, libgomp1 and libstdc++6") from error
+        raise EngineUnusable(f"--engine llama: {path} cannot be used: {error}; {INSTALL}, libgomp1 and libstdc++6") from error
     for params, defaults in (
         (library.llama_model_default_params(), _MODEL_DEFAULTS),
         (library.llama_context_default_params(), _CONTEXT_DEFAULTS),
     ):
         for name, value in defaults.items():
             if (found := getattr(params, name)) != value:
-                raise EngineUnusable(f"{path} is another build: its default {name} reads {found}, not {value}; {INSTALL}")
+                raise EngineUnusable(
+                    f"--engine llama: {path} is another build: its default {name} reads {found}, not {value}; {INSTALL}"
+                )
     return library

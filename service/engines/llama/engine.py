@@ -15,7 +15,6 @@ from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.base import EngineUnusable, Events, Run
 from service.engines.llama import LlamaOptions
-from service.engines.llama.abi import KV_TYPES
 from service.engines.llama.batching import PREFILL_CHUNK, PREFILL_STEP, Batching, Command, rows_max
 from service.engines.llama.checker import Checker
 from service.engines.llama.grammar import SEPARATORS, Grammar, source_of
@@ -157,12 +156,9 @@ class LlamaEngine:
 
     def _new_context(self) -> int:
         options, most = self._options, self._model.context_tokens_max
-        if not 2 <= options.context_tokens <= most:
-            raise EngineUnusable(f"context_tokens must be 2 to {most} for {self._model.path.name}, is {options.context_tokens}")
-        if min(options.runs, options.threads, options.ubatch) < 1:
-            raise EngineUnusable("runs, threads and ubatch must be at least 1")
-        if options.kv not in KV_TYPES:
-            raise EngineUnusable(f"kv must be one of {', '.join(KV_TYPES)}, is {options.kv}")
+        if options.context_tokens > most:
+            name = self._model.path.name
+            raise EngineUnusable(f"--context-tokens must be at most {most} for {name}, is {options.context_tokens}")
         return self._library.new_context(
             self._model.handle,
             tokens=options.context_tokens,

@@ -27,7 +27,9 @@ def read_metadata(path: Path) -> Mapping[str, bytes]:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return _Reader(data).metadata()
-            except (struct.error, UnicodeDecodeError) as error:
+            except struct.error:
+                raise NotGguf("it is cut short") from None
+            except UnicodeDecodeError as error:
                 raise NotGguf(f"its metadata cannot be read: {error}") from error
 
 
@@ -103,9 +105,11 @@ class _Reader:
             inner, count = self._number("<I"), self._number("<Q")
             if inner in _SIZES:
                 self._at += count * _SIZES[inner]
-            else:
+            elif inner == _STRING:
                 for _ in range(count):
                     self._skip(inner)
+            else:
+                raise NotGguf(f"its metadata has an array of type {inner}, which there is not")
         elif kind in _SIZES:
             self._at += _SIZES[kind]
         else:

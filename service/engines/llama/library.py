@@ -7,6 +7,7 @@ and a sampler, belong to one thread at a time; everything else may be used from 
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -21,6 +22,8 @@ from service.engines.llama import abi
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 """llama_token_data: a token that may come next."""
 _SILENT = -1
+_WHERE = re.compile(r"^\w+: (error loading model: )?")
+"""How llama.cpp's errors begin: the function's name."""
 MIN_KEEP = 1
 """The least that top_p and min_p leave."""
 
@@ -64,7 +67,7 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._c = abi.bind(path)
-        self._complaint = ""
+        self._errors: list[str] = []
         self._log = abi.Log(self._listen)  # kept, for C does not
         self._llguidance = threading.Lock()  # it has a cache without one
         self._c.llama_log_set(self._log, None)
@@ -78,13 +81,13 @@ class Library:
         return " ".join(part.strip().removesuffix(" = 1") for part in text.decode().split(":", 1)[-1].split("|")).strip()
 
     def load(self, path: Path, *, vocabulary_only: bool = False) -> int:
-        """A model. Raises EngineUnusable with what llama.cpp says against it."""
+        """A model. Raises EngineUnusable that names the file and quotes llama.cpp."""
         params = self._c.llama_model_default_params()
         params.vocab_only, params.n_gpu_layers = vocabulary_only, 0
-        self._complaint = ""
+        self._errors.clear()
         model: int | None = self._c.llama_model_load_from_file(bytes(path), params)
         if not model:
-            raise EngineUnusable(f"llama.cpp cannot load {path}: {self._complaint or 'it does not say why'}")
+            raise EngineUnusable(f"--model: {path}: cannot be loaded; {self._says}")
         return model
 
     def free(self, model: int) -> None:
@@ -150,10 +153,12 @@ class Library:
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = abi.KV_TYPES[kv]
         params.flash_attn_type, params.kv_unified = abi.FLASH_ATTENTION_ON, False
-        self._complaint = ""
+        self._errors.clear()
         context: int | None = self._c.llama_init_from_model(model, params)
         if not context:
-            raise EngineUnusable(f"llama.cpp makes no context of {runs} x {tokens} tokens in {kv}: {self._complaint}")
+            raise EngineUnusable(
+                f"--runs {runs}, --context-tokens {tokens}, --kv {kv}: there can be no such context; {self._says}"
+            )
         return context
 
     def free_context(self, context: int) -> None:
@@ -216,9 +221,15 @@ class Library:
             self._c.llama_sampler_chain_add(chain, link)
         return chain
 
+    @property
+    def _says(self) -> str:
+        """The first error since `_errors` was cleared: those that follow only say that what it is part of has failed too."""
+        first = self._errors[0] if self._errors else "nothing"
+        return f"llama.cpp says: {_WHERE.sub('', first)}"
+
     def _listen(self, level: int, text: bytes | None, _: int | None) -> None:
         if level == abi.LOG_ERROR and text:
-            self._complaint = text.decode(errors="replace").strip()
+            self._errors.append(text.decode(errors="replace").strip())
 
 
 @cache

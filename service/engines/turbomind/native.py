@@ -108,7 +108,7 @@ def bring_in() -> None:
     own.propagate = True
     own.setLevel(logging.WARNING)
     if not turbomind.is_available():
-        raise EngineUnusable(f"TurboMind's library cannot be loaded: {turbomind._import_error}")
+        raise EngineUnusable(f"--engine turbomind: its library cannot be loaded: {turbomind._import_error}")
 
 
 class Handle:
@@ -175,7 +175,7 @@ class Native:
         try:
             self._engine: Any = turbomind.TurboMind.from_pretrained(str(model.path), engine_config=config)
         except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
-            raise EngineUnusable(f"TurboMind cannot load {model.path}: {type(error).__name__}: {error}") from error
+            raise EngineUnusable(f"--model: TurboMind cannot load {model.path}: {type(error).__name__}: {error}") from error
         self.dtype: str = self._engine.engine_config.dtype
         self.vocabulary_size: int = self._engine._vocab_size
 

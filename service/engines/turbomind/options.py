@@ -18,6 +18,11 @@ SPLIT_WORKSPACE = 4096
 """Partial results of a decode's attention: splits times runs may not exceed them."""
 SHORT_CONTEXT = 4096
 """Up to this a split of the attention costs more than it brings."""
+SPLITS_SHORT, SPLITS_LONG = 1, 8
+"""Up to SHORT_CONTEXT, and above."""
+SPLITS_MAX = 128
+FORMATS = ("hf", "awq", "gptq", "compressed-tensors", "fp8", "mxfp4")
+"""Of a model's weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ class TurbomindOptions:
             ("runs", self.runs < 1, "at least 1"),
             ("tp", self.tp < 1 or self.tp & (self.tp - 1), "a power of two"),
             ("cache_fraction", not 0 < self.cache_fraction < 1, "above 0 and below 1"),
-            ("attention_splits", self.attention_splits not in range(129), "0 to 128"),
+            ("attention_splits", self.attention_splits not in range(SPLITS_MAX + 1), f"0 to {SPLITS_MAX}"),
         ):
             if bad:
                 raise EngineUnusable(f"--{name.replace('_', '-')} must be {wanted}, is {getattr(self, name)}")
@@ -68,7 +73,7 @@ class TurbomindOptions:
     @property
     def splits(self) -> int:
         """The attention's constant number of parts."""
-        chosen = 1 if self.context_tokens <= SHORT_CONTEXT else 8
+        chosen = SPLITS_SHORT if self.context_tokens <= SHORT_CONTEXT else SPLITS_LONG
         return self.attention_splits or min(chosen, max(1, SPLIT_WORKSPACE // self.runs))
 
     @property

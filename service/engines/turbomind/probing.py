@@ -43,6 +43,6 @@ def probe(native: Native, context_tokens: int) -> float:
         if progress.status == Status.FINISHED:
             return usage / (before + 1)
         if progress.status != Status.RUNNING:
-            raise EngineUnusable(f"TurboMind fails its first run: {why(progress.status)}")
+            raise EngineUnusable(f"--engine turbomind fails its first run: {why(progress.status)}")
         usage = max(usage, native.load().usage)
-    raise EngineUnusable(f"TurboMind did not answer its first run within {SECONDS_MAX:g} s")
+    raise EngineUnusable(f"--engine turbomind did not answer its first run within {SECONDS_MAX:g} s")

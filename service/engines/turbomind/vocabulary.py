@@ -28,7 +28,9 @@ class HuggingFaceVocabulary:
             self._hf = transformers.AutoTokenizer.from_pretrained(str(model.path))
             backend: Any = self._hf.backend_tokenizer
         except (OSError, ValueError, AttributeError, ImportError) as error:
-            raise EngineUnusable(f"{model.path} has no tokenizer that can be used: {error}; it needs tokenizer.json") from error
+            raise EngineUnusable(
+                f"--model: {model.path} has no tokenizer that can be used: {error}; it needs tokenizer.json"
+            ) from error
         layout = backend.to_str()
         self._layout: str = layout
         self._special = tokenizers.Tokenizer.from_str(layout)

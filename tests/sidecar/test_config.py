@@ -1,0 +1,66 @@
+"""The sidecar's settings, looked at closely."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from ostinato.serving.settings import load, plain
+
+from sidecar.config import Settings
+
+
+def settings(*argv: str) -> Settings:
+    return load(Settings, "sidecar", argv, {})
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--listen="], "--listen: needs at least one address"),
+        (["--journal="], "--journal: needs a file, or the URL of a database"),
+        (["--engine="], "--engine: '' is no address: unix:path or host:port"),
+        (["--engine=nonsense"], "--engine: 'nonsense' is no address: unix:path or host:port"),
+        (["--engine=unix:"], "--engine: 'unix:': a socket's path is 1 to 107 bytes long"),
+        (["--engine=unix:/" + "x" * 107], "a socket's path is 1 to 107 bytes long"),
+        (["--shadow=nonsense"], "--shadow: 'nonsense' is no address: unix:path or host:port"),
+        (["--shadow=unix:.run/engine.sock"], "--shadow: is the address of --engine"),
+        (["--writer="], "--writer: 1 to 128 bytes"),
+        (["--tls-key=x"], "--tls-certificate, --tls-key: one needs the other"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A setting that could never work stops the sidecar before it opens anything, and is named."""
+    with pytest.raises(SystemExit, match="2"):
+        settings(*argv)
+
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "address", ["unix:a", "unix:/run/engine.sock", "unix:///run/engine.sock", "engine:7000", "[::1]:7000", "dns:///engine:7000"]
+)
+def test_an_engine_is_where_grpc_finds_it(address: str) -> None:
+    """Sockets, names and numbers, with a port."""
+    assert settings(f"--engine={address}").engine == address
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Settings), ids=lambda field: field.name)
+def test_help_says_what_applies(field: dataclasses.Field[object], capsys: pytest.CaptureFixture[str]) -> None:
+    """Of every setting, --help has its default, or in words what applies without one."""
+    with pytest.raises(SystemExit):
+        settings("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    said = re.search(rf"\[OSTINATO_SIDECAR_{field.name.upper()}; default (.*?)(; [^\]]*)?\]", shown)
+
+    assert said is not None
+    if field.name == "high_water":
+        assert said[1] == "beside a journal in a file, with .mark"
+        assert Settings(journal="a/b").mark == Path("a/b.mark")
+    elif field.name == "canaries":
+        assert said[1] == "the sidecar's own"
+    else:
+        assert said[1] == plain(field.default)
