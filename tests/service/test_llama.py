@@ -168,6 +168,29 @@ def test_what_is_no_model_is_refused(tmp_path: Path, model: Path, kind: str) -> 
         load(small(model=path))
 
 
+def test_a_template_that_is_no_text_is_refused(tmp_path: Path, model: Path) -> None:
+    """Bytes that are no UTF-8 in a chat template are a damaged model, by its file's name."""
+    with model.open("rb") as whole:
+        head = whole.read(8_000_000)
+    at = head.index(b"{%", head.index(b"tokenizer.chat_template"))
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(head[:at] + b"\xff" + head[at + 1 :])
+    os.truncate(path, model.stat().st_size)  # its weights are zeros that take no room
+
+    with pytest.raises(EngineUnusable, match=f"^--model: {path}: its chat template is no UTF-8 text"):
+        load(small(model=path))
+
+
+@pytest.mark.parametrize("key", [b"\xff", b"\xc3("])
+def test_a_key_that_is_no_text_is_refused(tmp_path: Path, key: bytes) -> None:
+    """Likewise in the key of a value."""
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key + struct.pack("<II", 4, 1))
+
+    with pytest.raises(gguf.NotGguf, match="^its metadata is damaged: a key is no UTF-8 text$"):
+        gguf.read_metadata(path)
+
+
 def test_arrays_of_arrays_are_refused(tmp_path: Path) -> None:
     """There are none in a GGUF, so a head full of them is no reason to go on reading it level by level."""
     path = tmp_path / "deep.gguf"

@@ -29,8 +29,8 @@ def read_metadata(path: Path) -> Mapping[str, bytes]:
                 return _Reader(data).metadata()
             except struct.error:
                 raise NotGguf("it is cut short") from None
-            except UnicodeDecodeError as error:
-                raise NotGguf(f"its metadata cannot be read: {error}") from error
+            except UnicodeDecodeError:
+                raise NotGguf("its metadata is damaged: a key is no UTF-8 text") from None
 
 
 def digest(metadata: Mapping[str, bytes], prefix: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ostinato.v1 import types_pb2
 
 from service.engines import huggingface
+from service.engines.base import EngineUnusable
 from service.engines.llama import bpe, gguf
 from service.engines.llama.library import Library, library
 from service.engines.llama.template import ChatTemplate
@@ -32,7 +33,7 @@ class LlamaVocabulary:
         self._pieces = [library.piece(self.handle, token_id, control=False) for token_id in range(self.size)]
         begin, end = library.edge_ids(self.handle)
         self._begin = [begin] if begin is not None and library.wants_begin(self.handle) else []
-        self.template = library.template(model)
+        self.template = self._template_of(model)
         """As it stands in the file, if it does."""
         self._chat = self._template(begin, end)
         self._controls = self._written(begin), self._written(end)
@@ -66,6 +67,12 @@ class LlamaVocabulary:
     def _writes_begin(self, begin: str) -> bool:
         """Whether a chat has its begin token from the template; if not, `encode` puts it there, and a gateway does not."""
         return self._chat is not None and self._chat.render([types_pb2.Message(role="user", content="a")]).startswith(begin)
+
+    def _template_of(self, model: int) -> str | None:
+        try:
+            return self._library.template(model)
+        except UnicodeDecodeError:
+            raise EngineUnusable(f"--model: {self._path}: its chat template is no UTF-8 text") from None
 
     def _template(self, begin: int | None, end: int | None) -> ChatTemplate | None:
         """None: there is none, or none that can be used."""
