@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from ostinato.serving.program import BAD_CONFIGURATION, StartupError
+from ostinato.serving.program import StartupError
 
 
 def face() -> ModuleType:
@@ -17,5 +17,5 @@ def face() -> ModuleType:
     try:
         from sidecar.gateway import servicer
     except ImportError as error:
-        raise StartupError(f"--vllm-face: {error}; pip install 'ostinato[gateway]'", exit_code=BAD_CONFIGURATION) from error
+        raise StartupError(f"--vllm-face: {error}; pip install 'ostinato[gateway]'") from error
     return servicer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -208,7 +209,8 @@ def test_its_package_is_needed_only_where_it_is_wanted(tmp_path: Path) -> None:
 
     wants = Program("sidecar", [*flags, "--vllm-face"], env={"PYTHONPATH": paths})
     code, log = ended(wants)
-    assert (code, log.splitlines()[-1]) == (1, "--vllm-face: it is not installed here; pip install 'ostinato[gateway]'")
+    said = json.loads(log.splitlines()[-1])["message"]
+    assert (code, said) == (1, "--vllm-face: it is not installed here; pip install 'ostinato[gateway]'")
     assert not (tmp_path / "journal").exists()
     without = Program("sidecar", flags, env={"PYTHONPATH": paths})
     try:

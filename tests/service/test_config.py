@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ostinato.v1 import types_pb2
 
 from service import engines
 from service.config import OWN, Settings
+from service.engines.llama import LlamaOptions
 
 
 def settings(*argv: str) -> Settings:
@@ -100,6 +102,14 @@ def test_help_says_in_words_what_has_no_value(capsys: pytest.CaptureFixture[str]
     assert default_in_help("script", capsys) == "{} (scripted)"
     assert engines.options(Settings(engine="scripted", script="{}")) == engines.options(Settings(engine="scripted"))
     assert default_in_help("require_grade", capsys) == "none"
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(None, 1), (1, 1), (9, 4), (4096, 512)])
+def test_threads_follow_the_cores(cores: int | None, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the machine's cores, at least one and no more than llama.cpp takes."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+
+    assert engines.options(Settings()) == LlamaOptions(threads=threads)
 
 
 def test_the_line_at_start_has_what_applies() -> None:

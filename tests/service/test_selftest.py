@@ -95,7 +95,7 @@ async def test_off_is_best_effort() -> None:
 
 async def test_required_grade_stops_the_service() -> None:
     """A service that must have a grade and does not earn it does not start."""
-    with pytest.raises(StartupError, match="grade EXACT is required, BEST_EFFORT was earned"):
+    with pytest.raises(StartupError, match="^--require-grade: EXACT is required, BEST_EFFORT was earned"):
         await model(misdeed("diverge", company=True), require_grade="EXACT")
 
     assert (await model({}, require_grade="SERIAL")).grade == EXACT

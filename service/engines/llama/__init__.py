@@ -47,7 +47,7 @@ class LlamaOptions:
     """Prompt and answer of one run together, at most what the model was trained for."""
     runs: int = 8
     """At once. Each has memory of its own for `context_tokens`."""
-    threads: int = field(default_factory=lambda: max(1, (os.cpu_count() or 1) // 2))
+    threads: int = field(default_factory=lambda: min(max(1, (os.cpu_count() or 1) // 2), THREADS_MAX))
     """Never more than there are cores free: one too many makes everything several times slower, hence half of them."""
     kv: Literal["q8_0", "f16"] = "q8_0"
     """Type of the KV cache. With f16, attention takes one kernel or another by what is in the batch."""
