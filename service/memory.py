@@ -39,8 +39,8 @@ class Memory:
             return {log_id: int(sequence) for log_id, sequence in json.loads(content).items()}
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise StartupError(
-                f"--state-dir: {self._path} is not a list of sequences ({error!r}): put a copy back, or, if every journal is known "
-                "to have its end, remove it"
+                f"--state-dir: {self._path} is not a list of sequences ({error!r}): put a copy back, or, if every journal is "
+                "known to have its end, remove it"
             ) from error
 
     def write(self, sequences: Mapping[str, int]) -> None:

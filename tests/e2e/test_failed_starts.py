@@ -123,7 +123,7 @@ STARTS = {
     "state is a file": Failure(
         f"{SERVICE} --self-test off --state-dir {{folder}}/text",
         1,
-        "--state-dir: {folder}/text/sequences.json cannot be read: Not a directory",
+        "--state-dir: {folder}/text/sequences.json cannot be read: Not a directory: let this user read it…",
     ),
     "missed grade": Failure(
         f"{SERVICE} --self-test off --require-grade EXACT",
@@ -135,24 +135,26 @@ STARTS = {
         1,
         "--engine turbomind needs lmdeploy: pip install 'ostinato[turbomind]'; without a GPU use --engine llama",
     ),
-    "journal is a text": Failure(f"{SIDECAR} --journal {{folder}}/text", 1, "--journal: {folder}/text is not a journal"),
+    "journal is a text": Failure(
+        f"{SIDECAR} --journal {{folder}}/text", 1, "--journal: {folder}/text is not a journal, nor any other SQLite file…"
+    ),
     "journal is a folder": Failure(
-        f"{SIDECAR} --journal {{folder}}", 1, "--journal: {folder} cannot be opened: it is a directory"
+        f"{SIDECAR} --journal {{folder}}", 1, "--journal: {folder} is a folder: name the journal's file"
     ),
     "journal below a file": Failure(
         f"{SIDECAR} --journal {{folder}}/text/j",
         1,
-        "--journal: {folder}/text/j cannot be opened: {folder}/text is no directory",
+        "--journal: the folder {folder}/text cannot be created by user…",
     ),
     "mark below a file": Failure(
         f"{SIDECAR} --high-water {{folder}}/text/m",
         1,
-        "--high-water: {folder}/text/m cannot be opened: {folder}/text is no directory",
+        "--high-water: {folder}/text/m: the high-water mark cannot be read by user…",
     ),
     "bad mark": Failure(
         f"{SIDECAR} --high-water {{folder}}/text",
         1,
-        "--high-water: {folder}/text is no high-water mark: put a copy back, or remove it",
+        "--high-water: {folder}/text is no high-water mark (…",
     ),
     "no database": Failure(
         f"{SIDECAR} --journal postgresql://me:tiger@127.0.0.1:1/x",
@@ -203,7 +205,7 @@ MODELS = {
 
 PROCESSES = {
     "locked journal": Failure(
-        f"{SIDECAR} --journal {{folder}}/locked", 1, "--journal: {folder}/locked is in use by another sidecar"
+        f"{SIDECAR} --journal {{folder}}/locked", 1, "--journal: {folder}/locked is in use by another sidecar or command…"
     ),
     "service's port": Failure(
         f"{SERVICE} --listen 127.0.0.1:{{port}}", 1, "--listen: cannot listen on 127.0.0.1:{port}: Address already in use"
@@ -222,7 +224,9 @@ PROCESSES = {
         "--listen: cannot listen on unix:{folder}/closed/s: Permission denied",
     ),
     "closed journal": Failure(
-        f"{SIDECAR} --journal {{folder}}/closed/j", 1, "--journal: {folder}/closed/j cannot be opened: Permission denied"
+        f"{SIDECAR} --journal {{folder}}/closed/j",
+        1,
+        "--journal: {folder}/closed/j: its folder {folder}/closed cannot be written by user…",
     ),
 }
 
