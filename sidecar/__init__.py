@@ -22,3 +22,5 @@
 A request's way: admission → core (its turn among tenants) → journal (its numbers are durable) → core (its turn among numbers)
 → link → service → link → journal (its outcome is durable) → caller.
 """
+
+import ostinato.serving  # noqa: F401  # before any import of gRPC, which it tells to be silent
