@@ -275,7 +275,7 @@ def test_a_journal_that_cannot_be_opened(behind: SqliteStore, run: Said, monkeyp
     """What keeps accept-loss from opening the journal is told in one line."""
     monkeypatch.setattr(SqliteJournal, "open", Mock(side_effect=JournalUnusable("a newer version")))
 
-    assert run("accept-loss", "--through", "5", "--journal", behind.path, code=1) == "accept-loss: journal: a newer version\n"
+    assert run("accept-loss", "--through", "5", "--journal", behind.path, code=1) == "accept-loss: --journal: a newer version\n"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"log_id": "a", "index": "x", "entry_hash": "", "last_sequence": "1"}'])
@@ -329,7 +329,7 @@ def test_a_shared_journal(postgres: Postgres, run: Said, tmp_path: Path) -> None
         db.execute("UPDATE log SET head_hash = decode(repeat('00', 32), 'hex')")
     damaged = run("accept-loss", "--through", "7", "--high-water", mark, "--journal", url, code=1)
     assert (
-        f"accept-loss: journal: the newest entry, {backend.head.index}, is damaged: restore a copy that verifies\n" == damaged
+        f"accept-loss: --journal: the newest entry, {backend.head.index}, is damaged: restore a copy that verifies\n" == damaged
     )
     with psycopg.connect(url) as db:
         db.execute("UPDATE log SET head_hash = %b", (backend.head.entry_hash,))
