@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import socket
@@ -22,7 +23,9 @@ from ostinato.serving.program import StartupError
 from ostinato.serving.server import Server
 from ostinato.v1 import generation_pb2_grpc
 
-from tests.ostinato.echo import METHODS, NAME, Echo, call, register, serving, text
+from tests.http2 import connected
+from tests.ostinato.echo import METHODS, NAME, Context, Echo, call, register, serving, text
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -198,6 +201,87 @@ async def test_a_watch_sees_changes_and_does_not_hold_up_the_stop(server: Server
     await server.stop(grace=1000)
 
     assert await watch.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_watcher_that_does_not_read_holds_nobody_up(server: Server) -> None:
+    """A peer that grants no window cannot be told, and others are told all the same."""
+    async with connected(server.addresses[0], window=0) as peer, grpc.aio.insecure_channel(server.addresses[0]) as channel:
+        peer.call("/grpc.health.v1.Health/Watch", health_pb2.HealthCheckRequest(service=NAME).SerializeToString())
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=NAME))
+        assert (await watch.read()).status == NOT_SERVING
+
+        async with asyncio.timeout(10):
+            await server.set_health(NAME, serving=True)
+            assert (await watch.read()).status == SERVING
+
+
+STANDARD = [
+    "/grpc.health.v1.Health/Check",
+    "/grpc.health.v1.Health/Watch",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    "/grpc.channelz.v1.Channelz/GetServers",
+]
+
+
+@pytest.mark.parametrize("path", STANDARD)
+async def test_bytes_that_are_no_message_to_grpcs_own_services(
+    server: Server, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are the caller's fault there too: INVALID_ARGUMENT, and no traceback in the log."""
+    async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
+        stream: Any = channel.stream_stream(path)(iter([b"\xff\xff\xff"]), timeout=10)
+        code = await stream.code()
+
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert troubles(caplog) == []
+
+
+async def test_bytes_that_are_no_message_to_the_port_for_probes(caplog: pytest.LogCaptureFixture) -> None:
+    """Health on its own port answers INVALID_ARGUMENT as well."""
+    server = made("127.0.0.1:0", health_address="127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(server.health_address) as channel:
+        check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+        code = await check(b"\xff\xff\xff", timeout=10).code()
+    await server.stop(grace=0)
+
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert troubles(caplog) == []
+
+
+@pytest.mark.parametrize("how", ["reset", "vanish"])
+@pytest.mark.parametrize("path", [*(f"/{NAME}/{method}" for method in METHODS), STANDARD[1]])
+async def test_a_client_that_leaves_while_it_is_written_to(path: str, how: str, caplog: pytest.LogCaptureFixture) -> None:
+    """By a reset of the stream or of the connection: its calls end, and nothing is in the log."""
+    calls, begun = 20, 0
+
+    def act(_content: str, _context: Context) -> None:
+        nonlocal begun
+        begun += 1
+
+    server = made("127.0.0.1:0", echo=Echo(act))
+    await server.start()
+    before = len(asyncio.all_tasks())
+    async with connected(server.addresses[0], window=0) as peer:
+        streams = [peer.call(path, b"" if "health" in path else text("x" * 1000)) for _ in range(calls)]
+        if "health" in path:
+            await eventually(lambda: len(asyncio.all_tasks()) > before + calls)
+        else:
+            await eventually(lambda: begun == calls)
+        if how == "reset":
+            for stream in streams:
+                peer.reset(stream)
+        else:
+            peer.vanish()
+        await eventually(lambda: len(asyncio.all_tasks()) <= before + 1)
+    await server.stop(grace=0)
+
+    assert troubles(caplog) == []
+
+
+def troubles(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged as an error."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 async def test_reflection_names_our_services() -> None:

@@ -1,9 +1,11 @@
 """What stands between gRPC and every handler of ours.
 
 - Callers are identified, and handlers find them in `identity.caller()`. gRPC's own services are an admin's, but for health.
-- Bytes that are no message raise MalformedMessage; gRPC by itself answers INTERNAL, which blames the server.
+- Bytes that are no message raise MalformedMessage; gRPC by itself answers UNKNOWN, which blames the server, and logs a traceback.
 - Our errors go out whole: code, reason, fields, and when to come back. Anything else goes out as INTERNAL, and into the log.
-- Each call is counted by its code and timed, and has a span where there are traces; a stream without an end has none.
+- Answers are serialised here, and counted until gRPC has written them.
+- Each call is counted by its code and timed, and has a span where there are traces; a stream without an end has none. Where
+  nobody has to say who they are, gRPC's own services are not counted: health checks would drown the numbers that matter.
 
 Handlers are those of generated aio servicers: coroutines, or async generators for streamed answers.
 """
@@ -26,7 +28,7 @@ from ostinato import tracing
 from ostinato.errors import Internal, OstinatoError, to_status
 from ostinato.serving.credentials import NONE, Credentials
 from ostinato.serving.deadlines import ran_out, remaining
-from ostinato.serving.handlers import Context, Reader, behaviour_of, checked, lenient, messages, rebuilt
+from ostinato.serving.handlers import Checked, Context, Uncounted, Unwritten, behaviour_of, checked, lenient, messages, rebuilt
 from ostinato.serving.identity import CALLER
 
 STATUS_BYTES_MAX, MESSAGE_BYTES_MAX, OTHER_DETAILS_BYTES = 3072, 768, 256
@@ -50,10 +52,20 @@ _log = logging.getLogger(__name__)
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Wraps the handlers of all services but gRPC's own. One Guard for one server and one registry."""
+    """Wraps all handlers. One Guard for one server and one registry."""
 
-    def __init__(self, registry: CollectorRegistry, credentials: Credentials = NONE) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        credentials: Credentials = NONE,
+        unwritten: Unwritten | None = None,
+        write_seconds: float | None = None,
+    ) -> None:
+        """`unwritten`: counts what gRPC has not written yet. `write_seconds`: for one message of an async generator to be
+        written, or its call is lost; None: for ever."""
         self._credentials = credentials
+        self._unwritten = unwritten or Uncounted()
+        self._write_seconds = write_seconds
         self._handled = Counter(
             "ostinato_rpc_handled", "Calls that ended, by code.", ["service", "method", "code"], registry=registry
         )
@@ -73,25 +85,26 @@ class Guard(grpc.aio.ServerInterceptor):
     ) -> Any:
         path = handler_call_details.method
         handler = await continuation(handler_call_details)
-        if handler is None or path.startswith("/grpc.health.") or (path.startswith("/grpc.") and not self._credentials.asked):
-            return handler
+        if handler is None:
+            return None
         if path not in self._wrapped:
             self._wrapped[path] = self._wrap(path, handler)
         return self._wrapped[path]
 
     def _wrap(self, path: str, handler: Any) -> Any:
-        behaviour = behaviour_of(handler)
+        answer = self._answer(handler)
+        standard = path.startswith("/grpc.")
+        asked = not standard or (self._credentials.asked and not path.startswith("/grpc.health."))
 
         async def guarded(request: Any, context: Context) -> Any:
-            span = tracing.OFF if handler.request_streaming else _span(path, context)
-            with span.entered(), self._observed(path, context, span):
+            span = _span(path, context) if asked and not handler.request_streaming else tracing.OFF
+            with span.entered(), self._observed(path, context, span) if asked else contextlib.nullcontext():
                 try:
-                    CALLER.set(self._credentials.identify(context))
-                    if path.startswith("/grpc."):
+                    if asked:
+                        CALLER.set(self._credentials.identify(context))
+                    if asked and standard:
                         CALLER.get().need_admin(path)
-                    if handler.request_streaming:
-                        return await behaviour(messages(request), cast(Context, Reader(context)))
-                    return await behaviour(checked(request), context)
+                    return await answer(request, context)
                 except OstinatoError as error:
                     await _abort(context, span, error)
                 except grpc.aio.BaseError:  # the handler aborted by itself, or the caller is gone
@@ -100,7 +113,24 @@ class Guard(grpc.aio.ServerInterceptor):
                     _log.exception("handler failed", extra={"method": path})
                     await _abort(context, span, Internal("internal error"))
 
-        return rebuilt(handler, guarded, lenient(handler.request_deserializer))
+        return rebuilt(handler, guarded, lenient(handler.request_deserializer), serializer=None)
+
+    def _answer(self, handler: Any) -> Callable[[Any, Context], Awaitable[bytes | None]]:
+        """What the handler does, with messages that are checked when they come and are bytes when they go; None where it
+        streams."""
+        behaviour, serialize = behaviour_of(handler, self._write_seconds), handler.response_serializer
+
+        async def answer(request: Any, context: Context) -> bytes | None:
+            given = messages(request) if handler.request_streaming else checked(request)
+            made = await behaviour(given, cast(Context, Checked(context, serialize, self._unwritten)))
+            if handler.response_streaming:
+                return None
+            data: bytes = serialize(made)
+            done = self._unwritten.writing(len(data))
+            context.add_done_callback(lambda _: done())
+            return data
+
+        return answer
 
     @contextlib.contextmanager
     def _observed(self, path: str, context: Context, span: tracing.Span) -> Iterator[None]:

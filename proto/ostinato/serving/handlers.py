@@ -2,46 +2,98 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from ostinato.errors import MalformedMessage
+from ostinato.errors import MalformedMessage, SlowReader
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Behaviour = Callable[[Any, Context], Any]
 
 
-def behaviour_of(handler: Any) -> Behaviour:
+class Unwritten(Protocol):
+    """Counts what was handed to gRPC and is not written yet."""
+
+    def writing(self, count: int) -> Callable[[], None]:
+        """So many bytes more, for the caller in whose task this is called; until the returned function is called."""
+        ...
+
+
+class Uncounted:
+    """Where the bytes are bounded otherwise."""
+
+    def writing(self, count: int) -> Callable[[], None]:
+        return _nothing
+
+
+def _nothing() -> None: ...
+
+
+async def written(write: Awaitable[None], *, lost: asyncio.Future[Any] | None = None, seconds: float | None = None) -> bool:
+    """Whether this write ended before `lost` was done and before the time was over. If not it goes on by itself: gRPC keeps the
+    message until the reader takes it or leaves."""
+    writing = asyncio.ensure_future(write)
+    try:
+        awaited = {writing} if lost is None else {writing, lost}
+        await asyncio.wait(awaited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    except asyncio.CancelledError:
+        writing.cancel()
+        raise
+    if writing.done():
+        writing.result()
+        return True
+    writing.add_done_callback(_retrieved)
+    return False
+
+
+def _retrieved(writing: asyncio.Future[None]) -> None:
+    """Or asyncio logs an exception that tells only that the reader has left."""
+    if not writing.cancelled():
+        writing.exception()
+
+
+def behaviour_of(handler: Any, write_seconds: float | None = None) -> Behaviour:
     """What a handler does, as one coroutine function. An async generator's answers are written for it, and it is closed at once
-    when the call ends early, not when the garbage collector comes by."""
+    when the call ends early, not when the garbage collector comes by. `write_seconds`: for one of its messages to be written;
+    then the behaviour raises SlowReader."""
     kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
     behaviour: Behaviour = getattr(handler, kind)
     if not inspect.isasyncgenfunction(behaviour):
         return behaviour
 
-    async def written(request: Any, context: Context) -> None:
+    async def answered(request: Any, context: Context) -> None:
         async with contextlib.aclosing(behaviour(request, context)) as answers:
             async for answer in answers:
-                await context.write(answer)
+                writing = context.write(answer)
+                if write_seconds is None:
+                    await writing
+                elif not await written(writing, seconds=write_seconds):
+                    raise SlowReader(f"a message waited more than {write_seconds:g} s to be read")
 
-    return written
+    return answered
 
 
-def rebuilt(handler: Any, behaviour: Behaviour, deserializer: Callable[[bytes], Any]) -> Any:
-    """The handler with another behaviour and request deserialiser."""
+def rebuilt(
+    handler: Any,
+    behaviour: Behaviour,
+    deserializer: Callable[[bytes], Any],
+    serializer: Callable[[Any], bytes] | None,
+) -> Any:
+    """The handler with another behaviour, request deserialiser and response serialiser; None: the behaviour answers bytes."""
     make = {
         (False, False): grpc.unary_unary_rpc_method_handler,
         (False, True): grpc.unary_stream_rpc_method_handler,
         (True, False): grpc.stream_unary_rpc_method_handler,
         (True, True): grpc.stream_stream_rpc_method_handler,
     }[bool(handler.request_streaming), bool(handler.response_streaming)]
-    return make(behaviour, request_deserializer=deserializer, response_serializer=handler.response_serializer)
+    return make(behaviour, request_deserializer=deserializer, response_serializer=serializer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +128,26 @@ async def messages(source: AsyncIterable[Any]) -> AsyncIterator[Any]:
         yield checked(message)
 
 
-class Reader:
-    """A context whose `read` checks; all else is gRPC's."""
+class Checked:
+    """A context whose `read` checks, and whose `write` serialises at once and counts; all else is gRPC's. A message that waits to
+    be written is held as bytes, and not as an object of several times that size."""
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
+    def __init__(self, context: Context, serialize: Callable[[Any], bytes], unwritten: Unwritten) -> None:
+        self._context, self._serialize, self._unwritten = context, serialize, unwritten
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
     async def read(self) -> Any:
         return checked(await self._context.read())
+
+    def write(self, message: Any) -> Awaitable[None]:
+        """Ends when gRPC has written it all."""
+        return self._write(self._serialize(message))
+
+    async def _write(self, data: bytes) -> None:
+        done = self._unwritten.writing(len(data))
+        try:
+            await self._context.write(data)
+        finally:
+            done()

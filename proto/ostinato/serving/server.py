@@ -14,6 +14,7 @@ is for TCP; a unix socket is guarded by its mode.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -24,10 +25,12 @@ from prometheus_client import CollectorRegistry
 from ostinato.serving.addresses import parse
 from ostinato.serving.credentials import NONE, Credentials
 from ostinato.serving.guard import Guard
+from ostinato.serving.handlers import Unwritten
 from ostinato.serving.standard import Bystanders, Health, add_standard
 
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 """gRPC's own default, for requests."""
+GRPC_LOGGER = "grpc._cython.cygrpc"
 PENDING_CALLS_MAX = 1 << 16
 """That have arrived and that no handler has taken up yet."""
 
@@ -47,10 +50,12 @@ class Server:
         socket_mode: int = 0o660,
         credentials: Credentials = NONE,
         health_address: str = "",
+        unwritten: Unwritten | None = None,
+        write_seconds: float | None = None,
     ) -> None:
         """Binds nothing yet. `health_address`: a port in plain text with health on it and nothing else, open to all: probes
-        have no certificate. Raises StartupError that names the flag of an address that is none, or that is remote and not
-        allowed: --listen or --health-listen."""
+        have no certificate. `unwritten`, `write_seconds`: as for Guard. Raises StartupError that names the flag of an address that
+        is none, or that is remote and not allowed: --listen or --health-listen."""
         self._credentials = credentials
         self._addresses = [parse("--listen", text, allow_remote or credentials.tls is not None) for text in addresses]
         self._health_address = parse("--health-listen", health_address, allow_remote=True) if health_address else None
@@ -59,9 +64,11 @@ class Server:
         self._services: list[str] = []
         self._health: Health | None = None
         exclusive = ("grpc.so_reuseport", 0)  # with it on, a second server would share a port in silence
-        self._probed = grpc.aio.server(interceptors=[self._bystanders], options=[exclusive])
+        logging.getLogger(GRPC_LOGGER).addFilter(worth_a_line)
+        # Health alone is not counted: the registry stays empty.
+        self._probed = grpc.aio.server(interceptors=[Guard(CollectorRegistry()), self._bystanders], options=[exclusive])
         self._grpc = grpc.aio.server(
-            interceptors=[Guard(registry, credentials), self._bystanders],
+            interceptors=[Guard(registry, credentials, unwritten, write_seconds), self._bystanders],
             options=[
                 exclusive,
                 ("grpc.max_receive_message_length", message_bytes_max),
@@ -113,3 +120,10 @@ class Server:
             await self._health.enter_graceful_shutdown()
         self._bystanders.close()
         await asyncio.gather(self._grpc.stop(grace), self._probed.stop(grace))
+
+
+def worth_a_line(record: logging.LogRecord) -> bool:
+    """False for gRPC's traceback of a client that left while it was written to: it is logged where the client's end of the call
+    is not known yet, which is a race. An operation that gRPC did not even start is our mistake, and is logged."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, grpc.aio.InternalError) and str(error).startswith('Failed "execute_batch"'))

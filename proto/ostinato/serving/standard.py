@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -15,8 +16,36 @@ from ostinato.serving.handlers import Context, behaviour_of, rebuilt
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc]  # the package has no types
-    """Check and Watch are gRPC's; List is ours, where gRPC knows of it. The empty name stands for the process, which is SERVING
-    from its start to its stop."""
+    """Check is gRPC's. List is ours, where gRPC knows of it; and Watch, since gRPC's holds a lock while it writes, and a watcher
+    that does not read would keep `set` waiting. The empty name stands for the process, which is SERVING from its start to its
+    stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bells: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        """Of those who watch, by service."""
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:  # noqa: N802
+        bell, name = asyncio.Event(), request.service
+        self._bells[name].add(bell)
+        try:
+            told = None
+            while True:
+                bell.clear()
+                status = self._server_status.get(name, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+                if status != told:
+                    await context.write(health_pb2.HealthCheckResponse(status=status))
+                    told = status
+                await bell.wait()
+        finally:
+            self._bells[name].discard(bell)
+            if not self._bells[name]:
+                del self._bells[name]
+
+    async def _set(self, service: str, status: int) -> None:
+        self._server_status[service] = status
+        for bell in self._bells.get(service, ()):
+            bell.set()
 
     async def List(self, request: health_pb2.HealthListRequest, context: Context) -> health_pb2.HealthListResponse:  # noqa: N802
         statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._server_status.items()}
@@ -72,4 +101,4 @@ class Bystanders(grpc.aio.ServerInterceptor):
             finally:
                 self._calls.discard(call)
 
-        return rebuilt(handler, ending, handler.request_deserializer)
+        return rebuilt(handler, ending, handler.request_deserializer, handler.response_serializer)
