@@ -33,6 +33,7 @@ from sidecar.dispatcher import Dispatcher
 from sidecar.divergence.book import Book
 from sidecar.divergence.numbers import Numbers
 from sidecar.generation import GenerationServicer
+from sidecar.held import Held
 from sidecar.high_water import HighWater
 from sidecar.journal import JournalBroken, Unfinished
 from sidecar.journal.grouped import GroupedJournal
@@ -64,6 +65,11 @@ class Sidecar:
         self.credentials = credentials_of(settings)
         watched = read_canaries(settings)
         face = gateway.face() if settings.vllm_face else None
+        self.book = Book(settings.writer)
+        self.observer = Observer(Metrics(numbers), self.book.not_compared)
+        numbers.register(Numbers(lambda: self.book.counted))
+        self.held = Held(settings.held, self.observer.lost)
+        self.observer.holds(lambda: self.held.bytes)
         self.server = Server(
             settings.listen,
             registry=numbers,
@@ -71,10 +77,9 @@ class Sidecar:
             allow_remote=settings.allow_remote,
             credentials=self.credentials,
             health_address=settings.health_listen,
+            unwritten=self.held,
+            write_seconds=settings.unread_seconds_max,
         )
-        self.book = Book(settings.writer)
-        self.observer = Observer(Metrics(numbers), self.book.not_compared)
-        numbers.register(Numbers(lambda: self.book.counted))
         backend, self.opened = open_journal(settings, wall_millis())
         self.journal = GroupedJournal(
             backend,
@@ -89,10 +94,11 @@ class Sidecar:
         self.auditor = Auditor(self.dispatcher, settings)
         self.shadow = Shadow(self.dispatcher, settings) if settings.shadow else None
         self.watch = Watch(self.dispatcher, watched, settings.canary_seconds)
-        generation = GenerationServicer(self.dispatcher, settings)
+        generation = GenerationServicer(self.dispatcher, self.held, settings)
         self.doors = [GENERATION]
         self.server.add(add_GenerationServicer_to_server, generation, GENERATION)
-        self.server.add(add_SequencerServicer_to_server, SequencerServicer(self.dispatcher, self.book, settings), SEQUENCER)
+        sequencer = SequencerServicer(self.dispatcher, self.book, self.held, settings)
+        self.server.add(add_SequencerServicer_to_server, sequencer, SEQUENCER)
         if face is not None:
             self.server.add(face.register, face.VllmServicer(generation, self.dispatcher, settings), face.NAME)
             self.doors.append(face.NAME)

@@ -19,6 +19,15 @@ VERDICT_BYTES = 2048
 """Of a result's comparison, at worst."""
 
 
+NUL, HAS_NUL = "\0", "must not have a NUL character: databases cannot store it"
+
+
+def check_key(key: str) -> None:
+    """Of a binding that is looked for. Raises InvalidRequest."""
+    if NUL in key:
+        raise errors.invalid("idempotency_key", HAS_NUL)
+
+
 def check(request: generation_pb2.GenerateRequest, settings: Settings) -> None:
     """What needs no engine to be judged. Raises InvalidRequest with every bad field."""
     violations = list(_violations(request, settings))
@@ -35,6 +44,8 @@ def _violations(request: generation_pb2.GenerateRequest, settings: Settings) -> 
         size = len(getattr(request, field).encode())
         if size > most:
             yield Violation(field, f"has {size} bytes, at most {most} are allowed")
+        if NUL in getattr(request, field):
+            yield Violation(field, HAS_NUL)
     if request.required_grade not in types_pb2.Grade.values():
         yield Violation("required_grade", f"{request.required_grade} is no grade")
 

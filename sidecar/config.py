@@ -9,6 +9,8 @@ from ostinato.serving.addresses import check_target
 from ostinato.serving.settings import field
 
 from sidecar.core.item import Bounds
+from sidecar.held import COPIES
+from sidecar.held import Bounds as HeldBounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Settings:
     batch_items_max: int = field(256, "items in one request", minimum=1, maximum=4096)
     message_bytes_max: int = field(4 << 20, "of one request", minimum=1024, maximum=2**31 - 1)
     max_response_bytes: int = field(4 << 20, "of a worst-case answer, unless the client's metadata raises it", minimum=1024)
-    response_bytes_ceiling: int = field(256 << 20, "what a client's metadata may raise it to", minimum=1024)
+    response_bytes_ceiling: int = field(128 << 20, "what a client's metadata may raise it to", minimum=1024)
     idempotency_key_bytes_max: int = field(256, "of an idempotency key", minimum=1)
     request_id_bytes_max: int = field(256, "of a request id", minimum=1)
     # order and room
@@ -52,9 +54,14 @@ class Settings:
     attempts_max: int = field(3, "engines that may be lost under an item", minimum=1)
     item_timeout_seconds: float = field(600.0, "for one attempt", minimum=0.001)
     idempotency_ttl_seconds: float = field(86400.0, "a key is kept this long after its outcome", minimum=0.0)
-    stream_tokens_max: int = field(65536, "tokens that wait for a slow reader before its call is lost", minimum=1)
     followers_max: int = field(64, "calls that follow the journal at once", minimum=1)
+    tails_max: int = field(64, "calls that read the journal to its end at once", minimum=1)
     replays_max: int = field(4, "replays at once", minimum=1)
+    # what is held for callers
+    held_call_bytes_max: int = field(64 << 20, "that wait for the reader of one stream before its call is lost", minimum=1024)
+    held_tenant_bytes_max: int = field(256 << 20, "held for the callers of one tenant, where there are tenants", minimum=1024)
+    held_bytes_max: int = field(512 << 20, "held for all callers; beyond, the call that holds most is lost", minimum=1024)
+    unread_seconds_max: float = field(60.0, "that a message of Tail or Replay waits for its reader", minimum=0.01)
     # second runs
     reruns_share: float = field(0.25, "of the engine that second runs may hold; one always may", minimum=0.0, maximum=1.0)
     audit_rate: float = field(0.01, "share of completed items that are run again, by lot", minimum=0.0, maximum=1.0)
@@ -98,6 +105,8 @@ class Settings:
             raise ValueError("--shadow: is the address of --engine")
         if self.response_bytes_ceiling < self.max_response_bytes:
             raise ValueError("--response-bytes-ceiling is below --max-response-bytes")
+        if COPIES * self.response_bytes_ceiling > self.held.tenant:
+            raise ValueError(f"--held-bytes-max, --held-tenant-bytes-max: at least {COPIES} times --response-bytes-ceiling")
         if self.journal_bytes_max and self.journal_bytes_max <= 2 * self.journal_reserve_bytes:
             raise ValueError("--journal-bytes-max must be more than twice --journal-reserve-bytes")
         if self.journal_bytes_max and is_shared(self.journal):
@@ -112,6 +121,12 @@ class Settings:
     def tenants(self) -> bool:
         """Whether there are any but ""."""
         return self.trust_tenant_metadata or self.tokens is not None or self.tls_client_ca is not None
+
+    @property
+    def held(self) -> HeldBounds:
+        """Of the bytes held for callers."""
+        tenant = min(self.held_tenant_bytes_max, self.held_bytes_max) if self.tenants else self.held_bytes_max
+        return HeldBounds(self.held_call_bytes_max, tenant, self.held_bytes_max)
 
     @property
     def bounds(self) -> Bounds:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -10,18 +12,20 @@ import grpc
 from ostinato import errors, tracing
 from ostinato.digest import request_digest
 from ostinato.serving.deadlines import ran_out, remaining
+from ostinato.serving.handlers import written
 from ostinato.serving.identity import caller
 from ostinato.v1 import engine_pb2, generation_pb2, generation_pb2_grpc, types_pb2
 
 from sidecar.access import need_sight
-from sidecar.admission import check, check_size, draft, response_bytes_max
-from sidecar.calls import Call, Streamed, Unary, slow
+from sidecar.admission import check, check_key, check_size, draft, response_bytes_max
+from sidecar.calls import Call, Streamed, Unary
 from sidecar.config import Settings
 from sidecar.core import events as ev
 from sidecar.core.item import numbered
 from sidecar.dispatcher import Dispatcher
+from sidecar.held import Account, Held
 from sidecar.journal import Binding
-from sidecar.results import answer_of, is_whole, response_of, stamp_of
+from sidecar.results import answer_of, is_whole, stamp_of
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -29,48 +33,55 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     """See generation.proto."""
 
-    def __init__(self, dispatcher: Dispatcher, settings: Settings) -> None:
+    def __init__(self, dispatcher: Dispatcher, held: Held, settings: Settings) -> None:
         self._dispatcher = dispatcher
+        self.held = held
         self._settings = settings
 
-    async def Generate(self, request: generation_pb2.GenerateRequest, context: Context) -> generation_pb2.GenerateResponse:
-        call, patience = Unary(len(request.items)), remaining(context)
-        ticket, stamp, _ = await self._enter(request, context, call)
-        try:
-            return response_of(stamp, await call.results())
-        except asyncio.CancelledError:
-            self._dispatcher.leave(ticket, call, gone(context, patience))
-            raise
+    # Answers bytes, which are what waited.
+    async def Generate(  # type: ignore[override]
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> bytes:
+        with self.held.account(stream=False) as account:
+            return await self.answer(request, context, account)
 
     # Writes by itself: a generator could not be left while its reader is slow.
     async def GenerateStream(  # type: ignore[override]
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> None:
-        call, patience = Streamed(len(request.items), self._settings.stream_tokens_max), remaining(context)
+        with self.held.account(stream=True) as account:
+            await self.stream(request, context, account)
+
+    async def answer(self, request: generation_pb2.GenerateRequest, context: Context, account: Account) -> bytes:
+        """Generate, for a call with this account: a serialised GenerateResponse."""
+        call, patience = Unary(len(request.items), account), remaining(context)
+        ticket, stamp, _ = await self._enter(request, context, call)
+        with self._leaving(ticket, call, context, patience):
+            return await call.answer(stamp)
+
+    async def stream(self, request: generation_pb2.GenerateRequest, context: Context, account: Account) -> None:
+        """GenerateStream, for a call with this account. Writes serialised events; raises SlowReader."""
+        call, patience = Streamed(len(request.items), account), remaining(context)
         ticket, stamp, repeated = await self._enter(request, context, call)
         admitted = generation_pb2.Admitted(stamp=stamp, repeated_key=repeated)
+        with self._leaving(ticket, call, context, patience):
+            event: bytes | None = generation_pb2.GenerateEvent(admitted=admitted).SerializeToString()
+            while event is not None:
+                if not await written(context.write(event), lost=account.lost):
+                    raise account.error
+                event = await call.next()
+
+    @contextlib.contextmanager
+    def _leaving(self, ticket: int, call: Call, context: Context, patience: float | None) -> Iterator[None]:
+        """Its items are told when the caller goes, or loses its call."""
         try:
-            await context.write(generation_pb2.GenerateEvent(admitted=admitted))
-            while events := await call.take():
-                for event in events:
-                    await self._write(context, event, call)
+            yield
         except asyncio.CancelledError:
             self._dispatcher.leave(ticket, call, gone(context, patience))
             raise
         except errors.SlowReader as error:
             self._dispatcher.leave(ticket, call, errors.Cancelled(error.message))
             raise
-
-    async def _write(self, context: Context, event: generation_pb2.GenerateEvent, call: Streamed) -> None:
-        """Waits for the reader, but not for one that has fallen too far behind."""
-        written = asyncio.ensure_future(context.write(event))
-        try:
-            await asyncio.wait({written, call.overrun}, return_when=asyncio.FIRST_COMPLETED)
-            if not written.done():
-                raise slow(self._settings.stream_tokens_max)
-            written.result()
-        finally:
-            written.cancel()
 
     async def Cancel(self, request: generation_pb2.CancelRequest, context: Context) -> generation_pb2.CancelResponse:
         first, last = await self._range(request)
@@ -95,6 +106,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
                 await need_sight(self._dispatcher.journal, first, last)
                 return first, last
             case "idempotency_key":
+                check_key(request.idempotency_key)
                 binding = await self._dispatcher.journal.binding(caller().tenant, request.idempotency_key)
                 if binding is None:
                     raise errors.NotFound("this key is not bound")
@@ -140,6 +152,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         if left is not None and left <= 0:
             raise errors.DeadlineExceeded("the deadline had passed before anything was numbered")
         check(request, self._settings)
+        self.held.check()
         most = response_bytes_max(context.invocation_metadata() or (), self._settings)
         if request.idempotency_key:
             binding = await self._dispatcher.journal.binding(caller().tenant, request.idempotency_key)

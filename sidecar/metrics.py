@@ -38,6 +38,10 @@ class Metrics:
         self.inflight = gauge("inflight_items", "Runs that the engine holds, second runs included.")
         self.inflight_blocks = gauge("inflight_kv_blocks", "KV blocks that those may need at worst.")
         self.kv_blocks = gauge("kv_blocks", "KV blocks of the connected engine.")
+        self.held = gauge("held_bytes", "Bytes held for callers: they wait to be read, or to be written.")
+        self.lost = counter("lost_calls", "Calls lost to slow readers, by the bound that was reached.", "bound")
+        for bound in ("call", "tenant", "all", "time"):
+            self.lost.labels(bound)
         self.last_sequence = gauge("last_sequence", "The newest sequence given out.")
         self.epoch = gauge("epoch", "This writer's incarnation.")
         # time

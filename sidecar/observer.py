@@ -41,6 +41,14 @@ class Observer:
         self.metrics.inflight.set_function(lambda: window.runs if (window := core.window) else 0)
         self.metrics.inflight_blocks.set_function(lambda: window.blocks if (window := core.window) else 0)
 
+    def holds(self, count: Callable[[], int]) -> None:
+        """Read whenever metrics are: bytes held for callers."""
+        self.metrics.held.set_function(count)
+
+    def lost(self, bound: str) -> None:
+        """A call, to a slow reader."""
+        self.metrics.lost.labels(bound).inc()
+
     def admitted(self, stamp: types_pb2.Stamp, seconds: float) -> None:
         """`seconds`: from the prepared batch to its numbers."""
         self.metrics.admitted.inc(stamp.count)

@@ -12,12 +12,13 @@ from ostinato.v1 import sequencer_pb2, sequencer_pb2_grpc
 from ostinato.wire import RESPONSE_BYTES_METADATA
 
 from sidecar.access import need_sight, visible
-from sidecar.admission import response_bytes_max
+from sidecar.admission import check_key, response_bytes_max
 from sidecar.config import Settings
 from sidecar.dispatcher import Dispatcher
 from sidecar.divergence.book import Book
 from sidecar.divergence.statistics import CONFIDENCE
 from sidecar.divergence.summary import report
+from sidecar.held import Held
 from sidecar.journal import Sealed
 from sidecar.replay import replay
 from sidecar.results import record_of
@@ -50,12 +51,14 @@ class Places:
 class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
     """See sequencer.proto. Reads are served while the journal is full and while the engine is away."""
 
-    def __init__(self, dispatcher: Dispatcher, book: Book, settings: Settings) -> None:
+    def __init__(self, dispatcher: Dispatcher, book: Book, held: Held, settings: Settings) -> None:
         self._dispatcher = dispatcher
+        self._held = held
         self._settings = settings
         self._book = book
         self._journal = dispatcher.journal
         self._followers = Places("followers", settings.followers_max)
+        self._tails = Places("calls of Tail without follow", settings.tails_max)
         self._replays = Places("replays", settings.replays_max)
 
     async def Get(self, request: sequencer_pb2.GetRequest, context: Context) -> sequencer_pb2.GetResponse:
@@ -65,12 +68,14 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
                     raise errors.invalid("sequence", "must be at least 1")
                 first, count = request.sequence, 1
             case "idempotency_key":
+                check_key(request.idempotency_key)
                 binding = await self._journal.binding(caller().tenant, request.idempotency_key)
                 if binding is None:
                     raise errors.NotFound("this key is not bound")
                 first, count = binding.first_sequence, binding.count
             case _:
                 raise errors.invalid("target", "is missing")
+        self._held.check()
         items = await self._journal.items(first, first + count - 1, count)
         if not items or (request.HasField("sequence") and not visible(items[0])):
             raise errors.NotFound(await self._why_not(first))
@@ -93,7 +98,8 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
 
     async def Tail(self, request: sequencer_pb2.TailRequest, context: Context) -> AsyncIterator[sequencer_pb2.TailResponse]:
         caller().need_admin("Tail")
-        with self._followers.one():
+        self._held.check()
+        with (self._followers if request.follow else self._tails).one():
             index = max(1, request.from_index)
             while True:
                 page = await self._journal.entries(index, PAGE_ENTRIES, payloads=request.payloads)
@@ -116,6 +122,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
         first, newest = request.range.first, (await self._journal.head()).last_sequence
         if first > newest:
             raise errors.NotFound(f"the newest sequence is {newest}")
+        self._held.check()
         last = min(request.range.last, newest)
         if self._dispatcher.engine is None:
             raise errors.EngineUnavailable("no engine is connected", retry_after=1.0)

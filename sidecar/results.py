@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from ostinato import enums, errors
 from ostinato.chain import receipt
-from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
+from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal import ItemEntries, Sealed
 
@@ -103,11 +103,6 @@ def stamp_of(header: types_pb2.EntryHeader) -> types_pb2.Stamp:
         first_sequence=header.first_sequence,
         count=header.count,
     )
-
-
-def response_of(stamp: types_pb2.Stamp, results: Sequence[types_pb2.Result]) -> generation_pb2.GenerateResponse:
-    """A whole batch's answer."""
-    return generation_pb2.GenerateResponse(stamp=stamp, results=results)
 
 
 def record_of(entries: ItemEntries, fingerprints: Mapping[bytes, types_pb2.Fingerprint]) -> sequencer_pb2.ItemRecord:

@@ -116,6 +116,18 @@ BOARD.row(
         ("sum(ostinato_inflight_kv_blocks{ON})", "needed at worst"),
         ("sum(ostinato_kv_blocks{ON})", "of the engines limit"),
     ),
+    lines(
+        "Held for callers",
+        "bytes",
+        ("ostinato_held_bytes{ON}", "{{instance}}"),
+        about="Tokens and answers that wait to be read, or to be written.",
+    ),
+    lines(
+        "Calls lost to slow readers",
+        "ops",
+        ("sum by (bound) (rate(ostinato_lost_calls_total{ON}[RATE]))", "{{bound}}"),
+        about="SLOW_READER, by the bound that was reached: of the call, its tenant, all, or the time to read.",
+    ),
     lines("Memory", "bytes", ("process_resident_memory_bytes{ON}", "{{job}} {{instance}}")),
     lines("CPU", "none", ("rate(process_cpu_seconds_total{ON}[RATE])", "{{job}} {{instance}}"), about="Cores in use."),
     lines("Open files", "none", ("process_open_fds{ON}", "{{job}} {{instance}}")),

@@ -11,6 +11,8 @@ from ostinato import errors
 from ostinato.serving.handlers import Context
 from ostinato.v1 import generation_pb2, types_pb2
 
+from sidecar.held import Account
+
 STAMP_METADATA, RECEIPT_METADATA = "ostinato-stamp-bin", "ostinato-receipt-bin"
 RECEIPTS_MAX = 8
 """In a call's trailers, of which a peer need not take more than 8 KiB; Sequencer.Get has them all."""
@@ -19,24 +21,27 @@ RECEIPTS_MAX = 8
 class Answer:
     """Stands for gRPC's context before a handler of Generation; what that writes goes out as the gateway's messages.
 
-    `left`: seconds until the call's deadline.
+    `left`: seconds until the call's deadline. `account`: of the bytes that are held until the call ends.
     """
 
-    def __init__(self, context: Context, prompt_tokens: int, left: Callable[[], float]) -> None:
+    def __init__(self, context: Context, prompt_tokens: int, left: Callable[[], float], account: Account) -> None:
         self._context = context
+        self._account = account
         self._prompt_tokens = prompt_tokens
         self._stamp = types_pb2.Stamp()
         self._sent: dict[int, int] = {}
         """Tokens by sequence."""
-        self._results: list[types_pb2.Result] = []
+        self._results: list[bytes] = []
+        """Serialised, as they are smaller."""
         self._restarted = 0
         self.time_remaining = left
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
-    async def write(self, event: generation_pb2.GenerateEvent) -> None:
+    async def write(self, data: bytes) -> None:
         """As GenerateStream's context. Results wait for `end`: the call is one, and has one status."""
+        event = generation_pb2.GenerateEvent.FromString(data)
         match event.WhichOneof("event"):
             case "admitted":
                 self._admitted(event.admitted.stamp)
@@ -46,29 +51,44 @@ class Answer:
             case "restarted":
                 self._restarted = self._restarted or event.restarted.sequence
             case "finished":
-                self._results.append(event.finished)
+                self._result(event.finished)
             case "failed":
-                self._results.append(event.failed)
+                self._result(event.failed)
 
     async def end(self) -> None:
         """When all was written. Raises what an item failed with; and Abandoned where other tokens were sent than are recorded,
         which this protocol has no word for."""
-        for result in self._results:
+        for data in self._completes():
+            await self._context.write(data)
+
+    async def whole(self, data: bytes) -> None:
+        """As `write` and `end`, with Generate's answer."""
+        self._whole(generation_pb2.GenerateResponse.FromString(data))
+        await self.end()
+
+    def _whole(self, response: generation_pb2.GenerateResponse) -> None:
+        self._admitted(response.stamp)
+        for result in response.results:
+            self._result(result)
+
+    def _result(self, result: types_pb2.Result) -> None:
+        data = result.SerializeToString()
+        self._results.append(data)
+        self._account.add(len(data))
+
+    def _completes(self) -> list[bytes]:
+        """The last messages, one for each item, serialised; the trailers are set."""
+        results = [types_pb2.Result.FromString(data) for data in self._results]
+        for result in results:
             if result.HasField("status"):
                 raise errors.from_status(result.status)
         if self._restarted:
             why = "was answered anew after a crash, with other tokens than were sent; the journal has the whole"
             raise errors.Abandoned(f"sequence {self._restarted} {why}")
-        self._receipts(self._results)
-        for result in sorted(self._results, key=lambda result: result.sequence):
-            complete = _complete(result.output, self._index(result.sequence))
-            await self._context.write(vllm.GenerateResponse(complete=complete))
-
-    async def whole(self, response: generation_pb2.GenerateResponse) -> None:
-        """As `write` and `end`, with Generate's answer."""
-        self._admitted(response.stamp)
-        self._results.extend(response.results)
-        await self.end()
+        self._receipts(results)
+        ordered = sorted(results, key=lambda result: result.sequence)
+        completes = [_complete(result.output, self._index(result.sequence)) for result in ordered]
+        return [vllm.GenerateResponse(complete=complete).SerializeToString() for complete in completes]
 
     def _admitted(self, stamp: types_pb2.Stamp) -> None:
         self._stamp = stamp

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import AsyncGenerator
 from typing import Any, Never
 
@@ -15,7 +15,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc as vllm_grpc
 
 from ostinato import __version__, errors
 from ostinato.serving.deadlines import remaining
-from ostinato.serving.handlers import Context
+from ostinato.serving.handlers import Context, written
 from ostinato.serving.identity import caller
 from ostinato.v1 import generation_pb2, types_pb2
 
@@ -28,8 +28,39 @@ from sidecar.generation import GenerationServicer
 NAME = "vllm.grpc.engine.VllmEngine"
 RESTART_GATEWAY = "another tokenizer runs now than the gateway was given: restart the gateway"
 register = vllm_grpc.add_VllmEngineServicer_to_server
+GATEWAYS_MAX = 1024
+"""Connections of which it is remembered what they were given."""
 CHUNK_BYTES = 1 << 20
 """Of the tokenizer's files."""
+
+
+class Given:
+    """Which tokenizer each gateway was given last. A gateway keeps one for as long as it runs, and asks for it on the
+    connection on which it generates; over a unix socket, connections cannot be told apart."""
+
+    def __init__(self) -> None:
+        self._by_peer: OrderedDict[str, str] = OrderedDict()
+        """Of the newest connections."""
+        self._ever: set[str] = set()
+
+    def to(self, peer: str, tokenizer: str) -> None:
+        """This connection's gateway has it now."""
+        self._by_peer[peer] = tokenizer
+        self._by_peer.move_to_end(peer)
+        if len(self._by_peer) > GATEWAYS_MAX:
+            self._by_peer.popitem(last=False)
+        self._ever.add(tokenizer)
+
+    def differs(self, peer: str, running: str | None) -> bool:
+        """Whether this connection's gateway is known to have another than the one that runs."""
+        return running is not None and self._by_peer.get(peer, running) != running
+
+    def may_differ(self, peer: str, running: str | None) -> bool:
+        """Whether its token ids may be those of another model. A connection that asked for none may be that of any gateway that
+        did, which has connected anew."""
+        if peer in self._by_peer:
+            return self.differs(peer, running)
+        return running is not None and not self._ever <= {running}
 
 
 class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the package has no types for it
@@ -41,8 +72,7 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
         self._items_max = settings.batch_items_max
         self._timeout_seconds = settings.vllm_timeout_seconds
         self._started = time.monotonic()
-        self._told = ""
-        """The tokenizer that a gateway was given last, as the fingerprint names it."""
+        self._given = Given()
         self._running: defaultdict[tuple[str, str], set[asyncio.Future[None]]] = defaultdict(set)
         """By tenant and request id, which need not be unique."""
 
@@ -68,21 +98,24 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
         patience = remaining(context)
         if patience is not None:
             deadline = min(deadline, time.monotonic() + patience)
-        ours = self._ours(request)
-        answer: Any = Answer(context, len(request.tokenized.input_ids), lambda: deadline - time.monotonic())
-        try:
-            if request.stream:
-                await self._generation.GenerateStream(ours, answer)
-                await answer.end()
-            else:
-                await answer.whole(await self._generation.Generate(ours, answer))
-        except errors.InvalidRequest as error:
-            raise in_their_words(error) from error
+        ours = self._ours(request, context.peer())
+        with self._generation.held.account(stream=request.stream) as account:
+            answer: Any = Answer(context, len(request.tokenized.input_ids), lambda: deadline - time.monotonic(), account)
+            try:
+                if request.stream:
+                    await self._generation.stream(ours, answer, account)
+                    ending = answer.end()
+                else:
+                    ending = answer.whole(await self._generation.answer(ours, answer, account))
+            except errors.InvalidRequest as error:
+                raise in_their_words(error) from error
+            if not await written(ending, lost=account.lost):
+                raise account.error
 
-    def _ours(self, request: vllm.GenerateRequest) -> generation_pb2.GenerateRequest:
+    def _ours(self, request: vllm.GenerateRequest, peer: str) -> generation_pb2.GenerateRequest:
         """Raises what refuses it, counted as Generation counts its own refusals."""
         try:
-            if self._tokenizer_changed():
+            if self._given.may_differ(peer, self._tokenizer()):
                 raise errors.FingerprintChanged(RESTART_GATEWAY)
             return request_of(request, self._items_max)
         except errors.OstinatoError as error:
@@ -103,7 +136,7 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
             why = "draining"
         elif self._dispatcher.journal.full:
             why = "the journal is full"
-        elif self._tokenizer_changed():
+        elif self._given.differs(context.peer(), self._tokenizer()):
             why = RESTART_GATEWAY
         return vllm.HealthCheckResponse(healthy=not why, message=why or "OK")
 
@@ -140,16 +173,16 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
     ) -> AsyncGenerator[common.GetTokenizerChunk]:
         told = self._model().fingerprint.fields["tokenizer"]
         files = await self._dispatcher.link.tokenizer(remaining(context))
-        self._told = told
+        self._given.to(context.peer(), told)
         for start in range(0, len(files), CHUNK_BYTES):
             last = start + CHUNK_BYTES >= len(files)
             digest = hashlib.sha256(files).hexdigest() if last else ""
             yield common.GetTokenizerChunk(data=files[start : start + CHUNK_BYTES], sha256=digest)
 
-    def _tokenizer_changed(self) -> bool:
-        """Whether a gateway's token ids may be those of another model."""
+    def _tokenizer(self) -> str | None:
+        """The one that runs, as the fingerprint names it; None: there is no engine."""
         engine = self._dispatcher.engine
-        return bool(self._told and engine is not None and engine.model.fingerprint.fields["tokenizer"] != self._told)
+        return engine.model.fingerprint.fields["tokenizer"] if engine is not None else None
 
     def _model(self) -> types_pb2.Model:
         if self._dispatcher.engine is None:

@@ -79,6 +79,8 @@ BAD: Mapping[str, tuple[Request, str]] = {
     ),
     "idempotency key too long": (batch("hello", key="é" * 128 + "x"), "idempotency_key"),
     "request id too long": (batch("hello", request_id="x" * 257), "request_id"),
+    "idempotency key with a NUL": (batch("hello", key="a\0b"), "idempotency_key"),
+    "request id with a NUL": (batch("hello", request_id="a\0b"), "request_id"),
     "a grade that is none": (Request(items=[Item(text="hello")], required_grade=4), "required_grade"),  # type: ignore[arg-type]
 }
 
@@ -253,6 +255,14 @@ async def test_cancel_of_no_range(door: Door) -> None:
     for request in (span(0, 1), span(2, 1), span(0, 0)):
         (await refusal(door.generation.Cancel(request))).says(errors.InvalidRequest, "range")
     (await refusal(door.generation.Cancel(generation_pb2.CancelRequest()))).says(errors.InvalidRequest, "target")
+
+
+async def test_a_key_that_no_database_can_hold(door: Door) -> None:
+    """A NUL in the key that is looked for is the caller's mistake too, in Get and in Cancel."""
+    by_key = generation_pb2.CancelRequest(idempotency_key="a\0b")
+    (await refusal(door.generation.Cancel(by_key))).says(errors.InvalidRequest, "idempotency_key")
+    get = sequencer_pb2.GetRequest(idempotency_key="a\0b")
+    (await refusal(door.sequencer.Get(get))).says(errors.InvalidRequest, "idempotency_key")
 
 
 async def test_get_of_what_is_not_there(door: Door) -> None:

@@ -249,8 +249,9 @@ MANY: dict[str, Any] = {"max_new_tokens": 1000, "ignore_eos": True, "logprobs": 
 
 
 async def test_a_slow_reader_loses_its_call_and_stalls_nobody() -> None:
-    """Tokens beyond the bound end an unread stream with SLOW_READER and its items as CANCELLED; with a key they go on."""
-    async with own({}, "--stream-tokens-max", "500") as door, grpc.aio.insecure_channel(door.pair.target, UNREAD) as channel:
+    """Bytes beyond the bound end an unread stream with SLOW_READER and its items as CANCELLED; with a key they go on."""
+    bound = ["--held-call-bytes-max", "100000"]
+    async with own({}, *bound) as door, grpc.aio.insecure_channel(door.pair.target, UNREAD) as channel:
         unread: Any = channel.unary_stream(
             STREAM, request_serializer=Request.SerializeToString, response_deserializer=generation_pb2.GenerateEvent.FromString
         )

@@ -115,6 +115,14 @@ async def test_who_calls_is_asked(face: Face, stub: Any) -> None:
     assert (record.input.tenant, record.input.request_id) == ("zeta", "mine")
 
 
+async def test_a_request_id_that_no_log_can_hold(face: Face, stub: Any) -> None:
+    """A NUL in it is refused by name."""
+    with pytest.raises(grpc.aio.AioRpcError, match="request_id: must not have a NUL") as caught:
+        await stub.Generate(asked("a\0b"), metadata=face.metadata("acme")).read()
+
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_abort(face: Face, stub: Any) -> None:
     """Ends all of the caller's calls with this request id, as CANCELLED, and nobody else's; unknown ids are ignored."""
     calls = {
@@ -199,6 +207,49 @@ async def test_without_an_engine_it_is_not_well() -> None:
                     await call
                 assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
         assert (health.healthy, health.message) == (False, "no engine is connected")
+
+
+async def test_each_gateway_has_the_tokenizer_that_it_was_given() -> None:
+    """After a change of the model a new gateway that asks for the tokenizer is served, and by that no other: one that holds the
+    earlier one is refused until it asks too, and so is a connection that asked for none, as it may be that gateway's."""
+    local = [("grpc.use_local_subchannel_pool", 1)]  # else channels of one process share a connection
+    with Pair(service=["--self-test", "off"], sidecar=["--vllm-face"]) as pair:
+        pair.start()
+        async with (
+            grpc.aio.insecure_channel(pair.target, local) as one,
+            grpc.aio.insecure_channel(pair.target, local) as two,
+            grpc.aio.insecure_channel(pair.target, local) as three,
+        ):
+            old, new, unknown = (VllmEngineStub(channel) for channel in (one, two, three))
+            await given(old)
+            assert [await served(stub) for stub in (old, unknown)] == [True, True]
+            assert pair.service is not None
+            pair.service.kill()
+            pair.start_service("--script", '{"fields": {"tokenizer": "another"}}').wait_for("serving")
+            await eventually(lambda: pair.metrics()["ostinato_engine_connected"] == 1, "the engine is there again")
+
+            await given(new)
+
+            assert [await served(stub) for stub in (old, new, unknown)] == [False, True, False]
+            assert [await healthy(stub) for stub in (old, new, unknown)] == [False, True, True]
+            await given(old)
+            assert [await served(stub) for stub in (old, new)] == [True, True]
+
+
+async def given(stub: Any) -> None:
+    """The tokenizer, as a gateway asks for it."""
+    assert [chunk async for chunk in stub.GetTokenizer(common_pb2.GetTokenizerRequest())]
+
+
+async def served(stub: Any) -> bool:
+    """Whether its requests are, and are not refused for their token ids."""
+    code = await code_of(stub.Generate(asked()))
+    assert code in (grpc.StatusCode.OK, grpc.StatusCode.FAILED_PRECONDITION)
+    return code is grpc.StatusCode.OK
+
+
+async def healthy(stub: Any) -> bool:
+    return bool((await stub.HealthCheck(vllm.HealthCheckRequest())).healthy)
 
 
 def test_its_package_is_needed_only_where_it_is_wanted(tmp_path: Path) -> None:

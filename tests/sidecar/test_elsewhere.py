@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from ostinato import errors
-from ostinato.v1 import types_pb2
+from ostinato.v1 import generation_pb2, types_pb2
 
 from sidecar.calls import Unary
 from sidecar.elsewhere import Elsewhere
@@ -19,6 +19,7 @@ from sidecar.journal import Note, Sealed
 from sidecar.journal.grouped import GroupedJournal
 from sidecar.journal.settings import PostgresSettings
 from tests.postgres import Postgres
+from tests.sidecar.held_kit import account
 from tests.sidecar.journal_kit import PostgresStore, admission, audit, completed, ended, item
 
 
@@ -55,14 +56,15 @@ async def opened(store: PostgresStore) -> AsyncIterator[Two]:
 
 
 async def told(call: Unary) -> list[types_pb2.Result]:
-    return await asyncio.wait_for(call.results(), 10)
+    answer = await asyncio.wait_for(call.answer(types_pb2.Stamp()), 10)
+    return list(generation_pb2.GenerateResponse.FromString(answer).results)
 
 
 async def test_outcomes_arrive(two: Two) -> None:
     """A call is told every outcome once: those that came before it joined, while it did, and after; whatever the order."""
     entries = await two.admitted(4)
     await two.there.append(completed(entries[2]))
-    call, sequences = Unary(4), [entry.header.sequence for entry in entries]
+    call, sequences = Unary(4, account()), [entry.header.sequence for entry in entries]
     joining = asyncio.create_task(two.elsewhere.join(call, sequences))
     await two.there.append(ended(entries[0]))
     await joining
@@ -77,7 +79,7 @@ async def test_outcomes_arrive(two: Two) -> None:
 async def test_many_wait(two: Two) -> None:
     """Many calls wait for one item, and one that comes when the others have been told is told too."""
     (entry,) = await two.admitted(1)
-    calls = [Unary(1) for _ in range(5)]
+    calls = [Unary(1, account()) for _ in range(5)]
     for call in calls[:4]:
         await two.elsewhere.join(call, [1])
     await two.there.append(completed(entry))
@@ -90,7 +92,7 @@ async def test_many_wait(two: Two) -> None:
 async def test_leaving(two: Two) -> None:
     """Who leaves is not told; when nobody is left the journal is not followed, until somebody comes again."""
     (first, second) = await two.admitted(2)
-    gone, stays = Unary(1), Unary(1)
+    gone, stays = Unary(1, account()), Unary(1, account())
     await two.elsewhere.join(gone, [1])
     gone.sequences = range(1, 2)
     two.elsewhere.leave(gone)
@@ -106,7 +108,7 @@ async def test_leaving(two: Two) -> None:
 async def test_a_claimed_item(two: Two) -> None:
     """Who waits for an item that this sidecar takes over waits for this sidecar from then on."""
     await two.admitted(1)
-    call = Unary(1)
+    call = Unary(1, account())
     await two.elsewhere.join(call, [1])
 
     assert two.elsewhere.claim(1) == [call]
@@ -117,7 +119,7 @@ async def test_cancelling(two: Two) -> None:
     """Items that run elsewhere are ended from here, the first outcome winning; those that run here are left to whoever asks."""
     entries = await two.admitted(4)
     await two.there.append(completed(entries[0]))
-    call = Unary(2)
+    call = Unary(2, account())
     await two.elsewhere.join(call, [2, 4])
 
     assert await two.elsewhere.cancel(1, 4, {3}) == 2
@@ -135,7 +137,7 @@ async def test_verdicts(two: Two) -> None:
     for one in wanted:
         one.verify = True
     first, second = (await two.there.append(admission(*wanted, key="k"))).entries
-    call = Unary(2)
+    call = Unary(2, account())
     await two.elsewhere.join(call, [1, 2])
     for entry in (first, second):
         await two.there.append(completed(entry))
@@ -177,7 +179,7 @@ async def test_an_answer_that_is_not_kept(postgres: Postgres) -> None:
     async with opened(store) as two:
         (first,) = (await two.there.append(admission(item(1)))).entries  # without a key: dropped with its outcome
         (second,) = (await two.there.append(admission(item(2), key="k"))).entries
-        calls = [Unary(1), Unary(1), Unary(1), Unary(1)]
+        calls = [Unary(1, account()), Unary(1, account()), Unary(1, account()), Unary(1, account())]
         sequences = (1, 1, 2, 1)
         for call, sequence in zip(calls, sequences, strict=True):
             call.sequences = range(sequence, sequence + 1)
@@ -197,7 +199,7 @@ async def test_an_answer_that_is_not_kept(postgres: Postgres) -> None:
 async def test_a_follower_that_fails(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ends the task that follows the journal is told to whoever watches over the process, and is not lost with it."""
     await two.admitted(1)
-    await two.elsewhere.join(Unary(1), [1])
+    await two.elsewhere.join(Unary(1, account()), [1])
 
     async def entries(index: int, limit: int, *, payloads: bool) -> list[Sealed]:
         raise ZeroDivisionError

@@ -11,6 +11,7 @@ from ostinato import errors
 from ostinato.v1 import generation_pb2, types_pb2
 
 from sidecar.gateway.answers import RECEIPT_METADATA, RECEIPTS_MAX, STAMP_METADATA, Answer
+from tests.sidecar.held_kit import account
 
 Event = generation_pb2.GenerateEvent
 
@@ -22,8 +23,8 @@ class Wire:
         self.sent: list[vllm.GenerateResponse] = []
         self.trailers: list[tuple[str, bytes]] = []
 
-    async def write(self, message: vllm.GenerateResponse) -> None:
-        self.sent.append(message)
+    async def write(self, message: vllm.GenerateResponse | bytes) -> None:
+        self.sent.append(vllm.GenerateResponse.FromString(message) if isinstance(message, bytes) else message)
 
     def set_trailing_metadata(self, metadata: tuple[tuple[str, bytes], ...]) -> None:
         self.trailers = list(metadata)
@@ -36,7 +37,7 @@ class Wire:
 
 def answer(count: int = 1) -> tuple[Wire, Answer, types_pb2.Stamp]:
     wire: Any = Wire()
-    return wire, Answer(wire, 3, lambda: 1.0), types_pb2.Stamp(first_sequence=7, count=count)
+    return wire, Answer(wire, 3, lambda: 1.0, account()), types_pb2.Stamp(first_sequence=7, count=count)
 
 
 def completed(sequence: int = 7, **output: Any) -> types_pb2.Result:
@@ -60,13 +61,13 @@ def tokens(sequence: int, first: int, ids: list[int], **more: Any) -> Event:
 async def test_a_stream() -> None:
     """Tokens as they come, each with its item's index and the count so far, then one whole answer for each item."""
     wire, told, stamp = answer(2)
-    await told.write(Event(admitted=generation_pb2.Admitted(stamp=stamp)))
-    await told.write(tokens(8, 0, [1]))
-    await told.write(tokens(7, 0, [5]))
-    await told.write(tokens(8, 1, [2, 3]))
-    await told.write(Event(finished=completed(8, token_ids=[1, 2, 3])))
-    await told.write(tokens(7, 1, [6]))
-    await told.write(Event(finished=completed(7)))
+    await told.write(Event(admitted=generation_pb2.Admitted(stamp=stamp)).SerializeToString())
+    await told.write(tokens(8, 0, [1]).SerializeToString())
+    await told.write(tokens(7, 0, [5]).SerializeToString())
+    await told.write(tokens(8, 1, [2, 3]).SerializeToString())
+    await told.write(Event(finished=completed(8, token_ids=[1, 2, 3])).SerializeToString())
+    await told.write(tokens(7, 1, [6]).SerializeToString())
+    await told.write(Event(finished=completed(7)).SerializeToString())
     await told.end()
 
     chunks = [message.chunk for message in wire.sent if message.HasField("chunk")]
@@ -98,7 +99,7 @@ async def test_a_stream() -> None:
 async def test_why_it_ended(output: dict[str, Any], reason: str, matched: str | int | None) -> None:
     """A stop says what it was."""
     wire, told, stamp = answer()
-    await told.whole(generation_pb2.GenerateResponse(stamp=stamp, results=[completed(**output)]))
+    await told.whole(generation_pb2.GenerateResponse(stamp=stamp, results=[completed(**output)]).SerializeToString())
 
     (end,) = (message.complete for message in wire.sent)
     which = end.WhichOneof("matched_stop")
@@ -111,9 +112,9 @@ async def test_logprobs() -> None:
     wire, told, stamp = answer()
     top = [types_pb2.TopLogprob(token_id=9, logprob=-0.5), types_pb2.TopLogprob(token_id=5, logprob=-1.0)]
     each = [types_pb2.TokenLogprobs(logprob=-1.0, top=top), types_pb2.TokenLogprobs(logprob=-2.0)]
-    await told.write(Event(admitted=generation_pb2.Admitted(stamp=stamp)))
-    await told.write(tokens(7, 0, [5, 6], logprobs=each))
-    await told.write(Event(finished=completed(logprobs=each)))
+    await told.write(Event(admitted=generation_pb2.Admitted(stamp=stamp)).SerializeToString())
+    await told.write(tokens(7, 0, [5, 6], logprobs=each).SerializeToString())
+    await told.write(Event(finished=completed(logprobs=each)).SerializeToString())
     await told.end()
 
     for message in (wire.sent[0].chunk, wire.sent[1].complete):
@@ -125,10 +126,9 @@ async def test_logprobs() -> None:
 async def test_a_failed_item_fails_the_call() -> None:
     """With its own error, whichever item it is; the stamp goes out all the same, so that the others can be found."""
     wire, told, stamp = answer(2)
+    results = [completed(7), failed(8, errors.EngineFailed("broke"))]
     with pytest.raises(errors.EngineFailed, match="broke"):
-        await told.whole(
-            generation_pb2.GenerateResponse(stamp=stamp, results=[completed(7), failed(8, errors.EngineFailed("broke"))])
-        )
+        await told.whole(generation_pb2.GenerateResponse(stamp=stamp, results=results).SerializeToString())
 
     assert wire.sent == []
     assert [key for key, _ in wire.trailers] == [STAMP_METADATA]
@@ -137,11 +137,11 @@ async def test_a_failed_item_fails_the_call() -> None:
 async def test_other_tokens_than_were_sent_fail_the_call() -> None:
     """They cannot be taken back here: nothing more is streamed, and the error says where the whole answer is."""
     wire, told, stamp = answer()
-    await told.write(Event(admitted=generation_pb2.Admitted(stamp=stamp)))
-    await told.write(tokens(7, 0, [5]))
-    await told.write(Event(restarted=generation_pb2.Restarted(sequence=7, attempt=2)))
-    await told.write(tokens(7, 0, [4, 3]))
-    await told.write(Event(finished=completed(token_ids=[4, 3])))
+    await told.write(Event(admitted=generation_pb2.Admitted(stamp=stamp)).SerializeToString())
+    await told.write(tokens(7, 0, [5]).SerializeToString())
+    await told.write(Event(restarted=generation_pb2.Restarted(sequence=7, attempt=2)).SerializeToString())
+    await told.write(tokens(7, 0, [4, 3]).SerializeToString())
+    await told.write(Event(finished=completed(token_ids=[4, 3])).SerializeToString())
     with pytest.raises(errors.Abandoned, match="sequence 7"):
         await told.end()
 
@@ -153,7 +153,8 @@ async def test_other_tokens_than_were_sent_fail_the_call() -> None:
 async def test_trailers_stay_small(count: int, told: int) -> None:
     """All receipts or, where they would not fit, none; the stamp says where they are."""
     wire, made, stamp = answer(count)
-    await made.whole(generation_pb2.GenerateResponse(stamp=stamp, results=[completed(7 + index) for index in range(count)]))
+    response = generation_pb2.GenerateResponse(stamp=stamp, results=[completed(7 + index) for index in range(count)])
+    await made.whole(response.SerializeToString())
 
     assert len(wire.receipts()) == told
     assert sum(len(key) + len(value) * 4 // 3 for key, value in wire.trailers) < 8192

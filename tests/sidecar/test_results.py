@@ -6,12 +6,12 @@ import pytest
 
 from ostinato import errors
 from ostinato.chain import check_result
-from ostinato.v1 import sequencer_pb2, types_pb2
+from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 from sidecar.journal import Head, ItemEntries, Outcome, Sealed
 from sidecar.journal.known import Known
 from sidecar.journal.ledger import Ledger
-from sidecar.results import answer_of, ended_payload, outcome_kind, record_of, response_of, result_of, stamp_of
+from sidecar.results import answer_of, ended_payload, outcome_kind, record_of, result_of, stamp_of
 from tests.sidecar.journal_kit import LOG_ID, admission, audit, completed, ended, item
 
 TIMING = types_pb2.Timing(queue_micros=1, first_token_micros=2, total_micros=3)
@@ -92,7 +92,8 @@ def test_the_same_entries_give_the_same_bytes(outcome: str) -> None:
     admitted, sealed = entries(outcome)
 
     def answer(header: types_pb2.EntryHeader, outcome: Sealed) -> bytes:
-        return response_of(stamp_of(header), [result_of(outcome)]).SerializeToString(deterministic=True)
+        response = generation_pb2.GenerateResponse(stamp=stamp_of(header), results=[result_of(outcome)])
+        return response.SerializeToString(deterministic=True)
 
     def read_back(header: types_pb2.EntryHeader) -> types_pb2.EntryHeader:
         return types_pb2.EntryHeader.FromString(header.SerializeToString())

@@ -1,7 +1,8 @@
 """What stands between gRPC and every handler of ours.
 
 - Callers are identified, and handlers find them in `identity.caller()`. gRPC's own services are an admin's, but for health.
-- Bytes that are no message raise MalformedMessage; gRPC by itself answers UNKNOWN, which blames the server, and logs a traceback.
+- Bytes that are no message raise MalformedMessage; gRPC by itself answers UNKNOWN, as if it were the server's fault, and logs
+  a traceback.
 - Our errors go out whole: code, reason, fields, and when to come back. Anything else goes out as INTERNAL, and into the log.
 - Answers are serialised here, and counted until gRPC has written them.
 - Each call is counted by its code and timed, and has a span where there are traces; a stream without an end has none. Where
@@ -28,7 +29,18 @@ from ostinato import tracing
 from ostinato.errors import Internal, OstinatoError, to_status
 from ostinato.serving.credentials import NONE, Credentials
 from ostinato.serving.deadlines import ran_out, remaining
-from ostinato.serving.handlers import Checked, Context, Uncounted, Unwritten, behaviour_of, checked, lenient, messages, rebuilt
+from ostinato.serving.handlers import (
+    Checked,
+    Context,
+    Uncounted,
+    Unwritten,
+    behaviour_of,
+    checked,
+    lenient,
+    messages,
+    rebuilt,
+    serialized,
+)
 from ostinato.serving.identity import CALLER
 
 STATUS_BYTES_MAX, MESSAGE_BYTES_MAX, OTHER_DETAILS_BYTES = 3072, 768, 256
@@ -118,14 +130,15 @@ class Guard(grpc.aio.ServerInterceptor):
     def _answer(self, handler: Any) -> Callable[[Any, Context], Awaitable[bytes | None]]:
         """What the handler does, with messages that are checked when they come and are bytes when they go; None where it
         streams."""
-        behaviour, serialize = behaviour_of(handler, self._write_seconds), handler.response_serializer
+        behaviour = behaviour_of(handler, self._write_seconds, self._unwritten.late)
+        serialize = handler.response_serializer
 
         async def answer(request: Any, context: Context) -> bytes | None:
             given = messages(request) if handler.request_streaming else checked(request)
             made = await behaviour(given, cast(Context, Checked(context, serialize, self._unwritten)))
             if handler.response_streaming:
                 return None
-            data: bytes = serialize(made)
+            data = serialized(made, serialize)
             done = self._unwritten.writing(len(data))
             context.add_done_callback(lambda _: done())
             return data

@@ -25,12 +25,18 @@ class Unwritten(Protocol):
         """So many bytes more, for the caller in whose task this is called; until the returned function is called."""
         ...
 
+    def late(self) -> None:
+        """A call was lost, for one of its messages was not written in time."""
+        ...
+
 
 class Uncounted:
     """Where the bytes are bounded otherwise."""
 
     def writing(self, count: int) -> Callable[[], None]:
         return _nothing
+
+    def late(self) -> None: ...
 
 
 def _nothing() -> None: ...
@@ -59,10 +65,10 @@ def _retrieved(writing: asyncio.Future[None]) -> None:
         writing.exception()
 
 
-def behaviour_of(handler: Any, write_seconds: float | None = None) -> Behaviour:
+def behaviour_of(handler: Any, write_seconds: float | None = None, late: Callable[[], None] = _nothing) -> Behaviour:
     """What a handler does, as one coroutine function. An async generator's answers are written for it, and it is closed at once
     when the call ends early, not when the garbage collector comes by. `write_seconds`: for one of its messages to be written;
-    then the behaviour raises SlowReader."""
+    then `late` is told, and the behaviour raises SlowReader."""
     kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
     behaviour: Behaviour = getattr(handler, kind)
     if not inspect.isasyncgenfunction(behaviour):
@@ -75,6 +81,7 @@ def behaviour_of(handler: Any, write_seconds: float | None = None) -> Behaviour:
                 if write_seconds is None:
                     await writing
                 elif not await written(writing, seconds=write_seconds):
+                    late()
                     raise SlowReader(f"a message waited more than {write_seconds:g} s to be read")
 
     return answered
@@ -128,12 +135,18 @@ async def messages(source: AsyncIterable[Any]) -> AsyncIterator[Any]:
         yield checked(message)
 
 
+def serialized(message: Any, serialize: Callable[[Any], bytes]) -> bytes:
+    """Its bytes; those of one that was serialised before as they are."""
+    return message if isinstance(message, bytes) else serialize(message)
+
+
 class Checked:
-    """A context whose `read` checks, and whose `write` serialises at once and counts; all else is gRPC's. A message that waits to
-    be written is held as bytes, and not as an object of several times that size."""
+    """A context whose `read` checks, and whose `write` serialises at once and counts; all else is gRPC's. A message that waits
+    to be written is held as bytes, and not as an object of several times that size."""
 
     def __init__(self, context: Context, serialize: Callable[[Any], bytes], unwritten: Unwritten) -> None:
         self._context, self._serialize, self._unwritten = context, serialize, unwritten
+        self._begun = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
@@ -142,12 +155,15 @@ class Checked:
         return checked(await self._context.read())
 
     def write(self, message: Any) -> Awaitable[None]:
-        """Ends when gRPC has written it all."""
-        return self._write(self._serialize(message))
+        """A message, or its bytes. Ends when gRPC has written it all."""
+        return self._write(serialized(message, self._serialize))
 
     async def _write(self, data: bytes) -> None:
         done = self._unwritten.writing(len(data))
         try:
+            if not self._begun:  # else they would go with the message, and a call whose first one waits could not be aborted
+                self._begun = True
+                await self._context.send_initial_metadata(())
             await self._context.write(data)
         finally:
             done()

@@ -16,9 +16,9 @@ from ostinato.serving.handlers import Context, behaviour_of, rebuilt
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc]  # the package has no types
-    """Check is gRPC's. List is ours, where gRPC knows of it; and Watch, since gRPC's holds a lock while it writes, and a watcher
-    that does not read would keep `set` waiting. The empty name stands for the process, which is SERVING from its start to its
-    stop."""
+    """Check is gRPC's. List is ours, where gRPC knows of it; and Watch, since gRPC's holds a lock while it writes, and a
+    watcher that does not read would keep `set` waiting. The empty name stands for the process, which is SERVING from its
+    start to its stop."""
 
     def __init__(self) -> None:
         super().__init__()

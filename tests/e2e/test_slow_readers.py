@@ -1,0 +1,172 @@
+"""Callers that do not read, and callers that vanish: what they lose, what they hold, and that others do not notice."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import pytest
+
+from ostinato import errors
+from ostinato.v1 import generation_pb2, sequencer_pb2
+
+from tests.e2e.conftest import GENERATE, STREAM, Door, eventually, refusal
+from tests.e2e.door_kit import asked, entries, newest_is, one, own
+from tests.http2 import Peer, connected
+
+TAIL, REPLAY = "/ostinato.v1.Sequencer/Tail", "/ostinato.v1.Sequencer/Replay"
+MANY: dict[str, Any] = {"max_new_tokens": 400, "ignore_eos": True, "logprobs": 20}
+"""About 130 kB for each item."""
+SMALL = ["--max-response-bytes", "1000000", "--response-bytes-ceiling", "1000000"]
+"""Of answers: what is held for all is at least twice as much."""
+
+
+def lost(door: Door, bound: str) -> float:
+    """Calls that were lost to this bound."""
+    return door.pair.metrics()[f'ostinato_lost_calls_total{{bound="{bound}"}}']
+
+
+def held(door: Door) -> float:
+    return door.pair.metrics()["ostinato_held_bytes"]
+
+
+def wanted(count: int, key: str = "") -> bytes:
+    return asked(["a"] * count, key, **MANY).SerializeToString()
+
+
+async def said(peer: Peer, stream: int) -> bytes:
+    """The headers and trailers of a call that is read at last."""
+    peer.grant(stream)
+    async with asyncio.timeout(30):
+        await peer.ended[stream].wait()
+    return bytes(peer.headers[stream])
+
+
+async def test_a_peer_that_never_grants_a_window() -> None:
+    """Not even Admitted can be written to it. Its call is lost all the same: items without a key end, and others go on."""
+    async with own({}, "--held-call-bytes-max", "100000") as door, connected(door.pair.target, window=0) as peer:
+        plain = peer.call(STREAM, wanted(2))
+        await eventually(lambda: newest_is(door, 2), "the first has its numbers")
+        keyed = peer.call(STREAM, wanted(1, key="slow"))
+
+        await eventually(lambda: lost(door, "call") == 2, "both calls are lost")
+
+        assert [await door.outcome(number) for number in (1, 2)] == [("CANCELLED", "CANCELLED")] * 2
+        assert await door.outcome(3) == ("COMPLETED", "")
+        for stream in (plain, keyed):
+            assert b"waited" in await said(peer, stream)
+        await door.freed()
+        await eventually(lambda: held(door) == 0, "nothing is held any more")
+
+
+async def test_unread_streams_are_bounded_together() -> None:
+    """Each may hold as much as it does, all together may not: the largest is lost, and a caller who reads is served."""
+    async with own({}, *SMALL, "--held-bytes-max", "2000000") as door, connected(door.pair.target, window=0) as peer:
+        small = peer.call(STREAM, wanted(1))
+        for _ in range(6):
+            peer.call(STREAM, wanted(2))
+        await eventually(lambda: lost(door, "all") >= 1, "one is lost")
+        await door.freed()
+
+        assert held(door) <= 2_000_000
+        assert (await door.client.generate("b", max_new_tokens=2)).results[0].HasField("output")
+        assert b"waited" not in await said(peer, small)
+        assert lost(door, "call") == 0
+
+
+async def test_unread_answers_are_counted() -> None:
+    """A unary answer that gRPC cannot write counts twice, as it is held, and cannot be lost: while there are too many, nothing
+    new is begun. When their callers leave, it is."""
+    async with own({}, *SMALL, "--held-bytes-max", "2000000") as door, connected(door.pair.target, window=0) as peer:
+        streams = []
+        for count in range(1, 4):
+            streams.append(peer.call(GENERATE, wanted(2)))
+            await eventually(lambda: held(door) > count * 400_000, "its answer waits")  # noqa: B023
+
+        async with door_numbers(door):
+            (await refusal(door.generation.Generate(one()))).says(errors.QueueFull)
+            (await refusal(door.streamed(one()))).says(errors.QueueFull)
+            (await refusal(door.sequencer.Get(sequencer_pb2.GetRequest(sequence=1)))).says(errors.QueueFull)
+
+        for stream in streams:
+            peer.reset(stream)
+        await eventually(lambda: held(door) == 0, "nothing is held any more")
+        assert (await door.generation.Generate(one(max_new_tokens=2))).results[0].HasField("output")
+
+
+@contextlib.asynccontextmanager
+async def door_numbers(door: Door) -> Any:
+    """What is done in here burns no number."""
+    before = await door.last_sequence()
+    yield
+    assert await door.last_sequence() == before
+
+
+async def test_followers_leave_room_for_readers() -> None:
+    """Where every follower's place is taken, the journal can be read to its end; only another follower is refused."""
+    async with own({}, "--followers-max", "2") as door:
+        await door.client.generate(["a", "b"], max_new_tokens=1)
+        follow = sequencer_pb2.TailRequest(from_index=1, follow=True)
+        followers = [door.sequencer.Tail(follow) for _ in range(2)]
+        for follower in followers:
+            assert (await follower.read()).entries
+
+        assert len(await entries(door, 1)) == (await door.client.head()).index
+        (await refusal(door.sequencer.Tail(follow).read())).says(errors.QueueFull)
+        for follower in followers:
+            follower.cancel()
+
+
+@pytest.mark.parametrize("follow", [True, False])
+async def test_a_tail_that_does_not_read_loses_its_place(follow: bool) -> None:
+    """After --unread-seconds-max, with SLOW_READER; then another gets the place."""
+    bounds = ["--followers-max", "2", "--tails-max", "2", "--unread-seconds-max", "0.3"]
+    async with own({}, *bounds) as door, connected(door.pair.target, window=0) as peer:
+        await door.client.generate("a", max_new_tokens=1)
+        request = sequencer_pb2.TailRequest(from_index=1, follow=follow)
+        unread = [peer.call(TAIL, request.SerializeToString()) for _ in range(2)]
+
+        await eventually(lambda: lost(door, "time") == 2, "both are lost")
+
+        reader = door.sequencer.Tail(request)
+        assert (await reader.read()).entries
+        reader.cancel()
+        for stream in unread:
+            assert b"waited" in await said(peer, stream)
+
+
+async def test_a_replay_that_does_not_read_loses_its_place() -> None:
+    """As Tail does: else a few such callers would keep every other replay out."""
+    async with own({}, "--replays-max", "1", "--unread-seconds-max", "0.3") as door:
+        await door.client.generate("a", max_new_tokens=1)
+        span = generation_pb2.SequenceRange(first=1, last=1)
+        request = sequencer_pb2.ReplayRequest(range=span)
+        async with connected(door.pair.target, window=0) as peer:
+            peer.call(REPLAY, request.SerializeToString())
+            await eventually(lambda: lost(door, "time") == 1, "it is lost")
+
+            answers = [answer async for answer in door.sequencer.Replay(request)]
+            assert [answer.comparison.sequence for answer in answers] == [1]
+
+
+@pytest.mark.parametrize("how", ["reset", "vanish"])
+async def test_a_caller_that_vanishes_leaves_no_traceback(door: Door, how: str) -> None:
+    """While it is written to, whatever it had called: its items end, and the log has no error."""
+    before = await door.last_sequence()
+    async with connected(door.pair.target, window=0) as peer:
+        streams = [peer.call(path, wanted(1)) for path in (STREAM, GENERATE) for _ in range(10)]
+        streams += [peer.call(TAIL, sequencer_pb2.TailRequest(follow=True).SerializeToString()) for _ in range(10)]
+        await eventually(lambda: newest_is(door, before + 20), "all have their numbers")
+        if how == "reset":
+            for stream in streams:
+                peer.reset(stream)
+        else:
+            peer.vanish()
+    await door.freed()
+    await eventually(lambda: held(door) == 0, "nothing is held any more")
+
+    assert door.pair.sidecar is not None
+    wrong = [record for record in door.pair.sidecar.records() if record["level"] == "ERROR"]
+    assert wrong == []
+    assert not [line for line in door.pair.sidecar.lines if line.startswith("Traceback")]

@@ -1,0 +1,19 @@
+"""Accounts for tests of calls."""
+
+from __future__ import annotations
+
+from sidecar.held import Account, Bounds, Held
+
+LARGE = 1 << 40
+
+
+def held(call: int = LARGE, tenant: int = LARGE, everything: int = LARGE) -> tuple[Held, list[str]]:
+    """With these bounds, in bytes; and the bounds that calls were lost to."""
+    lost: list[str] = []
+    return Held(Bounds(call, tenant, everything), lost.append), lost
+
+
+def account(call: int = LARGE) -> Account:
+    """Of a stream for which so many bytes may wait."""
+    with held(call)[0].account(stream=True) as made:
+        return made
