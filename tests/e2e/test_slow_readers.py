@@ -108,7 +108,7 @@ async def test_followers_leave_room_for_readers() -> None:
     async with own({}, "--followers-max", "2") as door:
         await door.client.generate(["a", "b"], max_new_tokens=1)
         follow = sequencer_pb2.TailRequest(from_index=1, follow=True)
-        followers = [door.sequencer.Tail(follow) for _ in range(2)]
+        followers: list[Any] = [door.sequencer.Tail(follow) for _ in range(2)]
         for follower in followers:
             assert (await follower.read()).entries
 
@@ -129,7 +129,7 @@ async def test_a_tail_that_does_not_read_loses_its_place(follow: bool) -> None:
 
         await eventually(lambda: lost(door, "time") == 2, "both are lost")
 
-        reader = door.sequencer.Tail(request)
+        reader: Any = door.sequencer.Tail(request)
         assert (await reader.read()).entries
         reader.cancel()
         for stream in unread:

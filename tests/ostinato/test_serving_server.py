@@ -229,8 +229,8 @@ async def test_bytes_that_are_no_message_to_grpcs_own_services(
 ) -> None:
     """They are the caller's fault there too: INVALID_ARGUMENT, and no traceback in the log."""
     async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
-        stream: Any = channel.stream_stream(path)(iter([b"\xff\xff\xff"]), timeout=10)
-        code = await stream.code()
+        method: Any = channel.stream_stream(path)
+        code = await method(iter([b"\xff\xff\xff"]), timeout=10).code()
 
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert troubles(caplog) == []

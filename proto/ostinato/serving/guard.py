@@ -140,7 +140,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 return None
             data = serialized(made, serialize)
             done = self._unwritten.writing(len(data))
-            context.add_done_callback(lambda _: done())
+            context.add_done_callback(lambda _: done())  # type: ignore[arg-type]  # its types want a named parameter
             return data
 
         return answer
