@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from ostinato import errors
-from ostinato.v1 import types_pb2
+from ostinato.v1 import generation_pb2, types_pb2
 
 from sidecar.calls import Unary
 from sidecar.core import effects as do
@@ -25,6 +25,7 @@ from sidecar.observer import Observer
 from sidecar.outcomes import Outcomes
 from sidecar.results import ended_payload, outcome_kind
 from sidecar.work import Work
+from tests.sidecar.held_kit import account
 from tests.sidecar.journal_kit import SqliteStore, admission, completed, ended, item
 
 
@@ -81,7 +82,7 @@ async def test_another_outcome_whose_payload_was_dropped(journal: GroupedJournal
     """Where another sidecar's outcome came first and its payload is dropped already, callers are told what its header says,
     and the item ends here as any other."""
     (admitted,) = (await journal.append(admission(item(1)))).entries
-    host, call = Host(), Unary(1)
+    host, call = Host(), Unary(1, account())
     unused = cast(Any, SimpleNamespace())
     work = host.works[1] = Work.of(admitted, [call], 0.0)
     outcomes = Outcomes(host, journal, unused, unused)
@@ -93,7 +94,7 @@ async def test_another_outcome_whose_payload_was_dropped(journal: GroupedJournal
     outcomes.end(do.End(1, 1, errors.EngineFailed("too late")))
     await host.finish()
 
-    (result,) = await call.results()
+    (result,) = generation_pb2.GenerateResponse.FromString(await call.answer(types_pb2.Stamp())).results
     assert (result.sequence, result.attempt, errors.from_status(result.status).reason) == (1, 1, reason)
     assert await work.ended == result
     assert (host.works, host.told) == ({}, [ev.Ended(1)])
