@@ -18,6 +18,7 @@ import grpc
 from prometheus_client import CollectorRegistry
 
 from ostinato import errors
+from ostinato.v1 import generation_pb2
 
 from sidecar.__main__ import Sidecar
 from sidecar.config import Settings
@@ -100,7 +101,13 @@ class Door:
         self._calls = [call for call in self._calls if not call.over]
         self._calls.append(incoming)
         write, seams = incoming.write, self.seams
-        incoming.write = lambda message: seams.write(message, write)  # type: ignore[method-assign]
+
+        def seen(message: Any) -> Any:
+            """GenerateStream writes its events serialised."""
+            streamed = rpc.response_streaming and isinstance(message, bytes)
+            return seams.write(generation_pb2.GenerateEvent.FromString(message) if streamed else message, write)
+
+        incoming.write = seen  # type: ignore[method-assign]
         parse = rpc.request_deserializer
         if rpc.request_streaming:
             answers = rpc.stream_stream(incoming.requests(parse), incoming)

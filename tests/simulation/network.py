@@ -311,7 +311,7 @@ class Incoming:
         return ()
 
     async def write(self, message: Any) -> None:
-        self._call.answer(message.SerializeToString())
+        self._call.answer(message if isinstance(message, bytes) else message.SerializeToString())
         await asyncio.sleep(0)
 
 
