@@ -12,6 +12,7 @@ from ostinato.serving.identity import CALLER, Identity, Role
 from ostinato.v1 import sequencer_pb2
 
 from sidecar.config import Settings
+from sidecar.held import Held
 from sidecar.journal import Head
 from sidecar.reading import SequencerServicer
 
@@ -38,7 +39,8 @@ async def test_a_sequence_without_an_item(role: Role, sequence: int, message: st
     """An admin is told that a sequence is lost; to a tenant it does not exist, as another tenant's."""
     dispatcher: Any = SimpleNamespace(journal=Empty())
     book: Any = None
-    servicer = SequencerServicer(dispatcher, book, Settings())
+    settings = Settings()
+    servicer = SequencerServicer(dispatcher, book, Held(settings.held, lambda *_: None), settings)
     CALLER.set(Identity("tenant", role))
     context: Any = None
 

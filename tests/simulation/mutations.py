@@ -200,24 +200,30 @@ def a_stream_that_ends_too_early() -> AbstractContextManager[Any]:
 def an_answer_to_a_caller_out_of_reach_is_lost() -> Iterator[None]:
     """What is answered while the path to its caller is cut is never sent, also not when the path is healed."""
     servicer = generation.GenerationServicer
-    generate, write = servicer.Generate, servicer._write
+    answer, stream = servicer.answer, servicer.stream
 
     async def lost_if_cut(context: Any) -> None:
         network, path = context._call.network, context._call.path
         if network.is_cut(path):
             await asyncio.Future()  # until the connection breaks or the deadline passes
 
-    async def unary(self: Any, request: Any, context: Any) -> generation_pb2.GenerateResponse:
-        response = await generate(self, request, context)
+    async def unary(self: Any, request: Any, context: Any, account: Any) -> bytes:
+        response = await answer(self, request, context, account)
         await lost_if_cut(context)
         return response
 
-    async def streamed(self: Any, context: Any, event: generation_pb2.GenerateEvent, call: Any) -> None:
-        if event.WhichOneof("event") in ("finished", "failed"):
-            await lost_if_cut(context)
-        await write(self, context, event, call)
+    async def streamed(self: Any, request: Any, context: Any, account: Any) -> None:
+        write = context.write
 
-    with instead(servicer, "Generate", unary), instead(servicer, "_write", streamed):
+        async def unless_cut(data: bytes) -> None:
+            if generation_pb2.GenerateEvent.FromString(data).WhichOneof("event") in ("finished", "failed"):
+                await lost_if_cut(context)
+            await write(data)
+
+        context.write = unless_cut
+        await stream(self, request, context, account)
+
+    with instead(servicer, "answer", unary), instead(servicer, "stream", streamed):
         yield
 
 

@@ -54,8 +54,8 @@ class Server:
         write_seconds: float | None = None,
     ) -> None:
         """Binds nothing yet. `health_address`: a port in plain text with health on it and nothing else, open to all: probes
-        have no certificate. `unwritten`, `write_seconds`: as for Guard. Raises StartupError that names the flag of an address that
-        is none, or that is remote and not allowed: --listen or --health-listen."""
+        have no certificate. `unwritten`, `write_seconds`: as for Guard. Raises StartupError that names the flag, --listen or
+        --health-listen, of an address that cannot be parsed, or that is remote and not allowed."""
         self._credentials = credentials
         self._addresses = [parse("--listen", text, allow_remote or credentials.tls is not None) for text in addresses]
         self._health_address = parse("--health-listen", health_address, allow_remote=True) if health_address else None
