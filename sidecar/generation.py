@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,9 @@ from sidecar.dispatcher import Dispatcher
 from sidecar.held import Account, Held
 from sidecar.journal import Binding
 from sidecar.results import answer_of, is_whole, stamp_of
+
+KEY_CHARACTERS_SHOWN = 64
+"""Of an idempotency key, in an error."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -171,7 +175,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     async def _join(self, request: generation_pb2.GenerateRequest, binding: Binding, call: Call) -> types_pb2.Stamp:
         """The recorded outcomes of a bound key, and those still to come. Raises KeyReused for another request."""
         if request_digest(request) != binding.request_digest:
-            raise errors.KeyReused("this key was used for another request")
+            named = _shown(request.idempotency_key)
+            raise errors.KeyReused(
+                f"the idempotency key {named} was used for another request: use another key, or send the same request"
+            )
         self._dispatcher.observer.repeated()
         first, last = binding.first_sequence, binding.first_sequence + binding.count - 1
         call.sequences = range(first, last + 1)
@@ -197,3 +204,9 @@ def gone(context: Context, patience: float | None) -> errors.OstinatoError:
     if ran_out(remaining(context), patience):
         return errors.DeadlineExceeded("the caller's deadline passed")
     return errors.Cancelled("the caller went away")
+
+
+def _shown(key: str) -> str:
+    """The key in quotes, in one line of ASCII, or its beginning and dots."""
+    shown = json.dumps(key[:KEY_CHARACTERS_SHOWN])
+    return shown if len(key) <= KEY_CHARACTERS_SHOWN else f"{shown}..."

@@ -8,6 +8,7 @@ import signal
 from typing import Any
 
 import grpc
+import pytest
 
 from ostinato import errors
 from ostinato.v1 import generation_pb2, types_pb2
@@ -41,6 +42,21 @@ async def test_a_key_is_bound_to_its_request(door: Door) -> None:
             (await refusal(door.streamed(other))).says(errors.KeyReused)
         again = await door.client.generate("a", key="bound", max_new_tokens=2, request_id="another label")
         assert bytes_of(again) == bytes_of(first)
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [("night-7/batch-3", '"night-7/batch-3"'), ('a\n"b\u00e9', r'"a\n\"b\u00e9"'), ("k" * 100, f'"{"k" * 64}"...')],
+)
+async def test_a_reused_key_is_named(door: Door, key: str, shown: str) -> None:
+    """The refusal has the key in one line of ASCII, shortened, and says what to do."""
+    await door.client.generate("a", key=key, max_new_tokens=1)
+
+    with pytest.raises(errors.KeyReused) as refused:
+        await door.client.generate("b", key=key, max_new_tokens=1)
+    assert refused.value.message == (
+        f"the idempotency key {shown} was used for another request: use another key, or send the same request"
+    )
 
 
 async def test_a_retry_joins_what_is_in_flight(door: Door) -> None:
