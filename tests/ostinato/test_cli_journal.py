@@ -43,6 +43,16 @@ def test_get_by_key_shows_the_batch(ostinato: Terminal) -> None:
     assert ostinato("get", "--key", "k").stdout.count("sequence ") == 2
 
 
+def test_get_shows_the_newest_item(ostinato: Terminal) -> None:
+    """--last is the item with the highest sequence; it goes with nothing else, and an empty journal has none."""
+    [record] = [json_format.ParseDict(line, sequencer_pb2.ItemRecord()) for line in ostinato.lines("get", "--last")]
+    assert record == ostinato.fake.records[3]
+    assert ostinato("get", "--last", "--key", "k").exit_code == ostinato("get", 1, "--last").exit_code == 2
+
+    ostinato.fake.script["Head"].append(sequencer_pb2.HeadResponse())
+    assert ostinato("get", "--last").stderr == "error: NOT_FOUND: the journal has no item yet\n"
+
+
 def test_get_shows_how_far_an_item_is(ostinato: Terminal) -> None:
     """An item that has not ended, and one that failed, are shown as such."""
     header = types_pb2.EntryHeader(sequence=5, first_sequence=5, count=1, seed=1)

@@ -19,9 +19,16 @@ async def get(
     session: Session,
     sequence: Annotated[int | None, typer.Argument(help="Of the item.", show_default=False)] = None,
     key: options.Key = "",
+    last: Annotated[bool, typer.Option("--last", help="The newest item.")] = False,
 ) -> bool:
     """Shows an item, or all of a keyed batch: what went in and how it ended."""
+    if last and (sequence is not None or key):
+        raise typer.BadParameter("--last: give no sequence and no --key with it")
     async with session.client() as client:
+        if last:
+            sequence = (await client.head(timeout=session.timeout)).last_sequence
+            if not sequence:
+                raise errors.NotFound("the journal has no item yet")
         with usage():
             records = await client.get(sequence, key=key, timeout=session.timeout)
     for position, record in enumerate(records):
