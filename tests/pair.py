@@ -36,6 +36,13 @@ def held_port() -> socket.socket:
     return held
 
 
+def samples(port: int) -> dict[str, float]:
+    """What /metrics at this port of the machine says, by name and labels as written."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+        text = page.read().decode()
+    return {name: float(value) for name, value in re.findall(r"^([a-z]\S*(?: \S+=.*})?) (\S+)$", text, re.MULTILINE)}
+
+
 class Program:
     """`python -m NAME`, its log kept line by line."""
 
@@ -185,9 +192,7 @@ class Pair:
     def metrics(self, program: Program | None = None) -> dict[str, float]:
         """Samples of a program's /metrics by name and labels, as written: `ostinato_comparisons_total{kind="twin"}`."""
         port = (program or self.sidecar or self.programs[0]).wait_for("metrics")["port"]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
-            text = page.read().decode()
-        return {name: float(value) for name, value in re.findall(r"^([a-z]\S*(?: \S+=.*})?) (\S+)$", text, re.MULTILINE)}
+        return samples(int(str(port)))
 
     def __enter__(self) -> Self:
         return self

@@ -1,1 +1,1 @@
-"""Both programs on this machine: `make demo` shows what they promise, `make up` leaves them running."""
+"""`make demo`: both programs on this machine, and what they promise, shown."""

@@ -25,8 +25,8 @@ from ostinato.requests import Sampling
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from service.probes import TEXT
-from tests.demo.__main__ import STATE
 from tests.demo.chart import draw
+from tests.demo.run import STATE
 from tests.pair import ROOT, Pair
 
 NOT_INVARIANT = ("--kv", "f16", "--ubatch", "512")

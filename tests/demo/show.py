@@ -12,7 +12,7 @@ import ostinato
 from ostinato.chain import check_result
 from ostinato.v1 import types_pb2
 
-from tests.pair import Pair
+from tests.pair import samples
 
 PROMPT = "Shanghai is"
 TRAFFIC = (
@@ -87,14 +87,12 @@ def table(seeded: Sequence[types_pb2.Result], unseeded: Sequence[types_pb2.Resul
     return made
 
 
-def counted(pair: Pair) -> str:
-    """Where the metrics are, and what they say."""
-    assert pair.sidecar is not None
-    port = pair.sidecar.wait_for("metrics")["port"]
+def counted(port: int) -> str:
+    """Where the sidecar's metrics are, and what they say."""
     wanted = ("ostinato_ended_items_total", "ostinato_comparisons_total", "ostinato_collision", "ostinato_last_sequence")
-    samples = [
+    shown = [
         f"  {name} {value:g}"
-        for name, value in sorted(pair.metrics().items())
+        for name, value in sorted(samples(port).items())
         if name.startswith(wanted) and not name.split("{")[0].endswith("_created")
     ]
-    return "\n".join([f"\nhttp://127.0.0.1:{port}/metrics counted", *samples])
+    return "\n".join([f"\nhttp://127.0.0.1:{port}/metrics counted", *shown])

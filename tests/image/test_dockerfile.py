@@ -19,7 +19,11 @@ import ostinato
 
 ROOT = Path(__file__).parents[2]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LOCKS = {"sidecar": ("sidecar",), "service": ("service", "llama"), "service-turbomind": ("service", "turbomind")}
+LOCKS = {
+    "sidecar": ("sidecar", "postgres", "vllm-face", "tracing"),
+    "service": ("service", "llama", "tracing"),
+    "service-turbomind": ("service", "lmdeploy", "tracing"),
+}
 """What the images install, and the extras that it must cover: as `make lock` has it."""
 
 

@@ -161,3 +161,15 @@ def test_json_reaches_a_pipe_at_once(far: tuple[Fake, str]) -> None:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["header"]["index"] == "1"
         process.send_signal(signal.SIGINT)
+
+
+def test_a_shell_completes_commands() -> None:
+    """--help shows how to install the completion, and it finds what a command begins with."""
+    asked = {"_OSTINATO_COMPLETE": "complete_bash", "COMP_WORDS": "ostinato ser", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv = ['ostinato']; from ostinato.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True, timeout=30, check=True
+    )
+
+    assert done.stdout.split() == ["serve", "service"]
+    assert "--install-completion" in _run("--help").stdout

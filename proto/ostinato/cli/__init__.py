@@ -18,6 +18,9 @@
     report     report
     page       report --html
     verify     verify
+    serve      serve
+    launch     its children
+    programs   service, sidecar: where the two programs are
 
 Exit codes: 0 all well; 1 a call or an item failed, a replay diverged, a proof is unsound, an alarm is up; 2 wrong usage;
 3 a replay found nothing that diverged, and something that it could not judge; 130 interrupted.
@@ -25,11 +28,15 @@ Exit codes: 0 all well; 1 a call or an item failed, a replay diverged, a proof i
 
 import io
 import os
+import signal
 import sys
 
 
 def main() -> None:
     """The entry point."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Until a command runs: a Ctrl-C amid the imports ends the process without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before gRPC is loaded: it would say in its own words what we say in ours
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager
@@ -67,7 +68,6 @@ TlsKey = Annotated[Path | None, _credential("OSTINATO_TLS_KEY", "PEM: the certif
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich" if sys.stderr.isatty() else None,  # no boxes in a log
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -95,7 +95,7 @@ def common(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print name and version.")
     ] = False,
 ) -> None:
-    """Reproducible text generation: ask, read the journal, run it again, check the proofs."""
+    """Reproducible text generation: serve, ask, read the journal, run it again, check the proofs."""
     with usage():
         secured = any((tls_ca, tls_certificate, tls_key))
         credentials = tls(tls_ca, certificate=tls_certificate, key=tls_key) if secured else None
@@ -136,6 +136,8 @@ def command(function: Callable[..., bool | Coroutine[Any, Any, bool]]) -> None:
 def _finish(begin: Callable[[], bool | Coroutine[Any, Any, bool]], target: str) -> int:
     """Runs a command to its end; its exit code."""
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `main` left it
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         begun = begin()
         well = asyncio.run(begun) if inspect.iscoroutine(begun) else begun
     except errors.OstinatoError as error:

@@ -1,0 +1,11 @@
+"""`python -m tests.demo`."""
+
+import signal
+import sys
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C amid the imports ends it without a traceback
+
+from tests.demo.run import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

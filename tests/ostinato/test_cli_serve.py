@@ -1,0 +1,287 @@
+"""`ostinato serve`: what it starts, what it says, and that nothing is left of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+import ostinato
+from ostinato.cli import programs
+
+from tests.pair import ROOT, Program, held_port
+
+SECONDS = 60.0
+ANYWHERE = ("--listen=127.0.0.1:0", "--metrics=127.0.0.1:0", "--service-metrics=127.0.0.1:0")
+UNTESTED = ("--service-flag", "--self-test off", "--sidecar-flag", "--canary-seconds 0 --journal-reserve-bytes 65536")
+STOPPING = "stopping; Ctrl-C again stops at once"
+
+
+class Serve(Program):
+    """`ostinato serve` with the scripted engine and a state folder of its own; a context, which kills it."""
+
+    def __init__(
+        self, state: Path, *flags: str, addresses: Sequence[str] = ANYWHERE, env: Mapping[str, str] | None = None
+    ) -> None:
+        self.state = state
+        own = ["--engine", "scripted", "--state", str(state), *addresses, *UNTESTED]
+        super().__init__("ostinato.cli", ["serve", *own, *flags], env)
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Soon; the ceiling is for what never happens."""
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, "\n".join(self.lines)
+            time.sleep(0.005)
+
+    def wait_for_line(self, part: str) -> str:
+        """The first line with this in it."""
+        self.wait_until(lambda: not self.running or any(part in line for line in self.lines))
+        return next((line for line in self.lines if part in line), "\n".join(self.lines))
+
+    def ended(self) -> int:
+        """The exit code, once it has ended by itself."""
+        return self.stop(signal.SIGCONT)
+
+    @property
+    def target(self) -> str:
+        self.wait_for_line(" replay 1..3")  # the last of what it says
+        return self.wait_for_line("  gRPC ").removeprefix("  gRPC").strip()
+
+    def logged(self, name: str) -> str:
+        """What a program has written so far."""
+        log = self.state / f"{name}.log"
+        return log.read_text() if log.exists() else ""
+
+    def children(self) -> list[int]:
+        """Processes that have this state folder among their arguments, other than this one."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                arguments = (process / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if f"{self.state}/".encode() in arguments and int(process.name) != self.pid:
+                found.append(int(process.name))
+        return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        for child in self.children():
+            os.kill(child, signal.SIGKILL)
+
+
+@pytest.fixture(name="state")
+def _state(tmp_path: Path) -> Path:
+    return tmp_path / "a state"
+
+
+@pytest.fixture(name="taken")
+def _taken() -> Iterator[str]:
+    with held_port() as held:
+        held.listen()
+        yield f"127.0.0.1:{held.getsockname()[1]}"
+
+
+def test_it_serves_and_says_what(state: Path) -> None:
+    """It says model, grade, reason, address and what to try, answers there, and ends in one line: exit code 0, no child."""
+    with Serve(state) as serve:
+        with ostinato.SyncClient(serve.target) as client:
+            answer = client.generate("hello", seed=1, max_new_tokens=4)
+        said = "\n".join(serve.lines)
+        before = len(serve.lines)
+        code = serve.stop()
+
+        assert len(answer.results[0].output.token_ids) == 4
+        assert said.startswith("scripted serves at grade BEST_EFFORT, after ")
+        assert "that rests on  the script says so; not tested" in said
+        assert f"-t {serve.target} generate" in said
+        assert (code, serve.lines[before:], serve.children()) == (0, [STOPPING], [])
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        ("start", signal.SIGINT),
+        ("test", signal.SIGINT),
+        ("serving", signal.SIGINT),
+        ("serving", signal.SIGTERM),
+        ("serving", signal.SIGHUP),
+    ],
+)
+def test_a_signal_ends_it_all_at_any_moment(state: Path, moment: str, number: signal.Signals) -> None:
+    """While it starts, tests its engine or serves: one line, exit code 0, no child."""
+    slow = ("--service-flag", """--self-test full --script '{"delay_seconds": 0.1}'""") if moment == "test" else ()
+    with Serve(state, *slow) as serve:
+        reached = {
+            "start": lambda: (state / "service.log").exists(),
+            "test": lambda: '"engine loaded"' in serve.logged("service"),
+            "serving": lambda: serve.target,
+        }
+        serve.wait_until(reached[moment])
+        before = len(serve.lines)
+        code = serve.stop(number)
+
+        assert (code, serve.lines[before:], serve.children()) == (0, [STOPPING], [])
+
+
+def test_a_second_signal_does_not_wait(state: Path) -> None:
+    """An answer that never ends holds the drain up; a second signal kills, with exit code 130 and no child."""
+    hang = ("--service-flag", """--script '{"rules": [{"do": "hang", "at": 1}]}'""")
+    with Serve(state, *hang) as serve:
+        with ostinato.SyncClient(serve.target) as client:
+            next(client.stream("hello"))
+            os.kill(serve.pid, signal.SIGINT)
+            serve.wait_until(lambda: '"draining"' in serve.logged("sidecar"))
+            code = serve.stop(signal.SIGINT)
+
+        assert (code, serve.lines[-1], serve.children()) == (130, STOPPING, [])
+
+
+@pytest.mark.parametrize("name", ["service", "sidecar"])
+def test_a_program_that_dies_ends_it_all(state: Path, name: str) -> None:
+    """The last line says which, and how; exit code 1, no child."""
+    with Serve(state) as serve:
+        assert serve.target
+        [child] = [pid for pid in serve.children() if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+        os.kill(child, signal.SIGKILL)
+        serve.wait_until(lambda: not serve.running)
+
+        assert (serve.stop(), serve.lines[-1]) == (1, f"ostinato serve: {name}: was ended by SIGKILL")
+        assert serve.children() == []
+
+
+def test_it_takes_its_children_along_when_killed(state: Path) -> None:
+    """After a kill -9 the programs are told to end."""
+    with Serve(state) as serve:
+        assert serve.target
+        assert len(serve.children()) == 2
+        serve.kill()
+        serve.wait_until(lambda: not serve.children())
+
+
+def only_line(serve: Serve) -> str:
+    """Of one that fails, with nothing left behind."""
+    code = serve.ended()
+    assert (code, len(serve.lines), serve.children()) == (1, 1, []), "\n".join(serve.lines)
+    return serve.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flag", "program"), [("--listen", "sidecar"), ("--metrics", "sidecar"), ("--service-metrics", "service")]
+)
+def test_a_taken_port_is_named(state: Path, taken: str, flag: str, program: str) -> None:
+    """One line: who cannot listen where, and the flag that chooses another place."""
+    with Serve(state, addresses=[f"{flag}={taken}", *(each for each in ANYWHERE if not each.startswith(f"{flag}="))]) as serve:
+        line = only_line(serve)
+
+    assert line.startswith(f"ostinato serve: {program}: ")
+    assert line.endswith(
+        f"cannot listen on {taken}: Address already in use; stop what listens there, or choose another with {flag}"
+    )
+
+
+def test_a_taken_port_of_the_gateway_is_named(state: Path, taken: str) -> None:
+    """Before anything is started."""
+    with Serve(state, "--gateway", "--gateway-port", taken.rpartition(":")[2]) as serve:
+        line = only_line(serve)
+
+    assert line == (
+        f"ostinato serve: gateway: cannot listen on {taken}: Address already in use; "
+        "stop what listens there, or choose another with --gateway-port"
+    )
+
+
+def test_one_state_folder_serves_once(state: Path) -> None:
+    """The second is told of the first, which goes on; after its end the folder is free, and the journal goes on."""
+    with Serve(state) as first, Serve(state) as second:
+        assert first.target
+        line = only_second_line(first, second)
+        assert (
+            line
+            == f"ostinato serve: process {first.pid} serves in {state} already: stop it, or choose another folder with --state"
+        )
+        assert first.running
+        first.stop()
+    with Serve(state) as third, ostinato.SyncClient(third.target) as client:
+        assert client.head().epoch == 2
+
+
+def only_second_line(first: Serve, second: Serve) -> str:
+    """Both look alike in the process table, so the first's children are left out of the count."""
+    assert first.children()
+    code = second.ended()
+    assert (code, len(second.lines)) == (1, 1), "\n".join(second.lines)
+    return second.lines[0]
+
+
+def test_what_a_program_refuses_is_said(state: Path) -> None:
+    """A bad setting and a grade that is not earned are one line, from the program itself."""
+    with Serve(state, "--service-flag", "--runs=none --engine=llama") as serve:
+        assert only_line(serve) == "ostinato serve: service: --runs: 'none' is no int"
+    with Serve(state, "--service-flag", "--require-grade EXACT") as serve:
+        assert only_line(serve) == "ostinato serve: service: grade EXACT is required, BEST_EFFORT was earned: not tested"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """One line, and what to do."""
+    (tmp_path / "file").write_text("")
+    with Serve(tmp_path / "file" / "state") as serve:
+        line = only_line(serve)
+
+    assert line == f"ostinato serve: --state {tmp_path}/file/state: Not a directory; choose a folder that can be written"
+
+
+def test_a_model_that_is_not_there_is_wrong_usage(state: Path) -> None:
+    """Exit code 2, before anything is started, and the name."""
+    with Serve(state, str(state / "no.gguf")) as serve:
+        assert serve.ended() == 2
+        assert f"there is no file or folder {state}/no.gguf" in serve.lines[-1]
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the command that installs it."""
+    monkeypatch.setitem(programs.NEEDS, "sidecar", ("cryptography", "no_such.module"))  # type: ignore[arg-type]
+
+    with pytest.raises(programs.Unusable, match=r"^sidecar needs no_such.module, .*: pip install 'ostinato\[cpu\]'$"):
+        programs.check("sidecar")
+
+
+@pytest.mark.parametrize("name", ["service", "sidecar"])
+def test_one_program_takes_its_own_flags(name: str, tmp_path: Path) -> None:
+    """`ostinato service` and `ostinato sidecar` are the programs themselves, also where a folder of that name is at hand."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__main__.py").write_text("raise SystemExit('the wrong one')")
+    flags = {"--help": 0, "--no-such-flag": 2}
+    ended = [
+        subprocess.run(
+            [sys.executable, "-P", "-m", "ostinato.cli", name, flag],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "proto")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for flag in flags
+    ]
+
+    assert [each.returncode for each in ended] == list(flags.values()), ended
+    assert "--log-format" in ended[0].stdout
+    assert "--no-such-flag" in ended[1].stderr
+
+
+def test_what_has_no_flag_is_the_programs_own_setting(state: Path) -> None:
+    """An address that is not given here comes from the program's environment variable."""
+    addresses = [each for each in ANYWHERE if not each.startswith("--listen=")]
+    with Serve(state, addresses=addresses, env={"OSTINATO_SIDECAR_LISTEN": f"unix:{state}/door"}) as serve:
+        assert serve.target == f"unix:{state}/door"

@@ -1,0 +1,93 @@
+"""The wheel: what is in it, and that both programs run from it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.ostinato.test_cli_serve import ANYWHERE, UNTESTED
+
+ROOT = Path(__file__).parents[2]
+HOMES = {"proto/ostinato/": "ostinato/", "service/": "ostinato/programs/service/", "sidecar/": "ostinato/programs/sidecar/"}
+"""Folders of the repository, and where the wheel has them."""
+
+
+@pytest.fixture(scope="module", name="wheel")
+def _wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder], cwd=ROOT, check=True)
+    [made] = folder.glob("*.whl")
+    return zipfile.ZipFile(made)
+
+
+@pytest.fixture(scope="module", name="python")
+def _python(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of an environment that has the wheel, and this one's packages without this checkout."""
+    folder = tmp_path_factory.mktemp("installed")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    wheel.extractall(packages)
+    (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")  # whose own .pth files are not read
+    return folder / "bin" / "python"
+
+
+def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`ostinato ARGUMENTS`, in this working directory."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OSTINATO_", "PYTHON"))}
+    command = [python, "-m", "ostinato.cli", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_it_has_every_file_in_its_place(wheel: zipfile.ZipFile) -> None:
+    """All that the three folders keep in git, data too, and nothing beside the package."""
+    listed = subprocess.run(["git", "ls-files", "--", *HOMES], cwd=ROOT, capture_output=True, text=True, check=True)
+    wanted = {
+        home + name.removeprefix(folder)
+        for folder, home in HOMES.items()
+        for name in listed.stdout.splitlines()
+        if name.startswith(folder)
+    }
+
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert "ostinato/programs/sidecar/canaries.toml" in wanted
+    assert wanted - names == set()
+    assert {name.split("/")[0] for name in names} == {"ostinato"}
+
+
+def test_no_package_is_called_service_or_sidecar(python: Path, tmp_path: Path) -> None:
+    """Whoever installs the wheel keeps these names for themselves."""
+    code = "import importlib.util as i, ostinato; print([i.find_spec(n) for n in ('service', 'sidecar')], ostinato.__file__)"
+    done = subprocess.run([python, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+
+    assert done.stdout.startswith(f"[None, None] {python.parents[1]}/"), done.stdout
+
+
+@pytest.mark.parametrize("name", ["service", "sidecar"])
+def test_each_program_runs_from_it(python: Path, tmp_path: Path, name: str) -> None:
+    """By its own command, from any folder."""
+    done = run(python, tmp_path, name, "--help")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--log-format" in done.stdout
+
+
+def test_serve_answers_from_it(python: Path, tmp_path: Path) -> None:
+    """Both programs start, and a request is answered, recorded and replayed by the same command."""
+    command = [python, "-m", "ostinato.cli", "serve", "--engine", "scripted", *ANYWHERE, *UNTESTED]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as serve:
+        assert serve.stdout is not None
+        lines = list(iter(serve.stdout.readline, "\n"))
+        [target] = [line.split()[-1] for line in lines if line.startswith("  gRPC ")]
+        made = run(python, tmp_path, "-t", target, "generate", "hello", "--seed", "1", "--json")
+        replayed = run(python, tmp_path, "-t", target, "replay", "1")
+        serve.terminate()
+        serve.stdout.read()
+
+    assert (made.returncode, replayed.returncode, serve.returncode) == (0, 0, 0), (made, replayed)
+    assert "1 match" in replayed.stdout + replayed.stderr
