@@ -31,7 +31,7 @@ def main():
     folder, what = sys.argv[1:3]
     wanted, _, rest = " ".join(sys.argv[3:]).partition("--without-dependencies")
     try:
-        check_python()
+        check_python(sys.version_info)
         print("installing %s into %s" % (what, folder), flush=True)
         make(folder)
         install(folder, wanted.split())
@@ -50,13 +50,13 @@ class Failed(Exception):
     """The message is one line, and says what to do."""
 
 
-def check_python():
+def check_python(version):
     """Raises Failed for one that is too old, and names a newer one if there is any."""
-    if sys.version_info >= OLDEST:
+    if tuple(version[:2]) >= OLDEST:
         return
     names = ["python3.%d" % minor for minor in range(NEWEST, OLDEST[1] - 1, -1)]
     newer = [name for name in names if shutil.which(name) and not subprocess.call([name, "-c", ""], stderr=subprocess.DEVNULL)]
-    found = "Python 3.11 or newer is needed, and %s is %d.%d" % (sys.executable, *sys.version_info[:2])
+    found = "Python 3.11 or newer is needed, and %s is %d.%d" % (sys.executable, *version[:2])
     raise Failed("%s; give the same command with PYTHON=%s" % (found, newer[0] if newer else "/path/of/a/newer/python3"))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import ostinato
 from ostinato.chain import check_result
@@ -15,6 +16,10 @@ from ostinato.v1 import types_pb2
 from tests.pair import samples
 
 PROMPT = "Shanghai is"
+WIDTHS = {"": 18, "sequence": 8, "seed": 20, "grade": 11, "output": 12, "ms": 5}
+"""Columns and their characters; the text has what is left of a line."""
+WIDE_CHARACTERS = 120
+"""Of a terminal's line that has room for every column."""
 TRAFFIC = (
     "The capital of France is",
     "Once upon a time there was a lighthouse keeper who",
@@ -31,7 +36,7 @@ async def show(target: str, console: Console) -> bool:
         seeded = await ask(client, 3, seed=1)
         unseeded = await ask(client, 3, seed=None)
         among = await among_traffic(client)
-        console.print(table(seeded, unseeded, among))
+        console.print(table(seeded, unseeded, among, console.width))
         replayed = [verdict.comparison.verdict async for verdict in client.replay(1, unseeded[-1].sequence)]
     outputs = {result.receipt.header.output_digest for result in (*seeded, *among)}
     promises = {
@@ -65,24 +70,28 @@ async def among_traffic(client: ostinato.Client) -> Sequence[types_pb2.Result]:
     return answer
 
 
-def table(seeded: Sequence[types_pb2.Result], unseeded: Sequence[types_pb2.Result], among: Sequence[types_pb2.Result]) -> Table:
-    """One row an answer."""
+def table(
+    seeded: Sequence[types_pb2.Result], unseeded: Sequence[types_pb2.Result], among: Sequence[types_pb2.Result], width: int
+) -> Table:
+    """One row an answer; all columns if there are enough characters in a line."""
+    left_out = {"seed", "grade", "ms"} if width < WIDE_CHARACTERS else set()
+    shown = {name: characters for name, characters in WIDTHS.items() if name not in left_out}
     made = Table(title=f"\n{PROMPT!r}, top_k 40", title_justify="left", title_style="bold")
-    for name, justify in (("", "left"), ("sequence", "right"), ("seed", "right"), ("grade", "left"), ("output", "left")):
-        made.add_column(name, justify="right" if justify == "right" else "left", no_wrap=True)
-    made.add_column("ms", justify="right")
-    made.add_column("text", overflow="fold")
+    for name, characters in shown.items():
+        made.add_column(name, justify="right" if name in ("sequence", "seed", "ms") else "left", width=characters)
+    made.add_column("text", no_wrap=True, width=width - sum(shown.values()) - 3 * len(shown) - 4)
     for label, results in (("seed 1", seeded), ("no seed", unseeded), ("seed 1, in traffic", among)):
         for result in results:
-            made.add_row(
-                label,
-                str(result.sequence),
-                str(result.output.seed),
-                types_pb2.Grade.Name(result.output.grade).removeprefix("GRADE_"),
-                result.receipt.header.output_digest.hex()[:12],
-                f"{result.timing.total_micros / 1000:.0f}",
-                repr(result.output.text),
-            )
+            cells = {
+                "": label,
+                "sequence": str(result.sequence),
+                "seed": str(result.output.seed),
+                "grade": types_pb2.Grade.Name(result.output.grade).removeprefix("GRADE_"),
+                "output": result.receipt.header.output_digest.hex()[:12],
+                "ms": f"{result.timing.total_micros / 1000:.0f}",
+                "text": repr(result.output.text),
+            }
+            made.add_row(*(Text(cell) for name, cell in cells.items() if name not in left_out))
         made.add_section()
     return made
 

@@ -251,7 +251,7 @@ def test_a_model_that_is_not_there_is_wrong_usage(state: Path) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the command that installs it."""
-    monkeypatch.setitem(programs.NEEDS, "sidecar", ("cryptography", "no_such.module"))  # type: ignore[arg-type]
+    monkeypatch.setitem(programs.NEEDS, "sidecar", ("cryptography", "no_such.module"))
 
     with pytest.raises(programs.Unusable, match=r"^sidecar needs no_such.module, .*: pip install 'ostinato\[cpu\]'$"):
         programs.check("sidecar")

@@ -40,7 +40,7 @@ def _python(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) ->
 def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`ostinato ARGUMENTS`, in this working directory."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OSTINATO_", "PYTHON"))}
-    command = [python, "-m", "ostinato.cli", *arguments]
+    command = [str(python), "-m", "ostinato.cli", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -79,7 +79,7 @@ def test_each_program_runs_from_it(python: Path, tmp_path: Path, name: str) -> N
 
 def test_serve_answers_from_it(python: Path, tmp_path: Path) -> None:
     """Both programs start, and a request is answered, recorded and replayed by the same command."""
-    command = [python, "-m", "ostinato.cli", "serve", "--engine", "scripted", *ANYWHERE, *UNTESTED]
+    command = [str(python), "-m", "ostinato.cli", "serve", "--engine", "scripted", *ANYWHERE, *UNTESTED]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as serve:
         assert serve.stdout is not None
         lines = list(iter(serve.stdout.readline, "\n"))

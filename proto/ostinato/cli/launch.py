@@ -72,7 +72,8 @@ class Child:
     async def said(self, message: str) -> Mapping[str, Any]:
         """The first log record with this message, one of HEARD. Raises Ended if the program ends without it."""
         record = self._said[message]
-        await asyncio.wait({record, self._running}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {record, self._running}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not record.done():
             raise self._cause()
         return record.result()

@@ -258,15 +258,15 @@ async def _wait_until_serving(running: Running) -> None:
     with console.status("loading the model") as status:
 
         async def serving() -> None:
-            loaded = await service.said("engine loaded")
-            status.update(f"testing {loaded['model']}: about half a minute the first time")
+            await service.said("engine loaded")
+            status.update("testing the model; about 30 s the first time")
             running.earned = await service.said("grade earned")
             running.connected = await sidecar.said("engine connected")
 
         async def reassuring() -> None:
             await asyncio.sleep(SILENCE_SECONDS)
             if not console.is_terminal:
-                show.note("loading and testing the model; the first time, the test takes about half a minute")
+                show.note("loading and testing the model; the test takes about 30 s the first time")
 
         reassure = asyncio.create_task(reassuring())
         try:
@@ -300,14 +300,16 @@ async def _start_gateway(wanted: Wanted, port: int, running: Running) -> None:
 async def _gateway_model(url: str) -> str:
     """The name of what the gateway offers, once it has its tokenizer too."""
 
+    def get(path: str) -> Any:
+        with urllib.request.urlopen(f"{url}{path}", timeout=2) as answer:  # noqa: S310  # http, as made above
+            return json.load(answer)
+
     def ask() -> str:
-        for path in ("/readiness", "/v1/models"):
-            with urllib.request.urlopen(f"{url}{path}", timeout=2) as answer:  # noqa: S310  # http, as made above
-                body = json.load(answer)
-        return str(body["data"][0]["id"])
+        get("/readiness")
+        return str(get("/v1/models")["data"][0]["id"])
 
     while True:
-        with suppress(OSError, LookupError):
+        with suppress(OSError, LookupError, ValueError):
             return await asyncio.to_thread(ask)
         await asyncio.sleep(GATEWAY_POLL_SECONDS)
 
