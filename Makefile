@@ -128,8 +128,8 @@ gpu-check-tp: gpu-host ## likewise with two GPUs: the model shared by both, besi
 gpu-rows: gpu-host ## likewise with one: many models and settings, a line each; MODEL=/path/of/a/model FOLDER=/where/25/GB/are/free
 	$(PYTHON) -m tests.gpu.rows $(MODEL) $(FOLDER)
 
-wheel: install ## the wheel, into dist/
-	.venv/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+wheel: .venv/.programs ## the wheel, into dist/
+	.venv/bin/pip wheel --quiet $(if $(wildcard .venv/.installed),--no-build-isolation) --no-deps --wheel-dir dist .
 
 clean: ## remove what was built and what the programs left
 	rm -rf build dist .run .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ostinato.cli.serve import Running, Wanted, started, until_told
+from ostinato.cli.running import Running, Wanted, started, until_told
 
 from tests.demo.show import counted, show
 from tests.pair import ROOT

@@ -19,7 +19,8 @@
     page       report --html
     verify     verify
     serve      serve
-    launch     its children
+    running    what it runs
+    launch     programs as children
     programs   service, sidecar: where the two programs are
 
 Exit codes: 0 all well; 1 a call or an item failed, a replay diverged, a proof is unsound, an alarm is up; 2 wrong usage;

@@ -45,19 +45,20 @@ class Ended(Exception):
 class Child:
     """A running program whose output goes to a log file and is searched for JSON records on the way."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path) -> None:
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log: logging.Handler) -> None:
         self.name = name
         self._process = process
         loop = asyncio.get_running_loop()
         self._said: dict[str, asyncio.Future[Mapping[str, Any]]] = {message: loop.create_future() for message in HEARD}
         self._causes: deque[str] = deque(maxlen=CAUSES_MAX)
         self._log = logging.Logger(name)  # noqa: LOG001  # no part of this process's own logging
-        self._log.addHandler(RotatingFileHandler(log, maxBytes=LOG_BYTES_MAX, backupCount=1, encoding="utf-8"))
+        self._log.addHandler(log)
         self._running = asyncio.create_task(self._run())
 
     @classmethod
     async def start(cls, name: str, command: Sequence[str], variables: Mapping[str, str], log: Path) -> Child:
         """Raises OSError."""
+        handler = RotatingFileHandler(log, maxBytes=LOG_BYTES_MAX, backupCount=1, encoding="utf-8")
         process = await asyncio.create_subprocess_exec(
             *command,
             env=variables,
@@ -67,7 +68,7 @@ class Child:
             process_group=0,
             preexec_fn=_end_with_parent,
         )
-        return cls(name, process, log)
+        return cls(name, process, handler)
 
     async def said(self, message: str) -> Mapping[str, Any]:
         """The first log record with this message, one of HEARD. Raises Ended if the program ends without it."""
