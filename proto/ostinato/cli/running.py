@@ -238,7 +238,7 @@ async def _start_gateway(wanted: Wanted, port: int, running: Running) -> None:
         words = [str(word) for pair in flags.items() for word in pair]
         # Its retries would be requests of their own, with sequences of their own.
         command = programs.command("smg", ["launch", *words, "--disable-retries"])
-        await _start("smg", command, os.environ, wanted, running)
+        await _start("smg", command, {**os.environ, "PYTHONSAFEPATH": "1"}, wanted, running)
         url = f"http://127.0.0.1:{port}"
         running.openai_model = await running.unless_one_ends(_gateway_model(url))
         running.openai = f"{url}/v1"
