@@ -113,7 +113,8 @@ def _reader(tmp_path: Path) -> Iterator[Reader]:
             "GATEWAY_PORT": openai.rpartition(":")[2],
             "PATH": f"{home}/.venv/bin:{os.environ['PATH']}",
         }
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("OSTINATO_", "PYTHON", "MAKE", "MFLAGS"))}
+        foreign = ("OSTINATO_", "PYTHON", "MAKE", "MFLAGS")
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         reader = Reader(home, inherited | mine, {"127.0.0.1:7001": target, "127.0.0.1:8000": openai})
         try:
             yield reader
