@@ -33,6 +33,7 @@ CUT_SHORT_SECONDS = 2.0
 GATEWAY_POLL_SECONDS = 0.05
 SILENCE_SECONDS = 2.0
 """Before it is said that this takes a while: what fails at once says nothing else."""
+TAKEN, REMEDY = "Address already in use", "stop what listens there, or choose another"
 _ALL_STOPPED, _FAILED, _KILLED = 0, 1, 130
 _SOCKET_FOLDER_BYTES_MAX = 80
 """So that the socket's path stays below the kernel's 107."""
@@ -44,6 +45,7 @@ T = TypeVar("T")
 class Wanted:
     """What to start. None: as the program's own settings have it, which may come from its environment."""
 
+    config: Path | None = None
     model: Path | None = None
     engine: Engine | None = None
     state: Path = STATE
@@ -179,7 +181,7 @@ async def _start(name: str, command: Sequence[str], variables: Mapping[str, str]
 
 def _service_flags(wanted: Wanted, address: str) -> list[str]:
     """Ours that the caller may outdo, the caller's, and those that `serve` itself rests on."""
-    flags = {"--engine": wanted.engine, "--model": wanted.model, "--metrics": wanted.service_metrics}
+    flags = {"--config": wanted.config, "--engine": wanted.engine, "--model": wanted.model, "--metrics": wanted.service_metrics}
     if wanted.state != STATE:
         flags["--state-dir"] = wanted.state / "service"
     return [*_given(flags), *wanted.service, "--listen", address, "--log-format", "json", "--log-level", "INFO"]
@@ -187,7 +189,7 @@ def _service_flags(wanted: Wanted, address: str) -> list[str]:
 
 def _sidecar_flags(wanted: Wanted, address: str) -> list[str]:
     """Likewise."""
-    flags: dict[str, object] = {"--listen": wanted.listen, "--metrics": wanted.metrics}
+    flags: dict[str, object] = {"--config": wanted.config, "--listen": wanted.listen, "--metrics": wanted.metrics}
     if wanted.state != STATE:
         flags["--journal"] = wanted.state / "journal.sqlite"
     face = ["--vllm-face"] if wanted.gateway_port else []
@@ -272,12 +274,11 @@ async def _stop(running: Running, patience: float | None) -> None:
 
 
 def _explained(error: Ended) -> Ended:
-    """With what to do about it, where that is known here."""
-    if "Address already in use" in error.why:
-        metrics = {"service": "--service-metrics", "sidecar": "--metrics"}
-        flag = metrics[error.name] if error.why.startswith("metrics") else "--listen"
-        return Ended(error.name, f"{error.why}; stop what listens there, or choose another with {flag}")
-    return error
+    """With our own flag where it has another name, and with what to do about a taken port."""
+    why = error.why
+    if error.name == "service" and why.startswith("--metrics:"):
+        why = f"--service{why.removeprefix('-')}"
+    return Ended(error.name, f"{why}; {REMEDY}" if why.endswith(TAKEN) else why)
 
 
 def _check_free(port: int) -> None:
@@ -287,8 +288,8 @@ def _check_free(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            why = f"gateway: cannot listen on 127.0.0.1:{port}: {error.strerror}"
-            raise programs.Unusable(f"{why}; stop what listens there, or choose another with --gateway-port") from None
+            why = f"--gateway-port: cannot listen on 127.0.0.1:{port}: {error.strerror}"
+            raise programs.Unusable(f"{why}; {REMEDY}") from None
 
 
 @contextmanager

@@ -41,6 +41,9 @@ def serve(
     ] = None,
     gateway: Annotated[bool, typer.Option("--gateway", help="Serve OpenAI's API too, through smg.")] = False,
     gateway_port: Annotated[int, typer.Option(min=1, max=65535, help="Of OpenAI's API, on 127.0.0.1.")] = GATEWAY_PORT,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="TOML with tables [service] and [sidecar]: their settings.")
+    ] = None,
     state: Annotated[Path, typer.Option(metavar="DIR", file_okay=False, help="Holds journal, proofs and logs.")] = STATE,
     service_flag: Annotated[
         list[str] | None, typer.Option(metavar="FLAG", help="For the service, such as '--runs 4'. May be repeated.")
@@ -51,7 +54,7 @@ def serve(
 ) -> None:
     """Starts service and sidecar, and stops both at Ctrl-C.
 
-    Every other setting of the two programs: --service-flag, --sidecar-flag, or their environment variables
+    Every other setting of the two programs: --config, --service-flag, --sidecar-flag, or their environment variables
     (OSTINATO_SERVICE_*, OSTINATO_SIDECAR_*), which `ostinato service --help` and `ostinato sidecar --help` list.
     """
     from ostinato.cli import running
@@ -59,6 +62,7 @@ def serve(
     if model is not None and not model.exists():
         raise typer.BadParameter(f"there is no file or folder {model}", param_hint="MODEL")
     wanted = running.Wanted(
+        config=config,
         model=model,
         engine=engine or (None if model is None else Engine.TURBOMIND if model.is_dir() else Engine.LLAMA),
         state=state,
