@@ -393,11 +393,11 @@ def test_a_low_port_is_refused_by_the_kernel(names: dict[str, object]) -> None:
     test_a_process_that_fails_says_why(Failure(f"{SERVICE} --listen 127.0.0.1:1", 1, why), names)
 
 
-def test_make_up_lists_the_engines() -> None:
-    """The demonstration lists the engines where it is given another."""
+def test_serve_lists_the_engines() -> None:
+    """`ostinato serve`, and with it `make up`, lists the engines where it is given another."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.demo", "--up", "--engine", "vllm"],
-        cwd=ROOT,
+        [sys.executable, "-m", "ostinato.cli", "serve", "--engine", "vllm"],
+        cwd=ROOT / "proto",
         capture_output=True,
         text=True,
         timeout=60,
@@ -405,7 +405,7 @@ def test_make_up_lists_the_engines() -> None:
     )
 
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith("invalid choice: 'vllm' (choose from 'llama', 'turbomind', 'scripted')")
+    assert done.stderr.splitlines()[-1].endswith("'vllm' is not one of 'llama', 'turbomind', 'scripted'.")
 
 
 def test_the_documented_file_is_one() -> None:

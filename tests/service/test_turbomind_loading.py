@@ -48,7 +48,7 @@ def test_the_extra_asks_for_what_is_checked() -> None:
     extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     least, below = (".".join(map(str, version)) for version in host.VERSIONS)
 
-    assert extras["turbomind"] == [f"lmdeploy>={least},<{below}"]
+    assert extras["lmdeploy"] == [f"lmdeploy>={least},<{below}"]
 
 
 def test_a_missing_package_is_named() -> None:
