@@ -21,6 +21,8 @@ class Outbox:
         self._events: deque[engine_pb2.RunEvent | engine_pb2.PrepareResponse] = deque()
         self._bytes = 0
         self._tokens: dict[int, engine_pb2.RunEvent] = {}
+        """Tokens that wait, by run. The text of one in `_texts` is joined when it leaves."""
+        self._texts: dict[int, list[str]] = {}
         self._welcome: engine_pb2.Welcome | None = None
         self._bell = asyncio.Event()
         self._closed = False
@@ -42,7 +44,7 @@ class Outbox:
             return
         waiting = self._tokens.get(event.run_id)
         if waiting is not None and event.HasField("tokens"):
-            _append(waiting.tokens, event.tokens)
+            self._append(event.run_id, waiting.tokens, event.tokens)
         else:
             self._events.append(event)
             if event.HasField("tokens"):
@@ -91,21 +93,25 @@ class Outbox:
         self._welcome = None
         taken = 0
         while self._events:
-            size = self._events[0].ByteSize()
+            event = self._events[0]
+            if isinstance(event, engine_pb2.RunEvent) and event.HasField("tokens") and event.run_id in self._texts:
+                event.tokens.text = "".join(self._texts.pop(event.run_id))
+            size = event.ByteSize()
             if taken and taken + size > self._frame_bytes_max:
                 break
             taken += size
-            event = self._events.popleft()
+            self._events.popleft()
             if isinstance(event, engine_pb2.PrepareResponse):
                 frame.prepared.append(event)
-            else:
-                self._tokens.pop(event.run_id, None)
-                frame.events.append(event)
+                continue
+            if event.HasField("tokens"):
+                del self._tokens[event.run_id]
+            frame.events.append(event)
         self._bytes = max(0, self._bytes - taken) if self._events else 0
         return frame
 
-
-def _append(tokens: engine_pb2.RunTokens, more: engine_pb2.RunTokens) -> None:
-    tokens.token_ids.extend(more.token_ids)
-    tokens.text += more.text
-    tokens.logprobs.extend(more.logprobs)
+    def _append(self, run_id: int, tokens: engine_pb2.RunTokens, more: engine_pb2.RunTokens) -> None:
+        tokens.token_ids.extend(more.token_ids)
+        tokens.logprobs.extend(more.logprobs)
+        # Joined once: a message keeps every text that it was ever given.
+        self._texts.setdefault(run_id, [tokens.text]).append(more.text)

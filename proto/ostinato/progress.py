@@ -27,12 +27,14 @@ class Progress:
     """What the newest lost attempt had sent: what a recovery comparison compares."""
     _seen: int = 0
     _repeat: generation_pb2.TokenRun | None = None
-    """This attempt from its token 0, while it has not got beyond what was sent."""
+    """This attempt from its token 0, while it has not got beyond what was sent; without its text."""
+    _repeat_texts: list[str] = field(default_factory=list)
+    """Apart: a message keeps every text that it was ever given."""
 
     def restart(self, attempt: int) -> None:
         """A new attempt begins at token 0."""
         self.lost, self.attempt, self._seen = list(self.sent), attempt, 0
-        self._repeat = self._run(0, _NONE)
+        self._repeat, self._repeat_texts = self._run(0, _NONE), []
 
     def accept(
         self, tokens: engine_pb2.RunTokens | generation_pb2.TokenRun
@@ -43,9 +45,12 @@ class Progress:
         start, self._seen = self._seen, self._seen + len(tokens.token_ids)
         if self._repeat is None:
             return None, self._send(self._run(start, tokens))
-        _extend(self._repeat, tokens)
+        self._repeat.token_ids.extend(tokens.token_ids)
+        self._repeat.logprobs.extend(tokens.logprobs)
+        self._repeat_texts.append(tokens.text)
         before = self.sent[start : self._seen]
         if before != tokens.token_ids[: len(before)]:
+            self._repeat.text = "".join(self._repeat_texts)
             return self._anew(self._repeat)
         return None, self._beyond(self._repeat)
 
@@ -85,7 +90,7 @@ class Progress:
         """What the repetition has beyond what was sent, once it got there."""
         if self._seen < len(self.sent):
             return None
-        self._repeat = None
+        self._repeat, repeat.text = None, "".join(self._repeat_texts)
         return self.rest(repeat)
 
     def _run(self, first_token: int, tokens: _Tokens) -> generation_pb2.TokenRun:
@@ -104,9 +109,3 @@ class Progress:
         if run.logprobs:
             self.logprobs.extend(run.logprobs)
         return run
-
-
-def _extend(run: generation_pb2.TokenRun, tokens: engine_pb2.RunTokens | generation_pb2.TokenRun) -> None:
-    run.token_ids.extend(tokens.token_ids)
-    run.logprobs.extend(tokens.logprobs)
-    run.text += tokens.text
