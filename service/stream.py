@@ -31,6 +31,8 @@ Requests = AsyncIterator[engine_pb2.ExecuteRequest]
 _log = logging.getLogger(__name__)
 
 
+SUBMITS_AT_ONCE = 16
+"""Of one message: then the engine may begin with them. Taking in hundreds of long prompts takes as long as its first steps."""
 REMEMBER_SECONDS = 1.0
 """Between two writings of the memory, at least."""
 
@@ -175,11 +177,11 @@ class Stream:
     async def _read(self, first: engine_pb2.ExecuteRequest, requests: Requests) -> None:
         """Take requests until the sidecar half-closes. Whatever goes wrong ends the stream, through the outbox."""
         try:
-            self._take(first)
+            await self._take(first)
             async for request in requests:
                 if request.HasField("hello"):
                     raise ProtocolViolation("hello stands in the first message only")
-                self._take(request)
+                await self._take(request)
         except Exception as error:  # noqa: BLE001  # raised again where the stream is served
             self.stop()
             self._outbox.fail(error)
@@ -187,11 +189,15 @@ class Stream:
         self._half_closed = True
         self._settle()
 
-    def _take(self, request: engine_pb2.ExecuteRequest) -> None:
+    async def _take(self, request: engine_pb2.ExecuteRequest) -> None:
+        for number, submit in enumerate(request.submits):
+            if number and number % SUBMITS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            if self._stopped:
+                break
+            self._submit(submit)
         if self._stopped:
             return  # a later stream has the engine; this one only does not know yet
-        for submit in request.submits:
-            self._submit(submit)
         for run_id in request.cancels:
             self._owner.cancel(run_id)
         for prepare in request.prepares:

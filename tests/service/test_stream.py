@@ -9,6 +9,7 @@ import pytest
 from ostinato import errors
 from ostinato.v1 import engine_pb2, types_pb2
 
+from service.engines.base import Events, Run
 from service.engines.scripted.vocabulary import ByteVocabulary
 from tests.service.support import ENDLESS, REPLAY, SLOW, served, submit_of
 from tests.waiting import eventually
@@ -66,6 +67,30 @@ async def test_starts_in_order_when_the_engine_is_full() -> None:
             await stream.end(i)
 
         assert [e.run_id for e in stream.events if e.WhichOneof("event") == "started"] == list(range(1, 20))
+
+
+async def test_the_engine_begins_before_a_large_message_is_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message of many runs is taken in by parts: the first of them have started when the last are submitted."""
+    happened: list[str] = []
+    async with served({"runs": 200}) as service, service.stream() as stream:
+        submit, report = service.engine.submit, service.engine._on_events
+
+        def submitted(run: Run) -> None:
+            happened.append("submitted")
+            submit(run)
+
+        def reported(events: Events) -> None:
+            happened.extend("started" for event in events if event.HasField("started"))
+            report(events)
+
+        monkeypatch.setattr(service.engine, "submit", submitted)
+        monkeypatch.setattr(service.engine, "_on_events", reported)
+        await stream.send(*(submit_of(i) for i in range(1, 101)))
+        for i in range(1, 101):
+            await stream.end(i)
+
+    assert happened.count("submitted") == happened.count("started") == 100
+    assert happened.index("started") < len(happened) - 1 - happened[::-1].index("submitted")
 
 
 async def test_same_input_same_answer() -> None:
