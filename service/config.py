@@ -40,6 +40,7 @@ OWN = {
         "cache_fraction",
         "kv_bits",
         "attention_splits",
+        "prefix_cache",
         "exact",
     ),
     "scripted": ("script",),
@@ -121,6 +122,12 @@ class Settings:
         minimum=0,
         maximum=SPLITS_MAX,
         applies=_applies("attention_splits"),
+    )
+    prefix_cache: str | None = field(
+        None,
+        "turbomind: take a prompt's beginning from an earlier one that had the same",
+        choices=("on", "off"),
+        applies=_applies("prefix_cache"),
     )
     exact: bool | None = field(None, "turbomind: off: as it comes, to compare with", applies=_applies("exact"))
     script: str | None = field(None, "scripted: what it is told to be and to do, as JSON", applies="{} (scripted)")

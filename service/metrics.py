@@ -35,6 +35,9 @@ class Metrics:
         self.queued = gauge("engine_runs_queued", "Runs that wait for the engine.")
         self.ended = counter("engine_runs", "Runs that ended, by purpose and how.", "purpose", "end")
         self.prompt_tokens = counter("engine_prompt_tokens", "Tokens of the prompts of runs that started.")
+        self.cached_tokens = counter(
+            "engine_cached_prompt_tokens", "Prompt tokens of runs that finished which came from the prefix cache."
+        )
         self.new_tokens = counter("engine_generated_tokens", "Tokens generated, as far as they were reported.")
         self.queue_seconds = histogram("engine_queue_seconds", "From submission to start.", SLOW)
         self.run_seconds = histogram("engine_run_seconds", "From submission to the end, of runs that finished.", SLOW)

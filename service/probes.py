@@ -6,6 +6,7 @@ of 256 tokens. Few tokens are made of each: a difference in any bit shows in the
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 from ostinato.v1 import types_pb2
@@ -21,8 +22,10 @@ winner(board): return None was written on the margin of the chart, next to a sum
 the dog barked, somewhere below.
 """
 
-LONG, SHORT, CROWD = 8, 12, 48
-"""New tokens of long and of short prompts, and of those that make up a crowd."""
+LONG, SHORT, CROWD, REUSED = 8, 12, 48, 6
+"""New tokens of long and of short prompts, of those that make up a crowd, and of those that begin alike."""
+SHARED_BLOCKS, TEXTS = 2, 2
+"""Of a prefix cache, what prompts that begin alike have in common; and how many such beginnings there are."""
 CROWD_MIN, CROWD_MAX = 32, 64
 """An engine that runs so many at once is tested with a crowd, for kernels change their mind with the size of a batch."""
 
@@ -61,6 +64,44 @@ def probes(vocabulary: Vocabulary, context_tokens: int, runs: int, top_k_max: in
     return [_probe(index, mix, vocabulary, context_tokens, top_k_max) for index, mix in enumerate((*_MIXES, *crowd))]
 
 
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """A prompt of whole blocks and a rest."""
+
+    rest: int
+    """Tokens behind the shared blocks."""
+    probe: Probe
+    before: Probe | None = None
+    """Asked first, it leaves the shared blocks in the cache, and nothing more. None: the probe itself leaves them; first it is
+    asked cold."""
+
+
+def rungs(vocabulary: Vocabulary, context_tokens: int, block_tokens: int, top_k_max: int, copy: int = 0) -> list[Rung]:
+    """Prompts whose rests behind a cached beginning are 0, 1 and 2 tokens, and around a block. Each in two forms: one that is
+    asked cold, and one that follows another with its beginning. Cold and again would not do, for a run whose rest is a block or
+    more leaves that in the cache too. No others begin alike, copies included. None where the context is too small."""
+    shared = SHARED_BLOCKS * block_tokens
+    found: list[Rung] = []
+    for rest in TEXTS * (0, 1, 2, block_tokens - 1, block_tokens, block_tokens + 1):
+        if shared + rest + REUSED > context_tokens:
+            continue
+        for follows in (False, True):
+            index = 1000 * (copy + 1) + 4 * len(found)
+            own = _reused(f"rest {rest}", index, shared + rest, vocabulary, top_k_max)
+            before = _reused(f"rest {rest}, before", index, shared, vocabulary, top_k_max) if follows else None
+            found.append(Rung(rest, own, before))
+    return found
+
+
+def _reused(name: str, index: int, length: int, vocabulary: Vocabulary, top_k_max: int) -> Probe:
+    """Of one index, the shorter is the beginning of the longer. Sampled from all tokens: of a greedy one, an engine that tells
+    processed logprobs says nothing."""
+    text = vocabulary.encode(TEXT, special=False)
+    draw = random.Random(index)  # noqa: S311  # the same at every start
+    ids = tuple(draw.choice(text) for _ in range(length))
+    return Probe(f"{name}, number {index}", ids, _parameters(REUSED, 0.9, 0, top_k_max), seed=index)
+
+
 def _mix(number: int) -> Mix:
     """One of a crowd: every length, every way to sample, and top_k in every bucket that a kernel may have."""
     temperature = (0.7, 1.0, 0.0, 1.3, 0.9)[number % 5]
@@ -81,7 +122,14 @@ def _probe(index: int, mix: Mix, vocabulary: Vocabulary, context_tokens: int, to
     length = min(length, context_tokens - new)
     start = 7 * index
     ids = tuple(text[(start + offset) % len(text)] for offset in range(length))
-    parameters = types_pb2.ResolvedParameters(
+    parameters = _parameters(new, temperature, top_k, top_k_max, top_p, min_p, penalty)
+    return Probe(name, ids, parameters, seed=(index * 0x9E3779B97F4A7C15 + 1) % 2**64)
+
+
+def _parameters(
+    new: int, temperature: float, top_k: int, top_k_max: int, top_p: float = 1.0, min_p: float = 0.0, penalty: float = 1.0
+) -> types_pb2.ResolvedParameters:
+    return types_pb2.ResolvedParameters(
         temperature=temperature,
         top_k=min(top_k, top_k_max),
         top_p=top_p,
@@ -91,4 +139,3 @@ def _probe(index: int, mix: Mix, vocabulary: Vocabulary, context_tokens: int, to
         ignore_eos=True,
         logprobs=20,
     )
-    return Probe(name, ids, parameters, seed=(index * 0x9E3779B97F4A7C15 + 1) % 2**64)

@@ -121,6 +121,7 @@ class Runs:
                 output.grade = self.held.grade
                 live.spans.finished(output)
                 self._metrics.new_tokens.inc(len(output.token_ids) - live.reported_tokens)
+                self._metrics.cached_tokens.inc(output.cached_tokens)
                 self._metrics.run_seconds.observe(now - live.submitted_at)
                 self._end(run_id, "finished")
             case _:

@@ -3,6 +3,9 @@
 Every probe runs alone, then together with all others, then in another order among strangers that join and leave on the way.
 Equal tokens and equal logprob bits each time earn EXACT. An engine that runs one at a time can earn SERIAL, by running every
 probe twice. Whatever else is found, or goes wrong, is BEST_EFFORT, and the reason says what it was.
+
+Where an engine has a prefix cache, every other probe runs in company first: later, it would come from the cache. And prompts of
+which the cache lacks few tokens, or about a block, run cold and cached, alone and in company.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ from dataclasses import dataclass
 from ostinato.digest import logprobs_digest, output_digest
 from ostinato.v1 import engine_pb2, types_pb2
 
-from service.probes import Probe, probes, strangers
+from service.probes import Probe, Rung, probes, rungs, strangers
 from service.runs import Owner, Runs
 
-VERSION = "2"
+VERSION = "3"
 """Of the test; a proof by another one proves nothing."""
 
 EXACT, SERIAL, BEST_EFFORT = types_pb2.GRADE_EXACT, types_pb2.GRADE_SERIAL, types_pb2.GRADE_BEST_EFFORT
@@ -42,7 +45,11 @@ async def self_test(runs: Runs, clock: Callable[[], float], timeout_seconds: flo
     if ceiling < (SERIAL if serial else EXACT):
         return Finding(BEST_EFFORT, why, 0.0, 0)
     asked = probes(engine.vocabulary, engine.context_tokens, engine.capacity.runs, engine.top_k_max)
-    bench = _Bench(runs, asked)
+    ladders: list[list[Rung]] = []
+    if engine.prefix_cache:
+        context, block = engine.context_tokens, engine.capacity.block_tokens
+        ladders = [rungs(engine.vocabulary, context, block, engine.top_k_max, copy) for copy in range(1 if serial else 2)]
+    bench = _Bench(runs, asked, *ladders)
     try:
         async with asyncio.timeout(timeout_seconds):
             await bench.alone()
@@ -50,6 +57,7 @@ async def self_test(runs: Runs, clock: Callable[[], float], timeout_seconds: flo
                 await bench.again()
             else:
                 await bench.in_company(strangers(engine.vocabulary, engine.context_tokens, engine.top_k_max))
+            bench.conclude()
         grade, reason = (SERIAL if serial else EXACT), bench.summary(serial)
     except _Unequal as error:
         grade, reason = BEST_EFFORT, str(error)
@@ -67,19 +75,31 @@ class _Unequal(Exception):
 class _Bench:
     """Runs probes and compares each output with the first of its probe."""
 
-    def __init__(self, runs: Runs, probes: Sequence[Probe]) -> None:
+    def __init__(
+        self, runs: Runs, probes: Sequence[Probe], alone_first: Sequence[Rung] = (), company_first: Sequence[Rung] = ()
+    ) -> None:
+        """The two ladders are for an engine with a prefix cache."""
         self._owner = Owner(runs, self._on_event)
         self._probes = probes
+        self._alone_first, self._company_first = alone_first, company_first
+        self._cached_tokens = 0
+        """That the cache supplied to the ladders."""
         self._ids = itertools.count(1)
         self._ends: dict[int, asyncio.Future[types_pb2.Output]] = {}
         self._begun = asyncio.Event()
-        self._alone: dict[str, types_pb2.Output] = {}
+        self._first: dict[str, types_pb2.Output] = {}
         self.compared_tokens = 0
 
     async def alone(self) -> None:
         """Each by itself: what all that comes after is compared with."""
-        for probe in self._probes:
-            self._alone[probe.name] = await self._start(probe)
+        for probe in self._probes[:: 2 if self._company_first else 1]:
+            self._compare(probe, await self._start(probe), "")
+        for rung in self._alone_first:
+            if rung.before is not None:
+                await self._start(rung.before)
+            self._compare(rung.probe, await self._start(rung.probe), "")
+        for rung in self._alone_first:
+            self._compare(rung.probe, await self._start(rung.probe), "when its beginning came from the cache")
 
     async def again(self) -> None:
         for probe in self._probes:
@@ -87,11 +107,15 @@ class _Bench:
 
     async def in_company(self, others: Sequence[Probe]) -> None:
         """In two kinds of company."""
-        ends = [self._start(probe) for probe in self._probes]
-        for probe, end in zip(self._probes, ends, strict=True):
+        before = [self._start(rung.before) for rung in self._company_first if rung.before is not None]
+        for end in before:
+            await end
+        everyone = [*self._probes, *(rung.probe for rung in (*self._alone_first, *self._company_first))]
+        ends = [self._start(probe) for probe in everyone]
+        for probe, end in zip(everyone, ends, strict=True):
             self._compare(probe, await end, "together with the other prompts")
 
-        backwards = self._probes[::-1]
+        backwards = everyone[::-1]
         early, late = backwards[::2], backwards[1::2]
         self._begun.clear()
         ends = [self._start(probe) for probe in early]
@@ -101,13 +125,24 @@ class _Bench:
         for probe, end in zip((*early, *late), (*ends, *joined[len(others) :]), strict=True):
             self._compare(probe, await end, "in another order, among strangers")
             self._owner.cancel(leaving)
+        if self._company_first:
+            for probe in (*self._probes[1::2], *(rung.probe for rung in self._company_first)):
+                self._compare(probe, await self._start(probe), "alone, after it had run in company")
+
+    def conclude(self) -> None:
+        """A cache that was not hit was not tested."""
+        if self._alone_first and not self._cached_tokens:
+            raise _Unequal("the prefix cache supplied nothing, so that it is not tested")
 
     def summary(self, serial: bool) -> str:
         lengths = sorted(len(probe.token_ids) for probe in self._probes)
         ways = "twice, one at a time" if serial else "alone, together, and in another order among strangers"
+        rests = sorted({rung.rest for rung in self._alone_first})
+        count = len(self._alone_first) + len(self._company_first)
+        behind = f", and {count} behind a cached beginning with rests of {', '.join(map(str, rests))} tokens" if count else ""
         return (
-            f"{len(self._probes)} prompts of {lengths[0]} to {lengths[-1]} tokens gave the same tokens and logprob bits {ways}"
-            f" ({self.compared_tokens} tokens compared)"
+            f"{len(self._probes)} prompts of {lengths[0]} to {lengths[-1]} tokens{behind} gave the same tokens and logprob bits"
+            f" {ways} ({self.compared_tokens} tokens compared)"
         )
 
     def close(self) -> None:
@@ -137,17 +172,21 @@ class _Bench:
             end.set_exception(_Unequal(f"a run of the self-test failed: {event.failed.message}"))
 
     def _compare(self, probe: Probe, output: types_pb2.Output, when: str) -> None:
-        alone = self._alone[probe.name]
-        if any(digest(output) != digest(alone) for digest in (output_digest, logprobs_digest)):
-            raise _Unequal(f"prompt '{probe.name}' ({len(probe.token_ids)} tokens) {_difference(alone, output)} {when}")
+        """With its first output; the first one is only kept."""
+        self._cached_tokens += output.cached_tokens
+        first = self._first.setdefault(probe.name, output)
+        if first is output:
+            return
+        if any(digest(output) != digest(first) for digest in (output_digest, logprobs_digest)):
+            raise _Unequal(f"prompt '{probe.name}' ({len(probe.token_ids)} tokens) {_difference(first, output)} {when}")
         self.compared_tokens += len(output.token_ids)
 
 
-def _difference(alone: types_pb2.Output, other: types_pb2.Output) -> str:
-    """Where the second first differs, in words."""
-    for index, (left, right) in enumerate(itertools.zip_longest(alone.token_ids, other.token_ids)):
+def _difference(first: types_pb2.Output, other: types_pb2.Output) -> str:
+    """Where the second differs at first, in words."""
+    for index, (left, right) in enumerate(itertools.zip_longest(first.token_ids, other.token_ids)):
         if left != right:
             return f"made another token at {index}"
-        if index < len(alone.logprobs) and alone.logprobs[index] != other.logprobs[index]:
+        if index < len(first.logprobs) and first.logprobs[index] != other.logprobs[index]:
             return f"had other logprobs at token {index}"
     return "ended otherwise"

@@ -212,6 +212,7 @@ class Work:
             queue_micros=since_admission(self.submitted_at),
             first_token_micros=since_admission(self.first_token_at),
             total_micros=since_admission(now),
+            cached_tokens=0 if self.output is None else self.output.cached_tokens,
         )
 
 

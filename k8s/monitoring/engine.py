@@ -34,6 +34,17 @@ BOARD.row(
         "ops",
         ("sum(rate(ostinato_engine_generated_tokens_total{ON}[RATE]))", "generated"),
         ("sum(rate(ostinato_engine_prompt_tokens_total{ON}[RATE]))", "of prompts"),
+        ("sum(rate(ostinato_engine_cached_prompt_tokens_total{ON}[RATE]))", "of prompts, from the prefix cache"),
+    ),
+    lines(
+        "Prefix cache",
+        "percentunit",
+        (
+            "sum(rate(ostinato_engine_cached_prompt_tokens_total{ON}[RATE]))"
+            " / sum(rate(ostinato_engine_prompt_tokens_total{ON}[RATE]))",
+            "of prompt tokens",
+        ),
+        about="Share of prompt tokens that were not computed again.",
     ),
     lines(
         "Runs",
@@ -72,6 +83,7 @@ BOARD.row(
         ("sum by (override) (rate(ostinato_engine_override_calls_total{ON}[RATE]))", "{{override}}"),
         ("sum(ostinato_engine_override_plans_total{ON})", "products planned"),
         ("sum(ostinato_engine_override_uncovered_total{ON})", "products uncovered"),
+        ("sum(ostinato_engine_override_corrected_total{ON})", "resumes corrected"),
         ("sum(ostinato_engine_preemptions_total{ON})", "runs taken out"),
         about=f"Calls that an override served. What is uncovered or taken out must stay 0. {GPU}",
     ),

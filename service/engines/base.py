@@ -79,11 +79,15 @@ class Run:
         new = self.answer.take() if self.stream else None
         return [] if new is None else [engine_pb2.RunEvent(run_id=self.run_id, tokens=new)]
 
-    def finished(self, engine_seed: int, logprob_kind: types_pb2.LogprobKind.ValueType) -> engine_pb2.RunEvent:
-        """Of a complete answer. `engine_seed`: the seed as the engine folds it."""
+    def finished(
+        self, engine_seed: int, logprob_kind: types_pb2.LogprobKind.ValueType, cached_tokens: int = 0
+    ) -> engine_pb2.RunEvent:
+        """Of a complete answer. `engine_seed`: the seed as the engine folds it. `cached_tokens`: of the prompt, those that the
+        engine did not have to compute."""
         output = self.answer.output(
             seed=self.seed, engine_seed=engine_seed, prompt_tokens=len(self.token_ids), logprob_kind=logprob_kind
         )
+        output.cached_tokens = cached_tokens
         return engine_pb2.RunEvent(run_id=self.run_id, finished=engine_pb2.Finished(output=output))
 
     def failed(self, why: str) -> engine_pb2.RunEvent:
@@ -126,6 +130,12 @@ class Engine(Protocol):
 
     @property
     def capacity(self) -> engine_pb2.Capacity: ...
+
+    @property
+    def prefix_cache(self) -> bool:
+        """Whether a prompt's beginning may come from an earlier one, in blocks of `Capacity.block_tokens`: the self-test then
+        asks for that too."""
+        ...
 
     @property
     def fields(self) -> Mapping[str, str]:

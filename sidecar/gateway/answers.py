@@ -121,6 +121,7 @@ def _complete(output: types_pb2.Output, index: int) -> vllm.GenerateComplete:
         finish_reason="length" if output.finish_reason == types_pb2.FINISH_REASON_LENGTH else "stop",
         prompt_tokens=output.prompt_tokens,
         completion_tokens=len(output.token_ids),
+        cached_tokens=output.cached_tokens,
         output_logprobs=_logprobs(output.token_ids, output.logprobs),
         index=index,
     )

@@ -18,7 +18,7 @@ K8S = ROOT / "k8s"
 DASHBOARDS = K8S / "components" / "monitoring" / "dashboards"
 OPERATIONS = ROOT / "docs" / "operations.md"
 
-_OVERRIDES: Any = SimpleNamespace(counters=SimpleNamespace(calls={}, plans=0, uncovered=0))
+_OVERRIDES: Any = SimpleNamespace(counters=SimpleNamespace(calls={}, plans=0, uncovered=0, corrected=0))
 _LOAD: Any = SimpleNamespace(usage=0, tick=0, active=0, waiting=0, prefix_hits=0)
 GPU = {metric.name: "only TurboMind says it, on a GPU" for metric in metering.Meter(1, lambda: _LOAD).collect(_OVERRIDES)}
 

@@ -406,6 +406,18 @@ def test_fingerprint_digest_has_no_order(fields: dict[str, str], random: Any) ->
     assert digest.fingerprint_digest({**fields, "one more": ""}) != digest.fingerprint_digest(fields)
 
 
+def test_what_came_from_a_cache_is_in_no_digest() -> None:
+    """An output is what was made, not what it cost: that depends on what ran before."""
+    cold = types_pb2.Output(token_ids=[1, 2], logprobs=[types_pb2.TokenLogprobs(logprob=-1.5)], prompt_tokens=130)
+    cached = types_pb2.Output()
+    cached.CopyFrom(cold)
+    cached.cached_tokens = 128
+
+    assert cold != cached
+    for digest_of in (digest.output_digest, digest.logprobs_digest):
+        assert digest_of(cold) == digest_of(cached)
+
+
 def test_encodings_at_their_edges() -> None:
     """Numbers that do not fit are refused, and what is one value has one encoding."""
     assert u64(2**64 - 1) == i64(-1) == b"\xff" * 8

@@ -66,9 +66,12 @@ class FakeHandle:
     news: Progress | None = None
     scheduled = True
     account: Account = ACCOUNT
+    rounds_otherwise: bool = False
+    """As a prompt does of which the cache has all but one token."""
 
     def step(self, company: int) -> None:
         spice = f"{self.prompt}{dataclasses.replace(self.request, each_step=False)}{len(self.made)}{company}"
+        spice += "otherwise" * self.rounds_otherwise
         digest = sha256(spice.encode()).digest()
         self.made.append(digest[0])
         self.rows.append(-digest[1] / 256)
@@ -107,16 +110,32 @@ class FakeNative:
     tick: int = 0
     waiting: int = 0
     cached: int = 0
+    caches: bool = False
+    """Whole blocks of prompts, but never a prompt's last token."""
+    corrects: bool = True
+    """As the override does: of all but one token, one less."""
+    tells: bool = True
+    """Whether it says how much of a prompt came from its cache."""
+    blocks: set[tuple[int, ...]] = field(default_factory=set)
     handles: list[FakeHandle] = field(default_factory=list)
 
     def start(
         self, run_id: int, ids: Sequence[int], request: Request, grammar: object, change: Callable[[], None]
     ) -> FakeHandle:
-        handle = FakeHandle(tuple(ids), request, change, account=dataclasses.replace(ACCOUNT, cached=self.cached))
+        cached = self.resume(tuple(ids)) if self.caches else self.cached
+        told = dataclasses.replace(ACCOUNT, cached=cached if self.tells else 0)
+        handle = FakeHandle(tuple(ids), request, change, account=told, rounds_otherwise=self.caches and cached == len(ids) - 1)
         self.handles.append(handle)
         if len(self.handles) == 1 and not self.stuck:
             asyncio.get_running_loop().call_soon(self.step)
         return handle
+
+    def resume(self, ids: tuple[int, ...]) -> int:
+        """Tokens that come from the cache; the prompt's own blocks are in it from now on."""
+        whole = [ids[:end] for end in range(64, len(ids) + 1, 64)]
+        found = min(64 * sum(block in self.blocks for block in whole), len(ids) - 1)
+        self.blocks.update(whole)
+        return found - (self.corrects and found > 1 and found == len(ids) - 1)
 
     def step(self) -> None:
         self.tick += 1
@@ -146,7 +165,7 @@ async def engine_of(
 ) -> AsyncIterator[TurbomindEngine]:
     exactness = Exactness(options, MODEL, cast(Overrides, overrides))
     vocabulary = cast(HuggingFaceVocabulary, ByteVocabulary())
-    loaded = Loaded(cast(Native, native), vocabulary, exactness, 4096, {"engine": "turbomind"})
+    loaded = Loaded(cast(Native, native), vocabulary, exactness, 4096, {"engine": "turbomind"}, prefix_cache=native.caches)
     engine = TurbomindEngine(options, loaded, end_process=end_process)
     yield engine
     await engine.close()
@@ -196,6 +215,46 @@ async def test_what_must_never_happen_takes_the_grade_before_an_answer_is_report
     grade, reason = await earned(native, FakeOverrides())
 
     assert (grade, why in reason) == ("BEST_EFFORT", True)
+
+
+async def test_a_prefix_cache_takes_no_grade() -> None:
+    """Prompts that come from it are compared with what they were cold, and the reason says for which rests."""
+    native = FakeNative(caches=True)
+    grade, reason = await earned(native, FakeOverrides())
+
+    assert grade == "EXACT", reason
+    assert "and 48 behind a cached beginning with rests of 0, 1, 2, 63, 64, 65 tokens gave the same" in reason
+
+
+async def test_a_prefix_cache_without_its_override_is_found_by_what_it_answers() -> None:
+    """The self-test does not have to be told that a rest was one token."""
+    grade, reason = await earned(FakeNative(caches=True, corrects=False), FakeOverrides())
+
+    assert (grade, "when its beginning came from the cache" in reason) == ("BEST_EFFORT", True), reason
+
+
+async def test_one_rest_of_one_token_takes_the_grade() -> None:
+    """Whatever it answered: a prompt's last token was computed as a decode's."""
+    native = FakeNative(caches=True, corrects=False)
+    async with engine_of(native, FakeOverrides()) as engine:
+        falls: list[str] = []
+        done = asyncio.Event()
+        engine.start(
+            lambda events: done.set() if events[-1].HasField("finished") else None, lambda grade, why: falls.append(why)
+        )
+        for run_id in (1, 2):
+            engine.submit(dataclasses.replace(run_like_those_of_the_self_test(tokens=129, new=2), run_id=run_id))
+            await asyncio.wait_for(done.wait(), 30)
+            done.clear()
+
+    assert falls == ["TurboMind took all but one token of a prompt from its cache, and computed that one as a decode's"]
+
+
+async def test_a_prefix_cache_that_is_not_hit_earns_nothing() -> None:
+    """What was never resumed was never compared."""
+    grade, reason = await earned(FakeNative(caches=True, tells=False), FakeOverrides())
+
+    assert (grade, reason) == ("BEST_EFFORT", "the prefix cache supplied nothing, so that it is not tested")
 
 
 @pytest.mark.parametrize(
@@ -274,8 +333,7 @@ async def test_closing_frees_the_model_and_ends_what_runs() -> None:
     assert not [event for event in events if event.WhichOneof("event") in ("finished", "failed")]
 
 
-def run_like_those_of_the_self_test() -> Run:
-    parameters = types_pb2.ResolvedParameters(
-        temperature=1, top_p=1, repetition_penalty=1, max_new_tokens=1000, ignore_eos=True
-    )
-    return Run(1, 0, 1, engine_pb2.PURPOSE_UNSPECIFIED, (1, 2, 3), parameters, 1, True, Answer(parameters, ByteVocabulary()))
+def run_like_those_of_the_self_test(tokens: int = 3, new: int = 1000) -> Run:
+    parameters = types_pb2.ResolvedParameters(temperature=1, top_p=1, repetition_penalty=1, max_new_tokens=new, ignore_eos=True)
+    ids = tuple(number % 256 for number in range(tokens))
+    return Run(1, 0, 1, engine_pb2.PURPOSE_UNSPECIFIED, ids, parameters, 1, True, Answer(parameters, ByteVocabulary()))

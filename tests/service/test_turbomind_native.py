@@ -104,7 +104,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_the_engine_is_set_up_as_the_options_say(calls: list[Any]) -> None:
-    """No prefix cache, prompts never cut by company, every limit named."""
+    """Prompts are never cut by company, blocks of decodes never published, and every limit is named."""
     native = Native(TurbomindOptions(context_tokens=16_384, runs=64, kv_bits=8, dtype="float16"), MODEL)
 
     assert (native.dtype, native.vocabulary_size) == ("float16", 300)
@@ -121,6 +121,8 @@ def test_the_engine_is_set_up_as_the_options_say(calls: list[Any]) -> None:
                 "cache_max_entry_count": 0.8,
                 "cache_block_seq_len": 64,
                 "enable_prefix_caching": False,
+                "cache_prompt": "auto",
+                "cache_generation": "none",
                 "quant_policy": 8,
                 "max_prefill_token_num": 16_384,
                 "enable_metrics": True,

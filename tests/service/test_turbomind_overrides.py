@@ -23,7 +23,17 @@ TURBOMIND = r"""
 #include <stddef.h>
 int split(int max, int grid, int active, int sms, int waves, float a, float b) __asm__("_ZN9turbomind13GetSplitCountEiiiiiff");
 int split(int max, int grid, int active, int sms, int waves, float a, float b) { return 100 + max; }
-static int seen;
+typedef struct { char data[512]; } Sequence;
+static int seen, matched;
+void plan_resume(void *scheduler, char *sequence) __asm__("_ZN9turbomind9Scheduler10PlanResumeERNS_8SequenceE");
+void plan_resume(void *scheduler, char *sequence) { *(int *)(sequence + 0xf0) = matched; }
+int drive_resume(int prompt, int cached) {
+  static Sequence s;
+  *(int *)(s.data + 0x2c) = prompt;
+  matched = cached;
+  plan_resume(NULL, s.data);
+  return *(int *)(s.data + 0xf0);
+}
 void top_k(char *p, void *s) __asm__("_ZN9turbomind20invokeTopKSortFilterIfEEvRNS_20TopKSortFilterParamsEP11CUstream_st");
 void top_k(char *p, void *s) { seen = *(int *)(p + 40); }
 int cublasGemmEx(void *, int, int, int, int, int, const void *, const void *, int, int, const void *, int, int, const void *,
@@ -35,7 +45,7 @@ int drive_gemm(void *handle, int m, int n, int k, const void *a, const void *b, 
   return cublasGemmEx(handle, 0, 0, m, n, k, &one, a, 2, m, b, 2, k, &zero, c, 2, m, 68, 99);
 }
 """
-"""What calls: the two functions of its own that are replaced, and cuBLAS, all through its PLT."""
+"""What calls: the three functions of its own that are replaced, and cuBLAS, all through its PLT."""
 
 CUBLAS = r"""
 int cublasGemmEx(void *h, int ta, int tb, int m, int n, int k, const void *al, const void *a, int at, int lda, const void *b,
@@ -118,7 +128,7 @@ PRELUDE = """
 import ctypes, json, sys
 from array import array
 from pathlib import Path
-from service.engines.turbomind.overrides import Matrices, Mode, Overrides
+from service.engines.turbomind.overrides import Matrices, Mode, Overrides, Resume
 from service.engines.turbomind.plans import PERIOD, Trial, choose, grid
 
 folder = Path(sys.argv[1])
@@ -238,7 +248,7 @@ def test_every_top_k_is_sorted_by_the_largest_kernel(stand_ins: Path) -> None:
         """,
     )
 
-    assert found == [[1024, 1024, 1024, 5000], {"split_count": 0, "top_k": 4, "gemm": 0}]
+    assert found == [[1024, 1024, 1024, 5000], {"split_count": 0, "top_k": 4, "gemm": 0, "resume": 0}]
 
 
 def test_left_out_overrides_behave_as_stock_and_still_count(stand_ins: Path) -> None:
@@ -253,7 +263,30 @@ def test_left_out_overrides_behave_as_stock_and_still_count(stand_ins: Path) -> 
         omit="split_count,top_k,gemm",
     )
 
-    assert found == [[107, 40, 7777, {"split_count": 1, "top_k": 1, "gemm": 1}], 0]
+    assert found == [[107, 40, 7777, {"split_count": 1, "top_k": 1, "gemm": 1, "resume": 0}], 0]
+
+
+RESUMES = """
+print(json.dumps([[turbomind.drive_resume(*each) for each in ((129, 128), (130, 128), (128, 127), (1, 0), (2, 1), (129, 0))],
+    overrides.resumed, overrides.counters.corrected, overrides.counters.calls["resume"]]))
+"""
+
+
+def test_a_rest_of_one_token_is_made_one_of_two(stand_ins: Path) -> None:
+    """Of what TurboMind plans nothing else is changed; behind a single cached token there is no other to compute."""
+    found = drive(stand_ins, "overrides.resume(Resume.CORRECT)" + RESUMES)
+
+    assert found == [[127, 128, 126, 0, 1, 0], [129, 0], 2, 6]
+
+
+@pytest.mark.parametrize(
+    ("mode", "omit", "seen"), [("WATCH", "", [129, 0]), ("UNWATCHED", "", [0, 0]), ("CORRECT", "resume", [129, 0])]
+)
+def test_plans_are_watched_before_any_is_corrected(mode: str, omit: str, seen: list[int], stand_ins: Path) -> None:
+    """Watching writes nothing, and unwatched nothing is even read; the sabotage of the GPU check only watches."""
+    found = drive(stand_ins, f"overrides.resume(Resume.{mode})" + RESUMES, omit=omit)
+
+    assert found == [[128, 128, 127, 0, 1, 0], seen, 0, 6]
 
 
 def test_products_are_learned_proved_and_served(stand_ins: Path) -> None:

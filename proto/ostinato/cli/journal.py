@@ -134,5 +134,6 @@ def _output(result: types_pb2.Result) -> Iterator[tuple[str, object]]:
     yield "fingerprint", header.fingerprint_digest.hex()
     yield "output digest", header.output_digest.hex()
     yield "ended", f"{show.word(output, 'finish_reason')} after {len(output.token_ids)} tokens"
+    yield "cached", f"{output.cached_tokens} of {output.prompt_tokens} prompt tokens"
     yield "attempt", result.attempt
     yield "text", output.text

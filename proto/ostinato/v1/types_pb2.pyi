@@ -666,6 +666,7 @@ class Output(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     LOGPROB_KIND_FIELD_NUMBER: _builtins.int
     GRADE_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The answer, less a matched stop; invalid UTF-8 appears as U+FFFD."""
     finish_reason: Global___FinishReason.ValueType
@@ -680,6 +681,10 @@ class Output(_message.Message):
     logprob_kind: Global___LogprobKind.ValueType
     grade: Global___Grade.ValueType
     """The lowest grade held while the item ran."""
+    cached_tokens: _builtins.int
+    """Of prompt_tokens, those that the engine took from its prefix cache instead of computing them. It says what the answer cost and
+    depends on what ran before: in no digest, and never compared.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Every token that was made, a final stop token or end of sequence included."""
@@ -701,10 +706,11 @@ class Output(_message.Message):
         logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
         logprob_kind: Global___LogprobKind.ValueType = ...,
         grade: Global___Grade.ValueType = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_seed", b"engine_seed", "finish_reason", b"finish_reason", "grade", b"grade", "logprob_kind", b"logprob_kind", "logprobs", b"logprobs", "matched_stop", b"matched_stop", "prompt_tokens", b"prompt_tokens", "seed", b"seed", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "engine_seed", b"engine_seed", "finish_reason", b"finish_reason", "grade", b"grade", "logprob_kind", b"logprob_kind", "logprobs", b"logprobs", "matched_stop", b"matched_stop", "prompt_tokens", b"prompt_tokens", "seed", b"seed", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -719,22 +725,26 @@ class Timing(_message.Message):
     QUEUE_MICROS_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_MICROS_FIELD_NUMBER: _builtins.int
     TOTAL_MICROS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     queue_micros: _builtins.int
     """From admission to the first submission to the engine."""
     first_token_micros: _builtins.int
     """From admission to the first token; 0 if nobody streamed."""
     total_micros: _builtins.int
     """From admission to the outcome."""
+    cached_tokens: _builtins.int
+    """As Output.cached_tokens: a prompt that is mostly cached has an early first token."""
     def __init__(
         self,
         *,
         queue_micros: _builtins.int = ...,
         first_token_micros: _builtins.int = ...,
         total_micros: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_micros", b"first_token_micros", "queue_micros", b"queue_micros", "total_micros", b"total_micros"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "first_token_micros", b"first_token_micros", "queue_micros", b"queue_micros", "total_micros", b"total_micros"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -64,6 +64,10 @@ class LlamaEngine:
         return engine_pb2.Capacity(runs=runs, kv_blocks=runs * blocks_per_run, block_tokens=BLOCK_TOKENS)
 
     @property
+    def prefix_cache(self) -> bool:
+        return False
+
+    @property
     def fields(self) -> Mapping[str, str]:
         options = self._options
         return {

@@ -49,6 +49,7 @@ class ScriptedEngine:
     name = "scripted"
     logprob_kind = types_pb2.LOGPROB_KIND_RAW
     proof_seconds = 0.0
+    prefix_cache = False
 
     def __init__(self, script: Script, *, end_process: Callable[[int], object] = os._exit) -> None:
         self.script = script
@@ -172,7 +173,7 @@ class ScriptedEngine:
         events += run.news()
         if complete:
             self._leave(run.run_id)
-            events.append(run.finished(run.seed, self.logprob_kind))
+            events.append(run.finished(run.seed, self.logprob_kind, min(self.script.cached_tokens, len(run.token_ids))))
 
     def _applies(self, rule: Rule, active: _Active) -> bool:
         return active.made >= rule.at and (not rule.company or len(self._active) > 1)

@@ -78,6 +78,8 @@ class Script:
     """Of each step; a step makes one token of every run."""
     fields: Mapping[str, str] = field(default_factory=dict)
     """More of the fingerprint, or other values of it."""
+    cached_tokens: int = 0
+    """Of each prompt, as far as it has so many, that are said to have come from a cache."""
     record: int = 0
     """How many of the last submitted sequences to remember."""
     rules: tuple[Rule, ...] = ()
@@ -184,6 +186,7 @@ _READERS: Mapping[str, Callable[[object, str], Any]] = {
     "load_seconds": _number(math.inf),
     "delay_seconds": _number(math.inf),
     "fields": _texts,
+    "cached_tokens": _whole(0),
     "record": _whole(0),
     "rules": _rules,
     "do": _choice({deed: deed for deed in DEEDS}),

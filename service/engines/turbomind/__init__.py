@@ -2,7 +2,7 @@
 
     options       how to run a model
     host, model   what the machine has, and what the model's folder says
-    overrides     three functions of TurboMind's and cuBLAS's, replaced (overrides.c, cublaslt.h), and their counters
+    overrides     four functions of TurboMind's and cuBLAS's, replaced (overrides.c, cublaslt.h), and their counters
     plans         which algorithms may serve a product: pure
     calibrate     the same, proved on this GPU
     exactness     all that together: what it takes to be exact, and what is missing
@@ -14,6 +14,7 @@
     memory        how much the KV cache holds: pure
     native        LMDeploy's TurboMind; the only file that touches it
     probing       the first run
+    resuming      whether the prefix cache may be used
     batching      runs in, tokens out
     preemptions   whether TurboMind took a run out of its batch: pure
     metering      what Prometheus is shown, LMDeploy's own metrics among it

@@ -191,7 +191,7 @@ class Batching:
             events += run.news()
         if run.answer.complete:
             live.wanted = False
-            events.append(run.finished(run.seed, types_pb2.LOGPROB_KIND_PROCESSED))
+            events.append(run.finished(run.seed, types_pb2.LOGPROB_KIND_PROCESSED, live.handle.account.cached))
             if not ended:
                 live.handle.cancel()
         elif ended:

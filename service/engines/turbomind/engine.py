@@ -46,6 +46,7 @@ class Loaded:
     blocks: int
     """Of the KV cache."""
     fields: Mapping[str, str]
+    prefix_cache: bool = False
 
 
 class TurbomindEngine:
@@ -86,6 +87,10 @@ class TurbomindEngine:
     @property
     def capacity(self) -> engine_pb2.Capacity:
         return engine_pb2.Capacity(runs=self._options.runs, kv_blocks=self._loaded.blocks, block_tokens=BLOCK_TOKENS)
+
+    @property
+    def prefix_cache(self) -> bool:
+        return self._loaded.prefix_cache
 
     @property
     def fields(self) -> Mapping[str, str]:
@@ -159,8 +164,10 @@ class TurbomindEngine:
         overrides = self.exactness.overrides
         if self._meter.preemptions:
             return "TurboMind took a run out of its batch, and computed it again with other kernels"
-        if self._meter.cached_tokens:
+        if self._meter.cached_tokens and not self.prefix_cache:
             return "TurboMind took part of a prompt from a cache, which is off"
+        if self._meter.rests_of_one:
+            return "TurboMind took all but one token of a prompt from its cache, and computed that one as a decode's"
         if self.ceiling[0] == types_pb2.GRADE_EXACT and overrides is not None and overrides.uncovered:
             return "a product had to be served by an algorithm that is not permitted"
         return ""

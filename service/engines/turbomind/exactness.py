@@ -16,7 +16,7 @@ from ostinato.v1 import types_pb2
 from service.engines.turbomind import calibrate, host
 from service.engines.turbomind.model import Model
 from service.engines.turbomind.options import TurbomindOptions
-from service.engines.turbomind.overrides import NAMES, Mode, NoOverrides, Overrides, build
+from service.engines.turbomind.overrides import KERNELS, Mode, NoOverrides, Overrides, build
 from service.engines.turbomind.overrides import digest as overrides_digest
 from service.engines.turbomind.plans import Manifest
 
@@ -117,7 +117,7 @@ class Exactness:
         if overrides is None or environment is None:
             return
         calls = overrides.counters.calls
-        unreached = [name for name in NAMES if not calls[name]]
+        unreached = [name for name in KERNELS if not calls[name]]
         if unreached:
             self._miss(f"TurboMind does not reach the override {unreached[0]}")
         shapes = overrides.shapes()

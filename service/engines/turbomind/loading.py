@@ -1,5 +1,5 @@
 """From options to an engine, in the one order that works: overrides, torch, TurboMind's library, the model, its first run, the
-proof of its products."""
+proof of its prefix cache, the proof of its products."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from service.engines.base import EngineUnusable
-from service.engines.turbomind import host, memory, model
+from service.engines.turbomind import host, memory, model, resuming
 from service.engines.turbomind.engine import Loaded, TurbomindEngine
 from service.engines.turbomind.exactness import Exactness
 from service.engines.turbomind.native import Native, bring_in
@@ -34,11 +34,8 @@ def load(options: TurbomindOptions) -> TurbomindEngine:
         vocabulary = HuggingFaceVocabulary(described)
         bring_in()
         exactness.prepare(gpu, version)
-        began = time.monotonic()
-        native = Native(options, described)
-        _log.info("model loaded", extra={"dtype": native.dtype, "seconds": round(time.monotonic() - began, 3)})
+        native, share, prefix_cache = _model(options, described, exactness)
         try:
-            share = probe(native, options.context_tokens)
             exactness.prove()
             blocks = _blocks(options, described, share)
             digest = weights.result()
@@ -65,11 +62,48 @@ def load(options: TurbomindOptions) -> TurbomindEngine:
             "context_tokens": str(options.context_tokens),
             "prefill_tokens": str(options.prefill_tokens),
             "block_tokens": str(BLOCK_TOKENS),
+            "prefix_cache": "on" if prefix_cache else "off",
             "runs": str(options.runs),
             "exact": "on" if options.exact else "off",
             "request_rules": RULES,
         }
-    return TurbomindEngine(options, Loaded(native, vocabulary, exactness, blocks, fields))
+    return TurbomindEngine(options, Loaded(native, vocabulary, exactness, blocks, fields, prefix_cache))
+
+
+def _model(options: TurbomindOptions, described: model.Model, exactness: Exactness) -> tuple[Native, float, bool]:
+    """The model behind its first run, which part of the KV cache one block is, and whether its prefix cache is on. A cache that
+    cannot be relied on costs a second loading, without it. Raises EngineUnusable."""
+    wanted = options.prefix_cache == "on"
+    if wanted and options.context_tokens < resuming.CONTEXT_TOKENS_MIN:
+        wanted = False
+        _log.info("prefix cache off", extra={"why": f"--context-tokens is below {resuming.CONTEXT_TOKENS_MIN}"})
+    native, share = _loaded(options, described, prefix_cache=wanted)
+    if not wanted or exactness.overrides is None:
+        return native, share, wanted
+    try:
+        why = resuming.prove(native, exactness.overrides)
+    except EngineUnusable:
+        native.close()
+        raise
+    if not why:
+        return native, share, True
+    _log.warning("prefix cache off", extra={"why": why})
+    native.close()
+    return (*_loaded(options, described, prefix_cache=False), False)
+
+
+def _loaded(options: TurbomindOptions, described: model.Model, *, prefix_cache: bool) -> tuple[Native, float]:
+    began = time.monotonic()
+    native = Native(options, described, prefix_cache=prefix_cache)
+    _log.info(
+        "model loaded",
+        extra={"dtype": native.dtype, "prefix_cache": prefix_cache, "seconds": round(time.monotonic() - began, 3)},
+    )
+    try:
+        return native, probe(native, options.context_tokens)
+    except EngineUnusable:
+        native.close()
+        raise
 
 
 def check(options: TurbomindOptions, described: model.Model) -> None:

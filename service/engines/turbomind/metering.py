@@ -50,7 +50,9 @@ class Meter:
         self._preemptions = Preemptions(load)
         self._ends = {"succeeded": 0, "failed": 0}
         self.cached_tokens = 0
-        """That TurboMind did not compute: there are none."""
+        """Prompt tokens that came from the prefix cache."""
+        self.rests_of_one = 0
+        """Prompts that came from the cache but for one token: there are none."""
 
     @property
     def preemptions(self) -> int:
@@ -67,6 +69,7 @@ class Meter:
         if not account.scheduled:
             return
         self.cached_tokens += account.cached
+        self.rests_of_one += account.cached > 0 and prompt - account.cached == 1
         self._prompt.inc(prompt)
         self._generated.inc(made)
         if succeeded:
@@ -93,7 +96,7 @@ class Meter:
             yield from _of_overrides(overrides)
         yield from self._own.collect()
         yield CounterMetricFamily(
-            "lmdeploy_cached_tokens", "Prompt tokens taken from the prefix cache, which is off.", value=self.cached_tokens
+            "lmdeploy_cached_tokens", "Prompt tokens that came from the prefix cache.", value=self.cached_tokens
         )
         for name, text, value in (
             ("requests_succeeded", "Runs that came to their end.", self._ends["succeeded"]),
@@ -113,6 +116,9 @@ def _of_overrides(overrides: Overrides) -> Iterator[Metric]:
         calls.add_metric([name], value)
     yield calls
     yield CounterMetricFamily("ostinato_engine_override_plans", "Products planned, by number of tokens.", value=counters.plans)
+    yield CounterMetricFamily(
+        "ostinato_engine_override_corrected", "Prompts of which two tokens were computed, not one.", value=counters.corrected
+    )
     yield CounterMetricFamily(
         "ostinato_engine_override_uncovered", "Products that no permitted algorithm could serve.", value=counters.uncovered
     )

@@ -88,7 +88,7 @@ class Account:
     scheduled: float
     """First in a step."""
     cached: int
-    """Prompt tokens that were not computed then."""
+    """Prompt tokens that came from the prefix cache then."""
 
 
 def bring_in() -> None:
@@ -153,8 +153,12 @@ class Handle:
 class Native:
     """A loaded model. Takes from seconds to minutes to make."""
 
-    def __init__(self, options: TurbomindOptions, model: Model) -> None:
-        """Behind `bring_in`. Raises EngineUnusable."""
+    def __init__(self, options: TurbomindOptions, model: Model, *, prefix_cache: bool = False) -> None:
+        """Behind `bring_in`. Raises EngineUnusable.
+
+        Blocks that a decode made are never published where runs have to be exact: a prompt would find them in place of its own,
+        and they round otherwise.
+        """
         from lmdeploy import TurbomindEngineConfig, turbomind
 
         self._tm: Any = turbomind._tm
@@ -167,7 +171,9 @@ class Native:
             max_batch_size=options.runs,
             cache_max_entry_count=options.cache_fraction,
             cache_block_seq_len=BLOCK_TOKENS,
-            enable_prefix_caching=False,
+            enable_prefix_caching=prefix_cache,
+            cache_prompt="auto",
+            cache_generation="none" if options.exact else "auto",
             quant_policy=0 if options.kv_bits == 16 else options.kv_bits,
             max_prefill_token_num=options.prefill_tokens,
             enable_metrics=True,

@@ -50,6 +50,8 @@ class TurbomindOptions:
     """Of one number in the KV cache."""
     attention_splits: int = 0
     """Into how many parts a decode's attention is cut; 0: as suits the context."""
+    prefix_cache: Literal["on", "off"] = "on"
+    """Whether a prompt's beginning is taken from an earlier prompt that had the same one."""
     exact: bool = True
     """Off: TurboMind as it comes, to compare with."""
 

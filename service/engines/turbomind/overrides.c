@@ -1,8 +1,10 @@
-/* What makes TurboMind's answers independent of their company: three functions that it calls through its PLT, replaced.
+/* What makes TurboMind's answers independent of their company: four functions that it calls through its PLT, replaced.
 
    GetSplitCount         into how many parts a decode's attention is cut: a constant, not a function of the batch
    invokeTopKSortFilter  which kernel sorts: always that of the largest top_k
    cublasGemmEx          dense products: cublasLt, with algorithms that were found to round alike for every number of tokens
+   PlanResume            how much of a prompt the prefix cache supplies: never all but one token, because one token alone goes
+                         through the kernels of a decode, which round otherwise than those of a prompt
 
    Load it with RTLD_GLOBAL before anything that brings cuBLAS (torch does) and before TurboMind. cublasGemmEx carries the
    version "libcublas.so.12" (overrides.py links it so), hence no reference to another cuBLAS comes here. */
@@ -21,23 +23,28 @@
 #define GET_SPLIT_COUNT "_ZN9turbomind13GetSplitCountEiiiiiff"
 #define TOP_K_SORT "_ZN9turbomind20invokeTopKSortFilterIfEEvRNS_20TopKSortFilterParamsEP11CUstream_st"
 #define TOP_K_OFFSET 40 /* of int32 max_top_k in TopKSortFilterParams, behind five pointers */
+#define PLAN_RESUME "_ZN9turbomind9Scheduler10PlanResumeERNS_8SequenceE"
+#define PROMPT_LEN_OFFSET 0x2c /* of int32 prompt_len in Sequence */
+#define RESUME_LEN_OFFSET 0xf0 /* of int32 resume_len: the prompt tokens that are taken from the cache */
 #define IDS 16          /* permitted algorithms of one shape */
 #define FASTEST 64      /* numbers of tokens for which the fastest of them is known */
 #define SHAPES 64
 #define BUCKETS 65536
 
 enum { STOCK, LEARN, SERVE };           /* what becomes of a product */
-enum { SPLIT, TOP_K, GEMM, OVERRIDES }; /* places in the counters */
+enum { UNWATCHED, WATCH, CORRECT };     /* what becomes of a resume */
+enum { SPLIT, TOP_K, GEMM, RESUME, OVERRIDES }; /* places in the counters */
 enum { NOT_SUPPORTED = 15 };            /* cublasStatus_t */
 
 typedef struct { Shape shape; int32_t n_max, permitted, ids[IDS]; } Entry;
 typedef struct { int32_t n, known; Algo algo; } Fast;
 typedef struct Plan { Shape shape; int32_t n, covered; Problem problem; Algo algo; struct Plan *next; } Plan;
 
-EXPORT _Atomic uint64_t ost_calls[OVERRIDES], ost_plans, ost_uncovered;
+EXPORT _Atomic uint64_t ost_calls[OVERRIDES], ost_plans, ost_uncovered, ost_corrected;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static _Atomic int mode;
+static _Atomic int mode, resume_mode;
+static _Atomic int32_t resumed[2]; /* prompt_len and resume_len of the newest resume, as TurboMind planned it */
 static char turbomind_path[4096];
 static int splits, top_k, entry_count;
 static Entry entries[SHAPES];
@@ -136,6 +143,21 @@ EXPORT void top_k_sort(char *params, void *stream) {
   stock(params, stream);
 }
 
+/* The offsets are those of one build: they are watched at every start, and nothing is written through them before. */
+EXPORT void plan_resume(void *scheduler, char *sequence) __asm__(PLAN_RESUME);
+EXPORT void plan_resume(void *scheduler, char *sequence) {
+  static void (*stock)(void *, char *);
+  if (!stock) *(void **)&stock = original(turbomind_path, PLAN_RESUME, (void *)plan_resume);
+  if (!stock) abort(); /* a sequence without a plan cannot be scheduled */
+  stock(scheduler, sequence);
+  ost_calls[RESUME]++;
+  int now = resume_mode;
+  if (now == UNWATCHED) return;
+  int32_t prompt_len = *(int32_t *)(sequence + PROMPT_LEN_OFFSET), *resume_len = (int32_t *)(sequence + RESUME_LEN_OFFSET);
+  resumed[0] = prompt_len, resumed[1] = *resume_len;
+  if (now == CORRECT && *resume_len > 1 && prompt_len - *resume_len == 1) --*resume_len, ost_corrected++;
+}
+
 EXPORT int cublasGemmEx(void *handle, int transa, int transb, int m, int n, int k, Const alpha, Const a, int a_type, int lda,
                         Const b, int b_type, int ldb, Const beta, void *c, int c_type, int ldc, int compute, int algo) {
   static int (*stock)(void *, int, int, int, int, int, Const, Const, int, int, Const, int, int, Const, void *, int, int, int, int);
@@ -161,7 +183,7 @@ EXPORT int cublasGemmEx(void *handle, int transa, int transb, int m, int n, int 
 /* ---- what the service calls, one thread at a time ---- */
 
 /* Of the declarations in overrides.py. */
-EXPORT int ost_abi(void) { return 2; }
+EXPORT int ost_abi(void) { return 3; }
 
 /* Before TurboMind is loaded. `split` and `bucket` of 0 leave the stock behaviour; calls are counted all the same. */
 EXPORT void ost_configure(const char *path, int split, int bucket) {
@@ -170,6 +192,11 @@ EXPORT void ost_configure(const char *path, int split, int bucket) {
 }
 
 EXPORT void ost_mode(int value) { mode = value; }
+
+EXPORT void ost_resume(int value) { resume_mode = value; }
+
+/* prompt_len and resume_len of the newest resume that was watched; 0 and 0: of none. */
+EXPORT void ost_resumed(int32_t *out) { out[0] = resumed[0], out[1] = resumed[1]; }
 
 /* Memory on a device that products there may use. It must outlive them. */
 EXPORT void ost_workspace(int device, void *memory, size_t bytes) {

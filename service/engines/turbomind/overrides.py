@@ -19,13 +19,17 @@ from typing import Any
 
 from service.engines.turbomind.plans import PERMITTED_MAX, Candidate, Shape
 
-ABI = 2
+ABI = 3
 SOURCES = ("overrides.c", "cublaslt.h")
 LINKED_AS = "libcublas.so.12 { global: cublasGemmEx; };\n"
 """The version script: only references to this version of cublasGemmEx are to find ours."""
 FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden")
 COMPILERS = ("cc", "gcc", "clang")
-NAMES = ("split_count", "top_k", "gemm")
+KERNELS = ("split_count", "top_k", "gemm")
+"""Overrides that decide which kernels run."""
+RESUME = "resume"
+"""The override that decides how much of a prompt the prefix cache supplies."""
+NAMES = (*KERNELS, RESUME)
 SHAPES_MAX = 64
 OFFERS_MAX = 32
 TOP_K_BUCKET = 1024
@@ -43,6 +47,15 @@ class Mode(IntEnum):
     SERVE = 2
 
 
+class Resume(IntEnum):
+    """What becomes of a plan to resume a prompt from the cache: nothing; it is noted; it is noted, and a rest of one token made
+    one of two."""
+
+    UNWATCHED = 0
+    WATCH = 1
+    CORRECT = 2
+
+
 class NoOverrides(Exception):
     """They cannot be had here; the message says why."""
 
@@ -56,6 +69,8 @@ class Counters:
     plans: int
     uncovered: int
     """Products that nothing permitted could serve, and cuBLAS served as it liked."""
+    corrected: int = 0
+    """Rests of one token that were made rests of two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +102,8 @@ _EXPORTS: Mapping[str, tuple[Any, ...]] = {
     "ost_abi": (c_int,),
     "ost_configure": (None, c_char_p, c_int, c_int),
     "ost_mode": (None, c_int),
+    "ost_resume": (None, c_int),
+    "ost_resumed": (None, POINTER(c_int32)),
     "ost_workspace": (None, c_int, c_void_p, c_size_t),
     "ost_open": (c_size_t, POINTER(c_char_p)),
     "ost_shapes": (c_int, POINTER(_Entry), c_int),
@@ -148,6 +165,7 @@ class Overrides:
         self._calls = (c_uint64 * len(NAMES)).in_dll(self._library, "ost_calls")
         self._plans = c_uint64.in_dll(self._library, "ost_plans")
         self._uncovered = c_uint64.in_dll(self._library, "ost_uncovered")
+        self._corrected = c_uint64.in_dll(self._library, "ost_corrected")
         self._workspaces: list[object] = []
 
     def configure(self, turbomind: Path, splits: int) -> None:
@@ -158,6 +176,17 @@ class Overrides:
 
     def mode(self, mode: Mode) -> None:
         self._library.ost_mode(Mode.STOCK if mode is Mode.SERVE and "gemm" in self.omitted else mode)
+
+    def resume(self, mode: Resume) -> None:
+        """Nothing may be corrected before the plans that were watched have been found right."""
+        self._library.ost_resume(Resume.WATCH if mode is Resume.CORRECT and RESUME in self.omitted else mode)
+
+    @property
+    def resumed(self) -> tuple[int, int]:
+        """Tokens of the newest prompt that was watched, and how many of them TurboMind meant to take from its cache."""
+        found = (c_int32 * 2)()
+        self._library.ost_resumed(found)
+        return found[0], found[1]
 
     def open(self) -> tuple[int, str]:
         """Version and path of the cublasLt that serves on the current device. Raises NoOverrides."""
@@ -208,7 +237,8 @@ class Overrides:
 
     @property
     def counters(self) -> Counters:
-        return Counters(dict(zip(NAMES, self._calls, strict=True)), self._plans.value, self._uncovered.value)
+        calls = dict(zip(NAMES, self._calls, strict=True))
+        return Counters(calls, self._plans.value, self._uncovered.value, self._corrected.value)
 
     @property
     def uncovered(self) -> int:

@@ -1,0 +1,61 @@
+"""What an engine says it took from its prefix cache: told, recorded, counted, and of no weight in any comparison."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from ostinato.chain import check_record
+from ostinato.client import Client
+from ostinato.v1 import types_pb2
+
+from tests.pair import ROOT, Pair
+
+PROMPT = "Shanghai is"
+COUNTER = "ostinato_engine_cached_prompt_tokens_total"
+
+
+def script(cached_tokens: int) -> tuple[str, str]:
+    return "--script", json.dumps({"cached_tokens": cached_tokens})
+
+
+def ostinato(pair: Pair, *argv: str) -> str:
+    """What the command says; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ostinato.cli", *argv, "--target", pair.target],
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+async def test_cached_tokens_are_told_recorded_and_never_compared() -> None:
+    """Output, timing, journal, command and metric have them; twins and replays that found another part of the prompt in the
+    cache match, and the record holds."""
+    with Pair(service=script(5)).start() as pair:
+        async with Client(pair.target) as client:
+            assert pair.service is not None
+            before = pair.metrics(pair.service)[COUNTER]  # by the self-test
+            first = (await client.generate([PROMPT], seed=1)).results[0]
+            counted = pair.metrics(pair.service)[COUNTER] - before
+            pair.service.stop()
+            pair.start_service(*script(7)).wait_for("serving")
+            second = (await client.generate([PROMPT], seed=1, timeout=60, key="again")).results[0]
+            found = [response.comparison async for response in client.replay(1, 2)]
+            (record,) = await client.get(1)
+        shown, told = ostinato(pair, "get", "1"), json.loads(ostinato(pair, "get", "2", "--json"))
+        twins = pair.metrics()
+
+    assert [(each.output.cached_tokens, each.timing.cached_tokens) for each in (first, second)] == [(5, 5), (7, 7)]
+    assert counted == 5
+    assert (record.result.output, record.result.timing) == (first.output, first.timing)
+    assert f"5 of {first.output.prompt_tokens} prompt tokens" in shown
+    assert (told["result"]["output"]["cached_tokens"], told["result"]["timing"]["cached_tokens"]) == (7, 7)
+    assert [comparison.verdict for comparison in found] == [types_pb2.VERDICT_MATCH] * 2
+    assert sum(value for name, value in twins.items() if "comparisons_total" in name and 'verdict="diverged"' in name) == 0
+    assert check_record(record) == []
+    assert first.receipt.header.output_digest == second.receipt.header.output_digest

@@ -1,0 +1,156 @@
+"""Whether TurboMind's prefix cache may be used: what is watched, what is corrected, and what is said where it does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from service.engines.turbomind import TurbomindOptions, loading, resuming
+from service.engines.turbomind.exactness import Exactness
+from service.engines.turbomind.native import Account, Load, Native, Progress, Status
+from service.engines.turbomind.overrides import Counters, Overrides, Resume
+from service.engines.turbomind.resuming import prove
+from tests.service.test_turbomind_native import MODEL
+
+BLOCK = 64
+
+
+@dataclass
+class FakeTurboMind:
+    """Caches whole blocks, and calls the override for every prompt, if it does."""
+
+    calls_override: bool = True
+    caches: bool = True
+    late: int = 0
+    """So many prompts do not yet find what is cached."""
+    prompt_shift: int = 0
+    resume_shift: int = 0
+    """By which the override reads another number."""
+    ignores_override: bool = False
+    omitted: frozenset[str] = frozenset()
+    vocabulary_size: int = 300
+    mode: Resume = Resume.UNWATCHED
+    resumed: tuple[int, int] = (0, 0)
+    modes: list[Resume] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
+    _calls: int = 0
+    _seen: set[tuple[int, ...]] = field(default_factory=set)
+
+    @property
+    def counters(self) -> Counters:
+        return Counters({"resume": self._calls}, 0, 0)
+
+    def resume(self, mode: Resume) -> None:
+        self.mode = mode
+        self.modes.append(mode)
+
+    def start(self, run_id: int, ids: Sequence[int], request: object, grammar: object, change: Callable[[], None]) -> Any:
+        whole = [tuple(ids[:end]) for end in range(BLOCK, len(ids) + 1, BLOCK)]
+        found = min(BLOCK * sum(block in self._seen for block in whole), len(ids) - 1) if self.caches else 0
+        if found and self.late:
+            self.late, found = self.late - 1, 0
+        self._seen.update(whole)
+        self.prompts.append(len(ids))
+        self._calls += self.calls_override
+        if self.calls_override and self.mode != Resume.UNWATCHED:
+            self.resumed = len(ids) + self.prompt_shift, found + self.resume_shift
+        corrected = self.mode == Resume.CORRECT and not self.ignores_override and len(ids) - found == 1
+        account = Account(1.0, 1.0, found - corrected)
+        news = [Progress(Status.FINISHED, len(ids) + 1)]
+        change()
+        return SimpleNamespace(poll=lambda: news.pop() if news else None, account=account)
+
+    def load(self) -> Load:
+        return Load(1, 0.01, 0, 0, 0.0)
+
+
+def proof(turbomind: FakeTurboMind) -> str:
+    return prove(cast(Native, turbomind), cast(Overrides, turbomind))
+
+
+def test_plans_are_found_right_before_any_is_corrected() -> None:
+    """Watched first, then corrected: rests of none, one and two tokens, and the correction shows in TurboMind's own report."""
+    turbomind = FakeTurboMind()
+
+    assert (proof(turbomind), turbomind.modes) == ("", [Resume.WATCH, Resume.CORRECT])
+    assert turbomind.prompts == [130, 130, 129, 128, 130, 129, 128, 130]
+
+
+def test_blocks_may_be_published_a_moment_late() -> None:
+    """The first prompts may not find what the one before has left."""
+    assert proof(FakeTurboMind(late=2)) == ""
+
+
+@pytest.mark.parametrize(
+    ("turbomind", "why"),
+    [
+        (FakeTurboMind(calls_override=False), "TurboMind does not reach the override resume"),
+        (FakeTurboMind(caches=False), "TurboMind took 0 of 129 prompt tokens from its cache, not 128"),
+        (FakeTurboMind(prompt_shift=1), "of a prompt of 130 tokens, 0 of them cached, the override resume reads 131 and 0"),
+        (FakeTurboMind(resume_shift=7), "of a prompt of 130 tokens, 0 of them cached, the override resume reads 130 and 7"),
+        (
+            FakeTurboMind(ignores_override=True),
+            "with the override resume TurboMind took 128 of 129 prompt tokens from its cache, not 127",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_and_nothing_is_corrected(turbomind: FakeTurboMind, why: str) -> None:
+    """The two numbers may stand elsewhere in another build; then nothing is written where they were."""
+    assert (proof(turbomind), turbomind.modes[-1]) == (why, Resume.UNWATCHED)
+
+
+def test_sabotage_leaves_out_the_correction_alone() -> None:
+    """The cache is on, and the self-test has to find that rests of one token are not corrected."""
+    turbomind = FakeTurboMind(omitted=frozenset({"resume"}))
+
+    assert (proof(turbomind), turbomind.modes) == ("", [Resume.WATCH])
+
+
+def test_two_starts_leave_no_common_prompt_in_the_cache() -> None:
+    """What TurboMind's own choice of kernels computed must never be found by a request, so the prompts are random."""
+    first, second = FakeTurboMind(), FakeTurboMind()
+    proof(first)
+    proof(second)
+
+    assert not first._seen & second._seen
+
+
+@pytest.mark.parametrize(
+    ("options", "why", "loaded", "on"),
+    [
+        ({}, "", [True], True),
+        ({}, "it does not fit", [True, False], False),
+        ({"prefix_cache": "off"}, "", [False], False),
+        ({"context_tokens": 128}, "", [False], False),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_off(
+    options: dict[str, Any],
+    why: str,
+    loaded: list[bool],
+    on: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The model is loaded once more without it and the log says why; where it is off from the start, nothing is proved."""
+    made: list[bool] = []
+    closed: list[bool] = []
+
+    def native(options: object, described: object, *, prefix_cache: bool) -> Any:
+        made.append(prefix_cache)
+        return SimpleNamespace(dtype="float16", close=lambda: closed.append(prefix_cache))
+
+    monkeypatch.setattr(loading, "Native", native)
+    monkeypatch.setattr(loading, "probe", lambda native, context: 0.25)
+    monkeypatch.setattr(resuming, "prove", lambda native, overrides: why)
+    given = TurbomindOptions(**options)
+    exactness = Exactness(given, MODEL, cast(Overrides, FakeTurboMind()))
+    _, share, prefix_cache = loading._model(given, MODEL, exactness)
+
+    assert (made, closed, share, prefix_cache) == (loaded, [True] if len(loaded) > 1 else [], 0.25, on)
+    said = [vars(record)["why"] for record in caplog.records if record.message == "prefix cache off"]
+    assert said == ([why] if why else [])
