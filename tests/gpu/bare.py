@@ -1,8 +1,9 @@
 """`python -m tests.gpu.bare MODEL [flags of the service]`: LMDeploy's own pipeline as it comes, measured like ours.
 
 The yardstick, so nothing of ours is in it: no overrides, LMDeploy's AsyncEngine inside `lmdeploy.pipeline`, set up as
-`service/engines/turbomind/native.py` sets it up (context, runs, memory, types). Token ids go in and no logprobs come out; all
-else is left at its default: it reports once, at the end, unless it streams, and detokenises what it made, as our service does.
+`service/engines/turbomind/native.py` sets it up (context, runs, memory, types, prefix cache on or off). Token ids go in and no
+logprobs come out; all else is left at its default: it reports once, at the end, unless it streams, and detokenises what it
+made, as our service does.
 Prints one line of JSON.
 """
 
@@ -25,13 +26,14 @@ from ostinato.v1 import types_pb2
 from service.config import Settings
 from service.engines.turbomind.options import BLOCK_TOKENS, TurbomindOptions
 from tests.gpu.fronts import Answers
-from tests.gpu.plan import Plan, numbers
+from tests.gpu.plan import Plan, names, numbers
 from tests.gpu.speed import measure
 from tests.gpu.traffic import Ask
+from tests.gpu.worth import worth
 
 
 class Bare:
-    """A loaded pipeline, asked like a `tests.gpu.fronts.Front`. Of its outputs only the counts of tokens are true."""
+    """A loaded pipeline, asked like a `tests.gpu.fronts.Front`. Of its outputs only the token ids are true."""
 
     def __init__(self, model: Path, options: TurbomindOptions) -> None:
         config = lmdeploy.TurbomindEngineConfig(
@@ -42,7 +44,7 @@ class Bare:
             max_batch_size=options.runs,
             cache_max_entry_count=options.cache_fraction,
             cache_block_seq_len=BLOCK_TOKENS,
-            enable_prefix_caching=False,
+            enable_prefix_caching=options.prefix_cache == "on",
             quant_policy=0 if options.kv_bits == 16 else options.kv_bits,
             max_prefill_token_num=options.prefill_tokens,
         )
@@ -82,24 +84,27 @@ class Bare:
         return await self._engine.preprocess(None, self._engine.session_mgr.get(), wanted, input_ids=ids)
 
     async def _run(self, request: Any, stream: bool) -> types_pb2.Output:
-        made = 0
+        ids: list[int] = []
         async for out in self._engine.generate(request, stream_response=stream):
-            made = max(made, out.generate_token_len)
-        return types_pb2.Output(token_ids=[0] * made, prompt_tokens=request.input_token_len)
+            ids += out.token_ids or ()
+        return types_pb2.Output(token_ids=ids, prompt_tokens=request.input_token_len)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.bare")
     parser.add_argument("model", type=Path)
     parser.add_argument("--batches", type=numbers, default=(1, 8, 32, 64, 128, 256))
+    parser.add_argument("--parts", type=names, default=("speed", "worth"))
     given, flags = parser.parse_known_args()
     settings = load(Settings, "service", ["--engine", "turbomind", *flags], {})
     plan = Plan(given.model, Path(), batches=given.batches)
     began = time.monotonic()
     bare = Bare(given.model, TurbomindOptions(**settings.own("turbomind")))
     started = time.monotonic() - began
-    rates = asyncio.run(measure(bare, plan, "bare"))
-    told = {"bare": f"lmdeploy {lmdeploy.__version__}", "started_seconds": started, "rates": rates, "bad": plan.bad}
+    rates = asyncio.run(measure(bare, plan, "bare")) if "speed" in given.parts else {}
+    found = asyncio.run(worth(bare, plan, "bare")) if "worth" in given.parts else {}
+    told = {"bare": f"lmdeploy {lmdeploy.__version__}", "started_seconds": started, "rates": rates, "worth": found}
+    told["bad"] = plan.bad
     print("\n" + json.dumps(told), flush=True)
     os._exit(0)  # LMDeploy's threads do not always end
 

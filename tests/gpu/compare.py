@@ -15,7 +15,16 @@ from tests.gpu.plan import Plan, Reference, say
 from tests.gpu.stack import Stack
 from tests.gpu.traffic import Ask, mixed, plain
 
-WORTH_TELLING = ("product measured", "KV cache", "not exact", "model loaded", "kernel plans", "grade lost", "grade earned")
+WORTH_TELLING = (
+    "product measured",
+    "KV cache",
+    "not exact",
+    "model loaded",
+    "prefix cache off",
+    "kernel plans",
+    "grade lost",
+    "grade earned",
+)
 
 
 async def introduce(stack: Stack, title: str) -> types_pb2.Model:

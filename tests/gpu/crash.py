@@ -1,4 +1,4 @@
-"""The service is killed under load, and afterwards the whole journal is run again."""
+"""Service and sidecar are killed under load, and afterwards the whole journal is run again, on a warm and on a cold cache."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from ostinato.errors import OstinatoError
 from ostinato.v1 import types_pb2
 
 from tests.gpu.compare import alone, divergence, introduce
-from tests.gpu.fronts import SidecarFront
+from tests.gpu.fronts import Answers, SidecarFront
 from tests.gpu.plan import Plan, say
+from tests.gpu.prefix import alone as one_by_one
+from tests.gpu.prefix import ladder, off
 from tests.gpu.stack import START_SECONDS, Stack, running
-from tests.gpu.traffic import mixed, plain
+from tests.gpu.traffic import Ask, mixed, plain
 
 KILLS = 2
 IN_FLIGHT = 4
@@ -23,44 +25,81 @@ IN_FLIGHT = 4
 
 
 async def crash(plan: Plan) -> None:
-    """Kills under keyed load, some of it streamed: every answer comes, equal to the undisturbed one, and replays equal."""
+    """Kills under keyed load, some of it streamed, some of it behind common beginnings: every answer comes, equal to the
+    undisturbed one, and replays equal. Where there is a prefix cache, the references are made without it."""
+    reference = plan.reference
+    shared: list[Ask] = []
+    expected: Answers = {}
+    if plan.engine == "turbomind":
+        async with running(plan.model, plan.state, *plan.flags, *off(plan), engine=plan.engine) as stack:
+            shared = ladder(min((await stack.front.describe()).context_tokens, 4096), few=True)
+            reference, expected = await alone(stack, plan), await one_by_one(stack.front, shared)
     async with running(plan.model, plan.state, *plan.flags, sidecar=True, engine=plan.engine) as stack:
         model = await introduce(stack, "crash")
-        reference = plan.reference or await alone(stack, plan)
+        reference = reference or await alone(stack, plan)
+        expected |= reference.answers
         assert isinstance(stack.front, SidecarFront)
-        stack.front.round = "crash"
         total = max(plan.totals[:2])
-        everyone = mixed(reference.asks, total, seed=7, context_tokens=model.context_tokens)
-        answering = asyncio.create_task(stack.front.ask(plain(everyone) if plan.engine == "scripted" else everyone))
-        began = time.monotonic()
-        for _ in range(KILLS):
-            await _in_flight(stack, answering)
-            await asyncio.to_thread(stack.service.kill)
-            stack.service = stack.start_service()
-            await asyncio.to_thread(stack.service.wait_for, "serving", START_SECONDS)
-        answers = await answering
-        tokens, bits = divergence(reference.answers, answers, [ask.name for ask in reference.asks])
-        again = sum(attempt > 1 for attempt in stack.front.attempts.values())
-        plan.tell(
-            f"crash    {KILLS} kills in {time.monotonic() - began:.0f} s: {len(tokens)}+{len(bits)} of"
-            f" {len(reference.asks)} differ, {again} of {len(everyone)} items run again"
-        )
-        broken = {name: str(answer)[:120] for name, answer in answers.items() if isinstance(answer, OstinatoError)}
-        if broken:
-            say(f"   {len(broken)} failed: {list(broken.items())[:3]}")
-        if tokens or bits or not again:
-            plan.bad.append(
-                f"crash: {len(tokens)}+{len(bits)} differ after a kill {(tokens + bits)[:12]}; {again} were run again"
-            )
-        recovered = [
-            line for line in _page(stack) if line.startswith("ostinato_comparisons_total") and 'kind="recovery"' in line
-        ]
-        if any('"diverged"' in line and not line.endswith(" 0.0") for line in recovered):
-            plan.bad.append(f"crash: {recovered}")
-        verdicts = await _replayed(stack)
-        plan.tell(f"replay   of the whole journal: {dict(verdicts)}")
-        if verdicts.keys() != {"MATCH"}:
-            plan.bad.append(f"replay: {dict(verdicts)}")
+        for what in ("service", "sidecar"):
+            stack.front.round = f"killed {what}"
+            stack.front.attempts.clear()
+            everyone = mixed([*reference.asks, *shared], total + len(shared), seed=7, context_tokens=model.context_tokens)
+            everyone = plain(everyone) if plan.engine == "scripted" else everyone
+            answering = asyncio.create_task(stack.front.ask(everyone))
+            began = time.monotonic()
+            for _ in range(KILLS):
+                await _in_flight(stack, answering)
+                await asyncio.to_thread(_kill, stack, what)
+            _judge(plan, stack, what, expected, await answering, len(everyone), time.monotonic() - began)
+        verdicts = {"warm": await _replayed(stack)}
+        connected = _connections(stack)
+        await asyncio.to_thread(_kill, stack, "service")
+        deadline = time.monotonic() + START_SECONDS
+        while _connections(stack) == connected and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        verdicts["cold"] = await _replayed(stack)
+        for cache, found in verdicts.items():
+            plan.tell(f"replay   of the whole journal on a {cache} cache: {dict(found)}")
+            if found.keys() != {"MATCH"}:
+                plan.bad.append(f"replay on a {cache} cache: {dict(found)}")
+
+
+def _kill(stack: Stack, what: str) -> None:
+    """And start another one in its place."""
+    if what == "service":
+        stack.service.kill()
+        stack.service = stack.start_service()
+        stack.service.wait_for("serving", START_SECONDS)
+    else:
+        assert stack.sidecar is not None
+        stack.sidecar.kill()
+        stack.sidecar = stack.start_sidecar()
+        stack.sidecar.wait_for("engine connected", 60.0)
+
+
+def _connections(stack: Stack) -> int:
+    assert stack.sidecar is not None
+    return sum(record.get("message") == "engine connected" for record in stack.sidecar.records())
+
+
+def _judge(plan: Plan, stack: Stack, what: str, expected: Answers, answers: Answers, count: int, seconds: float) -> None:
+    """Of one round of kills."""
+    assert isinstance(stack.front, SidecarFront)
+    tokens, bits = divergence(expected, answers, list(expected))
+    again = sum(attempt > 1 for attempt in stack.front.attempts.values())
+    cached = sum(answer.cached_tokens for answer in answers.values() if isinstance(answer, types_pb2.Output))
+    plan.tell(
+        f"crash    {KILLS} kills of the {what} in {seconds:.0f} s: {len(tokens)}+{len(bits)} of {len(expected)} differ,"
+        f" {again} of {count} items run again, {cached} prompt tokens from the cache"
+    )
+    broken = {name: str(answer)[:120] for name, answer in answers.items() if isinstance(answer, OstinatoError)}
+    if broken:
+        say(f"   {len(broken)} failed: {list(broken.items())[:3]}")
+    if tokens or bits or not again:
+        plan.bad.append(f"crash: {len(tokens)}+{len(bits)} differ after a kill {(tokens + bits)[:12]}; {again} were run again")
+    recovered = [line for line in _page(stack) if line.startswith("ostinato_comparisons_total") and 'kind="recovery"' in line]
+    if any('"diverged"' in line and not line.endswith(" 0.0") for line in recovered):
+        plan.bad.append(f"crash: {recovered}")
 
 
 async def _in_flight(stack: Stack, answering: asyncio.Task[object]) -> None:

@@ -19,6 +19,7 @@ from tests.gpu.traffic import Ask
 
 ASK_SECONDS = 100.0
 """However many ask: a device that hangs is not to take the others' time along."""
+MESSAGE_SUBMITS = 32
 THROUGH_STARTS_SECONDS = 300.0
 """The same where the service may be started again meanwhile."""
 
@@ -55,13 +56,13 @@ class ServiceFront:
             return await self._ask(asks, stream)
 
     async def _ask(self, asks: Sequence[Ask], stream: bool) -> Answers:
-        prepared = await self._prepare([ask.item for ask in asks])
+        submits = self._submits(asks, await self._prepare([ask.item for ask in asks]), stream)
         began = time.monotonic()
         call = self.stub.Execute()
         self.epoch += 1
         hello = engine_pb2.Hello(log_id="0" * 32, writer="gpu", epoch=self.epoch)
         await call.write(engine_pb2.ExecuteRequest(hello=hello))
-        sending = asyncio.create_task(self._send(call, asks, prepared, stream))
+        sending = asyncio.create_task(self._send(call, asks, submits))
         answers: Answers = {}
         wanted = {index for index, ask in enumerate(asks, start=1) if not ask.leaves}
         while wanted:
@@ -90,29 +91,35 @@ class ServiceFront:
             found += (await self.stub.Prepare(request)).items
         return found
 
-    async def _send(self, call: Any, asks: Sequence[Ask], prepared: Sequence[engine_pb2.PreparedItem], stream: bool) -> None:
-        """In order of their arrival; all that arrive at once in one message."""
-        began, order = time.monotonic(), sorted(range(len(asks)), key=lambda index: asks[index].after)
-        submits: list[engine_pb2.Submit] = []
-        leaving: list[tuple[float, int]] = []
-        for place, index in enumerate(order):
-            ask, item = asks[index], prepared[index]
-            submits.append(
-                engine_pb2.Submit(
-                    run_id=index + 1, purpose=engine_pb2.PURPOSE_REPLAY, sequence=0, attempt=1, token_ids=item.token_ids,
-                    parameters=item.parameters, seed=item.seed, stream=stream or ask.streams or ask.leaves,
-                )
-            )  # fmt: skip
-            if ask.leaves:
-                leaving.append((ask.after + 0.2, index + 1))
-            pause = asks[order[place + 1]].after - (time.monotonic() - began) if place + 1 < len(order) else 0.0
-            if pause > 0.001 or place + 1 == len(order):
-                await call.write(engine_pb2.ExecuteRequest(submits=submits))
-                submits = []
-                await asyncio.sleep(max(0.0, pause))
-        for due, run_id in leaving:
-            await asyncio.sleep(max(0.0, due - (time.monotonic() - began)))
-            await call.write(engine_pb2.ExecuteRequest(cancels=[run_id]))
+    def _submits(
+        self, asks: Sequence[Ask], prepared: Sequence[engine_pb2.PreparedItem], stream: bool
+    ) -> list[engine_pb2.Submit]:
+        return [
+            engine_pb2.Submit(
+                run_id=number, purpose=engine_pb2.PURPOSE_REPLAY, sequence=0, attempt=1, token_ids=item.token_ids,
+                parameters=item.parameters, seed=item.seed, stream=stream or ask.streams or ask.leaves,
+            )
+            for number, (ask, item) in enumerate(zip(asks, prepared, strict=True), start=1)
+        ]  # fmt: skip
+
+    async def _send(self, call: Any, asks: Sequence[Ask], submits: Sequence[engine_pb2.Submit]) -> None:
+        """Submissions and cancellations in order of time; those that are due at once in few messages."""
+        began = time.monotonic()
+        due = [(ask.after, 0, index) for index, ask in enumerate(asks)]
+        due += [(ask.after + ask.leaves_after, 1, index) for index, ask in enumerate(asks) if ask.leaves]
+        request = engine_pb2.ExecuteRequest()
+        for moment, cancels, index in sorted(due):
+            pause = moment - (time.monotonic() - began)
+            if (pause > 0.001 and (request.submits or request.cancels)) or len(request.submits) == MESSAGE_SUBMITS:
+                await call.write(request)
+                request = engine_pb2.ExecuteRequest()
+            if pause > 0.001:
+                await asyncio.sleep(pause)
+            if cancels:
+                request.cancels.append(index + 1)
+                continue
+            request.submits.append(submits[index])
+        await call.write(request)
 
 
 @dataclass

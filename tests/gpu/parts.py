@@ -6,7 +6,7 @@ import urllib.request
 
 from ostinato.v1 import types_pb2
 
-from tests.gpu import speed
+from tests.gpu import speed, worth
 from tests.gpu.compare import alone, company, digest, divergence, grade, introduce
 from tests.gpu.plan import Plan, Reference, say
 from tests.gpu.stack import Stack, running
@@ -66,7 +66,7 @@ async def digest_only(plan: Plan) -> None:
         plan.tell(identity(await alone(stack, plan)))
 
 
-async def second(plan: Plan, *, with_speed: bool, with_path: bool) -> None:
+async def second(plan: Plan, *, with_speed: bool, with_worth: bool, with_path: bool) -> None:
     """Another process, asked at its own stream, that takes the first one's word for its kernels and its grade: all targets at
     once are what they were alone in the first."""
     async with running(plan.model, plan.state, *plan.flags, engine=plan.engine) as stack:
@@ -85,6 +85,8 @@ async def second(plan: Plan, *, with_speed: bool, with_path: bool) -> None:
             await company(stack.front, expected, plan, "direct", trials=1, must_match=True)
         if with_speed:
             plan.rates["exact"] = await speed.measure(stack.front, plan, "exact")
+        if with_worth:
+            plan.rates["exact worth"] = await worth.worth(stack.front, plan, "exact")
         if with_path:
             await speed.path(stack, plan, "direct")
 
@@ -105,7 +107,7 @@ async def stock(plan: Plan, *, compare: bool, with_speed: bool) -> None:
 
 async def sabotage(plan: Plan) -> None:
     """With one override left out the self-test must notice, and with none it must not: no EXACT, and EXACT."""
-    for name in ("gemm", "split_count", "top_k", ""):
+    for name in ("gemm", "split_count", "top_k", "resume", ""):
         if plan.late():
             break
         flags, env = ("--self-test", "full", *plan.flags), {"OSTINATO_TURBOMIND_OMIT": name} if name else {}

@@ -1,8 +1,8 @@
-"""`python -m tests.gpu.rows MODEL FOLDER`: many models and settings, one start and one line each.
+"""`python -m tests.gpu.rows MODEL FOLDER`: many models and settings, two starts and one line each.
 
 MODEL is a real, small one: it is a row itself, and lends the shapes its tokenizer. They are made in FOLDER, the next one
-while a row is asked, and go when their last row is done. Every row: the self-test's grade, 32 targets alone, among 64, and
-among 256.
+while a row is asked, and go when their last row is done. Every row: the self-test's grade; 32 targets alone without a prefix
+cache, and with it among 64 and among 256; and prompts that begin alike, of every rest, alone and all at once.
 Cut prompts (chunked prefill) are no row: this service never lets TurboMind cut one.
 """
 
@@ -14,14 +14,15 @@ import os
 import shlex
 import tempfile
 import time
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from ostinato.v1 import types_pb2
 
-from tests.gpu import shapes
+from tests.gpu import prefix, shapes
 from tests.gpu.compare import alone, grade, introduce, together
 from tests.gpu.parts import fingerprint, overrides_of
 from tests.gpu.plan import Plan, Reference, names, numbers, say, why
@@ -45,10 +46,12 @@ class Row:
 ROWS = (
     Row("SmolLM2 bf16", "", "--dtype bfloat16"),
     Row("1b bf16", "llama-1b"),
+    Row("1b 8 parts", "llama-1b", "--attention-splits 8"),
     Row("1.7b bf16", "qwen3-1.7b"),
     Row("1.7b kv8", "qwen3-1.7b", "--kv-bits 8"),
     Row("1.7b kv4", "qwen3-1.7b", "--kv-bits 4"),
     Row("1.7b 16k", "qwen3-1.7b", "--context-tokens 16384"),
+    Row("1.7b 16k 1 part", "qwen3-1.7b", "--context-tokens 16384 --attention-splits 1"),
     Row("1.7b 32k", "qwen3-1.7b", "--context-tokens 32768"),
     Row("moe", "qwen3-moe"),
     Row("8b awq", "llama-8b-awq"),
@@ -66,18 +69,32 @@ async def nothing() -> None:
 
 
 async def measure(plan: Plan, title: str, once_up: Callable[[], Awaitable[None]] = nothing) -> tuple[Reference, str]:
-    """One start: what the targets are alone, and a line. Adds to `plan.bad` what an EXACT service may not do."""
+    """A line from two starts: what targets, and prompts that begin alike, are alone without a prefix cache, and then with one.
+    Adds to `plan.bad` what an EXACT service may not do."""
     began = time.monotonic()
-    async with running(plan.model, plan.state, *plan.flags, engine=plan.engine, start_seconds=START_SECONDS) as stack:
-        model = await introduce(stack, title)
+    async with running(
+        plan.model, plan.state, *plan.flags, *prefix.off(plan), engine=plan.engine, start_seconds=START_SECONDS
+    ) as stack:
+        model = await introduce(stack, f"{title}, without a prefix cache")
         await once_up()
         reference = await alone(stack, plan)
+        asks = prefix.ladder(model.context_tokens, few=True)
+        expected = await prefix.alone(stack.front, asks)
+    async with running(plan.model, plan.state, *plan.flags, engine=plan.engine, start_seconds=START_SECONDS) as stack:
+        model = await introduce(stack, title)
+        reference = replace(reference, model=model)
         cells = await among(stack, reference, plan, title)
+        check = prefix.Check(plan, title, must_match=model.grade == types_pb2.GRADE_EXACT)
+        await check.ladder(stack.front, expected, asks, 1)
+        cells += [
+            f"{check.differed} on the ladder",
+            str(prefix.counters(stack).get("lmdeploy_cached_tokens_total", 0)) + " cached",
+        ]
     dtype = model.fingerprint.fields.get("dtype", "")
     reason = "" if model.grade == types_pb2.GRADE_EXACT else f" ({model.grade_reason[:110]})"
     diverged = f"of {len(reference.asks)} diverged {', '.join(cells)}"
     line = (
-        f"{title:14} {dtype:8} {' '.join(plan.flags):32} {grade(model):11} {diverged:40}"
+        f"{title:16} {dtype:8} {' '.join(plan.flags):32} {grade(model):11} {diverged:40}"
         f" digest {reference.digest} fingerprint {fingerprint(model)}, {time.monotonic() - began:.0f} s{reason}"
     )
     return reference, line
@@ -105,35 +122,44 @@ async def among(stack: Stack, reference: Reference, plan: Plan, title: str) -> l
     return cells
 
 
-async def rows(plan: Plan, chosen: Sequence[Row], folder: Path) -> None:
-    """One after the other, while there is time; the shape of the next one is made while this one runs."""
+async def rows(plan: Plan, chosen: Sequence[Row], folder: Path, *, at_once: int = 1, layers: int = 0) -> None:
+    """While there is time, so many of them at once; the shapes of the next ones are made while these run."""
     making: dict[str, Making] = {}
+    left, lock = Counter(row.shape for row in chosen), asyncio.Lock()
+    waiting = deque(chosen)
 
     async def begin(*those: Row) -> None:
-        for row in those:
-            if row.shape and row.shape not in making and plan.engine == "turbomind":
-                making[row.shape] = await shapes.begin(row.shape, plan.model, folder)
+        async with lock:
+            for row in those:
+                if row.shape and row.shape not in making and plan.engine == "turbomind":
+                    making[row.shape] = await shapes.begin(row.shape, plan.model, folder, layers)
 
-    for index, row in enumerate(chosen):
-        if plan.late():
-            plan.lines.append(f"{row.name:14} no time")
-            continue
-        flags = tuple(shlex.split(row.flags)) if plan.engine == "turbomind" else ()
-        try:
-            await begin(row)
-            model = await making[row.shape].ready() if row.shape in making else plan.model
-            own = Plan(
-                model, plan.state, (*plan.flags, *flags), plan.engine, plan.targets, plan.new_tokens, plan.totals,
-                deadline=plan.deadline, bad=plan.bad,
-            )  # fmt: skip
-            _, line = await measure(own, row.name, partial(begin, *chosen[index + 1 : index + 2]))
-        except Exception as error:  # noqa: BLE001  # a row that cannot be had says so, and the next one goes on
-            line = f"{row.name:14} CANNOT: {why(error)}"
-        plan.tell(line)
-        if row.shape in making and all(later.shape != row.shape for later in chosen[index + 1 :]):
-            await making.pop(row.shape).remove()
-    for left in making.values():
-        await left.remove()
+    async def work() -> None:
+        while waiting:
+            row = waiting.popleft()
+            if plan.late():
+                plan.lines.append(f"{row.name:16} no time")
+                continue
+            try:
+                await begin(row)
+                model = await making[row.shape].ready() if row.shape in making else plan.model
+                flags = tuple(shlex.split(row.flags)) if plan.engine == "turbomind" else ()
+                own = Plan(
+                    model, plan.state, (*plan.flags, *flags), plan.engine, plan.targets, plan.new_tokens, plan.totals,
+                    deadline=plan.deadline, bad=plan.bad,
+                )  # fmt: skip
+                _, line = await measure(own, row.name, partial(begin, *list(waiting)[:1]))
+            except Exception as error:  # noqa: BLE001  # a row that cannot be had says so, and the next one goes on
+                line = f"{row.name:16} CANNOT: {why(error)}"
+                plan.bad.append(line)
+            plan.tell(line)
+            left[row.shape] -= 1
+            if row.shape in making and not left[row.shape]:
+                await making.pop(row.shape).remove()
+
+    await asyncio.gather(*(work() for _ in range(at_once)))
+    for unused in making.values():
+        await unused.remove()
 
 
 def arguments(program: str) -> argparse.ArgumentParser:
@@ -175,6 +201,8 @@ def conclude(plan: Plan, began: float) -> int:
 def main() -> None:
     parser = arguments("python -m tests.gpu.rows")
     parser.add_argument("folder", type=Path, help="where shapes are made: room for two, 25 GB")
+    parser.add_argument("--at-once", type=int, default=1, help="rows that run side by side; give each a --cache-fraction")
+    parser.add_argument("--layers", type=int, default=0, help="of the shapes, for less time; 0: as many as they have")
     parser.add_argument("--rows", type=names, default=(), help=f"of {', '.join(row.name for row in ROWS)}; none: all")
     given, began = parser.parse_args(), time.monotonic()
     if unknown := set(given.rows) - {row.name for row in ROWS}:
@@ -182,7 +210,7 @@ def main() -> None:
     chosen = [row for row in ROWS if not given.rows or row.name in given.rows]
     with tempfile.TemporaryDirectory(prefix="ostinato-state-") as state:
         plan = plan_of(given, state)
-        asyncio.run(rows(plan, chosen, given.folder))
+        asyncio.run(rows(plan, chosen, given.folder, at_once=given.at_once, layers=given.layers))
         code = conclude(plan, began)
     os._exit(code)
 

@@ -1,4 +1,4 @@
-"""`python -m tests.gpu.shapes SHAPE MODEL FOLDER`: a model of a known shape with random weights, and MODEL's tokenizer.
+"""`python -m tests.gpu.shapes SHAPE MODEL FOLDER [LAYERS]`: a model of a known shape with random weights, MODEL's tokenizer.
 
 Random weights are the worst case: near-ties everywhere, so that a last bit that differs shows in a token soon.
 """
@@ -108,12 +108,13 @@ def norms(config: Config) -> Iterator[tuple[str, int]]:
             yield f"{layer}.self_attn.k_norm", config["head_dim"]
 
 
-def make(shape: str, model: Path, folder: Path) -> None:
+def make(shape: str, model: Path, folder: Path, layers: int = 0) -> None:
     """Writes a Hugging Face folder; needs torch, and is quick with a GPU."""
     import torch
     from safetensors.torch import save_file
 
     config = json.loads((model / "config.json").read_text()) | BASE | SHAPES[shape]
+    config["num_hidden_layers"] = layers or config["num_hidden_layers"]
     folder.mkdir(parents=True, exist_ok=True)
     for path in model.iterdir():
         if "safetensors" not in path.name:
@@ -189,10 +190,10 @@ class Making:
         await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
 
 
-async def begin(shape: str, model: Path, within: Path) -> Making:
+async def begin(shape: str, model: Path, within: Path, layers: int = 0) -> Making:
     path = os.pathsep.join([str(ROOT), str(ROOT / "proto"), os.environ.get("PYTHONPATH", "")])
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.gpu.shapes", shape, str(model), str(within / shape), cwd=ROOT,
+        sys.executable, "-m", "tests.gpu.shapes", shape, str(model), str(within / shape), str(layers), cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path}, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     return Making(shape, within / shape, asyncio.create_task(process.communicate()), process)
@@ -200,5 +201,5 @@ async def begin(shape: str, model: Path, within: Path) -> Making:
 
 if __name__ == "__main__":
     start = time.monotonic()
-    make(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    make(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]) if sys.argv[4:] else 0)
     print(f"{sys.argv[1]} made in {time.monotonic() - start:.1f} s")

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ostinato.errors import OstinatoError
 from ostinato.v1 import types_pb2
@@ -79,10 +79,10 @@ def _outputs(answers: Answers) -> list[types_pb2.Output]:
     return [answer for answer in answers.values() if not isinstance(answer, OstinatoError)]
 
 
-async def bare(plan: Plan) -> None:
-    """LMDeploy's pipeline with nothing of ours, in a process of its own."""
+async def bare(plan: Plan, parts: Sequence[str]) -> None:
+    """LMDeploy's pipeline with nothing of ours, in a process of its own: "speed", "worth" or both."""
     batches = ",".join(map(str, plan.batches))
-    arguments = ["-m", "tests.gpu.bare", str(plan.model), "--batches", batches, *plan.flags]
+    arguments = ["-m", "tests.gpu.bare", str(plan.model), "--batches", batches, "--parts", ",".join(parts), *plan.flags]
     path = os.pathsep.join([str(ROOT), str(ROOT / "proto"), os.environ.get("PYTHONPATH", "")])
     process = await asyncio.create_subprocess_exec(
         sys.executable, *arguments, cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
@@ -101,7 +101,7 @@ async def bare(plan: Plan) -> None:
     say(
         f"== bare pipeline: {found['bare']}, up after {found['started_seconds']:.1f} s, detokenises by itself: {found['rates']}"
     )
-    plan.rates["bare"] = found["rates"]
+    plan.rates["bare"], plan.rates["bare worth"] = found["rates"], found["worth"]
     plan.bad += found["bad"]
 
 

@@ -29,8 +29,8 @@ async def measure(plan: Plan, splits: tuple[int, ...]) -> Mapping[str, Mapping[s
                 await introduce(stack, f"{parts} parts")
                 rates[str(parts)] = await speed.measure(stack.front, plan, f"{parts} parts")
     with plan.part("bare pipeline"):
-        await speed.bare(plan)
-    return rates | plan.rates
+        await speed.bare(plan, ("speed",))
+    return rates | {name: found for name, found in plan.rates.items() if found}
 
 
 def table(rates: Mapping[str, Mapping[str, float]]) -> list[str]:

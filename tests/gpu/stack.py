@@ -37,6 +37,7 @@ class Stack:
     metrics_port: int
     start_service: Callable[[], Program]
     """Another one like it, in its place."""
+    start_sidecar: Callable[[], Program]
     sidecar: Program | None = None
     public: str = ""
     """The sidecar's address."""
@@ -49,7 +50,7 @@ class Stack:
 
 @asynccontextmanager
 async def running(
-    model: Path,
+    model: Path | None,
     state: Path,
     *flags: str,
     sidecar: bool = False,
@@ -67,10 +68,17 @@ async def running(
 
         def start_service() -> Program:
             arguments = ["--engine", engine, "--listen", address, "--metrics", "127.0.0.1:0"]
-            arguments += ["--model", str(model)] if engine != "scripted" else []
+            arguments += ["--model", str(model)] if engine != "scripted" and model is not None else []
             arguments += ["--state-dir", str(state), "--message-bytes-max", str(MESSAGE_BYTES), "--log-format", "json"]
             programs[:1] = [Program("service", [*arguments, *flags], full_env)]
             return programs[0]
+
+        def start_sidecar() -> Program:
+            arguments = ["--engine", address, "--journal", f"{folder}/journal.sqlite", "--metrics", "127.0.0.1:0"]
+            arguments += ["--listen", f"unix:{folder}/public.sock", "--log-format", "json"]
+            arguments += ["--audit-rate", "0", "--canary-seconds", "0"]  # alone means alone
+            programs[1:] = [Program("sidecar", arguments, full_env)]
+            return programs[1]
 
         start_service()
         try:
@@ -78,18 +86,17 @@ async def running(
             seconds = time.monotonic() - began
             port = int(str(programs[0].wait_for("metrics")["port"]))
             if sidecar:
-                arguments = ["--engine", address, "--journal", f"{folder}/journal.sqlite", "--metrics", "127.0.0.1:0"]
-                arguments += ["--listen", f"unix:{folder}/public.sock", "--log-format", "json"]
-                arguments += ["--audit-rate", "0", "--canary-seconds", "0"]  # alone means alone
-                programs.append(Program("sidecar", arguments, full_env))
+                start_sidecar()
                 await asyncio.to_thread(programs[1].wait_for, "engine connected", 60.0)
                 public = f"unix:{folder}/public.sock"
                 async with Client(public, max_response_bytes=MESSAGE_BYTES) as client:
-                    yield Stack(SidecarFront(client), programs[0], seconds, port, start_service, programs[1], public)
+                    yield Stack(
+                        SidecarFront(client), programs[0], seconds, port, start_service, start_sidecar, programs[1], public
+                    )
             else:
                 async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
                     stub: Any = engine_pb2_grpc.EngineStub(channel)
-                    yield Stack(ServiceFront(stub), programs[0], seconds, port, start_service)
+                    yield Stack(ServiceFront(stub), programs[0], seconds, port, start_service, start_sidecar)
             code = await asyncio.to_thread(programs[-1].stop) if sidecar else 0
             code = code or await asyncio.to_thread(programs[0].stop)
             if code:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu import splits
+from tests.gpu import prefix, scoreboard, splits, worth
 from tests.gpu.speed import table
 from tests.gpu.traffic import KINDS, SECOND, targets
 from tests.pair import ROOT
@@ -33,6 +34,23 @@ def test_an_engine_whose_answers_know_their_company_is_found_out(tmp_path: Path)
 
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(r"^BAD +exact: [1-9]\d*\+0 of 16 diverged among 4$", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_prompts_that_begin_alike_are_held_against_those_alone(tmp_path: Path) -> None:
+    """Of an engine that diverges in company, conversations, ladder and followers of cancelled prompts all say so."""
+    code = (
+        "import asyncio, sys; from pathlib import Path; from tests.gpu import prefix; from tests.gpu.plan import Plan;"
+        f"plan = Plan(Path('.'), Path({str(tmp_path)!r}), ('--script', {json.dumps(LOUD | {'runs': 64})!r}), 'scripted');"
+        "asyncio.run(prefix.prefix(plan, prefix.Size(conversations=3, turns=2, rounds=1, few=True)));"
+        "print('\\n'.join(f'BAD {each}' for each in plan.bad))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}"},
+        capture_output=True, text=True, check=False, timeout=120)  # fmt: skip
+    found = re.findall(r"^BAD prefix: ([a-z ,1]+?) [1-9]\d*\+0 of ", done.stdout, re.MULTILINE)
+
+    assert found == ["ladder together, round 1", "conversations, round 1", "behind cancelled producers"], (
+        done.stdout + done.stderr
+    )
 
 
 def test_an_exact_engine_passes(tmp_path: Path) -> None:
@@ -60,6 +78,39 @@ def test_the_table_takes_geometric_means() -> None:
     lines = table({"exact": {"1": 100.0, "8": 50.0}, "bare": {"1": 50.0, "8": 100.0}})
 
     assert lines[-1].split() == ["speed", "geom.", "mean", "-", "1.000"]
+
+
+def test_the_worth_of_a_prefix_cache_stands_beside_the_pipelines() -> None:
+    """A cell that one of the two lacks is left out."""
+    lines = worth.table({"exact worth": {worth.SHARED: 70.0, worth.TURNS: 5.0}, "bare worth": {worth.SHARED: 100.0}})
+
+    assert [line.split()[1:] for line in lines] == [
+        ["shared", "prompt", "70.0", "100.0", "requests/s", "EXACT/bare", "0.700"],
+    ]
+
+
+def test_prompts_that_begin_alike_have_every_rest() -> None:
+    """Whole blocks and a token more or less, and none that the context has no room for."""
+    asks = {ask.name: list(ask.item.token_ids.ids) for ask in prefix.ladder(4096)}
+    rests = {len(ids) % 64 for ids in asks.values()}
+
+    assert rests == set(range(64))
+    assert asks["rung 129"] == asks["rung 1538"][:129]
+    assert (
+        max(map(len, asks.values())) + prefix.NEW_TOKENS <= 4096 < max(len(a.item.token_ids.ids) for a in prefix.ladder(16384))
+    )
+    assert {ask.name for ask in prefix.ladder(4096, few=True)} < asks.keys()
+
+
+def test_a_scoreboard_has_the_control_beside_each_test() -> None:
+    """A test that the control did not come to has nothing there."""
+    row = ("vLLM", "needle", 1275, 0)
+
+    assert (
+        scoreboard.table({("vLLM", "needle"): row}, {("vLLM", "needle"): (*row[:3], 7)})[-1]
+        == "| vLLM needle | 1,275 | 0 | 7 |"
+    )
+    assert scoreboard.table({("vLLM", "needle"): row}, {})[-1] == "| vLLM needle | 1,275 | 0 |  |"
 
 
 def test_streams_are_in_no_mean() -> None:

@@ -68,6 +68,8 @@ class Ask:
     """Seconds that it waits before it is sent."""
     leaves: bool = False
     """Cancelled on its way."""
+    leaves_after: float = 0.2
+    """Seconds after it was sent."""
     streams: bool = False
     follows: str = ""
     """Name of the ask whose answer its prompt begins with, once that is known."""
