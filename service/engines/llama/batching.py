@@ -3,7 +3,8 @@
 1. Runs enter in order of submission, as slots become free, and no run's prompt is begun before an earlier one's.
 2. A prompt is cut into the same pieces whatever else is in the batch, and a step takes few of them, so that those who are
    already answering do not stall.
-3. Of a run that has ended or was cancelled, nothing is left: its slot's memory is empty before the next run has it.
+3. Of a run that has ended or was cancelled, whole pieces of its prompt are left in its slot's memory (`prefixes`), or nothing
+   where prefixes are not reused; never anything of its answer.
 4. What goes wrong with one run ends that run; what goes wrong with a step ends all that have slots, and the rest goes on.
 """
 
@@ -20,12 +21,11 @@ from ostinato.v1 import types_pb2
 from service.engines.base import Events, Run
 from service.engines.llama.grammar import Grammar, GrammarLost, source_of
 from service.engines.llama.library import Batch, Library
+from service.engines.llama.prefixes import PIECE, Prefixes
 from service.engines.llama.sampling import NoTokenAllowed, Sampler, fold_seed, token_logprobs
 from service.engines.llama.vocabulary import LlamaVocabulary
 
-PREFILL_CHUNK = 64
-"""Tokens of a prompt in one step, its last chunk apart."""
-PREFILL_STEP = 64
+PREFILL_STEP = PIECE
 """Prompt tokens of all runs in one step."""
 
 Command = Run | int | None
@@ -41,8 +41,11 @@ class _Active:
     run: Run
     slot: int
     sampler: Sampler
+    started: bool = False
     fed: int = 0
     """Tokens that the model has seen."""
+    cached: int = 0
+    """Of them, those that were computed for an earlier run."""
     made: int = 0
     last: int = 0
     """The newest token, if any was made."""
@@ -63,6 +66,7 @@ class Batching:
         *,
         runs: int,
         context_tokens: int,
+        prefix_cache: bool,
         commands: SimpleQueue[Command],
         post: Callable[[Events], None],
     ) -> None:
@@ -73,6 +77,7 @@ class Batching:
         self._waiting: dict[int, Run] = {}
         self._active: dict[int, _Active] = {}
         self._free = list(range(runs))
+        self._prefixes = Prefixes(runs) if prefix_cache else None
 
     def work(self) -> None:
         """Until a command says that it is the end."""
@@ -106,9 +111,11 @@ class Batching:
         events: Events = []
         self._enter(events)
         chosen = self._choose()
-        if started := [active for active in chosen if not active.fed]:
+        if starting := [active for active in chosen if not active.started]:
             # Now, not at the end of the step: if the process dies of it, the sidecar shall know who was there.
-            self._post([active.run.started() for active in started])
+            self._post([active.run.started() for active in starting])
+        for active in starting:
+            active.started = True
         try:
             if chosen:
                 self._decode(chosen, events)
@@ -151,16 +158,35 @@ class Batching:
         )
 
     def _choose(self) -> list[_Active]:
-        """Who is in the next batch, first come first. Pieces of prompts are taken whole, or company would say where to cut."""
+        """Who is in the next batch, in order of entry. Pieces of prompts are taken whole: neighbours have no say."""
         chosen, room = [], PREFILL_STEP
         for active in self._active.values():
             if active.prefilling:
-                piece = min(PREFILL_CHUNK, len(active.run.token_ids) - active.fed)
-                room -= piece
+                if room > 0 and not active.started:
+                    self._resume(active)  # as late as can be: a run before it may have computed what both begin with
+                room -= min(PIECE, len(active.run.token_ids) - active.fed)
                 if room < 0:
                     continue
             chosen.append(active)
         return chosen
+
+    def _resume(self, active: _Active) -> None:
+        """Give a run's slot the longest beginning of its prompt that some slot holds; empty its memory otherwise."""
+        if self._prefixes is None:
+            return
+        library, context, prompt, slot = self._library, self._context, active.run.token_ids, active.slot
+        source, tokens = self._prefixes.longest(prompt, slot)
+        spare = self._prefixes.spare(slot, source, tokens if source == slot else 0, self._free)
+        if spare is not None:
+            library.copy(context, slot, spare)
+            self._prefixes.copied(slot, spare)
+        if source != slot:
+            library.copy(context, source, slot)
+        if not library.truncate(context, slot, tokens):
+            library.forget(context, slot)
+            tokens = 0
+        self._prefixes.resumed(slot, source, prompt, tokens)
+        active.fed = active.cached = tokens
 
     def _decode(self, chosen: list[_Active], events: Events) -> None:
         self._batch.clear()
@@ -168,13 +194,15 @@ class Batching:
         if problem := self._library.decode(self._context, self._batch):
             raise RuntimeError(f"llama.cpp failed with code {problem}")
         for active, row in rows:
+            if self._prefixes is not None and active.fed <= len(active.run.token_ids):
+                self._prefixes.computed(active.slot, active.run.token_ids, active.fed)
             if not active.prefilling:
                 self._advance(active, row, events)
 
     def _add(self, active: _Active) -> int:
         """Put a run's next tokens into the batch; the row of the last."""
         prompt, fed = active.run.token_ids, active.fed
-        ids = prompt[fed : fed + PREFILL_CHUNK] if active.prefilling else (active.last,)
+        ids = prompt[fed : fed + PIECE] if active.prefilling else (active.last,)
         active.fed += len(ids)
         return self._batch.add(active.slot, fed, ids, wanted=not active.prefilling)
 
@@ -205,13 +233,22 @@ class Batching:
         actives = tuple(self._active.values())
         for active in actives:
             self._leave(active)
+        for slot in self._free:  # all of them: what a step that failed has written or copied is not known
+            self._forget(slot)
         self._post([active.run.failed(why) for active in actives])
 
     def _leave(self, active: _Active) -> None:
         del self._active[active.run.run_id]
         active.sampler.close()
-        self._library.forget(self._context, active.slot)
+        held = len(self._prefixes.held[active.slot]) if self._prefixes is not None else 0
+        if not self._library.truncate(self._context, active.slot, held):
+            self._forget(active.slot)
         heapq.heappush(self._free, active.slot)
+
+    def _forget(self, slot: int) -> None:
+        self._library.forget(self._context, slot)
+        if self._prefixes is not None:
+            self._prefixes.forget(slot)
 
 
 def rows_max(runs: int) -> int:

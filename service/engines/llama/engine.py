@@ -15,11 +15,12 @@ from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.base import EngineUnusable, Events, Run
 from service.engines.llama import LlamaOptions
-from service.engines.llama.batching import PREFILL_CHUNK, PREFILL_STEP, Batching, Command, rows_max
+from service.engines.llama.batching import PREFILL_STEP, Batching, Command, rows_max
 from service.engines.llama.checker import Checker
 from service.engines.llama.grammar import SEPARATORS, Grammar, source_of
 from service.engines.llama.library import library
 from service.engines.llama.model import load_model, packaged_model
+from service.engines.llama.prefixes import PIECE
 from service.engines.llama.sampling import ORDER, PENALTY_WINDOW
 
 BLOCK_TOKENS = 64
@@ -37,10 +38,12 @@ class LlamaEngine:
     def __init__(self, options: LlamaOptions) -> None:
         """Loads the model, in whatever thread. Raises EngineUnusable."""
         self._options = options
+        wanted = options.kv == "q8_0" if options.prefix_cache is None else options.prefix_cache
         self._library = library()
         self._model = load_model(self._library, options.model or packaged_model())
         self.vocabulary, self.model_name, self.chat = self._model.vocabulary, self._model.name, self._model.vocabulary.chat
         self.context_tokens, self.top_k_max = options.context_tokens, self.vocabulary.size
+        self._prefix_cache = wanted and self._library.can_resume(self._model.handle)
         self._commands: SimpleQueue[Command] = SimpleQueue()
         self._live: set[int] = set()
         """Runs of which something may still be reported."""
@@ -80,8 +83,9 @@ class LlamaEngine:
             "threads": str(options.threads),
             "runs": str(options.runs),
             "context_tokens": str(options.context_tokens),
-            "prefill_chunk": str(PREFILL_CHUNK),
+            "prefill_chunk": str(PIECE),
             "prefill_step": str(PREFILL_STEP),
+            "prefix_cache": "on" if self._prefix_cache else "off",
             "penalty_window": str(PENALTY_WINDOW),
             "sampling": ORDER,
             "json_separators": f"{SEPARATORS['item_separator']!r} {SEPARATORS['key_separator']!r}",
@@ -112,6 +116,7 @@ class LlamaEngine:
             self.vocabulary,
             runs=self._options.runs,
             context_tokens=self._options.context_tokens,
+            prefix_cache=self._prefix_cache,
             commands=self._commands,
             post=self._post,
         )

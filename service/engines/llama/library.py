@@ -173,6 +173,24 @@ class Library:
         address: int = self._c.llama_get_logits_ith(context, row)
         return np.ctypeslib.as_array((ctypes.c_float * size).from_address(address))
 
+    def copy(self, context: int, source: int, target: int) -> None:
+        """Let the second sequence hold what the first holds, and nothing else."""
+        memory = self._c.llama_get_memory(context)
+        self._c.llama_memory_seq_rm(memory, target, -1, -1)
+        self._c.llama_memory_seq_cp(memory, source, target, -1, -1)
+
+    def truncate(self, context: int, sequence: int, tokens: int) -> bool:
+        """Free what the context holds of a sequence behind its first `tokens`. Whether just these are there now."""
+        memory = self._c.llama_get_memory(context)
+        if not self._c.llama_memory_seq_rm(memory, sequence, tokens, -1):
+            return False
+        ends = (self._c.llama_memory_seq_pos_min(memory, sequence), self._c.llama_memory_seq_pos_max(memory, sequence))
+        return ends == ((0, tokens - 1) if tokens else (-1, -1))
+
+    def can_resume(self, model: int) -> bool:
+        """Whether a sequence's memory can be cut at any token: not where it is a state that every token changes."""
+        return not (self._c.llama_model_is_recurrent(model) or self._c.llama_model_is_hybrid(model))
+
     def forget(self, context: int, sequence: int) -> None:
         """Free what the context holds of a sequence."""
         self._c.llama_memory_seq_rm(self._c.llama_get_memory(context), sequence, -1, -1)
