@@ -30,7 +30,7 @@ INT32_MAX = 2**31 - 1
 ENGINES = ("llama", "turbomind", "scripted")
 _SHARED = ("model", "context_tokens", "runs")
 OWN = {
-    "llama": (*_SHARED, "threads", "kv", "ubatch"),
+    "llama": (*_SHARED, "threads", "kv", "ubatch", "prefix_cache"),
     "turbomind": (
         *_SHARED,
         "dtype",
@@ -125,7 +125,7 @@ class Settings:
     )
     prefix_cache: str | None = field(
         None,
-        "turbomind: take a prompt's beginning from an earlier one that had the same",
+        "llama, turbomind: take a prompt's beginning from an earlier one that had the same; llama: with kv q8_0 only",
         choices=("on", "off"),
         applies=_applies("prefix_cache"),
     )

@@ -25,7 +25,8 @@ the dog barked, somewhere below.
 LONG, SHORT, CROWD, REUSED = 8, 12, 48, 6
 """New tokens of long and of short prompts, of those that make up a crowd, and of those that begin alike."""
 SHARED_BLOCKS, TEXTS = 2, 2
-"""Of a prefix cache, what prompts that begin alike have in common; and how many such beginnings there are."""
+"""Of a prefix cache, what prompts that begin alike have in common; and how many such beginnings there are. Of an engine that
+runs no crowd one block, one beginning, and of each prompt only the form that is asked cold: there, prompts are slow."""
 CROWD_MIN, CROWD_MAX = 32, 64
 """An engine that runs so many at once is tested with a crowd, for kernels change their mind with the size of a batch."""
 
@@ -76,16 +77,20 @@ class Rung:
     asked cold."""
 
 
-def rungs(vocabulary: Vocabulary, context_tokens: int, block_tokens: int, top_k_max: int, copy: int = 0) -> list[Rung]:
+def rungs(
+    vocabulary: Vocabulary, context_tokens: int, block_tokens: int, top_k_max: int, runs: int, copy: int = 0
+) -> list[Rung]:
     """Prompts whose rests behind a cached beginning are 0, 1 and 2 tokens, and around a block. Each in two forms: one that is
     asked cold, and one that follows another with its beginning. Cold and again would not do, for a run whose rest is a block or
     more leaves that in the cache too. No others begin alike, copies included. None where the context is too small."""
-    shared = SHARED_BLOCKS * block_tokens
+    crowd = runs >= CROWD_MIN
+    blocks, texts, forms = (SHARED_BLOCKS, TEXTS, (False, True)) if crowd else (1, 1, (False,))
+    shared = blocks * block_tokens
     found: list[Rung] = []
-    for rest in TEXTS * (0, 1, 2, block_tokens - 1, block_tokens, block_tokens + 1):
+    for rest in texts * (0, 1, 2, block_tokens - 1, block_tokens, block_tokens + 1):
         if shared + rest + REUSED > context_tokens:
             continue
-        for follows in (False, True):
+        for follows in forms:
             index = 1000 * (copy + 1) + 4 * len(found)
             own = _reused(f"rest {rest}", index, shared + rest, vocabulary, top_k_max)
             before = _reused(f"rest {rest}, before", index, shared, vocabulary, top_k_max) if follows else None

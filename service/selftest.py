@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from ostinato.digest import logprobs_digest, output_digest
 from ostinato.v1 import engine_pb2, types_pb2
 
-from service.probes import Probe, Rung, probes, rungs, strangers
+from service.probes import CROWD_MIN, Probe, Rung, probes, rungs, strangers
 from service.runs import Owner, Runs
 
 VERSION = "3"
@@ -47,9 +47,9 @@ async def self_test(runs: Runs, clock: Callable[[], float], timeout_seconds: flo
     asked = probes(engine.vocabulary, engine.context_tokens, engine.capacity.runs, engine.top_k_max)
     ladders: list[list[Rung]] = []
     if engine.prefix_cache:
-        context, block = engine.context_tokens, engine.capacity.block_tokens
-        ladders = [rungs(engine.vocabulary, context, block, engine.top_k_max, copy) for copy in range(1 if serial else 2)]
-    bench = _Bench(runs, asked, *ladders)
+        of = engine.vocabulary, engine.context_tokens, engine.capacity.block_tokens, engine.top_k_max, engine.capacity.runs
+        ladders = [rungs(*of, copy) for copy in range(1 if serial or engine.capacity.runs < CROWD_MIN else 2)]
+    bench = _Bench(runs, asked, *ladders, company_first=engine.prefix_cache and not serial)
     try:
         async with asyncio.timeout(timeout_seconds):
             await bench.alone()
@@ -76,12 +76,19 @@ class _Bench:
     """Runs probes and compares each output with the first of its probe."""
 
     def __init__(
-        self, runs: Runs, probes: Sequence[Probe], alone_first: Sequence[Rung] = (), company_first: Sequence[Rung] = ()
+        self,
+        runs: Runs,
+        probes: Sequence[Probe],
+        ladder_alone: Sequence[Rung] = (),
+        ladder_company: Sequence[Rung] = (),
+        *,
+        company_first: bool = False,
     ) -> None:
-        """The two ladders are for an engine with a prefix cache."""
+        """The ladders, which run first alone and first in company, are for an engine with a prefix cache. `company_first`:
+        every other probe runs in company first too."""
         self._owner = Owner(runs, self._on_event)
         self._probes = probes
-        self._alone_first, self._company_first = alone_first, company_first
+        self._ladder_alone, self._ladder_company, self._company_first = ladder_alone, ladder_company, company_first
         self._cached_tokens = 0
         """That the cache supplied to the ladders."""
         self._ids = itertools.count(1)
@@ -94,11 +101,11 @@ class _Bench:
         """Each by itself: what all that comes after is compared with."""
         for probe in self._probes[:: 2 if self._company_first else 1]:
             self._compare(probe, await self._start(probe), "")
-        for rung in self._alone_first:
+        for rung in self._ladder_alone:
             if rung.before is not None:
                 await self._start(rung.before)
             self._compare(rung.probe, await self._start(rung.probe), "")
-        for rung in self._alone_first:
+        for rung in self._ladder_alone:
             self._compare(rung.probe, await self._start(rung.probe), "when its beginning came from the cache")
 
     async def again(self) -> None:
@@ -107,10 +114,10 @@ class _Bench:
 
     async def in_company(self, others: Sequence[Probe]) -> None:
         """In two kinds of company."""
-        before = [self._start(rung.before) for rung in self._company_first if rung.before is not None]
+        before = [self._start(rung.before) for rung in self._ladder_company if rung.before is not None]
         for end in before:
             await end
-        everyone = [*self._probes, *(rung.probe for rung in (*self._alone_first, *self._company_first))]
+        everyone = [*self._probes, *(rung.probe for rung in (*self._ladder_alone, *self._ladder_company))]
         ends = [self._start(probe) for probe in everyone]
         for probe, end in zip(everyone, ends, strict=True):
             self._compare(probe, await end, "together with the other prompts")
@@ -126,19 +133,19 @@ class _Bench:
             self._compare(probe, await end, "in another order, among strangers")
             self._owner.cancel(leaving)
         if self._company_first:
-            for probe in (*self._probes[1::2], *(rung.probe for rung in self._company_first)):
+            for probe in (*self._probes[1::2], *(rung.probe for rung in self._ladder_company)):
                 self._compare(probe, await self._start(probe), "alone, after it had run in company")
 
     def conclude(self) -> None:
         """A cache that was not hit was not tested."""
-        if self._alone_first and not self._cached_tokens:
+        if self._ladder_alone and not self._cached_tokens:
             raise _Unequal("the prefix cache supplied nothing, so that it is not tested")
 
     def summary(self, serial: bool) -> str:
         lengths = sorted(len(probe.token_ids) for probe in self._probes)
         ways = "twice, one at a time" if serial else "alone, together, and in another order among strangers"
-        rests = sorted({rung.rest for rung in self._alone_first})
-        count = len(self._alone_first) + len(self._company_first)
+        rests = sorted({rung.rest for rung in self._ladder_alone})
+        count = len(self._ladder_alone) + len(self._ladder_company)
         behind = f", and {count} behind a cached beginning with rests of {', '.join(map(str, rests))} tokens" if count else ""
         return (
             f"{len(self._probes)} prompts of {lengths[0]} to {lengths[-1]} tokens{behind} gave the same tokens and logprob bits"

@@ -16,10 +16,10 @@ from pathlib import Path
 import apsw
 from rich.console import Console
 
-from tests.bench import appending, audits, bulk, crowd, door, growth, journal, memory, overhead, starts, tokens
+from tests.bench import appending, audits, bulk, crowd, door, growth, journal, memory, overhead, prefix, starts, tokens
 from tests.bench.table import Table
 
-WHAT = ("overhead", "door", "crowd", "audits", "bulk", "journal", "appending", "growth", "memory", "starts", "tokens")
+WHAT = ("overhead", "door", "crowd", "audits", "bulk", "journal", "appending", "growth", "memory", "starts", "tokens", "prefix")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -70,6 +70,8 @@ async def measured(
                 tables.append(await asyncio.to_thread(starts.measure, rounds, llama=llama))
             case "tokens" if llama:
                 tables.append(await tokens.measure(rounds))
+            case "prefix" if llama:
+                tables.append(await prefix.measure(rounds))
     return tables
 
 

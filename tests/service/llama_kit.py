@@ -89,5 +89,8 @@ def regex(text: str) -> types_pb2.ResponseFormat:
 
 
 def bits(output: types_pb2.Output) -> bytes:
-    """Everything: tokens, text, and the logprobs to the last bit."""
-    return output.SerializeToString(deterministic=True)
+    """Everything that the request determines: tokens, text, and the logprobs to the last bit."""
+    determined = types_pb2.Output()
+    determined.CopyFrom(output)
+    determined.ClearField("cached_tokens")
+    return determined.SerializeToString(deterministic=True)

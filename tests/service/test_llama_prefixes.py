@@ -133,7 +133,7 @@ def test_two_prompts_in_turn_are_both_kept() -> None:
 @pytest_asyncio.fixture(scope="module", loop_scope="module", name="cold")
 async def _cold() -> AsyncIterator[list[bytes]]:
     """The answers to PROMPTS on an engine that reuses nothing."""
-    bench = Bench(load(small(prefix_cache=False)))
+    bench = Bench(load(small(prefix_cache="off")))
     yield [bits(await bench.answer(list(prompt), **_about(number))) for number, prompt in enumerate(PROMPTS)]
     await bench.engine.close()
 
@@ -176,7 +176,7 @@ async def test_runs_that_start_together_share(bench: Bench, monkeypatch: pytest.
 async def test_a_producer_that_is_cancelled(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run computed before it was cancelled, in its prompt or its answer, is reused, and no bit differs."""
     prompt = random.Random(3).choices(range(100, 40_000), k=2 * PIECE + 10)
-    reference = Bench(load(small(prefix_cache=False)))
+    reference = Bench(load(small(prefix_cache="off")))
     expected = bits(await reference.answer(prompt, **_about(0)))
     await reference.engine.close()
     doomed = bench.start(prompt, stream=True, max_new_tokens=100)
@@ -188,7 +188,10 @@ async def test_a_producer_that_is_cancelled(bench: Bench, monkeypatch: pytest.Mo
     bench.engine.cancel(doomed)
     rows = _count_rows(bench, monkeypatch)
 
-    assert [first, bits(await bench.answer(prompt, **_about(0)))] == [expected] * 2
+    again = await bench.answer(prompt, **_about(0))
+
+    assert [first, bits(again)] == [expected] * 2
+    assert again.cached_tokens == 2 * PIECE
     assert sum(rows[-4:]) == 10 + 3
 
 

@@ -54,9 +54,9 @@ class LlamaOptions:
     """Type of the KV cache. With f16, attention takes one kernel or another by what is in the batch."""
     ubatch: int = 512
     """Rows computed at once, at most."""
-    prefix_cache: bool | None = None
-    """Whether the beginning of a prompt that an earlier run had too is copied and not computed. None: if the KV cache is q8_0;
-    with f16 its values may depend on what was in the batch when they were computed, and a copy would keep that."""
+    prefix_cache: Literal["on", "off"] = "on"
+    """Whether the beginning of a prompt that an earlier run had too is copied and not computed. Never with KV of f16:
+    its values may depend on what was in the batch when they were computed, and a copy would keep that."""
 
     def __post_init__(self) -> None:
         """Raises EngineUnusable for what llama.cpp would refuse less kindly, or cut down by itself."""

@@ -218,7 +218,7 @@ class Batching:
         events += run.news()
         if complete:
             self._leave(active)
-            events.append(run.finished(fold_seed(run.seed), types_pb2.LOGPROB_KIND_RAW))
+            events.append(run.finished(fold_seed(run.seed), types_pb2.LOGPROB_KIND_RAW, active.cached))
 
     def _accept(self, active: _Active, row: int) -> bool:
         logits = self._library.logits(self._context, row, self._vocabulary.size)

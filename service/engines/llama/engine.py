@@ -38,12 +38,12 @@ class LlamaEngine:
     def __init__(self, options: LlamaOptions) -> None:
         """Loads the model, in whatever thread. Raises EngineUnusable."""
         self._options = options
-        wanted = options.kv == "q8_0" if options.prefix_cache is None else options.prefix_cache
         self._library = library()
         self._model = load_model(self._library, options.model or packaged_model())
         self.vocabulary, self.model_name, self.chat = self._model.vocabulary, self._model.name, self._model.vocabulary.chat
         self.context_tokens, self.top_k_max = options.context_tokens, self.vocabulary.size
-        self._prefix_cache = wanted and self._library.can_resume(self._model.handle)
+        wanted = options.prefix_cache == "on" and options.kv == "q8_0"
+        self.prefix_cache = wanted and self._library.can_resume(self._model.handle)
         self._commands: SimpleQueue[Command] = SimpleQueue()
         self._live: set[int] = set()
         """Runs of which something may still be reported."""
@@ -67,10 +67,6 @@ class LlamaEngine:
         return engine_pb2.Capacity(runs=runs, kv_blocks=runs * blocks_per_run, block_tokens=BLOCK_TOKENS)
 
     @property
-    def prefix_cache(self) -> bool:
-        return False
-
-    @property
     def fields(self) -> Mapping[str, str]:
         options = self._options
         return {
@@ -85,7 +81,7 @@ class LlamaEngine:
             "context_tokens": str(options.context_tokens),
             "prefill_chunk": str(PIECE),
             "prefill_step": str(PREFILL_STEP),
-            "prefix_cache": "on" if self._prefix_cache else "off",
+            "prefix_cache": "on" if self.prefix_cache else "off",
             "penalty_window": str(PENALTY_WINDOW),
             "sampling": ORDER,
             "json_separators": f"{SEPARATORS['item_separator']!r} {SEPARATORS['key_separator']!r}",
@@ -116,7 +112,7 @@ class LlamaEngine:
             self.vocabulary,
             runs=self._options.runs,
             context_tokens=self._options.context_tokens,
-            prefix_cache=self._prefix_cache,
+            prefix_cache=self.prefix_cache,
             commands=self._commands,
             post=self._post,
         )
