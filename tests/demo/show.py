@@ -97,11 +97,13 @@ def table(
 
 
 def counted(port: int) -> str:
-    """Where the sidecar's metrics are, and what they say."""
+    """What the sidecar's metrics say, and how to have a pair that stays."""
     wanted = ("ostinato_ended_items_total", "ostinato_comparisons_total", "ostinato_collision", "ostinato_last_sequence")
     shown = [
         f"  {name} {value:g}"
         for name, value in sorted(samples(port).items())
         if name.startswith(wanted) and not name.split("{")[0].endswith("_created")
     ]
-    return "\n".join([f"\nhttp://127.0.0.1:{port}/metrics counted", *shown])
+    return "\n".join(
+        ["\nthe sidecar's metrics", *shown, "\nBoth programs have ended. `make up` starts them and leaves them running."]
+    )
