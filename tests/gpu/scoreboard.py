@@ -51,8 +51,8 @@ class Size:
     shared_words: int = 1200
 
 
-CPU = Size(1, (4, 6), (30, 50), 12, (20, 70), (1, 2, 3, 8), 4, 8, 60, (1, 63, 128), 60)
-CONTROLS = {"turbomind": ("--no-exact",), "llama": ("--kv", "f16", "--ubatch", "512")}
+CPU = Size(1, (4, 6), (30, 50), 12, (40, 110), (1, 3, 6), 5, 8, 120, (1, 65, 191, 320), 120)
+CONTROLS = {"turbomind": ("--no-exact",), "llama": ("--kv", "f16", "--ubatch", "512", "--threads", "2")}
 CONTEXT = ("--context-tokens", "8192")
 """Of the GPU: for prompts of 4,097 tokens."""
 FEYNMAN = "Tell me about Richard Feynman: "

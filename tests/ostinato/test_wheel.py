@@ -61,7 +61,7 @@ def test_it_has_every_file_in_its_place(wheel: zipfile.ZipFile) -> None:
 
 
 def test_no_package_is_called_service_or_sidecar(python: Path, tmp_path: Path) -> None:
-    """Whoever installs the wheel keeps these names for themselves."""
+    """The wheel takes none of these names in site-packages: a user may have packages of the same names."""
     code = "import importlib.util as i, ostinato; print([i.find_spec(n) for n in ('service', 'sidecar')], ostinato.__file__)"
     done = subprocess.run([python, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
 

@@ -197,7 +197,7 @@ async def test_an_answer_that_is_not_kept(postgres: Postgres) -> None:
 
 
 async def test_a_follower_that_fails(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ends the task that follows the journal is told to whoever watches over the process, and is not lost with it."""
+    """What ends the task that follows the journal reaches the task that supervises it, and is not lost."""
     await two.admitted(1)
     await two.elsewhere.join(Unary(1, account()), [1])
 

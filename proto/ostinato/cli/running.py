@@ -316,7 +316,7 @@ def _held(state: Path) -> Iterator[None]:
 
 @contextmanager
 def _folder_for_socket() -> Iterator[str]:
-    """Between service and sidecar, open to nobody else."""
+    """Between service and sidecar, closed to other users."""
     place = tempfile.gettempdir()
     with tempfile.TemporaryDirectory(
         prefix="ostinato-",
