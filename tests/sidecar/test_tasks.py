@@ -49,7 +49,7 @@ async def test_a_shadow_that_ends(
     await shadow.run(hello)
     await shadow.close()
 
-    (record,) = [each for each in caplog.records if each.levelno >= logging.ERROR]
+    (record,) = [each for each in caplog.records if each.levelno >= logging.ERROR and each.name.startswith("sidecar")]
     assert record.getMessage() == message
     assert bool(record.exc_info) == traceback
     assert str(error) in (str(record.exc_info) if traceback else cast(Any, record).why)
