@@ -11,6 +11,8 @@ import pytest_asyncio
 from service.engines.llama import load
 from tests.service.llama_kit import Bench, small
 
+GRPC = "PollerCompletionQueue"
+"""gRPC's own poller, which may still write to the loop of a test before."""
 ON_PURPOSE = ("crashing, as the script says", "a step failed", "could not prepare")
 
 
@@ -20,7 +22,7 @@ def no_errors_in_the_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     errors = [
         record.getMessage()
         for record in caplog.get_records("call")
-        if record.levelno >= logging.ERROR and record.getMessage() not in ON_PURPOSE
+        if record.levelno >= logging.ERROR and record.getMessage() not in ON_PURPOSE and GRPC not in record.getMessage()
     ]
     assert errors == []
 
