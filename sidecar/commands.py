@@ -26,7 +26,7 @@ from sidecar.journal.diagnosis import RESTORE
 from sidecar.journal.keeping import Kept
 from sidecar.journal.ledger import LOST_MAX
 from sidecar.journal.mark import MarkFile
-from sidecar.journal.salvage import copied, sound_part
+from sidecar.journal.salvage import copied, keys_of, sound_part
 from sidecar.journal.salvage import lines as sound_lines
 from sidecar.journal.transfer import LinesUnusable, take_in
 from sidecar.journal.transfer import export as lines_of
@@ -82,6 +82,8 @@ def verify(journal: Journal = JOURNAL, config: Config = None) -> None:
                 others = f" (and {len(checked.faults) - 1} more, some because of it)" if len(checked.faults) > 1 else ""
                 raise JournalUnusable(f"{kept.name} is damaged: {checked.faults[0]}{others}: {RESTORE}")
             came_to(index := checked.index)
+        if fault := kept.structure():
+            raise JournalUnusable(f"{kept.name} is damaged: {fault}: {RESTORE}")
     note(f"{index} entries are sound")
 
 
@@ -133,13 +135,19 @@ def export(
 def _salvage(journal: Path, file: str) -> None:
     with copied(journal) as tables:
         part = sound_part(tables, str(journal))
+        keys, fault = keys_of(tables, part)
+        told = (
+            f"the table of keys cannot be read ({fault}), so the {len(keys)} of prompts that are kept go along; "
+            if fault
+            else ""
+        )
         with progress("entries", part.log.index) as came_to, _created(file) as lines:
-            for number, line in enumerate(sound_lines(tables, part)):
+            for number, line in enumerate(sound_lines(tables, part, keys)):
                 lines.write(line + "\n")
                 came_to(number)
     note(
         f"entries to {part.log.index}, sequences to {part.log.last_sequence} are sound"
-        + visible(f"; then: {part.fault or 'nothing'}; take them in with import, and what is lost with accept-loss")
+        + visible(f"; then: {part.fault or 'nothing'}; {told}take them in with import, and what is lost with accept-loss")
     )
 
 

@@ -76,6 +76,10 @@ class Kept(Protocol):
 
     def notes(self, prefix: str) -> Mapping[str, bytes]: ...
 
+    def structure(self) -> str:
+        """What is wrong with the store itself, apart from what entries say; empty: nothing that it can see."""
+        ...
+
     def drop(self, sequences: Sequence[int]) -> int:
         """The payloads of these items' admissions and outcomes, for good; how many there were."""
         ...

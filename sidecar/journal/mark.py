@@ -45,8 +45,8 @@ class MarkFile:
                 raise ValueError("a number or the hash cannot be that of an entry")
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise JournalUnusable(
-                f"{self.path} is no high-water mark ({error!r}): put a copy back, or, if the journal is known to have its end, "
-                "remove it"
+                f"{self.path} is no high-water mark ({type(error).__name__}): put a copy back, or, if the journal is known to "
+                "have its end, remove it"
             ) from error
         return mark
 

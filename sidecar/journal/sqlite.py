@@ -193,6 +193,8 @@ class SqliteJournal:
     ) -> tuple[Unfinished, ...]:
         with self._transaction():
             migrate(self._db)
+            if fault := self._tables.structure(whole=False):
+                raise JournalUnusable(f"its file is damaged: {fault}: {RESTORE}")
             log_id, owner, epoch = self._tables.begin_epoch(new_log_id, writer)
             if owner != writer:
                 raise JournalUnusable(f"this journal is of sidecar {owner!r}, not {writer!r}: each has its own")
@@ -280,5 +282,7 @@ def _sqlite() -> Iterator[None]:
     """What SQLite cannot do, or is no row of a journal, leaves open what is on the disk."""
     try:
         yield
+    except (apsw.CorruptError, apsw.NotADBError) as error:
+        raise JournalBroken(f"the journal's file is damaged ({error}): {RESTORE}") from error
     except UNREADABLE as error:
         raise JournalBroken(f"{type(error).__name__}: {error}") from error

@@ -89,6 +89,11 @@ class SqliteKept:
             yield _Filler(self._tables)
         self._created = False
 
+    def structure(self) -> str:
+        """See `Kept`."""
+        with self._readable():
+            return self._tables.structure(whole=True)
+
     def bytes_used(self) -> int:
         """Of the file, less what is free to be used again."""
         with self._readable():

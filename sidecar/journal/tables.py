@@ -210,6 +210,20 @@ class Tables:
         """Forget at most so many of the keys that have expired."""
         self._db.execute(_PURGE, (now_millis, limit))
 
+    def structure(self, *, whole: bool) -> str:
+        """What is wrong with tables and indexes as SQLite sees them; empty: nothing. Without `whole`: of the keys, and of the
+        roots of the rest, in a time that does not grow with the journal."""
+        if whole:
+            checks = ["PRAGMA quick_check(1)"]
+        else:
+            names = ("journal", "entries", "payloads", "items", "twins", "notes")
+            checks = ["PRAGMA quick_check(keys)", *(f"SELECT 'ok' FROM {name} LIMIT 1" for name in names)]  # noqa: S608
+        for check in checks:
+            for (said,) in self._db.execute(check):
+                if said != "ok":
+                    return " ".join(str(said).removeprefix("*** in database main ***").split())
+        return ""
+
     def pages_used(self) -> int:
         """Of the file, less those that are free to be used again."""
         return int(self._db.execute(_PAGES_USED).get)

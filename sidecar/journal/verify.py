@@ -18,6 +18,9 @@ PAGE = 1_000
 """Entries read at a time."""
 
 
+MISSING = "its payload is missing, and its item has not ended"
+
+
 @dataclass(frozen=True, slots=True)
 class Checked:
     """How far a verification has come, and what was wrong since the last time it said so."""
@@ -35,6 +38,8 @@ def verify(read: Callable[[int, int], Sequence[Sealed]]) -> Iterator[Checked]:
         faults = [f"{name_of(sealed.header)}: {fault}" for sealed in page for fault in checker.check(sealed)]
         index = max(index + len(page), page[-1].header.index)  # an index may be what is damaged
         yield Checked(index, tuple(faults))
+    if checker.missing:
+        yield Checked(index, tuple(f"entry {entry}, ADMITTED: {MISSING}" for entry in checker.missing.values()))
 
 
 def name_of(header: types_pb2.EntryHeader) -> str:
@@ -50,6 +55,8 @@ class Checker:
     def __init__(self) -> None:
         self.unfinished: set[int] = set()
         """Sequences without an outcome so far."""
+        self.missing: dict[int, int] = {}
+        """Of them, those without a payload, with the index of their entry: a payload is dropped behind its outcome only."""
         self.last_sequence = 0
         self.epochs: dict[str, int] = {}
         """The newest one of each writer."""
@@ -67,6 +74,10 @@ class Checker:
         previous = self._previous
         entry = sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload)
         self._previous = entry
+        if sealed.header.kind == types_pb2.ENTRY_KIND_ADMITTED and not sealed.payload:
+            self.missing[sealed.header.sequence] = sealed.header.index
+        elif sealed.header.kind in OUTCOMES:
+            self.missing.pop(sealed.header.sequence, None)
         faults = check_link(previous, entry)
         if previous is not None and sealed.previous_hash != previous.entry_hash:
             faults.append("previous_hash: is not the hash of the entry before")

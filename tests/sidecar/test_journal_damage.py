@@ -649,6 +649,44 @@ def test_any_byte_until_the_damage(tried: Tried, sound: Sound) -> None:
     assert taken > 10
 
 
+@pytest.mark.parametrize("table", ["keys", "twins", "items", "notes"])
+def test_the_root_of_a_table(tried: Tried, sound: Sound, table: str) -> None:
+    """A table whose first page is damaged is found by verify and by a start, also where every entry is sound; the keys that it
+    had are exported until the damage, from the prompts that are kept."""
+    tried.put(sound.content)
+    with closing(apsw.Connection(str(tried.path))) as db:
+        [(root,)] = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,))
+        page_bytes = int(db.pragma("page_size"))
+    content = bytearray(sound.content)
+    content[(root - 1) * page_bytes] ^= 0xFF
+    tried.put(bytes(content))
+
+    assert tried.command("verify")[0] == 1
+    assert isinstance(tried.start(), str)
+    file = tried.path.with_name("sound.jsonl")
+    assert tried.command("export", file, "--until-damage")[0] == 0
+    keys = [json.loads(line)["key"] for line in file.read_text().splitlines() if "key" in json.loads(line)]
+    assert [(each["tenant"], each["key"]) for each in keys] == [("t", "k")]
+
+
+def test_a_prompt_that_is_gone(tried: Tried, sound: Sound) -> None:
+    """An item that has not ended and has no payload is a fault to verify; until there the journal is sound, and starts."""
+    tried.put(sound.content)
+    missing = next(index for index, entry in sound.entries.items() if entry.header.sequence == 9)
+    with closing(apsw.Connection(str(tried.path))) as db:
+        db.execute("DELETE FROM payloads WHERE entry_index = ?", (missing,))
+    code, said = tried.command("verify")
+    assert (code, "its payload is missing" in said) == (1, True)
+
+    file = tried.path.with_name("sound.jsonl")
+    code, said = tried.command("export", file, "--until-damage")
+    assert (code, f"entries to {missing - 1}," in said) == (0, True), said
+    tried.path.unlink()
+    for command in (("import", file), ("verify",)):
+        assert tried.command(*command)[0] == 0
+    assert isinstance(tried.start(), list)
+
+
 def test_a_journal_in_use_is_not_salvaged(tried: Tried, sound: Sound) -> None:
     """Nothing is exported until the damage of a journal that a sidecar has, of a database, or of no journal."""
     tried.put(sound.content)
