@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import apsw
 
+from ostinato.chain import OUTCOMES
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal import FINGERPRINTS, JournalUnusable, Sealed
@@ -18,7 +19,7 @@ from sidecar.journal.diagnosis import place_fault, reason
 from sidecar.journal.keeping import Key, Log
 from sidecar.journal.tables import UNREADABLE, Tables
 from sidecar.journal.transfer import head_line, line_of_entry, line_of_key, line_of_note
-from sidecar.journal.verify import MISSING, OUTCOMES, PAGE, Checker, name_of
+from sidecar.journal.verify import MISSING, PAGE, Checker, name_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -370,3 +370,30 @@ def _request(text: str) -> generation_pb2.GenerateRequest:
 def _tokens(text: str) -> generation_pb2.GenerateEvent:
     run = generation_pb2.TokenRun(sequence=1, attempt=1, text=text)
     return generation_pb2.GenerateEvent(tokens=generation_pb2.Tokens(runs=[run]))
+
+
+def test_an_empty_key(ostinato: Terminal) -> None:
+    """An empty --key, as a script with an unset variable gives it, is refused: without a key nothing could be sent again."""
+    result = ostinato("generate", "a", "--key", "")
+
+    assert (result.exit_code, ostinato.fake.calls) == (2, [])
+    assert "--key: is empty" in result.stderr
+
+
+def test_a_file_of_another_editor(ostinato: Terminal, tmp_path: Path) -> None:
+    """A byte order mark and carriage returns are no part of a prompt."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf"a"\r\n"b"\r\n')
+    ostinato("generate", "--file", file)
+
+    assert [item.text for sent in ostinato.sent for item in sent.items] == ["a", "b"]
+
+
+def test_a_line_that_is_nested_too_deeply(ostinato: Terminal, tmp_path: Path) -> None:
+    """It is named like any other bad line."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("[" * 100_000 + "]" * 100_000)
+    result = ostinato("generate", "--file", file)
+
+    assert (result.exit_code, ostinato.fake.calls) == (2, [])
+    assert "nested too deeply" in " ".join(result.stderr.replace("│", " ").split())

@@ -173,3 +173,13 @@ def test_a_shell_completes_commands() -> None:
 
     assert done.stdout.split() == ["serve", "service"]
     assert "--install-completion" in _run("--help").stdout
+
+
+def test_standard_output_is_full(far: tuple[Fake, str]) -> None:
+    """What cannot be written ends the command with exit code 1, and one line with its cause."""
+    _, target = far
+    environment = {**os.environ, "OSTINATO_TARGET": target}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*COMMAND, "head"], env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=30)
+
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")

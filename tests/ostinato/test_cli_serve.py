@@ -14,7 +14,7 @@ from typing import Self
 import pytest
 
 import ostinato
-from ostinato.cli import programs
+from ostinato.cli import programs, running
 
 from tests.pair import ROOT, Program, held_port
 
@@ -288,3 +288,17 @@ def test_a_settings_file_is_for_both_programs(state: Path, tmp_path: Path) -> No
     with Serve(state, "--config", str(config)) as serve, ostinato.SyncClient(serve.target) as client:
         assert client.head().writer == "from-a-file"
         assert client.model().limits.new_tokens_max == 7
+
+
+def test_a_journal_that_is_set_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--state does not outdo a journal of the settings file or of the environment."""
+    config = tmp_path / "ostinato.toml"
+    config.write_text(f'[sidecar]\njournal = "{tmp_path / "other.sqlite"}"\n')
+    plain = running.Wanted(state=tmp_path / "state")
+    told = running.Wanted(state=tmp_path / "state", config=config)
+    assert any(flag.startswith("--journal=") for flag in running._sidecar_flags(plain, "unix:x"))
+    assert not any(flag.startswith("--journal=") for flag in running._sidecar_flags(told, "unix:x"))
+
+    monkeypatch.setenv("OSTINATO_SIDECAR_JOURNAL", str(tmp_path / "third.sqlite"))
+
+    assert not any(flag.startswith("--journal=") for flag in running._sidecar_flags(plain, "unix:x"))

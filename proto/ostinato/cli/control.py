@@ -23,7 +23,7 @@ async def cancel(
         first, last = span.first, span.last
     async with session.client() as client:
         with usage():
-            answer = await client.cancel(first, last, key=key, timeout=session.timeout)
+            answer = await client.cancel(first, last, key=key or "", timeout=session.timeout)
     if session.json:
         show.as_json(answer)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -39,6 +40,7 @@ def each_line(path: Path | str) -> Iterator[tuple[str, bytes]]:
             number = 0
             while line := file.readline(LINE_BYTES_MAX + 1):
                 number += 1
+                line = line if number > 1 else line.removeprefix(codecs.BOM_UTF8)
                 place = f"{'stdin' if stdin else path}:{number}"
                 if len(line) > LINE_BYTES_MAX:
                     raise typer.BadParameter(f"{place}: longer than {LINE_BYTES_MAX} bytes")

@@ -33,7 +33,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="A text is a user's message, not a text to go on with.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Prompts in a request, capped by the model's limit.")] = 32,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once. With 1, numbers ascend with the prompts.")] = 1,
-    key: options.Key = "",
+    key: options.Key = None,
     request_id: Annotated[str, typer.Option(help="Label for logs and traces.", show_default=False)] = "",
     require_grade: options.RequireGrade = None,
     verify: Annotated[bool, typer.Option("--verify", help="Make each answer twice, and fail if one differs.")] = False,
@@ -48,8 +48,12 @@ def generate(
     With --key, the same command again returns the recorded answers; of several requests, the second has KEY/2, and so on.
     With --output, --file may have any length, and the same command goes on where it was interrupted.
     """
+    if key == "":
+        raise typer.BadParameter("--key: is empty")
     with usage():
-        common = requests.batch(types_pb2.Item(), key, request_id, require_grade, options.sampling(sampling), verify=verify)
+        common = requests.batch(
+            types_pb2.Item(), key or "", request_id, require_grade, options.sampling(sampling), verify=verify
+        )
     asked = Asked(partial(_read, texts or [], file, n, chat), common, batch, concurrency, progress, max_response_bytes)
     if output is not None:
         return _bulk(session, asked, output, file, alone=not texts and not stream)

@@ -30,7 +30,7 @@ async def get(
             if not sequence:
                 raise errors.NotFound("the journal has no item yet")
         with usage():
-            records = await client.get(sequence, key=key, timeout=session.timeout)
+            records = await client.get(sequence, key=key or "", timeout=session.timeout)
     for position, record in enumerate(records):
         if session.json:
             show.as_json(record)

@@ -55,7 +55,7 @@ Output = Annotated[
         dir_okay=False,
     ),
 ]
-Key = Annotated[str, typer.Option("--key", help="Idempotency key.", show_default=False)]
+Key = Annotated[str | None, typer.Option("--key", help="Idempotency key.", show_default=False)]
 
 
 def sampling(given: Mapping[str, Any]) -> requests.Sampling:

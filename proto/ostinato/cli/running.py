@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 import time
+import tomllib
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -182,7 +183,7 @@ async def _start(name: str, command: Sequence[str], variables: Mapping[str, str]
 def _service_flags(wanted: Wanted, address: str) -> list[str]:
     """Ours that the caller may outdo, the caller's, and those that `serve` itself rests on."""
     flags = {"--config": wanted.config, "--engine": wanted.engine, "--model": wanted.model, "--metrics": wanted.service_metrics}
-    if wanted.state != STATE:
+    if wanted.state != STATE and not _has(wanted, "service", "state_dir"):
         flags["--state-dir"] = wanted.state / "service"
     return [*_given(flags), *wanted.service, "--listen", address, "--log-format", "json", "--log-level", "INFO"]
 
@@ -190,10 +191,23 @@ def _service_flags(wanted: Wanted, address: str) -> list[str]:
 def _sidecar_flags(wanted: Wanted, address: str) -> list[str]:
     """Likewise."""
     flags: dict[str, object] = {"--config": wanted.config, "--listen": wanted.listen, "--metrics": wanted.metrics}
-    if wanted.state != STATE:
+    if wanted.state != STATE and not _has(wanted, "sidecar", "journal"):
         flags["--journal"] = wanted.state / "journal.sqlite"
     face = ["--vllm-face"] if wanted.gateway_port else []
     return [*_given(flags), *wanted.sidecar, *face, "--engine", address, "--log-format", "json", "--log-level", "info"]
+
+
+def _has(wanted: Wanted, program: str, setting: str) -> bool:
+    """Whether the environment or the settings file has this setting of a program, which --state must not outdo."""
+    prefix = f"OSTINATO_{program.upper()}_"
+    if f"{prefix}{setting.upper()}" in os.environ:
+        return True
+    file = wanted.config or os.environ.get(f"{prefix}CONFIG")
+    try:
+        table = tomllib.loads(Path(file).read_text("utf-8")).get(program) if file else None
+    except (OSError, ValueError):
+        return False  # the program says what is wrong with its file
+    return isinstance(table, dict) and setting in table
 
 
 def _given(flags: Mapping[str, object]) -> list[str]:
@@ -350,7 +364,7 @@ def _say(wanted: Wanted, running: Running) -> None:
     pages = [f"http://127.0.0.1:{port}/metrics ({name})" for name, port in sorted(running.ports.items()) if port]
     lines += [
         f"  metrics        {', '.join(pages) or 'none'}",
-        f"  files          {wanted.state.absolute()}: journal, proofs, *.log",
+        f"  files          {wanted.state.absolute()}: *.log, and journal and proofs unless a setting has them elsewhere",
         "",
     ]
     show.line("\n".join(lines + _next(running)))

@@ -149,6 +149,10 @@ def _finish(begin: Callable[[], bool | Coroutine[Any, Any, bool]], target: str) 
         # The reader has what it wanted. What is still buffered must not fail again when the interpreter flushes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as error:
+        show.note(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # if it is standard output: likewise
+        return 1
     finally:
         tracing.stop()
     return 0 if well else 1
@@ -159,6 +163,8 @@ def usage(where: str = "") -> Generator[None, None, None]:
     """Turns a TypeError or ValueError about an argument into wrong usage. For the building of requests, and nothing else."""
     try:
         yield
+    except RecursionError:
+        raise typer.BadParameter(f"{where}: is nested too deeply" if where else "is nested too deeply") from None
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(f"{where}: {error}" if where else str(error)) from None
 
