@@ -51,6 +51,7 @@ class Account:
     def __init__(self, held: Held, tenant: str, call_bytes_max: int | None) -> None:
         self._held, self._tenant, self._max = held, tenant, call_bytes_max
         self.waiting = 0
+        self._closed = False
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.error = SlowReader("")
         """Why it is lost."""
@@ -58,8 +59,8 @@ class Account:
         """Lets go of what waits."""
 
     def add(self, count: int) -> None:
-        """So many bytes more wait. It, or another call, may be lost by that. Without effect once lost."""
-        if self.lost.done():
+        """So many bytes more wait. It, or another call, may be lost by that. Without effect once lost or closed."""
+        if self.lost.done() or self._closed:
             return
         self.waiting += count
         self._held.changed(self._tenant, count)
@@ -76,9 +77,14 @@ class Account:
 
     def drop(self, count: int) -> None:
         """So many bytes wait no more."""
-        if not self.lost.done():
+        if not (self.lost.done() or self._closed):
             self.waiting -= count
             self._held.changed(self._tenant, -count)
+
+    def close(self) -> None:
+        """The call is over: nothing waits for it any more, also not what its items still say."""
+        self.drop(self.waiting)
+        self._closed = True
 
     def lose(self, bound: str, most: int) -> None:
         """The reader is too slow. `bound`: of whom."""
@@ -111,7 +117,7 @@ class Held:
         try:
             yield account
         finally:
-            account.drop(account.waiting)
+            account.close()
             tenant.accounts.discard(account)
             self._tidy(name)
 

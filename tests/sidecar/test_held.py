@@ -156,3 +156,14 @@ async def test_nothing_stays_of_calls_that_ended() -> None:
 
     assert given.bytes == 0
     assert given.tenants == 0
+
+
+async def test_a_call_that_is_over_holds_nothing() -> None:
+    """What its items still say after the end of a call, as they may where its caller left while it was numbered, is not counted."""
+    given, _ = held(call=100)
+    with given.account(stream=True) as account:
+        account.add(40)
+    account.add(40)
+    account.drop(10)
+
+    assert given.bytes == 0
