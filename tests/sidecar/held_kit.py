@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from sidecar.held import Account, Bounds, Held
 
 LARGE = 1 << 40
@@ -13,7 +15,10 @@ def held(call: int = LARGE, tenant: int = LARGE, everything: int = LARGE) -> tup
     return Held(Bounds(call, tenant, everything), lost.append), lost
 
 
+_OPEN = ExitStack()
+"""What tests of calls use until they end: an account is closed with its call."""
+
+
 def account(call: int = LARGE) -> Account:
     """Of a stream for which so many bytes may wait."""
-    with held(call)[0].account(stream=True) as made:
-        return made
+    return _OPEN.enter_context(held(call)[0].account(stream=True))

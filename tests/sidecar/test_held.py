@@ -97,7 +97,8 @@ async def test_the_largest_tenant_loses_first() -> None:
 async def test_what_is_lost_is_told_and_forgotten() -> None:
     """The owner lets go of what waits, and the error says whose bytes were too many and when to come back."""
     given, _ = held(call=100)
-    account = Calls(given).of("a")
+    calls = Calls(given)  # kept: its accounts are closed with it
+    account = calls.of("a")
     forgotten: list[int] = []
     account.forget = lambda: forgotten.append(account.waiting)
 
@@ -159,7 +160,7 @@ async def test_nothing_stays_of_calls_that_ended() -> None:
 
 
 async def test_a_call_that_is_over_holds_nothing() -> None:
-    """What its items still say after the end of a call, as they may where its caller left while it was numbered, is not counted."""
+    """What items say after the end of their call, as where its caller left while it was numbered, is not counted."""
     given, _ = held(call=100)
     with given.account(stream=True) as account:
         account.add(40)
