@@ -122,5 +122,5 @@ def redact(kept: Kept, sequences: Iterable[int]) -> int:
         if not found:
             raise JournalUnusable(f"{kept.name}: there is no sequence {sequence}")
         if found[0].outcome is None:
-            raise JournalUnusable(f"{kept.name}: sequence {sequence} has not ended: whoever finishes it needs its payload")
+            raise JournalUnusable(f"{kept.name}: sequence {sequence} has not ended: its payload is needed to finish it")
     return kept.drop(wanted)

@@ -6,7 +6,7 @@
 - Our errors go out whole: code, reason, fields, and when to come back. Anything else goes out as INTERNAL, and into the log.
 - Answers are serialised here, and counted until gRPC has written them.
 - Each call is counted by its code and timed, and has a span where there are traces; a stream without an end has none. Where
-  nobody has to say who they are, gRPC's own services are not counted: health checks would drown the numbers that matter.
+  callers need no credentials, gRPC's own services are not counted: health checks would hide the other numbers.
 
 Handlers are those of generated aio servicers: coroutines, or async generators for streamed answers.
 """
