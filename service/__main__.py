@@ -10,13 +10,12 @@ import sys
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from ostinato.serving.logs import setup
-from ostinato.serving.metrics import registry, serve_metrics
-from ostinato.serving.probe import probe
-from ostinato.serving.program import DRAINED, heed, run, traced
-from ostinato.serving.server import Server
-from ostinato.serving.settings import describe, read
 from ostinato.v1.engine_pb2_grpc import add_EngineServicer_to_server
+from serving.logs import setup
+from serving.metrics import registry, serve_metrics
+from serving.program import DRAINED, exporting_traces, install_signal_handlers, run
+from serving.server import Server, probe
+from serving.settings import describe, read
 
 from service.calibration import calibrate
 from service.config import Settings
@@ -53,7 +52,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         _log.info("listening", extra={"addresses": ",".join(server.addresses)})
         _log.info("metrics", extra={"port": page.port})
         engine, seconds = await open_engine(settings)
-        heed(stop)
+        install_signal_handlers(stop)
         memory = Memory(settings.state_dir / "sequences.json")
         making = make_ready(engine, settings, Metrics(own), secrets.token_hex(16), memory, seconds)
         servicer.ready = await _unless(stop, making)
@@ -97,7 +96,7 @@ def main() -> None:
         sys.exit(calibrate(settings))
 
     async def traced_service(stop: asyncio.Event) -> int:
-        with traced(settings.traces, "ostinato.service"):
+        with exporting_traces(settings.traces, "ostinato.service"):
             return await serve(settings, stop)
 
     sys.exit(run("service", traced_service))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from ostinato.serving.logs import report_failure
-from ostinato.serving.program import BAD_CONFIGURATION, DRAINED, FAILED
+from serving.logs import report_failure
+from serving.program import BAD_CONFIGURATION, DRAINED, FAILED
 
 from service.config import Settings
 from service.engines import options, turbomind

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ostinato.serving.settings import field, plain
 from ostinato.v1 import types_pb2
+from serving.settings import field, plain
 
 from service import engines
 from service.engines.base import EngineUnusable

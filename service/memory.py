@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from ostinato.serving.files import replace
-from ostinato.serving.program import StartupError
+from serving.program import StartupError, replace_file
 
 LOGS_MAX = 256
 """Those that were run last."""
@@ -46,7 +45,7 @@ class Memory:
     def write(self, sequences: Mapping[str, int]) -> None:
         """Soon. The last ones of the mapping are kept; what cannot be written is logged."""
         kept = {log_id: str(sequence) for log_id, sequence in list(sequences.items())[-LOGS_MAX:]}
-        self._thread.submit(replace, self._path, json.dumps(kept, indent=1)).add_done_callback(_say_what_failed)
+        self._thread.submit(replace_file, self._path, json.dumps(kept, indent=1)).add_done_callback(_say_what_failed)
 
     def close(self) -> None:
         """When everything is written."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ostinato import enums
 from ostinato.digest import model_digest
-from ostinato.serving.program import StartupError
 from ostinato.v1 import types_pb2
+from serving.program import StartupError
 
 from service.config import Settings
 from service.description import Describer, fingerprint

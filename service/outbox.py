@@ -6,8 +6,8 @@ import asyncio
 from collections import deque
 
 from ostinato.errors import SlowReader
-from ostinato.serving.turns import still
 from ostinato.v1 import engine_pb2
+from serving.handlers import coalesce
 
 
 class Outbox:
@@ -78,7 +78,7 @@ class Outbox:
         """Everything that waits, as far as it fits one message, as soon as anything does. None: closed, and all is written."""
         while self._error is None:
             if self._events or self._welcome is not None:
-                await still(lambda: self._bytes)
+                await coalesce(lambda: self._bytes)
                 if self._error is None:
                     return self._frame()
             elif self._closed:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from ostinato.serving.files import replace
 from ostinato.v1 import types_pb2
+from serving.program import replace_file
 
 from service.selftest import VERSION, Finding
 
@@ -74,7 +74,7 @@ class Proofs:
         )
         path = self._path(fingerprint)
         try:
-            replace(path, json.dumps(dataclasses.asdict(proof), indent=1) + "\n")
+            replace_file(path, json.dumps(dataclasses.asdict(proof), indent=1) + "\n")
         except OSError as error:
             _log.warning("proof not kept", extra={"path": path, "why": str(error)})
 

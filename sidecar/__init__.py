@@ -23,4 +23,4 @@ A request's way: admission → core (its turn among tenants) → journal (its nu
 → link → service → link → journal (its outcome is durable) → caller.
 """
 
-import ostinato.serving  # noqa: F401  # before any import of gRPC, which it tells to be silent
+import serving  # noqa: F401  # before any import of gRPC, which it tells to be silent

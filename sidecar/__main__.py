@@ -15,14 +15,13 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from ostinato.errors import OstinatoError
-from ostinato.serving import logs, program, tokens
-from ostinato.serving.metrics import registry, serve_metrics
-from ostinato.serving.probe import probe
-from ostinato.serving.server import Server
-from ostinato.serving.settings import describe, read
 from ostinato.v1 import engine_pb2
 from ostinato.v1.generation_pb2_grpc import add_GenerationServicer_to_server
 from ostinato.v1.sequencer_pb2_grpc import add_SequencerServicer_to_server
+from serving import auth, logs, program
+from serving.metrics import registry, serve_metrics
+from serving.server import Server, probe
+from serving.settings import describe, read
 
 from sidecar import gateway
 from sidecar.audit import Auditor
@@ -221,7 +220,7 @@ def wall_millis() -> int:
 def main() -> int:
     """The exit code."""
     if sys.argv[1:2] == ["token"]:
-        return tokens.main("python -m sidecar token", sys.argv[2:])
+        return auth.token_command("python -m sidecar token", sys.argv[2:])
     if sys.argv[1:2] == ["probe"]:
         return probe(Settings, "sidecar", sys.argv[2:], os.environ)
     if sys.argv[1:2] and not sys.argv[1].startswith("-"):
@@ -236,12 +235,12 @@ def main() -> int:
     async def serve(stop: asyncio.Event) -> int:
         numbers = registry()
         with (
-            program.traced(settings.traces, "ostinato.sidecar", settings.writer),
+            program.exporting_traces(settings.traces, "ostinato.sidecar", settings.writer),
             contextlib.closing(serve_metrics(numbers, settings.metrics)) as metrics,
         ):
             log.info("metrics", extra={"port": metrics.port})
             sidecar = Sidecar(settings, numbers)  # opens its journal, which may take long
-            program.heed(stop)
+            program.install_signal_handlers(stop)
             return await sidecar.run(stop)
 
     return program.run("sidecar", serve)

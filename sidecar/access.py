@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 
 from ostinato import errors
-from ostinato.serving.identity import caller
 from ostinato.v1 import sequencer_pb2
+from serving.auth import caller
 
 from sidecar.journal import ItemEntries, Journal
 

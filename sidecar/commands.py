@@ -16,9 +16,9 @@ import typer
 
 from ostinato.cli.show import note, progress, visible
 from ostinato.errors import JournalFull, JournalUnavailable
-from ostinato.serving.program import FAILED, StartupError
-from ostinato.serving.settings import lookup
 from ostinato.v1 import types_pb2
+from serving.program import FAILED, StartupError
+from serving.settings import lookup
 
 from sidecar.config import Settings, is_shared, mark_of
 from sidecar.journal import JournalBroken, JournalUnusable, Loss, keeping

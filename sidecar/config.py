@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ostinato.serving.addresses import check_target
-from ostinato.serving.settings import field
+from serving.server import check_target
+from serving.settings import field
 
 from sidecar.core.item import Bounds
 from sidecar.held import COPIES

@@ -12,10 +12,9 @@ import grpc
 
 from ostinato import errors, tracing
 from ostinato.digest import request_digest
-from ostinato.serving.deadlines import ran_out, remaining
-from ostinato.serving.handlers import written
-from ostinato.serving.identity import caller
 from ostinato.v1 import engine_pb2, generation_pb2, generation_pb2_grpc, types_pb2
+from serving.auth import caller
+from serving.handlers import ran_out, remaining, written
 
 from sidecar.access import need_sight
 from sidecar.admission import check, check_key, check_size, draft, response_bytes_max

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ostinato.errors import QueueFull, SlowReader
-from ostinato.serving.identity import caller
+from serving.auth import caller
 
 COPIES = 2
 """Of a message that gRPC is to write: Python's bytes and its own."""

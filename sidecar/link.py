@@ -13,9 +13,9 @@ import grpc
 from google.rpc import status_pb2
 
 from ostinato import errors, tracing
-from ostinato.serving.turns import still
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
 from ostinato.wire import ours
+from serving.handlers import coalesce
 
 from sidecar.preparing import Preparing, check_prepared, is_short
 
@@ -164,7 +164,7 @@ class EngineLink:
             await self._something.wait()
             self._something.clear()
             while self._submits or self._cancels or self._preparing:
-                await still(lambda: len(self._submits) + len(self._cancels) + len(self._preparing))
+                await coalesce(lambda: len(self._submits) + len(self._cancels) + len(self._preparing))
                 await stream.write(self._message())
             if self._closing:
                 await stream.done_writing()

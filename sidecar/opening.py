@@ -12,8 +12,8 @@ from google.protobuf.message import DecodeError
 
 import ostinato
 from ostinato.errors import JournalUnavailable
-from ostinato.serving import program, tokens
-from ostinato.serving.credentials import Credentials
+from serving import auth, program
+from serving.auth import Credentials
 
 from sidecar import canaries
 from sidecar.canaries import Canary
@@ -34,12 +34,12 @@ def credentials_of(settings: Settings) -> Credentials:
     """Raises StartupError that names flag and file."""
     tls = None
     if settings.tls_certificate is not None and settings.tls_key is not None:
-        from ostinato.serving.tls import ServerTls  # here: only with certificates is there a need for cryptography
+        from serving.tls import ServerTls  # here: only with certificates is there a need for cryptography
 
         tls = ServerTls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
     if settings.tokens is not None and tls is None and settings.allow_remote:
         log.warning("tokens travel in plain text")
-    listed = tokens.listed(settings.tokens) if settings.tokens is not None else None
+    listed = auth.load_tokens(settings.tokens) if settings.tokens is not None else None
     return Credentials(tls, listed, settings.trust_tenant_metadata)
 
 

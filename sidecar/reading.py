@@ -6,10 +6,9 @@ import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 
 from ostinato import errors
-from ostinato.serving.handlers import Context
-from ostinato.serving.identity import caller
 from ostinato.v1 import sequencer_pb2, sequencer_pb2_grpc
 from ostinato.wire import RESPONSE_BYTES_METADATA
+from serving.auth import Context, caller
 
 from sidecar.access import need_sight, visible
 from sidecar.admission import check_key, response_bytes_max

@@ -35,10 +35,10 @@ ARROWS = (
     Only(("smg_grpc_proto",), r"sidecar/gateway/", "an extra, for those who want that face"),
     Only(("matplotlib",), r"proto/ostinato/cli/(page|charts)\.py", "an extra of the wheel, and slow to import"),
     Only(("opentelemetry", "ostinato.otel"), r"proto/ostinato/(otel|tracing)\.py", "an extra of the wheel, off by default"),
-    Only(("ostinato.serving",), r"proto/ostinato/serving/|service/|sidecar/", "clients do not serve"),
+    Only(("serving",), r"proto/serving/|service/|sidecar/", "a client does not serve"),
 )
 
-CLIENT = re.compile(r"proto/ostinato/(?!serving/)")
+CLIENT = re.compile(r"proto/ostinato/")
 CLIENT_EXTRAS = {"opentelemetry", "matplotlib"}
 CLIENT_MAY_IMPORT = sys.stdlib_module_names | CLIENT_EXTRAS | {"google", "grpc", "grpc_status", "ostinato", "rich", "typer"}
 

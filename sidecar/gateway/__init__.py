@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from ostinato.serving.program import StartupError
+from serving.program import StartupError
 
 
 def face() -> ModuleType:

@@ -8,8 +8,8 @@ from typing import Any
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 
 from ostinato import errors
-from ostinato.serving.handlers import Context
 from ostinato.v1 import generation_pb2, types_pb2
+from serving.auth import Context
 
 from sidecar.held import Account
 

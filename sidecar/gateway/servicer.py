@@ -14,10 +14,9 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as vllm_grpc
 
 from ostinato import __version__, errors
-from ostinato.serving.deadlines import remaining
-from ostinato.serving.handlers import Context, written
-from ostinato.serving.identity import caller
 from ostinato.v1 import generation_pb2, types_pb2
+from serving.auth import Context, caller
+from serving.handlers import remaining, written
 
 from sidecar.config import Settings
 from sidecar.dispatcher import Dispatcher

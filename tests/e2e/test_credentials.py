@@ -18,8 +18,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import ostinato
 from ostinato import errors
 from ostinato.client import Client
-from ostinato.serving import tokens
-from ostinato.serving.identity import Role
+from serving import auth
+from serving.auth import Role
 
 from tests.certificates import Authority
 from tests.e2e.conftest import ended, eventually
@@ -46,8 +46,8 @@ def _guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     folder = tmp_path_factory.mktemp("credentials")
     authority = Authority(folder)
     certificate, key = authority.sign("sidecar")
-    made = {"acme": tokens.new("acme", Role.TENANT), "zeta": tokens.new("zeta", Role.TENANT)}
-    made["ops"] = tokens.new("ops", Role.ADMIN)
+    made = {"acme": auth.new_token("acme", Role.TENANT), "zeta": auth.new_token("zeta", Role.TENANT)}
+    made["ops"] = auth.new_token("ops", Role.ADMIN)
     listed = folder / "tokens"
     listed.touch(mode=0o600)
     listed.write_text("\n".join(line for _, line in made.values()))

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from ostinato.serving.settings import load
+from serving.settings import load
 
 import service.__main__
 import service.config

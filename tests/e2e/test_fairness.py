@@ -9,8 +9,8 @@ import pytest
 
 from ostinato import errors, wire
 from ostinato.client import Client
-from ostinato.serving.credentials import TENANT_METADATA
 from ostinato.v1 import generation_pb2, generation_pb2_grpc, types_pb2
+from serving.auth import TENANT_METADATA
 
 from tests.e2e.conftest import eventually
 from tests.pair import Pair

@@ -18,9 +18,9 @@ from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
 
 from ostinato.chain import check_receipt
 from ostinato.client import Client
-from ostinato.serving import tokens
-from ostinato.serving.identity import Role
 from ostinato.v1 import types_pb2
+from serving import auth
+from serving.auth import Role
 
 from tests.e2e.conftest import ended, eventually
 from tests.pair import ROOT, Pair, Program
@@ -47,7 +47,7 @@ class Face:
 
 @pytest.fixture(scope="module", name="face")
 def _face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
-    made = {name: tokens.new(name, Role.ADMIN if name == "ops" else Role.TENANT) for name in ("acme", "zeta", "ops")}
+    made = {name: auth.new_token(name, Role.ADMIN if name == "ops" else Role.TENANT) for name in ("acme", "zeta", "ops")}
     listed = tmp_path_factory.mktemp("face") / "tokens"
     listed.touch(mode=0o600)
     listed.write_text("\n".join(line for _, line in made.values()))

@@ -20,8 +20,8 @@ from typing import Any
 
 import lmdeploy
 
-from ostinato.serving.settings import load
 from ostinato.v1 import types_pb2
+from serving.settings import load
 
 from service.config import Settings
 from service.engines.turbomind.options import BLOCK_TOKENS, TurbomindOptions

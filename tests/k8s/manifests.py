@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from ostinato.serving.settings import load
+from serving.settings import load
 
 from service.config import Settings as Service
 from sidecar.config import Settings as Sidecar

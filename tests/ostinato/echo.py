@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 from prometheus_client import CollectorRegistry
 
-from ostinato.serving.server import Server
 from ostinato.v1 import types_pb2
+from serving.server import Server
 
 NAME = "ostinato.test.Echo"
 Message = types_pb2.Message

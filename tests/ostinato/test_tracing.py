@@ -24,7 +24,7 @@ from opentelemetry.trace import StatusCode
 
 from ostinato import errors, tracing
 from ostinato.client import Client
-from ostinato.serving import logs
+from serving import logs
 
 from tests.ostinato.echo import NAME, Context, Echo, call, raw, serving, text
 from tests.pair import ROOT

@@ -14,7 +14,12 @@ import pytest
 from tests.ostinato.test_cli_serve import ANYWHERE, UNTESTED
 
 ROOT = Path(__file__).parents[2]
-HOMES = {"proto/ostinato/": "ostinato/", "service/": "ostinato/programs/service/", "sidecar/": "ostinato/programs/sidecar/"}
+HOMES = {
+    "proto/ostinato/": "ostinato/",
+    "proto/serving/": "ostinato/programs/serving/",
+    "service/": "ostinato/programs/service/",
+    "sidecar/": "ostinato/programs/sidecar/",
+}
 """Folders of the repository, and where the wheel has them."""
 
 
@@ -45,7 +50,7 @@ def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProc
 
 
 def test_it_has_every_file_in_its_place(wheel: zipfile.ZipFile) -> None:
-    """All that the three folders keep in git, data too, and nothing beside the package."""
+    """All that these folders keep in git, data too, and nothing beside the package."""
     listed = subprocess.run(["git", "ls-files", "--", *HOMES], cwd=ROOT, capture_output=True, text=True, check=True)
     wanted = {
         home + name.removeprefix(folder)
@@ -60,12 +65,13 @@ def test_it_has_every_file_in_its_place(wheel: zipfile.ZipFile) -> None:
     assert {name.split("/")[0] for name in names} == {"ostinato"}
 
 
-def test_no_package_is_called_service_or_sidecar(python: Path, tmp_path: Path) -> None:
+def test_no_common_name_is_a_package(python: Path, tmp_path: Path) -> None:
     """The wheel takes none of these names in site-packages: a user may have packages of the same names."""
-    code = "import importlib.util as i, ostinato; print([i.find_spec(n) for n in ('service', 'sidecar')], ostinato.__file__)"
+    names = ("serving", "service", "sidecar")
+    code = f"import importlib.util as i, ostinato; print([i.find_spec(n) for n in {names}], ostinato.__file__)"
     done = subprocess.run([python, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
 
-    assert done.stdout.startswith(f"[None, None] {python.parents[1]}/"), done.stdout
+    assert done.stdout.startswith(f"[None, None, None] {python.parents[1]}/"), done.stdout
 
 
 @pytest.mark.parametrize("name", ["service", "sidecar"])

@@ -16,9 +16,9 @@ from grpc_status import rpc_status
 from prometheus_client import CollectorRegistry
 
 from ostinato import errors
-from ostinato.serving.metrics import registry
-from ostinato.serving.server import Server
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, types_pb2
+from serving.metrics import registry
+from serving.server import Server
 
 from service.config import Settings
 from service.engines.scripted import ScriptedEngine, parse

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ostinato.serving.settings import describe, load, plain
 from ostinato.v1 import types_pb2
+from serving.settings import describe, load, plain
 
 from service import engines
 from service.config import OWN, Settings

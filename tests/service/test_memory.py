@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ostinato import errors
-from ostinato.serving.program import StartupError
+from serving.program import StartupError
 
 from service.memory import LOGS_MAX, Memory
 from tests.service.support import served, submit_of

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ostinato.serving.program import StartupError
 from ostinato.v1 import engine_pb2, types_pb2
+from serving.program import StartupError
 
 from service.engines.scripted.vocabulary import ByteVocabulary
 from service.probes import probes, strangers

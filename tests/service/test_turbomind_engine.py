@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from ostinato.serving.metrics import registry
 from ostinato.v1 import engine_pb2, types_pb2
+from serving.metrics import registry
 
 from service.answer import Answer
 from service.engines.base import Run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ostinato.serving.settings import load, plain
+from serving.settings import load, plain
 
 from sidecar.config import Settings
 

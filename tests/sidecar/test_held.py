@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from ostinato.errors import QueueFull, SlowReader
-from ostinato.serving.identity import CALLER, Identity, Role
+from serving.auth import CALLER, Identity, Role
 
 from sidecar.held import COPIES, Account, Held
 from tests.sidecar.held_kit import held

@@ -20,8 +20,8 @@ import apsw
 import pytest
 from google.protobuf import json_format
 
-from ostinato.serving.program import StartupError
 from ostinato.v1 import sequencer_pb2
+from serving.program import StartupError
 
 from sidecar import commands
 from sidecar.config import Settings

@@ -14,8 +14,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from ostinato import errors
-from ostinato.serving.server import Server
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, types_pb2
+from serving.server import Server
 
 from sidecar.link import SUBMIT_BYTES, EngineLink, check_description, unavailable
 from tests.waiting import eventually

@@ -13,7 +13,7 @@ import pytest
 from google.protobuf.message import DecodeError
 
 from ostinato.errors import JournalUnavailable
-from ostinato.serving.program import StartupError
+from serving.program import StartupError
 
 from sidecar.config import Settings
 from sidecar.journal import JournalBroken

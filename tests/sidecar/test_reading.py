@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ostinato import errors
-from ostinato.serving.identity import CALLER, Identity, Role
 from ostinato.v1 import sequencer_pb2
+from serving.auth import CALLER, Identity, Role
 
 from sidecar.config import Settings
 from sidecar.held import Held

@@ -55,7 +55,7 @@ class Seams:
 
 
 class Door:
-    """In place of ostinato.serving.server.Server: handlers by path, for `Outgoing` to find."""
+    """In place of serving.server.Server: handlers by path, for `Outgoing` to find."""
 
     def __init__(self, node: Node, seams: Seams | None = None) -> None:
         self.node = node

@@ -18,8 +18,8 @@ from prometheus_client import CollectorRegistry
 
 from ostinato.digest import input_digest
 from ostinato.errors import EpochStale
-from ostinato.serving.program import StartupError
 from ostinato.v1.engine_pb2_grpc import add_EngineServicer_to_server
+from serving.program import StartupError
 
 from service.config import Settings as ServiceSettings
 from service.engines.base import Run

@@ -19,7 +19,7 @@ import typer
 import ostinato
 from ostinato.cli import show
 
-_SERVING = ("cryptography", "grpc_channelz", "grpc_health", "grpc_reflection", "prometheus_client")
+_SERVING = ("cryptography", "grpc_health", "grpc_reflection", "prometheus_client")
 NEEDS: Mapping[str, Sequence[str]] = {
     "service": _SERVING,
     "sidecar": (*_SERVING, "apsw", "msgspec"),

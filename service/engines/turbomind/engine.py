@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ostinato.serving.program import FAILED
 from ostinato.v1 import engine_pb2, types_pb2
+from serving.program import FAILED
 
 from service.engines.base import Events, Run
 from service.engines.turbomind.batching import Batching

@@ -11,7 +11,7 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, start_http_server
 
-from ostinato.serving.program import BAD_CONFIGURATION, StartupError
+from serving.program import BAD_CONFIGURATION, StartupError
 
 
 def registry() -> CollectorRegistry:

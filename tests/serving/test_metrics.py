@@ -8,8 +8,8 @@ import urllib.request
 import pytest
 from prometheus_client import Counter
 
-from ostinato.serving.metrics import registry, serve_metrics
-from ostinato.serving.program import StartupError
+from serving.metrics import registry, serve_metrics
+from serving.program import StartupError
 
 
 def page(port: int, accept: str = "") -> tuple[str, str]:

@@ -16,7 +16,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from ostinato.serving.files import Reloaded, Source, Unusable
+from serving.auth import Reloaded, Source, Unusable
 
 CERTIFICATE, KEY, CLIENT_CA = "--tls-certificate", "--tls-key", "--tls-client-ca"
 
@@ -39,7 +39,7 @@ class ServerTls:
         self.mutual = client_ca is not None
         if client_ca is not None:
             sources.append(Source(CLIENT_CA, client_ca))
-        self.files = Reloaded(sources, lambda contents: served(contents, datetime.now(UTC)))
+        self.files = Reloaded(sources, lambda contents: parse_tls(contents, datetime.now(UTC)))
 
     def credentials(self) -> grpc.ServerCredentials:
         """For one port: each port is told of a new certificate by itself. Connections keep the one they began with."""
@@ -55,7 +55,7 @@ class ServerTls:
         return grpc.dynamic_ssl_server_credentials(told.configuration, changed, require_client_authentication=self.mutual)
 
 
-def served(contents: Mapping[str, bytes], now: datetime) -> Served:
+def parse_tls(contents: Mapping[str, bytes], now: datetime) -> Served:
     """The files' contents by flag, as gRPC wants them. Raises Unusable."""
     certificate, key, authorities = contents[CERTIFICATE], contents[KEY], contents.get(CLIENT_CA)
     leaf = _certificates(CERTIFICATE, certificate)[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ostinato.serving.settings import REQUIRED, describe, field, load, lookup, read
+from serving.settings import REQUIRED, describe, field, load, lookup, read
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,13 @@
-"""What stands between gRPC and every handler of ours.
+"""What stands between gRPC and every handler: identity, bad bytes, errors, writes, counts.
 
-- Callers are identified, and handlers find them in `identity.caller()`. gRPC's own services are an admin's, but for health.
-- Bytes that are no message raise MalformedMessage; gRPC by itself answers UNKNOWN, as if it were the server's fault, and logs
-  a traceback.
-- Our errors go out whole: code, reason, fields, and when to come back. Anything else goes out as INTERNAL, and into the log.
+- A caller is identified before its handler runs, and the handler finds it by `auth.caller()`. gRPC's own services are for
+  admins, except health.
+- Bytes that are not a message raise MalformedMessage. gRPC itself answers UNKNOWN, as if it were the server's fault, and logs a
+  traceback.
+- An OstinatoError is sent whole: code, reason, fields, and when to retry. Any other error is sent as INTERNAL and logged.
 - Answers are serialised here, and counted until gRPC has written them.
-- Each call is counted by its code and timed, and has a span where there are traces; a stream without an end has none. Where
-  callers need no credentials, gRPC's own services are not counted: health checks would hide the other numbers.
+- Each call is counted by its code and timed, and has a span if traces are on; a stream without an end has none. Where callers
+  need no credentials, gRPC's own services are not counted: health checks would hide the other numbers.
 
 Handlers are those of generated aio servicers: coroutines, or async generators for streamed answers.
 """
@@ -15,33 +16,207 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, Never, cast
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Never, Protocol, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from ostinato import tracing
-from ostinato.errors import Internal, OstinatoError, to_status
-from ostinato.serving.credentials import NONE, Credentials
-from ostinato.serving.deadlines import ran_out, remaining
-from ostinato.serving.handlers import (
-    Checked,
-    Context,
-    Uncounted,
-    Unwritten,
-    behaviour_of,
-    checked,
-    lenient,
-    messages,
-    rebuilt,
-    serialized,
-)
-from ostinato.serving.identity import CALLER
+from ostinato.errors import Internal, MalformedMessage, OstinatoError, SlowReader, to_status
+from serving.auth import CALLER, NONE, Context, Credentials
+
+EARLY_SECONDS, EARLY_SHARE = 0.05, 0.02
+"""A caller's own clock runs out before ours: by the way here, and because gRPC rounds a timeout up, by up to a hundredth."""
+
+
+def remaining(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
+    """Seconds until the caller's deadline; None: it has none."""
+    left: float | None = context.time_remaining()
+    return left
+
+
+def ran_out(left: float | None, patience: float | None) -> bool:
+    """Whether a caller that came with `patience` seconds to its deadline, and was gone with `left`, waited for as long as it
+    could. None: it has no deadline."""
+    return left is not None and patience is not None and left <= EARLY_SECONDS + EARLY_SHARE * patience
+
+
+QUIET_TURNS, TURNS_MAX = 4, 16
+
+
+async def coalesce(amount: Callable[[], int]) -> None:
+    """Until the amount of what waits has stood still for a few turns of the loop, and for many turns at most. No timer: where
+    nothing happens, a turn takes some microseconds."""
+    quiet = 0
+    for _ in range(TURNS_MAX):
+        before = amount()
+        await asyncio.sleep(0)
+        quiet = quiet + 1 if amount() == before else 0
+        if quiet == QUIET_TURNS:
+            return
+
+
+Behaviour = Callable[[Any, Context], Any]
+
+
+class Unwritten(Protocol):
+    """Counts what was handed to gRPC and is not written yet."""
+
+    def writing(self, count: int) -> Callable[[], None]:
+        """So many bytes more, for the caller in whose task this is called; until the returned function is called."""
+        ...
+
+    def late(self) -> None:
+        """A call was lost, for one of its messages was not written in time."""
+        ...
+
+
+class Uncounted:
+    """Where the bytes are bounded otherwise."""
+
+    def writing(self, count: int) -> Callable[[], None]:
+        return _nothing
+
+    def late(self) -> None: ...
+
+
+def _nothing() -> None: ...
+
+
+async def written(write: Awaitable[None], *, lost: asyncio.Future[Any] | None = None, seconds: float | None = None) -> bool:
+    """Whether this write ended before `lost` was done and before the time was over. If not it goes on by itself: gRPC keeps the
+    message until the reader takes it or leaves."""
+    writing = asyncio.ensure_future(write)
+    try:
+        awaited = {writing} if lost is None else {writing, lost}
+        await asyncio.wait(awaited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    except asyncio.CancelledError:
+        writing.cancel()
+        raise
+    if writing.done():
+        writing.result()
+        return True
+    writing.add_done_callback(_retrieved)
+    return False
+
+
+def _retrieved(writing: asyncio.Future[None]) -> None:
+    """Or asyncio logs an exception that tells only that the reader has left."""
+    if not writing.cancelled():
+        writing.exception()
+
+
+def behaviour_of(handler: Any, write_seconds: float | None = None, late: Callable[[], None] = _nothing) -> Behaviour:
+    """What a handler does, as one coroutine function. An async generator's answers are written for it, and it is closed at once
+    when the call ends early, not when the garbage collector comes by. `write_seconds`: for one of its messages to be written;
+    then `late` is told, and the behaviour raises SlowReader."""
+    kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
+    behaviour: Behaviour = getattr(handler, kind)
+    if not inspect.isasyncgenfunction(behaviour):
+        return behaviour
+
+    async def answered(request: Any, context: Context) -> None:
+        async with contextlib.aclosing(behaviour(request, context)) as answers:
+            async for answer in answers:
+                writing = context.write(answer)
+                if write_seconds is None:
+                    await writing
+                elif not await written(writing, seconds=write_seconds):
+                    late()
+                    raise SlowReader(f"a message waited more than {write_seconds:g} s to be read")
+
+    return answered
+
+
+def rebuilt(
+    handler: Any,
+    behaviour: Behaviour,
+    deserializer: Callable[[bytes], Any],
+    serializer: Callable[[Any], bytes] | None,
+) -> Any:
+    """The handler with another behaviour, request deserialiser and response serialiser; None: the behaviour answers bytes."""
+    make = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[bool(handler.request_streaming), bool(handler.response_streaming)]
+    return make(behaviour, request_deserializer=deserializer, response_serializer=serializer)
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Stands where a message should: gRPC's deserialisers cannot refuse, only crash."""
+
+    why: str
+
+
+def lenient(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """The deserialiser, with Malformed for what it cannot parse: no wire format, or text that is no UTF-8."""
+
+    def parse(data: bytes) -> Any:
+        try:
+            return deserializer(data)
+        except DecodeError as error:
+            return Malformed(str(error))
+
+    return parse
+
+
+def checked(parsed: Any) -> Any:
+    """The message. Raises MalformedMessage where there is none."""
+    if isinstance(parsed, Malformed):
+        raise MalformedMessage(f"these bytes are no such message: {parsed.why}")
+    return parsed
+
+
+async def messages(source: AsyncIterable[Any]) -> AsyncIterator[Any]:
+    """A call's messages, each checked."""
+    async for message in source:  # not before the first is asked for: gRPC warns of an iterator that was made and never asked
+        yield checked(message)
+
+
+def serialized(message: Any, serialize: Callable[[Any], bytes]) -> bytes:
+    """Its bytes; those of one that was serialised before as they are."""
+    return message if isinstance(message, bytes) else serialize(message)
+
+
+class Checked:
+    """A context whose `read` checks, and whose `write` serialises at once and counts; all else is gRPC's. A message that waits
+    to be written is held as bytes, and not as an object of several times that size."""
+
+    def __init__(self, context: Context, serialize: Callable[[Any], bytes], unwritten: Unwritten) -> None:
+        self._context, self._serialize, self._unwritten = context, serialize, unwritten
+        self._begun = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def read(self) -> Any:
+        return checked(await self._context.read())
+
+    def write(self, message: Any) -> Awaitable[None]:
+        """A message, or its bytes. Ends when gRPC has written it all."""
+        return self._write(serialized(message, self._serialize))
+
+    async def _write(self, data: bytes) -> None:
+        done = self._unwritten.writing(len(data))
+        try:
+            if not self._begun:  # else they would go with the message, and a call whose first one waits could not be aborted
+                self._begun = True
+                await self._context.send_initial_metadata(())
+            await self._context.write(data)
+        finally:
+            done()
+
 
 STATUS_BYTES_MAX, MESSAGE_BYTES_MAX, OTHER_DETAILS_BYTES = 3072, 768, 256
 """Of a google.rpc.Status. It travels in headers, as base64 and its message once more, percent-encoded; 8 KiB of headers are all

@@ -14,14 +14,13 @@ from typing import Any
 
 import grpc
 import pytest
-from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from prometheus_client import CollectorRegistry
 
-from ostinato.serving.program import StartupError
-from ostinato.serving.server import Server
 from ostinato.v1 import generation_pb2_grpc
+from serving.program import StartupError
+from serving.server import Server
 
 from tests.http2 import connected
 from tests.ostinato.echo import METHODS, NAME, Context, Echo, call, register, serving, text
@@ -219,7 +218,6 @@ STANDARD = [
     "/grpc.health.v1.Health/Check",
     "/grpc.health.v1.Health/Watch",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
-    "/grpc.channelz.v1.Channelz/GetServers",
 ]
 
 
@@ -301,21 +299,8 @@ async def test_reflection_names_our_services() -> None:
 
     services, file = await asyncio.to_thread(ask)
     await server.stop(grace=0)
-    assert {"ostinato.v1.Generation", "grpc.health.v1.Health", "grpc.channelz.v1.Channelz"} <= set(services)
+    assert {"ostinato.v1.Generation", "grpc.health.v1.Health"} <= set(services)
     assert file == "ostinato/v1/generation.proto"
-
-
-@pytest.mark.parametrize(("address", "offered"), [("127.0.0.1:0", True), ("0.0.0.0:0", False)])
-async def test_channelz_is_for_this_machine_only(address: str, offered: bool) -> None:
-    """Channelz tells of every connection, so it is served only where nobody else can reach the server."""
-    server = made(address, allow_remote=True)
-    await server.start()
-    async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
-        ask = channelz_pb2_grpc.ChannelzStub(channel).GetServers(channelz_pb2.GetServersRequest())
-        code = await ask.code()
-    await server.stop(grace=0)
-
-    assert code is (grpc.StatusCode.OK if offered else grpc.StatusCode.UNIMPLEMENTED)
 
 
 async def test_a_message_over_the_limit_is_refused_by_grpc() -> None:

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from ostinato.serving.probe import probe
-from ostinato.serving.server import Server
-from ostinato.serving.settings import field
+from serving.server import Server, probe
+from serving.settings import field
 
 from tests.ostinato.echo import NAME, Echo, register
 

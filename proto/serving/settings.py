@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ostinato import __version__
-from ostinato.serving.logs import report_failure
-from ostinato.serving.program import BAD_CONFIGURATION
+from serving.logs import report_failure
+from serving.program import BAD_CONFIGURATION
 
 TABLES = ("service", "sidecar")
 """Of a settings file: one for each program. A program checks its own."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ostinato.serving import logs
+from serving import logs
 
 TROUBLE = "line one\nline two\r\x1b[31mred\u2028end\udc80"
 

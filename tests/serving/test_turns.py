@@ -7,7 +7,7 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ostinato.serving.turns import QUIET_TURNS, TURNS_MAX, still
+from serving.handlers import QUIET_TURNS, TURNS_MAX, coalesce
 
 
 def turns_waited(coming: list[bool]) -> int:
@@ -33,7 +33,7 @@ def test_waits_as_long_as_something_comes(coming: list[bool]) -> None:
                 await asyncio.sleep(0)
 
         bringing = asyncio.create_task(bring())
-        await still(lambda: len(waiting))
+        await coalesce(lambda: len(waiting))
         seen = list(turns)
         await bringing
         return seen

@@ -14,8 +14,8 @@ import pytest
 SOURCES = Path(__file__).parents[2] / "proto"
 PROGRAM = """
 import asyncio, sys
-from ostinato.serving import logs
-from ostinato.serving.program import DRAINED, StartupError, heed, run
+from serving import logs
+from serving.program import DRAINED, StartupError, install_signal_handlers, run
 
 async def main(stop):
     {first}
@@ -28,7 +28,7 @@ sys.exit(run("program", main))
 """
 
 
-def started(body: str, first: str = "heed(stop)", form: str = "human") -> subprocess.Popen[str]:
+def started(body: str, first: str = "install_signal_handlers(stop)", form: str = "human") -> subprocess.Popen[str]:
     """A program with this body in its main, up and running."""
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(first=first, body=body, form=form)],
@@ -51,7 +51,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_asks_for_an_orderly_end(number: signal.Signals) -> None:
-    """SIGTERM and SIGINT set the event that main heeds; what main then returns is the exit code."""
+    """SIGTERM and SIGINT set the event once main has installed the handlers; what main then returns is the exit code."""
     process = started("await stop.wait(); print('drained')")
     process.send_signal(number)
 
@@ -63,7 +63,7 @@ def test_a_signal_asks_for_an_orderly_end(number: signal.Signals) -> None:
 @pytest.mark.parametrize("body", ["await asyncio.to_thread(__import__('time').sleep, 600)", "__import__('time').sleep(600)"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_at_once_what_has_not_begun_to_serve(number: signal.Signals, body: str) -> None:
-    """Until main heeds them both signals are a good end, whatever a thread, or the loop itself, is at work on."""
+    """Until main installs the handlers both signals are a good end, whatever a thread, or the loop itself, is at work on."""
     process = started(body, first="")
     process.send_signal(number)
 

@@ -14,8 +14,7 @@ from grpc_status import rpc_status
 from prometheus_client import CollectorRegistry
 
 from ostinato import errors
-from ostinato.serving.deadlines import EARLY_SECONDS, EARLY_SHARE
-from ostinato.serving.guard import STATUS_BYTES_MAX, _code, fitting
+from serving.handlers import EARLY_SECONDS, EARLY_SHARE, STATUS_BYTES_MAX, _code, fitting
 
 from tests.ostinato.echo import METHODS, NAME, Context, Echo, call, raw, serving, text
 from tests.waiting import eventually

@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ostinato.serving import tokens
-from ostinato.serving.files import Unusable
-from ostinato.serving.identity import TENANT, Identity, Role
-from ostinato.serving.program import StartupError
-from ostinato.serving.tls import ServerTls
+from serving import auth
+from serving.auth import TENANT, Identity, Role, Unusable
+from serving.program import StartupError
+from serving.tls import ServerTls
 
 from tests.certificates import Authority
 
@@ -39,7 +38,7 @@ def test_a_missing_file_is_named(authority: Authority, tmp_path: Path) -> None:
     with pytest.raises(StartupError, match=r"--tls-client-ca: \S*nowhere: No such file"):
         ServerTls(certificate, key, tmp_path / "nowhere")
     with pytest.raises(StartupError, match=r"--tokens: \S*nowhere: No such file"):
-        tokens.listed(tmp_path / "nowhere")
+        auth.load_tokens(tmp_path / "nowhere")
 
 
 def test_files_that_cannot_serve_are_refused(authority: Authority, tmp_path: Path) -> None:
@@ -79,7 +78,7 @@ def test_a_change_that_cannot_serve_changes_nothing(authority: Authority) -> Non
 def test_tokens_are_not_for_everybody(tmp_path: Path, mode: int) -> None:
     """A file of tokens that others may read or write is refused."""
     with pytest.raises(StartupError, match="lets everybody on this machine in"):
-        tokens.listed(written(tmp_path, "", mode))
+        auth.load_tokens(written(tmp_path, "", mode))
 
 
 @pytest.mark.parametrize(
@@ -97,23 +96,23 @@ def test_tokens_are_not_for_everybody(tmp_path: Path, mode: int) -> None:
 def test_a_bad_line_is_named_and_not_quoted(tmp_path: Path, line: str, why: str) -> None:
     """The error has the line's number and the rule; a token put there by mistake does not reach the log."""
     with pytest.raises(StartupError, match=f"line 3: .*{why}") as raised:
-        tokens.listed(written(tmp_path, f"# who may call\n\n{line}\n"))
+        auth.load_tokens(written(tmp_path, f"# who may call\n\n{line}\n"))
 
     assert "0123" not in str(raised.value)
 
 
 def test_a_secret_stands_for_one(tmp_path: Path) -> None:
     """Two lines with the same secret are refused: nobody could say whose it is."""
-    _, line = tokens.new("acme", Role.TENANT)
+    _, line = auth.new_token("acme", Role.TENANT)
     with pytest.raises(StartupError, match="line 2: an earlier line has the same secret"):
-        tokens.listed(written(tmp_path, f"{line}\n{line.replace('acme', 'other')}\n"))
+        auth.load_tokens(written(tmp_path, f"{line}\n{line.replace('acme', 'other')}\n"))
 
 
 @given(st.dictionaries(st.from_regex(r"[!-~]{1,20}", fullmatch=True).filter(TENANT.fullmatch), st.sampled_from(Role)))
 def test_a_token_is_its_lines(roles: dict[str, Role]) -> None:
     """Whatever identities a file has, each token is that of its own line, and another one is nobody's."""
-    made = {tenant: tokens.new(tenant, role, "a comment  with spaces") for tenant, role in roles.items()}
-    read = tokens.parse({tokens.TOKENS: "\n".join(line for _, line in made.values()).encode()})
+    made = {tenant: auth.new_token(tenant, role, "a comment  with spaces") for tenant, role in roles.items()}
+    read = auth.parse_tokens({auth.TOKENS: "\n".join(line for _, line in made.values()).encode()})
 
     for tenant, (token, _) in made.items():
         assert read.bearer(token) == Identity(tenant, roles[tenant])
@@ -123,7 +122,7 @@ def test_a_token_is_its_lines(roles: dict[str, Role]) -> None:
 
 def test_a_certificates_line(tmp_path: Path) -> None:
     """A certificate's name can be given another tenant and role."""
-    listed = tokens.listed(written(tmp_path, "ops admin certificate:spiffe://example/ops  the operators\n")).value
+    listed = auth.load_tokens(written(tmp_path, "ops admin certificate:spiffe://example/ops  the operators\n")).value
 
     assert listed.certificate("spiffe://example/ops") == Identity("ops", Role.ADMIN)
     assert listed.certificate("acme") is None
@@ -132,15 +131,15 @@ def test_a_certificates_line(tmp_path: Path) -> None:
 def test_too_many_lines_are_refused() -> None:
     """Every token costs every call."""
     with pytest.raises(Unusable, match="at most 1024"):
-        tokens.parse({tokens.TOKENS: b"#\n" * 1025})
+        auth.parse_tokens({auth.TOKENS: b"#\n" * 1025})
 
 
 def test_the_command_makes_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What goes to stdout is a line of the file, for the token that goes to stderr; a bad tenant makes none."""
-    assert tokens.main("token", ["acme", "tenant", "night batches"]) == 0
+    assert auth.token_command("token", ["acme", "tenant", "night batches"]) == 0
     made = capsys.readouterr()
-    assert tokens.listed(written(tmp_path, made.out)).value.bearer(made.err.strip()) == Identity("acme", Role.TENANT)
+    assert auth.load_tokens(written(tmp_path, made.out)).value.bearer(made.err.strip()) == Identity("acme", Role.TENANT)
 
     with pytest.raises(SystemExit, match="2"):
-        tokens.main("token", ["two words", "tenant"])
+        auth.token_command("token", ["two words", "tenant"])
     assert "printable ASCII" in capsys.readouterr().err

@@ -1,12 +1,12 @@
-"""A program from its first line to its exit code.
+"""The life of a program: signals, exit codes, traces, files that are replaced as a whole.
 
-    0    drained: told to stop, and did so in order, or before there was anything to put in order
+    0    drained: it was told to stop and stopped in order, or it had served nothing yet
     1    failed
     2    the configuration is bad
-    130  told to stop again by a second SIGINT before it had
-    143  the same by a second SIGTERM
+    130  a second SIGINT arrived before it had stopped
+    143  a second SIGTERM, likewise
 
-Nothing else: a supervisor can tell a drained program from one that was not, and a bad flag from a bad day.
+There are no others, so a supervisor can tell a drained program from a failed one and from a bad configuration.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import signal
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from ostinato import tracing
-from ostinato.serving.logs import report_failure
+from serving.logs import report_failure
 
 DRAINED, FAILED, BAD_CONFIGURATION = 0, 1, 2
 STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -42,10 +43,10 @@ class StartupError(Exception):
 def run(program: str, main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
     """Runs `main` on an event loop of its own and returns the exit code for `sys.exit`. `program`: its name in messages.
 
-    SIGTERM and SIGINT end the process at once, whatever a library is at work on, until `main` hands the event that it is given
-    to `heed`. Then they set it, and `main` finishes what it has and returns. The same signal again ends the process at once,
-    threads and all. The other one does not: a hook may ask by SIGINT before a supervisor does by SIGTERM, and both mean the one
-    drain.
+    SIGTERM and SIGINT end the process at once, even within a library's call, until `main` passes the event that it is given to
+    `install_signal_handlers`. After that they set the event, and `main` finishes its work and returns. The same signal again
+    ends the process at once, with its threads. The other signal does not: a hook may send SIGINT before a supervisor sends
+    SIGTERM, and both mean one drain.
     """
     gc.freeze()  # what was imported stays, and need not be looked at again and again
     gc.set_threshold(OBJECTS_MAX)
@@ -60,7 +61,7 @@ def run(program: str, main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
 
 
 @contextmanager
-def traced(target: str, service: str, instance: str = "") -> Iterator[None]:
+def exporting_traces(target: str, service: str, instance: str = "") -> Iterator[None]:
     """Exports spans as `tracing.start` does, if that is wanted, for as long as the context lasts. Raises StartupError."""
     try:
         tracing.start(target, service, instance or str(uuid.uuid4()), os.environ)
@@ -78,7 +79,7 @@ async def _supervised(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
     return await main(asyncio.Event())
 
 
-def heed(stop: asyncio.Event) -> None:
+def install_signal_handlers(stop: asyncio.Event) -> None:
     """From now on SIGTERM and SIGINT set the event: there is something to be ended in order."""
     told: set[signal.Signals] = set()
     loop = asyncio.get_running_loop()
@@ -102,3 +103,14 @@ def _on_signal(number: signal.Signals, told: set[signal.Signals], stop: asyncio.
     told.add(number)
     _log.info("%s: stopping", number.name)
     stop.set()
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Makes this its content, and makes its folder. Durable on return. Raises OSError, and then what was there still is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}")
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

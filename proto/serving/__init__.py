@@ -1,0 +1,17 @@
+"""The server framework of the two programs. The client's package never imports it.
+
+    settings  a frozen dataclass from flags, environment and a file, checked once
+    logs      one line an event, as text or as JSON
+    metrics   a registry, and the page it is scraped from
+    program   one event loop, signals, exit codes
+    auth      who calls: identities, tokens, certificates (tls), and the files they are read from
+    handlers  what stands between gRPC and every handler: identity, bad bytes, errors, writes, counts
+    server    a gRPC server: addresses, health, start, stop; and the probe that asks for its health
+
+A program's __main__ loads its settings, sets up its logs, and passes an async main to program.run.
+"""
+
+import os
+
+# gRPC's core writes to stderr by itself; what matters reaches us as errors. It reads this variable when it is loaded.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -1,0 +1,420 @@
+"""A gRPC server: addresses, health, reflection, start, stop, and the command that asks for its health.
+
+    server = Server(["unix:/run/ostinato/engine.sock", "127.0.0.1:7001"], registry=registry)
+    server.add(add_EngineServicer_to_server, servicer, "ostinato.v1.Engine")
+    await server.start()
+    await server.set_health("ostinato.v1.Engine", serving=True)
+    ...
+    await server.stop(grace=10)
+
+An address is `unix:/absolute/path`, or `host:port` where host is an IP address or `localhost`, which is 127.0.0.1: of a name
+with two addresses gRPC could bind only one, without an error.
+
+Anyone who reaches a plain TCP port can use it, so without TLS only loopback is allowed unless remote callers are allowed by
+name. TLS is for TCP; the mode of a unix socket guards it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import ipaddress
+import logging
+import os
+import re
+import socket
+import stat
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
+
+from serving.auth import NONE, Context, Credentials
+from serving.handlers import Guard, Unwritten, behaviour_of, rebuilt
+from serving.program import BAD_CONFIGURATION, StartupError
+from serving.settings import lookup
+
+PATH_BYTES_MAX = 107
+"""Of a socket's path, by the kernel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tcp:
+    """A port."""
+
+    flag: str
+    host: ipaddress.IPv4Address | ipaddress.IPv6Address
+    port: int
+
+    @property
+    def local(self) -> bool:
+        return self.host.is_loopback
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if self.host.version == 6 else f"{self.host}:{self.port}"
+
+    def bind(self, server: grpc.aio.Server, _mode: int, tls: grpc.ServerCredentials | None = None) -> str:
+        """Binds and returns the address with its real port. Raises StartupError."""
+        try:
+            port = server.add_insecure_port(str(self)) if tls is None else server.add_secure_port(str(self), tls)
+            return str(replace(self, port=port))
+        except RuntimeError as error:
+            raise StartupError(f"{self.flag}: cannot listen on {self}: {self._why() or error}") from error
+
+    def _why(self) -> str:
+        """What the kernel has against this address; gRPC does not say."""
+        with socket.socket(socket.AF_INET6 if self.host.version == 6 else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((str(self.host), self.port))
+            except OSError as error:
+                return os.strerror(error.errno or 0)
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unix:
+    """A socket file."""
+
+    flag: str
+    path: Path
+    local = True
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+    def bind(self, server: grpc.aio.Server, mode: int, _tls: grpc.ServerCredentials | None = None) -> str:
+        """Binds in plain text, with this mode on the file. Raises StartupError."""
+        try:
+            self._check_folder()
+            self._clear()
+            before = os.umask(0o777 & ~mode)  # closed from the first moment, not from chmod on
+            try:
+                server.add_insecure_port(str(self))
+            finally:
+                os.umask(before)
+            self.path.chmod(mode)
+        except OSError as error:
+            raise self._error(error.strerror or str(error)) from error
+        except RuntimeError as error:
+            raise self._error(self._why() or str(error)) from error
+        return str(self)
+
+    def _error(self, why: str) -> StartupError:
+        return StartupError(f"{self.flag}: cannot listen on {self}: {why}")
+
+    def _why(self) -> str:
+        """What the kernel has against this path; gRPC does not say."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.bind(str(self.path))
+            except OSError as error:
+                return os.strerror(error.errno or 0)
+        self.path.unlink(missing_ok=True)
+        return ""
+
+    def _check_folder(self) -> None:
+        """Whoever may write there can put a socket of their own in the place of ours. Makes a folder that is missing."""
+        folder = self.path.parent
+        try:
+            folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+        except FileExistsError:
+            raise self._error(f"{folder} is no directory") from None
+        except OSError as error:
+            raise self._error(f"{folder} cannot be made: {error.strerror}") from error
+        if folder.stat().st_mode & 0o002:
+            raise self._error(f"everybody may write in {folder}; use one below it, or chmod o-w")
+
+    def _clear(self) -> None:
+        """Removes what a killed process left. gRPC itself would take the path from under a living one, or from a file."""
+        try:
+            if not stat.S_ISSOCK(self.path.lstat().st_mode):
+                raise self._error("the file is no socket")
+        except FileNotFoundError:
+            return
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1)
+            try:
+                probe.connect(str(self.path))
+            except ConnectionRefusedError:
+                self.path.unlink(missing_ok=True)
+                return
+        raise self._error("Address already in use")
+
+
+Address = Tcp | Unix
+
+
+def parse_address(flag: str, text: str, allow_remote: bool) -> Address:
+    """Raises StartupError that names the flag, for what is no address, or is remote and not allowed."""
+
+    def wrong(why: str) -> StartupError:
+        return StartupError(f"{flag}: {text!r}: {why}", exit_code=BAD_CONFIGURATION)
+
+    if text.startswith("unix:"):
+        path = Path(text.removeprefix("unix:"))
+        if not path.is_absolute():
+            raise wrong("a socket's path is absolute")
+        if (size := len(os.fsencode(path))) > PATH_BYTES_MAX:
+            raise wrong(f"a socket's path is at most {PATH_BYTES_MAX} bytes long, this one is {size}")
+        return Unix(flag, path)
+    host, _, port = text.rpartition(":")
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
+        parsed = Tcp(flag, address, int(port))
+    except ValueError:
+        raise wrong("is no address: unix:/path, or an IP address (or localhost) and a port") from None
+    if not 0 <= parsed.port <= 65535:
+        raise wrong("a port is 0 to 65535")
+    if not parsed.local and not allow_remote:
+        raise wrong("anyone on the network could use this; allow it, turn TLS on, or listen on loopback or a unix socket")
+    return parsed
+
+
+def check_target(flag: str, text: str) -> None:
+    """Raises ValueError for what gRPC would try to reach for ever: no address of a server."""
+    path = text.removeprefix("unix:")
+    if path == text:
+        if not re.fullmatch(r"\S+:\d{1,5}|unix-abstract:\S+", text):
+            raise ValueError(f"{flag}: {text!r} is no address: unix:path or host:port")
+    elif not path or len(os.fsencode(path)) > PATH_BYTES_MAX:
+        raise ValueError(f"{flag}: {text!r}: a socket's path is 1 to {PATH_BYTES_MAX} bytes long")
+
+
+class Health(health.aio.HealthServicer):  # type: ignore[misc]  # the package has no types
+    """Check is gRPC's. List is ours, where gRPC knows of it; and Watch, since gRPC's holds a lock while it writes, and a
+    watcher that does not read would keep `set` waiting. The empty name stands for the process, which is SERVING from its
+    start to its stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bells: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        """Of those who watch, by service."""
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:  # noqa: N802
+        bell, name = asyncio.Event(), request.service
+        self._bells[name].add(bell)
+        try:
+            told = None
+            while True:
+                bell.clear()
+                status = self._server_status.get(name, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+                if status != told:
+                    await context.write(health_pb2.HealthCheckResponse(status=status))
+                    told = status
+                await bell.wait()
+        finally:
+            self._bells[name].discard(bell)
+            if not self._bells[name]:
+                del self._bells[name]
+
+    async def _set(self, service: str, status: int) -> None:
+        self._server_status[service] = status
+        for bell in self._bells.get(service, ()):
+            bell.set()
+
+    async def List(self, request: health_pb2.HealthListRequest, context: Context) -> health_pb2.HealthListResponse:  # noqa: N802
+        statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._server_status.items()}
+        return health_pb2.HealthListResponse(statuses=statuses)
+
+
+def add_standard(server: grpc.aio.Server, own: Sequence[str]) -> Health:
+    """Adds health, and reflection for the services `own`."""
+    served = Health()
+    health_pb2_grpc.add_HealthServicer_to_server(served, server)
+    reflection.enable_server_reflection([*own, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    return served
+
+
+class StreamCloser(grpc.aio.ServerInterceptor):
+    """Ends health watches and reflection streams when the server stops: they never end by themselves, and would hold every
+    drain open for its whole grace."""
+
+    def __init__(self) -> None:
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    def close(self) -> None:
+        """Ends them all with UNAVAILABLE."""
+        self._closed = True
+        for call in self._calls:
+            call.cancel()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler.response_streaming or not handler_call_details.method.startswith("/grpc."):
+            return handler
+        behaviour = behaviour_of(handler)
+
+        async def ending(request: Any, context: Context) -> None:
+            call = asyncio.current_task()
+            assert call is not None, "a handler runs in a task"
+            self._calls.add(call)
+            try:
+                await behaviour(request, context)
+            except asyncio.CancelledError:
+                if not self._closed:
+                    raise
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
+            finally:
+                self._calls.discard(call)
+
+        return rebuilt(handler, ending, handler.request_deserializer, handler.response_serializer)
+
+
+MESSAGE_BYTES_MAX = 4 * 1024 * 1024
+"""gRPC's own default, for requests."""
+GRPC_LOGGER = "grpc._cython.cygrpc"
+PENDING_CALLS_MAX = 1 << 16
+"""That have arrived and that no handler has taken up yet."""
+
+S = TypeVar("S")
+
+
+class Server:
+    """One server of a program. To be made inside the event loop it runs on."""
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        registry: CollectorRegistry,
+        message_bytes_max: int = MESSAGE_BYTES_MAX,
+        allow_remote: bool = False,
+        socket_mode: int = 0o660,
+        credentials: Credentials = NONE,
+        health_address: str = "",
+        unwritten: Unwritten | None = None,
+        write_seconds: float | None = None,
+    ) -> None:
+        """Binds nothing yet. `health_address`: a port in plain text with health on it and nothing else, open to all: probes
+        have no certificate. `unwritten`, `write_seconds`: as for Guard. Raises StartupError that names the flag, --listen or
+        --health-listen, of an address that cannot be parsed, or that is remote and not allowed."""
+        self._credentials = credentials
+        self._addresses = [parse_address("--listen", text, allow_remote or credentials.tls is not None) for text in addresses]
+        self._health_address = parse_address("--health-listen", health_address, allow_remote=True) if health_address else None
+        self._socket_mode = socket_mode
+        self._streams = StreamCloser()
+        self._services: list[str] = []
+        self._health: Health | None = None
+        exclusive = ("grpc.so_reuseport", 0)  # with it on, a second server would share a port in silence
+        logging.getLogger(GRPC_LOGGER).addFilter(worth_a_line)
+        # Health alone is not counted: the registry stays empty.
+        self._probed = grpc.aio.server(interceptors=[Guard(CollectorRegistry()), self._streams], options=[exclusive])
+        self._grpc = grpc.aio.server(
+            interceptors=[Guard(registry, credentials, unwritten, write_seconds), self._streams],
+            options=[
+                exclusive,
+                ("grpc.max_receive_message_length", message_bytes_max),
+                # Beyond a thousand gRPC would end calls by itself, with a bare CANCELLED. Ours are refused with a reason.
+                ("grpc.server.max_pending_requests", PENDING_CALLS_MAX),
+                ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS_MAX),
+                # A peer that vanished without a word is noticed within about two minutes, and its calls end; peers may ask us
+                # the same, more often than gRPC would let them.
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ],
+        )
+        self.addresses: list[str] = []
+        """Where it listens, real ports filled in; known after `start`."""
+        self.health_address = ""
+        """The same of the port for probes."""
+
+    def add(self, register: Callable[[S, grpc.aio.Server], None], servicer: S, name: str) -> None:
+        """Serves `servicer`, by its generated `add_…Servicer_to_server`, under its full name. Before `start`."""
+        register(servicer, self._grpc)
+        self._services.append(name)
+
+    async def start(self) -> None:
+        """Listens. Our services are NOT_SERVING until `set_health` says otherwise. Raises StartupError with the address that
+        cannot be had."""
+        self._health = add_standard(self._grpc, self._services)
+        for name in self._services:
+            await self.set_health(name, serving=False)
+        for address in self._addresses:
+            self.addresses.append(address.bind(self._grpc, self._socket_mode, self._credentials.port_credentials()))
+        if self._health_address is not None:
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probed)
+            self.health_address = self._health_address.bind(self._probed, self._socket_mode)
+            await self._probed.start()
+        await self._grpc.start()
+
+    async def set_health(self, name: str, *, serving: bool) -> None:
+        """Says of the service `name` whether it serves. Without effect once stopping."""
+        assert self._health is not None, "start comes first"
+        status = health_pb2.HealthCheckResponse
+        await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+
+    async def stop(self, grace: float) -> None:
+        """Refuses new calls (UNAVAILABLE), lets those under way end for `grace` seconds, then cancels them. Health says
+        NOT_SERVING from the first moment. May be called again, also before `start`."""
+        if self._health is not None:
+            await self._health.enter_graceful_shutdown()
+        self._streams.close()
+        await asyncio.gather(self._grpc.stop(grace), self._probed.stop(grace))
+
+
+def worth_a_line(record: logging.LogRecord) -> bool:
+    """False for gRPC's traceback of a client that left while it was written to: it is logged where the client's end of the call
+    is not known yet, which is a race. An operation that gRPC did not even start is our mistake, and is logged."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, grpc.aio.InternalError) and str(error).startswith('Failed "execute_batch"'))
+
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+def probe(settings: type, program: str, argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """The exit code. Asks at the port for probes, or where `program` listens, as its environment and its settings file say; the
+    flags that it runs with cannot be known here, hence --address. In plain text. Raises SystemExit(2) for bad flags."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program} probe", allow_abbrev=False)
+    parser.add_argument("service", nargs="?", default="", help="full name of a gRPC service; none: the process")
+    parser.add_argument(
+        "--address", help="host:port or unix:/path [default: where the program listens, as far as can be known]"
+    )
+    parser.add_argument("--config", help="the program's settings file, where the environment does not name it")
+    parser.add_argument("--timeout-seconds", type=float, default=2.0, help="for the answer [default 2]")
+    given = parser.parse_args(argv)
+    try:
+        address = given.address or _address(settings, program, environ, given.config)
+    except ValueError as error:
+        parser.error(str(error))
+    if not 0 < given.timeout_seconds <= 3600:
+        parser.error("--timeout-seconds: is not above 0 and at most 3600")
+    healthy, answer = ask(address, given.service, given.timeout_seconds)
+    print(f"{answer}: {given.service or program} at {address}")  # noqa: T201  # this is its answer
+    return 0 if healthy else 1
+
+
+def _address(settings: type, program: str, environ: Mapping[str, str], config: str | None) -> str:
+    """Raises ValueError for settings that do not say it."""
+    names = [name for name in ("health_listen", "listen") if name in {field.name for field in dataclasses.fields(settings)}]
+    for name in names:
+        found = lookup(settings, program, name, environ, config)
+        if found:
+            return str(found if isinstance(found, str) else found[0])
+    raise ValueError(f"{program} listens nowhere")
+
+
+def ask(address: str, service: str, timeout_seconds: float) -> tuple[bool, str]:
+    """Whether it serves, and the health status; or the status code and why there is none."""
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service=service), timeout=timeout_seconds
+            )
+        except grpc.RpcError as error:
+            return False, f"{error.code().name} ({' '.join(str(error.details()).split())})"
+    return answer.status == SERVING, health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
