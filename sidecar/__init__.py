@@ -8,11 +8,12 @@
     work, calls           an admitted item, and who waits for it (what they were sent: ostinato.progress)
     link                  the one ordered stream to the service
     outcomes              from an item's end to what its callers are told
-    rerunner, recheck     runs without numbers, and what compares them with the record
-    replay, audit, watch  who asks for them: an operator, a lot, the clock (canaries)
+    rerun                 runs of recorded inputs, and their comparison with the record
+    checks                what asks for them: audits, canaries, replays
     shadow                a second service that gets a share of the work
-    collisions, sampling  what an outcome says beside its output
-    divergence/           verdicts, counted and judged
+    collisions            how an answer was sampled; unseeded answers that are equal
+    divergence/           verdicts, counted and tested
+    gateway               an OpenAI gateway's protocol over Generation
     journal/              what is durable
     observer, metrics     what is seen of it all
     high_water            where the journal stood, outside of it

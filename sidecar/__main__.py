@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from types import ModuleType
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -23,14 +24,13 @@ from serving.metrics import registry, serve_metrics
 from serving.server import Server, probe
 from serving.settings import describe, read
 
-from sidecar import gateway
-from sidecar.audit import Auditor
+from sidecar.checks import Auditor, CanaryRunner
 from sidecar.config import Settings
 from sidecar.core import events as ev
 from sidecar.core.sequencer import Sequencer
 from sidecar.dispatcher import Dispatcher
-from sidecar.divergence.book import Book
-from sidecar.divergence.numbers import Numbers
+from sidecar.divergence.output import DivergenceCollector
+from sidecar.divergence.tracker import DivergenceTracker
 from sidecar.generation import GenerationServicer
 from sidecar.held import Held
 from sidecar.high_water import HighWater
@@ -43,7 +43,6 @@ from sidecar.observer import Observer
 from sidecar.opening import credentials_of, open_journal, read_canaries, reading
 from sidecar.reading import SequencerServicer
 from sidecar.shadow import Shadow
-from sidecar.watch import Watch
 
 log = logging.getLogger("sidecar")
 
@@ -63,10 +62,10 @@ class Sidecar:
         self.numbers = numbers
         self.credentials = credentials_of(settings)
         watched = read_canaries(settings)
-        face = gateway.face() if settings.vllm_face else None
-        self.book = Book(settings.writer)
-        self.observer = Observer(Metrics(numbers), self.book.not_compared)
-        numbers.register(Numbers(lambda: self.book.counted))
+        gateway = _gateway() if settings.vllm_face else None
+        self.tracker = DivergenceTracker(settings.writer)
+        self.observer = Observer(Metrics(numbers), self.tracker.not_compared)
+        numbers.register(DivergenceCollector(lambda: self.tracker.counted))
         self.held = Held(settings.held, self.observer.lost)
         self.observer.holds(lambda: self.held.bytes)
         self.server = Server(
@@ -84,7 +83,7 @@ class Sidecar:
             backend,
             now_millis=wall_millis,
             on_commit=self.observer.committed,
-            on_entries=self.book.committed,
+            on_entries=self.tracker.committed,
             on_taken=self._take_over,
         )
         self.high_water = HighWater(MarkFile(settings.mark), self.journal) if settings.mark is not None else None
@@ -92,22 +91,22 @@ class Sidecar:
         self.dispatcher = Dispatcher(Sequencer(settings.bounds), self.journal, self.link, self.observer, time.monotonic)
         self.auditor = Auditor(self.dispatcher, settings)
         self.shadow = Shadow(self.dispatcher, settings) if settings.shadow else None
-        self.watch = Watch(self.dispatcher, watched, settings.canary_seconds)
+        self.canaries = CanaryRunner(self.dispatcher, watched, settings.canary_seconds)
         generation = GenerationServicer(self.dispatcher, self.held, settings)
         self.doors = [GENERATION]
         self.server.add(add_GenerationServicer_to_server, generation, GENERATION)
-        sequencer = SequencerServicer(self.dispatcher, self.book, self.held, settings)
+        sequencer = SequencerServicer(self.dispatcher, self.tracker, self.held, settings)
         self.server.add(add_SequencerServicer_to_server, sequencer, SEQUENCER)
-        if face is not None:
-            self.server.add(face.register, face.VllmServicer(generation, self.dispatcher, settings), face.NAME)
-            self.doors.append(face.NAME)
+        if gateway is not None:
+            self.server.add(gateway.register, gateway.VllmServicer(generation, self.dispatcher, settings), gateway.NAME)
+            self.doors.append(gateway.NAME)
 
     async def run(self, stop: asyncio.Event) -> int:
         """Until told to stop, or until it must end and recover."""
         self.observer.opened(self.opened.head)
         with reading(self.settings):
             await self.dispatcher.fingerprints.load()
-            await self.book.restore(self.journal)
+            await self.tracker.restore(self.journal)
             self.dispatcher.recover(self.opened.unfinished)
             await self.auditor.read_back()
         await self.server.start()
@@ -121,7 +120,7 @@ class Sidecar:
             asyncio.create_task(self.link.run(self.dispatcher, self._hello)),
             asyncio.create_task(self._watch_clock()),
             asyncio.create_task(self.credentials.watch(self.numbers)),
-            asyncio.create_task(self.book.keep(self.journal)),
+            asyncio.create_task(self.tracker.keep(self.journal)),
             self.dispatcher.broken,
             self.journal.broken,
         ]
@@ -143,7 +142,7 @@ class Sidecar:
         for task in pending:
             task.cancel()
         with contextlib.suppress(JournalBroken):
-            await self.book.save(self.journal)
+            await self.tracker.save(self.journal)
             if self.high_water is not None:
                 await self.high_water.write()
         await self.journal.close()
@@ -169,8 +168,8 @@ class Sidecar:
         serving = False
         while True:
             self.dispatcher.tell(ev.Tick())
-            self.auditor.look()
-            self.watch.look()
+            self.auditor.tick()
+            self.canaries.tick()
             if self.shadow is not None:
                 self.shadow.tell(ev.Tick())
             self.observer.journal_full(self.journal.full)
@@ -203,6 +202,15 @@ class Sidecar:
         drained.cancel()
         log.info("drained", extra={"left_to_recovery": len(self.dispatcher.works)})
         return done - {drained}
+
+
+def _gateway() -> ModuleType:
+    """The module sidecar.gateway, which imports an optional package. Raises StartupError if that is not installed."""
+    try:
+        from sidecar import gateway
+    except ImportError as error:
+        raise program.StartupError(f"--vllm-face: {error}; pip install 'ostinato[gateway]'") from error
+    return gateway
 
 
 def _say_why(cause: asyncio.Future[Any]) -> None:

@@ -1,8 +1,4 @@
-"""Unseeded items that should have differed and did not: the other half of a broken seed.
-
-Equal outputs say something only where two independent answers would hardly be equal. The chance of that is 2^-b, with b the
-bits of choice that the answer took: the logarithm of its probability. See `choice_of` for how it is estimated.
-"""
+"""How an answer was sampled, and unseeded answers that are equal where they should differ."""
 
 from __future__ import annotations
 
@@ -13,6 +9,33 @@ from dataclasses import dataclass
 from ostinato.digest import output_digest, unseeded_input_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 from ostinato.v1.sequencer_pb2 import COLLISION_FOUND, COLLISION_NONE, COLLISION_UNSPECIFIED
+
+
+def sampling_label(given: types_pb2.ResolvedParameters) -> str:
+    """What is not at its default and may matter to a divergence, names ascending by importance; `defaults` if nothing is.
+
+    Numbers have six digits at most, and what a format demands is not said, so that like items are alike.
+    """
+    greedy = given.temperature == 0
+    numbers = (
+        ("temperature", given.temperature, 1.0),
+        ("top_k", given.top_k, 0),
+        ("top_p", given.top_p, 1.0),
+        ("min_p", given.min_p, 0.0),
+        ("repetition_penalty", given.repetition_penalty, 1.0),
+    )
+    words = ["greedy"] if greedy else []
+    words += [
+        f"{name}={value:g}"
+        for name, value, default in numbers
+        if value != default and not (greedy and name != "repetition_penalty")
+    ]
+    if given.HasField("response_format"):
+        words.append(given.response_format.WhichOneof("format") or "response_format")
+    if given.HasField("logprobs"):
+        words.append("logprobs")
+    return " ".join(words) or "defaults"
+
 
 TOKENS_MIN = 16
 """Shorter answers may well be equal by chance."""

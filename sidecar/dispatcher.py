@@ -25,8 +25,7 @@ from sidecar.journal import Admission, Binding, Journal, JournalBroken, Unfinish
 from sidecar.link import EngineLink, run_error
 from sidecar.observer import Observer
 from sidecar.outcomes import Outcomes
-from sidecar.recheck import Rechecker
-from sidecar.rerunner import Rerunner
+from sidecar.rerun import Rechecker, Rerunner
 from sidecar.results import stamp_of
 from sidecar.work import Asking, Work, need_of
 

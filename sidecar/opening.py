@@ -15,8 +15,8 @@ from ostinato.errors import JournalUnavailable
 from serving import auth, program
 from serving.auth import Credentials
 
-from sidecar import canaries
-from sidecar.canaries import Canary
+from sidecar.checks import Canary
+from sidecar.checks import read_canaries as read_file
 from sidecar.config import Settings, is_shared
 from sidecar.journal import JournalBroken, JournalUnusable, Mark, Opened
 from sidecar.journal.committer import Backend
@@ -46,7 +46,7 @@ def credentials_of(settings: Settings) -> Credentials:
 def read_canaries(settings: Settings) -> tuple[Canary, ...]:
     """Raises StartupError that says what is wrong with the file."""
     try:
-        return canaries.read(settings.canaries)
+        return read_file(settings.canaries)
     except ValueError as error:
         raise program.StartupError(f"--canaries: {error}", exit_code=program.BAD_CONFIGURATION) from error
 

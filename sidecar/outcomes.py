@@ -15,9 +15,9 @@ from sidecar.core import events as ev
 from sidecar.elsewhere import ended
 from sidecar.journal import Appended, Audit, Journal
 from sidecar.observer import Observer
-from sidecar.recheck import Rechecker, Record
+from sidecar.rerun import Rechecker, Record
 from sidecar.results import answer_or_header, no_verdict, result_of, verification_of
-from sidecar.work import Made, Work
+from sidecar.work import RerunResult, Work
 
 VERIFY = types_pb2.COMPARISON_KIND_VERIFY
 
@@ -98,7 +98,7 @@ class Outcomes:
         for witness in self.witnesses:
             witness(record, max(work.company, work.company_at_end))
 
-    async def _verify(self, record: Record, second: asyncio.Future[Made]) -> types_pb2.Comparison:
+    async def _verify(self, record: Record, second: asyncio.Future[RerunResult]) -> types_pb2.Comparison:
         sequence = record.completed.sequence
         try:
             entry = (await self._rechecker.check(record, VERIFY, second)).entry

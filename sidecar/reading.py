@@ -12,14 +12,14 @@ from serving.auth import Context, caller
 
 from sidecar.access import need_sight, visible
 from sidecar.admission import check_key, response_bytes_max
+from sidecar.checks import replay
 from sidecar.config import Settings
 from sidecar.dispatcher import Dispatcher
-from sidecar.divergence.book import Book
+from sidecar.divergence.output import report
 from sidecar.divergence.statistics import CONFIDENCE
-from sidecar.divergence.summary import report
+from sidecar.divergence.tracker import DivergenceTracker
 from sidecar.held import Held
 from sidecar.journal import Sealed
-from sidecar.replay import replay
 from sidecar.results import record_of
 
 PAGE_ENTRIES = 256
@@ -50,11 +50,11 @@ class Places:
 class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
     """See sequencer.proto. Reads are served while the journal is full and while the engine is away."""
 
-    def __init__(self, dispatcher: Dispatcher, book: Book, held: Held, settings: Settings) -> None:
+    def __init__(self, dispatcher: Dispatcher, tracker: DivergenceTracker, held: Held, settings: Settings) -> None:
         self._dispatcher = dispatcher
         self._held = held
         self._settings = settings
-        self._book = book
+        self._tracker = tracker
         self._journal = dispatcher.journal
         self._followers = Places("followers", settings.followers_max)
         self._tails = Places("calls of Tail without follow", settings.tails_max)
@@ -90,7 +90,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
     async def _why_not(self, sequence: int) -> str:
         """Why there is no item with this sequence. That it was lost is said to admins only: it may have been of any tenant."""
         newest = (await self._journal.head()).last_sequence
-        # Numbers have no gaps: one up to the newest that was not admitted is in a LOST entry.
+        # DivergenceCollector have no gaps: one up to the newest that was not admitted is in a LOST entry.
         if caller().admin and sequence <= newest and not await self._journal.items(sequence, sequence, 1):
             return f"sequence {sequence} is lost: it was given out, and the journal's end with its item was lost"
         return f"no sequence {sequence}"
@@ -149,7 +149,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
         if not (request.confidence >= 0 and (1 + request.confidence) / 2 < 1):  # NaN is neither
             raise errors.invalid("confidence", "must be above 0 and below 1, or 0 for 0.95")
         head, known = await self._journal.head(), self._dispatcher.fingerprints.known
-        response = report(self._book.tally, self._book.index, request.confidence or CONFIDENCE, known)
+        response = report(self._tracker.counts, self._tracker.index, request.confidence or CONFIDENCE, known)
         response.log_id, response.writer = head.log_id, head.writer
         return response
 

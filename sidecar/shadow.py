@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from ostinato import errors
-from ostinato.digest import drawn
+from ostinato.digest import is_sampled
 from ostinato.v1 import engine_pb2, types_pb2
 
 from sidecar.config import Settings
@@ -21,8 +21,7 @@ from sidecar.core import events as ev
 from sidecar.core.sequencer import Sequencer
 from sidecar.dispatcher import Dispatcher
 from sidecar.link import EngineLink, run_error
-from sidecar.recheck import Rechecker, Record
-from sidecar.rerunner import Rerunner
+from sidecar.rerun import Rechecker, Record, Rerunner
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ SHADOW = types_pb2.COMPARISON_KIND_SHADOW
 
 
 class Shadow:
-    """Witnesses a dispatcher's outcomes. A link.Listener and a rerunner.Teller."""
+    """Witnesses a dispatcher's outcomes. A link.Listener and a rerunner.EventSink."""
 
     def __init__(self, dispatcher: Dispatcher, settings: Settings) -> None:
         self.engine: engine_pb2.DescribeResponse | None = None
@@ -58,7 +57,7 @@ class Shadow:
 
     def completed(self, record: Record, company: int) -> None:
         """See outcomes.Witness."""
-        if drawn("shadow", record.completed.log_id, record.completed.sequence, self._rate):
+        if is_sampled("shadow", record.completed.log_id, record.completed.sequence, self._rate):
             self._dispatcher.spawn(self._mirror(record))
 
     async def _mirror(self, record: Record) -> None:

@@ -13,11 +13,10 @@ from ostinato.progress import Progress
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 
 from sidecar.calls import Call
-from sidecar.collisions import Collisions
+from sidecar.collisions import Collisions, sampling_label
 from sidecar.core.events import Need
 from sidecar.journal import Admission, Binding, Outcome, Sealed
 from sidecar.results import ended_payload, outcome_kind
-from sidecar.sampling import sampling
 from sidecar.spans import ItemSpans
 
 GRADES = frozenset(types_pb2.Grade.values())
@@ -48,7 +47,7 @@ class Asking:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class RerunResult:
     """What a second run made, and on what."""
 
     output: types_pb2.Output
@@ -79,7 +78,7 @@ class Work:
     recovery: types_pb2.Comparison | None = field(default=None)
     left: Draining | None = None
     """Why nobody need wait for it in this process; None: it goes on."""
-    second: asyncio.Future[Made] | None = None
+    second: asyncio.Future[RerunResult] | None = None
     """The run that verifies the first one, from the first one's end on."""
     company_at_end: int = 0
     """Runs that it held when this one ended."""
@@ -196,7 +195,7 @@ class Work:
                 timing=timing,
                 collision=self.collision,
                 company=self.company,
-                sampling=sampling(self.input.parameters),
+                sampling=sampling_label(self.input.parameters),
             )
         else:
             payload = ended_payload(error, timing)

@@ -69,14 +69,14 @@ def derived_seed(log_id: str, sequence: int) -> int:
     return int.from_bytes(digest("seed", text(log_id), u64(sequence))[:8])
 
 
-def draw(lot: str, log_id: str, sequence: int) -> int:
-    """What an item draws in a lot ("audit", "shadow"): a uint64, the same whoever asks and whenever."""
+def sampling_hash(lot: str, log_id: str, sequence: int) -> int:
+    """What an item draws in a lot ("audit"): a uint64, the same whoever asks and whenever."""
     return int.from_bytes(digest(lot, text(log_id), u64(sequence))[:8])
 
 
-def drawn(lot: str, log_id: str, sequence: int, rate: float) -> bool:
+def is_sampled(lot: str, log_id: str, sequence: int, rate: float) -> bool:
     """Whether the item belongs to this share, 0 to 1, of all items."""
-    return draw(lot, log_id, sequence) < int(rate * 2**64)
+    return sampling_hash(lot, log_id, sequence) < int(rate * 2**64)
 
 
 def _set(message: Message, field: str, value: T) -> T | None:

@@ -155,7 +155,7 @@ class Rerun:
     rerun_id: int
     kv_tokens: int
     urgency: Urgency
-    alone: bool = False
+    exclusive: bool = False
     """With nothing beside it, whatever it has to wait for."""
 
 

@@ -88,7 +88,7 @@ class Reruns:
 
     def _submit(self, rerun: ev.Rerun, window: Window, run_id: int, now: float) -> do.Effect:
         del self.waiting[rerun.urgency][rerun.rerun_id]
-        window.take(rerun.kv_tokens, alone=rerun.alone)
+        window.take(rerun.kv_tokens, exclusive=rerun.exclusive)
         expires_at = now + self.bounds.item_timeout_seconds
         self.running[run_id] = Running(rerun, expires_at)
         return do.SubmitRerun(run_id, rerun.rerun_id, expires_at)
@@ -98,7 +98,7 @@ class Reruns:
         held = [r.rerun.kv_tokens for r in self.running.values() if r.rerun.urgency is not ev.Urgency.VERIFY]
         blocks = sum(map(window.need, held)) + window.need(rerun.kv_tokens)
         in_share = len(held) < int(share * engine.runs) and blocks <= share * engine.kv_blocks
-        return window.runs < engine.runs and window.fits(rerun.kv_tokens, alone=rerun.alone) and (in_share or not held)
+        return window.runs < engine.runs and window.fits(rerun.kv_tokens, exclusive=rerun.exclusive) and (in_share or not held)
 
     def ended(self, run_id: int, window: Window) -> bool:
         """A run is over; whether it was one of these."""

@@ -153,7 +153,7 @@ class Sequencer:
             head = next(iter(self.waiting.values()))
             if (error := unfit(head, self.window)) is not None:
                 yield from self._end(head, error)
-            elif self.window.fits(head.need.kv_tokens, alone=head.suspect):
+            elif self.window.fits(head.need.kv_tokens, exclusive=head.suspect):
                 yield self._submit(head, self.window, now)
                 assert head.sequence < next(iter(self.waiting), sys.maxsize), "invariant 6: what waits is ascending"
             else:
@@ -162,7 +162,7 @@ class Sequencer:
 
     def _submit(self, item: Item, window: Window, now: float) -> do.Effect:
         del self.waiting[item.sequence]
-        window.take(item.need.kv_tokens, alone=item.suspect)
+        window.take(item.need.kv_tokens, exclusive=item.suspect)
         item.phase, item.run_id = Phase.SUBMITTED, self._next_run_id()
         item.attempt = item.first_attempt + item.losses
         item.expires_at = min(now + self.bounds.item_timeout_seconds, item.deadline or float("inf"))

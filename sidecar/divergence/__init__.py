@@ -1,16 +1,12 @@
-"""Divergence, counted and judged: how often answers are not reproducible, since when, and how sure that is.
+"""Divergence: how often equal inputs got different answers, since when, and how certain that is.
 
-All of it is a fold over the journal's entries in the order of their indexes, so it can be made again at any time and a kill -9
-loses nothing and counts nothing twice.
+All of it is a fold over the journal's entries in the order of their indexes. It can be repeated at any time, so a crash loses
+no count and counts nothing twice.
 
-    verdicts    what an entry says about divergence: the one place where entries become events
-    evidence    the sequential test, which may be looked at all the time
-    statistics  intervals, and the life table of the first differing token
-    stratum     the counts of one kind, grade, fingerprint and replica
-    tally       all strata: the fold
-    book        the tally at the edge: restored, fed by what is committed, kept as a note beside the chain
-    numbers     the tally as metrics
-    summary     the tally as a report
+    verdicts    journal entries as events
+    statistics  confidence intervals and the sequential test
+    tracker     the counts, and their checkpoint beside the chain
+    output      the counts as metrics and as a report
 
-Everything but `book` is pure. A tally is never changed but replaced, so another thread (a scrape) may read it at any time.
+Counts are immutable, so the thread that serves metrics may read them at any time.
 """

@@ -1,4 +1,4 @@
-"""Rates with their bounds, and the life table of the first differing token. Pure."""
+"""Intervals, the sequential test, and counts by token index and by time. Pure."""
 
 from __future__ import annotations
 
@@ -111,3 +111,47 @@ def life_table(spans: Sequence[Ended], confidence: float = CONFIDENCE) -> list[L
         table.append(Life(first, next_first - 1, beyond[number], ended, hazard, equal))
         equal *= (1 - hazard.value) ** (next_first - first)
     return table
+
+
+TOLERABLE, FAULTY = 0.001, 0.01
+"""Probabilities that a comparison diverges."""
+ALARM = 100.0
+"""Evidence from which on the alarm is up."""
+
+_LOG_RATIO = {True: math.log(FAULTY / TOLERABLE), False: math.log((1 - FAULTY) / (1 - TOLERABLE))}
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a series of comparisons says."""
+
+    trials: int = 0
+    log_sum: float | None = None
+    """Natural logarithm of S; None: of 0."""
+
+    def after(self, *, diverged: bool) -> Evidence:
+        """With one comparison more."""
+        trials = self.trials + 1
+        return Evidence(trials, _LOG_RATIO[diverged] + _log_add(self.log_sum, -math.log(trials * (trials + 1))))
+
+    @property
+    def log(self) -> float:
+        """Natural logarithm of E."""
+        return _log_add(self.log_sum, -math.log(self.trials + 1))
+
+    @property
+    def log10(self) -> float:
+        return self.log / math.log(10)
+
+    @property
+    def alarm(self) -> bool:
+        """Up while E is at ALARM or above. It falls by itself, once enough comparisons were clean."""
+        return self.log >= math.log(ALARM)
+
+
+def _log_add(a: float | None, b: float) -> float:
+    """log(exp(a) + exp(b))."""
+    if a is None:
+        return b
+    low, high = min(a, b), max(a, b)
+    return high + math.log1p(math.exp(low - high))

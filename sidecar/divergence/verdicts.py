@@ -21,7 +21,7 @@ class Moment:
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class GroupKey:
     """What comparisons are counted by."""
 
     kind: str
@@ -39,7 +39,7 @@ class Compared:
     """One verdict."""
 
     at: Moment
-    key: Key
+    key: GroupKey
     comparison: types_pb2.Comparison
 
     @property
@@ -55,7 +55,7 @@ class Compared:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class CollisionCheck:
     """An unseeded output was held against those of other seeds."""
 
     at: Moment
@@ -71,10 +71,10 @@ class NotCompared:
     reason: str
 
 
-Event = Compared | Checked | NotCompared
+Event = Compared | CollisionCheck | NotCompared
 
 
-def events(header: types_pb2.EntryHeader, payload: bytes) -> Iterator[Compared | Checked]:
+def events(header: types_pb2.EntryHeader, payload: bytes) -> Iterator[Compared | CollisionCheck]:
     """Of one entry, in order; none where its payload was dropped."""
     at = Moment(header.index, header.time_unix_millis)
     if header.kind == types_pb2.ENTRY_KIND_COMPLETED:
@@ -82,7 +82,7 @@ def events(header: types_pb2.EntryHeader, payload: bytes) -> Iterator[Compared |
         if completed.HasField("twin"):
             yield _compared(at, header, completed.twin)
         if completed.collision:
-            yield Checked(at, header.sequence, completed.collision == sequencer_pb2.COLLISION_FOUND)
+            yield CollisionCheck(at, header.sequence, completed.collision == sequencer_pb2.COLLISION_FOUND)
     elif header.kind == types_pb2.ENTRY_KIND_AUDITED:
         comparison = sequencer_pb2.AuditedPayload.FromString(payload).comparison
         if comparison.verdict:
@@ -90,7 +90,7 @@ def events(header: types_pb2.EntryHeader, payload: bytes) -> Iterator[Compared |
 
 
 def _compared(at: Moment, header: types_pb2.EntryHeader, comparison: types_pb2.Comparison) -> Compared:
-    key = Key(
+    key = GroupKey(
         enums.word(types_pb2.ComparisonKind, comparison.kind).lower(),
         enums.word(types_pb2.Grade, comparison.grade or header.grade).lower(),
         header.fingerprint_digest.hex(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
-from ostinato.digest import drawn
+from ostinato.digest import is_sampled
 from ostinato.requests import batch
 
 from tests.e2e.conftest import Door, ended, eventually, opened
@@ -56,7 +56,7 @@ async def test_the_lot_decides() -> None:
     async with paired("--audit-rate", "0.3333") as door:
         await items(door, 30, 30)
         log_id = (await door.client.head()).log_id
-        chosen = [sequence for sequence in range(1, 61) if drawn("audit", log_id, sequence, 0.3333)]
+        chosen = [sequence for sequence in range(1, 61) if is_sampled("audit", log_id, sequence, 0.3333)]
 
         assert sorted(each.sequence for each in await judged(door, len(chosen))) == chosen
         await door.freed()

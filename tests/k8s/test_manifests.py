@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 import ostinato
 
 from service.config import Settings as Service
-from sidecar import canaries
+from sidecar import checks
 from sidecar.__main__ import DRAIN_END_SECONDS, GENERATION, SEQUENCER
 from sidecar.config import Settings as Sidecar
 from sidecar.metrics import Metrics
@@ -343,7 +343,8 @@ def test_the_rules_know_the_jobs() -> None:
 
 def test_the_canaries_are_canaries() -> None:
     """The sidecar takes the file of the component, and knows every one in it by its name."""
-    assert [canary.name for canary in canaries.read(K8S / "components" / "canaries" / "canaries.toml")] == ["greedy", "sampled"]
+    read = checks.read_canaries(K8S / "components" / "canaries" / "canaries.toml")
+    assert [canary.name for canary in read] == ["greedy", "sampled"]
 
 
 def test_bad_quantities_are_noticed() -> None:

@@ -217,7 +217,7 @@ def by_code(name: str, message: Given) -> bytes | int:
         case "model":
             return digest.model_digest(message)
         case "audit" | "shadow" as lot:
-            return digest.draw(lot, message["logId"], int(message["sequence"]))
+            return digest.sampling_hash(lot, message["logId"], int(message["sequence"]))
         case "seed":
             return digest.derived_seed(message["logId"], int(message["sequence"]))
         case _:
@@ -437,15 +437,15 @@ def test_derived_seeds_differ() -> None:
 @pytest.mark.parametrize("lot", ["audit", "shadow"])
 def test_lots_are_even(lot: str) -> None:
     """Draws fall evenly into 64 classes: of 64,000 items, chi-square with 63 degrees of freedom stays below 120."""
-    classes = Counter(digest.draw(lot, "0123456789abcdef" * 2, sequence) >> 58 for sequence in range(1, 64_001))
+    classes = Counter(digest.sampling_hash(lot, "0123456789abcdef" * 2, sequence) >> 58 for sequence in range(1, 64_001))
 
     assert sum((classes[each] - 1000) ** 2 / 1000 for each in range(64)) < 120
 
 
 def test_lots_are_apart() -> None:
     """What is audited says nothing of what is mirrored: one in twenty of each is one in four hundred of both."""
-    items = [sequence for sequence in range(1, 200_001) if digest.drawn("audit", "a" * 32, sequence, 0.05)]
-    both = [sequence for sequence in items if digest.drawn("shadow", "a" * 32, sequence, 0.05)]
+    items = [sequence for sequence in range(1, 200_001) if digest.is_sampled("audit", "a" * 32, sequence, 0.05)]
+    both = [sequence for sequence in items if digest.is_sampled("shadow", "a" * 32, sequence, 0.05)]
 
     assert 9_500 < len(items) < 10_500
     assert 400 < len(both) < 600
@@ -456,6 +456,6 @@ def test_a_larger_share_holds_a_smaller_one(sequence: int, rate: float, other: f
     """All items are in 1, none in 0, and who is in a share is in every larger one."""
     less, more = sorted((rate, other))
 
-    assert digest.drawn("audit", "a" * 32, sequence, 1.0)
-    assert not digest.drawn("audit", "a" * 32, sequence, 0.0)
-    assert digest.drawn("audit", "a" * 32, sequence, less) <= digest.drawn("audit", "a" * 32, sequence, more)
+    assert digest.is_sampled("audit", "a" * 32, sequence, 1.0)
+    assert not digest.is_sampled("audit", "a" * 32, sequence, 0.0)
+    assert digest.is_sampled("audit", "a" * 32, sequence, less) <= digest.is_sampled("audit", "a" * 32, sequence, more)

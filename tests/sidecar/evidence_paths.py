@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from sidecar.divergence.evidence import ALARM, FAULTY, TOLERABLE
+from sidecar.divergence.statistics import ALARM, FAULTY, TOLERABLE
 
 NEVER = 0
 

@@ -1,4 +1,4 @@
-"""Unseeded twins that came out equal: what counts as one, and what does not."""
+"""Collisions and the sampling label."""
 
 from __future__ import annotations
 
@@ -10,7 +10,27 @@ import pytest
 from ostinato.v1 import sequencer_pb2, types_pb2
 from ostinato.v1.sequencer_pb2 import COLLISION_FOUND, COLLISION_NONE, COLLISION_UNSPECIFIED
 
-from sidecar.collisions import CHOICE_BITS_MIN, DISTINCT_TOKEN_BITS, TOKENS_MIN, Collisions, choice_of
+from sidecar.collisions import CHOICE_BITS_MIN, DISTINCT_TOKEN_BITS, TOKENS_MIN, Collisions, choice_of, sampling_label
+
+DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0, "max_new_tokens": 9}
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({}, "defaults"),
+        ({"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05}, "temperature=0.7 top_k=40 top_p=0.9 min_p=0.05"),
+        ({"temperature": 0.0, "top_k": 40}, "greedy"),
+        ({"temperature": 0.0, "repetition_penalty": 1.1}, "greedy repetition_penalty=1.1"),
+        ({"response_format": types_pb2.ResponseFormat(regex="a+"), "logprobs": 0}, "regex logprobs"),
+        ({"response_format": types_pb2.ResponseFormat(json_schema="{}")}, "json_schema"),
+        ({"temperature": 1 / 3}, "temperature=0.333333"),
+        ({"max_new_tokens": 7, "stop": ["."]}, "defaults"),
+    ],
+)
+def test_only_what_is_chosen_is_said(given: dict[str, object], line: str) -> None:
+    """Defaults, lengths and what greedy decoding ignores are left out; like items have like lines."""
+    assert sampling_label(types_pb2.ResolvedParameters(**(DEFAULTS | given))) == line  # type: ignore[arg-type]
 
 
 def given(*, seed_derived: bool = True, prompt: bytes = b"Shanghai is", **parameters: Any) -> sequencer_pb2.AdmittedPayload:

@@ -342,7 +342,7 @@ def test_a_rerun_alone_has_nothing_beside_it() -> None:
     """It waits until nothing runs or waits, and what comes then waits for its end, items and re-runs alike."""
     edge = connected(runs=4)
     edge.admit(need())
-    edge.tell(ev.Rerun(1, 8, ev.Urgency.REPLAY, alone=True))
+    edge.tell(ev.Rerun(1, 8, ev.Urgency.REPLAY, exclusive=True))
     edge.tell(ev.Rerun(2, 8, ev.Urgency.REPLAY))
 
     assert not reruns(edge)

@@ -49,10 +49,10 @@ class AnyOrder(RuleBasedStateMachine):
                 assert not (background and core.waiting)
                 assert not background or (core.window is not None and core.window.runs <= core.window.engine.runs)
 
-    @rule(size=st.integers(1, 40), urgency=st.sampled_from(ev.Urgency), alone=st.booleans())
-    def rerun(self, size: int, urgency: ev.Urgency, alone: bool) -> None:
+    @rule(size=st.integers(1, 40), urgency=st.sampled_from(ev.Urgency), exclusive=st.booleans())
+    def rerun(self, size: int, urgency: ev.Urgency, exclusive: bool) -> None:
         self.reruns += 1
-        self.tell(ev.Rerun(self.reruns, size, urgency, alone and urgency is not ev.Urgency.VERIFY))
+        self.tell(ev.Rerun(self.reruns, size, urgency, exclusive and urgency is not ev.Urgency.VERIFY))
 
     @rule(data=st.data())
     def drop_rerun(self, data: st.DataObject) -> None:
@@ -181,7 +181,7 @@ class AnyOrder(RuleBasedStateMachine):
         kv_tokens = [*(item.need.kv_tokens for item in running), *(rerun.kv_tokens for rerun in reruns)]
         assert window.runs == len(kv_tokens) <= window.runs_max
         assert window.blocks == sum(map(window.need, kv_tokens)) <= window.engine.kv_blocks
-        assert not any((*(item.suspect for item in running), *(rerun.alone for rerun in reruns))) or len(kv_tokens) == 1
+        assert not any((*(item.suspect for item in running), *(rerun.exclusive for rerun in reruns))) or len(kv_tokens) == 1
 
     @invariant()
     def reruns_keep_to_their_share(self) -> None:

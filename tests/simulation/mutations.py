@@ -295,7 +295,7 @@ def a_lost_engine_goes_ahead_of_a_takeover() -> Iterator[None]:
             head = next(iter(self.waiting.values()))
             if (error := refusals.unfit(head, self.window)) is not None:
                 yield from self._end(head, error)
-            elif self.window.fits(head.need.kv_tokens, alone=head.suspect):
+            elif self.window.fits(head.need.kv_tokens, exclusive=head.suspect):
                 yield self._submit(head, self.window, now)
             else:
                 return

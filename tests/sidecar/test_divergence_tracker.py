@@ -1,4 +1,4 @@
-"""The tally at the edge: no count is lost and none is counted twice, whenever the process dies."""
+"""The counts at the edge: no count is lost and none is counted twice, whenever the process dies."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.divergence import book
-from sidecar.divergence.book import VERSION, Book, Page
-from sidecar.divergence.tally import Tally
+from sidecar.divergence import tracker
+from sidecar.divergence.tracker import VERSION, Checkpoint, Counts, DivergenceTracker
 from sidecar.divergence.verdicts import events
 from sidecar.journal import Admission, Audit, Note, Outcome, Sealed
 from sidecar.journal.grouped import GroupedJournal
@@ -45,7 +44,7 @@ class Life:
         self.store = store
 
     async def begin(self) -> None:
-        self.book = Book(WRITER)
+        self.book = DivergenceTracker(WRITER)
         backend, _ = self.store.open()
         self.journal = GroupedJournal(backend, now_millis=self.store.clock.now_millis, on_entries=self.book.committed)
         await self.book.restore(self.journal)
@@ -67,13 +66,13 @@ class Life:
         )
         await self.journal.append(Audit(admitted.header, comparison, b"f" * 32, types_pb2.GRADE_EXACT))
 
-    async def everything(self) -> Tally:
+    async def everything(self) -> Counts:
         """The fold over the whole journal."""
-        tally = Tally()
+        counts = Counts()
         for entry in await self.journal.entries(1, 10_000, payloads=True):
             for event in events(entry.header, entry.payload):
-                tally = tally.after(event)
-        return tally
+                counts = counts.after(event)
+        return counts
 
 
 def outcome(admitted: Sealed, token: int) -> Outcome:
@@ -86,7 +85,7 @@ def outcome(admitted: Sealed, token: int) -> Outcome:
 @settings(max_examples=40, deadline=None)
 @given(lives)
 def test_a_crash_anywhere_changes_no_count(given: list[tuple[str, int]]) -> None:
-    """Whatever is saved and whenever it dies, the tally is the fold over the whole journal."""
+    """Whatever is saved and whenever it dies, the counts is the fold over the whole journal."""
 
     async def live() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -102,9 +101,9 @@ def test_a_crash_anywhere_changes_no_count(given: list[tuple[str, int]]) -> None
                         await life.book.save(life.journal)
                     case _:
                         await life.crash()
-                assert life.book.tally == await life.everything()
+                assert life.book.counts == await life.everything()
             await life.crash()
-            assert life.book.tally == await life.everything()
+            assert life.book.counts == await life.everything()
             assert life.book.index == (await life.journal.head()).index
             await life.journal.close()
 
@@ -136,7 +135,7 @@ async def test_a_start_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytes
     await life.crash()
 
     assert min(asked) == saved + 1
-    assert life.book.tally == await life.everything()
+    assert life.book.counts == await life.everything()
     await life.journal.close()
 
 
@@ -146,8 +145,8 @@ async def test_a_start_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytes
         b"",
         b"no JSON",
         b'{"version": 1, "index": "three"}',
-        msgspec.json.encode(Page(version=VERSION + 1, index=2)),
-        msgspec.json.encode(Page(index=1_000)),
+        msgspec.json.encode(Checkpoint(version=VERSION + 1, index=2)),
+        msgspec.json.encode(Checkpoint(index=1_000)),
     ],
     ids=["empty", "garbage", "wrong type", "newer version", "beyond the head"],
 )
@@ -159,7 +158,7 @@ async def test_what_cannot_be_believed_is_counted_anew(tmp_path: Path, kept: byt
     await life.journal.append(Note(f"divergence/{WRITER}", kept))
     await life.crash()
 
-    assert life.book.tally == await life.everything() != Tally()
+    assert life.book.counts == await life.everything() != Counts()
     await life.journal.close()
 
 
@@ -173,9 +172,9 @@ async def test_what_is_committed_while_it_is_restored(
     for _ in range(6):
         await life.complete(0)
     await life.journal.close()
-    counted = life.book.tally.collision_checks
+    counted = life.book.counts.collision_checks
     life.store.settings = replace(life.store.settings, digests_only=digests_only)
-    life.book = Book(WRITER)
+    life.book = DivergenceTracker(WRITER)
     life.journal = GroupedJournal(
         life.store.open()[0], now_millis=life.store.clock.now_millis, on_entries=lambda entries: life.book.committed(entries)
     )
@@ -189,7 +188,7 @@ async def test_what_is_committed_while_it_is_restored(
         await life.complete(0)
         return page
 
-    monkeypatch.setattr(book, "PAGE_ENTRIES", 5)
+    monkeypatch.setattr(tracker, "PAGE_ENTRIES", 5)
     monkeypatch.setattr(GroupedJournal, "entries", interrupted)
     await life.complete(0)
     await life.book.restore(life.journal)
@@ -197,10 +196,10 @@ async def test_what_is_committed_while_it_is_restored(
     await life.complete(0)
 
     assert reads > 1
-    assert life.book.tally.collision_checks == counted + 1 + reads + 1
+    assert life.book.counts.collision_checks == counted + 1 + reads + 1
     assert life.book.index == (await life.journal.head()).index
     if not digests_only:
-        assert life.book.tally == await life.everything()
+        assert life.book.counts == await life.everything()
     await life.journal.close()
 
 
@@ -209,10 +208,10 @@ async def test_only_own_entries_are_counted(tmp_path: Path) -> None:
     life = await begun(tmp_path)
     for token in (0, 1):
         await life.complete(token)
-    other = Book("another")
+    other = DivergenceTracker("another")
     await other.restore(life.journal)
 
-    assert other.tally == Tally()
+    assert other.counts == Counts()
     assert other.index == life.book.index
     await life.journal.close()
 
@@ -225,7 +224,7 @@ async def test_what_was_not_compared_is_kept(tmp_path: Path) -> None:
     await life.book.save(life.journal)
     await life.crash()
 
-    assert life.book.tally.not_compared == {"audit": {"busy": 2, "drained": 1}}
+    assert life.book.counts.not_compared == {"audit": {"busy": 2, "drained": 1}}
     await life.journal.close()
 
 
@@ -250,7 +249,7 @@ async def test_a_batch_of_many(tmp_path: Path) -> None:
     batches = await asyncio.gather(*(life.journal.append(draft) for draft in drafts))
     await asyncio.gather(*(life.journal.append(outcome(entry, 0)) for batch in batches for entry in batch.entries))
 
-    (stratum,) = life.book.tally.strata
-    assert (stratum.matched, stratum.diverged) == (49, 0)
-    assert life.book.tally.collision_checks == 50
+    (group,) = life.book.counts.groups
+    assert (group.matched, group.diverged) == (49, 0)
+    assert life.book.counts.collision_checks == 50
     await life.journal.close()

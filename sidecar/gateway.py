@@ -1,0 +1,428 @@
+"""A gateway's RPCs over our own Generation."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from typing import Any, Never
+
+from google.protobuf import json_format
+from google.protobuf.message import Message
+from smg_grpc_proto.generated import common_pb2 as common
+from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
+from smg_grpc_proto.generated import vllm_engine_pb2_grpc as vllm_grpc
+
+from ostinato import __version__, errors
+from ostinato.errors import Violation
+from ostinato.v1 import generation_pb2, types_pb2
+from serving.auth import Context, caller
+from serving.handlers import remaining, written
+
+from sidecar.config import Settings
+from sidecar.dispatcher import Dispatcher
+from sidecar.generation import GenerationServicer
+from sidecar.held import Account
+
+SEED_MAX = 2**31 - 2
+"""Of those that can be what the caller asked for: the gateway turns every larger one into 2**31 - 1."""
+
+PARAMETERS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "stop": "stop",
+    "stop_token_ids": "stop_token_ids",
+    "ignore_eos": "ignore_eos",
+    "logprobs": "logprobs",
+    "json_schema": "response_format.json_schema",
+    "json_object": "response_format.json_schema",
+    "regex": "response_format.regex",
+    "seed": "seed",
+}
+"""Theirs, and what it is called here."""
+OF_THE_TEXT = frozenset({"skip_special_tokens", "spaces_between_special_tokens", "grammar_from_first_token"})
+"""Nothing to do: the gateway makes the text out of the tokens, and a grammar of ours starts at the first token anyway."""
+REQUEST = frozenset({"request_id", "tokenized", "text", "sampling_params", "stream"})
+_PATHS = {f"parameters.{own}": f"sampling_params.{theirs}" for theirs, own in PARAMETERS.items() if theirs != "json_object"}
+
+
+def request_of(theirs: vllm.GenerateRequest, items_max: int) -> generation_pb2.GenerateRequest:
+    """One item for each of `n`; a given seed is the first one's, and counts up. Raises InvalidRequest with every bad field."""
+    given = theirs.sampling_params
+    violations = [*_unknown(theirs, REQUEST, ""), *_unknown(given, {*PARAMETERS, *OF_THE_TEXT, "n"}, "sampling_params.")]
+    violations += _bad(theirs, items_max)
+    if violations:
+        raise errors.InvalidRequest(violations=violations)
+    prompt = types_pb2.Item()
+    if theirs.WhichOneof("input") == "text":
+        prompt.text = theirs.text
+    else:
+        prompt.token_ids.ids.extend(theirs.tokenized.input_ids)
+    request = generation_pb2.GenerateRequest(request_id=theirs.request_id, parameters=_parameters(given))
+    for index in range(given.n or 1):
+        request.items.append(prompt)
+        if given.HasField("seed"):
+            request.items[-1].parameters.seed = given.seed + index
+    return request
+
+
+def in_their_words(error: errors.OstinatoError) -> errors.OstinatoError:
+    """The error, with bad fields called what the gateway calls them."""
+    if not isinstance(error, errors.InvalidRequest) or not error.violations:
+        return error
+    return errors.InvalidRequest(violations=[Violation(_path(each.field), each.description) for each in error.violations])
+
+
+def _parameters(given: vllm.SamplingParams) -> types_pb2.Parameters:
+    """All but the seed, by way of JSON: there a 32-bit number is written as people do, 0.7 and not 0.699999988079071, so that
+    a gateway's request is the same input as another client's. A field that reads as zero because it is not set is not there."""
+    made: dict[str, Any] = {}
+    for theirs, value in json_format.MessageToDict(given, preserving_proto_field_name=True).items():
+        match theirs:
+            case "json_schema" | "regex":
+                made["response_format"] = {theirs: value}
+            case "json_object" if value:
+                made["response_format"] = {"json_schema": '{"type":"object"}'}
+            case _ if theirs in PARAMETERS and theirs not in ("json_object", "seed"):
+                made[PARAMETERS[theirs]] = value
+    return json_format.ParseDict(made, types_pb2.Parameters())
+
+
+def _bad(theirs: vllm.GenerateRequest, items_max: int) -> Iterator[Violation]:
+    given = theirs.sampling_params
+    if theirs.WhichOneof("input") is None:
+        yield Violation("tokenized", "is missing, and so is text")
+    if given.HasField("seed") and not 0 <= given.seed <= SEED_MAX:
+        why = "a gateway cuts others down to 32 bits in silence, so this one may not be the caller's"
+        yield Violation("sampling_params.seed", f"must be 0 to {SEED_MAX}, is {given.seed}: {why}")
+    if given.n > items_max:
+        yield Violation("sampling_params.n", f"must be at most {items_max}, is {given.n}")
+    for name in ("top_k", "max_tokens", "min_tokens"):
+        if getattr(given, name) >= 1 << 31:
+            yield Violation(f"sampling_params.{name}", f"{getattr(given, name)} is too large")
+
+
+def _unknown(message: Message, known: frozenset[str] | set[str], path: str) -> Iterator[Violation]:
+    """Fields that are set and mean nothing here."""
+    for field, _ in message.ListFields():
+        if field.name not in known:
+            yield Violation(f"{path}{field.name}", "is not supported")
+
+
+def _path(field: str) -> str:
+    """Of a field of ours, theirs. All items have one prompt, and their parameters are the batch's."""
+    own = re.sub(r"^items\[\d+\]\.(?=parameters\.)", "", field)
+    if own.startswith("items["):
+        return "tokenized.input_ids"
+    if own == "items":
+        return "sampling_params.n"
+    longest = max((path for path in _PATHS if re.match(rf"{re.escape(path)}\b", own)), key=len, default=None)
+    return own if longest is None else _PATHS[longest] + own.removeprefix(longest)
+
+
+STAMP_METADATA, RECEIPT_METADATA = "ostinato-stamp-bin", "ostinato-receipt-bin"
+RECEIPTS_MAX = 8
+"""In a call's trailers, of which a peer need not take more than 8 KiB; Sequencer.Get has them all."""
+
+
+class Answer:
+    """Stands for gRPC's context before a handler of Generation; what that writes goes out as the gateway's messages.
+
+    `left`: seconds until the call's deadline. `account`: of the bytes that are held until the call ends.
+    """
+
+    def __init__(self, context: Context, prompt_tokens: int, left: Callable[[], float], account: Account) -> None:
+        self._context = context
+        self._account = account
+        self._prompt_tokens = prompt_tokens
+        self._stamp = types_pb2.Stamp()
+        self._sent: dict[int, int] = {}
+        """Tokens by sequence."""
+        self._results: list[bytes] = []
+        """Serialised, as they are smaller."""
+        self._restarted = 0
+        self.time_remaining = left
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def write(self, data: bytes) -> None:
+        """As GenerateStream's context. Results wait for `end`: the call is one, and has one status."""
+        event = generation_pb2.GenerateEvent.FromString(data)
+        match event.WhichOneof("event"):
+            case "admitted":
+                self._admitted(event.admitted.stamp)
+            case "tokens" if not self._restarted:
+                for run in event.tokens.runs:
+                    await self._chunk(run)
+            case "restarted":
+                self._restarted = self._restarted or event.restarted.sequence
+            case "finished":
+                self._result(event.finished)
+            case "failed":
+                self._result(event.failed)
+
+    async def end(self) -> None:
+        """When all was written. Raises what an item failed with; and Abandoned where other tokens were sent than are recorded,
+        which this protocol has no word for."""
+        for data in self._completes():
+            await self._context.write(data)
+
+    async def whole(self, data: bytes) -> None:
+        """As `write` and `end`, with Generate's answer."""
+        self._whole(generation_pb2.GenerateResponse.FromString(data))
+        await self.end()
+
+    def _whole(self, response: generation_pb2.GenerateResponse) -> None:
+        self._admitted(response.stamp)
+        for result in response.results:
+            self._result(result)
+
+    def _result(self, result: types_pb2.Result) -> None:
+        data = result.SerializeToString()
+        self._results.append(data)
+        self._account.add(len(data))
+
+    def _completes(self) -> list[bytes]:
+        """The last messages, one for each item, serialised; the trailers are set."""
+        results = [types_pb2.Result.FromString(data) for data in self._results]
+        for result in results:
+            if result.HasField("status"):
+                raise errors.from_status(result.status)
+        if self._restarted:
+            why = "was answered anew after a crash, with other tokens than were sent; the journal has the whole"
+            raise errors.Abandoned(f"sequence {self._restarted} {why}")
+        self._receipts(results)
+        ordered = sorted(results, key=lambda result: result.sequence)
+        completes = [_complete(result.output, self._index(result.sequence)) for result in ordered]
+        return [vllm.GenerateResponse(complete=complete).SerializeToString() for complete in completes]
+
+    def _admitted(self, stamp: types_pb2.Stamp) -> None:
+        self._stamp = stamp
+        self._receipts(())
+
+    def _receipts(self, results: Sequence[types_pb2.Result]) -> None:
+        receipts = [result.receipt.SerializeToString() for result in results if result.HasField("receipt")]
+        told = receipts if len(receipts) <= RECEIPTS_MAX else ()
+        stamp = (STAMP_METADATA, self._stamp.SerializeToString())
+        self._context.set_trailing_metadata((stamp, *((RECEIPT_METADATA, receipt) for receipt in told)))
+
+    def _index(self, sequence: int) -> int:
+        return sequence - self._stamp.first_sequence
+
+    async def _chunk(self, run: generation_pb2.TokenRun) -> None:
+        sent = self._sent[run.sequence] = run.first_token + len(run.token_ids)
+        chunk = vllm.GenerateStreamChunk(
+            token_ids=run.token_ids,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=sent,
+            output_logprobs=_logprobs(run.token_ids, run.logprobs),
+            index=self._index(run.sequence),
+        )
+        await self._context.write(vllm.GenerateResponse(chunk=chunk))
+
+
+def _complete(output: types_pb2.Output, index: int) -> vllm.GenerateComplete:
+    made = vllm.GenerateComplete(
+        output_ids=output.token_ids,
+        finish_reason="length" if output.finish_reason == types_pb2.FINISH_REASON_LENGTH else "stop",
+        prompt_tokens=output.prompt_tokens,
+        completion_tokens=len(output.token_ids),
+        cached_tokens=output.cached_tokens,
+        output_logprobs=_logprobs(output.token_ids, output.logprobs),
+        index=index,
+    )
+    if output.finish_reason == types_pb2.FINISH_REASON_STOP_STRING:
+        made.matched_stop_str = output.matched_stop
+    elif output.finish_reason == types_pb2.FINISH_REASON_STOP_TOKEN:
+        made.matched_token_id = output.token_ids[-1]
+    return made
+
+
+def _logprobs(token_ids: Sequence[int], logprobs: Sequence[types_pb2.TokenLogprobs]) -> vllm.OutputLogProbs | None:
+    """None: not asked for."""
+    if not logprobs:
+        return None
+    tops = [vllm.TopLogProbs(values=[t.logprob for t in p.top], token_ids=[t.token_id for t in p.top]) for p in logprobs]
+    return vllm.OutputLogProbs(token_logprobs=[p.logprob for p in logprobs], token_ids=token_ids, top_logprobs=tops)
+
+
+NAME = "vllm.grpc.engine.VllmEngine"
+RESTART_GATEWAY = "another tokenizer runs now than the gateway was given: restart the gateway"
+register = vllm_grpc.add_VllmEngineServicer_to_server
+GATEWAYS_MAX = 1024
+"""Connections of which it is remembered what they were given."""
+CHUNK_BYTES = 1 << 20
+"""Of the tokenizer's files."""
+
+
+class Given:
+    """Which tokenizer each gateway was given last. A gateway keeps one for as long as it runs, and asks for it on the
+    connection on which it generates; over a unix socket, connections cannot be told apart."""
+
+    def __init__(self) -> None:
+        self._by_peer: OrderedDict[str, str] = OrderedDict()
+        """Of the newest connections."""
+        self._ever: set[str] = set()
+
+    def to(self, peer: str, tokenizer: str) -> None:
+        """This connection's gateway has it now."""
+        self._by_peer[peer] = tokenizer
+        self._by_peer.move_to_end(peer)
+        if len(self._by_peer) > GATEWAYS_MAX:
+            self._by_peer.popitem(last=False)
+        self._ever.add(tokenizer)
+
+    def differs(self, peer: str, running: str | None) -> bool:
+        """Whether this connection's gateway is known to have another than the one that runs."""
+        return running is not None and self._by_peer.get(peer, running) != running
+
+    def may_differ(self, peer: str, running: str | None) -> bool:
+        """Whether its token ids may be those of another model. A connection that asked for none may be that of any gateway that
+        did, which has connected anew."""
+        if peer in self._by_peer:
+            return self.differs(peer, running)
+        return running is not None and not self._ever <= {running}
+
+
+class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the package has no types for it
+    """Another face of `generation`."""
+
+    def __init__(self, generation: GenerationServicer, dispatcher: Dispatcher, settings: Settings) -> None:
+        self._generation = generation
+        self._dispatcher = dispatcher
+        self._items_max = settings.batch_items_max
+        self._timeout_seconds = settings.vllm_timeout_seconds
+        self._started = time.monotonic()
+        self._given = Given()
+        self._running: defaultdict[tuple[str, str], set[asyncio.Future[None]]] = defaultdict(set)
+        """By tenant and request id, which need not be unique."""
+
+    # Writes by itself, as Generation does.
+    async def Generate(self, request: vllm.GenerateRequest, context: Context) -> None:
+        running = asyncio.ensure_future(self._generate(request, context))
+        name = (caller().tenant, request.request_id)
+        self._running[name].add(running)
+        try:
+            await running
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise errors.Cancelled("aborted") from None
+        finally:
+            self._running[name].discard(running)
+            if not self._running[name]:
+                del self._running[name]
+
+    async def _generate(self, request: vllm.GenerateRequest, context: Context) -> None:
+        deadline = time.monotonic() + self._timeout_seconds
+        patience = remaining(context)
+        if patience is not None:
+            deadline = min(deadline, time.monotonic() + patience)
+        ours = self._ours(request, context.peer())
+        with self._generation.held.account(stream=request.stream) as account:
+            answer: Any = Answer(context, len(request.tokenized.input_ids), lambda: deadline - time.monotonic(), account)
+            try:
+                if request.stream:
+                    await self._generation.stream(ours, answer, account)
+                    ending = answer.end()
+                else:
+                    ending = answer.whole(await self._generation.answer(ours, answer, account))
+            except errors.InvalidRequest as error:
+                raise in_their_words(error) from error
+            if not await written(ending, lost=account.lost):
+                raise account.error
+
+    def _ours(self, request: vllm.GenerateRequest, peer: str) -> generation_pb2.GenerateRequest:
+        """Raises what refuses it, counted as Generation counts its own refusals."""
+        try:
+            if self._given.may_differ(peer, self._tokenizer()):
+                raise errors.FingerprintChanged(RESTART_GATEWAY)
+            return request_of(request, self._items_max)
+        except errors.OstinatoError as error:
+            self._dispatcher.observer.refused(error)
+            raise
+
+    async def Abort(self, request: vllm.AbortRequest, context: Context) -> vllm.AbortResponse:
+        for request_id in request.request_ids:
+            for running in self._running.get((caller().tenant, request_id), ()):
+                running.cancel()
+        return vllm.AbortResponse()
+
+    async def HealthCheck(self, request: vllm.HealthCheckRequest, context: Context) -> vllm.HealthCheckResponse:
+        why = ""
+        if self._dispatcher.engine is None:
+            why = "no engine is connected"
+        elif self._dispatcher.core.draining:
+            why = "draining"
+        elif self._dispatcher.journal.full:
+            why = "the journal is full"
+        elif self._given.differs(context.peer(), self._tokenizer()):
+            why = RESTART_GATEWAY
+        return vllm.HealthCheckResponse(healthy=not why, message=why or "OK")
+
+    async def GetModelInfo(self, request: vllm.GetModelInfoRequest, context: Context) -> vllm.GetModelInfoResponse:
+        model = self._model()
+        return vllm.GetModelInfoResponse(
+            model_path=model.name,
+            served_model_name=model.name,
+            model_type=model.engine,
+            is_generation=True,
+            max_context_length=model.context_tokens,
+            max_req_input_len=model.context_tokens - 1,
+            vocab_size=model.vocabulary_size,
+        )
+
+    async def GetServerInfo(self, request: vllm.GetServerInfoRequest, context: Context) -> vllm.GetServerInfoResponse:
+        return vllm.GetServerInfoResponse(
+            server_type="vllm-grpc",
+            active_requests=len(self._dispatcher.works),
+            uptime_seconds=time.monotonic() - self._started,
+            data_parallel_size=1,
+            constrained_decoding_start="first_token",
+        )
+
+    async def GetLoads(self, request: vllm.GetLoadsRequest, context: Context) -> vllm.GetLoadsResponse:
+        core = self._dispatcher.core
+        running = core.window.runs if core.window is not None else 0
+        waiting = core.queued + self._dispatcher.entrance.waiting.items
+        load = vllm.SchedulerLoad(num_running_reqs=running, num_waiting_reqs=waiting, num_total_reqs=running + waiting)
+        return vllm.GetLoadsResponse(version=__version__, dp_rank_count=1, loads=[load])
+
+    async def GetTokenizer(
+        self, request: common.GetTokenizerRequest, context: Context
+    ) -> AsyncGenerator[common.GetTokenizerChunk]:
+        told = self._model().fingerprint.fields["tokenizer"]
+        files = await self._dispatcher.link.tokenizer(remaining(context))
+        self._given.to(context.peer(), told)
+        for start in range(0, len(files), CHUNK_BYTES):
+            last = start + CHUNK_BYTES >= len(files)
+            digest = hashlib.sha256(files).hexdigest() if last else ""
+            yield common.GetTokenizerChunk(data=files[start : start + CHUNK_BYTES], sha256=digest)
+
+    def _tokenizer(self) -> str | None:
+        """The one that runs, as the fingerprint names it; None: there is no engine."""
+        engine = self._dispatcher.engine
+        return engine.model.fingerprint.fields["tokenizer"] if engine is not None else None
+
+    def _model(self) -> types_pb2.Model:
+        if self._dispatcher.engine is None:
+            raise errors.EngineUnavailable("no engine is connected", retry_after=1.0)
+        return self._dispatcher.engine.model
+
+    async def Embed(self, request: Any, context: Context) -> Never:
+        raise errors.NotBuilt("this is for text generation only")
+
+    FlushCache = StartProfile = StopProfile = Embed
+
+    async def SubscribeKvEvents(self, request: Any, context: Context) -> Never:
+        raise errors.NotBuilt("there is no feed of cache events; GetLoads says how full it is")

@@ -1,0 +1,188 @@
+"""Audits and canaries."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from ostinato.v1 import types_pb2
+
+from sidecar.checks import BURST_SECONDS, CANARIES_MAX, GROUP, AuditBacklog, Canary, DueAudit, TokenBucket, read_canaries
+
+PATIENCE = 30.0
+
+
+def backlog(*alone: bool, most: int = 100) -> AuditBacklog:
+    """Sequences 1, 2 and so on, all chosen at time 0."""
+    made = AuditBacklog(most, PATIENCE)
+    for sequence, each in enumerate(alone, start=1):
+        assert made.add(DueAudit(sequence, each, 0.0))
+    return made
+
+
+def taken(made: AuditBacklog, now: float = 0.0, *, company: int = 0, room: int = 8) -> list[int]:
+    return [due.sequence for due in made.take(now, company=company, room=room)]
+
+
+def test_what_ran_in_a_crowd_goes_at_once() -> None:
+    """Oldest first, as far as there is room; what ran alone waits."""
+    made = backlog(False, True, False, False)
+
+    assert taken(made, room=2) == [1, 3]
+    assert taken(made) == [4]
+    assert [due.sequence for due in made.waiting] == [2]
+
+
+@pytest.mark.parametrize(
+    ("alone", "now", "company", "room", "go"),
+    [
+        pytest.param(GROUP - 1, 0.0, 0, 8, 0, id="too few"),
+        pytest.param(GROUP, 0.0, 0, 8, GROUP, id="a group"),
+        pytest.param(GROUP + 2, 0.0, 0, 8, GROUP + 2, id="more than a group"),
+        pytest.param(1, 0.0, 1, 8, 1, id="others run"),
+        pytest.param(2, PATIENCE, 0, 8, 2, id="waited long enough, and takes another along"),
+        pytest.param(2, PATIENCE - 0.1, 0, 8, 0, id="not yet"),
+        pytest.param(2, 0.0, 0, 2, 2, id="as large a group as may run"),
+        pytest.param(1, 0.0, 0, 1, 1, id="there never is company"),
+        pytest.param(0, PATIENCE, 1, 8, 0, id="nothing"),
+    ],
+)
+def test_what_ran_alone_waits_for_company(alone: int, now: float, company: int, room: int, go: int) -> None:
+    """A group, others that run, or the end of patience; then all go together."""
+    assert len(taken(backlog(*[True] * alone), now, company=company, room=room)) == go
+
+
+@given(st.lists(st.booleans(), max_size=20), st.integers(0, 2), st.integers(1, 6), st.floats(0, 2 * PATIENCE))
+def test_nothing_is_lost_or_run_twice(alone: list[bool], company: int, room: int, now: float) -> None:
+    """What is taken and what waits are all there is; within each kind the order holds, and the room is kept."""
+    made = backlog(*alone)
+    chosen = taken(made, now, company=company, room=room)
+
+    assert sorted([*chosen, *(due.sequence for due in made.waiting)]) == list(range(1, len(alone) + 1))
+    assert chosen == sorted(chosen)
+    assert len(chosen) <= room
+
+
+@given(st.lists(st.booleans(), max_size=20), st.integers(1, 6))
+def test_everything_goes_in_the_end(alone: list[bool], room: int) -> None:
+    """Once patience is over, nothing waits for anything but room."""
+    made, seen = backlog(*alone), 0
+    while made.waiting:
+        seen += 1
+        assert taken(made, PATIENCE, room=room)
+
+    assert seen == -(-len(alone) // room)
+
+
+def test_the_backlog_is_bounded() -> None:
+    """One more than it holds is refused."""
+    made = backlog(True, False, most=2)
+
+    assert not made.add(DueAudit(3, False, 0.0))
+    assert taken(made) == [2]
+    assert made.add(DueAudit(3, False, 0.0))
+
+
+def test_the_budget() -> None:
+    """What is at hand may be overdrawn once; then nothing opens until the debt is paid, and no more is saved than the burst."""
+    bucket = TokenBucket(10.0, now=100.0)
+    assert bucket.open(100.0)
+    bucket.take(int(10 * BURST_SECONDS) + 50)
+    assert not bucket.open(105.0)
+    assert bucket.open(105.1)
+    bucket.take(1)
+    assert not bucket.open(105.1)
+    assert bucket.open(10_000.0)
+    bucket.take(int(10 * BURST_SECONDS))
+    assert not bucket.open(10_000.0)
+
+
+@given(st.lists(st.tuples(st.floats(0.001, 10), st.integers(1, 500)), max_size=50))
+def test_the_budget_holds(story: list[tuple[float, int]]) -> None:
+    """Over any time no more is taken than the burst, the rate, and the last one's overdraft."""
+    bucket, now, spent = TokenBucket(20.0, 0.0), 0.0, 0
+    for seconds, tokens in story:
+        now += seconds
+        if bucket.open(now):
+            assert spent <= 20.0 * (BURST_SECONDS + now) + 1e-6
+            bucket.take(tokens)
+            spent += tokens
+
+
+def test_no_budget_is_no_bound() -> None:
+    """0 never closes."""
+    bucket = TokenBucket(0.0, 0.0)
+    bucket.take(10**12)
+
+    assert bucket.open(0.0)
+
+
+GOOD = '[[canary]]\nname = "a"\ntext = "b"\nparameters = { seed = 1 }\n'
+
+
+def test_what_comes_along() -> None:
+    """The default set covers short and long, greedy and sampled, several scripts and a schema; every one has a seed."""
+    canaries = read_canaries(None)
+    items = {canary.name: canary.item for canary in canaries}
+
+    assert len(items) == len(canaries) == 6
+    assert all(item.parameters.HasField("seed") for item in items.values())
+    assert min(len(item.text) for item in items.values()) < 20
+    assert max(len(item.text) for item in items.values()) > 800
+    assert not all(item.text.isascii() for item in items.values())
+    assert {item.parameters.temperature > 0 for item in items.values()} == {True, False}
+    assert [name for name, item in items.items() if item.parameters.HasField("response_format")] == ["json"]
+
+
+def test_a_file(tmp_path: Path) -> None:
+    """Parameters are those of the contract, and seeds beyond TOML's numbers too; a file without canaries is one with none."""
+    path = tmp_path / "canaries.toml"
+    path.write_text(f'{GOOD}[[canary]]\nname = "c"\ntext = "é"\n[canary.parameters]\nseed = 18446744073709551615\nstop = ["x"]')
+
+    parameters = types_pb2.Parameters(seed=2**64 - 1, stop=["x"])
+    assert read_canaries(path)[1] == Canary("c", types_pb2.Item(text="é", parameters=parameters))
+
+    path.write_text("")
+    assert read_canaries(path) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("[[canary]", "line 1"),
+        (GOOD + '\n[[canary]]\nname = "\n', "line 7"),
+        ('canary = "a"', "holds something else than [[canary]] tables"),
+        (GOOD + "[other]\na = 1", "holds something else than [[canary]] tables"),
+        (GOOD.replace("text", "prompt"), "canary[0].prompt: no such field"),
+        (GOOD.replace('name = "a"\n', ""), "canary[0].name: is missing"),
+        (GOOD.replace('"b"', '""'), "canary[0].text: is missing"),
+        (GOOD.replace('"b"', "7"), "canary[0].text: must be a str"),
+        (GOOD.replace('"a"', '"' + "é" * 33 + '"'), "canary[0].name: at most 64 bytes"),
+        (GOOD + GOOD.replace("{ seed = 1 }", '"hot"'), "canary[1].parameters: is no table"),
+        (GOOD + GOOD.replace("seed = 1", "seed = 1, top_q = 2"), "canary[1].parameters.top_q: no such parameter"),
+        (GOOD.replace("seed = 1", "seed = -1"), "canary[0].parameters.seed: "),
+        (GOOD.replace("seed = 1", "top_k = 1"), "canary[0].parameters.seed: is missing"),
+        (GOOD + GOOD, "'a' is the name of two canaries"),
+        (GOOD * (CANARIES_MAX + 1), f"canary: {CANARIES_MAX + 1} tables, at most {CANARIES_MAX}"),
+    ],
+)
+def test_a_bad_file(tmp_path: Path, text: str, wrong: str) -> None:
+    """It is refused by its name, the place and what is wrong there."""
+    path = tmp_path / "canaries.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        read_canaries(path)
+
+    assert wrong in str(caught.value)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    """A file that is not there, a folder, and bytes that are no text are refused by name."""
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    for name in ("none", ".", "bytes"):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+            read_canaries(tmp_path / name)

@@ -1,0 +1,505 @@
+"""Divergence: statistics, counts, the tracker and its outputs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
+from scipy import stats
+
+from ostinato.v1 import sequencer_pb2, types_pb2
+
+from sidecar.divergence.output import DivergenceCollector, report
+from sidecar.divergence.statistics import ALARM, FAULTY, TOLERABLE, Ended, Evidence, Rate, life_table, span_first, span_of
+from sidecar.divergence.tracker import (
+    BUCKETS_MAX,
+    DRIFT_MAX,
+    GROUPS_MAX,
+    SAMPLINGS_MAX,
+    WINDOW_COMPARISONS,
+    Counts,
+    DivergenceTracker,
+    Group,
+    RetiredGroups,
+    Share,
+)
+from sidecar.divergence.verdicts import FAILED, CollisionCheck, Compared, GroupKey, Moment, NotCompared, events
+from tests.sidecar.evidence_paths import NEVER, alarms, log_evidence
+
+counts = st.integers(1, 10**7).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+runs = st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=60)
+"""Each: tokens that were equal, and whether it diverged behind them."""
+
+
+@settings(deadline=None)
+@given(counts, st.sampled_from([0.5, 0.9, 0.95, 0.99, 0.999]))
+def test_the_interval_is_wilsons(count: tuple[int, int], confidence: float) -> None:
+    """The bounds are those of scipy's Wilson score interval."""
+    events, trials = count
+    expected = stats.binomtest(events, trials).proportion_ci(confidence, method="wilson")
+    rate = Rate(events, trials, confidence)
+
+    assert (rate.lower, rate.upper) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert rate.lower <= rate.value <= rate.upper
+
+
+def test_nothing_is_known_of_nothing() -> None:
+    """Without trials the probability lies anywhere."""
+    assert (Rate(0, 0).value, Rate(0, 0).lower, Rate(0, 0).upper) == (0.0, 0.0, 1.0)
+
+
+def test_known_bounds() -> None:
+    """No divergence in 300 comparisons: at most 1.26 %. In 3,000: at most 0.13 %."""
+    assert [round(Rate(0, trials).upper, 4) for trials in (300, 3_000)] == [0.0126, 0.0013]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32))
+def test_spans_cover_every_index(index: int) -> None:
+    """Each token index lies in one span."""
+    assert span_first(span_of(index)) <= index < span_first(span_of(index) + 1)
+
+
+def spans(given: list[tuple[int, bool]]) -> list[Ended]:
+    """The runs by span."""
+    table = [Ended()] * (1 + max(span_of(tokens) for tokens, _ in given))
+    for tokens, diverged in given:
+        table[span_of(tokens)] = table[span_of(tokens)].after(tokens, diverged=diverged)
+    return table
+
+
+@settings(deadline=None)
+@given(runs)
+def test_the_life_table_counts_positions(given: list[tuple[int, bool]]) -> None:
+    """Each position at which both runs had a token, or parted, is a trial of its span; a difference is one event."""
+    trials, events = np.zeros(64, int), np.zeros(64, int)
+    for tokens, diverged in given:
+        trials[: tokens + diverged] += 1
+        events[tokens] += diverged
+    table = life_table(spans(given))
+
+    for row in table:
+        within = slice(row.first, row.last + 1)
+        assert (row.hazard.events, row.hazard.trials) == (events[within].sum(), trials[within].sum())
+        assert row.at_risk == sum(tokens >= row.first for tokens, _ in given)
+    assert sum(row.hazard.trials for row in table) == trials.sum()
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1), st.booleans()), min_size=1, max_size=60))
+def test_it_is_kaplan_and_meiers_where_spans_are_narrow(given: list[tuple[int, bool]]) -> None:
+    """Where a span is one index wide, the share that is still equal is scipy's estimate from censored data."""
+    # A run of n equal tokens was tried up to position n - 1, or up to n where it parted there; half a position keeps
+    # "censored after the trial" apart from "censored before".
+    parted = [tokens for tokens, diverged in given if diverged]
+    clean = [tokens - 0.5 for tokens, diverged in given if not diverged]
+    estimate = stats.ecdf(stats.CensoredData(uncensored=parted, right=clean)).sf
+
+    for row in life_table(spans(given)):
+        # Where nobody is left to try, scipy says 0 and the table goes on with what it knew.
+        if row.at_risk:
+            assert row.equal_before == pytest.approx(float(estimate.evaluate(row.first - 0.25)) if row.first else 1.0)
+
+
+SEED = 20_261_124
+
+
+def after(*diverged: bool) -> Evidence:
+    evidence = Evidence()
+    for each in diverged:
+        evidence = evidence.after(diverged=each)
+    return evidence
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_it_is_the_mixture_over_all_starts(diverged: list[bool]) -> None:
+    """E is the likelihood ratio of a fault from the s-th comparison on, averaged over s with weights 1 / (s (s + 1))."""
+    ratios = [FAULTY / TOLERABLE if each else (1 - FAULTY) / (1 - TOLERABLE) for each in diverged]
+    mixture = sum(math.prod(ratios[s:]) / ((s + 1) * (s + 2)) for s in range(len(ratios)))
+    not_yet = 1 / (len(ratios) + 1)
+
+    assert after(*diverged).log == pytest.approx(math.log(mixture + not_yet), abs=1e-9)
+    assert after(*diverged).alarm == (mixture + not_yet >= ALARM)
+
+
+@pytest.mark.parametrize("length", [1, 2, 6])
+def test_it_is_fair(length: int) -> None:
+    """Over all outcomes of so many comparisons that diverge as often as is tolerable, E is 1 on average: a fair game."""
+    average = 0.0
+    for path in itertools.product([False, True], repeat=length):
+        probability = math.prod(TOLERABLE if each else 1 - TOLERABLE for each in path)
+        average += probability * math.exp(after(*path).log)
+
+    assert average == pytest.approx(1.0)
+
+
+def test_nothing_overflows() -> None:
+    """A hundred thousand divergences in a row are evidence beyond any floating-point number, and its logarithm is not."""
+    evidence = after(*[True] * 100_000)
+
+    assert math.isfinite(evidence.log10)
+    assert evidence.log10 > 99_000
+    assert math.isfinite(after(*[False] * 100_000).log10)
+
+
+def test_early_divergences_raise_it() -> None:
+    """Three divergences in a row do; one does not."""
+    assert [after(*[True] * n).alarm for n in (0, 1, 2, 3)] == [False, False, False, True]
+
+
+def test_the_other_program_computes_the_same() -> None:
+    """What the simulations below compute is what the sidecar computes."""
+    diverged = np.random.default_rng(SEED).random((20, 500)) < 0.01
+    expected = log_evidence(diverged)
+    for row, path in enumerate(diverged):
+        evidence = Evidence()
+        for column, each in enumerate(path):
+            evidence = evidence.after(diverged=bool(each))
+            assert evidence.log == pytest.approx(expected[row, column], abs=1e-9)
+
+
+def test_false_alarms_are_rare() -> None:
+    """However long one looks, at most one in a hundred who have no fault ever sees the alarm; here over 10,000 comparisons."""
+    paths = 4_000
+    wrong = int(np.count_nonzero(alarms(paths, 0, 10_000, TOLERABLE, SEED) != NEVER))
+
+    assert wrong <= 0.01 * paths, f"seed {SEED}: {wrong} of {paths}"
+
+
+@pytest.mark.parametrize(("clean", "enough"), [(0, 1_000), (10_000, 2_000)])
+def test_a_fault_is_found(clean: int, enough: int) -> None:
+    """Where 1 in 100 diverges, half of all who look know by then, also after a long clean past."""
+    first = alarms(1_000, clean, enough, FAULTY, SEED)
+
+    assert np.count_nonzero(first != NEVER) > 500, f"seed {SEED}"
+
+
+KEY = GroupKey("twin", "exact", "ab" * 32, other_replica=False)
+MATCH, DIVERGED, INCOMPARABLE = types_pb2.VERDICT_MATCH, types_pb2.VERDICT_DIVERGED, types_pb2.VERDICT_INCOMPARABLE
+
+comparisons = st.builds(
+    types_pb2.Comparison,
+    verdict=st.sampled_from([MATCH, DIVERGED, INCOMPARABLE]),
+    compared_tokens=st.integers(0, 300),
+    company=st.integers(0, 9),
+    sampling=st.sampled_from(["greedy", "top_k=40", ""]),
+)
+keys = st.builds(GroupKey, st.sampled_from(["twin", "audit"]), st.just("exact"), st.sampled_from(["aa", "bb"]), st.booleans())
+
+
+def compared(comparison: types_pb2.Comparison, index: int = 1, key: GroupKey = KEY, millis: int = 0) -> Compared:
+    if comparison.verdict == INCOMPARABLE:
+        comparison.drift.append("fingerprint.device")
+    if comparison.verdict == DIVERGED:
+        comparison.first_difference = comparison.compared_tokens
+    return Compared(Moment(index, millis), key, comparison)
+
+
+def verdict(value: types_pb2.Verdict.ValueType = MATCH, **fields: object) -> types_pb2.Comparison:
+    return types_pb2.Comparison(verdict=value, **fields)  # type: ignore[arg-type]
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(keys, comparisons), max_size=60))
+def test_it_counts_what_a_list_would(given: list[tuple[GroupKey, types_pb2.Comparison]]) -> None:
+    """Each group's counts are those that one gets by going through all its verdicts again."""
+    counts, all_events = Counts(), [compared(said, n, key, n * 1_000) for n, (key, said) in enumerate(given, start=1)]
+    for event in all_events:
+        counts = counts.after(event)
+
+    assert {group.key for group in counts.groups} == {key for key, _ in given}
+    for group in counts.groups:
+        own = [event for event in all_events if event.key == group.key]
+        judged = [event for event in own if not event.drift]
+        verdicts = Counter(event.comparison.verdict for event in own)
+        evidence = Evidence()
+        for event in judged:
+            evidence = evidence.after(diverged=event.diverged)
+        diverged = [event.at for event in judged if event.diverged]
+        assert (group.matched, group.diverged, group.incomparable) == tuple(
+            verdicts[each] for each in (MATCH, DIVERGED, INCOMPARABLE)
+        )
+        assert (group.first, group.last) == (own[0].at, own[-1].at)
+        assert (group.first_diverged, group.last_diverged) == ((diverged[0], diverged[-1]) if diverged else (None, None))
+        assert group.evidence == evidence
+        assert group.compared_tokens == sum(event.comparison.compared_tokens for event in judged)
+        assert group.recent == "".join("01"[event.diverged] for event in judged)
+        assert sum(group.drift.values()) == group.incomparable
+        for number, ended in enumerate(group.spans):
+            there = [event for event in judged if span_of(event.comparison.compared_tokens) == number]
+            assert ended.diverged == sum(event.diverged for event in there)
+            assert ended.clean == len(there) - ended.diverged
+        for name, share in group.samplings.items():
+            of = [event.diverged for event in judged if event.comparison.sampling == name]
+            assert share == Share(len(of), sum(of))
+        for shares in (group.samplings.values(), group.companies, group.series.buckets.values()):
+            assert sum(shares, Share()) == Share(group.compared, group.diverged)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(keys, comparisons), max_size=30))
+def test_it_survives_being_written_down(given: list[tuple[GroupKey, types_pb2.Comparison]]) -> None:
+    """As JSON and back it is the same, to the last bit of the evidence."""
+    counts = Counts().after(NotCompared("audit", "busy")).after(CollisionCheck(Moment(1, 1), 1, collides=True))
+    for n, (key, said) in enumerate(given, start=1):
+        counts = counts.after(compared(said, n, key, n))
+    counts = replace(counts, forgotten=tuple(RetiredGroups(group.key).after(group) for group in counts.groups))
+
+    assert msgspec.json.decode(msgspec.json.encode(counts), type=Counts) == counts
+
+
+def test_the_alarm_goes_up_and_is_remembered() -> None:
+    """Three divergences raise it, enough clean comparisons let it fall, and when it first rose stays known."""
+    group, up = Group(KEY, Moment(1, 1), Moment(1, 1)), []
+    for index in range(1, 1_000):
+        group = group.after(compared(verdict(DIVERGED if index <= 3 else MATCH), index))
+        up.append(group.evidence.alarm)
+
+    assert up[:4] == [False, False, True, True]
+    assert up == sorted(up[:3]) + sorted(up[3:], reverse=True), "it falls once"
+    assert not up[-1]
+    assert group.alarmed is not None
+    assert group.alarmed.index == 3
+
+
+def test_the_window_is_of_the_newest() -> None:
+    """A divergence leaves the recent rate after so many comparisons, and the rate over all time never."""
+    group = Group(KEY, Moment(1, 1), Moment(1, 1)).after(compared(verdict(DIVERGED)))
+    for index in range(WINDOW_COMPARISONS):
+        group = group.after(compared(verdict(), index))
+
+    assert (group.recent_rate().events, group.recent_rate().trials) == (0, WINDOW_COMPARISONS)
+    assert (group.diverged, group.compared) == (1, WINDOW_COMPARISONS + 1)
+
+
+def test_it_stays_small() -> None:
+    """However many ways to sample, names, days, companies and fingerprints there are, what is kept has a bound."""
+    group = Group(KEY, Moment(1, 1), Moment(1, 1)).after(compared(verdict(DIVERGED, sampling="the bad one")))
+    for n in range(1_000):
+        said = verdict(sampling=f"temperature={n}", company=n, compared_tokens=n)
+        group = group.after(compared(said, n, millis=n * 86_400_000))
+        group = group.after(Compared(Moment(n, n), KEY, verdict(INCOMPARABLE, drift=[f"fingerprint.{n}"])))
+    counts = Counts()
+    for n in range(2 * GROUPS_MAX):
+        counts = counts.after(compared(verdict(), n, GroupKey("twin", "exact", f"{n:064x}", other_replica=False)))
+
+    assert len(group.samplings) == SAMPLINGS_MAX
+    assert "the bad one" in group.samplings, "what diverges stays"
+    assert len(group.drift) == DRIFT_MAX + 1
+    assert sum(group.drift.values()) == 1_000
+    assert len(group.series.buckets) <= BUCKETS_MAX
+    assert sum(group.series.buckets.values(), Share()) == Share(1_001, 1)
+    assert len(counts.groups) == GROUPS_MAX
+    assert [(sums.key.fingerprint, sums.matched) for sums in counts.forgotten] == [("", GROUPS_MAX)]
+    assert counts.groups[-1].last.index == 2 * GROUPS_MAX - 1, "the newest stay"
+
+
+def test_the_gauges_are_the_newest_fingerprints() -> None:
+    """Of a kind and grade the fingerprint that was compared last is shown, and of its replicas the one with more evidence."""
+    old, same = GroupKey("twin", "exact", "aa", False), GroupKey("twin", "exact", "bb", False)
+    other = GroupKey("twin", "exact", "bb", True)
+    counts = Counts()
+    for index, key in enumerate((old, other, same), start=1):
+        counts = counts.after(compared(verdict(DIVERGED if key is not same else MATCH), index, key))
+
+    assert {kind: group.key for kind, group in counts.newest().items()} == {("twin", "exact"): other}
+
+
+def header(kind: types_pb2.EntryKind.ValueType, **fields: object) -> types_pb2.EntryHeader:
+    return types_pb2.EntryHeader(index=9, time_unix_millis=5, kind=kind, writer="w", fingerprint_digest=b"\xab", **fields)  # type: ignore[arg-type]
+
+
+def test_what_a_completed_entry_says() -> None:
+    """The twin's verdict, at the lower of the two grades, and whether a collision was looked for and found."""
+    twin = verdict(sequence=3, kind=types_pb2.COMPARISON_KIND_TWIN, grade=types_pb2.GRADE_BEST_EFFORT, expected_writer="v")
+    payload = sequencer_pb2.CompletedPayload(twin=twin, collision=sequencer_pb2.COLLISION_FOUND).SerializeToString()
+    entry = header(types_pb2.ENTRY_KIND_COMPLETED, sequence=3, grade=types_pb2.GRADE_EXACT)
+
+    assert list(events(entry, payload)) == [
+        Compared(Moment(9, 5), GroupKey("twin", "best_effort", "ab", other_replica=True), twin),
+        CollisionCheck(Moment(9, 5), 3, collides=True),
+    ]
+    assert list(events(entry, b"")) == [], "a payload that was dropped says nothing"
+
+
+def test_what_an_audited_entry_says() -> None:
+    """Its verdict; nothing where there is none; a second run without output is incomparable for a reason of its own."""
+    entry = header(types_pb2.ENTRY_KIND_AUDITED, grade=types_pb2.GRADE_SERIAL)
+
+    def said(comparison: types_pb2.Comparison) -> list[Compared | CollisionCheck]:
+        return list(events(entry, sequencer_pb2.AuditedPayload(comparison=comparison).SerializeToString()))
+
+    (event,) = said(verdict(INCOMPARABLE, kind=types_pb2.COMPARISON_KIND_AUDIT))
+    assert isinstance(event, Compared)
+    assert event.key == GroupKey("audit", "serial", "ab", other_replica=False)
+    assert event.drift == (FAILED,)
+    assert said(types_pb2.Comparison()) == []
+
+
+def test_other_entries_say_nothing() -> None:
+    """An admission or a failure is no comparison, whatever its payload holds."""
+    for kind in (types_pb2.ENTRY_KIND_OPENED, types_pb2.ENTRY_KIND_ADMITTED, types_pb2.ENTRY_KIND_FAILED):
+        assert list(events(header(kind), b"\x08\x01")) == []
+
+
+def test_values_of_a_newer_version_are_numbers() -> None:
+    """A journal that a newer sidecar wrote can be counted: what has no name here is known by its number."""
+    comparison = types_pb2.Comparison.FromString(b"\x10\x63\x18\x01\x68\x62")
+    payload = sequencer_pb2.AuditedPayload(comparison=comparison).SerializeToString()
+    (event,) = events(header(types_pb2.ENTRY_KIND_AUDITED), payload)
+
+    assert isinstance(event, Compared)
+    assert (event.key.kind, event.key.grade) == ("99", "98")
+
+
+def test_nobody_knows_where() -> None:
+    """Outputs that differ where one is not kept count as a comparison, and say nothing of tokens."""
+    known, unknown = verdict(DIVERGED, compared_tokens=7, first_difference=7), verdict(DIVERGED)
+    counts = Counts().after(compared(known)).after(Compared(Moment(2, 0), KEY, unknown))
+
+    (group,) = counts.groups
+    assert (group.diverged, group.compared, group.compared_tokens) == (2, 2, 7)
+    assert (group.token_rate().events, group.token_rate().trials) == (1, 8)
+
+
+MATCH, DIVERGED, INCOMPARABLE = types_pb2.VERDICT_MATCH, types_pb2.VERDICT_DIVERGED, types_pb2.VERDICT_INCOMPARABLE
+OLD, NEW, OTHER = (
+    GroupKey("twin", "exact", name * 32, other_replica=other) for name, other in (("aa", False), ("bb", False), ("bb", True))
+)
+
+
+def made() -> Counts:
+    """Two fingerprints, the newer one with two replicas; something of everything."""
+    counts, index = Counts(), 0
+    for key, verdict, tokens, company, sampling, times in (
+        (OLD, DIVERGED, 5, 1, "greedy", 2),
+        (OTHER, MATCH, 8, 0, "", 4),
+        (NEW, MATCH, 8, 3, "top_k=40", 6),
+        (NEW, DIVERGED, 200_000, 9, "greedy", 1),
+        (NEW, INCOMPARABLE, 1, 1, "greedy", 1),
+    ):
+        for _ in range(times):
+            index += 1
+            said = types_pb2.Comparison(verdict=verdict, compared_tokens=tokens, company=company, sampling=sampling)
+            said.drift.extend(["fingerprint.device"] if verdict == INCOMPARABLE else [])
+            if verdict == DIVERGED:
+                said.first_difference = tokens
+            counts = counts.after(Compared(Moment(index, index * 60_000), key, said))
+    for collides in (True, False, False):
+        counts = counts.after(CollisionCheck(Moment(99, 1), 1, collides))
+    return counts.after(NotCompared("audit", "busy"))
+
+
+def metrics(counts: Counts | None) -> dict[str, float]:
+    registry = CollectorRegistry(auto_describe=True)
+    registry.register(DivergenceCollector(lambda: counts))
+    lines = generate_latest(registry).decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))}
+
+
+def test_metrics_are_sums_over_fingerprints() -> None:
+    """Counters add up what was compared on any fingerprint, replicas apart; the histogram has every divergence."""
+    seen = metrics(made())
+    kind = 'grade="exact",kind="twin"'
+
+    assert {name: value for name, value in seen.items() if name.startswith("ostinato_comparisons_total") and value} == {
+        f'ostinato_comparisons_total{{{kind},replica="same",verdict="match"}}': 6,
+        f'ostinato_comparisons_total{{{kind},replica="same",verdict="diverged"}}': 3,
+        f'ostinato_comparisons_total{{{kind},replica="same",verdict="incomparable"}}': 1,
+        f'ostinato_comparisons_total{{{kind},replica="other",verdict="match"}}': 4,
+    }
+    assert seen[f"ostinato_compared_tokens_total{{{kind}}}"] == 2 * 5 + 4 * 8 + 6 * 8 + 200_000
+    assert seen['ostinato_drift_total{field="fingerprint.device",kind="twin"}'] == 1
+    assert seen['ostinato_not_compared_total{kind="audit",reason="busy"}'] == 1
+    assert (seen["ostinato_collision_checks_total"], seen["ostinato_collisions_total"]) == (3, 1)
+    buckets = [seen[f'ostinato_first_difference_token_bucket{{{kind},le="{le}"}}'] for le in ("3.0", "7.0", "131071.0", "+Inf")]
+    assert buckets == [0, 2, 2, 3]
+    assert seen[f"ostinato_first_difference_token_sum{{{kind}}}"] == 2 * 5 + 200_000
+
+
+def test_no_counter_goes_down() -> None:
+    """Whatever is compared, on more fingerprints than are told apart, every counter and bucket stays where it was or rises:
+    Prometheus would take a smaller value for a restart, and page for all that was counted before."""
+    counts, before = Counts(), dict[str, float]()
+    for n in range(GROUPS_MAX + 40):
+        key = GroupKey(("twin", "audit")[n % 2], "exact", f"{n % (GROUPS_MAX + 20):064x}", other_replica=n % 3 == 0)
+        for verdict in (MATCH, DIVERGED, INCOMPARABLE):
+            said = types_pb2.Comparison(verdict=verdict, compared_tokens=1 << n % 20)
+            said.drift.extend([f"fingerprint.{n % 5}"] if verdict == INCOMPARABLE else [])
+            if verdict == DIVERGED:
+                said.first_difference = said.compared_tokens
+            counts = counts.after(Compared(Moment(n, n), key, said))
+        if n % 20 == 0 or n >= GROUPS_MAX:
+            seen = {name: value for name, value in metrics(counts).items() if not name.startswith("ostinato_divergence_")}
+            assert {name: (value, seen.get(name, 0)) for name, value in before.items() if seen.get(name, 0) < value} == {}
+            before = seen
+
+    assert len(counts.groups) == GROUPS_MAX
+    assert sum(value for name, value in before.items() if "comparisons_total" in name) == 3 * (GROUPS_MAX + 40)
+    assert sum(value for name, value in before.items() if "drift_total" in name) == GROUPS_MAX + 40
+
+
+def test_nothing_is_served_before_it_is_restored() -> None:
+    """While a start reads what was counted there is no counter at all: one that stands at 0 would look like a restart of the
+    count, and all of it like an increase."""
+    book = DivergenceTracker("writer")
+
+    assert metrics(book.counted) == {}
+
+
+def test_gauges_are_the_newest_fingerprints() -> None:
+    """Two divergences of the fingerprint before are no longer in the gauges."""
+    seen, rate = metrics(made()), Rate(1, 7)
+    labels = '{grade="exact",kind="twin"}'
+
+    assert seen[f"ostinato_divergence_rate{labels}"] == rate.value
+    assert seen[f"ostinato_divergence_rate_lower{labels}"] == rate.lower
+    assert seen[f"ostinato_divergence_rate_upper{labels}"] == rate.upper
+    assert seen[f"ostinato_divergence_alarm{labels}"] == 0
+
+
+def test_nothing_is_served_of_nothing() -> None:
+    """Before anything was compared there is no rate: 0 would be a claim."""
+    assert set(metrics(Counts())) == {"ostinato_collision_checks_total", "ostinato_collisions_total"}
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+def test_a_report_says_it_all(confidence: float) -> None:
+    """The newest group comes first; worst samplings first, companies and times ascending, intervals as confident as asked."""
+    known = {digest: types_pb2.Fingerprint(digest=digest) for digest in (b"\xcc" * 32, b"\xbb" * 32)}
+    found = report(made(), 77, confidence, known)
+    group = found.strata[0]
+    rate = Rate(1, 7, confidence)
+
+    assert (found.index, found.confidence, found.alarm) == (77, confidence, False)
+    assert [(each.fingerprint_digest[:1], each.other_replica) for each in found.strata] == [
+        (b"\xbb", False),
+        (b"\xbb", True),
+        (b"\xaa", False),
+    ]
+    assert [each.digest for each in found.fingerprints] == [b"\xbb" * 32]
+    assert (group.kind, group.grade) == (types_pb2.COMPARISON_KIND_TWIN, types_pb2.GRADE_EXACT)
+    assert (group.matched, group.diverged, group.incomparable) == (6, 1, 1)
+    assert group.per_comparison == sequencer_pb2.Rate(events=1, trials=7, value=1 / 7, lower=rate.lower, upper=rate.upper)
+    assert (group.per_token.events, group.per_token.trials) == (1, 6 * 8 + 200_000 + 1)
+    assert [(each.sampling, each.rate.events, each.rate.trials) for each in group.samplings] == [
+        ("greedy", 1, 1),
+        ("top_k=40", 0, 6),
+    ]
+    assert [(each.first, each.last, each.rate.trials) for each in group.companies] == [(2, 3, 6), (8, 15, 1)]
+    assert [(each.first, each.last) for each in found.strata[1].companies] == [(0, 0)], "not known"
+    assert [each.time_unix_millis for each in group.times] == [n * 60_000 for n in range(7, 14)]
+    assert (group.first.index, group.last.index, group.first_diverged.index) == (7, 14, 13)
+    assert not group.HasField("alarmed")
+    assert sum(each.diverged for each in group.token_spans) == 1
+    assert sum(each.hazard.trials for each in group.token_spans) == group.per_token.trials
+    (lost,) = found.not_compared
+    assert (lost.kind, lost.reason, lost.count) == (types_pb2.COMPARISON_KIND_AUDIT, "busy", 1)
