@@ -7,23 +7,32 @@ import logging
 import os
 import secrets
 import sys
+import time
 from collections.abc import Coroutine
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
+from ostinato import enums
+from ostinato.digest import model_digest
+from ostinato.v1 import types_pb2
 from ostinato.v1.engine_pb2_grpc import add_EngineServicer_to_server
-from serving.logs import setup
+from serving.logs import report_failure, setup
 from serving.metrics import registry, serve_metrics
-from serving.program import DRAINED, exporting_traces, install_signal_handlers, run
+from serving.program import BAD_CONFIGURATION, DRAINED, FAILED, StartupError, exporting_traces, install_signal_handlers, run
 from serving.server import Server, probe
 from serving.settings import describe, read
 
-from service.calibration import calibrate
+from service.answer import Lexicon
 from service.config import Settings
-from service.engines.base import Engine
-from service.memory import Memory
-from service.metrics import Metrics
-from service.opening import make_ready, open_engine
-from service.servicer import NAME, EngineServicer, Workers
+from service.description import Describer, HeldGrade, fingerprint
+from service.engines import load, options, turbomind
+from service.engines.base import Engine, EngineUnusable
+from service.grade import Finding, Proofs, code_digest, self_test
+from service.observe import Metrics
+from service.prepare import Preparer, Prompts
+from service.stream import NAME, EngineServicer, Fence, Memory, Ready, Runs, Streams, Workers
 
 IDLE_SECONDS = 2.0
 """Told to stop, a service lets a sidecar go that has asked for nothing for this long."""
@@ -82,6 +91,98 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None
         working.cancel()
         stopping.cancel()
         await asyncio.gather(working, stopping, return_exceptions=True)
+
+
+async def open_engine(settings: Settings) -> tuple[Engine, float]:
+    """The loaded engine, and the seconds that took. Raises StartupError with one line about what is missing."""
+    began = time.monotonic()
+    try:
+        engine = await asyncio.to_thread(load, settings)
+    except EngineUnusable as error:
+        raise StartupError(str(error)) from error
+    seconds = round(time.monotonic() - began, 3)
+    _log.info("engine loaded", extra={"engine": engine.name, "model": engine.model_name, "seconds": seconds})
+    return engine, seconds
+
+
+async def make_ready(
+    engine: Engine,
+    settings: Settings,
+    metrics: Metrics,
+    incarnation: str,
+    memory: Memory | None = None,
+    load_seconds: float = 0.0,
+) -> Ready:
+    """Start the engine, earn its grade, and put together what answers. Raises StartupError where a required grade is missed.
+    How long loading took is for the log."""
+    fence = Fence(sequences=memory.read() if memory is not None else {})
+    identity = fingerprint(engine.fields)
+    metrics.describe(engine.capacity, identity.digest, identity.fields)
+    metrics.include(engine)
+    held = HeldGrade()
+    held.watch(lambda: metrics.grade.set(held.grade))
+    runs = Runs(engine, held, metrics)
+    runs.start()
+    lexicon = Lexicon(engine.vocabulary)
+    await asyncio.to_thread(lexicon.warm)
+    await _earn(held, identity.digest, runs, settings, metrics, load_seconds)
+    limits = settings.limits(engine.context_tokens, engine.top_k_max)
+    describer = Describer(engine, limits, identity, held, incarnation)
+    prompts = Prompts(engine.vocabulary, limits, engine.chat)
+    preparer = Preparer(prompts, lexicon, engine.check_format, model_digest(identity.fields))
+    streams = Streams(runs, describer, preparer, settings.bounds, metrics, fence, memory)
+    return Ready(describer, engine.vocabulary, preparer, streams)
+
+
+async def _earn(held: HeldGrade, digest: bytes, runs: Runs, settings: Settings, metrics: Metrics, load_seconds: float) -> None:
+    """Test, or take a kept proof's word for it; and say what came of it, what that rests on, and what it cost."""
+    began = time.monotonic()
+    finding = await _find(digest, runs, settings)
+    held.earn(finding.grade, finding.reason)
+    metrics.self_test_seconds.set(finding.seconds)
+    name = enums.word(types_pb2.Grade, held.grade)
+    proof_seconds = runs.engine.proof_seconds
+    costs = {"load": load_seconds - proof_seconds, "proof": proof_seconds, "self_test": time.monotonic() - began}
+    seconds = {f"{part}_seconds": round(max(0.0, value), 3) for part, value in costs.items()}
+    _log.info("grade earned", extra={"grade": name, "reason": held.reason, "rests_on": runs.engine.ceiling[1], **seconds})
+    if held.grade < settings.required_grade:
+        raise StartupError(f"--require-grade: {settings.require_grade} is required, {name} was earned: {held.reason}")
+
+
+async def _find(digest: bytes, runs: Runs, settings: Settings) -> Finding:
+    if settings.self_test == "off":
+        return Finding(types_pb2.GRADE_BEST_EFFORT, "not tested", 0.0, 0)
+    proofs = Proofs(settings.state_dir / "proofs", await asyncio.to_thread(code_digest, Path(__file__).parent))
+    kept = proofs.find(digest) if settings.self_test == "kept" else None
+    ceiling, _ = runs.engine.ceiling
+    if kept is not None and kept[0].grade <= ceiling:
+        finding, made_at = kept
+        return replace(finding, reason=f"{finding.reason}; proved at {made_at}")
+    finding = await self_test(runs, time.monotonic, settings.self_test_timeout_seconds)
+    if finding.grade > types_pb2.GRADE_BEST_EFFORT:
+        proofs.keep(digest, finding, datetime.now(UTC).isoformat(timespec="seconds"))
+    return finding
+
+
+def calibrate(settings: Settings) -> int:
+    """The exit code: 0; 1 where something is not covered or cannot be loaded; 2 for an engine that has nothing to prove.
+
+    The next start with the same settings takes what is kept. Nothing listens meanwhile, and there is no self-test.
+    """
+    told = options(settings)
+    if not isinstance(told, turbomind.TurbomindOptions):
+        why = f"calibrate: --engine {settings.engine} has no products to prove; only turbomind has"
+        report_failure("service", why, BAD_CONFIGURATION)
+        return BAD_CONFIGURATION
+    try:
+        engine = turbomind.load(told)
+    except EngineUnusable as error:
+        report_failure("service", f"calibrate: {error}", FAILED)
+        return FAILED
+    text, covered = turbomind.report(engine)
+    sys.stdout.write(text + "\n")
+    asyncio.run(engine.close())
+    return DRAINED if covered else FAILED
 
 
 def main() -> None:

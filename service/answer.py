@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import codecs
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Protocol
 
 from ostinato.v1 import engine_pb2, types_pb2
 
-from service.stops import StopStrings
 
-if TYPE_CHECKING:
-    from service.engines.base import Vocabulary
+class TokenTable(Protocol):
+    """The tokens of a model and their bytes. Pure; any thread may call it."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens with which the model itself ends an answer."""
+        ...
+
+    def piece(self, token_id: int) -> bytes:
+        """The bytes that this token adds to the text; empty for control tokens."""
+        ...
 
 
 class Answer:
@@ -25,7 +39,7 @@ class Answer:
     4. What `take` has given is never taken back: text that may begin a stop string waits until it does or does not.
     """
 
-    def __init__(self, parameters: types_pb2.ResolvedParameters, vocabulary: Vocabulary) -> None:
+    def __init__(self, parameters: types_pb2.ResolvedParameters, vocabulary: TokenTable) -> None:
         self._piece = vocabulary.piece
         self._end_ids: frozenset[int] = frozenset() if parameters.ignore_eos else vocabulary.end_ids
         self._stop_ids = frozenset(parameters.stop_token_ids)
@@ -111,3 +125,119 @@ class Answer:
     def _settle(self, text: str) -> None:
         if text:
             self._text.append(text)
+
+
+class StopStrings:
+    """An Aho-Corasick automaton over the text's characters; a character costs amortised constant time.
+
+    Invariants:
+    1. `pending` is the length of the longest end of the text that begins a stop string.
+    2. The stop string that is *completed* first in the text wins, of those completed at once the longest. So what is found
+       depends on the text alone, never on how tokens cut it, and nothing has to wait for a longer match.
+    """
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._next: list[dict[str, int]] = [{}]
+        self._depth: list[int] = [0]
+        self._match: list[str] = [""]
+        for stop in stops:
+            self._add(stop)
+        self._fall: list[int] = [0] * len(self._next)
+        self._link()
+        self._state = 0
+
+    def __bool__(self) -> bool:
+        return len(self._next) > 1
+
+    @property
+    def pending(self) -> int:
+        """Characters at the text's end that could be the beginning of a stop string."""
+        return self._depth[self._state]
+
+    def feed(self, text: str) -> tuple[int, str] | None:
+        """Append `text`. The stop string that it completes and how many of its characters that took, or None."""
+        following, fall, state = self._next, self._fall, self._state
+        for index, character in enumerate(text):
+            while state and character not in following[state]:
+                state = fall[state]
+            state = following[state].get(character, 0)
+            if self._match[state]:
+                self._state = state
+                return index + 1, self._match[state]
+        self._state = state
+        return None
+
+    def _add(self, stop: str) -> None:
+        state = 0
+        for character in stop:
+            branches = self._next[state]
+            if character not in branches:
+                branches[character] = len(self._next)
+                self._next.append({})
+                self._depth.append(self._depth[state] + 1)
+                self._match.append("")
+            state = branches[character]
+        self._match[state] = stop
+
+    def _link(self) -> None:
+        """Breadth first: where a state falls back to, and the longest stop string that ends at it."""
+        waiting = deque(self._next[0].values())
+        while waiting:
+            state = waiting.popleft()
+            for character, child in self._next[state].items():
+                waiting.append(child)
+                back = self._fall[state]
+                while back and character not in self._next[back]:
+                    back = self._fall[back]
+                self._fall[child] = self._next[back].get(character, 0)
+                self._match[child] = self._match[child] or self._match[self._fall[child]]
+
+
+class Lexicon:
+    """Built once, on first use or by `warm`; may be used from any thread."""
+
+    def __init__(self, vocabulary: TokenTable) -> None:
+        self._vocabulary = vocabulary
+
+    def warm(self) -> None:
+        """Take the time now: a tenth of a second for a large vocabulary."""
+        _ = self._words, self.text_bytes_max
+
+    def ids_of(self, word: str) -> tuple[int, ...]:
+        """All tokens whose text is this word, white space before it apart. Empty: no token is."""
+        return self._words.get(_bare(word), ())
+
+    @cached_property
+    def text_bytes_max(self) -> int:
+        """The most bytes of UTF-8 that one token can add to an answer's text, whatever stands around it."""
+        return max(map(_text_bytes, self._pieces), default=0)
+
+    @property
+    def _pieces(self) -> list[bytes]:
+        return [self._vocabulary.piece(token_id) for token_id in range(self._vocabulary.size)]
+
+    @cached_property
+    def _words(self) -> Mapping[str, tuple[int, ...]]:
+        words: dict[str, tuple[int, ...]] = {}
+        for token_id, piece in enumerate(self._pieces):
+            try:
+                word = _bare(piece.decode())
+            except UnicodeDecodeError:
+                continue
+            if word:
+                words[word] = (*words.get(word, ()), token_id)
+        return words
+
+
+def _bare(word: str) -> str:
+    """Without white space before it; white space alone stays as it is."""
+    return word.lstrip() or word
+
+
+def _text_bytes(piece: bytes) -> int:
+    """Whole characters stay what they are. A byte of a broken one becomes U+FFFD, three bytes, at worst."""
+    try:
+        piece.decode()
+    except UnicodeDecodeError:
+        return sum(1 if byte < 0x80 else 3 for byte in piece)
+    return len(piece)

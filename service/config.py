@@ -22,7 +22,7 @@ from service.engines.turbomind.options import (
     SPLITS_SHORT,
     TurbomindOptions,
 )
-from service.limits import Limits
+from service.prepare import Limits
 from service.stream import Bounds
 
 MEBI = 1024 * 1024

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ostinato.digest import fingerprint_digest
 from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.base import Engine
-from service.grade import HeldGrade
-from service.limits import Limits
+from service.prepare import Limits
 
 ANSWER_RULES = "1"
 """Version of the rules by which this service ends an answer; they are part of what determines it."""
@@ -49,3 +49,45 @@ class Describer:
             chat=engine.chat,
         )
         return engine_pb2.DescribeResponse(model=model, capacity=engine.capacity, incarnation=self.incarnation)
+
+
+_log = logging.getLogger(__name__)
+
+
+class HeldGrade:
+    """1. It is GRADE_UNSPECIFIED until earned.
+    2. Once earned it never rises, so the grade at a run's end is the lowest that was held since its start.
+    3. What fell before counts too: the self-test cannot earn back what the engine said it lost.
+    """
+
+    def __init__(self) -> None:
+        self.grade: types_pb2.Grade.ValueType = types_pb2.GRADE_UNSPECIFIED
+        self.reason = "not tested yet"
+        self._ceiling: types_pb2.Grade.ValueType = types_pb2.GRADE_EXACT
+        self._why = ""
+        self._watchers: dict[object, Callable[[], None]] = {}
+
+    def earn(self, grade: types_pb2.Grade.ValueType, reason: str) -> None:
+        """What the self-test found. Once."""
+        assert not self.grade, "a grade is earned once"
+        self.grade, self.reason = (grade, reason) if grade <= self._ceiling else (self._ceiling, self._why)
+        self._tell()
+
+    def fall(self, grade: types_pb2.Grade.ValueType, reason: str) -> None:
+        """No better than this is held any more. Without effect where it is not."""
+        if grade < self._ceiling:
+            self._ceiling, self._why = grade, reason
+        if grade < self.grade:
+            _log.warning("grade lost", extra={"grade": types_pb2.Grade.Name(grade), "reason": reason})
+            self.grade, self.reason = grade, reason
+            self._tell()
+
+    def watch(self, watcher: Callable[[], None]) -> Callable[[], None]:
+        """Calls `watcher` after every change, until what this returns is called (once or more)."""
+        key = object()
+        self._watchers[key] = watcher
+        return lambda: self._watchers.pop(key, None) and None
+
+    def _tell(self) -> None:
+        for watcher in tuple(self._watchers.values()):
+            watcher()

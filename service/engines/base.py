@@ -15,31 +15,19 @@ from prometheus_client import Metric
 from ostinato.errors import EngineFailed, to_status
 from ostinato.v1 import engine_pb2, types_pb2
 
-from service.answer import Answer
+from service.answer import Answer, TokenTable
 
 ROLES = ("system", "user", "assistant", "tool")
 """Whose a chat's messages may be."""
 
 
-class Vocabulary(Protocol):
-    """A model's tokens. Every method is pure and may be called from any thread."""
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """Tokens with which the model itself ends an answer."""
-        ...
+class Vocabulary(TokenTable, Protocol):
+    """A model's tokenizer. Every method is pure and may be called from any thread."""
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids of `text`, behind the begin tokens if the model wants any and the text has not written them out. With
         `special` control tokens in the text are recognised, as a rendered chat needs it; without, the text is only text and
         cannot forge a turn."""
-        ...
-
-    def piece(self, token_id: int) -> bytes:
-        """The bytes this token adds to the text; empty for control tokens."""
         ...
 
     def render(self, messages: Sequence[types_pb2.Message]) -> str:

@@ -24,7 +24,7 @@ from ostinato.cli import difference
 from ostinato.requests import Sampling
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from service.probes import TEXT
+from service.grade import TEXT
 from tests.demo.chart import draw
 from tests.demo.run import STATE
 from tests.pair import ROOT, Pair

@@ -20,13 +20,11 @@ from ostinato.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 from serving.metrics import registry
 from serving.server import Server
 
+from service.__main__ import make_ready
 from service.config import Settings
 from service.engines.scripted import ScriptedEngine, parse
-from service.memory import Memory
-from service.metrics import Metrics
-from service.opening import make_ready
-from service.servicer import NAME, EngineServicer, Workers
-from service.stream import Streams
+from service.observe import Metrics
+from service.stream import NAME, EngineServicer, Memory, Streams, Workers
 
 LOG = "0123456789abcdef0123456789abcdef"
 PRIMARY, REPLAY = engine_pb2.PURPOSE_PRIMARY, engine_pb2.PURPOSE_REPLAY

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ostinato.errors import EpochStale, JournalBehind, StreamRefused, WriterBusy
 
-from service.fence import Fence, Writer
+from service.stream import Fence, Writer
 from tests.service.support import hello_of
 
 steps = st.lists(

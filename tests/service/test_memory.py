@@ -10,7 +10,7 @@ import pytest
 from ostinato import errors
 from serving.program import StartupError
 
-from service.memory import LOGS_MAX, Memory
+from service.stream import LOGS_MAX, Memory
 from tests.service.support import served, submit_of
 
 

@@ -74,7 +74,7 @@ def test_the_log_says_what_the_grade_rests_on_and_what_it_cost(tmp_path: Path) -
         while not (said := [line for line in service.program.lines if "grade earned" in line]) and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    assert "INFO service.opening grade earned grade=EXACT reason=" in said[0]
+    assert "INFO service grade earned grade=EXACT reason=" in said[0]
     assert 'rests_on="the script says so" load_seconds=0.' in said[0]
     assert "proof_seconds=0" in said[0]
     assert float(said[0].rpartition("self_test_seconds=")[2]) > 0

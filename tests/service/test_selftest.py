@@ -12,9 +12,7 @@ from ostinato.v1 import engine_pb2, types_pb2
 from serving.program import StartupError
 
 from service.engines.scripted.vocabulary import ByteVocabulary
-from service.probes import probes, strangers
-from service.proof import Proofs, code_digest
-from service.selftest import Finding
+from service.grade import Finding, Proofs, code_digest, probes, strangers
 from tests.service.support import served
 
 EXACT, SERIAL, BEST_EFFORT = types_pb2.GRADE_EXACT, types_pb2.GRADE_SERIAL, types_pb2.GRADE_BEST_EFFORT

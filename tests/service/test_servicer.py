@@ -18,9 +18,9 @@ from ostinato.digest import fingerprint_digest
 from ostinato.errors import EngineUnavailable, InvalidRequest, MalformedMessage, NotBuilt, QueueFull
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
-from service import servicer as module
+from service import stream as module
 from service.engines.scripted.vocabulary import ByteVocabulary
-from service.servicer import EngineServicer, Workers
+from service.stream import EngineServicer, Workers
 from tests.service.support import error_of, refused, served
 
 

@@ -20,6 +20,7 @@ from ostinato.v1 import engine_pb2, types_pb2
 from serving.metrics import registry
 
 from service.answer import Answer
+from service.description import HeldGrade
 from service.engines.base import Run
 from service.engines.scripted.vocabulary import ByteVocabulary
 from service.engines.turbomind import engine as engine_module
@@ -31,10 +32,9 @@ from service.engines.turbomind.options import TurbomindOptions
 from service.engines.turbomind.overrides import Counters, Overrides
 from service.engines.turbomind.request import Request
 from service.engines.turbomind.vocabulary import HuggingFaceVocabulary
-from service.grade import HeldGrade
-from service.metrics import Metrics
-from service.runs import Runs
-from service.selftest import self_test
+from service.grade import self_test
+from service.observe import Metrics
+from service.stream import Runs
 
 MODEL = Model(Path("/models/tiny"), 4096, 262, 2, 2, 2, 16, "none", 0, frozenset({256}), "0" * 64)
 OPTIONS = TurbomindOptions(model=MODEL.path, runs=32)

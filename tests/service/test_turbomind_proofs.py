@@ -12,7 +12,7 @@ import pytest
 
 from ostinato.v1 import types_pb2
 
-from service.calibration import calibrate as calibrate_command
+from service.__main__ import calibrate as calibrate_command
 from service.config import Settings
 from service.engines.turbomind import TurbomindOptions, calibrate, host, loading, model
 from service.engines.turbomind.exactness import Exactness

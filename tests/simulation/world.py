@@ -21,12 +21,12 @@ from ostinato.errors import EpochStale
 from ostinato.v1.engine_pb2_grpc import add_EngineServicer_to_server
 from serving.program import StartupError
 
+from service.__main__ import make_ready
 from service.config import Settings as ServiceSettings
 from service.engines.base import Run
 from service.engines.scripted import ScriptedEngine, parse
-from service.metrics import Metrics
-from service.opening import make_ready
-from service.servicer import NAME, EngineServicer, Workers
+from service.observe import Metrics
+from service.stream import NAME, EngineServicer, Workers
 from sidecar.config import Settings
 from sidecar.journal import JournalBroken, JournalUnusable, Opened, Unfinished
 from sidecar.journal.committer import Backend
