@@ -16,10 +16,13 @@ from pathlib import Path
 import apsw
 from rich.console import Console
 
-from tests.bench import appending, audits, bulk, crowd, door, growth, journal, memory, overhead, prefix, starts, tokens
+from tests.bench import appending, audits, bulk, crowd, door, growth, journal, memory, overhead, prefix, route, starts, tokens
 from tests.bench.table import Table
 
-WHAT = ("overhead", "door", "crowd", "audits", "bulk", "journal", "appending", "growth", "memory", "starts", "tokens", "prefix")
+WHAT = (
+    *("overhead", "door", "crowd", "audits", "bulk", "journal", "appending", "growth", "memory", "starts", "tokens", "prefix"),
+    "route",
+)
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -68,6 +71,8 @@ async def measured(
                 tables.append(await memory.measure(items))
             case "starts":
                 tables.append(await asyncio.to_thread(starts.measure, rounds, llama=llama))
+            case "route":
+                tables += await route.measure()
             case "tokens" if llama:
                 tables.append(await tokens.measure(rounds))
             case "prefix" if llama:
