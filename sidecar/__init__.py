@@ -10,7 +10,6 @@
     outcomes              from an item's end to what its callers are told
     rerun                 runs of recorded inputs, and their comparison with the record
     checks                what asks for them: audits, canaries, replays
-    shadow                a second service that gets a share of the work
     collisions            how an answer was sampled; unseeded answers that are equal
     divergence/           verdicts, counted and tested
     gateway               an OpenAI gateway's protocol over Generation

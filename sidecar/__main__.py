@@ -42,7 +42,6 @@ from sidecar.metrics import Metrics
 from sidecar.observer import Observer
 from sidecar.opening import credentials_of, open_journal, read_canaries, reading
 from sidecar.reading import SequencerServicer
-from sidecar.shadow import Shadow
 
 log = logging.getLogger("sidecar")
 
@@ -90,7 +89,6 @@ class Sidecar:
         self.link = EngineLink(settings.engine, settings.reconnect_seconds)
         self.dispatcher = Dispatcher(Sequencer(settings.bounds), self.journal, self.link, self.observer, time.monotonic)
         self.auditor = Auditor(self.dispatcher, settings)
-        self.shadow = Shadow(self.dispatcher, settings) if settings.shadow else None
         self.canaries = CanaryRunner(self.dispatcher, watched, settings.canary_seconds)
         generation = GenerationServicer(self.dispatcher, self.held, settings)
         self.doors = [GENERATION]
@@ -126,7 +124,6 @@ class Sidecar:
         ]
         if self.high_water is not None:
             ending.append(asyncio.create_task(self.high_water.keep()))
-        shadowing = asyncio.create_task(self.shadow.run(self._hello)) if self.shadow is not None else None
         done, pending = await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
         if done == {stopped}:
             done = await self._drain(pending)
@@ -136,9 +133,6 @@ class Sidecar:
         code = program.FAILED if done else program.DRAINED
         await self.server.stop(grace=1.0 if code == program.DRAINED else 0.0)
         await self.link.close()
-        if self.shadow is not None and shadowing is not None:
-            await self.shadow.close()
-            pending.add(shadowing)
         for task in pending:
             task.cancel()
         with contextlib.suppress(JournalBroken):
@@ -170,8 +164,6 @@ class Sidecar:
             self.dispatcher.tell(ev.Tick())
             self.auditor.tick()
             self.canaries.tick()
-            if self.shadow is not None:
-                self.shadow.tell(ev.Tick())
             self.observer.journal_full(self.journal.full)
             can_admit = self.dispatcher.engine is not None and not self.journal.full and not self.dispatcher.core.draining
             if can_admit != serving:
@@ -188,8 +180,6 @@ class Sidecar:
     async def _drain(self, ending: AbstractSet[asyncio.Future[Any]]) -> set[asyncio.Future[Any]]:
         """Finish what can be finished. Those of `ending` that are done: there is nothing to wait for after that."""
         self.dispatcher.tell(ev.Drain())
-        if self.shadow is not None:
-            self.shadow.tell(ev.Drain())
         log.info("draining", extra={"unfinished": len(self.dispatcher.works)})
         await self._set_doors(serving=False)
         drained = asyncio.create_task(self.dispatcher.drained.wait())

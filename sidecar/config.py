@@ -68,9 +68,6 @@ class Settings:
     audit_tokens_per_second: float = field(0.0, "that audits may cost, prompts included; 0: no bound", minimum=0.0)
     audit_backlog_max: int = field(1024, "chosen items that wait to be run again", minimum=1)
     audit_patience_seconds: float = field(60.0, "an item that ran alone waits so long for company", minimum=0.0)
-    shadow: str = field("", "address of a second service that a share of completed items is mirrored to; empty: none")
-    shadow_rate: float = field(0.01, "share of completed items that are mirrored, by lot", minimum=0.0, maximum=1.0)
-    shadow_queue_max: int = field(256, "items that wait for the shadow; more are dropped", minimum=1)
     canaries: Path | None = field(
         None, "TOML file of prompts whose answers are learned and watched", applies="the sidecar's own"
     )
@@ -99,10 +96,6 @@ class Settings:
         if not self.journal:
             raise ValueError("--journal: needs a file, or the URL of a database")
         check_target("--engine", self.engine)
-        if self.shadow:
-            check_target("--shadow", self.shadow)
-        if self.shadow == self.engine:
-            raise ValueError("--shadow: is the address of --engine")
         if self.response_bytes_ceiling < self.max_response_bytes:
             raise ValueError("--response-bytes-ceiling is below --max-response-bytes")
         if COPIES * self.response_bytes_ceiling > self.held.tenant:

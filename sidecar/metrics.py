@@ -62,7 +62,3 @@ class Metrics:
         self.faults.labels(ProtocolViolation.reason)  # the first one is to be an increase
         # second runs; their verdicts are counted from the journal
         self.audit_backlog = gauge("audit_backlog_items", "Items that were chosen for an audit and wait for it.")
-        self.shadow_connected = gauge("shadow_connected", "1 while the stream to the shadow is up.")
-        self.shadow_drift = counter(
-            "shadow_drift", "Outputs of a shadow with another fingerprint, against the recorded ones.", "outputs"
-        )

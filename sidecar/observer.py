@@ -103,20 +103,6 @@ class Observer:
     def audits_waiting(self, count: int) -> None:
         self.metrics.audit_backlog.set(count)
 
-    def shadow(self, description: engine_pb2.DescribeResponse | None) -> None:
-        """The second service; None: it is not connected any more."""
-        self.metrics.shadow_connected.set(description is not None)
-        if description is None:
-            log.warning("shadow disconnected")
-        else:
-            digest = description.model.fingerprint.digest.hex()
-            log.info("shadow connected", extra={"model": description.model.name, "fingerprint": digest[:16]})
-
-    def shadow_drifted(self, comparison: types_pb2.Comparison) -> None:
-        """Of a shadow with another fingerprint it is the point whether its outputs are equal all the same. No verdict."""
-        equal = comparison.expected_output_digest == comparison.actual_output_digest
-        self.metrics.shadow_drift.labels("equal" if equal else "unequal").inc()
-
     def engine(self, description: engine_pb2.DescribeResponse | None) -> None:
         """None: it is not connected any more."""
         self.metrics.fingerprint.clear()

@@ -109,15 +109,8 @@ BOARD.row(
         steps=True,
     ),
     lines(
-        "Shadow",
-        "ops",
-        ("sum by (outputs) (rate(ostinato_shadow_drift_total{ON}[RATE]))", "another fingerprint, {{outputs}}"),
-        about="How a second service of another fingerprint answers.",
-    ),
-    lines(
         "Behind the callers",
         "none",
         ("sum(ostinato_audit_backlog_items{ON})", "audits that wait"),
-        ("sum(ostinato_shadow_connected{ON})", "shadows connected"),
     ),
 )

@@ -76,7 +76,6 @@ class Plan:
             "VERIFY": some(REPEATED, 7),
             "REPLAY": some(REPEATED, 5, 12),
             "AUDIT": some(every, 2, 3, 8),
-            "SHADOW": some(every, 6, 15),
             "CANARY": some(range(N), SHORT + 1),
         }
         primary = made["TWIN"] | made["RECOVERY"]
@@ -88,7 +87,6 @@ class Plan:
             Expected.of("verify", {}, made["VERIFY"], repeated),
             Expected.of("replay", {}, made["REPLAY"], repeated),
             Expected.of("audit", primary, made["AUDIT"], all_items),
-            Expected.of("shadow", primary, made["SHADOW"], all_items),
             Expected.of("canary", {}, made["CANARY"], {item: self._canary_tokens(item) for item in range(N)}),
         ]
         self._seedless = set(some(UNSEEDED, 0)) | {rng.choice(UNSEEDED)}
@@ -98,10 +96,10 @@ class Plan:
         return next(expected for expected in self.kinds if expected.kind == name)
 
     def script(self, *, canaries_diverge: bool = False) -> str:
-        """For both services, and for the one that comes after the loss with diverging canaries."""
+        """For the service, and for the one that comes after the loss with diverging canaries."""
         first, retried = {"purposes": ["PRIMARY"], "attempts": [1]}, {"purposes": ["PRIMARY"], "attempts": [2]}
         runs: dict[str, dict[str, Any]] = {"TWIN": first, "RECOVERY": retried}
-        runs |= {purpose: {"purposes": [purpose]} for purpose in ("VERIFY", "REPLAY", "AUDIT", "SHADOW")}
+        runs |= {purpose: {"purposes": [purpose]} for purpose in ("VERIFY", "REPLAY", "AUDIT")}
         rules: list[dict[str, Any]] = [
             {"do": "diverge", "at": at, "sequences": [item], **which}
             for name, which in runs.items()

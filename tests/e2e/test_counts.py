@@ -24,7 +24,7 @@ from tests.pair import Pair, Program
 
 SEEDED = Sampling(seed=7, temperature=0.0, max_new_tokens=TOKENS, ignore_eos=True)
 FREE = Sampling(temperature=1.0, max_new_tokens=FREE_TOKENS, ignore_eos=True)
-SECOND_RUNS = ("--audit-rate", "1", "--audit-patience-seconds", "0", "--shadow-rate", "1", "--canary-seconds", "1000")
+SECOND_RUNS = ("--audit-rate", "1", "--audit-patience-seconds", "0", "--canary-seconds", "1000")
 
 
 @pytest.fixture(name="plan")
@@ -36,14 +36,12 @@ def _plan() -> Plan:
 
 @pytest.fixture(name="pair")
 def _pair(plan: Plan, tmp_path: Path) -> Iterator[Pair]:
-    """With a shadow, and with canaries that are learned."""
-    file, shadow, state = tmp_path / "canaries.toml", f"unix:{tmp_path}/shadow.sock", tmp_path / "state"
+    """With canaries that are learned."""
+    file, state = tmp_path / "canaries.toml", tmp_path / "state"
     file.write_text(plan.canaries())
-    sidecar = [*SECOND_RUNS, "--shadow", shadow, "--canaries", str(file)]
+    sidecar = [*SECOND_RUNS, "--canaries", str(file)]
     with Pair(service=["--script", plan.script()], sidecar=sidecar, state=state) as pair:
         pair.start()
-        flags = ("--engine", "scripted", "--script", plan.script(), "--state-dir", str(state), "--metrics", "127.0.0.1:0")
-        pair.programs.append(Program("service", [*flags, "--listen", shadow, "--log-format", "json"]))
         yield pair
 
 
@@ -51,7 +49,6 @@ async def test_k_of_n_everywhere(pair: Pair, plan: Plan) -> None:
     """Every kind of comparison: each counter, bound, verdict, answer and entry says k of n, also after a kill -9 of the
     sidecar, and after a SIGTERM."""
     async with opened(pair) as door:
-        await eventually(lambda: pair.metrics()["ostinato_shadow_connected"] == 1, "the shadow is connected")
         await eventually(lambda: learned(pair) == N, "the canaries are learned")
         prompts = [f"prompt {number}" for number in range(N)]
         verified = await door.client.generate(prompts, verify=True, **SEEDED)
@@ -82,9 +79,8 @@ def learned(pair: Pair) -> int:
 
 
 async def settled(door: Door, audits: int) -> None:
-    """Until so many items are audited and mirrored; nothing is left to compare then."""
-    for kind in ("audit", "shadow"):
-        await eventually(lambda kind=kind: counted(door.pair, kind).total() == audits, f"{audits} have a verdict: {kind}")  # type: ignore[misc]
+    """Until so many items are audited; nothing is left to compare then."""
+    await eventually(lambda: counted(door.pair, "audit").total() == audits, f"{audits} have a verdict")
     await door.freed()
 
 

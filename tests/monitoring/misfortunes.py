@@ -20,7 +20,7 @@ from ostinato.v1 import engine_pb2, engine_pb2_grpc
 
 from tests.certificates import Authority
 from tests.monitoring.names import alerts
-from tests.monitoring.tour import SERVICE, SIDECAR, Sort, calling, connected, port, shadow
+from tests.monitoring.tour import SERVICE, SIDECAR, Sort, calling, connected, port
 from tests.monitoring.watch import RULES, Prometheus, Webhook, aim, until, watching
 from tests.pair import Pair
 
@@ -70,11 +70,10 @@ def suffering(folder: Path) -> Iterator[Webhook]:
     """What Alertmanager has said when all of it is over."""
     authority = Authority(folder)
     certificate, key = authority.sign("sidecar", days=5)
-    flags = ["--tls-certificate", str(certificate), "--tls-key", str(key), "--shadow", f"unix:{folder}/shadow.sock"]
+    flags = ["--tls-certificate", str(certificate), "--tls-key", str(key)]
     flags += ["--audit-rate", "1", "--audit-patience-seconds", "0", "--queue-items-max", "4"]
     with Pair(service=["--script", json.dumps(FAULTY)], sidecar=flags) as pair:
         pair.env["LD_PRELOAD"] = str(_slow_disk(folder))
-        pair.programs.append(shadow(folder))
         pair.start()
         targets: dict[str, Callable[[], int]] = {SIDECAR: lambda: port(pair.sidecar), SERVICE: lambda: port(pair.service)}
         with watching(folder, targets, hurried(folder), PERIOD) as (prometheus, webhook):
@@ -103,18 +102,17 @@ class World:
 
     def is_well(self) -> None:
         """Else nothing could be lost."""
-        self._until("ostinato_engine_grade == 3 and ostinato_shadow_connected == 1 and ostinato_collisions_total == 0")
+        self._until("ostinato_engine_grade == 3 and ostinato_collisions_total == 0")
 
     def loses_what_it_has(self, certificate: Path) -> None:
-        """The shadow, and a certificate that can be read; the one in force expires in days."""
-        self.pair.programs[0].kill()
+        """A certificate that can be read; the one in force expires in days."""
         certificate.write_text("half a rotation")
 
     def answers_badly(self) -> None:
         """Two seeds, one answer; no audit ends well; a grade falls; and the disk is slow, from the start on."""
         with self._calling([(_calm, 0.1)]):
             self._fires(
-                "OstinatoCollision", "OstinatoNotCompared", "OstinatoGradeLost", "OstinatoJournalSlow", "OstinatoShadowDown",
+                "OstinatoCollision", "OstinatoNotCompared", "OstinatoGradeLost", "OstinatoJournalSlow",
                 "OstinatoCertificateExpires", "OstinatoCredentialsUnusable",
             )  # fmt: skip
         self.pair.env.clear()

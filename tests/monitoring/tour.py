@@ -80,10 +80,9 @@ def touring(folder: Path, seconds: tuple[float, float, float]) -> Iterator[Tour]
     """Load, at least for these times: before the service starts again as another, before the sidecar does, and behind that."""
     authority = Authority(folder)
     certificate, key = authority.sign("sidecar")
-    flags = ["--tls-certificate", str(certificate), "--tls-key", str(key), "--shadow", f"unix:{folder}/shadow.sock"]
-    flags += ["--shadow-rate", "0.2", "--audit-rate", "0.2", "--audit-patience-seconds", "1", "--canary-seconds", "2"]
+    flags = ["--tls-certificate", str(certificate), "--tls-key", str(key)]
+    flags += ["--audit-rate", "0.2", "--audit-patience-seconds", "1", "--canary-seconds", "2"]
     with Pair(service=["--script", json.dumps(SCRIPT)], sidecar=flags) as pair, contextlib.ExitStack() as stack:
-        pair.programs.append(shadow(folder))
         pair.start()
         targets: dict[str, Callable[[], int]] = {SIDECAR: lambda: port(pair.sidecar), SERVICE: lambda: port(pair.service)}
         prometheus, webhook = stack.enter_context(watching(folder, targets))
@@ -114,13 +113,6 @@ def touring(folder: Path, seconds: tuple[float, float, float]) -> Iterator[Tour]
 def connected(pair: Pair, authority: Authority) -> Client:
     """To its public door."""
     return Client(f"https://{pair.target}", credentials=ostinato.tls(authority.file))
-
-
-def shadow(folder: Path) -> Program:
-    """The second service, on another device as it says, so that its answers are drift."""
-    script = json.dumps({"fields": {"device": "another"}})
-    where = ["--listen", f"unix:{folder}/shadow.sock", "--state-dir", f"{folder}/shadow", "--metrics", "127.0.0.1:0"]
-    return Program("service", ["--engine", "scripted", "--script", script, "--log-format", "json", *where])
 
 
 def port(program: Program | None) -> int:

@@ -26,8 +26,6 @@ def settings(*argv: str) -> Settings:
         (["--engine=nonsense"], "--engine: 'nonsense' is no address: unix:path or host:port"),
         (["--engine=unix:"], "--engine: 'unix:': a socket's path is 1 to 107 bytes long"),
         (["--engine=unix:/" + "x" * 107], "a socket's path is 1 to 107 bytes long"),
-        (["--shadow=nonsense"], "--shadow: 'nonsense' is no address: unix:path or host:port"),
-        (["--shadow=unix:.run/engine.sock"], "--shadow: is the address of --engine"),
         (["--writer="], "--writer: 1 to 128 bytes"),
         (["--tls-key=x"], "--tls-certificate, --tls-key: one needs the other"),
     ],

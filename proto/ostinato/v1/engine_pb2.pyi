@@ -34,6 +34,7 @@ class _PurposeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Purpose.Value
     PURPOSE_CANARY: _Purpose.ValueType  # 4
     PURPOSE_REPLAY: _Purpose.ValueType  # 5
     PURPOSE_SHADOW: _Purpose.ValueType  # 6
+    """Not used any more."""
 
 class Purpose(_Purpose, metaclass=_PurposeEnumTypeWrapper):
     """Why a run exists. Only PRIMARY runs have a place in the order."""
@@ -45,6 +46,7 @@ PURPOSE_VERIFY: Purpose.ValueType  # 3
 PURPOSE_CANARY: Purpose.ValueType  # 4
 PURPOSE_REPLAY: Purpose.ValueType  # 5
 PURPOSE_SHADOW: Purpose.ValueType  # 6
+"""Not used any more."""
 Global___Purpose: _TypeAlias = Purpose  # noqa: Y015
 
 @_typing.final

@@ -150,7 +150,7 @@ class _ComparisonKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Compar
     COMPARISON_KIND_REPLAY: _ComparisonKind.ValueType  # 6
     """A range of the journal, run again on demand."""
     COMPARISON_KIND_SHADOW: _ComparisonKind.ValueType  # 7
-    """A share mirrored to a second service."""
+    """Not used any more: a share mirrored to a second service."""
 
 class ComparisonKind(_ComparisonKind, metaclass=_ComparisonKindEnumTypeWrapper):
     """Where the second run of a comparison came from."""
@@ -169,7 +169,7 @@ COMPARISON_KIND_CANARY: ComparisonKind.ValueType  # 5
 COMPARISON_KIND_REPLAY: ComparisonKind.ValueType  # 6
 """A range of the journal, run again on demand."""
 COMPARISON_KIND_SHADOW: ComparisonKind.ValueType  # 7
-"""A share mirrored to a second service."""
+"""Not used any more: a share mirrored to a second service."""
 Global___ComparisonKind: _TypeAlias = ComparisonKind  # noqa: Y015
 
 class _EntryKind:
