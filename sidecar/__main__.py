@@ -33,10 +33,9 @@ from sidecar.divergence.output import DivergenceCollector
 from sidecar.divergence.tracker import DivergenceTracker
 from sidecar.generation import GenerationServicer
 from sidecar.held import Held
-from sidecar.high_water import HighWater
-from sidecar.journal import JournalBroken, Unfinished
-from sidecar.journal.grouped import GroupedJournal
-from sidecar.journal.mark import MarkFile
+from sidecar.journal.mark import HighWater, MarkFile
+from sidecar.journal.model import JournalBroken, Unfinished
+from sidecar.journal.writer import Journal
 from sidecar.link import EngineLink
 from sidecar.metrics import Metrics
 from sidecar.observer import Observer
@@ -78,7 +77,7 @@ class Sidecar:
             write_seconds=settings.unread_seconds_max,
         )
         backend, self.opened = open_journal(settings, wall_millis())
-        self.journal = GroupedJournal(
+        self.journal = Journal(
             backend,
             now_millis=wall_millis,
             on_commit=self.observer.committed,

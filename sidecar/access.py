@@ -9,7 +9,8 @@ from ostinato import errors
 from ostinato.v1 import sequencer_pb2
 from serving.auth import caller
 
-from sidecar.journal import ItemEntries, Journal
+from sidecar.journal.model import ItemEntries
+from sidecar.journal.writer import Journal
 
 PAGE_ITEMS = 64
 """Read at once."""

@@ -11,7 +11,7 @@ from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 from ostinato.wire import RESPONSE_BYTES_METADATA
 
 from sidecar.config import Settings
-from sidecar.journal import Admission
+from sidecar.journal.model import Admission
 
 STAMP_BYTES = 512
 """Of a GenerateResponse beside its results, at worst."""

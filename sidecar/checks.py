@@ -21,7 +21,7 @@ from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 from sidecar.access import pages
 from sidecar.config import Settings
 from sidecar.dispatcher import Dispatcher
-from sidecar.journal import ItemEntries, Note, Sealed
+from sidecar.journal.model import ItemEntries, Note, Sealed
 from sidecar.rerun import Record
 from sidecar.results import no_verdict, record_of
 

@@ -21,16 +21,15 @@ from serving.program import FAILED, StartupError
 from serving.settings import lookup
 
 from sidecar.config import Settings, is_shared, mark_of
-from sidecar.journal import JournalBroken, JournalUnusable, Loss, keeping
+from sidecar.journal import maintenance
 from sidecar.journal.diagnosis import RESTORE
-from sidecar.journal.keeping import Kept
 from sidecar.journal.ledger import LOST_MAX
+from sidecar.journal.maintenance import verify as verified
 from sidecar.journal.mark import MarkFile
-from sidecar.journal.salvage import copied, keys_of, sound_part
-from sidecar.journal.salvage import lines as sound_lines
-from sidecar.journal.transfer import LinesUnusable, take_in
+from sidecar.journal.model import JournalBroken, JournalUnusable, Loss
+from sidecar.journal.store import Kept
+from sidecar.journal.transfer import LinesUnusable, copied, keys_of, sound_lines, sound_part, take_in
 from sidecar.journal.transfer import export as lines_of
-from sidecar.journal.verify import verify as verified
 from sidecar.opening import open_journal, open_kept
 
 _AGES = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -99,7 +98,7 @@ def prune(
     """Drop the payloads of items that have ended before. Prompts and answers go for good; hashes, and so the chain, stay."""
     old, dropped = older(before, time.time()), 0
     with closing(open_kept(journal)) as kept, _progress(kept) as came_to:
-        for index, count in keeping.prune(kept, old):
+        for index, count in maintenance.prune(kept, old):
             dropped += count
             came_to(index)
     note(f"{dropped} payloads are dropped")
@@ -109,7 +108,7 @@ def prune(
 def redact(sequences: Annotated[list[int], typer.Argument(min=1)], journal: Journal = JOURNAL, config: Config = None) -> None:
     """Drop the payloads of single items, as prune does."""
     with closing(open_kept(journal)) as kept:
-        note(f"{keeping.redact(kept, sequences)} payloads are dropped")
+        note(f"{maintenance.redact(kept, sequences)} payloads are dropped")
 
 
 @app.command()

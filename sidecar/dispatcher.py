@@ -21,7 +21,8 @@ from sidecar.core.entrance import Entrance
 from sidecar.core.sequencer import Sequencer
 from sidecar.elsewhere import Elsewhere
 from sidecar.fingerprints import Fingerprints
-from sidecar.journal import Admission, Binding, Journal, JournalBroken, Unfinished
+from sidecar.journal.model import Admission, Binding, JournalBroken, Unfinished
+from sidecar.journal.writer import Journal
 from sidecar.link import EngineLink, run_error
 from sidecar.observer import Observer
 from sidecar.outcomes import Outcomes

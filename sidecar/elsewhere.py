@@ -11,7 +11,8 @@ from ostinato.errors import Cancelled, JournalUnavailable, PayloadPruned
 from ostinato.v1 import types_pb2
 
 from sidecar.calls import Call
-from sidecar.journal import ItemEntries, Journal, JournalBroken, Outcome
+from sidecar.journal.model import ItemEntries, JournalBroken, Outcome
+from sidecar.journal.writer import Journal
 from sidecar.results import answer_of, ended_payload, is_whole
 
 PAGE_ENTRIES = 256

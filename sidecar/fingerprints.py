@@ -13,7 +13,8 @@ from ostinato.compare import fingerprint_drift
 from ostinato.digest import fingerprint_digest
 from ostinato.v1 import types_pb2
 
-from sidecar.journal import FINGERPRINTS, Journal, Note
+from sidecar.journal.model import FINGERPRINTS, Note
+from sidecar.journal.writer import Journal
 
 log = logging.getLogger(__name__)
 

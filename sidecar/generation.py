@@ -24,7 +24,7 @@ from sidecar.core import events as ev
 from sidecar.core.item import numbered
 from sidecar.dispatcher import Dispatcher
 from sidecar.held import Account, Held
-from sidecar.journal import Binding
+from sidecar.journal.model import Binding
 from sidecar.results import answer_of, is_whole, stamp_of
 
 KEY_CHARACTERS_SHOWN = 64

@@ -10,7 +10,7 @@ from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 
 from sidecar.collisions import choice_of
 from sidecar.core.sequencer import Sequencer
-from sidecar.journal import Head, Sealed, Unfinished
+from sidecar.journal.model import Head, Sealed, Unfinished
 from sidecar.metrics import Metrics
 from sidecar.work import Work
 

@@ -18,14 +18,11 @@ from serving.auth import Credentials
 from sidecar.checks import Canary
 from sidecar.checks import read_canaries as read_file
 from sidecar.config import Settings, is_shared
-from sidecar.journal import JournalBroken, JournalUnusable, Mark, Opened
-from sidecar.journal.committer import Backend
 from sidecar.journal.diagnosis import RESTORE, user
-from sidecar.journal.keeping import Kept
 from sidecar.journal.mark import MarkFile
-from sidecar.journal.settings import PostgresSettings, SqliteSettings
-from sidecar.journal.sqlite import SqliteJournal
-from sidecar.journal.sqlite_kept import SqliteKept
+from sidecar.journal.model import JournalBroken, JournalUnusable, Mark, Opened
+from sidecar.journal.sqlite import SqliteKept, SqliteSettings, SqliteStore
+from sidecar.journal.store import Kept, Store
 
 log = logging.getLogger("sidecar")
 
@@ -51,7 +48,7 @@ def read_canaries(settings: Settings) -> tuple[Canary, ...]:
         raise program.StartupError(f"--canaries: {error}", exit_code=program.BAD_CONFIGURATION) from error
 
 
-def open_journal(settings: Settings, now_millis: int, *, checked: bool = True) -> tuple[Backend, Opened]:
+def open_journal(settings: Settings, now_millis: int, *, checked: bool = True) -> tuple[Store, Opened]:
     """Raises StartupError that says why not. Checked: against the high-water mark."""
     try:
         if not is_shared(settings.journal):
@@ -88,7 +85,7 @@ def open_kept(journal: str, *, create: bool = False) -> Kept:
     if not is_shared(journal):
         return SqliteKept(Path(journal), create=create)
     with _postgres():
-        from sidecar.journal.postgres_kept import PostgresKept
+        from sidecar.journal.postgres import PostgresKept
     return PostgresKept(journal, create=create)
 
 
@@ -109,8 +106,8 @@ def _make_folder(folder: Path) -> None:
         raise JournalUnusable(f"the folder {folder} cannot be created by {user()}: {error.strerror}") from error
 
 
-def _open_file(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[Backend, Opened]:
-    return SqliteJournal.open(
+def _open_file(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[Store, Opened]:
+    return SqliteStore.open(
         Path(settings.journal),
         writer=settings.writer,
         version=ostinato.__version__,
@@ -126,10 +123,10 @@ def _open_file(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[
     )
 
 
-def _open_shared(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[Backend, Opened]:
+def _open_shared(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[Store, Opened]:
     with _postgres():
-        from sidecar.journal.postgres import PostgresJournal
-    return PostgresJournal.open(
+        from sidecar.journal.postgres import PostgresSettings, PostgresStore
+    return PostgresStore.open(
         settings.journal,
         writer=settings.writer,
         version=ostinato.__version__,

@@ -13,7 +13,8 @@ from sidecar.collisions import Collisions
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.elsewhere import ended
-from sidecar.journal import Appended, Audit, Journal
+from sidecar.journal.model import Appended, Audit
+from sidecar.journal.writer import Journal
 from sidecar.observer import Observer
 from sidecar.rerun import Rechecker, Record
 from sidecar.results import answer_or_header, no_verdict, result_of, verification_of

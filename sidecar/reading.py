@@ -19,7 +19,7 @@ from sidecar.divergence.output import report
 from sidecar.divergence.statistics import CONFIDENCE
 from sidecar.divergence.tracker import DivergenceTracker
 from sidecar.held import Held
-from sidecar.journal import Sealed
+from sidecar.journal.model import Sealed
 from sidecar.results import record_of
 
 PAGE_ENTRIES = 256

@@ -14,7 +14,8 @@ from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 from sidecar.collisions import sampling_label
 from sidecar.core import events as ev
 from sidecar.fingerprints import Fingerprints
-from sidecar.journal import Audit, ItemEntries, Journal, Sealed
+from sidecar.journal.model import Audit, ItemEntries, Sealed
+from sidecar.journal.writer import Journal
 from sidecar.observer import Observer
 from sidecar.spans import run_span
 from sidecar.work import RerunResult, kv_tokens, submission

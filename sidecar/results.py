@@ -8,7 +8,7 @@ from ostinato import enums, errors
 from ostinato.chain import receipt
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal import ItemEntries, Sealed
+from sidecar.journal.model import ItemEntries, Sealed
 
 ENDED_BY_KIND: Mapping[types_pb2.EntryKind.ValueType, type[errors.Ended]] = {
     types_pb2.ENTRY_KIND_CANCELLED: errors.Cancelled,

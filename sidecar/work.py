@@ -15,7 +15,7 @@ from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 from sidecar.calls import Call
 from sidecar.collisions import Collisions, sampling_label
 from sidecar.core.events import Need
-from sidecar.journal import Admission, Binding, Outcome, Sealed
+from sidecar.journal.model import Admission, Binding, Outcome, Sealed
 from sidecar.results import ended_payload, outcome_kind
 from sidecar.spans import ItemSpans
 

@@ -18,7 +18,8 @@ from ostinato.v1 import types_pb2
 
 from sidecar.divergence.statistics import CONFIDENCE, Ended, Evidence, Rate, span_of
 from sidecar.divergence.verdicts import CollisionCheck, Compared, Event, GroupKey, Moment, NotCompared, events
-from sidecar.journal import Journal, Note, Sealed
+from sidecar.journal.model import Note, Sealed
+from sidecar.journal.writer import Journal
 
 T = TypeVar("T")
 

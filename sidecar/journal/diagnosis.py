@@ -1,4 +1,4 @@
-"""Why the file of a journal cannot be used: one line that names the file, what is wrong with it, and what to do."""
+"""TODO diagnosis."""
 
 from __future__ import annotations
 

@@ -1,19 +1,23 @@
-"""The high-water mark: where a journal stood, in a file of its own, so that one that lost its end is found at the next start.
+"""The high-water mark: where a journal stood, in a file of its own, to find a journal that lost its end at the next start.
 
-It is written after the commit that it names, never before. Whatever lies between it and the head when the end is lost, the
-service remembers (JOURNAL_BEHIND).
+The mark is written after the commit that it names, never before. What lies between the mark and the head when the end is lost,
+the service remembers (JOURNAL_BEHIND).
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import os
 from pathlib import Path
 
 from ostinato.canonical import DIGEST_BYTES
+from ostinato.errors import JournalUnavailable
 
-from sidecar.journal import JournalUnusable, Mark
 from sidecar.journal.diagnosis import user
+from sidecar.journal.model import JournalUnusable, Mark
+from sidecar.journal.writer import Journal
 
 
 class MarkFile:
@@ -89,3 +93,36 @@ def check_mark(mark: Mark, log_id: str, index: int, last_sequence: int, marked_h
         f"its end is lost: it {found}, and entry {mark.index}, sequence {mark.last_sequence} was durable: put a newer copy "
         f"back, or accept the loss: python -m sidecar accept-loss --through {through}"
     )
+
+
+MARK_SECONDS = 1.0
+"""Between two marks, at least."""
+
+log = logging.getLogger(__name__)
+
+
+class HighWater:
+    """One beside each journal that has a file for its mark."""
+
+    def __init__(self, file: MarkFile, journal: Journal) -> None:
+        self._file, self._journal = file, journal
+        self._index = 0
+
+    async def keep(self) -> None:
+        """For ever: a mark whenever the journal has grown. One that cannot be written is tried again with the next."""
+        while True:
+            await self._journal.wait(self._index + 1)
+            await self.write()
+            await asyncio.sleep(MARK_SECONDS)
+
+    async def write(self) -> None:
+        """What is durable now, if the journal can be asked."""
+        try:
+            mark = (await self._journal.head()).mark
+            await asyncio.to_thread(self._file.write, mark)
+        except JournalUnavailable:
+            log.info("the journal is away: the high-water mark stays as it is")
+        except OSError as error:
+            log.error("the high-water mark cannot be written", extra={"path": str(self._file.path), "why": str(error)})
+        else:
+            self._index = mark.index

@@ -12,10 +12,10 @@ import psycopg
 
 from ostinato.v1 import types_pb2
 
-from sidecar.journal import Sealed
-from sidecar.journal.committer import Backend
-from sidecar.journal.postgres_schema import migrate as migrate_postgres
-from sidecar.journal.schema import connect, migrate
+from sidecar.journal.model import Sealed
+from sidecar.journal.postgres import migrate as migrate_postgres
+from sidecar.journal.sqlite import connect, migrate
+from sidecar.journal.store import Store
 from tests.bench.journal import TYPES, admission, open_postgres, open_sqlite, outcome
 from tests.bench.table import Table, count, median
 from tests.postgres import Postgres
@@ -40,7 +40,7 @@ class Watch:
         self.seconds += time.process_time()
 
 
-def appended(journal: Backend, group: int, done: Callable[[Sequence[Sealed]], object] = len) -> float:
+def appended(journal: Store, group: int, done: Callable[[Sequence[Sealed]], object] = len) -> float:
     """Seconds an item: both of its entries sealed, written and committed. `done`: with each transaction's, not timed."""
     watch = Watch()
     for first in range(0, ITEMS, group):

@@ -7,11 +7,9 @@ from pathlib import Path
 
 from ostinato.v1 import types_pb2
 
-from sidecar.journal import Admission, Outcome
-from sidecar.journal.keeping import prune
-from sidecar.journal.settings import SqliteSettings
-from sidecar.journal.sqlite import SqliteJournal
-from sidecar.journal.sqlite_kept import SqliteKept
+from sidecar.journal.maintenance import prune
+from sidecar.journal.model import Admission, Outcome
+from sidecar.journal.sqlite import SqliteKept, SqliteSettings, SqliteStore
 from tests.bench.journal import NEW_TOKENS, PROMPT_TOKENS, admission, outcome
 from tests.bench.table import Table, count
 
@@ -26,7 +24,7 @@ def _keyed(draft: Admission, number: int) -> Admission:
 
 def grown(path: Path, *, keyed: bool, settings: SqliteSettings) -> float:
     """Bytes an item, of the file once it is closed. Every item has ended."""
-    journal, _ = SqliteJournal.open(path, writer="bench", version="0", new_log_id="0" * 32, now_millis=1, settings=settings)
+    journal, _ = SqliteStore.open(path, writer="bench", version="0", new_log_id="0" * 32, now_millis=1, settings=settings)
     empty = path.stat().st_size
     for first in range(0, ITEMS, GROUP):
         drafts = [admission(number) for number in range(first, first + GROUP)]

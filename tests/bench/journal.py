@@ -16,15 +16,12 @@ import psycopg
 
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal import Admission, Opened, Outcome
-from sidecar.journal.committer import Backend
-from sidecar.journal.database import Connection
-from sidecar.journal.grouped import GroupedJournal
-from sidecar.journal.postgres import PostgresJournal
-from sidecar.journal.postgres_schema import migrate as migrate_postgres
-from sidecar.journal.schema import connect, migrate
-from sidecar.journal.settings import SqliteSettings
-from sidecar.journal.sqlite import SqliteJournal
+from sidecar.journal.model import Admission, Opened, Outcome
+from sidecar.journal.postgres import Connection, PostgresStore
+from sidecar.journal.postgres import migrate as migrate_postgres
+from sidecar.journal.sqlite import SqliteSettings, SqliteStore, connect, migrate
+from sidecar.journal.store import Store
+from sidecar.journal.writer import Journal
 from tests.bench.loop import Round, closed_loop, middle, summary
 from tests.bench.table import Table
 from tests.postgres import Postgres
@@ -62,17 +59,17 @@ def outcome(admitted: types_pb2.EntryHeader) -> Outcome:
     return Outcome(admitted, types_pb2.ENTRY_KIND_COMPLETED, 1, payload, b"f" * 32)
 
 
-def open_sqlite(path: Path) -> tuple[Backend, Opened]:
+def open_sqlite(path: Path) -> tuple[Store, Opened]:
     settings = SqliteSettings(reserve_bytes=0)
-    return SqliteJournal.open(path, writer="bench", version="0", new_log_id="0" * 32, now_millis=0, settings=settings)
+    return SqliteStore.open(path, writer="bench", version="0", new_log_id="0" * 32, now_millis=0, settings=settings)
 
 
-def open_postgres(url: str) -> tuple[Backend, Opened]:
-    return PostgresJournal.open(url, writer="bench", version="0", new_log_id="0" * 32, now_millis=0)
+def open_postgres(url: str) -> tuple[Store, Opened]:
+    return PostgresStore.open(url, writer="bench", version="0", new_log_id="0" * 32, now_millis=0)
 
 
-async def _ours(backend: Backend, requesters: int, seconds: float) -> Round:
-    journal, numbers = GroupedJournal(backend, now_millis=lambda: time.time_ns() // 10**6), counting()
+async def _ours(backend: Store, requesters: int, seconds: float) -> Round:
+    journal, numbers = Journal(backend, now_millis=lambda: time.time_ns() // 10**6), counting()
 
     async def item() -> None:
         admitted = await journal.append(admission(next(numbers)))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.postgres import Postgres
-from tests.sidecar.journal_kit import PostgresStore
+from tests.sidecar.journal_kit import PostgresKit
 from tests.sidecar.postgres_proxy import Proxy, proxy
 
 
@@ -19,8 +19,8 @@ def _line(postgres: Postgres) -> Iterator[Proxy]:
 
 
 @pytest.fixture(name="store")
-def _store(postgres: Postgres) -> Iterator[PostgresStore]:
+def _store(postgres: Postgres) -> Iterator[PostgresKit]:
     """A journal's database of its own."""
-    store = PostgresStore(postgres.url(postgres.schema()))
+    store = PostgresKit(postgres.url(postgres.schema()))
     yield store
     store.kill()

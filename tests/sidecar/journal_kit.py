@@ -13,15 +13,11 @@ import psycopg
 
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal import Admission, Audit, Draft, Mark, Opened, Outcome, Sealed
-from sidecar.journal.committer import Backend
-from sidecar.journal.keeping import Kept
-from sidecar.journal.postgres import PostgresJournal
-from sidecar.journal.postgres_kept import PostgresKept
-from sidecar.journal.settings import PostgresSettings, SqliteSettings
-from sidecar.journal.sqlite import SqliteJournal
-from sidecar.journal.sqlite_kept import SqliteKept
-from sidecar.journal.verify import Checked, verify
+from sidecar.journal.maintenance import Checked, verify
+from sidecar.journal.model import Admission, Audit, Draft, Mark, Opened, Outcome, Sealed
+from sidecar.journal.postgres import PostgresKept, PostgresSettings, PostgresStore
+from sidecar.journal.sqlite import SqliteKept, SqliteSettings, SqliteStore
+from sidecar.journal.store import Kept, Store
 from sidecar.opening import open_kept
 
 LOG_ID = "0123456789abcdef0123456789abcdef"
@@ -110,30 +106,30 @@ def sequences(entries: Sequence[Sealed]) -> list[int]:
     return [entry.header.sequence for entry in entries]
 
 
-class Store(Protocol):
+class Kit(Protocol):
     """One journal, opened as often as wanted."""
 
     clock: Clock
 
-    def open(self, *, writer: str = "writer", log_id: str = LOG_ID, mark: Mark | None = None) -> tuple[Backend, Opened]: ...
+    def open(self, *, writer: str = "writer", log_id: str = LOG_ID, mark: Mark | None = None) -> tuple[Store, Opened]: ...
 
-    def opened(self) -> AbstractContextManager[Backend]: ...
+    def opened(self) -> AbstractContextManager[Store]: ...
 
     def kept(self, *, create: bool = False) -> AbstractContextManager[Kept]: ...
 
-    def another(self) -> Store: ...
+    def another(self) -> Kit: ...
 
     def faults(self) -> list[str]: ...
 
     def configure(self, **settings: int) -> None: ...
 
-    def fence(self, journal: Backend) -> None: ...
+    def fence(self, journal: Store) -> None: ...
 
     def verify(self) -> Iterator[Checked]: ...
 
 
 @dataclass
-class SqliteStore:
+class SqliteKit:
     """One journal on a disk, opened as often as wanted."""
 
     path: Path
@@ -141,8 +137,8 @@ class SqliteStore:
     settings: SqliteSettings = field(default_factory=lambda: SqliteSettings(reserve_bytes=0))
     vfs: str | None = None
 
-    def open(self, *, writer: str = "writer", log_id: str = LOG_ID, mark: Mark | None = None) -> tuple[SqliteJournal, Opened]:
-        return SqliteJournal.open(
+    def open(self, *, writer: str = "writer", log_id: str = LOG_ID, mark: Mark | None = None) -> tuple[SqliteStore, Opened]:
+        return SqliteStore.open(
             self.path,
             writer=writer,
             version="1.0",
@@ -153,16 +149,16 @@ class SqliteStore:
             vfs=self.vfs,
         )
 
-    def opened(self) -> AbstractContextManager[SqliteJournal]:
+    def opened(self) -> AbstractContextManager[SqliteStore]:
         return closing(self.open()[0])
 
     def kept(self, *, create: bool = False) -> AbstractContextManager[Kept]:
         """Closed, and kept."""
         return closing(SqliteKept(self.path, create=create))
 
-    def another(self) -> SqliteStore:
+    def another(self) -> SqliteKit:
         """One with nothing in it."""
-        return SqliteStore(self.path.with_name("another.db"), self.clock, self.settings)
+        return SqliteKit(self.path.with_name("another.db"), self.clock, self.settings)
 
     def faults(self) -> list[str]:
         return [fault for page in verify_journal(self.path) for fault in page.faults]
@@ -170,9 +166,9 @@ class SqliteStore:
     def configure(self, **settings: int) -> None:
         self.settings = replace(self.settings, **settings)  # type: ignore[arg-type]
 
-    def fence(self, journal: Backend) -> None:
+    def fence(self, journal: Store) -> None:
         """As if another process had begun an epoch of this writer, which the lock makes impossible."""
-        assert isinstance(journal, SqliteJournal)
+        assert isinstance(journal, SqliteStore)
         journal._db.execute("UPDATE journal SET epoch = epoch + 1")
 
     def verify(self) -> Iterator[Checked]:
@@ -180,13 +176,13 @@ class SqliteStore:
 
 
 @dataclass
-class PostgresStore:
+class PostgresKit:
     """One journal in a schema of its own. Its leases are by the server's clock, whatever the time is here."""
 
     url: str
     clock: Clock = field(default_factory=Clock)
     settings: PostgresSettings = field(default_factory=PostgresSettings)
-    journals: list[PostgresJournal] = field(default_factory=list)
+    journals: list[PostgresStore] = field(default_factory=list)
     spare: str = ""
     """The URL of another schema, with nothing in it."""
 
@@ -198,8 +194,8 @@ class PostgresStore:
         url: str = "",
         mark: Mark | None = None,
         seconds: Callable[[], float] = time.monotonic,
-    ) -> tuple[PostgresJournal, Opened]:
-        journal, found = PostgresJournal.open(
+    ) -> tuple[PostgresStore, Opened]:
+        journal, found = PostgresStore.open(
             url or self.url,
             writer=writer,
             version="1.0",
@@ -217,13 +213,13 @@ class PostgresStore:
         while self.journals:
             self.journals.pop()._database.drop()
 
-    def opened(self, writer: str = "writer") -> AbstractContextManager[PostgresJournal]:
+    def opened(self, writer: str = "writer") -> AbstractContextManager[PostgresStore]:
         return closing(self.open(writer=writer)[0])
 
     def configure(self, **settings: float) -> None:
         self.settings = replace(self.settings, **settings)  # type: ignore[arg-type]
 
-    def fence(self, journal: Backend) -> None:
+    def fence(self, journal: Store) -> None:
         """Another process begins an epoch of this writer."""
         self.open(writer=journal.head.writer)[0].close()
 
@@ -234,9 +230,9 @@ class PostgresStore:
         """Whether it is in use or not."""
         return closing(PostgresKept(self.url, create=create))
 
-    def another(self) -> PostgresStore:
+    def another(self) -> PostgresKit:
         """One with nothing in it."""
-        return PostgresStore(self.spare, self.clock, self.settings)
+        return PostgresKit(self.spare, self.clock, self.settings)
 
     def faults(self) -> list[str]:
         return [fault for page in self.verify() for fault in page.faults]

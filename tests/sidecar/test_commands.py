@@ -23,27 +23,26 @@ from ostinato.errors import JournalFull, JournalUnavailable
 from ostinato.v1 import types_pb2
 
 from sidecar import commands, config
-from sidecar.journal import JournalBroken, JournalUnusable
 from sidecar.journal.mark import MarkFile
-from sidecar.journal.sqlite import SqliteJournal
-from sidecar.journal.sqlite_kept import SqliteKept
+from sidecar.journal.model import JournalBroken, JournalUnusable
+from sidecar.journal.sqlite import SqliteKept, SqliteStore
 from tests.postgres import Postgres
-from tests.sidecar.journal_kit import PostgresStore, SqliteStore, admission, completed, item, sequences
+from tests.sidecar.journal_kit import PostgresKit, SqliteKit, admission, completed, item, sequences
 
 NOW = 1_700_000_000.0
 
 
 @pytest.fixture(name="store")
-def _store(tmp_path: Path) -> SqliteStore:
+def _store(tmp_path: Path) -> SqliteKit:
     """Of three items that have ended."""
-    store = SqliteStore(tmp_path / "journal.db")
+    store = SqliteKit(tmp_path / "journal.db")
     with store.opened() as journal:
         (answer,) = journal.append_many([admission(item(1), item(2), item(3))], store.clock.millis)
         journal.append_many([completed(entry) for entry in answer.entries], store.clock.millis)
     return store
 
 
-def mark_of(store: SqliteStore) -> Path:
+def mark_of(store: SqliteKit) -> Path:
     path = config.mark_of(str(store.path))
     assert path is not None
     return path
@@ -70,7 +69,7 @@ def _run(capsys: pytest.CaptureFixture[str]) -> Said:
     return Said(capsys)
 
 
-def test_verify(store: SqliteStore, run: Said) -> None:
+def test_verify(store: SqliteKit, run: Said) -> None:
     """A sound journal gives 0; else 1, and the first bad entry is named, with its kind and what is wrong with it."""
     assert "7 entries are sound" in run("verify", "--journal", store.path)
     db = apsw.Connection(str(store.path))
@@ -80,7 +79,7 @@ def test_verify(store: SqliteStore, run: Said) -> None:
     assert "entry 5, COMPLETED: payload: is not what payload_digest was taken of" in said
 
 
-def test_a_journal_in_use(store: SqliteStore, run: Said) -> None:
+def test_a_journal_in_use(store: SqliteKit, run: Said) -> None:
     """While a sidecar has the journal, every command says so and does nothing."""
     with store.opened():
         for command in (
@@ -102,7 +101,7 @@ def test_a_journal_that_is_not_there(tmp_path: Path, run: Said) -> None:
 
 
 def test_the_settings_file_names_the_journal(
-    store: SqliteStore, run: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: SqliteKit, run: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--config, or its variable, says which journal is meant where neither a flag nor the journal's own variable does."""
     file = tmp_path / "ostinato.toml"
@@ -119,12 +118,12 @@ def test_the_settings_file_names_the_journal(
 @pytest.mark.parametrize(
     "command", [["prune", "--before", "yesterday"], ["redact"], ["redact", "0"], ["accept-loss"], ["prune"]]
 )
-def test_bad_command_lines(store: SqliteStore, run: Said, command: list[str]) -> None:
+def test_bad_command_lines(store: SqliteKit, run: Said, command: list[str]) -> None:
     """What cannot be meant is refused with code 2."""
     run(*command, "--journal", store.path, code=2)
 
 
-def test_prune_and_redact(store: SqliteStore, run: Said) -> None:
+def test_prune_and_redact(store: SqliteKit, run: Said) -> None:
     """Payloads go by number, by age and by time; the journal verifies afterwards."""
     assert "2 payloads are dropped" in run("redact", "2", "--journal", store.path)
     assert "2 payloads are dropped" in run("prune", "--before", "3", "--journal", store.path)
@@ -153,7 +152,7 @@ def test_times(time: datetime) -> None:
         assert not commands.older(text, NOW)(types_pb2.EntryHeader(time_unix_millis=millis + 1))
 
 
-def test_export_and_import(store: SqliteStore, run: Said, tmp_path: Path) -> None:
+def test_export_and_import(store: SqliteKit, run: Said, tmp_path: Path) -> None:
     """Through a file that is its owner's alone and that nothing overwrites; the copy is the journal again."""
     file, other = tmp_path / "journal.jsonl", tmp_path / "other.db"
     run("export", file, "--journal", store.path)
@@ -165,7 +164,7 @@ def test_export_and_import(store: SqliteStore, run: Said, tmp_path: Path) -> Non
     assert run.out == file.read_text()
 
 
-def test_half_a_file(store: SqliteStore, run: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_file(store: SqliteKit, run: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that ends early, or is none, leaves no journal behind, and the line is named."""
     run("export", "-", "--journal", store.path)
     lines, other = run.out.splitlines(keepends=True), tmp_path / "other.db"
@@ -187,7 +186,7 @@ def test_half_a_file(store: SqliteStore, run: Said, tmp_path: Path, monkeypatch:
 
 
 @pytest.fixture(name="behind")
-def _behind(store: SqliteStore) -> SqliteStore:
+def _behind(store: SqliteKit) -> SqliteKit:
     """Its copy of sequence 3 has replaced what had come to sequence 5, as the mark knows."""
     copy = store.path.with_name("copy.db")
     shutil.copyfile(store.path, copy)
@@ -198,7 +197,7 @@ def _behind(store: SqliteStore) -> SqliteStore:
     return store
 
 
-def test_accept_loss(behind: SqliteStore, run: Said) -> None:
+def test_accept_loss(behind: SqliteKit, run: Said) -> None:
     """An old copy, put back, opens only when its operator has said which numbers are lost, and goes on behind them."""
     mark = MarkFile(mark_of(behind))
     with pytest.raises(JournalUnusable, match="accept-loss --through 5"):
@@ -215,7 +214,7 @@ def test_accept_loss(behind: SqliteStore, run: Said) -> None:
     journal.close()
 
 
-def test_another_log(behind: SqliteStore, run: Said) -> None:
+def test_another_log(behind: SqliteKit, run: Said) -> None:
     """Neither a new journal nor that of another log is taken for the marked one, whatever its operator accepts."""
     behind.path.unlink()
     mark = MarkFile(mark_of(behind)).read()
@@ -234,7 +233,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_accept_loss_behind_a_damaged_entry(store: SqliteStore, run: Said, damage: str) -> None:
+def test_accept_loss_behind_a_damaged_entry(store: SqliteKit, run: Said, damage: str) -> None:
     """A journal whose newest entry is damaged is refused in one line that says what to do, and nothing is appended."""
     with closing(apsw.Connection(str(store.path))) as db:
         db.execute(DAMAGES[damage])
@@ -259,11 +258,11 @@ def test_accept_loss_of_an_empty_journal(tmp_path: Path, run: Said) -> None:
 
 @pytest.mark.parametrize("error", [JournalFull("no room"), JournalUnavailable("no database"), JournalBroken("torn")])
 def test_accept_loss_that_cannot_be_written(
-    behind: SqliteStore, run: Said, monkeypatch: pytest.MonkeyPatch, error: Exception
+    behind: SqliteKit, run: Said, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """A journal that cannot take the LOST entry is told in one line, and the mark stays as it was."""
     mark = mark_of(behind).read_bytes()
-    monkeypatch.setattr(SqliteJournal, "append_many", Mock(side_effect=error))
+    monkeypatch.setattr(SqliteStore, "append_many", Mock(side_effect=error))
 
     said = run("accept-loss", "--through", "5", "--journal", behind.path, code=1)
 
@@ -271,15 +270,15 @@ def test_accept_loss_that_cannot_be_written(
     assert mark_of(behind).read_bytes() == mark
 
 
-def test_a_journal_that_cannot_be_opened(behind: SqliteStore, run: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_journal_that_cannot_be_opened(behind: SqliteKit, run: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     """What keeps accept-loss from opening the journal is told in one line."""
-    monkeypatch.setattr(SqliteJournal, "open", Mock(side_effect=JournalUnusable("a newer version")))
+    monkeypatch.setattr(SqliteStore, "open", Mock(side_effect=JournalUnusable("a newer version")))
 
     assert run("accept-loss", "--through", "5", "--journal", behind.path, code=1) == "accept-loss: --journal: a newer version\n"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"log_id": "a", "index": "x", "entry_hash": "", "last_sequence": "1"}'])
-def test_a_damaged_mark(store: SqliteStore, text: str) -> None:
+def test_a_damaged_mark(store: SqliteKit, text: str) -> None:
     """A file that is no mark is not taken for none."""
     file = mark_of(store)
     file.write_text(text)
@@ -287,7 +286,7 @@ def test_a_damaged_mark(store: SqliteStore, text: str) -> None:
         MarkFile(file).read()
 
 
-def test_a_mark_is_replaced_whole(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mark_is_replaced_whole(store: SqliteKit, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is read is what was written, and a writing that fails leaves the mark before."""
     file = MarkFile(mark_of(store))
     assert file.read() is None
@@ -307,7 +306,7 @@ def test_a_mark_is_replaced_whole(store: SqliteStore, monkeypatch: pytest.Monkey
 
 def test_a_shared_journal(postgres: Postgres, run: Said, tmp_path: Path) -> None:
     """The commands take a database as well: they fill it, thin it out while it is in use, and go on behind what is lost."""
-    store, url, file = SqliteStore(tmp_path / "journal.db"), postgres.url(postgres.schema()), tmp_path / "journal.jsonl"
+    store, url, file = SqliteKit(tmp_path / "journal.db"), postgres.url(postgres.schema()), tmp_path / "journal.jsonl"
     with store.opened() as journal:
         (answer,) = journal.append_many([admission(item(1), item(2), key="k")], store.clock.millis)
         journal.append_many([completed(answer.entries[0])], store.clock.millis)
@@ -315,7 +314,7 @@ def test_a_shared_journal(postgres: Postgres, run: Said, tmp_path: Path) -> None
     assert "no journal in this database" in run("verify", "--journal", url, code=1)
     run("import", file, "--journal", url)
 
-    shared = PostgresStore(url)
+    shared = PostgresKit(url)
     backend, found = shared.open()
     assert [(each.admitted.header.sequence, each.attempt) for each in found.unfinished] == [(2, 2)]
     assert "2 payloads are dropped" in run("redact", "1", "--journal", url)

@@ -18,9 +18,9 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 from sidecar.divergence import tracker
 from sidecar.divergence.tracker import VERSION, Checkpoint, Counts, DivergenceTracker
 from sidecar.divergence.verdicts import events
-from sidecar.journal import Admission, Audit, Note, Outcome, Sealed
-from sidecar.journal.grouped import GroupedJournal
-from tests.sidecar.journal_kit import SqliteStore, admission, completed, item
+from sidecar.journal.model import Admission, Audit, Note, Outcome, Sealed
+from sidecar.journal.writer import Journal
+from tests.sidecar.journal_kit import SqliteKit, admission, completed, item
 
 WRITER = "writer"
 COMPLETE, AUDIT, SAVE, CRASH = "complete", "audit", "save", "crash"
@@ -40,13 +40,13 @@ lives = st.lists(
 class Life:
     """A sidecar's journal and book, from one kill -9 to the next."""
 
-    def __init__(self, store: SqliteStore) -> None:
+    def __init__(self, store: SqliteKit) -> None:
         self.store = store
 
     async def begin(self) -> None:
         self.book = DivergenceTracker(WRITER)
         backend, _ = self.store.open()
-        self.journal = GroupedJournal(backend, now_millis=self.store.clock.now_millis, on_entries=self.book.committed)
+        self.journal = Journal(backend, now_millis=self.store.clock.now_millis, on_entries=self.book.committed)
         await self.book.restore(self.journal)
 
     async def crash(self) -> None:
@@ -89,7 +89,7 @@ def test_a_crash_anywhere_changes_no_count(given: list[tuple[str, int]]) -> None
 
     async def live() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            life = Life(SqliteStore(Path(folder) / "journal.db"))
+            life = Life(SqliteKit(Path(folder) / "journal.db"))
             await life.begin()
             for do, token in given:
                 match do:
@@ -111,7 +111,7 @@ def test_a_crash_anywhere_changes_no_count(given: list[tuple[str, int]]) -> None
 
 
 async def begun(folder: Path) -> Life:
-    life = Life(SqliteStore(folder / "journal.db"))
+    life = Life(SqliteKit(folder / "journal.db"))
     await life.begin()
     return life
 
@@ -125,13 +125,13 @@ async def test_a_start_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytes
     saved = life.book.index
     await life.complete(1)
     asked: list[int] = []
-    entries = GroupedJournal.entries
+    entries = Journal.entries
 
-    async def watched(journal: GroupedJournal, from_index: int, limit: int, *, payloads: bool) -> object:
+    async def watched(journal: Journal, from_index: int, limit: int, *, payloads: bool) -> object:
         asked.append(from_index)
         return await entries(journal, from_index, limit, payloads=payloads)
 
-    monkeypatch.setattr(GroupedJournal, "entries", watched)
+    monkeypatch.setattr(Journal, "entries", watched)
     await life.crash()
 
     assert min(asked) == saved + 1
@@ -175,13 +175,13 @@ async def test_what_is_committed_while_it_is_restored(
     counted = life.book.counts.collision_checks
     life.store.settings = replace(life.store.settings, digests_only=digests_only)
     life.book = DivergenceTracker(WRITER)
-    life.journal = GroupedJournal(
+    life.journal = Journal(
         life.store.open()[0], now_millis=life.store.clock.now_millis, on_entries=lambda entries: life.book.committed(entries)
     )
-    entries = GroupedJournal.entries
+    entries = Journal.entries
     reads = 0
 
-    async def interrupted(journal: GroupedJournal, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
+    async def interrupted(journal: Journal, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
         nonlocal reads
         page = await entries(journal, from_index, limit, payloads=payloads)
         reads += 1
@@ -189,7 +189,7 @@ async def test_what_is_committed_while_it_is_restored(
         return page
 
     monkeypatch.setattr(tracker, "PAGE_ENTRIES", 5)
-    monkeypatch.setattr(GroupedJournal, "entries", interrupted)
+    monkeypatch.setattr(Journal, "entries", interrupted)
     await life.complete(0)
     await life.book.restore(life.journal)
     monkeypatch.undo()

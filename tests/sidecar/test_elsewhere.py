@@ -15,21 +15,21 @@ from ostinato.v1 import generation_pb2, types_pb2
 from sidecar.calls import Unary
 from sidecar.elsewhere import Elsewhere
 from sidecar.elsewhere import ended as recorded
-from sidecar.journal import Note, Sealed
-from sidecar.journal.grouped import GroupedJournal
-from sidecar.journal.settings import PostgresSettings
+from sidecar.journal.model import Note, Sealed
+from sidecar.journal.postgres import PostgresSettings
+from sidecar.journal.writer import Journal
 from tests.postgres import Postgres
 from tests.sidecar.held_kit import account
-from tests.sidecar.journal_kit import PostgresStore, admission, audit, completed, ended, item
+from tests.sidecar.journal_kit import PostgresKit, admission, audit, completed, ended, item
 
 
 @dataclass
 class Two:
     """A writer that works, and one where calls wait."""
 
-    store: PostgresStore
-    there: GroupedJournal
-    here: GroupedJournal
+    store: PostgresKit
+    there: Journal
+    here: Journal
     elsewhere: Elsewhere = field(init=False)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
     """That it has started."""
@@ -43,13 +43,13 @@ class Two:
 
 @pytest.fixture(name="two")
 async def _two(postgres: Postgres) -> AsyncIterator[Two]:
-    async with opened(PostgresStore(postgres.url(postgres.schema()))) as two:
+    async with opened(PostgresKit(postgres.url(postgres.schema()))) as two:
         yield two
 
 
 @asynccontextmanager
-async def opened(store: PostgresStore) -> AsyncIterator[Two]:
-    there, here = (GroupedJournal(store.open(writer=name)[0], now_millis=store.clock.now_millis) for name in ("there", "here"))
+async def opened(store: PostgresKit) -> AsyncIterator[Two]:
+    there, here = (Journal(store.open(writer=name)[0], now_millis=store.clock.now_millis) for name in ("there", "here"))
     yield Two(store, there, here)
     await asyncio.gather(there.close(), here.close())
     store.kill()
@@ -175,7 +175,7 @@ async def test_followers_see_other_writers(two: Two) -> None:
 async def test_an_answer_that_is_not_kept(postgres: Postgres) -> None:
     """Where the payload of the outcome was dropped, every call that waits for the item ends with PAYLOAD_PRUNED, and a call
     that waits for another item is still told."""
-    store = PostgresStore(postgres.url(postgres.schema()), settings=PostgresSettings(digests_only=True))
+    store = PostgresKit(postgres.url(postgres.schema()), settings=PostgresSettings(digests_only=True))
     async with opened(store) as two:
         (first,) = (await two.there.append(admission(item(1)))).entries  # without a key: dropped with its outcome
         (second,) = (await two.there.append(admission(item(2), key="k"))).entries

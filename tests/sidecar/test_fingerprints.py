@@ -9,7 +9,7 @@ from ostinato.digest import fingerprint_digest
 from ostinato.v1 import types_pb2
 
 from sidecar.fingerprints import Fingerprints
-from sidecar.journal import Appended, Draft, Note
+from sidecar.journal.model import Appended, Draft, Note
 
 
 class Notes:

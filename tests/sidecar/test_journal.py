@@ -13,17 +13,17 @@ from ostinato.chain import GENESIS, OUTCOMES, payload_digest
 from ostinato.digest import derived_seed, input_digest, output_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal import Appended, Audit, Journal, JournalBroken, Note, Opened, Sealed, Unfinished
-from sidecar.journal.grouped import GroupedJournal
-from sidecar.journal.verify import verify
+from sidecar.journal.maintenance import verify
+from sidecar.journal.model import Appended, Audit, JournalBroken, Note, Opened, Sealed, Unfinished
+from sidecar.journal.writer import Journal
 from tests.postgres import Postgres
 from tests.sidecar.journal_kit import (
     FINGERPRINT,
     LOG_ID,
     PARAMETERS,
-    PostgresStore,
-    SqliteStore,
-    Store,
+    Kit,
+    PostgresKit,
+    SqliteKit,
     admission,
     audit,
     completed,
@@ -37,12 +37,12 @@ DAY = 86_400
 
 
 @pytest.fixture(name="store", params=["sqlite", "postgres"])
-def _store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+def _store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kit]:
     if request.param == "sqlite":
-        yield SqliteStore(tmp_path / "journal.db")
+        yield SqliteKit(tmp_path / "journal.db")
         return
     server: Postgres = request.getfixturevalue("postgres")
-    store = PostgresStore(server.url(server.schema()))
+    store = PostgresKit(server.url(server.schema()))
     yield store
     store.kill()
 
@@ -50,9 +50,9 @@ def _store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
 class Open:
     """A journal in use."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Kit) -> None:
         self.backend, self.found = store.open()
-        self.grouped = GroupedJournal(self.backend, now_millis=store.clock.now_millis)
+        self.grouped = Journal(self.backend, now_millis=store.clock.now_millis)
         self.journal: Journal = self.grouped
 
     async def admit(self, *items: sequencer_pb2.AdmittedPayload, key: str = "") -> tuple[Sealed, ...]:
@@ -60,7 +60,7 @@ class Open:
 
 
 @asynccontextmanager
-async def opened(store: Store) -> AsyncIterator[Open]:
+async def opened(store: Kit) -> AsyncIterator[Open]:
     using = Open(store)
     try:
         yield using
@@ -69,7 +69,7 @@ async def opened(store: Store) -> AsyncIterator[Open]:
 
 
 @pytest.fixture(name="using")
-async def _using(store: Store) -> AsyncIterator[Open]:
+async def _using(store: Kit) -> AsyncIterator[Open]:
     async with opened(store) as using:
         yield using
 
@@ -95,7 +95,7 @@ async def test_numbers(using: Open) -> None:
     await assert_sound(using.journal)
 
 
-async def test_first_entry(using: Open, store: Store) -> None:
+async def test_first_entry(using: Open, store: Kit) -> None:
     """A new journal begins with OPENED of epoch 1, after 32 zero bytes."""
     opened_entry, *others = await using.journal.entries(1, 10, payloads=True)
 
@@ -200,7 +200,7 @@ async def test_a_canarys_verdict(using: Open) -> None:
     await assert_sound(using.journal)
 
 
-async def test_notes(store: Store) -> None:
+async def test_notes(store: Kit) -> None:
     """A note is found by how its name begins, replaced by the next of that name, outlives the process, and is no entry."""
     async with opened(store) as using:
         for name, value in (("a/1", b"old"), ("a/2", b""), ("b/1", b"other"), ("a/1", b"new")):
@@ -240,7 +240,7 @@ async def test_key_is_scoped_by_tenant(using: Open) -> None:
     assert await using.journal.binding("a", "") is None
 
 
-async def test_key_expires(using: Open, store: Store) -> None:
+async def test_key_expires(using: Open, store: Kit) -> None:
     """A key is kept until its ttl has passed since the last outcome of its batch, then it may be bound again."""
     first, second = await using.admit(item(), item(), key="k")
     store.clock.sleep(100 * DAY)
@@ -324,7 +324,7 @@ async def test_entries(using: Open) -> None:
         assert await using.journal.entries(index, 10, payloads=True) == []
 
 
-async def test_reopen(store: Store) -> None:
+async def test_reopen(store: Kit) -> None:
     """A journal that is opened again goes on where it was, in the next epoch, and hands over what has not ended."""
     async with opened(store) as using:
         first, second, third = await using.admit(item(), item(), item())
@@ -343,7 +343,7 @@ async def test_reopen(store: Store) -> None:
         assert sequencer_pb2.AdmittedPayload.FromString(using.found.unfinished[2].admitted.payload).idempotency_key == "k"
 
 
-async def test_log_id_stays(store: Store) -> None:
+async def test_log_id_stays(store: Kit) -> None:
     """The log id that a journal was made with is its name for good."""
     store.open()[0].close()
     journal, found = store.open(log_id="f" * 32)
@@ -406,7 +406,7 @@ async def test_wait(using: Open) -> None:
     await waiting[2]
 
 
-async def test_close(store: Store) -> None:
+async def test_close(store: Kit) -> None:
     """Closing appends what waits; a call after that, or a wait that cannot end, is told so."""
     using = Open(store)
     appends = [asyncio.ensure_future(using.admit(item())) for _ in range(600)]
@@ -421,7 +421,7 @@ async def test_close(store: Store) -> None:
     assert not using.grouped.broken.done()
 
 
-async def test_stale_epoch(using: Open, store: Store) -> None:
+async def test_stale_epoch(using: Open, store: Kit) -> None:
     """A writer whose epoch has been taken over appends nothing more, and knows that it has to end."""
     await using.admit(item())
     store.fence(using.backend)

@@ -1,4 +1,4 @@
-"""A journal whose database goes away, through the interface that the sidecar uses: refused, withheld, in doubt, and back."""
+"""A journal whose database goes away, through the interface that the sidecar uses: refused, deferred, in doubt, and back."""
 
 from __future__ import annotations
 
@@ -13,43 +13,41 @@ import pytest
 from ostinato.errors import JournalUnavailable
 from ostinato.v1 import types_pb2
 
-from sidecar.high_water import HighWater
-from sidecar.journal import Appended, ItemEntries, JournalBroken, Note, Sealed
-from sidecar.journal.committer import GroupSettings
-from sidecar.journal.grouped import GroupedJournal
-from sidecar.journal.mark import MarkFile
-from sidecar.journal.postgres_tables import PostgresTables
+from sidecar.journal.mark import HighWater, MarkFile
+from sidecar.journal.model import Appended, ItemEntries, JournalBroken, Note, Sealed
+from sidecar.journal.postgres import PostgresTables
+from sidecar.journal.writer import GroupSettings, Journal
 from tests.postgres import Postgres
-from tests.sidecar.journal_kit import PostgresStore, admission, completed, item, sequences
+from tests.sidecar.journal_kit import PostgresKit, admission, completed, item, sequences
 from tests.sidecar.postgres_kit import through
 from tests.sidecar.postgres_proxy import Cut, Proxy
 
-SETTINGS = GroupSettings(full_retry_seconds=0.05, withheld_outcomes_max=8)
+SETTINGS = GroupSettings(full_retry_seconds=0.05, deferred_outcomes_max=8)
 
 
 @asynccontextmanager
-async def grouped(store: PostgresStore, line: Proxy | None = None, writer: str = "writer") -> AsyncIterator[GroupedJournal]:
+async def grouped(store: PostgresKit, line: Proxy | None = None, writer: str = "writer") -> AsyncIterator[Journal]:
     url = store.url if line is None else through(line, store)
-    journal = GroupedJournal(store.open(writer=writer, url=url)[0], now_millis=store.clock.now_millis, settings=SETTINGS)
+    journal = Journal(store.open(writer=writer, url=url)[0], now_millis=store.clock.now_millis, settings=SETTINGS)
     yield journal
     await journal.close()
 
 
-async def full(journal: GroupedJournal, expected: bool) -> None:
+async def full(journal: Journal, expected: bool) -> None:
     """Until it refuses new work, or no longer."""
     async with asyncio.timeout(20):
         while journal.full is not expected:
             await asyncio.sleep(0.01)
 
 
-async def refused(journal: GroupedJournal) -> None:
+async def refused(journal: Journal) -> None:
     for draft in (admission(), admission(key="new"), Note("n", b"")):
         with pytest.raises(JournalUnavailable) as error:
             await journal.append(draft)
         assert error.value.retry_after == SETTINGS.full_retry_seconds
 
 
-async def test_away_and_back(store: PostgresStore, line: Proxy) -> None:
+async def test_away_and_back(store: PostgresKit, line: Proxy) -> None:
     """While the database is away new work and reads are refused, outcomes wait, and then go first, in their order."""
     async with grouped(store, line) as journal:
         entries = (await journal.append(admission(*(item(number) for number in range(1, 6))))).entries
@@ -74,7 +72,7 @@ async def test_away_and_back(store: PostgresStore, line: Proxy) -> None:
         assert not journal.broken.done()
 
 
-async def test_no_mark_while_it_is_away(store: PostgresStore, line: Proxy, tmp_path: Path) -> None:
+async def test_no_mark_while_it_is_away(store: PostgresKit, line: Proxy, tmp_path: Path) -> None:
     """The high-water mark stays where it was while the database is away, and rises again when it is back."""
     file = MarkFile(tmp_path / "mark")
     async with grouped(store, line) as journal:
@@ -94,7 +92,7 @@ async def test_no_mark_while_it_is_away(store: PostgresStore, line: Proxy, tmp_p
     assert (before.last_sequence, after.last_sequence) == (0, 1)
 
 
-async def test_away_while_nobody_asks(store: PostgresStore, line: Proxy) -> None:
+async def test_away_while_nobody_asks(store: PostgresKit, line: Proxy) -> None:
     """That the database is gone is found out by the lease, and so is that it is back."""
     store.configure(lease_seconds=0.1)
     async with grouped(store, line) as journal:
@@ -104,10 +102,10 @@ async def test_away_while_nobody_asks(store: PostgresStore, line: Proxy) -> None
         await full(journal, expected=False)
 
 
-async def test_away_for_too_long(store: PostgresStore, line: Proxy) -> None:
-    """Outcomes are withheld up to a bound; one more, and the process has to end."""
+async def test_away_for_too_long(store: PostgresKit, line: Proxy) -> None:
+    """Outcomes are deferred up to a bound; one more, and the process has to end."""
     async with grouped(store, line) as journal:
-        entries = (await journal.append(admission(*(item() for _ in range(SETTINGS.withheld_outcomes_max + 1))))).entries
+        entries = (await journal.append(admission(*(item() for _ in range(SETTINGS.deferred_outcomes_max + 1))))).entries
         line.sever()
         answers = await asyncio.gather(*(journal.append(completed(entry)) for entry in entries), return_exceptions=True)
 
@@ -116,7 +114,7 @@ async def test_away_for_too_long(store: PostgresStore, line: Proxy) -> None:
 
 
 @pytest.mark.parametrize("cut", [Cut.BEFORE, Cut.AFTER])
-async def test_in_doubt(store: PostgresStore, line: Proxy, monkeypatch: pytest.MonkeyPatch, cut: Cut) -> None:
+async def test_in_doubt(store: PostgresKit, line: Proxy, monkeypatch: pytest.MonkeyPatch, cut: Cut) -> None:
     """Drafts of a commit that may or may not have been durable are answered once that is known, and not refused before; each
     is there once, and what came later comes behind them."""
     commit = PostgresTables.commit
@@ -129,13 +127,13 @@ async def test_in_doubt(store: PostgresStore, line: Proxy, monkeypatch: pytest.M
     async with grouped(store, line) as journal:
         first, second = (await journal.append(admission(item(1), item(2)))).entries
         monkeypatch.setattr(PostgresTables, "commit", cutting)
-        doubtful = [asyncio.ensure_future(journal.append(draft)) for draft in (admission(item(3), key="k"), completed(first))]
+        in_doubt = [asyncio.ensure_future(journal.append(draft)) for draft in (admission(item(3), key="k"), completed(first))]
         await full(journal, expected=True)
-        withheld = asyncio.ensure_future(journal.append(completed(second)))
+        deferred = asyncio.ensure_future(journal.append(completed(second)))
         await refused(journal)
-        assert not any(one.done() for one in (*doubtful, withheld))
+        assert not any(one.done() for one in (*in_doubt, deferred))
         line.closed = False
-        answers: Sequence[Appended] = await asyncio.wait_for(asyncio.gather(*doubtful, withheld), 20)
+        answers: Sequence[Appended] = await asyncio.wait_for(asyncio.gather(*in_doubt, deferred), 20)
         await full(journal, expected=False)
         entries = await journal.entries(2, 100, payloads=True)
 
@@ -144,7 +142,7 @@ async def test_in_doubt(store: PostgresStore, line: Proxy, monkeypatch: pytest.M
         assert [fault for page in store.verify() for fault in page.faults] == []
 
 
-async def test_closing_while_in_doubt(store: PostgresStore, line: Proxy) -> None:
+async def test_closing_while_in_doubt(store: PostgresKit, line: Proxy) -> None:
     """A journal that is closed while its database is away answers nobody, and says that it was closed."""
     async with grouped(store, line) as journal:
         (entry,) = (await journal.append(admission())).entries
@@ -157,7 +155,7 @@ async def test_closing_while_in_doubt(store: PostgresStore, line: Proxy) -> None
             await waiting
 
 
-async def _all_items(journal: GroupedJournal) -> Sequence[ItemEntries]:
+async def _all_items(journal: Journal) -> Sequence[ItemEntries]:
     """Once its database can be reached: others may have come back sooner."""
     while True:
         try:
@@ -166,7 +164,7 @@ async def _all_items(journal: GroupedJournal) -> Sequence[ItemEntries]:
             await asyncio.sleep(0.02)
 
 
-async def test_a_server_that_crashes(store: PostgresStore, postgres: Postgres) -> None:
+async def test_a_server_that_crashes(store: PostgresKit, postgres: Postgres) -> None:
     """kill -9 of the server, twice, under the load of two writers: what was acknowledged is there once, and nothing else is
     but what nobody was told of; one order throughout."""
     seed = random.randrange(2**32)
@@ -174,7 +172,7 @@ async def test_a_server_that_crashes(store: PostgresStore, postgres: Postgres) -
     rng, acknowledged = random.Random(seed), dict[str, Sealed]()
     stop = asyncio.Event()
 
-    async def client(name: str, journals: Sequence[GroupedJournal]) -> None:
+    async def client(name: str, journals: Sequence[Journal]) -> None:
         number = 0
         while not stop.is_set():
             number += 1

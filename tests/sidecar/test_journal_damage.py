@@ -25,12 +25,12 @@ from serving.program import StartupError
 
 from sidecar import commands
 from sidecar.config import Settings
-from sidecar.journal import JournalUnusable, Note, Sealed, Unfinished
 from sidecar.journal.mark import MarkFile
+from sidecar.journal.model import JournalUnusable, Note, Sealed, Unfinished
 from sidecar.journal.transfer import export, take_in
 from sidecar.opening import open_journal, open_kept
 from tests.sidecar.journal_disk import Disk
-from tests.sidecar.journal_kit import SqliteStore, admission, audit, completed, ended, item
+from tests.sidecar.journal_kit import SqliteKit, admission, audit, completed, ended, item
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
@@ -49,7 +49,7 @@ class Sound:
     """A journal as it was written, and what it says."""
 
     def __init__(self, folder: Path) -> None:
-        store = SqliteStore(folder / "sound.db")
+        store = SqliteKit(folder / "sound.db")
         with store.opened() as journal:
             answers = journal.append_many([admission(*map(item, range(1, 9)), key="k", tenant="t"), admission(item(9))], 1)
             entries = [entry for answer in answers for entry in answer.entries]
@@ -288,7 +288,7 @@ def _execute(path: Path, statement: str) -> None:
 
 def test_a_write_ahead_log_cut_anywhere(tried: Tried, tmp_path: Path, sound: Sound) -> None:
     """A write-ahead log that is cut or damaged gives a journal that lost its end, or is told: no entry says anything else."""
-    store = SqliteStore(tmp_path / "with-log.db")
+    store = SqliteKit(tmp_path / "with-log.db")
     shutil.copyfile(_written(tmp_path, sound), store.path)
     with store.opened() as journal:
         journal.append_many([admission(item(10))], 5)
@@ -320,7 +320,7 @@ def _written(folder: Path, sound: Sound) -> Path:
 
 def test_the_write_ahead_log_of_another(tried: Tried, tmp_path: Path, sound: Sound) -> None:
     """Another journal's write-ahead log beside the file ends no program in a traceback."""
-    store = SqliteStore(tmp_path / "other.db")
+    store = SqliteKit(tmp_path / "other.db")
     with store.opened() as journal:
         journal.append_many([admission(*map(item, range(30)))], 5)
         log = Path(f"{store.path}-wal").read_bytes()
@@ -441,12 +441,12 @@ def test_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(
         JournalUnusable, match=rf"journal.db: its disk is full, \d+ bytes are free in {tmp_path}: make room there"
     ):
-        SqliteStore(tmp_path / "journal.db", vfs=disk.name).open()
+        SqliteKit(tmp_path / "journal.db", vfs=disk.name).open()
 
 
 def test_its_own_bound(tmp_path: Path) -> None:
     """A start that finds no room under --journal-bytes-max says that, not that the disk is full."""
-    store = SqliteStore(tmp_path / "journal.db")
+    store = SqliteKit(tmp_path / "journal.db")
     with store.opened() as journal:
         journal.append_many([admission(item(*range(20_000)))], 1)
     store.configure(journal_bytes_max=store.path.stat().st_size)
@@ -463,7 +463,7 @@ def test_its_own_bound(tmp_path: Path) -> None:
 def test_a_disk_that_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error of the disk is called one, with SQLite's code, and not damage."""
     disk = Disk()
-    store = SqliteStore(tmp_path / "journal.db", vfs=disk.name)
+    store = SqliteKit(tmp_path / "journal.db", vfs=disk.name)
     store.open()[0].close()
 
     def fail(_self: object, _amount: int, _offset: int) -> bytes:
@@ -482,7 +482,7 @@ def test_who_has_it(tried: Tried, sound: Sound) -> None:
     """The process that has the file locked is named, where the system tells."""
     tried.put(sound.content)
     inode = f":{tried.path.stat().st_ino} "
-    with SqliteStore(tried.path).opened():
+    with SqliteKit(tried.path).opened():
         if not any(inode in line for line in Path("/proc/locks").read_text().splitlines()):
             pytest.skip("this system does not tell who has a lock")
         for said in (tried.command("verify")[1], str(tried.start())):
@@ -576,7 +576,7 @@ def test_numbers_that_no_database_holds(tmp_path: Path, sound: Sound, field: str
     first, *rest = sound.lines.splitlines()
     line = json.dumps({**json.loads(first), field: value})
     with (
-        SqliteStore(tmp_path / "journal.db").kept(create=True) as kept,
+        SqliteKit(tmp_path / "journal.db").kept(create=True) as kept,
         pytest.raises(JournalUnusable, match="line 1: "),
     ):
         take_in(kept, [line, *rest], None, lambda index, of: None)
@@ -588,7 +588,7 @@ def test_numbers_that_no_database_holds(tmp_path: Path, sound: Sound, field: str
 def test_what_is_sound_is_gone_on_with(tried: Tried, tmp_path: Path) -> None:
     """Of a journal that is cut, the entries before the cut become a journal again, which goes on behind what is accepted as
     lost; the damaged file stays as it was, and so do the keys of what is left."""
-    store = SqliteStore(tmp_path / "grown.db")
+    store = SqliteKit(tmp_path / "grown.db")
     with store.opened() as journal:
         for number in range(12):
             (answer,) = journal.append_many([admission(*map(item, range(1, 21)), key=f"k{number}")], 1)
@@ -690,7 +690,7 @@ def test_a_prompt_that_is_gone(tried: Tried, sound: Sound) -> None:
 def test_a_journal_in_use_is_not_salvaged(tried: Tried, sound: Sound) -> None:
     """Nothing is exported until the damage of a journal that a sidecar has, of a database, or of no journal."""
     tried.put(sound.content)
-    with SqliteStore(tried.path).opened():
+    with SqliteKit(tried.path).opened():
         assert "in use by another sidecar" in tried.command("export", "-", "--until-damage")[1]
     for content, why in ((b"", "not even the first entry"), (b"hello, this is a text", "is not a journal")):
         tried.put(content)

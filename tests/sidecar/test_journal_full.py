@@ -10,13 +10,12 @@ import pytest
 
 from ostinato.errors import JournalFull
 
-from sidecar.journal import Appended, Draft, JournalBroken, JournalUnusable, Sealed
-from sidecar.journal.committer import WITHHELD_GROUP, Committer, GroupSettings, Job, Refusal
-from sidecar.journal.grouped import GroupedJournal
-from sidecar.journal.reserve import Reserve
-from sidecar.journal.verify import verify
+from sidecar.journal.maintenance import verify
+from sidecar.journal.model import Appended, Draft, JournalBroken, JournalUnusable, Sealed
+from sidecar.journal.sqlite import Reserve
+from sidecar.journal.writer import DEFERRED_GROUP, Committer, GroupSettings, Job, Journal, Refusal
 from tests.sidecar.journal_disk import Disk
-from tests.sidecar.journal_kit import Clock, SqliteStore, admission, audit, completed, ended, item
+from tests.sidecar.journal_kit import Clock, SqliteKit, admission, audit, completed, ended, item
 
 RETRY = 5.0
 
@@ -24,11 +23,11 @@ RETRY = 5.0
 class Full:
     """A committer over a journal on a disk whose size is ours to set."""
 
-    def __init__(self, folder: Path, withheld_outcomes_max: int = 100) -> None:
+    def __init__(self, folder: Path, deferred_outcomes_max: int = 100) -> None:
         self.disk, self.clock = Disk(), Clock()
-        self.store = SqliteStore(folder / "journal.db", clock=self.clock, vfs=self.disk.name)
+        self.store = SqliteKit(folder / "journal.db", clock=self.clock, vfs=self.disk.name)
         self.journal, _ = self.store.open()
-        settings = GroupSettings(full_retry_seconds=RETRY, withheld_outcomes_max=withheld_outcomes_max)
+        settings = GroupSettings(full_retry_seconds=RETRY, deferred_outcomes_max=deferred_outcomes_max)
         self.committer = Committer[str](self.journal, settings, self.clock.now_millis, self.clock.seconds)
 
     def admit(self, count: int) -> list[Sealed]:
@@ -96,7 +95,7 @@ def test_bound_keys_are_answered(full: Full) -> None:
 
 
 def test_outcomes_wait(full: Full) -> None:
-    """Outcomes without room are withheld, and appended in their order before anything else when room returns."""
+    """Outcomes without room are deferred, and appended in their order before anything else when room returns."""
     entries = full.admit(5)
     full.fill()
     big = "x" * 50_000
@@ -120,11 +119,11 @@ def test_outcomes_wait(full: Full) -> None:
 
 def test_little_room_is_used(full: Full) -> None:
     """Where there is room for some outcomes only, those go that fit, and the others stay in order."""
-    entries = full.admit(3 * WITHHELD_GROUP)
+    entries = full.admit(3 * DEFERRED_GROUP)
     full.fill()
     drafts = {f"{n:02}": completed(entry, text="x" * 4_000) for n, entry in enumerate(entries)}
     assert full.commit(**drafts) == {}
-    full.fill(WITHHELD_GROUP * 9_000)
+    full.fill(DEFERRED_GROUP * 9_000)
     full.clock.sleep(RETRY)
     some = list(full.commit())
     assert 0 < len(some) < len(drafts)
@@ -135,8 +134,8 @@ def test_little_room_is_used(full: Full) -> None:
 
 
 def test_too_many_outcomes_wait(tmp_path: Path) -> None:
-    """Memory is bounded: more withheld outcomes than the setting allows break the journal."""
-    full = Full(tmp_path, withheld_outcomes_max=2)
+    """Memory is bounded: more deferred outcomes than the setting allows break the journal."""
+    full = Full(tmp_path, deferred_outcomes_max=2)
     entries = full.admit(3)
     full.fill()
     assert full.commit(first=completed(entries[0]), second=completed(entries[1])) == {}
@@ -146,7 +145,7 @@ def test_too_many_outcomes_wait(tmp_path: Path) -> None:
     full.end()
 
 
-def test_withheld_outcome_counts_as_first(full: Full) -> None:
+def test_deferred_outcome_counts_as_first(full: Full) -> None:
     """Of two outcomes of an item that both had to wait, the one that came first is recorded."""
     (entry,) = full.admit(1)
     full.fill()
@@ -199,7 +198,7 @@ async def test_grouped_journal(tmp_path: Path) -> None:
     full = Full(tmp_path)
     entries = full.admit(4)
     settings = GroupSettings(full_retry_seconds=0.02)
-    journal = GroupedJournal(full.journal, now_millis=full.clock.now_millis, settings=settings)
+    journal = Journal(full.journal, now_millis=full.clock.now_millis, settings=settings)
     full.fill()
     with pytest.raises(JournalFull):
         await journal.append(admission(item(*range(5_000))))
@@ -222,7 +221,7 @@ async def test_closing_while_full(tmp_path: Path) -> None:
     """A program that ends while outcomes wait tells their callers that they are not durable, and the next one finds them."""
     full = Full(tmp_path)
     (entry,) = full.admit(1)
-    journal = GroupedJournal(full.journal, now_millis=full.clock.now_millis)
+    journal = Journal(full.journal, now_millis=full.clock.now_millis)
     full.fill()
     outcome = asyncio.ensure_future(journal.append(completed(entry, text="x" * 50_000)))
     await asyncio.sleep(0.05)
@@ -242,7 +241,7 @@ async def test_room_at_the_end(tmp_path: Path) -> None:
     full = Full(tmp_path)
     (entry,) = full.admit(1)
     settings = GroupSettings(full_retry_seconds=3_600)
-    journal = GroupedJournal(full.journal, now_millis=full.clock.now_millis, settings=settings)
+    journal = Journal(full.journal, now_millis=full.clock.now_millis, settings=settings)
     full.fill()
     outcome = asyncio.ensure_future(journal.append(completed(entry, text="x" * 50_000)))
     await asyncio.sleep(0.05)

@@ -14,12 +14,10 @@ import pytest
 from ostinato.chain import GENESIS
 from ostinato.errors import JournalFull
 
-from sidecar.journal import Appended, Binding, Draft, Head, ItemEntries, Journal, JournalBroken, Sealed, Unfinished
-from sidecar.journal.committer import GroupSettings
-from sidecar.journal.grouped import GroupedJournal
-from sidecar.journal.known import Known
-from sidecar.journal.ledger import Ledger
-from tests.sidecar.journal_kit import LOG_ID, Clock, SqliteStore, admission, item
+from sidecar.journal.ledger import Known, Ledger
+from sidecar.journal.model import Appended, Binding, Draft, Head, ItemEntries, JournalBroken, Sealed, Unfinished
+from sidecar.journal.writer import GroupSettings, Journal
+from tests.sidecar.journal_kit import LOG_ID, Clock, SqliteKit, admission, item
 from tests.waiting import eventually
 
 
@@ -92,7 +90,7 @@ class Running:
     """A journal over such a backend, and what it reported."""
 
     backend: Scripted
-    journal: GroupedJournal
+    journal: Journal
     commits: list[tuple[float, int, int]]
 
     async def gather(self, count: int) -> list[Appended]:
@@ -102,7 +100,7 @@ class Running:
 @asynccontextmanager
 async def running(settings: GroupSettings | None = None) -> AsyncIterator[Running]:
     backend, commits = Scripted(), list[tuple[float, int, int]]()
-    journal = GroupedJournal(
+    journal = Journal(
         backend, now_millis=Clock().now_millis, settings=settings, on_commit=lambda *commit: commits.append(commit)
     )
     yield Running(backend, journal, commits)
@@ -129,10 +127,10 @@ async def test_groups() -> None:
 
 async def test_groups_of_a_real_journal(tmp_path: Path) -> None:
     """Many requesters at once take far fewer commits than drafts."""
-    store = SqliteStore(tmp_path / "journal.db")
+    store = SqliteKit(tmp_path / "journal.db")
     commits: list[int] = []
     backend, _ = store.open()
-    journal = GroupedJournal(
+    journal = Journal(
         backend, now_millis=store.clock.now_millis, on_commit=lambda seconds, drafts, size: commits.append(drafts)
     )
 
@@ -238,7 +236,7 @@ async def test_reads_that_fail() -> None:
 async def test_starts_full() -> None:
     """A journal without its reserve refuses new work until the reserve is restored, by itself."""
     backend = Scripted(reserved=False, room=False)
-    journal: Journal = GroupedJournal(backend, now_millis=Clock().now_millis, settings=GroupSettings(full_retry_seconds=0.01))
+    journal: Journal = Journal(backend, now_millis=Clock().now_millis, settings=GroupSettings(full_retry_seconds=0.01))
     with pytest.raises(JournalFull):
         await journal.append(admission())
     backend.room = True
@@ -248,7 +246,7 @@ async def test_starts_full() -> None:
 
 def test_settings() -> None:
     """Bounds that make no sense are refused when they are set."""
-    for settings in ({"commit_drafts_max": 0}, {"commit_bytes_max": 0}, {"withheld_outcomes_max": -1}):
+    for settings in ({"commit_drafts_max": 0}, {"commit_bytes_max": 0}, {"deferred_outcomes_max": -1}):
         with pytest.raises(ValueError, match="must"):
             GroupSettings(**settings)
     with pytest.raises(ValueError, match="must"):
@@ -258,8 +256,8 @@ def test_settings() -> None:
 async def test_every_entry_is_told_once(tmp_path: Path) -> None:
     """All that is made durable is told in the order of the indexes, also what nobody waits for any more."""
     told: list[int] = []
-    backend, opened = SqliteStore(tmp_path / "journal.db").open()
-    journal = GroupedJournal(
+    backend, opened = SqliteKit(tmp_path / "journal.db").open()
+    journal = Journal(
         backend,
         now_millis=Clock().now_millis,
         on_entries=lambda entries: told.extend(entry.header.index for entry in entries),

@@ -12,28 +12,28 @@ from hypothesis import strategies as st
 
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal import JournalUnusable, Loss, Note, Sealed
-from sidecar.journal.keeping import prune, redact
-from sidecar.journal.postgres_kept import PostgresKept
+from sidecar.journal.maintenance import prune, redact
+from sidecar.journal.model import JournalUnusable, Loss, Note, Sealed
+from sidecar.journal.postgres import PostgresKept
 from sidecar.journal.transfer import export, take_in
 from tests.postgres import Postgres
-from tests.sidecar.journal_kit import PostgresStore, SqliteStore, Store, admission, audit, completed, ended, item, sequences
+from tests.sidecar.journal_kit import Kit, PostgresKit, SqliteKit, admission, audit, completed, ended, item, sequences
 
 DAY = 86_400
 
 
 @pytest.fixture(name="store", params=["sqlite", "postgres"])
-def _store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+def _store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kit]:
     if request.param == "sqlite":
-        yield SqliteStore(tmp_path / "journal.db")
+        yield SqliteKit(tmp_path / "journal.db")
         return
     server: Postgres = request.getfixturevalue("postgres")
-    store = PostgresStore(server.url(server.schema()), spare=server.url(server.schema()))
+    store = PostgresKit(server.url(server.schema()), spare=server.url(server.schema()))
     yield store
     store.kill()
 
 
-def fill(store: Store) -> None:
+def fill(store: Kit) -> None:
     """Two epochs, batches with and without keys, every kind of entry, notes, one item unfinished."""
     with store.opened() as journal:
         now = store.clock.millis
@@ -55,7 +55,7 @@ def kept_payloads(entries: Sequence[Sealed]) -> list[int]:
 # The end, lost.
 
 
-def test_a_mark_that_holds(store: Store) -> None:
+def test_a_mark_that_holds(store: Kit) -> None:
     """A journal that has the marked entry opens, however far it has gone on."""
     with store.opened() as journal:
         mark = journal.head.mark
@@ -65,7 +65,7 @@ def test_a_mark_that_holds(store: Store) -> None:
         journal.close()
 
 
-def test_a_lost_end_is_found(store: Store) -> None:
+def test_a_lost_end_is_found(store: Kit) -> None:
     """A journal without the marked entry, with another in its place, or of another log is refused, and stays as it was."""
     with store.opened() as journal:
         journal.append_many([admission()], 1)
@@ -84,7 +84,7 @@ def test_a_lost_end_is_found(store: Store) -> None:
 
 
 @pytest.mark.parametrize("through", [1, 2, 1_000, 2**32])
-def test_accepted_loss(store: Store, through: int) -> None:
+def test_accepted_loss(store: Kit, through: int) -> None:
     """Numbers that were lost are not given out again, nor forgotten; the journal says which they were, and verifies."""
     with store.opened() as journal:
         journal.append_many([admission()], 1)
@@ -106,7 +106,7 @@ def test_accepted_loss(store: Store, through: int) -> None:
 # Payloads, dropped.
 
 
-def test_prune(store: Store) -> None:
+def test_prune(store: Kit) -> None:
     """Prompts and answers of old items go; hashes, verdicts, keys and what has not ended stay, and the chain verifies."""
     fill(store)
     with store.kept() as kept:
@@ -121,7 +121,7 @@ def test_prune(store: Store) -> None:
         assert journal.items(1, 1, 1)[0].outcome is not None
 
 
-def test_redact(store: Store) -> None:
+def test_redact(store: Kit) -> None:
     """One item's payloads go; one that is unknown or has not ended is refused, and then nothing goes."""
     fill(store)
     with store.kept() as kept:
@@ -140,7 +140,7 @@ def test_redact(store: Store) -> None:
 
 def test_what_is_dropped_is_gone(tmp_path: Path) -> None:
     """No file has the bytes of a payload that was dropped."""
-    store = SqliteStore(tmp_path / "journal.db")
+    store = SqliteKit(tmp_path / "journal.db")
     secret = "a secret that nobody is to read again"
     with store.opened() as journal:
         (answer,) = journal.append_many([admission(item(5, request_id=secret))], 1)
@@ -152,7 +152,7 @@ def test_what_is_dropped_is_gone(tmp_path: Path) -> None:
     assert not any(secret.encode() in path.read_bytes() for path in tmp_path.iterdir())
 
 
-def test_digests_only(store: Store) -> None:
+def test_digests_only(store: Kit) -> None:
     """An item's payloads are kept until its outcome, and what is unfinished can be finished after a restart."""
     store.configure(digests_only=True)
     with store.opened() as journal:
@@ -175,7 +175,7 @@ def test_digests_only(store: Store) -> None:
     assert store.faults() == []
 
 
-def test_digests_only_with_a_key(store: Store) -> None:
+def test_digests_only_with_a_key(store: Kit) -> None:
     """A keyed batch's payloads are kept until its ttl, and its key stays bound for good."""
     store.configure(digests_only=True, idempotency_ttl_seconds=DAY)
     with store.opened() as journal:
@@ -198,17 +198,17 @@ def test_digests_only_with_a_key(store: Store) -> None:
 # From one journal into another.
 
 
-def exported(store: Store) -> list[str]:
+def exported(store: Kit) -> list[str]:
     with store.kept() as kept:
         return list(export(kept))
 
 
-def taken_in(store: Store, lines: list[str], writer: str | None = None) -> None:
+def taken_in(store: Kit, lines: list[str], writer: str | None = None) -> None:
     with store.kept(create=True) as kept:
         take_in(kept, lines, writer, lambda index, total: None)
 
 
-def test_there_and_back(store: Store) -> None:
+def test_there_and_back(store: Kit) -> None:
     """An imported journal is the exported one: record, keys, notes and dropped payloads, and it goes on where that was."""
     fill(store)
     with store.kept() as kept:
@@ -233,7 +233,7 @@ def test_there_and_back(store: Store) -> None:
 
 def test_an_export_is_of_one_moment(postgres: Postgres) -> None:
     """An export that loses its connection ends there and says so: what a new connection shows is of another moment."""
-    store = PostgresStore(postgres.url(postgres.schema()))
+    store = PostgresKit(postgres.url(postgres.schema()))
     with store.opened() as journal:
         for _ in range(2):
             journal.append_many([admission(*(item(number) for number in range(1, 601)))], store.clock.millis)
@@ -252,7 +252,7 @@ END_KEEPING = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHE
 
 def test_an_import_reads_a_row_a_few_times(postgres: Postgres) -> None:
     """The server reads a few rows for an entry of an earlier epoch, and not all that were imported before it."""
-    store = PostgresStore(postgres.url(postgres.schema()), spare=postgres.url(postgres.schema()))
+    store = PostgresKit(postgres.url(postgres.schema()), spare=postgres.url(postgres.schema()))
     with store.opened() as journal:
         (answer,) = journal.append_many([admission(*(item(number) for number in range(1, 401)))], store.clock.millis)
         journal.append_many([completed(entry) for entry in answer.entries[:200]], store.clock.millis)
@@ -273,7 +273,7 @@ def test_an_import_reads_a_row_a_few_times(postgres: Postgres) -> None:
 ROWS_READ = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables WHERE relid = 'items'::regclass"
 
 
-def test_large_numbers_are_text(store: Store) -> None:
+def test_large_numbers_are_text(store: Kit) -> None:
     """64-bit numbers are strings in JSON: a seed of 2^64 - 1 is not rounded by whoever reads it."""
     fill(store)
     entries = [told["entry"] for line in exported(store) if "entry" in (told := json.loads(line))]
@@ -282,7 +282,7 @@ def test_large_numbers_are_text(store: Store) -> None:
     assert all(isinstance(entry["header"]["index"], str) for entry in entries)
 
 
-def test_only_into_nothing(store: Store) -> None:
+def test_only_into_nothing(store: Kit) -> None:
     """A journal with anything in it takes no other in, and an empty one has nothing to export."""
     fill(store)
     lines = exported(store)
@@ -293,7 +293,7 @@ def test_only_into_nothing(store: Store) -> None:
         list(export(kept))
 
 
-def test_several_writers(store: Store) -> None:
+def test_several_writers(store: Kit) -> None:
     """A log of several writers goes into a journal of one only when somebody says whose it is."""
     fill(store)
     first, *others = exported(store)
@@ -312,7 +312,7 @@ def test_several_writers(store: Store) -> None:
 def test_what_is_not_whole_leaves_nothing(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Lines that are cut off, left out, doubled, exchanged or changed in a letter are refused, and the journal stays empty."""
     folder = tmp_path_factory.mktemp("transfer")
-    store = SqliteStore(folder / "journal.db")
+    store = SqliteKit(folder / "journal.db")
     fill(store)
     lines = exported(store)
     text, other = "\n".join(lines), store.another()

@@ -14,12 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from ostinato.v1 import types_pb2
 
-from sidecar.journal import Appended, Draft, Sealed
-from sidecar.journal.committer import Backend
-from sidecar.journal.postgres import PostgresJournal
-from sidecar.journal.sqlite import SqliteJournal
+from sidecar.journal.model import Appended, Draft, Sealed
+from sidecar.journal.postgres import PostgresStore
+from sidecar.journal.sqlite import SqliteStore
+from sidecar.journal.store import Store
 from tests.postgres import Postgres
-from tests.sidecar.journal_kit import ABOUT_AN_ITEM, PostgresStore, SqliteStore, Store, admission, item
+from tests.sidecar.journal_kit import ABOUT_AN_ITEM, Kit, PostgresKit, SqliteKit, admission, item
 from tests.sidecar.journal_kit import twin as twin_of
 
 TTL = 100
@@ -80,8 +80,8 @@ steps = st.one_of(
 class JournalMachine(RuleBasedStateMachine):
     """Does the same to both and compares."""
 
-    store: Store
-    journal: Backend
+    store: Kit
+    journal: Store
 
     def create(self) -> None:
         self.store.configure(idempotency_ttl_seconds=TTL)
@@ -110,7 +110,7 @@ class JournalMachine(RuleBasedStateMachine):
         for (step, draft), answer in zip(drafts, answers, strict=True):
             self.compare(step, draft, answer)
 
-    def writing(self) -> Backend:
+    def writing(self) -> Store:
         """The journal that appends next."""
         return self.journal
 
@@ -172,13 +172,13 @@ class JournalMachine(RuleBasedStateMachine):
 class SqliteMachine(JournalMachine):
     """In a file, which is copied when it is killed."""
 
-    store: SqliteStore
-    journal: SqliteJournal
+    store: SqliteKit
+    journal: SqliteStore
 
     @initialize()
     def begin(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="journal-"))
-        self.store = SqliteStore(self.folder / "0.db")
+        self.store = SqliteKit(self.folder / "0.db")
         self.create()
 
     @rule()
@@ -205,12 +205,12 @@ class PostgresMachine(JournalMachine):
     """In a schema, with another writer that appends too, and takes over."""
 
     server: Postgres
-    store: PostgresStore
-    other: PostgresJournal
+    store: PostgresKit
+    other: PostgresStore
 
     @initialize()
     def begin(self) -> None:
-        self.store = PostgresStore(self.server.url(self.server.schema()))
+        self.store = PostgresKit(self.server.url(self.server.schema()))
         self.elsewhere, self.others, self.seconds = False, set[int](), 0.0
         self.create()
         self.other, _ = self.store.open(writer="other", seconds=lambda: self.seconds)
@@ -221,7 +221,7 @@ class PostgresMachine(JournalMachine):
         """The other writer appends from here on, or no longer."""
         self.elsewhere = not self.elsewhere
 
-    def writing(self) -> Backend:
+    def writing(self) -> Store:
         return self.other if self.elsewhere else self.journal
 
     def compare(self, step: tuple, draft: Draft, answer: Appended) -> None:  # type: ignore[type-arg]
@@ -234,7 +234,7 @@ class PostgresMachine(JournalMachine):
 
     @rule()
     def kill(self) -> None:
-        assert isinstance(self.journal, PostgresJournal)
+        assert isinstance(self.journal, PostgresStore)
         self.journal._database.drop()
         self.open()
 

@@ -12,22 +12,21 @@ import pytest
 from ostinato.errors import JournalUnavailable
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal import CommitUnknown, JournalBroken, Unfinished
-from sidecar.journal.postgres import PostgresJournal
-from sidecar.journal.postgres_tables import PostgresTables
-from tests.sidecar.journal_kit import PostgresStore, admission, completed, ended, item, sequences, twin
+from sidecar.journal.model import CommitUnknown, JournalBroken, Unfinished
+from sidecar.journal.postgres import PostgresStore, PostgresTables
+from tests.sidecar.journal_kit import PostgresKit, admission, completed, ended, item, sequences, twin
 from tests.sidecar.postgres_kit import EXPIRE, NOW, Watch, admit, sound, through
 from tests.sidecar.postgres_proxy import Cut, Proxy
 
 # ---- one order
 
 
-def test_many_writers_have_one_order(store: PostgresStore) -> None:
+def test_many_writers_have_one_order(store: PostgresKit) -> None:
     """Writers that append at once take numbers and indexes from one row: no gap, no fork, batches whole."""
     writers = [f"writer-{number}" for number in range(4)]
     journals = [store.open(writer=writer)[0] for writer in writers]
 
-    def work(journal: PostgresJournal) -> None:
+    def work(journal: PostgresStore) -> None:
         for _ in range(10):
             entries = admit(journal, item(), item(), item())
             journal.append_many([completed(entry) for entry in entries], NOW)
@@ -46,7 +45,7 @@ def test_many_writers_have_one_order(store: PostgresStore) -> None:
     assert sound(store)
 
 
-def test_a_key_and_a_twin_of_another_writer(store: PostgresStore) -> None:
+def test_a_key_and_a_twin_of_another_writer(store: PostgresKit) -> None:
     """What one writer has bound or completed, the next one finds."""
     with store.opened("a") as a, store.opened("b") as b:
         (first,) = admit(a, item(1, seed=9), key="k\0ö")
@@ -64,7 +63,7 @@ def test_a_key_and_a_twin_of_another_writer(store: PostgresStore) -> None:
         assert (said.expected_sequence, said.expected_writer, said.verdict) == (1, "a", types_pb2.VERDICT_MATCH)
 
 
-def test_the_first_outcome_wins_across_writers(store: PostgresStore) -> None:
+def test_the_first_outcome_wins_across_writers(store: PostgresKit) -> None:
     """An outcome that another writer has made durable before is the one."""
     with store.opened("a") as a, store.opened("b") as b:
         (entry,) = admit(a)
@@ -76,9 +75,9 @@ def test_the_first_outcome_wins_across_writers(store: PostgresStore) -> None:
         assert a.items(1, 1, 1)[0].outcome == ours.entries[0]
 
 
-def test_openings_at_once(store: PostgresStore) -> None:
+def test_openings_at_once(store: PostgresKit) -> None:
     """Sidecars that find an empty schema at the same moment make one journal of it."""
-    opened: list[PostgresJournal] = []
+    opened: list[PostgresStore] = []
     threads = [
         threading.Thread(target=lambda name=name: opened.append(store.open(writer=name, log_id=name * 32)[0]))
         for name in "abcd"
@@ -96,7 +95,7 @@ def test_openings_at_once(store: PostgresStore) -> None:
 # ---- epochs and leases
 
 
-def test_a_newer_epoch_fences(store: PostgresStore) -> None:
+def test_a_newer_epoch_fences(store: PostgresKit) -> None:
     """A writer that was started again elsewhere can neither append nor hold its lease."""
     watch = Watch()
     old, _ = store.open(seconds=watch)
@@ -111,7 +110,7 @@ def test_a_newer_epoch_fences(store: PostgresStore) -> None:
     assert sound(store)
 
 
-def test_take_over(store: PostgresStore) -> None:
+def test_take_over(store: PostgresKit) -> None:
     """What a writer without a lease has left becomes another's, for the next attempt; the writer is fenced by an epoch that
     the log shows, and its next start finds nothing left."""
     watch = Watch()
@@ -141,7 +140,7 @@ def test_take_over(store: PostgresStore) -> None:
     assert sound(store)
 
 
-def test_nobody_is_taken_over_after_an_outage(store: PostgresStore) -> None:
+def test_nobody_is_taken_over_after_an_outage(store: PostgresKit) -> None:
     """A lease that has run out counts only for those who were connected for as long as one lasts: they would have seen it
     renewed."""
     watch = Watch()
@@ -159,7 +158,7 @@ def test_nobody_is_taken_over_after_an_outage(store: PostgresStore) -> None:
     assert len(b.maintain(NOW, idle=True)) == 1
 
 
-def test_a_lease_is_held_by_appends_and_by_time(store: PostgresStore) -> None:
+def test_a_lease_is_held_by_appends_and_by_time(store: PostgresKit) -> None:
     """Both push its end into the future, by the server's clock; closing ends it."""
     watch = Watch()
     journal, _ = store.open(writer="a", seconds=watch)
@@ -178,7 +177,7 @@ def test_a_lease_is_held_by_appends_and_by_time(store: PostgresStore) -> None:
     assert left() < 0
 
 
-def test_a_writer_that_stops_within_a_transaction(store: PostgresStore) -> None:
+def test_a_writer_that_stops_within_a_transaction(store: PostgresKit) -> None:
     """The server ends a transaction that is left open, so that its lock does not outlive a lease."""
     store.configure(lease_seconds=1.0)
     stopped, _ = store.open(writer="a")
@@ -210,7 +209,7 @@ def _at_commit(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]]
 
 @pytest.mark.parametrize("cut", [Cut.BEFORE, Cut.AFTER])
 def test_a_lost_commit_is_looked_up(
-    store: PostgresStore, line: Proxy, at_commit: Callable[[Callable[[], None]], None], cut: Cut
+    store: PostgresKit, line: Proxy, at_commit: Callable[[Callable[[], None]], None], cut: Cut
 ) -> None:
     """Whether the line broke before the server had the commit or after it was done, each draft is there once, and answered."""
     journal, _ = store.open(url=through(line, store))
@@ -229,7 +228,7 @@ def test_a_lost_commit_is_looked_up(
 
 @pytest.mark.parametrize("cut", [Cut.BEFORE, Cut.AFTER])
 def test_a_commit_in_doubt_is_not_answered(
-    store: PostgresStore, line: Proxy, at_commit: Callable[[Callable[[], None]], None], cut: Cut
+    store: PostgresKit, line: Proxy, at_commit: Callable[[Callable[[], None]], None], cut: Cut
 ) -> None:
     """While the server cannot be asked nothing is known; whoever appends the same drafts again is told what became of them."""
     watch = Watch()
@@ -261,7 +260,7 @@ def test_a_commit_in_doubt_is_not_answered(
 
 @pytest.mark.parametrize("cut", [Cut.BEFORE, Cut.AFTER])
 def test_a_take_over_in_doubt(
-    store: PostgresStore, line: Proxy, at_commit: Callable[[Callable[[], None]], None], cut: Cut
+    store: PostgresKit, line: Proxy, at_commit: Callable[[Callable[[], None]], None], cut: Cut
 ) -> None:
     """Items are handed over once, whatever became of the line at that moment."""
     watch = Watch()
@@ -282,7 +281,7 @@ def test_a_take_over_in_doubt(
     assert sound(store)
 
 
-def test_a_server_that_ends_the_session(store: PostgresStore) -> None:
+def test_a_server_that_ends_the_session(store: PostgresKit) -> None:
     """A connection that was ended while nobody used it is replaced, by a read as by an append."""
     with store.opened() as journal:
         for use in (lambda: admit(journal), lambda: journal.newest(), lambda: journal.items(1, 1, 1)):

@@ -12,16 +12,15 @@ import pytest
 
 from ostinato.errors import JournalFull, JournalUnavailable
 
-from sidecar.journal import JournalUnusable, Note
-from sidecar.journal import postgres_schema as schema
-from sidecar.journal.database import Database
-from sidecar.journal.settings import PostgresSettings
+from sidecar.journal import postgres as schema
+from sidecar.journal.model import JournalUnusable, Note
+from sidecar.journal.postgres import Database, PostgresSettings
 from tests.postgres import Postgres, installed, packaged
-from tests.sidecar.journal_kit import PostgresStore, admission, completed, item
+from tests.sidecar.journal_kit import PostgresKit, admission, completed, item
 from tests.sidecar.postgres_kit import EXPIRE, NOW, Watch, admit, sound
 
 
-def test_a_full_disk(store: PostgresStore) -> None:
+def test_a_full_disk(store: PostgresKit) -> None:
     """A server without room refuses, changes nothing, and takes the same drafts when it has some."""
     with store.opened() as journal:
         (entry,) = admit(journal)
@@ -38,7 +37,7 @@ def test_a_full_disk(store: PostgresStore) -> None:
     assert sound(store)
 
 
-def test_a_newer_schema(store: PostgresStore) -> None:
+def test_a_newer_schema(store: PostgresKit) -> None:
     """A journal that a newer sidecar has made is left alone."""
     store.open()[0].close()
     store.execute("UPDATE ostinato SET version = version + 1")
@@ -48,7 +47,7 @@ def test_a_newer_schema(store: PostgresStore) -> None:
     assert store.execute("SELECT version, epoch FROM ostinato, writers") == [(len(schema.MIGRATIONS) + 1, 1)]
 
 
-def test_a_migration(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_migration(store: PostgresKit, monkeypatch: pytest.MonkeyPatch) -> None:
     """A journal of an older version becomes one of the newest when it is opened, and only then."""
     store.open()[0].close()
     monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, "ALTER TABLE writers ADD COLUMN hat text"))
@@ -58,7 +57,7 @@ def test_a_migration(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> N
     assert store.execute("SELECT version, hat FROM ostinato, writers") == [(len(schema.MIGRATIONS), None)]
 
 
-def test_a_schema_of_somebody_else(store: PostgresStore) -> None:
+def test_a_schema_of_somebody_else(store: PostgresKit) -> None:
     """Tables of the same names that are no journal's are not touched."""
     store.execute("CREATE TABLE log (line text)")
 
@@ -67,7 +66,7 @@ def test_a_schema_of_somebody_else(store: PostgresStore) -> None:
     assert store.execute("SELECT to_regclass('entries')") == [(None,)]
 
 
-def test_a_damaged_head(store: PostgresStore) -> None:
+def test_a_damaged_head(store: PostgresKit) -> None:
     """A newest entry that does not match its hash, or the head, is not built upon; verification says where."""
     with store.opened() as journal:
         admit(journal)
@@ -80,7 +79,7 @@ def test_a_damaged_head(store: PostgresStore) -> None:
         store.open()
 
 
-def test_a_forgetful_server(store: PostgresStore) -> None:
+def test_a_forgetful_server(store: PostgresKit) -> None:
     """A server without fsync is refused, and a database whose sessions need not be durable does not make ours so."""
     store.execute("ALTER SYSTEM SET fsync = off")
     store.execute("SELECT pg_reload_conf()")
@@ -131,7 +130,7 @@ SESSION = {
 }
 
 
-def _retry_until_unusable(store: PostgresStore) -> None:
+def _retry_until_unusable(store: PostgresKit) -> None:
     """A reload takes effect a moment later."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
@@ -147,7 +146,7 @@ def test_binaries_that_other_users_cannot_reach(tmp_path: Path) -> None:
     for folder in (package, package.with_name(f"{package.name}.libs")):
         shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("include"))
     with Postgres(tmp_path / binaries.relative_to(package.parent)) as server:
-        store = PostgresStore(server.url())
+        store = PostgresKit(server.url())
         with store.opened() as journal:
             admit(journal)
         root = server.root
@@ -160,7 +159,7 @@ def test_binaries_that_other_users_cannot_reach(tmp_path: Path) -> None:
 def test_an_older_server() -> None:
     """The oldest server that is installed here keeps a journal, crashes, and has a writer taken over."""
     with Postgres(installed()[0]) as server:
-        store, watch = PostgresStore(server.url()), Watch()
+        store, watch = PostgresKit(server.url()), Watch()
         a, _ = store.open(writer="a")
         entries = admit(a, item(1), item(2), key="k")
         a.append_many([completed(entries[0]), admission(item(1), key="k"), Note("n", b"v")], NOW)
@@ -183,7 +182,7 @@ def test_an_older_server() -> None:
 def test_passwords_are_not_said(url: str) -> None:
     """Whatever is wrong with a URL, or with its server, the message does not give the password away."""
     with pytest.raises(JournalUnusable) as raised:
-        PostgresStore(url).open()
+        PostgresKit(url).open()
 
     assert "hunter2" not in str(raised.value)
     assert "hun" not in str(raised.value)

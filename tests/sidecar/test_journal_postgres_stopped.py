@@ -11,12 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg
 import pytest
 
-from sidecar.journal import JournalBroken, JournalUnusable, Sealed
-from sidecar.journal.database import LogLocked
-from sidecar.journal.postgres import PostgresJournal
-from sidecar.journal.postgres_tables import PostgresTables
+from sidecar.journal.model import JournalBroken, JournalUnusable, Sealed
+from sidecar.journal.postgres import LogLocked, PostgresStore, PostgresTables
 from tests.postgres import Postgres, installed
-from tests.sidecar.journal_kit import PostgresStore, completed, item, sequences
+from tests.sidecar.journal_kit import PostgresKit, completed, item, sequences
 from tests.sidecar.postgres_kit import NOW, Watch, admit, sound
 
 LEASE_SECONDS = 0.4
@@ -37,8 +35,8 @@ def _server(request: pytest.FixtureRequest) -> Iterator[Postgres]:
 
 
 @pytest.fixture(name="store")
-def _store(server: Postgres) -> Iterator[PostgresStore]:
-    store = PostgresStore(server.url(server.schema()))
+def _store(server: Postgres) -> Iterator[PostgresKit]:
+    store = PostgresKit(server.url(server.schema()))
     store.configure(lease_seconds=LEASE_SECONDS)
     yield store
     store.kill()
@@ -76,9 +74,7 @@ def _stop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Stop]]:
 
 
 @pytest.mark.parametrize("taken_over", [False, True])
-def test_a_writer_that_stands_still_within_a_commit(
-    store: PostgresStore, stop: Callable[[str], Stop], taken_over: bool
-) -> None:
+def test_a_writer_that_stands_still_within_a_commit(store: PostgresKit, stop: Callable[[str], Stop], taken_over: bool) -> None:
     """Others append while it stands still. What it was about to commit is undone: it appends that again behind theirs, or finds
     itself fenced if it was taken over."""
     watch = Watch()
@@ -109,7 +105,7 @@ def test_a_writer_that_stands_still_within_a_commit(
 
 
 @contextlib.contextmanager
-def held(store: PostgresStore, *statements: bytes, wait_event: str) -> Iterator[psycopg.Connection]:
+def held(store: PostgresKit, *statements: bytes, wait_event: str) -> Iterator[psycopg.Connection]:
     """A session that has sent a transaction's first statements, without the end of the pipeline, and reads no answer."""
     with contextlib.closing(psycopg.connect(store.url, autocommit=True)) as db:
         db.pgconn.enter_pipeline_mode()
@@ -128,7 +124,7 @@ def held(store: PostgresStore, *statements: bytes, wait_event: str) -> Iterator[
 @pytest.mark.parametrize(
     ("statement", "wait_event"), [(b"SELECT 1", "ClientRead"), (b"SELECT repeat('x', 10000000)", "ClientWrite")]
 )
-def test_a_session_that_waits_for_its_client(store: PostgresStore, statement: bytes, wait_event: str) -> None:
+def test_a_session_that_waits_for_its_client(store: PostgresKit, statement: bytes, wait_event: str) -> None:
     """A session whose client neither writes nor reads does not keep the lock, at whatever point of a pipeline it stopped."""
     with store.opened("b") as b, held(store, statement, wait_event=wait_event):
         (entry,) = admit(b)
@@ -137,7 +133,7 @@ def test_a_session_that_waits_for_its_client(store: PostgresStore, statement: by
     assert sound(store)
 
 
-def test_a_session_that_has_waited_for_less_than_a_lease(store: PostgresStore) -> None:
+def test_a_session_that_has_waited_for_less_than_a_lease(store: PostgresKit) -> None:
     """It keeps the lock: its writer may go on, and has its lease."""
     store.configure(lease_seconds=60.0)
     with store.opened("b") as b, held(store, wait_event="ClientRead") as db:
@@ -147,7 +143,7 @@ def test_a_session_that_has_waited_for_less_than_a_lease(store: PostgresStore) -
         assert store.execute("SELECT state FROM pg_stat_activity WHERE pid = %s", db.info.backend_pid) == [("active",)]
 
 
-def test_a_take_over_that_stands_still(store: PostgresStore) -> None:
+def test_a_take_over_that_stands_still(store: PostgresKit) -> None:
     """A writer holds its lease although the session that stands still has locked its row, too."""
     watch = Watch()
     a, _ = store.open(writer="a", seconds=watch)
@@ -159,7 +155,7 @@ def test_a_take_over_that_stands_still(store: PostgresStore) -> None:
     assert a.head.epoch == 1
 
 
-def test_a_start_behind_one_that_stands_still(store: PostgresStore) -> None:
+def test_a_start_behind_one_that_stands_still(store: PostgresKit) -> None:
     """A sidecar opens the log although another one stands still with its lock."""
     store.open(writer="a")[0].close()
     with held(store, wait_event="ClientRead"):
@@ -168,7 +164,7 @@ def test_a_start_behind_one_that_stands_still(store: PostgresStore) -> None:
     assert sequences(admit(b)) == [1]
 
 
-def test_a_transaction_that_is_at_work(store: PostgresStore) -> None:
+def test_a_transaction_that_is_at_work(store: PostgresKit) -> None:
     """It is not ended, however long it takes: it may be a commit. What waits for it is refused after two leases, changes
     nothing, and goes on with the connection that it has."""
     b, _ = store.open(writer="b")
@@ -177,9 +173,7 @@ def test_a_transaction_that_is_at_work(store: PostgresStore) -> None:
         with pytest.raises(LogLocked):
             admit(b)
         with pytest.raises(JournalUnusable, match="lock"):
-            PostgresJournal.open(
-                store.url, writer="c", version="1", new_log_id="0" * 32, now_millis=NOW, settings=store.settings
-            )
+            PostgresStore.open(store.url, writer="c", version="1", new_log_id="0" * 32, now_millis=NOW, settings=store.settings)
         assert store.execute("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", db.info.backend_pid) == [(1,)]
         store.execute("SELECT pg_terminate_backend(%s)", db.info.backend_pid)
 

@@ -10,11 +10,11 @@ import pytest
 
 from ostinato.v1 import types_pb2
 
-from sidecar.journal import Appended, Draft, JournalUnusable, Sealed
-from sidecar.journal.sqlite import SqliteJournal
-from sidecar.journal.verify import verify
+from sidecar.journal.maintenance import verify
+from sidecar.journal.model import Appended, Draft, JournalUnusable, Sealed
+from sidecar.journal.sqlite import SqliteStore
 from tests.sidecar.journal_disk import Disk, PowerLost
-from tests.sidecar.journal_kit import ABOUT_AN_ITEM, SqliteStore, admission, item
+from tests.sidecar.journal_kit import ABOUT_AN_ITEM, SqliteKit, admission, item
 
 LOSSES = 4
 """Of power, in one run."""
@@ -28,7 +28,7 @@ class Run:
     def __init__(self, seed: int, folder: Path, synchronous: str = "FULL") -> None:
         self.rng = random.Random(seed)
         self.disk = Disk()
-        self.store = SqliteStore(folder / f"{seed}.db", vfs=self.disk.name)
+        self.store = SqliteKit(folder / f"{seed}.db", vfs=self.disk.name)
         self.acknowledged: list[Sealed] = []
         self.unfinished: dict[int, Sealed] = {}
         self.synchronous = synchronous
@@ -36,7 +36,7 @@ class Run:
     def work(self) -> None:
         """Append until the power fails."""
         self.disk.dark_after = self.rng.randrange(1, 120)
-        journal: SqliteJournal | None = None
+        journal: SqliteStore | None = None
         try:
             journal, found = self.store.open()
             self.unfinished = {one.admitted.header.sequence: one.admitted for one in found.unfinished}

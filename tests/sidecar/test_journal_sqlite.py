@@ -18,28 +18,26 @@ from ostinato.chain import entry_hash, payload_digest
 from ostinato.errors import JournalFull
 from ostinato.v1 import types_pb2
 
-from sidecar.journal import JournalUnusable, Note
-from sidecar.journal.schema import APPLICATION_ID, MIGRATIONS, WAL_BYTES_MAX
-from sidecar.journal.settings import SqliteSettings
-from sidecar.journal.sqlite import CHECKPOINT_PAGES, SqliteJournal
-from tests.sidecar.journal_kit import SqliteStore, admission, audit, completed, ended, item, sequences, verify_journal
+from sidecar.journal.model import JournalUnusable, Note
+from sidecar.journal.sqlite import APPLICATION_ID, CHECKPOINT_PAGES, MIGRATIONS, WAL_BYTES_MAX, SqliteSettings, SqliteStore
+from tests.sidecar.journal_kit import SqliteKit, admission, audit, completed, ended, item, sequences, verify_journal
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(name="store")
-def _store(tmp_path: Path) -> SqliteStore:
-    return SqliteStore(tmp_path / "journal.db")
+def _store(tmp_path: Path) -> SqliteKit:
+    return SqliteKit(tmp_path / "journal.db")
 
 
-def program(store: SqliteStore, then: str) -> subprocess.Popen[str]:
+def program(store: SqliteKit, then: str) -> subprocess.Popen[str]:
     """Another process that opens the journal, says how that went, and goes on."""
     code = f"""
         from pathlib import Path
-        from tests.sidecar.journal_kit import SqliteStore, admission
-        from sidecar.journal import JournalUnusable, Note
+        from tests.sidecar.journal_kit import SqliteKit, admission
+        from sidecar.journal.model import JournalUnusable, Note
         try:
-            journal, _ = SqliteStore(Path({str(store.path)!r})).open()
+            journal, _ = SqliteKit(Path({str(store.path)!r})).open()
             print("open", flush=True)
         except JournalUnusable as error:
             raise SystemExit(str(error))
@@ -50,7 +48,7 @@ def program(store: SqliteStore, then: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, text=True, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_only_one_process(store: SqliteStore) -> None:
+def test_only_one_process(store: SqliteKit) -> None:
     """While a sidecar has the journal, no other process gets it; when it is closed, the next one does."""
     with store.opened():
         with pytest.raises(JournalUnusable, match="in use by another sidecar"):
@@ -61,7 +59,7 @@ def test_only_one_process(store: SqliteStore) -> None:
     assert admitted.communicate(timeout=30)[0] == "open\n"
 
 
-def test_kill(store: SqliteStore) -> None:
+def test_kill(store: SqliteKit) -> None:
     """A process that is killed while it appends leaves everything it has acknowledged, and lets go of the file."""
     appending = "while True: print(journal.append_many([admission()], 1)[0].entries[0].header.sequence, flush=True)"
     with program(store, appending) as process:
@@ -79,7 +77,7 @@ def test_kill(store: SqliteStore) -> None:
     assert faults(store) == []
 
 
-def test_file_is_private(store: SqliteStore) -> None:
+def test_file_is_private(store: SqliteKit) -> None:
     """The journal holds prompts and answers: its files are its owner's alone."""
     store.configure(reserve_bytes=4096)
     with store.opened() as journal:
@@ -89,7 +87,7 @@ def test_file_is_private(store: SqliteStore) -> None:
         assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
 
-def test_one_writer(store: SqliteStore) -> None:
+def test_one_writer(store: SqliteKit) -> None:
     """A journal of another writer is refused, and stays as it was."""
     store.open(writer="a")[0].close()
     with pytest.raises(JournalUnusable, match="is of sidecar 'a', not 'b'"):
@@ -100,7 +98,7 @@ def test_one_writer(store: SqliteStore) -> None:
     assert (found.head.epoch, found.head.index) == (2, 2)
 
 
-def test_newer_schema(store: SqliteStore) -> None:
+def test_newer_schema(store: SqliteKit) -> None:
     """A journal that a newer sidecar has written is refused, not guessed at."""
     with store.opened() as journal:
         journal._db.pragma("user_version", len(MIGRATIONS) + 1)
@@ -108,7 +106,7 @@ def test_newer_schema(store: SqliteStore) -> None:
         store.open()
 
 
-def test_an_older_version_is_brought_up(store: SqliteStore) -> None:
+def test_an_older_version_is_brought_up(store: SqliteKit) -> None:
     """A journal of the first version opens, keeps its record, and can do what only a newer one can."""
     with store.opened() as journal:
         journal.append_many([admission()], store.clock.millis)
@@ -123,7 +121,7 @@ def test_an_older_version_is_brought_up(store: SqliteStore) -> None:
         assert item.verified is None
 
 
-def test_foreign_files(store: SqliteStore) -> None:
+def test_foreign_files(store: SqliteKit) -> None:
     """Another program's database, a file that is none, and a folder that is missing are refused with words for each."""
     db = apsw.Connection(str(store.path))
     db.execute("CREATE TABLE something (x)")
@@ -134,21 +132,21 @@ def test_foreign_files(store: SqliteStore) -> None:
     with pytest.raises(JournalUnusable, match="is not a journal"):
         store.open()
     with pytest.raises(JournalUnusable, match="nor does its folder"):
-        SqliteStore(store.path.parent / "missing" / "journal.db").open()
+        SqliteKit(store.path.parent / "missing" / "journal.db").open()
 
 
-def test_interrupted_creation(store: SqliteStore) -> None:
+def test_interrupted_creation(store: SqliteKit) -> None:
     """A process that died between making the file and its first commit is no obstacle."""
     store.path.touch(mode=0o600)
     store.open()[0].close()
     db = apsw.Connection(str(other := store.path.with_name("other.db")))
     db.pragma("journal_mode", "WAL")
     db.close()
-    with SqliteStore(other).opened() as journal:
+    with SqliteKit(other).opened() as journal:
         assert (journal.head.epoch, journal._db.pragma("application_id")) == (1, APPLICATION_ID)
 
 
-def test_durability_settings(store: SqliteStore) -> None:
+def test_durability_settings(store: SqliteKit) -> None:
     """Every commit is synced, the log beside the file is bounded, and checkpoints happen only when we say so."""
     with store.opened() as journal:
         assert journal._db.pragma("synchronous") == 2
@@ -157,7 +155,7 @@ def test_durability_settings(store: SqliteStore) -> None:
         assert journal._db.pragma("journal_size_limit") == WAL_BYTES_MAX
 
 
-def test_checkpoint(store: SqliteStore) -> None:
+def test_checkpoint(store: SqliteKit) -> None:
     """The write-ahead log is copied into the file when nobody waits, or when it is very long, and then begins anew."""
     wal = store.path.with_name(store.path.name + "-wal")
     with store.opened() as journal:
@@ -173,7 +171,7 @@ def test_checkpoint(store: SqliteStore) -> None:
         assert journal._wal_pages < 100
 
 
-def test_damaged_end(store: SqliteStore) -> None:
+def test_damaged_end(store: SqliteKit) -> None:
     """A journal whose newest entry is not what its hash says is refused at once."""
     with store.opened() as journal:
         journal._db.execute("UPDATE entries SET entry_hash = zeroblob(32) WHERE entry_index = 1")
@@ -181,7 +179,7 @@ def test_damaged_end(store: SqliteStore) -> None:
         store.open()
 
 
-def test_expired_keys_are_purged(store: SqliteStore) -> None:
+def test_expired_keys_are_purged(store: SqliteKit) -> None:
     """Keys that have expired go in small steps as new ones come; others stay."""
     store.configure(idempotency_ttl_seconds=1)
     with store.opened() as journal:
@@ -209,7 +207,7 @@ def test_settings() -> None:
 # No room.
 
 
-def fill(journal: SqliteJournal, tokens: int = 2_000) -> int:
+def fill(journal: SqliteStore, tokens: int = 2_000) -> int:
     """Admit until there is no room; how many were admitted."""
     admitted = 0
     while True:
@@ -220,7 +218,7 @@ def fill(journal: SqliteJournal, tokens: int = 2_000) -> int:
         admitted += 1
 
 
-def test_bound(store: SqliteStore) -> None:
+def test_bound(store: SqliteKit) -> None:
     """At journal_bytes_max admissions and verdicts find no room and change nothing; outcomes do, within the reserve."""
     store.configure(journal_bytes_max=1 << 20, reserve_bytes=128 << 10)
     with store.opened() as journal:
@@ -239,7 +237,7 @@ def test_bound(store: SqliteStore) -> None:
     assert faults(store) == []
 
 
-def test_outcomes_find_a_bound_too(store: SqliteStore) -> None:
+def test_outcomes_find_a_bound_too(store: SqliteKit) -> None:
     """Outcomes that exceed even the reserve are refused whole, and fit when room returns."""
     store.configure(journal_bytes_max=512 << 10, reserve_bytes=64 << 10)
     with store.opened() as journal:
@@ -252,7 +250,7 @@ def test_outcomes_find_a_bound_too(store: SqliteStore) -> None:
         assert journal.restore_reserve()
 
 
-def test_reserve(store: SqliteStore) -> None:
+def test_reserve(store: SqliteKit) -> None:
     """The reserve is real disk space; without it only outcomes are taken, until it is restored."""
     store.configure(reserve_bytes=1 << 20)
     reserve = store.path.with_name("journal.db.reserve")
@@ -269,7 +267,7 @@ def test_reserve(store: SqliteStore) -> None:
         assert len(journal.append_many([admission()], 1)[0].entries) == 1
 
 
-def test_reserve_larger_than_the_disk(store: SqliteStore) -> None:
+def test_reserve_larger_than_the_disk(store: SqliteKit) -> None:
     """Where the reserve cannot be had the journal opens and is read, takes outcomes, and refuses new work."""
     with store.opened() as journal:
         (entry,) = journal.append_many([admission()], 1)[0].entries
@@ -286,12 +284,12 @@ def test_reserve_larger_than_the_disk(store: SqliteStore) -> None:
 # Verification.
 
 
-def faults(store: SqliteStore) -> list[str]:
+def faults(store: SqliteKit) -> list[str]:
     return [fault for page in verify_journal(store.path) for fault in page.faults]
 
 
 @pytest.fixture(name="written")
-def _written(store: SqliteStore) -> SqliteStore:
+def _written(store: SqliteKit) -> SqliteKit:
     """OPENED, ADMITTED 1 to 3 (one batch), COMPLETED 1, FAILED 2, OPENED."""
     with store.opened() as journal:
         entries = journal.append_many([admission(item(1), item(2), item(3))], 1)[0].entries
@@ -300,7 +298,7 @@ def _written(store: SqliteStore) -> SqliteStore:
     return store
 
 
-def test_verify(written: SqliteStore) -> None:
+def test_verify(written: SqliteKit) -> None:
     """A journal as it was written has no faults, and verifying it adds nothing to it."""
     pages = list(verify_journal(written.path))
 
@@ -308,7 +306,7 @@ def test_verify(written: SqliteStore) -> None:
     assert list(verify_journal(written.path)) == pages
 
 
-def forge(store: SqliteStore, index: int, /, **fields: object) -> None:
+def forge(store: SqliteKit, index: int, /, **fields: object) -> None:
     """Change an entry's header and hash everything after it anew, as somebody with the file and this program could."""
     db = apsw.Connection(str(store.path))
     hashes: dict[int, bytes] = dict(list(db.execute("SELECT entry_index, entry_hash FROM entries")))
@@ -326,13 +324,13 @@ def forge(store: SqliteStore, index: int, /, **fields: object) -> None:
     db.close()
 
 
-def execute(store: SqliteStore, statement: str, *values: object) -> None:
+def execute(store: SqliteKit, statement: str, *values: object) -> None:
     db = apsw.Connection(str(store.path))
     db.execute(statement, values)
     db.close()
 
 
-def test_verify_finds_changed_bytes(written: SqliteStore) -> None:
+def test_verify_finds_changed_bytes(written: SqliteKit) -> None:
     """1: an entry that was changed, taken out or whose payload was changed is found; a payload that was dropped is no fault."""
     execute(written, "DELETE FROM payloads WHERE entry_index = 3")
     assert faults(written) == []
@@ -366,7 +364,7 @@ def test_verify_finds_changed_bytes(written: SqliteStore) -> None:
         (5, {"payload_digest": payload_digest(b"")}, "payload: is not what payload_digest was taken of"),
     ],
 )
-def test_verify_finds_forgeries(written: SqliteStore, index: int, fields: dict[str, object], fault: str) -> None:
+def test_verify_finds_forgeries(written: SqliteKit, index: int, fields: dict[str, object], fault: str) -> None:
     """2 to 5: what breaks an invariant is found, also where all hashes were made to fit."""
     forge(written, index, **fields)
 
@@ -374,14 +372,14 @@ def test_verify_finds_forgeries(written: SqliteStore, index: int, fields: dict[s
     assert any(re.fullmatch(rf"entry {n}, [A-Z]+: {fault}", line) for line in found for n in (index, index + 1)), found
 
 
-def test_verify_finds_a_forged_index(written: SqliteStore) -> None:
+def test_verify_finds_a_forged_index(written: SqliteKit) -> None:
     """2: an entry whose header has another index than its place is found, and ends the reading."""
     forge(written, 3, index=9)
     with pytest.raises(JournalUnusable, match="entry 3: its header says 9"):
         faults(written)
 
 
-def test_verify_refuses_what_it_cannot_read(written: SqliteStore) -> None:
+def test_verify_refuses_what_it_cannot_read(written: SqliteKit) -> None:
     """A file that is in use, or whose entries are no messages, cannot be verified, and says so."""
     with written.opened(), pytest.raises(JournalUnusable, match="in use"):
         faults(written)

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from ostinato.chain import GENESIS, entry_hash
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal import Binding, Draft, Head, Outcome, Sealed
-from sidecar.journal.known import Known, Needs, needs
-from sidecar.journal.ledger import NUMBER_MAX, Ledger
-from sidecar.journal.verify import Checker
+from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs, needs
+from sidecar.journal.maintenance import Checker
+from sidecar.journal.model import Binding, Draft, Head, Outcome, Sealed
 from tests.sidecar.journal_kit import ABOUT_AN_ITEM, LOG_ID, admission, audit, completed, ended, item
 
 EMPTY = Head(LOG_ID, "writer", 1, 0, GENESIS, 0)

@@ -16,9 +16,9 @@ from ostinato.errors import JournalUnavailable
 from serving.program import StartupError
 
 from sidecar.config import Settings
-from sidecar.journal import JournalBroken
-from sidecar.journal.postgres import PostgresJournal
-from sidecar.journal.sqlite import SqliteJournal
+from sidecar.journal.model import JournalBroken
+from sidecar.journal.postgres import PostgresStore
+from sidecar.journal.sqlite import SqliteStore
 from sidecar.opening import open_journal, reading
 from tests.pair import Program
 from tests.postgres import Postgres
@@ -30,7 +30,7 @@ def test_a_path_is_a_file(tmp_path: Path) -> None:
     backend, opened = open_journal(Settings(journal=str(tmp_path / "new" / "journal.sqlite"), journal_reserve_bytes=0), 0)
     backend.close()
 
-    assert isinstance(backend, SqliteJournal)
+    assert isinstance(backend, SqliteStore)
     assert (opened.head.writer, opened.head.epoch) == ("ostinato-0", 1)
 
 
@@ -41,7 +41,7 @@ def test_a_url_is_a_database(postgres: Postgres, scheme: str) -> None:
     backend, opened = open_journal(Settings(journal=url, writer="w"), 0)
     backend.close()
 
-    assert isinstance(backend, PostgresJournal)
+    assert isinstance(backend, PostgresStore)
     assert (opened.head.writer, opened.head.epoch) == ("w", 1)
 
 

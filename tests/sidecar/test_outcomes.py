@@ -17,16 +17,16 @@ from ostinato.v1 import generation_pb2, types_pb2
 from sidecar.calls import Unary
 from sidecar.core import effects as do
 from sidecar.core import events as ev
-from sidecar.journal import Outcome, Sealed
-from sidecar.journal.grouped import GroupedJournal
-from sidecar.journal.settings import SqliteSettings
+from sidecar.journal.model import Outcome, Sealed
+from sidecar.journal.sqlite import SqliteSettings
+from sidecar.journal.writer import Journal
 from sidecar.metrics import Metrics
 from sidecar.observer import Observer
 from sidecar.outcomes import Outcomes
 from sidecar.results import ended_payload, outcome_kind
 from sidecar.work import Work
 from tests.sidecar.held_kit import account
-from tests.sidecar.journal_kit import SqliteStore, admission, completed, ended, item
+from tests.sidecar.journal_kit import SqliteKit, admission, completed, ended, item
 
 
 class Host:
@@ -51,11 +51,11 @@ class Host:
 
 
 @pytest.fixture(name="journal")
-async def _journal(tmp_path: Path) -> AsyncIterator[GroupedJournal]:
+async def _journal(tmp_path: Path) -> AsyncIterator[Journal]:
     """One that keeps no payload of an unkeyed item that has ended."""
     settings = SqliteSettings(reserve_bytes=0, digests_only=True)
-    store = SqliteStore(tmp_path / "journal.db", settings=settings)
-    journal = GroupedJournal(store.open()[0], now_millis=store.clock.now_millis)
+    store = SqliteKit(tmp_path / "journal.db", settings=settings)
+    journal = Journal(store.open()[0], now_millis=store.clock.now_millis)
     yield journal
     await journal.close()
 
@@ -78,7 +78,7 @@ def abandoned(admitted: Sealed) -> Outcome:
         (completed, "PAYLOAD_PRUNED"),
     ],
 )
-async def test_another_outcome_whose_payload_was_dropped(journal: GroupedJournal, first: Any, reason: str) -> None:
+async def test_another_outcome_whose_payload_was_dropped(journal: Journal, first: Any, reason: str) -> None:
     """Where another sidecar's outcome came first and its payload is dropped already, callers are told what its header says,
     and the item ends here as any other."""
     (admitted,) = (await journal.append(admission(item(1)))).entries
@@ -100,7 +100,7 @@ async def test_another_outcome_whose_payload_was_dropped(journal: GroupedJournal
     assert (host.works, host.told) == ({}, [ev.Ended(1)])
 
 
-async def test_a_collision_is_told(journal: GroupedJournal, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_collision_is_told(journal: Journal, caplog: pytest.LogCaptureFixture) -> None:
     """Two unseeded items with one answer are logged once, with what is known of the choice that the answer took."""
     unused = cast(Any, SimpleNamespace())
     host, observer = Host(), Observer(Metrics(CollectorRegistry()), lambda kind, reason: None)

@@ -13,7 +13,7 @@ from serving.auth import CALLER, Identity, Role
 
 from sidecar.config import Settings
 from sidecar.held import Held
-from sidecar.journal import Head
+from sidecar.journal.model import Head
 from sidecar.reading import SequencerServicer
 
 

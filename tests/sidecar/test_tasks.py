@@ -6,9 +6,9 @@ import asyncio
 from pathlib import Path
 from typing import Any, cast
 
-from sidecar.journal import JournalBroken, Sealed
-from sidecar.journal.grouped import GroupedJournal
-from tests.sidecar.journal_kit import SqliteStore, admission
+from sidecar.journal.model import JournalBroken, Sealed
+from sidecar.journal.writer import Journal
+from tests.sidecar.journal_kit import SqliteKit, admission
 
 
 async def test_a_commit_that_cannot_be_counted(tmp_path: Path) -> None:
@@ -19,10 +19,10 @@ async def test_a_commit_that_cannot_be_counted(tmp_path: Path) -> None:
         if entries:
             raise ZeroDivisionError
 
-    store = SqliteStore(tmp_path / "journal.db")
+    store = SqliteKit(tmp_path / "journal.db")
     seen: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: seen.append(context))
-    journal = GroupedJournal(store.open()[0], now_millis=store.clock.now_millis, on_entries=cast(Any, failing))
+    journal = Journal(store.open()[0], now_millis=store.clock.now_millis, on_entries=cast(Any, failing))
     await journal.append(admission())
 
     reason = await asyncio.wait_for(asyncio.shield(journal.broken), 10)

@@ -22,9 +22,9 @@ from ostinato.v1 import generation_pb2
 
 from sidecar.__main__ import Sidecar
 from sidecar.config import Settings
-from sidecar.journal import Opened
-from sidecar.journal.committer import Backend
-from sidecar.journal.grouped import GroupedJournal
+from sidecar.journal.model import Opened
+from sidecar.journal.store import Store
+from sidecar.journal.writer import Journal
 from sidecar.link import EngineLink
 from tests.simulation.loop import Died, Node
 from tests.simulation.network import Handler, Incoming, Network, Outgoing, rpc_error
@@ -40,10 +40,10 @@ class Seams:
 
     def before_open(self) -> None: ...
 
-    def opened(self, backend: Backend, opened: Opened) -> tuple[Backend, Opened]:
+    def opened(self, backend: Store, opened: Opened) -> tuple[Store, Opened]:
         return backend, opened
 
-    def journal(self, journal: GroupedJournal) -> Any:
+    def journal(self, journal: Journal) -> Any:
         return journal
 
     def link(self, link: EngineLink) -> Any:
@@ -286,7 +286,7 @@ class Process:
         network: Network,
         settings: Settings,
         service: Callable[[], Door | None],
-        open_backend: Callable[[], tuple[Backend, Opened]],
+        open_backend: Callable[[], tuple[Store, Opened]],
         rng: random.Random,
         commit_seconds: tuple[float, float],
         seams: Seams | None = None,
@@ -308,13 +308,13 @@ class Process:
             "sidecar.__main__.Server": lambda *_, **__: door,
             "sidecar.__main__.open_journal": lambda *_: open_backend(),
             "sidecar.__main__.MarkFile": lambda path: types.SimpleNamespace(path=path, write=lambda _: None),
-            "sidecar.__main__.GroupedJournal": lambda *given, **how: seams.journal(GroupedJournal(*given, **how)),
+            "sidecar.__main__.Journal": lambda *given, **how: seams.journal(Journal(*given, **how)),
             "sidecar.__main__.EngineLink": lambda *given, **how: seams.link(EngineLink(*given, **how)),
             "sidecar.__main__.time": clock,
             "sidecar.__main__.wall_millis": lambda: EPOCH_MILLIS + round(loop.time() * 1e3),
-            "sidecar.journal.grouped.time": clock,
-            "sidecar.journal.grouped.threading": types.SimpleNamespace(Thread=thread),
-            "sidecar.journal.grouped.queue": types.SimpleNamespace(
+            "sidecar.journal.writer.time": clock,
+            "sidecar.journal.writer.threading": types.SimpleNamespace(Thread=thread),
+            "sidecar.journal.writer.queue": types.SimpleNamespace(
                 SimpleQueue=lambda: _Jobs(lambda: self._hands), Empty=queue.Empty
             ),
             "grpc.aio.insecure_channel": lambda *_, **__: Channel(network, node, service),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ostinato import errors
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
-from sidecar.journal import Sealed
+from sidecar.journal.model import Sealed
 
 
 @dataclass(slots=True, eq=False)

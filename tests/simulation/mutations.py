@@ -25,11 +25,11 @@ from sidecar.core.item import Item
 from sidecar.core.sequencer import Sequencer
 from sidecar.core.window import Window
 from sidecar.dispatcher import Dispatcher
-from sidecar.journal import Admission, Appended, Binding, Draft, ItemEntries, Outcome, Sealed, schema, sqlite
-from sidecar.journal.grouped import GroupedJournal
-from sidecar.journal.known import Known, needs
-from sidecar.journal.ledger import Ledger
-from sidecar.journal.tables import Tables
+from sidecar.journal import sqlite
+from sidecar.journal.ledger import Known, Ledger, needs
+from sidecar.journal.model import Admission, Appended, Binding, Draft, ItemEntries, Outcome, Sealed
+from sidecar.journal.sqlite import Tables
+from sidecar.journal.writer import Journal
 from sidecar.outcomes import Outcomes
 from sidecar.results import stamp_of
 from tests.simulation.plan import plan_of
@@ -146,9 +146,9 @@ def a_lost_outcome() -> AbstractContextManager[Any]:
 @contextmanager
 def two_outcomes() -> Iterator[None]:
     """Every outcome is appended twice, and the ledger takes both."""
-    append, end = GroupedJournal.append_outcomes, Ledger._end
+    append, end = Journal.append_outcomes, Ledger._end
 
-    async def twice(self: GroupedJournal, outcomes: Sequence[Outcome]) -> list[Appended]:
+    async def twice(self: Journal, outcomes: Sequence[Outcome]) -> list[Appended]:
         await append(self, outcomes)
         return await append(self, outcomes)
 
@@ -156,7 +156,7 @@ def two_outcomes() -> Iterator[None]:
         self._unfinished.add(outcome.admitted.sequence)
         return end(self, outcome)
 
-    with instead(GroupedJournal, "append_outcomes", twice), instead(Ledger, "_end", any_):
+    with instead(Journal, "append_outcomes", twice), instead(Ledger, "_end", any_):
         yield
 
 
@@ -345,10 +345,10 @@ def keys_are_forgotten() -> Iterator[None]:
     def made(self: Ledger, head: Any, known: Known, now_millis: int) -> None:
         init(self, head, replace(known, bindings={}), now_millis)
 
-    async def unbound(self: GroupedJournal, tenant: str, key: str) -> Binding | None:
+    async def unbound(self: Journal, tenant: str, key: str) -> Binding | None:
         return None
 
-    with instead(Ledger, "__init__", made), instead(GroupedJournal, "binding", unbound):
+    with instead(Ledger, "__init__", made), instead(Journal, "binding", unbound):
         yield
 
 
@@ -397,7 +397,7 @@ def numbers_are_told_too_early() -> AbstractContextManager[Any]:
 @breaks(7, file=True)
 def answers_before_they_are_durable() -> AbstractContextManager[Any]:
     """The journal answers, and commits with the next group."""
-    append_many = sqlite.SqliteJournal.append_many
+    append_many = sqlite.SqliteStore.append_many
     held: dict[int, list[Draft]] = {}
 
     def later(self: Any, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
@@ -409,15 +409,16 @@ def answers_before_they_are_durable() -> AbstractContextManager[Any]:
         ledger = Ledger(self.head, self._tables.known(needs(drafts), now_millis), now_millis)
         return [ledger.append(draft) for draft in drafts]
 
-    return instead(sqlite.SqliteJournal, "append_many", later)
+    return instead(sqlite.SqliteStore, "append_many", later)
 
 
 @breaks(7, file=True)
 def the_disk_is_not_synced() -> AbstractContextManager[Any]:
     """Commits are left to the operating system."""
+    connect = sqlite.connect
 
     def unsynced(*arguments: Any) -> apsw.Connection:
-        db = schema.connect(*arguments)
+        db = connect(*arguments)
         db.pragma("synchronous", "OFF")
         return db
 

@@ -1,7 +1,7 @@
 """The places where a sidecar can die: before and after every step at a seam between its parts, and a run that dies there.
 
-The seams are the product's own protocols, so that a method that is added to one has its points at once: Journal (what becomes
-durable), Backend (what reaches the disk), EngineLink and its Listener (what passes to and from the service), and the door. With
+The seams are the product's own types, so that a method that is added to one has its points at once: Journal (what becomes
+durable), Store (what reaches the disk), EngineLink and its Listener (what passes to and from the service), and the door. With
 PostgreSQL there is one more, PostgresTables (what is asked of the server); there the line can break too, or the server die.
 """
 
@@ -21,18 +21,18 @@ import psycopg
 from ostinato.chain import OUTCOMES
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
-from sidecar.journal import Admission, Audit, Draft, Journal, Note, Opened, Outcome
-from sidecar.journal.committer import Backend
-from sidecar.journal.database import Connection
 from sidecar.journal.ledger import Ledger
-from sidecar.journal.postgres_tables import PostgresTables
+from sidecar.journal.model import Admission, Audit, Draft, Note, Opened, Outcome
+from sidecar.journal.postgres import Connection, PostgresTables
+from sidecar.journal.store import Store
+from sidecar.journal.writer import Journal
 from sidecar.link import EngineLink, Listener
 from tests.simulation.edges import Seams
 from tests.simulation.history import History
 from tests.simulation.loop import Died, Node
 from tests.simulation.plan import Fault, Job, Plan
 from tests.simulation.postgres_log import PostgresLog, cut
-from tests.simulation.stores import Store
+from tests.simulation.stores import Log
 from tests.simulation.world import World
 
 DRAFTS = {"admission": Admission, "outcome": Outcome, "audit": Audit, "note": Note}
@@ -62,7 +62,7 @@ def methods(seam: type) -> list[str]:
 
 SEAMS: dict[str, type] = {
     "journal": Journal,
-    "backend": Backend,
+    "backend": Store,
     "database": PostgresTables,
     "link": EngineLink,
     "listener": Listener,
@@ -193,7 +193,7 @@ class Points(Seams):
     def before_open(self) -> None:
         self.reach("before", ["backend.open"])
 
-    def opened(self, backend: Backend, opened: Opened) -> tuple[Backend, Opened]:
+    def opened(self, backend: Store, opened: Opened) -> tuple[Store, Opened]:
         self.reach("after", ["backend.open"])
         pointed: Any = _Pointed(backend, "backend", self)
         return pointed, opened
@@ -251,7 +251,7 @@ def plan() -> Plan:
     )
 
 
-def struck(store: Store, *blows: Blow) -> tuple[History, Counter[str]]:
+def struck(store: Log, *blows: Blow) -> tuple[History, Counter[str]]:
     """What came of a run to which this happened; and how often it came by each point."""
     reached, history, newest = Counter[str](), History(), list[Points]()
 
@@ -263,6 +263,5 @@ def struck(store: Store, *blows: Blow) -> tuple[History, Counter[str]]:
         return _Pointed(PostgresTables(db), "database", newest[-1])
 
     with ExitStack() as stack:
-        for module in ("postgres", "postgres_reads"):
-            stack.enter_context(mock.patch(f"sidecar.journal.{module}.PostgresTables", tables))
+        stack.enter_context(mock.patch("sidecar.journal.postgres.PostgresTables", tables))
         return World(plan(), store, history, seams).run(), reached

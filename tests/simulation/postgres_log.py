@@ -14,11 +14,9 @@ from typing import Any
 
 import psycopg
 
-from sidecar.journal import Opened, Sealed
-from sidecar.journal.committer import Backend
-from sidecar.journal.postgres import PostgresJournal
-from sidecar.journal.postgres_tables import PostgresTables
-from sidecar.journal.settings import PostgresSettings
+from sidecar.journal.model import Opened, Sealed
+from sidecar.journal.postgres import PostgresSettings, PostgresStore, PostgresTables
+from sidecar.journal.store import Store
 from tests.postgres import Postgres
 from tests.simulation.loop import NOBODY
 from tests.simulation.stores import ALL, LOG_ID, VERSION, WRITER
@@ -39,11 +37,11 @@ class PostgresLog:
     def __init__(self, server: Postgres) -> None:
         self._server = server
         self._url = server.url(server.schema())
-        self._opened: list[PostgresJournal] = []
+        self._opened: list[PostgresStore] = []
         self._full = self._down = False
 
-    def open(self, now_millis: int) -> tuple[Backend, Opened]:
-        journal, opened = PostgresJournal.open(
+    def open(self, now_millis: int) -> tuple[Store, Opened]:
+        journal, opened = PostgresStore.open(
             self._url,
             writer=WRITER,
             version=VERSION,
@@ -55,7 +53,7 @@ class PostgresLog:
         self._opened.append(journal)
         return journal, opened
 
-    def crash(self, backend: Backend | None, rng: random.Random, *, power: bool) -> None:
+    def crash(self, backend: Store | None, rng: random.Random, *, power: bool) -> None:
         self.darken()
 
     def darken(self) -> None:

@@ -21,7 +21,8 @@ from ostinato.chain import GENESIS, OUTCOMES
 from ostinato.errors import JournalFull
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal import (
+from sidecar.journal.ledger import Known, Ledger, needs
+from sidecar.journal.model import (
     Admission,
     Appended,
     Binding,
@@ -34,11 +35,8 @@ from sidecar.journal import (
     Sealed,
     Unfinished,
 )
-from sidecar.journal.committer import Backend
-from sidecar.journal.known import Known, needs
-from sidecar.journal.ledger import Ledger
-from sidecar.journal.settings import SqliteSettings
-from sidecar.journal.sqlite import SqliteJournal
+from sidecar.journal.sqlite import SqliteSettings, SqliteStore
+from sidecar.journal.store import Store
 from tests.sidecar.journal_disk import Disk, PowerLost
 
 WRITER, VERSION = "ostinato-0", "simulated"
@@ -47,17 +45,17 @@ ALL = 1 << 30
 KEY_TTL_MILLIS = 86_400_000
 
 
-class Store(Protocol):
+class Log(Protocol):
     """One log, opened by one sidecar after the other, or by several."""
 
     shared: bool
     """Whether a second sidecar can open it while the first is there."""
 
-    def open(self, now_millis: int) -> tuple[Backend, Opened]:
+    def open(self, now_millis: int) -> tuple[Store, Opened]:
         """A new epoch."""
         ...
 
-    def crash(self, backend: Backend | None, rng: random.Random, *, power: bool) -> None:
+    def crash(self, backend: Store | None, rng: random.Random, *, power: bool) -> None:
         """The sidecar with this backend died; with the power, the whole machine did."""
         ...
 
@@ -87,9 +85,9 @@ class SqliteLog:
         self.disk = Disk()
         self._path = folder / "journal.sqlite"
 
-    def open(self, now_millis: int) -> tuple[Backend, Opened]:
+    def open(self, now_millis: int) -> tuple[Store, Opened]:
         try:
-            return SqliteJournal.open(
+            return SqliteStore.open(
                 self._path,
                 writer=WRITER,
                 version=VERSION,
@@ -102,7 +100,7 @@ class SqliteLog:
             # Out of a close, where SQLite's own file layer keeps it to itself and one in Python cannot.
             raise JournalUnusable(str(error)) from error
 
-    def crash(self, backend: Backend | None, rng: random.Random, *, power: bool) -> None:
+    def crash(self, backend: Store | None, rng: random.Random, *, power: bool) -> None:
         # SQLite must not tidy up on its way out: nobody does who is killed.
         self.disk.dark = True
         if backend is not None:
@@ -153,7 +151,7 @@ class SharedLog:
     full: bool = False
     dark_after: int = -1
 
-    def open(self, now_millis: int) -> tuple[Backend, Opened]:
+    def open(self, now_millis: int) -> tuple[Store, Opened]:
         self.operate()
         self.epoch += 1
         ledger = Ledger(self.head(), Known(), now_millis)
@@ -184,7 +182,7 @@ class SharedLog:
         self.left += [(now_millis + lease_millis, entry) for entry in ledger.entries[1:]]
         return ledger.entries[0].header.index, ledger.entries[-1].header.index
 
-    def crash(self, backend: Backend | None, rng: random.Random, *, power: bool) -> None:
+    def crash(self, backend: Store | None, rng: random.Random, *, power: bool) -> None:
         self.dark_after = -1
 
     def darken(self) -> None: ...
@@ -308,7 +306,7 @@ class _SharedBackend:
 class Watched:
     """A backend, and somebody who is told when what is safe, and when the power went in the middle of it."""
 
-    def __init__(self, backend: Backend, durable: Callable[[int, int], None], lost_power: Callable[[], None]) -> None:
+    def __init__(self, backend: Store, durable: Callable[[int, int], None], lost_power: Callable[[], None]) -> None:
         """`durable` is given the first and the last index of what a commit has made safe."""
         self._backend, self._durable, self._lost_power = backend, durable, lost_power
 

@@ -13,7 +13,7 @@ from tests.postgres import Postgres
 from tests.simulation.points import NOT_REACHED, POINTS, SEAMS, Blow, methods, struck
 from tests.simulation.postgres_log import PostgresLog
 from tests.simulation.promises import broken
-from tests.simulation.stores import SqliteLog, Store
+from tests.simulation.stores import Log, SqliteLog
 
 
 def about(*steps: str) -> list[str]:
@@ -38,7 +38,7 @@ class Logs:
         self._made = 0
         self.reached = cache(self._reached)
 
-    def new(self, backend: str) -> Store:
+    def new(self, backend: str) -> Log:
         if backend == "postgres":
             return PostgresLog(self._server())
         self._made += 1

@@ -28,9 +28,9 @@ from service.engines.scripted import ScriptedEngine, parse
 from service.observe import Metrics
 from service.stream import NAME, EngineServicer, Workers
 from sidecar.config import Settings
-from sidecar.journal import JournalBroken, JournalUnusable, Opened, Unfinished
-from sidecar.journal.committer import Backend
-from sidecar.journal.grouped import _Look
+from sidecar.journal.model import JournalBroken, JournalUnusable, Opened, Unfinished
+from sidecar.journal.store import Store
+from sidecar.journal.writer import _Poll
 from tests.sidecar.journal_disk import PowerLost
 from tests.simulation.clients import Clients
 from tests.simulation.edges import EPOCH_MILLIS, Process, Seams
@@ -38,7 +38,7 @@ from tests.simulation.history import History, Stream, Submission
 from tests.simulation.loop import Deadlock, Died, Node, VirtualLoop
 from tests.simulation.network import Handler, Network, Outgoing
 from tests.simulation.plan import SECONDS, Fault, Plan
-from tests.simulation.stores import SharedLog, SqliteLog, Store, Watched
+from tests.simulation.stores import Log, SharedLog, SqliteLog, Watched
 from tests.simulation.watching import BLOCK_TOKENS, RecordingEngine, ServiceDoor
 
 RESTART_SECONDS = (0.1, 2.0)
@@ -47,7 +47,7 @@ RESTART_SECONDS = (0.1, 2.0)
 class World:
     """One run of one plan. `history` is what came of it."""
 
-    def __init__(self, plan: Plan, store: Store, history: History, seams: Callable[[World, Node], Seams] | None = None) -> None:
+    def __init__(self, plan: Plan, store: Log, history: History, seams: Callable[[World, Node], Seams] | None = None) -> None:
         """`seams` is asked for what stands between the parts of each sidecar."""
         self._seams = seams or (lambda world, node: Seams())
         self.plan, self.store, self.history = plan, store, history
@@ -61,7 +61,7 @@ class World:
         self.sidecar: Process | None = None
         """The one that clients find."""
         self.sidecars: list[Process] = []
-        self._backends: dict[Node, Backend] = {}
+        self._backends: dict[Node, Store] = {}
         self.service: ServiceDoor | None = None
         self._services = 0
         self._model = "model-0"
@@ -243,7 +243,7 @@ class World:
             self._watch_takeovers(process)
         self._keep(node.spawn(self._run(process)))
 
-    def _open(self, node: Node, seams: Seams) -> tuple[Backend, Opened]:
+    def _open(self, node: Node, seams: Seams) -> tuple[Store, Opened]:
         seams.before_open()
         backend, opened = self.store.open(EPOCH_MILLIS + round(self.loop.time() * 1e3))
         # What a sidecar that is gone has written, and could not tell anybody of, counts from now on.
@@ -391,7 +391,7 @@ class World:
     def _look_at_leases(self) -> None:
         """A sidecar looks at them from time to time; this one does it now."""
         if self.sidecar is not None and not self.sidecar.node.dead:
-            self.sidecar.program.journal._jobs.put(_Look())
+            self.sidecar.program.journal._jobs.put(_Poll())
 
     def _watch_takeovers(self, process: Process) -> None:
         """Note when it is told that items are its own from now on. Often the engine is lost then, while they wait behind newer
@@ -463,7 +463,7 @@ def simulate(plan: Plan, *, trace: bool = False) -> History:
 
 
 @contextlib.contextmanager
-def store_of(plan: Plan) -> Iterator[Store]:
+def store_of(plan: Plan) -> Iterator[Log]:
     if plan.shared:
         yield SharedLog()
         return

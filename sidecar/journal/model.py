@@ -1,0 +1,203 @@
+"""The types of the journal: drafts that are to be appended, entries that are recorded, and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ostinato.errors import Disconnected
+from ostinato.v1 import sequencer_pb2, types_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A batch that wants numbers."""
+
+    items: tuple[sequencer_pb2.AdmittedPayload, ...]
+    """In the request's order. Key, request digest and tenant are filled in from here; where seed_derived is set, so is the
+    seed."""
+    request_digest: bytes
+    key: str = ""
+    """Empty: none. With a key that is bound already nothing is appended."""
+    tenant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The end of an item; the first one that is durable wins."""
+
+    admitted: types_pb2.EntryHeader
+    kind: types_pb2.EntryKind.ValueType
+    attempt: int
+    payload: sequencer_pb2.CompletedPayload | sequencer_pb2.EndedPayload
+    """Of a COMPLETED one, the twin's comparison is filled in from here."""
+    fingerprint_digest: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """A comparison's verdict about an item. One of kind VERIFY belongs to the item's answer: `ItemEntries.verified`."""
+
+    admitted: types_pb2.EntryHeader
+    """Of a canary, which was never admitted: only seed and input_digest are set."""
+    comparison: types_pb2.Comparison
+    fingerprint_digest: bytes = b""
+    """Of the second run."""
+    grade: types_pb2.Grade.ValueType = types_pb2.GRADE_UNSPECIFIED
+    """What was promised: that of the item's COMPLETED entry, unless the second run's was lower."""
+    canary: str = ""
+    """Its name; empty: it is about an item."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something to be remembered beside the chain, until another note of the same name replaces it. No entry, no hash."""
+
+    name: str
+    """A path, `kind/…`: what is asked for together begins alike."""
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Where a journal stood, as remembered outside of it."""
+
+    log_id: str
+    index: int
+    entry_hash: bytes
+    last_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """The journal's end was lost, numbers with it. They are not given out again."""
+
+    through: int
+    """The newest sequence that may have been given out; not below the journal's own."""
+    mark: Mark | None = None
+    """What shows that it is lost."""
+
+
+FINGERPRINTS = "fingerprint/"
+"""Of the names of notes that hold a Fingerprint; its digest follows, in hexadecimal."""
+
+Draft = Admission | Outcome | Audit | Note | Loss
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """An entry in its place."""
+
+    header: types_pb2.EntryHeader
+    previous_hash: bytes
+    entry_hash: bytes
+    payload: bytes
+    """As recorded; empty if it was dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What an idempotency key stands for."""
+
+    request_digest: bytes
+    first_sequence: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """What became of a draft."""
+
+    entries: tuple[Sealed, ...]
+    """Empty for a Note, and where the key was bound or another outcome came first."""
+    binding: Binding | None = None
+    """Of an Admission whose key was bound before."""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemEntries:
+    """What is recorded of one item."""
+
+    admitted: Sealed
+    outcome: Sealed | None = None
+    verified: Sealed | None = None
+    """The AUDITED entry of kind VERIFY."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Where the journal stands."""
+
+    log_id: str
+    writer: str
+    epoch: int
+    index: int
+    entry_hash: bytes
+    last_sequence: int
+
+    @property
+    def mark(self) -> Mark:
+        return Mark(self.log_id, self.index, self.entry_hash, self.last_sequence)
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """An item without an outcome, which is now this writer's to finish."""
+
+    admitted: Sealed
+    attempt: int
+    """Of its next submission: higher than that of any before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What opening a journal finds."""
+
+    head: Head
+    """After this epoch's OPENED entry."""
+    unfinished: tuple[Unfinished, ...] = field(default=())
+    """Ascending."""
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """What a journal is of, and where it stands."""
+
+    log_id: str
+    writers: Mapping[str, int]
+    """The newest epoch of each, by name."""
+    index: int
+    entry_hash: bytes
+    last_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An idempotency key that is bound."""
+
+    tenant: str
+    key: str
+    request_digest: bytes
+    first_sequence: int
+    count: int
+    expires_millis: int | None
+    """None: an item of its batch has not ended, or it is bound for good."""
+
+
+class JournalBroken(Disconnected):
+    """What is durable is not known, or not ours any more (fenced): end the process and recover.
+
+    Callers are told that their call is lost, and why only in the log.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__("the sidecar has to recover", retry_after=1.0)
+        self.args = (why,)
+
+
+class CommitUnknown(Exception):
+    """The database was lost during a commit. Whoever appends the same drafts again is told what became of them."""
+
+
+class JournalUnusable(Exception):
+    """The journal cannot be opened; the message says why and what to do."""

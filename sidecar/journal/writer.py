@@ -1,0 +1,487 @@
+"""The group commit: one thread appends all drafts that wait in one transaction, and reads in between.
+
+`Committer` decides what is committed together and what happens when there is no room. `Journal` gives it a thread. The
+rest of the sidecar calls `Journal`.
+
+    not full --no room, no database--> full, the reserve released --room again, nothing deferred, reserve restored--> not full
+
+While the journal is full only outcomes are appended. Those that find no room are deferred, in order, and go first when there is
+room. Drafts whose commit is in doubt go before them: they are answered when it is known whether they are durable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from ostinato.errors import JournalFull, JournalUnavailable
+
+from sidecar.journal.model import (
+    Admission,
+    Appended,
+    Audit,
+    Binding,
+    CommitUnknown,
+    Draft,
+    Head,
+    ItemEntries,
+    JournalBroken,
+    Loss,
+    Note,
+    Outcome,
+    Sealed,
+    Unfinished,
+)
+from sidecar.journal.store import Store
+
+T = TypeVar("T")
+Refusal = JournalFull | JournalUnavailable
+
+DEFERRED_GROUP = 16
+"""Deferred outcomes in one commit: few, so that little room is of use."""
+
+WHY: Mapping[type[Refusal], str] = {
+    JournalFull: "the journal has no room for new work",
+    JournalUnavailable: "the journal's database cannot be reached",
+}
+"""What callers are told. More of it is in the log."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSettings:
+    """Bounds of a commit, and of what waits for room."""
+
+    commit_drafts_max: int = 256
+    commit_bytes_max: int = 8 << 20
+    """Of payloads; a single draft may be larger."""
+    deferred_outcomes_max: int = 4_096
+    """Outcomes kept in memory while there is no room; one more breaks the journal."""
+    full_retry_seconds: float = 1.0
+    """How often a full journal looks for room, and what refused callers are told to wait."""
+
+    def __post_init__(self) -> None:
+        if (
+            min(self.commit_drafts_max, self.commit_bytes_max) < 1
+            or self.deferred_outcomes_max < 0
+            or self.full_retry_seconds <= 0
+        ):
+            raise ValueError("commit_drafts_max, commit_bytes_max and full_retry_seconds must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class Job(Generic[T]):
+    """A draft, and whatever the caller recognises it by."""
+
+    draft: Draft
+    tag: T
+
+
+@dataclass(slots=True)
+class Round(Generic[T]):
+    """What came of a round of commits."""
+
+    settled: list[tuple[T, Appended | Refusal]] = field(default_factory=list)
+    """By tag. What is deferred is not among them."""
+    commits: list[tuple[float, int, int]] = field(default_factory=list)
+    """Seconds, drafts and payload bytes of each transaction that was durable."""
+
+
+class Committer(Generic[T]):
+    """Appends drafts in the order given. JournalBroken and every other error: nothing is known, do not call again.
+
+    `now_millis` is Unix time for entries and keys; `seconds` is a monotonic clock for looking for room.
+    """
+
+    def __init__(
+        self, store: Store, settings: GroupSettings, now_millis: Callable[[], int], seconds: Callable[[], float]
+    ) -> None:
+        self.full = not store.reserved
+        """Whether all but outcomes is refused."""
+        self._store, self._settings = store, settings
+        self._now_millis, self._seconds = now_millis, seconds
+        self._in_doubt: list[Job[T]] = []
+        self._deferred: list[Job[T]] = []
+        self._why: type[Refusal] = JournalFull
+        self._retry_at = seconds()
+
+    def idle_seconds(self) -> float | None:
+        """How long it may be left alone; None: until there is work."""
+        return max(0.0, self._retry_at - self._seconds()) if self.full else None
+
+    def commit(self, jobs: Sequence[Job[T]]) -> Round[T]:
+        """Append these, after what was deferred before. Without jobs: look for room, if it is time."""
+        done = Round[T]()
+        if not self.full:
+            if not jobs or self._append(jobs, done):
+                return done
+            self._shut()
+            if self._in_doubt:
+                return done
+        due = self._seconds() >= self._retry_at
+        may_fit = due or not (self._in_doubt or self._deferred)
+        for job in jobs:
+            self._defer(job, done)
+        if may_fit:
+            self._append_deferred(done)
+        if len(self._deferred) > self._settings.deferred_outcomes_max:
+            raise JournalBroken(f"no room, and more than {self._settings.deferred_outcomes_max} outcomes wait for it")
+        if due:
+            self.full = bool(self._in_doubt or self._deferred) or not self._store.restore_reserve()
+            self._retry_at = self._seconds() + self._settings.full_retry_seconds
+        return done
+
+    def maintain(self, *, idle: bool) -> Sequence[Unfinished]:
+        """The store's upkeep; it also shows whether there is a database."""
+        try:
+            return self._store.maintain(self._now_millis(), idle=idle)
+        except JournalUnavailable:
+            self._why = JournalUnavailable
+            self._shut()
+            return ()
+
+    def finish(self) -> Round[T]:
+        """Try a last time. What still finds no room is not durable: recovery will find its items unfinished."""
+        done = Round[T]()
+        self._append_deferred(done)
+        return done
+
+    def _shut(self) -> None:
+        self.full = True
+        self._store.release_reserve()
+        self._retry_at = self._seconds() + self._settings.full_retry_seconds
+
+    def _defer(self, job: Job[T], done: Round[T]) -> None:
+        if isinstance(job.draft, Outcome):
+            self._deferred.append(job)
+        else:
+            done.settled.append((job.tag, self._refuse(job.draft)))
+
+    def _append_deferred(self, done: Round[T]) -> None:
+        in_doubt, self._in_doubt = self._in_doubt, []
+        if in_doubt and not self._append(in_doubt, done):
+            if not self._in_doubt:  # they are not durable, and wait or are refused like all others
+                deferred, self._deferred = self._deferred, []
+                for job in in_doubt:
+                    self._defer(job, done)
+                self._deferred += deferred
+            return
+        while self._deferred and not self._in_doubt:
+            group, appended = self._deferred[:DEFERRED_GROUP], self._append(self._deferred[:DEFERRED_GROUP], done)
+            if not appended and not self._in_doubt:
+                return
+            del self._deferred[: len(group)]
+
+    def _append(self, jobs: Sequence[Job[T]], done: Round[T]) -> bool:
+        started = self._seconds()
+        try:
+            appended = self._store.append_many([job.draft for job in jobs], self._now_millis())
+        except (JournalFull, JournalUnavailable) as refusal:
+            self._why = type(refusal)
+            return False
+        except CommitUnknown:
+            self._why, self._in_doubt = JournalUnavailable, list(jobs)
+            return False
+        size = sum(len(entry.payload) for each in appended for entry in each.entries)
+        done.commits.append((self._seconds() - started, len(jobs), size))
+        done.settled += [(job.tag, each) for job, each in zip(jobs, appended, strict=True)]
+        return True
+
+    def _refuse(self, draft: Draft) -> Appended | Refusal:
+        if isinstance(draft, Admission) and draft.key:
+            with suppress(JournalUnavailable):
+                binding = self._store.binding(draft.tenant, draft.key, self._now_millis())
+                if binding is not None:
+                    return Appended((), binding=binding)
+        return self._why(WHY[self._why], retry_after=self._settings.full_retry_seconds)
+
+
+def payload_bytes(draft: Draft) -> int:
+    """What it adds to a commit."""
+    match draft:
+        case Admission():
+            return sum(item.ByteSize() for item in draft.items)
+        case Outcome():
+            return draft.payload.ByteSize()
+        case Audit():
+            return draft.comparison.ByteSize()
+        case Note():
+            return len(draft.value)
+        case Loss():
+            return 0
+
+
+Answer = asyncio.Future[Any]
+OnCommit = Callable[[float, int, int], None]
+OnEntries = Callable[[Sequence[Sealed]], None]
+OnTaken = Callable[[Sequence[Unfinished]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    read: Callable[[], object]
+    answer: Answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Poll:
+    """A caller of `wait` needs to know what other writers append."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Close:
+    pass
+
+
+class Journal:
+    """The journal as the rest of the sidecar sees it, over a store that it owns.
+
+    What `append` returns is durable. Appends take effect in the order of the calls, and so do sequences. A read sees
+    every append that was called before it. Other writers may append in between.
+
+    Raises errors.JournalFull (there is no room for anything but an Outcome; outcomes wait for room instead),
+    errors.JournalUnavailable (the same, while the database cannot be reached; reads raise it too) and JournalBroken (it is not
+    known what is durable, or another process has this writer's name: the process must end and recover; also after `close`).
+
+    Belongs to the event loop that is running when it is made. A caller that is cancelled while it appends loses the answer, not
+    the draft. `on_commit` is called in the loop, after the answers, with a transaction's seconds, drafts and payload bytes;
+    before that, `on_entries` with all that was made durable, in order, none left out; `on_taken` with items of other writers
+    that have become this one's to finish.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        now_millis: Callable[[], int],
+        settings: GroupSettings | None = None,
+        on_commit: OnCommit = lambda seconds, drafts, payload_bytes: None,
+        on_entries: OnEntries = lambda entries: None,
+        on_taken: OnTaken = lambda unfinished: None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.broken: asyncio.Future[JournalBroken] = self._loop.create_future()
+        """Done, with the reason, when the process has to end. Never an exception, never cancelled by us."""
+        self._settings = settings or GroupSettings()
+        self._store, self._now_millis = store, now_millis
+        self._on_commit, self._on_entries, self._on_taken = on_commit, on_entries, on_taken
+        self._committer = Committer[Answer](store, self._settings, now_millis, time.monotonic)
+        self._jobs: queue.SimpleQueue[Job[Answer] | _Read | _Poll | _Close] = queue.SimpleQueue()
+        self._unanswered: dict[Answer, None] = {}
+        self._durable_index = store.head.index
+        self._grown = self._loop.create_future()
+        self._waiting = 0
+        """Calls of `wait`; read by the thread too."""
+        self._over = ""
+        """Why nothing more is taken."""
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._polled_at = 0.0
+        self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
+        self._thread.start()
+
+    @property
+    def full(self) -> bool:
+        """Whether admissions are refused for want of room."""
+        return self._committer.full
+
+    async def append(self, draft: Draft) -> Appended:
+        """Durable on return. Takes its place in the order when it first runs: at once, if awaited."""
+        appended: Appended = await self._put(draft)
+        return appended
+
+    async def append_outcomes(self, outcomes: Sequence[Outcome]) -> list[Appended]:
+        """As `append` of each in turn, at the price of one task."""
+        answers = [self._put(outcome) for outcome in outcomes]
+        return [await answer for answer in answers]
+
+    async def wait(self, index: int) -> None:
+        """Until an entry with this index is durable."""
+        self._waiting += 1
+        try:
+            if self._store.poll_seconds is not None and not self._over:
+                self._jobs.put(_Poll())
+            while self._durable_index < index:
+                if self._over:
+                    raise JournalBroken(self._over)
+                await asyncio.shield(self._grown)
+        finally:
+            self._waiting -= 1
+
+    async def close(self) -> None:
+        """Append what waits, then let go of the database. Calls after this one raise JournalBroken."""
+        if not self._over:
+            self._over = "the journal is closed"
+            self._jobs.put(_Close())
+        await asyncio.shield(self._ended)
+        self._thread.join()
+
+    async def binding(self, tenant: str, key: str) -> Binding | None:
+        return await self._read(lambda: self._store.binding(tenant, key, self._now_millis()))
+
+    async def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:
+        """The items numbered first to last, ascending, at most limit. Unknown numbers are left out."""
+        return await self._read(lambda: self._store.items(first, last, limit))
+
+    async def unfinished(self, first: int, last: int, limit: int) -> Sequence[Sealed]:
+        """ADMITTED entries of the items first to last that have no outcome, of every writer, ascending, at most limit."""
+        return await self._read(lambda: self._store.unfinished(first, last, limit))
+
+    async def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
+        """Consecutive entries, at most limit; empty beyond the head."""
+        return await self._read(lambda: self._store.entries(from_index, limit, payloads=payloads))
+
+    async def notes(self, prefix: str) -> Mapping[str, bytes]:
+        """Every note whose name begins with prefix, by name."""
+        return await self._read(lambda: self._store.notes(prefix))
+
+    async def head(self) -> Head:
+        return await self._read(self._store.newest)
+
+    async def _read(self, read: Callable[[], T]) -> T:
+        """Sees everything that was appended before it."""
+        answer = self._expect()
+        self._jobs.put(_Read(read, answer))
+        value: T = await answer
+        return value
+
+    def _put(self, draft: Draft) -> Answer:
+        answer = self._expect()
+        self._jobs.put(Job(draft, answer))
+        return answer
+
+    def _expect(self) -> Answer:
+        if self._over:
+            raise JournalBroken(self._over)
+        answer: Answer = self._loop.create_future()
+        self._unanswered[answer] = None
+        return answer
+
+    # In the loop, on behalf of the thread.
+
+    def _settle(self, answers: Sequence[tuple[Answer, object]], commits: Iterable[tuple[float, int, int]], index: int) -> None:
+        for answer, value in answers:
+            self._unanswered.pop(answer, None)
+            if answer.done():
+                continue
+            if isinstance(value, Exception):
+                answer.set_exception(value)
+            else:
+                answer.set_result(value)
+        self._on_entries([entry for _, value in answers if isinstance(value, Appended) for entry in value.entries])
+        if index > self._durable_index:
+            self._durable_index = index
+            self._wake()
+        for commit in commits:
+            self._on_commit(*commit)
+
+    def _finish(self, error: JournalBroken | None) -> None:
+        """The thread is at its end; with an error if it is not known what is durable."""
+        if error is not None:
+            self._over = str(error)
+            if not self.broken.done():
+                self.broken.set_result(error)
+        for answer in self._unanswered:
+            if not answer.done():
+                answer.set_exception(JournalBroken(self._over))
+                answer.exception()  # whoever waits for many sees only the first
+        self._unanswered.clear()
+        self._wake()
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+    def _guarded(self, function: Callable[..., None], arguments: Sequence[object]) -> None:
+        """What fails here has not been told what is durable, or whose items are taken over: the process has to recover."""
+        try:
+            function(*arguments)
+        except Exception as error:
+            if not self.broken.done():
+                broken = JournalBroken(repr(error))
+                broken.__cause__ = error
+                self.broken.set_result(broken)
+            raise
+
+    def _wake(self) -> None:
+        grown, self._grown = self._grown, self._loop.create_future()
+        grown.set_result(None)
+
+    # In the thread.
+
+    def _work(self) -> None:
+        error = None
+        try:
+            while self._round():
+                pass
+        except BaseException as problem:  # noqa: BLE001  # whatever it is, nobody commits any more, and the program must know
+            error = JournalBroken(str(problem) if isinstance(problem, JournalBroken) else repr(problem))
+            error.__cause__ = problem
+        with suppress(Exception):
+            self._store.close()
+        self._call(self._finish, error)
+
+    def _round(self) -> bool:
+        """Commit what waits, answer what asks. False: that was the last time."""
+        jobs, closing = self._take()
+        done = self._committer.commit([job for job in jobs if isinstance(job, Job)])
+        if done.settled:
+            self._call(self._settle, done.settled, done.commits, self._store.head.index)
+        read = [(job.answer, self._answer(job.read)) for job in jobs if isinstance(job, _Read)]
+        if read:
+            self._call(self._settle, read, (), self._store.head.index)
+        if closing:
+            done = self._committer.finish()
+            self._call(self._settle, done.settled, done.commits, self._store.head.index)
+            return False
+        taken = self._committer.maintain(idle=self._jobs.empty())
+        if taken:
+            self._call(self._on_taken, taken)
+        self._poll()
+        return True
+
+    def _poll(self) -> None:
+        """Whether others have appended, if somebody waits for it."""
+        poll_seconds = self._store.poll_seconds
+        if poll_seconds is None or not self._waiting or time.monotonic() < self._polled_at + poll_seconds:
+            return
+        self._polled_at = time.monotonic()
+        with suppress(JournalUnavailable):
+            self._call(self._settle, (), (), self._store.newest().index)
+
+    def _idle_seconds(self) -> float | None:
+        """How long the queue may stay empty before there is something to do all the same."""
+        poll_seconds = self._store.poll_seconds if self._waiting else None
+        bounds = (self._committer.idle_seconds(), self._store.idle_seconds(), poll_seconds)
+        return min((bound for bound in bounds if bound is not None), default=None)
+
+    def _take(self) -> tuple[list[Job[Answer] | _Read | _Poll], bool]:
+        """All that waits, as far as it fits into a commit; and whether nothing comes after it."""
+        jobs: list[Job[Answer] | _Read | _Poll] = []
+        size, timeout = 0, self._idle_seconds()
+        while len(jobs) < self._settings.commit_drafts_max and size < self._settings.commit_bytes_max:
+            try:
+                job = self._jobs.get_nowait() if jobs else self._jobs.get(timeout=timeout)
+            except queue.Empty:
+                break
+            if isinstance(job, _Close):
+                return jobs, True
+            jobs.append(job)
+            size += payload_bytes(job.draft) if isinstance(job, Job) else 0
+        return jobs, False
+
+    def _answer(self, read: Callable[[], object]) -> object:
+        try:
+            return read()
+        except JournalBroken:
+            raise
+        except JournalUnavailable:
+            return JournalUnavailable(WHY[JournalUnavailable], retry_after=self._settings.full_retry_seconds)
+        except Exception as error:  # noqa: BLE001  # the reader's mistake, and its to hear of
+            return error
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+            self._loop.call_soon_threadsafe(self._guarded, function, arguments)
