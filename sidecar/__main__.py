@@ -24,23 +24,21 @@ from serving.metrics import registry, serve_metrics
 from serving.server import Server, probe
 from serving.settings import describe, read
 
+from sidecar.api import GenerationServicer, SequencerServicer
 from sidecar.checks import Auditor, CanaryRunner
 from sidecar.config import Settings
 from sidecar.core import events as ev
 from sidecar.core.sequencer import Sequencer
-from sidecar.dispatcher import Dispatcher
 from sidecar.divergence.output import DivergenceCollector
 from sidecar.divergence.tracker import DivergenceTracker
-from sidecar.generation import GenerationServicer
 from sidecar.held import Held
 from sidecar.journal.mark import HighWater, MarkFile
 from sidecar.journal.model import JournalBroken, Unfinished
 from sidecar.journal.writer import Journal
 from sidecar.link import EngineLink
-from sidecar.metrics import Metrics
-from sidecar.observer import Observer
+from sidecar.observe import Metrics, Observer
 from sidecar.opening import credentials_of, open_journal, read_canaries, reading
-from sidecar.reading import SequencerServicer
+from sidecar.pipeline import Pipeline
 
 log = logging.getLogger("sidecar")
 
@@ -86,25 +84,25 @@ class Sidecar:
         )
         self.high_water = HighWater(MarkFile(settings.mark), self.journal) if settings.mark is not None else None
         self.link = EngineLink(settings.engine, settings.reconnect_seconds)
-        self.dispatcher = Dispatcher(Sequencer(settings.bounds), self.journal, self.link, self.observer, time.monotonic)
-        self.auditor = Auditor(self.dispatcher, settings)
-        self.canaries = CanaryRunner(self.dispatcher, watched, settings.canary_seconds)
-        generation = GenerationServicer(self.dispatcher, self.held, settings)
+        self.pipeline = Pipeline(Sequencer(settings.bounds), self.journal, self.link, self.observer, time.monotonic)
+        self.auditor = Auditor(self.pipeline, settings)
+        self.canaries = CanaryRunner(self.pipeline, watched, settings.canary_seconds)
+        generation = GenerationServicer(self.pipeline, self.held, settings)
         self.doors = [GENERATION]
         self.server.add(add_GenerationServicer_to_server, generation, GENERATION)
-        sequencer = SequencerServicer(self.dispatcher, self.tracker, self.held, settings)
+        sequencer = SequencerServicer(self.pipeline, self.tracker, self.held, settings)
         self.server.add(add_SequencerServicer_to_server, sequencer, SEQUENCER)
         if gateway is not None:
-            self.server.add(gateway.register, gateway.VllmServicer(generation, self.dispatcher, settings), gateway.NAME)
+            self.server.add(gateway.register, gateway.VllmServicer(generation, self.pipeline, settings), gateway.NAME)
             self.doors.append(gateway.NAME)
 
     async def run(self, stop: asyncio.Event) -> int:
         """Until told to stop, or until it must end and recover."""
         self.observer.opened(self.opened.head)
         with reading(self.settings):
-            await self.dispatcher.fingerprints.load()
+            await self.pipeline.fingerprints.load()
             await self.tracker.restore(self.journal)
-            self.dispatcher.recover(self.opened.unfinished)
+            self.pipeline.recover(self.opened.unfinished)
             await self.auditor.read_back()
         await self.server.start()
         listening = {"addresses": ",".join(self.server.addresses), "health_address": self.server.health_address}
@@ -114,11 +112,11 @@ class Sidecar:
         stopped = asyncio.create_task(stop.wait())
         ending: list[asyncio.Future[Any]] = [
             stopped,
-            asyncio.create_task(self.link.run(self.dispatcher, self._hello)),
+            asyncio.create_task(self.link.run(self.pipeline, self._hello)),
             asyncio.create_task(self._watch_clock()),
             asyncio.create_task(self.credentials.watch(self.numbers)),
             asyncio.create_task(self.tracker.keep(self.journal)),
-            self.dispatcher.broken,
+            self.pipeline.broken,
             self.journal.broken,
         ]
         if self.high_water is not None:
@@ -142,9 +140,9 @@ class Sidecar:
         return code
 
     def _take_over(self, unfinished: Sequence[Unfinished]) -> None:
-        if not self.dispatcher.core.draining:  # else they are for others, as soon as this lease has ended
+        if not self.pipeline.core.draining:  # else they are for others, as soon as this lease has ended
             self.observer.taken_over(unfinished)
-            self.dispatcher.recover(unfinished)
+            self.pipeline.recover(unfinished)
 
     async def _hello(self) -> engine_pb2.Hello:
         head = await self.journal.head()
@@ -160,17 +158,17 @@ class Sidecar:
         """Deadlines, and whether the door is open."""
         serving = False
         while True:
-            self.dispatcher.tell(ev.Tick())
+            self.pipeline.dispatch(ev.Tick())
             self.auditor.tick()
             self.canaries.tick()
             self.observer.journal_full(self.journal.full)
-            can_admit = self.dispatcher.engine is not None and not self.journal.full and not self.dispatcher.core.draining
+            can_admit = self.pipeline.engine is not None and not self.journal.full and not self.pipeline.core.draining
             if can_admit != serving:
                 serving = can_admit
                 await self._set_doors(serving=serving)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.dispatcher.engine_changed.wait(), self.settings.tick_seconds)
-            self.dispatcher.engine_changed.clear()
+                await asyncio.wait_for(self.pipeline.engine_changed.wait(), self.settings.tick_seconds)
+            self.pipeline.engine_changed.clear()
 
     async def _set_doors(self, *, serving: bool) -> None:
         for name in self.doors:
@@ -178,18 +176,18 @@ class Sidecar:
 
     async def _drain(self, ending: AbstractSet[asyncio.Future[Any]]) -> set[asyncio.Future[Any]]:
         """Finish what can be finished. Those of `ending` that are done: there is nothing to wait for after that."""
-        self.dispatcher.tell(ev.Drain())
-        log.info("draining", extra={"unfinished": len(self.dispatcher.works)})
+        self.pipeline.dispatch(ev.Drain())
+        log.info("draining", extra={"unfinished": len(self.pipeline.items)})
         await self._set_doors(serving=False)
-        drained = asyncio.create_task(self.dispatcher.drained.wait())
+        drained = asyncio.create_task(self.pipeline.drained.wait())
         first: AbstractSet[asyncio.Future[Any]] = {drained, *ending}
         done, _ = await asyncio.wait(first, timeout=self.settings.drain_seconds, return_when=asyncio.FIRST_COMPLETED)
         if not done:
-            self.dispatcher.tell(ev.DrainEnd())
+            self.pipeline.dispatch(ev.DrainEnd())
             # Not for ever: where the journal is full, the outcomes left are recovery's.
             done, _ = await asyncio.wait(first, timeout=DRAIN_END_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         drained.cancel()
-        log.info("drained", extra={"left_to_recovery": len(self.dispatcher.works)})
+        log.info("drained", extra={"left_to_recovery": len(self.pipeline.items)})
         return done - {drained}
 
 

@@ -18,12 +18,11 @@ from ostinato.abreast import abreast
 from ostinato.digest import input_digest, is_sampled, model_digest
 from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 
-from sidecar.access import pages
+from sidecar.answers import no_verdict, pages, record_of
 from sidecar.config import Settings
-from sidecar.dispatcher import Dispatcher
 from sidecar.journal.model import ItemEntries, Note, Sealed
+from sidecar.pipeline import Pipeline
 from sidecar.rerun import Record
-from sidecar.results import no_verdict, record_of
 
 GROUP = 4
 """So many audits of items that ran alone are company to each other; fewer, where fewer may run at once."""
@@ -94,14 +93,14 @@ READ_BACK_ENTRIES = 4096
 
 
 class Auditor:
-    """One beside each Dispatcher, whose outcomes it witnesses."""
+    """One beside each Pipeline, whose outcomes it witnesses."""
 
-    def __init__(self, dispatcher: Dispatcher, settings: Settings) -> None:
-        self._dispatcher, self._settings = dispatcher, settings
+    def __init__(self, pipeline: Pipeline, settings: Settings) -> None:
+        self._pipeline, self._settings = pipeline, settings
         self._backlog = AuditBacklog(settings.audit_backlog_max, settings.audit_patience_seconds)
-        self._bucket = TokenBucket(settings.audit_tokens_per_second, dispatcher.clock())
+        self._bucket = TokenBucket(settings.audit_tokens_per_second, pipeline.clock())
         self._running = 0
-        dispatcher.outcomes.witnesses.append(self.completed)
+        pipeline.outcomes.witnesses.append(self.completed)
 
     def completed(self, record: Record, company: int) -> None:
         """See outcomes.Witness."""
@@ -110,7 +109,7 @@ class Auditor:
 
     async def read_back(self) -> None:
         """Take up what an earlier epoch of this writer chose and did not come to; how it ran is not known any more."""
-        journal = self._dispatcher.journal
+        journal = self._pipeline.journal
         head = await journal.head()
         first = max(1, head.index - READ_BACK_ENTRIES)
         self._take_up(await journal.entries(first, READ_BACK_ENTRIES + 1, payloads=False), head.writer)
@@ -126,21 +125,21 @@ class Auditor:
     def _consider(self, completed: types_pb2.EntryHeader, *, alone: bool) -> None:
         if not is_sampled("audit", completed.log_id, completed.sequence, self._settings.audit_rate):
             return
-        now = self._dispatcher.clock()
+        now = self._pipeline.clock()
         if not self._backlog.add(DueAudit(completed.sequence, alone, now)):
             self._skip(errors.QueueFull.reason if self._bucket.open(now) else BUDGET)
 
     def _skip(self, reason: str) -> None:
-        self._dispatcher.observer.not_compared(AUDIT, reason)
+        self._pipeline.observer.not_compared(AUDIT, reason)
 
     def tick(self) -> None:
         """Begin what may begin. Told whenever an item or an audit ends, and by the clock."""
-        window, now = self._dispatcher.core.window, self._dispatcher.clock()
-        if self._dispatcher.core.draining:
+        window, now = self._pipeline.core.window, self._pipeline.clock()
+        if self._pipeline.core.draining:
             for _ in self._backlog.waiting:
                 self._skip(errors.Draining.reason)
             self._backlog.waiting.clear()
-        self._dispatcher.observer.audits_waiting(len(self._backlog.waiting))
+        self._pipeline.observer.audits_waiting(len(self._backlog.waiting))
         if window is None or not self._backlog.waiting or not self._bucket.open(now):
             return
         room = max(1, int(self._settings.reruns_share * window.engine.runs)) - self._running
@@ -148,7 +147,7 @@ class Auditor:
             return
         if group := self._backlog.take(now, company=window.runs, room=room):
             self._running += len(group)
-            self._dispatcher.spawn(self._audit(group))
+            self._pipeline.spawn(self._audit(group))
 
     async def _audit(self, group: Sequence[DueAudit]) -> None:
         """All are read before the first is run, so that they run beside each other."""
@@ -158,8 +157,8 @@ class Auditor:
     async def _read(self, due: DueAudit) -> Record | None:
         """None: it cannot be run again here, and was counted."""
         try:
-            (entries,) = await self._dispatcher.journal.items(due.sequence, due.sequence, 1)
-            record, engine = Record.of(entries), self._dispatcher.engine
+            (entries,) = await self._pipeline.journal.items(due.sequence, due.sequence, 1)
+            record, engine = Record.of(entries), self._pipeline.engine
             if engine is not None and engine.model.fingerprint.digest != record.completed.fingerprint_digest:
                 raise errors.FingerprintChanged("another engine runs now, and would only show drift")
         except errors.OstinatoError as error:
@@ -171,7 +170,7 @@ class Auditor:
         if record is not None:
             self._bucket.take(len(record.input.token_ids) + len(record.output.token_ids))
             with contextlib.suppress(errors.OstinatoError):  # counted
-                await self._dispatcher.rechecker.check(record, AUDIT)
+                await self._pipeline.rechecker.check(record, AUDIT)
         self._running -= 1
         self.tick()
 
@@ -247,11 +246,11 @@ LOSSES_MAX = 2
 
 
 class CanaryRunner:
-    """Looks after canaries. One beside each Dispatcher."""
+    """Looks after canaries. One beside each Pipeline."""
 
-    def __init__(self, dispatcher: Dispatcher, canaries: Sequence[Canary], seconds: float) -> None:
+    def __init__(self, pipeline: Pipeline, canaries: Sequence[Canary], seconds: float) -> None:
         """`seconds` between rounds; 0: there are none."""
-        self._dispatcher, self._canaries, self._seconds = dispatcher, canaries, seconds
+        self._pipeline, self._canaries, self._seconds = pipeline, canaries, seconds
         self._prepared: dict[str, sequencer_pb2.AdmittedPayload | None] = {}
         """By name, for the model that runs; None: it was refused, and that was said."""
         self._losses: Counter[str] = Counter()
@@ -263,15 +262,15 @@ class CanaryRunner:
 
     def tick(self) -> None:
         """Begin a round if it is time: another engine has connected, or the last round was long ago. Told by the clock."""
-        engine, now = self._dispatcher.engine, self._dispatcher.clock()
+        engine, now = self._pipeline.engine, self._pipeline.clock()
         if engine is None:
             self._incarnation = ""
             return
         if engine.incarnation != self._incarnation:
             self._incarnation, self._due_at = engine.incarnation, now
-        if self._seconds and now >= self._due_at and not self._busy and not self._dispatcher.core.draining:
+        if self._seconds and now >= self._due_at and not self._busy and not self._pipeline.core.draining:
             self._busy, self._due_at = True, now + self._seconds
-            self._dispatcher.spawn(self._round(engine))
+            self._pipeline.spawn(self._round(engine))
 
     async def _round(self, engine: engine_pb2.DescribeResponse) -> None:
         try:
@@ -291,12 +290,12 @@ class CanaryRunner:
         """Tokenise it, once for each model. One that the engine refuses is never run."""
         if canary.name in self._prepared:
             if self._prepared[canary.name] is None:
-                self._dispatcher.observer.not_compared(CANARY, errors.InvalidRequest.reason)
+                self._pipeline.observer.not_compared(CANARY, errors.InvalidRequest.reason)
             return
         try:
-            prepared = await self._dispatcher.link.prepare(engine_pb2.PrepareRequest(items=[canary.item]), self._seconds)
+            prepared = await self._pipeline.link.prepare(engine_pb2.PrepareRequest(items=[canary.item]), self._seconds)
         except errors.OstinatoError as error:
-            self._dispatcher.observer.not_compared(CANARY, error.reason)
+            self._pipeline.observer.not_compared(CANARY, error.reason)
             if isinstance(error, errors.InvalidRequest):
                 self._prepared[canary.name] = None
                 log.warning("canary refused", extra={"canary": canary.name, "why": error.message})
@@ -320,7 +319,7 @@ class CanaryRunner:
                 header = types_pb2.EntryHeader(
                     seed=given.seed, input_digest=digest, fingerprint_digest=fingerprint, grade=output.grade
                 )
-                checked = await self._dispatcher.rechecker.check(
+                checked = await self._pipeline.rechecker.check(
                     Record(header, header, given, output, canary=canary.name), CANARY
                 )
                 if checked.comparison.verdict == types_pb2.VERDICT_DIVERGED:
@@ -334,9 +333,9 @@ class CanaryRunner:
 
     async def _known(self, name: str) -> bytes | None:
         try:
-            return (await self._dispatcher.journal.notes(name)).get(name)
+            return (await self._pipeline.journal.notes(name)).get(name)
         except errors.JournalUnavailable as error:
-            self._dispatcher.observer.not_compared(CANARY, error.reason)
+            self._pipeline.observer.not_compared(CANARY, error.reason)
             raise
 
     def _trusted(self, canary: Canary) -> bool:
@@ -345,16 +344,16 @@ class CanaryRunner:
             log.error("canary given up: the engine was lost under it", extra={"canary": canary.name})
             self._losses[canary.name] += 1
         if self._losses[canary.name] > LOSSES_MAX:
-            self._dispatcher.observer.not_compared(CANARY, errors.AttemptsExhausted.reason)
+            self._pipeline.observer.not_compared(CANARY, errors.AttemptsExhausted.reason)
         return self._losses[canary.name] < LOSSES_MAX
 
     async def _learn(self, canary: Canary, given: sequencer_pb2.AdmittedPayload, digest: bytes) -> None:
         try:
-            made = await self._dispatcher.rechecker.begin(given, 0, CANARY)
+            made = await self._pipeline.rechecker.begin(given, 0, CANARY)
             note = Note(_name(made.fingerprint_digest, digest), made.output.SerializeToString(deterministic=True))
-            await self._dispatcher.journal.append(note)
+            await self._pipeline.journal.append(note)
         except errors.OstinatoError as error:
-            self._dispatcher.observer.not_compared(CANARY, error.reason)
+            self._pipeline.observer.not_compared(CANARY, error.reason)
             raise
         log.info("canary learned", extra={"canary": canary.name, "fingerprint": made.fingerprint_digest.hex()[:16]})
 
@@ -369,14 +368,14 @@ ROOM_SECONDS = 0.05
 
 
 async def replay(
-    dispatcher: Dispatcher, first: int, last: int, concurrency: int, *, alone: bool
+    pipeline: Pipeline, first: int, last: int, concurrency: int, *, alone: bool
 ) -> AsyncIterator[sequencer_pb2.ReplayResponse]:
     """A verdict for each completed item of the range, as it falls, `concurrency` runs at once; each is journalled.
 
     Raises EngineUnavailable or Draining where the rest cannot be run: without a verdict, an item may be asked for again.
     """
     counted = sequencer_pb2.ReplayResponse(total=last - first + 1)
-    async with aclosing(abreast(_answers(dispatcher, first, last, alone=alone), concurrency)) as responses:
+    async with aclosing(abreast(_answers(pipeline, first, last, alone=alone), concurrency)) as responses:
         async for response in responses:
             counted.seen += len(response.passed_over) or 1
             response.MergeFrom(counted)
@@ -384,15 +383,15 @@ async def replay(
 
 
 async def _answers(
-    dispatcher: Dispatcher, first: int, last: int, *, alone: bool
+    pipeline: Pipeline, first: int, last: int, *, alone: bool
 ) -> AsyncIterator[Coroutine[Any, Any, sequencer_pb2.ReplayResponse]]:
-    async for page in pages(dispatcher.journal, first, last):
+    async for page in pages(pipeline.journal, first, last):
         if others := [entries.admitted.header.sequence for entries in page if not _completed(entries)]:
             yield _passed_over(others)
         for entries in filter(_completed, page):
-            while not dispatcher.core.reruns.room:
+            while not pipeline.core.reruns.room:
                 await asyncio.sleep(ROOM_SECONDS)
-            yield _answer(dispatcher, entries, alone=alone)
+            yield _answer(pipeline, entries, alone=alone)
 
 
 async def _passed_over(sequences: list[int]) -> sequencer_pb2.ReplayResponse:
@@ -403,20 +402,20 @@ def _completed(entries: ItemEntries) -> bool:
     return entries.outcome is not None and entries.outcome.header.kind == types_pb2.ENTRY_KIND_COMPLETED
 
 
-async def _answer(dispatcher: Dispatcher, entries: ItemEntries, *, alone: bool) -> sequencer_pb2.ReplayResponse:
+async def _answer(pipeline: Pipeline, entries: ItemEntries, *, alone: bool) -> sequencer_pb2.ReplayResponse:
     """With all that is needed to look at both runs, where they differ."""
-    comparison = await _one(dispatcher, entries, alone=alone)
-    record = record_of(entries, dispatcher.fingerprints.known) if comparison.HasField("first_difference") else None
+    comparison = await _one(pipeline, entries, alone=alone)
+    record = record_of(entries, pipeline.fingerprints.known) if comparison.HasField("first_difference") else None
     return sequencer_pb2.ReplayResponse(comparison=comparison, record=record)
 
 
-async def _one(dispatcher: Dispatcher, entries: ItemEntries, *, alone: bool) -> types_pb2.Comparison:
+async def _one(pipeline: Pipeline, entries: ItemEntries, *, alone: bool) -> types_pb2.Comparison:
     assert entries.outcome is not None
-    sequence, rechecker = entries.outcome.header.sequence, dispatcher.rechecker
+    sequence, rechecker = entries.outcome.header.sequence, pipeline.rechecker
     try:
         record = Record.of(entries)
     except errors.PayloadPruned as error:
-        dispatcher.observer.not_compared(REPLAY, error.reason)
+        pipeline.observer.not_compared(REPLAY, error.reason)
         return no_verdict(sequence, REPLAY, error)
     try:
         checked = await rechecker.check(record, REPLAY, rechecker.begin(record.input, sequence, REPLAY, alone=alone))

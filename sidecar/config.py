@@ -8,7 +8,7 @@ from pathlib import Path
 from serving.server import check_target
 from serving.settings import field
 
-from sidecar.core.item import Bounds
+from sidecar.core.window import Bounds
 from sidecar.held import COPIES
 from sidecar.held import Bounds as HeldBounds
 

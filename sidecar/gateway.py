@@ -22,10 +22,10 @@ from ostinato.v1 import generation_pb2, types_pb2
 from serving.auth import Context, caller
 from serving.handlers import remaining, written
 
+from sidecar.api import GenerationServicer
 from sidecar.config import Settings
-from sidecar.dispatcher import Dispatcher
-from sidecar.generation import GenerationServicer
 from sidecar.held import Account
+from sidecar.pipeline import Pipeline
 
 SEED_MAX = 2**31 - 2
 """Of those that can be what the caller asked for: the gateway turns every larger one into 2**31 - 1."""
@@ -296,9 +296,9 @@ class Given:
 class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the package has no types for it
     """Another face of `generation`."""
 
-    def __init__(self, generation: GenerationServicer, dispatcher: Dispatcher, settings: Settings) -> None:
+    def __init__(self, generation: GenerationServicer, pipeline: Pipeline, settings: Settings) -> None:
         self._generation = generation
-        self._dispatcher = dispatcher
+        self._pipeline = pipeline
         self._items_max = settings.batch_items_max
         self._timeout_seconds = settings.vllm_timeout_seconds
         self._started = time.monotonic()
@@ -349,7 +349,7 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
                 raise errors.FingerprintChanged(RESTART_GATEWAY)
             return request_of(request, self._items_max)
         except errors.OstinatoError as error:
-            self._dispatcher.observer.refused(error)
+            self._pipeline.observer.refused(error)
             raise
 
     async def Abort(self, request: vllm.AbortRequest, context: Context) -> vllm.AbortResponse:
@@ -360,11 +360,11 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
 
     async def HealthCheck(self, request: vllm.HealthCheckRequest, context: Context) -> vllm.HealthCheckResponse:
         why = ""
-        if self._dispatcher.engine is None:
+        if self._pipeline.engine is None:
             why = "no engine is connected"
-        elif self._dispatcher.core.draining:
+        elif self._pipeline.core.draining:
             why = "draining"
-        elif self._dispatcher.journal.full:
+        elif self._pipeline.journal.full:
             why = "the journal is full"
         elif self._given.differs(context.peer(), self._tokenizer()):
             why = RESTART_GATEWAY
@@ -385,16 +385,16 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
     async def GetServerInfo(self, request: vllm.GetServerInfoRequest, context: Context) -> vllm.GetServerInfoResponse:
         return vllm.GetServerInfoResponse(
             server_type="vllm-grpc",
-            active_requests=len(self._dispatcher.works),
+            active_requests=len(self._pipeline.items),
             uptime_seconds=time.monotonic() - self._started,
             data_parallel_size=1,
             constrained_decoding_start="first_token",
         )
 
     async def GetLoads(self, request: vllm.GetLoadsRequest, context: Context) -> vllm.GetLoadsResponse:
-        core = self._dispatcher.core
+        core = self._pipeline.core
         running = core.window.runs if core.window is not None else 0
-        waiting = core.queued + self._dispatcher.entrance.waiting.items
+        waiting = core.queued + self._pipeline.queue.waiting.items
         load = vllm.SchedulerLoad(num_running_reqs=running, num_waiting_reqs=waiting, num_total_reqs=running + waiting)
         return vllm.GetLoadsResponse(version=__version__, dp_rank_count=1, loads=[load])
 
@@ -402,7 +402,7 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
         self, request: common.GetTokenizerRequest, context: Context
     ) -> AsyncGenerator[common.GetTokenizerChunk]:
         told = self._model().fingerprint.fields["tokenizer"]
-        files = await self._dispatcher.link.tokenizer(remaining(context))
+        files = await self._pipeline.link.tokenizer(remaining(context))
         self._given.to(context.peer(), told)
         for start in range(0, len(files), CHUNK_BYTES):
             last = start + CHUNK_BYTES >= len(files)
@@ -411,13 +411,13 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
 
     def _tokenizer(self) -> str | None:
         """The one that runs, as the fingerprint names it; None: there is no engine."""
-        engine = self._dispatcher.engine
+        engine = self._pipeline.engine
         return engine.model.fingerprint.fields["tokenizer"] if engine is not None else None
 
     def _model(self) -> types_pb2.Model:
-        if self._dispatcher.engine is None:
+        if self._pipeline.engine is None:
             raise errors.EngineUnavailable("no engine is connected", retry_after=1.0)
-        return self._dispatcher.engine.model
+        return self._pipeline.engine.model
 
     async def Embed(self, request: Any, context: Context) -> Never:
         raise errors.NotBuilt("this is for text generation only")

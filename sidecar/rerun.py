@@ -14,11 +14,10 @@ from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 from sidecar.collisions import sampling_label
 from sidecar.core import events as ev
 from sidecar.fingerprints import Fingerprints
+from sidecar.item import RerunResult, kv_tokens, run_span, submission
 from sidecar.journal.model import Audit, ItemEntries, Sealed
 from sidecar.journal.writer import Journal
-from sidecar.observer import Observer
-from sidecar.spans import run_span
-from sidecar.work import RerunResult, kv_tokens, submission
+from sidecar.observe import Observer
 
 URGENCY = {engine_pb2.PURPOSE_VERIFY: ev.Urgency.VERIFY, engine_pb2.PURPOSE_REPLAY: ev.Urgency.REPLAY}
 """Of what somebody waits for; the rest is background."""
@@ -29,7 +28,7 @@ class EventSink(Protocol):
 
     engine: engine_pb2.DescribeResponse | None
 
-    def tell(self, event: ev.Event) -> None: ...
+    def dispatch(self, event: ev.Event) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -78,14 +77,14 @@ class Rerunner:
         made: asyncio.Future[RerunResult] = asyncio.get_running_loop().create_future()
         self._reruns[rerun_id] = _Rerun(payload, sequence, purpose, made, run_span(purpose, sequence))
         made.add_done_callback(lambda _: self._done(rerun_id))
-        self._sink.tell(ev.Rerun(rerun_id, kv_tokens(payload), URGENCY.get(purpose, ev.Urgency.BACKGROUND), alone))
+        self._sink.dispatch(ev.Rerun(rerun_id, kv_tokens(payload), URGENCY.get(purpose, ev.Urgency.BACKGROUND), alone))
         return made
 
     def _done(self, rerun_id: int) -> None:
         rerun = self._reruns.pop(rerun_id)
         if not rerun.over:
             self._runs.pop(rerun.run_id, None)
-            self._sink.tell(ev.DropRerun(rerun_id))
+            self._sink.dispatch(ev.CancelRerun(rerun_id))
         rerun.span.end(None if rerun.made.cancelled() else rerun.made.exception())  # seen, even if nobody waits
 
     def submission(self, run_id: int, rerun_id: int, timeout_seconds: float) -> engine_pb2.Submit:

@@ -1,6 +1,7 @@
-"""The sequencing core: what happens next, decided purely.
+"""The core of the order. Pure: no clock, disk, network or randomness, so the simulation runs these classes.
 
-`Entrance.step(event, now)` takes one event and returns effects in the order in which they are to be performed; behind it stands
-`Sequencer`, whose `step` is alike. Neither has a clock, disk, network or randomness in it, so a simulation runs these very
-classes.
+`step(event, now)` takes one event and returns the effects, which the caller performs in that order. `AdmissionQueue.step` (in
+`fairness`) puts batches of several tenants in a fair order and passes all else to `Sequencer.step`, which decides the order of
+submission. `events` has the events and effects, `window` the bounds and the engine's capacity, `reruns` the runs without a
+sequence.
 """

@@ -25,7 +25,7 @@ class Need:
 class Admit:
     """A prepared batch wants numbers. Answered by Refuse, or by AppendAdmission."""
 
-    ticket: int
+    batch_id: int
     """The edge's name for this call, never used twice."""
     needs: tuple[Need, ...]
     keyed: bool
@@ -42,7 +42,7 @@ class Admit:
 class Numbered:
     """The batch is durable."""
 
-    ticket: int
+    batch_id: int
     first_sequence: int
 
 
@@ -50,7 +50,7 @@ class Numbered:
 class NotNumbered:
     """The batch was not appended: no room, or its key was bound."""
 
-    ticket: int
+    batch_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel:
+class CancelItems:
     """Somebody wants these sequences ended, both included."""
 
     first: int
@@ -131,10 +131,10 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
-class CallerGone:
+class CancelBatch:
     """Nobody waits for the batch any more. A keyed one goes on."""
 
-    ticket: int
+    batch_id: int
     error: OstinatoError
     """Cancelled or DeadlineExceeded."""
 
@@ -160,7 +160,7 @@ class Rerun:
 
 
 @dataclass(frozen=True, slots=True)
-class DropRerun:
+class CancelRerun:
     rerun_id: int
 
 
@@ -191,11 +191,91 @@ Event = (
     | Finished
     | Failed
     | Ended
-    | Cancel
-    | CallerGone
+    | CancelItems
+    | CancelBatch
     | Rerun
-    | DropRerun
+    | CancelRerun
     | Tick
     | Drain
     | DrainEnd
 )
+
+
+@dataclass(frozen=True, slots=True)
+class AppendAdmission:
+    """Make the batch durable, then tell Numbered or NotNumbered."""
+
+    batch_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The batch gets no numbers."""
+
+    batch_id: int
+    error: OstinatoError
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Hand the item to the engine, after every Submit before it."""
+
+    run_id: int
+    sequence: int
+    attempt: int
+    expires_at: float
+    company: int
+    """Runs that the engine holds now, this one included."""
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitRerun:
+    run_id: int
+    rerun_id: int
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRun:
+    run_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Make the outcome durable, then tell Ended."""
+
+    sequence: int
+    attempt: int
+    error: OstinatoError | None
+    """None: COMPLETED, with the output that Finished came with. Else Cancelled and Abandoned have kinds of their own, and the
+    rest is FAILED."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveToRecovery:
+    """This process will not finish the item, and the next one will: who waits for it must come back."""
+
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class RerunLost:
+    """The rerun will not run, or not to its end."""
+
+    rerun_id: int
+    error: OstinatoError
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """The service said what it must not: drop the stream (Disconnected follows)."""
+
+    error: OstinatoError
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """Nothing is left that this process will finish."""
+
+
+Effect = AppendAdmission | Refuse | Submit | SubmitRerun | CancelRun | End | LeaveToRecovery | RerunLost | Fault | Drained

@@ -1,10 +1,10 @@
-"""Runs without numbers: verifications, replays, audits and canaries. They are never recovered.
+"""Runs without a sequence: verifications, replays, audits and canaries. They are not recovered after a restart. Pure.
 
-1. A verification takes over the room of its item's first run, so nobody waits for it whom that run did not keep waiting.
-2. Every other rerun waits until no item does, and takes only what starts at once in the engine: it is never ahead of an
-   item in the engine's own queue.
-3. Together those hold at most `share` of the engine's runs and of its KV blocks, or one run; a burst of items finds the rest.
-4. Of what waits, the more urgent goes first, and of equals the older.
+1. A verification takes over the room of its item's first run, so it delays no other item.
+2. Every other rerun waits until no item waits, and takes only room in which the engine starts it at once. It is never ahead of
+   an item in the engine's own queue.
+3. Together those hold at most `reruns_share` of the engine's runs and of its KV blocks, but at least one run.
+4. Waiting reruns start in order of urgency, and those of one urgency in order of arrival.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from dataclasses import dataclass
 
 from ostinato import errors
 
-from sidecar.core import effects as do
 from sidecar.core import events as ev
-from sidecar.core.item import Bounds
-from sidecar.core.window import Window
+from sidecar.core.window import Bounds, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +44,15 @@ class Reruns:
         """Whether one more replay may wait."""
         return len(self.waiting[ev.Urgency.REPLAY]) < self.bounds.reruns_max
 
-    def told(self, event: ev.Rerun | ev.DropRerun, window: Window | None, *, draining: bool) -> Iterator[do.Effect]:
+    def told(self, event: ev.Rerun | ev.CancelRerun, window: Window | None, *, draining: bool) -> Iterator[ev.Effect]:
         """One more, or one that nobody wants any more."""
-        if isinstance(event, ev.DropRerun):
+        if isinstance(event, ev.CancelRerun):
             for queue in self.waiting.values():
                 queue.pop(event.rerun_id, None)
             running = [run_id for run_id, running in self.running.items() if running.rerun.rerun_id == event.rerun_id]
             yield from self._cancel(running, window)
         elif (error := self._refusal(event, window, draining=draining)) is not None:
-            yield do.RerunLost(event.rerun_id, error)
+            yield ev.RerunLost(event.rerun_id, error)
         else:
             self.waiting[event.urgency][event.rerun_id] = event
 
@@ -70,13 +68,13 @@ class Reruns:
             return errors.QueueFull(f"{most} second runs wait")
         return None
 
-    def verify(self, window: Window, next_run_id: Callable[[], int], now: float) -> Iterator[do.Effect]:
+    def verify(self, window: Window, next_run_id: Callable[[], int], now: float) -> Iterator[ev.Effect]:
         """The verifications that fit: before what waits."""
         queue = self.waiting[ev.Urgency.VERIFY]
         while queue and window.fits((rerun := next(iter(queue.values()))).kv_tokens):
             yield self._submit(rerun, window, next_run_id(), now)
 
-    def submit(self, window: Window, next_run_id: Callable[[], int], now: float) -> Iterator[do.Effect]:
+    def submit(self, window: Window, next_run_id: Callable[[], int], now: float) -> Iterator[ev.Effect]:
         """The others that may begin: behind what waits."""
         for urgency in (ev.Urgency.REPLAY, ev.Urgency.BACKGROUND):
             queue = self.waiting[urgency]
@@ -86,12 +84,12 @@ class Reruns:
                     return
                 yield self._submit(rerun, window, next_run_id(), now)
 
-    def _submit(self, rerun: ev.Rerun, window: Window, run_id: int, now: float) -> do.Effect:
+    def _submit(self, rerun: ev.Rerun, window: Window, run_id: int, now: float) -> ev.Effect:
         del self.waiting[rerun.urgency][rerun.rerun_id]
         window.take(rerun.kv_tokens, exclusive=rerun.exclusive)
         expires_at = now + self.bounds.item_timeout_seconds
         self.running[run_id] = Running(rerun, expires_at)
-        return do.SubmitRerun(run_id, rerun.rerun_id, expires_at)
+        return ev.SubmitRerun(run_id, rerun.rerun_id, expires_at)
 
     def _may_begin(self, rerun: ev.Rerun, window: Window) -> bool:
         share, engine = self.bounds.reruns_share, window.engine
@@ -107,14 +105,14 @@ class Reruns:
             window.give(running.rerun.kv_tokens)
         return running is not None
 
-    def expire(self, now: float, window: Window | None) -> Iterator[do.Effect]:
+    def expire(self, now: float, window: Window | None) -> Iterator[ev.Effect]:
         """Give up those that the engine is silent about past their time."""
         late = {i: r for i, r in self.running.items() if now >= r.expires_at + self.bounds.overdue_seconds}
         yield from self._cancel(late, window)
         for running in late.values():
-            yield do.RerunLost(running.rerun.rerun_id, errors.DeadlineExceeded("its time passed and the engine was silent"))
+            yield ev.RerunLost(running.rerun.rerun_id, errors.DeadlineExceeded("its time passed and the engine was silent"))
 
-    def lose(self, error: errors.OstinatoError, window: Window | None) -> Iterator[do.Effect]:
+    def lose(self, error: errors.OstinatoError, window: Window | None) -> Iterator[ev.Effect]:
         """All of them; with no window their runs are lost already."""
         lost = [running.rerun for running in self.running.values()]
         yield from self._cancel(self.running, window)
@@ -122,12 +120,12 @@ class Reruns:
             lost += queue.values()
             queue.clear()
         for rerun in lost:
-            yield do.RerunLost(rerun.rerun_id, error)
+            yield ev.RerunLost(rerun.rerun_id, error)
 
-    def _cancel(self, run_ids: Iterable[int], window: Window | None) -> Iterator[do.Effect]:
+    def _cancel(self, run_ids: Iterable[int], window: Window | None) -> Iterator[ev.Effect]:
         for run_id in list(run_ids):
             if window is None:
                 del self.running[run_id]
             else:
                 self.ended(run_id, window)
-                yield do.CancelRun(run_id)
+                yield ev.CancelRun(run_id)

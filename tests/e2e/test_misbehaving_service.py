@@ -19,7 +19,7 @@ from ostinato.digest import fingerprint_digest, model_digest
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 from ostinato.v1.engine_pb2 import RunEvent, Submit
 
-from sidecar.preparing import SHORT_BYTES
+from sidecar.link import SHORT_BYTES
 from tests.e2e.conftest import Door, eventually, opened, refusal
 from tests.pair import Pair
 

@@ -21,7 +21,7 @@ from service.config import Settings as Service
 from sidecar import checks
 from sidecar.__main__ import DRAIN_END_SECONDS, GENERATION, SEQUENCER
 from sidecar.config import Settings as Sidecar
-from sidecar.metrics import Metrics
+from sidecar.observe import Metrics
 from tests.k8s.manifests import (
     BIN,
     K8S,

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from ostinato import errors
 from ostinato.v1 import types_pb2
 
-from sidecar.core import effects as do
 from sidecar.core import events as ev
-from sidecar.core.item import Bounds
 from sidecar.core.sequencer import Sequencer
+from sidecar.core.window import Bounds
 
 MODEL = b"model"
 BOUNDS = Bounds(queue_items_max=8, window_runs_max=0, attempts_max=3, item_timeout_seconds=10.0)
@@ -32,42 +31,42 @@ class Edge:
     core: Sequencer = field(default_factory=lambda: Sequencer(BOUNDS))
     now: float = 0.0
     next_sequence: int = 1
-    tickets: int = 0
-    effects: list[do.Effect] = field(default_factory=list)
+    batch_ids: int = 0
+    effects: list[ev.Effect] = field(default_factory=list)
 
-    def tell(self, event: ev.Event) -> list[do.Effect]:
+    def dispatch(self, event: ev.Event) -> list[ev.Effect]:
         made = self.core.step(event, self.now)
         self.effects.extend(made)
         return made
 
     def admit(self, *needs: ev.Need, keyed: bool = False, deadline: float | None = None) -> int:
-        """The ticket of a numbered batch."""
-        self.tickets += 1
-        made = self.tell(ev.Admit(self.tickets, needs, keyed, deadline))
-        assert made[0] == do.AppendAdmission(self.tickets)
+        """The id of a numbered batch."""
+        self.batch_ids += 1
+        made = self.dispatch(ev.Admit(self.batch_ids, needs, keyed, deadline))
+        assert made[0] == ev.AppendAdmission(self.batch_ids)
         first, self.next_sequence = self.next_sequence, self.next_sequence + len(needs)
-        self.tell(ev.Numbered(self.tickets, first))
-        return self.tickets
+        self.dispatch(ev.Numbered(self.batch_ids, first))
+        return self.batch_ids
 
     def refused(self, *needs: ev.Need) -> errors.OstinatoError:
-        self.tickets += 1
-        (effect,) = self.tell(ev.Admit(self.tickets, needs, False))
-        assert isinstance(effect, do.Refuse)
+        self.batch_ids += 1
+        (effect,) = self.dispatch(ev.Admit(self.batch_ids, needs, False))
+        assert isinstance(effect, ev.Refuse)
         return effect.error
 
-    def submits(self) -> list[do.Submit]:
-        return [effect for effect in self.effects if isinstance(effect, do.Submit)]
+    def submits(self) -> list[ev.Submit]:
+        return [effect for effect in self.effects if isinstance(effect, ev.Submit)]
 
-    def ends(self) -> list[do.End]:
-        return [effect for effect in self.effects if isinstance(effect, do.End)]
+    def ends(self) -> list[ev.End]:
+        return [effect for effect in self.effects if isinstance(effect, ev.End)]
 
     def run_of(self, sequence: int) -> int:
         return [submit.run_id for submit in self.submits() if submit.sequence == sequence][-1]
 
     def finish(self, sequence: int, grade: types_pb2.Grade.ValueType = EXACT) -> None:
-        self.tell(ev.Started(self.run_of(sequence)))
-        self.tell(ev.Finished(self.run_of(sequence), grade))
-        self.tell(ev.Ended(sequence))
+        self.dispatch(ev.Started(self.run_of(sequence)))
+        self.dispatch(ev.Finished(self.run_of(sequence), grade))
+        self.dispatch(ev.Ended(sequence))
 
     def reason(self, sequence: int) -> str:
         (end,) = [end for end in self.ends() if end.sequence == sequence]
@@ -76,9 +75,9 @@ class Edge:
 
 def connected(*, runs: int = 2, blocks: int = 8) -> Edge:
     edge = Edge()
-    edge.tell(engine(runs=runs, blocks=blocks))
+    edge.dispatch(engine(runs=runs, blocks=blocks))
     return edge
 
 
-def reruns(edge: Edge) -> list[do.SubmitRerun]:
-    return [effect for effect in edge.effects if isinstance(effect, do.SubmitRerun)]
+def reruns(edge: Edge) -> list[ev.SubmitRerun]:
+    return [effect for effect in edge.effects if isinstance(effect, ev.SubmitRerun)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.core.agenda import Agenda
+from sidecar.core.sequencer import TimerQueue
 
 MOMENTS = st.none() | st.integers(0, 20).map(float)
 
@@ -13,7 +13,7 @@ MOMENTS = st.none() | st.integers(0, 20).map(float)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5), MOMENTS), max_size=400))
 def test_each_comes_once_when_it_is_due(steps: list[tuple[bool, int, float | None]]) -> None:
     """Whatever is put down, put off and dropped, what is due is what a look at all of them would find, the earliest first."""
-    agenda, plain = Agenda(), dict[int, float]()
+    agenda, plain = TimerQueue(), dict[int, float]()
     for look, key, moment in steps:
         if look and moment is not None:
             expected = sorted((at, each) for each, at in plain.items() if at <= moment)
@@ -28,7 +28,7 @@ def test_each_comes_once_when_it_is_due(steps: list[tuple[bool, int, float | Non
 
 def test_what_was_put_off_takes_no_room() -> None:
     """However often a few are put off, the agenda does not grow."""
-    agenda = Agenda()
+    agenda = TimerQueue()
     for moment in range(100_000):
         agenda.put(moment % 3, float(moment))
     assert len(agenda._heap) < 100

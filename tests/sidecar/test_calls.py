@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ostinato.errors import Cancelled, Draining, SlowReader, to_status
 from ostinato.v1 import generation_pb2, types_pb2
 
-from sidecar.calls import MESSAGE_BYTES, Streamed, Unary
+from sidecar.answers import MESSAGE_BYTES, StreamWaiter, UnaryWaiter
 from tests.sidecar.held_kit import account
 from tests.sidecar.held_kit import held as reserved
 
@@ -42,7 +42,7 @@ def restarted(sequence: int, attempt: int) -> generation_pb2.Restarted:
     return generation_pb2.Restarted(sequence=sequence, attempt=attempt)
 
 
-async def taken(call: Streamed, count: int = 1) -> list[Event]:
+async def taken(call: StreamWaiter, count: int = 1) -> list[Event]:
     """The next events."""
     events = [await call.next() for _ in range(count)]
     return [Event.FromString(data) for data in events if data is not None]
@@ -53,7 +53,7 @@ STAMP = types_pb2.Stamp(log_id="0" * 32, first_sequence=1, count=3)
 
 async def test_a_unary_call_waits_for_all() -> None:
     """Its results are complete and ascending, whatever the order of the ends; tokens and restarts are not for it."""
-    call = Unary(3, account())
+    call = UnaryWaiter(3, account())
     assert not call.wants_tokens
     waiting = asyncio.ensure_future(call.answer(STAMP))
     call.tokens(run(1, 0, 65))
@@ -71,7 +71,7 @@ async def test_a_unary_call_waits_for_all() -> None:
 
 async def test_tokens_that_wait_are_one_message() -> None:
     """Runs of one item become one run; those of several items one message."""
-    call = Streamed(2, account())
+    call = StreamWaiter(2, account())
     for piece in (run(1, 0, 65), run(2, 0, 66), run(1, 1, 67, 68), run(2, 1, 69)):
         call.tokens(piece)
 
@@ -80,7 +80,7 @@ async def test_tokens_that_wait_are_one_message() -> None:
 
 async def test_nothing_moves_past_an_end_or_a_restart() -> None:
     """Only what follows one another is merged: the order of one item's events is the order in which they happened."""
-    call = Streamed(2, account())
+    call = StreamWaiter(2, account())
     call.tokens(run(1, 0, 65))
     call.restarted(restarted(1, 2))
     call.tokens(run(1, 0, 66, attempt=2))
@@ -102,7 +102,7 @@ async def test_nothing_moves_past_an_end_or_a_restart() -> None:
 
 async def test_a_run_is_of_one_attempt() -> None:
     """Tokens of an attempt that goes on behind another one are a run of their own, and bear its number."""
-    call = Streamed(1, account())
+    call = StreamWaiter(1, account())
     for piece in (run(1, 0, 65), run(1, 1, 66, attempt=2), run(1, 2, 67, attempt=2)):
         call.tokens(piece)
 
@@ -112,7 +112,7 @@ async def test_a_run_is_of_one_attempt() -> None:
 
 async def test_a_taken_message_is_closed() -> None:
     """What a reader has taken does not grow under its hands."""
-    call = Streamed(1, account())
+    call = StreamWaiter(1, account())
     call.tokens(run(1, 0, 65))
     (first,) = await taken(call)
 
@@ -124,7 +124,7 @@ async def test_a_taken_message_is_closed() -> None:
 
 async def test_a_reader_waits_for_something() -> None:
     """With nothing to take it waits, and is woken by tokens and by an end."""
-    call = Streamed(1, account())
+    call = StreamWaiter(1, account())
     happenings: list[Callable[[], None]] = [lambda: call.tokens(run(1, 0, 65)), lambda: call.result(completed(1))]
     for happen in happenings:
         waiting = asyncio.ensure_future(taken(call))
@@ -137,7 +137,7 @@ async def test_a_reader_waits_for_something() -> None:
 
 async def test_a_call_is_lost_behind_what_it_was_told() -> None:
     """Both kinds are woken to raise why, the first reason; a stream after what had come before."""
-    unary, streamed = Unary(2, account()), Streamed(2, account())
+    unary, streamed = UnaryWaiter(2, account()), StreamWaiter(2, account())
     waiting = asyncio.ensure_future(unary.answer(STAMP))
     await asyncio.sleep(0)
     for call in (unary, streamed):
@@ -167,7 +167,7 @@ async def test_a_reader_who_falls_behind() -> None:
     nothing, and does not grow any more."""
     held, lost = reserved(call=50_000)
     with held.account(stream=True) as account:
-        call = Streamed(2, account)
+        call = StreamWaiter(2, account)
         for index in range(100):
             call.tokens(large(1, index))
         assert 100 * 320 < account.waiting < 50_000
@@ -190,7 +190,7 @@ async def test_a_reader_who_falls_behind() -> None:
 
 async def test_a_reader_who_waits_is_told_that_its_call_is_lost() -> None:
     """Another call's bytes may end one whose reader waits for something."""
-    call = Streamed(1, given := account())
+    call = StreamWaiter(1, given := account())
     waiting = asyncio.ensure_future(call.next())
     await asyncio.sleep(0)
 
@@ -204,7 +204,7 @@ async def test_a_unary_answer_is_lost_to_the_bound_of_all() -> None:
     """Its results count twice, as gRPC will hold them; over the bound they are forgotten, and the caller is told."""
     held, lost = reserved(everything=20_000)
     with held.account(stream=False) as account:
-        call = Unary(3, account)
+        call = UnaryWaiter(3, account)
         waiting = asyncio.ensure_future(call.answer(STAMP))
         for sequence in (1, 2):
             result = completed(sequence)
@@ -219,7 +219,7 @@ async def test_a_unary_answer_is_lost_to_the_bound_of_all() -> None:
 
 async def test_messages_of_tokens_are_bounded() -> None:
     """However much waits, no message of tokens grows far beyond its bound: a client reads 4 MiB, and what gRPC has it keeps."""
-    call = Streamed(64, account())
+    call = StreamWaiter(64, account())
     for index in range(20):
         for sequence in range(1, 65):
             call.tokens(large(sequence, index))
@@ -242,7 +242,7 @@ def test_merging_loses_nothing(script: list[str | tuple[int, int, bool]]) -> Non
     """However tokens and restarts of three items mix and whenever the reader comes, each item's tokens are there, in place."""
 
     async def tell() -> None:
-        call = Streamed(3, given := account())
+        call = StreamWaiter(3, given := account())
         sent: dict[int, list[int]] = {1: [], 2: [], 3: []}
         got: dict[int, list[int]] = {1: [], 2: [], 3: []}
         attempts = dict.fromkeys(sent, 1)

@@ -12,9 +12,8 @@ import pytest
 from ostinato import errors
 from ostinato.v1 import generation_pb2, types_pb2
 
-from sidecar.calls import Unary
-from sidecar.elsewhere import Elsewhere
-from sidecar.elsewhere import ended as recorded
+from sidecar.answers import RemoteWaiters, UnaryWaiter
+from sidecar.answers import ended as recorded
 from sidecar.journal.model import Note, Sealed
 from sidecar.journal.postgres import PostgresSettings
 from sidecar.journal.writer import Journal
@@ -30,12 +29,12 @@ class Two:
     store: PostgresKit
     there: Journal
     here: Journal
-    elsewhere: Elsewhere = field(init=False)
+    elsewhere: RemoteWaiters = field(init=False)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
     """That it has started."""
 
     def __post_init__(self) -> None:
-        self.elsewhere = Elsewhere(self.here, self.tasks.append)
+        self.remote = RemoteWaiters(self.here, self.tasks.append)
 
     async def admitted(self, count: int) -> tuple[Sealed, ...]:
         return (await self.there.append(admission(*(item(number) for number in range(1, count + 1)), key="k"))).entries
@@ -55,7 +54,7 @@ async def opened(store: PostgresKit) -> AsyncIterator[Two]:
     store.kill()
 
 
-async def told(call: Unary) -> list[types_pb2.Result]:
+async def told(call: UnaryWaiter) -> list[types_pb2.Result]:
     answer = await asyncio.wait_for(call.answer(types_pb2.Stamp()), 10)
     return list(generation_pb2.GenerateResponse.FromString(answer).results)
 
@@ -64,8 +63,8 @@ async def test_outcomes_arrive(two: Two) -> None:
     """A call is told every outcome once: those that came before it joined, while it did, and after; whatever the order."""
     entries = await two.admitted(4)
     await two.there.append(completed(entries[2]))
-    call, sequences = Unary(4, account()), [entry.header.sequence for entry in entries]
-    joining = asyncio.create_task(two.elsewhere.join(call, sequences))
+    call, sequences = UnaryWaiter(4, account()), [entry.header.sequence for entry in entries]
+    joining = asyncio.create_task(two.remote.join(call, sequences))
     await two.there.append(ended(entries[0]))
     await joining
     await two.there.append(completed(entries[3]))
@@ -79,12 +78,12 @@ async def test_outcomes_arrive(two: Two) -> None:
 async def test_many_wait(two: Two) -> None:
     """Many calls wait for one item, and one that comes when the others have been told is told too."""
     (entry,) = await two.admitted(1)
-    calls = [Unary(1, account()) for _ in range(5)]
+    calls = [UnaryWaiter(1, account()) for _ in range(5)]
     for call in calls[:4]:
-        await two.elsewhere.join(call, [1])
+        await two.remote.join(call, [1])
     await two.there.append(completed(entry))
     answers = [await told(call) for call in calls[:4]]
-    await two.elsewhere.join(calls[4], [1])
+    await two.remote.join(calls[4], [1])
 
     assert [await told(calls[4])] * 4 == answers
 
@@ -92,12 +91,12 @@ async def test_many_wait(two: Two) -> None:
 async def test_leaving(two: Two) -> None:
     """Who leaves is not told; when nobody is left the journal is not followed, until somebody comes again."""
     (first, second) = await two.admitted(2)
-    gone, stays = Unary(1, account()), Unary(1, account())
-    await two.elsewhere.join(gone, [1])
+    gone, stays = UnaryWaiter(1, account()), UnaryWaiter(1, account())
+    await two.remote.join(gone, [1])
     gone.sequences = range(1, 2)
-    two.elsewhere.leave(gone)
-    assert two.elsewhere._following is None
-    await two.elsewhere.join(stays, [2])
+    two.remote.leave(gone)
+    assert two.remote._following is None
+    await two.remote.join(stays, [2])
     await two.there.append(completed(first))
     await two.there.append(completed(second))
     await told(stays)
@@ -108,21 +107,21 @@ async def test_leaving(two: Two) -> None:
 async def test_a_claimed_item(two: Two) -> None:
     """Who waits for an item that this sidecar takes over waits for this sidecar from then on."""
     await two.admitted(1)
-    call = Unary(1, account())
-    await two.elsewhere.join(call, [1])
+    call = UnaryWaiter(1, account())
+    await two.remote.join(call, [1])
 
-    assert two.elsewhere.claim(1) == [call]
-    assert two.elsewhere.claim(1) == []
+    assert two.remote.claim(1) == [call]
+    assert two.remote.claim(1) == []
 
 
 async def test_cancelling(two: Two) -> None:
     """Items that run elsewhere are ended from here, the first outcome winning; those that run here are left to whoever asks."""
     entries = await two.admitted(4)
     await two.there.append(completed(entries[0]))
-    call = Unary(2, account())
-    await two.elsewhere.join(call, [2, 4])
+    call = UnaryWaiter(2, account())
+    await two.remote.join(call, [2, 4])
 
-    assert await two.elsewhere.cancel(1, 4, {3}) == 2
+    assert await two.remote.cancel(1, 4, {3}) == 2
     assert (await two.there.append(completed(entries[1]))).entries == ()
     assert [result.status.code for result in await told(call)] == [1, 1]
     assert [pair.outcome is not None for pair in await two.here.items(1, 4, 4)] == [True, True, False, True]
@@ -137,8 +136,8 @@ async def test_verdicts(two: Two) -> None:
     for one in wanted:
         one.verify = True
     first, second = (await two.there.append(admission(*wanted, key="k"))).entries
-    call = Unary(2, account())
-    await two.elsewhere.join(call, [1, 2])
+    call = UnaryWaiter(2, account())
+    await two.remote.join(call, [1, 2])
     for entry in (first, second):
         await two.there.append(completed(entry))
     await two.there.append(audit(first, types_pb2.COMPARISON_KIND_VERIFY))
@@ -179,17 +178,17 @@ async def test_an_answer_that_is_not_kept(postgres: Postgres) -> None:
     async with opened(store) as two:
         (first,) = (await two.there.append(admission(item(1)))).entries  # without a key: dropped with its outcome
         (second,) = (await two.there.append(admission(item(2), key="k"))).entries
-        calls = [Unary(1, account()), Unary(1, account()), Unary(1, account()), Unary(1, account())]
+        calls = [UnaryWaiter(1, account()), UnaryWaiter(1, account()), UnaryWaiter(1, account()), UnaryWaiter(1, account())]
         sequences = (1, 1, 2, 1)
         for call, sequence in zip(calls, sequences, strict=True):
             call.sequences = range(sequence, sequence + 1)
         for call in calls[:3]:
-            await two.elsewhere.join(call, call.sequences)
+            await two.remote.join(call, call.sequences)
         await two.there.append(completed(first))
         for call in calls[:2]:
             with pytest.raises(errors.PayloadPruned):
                 await told(call)
-        await two.elsewhere.join(calls[3], [1])
+        await two.remote.join(calls[3], [1])
         with pytest.raises(errors.PayloadPruned):
             await told(calls[3])
         await two.there.append(completed(second))
@@ -199,7 +198,7 @@ async def test_an_answer_that_is_not_kept(postgres: Postgres) -> None:
 async def test_a_follower_that_fails(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ends the task that follows the journal reaches the task that supervises it, and is not lost."""
     await two.admitted(1)
-    await two.elsewhere.join(Unary(1, account()), [1])
+    await two.remote.join(UnaryWaiter(1, account()), [1])
 
     async def entries(index: int, limit: int, *, payloads: bool) -> list[Sealed]:
         raise ZeroDivisionError

@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 from ostinato import errors
 from ostinato.v1 import types_pb2
 
-from sidecar.core import effects as do
 from sidecar.core import events as ev
-from sidecar.core.entrance import Entrance
-from sidecar.core.item import Bounds
-from sidecar.core.pace import LEAST_SECONDS, MOST_SECONDS, Pace
+from sidecar.core.fairness import LEAST_SECONDS, MOST_SECONDS, AdmissionQueue, ThroughputEstimator
 from sidecar.core.sequencer import Sequencer
+from sidecar.core.window import Bounds
 
 MODEL = b"model"
 ENGINE = ev.Connected(runs=4, kv_blocks=1 << 20, block_tokens=16, model_digest=MODEL, grade=types_pb2.GRADE_EXACT)
@@ -36,7 +34,7 @@ class World:
     limits: Bounds
     now: float = 0.0
     numbers: dict[int, int] = field(default_factory=dict)
-    """First sequence by ticket, in the order of the numbers."""
+    """First sequence by batch id, in the order of the numbers."""
     refused: dict[int, errors.OstinatoError] = field(default_factory=dict)
     numbered_at: dict[int, float] = field(default_factory=dict)
     started_at: dict[int, float] = field(default_factory=dict)
@@ -45,50 +43,50 @@ class World:
 
     def __post_init__(self) -> None:
         self.core = Sequencer(self.limits)
-        self.entrance = Entrance(self.core)
+        self.queue = AdmissionQueue(self.core)
         self._needs: dict[int, tuple[ev.Need, ...]] = {}
         self._tokens: dict[int, int] = {}
         self.runs: list[tuple[float, int]] = []
         self._last, self._largest = 0, 1
-        self.tell(ENGINE)
+        self.dispatch(ENGINE)
 
-    def ask(self, ticket: int, tenant: str = "", *tokens: int, keyed: bool = False, deadline: float | None = None) -> None:
+    def ask(self, batch_id: int, tenant: str = "", *tokens: int, keyed: bool = False, deadline: float | None = None) -> None:
         """A batch of items of so many tokens; one of 10 if nothing is said."""
-        self._needs[ticket] = tuple(ev.Need(count, MODEL) for count in tokens or (10,))
-        self._largest = max(self._largest, len(self._needs[ticket]))
-        self.tell(ev.Admit(ticket, self._needs[ticket], keyed, deadline, tenant))
+        self._needs[batch_id] = tuple(ev.Need(count, MODEL) for count in tokens or (10,))
+        self._largest = max(self._largest, len(self._needs[batch_id]))
+        self.dispatch(ev.Admit(batch_id, self._needs[batch_id], keyed, deadline, tenant))
 
-    def tell(self, event: ev.Event) -> None:
-        for effect in self.entrance.step(event, self.now):
+    def dispatch(self, event: ev.Event) -> None:
+        for effect in self.queue.step(event, self.now):
             self._perform(effect)
         lost = self.core.window is None  # what the engine had goes back to what waits
         assert lost or self.core.queued <= max(self.limits.numbered_items_max, self._largest), "too many are numbered"
 
-    def _perform(self, effect: do.Effect) -> None:
+    def _perform(self, effect: ev.Effect) -> None:
         match effect:
-            case do.AppendAdmission(ticket):
-                first, self._last = self._last + 1, self._last + len(self._needs[ticket])
-                self.numbers[ticket], self.numbered_at[ticket] = first, self.now
-                self._tokens |= {first + place: need.kv_tokens for place, need in enumerate(self._needs[ticket])}
-                self.tell(ev.Numbered(ticket, first))
-            case do.Refuse(ticket, error):
-                assert ticket not in self.refused
-                assert ticket not in self.numbers, "refusals come before numbers"
-                self.refused[ticket] = error
-            case do.Submit(run_id, sequence):
+            case ev.AppendAdmission(batch_id):
+                first, self._last = self._last + 1, self._last + len(self._needs[batch_id])
+                self.numbers[batch_id], self.numbered_at[batch_id] = first, self.now
+                self._tokens |= {first + place: need.kv_tokens for place, need in enumerate(self._needs[batch_id])}
+                self.dispatch(ev.Numbered(batch_id, first))
+            case ev.Refuse(batch_id, error):
+                assert batch_id not in self.refused
+                assert batch_id not in self.numbers, "refusals come before numbers"
+                self.refused[batch_id] = error
+            case ev.Submit(run_id, sequence):
                 self.started_at.setdefault(sequence, self.now)
                 heapq.heappush(self.runs, (self.now + self._tokens[sequence] / 100, run_id))
-            case do.End(sequence):
-                self.tell(ev.Ended(sequence))
-            case do.Drained():
+            case ev.End(sequence):
+                self.dispatch(ev.Ended(sequence))
+            case ev.Drained():
                 self.drained = True
 
     def run(self, until: float) -> None:
         """Lets the engine work."""
         while self.runs and self.runs[0][0] <= until:
             self.now, run_id = heapq.heappop(self.runs)
-            self.tell(ev.Started(run_id))
-            self.tell(ev.Finished(run_id, types_pb2.GRADE_EXACT))
+            self.dispatch(ev.Started(run_id))
+            self.dispatch(ev.Finished(run_id, types_pb2.GRADE_EXACT))
         self.now = until
 
 
@@ -99,15 +97,15 @@ def test_a_flood_hurts_its_own_tenant(seed: int) -> None:
     p99 = dict[int, float]()
     for numbered in (8, 4000):
         chance, world = random.Random(seed), World(bounds(queue=4000, own=4000, numbered=numbered))
-        for ticket in range(800):
-            world.ask(ticket, "flood", chance.randint(5, 15))
+        for batch_id in range(800):
+            world.ask(batch_id, "flood", chance.randint(5, 15))
         asked = dict[int, float]()
-        for ticket in range(1000, 1200):
+        for batch_id in range(1000, 1200):
             world.run(world.now + chance.expovariate(13))
-            asked[ticket] = world.now
-            world.ask(ticket, "other", chance.randint(5, 15))
+            asked[batch_id] = world.now
+            world.ask(batch_id, "other", chance.randint(5, 15))
         world.run(world.now + 1000)
-        p99[numbered] = sorted(world.started_at[world.numbers[ticket]] - at for ticket, at in asked.items())[-2]
+        p99[numbered] = sorted(world.started_at[world.numbers[batch_id]] - at for batch_id, at in asked.items())[-2]
 
         assert not world.refused
         assert len(world.numbers) == len(world.started_at) == 1000, f"seed {seed}: all are served"
@@ -121,10 +119,10 @@ def test_alone_nothing_changes(script: list[tuple[list[int], float]]) -> None:
     free, held = World(bounds(numbered=1000)), World(bounds(numbered=2))
     for world in (free, held):
         asked = []
-        for ticket, (tokens, pause) in enumerate(script):
+        for batch_id, (tokens, pause) in enumerate(script):
             world.run(world.now + pause)
             asked.append(world.now)
-            world.ask(ticket, "", *tokens)
+            world.ask(batch_id, "", *tokens)
         if world is free:
             assert list(world.numbered_at.values()) == asked
         world.run(world.now + 1000)
@@ -138,50 +136,50 @@ def test_every_batch_leaves_once(script: list[tuple[str, int, bool, int]]) -> No
     """Whoever floods, leaves or comes late: each batch is numbered or refused, never both, and within a tenant numbers ascend
     with arrival. (World asserts on every event that no more wait numbered than may.)"""
     world = World(bounds(queue=30, own=12, numbered=4))
-    tenants = {ticket: tenant for ticket, (tenant, *_) in enumerate(script)}
-    for ticket, (tenant, count, keyed, leaves) in enumerate(script):
-        world.ask(ticket, tenant, *[10] * count, keyed=keyed, deadline=world.now + 0.5)
-        if leaves == 0 and ticket:
-            world.tell(ev.CallerGone(ticket - 1, errors.Cancelled("gone")))
+    tenants = {batch_id: tenant for batch_id, (tenant, *_) in enumerate(script)}
+    for batch_id, (tenant, count, keyed, leaves) in enumerate(script):
+        world.ask(batch_id, tenant, *[10] * count, keyed=keyed, deadline=world.now + 0.5)
+        if leaves == 0 and batch_id:
+            world.dispatch(ev.CancelBatch(batch_id - 1, errors.Cancelled("gone")))
         world.run(world.now + 0.02 * leaves)
-        world.tell(ev.Tick())
+        world.dispatch(ev.Tick())
     world.run(world.now + 1000)
 
     assert sorted([*world.numbers, *world.refused]) == list(range(len(script)))
-    assert world.entrance.waiting.items == 0
+    assert world.queue.waiting.items == 0
     for tenant in "abc":
-        own = [ticket for ticket in world.numbers if tenants[ticket] == tenant]
+        own = [batch_id for batch_id in world.numbers if tenants[batch_id] == tenant]
         assert own == sorted(own)
 
 
 def test_who_leaves_before_a_number_leaves_no_trace() -> None:
     """Without a key a caller that goes, or whose deadline passes, burns no number; with a key the batch goes on."""
     world = World(bounds(numbered=1))
-    for ticket in range(6):
-        world.ask(ticket)
+    for batch_id in range(6):
+        world.ask(batch_id)
     world.ask(6)
     world.ask(7, keyed=True, deadline=0.05)
     world.ask(8, deadline=0.05)
-    world.tell(ev.CallerGone(6, errors.Cancelled("gone")))
-    world.tell(ev.CallerGone(7, errors.Cancelled("gone")))
+    world.dispatch(ev.CancelBatch(6, errors.Cancelled("gone")))
+    world.dispatch(ev.CancelBatch(7, errors.Cancelled("gone")))
     world.now = 0.06
-    world.tell(ev.Tick())
+    world.dispatch(ev.Tick())
     world.run(10)
 
     assert list(world.numbers) == [0, 1, 2, 3, 4, 5, 7]
-    assert {ticket: error.reason for ticket, error in world.refused.items()} == {6: "CANCELLED", 8: "DEADLINE_EXCEEDED"}
+    assert {batch_id: error.reason for batch_id, error in world.refused.items()} == {6: "CANCELLED", 8: "DEADLINE_EXCEEDED"}
 
 
 def test_a_full_tenant_is_refused_and_another_is_not() -> None:
     """A tenant's own bound refuses it alone, with a hint; the bound of all refuses everybody."""
     world = World(bounds(queue=20, own=4, numbered=2))
-    for ticket in range(12):
-        world.ask(ticket, "flood")
+    for batch_id in range(12):
+        world.ask(batch_id, "flood")
     world.ask(20, "other")
-    for ticket in range(30, 60):
-        world.ask(ticket, f"tenant {ticket}")
+    for batch_id in range(30, 60):
+        world.ask(batch_id, f"tenant {batch_id}")
 
-    assert [ticket for ticket in world.refused if ticket < 20] == [10, 11]
+    assert [batch_id for batch_id in world.refused if batch_id < 20] == [10, 11]
     assert "of this tenant" in world.refused[10].message
     assert 20 not in world.refused
     assert "of this tenant" not in world.refused[59].message
@@ -192,8 +190,8 @@ def test_a_full_tenant_is_refused_and_another_is_not() -> None:
 def test_a_batch_larger_than_the_room_has_it_alone() -> None:
     """What is larger than the bound on numbered items waits until none waits, and then is numbered whole."""
     world = World(bounds(numbered=3))
-    for ticket in range(6):
-        world.ask(ticket)
+    for batch_id in range(6):
+        world.ask(batch_id)
     world.ask(6, "", *[10] * 9)
     world.ask(7)
     assert 6 not in world.numbers
@@ -205,28 +203,28 @@ def test_a_batch_larger_than_the_room_has_it_alone() -> None:
 def test_what_waits_outlives_the_engine_but_not_the_drain() -> None:
     """Without an engine nothing is let in or refused that waits already; a drain refuses it all and ends."""
     world = World(bounds(numbered=1))
-    for ticket in range(12):
-        world.ask(ticket, keyed=True)
-    world.tell(ev.Disconnected())
+    for batch_id in range(12):
+        world.ask(batch_id, keyed=True)
+    world.dispatch(ev.Disconnected())
     world.runs.clear()
     world.ask(12)
-    assert {ticket: error.reason for ticket, error in world.refused.items()} == {12: "ENGINE_UNAVAILABLE"}
+    assert {batch_id: error.reason for batch_id, error in world.refused.items()} == {12: "ENGINE_UNAVAILABLE"}
     assert len(world.numbers) == 5
-    world.tell(ENGINE)
+    world.dispatch(ENGINE)
     world.run(world.now + 0.1)
     assert len(world.numbers) > 5
-    left = [ticket for ticket in range(12) if ticket not in world.numbers]
-    world.tell(ev.Drain())
+    left = [batch_id for batch_id in range(12) if batch_id not in world.numbers]
+    world.dispatch(ev.Drain())
     world.run(10)
 
-    assert {world.refused[ticket].reason for ticket in left} == {"DRAINING"}
+    assert {world.refused[batch_id].reason for batch_id in left} == {"DRAINING"}
     assert world.drained
 
 
 @given(st.integers(1, 300), st.floats(0.001, 30), st.integers(0, 10**6), st.floats(0, 100))
 def test_the_hint_follows_the_pace(ended: int, gap: float, queued: int, later: float) -> None:
     """The hint stays within its bounds, grows with the queue and with silence, and is about half the queue's time."""
-    pace = Pace(unknown_seconds=1.0)
+    pace = ThroughputEstimator(unknown_seconds=1.0)
     assert pace.retry_after(queued, 0.0) == 1.0
     for number in range(ended):
         pace.ended(number * gap)
@@ -240,7 +238,7 @@ def test_the_hint_follows_the_pace(ended: int, gap: float, queued: int, later: f
 
 def test_the_hint_is_half_the_queues_time() -> None:
     """At a steady 20 items a second, 400 that wait are a hint of 10 seconds."""
-    pace = Pace(unknown_seconds=1.0)
+    pace = ThroughputEstimator(unknown_seconds=1.0)
     for number in range(2000):
         pace.ended(number / 20)
 

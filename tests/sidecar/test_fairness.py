@@ -15,9 +15,9 @@ QUANTUM = 10
 TOKENS_MAX = 45
 
 
-def batch(ticket: int, tenant: str, *tokens: int) -> Admit:
+def batch(batch_id: int, tenant: str, *tokens: int) -> Admit:
     """Of items with so many tokens."""
-    return Admit(ticket, tuple(Need(count, b"") for count in tokens), keyed=False, tenant=tenant)
+    return Admit(batch_id, tuple(Need(count, b"") for count in tokens), keyed=False, tenant=tenant)
 
 
 class Textbook:
@@ -72,10 +72,10 @@ def test_the_order_is_the_textbooks(script: Sequence[tuple[object, ...]]) -> Non
     """Whatever comes, goes and is served, the next batch is the one that turn after turn would find, and something is served
     as long as anything waits."""
     fair, book, waiting = FairQueue(QUANTUM), Textbook(), list[Admit]()
-    for ticket, step in enumerate(script):
+    for batch_id, step in enumerate(script):
         match step:
             case ("put", str(tenant), list(tokens)):
-                waiting.append(batch(ticket, tenant, *tokens))
+                waiting.append(batch(batch_id, tenant, *tokens))
                 fair.put(waiting[-1])
                 book.put(waiting[-1])
             case ("take",) if waiting:
@@ -89,7 +89,7 @@ def test_the_order_is_the_textbooks(script: Sequence[tuple[object, ...]]) -> Non
         assert fair.first() == book.first()
         assert (fair.first() is None) == (not waiting)
         assert fair.items == sum(len(admit.needs) for admit in waiting) == sum(map(fair.items_of, "abcd"))
-        assert {admit.ticket for admit in fair} == {admit.ticket for admit in waiting}
+        assert {admit.batch_id for admit in fair} == {admit.batch_id for admit in waiting}
 
 
 costs = st.lists(st.integers(1, TOKENS_MAX), min_size=1, max_size=40)
@@ -100,15 +100,15 @@ def test_of_two_that_wait_neither_is_far_ahead(mine: list[int], theirs: list[int
     """From any moment on at which both wait, for as long as both do, what they got differs by less than a quantum and two of
     the largest batches; and each tenant's batches leave in their order."""
     fair, served = FairQueue(QUANTUM), {"a": list[int](), "b": list[int]()}
-    for ticket, tokens in enumerate(mine):
-        fair.put(batch(ticket, "a", tokens))
+    for batch_id, tokens in enumerate(mine):
+        fair.put(batch(batch_id, "a", tokens))
     for _ in range(min(late, len(mine) - 1)):
         fair.take()
-    for ticket, tokens in enumerate(theirs):
-        fair.put(batch(1000 + ticket, "b", tokens))
+    for batch_id, tokens in enumerate(theirs):
+        fair.put(batch(1000 + batch_id, "b", tokens))
     while fair.tenants == 2:
         taken = fair.take()
-        served[taken.tenant].append(taken.ticket)
+        served[taken.tenant].append(taken.batch_id)
         given = {tenant: sum((mine if n < 1000 else theirs)[n % 1000] for n in done) for tenant, done in served.items()}
 
         assert abs(given["a"] - given["b"]) < QUANTUM + 2 * TOKENS_MAX
@@ -119,7 +119,7 @@ def test_of_two_that_wait_neither_is_far_ahead(mine: list[int], theirs: list[int
 def test_alone_the_order_is_that_of_arrival(tokens: list[int]) -> None:
     """One tenant is served first come, first served, whatever its batches cost."""
     fair = FairQueue(QUANTUM)
-    for ticket, count in enumerate(tokens):
-        fair.put(batch(ticket, "", count))
+    for batch_id, count in enumerate(tokens):
+        fair.put(batch(batch_id, "", count))
 
-    assert [fair.take().ticket for _ in tokens] == list(range(len(tokens)))
+    assert [fair.take().batch_id for _ in tokens] == list(range(len(tokens)))

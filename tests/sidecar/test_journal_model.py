@@ -211,7 +211,7 @@ class PostgresMachine(JournalMachine):
     @initialize()
     def begin(self) -> None:
         self.store = PostgresKit(self.server.url(self.server.schema()))
-        self.elsewhere, self.others, self.seconds = False, set[int](), 0.0
+        self.remote, self.others, self.seconds = False, set[int](), 0.0
         self.create()
         self.other, _ = self.store.open(writer="other", seconds=lambda: self.seconds)
         self.model.entries += 1
@@ -219,14 +219,14 @@ class PostgresMachine(JournalMachine):
     @rule()
     def change(self) -> None:
         """The other writer appends from here on, or no longer."""
-        self.elsewhere = not self.elsewhere
+        self.remote = not self.remote
 
     def writing(self) -> Store:
-        return self.other if self.elsewhere else self.journal
+        return self.other if self.remote else self.journal
 
     def compare(self, step: tuple, draft: Draft, answer: Appended) -> None:  # type: ignore[type-arg]
         super().compare(step, draft, answer)
-        if self.elsewhere and step[0] == ADMIT:
+        if self.remote and step[0] == ADMIT:
             self.others.update(entry.header.sequence for entry in answer.entries)
 
     def owned(self, sequence: int) -> bool:

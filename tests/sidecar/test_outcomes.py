@@ -14,17 +14,14 @@ from prometheus_client import CollectorRegistry
 from ostinato import errors
 from ostinato.v1 import generation_pb2, types_pb2
 
-from sidecar.calls import Unary
-from sidecar.core import effects as do
+from sidecar.answers import UnaryWaiter, ended_payload, outcome_kind
 from sidecar.core import events as ev
+from sidecar.item import ActiveItem
 from sidecar.journal.model import Outcome, Sealed
 from sidecar.journal.sqlite import SqliteSettings
 from sidecar.journal.writer import Journal
-from sidecar.metrics import Metrics
-from sidecar.observer import Observer
-from sidecar.outcomes import Outcomes
-from sidecar.results import ended_payload, outcome_kind
-from sidecar.work import Work
+from sidecar.observe import Metrics, Observer
+from sidecar.pipeline import Outcomes
 from tests.sidecar.held_kit import account
 from tests.sidecar.journal_kit import SqliteKit, admission, completed, ended, item
 
@@ -33,12 +30,12 @@ class Host:
     """Keeps what Outcomes tells it, and the tasks that it starts."""
 
     def __init__(self) -> None:
-        self.works: dict[int, Work] = {}
+        self.items: dict[int, ActiveItem] = {}
         self.clock = asyncio.get_running_loop().time
         self.told: list[ev.Event] = []
         self.tasks: list[asyncio.Task[None]] = []
 
-    def tell(self, event: ev.Event) -> None:
+    def dispatch(self, event: ev.Event) -> None:
         self.told.append(event)
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -82,22 +79,22 @@ async def test_another_outcome_whose_payload_was_dropped(journal: Journal, first
     """Where another sidecar's outcome came first and its payload is dropped already, callers are told what its header says,
     and the item ends here as any other."""
     (admitted,) = (await journal.append(admission(item(1)))).entries
-    host, call = Host(), Unary(1, account())
+    host, call = Host(), UnaryWaiter(1, account())
     unused = cast(Any, SimpleNamespace())
-    work = host.works[1] = Work.of(admitted, [call], 0.0)
+    work = host.items[1] = ActiveItem.of(admitted, [call], 0.0)
     outcomes = Outcomes(host, journal, unused, unused)
     await journal.append(first(admitted))
     (recorded,) = await journal.items(1, 1, 1)
     assert recorded.outcome is not None
     assert recorded.outcome.payload == b""
 
-    outcomes.end(do.End(1, 1, errors.EngineFailed("too late")))
+    outcomes.end(ev.End(1, 1, errors.EngineFailed("too late")))
     await host.finish()
 
     (result,) = generation_pb2.GenerateResponse.FromString(await call.answer(types_pb2.Stamp())).results
     assert (result.sequence, result.attempt, errors.from_status(result.status).reason) == (1, 1, reason)
     assert await work.ended == result
-    assert (host.works, host.told) == ({}, [ev.Ended(1)])
+    assert (host.items, host.told) == ({}, [ev.Ended(1)])
 
 
 async def test_a_collision_is_told(journal: Journal, caplog: pytest.LogCaptureFixture) -> None:
@@ -107,10 +104,10 @@ async def test_a_collision_is_told(journal: Journal, caplog: pytest.LogCaptureFi
     outcomes = Outcomes(host, journal, observer, unused)
     batch = (await journal.append(admission(item(1), item(1)))).entries
     for admitted in batch:
-        work = host.works[admitted.header.sequence] = Work.of(admitted, [], 0.0)
+        work = host.items[admitted.header.sequence] = ActiveItem.of(admitted, [], 0.0)
         seed = admitted.header.seed
         work.output = types_pb2.Output(token_ids=range(40), seed=seed, engine_seed=seed, grade=types_pb2.GRADE_EXACT)
-        outcomes.end(do.End(work.sequence, 1, None))
+        outcomes.end(ev.End(work.sequence, 1, None))
     await host.finish()
 
     (record,) = [each for each in caplog.records if each.levelname == "ERROR"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ostinato import errors
 from ostinato.v1 import engine_pb2, types_pb2
 
-from sidecar.preparing import SHORT_BYTES, Preparing, check_prepared, is_short
+from sidecar.link import SHORT_BYTES, Preparing, check_prepared, is_short
 
 DEEDS = ("ask", "ask", "leave", "take", "answer", "answer", "refuse", "answer again", "lose")
 

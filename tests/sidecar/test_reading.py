@@ -11,10 +11,10 @@ from ostinato import errors
 from ostinato.v1 import sequencer_pb2
 from serving.auth import CALLER, Identity, Role
 
+from sidecar.api import SequencerServicer
 from sidecar.config import Settings
 from sidecar.held import Held
 from sidecar.journal.model import Head
-from sidecar.reading import SequencerServicer
 
 
 class Empty:
@@ -37,10 +37,10 @@ class Empty:
 )
 async def test_a_sequence_without_an_item(role: Role, sequence: int, message: str) -> None:
     """An admin is told that a sequence is lost; to a tenant it does not exist, as another tenant's."""
-    dispatcher: Any = SimpleNamespace(journal=Empty())
+    pipeline: Any = SimpleNamespace(journal=Empty())
     book: Any = None
     settings = Settings()
-    servicer = SequencerServicer(dispatcher, book, Held(settings.held, lambda *_: None), settings)
+    servicer = SequencerServicer(pipeline, book, Held(settings.held, lambda *_: None), settings)
     CALLER.set(Identity("tenant", role))
     context: Any = None
 

@@ -8,7 +8,6 @@ import pytest
 
 from ostinato import errors
 
-from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.sequencer import Sequencer
 from tests.sidecar.sequencer_kit import BOUNDS, EXACT, Edge, connected, engine, need
@@ -19,30 +18,30 @@ VERIFY, REPLAY, BACKGROUND = ev.Urgency.VERIFY, ev.Urgency.REPLAY, ev.Urgency.BA
 def shared(share: float, *, runs: int = 4, blocks: int = 64) -> Edge:
     """An engine of which reruns may hold this share."""
     edge = Edge(Sequencer(replace(BOUNDS, reruns_share=share)))
-    edge.tell(engine(runs=runs, blocks=blocks))
+    edge.dispatch(engine(runs=runs, blocks=blocks))
     return edge
 
 
 def begun(edge: Edge) -> list[int]:
     """The reruns that were submitted, in order."""
-    return [effect.rerun_id for effect in edge.effects if isinstance(effect, do.SubmitRerun)]
+    return [effect.rerun_id for effect in edge.effects if isinstance(effect, ev.SubmitRerun)]
 
 
 def run_of(edge: Edge, rerun_id: int) -> int:
-    return next(e.run_id for e in edge.effects if isinstance(e, do.SubmitRerun) and e.rerun_id == rerun_id)
+    return next(e.run_id for e in edge.effects if isinstance(e, ev.SubmitRerun) and e.rerun_id == rerun_id)
 
 
 def lost(edge: Edge) -> dict[int, str]:
     """Why reruns were lost."""
-    return {effect.rerun_id: effect.error.reason for effect in edge.effects if isinstance(effect, do.RerunLost)}
+    return {effect.rerun_id: effect.error.reason for effect in edge.effects if isinstance(effect, ev.RerunLost)}
 
 
 def test_reruns_wait_behind_items() -> None:
     """2: a rerun begins when no item waits and the engine has a run free, and is lost with the engine."""
     edge = connected(runs=1)
     edge.admit(need(), need(), need())
-    edge.tell(ev.Rerun(1, 8, BACKGROUND))
-    edge.tell(ev.Rerun(2, 8, BACKGROUND))
+    edge.dispatch(ev.Rerun(1, 8, BACKGROUND))
+    edge.dispatch(ev.Rerun(2, 8, BACKGROUND))
     edge.finish(1)
     edge.finish(2)
 
@@ -52,7 +51,7 @@ def test_reruns_wait_behind_items() -> None:
 
     assert begun(edge) == [1]
 
-    edge.tell(ev.Disconnected())
+    edge.dispatch(ev.Disconnected())
 
     assert lost(edge) == {1: "ENGINE_UNAVAILABLE", 2: "ENGINE_UNAVAILABLE"}
 
@@ -61,17 +60,17 @@ def test_a_verification_takes_over_the_room_of_its_item() -> None:
     """1: told before the end of the first run, it goes before the head that waits for the same room."""
     edge = connected(runs=8, blocks=4)
     edge.admit(need(24), need(16), need(8))
-    edge.tell(ev.Started(edge.run_of(1)))
-    edge.tell(ev.Rerun(1, 24, VERIFY))
+    edge.dispatch(ev.Started(edge.run_of(1)))
+    edge.dispatch(ev.Rerun(1, 24, VERIFY))
 
     assert begun(edge) == []
 
-    edge.tell(ev.Finished(edge.run_of(1), EXACT))
+    edge.dispatch(ev.Finished(edge.run_of(1), EXACT))
 
     assert begun(edge) == [1]
     assert [submit.sequence for submit in edge.submits()] == [1]
 
-    edge.tell(ev.Finished(run_of(edge, 1), EXACT))
+    edge.dispatch(ev.Finished(run_of(edge, 1), EXACT))
 
     assert [submit.sequence for submit in edge.submits()] == [1, 2, 3]
 
@@ -80,7 +79,7 @@ def test_a_large_head_is_not_kept_waiting_by_small_reruns() -> None:
     """2: while the head waits for KV room no rerun begins, small as it may be."""
     edge = shared(1.0, runs=8, blocks=4)
     edge.admit(need(16), need(32))
-    edge.tell(ev.Rerun(1, 8, REPLAY))
+    edge.dispatch(ev.Rerun(1, 8, REPLAY))
 
     assert begun(edge) == []
 
@@ -94,9 +93,9 @@ def test_the_urgent_go_first() -> None:
     """4: a replay that came later begins before audits that wait, and of equals the older begins first."""
     edge = shared(0.25)
     for rerun_id, urgency in enumerate([BACKGROUND, BACKGROUND, BACKGROUND, REPLAY], start=1):
-        edge.tell(ev.Rerun(rerun_id, 8, urgency))
+        edge.dispatch(ev.Rerun(rerun_id, 8, urgency))
     for rerun_id in (1, 4, 2):
-        edge.tell(ev.Finished(run_of(edge, rerun_id), EXACT))
+        edge.dispatch(ev.Finished(run_of(edge, rerun_id), EXACT))
 
     assert begun(edge) == [1, 4, 2, 3]
 
@@ -108,7 +107,7 @@ def test_reruns_keep_to_their_share(share: float, tokens: int, together: int) ->
     """3: so many begin together, of an engine with 4 runs and 64 blocks of 8 tokens; one always may."""
     edge = shared(share)
     for rerun_id in range(1, 7):
-        edge.tell(ev.Rerun(rerun_id, tokens, BACKGROUND))
+        edge.dispatch(ev.Rerun(rerun_id, tokens, BACKGROUND))
 
     assert begun(edge) == [*range(1, together + 1)]
 
@@ -116,12 +115,12 @@ def test_reruns_keep_to_their_share(share: float, tokens: int, together: int) ->
 def test_waiting_reruns_are_bounded() -> None:
     """Of each urgency so many may wait; what is above is lost at once, and verifications are bounded by their items."""
     edge = Edge(Sequencer(replace(BOUNDS, reruns_max=2)))
-    edge.tell(engine(runs=1))
+    edge.dispatch(engine(runs=1))
     edge.admit(need(), need(), need())
     for rerun_id in range(1, 4):
-        edge.tell(ev.Rerun(rerun_id, 8, BACKGROUND))
-        edge.tell(ev.Rerun(10 + rerun_id, 8, REPLAY))
-        edge.tell(ev.Rerun(20 + rerun_id, 8, VERIFY))
+        edge.dispatch(ev.Rerun(rerun_id, 8, BACKGROUND))
+        edge.dispatch(ev.Rerun(10 + rerun_id, 8, REPLAY))
+        edge.dispatch(ev.Rerun(20 + rerun_id, 8, VERIFY))
 
     assert lost(edge) == {3: "QUEUE_FULL", 13: "QUEUE_FULL"}
 
@@ -129,11 +128,11 @@ def test_waiting_reruns_are_bounded() -> None:
 def test_no_engine_no_rerun() -> None:
     """Without an engine, in a drain, or where it can never fit, a rerun is lost at once with the reason."""
     edge = Edge()
-    edge.tell(ev.Rerun(1, 8, REPLAY))
-    edge.tell(engine(blocks=1))
-    edge.tell(ev.Rerun(2, 9, REPLAY))
-    edge.tell(ev.Drain())
-    edge.tell(ev.Rerun(3, 8, VERIFY))
+    edge.dispatch(ev.Rerun(1, 8, REPLAY))
+    edge.dispatch(engine(blocks=1))
+    edge.dispatch(ev.Rerun(2, 9, REPLAY))
+    edge.dispatch(ev.Drain())
+    edge.dispatch(ev.Rerun(3, 8, VERIFY))
 
     assert lost(edge) == {1: "ENGINE_UNAVAILABLE", 2: "ENGINE_FAILED", 3: "DRAINING"}
 
@@ -141,34 +140,34 @@ def test_no_engine_no_rerun() -> None:
 def test_a_silent_engine() -> None:
     """A rerun that the engine is silent about past its time is cancelled and lost, and its room is free again."""
     edge = shared(0.25)
-    edge.tell(ev.Rerun(1, 8, BACKGROUND))
-    edge.tell(ev.Rerun(2, 8, BACKGROUND))
+    edge.dispatch(ev.Rerun(1, 8, BACKGROUND))
+    edge.dispatch(ev.Rerun(2, 8, BACKGROUND))
     edge.now = BOUNDS.item_timeout_seconds + BOUNDS.overdue_seconds
-    edge.tell(ev.Tick())
+    edge.dispatch(ev.Tick())
 
     assert lost(edge) == {1: "DEADLINE_EXCEEDED"}
-    assert do.CancelRun(run_of(edge, 1)) in edge.effects
+    assert ev.CancelRun(run_of(edge, 1)) in edge.effects
     assert begun(edge) == [1, 2]
 
 
 def test_a_dropped_rerun() -> None:
     """One that nobody wants any more leaves the queue, or the engine."""
     edge = shared(0.25)
-    edge.tell(ev.Rerun(1, 8, BACKGROUND))
-    edge.tell(ev.Rerun(2, 8, BACKGROUND))
-    edge.tell(ev.Rerun(3, 8, BACKGROUND))
-    edge.tell(ev.DropRerun(2))
-    edge.tell(ev.DropRerun(1))
+    edge.dispatch(ev.Rerun(1, 8, BACKGROUND))
+    edge.dispatch(ev.Rerun(2, 8, BACKGROUND))
+    edge.dispatch(ev.Rerun(3, 8, BACKGROUND))
+    edge.dispatch(ev.CancelRerun(2))
+    edge.dispatch(ev.CancelRerun(1))
 
     assert begun(edge) == [1, 3]
-    assert do.CancelRun(run_of(edge, 1)) in edge.effects
+    assert ev.CancelRun(run_of(edge, 1)) in edge.effects
     assert lost(edge) == {}
 
 
 def test_late_events_of_a_dropped_rerun() -> None:
     """What the engine says of a rerun after it was dropped is no fault of the service's."""
     edge = shared(0.25)
-    edge.tell(ev.Rerun(1, 8, BACKGROUND))
-    edge.tell(ev.DropRerun(1))
+    edge.dispatch(ev.Rerun(1, 8, BACKGROUND))
+    edge.dispatch(ev.CancelRerun(1))
 
-    assert edge.tell(ev.Failed(run_of(edge, 1), errors.EngineFailed("late"))) == []
+    assert edge.dispatch(ev.Failed(run_of(edge, 1), errors.EngineFailed("late"))) == []

@@ -8,9 +8,9 @@ from ostinato import errors
 from ostinato.chain import check_result
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
+from sidecar.answers import answer_of, ended_payload, outcome_kind, record_of, result_of, stamp_of
 from sidecar.journal.ledger import Known, Ledger
 from sidecar.journal.model import Head, ItemEntries, Outcome, Sealed
-from sidecar.results import answer_of, ended_payload, outcome_kind, record_of, result_of, stamp_of
 from tests.sidecar.journal_kit import LOG_ID, admission, audit, completed, ended, item
 
 TIMING = types_pb2.Timing(queue_micros=1, first_token_micros=2, total_micros=3)

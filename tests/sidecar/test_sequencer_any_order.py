@@ -9,10 +9,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from ostinato import errors
 from ostinato.v1 import types_pb2
 
-from sidecar.core import effects as do
 from sidecar.core import events as ev
-from sidecar.core.item import Bounds, Phase
-from sidecar.core.sequencer import Sequencer
+from sidecar.core.sequencer import Phase, Sequencer
+from sidecar.core.window import Bounds
 from tests.sidecar.sequencer_kit import EXACT, SERIAL, Edge, engine, need
 
 DRAINED_FROM = 20
@@ -23,7 +22,7 @@ class AnyOrder(RuleBasedStateMachine):
     """Whatever happens in whatever order: one End for each number, in-order first submissions, a window that holds, and reruns
     that never take what an item waits for."""
 
-    tickets = Bundle("tickets")
+    batch_ids = Bundle("batch_ids")
 
     @initialize(runs=st.integers(1, 4), blocks=st.integers(3, 12), share=st.sampled_from([0.0, 0.25, 0.5, 1.0]))
     def start(self, runs: int, blocks: int, share: float) -> None:
@@ -36,14 +35,14 @@ class AnyOrder(RuleBasedStateMachine):
         self.edge.next_sequence = 4
         self.taken: set[int] = set()
         self.reruns = 0
-        self.tell(engine(runs=self.runs, blocks=self.blocks))
+        self.dispatch(engine(runs=self.runs, blocks=self.blocks))
 
-    def tell(self, event: ev.Event) -> None:
+    def dispatch(self, event: ev.Event) -> None:
         core = self.edge.core
-        for effect in self.edge.tell(event):
-            if isinstance(effect, do.End):
+        for effect in self.edge.dispatch(event):
+            if isinstance(effect, ev.End):
                 self.waiting_for_disk.append(effect.sequence)
-            if isinstance(effect, do.SubmitRerun):
+            if isinstance(effect, ev.SubmitRerun):
                 assert effect.run_id in core.reruns.running
                 background = core.reruns.running[effect.run_id].rerun.urgency is not ev.Urgency.VERIFY
                 assert not (background and core.waiting)
@@ -52,36 +51,36 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(size=st.integers(1, 40), urgency=st.sampled_from(ev.Urgency), exclusive=st.booleans())
     def rerun(self, size: int, urgency: ev.Urgency, exclusive: bool) -> None:
         self.reruns += 1
-        self.tell(ev.Rerun(self.reruns, size, urgency, exclusive and urgency is not ev.Urgency.VERIFY))
+        self.dispatch(ev.Rerun(self.reruns, size, urgency, exclusive and urgency is not ev.Urgency.VERIFY))
 
     @rule(data=st.data())
     def drop_rerun(self, data: st.DataObject) -> None:
-        self.tell(ev.DropRerun(data.draw(st.integers(0, self.reruns))))
+        self.dispatch(ev.CancelRerun(data.draw(st.integers(0, self.reruns))))
 
     @rule(data=st.data(), failed=st.booleans())
     def rerun_ends(self, data: st.DataObject, failed: bool) -> None:
         running = sorted(self.edge.core.reruns.running)
         if running:
             run_id = data.draw(st.sampled_from(running))
-            self.tell(ev.Failed(run_id, errors.EngineFailed("no")) if failed else ev.Finished(run_id, EXACT))
+            self.dispatch(ev.Failed(run_id, errors.EngineFailed("no")) if failed else ev.Finished(run_id, EXACT))
 
-    @rule(target=tickets, sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), keyed=st.booleans())
+    @rule(target=batch_ids, sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), keyed=st.booleans())
     def admit(self, sizes: list[int], keyed: bool) -> int:
-        self.edge.tickets += 1
-        self.tell(ev.Admit(self.edge.tickets, tuple(map(need, sizes)), keyed, 5.0))
-        if self.edge.effects and self.edge.effects[-1] == do.AppendAdmission(self.edge.tickets):
-            self.numbering.append((self.edge.tickets, len(sizes)))
-        return self.edge.tickets
+        self.edge.batch_ids += 1
+        self.dispatch(ev.Admit(self.edge.batch_ids, tuple(map(need, sizes)), keyed, 5.0))
+        if self.edge.effects and self.edge.effects[-1] == ev.AppendAdmission(self.edge.batch_ids):
+            self.numbering.append((self.edge.batch_ids, len(sizes)))
+        return self.edge.batch_ids
 
     @precondition(lambda self: self.numbering)
     @rule(full=st.booleans())
     def commit(self, full: bool) -> None:
-        ticket, count = self.numbering.pop(0)
+        batch_id, count = self.numbering.pop(0)
         if full:
-            self.tell(ev.NotNumbered(ticket))
+            self.dispatch(ev.NotNumbered(batch_id))
             return
         first, self.edge.next_sequence = self.edge.next_sequence, self.edge.next_sequence + count
-        self.tell(ev.Numbered(ticket, first))
+        self.dispatch(ev.Numbered(batch_id, first))
 
     @rule(count=st.integers(1, 3))
     def another_writer_admits(self, count: int) -> None:
@@ -95,36 +94,36 @@ class AnyOrder(RuleBasedStateMachine):
         taken, self.others = self.others[:count], self.others[count:]
         self.taken.update(taken)
         for sequence in taken:
-            self.tell(ev.Recovered(sequence, need(size), keyed, 2))
+            self.dispatch(ev.Recovered(sequence, need(size), keyed, 2))
 
     @precondition(lambda self: self.waiting_for_disk)
     @rule()
     def outcome_durable(self) -> None:
-        self.tell(ev.Ended(self.waiting_for_disk.pop(0)))
+        self.dispatch(ev.Ended(self.waiting_for_disk.pop(0)))
 
-    @rule(ticket=tickets, late=st.booleans())
-    def leave(self, ticket: int, late: bool) -> None:
-        self.tell(ev.CallerGone(ticket, errors.DeadlineExceeded("") if late else errors.Cancelled("")))
+    @rule(batch_id=batch_ids, late=st.booleans())
+    def leave(self, batch_id: int, late: bool) -> None:
+        self.dispatch(ev.CancelBatch(batch_id, errors.DeadlineExceeded("") if late else errors.Cancelled("")))
 
     @rule(first=st.integers(1, 30), count=st.integers(0, 5))
     def cancel(self, first: int, count: int) -> None:
-        self.tell(ev.Cancel(first, first + count))
+        self.dispatch(ev.CancelItems(first, first + count))
 
     @rule(seconds=st.floats(0, 4))
     def tick(self, seconds: float) -> None:
         self.edge.now += seconds
-        self.tell(ev.Tick())
+        self.dispatch(ev.Tick())
 
     @rule(grade=st.sampled_from([EXACT, SERIAL]))
     def connect(self, grade: types_pb2.Grade.ValueType) -> None:
         if self.edge.core.window is not None:
-            self.tell(ev.Disconnected())
-        self.tell(engine(runs=self.runs, blocks=self.blocks, grade=grade))
+            self.dispatch(ev.Disconnected())
+        self.dispatch(engine(runs=self.runs, blocks=self.blocks, grade=grade))
 
     @rule()
     def disconnect(self) -> None:
         if self.edge.core.window is not None:
-            self.tell(ev.Disconnected())
+            self.dispatch(ev.Disconnected())
 
     @rule(data=st.data(), what=st.sampled_from(["started", "finished", "failed"]))
     def engine_says(self, data: st.DataObject, what: str) -> None:
@@ -133,16 +132,16 @@ class AnyOrder(RuleBasedStateMachine):
             return
         item = data.draw(st.sampled_from(running))
         if what == "failed":
-            self.tell(ev.Failed(item.run_id, errors.EngineFailed("no")))
+            self.dispatch(ev.Failed(item.run_id, errors.EngineFailed("no")))
         elif item.phase is Phase.SUBMITTED:
-            self.tell(ev.Started(item.run_id))
+            self.dispatch(ev.Started(item.run_id))
         elif what == "finished":
-            self.tell(ev.Finished(item.run_id, EXACT))
+            self.dispatch(ev.Finished(item.run_id, EXACT))
 
     @precondition(lambda self: self.edge.next_sequence > DRAINED_FROM)
     @rule()
     def drain(self) -> None:
-        self.tell(ev.Drain())
+        self.dispatch(ev.Drain())
 
     @invariant()
     def one_end_each(self) -> None:
@@ -181,7 +180,7 @@ class AnyOrder(RuleBasedStateMachine):
         kv_tokens = [*(item.need.kv_tokens for item in running), *(rerun.kv_tokens for rerun in reruns)]
         assert window.runs == len(kv_tokens) <= window.runs_max
         assert window.blocks == sum(map(window.need, kv_tokens)) <= window.engine.kv_blocks
-        assert not any((*(item.suspect for item in running), *(rerun.exclusive for rerun in reruns))) or len(kv_tokens) == 1
+        assert not any((*(item.quarantined for item in running), *(rerun.exclusive for rerun in reruns))) or len(kv_tokens) == 1
 
     @invariant()
     def reruns_keep_to_their_share(self) -> None:

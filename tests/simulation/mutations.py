@@ -17,21 +17,18 @@ from ostinato.progress import Progress
 from ostinato.v1 import generation_pb2, types_pb2
 
 from service.stream import Stream
-from sidecar import calls, generation, results
-from sidecar.core import effects as do
-from sidecar.core import entrance, refusals, sequencer
+from sidecar import answers, api
+from sidecar.answers import stamp_of
 from sidecar.core import events as ev
-from sidecar.core.item import Item
-from sidecar.core.sequencer import Sequencer
+from sidecar.core import fairness, sequencer
+from sidecar.core.sequencer import Item, Sequencer
 from sidecar.core.window import Window
-from sidecar.dispatcher import Dispatcher
 from sidecar.journal import sqlite
 from sidecar.journal.ledger import Known, Ledger, needs
 from sidecar.journal.model import Admission, Appended, Binding, Draft, ItemEntries, Outcome, Sealed
 from sidecar.journal.sqlite import Tables
 from sidecar.journal.writer import Journal
-from sidecar.outcomes import Outcomes
-from sidecar.results import stamp_of
+from sidecar.pipeline import Outcomes, Pipeline
 from tests.simulation.plan import plan_of
 from tests.simulation.promises import PROMISES
 from tests.simulation.world import simulate
@@ -117,17 +114,17 @@ def a_gap_behind_every_batch() -> AbstractContextManager[Any]:
 @breaks(2)
 def a_refusal_that_burns_numbers() -> AbstractContextManager[Any]:
     """What is refused is appended all the same."""
-    perform = Dispatcher._perform
+    perform = Pipeline._perform
 
-    async def append(self: Dispatcher, admission: Admission) -> None:
+    async def append(self: Pipeline, admission: Admission) -> None:
         await self.journal.append(admission)
 
-    def performed(self: Dispatcher, effect: do.Effect) -> None:
-        if isinstance(effect, do.Refuse):
-            self.spawn(append(self, self._asking[effect.ticket].admission))
+    def performed(self: Pipeline, effect: ev.Effect) -> None:
+        if isinstance(effect, ev.Refuse):
+            self.spawn(append(self, self._pending[effect.batch_id].admission))
         perform(self, effect)
 
-    return instead(Dispatcher, "_perform", performed)
+    return instead(Pipeline, "_perform", performed)
 
 
 @breaks(2)
@@ -135,7 +132,7 @@ def a_lost_outcome() -> AbstractContextManager[Any]:
     """Every failure is forgotten where it should become durable."""
     end = Outcomes.end
 
-    def completed(self: Outcomes, effect: do.End) -> None:
+    def completed(self: Outcomes, effect: ev.End) -> None:
         if effect.error is None:
             end(self, effect)
 
@@ -166,9 +163,9 @@ def admitted_while_it_drains() -> Iterator[None]:
     """A sidecar that was told to stop goes on taking work."""
 
     def refusal(*arguments: Any, draining: bool) -> errors.OstinatoError | None:
-        return refusals.refusal(*arguments, draining=False)
+        return sequencer.refusal(*arguments, draining=False)
 
-    with instead(sequencer, "refusal", refusal), instead(entrance, "refusal", refusal):
+    with instead(sequencer, "refusal", refusal), instead(fairness, "refusal", refusal):
         yield
 
 
@@ -185,21 +182,21 @@ def a_stream_that_starts_over_unsaid() -> AbstractContextManager[Any]:
 @breaks(2)
 def a_stream_that_ends_too_early() -> AbstractContextManager[Any]:
     """A streamed failure is counted and not sent."""
-    result_ = calls.Streamed.result
+    result_ = answers.StreamWaiter.result
 
-    def result(self: calls.Streamed, result: types_pb2.Result) -> None:
+    def result(self: answers.StreamWaiter, result: types_pb2.Result) -> None:
         result_(self, result)
         if not result.HasField("output"):
             self._events.pop()
 
-    return instead(calls.Streamed, "result", result)
+    return instead(answers.StreamWaiter, "result", result)
 
 
 @breaks(2)
 @contextmanager
 def an_answer_to_a_caller_out_of_reach_is_lost() -> Iterator[None]:
     """What is answered while the path to its caller is cut is never sent, also not when the path is healed."""
-    servicer = generation.GenerationServicer
+    servicer = api.GenerationServicer
     answer, stream = servicer.answer, servicer.stream
 
     async def lost_if_cut(context: Any) -> None:
@@ -258,7 +255,7 @@ def numbers_from_a_pool() -> AbstractContextManager[Any]:
 def the_newest_first() -> AbstractContextManager[Any]:
     """What came last is submitted first."""
 
-    def submit(self: Sequencer, now: float) -> Iterator[do.Effect]:
+    def submit(self: Sequencer, now: float) -> Iterator[ev.Effect]:
         while self.window is not None and self.waiting:
             item = list(self.waiting.values())[-1]
             if not self.window.fits(item.need.kv_tokens):
@@ -272,7 +269,7 @@ def the_newest_first() -> AbstractContextManager[Any]:
 def a_small_one_overtakes() -> AbstractContextManager[Any]:
     """Whatever fits is submitted, though the head has to wait."""
 
-    def submit(self: Sequencer, now: float) -> Iterator[do.Effect]:
+    def submit(self: Sequencer, now: float) -> Iterator[ev.Effect]:
         for item in list(self.waiting.values()):
             if self.window is not None and self.window.fits(item.need.kv_tokens):
                 yield self._submit(item, self.window, now)
@@ -290,12 +287,12 @@ def a_lost_engine_goes_ahead_of_a_takeover() -> Iterator[None]:
         new = {item.sequence: item for item in items}
         self.waiting = {**new, **self.waiting} if lost else dict(sorted({**self.waiting, **new}.items()))
 
-    def submit(self: Sequencer, now: float) -> Iterator[do.Effect]:
+    def submit(self: Sequencer, now: float) -> Iterator[ev.Effect]:
         while self.window is not None and self.waiting:
             head = next(iter(self.waiting.values()))
-            if (error := refusals.unfit(head, self.window)) is not None:
+            if (error := sequencer.unfit(head, self.window)) is not None:
                 yield from self._end(head, error)
-            elif self.window.fits(head.need.kv_tokens, exclusive=head.suspect):
+            elif self.window.fits(head.need.kv_tokens, exclusive=head.quarantined):
                 yield self._submit(head, self.window, now)
             else:
                 return
@@ -355,12 +352,12 @@ def keys_are_forgotten() -> Iterator[None]:
 @breaks(6)
 def anybody_may_use_a_key() -> AbstractContextManager[Any]:
     """The request that comes with a bound key is not compared with the one that bound it."""
-    join = generation.GenerationServicer._join
+    join = api.GenerationServicer._join
 
     async def joined(self: Any, request: Any, binding: Binding, call: Any) -> types_pb2.Stamp:
         return await join(self, request, replace(binding, request_digest=request_digest(request)), call)
 
-    return instead(generation.GenerationServicer, "_join", joined)
+    return instead(api.GenerationServicer, "_join", joined)
 
 
 @breaks(6)
@@ -368,11 +365,11 @@ def another_answer_the_second_time() -> AbstractContextManager[Any]:
     """A recorded answer comes back with another attempt in it."""
 
     def changed(entries: ItemEntries) -> types_pb2.Result:
-        result = results.answer_of(entries)
+        result = answers.answer_of(entries)
         result.timing.total_micros += 1
         return result
 
-    return instead(generation, "answer_of", changed)
+    return instead(api, "answer_of", changed)
 
 
 # ---- 7: what was acknowledged
@@ -381,17 +378,17 @@ def another_answer_the_second_time() -> AbstractContextManager[Any]:
 @breaks(7)
 def numbers_are_told_too_early() -> AbstractContextManager[Any]:
     """A batch is acknowledged with the numbers that it will have, once it is durable."""
-    append = Dispatcher._append_admission
+    append = Pipeline._append_admission
 
-    async def appended(self: Dispatcher, ticket: int) -> None:
-        asking = self._asking[ticket]
+    async def appended(self: Pipeline, batch_id: int) -> None:
+        asking = self._pending[batch_id]
         if not asking.admission.key:
             head = self.journal._backend.head  # type: ignore[attr-defined]
             guess = Ledger(head, Known(), 0).append(asking.admission)
             asking.settle(stamp_of(guess.entries[0].header))
-        await append(self, ticket)
+        await append(self, batch_id)
 
-    return instead(Dispatcher, "_append_admission", appended)
+    return instead(Pipeline, "_append_admission", appended)
 
 
 @breaks(7, file=True)
@@ -430,7 +427,7 @@ def what_has_no_key_runs_again() -> AbstractContextManager[Any]:
     """Recovery takes up everything."""
     recovered = Sequencer._recovered
 
-    def all_of_them(self: Sequencer, event: ev.Recovered) -> Iterator[do.Effect]:
+    def all_of_them(self: Sequencer, event: ev.Recovered) -> Iterator[ev.Effect]:
         return recovered(self, replace(event, keyed=True))
 
     return instead(Sequencer, "_recovered", all_of_them)
@@ -441,7 +438,7 @@ def recovery_counts_from_one() -> AbstractContextManager[Any]:
     """What is taken up in a later epoch is called the first attempt again."""
     recovered = Sequencer._recovered
 
-    def first(self: Sequencer, event: ev.Recovered) -> Iterator[do.Effect]:
+    def first(self: Sequencer, event: ev.Recovered) -> Iterator[ev.Effect]:
         return recovered(self, replace(event, attempt=1))
 
     return instead(Sequencer, "_recovered", first)
@@ -452,7 +449,7 @@ def recovery_takes_up_nothing() -> AbstractContextManager[Any]:
     """What has a key is abandoned too."""
     recovered = Sequencer._recovered
 
-    def none(self: Sequencer, event: ev.Recovered) -> Iterator[do.Effect]:
+    def none(self: Sequencer, event: ev.Recovered) -> Iterator[ev.Effect]:
         return recovered(self, replace(event, keyed=False))
 
     return instead(Sequencer, "_recovered", none)

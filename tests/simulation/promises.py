@@ -11,8 +11,8 @@ from ostinato.chain import OUTCOMES, check_result, entry_hash
 from ostinato.digest import request_digest
 from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 
+from sidecar.answers import result_of
 from sidecar.journal.model import Sealed
-from sidecar.results import result_of
 from tests.simulation.history import Call, History, Submission
 from tests.simulation.stores import WRITER
 

@@ -124,7 +124,7 @@ class World:
 
     async def _settle(self) -> None:
         """Until the sidecar knows of nothing unfinished."""
-        while self.sidecar is None or self.sidecar.node.dead or self.sidecar.program.dispatcher.works:
+        while self.sidecar is None or self.sidecar.node.dead or self.sidecar.program.pipeline.items:
             await asyncio.sleep(0.5)
 
     def _mend(self) -> None:
@@ -298,7 +298,7 @@ class World:
     def _note_death(self, process: Process, code: int, *errors: Exception) -> None:
         """A sidecar may end because it was told to, because its journal is lost to it, or because it was replaced."""
         self.history.note(self.loop.time(), "exit", process.node, code)
-        broken, link = process.program.dispatcher.broken, process.program.journal.broken
+        broken, link = process.program.pipeline.broken, process.program.journal.broken
         causes: list[object] = [error for error in errors if not isinstance(error, StartupError)]
         causes += [broken.exception()] if broken.done() and not broken.cancelled() else []
         causes += [link.result()] if link.done() and not link.cancelled() else []

@@ -6,18 +6,83 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ostinato import tracing
+from ostinato import enums, tracing
 from ostinato.compare import compare_prefix
-from ostinato.errors import Draining, OstinatoError
+from ostinato.errors import Disconnected, Draining, OstinatoError
 from ostinato.progress import Progress
+from ostinato.tracing import OFF, Kind, Span
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 
-from sidecar.calls import Call
+from sidecar.answers import Waiter, ended_payload, outcome_kind
 from sidecar.collisions import Collisions, sampling_label
 from sidecar.core.events import Need
 from sidecar.journal.model import Admission, Binding, Outcome, Sealed
-from sidecar.results import ended_payload, outcome_kind
-from sidecar.spans import ItemSpans
+
+
+def run_span(purpose: engine_pb2.Purpose.ValueType, sequence: int) -> Span:
+    """Of a second run, from when it is asked for: within what asked for it, or on its own."""
+    return tracing.span(enums.word(engine_pb2.Purpose, purpose).lower(), {"ostinato.sequence": sequence}, Kind.CLIENT)
+
+
+class ItemSpans:
+    """Begins with the item's numbers. `caller`: the span of the call that brought it."""
+
+    def __init__(self, header: types_pb2.EntryHeader, payload: sequencer_pb2.AdmittedPayload, caller: Span) -> None:
+        self.item = self._part = OFF
+        self._running, self._sequence = False, header.sequence
+        if not tracing.on():
+            return
+        self.item = caller.child(
+            "item",
+            {
+                "ostinato.sequence": header.sequence,
+                "ostinato.log_id": header.log_id,
+                "ostinato.writer": header.writer,
+                "ostinato.epoch": header.epoch,
+                "ostinato.request_id": payload.request_id,
+                "ostinato.seed": str(payload.seed),
+            },
+        )
+        self._part = self.item.child("queue")
+
+    def submitted(self, attempt: int, company: int) -> str:
+        """An attempt goes to the engine; the traceparent that goes with it."""
+        if self.item is OFF:
+            return ""
+        self.lost()
+        self._part.end()
+        if attempt > 1:
+            self.item.event("submitted again", {"ostinato.attempt": attempt})
+        attributes = {"ostinato.sequence": self._sequence, "ostinato.attempt": attempt, "ostinato.company": company}
+        self._part = self.item.child("run", attributes, Kind.CLIENT)
+        self._running = True
+        return self._part.traceparent
+
+    def lost(self) -> None:
+        """The engine is gone; if the item was in it, it waits again."""
+        if self._running:
+            self._running = False
+            self._part.end(Disconnected("the engine was lost"))
+            self._part = self.item.child("queue")
+
+    def over(self, error: OstinatoError | None) -> None:
+        """Nothing more is done for it but to write down how it ended."""
+        self._running = False
+        self._part.end(error)
+
+    def ended(self, header: types_pb2.EntryHeader, error: OstinatoError | None) -> None:
+        """The outcome is durable."""
+        if self.item:
+            self.item.note(
+                {
+                    "ostinato.attempt": header.attempt,
+                    "ostinato.outcome": enums.word(types_pb2.EntryKind, header.kind),
+                    "ostinato.grade": enums.word(types_pb2.Grade, header.grade),
+                    "ostinato.fingerprint": header.fingerprint_digest.hex(),
+                }
+            )
+            self.item.end(error)
+
 
 GRADES = frozenset(types_pb2.Grade.values())
 LEFT_SECONDS = 1.0
@@ -25,11 +90,11 @@ LEFT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Asking:
+class PendingAdmission:
     """A call that waits for its numbers."""
 
     admission: Admission
-    call: Call
+    call: Waiter
     asked_at: float
     answer: asyncio.Future[types_pb2.Stamp | Binding]
     caller: tracing.Span = field(default_factory=tracing.current)
@@ -55,13 +120,13 @@ class RerunResult:
 
 
 @dataclass(slots=True, eq=False)
-class Work:
+class ActiveItem:
     """From admission to its durable outcome. Times are seconds on the program's monotonic clock."""
 
     admitted: types_pb2.EntryHeader
     input: sequencer_pb2.AdmittedPayload
     admitted_at: float
-    calls: list[Call]
+    calls: list[Waiter]
     progress: Progress
     ended: asyncio.Future[types_pb2.Result]
     """The result, once it is durable."""
@@ -86,7 +151,7 @@ class Work:
     """What was found about its output, once there is an outcome."""
 
     @classmethod
-    def of(cls, entry: Sealed, calls: list[Call], now: float, caller: tracing.Span | None = None) -> Work:
+    def of(cls, entry: Sealed, calls: list[Waiter], now: float, caller: tracing.Span | None = None) -> ActiveItem:
         """The work that an ADMITTED entry makes. `caller`: the span of the call that brought it, if there is one."""
         payload = sequencer_pb2.AdmittedPayload.FromString(entry.payload)
         ended: asyncio.Future[types_pb2.Result] = asyncio.get_running_loop().create_future()
@@ -115,7 +180,7 @@ class Work:
             traceparent=self.spans.submitted(attempt, self.company),
         )
 
-    def join(self, call: Call) -> None:
+    def join(self, call: Waiter) -> None:
         """Somebody else waits too. It is sent what was streamed so far, if anything was."""
         if self.left is not None:
             call.lost(self.left)
@@ -135,7 +200,7 @@ class Work:
         self.ended.set_exception(self.left)
         self.ended.exception()  # somebody has to look at it, and there may be nobody
 
-    def detach(self, call: Call, error: OstinatoError) -> None:
+    def detach(self, call: Waiter, error: OstinatoError) -> None:
         """A call waits no more. Where nobody may come back there is no use in a second run."""
         if call in self.calls:
             self.calls.remove(call)

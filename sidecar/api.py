@@ -1,0 +1,373 @@
+"""The public services: Generation and Sequencer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Iterator, Sequence
+
+import grpc
+
+from ostinato import errors, tracing
+from ostinato.digest import request_digest
+from ostinato.v1 import engine_pb2, generation_pb2, generation_pb2_grpc, sequencer_pb2, sequencer_pb2_grpc, types_pb2
+from ostinato.wire import RESPONSE_BYTES_METADATA
+from serving.auth import Context, caller
+from serving.handlers import ran_out, remaining, written
+
+from sidecar.admission import check, check_key, check_size, draft, response_bytes_max
+from sidecar.answers import StreamWaiter, UnaryWaiter, Waiter, answer_of, is_whole, pages, record_of, stamp_of
+from sidecar.checks import replay
+from sidecar.config import Settings
+from sidecar.core import events as ev
+from sidecar.core.sequencer import numbered
+from sidecar.divergence.output import report
+from sidecar.divergence.statistics import CONFIDENCE
+from sidecar.divergence.tracker import DivergenceTracker
+from sidecar.held import Account, Held
+from sidecar.journal.model import Binding, ItemEntries, Sealed
+from sidecar.journal.writer import Journal
+from sidecar.pipeline import Pipeline
+
+
+def visible(item: ItemEntries) -> bool:
+    """Whether the caller may see it. Without its payload nobody knows whose it is, and only an admin may."""
+    if not item.admitted.payload:
+        return caller().admin
+    return caller().may_see(sequencer_pb2.AdmittedPayload.FromString(item.admitted.payload).tenant)
+
+
+async def need_sight(journal: Journal, first: int, last: int) -> None:
+    """Raises NotFound for a range with an item in it that the caller may not see. Reads nothing for an admin."""
+    if not caller().admin:
+        async for page in pages(journal, first, last):
+            for item in page:
+                if not visible(item):
+                    raise errors.NotFound(f"no sequence {item.admitted.header.sequence}")
+
+
+KEY_CHARACTERS_SHOWN = 64
+"""Of an idempotency key, in an error."""
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServicer):
+    """See generation.proto."""
+
+    def __init__(self, pipeline: Pipeline, held: Held, settings: Settings) -> None:
+        self._pipeline = pipeline
+        self.held = held
+        self._settings = settings
+
+    # Answers bytes, which are what waited.
+    async def Generate(  # type: ignore[override]
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> bytes:
+        with self.held.account(stream=False) as account:
+            return await self.answer(request, context, account)
+
+    # Writes by itself: a generator could not be left while its reader is slow.
+    async def GenerateStream(  # type: ignore[override]
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> None:
+        with self.held.account(stream=True) as account:
+            await self.stream(request, context, account)
+
+    async def answer(self, request: generation_pb2.GenerateRequest, context: Context, account: Account) -> bytes:
+        """Generate, for a call with this account: a serialised GenerateResponse."""
+        call, patience = UnaryWaiter(len(request.items), account), remaining(context)
+        batch_id, stamp, _ = await self._enter(request, context, call)
+        with self._leaving(batch_id, call, context, patience):
+            return await call.answer(stamp)
+
+    async def stream(self, request: generation_pb2.GenerateRequest, context: Context, account: Account) -> None:
+        """GenerateStream, for a call with this account. Writes serialised events; raises SlowReader."""
+        call, patience = StreamWaiter(len(request.items), account), remaining(context)
+        batch_id, stamp, repeated = await self._enter(request, context, call)
+        admitted = generation_pb2.Admitted(stamp=stamp, repeated_key=repeated)
+        with self._leaving(batch_id, call, context, patience):
+            event: bytes | None = generation_pb2.GenerateEvent(admitted=admitted).SerializeToString()
+            while event is not None:
+                if not await written(context.write(event), lost=account.lost):
+                    raise account.error
+                event = await call.next()
+
+    @contextlib.contextmanager
+    def _leaving(self, batch_id: int, call: Waiter, context: Context, patience: float | None) -> Iterator[None]:
+        """Its items are told when the caller goes, or loses its call."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            self._pipeline.leave(batch_id, call, gone(context, patience))
+            raise
+        except errors.SlowReader as error:
+            self._pipeline.leave(batch_id, call, errors.Cancelled(error.message))
+            raise
+
+    async def Cancel(self, request: generation_pb2.CancelRequest, context: Context) -> generation_pb2.CancelResponse:
+        first, last = await self._range(request)
+        works = numbered(self._pipeline.items, first, last)
+        self._pipeline.dispatch(ev.CancelItems(first, last))
+        for work in works:
+            work.forgo(errors.Cancelled("cancelled on request"))
+        results = await asyncio.gather(*(asyncio.shield(work.ended) for work in works))
+        cancelled = sum(result.status.code == grpc.StatusCode.CANCELLED.value[0] for result in results)
+        cancelled += await self._pipeline.remote.cancel(first, last, self._pipeline.items)
+        return generation_pb2.CancelResponse(cancelled=cancelled, ended=last - first + 1 - cancelled)
+
+    async def _range(self, request: generation_pb2.CancelRequest) -> tuple[int, int]:
+        match request.WhichOneof("target"):
+            case "range":
+                first, last = request.range.first, request.range.last
+                if not 1 <= first <= last:
+                    raise errors.invalid("range", "first must be at least 1 and last at least first")
+                newest = (await self._pipeline.journal.head()).last_sequence
+                if last > newest:
+                    raise errors.NotFound(f"the newest sequence is {newest}")
+                await need_sight(self._pipeline.journal, first, last)
+                return first, last
+            case "idempotency_key":
+                check_key(request.idempotency_key)
+                binding = await self._pipeline.journal.binding(caller().tenant, request.idempotency_key)
+                if binding is None:
+                    raise errors.NotFound("this key is not bound")
+                return binding.first_sequence, binding.first_sequence + binding.count - 1
+            case _:
+                raise errors.invalid("target", "is missing")
+
+    async def GetModel(self, request: generation_pb2.GetModelRequest, context: Context) -> generation_pb2.GetModelResponse:
+        engine = self._pipeline.engine
+        if engine is None:
+            raise errors.EngineUnavailable("no engine is connected", retry_after=1.0)
+        model = types_pb2.Model()
+        model.CopyFrom(engine.model)
+        model.limits.batch_items_max = self._settings.batch_items_max
+        model.limits.idempotency_key_bytes_max = self._settings.idempotency_key_bytes_max
+        model.limits.request_id_bytes_max = self._settings.request_id_bytes_max
+        return generation_pb2.GetModelResponse(model=model)
+
+    async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Context) -> generation_pb2.TokenizeResponse:
+        return await self._pipeline.link.tokenize(request, remaining(context))
+
+    # ---- admission
+
+    async def _enter(
+        self, request: generation_pb2.GenerateRequest, context: Context, call: Waiter
+    ) -> tuple[int, types_pb2.Stamp, bool]:
+        """The batch id, the stamp, and whether the key was bound before. Raises whatever refuses the request."""
+        span = tracing.current()
+        span.note({"ostinato.request_id": request.request_id, "ostinato.items": len(request.items)})
+        try:
+            batch_id, stamp, repeated = await self._number(request, context, call)
+            span.note({"ostinato.sequence": stamp.first_sequence, "ostinato.epoch": stamp.epoch})
+            span.note({"ostinato.repeated_key": repeated})
+            return batch_id, stamp, repeated
+        except errors.OstinatoError as error:
+            self._pipeline.observer.refused(error)
+            raise
+
+    async def _number(
+        self, request: generation_pb2.GenerateRequest, context: Context, call: Waiter
+    ) -> tuple[int, types_pb2.Stamp, bool]:
+        left = remaining(context)
+        if left is not None and left <= 0:
+            raise errors.DeadlineExceeded("the deadline had passed before anything was numbered")
+        check(request, self._settings)
+        self.held.check()
+        most = response_bytes_max(context.invocation_metadata() or (), self._settings)
+        if request.idempotency_key:
+            binding = await self._pipeline.journal.binding(caller().tenant, request.idempotency_key)
+            if binding is not None:
+                return 0, await self._join(request, binding, call), True
+        prepare = engine_pb2.PrepareRequest(items=request.items, parameters=request.parameters)
+        prepared = await self._pipeline.link.prepare(prepare, left)
+        check_size(prepared, most, verify=request.verify)
+        deadline = None if left is None else self._pipeline.clock() + (remaining(context) or 0.0)
+        admission = draft(request, prepared, caller().tenant)
+        batch_id, answer = await self._pipeline.admit(admission, call, deadline, lambda: gone(context, left))
+        if isinstance(answer, Binding):
+            return 0, await self._join(request, answer, call), True
+        return batch_id, answer, False
+
+    async def _join(self, request: generation_pb2.GenerateRequest, binding: Binding, call: Waiter) -> types_pb2.Stamp:
+        """The recorded outcomes of a bound key, and those still to come. Raises KeyReused for another request."""
+        if request_digest(request) != binding.request_digest:
+            named = _shown(request.idempotency_key)
+            raise errors.KeyReused(
+                f"the idempotency key {named} was used for another request: use another key, or send the same request"
+            )
+        self._pipeline.observer.repeated()
+        first, last = binding.first_sequence, binding.first_sequence + binding.count - 1
+        call.sequences = range(first, last + 1)
+        joined = {number: self._pipeline.items[number] for number in call.sequences if number in self._pipeline.items}
+        for work in joined.values():
+            work.join(call)
+        recorded = await self._pipeline.journal.items(first, last, binding.count)
+        elsewhere = []
+        for entries in recorded:
+            if entries.admitted.header.sequence in joined:
+                continue
+            if is_whole(entries):
+                call.result(answer_of(entries))
+            else:
+                elsewhere.append(entries.admitted.header.sequence)
+        if elsewhere:
+            await self._pipeline.remote.join(call, elsewhere)
+        return stamp_of(recorded[0].admitted.header)
+
+
+def gone(context: Context, patience: float | None) -> errors.OstinatoError:
+    """Why gRPC cancelled the handler of a caller that came with this many seconds to its deadline: it shows both alike."""
+    if ran_out(remaining(context), patience):
+        return errors.DeadlineExceeded("the caller's deadline passed")
+    return errors.Cancelled("the caller went away")
+
+
+def _shown(key: str) -> str:
+    """The key in quotes, in one line of ASCII, or its beginning and dots."""
+    shown = json.dumps(key[:KEY_CHARACTERS_SHOWN])
+    return shown if len(key) <= KEY_CHARACTERS_SHOWN else f"{shown}..."
+
+
+PAGE_ENTRIES = 256
+"""Read at once."""
+MESSAGE_BYTES = 1 << 20
+"""One message carries payloads up to about this size; a single one may be larger."""
+
+
+class ConcurrencyLimit:
+    """A bound on calls of one kind."""
+
+    def __init__(self, what: str, most: int) -> None:
+        self._what, self._most, self._taken = what, most, 0
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """Raises QueueFull if all are taken."""
+        if self._taken >= self._most:
+            raise errors.QueueFull(f"{self._most} {self._what} run already", retry_after=1.0)
+        self._taken += 1
+        try:
+            yield
+        finally:
+            self._taken -= 1
+
+
+class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
+    """See sequencer.proto. Reads are served while the journal is full and while the engine is away."""
+
+    def __init__(self, pipeline: Pipeline, tracker: DivergenceTracker, held: Held, settings: Settings) -> None:
+        self._pipeline = pipeline
+        self._held = held
+        self._settings = settings
+        self._tracker = tracker
+        self._journal = pipeline.journal
+        self._followers = ConcurrencyLimit("followers", settings.followers_max)
+        self._tails = ConcurrencyLimit("calls of Tail without follow", settings.tails_max)
+        self._replays = ConcurrencyLimit("replays", settings.replays_max)
+
+    async def Get(self, request: sequencer_pb2.GetRequest, context: Context) -> sequencer_pb2.GetResponse:
+        match request.WhichOneof("target"):
+            case "sequence":
+                if request.sequence < 1:
+                    raise errors.invalid("sequence", "must be at least 1")
+                first, count = request.sequence, 1
+            case "idempotency_key":
+                check_key(request.idempotency_key)
+                binding = await self._journal.binding(caller().tenant, request.idempotency_key)
+                if binding is None:
+                    raise errors.NotFound("this key is not bound")
+                first, count = binding.first_sequence, binding.count
+            case _:
+                raise errors.invalid("target", "is missing")
+        self._held.check()
+        items = await self._journal.items(first, first + count - 1, count)
+        if not items or (request.HasField("sequence") and not visible(items[0])):
+            raise errors.NotFound(await self._why_not(first))
+        known = self._pipeline.fingerprints.known if request.HasField("sequence") else {}
+        response = sequencer_pb2.GetResponse(items=[record_of(entries, known) for entries in items])
+        size, most = response.ByteSize(), response_bytes_max(context.invocation_metadata() or (), self._settings)
+        if size > most:
+            what = f"the answer has {size} bytes, the client reads {most}: raise metadata {RESPONSE_BYTES_METADATA}"
+            others = f", get sequences {first} to {first + count - 1} one by one, or Tail the journal" if count > 1 else ""
+            raise errors.invalid(str(request.WhichOneof("target")), what + others)
+        return response
+
+    async def _why_not(self, sequence: int) -> str:
+        """Why there is no item with this sequence. That it was lost is said to admins only: it may have been of any tenant."""
+        newest = (await self._journal.head()).last_sequence
+        # DivergenceCollector have no gaps: one up to the newest that was not admitted is in a LOST entry.
+        if caller().admin and sequence <= newest and not await self._journal.items(sequence, sequence, 1):
+            return f"sequence {sequence} is lost: it was given out, and the journal's end with its item was lost"
+        return f"no sequence {sequence}"
+
+    async def Tail(self, request: sequencer_pb2.TailRequest, context: Context) -> AsyncIterator[sequencer_pb2.TailResponse]:
+        caller().need_admin("Tail")
+        self._held.check()
+        with (self._followers if request.follow else self._tails).one():
+            index = max(1, request.from_index)
+            while True:
+                page = await self._journal.entries(index, PAGE_ENTRIES, payloads=request.payloads)
+                if page:
+                    index = page[-1].header.index + 1
+                    for entries in _messages(page):
+                        yield sequencer_pb2.TailResponse(entries=entries)
+                elif request.follow:
+                    await self._journal.wait(index)
+                else:
+                    return
+
+    async def Replay(
+        self, request: sequencer_pb2.ReplayRequest, context: Context
+    ) -> AsyncIterator[sequencer_pb2.ReplayResponse]:
+        if not 1 <= request.range.first <= request.range.last:
+            raise errors.invalid("range", "first must be at least 1 and last at least first")
+        if request.concurrency > 64:
+            raise errors.invalid("concurrency", "at most 64 are allowed")
+        first, newest = request.range.first, (await self._journal.head()).last_sequence
+        if first > newest:
+            raise errors.NotFound(f"the newest sequence is {newest}")
+        self._held.check()
+        last = min(request.range.last, newest)
+        if self._pipeline.engine is None:
+            raise errors.EngineUnavailable("no engine is connected", retry_after=1.0)
+        await need_sight(self._journal, first, last)
+        concurrency = 1 if request.alone else request.concurrency or 8
+        with self._replays.one():
+            async for response in replay(self._pipeline, first, last, concurrency, alone=request.alone):
+                yield response
+
+    async def Head(self, request: sequencer_pb2.HeadRequest, context: Context) -> sequencer_pb2.HeadResponse:
+        caller().need_admin("Head")
+        head = await self._journal.head()
+        return sequencer_pb2.HeadResponse(
+            log_id=head.log_id,
+            writer=head.writer,
+            epoch=head.epoch,
+            index=head.index,
+            entry_hash=head.entry_hash,
+            last_sequence=head.last_sequence,
+            unfinished=len(self._pipeline.items),
+        )
+
+    async def Report(self, request: sequencer_pb2.ReportRequest, context: Context) -> sequencer_pb2.ReportResponse:
+        caller().need_admin("Report")
+        if not (request.confidence >= 0 and (1 + request.confidence) / 2 < 1):  # NaN is neither
+            raise errors.invalid("confidence", "must be above 0 and below 1, or 0 for 0.95")
+        head, known = await self._journal.head(), self._pipeline.fingerprints.known
+        response = report(self._tracker.counts, self._tracker.index, request.confidence or CONFIDENCE, known)
+        response.log_id, response.writer = head.log_id, head.writer
+        return response
+
+
+def _messages(page: Sequence[Sealed]) -> Iterator[list[sequencer_pb2.Entry]]:
+    """The page, in as many parts as every client can read."""
+    entries: list[sequencer_pb2.Entry] = []
+    size = 0
+    for sealed in page:
+        if entries and size + len(sealed.payload) > MESSAGE_BYTES:
+            yield entries
+            entries, size = [], 0
+        entries.append(sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload))
+        size += len(sealed.payload)
+    yield entries
