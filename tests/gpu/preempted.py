@@ -12,7 +12,8 @@ from unittest import mock
 
 from ostinato.v1 import types_pb2
 
-from service.engines.turbomind import TurbomindOptions, loading
+from service.engines.turbomind import TurbomindOptions
+from service.engines.turbomind import engine as engine_module
 from service.engines.turbomind.engine import TurbomindEngine
 from tests.gpu.smoke import Bench, say
 
@@ -48,8 +49,8 @@ def main() -> None:
         model=parser.parse_args().model, state_dir=state, context_tokens=2048, runs=RUNS, cache_fraction=CACHE_FRACTION
     )
     os.environ["TM_LOG_LEVEL"] = "WARNING"
-    with mock.patch("service.engines.turbomind.memory.blocks", return_value=1_000_000):
-        engine = loading.load(options)
+    with mock.patch("service.engines.turbomind.batching.blocks", return_value=1_000_000):
+        engine = engine_module.load(options)
     sys.exit(0 if asyncio.run(attempt(engine)) else 1)
 
 

@@ -20,8 +20,7 @@ from ostinato.v1 import engine_pb2, types_pb2
 from service.answer import Answer
 from service.engines.base import Events, Run
 from service.engines.turbomind import TurbomindOptions
-from service.engines.turbomind.engine import TurbomindEngine
-from service.engines.turbomind.loading import load
+from service.engines.turbomind.engine import TurbomindEngine, load
 
 PROMPTS = ("Shanghai is", "The theory of evolution says that", "def quicksort(arr):", "In 1969,")
 GIVEN = {"temperature": 1.0, "top_k": 40, "top_p": 1.0, "repetition_penalty": 1.0, "max_new_tokens": 24}

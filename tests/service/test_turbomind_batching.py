@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ostinato.errors import EngineFailed, InvalidRequest, OstinatoError, from_status
 from ostinato.v1 import engine_pb2, types_pb2
@@ -17,11 +19,10 @@ from ostinato.v1 import engine_pb2, types_pb2
 from service.answer import Answer
 from service.engines.base import Run
 from service.engines.scripted.vocabulary import END, ByteVocabulary
-from service.engines.turbomind.batching import Batching
-from service.engines.turbomind.formats import Formats
-from service.engines.turbomind.metering import Meter
+from service.engines.turbomind.batching import PAGE, Batching, block_bytes, blocks_promised, needed
+from service.engines.turbomind.metrics import Meter
 from service.engines.turbomind.native import Account, Load, Native, Progress, Status
-from service.engines.turbomind.request import Request
+from service.engines.turbomind.request import Formats, Request
 
 VOCABULARY = ByteVocabulary()
 ACCOUNT = Account(queued=100.0, scheduled=101.0, cached=0)
@@ -398,3 +399,51 @@ async def test_a_runs_account_is_taken_when_it_leaves() -> None:
     assert (found["lmdeploy_prompt_tokens_total"], found["lmdeploy_generation_tokens_total"]) == (6, 6)
     assert (found["lmdeploy_request_generation_tokens_count"], found["lmdeploy_request_generation_tokens_sum"]) == (2, 5)
     assert (found["lmdeploy_request_queue_time_seconds_sum"], found["lmdeploy_cached_tokens_total"]) == (2.0, 0)
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("layers", "kv_heads", "head_dim", "bits", "expected"),
+    [(32, 8, 128, 16, 8 * MIB), (30, 3, 64, 16, 1_474_560), (80, 8, 128, 16, 20 * MIB), (32, 8, 128, 8, 4 * MIB + 131_072)],
+)
+def test_a_block_has_keys_and_values_of_every_layer(
+    layers: int, kv_heads: int, head_dim: int, bits: int, expected: int
+) -> None:
+    """Of 64 tokens; those of an 8B model are 8 MiB."""
+    assert block_bytes(layers=layers, kv_heads=kv_heads, head_dim=head_dim, block_tokens=64, kv_bits=bits) == expected
+
+
+def test_whole_pages_of_an_8b_models_blocks() -> None:
+    """Four to a page, one page lost to alignment, and one block set aside for each run."""
+    region = 100 * PAGE
+
+    assert blocks_promised(share=8 * MIB / region, size=8 * MIB, runs=16) == 99 * 4 - 16
+
+
+def test_blocks_that_fill_a_slab_badly_take_a_larger_slab() -> None:
+    """20 MiB fit 25 times into 512 MiB, which are 16 pages; of 100 pages six slabs can be made."""
+    region = 100 * PAGE
+
+    assert blocks_promised(share=20 * MIB / region, size=20 * MIB, runs=10) == 6 * 25 - 10
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.5, 0.9])
+def test_there_is_always_one_block(share: float) -> None:
+    """A share that was not seen, or makes no sense, promises next to nothing."""
+    assert blocks_promised(share=share, size=8 * MIB, runs=256) == 1
+
+
+@given(size=st.integers(1, 1 << 28), count=st.integers(2, 20_000), runs=st.integers(1, 1024))
+def test_never_more_is_promised_than_the_region_holds(size: int, count: int, runs: int) -> None:
+    """With what is set aside."""
+    found = blocks_promised(share=1 / count, size=size, runs=runs)
+
+    assert found == 1 or found + runs <= count
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(1, 1), (64, 1), (65, 2), (4096, 64)])
+def test_a_run_needs_whole_blocks(tokens: int, expected: int) -> None:
+    """As the sidecar counts them."""
+    assert needed(tokens, 64) == expected

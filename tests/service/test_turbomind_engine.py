@@ -26,12 +26,11 @@ from service.engines.scripted.vocabulary import ByteVocabulary
 from service.engines.turbomind import engine as engine_module
 from service.engines.turbomind.engine import Loaded, TurbomindEngine
 from service.engines.turbomind.exactness import Exactness
-from service.engines.turbomind.model import Model
+from service.engines.turbomind.model import HuggingFaceVocabulary, Model
 from service.engines.turbomind.native import Account, Load, Native, Progress, Status
 from service.engines.turbomind.options import TurbomindOptions
 from service.engines.turbomind.overrides import Counters, Overrides
 from service.engines.turbomind.request import Request
-from service.engines.turbomind.vocabulary import HuggingFaceVocabulary
 from service.grade import self_test
 from service.observe import Metrics
 from service.stream import Runs

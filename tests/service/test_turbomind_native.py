@@ -17,7 +17,7 @@ from service.engines.turbomind import native as native_module
 from service.engines.turbomind.model import Model
 from service.engines.turbomind.native import Account, Load, Native, Progress, bring_in
 from service.engines.turbomind.options import TurbomindOptions
-from service.engines.turbomind.probing import probe
+from service.engines.turbomind.probe import first_run
 from service.engines.turbomind.request import Request
 
 Ring = Callable[[], None]
@@ -169,7 +169,7 @@ def test_what_turbomind_says_against_a_model_is_passed_on(calls: list[Any]) -> N
 
 def test_the_first_run_shows_what_a_block_is_of_the_cache(calls: list[Any]) -> None:
     """Its prompt fills four blocks and part of a fifth, and the answer does not reach the next."""
-    share = probe(Native(TurbomindOptions(), MODEL), 4096)
+    share = first_run(Native(TurbomindOptions(), MODEL), 4096)
     _, inputs, *_, config, stream, _ = next(call for call in calls if call[0] == "forward")
 
     assert share == pytest.approx(0.05 / 5)
@@ -180,7 +180,7 @@ def test_the_first_run_shows_what_a_block_is_of_the_cache(calls: list[Any]) -> N
 @pytest.mark.parametrize("context", [2, 3, 64, 100, 300])
 def test_the_first_run_fits_every_context(context: int, calls: list[Any]) -> None:
     """However small."""
-    probe(Native(TurbomindOptions(context_tokens=context, runs=1), MODEL), context)
+    first_run(Native(TurbomindOptions(context_tokens=context, runs=1), MODEL), context)
     _, inputs, *_, config, _, _ = next(call for call in calls if call[0] == "forward")
 
     assert 1 <= len(inputs["input_ids"]) <= context - config["max_new_tokens"] < context

@@ -129,7 +129,7 @@ import ctypes, json, sys
 from array import array
 from pathlib import Path
 from service.engines.turbomind.overrides import Matrices, Mode, Overrides, Resume
-from service.engines.turbomind.plans import PERIOD, Trial, choose, grid
+from service.engines.turbomind.kernels import PERIOD, Trial, choose, grid
 
 folder = Path(sys.argv[1])
 overrides = Overrides(Path(sys.argv[2]))

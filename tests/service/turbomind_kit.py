@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from service.engines.turbomind import host
-from service.engines.turbomind.plans import Shape
+from service.engines.turbomind.overrides import Shape
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -1,11 +1,11 @@
-"""The runs: in order into TurboMind, and what it makes of them out again. All on the event loop.
+"""Runs go into TurboMind in order, and its tokens come out; all on the event loop.
 
-1. Runs enter in order of submission, as long as there is a slot and room in the KV cache for the longest answer of the next
-   one; so TurboMind never has to take memory from one run for another, and nothing overtakes.
-2. A run that TurboMind still has keeps its slot and its room, whether anybody waits for it or not.
-3. TurboMind reports from a thread of its own. However many reports there are, one wake-up takes them all.
-4. A prompt of one token is handed over when no other prompt is under way: TurboMind takes it for a prompt or for a decode by
-   what stands beside it, and the two round differently.
+1. Runs start in order of submission, when there is a slot and room in the KV cache for the longest answer of the next one. So
+   TurboMind never has to take memory from one run for another, and no run overtakes another.
+2. A run that TurboMind still has keeps its slot and its blocks, also after its caller has left.
+3. TurboMind reports from its own thread. One wake-up of the loop takes all reports that have come by then.
+4. A prompt of one token starts when no other prompt is under way: TurboMind would take it for a prompt or for a decode by
+   what runs beside it, and the two round differently.
 """
 
 from __future__ import annotations
@@ -23,12 +23,41 @@ from ostinato.errors import EngineFailed, OstinatoError, to_status
 from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.base import Events, Run
-from service.engines.turbomind.formats import Formats
-from service.engines.turbomind.logprobs import token_logprobs
-from service.engines.turbomind.memory import needed
-from service.engines.turbomind.metering import Meter
+from service.engines.turbomind.metrics import Meter
 from service.engines.turbomind.native import Handle, Native, Progress, Status, why
-from service.engines.turbomind.request import Request, request_of
+from service.engines.turbomind.request import Formats, Request, request_of, token_logprobs
+
+PAGE = 32 << 20
+SLAB_MAX = 1 << 30
+FULL_ENOUGH = 0.95
+"""Slabs are doubled until blocks fill this much of them."""
+
+
+def block_bytes(*, layers: int, kv_heads: int, head_dim: int, block_tokens: int, kv_bits: int) -> int:
+    """Of keys and values of one block on one GPU; quantised, each head of a token has a scale and a zero point of 16 bits."""
+    heads = 2 * layers * kv_heads * block_tokens
+    return heads * head_dim * kv_bits // 8 + (heads * 4 if kv_bits < 16 else 0)
+
+
+def blocks_promised(*, share: float, size: int, runs: int) -> int:
+    """How many blocks can be promised, where one of `size` bytes is `share` of the region. At least 1.
+
+    A run may take one more than it needs, for a token too many that is under way when it ends: that is set aside.
+    """
+    if not 0 < share <= 1:
+        return 1
+    region = int(size / share)
+    slab = max(PAGE, 1 << (size - 1).bit_length())
+    while slab // size * size < FULL_ENOUGH * slab and slab < SLAB_MAX:
+        slab *= 2
+    pages = max(0, region - PAGE) // PAGE  # the region's beginning is moved to a page's
+    return max(1, pages // (slab // PAGE) * (slab // size) - runs)
+
+
+def needed(tokens: int, block_tokens: int) -> int:
+    """Blocks for a prompt and the longest answer together."""
+    return -(-tokens // block_tokens)
+
 
 POLL_SECONDS = 0.001
 _log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Whether this configuration can be exact: what it takes is put in place here, and what is missing is said."""
+"""Whether this configuration can be exact: it puts in place what that takes, and says what is missing."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ostinato.v1 import types_pb2
 
-from service.engines.turbomind import calibrate, host
+from service.engines.turbomind import host, kernels
+from service.engines.turbomind.kernels import Manifest, Permit
 from service.engines.turbomind.model import Model
 from service.engines.turbomind.options import TurbomindOptions
-from service.engines.turbomind.overrides import KERNELS, Mode, NoOverrides, Overrides, build
+from service.engines.turbomind.overrides import KERNELS, Mode, NoOverrides, Overrides, Shape, build
 from service.engines.turbomind.overrides import digest as overrides_digest
-from service.engines.turbomind.plans import Manifest
 
 NO_SPLITS = "max_splits=1"
 """For TurboMind's own kernels, which serve quantised weights: none of them cuts K."""
@@ -80,7 +80,7 @@ class Exactness:
             self.overrides = None
             return
         self.cublas = f"{Path(library).name} {number}"
-        calibrate.lend_workspace(self.overrides, self.options.tp)
+        kernels.lend_workspace(self.overrides, self.options.tp)
         options = self.options
         self._environment = {
             "lmdeploy": version, "cublas": self.cublas, "gpu": gpu.name, "capability": gpu.capability, "driver": gpu.driver,
@@ -89,7 +89,7 @@ class Exactness:
             "overrides": overrides_digest(),
         }  # fmt: skip
         os.environ["TM_GEMM_TUNE"] = NO_SPLITS
-        self._kept, self.origin = calibrate.find(self.path, self._environment)
+        self._kept, self.origin = kernels.find(self.path, self._environment)
         if not self._quantised:
             return
         table = self._path("kernels", "bin")
@@ -129,13 +129,13 @@ class Exactness:
                 if self._kept is not None:
                     self.origin = "the kept one lacks a product"
                 self.origin = f"made now: {self.origin}"
-                permits = calibrate.measure(overrides, {shape: max(most, rows) for shape, rows in shapes.items()})
+                permits = kernels.measure(overrides, {shape: max(most, rows) for shape, rows in shapes.items()})
                 table = _sha256(self._path("kernels", "bin")) if self._quantised else ""
                 self.manifest = Manifest(environment, permits, table)
-                calibrate.keep(self.path, self.manifest)
+                kernels.keep(self.path, self.manifest)
             if bare := shapes.keys() - self.manifest.permits.keys():
                 self._miss(f"nothing rounds alike in the product {min(bare).m}x{min(bare).k}")
-            if uncovered := calibrate.install(overrides, self.manifest, options.runs):
+            if uncovered := kernels.install(overrides, self.manifest, options.runs):
                 self._miss(uncovered)
         except NoOverrides as error:
             self._miss(str(error))
@@ -189,3 +189,35 @@ def _sha256(path: Path) -> str:
     except OSError as error:
         _log.warning("kernel table unreadable", extra={"path": path, "why": str(error)})
         return ""
+
+
+HEADS = ("product", "type", "algorithms", "tokens")
+TYPES = {0: "fp32", 2: "fp16", 14: "bf16"}
+"""By cudaDataType_t."""
+
+
+def table(exactness: Exactness) -> str:
+    """Behind `prove`. Products are outputs x inputs; none of their algorithms: whatever cuBLAS likes would serve them."""
+    manifest, overrides = exactness.manifest, exactness.overrides
+    lines: list[str] = []
+    if manifest is not None and overrides is not None:
+        shapes = sorted({*overrides.shapes(), *manifest.permits})
+        lines += _laid_out([HEADS, *(_row(shape, manifest.permits.get(shape)) for shape in shapes)])
+        lines += ["", f"kernel plan  {manifest.digest}", f"kept at      {exactness.path}", f"origin       {exactness.origin}"]
+    grade, why = exactness.ceiling
+    lines.append(f"can earn     {types_pb2.Grade.Name(grade).removeprefix('GRADE_')}: {why}")
+    if exactness.why_not:
+        lines.append(f"not covered  {exactness.why_not}")
+    return "\n".join(lines)
+
+
+def _row(shape: Shape, permit: Permit | None) -> Sequence[str]:
+    product, kind = f"{shape.m} x {shape.k}", TYPES.get(shape.a_type, str(shape.a_type))
+    if permit is None:
+        return product, kind, "none", "none"
+    return product, kind, " ".join(map(str, permit.algorithms)), f"1 to {permit.rows}"
+
+
+def _laid_out(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,5 +1,5 @@
-"""What this machine has, and whether that is enough. What needs torch is asked last: it brings cuBLAS, which the overrides must
-come before."""
+"""This machine: LMDeploy, its library, the GPU and the driver. Torch is imported last, because it loads cuBLAS, and the
+overrides must be loaded before that."""
 
 from __future__ import annotations
 

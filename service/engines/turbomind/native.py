@@ -1,9 +1,9 @@
-"""LMDeploy's TurboMind, loaded; a run of it; and what it says of itself. The only file that touches LMDeploy.
+"""LMDeploy's TurboMind: loading a model, one run of it, and what it reports. The only file that touches LMDeploy.
 
-Not its AsyncEngine, nor the generator of its instances: those strip the stop token, detokenise every token a second time, build
-dicts of logprobs one number at a time, rewrite parameters and set seeds by themselves, and cost one task and a wake-up for each
-token of each run. What they stand on is small: a request goes in, a callback says that its state has changed, and its tokens
-stand in a buffer.
+LMDeploy's AsyncEngine and the generator of its instances are not used. They strip the stop token, detokenise every
+token a second time, build dicts of logprobs one number at a time, change parameters, set seeds, and cost one task and a
+wake-up for each token of each run. What is below them is small: a request goes in, a callback says that its state has
+changed, and its tokens are in a buffer.
 """
 
 from __future__ import annotations

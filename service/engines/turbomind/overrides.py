@@ -1,7 +1,5 @@
-"""The overrides: compiled on this machine, loaded before all else, told what to do and asked what they did.
-
-overrides.c says what is overridden and why. Nothing of it needs a GPU until products are served.
-"""
+"""The overrides (overrides.c says which and why): compiled on this machine, loaded first, configured, and counted. Nothing here
+needs a GPU until products are served."""
 
 from __future__ import annotations
 
@@ -17,8 +15,6 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from service.engines.turbomind.plans import PERMITTED_MAX, Candidate, Shape
-
 ABI = 3
 SOURCES = ("overrides.c", "cublaslt.h")
 LINKED_AS = "libcublas.so.12 { global: cublasGemmEx; };\n"
@@ -32,6 +28,7 @@ RESUME = "resume"
 NAMES = (*KERNELS, RESUME)
 SHAPES_MAX = 64
 OFFERS_MAX = 32
+PERMITTED_MAX = 16
 TOP_K_BUCKET = 1024
 """The largest: so every top_k that TurboMind takes is sorted by the same kernel."""
 OMIT = "OSTINATO_TURBOMIND_OMIT"
@@ -71,6 +68,34 @@ class Counters:
     """Products that nothing permitted could serve, and cuBLAS served as it liked."""
     corrected: int = 0
     """Rests of one token that were made rests of two."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shape:
+    """A kind of product, as TurboMind hands it to cublasGemmEx; the numbers are cuBLAS's own."""
+
+    transa: int
+    transb: int
+    m: int
+    k: int
+    a_type: int
+    b_type: int
+    c_type: int
+    lda: int
+    ldb: int
+    ldc: int
+    compute: int
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An algorithm as cublasLt configures it for a product."""
+
+    algorithm: int
+    config: tuple[int, ...]
+    """Tile, stages, cluster and the like: they change the speed."""
+    code: bytes
+    """What cublasLt of the same version takes for it."""
 
 
 @dataclass(frozen=True, slots=True)

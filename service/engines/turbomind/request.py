@@ -1,21 +1,32 @@
-"""A run's parameters as TurboMind wants them. Pure; every way in which it would misread them is closed here.
+"""A run's parameters, response format and logprobs, between the contract and TurboMind.
+
+What TurboMind would misread is handled here:
 
 1. T = 0 is not greedy to TurboMind, which only divides by it: greedy is top_k 1.
-2. T = 1 is sent as 0.999999. The kernel divides by T + 1e-6, so this one really is 1; but for a T of exactly 1 the kernel is
-   left out, unless a neighbour has another T.
-3. Banned tokens of a run's beginning are looked up by row, and a row without any shifts those behind it: none is without.
-4. `min_new_tokens` of m bans ends in the first m - 1 tokens only, and says nothing to the rule that ends a run.
-5. More than 32 stop or forbidden tokens are cut off with a warning nobody reads; token 0 is never forbidden.
-6. Without a seed every run has the same. There always is one.
+2. T = 1 is sent as 0.999999. The kernel divides by T + 1e-6, so this is 1; for a T of exactly 1 the kernel is left out, unless
+   another run of the batch has another T.
+3. Banned tokens of a run's beginning are looked up by row, and a row without any shifts those behind it: every row has one.
+4. `min_new_tokens` of m bans ends in the first m - 1 tokens only, and is unknown to the rule that ends a run.
+5. TurboMind cuts off more than 32 stop or forbidden tokens with a warning in its log; token 0 is never forbidden.
+6. Without a seed every run has the same one. A run always has a seed.
 """
 
 from __future__ import annotations
 
+import asyncio
 import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from textwrap import shorten
+from typing import Any
 
 from ostinato.errors import invalid
 from ostinato.v1 import types_pb2
+
+from service.engines.sources import bounded, schema_of
 
 IDS_MAX = 32
 """Stop tokens, and forbidden ones, that TurboMind takes."""
@@ -87,3 +98,99 @@ def _float32(value: float) -> float:
     """What becomes of it on the GPU; parameters are bounded, so it fits."""
     rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     return rounded
+
+
+def token_logprobs(token_id: int, ids: Any, values: Any, top: int) -> types_pb2.TokenLogprobs | None:
+    """PROCESSED logprobs of the chosen token and of the `top` likeliest, ties by id. `ids` and `values` are numpy, likeliest
+    first, of all that were left to choose from; what is impossible is left out, so there may be fewer than `top`. None: the
+    chosen token is not among them.
+
+    The floats are the GPU's own, widened: their bits do not depend on `top`.
+    """
+    chosen = values[ids == token_id]
+    if not len(chosen):
+        return None
+    likeliest: list[tuple[float, int]] = []
+    if top:
+        # Behind the last wanted one there may be others as likely, with lower ids.
+        edge = values[min(top, len(values)) - 1]
+        reach = values >= edge
+        likeliest = sorted(
+            ((-value, each) for each, value in zip(ids[reach].tolist(), values[reach].tolist(), strict=True) if value > -1e30)
+        )
+    return types_pb2.TokenLogprobs(
+        logprob=float(chosen.max()),
+        top=[types_pb2.TopLogprob(token_id=each, logprob=-value) for value, each in likeliest[:top]],
+    )
+
+
+KEPT = 128
+"""Compiled grammars."""
+COMPILE_SECONDS_MAX = 10.0
+WAITING_MAX = 64
+"""Grammars that may wait for the one that is being compiled."""
+EXPLANATION_CHARACTERS_MAX = 300
+SLOW = f"takes more than {COMPILE_SECONDS_MAX:g} s to compile, or waits for another that does"
+
+
+def source_of(response_format: types_pb2.ResponseFormat) -> tuple[str, str]:
+    """Kind of grammar and the grammar. Raises ValueError for what no compiler need see."""
+    kind = response_format.WhichOneof("format")
+    if kind == "json_schema":
+        schema_of(response_format.json_schema)
+        return kind, response_format.json_schema
+    if kind == "regex":
+        return kind, bounded(response_format.regex)
+    raise ValueError("is empty")
+
+
+class Formats:
+    """Compiles grammars, one at a time and in a thread of its own: xgrammar can be kept busy for long by little text, and
+    cannot be interrupted. A grammar that takes too long is refused; until it is done, so are all that come after it."""
+
+    def __init__(self, compiler: Callable[[], Any]) -> None:
+        """`compiler` gives xgrammar's compiler, in that thread, when the first grammar comes."""
+        self._compiler = compiler
+        self._thread = ThreadPoolExecutor(1, "xgrammar")
+        self._futures: OrderedDict[tuple[str, str], Future[Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def check(self, response_format: types_pb2.ResponseFormat) -> None:
+        """Raises ValueError with what xgrammar says against it. Any thread; waits."""
+        try:
+            self._compiled(response_format).result(COMPILE_SECONDS_MAX)
+        except TimeoutError:
+            raise ValueError(SLOW) from None
+
+    async def ready(self, response_format: types_pb2.ResponseFormat) -> object:
+        """The grammar, as `Native.start` takes it. Raises ValueError likewise."""
+        compiled = asyncio.wrap_future(self._compiled(response_format))
+        try:
+            return await asyncio.wait_for(asyncio.shield(compiled), COMPILE_SECONDS_MAX)
+        except TimeoutError:
+            raise ValueError(SLOW) from None
+
+    def _compiled(self, response_format: types_pb2.ResponseFormat) -> Future[Any]:
+        key = source_of(response_format)
+        with self._lock:
+            future = self._futures.get(key)
+            if future is None:
+                if sum(not each.done() for each in self._futures.values()) >= WAITING_MAX:
+                    raise ValueError("cannot be compiled now: too many others wait")
+                future = self._futures[key] = self._thread.submit(self._compile, *key)
+            self._futures.move_to_end(key)
+            while len(self._futures) > KEPT:
+                self._futures.popitem(last=False)
+        return future
+
+    def close(self) -> None:
+        """What is being compiled ends when it ends."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _compile(self, kind: str, source: str) -> Any:
+        try:
+            compiler = self._compiler()
+            return compiler.compile_json_schema(source) if kind == "json_schema" else compiler.compile_regex(source)
+        except Exception as error:  # C++ throws what it likes
+            told = shorten(str(error), EXPLANATION_CHARACTERS_MAX, placeholder=" ...") or type(error).__name__
+            raise ValueError(f"cannot be obeyed: {told}") from error

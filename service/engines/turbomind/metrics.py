@@ -1,26 +1,80 @@
-"""What Prometheus is shown: what the overrides and we count, and LMDeploy's own metrics, `lmdeploy_x` for its `lmdeploy:x`.
+"""Prometheus metrics of the engine: the overrides' counters, our own, and LMDeploy's (`lmdeploy_x` for its `lmdeploy:x`).
 
-Its PrometheusStatLogger is not fed. It lives in prometheus_client's default registry, throws whatever is called lmdeploy out of
-it, and wants a record of every token of every run: the cost for which its AsyncEngine was left out. So those that TurboMind
-itself knows are made here, with LMDeploy's buckets: the scheduler's when Prometheus asks, a run's once, when it has left. The
-others would be times of the service, not of TurboMind, and have names of ours; docs/operations.md says which.
+LMDeploy's PrometheusStatLogger is not used. It lives in prometheus_client's default registry, removes every collector
+whose name begins with lmdeploy from it, and needs a record of every token of every run. So the metrics that TurboMind
+itself knows are made here with LMDeploy's buckets: the scheduler's at each scrape, a run's once, when it has left.
+docs/operations.md lists them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from service.engines.turbomind.overrides import Overrides
-from service.engines.turbomind.preemptions import Preemptions
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from service.engines.turbomind.native import Account, Handle, Load
+
+
+class Seen(Protocol):
+    """Of a run."""
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether it has been in a step; once true it stays so."""
+        ...
+
+
+class SchedulerLoad(Protocol):
+    """Of the scheduler, at one moment."""
+
+    @property
+    def tick(self) -> int: ...
+
+    @property
+    def waiting(self) -> int: ...
+
+
+class Preemptions:
+    """As far as can be seen."""
+
+    def __init__(self, load: Callable[[], SchedulerLoad]) -> None:
+        self.count = 0
+        self._load = load
+        self._new: dict[int, Seen] = {}
+        """Those that had not been in a step at the last look, and those that came since."""
+        self._left: list[int] = []
+        """Of those that left from among them, the tick then."""
+        self._as_of = -1
+        """Numbers of a later tick than this are younger than the last look."""
+        self._out = 0
+
+    def enter(self, run_id: int, run: Seen) -> None:
+        """Before TurboMind can have it among those that wait."""
+        self._new[run_id] = run
+
+    def leave(self, run_id: int) -> None:
+        if self._new.pop(run_id, None) is not None:
+            self._left.append(self._load().tick)
+
+    def look(self) -> None:
+        """TurboMind marks runs first and publishes its numbers a moment later. So only numbers that are younger than the last
+        look are held against the runs that were new then: who waits in them without a step is one of these."""
+        now = self._load()
+        self._left = [tick for tick in self._left if tick >= now.tick]
+        if now.tick > self._as_of:
+            out = max(0, now.waiting - len(self._new) - len(self._left))
+            self.count += max(0, out - self._out)
+            self._out = out
+        self._new = {run_id: run for run_id, run in self._new.items() if not run.scheduled}
+        self._as_of = self._load().tick
+
 
 SECONDS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 """LMDeploy's bounds for what a run takes."""

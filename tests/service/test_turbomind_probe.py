@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import pytest
 
-from service.engines.turbomind import TurbomindOptions, loading, resuming
+from service.engines.turbomind import TurbomindOptions, engine, probe
 from service.engines.turbomind.exactness import Exactness
 from service.engines.turbomind.native import Account, Load, Native, Progress, Status
 from service.engines.turbomind.overrides import Counters, Overrides, Resume
-from service.engines.turbomind.resuming import prove
+from service.engines.turbomind.probe import prove
 from tests.service.test_turbomind_native import MODEL
 
 BLOCK = 64
@@ -144,12 +144,12 @@ def test_a_cache_that_does_not_fit_is_off(
         made.append(prefix_cache)
         return SimpleNamespace(dtype="float16", close=lambda: closed.append(prefix_cache))
 
-    monkeypatch.setattr(loading, "Native", native)
-    monkeypatch.setattr(loading, "probe", lambda native, context: 0.25)
-    monkeypatch.setattr(resuming, "prove", lambda native, overrides: why)
+    monkeypatch.setattr(engine, "Native", native)
+    monkeypatch.setattr(probe, "first_run", lambda native, context: 0.25)
+    monkeypatch.setattr(probe, "prove", lambda native, overrides: why)
     given = TurbomindOptions(**options)
     exactness = Exactness(given, MODEL, cast(Overrides, FakeTurboMind()))
-    _, share, prefix_cache = loading._model(given, MODEL, exactness)
+    _, share, prefix_cache = engine._model(given, MODEL, exactness)
 
     assert (made, closed, share, prefix_cache) == (loaded, [True] if len(loaded) > 1 else [], 0.25, on)
     said = [vars(record)["why"] for record in caplog.records if record.message == "prefix cache off"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from service.engines.turbomind.preemptions import Preemptions
+from service.engines.turbomind.metrics import Preemptions
 
 
 @dataclass

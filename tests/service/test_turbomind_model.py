@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engines.huggingface import letters
-from service.engines.turbomind.vocabulary import begin_of, kind_of, pieces
+from service.engines.turbomind.model import begin_of, kind_of, pieces
 
 BYTE_LEVEL = {"decoder": {"type": "ByteLevel"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}]}}
 SENTENCEPIECE = {

@@ -1,0 +1,417 @@
+"""Which algorithms of cublasLt may serve: those that give a row the same bits for every number of rows.
+
+A product is one weight, m outputs by k inputs, times n tokens; n changes at every step. For a grid of n, every
+algorithm that cublasLt offers is tried with the same rows, repeated. Algorithms that agree on every row at every n form
+a class. The class that can serve the most n is permitted; no other algorithm ever runs. Within the class the fastest
+serves. What was measured is kept as a manifest, for the next start of the same configuration on the same machine.
+
+The choice is pure (`choose`, `fastest`, `Manifest`); `Trials` and `measure` need the GPU. The products are the model's
+own: TurboMind has just run all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from service.engines.turbomind.host import module
+from service.engines.turbomind.overrides import PERMITTED_MAX, Candidate, Matrices, NoOverrides, Overrides, Shape
+
+PERIOD = 4
+"""Rows of a trial that differ; the others repeat them."""
+ALL_BELOW = 9
+FASTER = 0.97
+"""Of another's time: what is told apart from chance."""
+POINTS = 16
+"""Of the numbers of tokens beyond 512, about so many are timed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A candidate, tried with n tokens."""
+
+    n: int
+    rank: int
+    """Its place in cublasLt's answer for this n; 0 is the fastest, as cublasLt believes."""
+    candidate: Candidate
+    alike: bool
+    """Whether equal rows came out equal."""
+    rows: tuple[str, ...]
+    """A digest for each row that differs, the first min(n, PERIOD)."""
+    seconds: float | None = None
+    """That one product took; None: not measured."""
+    offered: bool = True
+    """Whether cublasLt offered it for this n; else its rank is behind all that are."""
+
+    @property
+    def algorithm(self) -> int:
+        return self.candidate.algorithm
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What may serve a shape."""
+
+    permitted: tuple[int, ...]
+    missing: tuple[int, ...]
+    """Numbers of tokens, of those tried, that nothing permitted can serve."""
+
+
+def grid(n_max: int) -> list[int]:
+    """Numbers of tokens to try: all small ones, and those around the powers of two and between them, where kernels change."""
+    found = set(range(1, ALL_BELOW)) | {n_max}
+    step = 8
+    while step <= n_max:
+        found |= {step - 1, step, step + 1, step + step // 2, step + step // 2 + 1}
+        step *= 2
+    return sorted(n for n in found if 1 <= n <= n_max)
+
+
+def timed(n_max: int) -> list[int]:
+    """Numbers of tokens to look for the fastest at: powers of two, up to 512 one between them as well, and the end."""
+    powers = [1 << i for i in range(n_max.bit_length())]
+    return sorted({*powers, *(n + n // 2 for n in powers if 16 <= n < 512 and n + n // 2 <= n_max), n_max})
+
+
+def between(n_max: int) -> list[int]:
+    """Numbers of tokens to look at what was fastest around them: how well a large product fills the GPU changes quickly."""
+    step = max(256, -(-n_max // POINTS))
+    return [n for n in range(512 + step, n_max, step) if n not in timed(n_max)]
+
+
+def fastest(trials: Iterable[Trial], permitted: Sequence[int]) -> dict[int, Candidate | None]:
+    """For each number of tokens that was timed, the permitted candidate to serve it with, by rising n; None: the one that
+    cublasLt likes best. Another must be faster by more than chance."""
+    best: dict[int, tuple[float, Candidate | None]] = {}
+    for trial in sorted(trials, key=lambda trial: (trial.n, trial.rank)):
+        if trial.seconds is None or trial.algorithm not in permitted:
+            continue
+        if trial.n not in best:
+            best[trial.n] = (trial.seconds, None if trial.offered else trial.candidate)
+        elif trial.seconds < FASTER * best[trial.n][0]:
+            best[trial.n] = (trial.seconds, trial.candidate)
+    return {n: candidate for n, (_, candidate) in best.items()}
+
+
+def choose(trials: Sequence[Trial]) -> Choice:
+    """The class that serves the most numbers of tokens; of equals, the one that cublasLt ranks higher."""
+    classes: list[tuple[dict[int, str], set[int]]] = []
+    for algorithm in dict.fromkeys(trial.algorithm for trial in sorted(trials, key=lambda trial: (trial.rank, -trial.n))):
+        voice = _voice([trial for trial in trials if trial.algorithm == algorithm])
+        if voice is None:
+            continue
+        for known, members in classes:
+            if all(known.get(row, digest) == digest for row, digest in voice.items()):
+                known.update(voice)
+                members.add(algorithm)
+                break
+        else:
+            classes.append((dict(voice), {algorithm}))
+    wanted = {trial.n for trial in trials}
+    if not classes:
+        return Choice((), tuple(sorted(wanted)))
+    served = [_served(members, trials) for _, members in classes]
+    best = max(range(len(classes)), key=lambda i: (len(served[i]), -sum(served[i].values())))
+    permitted = tuple(sorted(classes[best][1]))[:PERMITTED_MAX]
+    return Choice(permitted, tuple(sorted(wanted - set(_served(set(permitted), trials)))))
+
+
+def _voice(trials: Iterable[Trial]) -> Mapping[int, str] | None:
+    """One algorithm's digest of each row; None if it has more than one."""
+    voice: dict[int, str] = {}
+    for trial in trials:
+        if not trial.alike or any(voice.setdefault(row, digest) != digest for row, digest in enumerate(trial.rows)):
+            return None
+    return voice
+
+
+def _served(members: set[int], trials: Iterable[Trial]) -> Mapping[int, int]:
+    """By number of tokens, the best rank among these algorithms."""
+    best: dict[int, int] = {}
+    for trial in trials:
+        if trial.algorithm in members:
+            best[trial.n] = min(trial.rank, best.get(trial.n, trial.rank))
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """What serves a shape."""
+
+    algorithms: tuple[int, ...]
+    rows: int
+    """Up to how many tokens it was tried."""
+    fastest: tuple[tuple[int, str], ...] = ()
+    """The codes, in hexadecimal, that serve up to so many tokens, by rising number. An empty one, and any other number, is left
+    to cublasLt's own choice among the algorithms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What was measured, kept for the next start of the same thing on the same machine."""
+
+    environment: Mapping[str, str]
+    """Everything it was measured under; another value of anything makes it worthless."""
+    permits: Mapping[Shape, Permit]
+    table: str = ""
+    """SHA-256 of TurboMind's own choice of kernels, where it has quantised ones."""
+
+    def fits(self, environment: Mapping[str, str], shapes: Iterable[Shape] = ()) -> bool:
+        """Whether it may be used here, and knows all that is needed."""
+        return dict(self.environment) == dict(environment) and self.permits.keys() >= set(shapes)
+
+    @property
+    def digest(self) -> str:
+        """Of the kernels alone: equal ones round alike."""
+        body = json.dumps([sorted([astuple(shape), permit.algorithms] for shape, permit in self.permits.items()), self.table])
+        return hashlib.sha256(body.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        permits = [{"shape": asdict(shape), **asdict(self.permits[shape])} for shape in sorted(self.permits)]
+        body = {"environment": dict(self.environment), "permits": permits, "table": self.table, "digest": self.digest}
+        return json.dumps(body | {"checksum": _checksum(body)}, indent=1) + "\n"
+
+
+def from_json(text: str) -> Manifest:
+    """Raises ValueError for a text that is no manifest, or was changed."""
+    try:
+        body: Any = json.loads(text)
+        checksum = body.pop("checksum")
+        permits = {
+            Shape(**each["shape"]): Permit(
+                tuple(map(int, each["algorithms"])),
+                int(each["rows"]),
+                tuple((int(n), str(code)) for n, code in each["fastest"]),
+            )
+            for each in body["permits"]
+        }
+        manifest = Manifest(dict(body["environment"]), permits, str(body["table"]))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"lacks something: {error}") from error
+    if checksum != _checksum(body):
+        raise ValueError("does not have the checksum that is written in it")
+    return manifest
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+MEMORY_SHARE = 0.4
+"""Of the GPU's free memory, for the matrices."""
+WEIGHTS_BYTES = 128 << 20
+"""Copies of the weights come to this, so that they are read from memory and not from a cache, as a model's are."""
+COPIES_MAX = 16
+HOPELESS = 1.5
+"""Times as long as the best so far: not looked at again."""
+LOOK_SECONDS = 0.0004
+"""Of one measurement, if that is more than two products."""
+_TORCH_TYPES = {0: "float32", 2: "float16", 14: "bfloat16"}
+"""By cudaDataType_t."""
+_BITS = {2: "int16", 4: "int32"}
+_CHUNK = 256 * PERIOD
+
+
+def can_try(shape: Shape) -> bool:
+    """Whether the matrices can be made up."""
+    return not shape.transb and {shape.a_type, shape.b_type, shape.c_type} <= _TORCH_TYPES.keys()
+
+
+class Trials:
+    """Random weights, and PERIOD random rows, repeated. Raises torch's OutOfMemoryError."""
+
+    def __init__(self, overrides: Overrides, shape: Shape, rows: int) -> None:
+        self._overrides, self._shape = overrides, shape
+        self._torch = torch = module("torch")
+        a_type, b_type, c_type = (getattr(torch, _TORCH_TYPES[each]) for each in (shape.a_type, shape.b_type, shape.c_type))
+        weights = (shape.m if shape.transa else shape.k) * shape.lda
+        copies = min(COPIES_MAX, max(1, WEIGHTS_BYTES // (weights * a_type.itemsize)))
+        free, _ = torch.cuda.mem_get_info()
+        room = free * MEMORY_SHARE - weights * copies * a_type.itemsize
+        self.rows = min(rows, max(1, int(room // (4 * (shape.ldb + 2 * shape.ldc)))))
+        random = torch.Generator("cuda").manual_seed(shape.m * shape.k)
+        self._a = torch.randn(weights, generator=random, device="cuda", dtype=a_type).mul_(shape.k**-0.5).repeat(copies)
+        period = torch.randn(PERIOD, shape.ldb, generator=random, device="cuda", dtype=b_type)
+        self._b = period.repeat(-(-self.rows // PERIOD), 1)
+        self._c = torch.empty(self.rows, shape.ldc, dtype=c_type, device="cuda")
+        self._matrices = Matrices(
+            self._a.data_ptr(), self._b.data_ptr(), self._c.data_ptr(), torch.cuda.current_stream().cuda_stream,
+            weights * a_type.itemsize, copies,
+        )  # fmt: skip
+
+    def offered(self, n: int) -> Iterator[Trial]:
+        """What cublasLt offers for n tokens."""
+        for rank, candidate in enumerate(self._overrides.offers(self._shape, n)):
+            if (trial := self._tried(n, rank, candidate)) is not None:
+                yield trial
+
+    def race(self, n: int, others: Iterable[Candidate]) -> Iterator[Trial]:
+        """What cublasLt offers for n tokens and these others, with the time that one product takes."""
+        offers = {candidate.config: candidate for candidate in self._overrides.offers(self._shape, n)}
+        best = float("inf")
+        for rank, candidate in enumerate((offers | {other.config: other for other in others}).values()):
+            if (trial := self._tried(n, rank, candidate)) is None:
+                continue
+            seconds = self._seconds(n, candidate, 2)
+            if seconds < HOPELESS * best:
+                times = min(32, max(2, int(LOOK_SECONDS / seconds)))
+                seconds = min(self._seconds(n, candidate, times) for _ in range(3))
+            best = min(best, seconds)
+            yield replace(trial, seconds=seconds, offered=candidate.config in offers)
+
+    def _tried(self, n: int, rank: int, candidate: Candidate) -> Trial | None:
+        self._c[:n].fill_(float("nan"))  # what an earlier trial left would look right
+        if not self._overrides.attempt(self._shape, n, candidate, self._matrices):
+            return None
+        return Trial(n, rank, candidate, *_compared(self._c[:n, : self._shape.m], self._torch))
+
+    def _seconds(self, n: int, candidate: Candidate, times: int) -> float:
+        """Of one product, by the GPU's clock."""
+        start, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self._overrides.attempt(self._shape, n, candidate, self._matrices, times)
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000 / times
+
+
+def _compared(c: Any, torch: Any) -> tuple[bool, tuple[str, ...]]:
+    """Whether the rows repeat with their period, bit by bit, and a digest of each of the first."""
+    bits = c.view(getattr(torch, _BITS[c.element_size()]))
+    first = bits[:PERIOD]
+    alike = torch.ones((), dtype=torch.bool, device=c.device)
+    if len(bits) > PERIOD:
+        model = first.repeat(_CHUNK // PERIOD, 1)
+        for start in range(0, len(bits), _CHUNK):
+            part = bits[start : start + _CHUNK]
+            alike &= (part == model[: len(part)]).all()
+    digests = tuple(hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in first.contiguous().cpu().numpy())
+    return bool(alike), digests
+
+
+WORKSPACE_BYTES = 64 << 20
+FEW_FROM = 512
+"""From so many tokens on, what wins here may win a little further on."""
+_log = logging.getLogger(__name__)
+
+
+def lend_workspace(overrides: Overrides, gpus: int) -> None:
+    """On each GPU, before the first product is tried or served."""
+    torch = module("torch")
+    for gpu in range(gpus):
+        workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=f"cuda:{gpu}")
+        overrides.lend(gpu, workspace, workspace.data_ptr(), WORKSPACE_BYTES)
+
+
+def find(path: Path, environment: Mapping[str, str]) -> tuple[Manifest | None, str]:
+    """The manifest kept at `path`, if it was made in this environment; else why there is none, with what sets the likest of
+    those beside it apart."""
+    try:
+        manifest = from_json(path.read_text())
+    except FileNotFoundError:
+        return None, _likest(path, environment)
+    except (OSError, ValueError) as error:
+        _log.warning("kernel plans unreadable", extra={"path": path, "why": str(error)})
+        return None, f"the kept one {error}"
+    return (manifest, "kept") if manifest.fits(environment) else (None, _apart(manifest.environment, environment))
+
+
+def _likest(path: Path, environment: Mapping[str, str]) -> str:
+    found = []
+    for other in path.parent.glob(f"plans-*{path.suffix}"):
+        with suppress(OSError, ValueError):
+            found.append(from_json(other.read_text()).environment)
+    return min((_apart(theirs, environment) for theirs in found), key=lambda text: text.count(";"), default="none was kept")
+
+
+def _apart(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
+    """The fields in which two environments differ, in words."""
+    names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+    parts = [f"{name} was {theirs.get(name, 'not there')}, is {ours.get(name, 'not there')}" for name in names]
+    return f"the kept one is of another environment: {'; '.join(parts)}"
+
+
+def keep(path: Path, manifest: Manifest) -> None:
+    """That it cannot be written is only worth a warning: the next start measures again."""
+    draft = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(manifest.to_json())
+        draft.replace(path)
+    except OSError as error:
+        _log.warning("kernel plans not kept", extra={"path": path, "why": str(error)})
+
+
+def measure(overrides: Overrides, shapes: Mapping[Shape, int]) -> dict[Shape, Permit]:
+    """What may serve each shape, tried with up to so many tokens as its value says. Takes seconds; the GPU must be idle.
+
+    A shape that nothing can serve is left out. Raises NoOverrides where there is no memory to try it.
+    """
+    torch = module("torch")
+    permits: dict[Shape, Permit] = {}
+    for shape, rows in sorted(shapes.items()):
+        began = time.monotonic()
+        try:
+            choice, permit, trials = _measured(Trials(overrides, shape, rows)) if can_try(shape) else (Choice((), ()), None, [])
+        except torch.cuda.OutOfMemoryError as error:
+            raise NoOverrides("there is not enough GPU memory left to try the products: lower --cache-fraction") from error
+        torch.cuda.empty_cache()
+        if permit is not None:
+            permits[shape] = permit
+        _log.info(
+            "product measured",
+            extra={
+                "m": shape.m, "k": shape.k, "rows": rows, "tried": sorted({trial.algorithm for trial in trials}),
+                "configurations": len({trial.candidate.config for trial in trials}), "trials": len(trials),
+                "permitted": choice.permitted, "missing": choice.missing, "seconds": round(time.monotonic() - began, 3),
+            },
+        )  # fmt: skip
+    return permits
+
+
+def _measured(product: Trials) -> tuple[Choice, Permit | None, list[Trial]]:
+    """First what cublasLt offers for each number of tokens. Then each offer that may stay races against the others, also at
+    numbers it was not offered for: cublasLt's favourite takes up to three times as long as the fastest. Last, what won, at all
+    numbers in between, for which it is going to serve."""
+    every = grid(product.rows)
+    trials = [trial for n in every for trial in product.offered(n)]
+    permitted = choose(trials).permitted
+    pool = {trial.candidate.config: trial.candidate for trial in trials if trial.algorithm in permitted}
+    for n in timed(product.rows):
+        trials += product.race(n, pool.values())
+    few = {winner for n, winner in fastest(trials, permitted).items() if winner is not None and n >= FEW_FROM}
+    for n in between(product.rows):
+        trials += product.race(n, few)
+    winners = fastest(trials, permitted)
+    for n in every:
+        above = next((w for w in winners if w >= n), n)
+        if n not in winners and (winner := winners.get(above)) is not None:
+            trials += product.race(n, [winner])
+    choice = choose(trials)
+    if not choice.permitted:
+        return choice, None, trials
+    codes = tuple((n, "" if winner is None else winner.code.hex()) for n, winner in winners.items())
+    kept = {winner.algorithm for winner in winners.values() if winner is not None} <= set(choice.permitted)
+    return choice, Permit(choice.permitted, product.rows, codes if kept else ()), trials
+
+
+def install(overrides: Overrides, manifest: Manifest, runs: int) -> str:
+    """Serve with these permits from now on. What is not covered, in words, or an empty text."""
+    for shape, permit in manifest.permits.items():
+        overrides.permit(shape, permit.algorithms)
+        for n, code in permit.fastest:
+            overrides.prefer(shape, n, bytes.fromhex(code))
+    for shape, permit in manifest.permits.items():
+        wanted = sorted({*range(1, min(runs, permit.rows) + 1), *grid(permit.rows)})
+        missing = [n for n in wanted if not overrides.covers(shape, n)]
+        if missing:
+            return f"no algorithm rounds alike for {missing[0]} tokens of the product {shape.m}x{shape.k}"
+    return ""
