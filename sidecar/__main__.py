@@ -61,7 +61,7 @@ class Sidecar:
         gateway = _gateway() if settings.vllm_face else None
         self.tracker = DivergenceTracker(settings.writer)
         self.observer = Observer(Metrics(numbers), self.tracker.not_compared)
-        numbers.register(DivergenceCollector(lambda: self.tracker.counted))
+        numbers.register(DivergenceCollector(lambda: self.tracker.restored_counts))
         self.held = Held(settings.held, self.observer.lost)
         self.observer.holds(lambda: self.held.bytes)
         self.server = Server(
@@ -115,7 +115,7 @@ class Sidecar:
             asyncio.create_task(self.link.run(self.pipeline, self._hello)),
             asyncio.create_task(self._watch_clock()),
             asyncio.create_task(self.credentials.watch(self.numbers)),
-            asyncio.create_task(self.tracker.keep(self.journal)),
+            asyncio.create_task(self.tracker.run(self.journal)),
             self.pipeline.broken,
             self.journal.broken,
         ]

@@ -1,4 +1,8 @@
-"""The counts as metrics and as a report."""
+"""The counts as Prometheus metrics and as the response of `Sequencer.Report`.
+
+Metrics are computed at each scrape. Counters count journal entries, so a restart does not reset them. Gauges show the newest
+fingerprint.
+"""
 
 from __future__ import annotations
 
@@ -13,74 +17,71 @@ from prometheus_client.registry import Collector
 from ostinato import enums
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.divergence.statistics import Rate, life_table, span_first
-from sidecar.divergence.tracker import GROUPS_MAX, Counts, Group, Share
+from sidecar.divergence.statistics import Rate, Share, bin_bounds
+from sidecar.divergence.tracker import GROUPS_MAX, Counts, Group
 from sidecar.divergence.verdicts import Moment
 
-SPANS = 18
-"""Of the token index, up to 2^17 - 1; what lies beyond is in +Inf."""
+TOKEN_BINS = 18
+"""Buckets of the first difference's index, up to 2^17 - 1. Larger indexes are in +Inf."""
 
 
 class DivergenceCollector(Collector):
-    """Asks for the counts at every scrape, from the scrape's thread. Without one nothing is served: a counter that stood at 0
-    while a start reads what was counted would look as if all of it had happened since."""
+    """Reads the counts at each scrape, from the scrape's thread.
+
+    Exports nothing while there are no counts: a counter that is 0 during a start would look like a reset, and its return like
+    an increase.
+    """
 
     def __init__(self, counts: Callable[[], Counts | None]) -> None:
-        self._tally = counts
+        self._counts = counts
 
     def collect(self) -> Iterator[Metric]:
-        counts = self._tally()
+        counts = self._counts()
         if counts is None:
             return
-        yield from _comparisons(counts)
+        yield from _sums(counts)
         yield _first_difference(counts)
-        yield from _judgement(counts)
+        yield from _gauges(counts)
         lost = [((kind, why), count) for kind, reasons in counts.not_compared.items() for why, count in reasons.items()]
-        yield _counter("not_compared", "Second runs that were due and brought no verdict.", ("kind", "reason"), lost)
-        yield _counter(
-            "collision_checks", "Unseeded outputs compared with those of equal inputs.", (), [((), counts.collision_checks)]
-        )
-        yield _counter(
-            "collisions", "Unseeded outputs that were equal to an earlier one of another seed.", (), [((), counts.collisions)]
-        )
+        yield _counter("not_compared", "Second runs that were due and gave no verdict.", ("kind", "reason"), lost)
+        checks, collisions = counts.collision_checks, counts.collisions
+        yield _counter("collision_checks", "Unseeded outputs compared with those of equal inputs.", (), [((), checks)])
+        yield _counter("collisions", "Unseeded outputs equal to one of another seed.", (), [((), collisions)])
 
 
-def _comparisons(counts: Counts) -> Iterator[Metric]:
+def _sums(counts: Counts) -> Iterator[Metric]:
     comparisons, tokens, drift = Counter[tuple[str, ...]](), Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
-    for group in counts.counted:
-        kind, grade = group.key.kind, group.key.grade
-        verdicts = {"match": group.matched, "diverged": group.diverged, "incomparable": group.incomparable}
-        for verdict, count in verdicts.items():
-            comparisons[kind, grade, verdict, "other" if group.key.other_replica else "same"] += count
-        tokens[kind, grade] += group.compared_tokens
-        drift.update({(kind, name or "others"): count for name, count in group.drift.items()})
+    for key, sums in counts.all_sums:
+        replica = "other" if key.other_replica else "same"
+        for verdict in ("matched", "diverged", "incomparable"):
+            label = "match" if verdict == "matched" else verdict
+            comparisons[key.kind, key.grade, label, replica] += getattr(sums, verdict)
+        tokens[key.kind, key.grade] += sums.compared_tokens
+        drift.update({(key.kind, name or "others"): count for name, count in sums.drift.items()})
     yield _counter("comparisons", "Verdicts.", ("kind", "grade", "verdict", "replica"), comparisons.items())
     yield _counter("compared_tokens", "Tokens compared, up to the first difference.", ("kind", "grade"), tokens.items())
-    yield _counter(
-        "drift", "Incomparable ones by what differed; one may count under several.", ("kind", "field"), drift.items()
-    )
+    yield _counter("drift", "Incomparable runs by what differed; a run may have several.", ("kind", "field"), drift.items())
 
 
 def _first_difference(counts: Counts) -> Metric:
+    buckets: dict[tuple[str, str], list[int]] = {}
+    tokens = Counter[tuple[str, str]]()
+    for key, sums in counts.all_sums:
+        row = buckets.setdefault((key.kind, key.grade), [0] * (TOKEN_BINS + 1))
+        for bits, count in sums.first_differences.items():
+            row[min(bits, TOKEN_BINS)] += count
+        tokens[key.kind, key.grade] += sums.first_difference_tokens
     family = HistogramMetricFamily(
         "ostinato_first_difference_token", "Index of the first differing token.", labels=("kind", "grade")
     )
-    diverged: dict[tuple[str, str], list[int]] = {}
-    tokens = Counter[tuple[str, str]]()
-    for group in counts.counted:
-        kind = group.key.kind, group.key.grade
-        buckets = diverged.setdefault(kind, [0] * (SPANS + 1))
-        for number, ended in enumerate(group.spans):
-            buckets[min(number, SPANS)] += ended.diverged
-            tokens[kind] += ended.diverged_tokens
-    bounds = [str(float(span_first(number + 1) - 1)) for number in range(SPANS)] + ["+Inf"]
-    for kind, buckets in diverged.items():
-        if any(buckets):
-            family.add_metric(kind, list(zip(bounds, accumulate(buckets), strict=True)), tokens[kind])
+    bounds = [str(float(bin_bounds(number)[1])) for number in range(TOKEN_BINS)] + ["+Inf"]
+    for labels, row in buckets.items():
+        if any(row):
+            family.add_metric(labels, list(zip(bounds, accumulate(row), strict=True)), tokens[labels])
     return family
 
 
-def _judgement(counts: Counts) -> Iterator[Metric]:
+def _gauges(counts: Counts) -> Iterator[Metric]:
     newest = counts.newest().items()
     gauges: tuple[tuple[str, str, Callable[[Group], float]], ...] = (
         ("rate", "Share of the newest 1,000 comparisons that diverged.", lambda group: group.recent_rate().value),
@@ -95,13 +96,13 @@ def _judgement(counts: Counts) -> Iterator[Metric]:
     )
     for name, text, value in gauges:
         gauge = GaugeMetricFamily(f"ostinato_divergence_{name}", text, labels=("kind", "grade"))
-        for kind, group in newest:
-            gauge.add_metric(kind, value(group))
+        for labels, group in newest:
+            gauge.add_metric(labels, value(group))
         yield gauge
 
 
-def _counter(name: str, text: str, names: tuple[str, ...], counts: Iterable[tuple[tuple[str, ...], int]]) -> Metric:
-    family = CounterMetricFamily(f"ostinato_{name}", text, labels=names)
+def _counter(name: str, text: str, labels: tuple[str, ...], counts: Iterable[tuple[tuple[str, ...], int]]) -> Metric:
+    family = CounterMetricFamily(f"ostinato_{name}", text, labels=labels)
     for values, count in counts:
         family.add_metric(values, count)
     return family
@@ -110,7 +111,7 @@ def _counter(name: str, text: str, names: tuple[str, ...], counts: Iterable[tupl
 def report(
     counts: Counts, index: int, confidence: float, fingerprints: Mapping[bytes, types_pb2.Fingerprint]
 ) -> sequencer_pb2.ReportResponse:
-    """Everything but log id and writer. Fingerprints by their digests."""
+    """The response without log id and writer. `fingerprints`: by digest."""
     seen = {bytes.fromhex(group.key.fingerprint) for group in counts.groups}
     return sequencer_pb2.ReportResponse(
         index=index,
@@ -130,18 +131,18 @@ def report(
 
 
 def _stratum(group: Group, confidence: float) -> sequencer_pb2.Stratum:
-    series = group.series
+    sums, series = group.sums, group.series
     return sequencer_pb2.Stratum(
         kind=enums.value(types_pb2.ComparisonKind, group.key.kind.upper()),
         grade=enums.value(types_pb2.Grade, group.key.grade.upper()),
         fingerprint_digest=bytes.fromhex(group.key.fingerprint),
         other_replica=group.key.other_replica,
-        matched=group.matched,
-        diverged=group.diverged,
-        incomparable=group.incomparable,
-        drift=group.drift,
-        compared_tokens=group.compared_tokens,
-        per_comparison=_rate(Rate(group.diverged, group.compared, confidence)),
+        matched=sums.matched,
+        diverged=sums.diverged,
+        incomparable=sums.incomparable,
+        drift=sums.drift,
+        compared_tokens=sums.compared_tokens,
+        per_comparison=_rate(Rate(sums.diverged, sums.compared, confidence)),
         recent=_rate(group.recent_rate(confidence)),
         per_token=_rate(group.token_rate(confidence)),
         evidence_log10=group.evidence.log10,
@@ -151,15 +152,17 @@ def _stratum(group: Group, confidence: float) -> sequencer_pb2.Stratum:
         last=_moment(group.last),
         first_diverged=_moment(group.first_diverged),
         last_diverged=_moment(group.last_diverged),
-        token_spans=_token_spans(group, confidence),
+        token_spans=[
+            sequencer_pb2.TokenSpan(first=bin_bounds(bits)[0], last=bin_bounds(bits)[1], diverged=count)
+            for bits, count in sorted(sums.first_differences.items())
+        ],
         samplings=[
             sequencer_pb2.SamplingShare(sampling=name, rate=_share(share, confidence))
             for name, share in sorted(group.samplings.items(), key=lambda item: item[1].worst_first)
         ],
         companies=[
-            sequencer_pb2.CompanyShare(first=1 << length >> 1, last=(1 << length) - 1, rate=_share(share, confidence))
-            for length, share in enumerate(group.companies)
-            if share.compared
+            sequencer_pb2.CompanyShare(first=bin_bounds(bits)[0], last=bin_bounds(bits)[1], rate=_share(share, confidence))
+            for bits, share in sorted(group.companies.items())
         ],
         times=[
             sequencer_pb2.TimeShare(
@@ -170,21 +173,6 @@ def _stratum(group: Group, confidence: float) -> sequencer_pb2.Stratum:
             for number, share in sorted(series.buckets.items())
         ],
     )
-
-
-def _token_spans(group: Group, confidence: float) -> Iterable[sequencer_pb2.TokenSpan]:
-    return [
-        sequencer_pb2.TokenSpan(
-            first=row.first,
-            last=row.last,
-            at_risk=row.at_risk,
-            diverged=row.ended.diverged,
-            censored=row.ended.clean,
-            hazard=_rate(row.hazard),
-            equal_before=row.equal_before,
-        )
-        for row in life_table(group.spans, confidence)
-    ]
 
 
 def _share(share: Share, confidence: float) -> sequencer_pb2.Rate:

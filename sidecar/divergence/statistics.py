@@ -1,19 +1,30 @@
-"""Intervals, the sequential test, and counts by token index and by time. Pure."""
+"""Confidence intervals, the sequential test, and shares over time. Pure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from statistics import NormalDist
 
 CONFIDENCE = 0.95
-"""Of an interval, where none is asked for."""
+"""Default confidence of an interval."""
+
+TOLERABLE, FAULTY = 0.001, 0.01
+"""The two hypotheses of the sequential test: probabilities that a comparison diverges."""
+ALARM = 100.0
+"""Evidence at which the alarm is raised."""
+_LOG_RATIO = {True: math.log(FAULTY / TOLERABLE), False: math.log((1 - FAULTY) / (1 - TOLERABLE))}
+
+BUCKET_MILLIS = 60_000
+"""Initial width of a time bucket."""
+BUCKETS_MAX = 96
+"""Time buckets of a series. If there would be more, the width is doubled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """So many events in so many trials, and where the probability behind them lies: Wilson's score interval."""
+    """Events per trials, with Wilson's score interval for the probability."""
 
     events: int
     trials: int
@@ -25,7 +36,7 @@ class Rate:
 
     @property
     def value(self) -> float:
-        """0 where there were no trials; the bounds then say that nothing is known."""
+        """0 without trials. The interval is then 0 to 1."""
         return self.events / self.trials if self.trials else 0.0
 
     @property
@@ -44,93 +55,24 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """Comparisons whose equal part ended within one span of token indexes, diverging there or clean (censored)."""
-
-    diverged: int = 0
-    clean: int = 0
-    diverged_tokens: int = 0
-    """Tokens before the difference, over all that diverged."""
-    clean_tokens: int = 0
-    """Tokens of those that did not."""
-
-    def __add__(self, other: Ended) -> Ended:
-        return Ended(
-            self.diverged + other.diverged,
-            self.clean + other.clean,
-            self.diverged_tokens + other.diverged_tokens,
-            self.clean_tokens + other.clean_tokens,
-        )
-
-    def after(self, tokens: int, *, diverged: bool) -> Ended:
-        """And one more, equal over so many tokens."""
-        if diverged:
-            return Ended(self.diverged + 1, self.clean, self.diverged_tokens + tokens, self.clean_tokens)
-        return Ended(self.diverged, self.clean + 1, self.diverged_tokens, self.clean_tokens + tokens)
-
-
-def span_of(tokens: int) -> int:
-    """Number of the span that a token index lies in: 0 is index 0; n is 2^(n-1) to 2^n - 1."""
-    return tokens.bit_length()
-
-
-def span_first(number: int) -> int:
-    """The first index of a span; the next span begins behind its last."""
-    return 1 << (number - 1) if number else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Life:
-    """One row of a life table."""
-
-    first: int
-    last: int
-    """Token indexes, both included."""
-    at_risk: int
-    """Comparisons that were equal over all tokens before the first index."""
-    ended: Ended
-    hazard: Rate
-    """Differences per token position compared within the span."""
-    equal_before: float
-    """Estimated share of answers that are equal over all tokens before the first index, were they long enough."""
-
-
-def life_table(spans: Sequence[Ended], confidence: float = CONFIDENCE) -> list[Life]:
-    """By span, as far as anything was compared. A clean run is censored at its end: it says nothing of what comes behind.
-
-    The hazard is constant within a span (occurrences by exposure), which Kaplan and Meier's estimate is where a span is one
-    index wide. A run that diverged at index i was tried at i + 1 positions, a clean one of n tokens at n.
-    """
-    table, equal = [], 1.0
-    beyond = [sum(each.diverged + each.clean for each in spans[number:]) for number in range(len(spans) + 1)]
-    for number, ended in enumerate(spans):
-        first, next_first = span_first(number), span_first(number + 1)
-        tried = ended.diverged_tokens + ended.clean_tokens - first * (ended.diverged + ended.clean) + ended.diverged
-        tried += (next_first - first) * beyond[number + 1]
-        hazard = Rate(ended.diverged, tried, confidence)
-        table.append(Life(first, next_first - 1, beyond[number], ended, hazard, equal))
-        equal *= (1 - hazard.value) ** (next_first - first)
-    return table
-
-
-TOLERABLE, FAULTY = 0.001, 0.01
-"""Probabilities that a comparison diverges."""
-ALARM = 100.0
-"""Evidence from which on the alarm is up."""
-
-_LOG_RATIO = {True: math.log(FAULTY / TOLERABLE), False: math.log((1 - FAULTY) / (1 - TOLERABLE))}
-
-
-@dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a series of comparisons says."""
+    """Evidence that comparisons diverge more often than TOLERABLE: a sequential test that may be read at any time.
+
+    The likelihood ratio of FAULTY against TOLERABLE, mixed over the comparison at which the fault began, so that a long clean
+    past does not hide a new fault. With L_t the ratio of the t-th comparison:
+
+        S_t = L_t (S_{t-1} + 1 / (t (t + 1)))        E_t = S_t + 1 / (t + 1)
+
+    The weights of the starts sum to 1, so E is an e-process: while divergence is tolerable, the probability that E ever reaches
+    ALARM is at most 1 / ALARM, however often it is read. Computed in logarithms, so that nothing overflows.
+    """
 
     trials: int = 0
     log_sum: float | None = None
-    """Natural logarithm of S; None: of 0."""
+    """Natural logarithm of S. None stands for S = 0."""
 
     def after(self, *, diverged: bool) -> Evidence:
-        """With one comparison more."""
+        """The evidence after one more comparison."""
         trials = self.trials + 1
         return Evidence(trials, _LOG_RATIO[diverged] + _log_add(self.log_sum, -math.log(trials * (trials + 1))))
 
@@ -145,7 +87,7 @@ class Evidence:
 
     @property
     def alarm(self) -> bool:
-        """Up while E is at ALARM or above. It falls by itself, once enough comparisons were clean."""
+        """Whether E is at least ALARM. The alarm ends after enough clean comparisons."""
         return self.log >= math.log(ALARM)
 
 
@@ -155,3 +97,47 @@ def _log_add(a: float | None, b: float) -> float:
         return b
     low, high = min(a, b), max(a, b)
     return high + math.log1p(math.exp(low - high))
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Comparisons, and how many of them diverged."""
+
+    compared: int = 0
+    diverged: int = 0
+
+    def __add__(self, other: Share) -> Share:
+        return Share(self.compared + other.compared, self.diverged + other.diverged)
+
+    @property
+    def worst_first(self) -> tuple[float, int]:
+        """A sort key: the largest rate of divergence first, then the most comparisons."""
+        return (-self.diverged / self.compared if self.compared else 0.0, -self.compared)
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Shares over time, in at most BUCKETS_MAX buckets of equal width."""
+
+    bucket_millis: int = BUCKET_MILLIS
+    buckets: Mapping[int, Share] = field(default_factory=dict)
+    """By Unix time divided by the width."""
+
+    def after(self, unix_millis: int, share: Share) -> Series:
+        """The series with this share added. Times need not ascend."""
+        number = unix_millis // self.bucket_millis
+        series = Series(self.bucket_millis, {**self.buckets, number: self.buckets.get(number, Share()) + share})
+        while len(series.buckets) > BUCKETS_MAX:
+            series = series._coarser()
+        return series
+
+    def _coarser(self) -> Series:
+        buckets: dict[int, Share] = {}
+        for number, share in self.buckets.items():
+            buckets[number // 2] = buckets.get(number // 2, Share()) + share
+        return Series(2 * self.bucket_millis, buckets)
+
+
+def bin_bounds(number: int) -> tuple[int, int]:
+    """The first and the last number with this bit length. Token indexes and batch occupancies are counted by bit length."""
+    return 1 << number >> 1, (1 << number) - 1

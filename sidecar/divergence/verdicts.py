@@ -1,4 +1,4 @@
-"""What an entry of the journal says about divergence: the one place where entries become events. Pure."""
+"""Journal entries as events about divergence. No other module interprets entries for this purpose. Pure."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ostinato import enums
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 FAILED = "failed"
-"""Stands among the names of what drifted where the second run made no output."""
+"""The drift of a comparison whose second run made no output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """When, by the journal and by the writer's clock."""
+    """A journal index, and the writer's time there."""
 
     index: int
     unix_millis: int
@@ -22,21 +22,21 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class GroupKey:
-    """What comparisons are counted by."""
+    """Comparisons are counted by this."""
 
     kind: str
-    """As a label: twin, audit, …"""
+    """A metric label: twin, audit, …"""
     grade: str
-    """As a label: exact, serial, best_effort."""
+    """A metric label: exact, serial, best_effort."""
     fingerprint: str
-    """Hexadecimal digits of the second run's digest; empty where there was none."""
+    """Digest of the second run's fingerprint, in hexadecimal. Empty if there was no second run."""
     other_replica: bool
     """Whether another sidecar recorded the first run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One verdict."""
+    """One comparison."""
 
     at: Moment
     key: GroupKey
@@ -48,7 +48,7 @@ class Compared:
 
     @property
     def drift(self) -> tuple[str, ...]:
-        """Why nothing was compared; empty: it was."""
+        """Why the runs are incomparable. Empty if they were compared."""
         if self.comparison.verdict != types_pb2.VERDICT_INCOMPARABLE:
             return ()
         return tuple(self.comparison.drift) or (FAILED,)
@@ -56,7 +56,7 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class CollisionCheck:
-    """An unseeded output was held against those of other seeds."""
+    """An unseeded output was compared with those of other seeds."""
 
     at: Moment
     sequence: int
@@ -65,7 +65,7 @@ class CollisionCheck:
 
 @dataclass(frozen=True, slots=True)
 class NotCompared:
-    """A second run was due and brought no verdict. No entry says so."""
+    """A second run was due and gave no verdict. There is no entry for this."""
 
     kind: str
     reason: str
@@ -75,7 +75,7 @@ Event = Compared | CollisionCheck | NotCompared
 
 
 def events(header: types_pb2.EntryHeader, payload: bytes) -> Iterator[Compared | CollisionCheck]:
-    """Of one entry, in order; none where its payload was dropped."""
+    """The events of one entry, in order. There are none if its payload was dropped."""
     at = Moment(header.index, header.time_unix_millis)
     if header.kind == types_pb2.ENTRY_KIND_COMPLETED:
         completed = sequencer_pb2.CompletedPayload.FromString(payload)

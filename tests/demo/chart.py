@@ -14,12 +14,11 @@ from ostinato.v1 import sequencer_pb2
 
 
 def draw(path: Path, settings: Sequence[tuple[str, sequencer_pb2.Stratum]]) -> None:
-    """How divergence grows with occupancy and with length, for each named setting; SVG, the same bytes for the same numbers."""
+    """The share that diverged by batch occupancy, for each named setting; SVG, the same bytes for the same numbers."""
     groups = {f"{name}: {each.diverged} of {each.matched + each.diverged} diverged": each for name, each in settings}
     with mpl.rc_context(LOOK):
-        figure = Figure(figsize=(8, 3.6), layout="constrained")
-        occupancy, token = figure.subplots(1, 2)
-        charts.by_occupancy(occupancy, groups)
-        charts.by_token(token, groups)
-        figure.legend(*occupancy.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axes = figure.subplots()
+        charts.by_occupancy(axes, groups)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         figure.savefig(path, format="svg", metadata={"Date": None})

@@ -18,9 +18,8 @@ from scipy import stats
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.divergence.output import DivergenceCollector, report
-from sidecar.divergence.statistics import ALARM, FAULTY, TOLERABLE, Ended, Evidence, Rate, life_table, span_first, span_of
+from sidecar.divergence.statistics import ALARM, BUCKETS_MAX, FAULTY, TOLERABLE, Evidence, Rate, Share, bin_bounds
 from sidecar.divergence.tracker import (
-    BUCKETS_MAX,
     DRIFT_MAX,
     GROUPS_MAX,
     SAMPLINGS_MAX,
@@ -29,14 +28,11 @@ from sidecar.divergence.tracker import (
     DivergenceTracker,
     Group,
     RetiredGroups,
-    Share,
 )
 from sidecar.divergence.verdicts import FAILED, CollisionCheck, Compared, GroupKey, Moment, NotCompared, events
 from tests.sidecar.evidence_paths import NEVER, alarms, log_evidence
 
 counts = st.integers(1, 10**7).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
-runs = st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=60)
-"""Each: tokens that were equal, and whether it diverged behind them."""
 
 
 @settings(deadline=None)
@@ -63,50 +59,12 @@ def test_known_bounds() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 2**32))
-def test_spans_cover_every_index(index: int) -> None:
-    """Each token index lies in one span."""
-    assert span_first(span_of(index)) <= index < span_first(span_of(index) + 1)
+def test_bins_cover_every_index(index: int) -> None:
+    """Each token index lies in the bin of its bit length."""
+    first, last = bin_bounds(index.bit_length())
 
-
-def spans(given: list[tuple[int, bool]]) -> list[Ended]:
-    """The runs by span."""
-    table = [Ended()] * (1 + max(span_of(tokens) for tokens, _ in given))
-    for tokens, diverged in given:
-        table[span_of(tokens)] = table[span_of(tokens)].after(tokens, diverged=diverged)
-    return table
-
-
-@settings(deadline=None)
-@given(runs)
-def test_the_life_table_counts_positions(given: list[tuple[int, bool]]) -> None:
-    """Each position at which both runs had a token, or parted, is a trial of its span; a difference is one event."""
-    trials, events = np.zeros(64, int), np.zeros(64, int)
-    for tokens, diverged in given:
-        trials[: tokens + diverged] += 1
-        events[tokens] += diverged
-    table = life_table(spans(given))
-
-    for row in table:
-        within = slice(row.first, row.last + 1)
-        assert (row.hazard.events, row.hazard.trials) == (events[within].sum(), trials[within].sum())
-        assert row.at_risk == sum(tokens >= row.first for tokens, _ in given)
-    assert sum(row.hazard.trials for row in table) == trials.sum()
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 1), st.booleans()), min_size=1, max_size=60))
-def test_it_is_kaplan_and_meiers_where_spans_are_narrow(given: list[tuple[int, bool]]) -> None:
-    """Where a span is one index wide, the share that is still equal is scipy's estimate from censored data."""
-    # A run of n equal tokens was tried up to position n - 1, or up to n where it parted there; half a position keeps
-    # "censored after the trial" apart from "censored before".
-    parted = [tokens for tokens, diverged in given if diverged]
-    clean = [tokens - 0.5 for tokens, diverged in given if not diverged]
-    estimate = stats.ecdf(stats.CensoredData(uncensored=parted, right=clean)).sf
-
-    for row in life_table(spans(given)):
-        # Where nobody is left to try, scipy says 0 and the table goes on with what it knew.
-        if row.at_risk:
-            assert row.equal_before == pytest.approx(float(estimate.evaluate(row.first - 0.25)) if row.first else 1.0)
+    assert first <= index <= last
+    assert (last + 1).bit_length() == index.bit_length() + 1
 
 
 SEED = 20_261_124
@@ -224,24 +182,23 @@ def test_it_counts_what_a_list_would(given: list[tuple[GroupKey, types_pb2.Compa
         for event in judged:
             evidence = evidence.after(diverged=event.diverged)
         diverged = [event.at for event in judged if event.diverged]
-        assert (group.matched, group.diverged, group.incomparable) == tuple(
+        assert (group.sums.matched, group.sums.diverged, group.sums.incomparable) == tuple(
             verdicts[each] for each in (MATCH, DIVERGED, INCOMPARABLE)
         )
         assert (group.first, group.last) == (own[0].at, own[-1].at)
         assert (group.first_diverged, group.last_diverged) == ((diverged[0], diverged[-1]) if diverged else (None, None))
         assert group.evidence == evidence
-        assert group.compared_tokens == sum(event.comparison.compared_tokens for event in judged)
+        assert group.sums.compared_tokens == sum(event.comparison.compared_tokens for event in judged)
         assert group.recent == "".join("01"[event.diverged] for event in judged)
-        assert sum(group.drift.values()) == group.incomparable
-        for number, ended in enumerate(group.spans):
-            there = [event for event in judged if span_of(event.comparison.compared_tokens) == number]
-            assert ended.diverged == sum(event.diverged for event in there)
-            assert ended.clean == len(there) - ended.diverged
+        assert sum(group.sums.drift.values()) == group.sums.incomparable
+        parted = [event.comparison.compared_tokens for event in judged if event.diverged]
+        assert group.sums.first_differences == Counter(index.bit_length() for index in parted)
+        assert group.sums.first_difference_tokens == sum(parted)
         for name, share in group.samplings.items():
             of = [event.diverged for event in judged if event.comparison.sampling == name]
             assert share == Share(len(of), sum(of))
-        for shares in (group.samplings.values(), group.companies, group.series.buckets.values()):
-            assert sum(shares, Share()) == Share(group.compared, group.diverged)
+        for shares in (group.samplings.values(), group.companies.values(), group.series.buckets.values()):
+            assert sum(shares, Share()) == Share(group.sums.compared, group.sums.diverged)
 
 
 @settings(deadline=None)
@@ -251,7 +208,7 @@ def test_it_survives_being_written_down(given: list[tuple[GroupKey, types_pb2.Co
     counts = Counts().after(NotCompared("audit", "busy")).after(CollisionCheck(Moment(1, 1), 1, collides=True))
     for n, (key, said) in enumerate(given, start=1):
         counts = counts.after(compared(said, n, key, n))
-    counts = replace(counts, forgotten=tuple(RetiredGroups(group.key).after(group) for group in counts.groups))
+    counts = replace(counts, retired=tuple(RetiredGroups(group.key, group.sums) for group in counts.groups))
 
     assert msgspec.json.decode(msgspec.json.encode(counts), type=Counts) == counts
 
@@ -277,7 +234,7 @@ def test_the_window_is_of_the_newest() -> None:
         group = group.after(compared(verdict(), index))
 
     assert (group.recent_rate().events, group.recent_rate().trials) == (0, WINDOW_COMPARISONS)
-    assert (group.diverged, group.compared) == (1, WINDOW_COMPARISONS + 1)
+    assert (group.sums.diverged, group.sums.compared) == (1, WINDOW_COMPARISONS + 1)
 
 
 def test_it_stays_small() -> None:
@@ -293,12 +250,12 @@ def test_it_stays_small() -> None:
 
     assert len(group.samplings) == SAMPLINGS_MAX
     assert "the bad one" in group.samplings, "what diverges stays"
-    assert len(group.drift) == DRIFT_MAX + 1
-    assert sum(group.drift.values()) == 1_000
+    assert len(group.sums.drift) == DRIFT_MAX + 1
+    assert sum(group.sums.drift.values()) == 1_000
     assert len(group.series.buckets) <= BUCKETS_MAX
     assert sum(group.series.buckets.values(), Share()) == Share(1_001, 1)
     assert len(counts.groups) == GROUPS_MAX
-    assert [(sums.key.fingerprint, sums.matched) for sums in counts.forgotten] == [("", GROUPS_MAX)]
+    assert [(each.key.fingerprint, each.sums.matched) for each in counts.retired] == [("", GROUPS_MAX)]
     assert counts.groups[-1].last.index == 2 * GROUPS_MAX - 1, "the newest stay"
 
 
@@ -366,7 +323,7 @@ def test_nobody_knows_where() -> None:
     counts = Counts().after(compared(known)).after(Compared(Moment(2, 0), KEY, unknown))
 
     (group,) = counts.groups
-    assert (group.diverged, group.compared, group.compared_tokens) == (2, 2, 7)
+    assert (group.sums.diverged, group.sums.compared, group.sums.compared_tokens) == (2, 2, 7)
     assert (group.token_rate().events, group.token_rate().trials) == (1, 8)
 
 
@@ -450,9 +407,9 @@ def test_no_counter_goes_down() -> None:
 def test_nothing_is_served_before_it_is_restored() -> None:
     """While a start reads what was counted there is no counter at all: one that stands at 0 would look like a restart of the
     count, and all of it like an increase."""
-    book = DivergenceTracker("writer")
+    tracker = DivergenceTracker("writer")
 
-    assert metrics(book.counted) == {}
+    assert metrics(tracker.restored_counts) == {}
 
 
 def test_gauges_are_the_newest_fingerprints() -> None:
@@ -500,6 +457,5 @@ def test_a_report_says_it_all(confidence: float) -> None:
     assert (group.first.index, group.last.index, group.first_diverged.index) == (7, 14, 13)
     assert not group.HasField("alarmed")
     assert sum(each.diverged for each in group.token_spans) == 1
-    assert sum(each.hazard.trials for each in group.token_spans) == group.per_token.trials
     (lost,) = found.not_compared
     assert (lost.kind, lost.reason, lost.count) == (types_pb2.COMPARISON_KIND_AUDIT, "busy", 1)

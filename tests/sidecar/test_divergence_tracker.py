@@ -44,10 +44,10 @@ class Life:
         self.store = store
 
     async def begin(self) -> None:
-        self.book = DivergenceTracker(WRITER)
+        self.tracker = DivergenceTracker(WRITER)
         backend, _ = self.store.open()
-        self.journal = Journal(backend, now_millis=self.store.clock.now_millis, on_entries=self.book.committed)
-        await self.book.restore(self.journal)
+        self.journal = Journal(backend, now_millis=self.store.clock.now_millis, on_entries=self.tracker.committed)
+        await self.tracker.restore(self.journal)
 
     async def crash(self) -> None:
         """Nothing is saved; all that the book knew is gone. What was committed is on the disk."""
@@ -98,13 +98,13 @@ def test_a_crash_anywhere_changes_no_count(given: list[tuple[str, int]]) -> None
                     case "audit":
                         await life.audit(token)
                     case "save":
-                        await life.book.save(life.journal)
+                        await life.tracker.save(life.journal)
                     case _:
                         await life.crash()
-                assert life.book.counts == await life.everything()
+                assert life.tracker.counts == await life.everything()
             await life.crash()
-            assert life.book.counts == await life.everything()
-            assert life.book.index == (await life.journal.head()).index
+            assert life.tracker.counts == await life.everything()
+            assert life.tracker.index == (await life.journal.head()).index
             await life.journal.close()
 
     asyncio.run(live())
@@ -121,8 +121,8 @@ async def test_a_start_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytes
     life = await begun(tmp_path)
     for _ in range(3):
         await life.complete(0)
-    await life.book.save(life.journal)
-    saved = life.book.index
+    await life.tracker.save(life.journal)
+    saved = life.tracker.index
     await life.complete(1)
     asked: list[int] = []
     entries = Journal.entries
@@ -135,7 +135,7 @@ async def test_a_start_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytes
     await life.crash()
 
     assert min(asked) == saved + 1
-    assert life.book.counts == await life.everything()
+    assert life.tracker.counts == await life.everything()
     await life.journal.close()
 
 
@@ -158,7 +158,7 @@ async def test_what_cannot_be_believed_is_counted_anew(tmp_path: Path, kept: byt
     await life.journal.append(Note(f"divergence/{WRITER}", kept))
     await life.crash()
 
-    assert life.book.counts == await life.everything() != Counts()
+    assert life.tracker.counts == await life.everything() != Counts()
     await life.journal.close()
 
 
@@ -172,11 +172,11 @@ async def test_what_is_committed_while_it_is_restored(
     for _ in range(6):
         await life.complete(0)
     await life.journal.close()
-    counted = life.book.counts.collision_checks
+    counted = life.tracker.counts.collision_checks
     life.store.settings = replace(life.store.settings, digests_only=digests_only)
-    life.book = DivergenceTracker(WRITER)
+    life.tracker = DivergenceTracker(WRITER)
     life.journal = Journal(
-        life.store.open()[0], now_millis=life.store.clock.now_millis, on_entries=lambda entries: life.book.committed(entries)
+        life.store.open()[0], now_millis=life.store.clock.now_millis, on_entries=lambda entries: life.tracker.committed(entries)
     )
     entries = Journal.entries
     reads = 0
@@ -191,15 +191,15 @@ async def test_what_is_committed_while_it_is_restored(
     monkeypatch.setattr(tracker, "PAGE_ENTRIES", 5)
     monkeypatch.setattr(Journal, "entries", interrupted)
     await life.complete(0)
-    await life.book.restore(life.journal)
+    await life.tracker.restore(life.journal)
     monkeypatch.undo()
     await life.complete(0)
 
     assert reads > 1
-    assert life.book.counts.collision_checks == counted + 1 + reads + 1
-    assert life.book.index == (await life.journal.head()).index
+    assert life.tracker.counts.collision_checks == counted + 1 + reads + 1
+    assert life.tracker.index == (await life.journal.head()).index
     if not digests_only:
-        assert life.book.counts == await life.everything()
+        assert life.tracker.counts == await life.everything()
     await life.journal.close()
 
 
@@ -212,7 +212,7 @@ async def test_only_own_entries_are_counted(tmp_path: Path) -> None:
     await other.restore(life.journal)
 
     assert other.counts == Counts()
-    assert other.index == life.book.index
+    assert other.index == life.tracker.index
     await life.journal.close()
 
 
@@ -220,11 +220,11 @@ async def test_what_was_not_compared_is_kept(tmp_path: Path) -> None:
     """What no entry says is in the note."""
     life = await begun(tmp_path)
     for reason in ("busy", "busy", "drained"):
-        life.book.not_compared(types_pb2.COMPARISON_KIND_AUDIT, reason)
-    await life.book.save(life.journal)
+        life.tracker.not_compared(types_pb2.COMPARISON_KIND_AUDIT, reason)
+    await life.tracker.save(life.journal)
     await life.crash()
 
-    assert life.book.counts.not_compared == {"audit": {"busy": 2, "drained": 1}}
+    assert life.tracker.counts.not_compared == {"audit": {"busy": 2, "drained": 1}}
     await life.journal.close()
 
 
@@ -232,10 +232,10 @@ async def test_nothing_changed_is_not_written(tmp_path: Path) -> None:
     """Saving twice writes once."""
     life = await begun(tmp_path)
     await life.complete(0)
-    await life.book.save(life.journal)
+    await life.tracker.save(life.journal)
     note = await life.journal.notes("divergence/")
     await life.journal.append(Note(f"divergence/{WRITER}", b"a mark"))
-    await life.book.save(life.journal)
+    await life.tracker.save(life.journal)
 
     assert list(note) == [f"divergence/{WRITER}"]
     assert (await life.journal.notes("divergence/")) == {f"divergence/{WRITER}": b"a mark"}
@@ -249,7 +249,7 @@ async def test_a_batch_of_many(tmp_path: Path) -> None:
     batches = await asyncio.gather(*(life.journal.append(draft) for draft in drafts))
     await asyncio.gather(*(life.journal.append(outcome(entry, 0)) for batch in batches for entry in batch.entries))
 
-    (group,) = life.book.counts.groups
-    assert (group.matched, group.diverged) == (49, 0)
-    assert life.book.counts.collision_checks == 50
+    (group,) = life.tracker.counts.groups
+    assert (group.sums.matched, group.sums.diverged) == (49, 0)
+    assert life.tracker.counts.collision_checks == 50
     await life.journal.close()

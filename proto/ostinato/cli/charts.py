@@ -9,10 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from ostinato.cli.report import occupancy
-from ostinato.v1.sequencer_pb2 import CompanyShare, Rate, Stratum, TimeShare, TokenSpan
+from ostinato.v1.sequencer_pb2 import CompanyShare, Rate, Stratum, TimeShare
 
 COLOURS = ("#2f6fde", "#d9822b", "#2a9d72", "#8e5bd0", "#c23b5a", "#3a8fa3", "#7a7f35", "#5a6675")
 SPREAD = 0.3
@@ -29,19 +28,6 @@ def by_occupancy(axes: Axes, groups: Mapping[str, Stratum]) -> None:
         _points(axes, number, name, at, [share.rate for share in stratum.companies])
     axes.set_xticks(list(places.values()), [buckets[bucket] for bucket in places])
     axes.set(xlabel="batch occupancy (runs in the engine)", ylabel="diverged", xlim=(-0.6, max(len(places), 1) - 0.4))
-    _percent(axes)
-
-
-def by_token(axes: Axes, groups: Mapping[str, Stratum]) -> None:
-    """The estimated share of answers that differ before a token, by its index."""
-    for number, (name, stratum) in enumerate(groups.items()):
-        spans: Sequence[TokenSpan] = stratum.token_spans
-        shares = [1 - span.equal_before for span in spans]
-        axes.step(
-            [span.first for span in spans], shares, where="post", color=_colour(number), label=name, gid=f"steps-{number}"
-        )
-    axes.set(xlabel="index of the token", ylabel="diverged before it")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _percent(axes)
 
 

@@ -33,7 +33,7 @@ INCHES = (10.0, 3.4)
 
 
 def page(found: ReportResponse) -> str:
-    """HTML. Its charts are SVG, in figures with the ids `by-occupancy`, `by-token` and `by-time`."""
+    """HTML. Its charts are SVG, in figures with the ids `by-occupancy` and `by-time`."""
     verdict = "An alarm is up" if found.alarm else "No alarm"
     parts = [
         f"<h1>Divergence</h1><p>Log <code>{escape(found.log_id)}</code>, sidecar <code>{escape(found.writer)}</code>, "
@@ -48,7 +48,7 @@ def page(found: ReportResponse) -> str:
 
 
 def _charts(groups: Mapping[str, Stratum], confidence: float) -> Iterable[str]:
-    """Three, each with its numbers below."""
+    """Two, each with its numbers below."""
     if not groups:
         return
     interval_of = f"its {100 * confidence:.4g} % confidence interval (Wilson's)"
@@ -57,17 +57,6 @@ def _charts(groups: Mapping[str, Stratum], confidence: float) -> Iterable[str]:
     said = f"How many runs the engine held. {whiskers}"
     yield _chart("by-occupancy", "By batch occupancy", said, charts.by_occupancy, groups)
     yield _numbers(rates, ((n, occupancy(c), *_rate(c.rate)) for n, s in groups.items() for c in s.companies))
-    yield _chart(
-        "by-token",
-        "By first differing token",
-        "The estimated share of answers that differ from their first run before this token (Kaplan-Meier).",
-        charts.by_token,
-        groups,
-    )
-    yield _numbers(
-        ("", "tokens", "diverged here", "compared this far"),
-        ((n, span(t), str(t.diverged), str(t.at_risk)) for n, s in groups.items() for t in s.token_spans),
-    )
     yield _chart("by-time", "Over time", whiskers, charts.by_time, groups)
     yield _numbers(
         ("", "time", *rates[2:]),
@@ -99,6 +88,7 @@ def _numbers(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _tables(found: ReportResponse) -> Iterable[str]:
+    parted = [(name(s), span(each), str(each.diverged)) for s in found.strata for each in s.token_spans]
     worst = [(name(s), w.sampling or "not said", w.rate) for s in found.strata for w in s.samplings if w.rate.events]
     drift = [(name(s), field or "others", str(count)) for s in found.strata for field, count in sorted(s.drift.items())]
     fields = [
@@ -107,6 +97,7 @@ def _tables(found: ReportResponse) -> Iterable[str]:
     beside = [("collisions", f"{found.collisions} of {found.collision_checks} checked")]
     beside += [(f"not compared: {show.word(each, 'kind')}, {each.reason}", str(each.count)) for each in found.not_compared]
     worst_rows = [(who, sampling, str(rate.events), str(rate.trials), f"{rate.value:.3%}") for who, sampling, rate in worst]
+    yield "<h2>First differing token</h2>" + _table("tokens", ("", "tokens", "diverged"), parted)
     yield "<h2>Worst sampled</h2>" + _table("samplings", ("", "sampling", "diverged", "compared", "rate"), worst_rows)
     yield "<h2>Drift</h2>" + _table("drift", ("", "what differed", "incomparable"), drift)
     yield "<h2>Beside</h2>" + _table("beside", ("", ""), beside)

@@ -117,7 +117,7 @@ def _details(given: Stratum) -> Iterator[str]:
         )
         recent = given.recent
         yield f"of the newest {recent.trials}: {recent.events} diverged, {interval(recent)}"
-        parting = (f"{span(each)}: {each.diverged} of {each.at_risk}" for each in given.token_spans if each.diverged)
+        parting = (f"{span(each)}: {each.diverged}" for each in given.token_spans)
         yield "first differing token: " + ", ".join(parting)
         yield "batch occupancy: " + ", ".join(f"{occupancy(each)}: {_share(each.rate)}" for each in given.companies)
         worst = [each for each in given.samplings if each.rate.events][:WORST]

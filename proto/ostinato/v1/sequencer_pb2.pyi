@@ -892,7 +892,7 @@ Global___Moment: _TypeAlias = Moment  # noqa: Y015
 
 @_typing.final
 class TokenSpan(_message.Message):
-    """A row of a life table: comparisons by the token index at which they diverged, or ended equal (censored)."""
+    """Comparisons that diverged, by the index of the first differing token."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -907,15 +907,15 @@ class TokenSpan(_message.Message):
     """Token indexes, both included."""
     last: _builtins.int
     at_risk: _builtins.int
-    """Comparisons equal over all tokens before the first index."""
+    """Not used any more."""
     diverged: _builtins.int
     censored: _builtins.int
-    """Their last token lies here, and no difference."""
+    """Not used any more."""
     equal_before: _builtins.float
-    """Estimated share of answers equal over all tokens before the first index, if all were long enough."""
+    """Not used any more."""
     @_builtins.property
     def hazard(self) -> Global___Rate:
-        """Of a token within the span to be the first that differs."""
+        """Not used any more."""
 
     def __init__(
         self,
