@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from service.engines.turbomind import metering
+from service.engines.turbomind.metrics import Meter
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
@@ -20,7 +20,7 @@ OPERATIONS = ROOT / "docs" / "operations.md"
 
 _OVERRIDES: Any = SimpleNamespace(counters=SimpleNamespace(calls={}, plans=0, uncovered=0, corrected=0))
 _LOAD: Any = SimpleNamespace(usage=0, tick=0, active=0, waiting=0, prefix_hits=0)
-GPU = {metric.name: "only TurboMind says it, on a GPU" for metric in metering.Meter(1, lambda: _LOAD).collect(_OVERRIDES)}
+GPU = {metric.name: "only TurboMind says it, on a GPU" for metric in Meter(1, lambda: _LOAD).collect(_OVERRIDES)}
 
 
 def panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:
