@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from ostinato import errors
 from ostinato.digest import request_digest
 from ostinato.errors import Violation
+from ostinato.requests import RESPONSE_BYTES_METADATA
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
-from ostinato.wire import RESPONSE_BYTES_METADATA
 
 from sidecar.config import Settings
 from sidecar.journal.model import Admission

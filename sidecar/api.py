@@ -11,8 +11,8 @@ import grpc
 
 from ostinato import errors, tracing
 from ostinato.digest import request_digest
+from ostinato.requests import RESPONSE_BYTES_METADATA
 from ostinato.v1 import engine_pb2, generation_pb2, generation_pb2_grpc, sequencer_pb2, sequencer_pb2_grpc, types_pb2
-from ostinato.wire import RESPONSE_BYTES_METADATA
 from serving.auth import Context, caller
 from serving.handlers import ran_out, remaining, written
 

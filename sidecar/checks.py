@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ostinato import errors, requests
-from ostinato.abreast import abreast
 from ostinato.digest import input_digest, is_sampled, model_digest
+from ostinato.replay import bounded_gather
 from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 
 from sidecar.answers import no_verdict, pages, record_of
@@ -375,7 +375,7 @@ async def replay(
     Raises EngineUnavailable or Draining where the rest cannot be run: without a verdict, an item may be asked for again.
     """
     counted = sequencer_pb2.ReplayResponse(total=last - first + 1)
-    async with aclosing(abreast(_answers(pipeline, first, last, alone=alone), concurrency)) as responses:
+    async with aclosing(bounded_gather(_answers(pipeline, first, last, alone=alone), concurrency)) as responses:
         async for response in responses:
             counted.seen += len(response.passed_over) or 1
             response.MergeFrom(counted)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ostinato import enums, tracing
 from ostinato.compare import compare_prefix
 from ostinato.errors import Disconnected, Draining, OstinatoError
-from ostinato.progress import Progress
+from ostinato.resume import Progress
 from ostinato.tracing import OFF, Kind, Span
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 

@@ -13,8 +13,8 @@ import grpc
 from google.rpc import status_pb2
 
 from ostinato import errors, tracing
+from ostinato.errors import from_rpc_error
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
-from ostinato.wire import ours
 from serving.handlers import coalesce
 
 SHORT_BYTES = 4096
@@ -221,7 +221,7 @@ class EngineLink:
                 if response.events:
                     listener.engine_events(list(response.events))
         except grpc.aio.AioRpcError as failure:
-            error = ours(failure)
+            error = from_rpc_error(failure)
         except errors.ProtocolViolation as fault:
             listener.engine_fault(fault)
             error = fault
@@ -301,7 +301,7 @@ class EngineLink:
             parts = self._stub.GetTokenizer(engine_pb2.GetTokenizerRequest(), timeout=timeout)
             return b"".join([part.chunk async for part in parts])
         except grpc.aio.AioRpcError as failure:
-            raise unavailable(ours(failure)) from None
+            raise unavailable(from_rpc_error(failure)) from None
 
 
 def _fault(writer: asyncio.Task[None] | None) -> BaseException | None:
@@ -317,7 +317,7 @@ async def _called(call: Awaitable[T]) -> T | None:
     try:
         return await call
     except grpc.aio.AioRpcError as failure:
-        raise unavailable(ours(failure)) from None
+        raise unavailable(from_rpc_error(failure)) from None
 
 
 def check_description(description: engine_pb2.DescribeResponse) -> None:

@@ -16,8 +16,7 @@ import hashlib
 import struct
 from functools import lru_cache
 
-from ostinato.canonical import DIGEST_BYTES, digest, text, u64
-from ostinato.digest import input_digest, logprobs_digest, output_digest
+from ostinato.digest import DIGEST_BYTES, input_digest, logprobs_digest, output_digest, tagged_digest, text, u64
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 GENESIS = bytes(DIGEST_BYTES)
@@ -42,7 +41,7 @@ def entry_hash(previous_hash: bytes, header: types_pb2.EntryHeader) -> bytes:
     assert len(previous_hash) == DIGEST_BYTES
     inputs, output, logprobs = header.input_digest, header.output_digest, header.logprobs_digest
     fingerprint, payload = header.fingerprint_digest, header.payload_digest
-    return digest(
+    return tagged_digest(
         "entry",
         previous_hash,
         _PLACE.pack(header.index, header.kind),

@@ -1,82 +1,146 @@
-"""The digests: what was asked, what went in, what came out, on what it ran; the seed nobody gave, and lots.
+"""Digests of requests, inputs, outputs and fingerprints; derived seeds; hash-based sampling.
 
-Field order is fixed by docs/protocol.md; test vectors stand in tests/ostinato/vectors.json.
+Every digest is a SHA-256 over a canonical encoding. The encoding does not depend on protobuf's serialisation, which has no
+canonical form. docs/protocol.md specifies it byte for byte; tests/ostinato/vectors.json has test vectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+import hashlib
+import math
+import struct
+import sys
+from array import array as array_of
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, lru_cache
 from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from ostinato.canonical import array, blob, digest, f64, i64, ids, maybe, text, u64
 from ostinato.v1 import generation_pb2, types_pb2
 
 T = TypeVar("T")
 
-REMEMBERED_BYTES_MAX = 1_024
-"""Of an item's parameters; those with a grammar are longer."""
+DIGEST_BYTES = 32
+CACHED_PARAMETER_BYTES_MAX = 1_024
+"""Longer parameters, which hold a grammar, are encoded each time."""
+
+# The canonical encoding. The journal encodes about forty integers per item, hence no Python function around the first two.
+u64: Callable[[int], bytes] = struct.Struct(">Q").pack
+"""8 bytes, big-endian."""
+
+i64: Callable[[int], bytes] = struct.Struct(">q").pack
+"""8 bytes, big-endian two's complement. For signed fields and open enums, which may be negative until they are validated."""
+
+_f64: Callable[[float], bytes] = struct.Struct(">d").pack
+_NAN = b"\xff" * 8
+_EMPTY_ARRAY = bytes(8)
 
 
+def f64(value: float) -> bytes:
+    """IEEE 754 binary64, big-endian. -0.0 is encoded as 0.0, and every NaN as eight bytes 255."""
+    return _NAN if math.isnan(value) else _f64(value + 0.0)
+
+
+def blob(value: bytes) -> bytes:
+    """Length as u64, then the bytes."""
+    return u64(len(value)) + value
+
+
+def text(value: str) -> bytes:
+    """UTF-8, as a blob."""
+    return blob(value.encode())
+
+
+def optional(encode: Callable[[T], bytes], value: T | None) -> bytes:
+    """Byte 0 for None; byte 1, then the value, otherwise."""
+    return b"\0" if value is None else b"\1" + encode(value)
+
+
+def array(encode: Callable[[T], bytes], values: Iterable[T]) -> bytes:
+    """Count as u64, then the values."""
+    parts = [encode(value) for value in values]
+    return u64(len(parts)) + b"".join(parts)
+
+
+def ids(values: Sequence[int]) -> bytes:
+    """An array of u64; faster than `array` for token ids."""
+    if not values:
+        return _EMPTY_ARRAY
+    numbers = array_of("Q", values[:])  # a slice of a protobuf list is faster to read than its items
+    if sys.byteorder == "little":
+        numbers.byteswap()
+    return u64(len(numbers)) + numbers.tobytes()
+
+
+def tagged_digest(name: str, *parts: bytes) -> bytes:
+    """SHA-256 over `ostinato/<name>/v1`, a zero byte, and the parts. The name separates the domains of the digests."""
+    return hashlib.sha256(b"".join((_tag(name), *parts))).digest()
+
+
+@cache
+def _tag(name: str) -> bytes:
+    return f"ostinato/{name}/v1\0".encode()
+
+
+# The digests. docs/protocol.md fixes the order of the fields.
 def request_digest(request: generation_pb2.GenerateRequest) -> bytes:
-    """Of the batch as sent, less request_id and idempotency_key: equal digests are one request."""
-    return digest(
+    """Of the request without request_id and idempotency_key. Equal digests are the same request."""
+    return tagged_digest(
         "request",
         array(_item, request.items),
-        maybe(_parameters, _set(request, "parameters", request.parameters)),
+        optional(_parameters, _set(request, "parameters", request.parameters)),
         i64(request.required_grade),
         u64(request.verify),
     )
 
 
 def input_digest(token_ids: Sequence[int], parameters: types_pb2.ResolvedParameters, seed: int) -> bytes:
-    """Of all that a request adds to the fingerprint: two runs with equal ones may be compared."""
-    return digest("input", ids(token_ids), _resolved(parameters), u64(seed))
+    """Of everything but the fingerprint that determines an output. Runs with equal input digests can be compared."""
+    return tagged_digest("input", ids(token_ids), _resolved(parameters), u64(seed))
 
 
 def unseeded_input_digest(token_ids: Sequence[int], parameters: types_pb2.ResolvedParameters) -> bytes:
-    """Of the input but for its seed: where two of these are equal and both seeds were derived, outputs should differ."""
-    return digest("unseeded-input", ids(token_ids), _resolved(parameters))
+    """Of the input without its seed. Items with equal ones and different derived seeds should get different outputs."""
+    return tagged_digest("unseeded-input", ids(token_ids), _resolved(parameters))
 
 
 def output_digest(output: types_pb2.Output) -> bytes:
-    """Of token ids, finish reason and matched stop. The text follows from them."""
-    return digest("output", ids(output.token_ids), i64(output.finish_reason), text(output.matched_stop))
+    """Of token ids, finish reason and matched stop string. These determine the text."""
+    return tagged_digest("output", ids(output.token_ids), i64(output.finish_reason), text(output.matched_stop))
 
 
 def logprobs_digest(output: types_pb2.Output) -> bytes:
-    """Of the logprobs' bits; empty where there are none."""
+    """Of the bits of the logprobs; empty if there are none."""
     if not output.logprobs:
         return b""
-    return digest("logprobs", array(_logprobs, output.logprobs))
+    return tagged_digest("logprobs", array(_logprobs, output.logprobs))
 
 
 def fingerprint_digest(fields: Mapping[str, str]) -> bytes:
-    """Of names and values, ascending by the names' UTF-8 bytes."""
+    """Of names and values, in ascending order of the names' UTF-8 bytes."""
     pairs = sorted((name.encode(), value.encode()) for name, value in fields.items())
-    return digest("fingerprint", array(lambda pair: blob(pair[0]) + blob(pair[1]), pairs))
+    return tagged_digest("fingerprint", array(lambda pair: blob(pair[0]) + blob(pair[1]), pairs))
 
 
 def model_digest(fields: Mapping[str, str]) -> bytes:
-    """Of the part of a fingerprint that makes it another model: what was prepared for one must not run on another."""
-    return digest("model", *(text(fields.get(name, "")) for name in ("model", "weights", "tokenizer", "template")))
+    """Of the fingerprint fields that identify the model. A prompt that was prepared for one model must not run on another."""
+    return tagged_digest("model", *(text(fields.get(name, "")) for name in ("model", "weights", "tokenizer", "template")))
 
 
 def derived_seed(log_id: str, sequence: int) -> int:
-    """The seed of an item that came without one: unique in its log, and known to whoever knows the number."""
-    return int.from_bytes(digest("seed", text(log_id), u64(sequence))[:8])
+    """The seed of an item that came without one. Anyone who knows the log id and the sequence can compute it."""
+    return sampling_hash("seed", log_id, sequence)
 
 
-def sampling_hash(lot: str, log_id: str, sequence: int) -> int:
-    """What an item draws in a lot ("audit"): a uint64, the same whoever asks and whenever."""
-    return int.from_bytes(digest(lot, text(log_id), u64(sequence))[:8])
+def sampling_hash(purpose: str, log_id: str, sequence: int) -> int:
+    """A uint64 that decides whether an item is in the sample for a purpose such as "audit". Deterministic."""
+    return int.from_bytes(tagged_digest(purpose, text(log_id), u64(sequence))[:8])
 
 
-def is_sampled(lot: str, log_id: str, sequence: int, rate: float) -> bool:
-    """Whether the item belongs to this share, 0 to 1, of all items."""
-    return sampling_hash(lot, log_id, sequence) < int(rate * 2**64)
+def is_sampled(purpose: str, log_id: str, sequence: int, rate: float) -> bool:
+    """Whether an item is in the sample that holds this share (0 to 1) of all items."""
+    return sampling_hash(purpose, log_id, sequence) < int(rate * 2**64)
 
 
 def _set(message: Message, field: str, value: T) -> T | None:
@@ -86,10 +150,10 @@ def _set(message: Message, field: str, value: T) -> T | None:
 def _item(item: types_pb2.Item) -> bytes:
     return b"".join(
         (
-            maybe(text, _set(item, "text", item.text)),
-            maybe(lambda prompt: ids(prompt.ids), _set(item, "token_ids", item.token_ids)),
-            maybe(lambda chat: array(_message, chat.messages), _set(item, "chat", item.chat)),
-            maybe(_parameters, _set(item, "parameters", item.parameters)),
+            optional(text, _set(item, "text", item.text)),
+            optional(lambda prompt: ids(prompt.ids), _set(item, "token_ids", item.token_ids)),
+            optional(lambda chat: array(_message, chat.messages), _set(item, "chat", item.chat)),
+            optional(_parameters, _set(item, "parameters", item.parameters)),
         )
     )
 
@@ -101,36 +165,36 @@ def _message(message: types_pb2.Message) -> bytes:
 def _parameters(given: types_pb2.Parameters) -> bytes:
     return b"".join(
         (
-            maybe(u64, _set(given, "seed", given.seed)),
-            maybe(f64, _set(given, "temperature", given.temperature)),
-            maybe(i64, _set(given, "top_k", given.top_k)),
-            maybe(f64, _set(given, "top_p", given.top_p)),
-            maybe(f64, _set(given, "min_p", given.min_p)),
-            maybe(f64, _set(given, "repetition_penalty", given.repetition_penalty)),
-            maybe(i64, _set(given, "max_new_tokens", given.max_new_tokens)),
-            maybe(i64, _set(given, "min_new_tokens", given.min_new_tokens)),
+            optional(u64, _set(given, "seed", given.seed)),
+            optional(f64, _set(given, "temperature", given.temperature)),
+            optional(i64, _set(given, "top_k", given.top_k)),
+            optional(f64, _set(given, "top_p", given.top_p)),
+            optional(f64, _set(given, "min_p", given.min_p)),
+            optional(f64, _set(given, "repetition_penalty", given.repetition_penalty)),
+            optional(i64, _set(given, "max_new_tokens", given.max_new_tokens)),
+            optional(i64, _set(given, "min_new_tokens", given.min_new_tokens)),
             array(text, given.stop),
             ids(given.stop_token_ids),
             array(text, given.bad_words),
-            maybe(u64, _set(given, "ignore_eos", given.ignore_eos)),
-            maybe(i64, _set(given, "logprobs", given.logprobs)),
-            maybe(_format, _set(given, "response_format", given.response_format)),
+            optional(u64, _set(given, "ignore_eos", given.ignore_eos)),
+            optional(i64, _set(given, "logprobs", given.logprobs)),
+            optional(_format, _set(given, "response_format", given.response_format)),
         )
     )
 
 
 def _resolved(resolved: types_pb2.ResolvedParameters) -> bytes:
-    # Most items are asked for with few parameters, and the same ones; to serialise them costs a fifth of this.
+    # Most items have one of a few sets of parameters. To serialise a set takes a fifth of the time to encode it.
     serialised = resolved.SerializeToString(deterministic=True)
-    return _parsed(serialised) if len(serialised) <= REMEMBERED_BYTES_MAX else _encoded(resolved)
+    return _encoded_serialised(serialised) if len(serialised) <= CACHED_PARAMETER_BYTES_MAX else _encode_resolved(resolved)
 
 
 @lru_cache(maxsize=256)
-def _parsed(serialised: bytes) -> bytes:
-    return _encoded(types_pb2.ResolvedParameters.FromString(serialised))
+def _encoded_serialised(serialised: bytes) -> bytes:
+    return _encode_resolved(types_pb2.ResolvedParameters.FromString(serialised))
 
 
-def _encoded(resolved: types_pb2.ResolvedParameters) -> bytes:
+def _encode_resolved(resolved: types_pb2.ResolvedParameters) -> bytes:
     return b"".join(
         (
             f64(resolved.temperature),
@@ -144,8 +208,8 @@ def _encoded(resolved: types_pb2.ResolvedParameters) -> bytes:
             ids(resolved.stop_token_ids),
             ids(resolved.bad_token_ids),
             u64(resolved.ignore_eos),
-            maybe(u64, _set(resolved, "logprobs", resolved.logprobs)),
-            maybe(_format, _set(resolved, "response_format", resolved.response_format)),
+            optional(u64, _set(resolved, "logprobs", resolved.logprobs)),
+            optional(_format, _set(resolved, "response_format", resolved.response_format)),
         )
     )
 

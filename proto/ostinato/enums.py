@@ -1,4 +1,4 @@
-"""The contract's enums in words: GRADE_BEST_EFFORT is BEST_EFFORT. A value of a newer version is its number."""
+"""The contract's enums as words: GRADE_BEST_EFFORT is BEST_EFFORT. A value that this version does not know is its number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ V_co = TypeVar("V_co", bound=int, covariant=True)
 
 
 class Enum(Protocol[V_co]):
-    """As generated, such as types_pb2.Grade."""
+    """A generated enum, such as types_pb2.Grade."""
 
     @property
     def DESCRIPTOR(self) -> EnumDescriptor: ...  # noqa: N802
@@ -31,7 +31,6 @@ def value(enum: Enum[V_co], word: str) -> V_co:
 
 @cache
 def words(kind: EnumDescriptor) -> Mapping[int, str]:
-    """All of them, by value."""
     return {each.number: each.name.removeprefix(_prefix(kind)) for each in kind.values}
 
 

@@ -1,39 +1,39 @@
-"""Everything that can go wrong between a caller and an answer. A class is its row of the table; on the wire it is a
-google.rpc.Status with details, and `to_status` and `from_status` are inverse.
-    OstinatoError
-      + InvalidRequest        can never succeed as it is      INVALID_ARGUMENT
-      + Refused               before sequencing: no number was burned
-      |   + MalformedMessage  bytes that are no message       INVALID_ARGUMENT
-      |   + Unauthenticated   who calls?                      UNAUTHENTICATED
-      |   + PermissionDenied  not for this role               PERMISSION_DENIED
-      |   + QueueFull         retry later                     RESOURCE_EXHAUSTED
-      |   + JournalFull       retry later                     RESOURCE_EXHAUSTED
-      |   + JournalUnavailable later or elsewhere             UNAVAILABLE
-      |   + EngineUnavailable retry later                     UNAVAILABLE
-      |   + Draining          retry later; a key's are kept   UNAVAILABLE
-      |   + GradeNotEarned                                    FAILED_PRECONDITION
-      |   + KeyReused                                         ALREADY_EXISTS
-      |   + PayloadPruned                                     FAILED_PRECONDITION
-      |   + NotFound                                          NOT_FOUND
-      |   + NotBuilt                                          UNIMPLEMENTED
-      + Ended                 an admitted item's outcome without an output
-      |   + DeadlineExceeded                                  DEADLINE_EXCEEDED
-      |   + Cancelled                                         CANCELLED
-      |   + Abandoned                                         ABORTED
-      |   + GradeLost                                         ABORTED
-      |   + AttemptsExhausted                                 ABORTED
-      |   + FingerprintChanged                                FAILED_PRECONDITION
-      |   + EngineFailed                                      INTERNAL
-      + CallLost              the call is over, the items may not be
-      |   + SlowReader                                        RESOURCE_EXHAUSTED
-      |   + Disconnected      the far side was not reached    UNAVAILABLE
-      + Internal              our fault; the log has the rest INTERNAL
-      + StreamRefused         between sidecar and service
-          + EpochStale                                        FAILED_PRECONDITION
-          + WriterBusy                                        FAILED_PRECONDITION
-          + JournalBehind                                     FAILED_PRECONDITION
-          + OutOfOrder                                        FAILED_PRECONDITION
-          + ProtocolViolation                                 INTERNAL"""
+"""All errors of the API. On the wire an error is a google.rpc.Status with details; `to_status` and `from_status` convert.
+
+OstinatoError
+  + InvalidRequest        must be changed to succeed      INVALID_ARGUMENT
+  + Refused               before sequencing: no sequence was assigned
+  |   + MalformedMessage  cannot be decoded               INVALID_ARGUMENT
+  |   + Unauthenticated   no valid credentials            UNAUTHENTICATED
+  |   + PermissionDenied  not allowed for this role       PERMISSION_DENIED
+  |   + QueueFull         retry later                     RESOURCE_EXHAUSTED
+  |   + JournalFull       retry later                     RESOURCE_EXHAUSTED
+  |   + JournalUnavailable later or elsewhere             UNAVAILABLE
+  |   + EngineUnavailable retry later                     UNAVAILABLE
+  |   + Draining          retry later; a key's are kept   UNAVAILABLE
+  |   + GradeNotEarned                                    FAILED_PRECONDITION
+  |   + KeyReused                                         ALREADY_EXISTS
+  |   + PayloadPruned                                     FAILED_PRECONDITION
+  |   + NotFound                                          NOT_FOUND
+  |   + NotBuilt                                          UNIMPLEMENTED
+  + Ended                 the outcome of an admitted item without an output
+  |   + DeadlineExceeded                                  DEADLINE_EXCEEDED
+  |   + Cancelled                                         CANCELLED
+  |   + Abandoned                                         ABORTED
+  |   + GradeLost                                         ABORTED
+  |   + AttemptsExhausted                                 ABORTED
+  |   + FingerprintChanged                                FAILED_PRECONDITION
+  |   + EngineFailed                                      INTERNAL
+  + CallLost              the call ended, its items may go on
+  |   + SlowReader        reads too slowly                RESOURCE_EXHAUSTED
+  |   + Disconnected      no connection to the server     UNAVAILABLE
+  + Internal              a bug; see the server's log     INTERNAL
+  + StreamRefused         between sidecar and service
+      + EpochStale                                        FAILED_PRECONDITION
+      + WriterBusy                                        FAILED_PRECONDITION
+      + JournalBehind                                     FAILED_PRECONDITION
+      + OutOfOrder                                        FAILED_PRECONDITION
+      + ProtocolViolation                                 INTERNAL"""
 
 from __future__ import annotations
 
@@ -44,18 +44,24 @@ from datetime import timedelta
 from typing import ClassVar, NamedTuple
 
 import grpc
+import grpc.aio
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
-TABLE: dict[str, type[OstinatoError]] = {}  # by reason; filled in by the classes below, in their order
-DOMAIN, Code, Bad = "ostinato", grpc.StatusCode, error_details_pb2.BadRequest  # ErrorInfo.domain of every error of ours
+TABLE: dict[str, type[OstinatoError]] = {}
+"""The classes below by reason, in their order."""
+DOMAIN = "ostinato"
+"""ErrorInfo.domain of these errors."""
+Code, Bad = grpc.StatusCode, error_details_pb2.BadRequest
 
 
 class OstinatoError(Exception):
-    """Root of the tree. `message` is for people; `reason` and `code` are for programs."""
+    """The root. `message` is for people; `reason` and `code` are for programs. `retry_after`: in seconds; None: not known."""
 
     code: ClassVar[grpc.StatusCode] = Code.UNKNOWN
-    reason: ClassVar[str] = "UNKNOWN"  # the class's name, in the form of an ErrorInfo: QueueFull is QUEUE_FULL
+    reason: ClassVar[str] = "UNKNOWN"
+    """The class's name as ErrorInfo has it: QueueFull is QUEUE_FULL."""
 
     def __init_subclass__(cls) -> None:
         if "code" in vars(cls):
@@ -64,11 +70,11 @@ class OstinatoError(Exception):
 
     def __init__(self, message: str, *, retry_after: float | None = None, details: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.message, self.retry_after, self.details = message, retry_after, dict(details or {})  # seconds; None: not known
+        self.message, self.retry_after, self.details = message, retry_after, dict(details or {})
 
 
 class Violation(NamedTuple):
-    """One bad field: its path in the request, such as `items[3].parameters.top_p`, and what is wrong with it."""
+    """One bad field: its path in the request, such as `items[3].parameters.top_p`, and why it is bad."""
 
     field: str
     description: str
@@ -88,7 +94,7 @@ def invalid(field: str, description: str) -> InvalidRequest:
 
 
 class Refused(OstinatoError):
-    """Turned away before sequencing."""
+    """The request was refused before sequencing."""
 
 
 class MalformedMessage(Refused):
@@ -144,7 +150,7 @@ class NotBuilt(Refused):
 
 
 class Ended(OstinatoError):
-    """The outcome of an admitted item that has no output."""
+    """An admitted item ended without an output."""
 
 
 class DeadlineExceeded(Ended):
@@ -176,7 +182,7 @@ class EngineFailed(Ended):
 
 
 class CallLost(OstinatoError):
-    """The caller's call is over; with a key its items go on."""
+    """The call ended; the items of a request with a key go on."""
 
 
 class SlowReader(CallLost):
@@ -192,7 +198,7 @@ class Internal(OstinatoError):
 
 
 class StreamRefused(OstinatoError):
-    """The service will not have this Execute stream, or the sidecar this service."""
+    """The service refused the Execute stream, or the sidecar refused the service."""
 
 
 class EpochStale(StreamRefused):
@@ -227,24 +233,35 @@ def to_status(error: OstinatoError) -> status_pb2.Status:
 
 
 def from_status(status: status_pb2.Status) -> OstinatoError:
-    """The error that `to_status` was given; an unknown reason becomes a plain OstinatoError with that code."""
+    """The inverse of `to_status`. An unknown reason becomes an OstinatoError with that code."""
     info, bad, retry = error_details_pb2.ErrorInfo(), Bad(), error_details_pb2.RetryInfo()
     for detail in status.details:
         for message in (info, bad, retry):
-            with suppress(DecodeError):  # a far side that is not ours may send anything
+            with suppress(DecodeError):  # another server's details may be malformed
                 detail.Unpack(message)
     if info.domain != DOMAIN or (kind := TABLE.get(info.reason)) is None:
-        return foreign({code.value[0]: code for code in Code}.get(status.code, Code.UNKNOWN), status.message)
+        return from_code({code.value[0]: code for code in Code}.get(status.code, Code.UNKNOWN), status.message)
     if issubclass(kind, InvalidRequest):
         return kind(status.message, violations=[Violation(v.field, v.description) for v in bad.field_violations])
     retry_after = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
     return kind(status.message, retry_after=retry_after, details=info.metadata)
 
 
-def foreign(code: grpc.StatusCode, message: str) -> OstinatoError:
-    """An error that is not ours: gRPC's own, or a proxy's. Its CANCELLED is a server that stops, not somebody's wish."""
+def from_rpc_error(error: grpc.aio.AioRpcError) -> OstinatoError:
+    """The error that the server raised, or one for gRPC's own error. Its `__cause__` is `error`."""
+    ours = from_code(error.code(), error.details() or "")
+    with suppress(ValueError, DecodeError):  # a proxy may have changed the code or the details
+        # The synchronous decoder fits: an AioRpcError is of a call that has ended.
+        if (status := rpc_status.from_call(error)) is not None:
+            ours = from_status(status)
+    ours.__cause__ = error
+    return ours
+
+
+def from_code(code: grpc.StatusCode, message: str) -> OstinatoError:
+    """An error for a status without our details, from gRPC or a proxy. gRPC's CANCELLED means that the server stopped."""
     kinds = {Code.UNAVAILABLE: Disconnected, Code.DEADLINE_EXCEEDED: DeadlineExceeded, Code.CANCELLED: Disconnected}
     error = kinds.get(code, OstinatoError)(message or code.name)
     if code not in kinds:
-        error.code = code  # type: ignore[misc]  # the one place where an instance knows better than its class
+        error.code = code  # type: ignore[misc]  # the only instances whose code differs from their class's
     return error

@@ -25,6 +25,9 @@ Prompts: TypeAlias = str | types_pb2.Item | Sequence[Prompt]
 GradeName: TypeAlias = types_pb2.Grade.ValueType | str
 """`"exact"`, `"serial"`, `"best-effort"`, or the enum's value."""
 
+RESPONSE_BYTES_METADATA = "ostinato-max-response-bytes"
+"""Metadata of every call: the largest response that the client accepts, in bytes, as decimal digits."""
+
 GRADES: Mapping[str, types_pb2.Grade.ValueType] = {
     "exact": types_pb2.GRADE_EXACT,
     "serial": types_pb2.GRADE_SERIAL,

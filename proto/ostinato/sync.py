@@ -1,4 +1,4 @@
-"""The client for programs without an event loop: the asyncio client, run on a private loop in a thread of its own."""
+"""The client for programs without an event loop. It runs the asyncio client on a loop in a thread of its own."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _answer(
+def _blocking(
     method: Callable[Concatenate[Client, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[SyncClient, P], T]:
-    """The method, waiting."""
-
     @functools.wraps(method)
     def wrapper(self: SyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self._wait(method(self._client, *args, **kwargs))
@@ -31,11 +29,9 @@ def _answer(
     return wrapper
 
 
-def _answers(
+def _blocking_stream(
     method: Callable[Concatenate[Client, P], AsyncGenerator[T, None]],
 ) -> Callable[Concatenate[SyncClient, P], Generator[T, None, None]]:
-    """The method, with an iterator that waits at each step."""
-
     @functools.wraps(method)
     def wrapper(self: SyncClient, /, *args: P.args, **kwargs: P.kwargs) -> Generator[T, None, None]:
         async def begin() -> AsyncGenerator[T, None]:
@@ -47,13 +43,13 @@ def _answers(
 
 
 class _Closed(RuntimeError):
-    """A call on a closed client: the program's mistake, and nothing that a server could say."""
+    """A call on a closed client: an error of the program, not of the server."""
 
 
 class SyncClient:
-    """A sidecar at `target`. The methods, their arguments and their errors are those of `Client`; streams are generators.
+    """A client of the sidecar at `target`. Methods, arguments and errors are those of `Client`; streams are generators.
 
-    Any thread may use it, also several at once. An interrupted call is cancelled. `with SyncClient(...) as client` closes it.
+    It is thread-safe. An interrupted call is cancelled. Use it as `with SyncClient(...) as client`.
     """
 
     def __init__(
@@ -65,10 +61,10 @@ class SyncClient:
         max_response_bytes: int = DEFAULT_RESPONSE_BYTES,
     ) -> None:
         self._client = Client(target, credentials=credentials, token=token, max_response_bytes=max_response_bytes)
-        self._gate = threading.Lock()  # nothing enters the loop once it is about to end
+        self._lock = threading.Lock()  # no call enters the loop once it is closing
         self._closed = False
         self._loop = asyncio.new_event_loop()
-        # A daemon: a client that nobody closed does not keep the program from ending.
+        # A daemon thread: a client that was not closed does not keep the program running.
         self._thread = threading.Thread(target=self._loop.run_forever, name="ostinato", daemon=True)
         self._thread.start()
 
@@ -79,8 +75,8 @@ class SyncClient:
         self.close()
 
     def close(self) -> None:
-        """Ends every call and connection, for good. What other threads wait for becomes `errors.Cancelled`."""
-        with self._gate:
+        """Ends every call and closes the connection, for good. Calls of other threads raise `errors.Cancelled`."""
+        with self._lock:
             closed, self._closed = self._closed, True
         if closed:
             return
@@ -89,16 +85,16 @@ class SyncClient:
         self._thread.join()
         self._loop.close()
 
-    generate = _answer(Client.generate)
-    stream = _answers(Client.stream)
-    cancel = _answer(Client.cancel)
-    model = _answer(Client.model)
-    tokenize = _answer(Client.tokenize)
-    get = _answer(Client.get)
-    tail = _answers(Client.tail)
-    head = _answer(Client.head)
-    replay = _answers(Client.replay)
-    report = _answer(Client.report)
+    generate = _blocking(Client.generate)
+    stream = _blocking_stream(Client.stream)
+    cancel = _blocking(Client.cancel)
+    model = _blocking(Client.model)
+    tokenize = _blocking(Client.tokenize)
+    get = _blocking(Client.get)
+    tail = _blocking_stream(Client.tail)
+    head = _blocking(Client.head)
+    replay = _blocking_stream(Client.replay)
+    report = _blocking(Client.report)
 
     async def _end(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -109,7 +105,7 @@ class SyncClient:
         await self._client.close()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        with self._gate:
+        with self._lock:
             if self._closed:
                 work.close()
                 raise _Closed("the client is closed")
@@ -119,24 +115,24 @@ class SyncClient:
         except CancelledError:
             raise errors.Cancelled("the client was closed") from None
         finally:
-            future.cancel()  # does nothing to a finished one: only an interrupt leaves it running
+            future.cancel()  # no effect unless an interrupt left it running
 
     def _steps(self, source: AsyncGenerator[T, None]) -> Generator[T, None, None]:
-        free = asyncio.Lock()  # an interrupted step has to end before the source can be closed
+        lock = asyncio.Lock()  # an interrupted step has to end before the source can be closed
 
         async def step() -> tuple[T] | None:
-            async with free:
+            async with lock:
                 async for value in source:
                     return (value,)
             return None
 
-        async def end() -> None:
-            async with free:
+        async def close() -> None:
+            async with lock:
                 await source.aclose()
 
         try:
-            while (found := self._wait(step())) is not None:
-                yield found[0]
+            while (item := self._wait(step())) is not None:
+                yield item[0]
         finally:
             with suppress(_Closed):
-                self._wait(end())
+                self._wait(close())

@@ -12,7 +12,7 @@ import logging
 import os
 from pathlib import Path
 
-from ostinato.canonical import DIGEST_BYTES
+from ostinato.digest import DIGEST_BYTES
 from ostinato.errors import JournalUnavailable
 
 from sidecar.journal.diagnosis import user

@@ -19,9 +19,8 @@ from typing import Any
 import apsw
 from google.protobuf.message import DecodeError
 
-from ostinato.canonical import DIGEST_BYTES
 from ostinato.chain import GENESIS, OUTCOMES, entry_hash, payload_digest
-from ostinato.digest import fingerprint_digest
+from ostinato.digest import DIGEST_BYTES, fingerprint_digest
 from ostinato.errors import JournalFull
 from ostinato.v1 import types_pb2
 

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 import ostinato
-from ostinato.abreast import abreast
 from ostinato.cli import difference
+from ostinato.replay import bounded_gather
 from ostinato.requests import Sampling
 from ostinato.v1 import sequencer_pb2, types_pb2
 
@@ -171,7 +171,7 @@ async def traffic(client: ostinato.Client, prompts: int, at_once: int) -> list[t
         for number in range(prompts):
             yield ask(number)
 
-    return [result async for result in abreast(asked(), at_once)]
+    return [result async for result in bounded_gather(asked(), at_once)]
 
 
 async def replayed_alone(pair: Pair, console: Console, setting: Setting) -> bool:

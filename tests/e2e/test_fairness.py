@@ -7,7 +7,7 @@ import json
 import grpc
 import pytest
 
-from ostinato import errors, wire
+from ostinato import errors
 from ostinato.client import Client
 from ostinato.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from serving.auth import TENANT_METADATA
@@ -52,7 +52,7 @@ async def test_a_flood_waits_in_its_own_queue() -> None:
             answer = await other
             last = (await gateway.head()).last_sequence
 
-    error = wire.ours(refused.value)
+    error = errors.from_rpc_error(refused.value)
     assert isinstance(error, errors.QueueFull)
     assert error.retry_after is not None
     assert error.retry_after > 0

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from ostinato.against import replay_against
 from ostinato.client import Client
+from ostinato.replay import replay_against
 from ostinato.requests import Sampling
 from ostinato.v1 import sequencer_pb2, types_pb2
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ostinato.abreast import abreast
+from ostinato.replay import bounded_gather
 
 
 class Works:
@@ -45,7 +45,7 @@ def test_every_result_and_never_too_many(turns: list[int], most: int) -> None:
 
     async def run() -> None:
         works = Works(turns)
-        found = [result async for result in abreast(works, most)]
+        found = [result async for result in bounded_gather(works, most)]
         assert sorted(found) == list(range(len(turns)))
         assert works.most <= most
 
@@ -56,14 +56,14 @@ async def test_the_first_failure_ends_all() -> None:
     """Nothing is begun after a failure, and nothing goes on."""
     works = Works([50, 2, 50, 50, 50], breaks=1)
     with pytest.raises(LookupError):
-        _ = [result async for result in abreast(works, 3)]
+        _ = [result async for result in bounded_gather(works, 3)]
     assert (works.begun, works.running) == (3, 0)
 
 
 async def test_who_leaves_ends_all() -> None:
     """Closing it cancels what is under way, before the close returns."""
     works = Works([1, 500, 500])
-    async with aclosing(abreast(works, 3)) as results:
+    async with aclosing(bounded_gather(works, 3)) as results:
         async for _ in results:
             break
     assert works.running == 0

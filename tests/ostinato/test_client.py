@@ -13,7 +13,7 @@ import grpc
 import pytest
 from grpc_status import rpc_status
 
-from ostinato import Client, OstinatoError, errors, patience
+from ostinato import Client, OstinatoError, errors, retry
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 from tests.ostinato.fake import Fake, serving, talking
@@ -247,7 +247,7 @@ async def test_a_larger_limit_lets_more_through() -> None:
 
 async def test_nobody_there_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that may not be repeated fails without waiting where no sidecar listens."""
-    monkeypatch.setattr(patience, "PAUSE_SECONDS", 1000)
+    monkeypatch.setattr(retry, "BACKOFF_SECONDS", 1000)
     async with Client("127.0.0.1:1") as client:
         with pytest.raises(errors.Disconnected, match="failed to connect"):
             await client.generate("a")

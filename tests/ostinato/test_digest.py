@@ -21,7 +21,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ostinato import chain, digest
-from ostinato.canonical import f64, i64, u64
+from ostinato.digest import f64, i64, u64
 from ostinato.v1 import generation_pb2, types_pb2
 
 Given = Mapping[str, Any]

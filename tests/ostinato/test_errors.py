@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ostinato import errors
-from ostinato.errors import TABLE, InvalidRequest, OstinatoError, Violation, foreign, from_status, to_status
+from ostinato.errors import TABLE, InvalidRequest, OstinatoError, Violation, from_code, from_status, to_status
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +75,7 @@ def test_the_documented_table() -> None:
 def test_the_tree_in_the_docstring() -> None:
     """The tree at the top of errors.py shows every class where it stands, with its code."""
     assert errors.__doc__ is not None
-    drawn = re.findall(r"^    ([ |]*)\+ (\w+)(.*)$", errors.__doc__, re.MULTILINE)
+    drawn = re.findall(r"^  ([ |]*)\+ (\w+)(.*)$", errors.__doc__, re.MULTILINE)
     expected = []
 
     def walk(kind: type[OstinatoError], depth: int) -> None:
@@ -102,7 +102,7 @@ def test_foreign(code: grpc.StatusCode) -> None:
 
     assert error.code is (grpc.StatusCode.UNAVAILABLE if code is grpc.StatusCode.CANCELLED else code)
     assert error.reason in {"UNKNOWN", "DISCONNECTED", "DEADLINE_EXCEEDED"}
-    assert told(error) == told(foreign(code, ""))
+    assert told(error) == told(from_code(code, ""))
     assert OstinatoError.code is grpc.StatusCode.UNKNOWN
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ostinato.progress import Progress
+from ostinato.resume import Progress
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
 SEQUENCE, TOKENS_MAX, END = 7, 8, 9

@@ -171,7 +171,7 @@ class Stream:
 def error_of(error: grpc.aio.AioRpcError) -> errors.OstinatoError:
     """What the service raised."""
     status: Any = rpc_status.from_call(error)  # the sync one decodes both
-    return errors.foreign(error.code(), error.details() or "") if status is None else errors.from_status(status)
+    return errors.from_code(error.code(), error.details() or "") if status is None else errors.from_status(status)
 
 
 def hello_of(log: str = LOG, writer: str = "w", epoch: int = 1, last_sequence: int = 2**64 - 1) -> engine_pb2.Hello:

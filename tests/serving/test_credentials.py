@@ -15,7 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from ostinato import errors, pem, wire
+from ostinato import errors
+from ostinato.client import tls
 from serving import auth
 from serving.auth import TENANT_METADATA, Credentials, Identity, Role, caller
 from serving.server import Server
@@ -59,7 +60,7 @@ class Door:
             try:
                 await channel.unary_unary(f"/{NAME}/UnaryUnary")(text("x"), metadata=metadata, timeout=10)
             except grpc.aio.AioRpcError as error:
-                raise wire.ours(error) from error
+                raise errors.from_rpc_error(error) from error
         return self.seen[-1]
 
 
@@ -136,7 +137,7 @@ async def test_a_certificate_is_who_calls(authority: Authority, tmp_path: Path) 
 
         def client(name: str, *uris: str) -> grpc.ChannelCredentials:
             certificate, key = authority.sign(name, file="client", uris=uris)
-            return pem.tls(authority.file, certificate=certificate, key=key)
+            return tls(authority.file, certificate=certificate, key=key)
 
         assert await door.call(trust=client("acme")) == Identity("acme", Role.TENANT)
         assert await door.call(trust=client("x", "spiffe://test/x")) == Identity("spiffe://test/x", Role.TENANT)
@@ -155,16 +156,16 @@ async def test_only_the_authoritys_clients_connect(authority: Authority, tmp_pat
         stranger, strange_key = strangers.sign("acme", file="stranger")
         good, good_key = authority.sign("acme")
         for trust in (
-            pem.tls(authority.file),
-            pem.tls(authority.file, certificate=certificate, key=key),
-            pem.tls(authority.file, certificate=stranger, key=strange_key),
-            pem.tls(strangers.file, certificate=good, key=good_key),
+            tls(authority.file),
+            tls(authority.file, certificate=certificate, key=key),
+            tls(authority.file, certificate=stranger, key=strange_key),
+            tls(strangers.file, certificate=good, key=good_key),
             None,
         ):
             with pytest.raises(errors.Disconnected):
                 await door.call(trust=trust)
 
-        assert await door.call(trust=pem.tls(authority.file, certificate=good, key=good_key)) == Identity("acme", Role.TENANT)
+        assert await door.call(trust=tls(authority.file, certificate=good, key=good_key)) == Identity("acme", Role.TENANT)
 
 
 async def test_files_change_under_way(authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +175,7 @@ async def test_files_change_under_way(authority: Authority, tmp_path: Path, monk
     path, (certificate, key) = file_of(tmp_path, line, other), authority.sign("sidecar")
     credentials = Credentials(ServerTls(certificate, key, None), auth.load_tokens(path))
     rotated = Authority(tmp_path, "rotated")
-    async with Door(credentials) as door, door.channel(pem.tls(authority.file)) as old:
+    async with Door(credentials) as door, door.channel(tls(authority.file)) as old:
         watching = asyncio.create_task(credentials.watch(door.registry))
 
         async def reloaded(kind: str, outcome: str) -> None:
@@ -188,15 +189,15 @@ async def test_files_change_under_way(authority: Authority, tmp_path: Path, monk
         path.write_text(other + "\n")
         await reloaded("tokens", "used")
         with pytest.raises(errors.Unauthenticated):
-            await door.call(bearer(token), trust=pem.tls(authority.file))
+            await door.call(bearer(token), trust=tls(authority.file))
         path.write_text("nonsense\n")
         await reloaded("tokens", "unusable")
         for file, change in zip((certificate, key), rotated.sign("sidecar", file="next"), strict=True):
             file.write_bytes(change.read_bytes())
         await reloaded("tls", "used")
-        assert await door.call(bearer(admin), trust=pem.tls(rotated.file)) == Identity("ops", Role.ADMIN)
+        assert await door.call(bearer(admin), trust=tls(rotated.file)) == Identity("ops", Role.ADMIN)
         with pytest.raises(errors.Disconnected):
-            await door.call(bearer(admin), trust=pem.tls(authority.file))
+            await door.call(bearer(admin), trust=tls(authority.file))
         await method(text("x"), metadata=[bearer(admin)])
         watching.cancel()
 
@@ -206,14 +207,14 @@ async def test_another_authority_takes_over(authority: Authority, tmp_path: Path
     late, (old, old_key) = Authority(tmp_path, "late"), authority.sign("acme")
     (new, new_key), trusted = late.sign("zeta"), tmp_path / "trusted.pem"
     served = ServerTls(*authority.sign("sidecar"), Path(shutil.copy(authority.file, trusted)))
-    before = pem.tls(authority.file, certificate=old, key=old_key)
+    before = tls(authority.file, certificate=old, key=old_key)
     async with Door(Credentials(served)) as door, door.channel(before) as there:
         await there.unary_unary(f"/{NAME}/UnaryUnary")(text("x"))
         shutil.copy(late.file, trusted)
         assert served.files.refresh()
         with pytest.raises(errors.Disconnected):
             await door.call(trust=before)
-        assert await door.call(trust=pem.tls(authority.file, certificate=new, key=new_key)) == Identity("zeta", Role.TENANT)
+        assert await door.call(trust=tls(authority.file, certificate=new, key=new_key)) == Identity("zeta", Role.TENANT)
         await there.unary_unary(f"/{NAME}/UnaryUnary")(text("x"))
 
     assert [identity.tenant for identity in door.seen] == ["acme", "zeta", "acme"]

@@ -8,8 +8,8 @@ import pytest
 
 from ostinato import errors
 from ostinato.digest import request_digest
+from ostinato.requests import RESPONSE_BYTES_METADATA
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
-from ostinato.wire import RESPONSE_BYTES_METADATA
 
 from sidecar.admission import STAMP_BYTES, VERDICT_BYTES, check, check_size, draft, response_bytes_max
 from sidecar.config import Settings

@@ -333,7 +333,7 @@ async def test_no_service(tmp_path: Path) -> None:
 
 def test_only_the_way_to_the_engine_is_renamed() -> None:
     """What the service itself said goes to the caller as it is."""
-    assert type(unavailable(errors.foreign(grpc.StatusCode.UNAVAILABLE, "connection refused"))) is errors.EngineUnavailable
+    assert type(unavailable(errors.from_code(grpc.StatusCode.UNAVAILABLE, "connection refused"))) is errors.EngineUnavailable
     for error in (errors.invalid("items", "no"), errors.QueueFull("no", retry_after=7), errors.DeadlineExceeded("no")):
         assert unavailable(error) is error
 

@@ -13,7 +13,7 @@ import apsw
 
 from ostinato import errors
 from ostinato.digest import request_digest
-from ostinato.progress import Progress
+from ostinato.resume import Progress
 from ostinato.v1 import generation_pb2, types_pb2
 
 from service.stream import Stream

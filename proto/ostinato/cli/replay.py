@@ -13,11 +13,11 @@ from typing import Annotated
 import typer
 
 from ostinato import errors
-from ostinato.against import CONCURRENCY, extent, replay_against
 from ostinato.cli import difference, options, show
 from ostinato.cli.resume import NOT_COMPARED, PASSED_OVER, State
 from ostinato.cli.session import UNJUDGED, Session
 from ostinato.client import Client
+from ostinato.replay import CONCURRENCY, extent, replay_against
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 RESPONSE_BYTES = 2**28

@@ -19,9 +19,7 @@ import typer
 
 from ostinato import __version__, errors, requests, tracing
 from ostinato.cli import show
-from ostinato.client import DEFAULT_RESPONSE_BYTES, DEFAULT_TARGET, Client
-from ostinato.pem import tls
-from ostinato.wire import bearer
+from ostinato.client import DEFAULT_RESPONSE_BYTES, DEFAULT_TARGET, Client, bearer, tls
 
 UNJUDGED = 3
 INTERRUPTED = 130

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 from itertools import accumulate, islice
 
-from ostinato.canonical import f64, ids, text, u64
+from ostinato.digest import f64, ids, text, u64
 from ostinato.v1 import types_pb2
 
 from service.engines.base import Run

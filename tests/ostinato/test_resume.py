@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ostinato import errors
-from ostinato.joined import Told
+from ostinato.resume import StreamResume
 from ostinato.v1 import generation_pb2, types_pb2
 from ostinato.v1.generation_pb2 import GenerateEvent
 
@@ -103,10 +103,10 @@ def test_everything_is_told_once(told: tuple[list[list[GenerateEvent]], dict[int
     """However often a stream is cut, and whatever each connection repeats, leaves out or makes anew: Admitted comes once,
     tokens follow each other without a gap or a repetition, each item ends once, and after a loss its tokens are all there."""
     connections, outputs = told
-    listener, hears = Listener(), Told()
+    listener, hears = Listener(), StreamResume()
     for number, events in enumerate(connections):
         if number:
-            hears.lose()
+            hears.connection_lost()
         for event in events:
             before = set(listener.ended)
             for new in hears.take(event):
@@ -133,7 +133,7 @@ def test_an_unbroken_stream_passes_as_it_is() -> None:
         _finished(5, [0, 1]),
         _finished(6, [3, 3], 2),
     ]
-    told = Told()
+    told = StreamResume()
     assert [new for event in events for new in told.take(event)] == events
 
 
@@ -147,10 +147,10 @@ def test_an_unbroken_stream_passes_as_it_is() -> None:
 )
 def test_what_cannot_follow_is_an_error(wrong: GenerateEvent) -> None:
     """A sidecar that leaves tokens out, or that forgot the key and began anew, is not believed."""
-    told = Told()
+    told = StreamResume()
     assert list(told.take(_admitted()))
-    told.lose()
-    with pytest.raises(errors.Internal, match="does not follow"):
+    told.connection_lost()
+    with pytest.raises(errors.Internal, match="contradicts those before it"):
         list(told.take(wrong))
 
 

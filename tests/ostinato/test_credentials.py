@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import ostinato
-from ostinato.wire import bearer
+from ostinato.client import bearer
 
 
 def test_files_that_hold_nothing_are_named(tmp_path: Path) -> None:
@@ -15,7 +15,7 @@ def test_files_that_hold_nothing_are_named(tmp_path: Path) -> None:
     (tmp_path / "noise").write_bytes(b"\x30\x82")
     with pytest.raises(ValueError, match=r"^ca: \S*nowhere: No such file"):
         ostinato.tls(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"^key: \S*noise: holds nothing in PEM form"):
+    with pytest.raises(ValueError, match=r"^key: \S*noise: is not a PEM file"):
         ostinato.tls(certificate=tmp_path / "noise", key=tmp_path / "noise")
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from ostinato import Client, errors, patience
-from ostinato.patience import Patience
+from ostinato import Client, errors, retry
+from ostinato.retry import RetryPolicy
 from ostinato.v1 import generation_pb2
 
 from tests.ostinato.fake import Fake, serving, talking
@@ -39,8 +39,8 @@ SAFE: dict[str, Ask] = {
 
 @pytest.fixture(name="quick")
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(patience, "PAUSE_SECONDS_MAX", 0.01)
+    monkeypatch.setattr(retry, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "BACKOFF_SECONDS_MAX", 0.01)
 
 
 def _script(fake: Fake, method: str, answers: list[errors.OstinatoError]) -> None:
@@ -49,7 +49,7 @@ def _script(fake: Fake, method: str, answers: list[errors.OstinatoError]) -> Non
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("method", SAFE)
-@pytest.mark.parametrize("kind", patience.WAITED_FOR, ids=lambda kind: kind.reason)
+@pytest.mark.parametrize("kind", retry.RETRIED, ids=lambda kind: kind.reason)
 async def test_what_passes_is_waited_for(method: str, kind: type[errors.OstinatoError]) -> None:
     """Each error that the table says will pass, eight times in a row, is no matter to a keyed batch or a read in time."""
     async with talking() as (fake, client):
@@ -59,7 +59,7 @@ async def test_what_passes_is_waited_for(method: str, kind: type[errors.Ostinato
 
 
 @pytest.mark.parametrize("method", SAFE)
-@pytest.mark.parametrize("kind", sorted(set(errors.TABLE.values()) - set(patience.WAITED_FOR), key=str), ids=lambda k: k.reason)
+@pytest.mark.parametrize("kind", sorted(set(errors.TABLE.values()) - set(retry.RETRIED), key=str), ids=lambda k: k.reason)
 async def test_what_does_not_pass_is_the_callers(method: str, kind: type[errors.OstinatoError]) -> None:
     """Every other error is raised at once, with or without a key."""
     async with talking() as (fake, client):
@@ -79,7 +79,7 @@ async def test_a_refusal_behind_a_lost_try_does_not_say_that_nothing_was_done() 
     assert isinstance(lost.value.__cause__, errors.GradeNotEarned)
 
 
-@pytest.mark.parametrize("kind", patience.WAITED_FOR, ids=lambda kind: kind.reason)
+@pytest.mark.parametrize("kind", retry.RETRIED, ids=lambda kind: kind.reason)
 async def test_without_a_key_there_is_one_try(kind: type[errors.OstinatoError]) -> None:
     """A batch without a key would be another batch: whatever ends it, the caller is told."""
     async with talking() as (fake, client):
@@ -95,7 +95,7 @@ async def test_without_a_key_there_is_one_try(kind: type[errors.OstinatoError]) 
 @pytest.mark.parametrize("method", SAFE)
 async def test_the_deadline_ends_it(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no time is left for another try, what kept the answer away is raised, which says more than that time ran out."""
-    monkeypatch.setattr(patience, "PAUSE_SECONDS", 2.0)  # of which the last try has some
+    monkeypatch.setattr(retry, "BACKOFF_SECONDS", 2.0)  # of which the last try has some
     async with talking() as (fake, client):
         _script(fake, method, [errors.EngineUnavailable("starting", retry_after=0.02)] * 1000)
         begun = time.monotonic()
@@ -110,7 +110,7 @@ async def test_the_deadline_ends_it(method: str, monkeypatch: pytest.MonkeyPatch
 async def test_without_a_deadline_there_is_a_bound(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call without a timeout does not try for ever."""
     for name in ("READ_SECONDS", "KEYED_SECONDS"):
-        for module in ("client", "joined"):
+        for module in ("client", "resume"):
             monkeypatch.setattr(f"ostinato.{module}.{name}", 0.2, raising=False)
     async with talking() as (fake, client):
         _script(fake, method, [errors.Draining("going")] * 1000)
@@ -152,11 +152,11 @@ async def test_pauses_grow_and_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> 
         pauses.append(seconds)
 
     monkeypatch.setattr(asyncio, "sleep", note)
-    patient = Patience(None, 1000)
+    patient = RetryPolicy(None, 1000)
     for _ in range(6):
-        await patient.wait(errors.Draining("going"))
-    patient.heard()
-    await patient.wait(errors.Draining("going"))
+        await patient.backoff(errors.Draining("going"))
+    patient.reset()
+    await patient.backoff(errors.Draining("going"))
 
     for pause, least in zip(pauses, [0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 0.2], strict=True):
         assert least <= pause <= 1.25 * least
