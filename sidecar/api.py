@@ -296,7 +296,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
     async def _why_not(self, sequence: int) -> str:
         """Why there is no item with this sequence. That it was lost is said to admins only: it may have been of any tenant."""
         newest = (await self._journal.head()).last_sequence
-        # DivergenceCollector have no gaps: one up to the newest that was not admitted is in a LOST entry.
+        # Numbers have no gaps: one up to the newest that was not admitted is in a LOST entry.
         if caller().admin and sequence <= newest and not await self._journal.items(sequence, sequence, 1):
             return f"sequence {sequence} is lost: it was given out, and the journal's end with its item was lost"
         return f"no sequence {sequence}"

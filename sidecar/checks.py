@@ -170,7 +170,7 @@ class Auditor:
         if record is not None:
             self._bucket.take(len(record.input.token_ids) + len(record.output.token_ids))
             with contextlib.suppress(errors.OstinatoError):  # counted
-                await self._pipeline.rechecker.check(record, AUDIT)
+                await self._pipeline.rerunner.check(record, AUDIT)
         self._running -= 1
         self.tick()
 
@@ -319,9 +319,7 @@ class CanaryRunner:
                 header = types_pb2.EntryHeader(
                     seed=given.seed, input_digest=digest, fingerprint_digest=fingerprint, grade=output.grade
                 )
-                checked = await self._pipeline.rechecker.check(
-                    Record(header, header, given, output, canary=canary.name), CANARY
-                )
+                checked = await self._pipeline.rerunner.check(Record(header, header, given, output, canary=canary.name), CANARY)
                 if checked.comparison.verdict == types_pb2.VERDICT_DIVERGED:
                     log.error("canary diverged", extra={"canary": canary.name})
         except errors.EngineUnavailable:
@@ -349,7 +347,7 @@ class CanaryRunner:
 
     async def _learn(self, canary: Canary, given: sequencer_pb2.AdmittedPayload, digest: bytes) -> None:
         try:
-            made = await self._pipeline.rechecker.begin(given, 0, CANARY)
+            made = await self._pipeline.rerunner.start(given, 0, CANARY)
             note = Note(_name(made.fingerprint_digest, digest), made.output.SerializeToString(deterministic=True))
             await self._pipeline.journal.append(note)
         except errors.OstinatoError as error:
@@ -411,14 +409,14 @@ async def _answer(pipeline: Pipeline, entries: ItemEntries, *, alone: bool) -> s
 
 async def _one(pipeline: Pipeline, entries: ItemEntries, *, alone: bool) -> types_pb2.Comparison:
     assert entries.outcome is not None
-    sequence, rechecker = entries.outcome.header.sequence, pipeline.rechecker
+    sequence, rerunner = entries.outcome.header.sequence, pipeline.rerunner
     try:
         record = Record.of(entries)
     except errors.PayloadPruned as error:
         pipeline.observer.not_compared(REPLAY, error.reason)
         return no_verdict(sequence, REPLAY, error)
     try:
-        checked = await rechecker.check(record, REPLAY, rechecker.begin(record.input, sequence, REPLAY, alone=alone))
+        checked = await rerunner.check(record, REPLAY, rerunner.start(record.input, sequence, REPLAY, exclusive=alone))
     except (errors.EngineUnavailable, errors.Draining):
         raise
     except errors.OstinatoError as error:  # counted

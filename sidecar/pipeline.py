@@ -25,7 +25,7 @@ from sidecar.journal.model import Admission, Appended, Audit, Binding, JournalBr
 from sidecar.journal.writer import Journal
 from sidecar.link import EngineLink, run_error
 from sidecar.observe import Observer
-from sidecar.rerun import Rechecker, Record, Rerunner
+from sidecar.rerun import Record, Rerunner
 
 VERIFY = types_pb2.COMPARISON_KIND_VERIFY
 Witness = Callable[[Record, int], None]
@@ -46,8 +46,8 @@ class Host(Protocol):
 class Outcomes:
     """One beside each Pipeline."""
 
-    def __init__(self, host: Host, journal: Journal, observer: Observer, rechecker: Rechecker) -> None:
-        self._host, self._journal, self._observer, self._rechecker = host, journal, observer, rechecker
+    def __init__(self, host: Host, journal: Journal, observer: Observer, rerunner: Rerunner) -> None:
+        self._host, self._journal, self._observer, self._rerunner = host, journal, observer, rerunner
         self.witnesses: list[Witness] = []
         self._collisions = Collisions()
         self._ends: list[ev.End] = []
@@ -81,7 +81,7 @@ class Outcomes:
             call.result(result)
         work.ended.set_result(result)
         if work.recovery is not None and work.output is not None:  # the answer is durable, and this is not part of it
-            await self._rechecker.record(Audit(work.admitted, work.recovery, work.fingerprint_digest, work.output.grade))
+            await self._rerunner.append(Audit(work.admitted, work.recovery, work.fingerprint_digest, work.output.grade))
         self._host.dispatch(ev.Ended(work.sequence))
 
     async def _result(self, work: ActiveItem, appended: Appended) -> types_pb2.Result:
@@ -108,9 +108,9 @@ class Outcomes:
     async def _verify(self, record: Record, second: asyncio.Future[RerunResult]) -> types_pb2.Comparison:
         sequence = record.completed.sequence
         try:
-            entry = (await self._rechecker.check(record, VERIFY, second)).entry
+            entry = (await self._rerunner.check(record, VERIFY, second)).entry
         except errors.OstinatoError as error:
-            entry = await self._rechecker.record(
+            entry = await self._rerunner.append(
                 Audit(record.admitted, no_verdict(sequence, VERIFY, error), grade=record.completed.grade)
             )
         return verification_of(sequence, entry)
@@ -140,10 +140,9 @@ class Pipeline:
         self.drained = asyncio.Event()
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when the process must end and recover."""
-        self.reruns = Rerunner(self)
         self.fingerprints = Fingerprints(journal)
-        self.rechecker = Rechecker(self.reruns, journal, observer, self.fingerprints)
-        self.outcomes = Outcomes(self, journal, observer, self.rechecker)
+        self.rerunner = Rerunner(self.dispatch, journal, observer, self.fingerprints)
+        self.outcomes = Outcomes(self, journal, observer, self.rerunner)
         self.remote = RemoteWaiters(journal, self.supervise)
         self._pending: dict[int, PendingAdmission] = {}
         self._runs: dict[int, ActiveItem] = {}
@@ -243,14 +242,14 @@ class Pipeline:
                     work.company_at_end = self.core.window.runs if self.core.window is not None else 0
                     if work.input.verify:
                         with work.spans.item.entered():
-                            work.second = self.rechecker.begin(work.input, work.sequence, types_pb2.COMPARISON_KIND_VERIFY)
+                            work.second = self.rerunner.start(work.input, work.sequence, types_pb2.COMPARISON_KIND_VERIFY)
                 else:
-                    self.reruns.finished(event.run_id, output)
+                    self.rerunner.finished(event.run_id, output)
                 self.dispatch(ev.Finished(event.run_id, output.grade))
                 self._runs.pop(event.run_id, None)
             case "failed":
                 error = run_error(event.failed)
-                self.reruns.failed(event.run_id, error)
+                self.rerunner.failed(event.run_id, error)
                 self.dispatch(ev.Failed(event.run_id, error))
                 self._runs.pop(event.run_id, None)
             case "tokens":
@@ -269,7 +268,9 @@ class Pipeline:
             case ev.Submit():
                 self._submit(effect)
             case ev.SubmitRerun(run_id, rerun_id, expires_at):
-                self.link.submit(self.reruns.submission(run_id, rerun_id, expires_at - self.clock()))
+                assert self.engine is not None
+                fingerprint = self.engine.model.fingerprint.digest
+                self.link.submit(self.rerunner.submission(run_id, rerun_id, expires_at - self.clock(), fingerprint))
             case ev.CancelRun(run_id):
                 self._runs.pop(run_id, None)
                 self.link.cancel(run_id)
@@ -278,7 +279,7 @@ class Pipeline:
             case ev.LeaveToRecovery(sequence):
                 self.items[sequence].leave()
             case ev.RerunLost(rerun_id, error):
-                self.reruns.lost(rerun_id, error)
+                self.rerunner.lost(rerun_id, error)
             case ev.Fault(error):
                 self.observer.fault(error)
                 self.link.drop(error.message)
