@@ -1,10 +1,10 @@
 """The engines, behind one protocol.
 
-base        what the service asks of an engine
-sources     what every engine asks of a grammar
+base        the protocol, and what engines share
 llama       llama.cpp on CPUs; the default
 turbomind   LMDeploy's TurboMind on GPUs
 scripted    no model: for tests, simulations and benchmarks
+huggingface a vocabulary in the form of Hugging Face's files
 """
 
 from __future__ import annotations
@@ -15,45 +15,46 @@ from typing import TYPE_CHECKING
 
 from service.engines.base import Engine
 from service.engines.llama import LlamaOptions
-from service.engines.scripted.script import Script, parse
 from service.engines.turbomind.options import TurbomindOptions
 
 if TYPE_CHECKING:
     from service.config import Settings
+    from service.engines.scripted import Script
 
 
 def options(settings: Settings) -> LlamaOptions | TurbomindOptions | Script:
-    """What the engine of these settings is told: what was given, and its own defaults. Raises EngineUnusable, and ValueError
-    for a script that is none."""
-    own = settings.own(settings.engine)
+    """The options of these settings' engine, with its defaults. Raises EngineUnusable, and ValueError for an invalid script."""
+    given = settings.own(settings.engine)
     match settings.engine:
         case "llama":
-            return LlamaOptions(**own)
+            return LlamaOptions(**given)
         case "turbomind":
-            return TurbomindOptions(state_dir=settings.state_dir, **own)
+            return TurbomindOptions(state_dir=settings.state_dir, **given)
         case _:
-            return parse(settings.script or "{}")
+            from service.engines import scripted
+
+            return scripted.parse(settings.script or "{}")
 
 
 def load(settings: Settings) -> Engine:
-    """The engine of these settings, its model loaded; takes as long as that takes. Raises EngineUnusable.
+    """The engine of these settings, its model loaded. Raises EngineUnusable.
 
-    Imports are late: no engine needs another one's packages.
+    Imports are late: no engine needs the packages of another.
     """
     match options(settings):
-        case LlamaOptions() as told:
+        case LlamaOptions() as given:
             from service.engines import llama
 
-            # Threads of one step wait for each other hundreds of times. libgomp lets them spin for ever so long, which beside
-            # any other busy process costs nine tenths of the speed. Read when the library is loaded.
+            # The threads of a step wait for each other hundreds of times. libgomp lets them spin for long, which costs nine
+            # tenths of the speed when another process is busy. The variable is read when the library is loaded.
             os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-            return llama.load(told)
-        case TurbomindOptions() as told:
+            return llama.load(given)
+        case TurbomindOptions() as given:
             from service.engines import turbomind
 
-            return turbomind.load(told)
+            return turbomind.load(given)
         case script:
-            from service.engines.scripted import ScriptedEngine
+            from service.engines import scripted
 
             time.sleep(script.load_seconds)
-            return ScriptedEngine(script)
+            return scripted.ScriptedEngine(script)

@@ -1,14 +1,15 @@
-"""What the service asks of an engine, and what an engine is given.
+"""What the service requires of an engine, and what it gives to one.
 
-An engine owns its runs from submit to their end. It calls `Run.answer.accept` for every token it makes, in the thread it
-likes, and reports immutable events on the event loop; nobody else touches a run while it lives there.
+An engine owns its runs from `submit` to their end: until then only the engine touches a run. It calls `Run.answer.accept` for
+every token, in any thread, and reports events on the event loop.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from prometheus_client import Metric
 
@@ -18,76 +19,84 @@ from ostinato.v1 import engine_pb2, types_pb2
 from service.answer import Answer, TokenTable
 
 ROLES = ("system", "user", "assistant", "tool")
-"""Whose a chat's messages may be."""
+"""Of a chat's messages."""
+SOURCE_BYTES_MAX = 65_536
+"""Of a grammar."""
+
+
+class EngineUnusable(Exception):
+    """This engine cannot run here. The message says what to do about it."""
 
 
 class Vocabulary(TokenTable, Protocol):
-    """A model's tokenizer. Every method is pure and may be called from any thread."""
+    """A model's tokenizer. Every method is pure and thread-safe."""
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of `text`, behind the begin tokens if the model wants any and the text has not written them out. With
-        `special` control tokens in the text are recognised, as a rendered chat needs it; without, the text is only text and
-        cannot forge a turn."""
+        """The token ids of `text`, after the model's begin token unless the text starts with it.
+
+        With `special`, control tokens are recognised in the text, as a rendered chat needs. Without it, a text cannot forge
+        a turn.
+        """
         ...
 
     def render(self, messages: Sequence[types_pb2.Message]) -> str:
-        """The chat as text, ready for the assistant's turn. Raises ValueError with what the template says against it."""
+        """The chat as text, ready for the assistant's turn. Raises ValueError with the template's message."""
         ...
 
     def files(self) -> Mapping[str, bytes]:
-        """Hugging Face's tokenizer.json and tokenizer_config.json, which make the same token ids of a text and of a chat; takes
-        up to a second. Raises ValueError where there can be none, saying why."""
+        """Hugging Face's tokenizer.json and tokenizer_config.json, which give the same token ids for texts and chats. Takes up
+        to a second. Raises ValueError with the reason where they cannot be made."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run, as handed to an engine."""
+    """One run, as given to an engine."""
 
     run_id: int
     """Unique in this process."""
     sequence: int
-    """The item's number; of a second run the item it repeats, or 0."""
+    """The item's sequence number; of a rerun that of the item it repeats, or 0."""
     attempt: int
     purpose: engine_pb2.Purpose.ValueType
     token_ids: tuple[int, ...]
     parameters: types_pb2.ResolvedParameters
     seed: int
-    """In effect, a uint64."""
+    """The seed in effect, a uint64."""
     stream: bool
     """Whether Tokens events are wanted."""
     answer: Answer
-    """Grows with every token; decides where the answer ends."""
+    """Grows with every token and decides where the answer ends."""
 
     def started(self) -> engine_pb2.RunEvent:
         return engine_pb2.RunEvent(run_id=self.run_id, started=engine_pb2.Started())
 
-    def news(self) -> Events:
-        """Tokens that were not reported yet, where they are wanted."""
+    def new_tokens(self) -> Events:
+        """A Tokens event with what has not been reported yet; empty for a run that does not stream."""
         new = self.answer.take() if self.stream else None
         return [] if new is None else [engine_pb2.RunEvent(run_id=self.run_id, tokens=new)]
 
     def finished(
         self, engine_seed: int, logprob_kind: types_pb2.LogprobKind.ValueType, cached_tokens: int = 0
     ) -> engine_pb2.RunEvent:
-        """Of a complete answer. `engine_seed`: the seed as the engine folds it. `cached_tokens`: of the prompt, those that the
-        engine did not have to compute."""
+        """Of a complete answer. `engine_seed`: the seed as the engine folds it; `cached_tokens`: prompt tokens that were not
+        computed."""
         output = self.answer.output(
             seed=self.seed, engine_seed=engine_seed, prompt_tokens=len(self.token_ids), logprob_kind=logprob_kind
         )
         output.cached_tokens = cached_tokens
         return engine_pb2.RunEvent(run_id=self.run_id, finished=engine_pb2.Finished(output=output))
 
-    def failed(self, why: str) -> engine_pb2.RunEvent:
-        return engine_pb2.RunEvent(run_id=self.run_id, failed=to_status(EngineFailed(why)))
+    def failed(self, reason: str) -> engine_pb2.RunEvent:
+        return engine_pb2.RunEvent(run_id=self.run_id, failed=to_status(EngineFailed(reason)))
 
 
 Events = list[engine_pb2.RunEvent]
-"""Of one engine step. RunEvent.run_id is Run.run_id; Output.grade is left for the service to fill in."""
+"""Of one engine step. The service fills in Output.grade."""
 
 
 class Engine(Protocol):
-    """A loaded model. Constructed by the factory in `service.engines`, which may raise `EngineUnusable`."""
+    """A loaded model. Made by `service.engines.load`."""
 
     @property
     def name(self) -> str:
@@ -110,7 +119,7 @@ class Engine(Protocol):
 
     @property
     def chat(self) -> bool:
-        """Whether `Vocabulary.render` can work."""
+        """Whether `Vocabulary.render` works."""
         ...
 
     @property
@@ -121,54 +130,75 @@ class Engine(Protocol):
 
     @property
     def prefix_cache(self) -> bool:
-        """Whether a prompt's beginning may come from an earlier one, in blocks of `Capacity.block_tokens`: the self-test then
-        asks for that too."""
+        """Whether a prompt's prefix may be reused from an earlier one, in blocks of `Capacity.block_tokens`. If so, the
+        self-test covers it."""
         ...
 
     @property
     def fields(self) -> Mapping[str, str]:
-        """The fingerprint's fields. "model", "weights", "tokenizer" and "template", as far as there are any, say which model it
-        is; items prepared under one are never run under another."""
+        """The fingerprint's fields. "model", "weights", "tokenizer" and "template", where present, identify the model: an item
+        prepared for one model never runs on another."""
         ...
 
     @property
     def ceiling(self) -> tuple[types_pb2.Grade.ValueType, str]:
-        """The best grade that this configuration could earn, and why not better: the self-test does not test for more."""
+        """The best grade possible with this configuration, and the reason. The self-test does not test for a better one."""
         ...
 
     @property
     def proof_seconds(self) -> float:
-        """Of loading, what it took to prove what the ceiling says; 0 where nothing has to be."""
+        """The part of the load time that proved `ceiling`; 0 where no proof is needed."""
         ...
 
     def check_format(self, response_format: types_pb2.ResponseFormat) -> None:
-        """Raises ValueError if this grammar cannot be obeyed. May be called from any thread."""
+        """Raises ValueError if the engine cannot obey this grammar. Thread-safe."""
         ...
 
     def collect(self) -> Iterable[Metric]:
-        """What only this engine counts, for a Prometheus registry; perhaps nothing. Any thread."""
+        """The engine's own metrics, for a Prometheus registry. Thread-safe."""
         ...
 
     def start(self, on_events: Callable[[Events], None], on_grade: Callable[[types_pb2.Grade.ValueType, str], None]) -> None:
-        """Begin to work, on the running event loop; both are called there.
+        """Start to work, on the running event loop; both functions are called there.
 
-        `on_grade` says that from now on no better than this grade is held, and why; the service never raises it again. An
-        engine that cannot notice such a thing never calls it.
+        `on_grade` reports that from now on the grade is at most this, and why. The service does not raise it again.
         """
         ...
 
     def submit(self, run: Run) -> None:
-        """Queue a run. Order of calls is order of admission into the batch; never blocks, never refuses."""
+        """Queue a run. Runs enter the batch in the order of these calls. Never blocks or refuses."""
         ...
 
     def cancel(self, run_id: int) -> None:
-        """Stop a run within one step and report nothing more of it. Unknown and ended runs are ignored."""
+        """Stop a run within one step, without further events. Ignores unknown and ended runs."""
         ...
 
     async def close(self) -> None:
-        """Stop all runs, silently, and free the model."""
+        """Stop all runs without events, and free the model."""
         ...
 
 
-class EngineUnusable(Exception):
-    """This engine cannot run here; the message says what to do about it."""
+def bounded(source: str) -> str:
+    """A grammar's source, unchanged. Raises ValueError for more than SOURCE_BYTES_MAX."""
+    if (size := len(source.encode())) > SOURCE_BYTES_MAX:
+        raise ValueError(f"must be at most {SOURCE_BYTES_MAX} bytes, is {size}")
+    return source
+
+
+def schema_of(text: str) -> dict[str, Any]:
+    """A JSON schema; `true` is the empty one. Raises ValueError."""
+    try:
+        schema = json.loads(bounded(text), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise ValueError("a schema is an object or true")
+    return schema
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"is not JSON: {name} is not a JSON value")

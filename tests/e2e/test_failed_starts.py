@@ -61,8 +61,8 @@ SETTINGS = {
         "service --message-bytes-max 2147483648", 2, "--message-bytes-max: '2147483648' is not 4096 to 2147483647"
     ),
     "not a number": Failure("sidecar --audit-rate nan", 2, "--audit-rate: 'nan' is not finite"),
-    "bad script": Failure(f"{SERVICE} --script {{{{", 2, "--script: is not JSON: Expecting property name enclosed in double…"),
-    "bad rule": Failure(f'{SERVICE} --script {{{{"runs":0}}}}', 2, "--script: runs: 0 is not a whole number from 1"),
+    "bad script": Failure(f"{SERVICE} --script {{{{", 2, "--script: Input data was truncated"),
+    "bad rule": Failure(f'{SERVICE} --script {{{{"runs":0}}}}', 2, "--script: Expected `int` >= 1 - at `$.runs`"),
     "no settings file": Failure("service --config {folder}/no", 2, "--config: {folder}/no: No such file or directory"),
     "settings file is a folder": Failure("sidecar --config {folder}", 2, "--config: {folder}: Is a directory"),
     "settings file is no TOML": Failure(

@@ -14,8 +14,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from ostinato.v1 import types_pb2
 
 from service.engines.huggingface import archive, config, letters
-from service.engines.llama.template import ChatTemplate
-from service.engines.scripted.vocabulary import CONTROLS, ByteVocabulary
+from service.engines.llama.model import ChatTemplate
+from service.engines.scripted import CONTROLS, ByteVocabulary
 
 VOCABULARY = ByteVocabulary()
 FILES = VOCABULARY.files()

@@ -17,7 +17,7 @@ if LACKING:
     pytest.skip(f"the llama engine's packages are not installed: {LACKING}", allow_module_level=True)
 
 from service.engines.llama import load
-from service.engines.llama.prefixes import PIECE, Prefixes, Tokens
+from service.engines.llama.batching import PIECE, Prefixes, Tokens
 
 pytestmark = pytest.mark.llama
 
@@ -51,15 +51,12 @@ class Memory:
         if not free:
             return
         slot = free[0]
-        source, tokens = self.prefixes.longest(prompt, slot)
-        spare = self.prefixes.spare(slot, source, tokens if source == slot else 0, free)
+        spare, source, tokens = self.prefixes.assign(slot, prompt, free)
         if spare is not None:
             assert spare not in (slot, source)
             assert spare in free
             self.slots[spare] = self.slots[slot]
-            self.prefixes.copied(slot, spare)
         self.slots[slot] = self.slots[source][:tokens]
-        self.prefixes.resumed(slot, source, prompt, tokens)
 
         best = max(_common(held, prompt) for held in self.slots)
         assert self.slots[slot] == prompt[:tokens]
@@ -72,11 +69,10 @@ class Memory:
         if slot not in self.runs:
             return
         prompt, fed = self.runs[slot]
-        self.slots[slot] += prompt[fed : fed + PIECE] if fed < len(prompt) else (-1,)  # a token of the answer
-        if fed < len(prompt):
-            fed = min(fed + PIECE, len(prompt))
-            self.prefixes.computed(slot, prompt, fed)
-            self.runs[slot] = prompt, fed
+        new = prompt[fed : fed + PIECE] if fed < len(prompt) else (-1,)  # a token of the answer
+        self.slots[slot] += new
+        self.prefixes.computed(slot, prompt, fed + len(new))
+        self.runs[slot] = prompt, fed + len(new)
 
     def leave(self, slot: int) -> None:
         if self.runs.pop(slot, None) is not None:

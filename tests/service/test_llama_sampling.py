@@ -1,22 +1,26 @@
-"""What the llama engine draws: by the seed and the parameters, and never by the company."""
+"""The llama engine's tokens depend on the seed, the parameters and the grammar, and not on other runs."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
+import re
 from typing import Any
 
 import pytest
 
 from ostinato.v1 import types_pb2
 
-from tests.service.llama_kit import LACKING, Bench, bits, on_the_loop
+from tests.service.llama_kit import LACKING, Bench, bits, on_the_loop, regex, schema
 
 if LACKING:
     pytest.skip(f"the llama engine's packages are not installed: {LACKING}", allow_module_level=True)
 
 import numpy as np
 
-from service.engines.llama.sampling import fold_seed, token_logprobs
+from service.engines.base import SOURCE_BYTES_MAX
+from service.engines.llama.sampling import explanation, fold_seed, token_logprobs
 
 pytestmark = pytest.mark.llama
 
@@ -158,3 +162,75 @@ async def test_ends_that_may_not_come_yet(bench: Bench) -> None:
     assert set(stopped.token_ids[:3]).isdisjoint(plain.token_ids[:2])
     assert len(endless.token_ids) == 24
     assert vocabulary.end_ids.isdisjoint(endless.token_ids)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@on_the_loop
+async def test_json_obeys_its_schema(bench: Bench, temperature: float) -> None:
+    """The answer is JSON of the schema's shape, and ends by itself."""
+    wanted = schema(
+        '{"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0,'
+        ' "maximum": 99}}, "required": ["name", "age"], "additionalProperties": false}'
+    )
+    bench.engine.check_format(wanted)
+
+    output = await bench.answer(
+        "A person as JSON: ", temperature=temperature, response_format=wanted, max_new_tokens=60, ignore_eos=False
+    )
+
+    person = json.loads(output.text)
+    assert sorted(person) == ["age", "name"]
+    assert len(person["name"]) <= 8
+    assert 0 <= person["age"] <= 99
+    assert output.finish_reason == types_pb2.FINISH_REASON_END_OF_SEQUENCE
+
+
+@on_the_loop
+async def test_regex_is_obeyed(bench: Bench) -> None:
+    """The whole answer matches, in company with different grammars, as it does alone."""
+    patterns = (r"[0-9]{3}-[a-c]+/[xyz]{2}", r"(yes|no), (sir|madam)", r"[A-Z][a-z]{2,5}")
+    runs = [
+        bench.start("Say", response_format=regex(each), ignore_eos=False, max_new_tokens=40, seed=4) for each in patterns * 2
+    ]
+    outputs = [await bench.output(run_id) for run_id in runs]
+    alone = await bench.answer("Say", response_format=regex(patterns[0]), ignore_eos=False, max_new_tokens=40, seed=4)
+
+    for pattern, output in zip(patterns * 2, outputs, strict=True):
+        if output.finish_reason == types_pb2.FINISH_REASON_END_OF_SEQUENCE:
+            assert re.fullmatch(pattern, output.text), output.text
+        bench.engine.check_format(regex(pattern))
+    assert types_pb2.FINISH_REASON_END_OF_SEQUENCE in [output.finish_reason for output in outputs]
+    assert bits(outputs[0]) == bits(outputs[3]) == bits(alone)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (schema("{"), "is not JSON: Expecting"),
+        (schema('{"const": NaN}'), "NaN is not a JSON value"),
+        (schema("[" * 60_000), "nested too deeply"),
+        (schema("5"), "a schema is an object"),
+        (schema('{"type": "wizard"}'), "Invalid type: wizard"),
+        (schema('{"not": {}}'), r'Unimplemented keys: \["not"\]'),
+        (schema('{"type": "integer", "minimum": 5, "maximum": 3}'), "minimum .5. is greater than maximum .3."),
+        (schema('{"type": "string", "pattern": "("}'), "unclosed group"),
+        (schema(" " * (SOURCE_BYTES_MAX + 1)), "at most 65536 bytes"),
+        (regex("("), "unclosed group"),
+        (regex("(?=a)b"), "look-around"),
+        (regex(r"[^\s\S]"), "allows no answer"),
+        (regex("a\0"), "NUL"),
+        (schema('{"type": "integer", "multipleOf": 999983}'), "more than 0.5 s to compile"),
+        (types_pb2.ResponseFormat(), "is empty"),
+    ],
+)
+@on_the_loop
+async def test_bad_formats_are_refused(bench: Bench, given: types_pb2.ResponseFormat, told: str) -> None:
+    """What cannot be obeyed is refused with a reason, the process that dies of one is replaced, and good ones pass after it."""
+    with pytest.raises(ValueError, match=told):
+        await asyncio.to_thread(bench.engine.check_format, given)
+
+
+def test_explanations_are_short() -> None:
+    """Of what llguidance writes, a caller gets the reason, without a dump of its state and in one line."""
+    assert explanation("llg error: a\n  ^\n   1 | b\n c\n<state>\n" + "x" * 999) == "cannot be obeyed: a c"
+    assert len(explanation("word " * 200)) < 330

@@ -13,7 +13,7 @@ from ostinato.errors import InvalidRequest
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
 from service.answer import Answer, Lexicon
-from service.engines.scripted.vocabulary import BEGIN, CONTROLS, END, ByteVocabulary
+from service.engines.scripted import BEGIN, CONTROLS, END, ByteVocabulary
 from service.prepare import RECEIPT_BYTES, Limits, Preparer, Prompts, result_bytes
 
 LIMITS = Limits(context_tokens=200, new_tokens_max=199, top_k_max=1024, batch_items_max=4, prompt_bytes_max=1000)

@@ -153,7 +153,10 @@ def output_of(*args: str) -> tuple[int, str]:
     [
         (["--nonsense"], "--nonsense"),
         (["--engine", "magic"], "--engine"),
-        (["--engine", "scripted", "--script", '{"rules": [{"do": "explode"}]}'], "--script: rules[0].do"),
+        (
+            ["--engine", "scripted", "--script", '{"rules": [{"do": "explode"}]}'],
+            "--script: Invalid enum value 'explode' - at `$.rules[0].do`",
+        ),
         (["--engine", "scripted", "--threads", "2"], "--threads: is not for engine scripted"),
         (["--script", "{}"], "--script: is not for engine llama"),
         (["--socket-mode", "rw"], "--socket-mode"),

@@ -11,7 +11,7 @@ import pytest
 from ostinato.v1 import engine_pb2, types_pb2
 from serving.program import StartupError
 
-from service.engines.scripted.vocabulary import ByteVocabulary
+from service.engines.scripted import ByteVocabulary
 from service.grade import Finding, Proofs, code_digest, probes, strangers
 from tests.service.support import served
 

@@ -19,7 +19,7 @@ from ostinato.errors import EngineUnavailable, InvalidRequest, MalformedMessage,
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
 from service import stream as module
-from service.engines.scripted.vocabulary import ByteVocabulary
+from service.engines.scripted import ByteVocabulary
 from service.stream import EngineServicer, Workers
 from tests.service.support import error_of, refused, served
 

@@ -10,7 +10,7 @@ from ostinato import errors
 from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.base import Events, Run
-from service.engines.scripted.vocabulary import ByteVocabulary
+from service.engines.scripted import ByteVocabulary
 from tests.service.support import ENDLESS, REPLAY, SLOW, served, submit_of
 from tests.waiting import eventually
 

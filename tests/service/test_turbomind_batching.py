@@ -18,7 +18,7 @@ from ostinato.v1 import engine_pb2, types_pb2
 
 from service.answer import Answer
 from service.engines.base import Run
-from service.engines.scripted.vocabulary import END, ByteVocabulary
+from service.engines.scripted import END, ByteVocabulary
 from service.engines.turbomind.batching import PAGE, Batching, block_bytes, blocks_promised, needed
 from service.engines.turbomind.metrics import Meter
 from service.engines.turbomind.native import Account, Load, Native, Progress, Status

@@ -22,7 +22,7 @@ from serving.metrics import registry
 from service.answer import Answer
 from service.description import HeldGrade
 from service.engines.base import Run
-from service.engines.scripted.vocabulary import ByteVocabulary
+from service.engines.scripted import ByteVocabulary
 from service.engines.turbomind import engine as engine_module
 from service.engines.turbomind.engine import Loaded, TurbomindEngine
 from service.engines.turbomind.exactness import Exactness

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ostinato.errors import InvalidRequest
 from ostinato.v1 import types_pb2
 
-from service.engines.sources import SOURCE_BYTES_MAX
+from service.engines.base import SOURCE_BYTES_MAX
 from service.engines.turbomind import request as request_module
 from service.engines.turbomind.request import ALMOST_ONE, IDS_MAX, NOBODY, Formats, Request, request_of, source_of
 

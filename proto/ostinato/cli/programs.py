@@ -21,7 +21,7 @@ from ostinato.cli import show
 
 _SERVING = ("cryptography", "grpc_health", "grpc_reflection", "prometheus_client")
 NEEDS: Mapping[str, Sequence[str]] = {
-    "service": _SERVING,
+    "service": (*_SERVING, "msgspec"),
     "sidecar": (*_SERVING, "apsw", "msgspec"),
     "smg": ("smg", "smg_grpc_proto"),
 }

@@ -1,37 +1,116 @@
-"""Continuous batching: what the engine's own thread does.
+"""Continuous batching: the work of the engine's thread, and the reuse of prompt prefixes.
 
-1. Runs enter in order of submission, as slots become free, and no run's prompt is begun before an earlier one's.
-2. A prompt is cut into the same pieces whatever else is in the batch, and a step takes few of them, so that those who are
-   already answering do not stall.
-3. Of a run that has ended or was cancelled, whole pieces of its prompt are left in its slot's memory (`prefixes`), or nothing
-   where prefixes are not reused; never anything of its answer.
-4. What goes wrong with one run ends that run; what goes wrong with a step ends all that have slots, and the rest goes on.
+1. Runs get slots in order of submission, and no run's prompt is started before an earlier one's.
+2. A prompt is cut into pieces of PIECE tokens from its first token on, whatever else is in the batch. A step computes at most
+   PREFILL_STEP prompt tokens, so that prompts do not stall the runs that are generating.
+3. A slot that its run has left holds whole pieces of that run's prompt, as `Prefixes.held` says, and nothing of its answer.
+4. An error of one run ends that run. An error of a step ends all runs that have slots; the engine goes on.
+
+Reuse changes no bit of an answer: only whole pieces are reused, and the keys and values of a whole piece depend only on the
+tokens up to its end. (This is what the grade EXACT claims.) So a copy equals the result of computing the piece.
 """
 
 from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 from ostinato.v1 import types_pb2
 
 from service.engines.base import Events, Run
-from service.engines.llama.grammar import Grammar, GrammarLost, source_of
 from service.engines.llama.library import Batch, Library
-from service.engines.llama.prefixes import PIECE, Prefixes
-from service.engines.llama.sampling import NoTokenAllowed, Sampler, fold_seed, token_logprobs
-from service.engines.llama.vocabulary import LlamaVocabulary
+from service.engines.llama.model import LlamaVocabulary
+from service.engines.llama.sampling import Grammar, GrammarLost, NoTokenAllowed, Sampler, fold_seed, source_of, token_logprobs
 
+PIECE = 64
+"""Prompt tokens of a run that are computed in one step; the last piece may be shorter."""
 PREFILL_STEP = PIECE
 """Prompt tokens of all runs in one step."""
 
 Command = Run | int | None
-"""A run to take, the id of one to cancel, or None: the end."""
+"""A run to submit, the id of a run to cancel, or None: stop."""
+Tokens = tuple[int, ...]
 
 _log = logging.getLogger(__name__)
+
+
+def rows_max(runs: int) -> int:
+    """Of one batch."""
+    return PREFILL_STEP + runs
+
+
+class Reuse(NamedTuple):
+    """What to copy before a run's prompt is computed, in this order."""
+
+    spare: int | None
+    """A slot to which the run's slot is copied first, because its content would be lost."""
+    source: int
+    """The slot to copy from; the run's own slot if it holds the prefix itself."""
+    tokens: int
+    """How many of the copied tokens to keep."""
+
+
+class Prefixes:
+    """Which pieces of prompts the memory of each slot holds. Bookkeeping only; `Batching` copies the memory.
+
+    1. `held[slot]` is a whole number of pieces, and the slot's memory holds these tokens at these positions.
+    2. A run reuses less than its whole prompt: one token must be computed, or there are no logits.
+    """
+
+    def __init__(self, slots: int, *, enabled: bool = True) -> None:
+        """Not `enabled`: nothing is ever held, so nothing is reused."""
+        self.held: list[Tokens] = [()] * slots
+        self._enabled = enabled
+        self._used = [0] * slots
+        self._uses = 0
+
+    def assign(self, slot: int, prompt: Tokens, free: Iterable[int]) -> Reuse:
+        """Begin a run with this prompt in `slot`: reuse the longest prefix that a slot holds. Slots in `free` have no run."""
+        found = [(_shared(held, prompt), place == slot, place) for place, held in enumerate(self.held)]
+        tokens, _, source = max(found)  # of equals `slot` itself
+        spare = self._spare(slot, source, tokens if source == slot else 0, free)
+        if spare is not None:
+            self.held[spare], self._used[spare] = self.held[slot], self._used[slot]
+        self._uses += 1
+        self._used[source] = self._used[slot] = self._uses
+        self.held[slot] = prompt[:tokens]
+        return Reuse(spare, source, tokens)
+
+    def computed(self, slot: int, prompt: Tokens, tokens: int) -> None:
+        """The model has processed this many tokens of the prompt and the answer, in order."""
+        if self._enabled and tokens <= len(prompt) and tokens % PIECE == 0:
+            assert len(self.held[slot]) == tokens - PIECE, "a prompt is computed piece by piece"
+            self.held[slot] = prompt[:tokens]
+
+    def clear(self, slot: int) -> None:
+        self.held[slot], self._used[slot] = (), 0
+
+    def _spare(self, slot: int, source: int, keep: int, free: Iterable[int]) -> int | None:
+        """The least recently used free slot, to save what `slot` loses beyond its first `keep` tokens.
+
+        None if nothing is lost, another slot holds it too, or every free slot was used more recently. Never `source`, which is
+        about to be read.
+        """
+        lost = self.held[slot]
+        others = (held for place, held in enumerate(self.held) if place != slot)
+        if len(lost) <= keep or any(held[: len(lost)] == lost for held in others):
+            return None
+        spare = min((place for place in free if place not in (slot, source)), key=self._age, default=None)
+        return spare if spare is not None and self._age(spare) < self._age(slot) else None
+
+    def _age(self, slot: int) -> tuple[int, int]:
+        return self._used[slot], slot
+
+
+def _shared(held: Tokens, prompt: Tokens) -> int:
+    """The length of the common prefix in whole pieces, less than the prompt."""
+    most = min(len(held), (len(prompt) - 1) // PIECE * PIECE)
+    starts = range(0, most, PIECE)
+    return next((start for start in starts if held[start : start + PIECE] != prompt[start : start + PIECE]), most)
 
 
 @dataclass(slots=True)
@@ -43,12 +122,12 @@ class _Active:
     sampler: Sampler
     started: bool = False
     fed: int = 0
-    """Tokens that the model has seen."""
+    """Tokens that the model has processed."""
     cached: int = 0
-    """Of them, those that were computed for an earlier run."""
-    made: int = 0
+    """Of these, the tokens reused from an earlier run."""
+    generated: int = 0
     last: int = 0
-    """The newest token, if any was made."""
+    """The newest generated token."""
 
     @property
     def prefilling(self) -> bool:
@@ -56,7 +135,7 @@ class _Active:
 
 
 class Batching:
-    """Belongs to the thread that calls `work`; `commands` is its only way in, `post` its only way out."""
+    """Belongs to the thread that calls `work`. `commands` is its only input, `post` its only output."""
 
     def __init__(
         self,
@@ -77,21 +156,21 @@ class Batching:
         self._waiting: dict[int, Run] = {}
         self._active: dict[int, _Active] = {}
         self._free = list(range(runs))
-        self._prefixes = Prefixes(runs) if prefix_cache else None
+        self._prefixes = Prefixes(runs, enabled=prefix_cache)
 
     def work(self) -> None:
-        """Until a command says that it is the end."""
-        while self._listen():
+        """Returns after the command to stop."""
+        while self._read_commands():
             try:
                 self._step()
-            except Exception as error:  # noqa: BLE001  # whose fault it is cannot be told
+            except Exception as error:  # noqa: BLE001  # the error cannot be attributed to one run
                 _log.exception("a step failed")
-                self._give_up(str(error) or type(error).__name__)
+                self._fail_all(str(error) or type(error).__name__)
         for active in tuple(self._active.values()):
-            self._leave(active)
+            self._release(active)
 
-    def _listen(self) -> bool:
-        """Take all commands there are, and wait for one if there is nothing to do. False: the end."""
+    def _read_commands(self) -> bool:
+        """Take all commands; wait for one if there are no runs. False: stop."""
         while True:
             try:
                 command = self._commands.get(block=not (self._active or self._waiting))
@@ -102,17 +181,17 @@ class Batching:
             if isinstance(command, Run):
                 self._waiting[command.run_id] = command
             elif (active := self._active.get(command)) is not None:
-                self._leave(active)
+                self._release(active)
             else:
                 self._waiting.pop(command, None)
 
     def _step(self) -> None:
-        """One decode: a token for each run that has its prompt behind it, and some of the others' prompts."""
+        """One decode: a token of each run whose prompt is computed, and pieces of the other runs' prompts."""
         events: Events = []
-        self._enter(events)
+        self._admit(events)
         chosen = self._choose()
         if starting := [active for active in chosen if not active.started]:
-            # Now, not at the end of the step: if the process dies of it, the sidecar shall know who was there.
+            # Before the decode: if the process dies in it, the sidecar must know which runs were in the batch.
             self._post([active.run.started() for active in starting])
         for active in starting:
             active.started = True
@@ -123,19 +202,19 @@ class Batching:
             if events:
                 self._post(events)
 
-    def _enter(self, events: Events) -> None:
-        """Give free slots to those who wait: the lowest first, for only neighbouring slots are computed together."""
+    def _admit(self, events: Events) -> None:
+        """Give free slots to waiting runs. The lowest slot first: only neighbouring slots are computed together."""
         while self._waiting and self._free:
             run = self._waiting.pop(next(iter(self._waiting)))
             try:
                 sampler = self._sampler(run)
-            except Exception as error:  # noqa: BLE001  # whatever it is, it is this run's alone
+            except Exception as error:  # noqa: BLE001  # any error here concerns this run only
                 events.append(run.failed(str(error) or type(error).__name__))
             else:
                 self._active[run.run_id] = _Active(run, heapq.heappop(self._free), sampler)
 
     def _sampler(self, run: Run) -> Sampler:
-        """Raises ValueError for a run that llama.cpp must not see."""
+        """Raises ValueError for a run at which llama.cpp would end the process."""
         size, parameters = self._vocabulary.size, run.parameters
         if not run.token_ids or max(run.token_ids) >= size:
             raise ValueError(f"a prompt has at least one token, all below {size}")
@@ -158,99 +237,83 @@ class Batching:
         )
 
     def _choose(self) -> list[_Active]:
-        """Who is in the next batch, in order of entry. Pieces of prompts are taken whole: neighbours have no say."""
+        """The runs of the next batch, in order of entry. A piece is taken whole or not at all: other runs do not change it."""
         chosen, room = [], PREFILL_STEP
         for active in self._active.values():
             if active.prefilling:
                 if room > 0 and not active.started:
-                    self._resume(active)  # as late as can be: a run before it may have computed what both begin with
+                    self._reuse_prefix(active)  # as late as possible: an earlier run may have computed a shared prefix
                 room -= min(PIECE, len(active.run.token_ids) - active.fed)
                 if room < 0:
                     continue
             chosen.append(active)
         return chosen
 
-    def _resume(self, active: _Active) -> None:
-        """Give a run's slot the longest beginning of its prompt that some slot holds; empty its memory otherwise."""
-        if self._prefixes is None:
-            return
-        library, context, prompt, slot = self._library, self._context, active.run.token_ids, active.slot
-        source, tokens = self._prefixes.longest(prompt, slot)
-        spare = self._prefixes.spare(slot, source, tokens if source == slot else 0, self._free)
-        if spare is not None:
-            library.copy(context, slot, spare)
-            self._prefixes.copied(slot, spare)
-        if source != slot:
-            library.copy(context, source, slot)
-        if not library.truncate(context, slot, tokens):
-            library.forget(context, slot)
-            tokens = 0
-        self._prefixes.resumed(slot, source, prompt, tokens)
-        active.fed = active.cached = tokens
+    def _reuse_prefix(self, active: _Active) -> None:
+        """Leave in the run's slot the longest prefix of its prompt that some slot holds, and nothing else."""
+        library, context, slot = self._library, self._context, active.slot
+        reuse = self._prefixes.assign(slot, active.run.token_ids, self._free)
+        if reuse.spare is not None:
+            library.copy(context, slot, reuse.spare)
+        if reuse.source != slot:
+            library.copy(context, reuse.source, slot)
+        if library.truncate(context, slot, reuse.tokens):
+            active.fed = active.cached = reuse.tokens
+        else:
+            self._clear(slot)
 
     def _decode(self, chosen: list[_Active], events: Events) -> None:
         self._batch.clear()
-        rows = [(active, self._add(active)) for active in sorted(chosen, key=lambda active: active.slot)]
-        if problem := self._library.decode(self._context, self._batch):
-            raise RuntimeError(f"llama.cpp failed with code {problem}")
+        rows = [(active, self._add_tokens(active)) for active in sorted(chosen, key=lambda active: active.slot)]
+        if code := self._library.decode(self._context, self._batch):
+            raise RuntimeError(f"llama.cpp failed with code {code}")
         for active, row in rows:
-            if self._prefixes is not None and active.fed <= len(active.run.token_ids):
-                self._prefixes.computed(active.slot, active.run.token_ids, active.fed)
+            self._prefixes.computed(active.slot, active.run.token_ids, active.fed)
             if not active.prefilling:
                 self._advance(active, row, events)
 
-    def _add(self, active: _Active) -> int:
-        """Put a run's next tokens into the batch; the row of the last."""
+    def _add_tokens(self, active: _Active) -> int:
+        """Add a run's next tokens to the batch. Returns the row of the last one."""
         prompt, fed = active.run.token_ids, active.fed
         ids = prompt[fed : fed + PIECE] if active.prefilling else (active.last,)
         active.fed += len(ids)
         return self._batch.add(active.slot, fed, ids, wanted=not active.prefilling)
 
     def _advance(self, active: _Active, row: int, events: Events) -> None:
-        """One token more."""
-        run = active.run
+        """Draw the run's next token and report it."""
+        run, parameters = active.run, active.run.parameters
         try:
-            complete = self._accept(active, row)
+            logits = self._library.logits(self._context, row, self._vocabulary.size)
+            active.last = token_id = active.sampler.draw(logits, active.generated)
+            active.generated += 1
+            logprobs = token_logprobs(logits, token_id, parameters.logprobs) if parameters.HasField("logprobs") else None
+            complete = run.answer.accept(token_id, logprobs)
         except (GrammarLost, NoTokenAllowed, ValueError) as error:
-            self._leave(active)
+            self._release(active)
             events.append(run.failed(str(error)))
             return
-        events += run.news()
+        events += run.new_tokens()
         if complete:
-            self._leave(active)
+            self._release(active)
             events.append(run.finished(fold_seed(run.seed), types_pb2.LOGPROB_KIND_RAW, active.cached))
 
-    def _accept(self, active: _Active, row: int) -> bool:
-        logits = self._library.logits(self._context, row, self._vocabulary.size)
-        parameters = active.run.parameters
-        active.last = token_id = active.sampler.draw(logits, active.made)
-        active.made += 1
-        logprobs = token_logprobs(logits, token_id, parameters.logprobs) if parameters.HasField("logprobs") else None
-        return active.run.answer.accept(token_id, logprobs)
-
-    def _give_up(self, why: str) -> None:
-        """Fail all that have slots."""
+    def _fail_all(self, reason: str) -> None:
+        """Fail all runs that have slots, and clear the memory: it is unknown what the failed step has written."""
         actives = tuple(self._active.values())
         for active in actives:
-            self._leave(active)
-        for slot in self._free:  # all of them: what a step that failed has written or copied is not known
-            self._forget(slot)
-        self._post([active.run.failed(why) for active in actives])
+            self._release(active)
+        for slot in self._free:
+            self._clear(slot)
+        self._post([active.run.failed(reason) for active in actives])
 
-    def _leave(self, active: _Active) -> None:
+    def _release(self, active: _Active) -> None:
+        """Free the run's slot, keeping the pieces that `Prefixes` holds."""
         del self._active[active.run.run_id]
         active.sampler.close()
-        held = len(self._prefixes.held[active.slot]) if self._prefixes is not None else 0
-        if not self._library.truncate(self._context, active.slot, held):
-            self._forget(active.slot)
+        if not self._library.truncate(self._context, active.slot, len(self._prefixes.held[active.slot])):
+            self._clear(active.slot)
         heapq.heappush(self._free, active.slot)
 
-    def _forget(self, slot: int) -> None:
-        self._library.forget(self._context, slot)
-        if self._prefixes is not None:
-            self._prefixes.forget(slot)
-
-
-def rows_max(runs: int) -> int:
-    """In one batch."""
-    return PREFILL_STEP + runs
+    def _clear(self, slot: int) -> None:
+        self._library.clear(self._context, slot)
+        self._prefixes.clear(slot)

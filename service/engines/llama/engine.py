@@ -1,4 +1,4 @@
-"""The llama engine's face towards the service: everything here happens on the event loop, except where it says otherwise."""
+"""The llama engine. Its methods run on the event loop unless they say otherwise."""
 
 from __future__ import annotations
 
@@ -15,16 +15,13 @@ from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.base import EngineUnusable, Events, Run
 from service.engines.llama import LlamaOptions
-from service.engines.llama.batching import PREFILL_STEP, Batching, Command, rows_max
-from service.engines.llama.checker import Checker
-from service.engines.llama.grammar import SEPARATORS, Grammar, source_of
+from service.engines.llama.batching import PIECE, PREFILL_STEP, Batching, Command, rows_max
 from service.engines.llama.library import library
 from service.engines.llama.model import load_model, packaged_model
-from service.engines.llama.prefixes import PIECE
-from service.engines.llama.sampling import ORDER, PENALTY_WINDOW
+from service.engines.llama.sampling import ORDER, PENALTY_WINDOW, SEPARATORS, Checker, Grammar, source_of
 
 BLOCK_TOKENS = 64
-"""In which Capacity counts; memory is really given by the slot."""
+"""The unit of Capacity. Memory is allocated by the slot."""
 BATCH_ROWS_MIN = 512
 
 
@@ -36,17 +33,17 @@ class LlamaEngine:
     proof_seconds = 0.0
 
     def __init__(self, options: LlamaOptions) -> None:
-        """Loads the model, in whatever thread. Raises EngineUnusable."""
+        """Loads the model. Any thread. Raises EngineUnusable."""
         self._options = options
         self._library = library()
         self._model = load_model(self._library, options.model or packaged_model())
-        self.vocabulary, self.model_name, self.chat = self._model.vocabulary, self._model.name, self._model.vocabulary.chat
+        self.vocabulary, self.model_name, self.chat = self._model.vocabulary, self._model.path.stem, self._model.vocabulary.chat
         self.context_tokens, self.top_k_max = options.context_tokens, self.vocabulary.size
-        wanted = options.prefix_cache == "on" and options.kv == "q8_0"
-        self.prefix_cache = wanted and self._library.can_resume(self._model.handle)
+        allowed = options.prefix_cache == "on" and options.kv == "q8_0"
+        self.prefix_cache = allowed and self._library.can_truncate(self._model.handle)
         self._commands: SimpleQueue[Command] = SimpleQueue()
         self._live: set[int] = set()
-        """Runs of which something may still be reported."""
+        """Runs that have neither ended nor been cancelled."""
         self._thread: threading.Thread | None = None
         self._closing = threading.Lock()
         self._closed = False
@@ -56,9 +53,9 @@ class LlamaEngine:
             self._library.free(self._model.handle)
             raise
         self._checker = Checker(self._model.path)
-        # llguidance prepares for a vocabulary once, which takes a moment.
+        # llguidance prepares once for a vocabulary, which takes a moment.
         Grammar(self._library, self.vocabulary.handle, self.vocabulary.size, "regex", b"a").close()
-        atexit.register(self._stop)  # or the process would end under a thread that is inside llama.cpp
+        atexit.register(self._stop)  # otherwise the process would end while a thread is inside llama.cpp
 
     @property
     def capacity(self) -> engine_pb2.Capacity:
@@ -96,14 +93,14 @@ class LlamaEngine:
         return types_pb2.GRADE_EXACT, "the KV cache is q8_0 and each run has its own"
 
     def check_format(self, response_format: types_pb2.ResponseFormat) -> None:
-        """Waits for another process, the first time for about a second."""
+        """Waits for a child process, the first time for about a second."""
         self._checker.check(*source_of(response_format))
 
     def collect(self) -> Iterable[Metric]:
         return ()
 
     def start(self, on_events: Callable[[Events], None], on_grade: Callable[[types_pb2.Grade.ValueType, str], None]) -> None:
-        """`on_grade` is never called: what this engine computes with does not change while it runs."""
+        """`on_grade` is never called: nothing on which the grade rests changes while the engine runs."""
         assert self._thread is None, "an engine is started once"
         self._loop, self._on_events = asyncio.get_running_loop(), on_events
         batching = Batching(
@@ -129,24 +126,24 @@ class LlamaEngine:
             self._commands.put(run_id)
 
     async def close(self) -> None:
-        """Waits for the step that is under way."""
+        """Waits for the current step."""
         self._live.clear()
         await asyncio.to_thread(self._stop)
 
     def _post(self, events: Events) -> None:
-        """From the engine's thread."""
-        with suppress(RuntimeError):  # the loop is closed: nobody is left to listen
+        """Called in the engine's thread."""
+        with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._deliver, events)
 
     def _deliver(self, events: Events) -> None:
-        """Pass on what is not of runs that were cancelled meanwhile."""
-        told = [event for event in events if event.run_id in self._live]
-        self._live.difference_update(event.run_id for event in told if event.WhichOneof("event") in ("finished", "failed"))
-        if told:
-            self._on_events(told)
+        """Pass events on, except those of runs that have been cancelled."""
+        wanted = [event for event in events if event.run_id in self._live]
+        self._live.difference_update(event.run_id for event in wanted if event.WhichOneof("event") in ("finished", "failed"))
+        if wanted:
+            self._on_events(wanted)
 
     def _stop(self) -> None:
-        """End the thread and free everything. Any thread; may be called again."""
+        """End the thread and free everything. Any thread; idempotent."""
         with self._closing:
             if self._closed:
                 return

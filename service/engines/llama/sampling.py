@@ -1,38 +1,66 @@
-"""From the logits of a row to a token. Everything here belongs to one run: no slot and no neighbour can be seen.
+"""From the logits of a row to a token. All state belongs to one run; no slot and no other run is visible here.
 
-In order: grammar, forbidden tokens, repetition penalty (all three here, over the whole row), then llama.cpp's chain: top_k,
-top_p, min_p, temperature and a draw, or, at temperature 0, the likeliest token, of equals the one with the lowest id.
+The order: grammar, forbidden tokens, repetition penalty (these three over the whole row), then llama.cpp's chain: top_k, top_p,
+min_p, temperature and a draw. At temperature 0 it takes the likeliest token; of equals, the one with the lowest id.
+
+llguidance compiles the grammars. A few hundred bytes of JSON schema can keep it busy for minutes without a way to interrupt it,
+it reports why it rejects a grammar only on standard error, and some of its failures end the process. So `Checker` compiles each
+grammar first in a child process, `python -m service.engines.llama.sampling MODEL`: one line of JSON in ([kind, source]), one
+line out (null or the reason).
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from textwrap import shorten
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ostinato.v1 import types_pb2
 
-from service.engines.llama.grammar import Grammar
-from service.engines.llama.library import CANDIDATE, Library
+from service.engines.base import bounded, schema_of
+from service.engines.llama.library import CANDIDATE, Library, library
+from service.engines.llama.model import LlamaVocabulary
 
 PENALTY_WINDOW = 64
-"""How many of the last tokens, prompt included, the repetition penalty looks at."""
+"""The repetition penalty applies to the last tokens, prompt included: this many."""
 ORDER = "grammar, forbidden, penalty, top_k, top_p, min_p, temperature, draw"
-"""Goes into the fingerprint."""
+"""A field of the fingerprint."""
+SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON is written on one line, as by json.dumps: with free white space a small model may never leave it."""
+CPU_SECONDS_MAX = 0.5
+"""Of one grammar's compilation. Processor time does not depend on the machine's other load."""
+ANSWER_SECONDS_MAX = 30.0
+"""For an answer of the child, its start included."""
+EXPLANATION_CHARACTERS_MAX = 300
 _LOGIT_MAX = 1e30
+_ERRORS_ONLY = 1
+_QUOTED_LINE = re.compile(r"\d+ \| ")
 
 Logits = NDArray[np.float32]
 
 
 class NoTokenAllowed(Exception):
-    """The grammar and the forbidden tokens together leave nothing."""
+    """The grammar and the forbidden tokens together leave no token."""
 
 
 class Sampler:
-    """Chooses the tokens of one run; it belongs to one thread."""
+    """Chooses the tokens of one run. It belongs to one thread."""
 
     def __init__(
         self,
@@ -45,7 +73,7 @@ class Sampler:
         seed: int,
         grammar: Grammar | None,
     ) -> None:
-        """`size` is the vocabulary's; `seed` is folded; `grammar` is closed with the sampler."""
+        """`size`: of the vocabulary; `seed`: from `fold_seed`; `grammar`: closed with the sampler."""
         self._library, self._grammar = library, grammar
         self._end_ids = sorted(end_ids)
         banned = {*parameters.bad_token_ids, *(end_ids if parameters.ignore_eos else ())}
@@ -63,16 +91,16 @@ class Sampler:
             seed=seed,
         )
 
-    def draw(self, logits: Logits, made: int) -> int:
-        """The next token, after `made` others. Raises NoTokenAllowed, GrammarLost, and ValueError for logits not finite."""
-        ids = self._allowed(made)
+    def draw(self, logits: Logits, generated: int) -> int:
+        """The next token, after `generated` others. Raises NoTokenAllowed, GrammarLost, and ValueError for infinite logits."""
+        ids = self._allowed(generated)
         values = self._penalised(logits)[ids]
         highest = values.max()
         if not math.isfinite(highest):
             raise ValueError("the model's logits are not finite")
         candidates = np.empty(len(ids), CANDIDATE)
         candidates["id"] = ids
-        candidates["logit"] = values - highest  # so that no temperature can make an infinity of the highest
+        candidates["logit"] = values - highest  # so that no temperature can make the highest infinite
         token_id = int(candidates["id"][self._library.apply(self._chain, candidates)])
         self._recent.append(token_id)
         if self._grammar is not None and token_id not in self._end_ids:
@@ -84,21 +112,21 @@ class Sampler:
         if self._grammar is not None:
             self._grammar.close()
 
-    def _allowed(self, made: int) -> NDArray[np.intp]:
+    def _allowed(self, generated: int) -> NDArray[np.intp]:
         """The ids that may come next, ascending; at least one."""
         allowed = np.ones(self._size, np.bool_)
         if self._grammar is not None:
             allowed = self._grammar.allowed()
-            # llguidance knows one end token; where it may come, the model's others may come too.
+            # llguidance knows one end token. Where it may come, the model's other end tokens may come too.
             allowed[self._end_ids] = allowed[self._end_ids].any()
-        allowed[self._forbidden_at_first if made < self._min else self._forbidden] = False
+        allowed[self._forbidden_at_first if generated < self._min else self._forbidden] = False
         ids = np.flatnonzero(allowed)
         if not len(ids):
             raise NoTokenAllowed("no token may come next: all that the grammar allows is forbidden by other parameters")
         return ids
 
     def _penalised(self, logits: Logits) -> Logits:
-        """With the logits of recent tokens divided by the penalty, or multiplied where that makes them less likely."""
+        """The logits, those of recent tokens divided by the penalty, or multiplied where they are negative."""
         if self._penalty == 1 or not self._recent:
             return logits
         recent = np.unique(np.fromiter(self._recent, np.intp))
@@ -111,14 +139,14 @@ class Sampler:
 
 
 def fold_seed(seed: int) -> int:
-    """A uint64 as one of llama.cpp's seeds, which have 32 bits, the last value of them meaning "any": itself where it fits,
-    else by a step of SplitMix64."""
+    """A uint64 as a llama.cpp seed. These have 32 bits, and the last value means "random". A seed that fits is unchanged; any
+    other goes through a step of SplitMix64."""
     reserved = 2**32 - 1
     return seed if seed < reserved else _splitmix64(seed) % reserved
 
 
 def _splitmix64(state: int) -> int:
-    """The first output of the generator of that name, from this state."""
+    """The first output of the generator from this state."""
     mask = 2**64 - 1
     z = (state + 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -127,16 +155,176 @@ def _splitmix64(state: int) -> int:
 
 
 def token_logprobs(logits: Logits, token_id: int, top: int) -> types_pb2.TokenLogprobs:
-    """RAW logprobs of a token and of the `top` likeliest, ties by id. Their bits do not depend on `top`."""
+    """RAW logprobs of a token and of the `top` likeliest, ties by id. The bits do not depend on `top`."""
     row = logits.astype(np.float64)
     highest = row.max()
     norm = highest + np.log(np.exp(row - highest).sum())
     likeliest: Iterable[int] = ()
     if top:
-        # A partition alone would choose freely among equals at its edge.
+        # A partition alone would choose arbitrarily among equals at its edge.
         found = np.flatnonzero(row >= np.partition(row, -top)[-top])
         likeliest = found[np.lexsort((found, -row[found]))][:top]
     return types_pb2.TokenLogprobs(
         logprob=row[token_id] - norm,
         top=[types_pb2.TopLogprob(token_id=int(each), logprob=row[each] - norm) for each in likeliest],
     )
+
+
+# Grammars
+
+
+class GrammarLost(Exception):
+    """llguidance has failed and would allow every token."""
+
+
+class Grammar:
+    """The state of one answer's grammar. It belongs to one thread."""
+
+    def __init__(self, library: Library, vocabulary: int, size: int, kind: str, source: bytes) -> None:
+        """`vocabulary` is a handle, `size` its number of tokens; `kind` and `source` are from `source_of`."""
+        self._library = library
+        self._sampler = library.grammar(vocabulary, kind, source)
+        self._tokens = np.zeros(size, CANDIDATE)
+        self._tokens["id"] = np.arange(size)
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Which tokens may come next, by id. Raises GrammarLost.
+
+        A grammar always forbids something, at least control tokens. When llguidance fails, it forbids nothing.
+        """
+        self._tokens["logit"] = 0
+        self._library.apply(self._sampler, self._tokens)
+        allowed: NDArray[np.bool_] = self._tokens["logit"] == 0
+        if allowed.all():
+            raise GrammarLost("llguidance has given the grammar up")
+        return allowed
+
+    def accept(self, token_id: int) -> None:
+        """Advance by a token, which must be allowed."""
+        self._library.accept(self._sampler, token_id)
+
+    def close(self) -> None:
+        self._library.free_sampler(self._sampler)
+
+
+def source_of(response_format: types_pb2.ResponseFormat) -> tuple[str, bytes]:
+    """llguidance's kind of grammar, and the grammar. Raises ValueError."""
+    if response_format.WhichOneof("format") == "json_schema":
+        # A schema's own x-guidance takes precedence.
+        return "json", json.dumps({"x-guidance": SEPARATORS} | schema_of(response_format.json_schema)).encode()
+    if response_format.WhichOneof("format") == "regex":
+        if "\0" in response_format.regex:
+            raise ValueError("holds a NUL character; write \\x00")
+        return "regex", bounded(response_format.regex).encode()
+    raise ValueError("is empty")
+
+
+class Checker:
+    """Compiles grammars in a child process, which starts at the first check and restarts when it has ended. Thread-safe."""
+
+    def __init__(self, model: Path) -> None:
+        self._model = model
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._closed = False
+
+    def check(self, kind: str, source: bytes) -> None:
+        """Raises ValueError with llguidance's reason, or if compilation takes too long."""
+        with self._lock:
+            if self._closed:
+                raise ValueError("cannot be checked any more: the engine has closed")
+            child = self._child = self._child or self._start()
+            answer = self._ask(child, json.dumps([kind, source.decode()]).encode() + b"\n")
+            if not answer:
+                self._stop()
+                slow = child.returncode == -signal.SIGPROF
+                raise ValueError(f"takes more than {CPU_SECONDS_MAX} s to compile" if slow else "cannot be compiled")
+        if (problem := json.loads(answer)) is not None:
+            raise ValueError(problem)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._stop()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", __name__, str(self._model)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)},
+            start_new_session=True,  # a Ctrl-C at the terminal must not reach it
+        )
+
+    def _ask(self, child: subprocess.Popen[bytes], question: bytes) -> bytes:
+        """A line; empty if the child has ended or does not answer."""
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            child.stdin.write(question)
+            child.stdin.flush()
+        except BrokenPipeError:
+            return b""
+        ready, _, _ = select.select([child.stdout], [], [], ANSWER_SECONDS_MAX)
+        return child.stdout.readline() if ready else b""
+
+    def _stop(self) -> None:
+        if self._child is None:
+            return
+        with suppress(BrokenPipeError), self._child as child:  # closes its pipes and waits for it
+            if child.stdout is not None and select.select([child.stdout], [], [], 0)[0]:
+                child.wait()  # it has ended; its exit code gives the reason
+            else:
+                child.kill()
+        self._child = None
+
+
+class _Compiler:
+    """In the child: compiles grammars and reads llguidance's messages."""
+
+    def __init__(self, model: Path, errors: IO[bytes]) -> None:
+        """`errors`: the file to which standard error goes."""
+        self._library, self._errors = library(), errors
+        self._vocabulary = LlamaVocabulary(self._library, model)
+        self._library.set_verbosity(_ERRORS_ONLY)
+        self.problem("regex", "a")  # builds what all grammars need
+
+    def problem(self, kind: str, source: str) -> str | None:
+        """Why the grammar is rejected, or None."""
+        self._errors.seek(0)
+        self._errors.truncate()
+        grammar = Grammar(self._library, self._vocabulary.handle, self._vocabulary.size, kind, source.encode())
+        try:
+            return None if grammar.allowed().any() else "allows no answer"
+        except GrammarLost:
+            self._library.flush_log()
+            self._errors.seek(0)
+            return explanation(self._errors.read().decode(errors="replace"))
+        finally:
+            grammar.close()
+
+
+def explanation(text: str) -> str:
+    """llguidance's message in one line, without the dump of its state and without the source lines that it quotes."""
+    lines = [line.strip() for line in text.partition("<state>")[0].removeprefix("llg error: ").splitlines()]
+    reason = " ".join(line for line in lines if line.strip("^") and not _QUOTED_LINE.match(line))
+    if reason == "NoExtensionBias":
+        return "allows no answer"
+    reason = reason or "llguidance does not say why"
+    return f"cannot be obeyed: {shorten(reason, EXPLANATION_CHARACTERS_MAX, placeholder=' ...')}"
+
+
+def main(model: Path, questions: IO[bytes], answers: IO[bytes]) -> None:
+    """The child: answer until standard input is closed."""
+    with tempfile.TemporaryFile() as errors:
+        os.dup2(errors.fileno(), sys.stderr.fileno())
+        compiler = _Compiler(model, errors)
+        for question in questions:
+            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS_MAX)
+            problem = compiler.problem(*json.loads(question))
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            answers.write(json.dumps(problem).encode() + b"\n")
+            answers.flush()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.stdin.buffer, sys.stdout.buffer)

@@ -217,7 +217,7 @@ class Batching:
         run = live.run
         if progress.status in (Status.RUNNING, Status.FINISHED):
             self._accept(live, progress.length)
-            events += run.news()
+            events += run.new_tokens()
         if run.answer.complete:
             live.wanted = False
             events.append(run.finished(run.seed, types_pb2.LOGPROB_KIND_PROCESSED, live.handle.account.cached))

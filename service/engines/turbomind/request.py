@@ -26,7 +26,7 @@ from typing import Any
 from ostinato.errors import invalid
 from ostinato.v1 import types_pb2
 
-from service.engines.sources import bounded, schema_of
+from service.engines.base import bounded, schema_of
 
 IDS_MAX = 32
 """Stop tokens, and forbidden ones, that TurboMind takes."""

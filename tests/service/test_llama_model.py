@@ -1,4 +1,4 @@
-"""tokenizer.json out of a GGUF: the token ids of Hugging Face's library are those of llama.cpp."""
+"""GGUF files: what is read of them, their vocabulary and chat template, and the tokenizer.json made of them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,26 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from tests.service.llama_kit import LACKING
+from ostinato.v1 import types_pb2
+
+from tests.service.llama_kit import LACKING, Bench, on_the_loop
 
 if LACKING:
     pytest.skip(f"the llama engine's packages are not installed: {LACKING}", allow_module_level=True)
 
 from service.engines import huggingface
-from service.engines.llama import bpe, gguf
 from service.engines.llama.library import library
-from service.engines.llama.model import packaged_model
-from service.engines.llama.vocabulary import LlamaVocabulary
+from service.engines.llama.model import (
+    SPLITS,
+    ChatTemplate,
+    LlamaVocabulary,
+    NotGguf,
+    metadata_digest,
+    packaged_model,
+    read_metadata,
+    strings,
+    tokenizer_json,
+)
 
 pytestmark = pytest.mark.llama
 
@@ -77,7 +87,7 @@ def test_any_text(vocabulary: LlamaVocabulary, tokenizer: Tokenizer, words: list
     assert tokenizer.encode(text).ids == vocabulary.encode(text, special=True)
 
 
-@pytest.mark.parametrize("pre", sorted(bpe.SPLITS.keys() - {"smollm"}))
+@pytest.mark.parametrize("pre", sorted(SPLITS.keys() - {"smollm"}))
 def test_every_known_way_of_cutting(tmp_path_factory: pytest.TempPathFactory, pre: str) -> None:
     """The same model, told to cut its texts in another way: still the same ids as llama.cpp's."""
     path = told(tmp_path_factory.getbasetemp() / f"{pre}.gguf", pre)
@@ -90,7 +100,7 @@ def test_every_known_way_of_cutting(tmp_path_factory: pytest.TempPathFactory, pr
 
 def test_the_missing_bytes_are_missing() -> None:
     """What is left out above is what this vocabulary lacks, and nothing more."""
-    tokens = set(gguf.strings(gguf.read_metadata(packaged_model())["tokenizer.ggml.tokens"]))
+    tokens = set(strings(read_metadata(packaged_model())["tokenizer.ggml.tokens"]))
     lacking = {byte for byte, letter in enumerate(huggingface.letters()) if letter not in tokens}
 
     assert lacking - {0xC0, 0xC1, *range(0xF5, 0x100)} == BYTES_MISSING
@@ -110,12 +120,12 @@ def test_an_unknown_vocabulary_is_refused(kind: str, pre: str | None) -> None:
     metadata = {"tokenizer.ggml.model": _text(kind)} | ({"tokenizer.ggml.pre": _text(pre)} if pre else {})
 
     with pytest.raises(ValueError, match=f"{kind!r} with pre-tokenizer {pre or ''!r}"):
-        bpe.tokenizer_json(metadata, None)
+        tokenizer_json(metadata, None)
 
 
 def told(path: Path, pre: str) -> Path:
     """The packaged model without its weights, with another tokenizer.ggml.pre."""
-    metadata = {key: value for key, value in gguf.read_metadata(packaged_model()).items() if key != "tokenizer.ggml.pre"}
+    metadata = {key: value for key, value in read_metadata(packaged_model()).items() if key != "tokenizer.ggml.pre"}
     metadata["tokenizer.ggml.pre"] = _text(pre)
     pairs = [struct.pack("<Q", len(key)) + key.encode() + value for key, value in metadata.items()]
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(pairs)) + b"".join(pairs))
@@ -125,3 +135,72 @@ def told(path: Path, pre: str) -> Path:
 def _text(value: str) -> bytes:
     """A GGUF's value."""
     return struct.pack("<IQ", 8, len(value)) + value.encode()
+
+
+@pytest.mark.parametrize("text", ["Hello, world", "wörld 🧬龘 \n\t x\0y", " two  spaces ", "<|im_end|> is text"])
+@on_the_loop
+async def test_text_comes_back(bench: Bench, text: str) -> None:
+    """The pieces of a text's tokens are the text, and none of them is a control token."""
+    vocabulary = bench.engine.vocabulary
+    ids = vocabulary.encode(text, special=False)
+
+    assert b"".join(map(vocabulary.piece, ids)) == text.encode()
+    assert vocabulary.end_ids.isdisjoint(ids)
+
+
+@on_the_loop
+async def test_a_chat_becomes_control_tokens(bench: Bench) -> None:
+    """A rendered chat has the template's own first turn, ends ready to answer, and its control tokens are recognised."""
+    vocabulary = bench.engine.vocabulary
+    text = vocabulary.render([types_pb2.Message(role="user", content="Hi")])
+    ids = vocabulary.encode(text, special=True)
+
+    assert text.startswith("<|im_start|>system\n")
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert vocabulary.piece(ids[0]) == b""
+    assert len(vocabulary.end_ids.intersection(ids)) == 1
+
+
+def test_templates_refuse() -> None:
+    """A role that there is not, what the template itself refuses, and a template that fails are each told as ValueError."""
+    user = [types_pb2.Message(role="user", content="x")]
+    with pytest.raises(ValueError, match="'wizard' is not a role"):
+        ChatTemplate("", begin="", end="").render([types_pb2.Message(role="wizard")])
+    with pytest.raises(ValueError, match="system first"):
+        ChatTemplate("{{ raise_exception('system first') }}", begin="", end="").render(user)
+    with pytest.raises(ValueError, match="division"):
+        ChatTemplate("{{ 1 / 0 }}", begin="", end="").render(user)
+    with pytest.raises(ValueError, match="unsafe"):
+        ChatTemplate("{{ messages.__class__.__mro__ }}", begin="", end="").render(user)
+    with pytest.raises(ValueError, match="cannot be used"):
+        ChatTemplate("{% if %}", begin="", end="")
+
+
+@pytest.mark.parametrize("key", [b"\xff", b"\xc3("])
+def test_a_key_that_is_no_text_is_refused(tmp_path: Path, key: bytes) -> None:
+    """Likewise in the key of a value."""
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key + struct.pack("<II", 4, 1))
+
+    with pytest.raises(NotGguf, match="^its metadata is damaged: a key is not UTF-8 text$"):
+        read_metadata(path)
+
+
+def test_arrays_of_arrays_are_refused(tmp_path: Path) -> None:
+    """There are none in a GGUF, so a head full of them is no reason to go on reading it level by level."""
+    path = tmp_path / "deep.gguf"
+    key = struct.pack("<Q", 1) + b"a"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 100_000)
+
+    with pytest.raises(NotGguf, match="an array of type 9"):
+        read_metadata(path)
+
+
+def test_digests_of_metadata() -> None:
+    """The tokenizer's digest covers its keys and values, and nothing else of the file."""
+    metadata = dict(read_metadata(packaged_model()))
+    whole = metadata_digest(metadata, "tokenizer.ggml.")
+    metadata["general.name"] = b"another"
+    assert metadata_digest(metadata, "tokenizer.ggml.") == whole
+    metadata["tokenizer.ggml.pre"] = b"another"
+    assert metadata_digest(metadata, "tokenizer.ggml.") != whole
