@@ -334,7 +334,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
         await need_sight(self._journal, first, last)
         concurrency = 1 if request.alone else request.concurrency or 8
         with self._replays.one():
-            async for response in replay(self._pipeline, first, last, concurrency, alone=request.alone):
+            async for response in replay(self._pipeline, first, last, concurrency, exclusive=request.alone):
                 yield response
 
     async def Head(self, request: sequencer_pb2.HeadRequest, context: Context) -> sequencer_pb2.HeadResponse:

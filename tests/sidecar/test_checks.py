@@ -1,4 +1,4 @@
-"""Audits and canaries."""
+"""Audits: which ones start when, and their budget. Canaries: their file."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def backlog(*alone: bool, most: int = 100) -> AuditBacklog:
     return made
 
 
-def taken(made: AuditBacklog, now: float = 0.0, *, company: int = 0, room: int = 8) -> list[int]:
-    return [due.sequence for due in made.take(now, company=company, room=room)]
+def taken(made: AuditBacklog, now: float = 0.0, *, occupancy: int = 0, room: int = 8) -> list[int]:
+    return [due.sequence for due in made.take(now, occupancy=occupancy, room=room)]
 
 
-def test_what_ran_in_a_crowd_goes_at_once() -> None:
-    """Oldest first, as far as there is room; what ran alone waits."""
+def test_what_ran_beside_others_starts_at_once() -> None:
+    """Audits of items that ran beside others start in order, as far as there is room. Those of items that ran alone wait."""
     made = backlog(False, True, False, False)
 
     assert taken(made, room=2) == [1, 3]
@@ -38,7 +38,7 @@ def test_what_ran_in_a_crowd_goes_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("alone", "now", "company", "room", "go"),
+    ("alone", "now", "occupancy", "room", "go"),
     [
         pytest.param(GROUP - 1, 0.0, 0, 8, 0, id="too few"),
         pytest.param(GROUP, 0.0, 0, 8, GROUP, id="a group"),
@@ -47,20 +47,20 @@ def test_what_ran_in_a_crowd_goes_at_once() -> None:
         pytest.param(2, PATIENCE, 0, 8, 2, id="waited long enough, and takes another along"),
         pytest.param(2, PATIENCE - 0.1, 0, 8, 0, id="not yet"),
         pytest.param(2, 0.0, 0, 2, 2, id="as large a group as may run"),
-        pytest.param(1, 0.0, 0, 1, 1, id="there never is company"),
+        pytest.param(1, 0.0, 0, 1, 1, id="only one may run"),
         pytest.param(0, PATIENCE, 1, 8, 0, id="nothing"),
     ],
 )
-def test_what_ran_alone_waits_for_company(alone: int, now: float, company: int, room: int, go: int) -> None:
-    """A group, others that run, or the end of patience; then all go together."""
-    assert len(taken(backlog(*[True] * alone), now, company=company, room=room)) == go
+def test_what_ran_alone_waits_for_other_runs(alone: int, now: float, occupancy: int, room: int, go: int) -> None:
+    """An item that ran alone waits for a group, for other runs, or for the end of its wait. Then all start together."""
+    assert len(taken(backlog(*[True] * alone), now, occupancy=occupancy, room=room)) == go
 
 
 @given(st.lists(st.booleans(), max_size=20), st.integers(0, 2), st.integers(1, 6), st.floats(0, 2 * PATIENCE))
-def test_nothing_is_lost_or_run_twice(alone: list[bool], company: int, room: int, now: float) -> None:
-    """What is taken and what waits are all there is; within each kind the order holds, and the room is kept."""
+def test_nothing_is_lost_or_run_twice(alone: list[bool], occupancy: int, room: int, now: float) -> None:
+    """Each audit is either taken or waits. Those taken are in order, and not more than there is room for."""
     made = backlog(*alone)
-    chosen = taken(made, now, company=company, room=room)
+    chosen = taken(made, now, occupancy=occupancy, room=room)
 
     assert sorted([*chosen, *(due.sequence for due in made.waiting)]) == list(range(1, len(alone) + 1))
     assert chosen == sorted(chosen)
@@ -69,7 +69,7 @@ def test_nothing_is_lost_or_run_twice(alone: list[bool], company: int, room: int
 
 @given(st.lists(st.booleans(), max_size=20), st.integers(1, 6))
 def test_everything_goes_in_the_end(alone: list[bool], room: int) -> None:
-    """Once patience is over, nothing waits for anything but room."""
+    """After the longest wait, audits wait for room only."""
     made, seen = backlog(*alone), 0
     while made.waiting:
         seen += 1
@@ -79,7 +79,7 @@ def test_everything_goes_in_the_end(alone: list[bool], room: int) -> None:
 
 
 def test_the_backlog_is_bounded() -> None:
-    """One more than it holds is refused."""
+    """A full backlog refuses an audit, and takes one again when there is room."""
     made = backlog(True, False, most=2)
 
     assert not made.add(DueAudit(3, False, 0.0))
@@ -88,7 +88,7 @@ def test_the_backlog_is_bounded() -> None:
 
 
 def test_the_budget() -> None:
-    """What is at hand may be overdrawn once; then nothing opens until the debt is paid, and no more is saved than the burst."""
+    """The budget may be overdrawn once, stays closed until the debt is paid, and accumulates no more than the burst."""
     bucket = TokenBucket(10.0, now=100.0)
     assert bucket.open(100.0)
     bucket.take(int(10 * BURST_SECONDS) + 50)
@@ -103,7 +103,7 @@ def test_the_budget() -> None:
 
 @given(st.lists(st.tuples(st.floats(0.001, 10), st.integers(1, 500)), max_size=50))
 def test_the_budget_holds(story: list[tuple[float, int]]) -> None:
-    """Over any time no more is taken than the burst, the rate, and the last one's overdraft."""
+    """Over any period no more is taken than the burst, the rate, and one overdraft."""
     bucket, now, spent = TokenBucket(20.0, 0.0), 0.0, 0
     for seconds, tokens in story:
         now += seconds
@@ -114,7 +114,7 @@ def test_the_budget_holds(story: list[tuple[float, int]]) -> None:
 
 
 def test_no_budget_is_no_bound() -> None:
-    """0 never closes."""
+    """A rate of 0 is no limit."""
     bucket = TokenBucket(0.0, 0.0)
     bucket.take(10**12)
 
@@ -125,7 +125,7 @@ GOOD = '[[canary]]\nname = "a"\ntext = "b"\nparameters = { seed = 1 }\n'
 
 
 def test_what_comes_along() -> None:
-    """The default set covers short and long, greedy and sampled, several scripts and a schema; every one has a seed."""
+    """The default canaries cover short and long, greedy and sampled, several scripts and a schema. Each has a seed."""
     canaries = read_canaries(None)
     items = {canary.name: canary.item for canary in canaries}
 
@@ -139,7 +139,7 @@ def test_what_comes_along() -> None:
 
 
 def test_a_file(tmp_path: Path) -> None:
-    """Parameters are those of the contract, and seeds beyond TOML's numbers too; a file without canaries is one with none."""
+    """A file may have any parameter of the contract, and seeds above TOML's integers. An empty file has no canaries."""
     path = tmp_path / "canaries.toml"
     path.write_text(f'{GOOD}[[canary]]\nname = "c"\ntext = "é"\n[canary.parameters]\nseed = 18446744073709551615\nstop = ["x"]')
 
@@ -162,7 +162,7 @@ def test_a_file(tmp_path: Path) -> None:
         (GOOD.replace('"b"', '""'), "canary[0].text: is missing"),
         (GOOD.replace('"b"', "7"), "canary[0].text: must be a str"),
         (GOOD.replace('"a"', '"' + "é" * 33 + '"'), "canary[0].name: at most 64 bytes"),
-        (GOOD + GOOD.replace("{ seed = 1 }", '"hot"'), "canary[1].parameters: is no table"),
+        (GOOD + GOOD.replace("{ seed = 1 }", '"hot"'), "canary[1].parameters: is not a table"),
         (GOOD + GOOD.replace("seed = 1", "seed = 1, top_q = 2"), "canary[1].parameters.top_q: no such parameter"),
         (GOOD.replace("seed = 1", "seed = -1"), "canary[0].parameters.seed: "),
         (GOOD.replace("seed = 1", "top_k = 1"), "canary[0].parameters.seed: is missing"),
@@ -171,7 +171,7 @@ def test_a_file(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_file(tmp_path: Path, text: str, wrong: str) -> None:
-    """It is refused by its name, the place and what is wrong there."""
+    """The error names the file, the place in it and the fault."""
     path = tmp_path / "canaries.toml"
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
@@ -181,7 +181,7 @@ def test_a_bad_file(tmp_path: Path, text: str, wrong: str) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    """A file that is not there, a folder, and bytes that are no text are refused by name."""
+    """The error for a missing file, a folder and bytes that are not UTF-8 names the path."""
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     for name in ("none", ".", "bytes"):
         with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
