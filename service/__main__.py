@@ -1,4 +1,4 @@
-"""`python -m service`: the wiring, and nothing else."""
+"""`python -m service`: loads the engine, tests it, serves it, and drains. `calibrate` and `probe` are its other commands."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import secrets
 import sys
 import time
 from collections.abc import Coroutine
-from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ostinato import enums
@@ -24,25 +21,24 @@ from serving.program import BAD_CONFIGURATION, DRAINED, FAILED, StartupError, ex
 from serving.server import Server, probe
 from serving.settings import describe, read
 
-from service.answer import Lexicon
 from service.config import Settings
 from service.description import Describer, HeldGrade, fingerprint
 from service.engines import load, options, turbomind
 from service.engines.base import Engine, EngineUnusable
-from service.grade import Finding, Proofs, code_digest, self_test
+from service.grade import find_grade
 from service.observe import Metrics
-from service.prepare import Preparer, Prompts
-from service.stream import NAME, EngineServicer, Fence, Memory, Ready, Runs, Streams, Workers
+from service.prepare import Preparer
+from service.stream import NAME, EngineServicer, Fence, Runs, SequenceFile, Streams, Workers
 
 IDLE_SECONDS = 2.0
-"""Told to stop, a service lets a sidecar go that has asked for nothing for this long."""
+"""A service that was told to stop ends the stream of a sidecar that has had no run for this long."""
 
 T = TypeVar("T")
 _log = logging.getLogger("service")
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> int:
-    """Listen at once, load and test the engine meanwhile, serve until told to stop, and drain."""
+    """Listens at once, loads and tests the engine meanwhile, serves until told to stop, and drains. The exit code."""
     own = registry()
     page = serve_metrics(own, settings.metrics)
     workers = Workers(settings.prepare_threads, settings.prepare_queue_max)
@@ -60,16 +56,16 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         await server.start()
         _log.info("listening", extra={"addresses": ",".join(server.addresses)})
         _log.info("metrics", extra={"port": page.port})
-        engine, seconds = await open_engine(settings)
+        engine, seconds = await load_engine(settings)
         install_signal_handlers(stop)
-        memory = Memory(settings.state_dir / "sequences.json")
-        making = make_ready(engine, settings, Metrics(own), secrets.token_hex(16), memory, seconds)
-        servicer.ready = await _unless(stop, making)
-        if servicer.ready is not None:
+        file = SequenceFile(settings.state_dir / "sequences.json")
+        starting = start_engine(engine, settings, Metrics(own), secrets.token_hex(16), file, seconds)
+        servicer.streams = await _unless_stopped(stop, starting)
+        if servicer.streams is not None:
             await server.set_health(NAME, serving=True)
             _log.info("serving")
             await stop.wait()
-            servicer.ready.streams.drain(IDLE_SECONDS)
+            servicer.streams.drain(IDLE_SECONDS)
         await server.stop(settings.drain_seconds)
     finally:
         await server.stop(0)
@@ -81,8 +77,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     return DRAINED
 
 
-async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """What `work` returns; None, and no more of it, once told to stop."""
+async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """What `work` returns. None once told to stop, and then it is cancelled."""
     working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -93,7 +89,7 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None
         await asyncio.gather(working, stopping, return_exceptions=True)
 
 
-async def open_engine(settings: Settings) -> tuple[Engine, float]:
+async def load_engine(settings: Settings) -> tuple[Engine, float]:
     """The loaded engine, and the seconds that took. Raises StartupError with one line about what is missing."""
     began = time.monotonic()
     try:
@@ -105,17 +101,17 @@ async def open_engine(settings: Settings) -> tuple[Engine, float]:
     return engine, seconds
 
 
-async def make_ready(
+async def start_engine(
     engine: Engine,
     settings: Settings,
     metrics: Metrics,
     incarnation: str,
-    memory: Memory | None = None,
+    file: SequenceFile | None = None,
     load_seconds: float = 0.0,
-) -> Ready:
-    """Start the engine, earn its grade, and put together what answers. Raises StartupError where a required grade is missed.
-    How long loading took is for the log."""
-    fence = Fence(sequences=memory.read() if memory is not None else {})
+) -> Streams:
+    """Starts the engine, finds its grade, and returns what serves it. Raises StartupError where a required grade is missed.
+    `load_seconds` is for the log."""
+    fence = Fence(sequences=file.read() if file is not None else {})
     identity = fingerprint(engine.fields)
     metrics.describe(engine.capacity, identity.digest, identity.fields)
     metrics.include(engine)
@@ -123,21 +119,19 @@ async def make_ready(
     held.watch(lambda: metrics.grade.set(held.grade))
     runs = Runs(engine, held, metrics)
     runs.start()
-    lexicon = Lexicon(engine.vocabulary)
-    await asyncio.to_thread(lexicon.warm)
-    await _earn(held, identity.digest, runs, settings, metrics, load_seconds)
     limits = settings.limits(engine.context_tokens, engine.top_k_max)
+    preparer = Preparer(engine.vocabulary, limits, engine.check_format, model_digest(identity.fields), chat=engine.chat)
+    await asyncio.to_thread(preparer.lexicon.warm)
+    await _earn_grade(held, identity.digest, runs, settings, metrics, load_seconds)
     describer = Describer(engine, limits, identity, held, incarnation)
-    prompts = Prompts(engine.vocabulary, limits, engine.chat)
-    preparer = Preparer(prompts, lexicon, engine.check_format, model_digest(identity.fields))
-    streams = Streams(runs, describer, preparer, settings.bounds, metrics, fence, memory)
-    return Ready(describer, engine.vocabulary, preparer, streams)
+    return Streams(runs, describer, preparer, settings.stream_limits, metrics, fence, file)
 
 
-async def _earn(held: HeldGrade, digest: bytes, runs: Runs, settings: Settings, metrics: Metrics, load_seconds: float) -> None:
-    """Test, or take a kept proof's word for it; and say what came of it, what that rests on, and what it cost."""
+async def _earn_grade(
+    held: HeldGrade, digest: bytes, runs: Runs, settings: Settings, metrics: Metrics, load_seconds: float
+) -> None:
     began = time.monotonic()
-    finding = await _find(digest, runs, settings)
+    finding = await find_grade(runs, digest, settings.self_test, settings.state_dir, settings.self_test_timeout_seconds)
     held.earn(finding.grade, finding.reason)
     metrics.self_test_seconds.set(finding.seconds)
     name = enums.word(types_pb2.Grade, held.grade)
@@ -149,33 +143,19 @@ async def _earn(held: HeldGrade, digest: bytes, runs: Runs, settings: Settings, 
         raise StartupError(f"--require-grade: {settings.require_grade} is required, {name} was earned: {held.reason}")
 
 
-async def _find(digest: bytes, runs: Runs, settings: Settings) -> Finding:
-    if settings.self_test == "off":
-        return Finding(types_pb2.GRADE_BEST_EFFORT, "not tested", 0.0, 0)
-    proofs = Proofs(settings.state_dir / "proofs", await asyncio.to_thread(code_digest, Path(__file__).parent))
-    kept = proofs.find(digest) if settings.self_test == "kept" else None
-    ceiling, _ = runs.engine.ceiling
-    if kept is not None and kept[0].grade <= ceiling:
-        finding, made_at = kept
-        return replace(finding, reason=f"{finding.reason}; proved at {made_at}")
-    finding = await self_test(runs, time.monotonic, settings.self_test_timeout_seconds)
-    if finding.grade > types_pb2.GRADE_BEST_EFFORT:
-        proofs.keep(digest, finding, datetime.now(UTC).isoformat(timespec="seconds"))
-    return finding
-
-
 def calibrate(settings: Settings) -> int:
-    """The exit code: 0; 1 where something is not covered or cannot be loaded; 2 for an engine that has nothing to prove.
+    """`python -m service calibrate`: proves on this GPU what an exact start needs, for the next start with the same settings.
+    Nothing listens meanwhile, and there is no self-test.
 
-    The next start with the same settings takes what is kept. Nothing listens meanwhile, and there is no self-test.
+    The exit code: 0; 1 where something is not covered or cannot be loaded; 2 for an engine that has nothing to prove.
     """
-    told = options(settings)
-    if not isinstance(told, turbomind.TurbomindOptions):
+    chosen = options(settings)
+    if not isinstance(chosen, turbomind.TurbomindOptions):
         why = f"calibrate: --engine {settings.engine} has no products to prove; only turbomind has"
         report_failure("service", why, BAD_CONFIGURATION)
         return BAD_CONFIGURATION
     try:
-        engine = turbomind.load(told)
+        engine = turbomind.load(chosen)
     except EngineUnusable as error:
         report_failure("service", f"calibrate: {error}", FAILED)
         return FAILED
@@ -186,7 +166,7 @@ def calibrate(settings: Settings) -> int:
 
 
 def main() -> None:
-    """Never returns."""
+    """Exits."""
     if sys.argv[1:2] == ["probe"]:
         sys.exit(probe(Settings, "service", sys.argv[2:], os.environ))
     calibrating = sys.argv[1:2] == ["calibrate"]

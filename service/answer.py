@@ -1,18 +1,19 @@
-"""One answer as it grows: the one place that decides where it ends, for every engine."""
+"""One answer as it grows. The one place that decides where an answer ends, for every engine."""
 
 from __future__ import annotations
 
 import codecs
 from collections import deque
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Iterable
 from typing import Protocol
 
 from ostinato.v1 import engine_pb2, types_pb2
 
+NO_REASON = types_pb2.FINISH_REASON_UNSPECIFIED
+
 
 class TokenTable(Protocol):
-    """The tokens of a model and their bytes. Pure; any thread may call it."""
+    """The tokens of a model and their bytes. Pure; may be called from any thread."""
 
     @property
     def size(self) -> int: ...
@@ -28,15 +29,16 @@ class TokenTable(Protocol):
 
 
 class Answer:
-    """Tokens become text; end of sequence, stop tokens, stop strings and the length limit end it.
+    """Tokens become text, until end of sequence, a stop token, a stop string or the length limit ends it.
 
-    Not thread-safe: it belongs to whoever makes the tokens.
+    Not thread-safe: it belongs to the thread that makes the tokens.
 
-    1. The text is the UTF-8 of all tokens' pieces; an invalid or unfinished sequence appears as U+FFFD.
-    2. The first `min_new_tokens` tokens end nothing, and a stop string matches only in characters that later tokens complete.
-    3. Of two reasons that one token gives, a stop string goes before all others (it shortens the text), the model's end of
-       sequence before a stop token, and each of them before the length.
-    4. What `take` has given is never taken back: text that may begin a stop string waits until it does or does not.
+    1. The text is the UTF-8 of all tokens' pieces. An invalid or unfinished sequence becomes U+FFFD.
+    2. The first `min_new_tokens` tokens end nothing, and a stop string is only found where a later token completes it.
+    3. If one token gives several reasons, a stop string precedes all others (it shortens the text), the model's end of
+       sequence precedes a stop token, and both precede the length.
+    4. What `take` has returned is never taken back: text that may be the beginning of a stop string is held until it is one or
+       cannot be one.
     """
 
     def __init__(self, parameters: types_pb2.ResolvedParameters, vocabulary: TokenTable) -> None:
@@ -52,7 +54,7 @@ class Answer:
         self._held = ""
         self._taken_ids = 0
         self._taken_text = 0
-        self._reason: types_pb2.FinishReason.ValueType = types_pb2.FINISH_REASON_UNSPECIFIED
+        self._reason: types_pb2.FinishReason.ValueType = NO_REASON
         self._matched = ""
 
     def __len__(self) -> int:
@@ -61,15 +63,15 @@ class Answer:
 
     @property
     def complete(self) -> bool:
-        return self._reason != types_pb2.FINISH_REASON_UNSPECIFIED
+        return self._reason != NO_REASON
 
     def accept(self, token_id: int, logprobs: types_pb2.TokenLogprobs | None = None) -> bool:
-        """Add a token. True: the answer is complete and takes no more."""
-        assert not self._reason, "an answer that is complete takes no token"
+        """Adds a token. True: the answer is complete and takes no more."""
+        assert not self.complete, "a complete answer takes no token"
         self._ids.append(token_id)
         if logprobs is not None:
             self._logprobs.append(logprobs)
-        self._reason = reason = self._ended_by(token_id)
+        self._reason = reason = self._reason_of(token_id)
         silent = reason in (types_pb2.FINISH_REASON_END_OF_SEQUENCE, types_pb2.FINISH_REASON_STOP_TOKEN)
         self._extend(self._decode(b"" if silent else self._piece(token_id), bool(reason)))
         if reason and not self._matched:
@@ -77,9 +79,10 @@ class Answer:
         return self.complete
 
     def take(self) -> engine_pb2.RunTokens | None:
-        """What is new since the last take, or None. The texts in order are a prefix of the output's, and once the answer is
-        complete the whole of it; a take may then bring text without tokens."""
+        """What is new since the last call, or None. The texts together are a prefix of the output's text, and all of it once
+        the answer is complete. There may be text without tokens."""
         first, shown = self._taken_ids, self._taken_text
+        assert first <= len(self._ids) and shown <= len(self._text), "what was taken is never taken back"
         if first == len(self._ids) and shown == len(self._text):
             return None
         self._taken_ids, self._taken_text = len(self._ids), len(self._text)
@@ -90,25 +93,25 @@ class Answer:
     def output(
         self, *, seed: int, engine_seed: int, prompt_tokens: int, logprob_kind: types_pb2.LogprobKind.ValueType
     ) -> types_pb2.Output:
-        """The whole output of a complete answer; grade left unset."""
-        assert self.complete, "an answer has an output once it is complete"
+        """The output of a complete answer. Its grade is not set."""
+        assert self.complete, "only a complete answer has an output"
         return types_pb2.Output(
             text="".join(self._text), token_ids=self._ids, finish_reason=self._reason, matched_stop=self._matched, seed=seed,
             engine_seed=engine_seed, prompt_tokens=prompt_tokens, logprobs=self._logprobs, logprob_kind=logprob_kind,
         )  # fmt: skip
 
-    def _ended_by(self, token_id: int) -> types_pb2.FinishReason.ValueType:
-        """What ends the answer at this token, strings apart."""
+    def _reason_of(self, token_id: int) -> types_pb2.FinishReason.ValueType:
+        """Why the answer ends at this token, stop strings aside."""
         made = len(self._ids)
         if made > self._min:
             if token_id in self._end_ids:
                 return types_pb2.FINISH_REASON_END_OF_SEQUENCE
             if token_id in self._stop_ids:
                 return types_pb2.FINISH_REASON_STOP_TOKEN
-        return types_pb2.FINISH_REASON_LENGTH if made >= self._max else types_pb2.FINISH_REASON_UNSPECIFIED
+        return types_pb2.FINISH_REASON_LENGTH if made >= self._max else NO_REASON
 
     def _extend(self, text: str) -> None:
-        """Append decoded text, up to a stop string if it completes one."""
+        """Appends decoded text, up to a stop string if it completes one."""
         if not self._stops or len(self._ids) <= self._min:
             return self._settle(text)
         found = self._stops.feed(text)
@@ -128,12 +131,11 @@ class Answer:
 
 
 class StopStrings:
-    """An Aho-Corasick automaton over the text's characters; a character costs amortised constant time.
+    """Finds stop strings in a growing text: an Aho-Corasick automaton over characters, amortised constant time for each.
 
-    Invariants:
-    1. `pending` is the length of the longest end of the text that begins a stop string.
-    2. The stop string that is *completed* first in the text wins, of those completed at once the longest. So what is found
-       depends on the text alone, never on how tokens cut it, and nothing has to wait for a longer match.
+    1. `pending` is the length of the longest end of the text that is the beginning of a stop string.
+    2. The stop string that is *completed* first in the text is found; of those completed at once, the longest. So the result
+       depends on the text alone and not on how tokens divide it, and no longer match has to be waited for.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
@@ -151,11 +153,10 @@ class StopStrings:
 
     @property
     def pending(self) -> int:
-        """Characters at the text's end that could be the beginning of a stop string."""
         return self._depth[self._state]
 
     def feed(self, text: str) -> tuple[int, str] | None:
-        """Append `text`. The stop string that it completes and how many of its characters that took, or None."""
+        """Appends `text`. The stop string that it completes, and the number of its characters up to there, or None."""
         following, fall, state = self._next, self._fall, self._state
         for index, character in enumerate(text):
             while state and character not in following[state]:
@@ -180,7 +181,7 @@ class StopStrings:
         self._match[state] = stop
 
     def _link(self) -> None:
-        """Breadth first: where a state falls back to, and the longest stop string that ends at it."""
+        """Breadth first: the state that each falls back to, and the longest stop string that ends there."""
         waiting = deque(self._next[0].values())
         while waiting:
             state = waiting.popleft()
@@ -191,53 +192,3 @@ class StopStrings:
                     back = self._fall[back]
                 self._fall[child] = self._next[back].get(character, 0)
                 self._match[child] = self._match[child] or self._match[self._fall[child]]
-
-
-class Lexicon:
-    """Built once, on first use or by `warm`; may be used from any thread."""
-
-    def __init__(self, vocabulary: TokenTable) -> None:
-        self._vocabulary = vocabulary
-
-    def warm(self) -> None:
-        """Take the time now: a tenth of a second for a large vocabulary."""
-        _ = self._words, self.text_bytes_max
-
-    def ids_of(self, word: str) -> tuple[int, ...]:
-        """All tokens whose text is this word, white space before it apart. Empty: no token is."""
-        return self._words.get(_bare(word), ())
-
-    @cached_property
-    def text_bytes_max(self) -> int:
-        """The most bytes of UTF-8 that one token can add to an answer's text, whatever stands around it."""
-        return max(map(_text_bytes, self._pieces), default=0)
-
-    @property
-    def _pieces(self) -> list[bytes]:
-        return [self._vocabulary.piece(token_id) for token_id in range(self._vocabulary.size)]
-
-    @cached_property
-    def _words(self) -> Mapping[str, tuple[int, ...]]:
-        words: dict[str, tuple[int, ...]] = {}
-        for token_id, piece in enumerate(self._pieces):
-            try:
-                word = _bare(piece.decode())
-            except UnicodeDecodeError:
-                continue
-            if word:
-                words[word] = (*words.get(word, ()), token_id)
-        return words
-
-
-def _bare(word: str) -> str:
-    """Without white space before it; white space alone stays as it is."""
-    return word.lstrip() or word
-
-
-def _text_bytes(piece: bytes) -> int:
-    """Whole characters stay what they are. A byte of a broken one becomes U+FFFD, three bytes, at worst."""
-    try:
-        piece.decode()
-    except UnicodeDecodeError:
-        return sum(1 if byte < 0x80 else 3 for byte in piece)
-    return len(piece)

@@ -1,4 +1,4 @@
-"""Who answers: the engine, its limits, its fingerprint and the grade it holds."""
+"""What the service says of itself: the engine, its limits, its fingerprint and the grade it holds."""
 
 from __future__ import annotations
 
@@ -13,18 +13,61 @@ from service.engines.base import Engine
 from service.prepare import Limits
 
 ANSWER_RULES = "1"
-"""Version of the rules by which this service ends an answer; they are part of what determines it."""
+"""Version of the rules by which this service ends an answer. Part of the fingerprint, because they determine the answer."""
+
+_log = logging.getLogger(__name__)
 
 
 def fingerprint(engine_fields: Mapping[str, str]) -> types_pb2.Fingerprint:
-    """What determines the answers, besides the requests: the engine's fields and the service's own, with their digest."""
+    """What determines the answers besides the requests: the engine's fields and the service's own, with their digest."""
     fields = {**engine_fields, "answer_rules": ANSWER_RULES}
     return types_pb2.Fingerprint(digest=fingerprint_digest(fields), fields=fields)
 
 
+class HeldGrade:
+    """The grade that the service holds.
+
+    1. It is GRADE_UNSPECIFIED until earned, which is once.
+    2. Once earned it never rises, so the grade at a run's end is the lowest that was held since its start.
+    3. A fall before it is earned counts too: the self-test cannot earn what the engine has lost.
+    """
+
+    def __init__(self) -> None:
+        self.grade: types_pb2.Grade.ValueType = types_pb2.GRADE_UNSPECIFIED
+        self.reason = "not tested yet"
+        self._ceiling: types_pb2.Grade.ValueType = types_pb2.GRADE_EXACT
+        self._ceiling_reason = ""
+        self._watchers: dict[object, Callable[[], None]] = {}
+
+    def earn(self, grade: types_pb2.Grade.ValueType, reason: str) -> None:
+        """The result of the self-test. Once."""
+        assert not self.grade, "a grade is earned once"
+        self._set(*((grade, reason) if grade <= self._ceiling else (self._ceiling, self._ceiling_reason)))
+
+    def fall(self, grade: types_pb2.Grade.ValueType, reason: str) -> None:
+        """From now on no better grade is held. Without effect where none is."""
+        if grade < self._ceiling:
+            self._ceiling, self._ceiling_reason = grade, reason
+        if grade < self.grade:
+            _log.warning("grade lost", extra={"grade": types_pb2.Grade.Name(grade), "reason": reason})
+            self._set(grade, reason)
+
+    def watch(self, watcher: Callable[[], None]) -> Callable[[], None]:
+        """Calls `watcher` after every change, until the returned function is called (once or more)."""
+        key = object()
+        self._watchers[key] = watcher
+        return lambda: self._watchers.pop(key, None) and None
+
+    def _set(self, grade: types_pb2.Grade.ValueType, reason: str) -> None:
+        assert grade <= (self.grade or self._ceiling), "a grade never rises"
+        self.grade, self.reason = grade, reason
+        for watcher in tuple(self._watchers.values()):
+            watcher()
+
+
 @dataclass(frozen=True, slots=True)
 class Describer:
-    """Describe's answer; of all that is in it, only the grade changes."""
+    """The response of Describe. Only the grade in it changes."""
 
     engine: Engine
     limits: Limits
@@ -34,7 +77,6 @@ class Describer:
     """32 hexadecimal digits, new at every start."""
 
     def response(self) -> engine_pb2.DescribeResponse:
-        """As things are now."""
         engine = self.engine
         model = types_pb2.Model(
             name=engine.model_name,
@@ -49,45 +91,3 @@ class Describer:
             chat=engine.chat,
         )
         return engine_pb2.DescribeResponse(model=model, capacity=engine.capacity, incarnation=self.incarnation)
-
-
-_log = logging.getLogger(__name__)
-
-
-class HeldGrade:
-    """1. It is GRADE_UNSPECIFIED until earned.
-    2. Once earned it never rises, so the grade at a run's end is the lowest that was held since its start.
-    3. What fell before counts too: the self-test cannot earn back what the engine said it lost.
-    """
-
-    def __init__(self) -> None:
-        self.grade: types_pb2.Grade.ValueType = types_pb2.GRADE_UNSPECIFIED
-        self.reason = "not tested yet"
-        self._ceiling: types_pb2.Grade.ValueType = types_pb2.GRADE_EXACT
-        self._why = ""
-        self._watchers: dict[object, Callable[[], None]] = {}
-
-    def earn(self, grade: types_pb2.Grade.ValueType, reason: str) -> None:
-        """What the self-test found. Once."""
-        assert not self.grade, "a grade is earned once"
-        self.grade, self.reason = (grade, reason) if grade <= self._ceiling else (self._ceiling, self._why)
-        self._tell()
-
-    def fall(self, grade: types_pb2.Grade.ValueType, reason: str) -> None:
-        """No better than this is held any more. Without effect where it is not."""
-        if grade < self._ceiling:
-            self._ceiling, self._why = grade, reason
-        if grade < self.grade:
-            _log.warning("grade lost", extra={"grade": types_pb2.Grade.Name(grade), "reason": reason})
-            self.grade, self.reason = grade, reason
-            self._tell()
-
-    def watch(self, watcher: Callable[[], None]) -> Callable[[], None]:
-        """Calls `watcher` after every change, until what this returns is called (once or more)."""
-        key = object()
-        self._watchers[key] = watcher
-        return lambda: self._watchers.pop(key, None) and None
-
-    def _tell(self) -> None:
-        for watcher in tuple(self._watchers.values()):
-            watcher()

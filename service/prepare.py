@@ -1,153 +1,32 @@
-"""Items in, token ids and resolved parameters out, or every reason why not. Runs nothing and remembers nothing."""
+"""Items to token ids and resolved parameters, or every reason why not. Runs nothing and keeps nothing.
+
+`Limits` holds the bounds of a request, and Describe shows them. `ParameterBounds` makes them the one table by which sampling
+parameters are judged: those of a client in `Preparer.prepare`, and those that a sidecar submits in `Preparer.check_submit`.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ostinato.errors import Internal, InvalidRequest, OstinatoError, Violation, invalid, to_status
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
-from service.answer import Lexicon
 from service.engines.base import ROLES, Vocabulary
 from service.observe import prepare_span
 
-_log = logging.getLogger(__name__)
-
+NEW_TOKENS_DEFAULT = 128
 RECEIPT_BYTES = 1024
-"""Of a serialised Result, all but the output's text, ids and logprobs, at worst."""
+"""At most, of a serialised Result without the output's text, ids and logprobs."""
 
-
-@dataclass(frozen=True, slots=True)
-class Preparer:
-    """Safe in any thread."""
-
-    prompts: Prompts
-    lexicon: Lexicon
-    check_format: Callable[[types_pb2.ResponseFormat], None]
-    """The engine's: raises ValueError for a grammar that it cannot obey."""
-    model_digest: bytes
-
-    @property
-    def limits(self) -> Limits:
-        return self.prompts.limits
-
-    def prepare(self, request: engine_pb2.PrepareRequest) -> engine_pb2.PrepareResponse:
-        """Raises InvalidRequest with all that is wrong, each by its path."""
-        found = _Found()
-        self._count(request.items, found)
-        found.extend(self._judge(request.parameters, "parameters"))
-        sound = not found.violations
-        items = [self._item(item, request.parameters, f"items[{i}]", found, sound) for i, item in enumerate(request.items)]
-        found.raise_if_any()
-        return engine_pb2.PrepareResponse(items=(item for item in items if item is not None), model_digest=self.model_digest)
-
-    def answer(self, request: engine_pb2.PrepareRequest) -> engine_pb2.PrepareResponse:
-        """As `prepare`, for a stream that must outlive a bad request: what that raises is the answer."""
-        with prepare_span(request.traceparent) as span:
-            try:
-                response = self.prepare(request)
-            except OstinatoError as error:
-                span.fail(error.reason, fault=False)
-                response = engine_pb2.PrepareResponse(refused=to_status(error))
-            except Exception:  # noqa: BLE001  # whatever it is, the caller gets a code and the log gets the rest
-                _log.exception("could not prepare")
-                span.fail(Internal.reason)
-                response = engine_pb2.PrepareResponse(refused=to_status(Internal("internal error")))
-            response.prepare_id = request.prepare_id
-            return response
-
-    def tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
-        """The prompts' token ids; parameters are not looked at. Raises InvalidRequest."""
-        found = _Found()
-        self._count(request.items, found)
-        ids = [found.ids(self.prompts, item, f"items[{index}]") for index, item in enumerate(request.items)]
-        found.raise_if_any()
-        return generation_pb2.TokenizeResponse(results=(types_pb2.TokenIds(ids=each) for each in ids))
-
-    def _count(self, items: Sequence[types_pb2.Item], found: _Found) -> None:
-        """Raises at once: of too many items, none is looked at."""
-        if not 1 <= len(items) <= self.limits.batch_items_max:
-            found.add(Violation("items", f"must be 1 to {self.limits.batch_items_max}, are {len(items)}"))
-            found.raise_if_any()
-
-    def _item(
-        self, item: types_pb2.Item, batch: types_pb2.Parameters, path: str, found: _Found, sound: bool
-    ) -> engine_pb2.PreparedItem | None:
-        """None: something is wrong with it, or with the batch's parameters (not `sound`), and relations cannot be judged."""
-        before = len(found.violations)
-        found.extend(self._judge(item.parameters, f"{path}.parameters"))
-        ids = found.ids(self.prompts, item, path)
-        if not sound or len(found.violations) > before:
-            return None
-        sources = Sources(batch, item.parameters, path)
-        merged = sources.merged()
-        found.extend(relations(merged, sources, len(ids), self.limits))
-        if len(found.violations) > before:
-            return None
-        parameters = resolved(merged, len(ids), self.limits, self.lexicon)
-        return engine_pb2.PreparedItem(
-            token_ids=ids,
-            parameters=parameters,
-            seed=merged.seed if merged.HasField("seed") else None,
-            kv_tokens=len(ids) + parameters.max_new_tokens,
-            result_bytes=result_bytes(parameters, self.lexicon.text_bytes_max, self.prompts.vocabulary.size),
-        )
-
-    def _judge(self, given: types_pb2.Parameters, path: str) -> list[Violation]:
-        """What is wrong with these by themselves, by the engine's judgement too."""
-        if not given.ListFields():
-            return []
-        found = list(problems(given, path, self.limits, self.lexicon, self.prompts.vocabulary.size))
-        where = f"{path}.response_format"
-        if given.HasField("response_format") and not any(violation.field.startswith(where) for violation in found):
-            try:
-                self.check_format(given.response_format)
-            except ValueError as error:
-                found.append(Violation(f"{where}.{given.response_format.WhichOneof('format')}", str(error)))
-        return found
-
-
-@dataclass(slots=True)
-class _Found:
-    """Violations so far."""
-
-    violations: list[Violation] = field(default_factory=list)
-
-    def add(self, violation: Violation) -> None:
-        self.violations.append(violation)
-
-    def extend(self, violations: Iterable[Violation]) -> None:
-        self.violations.extend(violations)
-
-    def ids(self, prompts: Prompts, item: types_pb2.Item, path: str) -> Sequence[int]:
-        """The item's token ids; none where they are what is wrong."""
-        try:
-            return prompts.token_ids(item, path)
-        except InvalidRequest as error:
-            self.extend(error.violations)
-            return ()
-
-    def raise_if_any(self) -> None:
-        if self.violations:
-            raise InvalidRequest(violations=self.violations)
-
-
-def result_bytes(parameters: types_pb2.ResolvedParameters, text_bytes_max: int, vocabulary_size: int) -> int:
-    """Bytes of the serialised Result at worst: every token the longest, every varint at its widest."""
-    id_bytes = max(1, ((vocabulary_size - 1).bit_length() + 6) // 7)
-    per_token = id_bytes + text_bytes_max
-    if parameters.HasField("logprobs"):
-        # A double has 9 bytes with its tag; a message has its tag and a length of one or two bytes.
-        per_token += 3 + 9 + parameters.logprobs * (2 + 1 + id_bytes + 9)
-    stop_bytes = max((len(stop.encode()) for stop in parameters.stop), default=0)
-    return RECEIPT_BYTES + stop_bytes + parameters.max_new_tokens * per_token
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds, each inclusive. The engine and the settings give the first five; the rest are the contract's."""
+    """Bounds of a request, each inclusive. The engine and the settings give the first five; the others are the contract's."""
 
     context_tokens: int
     new_tokens_max: int
@@ -170,164 +49,273 @@ class Limits:
         return types_pb2.Limits(**{name: getattr(self, name) for name in shown})
 
 
-NEW_TOKENS_DEFAULT = 128
-
-_FLOATS = {
-    # name: lowest, whether the lowest itself is allowed, highest
-    "temperature": (0.0, True, 100.0),
-    "top_p": (0.0, False, 1.0),
-    "min_p": (0.0, True, 1.0),
-    "repetition_penalty": (0.0, False, 10.0),
-}
-
-
 @dataclass(frozen=True, slots=True)
-class Sources:
-    """An item's parameters over the batch's."""
+class Bound:
+    """An interval of numbers. NaN is in none."""
 
-    batch: types_pb2.Parameters
-    item: types_pb2.Parameters
-    item_path: str
+    least: float
+    most: float
+    excludes_least: bool = False
 
-    def merged(self) -> types_pb2.Parameters:
-        """Field by field: an item's replaces the batch's. To be read only."""
-        if not self.item.ListFields():
-            return self.batch
-        merged = types_pb2.Parameters()
-        merged.CopyFrom(self.batch)
-        for descriptor, _ in self.item.ListFields():
-            merged.ClearField(descriptor.name)  # type: ignore[arg-type]  # a name that is known only here
-        merged.MergeFrom(self.item)
-        return merged
+    def __contains__(self, value: float) -> bool:
+        return self.least < value <= self.most or (value == self.least and not self.excludes_least)
 
-    def violation(self, field: str, text: str) -> Violation:
-        """At the place where the value that holds stands; a default's, where one would set it."""
-        if _given(self.batch, field) and not _given(self.item, field):
-            return Violation(f"parameters.{field}", f"{self.item_path}: {text}")
-        return Violation(f"{self.item_path}.parameters.{field}", text)
+    def __str__(self) -> str:
+        return f"{'above ' if self.excludes_least else ''}{_number(self.least)} to {_number(self.most)}"
 
 
-def problems(
-    given: types_pb2.Parameters, path: str, limits: Limits, lexicon: Lexicon, vocabulary_size: int
-) -> Iterator[Violation]:
-    """Everything wrong with these parameters by themselves; grammars are left to the engine."""
-    for name, (low, closed, high) in _FLOATS.items():
-        value = getattr(given, name)
-        if given.HasField(name) and not (low < value <= high or (closed and value == low)):  # type: ignore[arg-type]
-            yield Violation(f"{path}.{name}", f"must be {'' if closed else 'above '}{low:g} to {high:g}, is {value:g}")
-    whole = {
-        "top_k": (0, limits.top_k_max),
-        "max_new_tokens": (1, limits.new_tokens_max),
-        "min_new_tokens": (0, limits.new_tokens_max),
-        "logprobs": (0, limits.logprobs_max),
-    }
-    for name, (least, most) in whole.items():
-        value = getattr(given, name)
-        if given.HasField(name) and not least <= value <= most:  # type: ignore[arg-type]
-            yield Violation(f"{path}.{name}", f"must be {least} to {most}, is {value}")
-    yield from _stops(given.stop, f"{path}.stop", limits)
-    yield from _many(given.stop_token_ids, f"{path}.stop_token_ids", limits.stop_token_ids_max)
-    for index, token_id in enumerate(given.stop_token_ids):
-        if token_id >= vocabulary_size:
-            yield Violation(f"{path}.stop_token_ids[{index}]", f"{token_id} is not below the vocabulary's {vocabulary_size}")
-    yield from _many(given.bad_words, f"{path}.bad_words", limits.bad_words_max)
-    for index, word in enumerate(given.bad_words):
-        if not lexicon.ids_of(word):
-            yield Violation(f"{path}.bad_words[{index}]", f"{_short(word)} is not one token of the model")
-    if given.HasField("response_format"):
-        yield from _format(given.response_format, f"{path}.response_format", limits)
+class ParameterBounds:
+    """The bounds of sampling parameters, as a client gives them and as a sidecar submits them (resolved)."""
+
+    def __init__(self, limits: Limits, vocabulary_size: int) -> None:
+        self._limits, self._vocabulary_size = limits, vocabulary_size
+        self._numbers = {
+            "temperature": Bound(0.0, 100.0),
+            "top_k": Bound(0, limits.top_k_max),
+            "top_p": Bound(0.0, 1.0, excludes_least=True),
+            "min_p": Bound(0.0, 1.0),
+            "repetition_penalty": Bound(0.0, 10.0, excludes_least=True),
+            "max_new_tokens": Bound(1, limits.new_tokens_max),
+            "min_new_tokens": Bound(0, limits.new_tokens_max),
+            "logprobs": Bound(0, limits.logprobs_max),
+        }
+        self._counts = {
+            "stop": limits.stop_max,
+            "stop_token_ids": limits.stop_token_ids_max,
+            "bad_words": limits.bad_words_max,
+        }
+
+    def violations(self, given: types_pb2.Parameters | types_pb2.ResolvedParameters, path: str) -> Iterator[Violation]:
+        """What is wrong with each parameter by itself, except what only the engine or the vocabulary's words can tell."""
+        for name, bound in self._numbers.items():
+            value = getattr(given, name)
+            if value not in bound and _is_given(given, name):
+                yield Violation(f"{path}.{name}", f"must be {bound}, is {_number(value)}")
+        for name, most in self._counts.items():
+            count = len(getattr(given, name, ()))
+            if count > most:
+                yield Violation(f"{path}.{name}", f"must be at most {most}, are {count}")
+        for index, stop in enumerate(given.stop):
+            yield from _check_length(stop, self._limits.stop_bytes_max, f"{path}.stop[{index}]")
+        for name in ("stop_token_ids", "bad_token_ids"):
+            for index, token_id in enumerate(getattr(given, name, ())):
+                if token_id >= self._vocabulary_size:
+                    text = f"{token_id} is not below the vocabulary's {self._vocabulary_size}"
+                    yield Violation(f"{path}.{name}[{index}]", text)
+        if given.HasField("response_format"):
+            yield from self._check_format(given.response_format, f"{path}.response_format")
+
+    def conflicts(self, given: types_pb2.ResolvedParameters, prompt_tokens: int) -> Iterator[tuple[str, str]]:
+        """What is wrong between parameters that are within their bounds, and between them and the prompt: the parameter's name
+        and a description."""
+        context, most = self._limits.context_tokens, given.max_new_tokens
+        if prompt_tokens + most > context:
+            text = f"prompt ({prompt_tokens}) and answer ({most}) are more than the context's {context} tokens"
+            yield "max_new_tokens", text
+        if given.min_new_tokens > most:
+            yield "min_new_tokens", f"{given.min_new_tokens} is more than max_new_tokens, {most}"
+        if given.HasField("response_format"):
+            for name in ("ignore_eos", "min_new_tokens"):
+                if getattr(given, name):
+                    yield name, "cannot be combined with response_format: the grammar decides where the answer ends"
+
+    def _check_format(self, constraint: types_pb2.ResponseFormat, path: str) -> Iterator[Violation]:
+        kind = constraint.WhichOneof("format")
+        if kind is None:
+            yield Violation(path, "holds neither json_schema nor regex")
+        else:
+            yield from _check_length(getattr(constraint, kind), self._limits.format_bytes_max, f"{path}.{kind}")
 
 
-def relations(merged: types_pb2.Parameters, sources: Sources, prompt_tokens: int, limits: Limits) -> Iterator[Violation]:
-    """Everything wrong between parameters that are good by themselves, and between them and the prompt."""
-    room = limits.context_tokens - prompt_tokens
-    most = merged.max_new_tokens if merged.HasField("max_new_tokens") else new_tokens_default(prompt_tokens, limits)
-    if most > room:
-        text = f"prompt ({prompt_tokens}) and answer ({most}) are more than the context's {limits.context_tokens} tokens"
-        yield sources.violation("max_new_tokens", text)
-    if merged.min_new_tokens > most:
-        yield sources.violation("min_new_tokens", f"{merged.min_new_tokens} is more than max_new_tokens, {most}")
-    if merged.HasField("response_format"):
-        for name in ("ignore_eos", "min_new_tokens"):
-            if getattr(merged, name):
-                yield sources.violation(name, "cannot go with response_format: a grammar ends its answer itself")
+class Lexicon:
+    """What is computed from a whole vocabulary, once. May be used from any thread."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+
+    def warm(self) -> None:
+        """Compute it now: that takes 0.1 s for a large vocabulary."""
+        _ = self._words, self.text_bytes_max
+
+    def ids_of(self, word: str) -> tuple[int, ...]:
+        """All tokens whose text is this word; white space before it is ignored. May be empty."""
+        return self._words.get(_bare(word), ())
+
+    @cached_property
+    def text_bytes_max(self) -> int:
+        """The most bytes of UTF-8 that one token can add to an answer's text, whatever tokens are beside it."""
+        return max(map(_text_bytes, self._pieces()), default=0)
+
+    @cached_property
+    def _words(self) -> Mapping[str, tuple[int, ...]]:
+        words: dict[str, tuple[int, ...]] = {}
+        for token_id, piece in enumerate(self._pieces()):
+            try:
+                word = _bare(piece.decode())
+            except UnicodeDecodeError:
+                continue
+            if word:
+                words[word] = (*words.get(word, ()), token_id)
+        return words
+
+    def _pieces(self) -> list[bytes]:
+        return [self._vocabulary.piece(token_id) for token_id in range(self._vocabulary.size)]
 
 
-def resolved(
-    merged: types_pb2.Parameters, prompt_tokens: int, limits: Limits, lexicon: Lexicon
-) -> types_pb2.ResolvedParameters:
-    """Good parameters in their one canonical form."""
-    has = merged.HasField
-    made = types_pb2.ResolvedParameters(
-        temperature=merged.temperature + 0.0 if has("temperature") else 1.0,  # + 0.0 turns -0.0 into 0.0
-        top_k=merged.top_k,
-        top_p=merged.top_p if has("top_p") else 1.0,
-        min_p=merged.min_p + 0.0,
-        repetition_penalty=merged.repetition_penalty if has("repetition_penalty") else 1.0,
-        max_new_tokens=merged.max_new_tokens if has("max_new_tokens") else new_tokens_default(prompt_tokens, limits),
-        min_new_tokens=merged.min_new_tokens,
-        stop=dict.fromkeys(merged.stop),
-        stop_token_ids=sorted(set(merged.stop_token_ids)),
-        bad_token_ids=sorted({token_id for word in merged.bad_words for token_id in lexicon.ids_of(word)}),
-        ignore_eos=merged.ignore_eos,
-    )
-    if has("logprobs"):
-        made.logprobs = merged.logprobs
-    if has("response_format"):
-        made.response_format.CopyFrom(merged.response_format)
-    return made
+class Preparer:
+    """Safe in any thread."""
 
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        limits: Limits,
+        check_format: Callable[[types_pb2.ResponseFormat], None],
+        model_digest: bytes,
+        *,
+        chat: bool,
+    ) -> None:
+        """`check_format`: the engine's, which raises ValueError for a grammar that it does not support. `chat`: whether the
+        vocabulary can render chats."""
+        self.vocabulary, self.lexicon = vocabulary, Lexicon(vocabulary)
+        self._limits, self._check_format, self._model_digest, self._chat = limits, check_format, model_digest, chat
+        self._bounds = ParameterBounds(limits, vocabulary.size)
+        # The operator may have lowered new_tokens_max since the run was recorded. The context is what the engine can hold.
+        engine_limits = replace(limits, new_tokens_max=limits.context_tokens - 1)
+        self._submit_bounds = ParameterBounds(engine_limits, vocabulary.size)
 
-def new_tokens_default(prompt_tokens: int, limits: Limits) -> int:
-    """What an item that does not say gets."""
-    return min(NEW_TOKENS_DEFAULT, limits.new_tokens_max, limits.context_tokens - prompt_tokens)
+    def prepare(self, request: engine_pb2.PrepareRequest) -> engine_pb2.PrepareResponse:
+        """Raises InvalidRequest with everything that is wrong, each by its path."""
+        self._check_count(request.items)
+        found = self._judge(request.parameters, "parameters")
+        good_batch = not found
+        items = []
+        for index, item in enumerate(request.items):
+            prepared = self._item(item, request.parameters, f"items[{index}]", found, good_batch)
+            if prepared is not None:
+                items.append(prepared)
+        if found:
+            raise InvalidRequest(violations=found)
+        return engine_pb2.PrepareResponse(items=items, model_digest=self._model_digest)
 
+    def answer(self, request: engine_pb2.PrepareRequest) -> engine_pb2.PrepareResponse:
+        """As `prepare`, for a stream: an error is part of the response, because it must not end the stream."""
+        with prepare_span(request.traceparent) as span:
+            try:
+                response = self.prepare(request)
+            except OstinatoError as error:
+                span.fail(error.reason, fault=False)
+                response = engine_pb2.PrepareResponse(refused=to_status(error))
+            except Exception:  # noqa: BLE001  # the caller gets a code, the log the rest
+                _log.exception("could not prepare")
+                span.fail(Internal.reason)
+                response = engine_pb2.PrepareResponse(refused=to_status(Internal("internal error")))
+            response.prepare_id = request.prepare_id
+            return response
 
-def _given(parameters: types_pb2.Parameters, field: str) -> bool:
-    return any(descriptor.name == field for descriptor, _ in parameters.ListFields())
+    def tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
+        """The prompts' token ids; parameters are ignored. Raises InvalidRequest."""
+        self._check_count(request.items)
+        found: list[Violation] = []
+        ids = [self._token_ids(item, f"items[{index}]", found) for index, item in enumerate(request.items)]
+        if found:
+            raise InvalidRequest(violations=found)
+        return generation_pb2.TokenizeResponse(results=(types_pb2.TokenIds(ids=each) for each in ids))
 
+    def check_submit(self, submit: engine_pb2.Submit) -> InvalidRequest | None:
+        """Why the engine cannot take this run. Prepare has checked it already, but perhaps in an earlier service with another
+        model; and some of these values would crash the process."""
+        found: list[Violation] = []
+        highest = max(submit.token_ids)
+        if highest >= self.vocabulary.size:
+            found.append(Violation("token_ids", f"{highest} is not below the vocabulary's {self.vocabulary.size}"))
+        found += self._submit_bounds.violations(submit.parameters, "parameters")
+        if not found:
+            conflicts = self._submit_bounds.conflicts(submit.parameters, len(submit.token_ids))
+            found += [Violation(f"parameters.{name}", text) for name, text in conflicts]
+        return InvalidRequest(violations=found) if found else None
 
-def _stops(stops: Sequence[str], path: str, limits: Limits) -> Iterator[Violation]:
-    yield from _many(stops, path, limits.stop_max)
-    for index, stop in enumerate(stops):
-        if not 1 <= len(stop.encode()) <= limits.stop_bytes_max:
-            yield Violation(f"{path}[{index}]", f"must be 1 to {limits.stop_bytes_max} bytes long, is {len(stop.encode())}")
+    def _check_count(self, items: Sequence[types_pb2.Item]) -> None:
+        most = self._limits.batch_items_max
+        if not 1 <= len(items) <= most:
+            raise invalid("items", f"must be 1 to {most}, are {len(items)}")
 
+    def _item(
+        self, item: types_pb2.Item, batch: types_pb2.Parameters, path: str, found: list[Violation], good_batch: bool
+    ) -> engine_pb2.PreparedItem | None:
+        """None: the item or the batch's parameters are out of bounds, which is added to `found`; conflicts are not judged."""
+        before = len(found)
+        found += self._judge(item.parameters, f"{path}.parameters")
+        ids = self._token_ids(item, path, found)
+        if not good_batch or len(found) > before:
+            return None
+        merged = _merged(batch, item.parameters)
+        parameters = self._resolved(merged, len(ids))
+        for name, text in self._bounds.conflicts(parameters, len(ids)):
+            if _is_listed(batch, name) and not _is_listed(item.parameters, name):
+                found.append(Violation(f"parameters.{name}", f"{path}: {text}"))
+            else:
+                found.append(Violation(f"{path}.parameters.{name}", text))
+        return engine_pb2.PreparedItem(
+            token_ids=ids,
+            parameters=parameters,
+            seed=merged.seed if merged.HasField("seed") else None,
+            kv_tokens=len(ids) + parameters.max_new_tokens,
+            result_bytes=result_bytes(parameters, self.lexicon.text_bytes_max, self.vocabulary.size),
+        )
 
-def _many(values: Sequence[object], path: str, most: int) -> Iterator[Violation]:
-    if len(values) > most:
-        yield Violation(path, f"must be at most {most}, are {len(values)}")
+    def _judge(self, given: types_pb2.Parameters, path: str) -> list[Violation]:
+        """What is wrong with a client's parameters by themselves. Each value is judged where it is given: the batch's as
+        `parameters.top_p`, an item's as `items[3].parameters.top_p`."""
+        if not given.ListFields():
+            return []
+        found = list(self._bounds.violations(given, path))
+        for index, word in enumerate(given.bad_words):
+            if not self.lexicon.ids_of(word):
+                found.append(Violation(f"{path}.bad_words[{index}]", f"{_short(word)} is not one token of the model"))
+        format_path = f"{path}.response_format"
+        if given.HasField("response_format") and not any(violation.field.startswith(format_path) for violation in found):
+            try:
+                self._check_format(given.response_format)
+            except ValueError as error:
+                found.append(Violation(f"{format_path}.{given.response_format.WhichOneof('format')}", str(error)))
+        return found
 
+    def _resolved(self, merged: types_pb2.Parameters, prompt_tokens: int) -> types_pb2.ResolvedParameters:
+        """The one canonical form of parameters that are within their bounds."""
+        has, limits = merged.HasField, self._limits
+        default = min(NEW_TOKENS_DEFAULT, limits.new_tokens_max, limits.context_tokens - prompt_tokens)
+        resolved = types_pb2.ResolvedParameters(
+            temperature=merged.temperature + 0.0 if has("temperature") else 1.0,  # + 0.0 turns -0.0 into 0.0
+            top_k=merged.top_k,
+            top_p=merged.top_p if has("top_p") else 1.0,
+            min_p=merged.min_p + 0.0,
+            repetition_penalty=merged.repetition_penalty if has("repetition_penalty") else 1.0,
+            max_new_tokens=merged.max_new_tokens if has("max_new_tokens") else default,
+            min_new_tokens=merged.min_new_tokens,
+            stop=dict.fromkeys(merged.stop),
+            stop_token_ids=sorted(set(merged.stop_token_ids)),
+            bad_token_ids=sorted({token_id for word in merged.bad_words for token_id in self.lexicon.ids_of(word)}),
+            ignore_eos=merged.ignore_eos,
+        )
+        if has("logprobs"):
+            resolved.logprobs = merged.logprobs
+        if has("response_format"):
+            resolved.response_format.CopyFrom(merged.response_format)
+        return resolved
 
-def _format(constraint: types_pb2.ResponseFormat, path: str, limits: Limits) -> Iterator[Violation]:
-    kind = constraint.WhichOneof("format")
-    if kind is None:
-        yield Violation(path, "holds neither json_schema nor regex")
-        return
-    size = len((constraint.json_schema if kind == "json_schema" else constraint.regex).encode())
-    if not 1 <= size <= limits.format_bytes_max:
-        yield Violation(f"{path}.{kind}", f"must be 1 to {limits.format_bytes_max} bytes long, is {size}")
+    def _token_ids(self, item: types_pb2.Item, path: str, found: list[Violation]) -> Sequence[int]:
+        """1 to context_tokens - 1 ids; none, with what is wrong added to `found`, for a bad prompt."""
+        try:
+            return self._prompt(item, path)
+        except InvalidRequest as error:
+            found += error.violations
+            return ()
 
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:40] + "…")
-
-
-@dataclass(frozen=True, slots=True)
-class Prompts:
-    """Pure, and safe in any thread."""
-
-    vocabulary: Vocabulary
-    limits: Limits
-    chat: bool
-    """Whether chats can be rendered."""
-
-    def token_ids(self, item: types_pb2.Item, path: str) -> Sequence[int]:
-        """1 to context_tokens - 1 ids. Raises InvalidRequest that names what is wrong under `path`, such as `items[3]`."""
+    def _prompt(self, item: types_pb2.Item, path: str) -> Sequence[int]:
         given = [name for name in ("text", "token_ids", "chat") if item.HasField(name)]
         if len(given) != 1:
             text = f"has {len(given)} prompts ({', '.join(given)})" if given else "has no prompt"
-            raise invalid(path, f"{text}: exactly one of text, token_ids and chat is wanted")
+            raise invalid(path, f"{text}: exactly one of text, token_ids and chat is required")
         where = f"{path}.{given[0]}"
         match given[0]:
             case "text":
@@ -335,8 +323,8 @@ class Prompts:
             case "token_ids":
                 ids = self._ids(item.token_ids.ids, where)
             case _:
-                ids = self._chat(item.chat.messages, where)
-        most, size = self.limits.context_tokens - 1, self.vocabulary.size
+                ids = self._rendered(item.chat.messages, where)
+        most, size = self._limits.context_tokens - 1, self.vocabulary.size
         if not 1 <= len(ids) <= most:
             raise invalid(where, f"must be 1 to {most} tokens, is {len(ids)}")
         if (highest := max(ids)) >= size:  # a tokenizer may have more tokens than its model has rows for
@@ -346,7 +334,7 @@ class Prompts:
     def _text(self, text: str, where: str) -> Sequence[int]:
         if not text:
             raise invalid(where, "is empty")
-        self._bounded(len(text.encode()), where)
+        self._check_prompt_bytes(len(text.encode()), where)
         return self.vocabulary.encode(text, special=False)
 
     def _ids(self, ids: Sequence[int], where: str) -> Sequence[int]:
@@ -356,8 +344,8 @@ class Prompts:
             raise invalid(f"{where}.ids[{index}]", f"{ids[index]} is not below the vocabulary's {size}")
         return ids
 
-    def _chat(self, messages: Sequence[types_pb2.Message], where: str) -> Sequence[int]:
-        if not self.chat:
+    def _rendered(self, messages: Sequence[types_pb2.Message], where: str) -> Sequence[int]:
+        if not self._chat:
             raise invalid(where, "this model has no chat template")
         if not messages:
             raise invalid(where, "has no messages")
@@ -368,14 +356,80 @@ class Prompts:
         ]
         if unknown:
             raise InvalidRequest(violations=unknown)
-        self._bounded(sum(len(message.content.encode()) for message in messages), where)
+        self._check_prompt_bytes(sum(len(message.content.encode()) for message in messages), where)
         try:
             text = self.vocabulary.render(messages)
         except ValueError as error:
             raise invalid(where, f"the model's template refuses it: {error}") from error
-        self._bounded(len(text.encode()), where)
+        self._check_prompt_bytes(len(text.encode()), where)
         return self.vocabulary.encode(text, special=True)
 
-    def _bounded(self, size: int, where: str) -> None:
-        if size > self.limits.prompt_bytes_max:
-            raise invalid(where, f"must be at most {self.limits.prompt_bytes_max} bytes of text, is {size}")
+    def _check_prompt_bytes(self, size: int, where: str) -> None:
+        if size > self._limits.prompt_bytes_max:
+            raise invalid(where, f"must be at most {self._limits.prompt_bytes_max} bytes of text, is {size}")
+
+
+def result_bytes(parameters: types_pb2.ResolvedParameters, text_bytes_max: int, vocabulary_size: int) -> int:
+    """The most bytes that the serialised Result can have: every token the longest, every varint at its widest."""
+    id_bytes = max(1, ((vocabulary_size - 1).bit_length() + 6) // 7)
+    per_token = id_bytes + text_bytes_max
+    if parameters.HasField("logprobs"):
+        # A double has 9 bytes with its tag; a message has its tag and a length of one or two bytes.
+        per_token += 3 + 9 + parameters.logprobs * (2 + 1 + id_bytes + 9)
+    stop_bytes = max((len(stop.encode()) for stop in parameters.stop), default=0)
+    return RECEIPT_BYTES + stop_bytes + parameters.max_new_tokens * per_token
+
+
+def _merged(batch: types_pb2.Parameters, item: types_pb2.Parameters) -> types_pb2.Parameters:
+    """Field by field, an item's replaces the batch's. The result is read only: it may be `batch`."""
+    if not item.ListFields():
+        return batch
+    merged = types_pb2.Parameters()
+    merged.CopyFrom(batch)
+    for descriptor, _ in item.ListFields():
+        merged.ClearField(descriptor.name)  # type: ignore[arg-type]  # a name that is known only here
+    merged.MergeFrom(item)
+    return merged
+
+
+_OPTIONAL = {
+    message: frozenset(field.name for field in message.DESCRIPTOR.fields if field.has_presence)
+    for message in (types_pb2.Parameters, types_pb2.ResolvedParameters)
+}
+
+
+def _is_given(parameters: types_pb2.Parameters | types_pb2.ResolvedParameters, name: str) -> bool:
+    """False for an optional field that is not set."""
+    return name not in _OPTIONAL[type(parameters)] or parameters.HasField(name)  # type: ignore[arg-type]
+
+
+def _is_listed(parameters: types_pb2.Parameters, name: str) -> bool:
+    return any(descriptor.name == name for descriptor, _ in parameters.ListFields())
+
+
+def _check_length(text: str, bytes_max: int, path: str) -> Iterator[Violation]:
+    size = len(text.encode())
+    if not 1 <= size <= bytes_max:
+        yield Violation(path, f"must be 1 to {bytes_max} bytes long, is {size}")
+
+
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "…")
+
+
+def _bare(word: str) -> str:
+    """Without white space before it. White space alone stays as it is."""
+    return word.lstrip() or word
+
+
+def _text_bytes(piece: bytes) -> int:
+    """Of whole characters, their own bytes; of a broken one, three (U+FFFD) for each byte at worst."""
+    try:
+        piece.decode()
+    except UnicodeDecodeError:
+        return sum(1 if byte < 0x80 else 3 for byte in piece)
+    return len(piece)

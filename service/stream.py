@@ -1,4 +1,14 @@
-"""The Engine service, and its Execute stream: a sidecar's runs in, what happens to them out."""
+"""The Engine service. Its Execute stream carries a sidecar's runs in and their events out.
+
+The life of a run, which `EngineServicer.Execute` begins with:
+
+    admitted     Fence.admit: may this sidecar drive the engine?
+    received     Stream.receive, by the rules of Submissions: a sidecar that breaks one loses its stream
+    judged       Preparer.check_submit: can the engine take this run?
+    run          Runs.submit hands it to the engine
+    tokens, end  Runs.on_events gets them from the engine, Stream._deliver puts them into the outbox
+    framed       Outbox.next joins what waits into as few messages as possible
+"""
 
 from __future__ import annotations
 
@@ -7,9 +17,9 @@ import itertools
 import json
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +31,6 @@ from ostinato.errors import (
     DeadlineExceeded,
     EngineUnavailable,
     EpochStale,
-    InvalidRequest,
     JournalBehind,
     NotBuilt,
     OstinatoError,
@@ -29,7 +38,6 @@ from ostinato.errors import (
     ProtocolViolation,
     QueueFull,
     SlowReader,
-    Violation,
     WriterBusy,
     from_status,
     to_status,
@@ -40,34 +48,98 @@ from serving.program import StartupError, replace_file
 
 from service.answer import Answer
 from service.description import Describer, HeldGrade
-from service.engines.base import Engine, Events, Run, Vocabulary
+from service.engines.base import Engine, Events, Run
 from service.engines.huggingface import archive
 from service.observe import Metrics, RunSpans
-from service.prepare import Limits, Preparer
+from service.prepare import Preparer
 
 NAME = "ostinato.v1.Engine"
 RETRY_SECONDS = 1.0
 HEAVY_BYTES = 4096
-"""Of items: what is tokenised without a thread takes about a millisecond at most."""
-
-Context = grpc.aio.ServicerContext[Any, Any]
+"""Of items. Fewer are tokenised on the event loop, in about a millisecond at most."""
 CHUNK_BYTES = 1 << 20
 """Of the tokenizer's files."""
+SUBMITS_AT_ONCE = 16
+"""Of one message; then the event loop, and so the engine, gets a turn. Hundreds of long prompts take as long to receive as the
+engine's first steps."""
+SAVE_SECONDS = 1.0
+"""Between two writes of the sequence file, at least."""
+LOGS_MAX = 256
+"""In the sequence file: those that were run last."""
+RUN_IDS_MAX = 65_536
+"""That a stream keeps, the newest ones, to find one that is used twice."""
+PURPOSES = frozenset(engine_pb2.Purpose.values()) - {engine_pb2.PURPOSE_UNSPECIFIED}
+
+Requests = AsyncIterator[engine_pb2.ExecuteRequest]
+Context = grpc.aio.ServicerContext[Any, Any]
+Deliver = Callable[[engine_pb2.RunEvent], None]
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """All that exists once the engine is loaded and tested."""
+class EngineServicer(engine_pb2_grpc.EngineServicer):
+    """The RPCs. UNAVAILABLE until `streams` is set, which is when the engine is loaded and tested."""
 
-    describer: Describer
-    vocabulary: Vocabulary
-    preparer: Preparer
-    streams: Streams
+    def __init__(self, workers: Workers) -> None:
+        self.streams: Streams | None = None
+        self._workers = workers
+
+    async def Execute(self, request_iterator: Requests, context: Context) -> AsyncGenerator[engine_pb2.ExecuteResponse]:
+        """One stream, from Hello to its end. Raises a StreamRefused for a sidecar that breaks a rule or is replaced."""
+        # Read before anything is refused: if a refusal were quicker than the sidecar's first write, gRPC would report a failed
+        # write to it and not the refusal.
+        first = await anext(request_iterator, None)
+        streams = self._ready()
+        with streams.admitted(first) as stream:
+            receiving = asyncio.create_task(stream.receive(request_iterator))
+            try:
+                while (frame := await stream.outbox.next()) is not None:
+                    streams.metrics.frame_events.observe(len(frame.events))
+                    yield frame
+            finally:
+                receiving.cancel()
+                with suppress(asyncio.CancelledError):
+                    await receiving
+
+    async def Describe(self, request: engine_pb2.DescribeRequest, context: Context) -> engine_pb2.DescribeResponse:
+        return self._ready().describer.response()
+
+    async def Prepare(self, request: engine_pb2.PrepareRequest, context: Context) -> engine_pb2.PrepareResponse:
+        preparer = self._ready().preparer
+        return await self._do(_is_heavy(request.items, request.parameters), lambda: preparer.prepare(request))
+
+    async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Context) -> generation_pb2.TokenizeResponse:
+        preparer = self._ready().preparer
+        return await self._do(_is_heavy(request.items), lambda: preparer.tokenize(request))
+
+    async def GetTokenizer(
+        self, request: engine_pb2.GetTokenizerRequest, context: Context
+    ) -> AsyncGenerator[engine_pb2.GetTokenizerResponse]:
+        vocabulary = self._ready().preparer.vocabulary
+        try:
+            packed = await self._workers.run(lambda: archive(vocabulary.files()))
+        except ValueError as error:
+            raise NotBuilt(f"no tokenizer.json can be made for this model: {error}") from error
+        for start in range(0, len(packed), CHUNK_BYTES):
+            yield engine_pb2.GetTokenizerResponse(chunk=packed[start : start + CHUNK_BYTES])
+
+    def _ready(self) -> Streams:
+        if self.streams is None:
+            raise EngineUnavailable("the model is being loaded and tested", retry_after=RETRY_SECONDS)
+        return self.streams
+
+    async def _do(self, heavy: bool, work: Callable[[], T]) -> T:
+        return await self._workers.run(work) if heavy else work()
+
+
+def _is_heavy(items: Sequence[types_pb2.Item], parameters: types_pb2.Parameters | None = None) -> bool:
+    """Whether it would block the event loop for too long: much text, or a grammar to compile."""
+    every = [item.parameters for item in items] + ([parameters] if parameters is not None else [])
+    return any(each.HasField("response_format") for each in every) or sum(item.ByteSize() for item in items) > HEAVY_BYTES
 
 
 class Workers:
-    """Threads for what would hold the event loop up: a bounded number, with a bounded queue."""
+    """A bounded number of threads with a bounded queue, for work that would block the event loop."""
 
     def __init__(self, threads: int, queue_max: int) -> None:
         self._pool = ThreadPoolExecutor(threads, "prepare")
@@ -80,86 +152,21 @@ class Workers:
             raise QueueFull(f"{self._now} requests are being prepared", retry_after=RETRY_SECONDS)
         self._now += 1
         done = asyncio.get_running_loop().run_in_executor(self._pool, work)
-        # Not when the caller stops waiting: the thread does not.
-        done.add_done_callback(self._count_down)
+        done.add_done_callback(self._count_down)  # not when the caller is cancelled: its thread goes on
         return await asyncio.shield(done)
 
     def _count_down(self, done: asyncio.Future[T]) -> None:
         self._now -= 1
         if not done.cancelled():
-            done.exception()  # somebody has to look at it, and the caller may have left
+            done.exception()  # retrieved here, because the caller may have been cancelled
 
     def close(self) -> None:
-        """Drop what waits."""
+        """Cancels what waits."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-class EngineServicer(engine_pb2_grpc.EngineServicer):
-    """UNAVAILABLE until `ready` is set."""
-
-    def __init__(self, workers: Workers) -> None:
-        self.ready: Ready | None = None
-        self._workers = workers
-
-    async def Describe(self, request: engine_pb2.DescribeRequest, context: Context) -> engine_pb2.DescribeResponse:
-        return self._ready().describer.response()
-
-    async def Prepare(self, request: engine_pb2.PrepareRequest, context: Context) -> engine_pb2.PrepareResponse:
-        preparer = self._ready().preparer
-        return await self._do(_heavy(request.items, request.parameters), lambda: preparer.prepare(request))
-
-    async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Context) -> generation_pb2.TokenizeResponse:
-        preparer = self._ready().preparer
-        return await self._do(_heavy(request.items), lambda: preparer.tokenize(request))
-
-    async def GetTokenizer(
-        self, request: engine_pb2.GetTokenizerRequest, context: Context
-    ) -> AsyncGenerator[engine_pb2.GetTokenizerResponse]:
-        vocabulary = self._ready().vocabulary
-        try:
-            packed = await self._workers.run(lambda: archive(vocabulary.files()))
-        except ValueError as error:
-            raise NotBuilt(f"no tokenizer.json can be made for this model: {error}") from error
-        for start in range(0, len(packed), CHUNK_BYTES):
-            yield engine_pb2.GetTokenizerResponse(chunk=packed[start : start + CHUNK_BYTES])
-
-    async def Execute(
-        self, request_iterator: AsyncIterator[engine_pb2.ExecuteRequest], context: Context
-    ) -> AsyncGenerator[engine_pb2.ExecuteResponse]:
-        # Heard before anything is refused: a refusal that is quicker than hello makes the sidecar's write fail, and gRPC then
-        # tells it of that instead.
-        hello = await anext(request_iterator, None)
-        async with aclosing(self._ready().streams.execute(hello, request_iterator)) as frames:
-            async for frame in frames:
-                yield frame
-
-    def _ready(self) -> Ready:
-        if self.ready is None:
-            raise EngineUnavailable("the model is being loaded and tested", retry_after=RETRY_SECONDS)
-        return self.ready
-
-    async def _do(self, heavy: bool, work: Callable[[], T]) -> T:
-        return await self._workers.run(work) if heavy else work()
-
-
-def _heavy(items: Sequence[types_pb2.Item], parameters: types_pb2.Parameters | None = None) -> bool:
-    """Whether this takes longer than the event loop should wait: much text, or a grammar to compile."""
-    every = [item.parameters for item in items] + ([parameters] if parameters is not None else [])
-    return any(each.HasField("response_format") for each in every) or sum(item.ByteSize() for item in items) > HEAVY_BYTES
-
-
-Requests = AsyncIterator[engine_pb2.ExecuteRequest]
-_log = logging.getLogger(__name__)
-
-
-SUBMITS_AT_ONCE = 16
-"""Of one message: then the engine may begin with them. Taking in hundreds of long prompts takes as long as its first steps."""
-REMEMBER_SECONDS = 1.0
-"""Between two writings of the memory, at least."""
-
-
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class StreamLimits:
     """Of one stream."""
 
     runs_max: int
@@ -170,68 +177,57 @@ class Bounds:
 
 @dataclass(slots=True)
 class Streams:
-    """All Execute streams of the process, of which one is connected at most."""
+    """All Execute streams of the process, of which at most one is connected, and what they need."""
 
     runs: Runs
     describer: Describer
     preparer: Preparer
-    bounds: Bounds
+    limits: StreamLimits
     metrics: Metrics
-    fence: Fence = field(default_factory=lambda: Fence())
-    memory: Memory | None = None
+    fence: Fence
+    file: SequenceFile | None = None
     """Where the fence's sequences are kept; None: nowhere."""
     _current: Stream | None = None
     _idle_seconds: float | None = None
-    _remembering: asyncio.TimerHandle | None = None
 
-    async def execute(
-        self, first: engine_pb2.ExecuteRequest | None, requests: Requests
-    ) -> AsyncGenerator[engine_pb2.ExecuteResponse]:
-        """Serve one stream, its first request and the rest, to its end. Raises a StreamRefused for a sidecar that breaks a rule
-        or is replaced."""
+    @contextmanager
+    def admitted(self, first: engine_pb2.ExecuteRequest | None) -> Iterator[Stream]:
+        """The new stream that begins with this message, connected until the context ends."""
         try:
-            if first is None or not first.HasField("hello"):
-                raise ProtocolViolation("a stream begins with hello")
-            stream = self._admit(first.hello)
+            stream = self._admit(first)
+            try:
+                yield stream
+            finally:
+                self._leave(stream)
         except OstinatoError as error:
-            self._count(error)
+            self.metrics.refused.labels(error.reason).inc()
+            _log.warning("stream refused", extra={"reason": error.reason, "why": error.message})
             raise
-        try:
-            async with aclosing(stream.serve(first, requests)) as frames:
-                async for frame in frames:
-                    yield frame
-        except OstinatoError as error:
-            self._count(error)
-            raise
-        finally:
-            self._leave(stream)
 
     def drain(self, idle_seconds: float) -> None:
-        """From now on a stream ends well once it has had no run for this long."""
+        """From now on a stream ends once it has had no run for `idle_seconds`."""
         self._idle_seconds = idle_seconds
         if self._current is not None:
             self._current.drain(idle_seconds)
 
     def ran(self, log_id: str, sequence: int) -> None:
-        """This sequence was submitted. It is remembered soon."""
+        """This sequence was submitted."""
         self.fence.ran(log_id, sequence)
-        if self.memory is not None and self._remembering is None:
-            self._remembering = asyncio.get_running_loop().call_later(REMEMBER_SECONDS, self._remember, self.memory)
+        if self.file is not None:
+            self.file.write_soon(self.fence.sequences)
 
-    def _remember(self, memory: Memory) -> None:
-        self._remembering = None
-        memory.write(self.fence.sequences)
-
-    def _admit(self, hello: engine_pb2.Hello) -> Stream:
-        """The new stream; the one before, if it is still there, is out of the way."""
-        self.fence.admit(hello)
+    def _admit(self, first: engine_pb2.ExecuteRequest | None) -> Stream:
+        """The new stream; the one before, if it is still connected, has been stopped."""
+        if first is None or not first.HasField("hello"):
+            raise ProtocolViolation("a stream begins with hello")
+        self.fence.admit(first.hello)
         if self._current is not None:
-            self._current.replace(hello.epoch)
-        self._current = Stream(self, hello)
+            self._current.replace(first.hello.epoch)
+        self._current = Stream(self, first)
         if self._idle_seconds is not None:
             self._current.drain(self._idle_seconds)
         self.metrics.streams.set(1)
-        _log.info("sidecar connected", extra=_names(hello))
+        _log.info("sidecar connected", extra=_names(first.hello))
         return self._current
 
     def _leave(self, stream: Stream) -> None:
@@ -240,144 +236,14 @@ class Streams:
         if self._current is stream:
             self._current = None
             self.fence.leave()
-            if self._remembering is not None and self.memory is not None:
-                self._remembering.cancel()
-                self._remember(self.memory)
+            if self.file is not None:
+                self.file.flush()
             self.metrics.streams.set(0)
-
-    def _count(self, error: OstinatoError) -> None:
-        self.metrics.refused.labels(error.reason).inc()
-        _log.warning("stream refused", extra={"reason": error.reason, "why": error.message})
-
-
-class Stream:
-    """One sidecar's stream, once let in.
-
-    1. A stream begins with Hello and is answered with Welcome; `Fence` decides who is let in, and only one is.
-    2. Runs reach the engine in the order of submission.
-    3. The stream's half-close lets its runs end, then ends the stream. Any other end stops them at once.
-    4. A service that is told to stop keeps the stream, and takes runs from it, until there were none for a while: the
-       sidecar, told to stop at the same moment, still needs it.
-    """
-
-    def __init__(self, streams: Streams, hello: engine_pb2.Hello) -> None:
-        self.hello = hello
-        self._streams = streams
-        self._describer, self._bounds, self._metrics = streams.describer, streams.bounds, streams.metrics
-        self._outbox = Outbox(self._bounds.buffer_bytes_max, self._bounds.frame_bytes_max)
-        self._owner = Owner(streams.runs, self._deliver)
-        self._protocol = Protocol()
-        self._half_closed = self._stopped = False
-        self._idle_seconds: float | None = None
-        self._idle: asyncio.TimerHandle | None = None
-        self._unwatch = streams.describer.held.watch(self._welcome)
-
-    async def serve(self, first: engine_pb2.ExecuteRequest, requests: Requests) -> AsyncGenerator[engine_pb2.ExecuteResponse]:
-        """Frames, as soon as there is something to say."""
-        self._welcome()
-        reading = asyncio.create_task(self._read(first, requests))
-        try:
-            while (frame := await self._outbox.next()) is not None:
-                self._metrics.frame_events.observe(len(frame.events))
-                yield frame
-        finally:
-            reading.cancel()
-            with suppress(asyncio.CancelledError):
-                await reading
-
-    def replace(self, epoch: int) -> None:
-        """Make way for a later stream."""
-        self.stop()
-        self._outbox.fail(EpochStale(f"replaced by a stream of epoch {epoch}", details={"highest": str(epoch)}))
-
-    def drain(self, idle_seconds: float) -> None:
-        """End well once there has been no run for this long."""
-        self._idle_seconds = idle_seconds
-        self._settle()
-
-    def stop(self) -> None:
-        """Stop all runs and take no more. May be called again."""
-        self._stopped = True
-        self._owner.close()
-        self._settle()
-        self._unwatch()
-
-    async def _read(self, first: engine_pb2.ExecuteRequest, requests: Requests) -> None:
-        """Take requests until the sidecar half-closes. Whatever goes wrong ends the stream, through the outbox."""
-        try:
-            await self._take(first)
-            async for request in requests:
-                if request.HasField("hello"):
-                    raise ProtocolViolation("hello stands in the first message only")
-                await self._take(request)
-        except Exception as error:  # noqa: BLE001  # raised again where the stream is served
-            self.stop()
-            self._outbox.fail(error)
-            return
-        self._half_closed = True
-        self._settle()
-
-    async def _take(self, request: engine_pb2.ExecuteRequest) -> None:
-        for number, submit in enumerate(request.submits):
-            if number and number % SUBMITS_AT_ONCE == 0:
-                await asyncio.sleep(0)
-            if self._stopped:
-                break
-            self._submit(submit)
-        if self._stopped:
-            return  # a later stream has the engine; this one only does not know yet
-        for run_id in request.cancels:
-            self._owner.cancel(run_id)
-        for prepare in request.prepares:
-            self._outbox.answer(self._streams.preparer.answer(prepare))
-        self._settle()
-
-    def _submit(self, submit: engine_pb2.Submit) -> None:
-        self._protocol.check(submit)
-        if submit.purpose == engine_pb2.PURPOSE_PRIMARY:
-            self._streams.ran(self.hello.log_id, submit.sequence)
-        error: OstinatoError | None = unfit(submit, self._describer.limits, self._describer.engine.vocabulary.size)
-        if len(self._owner) >= self._bounds.runs_max:
-            error = QueueFull(f"more than {self._bounds.runs_max} runs at once")
-        if error is None:
-            self._owner.submit(submit)
-        else:
-            self._outbox.put(engine_pb2.RunEvent(run_id=submit.run_id, failed=to_status(error)))
-
-    def _deliver(self, event: engine_pb2.RunEvent) -> None:
-        self._outbox.put(event)
-        if self._outbox.failed:
-            self.stop()
-        self._settle()
-
-    def _settle(self) -> None:
-        """Without a run, a half-closed stream ends at once, and one that is to end anyway after a while."""
-        if self._idle is not None:
-            self._idle.cancel()
-            self._idle = None
-        if len(self._owner):
-            return
-        if self._half_closed:
-            self._outbox.close()
-        elif self._idle_seconds is not None and not self._stopped:
-            self._idle = asyncio.get_running_loop().call_later(self._idle_seconds, self._retire)
-
-    def _retire(self) -> None:
-        _log.info("sidecar let go", extra=_names(self.hello))
-        self.stop()
-        self._outbox.close()
-
-    def _welcome(self) -> None:
-        self._outbox.welcome(engine_pb2.Welcome(description=self._describer.response()))
-
-
-def _names(hello: engine_pb2.Hello) -> dict[str, object]:
-    return {"log_id": hello.log_id, "writer": hello.writer, "epoch": hello.epoch, "last_sequence": hello.last_sequence}
 
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """Who is connected."""
+    """A sidecar's name, and the log it writes."""
 
     log_id: str
     name: str
@@ -388,22 +254,22 @@ class Writer:
 
 @dataclass(slots=True)
 class Fence:
-    """Which sidecar may drive the engine. Pure; but for the sequences, for the life of the process.
+    """Which sidecar may drive the engine. Pure. Lives as long as the process; the sequences live longer (`SequenceFile`).
 
     1. An epoch lower than the highest admitted of its writer on its log is refused: that sidecar has been replaced.
     2. While one writer of one log is connected, every other writer and log is refused.
     3. The same writer with the same epoch or a higher one takes over from its own earlier stream.
-    4. A sidecar whose journal ends before a sequence that was run here is refused: it would give that number out again.
+    4. A sidecar whose journal ends before a sequence that was run here is refused: it would assign that number again.
+    5. A refusal changes nothing.
     """
 
     connected: Writer | None = None
     sequences: dict[str, int] = field(default_factory=dict)
-    """By log id, the newest that was run here; the log that was run last is the last."""
+    """The newest that was run here, by log id. The log that was run last is the last."""
     _highest: dict[Writer, int] = field(default_factory=dict)
 
     def admit(self, hello: engine_pb2.Hello) -> None:
-        """Let this writer in; whoever was connected before is to go. Raises ProtocolViolation, EpochStale, WriterBusy or
-        JournalBehind, and then remembers nothing of it."""
+        """Connects this writer. Raises ProtocolViolation, EpochStale, WriterBusy or JournalBehind."""
         if not hello.log_id or not hello.writer or not hello.epoch:
             raise ProtocolViolation("hello lacks log_id, writer or epoch")
         writer = Writer(hello.log_id, hello.writer)
@@ -423,6 +289,7 @@ class Fence:
                 f"python -m sidecar accept-loss --through {newest}",
                 details={"last_sequence": str(hello.last_sequence), "newest": str(newest)},
             )
+        assert hello.epoch >= highest and self.connected in (None, writer) and hello.last_sequence >= newest
         self.connected = writer
         self._highest[writer] = hello.epoch
 
@@ -435,19 +302,18 @@ class Fence:
         self.connected = None
 
 
-LOGS_MAX = 256
-"""Those that were run last."""
-
-
-class Memory:
-    """One file, replaced whole, in a thread of its own: a disk may take its time."""
+class SequenceFile:
+    """The newest sequence that was run of each log, over restarts. One file, replaced whole, in a thread of its own because a
+    disk may be slow."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._thread = ThreadPoolExecutor(1, "memory")
+        self._thread = ThreadPoolExecutor(1, "sequences")
+        self._soon: asyncio.TimerHandle | None = None
+        self._waiting: Mapping[str, int] = {}
 
     def read(self) -> dict[str, int]:
-        """By log id. Raises StartupError for a file that cannot be read, or that is something else."""
+        """By log id. Raises StartupError for a file that cannot be read or has another content."""
         try:
             content = self._path.read_bytes()
         except FileNotFoundError:
@@ -464,132 +330,234 @@ class Memory:
                 "known to have its end, remove it"
             ) from error
 
+    def write_soon(self, sequences: Mapping[str, int]) -> None:
+        """Writes this mapping, as it is then, within SAVE_SECONDS."""
+        self._waiting = sequences
+        if self._soon is None:
+            self._soon = asyncio.get_running_loop().call_later(SAVE_SECONDS, self.flush)
+
+    def flush(self) -> None:
+        """Writes now what `write_soon` has left to do."""
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
+            self.write(self._waiting)
+
     def write(self, sequences: Mapping[str, int]) -> None:
-        """Soon. The last ones of the mapping are kept; what cannot be written is logged."""
+        """Keeps the last LOGS_MAX of the mapping. Returns at once; a failure is logged."""
         kept = {log_id: str(sequence) for log_id, sequence in list(sequences.items())[-LOGS_MAX:]}
-        self._thread.submit(replace_file, self._path, json.dumps(kept, indent=1)).add_done_callback(_say_what_failed)
+        self._thread.submit(replace_file, self._path, json.dumps(kept, indent=1)).add_done_callback(self._log_failure)
 
     def close(self) -> None:
-        """When everything is written."""
+        """Waits until everything is written."""
         self._thread.shutdown()
 
-
-def _say_what_failed(written: Future[None]) -> None:
-    if written.exception() is not None:
-        _log.error("what was run is not remembered", extra={"why": str(written.exception())})
-
-
-PURPOSES = frozenset(engine_pb2.Purpose.values()) - {engine_pb2.PURPOSE_UNSPECIFIED}
-_FLOATS = (("temperature", 100.0, True), ("min_p", 1.0, True), ("top_p", 1.0, False), ("repetition_penalty", 10.0, False))
-"""The most that each may be, and whether it may be nothing."""
-REMEMBERED = 65_536
-"""How many run ids a stream remembers, to find one that is used again."""
+    @staticmethod
+    def _log_failure(written: Future[None]) -> None:
+        if written.exception() is not None:
+            _log.error("cannot write the newest sequences", extra={"why": str(written.exception())})
 
 
-@dataclass(slots=True)
-class Protocol:
-    """What one stream has submitted so far. A sidecar that breaks the protocol loses its stream; a run that this engine cannot
-    take (`unfit`) fails by itself, and its neighbours go on."""
+class Stream:
+    """One sidecar's stream, from its admission to its end.
 
-    last_sequence: int = 0
-    _seen: set[int] = field(default_factory=set)
-    _order: deque[int] = field(default_factory=deque)
+    1. It begins with Hello, which is answered with Welcome.
+    2. Runs reach the engine in the order of their submission.
+    3. After the sidecar's half-close its runs go on to their ends, and then the stream ends. Any other end stops them at once.
+    4. A service that is told to stop keeps the stream, and takes runs from it, until there were none for a while: a sidecar
+       that was told to stop at the same moment still needs it.
+    5. A stream that was stopped never reaches the engine again.
+    """
 
-    def check(self, submit: engine_pb2.Submit) -> None:
-        """Take note of it. Raises ProtocolViolation, or OutOfOrder for a primary sequence that does not rise: of first
-        attempts only, because a later one may be of an item that another writer has left behind."""
+    def __init__(self, streams: Streams, first: engine_pb2.ExecuteRequest) -> None:
+        """`first`: the message with Hello."""
+        self._first, self.hello = first, first.hello
+        self.outbox = Outbox(streams.limits.buffer_bytes_max, streams.limits.frame_bytes_max)
+        self._streams, self._runs, self._describer = streams, streams.runs, streams.describer
+        self._submissions = Submissions()
+        self._half_closed = self._stopped = False
+        self._idle_seconds: float | None = None
+        self._idle: asyncio.TimerHandle | None = None
+        self._runs.attach(self._deliver)
+        self._unwatch = streams.describer.held.watch(self._welcome)
+        self._welcome()
+
+    async def receive(self, requests: Requests) -> None:
+        """Takes the first message and the others, until the sidecar half-closes. Every error ends the stream, through the
+        outbox."""
+        try:
+            await self._take(self._first)
+            async for request in requests:
+                if request.HasField("hello"):
+                    raise ProtocolViolation("only the first message may have hello")
+                await self._take(request)
+        except Exception as error:  # noqa: BLE001  # raised again by Outbox.next
+            self.stop()
+            self.outbox.fail(error)
+            return
+        self._half_closed = True
+        self._settle()
+
+    def replace(self, epoch: int) -> None:
+        """Ends it for a later stream of this writer."""
+        self.stop()
+        self.outbox.fail(EpochStale(f"replaced by a stream of epoch {epoch}", details={"highest": str(epoch)}))
+
+    def drain(self, idle_seconds: float) -> None:
+        """From now on it ends once it has had no run for `idle_seconds`."""
+        self._idle_seconds = idle_seconds
+        self._settle()
+
+    def stop(self) -> None:
+        """Stops all runs and takes no more. May be called again."""
+        if not self._stopped:
+            self._stopped = True
+            self._runs.cancel_all()
+            self._settle()
+            self._unwatch()
+
+    async def _take(self, request: engine_pb2.ExecuteRequest) -> None:
+        for number, submit in enumerate(request.submits):
+            if number and number % SUBMITS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            if self._stopped:
+                return
+            self._submit(submit)
+        if self._stopped:
+            return  # a later stream has the engine
+        if request.cancels:
+            self._runs.cancel(request.cancels)
+        for prepare in request.prepares:
+            self.outbox.put(self._streams.preparer.answer(prepare))
+        self._settle()
+
+    def _submit(self, submit: engine_pb2.Submit) -> None:
+        assert not self._stopped, "a stopped stream reaches no engine"
+        self._submissions.add(submit)
+        if submit.purpose == engine_pb2.PURPOSE_PRIMARY:
+            self._streams.ran(self.hello.log_id, submit.sequence)
+        error: OstinatoError | None = self._streams.preparer.check_submit(submit)
+        if len(self._runs) >= self._streams.limits.runs_max:
+            error = QueueFull(f"more than {self._streams.limits.runs_max} runs at once")
+        if error is None:
+            self._runs.submit(submit)
+        else:
+            self.outbox.put(engine_pb2.RunEvent(run_id=submit.run_id, failed=to_status(error)))
+
+    def _deliver(self, event: engine_pb2.RunEvent) -> None:
+        self.outbox.put(event)
+        if self.outbox.failed:
+            self.stop()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Ends a half-closed stream that has no run, and one that drains after a while without runs."""
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
+        if self._stopped or len(self._runs):
+            return
+        if self._half_closed:
+            self.outbox.close()
+        elif self._idle_seconds is not None:
+            self._idle = asyncio.get_running_loop().call_later(self._idle_seconds, self._end_idle)
+
+    def _end_idle(self) -> None:
+        _log.info("idle sidecar let go", extra=_names(self.hello))
+        self.stop()
+        self.outbox.close()
+
+    def _welcome(self) -> None:
+        self.outbox.welcome(engine_pb2.Welcome(description=self._describer.response()))
+
+
+def _names(hello: engine_pb2.Hello) -> dict[str, object]:
+    return {"log_id": hello.log_id, "writer": hello.writer, "epoch": hello.epoch, "last_sequence": hello.last_sequence}
+
+
+class Submissions:
+    """What one stream has submitted. A sidecar that breaks one of these rules loses its stream.
+
+    1. Run ids are used once (among the newest RUN_IDS_MAX) and are not 0.
+    2. Sequences of primary first attempts rise. Later attempts need not: an item may come from another writer.
+    3. Every run has a known purpose, an attempt from 1, token ids and a length.
+    """
+
+    def __init__(self) -> None:
+        self._last_sequence = 0
+        self._ids: set[int] = set()
+        self._order: deque[int] = deque()
+
+    def add(self, submit: engine_pb2.Submit) -> None:
+        """Raises ProtocolViolation or OutOfOrder."""
         run_id, primary = submit.run_id, submit.purpose == engine_pb2.PURPOSE_PRIMARY
-        if not run_id or run_id in self._seen:
-            raise ProtocolViolation(f"run_id {run_id} is {'used twice' if run_id else 'no run_id'}")
+        if not run_id or run_id in self._ids:
+            raise ProtocolViolation(f"run_id {run_id} is used twice" if run_id else "run_id 0 is not allowed")
         if submit.purpose not in PURPOSES:
-            raise ProtocolViolation(f"run {run_id}: purpose {submit.purpose} is none")
+            raise ProtocolViolation(f"run {run_id}: unknown purpose {submit.purpose}")
         if not submit.attempt:
             raise ProtocolViolation(f"run {run_id}: attempts count from 1")
         if not submit.token_ids or not submit.parameters.max_new_tokens:
             raise ProtocolViolation(f"run {run_id}: lacks token_ids or parameters")
-        if primary and (not submit.sequence or (submit.attempt == 1 and submit.sequence <= self.last_sequence)):
-            raise OutOfOrder(f"run {run_id}: sequence {submit.sequence} comes after {self.last_sequence}")
+        if primary and (not submit.sequence or (submit.attempt == 1 and submit.sequence <= self._last_sequence)):
+            raise OutOfOrder(f"run {run_id}: sequence {submit.sequence} comes after {self._last_sequence}")
         if primary and submit.attempt == 1:
-            self.last_sequence = submit.sequence
-        self._remember(run_id)
-
-    def _remember(self, run_id: int) -> None:
-        self._seen.add(run_id)
+            self._last_sequence = submit.sequence
+        self._ids.add(run_id)
         self._order.append(run_id)
-        if len(self._order) > REMEMBERED:
-            self._seen.discard(self._order.popleft())
-
-
-def unfit(submit: engine_pb2.Submit, limits: Limits, vocabulary_size: int) -> InvalidRequest | None:
-    """Why this engine cannot take the run. Checked although Prepare has: it may have been prepared by an earlier service, and
-    some of these would take the whole process down."""
-    found = [Violation(name, text) for name, text in _unfit(submit, limits, vocabulary_size)]
-    return InvalidRequest(violations=found) if found else None
-
-
-def _unfit(submit: engine_pb2.Submit, limits: Limits, vocabulary_size: int) -> Iterator[tuple[str, str]]:
-    given = submit.parameters
-    if max(submit.token_ids) >= vocabulary_size:
-        yield "token_ids", f"{max(submit.token_ids)} is not below the vocabulary's {vocabulary_size}"
-    if len(submit.token_ids) + given.max_new_tokens > limits.context_tokens:
-        yield "parameters.max_new_tokens", f"prompt and answer are more than the context's {limits.context_tokens} tokens"
-    if given.min_new_tokens > given.max_new_tokens:
-        yield "parameters.min_new_tokens", "is more than max_new_tokens"
-    if given.top_k > limits.top_k_max:
-        yield "parameters.top_k", f"is above {limits.top_k_max}"
-    if given.logprobs > limits.logprobs_max:
-        yield "parameters.logprobs", f"is above {limits.logprobs_max}"
-    for name, most, zero in _FLOATS:
-        value: float = getattr(given, name)
-        if not 0 <= value <= most or not (value or zero):  # so NaN is neither
-            yield f"parameters.{name}", f"{value} is out of bounds"
-    for name in ("stop_token_ids", "bad_token_ids"):
-        if any(token_id >= vocabulary_size for token_id in getattr(given, name)):
-            yield f"parameters.{name}", "holds a token outside the vocabulary"
-
-
-Deliver = Callable[[engine_pb2.RunEvent], None]
+        if len(self._order) > RUN_IDS_MAX:
+            self._ids.discard(self._order.popleft())
 
 
 @dataclass(slots=True)
-class _Live:
-    owner: Owner
+class ActiveRun:
+    """A run that the engine has and that has not ended."""
+
     submit: engine_pb2.Submit
     submitted_at: float
     spans: RunSpans
-    last_token_at: float | None = None
     started: bool = False
+    last_token_at: float | None = None
     reported_tokens: int = 0
     deadline: asyncio.TimerHandle | None = None
 
 
 class Runs:
-    """Between the engine and those who use it: the sidecar's stream, and the self-test. On the event loop.
+    """The runs in the engine, of one user at a time: the self-test, then one stream after another. On the event loop.
 
-    1. Run ids are unique in the process; each owner sees its own.
-    2. A run ends once: by the engine, by its deadline, or by its owner. After that nothing of it is delivered.
-    3. When an owner goes, so do its runs, at once.
+    1. The engine's run ids are unique in the process. The user sees its own, `Submit.run_id`.
+    2. A run ends once: by the engine, by its deadline, or by its user. Nothing of it is delivered after that.
+    3. When a user is replaced, its runs are stopped first.
     """
 
     def __init__(self, engine: Engine, held: HeldGrade, metrics: Metrics) -> None:
         self.engine, self.held = engine, held
         self._metrics = metrics
-        self._live: dict[int, _Live] = {}
+        self._active: dict[int, ActiveRun] = {}
+        """By the engine's run id."""
         self._ids = itertools.count(1)
+        self._deliver: Deliver | None = None
 
     def start(self) -> None:
-        """Start the engine on the running loop, whose clock is that of all deadlines."""
+        """Starts the engine on the running loop, whose clock is that of all deadlines."""
         self._loop = asyncio.get_running_loop()
-        self.engine.start(self._on_events, self.held.fall)
+        self.engine.start(self.on_events, self.held.fall)
+
+    def attach(self, deliver: Deliver) -> None:
+        """A new user, which gets the events of its runs, each run's in order."""
+        self.cancel_all()
+        self._deliver = deliver
 
     def __len__(self) -> int:
-        return len(self._live)
+        return len(self._active)
 
-    def _submit(self, owner: Owner, submit: engine_pb2.Submit) -> int:
+    def submit(self, submit: engine_pb2.Submit) -> None:
+        """Starts a run. The user checks its run id."""
         run_id = next(self._ids)
-        live = self._live[run_id] = _Live(owner, submit, self._loop.time(), RunSpans(submit, self.engine))
+        assert self._deliver is not None and run_id not in self._active
+        run = self._active[run_id] = ActiveRun(submit, self._loop.time(), RunSpans(submit, self.engine))
         if submit.timeout_millis:
-            live.deadline = self._loop.call_later(submit.timeout_millis / 1000, self._expire, run_id)
+            run.deadline = self._loop.call_later(submit.timeout_millis / 1000, self._expire, run_id)
         self._metrics.queued.inc()
         self.engine.submit(
             Run(
@@ -604,123 +572,106 @@ class Runs:
                 answer=Answer(submit.parameters, self.engine.vocabulary),
             )
         )
-        return run_id
+
+    def cancel(self, run_ids: Collection[int]) -> None:
+        """Stops these of the user's runs, silently. Unknown ones and those that have ended are ignored."""
+        chosen = set(run_ids)
+        for run_id, run in tuple(self._active.items()):
+            if run.submit.run_id in chosen:
+                self._cancel(run_id)
+
+    def cancel_all(self) -> None:
+        """Stops all runs, silently."""
+        for run_id in tuple(self._active):
+            self._cancel(run_id)
+        assert not self._active, "every run was stopped"
+
+    def on_events(self, events: Events) -> None:
+        """The engine's report of one step."""
+        now = self._loop.time()
+        for event in events:
+            run = self._active.get(event.run_id)
+            if run is not None:  # else it was ended while the report was under way
+                self._record(event.run_id, run, event, now)
+                self._send(run, event)
+
+    def _send(self, run: ActiveRun, event: engine_pb2.RunEvent) -> None:
+        assert self._deliver is not None, "a run has a user"
+        event.run_id = run.submit.run_id
+        self._deliver(event)
 
     def _cancel(self, run_id: int) -> None:
         self.engine.cancel(run_id)
-        self._end(run_id, "cancelled", Cancelled("not wanted any more"))
+        self._end(run_id, "cancelled", Cancelled("no longer wanted"))
 
     def _expire(self, run_id: int) -> None:
-        live = self._live[run_id]
+        run = self._active[run_id]
         self.engine.cancel(run_id)
-        error = DeadlineExceeded(f"the run did not end within {live.submit.timeout_millis} ms")
+        error = DeadlineExceeded(f"the run did not end within {run.submit.timeout_millis} ms")
         self._end(run_id, "expired", error)
-        live.owner._deliver(engine_pb2.RunEvent(run_id=live.submit.run_id, failed=to_status(error)))
+        self._send(run, engine_pb2.RunEvent(failed=to_status(error)))
 
     def _end(self, run_id: int, end: str, error: OstinatoError | None = None) -> None:
-        live = self._live.pop(run_id)
-        live.spans.ended(error)
-        live.owner._forget(live.submit.run_id)
-        if live.deadline is not None:
-            live.deadline.cancel()
-        (self._metrics.running if live.started else self._metrics.queued).dec()
-        self._metrics.end(live.submit.purpose, end)
+        run = self._active.pop(run_id)
+        run.spans.ended(error)
+        if run.deadline is not None:
+            run.deadline.cancel()
+        (self._metrics.running if run.started else self._metrics.queued).dec()
+        self._metrics.end(run.submit.purpose, end)
 
-    def _on_events(self, events: Events) -> None:
-        now = self._loop.time()
-        for event in events:
-            live = self._live.get(event.run_id)
-            if live is None:
-                continue  # ended here while the engine's report was under way
-            self._note(event.run_id, event, live, now)
-            event.run_id = live.submit.run_id
-            live.owner._deliver(event)
-
-    def _note(self, run_id: int, event: engine_pb2.RunEvent, live: _Live, now: float) -> None:
-        """Keep the books, and fill in the grade."""
+    def _record(self, run_id: int, run: ActiveRun, event: engine_pb2.RunEvent, now: float) -> None:
+        """Updates the run, metrics and spans, and fills in the grade."""
         match event.WhichOneof("event"):
             case "started":
-                live.started = True
-                live.spans.started()
+                run.started = True
+                run.spans.started()
                 self._metrics.queued.dec()
                 self._metrics.running.inc()
-                self._metrics.queue_seconds.observe(now - live.submitted_at)
-                self._metrics.prompt_tokens.inc(len(live.submit.token_ids))
+                self._metrics.queue_seconds.observe(now - run.submitted_at)
+                self._metrics.prompt_tokens.inc(len(run.submit.token_ids))
             case "tokens":
-                self._note_tokens(len(event.tokens.token_ids), live, now)
+                self._record_tokens(len(event.tokens.token_ids), run, now)
             case "finished":
                 output = event.finished.output
                 output.grade = self.held.grade
-                live.spans.finished(output)
-                self._metrics.new_tokens.inc(len(output.token_ids) - live.reported_tokens)
+                run.spans.finished(output)
+                self._metrics.new_tokens.inc(len(output.token_ids) - run.reported_tokens)
                 self._metrics.cached_tokens.inc(output.cached_tokens)
-                self._metrics.run_seconds.observe(now - live.submitted_at)
+                self._metrics.run_seconds.observe(now - run.submitted_at)
                 self._end(run_id, "finished")
             case _:
                 self._end(run_id, "failed", from_status(event.failed))
 
-    def _note_tokens(self, count: int, live: _Live, now: float) -> None:
+    def _record_tokens(self, count: int, run: ActiveRun, now: float) -> None:
         if not count:
             return
-        if live.last_token_at is None:
-            live.spans.first_token()
-            self._metrics.first_token_seconds.observe(now - live.submitted_at)
+        if run.last_token_at is None:
+            run.spans.first_token()
+            self._metrics.first_token_seconds.observe(now - run.submitted_at)
         else:
-            self._metrics.between_tokens_seconds.observe((now - live.last_token_at) / count)
-        live.last_token_at = now
-        live.reported_tokens += count
+            self._metrics.between_tokens_seconds.observe((now - run.last_token_at) / count)
+        run.last_token_at = now
+        run.reported_tokens += count
         self._metrics.new_tokens.inc(count)
 
 
-class Owner:
-    """One user of the engine, with run ids of its own."""
-
-    def __init__(self, runs: Runs, deliver: Deliver) -> None:
-        """`deliver` gets every event of this owner's runs, in order, with the owner's run id."""
-        self._runs, self._deliver = runs, deliver
-        self._ids: dict[int, int] = {}
-
-    def __len__(self) -> int:
-        """Runs that have not ended."""
-        return len(self._ids)
-
-    def __contains__(self, run_id: int) -> bool:
-        return run_id in self._ids
-
-    def submit(self, submit: engine_pb2.Submit) -> None:
-        """Start a run; its id must be none of those that have not ended."""
-        assert submit.run_id not in self._ids, "the caller checks run ids"
-        self._ids[submit.run_id] = self._runs._submit(self, submit)
-
-    def cancel(self, run_id: int) -> None:
-        """Stop a run, silently. Unknown and ended ones are ignored."""
-        if run_id in self._ids:
-            self._runs._cancel(self._ids[run_id])
-
-    def close(self) -> None:
-        """Stop all runs, silently. May be called again."""
-        for run_id in tuple(self._ids):
-            self.cancel(run_id)
-
-    def _forget(self, run_id: int) -> None:
-        del self._ids[run_id]
-
-
 class Outbox:
-    """1. Events of one run leave in order, and no timer holds any back.
+    """What waits to be written to the sidecar, joined into as few messages as possible.
+
+    1. Events of one run leave in order, and no timer delays any.
     2. A run's tokens that wait are one event, however often the engine reported.
-    3. Bounded in bytes: a sidecar that does not read loses its stream; the engine never waits for it.
+    3. Bounded in bytes: a sidecar that does not read loses its stream. The engine never waits for it.
     """
 
     def __init__(self, bytes_max: int, frame_bytes_max: int) -> None:
         self._bytes_max, self._frame_bytes_max = bytes_max, frame_bytes_max
-        self._events: deque[engine_pb2.RunEvent | engine_pb2.PrepareResponse] = deque()
+        self._waiting: deque[engine_pb2.RunEvent | engine_pb2.PrepareResponse] = deque()
         self._bytes = 0
-        self._tokens: dict[int, engine_pb2.RunEvent] = {}
-        """Tokens that wait, by run. The text of one in `_texts` is joined when it leaves."""
-        self._texts: dict[int, list[str]] = {}
+        self._tokens: dict[int, tuple[engine_pb2.RunTokens, list[str]]] = {}
+        """Tokens that wait, by run, and their texts. Texts are joined once, on leaving: a message keeps the memory of every
+        text that was ever assigned to it."""
         self._welcome: engine_pb2.Welcome | None = None
-        self._bell = asyncio.Event()
+        self._wake = asyncio.Event()
         self._closed = False
         self._error: Exception | None = None
 
@@ -728,86 +679,85 @@ class Outbox:
     def failed(self) -> bool:
         return self._error is not None
 
-    def answer(self, prepared: engine_pb2.PrepareResponse) -> None:
-        """As `put`, the answer to a request."""
-        if self._has_room(prepared.ByteSize()):
-            self._events.append(prepared)
-            self._bell.set()
-
-    def put(self, event: engine_pb2.RunEvent) -> None:
-        """Add an event, which is the outbox's from now on. Without effect once failed."""
-        if not self._has_room(event.ByteSize()):
+    def put(self, message: engine_pb2.RunEvent | engine_pb2.PrepareResponse) -> None:
+        """Adds a message, which the outbox then owns. Without effect once failed."""
+        if self._error is not None:
             return
-        waiting = self._tokens.get(event.run_id)
-        if waiting is not None and event.HasField("tokens"):
-            self._append(event.run_id, waiting.tokens, event.tokens)
+        self._bytes += message.ByteSize()
+        if self._bytes > self._bytes_max:
+            self.fail(SlowReader(f"more than {self._bytes_max} bytes wait to be read"))
+            return
+        if isinstance(message, engine_pb2.RunEvent) and message.HasField("tokens"):
+            self._put_tokens(message)
         else:
-            self._events.append(event)
-            if event.HasField("tokens"):
-                self._tokens[event.run_id] = event
-        self._bell.set()
-
-    def _has_room(self, size: int) -> bool:
-        """For so many bytes more; without room it has failed."""
-        if self._error is None:
-            self._bytes += size
-            if self._bytes > self._bytes_max:
-                self.fail(SlowReader(f"more than {self._bytes_max} bytes wait to be read"))
-        return self._error is None
+            self._waiting.append(message)
+        self._wake.set()
 
     def welcome(self, welcome: engine_pb2.Welcome) -> None:
-        """To stand in the next message; a newer one replaces one that waits."""
+        """To be part of the next message. Replaces one that waits."""
         self._welcome = welcome
-        self._bell.set()
+        self._wake.set()
 
     def close(self) -> None:
-        """Nothing more comes: `next` returns None once all is written."""
+        """Nothing more comes: `next` returns None once everything is taken."""
         self._closed = True
-        self._bell.set()
+        self._wake.set()
 
     def fail(self, error: Exception) -> None:
-        """End at once: `next` raises this, whatever waits. The first error counts."""
+        """Ends at once: `next` raises this, whatever waits. The first error counts."""
         self._error = self._error or error
-        self._bell.set()
+        self._wake.set()
 
     async def next(self) -> engine_pb2.ExecuteResponse | None:
-        """Everything that waits, as far as it fits one message, as soon as anything does. None: closed, and all is written."""
+        """What waits, as far as it fits one message, as soon as there is anything. None: closed, and everything is taken."""
         while self._error is None:
-            if self._events or self._welcome is not None:
+            if self._waiting or self._welcome is not None:
                 await coalesce(lambda: self._bytes)
                 if self._error is None:
                     return self._frame()
             elif self._closed:
                 return None
             else:
-                self._bell.clear()
-                await self._bell.wait()
+                self._wake.clear()
+                await self._wake.wait()
         raise self._error
+
+    def _put_tokens(self, event: engine_pb2.RunEvent) -> None:
+        found = self._tokens.get(event.run_id)
+        if found is None:
+            self._tokens[event.run_id] = (event.tokens, [event.tokens.text])
+            self._waiting.append(event)
+        else:
+            tokens, texts = found
+            tokens.token_ids.extend(event.tokens.token_ids)
+            tokens.logprobs.extend(event.tokens.logprobs)
+            texts.append(event.tokens.text)
 
     def _frame(self) -> engine_pb2.ExecuteResponse:
         frame = engine_pb2.ExecuteResponse(welcome=self._welcome)
         self._welcome = None
         taken = 0
-        while self._events:
-            event = self._events[0]
-            if isinstance(event, engine_pb2.RunEvent) and event.HasField("tokens") and event.run_id in self._texts:
-                event.tokens.text = "".join(self._texts.pop(event.run_id))
-            size = event.ByteSize()
+        while self._waiting:
+            message = self._waiting[0]
+            run_id = message.run_id if isinstance(message, engine_pb2.RunEvent) and message.HasField("tokens") else None
+            if run_id is not None:
+                self._join_texts(run_id)
+            size = message.ByteSize()
             if taken and taken + size > self._frame_bytes_max:
                 break
             taken += size
-            self._events.popleft()
-            if isinstance(event, engine_pb2.PrepareResponse):
-                frame.prepared.append(event)
+            self._waiting.popleft()
+            if isinstance(message, engine_pb2.PrepareResponse):
+                frame.prepared.append(message)
                 continue
-            if event.HasField("tokens"):
-                del self._tokens[event.run_id]
-            frame.events.append(event)
-        self._bytes = max(0, self._bytes - taken) if self._events else 0
+            if run_id is not None:
+                del self._tokens[run_id]
+            frame.events.append(message)
+        self._bytes = max(0, self._bytes - taken) if self._waiting else 0
         return frame
 
-    def _append(self, run_id: int, tokens: engine_pb2.RunTokens, more: engine_pb2.RunTokens) -> None:
-        tokens.token_ids.extend(more.token_ids)
-        tokens.logprobs.extend(more.logprobs)
-        # Joined once: a message keeps every text that it was ever given.
-        self._texts.setdefault(run_id, [tokens.text]).append(more.text)
+    def _join_texts(self, run_id: int) -> None:
+        tokens, texts = self._tokens[run_id]
+        if len(texts) > 1:
+            tokens.text = "".join(texts)
+            texts[:] = [tokens.text]

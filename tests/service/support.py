@@ -20,11 +20,11 @@ from ostinato.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 from serving.metrics import registry
 from serving.server import Server
 
-from service.__main__ import make_ready
+from service.__main__ import start_engine
 from service.config import Settings
 from service.engines.scripted import ScriptedEngine, parse
 from service.observe import Metrics
-from service.stream import NAME, EngineServicer, Memory, Streams, Workers
+from service.stream import NAME, EngineServicer, SequenceFile, Streams, Workers
 
 LOG = "0123456789abcdef0123456789abcdef"
 PRIMARY, REPLAY = engine_pb2.PURPOSE_PRIMARY, engine_pb2.PURPOSE_REPLAY
@@ -56,8 +56,8 @@ class Service:
 
     @property
     def streams(self) -> Streams:
-        assert self.servicer.ready is not None
-        return self.servicer.ready.streams
+        assert self.servicer.streams is not None
+        return self.servicer.streams
 
     @contextlib.asynccontextmanager
     async def stream(self, **hello: Any) -> AsyncIterator[Stream]:
@@ -84,8 +84,8 @@ async def served(script: Mapping[str, object] | None = None, **settings: Any) ->
         server.add(engine_pb2_grpc.add_EngineServicer_to_server, servicer, NAME)
         await server.start()
         try:
-            servicer.ready = await make_ready(
-                engine, chosen, Metrics(own), "0" * 32, Memory(chosen.state_dir / "sequences.json")
+            servicer.streams = await start_engine(
+                engine, chosen, Metrics(own), "0" * 32, SequenceFile(chosen.state_dir / "sequences.json")
             )
             await server.set_health(NAME, serving=True)
             async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
@@ -95,8 +95,8 @@ async def served(script: Mapping[str, object] | None = None, **settings: Any) ->
             await server.stop(0)
             workers.close()
             await engine.close()
-            if servicer.ready is not None and servicer.ready.streams.memory is not None:
-                servicer.ready.streams.memory.close()
+            if servicer.streams is not None and servicer.streams.file is not None:
+                servicer.streams.file.close()
 
 
 @dataclass

@@ -10,13 +10,13 @@ import pytest
 from ostinato import errors
 from serving.program import StartupError
 
-from service.stream import LOGS_MAX, Memory
+from service.stream import LOGS_MAX, SequenceFile
 from tests.service.support import served, submit_of
 
 
 def test_there_and_back(tmp_path: Path) -> None:
     """What is read is what was written, the largest number included; of very many logs the last ones."""
-    memory = Memory(tmp_path / "state" / "sequences.json")
+    memory = SequenceFile(tmp_path / "state" / "sequences.json")
     assert memory.read() == {}
     written = {f"log{number}": 2**64 - 1 - number for number in range(LOGS_MAX + 2)}
     memory.write(written)
@@ -30,7 +30,7 @@ def test_what_is_no_memory(tmp_path: Path, text: str) -> None:
     path = tmp_path / "sequences.json"
     path.write_text(text)
     with pytest.raises(StartupError, match="^--state-dir: .*sequences.json is not a list of sequences"):
-        Memory(path).read()
+        SequenceFile(path).read()
 
 
 def test_a_memory_that_cannot_be_read(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_a_memory_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "sequences.json"
     path.mkdir()
     with pytest.raises(StartupError, match="sequences.json cannot be read: Is a directory") as refused:
-        Memory(path).read()
+        SequenceFile(path).read()
     assert "remove" not in str(refused.value)
 
 
@@ -58,7 +58,7 @@ async def test_over_a_restart(tmp_path: Path) -> None:
 
 async def test_while_it_runs(tmp_path: Path) -> None:
     """What was run is written soon, not only when the sidecar leaves."""
-    memory = Memory(tmp_path / "sequences.json")
+    memory = SequenceFile(tmp_path / "sequences.json")
     async with served(state_dir=tmp_path) as service, service.stream() as stream:
         await stream.send(submit_of(1, sequence=7))
         async with asyncio.timeout(30):

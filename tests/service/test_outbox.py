@@ -110,7 +110,7 @@ async def test_bound() -> None:
     outbox.fail(EpochStale("later"))
 
     assert outbox.failed
-    assert len(outbox._events) < 5
+    assert len(outbox._waiting) < 5
     with pytest.raises(SlowReader):
         await outbox.next()
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from ostinato.errors import InvalidRequest
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
-from service.answer import Answer, Lexicon
+from service.answer import Answer
 from service.engines.scripted import BEGIN, CONTROLS, END, ByteVocabulary
-from service.prepare import RECEIPT_BYTES, Limits, Preparer, Prompts, result_bytes
+from service.prepare import RECEIPT_BYTES, Lexicon, Limits, Preparer, result_bytes
 
 LIMITS = Limits(context_tokens=200, new_tokens_max=199, top_k_max=1024, batch_items_max=4, prompt_bytes_max=1000)
 INF, NAN = math.inf, math.nan
@@ -28,7 +28,7 @@ def check_format(constraint: types_pb2.ResponseFormat) -> None:
 
 def preparer(vocabulary: Any = None, *, chat: bool = True) -> Preparer:
     vocabulary = vocabulary or ByteVocabulary()
-    return Preparer(Prompts(vocabulary, LIMITS, chat), Lexicon(vocabulary), check_format, b"m" * 32)
+    return Preparer(vocabulary, LIMITS, check_format, b"m" * 32, chat=chat)
 
 
 def prepare(*items: types_pb2.Item, **parameters: Any) -> engine_pb2.PrepareResponse:

@@ -12,7 +12,7 @@ from ostinato.v1 import engine_pb2, types_pb2
 from serving.program import StartupError
 
 from service.engines.scripted import ByteVocabulary
-from service.grade import Finding, Proofs, code_digest, probes, strangers
+from service.grade import Finding, Proofs, background_load, code_digest, compared_cases
 from tests.service.support import served
 
 EXACT, SERIAL, BEST_EFFORT = types_pb2.GRADE_EXACT, types_pb2.GRADE_SERIAL, types_pb2.GRADE_BEST_EFFORT
@@ -102,19 +102,19 @@ async def test_required_grade_stops_the_service() -> None:
 def test_probes_fit_small_contexts() -> None:
     """Prompts and answers shrink with the context."""
     for context in (2, 8, 40, 4096):
-        for probe in [*probes(ByteVocabulary(), context, 64, 1024), *strangers(ByteVocabulary(), context, 1024)]:
-            assert probe.token_ids
-            assert len(probe.token_ids) + probe.parameters.max_new_tokens <= context
+        for case in [*compared_cases(ByteVocabulary(), context, 64, 1024), *background_load(ByteVocabulary(), context, 1024)]:
+            assert case.token_ids
+            assert len(case.token_ids) + case.parameters.max_new_tokens <= context
 
 
 @pytest.mark.parametrize(("runs", "count"), [(8, 7), (31, 7), (32, 32), (256, 64)])
 def test_probes_differ(runs: int, count: int) -> None:
     """A crowd of up to 64 for an engine that runs one; no two probes share a prompt or a seed, and all ways to sample occur."""
-    made = probes(ByteVocabulary(), 4096, runs, 1024)
+    made = compared_cases(ByteVocabulary(), 4096, runs, 1024)
 
-    assert len({probe.token_ids for probe in made}) == len({probe.seed for probe in made}) == len(made) == count
-    assert {probe.parameters.temperature == 0 for probe in made} == {True, False}
-    assert {probe.parameters.repetition_penalty == 1 for probe in made} == {True, False}
+    assert len({case.token_ids for case in made}) == len({case.seed for case in made}) == len(made) == count
+    assert {case.parameters.temperature == 0 for case in made} == {True, False}
+    assert {case.parameters.repetition_penalty == 1 for case in made} == {True, False}
 
 
 FINDING = Finding(EXACT, "all equal", 1.5, 200)

@@ -45,7 +45,7 @@ async def test_describe() -> None:
 async def test_not_ready_is_unavailable() -> None:
     """Until the engine is tested every RPC says UNAVAILABLE, and when to come back."""
     async with served() as service:
-        service.servicer.ready = None
+        service.servicer.streams = None
         for call in (
             service.stub.Describe(engine_pb2.DescribeRequest()),
             service.stub.Prepare(engine_pb2.PrepareRequest()),

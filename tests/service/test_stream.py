@@ -269,9 +269,13 @@ async def test_engine_failure_fails_one_run() -> None:
         ({"top_p": 0.0}, "parameters.top_p"),
         ({"repetition_penalty": float("inf")}, "parameters.repetition_penalty"),
         ({"min_new_tokens": 9}, "parameters.min_new_tokens"),
-        ({"stop_token_ids": [262]}, "parameters.stop_token_ids"),
-        ({"bad_token_ids": [262]}, "parameters.bad_token_ids"),
+        ({"stop_token_ids": [262]}, "parameters.stop_token_ids[0]"),
+        ({"bad_token_ids": [262]}, "parameters.bad_token_ids[0]"),
         ({"logprobs": 21}, "parameters.logprobs"),
+        ({"min_p": 1.5}, "parameters.min_p"),
+        ({"stop": ["x"] * 17}, "parameters.stop"),
+        ({"stop": ["x" * 257]}, "parameters.stop[0]"),
+        ({"response_format": types_pb2.ResponseFormat(regex="x" * 65537)}, "parameters.response_format.regex"),
     ],
 )
 async def test_run_that_does_not_fit_fails_alone(changes: dict[str, Any], path: str) -> None:
@@ -283,6 +287,14 @@ async def test_run_that_does_not_fit_fails_alone(changes: dict[str, Any], path: 
         assert isinstance(error, errors.InvalidRequest)
         assert [violation.field for violation in error.violations] == [path]
         assert (await stream.output(2)).token_ids
+
+
+async def test_a_recorded_length_outlives_the_setting() -> None:
+    """A run that was recorded before new_tokens_max was lowered is still taken: the context is what bounds it."""
+    async with served(new_tokens_max=4) as service, service.stream() as stream:
+        await stream.send(submit_of(1, max_new_tokens=9))
+
+        assert len((await stream.output(1)).token_ids) == 9
 
 
 async def test_token_outside_the_vocabulary_fails_alone() -> None:

@@ -50,11 +50,12 @@ async def test_replaced_stream_can_submit_nothing() -> None:
     """What a replaced sidecar has under way never reaches the engine, even while its stream cannot be told yet."""
     async with served({"record": 100}) as service:
         old_says, new_says = Said(), Said()
-        first = engine_pb2.ExecuteRequest(hello=hello_of(epoch=1))
-        async with contextlib.aclosing(service.streams.execute(first, old_says.all())) as old:
+        context: Any = None
+        old_says(engine_pb2.ExecuteRequest(hello=hello_of(epoch=1)))
+        async with contextlib.aclosing(service.servicer.Execute(old_says.all(), context)) as old:
             await anext(old)  # and not read on: as if a write hung
-            second = engine_pb2.ExecuteRequest(hello=hello_of(epoch=2))
-            async with contextlib.aclosing(service.streams.execute(second, new_says.all())) as new:
+            new_says(engine_pb2.ExecuteRequest(hello=hello_of(epoch=2)))
+            async with contextlib.aclosing(service.servicer.Execute(new_says.all(), context)) as new:
                 await anext(new)
                 old_says(engine_pb2.ExecuteRequest(submits=[submit_of(66)]))
                 new_says(engine_pb2.ExecuteRequest(submits=[submit_of(1)]))

@@ -21,7 +21,7 @@ from ostinato.errors import EpochStale
 from ostinato.v1.engine_pb2_grpc import add_EngineServicer_to_server
 from serving.program import StartupError
 
-from service.__main__ import make_ready
+from service.__main__ import start_engine
 from service.config import Settings as ServiceSettings
 from service.engines.base import Run
 from service.engines.scripted import ScriptedEngine, parse
@@ -170,7 +170,7 @@ class World:
         workers = Workers(1, 1)
         servicer = EngineServicer(workers)
         door.add(add_EngineServicer_to_server, servicer, NAME)
-        servicer.ready = await make_ready(engine, settings, Metrics(CollectorRegistry()), "0" * 32)
+        servicer.streams = await start_engine(engine, settings, Metrics(CollectorRegistry()), "0" * 32)
         await door.start()
 
     def _submitted(self, stream: Stream, run: Run) -> None:
