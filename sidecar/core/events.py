@@ -1,4 +1,4 @@
-"""What the core is told. Times are seconds on the clock that `step` is given."""
+"""What the core is told (events), and what it asks for (effects). Times are seconds on the clock that `step` is given."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ from ostinato.v1 import engine_pb2, types_pb2
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one item asks of the engine."""
+    """What one item requires of the engine."""
 
     kv_tokens: int
-    """Prompt and answer at worst."""
+    """Tokens of the prompt, and of the answer at worst."""
     model_digest: bytes
-    """Of the model it was prepared for."""
+    """Of the model that the item was prepared for."""
     required_grade: types_pb2.Grade.ValueType = types_pb2.GRADE_UNSPECIFIED
+
+
+# ---- events: numbers
 
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """A prepared batch wants numbers. Answered by Refuse, or by AppendAdmission."""
+    """A prepared batch asks for sequences. Refuse or AppendAdmission follows, possibly later."""
 
     batch_id: int
-    """The edge's name for this call, never used twice."""
+    """Names the batch until it has sequences. Never used twice in a process."""
     needs: tuple[Need, ...]
     keyed: bool
     deadline: float | None = None
-    """Of the caller; a keyed batch outlives it."""
+    """Of the call. A keyed batch outlives it."""
     tenant: str = ""
 
-    def over(self, now: float) -> bool:
-        """Whether nobody would wait for it any more."""
+    def expired(self, now: float) -> bool:
         return not self.keyed and self.deadline is not None and now >= self.deadline
 
 
 @dataclass(frozen=True, slots=True)
 class Numbered:
-    """The batch is durable."""
+    """The batch is durable. Its items have the sequences from `first_sequence` on."""
 
     batch_id: int
     first_sequence: int
@@ -48,71 +50,20 @@ class Numbered:
 
 @dataclass(frozen=True, slots=True)
 class NotNumbered:
-    """The batch was not appended: no room, or its key was bound."""
+    """The batch was not appended: the journal has no room, or the key was bound already."""
 
     batch_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """An item that an earlier epoch left unfinished: of this writer, told before anything else, or later of another one, whose
-    lease has run out. It is not a first submission, and goes to its place among what waits."""
+    """An unfinished item of an earlier epoch of this writer (told before anything else), or of a writer whose lease expired."""
 
     sequence: int
     need: Need
     keyed: bool
     attempt: int
     """Of its next submission."""
-
-
-@dataclass(frozen=True, slots=True)
-class Connected:
-    """An engine stream is up."""
-
-    runs: int
-    kv_blocks: int
-    block_tokens: int
-    model_digest: bytes
-    grade: types_pb2.Grade.ValueType
-
-    @classmethod
-    def of(cls, description: engine_pb2.DescribeResponse) -> Connected:
-        """To an engine that says this of itself."""
-        room, model = description.capacity, description.model
-        return cls(room.runs, room.kv_blocks, room.block_tokens, model_digest(model.fingerprint.fields), model.grade)
-
-
-@dataclass(frozen=True, slots=True)
-class Regraded:
-    """The engine's grade changed while it runs."""
-
-    grade: types_pb2.Grade.ValueType
-
-
-@dataclass(frozen=True, slots=True)
-class Disconnected:
-    """The engine stream is gone, with every run on it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    run_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A run made its output; the edge keeps it."""
-
-    run_id: int
-    grade: types_pb2.Grade.ValueType
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A run ended without output."""
-
-    run_id: int
-    error: OstinatoError
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +75,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class CancelItems:
-    """Somebody wants these sequences ended, both included."""
+    """A request to end these sequences, both included."""
 
     first: int
     last: int
@@ -132,36 +83,95 @@ class CancelItems:
 
 @dataclass(frozen=True, slots=True)
 class CancelBatch:
-    """Nobody waits for the batch any more. A keyed one goes on."""
+    """The call has ended before its answer. Ends a batch without a key; a keyed one goes on."""
 
     batch_id: int
     error: OstinatoError
     """Cancelled or DeadlineExceeded."""
 
 
+# ---- events: the engine
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The engine stream is open."""
+
+    runs: int
+    kv_blocks: int
+    block_tokens: int
+    model_digest: bytes
+    grade: types_pb2.Grade.ValueType
+
+    @classmethod
+    def of(cls, description: engine_pb2.DescribeResponse) -> Connected:
+        capacity, model = description.capacity, description.model
+        digest = model_digest(model.fingerprint.fields)
+        return cls(capacity.runs, capacity.kv_blocks, capacity.block_tokens, digest, model.grade)
+
+
+@dataclass(frozen=True, slots=True)
+class Regraded:
+    """The engine's grade has changed."""
+
+    grade: types_pb2.Grade.ValueType
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The engine stream is closed, and all its runs are lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    run_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The run has an output, which the caller of `step` keeps."""
+
+    run_id: int
+    grade: types_pb2.Grade.ValueType
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The run ended without output."""
+
+    run_id: int
+    error: OstinatoError
+
+
+# ---- events: reruns
+
+
 class Urgency(IntEnum):
-    """Which rerun goes first."""
+    """The order in which reruns start."""
 
     VERIFY = 0
-    """A caller waits for it. Told before the end of the item's first run, whose room it takes over."""
+    """A call waits for it. Told before the end of the item's first run, whose room it takes over."""
     REPLAY = 1
     BACKGROUND = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Rerun:
-    """A run without a number wants room. Ended by RerunLost, or by the run's own end."""
+    """A run without a sequence asks for room. RerunLost or the run's own end concludes it."""
 
     rerun_id: int
     kv_tokens: int
     urgency: Urgency
     exclusive: bool = False
-    """With nothing beside it, whatever it has to wait for."""
+    """Whether nothing may run beside it."""
 
 
 @dataclass(frozen=True, slots=True)
 class CancelRerun:
     rerun_id: int
+
+
+# ---- events: time
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +181,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Admit nothing more; finish what there is. Answered by Drained, sooner or later."""
+    """Admit nothing more, and finish what was admitted. Drained follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,15 +194,15 @@ Event = (
     | Numbered
     | NotNumbered
     | Recovered
+    | Ended
+    | CancelItems
+    | CancelBatch
     | Connected
     | Regraded
     | Disconnected
     | Started
     | Finished
     | Failed
-    | Ended
-    | CancelItems
-    | CancelBatch
     | Rerun
     | CancelRerun
     | Tick
@@ -201,16 +211,19 @@ Event = (
 )
 
 
+# ---- effects
+
+
 @dataclass(frozen=True, slots=True)
 class AppendAdmission:
-    """Make the batch durable, then tell Numbered or NotNumbered."""
+    """Make the batch durable. Numbered or NotNumbered follows."""
 
     batch_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """The batch gets no numbers."""
+    """The batch gets no sequences."""
 
     batch_id: int
     error: OstinatoError
@@ -218,7 +231,7 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Hand the item to the engine, after every Submit before it."""
+    """Send the item to the engine, behind every earlier Submit."""
 
     run_id: int
     sequence: int
@@ -242,25 +255,24 @@ class CancelRun:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Make the outcome durable, then tell Ended."""
+    """Make the item's outcome durable. Ended follows."""
 
     sequence: int
     attempt: int
     error: OstinatoError | None
-    """None: COMPLETED, with the output that Finished came with. Else Cancelled and Abandoned have kinds of their own, and the
-    rest is FAILED."""
+    """None: COMPLETED, with the output of Finished. Cancelled and Abandoned have kinds of outcome; other errors are FAILED."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeaveToRecovery:
-    """This process will not finish the item, and the next one will: who waits for it must come back."""
+    """This process will not finish the item; the next epoch will. Callers have to ask again."""
 
     sequence: int
 
 
 @dataclass(frozen=True, slots=True)
 class RerunLost:
-    """The rerun will not run, or not to its end."""
+    """The rerun will not run, or will not finish."""
 
     rerun_id: int
     error: OstinatoError
@@ -268,7 +280,7 @@ class RerunLost:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The service said what it must not: drop the stream (Disconnected follows)."""
+    """The service violated the protocol: drop the stream. Disconnected follows."""
 
     error: OstinatoError
 

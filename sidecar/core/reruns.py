@@ -1,11 +1,4 @@
-"""Runs without a sequence: verifications, replays, audits and canaries. They are not recovered after a restart. Pure.
-
-1. A verification takes over the room of its item's first run, so it delays no other item.
-2. Every other rerun waits until no item waits, and takes only room in which the engine starts it at once. It is never ahead of
-   an item in the engine's own queue.
-3. Together those hold at most `reruns_share` of the engine's runs and of its KV blocks, but at least one run.
-4. Waiting reruns start in order of urgency, and those of one urgency in order of arrival.
-"""
+"""Runs without a sequence: verifications, replays, audits and canaries. They are not recovered after a restart. Pure."""
 
 from __future__ import annotations
 
@@ -25,27 +18,33 @@ class Running:
 
 
 class Reruns:
-    """See the module. One that never fits is lost at once."""
+    """A rerun that can never fit is lost at once.
+
+    1. A verification takes over the room of its item's first run, so it delays no other item.
+    2. Every other rerun starts only while no item waits, and takes only room in which the engine starts it at once. It is never
+       ahead of an item in the engine's own queue.
+    3. Together those hold at most `reruns_share` of the engine's runs and of its KV blocks, or one run.
+    4. Waiting reruns start in order of urgency, and those of one urgency in order of arrival.
+    """
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
         self.waiting: dict[ev.Urgency, dict[int, ev.Rerun]] = {urgency: {} for urgency in ev.Urgency}
-        """By rerun_id, the oldest first."""
+        """By rerun id, the oldest first."""
         self.running: dict[int, Running] = {}
-        """By run_id."""
+        """By run id."""
 
     @property
     def wait(self) -> bool:
-        """Whether any does."""
+        """Whether any waits."""
         return any(self.waiting.values())
 
     @property
     def room(self) -> bool:
-        """Whether one more replay may wait."""
+        """Whether another replay may wait."""
         return len(self.waiting[ev.Urgency.REPLAY]) < self.bounds.reruns_max
 
-    def told(self, event: ev.Rerun | ev.CancelRerun, window: Window | None, *, draining: bool) -> Iterator[ev.Effect]:
-        """One more, or one that nobody wants any more."""
+    def react(self, event: ev.Rerun | ev.CancelRerun, window: Window | None, *, draining: bool) -> Iterator[ev.Effect]:
         if isinstance(event, ev.CancelRerun):
             for queue in self.waiting.values():
                 queue.pop(event.rerun_id, None)
@@ -63,19 +62,19 @@ class Reruns:
             return errors.EngineUnavailable("no engine is connected")
         if not window.ever_fits(rerun.kv_tokens):
             return errors.EngineFailed("needs more KV blocks than the engine has")
-        most = self.bounds.reruns_max  # there are as many verifications as runs of items, which are bounded elsewhere
+        most = self.bounds.reruns_max  # verifications are bounded by the items that run
         if rerun.urgency is not ev.Urgency.VERIFY and len(self.waiting[rerun.urgency]) >= most:
             return errors.QueueFull(f"{most} second runs wait")
         return None
 
     def verify(self, window: Window, next_run_id: Callable[[], int], now: float) -> Iterator[ev.Effect]:
-        """The verifications that fit: before what waits."""
+        """Start the verifications that fit. Called before items are submitted."""
         queue = self.waiting[ev.Urgency.VERIFY]
         while queue and window.fits((rerun := next(iter(queue.values()))).kv_tokens):
             yield self._submit(rerun, window, next_run_id(), now)
 
     def submit(self, window: Window, next_run_id: Callable[[], int], now: float) -> Iterator[ev.Effect]:
-        """The others that may begin: behind what waits."""
+        """Start the other reruns that may. Called when no item waits."""
         for urgency in (ev.Urgency.REPLAY, ev.Urgency.BACKGROUND):
             queue = self.waiting[urgency]
             while queue:
@@ -87,6 +86,7 @@ class Reruns:
     def _submit(self, rerun: ev.Rerun, window: Window, run_id: int, now: float) -> ev.Effect:
         del self.waiting[rerun.urgency][rerun.rerun_id]
         window.take(rerun.kv_tokens, exclusive=rerun.exclusive)
+        assert rerun.urgency is ev.Urgency.VERIFY or window.runs <= window.engine.runs, "invariant 2"
         expires_at = now + self.bounds.item_timeout_seconds
         self.running[run_id] = Running(rerun, expires_at)
         return ev.SubmitRerun(run_id, rerun.rerun_id, expires_at)
@@ -99,21 +99,22 @@ class Reruns:
         return window.runs < engine.runs and window.fits(rerun.kv_tokens, exclusive=rerun.exclusive) and (in_share or not held)
 
     def ended(self, run_id: int, window: Window) -> bool:
-        """A run is over; whether it was one of these."""
+        """Give the run's room back. False: it is not a rerun."""
         running = self.running.pop(run_id, None)
         if running is not None:
             window.give(running.rerun.kv_tokens)
         return running is not None
 
     def expire(self, now: float, window: Window | None) -> Iterator[ev.Effect]:
-        """Give up those that the engine is silent about past their time."""
-        late = {i: r for i, r in self.running.items() if now >= r.expires_at + self.bounds.overdue_seconds}
+        if not self.running:
+            return
+        late = {i: each for i, each in self.running.items() if now >= each.expires_at + self.bounds.overdue_seconds}
         yield from self._cancel(late, window)
         for running in late.values():
             yield ev.RerunLost(running.rerun.rerun_id, errors.DeadlineExceeded("its time passed and the engine was silent"))
 
     def lose(self, error: errors.OstinatoError, window: Window | None) -> Iterator[ev.Effect]:
-        """All of them; with no window their runs are lost already."""
+        """Give up all of them. Without a window their runs are lost already."""
         lost = [running.rerun for running in self.running.values()]
         yield from self._cancel(self.running, window)
         for queue in self.waiting.values():

@@ -1,80 +1,71 @@
-"""The order of submission, one outcome for each number, attempts, room and drain.
+"""The order of submission: one outcome for each sequence, attempts, capacity, drain. Pure.
 
-Invariants, numbered for the tests that attack them:
- 1. First submissions leave in ascending order of sequence; of what waits, only the head is ever submitted.
- 2. Every numbered item gets exactly one End, and is remembered until that is durable.
- 3. The engine never holds more than its window; nothing overtakes a head that waits for room (`reruns` on verifications).
- 4. An item is submitted again only after Disconnected, and ends once attempts_max engines were lost under it; from its second
-    loss on it runs with nothing beside it, so that a poison item cannot take its neighbours along (`item` on those that kill
-    before they begin).
- 5. A refused batch leaves no trace. While draining every batch is refused and nothing is submitted a second time.
- 6. What waits is in ascending order of sequence, whatever brought it there: its numbers, a takeover, or the loss of an engine.
+A sequence's life: Admit, AppendAdmission, Numbered (it waits), Submit, Started, Finished or Failed, End, Ended (it is
+forgotten). `Sequencer` has the invariants.
 """
 
 from __future__ import annotations
 
 import heapq
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TypeVar
 
 from ostinato import errors
-from ostinato.errors import OstinatoError
 from ostinato.v1 import types_pb2
 
 from sidecar.core import events as ev
-from sidecar.core.events import Admit, Need
 from sidecar.core.reruns import Reruns
 from sidecar.core.window import Bounds, Window
 
 T = TypeVar("T")
+
 UNATTRIBUTED_CRASHES_MAX = 4
-"""An engine that dies too quickly to say what it began blames nobody; from then on, what it held is tried one at a time."""
+"""An engine that dies before it reports a start does not show which run killed it. An item that was submitted to this many such
+engines is quarantined."""
 
 
 class Phase(Enum):
     WAITING = auto()
-    """For room, in order."""
     SUBMITTED = auto()
     STARTED = auto()
     ENDING = auto()
-    """Its outcome is on the way to the disk."""
+    """Its End was given out, and is not durable yet."""
 
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """An admitted item that has no durable outcome yet."""
+    """A sequence without a durable outcome."""
 
     sequence: int
     batch_id: int
-    """Of its call; 0 where that was in an earlier epoch."""
-    need: Need
+    """0: numbered by an earlier epoch or another writer."""
+    need: ev.Need
     keyed: bool
     deadline: float | None
     first_attempt: int = 1
-    """More than 1 if earlier epochs had it."""
+    """More than 1 if earlier epochs submitted it."""
     attempt: int = field(init=False)
-    """The newest that was submitted, and the first one until then: its outcome is that one's."""
+    """The newest that was submitted; `first_attempt` until then. The outcome is this attempt's."""
     phase: Phase = Phase.WAITING
     run_id: int = 0
+    """Of the newest submission; 0: not submitted in this epoch."""
     expires_at: float = 0.0
     losses: int = 0
-    """Engines that were lost under it after Started, or with nothing beside it."""
+    """Engines that were lost after Started, or while this was the only run."""
     unattributed_crashes: int = 0
-    """Engines that were lost before they began it, with others beside it."""
+    """Engines that were lost before Started, with other runs beside this one."""
 
     def __post_init__(self) -> None:
         self.attempt = self.first_attempt
 
     @property
     def quarantined(self) -> bool:
-        """Whether it may be what kills the engine; it then runs with nothing beside it."""
+        """Whether the item may be what kills the engine. It then runs exclusively."""
         return self.losses >= 2 or self.unattributed_crashes >= UNATTRIBUTED_CRASHES_MAX
 
-    def lost(self) -> None:
-        """The engine that held it is gone. With nothing beside it, it is held against it, begun or not."""
+    def engine_lost(self) -> None:
         if self.phase is Phase.STARTED or self.quarantined:
             self.losses += 1
         else:
@@ -82,7 +73,7 @@ class Item:
         self.phase = Phase.WAITING
 
     def overdue_at(self, overdue_seconds: float) -> float | None:
-        """When its time is over, where it stands now; None: never."""
+        """When it has to end in its present phase; None: at no time."""
         match self.phase:
             case Phase.WAITING:
                 return self.deadline
@@ -91,85 +82,29 @@ class Item:
             case Phase.ENDING:
                 return None
 
-    @property
-    def why_overdue(self) -> str:
-        waited = self.phase is Phase.WAITING
-        return "the deadline passed while it waited" if waited else "its time passed and the engine was silent"
-
-
-def numbered(by_sequence: Mapping[int, T], first: int, last: int) -> list[T]:
-    """Those numbered first to last, without looking at more than there are, or than were asked for."""
-    if last - first < len(by_sequence):
-        return [by_sequence[sequence] for sequence in range(first, last + 1) if sequence in by_sequence]
-    return [each for sequence, each in by_sequence.items() if first <= sequence <= last]
-
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """An admitted call."""
+    """An admitted call, until its last item has ended."""
 
-    admit: Admit
+    admit: ev.Admit
     open_items: int
     first_sequence: int = 0
-    """0 until the numbers are durable."""
-    left: OstinatoError | None = None
-    """Why the caller went, if it did."""
-
-    def items(self) -> Iterator[Item]:
-        """A keyed batch outlives its caller's deadline."""
-        deadline = None if self.admit.keyed else self.admit.deadline
-        for sequence, need in enumerate(self.admit.needs, self.first_sequence):
-            yield Item(sequence, self.admit.batch_id, need, self.admit.keyed, deadline)
+    """0 until the batch is durable."""
+    cancelled: errors.OstinatoError | None = None
+    """Why the call ended before its batch was durable."""
 
 
-class Batches:
-    """By batch id."""
-
-    def __init__(self) -> None:
-        self._batches: dict[int, Batch] = {}
-        self.numbering = 0
-        """Items whose numbers are not durable yet."""
-
-    def open(self, admit: Admit) -> None:
-        assert admit.batch_id not in self._batches
-        self._batches[admit.batch_id] = Batch(admit, len(admit.needs))
-        self.numbering += len(admit.needs)
-
-    def numbered(self, batch_id: int, first_sequence: int) -> Batch:
-        batch = self._batches[batch_id]
-        batch.first_sequence = first_sequence
-        self.numbering -= len(batch.admit.needs)
-        return batch
-
-    def not_numbered(self, batch_id: int) -> None:
-        self.numbering -= len(self._batches.pop(batch_id).admit.needs)
-
-    def item_ended(self, item: Item) -> None:
-        batch = self._batches.get(item.batch_id)
-        if batch is not None:
-            batch.open_items -= 1
-            if not batch.open_items:
-                del self._batches[item.batch_id]
-
-    def left(self, batch_id: int, error: OstinatoError) -> range:
-        """The caller went; the sequences that end with it: none of a keyed batch, none before there are numbers."""
-        batch = self._batches.get(batch_id)
-        if batch is None or batch.admit.keyed:
-            return range(0)
-        batch.left = error
-        return range(batch.first_sequence, batch.first_sequence + len(batch.admit.needs)) if batch.first_sequence else range(0)
-
-
-class TimerQueue:
-    """By key, one moment each."""
+class Timers:
+    """The next moment of each key, found without a scan of all keys."""
 
     def __init__(self) -> None:
         self._moments: dict[int, float] = {}
         self._heap: list[tuple[float, int]] = []
-        """With some that were put off or dropped since."""
+        """Includes outdated moments."""
 
     def put(self, key: int, moment: float | None) -> None:
-        """Look at it then, and not when it was put down for before; None: never."""
+        """Replace the key's moment. None: it has none."""
         if moment is None:
             self._moments.pop(key, None)
             return
@@ -180,7 +115,7 @@ class TimerQueue:
             heapq.heapify(self._heap)
 
     def due(self, now: float) -> Iterator[int]:
-        """Those whose moment has come, the earliest first; they are dropped."""
+        """Remove and give the keys whose moment has come, the earliest first."""
         while self._heap and self._heap[0][0] <= now:
             moment, key = heapq.heappop(self._heap)
             if self._moments.get(key) == moment:
@@ -188,84 +123,78 @@ class TimerQueue:
                 yield key
 
 
-def refusal(admit: Admit, window: Window | None, queued: int, bounds: Bounds, *, draining: bool) -> errors.OstinatoError | None:
-    """None: the batch may be numbered."""
-    soon = bounds.retry_after_seconds
-    if draining:
-        return errors.Draining("the sidecar is draining", retry_after=soon)
-    if window is None:
-        return errors.EngineUnavailable("no engine is connected", retry_after=soon)
-    for index, need in enumerate(admit.needs):
-        if not window.ever_fits(need.kv_tokens):
-            return errors.invalid(f"items[{index}]", _too_big(need.kv_tokens, window))
-        if need.required_grade > window.engine.grade:
-            earned = types_pb2.Grade.Name(window.engine.grade)
-            return errors.GradeNotEarned(f"the engine has earned {earned}", details={"earned": earned})
-    if queued + len(admit.needs) > bounds.queue_items_max:
-        return errors.QueueFull(f"{queued} items wait, {bounds.queue_items_max} may", retry_after=soon)
-    return None
-
-
-def unfit(item: Item, window: Window) -> errors.OstinatoError | None:
-    """None: this engine may run it. Else another one prepared it, promised more for it, or was larger."""
-    if item.need.model_digest != window.engine.model_digest:
-        return errors.FingerprintChanged("another model, tokenizer or template runs now")
-    if item.need.required_grade > window.engine.grade:
-        return errors.GradeLost(f"the engine has only earned {types_pb2.Grade.Name(window.engine.grade)}")
-    if not window.ever_fits(item.need.kv_tokens):
-        return errors.EngineFailed(_too_big(item.need.kv_tokens, window))
-    return None
-
-
-def _too_big(kv_tokens: int, window: Window) -> str:
-    return f"needs {window.need(kv_tokens)} KV blocks at worst, the engine has {window.engine.kv_blocks}"
-
-
 class Sequencer:
-    """See the module. One per writer and epoch; not thread-safe."""
+    """One per writer and epoch. Not thread-safe.
+
+    1. `waiting` is in ascending order of sequence, whether its numbering, a takeover or the loss of an engine put an item
+       there, and only its head is submitted. So items that this epoch numbers are first submitted in ascending order.
+    2. Each item gets exactly one End, and is remembered until that is durable. Only a drain leaves keyed items without one.
+    3. Runs never exceed the engine's window. Nothing overtakes a head that waits for room, except a verification (`reruns`).
+    4. An item is submitted again only after Disconnected, and fewer than `attempts_max` engines were lost under it before. A
+       quarantined item runs exclusively, so it cannot take other items down with it.
+    5. A refused batch leaves no trace. While draining, every batch is refused, and no item waits for another engine: if the
+       engine is lost, items without a key end, and the others are left to recovery.
+    """
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
         self.items: dict[int, Item] = {}
-        """By sequence: admitted, outcome not durable yet."""
+        """By sequence: all that have no durable outcome."""
         self.waiting: dict[int, Item] = {}
-        """The part of them that waits for room, ascending."""
+        """By sequence: those of `items` that wait for room."""
+        self.runs: dict[int, Item] = {}
+        """By run id: those of `items` that the engine holds."""
         self.reruns = Reruns(bounds)
         self.window: Window | None = None
         """None: no engine is connected."""
         self.draining = False
         self._abandoning = False
         self._drained = False
-        self._batches, self._timers = Batches(), TimerQueue()
-        self._runs: dict[int, Item] = {}
+        self._batches: dict[int, Batch] = {}
+        self._numbering = 0
+        """Items of batches that are not durable yet."""
+        self._timers = Timers()
         self._last_run_id = 0
         self._stream_after_run_id = 0
+        self._newest_submitted = 0
+        """Of the items that this epoch numbered."""
+        self._effects: list[ev.Effect] = []
 
     @property
     def queued(self) -> int:
-        """Items that wait for the journal or for room."""
-        return self._batches.numbering + len(self.waiting)
+        """Items that wait for the journal or for the engine."""
+        return self._numbering + len(self.waiting)
 
     def step(self, event: ev.Event, now: float) -> list[ev.Effect]:
         """The effects of one event, in the order in which they are to be performed."""
-        effects = list(self._react(event, now))
-        if self.waiting or self.reruns.wait:
-            effects.extend(self._submit_what_fits(now))
-        if self.draining and not self._drained and not self.items and not self._batches.numbering:
+        effects = self._effects = []
+        self._react(event, now)
+        if self.window is not None and (self.waiting or self.reruns.wait):
+            self._submit_what_fits(self.window, now)
+        if self.draining and not self._drained and not self.items and not self._numbering:
             self._drained = True
             effects.append(ev.Drained())
         return effects
 
-    def _react(self, event: ev.Event, now: float) -> Iterator[ev.Effect]:
+    def _react(self, event: ev.Event, now: float) -> None:
         match event:
             case ev.Admit():
-                yield self._admit(event)
-            case ev.Numbered():
-                yield from self._numbered(event)
+                self._admit(event)
+            case ev.Numbered(batch_id, first_sequence):
+                self._numbered(self._batches[batch_id], first_sequence)
             case ev.NotNumbered(batch_id):
-                self._batches.not_numbered(batch_id)
+                self._numbering -= len(self._batches.pop(batch_id).admit.needs)
+            case ev.Started(run_id) | ev.Finished(run_id) | ev.Failed(run_id):
+                self._run_event(run_id, event)
+            case ev.Ended(sequence):
+                self._ended(self.items.pop(sequence))
             case ev.Recovered():
-                yield from self._recovered(event)
+                self._recovered(event)
+            case ev.CancelItems(first, last):
+                for item in numbered(self.items, first, last):
+                    self._end(item, errors.Cancelled("cancelled on request"))
+            case ev.CancelBatch(batch_id, error):
+                self._cancel_batch(batch_id, error)
             case ev.Connected():
                 self.window = Window(event, self.bounds.window_runs_max or 2 * event.runs)
                 self._stream_after_run_id = self._last_run_id
@@ -273,179 +202,233 @@ class Sequencer:
                 if self.window is not None:
                     self.window.engine = replace(self.window.engine, grade=grade)
             case ev.Disconnected():
-                yield from self._disconnected()
-            case ev.Started(run_id) | ev.Finished(run_id) | ev.Failed(run_id):
-                yield from self._run_event(run_id, event)
-            case ev.Ended(sequence):
-                item = self.items.pop(sequence)
-                assert item.phase is Phase.ENDING
-                self._batches.item_ended(item)
-            case ev.CancelItems(first, last):
-                for item in numbered(self.items, first, last):
-                    yield from self._end(item, errors.Cancelled("cancelled on request"))
-            case ev.CancelBatch(batch_id, error):
-                yield from self._caller_gone(batch_id, error)
+                self._disconnected()
             case ev.Rerun() | ev.CancelRerun():
-                yield from self.reruns.told(event, self.window, draining=self.draining)
+                self._effects += self.reruns.react(event, self.window, draining=self.draining)
             case ev.Tick():
-                yield from self._expire(now)
-                yield from self.reruns.expire(now, self.window)
+                for sequence in self._timers.due(now):
+                    self._expire(self.items[sequence])
+                self._effects += self.reruns.expire(now, self.window)
             case ev.Drain() | ev.DrainEnd():
                 self.draining = True
-                yield from self.reruns.lose(errors.Draining("the sidecar is draining"), self.window)
+                self._effects += self.reruns.lose(errors.Draining("the sidecar is draining"), self.window)
                 if self.window is None or isinstance(event, ev.DrainEnd):
-                    yield from self._abandon()
+                    self._abandon()
 
     # ---- numbers
 
-    def _admit(self, admit: ev.Admit) -> ev.Effect:
-        if (error := refusal(admit, self.window, self.queued, self.bounds, draining=self.draining)) is not None:
-            return ev.Refuse(admit.batch_id, error)
-        self._batches.open(admit)
-        return ev.AppendAdmission(admit.batch_id)
+    def refusal(self, admit: ev.Admit, queued: int) -> errors.OstinatoError | None:
+        """Why the batch gets no sequences, if `queued` items wait; None: it may have them."""
+        soon = self.bounds.retry_after_seconds
+        if self.draining:
+            return errors.Draining("the sidecar is draining", retry_after=soon)
+        if self.window is None:
+            return errors.EngineUnavailable("no engine is connected", retry_after=soon)
+        for index, need in enumerate(admit.needs):
+            if not self.window.ever_fits(need.kv_tokens):
+                return errors.invalid(f"items[{index}]", _too_big(need, self.window))
+            if need.required_grade > self.window.engine.grade:
+                earned = types_pb2.Grade.Name(self.window.engine.grade)
+                return errors.GradeNotEarned(f"the engine has earned {earned}", details={"earned": earned})
+        if queued + len(admit.needs) > self.bounds.queue_items_max:
+            return errors.QueueFull(f"{queued} items wait, {self.bounds.queue_items_max} may", retry_after=soon)
+        return None
 
-    def _numbered(self, numbered: ev.Numbered) -> Iterator[ev.Effect]:
-        batch = self._batches.numbered(numbered.batch_id, numbered.first_sequence)
-        self._enqueue(*batch.items())
-        if batch.left is not None:
-            yield from self._caller_gone(numbered.batch_id, batch.left)
+    def _admit(self, admit: ev.Admit) -> None:
+        if (error := self.refusal(admit, self.queued)) is not None:
+            self._effects.append(ev.Refuse(admit.batch_id, error))
+            return
+        assert admit.batch_id not in self._batches
+        self._batches[admit.batch_id] = Batch(admit, len(admit.needs))
+        self._numbering += len(admit.needs)
+        self._effects.append(ev.AppendAdmission(admit.batch_id))
+
+    def _numbered(self, batch: Batch, first_sequence: int) -> None:
+        admit, batch.first_sequence = batch.admit, first_sequence
+        self._numbering -= len(admit.needs)
+        deadline = None if admit.keyed else admit.deadline
+        sequences = range(first_sequence, first_sequence + len(admit.needs))
+        self._enqueue(
+            [Item(each, admit.batch_id, need, admit.keyed, deadline) for each, need in zip(sequences, admit.needs, strict=True)]
+        )
+        if batch.cancelled is not None:
+            self._cancel_batch(admit.batch_id, batch.cancelled)
         if self._abandoning:
-            yield from self._abandon()
+            self._abandon()
 
-    def _recovered(self, recovered: ev.Recovered) -> Iterator[ev.Effect]:
+    def _recovered(self, recovered: ev.Recovered) -> None:
         item = Item(recovered.sequence, 0, recovered.need, recovered.keyed, None, recovered.attempt)
-        self._enqueue(item)
+        self._enqueue([item])
         if not item.keyed:
-            yield from self._end(item, errors.Abandoned("found unfinished, without a key"))
+            self._end(item, errors.Abandoned("found unfinished, without a key"))
 
-    def _enqueue(self, *items: Item) -> None:
-        """Items that are new here, ascending."""
+    def _enqueue(self, items: list[Item]) -> None:
+        """New items, ascending."""
         for item in items:
             assert item.sequence not in self.items
             self.items[item.sequence] = item
         self._wait(items)
 
-    def _wait(self, items: Sequence[Item]) -> None:
-        """Put these, which are ascending, into the queue: behind the last, unless a takeover or a lost engine brings them."""
-        last = next(reversed(self.waiting), 0)
+    def _wait(self, items: list[Item]) -> None:
+        """Put these, which are ascending, into `waiting`."""
+        newest = next(reversed(self.waiting), 0)
         for item in items:
             self.waiting[item.sequence] = item
             self._timers.put(item.sequence, item.overdue_at(self.bounds.overdue_seconds))
-        if items and items[0].sequence < last:
+        if items and items[0].sequence < newest:
             self.waiting = dict(sorted(self.waiting.items()))
 
     # ---- runs
 
-    def _submit_what_fits(self, now: float) -> Iterator[ev.Effect]:
-        if self.window is None:
-            return
-        yield from self.reruns.verify(self.window, self._next_run_id, now)
+    def _submit_what_fits(self, window: Window, now: float) -> None:
+        self._effects += self.reruns.verify(window, self._next_run_id, now)
         while self.waiting:
             head = next(iter(self.waiting.values()))
-            if (error := unfit(head, self.window)) is not None:
-                yield from self._end(head, error)
-            elif self.window.fits(head.need.kv_tokens, exclusive=head.quarantined):
-                yield self._submit(head, self.window, now)
-                assert head.sequence < next(iter(self.waiting), sys.maxsize), "invariant 6: what waits is ascending"
+            if (error := unfit(head, window)) is not None:
+                self._end(head, error)
+            elif window.fits(head.need.kv_tokens, exclusive=head.quarantined):
+                self._submit(head, window, now)
             else:
                 return
-        yield from self.reruns.submit(self.window, self._next_run_id, now)
+        self._effects += self.reruns.submit(window, self._next_run_id, now)
 
-    def _submit(self, item: Item, window: Window, now: float) -> ev.Effect:
+    def _submit(self, item: Item, window: Window, now: float) -> None:
         del self.waiting[item.sequence]
+        assert item.sequence < next(iter(self.waiting), item.sequence + 1), "invariant 1: what waits is ascending"
+        if item.batch_id and not item.run_id:
+            assert item.sequence > self._newest_submitted, "invariant 1: first submissions are ascending"
+            self._newest_submitted = item.sequence
+        assert item.phase is Phase.WAITING, "invariant 4"
+        assert item.losses < self.bounds.attempts_max, "invariant 4"
         window.take(item.need.kv_tokens, exclusive=item.quarantined)
         item.phase, item.run_id = Phase.SUBMITTED, self._next_run_id()
         item.attempt = item.first_attempt + item.losses
         item.expires_at = min(now + self.bounds.item_timeout_seconds, item.deadline or float("inf"))
-        self._runs[item.run_id] = item
+        self.runs[item.run_id] = item
         self._timers.put(item.sequence, item.overdue_at(self.bounds.overdue_seconds))
-        return ev.Submit(item.run_id, item.sequence, item.attempt, item.expires_at, window.runs)
+        self._effects.append(ev.Submit(item.run_id, item.sequence, item.attempt, item.expires_at, window.runs))
 
-    def _run_event(self, run_id: int, event: ev.Started | ev.Finished | ev.Failed) -> Iterator[ev.Effect]:
-        item = self._runs.get(run_id)
+    def _run_event(self, run_id: int, event: ev.Started | ev.Finished | ev.Failed) -> None:
+        item = self.runs.get(run_id)
         if item is None:
-            yield from self._stray_event(run_id, event)
+            self._stray_event(run_id, event)
             return
         match event:
             case ev.Started() if item.phase is Phase.SUBMITTED:
                 item.phase = Phase.STARTED
             case ev.Finished(grade=grade) if item.phase is Phase.STARTED:
                 self._release(item)
-                if grade < item.need.required_grade:
-                    lost = errors.GradeLost(f"the grade fell to {types_pb2.Grade.Name(grade)} while it ran")
-                    yield from self._end(item, lost)
-                else:
-                    yield from self._end(item)
+                fell = errors.GradeLost(f"the grade fell to {types_pb2.Grade.Name(grade)} while it ran")
+                self._end(item, fell if grade < item.need.required_grade else None)
             case ev.Failed(error=error):
                 self._release(item)
-                yield from self._end(item, error)
+                self._end(item, error)
             case _:
-                yield ev.Fault(errors.ProtocolViolation(f"{type(event).__name__} for a run that is {item.phase.name}"))
+                self._fault(f"{type(event).__name__} for a run that is {item.phase.name}")
 
-    def _stray_event(self, run_id: int, event: ev.Started | ev.Finished | ev.Failed) -> Iterator[ev.Effect]:
-        """Of a rerun, of a run that was cancelled while the event was under way, or of no run at all."""
+    def _stray_event(self, run_id: int, event: ev.Started | ev.Finished | ev.Failed) -> None:
+        """Of a rerun, of a run that was cancelled while the event was in flight, or of an unknown run."""
         if self.window is not None and isinstance(event, ev.Finished | ev.Failed) and self.reruns.ended(run_id, self.window):
             return
         if not self._stream_after_run_id < run_id <= self._last_run_id:
-            yield ev.Fault(errors.ProtocolViolation(f"{type(event).__name__} for run {run_id}, which was never submitted"))
+            self._fault(f"{type(event).__name__} for run {run_id}, which was never submitted")
+
+    def _fault(self, what: str) -> None:
+        self._effects.append(ev.Fault(errors.ProtocolViolation(what)))
 
     def _next_run_id(self) -> int:
         self._last_run_id += 1
         return self._last_run_id
 
-    def _disconnected(self) -> Iterator[ev.Effect]:
+    def _disconnected(self) -> None:
         self.window = None
-        lost = sorted(self._runs.values(), key=lambda item: item.sequence)
-        self._runs.clear()
+        lost = sorted(self.runs.values(), key=lambda item: item.sequence)
+        self.runs.clear()
         for item in lost:
-            item.lost()
+            item.engine_lost()
         self._wait(lost)
         for item in lost:
             if item.losses >= self.bounds.attempts_max:
-                yield from self._end(item, errors.AttemptsExhausted(f"the engine was lost under it {item.losses} times"))
-        yield from self.reruns.lose(errors.EngineUnavailable("the engine was lost"), None)
+                self._end(item, errors.AttemptsExhausted(f"the engine was lost under it {item.losses} times"))
+        self._effects += self.reruns.lose(errors.EngineUnavailable("the engine was lost"), None)
         if self.draining:
-            yield from self._abandon()
+            self._abandon()
 
     # ---- ends
 
-    def _end(self, item: Item, error: errors.OstinatoError | None = None) -> Iterator[ev.Effect]:
-        """The item's one outcome; whatever comes after the first is too late."""
+    def _end(self, item: Item, error: errors.OstinatoError | None = None) -> None:
+        """Give out the item's End, unless it was given out before."""
         if item.phase is Phase.ENDING:
             return
         if self._release(item):
-            yield ev.CancelRun(item.run_id)
+            self._effects.append(ev.CancelRun(item.run_id))
         item.phase = Phase.ENDING
-        yield ev.End(item.sequence, item.attempt, error)
+        self._effects.append(ev.End(item.sequence, item.attempt, error))
 
     def _release(self, item: Item) -> bool:
-        """Take it out of queue and window; whether a run is left behind."""
+        """Take it out of `waiting` or `runs`. Whether its run is still in the engine."""
         self.waiting.pop(item.sequence, None)
         self._timers.put(item.sequence, None)
-        if self._runs.pop(item.run_id, None) is None:
+        if self.runs.pop(item.run_id, None) is None:
             return False
         assert self.window is not None
         self.window.give(item.need.kv_tokens)
         return True
 
-    def _caller_gone(self, batch_id: int, error: errors.OstinatoError) -> Iterator[ev.Effect]:
-        for sequence in self._batches.left(batch_id, error):
-            if sequence in self.items:
-                yield from self._end(self.items[sequence], error)
+    def _ended(self, item: Item) -> None:
+        assert item.phase is Phase.ENDING, "invariant 2"
+        batch = self._batches.get(item.batch_id)
+        if batch is not None:
+            batch.open_items -= 1
+            if not batch.open_items:
+                del self._batches[item.batch_id]
 
-    def _expire(self, now: float) -> Iterator[ev.Effect]:
-        for sequence in self._timers.due(now):
-            item = self.items[sequence]
-            yield from self._end(item, errors.DeadlineExceeded(item.why_overdue))
+    def _cancel_batch(self, batch_id: int, error: errors.OstinatoError) -> None:
+        batch = self._batches.get(batch_id)
+        if batch is None or batch.admit.keyed:
+            return
+        batch.cancelled = error
+        first, count = batch.first_sequence, len(batch.admit.needs) if batch.first_sequence else 0
+        for item in numbered(self.items, first, first + count - 1):
+            self._end(item, error)
 
-    def _abandon(self) -> Iterator[ev.Effect]:
-        """End what has no key; leave what has one to the next epoch."""
+    def _expire(self, item: Item) -> None:
+        waited = item.phase is Phase.WAITING
+        why = "the deadline passed while it waited" if waited else "its time passed and the engine was silent"
+        self._end(item, errors.DeadlineExceeded(why))
+
+    def _abandon(self) -> None:
+        """End the items without a key, and leave those with one to the next epoch."""
         self._abandoning = True
         for item in list(self.items.values()):
             if not item.keyed:
-                yield from self._end(item, errors.Abandoned("unfinished when the drain ended"))
+                self._end(item, errors.Abandoned("unfinished when the drain ended"))
             elif item.phase is not Phase.ENDING:
                 if self._release(item):
-                    yield ev.CancelRun(item.run_id)
+                    self._effects.append(ev.CancelRun(item.run_id))
                 del self.items[item.sequence]
-                yield ev.LeaveToRecovery(item.sequence)
+                self._effects.append(ev.LeaveToRecovery(item.sequence))
+        assert not self.waiting, "invariant 5"
+        assert not self.runs, "invariant 5"
+
+
+def unfit(item: Item, window: Window) -> errors.OstinatoError | None:
+    """Why this engine must not run the item; None: it may."""
+    if item.need.model_digest != window.engine.model_digest:
+        return errors.FingerprintChanged("another model, tokenizer or template runs now")
+    if item.need.required_grade > window.engine.grade:
+        return errors.GradeLost(f"the engine has only earned {types_pb2.Grade.Name(window.engine.grade)}")
+    if not window.ever_fits(item.need.kv_tokens):
+        return errors.EngineFailed(_too_big(item.need, window))
+    return None
+
+
+def _too_big(need: ev.Need, window: Window) -> str:
+    return f"needs {window.need(need.kv_tokens)} KV blocks at worst, the engine has {window.engine.kv_blocks}"
+
+
+def numbered(by_sequence: Mapping[int, T], first: int, last: int) -> Iterable[T]:
+    """The values for first to last, found with no more steps than the mapping or the range has."""
+    if last - first < len(by_sequence):
+        return [by_sequence[sequence] for sequence in range(first, last + 1) if sequence in by_sequence]
+    return [value for sequence, value in by_sequence.items() if first <= sequence <= last]

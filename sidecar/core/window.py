@@ -1,4 +1,4 @@
-"""How much the engine holds at once: items and KV blocks."""
+"""The core's bounds, and the engine's capacity in use. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sidecar.core.events import Connected
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Named limits; each comes from a setting of the same name."""
+    """Each comes from a setting of the same name."""
 
     queue_items_max: int
     window_runs_max: int
@@ -18,15 +18,15 @@ class Bounds:
     attempts_max: int
     item_timeout_seconds: float
     tenant_queue_items_max: int = sys.maxsize
-    """Of one tenant, before they are numbered."""
+    """Items of one tenant that wait for a sequence."""
     numbered_items_max: int = sys.maxsize
-    """That are numbered and wait for the engine; more wait before they are."""
+    """Items that have a sequence and wait for the engine."""
     reruns_max: int = 256
-    """That wait, of each urgency."""
+    """Reruns of one urgency that wait."""
     reruns_share: float = 0.25
-    """Of the engine, held at most by runs that no caller of Generate waits for."""
+    """Share of the engine for reruns other than verifications."""
     overdue_seconds: float = 1.0
-    """How long past its time a run may be silent before it is given up here."""
+    """A run that reports nothing for this long after its timeout is cancelled."""
     retry_after_seconds: float = 1.0
 
 
@@ -36,7 +36,7 @@ class Window:
 
     1. 0 <= runs <= runs_max
     2. 0 <= blocks <= engine.kv_blocks
-    3. Nothing runs beside a run that was taken as exclusive.
+    3. Nothing runs beside an exclusive run.
     """
 
     engine: Connected
@@ -59,7 +59,7 @@ class Window:
         return room and not self.exclusive and not (exclusive and self.runs)
 
     def take(self, kv_tokens: int, *, exclusive: bool = False) -> None:
-        assert self.fits(kv_tokens, exclusive=exclusive)
+        assert self.fits(kv_tokens, exclusive=exclusive), "invariants 1 to 3"
         self.exclusive = exclusive
         self.runs += 1
         self.blocks += self.need(kv_tokens)
@@ -68,5 +68,5 @@ class Window:
         self.exclusive = False  # an exclusive run was the only one
         self.runs -= 1
         self.blocks -= self.need(kv_tokens)
-        assert self.runs >= 0
-        assert self.blocks >= 0
+        assert self.runs >= 0, "invariant 1"
+        assert self.blocks >= 0, "invariant 2"

@@ -20,7 +20,7 @@ from service.stream import Stream
 from sidecar import answers, api
 from sidecar.answers import stamp_of
 from sidecar.core import events as ev
-from sidecar.core import fairness, sequencer
+from sidecar.core import sequencer
 from sidecar.core.sequencer import Item, Sequencer
 from sidecar.core.window import Window
 from sidecar.journal import sqlite
@@ -162,10 +162,15 @@ def two_outcomes() -> Iterator[None]:
 def admitted_while_it_drains() -> Iterator[None]:
     """A sidecar that was told to stop goes on taking work."""
 
-    def refusal(*arguments: Any, draining: bool) -> errors.OstinatoError | None:
-        return sequencer.refusal(*arguments, draining=False)
+    refusal = Sequencer.refusal
 
-    with instead(sequencer, "refusal", refusal), instead(fairness, "refusal", refusal):
+    def admitting(self: Sequencer, admit: ev.Admit, queued: int) -> errors.OstinatoError | None:
+        draining, self.draining = self.draining, False
+        error = refusal(self, admit, queued)
+        self.draining = draining
+        return error
+
+    with instead(Sequencer, "refusal", admitting):
         yield
 
 
@@ -251,16 +256,25 @@ def numbers_from_a_pool() -> AbstractContextManager[Any]:
 # ---- 4: submission
 
 
+def unchecked_submit(core: Sequencer, item: Item, window: Window, now: float) -> None:
+    """Submit the item, whatever else waits: past the assertions of order, which would find the fault first."""
+    core._newest_submitted = 0
+    waiting = core.waiting
+    core.waiting = {item.sequence: waiting.pop(item.sequence)}
+    core._submit(item, window, now)
+    core.waiting = waiting
+
+
 @breaks(4)
 def the_newest_first() -> AbstractContextManager[Any]:
     """What came last is submitted first."""
 
-    def submit(self: Sequencer, now: float) -> Iterator[ev.Effect]:
-        while self.window is not None and self.waiting:
+    def submit(self: Sequencer, window: Window, now: float) -> None:
+        while self.waiting:
             item = list(self.waiting.values())[-1]
-            if not self.window.fits(item.need.kv_tokens):
+            if not window.fits(item.need.kv_tokens):
                 return
-            yield self._submit(item, self.window, now)
+            unchecked_submit(self, item, window, now)
 
     return instead(Sequencer, "_submit_what_fits", submit)
 
@@ -269,10 +283,10 @@ def the_newest_first() -> AbstractContextManager[Any]:
 def a_small_one_overtakes() -> AbstractContextManager[Any]:
     """Whatever fits is submitted, though the head has to wait."""
 
-    def submit(self: Sequencer, now: float) -> Iterator[ev.Effect]:
+    def submit(self: Sequencer, window: Window, now: float) -> None:
         for item in list(self.waiting.values()):
-            if self.window is not None and self.window.fits(item.need.kv_tokens):
-                yield self._submit(item, self.window, now)
+            if window.fits(item.need.kv_tokens):
+                unchecked_submit(self, item, window, now)
 
     return instead(Sequencer, "_submit_what_fits", submit)
 
@@ -287,13 +301,13 @@ def a_lost_engine_goes_ahead_of_a_takeover() -> Iterator[None]:
         new = {item.sequence: item for item in items}
         self.waiting = {**new, **self.waiting} if lost else dict(sorted({**self.waiting, **new}.items()))
 
-    def submit(self: Sequencer, now: float) -> Iterator[ev.Effect]:
-        while self.window is not None and self.waiting:
+    def submit(self: Sequencer, window: Window, now: float) -> None:
+        while self.waiting:
             head = next(iter(self.waiting.values()))
-            if (error := sequencer.unfit(head, self.window)) is not None:
-                yield from self._end(head, error)
-            elif self.window.fits(head.need.kv_tokens, exclusive=head.quarantined):
-                yield self._submit(head, self.window, now)
+            if (error := sequencer.unfit(head, window)) is not None:
+                self._end(head, error)
+            elif window.fits(head.need.kv_tokens, exclusive=head.quarantined):
+                unchecked_submit(self, head, window, now)
             else:
                 return
 
@@ -427,8 +441,8 @@ def what_has_no_key_runs_again() -> AbstractContextManager[Any]:
     """Recovery takes up everything."""
     recovered = Sequencer._recovered
 
-    def all_of_them(self: Sequencer, event: ev.Recovered) -> Iterator[ev.Effect]:
-        return recovered(self, replace(event, keyed=True))
+    def all_of_them(self: Sequencer, event: ev.Recovered) -> None:
+        recovered(self, replace(event, keyed=True))
 
     return instead(Sequencer, "_recovered", all_of_them)
 
@@ -438,8 +452,8 @@ def recovery_counts_from_one() -> AbstractContextManager[Any]:
     """What is taken up in a later epoch is called the first attempt again."""
     recovered = Sequencer._recovered
 
-    def first(self: Sequencer, event: ev.Recovered) -> Iterator[ev.Effect]:
-        return recovered(self, replace(event, attempt=1))
+    def first(self: Sequencer, event: ev.Recovered) -> None:
+        recovered(self, replace(event, attempt=1))
 
     return instead(Sequencer, "_recovered", first)
 
@@ -449,7 +463,7 @@ def recovery_takes_up_nothing() -> AbstractContextManager[Any]:
     """What has a key is abandoned too."""
     recovered = Sequencer._recovered
 
-    def none(self: Sequencer, event: ev.Recovered) -> Iterator[ev.Effect]:
-        return recovered(self, replace(event, keyed=False))
+    def none(self: Sequencer, event: ev.Recovered) -> None:
+        recovered(self, replace(event, keyed=False))
 
     return instead(Sequencer, "_recovered", none)
