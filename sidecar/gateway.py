@@ -1,4 +1,8 @@
-"""A gateway's RPCs over our own Generation."""
+"""The service `vllm.grpc.engine.VllmEngine` over our own Generation, for OpenAI gateways.
+
+A gateway's request is translated and handed to Generation; what Generation writes is translated back. Imports an optional
+package, so this module is imported only with --vllm-face.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import hashlib
 import re
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from typing import Any, Never
 
 from google.protobuf import json_format
@@ -27,9 +31,11 @@ from sidecar.config import Settings
 from sidecar.held import Account
 from sidecar.pipeline import Pipeline
 
-SEED_MAX = 2**31 - 2
-"""Of those that can be what the caller asked for: the gateway turns every larger one into 2**31 - 1."""
+NAME = "vllm.grpc.engine.VllmEngine"
+register = vllm_grpc.add_VllmEngineServicer_to_server
 
+SEED_MAX = 2**31 - 2
+"""The gateway turns every larger seed into 2**31 - 1, so that one may not be the caller's."""
 PARAMETERS = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -47,17 +53,34 @@ PARAMETERS = {
     "regex": "response_format.regex",
     "seed": "seed",
 }
-"""Theirs, and what it is called here."""
-OF_THE_TEXT = frozenset({"skip_special_tokens", "spaces_between_special_tokens", "grammar_from_first_token"})
-"""Nothing to do: the gateway makes the text out of the tokens, and a grammar of ours starts at the first token anyway."""
-REQUEST = frozenset({"request_id", "tokenized", "text", "sampling_params", "stream"})
+"""The gateway's names of parameters, and ours."""
+IGNORED_PARAMETERS = frozenset({"skip_special_tokens", "spaces_between_special_tokens", "grammar_from_first_token"})
+"""These have no effect here: the gateway detokenises, and our grammars always start at the first token."""
+REQUEST_FIELDS = frozenset({"request_id", "tokenized", "text", "sampling_params", "stream"})
 _PATHS = {f"parameters.{own}": f"sampling_params.{theirs}" for theirs, own in PARAMETERS.items() if theirs != "json_object"}
+
+STAMP_METADATA, RECEIPT_METADATA = "ostinato-stamp-bin", "ostinato-receipt-bin"
+RECEIPTS_MAX = 8
+"""Receipts in a call's trailers: a peer need not accept more than 8 KiB. Sequencer.Get returns all of them."""
+
+RESTART_GATEWAY = "another tokenizer runs now than the gateway was given: restart the gateway"
+GATEWAYS_MAX = 1024
+"""Connections whose tokenizer is remembered."""
+CHUNK_BYTES = 1 << 20
+"""Size of a message with a part of the tokenizer's files."""
+
+
+# ---- requests
 
 
 def request_of(theirs: vllm.GenerateRequest, items_max: int) -> generation_pb2.GenerateRequest:
-    """One item for each of `n`; a given seed is the first one's, and counts up. Raises InvalidRequest with every bad field."""
+    """The request with one item for each of `n`. A given seed is that of the first item, and counts up.
+
+    Every field is translated or refused. Raises InvalidRequest that lists every bad field by the gateway's name.
+    """
     given = theirs.sampling_params
-    violations = [*_unknown(theirs, REQUEST, ""), *_unknown(given, {*PARAMETERS, *OF_THE_TEXT, "n"}, "sampling_params.")]
+    violations = [*_unknown(theirs, REQUEST_FIELDS, "")]
+    violations += _unknown(given, {*PARAMETERS, *IGNORED_PARAMETERS, "n"}, "sampling_params.")
     violations += _bad(theirs, items_max)
     if violations:
         raise errors.InvalidRequest(violations=violations)
@@ -74,16 +97,19 @@ def request_of(theirs: vllm.GenerateRequest, items_max: int) -> generation_pb2.G
     return request
 
 
-def in_their_words(error: errors.OstinatoError) -> errors.OstinatoError:
-    """The error, with bad fields called what the gateway calls them."""
+def with_gateway_names(error: errors.OstinatoError) -> errors.OstinatoError:
+    """The error, with bad fields under the gateway's names."""
     if not isinstance(error, errors.InvalidRequest) or not error.violations:
         return error
     return errors.InvalidRequest(violations=[Violation(_path(each.field), each.description) for each in error.violations])
 
 
 def _parameters(given: vllm.SamplingParams) -> types_pb2.Parameters:
-    """All but the seed, by way of JSON: there a 32-bit number is written as people do, 0.7 and not 0.699999988079071, so that
-    a gateway's request is the same input as another client's. A field that reads as zero because it is not set is not there."""
+    """All parameters but the seed. A field that reads as zero because it is not set is left out.
+
+    Converted through JSON, which writes a 32-bit 0.7 as 0.7 and not as 0.699999988079071: the request is the same input as that
+    of another client.
+    """
     made: dict[str, Any] = {}
     for theirs, value in json_format.MessageToDict(given, preserving_proto_field_name=True).items():
         match theirs:
@@ -101,7 +127,7 @@ def _bad(theirs: vllm.GenerateRequest, items_max: int) -> Iterator[Violation]:
     if theirs.WhichOneof("input") is None:
         yield Violation("tokenized", "is missing, and so is text")
     if given.HasField("seed") and not 0 <= given.seed <= SEED_MAX:
-        why = "a gateway cuts others down to 32 bits in silence, so this one may not be the caller's"
+        why = "the gateway cuts other seeds to 32 bits without an error, so this may not be the caller's seed"
         yield Violation("sampling_params.seed", f"must be 0 to {SEED_MAX}, is {given.seed}: {why}")
     if given.n > items_max:
         yield Violation("sampling_params.n", f"must be at most {items_max}, is {given.n}")
@@ -110,15 +136,14 @@ def _bad(theirs: vllm.GenerateRequest, items_max: int) -> Iterator[Violation]:
             yield Violation(f"sampling_params.{name}", f"{getattr(given, name)} is too large")
 
 
-def _unknown(message: Message, known: frozenset[str] | set[str], path: str) -> Iterator[Violation]:
-    """Fields that are set and mean nothing here."""
+def _unknown(message: Message, known: Collection[str], path: str) -> Iterator[Violation]:
     for field, _ in message.ListFields():
         if field.name not in known:
             yield Violation(f"{path}{field.name}", "is not supported")
 
 
 def _path(field: str) -> str:
-    """Of a field of ours, theirs. All items have one prompt, and their parameters are the batch's."""
+    """The gateway's name of one of our fields. All its items have one prompt, and their parameters are those of the batch."""
     own = re.sub(r"^items\[\d+\]\.(?=parameters\.)", "", field)
     if own.startswith("items["):
         return "tokenized.input_ids"
@@ -128,34 +153,30 @@ def _path(field: str) -> str:
     return own if longest is None else _PATHS[longest] + own.removeprefix(longest)
 
 
-STAMP_METADATA, RECEIPT_METADATA = "ostinato-stamp-bin", "ostinato-receipt-bin"
-RECEIPTS_MAX = 8
-"""In a call's trailers, of which a peer need not take more than 8 KiB; Sequencer.Get has them all."""
+# ---- answers
 
 
-class Answer:
-    """Stands for gRPC's context before a handler of Generation; what that writes goes out as the gateway's messages.
+class GatewayAnswer:
+    """Takes the place of gRPC's context in a handler of Generation, and writes the gateway's messages.
 
-    `left`: seconds until the call's deadline. `account`: of the bytes that are held until the call ends.
+    `time_left`: seconds until the call's deadline. `account`: of the bytes that are held until the call ends.
     """
 
-    def __init__(self, context: Context, prompt_tokens: int, left: Callable[[], float], account: Account) -> None:
+    def __init__(self, context: Context, prompt_tokens: int, time_left: Callable[[], float], account: Account) -> None:
         self._context = context
         self._account = account
         self._prompt_tokens = prompt_tokens
         self._stamp = types_pb2.Stamp()
-        self._sent: dict[int, int] = {}
-        """Tokens by sequence."""
         self._results: list[bytes] = []
-        """Serialised, as they are smaller."""
+        """Serialised, which takes less memory."""
         self._restarted = 0
-        self.time_remaining = left
+        self.time_remaining = time_left
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
     async def write(self, data: bytes) -> None:
-        """As GenerateStream's context. Results wait for `end`: the call is one, and has one status."""
+        """Translate one GenerateEvent. Results are kept until `end`: the call has one status, so it is known only then."""
         event = generation_pb2.GenerateEvent.FromString(data)
         match event.WhichOneof("event"):
             case "admitted":
@@ -171,28 +192,26 @@ class Answer:
                 self._result(event.failed)
 
     async def end(self) -> None:
-        """When all was written. Raises what an item failed with; and Abandoned where other tokens were sent than are recorded,
-        which this protocol has no word for."""
+        """Write the last messages, one for each item. Raises the error of a failed item.
+
+        Raises Abandoned if an item was restarted with other tokens than were sent: this protocol cannot take tokens back.
+        """
         for data in self._completes():
             await self._context.write(data)
 
-    async def whole(self, data: bytes) -> None:
-        """As `write` and `end`, with Generate's answer."""
-        self._whole(generation_pb2.GenerateResponse.FromString(data))
+    async def write_response(self, data: bytes) -> None:
+        """Translate a GenerateResponse."""
+        self._take(generation_pb2.GenerateResponse.FromString(data))
         await self.end()
 
-    def _whole(self, response: generation_pb2.GenerateResponse) -> None:
+    # The parsed messages of these two are freed before the next write waits for its reader.
+
+    def _take(self, response: generation_pb2.GenerateResponse) -> None:
         self._admitted(response.stamp)
         for result in response.results:
             self._result(result)
 
-    def _result(self, result: types_pb2.Result) -> None:
-        data = result.SerializeToString()
-        self._results.append(data)
-        self._account.add(len(data))
-
     def _completes(self) -> list[bytes]:
-        """The last messages, one for each item, serialised; the trailers are set."""
         results = [types_pb2.Result.FromString(data) for data in self._results]
         for result in results:
             if result.HasField("status"):
@@ -200,30 +219,35 @@ class Answer:
         if self._restarted:
             why = "was answered anew after a crash, with other tokens than were sent; the journal has the whole"
             raise errors.Abandoned(f"sequence {self._restarted} {why}")
-        self._receipts(results)
-        ordered = sorted(results, key=lambda result: result.sequence)
-        completes = [_complete(result.output, self._index(result.sequence)) for result in ordered]
+        self._set_trailers(results)
+        results.sort(key=lambda result: result.sequence)
+        completes = [_complete(result.output, self._index(result.sequence)) for result in results]
         return [vllm.GenerateResponse(complete=complete).SerializeToString() for complete in completes]
+
+    def _result(self, result: types_pb2.Result) -> None:
+        data = result.SerializeToString()
+        self._results.append(data)
+        self._account.add(len(data))
 
     def _admitted(self, stamp: types_pb2.Stamp) -> None:
         self._stamp = stamp
-        self._receipts(())
+        self._set_trailers(())
 
-    def _receipts(self, results: Sequence[types_pb2.Result]) -> None:
+    def _set_trailers(self, results: Sequence[types_pb2.Result]) -> None:
         receipts = [result.receipt.SerializeToString() for result in results if result.HasField("receipt")]
-        told = receipts if len(receipts) <= RECEIPTS_MAX else ()
+        if len(receipts) > RECEIPTS_MAX:
+            receipts = []
         stamp = (STAMP_METADATA, self._stamp.SerializeToString())
-        self._context.set_trailing_metadata((stamp, *((RECEIPT_METADATA, receipt) for receipt in told)))
+        self._context.set_trailing_metadata((stamp, *((RECEIPT_METADATA, receipt) for receipt in receipts)))
 
     def _index(self, sequence: int) -> int:
         return sequence - self._stamp.first_sequence
 
     async def _chunk(self, run: generation_pb2.TokenRun) -> None:
-        sent = self._sent[run.sequence] = run.first_token + len(run.token_ids)
         chunk = vllm.GenerateStreamChunk(
             token_ids=run.token_ids,
             prompt_tokens=self._prompt_tokens,
-            completion_tokens=sent,
+            completion_tokens=run.first_token + len(run.token_ids),
             output_logprobs=_logprobs(run.token_ids, run.logprobs),
             index=self._index(run.sequence),
         )
@@ -248,53 +272,51 @@ def _complete(output: types_pb2.Output, index: int) -> vllm.GenerateComplete:
 
 
 def _logprobs(token_ids: Sequence[int], logprobs: Sequence[types_pb2.TokenLogprobs]) -> vllm.OutputLogProbs | None:
-    """None: not asked for."""
+    """None if no logprobs were requested."""
     if not logprobs:
         return None
     tops = [vllm.TopLogProbs(values=[t.logprob for t in p.top], token_ids=[t.token_id for t in p.top]) for p in logprobs]
     return vllm.OutputLogProbs(token_logprobs=[p.logprob for p in logprobs], token_ids=token_ids, top_logprobs=tops)
 
 
-NAME = "vllm.grpc.engine.VllmEngine"
-RESTART_GATEWAY = "another tokenizer runs now than the gateway was given: restart the gateway"
-register = vllm_grpc.add_VllmEngineServicer_to_server
-GATEWAYS_MAX = 1024
-"""Connections of which it is remembered what they were given."""
-CHUNK_BYTES = 1 << 20
-"""Of the tokenizer's files."""
+# ---- the service
 
 
-class Given:
-    """Which tokenizer each gateway was given last. A gateway keeps one for as long as it runs, and asks for it on the
-    connection on which it generates; over a unix socket, connections cannot be told apart."""
+class IssuedTokenizers:
+    """Which tokenizer each gateway was given last.
+
+    A gateway asks for the tokenizer once, on the connection on which it generates, and keeps it until it ends. Connections
+    over a unix socket cannot be told apart.
+    """
 
     def __init__(self) -> None:
         self._by_peer: OrderedDict[str, str] = OrderedDict()
-        """Of the newest connections."""
-        self._ever: set[str] = set()
+        """Of the GATEWAYS_MAX newest connections."""
+        self._all: set[str] = set()
 
-    def to(self, peer: str, tokenizer: str) -> None:
-        """This connection's gateway has it now."""
+    def issue(self, peer: str, tokenizer: str) -> None:
         self._by_peer[peer] = tokenizer
         self._by_peer.move_to_end(peer)
         if len(self._by_peer) > GATEWAYS_MAX:
             self._by_peer.popitem(last=False)
-        self._ever.add(tokenizer)
+        self._all.add(tokenizer)
 
     def differs(self, peer: str, running: str | None) -> bool:
-        """Whether this connection's gateway is known to have another than the one that runs."""
+        """Whether this connection was given another tokenizer than the running one."""
         return running is not None and self._by_peer.get(peer, running) != running
 
     def may_differ(self, peer: str, running: str | None) -> bool:
-        """Whether its token ids may be those of another model. A connection that asked for none may be that of any gateway that
-        did, which has connected anew."""
+        """Whether this connection's token ids may be those of another tokenizer.
+
+        A connection that was given none may belong to any gateway that was given one and has reconnected.
+        """
         if peer in self._by_peer:
             return self.differs(peer, running)
-        return running is not None and not self._ever <= {running}
+        return running is not None and not self._all <= {running}
 
 
 class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the package has no types for it
-    """Another face of `generation`."""
+    """The RPCs that a gateway calls."""
 
     def __init__(self, generation: GenerationServicer, pipeline: Pipeline, settings: Settings) -> None:
         self._generation = generation
@@ -302,11 +324,11 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
         self._items_max = settings.batch_items_max
         self._timeout_seconds = settings.vllm_timeout_seconds
         self._started = time.monotonic()
-        self._given = Given()
+        self._issued = IssuedTokenizers()
         self._running: defaultdict[tuple[str, str], set[asyncio.Future[None]]] = defaultdict(set)
         """By tenant and request id, which need not be unique."""
 
-    # Writes by itself, as Generation does.
+    # Writes its messages itself, as Generation does.
     async def Generate(self, request: vllm.GenerateRequest, context: Context) -> None:
         running = asyncio.ensure_future(self._generate(request, context))
         name = (caller().tenant, request.request_id)
@@ -325,27 +347,28 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
 
     async def _generate(self, request: vllm.GenerateRequest, context: Context) -> None:
         deadline = time.monotonic() + self._timeout_seconds
-        patience = remaining(context)
-        if patience is not None:
-            deadline = min(deadline, time.monotonic() + patience)
-        ours = self._ours(request, context.peer())
+        seconds = remaining(context)
+        if seconds is not None:
+            deadline = min(deadline, time.monotonic() + seconds)
+        ours = self._translated(request, context.peer())
         with self._generation.held.account(stream=request.stream) as account:
-            answer: Any = Answer(context, len(request.tokenized.input_ids), lambda: deadline - time.monotonic(), account)
+            tokens = len(request.tokenized.input_ids)
+            answer: Any = GatewayAnswer(context, tokens, lambda: deadline - time.monotonic(), account)
             try:
                 if request.stream:
                     await self._generation.stream(ours, answer, account)
                     ending = answer.end()
                 else:
-                    ending = answer.whole(await self._generation.answer(ours, answer, account))
+                    ending = answer.write_response(await self._generation.answer(ours, answer, account))
             except errors.InvalidRequest as error:
-                raise in_their_words(error) from error
+                raise with_gateway_names(error) from error
             if not await written(ending, lost=account.lost):
                 raise account.error
 
-    def _ours(self, request: vllm.GenerateRequest, peer: str) -> generation_pb2.GenerateRequest:
-        """Raises what refuses it, counted as Generation counts its own refusals."""
+    def _translated(self, request: vllm.GenerateRequest, peer: str) -> generation_pb2.GenerateRequest:
+        """Raises what refuses the request, and counts it."""
         try:
-            if self._given.may_differ(peer, self._tokenizer()):
+            if self._issued.may_differ(peer, self._tokenizer()):
                 raise errors.FingerprintChanged(RESTART_GATEWAY)
             return request_of(request, self._items_max)
         except errors.OstinatoError as error:
@@ -366,7 +389,7 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
             why = "draining"
         elif self._pipeline.journal.full:
             why = "the journal is full"
-        elif self._given.differs(context.peer(), self._tokenizer()):
+        elif self._issued.differs(context.peer(), self._tokenizer()):
             why = RESTART_GATEWAY
         return vllm.HealthCheckResponse(healthy=not why, message=why or "OK")
 
@@ -401,16 +424,16 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
     async def GetTokenizer(
         self, request: common.GetTokenizerRequest, context: Context
     ) -> AsyncGenerator[common.GetTokenizerChunk]:
-        told = self._model().fingerprint.fields["tokenizer"]
+        name = self._model().fingerprint.fields["tokenizer"]
         files = await self._pipeline.link.tokenizer(remaining(context))
-        self._given.to(context.peer(), told)
+        self._issued.issue(context.peer(), name)
         for start in range(0, len(files), CHUNK_BYTES):
             last = start + CHUNK_BYTES >= len(files)
             digest = hashlib.sha256(files).hexdigest() if last else ""
             yield common.GetTokenizerChunk(data=files[start : start + CHUNK_BYTES], sha256=digest)
 
     def _tokenizer(self) -> str | None:
-        """The one that runs, as the fingerprint names it; None: there is no engine."""
+        """The running tokenizer, as the fingerprint names it. None without an engine."""
         engine = self._pipeline.engine
         return engine.model.fingerprint.fields["tokenizer"] if engine is not None else None
 
@@ -420,9 +443,9 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
         return self._pipeline.engine.model
 
     async def Embed(self, request: Any, context: Context) -> Never:
-        raise errors.NotBuilt("this is for text generation only")
+        raise errors.NotBuilt("only text generation is supported")
 
     FlushCache = StartProfile = StopProfile = Embed
 
     async def SubscribeKvEvents(self, request: Any, context: Context) -> Never:
-        raise errors.NotBuilt("there is no feed of cache events; GetLoads says how full it is")
+        raise errors.NotBuilt("cache events are not published; GetLoads has the load")

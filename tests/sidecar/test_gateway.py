@@ -16,15 +16,15 @@ from ostinato.errors import Violation
 from ostinato.v1 import generation_pb2, types_pb2
 
 from sidecar.gateway import (
-    OF_THE_TEXT,
+    IGNORED_PARAMETERS,
     PARAMETERS,
     RECEIPT_METADATA,
     RECEIPTS_MAX,
     SEED_MAX,
     STAMP_METADATA,
-    Answer,
-    in_their_words,
+    GatewayAnswer,
     request_of,
+    with_gateway_names,
 )
 from tests.sidecar.held_kit import account
 
@@ -50,9 +50,9 @@ class Wire:
         return [receipt.header.sequence for receipt in found]
 
 
-def answer(count: int = 1) -> tuple[Wire, Answer, types_pb2.Stamp]:
+def answer(count: int = 1) -> tuple[Wire, GatewayAnswer, types_pb2.Stamp]:
     wire: Any = Wire()
-    return wire, Answer(wire, 3, lambda: 1.0, account()), types_pb2.Stamp(first_sequence=7, count=count)
+    return wire, GatewayAnswer(wire, 3, lambda: 1.0, account()), types_pb2.Stamp(first_sequence=7, count=count)
 
 
 def completed(sequence: int = 7, **output: Any) -> types_pb2.Result:
@@ -114,7 +114,7 @@ async def test_a_stream() -> None:
 async def test_why_it_ended(output: dict[str, Any], reason: str, matched: str | int | None) -> None:
     """A stop says what it was."""
     wire, told, stamp = answer()
-    await told.whole(generation_pb2.GenerateResponse(stamp=stamp, results=[completed(**output)]).SerializeToString())
+    await told.write_response(generation_pb2.GenerateResponse(stamp=stamp, results=[completed(**output)]).SerializeToString())
 
     (end,) = (message.complete for message in wire.sent)
     which = end.WhichOneof("matched_stop")
@@ -143,7 +143,7 @@ async def test_a_failed_item_fails_the_call() -> None:
     wire, told, stamp = answer(2)
     results = [completed(7), failed(8, errors.EngineFailed("broke"))]
     with pytest.raises(errors.EngineFailed, match="broke"):
-        await told.whole(generation_pb2.GenerateResponse(stamp=stamp, results=results).SerializeToString())
+        await told.write_response(generation_pb2.GenerateResponse(stamp=stamp, results=results).SerializeToString())
 
     assert wire.sent == []
     assert [key for key, _ in wire.trailers] == [STAMP_METADATA]
@@ -169,7 +169,7 @@ async def test_trailers_stay_small(count: int, told: int) -> None:
     """All receipts or, where they would not fit, none; the stamp says where they are."""
     wire, made, stamp = answer(count)
     response = generation_pb2.GenerateResponse(stamp=stamp, results=[completed(7 + index) for index in range(count)])
-    await made.whole(response.SerializeToString())
+    await made.write_response(response.SerializeToString())
 
     assert len(wire.receipts()) == told
     assert sum(len(key) + len(value) * 4 // 3 for key, value in wire.trailers) < 8192
@@ -285,7 +285,7 @@ def test_every_field_of_the_gateway_s_is_known() -> None:
     """A parameter that a newer package brings is refused until somebody has decided what it means."""
     names = {field.name for field in vllm.SamplingParams.DESCRIPTOR.fields}
 
-    assert names == {*PARAMETERS, *OF_THE_TEXT, *UNSUPPORTED, "n"}
+    assert names == {*PARAMETERS, *IGNORED_PARAMETERS, *UNSUPPORTED, "n"}
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_too_many_answers_are_refused_before_they_are_made() -> None:
 )
 def test_a_refusal_is_in_the_gateway_s_words(ours: str, theirs: str) -> None:
     """What the service or the admission calls a field is called what the gateway sent."""
-    told = in_their_words(errors.InvalidRequest(violations=[Violation(ours, "is wrong")]))
+    told = with_gateway_names(errors.InvalidRequest(violations=[Violation(ours, "is wrong")]))
 
     assert isinstance(told, errors.InvalidRequest)
     assert told.violations == (Violation(theirs, "is wrong"),)
