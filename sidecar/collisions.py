@@ -1,4 +1,8 @@
-"""How an answer was sampled, and unseeded answers that are equal where they should differ."""
+"""How an answer was sampled, and collisions: unseeded items with equal inputs and equal outputs.
+
+A collision shows that seeds have no effect. Equal outputs show it only if two independent answers would hardly be equal. The
+probability of that is 2^-b, with b the bits of choice of the answer: the negative logarithm of its probability.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,21 @@ from ostinato.digest import output_digest, unseeded_input_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 from ostinato.v1.sequencer_pb2 import COLLISION_FOUND, COLLISION_NONE, COLLISION_UNSPECIFIED
 
+TOKENS_MIN = 16
+"""Shorter answers are not compared: they may be equal by chance."""
+CHOICE_BITS_MIN = 32.0
+"""Answers with fewer bits of choice are not compared. Of two independent answers one equals the other with a probability of at
+most 2^-32: with 100,000 answers a day, each compared with 64 others, that is at most one false alarm in 670 days."""
+DISTINCT_TOKEN_BITS = 1.25
+"""Bits of each distinct token if no logprobs are known, times the temperature (at most 1) and the square of top_p. A repeated
+token counts as 0 bits, so that a loop does not look like choice. This is an estimate from measurements of a small model
+(docs/determinism.md); a model that is certain of its answer may have fewer."""
+
 
 def sampling_label(given: types_pb2.ResolvedParameters) -> str:
-    """What is not at its default and may matter to a divergence, names ascending by importance; `defaults` if nothing is.
+    """The sampling parameters that are not at their defaults and may matter to a divergence, or `defaults`.
 
-    Numbers have six digits at most, and what a format demands is not said, so that like items are alike.
+    Numbers have at most six digits and a response format only its kind, so that similar items have the same label.
     """
     greedy = given.temperature == 0
     numbers = (
@@ -37,36 +51,24 @@ def sampling_label(given: types_pb2.ResolvedParameters) -> str:
     return " ".join(words) or "defaults"
 
 
-TOKENS_MIN = 16
-"""Shorter answers may well be equal by chance."""
-CHOICE_BITS_MIN = 32.0
-"""Answers that took less choice are not compared. Of two independent answers one equals the other with probability 2^-32 at
-most: with 100,000 answers a day, each compared with 64 others, that is one false alarm in 670 days if all of them took no more
-choice than this."""
-DISTINCT_TOKEN_BITS = 1.25
-"""What a token that the answer has not had before is taken for where no logprobs are known, times the temperature (1 at most)
-and the square of top_p. One that comes back counts as none, so that a loop does not look like choice. A guess, by what a small
-model took (docs/determinism.md): a model that is sure of its answer may take less."""
-
-
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What is known of the choice that an answer took."""
+    """The choice that an answer took."""
 
     tokens: int
     distinct_tokens: int
     logprobs_known: bool
-    """Whether `bits` are from logprobs; else they are a guess from the distinct tokens."""
+    """Whether `bits` are computed from logprobs. If not, they are estimated from the distinct tokens."""
     bits: float
-    """Estimated: an independent answer is equal with probability 2^-bits."""
+    """An independent answer is equal with probability 2^-bits."""
 
 
 class Collisions:
-    """Remembers the outputs of the inputs_max newest distinct inputs, outputs_max each.
+    """The outputs of the `inputs_max` newest distinct inputs, at most `outputs_max` of each.
 
-    Only items count whose seeds were derived, that sample freely (temperature above 0, top_k not 1, no response format), and
-    whose answers have at least TOKENS_MIN tokens and took at least CHOICE_BITS_MIN bits of choice. Two seeds that the engine
-    folds into one must give one answer, and do not collide.
+    An item counts only if its seed was derived, if it is sampled freely (temperature above 0, top_k not 1, no response format),
+    and if its answer has at least TOKENS_MIN tokens and CHOICE_BITS_MIN bits of choice. Two seeds that the engine maps to the
+    same one must give the same answer, and do not collide.
     """
 
     def __init__(self, inputs_max: int = 4096, outputs_max: int = 64) -> None:
@@ -75,19 +77,19 @@ class Collisions:
         self._outputs_max = outputs_max
 
     def check(self, given: sequencer_pb2.AdmittedPayload, output: types_pb2.Output) -> sequencer_pb2.Collision.ValueType:
-        """Whether an equal input with another seed made this very output before; UNSPECIFIED: nothing to compare with, or an
-        equal output would say nothing."""
-        if not given.seed_derived or not _free(given.parameters) or len(output.token_ids) < TOKENS_MIN:
+        """Whether an equal input with another seed had this output. UNSPECIFIED if there is nothing to compare with, or if an
+        equal output would show nothing."""
+        if not given.seed_derived or not _is_free(given.parameters) or len(output.token_ids) < TOKENS_MIN:
             return COLLISION_UNSPECIFIED
         if choice_of(given.parameters, output).bits < CHOICE_BITS_MIN:
             return COLLISION_UNSPECIFIED
-        name, made = unseeded_input_digest(given.token_ids, given.parameters), output_digest(output)
-        seen = self._inputs.setdefault(name, {})
+        name, digest = unseeded_input_digest(given.token_ids, given.parameters), output_digest(output)
+        seeds = self._inputs.setdefault(name, {})
         self._inputs.move_to_end(name)
-        known = bool(seen)
-        collides = made in seen and seen[made] != output.engine_seed
-        if len(seen) < self._outputs_max:
-            seen.setdefault(made, output.engine_seed)
+        known = bool(seeds)
+        collides = digest in seeds and seeds[digest] != output.engine_seed
+        if len(seeds) < self._outputs_max:
+            seeds.setdefault(digest, output.engine_seed)
         if len(self._inputs) > self._inputs_max:
             self._inputs.popitem(last=False)
         if not known:
@@ -96,20 +98,24 @@ class Collisions:
 
 
 def choice_of(parameters: types_pb2.ResolvedParameters, output: types_pb2.Output) -> Choice:
-    """PROCESSED logprobs are of the distribution that was drawn from: their sum is the answer's probability. So are RAW ones
-    where no parameter reshapes it. Where one does, RAW ones with the likeliest tokens give a bound from below: temperature and
-    truncation keep the order of tokens, so whatever is likelier than the chosen token could have been drawn too. A repetition
-    penalty or a ban (of an early end, too) changes that order, and then the logprobs are not used."""
-    distinct = len(set(output.token_ids))
+    """The bits of choice of an answer.
+
+    PROCESSED logprobs are of the distribution that was sampled from, so their sum is the logarithm of the answer's probability.
+    The same holds for RAW logprobs if no parameter changes the distribution. If one does, RAW logprobs with the likeliest
+    tokens give a lower bound: temperature and truncation keep the order of tokens, so every token that is likelier than the
+    sampled one could have been sampled too. A repetition penalty or a ban (an early end is banned too) changes that order;
+    then logprobs are not used.
+    """
+    tokens, distinct = len(output.token_ids), len(set(output.token_ids))
     bits = _bits_from_logprobs(parameters, output)
-    if bits is None:
-        guess = distinct * DISTINCT_TOKEN_BITS * min(1.0, parameters.temperature) * (parameters.top_p or 1.0) ** 2
-        return Choice(len(output.token_ids), distinct, logprobs_known=False, bits=guess)
-    return Choice(len(output.token_ids), distinct, logprobs_known=True, bits=bits)
+    if bits is not None:
+        return Choice(tokens, distinct, logprobs_known=True, bits=bits)
+    estimate = distinct * DISTINCT_TOKEN_BITS * min(1.0, parameters.temperature) * (parameters.top_p or 1.0) ** 2
+    return Choice(tokens, distinct, logprobs_known=False, bits=estimate)
 
 
 def _bits_from_logprobs(given: types_pb2.ResolvedParameters, output: types_pb2.Output) -> float | None:
-    """None: they do not say."""
+    """None if they cannot be used."""
     if len(output.logprobs) != len(output.token_ids):
         return None
     banned = given.bad_token_ids or given.ignore_eos or given.min_new_tokens
@@ -122,11 +128,11 @@ def _bits_from_logprobs(given: types_pb2.ResolvedParameters, output: types_pb2.O
     return None
 
 
-def _bits_at_least(drawn: types_pb2.TokenLogprobs, temperature: float) -> float:
-    """Of one token: the likelier ones, by the temperature, and itself."""
-    likelier = (top.logprob - drawn.logprob for top in drawn.top if top.logprob > drawn.logprob)
+def _bits_at_least(sampled: types_pb2.TokenLogprobs, temperature: float) -> float:
+    """A lower bound for one token, from the tokens that are likelier."""
+    likelier = (top.logprob - sampled.logprob for top in sampled.top if top.logprob > sampled.logprob)
     return math.log2(1.0 + math.fsum(math.exp(min(each / temperature, 500.0)) for each in likelier))
 
 
-def _free(parameters: types_pb2.ResolvedParameters) -> bool:
+def _is_free(parameters: types_pb2.ResolvedParameters) -> bool:
     return parameters.temperature > 0 and parameters.top_k != 1 and not parameters.HasField("response_format")
