@@ -46,7 +46,7 @@ class Answer:
         self._end_ids: frozenset[int] = frozenset() if parameters.ignore_eos else vocabulary.end_ids
         self._stop_ids = frozenset(parameters.stop_token_ids)
         self._min, self._max = parameters.min_new_tokens, parameters.max_new_tokens
-        self._stops = StopStrings(parameters.stop)
+        self._stops = StopStrings(parameters.stop) if parameters.stop else None
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._ids: list[int] = []
         self._logprobs: list[types_pb2.TokenLogprobs] = []
@@ -74,7 +74,7 @@ class Answer:
         self._reason = reason = self._reason_of(token_id)
         silent = reason in (types_pb2.FINISH_REASON_END_OF_SEQUENCE, types_pb2.FINISH_REASON_STOP_TOKEN)
         self._extend(self._decode(b"" if silent else self._piece(token_id), bool(reason)))
-        if reason and not self._matched:
+        if reason and self._held:
             self._settle(self._held)
         return self.complete
 
@@ -112,7 +112,7 @@ class Answer:
 
     def _extend(self, text: str) -> None:
         """Appends decoded text, up to a stop string if it completes one."""
-        if not self._stops or len(self._ids) <= self._min:
+        if self._stops is None or len(self._ids) <= self._min:
             return self._settle(text)
         found = self._stops.feed(text)
         held = self._held + text
@@ -147,9 +147,6 @@ class StopStrings:
         self._fall: list[int] = [0] * len(self._next)
         self._link()
         self._state = 0
-
-    def __bool__(self) -> bool:
-        return len(self._next) > 1
 
     @property
     def pending(self) -> int:

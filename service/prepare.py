@@ -7,6 +7,7 @@ parameters are judged: those of a client in `Preparer.prepare`, and those that a
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +19,8 @@ from service.engines.base import ROLES, Vocabulary
 from service.observe import prepare_span
 
 NEW_TOKENS_DEFAULT = 128
+ABOVE_ZERO = math.ulp(0.0)
+"""The least number above 0."""
 RECEIPT_BYTES = 1024
 """At most, of a serialised Result without the output's text, ids and logprobs."""
 
@@ -49,59 +52,40 @@ class Limits:
         return types_pb2.Limits(**{name: getattr(self, name) for name in shown})
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """An interval of numbers. NaN is in none."""
-
-    least: float
-    most: float
-    excludes_least: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        return self.least < value <= self.most or (value == self.least and not self.excludes_least)
-
-    def __str__(self) -> str:
-        return f"{'above ' if self.excludes_least else ''}{_number(self.least)} to {_number(self.most)}"
-
-
 class ParameterBounds:
     """The bounds of sampling parameters, as a client gives them and as a sidecar submits them (resolved)."""
 
     def __init__(self, limits: Limits, vocabulary_size: int) -> None:
         self._limits, self._vocabulary_size = limits, vocabulary_size
-        self._numbers = {
-            "temperature": Bound(0.0, 100.0),
-            "top_k": Bound(0, limits.top_k_max),
-            "top_p": Bound(0.0, 1.0, excludes_least=True),
-            "min_p": Bound(0.0, 1.0),
-            "repetition_penalty": Bound(0.0, 10.0, excludes_least=True),
-            "max_new_tokens": Bound(1, limits.new_tokens_max),
-            "min_new_tokens": Bound(0, limits.new_tokens_max),
-            "logprobs": Bound(0, limits.logprobs_max),
-        }
-        self._counts = {
-            "stop": limits.stop_max,
-            "stop_token_ids": limits.stop_token_ids_max,
-            "bad_words": limits.bad_words_max,
+        self._numbers: dict[str, tuple[float, float]] = {
+            "temperature": (0.0, 100.0),
+            "top_k": (0, limits.top_k_max),
+            "top_p": (ABOVE_ZERO, 1.0),
+            "min_p": (0.0, 1.0),
+            "repetition_penalty": (ABOVE_ZERO, 10.0),
+            "max_new_tokens": (1, limits.new_tokens_max),
+            "min_new_tokens": (0, limits.new_tokens_max),
+            "logprobs": (0, limits.logprobs_max),
         }
 
     def violations(self, given: types_pb2.Parameters | types_pb2.ResolvedParameters, path: str) -> Iterator[Violation]:
         """What is wrong with each parameter by itself, except what only the engine or the vocabulary's words can tell."""
-        for name, bound in self._numbers.items():
+        for name, (least, most) in self._numbers.items():
             value = getattr(given, name)
-            if value not in bound and _is_given(given, name):
-                yield Violation(f"{path}.{name}", f"must be {bound}, is {_number(value)}")
-        for name, most in self._counts.items():
-            count = len(getattr(given, name, ()))
-            if count > most:
-                yield Violation(f"{path}.{name}", f"must be at most {most}, are {count}")
-        for index, stop in enumerate(given.stop):
-            yield from _check_length(stop, self._limits.stop_bytes_max, f"{path}.stop[{index}]")
-        for name in ("stop_token_ids", "bad_token_ids"):
-            for index, token_id in enumerate(getattr(given, name, ())):
-                if token_id >= self._vocabulary_size:
-                    text = f"{token_id} is not below the vocabulary's {self._vocabulary_size}"
-                    yield Violation(f"{path}.{name}[{index}]", text)
+            if not least <= value <= most and _is_given(given, name):  # NaN is outside
+                low = "above 0" if least == ABOVE_ZERO else _number(least)
+                yield Violation(f"{path}.{name}", f"must be {low} to {_number(most)}, is {_number(value)}")
+        if given.stop:
+            yield from _check_count(given.stop, self._limits.stop_max, f"{path}.stop")
+            for index, stop in enumerate(given.stop):
+                yield from _check_length(stop, self._limits.stop_bytes_max, f"{path}.stop[{index}]")
+        if given.stop_token_ids:
+            yield from _check_count(given.stop_token_ids, self._limits.stop_token_ids_max, f"{path}.stop_token_ids")
+            yield from self._check_tokens(given.stop_token_ids, f"{path}.stop_token_ids")
+        if isinstance(given, types_pb2.Parameters):
+            yield from _check_count(given.bad_words, self._limits.bad_words_max, f"{path}.bad_words")
+        else:
+            yield from self._check_tokens(given.bad_token_ids, f"{path}.bad_token_ids")
         if given.HasField("response_format"):
             yield from self._check_format(given.response_format, f"{path}.response_format")
 
@@ -118,6 +102,11 @@ class ParameterBounds:
             for name in ("ignore_eos", "min_new_tokens"):
                 if getattr(given, name):
                     yield name, "cannot be combined with response_format: the grammar decides where the answer ends"
+
+    def _check_tokens(self, token_ids: Sequence[int], path: str) -> Iterator[Violation]:
+        for index, token_id in enumerate(token_ids):
+            if token_id >= self._vocabulary_size:
+                yield Violation(f"{path}[{index}]", f"{token_id} is not below the vocabulary's {self._vocabulary_size}")
 
     def _check_format(self, constraint: types_pb2.ResponseFormat, path: str) -> Iterator[Violation]:
         kind = constraint.WhichOneof("format")
@@ -405,6 +394,11 @@ def _is_given(parameters: types_pb2.Parameters | types_pb2.ResolvedParameters, n
 
 def _is_listed(parameters: types_pb2.Parameters, name: str) -> bool:
     return any(descriptor.name == name for descriptor, _ in parameters.ListFields())
+
+
+def _check_count(values: Sequence[object], most: int, path: str) -> Iterator[Violation]:
+    if len(values) > most:
+        yield Violation(path, f"must be at most {most}, are {len(values)}")
 
 
 def _check_length(text: str, bytes_max: int, path: str) -> Iterator[Violation]:

@@ -536,7 +536,7 @@ class Runs:
         self._active: dict[int, ActiveRun] = {}
         """By the engine's run id."""
         self._ids = itertools.count(1)
-        self._deliver: Deliver | None = None
+        self._deliver: Deliver
 
     def start(self) -> None:
         """Starts the engine on the running loop, whose clock is that of all deadlines."""
@@ -554,7 +554,7 @@ class Runs:
     def submit(self, submit: engine_pb2.Submit) -> None:
         """Starts a run. The user checks its run id."""
         run_id = next(self._ids)
-        assert self._deliver is not None and run_id not in self._active
+        assert run_id not in self._active, "run ids are unique"
         run = self._active[run_id] = ActiveRun(submit, self._loop.time(), RunSpans(submit, self.engine))
         if submit.timeout_millis:
             run.deadline = self._loop.call_later(submit.timeout_millis / 1000, self._expire, run_id)
@@ -593,12 +593,8 @@ class Runs:
             run = self._active.get(event.run_id)
             if run is not None:  # else it was ended while the report was under way
                 self._record(event.run_id, run, event, now)
-                self._send(run, event)
-
-    def _send(self, run: ActiveRun, event: engine_pb2.RunEvent) -> None:
-        assert self._deliver is not None, "a run has a user"
-        event.run_id = run.submit.run_id
-        self._deliver(event)
+                event.run_id = run.submit.run_id
+                self._deliver(event)
 
     def _cancel(self, run_id: int) -> None:
         self.engine.cancel(run_id)
@@ -609,7 +605,7 @@ class Runs:
         self.engine.cancel(run_id)
         error = DeadlineExceeded(f"the run did not end within {run.submit.timeout_millis} ms")
         self._end(run_id, "expired", error)
-        self._send(run, engine_pb2.RunEvent(failed=to_status(error)))
+        self._deliver(engine_pb2.RunEvent(run_id=run.submit.run_id, failed=to_status(error)))
 
     def _end(self, run_id: int, end: str, error: OstinatoError | None = None) -> None:
         run = self._active.pop(run_id)
