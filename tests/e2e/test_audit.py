@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 
 from ostinato.digest import is_sampled
-from ostinato.requests import batch
 
-from tests.e2e.conftest import Door, ended, eventually, opened
+from tests.e2e.conftest import Door, eventually, opened
 from tests.e2e.reruns_kit import Audited, audited, counted, missing, paired, rule, service
 from tests.pair import Pair
 
@@ -33,22 +31,6 @@ async def judged(door: Door, count: int) -> list[Audited]:
 
     await eventually(written, f"{count} audits are recorded")
     return found
-
-
-async def test_what_differs_is_found() -> None:
-    """Of twelve items, run again, the two that the engine makes otherwise are DIVERGED at that token, and the others MATCH."""
-    async with paired(*ALL, rules=[rule("diverge", 3, "AUDIT", sequences=[3, 7])]) as door:
-        await items(door, 12)
-        found = await judged(door, 12)
-
-        assert sorted(each.sequence for each in found) == list(range(1, 13))
-        assert sorted(each.sequence for each in found if each.verdict == "diverged") == [3, 7]
-        assert counted(door.pair, "audit") == Counter(each.verdict for each in found)
-        for each in found:
-            said = each.said.comparison
-            assert (said.expected_output_digest == said.actual_output_digest) == (each.verdict == "match")
-            assert said.compared_tokens == (8 if each.verdict == "match" else 3)
-        assert missing(door.pair, "audit") == {}
 
 
 async def test_the_lot_decides() -> None:
@@ -129,24 +111,3 @@ async def test_another_engine_is_no_audit() -> None:
 
             assert {3, 4} <= {each.sequence for each in await judged(door, 2)}
             assert missing(pair, "audit") == {"FINGERPRINT_CHANGED": 2}
-
-
-async def test_recovery_is_recorded() -> None:
-    """An item whose second attempt makes other tokens than were sent is DIVERGED in an entry behind its outcome."""
-    rules = [rule("crash", 4, attempts=[1], sequences=[1]), rule("diverge", 2, attempts=[2])]
-    with Pair(service=service(*rules, delay_seconds=0.01)) as pair:
-        pair.start()
-        async with opened(pair) as door:
-            request = batch(["a"], sampling={"max_new_tokens": 8, "ignore_eos": True})
-            call = asyncio.ensure_future(door.streamed(request))
-            assert pair.service is not None
-            await asyncio.to_thread(ended, pair.service)
-            pair.start_service()
-            events = await call
-
-            assert [event.WhichOneof("event") for event in events].count("restarted") == 1
-            await eventually(lambda: counted(pair, "recovery") == Counter(diverged=1), "the verdict is recorded")
-            (found,) = await audited(door.client, "recovery")
-            (record,) = await door.client.get(1)
-            assert (found.verdict, found.said.comparison.first_difference, found.sequence) == ("diverged", 2, 1)
-            assert record.result.receipt.header.index < found.index

@@ -28,51 +28,18 @@ def chat(*roles: str) -> types_pb2.Item:
 BAD: Mapping[str, tuple[Request, str]] = {
     "empty batch": (items(), "items"),
     "one item too many": (items(*[Item(text="hello")] * 257), "items"),
-    "empty text": (items(Item(text="")), "items[0].text"),
-    "empty token ids": (items(Item(token_ids=TokenIds())), "items[0].token_ids"),
-    "no messages": (items(chat()), "items[0].chat"),
-    "unknown role": (items(chat("user", "king")), "items[0].chat.messages[1].role"),
     "a chat that the template refuses": (items(chat("user", "system")), "items[0].chat"),
     "no prompt": (items(Item(text="hello"), Item()), "items[1]"),
-    "two prompts": (items(Item(text="hello", token_ids=TokenIds(ids=[1]))), "items[0]"),
     "text over the context": (items(Item(text="a" * CONTEXT)), "items[0].text"),
     "token ids over the context": (items(ids(CONTEXT)), "items[0].token_ids"),
-    "prompt and answer over the context": (items(ids(4000), max_new_tokens=97), "parameters.max_new_tokens"),
     "token id outside the vocabulary": (items(Item(token_ids=TokenIds(ids=[1, 262]))), "items[0].token_ids.ids[1]"),
     "temperature NaN": (one(temperature=math.nan), "parameters.temperature"),
-    "temperature +inf": (one(temperature=math.inf), "parameters.temperature"),
-    "temperature -inf": (one(temperature=-math.inf), "parameters.temperature"),
-    "temperature negative": (one(temperature=-0.5), "parameters.temperature"),
-    "temperature above 100": (one(temperature=100.5), "parameters.temperature"),
     "temperature of one item": (
         items(Item(text="a"), Item(text="b", parameters=Parameters(temperature=math.nan))),
         "items[1].parameters.temperature",
     ),
-    "top_p 0": (one(top_p=0.0), "parameters.top_p"),
-    "top_p negative": (one(top_p=-0.1), "parameters.top_p"),
-    "top_p above 1": (one(top_p=1.0000001), "parameters.top_p"),
-    "top_p NaN": (one(top_p=math.nan), "parameters.top_p"),
-    "min_p negative": (one(min_p=-0.1), "parameters.min_p"),
-    "min_p above 1": (one(min_p=1.1), "parameters.min_p"),
-    "min_p NaN": (one(min_p=math.nan), "parameters.min_p"),
-    "repetition_penalty 0": (one(repetition_penalty=0.0), "parameters.repetition_penalty"),
-    "repetition_penalty NaN": (one(repetition_penalty=math.nan), "parameters.repetition_penalty"),
     "top_k above the engine's": (one(top_k=1025), "parameters.top_k"),
-    "top_k negative": (one(top_k=-1), "parameters.top_k"),
-    "max_new_tokens 0": (one(max_new_tokens=0), "parameters.max_new_tokens"),
-    "max_new_tokens negative": (one(max_new_tokens=-1), "parameters.max_new_tokens"),
-    "max_new_tokens above the limit": (one(max_new_tokens=CONTEXT), "parameters.max_new_tokens"),
-    "min_new_tokens above max": (one(min_new_tokens=9, max_new_tokens=8), "parameters.min_new_tokens"),
-    "min_new_tokens negative": (one(min_new_tokens=-1), "parameters.min_new_tokens"),
     "stop string empty": (one(stop=["a", ""]), "parameters.stop[1]"),
-    "stop strings too many": (one(stop=["a"] * 17), "parameters.stop"),
-    "stop string too long": (one(stop=["é" * 129]), "parameters.stop[0]"),
-    "stop token outside the vocabulary": (one(stop_token_ids=[262]), "parameters.stop_token_ids[0]"),
-    "stop tokens too many": (one(stop_token_ids=range(33)), "parameters.stop_token_ids"),
-    "bad word that is no token": (one(bad_words=["a", "two"]), "parameters.bad_words[1]"),
-    "logprobs 21": (one(logprobs=21), "parameters.logprobs"),
-    "logprobs -1": (one(logprobs=-1), "parameters.logprobs"),
-    "a format without a format": (one(response_format=types_pb2.ResponseFormat()), "parameters.response_format"),
     "a format that the engine does not obey": (
         one(response_format=types_pb2.ResponseFormat(regex="a+")),
         "parameters.response_format.regex",
@@ -83,6 +50,7 @@ BAD: Mapping[str, tuple[Request, str]] = {
     "request id with a NUL": (batch("hello", request_id="a\0b"), "request_id"),
     "a grade that is none": (Request(items=[Item(text="hello")], required_grade=4), "required_grade"),  # type: ignore[arg-type]
 }
+"""Of each kind of bound one: all of them are in tests/service/test_prepare.py and tests/sidecar/test_admission.py."""
 
 
 @pytest.mark.parametrize(("request_", "field"), BAD.values(), ids=BAD)
@@ -108,47 +76,6 @@ async def test_bad_requests_among_good_ones(door: Door) -> None:
 
     assert numbers == list(range(before + 1, before + 21))
     assert left.cancelled()
-
-
-async def test_all_bad_fields_are_named_at_once(door: Door) -> None:
-    """A caller with three mistakes learns of three."""
-    request = items(Item(text=""), Item(text="b", parameters=Parameters(top_k=-1)), top_p=0.0)
-
-    async with door.nothing_numbered():
-        said = await refusal(door.generation.Generate(request))
-        said.says(errors.InvalidRequest, "parameters.top_p", "items[0].text", "items[1].parameters.top_k")
-
-
-@pytest.mark.parametrize("name", ["empty batch", "empty text", "no prompt", "two prompts", "unknown role"])
-async def test_tokenize_has_the_same_rules(door: Door, name: str) -> None:
-    """A prompt that Generate refuses is refused by Tokenize, by the same path."""
-    request, field = BAD[name]
-
-    async with door.nothing_numbered():
-        said = await refusal(door.generation.Tokenize(generation_pb2.TokenizeRequest(items=request.items)))
-        said.says(errors.InvalidRequest, field)
-
-
-async def test_the_largest_of_everything_is_taken(door: Door) -> None:
-    """Bounds are inclusive: each limit itself is no error."""
-    request = items(
-        ids(CONTEXT - 1), temperature=100.0, top_k=1024, top_p=1.0, min_p=1.0, repetition_penalty=10.0, max_new_tokens=1,
-        min_new_tokens=1, stop=["é" * 128] * 16, stop_token_ids=range(32), bad_words=["a"] * 32, logprobs=20, seed=2**64 - 1,
-    )  # fmt: skip
-    request.idempotency_key, request.request_id = "é" * 128, "x" * 256
-
-    (result,) = (await door.generation.Generate(request)).results
-    assert (result.output.prompt_tokens, len(result.output.token_ids), result.output.seed) == (CONTEXT - 1, 1, 2**64 - 1), (
-        result
-    )
-
-
-async def test_the_items_seed_wins(door: Door) -> None:
-    """A seed given in both places is the item's, 0 included, and the answer says so."""
-    given = [Item(text="a", parameters=Parameters(seed=0)), Item(text="a", parameters=Parameters(seed=7)), Item(text="a")]
-
-    response = await door.generation.Generate(items(*given, seed=1, max_new_tokens=2))
-    assert [result.output.seed for result in response.results] == [0, 7, 1]
 
 
 @pytest.mark.parametrize("confidence", [1.0, -0.1, 95.0, float("nan"), float("inf"), 1 - 2**-53])
@@ -222,21 +149,6 @@ async def test_a_client_that_reads_more_may_say_so(door: Door) -> None:
     """Metadata raises the limit."""
     response = await door.generation.Generate(LARGE, metadata=[("ostinato-max-response-bytes", str(8 << 20))])
     assert [len(result.output.token_ids) for result in response.results] == [1] * 4
-
-
-async def test_a_client_that_reads_less_may_say_so(door: Door) -> None:
-    """Metadata lowers it too."""
-    async with door.nothing_numbered():
-        call = door.generation.Generate(one(max_new_tokens=1), metadata=[("ostinato-max-response-bytes", "1000")])
-        (await refusal(call)).says(errors.InvalidRequest, "items")
-
-
-@pytest.mark.parametrize("value", ["", "0", "-1", "1e6", "4 MiB", "9" * 21])
-async def test_metadata_that_is_no_size(door: Door, value: str) -> None:
-    """Metadata that is no positive number is refused rather than ignored."""
-    async with door.nothing_numbered():
-        call = door.generation.Generate(one(), metadata=[("ostinato-max-response-bytes", value)])
-        (await refusal(call)).says(errors.InvalidRequest, "metadata.ostinato-max-response-bytes")
 
 
 async def test_cancel_of_what_is_not_there(door: Door) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from serving import auth
 from serving.auth import Role
 
 from tests.certificates import Authority
-from tests.e2e.conftest import ended, eventually
+from tests.e2e.conftest import eventually
 from tests.pair import Pair
 
 
@@ -188,25 +187,3 @@ def test_the_synchronous_client_has_credentials(guarded: Guarded) -> None:
     trust = ostinato.tls(guarded.authority.file)
     with ostinato.SyncClient(f"https://{guarded.pair.target}", credentials=trust, token=guarded.tokens["acme"]) as client:
         assert client.generate("one", max_new_tokens=2).results[0].HasField("output")
-
-
-@pytest.mark.parametrize(
-    ("flags", "why"),
-    [
-        (["--tls-certificate", "{certificate}", "--tls-key", "{stray}"], "--tls-key: {stray}: is not the key"),
-        (["--tls-certificate", "{certificate}"], "one needs the other"),
-        (["--tokens", "{certificate}"], "--tokens: {certificate}: mode 0644"),
-        (["--trust-tenant-metadata", "--tokens", "x"], "--trust-tenant-metadata"),
-    ],
-)
-def test_bad_credentials_stop_the_sidecar(guarded: Guarded, tmp_path: Path, flags: list[str], why: str) -> None:
-    """It does not start, its exit code is that of a bad configuration, and it names the flag and the file."""
-    _, stray = guarded.authority.sign("stray")
-    guarded.certificate.chmod(0o644)
-    names = {"certificate": str(guarded.certificate), "stray": str(stray)}
-    with Pair() as pair, contextlib.suppress(AssertionError):
-        pair.start_sidecar(*(flag.format(**names) for flag in flags))
-    found, log = ended(pair.programs[0])
-
-    assert found == 2
-    assert why.format(**names) in log

@@ -87,6 +87,16 @@ SETTINGS = {
     "probe's address": Failure(f"{SIDECAR} --health-listen x", 2, "--health-listen: 'x': is no address: unix:/path, or an IP…"),
     "metrics' address": Failure(f"{SERVICE} --metrics x", 2, "--metrics: 'x' is not host:port"),
     "traces' address": Failure(f"{SERVICE} --traces x", 2, "--traces: 'x' is not otlp:http://host:port"),
+    "socket's mode": Failure("service --engine scripted --socket-mode rw", 2, "--socket-mode: 'rw' is no file mode"),
+    "no room for the reserve": Failure(
+        "sidecar --journal-bytes-max 65536", 2, "--journal-bytes-max must be more than twice --journal-reserve-bytes"
+    ),
+    "a file's bound": Failure(
+        "sidecar --journal postgresql://h/x --journal-bytes-max 99999999", 2, "--journal-bytes-max bounds a file; a PostgreSQL…"
+    ),
+    "tenants from two sources": Failure(
+        f"{SIDECAR} --trust-tenant-metadata --tokens x", 2, "--trust-tenant-metadata: tenants come from --tokens and…"
+    ),
     "no certificate": Failure(
         f"{SIDECAR} --tls-certificate {{folder}}/no --tls-key {{folder}}/no",
         2,

@@ -5,19 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from typing import Any
 
 import grpc
 import pytest
 
 from ostinato import errors
-from ostinato.v1 import generation_pb2, types_pb2
+from ostinato.v1 import generation_pb2
 
-from tests.e2e.conftest import SLOWLY, STREAM, Door, Refusal, ended, eventually, refusal
+from tests.e2e.conftest import SLOWLY, Door, Refusal, ended, eventually, refusal
 from tests.e2e.door_kit import (
     ENDLESS,
     Heard,
-    Request,
     asked,
     begun,
     bytes_of,
@@ -26,7 +24,6 @@ from tests.e2e.door_kit import (
     newest_is,
     one,
     own,
-    replayed,
     rest,
     span,
 )
@@ -218,76 +215,6 @@ async def test_cancel_by_key(door: Door) -> None:
     assert again.stamp == listener.stamp
     assert {errors.from_status(result.status).reason for result in again.results} == {"CANCELLED"}
     await door.freed()
-
-
-async def test_replay_names_the_token_that_differs(door: Door) -> None:
-    """An engine that makes another token 3 in a replay is DIVERGED at 3, journalled and counted; no number is taken."""
-    name = 'ostinato_comparisons_total{grade="best_effort",kind="replay",replica="same",verdict="diverged"}'
-    before = door.pair.metrics().get(name, 0)
-    stamp = (await door.client.generate(["a", "b"], max_new_tokens=8, logprobs=2, ignore_eos=True)).stamp
-
-    async with door.nothing_numbered():
-        found = await replayed(door, stamp.first_sequence, stamp.first_sequence + 1)
-
-        assert sorted(each.comparison.sequence for each in found) == [stamp.first_sequence, stamp.first_sequence + 1]
-        assert [each.seen for each in found] == [1, 2]
-        for each in found:
-            said = each.comparison
-            assert (said.verdict, said.first_difference, said.compared_tokens) == (types_pb2.VERDICT_DIVERGED, 3, 3), said
-            assert said.HasField("margin") and said.actual.token_ids, said
-        assert door.pair.metrics()[name] == before + 2
-        audited = [entry async for entry in door.client.tail() if entry.header.kind == types_pb2.ENTRY_KIND_AUDITED]
-        assert {entry.header.sequence for entry in audited[-2:]} == {each.comparison.sequence for each in found}
-
-
-async def test_a_twin_that_differs_is_counted() -> None:
-    """Equal inputs with unequal outputs are one divergence, at its token."""
-    script = {"rules": [{"do": "diverge", "at": 2, "sequences": [3]}]}
-    async with own(script) as door:
-        first, second, third = (await door.client.generate(["a"] * 3, seed=1, max_new_tokens=8)).results
-        assert list(first.output.token_ids) == list(second.output.token_ids)
-        assert list(first.output.token_ids[:2]) == list(third.output.token_ids[:2])
-
-        metrics = door.pair.metrics()
-        assert {name: value for name, value in metrics.items() if name.startswith("ostinato_comparisons_total")} == {
-            'ostinato_comparisons_total{grade="best_effort",kind="twin",replica="same",verdict="match"}': 1,
-            'ostinato_comparisons_total{grade="best_effort",kind="twin",replica="same",verdict="diverged"}': 1,
-            'ostinato_comparisons_total{grade="best_effort",kind="twin",replica="same",verdict="incomparable"}': 0,
-        }
-        assert metrics['ostinato_first_difference_token_sum{grade="best_effort",kind="twin"}'] == 2
-        assert metrics['ostinato_compared_tokens_total{grade="best_effort",kind="twin"}'] == 8 + 2
-
-
-UNREAD = [("grpc.http2.lookahead_bytes", 16_384), ("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", 32 << 20)]
-
-
-MANY: dict[str, Any] = {"max_new_tokens": 1000, "ignore_eos": True, "logprobs": 20}
-
-
-async def test_a_slow_reader_loses_its_call_and_stalls_nobody() -> None:
-    """Bytes beyond the bound end an unread stream with SLOW_READER and its items as CANCELLED; with a key they go on."""
-    bound = ["--held-call-bytes-max", "100000"]
-    async with own({}, *bound) as door, grpc.aio.insecure_channel(door.pair.target, UNREAD) as channel:
-        unread: Any = channel.unary_stream(
-            STREAM, request_serializer=Request.SerializeToString, response_deserializer=generation_pb2.GenerateEvent.FromString
-        )
-        limit = [("ostinato-max-response-bytes", str(32 << 20))]
-        plain = unread(asked(["a"] * 4, **MANY), metadata=limit)
-        await eventually(lambda: newest_is(door, 4), "the first has its numbers")
-        keyed = unread(asked(["a"] * 2, key="slow", **MANY), metadata=limit)
-        await eventually(lambda: newest_is(door, 6), "the second has its numbers")
-
-        for _ in range(20):
-            async with asyncio.timeout(30):
-                await door.client.generate("b", max_new_tokens=2)
-
-        for call in (plain, keyed):
-            said = await refusal(rest(call, Heard()))
-            said.says(errors.SlowReader)
-        outcomes = [await door.outcome(number) for number in range(1, 7)]
-        assert sorted(outcomes[:4]) == [("CANCELLED", "CANCELLED")] * 4
-        assert sorted(outcomes[4:]) == [("COMPLETED", "")] * 2
-        await door.freed()
 
 
 async def test_draining() -> None:

@@ -82,6 +82,7 @@ async def test_a_replay_says_what_it_passes_over() -> None:
         results = (await door.client.generate(list("abcdef"), **ASKED)).results
         said = await all_of(door.client.replay(2, 2**64 - 1))
         [record] = await door.client.get(5)
+        assert await door.last_sequence() == 6, "a replay takes no number"
 
     assert {each.total for each in said} == {5}
     assert max(each.seen for each in said) == 5

@@ -44,12 +44,16 @@ async def said(peer: Peer, stream: int) -> bytes:
 
 
 async def test_a_peer_that_never_grants_a_window() -> None:
-    """Not even Admitted can be written to it. Its call is lost all the same: items without a key end, and others go on."""
+    """Not even Admitted can be written to it. Its calls are lost: items without a key are CANCELLED, those with one go on, and
+    other callers are served meanwhile."""
     async with own({}, "--held-call-bytes-max", "100000") as door, connected(door.pair.target, window=0) as peer:
         plain = peer.call(STREAM, wanted(2))
         await eventually(lambda: newest_is(door, 2), "the first has its numbers")
         keyed = peer.call(STREAM, wanted(1, key="slow"))
 
+        for _ in range(5):
+            async with asyncio.timeout(30):
+                await door.client.generate("b", max_new_tokens=2)
         await eventually(lambda: lost(door, "call") == 2, "both calls are lost")
 
         assert [await door.outcome(number) for number in (1, 2)] == [("CANCELLED", "CANCELLED")] * 2

@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 import grpc
-import pytest
 
 from ostinato import errors
 from ostinato.requests import batch
@@ -32,7 +31,7 @@ from tests.e2e.door_kit import (
     rest,
     scripted,
 )
-from tests.pair import Pair, Program, running_pair
+from tests.pair import Pair, running_pair
 
 
 async def test_no_engine() -> None:
@@ -64,42 +63,6 @@ async def test_no_engine() -> None:
 
             service.kill()
             await eventually(lambda: not_serving(door), "health says so")
-
-
-IN_USE = "Address already in use"
-
-
-TROUBLES = {
-    "second sidecar": ("sidecar --journal {journal} --listen 127.0.0.1:0", "{journal} is in use by another sidecar"),
-    "sidecar's port": ("sidecar --journal {folder}/1.sqlite --listen {target}", IN_USE),
-    "metrics' port": ("sidecar --journal {folder}/2.sqlite --listen 127.0.0.1:0 --metrics {target}", IN_USE),
-    "journal is a directory": ("sidecar --journal {folder} --listen 127.0.0.1:0", "{folder}"),
-    "service's port": ("service --engine scripted --listen {target}", IN_USE),
-    "service's socket": ("service --engine scripted --listen {engine}", IN_USE),
-    "no room by its settings": ("sidecar --journal-bytes-max 65536", "--journal-bytes-max must be more than twice"),
-    "a setting that was removed": ("sidecar --shadow unix:a", "--shadow: names no setting"),
-    "no rate": ("sidecar --audit-rate nan", "--audit-rate: 'nan' is not finite"),
-    "more than all": ("sidecar --audit-rate 1.5", "--audit-rate: '1.5' is not 0.0 to 1.0"),
-    "no database": ("sidecar --journal postgresql://me:hunter2@127.0.0.1:1/x", "the database cannot be reached"),
-    "a file's bound": ("sidecar --journal postgresql://h/x --journal-bytes-max 99999999", "--journal-bytes-max bounds a file"),
-    "no model": ("service --engine llama --listen unix:{folder}/llama.sock --model /nonexistent.gguf", "/nonexistent.gguf"),
-}
-
-
-@pytest.mark.parametrize(("line", "why"), TROUBLES.values(), ids=TROUBLES)
-def test_a_program_that_cannot_start_says_why(pair: Pair, line: str, why: str) -> None:
-    """Exit code 1 (2 for its settings) and a last line that names the trouble; the pair that runs is not disturbed."""
-    names = {"journal": pair.folder / "journal.sqlite", "folder": pair.folder, "target": pair.target}
-    line, why = (text.format(**names, engine=pair.engine_address) for text in (line, why))
-    name, *args = line.split()
-
-    code, log = ended(Program(name, args if "--metrics" in args else [*args, "--metrics", ""]))
-
-    assert code == (2 if why.startswith("--") else 1), log
-    assert why in log.splitlines()[-1], log
-    assert "Traceback" not in log and "hunter2" not in log, log
-    assert pair.sidecar is not None and pair.sidecar.running
-    assert pair.service is not None and pair.service.running
 
 
 async def test_a_sidecar_that_was_replaced_ends() -> None:
