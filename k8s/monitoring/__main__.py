@@ -1,4 +1,4 @@
-"""Writes what k8s/components/monitoring has of other files: the rules as the operator reads them, and the dashboards."""
+"""Writes the generated files of k8s/components/monitoring: the rules for the Prometheus operator, and the dashboards."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from pathlib import Path
 import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
-from k8s.monitoring import divergence, engine, order, overview
+from k8s.monitoring.boards import BOARDS
 
 HERE = Path(__file__).parent
 COMPONENT = HERE.parent / "components" / "monitoring"
-BOARDS = (overview.BOARD, divergence.BOARD, order.BOARD, engine.BOARD)
 
 
 def files() -> Iterator[tuple[Path, str]]:
-    """Each with what belongs into it."""
+    """Paths and contents."""
     rules = {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",

@@ -1,6 +1,6 @@
-"""What all dashboards have in common: variables, links, annotations, and panels in one style.
+"""Panels in one style, and what all dashboards share: variables, links and annotations.
 
-In a query, ON stands for the chosen jobs and instances, JOB for the chosen jobs, and RATE for the window of a rate.
+In a query, ON stands for the selected jobs and instances, JOB for the selected jobs, and RATE for the range of a rate.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 Panel: TypeAlias = bargauge.Panel | heatmap.Panel | stat.Panel | table.Panel | timeseries.Panel
 P = TypeVar("P", bargauge.Panel, heatmap.Panel, stat.Panel, table.Panel, timeseries.Panel)
 Query: TypeAlias = tuple[str, str]
-"""PromQL, and the legend of its series."""
+"""PromQL, and the legend of the series."""
 
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
-WORDS = {"ON": 'job=~"$job",instance=~"$instance"', "JOB": 'job=~"$job"', "RATE": "$__rate_interval"}
+PLACEHOLDERS = {"ON": 'job=~"$job",instance=~"$instance"', "JOB": 'job=~"$job"', "RATE": "$__rate_interval"}
 EVERY_JOB = '{__name__=~"ostinato_epoch|ostinato_service_grade"}'
 GRADES = {"0": ("none", "red"), "1": ("BEST_EFFORT", "orange"), "2": ("SERIAL", "green"), "3": ("EXACT", "green")}
 ALL = model.VariableOption(text="All", value="$__all")
@@ -30,14 +30,14 @@ ALL = model.VariableOption(text="All", value="$__all")
 
 @dataclass
 class Board:
-    """One dashboard, filled row by row."""
+    """One dashboard."""
 
     name: str
     about: str
     rows: list[tuple[str, Sequence[Panel]]] = field(default_factory=list)
 
     def row(self, title: str, *panels: Panel) -> None:
-        """Panels fill lines of 24 columns, as they come."""
+        """Add a row. Its panels fill lines of 24 columns in the given order."""
         self.rows.append((title, panels))
 
     def build(self) -> model.Dashboard:
@@ -75,7 +75,7 @@ class Board:
 def lines(
     title: str, unit: str, *queries: Query, about: str = "", width: int = 8, steps: bool = False, exemplars: bool = False
 ) -> timeseries.Panel:
-    """Series over time; what is a bound of another is dashed."""
+    """Series over time. Those whose legend ends in lower, upper or limit are dashed."""
     made = _panel(timeseries.Panel(), title, unit, queries, about, width, 8, exemplars=exemplars)
     dashes = looks.LineStyle(fill="dash", dash=[6, 4])
     made.override_by_regexp("/ (lower|upper|limit)$/", [model.DynamicConfigValue("custom.lineStyle", dashes)])
@@ -94,7 +94,7 @@ def number(
     width: int = 4,
     names: dict[str, tuple[str, str]] | None = None,
 ) -> stat.Panel:
-    """The newest value. `colours`: from which value on, the first from None; `names`: what values are called instead."""
+    """The newest value. `colours`: thresholds, the first of them None; `names`: value mappings."""
     made = _panel(stat.Panel(), title, unit, [(query, "")], about, width, 4, instant=True)
     made.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"])).graph_mode(looks.BigValueGraphMode.NONE)
     if colours:
@@ -114,18 +114,18 @@ def heat_map(title: str, unit: str, metric: str, about: str = "", width: int = 8
 
 
 def bars(title: str, unit: str, query: str, legend: str, about: str = "", width: int = 8) -> bargauge.Panel:
-    """A histogram now: how many in each bucket."""
+    """A histogram: the count in each bucket."""
     made = _panel(bargauge.Panel(), title, unit, [(query, legend)], about, width, 8, instant=True, buckets=True)
     return made.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"])).orientation(looks.VizOrientation.VERTICAL)
 
 
 def rows(title: str, query: str, about: str = "", width: int = 24) -> table.Panel:
-    """The labels of what is now."""
+    """The labels of the current series."""
     return _panel(table.Panel(), title, "none", [(query, "")], about, width, 6, instant=True, as_table=True)
 
 
 def limit(panel: timeseries.Panel, value: float, colour: str = "red") -> timeseries.Panel:
-    """Drawn across the panel."""
+    """A dashed line across the panel."""
     style = common.GraphThresholdsStyleConfig().mode(looks.GraphThresholdsStyleMode.DASHED)
     return panel.thresholds(_thresholds([(None, "transparent"), (value, colour)])).thresholds_style(style)
 
@@ -146,7 +146,7 @@ def _panel(
 ) -> P:
     made.title(title).unit(unit).description(about).datasource(SOURCE).span(width).height(height)
     for place, (query, legend) in enumerate(queries):
-        target = prometheus.Dataquery().expr(_spelt(query)).legend_format(legend).ref_id(chr(ord("A") + place))
+        target = prometheus.Dataquery().expr(_expanded(query)).legend_format(legend).ref_id(chr(ord("A") + place))
         target = target.instant() if instant else target.range()
         if exemplars:
             target.exemplar(True)
@@ -156,8 +156,8 @@ def _panel(
     return made
 
 
-def _spelt(query: str) -> str:
-    for word, text in WORDS.items():
+def _expanded(query: str) -> str:
+    for word, text in PLACEHOLDERS.items():
         query = query.replace(f"{{{word}", f"{{{text}").replace(f"[{word}]", f"[{text}]")
     return query
 
@@ -186,4 +186,4 @@ def _variable(name: str, query: str) -> dashboard.QueryVariable:
 
 def _annotation(name: str, colour: str, query: str) -> dashboard.AnnotationQuery:
     made = dashboard.AnnotationQuery().name(name).datasource(SOURCE).enable(True).icon_color(colour)
-    return made.expr(_spelt(query))
+    return made.expr(_expanded(query))

@@ -1,0 +1,435 @@
+"""The dashboards: overview, divergence, order and engine."""
+
+from __future__ import annotations
+
+from k8s.monitoring.panels import GRADES, Board, bars, heat_map, limit, lines, number, rows
+
+OVERVIEW = Board("overview", "Objectives, traffic, latency and how full it is.")
+CALLS = '{ON,service="ostinato.v1.Generation"}'
+BAD_FROM = ((None, "green"), (1, "red"))
+
+OVERVIEW.row(
+    "Objectives",
+    number(
+        "Calls answered",
+        "percentunit",
+        '1 - sum(slo:ostinato_errors:rate5m{JOB,slo="calls"}) / sum(slo:ostinato_events:rate5m{JOB,slo="calls"})',
+        (None, "red"),
+        (0.999, "green"),
+        about="In the last five minutes, without the callers' own errors.",
+    ),
+    number(
+        "Items completed",
+        "percentunit",
+        '1 - sum(slo:ostinato_errors:rate5m{JOB,slo="items"}) / sum(slo:ostinato_events:rate5m{JOB,slo="items"})',
+        (None, "red"),
+        (0.999, "green"),
+        about="In the last five minutes, without cancelled items.",
+    ),
+    number(
+        "Alerts",
+        "none",
+        'count(ALERTS{alertname=~"Ostinato.+",alertstate="firing"}) or vector(0)',
+        *BAD_FROM,
+        about="Alerts that are firing.",
+    ),
+    number("Divergence", "none", "max(ostinato_divergence_alarm{ON})", names={"0": ("none", "green"), "1": ("ALARM", "red")}),
+    number("Grade", "none", "min(ostinato_engine_grade{ON})", names=GRADES, about="The lowest of the connected engines."),
+    number("Engines connected", "none", "sum(ostinato_engine_connected{ON})", (None, "red"), (1, "green")),
+    lines(
+        "Error budget burn",
+        "none",
+        ("slo:ostinato_error_budget:burn_rate5m{JOB}", "{{slo}}, 5 minutes"),
+        ("slo:ostinato_error_budget:burn_rate1h{JOB}", "{{slo}}, an hour"),
+        ("slo:ostinato_error_budget:burn_rate6h{JOB}", "{{slo}}, six hours"),
+        about="1 spends the month's budget in a month. 14.4 for an hour, and 6 for six hours, raise an alert.",
+        width=24,
+    ),
+)
+OVERVIEW.row(
+    "Traffic",
+    lines(
+        "Items",
+        "ops",
+        ("sum(rate(ostinato_admitted_items_total{ON}[RATE]))", "admitted"),
+        ("sum by (outcome, reason) (rate(ostinato_ended_items_total{ON}[RATE]))", "{{outcome}} {{reason}}"),
+    ),
+    lines(
+        "Calls by code",
+        "ops",
+        (f"sum by (method, code) (rate(ostinato_rpc_handled_total{CALLS}[RATE]))", "{{method}} {{code}}"),
+    ),
+    lines(
+        "Turned away",
+        "ops",
+        ("sum by (reason) (rate(ostinato_refused_requests_total{ON}[RATE]))", "{{reason}}"),
+        ("sum(rate(ostinato_repeated_requests_total{ON}[RATE]))", "answered from the record"),
+        about="Refused before sequencing, by reason; and requests with a known key, which are answered from the record.",
+    ),
+)
+OVERVIEW.row(
+    "Latency",
+    heat_map("To the first token", "s", "ostinato_time_to_first_token_seconds", "From admission, of streamed items."),
+    heat_map("Between tokens", "s", "ostinato_between_tokens_seconds"),
+    heat_map("Whole items", "s", "ostinato_item_seconds", "From admission to the durable outcome."),
+    lines(
+        "Whole items, median and 99 %",
+        "s",
+        ("histogram_quantile(0.5, sum by (le) (rate(ostinato_item_seconds_bucket{ON}[RATE])))", "median"),
+        ("histogram_quantile(0.99, sum by (le) (rate(ostinato_item_seconds_bucket{ON}[RATE])))", "99 %"),
+        about="Each exemplar names a sequence: `ostinato get SEQUENCE`.",
+        exemplars=True,
+    ),
+    lines(
+        "99 % within five minutes, by instance",
+        "s",
+        ('instance:ostinato_time_to_first_token_seconds:quantile5m{ON,quantile="0.99"}', "{{instance}} first token"),
+        ('instance:ostinato_between_tokens_seconds:quantile5m{ON,quantile="0.99"}', "{{instance}} between tokens"),
+        ('instance:ostinato_item_seconds:quantile5m{ON,quantile="0.99"}', "{{instance}} item"),
+        ('instance:ostinato_admission_seconds:quantile5m{ON,quantile="0.99"}', "{{instance}} admission"),
+    ),
+    lines(
+        "Calls, 99 %",
+        "s",
+        (
+            f"histogram_quantile(0.99, sum by (method, le) (rate(ostinato_rpc_handling_seconds_bucket{CALLS}[RATE])))",
+            "{{method}}",
+        ),
+    ),
+)
+OVERVIEW.row(
+    "How full it is",
+    lines(
+        "Items that wait or run",
+        "none",
+        ("sum(ostinato_unnumbered_items{ON})", "wait for a number"),
+        ("sum(ostinato_queue_items{ON})", "wait for journal or room"),
+        ("sum(ostinato_inflight_items{ON})", "in the engine"),
+    ),
+    lines(
+        "KV blocks",
+        "none",
+        ("sum(ostinato_inflight_kv_blocks{ON})", "needed at worst"),
+        ("sum(ostinato_kv_blocks{ON})", "of the engines limit"),
+    ),
+    lines(
+        "Held for callers",
+        "bytes",
+        ("ostinato_held_bytes{ON}", "{{instance}}"),
+        about="Tokens and answers that wait to be read, or to be written.",
+    ),
+    lines(
+        "Calls lost to slow readers",
+        "ops",
+        ("sum by (bound) (rate(ostinato_lost_calls_total{ON}[RATE]))", "{{bound}}"),
+        about="SLOW_READER, by the bound that was reached: of the call, its tenant, all, or the time to read.",
+    ),
+    lines("Memory", "bytes", ("process_resident_memory_bytes{ON}", "{{job}} {{instance}}")),
+    lines("CPU", "none", ("rate(process_cpu_seconds_total{ON}[RATE])", "{{job}} {{instance}}"), about="Cores in use."),
+    lines("Open files", "none", ("process_open_fds{ON}", "{{job}} {{instance}}")),
+    number(
+        "Certificate",
+        "s",
+        "min((ostinato_tls_certificate_expiry_timestamp_seconds{ON} > 0) - time())",
+        (None, "red"),
+        (604800, "green"),
+        about="Until the public door's expires.",
+        width=4,
+    ),
+    number(
+        "Credentials unusable",
+        "none",
+        'sum(increase(ostinato_credential_reloads_total{ON,outcome="unusable"}[1d]))',
+        *BAD_FROM,
+        about="Changed files that could not be read, within a day.",
+        width=4,
+    ),
+)
+
+DIVERGENCE = Board("divergence", "Comparisons by kind and grade, with their bounds; evidence; drift; what was not compared.")
+PROMISED = 'grade=~"exact|serial"'
+
+DIVERGENCE.row(
+    "Verdict",
+    number(
+        "Alarm",
+        "none",
+        "max(ostinato_divergence_alarm{ON})",
+        names={"0": ("none", "green"), "1": ("ALARM", "red")},
+        about="1 while the evidence that more than 1 comparison in 1,000 diverges is 100 or more.",
+    ),
+    number(
+        "Broken promises, a day",
+        "none",
+        f"sum(kind_grade:ostinato_diverged:increase1d{{JOB,{PROMISED}}}) or vector(0)",
+        (None, "green"),
+        (0.5, "red"),
+        about="Comparisons that diverged at grade exact or serial.",
+    ),
+    number("Compared, a day", "short", "sum(kind_grade:ostinato_comparisons:increase1d{JOB})"),
+    number(
+        "Diverged, a day",
+        "percentunit",
+        "sum(kind_grade:ostinato_diverged:increase1d{JOB}) / sum(kind_grade:ostinato_comparisons:increase1d{JOB})",
+        about="Of all that was compared.",
+    ),
+    number(
+        "Per token, a day",
+        "sci",
+        "max(kind_grade:ostinato_divergence_per_token:ratio1d{JOB})",
+        about="Divergence per compared token, of the worst kind and grade.",
+    ),
+    number(
+        "Seeds that collide, a day", "none", "sum(increase(ostinato_collisions_total{ON}[1d]))", (None, "green"), (0.5, "red")
+    ),
+    lines(
+        "Newest 1,000 of each sidecar",
+        "percentunit",
+        ("ostinato_divergence_rate{ON}", "{{kind}} {{grade}}"),
+        ("ostinato_divergence_rate_lower{ON}", "{{kind}} {{grade}} lower"),
+        ("ostinato_divergence_rate_upper{ON}", "{{kind}} {{grade}} upper"),
+        about="Share that diverged, with its bounds of 95 %.",
+        width=12,
+    ),
+    lines(
+        "A day of all sidecars",
+        "percentunit",
+        ("kind_grade:ostinato_divergence:ratio1d{JOB}", "{{kind}} {{grade}}"),
+        ("kind_grade:ostinato_divergence:lower1d{JOB}", "{{kind}} {{grade}} lower"),
+        ("kind_grade:ostinato_divergence:upper1d{JOB}", "{{kind}} {{grade}} upper"),
+        about="The same, counted together.",
+        width=12,
+    ),
+)
+DIVERGENCE.row(
+    "Evidence",
+    limit(
+        lines(
+            "Evidence, logarithm",
+            "none",
+            ("ostinato_divergence_evidence_log10{ON}", "{{kind}} {{grade}}"),
+            about="That more than 1 comparison in 1,000 diverges. 2 raises the alarm. May be read at any time.",
+        ).min(-3),
+        2,
+    ),
+    bars(
+        "First differing token",
+        "none",
+        "sum by (le) (ostinato_first_difference_token_bucket{ON})",
+        "{{le}}",
+        about="Comparisons that diverged at an index up to this one and above the one before.",
+    ),
+    lines(
+        "Comparisons", "ops", ("sum by (kind, verdict) (rate(ostinato_comparisons_total{ON}[RATE]))", "{{kind}} {{verdict}}")
+    ),
+    lines(
+        "Tokens compared",
+        "ops",
+        ("sum by (kind, grade) (rate(ostinato_compared_tokens_total{ON}[RATE]))", "{{kind}} {{grade}}"),
+    ),
+    lines(
+        "Unseeded answers",
+        "ops",
+        ("sum(rate(ostinato_collision_checks_total{ON}[RATE]))", "compared with another seed's"),
+        ("sum(rate(ostinato_collisions_total{ON}[RATE]))", "equal to one"),
+        about="A collision is two seeds with one answer.",
+    ),
+    lines(
+        "Not compared",
+        "ops",
+        ("sum by (kind, reason) (rate(ostinato_not_compared_total{ON}[RATE]))", "{{kind}} {{reason}}"),
+        about="Second runs that were due and gave no verdict.",
+    ),
+)
+DIVERGENCE.row(
+    "Change",
+    lines(
+        "Drift",
+        "none",
+        ("sum by (kind, field) (ostinato_drift_total{ON})", "{{kind}} {{field}}"),
+        about="What could not be compared, by what differed.",
+        steps=True,
+    ),
+    lines(
+        "Audits that wait",
+        "none",
+        ("sum(ostinato_audit_backlog_items{ON})", "audits"),
+    ),
+)
+
+ORDER = Board("order", "Sequences, epochs, the journal's commits and the engine's window.")
+P99 = "histogram_quantile({share}, sum by (le) (rate({metric}_bucket{{ON}}[RATE])))"
+
+ORDER.row(
+    "Sequence",
+    number("Newest sequence", "none", "max(ostinato_last_sequence{ON})"),
+    number("Epoch", "none", "max(ostinato_epoch{ON})", about="Rises at every start of a sidecar."),
+    number(
+        "Wait",
+        "none",
+        "sum(ostinato_unnumbered_items{ON}) + sum(ostinato_queue_items{ON})",
+        about="Items that wait for a sequence, the journal or room in the engine.",
+    ),
+    number("In the engine", "none", "sum(ostinato_inflight_items{ON})"),
+    number("Journal room", "none", "max(ostinato_journal_full{ON})", names={"0": ("room", "green"), "1": ("FULL", "red")}),
+    number(
+        "Abandoned, a day",
+        "none",
+        'sum(increase(ostinato_ended_items_total{ON,outcome="abandoned"}[1d])) or vector(0)',
+        (None, "green"),
+        (1, "orange"),
+    ),
+    lines(
+        "Sequences",
+        "ops",
+        ("sum(rate(ostinato_admitted_items_total{ON}[RATE]))", "numbered"),
+        ("sum(rate(ostinato_submitted_items_total{ON}[RATE]))", "submitted"),
+        ("sum(rate(ostinato_attempts_total{ON}[RATE]))", "submitted again"),
+        ("sum(rate(ostinato_ended_items_total{ON}[RATE]))", "ended"),
+        ("sum(rate(ostinato_taken_over_items_total{ON}[RATE]))", "taken over"),
+    ),
+    lines("Newest sequence over time", "none", ("ostinato_last_sequence{ON}", "{{instance}}")),
+    lines("Epoch over time", "none", ("ostinato_epoch{ON}", "{{instance}}"), steps=True),
+)
+ORDER.row(
+    "Journal",
+    heat_map("Commit time", "s", "ostinato_journal_commit_seconds", "One transaction each."),
+    heat_map("Batches and outcomes in a commit", "none", "ostinato_journal_commit_drafts"),
+    lines(
+        "Commit time, median and 99 %",
+        "s",
+        ('instance:ostinato_journal_commit_seconds:quantile5m{ON,quantile="0.5"}', "{{instance}} median"),
+        ('instance:ostinato_journal_commit_seconds:quantile5m{ON,quantile="0.99"}', "{{instance}} 99 %"),
+        about="Over five minutes.",
+    ),
+    lines(
+        "Journal writes",
+        "ops",
+        ("sum(rate(ostinato_journal_commit_seconds_count{ON}[RATE]))", "commits"),
+        ("sum(rate(ostinato_journal_commit_drafts_sum{ON}[RATE]))", "batches and outcomes"),
+    ),
+    lines("Payload", "Bps", ("sum(rate(ostinato_journal_payload_bytes_total{ON}[RATE]))", "written")),
+    lines(
+        "Admission",
+        "s",
+        (P99.format(share=0.5, metric="ostinato_admission_seconds"), "median"),
+        (P99.format(share=0.99, metric="ostinato_admission_seconds"), "99 %"),
+        about="From a prepared batch to its durable numbers. Each exemplar names a batch's first sequence.",
+        exemplars=True,
+    ),
+)
+ORDER.row(
+    "Window",
+    lines(
+        "Items by stage",
+        "none",
+        ("sum(ostinato_unnumbered_items{ON})", "wait for a number"),
+        ("sum(ostinato_queue_items{ON})", "wait for journal or room"),
+        ("sum(ostinato_inflight_items{ON})", "in the engine"),
+        width=6,
+    ),
+    lines(
+        "Share of the KV blocks",
+        "percentunit",
+        ("sum(ostinato_inflight_kv_blocks{ON}) / (sum(ostinato_kv_blocks{ON}) > 0)", "needed at worst"),
+        width=6,
+    ),
+    lines(
+        "Streams to the engine",
+        "none",
+        ("sum(ostinato_engine_connected{ON})", "sidecars connected"),
+        ("sum(ostinato_service_streams{ON})", "open at the services"),
+        ("sum by (reason) (increase(ostinato_service_streams_refused_total{ON}[RATE]))", "refused {{reason}}"),
+        ("sum by (reason) (increase(ostinato_engine_faults_total{ON}[RATE]))", "dropped {{reason}}"),
+        width=6,
+        steps=True,
+    ),
+    heat_map("Events in a message", "none", "ostinato_service_frame_events", "From the service to the sidecar.", 6),
+)
+
+ENGINE = Board("engine", "Tokens, runs, KV cache, grade and fingerprint.")
+GPU = "TurboMind only."
+
+ENGINE.row(
+    "What runs",
+    number("Grade held", "none", "min(ostinato_service_grade{ON})", names=GRADES),
+    number(
+        "Self-test", "s", "max(ostinato_service_self_test_seconds{ON})", about="Duration of the self-test behind this grade."
+    ),
+    number("Generated", "ops", "sum(rate(ostinato_engine_generated_tokens_total{ON}[RATE]))", about="Tokens a second."),
+    number("Runs in flight", "none", "sum(ostinato_engine_runs_in_flight{ON})"),
+    number(
+        "Fingerprints connected",
+        "none",
+        "count(count by (fingerprint) (ostinato_engine_info{ON}))",
+        (None, "green"),
+        (2, "orange"),
+        about="More than one gives different answers.",
+    ),
+    number("KV capacity", "none", 'sum(ostinato_engine_capacity{ON,of="kv_blocks"})'),
+    rows("Fingerprints as the sidecars see them", "ostinato_engine_info{ON}", width=12),
+    rows("Fingerprints as the services report them", "ostinato_service_fingerprint_info{ON}", width=12),
+)
+ENGINE.row(
+    "Work",
+    lines(
+        "Tokens",
+        "ops",
+        ("sum(rate(ostinato_engine_generated_tokens_total{ON}[RATE]))", "generated"),
+        ("sum(rate(ostinato_engine_prompt_tokens_total{ON}[RATE]))", "of prompts"),
+        ("sum(rate(ostinato_engine_cached_prompt_tokens_total{ON}[RATE]))", "of prompts, from the prefix cache"),
+    ),
+    lines(
+        "Prefix cache",
+        "percentunit",
+        (
+            "sum(rate(ostinato_engine_cached_prompt_tokens_total{ON}[RATE]))"
+            " / sum(rate(ostinato_engine_prompt_tokens_total{ON}[RATE]))",
+            "of prompt tokens",
+        ),
+        about="Share of prompt tokens that were not computed again.",
+    ),
+    lines(
+        "Runs",
+        "none",
+        ("sum(ostinato_engine_runs_in_flight{ON})", "in flight"),
+        ("sum(ostinato_engine_runs_queued{ON})", "queued"),
+        ('sum(ostinato_engine_capacity{ON,of="runs"})', "at once limit"),
+    ),
+    lines("Ended", "ops", ("sum by (purpose, end) (rate(ostinato_engine_runs_total{ON}[RATE]))", "{{purpose}} {{end}}")),
+    heat_map("Whole runs", "s", "ostinato_engine_run_seconds", "From submission to the end, of those that finished."),
+    heat_map("To the first token", "s", "ostinato_engine_first_token_seconds", "From submission, of streamed runs."),
+    heat_map("Between tokens", "s", "ostinato_engine_between_tokens_seconds", "Of streamed runs."),
+    heat_map("Queue", "s", "ostinato_engine_queue_seconds", "From submission to start."),
+    lines(
+        "Grade",
+        "none",
+        ("ostinato_engine_grade{ON}", "{{instance}} connected"),
+        ("ostinato_service_grade{ON}", "{{instance}} held"),
+        about="3 exact, 2 serial, 1 best effort, 0 not connected.",
+        steps=True,
+    ),
+    lines(
+        "KV blocks",
+        "none",
+        ("sum(ostinato_inflight_kv_blocks{ON})", "needed at worst"),
+        ('sum(ostinato_engine_capacity{ON,of="kv_blocks"})', "held limit"),
+    ),
+)
+ENGINE.row(
+    "TurboMind",
+    lines("KV cache in use", "percentunit", ("ostinato_engine_kv_usage_ratio{ON}", "{{instance}}"), about=GPU),
+    lines("Steps", "ops", ("rate(ostinato_engine_steps_total{ON}[RATE])", "{{instance}}"), about=GPU),
+    lines(
+        "Overrides",
+        "ops",
+        ("sum by (override) (rate(ostinato_engine_override_calls_total{ON}[RATE]))", "{{override}}"),
+        ("sum(ostinato_engine_override_plans_total{ON})", "products planned"),
+        ("sum(ostinato_engine_override_uncovered_total{ON})", "products uncovered"),
+        ("sum(ostinato_engine_override_corrected_total{ON})", "resumes corrected"),
+        ("sum(ostinato_engine_preemptions_total{ON})", "runs taken out"),
+        about=f"Calls that an override served. What is uncovered or taken out must stay 0. {GPU}",
+    ),
+)
+
+BOARDS = (OVERVIEW, DIVERGENCE, ORDER, ENGINE)
