@@ -33,7 +33,7 @@ ARROWS = (
     Only(("xllamacpp",), r"service/engines/llama/library\.py", "its binding changes with every release"),
     Only(("apsw", "psycopg", "sqlite3"), r"sidecar/journal/", "only the journal knows a database"),
     Only(("smg_grpc_proto",), r"sidecar/gateway\.py", "an extra, for those who want that face"),
-    Only(("matplotlib",), r"proto/ostinato/cli/(page|charts)\.py", "an extra of the wheel, and slow to import"),
+    Only(("matplotlib",), r"proto/ostinato/cli/charts\.py", "an extra of the wheel, and slow to import"),
     Only(("opentelemetry",), r"proto/ostinato/tracing\.py", "an extra of the wheel, off by default"),
     Only(("serving",), r"proto/serving/|service/|sidecar/", "a client does not serve"),
 )

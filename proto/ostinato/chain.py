@@ -144,7 +144,7 @@ def check_link(previous: sequencer_pb2.Entry | None, entry: sequencer_pb2.Entry)
     if len(before) != DIGEST_BYTES or entry_hash(before, entry.header) != entry.entry_hash:
         faults.append("entry_hash: is not the hash of this header after the entry before")
     if entry.payload and payload_digest(entry.payload) != entry.header.payload_digest:
-        faults.append("payload: is not what payload_digest was taken of")
+        faults.append("payload: does not match payload_digest")
     if previous is not None and entry.header.epoch < previous.header.epoch and entry.header.writer == previous.header.writer:
         faults.append(f"epoch: {entry.header.epoch} after {previous.header.epoch}")
     if previous is not None and entry.header.log_id != previous.header.log_id:

@@ -9,14 +9,13 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from ostinato.cli import charts
-from ostinato.cli.page import LOOK
 from ostinato.v1 import sequencer_pb2
 
 
 def draw(path: Path, settings: Sequence[tuple[str, sequencer_pb2.Stratum]]) -> None:
     """The share that diverged by batch occupancy, for each named setting; SVG, the same bytes for the same numbers."""
     groups = {f"{name}: {each.diverged} of {each.matched + each.diverged} diverged": each for name, each in settings}
-    with mpl.rc_context(LOOK):
+    with mpl.rc_context(charts.LOOK):
         figure = Figure(figsize=(6, 3.6), layout="constrained")
         axes = figure.subplots()
         charts.by_occupancy(axes, groups)

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ostinato
-from ostinato.cli import difference
+from ostinato.cli.show import headline, side_by_side
 from ostinato.replay import bounded_gather
 from ostinato.requests import Sampling
 from ostinato.v1 import sequencer_pb2, types_pb2
@@ -181,9 +181,9 @@ async def replayed_alone(pair: Pair, console: Console, setting: Setting) -> bool
     async with ostinato.Client(pair.target) as client:
         for result in setting.others[:SHOWN]:
             async for response in client.replay(result.sequence, alone=True):
-                headline = difference.headline(response.comparison)
-                console.print(f"\n{headline}, which {setting.name} made in company, and now alone")
-                difference.side_by_side(response)
+                title = headline(response.comparison)
+                console.print(f"\n{title}, which {setting.name} made in company, and now alone")
+                side_by_side(response)
                 same.append(response.comparison.actual_output_digest == first[result.output.seed])
     return bool(same) and all(same)
 

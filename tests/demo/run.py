@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ostinato.cli.running import Running, Wanted, started, until_told
+from ostinato.cli.serve import Running, Wanted, run_until_signal, started
 
 from tests.demo.show import counted, show
 from tests.pair import ROOT
@@ -21,7 +21,7 @@ ANYWHERE = "127.0.0.1:0"
 
 def main() -> int:
     """0: everything that was shown is as promised."""
-    return asyncio.run(until_told("demo", demo))
+    return asyncio.run(run_until_signal("demo", demo))
 
 
 async def demo(running: Running) -> int:

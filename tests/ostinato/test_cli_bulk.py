@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 
 from ostinato import errors
-from ostinato.cli.batches import Batch, batches, outcomes
-from ostinato.cli.prompts import Prompt
+from ostinato.cli.generate import Batch, Prompt, answers, batches
 from ostinato.client import Client
 from ostinato.v1 import generation_pb2, types_pb2
 
@@ -126,7 +125,7 @@ def test_a_failed_call_leaves_a_beginning(ostinato: Terminal, file: Path) -> Non
     again = ostinato(*_command(file, "--concurrency", 3))
 
     assert first.exit_code == 1
-    assert first.stderr.splitlines()[0].startswith(f"interrupted: {len(begun)} of {COUNT} answers are in ")
+    assert first.stderr.splitlines()[0].startswith(f"interrupted: {len(begun)} of {COUNT} results are in ")
     assert "ENGINE_FAILED: broken" in first.stderr
     assert len(begun) < COUNT
     assert again.exit_code == 0
@@ -176,7 +175,7 @@ def test_a_bad_line_is_named_before_anything_is_sent(ostinato: Terminal, file: P
 
 def test_a_line_has_an_end(ostinato: Terminal, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line beyond the limit is named, and not read."""
-    monkeypatch.setattr("ostinato.cli.files.LINE_BYTES_MAX", 40)
+    monkeypatch.setattr("ostinato.cli.generate.LINE_BYTES_MAX", 40)
     with file.open("a") as more:
         print(json.dumps("a" * 40), file=more)
     assert f"{file}:{COUNT + 2}: longer than 40 bytes" in " ".join(ostinato(*_command(file)).stderr.split())
@@ -192,7 +191,7 @@ def test_a_refused_line_can_be_mended(ostinato: Terminal, file: Path) -> None:
     refused = errors.InvalidRequest("bad", violations=[errors.Violation("items[1].text", "too long")])
     ostinato.fake.script["Generate"].extend([generate, refused])
     first = ostinato(*_command(file))
-    assert first.exit_code == 1
+    assert first.exit_code == 2
     assert f"  {file}:5: text: too long" in first.stderr.splitlines()
 
     file.write_text(file.read_text().replace("prompt 3", "short"))
@@ -321,7 +320,7 @@ def test_an_interrupt_is_gone_on_with(ostinato: Terminal, file: Path) -> None:
     signal.signal(signal.SIGINT, before)
 
     assert process.returncode == 130
-    assert said.startswith(f"interrupted: 4 of {COUNT} answers are in ")
+    assert said.startswith(f"interrupted: 4 of {COUNT} results are in ")
     [summary] = ostinato.lines(*_command(file))
     assert (summary["kept"], summary["items"]) == (4, COUNT)
     assert sorted(_asked(ostinato.fake)) == sorted(PROMPTS)
@@ -339,7 +338,7 @@ async def test_no_more_is_read_than_is_under_way() -> None:
 
     async with serving(Fake()) as target, Client(target) as client:
         source: Iterator[Batch] = batches(endless(), generation_pb2.GenerateRequest(), 2, lambda number, _: f"k/{number}")
-        answered = outcomes(client, 30, source, 3)
+        answered = answers(client, 30, source, 3)
         seen = []
         async for batch, _ in answered:
             seen.append(batch.number)

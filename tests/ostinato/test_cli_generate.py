@@ -163,7 +163,7 @@ def test_a_file_holds_every_form_of_prompt(ostinato: Terminal, tmp_path: Path) -
         ('{"text": "a", "seed": 18446744073709551616}', "seed: 18446744073709551616 is not from 0 to"),
         ('{"text": "a", "seed": "-1"}', "seed: must be an int, not str"),
         ('{"text": "a", "seed": 1, "seed": 2}', "seed: given twice"),
-        ('{"text": "a", "temperature": NaN}', "NaN: is no JSON number"),
+        ('{"text": "a", "temperature": NaN}', "NaN: is not a JSON number"),
         (b"\xff", "can't decode byte 0xff"),
     ],
 )
@@ -181,14 +181,14 @@ def test_a_bad_line_is_named(ostinato: Terminal, tmp_path: Path, line: str | byt
 
 
 def test_a_refused_line_is_named(ostinato: Terminal, tmp_path: Path) -> None:
-    """What the sidecar has against an item is said about the line it came from; the rest as the sidecar said it."""
+    """A request that the sidecar calls invalid exits 2, as wrong usage does, and names the line that is wrong."""
     (tmp_path / "f").write_text('"a"\n\n"b"\n')
     violations = [errors.Violation("items[1].parameters.top_p", "above 1"), errors.Violation("required_grade", "unknown")]
     ostinato.fake.script["Generate"].append(errors.InvalidRequest("bad", violations=violations))
 
     result = ostinato("generate", "--file", tmp_path / "f")
 
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr.splitlines() == [
         "error: INVALID_REQUEST: the request has 2 bad fields",
@@ -279,7 +279,7 @@ def test_a_restart_is_said(ostinato: Terminal) -> None:
     result = ostinato("generate", "--stream", "a")
 
     assert (result.exit_code, result.stdout) == (0, "hel\nworld!\n")
-    assert result.stderr.startswith("restarted: attempt 2 makes other tokens; discard what came before\n")
+    assert result.stderr.startswith("restarted: attempt 2 has other tokens; discard what came before\n")
 
 
 def test_a_broken_stream_ends_its_line(ostinato: Terminal) -> None:

@@ -114,7 +114,7 @@ def test_nobody_there_is_said_in_two_lines() -> None:
     first, second = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (1, "")
     assert first.startswith("error: DISCONNECTED: failed to connect")
-    assert second == "  Does a sidecar run at 127.0.0.1:1? Choose another with --target or OSTINATO_TARGET."
+    assert second == "  Is a sidecar running at 127.0.0.1:1? Choose another with --target or OSTINATO_TARGET."
 
 
 def test_a_deadline_is_an_error(far: tuple[Fake, str]) -> None:

@@ -9,18 +9,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from google.protobuf import json_format
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ostinato import digest, errors
-from ostinato.cli.resume import State
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 from tests.ostinato.fake import MODEL, Fake, Terminal, serving_apart
@@ -54,13 +50,12 @@ def spans(fake: Fake) -> list[tuple[int, int]]:
     [("1..3", (1, 3)), ("2..", (2, 6)), ("..4", (1, 4)), ("..", (1, 6)), ("5", (5, 5)), ("3..18446744073709551615", (3, 6))],
 )
 def test_ranges(ostinato: Terminal, range_: str, expected: tuple[int, int]) -> None:
-    """A..B, A.., ..B or one sequence; what lies ahead of the newest is cut off, and no file is left behind."""
+    """A..B, A.., ..B or one sequence; what lies ahead of the newest is cut off."""
     result = ostinato("replay", range_, "--concurrency", 2, "--alone")
 
     count = expected[1] - expected[0] + 1
     assert (result.exit_code, result.stdout) == (0, COUNTS.format(count, 0, 0, 0, 0) + "\n")
     assert spans(ostinato.fake) == [expected]
-    assert not any(Path().iterdir())
 
 
 @pytest.mark.parametrize(
@@ -73,11 +68,10 @@ def test_ranges(ostinato: Terminal, range_: str, expected: tuple[int, int]) -> N
         ["3..2"],
         ["1..18446744073709551616"],
         ["1..2", "--concurrency", "65"],
-        ["--resume", "nothing.jsonl"],
     ],
 )
 def test_wrong_usage_is_two(ostinato: Terminal, arguments: list[str]) -> None:
-    """No range, an impossible one, or a state that is not there exits 2, and nothing is run."""
+    """No range, an impossible one, exits 2, and nothing is run."""
     result = ostinato("replay", *arguments)
     assert (result.exit_code, result.stdout, spans(ostinato.fake)) == (2, "", [])
 
@@ -165,91 +159,43 @@ def test_what_cannot_be_judged_is_three(ostinato: Terminal) -> None:
 # ---- interruptions
 
 
-@given(st.lists(st.tuples(st.integers(5, 30), st.sampled_from(["match", "diverged", "passed over"])), unique_by=lambda x: x[0]))
-def test_what_is_done_and_what_is_left(done: list[tuple[int, str]]) -> None:
-    """Whatever order the responses come in, what is left is the range less what is done, and nothing is in it twice."""
-    state = State(Path("unused"), {"log_id": "", "first": 5, "last": 30, "against": None})
-    for sequence, verdict in done:
-        if verdict == "passed over":
-            state.take(sequencer_pb2.ReplayResponse(passed_over=[sequence]))
-        else:
-            value = types_pb2.Verdict.Value(f"VERDICT_{verdict.upper()}")
-            state.take(sequencer_pb2.ReplayResponse(comparison=types_pb2.Comparison(sequence=sequence, verdict=value)))
-
-    left = [sequence for first, last in state.left() for sequence in range(first, last + 1)]
-    assert left == [sequence for sequence in range(5, 31) if sequence not in dict(done)]
-    assert (state.seen, state.verdicts.total()) == (len(done), len(done))
-
-
-def test_a_lost_sidecar_is_gone_on_with(ostinato: Terminal) -> None:
-    """A replay that breaks says what it did and how to go on; going on runs the rest and nothing twice, and counts it all."""
-    first = [match(1), match(3), sequencer_pb2.ReplayResponse(passed_over=[2])]
+def test_a_lost_sidecar_is_said(ostinato: Terminal) -> None:
+    """A replay that breaks off says how far it came, counts what it has seen, and fails with the error."""
     failed = types_pb2.Comparison(sequence=4, status=errors.to_status(errors.DeadlineExceeded("slow")))
-    first.append(sequencer_pb2.ReplayResponse(comparison=failed))
-    ostinato.fake.script["Replay"].append([*first, errors.EngineUnavailable("the engine was lost")])
+    said = [match(1), match(3), sequencer_pb2.ReplayResponse(passed_over=[2]), sequencer_pb2.ReplayResponse(comparison=failed)]
+    ostinato.fake.script["Replay"].append([*said, errors.EngineUnavailable("the engine was lost")])
 
     broken = ostinato("replay", "..")
-    [path] = Path().iterdir()
-    with path.open("a") as file:
-        file.write('{"sequences": [5], "verd')  # the power went
-    other_range = ostinato("replay", "1..4", "--resume", path)
-    resumed = ostinato("replay", "--resume", path)
 
     assert (broken.exit_code, broken.stdout) == (1, "4 not compared: slow\n")
     assert broken.stderr.splitlines() == [
-        f"interrupted: 3 of 6 looked at: {COUNTS.format(2, 0, 0, 1, 1)}",
-        f"  Go on with: ostinato replay --resume {path}",
+        f"interrupted after 4 of 6: {COUNTS.format(2, 0, 0, 1, 1)}",
         "error: ENGINE_UNAVAILABLE: the engine was lost",
     ]
-    assert other_range.exit_code == 2
-    assert (resumed.exit_code, resumed.stdout) == (0, COUNTS.format(5, 0, 0, 0, 1) + "\n")
-    assert spans(ostinato.fake) == [(1, 6), (4, 6)]
-    assert not path.exists()
 
 
-def test_a_state_is_of_one_journal(ostinato: Terminal) -> None:
-    """Another journal's state, one against another sidecar, and a file that is none are wrong usage."""
-    for about in ({"log_id": "f" * 32, "against": None}, {"log_id": "0123456789abcdef" * 2, "against": "elsewhere:1"}, {}):
-        Path("state").write_text(json.dumps({"first": 1, "last": 3, **about}) + "\n")
-        result = ostinato("replay", "--resume", "state", "--against", "127.0.0.1:1")
-        assert (result.exit_code, "--resume" in result.stderr or "no state" in result.stderr) == (2, True)
-    assert spans(ostinato.fake) == []
-
-
-def test_an_interrupt_can_be_gone_on_with(ostinato: Terminal) -> None:
-    """Ctrl-C exits 130, says where it was, and leaves a file that knows."""
+def test_an_interrupt_is_said(ostinato: Terminal) -> None:
+    """Ctrl-C exits 130 and says how far it came."""
     ostinato.fake.script["Replay"].append([match(1), match(2), lambda: asyncio.sleep(60)])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        command = [sys.executable, "-m", "ostinato.cli", "--target", ostinato.target, "replay", "1.."]
+        command = [sys.executable, "-m", "ostinato.cli", "--target", ostinato.target, "replay", "1..", "--json"]
         with subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            until(lambda: any(path.read_text().count("\n") == 3 for path in Path().iterdir()))
+            assert process.stdout is not None
+            lines = [process.stdout.readline() for _ in range(2)]
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=20)
+            _, err = process.communicate(timeout=20)
     finally:
         signal.signal(signal.SIGINT, before)
 
-    [path] = Path().iterdir()
-    assert (process.returncode, out) == (130, "")
-    assert err.splitlines() == [
-        f"interrupted: 2 of 6 looked at: {COUNTS.format(2, 0, 0, 0, 0)}",
-        f"  Go on with: ostinato replay --resume {path}",
-    ]
-    assert ostinato("replay", "--resume", path).stdout == COUNTS.format(6, 0, 0, 0, 0) + "\n"
-    assert spans(ostinato.fake) == [(1, 6), (3, 6)]
+    assert (process.returncode, len(lines)) == (130, 2)
+    assert err == f"interrupted after 2 of 6: {COUNTS.format(2, 0, 0, 0, 0)}\n"
 
 
 def match(sequence: int) -> sequencer_pb2.ReplayResponse:
     return sequencer_pb2.ReplayResponse(
         comparison=types_pb2.Comparison(sequence=sequence, verdict=types_pb2.VERDICT_MATCH), total=6
     )
-
-
-def until(true: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # ---- elsewhere
@@ -304,7 +250,7 @@ def test_drift_elsewhere_names_its_fields(ostinato: Terminal, elsewhere: tuple[F
 
     lines = result.stdout.splitlines()
     assert lines[0] == "1 incomparable: fingerprint.driver, fingerprint.threads; the outputs are equal"
-    assert lines[1] == "2 incomparable: fingerprint.driver, fingerprint.threads; the outputs part at token 2"
+    assert lines[1] == "2 incomparable: fingerprint.driver, fingerprint.threads; the outputs differ from token 2 on"
     assert lines[3].split()[1:] == [
         f"{text[:2]}▶{text[2:]}".replace("\n", r"\n")
         for text in (
@@ -326,8 +272,7 @@ def test_a_full_queue_elsewhere_is_waited_for(ostinato: Terminal, elsewhere: tup
 
 
 def test_nobody_elsewhere_breaks_the_replay(ostinato: Terminal) -> None:
-    """A sidecar that is not there ends the command, with nothing done and nothing left behind."""
+    """A sidecar that is not there ends the command, with nothing done."""
     result = ostinato("replay", "1..", "--against", "127.0.0.1:1")
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[0] == f"interrupted: 0 of 6 looked at: {COUNTS.format(0, 0, 0, 0, 0)}"
-    assert not any(Path().iterdir())
+    assert result.stderr.splitlines()[0] == f"interrupted after 0 of 6: {COUNTS.format(0, 0, 0, 0, 0)}"

@@ -14,7 +14,7 @@ from typing import Self
 import pytest
 
 import ostinato
-from ostinato.cli import programs, running
+from ostinato.cli import serve
 
 from tests.pair import ROOT, Program, held_port
 
@@ -170,10 +170,9 @@ def test_it_takes_its_children_along_when_killed(state: Path) -> None:
         serve.wait_until(lambda: not serve.children())
 
 
-def only_line(serve: Serve) -> str:
-    """Of one that fails, with nothing left behind."""
-    code = serve.ended()
-    assert (code, len(serve.lines), serve.children()) == (1, 1, []), "\n".join(serve.lines)
+def only_line(serve: Serve, code: int = 1) -> str:
+    """Of one that fails with this code and leaves nothing behind."""
+    assert (serve.ended(), len(serve.lines), serve.children()) == (code, 1, []), "\n".join(serve.lines)
     return serve.lines[0]
 
 
@@ -217,9 +216,9 @@ def test_one_state_folder_serves_once(state: Path) -> None:
 
 
 def test_what_a_program_refuses_is_said(state: Path) -> None:
-    """A bad setting and a grade that is not earned are one line, from the program itself."""
+    """A bad setting, with exit code 2, and a grade that is not earned are one line, from the program itself."""
     with Serve(state, "--service-flag", "--runs=none --engine=llama") as serve:
-        assert only_line(serve) == "ostinato serve: service: --runs: 'none' is no int"
+        assert only_line(serve, 2) == "ostinato serve: service: --runs: 'none' is no int"
     with Serve(state, "--service-flag", "--require-grade EXACT") as serve:
         assert (
             only_line(serve)
@@ -245,10 +244,10 @@ def test_a_model_that_is_not_there_is_wrong_usage(state: Path) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the command that installs it."""
-    monkeypatch.setitem(programs.NEEDS, "sidecar", ("cryptography", "no_such.module"))
+    monkeypatch.setitem(serve.NEEDS, "sidecar", ("cryptography", "no_such.module"))
 
-    with pytest.raises(programs.Unusable, match=r"^sidecar needs no_such.module, .*: pip install 'ostinato\[cpu\]'$"):
-        programs.check("sidecar")
+    with pytest.raises(serve.Unusable, match=r"^sidecar needs no_such.module, .*: pip install '\.\[cpu\]' in a checkout"):
+        serve.check_installed("sidecar")
 
 
 @pytest.mark.parametrize("name", ["service", "sidecar"])
@@ -294,11 +293,11 @@ def test_a_journal_that_is_set_elsewhere(tmp_path: Path, monkeypatch: pytest.Mon
     """--state does not outdo a journal of the settings file or of the environment."""
     config = tmp_path / "ostinato.toml"
     config.write_text(f'[sidecar]\njournal = "{tmp_path / "other.sqlite"}"\n')
-    plain = running.Wanted(state=tmp_path / "state")
-    told = running.Wanted(state=tmp_path / "state", config=config)
-    assert any(flag.startswith("--journal=") for flag in running._sidecar_flags(plain, "unix:x"))
-    assert not any(flag.startswith("--journal=") for flag in running._sidecar_flags(told, "unix:x"))
+    plain = serve.Wanted(state=tmp_path / "state")
+    told = serve.Wanted(state=tmp_path / "state", config=config)
+    assert any(flag.startswith("--journal=") for flag in serve._sidecar_flags(plain, "unix:x"))
+    assert not any(flag.startswith("--journal=") for flag in serve._sidecar_flags(told, "unix:x"))
 
     monkeypatch.setenv("OSTINATO_SIDECAR_JOURNAL", str(tmp_path / "third.sqlite"))
 
-    assert not any(flag.startswith("--journal=") for flag in running._sidecar_flags(plain, "unix:x"))
+    assert not any(flag.startswith("--journal=") for flag in serve._sidecar_flags(plain, "unix:x"))

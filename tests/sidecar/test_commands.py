@@ -76,7 +76,7 @@ def test_verify(store: SqliteKit, run: Said) -> None:
     db.execute("UPDATE payloads SET payload = x'00' WHERE entry_index = 5")
     db.close()
     said = run("verify", "--journal", store.path, code=1)
-    assert "entry 5, COMPLETED: payload: is not what payload_digest was taken of" in said
+    assert "entry 5, COMPLETED: payload: does not match payload_digest" in said
 
 
 def test_a_journal_in_use(store: SqliteKit, run: Said) -> None:

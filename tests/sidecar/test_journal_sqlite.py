@@ -335,7 +335,7 @@ def test_verify_finds_changed_bytes(written: SqliteKit) -> None:
     execute(written, "DELETE FROM payloads WHERE entry_index = 3")
     assert faults(written) == []
     execute(written, "UPDATE payloads SET payload = x'00' WHERE entry_index = 4")
-    assert "entry 4, ADMITTED: payload: is not what payload_digest was taken of" in faults(written)
+    assert "entry 4, ADMITTED: payload: does not match payload_digest" in faults(written)
     header = types_pb2.EntryHeader(index=5, kind=types_pb2.ENTRY_KIND_COMPLETED)
     execute(written, "UPDATE entries SET header = ? WHERE entry_index = 5", header.SerializeToString())
     assert "entry 5, COMPLETED: entry_hash: is not the hash of this header after the entry before" in faults(written)
@@ -361,7 +361,7 @@ def test_verify_finds_changed_bytes(written: SqliteKit) -> None:
         (5, {"output_digest": b"x" * 32}, "output_digest: is not the payload's"),
         (5, {"seed": 1}, "seed: is not the payload's"),
         (2, {"input_digest": b"x" * 32}, "input_digest: is not the payload's"),
-        (5, {"payload_digest": payload_digest(b"")}, "payload: is not what payload_digest was taken of"),
+        (5, {"payload_digest": payload_digest(b"")}, "payload: does not match payload_digest"),
     ],
 )
 def test_verify_finds_forgeries(written: SqliteKit, index: int, fields: dict[str, object], fault: str) -> None:

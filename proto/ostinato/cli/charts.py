@@ -1,26 +1,48 @@
-"""Charts of a divergence report, on matplotlib axes. Needs matplotlib.
+"""Charts of a divergence report. Imports matplotlib, an extra; `report` loads this module when it writes a page.
 
-Each function draws one group of comparisons at a time, so that several groups can stand side by side.
+Each function draws one chart of several groups of comparisons, by their names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from ostinato.cli.report import occupancy
+from ostinato.cli import show
 from ostinato.v1.sequencer_pb2 import CompanyShare, Rate, Stratum, TimeShare
 
 COLOURS = ("#2f6fde", "#d9822b", "#2a9d72", "#8e5bd0", "#c23b5a", "#3a8fa3", "#7a7f35", "#5a6675")
 SPREAD = 0.3
-"""Part of the distance between two ticks that the points of all groups share."""
+"""Part of the distance between two ticks over which the points of all groups are spread."""
+# Letters are drawn as paths: a chart looks the same where its font is not installed.
+LOOK: Any = {"svg.fonttype": "path", "svg.hashsalt": "ostinato", "font.family": "sans-serif", "font.size": 9}
+INCHES = (10.0, 3.4)
+
+Draw = Callable[[Axes, Mapping[str, Stratum]], None]
+
+
+def svg(draw: Draw, groups: Mapping[str, Stratum]) -> str:
+    """A chart as an SVG element."""
+    with mpl.rc_context(LOOK):
+        figure = Figure(figsize=INCHES, layout="constrained")
+        draw(figure.subplots(), groups)
+        figure.legend(loc="outside lower left", ncols=2, frameon=False)
+        written = io.StringIO()
+        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
+    element = re.sub(r"^.*?(?=<svg)", "", written.getvalue(), count=1, flags=re.DOTALL)
+    return re.sub(r"\s*<metadata>.*?</metadata>", "", element, count=1, flags=re.DOTALL)
 
 
 def by_occupancy(axes: Axes, groups: Mapping[str, Stratum]) -> None:
-    """The share that diverged, by how many runs the engine held: ticks ascending, "not known" last."""
-    buckets = {_bucket(share): occupancy(share) for stratum in groups.values() for share in stratum.companies}
+    """The share that diverged, by batch occupancy: ticks ascending, "not known" last."""
+    buckets = {_bucket(share): show.occupancy(share) for stratum in groups.values() for share in stratum.companies}
     places = {bucket: place for place, bucket in enumerate(sorted(buckets))}
     for number, (name, stratum) in enumerate(groups.items()):
         shift = SPREAD * ((number + 0.5) / len(groups) - 0.5)
@@ -56,7 +78,7 @@ def _points(axes: Axes, number: int, name: str, at: Sequence[float | datetime], 
 
 
 def _bucket(share: CompanyShare) -> tuple[bool, int]:
-    """Sorts by occupancy; not known (0) is last."""
+    """Sorts by occupancy; 0, not known, is last."""
     return share.first == 0, share.first
 
 

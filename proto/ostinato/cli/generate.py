@@ -1,95 +1,172 @@
-"""`ostinato generate`: prompts from everywhere, answers as a table or as JSON; see `bulk` for files of any length."""
+"""`ostinato generate`: prompts from arguments, stdin and files; outputs as a table, JSON, a stream, or a file (--output).
+
+Prompts become requests of --batch prompts each (a Batch), --concurrency of them at once. Results keep the prompts' order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
-from contextlib import aclosing
+import asyncio
+import codecs
+import fcntl
+import json
+import re
+import sys
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, NoReturn, cast
 
 import typer
 
-from ostinato import requests
-from ostinato.cli import files, options, prompts, show
-from ostinato.cli.batches import Asked, batches, outcomes
-from ostinato.cli.bulk import bulk, run_name
-from ostinato.cli.prompts import Prompt
-from ostinato.cli.session import Session, usage
-from ostinato.cli.stream import stream_one
-from ostinato.client import DEFAULT_RESPONSE_BYTES
+from ostinato import digest, errors, requests
+from ostinato.cli import show
+from ostinato.cli.session import STDIN, Key, Session, usage
+from ostinato.client import DEFAULT_RESPONSE_BYTES, Client
 from ostinato.v1 import generation_pb2, types_pb2
 
 NO_PROMPT = "no prompt: give some as arguments, with --file, or with - on stdin"
+LINE_BYTES_MAX = 64 * 2**20
+"""A sidecar does not accept a larger request."""
+RUN_NAME_BYTES_MAX = 128
+
+
+def _sampling(kind: Any, text: str, *names: str, metavar: str | None = None) -> Any:
+    option = typer.Option(*names, help=text, metavar=metavar, rich_help_panel="Sampling", show_default=False)
+    return Annotated[kind | None, option]
+
+
+SAMPLING: Mapping[str, Any] = {
+    "seed": _sampling(int, "Any uint64; the same for all prompts. Default: one derived for each."),
+    "temperature": _sampling(float, "0 to 100; 0 is greedy. Default 1."),
+    "top_k": _sampling(int, "Sample from the K likeliest tokens; 0, the default, is off."),
+    "top_p": _sampling(float, "Sample from the likeliest tokens of this total probability; 1, the default, is off."),
+    "min_p": _sampling(float, "Lowest probability relative to the likeliest token; 0, the default, is off."),
+    "repetition_penalty": _sampling(float, "Above 0, up to 10; 1, the default, is off."),
+    "max_new_tokens": _sampling(int, "Default 128, or what the context leaves."),
+    "min_new_tokens": _sampling(int, "Do not end before this many tokens. Default 0."),
+    "stop": _sampling(list[str], "End before this string. May be repeated.", metavar="TEXT"),
+    "stop_token_ids": _sampling(list[int], "End with this token. May be repeated.", "--stop-token-id", metavar="ID"),
+    "bad_words": _sampling(list[str], "A token that must not appear. May be repeated.", "--bad-word", metavar="TEXT"),
+    "ignore_eos": _sampling(bool, "Do not end at the model's end of sequence."),
+    "logprobs": _sampling(int, "0: of the chosen tokens; n: of the n likeliest too."),
+    "json_schema": _sampling(str, "The output follows this schema: JSON, or @ and a file.", metavar="JSON|@FILE"),
+    "regex": _sampling(str, "The whole output matches this expression."),
+}
+"""Options by parameter name; the last two are its response_format."""
+
+File = Annotated[
+    Path | None,
+    typer.Option(help="JSON lines: strings, or objects with text, token_ids or messages, and any parameters. - is stdin."),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write one JSON line per prompt of --file to this file, and a summary. If the file exists, continue it.",
+        show_default=False,
+        dir_okay=False,
+    ),
+]
+RequireGrade = Annotated[str | None, typer.Option(metavar="exact|serial|best-effort", help="Fail below this grade.")]
+MaxResponseBytes = Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Largest response to a request.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to generate."""
+
+    prompts: Callable[[], Iterator[Prompt]]
+    """From the first prompt each time."""
+    common: generation_pb2.GenerateRequest
+    """A request without its prompts."""
+    batch: int
+    concurrency: int
+    progress: bool | None
+    max_response_bytes: int
+
+    async def batch_size(self, client: Client, timeout: float | None) -> int:
+        """`batch`, or the model's limit."""
+        return min(self.batch, (await client.model(timeout=timeout)).limits.batch_items_max or self.batch)
 
 
 def generate(
     session: Session,
     texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; - is a prompt a line of stdin.")] = None,
-    file: options.File = None,
-    output: options.Output = None,
+    file: File = None,
+    output: Output = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Copies of each prompt; --seed is the same for all.")] = 1,
-    chat: Annotated[bool, typer.Option("--chat", help="A text is a user's message, not a text to go on with.")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts in a request, capped by the model's limit.")] = 32,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once. With 1, numbers ascend with the prompts.")] = 1,
-    key: options.Key = None,
+    chat: Annotated[bool, typer.Option("--chat", help="A text is a user's message, not a text to continue.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts in a request, at most the model's limit.")] = 32,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once. With 1, sequences ascend with the prompts.")] = 1,
+    key: Key = None,
     request_id: Annotated[str, typer.Option(help="Label for logs and traces.", show_default=False)] = "",
-    require_grade: options.RequireGrade = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Make each answer twice, and fail if one differs.")] = False,
+    require_grade: RequireGrade = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Generate each output twice; fail if two differ.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Show the tokens of one prompt as they come.")] = False,
     progress: Annotated[bool | None, typer.Option(help="Progress on stderr. Default: if it is a terminal.")] = None,
-    max_response_bytes: options.MaxResponseBytes = DEFAULT_RESPONSE_BYTES,
-    **sampling: Annotated[Any, options.SAMPLING],
+    max_response_bytes: MaxResponseBytes = DEFAULT_RESPONSE_BYTES,
+    **sampling: Annotated[Any, SAMPLING],
 ) -> Coroutine[Any, Any, bool]:
-    """Answers prompts: a table, or with --json a line for each result.
+    """Generates outputs: prints a table, or with --json one line per result.
 
-    Without --seed every answer gets a seed of its own, which is shown and gives the same answer when asked for.
-    With --key, the same command again returns the recorded answers; of several requests, the second has KEY/2, and so on.
-    With --output, --file may have any length, and the same command goes on where it was interrupted.
+    Without --seed every item gets its own seed, which is shown and gives the same output when it is given again.
+    With --key, the same command again returns the recorded outputs; the second of several requests has KEY/2, and so on.
+    With --output, --file may have any length, and the same command continues after an interruption.
     """
     if key == "":
         raise typer.BadParameter("--key: is empty")
     with usage():
-        common = requests.batch(
-            types_pb2.Item(), key or "", request_id, require_grade, options.sampling(sampling), verify=verify
-        )
-    asked = Asked(partial(_read, texts or [], file, n, chat), common, batch, concurrency, progress, max_response_bytes)
+        parameters = _parameters(sampling)
+        common = requests.batch(types_pb2.Item(), key or "", request_id, require_grade, parameters, verify=verify)
+    wanted = Wanted(partial(_prompts, texts or [], file, n, chat), common, batch, concurrency, progress, max_response_bytes)
     if output is not None:
-        return _bulk(session, asked, output, file, alone=not texts and not stream)
-    wanted = list(asked.prompts())
-    if not wanted:
+        if file is None or str(file) == STDIN or texts or stream:
+            raise typer.BadParameter("--output: takes the prompts of --file, which is read twice, and no others")
+        return _bulk(session, wanted, file, output)
+    listed = list(wanted.prompts())
+    if not listed:
         raise typer.BadParameter(NO_PROMPT)
     if stream:
-        if len(wanted) > 1:
-            raise typer.BadParameter(f"--stream: shows one prompt, not {len(wanted)}")
-        common.items[0].CopyFrom(wanted[0].item)
-        return stream_one(session, common, max_response_bytes)
-    return _generate(session, wanted, asked)
+        if len(listed) > 1:
+            raise typer.BadParameter(f"--stream: shows one prompt, not {len(listed)}")
+        common.items[0].CopyFrom(listed[0].item)
+        return _stream(session, common, max_response_bytes)
+    return _print_table(session, listed, wanted)
 
 
-def _bulk(session: Session, asked: Asked, output: Path, file: Path | None, *, alone: bool) -> Coroutine[Any, Any, bool]:
-    """After a first look at every line: what is wrong with one is said before anything is sent."""
-    if file is None or str(file) == files.STDIN or not alone:
-        raise typer.BadParameter("--output: takes the prompts of --file, which is read twice, and of nothing else")
-    asked.common.idempotency_key = run_name(asked.common.idempotency_key, file)
-    total = sum(1 for _ in asked.prompts())
-    if not total:
-        raise typer.BadParameter(NO_PROMPT)
-    return bulk(session, asked, total, output)
-
-
-async def _generate(session: Session, wanted: Sequence[Prompt], asked: Asked) -> bool:
-    """Sends the prompts and prints their results, in order. Whether every item has an output."""
-    results: list[types_pb2.Result] = []
-    common = asked.common
-    async with session.client(asked.max_response_bytes) as client:
-        size = await asked.size(client, session.timeout) if len(wanted) > 1 else 1
-        source = batches(wanted, common, size, partial(_key, common.idempotency_key))
-        answered = outcomes(client, session.timeout, source, asked.concurrency)
+def _parameters(given: Mapping[str, Any]) -> requests.Sampling:
+    made: dict[str, Any] = {name: value or None if isinstance(value, list) else value for name, value in given.items()}
+    json_schema, regex = made.pop("json_schema"), made.pop("regex")
+    if json_schema is not None and regex is not None:
+        raise typer.BadParameter("--json-schema, --regex: give one of them")
+    if json_schema is not None and json_schema.startswith("@"):
         try:
-            one = len(wanted) <= size  # request: there is nothing between its beginning and its end
-            with show.progress("generate", len(wanted), False if one and asked.progress is None else asked.progress) as done:
+            json_schema = Path(json_schema[1:]).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise typer.BadParameter(f"--json-schema: {error}") from None
+    if json_schema is not None:
+        made["response_format"] = {"json_schema": json_schema}
+    elif regex is not None:
+        made["response_format"] = {"regex": regex}
+    return cast(requests.Sampling, made)
+
+
+async def _print_table(session: Session, prompts: Sequence[Prompt], wanted: Wanted) -> bool:
+    """Prints the results in the prompts' order. Whether every item has an output and no verification failed."""
+    results: list[types_pb2.Result] = []
+    key = wanted.common.idempotency_key
+    async with session.client(wanted.max_response_bytes) as client:
+        size = await wanted.batch_size(client, session.timeout) if len(prompts) > 1 else 1
+        source = batches(prompts, wanted.common, size, lambda number, _: f"{key}/{number}" if key and number > 1 else key)
+        answered = answers(client, session.timeout, source, wanted.concurrency)
+        # One request has no progress between its beginning and its end.
+        bar = False if len(prompts) <= size and wanted.progress is None else wanted.progress
+        try:
+            with show.progress("generate", len(prompts), bar) as done:
                 async with aclosing(answered):
                     async for _, response in answered:
                         results.extend(response.results)
@@ -100,19 +177,471 @@ async def _generate(session: Session, wanted: Sequence[Prompt], asked: Asked) ->
         finally:
             if results and not session.json:
                 show.table(show.RESULT_COLUMNS, map(show.result, results))
-                if common.verify:
+                if wanted.common.verify:
                     show.note(f"verified: {show.verdicts(results)}")
     return all(result.HasField("output") and result.comparison.verdict != types_pb2.VERDICT_DIVERGED for result in results)
 
 
-def _read(texts: Sequence[str], file: Path | None, n: int, chat: bool) -> Iterator[Prompt]:
-    given: Iterable[Prompt] = prompts.from_arguments(texts)
+# Prompts. Each has a place, such as `questions.jsonl:7`, for error messages.
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    item: types_pb2.Item
+    place: str
+
+
+_KINDS: Mapping[str, Callable[[object], types_pb2.Item]] = {
+    "text": lambda value: types_pb2.Item(text=_nonempty(value)),
+    "token_ids": lambda value: types_pb2.Item(token_ids=requests.token_ids(value)),
+    "messages": lambda value: types_pb2.Item(chat=requests.chat(value)),
+}
+
+
+def _prompts(texts: Sequence[str], file: Path | None, n: int, chat: bool) -> Iterator[Prompt]:
+    given: Iterable[Prompt] = _of_arguments(texts)
     if file is not None:
-        given = chain(given, prompts.from_file(file))
+        given = chain(given, _of_file(file))
     for each in given:
         for _ in range(n):
-            yield prompts.as_chat(each) if chat else each
+            yield _as_chat(each) if chat else each
 
 
-def _key(key: str, number: int, _: generation_pb2.GenerateRequest) -> str:
-    return f"{key}/{number}" if key and number > 1 else key
+def _of_arguments(given: Iterable[str]) -> Iterator[Prompt]:
+    """Each argument is a prompt; `-` is one prompt per line of stdin, without blank lines."""
+    for number, argument in enumerate(given, 1):
+        for place, text in _lines(STDIN) if argument == STDIN else [(f"prompt {number}", argument)]:
+            with usage(place):
+                yield Prompt(requests.item(text, "text"), place)
+
+
+def _of_file(path: Path) -> Iterator[Prompt]:
+    """Each line is a JSON string, or an object with text, token_ids or messages, and any parameters."""
+    for place, text in _lines(path):
+        with usage(place):
+            yield Prompt(_item(json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)), place)
+
+
+def _as_chat(prompt: Prompt) -> Prompt:
+    """A text as a chat of one user message; other prompts unchanged."""
+    if not prompt.item.HasField("text"):
+        return prompt
+    item = types_pb2.Item(chat=requests.chat([{"role": "user", "content": prompt.item.text}]))
+    if prompt.item.HasField("parameters"):
+        item.parameters.CopyFrom(prompt.item.parameters)
+    return Prompt(item, prompt.place)
+
+
+def _lines(path: Path | str) -> Iterator[tuple[str, str]]:
+    """Place and text of each line that is not blank. The file is read line by line and may have any length."""
+    stdin = str(path) == STDIN
+    try:
+        with nullcontext(sys.stdin.buffer) if stdin else Path(path).open("rb") as file:
+            number = 0
+            while line := file.readline(LINE_BYTES_MAX + 1):
+                number += 1
+                line = line if number > 1 else line.removeprefix(codecs.BOM_UTF8)
+                place = f"{'stdin' if stdin else path}:{number}"
+                if len(line) > LINE_BYTES_MAX:
+                    raise typer.BadParameter(f"{place}: longer than {LINE_BYTES_MAX} bytes")
+                if line.strip():
+                    with usage(place):
+                        text = line.removesuffix(b"\n").removesuffix(b"\r").decode()
+                    yield place, text
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: {error.strerror}") from None
+
+
+def _item(given: object) -> types_pb2.Item:
+    if isinstance(given, str):
+        given = {"text": given}
+    if not isinstance(given, dict):
+        raise TypeError("must be a JSON string or object")
+    kinds = [name for name in _KINDS if name in given]
+    if len(kinds) != 1:
+        raise ValueError(f"{', '.join(kinds or _KINDS)}: exactly one of them")
+    item = _KINDS[kinds[0]](given.pop(kinds[0]))
+    if isinstance(given.get("seed"), str) and given["seed"].isdecimal():
+        given["seed"] = int(given["seed"])  # as protobuf's JSON writes it
+    if parameters := requests.parameters(given):
+        item.parameters.CopyFrom(parameters)
+    return item
+
+
+def _nonempty(value: object) -> str:
+    text = requests.text("text", value)
+    if not text:
+        raise ValueError("text: empty")
+    return text
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)}: given twice")
+    return made
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name}: is not a JSON number")
+
+
+# Batches.
+class Batch(NamedTuple):
+    """Some of the prompts, and their request. Numbers begin at 1."""
+
+    number: int
+    prompts: Sequence[Prompt]
+    request: generation_pb2.GenerateRequest
+
+
+def batches(
+    prompts: Iterable[Prompt],
+    common: generation_pb2.GenerateRequest,
+    size: int,
+    key: Callable[[int, generation_pb2.GenerateRequest], str],
+) -> Iterator[Batch]:
+    """Takes `size` prompts at a time. `key` makes the idempotency key of a batch from its number and its request."""
+    source = iter(prompts)
+    for number in count(1):
+        part = list(islice(source, size))
+        if not part:
+            return
+        request = generation_pb2.GenerateRequest()
+        request.CopyFrom(common)
+        del request.items[:]
+        request.items.extend(each.item for each in part)
+        request.idempotency_key = key(number, request)
+        yield Batch(number, part, request)
+
+
+Answer = generation_pb2.GenerateResponse | errors.OstinatoError
+
+
+async def answers(
+    client: Client, timeout: float | None, source: Iterable[Batch], concurrency: int
+) -> AsyncGenerator[tuple[Batch, generation_pb2.GenerateResponse], None]:
+    """The responses in the batches' order. After a failure no batch starts; those that run are waited for, then the first
+    failure is raised."""
+    waiting = iter(source)
+    running: deque[tuple[Batch, asyncio.Task[Answer]]] = deque()
+    failure: errors.OstinatoError | None = None
+    try:
+        while True:
+            if failure is None:
+                for each in islice(waiting, concurrency - len(running)):
+                    running.append((each, asyncio.create_task(_send(client, timeout, each))))
+            if not running:
+                break
+            batch, task = running[0]
+            answer = await task
+            running.popleft()
+            if isinstance(answer, errors.OstinatoError):
+                failure = failure or answer
+            else:
+                yield batch, answer
+    finally:
+        for _, task in running:
+            task.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _send(client: Client, timeout: float | None, batch: Batch) -> Answer:
+    try:
+        return await client.generate(batch.request, timeout=timeout)
+    except errors.InvalidRequest as error:
+        return errors.InvalidRequest(error.message, violations=[_placed(each, batch.prompts) for each in error.violations])
+    except errors.OstinatoError as error:
+        return error
+
+
+def _placed(violation: errors.Violation, prompts: Sequence[Prompt]) -> errors.Violation:
+    """`items[3].parameters.top_p` as `questions.jsonl:7: parameters.top_p`."""
+    found = re.fullmatch(r"items\[(\d+)\]\.?(.*)", violation.field)
+    if found is None or int(found[1]) >= len(prompts):
+        return violation
+    place = prompts[int(found[1])].place
+    return errors.Violation(f"{place}: {found[2]}" if found[2] else place, violation.description)
+
+
+# --stream: the text on stdout as it comes, everything else on stderr.
+async def _stream(session: Session, request: generation_pb2.GenerateRequest, max_response_bytes: int) -> bool:
+    """Whether the item has an output."""
+    finished, screen = False, _Screen()
+    async with (
+        session.client(max_response_bytes) as client,
+        aclosing(client.stream(request, timeout=session.timeout)) as events,
+    ):
+        try:
+            async for event in events:
+                finished = finished or event.HasField("finished")
+                if session.json:
+                    show.as_json(event)
+                else:
+                    screen.take(event)
+        finally:
+            screen.end()
+    return finished
+
+
+class _Screen:
+    """The text that has been shown."""
+
+    def __init__(self) -> None:
+        self._shown = ""
+
+    def take(self, event: generation_pb2.GenerateEvent) -> None:
+        match event.WhichOneof("event"):
+            case "tokens":
+                for run in event.tokens.runs:
+                    self._write(run.text)
+            case "restarted":
+                self.end()
+                show.note(f"restarted: attempt {event.restarted.attempt} has other tokens; discard what came before")
+            case "finished":
+                # Text that could begin a stop string was held back until now.
+                self._write(event.finished.output.text.removeprefix(self._shown))
+                self.end()
+                show.note(_summary(event.finished))
+            case "failed":
+                self.end()
+                show.note(_summary(event.failed))
+
+    def end(self) -> None:
+        """Ends an unfinished line."""
+        if self._shown and not self._shown.endswith("\n"):
+            show.line("")
+        self._shown = ""
+
+    def _write(self, text: str) -> None:
+        self._shown += text
+        if sys.stdout.isatty():
+            text = "\n".join("\t".join(map(show.visible, line.split("\t"))) for line in text.split("\n"))
+        print(text, end="", flush=True)
+
+
+def _summary(result: types_pb2.Result) -> str:
+    cells = zip(show.RESULT_COLUMNS, show.result(result), strict=True)
+    return ", ".join(f"{name} {cell}" for name, cell in cells if cell and (name != "text" or result.HasField("status")))
+
+
+# --output: a file of prompts of any length. Only the running batches are in memory.
+#
+# Each batch has a key, `RUN/FIRST-LAST/DIGEST`: the name of the run (--key, or the name of the prompts' file), the numbers of
+# its prompts from 1, and the first half of the request's digest. Results that are in the output file are not requested again;
+# those that the sidecar has or is working on are found by their key. So nothing is generated twice while it keeps its keys.
+def _bulk(session: Session, wanted: Wanted, file: Path, output: Path) -> Coroutine[Any, Any, bool]:
+    """Reads every line first, so that a bad one is reported before anything is sent."""
+    if not wanted.common.idempotency_key:
+        wanted.common.idempotency_key = file.name.encode()[:RUN_NAME_BYTES_MAX].decode(errors="ignore")
+    total = sum(1 for _ in wanted.prompts())
+    if not total:
+        raise typer.BadParameter(NO_PROMPT)
+    return _write_output(session, wanted, total, output)
+
+
+async def _write_output(session: Session, wanted: Wanted, total: int, output: Path) -> bool:
+    """Whether every prompt has an output and no verification failed."""
+    tally = Tally()
+    with closing(OutputFile(output)) as written:
+        try:
+            async with session.client(wanted.max_response_bytes) as client:
+                with show.progress("generate", total, wanted.progress) as done:
+                    await _run(client, session, wanted, written, tally, done)
+        except OSError as error:
+            show.note(f"error: {output}: {error.strerror}")
+        except (asyncio.CancelledError, errors.OstinatoError):
+            _note_interrupted(output, tally, total)
+            raise
+    if tally.items < total:
+        _note_interrupted(output, tally, total)
+        return False
+    if session.json:
+        show.as_json(tally.summary())
+    else:
+        show.card((name.replace("_", " "), _counts(value)) for name, value in tally.summary().items())
+    return tally.succeeded
+
+
+async def _run(
+    client: Client, session: Session, wanted: Wanted, output: OutputFile, tally: Tally, done: Callable[[int], None]
+) -> None:
+    size = await wanted.batch_size(client, session.timeout)
+
+    def key(number: int, request: generation_pb2.GenerateRequest) -> str:
+        first = (number - 1) * size + 1
+        request_digest = digest.request_digest(request).hex()[:32]
+        return f"{wanted.common.idempotency_key}/{first}-{first + len(request.items) - 1}/{request_digest}"
+
+    source = batches(wanted.prompts(), wanted.common, size, key)
+    first = await _skip(source, output, tally, done)
+    if first is None:
+        output.expect_end()
+        return
+    newest, written = await _newest(client, session), first.number - 1
+    async with aclosing(answers(client, session.timeout, chain([first], source), wanted.concurrency)) as answered:
+        async for batch, response in answered:
+            if batch.number != written + 1:
+                continue  # an earlier batch failed; the journal keeps this one
+            for answer in output.write(batch, response.results):
+                tally.add(answer)
+            written += 1
+            tally.add_recorded(len(batch.prompts), None if newest is None else response.stamp.first_sequence <= newest)
+            done(tally.items)
+
+
+async def _skip(source: Iterator[Batch], output: OutputFile, tally: Tally, done: Callable[[int], None]) -> Batch | None:
+    """The first batch whose results are not in the file."""
+    for batch in source:
+        kept = output.read(batch)
+        if kept is None:
+            return batch
+        for answer in kept:
+            tally.add(answer)
+        tally.kept += len(kept)
+        done(tally.items)
+        await asyncio.sleep(0)  # lets an interrupt through
+    return None
+
+
+async def _newest(client: Client, session: Session) -> int | None:
+    """The newest sequence before this run: a batch with an older one comes from the journal. None: the caller may not know."""
+    try:
+        return (await client.head(timeout=session.timeout)).last_sequence
+    except errors.PermissionDenied:
+        return None
+
+
+def _note_interrupted(output: Path, tally: Tally, total: int) -> None:
+    show.note(f"interrupted: {tally.items} of {total} results are in {output}; the same command continues")
+
+
+def _counts(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{count} {name}" for name, count in value.items()) or "none"
+    return str(value)
+
+
+class Tally:
+    """The summary of all results in the output file."""
+
+    def __init__(self) -> None:
+        self.items = self.kept = self._tokens = self._prompt_tokens = 0
+        self._outcomes: Counter[str] = Counter()
+        self._verdicts: Counter[str] = Counter()
+        self._first = self._last = 0
+        self._from_record: int | None = 0
+
+    @property
+    def succeeded(self) -> bool:
+        return self._outcomes["completed"] == self.items and not self._verdicts["diverged"]
+
+    def add(self, answer: dict[str, Any]) -> None:
+        """A line of the file."""
+        sequence, output = int(answer["sequence"]), answer.get("output", {})
+        self.items += 1
+        self._first, self._last = min(self._first or sequence, sequence), max(self._last, sequence)
+        self._outcomes["completed" if "output" in answer else _reason(answer)] += 1
+        self._tokens += len(output.get("token_ids", ()))
+        self._prompt_tokens += output.get("prompt_tokens", 0)
+        if "comparison" in answer:
+            verdict = answer["comparison"].get("verdict", "not compared")
+            self._verdicts[verdict.removeprefix("VERDICT_").lower()] += 1
+
+    def add_recorded(self, items: int, recorded: bool | None) -> None:
+        """Whether these items were admitted before this run; None: not known."""
+        if recorded is None or self._from_record is None:
+            self._from_record = None
+        else:
+            self._from_record += items * recorded
+
+    def summary(self) -> dict[str, Any]:
+        made: dict[str, Any] = {"items": self.items, "outcomes": dict(self._outcomes), "kept": self.kept}
+        if self._from_record is not None:
+            made["from_record"] = self._from_record
+        made |= {"sequences": f"{self._first}..{self._last}", "prompt_tokens": self._prompt_tokens, "tokens": self._tokens}
+        return made | ({"verified": dict(self._verdicts)} if self._verdicts else {})
+
+
+def _reason(answer: dict[str, Any]) -> str:
+    status = answer.get("status", {})
+    return next((str(each["reason"]) for each in status.get("details", ()) if "reason" in each), f"code {status.get('code')}")
+
+
+class OutputFile:
+    """The file of --output, locked by one run. It has one line per prompt, in their order, and whole batches.
+
+    A line is a Result in protobuf's JSON, after the prompt's `line` and the `key` of its batch. The key identifies the request,
+    so a later run knows whether the file answers its prompts. Call `read` for each batch until one is not there; from there on
+    `write`.
+    """
+
+    _BEGINNING = b'{"line": '
+
+    def __init__(self, path: Path) -> None:
+        """Raises BadParameter if the path is not a file, or another run has it."""
+        self._path, self._lines = path, 0
+        try:
+            if path.exists() and not path.is_file():
+                raise typer.BadParameter(f"--output: {path} is not a file: it is read, to continue it")
+            self._file = path.open("r+b" if path.exists() else "x+b")
+        except OSError as error:
+            raise typer.BadParameter(f"--output: {path}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise typer.BadParameter(f"--output: another run writes to {path}") from None
+
+    def close(self) -> None:
+        with suppress(OSError):  # a full disk, which has been reported
+            self._file.close()
+
+    def read(self, batch: Batch) -> list[dict[str, Any]] | None:
+        """The results of this batch; None: not all are there, and an incomplete batch has been cut off. Raises BadParameter if
+        something else is in their place."""
+        start, found = self._file.tell(), []
+        for prompt in batch.prompts:
+            line = self._file.readline()
+            if not line.endswith(b"\n"):
+                if not (line.startswith(self._BEGINNING) or self._BEGINNING.startswith(line)):
+                    raise self._mismatch(prompt)  # not a line of ours that was cut short
+                self._file.seek(start)
+                self._file.truncate()
+                return None
+            found.append(self._parse(line, batch, prompt))
+        self._lines += len(found)
+        return found
+
+    def write(self, batch: Batch, results: Sequence[types_pb2.Result]) -> list[dict[str, Any]]:
+        """Writes the results of a batch and returns them as written. Raises OSError."""
+        if len(results) != len(batch.prompts):
+            raise errors.Internal(f"{len(results)} results for {len(batch.prompts)} prompts")
+        key = batch.request.idempotency_key
+        made = [
+            {"line": int(prompt.place.rpartition(":")[2]), "key": key, **show.as_dict(result)}
+            for prompt, result in zip(batch.prompts, results, strict=True)
+        ]
+        self._file.write("".join(f"{json.dumps(each)}\n" for each in made).encode())
+        self._file.flush()
+        return made
+
+    def expect_end(self) -> None:
+        """Raises BadParameter if the file has more lines than there are prompts."""
+        if self._file.read(1):
+            raise typer.BadParameter(f"--output: {self._path} has more than the {self._lines} results of these prompts")
+
+    def _parse(self, line: bytes, batch: Batch, prompt: Prompt) -> dict[str, Any]:
+        try:
+            answer = json.loads(line)
+            if answer["key"] == batch.request.idempotency_key and "sequence" in answer:
+                return dict(answer)
+        except (ValueError, TypeError, LookupError):
+            pass
+        raise self._mismatch(prompt)
+
+    def _mismatch(self, prompt: Prompt) -> typer.BadParameter:
+        return typer.BadParameter(
+            f"--output: what {self._path} has for {prompt.place} is of another prompt, parameter, --key, --batch or model's"
+            " limit; or it is another kind of file"
+        )

@@ -1,4 +1,4 @@
-"""`ostinato get`, `tail` and `head`: what the journal holds."""
+"""`ostinato get`, `tail`, `head`, `cancel`, `model` and `tokenize`: calls that are answered in one step."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from ostinato import errors
-from ostinato.cli import options, show
-from ostinato.cli.session import Session, usage
+from ostinato import errors, requests
+from ostinato.cli import show
+from ostinato.cli.session import Key, Session, span, usage
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 
 async def get(
     session: Session,
     sequence: Annotated[int | None, typer.Argument(help="Of the item.", show_default=False)] = None,
-    key: options.Key = "",
+    key: Key = "",
     last: Annotated[bool, typer.Option("--last", help="The newest item.")] = False,
 ) -> bool:
-    """Shows an item, or all of a keyed batch: what went in and how it ended."""
+    """Shows the record of an item, or of every item of a keyed batch: its input and its outcome."""
     if last and (sequence is not None or key):
         raise typer.BadParameter("--last: give no sequence and no --key with it")
     async with session.client() as client:
@@ -44,10 +44,8 @@ async def get(
 async def tail(
     session: Session,
     from_index: Annotated[int, typer.Option("--from", min=0, metavar="N", help="First index.")] = 1,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Wait for new entries, also over a sidecar's restart.")
-    ] = False,
-    payloads: Annotated[bool, typer.Option("--payloads", help="What went in and came out, too.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for new entries, also if the sidecar restarts.")] = False,
+    payloads: Annotated[bool, typer.Option("--payloads", help="Show inputs and outputs too.")] = False,
 ) -> bool:
     """Shows the journal's entries: index, kind, sequence, epoch, time, digest."""
     async with session.client() as client:
@@ -64,7 +62,7 @@ async def tail(
 
 
 async def head(session: Session) -> bool:
-    """Shows where the journal stands."""
+    """Shows the journal's last entry and last sequence, and its writer."""
     async with session.client() as client:
         answer = await client.head(timeout=session.timeout)
     if session.json:
@@ -84,6 +82,52 @@ async def head(session: Session) -> bool:
     return True
 
 
+async def cancel(
+    session: Session, sequences: Annotated[str | None, typer.Argument(metavar="[A..B]")] = None, key: Key = ""
+) -> bool:
+    """Cancels unfinished items: one sequence, a range, or a keyed batch."""
+    first, last = None, None
+    if sequences is not None:
+        range_ = span(sequences)
+        first, last = range_.first, range_.last
+    async with session.client() as client:
+        with usage():
+            answer = await client.cancel(first, last, key=key or "", timeout=session.timeout)
+    if session.json:
+        show.as_json(answer)
+    else:
+        show.line(f"{answer.cancelled} cancelled, {answer.ended} had ended before")
+    return True
+
+
+async def model(session: Session) -> bool:
+    """Shows what is running: the grade that it has earned and why, its limits, its fingerprint."""
+    async with session.client() as client:
+        answer = await client.model(timeout=session.timeout)
+    if session.json:
+        show.as_json(answer)
+    else:
+        show.card(_model(answer))
+    return True
+
+
+async def tokenize(
+    session: Session,
+    text: Annotated[str, typer.Argument(help="A text as generate takes it.", show_default=False)],
+    chat: Annotated[bool, typer.Option("--chat", help="The text is a user's message.")] = False,
+) -> bool:
+    """Shows a prompt's token ids."""
+    with usage():
+        item = requests.item([{"role": "user", "content": text}] if chat else text, "text")
+    async with session.client() as client:
+        [token_ids] = await client.tokenize(item, timeout=session.timeout)
+    if session.json:
+        show.as_json(types_pb2.TokenIds(ids=token_ids))
+    else:
+        show.line(" ".join(map(str, token_ids)))
+    return True
+
+
 def _line(header: types_pb2.EntryHeader, payload: Any) -> str:
     digest = header.output_digest or header.input_digest or header.payload_digest
     cells = (
@@ -98,7 +142,7 @@ def _line(header: types_pb2.EntryHeader, payload: Any) -> str:
 
 
 def _sequences(header: types_pb2.EntryHeader) -> str:
-    """Of the item that the entry is about; of a LOST entry all that it stands for."""
+    """The sequence of the entry's item, or all sequences of a LOST entry."""
     if header.kind != types_pb2.ENTRY_KIND_LOST:
         return str(header.sequence or "-")
     first, last = header.first_sequence, header.first_sequence + header.count - 1
@@ -137,3 +181,19 @@ def _output(result: types_pb2.Result) -> Iterator[tuple[str, object]]:
     yield "cached", f"{output.cached_tokens} of {output.prompt_tokens} prompt tokens"
     yield "attempt", result.attempt
     yield "text", output.text
+
+
+def _model(given: types_pb2.Model) -> Iterator[tuple[str, object]]:
+    yield "name", given.name
+    yield "engine", given.engine
+    yield "grade", f"{show.word(given, 'grade')}: {given.grade_reason}"
+    yield "fingerprint", given.fingerprint.digest.hex()
+    for name, value in sorted(given.fingerprint.fields.items()):
+        yield f"  {name}", value
+    yield "vocabulary", given.vocabulary_size
+    yield "context", f"{given.context_tokens} tokens"
+    yield "chat", "yes" if given.chat else "no"
+    yield "logprobs", show.word(given, "logprob_kind")
+    yield "limits", ""
+    for field in given.limits.DESCRIPTOR.fields:
+        yield f"  {field.name}", getattr(given.limits, field.name)

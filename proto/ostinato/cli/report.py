@@ -1,41 +1,46 @@
-"""`ostinato report`."""
+"""`ostinato report`: how often outputs diverge, as text or as an HTML page."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ostinato import install_hint
 from ostinato.cli import show
 from ostinato.cli.session import Session
-from ostinato.v1.sequencer_pb2 import CompanyShare, Rate, ReportResponse, Stratum, TokenSpan
+from ostinato.v1.sequencer_pb2 import Rate, ReportResponse, Stratum
 
 COLUMNS = (
     *("kind", "grade", "replica", "fingerprint", "compared", "diverged"),
     *("rate", "interval", "per-token", "evidence", "alarm"),
 )
 WORST = 3
-"""Of the ways to sample that are shown for people."""
+"""Sampling settings with the most divergence that are printed."""
 
 Html = Annotated[
     Path | None,
-    typer.Option("--html", help="Write a page with charts to this file; needs ostinato[report].", show_default=False),
+    typer.Option("--html", help="Write a page with charts to this file; needs the extra `report`.", show_default=False),
 ]
 Confidence = Annotated[float, typer.Option(help="Of the intervals, above 0 and below 1.")]
 
 
 async def report(session: Session, html: Html = None, confidence: Confidence = 0.95) -> bool:
-    """Shows how often answers diverged, how sure that is, since when, and where; fails while an alarm is up."""
+    """Shows how often outputs diverged, with confidence intervals, since when, and where; fails while an alarm is up."""
     if not 0 < confidence < 1:
         raise typer.BadParameter("--confidence: must be above 0 and below 1")
     if html is not None:
-        _require_page()
+        _require_matplotlib()
     async with session.client() as client:
         found = await client.report(confidence=confidence, timeout=session.timeout)
     if html is not None:
-        _write(html, found)
+        try:
+            html.write_text(page(found), "utf-8")
+        except OSError as error:
+            raise typer.BadParameter(f"--html: {error}") from None
     if session.json:
         show.as_json(found)
     else:
@@ -43,38 +48,29 @@ async def report(session: Session, html: Html = None, confidence: Confidence = 0
     return not found.alarm
 
 
-def _require_page() -> None:
-    """Before the sidecar is asked."""
+def _require_matplotlib() -> None:
+    """Before the call."""
     try:
-        import ostinato.cli.page  # noqa: F401
+        import ostinato.cli.charts  # noqa: F401
     except ModuleNotFoundError as error:
-        raise typer.BadParameter(f"--html: {error.name} is missing: pip install 'ostinato[report]'") from None
-
-
-def _write(html: Path, found: ReportResponse) -> None:
-    from ostinato.cli import page
-
-    try:
-        html.write_text(page.page(found), "utf-8")
-    except OSError as error:
-        raise typer.BadParameter(f"--html: {error}") from None
+        raise typer.BadParameter(f"--html: {error.name} is missing: {install_hint('report')}") from None
 
 
 def _print(found: ReportResponse) -> None:
     if found.strata:
-        show.table(COLUMNS, map(row, found.strata))
+        show.table(COLUMNS, map(_row, found.strata))
     else:
         show.line("nothing was compared yet")
     for each in found.strata:
-        for said in _details(each):
-            show.line(f"{name(each)}: {show.visible(said)}")
+        for detail in _details(each):
+            show.line(f"{_name(each)}: {show.visible(detail)}")
     show.line(f"collisions: {found.collisions} of {found.collision_checks} checked")
-    for lost in found.not_compared:
-        show.line(f"not compared: {show.word(lost, 'kind')}, {show.visible(lost.reason)}: {lost.count}")
+    for reason in found.not_compared:
+        show.line(f"not compared: {show.word(reason, 'kind')}, {show.visible(reason.reason)}: {reason.count}")
     show.line(f"intervals: {found.confidence:.4g} confidence; evidence of 100 raises the alarm; up to entry {found.index}")
 
 
-def row(given: Stratum) -> tuple[str, ...]:
+def _row(given: Stratum) -> tuple[str, ...]:
     """COLUMNS of one stratum."""
     rate, token = given.per_comparison, given.per_token
     return (
@@ -85,30 +81,29 @@ def row(given: Stratum) -> tuple[str, ...]:
         str(rate.trials),
         str(rate.events),
         f"{rate.value:.3%}",
-        interval(rate),
+        _interval(rate),
         f"{token.value:.1e} ({token.lower:.1e} to {token.upper:.1e})",
-        evidence(given),
+        _evidence(given),
         f"UP since {show.moment(given.alarmed.time_unix_millis)}" if given.alarm else "",
     )
 
 
-def name(given: Stratum) -> str:
-    """What tells it from others, for people: `twin, exact, 0123456789ab`."""
+def _name(given: Stratum) -> str:
+    """Such as `twin, exact, 0123456789ab`."""
     parts = [show.word(given, "kind"), show.word(given, "grade"), show.short(given.fingerprint_digest)]
     return ", ".join([*parts, "other replica"] if given.other_replica else parts)
 
 
-def interval(rate: Rate) -> str:
+def _interval(rate: Rate) -> str:
     return f"{rate.lower:.3%} to {rate.upper:.3%}"
 
 
-def evidence(given: Stratum) -> str:
-    """As a number where that says something, else as a power of ten."""
+def _evidence(given: Stratum) -> str:
+    """As a number, or as a power of ten if that is very small or large."""
     return f"{10**given.evidence_log10:.3g}" if abs(given.evidence_log10) < 6 else f"1e{given.evidence_log10:+.0f}"
 
 
 def _details(given: Stratum) -> Iterator[str]:
-    """Of what diverged or could not be compared."""
     if given.diverged:
         first, last = given.first_diverged, given.last_diverged
         yield (
@@ -116,10 +111,9 @@ def _details(given: Stratum) -> Iterator[str]:
             f"last at {show.moment(last.time_unix_millis)} (entry {last.index})"
         )
         recent = given.recent
-        yield f"of the newest {recent.trials}: {recent.events} diverged, {interval(recent)}"
-        parting = (f"{span(each)}: {each.diverged}" for each in given.token_spans)
-        yield "first differing token: " + ", ".join(parting)
-        yield "batch occupancy: " + ", ".join(f"{occupancy(each)}: {_share(each.rate)}" for each in given.companies)
+        yield f"of the newest {recent.trials}: {recent.events} diverged, {_interval(recent)}"
+        yield "first differing token: " + ", ".join(f"{show.span(each)}: {each.diverged}" for each in given.token_spans)
+        yield "batch occupancy: " + ", ".join(f"{show.occupancy(each)}: {_share(each.rate)}" for each in given.companies)
         worst = [each for each in given.samplings if each.rate.events][:WORST]
         yield "worst sampled: " + "; ".join(f"{each.sampling or 'not said'}: {_share(each.rate)}" for each in worst)
     if given.alarmed.index and not given.alarm:
@@ -129,15 +123,100 @@ def _details(given: Stratum) -> Iterator[str]:
         yield f"incomparable {given.incomparable}: {fields}"
 
 
-def span(given: TokenSpan | CompanyShare) -> str:
-    """`4` or `4-7`."""
-    return str(given.first) if given.first == given.last else f"{given.first}-{given.last}"
-
-
-def occupancy(given: CompanyShare) -> str:
-    """Runs that the engine held: `1 run`, `4-7 runs`; `not known` where the comparison has no record of it."""
-    return span(given) + (" run" if given.last == 1 else " runs") if given.last else "not known"
-
-
 def _share(rate: Rate) -> str:
     return f"{rate.events} of {rate.trials}"
+
+
+# The page: everything is in the file, without scripts. Only its charts need matplotlib.
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; background: #fff; max-width: 84rem; margin: 2.5rem auto }
+body { padding: 0 1.5rem }
+h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .2rem } p { margin: .3rem 0; color: #56616f }
+.scroll { overflow-x: auto } svg { max-width: 100%; height: auto } summary { color: #56616f; cursor: pointer }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0; width: 100% }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #e4e8ed; white-space: nowrap }
+th { font-weight: 600; color: #56616f } code { font-size: .9em }
+.verdict { display: inline-block; margin: .8rem 0; padding: .35rem .9rem; border-radius: 999px; font-weight: 600 }
+.calm { background: #e2f4ea; color: #14653a } .alarm { background: #fde4e1; color: #9c1c0e }
+"""
+
+
+def page(found: ReportResponse) -> str:
+    """A report as HTML. Its charts are SVG, in figures with the ids `by-occupancy` and `by-time`."""
+    verdict = "An alarm is up" if found.alarm else "No alarm"
+    parts = [
+        f"<h1>Divergence</h1><p>Log <code>{escape(found.log_id)}</code>, sidecar <code>{escape(found.writer)}</code>, "
+        f"up to entry {found.index}. Intervals: {found.confidence:.4g} confidence.</p>",
+        f'<div class="verdict {"alarm" if found.alarm else "calm"}">{verdict}</div>',
+        _table("strata", COLUMNS, map(_row, found.strata)),
+        *_charts({_name(each): each for each in found.strata if each.per_comparison.trials}, found.confidence),
+        *_tables(found),
+    ]
+    head = f'<meta charset="utf-8"><title>Ostinato: divergence</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def _charts(groups: Mapping[str, Stratum], confidence: float) -> Iterable[str]:
+    """Each chart with its numbers below."""
+    if not groups:
+        return
+    from ostinato.cli import charts
+
+    interval = f"its {100 * confidence:.4g} % confidence interval (Wilson's)"
+    text = f"Points: the share of comparisons that diverged. Whiskers: {interval}."
+    columns = ("diverged", "compared", "rate", "interval")
+    occupancy = ((n, show.occupancy(c), *_rate(c.rate)) for n, s in groups.items() for c in s.companies)
+    times = ((n, show.moment(t.time_unix_millis), *_rate(t.rate)) for n, s in groups.items() for t in s.times)
+    yield _figure(
+        "by-occupancy",
+        "By batch occupancy",
+        f"Batch occupancy: how many runs the engine held. {text}",
+        charts.svg(charts.by_occupancy, groups),
+    )
+    yield _numbers(("", "occupancy", *columns), occupancy)
+    yield _figure("by-time", "Over time", text, charts.svg(charts.by_time, groups))
+    yield _numbers(("", "time", *columns), times)
+
+
+def _rate(rate: Rate) -> tuple[str, ...]:
+    return str(rate.events), str(rate.trials), f"{rate.value:.3%}", _interval(rate)
+
+
+def _figure(key: str, title: str, text: str, svg: str) -> str:
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    return f'<h2>{title}</h2><p>{text}</p><figure id="{key}" style="margin: 0">{svg}</figure>'
+
+
+def _numbers(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return f"<details><summary>Numbers</summary>{_table('', columns, rows)}</details>"
+
+
+def _tables(found: ReportResponse) -> Iterable[str]:
+    tokens = [(_name(s), show.span(each), str(each.diverged)) for s in found.strata for each in s.token_spans]
+    worst = [
+        (_name(stratum), each.sampling or "not said", str(each.rate.events), str(each.rate.trials), f"{each.rate.value:.3%}")
+        for stratum in found.strata
+        for each in stratum.samplings
+        if each.rate.events
+    ]
+    drift = [(_name(s), field or "others", str(count)) for s in found.strata for field, count in sorted(s.drift.items())]
+    fields = [
+        (show.short(each.digest), field, value) for each in found.fingerprints for field, value in sorted(each.fields.items())
+    ]
+    others = [("collisions", f"{found.collisions} of {found.collision_checks} checked")]
+    others += [(f"not compared: {show.word(each, 'kind')}, {each.reason}", str(each.count)) for each in found.not_compared]
+    yield "<h2>First differing token</h2>" + _table("tokens", ("", "tokens", "diverged"), tokens)
+    yield "<h2>Worst sampled</h2>" + _table("samplings", ("", "sampling", "diverged", "compared", "rate"), worst)
+    yield "<h2>Drift</h2>" + _table("drift", ("", "what differed", "incomparable"), drift)
+    yield "<h2>Beside</h2>" + _table("beside", ("", ""), others)
+    yield "<h2>Fingerprints</h2>" + _table("fingerprints", ("fingerprint", "field", "value"), fields)
+
+
+def _table(key: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    listed = list(rows)
+    if not listed:
+        return "<p>None.</p>"
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in each) + "</tr>" for each in listed)
+    identity = f' id="{key}"' if key else ""
+    return f'<div class="scroll"><table{identity}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

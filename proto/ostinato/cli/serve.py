@@ -1,31 +1,80 @@
-"""`ostinato serve`: what it is told. What it does is in `running`, which other commands do not wait for."""
+"""`ostinato serve`, `service` and `sidecar`: starts the programs.
+
+`serve` runs service and sidecar, and with --gateway an OpenAI gateway, as child processes until a signal. `service` and
+`sidecar` replace this process by the program.
+
+A child has a process group of its own, so that a Ctrl-C at the terminal reaches only this process, which then stops the
+children in order. If this process dies, the kernel sends them SIGTERM.
+
+Modules that only a running `serve` needs are imported in its functions: the other commands do not wait for them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import enum
+import fcntl
+import importlib.util
+import json
+import logging
+import os
 import shlex
-from collections.abc import Sequence
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
+from rich.console import Console
+
+import ostinato
+from ostinato import install_hint
+from ostinato.cli import show
+from ostinato.cli.session import FAILED, INTERRUPTED, USAGE
 
 STATE = Path(".run")
-"""Where the programs keep journal and proofs by themselves."""
+"""The programs' default for journal and proofs."""
 LISTEN = "127.0.0.1:7001"
-"""The sidecar's own default, where clients look too."""
+"""The sidecar's default, and the client's."""
 GATEWAY_PORT = 8000
+
+AWAITED = ("listening", "metrics", "engine loaded", "grade earned", "serving", "engine connected")
+"""Log records of the programs that `serve` waits for."""
+LOG_BYTES_MAX = 16 << 20
+"""Of a log file; one older file is kept."""
+CAUSES_MAX = 20
+"""Lines that may explain why a program ended."""
+SERVICE_STOP_SECONDS = 10.0
+"""Once the sidecar has stopped, the service has no work left."""
+CUT_SHORT_SECONDS = 2.0
+"""For a program to stop after another has ended by itself."""
+GATEWAY_POLL_SECONDS = 0.05
+SILENCE_SECONDS = 2.0
+"""Before the note that loading takes a while. Errors at once come without it."""
+TAKEN, REMEDY = "Address already in use", "stop what listens there, or choose another"
+_CHUNK_BYTES = 1 << 16
+_LAST_LINES_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1
+_SOCKET_FOLDER_BYTES_MAX = 80
+"""Keeps the socket's path below the kernel's limit of 107."""
+
+T = TypeVar("T")
 
 
 class Engine(enum.StrEnum):
-    """What makes the tokens."""
-
     LLAMA = "llama"
     TURBOMIND = "turbomind"
     SCRIPTED = "scripted"
 
 
+# The commands.
 def serve(
     model: Annotated[
         Path | None,
@@ -39,10 +88,10 @@ def serve(
     service_metrics: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Of the service's metrics. Default 127.0.0.1:9401.")
     ] = None,
-    gateway: Annotated[bool, typer.Option("--gateway", help="Serve OpenAI's API too, through smg.")] = False,
+    gateway: Annotated[bool, typer.Option("--gateway", help="Serve OpenAI's API too, with smg.")] = False,
     gateway_port: Annotated[int, typer.Option(min=1, max=65535, help="Of OpenAI's API, on 127.0.0.1.")] = GATEWAY_PORT,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="TOML with tables [service] and [sidecar]: their settings.")
+        Path | None, typer.Option(metavar="FILE", help="TOML with the tables [service] and [sidecar]: their settings.")
     ] = None,
     state: Annotated[Path, typer.Option(metavar="DIR", file_okay=False, help="Holds journal, proofs and logs.")] = STATE,
     service_flag: Annotated[
@@ -54,14 +103,12 @@ def serve(
 ) -> None:
     """Starts service and sidecar, and stops both at Ctrl-C.
 
-    Every other setting of the two programs: --config, --service-flag, --sidecar-flag, or their environment variables
+    Other settings of the two programs: --config, --service-flag, --sidecar-flag, or their environment variables
     (OSTINATO_SERVICE_*, OSTINATO_SIDECAR_*), which `ostinato service --help` and `ostinato sidecar --help` list.
     """
-    from ostinato.cli import running
-
     if model is not None and not model.exists():
         raise typer.BadParameter(f"there is no file or folder {model}", param_hint="MODEL")
-    wanted = running.Wanted(
+    wanted = Wanted(
         config=config,
         model=model,
         engine=engine or (None if model is None else Engine.TURBOMIND if model.is_dir() else Engine.LLAMA),
@@ -70,14 +117,573 @@ def serve(
         metrics=metrics,
         service_metrics=service_metrics,
         gateway_port=gateway_port if gateway else None,
-        service=_words("--service-flag", service_flag),
-        sidecar=_words("--sidecar-flag", sidecar_flag),
+        service=_split("--service-flag", service_flag),
+        sidecar=_split("--sidecar-flag", sidecar_flag),
     )
-    raise typer.Exit(asyncio.run(running.until_told("serve", lambda pair: running.serve(wanted, pair))))
+    raise typer.Exit(asyncio.run(run_until_signal("serve", lambda running: _serve(wanted, running))))
 
 
-def _words(option: str, given: Sequence[str] | None) -> list[str]:
+def service(context: typer.Context) -> None:
+    """Runs the service alone; --help lists its settings."""
+    _become("service", context.args)
+
+
+def sidecar(context: typer.Context) -> None:
+    """Runs the sidecar alone, or one of its commands."""
+    _become("sidecar", context.args)
+
+
+def _split(option: str, given: Sequence[str] | None) -> list[str]:
     try:
         return [word for text in given or () for word in shlex.split(text)]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+# Where the programs are. In a checkout they are the folders `service` and `sidecar`; the wheel has them in `ostinato/programs`,
+# so that site-packages gets no package with so common a name. They are started as `python -m service` with PYTHONPATH set.
+_SERVING = ("cryptography", "grpc_health", "grpc_reflection", "msgspec", "prometheus_client")
+NEEDS: Mapping[str, Sequence[str]] = {
+    "service": _SERVING,
+    "sidecar": (*_SERVING, "apsw"),
+    "smg": ("smg", "smg_grpc_proto"),
+}
+"""Modules without which a program cannot start. The extras of pyproject.toml install them."""
+EXTRAS: Mapping[str, str] = {"service": "cpu", "sidecar": "cpu", "smg": "gateway"}
+"""The extra to install if one is missing."""
+
+
+class Unusable(Exception):
+    """A program cannot be started. The message is one line and says what to do."""
+
+
+def program_paths(name: str) -> list[str]:
+    """What a child needs in PYTHONPATH to find the program and this package. Raises Unusable."""
+    package = Path(ostinato.__file__).parent
+    places = {
+        package / "programs": (),  # the wheel
+        package.parents[1]: ("proto",),  # a checkout
+        package.parent: (),  # an image
+    }
+    for place, others in places.items():
+        if (place / name / "__main__.py").is_file():
+            return [str(place), *(str(place / folder) for folder in others)]
+    raise Unusable(f"{name} is not beside {package}: install the wheel, or use a checkout")
+
+
+def check_installed(name: str) -> None:
+    """Raises Unusable if a package is missing without which the program cannot start."""
+    for module in NEEDS[name]:
+        if _missing(module):
+            who = "--gateway" if name == "smg" else name
+            raise Unusable(f"{who} needs {module}, which is not installed: {install_hint(EXTRAS[name])}")
+
+
+def _missing(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is None
+    except ModuleNotFoundError:  # its parent package
+        return True
+
+
+def program_environment(*names: str) -> dict[str, str]:
+    """This process's variables, with a PYTHONPATH for these programs and without the working directory. Raises Unusable."""
+    listed = [path for name in names for path in program_paths(name)]
+    listed += [inherited] if (inherited := os.environ.get("PYTHONPATH")) else []
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(listed)), "PYTHONSAFEPATH": "1"}
+
+
+def _command(name: str, arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", name, *arguments]
+
+
+def _become(name: str, arguments: Sequence[str]) -> NoReturn:
+    """Replaces this process by the program, which then gets its signals and sets its exit code."""
+    try:
+        check_installed(name)
+        variables = program_environment(name)
+    except Unusable as error:
+        show.note(f"ostinato: {error}")
+        raise typer.Exit(FAILED) from None
+    os.execve(sys.executable, _command(name, arguments), variables)  # noqa: S606  # no shell is wanted
+
+
+# Children.
+class Ended(Exception):
+    """A program ended by itself. `why` is one line; `usage` is whether the program reported bad settings."""
+
+    def __init__(self, name: str, why: str, *, usage: bool = False) -> None:
+        super().__init__(f"{name}: {why}")
+        self.name, self.why, self.usage = name, why, usage
+
+
+class Child:
+    """A running program. Its output goes to a log file and is searched for JSON log records."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log: logging.Handler) -> None:
+        self.name = name
+        self._process = process
+        loop = asyncio.get_running_loop()
+        self._records: dict[str, asyncio.Future[Mapping[str, Any]]] = {message: loop.create_future() for message in AWAITED}
+        self._causes: deque[str] = deque(maxlen=CAUSES_MAX)
+        self._log = logging.Logger(name)  # noqa: LOG001  # not part of this process's logging
+        self._log.addHandler(log)
+        self._running = asyncio.create_task(self._run())
+
+    @classmethod
+    async def start(cls, name: str, command: Sequence[str], variables: Mapping[str, str], log: Path) -> Child:
+        """Raises OSError."""
+        from ctypes import CDLL
+        from logging.handlers import RotatingFileHandler
+
+        logging.raiseExceptions = False  # a full disk loses lines of a log file, and prints nothing
+        libc = CDLL(None)  # before the fork
+        handler = RotatingFileHandler(log, maxBytes=LOG_BYTES_MAX, backupCount=1, encoding="utf-8")
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            env=variables,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            process_group=0,
+            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+        )
+        return cls(name, process, handler)
+
+    async def record(self, message: str) -> Mapping[str, Any]:
+        """The first log record with this message, one of AWAITED. Raises Ended if the program ends without it."""
+        record = self._records[message]
+        either: set[asyncio.Future[Any]] = {record, self._running}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not record.done():
+            raise self._cause()
+        return record.result()
+
+    async def ended(self) -> Ended:
+        """Waits until the program has ended."""
+        await asyncio.wait({self._running})
+        return self._cause()
+
+    async def stop(self, seconds: float | None) -> None:
+        """SIGTERM, and SIGKILL after this long; None: never."""
+        self.signal(signal.SIGTERM)
+        await asyncio.wait({self._running}, timeout=seconds)
+        self.signal(signal.SIGKILL)
+        await asyncio.wait({self._running})
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal, SIGKILL also to the program's own children. No effect on a program that has ended."""
+        if self._process.returncode is not None:
+            return
+        # Not Process.send_signal: it polls first, and may reap the program before asyncio does, which then has no exit code.
+        send = os.killpg if number == signal.SIGKILL else os.kill
+        with suppress(ProcessLookupError):
+            send(self._process.pid, number)
+
+    def _cause(self) -> Ended:
+        code = self._process.returncode
+        assert code is not None, "only of a program that has ended"
+        if code < 0:
+            return Ended(self.name, f"was ended by {signal.Signals(-code).name}")
+        if not self._causes:
+            return Ended(self.name, f"ended with exit code {code}")
+        lines = list(self._causes) if code == USAGE else [self._causes[-1]]
+        why = "; ".join(line.removeprefix(f"{self.name}: ") for line in lines)
+        return Ended(self.name, why, usage=code == USAGE)
+
+    async def _run(self) -> None:
+        """Until the program has ended and its output has been read."""
+        reading = asyncio.create_task(self._read())
+        await self._process.wait()
+        await asyncio.wait({reading}, timeout=_LAST_LINES_SECONDS)  # its own children may hold the pipe open
+        reading.cancel()
+        for handler in self._log.handlers:
+            handler.close()
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        rest = b""
+        while chunk := await self._process.stdout.read(_CHUNK_BYTES):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                self._take(line.decode(errors="replace"))
+        if rest:
+            self._take(rest.decode(errors="replace"))
+
+    def _take(self, line: str) -> None:
+        self._log.info("%s", line)
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            if line.strip():
+                self._causes.append(line.strip())
+            return
+        awaited = self._records.get(str(record.get("message")))
+        if awaited is not None and not awaited.done():
+            awaited.set_result(record)
+        if record.get("level") in ("ERROR", "CRITICAL"):
+            last = str(record.get("exception", "")).strip().rpartition("\n")[2]
+            self._causes.append(f"{record.get('message')}: {last}" if last else str(record.get("message")))
+
+
+# What `serve` runs.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to start. None: the program's own default, or its environment."""
+
+    config: Path | None = None
+    model: Path | None = None
+    engine: Engine | None = None
+    state: Path = STATE
+    listen: str | None = None
+    metrics: str | None = None
+    service_metrics: str | None = None
+    gateway_port: int | None = None
+    """None: no gateway."""
+    service: Sequence[str] = ()
+    """More flags of the service."""
+    sidecar: Sequence[str] = ()
+
+
+@dataclass(slots=True)
+class Running:
+    """What runs, and what the programs reported."""
+
+    children: list[Child] = field(default_factory=list)
+    target: str = ""
+    """Of the sidecar, for clients."""
+    ports: dict[str, int] = field(default_factory=dict)
+    """Of the metrics pages by program; 0: there is none."""
+    earned: Mapping[str, Any] = field(default_factory=dict)
+    """The service's grade, its reasons and what it cost."""
+    connected: Mapping[str, Any] = field(default_factory=dict)
+    """Model, grade and fingerprint, from the sidecar."""
+    seconds: float = 0.0
+    """From the start until it served."""
+    openai: str = ""
+    """URL of the gateway; empty: there is none."""
+    openai_model: str = ""
+
+    async def unless_one_ends(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`. Raises Ended as soon as a program ends."""
+        working = asyncio.create_task(work)
+        ends = [asyncio.create_task(child.ended()) for child in self.children]
+        try:
+            done, _ = await asyncio.wait({working, *ends}, return_when=asyncio.FIRST_COMPLETED)
+            for end in ends:
+                if end in done:
+                    raise end.result()
+            return working.result()
+        finally:
+            for task in (working, *ends):
+                task.cancel()
+
+
+async def run_until_signal(name: str, work: Callable[[Running], Coroutine[Any, Any, int]]) -> int:
+    """Runs `work` until it ends or a signal cancels it; a second signal kills the children. The exit code: that of `work`, 0 if
+    it was stopped, 130 if it was killed. If it failed, prints one line on stderr; 2 for bad settings of a program, else 1."""
+    loop = asyncio.get_running_loop()
+    running = Running()
+    working = asyncio.create_task(work(running))
+    signals = 0
+
+    def stop() -> None:
+        nonlocal signals
+        signals += 1
+        if signals == 1:
+            show.note("stopping; Ctrl-C again stops at once")
+            working.cancel()
+            return
+        for child in running.children:
+            child.signal(signal.SIGKILL)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, stop)
+    try:
+        return await working
+    except asyncio.CancelledError:
+        return 0 if signals == 1 else INTERRUPTED
+    except (Unusable, Ended, OSError) as error:
+        show.note(f"ostinato {name}: {show.visible(str(error))}")
+        return USAGE if isinstance(error, Ended) and error.usage else FAILED
+
+
+async def _serve(wanted: Wanted, running: Running) -> int:
+    async with started(wanted, running):
+        _announce(wanted, running)
+        await running.unless_one_ends(asyncio.Event().wait())
+    raise AssertionError("it serves until it is cancelled or a program ends")
+
+
+@asynccontextmanager
+async def started(wanted: Wanted, running: Running) -> AsyncIterator[None]:
+    """Starts everything; at the end of the context stops it in order. Raises Unusable, Ended or OSError, whose
+    message is one line that says what to do."""
+    for name in ("service", "sidecar", *(["smg"] if wanted.gateway_port else [])):
+        check_installed(name)
+    if wanted.gateway_port:
+        _check_free(wanted.gateway_port)
+    with _locked(wanted.state), _socket_folder() as folder:
+        drain_seconds: float | None = None
+        try:
+            began = time.monotonic()
+            await _start_pair(wanted, running, f"unix:{folder}/engine.sock")
+            await _wait_until_serving(running)
+            if wanted.gateway_port:
+                await _start_gateway(wanted, wanted.gateway_port, running)
+            running.seconds = time.monotonic() - began
+            yield
+        except Ended as error:
+            drain_seconds = CUT_SHORT_SECONDS
+            raise _explained(error) from None
+        finally:
+            stopping = asyncio.create_task(_stop(running, drain_seconds))
+            try:
+                await asyncio.shield(stopping)
+            except asyncio.CancelledError:  # a first signal, after a program has ended by itself
+                await stopping
+                raise
+
+
+async def _start_pair(wanted: Wanted, running: Running, address: str) -> None:
+    """Until both listen, the service at `address`."""
+    variables = program_environment("service", "sidecar")
+    for name, flags in (("service", _service_flags(wanted, address)), ("sidecar", _sidecar_flags(wanted, address))):
+        await _start(name, _command(name, flags), variables, wanted, running)
+    service, sidecar = running.children
+
+    async def listening() -> None:
+        running.ports["service"] = int((await service.record("metrics"))["port"])
+        running.ports["sidecar"] = int((await sidecar.record("metrics"))["port"])
+        running.target = _reachable(str((await sidecar.record("listening"))["addresses"]).split(",")[0])
+
+    await running.unless_one_ends(listening())
+
+
+async def _start(name: str, command: Sequence[str], variables: Mapping[str, str], wanted: Wanted, running: Running) -> None:
+    running.children.append(await Child.start(name, command, variables, wanted.state / f"{name}.log"))
+
+
+def _service_flags(wanted: Wanted, address: str) -> list[str]:
+    """The caller's flags come after those that they may override, and before those that `serve` depends on."""
+    flags = {"--config": wanted.config, "--engine": wanted.engine, "--model": wanted.model, "--metrics": wanted.service_metrics}
+    if wanted.state != STATE and not _is_set(wanted, "service", "state_dir"):
+        flags["--state-dir"] = wanted.state / "service"
+    return [*_given(flags), *wanted.service, "--listen", address, "--log-format", "json", "--log-level", "INFO"]
+
+
+def _sidecar_flags(wanted: Wanted, address: str) -> list[str]:
+    """In the same order."""
+    flags: dict[str, object] = {"--config": wanted.config, "--listen": wanted.listen, "--metrics": wanted.metrics}
+    if wanted.state != STATE and not _is_set(wanted, "sidecar", "journal"):
+        flags["--journal"] = wanted.state / "journal.sqlite"
+    gateway = ["--vllm-face"] if wanted.gateway_port else []
+    return [*_given(flags), *wanted.sidecar, *gateway, "--engine", address, "--log-format", "json", "--log-level", "info"]
+
+
+def _is_set(wanted: Wanted, program: str, setting: str) -> bool:
+    """Whether the environment or the settings file has this setting, which --state must not override."""
+    import tomllib
+
+    prefix = f"OSTINATO_{program.upper()}_"
+    if f"{prefix}{setting.upper()}" in os.environ:
+        return True
+    file = wanted.config or os.environ.get(f"{prefix}CONFIG")
+    try:
+        table = tomllib.loads(Path(file).read_text("utf-8")).get(program) if file else None
+    except (OSError, ValueError):
+        return False  # the program reports what is wrong with the file
+    return isinstance(table, dict) and setting in table
+
+
+def _given(flags: Mapping[str, object]) -> list[str]:
+    return [f"{name}={value}" for name, value in flags.items() if value is not None]
+
+
+async def _wait_until_serving(running: Running) -> None:
+    """Until the service has its grade and the sidecar is connected."""
+    service, sidecar = running.children
+    console = Console(stderr=True)
+    with console.status("loading the model") as status:
+
+        async def serving() -> None:
+            await service.record("engine loaded")
+            status.update("testing the model; about 30 s, unless an earlier start left a proof")
+            running.earned = await service.record("grade earned")
+            running.connected = await sidecar.record("engine connected")
+
+        async def reassure() -> None:
+            await asyncio.sleep(SILENCE_SECONDS)
+            if not console.is_terminal:
+                show.note("loading and testing the model; the test takes about 30 s, unless an earlier start left a proof")
+
+        reassuring = asyncio.create_task(reassure())
+        try:
+            await running.unless_one_ends(serving())
+        finally:
+            reassuring.cancel()
+
+
+async def _start_gateway(wanted: Wanted, port: int, running: Running) -> None:
+    """Until smg serves the sidecar's model."""
+    with socket.socket() as held:  # a free port for smg's own metrics, which cannot be turned off
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        flags = {
+            "--host": "127.0.0.1",
+            "--port": port,
+            "--worker-urls": f"grpc://{running.target}",
+            "--prometheus-host": "127.0.0.1",
+            "--prometheus-port": held.getsockname()[1],
+            "--log-level": "warn",
+        }
+        words = [str(word) for pair in flags.items() for word in pair]
+        # A retry by smg would be another request, with other sequences.
+        command = _command("smg", ["launch", *words, "--disable-retries"])
+        await _start("smg", command, {**os.environ, "PYTHONSAFEPATH": "1"}, wanted, running)
+        url = f"http://127.0.0.1:{port}"
+        running.openai_model = await running.unless_one_ends(_gateway_model(url))
+        running.openai = f"{url}/v1"
+
+
+async def _gateway_model(url: str) -> str:
+    """The name of the gateway's model, once the gateway is ready and has its tokenizer."""
+    import urllib.request
+
+    def get(path: str) -> Any:
+        with urllib.request.urlopen(f"{url}{path}", timeout=2) as answer:  # noqa: S310  # http, as made above
+            return json.load(answer)
+
+    def ask() -> str:
+        get("/readiness")
+        return str(get("/v1/models")["data"][0]["id"])
+
+    while True:
+        with suppress(OSError, LookupError, ValueError):
+            return await asyncio.to_thread(ask)
+        await asyncio.sleep(GATEWAY_POLL_SECONDS)
+
+
+async def _stop(running: Running, drain_seconds: float | None) -> None:
+    """The sidecar drains, at most this long; then the gateway and the service end."""
+    if len(running.children) > 1:
+        await running.children[1].stop(drain_seconds)
+    for child in running.children[2:]:
+        await child.stop(0)  # at SIGTERM, smg would wait for a load balancer
+    for child in running.children[:1]:
+        await child.stop(SERVICE_STOP_SECONDS)
+
+
+def _explained(error: Ended) -> Ended:
+    """With the name of `serve`'s own flag, and with what to do about a port that is taken."""
+    why = error.why
+    if error.name == "service" and why.startswith("--metrics:"):
+        why = f"--service{why.removeprefix('-')}"
+    return Ended(error.name, f"{why}; {REMEDY}" if why.endswith(TAKEN) else why, usage=error.usage)
+
+
+def _check_free(port: int) -> None:
+    """Raises Unusable if the gateway's port is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            why = f"--gateway-port: cannot listen on 127.0.0.1:{port}: {error.strerror}"
+            raise Unusable(f"{why}; {REMEDY}") from None
+
+
+@contextmanager
+def _locked(state: Path) -> Iterator[None]:
+    """Creates the folder and locks it for this process. Raises Unusable."""
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        file = (state / "serve.lock").open("a+")
+    except OSError as error:
+        raise Unusable(f"--state {state}: {error.strerror}; choose a folder that can be written") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            process = file.read().strip() or "another one"
+            why = f"process {process} serves in {state.absolute()} already"
+            raise Unusable(f"{why}: stop it, or choose another folder with --state") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def _socket_folder() -> Iterator[str]:
+    """For the socket between service and sidecar; closed to other users."""
+    import tempfile
+
+    place = tempfile.gettempdir()
+    with tempfile.TemporaryDirectory(
+        prefix="ostinato-",
+        dir=place if len(os.fsencode(place)) < _SOCKET_FOLDER_BYTES_MAX else "/tmp",  # noqa: S108
+    ) as folder:
+        yield folder
+
+
+def _reachable(address: str) -> str:
+    """The target for a client on this machine of a server that listens at `address`."""
+    for everywhere, here in (("0.0.0.0:", "127.0.0.1:"), ("[::]:", "[::1]:")):
+        if address.startswith(everywhere):
+            return here + address.removeprefix(everywhere)
+    return address
+
+
+def _announce(wanted: Wanted, running: Running) -> None:
+    """Prints what runs, where, at which grade and why, and what to try now."""
+    earned, connected = running.earned, running.connected
+    why = "; ".join(dict.fromkeys([str(earned["rests_on"]), str(earned["reason"])]))
+    costs = ", ".join(f"{earned[f'{part}_seconds']} s of {part.replace('_', '-')}" for part in ("load", "proof", "self_test"))
+    lines = [
+        f"{connected['model']} serves at grade {str(connected['grade']).upper()}, after {running.seconds:.1f} s",
+        f"  that rests on  {why}",
+        f"  and it cost    {costs}",
+        f"  fingerprint    {connected['fingerprint']}",
+        f"  gRPC           {running.target}",
+    ]
+    if running.openai:
+        lines.append(f"  OpenAI's API   {running.openai}")
+    pages = [f"http://127.0.0.1:{port}/metrics ({name})" for name, port in sorted(running.ports.items()) if port]
+    lines += [
+        f"  metrics        {', '.join(pages) or 'none'}",
+        f"  files          {wanted.state.absolute()}: *.log, and journal and proofs unless a setting has them elsewhere",
+        "",
+    ]
+    show.line("\n".join(lines + _what_to_try(running)))
+
+
+def _what_to_try(running: Running) -> list[str]:
+    command = f"{_own_name()}{'' if running.target == LISTEN else f' -t {shlex.quote(running.target)}'}"
+    lines = [
+        "Ctrl-C stops it all. In another terminal:",
+        "",
+        f'  {command} generate "Shanghai is" -n 3 --seed 1 --top-k 40',
+        f"  {command} tail --follow",
+        f"  {command} replay 1..3",
+    ]
+    if running.openai:
+        body = {"model": running.openai_model, "seed": 1, "messages": [{"role": "user", "content": "Where is Shanghai?"}]}
+        header = "-H 'Content-Type: application/json'"
+        lines.append(f"  curl -s {running.openai}/chat/completions {header} -d {shlex.quote(json.dumps(body))}")
+    return lines
+
+
+def _own_name() -> str:
+    """How to call this command in another terminal."""
+    name = Path(sys.argv[0])
+    if name.name != "ostinato":
+        return f"{shlex.quote(sys.executable)} -m ostinato.cli"
+    if shutil.which("ostinato") == str(name.absolute()):
+        return "ostinato"
+    here = Path.cwd()
+    return shlex.quote(str(name.absolute().relative_to(here) if name.absolute().is_relative_to(here) else name.absolute()))

@@ -1,4 +1,7 @@
-"""What all commands share: target, output form and deadline, given before or after the command's name; and how one ends."""
+"""What the commands share: options, the session that they describe, how a command is registered, and its exit code.
+
+--target, --json and --timeout may stand before or after the command's name.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import asyncio
 import functools
 import inspect
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Generator
@@ -20,16 +24,21 @@ import typer
 from ostinato import __version__, errors, requests, tracing
 from ostinato.cli import show
 from ostinato.client import DEFAULT_RESPONSE_BYTES, DEFAULT_TARGET, Client, bearer, tls
+from ostinato.v1 import generation_pb2
 
+STDIN = "-"
+
+FAILED = 1
+USAGE = 2
 UNJUDGED = 3
 INTERRUPTED = 130
 BROKEN_PIPE = 141
-"""Exit codes; the last two as a shell has them for SIGINT and SIGPIPE."""
+"""Exit codes. The last two are those of a shell for SIGINT and SIGPIPE."""
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """How a command was called."""
+    """The options of a call that all commands have."""
 
     target: str = DEFAULT_TARGET
     json: bool = False
@@ -48,21 +57,21 @@ Target = Annotated[str | None, typer.Option(*_TARGET, help=_TARGET_HELP)]
 TargetOrEnvironment = Annotated[
     str | None, typer.Option(*_TARGET, envvar="OSTINATO_TARGET", show_envvar=False, help=_TARGET_HELP)
 ]
-"""Only the one before the command's name looks there, or the environment would win over an option."""
+"""The option before the command's name. The one after it does not read the environment, which would override the first."""
 
-Json = Annotated[bool | None, typer.Option("--json", help="One JSON object a line.")]
-Timeout = Annotated[float | None, typer.Option(help="Deadline of each call, in seconds. Default none.")]
+Json = Annotated[bool | None, typer.Option("--json", help="One JSON object per line.")]
+Timeout = Annotated[float | None, typer.Option(help="Deadline of each call in seconds. Default: none.")]
 
 
 def _credential(variable: str, text: str) -> Any:
     return typer.Option(envvar=variable, help=text, metavar="FILE", rich_help_panel="Credentials")
 
 
-TokenFile = Annotated[Path | None, _credential("OSTINATO_TOKEN_FILE", "Holds the token; or give the token in OSTINATO_TOKEN.")]
-TlsCa = Annotated[Path | None, _credential("OSTINATO_TLS_CA", "PEM: whose sidecars to trust. Turns TLS on.")]
-TlsCertificate = Annotated[Path | None, _credential("OSTINATO_TLS_CERTIFICATE", "PEM: of this client, if it is asked for one.")]
-Traces = Annotated[str, typer.Option(envvar="OSTINATO_TRACES", help="Where spans go: otlp:http://host:4318.", metavar="TARGET")]
+TokenFile = Annotated[Path | None, _credential("OSTINATO_TOKEN_FILE", "Holds the token, which may also be in OSTINATO_TOKEN.")]
+TlsCa = Annotated[Path | None, _credential("OSTINATO_TLS_CA", "PEM: the authorities to trust. Turns TLS on.")]
+TlsCertificate = Annotated[Path | None, _credential("OSTINATO_TLS_CERTIFICATE", "PEM: the client's certificate, if required.")]
 TlsKey = Annotated[Path | None, _credential("OSTINATO_TLS_KEY", "PEM: the certificate's private key.")]
+Traces = Annotated[str, typer.Option(envvar="OSTINATO_TRACES", help="Export spans to otlp:http://host:4318.", metavar="TARGET")]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -93,36 +102,37 @@ def common(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print name and version.")
     ] = False,
 ) -> None:
-    """Reproducible text generation: serve, ask, read the journal, run it again, check the proofs."""
+    """Reproducible text generation: serve, generate, read the journal, replay it, verify the receipts."""
     with usage():
         secured = any((tls_ca, tls_certificate, tls_key))
         credentials = tls(tls_ca, certificate=tls_certificate, key=tls_key) if secured else None
         session = Session(credentials=credentials, token=_token(token_file))
         if traces:
             tracing.start(traces, "ostinato.cli", "", os.environ)
-    context.obj = _given(session, target, json, timeout)
+    context.obj = _with(session, target, json, timeout)
 
 
 def command(function: Callable[..., bool | Coroutine[Any, Any, bool]]) -> None:
-    """Registers `function` as a command. Its first parameter is the session; the others are the command's own, and `**`, by its
-    annotation, stands for a mapping of many.
+    """Registers a command. The function's first parameter is the session, the others are the command's own options; a `**`
+    parameter's annotation holds a mapping of options.
 
-    It returns whether all is well, or what finds out: the part before it runs without an event loop, and may block.
+    The function returns whether the command succeeded, or a coroutine of that. What it does before it returns a coroutine runs
+    without an event loop, and may block.
     """
 
     @functools.wraps(function)
     def run(context: typer.Context, target: Any, json: Any, timeout: Any, **own: Any) -> None:
-        session = _given(context.obj, target, json, timeout)
-        raise typer.Exit(_finish(lambda: function(session, **own), session.target))
+        session = _with(context.obj, target, json, timeout)
+        raise typer.Exit(_run(lambda: function(session, **own), session.target))
 
     signature = inspect.signature(function, eval_str=True)
     _, *listed = signature.parameters.values()
     own = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in listed if each.kind is not each.VAR_KEYWORD]
-    many = [each.annotation.__metadata__[0] for each in listed if each.kind is each.VAR_KEYWORD]
+    mappings = [each.annotation.__metadata__[0] for each in listed if each.kind is each.VAR_KEYWORD]
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     optional = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        for kinds in (*many, {"target": Target, "json": Json, "timeout": Timeout})
+        for kinds in (*mappings, {"target": Target, "json": Json, "timeout": Timeout})
         for name, kind in kinds.items()
     ]
     parameters = [context, *own, *optional]
@@ -131,34 +141,38 @@ def command(function: Callable[..., bool | Coroutine[Any, Any, bool]]) -> None:
     app.command(function.__name__)(run)
 
 
-def _finish(begin: Callable[[], bool | Coroutine[Any, Any, bool]], target: str) -> int:
-    """Runs a command to its end; its exit code."""
+def _run(begin: Callable[[], bool | Coroutine[Any, Any, bool]], target: str) -> int:
+    """Runs a command and returns its exit code."""
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `main` left it
             signal.signal(signal.SIGINT, signal.default_int_handler)
         begun = begin()
-        well = asyncio.run(begun) if inspect.iscoroutine(begun) else begun
+        succeeded = asyncio.run(begun) if inspect.iscoroutine(begun) else begun
     except errors.OstinatoError as error:
         show.failure(error, target)
-        return 1
+        return USAGE if isinstance(error, errors.InvalidRequest) else FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader has what it wanted. What is still buffered must not fail again when the interpreter flushes it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return BROKEN_PIPE
     except OSError as error:
         show.note(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # if it is standard output: likewise
-        return 1
+        _discard_stdout()
+        return FAILED
     finally:
         tracing.stop()
-    return 0 if well else 1
+    return 0 if succeeded else FAILED
+
+
+def _discard_stdout() -> None:
+    """What is still buffered must not fail again when the interpreter flushes it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
 def usage(where: str = "") -> Generator[None, None, None]:
-    """Turns a TypeError or ValueError about an argument into wrong usage. For the building of requests, and nothing else."""
+    """Reports a TypeError or ValueError as wrong usage. Only around code that builds a request."""
     try:
         yield
     except RecursionError:
@@ -179,8 +193,29 @@ def _token(file: Path | None) -> str | None:
     return token
 
 
-def _given(session: Session, target: str | None, json: bool | None, timeout: float | None) -> Session:
+def _with(session: Session, target: str | None, json: bool | None, timeout: float | None) -> Session:
     with usage():
         requests.seconds(timeout)
     given = {"target": target, "json": json, "timeout": timeout}
     return replace(session, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+# Options of more than one command.
+Key = Annotated[str | None, typer.Option("--key", help="Idempotency key.", show_default=False)]
+
+
+def open_span(text: str) -> generation_pb2.SequenceRange:
+    """As `span`; also `A..`, up to the newest, and `..B`, from 1."""
+    if text.startswith(".."):
+        text = f"1{text}"
+    return span(f"{text}{2**64 - 1}" if text.endswith("..") else text)
+
+
+def span(text: str) -> generation_pb2.SequenceRange:
+    """`A..B`, both included, or `A` alone."""
+    found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text, re.ASCII)
+    if found is None:
+        raise typer.BadParameter(f"{text}: must be a sequence or a range of sequences, such as 3..17")
+    first, last = found.groups()
+    with usage(text):
+        return requests.span(int(first), None if last is None else int(last))

@@ -1,4 +1,4 @@
-"""What the command prints. Answers go to stdout, everything else to stderr; only a terminal gets colours and boxes."""
+"""Output. Results go to stdout, everything else to stderr; only a terminal gets colours and boxes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ostinato import digest, enums, errors
+from ostinato.compare import first_difference
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 PAYLOADS: Mapping[types_pb2.EntryKind.ValueType, type[Message]] = {
@@ -32,7 +33,7 @@ PAYLOADS: Mapping[types_pb2.EntryKind.ValueType, type[Message]] = {
     types_pb2.ENTRY_KIND_AUDITED: sequencer_pb2.AuditedPayload,
     types_pb2.ENTRY_KIND_LOST: sequencer_pb2.LostPayload,
 }
-"""What an entry's payload is, by kind."""
+"""The message in an entry's payload, by the entry's kind."""
 
 UNBOUNDED_COLUMNS = 10_000
 """Wider than any terminal."""
@@ -41,28 +42,28 @@ RESULT_COLUMNS = ("sequence", "seed", "grade", "finish", "digest", "tokens", "ms
 
 
 def line(text: str) -> None:
-    """To stdout, at once: a reader of a pipe waits for lines, not for blocks."""
+    """Prints to stdout and flushes: the reader of a pipe waits for lines."""
     print(text, flush=True)
 
 
 def note(text: str) -> None:
-    """To stderr."""
+    """Prints to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def as_dict(message: Message) -> dict[str, Any]:
-    """Protobuf's JSON, with the contract's names; 64-bit numbers are strings."""
+    """Protobuf's JSON with the contract's names. 64-bit numbers are strings."""
     made: dict[str, Any] = json_format.MessageToDict(message, preserving_proto_field_name=True)
     return made
 
 
 def as_json(message: Message | Mapping[str, Any]) -> None:
-    """One line of JSON, in ASCII: a text may hold any kind of line separator."""
+    """Prints one line of JSON in ASCII, because a text may contain any line separator."""
     line(json.dumps(as_dict(message) if isinstance(message, Message) else message))
 
 
 def entry(given: sequencer_pb2.Entry) -> dict[str, Any]:
-    """A journal entry, with what its payload says beside the payload's own bytes."""
+    """A journal entry, with its payload decoded beside the payload's bytes."""
     made = as_dict(given)
     if given.payload and given.header.kind in PAYLOADS:
         made["decoded"] = as_dict(PAYLOADS[given.header.kind].FromString(given.payload))
@@ -70,7 +71,8 @@ def entry(given: sequencer_pb2.Entry) -> dict[str, Any]:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Rows under a header; on a terminal too narrow for whole words a line for each cell, and a blank line between rows."""
+    """Prints rows under a header. If the terminal is too narrow for whole words, prints one line per cell and a blank line
+    between rows."""
     listed = list(rows)
     if not _is_terminal():
         _aligned([columns, *listed])
@@ -79,7 +81,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     made = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in listed:
         made.add_row(*map(Text, row))
-    # Measured as if there were room for all: in less, rich may already report that it breaks words.
+    # Measured at an unbounded width: at the console's width rich may already report that it breaks words.
     if console.measure(made, options=console.options.update(max_width=UNBOUNDED_COLUMNS)).minimum <= console.width:
         console.print(made)
         return
@@ -94,7 +96,7 @@ def _is_terminal() -> bool:
 
 
 def card(pairs: Iterable[tuple[str, object]]) -> None:
-    """Names and values, one pair a line."""
+    """Prints names and values, one pair per line."""
     _aligned([(name, visible(str(value))) for name, value in pairs])
 
 
@@ -106,13 +108,13 @@ def _aligned(rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def progress(what: str, total: int | None, wanted: bool | None = None) -> Iterator[Callable[..., None]]:
-    """A bar on stderr, by default if that is a terminal; yields what is told how many are done, and of how many if that was
-    not known before."""
+    """A bar on stderr, by default if stderr is a terminal. Yields a function that takes the number done, and the total if that
+    was not known."""
     if not (sys.stderr.isatty() if wanted is None else wanted):
         yield lambda done, total=None: None
         return
     console = Console(stderr=True, force_terminal=True)
-    # Lines for the same terminal have to pass above the bar; lines for a pipe must not come near it.
+    # Lines for the same terminal have to be printed above the bar. Lines for a pipe must not be.
     with Progress(console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done, total=None: bar.update(task, completed=done, total=total)
@@ -120,9 +122,10 @@ def progress(what: str, total: int | None, wanted: bool | None = None) -> Iterat
 
 def result(given: types_pb2.Result) -> tuple[str, ...]:
     """RESULT_COLUMNS of one item."""
+    millis = f"{given.timing.total_micros / 1000:.1f}"
     if given.HasField("status"):
         error = errors.from_status(given.status)
-        return (str(given.sequence), "", "", error.reason, "", "", _millis(given), visible(error.message))
+        return (str(given.sequence), "", "", error.reason, "", "", millis, visible(error.message))
     output = given.output
     return (
         str(given.sequence),
@@ -131,26 +134,23 @@ def result(given: types_pb2.Result) -> tuple[str, ...]:
         word(output, "finish_reason"),
         short(digest.output_digest(output)),
         str(len(output.token_ids)),
-        _millis(given),
+        millis,
         visible(output.text),
     )
 
 
-def _millis(given: types_pb2.Result) -> str:
-    return f"{given.timing.total_micros / 1000:.1f}"
-
-
 def failure(error: errors.OstinatoError, target: str) -> None:
-    """An error in a line, and what helps."""
+    """Prints an error in one line, and a hint."""
     reason = error.reason if error.reason != errors.OstinatoError.reason else error.code.name
     if isinstance(error, errors.InvalidRequest) and error.violations:
-        note(f"error: {reason}: the request has {_count(len(error.violations), 'bad field')}")
+        count = len(error.violations)
+        note(f"error: {reason}: the request has {count} bad {'field' if count == 1 else 'fields'}")
         for violation in error.violations:
             note(f"  {visible(violation.field)}: {visible(violation.description)}")
     else:
         note(f"error: {reason}: {visible(error.message)}")
     if isinstance(error, errors.Disconnected):
-        note(f"  Does a sidecar run at {target}? Choose another with --target or OSTINATO_TARGET.")
+        note(f"  Is a sidecar running at {target}? Choose another with --target or OSTINATO_TARGET.")
     if isinstance(error, errors.Unauthenticated):
         note("  Give a token with --token-file, before the command, or in OSTINATO_TOKEN.")
     if error.retry_after is not None:
@@ -158,26 +158,26 @@ def failure(error: errors.OstinatoError, target: str) -> None:
 
 
 def visible(text: str) -> str:
-    """The text in one line, with nothing in it that a terminal would obey."""
+    """The text in one line, without characters that control a terminal."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def verdicts(results: Iterable[types_pb2.Result]) -> str:
-    """How many of each, such as "2 match, 1 diverged"."""
+    """Counts of verdicts, such as "2 match, 1 diverged"."""
     counts = Counter(word(each.comparison, "verdict") for each in results if each.HasField("comparison"))
     return ", ".join(f"{count} {'not compared' if name == 'unspecified' else name}" for name, count in counts.items()) or "none"
 
 
 def word(message: Message, field: str) -> str:
-    """An enum field's value as people write it: GRADE_BEST_EFFORT is best-effort."""
+    """The value of an enum field in lower case: GRADE_BEST_EFFORT is best-effort."""
     kind, value = message.DESCRIPTOR.fields_by_name[field].enum_type, getattr(message, field)
     assert kind is not None
     return enums.words(kind).get(value, str(value)).lower().replace("_", "-")
 
 
-def short(hash_: bytes) -> str:
-    """Enough of a digest to tell it from others: 12 hexadecimal digits."""
-    return hash_.hex()[:12]
+def short(value: bytes) -> str:
+    """The first 12 hexadecimal digits."""
+    return value.hex()[:12]
 
 
 def moment(unix_millis: int) -> str:
@@ -185,5 +185,100 @@ def moment(unix_millis: int) -> str:
     return datetime.fromtimestamp(unix_millis / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def span(given: sequencer_pb2.TokenSpan | sequencer_pb2.CompanyShare) -> str:
+    """`4` or `4-7`."""
+    return str(given.first) if given.first == given.last else f"{given.first}-{given.last}"
+
+
+def occupancy(given: sequencer_pb2.CompanyShare) -> str:
+    """Runs that the engine held: `1 run`, `4-7 runs`, or `not known`."""
+    return span(given) + (" run" if given.last == 1 else " runs") if given.last else "not known"
+
+
+# A recorded run and another run of the same input, side by side.
+MARK = "▶"
+"""Where the texts differ. The first differing token may begin with the same characters."""
+BEFORE, AFTER = 40, 60
+"""Characters shown around it."""
+NEAR_TIE_NATS = 0.1
+"""A margin that the rounding of half-precision arithmetic can turn."""
+
+
+def headline(found: types_pb2.Comparison) -> str:
+    """One line about a comparison whose verdict is not MATCH."""
+    if found.verdict == types_pb2.VERDICT_DIVERGED:
+        return f"{found.sequence} diverged at token {found.first_difference}"
+    if found.HasField("status"):
+        return f"{found.sequence} not compared: {visible(errors.from_status(found.status).message)}"
+    difference = f"the outputs differ from token {found.first_difference} on" if found.HasField("first_difference") else ""
+    equal = "" if difference or "input" in found.drift else "the outputs are equal"
+    drift = f"{found.sequence} incomparable: {visible(', '.join(found.drift))}"
+    return "; ".join(filter(None, [drift, difference, equal]))
+
+
+def side_by_side(response: sequencer_pb2.ReplayResponse) -> None:
+    """Prints where both runs differ, and their input."""
+    found, given = response.comparison, response.record.input
+    at, outputs = found.first_difference, (response.record.result.output, found.actual)
+    table(
+        ("", "recorded", "now"),
+        [
+            ("text", *_texts(*(output.text for output in outputs))),
+            (f"token {at}", *(_token(output, at) for output in outputs)),
+            ("logprob", *(_logprob(output, at) for output in outputs)),
+            ("tokens", *(f"{len(output.token_ids)}, {word(output, 'finish_reason')}" for output in outputs)),
+        ],
+    )
+    card([(name, value) for name, value in _about(found, given, *outputs) if value])
+
+
+def _texts(expected: str, actual: str) -> list[str]:
+    difference = first_difference(expected, actual)
+    at = len(expected) if difference is None else difference
+    start = max(0, at - BEFORE)
+    return [
+        visible(
+            f"{'…' if start else ''}{text[start:at]}{MARK}{text[at : at + AFTER]}" + ("…" if len(text) > at + AFTER else "")
+        )
+        for text in (expected, actual)
+    ]
+
+
+def _token(output: types_pb2.Output, at: int) -> str:
+    return str(output.token_ids[at]) if at < len(output.token_ids) else "none"
+
+
+def _logprob(output: types_pb2.Output, at: int) -> str:
+    return f"{output.logprobs[at].logprob:.6f}" if at < len(output.logprobs) else "unknown"
+
+
+def _about(
+    found: types_pb2.Comparison, given: sequencer_pb2.AdmittedPayload, expected: types_pb2.Output, actual: types_pb2.Output
+) -> Iterator[tuple[str, str]]:
+    if found.HasField("margin"):
+        yield "margin", f"{found.margin:.6f}, {_meaning(found.margin, given.parameters)}"
+    shift = _shift(expected, actual, found.first_difference)
+    yield "shift", "" if shift is None else f"the same tokens' logprobs there moved by at most {shift:.6f}"
+    yield "seed", f"{given.seed}{' (derived)' if given.seed_derived else ''}"
+    yield "parameters", ", ".join(_parameters(given.parameters))
+
+
+def _shift(expected: types_pb2.Output, actual: types_pb2.Output, at: int) -> float | None:
+    """The largest difference of a token's logprob at this index between the runs; None: not known."""
+    if expected.logprob_kind != actual.logprob_kind or at >= min(len(expected.logprobs), len(actual.logprobs)):
+        return None
+    before, now = ({top.token_id: top.logprob for top in output.logprobs[at].top} for output in (expected, actual))
+    return max((abs(before[token_id] - now[token_id]) for token_id in before.keys() & now.keys()), default=None)
+
+
+def _meaning(margin: float, parameters: types_pb2.ResolvedParameters) -> str:
+    if parameters.temperature and parameters.top_k != 1:
+        return "but sampled: the draw decides, not the likeliest token"
+    return "a near-tie" if margin <= NEAR_TIE_NATS else "no near-tie"
+
+
+def _parameters(parameters: types_pb2.ResolvedParameters) -> Iterator[str]:
+    yield f"temperature {parameters.temperature:g}"
+    for field, value in parameters.ListFields():
+        if field.name != "temperature":
+            yield f"{field.name} {list(value) if field.is_repeated else visible(str(value).strip())}"

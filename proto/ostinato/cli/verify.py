@@ -1,9 +1,10 @@
-"""`ostinato verify`: recomputes proofs from files alone, with no sidecar and no trust in one."""
+"""`ostinato verify`: verifies receipts and entries from files alone, without a sidecar."""
 
 from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,12 @@ from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
 from ostinato import chain
-from ostinato.cli import files, show
-from ostinato.cli.session import Session
+from ostinato.cli import show
+from ostinato.cli.session import STDIN, Session
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 _SQLITE = b"SQLite format 3\0"
-"""What such a file begins with."""
+"""The first bytes of a SQLite file."""
 
 
 def verify(
@@ -27,7 +28,7 @@ def verify(
 ) -> bool:
     """Checks what generate, get and tail print with --json: receipts against their outputs, entries against their chain."""
     checks = Checks()
-    name, content = files.read(file)
+    name, content = _read(file)
     checks.read(name, content)
     if session.json:
         show.as_json(vars(checks.counts) | {"faults": checks.faults})
@@ -37,26 +38,44 @@ def verify(
         if checks.counts.proofs:
             show.line(str(checks.counts))
     if not checks.counts.proofs:
-        show.note(f"error: nothing to verify in {file}: {_lack(content)}")
+        show.note(f"error: nothing to verify in {file}: {_nothing(content)}")
     return bool(checks.counts.proofs) and not checks.faults
 
 
-def _lack(content: bytes) -> str:
+def _read(path: Path) -> tuple[str, bytes]:
+    """The file's name for messages, and its content."""
+    if str(path) == STDIN:
+        return "stdin", sys.stdin.buffer.read()
+    try:
+        return str(path), path.read_bytes()
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: {error.strerror}") from None
+
+
+def _lines(name: str, content: bytes) -> Iterator[tuple[str, bytes]]:
+    """Place and content of each line that is not blank. Only a line feed ends a line: texts contain other separators."""
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            yield f"{name}:{number}", line.removesuffix(b"\r")
+
+
+def _nothing(content: bytes) -> str:
+    """Why there is nothing to verify."""
     if not content.strip():
-        return "it holds nothing but blank lines" if content else "it is empty"
-    return "no receipt, and no entry whose predecessor is known"
+        return "it has only blank lines" if content else "it is empty"
+    return "it has no receipt, and no entry whose previous entry is known"
 
 
 @dataclass
 class Counts:
-    """How many proofs there were, and how many of them sound."""
+    """How many proofs there are, and how many of them are sound."""
 
     receipts: int = 0
     sound_receipts: int = 0
     entries: int = 0
     sound_entries: int = 0
     entries_on_trust: int = 0
-    """Those whose predecessor is unknown, so that nothing can be said of them but that the next one names them."""
+    """Entries whose previous entry is unknown. The next entry names them; nothing else about them can be verified."""
 
     @property
     def proofs(self) -> int:
@@ -72,7 +91,7 @@ class Counts:
 
 
 class Checks:
-    """Takes documents one by one and keeps what is wrong with them."""
+    """Collects the faults of JSON documents."""
 
     def __init__(self) -> None:
         self.faults: list[str] = []
@@ -80,17 +99,17 @@ class Checks:
         self._previous: sequencer_pb2.Entry | None = None
 
     def read(self, name: str, content: bytes) -> None:
-        """A file of one JSON value, or of one in each line. A file that has none is one fault, however many lines it has."""
+        """A file of one JSON value, or of one per line. A file without JSON is one fault, not one per line."""
         if content.startswith(_SQLITE):
-            self._fault(name, ["is a SQLite file: if it is a sidecar's journal, python -m sidecar verify reads it"])
+            self._fault(name, ["is a SQLite file: if it is a sidecar's journal, use `ostinato sidecar verify`"])
             return
         try:
             values = [(name, json.loads(content))]
         except (ValueError, RecursionError):
             first = len(self.faults)
-            values = list(self._parsed(files.lines(name, content)))
+            values = list(self._parsed(_lines(name, content)))
             if not values and (others := len(self.faults) - first - 1) > 0:
-                self.faults[first + 1 :] = [f"{name}: the other {others} lines are no JSON either"]
+                self.faults[first + 1 :] = [f"{name}: the other {others} lines are not JSON either"]
         for place, value in values:
             self.take(place, value)
 
@@ -99,10 +118,10 @@ class Checks:
             try:
                 yield place, json.loads(line)
             except (ValueError, RecursionError) as error:
-                self._fault(place, [f"no JSON: {error}"])
+                self._fault(place, [f"not JSON: {error}"])
 
     def take(self, place: str, given: Any) -> None:
-        """One JSON value: a message that holds proofs, or a list of them."""
+        """One JSON value: a message that contains proofs, or a list of messages."""
         if isinstance(given, list):
             for position, each in enumerate(given):
                 self.take(f"{place}[{position}]", each)
@@ -110,9 +129,9 @@ class Checks:
         try:
             self._take(place, given if isinstance(given, dict) else {})
         except (json_format.ParseError, RecursionError) as error:
-            self._fault(place, [f"no message of ours: {error}"])
+            self._fault(place, [f"not a message of the contract: {error}"])
         except (AssertionError, struct.error):
-            self._fault(place, ["no digest can be taken of it: it holds NaN or a negative number"])
+            self._fault(place, ["has no digest: it contains NaN or a negative number"])
 
     def _take(self, place: str, given: dict[str, Any]) -> None:
         if "header" in given and "previous_hash" in given:
@@ -136,7 +155,7 @@ class Checks:
             given = {name: value for name, value in given.items() if name not in ("line", "key")}  # of generate --output
             self._result(place, json_format.ParseDict(given, types_pb2.Result()))
         else:
-            self._fault(place, ["no Result, GenerateResponse, GenerateEvent, ItemRecord, Receipt or Entry"])
+            self._fault(place, ["is not a Result, GenerateResponse, GenerateEvent, ItemRecord, Receipt or Entry"])
 
     def _result(self, place: str, result: types_pb2.Result) -> None:
         if result.HasField("receipt"):
@@ -174,18 +193,18 @@ class Checks:
 
 
 def _is_event(given: dict[str, Any]) -> bool:
-    """An Admitted event and an ItemRecord have a field in common; only the event's holds a stamp."""
+    """Admitted events and ItemRecords both have the field `admitted`; only an event's has a stamp."""
     return isinstance(given.get("admitted"), dict) and "stamp" in given["admitted"]
 
 
 def _payload_faults(entry: sequencer_pb2.Entry, decoded: object) -> list[str]:
-    """What is wrong between an entry, its payload, and what the payload was said to say."""
+    """Faults of an entry's payload and of its decoded form."""
     if not entry.payload:
-        return ["decoded: there is no payload that says so"] if decoded else []
+        return ["decoded: there is no payload"] if decoded else []
     if chain.payload_digest(entry.payload) != entry.header.payload_digest:
-        return ["payload: is not what payload_digest was taken of"]
+        return ["payload: does not match payload_digest"]
     try:
         said = show.entry(entry).get("decoded")
     except DecodeError:
-        return ["payload: is no message"]
-    return ["decoded: is not what the payload says"] if decoded not in (None, said) else []
+        return ["payload: cannot be decoded"]
+    return ["decoded: differs from the payload"] if decoded not in (None, said) else []
