@@ -45,21 +45,21 @@ OWN = {
     ),
     "scripted": ("script",),
 }
-"""The settings that are handed to an engine, by its own names. None: the engine's own default."""
+"""The settings of each engine, by its own names. None: the engine's own default."""
 DEFAULTS: Mapping[str, object] = {"llama": LlamaOptions(), "turbomind": TurbomindOptions()}
-"""What applies on this machine where an engine's own settings are not given."""
+"""The engines' own defaults on this machine."""
 
 
 def _applies(name: str) -> str:
-    """By default, to each engine that has this setting."""
-    return ", ".join(f"{plain(getattr(told, name))} ({engine})" for engine, told in DEFAULTS.items() if name in OWN[engine])
+    """The default of each engine that has this setting."""
+    return ", ".join(f"{plain(getattr(own, name))} ({engine})" for engine, own in DEFAULTS.items() if name in OWN[engine])
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Checked once, at start."""
+    """Immutable. Checked at start."""
 
-    engine: str = field("llama", "what makes the tokens", choices=ENGINES)
+    engine: str = field("llama", "the engine that makes the tokens", choices=ENGINES)
     model: Path | None = field(
         None,
         "llama: a GGUF file; turbomind: a folder in Hugging Face's layout",
@@ -81,30 +81,32 @@ class Settings:
     )
     threads: int | None = field(
         None,
-        "llama: never more than there are cores free",
+        "llama: threads; more than there are free cores make it slow",
         minimum=1,
         maximum=THREADS_MAX,
         applies=f"{_applies('threads')}, half of this machine's cores",
     )
     kv: str | None = field(
-        None, "llama: type of the KV cache; only q8_0 can be exact", choices=KV_TYPES, applies=_applies("kv")
+        None, "llama: type of the KV cache; only q8_0 can earn EXACT", choices=KV_TYPES, applies=_applies("kv")
     )
-    ubatch: int | None = field(None, "llama: rows computed at once", minimum=1, maximum=UBATCH_MAX, applies=_applies("ubatch"))
+    ubatch: int | None = field(
+        None, "llama: rows of one computation", minimum=1, maximum=UBATCH_MAX, applies=_applies("ubatch")
+    )
     dtype: str | None = field(
-        None, "turbomind: of its numbers", choices=("auto", "float16", "bfloat16"), applies=_applies("dtype")
+        None, "turbomind: type of activations", choices=("auto", "float16", "bfloat16"), applies=_applies("dtype")
     )
     model_format: str | None = field(
-        None, "turbomind: form of the weights", choices=FORMATS, applies="as the model's config.json says (turbomind)"
+        None, "turbomind: format of the weights", choices=FORMATS, applies="as the model's config.json says (turbomind)"
     )
     tp: int | None = field(
         None,
-        "turbomind: GPUs that share the model, a power of two; more than one is best effort",
+        "turbomind: GPUs for tensor parallelism, a power of two; more than one is best effort",
         minimum=1,
         maximum=INT32_MAX,
         applies=_applies("tp"),
     )
     communicator: str | None = field(
-        None, "turbomind: by which those GPUs add up", choices=("nccl", "cuda-ipc"), applies=_applies("communicator")
+        None, "turbomind: what those GPUs communicate by", choices=("nccl", "cuda-ipc"), applies=_applies("communicator")
     )
     cache_fraction: float | None = field(
         None,
@@ -114,7 +116,7 @@ class Settings:
         applies=_applies("cache_fraction"),
     )
     kv_bits: int | None = field(
-        None, "turbomind: of one number in the KV cache", choices=(4, 8, 16), applies=_applies("kv_bits")
+        None, "turbomind: bits of one number in the KV cache", choices=(4, 8, 16), applies=_applies("kv_bits")
     )
     attention_splits: int | None = field(
         None,
@@ -125,49 +127,51 @@ class Settings:
     )
     prefix_cache: str | None = field(
         None,
-        "llama, turbomind: take a prompt's beginning from an earlier one that had the same; llama: with kv q8_0 only",
+        "llama, turbomind: reuse the KV cache of an equal prefix of an earlier prompt; llama: with kv q8_0 only",
         choices=("on", "off"),
         applies=_applies("prefix_cache"),
     )
-    exact: bool | None = field(None, "turbomind: off: as it comes, to compare with", applies=_applies("exact"))
-    script: str | None = field(None, "scripted: what it is told to be and to do, as JSON", applies="{} (scripted)")
+    exact: bool | None = field(
+        None, "turbomind: off runs LMDeploy's own kernels, for comparison; best effort", applies=_applies("exact")
+    )
+    script: str | None = field(None, "scripted: what it is and does, as JSON", applies="{} (scripted)")
 
-    listen: tuple[str, ...] = field(("unix:.run/engine.sock",), "where the sidecar finds this service: unix:path or host:port")
-    allow_remote: bool = field(False, "let listen be something that the network reaches; nobody asks who comes there")
-    socket_mode: str = field("660", "mode of a unix socket's file, octal")
+    listen: tuple[str, ...] = field(("unix:.run/engine.sock",), "addresses for the sidecar: unix:path or host:port")
+    allow_remote: bool = field(False, "allow listen addresses that the network reaches; callers are not authenticated")
+    socket_mode: str = field("660", "mode of the unix socket's file, octal")
     metrics: str = field("127.0.0.1:9401", "host:port of the metrics page; empty: none")
-    traces: str = field("", "where spans go, otlp:http://host:4318; empty: where OTEL_… variables say, or nowhere")
-    log_format: str = field("human", "form of the log", choices=("human", "json"))
-    log_level: str = field("INFO", "least severe that is logged", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    traces: str = field("", "where spans are exported to, otlp:http://host:4318; empty: as OTEL_… variables say, or nowhere")
+    log_format: str = field("human", "format of the log", choices=("human", "json"))
+    log_level: str = field("INFO", "least severe level that is logged", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
 
     self_test: str = field(
         "kept",
-        "how the grade is earned: full (tested at every start), kept (tested unless a proof is kept), off (never: best effort)",
+        "how the grade is found: full (a test at every start), kept (a test unless a proof is kept), off (none: best effort)",
         choices=("full", "kept", "off"),
     )
-    self_test_timeout_seconds: float = field(300.0, "how long the self-test may take", minimum=1)
-    require_grade: str | None = field(None, "stop unless at least this grade is earned", choices=("SERIAL", "EXACT"))
-    state_dir: Path = field(Path(".run/service"), "directory in which proofs are kept")
-    drain_seconds: float = field(30.0, "how long runs may go on once told to stop", minimum=0)
+    self_test_timeout_seconds: float = field(300.0, "time limit of the self-test", minimum=1)
+    require_grade: str | None = field(None, "exit unless at least this grade is earned", choices=("SERIAL", "EXACT"))
+    state_dir: Path = field(Path(".run/service"), "directory of proofs and of the newest sequences")
+    drain_seconds: float = field(30.0, "how long runs may go on after SIGTERM", minimum=0)
 
     message_bytes_max: int = field(16 * MEBI, "size of one message from the sidecar", minimum=4096, maximum=INT32_MAX)
-    batch_items_max: int = field(256, "items of one batch", minimum=1)
-    new_tokens_max: int | None = field(None, "tokens of one answer", minimum=1, applies="as many as the context holds")
-    prompt_bytes_max: int = field(MEBI, "text of one prompt, before it is tokenised", minimum=1)
-    prepare_threads: int = field(2, "requests prepared at once, apart from small ones", minimum=1)
-    prepare_queue_max: int = field(64, "requests that may wait to be prepared", minimum=0)
+    batch_items_max: int = field(256, "items in one batch", minimum=1)
+    new_tokens_max: int | None = field(None, "tokens in one answer", minimum=1, applies="as many as the context holds")
+    prompt_bytes_max: int = field(MEBI, "bytes of text in one prompt, before it is tokenised", minimum=1)
+    prepare_threads: int = field(2, "threads that prepare large requests", minimum=1)
+    prepare_queue_max: int = field(64, "large requests that may wait to be prepared", minimum=0)
     runs_max: int = field(10_000, "runs of one stream that have not ended", minimum=1)
-    buffer_bytes_max: int = field(64 * MEBI, "events that wait for a sidecar that does not read", minimum=4096)
-    frame_bytes_max: int = field(MEBI, "events in one message to the sidecar, where more than one waits", minimum=1)
+    buffer_bytes_max: int = field(64 * MEBI, "bytes of events that may wait for a sidecar that does not read", minimum=4096)
+    frame_bytes_max: int = field(MEBI, "bytes of events in one message to the sidecar, if more than one event waits", minimum=1)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what only shows when values are looked at closely."""
+        """Raises ValueError that names the flag."""
         try:
             mode = int(self.socket_mode, 8)
         except ValueError:
             mode = -1
         if not 0 <= mode <= 0o777:
-            raise ValueError(f"--socket-mode: {self.socket_mode!r} is no file mode")
+            raise ValueError(f"--socket-mode: {self.socket_mode!r} is not a file mode")
         for name in sorted({name for names in OWN.values() for name in names} - set(OWN[self.engine])):
             if getattr(self, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')}: is not for engine {self.engine}")
@@ -181,14 +185,14 @@ class Settings:
             raise ValueError("--listen: needs at least one address")
 
     def own(self, engine: str) -> dict[str, Any]:
-        """Those of this engine's settings that were given, by name."""
+        """This engine's settings that were given, by name."""
         return {name: value for name in OWN[engine] if (value := getattr(self, name)) is not None}
 
     @property
     def effective(self) -> Settings:
         """With the engine's own defaults filled in."""
-        told = engines.options(self)
-        return replace(self, **{name: getattr(told, name) for name in OWN[self.engine] if name != "script"})
+        own = engines.options(self)
+        return replace(self, **{name: getattr(own, name) for name in OWN[self.engine] if name != "script"})
 
     @property
     def addresses(self) -> list[str]:
@@ -197,7 +201,7 @@ class Settings:
 
     @property
     def required_grade(self) -> types_pb2.Grade.ValueType:
-        """GRADE_UNSPECIFIED: whatever is earned will do."""
+        """GRADE_UNSPECIFIED: none is required."""
         return types_pb2.Grade.Value(f"GRADE_{self.require_grade or 'UNSPECIFIED'}")
 
     @property

@@ -1,4 +1,4 @@
-"""What the service counts and times. Base units; no label ever holds a sequence or a run."""
+"""Metrics and spans of the service. Base units; no label has an unbounded number of values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.base import Engine
 
-# Upper bounds: seconds between tokens, seconds of a whole run, events of a frame.
-FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-FRAME = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+BETWEEN_TOKENS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+RUN_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+FRAME_EVENTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class Metrics:
-    """All of them, in one registry."""
+    """All metrics, in one registry."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
@@ -42,13 +41,13 @@ class Metrics:
             "engine_cached_prompt_tokens", "Prompt tokens of runs that finished which came from the prefix cache."
         )
         self.new_tokens = counter("engine_generated_tokens", "Tokens generated, as far as they were reported.")
-        self.queue_seconds = histogram("engine_queue_seconds", "From submission to start.", SLOW)
-        self.run_seconds = histogram("engine_run_seconds", "From submission to the end, of runs that finished.", SLOW)
+        self.queue_seconds = histogram("engine_queue_seconds", "From submission to start.", RUN_SECONDS)
+        self.run_seconds = histogram("engine_run_seconds", "From submission to the end, of runs that finished.", RUN_SECONDS)
         self.first_token_seconds = histogram(
-            "engine_first_token_seconds", "From submission to the first token, of streamed runs.", SLOW
+            "engine_first_token_seconds", "From submission to the first token, of streamed runs.", RUN_SECONDS
         )
         self.between_tokens_seconds = histogram(
-            "engine_between_tokens_seconds", "From one token to the next, of streamed runs.", FAST
+            "engine_between_tokens_seconds", "From one token to the next, of streamed runs.", BETWEEN_TOKENS_SECONDS
         )
         self.capacity = gauge("engine_capacity", "What the engine holds at once.", "of")
         self.grade = gauge("service_grade", "The grade held: 1 best effort, 2 serial, 3 exact.")
@@ -56,21 +55,21 @@ class Metrics:
         self.self_test_seconds = gauge("service_self_test_seconds", "How long the self-test of this grade took.")
         self.streams = gauge("service_streams", "Execute streams that are open.")
         self.refused = counter("service_streams_refused", "Execute streams refused or broken off.", "reason")
-        self.frame_events = histogram("service_frame_events", "Events in one message to the sidecar.", FRAME)
+        self.frame_events = histogram("service_frame_events", "Events in one message to the sidecar.", FRAME_EVENTS)
 
     def include(self, collector: Collector) -> None:
-        """Serve what somebody else counts."""
+        """Serves the engine's own metrics too."""
         self._registry.register(collector)
 
     def describe(self, capacity: engine_pb2.Capacity, digest: bytes, fields: Mapping[str, str]) -> None:
-        """What does not change while the process lives."""
+        """Sets what is constant while the process lives."""
         for field in capacity.DESCRIPTOR.fields:
             self.capacity.labels(field.name).set(getattr(capacity, field.name))
         chosen = {name: fields[name] for name in ("engine", "engine_version", "model", "device") if name in fields}
         self.fingerprint.info({"digest": digest.hex(), **chosen})
 
     def end(self, purpose: engine_pb2.Purpose.ValueType, end: str) -> None:
-        """A run ended: finished, failed, cancelled or expired."""
+        """Counts a run that ended. `end`: finished, failed, cancelled or expired."""
         name = enums.word(engine_pb2.Purpose, purpose).lower() if purpose else "self_test"
         self.ended.labels(name, end).inc()
 
@@ -79,7 +78,7 @@ OPERATION, PREPARE = "text_completion", "ostinato.v1.Engine/Prepare"
 
 
 def prepare_span(traceparent: str) -> tracing.Span:
-    """Of a preparation over the stream, as if it were a call."""
+    """The span of a preparation over the stream, as if it were a call."""
     if not tracing.on():
         return OFF
     attributes = {"rpc.system.name": "grpc", "rpc.method": PREPARE}
@@ -91,7 +90,7 @@ def _parent(traceparent: str) -> tracing.Metadata:
 
 
 class RunSpans:
-    """Begins with the submission. A run of no purpose, the self-test's, has none."""
+    """The spans of a run: from its submission, and what the engine does in it. Runs of the self-test have none."""
 
     def __init__(self, submit: engine_pb2.Submit, engine: Engine) -> None:
         self._run = self._engine_span = OFF
@@ -107,7 +106,6 @@ class RunSpans:
         self._run = tracing.span("run", attributes, Kind.SERVER, _parent(submit.traceparent))
 
     def started(self) -> None:
-        """The engine has begun to work on it."""
         if not self._run:
             return
         given, model = self._submit.parameters, self._engine.model_name
@@ -128,19 +126,15 @@ class RunSpans:
         )
 
     def first_token(self) -> None:
-        """Where somebody streams."""
         self._engine_span.event("first token")
 
-    def finished(self, output: types_pb2.Output) -> None:
-        """It made this, and is about to end."""
-        if self._run:
+    def ended(self, output: types_pb2.Output | None, error: errors.OstinatoError | None) -> None:
+        if self._run and output is not None:
             reason = enums.word(types_pb2.FinishReason, output.finish_reason).lower()
             self._engine_span.note(
                 {"gen_ai.response.finish_reasons": [reason], "gen_ai.usage.output_tokens": len(output.token_ids)}
             )
             self._run.note({"ostinato.grade": enums.word(types_pb2.Grade, output.grade)})
 
-    def ended(self, error: errors.OstinatoError | None) -> None:
-        """It ends, for this reason if there is no output."""
         self._engine_span.end(error)
         self._run.end(error)

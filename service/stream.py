@@ -598,18 +598,18 @@ class Runs:
 
     def _cancel(self, run_id: int) -> None:
         self.engine.cancel(run_id)
-        self._end(run_id, "cancelled", Cancelled("no longer wanted"))
+        self._end(run_id, "cancelled", error=Cancelled("no longer wanted"))
 
     def _expire(self, run_id: int) -> None:
         run = self._active[run_id]
         self.engine.cancel(run_id)
         error = DeadlineExceeded(f"the run did not end within {run.submit.timeout_millis} ms")
-        self._end(run_id, "expired", error)
+        self._end(run_id, "expired", error=error)
         self._deliver(engine_pb2.RunEvent(run_id=run.submit.run_id, failed=to_status(error)))
 
-    def _end(self, run_id: int, end: str, error: OstinatoError | None = None) -> None:
+    def _end(self, run_id: int, end: str, output: types_pb2.Output | None = None, error: OstinatoError | None = None) -> None:
         run = self._active.pop(run_id)
-        run.spans.ended(error)
+        run.spans.ended(output, error)
         if run.deadline is not None:
             run.deadline.cancel()
         (self._metrics.running if run.started else self._metrics.queued).dec()
@@ -630,13 +630,12 @@ class Runs:
             case "finished":
                 output = event.finished.output
                 output.grade = self.held.grade
-                run.spans.finished(output)
                 self._metrics.new_tokens.inc(len(output.token_ids) - run.reported_tokens)
                 self._metrics.cached_tokens.inc(output.cached_tokens)
                 self._metrics.run_seconds.observe(now - run.submitted_at)
-                self._end(run_id, "finished")
+                self._end(run_id, "finished", output)
             case _:
-                self._end(run_id, "failed", from_status(event.failed))
+                self._end(run_id, "failed", error=from_status(event.failed))
 
     def _record_tokens(self, count: int, run: ActiveRun, now: float) -> None:
         if not count:
