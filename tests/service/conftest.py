@@ -1,4 +1,4 @@
-"""Whatever a test of the service does, the service logs no error over it. And a llama engine for a module that wants one."""
+"""No test of the service leaves an unexpected error in its log. And a llama engine for a module that needs one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.engines.llama import load
 from tests.service.llama_kit import Bench, small
 
 GRPC = "PollerCompletionQueue"
-"""gRPC's own poller, which may still write to the loop of a test before."""
+"""gRPC's own poller, which may still write to the loop of an earlier test."""
 ON_PURPOSE = ("crashing, as the script says", "a step failed", "could not prepare")
 
 

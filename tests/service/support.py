@@ -29,9 +29,9 @@ from service.stream import NAME, EngineServicer, SequenceFile, Streams, Workers
 LOG = "0123456789abcdef0123456789abcdef"
 PRIMARY, REPLAY = engine_pb2.PURPOSE_PRIMARY, engine_pb2.PURPOSE_REPLAY
 SLOW: dict[str, Any] = {"delay_seconds": 0.005}
-"""A script, between two tokens."""
+"""A script with a delay between two tokens."""
 ENDLESS: dict[str, Any] = {"max_new_tokens": 4000}
-"""Parameters of a run that does not end by itself while a test lasts."""
+"""Parameters of a run that does not end within a test."""
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Stream:
         await self.call.write(engine_pb2.ExecuteRequest(hello=hello, submits=submits, cancels=cancels, prepares=prepares))
 
     async def read(self) -> engine_pb2.ExecuteResponse | None:
-        """The next message, noted; None at the stream's good end. Raises the OstinatoError it ended with."""
+        """The next message, recorded. None: the stream ended without an error. Raises the OstinatoError it ended with."""
         try:
             frame: engine_pb2.ExecuteResponse | Any = await asyncio.wait_for(self.call.read(), 30)
         except grpc.aio.AioRpcError as error:
@@ -132,7 +132,7 @@ class Stream:
         return frame
 
     async def until(self, run_id: int, *kinds: str) -> engine_pb2.RunEvent:
-        """Read on until this run has an event of one of these kinds."""
+        """Reads until this run has an event of one of these kinds."""
         while True:
             for event in self.events:
                 if event.run_id == run_id and event.WhichOneof("event") in kinds:
@@ -150,19 +150,19 @@ class Stream:
         return errors.from_status((await self.end(run_id)).failed)
 
     async def done(self) -> None:
-        """Half-close, and read to the end."""
+        """Half-closes, and reads to the end."""
         await self.call.done_writing()
         while await self.read() is not None:
             pass
 
     async def broken(self) -> errors.OstinatoError:
-        """Read to the bad end."""
+        """Reads until the stream fails."""
         try:
             while await self.read() is not None:
                 pass
         except errors.OstinatoError as error:
             return error
-        raise AssertionError("the stream ended well")
+        raise AssertionError("the stream ended without an error")
 
     def of(self, run_id: int, kind: str) -> list[engine_pb2.RunEvent]:
         return [event for event in self.events if event.run_id == run_id and event.WhichOneof("event") == kind]

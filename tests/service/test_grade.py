@@ -1,4 +1,4 @@
-"""The self-test: who earns which grade, what is said about it, and what a kept proof is worth."""
+"""The self-test: which engine earns which grade and why, and which proofs count."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ async def model(script: dict[str, Any], **settings: Any) -> types_pb2.Model:
         return (await service.stub.Describe(engine_pb2.DescribeRequest())).model
 
 
-def misdeed(do: str, **about: Any) -> dict[str, Any]:
+def fault(do: str, **about: Any) -> dict[str, Any]:
     return {"rules": [{"do": do, "purposes": ["SELF_TEST"], **about}]}
 
 
 async def test_clean_engine_earns_exact() -> None:
-    """An engine that answers alike in any company earns EXACT, and the reason says what was compared."""
+    """An engine whose answers do not depend on the batch earns EXACT, and the reason says what was compared."""
     found = await model({})
 
     assert found.grade == EXACT
@@ -36,16 +36,16 @@ async def test_clean_engine_earns_exact() -> None:
 
 
 @pytest.mark.parametrize("at", [0, 5, 11])
-async def test_divergence_in_company_is_refused(at: int) -> None:
-    """An engine whose tokens depend on its company does not earn EXACT, and the first difference is named."""
-    found = await model(misdeed("diverge", company=True, at=at))
+async def test_divergence_in_a_batch_is_refused(at: int) -> None:
+    """An engine whose tokens depend on the batch does not earn EXACT, and the reason names the first difference."""
+    found = await model(fault("diverge", company=True, at=at))
 
     assert found.grade == BEST_EFFORT
     assert f"made another token at {at} together with the other prompts" in found.grade_reason
 
 
 async def test_one_at_a_time_earns_serial() -> None:
-    """An engine with room for one can earn SERIAL."""
+    """An engine that runs one at a time can earn SERIAL."""
     found = await model({"runs": 1})
 
     assert found.grade == SERIAL
@@ -53,23 +53,23 @@ async def test_one_at_a_time_earns_serial() -> None:
 
 
 async def test_ceiling_is_not_tested_beyond() -> None:
-    """A configuration that could not earn EXACT is not tested, and its own reason is published."""
+    """A configuration that cannot earn EXACT is not tested, and the reason is the engine's own."""
     found = await model({"grade": "BEST_EFFORT"})
 
     assert (found.grade, found.grade_reason) == (BEST_EFFORT, "the script says so")
 
 
 async def test_failed_run_is_best_effort() -> None:
-    """A self-test in which a run fails proves nothing."""
-    found = await model(misdeed("fail", at=3))
+    """A self-test in which a run fails gives BEST_EFFORT."""
+    found = await model(fault("fail", at=3))
 
     assert found.grade == BEST_EFFORT
     assert "a run of the self-test failed" in found.grade_reason
 
 
 async def test_hanging_run_is_best_effort() -> None:
-    """A self-test that does not end in time proves nothing, and leaves nothing running."""
-    async with served(misdeed("hang", at=3), self_test="full", self_test_timeout_seconds=0.2) as service:
+    """A self-test that does not end in time gives BEST_EFFORT and stops its runs."""
+    async with served(fault("hang", at=3), self_test="full", self_test_timeout_seconds=0.2) as service:
         found = (await service.stub.Describe(engine_pb2.DescribeRequest())).model
 
         assert (found.grade, found.grade_reason) == (BEST_EFFORT, "the self-test did not end within 0.2 s")
@@ -77,30 +77,30 @@ async def test_hanging_run_is_best_effort() -> None:
 
 
 async def test_grade_lost_during_the_test_is_not_earned() -> None:
-    """What the engine says it lost while it was tested cannot be earned by the test."""
-    found = await model(misdeed("lose_grade", at=3, to="SERIAL"))
+    """A grade that the engine loses during the test cannot be earned by it."""
+    found = await model(fault("lose_grade", at=3, to="SERIAL"))
 
     assert found.grade == SERIAL
     assert "the script took it" in found.grade_reason
 
 
 async def test_off_is_best_effort() -> None:
-    """Without a test there is no grade to speak of."""
+    """Without a test the grade is BEST_EFFORT."""
     found = await model({}, self_test="off")
 
     assert (found.grade, found.grade_reason) == (BEST_EFFORT, "not tested")
 
 
 async def test_required_grade_stops_the_service() -> None:
-    """A service that must have a grade and does not earn it does not start."""
+    """A service that does not earn its required grade does not start."""
     with pytest.raises(StartupError, match="^--require-grade: EXACT is required, BEST_EFFORT was earned"):
-        await model(misdeed("diverge", company=True), require_grade="EXACT")
+        await model(fault("diverge", company=True), require_grade="EXACT")
 
     assert (await model({}, require_grade="SERIAL")).grade == EXACT
 
 
-def test_probes_fit_small_contexts() -> None:
-    """Prompts and answers shrink with the context."""
+def test_cases_fit_small_contexts() -> None:
+    """The lengths of prompts and answers fit a small context."""
     for context in (2, 8, 40, 4096):
         for case in [*compared_cases(ByteVocabulary(), context, 64, 1024), *background_load(ByteVocabulary(), context, 1024)]:
             assert case.token_ids
@@ -108,8 +108,8 @@ def test_probes_fit_small_contexts() -> None:
 
 
 @pytest.mark.parametrize(("runs", "count"), [(8, 7), (31, 7), (32, 32), (256, 64)])
-def test_probes_differ(runs: int, count: int) -> None:
-    """A crowd of up to 64 for an engine that runs one; no two probes share a prompt or a seed, and all ways to sample occur."""
+def test_cases_differ(runs: int, count: int) -> None:
+    """A batch of up to 64 for an engine that runs as many; prompts and seeds differ, and all kinds of sampling occur."""
     made = compared_cases(ByteVocabulary(), 4096, runs, 1024)
 
     assert len({case.token_ids for case in made}) == len({case.seed for case in made}) == len(made) == count
@@ -121,7 +121,7 @@ FINDING = Finding(EXACT, "all equal", 1.5, 200)
 
 
 def test_proof_is_found_again(tmp_path: Path) -> None:
-    """What was kept under a fingerprint is found under it, and under no other."""
+    """A proof is found under its fingerprint only."""
     proofs = Proofs(tmp_path / "proofs", "code")
     proofs.keep(b"f" * 32, FINDING, "2026-01-01T00:00:00+00:00")
 
@@ -133,7 +133,7 @@ def test_proof_is_found_again(tmp_path: Path) -> None:
     "change", [{"code": "new"}, {"test": "0"}, {"fingerprint": "00"}, {"grade": "GRADE_BEST"}, {"more": 1}]
 )
 def test_proof_that_does_not_fit_is_ignored(tmp_path: Path, change: dict[str, object]) -> None:
-    """A proof made by other code, another test, for another fingerprint, or in another form proves nothing."""
+    """A proof by other code, by another test, for another fingerprint or in another form is ignored."""
     proofs = Proofs(tmp_path, "code")
     proofs.keep(b"f" * 32, FINDING, "")
     path = next(tmp_path.iterdir())
@@ -144,7 +144,7 @@ def test_proof_that_does_not_fit_is_ignored(tmp_path: Path, change: dict[str, ob
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"null"])
 def test_broken_proof_is_ignored(tmp_path: Path, content: bytes) -> None:
-    """A file that is no proof is passed over."""
+    """A file with another content is ignored."""
     proofs = Proofs(tmp_path, "code")
     (tmp_path / f"{'66' * 32}.json").write_bytes(content)
 
@@ -152,7 +152,7 @@ def test_broken_proof_is_ignored(tmp_path: Path, content: bytes) -> None:
 
 
 def test_unusable_directory_is_only_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A state directory that cannot be written costs a test at the next start, nothing else."""
+    """A state directory that cannot be written is a warning; the next start tests again."""
     (tmp_path / "file").write_text("")
     proofs = Proofs(tmp_path / "file" / "proofs", "code")
     proofs.keep(b"f" * 32, FINDING, "")
@@ -162,7 +162,7 @@ def test_unusable_directory_is_only_a_warning(tmp_path: Path, caplog: pytest.Log
 
 
 def test_proofs_are_written_whole(tmp_path: Path) -> None:
-    """No draft stays behind, and a new proof replaces the old one."""
+    """A new proof replaces the old one, and no temporary file is left."""
     proofs = Proofs(tmp_path, "code")
     for reason in ("one", "two"):
         proofs.keep(b"f" * 32, Finding(EXACT, reason, 1.0, 1), "")
@@ -174,7 +174,7 @@ def test_proofs_are_written_whole(tmp_path: Path) -> None:
 
 
 def test_code_digest_sees_changes(tmp_path: Path) -> None:
-    """Another byte, name or file is other code."""
+    """Another byte, name or file changes the digest."""
     (tmp_path / "a.py").write_text("1")
     seen = {code_digest(tmp_path)}
     (tmp_path / "a.py").write_text("2")
@@ -187,7 +187,7 @@ def test_code_digest_sees_changes(tmp_path: Path) -> None:
 
 
 async def test_kept_proof_saves_the_test(tmp_path: Path) -> None:
-    """A second start of the same thing takes the first one's word; full tests all the same."""
+    """A second start takes the proof of the first; `full` tests anyway."""
     state = tmp_path / "state"
     first = await model({}, self_test="kept", state_dir=state)
     second = await model({"rules": [{"do": "fail", "purposes": ["SELF_TEST"]}]}, self_test="kept", state_dir=state)
@@ -198,17 +198,17 @@ async def test_kept_proof_saves_the_test(tmp_path: Path) -> None:
 
 
 async def test_proof_of_another_fingerprint_does_not_count(tmp_path: Path) -> None:
-    """Another device is another fingerprint, and is tested itself."""
+    """Another device is another fingerprint, which is tested itself."""
     state = tmp_path / "state"
     await model({}, self_test="kept", state_dir=state)
-    other = await model(misdeed("fail") | {"fields": {"device": "other"}}, self_test="kept", state_dir=state)
+    other = await model(fault("fail") | {"fields": {"device": "other"}}, self_test="kept", state_dir=state)
 
     assert other.grade == BEST_EFFORT
 
 
 async def test_failures_are_not_kept(tmp_path: Path) -> None:
-    """A test that failed is made again at the next start."""
+    """A failed test is not kept: the next start tests again."""
     state = tmp_path / "state"
-    await model(misdeed("fail"), self_test="kept", state_dir=state)
+    await model(fault("fail"), self_test="kept", state_dir=state)
 
     assert (await model({}, self_test="kept", state_dir=state)).grade == EXACT

@@ -1,4 +1,4 @@
-"""What is written to the sidecar: order kept, tokens joined, sizes bounded."""
+"""What is written to the sidecar: in order, tokens joined, bounded in size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def finished(run_id: int) -> engine_pb2.RunEvent:
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.text(alphabet="ab", max_size=3)), max_size=60), st.data())
 def test_nothing_is_lost_or_reordered(said: list[tuple[int, str]], data: st.DataObject) -> None:
-    """Whenever the sidecar reads, each run's tokens arrive gapless and in order, and its end last."""
+    """Whenever the sidecar reads, each run's tokens arrive without gaps and in order, and its end last."""
 
     async def play() -> dict[int, str]:
         outbox, ended = Outbox(MANY, 60), set[int]()
@@ -76,7 +76,7 @@ async def test_tokens_that_wait_become_one() -> None:
 
 
 async def test_a_message_ends_at_its_size() -> None:
-    """What exceeds the size waits for the next message; a single larger event goes by itself."""
+    """What exceeds the size waits for the next message; a larger event is a message of its own."""
     outbox = Outbox(MANY, 130)
     for run_id in range(1, 6):
         outbox.put(finished(run_id))
@@ -87,7 +87,7 @@ async def test_a_message_ends_at_its_size() -> None:
 
 
 async def test_welcome_goes_ahead_of_events() -> None:
-    """The newest welcome stands in the next message, once."""
+    """The newest welcome is in the next message, once."""
     outbox = Outbox(MANY, MANY)
     outbox.put(finished(1))
     for incarnation in ("a", "b"):
@@ -103,7 +103,7 @@ async def test_welcome_goes_ahead_of_events() -> None:
 
 
 async def test_bound() -> None:
-    """Beyond its bound the outbox fails at once, takes no more, and keeps its first error."""
+    """Beyond its bound the outbox fails at once, takes nothing more, and keeps its first error."""
     outbox = Outbox(200, MANY)
     for run_id in range(1, 100):
         outbox.put(finished(run_id))
@@ -116,7 +116,7 @@ async def test_bound() -> None:
 
 
 async def test_bound_counts_what_waits() -> None:
-    """What has been read makes room again."""
+    """Only what waits counts towards the bound."""
     outbox = Outbox(200, 70)
     for run_id in range(1, 100):
         outbox.put(finished(run_id))
@@ -126,6 +126,6 @@ async def test_bound_counts_what_waits() -> None:
 
 
 async def test_next_waits() -> None:
-    """Without anything to say there is no message."""
+    """While nothing waits there is no message."""
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(Outbox(MANY, MANY).next(), 0.02)

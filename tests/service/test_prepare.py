@@ -1,4 +1,4 @@
-"""Prepare: every bad field by its path, every good item in its one canonical form."""
+"""Prepare: bad fields by their paths, good items in their one canonical form."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def only(*items: types_pb2.Item, **parameters: Any) -> types_pb2.ResolvedParamet
 
 
 def test_defaults() -> None:
-    """An item that says nothing gets the contract's defaults."""
+    """Parameters that are not given get the contract's defaults."""
     assert only(item()) == types_pb2.ResolvedParameters(temperature=1, top_p=1, repetition_penalty=1, max_new_tokens=128)
 
 
@@ -67,7 +67,7 @@ def test_text_cannot_forge_a_turn() -> None:
 
 
 def test_default_length_is_what_the_context_leaves() -> None:
-    """Where 128 do not fit, the default is what does."""
+    """Where 128 tokens do not fit, the default is as many as fit."""
     prepared = prepare(types_pb2.Item(token_ids=types_pb2.TokenIds(ids=[1] * 150))).items[0]
 
     assert (prepared.parameters.max_new_tokens, prepared.kv_tokens) == (50, 200)
@@ -91,7 +91,7 @@ def test_item_format_replaces_the_batch_format() -> None:
 
 
 def test_seed_is_absent_unless_given() -> None:
-    """No seed is made up; 0 and 2^64-1 are seeds."""
+    """A seed is present only if it was given; 0 and 2^64-1 are seeds."""
     prepared = prepare(item(), item(seed=0), item(seed=2**64 - 1)).items
 
     assert not prepared[0].HasField("seed")
@@ -161,24 +161,24 @@ BAD = [
 
 @pytest.mark.parametrize("parameters", GOOD)
 def test_bounds_are_inclusive(parameters: dict[str, Any]) -> None:
-    """What stands just inside a bound is taken."""
+    """A value on its bound is accepted."""
     assert prepare(item(**parameters)).items
 
 
 @pytest.mark.parametrize(("parameters", "path"), BAD)
 def test_bad_value_of_an_item(parameters: dict[str, Any], path: str) -> None:
-    """What stands outside a bound is refused under the item's path."""
+    """A value out of bounds is refused under the item's path."""
     assert paths(item(), item(**parameters)) == [f"items[1].parameters.{path}"]
 
 
 @pytest.mark.parametrize(("parameters", "path"), BAD)
 def test_bad_value_of_the_batch(parameters: dict[str, Any], path: str) -> None:
-    """The same in the batch's parameters is refused under the batch's path, and once where it is wrong by itself."""
+    """The same value in the batch's parameters is refused under the batch's path, once if it is wrong by itself."""
     assert set(paths(item(), item(), **parameters)) == {f"parameters.{path}"}
 
 
 def test_all_violations_are_listed() -> None:
-    """One answer names everything that is wrong, in all items."""
+    """One error names everything that is wrong, in all items."""
     found = paths(item("", top_p=2.0), item(top_k=-1), types_pb2.Item(), temperature=-1.0)
 
     assert found == [
@@ -191,7 +191,7 @@ def test_all_violations_are_listed() -> None:
 
 
 def test_batch_size() -> None:
-    """1 to batch_items_max items; of too many none is looked at."""
+    """A batch has 1 to batch_items_max items; of too many none is judged."""
     assert paths() == ["items"]
     assert paths(*[item(top_k=-1)] * 5) == ["items"]
     assert len(prepare(*[item()] * 4).items) == 4
@@ -223,12 +223,12 @@ PROMPTS = [
 
 @pytest.mark.parametrize(("bad", "path"), PROMPTS)
 def test_bad_prompts(bad: types_pb2.Item, path: str) -> None:
-    """None or two prompts, empty ones, long ones, foreign tokens, unknown roles and template errors are named."""
+    """No prompt or two, empty and long ones, unknown tokens and roles, and template errors are named by their paths."""
     assert paths(bad) == [path]
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model() -> None:
-    """What it makes of a text is held against the model's size as well: an engine would read beyond its embeddings."""
+    """A text's tokens are checked against the model's size too: the engine would read beyond its embeddings."""
 
     class Larger(ByteVocabulary):
         size = 105
@@ -241,7 +241,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model() -> None:
 
 
 def test_chat_without_template() -> None:
-    """A model without a template takes no chats."""
+    """A model without a template refuses chats."""
     with pytest.raises(InvalidRequest, match="no chat template"):
         preparer(chat=False).prepare(engine_pb2.PrepareRequest(items=[types_pb2.Item(chat=CHAT)]))
 
@@ -257,7 +257,7 @@ def test_kinds_of_prompts() -> None:
 
 
 def test_prompt_and_answer_must_fit() -> None:
-    """A batch's length that does not fit one item names that item in words."""
+    """A batch's max_new_tokens that does not fit one item is refused, and the description names the item."""
     with pytest.raises(InvalidRequest) as caught:
         prepare(item(), item("x" * 100), max_new_tokens=150)
 
@@ -266,7 +266,7 @@ def test_prompt_and_answer_must_fit() -> None:
 
 
 def test_tokenize_knows_the_same_prompts() -> None:
-    """Tokenize gives what Prepare would, and refuses what it would."""
+    """Tokenize returns the token ids of Prepare, and refuses the same prompts."""
     response = preparer().tokenize(generation_pb2.TokenizeRequest(items=[item("hi"), types_pb2.Item(chat=CHAT)]))
 
     assert [list(each.ids) for each in response.results] == [
@@ -297,14 +297,14 @@ class Words(ByteVocabulary):
     ],
 )
 def test_bad_word_is_all_its_tokens(word: str, pieces: list[bytes]) -> None:
-    """A word means every token that is the word, give or take white space before it."""
+    """A word stands for every token whose text is the word, white space before it ignored."""
     vocabulary = Words()
 
     assert [vocabulary.piece(token_id) for token_id in Lexicon(vocabulary).ids_of(word)] == pieces
 
 
 def test_text_bytes_of_the_longest_token() -> None:
-    """A broken character may cost three bytes for each of its own; a whole text only its length."""
+    """Each byte of a broken character may become three; whole characters keep their length."""
     assert Lexicon(Words()).text_bytes_max == 12
     assert Lexicon(ByteVocabulary()).text_bytes_max == 3
 
@@ -315,7 +315,7 @@ def test_text_bytes_of_the_longest_token() -> None:
     st.lists(st.text(min_size=1, max_size=5), max_size=2),
 )
 def test_result_is_never_larger_than_promised(tokens: list[int], logprobs: int | None, stops: list[str]) -> None:
-    """Whatever tokens come, the serialised result is within result_bytes."""
+    """No serialised result is larger than result_bytes."""
     vocabulary = Words()
     parameters = types_pb2.ResolvedParameters(max_new_tokens=len(tokens), ignore_eos=True, stop=stops, logprobs=logprobs)
     answer = Answer(parameters, vocabulary)
@@ -371,7 +371,7 @@ any_item = st.builds(
 
 @given(st.lists(any_item, max_size=5), any_parameters)
 def test_either_all_is_good_or_something_is_named(items: list[types_pb2.Item], batch: types_pb2.Parameters) -> None:
-    """Whatever comes in: a whole and valid answer, or violations, each with an existing path; never anything else."""
+    """Every request gets a complete and valid response, or violations, each with an existing path."""
     try:
         response = preparer().prepare(engine_pb2.PrepareRequest(items=items, parameters=batch))
     except InvalidRequest as error:

@@ -40,7 +40,7 @@ class Running:
 
 
 def test_start_and_stop(tmp_path: Path) -> None:
-    """It starts, answers, shows its metrics, and ends with 0 when told to; its socket is its owner's and its group's."""
+    """It starts, answers, serves metrics, and exits with 0 on SIGTERM; its socket's mode is 660."""
     with Running(tmp_path) as service:
         service.program.wait_for("serving")
         with grpc.insecure_channel(service.address) as channel:
@@ -59,7 +59,7 @@ def test_start_and_stop(tmp_path: Path) -> None:
 
 
 def test_only_turbomind_can_be_calibrated() -> None:
-    """The command takes the service's own settings, and is a bad command line for every other engine."""
+    """`calibrate` takes the service's settings, and is refused for an engine that has nothing to prove."""
     command = [sys.executable, "-m", "service", "calibrate", "--engine", "scripted", "--log-level", "ERROR"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
@@ -68,7 +68,7 @@ def test_only_turbomind_can_be_calibrated() -> None:
 
 
 def test_the_log_says_what_the_grade_rests_on_and_what_it_cost(tmp_path: Path) -> None:
-    """In one line, in plain words, each part of the start by itself."""
+    """One log line has the grade, the reason and the seconds of each part of the start."""
     with Running(tmp_path, "--log-format", "human", "--script", '{"load_seconds": 0.2}') as service:
         deadline = time.monotonic() + START_SECONDS
         while not (said := [line for line in service.program.lines if "grade earned" in line]) and time.monotonic() < deadline:
@@ -81,7 +81,7 @@ def test_the_log_says_what_the_grade_rests_on_and_what_it_cost(tmp_path: Path) -
 
 
 def test_an_idle_sidecar_does_not_hold_up_the_stop(tmp_path: Path) -> None:
-    """Told to stop, it does not wait its whole drain for a stream on which nothing happens."""
+    """On SIGTERM an idle stream is ended long before drain_seconds."""
     says: queue.SimpleQueue[engine_pb2.ExecuteRequest | None] = queue.SimpleQueue()
     says.put(engine_pb2.ExecuteRequest(hello=hello_of()))
     with Running(tmp_path, "--drain-seconds", "3600") as service, grpc.insecure_channel(service.address) as channel:
@@ -95,7 +95,7 @@ def test_an_idle_sidecar_does_not_hold_up_the_stop(tmp_path: Path) -> None:
 
 
 def test_listens_before_it_is_ready(tmp_path: Path) -> None:
-    """Until the model is loaded and tested, health says NOT_SERVING and RPCs say UNAVAILABLE; stopping then is a good end."""
+    """Until the model is loaded and tested, health is NOT_SERVING and RPCs are UNAVAILABLE; SIGTERM then exits with 0."""
     script = {"load_seconds": 0.3, "rules": [{"do": "hang", "purposes": ["SELF_TEST"]}]}
     with Running(tmp_path, "--script", json.dumps(script)) as service:
         service.program.wait_for("listening")
@@ -111,7 +111,7 @@ def test_listens_before_it_is_ready(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_interrupted_load(number: signal.Signals, tmp_path: Path) -> None:
-    """A service that is told to stop while its model loads does not wait for that."""
+    """SIGTERM while the model loads ends the process at once."""
     with Running(tmp_path, "--script", json.dumps({"load_seconds": 600})) as service:
         service.program.wait_for("listening")
 
@@ -119,7 +119,7 @@ def test_interrupted_load(number: signal.Signals, tmp_path: Path) -> None:
 
 
 def test_interrupted_self_test(tmp_path: Path) -> None:
-    """A service that is told to stop while it tests itself stops."""
+    """SIGTERM during the self-test ends the process."""
     script = {"rules": [{"do": "hang", "purposes": ["SELF_TEST"]}]}
     with Running(tmp_path, "--script", json.dumps(script)) as service:
         service.program.wait_for("engine loaded")
@@ -128,7 +128,7 @@ def test_interrupted_self_test(tmp_path: Path) -> None:
 
 
 def test_crash_shows_in_the_exit_code(tmp_path: Path) -> None:
-    """A scripted crash is a crash."""
+    """A scripted crash ends the process with its exit code."""
     script = {"rules": [{"do": "crash", "at": 3, "purposes": ["SELF_TEST"]}]}
     with Running(tmp_path, "--script", json.dumps(script)) as service:
         assert service.program._process.wait(40) == 70

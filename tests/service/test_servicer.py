@@ -1,4 +1,4 @@
-"""The service's RPCs but Execute, over a real socket."""
+"""The service's RPCs other than Execute, over a real socket."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.service.support import error_of, refused, served
 
 
 async def test_describe() -> None:
-    """Describe says what runs, what it takes, what it holds and what it is worth."""
+    """Describe has the model, its limits, its capacity, its fingerprint and its grade."""
     async with served({"runs": 3, "kv_blocks": 7, "model": "m", "fields": {"device": "d"}}, batch_items_max=9) as service:
         found = await service.stub.Describe(engine_pb2.DescribeRequest())
 
@@ -43,7 +43,7 @@ async def test_describe() -> None:
 
 
 async def test_not_ready_is_unavailable() -> None:
-    """Until the engine is tested every RPC says UNAVAILABLE, and when to come back."""
+    """Until the engine is tested every RPC is UNAVAILABLE, with a retry delay."""
     async with served() as service:
         service.servicer.streams = None
         for call in (
@@ -58,7 +58,7 @@ async def test_not_ready_is_unavailable() -> None:
 
 
 async def test_hello_is_heard_before_a_stream_is_refused() -> None:
-    """Also a service that is not ready reads first: to a sidecar whose first write fails, gRPC would not say why."""
+    """A service that is not ready reads hello before it refuses: gRPC would report a failed write and not the refusal."""
     asked, says = asyncio.Event(), asyncio.Event()
 
     async def requests() -> AsyncIterator[engine_pb2.ExecuteRequest]:
@@ -104,7 +104,7 @@ async def test_a_tokenizer_that_cannot_be_told_says_why(monkeypatch: pytest.Monk
 
 
 async def test_prepare_refuses_with_paths() -> None:
-    """Violations arrive with their paths."""
+    """Prepare's violations arrive with their paths."""
     async with served() as service:
         with refused(InvalidRequest) as found:
             await service.stub.Prepare(engine_pb2.PrepareRequest(items=[types_pb2.Item(text="")]))
@@ -115,7 +115,7 @@ async def test_prepare_refuses_with_paths() -> None:
 
 @pytest.mark.parametrize("text", ["hi", "x" * 4000, "x" * 9000], ids=["small", "large", "over the context"])
 async def test_prepare_small_and_large(text: str) -> None:
-    """A request is prepared alike on the loop and in a thread."""
+    """A request has the same response on the event loop and in a thread."""
     async with served({"context_tokens": 8192}) as service:
         call = service.stub.Prepare(engine_pb2.PrepareRequest(items=[types_pb2.Item(text=text)] * 2))
         if len(text) > 8191:
@@ -128,7 +128,7 @@ async def test_prepare_small_and_large(text: str) -> None:
 
 
 async def test_model_digest_is_of_the_model_alone() -> None:
-    """Another device prepares alike; another tokenizer does not."""
+    """The model digest depends on the tokenizer and not on the device."""
 
     async def digest(**fields: str) -> bytes:
         async with served({"fields": fields}) as service:
@@ -140,7 +140,7 @@ async def test_model_digest_is_of_the_model_alone() -> None:
 
 
 async def test_malformed_bytes() -> None:
-    """Bytes that are no message are the caller's fault."""
+    """Bytes that cannot be parsed are INVALID_ARGUMENT."""
     async with served() as service, grpc.aio.insecure_channel(service.address) as channel:
         raw: Any = channel.unary_unary("/ostinato.v1.Engine/Prepare")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -150,7 +150,7 @@ async def test_malformed_bytes() -> None:
 
 
 async def test_workers_are_bounded() -> None:
-    """Beyond threads and queue, work is refused with a time to come back; a caller that leaves does not free its thread."""
+    """Beyond threads and queue, work is refused with a retry delay; a cancelled caller does not free its thread."""
     workers, gate = Workers(threads=1, queue_max=1), threading.Event()
     busy = [asyncio.create_task(workers.run(gate.wait)) for _ in range(2)]
     await asyncio.sleep(0)  # each has taken its place

@@ -20,7 +20,7 @@ from tests.waiting import eventually
 
 
 async def test_welcome_comes_first() -> None:
-    """The first message holds the description, as Describe gives it."""
+    """The first message has the description of Describe."""
     async with served() as service, service.stream() as stream:
         frame = await stream.read()
 
@@ -30,7 +30,7 @@ async def test_welcome_comes_first() -> None:
 
 
 async def test_events_of_a_run_are_in_order() -> None:
-    """A streamed run starts, brings its tokens gapless, and finishes with the same tokens and text."""
+    """A streamed run starts, delivers its tokens without gaps, and finishes with the same tokens and text."""
     async with served() as service, service.stream() as stream:
         await stream.send(submit_of(9))
         output = await stream.output(9)
@@ -74,7 +74,7 @@ async def test_starts_in_order_when_the_engine_is_full() -> None:
 
 
 async def test_the_engine_begins_before_a_large_message_is_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A message of many runs is taken in by parts: the first of them have started when the last are submitted."""
+    """A message with many runs is received in parts: the first runs have started when the last are submitted."""
     happened: list[str] = []
     async with served({"runs": 200}) as service, service.stream() as stream:
         submit, report = service.engine.submit, service.engine._on_events
@@ -98,7 +98,7 @@ async def test_the_engine_begins_before_a_large_message_is_taken_in(monkeypatch:
 
 
 async def test_same_input_same_answer() -> None:
-    """Two runs of one input are equal, whatever else they are called."""
+    """Two runs of one input have equal outputs, whatever their ids, attempts and purposes."""
     async with served() as service, service.stream() as stream:
         await stream.send(submit_of(1), submit_of(2, purpose=REPLAY, sequence=1, attempt=2))
 
@@ -106,7 +106,7 @@ async def test_same_input_same_answer() -> None:
 
 
 async def test_frames_coalesce() -> None:
-    """A sidecar that reads late gets what happened meanwhile in few messages, not one per token."""
+    """A sidecar that reads late gets few messages, not one per token."""
     async with served() as service, service.stream() as stream:
         await stream.read()
         await stream.send(*(submit_of(i, max_new_tokens=500) for i in range(1, 9)))
@@ -143,8 +143,8 @@ async def test_slow_reader_loses_its_stream() -> None:
 
 
 async def test_preparing_over_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each request has an answer of its own, by its id: what the call would have answered, refused or broken down with. The
-    runs beside it go on."""
+    """Each prepare request is answered by its id with what the Prepare call would have returned, refusals and INTERNAL too.
+    Runs go on meanwhile."""
     encode = ByteVocabulary.encode
 
     def crash(self: ByteVocabulary, text: str, *, special: bool) -> list[int]:
@@ -176,7 +176,7 @@ async def test_preparing_over_the_stream(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 async def test_cancel_before_start() -> None:
-    """A queued run that is cancelled never starts, and nothing is said of it."""
+    """A queued run that is cancelled never starts, and has no event."""
     held = {"runs": 1, "rules": [{"do": "hang", "sequences": [1]}]}
     async with served(held) as service, service.stream() as stream:
         await stream.send(submit_of(1), submit_of(2), submit_of(3))
@@ -188,7 +188,7 @@ async def test_cancel_before_start() -> None:
 
 
 async def test_cancel_while_running() -> None:
-    """A running run that is cancelled stops, makes room, and is not spoken of again."""
+    """A running run that is cancelled stops, makes room, and has no further event."""
     async with served({"runs": 1, **SLOW}) as service, service.stream() as stream:
         await stream.send(submit_of(1, **ENDLESS), submit_of(2))
         await stream.until(1, "tokens")
@@ -201,7 +201,7 @@ async def test_cancel_while_running() -> None:
 
 
 async def test_cancel_after_the_end_is_ignored() -> None:
-    """Cancelling what has ended, or never was, changes nothing."""
+    """Cancelling an ended or unknown run changes nothing."""
     async with served() as service, service.stream() as stream:
         await stream.send(submit_of(1))
         await stream.end(1)
@@ -230,7 +230,7 @@ async def test_deadline() -> None:
 
 
 async def test_deadline_of_a_hanging_run() -> None:
-    """A run that makes no token any more still ends by its timeout."""
+    """A run that hangs ends by its timeout."""
     async with served({"rules": [{"do": "hang", "at": 2}]}) as service, service.stream() as stream:
         await stream.send(submit_of(1, timeout_millis=50))
 
@@ -247,7 +247,7 @@ async def test_deadline_counts_from_submission() -> None:
 
 
 async def test_longest_deadline() -> None:
-    """The largest timeout is as good as none."""
+    """The largest timeout is accepted, and does not end the run."""
     async with served() as service, service.stream() as stream:
         await stream.send(submit_of(1, timeout_millis=2**64 - 1))
 
@@ -255,7 +255,7 @@ async def test_longest_deadline() -> None:
 
 
 async def test_engine_failure_fails_one_run() -> None:
-    """A run that the engine gives up fails with ENGINE_FAILED; its neighbour finishes."""
+    """A run that the engine fails ends with ENGINE_FAILED; another finishes."""
     async with served({"rules": [{"do": "fail", "at": 3, "sequences": [1]}]}) as service, service.stream() as stream:
         await stream.send(submit_of(1), submit_of(2))
 
@@ -294,7 +294,7 @@ async def test_run_that_does_not_fit_fails_alone(changes: dict[str, Any], path: 
 
 
 async def test_a_recorded_length_outlives_the_setting() -> None:
-    """A run that was recorded before new_tokens_max was lowered is still taken: the context is what bounds it."""
+    """A run recorded before new_tokens_max was lowered is accepted: only the context bounds it."""
     async with served(new_tokens_max=4) as service, service.stream() as stream:
         await stream.send(submit_of(1, max_new_tokens=9))
 
@@ -321,7 +321,7 @@ async def test_too_many_runs_are_turned_away() -> None:
 
 
 async def test_grade_lost_mid_run() -> None:
-    """When the engine loses its grade, Welcome is sent again, the run under way and all later ones have the lower grade."""
+    """When the engine loses its grade, Welcome is sent again, and the active run and all later ones have the lower grade."""
     rules = [{"do": "lose_grade", "at": 4, "sequences": [2], "to": "BEST_EFFORT"}]
     async with served({"rules": rules}, self_test="full") as service, service.stream() as stream:
         await stream.send(submit_of(1))
@@ -338,7 +338,7 @@ async def test_grade_lost_mid_run() -> None:
 
 
 async def test_crash_is_not_survived() -> None:
-    """A scripted crash ends the process with its own code, once what had been reported has left."""
+    """A scripted crash ends the process with its exit code, after the reported events were sent."""
     async with (
         served({"rules": [{"do": "crash", "at": 1, "sequences": [1], "purposes": ["PRIMARY"]}]}) as service,
         service.stream() as stream,
@@ -351,7 +351,7 @@ async def test_crash_is_not_survived() -> None:
 
 
 async def test_stale_epoch_is_refused() -> None:
-    """An epoch lower than one seen of this log is refused, also after that one has gone."""
+    """An epoch lower than one seen of this writer and log is refused, also after that stream has ended."""
     async with served() as service:
         async with service.stream(epoch=5) as stream:
             await stream.read()
@@ -366,7 +366,7 @@ async def test_stale_epoch_is_refused() -> None:
 
 @pytest.mark.parametrize("epoch", [3, 4])
 async def test_same_or_higher_epoch_takes_over(epoch: int) -> None:
-    """A writer that comes back ends its earlier stream, whose runs stop before the new one's begin."""
+    """A writer that reconnects ends its earlier stream, whose runs stop before the new runs begin."""
     async with served(SLOW) as service, service.stream(epoch=3) as old:
         await old.send(*(submit_of(i, **ENDLESS) for i in range(1, 70)))
         await old.until(1, "tokens")
@@ -380,7 +380,7 @@ async def test_same_or_higher_epoch_takes_over(epoch: int) -> None:
 
 
 async def test_replaced_stream_can_submit_nothing() -> None:
-    """What a replaced sidecar has under way never reaches the engine, even while its stream cannot be told yet."""
+    """Submissions of a replaced sidecar never reach the engine, even while a write to it hangs."""
     async with served({"record": 100}) as service:
         old_says, new_says = Said(), Said()
         context: Any = None
@@ -401,7 +401,7 @@ async def test_replaced_stream_can_submit_nothing() -> None:
 
 
 class Said(asyncio.Queue[engine_pb2.ExecuteRequest]):
-    """What a sidecar says, without a socket."""
+    """A sidecar's messages, without a socket."""
 
     __call__ = asyncio.Queue.put_nowait
 
@@ -412,7 +412,7 @@ class Said(asyncio.Queue[engine_pb2.ExecuteRequest]):
 
 @pytest.mark.parametrize("other", [{"writer": "x"}, {"log": "f" * 32}, {"writer": "x", "epoch": 9}])
 async def test_another_writer_is_refused(other: dict[str, Any]) -> None:
-    """A second log or writer is refused while one is connected, whatever its epoch, and the first goes on undisturbed."""
+    """A second log or writer is refused while one is connected, whatever its epoch, and the first goes on."""
     async with served(SLOW) as service, service.stream() as first:
         await first.send(submit_of(1, max_new_tokens=20))
         await first.read()
@@ -423,7 +423,7 @@ async def test_another_writer_is_refused(other: dict[str, Any]) -> None:
 
 
 async def test_another_writer_may_come_later() -> None:
-    """Once the first writer is gone, another log is served."""
+    """After the first writer's stream has ended, another log is served."""
     async with served() as service:
         async with service.stream(epoch=7) as first:
             await first.done()
@@ -434,7 +434,7 @@ async def test_another_writer_may_come_later() -> None:
 
 
 async def test_refused_hello_leaves_no_trace() -> None:
-    """A refused epoch does not count as seen: it is not the busy writer's rival that fences it."""
+    """A refused epoch does not count as seen, so it does not fence the connected writer."""
     async with served() as service, service.stream(epoch=3) as first:
         await first.read()
         async with service.stream(writer="x", epoch=9) as second:
@@ -463,7 +463,7 @@ async def test_refused_hello_leaves_no_trace() -> None:
     ],
 )
 async def test_broken_rules_end_the_stream(submits: list[engine_pb2.Submit], kind: type[errors.OstinatoError]) -> None:
-    """Each rule of Submit, once broken, ends the stream with its error and stops its runs."""
+    """A submission that breaks a rule ends the stream with its error and stops its runs."""
     async with served({"rules": [{"do": "hang"}]}) as service, service.stream() as stream:
         await stream.send(*submits)
 
@@ -482,7 +482,7 @@ async def test_run_id_is_used_up_by_its_run() -> None:
 
 
 async def test_reruns_have_no_place_in_the_order() -> None:
-    """Only PRIMARY sequences must rise."""
+    """Sequences of other purposes than PRIMARY need not rise."""
     async with served() as service, service.stream() as stream:
         await stream.send(submit_of(1, sequence=5), submit_of(2, sequence=3, purpose=REPLAY), submit_of(3, sequence=6))
 
@@ -491,7 +491,7 @@ async def test_reruns_have_no_place_in_the_order() -> None:
 
 
 async def test_later_attempts_have_no_place_in_the_order() -> None:
-    """Only first attempts must rise, over whatever gaps: what was taken over from another writer comes when it comes."""
+    """Sequences of first attempts must rise, gaps allowed; those of later attempts need not."""
     async with served() as service, service.stream() as stream:
         await stream.send(submit_of(1, sequence=5), submit_of(2, sequence=3, attempt=2), submit_of(3, sequence=900))
         await stream.send(submit_of(4, sequence=950, attempt=3), submit_of(5, sequence=901))
@@ -501,7 +501,7 @@ async def test_later_attempts_have_no_place_in_the_order() -> None:
 
 
 async def test_largest_sequences_and_ids() -> None:
-    """2^63 and 2^64-1 are numbers like others."""
+    """2^63 and 2^64-1 are valid sequences, run ids, seeds and epochs."""
     async with served({"record": 9}) as service, service.stream(epoch=2**64 - 1) as stream:
         await stream.send(submit_of(2**63, seed=2**64 - 1), submit_of(2**64 - 1))
 
@@ -514,7 +514,7 @@ async def test_largest_sequences_and_ids() -> None:
     "hello", [hello_of(log=""), hello_of(writer=""), hello_of(epoch=0), None], ids=["log", "writer", "epoch", "none"]
 )
 async def test_stream_begins_with_a_whole_hello(hello: engine_pb2.Hello | None) -> None:
-    """A first message without hello, or with half of one, ends the stream."""
+    """A first message without a complete hello ends the stream."""
     async with served() as service:
         stream = Stream(service.stub.Execute())
         await stream.send(submit_of(1), hello=hello)
@@ -523,7 +523,7 @@ async def test_stream_begins_with_a_whole_hello(hello: engine_pb2.Hello | None) 
 
 
 async def test_second_hello_ends_the_stream() -> None:
-    """Hello stands in the first message only."""
+    """A second hello ends the stream."""
     async with served() as service, service.stream() as stream:
         await stream.send(hello=hello_of(epoch=2))
 
@@ -531,7 +531,7 @@ async def test_second_hello_ends_the_stream() -> None:
 
 
 async def test_malformed_message_ends_the_stream() -> None:
-    """Bytes that are no message end the stream with INVALID_ARGUMENT, and its runs."""
+    """Bytes that cannot be parsed end the stream with INVALID_ARGUMENT and stop its runs."""
     async with served(SLOW) as service, grpc.aio.insecure_channel(service.address) as channel:
         raw: Any = channel.stream_stream(
             "/ostinato.v1.Engine/Execute", response_deserializer=engine_pb2.ExecuteResponse.FromString
@@ -551,11 +551,11 @@ async def test_stream_uses_no_more_than_one_log() -> None:
 
 
 NEVER = 1000.0
-"""Seconds that no test lasts."""
+"""In seconds. Longer than any test."""
 
 
 async def refusing(service: Service) -> None:
-    """Until a new call is turned away."""
+    """Returns once a new call is refused."""
     async with asyncio.timeout(30):
         with contextlib.suppress(grpc.aio.AioRpcError):
             while True:
@@ -564,7 +564,7 @@ async def refusing(service: Service) -> None:
 
 
 async def test_disconnect_frees_the_engine() -> None:
-    """When the sidecar vanishes, all its runs stop at once."""
+    """When the sidecar disconnects, all its runs stop at once."""
     async with served(SLOW) as service:
         async with service.stream() as stream:
             await stream.send(*(submit_of(i, **ENDLESS) for i in range(1, 100)))
@@ -578,7 +578,7 @@ async def test_disconnect_frees_the_engine() -> None:
 
 
 async def test_half_close_drains() -> None:
-    """After half-close runs go on to their end, and then the stream ends well."""
+    """After half-close runs go on to their ends, and then the stream ends without an error."""
     async with served(SLOW) as service, service.stream() as stream:
         await stream.send(*(submit_of(i, max_new_tokens=20) for i in range(1, 5)))
         await stream.done()
@@ -587,7 +587,7 @@ async def test_half_close_drains() -> None:
 
 
 async def test_half_close_without_runs_ends() -> None:
-    """A stream with nothing to do ends as soon as it is half-closed, welcome included."""
+    """A half-closed stream without runs ends at once, after its welcome."""
     async with served() as service, service.stream() as stream:
         await stream.done()
 
@@ -595,7 +595,7 @@ async def test_half_close_without_runs_ends() -> None:
 
 
 async def test_stop_waits_for_the_stream() -> None:
-    """A service told to stop keeps the stream until the sidecar half-closes, and takes no other call."""
+    """A draining service keeps the stream until the sidecar half-closes, and refuses other calls."""
     async with served(SLOW) as service, service.stream() as stream:
         await stream.send(submit_of(1, max_new_tokens=30))
         await stream.until(1, "tokens")
@@ -615,7 +615,7 @@ async def test_stop_waits_for_the_stream() -> None:
 
 
 async def test_stop_lets_an_idle_sidecar_go() -> None:
-    """A service told to stop ends a stream well that nobody half-closes, but not while it has runs."""
+    """A draining service ends an idle stream without an error, but not while it has runs."""
     async with served(SLOW) as service, service.stream() as stream:
         await stream.send(submit_of(1, max_new_tokens=30), submit_of(2, max_new_tokens=60))
         await stream.until(1, "tokens")
@@ -629,7 +629,7 @@ async def test_stop_lets_an_idle_sidecar_go() -> None:
 
 
 async def test_a_stream_that_comes_during_a_drain_ends_too() -> None:
-    """A stream that was let in at the last moment does not keep a stopping service."""
+    """A stream that was admitted during the drain ends once it is idle."""
     async with served() as service:
         service.streams.drain(0.02)
         async with service.stream() as stream:
@@ -640,7 +640,7 @@ async def test_a_stream_that_comes_during_a_drain_ends_too() -> None:
 
 
 async def test_stop_ends_when_grace_does() -> None:
-    """A sidecar that never half-closes is cut off when the grace is over, and its runs stop."""
+    """A sidecar that never half-closes is disconnected after the grace period, and its runs stop."""
     async with served(SLOW) as service, service.stream() as stream:
         await stream.send(submit_of(1, **ENDLESS))
         await stream.until(1, "tokens")
