@@ -28,7 +28,6 @@ from sidecar.api import GenerationServicer, SequencerServicer
 from sidecar.checks import Auditor, CanaryRunner
 from sidecar.config import Settings
 from sidecar.core import events as ev
-from sidecar.core.sequencer import Sequencer
 from sidecar.divergence.output import DivergenceCollector
 from sidecar.divergence.tracker import DivergenceTracker
 from sidecar.held import Held
@@ -63,7 +62,6 @@ class Sidecar:
         self.observer = Observer(Metrics(numbers), self.tracker.not_compared)
         numbers.register(DivergenceCollector(lambda: self.tracker.restored_counts))
         self.held = Held(settings.held, self.observer.lost)
-        self.observer.holds(lambda: self.held.bytes)
         self.server = Server(
             settings.listen,
             registry=numbers,
@@ -84,13 +82,13 @@ class Sidecar:
         )
         self.high_water = HighWater(MarkFile(settings.mark), self.journal) if settings.mark is not None else None
         self.link = EngineLink(settings.engine, settings.reconnect_seconds)
-        self.pipeline = Pipeline(Sequencer(settings.bounds), self.journal, self.link, self.observer, time.monotonic)
+        self.pipeline = Pipeline(settings, self.journal, self.link, self.observer, self.held, time.monotonic)
         self.auditor = Auditor(self.pipeline, settings)
         self.canaries = CanaryRunner(self.pipeline, watched, settings.canary_seconds)
-        generation = GenerationServicer(self.pipeline, self.held, settings)
+        generation = GenerationServicer(self.pipeline, settings)
         self.doors = [GENERATION]
         self.server.add(add_GenerationServicer_to_server, generation, GENERATION)
-        sequencer = SequencerServicer(self.pipeline, self.tracker, self.held, settings)
+        sequencer = SequencerServicer(self.pipeline, self.tracker, settings)
         self.server.add(add_SequencerServicer_to_server, sequencer, SEQUENCER)
         if gateway is not None:
             self.server.add(gateway.register, gateway.VllmServicer(generation, self.pipeline, settings), gateway.NAME)

@@ -81,6 +81,7 @@ def draft(request: generation_pb2.GenerateRequest, prepared: engine_pb2.PrepareR
             seed_derived=not item.HasField("seed"),
             idempotency_key=request.idempotency_key,
             request_digest=digest,
+            tenant=tenant,
             request_id=request.request_id,
             required_grade=request.required_grade,
             model_digest=prepared.model_digest,

@@ -1,105 +1,113 @@
-"""Those who wait for a batch: one answer at the end, or a stream of events. What waits for a reader is kept serialised, so that
-its size is known and small, and is counted in the call's account."""
+"""Those who wait for items, and what they are answered.
+
+A `Waiter` collects the results of one call. What waits for a slow reader is kept serialised, so that its size is known, and is
+counted in the call's account. An answer is derived from journal entries alone: a later answer equals the first, byte for byte.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Container, Mapping, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping, Sequence
+
+import grpc
 
 from ostinato import enums, errors
 from ostinato.chain import OUTCOMES, receipt
 from ostinato.errors import Cancelled, JournalUnavailable, PayloadPruned
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
+from serving.handlers import written
 
 from sidecar.held import COPIES, Account
 from sidecar.journal.model import ItemEntries, JournalBroken, Outcome, Sealed
 from sidecar.journal.writer import Journal
 
 MESSAGE_BYTES = 1 << 16
-"""A message of tokens that has so many is closed: a client reads 4 MiB, and of a lost call gRPC keeps the message at work."""
+"""A message of tokens is closed at this size. Clients read 4 MiB; gRPC keeps one message of a lost call in memory."""
 PIECE_BYTES = 160
-"""Held beside the bytes of whatever waits: objects."""
+"""Memory of a waiting piece beside its bytes: Python objects."""
 RUN_BYTES, RUN_FACTOR = 1024, 7
-"""Of a run that is not serialised: held at worst beside its bytes, and for each of them."""
+"""Memory of a run that is not serialised, at worst: constant, and for each of its bytes."""
 
 
-class Waiter(Protocol):
-    """Told what happens to its items, on the event loop; never blocks it."""
-
-    wants_tokens: bool
-    sequences: range
-    """The items that it waits for; empty until they are known."""
-
-    def tokens(self, run: generation_pb2.TokenRun) -> None: ...
-
-    def restarted(self, event: generation_pb2.Restarted) -> None: ...
-
-    def result(self, result: types_pb2.Result) -> None: ...
-
-    def lost(self, error: errors.OstinatoError) -> None:
-        """The call is over without an outcome of its items. The first error counts."""
-        ...
-
-
-class UnaryWaiter:
-    """Collects the results of a whole batch."""
+class Waiter:
+    """One call that waits for items. Told what happens to them on the event loop, and never blocks it."""
 
     wants_tokens = False
 
-    def __init__(self, count: int, account: Account) -> None:
+    def __init__(self) -> None:
+        self.batch_id = 0
+        """0: the call joined items that were admitted before."""
         self.sequences = range(0)
-        self._count = count
-        self._results: dict[int, bytes] = {}
-        """By sequence: a response with this result alone. Serialised messages one behind the other are one message."""
-        self._lost: errors.OstinatoError | None = None
-        self._over = asyncio.Event()
-        self._account = account
-        account.forget = self._forget
+        """Empty until they are known."""
 
     def tokens(self, run: generation_pb2.TokenRun) -> None: ...
 
     def restarted(self, event: generation_pb2.Restarted) -> None: ...
 
     def result(self, result: types_pb2.Result) -> None:
+        raise NotImplementedError
+
+    def lost(self, error: errors.OstinatoError) -> None:
+        """The call ends without an outcome of its items. The first error counts."""
+        raise NotImplementedError
+
+    async def answer(self, stamp: types_pb2.Stamp, *, repeated: bool = False) -> bytes | None:
+        """The response, or None if it was written. Raises what the call is lost for. `repeated`: the key was bound before."""
+        raise NotImplementedError
+
+
+class UnaryWaiter(Waiter):
+    """Collects the results of a whole batch."""
+
+    def __init__(self, count: int, account: Account) -> None:
+        super().__init__()
+        self._count = count
+        self._results: dict[int, bytes] = {}
+        """By sequence: a response with this result alone. Serialised messages, concatenated, are one message."""
+        self._lost: errors.OstinatoError | None = None
+        self._ended = asyncio.Event()
+        self._account = account
+        account.forget = self._forget
+
+    def result(self, result: types_pb2.Result) -> None:
         if self._account.lost.done():
             return
         data = self._results[result.sequence] = generation_pb2.GenerateResponse(results=[result]).SerializeToString()
         if len(self._results) == self._count:
-            self._over.set()
+            self._ended.set()
         self._account.add(COPIES * len(data))
 
     def lost(self, error: errors.OstinatoError) -> None:
         self._lost = self._lost or error
-        self._over.set()
+        self._ended.set()
 
     def _forget(self) -> None:
         self._results.clear()
         self.lost(self._account.error)
 
-    async def answer(self, stamp: types_pb2.Stamp) -> bytes:
-        """A serialised GenerateResponse with the results ascending, when all have ended. Raises what the call was lost for."""
-        await self._over.wait()
+    async def answer(self, stamp: types_pb2.Stamp, *, repeated: bool = False) -> bytes:
+        """A serialised GenerateResponse, its results in ascending order of sequence."""
+        await self._ended.wait()
         if self._lost is not None:
             raise self._lost
         results = [self._results[sequence] for sequence in sorted(self._results)]
         return b"".join([generation_pb2.GenerateResponse(stamp=stamp).SerializeToString(), *results])
 
 
-class StreamWaiter:
-    """Events that wait for a reader, serialised when they are taken."""
+class StreamWaiter(Waiter):
+    """Writes events as its reader takes them. Tokens that wait are merged."""
 
     wants_tokens = True
 
-    def __init__(self, count: int, account: Account) -> None:
-        self.sequences = range(0)
+    def __init__(self, count: int, account: Account, write: Callable[[bytes], Awaitable[None]]) -> None:
+        super().__init__()
         self._open = count
         self._events: deque[_Tokens | _Event] = deque()
         self._lost: errors.OstinatoError | None = None
-        self._something = asyncio.Event()
-        self._account = account
+        self._changed = asyncio.Event()
+        self._account, self._write = account, write
         account.forget = self._forget
 
     def tokens(self, run: generation_pb2.TokenRun) -> None:
@@ -114,19 +122,19 @@ class StreamWaiter:
         self._account.change(last.held - before)
 
     def restarted(self, event: generation_pb2.Restarted) -> None:
-        self._happened(generation_pb2.GenerateEvent(restarted=event))
+        self._put_event(generation_pb2.GenerateEvent(restarted=event))
 
     def result(self, result: types_pb2.Result) -> None:
         self._open -= 1
         completed = result.HasField("output")
         event = generation_pb2.GenerateEvent(finished=result) if completed else generation_pb2.GenerateEvent(failed=result)
-        self._happened(event)
+        self._put_event(event)
 
     def lost(self, error: errors.OstinatoError) -> None:
         self._lost = self._lost or error
-        self._something.set()
+        self._changed.set()
 
-    def _happened(self, event: generation_pb2.GenerateEvent) -> None:
+    def _put_event(self, event: generation_pb2.GenerateEvent) -> None:
         if not self._account.lost.done():
             waiting = _Event(event.SerializeToString())
             self._put(waiting)
@@ -134,18 +142,26 @@ class StreamWaiter:
 
     def _put(self, event: _Tokens | _Event) -> None:
         self._events.append(event)
-        self._something.set()
+        self._changed.set()
 
     def _forget(self) -> None:
         self._events.clear()
-        self._something.set()
+        self._changed.set()
+
+    async def answer(self, stamp: types_pb2.Stamp, *, repeated: bool = False) -> None:
+        """Writes serialised events until each item has ended. Raises SlowReader, too."""
+        admitted = generation_pb2.Admitted(stamp=stamp, repeated_key=repeated)
+        event: bytes | None = generation_pb2.GenerateEvent(admitted=admitted).SerializeToString()
+        while event is not None:
+            if not await written(self._write(event), lost=self._account.lost):
+                raise self._account.error
+            event = await self.next()
 
     async def next(self) -> bytes | None:
-        """The next GenerateEvent, serialised; None: every item has ended and was told. Raises SlowReader; and what the call was
-        lost for, behind what had come before."""
+        """The next serialised GenerateEvent; None: every item has ended. An error comes after the events before it."""
         while not self._events and self._open and self._lost is None and not self._account.lost.done():
-            self._something.clear()
-            await self._something.wait()
+            self._changed.clear()
+            await self._changed.wait()
         if self._account.lost.done():
             raise self._account.error
         if self._events:
@@ -158,7 +174,7 @@ class StreamWaiter:
 
 
 class _Event:
-    """An event that waits as it will be written."""
+    """An event, serialised."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -169,8 +185,8 @@ class _Event:
 
 
 class _Run:
-    """Tokens of one item and attempt: the first run as it came, which is mostly all, or else bytes, which are smaller. To
-    append to a message's text in place would keep every earlier text too."""
+    """Tokens of one item and attempt. The first piece stays a message, which is mostly all; further pieces are kept as bytes,
+    which are smaller. A message to whose text is appended would keep every earlier text."""
 
     def __init__(self, first: generation_pb2.TokenRun) -> None:
         self.attempt = first.attempt
@@ -180,7 +196,7 @@ class _Run:
         self.held = RUN_BYTES + RUN_FACTOR * self._size
 
     def add(self, run: generation_pb2.TokenRun) -> int:
-        """What continues it. Bytes."""
+        """Append the piece that continues the run. Its bytes."""
         self.pack()
         data = run.SerializeToString()
         self._pieces.append(data)
@@ -188,7 +204,7 @@ class _Run:
         return len(data)
 
     def pack(self) -> None:
-        """It waits: to bytes."""
+        """Serialise the first piece: the run will wait for longer."""
         if self._first is not None:
             self._pieces.append(self._first.SerializeToString())
             self._first, self.held = None, PIECE_BYTES + self._size
@@ -215,10 +231,10 @@ class _Tokens:
         self._newest: dict[int, _Run] = {}
         """By sequence."""
         self.bytes = self.held = 0
-        """About as large as it will be, and held for it at worst."""
+        """About its serialised size, and the memory that it takes at worst."""
 
     def add(self, run: generation_pb2.TokenRun) -> None:
-        """Into the run that it continues, if there is one of the same attempt."""
+        """Merge it with the run that it continues, if that is of the same attempt."""
         newest = self._newest.get(run.sequence)
         if newest is None or newest.attempt != run.attempt:
             newest = self._newest[run.sequence] = _Run(run)
@@ -241,15 +257,44 @@ class _Tokens:
         return event.SerializeToString()
 
 
+class CancelWaiter(Waiter):
+    """Waits for the ends of items that are cancelled on request."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._open, self._cancelled = count, 0
+        self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._check()
+
+    def result(self, result: types_pb2.Result) -> None:
+        self._open -= 1
+        self._cancelled += result.status.code == grpc.StatusCode.CANCELLED.value[0]
+        self._check()
+
+    def lost(self, error: errors.OstinatoError) -> None:
+        if not self._ended.done():
+            self._ended.set_exception(error)
+
+    def _check(self) -> None:
+        if not self._open and not self._ended.done():
+            self._ended.set_result(self._cancelled)
+
+    async def cancelled(self) -> int:
+        """How many ended as CANCELLED, when all have ended."""
+        return await self._ended
+
+
+# ---- answers, from journal entries
+
+
 ENDED_BY_KIND: Mapping[types_pb2.EntryKind.ValueType, type[errors.Ended]] = {
     types_pb2.ENTRY_KIND_CANCELLED: errors.Cancelled,
     types_pb2.ENTRY_KIND_ABANDONED: errors.Abandoned,
 }
-"""Kinds of outcome that one error makes, so that the header alone says which."""
+"""Kinds of outcome that one error makes. The header alone shows which."""
 
 
 def outcome_kind(error: errors.OstinatoError | None) -> types_pb2.EntryKind.ValueType:
-    """The kind of entry that an item's end becomes."""
     if error is None:
         return types_pb2.ENTRY_KIND_COMPLETED
     if isinstance(error, errors.Cancelled):
@@ -258,62 +303,67 @@ def outcome_kind(error: errors.OstinatoError | None) -> types_pb2.EntryKind.Valu
 
 
 def ended_payload(error: errors.OstinatoError, timing: types_pb2.Timing) -> sequencer_pb2.EndedPayload:
-    """What is recorded of an item without output."""
     return sequencer_pb2.EndedPayload(code=error.code.value[0], reason=error.reason, message=error.message, timing=timing)
 
 
-def result_of(outcome: Sealed) -> types_pb2.Result:
-    """Raises PayloadPruned where the payload was dropped."""
+def result_of(
+    outcome: Sealed, payload: sequencer_pb2.CompletedPayload | sequencer_pb2.EndedPayload | None = None
+) -> types_pb2.Result:
+    """The result of an outcome's entry. `payload`: the entry's, if it need not be parsed. Raises PayloadPruned."""
     header = outcome.header
     result = types_pb2.Result(sequence=header.sequence, attempt=header.attempt)
-    if not outcome.payload:
-        raise errors.PayloadPruned(f"the payload of sequence {header.sequence} is not kept any more")
-    if header.kind == types_pb2.ENTRY_KIND_COMPLETED:
-        completed = sequencer_pb2.CompletedPayload.FromString(outcome.payload)
-        result.output.CopyFrom(completed.output)
-        result.timing.CopyFrom(completed.timing)
+    if payload is None:
+        if not outcome.payload:
+            raise PayloadPruned(f"the payload of sequence {header.sequence} is not kept any more")
+        completed = header.kind == types_pb2.ENTRY_KIND_COMPLETED
+        kind = sequencer_pb2.CompletedPayload if completed else sequencer_pb2.EndedPayload
+        payload = kind.FromString(outcome.payload)
+    result.timing.CopyFrom(payload.timing)
+    if isinstance(payload, sequencer_pb2.CompletedPayload):
+        result.output.CopyFrom(payload.output)
         result.receipt.CopyFrom(receipt(header, outcome.previous_hash, outcome.entry_hash))
     else:
-        ended = sequencer_pb2.EndedPayload.FromString(outcome.payload)
-        kind = errors.TABLE.get(ended.reason, errors.EngineFailed)
-        result.status.CopyFrom(errors.to_status(kind(ended.message)))
-        result.timing.CopyFrom(ended.timing)
+        error = errors.TABLE.get(payload.reason, errors.EngineFailed)(payload.message)
+        result.status.CopyFrom(errors.to_status(error))
     return result
 
 
 def answer_of(entries: ItemEntries) -> types_pb2.Result:
-    """A result with all that belongs to it. The item must have ended. Raises PayloadPruned."""
+    """The result, and the verdict if one was asked for. The item must have ended. Raises PayloadPruned."""
     assert entries.outcome is not None
     result = result_of(entries.outcome)
-    asked = bool(entries.admitted.payload) and sequencer_pb2.AdmittedPayload.FromString(entries.admitted.payload).verify
-    if result.HasField("output") and (asked or entries.verified is not None):
+    if result.HasField("output") and (_verify(entries) or entries.verified is not None):
         result.comparison.CopyFrom(verification_of(result.sequence, entries.verified))
     return result
 
 
 def answer_or_header(entries: ItemEntries) -> types_pb2.Result:
-    """As `answer_of`. Where the outcome's payload was dropped, a status that the entry's header gives: CANCELLED, ABANDONED,
-    or PAYLOAD_PRUNED for the other kinds, whose reason or output only the payload had."""
+    """As `answer_of`. If the outcome's payload was dropped, the status that its header shows: CANCELLED, ABANDONED, or
+    PAYLOAD_PRUNED for the other kinds."""
     assert entries.outcome is not None
     header = entries.outcome.header
     if entries.outcome.payload:
         return answer_of(entries)
     kind = enums.word(types_pb2.EntryKind, header.kind)
     why = f"sequence {header.sequence} ended as {kind}; its payload is not kept any more"
-    error = ENDED_BY_KIND.get(header.kind, errors.PayloadPruned)(why)
+    error = ENDED_BY_KIND.get(header.kind, PayloadPruned)(why)
     return types_pb2.Result(sequence=header.sequence, attempt=header.attempt, status=errors.to_status(error))
 
 
 def is_whole(entries: ItemEntries) -> bool:
-    """Whether the journal has all of its answer: the outcome, and the verdict that was asked for."""
+    """Whether the journal has the outcome, and the verdict if one was asked for."""
     if entries.outcome is None or entries.outcome.header.kind != types_pb2.ENTRY_KIND_COMPLETED:
         return entries.outcome is not None
-    asked = bool(entries.admitted.payload) and sequencer_pb2.AdmittedPayload.FromString(entries.admitted.payload).verify
-    return not asked or entries.verified is not None
+    return not _verify(entries) or entries.verified is not None
+
+
+def _verify(entries: ItemEntries) -> bool:
+    payload = entries.admitted.payload
+    return bool(payload) and sequencer_pb2.AdmittedPayload.FromString(payload).verify
 
 
 def verification_of(sequence: int, verified: Sealed | None) -> types_pb2.Comparison:
-    """The verdict that the client asked for; None: the journal has none, and will not get one any more."""
+    """The verdict of a verification. None: the journal has none, and will not get one."""
     if verified is not None and verified.payload:
         return sequencer_pb2.AuditedPayload.FromString(verified.payload).comparison
     missing = errors.Abandoned("no verdict was recorded: the sidecar stopped before, or the journal was full")
@@ -321,12 +371,12 @@ def verification_of(sequence: int, verified: Sealed | None) -> types_pb2.Compari
 
 
 def no_verdict(sequence: int, kind: types_pb2.ComparisonKind.ValueType, error: errors.OstinatoError) -> types_pb2.Comparison:
-    """What is said where there was no second output: why."""
+    """Why there is no second output to compare."""
     return types_pb2.Comparison(sequence=sequence, kind=kind, status=errors.to_status(error))
 
 
 def stamp_of(header: types_pb2.EntryHeader) -> types_pb2.Stamp:
-    """Of the batch that this item belongs to, from its ADMITTED header."""
+    """The stamp of a batch, from the ADMITTED header of any of its items."""
     return types_pb2.Stamp(
         log_id=header.log_id,
         writer=header.writer,
@@ -337,7 +387,7 @@ def stamp_of(header: types_pb2.EntryHeader) -> types_pb2.Stamp:
 
 
 def record_of(entries: ItemEntries, fingerprints: Mapping[bytes, types_pb2.Fingerprint]) -> sequencer_pb2.ItemRecord:
-    """What is known of an item; what was pruned is left out. `fingerprints`: by digest."""
+    """What the journal has of an item; what was pruned is left out. `fingerprints`: by digest."""
     record = sequencer_pb2.ItemRecord(admitted=entries.admitted.header)
     if entries.admitted.payload:
         record.input.CopyFrom(sequencer_pb2.AdmittedPayload.FromString(entries.admitted.payload))
@@ -350,41 +400,57 @@ def record_of(entries: ItemEntries, fingerprints: Mapping[bytes, types_pb2.Finge
     return record
 
 
+PAGE_ITEMS = 64
+
+
+async def pages(journal: Journal, first: int, last: int) -> AsyncIterator[Sequence[ItemEntries]]:
+    """The items of a range, a page at a time."""
+    while first <= last and (page := await journal.items(first, last, PAGE_ITEMS)):
+        yield page
+        first = page[-1].admitted.header.sequence + 1
+
+
+# ---- items of another sidecar of the same log
+
+
 PAGE_ENTRIES = 256
-"""Read at once."""
+"""Entries in one read."""
 ENDS = OUTCOMES | {types_pb2.ENTRY_KIND_AUDITED}
-"""Kinds of entries that may make an answer whole."""
+"""Kinds of entries that may complete an answer."""
 PAUSE_SECONDS = 0.2
-"""Before the journal is asked again, if it could not be."""
+"""Before the journal is read again, if it was unavailable."""
 
 
 class RemoteWaiters:
-    """Follows the journal while anybody waits."""
+    """Waiters for items that another sidecar runs. Follows the journal while there are any."""
 
     def __init__(self, journal: Journal, supervise: Callable[[asyncio.Task[None]], None]) -> None:
-        """`supervise` gets the task that follows; its failure must end the process, or calls would wait for ever."""
+        """`supervise` gets the task that follows the journal. Its failure must end the process: calls would wait for ever."""
         self._journal, self._supervise = journal, supervise
-        self._calls: dict[int, list[Waiter]] = {}
+        self._waiters: dict[int, list[Waiter]] = {}
         """By sequence."""
         self._following: asyncio.Task[None] | None = None
 
-    async def join(self, call: Waiter, sequences: Sequence[int]) -> None:
-        """Tell the call how these items end, which had not ended a moment ago and are none of this sidecar's."""
+    async def join(self, waiter: Waiter, sequences: Sequence[int]) -> None:
+        """Tell the waiter how these items end. They had not ended a moment ago, and another sidecar runs them."""
         for sequence in sequences:
-            self._calls.setdefault(sequence, []).append(call)
+            self._waiters.setdefault(sequence, []).append(waiter)
         try:
             head = await self._journal.head()
             if self._following is None or self._following.done():
                 self._following = asyncio.create_task(self._follow(head.index + 1))
                 self._supervise(self._following)
             for entries in await self._journal.items(sequences[0], sequences[-1], sequences[-1] - sequences[0] + 1):
-                self._tell(entries, head.writer)
+                self._deliver(entries, head.writer)
         except BaseException:
-            self.leave(call)
+            self.remove(waiter)
             raise
 
     async def cancel(self, first: int, last: int, here: Container[int]) -> int:
-        """End those of these items that have not ended and are not here. How many: another's outcome may still come first."""
+        """Append a CANCELLED outcome for items first to last that have no outcome, without those of `here`.
+
+        The number of outcomes that were appended: the other sidecar's may come first.
+        """
         cancelled = 0
         while page := await self._journal.unfinished(first, last, PAGE_ENTRIES):
             payload = ended_payload(Cancelled("cancelled on request"), types_pb2.Timing())
@@ -398,75 +464,63 @@ class RemoteWaiters:
         return cancelled
 
     def claim(self, sequence: int) -> list[Waiter]:
-        """Who waits for an item that is this sidecar's from now on."""
-        return self._calls.pop(sequence, [])
+        """Remove and give the waiters for an item that this sidecar takes over."""
+        return self._waiters.pop(sequence, [])
 
-    def leave(self, call: Waiter) -> None:
-        """This call waits no more."""
-        for sequence in call.sequences:
-            if call in (calls := self._calls.get(sequence, [])):
-                calls.remove(call)
-                if not calls:
-                    del self._calls[sequence]
-        if not self._calls and self._following is not None:
+    def remove(self, waiter: Waiter) -> None:
+        for sequence in waiter.sequences:
+            if waiter in (waiters := self._waiters.get(sequence, [])):
+                waiters.remove(waiter)
+                if not waiters:
+                    del self._waiters[sequence]
+        if not self._waiters and self._following is not None:
             self._following.cancel()
             self._following = None
 
     async def _follow(self, index: int) -> None:
         with contextlib.suppress(JournalBroken):  # the process ends, and its calls with it
-            while self._calls:
+            while self._waiters:
                 try:
-                    index = await self._look(index)
+                    index = await self._read(index)
                 except JournalUnavailable:
                     await asyncio.sleep(PAUSE_SECONDS)
 
-    async def _look(self, index: int) -> int:
-        """Wait for entries from this index on; the index behind them."""
+    async def _read(self, index: int) -> int:
+        """Await entries from this index on. The index behind them."""
         await self._journal.wait(index)
         page = await self._journal.entries(index, PAGE_ENTRIES, payloads=False)
         for header in [entry.header for entry in page]:
             if header.kind == types_pb2.ENTRY_KIND_OPENED:
-                for sequence in list(self._calls):
+                for sequence in list(self._waiters):
                     for entries in await self._journal.items(sequence, sequence, 1):
-                        self._tell(entries, header.writer)
-            elif header.sequence in self._calls and header.kind in ENDS:
-                self._tell(await ended(self._journal, header.sequence))
+                        self._deliver(entries, header.writer)
+            elif header.sequence in self._waiters and header.kind in ENDS:
+                self._deliver(await ended(self._journal, header.sequence))
         return index + len(page)
 
-    def _tell(self, entries: ItemEntries, over: str = "") -> None:
-        """If the answer is whole. What the writer `over` has left without a verdict will not get one any more."""
+    def _deliver(self, entries: ItemEntries, restarted: str = "") -> None:
+        """Tell the result if it is whole. What the writer `restarted` left without a verdict will not get one."""
         sequence = entries.admitted.header.sequence
-        if entries.outcome is None or sequence not in self._calls:
+        if entries.outcome is None or sequence not in self._waiters:
             return
-        if not is_whole(entries) and entries.outcome.header.writer != over:
+        if not is_whole(entries) and entries.outcome.header.writer != restarted:
             return
         try:
             answer = answer_of(entries)
         except PayloadPruned as error:  # as a later call with the same key
-            for call in self._calls.pop(sequence):
-                call.lost(error)
-                self.leave(call)
+            for waiter in self._waiters.pop(sequence):
+                waiter.lost(error)
+                self.remove(waiter)
             return
-        for call in self._calls.pop(sequence):
-            call.result(answer)
+        for waiter in self._waiters.pop(sequence):
+            waiter.result(answer)
 
 
 async def ended(journal: Journal, sequence: int) -> ItemEntries:
-    """What is recorded of an item that has ended, however long the journal is away."""
+    """What is recorded of an item that has ended, also if the journal is unavailable for a while."""
     while True:
         with contextlib.suppress(JournalUnavailable):
             (entries,) = await journal.items(sequence, sequence, 1)
             assert entries.outcome is not None
             return entries
         await asyncio.sleep(PAUSE_SECONDS)
-
-
-PAGE_ITEMS = 64
-"""Read at once."""
-
-
-async def pages(journal: Journal, first: int, last: int) -> AsyncIterator[Sequence[ItemEntries]]:
-    """The items of a range, some at once."""
-    while first <= last and (page := await journal.items(first, last, PAGE_ITEMS)):
-        yield page
-        first = page[-1].admitted.header.sequence + 1

@@ -1,72 +1,52 @@
-"""The public services: Generation and Sequencer."""
+"""The public services, Generation and Sequencer: thin layers over the pipeline and the journal.
+
+What a caller may not see does not exist for it: NOT_FOUND, never PERMISSION_DENIED.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 
-import grpc
-
-from ostinato import errors, tracing
-from ostinato.digest import request_digest
+from ostinato import errors
 from ostinato.requests import RESPONSE_BYTES_METADATA
-from ostinato.v1 import engine_pb2, generation_pb2, generation_pb2_grpc, sequencer_pb2, sequencer_pb2_grpc, types_pb2
+from ostinato.v1 import generation_pb2, generation_pb2_grpc, sequencer_pb2, sequencer_pb2_grpc, types_pb2
 from serving.auth import Context, caller
-from serving.handlers import ran_out, remaining, written
+from serving.handlers import remaining
 
-from sidecar.admission import check, check_key, check_size, draft, response_bytes_max
-from sidecar.answers import StreamWaiter, UnaryWaiter, Waiter, answer_of, is_whole, pages, record_of, stamp_of
+from sidecar.admission import check_key, response_bytes_max
+from sidecar.answers import StreamWaiter, UnaryWaiter, pages, record_of
 from sidecar.checks import replay
 from sidecar.config import Settings
-from sidecar.core import events as ev
-from sidecar.core.sequencer import numbered
 from sidecar.divergence.output import report
 from sidecar.divergence.statistics import CONFIDENCE
 from sidecar.divergence.tracker import DivergenceTracker
-from sidecar.held import Account, Held
+from sidecar.held import Account
 from sidecar.journal.model import Binding, ItemEntries, Sealed
 from sidecar.journal.writer import Journal
 from sidecar.pipeline import Pipeline
 
-
-def visible(item: ItemEntries) -> bool:
-    """Whether the caller may see it. Without its payload nobody knows whose it is, and only an admin may."""
-    if not item.admitted.payload:
-        return caller().admin
-    return caller().may_see(sequencer_pb2.AdmittedPayload.FromString(item.admitted.payload).tenant)
-
-
-async def need_sight(journal: Journal, first: int, last: int) -> None:
-    """Raises NotFound for a range with an item in it that the caller may not see. Reads nothing for an admin."""
-    if not caller().admin:
-        async for page in pages(journal, first, last):
-            for item in page:
-                if not visible(item):
-                    raise errors.NotFound(f"no sequence {item.admitted.header.sequence}")
-
-
-KEY_CHARACTERS_SHOWN = 64
-"""Of an idempotency key, in an error."""
+PAGE_ENTRIES = 256
+"""Entries in one read."""
+MESSAGE_BYTES = 1 << 20
+"""One message carries payloads up to about this size. A single payload may be larger."""
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     """See generation.proto."""
 
-    def __init__(self, pipeline: Pipeline, held: Held, settings: Settings) -> None:
-        self._pipeline = pipeline
-        self.held = held
-        self._settings = settings
+    def __init__(self, pipeline: Pipeline, settings: Settings) -> None:
+        self._pipeline, self._settings = pipeline, settings
+        self.held = pipeline.held
 
-    # Answers bytes, which are what waited.
+    # Returns bytes: results are kept serialised while they wait.
     async def Generate(  # type: ignore[override]
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> bytes:
         with self.held.account(stream=False) as account:
             return await self.answer(request, context, account)
 
-    # Writes by itself: a generator could not be left while its reader is slow.
+    # Writes by itself: an async generator cannot be closed while its reader is slow.
     async def GenerateStream(  # type: ignore[override]
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> None:
@@ -75,44 +55,17 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
 
     async def answer(self, request: generation_pb2.GenerateRequest, context: Context, account: Account) -> bytes:
         """Generate, for a call with this account: a serialised GenerateResponse."""
-        call, patience = UnaryWaiter(len(request.items), account), remaining(context)
-        batch_id, stamp, _ = await self._enter(request, context, call)
-        with self._leaving(batch_id, call, context, patience):
-            return await call.answer(stamp)
+        response = await self._pipeline.generate(request, context, UnaryWaiter(len(request.items), account))
+        assert response is not None
+        return response
 
     async def stream(self, request: generation_pb2.GenerateRequest, context: Context, account: Account) -> None:
-        """GenerateStream, for a call with this account. Writes serialised events; raises SlowReader."""
-        call, patience = StreamWaiter(len(request.items), account), remaining(context)
-        batch_id, stamp, repeated = await self._enter(request, context, call)
-        admitted = generation_pb2.Admitted(stamp=stamp, repeated_key=repeated)
-        with self._leaving(batch_id, call, context, patience):
-            event: bytes | None = generation_pb2.GenerateEvent(admitted=admitted).SerializeToString()
-            while event is not None:
-                if not await written(context.write(event), lost=account.lost):
-                    raise account.error
-                event = await call.next()
-
-    @contextlib.contextmanager
-    def _leaving(self, batch_id: int, call: Waiter, context: Context, patience: float | None) -> Iterator[None]:
-        """Its items are told when the caller goes, or loses its call."""
-        try:
-            yield
-        except asyncio.CancelledError:
-            self._pipeline.leave(batch_id, call, gone(context, patience))
-            raise
-        except errors.SlowReader as error:
-            self._pipeline.leave(batch_id, call, errors.Cancelled(error.message))
-            raise
+        """GenerateStream, for a call with this account: writes serialised events. Raises SlowReader."""
+        await self._pipeline.generate(request, context, StreamWaiter(len(request.items), account, context.write))
 
     async def Cancel(self, request: generation_pb2.CancelRequest, context: Context) -> generation_pb2.CancelResponse:
         first, last = await self._range(request)
-        works = numbered(self._pipeline.items, first, last)
-        self._pipeline.dispatch(ev.CancelItems(first, last))
-        for work in works:
-            work.forgo(errors.Cancelled("cancelled on request"))
-        results = await asyncio.gather(*(asyncio.shield(work.ended) for work in works))
-        cancelled = sum(result.status.code == grpc.StatusCode.CANCELLED.value[0] for result in results)
-        cancelled += await self._pipeline.remote.cancel(first, last, self._pipeline.items)
+        cancelled = await self._pipeline.cancel_items(first, last)
         return generation_pb2.CancelResponse(cancelled=cancelled, ended=last - first + 1 - cancelled)
 
     async def _range(self, request: generation_pb2.CancelRequest) -> tuple[int, int]:
@@ -127,10 +80,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
                 await need_sight(self._pipeline.journal, first, last)
                 return first, last
             case "idempotency_key":
-                check_key(request.idempotency_key)
-                binding = await self._pipeline.journal.binding(caller().tenant, request.idempotency_key)
-                if binding is None:
-                    raise errors.NotFound("this key is not bound")
+                binding = await binding_of(self._pipeline.journal, request.idempotency_key)
                 return binding.first_sequence, binding.first_sequence + binding.count - 1
             case _:
                 raise errors.invalid("target", "is missing")
@@ -149,91 +99,6 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Context) -> generation_pb2.TokenizeResponse:
         return await self._pipeline.link.tokenize(request, remaining(context))
 
-    # ---- admission
-
-    async def _enter(
-        self, request: generation_pb2.GenerateRequest, context: Context, call: Waiter
-    ) -> tuple[int, types_pb2.Stamp, bool]:
-        """The batch id, the stamp, and whether the key was bound before. Raises whatever refuses the request."""
-        span = tracing.current()
-        span.note({"ostinato.request_id": request.request_id, "ostinato.items": len(request.items)})
-        try:
-            batch_id, stamp, repeated = await self._number(request, context, call)
-            span.note({"ostinato.sequence": stamp.first_sequence, "ostinato.epoch": stamp.epoch})
-            span.note({"ostinato.repeated_key": repeated})
-            return batch_id, stamp, repeated
-        except errors.OstinatoError as error:
-            self._pipeline.observer.refused(error)
-            raise
-
-    async def _number(
-        self, request: generation_pb2.GenerateRequest, context: Context, call: Waiter
-    ) -> tuple[int, types_pb2.Stamp, bool]:
-        left = remaining(context)
-        if left is not None and left <= 0:
-            raise errors.DeadlineExceeded("the deadline had passed before anything was numbered")
-        check(request, self._settings)
-        self.held.check()
-        most = response_bytes_max(context.invocation_metadata() or (), self._settings)
-        if request.idempotency_key:
-            binding = await self._pipeline.journal.binding(caller().tenant, request.idempotency_key)
-            if binding is not None:
-                return 0, await self._join(request, binding, call), True
-        prepare = engine_pb2.PrepareRequest(items=request.items, parameters=request.parameters)
-        prepared = await self._pipeline.link.prepare(prepare, left)
-        check_size(prepared, most, verify=request.verify)
-        deadline = None if left is None else self._pipeline.clock() + (remaining(context) or 0.0)
-        admission = draft(request, prepared, caller().tenant)
-        batch_id, answer = await self._pipeline.admit(admission, call, deadline, lambda: gone(context, left))
-        if isinstance(answer, Binding):
-            return 0, await self._join(request, answer, call), True
-        return batch_id, answer, False
-
-    async def _join(self, request: generation_pb2.GenerateRequest, binding: Binding, call: Waiter) -> types_pb2.Stamp:
-        """The recorded outcomes of a bound key, and those still to come. Raises KeyReused for another request."""
-        if request_digest(request) != binding.request_digest:
-            named = _shown(request.idempotency_key)
-            raise errors.KeyReused(
-                f"the idempotency key {named} was used for another request: use another key, or send the same request"
-            )
-        self._pipeline.observer.repeated()
-        first, last = binding.first_sequence, binding.first_sequence + binding.count - 1
-        call.sequences = range(first, last + 1)
-        joined = {number: self._pipeline.items[number] for number in call.sequences if number in self._pipeline.items}
-        for work in joined.values():
-            work.join(call)
-        recorded = await self._pipeline.journal.items(first, last, binding.count)
-        elsewhere = []
-        for entries in recorded:
-            if entries.admitted.header.sequence in joined:
-                continue
-            if is_whole(entries):
-                call.result(answer_of(entries))
-            else:
-                elsewhere.append(entries.admitted.header.sequence)
-        if elsewhere:
-            await self._pipeline.remote.join(call, elsewhere)
-        return stamp_of(recorded[0].admitted.header)
-
-
-def gone(context: Context, patience: float | None) -> errors.OstinatoError:
-    """Why gRPC cancelled the handler of a caller that came with this many seconds to its deadline: it shows both alike."""
-    if ran_out(remaining(context), patience):
-        return errors.DeadlineExceeded("the caller's deadline passed")
-    return errors.Cancelled("the caller went away")
-
-
-def _shown(key: str) -> str:
-    """The key in quotes, in one line of ASCII, or its beginning and dots."""
-    shown = json.dumps(key[:KEY_CHARACTERS_SHOWN])
-    return shown if len(key) <= KEY_CHARACTERS_SHOWN else f"{shown}..."
-
-
-PAGE_ENTRIES = 256
-"""Read at once."""
-MESSAGE_BYTES = 1 << 20
-"""One message carries payloads up to about this size; a single one may be larger."""
-
 
 class ConcurrencyLimit:
     """A bound on calls of one kind."""
@@ -242,8 +107,8 @@ class ConcurrencyLimit:
         self._what, self._most, self._taken = what, most, 0
 
     @contextlib.contextmanager
-    def one(self) -> Iterator[None]:
-        """Raises QueueFull if all are taken."""
+    def acquired(self) -> Iterator[None]:
+        """Around a call. Raises QueueFull at the bound."""
         if self._taken >= self._most:
             raise errors.QueueFull(f"{self._most} {self._what} run already", retry_after=1.0)
         self._taken += 1
@@ -256,9 +121,9 @@ class ConcurrencyLimit:
 class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
     """See sequencer.proto. Reads are served while the journal is full and while the engine is away."""
 
-    def __init__(self, pipeline: Pipeline, tracker: DivergenceTracker, held: Held, settings: Settings) -> None:
+    def __init__(self, pipeline: Pipeline, tracker: DivergenceTracker, settings: Settings) -> None:
         self._pipeline = pipeline
-        self._held = held
+        self._held = pipeline.held
         self._settings = settings
         self._tracker = tracker
         self._journal = pipeline.journal
@@ -273,10 +138,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
                     raise errors.invalid("sequence", "must be at least 1")
                 first, count = request.sequence, 1
             case "idempotency_key":
-                check_key(request.idempotency_key)
-                binding = await self._journal.binding(caller().tenant, request.idempotency_key)
-                if binding is None:
-                    raise errors.NotFound("this key is not bound")
+                binding = await binding_of(self._journal, request.idempotency_key)
                 first, count = binding.first_sequence, binding.count
             case _:
                 raise errors.invalid("target", "is missing")
@@ -304,7 +166,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
     async def Tail(self, request: sequencer_pb2.TailRequest, context: Context) -> AsyncIterator[sequencer_pb2.TailResponse]:
         caller().need_admin("Tail")
         self._held.check()
-        with (self._followers if request.follow else self._tails).one():
+        with (self._followers if request.follow else self._tails).acquired():
             index = max(1, request.from_index)
             while True:
                 page = await self._journal.entries(index, PAGE_ENTRIES, payloads=request.payloads)
@@ -333,7 +195,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
             raise errors.EngineUnavailable("no engine is connected", retry_after=1.0)
         await need_sight(self._journal, first, last)
         concurrency = 1 if request.alone else request.concurrency or 8
-        with self._replays.one():
+        with self._replays.acquired():
             async for response in replay(self._pipeline, first, last, concurrency, exclusive=request.alone):
                 yield response
 
@@ -371,3 +233,28 @@ def _messages(page: Sequence[Sealed]) -> Iterator[list[sequencer_pb2.Entry]]:
         entries.append(sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload))
         size += len(sealed.payload)
     yield entries
+
+
+async def binding_of(journal: Journal, key: str) -> Binding:
+    """Raises NotFound if the caller's key is not bound."""
+    check_key(key)
+    binding = await journal.binding(caller().tenant, key)
+    if binding is None:
+        raise errors.NotFound("this key is not bound")
+    return binding
+
+
+def visible(item: ItemEntries) -> bool:
+    """Whether the caller may see it. Without its payload the tenant is unknown, and only an admin may."""
+    if not item.admitted.payload:
+        return caller().admin
+    return caller().may_see(sequencer_pb2.AdmittedPayload.FromString(item.admitted.payload).tenant)
+
+
+async def need_sight(journal: Journal, first: int, last: int) -> None:
+    """Raises NotFound if the caller may not see an item of the range. For an admin it reads nothing."""
+    if not caller().admin:
+        async for page in pages(journal, first, last):
+            for item in page:
+                if not visible(item):
+                    raise errors.NotFound(f"no sequence {item.admitted.header.sequence}")

@@ -1,20 +1,27 @@
-"""What is seen of the work: metrics and log lines. What is found of divergence is counted by `divergence`."""
+"""What is seen of the work: metrics, log lines and spans. Verdicts are counted by `divergence`.
+
+One call for each event: it counts, logs, and moves the item's spans on.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from ostinato import enums, errors
+from ostinato import enums, errors, tracing
 from ostinato.errors import ProtocolViolation
-from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
+from ostinato.tracing import OFF, Kind, Span
+from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 
 from sidecar.collisions import choice_of
 from sidecar.core.sequencer import Sequencer
 from sidecar.item import ActiveItem
 from sidecar.journal.model import Head, Sealed, Unfinished
+
+log = logging.getLogger(__name__)
 
 LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 COMMIT = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
@@ -78,93 +85,131 @@ log = logging.getLogger(__name__)
 
 
 class Observer:
-    """Sees everything, changes nothing."""
+    """Sees everything, and changes nothing but the spans of items."""
 
     def __init__(self, metrics: Metrics, not_compared: Callable[[types_pb2.ComparisonKind.ValueType, str], None]) -> None:
         """`not_compared` counts a second run that was due and brought no verdict, by kind and reason."""
         self.metrics, self.not_compared = metrics, not_compared
 
-    def opened(self, head: Head) -> None:
-        """The journal is open, in a new epoch."""
-        self.metrics.epoch.set(head.epoch)
-        self.metrics.last_sequence.set(head.last_sequence)
+    # ---- a request
 
-    def taken_over(self, unfinished: Sequence[Unfinished]) -> None:
-        """Another writer's lease has run out, and its items are this one's now."""
-        self.metrics.taken_over.inc(len(unfinished))
-        log.warning("took over", extra={"writer": unfinished[0].admitted.header.writer, "count": len(unfinished)})
-
-    def watch(self, core: Sequencer, unnumbered: Callable[[], int]) -> None:
-        """Read both whenever metrics are. `unnumbered`: items that wait for their numbers."""
-        self.metrics.unnumbered.set_function(unnumbered)
-        self.metrics.queue.set_function(lambda: core.queued)
-        self.metrics.inflight.set_function(lambda: window.runs if (window := core.window) else 0)
-        self.metrics.inflight_blocks.set_function(lambda: window.blocks if (window := core.window) else 0)
-
-    def holds(self, count: Callable[[], int]) -> None:
-        """Read whenever metrics are: bytes held for callers."""
-        self.metrics.held.set_function(count)
-
-    def lost(self, bound: str) -> None:
-        """A call, to a slow reader."""
-        self.metrics.lost.labels(bound).inc()
-
-    def admitted(self, stamp: types_pb2.Stamp, seconds: float) -> None:
-        """`seconds`: from the prepared batch to its numbers."""
-        self.metrics.admitted.inc(stamp.count)
-        self.metrics.last_sequence.set(stamp.first_sequence + stamp.count - 1)
-        self.metrics.admission.observe(seconds, {"sequence": str(stamp.first_sequence)})
+    @contextmanager
+    def request(self, request: generation_pb2.GenerateRequest) -> Iterator[Span]:
+        """Around its admission. Counts what refuses it. The call's span, for what is known once it has a stamp."""
+        span = tracing.current()
+        span.note({"ostinato.request_id": request.request_id, "ostinato.items": len(request.items)})
+        try:
+            yield span
+        except errors.OstinatoError as error:
+            self.refused(error)
+            raise
 
     def refused(self, error: errors.OstinatoError) -> None:
         self.metrics.refused.labels(error.reason).inc()
-        if isinstance(error, errors.ProtocolViolation):
+        if isinstance(error, ProtocolViolation):
             self.fault(error)
 
     def repeated(self) -> None:
         self.metrics.repeated.inc()
 
-    def submitted(self, attempt_of: ActiveItem, *, again: bool) -> None:
+    def admitted(self, stamp: types_pb2.Stamp, seconds: float) -> None:
+        """`seconds`: from the prepared batch to its sequences."""
+        self.metrics.admitted.inc(stamp.count)
+        self.metrics.last_sequence.set(stamp.first_sequence + stamp.count - 1)
+        self.metrics.admission.observe(seconds, {"sequence": str(stamp.first_sequence)})
+
+    # ---- an item
+
+    def activated(self, item: ActiveItem, caller: Span) -> None:
+        """It has a sequence. `caller`: the span of its call."""
+        if tracing.on():
+            header = item.admitted
+            attributes: tracing.Attributes = {
+                "ostinato.sequence": header.sequence,
+                "ostinato.log_id": header.log_id,
+                "ostinato.writer": header.writer,
+                "ostinato.epoch": header.epoch,
+                "ostinato.request_id": item.input.request_id,
+                "ostinato.seed": str(item.input.seed),
+            }
+            item.span = caller.child("item", attributes)
+            item.stage = item.span.child("queue")
+
+    def submitted(self, item: ActiveItem, attempt: int, *, again: bool) -> str:
+        """The traceparent that goes with the submission."""
         if again:
             self.metrics.attempts.inc()
-            fields = {"sequence": attempt_of.sequence, "attempt": attempt_of.progress.attempt, **attempt_of.spans.item.ids}
-            log.warning("submitted again", extra=fields)
+            log.warning("submitted again", extra={"sequence": item.sequence, "attempt": attempt, **item.span.ids})
         else:
             self.metrics.submitted.inc()
+        if item.span is OFF:
+            return ""
+        item.stage.end()
+        if attempt > 1:
+            item.span.event("submitted again", {"ostinato.attempt": attempt})
+        attributes = {"ostinato.sequence": item.sequence, "ostinato.attempt": attempt, "ostinato.company": item.company}
+        item.stage = item.span.child("run", attributes, Kind.CLIENT)
+        return item.stage.traceparent
 
-    def tokens(self, work: ActiveItem, count: int, now: float) -> None:
-        """Before the work takes the tokens in."""
-        if work.first_token_at is None:
-            self.metrics.first_token.observe(now - work.admitted_at, _exemplar(work))
-        elif count and work.last_tokens_at is not None:
-            self.metrics.between_tokens.observe((now - work.last_tokens_at) / count)
+    def tokens(self, item: ActiveItem, count: int, now: float) -> None:
+        """Before the item takes the tokens."""
+        if item.first_token_at is None:
+            self.metrics.first_token.observe(now - item.admitted_at, _exemplar(item))
+        elif count and item.last_tokens_at is not None:
+            self.metrics.between_tokens.observe((now - item.last_tokens_at) / count)
 
-    def ended(self, work: ActiveItem, sealed: Sealed, result: types_pb2.Result) -> None:
+    def run_ended(self, item: ActiveItem, error: errors.OstinatoError | None) -> None:
+        """Its outcome is still to be recorded."""
+        item.stage.end(error)
+
+    def recorded(self, item: ActiveItem, sealed: Sealed, result: types_pb2.Result) -> None:
         """The outcome is durable."""
         outcome = enums.word(types_pb2.EntryKind, sealed.header.kind).lower()
         error = errors.from_status(result.status) if result.HasField("status") else None
         self.metrics.ended.labels(outcome, error.reason if error is not None else "").inc()
-        self.metrics.item.observe(result.timing.total_micros / 1e6, _exemplar(work))
-        fields = {"sequence": work.sequence, "request_id": work.input.request_id, "outcome": outcome, **work.spans.item.ids}
-        log.debug("ended", extra=fields)
-        work.spans.ended(sealed.header, error)
-        if work.collision == sequencer_pb2.COLLISION_FOUND and work.output is not None:
-            choice = choice_of(work.input.parameters, work.output)
-            log.error(
-                "collision: an unseeded answer equals that of another seed",
-                extra={
-                    "sequence": work.sequence,
-                    "tokens": choice.tokens,
-                    "distinct_tokens": choice.distinct_tokens,
-                    "logprobs_known": choice.logprobs_known,
-                    "choice_bits": round(choice.bits, 1),
-                },
+        self.metrics.item.observe(result.timing.total_micros / 1e6, _exemplar(item))
+        if log.isEnabledFor(logging.DEBUG):
+            fields = {"sequence": item.sequence, "request_id": item.input.request_id, "outcome": outcome, **item.span.ids}
+            log.debug("ended", extra=fields)
+        if item.span:
+            header = sealed.header
+            item.span.note(
+                {
+                    "ostinato.attempt": header.attempt,
+                    "ostinato.outcome": enums.word(types_pb2.EntryKind, header.kind),
+                    "ostinato.grade": enums.word(types_pb2.Grade, header.grade),
+                    "ostinato.fingerprint": header.fingerprint_digest.hex(),
+                }
             )
+            item.span.end(error)
+        if item.collision == sequencer_pb2.COLLISION_FOUND and item.output is not None:
+            self._collision(item, item.output)
+
+    def _collision(self, item: ActiveItem, output: types_pb2.Output) -> None:
+        choice = choice_of(item.input.parameters, output)
+        log.error(
+            "collision: an unseeded answer equals that of another seed",
+            extra={
+                "sequence": item.sequence,
+                "tokens": choice.tokens,
+                "distinct_tokens": choice.distinct_tokens,
+                "logprobs_known": choice.logprobs_known,
+                "choice_bits": round(choice.bits, 1),
+            },
+        )
+
+    def deferred(self, item: ActiveItem) -> None:
+        """It is left to the next epoch."""
+        item.stage.end(item.deferred)
+        item.span.end(item.deferred)
 
     def audits_waiting(self, count: int) -> None:
         self.metrics.audit_backlog.set(count)
 
+    # ---- the engine
+
     def engine(self, description: engine_pb2.DescribeResponse | None) -> None:
-        """None: it is not connected any more."""
+        """None: it is disconnected."""
         self.metrics.fingerprint.clear()
         self.metrics.connected.set(description is not None)
         self.metrics.grade.set(description.model.grade if description else 0)
@@ -178,18 +223,28 @@ class Observer:
         fields = {"engine": model.engine, "model": model.name, "fingerprint": digest, "grade": grade}
         log.info("engine connected", extra=fields)
 
-    def engine_lost(self, works: Iterable[ActiveItem]) -> None:
-        """It is not connected any more; these were in it."""
-        for work in works:
-            work.spans.lost()
+    def engine_lost(self, items: Iterable[ActiveItem]) -> None:
+        """These were in it, and wait again."""
+        for item in items:
+            item.stage.end(errors.Disconnected("the engine was lost"))
+            item.stage = item.span.child("queue")
         self.engine(None)
 
     def fault(self, error: errors.OstinatoError) -> None:
         self.metrics.faults.labels(error.reason).inc()
         log.error("engine fault", extra={"reason": error.reason, "why": error.message})
 
-    def journal_full(self, full: bool) -> None:
-        self.metrics.journal_full.set(full)
+    # ---- the journal, the process
+
+    def opened(self, head: Head) -> None:
+        """The journal is open, in a new epoch."""
+        self.metrics.epoch.set(head.epoch)
+        self.metrics.last_sequence.set(head.last_sequence)
+
+    def taken_over(self, unfinished: Sequence[Unfinished]) -> None:
+        """Another writer's lease has expired, and its items are now this one's."""
+        self.metrics.taken_over.inc(len(unfinished))
+        log.warning("took over", extra={"writer": unfinished[0].admitted.header.writer, "count": len(unfinished)})
 
     def committed(self, seconds: float, drafts: int, payload_bytes: int) -> None:
         """One transaction of the journal."""
@@ -197,6 +252,26 @@ class Observer:
         self.metrics.commit_drafts.observe(drafts)
         self.metrics.journal_bytes.inc(payload_bytes)
 
+    def journal_full(self, full: bool) -> None:
+        self.metrics.journal_full.set(full)
 
-def _exemplar(work: ActiveItem) -> dict[str, str]:
-    return {"sequence": str(work.sequence), **work.spans.item.exemplar}
+    def watch(self, core: Sequencer, unnumbered: Callable[[], int], held_bytes: Callable[[], int]) -> None:
+        """Read these whenever metrics are read. `unnumbered`: items that wait for a sequence."""
+        self.metrics.unnumbered.set_function(unnumbered)
+        self.metrics.queue.set_function(lambda: core.queued)
+        self.metrics.inflight.set_function(lambda: window.runs if (window := core.window) else 0)
+        self.metrics.inflight_blocks.set_function(lambda: window.blocks if (window := core.window) else 0)
+        self.metrics.held.set_function(held_bytes)
+
+    def lost(self, bound: str) -> None:
+        """A call was lost to a slow reader."""
+        self.metrics.lost.labels(bound).inc()
+
+
+def run_span(purpose: engine_pb2.Purpose.ValueType, sequence: int) -> Span:
+    """The span of a second run, from when it is asked for."""
+    return tracing.span(enums.word(engine_pb2.Purpose, purpose).lower(), {"ostinato.sequence": sequence}, Kind.CLIENT)
+
+
+def _exemplar(item: ActiveItem) -> dict[str, str]:
+    return {"sequence": str(item.sequence), **item.span.exemplar}

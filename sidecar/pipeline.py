@@ -1,199 +1,293 @@
-"""Performs what the core decides: journal, engine and callers on one event loop.
+"""The life of a request, on one event loop: read `Pipeline.generate` first.
 
-Everything that happens becomes one event for the core, and its effects are performed at once and in order. What takes time (an
-append, a run) becomes a later event.
+What happens becomes an event of the core (`dispatch`), and the core's effects are performed at once, in order (`_perform`).
+What takes time, an append or a run, becomes a later event. Nothing awaits between an event and its effects.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import logging
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from ostinato import errors
-from ostinato.v1 import engine_pb2, types_pb2
+from ostinato import errors, tracing
+from ostinato.digest import request_digest
+from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
+from serving.auth import Context, caller
+from serving.handlers import ran_out, remaining
 
-from sidecar.answers import RemoteWaiters, Waiter, answer_or_header, ended, no_verdict, result_of, stamp_of, verification_of
+from sidecar import answers
+from sidecar.admission import check, check_size, draft, response_bytes_max
+from sidecar.answers import CancelWaiter, RemoteWaiters, Waiter, answer_of, is_whole, result_of, stamp_of
 from sidecar.collisions import Collisions
+from sidecar.config import Settings
 from sidecar.core import events as ev
 from sidecar.core.fairness import AdmissionQueue
-from sidecar.core.sequencer import Sequencer
+from sidecar.core.sequencer import Sequencer, numbered
 from sidecar.fingerprints import Fingerprints
-from sidecar.item import ActiveItem, PendingAdmission, RerunResult, need_of
-from sidecar.journal.model import Admission, Appended, Audit, Binding, JournalBroken, Unfinished
+from sidecar.held import Held
+from sidecar.item import ActiveItem, RerunResult, need_of, submission
+from sidecar.journal.model import Admission, Appended, Audit, Binding, JournalBroken, Outcome, Sealed, Unfinished
 from sidecar.journal.writer import Journal
 from sidecar.link import EngineLink, run_error
 from sidecar.observe import Observer
 from sidecar.rerun import Record, Rerunner
 
 VERIFY = types_pb2.COMPARISON_KIND_VERIFY
+KEY_CHARACTERS_SHOWN = 64
+"""Of an idempotency key, in an error."""
+
 Witness = Callable[[Record, int], None]
-"""Told of an item that completed: its record, and the most runs that the engine was seen to hold with it, itself included."""
-
-
-class Host(Protocol):
-    """Whose items end."""
-
-    items: dict[int, ActiveItem]
-    clock: Callable[[], float]
-
-    def dispatch(self, event: ev.Event) -> None: ...
-
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None: ...
-
-
-class Outcomes:
-    """One beside each Pipeline."""
-
-    def __init__(self, host: Host, journal: Journal, observer: Observer, rerunner: Rerunner) -> None:
-        self._host, self._journal, self._observer, self._rerunner = host, journal, observer, rerunner
-        self.witnesses: list[Witness] = []
-        self._collisions = Collisions()
-        self._ends: list[ev.End] = []
-
-    def end(self, end: ev.End) -> None:
-        """An item has ended. All that do in one turn of the loop become durable together, in one task."""
-        self._ends.append(end)
-        if len(self._ends) == 1:
-            self._host.spawn(self._append())
-
-    async def _append(self) -> None:
-        ends, self._ends = self._ends, []
-        works, now = [self._host.items[end.sequence] for end in ends], self._host.clock()
-        outcomes = [work.outcome(end.error, end.attempt, now, self._collisions) for work, end in zip(works, ends, strict=True)]
-        spans = [work.spans.item.child("journal") for work in works]
-        appended = await self._journal.append_outcomes(outcomes)
-        for span in spans:
-            span.end()
-        for work, each in zip(works, appended, strict=True):
-            telling = self._tell(work, each)
-            if each.entries and work.second is None and work.recovery is None:
-                await telling
-            else:  # there is more to wait for, and not for its neighbours
-                self._host.spawn(telling)
-
-    async def _tell(self, work: ActiveItem, appended: Appended) -> None:
-        """Those who wait, and then the core."""
-        result = await self._result(work, appended)
-        del self._host.items[work.sequence]
-        for call in work.calls:
-            call.result(result)
-        work.ended.set_result(result)
-        if work.recovery is not None and work.output is not None:  # the answer is durable, and this is not part of it
-            await self._rerunner.append(Audit(work.admitted, work.recovery, work.fingerprint_digest, work.output.grade))
-        self._host.dispatch(ev.Ended(work.sequence))
-
-    async def _result(self, work: ActiveItem, appended: Appended) -> types_pb2.Result:
-        """What a later reader of the journal derives too, while payloads are kept. Raises JournalBroken."""
-        if not appended.entries:  # another writer's outcome came first, and is the one
-            work.forgo(errors.Abandoned("another outcome came first"))
-            work.spans.item.end()
-            return answer_or_header(await ended(self._journal, work.sequence))  # --payloads digests may have dropped it
-        (sealed,) = appended.entries
-        result = result_of(sealed)
-        self._observer.ended(work, sealed, result)
-        if work.output is not None and sealed.header.kind == types_pb2.ENTRY_KIND_COMPLETED:
-            await self._judge(work, Record(work.admitted, sealed.header, work.input, work.output, work.company), result)
-        else:
-            work.forgo(errors.Abandoned("there is no answer to verify"))
-        return result
-
-    async def _judge(self, work: ActiveItem, record: Record, result: types_pb2.Result) -> None:
-        if work.second is not None:
-            result.comparison.CopyFrom(await self._verify(record, work.second))
-        for witness in self.witnesses:
-            witness(record, max(work.company, work.company_at_end))
-
-    async def _verify(self, record: Record, second: asyncio.Future[RerunResult]) -> types_pb2.Comparison:
-        sequence = record.completed.sequence
-        try:
-            entry = (await self._rerunner.check(record, VERIFY, second)).entry
-        except errors.OstinatoError as error:
-            entry = await self._rerunner.append(
-                Audit(record.admitted, no_verdict(sequence, VERIFY, error), grade=record.completed.grade)
-            )
-        return verification_of(sequence, entry)
-
+"""Gets the record of each completed item, and the most runs that the engine held with it, its own included."""
 
 log = logging.getLogger(__name__)
 
 
 class Pipeline:
-    """The edge around one core. `clock` is monotonic, in seconds."""
+    """One per process. `clock` is monotonic, in seconds."""
+
+    async def generate(self, request: generation_pb2.GenerateRequest, context: Context, waiter: Waiter) -> bytes | None:
+        """The life of a request: prepare, admit, number, submit, record, answer.
+
+        The response, or None if the waiter has written it. Raises what refuses the request, or what its call is lost for.
+        """
+        with self._call(waiter, context):
+            with self.observer.request(request) as span:
+                stamp, bytes_max = types_pb2.Stamp(), self._check(request, context)
+                binding = await self._binding(request)
+                if binding is None:
+                    prepared = await self._prepare(request, context, bytes_max)
+                    # The core refuses the batch, or has it appended (`_number`) when it is its turn.
+                    batch = self._admit(request, prepared, waiter, context)
+                    stamp, binding = await batch.numbered
+                if binding is not None:
+                    stamp = await self._join(request, binding, waiter)
+                span.note({"ostinato.sequence": stamp.first_sequence, "ostinato.epoch": stamp.epoch})
+                span.note({"ostinato.repeated_key": binding is not None})
+            # The core submits the items in order (`_submit`). As each ends, its outcome is recorded (`_record`) and told to the
+            # waiter (`_answer`).
+            return await waiter.answer(stamp, repeated=binding is not None)
 
     def __init__(
-        self, core: Sequencer, journal: Journal, link: EngineLink, observer: Observer, clock: Callable[[], float]
+        self,
+        settings: Settings,
+        journal: Journal,
+        link: EngineLink,
+        observer: Observer,
+        held: Held,
+        clock: Callable[[], float],
     ) -> None:
-        self.core = core
-        self.queue = AdmissionQueue(core)
-        self.journal = journal
-        self.link = link
-        self.observer = observer
-        self.clock = clock
+        self._settings = settings
+        self.core = Sequencer(settings.bounds)
+        self.queue = AdmissionQueue(self.core)
+        self.journal, self.link, self.observer, self.held, self.clock = journal, link, observer, held, clock
         self.items: dict[int, ActiveItem] = {}
         """By sequence: admitted, outcome not durable yet."""
         self.engine: engine_pb2.DescribeResponse | None = None
         """None: not connected."""
         self.engine_changed = asyncio.Event()
-        """It came or went; for one who clears it."""
+        """The engine has connected or disconnected. The reader clears it."""
         self.drained = asyncio.Event()
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when the process must end and recover."""
+        self.witnesses: list[Witness] = []
         self.fingerprints = Fingerprints(journal)
         self.rerunner = Rerunner(self.dispatch, journal, observer, self.fingerprints)
-        self.outcomes = Outcomes(self, journal, observer, self.rerunner)
         self.remote = RemoteWaiters(journal, self.supervise)
         self._pending: dict[int, PendingAdmission] = {}
-        self._runs: dict[int, ActiveItem] = {}
+        """By batch id."""
         self._last_batch_id = 0
+        self._ends: list[ev.End] = []
+        """To be recorded together."""
+        self._collisions = Collisions()
         self._tasks: set[asyncio.Task[None]] = set()
-        observer.watch(core, lambda: self.queue.waiting.items)
+        observer.watch(self.core, lambda: self.queue.waiting.items, lambda: held.bytes)
 
-    # ---- events in
+    # ---- events and effects
 
     def dispatch(self, event: ev.Event) -> None:
-        """One event for the core; its effects are performed before this returns."""
+        """Tell the core an event. Its effects are performed before this returns."""
         for effect in self.queue.step(event, self.clock()):
             self._perform(effect)
 
-    def recover(self, unfinished: Sequence[Unfinished]) -> None:
-        """Take up what earlier epochs left, ascending."""
-        for one in unfinished:
-            calls = self.remote.claim(one.admitted.header.sequence)
-            work = self.items[one.admitted.header.sequence] = ActiveItem.of(one.admitted, calls, self.clock())
-            self.dispatch(ev.Recovered(work.sequence, need_of(work.input), bool(work.input.idempotency_key), one.attempt))
+    def _perform(self, effect: ev.Effect) -> None:
+        match effect:
+            case ev.AppendAdmission(batch_id):
+                self.spawn(self._number(self._pending[batch_id]))
+            case ev.Refuse(batch_id, error):
+                self._pending.pop(batch_id).refuse(error)
+            case ev.Submit():
+                self._submit(effect)
+            case ev.End():
+                self._record(effect)
+            case ev.SubmitRerun(run_id, rerun_id, expires_at):
+                self._submit_rerun(run_id, rerun_id, expires_at)
+            case ev.CancelRun(run_id):
+                self.link.cancel(run_id)
+            case ev.LeaveToRecovery(sequence):
+                self.items[sequence].defer()
+                self.observer.deferred(self.items[sequence])
+            case ev.RerunLost(rerun_id, error):
+                self.rerunner.lost(rerun_id, error)
+            case ev.Fault(error):
+                self.observer.fault(error)
+                self.link.drop(error.message)
+            case ev.Drained():
+                self.drained.set()
 
-    async def admit(
-        self, admission: Admission, call: Waiter, deadline: float | None, gone: Callable[[], errors.OstinatoError]
-    ) -> tuple[int, types_pb2.Stamp | Binding]:
-        """The batch id, and the batch's stamp or what its key was bound to before. Raises what refuses it. `gone` says why the
-        call ended, if it is cancelled."""
-        self._last_batch_id += 1
-        batch_id = self._last_batch_id
-        asking = self._pending[batch_id] = PendingAdmission(
-            admission, call, self.clock(), asyncio.get_running_loop().create_future()
-        )
+    # ---- prepare and admit
+
+    @contextlib.contextmanager
+    def _call(self, waiter: Waiter, context: Context) -> Iterator[None]:
+        """Around a call. Cancels its batch if it ends before the answer."""
+        timeout = remaining(context)
         try:
-            self.dispatch(
-                ev.Admit(batch_id, tuple(map(need_of, admission.items)), bool(admission.key), deadline, admission.tenant)
-            )
-            return batch_id, await asking.answer
-        except asyncio.CancelledError:
-            self.leave(batch_id, call, gone())
+            yield
+        except asyncio.CancelledError:  # gRPC shows a cancelled call and a passed deadline alike
+            late = ran_out(remaining(context), timeout)
+            passed, left = errors.DeadlineExceeded("the caller's deadline passed"), errors.Cancelled("the caller went away")
+            self._cancel(waiter, passed if late else left)
+            raise
+        except errors.SlowReader as error:
+            self._cancel(waiter, errors.Cancelled(error.message))
             raise
 
-    def leave(self, batch_id: int, call: Waiter, error: errors.OstinatoError) -> None:
-        """This call is over; its batch id is 0 if it only joined."""
-        for work in filter(None, map(self.items.get, call.sequences)):
-            work.detach(call, error)
-        self.remote.leave(call)
-        self.dispatch(ev.CancelBatch(batch_id, error))
+    def _cancel(self, waiter: Waiter, error: errors.OstinatoError) -> None:
+        for item in filter(None, map(self.items.get, waiter.sequences)):
+            item.remove(waiter, error)
+        self.remote.remove(waiter)
+        if waiter.batch_id:
+            self.dispatch(ev.CancelBatch(waiter.batch_id, error))
 
-    # ---- the engine's side (link.Listener)
+    def _check(self, request: generation_pb2.GenerateRequest, context: Context) -> int:
+        """What needs neither journal nor engine. The most bytes of a response that the client reads."""
+        left = remaining(context)
+        if left is not None and left <= 0:
+            raise errors.DeadlineExceeded("the deadline had passed before anything was numbered")
+        check(request, self._settings)
+        self.held.check()
+        return response_bytes_max(context.invocation_metadata() or (), self._settings)
+
+    async def _binding(self, request: generation_pb2.GenerateRequest) -> Binding | None:
+        return await self.journal.binding(caller().tenant, request.idempotency_key) if request.idempotency_key else None
+
+    async def _prepare(
+        self, request: generation_pb2.GenerateRequest, context: Context, bytes_max: int
+    ) -> engine_pb2.PrepareResponse:
+        """Rendered, tokenised and resolved by the service."""
+        prepare = engine_pb2.PrepareRequest(items=request.items, parameters=request.parameters)
+        prepared = await self.link.prepare(prepare, remaining(context))
+        check_size(prepared, bytes_max, verify=request.verify)
+        return prepared
+
+    def _admit(
+        self, request: generation_pb2.GenerateRequest, prepared: engine_pb2.PrepareResponse, waiter: Waiter, context: Context
+    ) -> PendingAdmission:
+        self._last_batch_id += 1
+        left, waiter.batch_id = remaining(context), self._last_batch_id
+        admission = draft(request, prepared, caller().tenant)
+        batch = PendingAdmission(waiter.batch_id, admission, waiter, self.clock(), asyncio.get_running_loop().create_future())
+        self._pending[batch.batch_id] = batch
+        deadline = None if left is None else batch.asked_at + left
+        needs = tuple(map(need_of, admission.items))
+        self.dispatch(ev.Admit(batch.batch_id, needs, bool(admission.key), deadline, admission.tenant))
+        return batch
+
+    async def _join(self, request: generation_pb2.GenerateRequest, binding: Binding, waiter: Waiter) -> types_pb2.Stamp:
+        """Wait for the items of a bound key, recorded or still to end. Raises KeyReused if they are of another request."""
+        if request_digest(request) != binding.request_digest:
+            named = _shown(request.idempotency_key)
+            raise errors.KeyReused(
+                f"the idempotency key {named} was used for another request: use another key, or send the same request"
+            )
+        self.observer.repeated()
+        first, last = binding.first_sequence, binding.first_sequence + binding.count - 1
+        waiter.sequences = range(first, last + 1)
+        joined = {number: self.items[number] for number in waiter.sequences if number in self.items}
+        for item in joined.values():
+            item.join(waiter)
+        recorded = await self.journal.items(first, last, binding.count)
+        remote = []
+        for entries in recorded:
+            if entries.admitted.header.sequence in joined:
+                continue
+            if is_whole(entries):
+                waiter.result(answer_of(entries))
+            else:
+                remote.append(entries.admitted.header.sequence)
+        if remote:
+            await self.remote.join(waiter, remote)
+        return stamp_of(recorded[0].admitted.header)
+
+    # ---- number
+
+    async def _number(self, batch: PendingAdmission) -> None:
+        """Append the batch, which gives its items consecutive sequences."""
+        try:
+            with batch.span.child("journal"):
+                appended = await self.journal.append(batch.admission)
+        except errors.Refused as error:
+            self.dispatch(ev.NotNumbered(batch.batch_id))
+            self._pending.pop(batch.batch_id).refuse(error)
+            return
+        del self._pending[batch.batch_id]
+        if appended.binding is not None:
+            self.dispatch(ev.NotNumbered(batch.batch_id))
+            batch.settle(types_pb2.Stamp(), appended.binding)
+            return
+        now, stamp = self.clock(), stamp_of(appended.entries[0].header)
+        batch.waiter.sequences = range(stamp.first_sequence, stamp.first_sequence + stamp.count)
+        for entry, payload in zip(appended.entries, batch.admission.items, strict=True):
+            payload.seed = entry.header.seed  # all else of the recorded payload was known before
+            self._activate(ActiveItem(entry.header, payload, now, [batch.waiter]), batch.caller)
+        batch.settle(stamp)
+        self.observer.admitted(stamp, now - batch.asked_at)
+        self.dispatch(ev.Numbered(batch.batch_id, stamp.first_sequence))
+
+    def recover(self, unfinished: Sequence[Unfinished]) -> None:
+        """Take up what earlier epochs or other writers left, ascending."""
+        for each in unfinished:
+            header, payload = each.admitted.header, sequencer_pb2.AdmittedPayload.FromString(each.admitted.payload)
+            waiters = self.remote.claim(header.sequence)
+            self._activate(ActiveItem(header, payload, self.clock(), waiters), tracing.current())
+            self.dispatch(ev.Recovered(header.sequence, need_of(payload), bool(payload.idempotency_key), each.attempt))
+
+    def _activate(self, item: ActiveItem, caller: tracing.Span) -> None:
+        self.items[item.sequence] = item
+        self.observer.activated(item, caller)
+
+    # ---- submit, and what the engine reports (link.Listener)
+
+    def _submit(self, submit: ev.Submit) -> None:
+        assert self.engine is not None
+        item, now = self.items[submit.sequence], self.clock()
+        again = item.submitted_at is not None
+        item.begin(submit.attempt, now)
+        item.fingerprint_digest, item.company = self.engine.model.fingerprint.digest, submit.company
+        item.first_fingerprint_digest = item.first_fingerprint_digest or item.fingerprint_digest
+        self.link.submit(
+            submission(
+                item.input,
+                run_id=submit.run_id,
+                purpose=engine_pb2.PURPOSE_PRIMARY,
+                sequence=submit.sequence,
+                attempt=submit.attempt,
+                stream=any(waiter.wants_tokens for waiter in item.waiters),
+                timeout_seconds=submit.expires_at - now,
+                traceparent=self.observer.submitted(item, submit.attempt, again=again),
+            )
+        )
+
+    def _submit_rerun(self, run_id: int, rerun_id: int, expires_at: float) -> None:
+        assert self.engine is not None
+        digest = self.engine.model.fingerprint.digest
+        self.link.submit(self.rerunner.submission(run_id, rerun_id, expires_at - self.clock(), digest))
 
     def engine_up(self, description: engine_pb2.DescribeResponse) -> None:
-        """See link.Listener."""
         again, self.engine = self.engine is not None, description
         self.observer.engine(description)
         self.spawn(self.fingerprints.meet(description.model.fingerprint))
@@ -204,125 +298,156 @@ class Pipeline:
         self.engine_changed.set()
 
     def engine_down(self, error: errors.OstinatoError) -> None:
-        """See link.Listener."""
         self.engine = None
-        self.observer.engine_lost(self._runs.values())
-        self._runs.clear()
+        self.observer.engine_lost([self.items[item.sequence] for item in self.core.runs.values()])
         self.dispatch(ev.Disconnected())
         self.engine_changed.set()
 
+    def engine_fault(self, error: errors.ProtocolViolation) -> None:
+        self.observer.fault(error)
+
     def engine_events(self, events: list[engine_pb2.RunEvent]) -> None:
-        """See link.Listener."""
         for event in events:
-            work = self._runs.get(event.run_id)
             try:
-                self._engine_event(event, work)
+                self._engine_event(event)
             except ValueError as fault:
                 self._perform(ev.Fault(errors.ProtocolViolation(str(fault))))
                 return
 
-    def engine_fault(self, error: errors.ProtocolViolation) -> None:
-        """See link.Listener."""
-        self.observer.fault(error)
-
-    def _engine_event(self, event: engine_pb2.RunEvent, work: ActiveItem | None) -> None:
+    def _engine_event(self, event: engine_pb2.RunEvent) -> None:
+        run = self.core.runs.get(event.run_id)
+        item = None if run is None else self.items[run.sequence]
         match event.WhichOneof("event"):
             case "started":
                 self.dispatch(ev.Started(event.run_id))
-            case "tokens" if work is not None:
-                tokens, now = event.tokens, self.clock()
-                self.observer.tokens(work, len(tokens.token_ids), now)
-                work.tokens(tokens, now)
+            case "tokens":
+                if item is not None:
+                    now = self.clock()
+                    self.observer.tokens(item, len(event.tokens.token_ids), now)
+                    item.tokens(event.tokens, now)
             case "finished":
                 output = event.finished.output
-                if work is not None:
-                    assert self.engine is not None
-                    drift = self.fingerprints.drift(work.first_fingerprint_digest, work.fingerprint_digest)
-                    work.finished(output, self.engine.model.vocabulary_size, drift)
-                    work.company_at_end = self.core.window.runs if self.core.window is not None else 0
-                    if work.input.verify:
-                        with work.spans.item.entered():
-                            work.second = self.rerunner.start(work.input, work.sequence, types_pb2.COMPARISON_KIND_VERIFY)
+                if item is not None:
+                    self._finished(item, output)
                 else:
                     self.rerunner.finished(event.run_id, output)
                 self.dispatch(ev.Finished(event.run_id, output.grade))
-                self._runs.pop(event.run_id, None)
             case "failed":
                 error = run_error(event.failed)
                 self.rerunner.failed(event.run_id, error)
                 self.dispatch(ev.Failed(event.run_id, error))
-                self._runs.pop(event.run_id, None)
-            case "tokens":
-                pass
             case _:
                 raise ValueError(f"an event of run {event.run_id} that says nothing")
 
-    # ---- effects out
-
-    def _perform(self, effect: ev.Effect) -> None:
-        match effect:
-            case ev.AppendAdmission(batch_id):
-                self.spawn(self._append_admission(batch_id))
-            case ev.Refuse(batch_id, error):
-                self._pending.pop(batch_id).refuse(error)
-            case ev.Submit():
-                self._submit(effect)
-            case ev.SubmitRerun(run_id, rerun_id, expires_at):
-                assert self.engine is not None
-                fingerprint = self.engine.model.fingerprint.digest
-                self.link.submit(self.rerunner.submission(run_id, rerun_id, expires_at - self.clock(), fingerprint))
-            case ev.CancelRun(run_id):
-                self._runs.pop(run_id, None)
-                self.link.cancel(run_id)
-            case ev.End():
-                self.outcomes.end(effect)
-            case ev.LeaveToRecovery(sequence):
-                self.items[sequence].leave()
-            case ev.RerunLost(rerun_id, error):
-                self.rerunner.lost(rerun_id, error)
-            case ev.Fault(error):
-                self.observer.fault(error)
-                self.link.drop(error.message)
-            case ev.Drained():
-                self.drained.set()
-
-    def _submit(self, submit: ev.Submit) -> None:
+    def _finished(self, item: ActiveItem, output: types_pb2.Output) -> None:
         assert self.engine is not None
-        work, now = self.items[submit.sequence], self.clock()
-        again = work.submitted_at is not None
-        work.fingerprint_digest, work.company = self.engine.model.fingerprint.digest, submit.company
-        work.first_fingerprint_digest = work.first_fingerprint_digest or work.fingerprint_digest
-        self._runs[submit.run_id] = work
-        self.link.submit(work.submit(submit.run_id, submit.attempt, submit.expires_at - now, now))
-        self.observer.submitted(work, again=again)
+        drift = self.fingerprints.drift(item.first_fingerprint_digest, item.fingerprint_digest)
+        item.finished(output, self.engine.model.vocabulary_size, drift)
+        self.observer.run_ended(item, None)
+        item.company_at_end = self.core.window.runs if self.core.window is not None else 0
+        if item.input.verify:
+            with item.span.entered():
+                item.verification = self.rerunner.start(item.input, item.sequence, VERIFY)
 
-    async def _append_admission(self, batch_id: int) -> None:
-        asking = self._pending[batch_id]
+    # ---- record and answer
+
+    def _record(self, end: ev.End) -> None:
+        """What ends in one turn of the loop is recorded in one commit."""
+        self._ends.append(end)
+        if len(self._ends) == 1:
+            self.spawn(self._append_outcomes())
+
+    async def _append_outcomes(self) -> None:
+        ends, self._ends = self._ends, []
+        items, now, outcomes = [self.items[end.sequence] for end in ends], self.clock(), []
+        for item, end in zip(items, ends, strict=True):
+            self.observer.run_ended(item, end.error)
+            outcomes.append(item.outcome(end.error, end.attempt, now, self._collisions))
+        spans = [item.span.child("journal") for item in items] if tracing.on() else []
+        appended = await self.journal.append_outcomes(outcomes)
+        for span in spans:
+            span.end()
+        for item, outcome, each in zip(items, outcomes, appended, strict=True):
+            if each.entries and item.verification is None and item.recovery is None:
+                result = self._recorded(item, outcome, each.entries[0])
+                self._witness(self._record_of(item, each.entries[0]), item)
+                self._answer(item, result)
+                self.dispatch(ev.Ended(item.sequence))
+            else:
+                self.spawn(self._answer_later(item, outcome, each))
+
+    async def _answer_later(self, item: ActiveItem, outcome: Outcome, appended: Appended) -> None:
+        """There is more to await, and other items need not wait for it. Raises JournalBroken."""
+        if not appended.entries:  # another writer's outcome came first
+            item.cancel_verification(errors.Abandoned("another outcome came first"))
+            item.span.end()
+            result = answers.answer_or_header(await answers.ended(self.journal, item.sequence))
+        else:
+            result = self._recorded(item, outcome, appended.entries[0])
+            record = self._record_of(item, appended.entries[0])
+            if record is None:
+                item.cancel_verification(errors.Abandoned("there is no answer to verify"))
+            elif item.verification is not None:
+                result.comparison.CopyFrom(await self._verify(record, item.verification))
+            self._witness(record, item)
+        self._answer(item, result)
+        if item.recovery is not None and item.output is not None:  # not part of the answer, which is durable
+            await self.rerunner.append(Audit(item.admitted, item.recovery, item.fingerprint_digest, item.output.grade))
+        self.dispatch(ev.Ended(item.sequence))
+
+    def _recorded(self, item: ActiveItem, outcome: Outcome, sealed: Sealed) -> types_pb2.Result:
+        """What a later reader of the journal derives, too."""
+        result = result_of(sealed, outcome.payload)
+        self.observer.recorded(item, sealed, result)
+        return result
+
+    def _record_of(self, item: ActiveItem, sealed: Sealed) -> Record | None:
+        """None: the item has not completed."""
+        if item.output is None or sealed.header.kind != types_pb2.ENTRY_KIND_COMPLETED:
+            return None
+        return Record(item.admitted, sealed.header, item.input, item.output, item.company)
+
+    def _witness(self, record: Record | None, item: ActiveItem) -> None:
+        if record is not None:
+            for witness in self.witnesses:
+                witness(record, max(item.company, item.company_at_end))
+
+    async def _verify(self, record: Record, second: asyncio.Future[RerunResult]) -> types_pb2.Comparison:
+        sequence = record.completed.sequence
         try:
-            with asking.span.child("journal"):
-                appended = await self.journal.append(asking.admission)
-        except errors.Refused as error:
-            self.dispatch(ev.NotNumbered(batch_id))
-            self._pending.pop(batch_id).refuse(error)
-            return
-        if appended.binding is not None:
-            self.dispatch(ev.NotNumbered(batch_id))
-            self._pending.pop(batch_id).settle(appended.binding)
-            return
-        now, stamp = self.clock(), stamp_of(appended.entries[0].header)
-        asking.call.sequences = range(stamp.first_sequence, stamp.first_sequence + stamp.count)
-        for entry in appended.entries:
-            self.items[entry.header.sequence] = ActiveItem.of(entry, [asking.call], now, asking.caller)
-        self._pending.pop(batch_id).settle(stamp)
-        self.observer.admitted(stamp, now - asking.asked_at)
-        self.dispatch(ev.Numbered(batch_id, stamp.first_sequence))
+            entry = (await self.rerunner.check(record, VERIFY, second)).entry
+        except errors.OstinatoError as error:
+            verdict = answers.no_verdict(sequence, VERIFY, error)
+            entry = await self.rerunner.append(Audit(record.admitted, verdict, grade=record.completed.grade))
+        return answers.verification_of(sequence, entry)
+
+    def _answer(self, item: ActiveItem, result: types_pb2.Result) -> None:
+        del self.items[item.sequence]
+        for waiter in item.waiters:
+            waiter.result(result)
+
+    # ---- cancel
+
+    async def cancel_items(self, first: int, last: int) -> int:
+        """End these sequences, both included. How many of them end as CANCELLED."""
+        items = numbered(self.items, first, last)
+        waiter = CancelWaiter(len(items))
+        for item in items:
+            item.join(waiter)
+        self.dispatch(ev.CancelItems(first, last))
+        for item in items:
+            item.cancel_verification(errors.Cancelled("cancelled on request"))
+        cancelled = await waiter.cancelled()
+        return cancelled + await self.remote.cancel(first, last, self.items)
+
+    # ---- tasks
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """A task whose failure ends the process: nothing else may fail here than the journal."""
+        """A task whose failure ends the process. Only the journal may fail in it."""
         self.supervise(asyncio.get_running_loop().create_task(coroutine))
 
     def supervise(self, task: asyncio.Task[None]) -> None:
-        """As `spawn`, of a task that its owner may cancel."""
+        """As `spawn`, for a task that its owner may cancel."""
         self._tasks.add(task)
         task.add_done_callback(self._reap)
 
@@ -333,5 +458,35 @@ class Pipeline:
             return
         if not self.broken.done():
             self.broken.set_exception(error)
-        elif not isinstance(error, JournalBroken):  # which all of them may tell, one after the other
+        elif not isinstance(error, JournalBroken):  # every task may raise that one
             log.error("one more task has failed", exc_info=error)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingAdmission:
+    """A batch that has no sequences yet."""
+
+    batch_id: int
+    admission: Admission
+    waiter: Waiter
+    asked_at: float
+    numbered: asyncio.Future[tuple[types_pb2.Stamp, Binding | None]]
+    """Its stamp, or what its key was bound to meanwhile. Fails with what refuses it."""
+    caller: tracing.Span = field(default_factory=tracing.current)
+    span: tracing.Span = field(default_factory=lambda: tracing.span("admission"))
+
+    def settle(self, stamp: types_pb2.Stamp, binding: Binding | None = None) -> None:
+        self.span.end()
+        if not self.numbered.done():
+            self.numbered.set_result((stamp, binding))
+
+    def refuse(self, error: errors.OstinatoError) -> None:
+        self.span.end(error)
+        if not self.numbered.done():
+            self.numbered.set_exception(error)
+
+
+def _shown(key: str) -> str:
+    """The key in quotes, in one line of ASCII, shortened."""
+    shown = json.dumps(key[:KEY_CHARACTERS_SHOWN])
+    return shown if len(key) <= KEY_CHARACTERS_SHOWN else f"{shown}..."

@@ -19,10 +19,10 @@ from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 from sidecar.collisions import sampling_label
 from sidecar.core import events as ev
 from sidecar.fingerprints import Fingerprints
-from sidecar.item import RerunResult, kv_tokens, run_span, submission
+from sidecar.item import RerunResult, kv_tokens, submission
 from sidecar.journal.model import Audit, ItemEntries, Sealed
 from sidecar.journal.writer import Journal
-from sidecar.observe import Observer
+from sidecar.observe import Observer, run_span
 
 Kind: TypeAlias = types_pb2.ComparisonKind.ValueType
 

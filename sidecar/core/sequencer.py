@@ -7,7 +7,7 @@ forgotten). `Sequencer` has the invariants.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TypeVar
@@ -427,7 +427,7 @@ def _too_big(need: ev.Need, window: Window) -> str:
     return f"needs {window.need(need.kv_tokens)} KV blocks at worst, the engine has {window.engine.kv_blocks}"
 
 
-def numbered(by_sequence: Mapping[int, T], first: int, last: int) -> Iterable[T]:
+def numbered(by_sequence: Mapping[int, T], first: int, last: int) -> list[T]:
     """The values for first to last, found with no more steps than the mapping or the range has."""
     if last - first < len(by_sequence):
         return [by_sequence[sequence] for sequence in range(first, last + 1) if sequence in by_sequence]

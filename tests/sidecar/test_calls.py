@@ -42,6 +42,11 @@ def restarted(sequence: int, attempt: int) -> generation_pb2.Restarted:
     return generation_pb2.Restarted(sequence=sequence, attempt=attempt)
 
 
+async def unwritten(event: bytes) -> None:
+    """Events are taken by `next` here."""
+    raise AssertionError
+
+
 async def taken(call: StreamWaiter, count: int = 1) -> list[Event]:
     """The next events."""
     events = [await call.next() for _ in range(count)]
@@ -71,7 +76,7 @@ async def test_a_unary_call_waits_for_all() -> None:
 
 async def test_tokens_that_wait_are_one_message() -> None:
     """Runs of one item become one run; those of several items one message."""
-    call = StreamWaiter(2, account())
+    call = StreamWaiter(2, account(), unwritten)
     for piece in (run(1, 0, 65), run(2, 0, 66), run(1, 1, 67, 68), run(2, 1, 69)):
         call.tokens(piece)
 
@@ -80,7 +85,7 @@ async def test_tokens_that_wait_are_one_message() -> None:
 
 async def test_nothing_moves_past_an_end_or_a_restart() -> None:
     """Only what follows one another is merged: the order of one item's events is the order in which they happened."""
-    call = StreamWaiter(2, account())
+    call = StreamWaiter(2, account(), unwritten)
     call.tokens(run(1, 0, 65))
     call.restarted(restarted(1, 2))
     call.tokens(run(1, 0, 66, attempt=2))
@@ -102,7 +107,7 @@ async def test_nothing_moves_past_an_end_or_a_restart() -> None:
 
 async def test_a_run_is_of_one_attempt() -> None:
     """Tokens of an attempt that goes on behind another one are a run of their own, and bear its number."""
-    call = StreamWaiter(1, account())
+    call = StreamWaiter(1, account(), unwritten)
     for piece in (run(1, 0, 65), run(1, 1, 66, attempt=2), run(1, 2, 67, attempt=2)):
         call.tokens(piece)
 
@@ -112,7 +117,7 @@ async def test_a_run_is_of_one_attempt() -> None:
 
 async def test_a_taken_message_is_closed() -> None:
     """What a reader has taken does not grow under its hands."""
-    call = StreamWaiter(1, account())
+    call = StreamWaiter(1, account(), unwritten)
     call.tokens(run(1, 0, 65))
     (first,) = await taken(call)
 
@@ -124,7 +129,7 @@ async def test_a_taken_message_is_closed() -> None:
 
 async def test_a_reader_waits_for_something() -> None:
     """With nothing to take it waits, and is woken by tokens and by an end."""
-    call = StreamWaiter(1, account())
+    call = StreamWaiter(1, account(), unwritten)
     happenings: list[Callable[[], None]] = [lambda: call.tokens(run(1, 0, 65)), lambda: call.result(completed(1))]
     for happen in happenings:
         waiting = asyncio.ensure_future(taken(call))
@@ -137,7 +142,7 @@ async def test_a_reader_waits_for_something() -> None:
 
 async def test_a_call_is_lost_behind_what_it_was_told() -> None:
     """Both kinds are woken to raise why, the first reason; a stream after what had come before."""
-    unary, streamed = UnaryWaiter(2, account()), StreamWaiter(2, account())
+    unary, streamed = UnaryWaiter(2, account()), StreamWaiter(2, account(), unwritten)
     waiting = asyncio.ensure_future(unary.answer(STAMP))
     await asyncio.sleep(0)
     for call in (unary, streamed):
@@ -167,7 +172,7 @@ async def test_a_reader_who_falls_behind() -> None:
     nothing, and does not grow any more."""
     held, lost = reserved(call=50_000)
     with held.account(stream=True) as account:
-        call = StreamWaiter(2, account)
+        call = StreamWaiter(2, account, unwritten)
         for index in range(100):
             call.tokens(large(1, index))
         assert 100 * 320 < account.waiting < 50_000
@@ -190,7 +195,7 @@ async def test_a_reader_who_falls_behind() -> None:
 
 async def test_a_reader_who_waits_is_told_that_its_call_is_lost() -> None:
     """Another call's bytes may end one whose reader waits for something."""
-    call = StreamWaiter(1, given := account())
+    call = StreamWaiter(1, given := account(), unwritten)
     waiting = asyncio.ensure_future(call.next())
     await asyncio.sleep(0)
 
@@ -219,7 +224,7 @@ async def test_a_unary_answer_is_lost_to_the_bound_of_all() -> None:
 
 async def test_messages_of_tokens_are_bounded() -> None:
     """However much waits, no message of tokens grows far beyond its bound: a client reads 4 MiB, and what gRPC has it keeps."""
-    call = StreamWaiter(64, account())
+    call = StreamWaiter(64, account(), unwritten)
     for index in range(20):
         for sequence in range(1, 65):
             call.tokens(large(sequence, index))
@@ -242,7 +247,7 @@ def test_merging_loses_nothing(script: list[str | tuple[int, int, bool]]) -> Non
     """However tokens and restarts of three items mix and whenever the reader comes, each item's tokens are there, in place."""
 
     async def tell() -> None:
-        call = StreamWaiter(3, given := account())
+        call = StreamWaiter(3, given := account(), unwritten)
         sent: dict[int, list[int]] = {1: [], 2: [], 3: []}
         got: dict[int, list[int]] = {1: [], 2: [], 3: []}
         attempts = dict.fromkeys(sent, 1)

@@ -94,7 +94,7 @@ async def test_leaving(two: Two) -> None:
     gone, stays = UnaryWaiter(1, account()), UnaryWaiter(1, account())
     await two.remote.join(gone, [1])
     gone.sequences = range(1, 2)
-    two.remote.leave(gone)
+    two.remote.remove(gone)
     assert two.remote._following is None
     await two.remote.join(stays, [2])
     await two.there.append(completed(first))

@@ -37,10 +37,10 @@ class Empty:
 )
 async def test_a_sequence_without_an_item(role: Role, sequence: int, message: str) -> None:
     """An admin is told that a sequence is lost; to a tenant it does not exist, as another tenant's."""
-    pipeline: Any = SimpleNamespace(journal=Empty())
-    book: Any = None
     settings = Settings()
-    servicer = SequencerServicer(pipeline, book, Held(settings.held, lambda *_: None), settings)
+    pipeline: Any = SimpleNamespace(journal=Empty(), held=Held(settings.held, lambda *_: None))
+    tracker: Any = None
+    servicer = SequencerServicer(pipeline, tracker, settings)
     CALLER.set(Identity("tenant", role))
     context: Any = None
 

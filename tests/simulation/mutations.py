@@ -17,7 +17,7 @@ from ostinato.resume import Progress
 from ostinato.v1 import generation_pb2, types_pb2
 
 from service.stream import Stream
-from sidecar import answers, api
+from sidecar import answers, api, pipeline
 from sidecar.answers import stamp_of
 from sidecar.core import events as ev
 from sidecar.core import sequencer
@@ -28,7 +28,7 @@ from sidecar.journal.ledger import Known, Ledger, needs
 from sidecar.journal.model import Admission, Appended, Binding, Draft, ItemEntries, Outcome, Sealed
 from sidecar.journal.sqlite import Tables
 from sidecar.journal.writer import Journal
-from sidecar.pipeline import Outcomes, Pipeline
+from sidecar.pipeline import PendingAdmission, Pipeline
 from tests.simulation.plan import plan_of
 from tests.simulation.promises import PROMISES
 from tests.simulation.world import simulate
@@ -130,13 +130,13 @@ def a_refusal_that_burns_numbers() -> AbstractContextManager[Any]:
 @breaks(2)
 def a_lost_outcome() -> AbstractContextManager[Any]:
     """Every failure is forgotten where it should become durable."""
-    end = Outcomes.end
+    record = Pipeline._record
 
-    def completed(self: Outcomes, effect: ev.End) -> None:
+    def completed(self: Pipeline, effect: ev.End) -> None:
         if effect.error is None:
-            end(self, effect)
+            record(self, effect)
 
-    return instead(Outcomes, "end", completed)
+    return instead(Pipeline, "_record", completed)
 
 
 @breaks(2)
@@ -366,12 +366,12 @@ def keys_are_forgotten() -> Iterator[None]:
 @breaks(6)
 def anybody_may_use_a_key() -> AbstractContextManager[Any]:
     """The request that comes with a bound key is not compared with the one that bound it."""
-    join = api.GenerationServicer._join
+    join = Pipeline._join
 
-    async def joined(self: Any, request: Any, binding: Binding, call: Any) -> types_pb2.Stamp:
-        return await join(self, request, replace(binding, request_digest=request_digest(request)), call)
+    async def joined(self: Pipeline, request: Any, binding: Binding, waiter: Any) -> types_pb2.Stamp:
+        return await join(self, request, replace(binding, request_digest=request_digest(request)), waiter)
 
-    return instead(api.GenerationServicer, "_join", joined)
+    return instead(Pipeline, "_join", joined)
 
 
 @breaks(6)
@@ -383,7 +383,7 @@ def another_answer_the_second_time() -> AbstractContextManager[Any]:
         result.timing.total_micros += 1
         return result
 
-    return instead(api, "answer_of", changed)
+    return instead(pipeline, "answer_of", changed)
 
 
 # ---- 7: what was acknowledged
@@ -392,17 +392,15 @@ def another_answer_the_second_time() -> AbstractContextManager[Any]:
 @breaks(7)
 def numbers_are_told_too_early() -> AbstractContextManager[Any]:
     """A batch is acknowledged with the numbers that it will have, once it is durable."""
-    append = Pipeline._append_admission
+    number = Pipeline._number
 
-    async def appended(self: Pipeline, batch_id: int) -> None:
-        asking = self._pending[batch_id]
-        if not asking.admission.key:
-            head = self.journal._backend.head  # type: ignore[attr-defined]
-            guess = Ledger(head, Known(), 0).append(asking.admission)
-            asking.settle(stamp_of(guess.entries[0].header))
-        await append(self, batch_id)
+    async def numbered(self: Pipeline, batch: PendingAdmission) -> None:
+        if not batch.admission.key:
+            guess = Ledger(self.journal._store.head, Known(), 0).append(batch.admission)
+            batch.settle(stamp_of(guess.entries[0].header))
+        await number(self, batch)
 
-    return instead(Pipeline, "_append_admission", appended)
+    return instead(Pipeline, "_number", numbered)
 
 
 @breaks(7, file=True)

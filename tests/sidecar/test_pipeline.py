@@ -1,0 +1,164 @@
+"""The pipeline around a core that does nothing, on a real journal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from ostinato import errors
+from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
+
+from sidecar.admission import draft
+from sidecar.answers import UnaryWaiter, ended_payload, outcome_kind
+from sidecar.config import Settings
+from sidecar.core import events as ev
+from sidecar.item import ActiveItem
+from sidecar.journal.model import Outcome, Sealed
+from sidecar.journal.sqlite import SqliteSettings
+from sidecar.journal.writer import Journal
+from sidecar.observe import Metrics, Observer
+from sidecar.pipeline import PendingAdmission, Pipeline
+from tests.sidecar.held_kit import account, held
+from tests.sidecar.journal_kit import SqliteKit, admission, completed, ended, item
+
+
+@pytest.fixture(name="journal")
+async def _journal(tmp_path: Path) -> AsyncIterator[Journal]:
+    """One that keeps no payload of an unkeyed item that has ended."""
+    settings = SqliteSettings(reserve_bytes=0, digests_only=True)
+    store = SqliteKit(tmp_path / "journal.db", settings=settings)
+    journal = Journal(store.open()[0], now_millis=store.clock.now_millis)
+    yield journal
+    await journal.close()
+
+
+class Watched(Pipeline):
+    """Notes what its core is told, which does nothing."""
+
+    def __init__(self, journal: Journal) -> None:
+        link: Any = SimpleNamespace()
+        observer = Observer(Metrics(CollectorRegistry()), lambda kind, reason: None)
+        super().__init__(Settings(), journal, link, observer, held()[0], asyncio.get_running_loop().time)
+        self.told: list[ev.Event] = []
+
+    def dispatch(self, event: ev.Event) -> None:
+        self.told.append(event)
+
+    async def finish(self) -> None:
+        """Until every task has ended. Raises what one of them raised."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks)
+
+
+def cancelled(admitted: Sealed) -> Outcome:
+    error = errors.Cancelled("cancelled on request")
+    return Outcome(admitted.header, outcome_kind(error), 1, ended_payload(error, types_pb2.Timing()))
+
+
+def abandoned(admitted: Sealed) -> Outcome:
+    return ended(admitted, types_pb2.ENTRY_KIND_ABANDONED)
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (cancelled, "CANCELLED"),
+        (abandoned, "ABANDONED"),
+        (ended, "PAYLOAD_PRUNED"),
+        (completed, "PAYLOAD_PRUNED"),
+    ],
+)
+async def test_another_outcome_whose_payload_was_dropped(journal: Journal, first: Any, reason: str) -> None:
+    """Where another sidecar's outcome came first and its payload is dropped already, callers are told what its header says,
+    and the item ends here as any other."""
+    (admitted,) = (await journal.append(admission(item(1)))).entries
+    pipeline, waiter = Watched(journal), UnaryWaiter(1, account())
+    pipeline.items[1] = ActiveItem(admitted.header, item(1), 0.0, [waiter])
+    await journal.append(first(admitted))
+    (recorded,) = await journal.items(1, 1, 1)
+    assert recorded.outcome is not None
+    assert recorded.outcome.payload == b""
+
+    pipeline._perform(ev.End(1, 1, errors.EngineFailed("too late")))
+    await pipeline.finish()
+
+    (result,) = generation_pb2.GenerateResponse.FromString(await waiter.answer(types_pb2.Stamp())).results
+    assert (result.sequence, result.attempt, errors.from_status(result.status).reason) == (1, 1, reason)
+    assert (pipeline.items, pipeline.told) == ({}, [ev.Ended(1)])
+
+
+async def test_a_collision_is_told(journal: Journal, caplog: pytest.LogCaptureFixture) -> None:
+    """Two unseeded items with one answer are logged once, with what is known of the choice that the answer took."""
+    pipeline = Watched(journal)
+    batch = (await journal.append(admission(item(1), item(1)))).entries
+    for admitted in batch:
+        payload = sequencer_pb2.AdmittedPayload.FromString(admitted.payload)
+        active = pipeline.items[admitted.header.sequence] = ActiveItem(admitted.header, payload, 0.0, [])
+        seed = admitted.header.seed
+        active.output = types_pb2.Output(token_ids=range(40), seed=seed, engine_seed=seed, grade=types_pb2.GRADE_EXACT)
+        pipeline._perform(ev.End(active.sequence, 1, None))
+    await pipeline.finish()
+
+    (record,) = [each for each in caplog.records if each.levelname == "ERROR"]
+    said = {name: getattr(record, name) for name in ("sequence", "tokens", "distinct_tokens", "logprobs_known", "choice_bits")}
+    assert record.getMessage() == "collision: an unseeded answer equals that of another seed"
+    assert said == {"sequence": 2, "tokens": 40, "distinct_tokens": 40, "logprobs_known": False, "choice_bits": 50.0}
+
+
+async def test_an_input_is_what_was_recorded(journal: Journal) -> None:
+    """What an item runs with equals its ADMITTED entry, field for field, with a derived seed and with a given one."""
+    pipeline, waiter = Watched(journal), UnaryWaiter(2, account())
+    request = generation_pb2.GenerateRequest(idempotency_key="key", request_id="id", required_grade=types_pb2.GRADE_SERIAL)
+    parameters = types_pb2.ResolvedParameters(max_new_tokens=3)
+    prepared = [
+        engine_pb2.PreparedItem(token_ids=[1, 2], parameters=parameters),
+        engine_pb2.PreparedItem(token_ids=[3], parameters=parameters, seed=7),
+    ]
+    draft_ = draft(request, engine_pb2.PrepareResponse(items=prepared, model_digest=b"m"), "tenant")
+    answer = asyncio.get_running_loop().create_future()
+    pipeline._pending[1] = batch = PendingAdmission(1, draft_, waiter, 0.0, answer)
+    await pipeline._number(batch)
+
+    recorded = [entries.admitted for entries in await journal.items(1, 2, 2)]
+    assert [pipeline.items[1].input, pipeline.items[2].input] == [
+        sequencer_pb2.AdmittedPayload.FromString(sealed.payload) for sealed in recorded
+    ]
+    assert pipeline.items[1].input.seed != 0
+    assert pipeline.items[2].input.seed == 7
+    assert (await batch.numbered)[0].count == 2
+    assert pipeline.told == [ev.Numbered(1, 1)]
+
+
+async def test_a_cancel_tells_how_many_it_ended(journal: Journal) -> None:
+    """Cancel waits for all items of its range that run here, and counts those that ended as CANCELLED."""
+    pipeline = Watched(journal)
+    batch = (await journal.append(admission(item(1), item(2), item(3)))).entries
+    for admitted in batch:
+        pipeline.items[admitted.header.sequence] = ActiveItem(admitted.header, item(1), 0.0, [])
+    cancelling = asyncio.ensure_future(pipeline.cancel_items(1, 2))
+    await asyncio.sleep(0)
+    assert pipeline.told == [ev.CancelItems(1, 2)]
+    pipeline._perform(ev.End(1, 1, errors.Cancelled("cancelled on request")))
+    pipeline._perform(ev.End(2, 1, errors.EngineFailed("before")))
+
+    assert await cancelling == 1
+    assert set(pipeline.items) == {3}
+
+
+async def test_a_cancel_while_items_are_left(journal: Journal) -> None:
+    """A Cancel whose item this process leaves to the next epoch is told to come back."""
+    pipeline = Watched(journal)
+    (admitted,) = (await journal.append(admission(item(1)))).entries
+    pipeline.items[1] = ActiveItem(admitted.header, item(1), 0.0, [])
+    cancelling = asyncio.ensure_future(pipeline.cancel_items(1, 1))
+    await asyncio.sleep(0)
+    pipeline._perform(ev.LeaveToRecovery(1))
+
+    with pytest.raises(errors.Draining):
+        await cancelling
