@@ -1,13 +1,19 @@
-"""The journal's hash chain and the receipts taken from it.
+"""The journal's hash chain, and receipts.
 
-Invariants of a journal, numbered for the tests that attack them:
- 1. The first entry's previous hash is 32 zero bytes; every other entry's is the hash of the entry before it.
+Each entry's hash covers its header and the hash of the entry before, so a changed entry changes every later hash. A header has
+the digests of input, output and payload. A receipt is a COMPLETED entry's header with its two hashes.
+
+Invariants of a journal:
+ 1. The previous hash of the first entry is 32 zero bytes; that of every other entry is the hash of the entry before.
  2. Indexes are 1, 2, 3 and so on.
- 3. Sequences are 1, 2, 3 and so on over the ADMITTED entries, but for those that a LOST entry takes in their stead; a batch's
-    are consecutive entries.
- 4. Every outcome names a sequence admitted before it that had no outcome before.
- 5. A writer's epochs rise with its OPENED entries; every other entry has its writer's newest.
- 6. The log id never changes.
+ 3. Sequences are 1, 2, 3 and so on over the ADMITTED entries, except those that a LOST entry stands for. The entries of a batch
+    are consecutive.
+ 4. Every outcome names a sequence that was admitted before and had no outcome.
+ 5. A writer's epoch increases with each of its OPENED entries. Its other entries have its newest epoch.
+ 6. All entries have the same log id.
+
+`check_link` checks 1, 2, 6 and, between entries of one writer, 5. The others need more than two entries; the journal's
+verification checks them.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ GENESIS = bytes(DIGEST_BYTES)
 """The previous hash of the first entry."""
 
 _PLACE, _NUMBERS = struct.Struct(">Qq"), struct.Struct(">7Qq")
-"""Neighbours in a header, each as u64 or i64."""
+"""Adjacent header fields, each as u64 or i64."""
 
 OUTCOMES = frozenset(
     {
@@ -33,11 +39,11 @@ OUTCOMES = frozenset(
         types_pb2.ENTRY_KIND_ABANDONED,
     }
 )
-"""The kinds that end an item."""
+"""The kinds of entries that end an item."""
 
 
 def entry_hash(previous_hash: bytes, header: types_pb2.EntryHeader) -> bytes:
-    """SHA-256 over the previous hash and every field of the header, in order of the fields' numbers."""
+    """Over the previous hash and every field of the header, in the order of the field numbers."""
     assert len(previous_hash) == DIGEST_BYTES
     inputs, output, logprobs = header.input_digest, header.output_digest, header.logprobs_digest
     fingerprint, payload = header.fingerprint_digest, header.payload_digest
@@ -71,23 +77,23 @@ def entry_hash(previous_hash: bytes, header: types_pb2.EntryHeader) -> bytes:
 
 @lru_cache
 def _names(log_id: str, writer: str) -> bytes:
-    """Which hardly ever change from one entry to the next."""
+    """Cached: they rarely change between entries."""
     return text(log_id) + text(writer)
 
 
 def payload_digest(payload: bytes) -> bytes:
-    """Plain SHA-256 of a payload as recorded."""
+    """SHA-256 of a payload's bytes, without a tag."""
     return hashlib.sha256(payload).digest()
 
 
 def receipt(header: types_pb2.EntryHeader, previous_hash: bytes, hash_: bytes) -> types_pb2.Receipt:
-    """The proof of a COMPLETED entry."""
+    """The receipt of a COMPLETED entry."""
     assert header.kind == types_pb2.ENTRY_KIND_COMPLETED
     return types_pb2.Receipt(header=header, previous_hash=previous_hash, entry_hash=hash_)
 
 
 def check_receipt(proof: types_pb2.Receipt) -> list[str]:
-    """What is wrong with a receipt by itself; empty: it is sound."""
+    """The faults of a receipt; empty: it is sound."""
     faults = []
     if proof.header.kind != types_pb2.ENTRY_KIND_COMPLETED:
         faults.append("header.kind: not COMPLETED")
@@ -99,7 +105,7 @@ def check_receipt(proof: types_pb2.Receipt) -> list[str]:
 
 
 def check_result(result: types_pb2.Result) -> list[str]:
-    """What is wrong between a result's output and its receipt; empty: they belong together."""
+    """The faults of a result's receipt, and the differences between it and the output."""
     header, output = result.receipt.header, result.output
     faults = check_receipt(result.receipt)
     for field, claimed, actual in (
@@ -116,7 +122,7 @@ def check_result(result: types_pb2.Result) -> list[str]:
 
 
 def check_record(record: sequencer_pb2.ItemRecord) -> list[str]:
-    """What is wrong between an item's input, its output and their receipt; empty: they belong together."""
+    """The faults of an item's receipt, and the differences between it, the input and the output."""
     faults = check_result(record.result) if record.result.HasField("receipt") else []
     if record.HasField("input"):
         given = record.input
@@ -133,10 +139,7 @@ def check_record(record: sequencer_pb2.ItemRecord) -> list[str]:
 
 
 def check_link(previous: sequencer_pb2.Entry | None, entry: sequencer_pb2.Entry) -> list[str]:
-    """What is wrong with an entry after the one before it (None: it is the first); empty: the chain holds here.
-
-    Invariants 3 and 4, and 5 between writers, need more than one entry before: they are the journal's to check.
-    """
+    """The faults of an entry after the previous one (None: it is the first)."""
     before, index = (previous.entry_hash, previous.header.index) if previous is not None else (GENESIS, 0)
     faults = []
     if entry.header.index != index + 1:

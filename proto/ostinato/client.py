@@ -61,7 +61,7 @@ class Client:
         token: str | None = None,
         max_response_bytes: int = DEFAULT_RESPONSE_BYTES,
     ) -> None:
-        self.target = target
+        self.target = requests.target(target)
         bytes_max = requests.integer("max_response_bytes", max_response_bytes, 1, 2**31 - 1)
         self._transport = _Transport(target, credentials, bytes_max, token)
 

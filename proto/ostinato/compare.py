@@ -1,4 +1,4 @@
-"""Two runs, one verdict. Pure; every kind of comparison uses it."""
+"""Compares two runs of one input. All comparisons use this module."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from ostinato.v1 import types_pb2
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A run's output, and what it was made of and on."""
+    """A run: its output, and what it depends on."""
 
     output: types_pb2.Output
     input_digest: bytes
     fingerprint_digest: bytes
     writer: str = ""
-    """Of the entry that recorded it; empty: none did."""
+    """Of the entry that recorded it; empty: there is none."""
     sequence: int = 0
     """Of that entry."""
     company: int = 0
-    """Runs that the engine held when it was handed over, itself included; 0: not known."""
+    """Batch occupancy: runs that the engine held when this one was submitted, itself included; 0: not known."""
     sampling: str = ""
     fingerprint_fields: Mapping[str, str] | None = None
-    """What the digest is of; None: not known."""
+    """The fields of fingerprint_digest; None: not known."""
 
     @classmethod
     def recorded(
@@ -35,14 +35,14 @@ class Side:
         company: int = 0,
         sampling: str = "",
     ) -> Side:
-        """What a COMPLETED entry holds."""
+        """The run of a COMPLETED entry."""
         made_of, made_on = header.input_digest, header.fingerprint_digest
         return cls(output, made_of, made_on, header.writer, header.sequence, company, sampling, fingerprint_fields)
 
 
 def first_difference(expected: Sequence[object], actual: Sequence[object]) -> int | None:
-    """Index of the first token, or character of texts, that differs; where one is a prefix of the other, its length;
-    None: they are equal."""
+    """The index of the first token, or character, that differs. If one is a prefix of the other, its length. None: they are
+    equal."""
     for index, (a, b) in enumerate(zip(expected, actual, strict=False)):
         if a != b:
             return index
@@ -50,8 +50,8 @@ def first_difference(expected: Sequence[object], actual: Sequence[object]) -> in
 
 
 def fingerprint_drift(expected: Mapping[str, str] | None, actual: Mapping[str, str] | None) -> list[str]:
-    """The fields in which two fingerprints of unequal digests differ, as `fingerprint.device`; `fingerprint` where one of them
-    is not known, or nothing shows."""
+    """The fields in which two fingerprints with different digests differ, such as `fingerprint.device`. Only `fingerprint` if
+    one of them is not known, or no field differs."""
     if expected is None or actual is None:
         return ["fingerprint"]
     differing = (name for name in sorted(expected.keys() | actual.keys()) if expected.get(name) != actual.get(name))
@@ -61,10 +61,11 @@ def fingerprint_drift(expected: Mapping[str, str] | None, actual: Mapping[str, s
 def compare(
     expected: Side, actual: Side, kind: types_pb2.ComparisonKind.ValueType, sequence: int, *, dropped_digest: bytes = b""
 ) -> types_pb2.Comparison:
-    """MATCH where the output digests are equal, DIVERGED where not, INCOMPARABLE where inputs or fingerprints differ.
+    """MATCH if the output digests are equal, DIVERGED if not, INCOMPARABLE if inputs or fingerprints differ.
 
-    Where only fingerprints differ, it is said all the same where the outputs part. `dropped_digest`: of an expected output that
-    is not kept; then nobody knows where they part, and no tokens are compared unless all of them are equal.
+    If only fingerprints differ, the comparison still has the first difference of the outputs. `dropped_digest`: the digest of
+    an expected output that was pruned. Then the first difference is not known, and tokens count as compared only if the digests
+    are equal.
     """
     comparison = types_pb2.Comparison(
         sequence=sequence,
@@ -92,7 +93,7 @@ def compare(
     difference = first_difference(expected.output.token_ids, actual.output.token_ids)
     comparison.compared_tokens = len(expected.output.token_ids) if difference is None else difference
     if same_input and not equal:
-        # Equal tokens with another finish reason part behind the last token.
+        # Outputs with equal tokens and different finish reasons differ after the last token.
         comparison.first_difference = len(expected.output.token_ids) if difference is None else difference
         gap = margin(expected.output, comparison.first_difference)
         if gap is not None:
@@ -103,9 +104,9 @@ def compare(
 def compare_prefix(
     sent: Sequence[int], output: types_pb2.Output, sequence: int, drift: Sequence[str] = ()
 ) -> types_pb2.Comparison:
-    """What a lost attempt had sent against the attempt that finished: a RECOVERY comparison over as many tokens.
+    """A RECOVERY comparison: the tokens that a lost attempt had sent, against the output of the attempt that finished.
 
-    `drift`: in what their fingerprints differ, as `fingerprint_drift` has it.
+    `drift`: the result of `fingerprint_drift` if their fingerprints differ.
     """
     difference = first_difference(sent, output.token_ids[: len(sent)])
     comparison = types_pb2.Comparison(
@@ -125,7 +126,7 @@ def compare_prefix(
 
 
 def margin(output: types_pb2.Output, index: int) -> float | None:
-    """Logprob of the likeliest less that of the second likeliest token at this index, where RAW ones are known."""
+    """The logprob of the likeliest token at this index minus that of the second, if RAW logprobs are known."""
     if output.logprob_kind != types_pb2.LOGPROB_KIND_RAW or index >= len(output.logprobs):
         return None
     top = output.logprobs[index].top

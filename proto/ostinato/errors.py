@@ -258,8 +258,16 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> OstinatoError:
     return ours
 
 
+_OVERSIZE = re.compile(r"(SERVER|CLIENT): Received message larger than max \((\d+) vs\. (\d+)\)")
+
+
 def from_code(code: grpc.StatusCode, message: str) -> OstinatoError:
     """An error for a status without our details, from gRPC or a proxy. gRPC's CANCELLED means that the server stopped."""
+    if code is Code.RESOURCE_EXHAUSTED and (found := _OVERSIZE.search(message)):
+        who, size, limit = found.groups()
+        if who == "SERVER":
+            return InvalidRequest(f"the request has {size} bytes, the server accepts {limit}: split it")
+        return InvalidRequest(f"the response has {size} bytes, the client accepts {limit}: raise max_response_bytes")
     kinds = {Code.UNAVAILABLE: Disconnected, Code.DEADLINE_EXCEEDED: DeadlineExceeded, Code.CANCELLED: Disconnected}
     error = kinds.get(code, OstinatoError)(message or code.name)
     if code not in kinds:

@@ -1,11 +1,12 @@
-"""Requests from Python values. Whatever cannot be written into the message at all raises TypeError or ValueError naming the
-parameter; what is out of a model's bounds is the server's to refuse, since it knows the model."""
+"""Builds requests from Python values. A value that the message cannot hold raises TypeError or ValueError, which names the
+parameter. The model's limits are not checked here: the server knows the model, and refuses."""
 
 from __future__ import annotations
 
 import json
 import math
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias, TypedDict
 
@@ -14,13 +15,13 @@ from google.protobuf.descriptor import FieldDescriptor
 from ostinato.v1 import generation_pb2, types_pb2
 
 Chat: TypeAlias = Sequence[Mapping[str, str]]
-"""Messages, each `{"role": ..., "content": ...}`."""
+"""Messages of the form `{"role": ..., "content": ...}`."""
 
 Prompt: TypeAlias = str | Sequence[int] | Chat | types_pb2.Item
-"""Text, token ids, a chat, or an item with parameters of its own."""
+"""A text, token ids, a chat, or an item, which may have its own parameters."""
 
 Prompts: TypeAlias = str | types_pb2.Item | Sequence[Prompt]
-"""One text or item, or a list of prompts. One prompt of token ids, or one chat, is a list that holds it."""
+"""A text, an item, or a list of prompts. To send one chat, or one prompt of token ids, put it into a list."""
 
 GradeName: TypeAlias = types_pb2.Grade.ValueType | str
 """`"exact"`, `"serial"`, `"best-effort"`, or the enum's value."""
@@ -36,7 +37,7 @@ GRADES: Mapping[str, types_pb2.Grade.ValueType] = {
 
 
 class Sampling(TypedDict, total=False):
-    """The fields of `Parameters`, whose comments in types.proto give bounds and defaults. None is as good as left out."""
+    """The fields of `Parameters`; types.proto has their bounds and defaults. None leaves a field out."""
 
     seed: int | None
     temperature: float | None
@@ -52,7 +53,7 @@ class Sampling(TypedDict, total=False):
     ignore_eos: bool | None
     logprobs: int | None
     response_format: types_pb2.ResponseFormat | Mapping[str, object] | None
-    """`{"json_schema": schema}`, where the schema is JSON text or what would become it, or `{"regex": pattern}`."""
+    """`{"json_schema": schema}`, with the schema as JSON text or as a value to serialise, or `{"regex": pattern}`."""
 
 
 _FIELDS = types_pb2.Parameters.DESCRIPTOR.fields_by_name
@@ -71,7 +72,7 @@ def batch(
     sampling: Sampling | None = None,
     verify: bool = False,
 ) -> generation_pb2.GenerateRequest:
-    """A GenerateRequest. One given as `prompts` is taken as it is, and nothing may be given beside it."""
+    """A GenerateRequest. If `prompts` is one, it is returned unchanged, and the other arguments must be empty."""
     given: Mapping[str, object] = dict(sampling or {})
     if isinstance(prompts, generation_pb2.GenerateRequest):
         own = {"key": key, "request_id": request_id, "required_grade": required_grade, "verify": verify, **given}
@@ -87,7 +88,6 @@ def batch(
 
 
 def items(prompts: Prompts) -> list[types_pb2.Item]:
-    """One item for each prompt."""
     if isinstance(prompts, str | types_pb2.Item):
         return [item(prompts)]
     listed = _list("prompts", prompts, "a text, an item or a list of prompts")
@@ -95,7 +95,7 @@ def items(prompts: Prompts) -> list[types_pb2.Item]:
 
 
 def item(prompt: object, name: str = "prompts") -> types_pb2.Item:
-    """The item of one prompt, which errors call `name`."""
+    """The item of one prompt. Errors call it `name`."""
     if isinstance(prompt, types_pb2.Item):
         return prompt
     if isinstance(prompt, str):
@@ -115,14 +115,12 @@ def _list(name: str, given: object, wanted: str) -> Sequence[object]:
 
 
 def token_ids(given: object, name: str = "token_ids") -> types_pb2.TokenIds:
-    """A prompt of token ids."""
     bounds = _INTEGERS[FieldDescriptor.CPPTYPE_UINT32]
     listed = enumerate(_list(name, given, "a list of token ids"))
     return types_pb2.TokenIds(ids=[integer(f"{name}[{position}]", each, *bounds) for position, each in listed])
 
 
 def chat(given: object, name: str = "messages") -> types_pb2.Chat:
-    """A prompt of messages."""
     listed = enumerate(_list(name, given, "a list of messages"))
     return types_pb2.Chat(messages=[_message(f"{name}[{position}]", each) for position, each in listed])
 
@@ -142,7 +140,7 @@ def _message(name: str, given: object) -> types_pb2.Message:
 
 
 def parameters(given: Mapping[str, object]) -> types_pb2.Parameters | None:
-    """How to sample; None if nothing is set. The names are those of Sampling."""
+    """Parameters from the names of Sampling; None if all are unset."""
     made: dict[str, object] = {}
     for name, value in given.items():
         if name not in _FIELDS:
@@ -192,23 +190,35 @@ def _response_format(name: str, value: object) -> types_pb2.ResponseFormat:
 
 
 def grade(name: GradeName | None) -> types_pb2.Grade.ValueType:
-    """The enum's value; None is GRADE_UNSPECIFIED, any grade."""
+    """The enum's value; None is GRADE_UNSPECIFIED, which accepts any grade."""
     if name is None:
         return types_pb2.GRADE_UNSPECIFIED
     value = GRADES.get(name) if isinstance(name, str) else name
     if value not in types_pb2.Grade.values():
-        raise ValueError(f"required_grade: {name!r} is none of {', '.join(GRADES)}")
+        raise ValueError(f"required_grade: {name!r} is not one of {', '.join(GRADES)}")
     return value
 
 
 def span(first: int | None, last: int | None = None) -> generation_pb2.SequenceRange:
-    """The sequences `first` to `last`, both included; without a last, `first` alone."""
+    """The sequences `first` to `last`, both included; without `last`, only `first`."""
     low = integer("first", first, 1, 2**64 - 1)
     return generation_pb2.SequenceRange(first=low, last=low if last is None else integer("last", last, low, 2**64 - 1))
 
 
+def target(given: str) -> str:
+    """The target of a client. Without a port gRPC would use 443, which no sidecar means."""
+    _, scheme, address = given.partition("://") if given.startswith(("http://", "https://")) else ("", "", given)
+    if given.startswith("https://") and address.rstrip("/"):
+        return given
+    if not scheme and re.match(r"[a-z][a-z0-9+.-]*:(?!\d*$)", address):  # unix:/path, or another scheme of gRPC's
+        return given
+    if re.fullmatch(r"(\[[^\[\]\s]+\]|[^:/\[\]\s]+):\d+", address.rstrip("/")):
+        return given
+    raise ValueError(f"target: must be host:port, https://host:port or unix:/path, not {given!r}")
+
+
 def seconds(timeout: float | None) -> float | None:
-    """A gRPC deadline, in seconds from now; None: no deadline."""
+    """A timeout. None: no deadline."""
     if timeout is None:
         return None
     value = number("timeout", timeout)

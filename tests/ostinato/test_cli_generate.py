@@ -327,7 +327,7 @@ def test_progress_stays_off_stdout(ostinato: Terminal) -> None:
     [
         (["generate"], "no prompt"),
         (["generate", "a", "--stream", "-n", "2"], "--stream: shows one prompt, not 2"),
-        (["generate", "a", "--require-grade", "best"], "required_grade: 'best' is none of exact, serial, best-effort"),
+        (["generate", "a", "--require-grade", "best"], "required_grade: 'best' is not one of exact, serial, best-effort"),
         (["generate", "a", "--seed", "-1"], "seed: -1 is not from 0 to 18446744073709551615"),
         (["generate", "a", "--seed", "x"], "--seed"),
         (["generate", "a", "--regex", "a", "--json-schema", "{}"], "give one of them"),
@@ -335,6 +335,7 @@ def test_progress_stays_off_stdout(ostinato: Terminal) -> None:
         (["generate", "--file", "/nowhere"], "/nowhere: No such file"),
         (["generate", "a", "--timeout", "0"], "timeout: must be a finite number of seconds above 0"),
         (["generate", "a", "--batch", "0"], "--batch"),
+        (["head", "-t", "localhost"], "target: must be host:port"),
         (["generate", "a", "--nonsense"], "--nonsense"),
     ],
 )

@@ -224,18 +224,40 @@ async def test_errors_of_others_are_errors_of_ours(talk: Talk) -> None:
         assert caught.value.code is grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_an_answer_beyond_the_limit_is_refused() -> None:
-    """max_response_bytes bounds what is received, and travels so that the sidecar can refuse sooner."""
+async def test_a_response_beyond_the_limit_is_refused() -> None:
+    """max_response_bytes bounds what is received, and is sent so that the sidecar can refuse sooner."""
     async with talking(max_response_bytes=1000) as (fake, client):
         fake.script["Head"].append(sequencer_pb2.HeadResponse(writer="w" * 2000))
 
-        with pytest.raises(OstinatoError) as caught:
+        with pytest.raises(errors.InvalidRequest, match=r"^the response has 20\d\d bytes, the client accepts 1000: raise max_"):
             await client.head()
 
-        assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert fake.calls[0].metadata["ostinato-max-response-bytes"] == "1000"
     with pytest.raises(ValueError, match=r"^max_response_bytes: 0 is not from 1"):
         Client(max_response_bytes=0)
+
+
+async def test_a_request_beyond_the_servers_limit_is_refused(talk: Talk) -> None:
+    """A request that is larger than the server accepts is an InvalidRequest that names both sizes."""
+    _, client = talk
+    with pytest.raises(errors.InvalidRequest, match=r"^the request has \d+ bytes, the server accepts 4194304: split it"):
+        await client.generate("a" * 5 * 2**20)
+
+
+@pytest.mark.parametrize("target", ["", "localhost", "http://a", "https://", "::1", "[::1]", "unix:", "localhost:", "a b:1"])
+def test_a_target_without_a_port_is_refused(target: str) -> None:
+    """A target that is empty or has no port is a ValueError that says what a target is."""
+    with pytest.raises(ValueError, match="^target: must be host:port, https://host:port or unix:/path, not "):
+        Client(target)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["localhost:7001", "[::1]:7001", "http://a:1/", "https://a", "unix:/s", "dns:///a:1", "ipv4:127.0.0.1:1"],
+)
+def test_other_targets_are_taken(target: str) -> None:
+    """host:port, http:// with a port, https:// with and without, and gRPC's other schemes are targets."""
+    assert Client(target).target == target
 
 
 async def test_a_larger_limit_lets_more_through() -> None:

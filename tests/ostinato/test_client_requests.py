@@ -146,7 +146,7 @@ def test_a_whole_request_is_taken_as_it_is() -> None:
 @pytest.mark.parametrize("given", ["best", "EXACT", 7])
 def test_an_unknown_grade_is_refused(given: Any) -> None:
     """A grade is one of three names, or the enum's value."""
-    with pytest.raises(ValueError, match=r"required_grade: .* is none of exact, serial, best-effort"):
+    with pytest.raises(ValueError, match=r"required_grade: .* is not one of exact, serial, best-effort"):
         requests.grade(given)
 
 

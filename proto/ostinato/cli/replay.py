@@ -13,7 +13,7 @@ import typer
 
 from ostinato import errors
 from ostinato.cli import show
-from ostinato.cli.session import UNJUDGED, Session, open_span
+from ostinato.cli.session import UNJUDGED, Session, open_span, usage
 from ostinato.replay import CONCURRENCY, extent, replay_against
 from ostinato.v1 import sequencer_pb2, types_pb2
 
@@ -50,7 +50,9 @@ async def replay(
         if against is None:
             responses = source.replay(wanted.first, last, concurrency=concurrency, alone=alone, timeout=session.timeout)
         else:
-            other = await stack.enter_async_context(replace(session, target=against).client(RESPONSE_BYTES))
+            with usage("--against"):
+                client = replace(session, target=against).client(RESPONSE_BYTES)
+            other = await stack.enter_async_context(client)
             concurrency = concurrency or CONCURRENCY
             responses = replay_against(source, other, wanted.first, last, concurrency=concurrency, timeout=session.timeout)
         await _follow(session, responses, last - wanted.first + 1, verdicts)
