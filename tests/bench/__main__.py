@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
+import inspect
 import os
 import platform
 import re
@@ -16,13 +18,18 @@ from pathlib import Path
 import apsw
 from rich.console import Console
 
-from tests.bench import appending, audits, bulk, crowd, door, growth, journal, memory, overhead, prefix, route, starts, tokens
-from tests.bench.table import Table
+from tests.bench.table import ITEMS, Options, Table
 
-WHAT = (
-    *("overhead", "door", "crowd", "audits", "bulk", "journal", "appending", "growth", "memory", "starts", "tokens", "prefix"),
-    "route",
-)
+WHAT = {
+    **dict.fromkeys(("overhead", "door", "audits"), "door"),
+    **dict.fromkeys(("crowd", "bulk", "memory"), "memory"),
+    **dict.fromkeys(("journal", "appending", "growth"), "journal"),
+    **dict.fromkeys(("starts", "tokens", "prefix"), "llama"),
+    "fleet": "fleet",
+    "route": "route",
+}
+"""The module that has it, as a function of the same name. A module is imported when it is needed: few need PostgreSQL."""
+LLAMA = ("tokens", "prefix")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -44,39 +51,10 @@ def machine() -> str:
     )
 
 
-async def measured(
-    what: list[str], rounds: int, seconds: float, items: int, *, llama: bool, beside: Path | None = None
-) -> list[Table]:
-    """The tables, in order."""
-    tables = []
-    for name in what:
-        match name:
-            case "overhead":
-                tables.append(await overhead.measure(rounds, seconds))
-            case "door":
-                tables += await door.measure(rounds, seconds, beside)
-            case "crowd":
-                tables.append(await crowd.measure())
-            case "audits":
-                tables.append(await audits.measure(rounds, seconds))
-            case "bulk":
-                tables.append(await asyncio.to_thread(bulk.measure, items))
-            case "journal":
-                tables.append(await journal.measure(rounds, seconds))
-            case "appending":
-                tables.append(await asyncio.to_thread(appending.measure, rounds))
-            case "growth":
-                tables.append(await asyncio.to_thread(growth.measure))
-            case "memory":
-                tables.append(await memory.measure(items))
-            case "starts":
-                tables.append(await asyncio.to_thread(starts.measure, rounds, llama=llama))
-            case "route":
-                tables += await route.measure()
-            case "tokens" if llama:
-                tables.append(await tokens.measure(rounds))
-            case "prefix" if llama:
-                tables.append(await prefix.measure(rounds))
+def measured(name: str, options: Options) -> list[Table]:
+    """The tables of one benchmark."""
+    measure = getattr(importlib.import_module(f"tests.bench.{WHAT[name]}"), name)
+    tables: list[Table] = asyncio.run(measure(options)) if inspect.iscoroutinefunction(measure) else measure(options)
     return tables
 
 
@@ -92,9 +70,9 @@ def write(path: Path, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("what", nargs="*", metavar="what", help=f"of {', '.join(WHAT)}; all of them if none is named")
-    parser.add_argument("--rounds", type=int, default=5, help="of each case; the median counts")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each round, where a round is a loop")
-    parser.add_argument("--items", type=int, default=memory.ITEMS, help="for memory and bulk")
+    parser.add_argument("--rounds", type=int, default=Options.rounds, help="of each case; the median counts")
+    parser.add_argument("--seconds", type=float, default=Options.seconds, help="of each round, where a round is a loop")
+    parser.add_argument("--items", type=int, default=ITEMS, help="for memory and bulk")
     parser.add_argument("--beside", type=Path, help="for door: another checkout, measured in the same rounds")
     parser.add_argument("--no-llama", action="store_true", help="leave the llama engine out")
     parser.add_argument("--write", type=Path, help="a page with marks, between which the tables are to stand")
@@ -102,11 +80,11 @@ def main() -> None:
     unknown = set(given.what) - set(WHAT)
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: there is {', '.join(WHAT)}")
+    options = Options(given.rounds, given.seconds, given.items, not given.no_llama, given.beside)
     console, where = Console(width=None if sys.stdout.isatty() else 140), machine()
     console.print(where)
-    what, llama = given.what or list(WHAT), not given.no_llama
-    measuring = measured(what, given.rounds, given.seconds, given.items, llama=llama, beside=given.beside)
-    tables = asyncio.run(measuring)
+    what = [name for name in given.what or WHAT if options.llama or name not in LLAMA]
+    tables = [table for name in what for table in measured(name, options)]
     for table in tables:
         table.show(console)
     if given.write:

@@ -1,10 +1,10 @@
-"""The journal by itself: items made durable, against its database doing the same inserts with nothing around it."""
+"""The journal by itself, beside its database doing the same inserts: items a second, processor time and bytes an item."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import count as counting
@@ -16,14 +16,14 @@ import psycopg
 
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal.model import Admission, Opened, Outcome
+from sidecar.journal.maintenance import prune
+from sidecar.journal.model import Admission, Opened, Outcome, Sealed
 from sidecar.journal.postgres import Connection, PostgresStore
 from sidecar.journal.postgres import migrate as migrate_postgres
-from sidecar.journal.sqlite import SqliteSettings, SqliteStore, connect, migrate
+from sidecar.journal.sqlite import SqliteKept, SqliteSettings, SqliteStore, connect, migrate
 from sidecar.journal.store import Store
 from sidecar.journal.writer import Journal
-from tests.bench.loop import Round, closed_loop, middle, summary
-from tests.bench.table import Table
+from tests.bench.table import Options, Round, Table, closed_loop, count, median, middle, summary
 from tests.postgres import Postgres
 
 REQUESTERS = (1, 64, 256)
@@ -165,11 +165,11 @@ ENDED = "UPDATE items SET outcome = o FROM unnest(%b::bigint[], %b::bigint[]) AS
 TYPES = {int: "bigint", bytes: "bytea", str: "text"}
 
 
-async def measure(rounds: int, seconds: float) -> Table:
+async def journal(options: Options) -> list[Table]:
     """Each, in turn, every time into a new file or schema."""
     seen: dict[tuple[str, int], list[Round]] = {}
     with Postgres() as server:
-        for _ in range(rounds):
+        for _ in range(options.rounds):
             for requesters in REQUESTERS:
 
                 def saw(name: str, round_: Round, requesters: int = requesters) -> None:
@@ -177,10 +177,13 @@ async def measure(rounds: int, seconds: float) -> Table:
 
                 with tempfile.TemporaryDirectory(prefix="ostinato-") as name:
                     folder, url = Path(name), server.url(server.schema())
-                    saw("the journal in SQLite", await _ours(open_sqlite(folder / "ours.sqlite")[0], requesters, seconds))
-                    saw("SQLite alone", _bare(folder, requesters, seconds))
-                    saw("the journal in PostgreSQL", await _ours(open_postgres(url)[0], requesters, seconds))
-                    saw("PostgreSQL alone", _bare_postgres(server.url(server.schema()), requesters, seconds))
+                    saw(
+                        "the journal in SQLite",
+                        await _ours(open_sqlite(folder / "ours.sqlite")[0], requesters, options.seconds),
+                    )
+                    saw("SQLite alone", _bare(folder, requesters, options.seconds))
+                    saw("the journal in PostgreSQL", await _ours(open_postgres(url)[0], requesters, options.seconds))
+                    saw("PostgreSQL alone", _bare_postgres(server.url(server.schema()), requesters, options.seconds))
     note = (
         f"An item is an admission with {PROMPT_TOKENS} token ids and, after it, an outcome with {NEW_TOKENS}: two synced "
         "commits. The databases alone insert the same rows from ready bytes, in transactions of as many as there are "
@@ -190,4 +193,184 @@ async def measure(rounds: int, seconds: float) -> Table:
     table = Table("Journal", ["", "requesters", "items/s", "p50 ms", "p99 ms"], note)
     for name, requesters in sorted(seen, key=lambda case: case[1]):
         table.rows.append([name, str(requesters), *middle(seen[name, requesters]).cells()])
-    return table
+    return [table]
+
+
+GROUPS, APPENDED = (1, 64, 256), 5_120
+"""Items in a commit, and in all."""
+
+Rows = dict[str, list[tuple[object, ...]]]
+"""Of one transaction, by table."""
+
+
+class Watch:
+    """Adds up this process's processor time."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self.seconds -= time.process_time()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.process_time()
+
+
+def appended(journal: Store, group: int, done: Callable[[Sequence[Sealed]], object] = len) -> float:
+    """Seconds an item: both of its entries sealed, written and committed. `done`: with each transaction's, not timed."""
+    watch = Watch()
+    for first in range(0, APPENDED, group):
+        admissions = [admission(number) for number in range(first, first + group)]
+        with watch:
+            answers = journal.append_many(admissions, 1)
+        admitted = [answer.entries[0] for answer in answers]
+        done(admitted)
+        outcomes = [outcome(entry.header) for entry in admitted]
+        with watch:
+            answers = journal.append_many(outcomes, 1)
+        done([answer.entries[0] for answer in answers])
+    journal.close()
+    return watch.seconds / APPENDED
+
+
+def rows_of(entries: Sequence[Sealed]) -> Rows:
+    """What the journal has written for them: the same bytes."""
+    headers = [entry.header for entry in entries]
+    written: Rows = {
+        "entries": [(e.header.index, e.header.SerializeToString(deterministic=True), e.entry_hash) for e in entries],
+        "payloads": [(entry.header.index, entry.payload) for entry in entries],
+    }
+    if headers[0].kind == types_pb2.ENTRY_KIND_ADMITTED:
+        written["admitted"] = [(header.sequence, header.index) for header in headers]
+    else:
+        written["ended"] = [(header.index, header.sequence) for header in headers]
+        written["twins"] = [(header.input_digest, header.fingerprint_digest, header.index) for header in headers]
+    return written
+
+
+SQLITE = {
+    "entries": "INSERT INTO entries VALUES (?, ?, ?)",
+    "payloads": "INSERT INTO payloads VALUES (?, ?)",
+    "admitted": "INSERT INTO items (sequence, admitted) VALUES (?, ?)",
+    "ended": "UPDATE items SET outcome = ? WHERE sequence = ?",
+    "twins": "INSERT OR IGNORE INTO twins VALUES (?, ?, ?)",
+}
+POSTGRES = {
+    "entries": "INSERT INTO entries SELECT * FROM unnest({})",
+    "payloads": "INSERT INTO payloads SELECT * FROM unnest({})",
+    "admitted": "INSERT INTO items (sequence, admitted, owner) SELECT s, a, 'bench' FROM unnest({}) AS given (s, a)",
+    "ended": "UPDATE items SET outcome = o FROM unnest({}) AS ended (o, s) WHERE sequence = s",
+    "twins": "INSERT INTO twins SELECT * FROM unnest({}) ON CONFLICT DO NOTHING",
+}
+
+
+def bare_sqlite(db: apsw.Connection, transactions: Sequence[Rows]) -> float:
+    """Seconds an item: these rows, in as many transactions."""
+    watch = Watch()
+    db.execute("BEGIN")
+    migrate(db)
+    db.execute("COMMIT")
+    for rows in transactions:
+        with watch:
+            db.execute("BEGIN IMMEDIATE")
+            for table, values in rows.items():
+                db.executemany(SQLITE[table], values)
+            db.execute("COMMIT")
+    db.close()
+    return watch.seconds / APPENDED
+
+
+def bare_postgres(url: str, transactions: Sequence[Rows]) -> float:
+    """Likewise, by columns, with the log's row locked first and updated last."""
+    watch = Watch()
+    with psycopg.connect(url, autocommit=True) as db:
+        migrate_postgres(db)
+        db.execute("INSERT INTO log VALUES (true, '', 0, '', 0)")
+        for rows in transactions:
+            columns = {table: [list(column) for column in zip(*values, strict=True)] for table, values in rows.items()}
+            with watch, db.pipeline():
+                db.execute("BEGIN")
+                db.execute("SELECT FROM log FOR UPDATE")
+                for table, given in columns.items():
+                    types = ", ".join(f"%b::{TYPES[type(column[0])]}[]" for column in given)
+                    db.execute(POSTGRES[table].format(types).encode(), given)
+                db.execute("UPDATE log SET last_index = last_index + 1")
+                db.execute("COMMIT")
+    return watch.seconds / APPENDED
+
+
+def appending(options: Options) -> list[Table]:
+    """Each in turn, every time into a new file or schema."""
+    seen: dict[tuple[str, int], list[float]] = {}
+    with Postgres() as server:
+        for _ in range(options.rounds):
+            for group in GROUPS:
+                written = list[Sequence[Sealed]]()
+                with tempfile.TemporaryDirectory(prefix="ostinato-") as name:
+                    file, _ = open_sqlite(Path(name) / "ours")
+                    shared, _ = open_postgres(server.url(server.schema()))
+                    times = {
+                        "the journal in SQLite": appended(file, group, written.append),
+                        "SQLite alone": bare_sqlite(connect(Path(name) / "bare"), list(map(rows_of, written))),
+                        "the journal in PostgreSQL": appended(shared, group),
+                        "PostgreSQL alone": bare_postgres(server.url(server.schema()), list(map(rows_of, written))),
+                    }
+                for what, seconds in times.items():
+                    seen.setdefault((what, group), []).append(seconds)
+    note = (
+        "Admission and outcome of an item as in the journal's table, one thread, commits included; of PostgreSQL its client's "
+        "part only. The databases alone are given the journal's rows ready made: the same bytes, in as many transactions."
+    )
+    table = Table("Appending, processor time", ["", "items in a commit", "microseconds an item"], note)
+    for (what, group), taken in sorted(seen.items(), key=lambda case: case[0][1]):
+        table.rows.append([what, str(group), count(1e6 * median(taken))])
+    return [table]
+
+
+GROWN = 20_000
+GROUP = 64
+"""Items in a commit: their admissions in one, their outcomes in the next."""
+
+
+def _keyed(draft: Admission, number: int) -> Admission:
+    return Admission(draft.items, draft.request_digest, f"key-{number:032}")
+
+
+def grown(path: Path, *, keyed: bool, settings: SqliteSettings) -> float:
+    """Bytes an item, of the file once it is closed. Every item has ended."""
+    journal, _ = SqliteStore.open(path, writer="bench", version="0", new_log_id="0" * 32, now_millis=1, settings=settings)
+    empty = path.stat().st_size
+    for first in range(0, GROWN, GROUP):
+        drafts = [admission(number) for number in range(first, first + GROUP)]
+        admitted = journal.append_many([_keyed(d, first + n) if keyed else d for n, d in enumerate(drafts)], 1)
+        ended: list[Outcome] = [outcome(answer.entries[0].header) for answer in admitted]
+        journal.append_many(ended, 1)
+        journal.maintain(1, idle=False)
+    journal.close()
+    return (path.stat().st_size - empty) / GROWN
+
+
+def pruned(path: Path) -> float:
+    """Bytes an item that are in use after all payloads were dropped; the rest of the file is free to be used again."""
+    kept = SqliteKept(path)
+    for _ in prune(kept, lambda header: header.kind != types_pb2.ENTRY_KIND_UNSPECIFIED):
+        pass
+    used = kept.bytes_used()
+    kept.close()
+    return used / GROWN
+
+
+def growth(_: Options) -> list[Table]:
+    note = (
+        f"{GROWN:,} items that have ended, one in a request, {PROMPT_TOKENS} token ids in and {NEW_TOKENS} out; the file "
+        "closed. A keyed item keeps its payloads for --idempotency-ttl-seconds in both settings."
+    )
+    table = Table("Growth of the journal", ["", "bytes an item"], note)
+    with tempfile.TemporaryDirectory(prefix="ostinato-") as folder:
+        for name, only in (("--payloads full", False), ("--payloads digests", True)):
+            settings = SqliteSettings(reserve_bytes=0, digests_only=only)
+            for what, keyed in (("", False), (", with a key", True)):
+                path = Path(folder) / f"{only}{keyed}.sqlite"
+                table.rows.append([name + what, count(grown(path, keyed=keyed, settings=settings))])
+        table.rows.append(["--payloads full, all of it pruned", count(pruned(Path(folder) / "FalseFalse.sqlite"))])
+    return [table]

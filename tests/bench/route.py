@@ -28,7 +28,7 @@ from ostinato.client import Client
 from ostinato.errors import OstinatoError
 from serving import program
 
-from tests.bench.table import Table
+from tests.bench.table import Options, Table
 
 OURS = re.compile(r".*?/((?:proto/ostinato|proto/serving|service|sidecar)/(?!.*_pb2).*\.py)$")
 COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")
@@ -76,18 +76,18 @@ def _file(code: CodeType) -> str | None:
     return match and match.group(1)
 
 
-async def measure() -> list[Table]:
+async def route(_options: Options) -> list[Table]:
     """Of several prompts the one with the fewest calls: in the others a timer ran, too."""
     with tempfile.TemporaryDirectory(prefix="ostinato-") as folder, _profiler() as profiled:
         async with _pair(Path(folder)) as client:
             for _ in range(WARM_UP):
                 await _prompt(client)
             routes = [Route(await profiled(lambda: _prompt(client))) for _ in range(ROUNDS)]
-    route = min(routes, key=lambda route: len(route.calls))
+    shortest = min(routes, key=lambda found: len(found.calls))
     table = Table("The route of one prompt with one token", ["", *NAMES])
-    table.rows.append(["client, sidecar and service", *map(str, route.counts())])
+    table.rows.append(["client, sidecar and service", *map(str, shortest.counts())])
     listed = Table("The stops of a sequence, from the order's core to the client", ["stop", "number"])
-    listed.rows += [[stop, str(number)] for number, stop in enumerate(route.stops(), 1)]
+    listed.rows += [[stop, str(number)] for number, stop in enumerate(shortest.stops(), 1)]
     return [table, listed]
 
 

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from tests.bench.memory import ITEMS, hold
+from tests.bench.memory import hold
+from tests.bench.table import ITEMS
 from tests.postgres import Postgres
 from tests.soak import chaos, checks, shared
 from tests.soak.chaos import Story
