@@ -21,7 +21,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -31,7 +31,7 @@ from ostinato.digest import logprobs_digest, output_digest
 from ostinato.v1 import engine_pb2, types_pb2
 from serving.program import replace_file
 
-from service.engines.base import Vocabulary
+from service.engines.base import Engine
 from service.stream import Runs
 
 VERSION = "3"
@@ -93,19 +93,14 @@ async def self_test(runs: Runs, clock: Callable[[], float], timeout_seconds: flo
     serial = engine.capacity.runs == 1
     if ceiling < (SERIAL if serial else EXACT):
         return Finding(BEST_EFFORT, why, 0.0, 0)
-    cases = compared_cases(engine.vocabulary, engine.context_tokens, engine.capacity.runs, engine.top_k_max)
-    cached: list[list[CacheCase]] = []
-    if engine.prefix_cache:
-        of = engine.vocabulary, engine.context_tokens, engine.capacity.block_tokens, engine.top_k_max, engine.capacity.runs
-        cached = [cache_cases(*of, copy) for copy in range(1 if serial or engine.capacity.runs < BATCH_MIN else 2)]
-    test = _SelfTest(runs, cases, *cached, together_first=engine.prefix_cache and not serial)
+    test = _SelfTest(runs)
     try:
         async with asyncio.timeout(timeout_seconds):
             await test.run_alone()
             if serial:
                 await test.run_again()
             else:
-                await test.run_together(background_load(engine.vocabulary, engine.context_tokens, engine.top_k_max))
+                await test.run_together()
             test.conclude()
         grade, reason = (SERIAL if serial else EXACT), test.summary(serial)
     except _Failed as error:
@@ -124,25 +119,21 @@ class _Failed(Exception):
 class _SelfTest:
     """Runs cases and compares each output with the first of its case."""
 
-    def __init__(
-        self,
-        runs: Runs,
-        cases: Sequence[Case],
-        cached_alone: Sequence[CacheCase] = (),
-        cached_together: Sequence[CacheCase] = (),
-        *,
-        together_first: bool = False,
-    ) -> None:
-        """The cache cases, which run alone first and together first, are for an engine with a prefix cache. `together_first`:
-        every other case runs together with others first too."""
-        self._runs, self._cases = runs, cases
-        self._cached_alone, self._cached_together, self._together_first = cached_alone, cached_together, together_first
+    def __init__(self, runs: Runs) -> None:
+        engine = runs.engine
+        self._runs, self._cases, self._load = runs, compared_cases(engine), background_load(engine)
+        self._together_first = engine.prefix_cache and engine.capacity.runs > 1
+        """Whether every other case runs together with others before it runs alone."""
+        self._cached_alone = cache_cases(engine) if engine.prefix_cache else []
+        self._cached_together = cache_cases(engine, copy=1) if engine.prefix_cache and engine.capacity.runs >= BATCH_MIN else []
+        """These run alone first and together first."""
         self._cached_tokens = 0
         """That the cache supplied."""
         self._ids = itertools.count(1)
         self._ends: dict[int, asyncio.Future[types_pb2.Output]] = {}
         self._token_made = asyncio.Event()
         self._first: dict[str, types_pb2.Output] = {}
+        """By the case's name."""
         self.compared_tokens = 0
         runs.attach(self._on_event)
 
@@ -161,8 +152,8 @@ class _SelfTest:
         for case in self._cases:
             self._compare(case, await self._start(case), "when it ran again")
 
-    async def run_together(self, load: Sequence[Case]) -> None:
-        """All at once, and then in another order with a load whose last case is cancelled on the way."""
+    async def run_together(self) -> None:
+        """All at once, and then in another order with the background load, whose last case is cancelled on the way."""
         for end in [self._start(cached.before) for cached in self._cached_together if cached.before is not None]:
             await end
         everything = [*self._cases, *(cached.case for cached in (*self._cached_alone, *self._cached_together))]
@@ -175,7 +166,7 @@ class _SelfTest:
         self._token_made.clear()
         ends = [self._start(case) for case in early]
         await self._token_made.wait()  # so that the rest joins a batch that is under way
-        loading = [self._start(case) for case in load]
+        loading = [self._start(case) for case in self._load]
         cancelled = next(run_id for run_id, end in self._ends.items() if end is loading[-1])
         ends += [self._start(case) for case in late]
         for case, end in zip((*early, *late), ends, strict=True):
@@ -288,45 +279,44 @@ _LOAD: tuple[Mix, ...] = (
 )
 
 
-def compared_cases(vocabulary: Vocabulary, context_tokens: int, runs: int, top_k_max: int) -> list[Case]:
-    """Those whose outputs are compared, the longest first; with as many as fill the batch, for an engine that runs many."""
+def compared_cases(engine: Engine) -> list[Case]:
+    """Those whose outputs are compared, the longest first. For an engine that runs many, as many as fill the batch."""
+    runs = engine.capacity.runs
     fillers = [_filler(number) for number in range(len(_MIXES), min(runs, BATCH_MAX))] if runs >= BATCH_MIN else []
-    return [_case(index, mix, vocabulary, context_tokens, top_k_max) for index, mix in enumerate((*_MIXES, *fillers))]
+    return [_case(engine, index, mix) for index, mix in enumerate((*_MIXES, *fillers))]
 
 
-def background_load(vocabulary: Vocabulary, context_tokens: int, top_k_max: int) -> list[Case]:
+def background_load(engine: Engine) -> list[Case]:
     """Cases whose outputs are not compared. The last one is to be cancelled on its way."""
-    return [_case(100 + index, mix, vocabulary, context_tokens, top_k_max) for index, mix in enumerate(_LOAD)]
+    return [_case(engine, 100 + index, mix) for index, mix in enumerate(_LOAD)]
 
 
-def cache_cases(
-    vocabulary: Vocabulary, context_tokens: int, block_tokens: int, top_k_max: int, runs: int, copy: int = 0
-) -> list[CacheCase]:
+def cache_cases(engine: Engine, copy: int = 0) -> list[CacheCase]:
     """Prompts whose rests behind a cached beginning are 0, 1 and 2 tokens, and around a block. Each in two forms: cold, and
     after another prompt with its beginning. Running the cold one again would not do, because a run whose rest is a block or
     more leaves that in the cache too. No two others begin alike, copies included. Empty where the context is too small."""
-    full = runs >= BATCH_MIN
+    full, block = engine.capacity.runs >= BATCH_MIN, engine.capacity.block_tokens
     blocks, beginnings, forms = (SHARED_BLOCKS, BEGINNINGS, (False, True)) if full else (1, 1, (False,))
-    shared = blocks * block_tokens
+    shared = blocks * block
     found: list[CacheCase] = []
-    for rest in beginnings * (0, 1, 2, block_tokens - 1, block_tokens, block_tokens + 1):
-        if shared + rest + CACHED > context_tokens:
+    for rest in beginnings * (0, 1, 2, block - 1, block, block + 1):
+        if shared + rest + CACHED > engine.context_tokens:
             continue
         for follows in forms:
             index = 1000 * (copy + 1) + 4 * len(found)
-            own = _cached(f"rest {rest}", index, shared + rest, vocabulary, top_k_max)
-            before = _cached(f"rest {rest}, before", index, shared, vocabulary, top_k_max) if follows else None
+            own = _cached(engine, f"rest {rest}", index, shared + rest)
+            before = _cached(engine, f"rest {rest}, before", index, shared) if follows else None
             found.append(CacheCase(rest, own, before))
     return found
 
 
-def _cached(name: str, index: int, length: int, vocabulary: Vocabulary, top_k_max: int) -> Case:
+def _cached(engine: Engine, name: str, index: int, length: int) -> Case:
     """Of one index, the shorter is the beginning of the longer. Sampled from all tokens, because processed logprobs of greedy
     sampling show nothing."""
-    text = vocabulary.encode(TEXT, special=False)
+    text = engine.vocabulary.encode(TEXT, special=False)
     draw = random.Random(index)  # noqa: S311  # the same at every start
     ids = tuple(draw.choice(text) for _ in range(length))
-    return Case(f"{name}, number {index}", ids, _parameters(CACHED, 0.9, 0, top_k_max), seed=index)
+    return Case(f"{name}, number {index}", ids, _parameters(CACHED, 0.9, 0, 1.0, 0.0, 1.0), index)
 
 
 def _filler(number: int) -> Mix:
@@ -337,23 +327,22 @@ def _filler(number: int) -> Mix:
     return (f"batch filler {number}", 3 + 37 * number % 280, FILLER, temperature, top_k, top_p, min_p, penalty)
 
 
-def _case(index: int, mix: Mix, vocabulary: Vocabulary, context_tokens: int, top_k_max: int) -> Case:
+def _case(engine: Engine, index: int, mix: Mix) -> Case:
     name, length, new, temperature, top_k, top_p, min_p, penalty = mix
-    new = max(1, min(new, context_tokens // 2))
-    text = vocabulary.encode(TEXT, special=False)
-    length = min(length, context_tokens - new)
-    start = 7 * index
-    ids = tuple(text[(start + offset) % len(text)] for offset in range(length))
-    parameters = _parameters(new, temperature, top_k, top_k_max, top_p, min_p, penalty)
+    new = max(1, min(new, engine.context_tokens // 2))
+    length = min(length, engine.context_tokens - new)
+    text = engine.vocabulary.encode(TEXT, special=False)
+    ids = tuple(text[(7 * index + offset) % len(text)] for offset in range(length))
+    parameters = _parameters(new, temperature, min(top_k, engine.top_k_max), top_p, min_p, penalty)
     return Case(name, ids, parameters, seed=(index * 0x9E3779B97F4A7C15 + 1) % 2**64)
 
 
 def _parameters(
-    new: int, temperature: float, top_k: int, top_k_max: int, top_p: float = 1.0, min_p: float = 0.0, penalty: float = 1.0
+    new: int, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float
 ) -> types_pb2.ResolvedParameters:
     return types_pb2.ResolvedParameters(
         temperature=temperature,
-        top_k=min(top_k, top_k_max),
+        top_k=top_k,
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=penalty,

@@ -11,7 +11,7 @@ import pytest
 from ostinato.v1 import engine_pb2, types_pb2
 from serving.program import StartupError
 
-from service.engines.scripted import ByteVocabulary
+from service.engines.scripted import ScriptedEngine, parse
 from service.grade import Finding, Proofs, background_load, code_digest, compared_cases
 from tests.service.support import served
 
@@ -99,18 +99,23 @@ async def test_required_grade_stops_the_service() -> None:
     assert (await model({}, require_grade="SERIAL")).grade == EXACT
 
 
-def test_cases_fit_small_contexts() -> None:
+def engine_of(**script: int) -> ScriptedEngine:
+    return ScriptedEngine(parse(json.dumps(script)))
+
+
+@pytest.mark.parametrize("context", [2, 8, 40, 4096])
+def test_cases_fit_small_contexts(context: int) -> None:
     """The lengths of prompts and answers fit a small context."""
-    for context in (2, 8, 40, 4096):
-        for case in [*compared_cases(ByteVocabulary(), context, 64, 1024), *background_load(ByteVocabulary(), context, 1024)]:
-            assert case.token_ids
-            assert len(case.token_ids) + case.parameters.max_new_tokens <= context
+    engine = engine_of(context_tokens=context, runs=64)
+    for case in [*compared_cases(engine), *background_load(engine)]:
+        assert case.token_ids
+        assert len(case.token_ids) + case.parameters.max_new_tokens <= context
 
 
 @pytest.mark.parametrize(("runs", "count"), [(8, 7), (31, 7), (32, 32), (256, 64)])
 def test_cases_differ(runs: int, count: int) -> None:
     """A batch of up to 64 for an engine that runs as many; prompts and seeds differ, and all kinds of sampling occur."""
-    made = compared_cases(ByteVocabulary(), 4096, runs, 1024)
+    made = compared_cases(engine_of(context_tokens=4096, runs=runs))
 
     assert len({case.token_ids for case in made}) == len({case.seed for case in made}) == len(made) == count
     assert {case.parameters.temperature == 0 for case in made} == {True, False}
