@@ -43,19 +43,29 @@ def samples(port: int) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"^([a-z]\S*(?: \S+=.*})?) (\S+)$", text, re.MULTILINE)}
 
 
+def environment(root: Path = ROOT, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's, without settings of ours; Python finds the programs of this checkout."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("OSTINATO_")}
+    return {**inherited, "PYTHONPATH": os.pathsep.join([str(root), str(root / "proto")]), **(more or {})}
+
+
+def python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, run to its end."""
+    line = [sys.executable, *args]
+    return subprocess.run(line, cwd=ROOT, env=environment(more=env), capture_output=True, text=True, timeout=60, check=False)
+
+
 class Program:
     """`python -m NAME`, its log kept line by line."""
 
     def __init__(self, name: str, args: Sequence[str], env: Mapping[str, str] | None = None, root: Path = ROOT) -> None:
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("OSTINATO_")}
-        path = os.pathsep.join([str(root), str(root / "proto")])
         self.name = name
         self.lines: list[str] = []
         self._records: list[dict[str, object]] = []
         self._process = subprocess.Popen(
             [sys.executable, "-m", name, *args],
             cwd=root,
-            env={**inherited, "PYTHONPATH": path, **(env or {})},
+            env=environment(root, env),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -138,8 +148,8 @@ class Pair:
         self._service_args = ["--engine", engine, *service]
         self._sidecar_args = list(sidecar)
         self.programs: list[Program] = []
-        self.service: Program | None = None
-        self.sidecar: Program | None = None
+        """All that were ever started."""
+        self._running: dict[str, Program] = {}
         self._port = held_port()  # also while one sidecar is gone and the next is not there yet
         self.target = ""
 
@@ -147,14 +157,22 @@ class Pair:
         """Use this folder and these addresses instead; the folder is kept."""
         self.folder, self.target, self.metrics_address = folder, target, metrics
 
+    @property
+    def service(self) -> Program:
+        """The one that was started last."""
+        return self._running["service"]
+
+    @property
+    def sidecar(self) -> Program:
+        return self._running["sidecar"]
+
     def start_service(self, *extra: str) -> Program:
         """Running, but not necessarily ready."""
-        self.service = self._start(
+        return self._start(
             "service",
             ["--listen", self.engine_address, "--metrics", "127.0.0.1:0", "--state-dir", str(self._state)],
             [*self._service_args, *extra],
         )
-        return self.service
 
     def start_sidecar(self, *extra: str) -> Program:
         """Listening; `target` is its address."""
@@ -168,20 +186,23 @@ class Pair:
         ]
         args += self.second_runs
         args += ["--listen", self.target or f"127.0.0.1:{self._port.getsockname()[1]}", "--journal-reserve-bytes", str(1 << 20)]
-        self.sidecar = self._start("sidecar", args, [*self._sidecar_args, *extra])
-        self.target = str(self.sidecar.wait_for("listening")["addresses"]).split(",")[0]
-        return self.sidecar
+        sidecar = self._start("sidecar", args, [*self._sidecar_args, *extra])
+        self.target = str(sidecar.wait_for("listening")["addresses"]).split(",")[0]
+        return sidecar
 
     def stop(self) -> None:
         """The sidecar drains, then the service."""
-        for program in (self.sidecar, self.service):
-            if program is not None:
-                program.stop()
+        for name in ("sidecar", "service"):
+            if name in self._running:
+                self._running[name].stop()
 
     def _start(self, name: str, args: list[str], extra: list[str]) -> Program:
-        program = Program(name, [*args, "--log-format", "json", *extra], self.env, self._root)
+        program = self._running[name] = self._program(name, [*args, "--log-format", "json", *extra])
         self.programs.append(program)
         return program
+
+    def _program(self, name: str, args: list[str]) -> Program:
+        return Program(name, args, self.env, self._root)
 
     def start(self) -> Pair:
         """Both, connected."""
@@ -191,7 +212,7 @@ class Pair:
 
     def metrics(self, program: Program | None = None) -> dict[str, float]:
         """Samples of a program's /metrics by name and labels, as written: `ostinato_comparisons_total{kind="twin"}`."""
-        port = (program or self.sidecar or self.programs[0]).wait_for("metrics")["port"]
+        port = (program or self._running.get("sidecar") or self.programs[0]).wait_for("metrics")["port"]
         return samples(int(str(port)))
 
     def __enter__(self) -> Self:

@@ -102,7 +102,6 @@ async def overhead(options: Options) -> list[Table]:
     """The scripted engine driven over Execute by itself, and through the sidecar, by several numbers of clients."""
     async with AsyncExitStack() as stack:
         through, direct = await _pair(stack, ROOT), await _engine_alone(stack)
-        assert through.service is not None
         client = await stack.enter_async_context(Client(through.target))
         programs = through.service, through.sidecar
         ways = (
@@ -154,7 +153,6 @@ async def audits(options: Options) -> list[Table]:
         for rate in AUDIT_RATES:
             pair = await _pair(stack, ROOT, "--audit-rate", rate)
             client = await stack.enter_async_context(Client(pair.target))
-            assert pair.service is not None
             way = Way(rate, partial(unary, client, 1), pair.service, pair.sidecar)
             await closed_loop(4, 0.5, way.request)
             cases += [(way, clients) for clients in AUDIT_CLIENTS]

@@ -57,7 +57,7 @@ async def _measured(url: str, size: int, options: Options) -> dict[str, tuple[Ro
 
 async def _round(pairs: list[Pair], clients: list[Client], items: int, requesters: int, seconds: float) -> tuple[Round, float]:
     def used() -> float:
-        return sum(processor_seconds(pair.sidecar) for pair in pairs if pair.sidecar is not None)
+        return sum(processor_seconds(pair.sidecar) for pair in pairs)
 
     before = used()
     loops = await asyncio.gather(*(closed_loop(requesters, seconds, partial(unary, client, items)) for client in clients))

@@ -41,7 +41,6 @@ async def hold(items: int) -> tuple[Memory, Memory]:
     """The sidecar's memory before any work, and after so many items."""
     with Pair(sidecar=["--log-level", "info"]) as pair:
         await asyncio.to_thread(pair.start)
-        assert pair.sidecar is not None
         before, numbers = Memory.of(pair.sidecar.pid), counting()
         async with Client(pair.target) as client:
 
@@ -81,7 +80,6 @@ async def crowd(_: Options) -> list[Table]:
     for open_requests in CROWDS:
         with Pair(service=flags, sidecar=["--queue-items-max", "20000"]) as pair:
             await asyncio.to_thread(pair.start)
-            assert pair.sidecar is not None
             async with Client(pair.target) as client:
                 table.rows.append([f"{open_requests:,}", *await _crowd(client, pair, pair.sidecar, open_requests)])
     return [table]

@@ -153,7 +153,7 @@ async def audited(pair: Pair, setting: Setting) -> Setting:
 
 async def sidecar(pair: Pair, *flags: str) -> None:
     """Started, or started again on the same journal, and connected."""
-    if pair.sidecar is not None:
+    if len(pair.programs) > 1:
         await asyncio.to_thread(pair.sidecar.stop)
     started = await asyncio.to_thread(pair.start_sidecar, *flags)
     await asyncio.to_thread(started.wait_for, "engine connected", START_SECONDS)

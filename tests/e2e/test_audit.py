@@ -6,8 +6,7 @@ from collections import Counter
 
 from ostinato.digest import is_sampled
 
-from tests.e2e.conftest import Door, eventually, opened
-from tests.e2e.reruns_kit import Audited, audited, counted, missing, paired, rule, service
+from tests.e2e.kit import Audited, Door, audited, counted, eventually, missing, opened, own, rule, scripted
 from tests.pair import Pair
 
 ALL = ("--audit-rate", "1")
@@ -35,7 +34,7 @@ async def judged(door: Door, count: int) -> list[Audited]:
 
 async def test_the_lot_decides() -> None:
     """At a rate of one third exactly those items are audited that the lot says, whatever else happens."""
-    async with paired("--audit-rate", "0.3333") as door:
+    async with own("--audit-rate", "0.3333") as door:
         await items(door, 30, 30)
         log_id = (await door.client.head()).log_id
         chosen = [sequence for sequence in range(1, 61) if is_sampled("audit", log_id, sequence, 0.3333)]
@@ -48,7 +47,7 @@ async def test_the_lot_decides() -> None:
 async def test_what_ran_alone_is_audited_in_company() -> None:
     """Four items, each alone in the engine, are run again together: an engine that only errs in company is found out."""
     unhurried = ("--tick-seconds", "60")  # else the first three may be run beside the fourth
-    async with paired(*ALL, *unhurried, rules=[rule("diverge", 1, "AUDIT", company=True)], delay_seconds=0.002) as door:
+    async with own(*ALL, *unhurried, rules=[rule("diverge", 1, "AUDIT", company=True)], delay_seconds=0.002) as door:
         await items(door, 1, 1, 1)
         assert door.pair.metrics()["ostinato_audit_backlog_items"] == 3
         await items(door, 1)
@@ -59,16 +58,14 @@ async def test_what_ran_alone_is_audited_in_company() -> None:
 async def test_a_restart_takes_up_what_was_left() -> None:
     """Audits that a killed sidecar had not come to are run by the next one: each chosen item is judged once."""
     hang = rule("hang", 0, "AUDIT", sequences=[4, 5, 6, 7, 8, 9])
-    with Pair(service=service(hang), sidecar=ALL) as pair:
+    with Pair(service=scripted(rules=[hang]), sidecar=ALL) as pair:
         pair.start()
         async with opened(pair) as door:
             await items(door, 9)
             assert {each.sequence for each in await judged(door, 3)} == {1, 2, 3}
-            assert pair.sidecar is not None
-            assert pair.service is not None
             pair.sidecar.kill()
             pair.service.kill()
-        pair.start_service("--script", service(rule("diverge", 2, "AUDIT", sequences=[5, 6]))[-1])
+        pair.start_service("--script", scripted(rules=[rule("diverge", 2, "AUDIT", sequences=[5, 6])])[-1])
         pair.start_sidecar("--audit-patience-seconds", "0").wait_for("engine connected")
         async with opened(pair) as door:
             found = await judged(door, 9)
@@ -81,7 +78,7 @@ async def test_a_restart_takes_up_what_was_left() -> None:
 async def test_the_budget_and_the_bound() -> None:
     """What finds no room in the backlog is counted, as BUDGET where that is why: judged, waiting and skipped are all."""
     flags = ("--audit-tokens-per-second", "0.001", "--audit-backlog-max", "3")
-    async with paired(*ALL, *flags) as door:
+    async with own(*ALL, *flags) as door:
         await items(door, 20, 20)
         await door.freed()
 
@@ -96,14 +93,12 @@ async def test_the_budget_and_the_bound() -> None:
 
 async def test_another_engine_is_no_audit() -> None:
     """What waits for an audit while another engine comes is skipped and counted: all it could show is drift."""
-    with Pair(service=service(), sidecar=ALL) as pair:
+    with Pair(service=scripted(), sidecar=ALL) as pair:
         pair.start()
         async with opened(pair) as door:
             await items(door, 1, 1)
-            assert pair.service is not None
             pair.service.kill()
-            assert pair.sidecar is not None
-            pair.start_service("--script", service(fields={"device": "another"})[-1]).wait_for("serving")
+            pair.start_service("--script", scripted(fields={"device": "another"})[-1]).wait_for("serving")
             await eventually(lambda: pair.metrics()["ostinato_engine_connected"] == 1, "the other engine is connected")
             await items(door, 1, 1)
             await eventually(lambda: missing(pair, "audit") == {"FINGERPRINT_CHANGED": 2}, "the first two are skipped")

@@ -13,8 +13,25 @@ from ostinato.client import Client
 from ostinato.requests import batch
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
-from tests.e2e.conftest import GENERATE, GET, STREAM, Door, refusal
-from tests.e2e.door_kit import Item, Parameters, Request, TokenIds, asked, entries, ids, items, one, own, replayed, span
+from tests.e2e.kit import (
+    GENERATE,
+    GET,
+    STREAM,
+    Door,
+    Item,
+    Parameters,
+    Request,
+    TokenIds,
+    asked,
+    entries,
+    ids,
+    items,
+    one,
+    own,
+    refusal,
+    replayed,
+    span,
+)
 
 CONTEXT = 4096
 LETTERS = b"etaoinshrdlcumwfgypbvkjxqz .,-\n"
@@ -201,7 +218,7 @@ async def test_tail_from_anywhere(door: Door) -> None:
 async def test_reading_large_payloads() -> None:
     """However much was recorded at once, each message of Tail is one that a client reads which knows of no limits; Get, whose
     one message may not be, says what to do, and gives it to a client that reads more."""
-    async with own({"context_tokens": 16_000}) as door:
+    async with own(context_tokens=16_000) as door:
         # Stop strings stand in the request once, and in every payload.
         request = items(*[ids(13_000)] * 256, max_new_tokens=1, stop=[f"{n:->256}" for n in range(16)])
         request.idempotency_key = "large"

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from ostinato.client import Client
 
-from tests.e2e.conftest import eventually
-from tests.pair import ROOT, Pair
+from tests.e2e.kit import eventually
+from tests.pair import Pair, environment
 
 LINES = 240
 SLOW = json.dumps({"rules": [{"do": "delay", "at": 1, "seconds": 0.1}]})
@@ -23,7 +22,6 @@ async def test_a_run_whose_both_ends_are_killed_does_nothing_twice() -> None:
     number, and one answer in its place that verifies offline."""
     with Pair(service=["--script", SLOW]) as pair:
         pair.start()
-        assert pair.sidecar is not None
         prompts, output = pair.folder / "prompts.jsonl", pair.folder / "answers.jsonl"
         prompts.write_text("".join(f"{json.dumps(f'Prompt {number}')}\n" for number in range(LINES)))
         command = ["--json", "--timeout", "90", "generate", "--file", str(prompts), "--output", str(output)]
@@ -56,10 +54,8 @@ async def test_a_run_whose_both_ends_are_killed_does_nothing_twice() -> None:
 
 
 def _start(pair: Pair, *arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/proto", "OSTINATO_TARGET": pair.target}
-    return subprocess.Popen(
-        [sys.executable, "-m", "ostinato.cli", *arguments], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    line = [sys.executable, "-m", "ostinato.cli", "--target", pair.target, *arguments]
+    return subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, text=True)
 
 
 async def _written(output: Path, lines: int) -> None:

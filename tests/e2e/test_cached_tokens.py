@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 from ostinato.chain import check_record
 from ostinato.client import Client
 from ostinato.v1 import types_pb2
 
-from tests.pair import ROOT, Pair
+from tests.pair import Pair, python
 
 PROMPT = "Shanghai is"
 COUNTER = "ostinato_engine_cached_prompt_tokens_total"
@@ -22,13 +20,7 @@ def script(cached_tokens: int) -> tuple[str, str]:
 
 def ostinato(pair: Pair, *argv: str) -> str:
     """What the command says; it must succeed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "ostinato.cli", *argv, "--target", pair.target],
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-m", "ostinato.cli", *argv, "--target", pair.target)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -38,7 +30,6 @@ async def test_cached_tokens_are_told_recorded_and_never_compared() -> None:
     cache match, and the record holds."""
     with Pair(service=script(5)).start() as pair:
         async with Client(pair.target) as client:
-            assert pair.service is not None
             before = pair.metrics(pair.service)[COUNTER]  # by the self-test
             first = (await client.generate([PROMPT], seed=1)).results[0]
             counted = pair.metrics(pair.service)[COUNTER] - before

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from tests.e2e.conftest import ended, eventually, opened
-from tests.e2e.reruns_kit import audited, counted, missing, rule, service
+from tests.e2e.kit import audited, counted, ended, eventually, missing, opened, rule, scripted
 from tests.pair import Pair
 from tests.sidecar.journal_kit import verify_journal
 
@@ -29,18 +28,16 @@ async def test_a_changed_answer_is_found(tmp_path: Path) -> None:
     where an engine of the first fingerprint makes another token: in the metrics, and in entries that name the canary."""
     file = tmp_path / "canaries.toml"
     file.write_text(THREE)
-    with Pair(service=service(), sidecar=[*WATCHING, "--canaries", str(file)]) as pair:
+    with Pair(service=scripted(), sidecar=[*WATCHING, "--canaries", str(file)]) as pair:
         pair.start()
-        assert pair.sidecar is not None
         await eventually(lambda: learned(pair) == Counter(short=1, middle=1, long=1), "all are learned")
         assert counted(pair, "canary") == Counter()
 
         for script, verdicts, known in (
-            (service(), Counter(match=3), 3),
-            (service(fields={"device": "another"}), Counter(match=3), 6),
-            (service(rule("diverge", 5, "CANARY")), Counter(match=4, diverged=2), 6),
+            (scripted(), Counter(match=3), 3),
+            (scripted(fields={"device": "another"}), Counter(match=3), 6),
+            (scripted(rules=[rule("diverge", 5, "CANARY")]), Counter(match=4, diverged=2), 6),
         ):
-            assert pair.service is not None
             pair.service.kill()
             pair.start_service("--script", script[-1])
             await eventually(
@@ -63,13 +60,13 @@ async def test_a_changed_answer_is_found(tmp_path: Path) -> None:
 
 async def test_what_is_known_outlives_the_sidecar() -> None:
     """The default set: a sidecar that starts again knows the answers; what the engine cannot do is said once and counted."""
-    with Pair(service=service(), sidecar=WATCHING) as pair:
+    with Pair(service=scripted(), sidecar=WATCHING) as pair:
         pair.start()
         await eventually(lambda: learned(pair).total() == 5, "all but one are learned")
-        refused = pair.sidecar.wait_for("canary refused") if pair.sidecar is not None else {}
+        refused = pair.sidecar.wait_for("canary refused")
         assert refused["canary"] == "json"
         assert missing(pair, "canary") == {"INVALID_REQUEST": 1}
-        pair.sidecar.kill()  # type: ignore[union-attr]
+        pair.sidecar.kill()
         pair.start_sidecar()
 
         await eventually(lambda: counted(pair, "canary") == Counter(match=5), "all are compared")
@@ -78,24 +75,21 @@ async def test_what_is_known_outlives_the_sidecar() -> None:
 
 async def test_again_and_again() -> None:
     """They run on a timer too; a refused one is counted each time and said once."""
-    with Pair(service=service(), sidecar=["--canary-seconds", "0.2"]) as pair:
+    with Pair(service=scripted(), sidecar=["--canary-seconds", "0.2"]) as pair:
         pair.start()
         await eventually(lambda: counted(pair, "canary")["match"] >= 10, "two more rounds")
         await eventually(lambda: missing(pair, "canary")["INVALID_REQUEST"] >= 3, "each round counts the refused one")
-        assert pair.sidecar is not None
         assert [record.get("message") for record in pair.sidecar.records()].count("canary refused") == 1
 
 
 async def test_a_canary_that_kills_the_engine() -> None:
     """Twice, and then it is given up: the engine lives on, and is not killed at every start."""
-    with Pair(service=service(rule("crash", 20, "CANARY")), sidecar=WATCHING) as pair:
+    with Pair(service=scripted(rules=[rule("crash", 20, "CANARY")]), sidecar=WATCHING) as pair:
         pair.start()
         for _ in range(2):
-            assert pair.service is not None
             ended(pair.service)
             pair.start_service()
         await eventually(lambda: missing(pair, "canary").get("ATTEMPTS_EXHAUSTED", 0) > 0, "those under it are given up")
         async with opened(pair) as door:
             assert (await door.client.generate("a", max_new_tokens=1)).results[0].HasField("output")
-        assert pair.service is not None
         assert pair.service.running

@@ -17,9 +17,8 @@ from ostinato.client import Client
 from ostinato.requests import Sampling
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from tests.e2e.conftest import Door, eventually, opened
 from tests.e2e.counts_plan import FREE_TOKENS, RECOVERED, REPEATED, SENT, TOKENS, UNSEEDED, Expected, N, Plan
-from tests.e2e.reruns_kit import counted
+from tests.e2e.kit import Door, counted, eventually, opened
 from tests.pair import Pair, Program
 
 SEEDED = Sampling(seed=7, temperature=0.0, max_new_tokens=TOKENS, ignore_eos=True)
@@ -63,7 +62,6 @@ async def test_k_of_n_everywhere(pair: Pair, plan: Plan) -> None:
     told([result.comparison for result in verified.results], plan.kind("verify"))
 
     for stop in (Program.kill, Program.stop):
-        assert pair.sidecar is not None
         stop(pair.sidecar)
         pair.start_sidecar("--canary-seconds", "0").wait_for("engine connected")
         async with opened(pair) as door:
@@ -74,7 +72,6 @@ async def test_k_of_n_everywhere(pair: Pair, plan: Plan) -> None:
 
 def learned(pair: Pair) -> int:
     """Canaries whose answers are known."""
-    assert pair.sidecar is not None
     return sum(record.get("message") == "canary learned" for record in pair.sidecar.records())
 
 
@@ -98,7 +95,6 @@ async def lost_and_recovered(door: Door, plan: Plan) -> None:
     listening = asyncio.create_task(listen())
     await eventually(lambda: len(heard) == N and set(heard.values()) == {SENT}, "every item is heard up to where it hangs")
     assert set(heard) == set(RECOVERED)
-    assert door.pair.service is not None
     door.pair.service.kill()
     door.pair.start_service("--script", plan.script(canaries_diverge=True))
     await listening

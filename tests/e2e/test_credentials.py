@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +20,8 @@ from serving import auth
 from serving.auth import Role
 
 from tests.certificates import Authority
-from tests.e2e.conftest import eventually
-from tests.pair import Pair
+from tests.e2e.kit import eventually
+from tests.pair import Pair, python
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,6 @@ async def test_the_same_key_of_two_tenants_is_two_requests(guarded: Guarded) -> 
         async with guarded.client(tenant) as client:
             answers[tenant] = await client.generate("one", key="night", max_new_tokens=4)
             assert await client.generate("one", key="night", max_new_tokens=4) == answers[tenant]
-    assert guarded.pair.sidecar is not None
     guarded.pair.sidecar.kill()
     guarded.pair.start_sidecar().wait_for("engine connected")
 
@@ -154,7 +152,6 @@ async def test_a_certificate_changes_under_load(guarded: Guarded) -> None:
 
 async def test_a_probe_needs_nothing(guarded: Guarded) -> None:
     """The port for probes says in plain text that the sidecar can admit."""
-    assert guarded.pair.sidecar is not None
     address = str(guarded.pair.sidecar.wait_for("listening")["health_address"])
     async with grpc.aio.insecure_channel(address) as channel:
         request = health_pb2.HealthCheckRequest(service="ostinato.v1.Generation")
@@ -167,8 +164,7 @@ def test_the_command_has_credentials(guarded: Guarded, tmp_path: Path) -> None:
     """`ostinato` takes a CA and a token, from files or from the environment; without them it fails and says why."""
 
     def run(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "ostinato.cli", "--target", f"https://{guarded.pair.target}", *options, "head"]
-        return subprocess.run(command, env={"PYTHONPATH": ":".join(sys.path), **environment}, capture_output=True, text=True)
+        return python("-m", "ostinato.cli", "--target", f"https://{guarded.pair.target}", *options, "head", **environment)
 
     token = tmp_path / "token"
     token.write_text(guarded.tokens["ops"] + "\n")

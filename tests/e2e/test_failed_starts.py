@@ -12,7 +12,6 @@ import signal
 import socket
 import sqlite3
 import struct
-import subprocess
 import sys
 import tempfile
 import threading
@@ -29,7 +28,7 @@ import service.__main__
 import service.config
 import sidecar.__main__
 import sidecar.config
-from tests.pair import ROOT
+from tests.pair import ROOT, python
 from tests.service.llama_kit import LACKING
 
 
@@ -379,16 +378,7 @@ def test_a_model_that_cannot_be_loaded_says_why(
 @pytest.mark.parametrize("failure", PROCESSES.values(), ids=PROCESSES)
 def test_a_process_that_fails_says_why(failure: Failure, names: dict[str, object]) -> None:
     """The same of whole processes, of users without special rights: no library adds words of its own."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("OSTINATO_", "GRPC_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", AS_ANYBODY, *argv_of(failure, names, "human")],
-        cwd=ROOT,
-        env={**inherited, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'proto'}"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = python("-c", AS_ANYBODY, *argv_of(failure, names, "human"))
 
     check(failure, names, "human", done.returncode, done.stderr)
 
@@ -405,14 +395,7 @@ def test_a_low_port_is_refused_by_the_kernel(names: dict[str, object]) -> None:
 
 def test_serve_lists_the_engines() -> None:
     """`ostinato serve`, and with it `make up`, lists the engines where it is given another."""
-    done = subprocess.run(
-        [sys.executable, "-m", "ostinato.cli", "serve", "--engine", "vllm"],
-        cwd=ROOT / "proto",
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = python("-m", "ostinato.cli", "serve", "--engine", "vllm")
 
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("'vllm' is not one of 'llama', 'turbomind', 'scripted'.")

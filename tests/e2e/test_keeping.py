@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -18,8 +16,8 @@ from ostinato.chain import check_link
 from ostinato.client import Client
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from tests.e2e.conftest import Door, ended, eventually, opened
-from tests.pair import ROOT, Pair
+from tests.e2e.kit import Door, ended, eventually, opened
+from tests.pair import Pair, python
 
 
 @pytest.fixture(name="state", scope="module")
@@ -40,14 +38,7 @@ def journal(pair: Pair) -> Path:
 
 def command(pair: Pair, *argv: str) -> str:
     """What a command says about the pair's journal; it must succeed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "sidecar", *argv, "--journal", str(journal(pair))],
-        cwd=ROOT,
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-m", "sidecar", *argv, "--journal", str(journal(pair)))
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -66,7 +57,7 @@ async def test_follow_outlives_a_crash(pair: Pair) -> None:
         await eventually(lambda: bool(followed), "the follower is there")
         for _ in range(3):
             await door.client.generate(["a", "b", "c"], max_new_tokens=3)
-            pair.sidecar.kill()  # type: ignore[union-attr]
+            pair.sidecar.kill()
             await asyncio.to_thread(lambda: pair.start_sidecar().wait_for("engine connected"))
         await door.client.generate("d", max_new_tokens=1)
         head = await door.client.head()
@@ -85,7 +76,7 @@ async def test_an_old_copy_is_found(pair: Pair) -> None:
     and where its operator has accepted the loss, it goes on behind what was lost."""
     async with opened(pair) as door:
         await door.client.generate("before")
-    pair.sidecar.stop()  # type: ignore[union-attr]
+    pair.sidecar.stop()
     copy = shutil.copyfile(journal(pair), pair.folder / "copy")
     pair.start_sidecar().wait_for("engine connected")
     async with opened(pair) as door:
@@ -138,12 +129,12 @@ async def test_digests_only(pair: Pair) -> None:
         (verdict,) = await replayed(door, plain.stamp.first_sequence, plain.stamp.first_sequence)
         assert errors.from_status(verdict.status).reason == "PAYLOAD_PRUNED"
 
-    pair.sidecar.kill()  # type: ignore[union-attr]
+    pair.sidecar.kill()
     pair.start_sidecar().wait_for("engine connected")
     async with opened(pair) as door:
         assert await door.client.generate("a", seed=1, key="k") == keyed
         last = await door.last_sequence()
-    pair.sidecar.stop()  # type: ignore[union-attr]
+    pair.sidecar.stop()
     assert "2 payloads" in command(pair, "redact", str(keyed.stamp.first_sequence))
     pair.start_sidecar().wait_for("engine connected")
     async with opened(pair) as door:

@@ -12,18 +12,23 @@ import pytest
 from ostinato import errors
 from ostinato.v1 import generation_pb2
 
-from tests.e2e.conftest import SLOWLY, Door, Refusal, ended, eventually, refusal
-from tests.e2e.door_kit import (
+from tests.e2e.kit import (
     ENDLESS,
+    SLOWLY,
+    Door,
     Heard,
+    Refusal,
     asked,
     begun,
     bytes_of,
+    ended,
+    eventually,
     health,
     heard,
     newest_is,
     one,
     own,
+    refusal,
     rest,
     span,
 )
@@ -114,10 +119,9 @@ async def test_a_keyed_caller_outlives_its_deadline(door: Door) -> None:
 async def test_a_key_outlives_the_sidecar() -> None:
     """After a drain, and after a kill, the same key returns the same bytes; what the kill interrupted is finished."""
     held = {"do": "hang", "at": 1, "sequences": [3], "attempts": [1]}
-    async with own({"rules": [held]}) as door:
+    async with own(rules=[held]) as door:
         first = await door.client.generate(["a", "b"], key="kept", max_new_tokens=4)
         interrupted = asked("c", key="interrupted", max_new_tokens=40)
-        assert door.pair.sidecar is not None
         assert door.pair.sidecar.stop() == 0
         door.pair.start_sidecar().wait_for("engine connected")
         assert bytes_of(await door.client.generate(["a", "b"], key="kept", max_new_tokens=4)) == bytes_of(first)
@@ -220,10 +224,9 @@ async def test_cancel_by_key(door: Door) -> None:
 async def test_draining() -> None:
     """Told to stop, it refuses what is new with a time to come back, finishes what it has, and exits 0."""
     script = {**SLOWLY, "rules": [{"do": "hang", "at": 1, "sequences": [1]}]}
-    async with own(script) as door:
+    async with own(**script) as door:
         held, holder = await begun(door, one())
         stream, listener = await begun(door, one(max_new_tokens=200, ignore_eos=True))
-        assert door.pair.sidecar is not None
         os.kill(door.pair.sidecar.pid, signal.SIGTERM)
         door.pair.sidecar.wait_for("draining")
 
@@ -247,13 +250,12 @@ async def test_a_drain_that_runs_out_of_time() -> None:
     """Those who wait with a key are told DRAINING and when to come back, and the next start has their answers; without a key
     it is over."""
     script = {**SLOWLY, "rules": [{"do": "hang", "at": 1, "attempts": [1]}]}
-    async with own(script, "--drain-seconds", "0") as door:
+    async with own("--drain-seconds", "0", **script) as door:
         request = asked("a", key="left", max_new_tokens=4)
         stream, listener = await begun(door, request)
         waiting = asyncio.ensure_future(refusal(door.generation.Generate(request)))
         unkeyed, other = await begun(door, one())
         await eventually(lambda: door.pair.metrics()["ostinato_repeated_requests_total"] == 1, "it waits for the same answer")
-        assert door.pair.sidecar is not None
         os.kill(door.pair.sidecar.pid, signal.SIGTERM)
 
         for said in (await refusal(rest(stream, listener)), await waiting):

@@ -31,7 +31,7 @@ async def test_a_load_is_ordered_proved_and_counted() -> None:
         faults += checks.results(load.calls) + checks.kinds(load.calls, record) + checks.reproduced(record)
         lines = pair.submissions()
         faults += checks.submitted(lines, record) + books(pair.metrics(), load.calls, record)
-        code = pair.sidecar.stop() if pair.sidecar else -1
+        code = pair.sidecar.stop()
         faults += checks.journal_file(pair.folder / "journal.sqlite")
 
         assert faults == []

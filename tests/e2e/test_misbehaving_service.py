@@ -20,7 +20,7 @@ from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 from ostinato.v1.engine_pb2 import RunEvent, Submit
 
 from sidecar.link import SHORT_BYTES
-from tests.e2e.conftest import Door, eventually, opened, refusal
+from tests.e2e.kit import Door, eventually, opened, refusal
 from tests.pair import Pair
 
 Wire = Any
@@ -195,7 +195,7 @@ class Stage:
 
     async def sound(self) -> None:
         """Assert that the sidecar lives and works, and that every number has one outcome."""
-        assert self.door.pair.sidecar is not None and self.door.pair.sidecar.running
+        assert self.door.pair.sidecar.running
         await self.connected()
         good = await self.door.client.generate("good", timeout=40)
         assert list(good.results[0].output.token_ids) == answer(self.fake.submits[-1]), good
@@ -209,7 +209,6 @@ class Stage:
 
 @pytest.fixture
 async def stage(pair: Pair) -> AsyncIterator[Stage]:
-    assert pair.sidecar is not None
     if not pair.sidecar.running:  # an earlier test says so
         pair.start_sidecar()
     fake = Fake()
@@ -268,7 +267,6 @@ async def test_a_fault_costs_the_stream_and_no_number(stage: Stage, misdeed: Cal
 
 
 def said_by(pair: Pair, message: str) -> int:
-    assert pair.sidecar is not None
     return sum(record.get("message") == message for record in pair.sidecar.records())
 
 

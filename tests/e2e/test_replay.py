@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 from ostinato.client import Client
@@ -13,25 +11,14 @@ from ostinato.replay import replay_against
 from ostinato.requests import Sampling
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from tests.e2e.conftest import Door, eventually, opened
-from tests.pair import Pair
+from tests.e2e.kit import Door, eventually, own
 
 MATCH, DIVERGED, INCOMPARABLE = types_pb2.VERDICT_MATCH, types_pb2.VERDICT_DIVERGED, types_pb2.VERDICT_INCOMPARABLE
 ASKED = Sampling(seed=2**64 - 1, temperature=0.0, max_new_tokens=8, ignore_eos=True, logprobs=2)
 
 
-@asynccontextmanager
-async def pair_of(**script: Any) -> AsyncIterator[Door]:
-    """A pair whose engine does as the script says."""
-    with Pair(service=["--script", json.dumps(script)]) as pair:
-        await asyncio.to_thread(pair.start)
-        async with opened(pair) as door:
-            yield door
-
-
 async def restarted(door: Door, **script: Any) -> None:
     """The service, on another fingerprint, behind the same sidecar."""
-    assert door.pair.service is not None
     before = (await door.client.model()).fingerprint
     await asyncio.to_thread(door.pair.service.kill)
     door.pair.start_service("--script", json.dumps(script))
@@ -52,7 +39,7 @@ async def all_of(source: Any) -> list[sequencer_pb2.ReplayResponse]:
 async def test_alone_is_alone_in_the_engine() -> None:
     """An engine that diverges in company is found out by a replay under traffic; one alone matches: nothing ran beside it."""
     rule = {"do": "diverge", "at": 3, "purposes": ["REPLAY"], "company": True}
-    async with pair_of(delay_seconds=0.002, rules=[rule]) as door:
+    async with own(delay_seconds=0.002, rules=[rule]) as door:
         stamp = (await door.client.generate(["a", "b", "c", "d"], **ASKED)).stamp
         last = stamp.first_sequence + stamp.count - 1
         stop = asyncio.Event()
@@ -78,7 +65,7 @@ async def test_a_replay_says_what_it_passes_over() -> None:
         {"do": "fail", "at": 0, "sequences": [2, 4]},
         {"do": "diverge", "at": 3, "sequences": [5], "purposes": ["REPLAY"]},
     ]
-    async with pair_of(rules=rules) as door:
+    async with own(rules=rules) as door:
         results = (await door.client.generate(list("abcdef"), **ASKED)).results
         said = await all_of(door.client.replay(2, 2**64 - 1))
         [record] = await door.client.get(5)
@@ -99,10 +86,9 @@ async def test_drift_names_its_fields_also_after_a_restart() -> None:
     before, after = {"device": "abacus", "driver": "1"}, {"device": "loom", "threads": "2", "driver": "1"}
     differs = [{"do": "diverge", "at": 3, "sequences": [1], "purposes": ["REPLAY"]}]
     fields = ["fingerprint.device", "fingerprint.threads"]
-    async with pair_of(fields=before) as door:
+    async with own(fields=before) as door:
         await door.client.generate("a", **ASKED)
         await restarted(door, fields=after, rules=differs)
-        assert door.pair.sidecar is not None
         await asyncio.to_thread(door.pair.sidecar.stop)
         await asyncio.to_thread(door.pair.start_sidecar)
         async with Client(door.pair.target) as client:
@@ -122,7 +108,7 @@ async def test_drift_names_its_fields_also_after_a_restart() -> None:
 
 async def test_another_sidecar_runs_the_record() -> None:
     """The public door makes of a record what was recorded; elsewhere it is drift with its fields; numbers are taken there."""
-    async with pair_of(fields={"device": "abacus"}) as here, pair_of(fields={"device": "loom"}) as there:
+    async with own(fields={"device": "abacus"}) as here, own(fields={"device": "loom"}) as there:
         await here.client.generate(["a", "b"], **ASKED)
         await here.client.generate(["c", "d"], max_new_tokens=5, stop=["zz"], temperature=0.3, top_k=7)
         itself = await all_of(replay_against(here.client, here.client, 1, 2**64 - 1))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 
 from ostinato.sync import SyncClient
 
-from tests.pair import ROOT, Pair
+from tests.pair import Pair, python
 
 ITEMS, DIVERGING, AT = 64, [5, 9, 20, 33, 34, 60], 3
 SCRIPT = {"rules": [{"do": "diverge", "at": AT, "sequences": DIVERGING}]}
@@ -32,9 +30,7 @@ def _pair() -> Iterator[Pair]:
 
 def report(pair: Pair, *args: str) -> tuple[int, str]:
     """Exit code and output of the command."""
-    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}", "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-m", "ostinato.cli", "--target", pair.target, "report", *args]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    done = python("-m", "ostinato.cli", "--target", pair.target, "report", *args)
     assert done.returncode in (0, 1), done.stderr
     return done.returncode, done.stdout
 

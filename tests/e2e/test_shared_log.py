@@ -14,7 +14,7 @@ from ostinato import errors
 from ostinato.client import Client
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from tests.e2e.conftest import eventually
+from tests.e2e.kit import eventually
 from tests.pair import Pair
 from tests.postgres import Postgres
 from tests.soak import chaos, shared
@@ -89,7 +89,6 @@ async def test_a_dead_sidecar_is_taken_over(postgres: Postgres) -> None:
             await numbered(at_b, 3)
             joined = asyncio.create_task(at_b.generate(["x", "y"], key="k"))
             await eventually(lambda: b.metrics()["ostinato_repeated_requests_total"] == 1, "it waits for the same answer")
-            assert a.sidecar is not None
             await asyncio.to_thread(a.sidecar.kill)
             answer = await joined
             asked.cancel()  # at one that does not come back, it would try for a minute
@@ -116,12 +115,10 @@ async def test_cancelled_from_another_sidecar(postgres: Postgres) -> None:
             asked = asyncio.create_task(at_a.generate("x"))
             await numbered(at_b, 1)
             cancelled = await at_b.cancel(1)
-            assert a.service is not None
             await asyncio.to_thread(a.service.kill)
             await asyncio.to_thread(a.start_service)
             answer = await asked
             after = await at_a.head()
-        assert a.sidecar is not None
         code = await asyncio.to_thread(a.sidecar.stop)
 
     assert cancelled.cancelled == 1
@@ -146,7 +143,7 @@ async def test_a_server_that_restarts(postgres: Postgres) -> None:
             postgres.start()
             answer = await running
             head = await client.head()
-        assert a.sidecar is not None and a.sidecar.running
+        assert a.sidecar.running
         code = await asyncio.to_thread(a.sidecar.stop)
 
     assert refused.value.retry_after

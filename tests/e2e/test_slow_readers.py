@@ -11,8 +11,7 @@ import pytest
 from ostinato import errors
 from ostinato.v1 import generation_pb2, sequencer_pb2
 
-from tests.e2e.conftest import GENERATE, STREAM, Door, eventually, refusal
-from tests.e2e.door_kit import asked, entries, newest_is, one, own
+from tests.e2e.kit import GENERATE, STREAM, Door, asked, entries, eventually, newest_is, one, own, refusal
 from tests.http2 import Peer, connected
 
 TAIL, REPLAY = "/ostinato.v1.Sequencer/Tail", "/ostinato.v1.Sequencer/Replay"
@@ -46,7 +45,7 @@ async def said(peer: Peer, stream: int) -> bytes:
 async def test_a_peer_that_never_grants_a_window() -> None:
     """Not even Admitted can be written to it. Its calls are lost: items without a key are CANCELLED, those with one go on, and
     other callers are served meanwhile."""
-    async with own({}, "--held-call-bytes-max", "100000") as door, connected(door.pair.target, window=0) as peer:
+    async with own("--held-call-bytes-max", "100000") as door, connected(door.pair.target, window=0) as peer:
         plain = peer.call(STREAM, wanted(2))
         await eventually(lambda: newest_is(door, 2), "the first has its numbers")
         keyed = peer.call(STREAM, wanted(1, key="slow"))
@@ -66,7 +65,7 @@ async def test_a_peer_that_never_grants_a_window() -> None:
 
 async def test_unread_streams_are_bounded_together() -> None:
     """Each may hold as much as it does, all together may not: the largest is lost, and a caller who reads is served."""
-    async with own({}, *SMALL, "--held-bytes-max", "2000000") as door, connected(door.pair.target, window=0) as peer:
+    async with own(*SMALL, "--held-bytes-max", "2000000") as door, connected(door.pair.target, window=0) as peer:
         small = peer.call(STREAM, wanted(1))
         for _ in range(3):
             peer.call(STREAM, wanted(6))  # many times as much: what a call holds is an estimate
@@ -82,7 +81,7 @@ async def test_unread_streams_are_bounded_together() -> None:
 async def test_unread_answers_are_counted() -> None:
     """A unary answer that gRPC cannot write counts twice, as it is held, and cannot be lost: while there are too many, nothing
     new is begun. When their callers leave, it is."""
-    async with own({}, *SMALL, "--held-bytes-max", "2000000") as door, connected(door.pair.target, window=0) as peer:
+    async with own(*SMALL, "--held-bytes-max", "2000000") as door, connected(door.pair.target, window=0) as peer:
         streams = []
         for count in range(1, 4):
             streams.append(peer.call(GENERATE, wanted(2)))
@@ -109,7 +108,7 @@ async def door_numbers(door: Door) -> Any:
 
 async def test_followers_leave_room_for_readers() -> None:
     """Where every follower's place is taken, the journal can be read to its end; only another follower is refused."""
-    async with own({}, "--followers-max", "2") as door:
+    async with own("--followers-max", "2") as door:
         await door.client.generate(["a", "b"], max_new_tokens=1)
         follow = sequencer_pb2.TailRequest(from_index=1, follow=True)
         followers: list[Any] = [door.sequencer.Tail(follow) for _ in range(2)]
@@ -126,7 +125,7 @@ async def test_followers_leave_room_for_readers() -> None:
 async def test_a_tail_that_does_not_read_loses_its_place(follow: bool) -> None:
     """After --unread-seconds-max, with SLOW_READER; then another gets the place."""
     bounds = ["--followers-max", "2", "--tails-max", "2", "--unread-seconds-max", "0.3"]
-    async with own({}, *bounds) as door, connected(door.pair.target, window=0) as peer:
+    async with own(*bounds) as door, connected(door.pair.target, window=0) as peer:
         await door.client.generate("a", max_new_tokens=1)
         request = sequencer_pb2.TailRequest(from_index=1, follow=follow)
         unread = [peer.call(TAIL, request.SerializeToString()) for _ in range(2)]
@@ -142,7 +141,7 @@ async def test_a_tail_that_does_not_read_loses_its_place(follow: bool) -> None:
 
 async def test_a_replay_that_does_not_read_loses_its_place() -> None:
     """As Tail does: else a few such callers would keep every other replay out."""
-    async with own({}, "--replays-max", "1", "--unread-seconds-max", "0.3") as door:
+    async with own("--replays-max", "1", "--unread-seconds-max", "0.3") as door:
         await door.client.generate("a", max_new_tokens=1)
         span = generation_pb2.SequenceRange(first=1, last=1)
         request = sequencer_pb2.ReplayRequest(range=span)
@@ -157,7 +156,6 @@ async def test_a_replay_that_does_not_read_loses_its_place() -> None:
 @pytest.mark.parametrize("how", ["reset", "vanish"])
 async def test_a_caller_that_vanishes_leaves_no_traceback(door: Door, how: str) -> None:
     """While it is written to, whatever it had called: its items end, and the log has no error."""
-    assert door.pair.sidecar is not None
     before, said = await door.last_sequence(), len(door.pair.sidecar.records())
     async with connected(door.pair.target, window=0) as peer:
         streams = [peer.call(path, wanted(1)) for path in (STREAM, GENERATE) for _ in range(10)]

@@ -25,7 +25,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from ostinato import errors, tracing
 from ostinato.client import Client
 
-from tests.e2e.conftest import eventually
+from tests.e2e.kit import eventually
 from tests.pair import Pair
 
 FAILING = {"rules": [{"do": "fail", "at": 1, "sequences": [1]}, {"do": "hang", "at": 2, "sequences": [2], "attempts": [1]}]}
@@ -171,7 +171,6 @@ async def test_one_trace_from_client_to_engine(pair: Pair, client: Client, colle
     assert generated["gen_ai.request.seed"] == str(2**64 - 1)
     assert (generated["gen_ai.usage.output_tokens"], generated["gen_ai.response.finish_reasons"]) == (5, ["length"])
     assert SECRET not in str(found) and "a prompt" not in str(found)
-    assert pair.sidecar is not None
     ended = [record for record in pair.sidecar.records() if record.get("request_id") == "night-7"]
     assert {record.get("trace_id") for record in ended} == {root.trace_id.hex()}
     assert re.search(
@@ -221,7 +220,6 @@ async def test_failures_and_second_attempts_show(collector: tuple[str, Spans]) -
             async for event in client.stream(["a", "b"], request_id="failing", max_new_tokens=5, ignore_eos=True):
                 seen |= {run.sequence for run in event.tokens.runs if run.sequence == 2} | {event.failed.sequence}
                 if seen >= {1, 2} and len(pair.programs) == 2:
-                    assert pair.service is not None
                     await asyncio.to_thread(pair.service.kill)
                     pair.start_service()
         call = await spans.one(f"ostinato.sidecar {CALL}Stream", request_id="failing")
@@ -246,7 +244,6 @@ async def test_nobody_waits_for_a_collector_that_is_not_there() -> None:
         pair.start()
         async with Client(pair.target) as client:
             answer = await client.generate("a", max_new_tokens=2)
-        assert pair.sidecar is not None
 
         assert answer.results[0].HasField("output")
         assert pair.sidecar.stop() == 0
@@ -254,7 +251,6 @@ async def test_nobody_waits_for_a_collector_that_is_not_there() -> None:
 
 def openmetrics(pair: Pair) -> str:
     """The sidecar's page with exemplars."""
-    assert pair.sidecar is not None
     port = pair.sidecar.wait_for("metrics")["port"]
     accept: dict[str, Any] = {"Accept": "application/openmetrics-text; version=1.0.0"}
     with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=accept), timeout=10) as page:

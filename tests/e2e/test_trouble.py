@@ -12,14 +12,18 @@ from ostinato import errors
 from ostinato.requests import batch
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
 
-from tests.e2e.conftest import SLOWLY, Door, Refusal, ended, eventually, opened, refusal
-from tests.e2e.door_kit import (
+from tests.e2e.kit import (
+    SLOWLY,
+    Door,
     Heard,
     Item,
+    Refusal,
     asked,
     begun,
     bytes_of,
+    ended,
     entries,
+    eventually,
     health,
     healthy,
     ids,
@@ -27,7 +31,9 @@ from tests.e2e.door_kit import (
     newest_is,
     not_serving,
     one,
+    opened,
     own,
+    refusal,
     rest,
     scripted,
 )
@@ -37,7 +43,7 @@ from tests.pair import Pair, running_pair
 async def test_no_engine() -> None:
     """Without a service work is refused with a time to come back, nothing is numbered, and reads are served; then it comes, and
     goes: health says so at once, not when the clock is looked at next."""
-    with Pair(service=scripted({}), sidecar=["--tick-seconds", "1000"]) as pair:
+    with Pair(service=scripted(), sidecar=["--tick-seconds", "1000"]) as pair:
         waiting = pair.start_sidecar().wait_for("waiting for the engine")
         assert waiting["address"] == pair.engine_address
         async with opened(pair) as door:
@@ -56,7 +62,6 @@ async def test_no_engine() -> None:
 
             service = pair.start_service()
 
-            assert pair.sidecar is not None
             pair.sidecar.wait_for("engine connected")
             assert (await door.client.generate("a", max_new_tokens=1)).stamp.first_sequence == 1
             await eventually(lambda: healthy(door), "health says so")
@@ -74,7 +79,6 @@ async def test_a_sidecar_that_was_replaced_ends() -> None:
             stub: engine_pb2_grpc.EngineAsyncStub = engine_pb2_grpc.EngineStub(channel)
             stream = stub.Execute()
             await stream.write(engine_pb2.ExecuteRequest(hello=hello))
-            assert door.pair.sidecar is not None
 
             code, log = await asyncio.to_thread(ended, door.pair.sidecar)
 
@@ -88,7 +92,7 @@ async def test_a_sidecar_that_was_replaced_ends() -> None:
 async def test_a_full_journal() -> None:
     """No new work, and a time to come back; what is in flight still ends, everything can be read, and both can be seen."""
     limits = ("--journal-bytes-max", str(1 << 20), "--journal-reserve-bytes", str(256 << 10))
-    async with own(SLOWLY, *limits) as door:
+    async with own(*limits, **SLOWLY) as door:
         kept = await door.client.generate("kept", key="kept", max_new_tokens=2)
         # Its outcome has some hundred thousand bytes: of the reserve, once nothing else is left.
         stream, listener = await begun(door, one(max_new_tokens=400, ignore_eos=True, logprobs=20))
@@ -126,7 +130,7 @@ async def test_no_room_for_the_engine_or_the_queue() -> None:
     """What can never fit is the caller's mistake; what does not fit now is told when to come back, and fits then."""
     held = {"do": "hang", "at": 1, "sequences": [2]}
     small = {"kv_blocks": 4, "block_tokens": 16, "context_tokens": 256, "rules": [held]}
-    async with own(small, "--queue-items-max", "3") as door:
+    async with own("--queue-items-max", "3", **small) as door:
         async with door.nothing_numbered():
             (await refusal(door.generation.Generate(items(Item(text="a"), ids(60))))).says(errors.InvalidRequest, "items[0]")
             said = await refusal(door.generation.Generate(items(*[Item(text="a")] * 4, max_new_tokens=1)))
@@ -147,7 +151,7 @@ async def test_no_room_for_the_engine_or_the_queue() -> None:
 async def test_an_engine_that_hangs() -> None:
     """No item outlives its time, keyed or not, and the engine is free of it."""
     script = {"rules": [{"do": "hang", "at": 2, "sequences": [1, 2]}]}
-    async with own(script, "--item-timeout-seconds", "0.3") as door:
+    async with own("--item-timeout-seconds", "0.3", **script) as door:
         responses = await asyncio.gather(door.client.generate("a"), door.client.generate("b", key="hangs"))
         assert {errors.from_status(each.results[0].status).reason for each in responses} == {"DEADLINE_EXCEEDED"}
         assert [await door.kinds(number) for number in (1, 2)] == [["FAILED"]] * 2
@@ -173,13 +177,12 @@ async def test_a_grade_that_is_lost() -> None:
 async def test_a_listener_whose_engine_dies() -> None:
     """Attempt 2 goes on behind what was sent where it is equal; where it is not, Restarted says so, once, and it is counted."""
     script = {"delay_seconds": 0.005, "rules": [{"do": "diverge", "at": 4, "sequences": [2], "attempts": [2]}]}
-    async with own(script) as door:
+    async with own(**script) as door:
         stream: Any = door.generation.GenerateStream(asked(["a", "b", "c"], max_new_tokens=100, ignore_eos=True))
         listener = Heard()
         while not listener.tokens or min(map(len, listener.tokens.values())) < 10:
             listener.hear(await stream.read())
 
-        assert door.pair.service is not None
         door.pair.service.kill()
         door.pair.start_service()
         await rest(stream, listener)
@@ -198,11 +201,10 @@ async def test_a_listener_whose_engine_dies() -> None:
 async def test_an_item_that_kills_every_engine() -> None:
     """It fails after its attempts, and takes no neighbour with it."""
     script = {"delay_seconds": 0.002, "rules": [{"do": "crash", "at": 5, "sequences": [3]}]}
-    async with own(script) as door:
+    async with own(**script) as door:
         answer = asyncio.ensure_future(door.client.generate(["a", "b", "c", "d", "e"], max_new_tokens=40, ignore_eos=True))
         deaths = 0
         while not answer.done():
-            assert door.pair.service is not None
             if not door.pair.service.running:
                 deaths += 1
                 door.pair.start_service()

@@ -13,8 +13,7 @@ from ostinato.chain import check_result
 from ostinato.requests import batch
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
-from tests.e2e.conftest import Door, eventually, opened
-from tests.e2e.reruns_kit import audited, counted, missing, paired, rule, service
+from tests.e2e.kit import Door, audited, counted, eventually, missing, opened, own, rule, scripted
 from tests.pair import Pair
 
 UNSPECIFIED, MATCH, DIVERGED = types_pb2.VERDICT_UNSPECIFIED, types_pb2.VERDICT_MATCH, types_pb2.VERDICT_DIVERGED
@@ -48,7 +47,7 @@ async def test_verdicts_come_with_the_answers() -> None:
     """Of six items whose second runs differ twice, two verdicts are DIVERGED at the token that differs: in the answers, in
     AUDITED entries behind the outcomes, in the metrics; in a stream, and for whoever comes back with the key."""
     rules = [rule("diverge", 3, "VERIFY", sequences=[2, 5, 8])]
-    async with paired(rules=rules) as door:
+    async with own(rules=rules) as door:
         response = await door.generation.Generate(asked([f"p{n}" for n in range(6)], key="k"))
 
         assert [result.comparison.verdict for result in response.results] == [MATCH, DIVERGED, MATCH, MATCH, DIVERGED, MATCH]
@@ -83,7 +82,7 @@ async def test_verdicts_come_with_the_answers() -> None:
 
 async def test_an_item_that_fails_is_not_verified() -> None:
     """There is nothing to compare: the status comes as ever, with no comparison."""
-    async with paired(rules=[rule("fail", 2, sequences=[1])]) as door:
+    async with own(rules=[rule("fail", 2, sequences=[1])]) as door:
         first, second = (await door.generation.Generate(asked(["a", "b"]))).results
 
         assert errors.from_status(first.status).reason == "ENGINE_FAILED"
@@ -93,7 +92,7 @@ async def test_an_item_that_fails_is_not_verified() -> None:
 
 async def test_an_engine_lost_in_the_second_run() -> None:
     """The answer leaves without a verdict and says why; nothing runs again, and the key brings the same bytes."""
-    with Pair(service=service(rule("crash", 1, "VERIFY"))) as pair:
+    with Pair(service=scripted(rules=[rule("crash", 1, "VERIFY")])) as pair:
         pair.start()
         async with opened(pair) as door:
             response = await door.generation.Generate(asked(["a"], key="k"))
@@ -108,7 +107,7 @@ async def test_an_engine_lost_in_the_second_run() -> None:
 async def test_a_second_run_that_fails() -> None:
     """A second run that the engine fails, or that takes longer than an item may, costs the verdict and not the answer."""
     rules = [rule("fail", 1, "VERIFY", sequences=[1]), rule("hang", 1, "VERIFY", sequences=[2])]
-    async with paired("--item-timeout-seconds", "0.5", rules=rules) as door:
+    async with own("--item-timeout-seconds", "0.5", rules=rules) as door:
         first, second = (await door.generation.Generate(asked(["a", "b"]))).results
 
         assert (why(first), why(second)) == ("ENGINE_FAILED", "DEADLINE_EXCEEDED")
@@ -117,10 +116,9 @@ async def test_a_second_run_that_fails() -> None:
 
 async def test_a_drain_does_not_wait_for_second_runs() -> None:
     """Told to stop while a second run hangs, the sidecar lets the answer go without a verdict and exits 0."""
-    async with paired(rules=[HANG]) as door:
+    async with own(rules=[HANG]) as door:
         call = asyncio.ensure_future(door.generation.Generate(asked(["a"])))
         await verifying(door, 1)
-        assert door.pair.sidecar is not None
         code = await asyncio.to_thread(door.pair.sidecar.stop, signal.SIGTERM)
 
         assert (why((await call).results[0]), code) == ("DRAINING", 0)
@@ -129,7 +127,7 @@ async def test_a_drain_does_not_wait_for_second_runs() -> None:
 async def test_a_caller_that_goes_frees_the_engine() -> None:
     """Where the deadline passes in a second run the outcome stays, the engine is freed, and the record says why there is no
     verdict; with a key the second run goes on, until Cancel ends it and the answer is there."""
-    async with paired(rules=[HANG]) as door:
+    async with own(rules=[HANG]) as door:
         with pytest.raises(errors.DeadlineExceeded):
             await door.client.generate(asked(["a"]), timeout=2)  # of which the first run takes next to nothing
         await door.freed()
@@ -149,10 +147,9 @@ async def test_a_caller_that_goes_frees_the_engine() -> None:
 
 async def test_a_sidecar_killed_in_the_second_run() -> None:
     """The outcome is durable by then: after the restart the key brings the answer, without a verdict, always the same."""
-    async with paired(rules=[HANG]) as door:
+    async with own(rules=[HANG]) as door:
         call = asyncio.ensure_future(door.generation.Generate(asked(["a"], key="k")))
         await verifying(door, 1)
-        assert door.pair.sidecar is not None
         door.pair.sidecar.kill()
         with pytest.raises(Exception, match="UNAVAILABLE"):
             await call

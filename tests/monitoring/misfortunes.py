@@ -127,7 +127,6 @@ class World:
 
     def has_no_engine(self) -> None:
         """Something at its address that is no service, and a sidecar that starts twice meanwhile."""
-        assert self.pair.service is not None
         self.pair.service.kill()
         with _impolite(self.pair.engine_address):
             self._start_again()
@@ -144,7 +143,6 @@ class World:
 
     def has_no_room(self) -> None:
         """The third start, with a journal that may grow by little, and an engine that lets it."""
-        assert self.pair.service is not None and self.pair.sidecar is not None
         self.pair.service.kill()
         self.pair.start_service().wait_for("serving")
         self.pair.sidecar.kill()
@@ -155,7 +153,6 @@ class World:
             self._told(*(name for name in alerts() if name not in IN_THE_TOUR))
 
     def _start_again(self, *flags: str) -> None:
-        assert self.pair.sidecar is not None
         self.pair.sidecar.kill()
         self.pair.start_sidecar(*flags)
         self.aim()

@@ -6,8 +6,6 @@ import asyncio
 import io
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
@@ -27,7 +25,7 @@ from ostinato.client import Client
 from serving import logs
 
 from tests.ostinato.echo import NAME, Context, Echo, call, raw, serving, text
-from tests.pair import ROOT
+from tests.pair import python
 
 OTLP = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
@@ -70,14 +68,7 @@ with tracing.span("a") as span, span.entered(), span.child("b") as inner:
     inner.event("c")
 print(bool(span), inner.metadata, [name for name in sys.modules if "opentelemetry" in name])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = python("-c", script)
 
     assert done.stdout == "False () []\n"
 
@@ -136,8 +127,7 @@ def test_what_the_sdk_would_only_warn_of_is_refused(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("program", ["service", "sidecar"])
 def test_a_bad_target_stops_the_program(program: str) -> None:
     """Exit code 2 and the flag's name."""
-    command = [sys.executable, "-m", program, "--traces", "jaeger", "--metrics", ""]
-    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}"}, capture_output=True, text=True)
+    done = python("-m", program, "--traces", "jaeger", "--metrics", "")
 
     assert done.returncode == 2
     assert "--traces: 'jaeger' is not otlp:http://host:port" in done.stderr

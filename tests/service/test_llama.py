@@ -7,8 +7,6 @@ import ctypes.util
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from ostinato.v1 import types_pb2
 
 from service.engines.base import EngineUnusable
 from service.engines.llama import load
+from tests.pair import python
 from tests.service.llama_kit import LACKING, Bench, bits, on_the_loop, regex, schema, small
 
 if LACKING:
@@ -230,6 +229,7 @@ async def test_close_while_running() -> None:
 _EXIT = """
 import asyncio
 from service.engines.llama import load
+from tests.pair import python
 from tests.service.llama_kit import Bench, small
 async def main():
     bench = Bench(load(small()))
@@ -241,8 +241,6 @@ asyncio.run(main())
 
 def test_a_process_that_just_ends() -> None:
     """A process that ends in the middle of a decode, without closing its engine, ends well and says nothing."""
-    root = Path(__file__).parents[2]
-    env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'proto'}"}
-    done = subprocess.run([sys.executable, "-c", _EXIT], env=env, capture_output=True, text=True, timeout=50, check=False)
+    done = python("-c", _EXIT)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

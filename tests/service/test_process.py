@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import queue
 import signal
-import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -19,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ostinato.errors import EngineUnavailable
 from ostinato.v1 import engine_pb2, engine_pb2_grpc
 
-from tests.pair import START_SECONDS, Program
+from tests.pair import START_SECONDS, Program, python
 from tests.service.support import error_of, hello_of
 
 
@@ -60,8 +58,7 @@ def test_start_and_stop(tmp_path: Path) -> None:
 
 def test_only_turbomind_can_be_calibrated() -> None:
     """`calibrate` takes the service's settings, and is refused for an engine that has nothing to prove."""
-    command = [sys.executable, "-m", "service", "calibrate", "--engine", "scripted", "--log-level", "ERROR"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = python("-m", "service", "calibrate", "--engine", "scripted", "--log-level", "ERROR")
 
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "service: calibrate: --engine scripted has no products to prove; only turbomind has\n"

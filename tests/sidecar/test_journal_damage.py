@@ -8,8 +8,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -29,6 +27,7 @@ from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalUnusable, Note, Sealed, Unfinished
 from sidecar.journal.transfer import export, take_in
 from sidecar.opening import open_journal, open_kept
+from tests.pair import python
 from tests.sidecar.journal_disk import Disk
 from tests.sidecar.journal_kit import SqliteKit, admission, audit, completed, ended, item
 
@@ -494,12 +493,9 @@ def test_who_has_it(tried: Tried, sound: Sound) -> None:
 
 def test_real_processes(tried: Tried, sound: Sound) -> None:
     """A cut journal ends the sidecar and `verify`, as programs, with exit code 1 and one line on the standard error."""
-    environ = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'proto'}"}
     tried.put(sound.content[:-100])
     for argv in (["verify", "--journal"], ["--writer", "writer", "--log-level", "error", "--metrics", "", "--journal"]):
-        ended = subprocess.run(
-            [sys.executable, "-m", "sidecar", *argv, str(tried.path)], env=environ, capture_output=True, text=True, timeout=60
-        )
+        ended = python("-m", "sidecar", *argv, str(tried.path))
         assert ended.returncode == 1, ended
         assert re.fullmatch(rf".*{tried.path} is damaged: it is cut: .* docs/operations.md.*\n", ended.stderr), ended.stderr
 

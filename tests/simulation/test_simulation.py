@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from sidecar.config import Settings
+from tests.pair import python
 from tests.simulation import __main__
 from tests.simulation.mutations import MUTATIONS, Mutation, caught
 from tests.simulation.plan import plan_of
@@ -47,16 +46,9 @@ def test_the_promises_were_tried() -> None:
 def test_a_seed_is_one_run(seed: int) -> None:
     """The same seed is the same run, step for step, in another process and with other hashes too."""
     line = f"from tests.simulation.shrink import *; print(simulate(plan_of({seed})).digest)"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "proto")])
     digests = {simulate(plan_of(seed)).digest, simulate(plan_of(seed)).digest}
     for hashes in ("1", "2"):
-        told = subprocess.run(
-            [sys.executable, "-c", line],
-            env={**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": hashes},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        told = python("-c", line, PYTHONHASHSEED=hashes)
         digests.add(told.stdout.strip())
 
     assert len(digests) == 1

@@ -74,7 +74,6 @@ class Story:
         """As a power cut would, and start it again on the same files and address; now and then the next kill finds it
         before it is connected."""
         service, sidecar = self.pair.service, self.pair.sidecar
-        assert service is not None and sidecar is not None, "both were started"
         if name in ("service", "both"):
             await asyncio.to_thread(service.kill)
             self.pair.start_service()

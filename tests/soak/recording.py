@@ -7,7 +7,6 @@ the time the engine has the run, so the file outlives a kill.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,11 +51,9 @@ class RecordedPair(Pair):
         every = [Submission(*map(int, line.split())) for line in lines]
         return [one for one in every if one.purpose == engine_pb2.PURPOSE_PRIMARY]
 
-    def _start(self, name: str, args: list[str], extra: Sequence[str]) -> Program:
+    def _program(self, name: str, args: list[str]) -> Program:
         module = "tests.soak.recording" if name == "service" else name
-        program = Program(module, [*args, "--log-format", "json", *extra], {"SUBMISSIONS": str(self.record)})
-        self.programs.append(program)
-        return program
+        return Program(module, args, {"SUBMISSIONS": str(self.record)})
 
 
 if __name__ == "__main__":

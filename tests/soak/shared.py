@@ -87,7 +87,6 @@ class Sidecars:
     async def kill(self) -> None:
         """One of them, as a power cut would; it comes back before its lease has run out, or after."""
         pair = self._rng.choice(self.pairs)
-        assert pair.sidecar is not None
         await asyncio.to_thread(pair.sidecar.kill)
         await asyncio.sleep(self._rng.choice((0.0, 2.5 * LEASE_SECONDS)))
         await self.start(pair)
@@ -101,7 +100,6 @@ class Sidecars:
         await asyncio.sleep(self._rng.uniform(0, 0.5))
         pair = self._rng.choice(self.pairs)
         others = [other for other in self.pairs if other is not pair]
-        assert pair.sidecar is not None
         since = time.monotonic()
         os.kill(pair.sidecar.pid, signal.SIGSTOP)
         try:
@@ -140,7 +138,6 @@ class Sidecars:
     async def watch(self) -> None:
         """Start what was fenced again; nothing else may end by itself."""
         for pair in self.pairs:
-            assert pair.sidecar is not None
             if not pair.sidecar.running:
                 assert any("fenced" in line for line in pair.sidecar.lines), "\n".join(pair.sidecar.lines[-20:])
                 self.fenced += 1

@@ -40,7 +40,6 @@ async def test_two_hundred_kills() -> None:
             faults = await story.chapter(["service", "sidecar"] * (CHAPTER // 2), keyed_share=0.8)
             assert faults == [], f"chapter {chapter}, SOAK_SEED={seed}"
             print(f"chapter {chapter}: {len(story.record.admitted)} items so far, epoch {story.epochs}")
-        assert pair.sidecar is not None
         code = pair.sidecar.stop()
         faults = checks.journal_file(pair.folder / "journal.sqlite")
 

@@ -1,0 +1,360 @@
+"""What end-to-end tests share: a pair seen by a client, requests, listeners, and the verdicts in journal and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from ostinato import errors
+from ostinato.client import Client
+from ostinato.requests import batch
+from ostinato.v1 import generation_pb2, generation_pb2_grpc, sequencer_pb2, sequencer_pb2_grpc, types_pb2
+
+from tests.pair import Pair, Program, running_pair
+
+GENERATE = "/ostinato.v1.Generation/Generate"
+STREAM = "/ostinato.v1.Generation/GenerateStream"
+GET = "/ostinato.v1.Sequencer/Get"
+
+SLOWLY = {"delay_seconds": 0.005, "rules": [{"do": "diverge", "at": 3, "purposes": ["REPLAY"]}]}
+"""The script of an engine that takes its time, and makes other tokens where it is asked again."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An error as it came over the wire: nothing of it is filled in here."""
+
+    code: grpc.StatusCode
+    reason: str
+    """ErrorInfo's; empty: there is none."""
+    fields: tuple[str, ...]
+    retry_after: float | None
+    message: str
+
+    @classmethod
+    def of(cls, error: grpc.aio.AioRpcError) -> Refusal:
+        """What a failed call's status and details say."""
+        info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+        status: Any = rpc_status.from_call(error)
+        for detail in status.details if status is not None else ():
+            for message in (info, bad, retry):
+                detail.Unpack(message)
+        assert info.domain in ("", errors.DOMAIN), info
+        return cls(
+            error.code(),
+            info.reason,
+            tuple(violation.field for violation in bad.field_violations),
+            retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None,
+            error.details() or "",
+        )
+
+    def says(self, kind: type[errors.OstinatoError], *fields: str) -> None:
+        """Assert that it is this error, about these fields."""
+        assert (self.code, self.reason, self.fields) == (kind.code, kind.reason, fields), self
+
+
+async def refusal(call: Awaitable[object]) -> Refusal:
+    """How a call that must fail failed."""
+    try:
+        answer = await call
+    except grpc.aio.AioRpcError as error:
+        return Refusal.of(error)
+    raise AssertionError(f"this should have been refused, and was answered:\n{answer}")
+
+
+async def eventually(condition: Callable[[], bool | Awaitable[bool]], what: str, seconds: float = 30.0) -> None:
+    """Wait for something that another process does soon."""
+    deadline = time.monotonic() + seconds
+    while True:
+        holds = condition()
+        if holds if isinstance(holds, bool) else await holds:
+            return
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        await asyncio.sleep(0.01)
+
+
+class Door:
+    """A running pair, from a caller's side. The client retries some calls by itself; the stubs never do."""
+
+    def __init__(self, pair: Pair, client: Client, channel: grpc.aio.Channel) -> None:
+        self.pair, self.client, self.channel = pair, client, channel
+        self.generation: generation_pb2_grpc.GenerationAsyncStub = generation_pb2_grpc.GenerationStub(channel)
+        self.sequencer: sequencer_pb2_grpc.SequencerAsyncStub = sequencer_pb2_grpc.SequencerStub(channel)
+
+    async def raw(self, method: str, data: bytes) -> bytes:
+        """Bytes in, bytes out; of a stream, all its messages one behind the other."""
+        if method == STREAM:
+            stream = self.channel.unary_stream(method, request_serializer=_as_is, response_deserializer=_as_is)(data)
+            return b"".join([part async for part in stream])
+        answer: bytes = await self.channel.unary_unary(method, request_serializer=_as_is, response_deserializer=_as_is)(data)
+        return answer
+
+    async def streamed(self, request: generation_pb2.GenerateRequest) -> list[generation_pb2.GenerateEvent]:
+        """GenerateStream, to its end."""
+        return [event async for event in self.generation.GenerateStream(request)]
+
+    async def last_sequence(self) -> int:
+        return (await self.client.head()).last_sequence
+
+    @contextlib.asynccontextmanager
+    async def nothing_numbered(self) -> AsyncIterator[None]:
+        """What is done in here burns no number, and a good request right behind it works."""
+        before = await self.last_sequence()
+        yield
+        assert await self.last_sequence() == before, "a number was burned"
+        good = await self.client.generate("good", max_new_tokens=1)
+        assert good.stamp.first_sequence == before + 1, good
+        assert good.results[0].HasField("output"), good
+
+    async def outcome(self, sequence: int) -> tuple[str, str]:
+        """How an item ended, once it has: the kind of its entry, and the reason or "" if it completed."""
+        found: list[types_pb2.Result] = []
+
+        async def over() -> bool:
+            (record,) = await self.client.get(sequence)
+            found[:] = [record.result] if record.HasField("result") else []
+            return bool(found)
+
+        await eventually(over, f"sequence {sequence} has an outcome")
+        kinds = await self.kinds(sequence)
+        assert len(kinds) == 1, f"sequence {sequence} ended {len(kinds)} times: {kinds}"
+        reason = "" if found[0].HasField("output") else errors.from_status(found[0].status).reason
+        return kinds[0], reason
+
+    async def kinds(self, sequence: int) -> list[str]:
+        """Of the outcome entries of a sequence in the whole journal; more than one must never be."""
+        outcomes = {"COMPLETED", "FAILED", "CANCELLED", "ABANDONED"}
+        named = [
+            types_pb2.EntryKind.Name(entry.header.kind).removeprefix("ENTRY_KIND_")
+            async for entry in self.client.tail()
+            if entry.header.sequence == sequence
+        ]
+        return [name for name in named if name in outcomes]
+
+    async def freed(self) -> None:
+        """Wait until the engine works on nothing."""
+        service = self.pair.service
+        await eventually(
+            lambda: self.pair.metrics(service)["ostinato_engine_runs_in_flight"] == 0, "the engine works on nothing"
+        )
+
+
+@contextlib.asynccontextmanager
+async def opened(pair: Pair) -> AsyncIterator[Door]:
+    """The door of a pair whose sidecar listens."""
+    async with Client(pair.target) as client, grpc.aio.insecure_channel(pair.target) as channel:
+        yield Door(pair, client, channel)
+
+
+def scripted(**script: Any) -> list[str]:
+    """Flags of a service that earns no grade, and so starts quickly; the script comes last."""
+    return ["--self-test", "off", "--script", json.dumps(script)]
+
+
+@contextlib.asynccontextmanager
+async def own(*sidecar: str, **script: Any) -> AsyncIterator[Door]:
+    """A pair for one test alone."""
+    with running_pair(service=scripted(**script), sidecar=sidecar) as pair:
+        async with opened(pair) as door:
+            yield door
+
+
+def ended(program: Program, seconds: float = 40.0) -> tuple[int, str]:
+    """Exit code and log of a program that ends by itself."""
+    deadline = time.monotonic() + seconds
+    while program.running:
+        if time.monotonic() > deadline:
+            program.kill()
+            raise AssertionError(f"{program.name} still runs:\n" + "\n".join(program.lines[-20:]))
+        time.sleep(0.01)
+    return program.stop(), "\n".join(program.lines)
+
+
+def _as_is(data: bytes) -> bytes:
+    return data
+
+
+# Requests and listeners
+
+Request = generation_pb2.GenerateRequest
+Item, Parameters, TokenIds = types_pb2.Item, types_pb2.Parameters, types_pb2.TokenIds
+
+ENDLESS: dict[str, Any] = {"max_new_tokens": 4000, "ignore_eos": True}
+"""Of an engine that works slowly: 20 seconds at least."""
+
+
+def items(*given: types_pb2.Item, **parameters: Any) -> Request:
+    return Request(items=given, parameters=Parameters(**parameters))
+
+
+def one(**parameters: Any) -> Request:
+    """A good prompt, and these parameters."""
+    return items(Item(text="hello"), **parameters)
+
+
+def asked(prompts: Any, key: str = "", **parameters: Any) -> Request:
+    """What a client would send."""
+    return batch(prompts, key, sampling=parameters)  # type: ignore[arg-type]
+
+
+def ids(count: int) -> types_pb2.Item:
+    return Item(token_ids=TokenIds(ids=[65] * count))
+
+
+def bytes_of(response: generation_pb2.GenerateResponse) -> bytes:
+    return response.SerializeToString(deterministic=True)
+
+
+class Heard:
+    """What a listener has who obeys Restarted; asserts that nothing is missing, repeated or out of place."""
+
+    def __init__(self) -> None:
+        self.stamp = types_pb2.Stamp()
+        self.repeated = False
+        self.tokens: dict[int, list[int]] = {}
+        self.texts: dict[int, str] = {}
+        self.restarts: list[int] = []
+        self.results: list[types_pb2.Result] = []
+
+    def hear(self, event: generation_pb2.GenerateEvent) -> None:
+        kind = event.WhichOneof("event")
+        assert (kind == "admitted") == (not self.stamp.count), f"Admitted comes first, and once:\n{event}"
+        match kind:
+            case "admitted":
+                self.stamp, self.repeated = event.admitted.stamp, event.admitted.repeated_key
+                first = self.stamp.first_sequence
+                self.tokens = {first + i: [] for i in range(self.stamp.count)}
+                self.texts = dict.fromkeys(self.tokens, "")
+            case "tokens":
+                for run in event.tokens.runs:
+                    known = self.tokens[run.sequence]
+                    assert run.first_token == len(known), f"token {len(known)} was due:\n{run}"
+                    known.extend(run.token_ids)
+                    self.texts[run.sequence] += run.text
+            case "restarted":
+                self.restarts.append(event.restarted.sequence)
+                self.tokens[event.restarted.sequence], self.texts[event.restarted.sequence] = [], ""
+            case _:
+                self.results.append(event.finished if kind == "finished" else event.failed)
+                self.results.sort(key=lambda result: result.sequence)
+
+    def whole(self) -> None:
+        """Assert that what was streamed is what was answered."""
+        for result in self.results:
+            assert result.HasField("output"), result
+            assert self.tokens[result.sequence] == list(result.output.token_ids)
+            assert self.texts[result.sequence] == result.output.text
+
+
+def heard(events: Sequence[generation_pb2.GenerateEvent]) -> Heard:
+    listener = Heard()
+    for event in events:
+        listener.hear(event)
+    return listener
+
+
+async def begun(door: Door, request: Request) -> tuple[Any, Heard]:
+    """A stream that has got its first tokens."""
+    stream: Any = door.generation.GenerateStream(request)
+    return stream, heard([await stream.read(), await stream.read()])
+
+
+async def rest(stream: Any, listener: Heard) -> Heard:
+    """Read a stream to its end."""
+    while (event := await stream.read()) is not grpc.aio.EOF:
+        listener.hear(event)
+    return listener
+
+
+async def newest_is(door: Door, sequence: int) -> bool:
+    return await door.last_sequence() == sequence
+
+
+def span(first: int, last: int) -> generation_pb2.CancelRequest:
+    return generation_pb2.CancelRequest(range=generation_pb2.SequenceRange(first=first, last=last))
+
+
+async def entries(door: Door, from_index: int, *, payloads: bool = False) -> list[int]:
+    """Indexes that a Tail without follow sends."""
+    stream = door.sequencer.Tail(sequencer_pb2.TailRequest(from_index=from_index, payloads=payloads))
+    return [entry.header.index async for response in stream for entry in response.entries]
+
+
+async def replayed(door: Door, first: int, last: int, **options: Any) -> list[sequencer_pb2.ReplayResponse]:
+    span = generation_pb2.SequenceRange(first=first, last=last)
+    return [each async for each in door.sequencer.Replay(sequencer_pb2.ReplayRequest(range=span, **options))]
+
+
+async def health(door: Door, service: str = "ostinato.v1.Generation") -> str:
+    request = health_pb2.HealthCheckRequest(service=service)
+    answer = await health_pb2_grpc.HealthStub(door.channel).Check(request)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+async def healthy(door: Door) -> bool:
+    return await health(door) == "SERVING"
+
+
+async def not_serving(door: Door) -> bool:
+    return await health(door) == "NOT_SERVING"
+
+
+# Second runs
+
+
+def rule(do: str, at: int, *purposes: str, **more: Any) -> dict[str, Any]:
+    """Of the scripted engine."""
+    return {"do": do, "at": at, "purposes": purposes or ("PRIMARY",), **more}
+
+
+@dataclass(frozen=True)
+class Audited:
+    """An AUDITED entry."""
+
+    index: int
+    sequence: int
+    verdict: str
+    said: sequencer_pb2.AuditedPayload
+
+
+async def audited(client: Client, kind: str) -> list[Audited]:
+    """Those of this kind, in order."""
+    wanted = types_pb2.ComparisonKind.Value(f"COMPARISON_KIND_{kind.upper()}")
+    found = []
+    async for entry in client.tail(payloads=True):
+        if entry.header.kind == types_pb2.ENTRY_KIND_AUDITED:
+            said = sequencer_pb2.AuditedPayload.FromString(entry.payload)
+            if said.comparison.kind == wanted:
+                verdict = types_pb2.Verdict.Name(said.comparison.verdict).removeprefix("VERDICT_").lower()
+                found.append(Audited(entry.header.index, entry.header.sequence, verdict, said))
+    return found
+
+
+def counted(pair: Pair, kind: str) -> Counter[str]:
+    """Verdicts of this kind in the metrics, whatever the grade."""
+    found: Counter[str] = Counter()
+    for name, value in pair.metrics().items():
+        if name.startswith("ostinato_comparisons_total{") and f'kind="{kind}"' in name:
+            found[name.split('verdict="')[1].split('"')[0]] += int(value)
+    return found
+
+
+def missing(pair: Pair, kind: str) -> dict[str, int]:
+    """Second runs of this kind that brought no verdict, by reason."""
+    prefix = f'ostinato_not_compared_total{{kind="{kind}",reason="'
+    return {
+        name.removeprefix(prefix).removesuffix('"}'): int(value)
+        for name, value in pair.metrics().items()
+        if name.startswith(prefix)
+    }
