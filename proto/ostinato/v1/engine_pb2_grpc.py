@@ -27,7 +27,7 @@ if _version_not_supported:
 
 
 class EngineStub(object):
-    """An engine behind a service. It prepares, runs and knows its own fingerprint; it gives no numbers and keeps no record.
+    """An engine. It prepares and runs items and knows its fingerprint. It assigns no sequences and records nothing.
     """
 
     def __init__(self, channel):
@@ -64,19 +64,19 @@ class EngineStub(object):
 
 
 class EngineServicer(object):
-    """An engine behind a service. It prepares, runs and knows its own fingerprint; it gives no numbers and keeps no record.
+    """An engine. It prepares and runs items and knows its fingerprint. It assigns no sequences and records nothing.
     """
 
     def Describe(self, request, context):
-        """What runs here. UNAVAILABLE until the model is loaded and the self-test is done.
+        """The running model. UNAVAILABLE until the model is loaded and the self-test has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Prepare(self, request, context):
-        """Turns items into token ids and resolved parameters, or refuses with field paths. Runs nothing. Over Execute it costs less, but
-        what takes long there keeps the runs waiting.
+        """Turns items into token ids and resolved parameters, or refuses and names the fields. Over Execute it costs less, but a long
+        preparation there delays the runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,15 +89,14 @@ class EngineServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetTokenizer(self, request, context):
-        """A zip of Hugging Face's tokenizer.json and tokenizer_config.json, for gateways. UNIMPLEMENTED for a model that has no such form.
+        """A zip of Hugging Face's tokenizer.json and tokenizer_config.json, for gateways. UNIMPLEMENTED if the model has none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Execute(self, request_iterator, context):
-        """The one ordered stream of a sidecar. It begins with Hello, answered by Welcome. When it ends, for whatever reason, the
-        service stops every run of it.
+        """The ordered stream of a sidecar. It begins with Hello, answered by Welcome. When it ends, the service stops all of its runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,7 +139,7 @@ def add_EngineServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Engine(object):
-    """An engine behind a service. It prepares, runs and knows its own fingerprint; it gives no numbers and keeps no record.
+    """An engine. It prepares and runs items and knows its fingerprint. It assigns no sequences and records nothing.
     """
 
     @staticmethod

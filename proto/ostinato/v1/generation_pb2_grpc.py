@@ -26,10 +26,10 @@ if _version_not_supported:
 
 
 class GenerationStub(object):
-    """Batches in, ordered and tagged answers out.
+    """Generates outputs for batches of items.
 
-    A refusal (an error status of the call itself) comes before sequencing: it burns no number. Once a batch is admitted, every
-    item ends in exactly one outcome, and one failed item does not fail its batch.
+    A refusal, which is an error status of the call, comes before sequencing: no sequence is assigned. Once a batch is admitted,
+    every item has exactly one outcome, and a failed item does not fail its batch.
     """
 
     def __init__(self, channel):
@@ -66,43 +66,43 @@ class GenerationStub(object):
 
 
 class GenerationServicer(object):
-    """Batches in, ordered and tagged answers out.
+    """Generates outputs for batches of items.
 
-    A refusal (an error status of the call itself) comes before sequencing: it burns no number. Once a batch is admitted, every
-    item ends in exactly one outcome, and one failed item does not fail its batch.
+    A refusal, which is an error status of the call, comes before sequencing: no sequence is assigned. Once a batch is admitted,
+    every item has exactly one outcome, and a failed item does not fail its batch.
     """
 
     def Generate(self, request, context):
-        """Answers when every item has ended.
+        """Returns when every item has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """First Admitted (the batch is durable), then Tokens as they come, Restarted where a second attempt made other tokens, and
-        one Finished or Failed for each item. A reader too slow for its answer loses the call (SLOW_READER).
+        """Sends Admitted first (the batch is durable), then Tokens as they are generated, Restarted if a later attempt generates other
+        tokens, and one finished or failed per item. A client that reads too slowly loses the call (SLOW_READER).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Ends items that have not ended; those that have keep their outcome.
+        """Cancels unfinished items. Items that have ended keep their outcome.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """What is running, and what grade it has earned.
+        """The running model, and the grade that it has earned.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Token ids as Generate would make them. Takes no number.
+        """The token ids that Generate would use. Assigns no sequence.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,10 +145,10 @@ def add_GenerationServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Generation(object):
-    """Batches in, ordered and tagged answers out.
+    """Generates outputs for batches of items.
 
-    A refusal (an error status of the call itself) comes before sequencing: it burns no number. Once a batch is admitted, every
-    item ends in exactly one outcome, and one failed item does not fail its batch.
+    A refusal, which is an error status of the call, comes before sequencing: no sequence is assigned. Once a batch is admitted,
+    every item has exactly one outcome, and a failed item does not fail its batch.
     """
 
     @staticmethod

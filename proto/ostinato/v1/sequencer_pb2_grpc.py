@@ -67,35 +67,35 @@ class SequencerServicer(object):
     """
 
     def Get(self, request, context):
-        """One item's admission and outcome, or all of a keyed batch.
+        """The record of one item, or of all items of a keyed batch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tail(self, request, context):
-        """Entries in order of their index.
+        """The entries in ascending order of their index.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Replay(self, request, context):
-        """Runs completed items again from their recorded token ids, parameters and seed, and compares. Takes no numbers.
+        """Runs completed items again with their recorded token ids, parameters and seed, and compares. Assigns no sequences.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Head(self, request, context):
-        """Where the journal stands.
+        """The newest entry and sequence, and the writer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Report(self, request, context):
-        """Divergence in summary.
+        """Statistics of divergence.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
