@@ -8,14 +8,15 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from types import ModuleType
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from prometheus_client import CollectorRegistry
 
-from ostinato.errors import OstinatoError
+from ostinato.errors import JournalUnavailable, OstinatoError
 from ostinato.v1 import engine_pb2
 from ostinato.v1.generation_pb2_grpc import add_GenerationServicer_to_server
 from ostinato.v1.sequencer_pb2_grpc import add_SequencerServicer_to_server
@@ -25,38 +26,39 @@ from serving.server import Server, probe
 from serving.settings import describe, read
 
 from sidecar.api import GenerationServicer, SequencerServicer
-from sidecar.checks import Auditor, CanaryRunner
-from sidecar.config import Settings
+from sidecar.checks import Auditor, Canary, CanaryRunner, read_canaries
+from sidecar.config import Settings, is_shared
 from sidecar.core import events as ev
 from sidecar.divergence.output import DivergenceCollector
 from sidecar.divergence.tracker import DivergenceTracker
 from sidecar.held import Held
+from sidecar.journal.diagnosis import RESTORE
 from sidecar.journal.mark import HighWater, MarkFile
 from sidecar.journal.model import JournalBroken, Unfinished
 from sidecar.journal.writer import Journal
 from sidecar.link import EngineLink
 from sidecar.observe import Metrics, Observer
-from sidecar.opening import credentials_of, open_journal, read_canaries, reading
+from sidecar.opening import open_journal
 from sidecar.pipeline import Pipeline
 
 log = logging.getLogger("sidecar")
 
 DRAIN_END_SECONDS = 5.0
-"""For the last outcomes to become durable."""
+"""After `drain_seconds`, for the last outcomes to become durable."""
 SWITCH_SECONDS = 0.001
-"""The journal's thread waits this long at most for the interpreter, not Python's 5 ms: an append would take as long."""
+"""The journal's thread waits at most this long for the interpreter. Python's 5 ms would delay each append."""
 
 GENERATION, SEQUENCER = "ostinato.v1.Generation", "ostinato.v1.Sequencer"
 
 
 class Sidecar:
-    """One running sidecar."""
+    """One sidecar."""
 
     def __init__(self, settings: Settings, numbers: CollectorRegistry) -> None:
         self.settings = settings
         self.numbers = numbers
-        self.credentials = credentials_of(settings)
-        watched = read_canaries(settings)
+        self.credentials = _credentials(settings)
+        watched = _canaries(settings)
         gateway = _gateway() if settings.vllm_face else None
         self.tracker = DivergenceTracker(settings.writer)
         self.observer = Observer(Metrics(numbers), self.tracker.not_compared)
@@ -86,16 +88,16 @@ class Sidecar:
         self.auditor = Auditor(self.pipeline, settings)
         self.canaries = CanaryRunner(self.pipeline, watched, settings.canary_seconds)
         generation = GenerationServicer(self.pipeline, settings)
-        self.doors = [GENERATION]
+        self.services = [GENERATION]
         self.server.add(add_GenerationServicer_to_server, generation, GENERATION)
         sequencer = SequencerServicer(self.pipeline, self.tracker, settings)
         self.server.add(add_SequencerServicer_to_server, sequencer, SEQUENCER)
         if gateway is not None:
             self.server.add(gateway.register, gateway.VllmServicer(generation, self.pipeline, settings), gateway.NAME)
-            self.doors.append(gateway.NAME)
+            self.services.append(gateway.NAME)
 
     async def run(self, stop: asyncio.Event) -> int:
-        """Until told to stop, or until it must end and recover."""
+        """Until `stop` is set, or until the process must end and recover. The exit code."""
         self.observer.opened(self.opened.head)
         with reading(self.settings):
             await self.pipeline.fingerprints.load()
@@ -138,7 +140,7 @@ class Sidecar:
         return code
 
     def _take_over(self, unfinished: Sequence[Unfinished]) -> None:
-        if not self.pipeline.core.draining:  # else they are for others, as soon as this lease has ended
+        if not self.pipeline.core.draining:  # else another sidecar takes them over when this lease ends
             self.observer.taken_over(unfinished)
             self.pipeline.recover(unfinished)
 
@@ -153,7 +155,7 @@ class Sidecar:
         )
 
     async def _watch_clock(self) -> None:
-        """Deadlines, and whether the door is open."""
+        """Every tick: deadlines, checks that are due, and whether requests can be admitted."""
         serving = False
         while True:
             self.pipeline.dispatch(ev.Tick())
@@ -163,30 +165,65 @@ class Sidecar:
             can_admit = self.pipeline.engine is not None and not self.journal.full and not self.pipeline.core.draining
             if can_admit != serving:
                 serving = can_admit
-                await self._set_doors(serving=serving)
+                await self._set_health(serving=serving)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.pipeline.engine_changed.wait(), self.settings.tick_seconds)
             self.pipeline.engine_changed.clear()
 
-    async def _set_doors(self, *, serving: bool) -> None:
-        for name in self.doors:
+    async def _set_health(self, *, serving: bool) -> None:
+        for name in self.services:
             await self.server.set_health(name, serving=serving)
 
     async def _drain(self, ending: AbstractSet[asyncio.Future[Any]]) -> set[asyncio.Future[Any]]:
-        """Finish what can be finished. Those of `ending` that are done: there is nothing to wait for after that."""
+        """Finish what can be finished. Which of `ending` are done: then nothing can be finished any more."""
         self.pipeline.dispatch(ev.Drain())
         log.info("draining", extra={"unfinished": len(self.pipeline.items)})
-        await self._set_doors(serving=False)
+        await self._set_health(serving=False)
         drained = asyncio.create_task(self.pipeline.drained.wait())
         first: AbstractSet[asyncio.Future[Any]] = {drained, *ending}
         done, _ = await asyncio.wait(first, timeout=self.settings.drain_seconds, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             self.pipeline.dispatch(ev.DrainEnd())
-            # Not for ever: where the journal is full, the outcomes left are recovery's.
+            # Not for ever: while the journal is full, outcomes are left to recovery.
             done, _ = await asyncio.wait(first, timeout=DRAIN_END_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         drained.cancel()
         log.info("drained", extra={"left_to_recovery": len(self.pipeline.items)})
         return done - {drained}
+
+
+def _credentials(settings: Settings) -> auth.Credentials:
+    """Raises StartupError that names the flag and the file."""
+    tls = None
+    if settings.tls_certificate is not None and settings.tls_key is not None:
+        from serving.tls import ServerTls  # here: only with certificates is there a need for cryptography
+
+        tls = ServerTls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+    if settings.tokens is not None and tls is None and settings.allow_remote:
+        log.warning("tokens travel in plain text")
+    listed = auth.load_tokens(settings.tokens) if settings.tokens is not None else None
+    return auth.Credentials(tls, listed, settings.trust_tenant_metadata)
+
+
+def _canaries(settings: Settings) -> tuple[Canary, ...]:
+    """Raises StartupError that says what is wrong with the file."""
+    try:
+        return read_canaries(settings.canaries)
+    except ValueError as error:
+        raise program.StartupError(f"--canaries: {error}", exit_code=program.BAD_CONFIGURATION) from error
+
+
+@contextlib.contextmanager
+def reading(settings: Settings) -> Iterator[None]:
+    """Around what is read before anything is served. Raises StartupError if the journal is unavailable or damaged."""
+    name = "the database" if is_shared(settings.journal) else settings.journal
+    try:
+        yield
+    except JournalUnavailable as error:
+        raise program.StartupError(f"--journal: {error}") from error
+    except JournalBroken as error:
+        raise program.StartupError(f"--journal: {name}: {error.args[0]}: look at it with verify") from error
+    except DecodeError as error:
+        raise program.StartupError(f"--journal: {name} is damaged: an entry's payload cannot be read: {RESTORE}") from error
 
 
 def _gateway() -> ModuleType:
@@ -199,14 +236,14 @@ def _gateway() -> ModuleType:
 
 
 def _say_why(cause: asyncio.Future[Any]) -> None:
-    """Why the process ends; a fault of ours with its traceback."""
+    """Log why the process ends; an unexpected exception with its traceback."""
     why = cause.exception() or cause.result()
     fault = why if isinstance(why, BaseException) and not isinstance(why, OstinatoError) else None
     log.critical("must end and recover: %s", why if fault is None else repr(fault), exc_info=fault)
 
 
 def wall_millis() -> int:
-    """Unix time; for people, never for order."""
+    """Unix time. Shown to people; nothing is ordered by it."""
     return time.time_ns() // 1_000_000
 
 
@@ -217,7 +254,7 @@ def main() -> int:
     if sys.argv[1:2] == ["probe"]:
         return probe(Settings, "sidecar", sys.argv[2:], os.environ)
     if sys.argv[1:2] and not sys.argv[1].startswith("-"):
-        from sidecar import commands  # here, or every sidecar would wait for what draws a command line's pictures
+        from sidecar import commands  # here: typer is slow to import
 
         commands.main(sys.argv[1:])
     settings, sources = read(Settings, "sidecar", sys.argv[1:], os.environ)

@@ -1,4 +1,4 @@
-"""From a request to a draft of its admission: everything that can refuse it before it has a number."""
+"""From a request to the draft of its ADMITTED entries: what can refuse it before it has a sequence."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from sidecar.config import Settings
 from sidecar.journal.model import Admission
 
 STAMP_BYTES = 512
-"""Of a GenerateResponse beside its results, at worst."""
+"""A GenerateResponse without its results, at worst."""
 VERDICT_BYTES = 2048
-"""Of a result's comparison, at worst."""
-
+"""A result's comparison, at worst."""
 
 NUL, HAS_NUL = "\0", "must not have a NUL character: databases cannot store it"
 
 
 def check_key(key: str) -> None:
-    """Of a binding that is looked for. Raises InvalidRequest."""
+    """Raises InvalidRequest for a key that no journal can hold."""
     if NUL in key:
         raise errors.invalid("idempotency_key", HAS_NUL)
 
 
 def check(request: generation_pb2.GenerateRequest, settings: Settings) -> None:
-    """What needs no engine to be judged. Raises InvalidRequest with every bad field."""
+    """What can be checked without an engine. Raises InvalidRequest with every bad field."""
     violations = list(_violations(request, settings))
     if violations:
         raise errors.InvalidRequest(violations=violations)
@@ -51,7 +50,7 @@ def _violations(request: generation_pb2.GenerateRequest, settings: Settings) -> 
 
 
 def response_bytes_max(metadata: Iterable[tuple[str, str | bytes]], settings: Settings) -> int:
-    """What this client reads. Raises InvalidRequest for metadata that is no number."""
+    """The largest response that this client reads. Raises InvalidRequest if its metadata is not a positive number."""
     for key, value in metadata:
         if key == RESPONSE_BYTES_METADATA:
             text = value if isinstance(value, str) else value.decode("ascii", "replace")
@@ -62,7 +61,7 @@ def response_bytes_max(metadata: Iterable[tuple[str, str | bytes]], settings: Se
 
 
 def check_size(prepared: engine_pb2.PrepareResponse, most: int, *, verify: bool = False) -> None:
-    """A worst-case answer that the client would not read is refused before the work. Raises InvalidRequest."""
+    """Raises InvalidRequest if the response may be larger than the client reads."""
     each = VERDICT_BYTES if verify else 0
     worst = STAMP_BYTES + sum(item.result_bytes + each for item in prepared.items)
     if worst > most:
@@ -71,7 +70,7 @@ def check_size(prepared: engine_pb2.PrepareResponse, most: int, *, verify: bool 
 
 
 def draft(request: generation_pb2.GenerateRequest, prepared: engine_pb2.PrepareResponse, tenant: str = "") -> Admission:
-    """What is to be made durable."""
+    """What is appended to the journal. Seeds that were not given are derived there, from the sequence."""
     digest = request_digest(request)
     items = tuple(
         sequencer_pb2.AdmittedPayload(

@@ -1,13 +1,4 @@
-"""Bytes held for callers: what waits for a reader, and what gRPC has not written yet.
-
-Each call, each tenant and all together have a bound.
-
-1. A stream that makes more wait than a call may is lost (SLOW_READER).
-2. Where a tenant holds too much, the call of this tenant that makes most wait is lost.
-3. Where all together hold too much, so is that of the tenant that holds most. Another tenant's call is lost only where that one
-   has nothing that waits.
-4. What gRPC has already cannot be taken back: it counts until the reader takes it or leaves. While that is half of what a
-   tenant, or all, may hold, new requests are refused (QUEUE_FULL): what was begun needs room for its answer.
+"""Bytes held for callers: results that wait for a reader, and messages that gRPC has not written yet.
 
 What waits is kept serialised, so that its size is known. gRPC holds a message twice.
 """
@@ -23,7 +14,7 @@ from ostinato.errors import QueueFull, SlowReader
 from serving.auth import caller
 
 COPIES = 2
-"""Of a message that gRPC is to write: Python's bytes and its own."""
+"""Of a message that gRPC is to write: Python's bytes, and its own."""
 RETRY_SECONDS = 1.0
 
 
@@ -32,7 +23,7 @@ class Bounds:
     """In bytes."""
 
     call: int
-    """Waiting, for one stream."""
+    """For one stream: what waits."""
     tenant: int
     all: int
 
@@ -40,13 +31,14 @@ class Bounds:
 @dataclass(slots=True, eq=False)
 class _Tenant:
     bytes: int = 0
-    """All, and of them those that gRPC has."""
+    """All that is held."""
     writing: int = 0
+    """Of them, what gRPC holds."""
     accounts: set[Account] = field(default_factory=set)
 
 
 class Account:
-    """Of one call. `lost` is done when it may hold nothing any more; what waited is forgotten then."""
+    """The bytes that wait for one call. When the call is lost, `lost` is done and what waits is dropped."""
 
     def __init__(self, held: Held, tenant: str, call_bytes_max: int | None) -> None:
         self._held, self._tenant, self._max = held, tenant, call_bytes_max
@@ -54,12 +46,11 @@ class Account:
         self._closed = False
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.error = SlowReader("")
-        """Why it is lost."""
         self.forget: Callable[[], None] = lambda: None
-        """Lets go of what waits."""
+        """Drops what waits. Set by the waiter."""
 
     def add(self, count: int) -> None:
-        """So many bytes more wait. It, or another call, may be lost by that. Without effect once lost or closed."""
+        """More bytes wait, so this call or another one may be lost. No effect once this one is lost or closed."""
         if self.lost.done() or self._closed:
             return
         self.waiting += count
@@ -69,25 +60,25 @@ class Account:
         self._held.settle(self._tenant)
 
     def change(self, count: int) -> None:
-        """So many bytes more wait, or fewer where it is negative."""
+        """More bytes wait, or fewer if it is negative."""
         if count < 0:
             self.drop(-count)
         else:
             self.add(count)
 
     def drop(self, count: int) -> None:
-        """So many bytes wait no more."""
+        """Fewer bytes wait."""
         if not (self.lost.done() or self._closed):
             self.waiting -= count
             self._held.changed(self._tenant, -count)
 
     def close(self) -> None:
-        """The call is over: nothing waits for it any more, also not what its items still say."""
+        """The call has ended. What its items tell from now on is not counted."""
         self.drop(self.waiting)
         self._closed = True
 
     def lose(self, bound: str, most: int) -> None:
-        """The reader is too slow. `bound`: of whom."""
+        """The reader is too slow. `bound`: call, tenant or all."""
         whose = {"call": "this call", "tenant": "its tenant", "all": "all callers"}[bound]
         self.error = SlowReader(f"more than {most} bytes waited to be read by {whose}", retry_after=RETRY_SECONDS)
         self.drop(self.waiting)
@@ -97,7 +88,15 @@ class Account:
 
 
 class Held:
-    """Of one sidecar. `on_lost` is told of each call that is lost, with the bound that it ran into."""
+    """All accounts of a sidecar. `on_lost` gets the bound of each call that is lost: call, tenant, all or time.
+
+    1. A stream with more waiting than the bound for a call is lost (SLOW_READER).
+    2. While a tenant holds more than its bound, the call of this tenant with most waiting is lost.
+    3. While all together hold more than their bound, the call with most waiting is lost, of the tenant that holds most. A call
+       of another tenant is lost only if nothing waits for that one.
+    4. What gRPC holds cannot be taken back. While that is half of a tenant's bound, or of the bound for all, new requests are
+       refused (QUEUE_FULL): what was begun needs room for its answer.
+    """
 
     def __init__(self, bounds: Bounds, on_lost: Callable[[str], None]) -> None:
         self._bounds = bounds
@@ -108,8 +107,7 @@ class Held:
 
     @contextlib.contextmanager
     def account(self, *, stream: bool) -> Iterator[Account]:
-        """Of one more call of the caller's. What waits at its end is forgotten. One that does not stream has no bound of its
-        own: it waits for its items, and not for its reader."""
+        """For a call of the present caller. A unary call has no bound of its own: it waits for its items, not its reader."""
         name = caller().tenant
         account = Account(self, name, self._bounds.call if stream else None)
         tenant = self._tenants.setdefault(name, _Tenant())
@@ -123,11 +121,11 @@ class Held:
 
     @property
     def tenants(self) -> int:
-        """That have a call, or hold anything."""
+        """Tenants with a call, or with held bytes."""
         return len(self._tenants)
 
     def check(self) -> None:
-        """Raises QueueFull where nothing more should be begun for this caller."""
+        """Raises QueueFull if nothing more should begin for the present caller (4)."""
         tenant = self._tenants.get(caller().tenant)
         for unread, most in ((tenant.writing if tenant else 0, self._bounds.tenant), (self._writing, self._bounds.all)):
             if 2 * unread >= most:
@@ -154,12 +152,12 @@ class Held:
         self.on_lost("time")
 
     def changed(self, tenant: str, count: int) -> None:
-        """What this tenant holds."""
+        """This tenant holds more, or less."""
         self.bytes += count
         self._tenants.setdefault(tenant, _Tenant()).bytes += count
 
     def settle(self, name: str) -> None:
-        """Calls are lost until every bound holds, or nothing waits."""
+        """Lose calls until the bounds hold, or nothing waits (2, 3)."""
         tenant = self._tenants[name]
         while self.bytes > self._bounds.all and (account := self._largest()) is not None:
             account.lose("all", self._bounds.all)
@@ -167,7 +165,7 @@ class Held:
             account.lose("tenant", self._bounds.tenant)
 
     def _largest(self) -> Account | None:
-        """Of the tenant that holds most, of those for whom something waits."""
+        """The call to lose for the bound of all."""
         ranked = sorted(self._tenants.values(), key=lambda tenant: tenant.bytes, reverse=True)
         return next(filter(None, map(_most, ranked)), None)
 
@@ -178,6 +176,6 @@ class Held:
 
 
 def _most(tenant: _Tenant) -> Account | None:
-    """The call of this tenant that makes most wait; None: nothing waits."""
+    """The tenant's call with most waiting; None: nothing waits."""
     most = max(tenant.accounts, key=lambda account: account.waiting, default=None)
     return most if most is not None and most.waiting else None

@@ -1,4 +1,8 @@
-"""The one ordered stream to the service, kept up; and the calls beside it, for what would keep the stream waiting."""
+"""The one ordered stream to the service, kept open, and the calls beside it for what would delay the stream.
+
+Short requests to prepare go over the stream: a call of their own would cost more than the preparing. What waits for a write
+leaves in one message. Each request is answered, refused and given up by itself.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +22,12 @@ from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
 from serving.handlers import coalesce
 
 SHORT_BYTES = 4096
-"""Of a request. What is longer may take a while and has a call, and in the service a thread, of its own."""
+"""A longer request to prepare has a call of its own, and a thread in the service."""
 Answer = asyncio.Future[engine_pb2.PrepareResponse | errors.OstinatoError]
 
 
 def is_short(request: engine_pb2.PrepareRequest) -> bool:
-    """Whether it keeps nobody waiting: little text, and no grammar to compile."""
+    """Whether it delays no other: little text, and no grammar to compile."""
     formats = request.parameters.HasField("response_format") or any(
         item.parameters.HasField("response_format") for item in request.items
     )
@@ -31,7 +35,7 @@ def is_short(request: engine_pb2.PrepareRequest) -> bool:
 
 
 def check_prepared(prepared: engine_pb2.PrepareResponse | None, count: int) -> engine_pb2.PrepareResponse:
-    """The answer. Raises ProtocolViolation for what could be numbered, but never run. None: gRPC could not parse it."""
+    """Raises ProtocolViolation for what could be numbered but not run. None: gRPC could not parse the message."""
     if prepared is None or len(prepared.items) != count:
         raise errors.ProtocolViolation("the service did not prepare what it was given")
     if not all(item.token_ids and item.parameters.max_new_tokens for item in prepared.items):
@@ -40,21 +44,20 @@ def check_prepared(prepared: engine_pb2.PrepareResponse | None, count: int) -> e
 
 
 class Preparing:
-    """Of one link. Closed until there is a stream, and after it."""
+    """Requests to prepare on their way out, and the futures of their answers. Closed while there is no stream."""
 
     def __init__(self) -> None:
         self._open = False
         self._last_id = 0
         self._unsent: deque[engine_pb2.PrepareRequest] = deque()
         self._answers: dict[int, Answer] = {}
-        """Of all that somebody waits for."""
+        """By prepare id: those still awaited."""
 
     def open(self) -> None:
         self._open = True
 
     async def ask(self, request: engine_pb2.PrepareRequest, timeout: float | None) -> engine_pb2.PrepareResponse:
-        """The answer to this request, which is ours from now on. Raises what refused it, DeadlineExceeded, or EngineUnavailable
-        where the stream is lost."""
+        """Takes the request over. Raises what refused it, DeadlineExceeded, or EngineUnavailable if the stream is lost."""
         if not self._open:
             raise _lost()
         self._last_id += 1
@@ -74,11 +77,11 @@ class Preparing:
         return answered
 
     def __len__(self) -> int:
-        """Those to be sent, with some that nobody waits for any more."""
+        """Requests to send, some of which may have been given up."""
         return len(self._unsent)
 
     def take(self, bytes_max: int) -> Iterator[engine_pb2.PrepareRequest]:
-        """The next ones that somebody waits for, until there are so many bytes of them."""
+        """The next requests that are still awaited, up to about this many bytes."""
         size = 0
         while self._unsent and size < bytes_max:
             request = self._unsent.popleft()
@@ -87,14 +90,14 @@ class Preparing:
                 yield request
 
     def settle(self, responses: Iterable[engine_pb2.PrepareResponse]) -> None:
-        """Those that nobody waits for any more are dropped."""
+        """Set the answers. Those that were given up are dropped."""
         for response in responses:
             answer = self._answers.pop(response.prepare_id, None)
             if answer is not None and not answer.done():
                 answer.set_result(errors.from_status(response.refused) if response.HasField("refused") else response)
 
     def lose(self) -> None:
-        """The stream is gone, and every answer with it."""
+        """The stream is closed: every answer is EngineUnavailable."""
         self._open = False
         self._unsent.clear()
         for answer in self._answers.values():
@@ -112,14 +115,14 @@ log = logging.getLogger(__name__)
 CLOSE_SECONDS = 1.0
 """For the service to end a half-closed stream."""
 SUBMIT_BYTES = 1 << 20
-"""One message carries waiting submits, and what waits to be prepared, up to about this size of each."""
+"""One message carries about this much of waiting submits, and as much of requests to prepare."""
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # A half-open connection is found in 15 seconds, also while nothing is said.
+    # A half-open connection is found in 15 seconds, also while it is idle.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -128,16 +131,16 @@ CHANNEL_OPTIONS = (
 
 
 class Listener(Protocol):
-    """Who is told what comes over the stream, on the event loop."""
+    """Gets what comes over the stream, on the event loop."""
 
     def engine_up(self, description: engine_pb2.DescribeResponse) -> None:
-        """Welcome; or again, because the description changed."""
+        """Welcome, or a changed description."""
         ...
 
     def engine_events(self, events: list[engine_pb2.RunEvent]) -> None: ...
 
     def engine_fault(self, error: errors.ProtocolViolation) -> None:
-        """The service said what it must not; the stream ends."""
+        """The service violated the protocol. The stream ends."""
         ...
 
     def engine_down(self, error: errors.OstinatoError) -> None: ...
@@ -147,7 +150,7 @@ Stream = grpc.aio.StreamStreamCall[engine_pb2.ExecuteRequest, engine_pb2.Execute
 
 
 class EngineLink:
-    """Reconnects for ever, until a stream is refused for good (EPOCH_STALE, JOURNAL_BEHIND) or the link is closed."""
+    """Reconnects until the link is closed, or a stream is refused for good (EPOCH_STALE, JOURNAL_BEHIND)."""
 
     def __init__(self, target: str, pause_seconds: float) -> None:
         self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
@@ -163,7 +166,7 @@ class EngineLink:
         self._ended.set()
 
     def submit(self, submit: engine_pb2.Submit) -> None:
-        """Behind every submit before it. Lost if the stream is; Disconnected tells."""
+        """Sent behind every earlier submit. Lost with the stream; `engine_down` follows."""
         self._submits.append(submit)
         self._something.set()
 
@@ -172,15 +175,18 @@ class EngineLink:
         self._something.set()
 
     def drop(self, why: str) -> None:
-        """End the stream; the service said what it must not."""
+        """End the stream, because the service violated the protocol."""
         log.error("dropping the engine stream: %s", why)
         if self._stream is not None:
             self._stream.cancel()
 
     async def run(self, listener: Listener, hello: Callable[[], Awaitable[engine_pb2.Hello]]) -> None:
-        """Until closed. Raises EpochStale if a newer incarnation of this writer has come, and JournalBehind if the service has
-        run what the journal does not hold."""
-        said = ""  # once, not at each attempt, while a service loads its model
+        """Until closed.
+
+        Raises EpochStale if a newer epoch of this writer has connected, JournalBehind if the service has run a sequence that
+        the journal does not have.
+        """
+        said = ""  # a reason is logged once, not at each attempt while a service loads its model
         while not self._closing:
             try:
                 await self._one_stream(listener, await hello())
@@ -200,11 +206,11 @@ class EngineLink:
         writer: asyncio.Task[None] | None = None
         error: errors.OstinatoError = errors.Disconnected("the service closed the stream")
         try:
-            with contextlib.suppress(asyncio.InvalidStateError):  # it has ended already: reading says why
+            with contextlib.suppress(asyncio.InvalidStateError):  # it has ended already; the read tells why
                 await stream.write(engine_pb2.ExecuteRequest(hello=hello))
             while (response := await stream.read()) is not grpc.aio.EOF:
                 if not isinstance(response, engine_pb2.ExecuteResponse):  # gRPC's None for bytes that it cannot parse
-                    raise errors.ProtocolViolation("these bytes are no message")
+                    raise errors.ProtocolViolation("a message that cannot be parsed")
                 if response.HasField("welcome"):
                     check_description(response.welcome.description)
                     self._preparing.open()
@@ -212,10 +218,10 @@ class EngineLink:
                     up = True
                     if writer is None:
                         writer = asyncio.create_task(self._write(stream))
-                        # One that fails must not leave a stream that is only read.
+                        # If it fails, the stream must not stay open for reading alone.
                         writer.add_done_callback(lambda task: stream.cancel() if _fault(task) else None)
                 elif not up:
-                    raise errors.ProtocolViolation("the first message is no Welcome")
+                    raise errors.ProtocolViolation("the first message is not a Welcome")
                 if response.prepared:
                     self._preparing.settle(response.prepared)
                 if response.events:
@@ -227,7 +233,7 @@ class EngineLink:
             error = fault
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if task is not None and task.cancelling():  # the stream does not tell: its read cancels it with the task
+            if task is not None and task.cancelling():  # else the stream was cancelled, which the read shows alike
                 raise
             error = errors.Disconnected("the stream was dropped")
         finally:
@@ -269,7 +275,7 @@ class EngineLink:
         return message
 
     async def close(self) -> None:
-        """Half-close, so that the service can end the stream in peace, and leave."""
+        """Half-close, give the service time to end the stream, and close the channel."""
         self._closing = True
         self._something.set()
         with contextlib.suppress(TimeoutError):
@@ -277,7 +283,7 @@ class EngineLink:
         await self._channel.close()
 
     async def prepare(self, request: engine_pb2.PrepareRequest, timeout: float | None) -> engine_pb2.PrepareResponse:
-        """Raises what the service raised; EngineUnavailable if it cannot be reached, ProtocolViolation for a useless answer."""
+        """Raises what refused it, EngineUnavailable if the service is unreachable, ProtocolViolation for a useless answer."""
         with tracing.call("ostinato.v1.Engine/Prepare") as span:
             if is_short(request):
                 request.traceparent = span.traceparent
@@ -288,7 +294,7 @@ class EngineLink:
         return check_prepared(prepared, len(request.items))
 
     async def tokenize(self, request: generation_pb2.TokenizeRequest, timeout: float | None) -> generation_pb2.TokenizeResponse:
-        """As prepare."""
+        """Raises as `prepare`."""
         with tracing.call("ostinato.v1.Engine/Tokenize") as span:
             tokenized = await _called(self._stub.Tokenize(request, timeout=timeout, metadata=span.metadata))
         if tokenized is None or len(tokenized.results) != len(request.items):
@@ -296,7 +302,7 @@ class EngineLink:
         return tokenized
 
     async def tokenizer(self, timeout: float | None) -> bytes:
-        """The zip of the tokenizer's files. Raises what the service raised; EngineUnavailable if it cannot be reached."""
+        """The zip of the tokenizer's files. Raises as `prepare`."""
         try:
             parts = self._stub.GetTokenizer(engine_pb2.GetTokenizerRequest(), timeout=timeout)
             return b"".join([part.chunk async for part in parts])
@@ -305,7 +311,7 @@ class EngineLink:
 
 
 def _fault(writer: asyncio.Task[None] | None) -> BaseException | None:
-    """What ended the task that writes; None: it did not fail, or because the stream has ended, which reading tells."""
+    """What ended the task that writes. None: it did not fail, or only because the stream has ended."""
     if writer is None or not writer.done() or writer.cancelled():
         return None
     error = writer.exception()
@@ -313,7 +319,7 @@ def _fault(writer: asyncio.Task[None] | None) -> BaseException | None:
 
 
 async def _called(call: Awaitable[T]) -> T | None:
-    """What a call of the service answers; None, which is gRPC's: bytes that are no message."""
+    """The answer; None: gRPC could not parse it."""
     try:
         return await call
     except grpc.aio.AioRpcError as failure:
@@ -321,23 +327,23 @@ async def _called(call: Awaitable[T]) -> T | None:
 
 
 def check_description(description: engine_pb2.DescribeResponse) -> None:
-    """Raises ProtocolViolation for an engine that could hold nothing, or whose grade is none."""
+    """Raises ProtocolViolation for an engine without capacity, or of an unknown grade."""
     capacity, grade = description.capacity, description.model.grade
     if not (capacity.runs and capacity.kv_blocks and capacity.block_tokens):
-        raise errors.ProtocolViolation("an engine that holds nothing")
+        raise errors.ProtocolViolation("an engine without capacity")
     if grade not in types_pb2.Grade.values():
-        raise errors.ProtocolViolation(f"grade {grade} is none")
+        raise errors.ProtocolViolation(f"unknown grade {grade}")
 
 
 def run_error(status: status_pb2.Status) -> errors.OstinatoError:
     """Why a run ended without output."""
     error = errors.from_status(status)
-    # Bare codes of gRPC's mean a call, and this is a run.
+    # gRPC's own codes would mean the call; this is a run.
     return errors.EngineFailed(error.message) if isinstance(error, errors.CallLost) else error
 
 
 def unavailable(error: errors.OstinatoError) -> errors.OstinatoError:
-    """An engine that cannot be reached is one to come back for."""
+    """An engine that cannot be reached may be asked again."""
     if isinstance(error, errors.Disconnected):
         return errors.EngineUnavailable("the service cannot be reached", retry_after=1.0)
     return error

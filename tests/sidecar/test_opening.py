@@ -15,11 +15,12 @@ from google.protobuf.message import DecodeError
 from ostinato.errors import JournalUnavailable
 from serving.program import StartupError
 
+from sidecar.__main__ import reading
 from sidecar.config import Settings
 from sidecar.journal.model import JournalBroken
 from sidecar.journal.postgres import PostgresStore
 from sidecar.journal.sqlite import SqliteStore
-from sidecar.opening import open_journal, reading
+from sidecar.opening import open_journal
 from tests.pair import Program
 from tests.postgres import Postgres
 from tests.sidecar.postgres_proxy import SOCKET
