@@ -164,7 +164,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
         return f"no sequence {sequence}"
 
     async def Tail(self, request: sequencer_pb2.TailRequest, context: Context) -> AsyncIterator[sequencer_pb2.TailResponse]:
-        caller().need_admin("Tail")
+        caller().require_admin("Tail")
         self._held.check()
         with (self._followers if request.follow else self._tails).acquired():
             index = max(1, request.from_index)
@@ -200,7 +200,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
                 yield response
 
     async def Head(self, request: sequencer_pb2.HeadRequest, context: Context) -> sequencer_pb2.HeadResponse:
-        caller().need_admin("Head")
+        caller().require_admin("Head")
         head = await self._journal.head()
         return sequencer_pb2.HeadResponse(
             log_id=head.log_id,
@@ -213,7 +213,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
         )
 
     async def Report(self, request: sequencer_pb2.ReportRequest, context: Context) -> sequencer_pb2.ReportResponse:
-        caller().need_admin("Report")
+        caller().require_admin("Report")
         if not (request.confidence >= 0 and (1 + request.confidence) / 2 < 1):  # NaN is neither
             raise errors.invalid("confidence", "must be above 0 and below 1, or 0 for 0.95")
         head, known = await self._journal.head(), self._pipeline.fingerprints.known

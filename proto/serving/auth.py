@@ -76,16 +76,16 @@ class Identity:
         """Whether what belongs to this tenant is shown to the caller."""
         return self.admin or tenant == self.tenant
 
-    def need_admin(self, what: str) -> None:
+    def require_admin(self, what: str) -> None:
         """Raises PermissionDenied to all but an admin."""
         if not self.admin:
             raise PermissionDenied(f"{what} is for the role admin, not for tenants")
 
 
-ANYBODY = Identity()
+ANONYMOUS = Identity()
 """Where there are no credentials: whoever reaches the door."""
 
-CALLER: ContextVar[Identity] = ContextVar("caller", default=ANYBODY)
+CALLER: ContextVar[Identity] = ContextVar("caller", default=ANONYMOUS)
 
 
 def caller() -> Identity:
@@ -274,7 +274,7 @@ class Credentials:
     trust_tenant_metadata: bool = False
 
     @property
-    def asked(self) -> bool:
+    def required(self) -> bool:
         """Whether callers have to say who they are."""
         return self.tokens is not None or (self.tls is not None and self.tls.mutual)
 
@@ -285,8 +285,8 @@ class Credentials:
     def identify(self, context: Context) -> Identity:
         """Who calls. Raises Unauthenticated."""
         metadata = list(context.invocation_metadata() or ())
-        if not self.asked:
-            return _tenant_of(_only(metadata, TENANT_METADATA)) if self.trust_tenant_metadata else ANYBODY
+        if not self.required:
+            return _tenant_of(_only(metadata, TENANT_METADATA)) if self.trust_tenant_metadata else ANONYMOUS
         authorization = _only(metadata, "authorization")
         if authorization is not None and self.tokens is not None:
             return self._bearer(self.tokens.value, authorization)
@@ -351,7 +351,7 @@ def _only(metadata: list[tuple[str, str | bytes]], key: str) -> str | None:
 def _tenant_of(tenant: str | None) -> Identity:
     """Whom the gateway speaks for; without a word, for itself."""
     if tenant is None:
-        return ANYBODY
+        return ANONYMOUS
     if not TENANT.fullmatch(tenant):
         raise invalid(f"metadata.{TENANT_METADATA}", "must be 1 to 128 printable ASCII characters without spaces")
     return Identity(tenant, Role.TENANT)

@@ -26,258 +26,30 @@ import re
 import socket
 import stat
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from serving.auth import NONE, Context, Credentials
-from serving.handlers import Guard, Unwritten, behaviour_of, rebuilt
+from serving.handlers import Guard, Unwritten
 from serving.program import BAD_CONFIGURATION, StartupError
 from serving.settings import lookup
 
-PATH_BYTES_MAX = 107
-"""Of a socket's path, by the kernel."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tcp:
-    """A port."""
-
-    flag: str
-    host: ipaddress.IPv4Address | ipaddress.IPv6Address
-    port: int
-
-    @property
-    def local(self) -> bool:
-        return self.host.is_loopback
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if self.host.version == 6 else f"{self.host}:{self.port}"
-
-    def bind(self, server: grpc.aio.Server, _mode: int, tls: grpc.ServerCredentials | None = None) -> str:
-        """Binds and returns the address with its real port. Raises StartupError."""
-        try:
-            port = server.add_insecure_port(str(self)) if tls is None else server.add_secure_port(str(self), tls)
-            return str(replace(self, port=port))
-        except RuntimeError as error:
-            raise StartupError(f"{self.flag}: cannot listen on {self}: {self._why() or error}") from error
-
-    def _why(self) -> str:
-        """What the kernel has against this address; gRPC does not say."""
-        with socket.socket(socket.AF_INET6 if self.host.version == 6 else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((str(self.host), self.port))
-            except OSError as error:
-                return os.strerror(error.errno or 0)
-        return ""
-
-
-@dataclass(frozen=True, slots=True)
-class Unix:
-    """A socket file."""
-
-    flag: str
-    path: Path
-    local = True
-
-    def __str__(self) -> str:
-        return f"unix:{self.path}"
-
-    def bind(self, server: grpc.aio.Server, mode: int, _tls: grpc.ServerCredentials | None = None) -> str:
-        """Binds in plain text, with this mode on the file. Raises StartupError."""
-        try:
-            self._check_folder()
-            self._clear()
-            before = os.umask(0o777 & ~mode)  # closed from the first moment, not from chmod on
-            try:
-                server.add_insecure_port(str(self))
-            finally:
-                os.umask(before)
-            self.path.chmod(mode)
-        except OSError as error:
-            raise self._error(error.strerror or str(error)) from error
-        except RuntimeError as error:
-            raise self._error(self._why() or str(error)) from error
-        return str(self)
-
-    def _error(self, why: str) -> StartupError:
-        return StartupError(f"{self.flag}: cannot listen on {self}: {why}")
-
-    def _why(self) -> str:
-        """What the kernel has against this path; gRPC does not say."""
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.bind(str(self.path))
-            except OSError as error:
-                return os.strerror(error.errno or 0)
-        self.path.unlink(missing_ok=True)
-        return ""
-
-    def _check_folder(self) -> None:
-        """Whoever may write there can put a socket of their own in the place of ours. Makes a folder that is missing."""
-        folder = self.path.parent
-        try:
-            folder.mkdir(mode=0o750, parents=True, exist_ok=True)
-        except FileExistsError:
-            raise self._error(f"{folder} is no directory") from None
-        except OSError as error:
-            raise self._error(f"{folder} cannot be made: {error.strerror}") from error
-        if folder.stat().st_mode & 0o002:
-            raise self._error(f"everybody may write in {folder}; use one below it, or chmod o-w")
-
-    def _clear(self) -> None:
-        """Removes what a killed process left. gRPC itself would take the path from under a living one, or from a file."""
-        try:
-            if not stat.S_ISSOCK(self.path.lstat().st_mode):
-                raise self._error("the file is no socket")
-        except FileNotFoundError:
-            return
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(1)
-            try:
-                probe.connect(str(self.path))
-            except ConnectionRefusedError:
-                self.path.unlink(missing_ok=True)
-                return
-        raise self._error("Address already in use")
-
-
-Address = Tcp | Unix
-
-
-def parse_address(flag: str, text: str, allow_remote: bool) -> Address:
-    """Raises StartupError that names the flag, for what is no address, or is remote and not allowed."""
-
-    def wrong(why: str) -> StartupError:
-        return StartupError(f"{flag}: {text!r}: {why}", exit_code=BAD_CONFIGURATION)
-
-    if text.startswith("unix:"):
-        path = Path(text.removeprefix("unix:"))
-        if not path.is_absolute():
-            raise wrong("a socket's path is absolute")
-        if (size := len(os.fsencode(path))) > PATH_BYTES_MAX:
-            raise wrong(f"a socket's path is at most {PATH_BYTES_MAX} bytes long, this one is {size}")
-        return Unix(flag, path)
-    host, _, port = text.rpartition(":")
-    try:
-        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
-        parsed = Tcp(flag, address, int(port))
-    except ValueError:
-        raise wrong("is no address: unix:/path, or an IP address (or localhost) and a port") from None
-    if not 0 <= parsed.port <= 65535:
-        raise wrong("a port is 0 to 65535")
-    if not parsed.local and not allow_remote:
-        raise wrong("anyone on the network could use this; allow it, turn TLS on, or listen on loopback or a unix socket")
-    return parsed
-
-
-def check_target(flag: str, text: str) -> None:
-    """Raises ValueError for what gRPC would try to reach for ever: no address of a server."""
-    path = text.removeprefix("unix:")
-    if path == text:
-        if not re.fullmatch(r"\S+:\d{1,5}|unix-abstract:\S+", text):
-            raise ValueError(f"{flag}: {text!r} is no address: unix:path or host:port")
-    elif not path or len(os.fsencode(path)) > PATH_BYTES_MAX:
-        raise ValueError(f"{flag}: {text!r}: a socket's path is 1 to {PATH_BYTES_MAX} bytes long")
-
-
-class Health(health.aio.HealthServicer):  # type: ignore[misc]  # the package has no types
-    """Check is gRPC's. List is ours, where gRPC knows of it; and Watch, since gRPC's holds a lock while it writes, and a
-    watcher that does not read would keep `set` waiting. The empty name stands for the process, which is SERVING from its
-    start to its stop."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bells: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
-        """Of those who watch, by service."""
-
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:  # noqa: N802
-        bell, name = asyncio.Event(), request.service
-        self._bells[name].add(bell)
-        try:
-            told = None
-            while True:
-                bell.clear()
-                status = self._server_status.get(name, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-                if status != told:
-                    await context.write(health_pb2.HealthCheckResponse(status=status))
-                    told = status
-                await bell.wait()
-        finally:
-            self._bells[name].discard(bell)
-            if not self._bells[name]:
-                del self._bells[name]
-
-    async def _set(self, service: str, status: int) -> None:
-        self._server_status[service] = status
-        for bell in self._bells.get(service, ()):
-            bell.set()
-
-    async def List(self, request: health_pb2.HealthListRequest, context: Context) -> health_pb2.HealthListResponse:  # noqa: N802
-        statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._server_status.items()}
-        return health_pb2.HealthListResponse(statuses=statuses)
-
-
-def add_standard(server: grpc.aio.Server, own: Sequence[str]) -> Health:
-    """Adds health, and reflection for the services `own`."""
-    served = Health()
-    health_pb2_grpc.add_HealthServicer_to_server(served, server)
-    reflection.enable_server_reflection([*own, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-    return served
-
-
-class StreamCloser(grpc.aio.ServerInterceptor):
-    """Ends health watches and reflection streams when the server stops: they never end by themselves, and would hold every
-    drain open for its whole grace."""
-
-    def __init__(self) -> None:
-        self._calls: set[asyncio.Task[Any]] = set()
-        self._closed = False
-
-    def close(self) -> None:
-        """Ends them all with UNAVAILABLE."""
-        self._closed = True
-        for call in self._calls:
-            call.cancel()
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None or not handler.response_streaming or not handler_call_details.method.startswith("/grpc."):
-            return handler
-        behaviour = behaviour_of(handler)
-
-        async def ending(request: Any, context: Context) -> None:
-            call = asyncio.current_task()
-            assert call is not None, "a handler runs in a task"
-            self._calls.add(call)
-            try:
-                await behaviour(request, context)
-            except asyncio.CancelledError:
-                if not self._closed:
-                    raise
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
-            finally:
-                self._calls.discard(call)
-
-        return rebuilt(handler, ending, handler.request_deserializer, handler.response_serializer)
-
-
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 """gRPC's own default, for requests."""
-GRPC_LOGGER = "grpc._cython.cygrpc"
 PENDING_CALLS_MAX = 1 << 16
 """That have arrived and that no handler has taken up yet."""
+PATH_BYTES_MAX = 107
+"""Of a socket's path, by the kernel."""
+GRPC_LOGGER = "grpc._cython.cygrpc"
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 S = TypeVar("S")
 
@@ -305,23 +77,23 @@ class Server:
         self._addresses = [parse_address("--listen", text, allow_remote or credentials.tls is not None) for text in addresses]
         self._health_address = parse_address("--health-listen", health_address, allow_remote=True) if health_address else None
         self._socket_mode = socket_mode
-        self._streams = StreamCloser()
+        self._guard = Guard(registry, credentials, unwritten, write_seconds)
         self._services: list[str] = []
         self._health: Health | None = None
-        exclusive = ("grpc.so_reuseport", 0)  # with it on, a second server would share a port in silence
+        exclusive = ("grpc.so_reuseport", 0)  # with it on, a second server would share a port without an error
         logging.getLogger(GRPC_LOGGER).addFilter(worth_a_line)
-        # Health alone is not counted: the registry stays empty.
-        self._probed = grpc.aio.server(interceptors=[Guard(CollectorRegistry()), self._streams], options=[exclusive])
+        self._probe_guard = Guard(CollectorRegistry())  # health is not counted: this registry stays empty
+        self._probed = grpc.aio.server(handlers=[self._probe_guard], options=[exclusive])
         self._grpc = grpc.aio.server(
-            interceptors=[Guard(registry, credentials, unwritten, write_seconds), self._streams],
+            handlers=[self._guard],
             options=[
                 exclusive,
                 ("grpc.max_receive_message_length", message_bytes_max),
-                # Beyond a thousand gRPC would end calls by itself, with a bare CANCELLED. Ours are refused with a reason.
+                # Beyond a thousand gRPC would end calls by itself, with a bare CANCELLED. We refuse them with a reason.
                 ("grpc.server.max_pending_requests", PENDING_CALLS_MAX),
                 ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS_MAX),
-                # A peer that vanished without a word is noticed within about two minutes, and its calls end; peers may ask us
-                # the same, more often than gRPC would let them.
+                # A peer that has vanished is noticed within about two minutes, and its calls end. Peers may ping us more often
+                # than gRPC would let them.
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
@@ -332,21 +104,22 @@ class Server:
         self.health_address = ""
         """The same of the port for probes."""
 
-    def add(self, register: Callable[[S, grpc.aio.Server], None], servicer: S, name: str) -> None:
+    def add(self, register: Callable[[S, Any], None], servicer: S, name: str) -> None:
         """Serves `servicer`, by its generated `add_…Servicer_to_server`, under its full name. Before `start`."""
-        register(servicer, self._grpc)
+        register(servicer, self._guard)
         self._services.append(name)
 
     async def start(self) -> None:
         """Listens. Our services are NOT_SERVING until `set_health` says otherwise. Raises StartupError with the address that
         cannot be had."""
-        self._health = add_standard(self._grpc, self._services)
-        for name in self._services:
-            await self.set_health(name, serving=False)
+        self._health = Health({"": SERVING} | dict.fromkeys(self._services, NOT_SERVING))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._guard)
+        reflected = reflection.aio.ReflectionServicer([*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME])
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, self._guard)
         for address in self._addresses:
             self.addresses.append(address.bind(self._grpc, self._socket_mode, self._credentials.port_credentials()))
         if self._health_address is not None:
-            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probed)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probe_guard)
             self.health_address = self._health_address.bind(self._probed, self._socket_mode)
             await self._probed.start()
         await self._grpc.start()
@@ -354,16 +127,66 @@ class Server:
     async def set_health(self, name: str, *, serving: bool) -> None:
         """Says of the service `name` whether it serves. Without effect once stopping."""
         assert self._health is not None, "start comes first"
-        status = health_pb2.HealthCheckResponse
-        await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+        self._health.set(name, SERVING if serving else NOT_SERVING)
 
     async def stop(self, grace: float) -> None:
-        """Refuses new calls (UNAVAILABLE), lets those under way end for `grace` seconds, then cancels them. Health says
+        """Refuses new calls (UNAVAILABLE), lets open calls end for `grace` seconds, then cancels them. Health says
         NOT_SERVING from the first moment. May be called again, also before `start`."""
         if self._health is not None:
-            await self._health.enter_graceful_shutdown()
-        self._streams.close()
+            self._health.stop()
+        for guard in (self._guard, self._probe_guard):
+            guard.close_streams()
         await asyncio.gather(self._grpc.stop(grace), self._probed.stop(grace))
+
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the package has no types
+    """gRPC's own service keeps a lock while it writes to a watcher, so that one that does not read keeps `set` waiting; and it
+    has no List. The empty name stands for the process, which is SERVING from its start to its stop."""
+
+    def __init__(self, statuses: Mapping[str, int]) -> None:
+        self._statuses = dict(statuses)
+        self._changed: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        """Of the watchers, by service."""
+        self._stopped = False
+
+    def set(self, name: str, status: int) -> None:
+        """Without effect after `stop`."""
+        if not self._stopped:
+            self._statuses[name] = status
+            for changed in self._changed.get(name, ()):
+                changed.set()
+
+    def stop(self) -> None:
+        """Everything is NOT_SERVING from now on."""
+        for name in self._statuses:
+            self.set(name, NOT_SERVING)
+        self._stopped = True
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:  # noqa: N802
+        status = self._statuses.get(request.service)
+        if status is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND)
+        return health_pb2.HealthCheckResponse(status=status)
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:  # noqa: N802
+        name, changed, sent = request.service, asyncio.Event(), None
+        self._changed[name].add(changed)
+        try:
+            while True:
+                changed.clear()
+                status = self._statuses.get(name, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+                if status != sent:
+                    await context.write(health_pb2.HealthCheckResponse(status=status))
+                    sent = status
+                await changed.wait()
+        finally:
+            self._changed[name].discard(changed)
+            if not self._changed[name]:
+                del self._changed[name]
+
+    async def List(self, request: health_pb2.HealthListRequest, context: Context) -> health_pb2.HealthListResponse:  # noqa: N802
+        statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._statuses.items()}
+        return health_pb2.HealthListResponse(statuses=statuses)
 
 
 def worth_a_line(record: logging.LogRecord) -> bool:
@@ -373,7 +196,142 @@ def worth_a_line(record: logging.LogRecord) -> bool:
     return not (isinstance(error, grpc.aio.InternalError) and str(error).startswith('Failed "execute_batch"'))
 
 
-SERVING = health_pb2.HealthCheckResponse.SERVING
+@dataclass(frozen=True, slots=True)
+class Tcp:
+    """A port."""
+
+    flag: str
+    host: ipaddress.IPv4Address | ipaddress.IPv6Address
+    port: int
+
+    @property
+    def local(self) -> bool:
+        return self.host.is_loopback
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if self.host.version == 6 else f"{self.host}:{self.port}"
+
+    def bind(self, server: grpc.aio.Server, _mode: int, tls: grpc.ServerCredentials | None = None) -> str:
+        """Binds and returns the address with its real port. Raises StartupError."""
+        try:
+            port = server.add_insecure_port(str(self)) if tls is None else server.add_secure_port(str(self), tls)
+            return str(replace(self, port=port))
+        except RuntimeError as error:
+            family = socket.AF_INET6 if self.host.version == 6 else socket.AF_INET
+            why = _bind_error(family, (str(self.host), self.port))
+            raise StartupError(f"{self.flag}: cannot listen on {self}: {why or error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Unix:
+    """A socket file."""
+
+    flag: str
+    path: Path
+    local = True
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+    def bind(self, server: grpc.aio.Server, mode: int, _tls: grpc.ServerCredentials | None = None) -> str:
+        """Binds in plain text, with this mode on the file. Raises StartupError."""
+        try:
+            self._check_folder()
+            self._clear()
+            before = os.umask(0o777 & ~mode)  # the mode holds from the first moment, not from chmod on
+            try:
+                server.add_insecure_port(str(self))
+            finally:
+                os.umask(before)
+            self.path.chmod(mode)
+        except OSError as error:
+            raise self._error(error.strerror or str(error)) from error
+        except RuntimeError as error:
+            raise self._error(_bind_error(socket.AF_UNIX, str(self.path)) or str(error)) from error
+        return str(self)
+
+    def _error(self, why: str) -> StartupError:
+        return StartupError(f"{self.flag}: cannot listen on {self}: {why}")
+
+    def _check_folder(self) -> None:
+        """Makes a folder that is missing. A user who may write there could replace our socket by another."""
+        folder = self.path.parent
+        try:
+            folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+        except FileExistsError:
+            raise self._error(f"{folder} is no directory") from None
+        except OSError as error:
+            raise self._error(f"{folder} cannot be made: {error.strerror}") from error
+        if folder.stat().st_mode & 0o002:
+            raise self._error(f"everybody may write in {folder}; use one below it, or chmod o-w")
+
+    def _clear(self) -> None:
+        """Removes the socket of a process that was killed. gRPC would also take the path of a running one, or of a file."""
+        try:
+            if not stat.S_ISSOCK(self.path.lstat().st_mode):
+                raise self._error("the file is no socket")
+        except FileNotFoundError:
+            return
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1)
+            try:
+                probe.connect(str(self.path))
+            except ConnectionRefusedError:
+                self.path.unlink(missing_ok=True)
+                return
+        raise self._error("Address already in use")
+
+
+Address = Tcp | Unix
+
+
+def _bind_error(family: int, address: Any) -> str:
+    """Why the kernel refuses this address, or nothing; gRPC does not say it."""
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            return os.strerror(error.errno or 0)
+    if family == socket.AF_UNIX:
+        Path(address).unlink(missing_ok=True)
+    return ""
+
+
+def parse_address(flag: str, text: str, allow_remote: bool) -> Address:
+    """Raises StartupError that names the flag, for a text that is no address, or one that is remote and not allowed."""
+
+    def wrong(why: str) -> StartupError:
+        return StartupError(f"{flag}: {text!r}: {why}", exit_code=BAD_CONFIGURATION)
+
+    if text.startswith("unix:"):
+        path = Path(text.removeprefix("unix:"))
+        if not path.is_absolute():
+            raise wrong("a socket's path is absolute")
+        if (size := len(os.fsencode(path))) > PATH_BYTES_MAX:
+            raise wrong(f"a socket's path is at most {PATH_BYTES_MAX} bytes long, this one is {size}")
+        return Unix(flag, path)
+    host, _, port = text.rpartition(":")
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
+        parsed = Tcp(flag, address, int(port))
+    except ValueError:
+        raise wrong("is no address: unix:/path, or an IP address (or localhost) and a port") from None
+    if not 0 <= parsed.port <= 65535:
+        raise wrong("a port is 0 to 65535")
+    if not parsed.local and not allow_remote:
+        raise wrong("anyone on the network could use this; allow it, turn TLS on, or listen on loopback or a unix socket")
+    return parsed
+
+
+def check_target(flag: str, text: str) -> None:
+    """Raises ValueError for a text that is not the address of a server; gRPC would try to reach it for ever."""
+    path = text.removeprefix("unix:")
+    if path == text:
+        if not re.fullmatch(r"\S+:\d{1,5}|unix-abstract:\S+", text):
+            raise ValueError(f"{flag}: {text!r} is no address: unix:path or host:port")
+    elif not path or len(os.fsencode(path)) > PATH_BYTES_MAX:
+        raise ValueError(f"{flag}: {text!r}: a socket's path is 1 to {PATH_BYTES_MAX} bytes long")
 
 
 def probe(settings: type, program: str, argv: Sequence[str], environ: Mapping[str, str]) -> int:
