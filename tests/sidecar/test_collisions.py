@@ -1,8 +1,10 @@
-"""Collisions and the sampling label."""
+"""Collisions of unseeded answers, the choice that an answer took, and the sampling label."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,13 +30,13 @@ DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0, "max_ne
         ({"max_new_tokens": 7, "stop": ["."]}, "defaults"),
     ],
 )
-def test_only_what_is_chosen_is_said(given: dict[str, object], line: str) -> None:
-    """Defaults, lengths and what greedy decoding ignores are left out; like items have like lines."""
+def test_sampling_label(given: dict[str, object], line: str) -> None:
+    """The label leaves out defaults, lengths and what greedy decoding ignores; similar items have the same label."""
     assert sampling_label(types_pb2.ResolvedParameters(**(DEFAULTS | given))) == line  # type: ignore[arg-type]
 
 
 def given(*, seed_derived: bool = True, prompt: bytes = b"Shanghai is", **parameters: Any) -> sequencer_pb2.AdmittedPayload:
-    """An item that samples freely, but for what is changed."""
+    """An item that is sampled freely, with these changes."""
     chosen = {"temperature": 1.0, "top_p": 1.0, "top_k": 40, "repetition_penalty": 1.0, "max_new_tokens": 64} | parameters
     return sequencer_pb2.AdmittedPayload(
         token_ids=prompt, seed_derived=seed_derived, parameters=types_pb2.ResolvedParameters(**chosen)
@@ -42,7 +44,7 @@ def given(*, seed_derived: bool = True, prompt: bytes = b"Shanghai is", **parame
 
 
 def output(first: int = 0, *, engine_seed: int, count: int = 64) -> types_pb2.Output:
-    """Of tokens that are all distinct."""
+    """An answer of distinct tokens."""
     return types_pb2.Output(
         token_ids=range(first, first + count), finish_reason=types_pb2.FINISH_REASON_LENGTH, engine_seed=engine_seed
     )
@@ -51,7 +53,7 @@ def output(first: int = 0, *, engine_seed: int, count: int = 64) -> types_pb2.Ou
 def with_logprobs(
     made: types_pb2.Output, kind: types_pb2.LogprobKind.ValueType, probability: float, *likelier: float
 ) -> types_pb2.Output:
-    """Each token had this probability, and others these."""
+    """The answer, each of whose tokens had this probability, with others that had these."""
     made.logprob_kind = kind
     for _ in made.token_ids:
         position = made.logprobs.add(logprob=math.log(probability))
@@ -60,8 +62,12 @@ def with_logprobs(
     return made
 
 
+def certain(probability: float, *, engine_seed: int) -> types_pb2.Output:
+    return with_logprobs(output(engine_seed=engine_seed), types_pb2.LOGPROB_KIND_PROCESSED, probability)
+
+
 def test_equal_answers_of_unequal_seeds_collide() -> None:
-    """The first answer has nothing to be compared with; a different one is fine; the first one again is a collision."""
+    """The first answer is not compared, a different one does not collide, and an equal one does."""
     seen = Collisions()
 
     assert seen.check(given(), output(0, engine_seed=1)) == COLLISION_UNSPECIFIED
@@ -70,8 +76,8 @@ def test_equal_answers_of_unequal_seeds_collide() -> None:
     assert seen.check(given(), output(1, engine_seed=4)) == COLLISION_FOUND
 
 
-def test_equal_engine_seeds_are_arithmetic() -> None:
-    """Two seeds that the engine folds into one must give one answer."""
+def test_equal_engine_seeds_do_not_collide() -> None:
+    """Two seeds that the engine maps to the same one do not collide."""
     seen = Collisions()
     seen.check(given(), output(0, engine_seed=1))
 
@@ -84,50 +90,18 @@ def test_equal_engine_seeds_are_arithmetic() -> None:
     ids=["prompt", "temperature", "top_k", "max_new_tokens", "stop"],
 )
 def test_other_inputs_are_not_compared(other: sequencer_pb2.AdmittedPayload) -> None:
-    """Inputs that differ in more than the seed have nothing to do with each other."""
+    """Inputs that differ in more than the seed are not compared."""
     seen = Collisions()
     seen.check(given(), output(0, engine_seed=1))
 
     assert seen.check(other, output(0, engine_seed=2)) == COLLISION_UNSPECIFIED
 
 
-FORMAT = types_pb2.ResponseFormat(regex="a+")
-
-
-@pytest.mark.parametrize(
-    "item",
-    [given(seed_derived=False), given(temperature=0.0), given(top_k=1), given(response_format=FORMAT)],
-    ids=["seeded", "greedy by temperature", "greedy by top_k", "a format"],
-)
-def test_who_does_not_count(item: sequencer_pb2.AdmittedPayload) -> None:
-    """Where the caller gave the seed, or little is left to chance, equal answers are no news."""
-    seen = Collisions()
-
-    assert seen.check(item, output(0, engine_seed=1)) == COLLISION_UNSPECIFIED
-    assert seen.check(item, output(0, engine_seed=2)) == COLLISION_UNSPECIFIED
-
-
 def loop(*words: int, engine_seed: int, count: int = 256) -> types_pb2.Output:
-    """village market market market …"""
+    """An answer that repeats its last token: village market market market …"""
     made = output(engine_seed=engine_seed, count=count)
     made.token_ids[:] = [*words, *[words[-1]] * (count - len(words))]
     return made
-
-
-def test_a_loop_is_no_collision() -> None:
-    """Two answers that fall into the same loop took little choice: that they are equal says nothing, however long they are."""
-    seen = Collisions()
-
-    assert seen.check(given(), loop(7, 8, engine_seed=1)) == COLLISION_UNSPECIFIED
-    assert seen.check(given(), loop(7, 8, engine_seed=2)) == COLLISION_UNSPECIFIED
-
-
-def test_a_cold_answer_is_no_collision() -> None:
-    """At a low temperature, or with a small top_p, little is left to chance in an answer of as many distinct tokens."""
-    for cold in (given(temperature=0.1), given(top_p=0.1)):
-        seen = Collisions()
-        assert seen.check(cold, output(engine_seed=1)) == COLLISION_UNSPECIFIED
-        assert seen.check(cold, output(engine_seed=2)) == COLLISION_UNSPECIFIED
 
 
 RAW, PROCESSED = types_pb2.LOGPROB_KIND_RAW, types_pb2.LOGPROB_KIND_PROCESSED
@@ -150,8 +124,8 @@ RESHAPED = given(top_k=40, temperature=0.5)
 def test_choice_from_logprobs(
     item: sequencer_pb2.AdmittedPayload, kind: types_pb2.LogprobKind.ValueType, probabilities: tuple[float, ...], bits: float
 ) -> None:
-    """The bits are the logarithm of the answer's probability where the logprobs are of what was drawn from, and else a bound
-    from what is likelier than the tokens that were drawn."""
+    """The bits are the logarithm of the answer's probability if the logprobs are of the distribution that was sampled from, and
+    otherwise a bound from the likelier tokens."""
     made = with_logprobs(output(engine_seed=1, count=16), kind, *probabilities)
 
     choice = choice_of(item.parameters, made)
@@ -170,27 +144,44 @@ def test_choice_from_logprobs(
     ],
     ids=["a penalty", "a ban", "no end", "no early end"],
 )
-def test_raw_logprobs_that_do_not_say(item: sequencer_pb2.AdmittedPayload) -> None:
-    """Where the order of tokens may have changed after the logprobs were taken, the distinct tokens are all that is known."""
+def test_raw_logprobs_that_cannot_be_used(item: sequencer_pb2.AdmittedPayload) -> None:
+    """If the order of tokens may differ from that of the logprobs, the bits are estimated from the distinct tokens."""
     choice = choice_of(item.parameters, with_logprobs(output(engine_seed=1), RAW, 0.01, 0.5))
 
     assert not choice.logprobs_known
     assert choice.bits == 64 * DISTINCT_TOKEN_BITS
 
 
-def test_known_choice_decides() -> None:
-    """A loop that was drawn from even odds each time collides; an answer of distinct tokens that was all but certain does
-    not."""
+@pytest.mark.parametrize(
+    ("item", "made"),
+    [
+        pytest.param(given(seed_derived=False), output, id="seeded"),
+        pytest.param(given(temperature=0.0), output, id="greedy by temperature"),
+        pytest.param(given(top_k=1), output, id="greedy by top_k"),
+        pytest.param(given(response_format=types_pb2.ResponseFormat(regex="a+")), output, id="a format"),
+        pytest.param(given(temperature=0.1), output, id="a low temperature"),
+        pytest.param(given(top_p=0.1), output, id="a small top_p"),
+        pytest.param(given(), partial(loop, 7, 8), id="a long loop"),
+        pytest.param(given(), partial(certain, 0.99), id="certain by its logprobs"),
+    ],
+)
+def test_items_that_do_not_count(item: sequencer_pb2.AdmittedPayload, made: Callable[..., types_pb2.Output]) -> None:
+    """Equal answers are not compared if the caller gave the seed, or if the answer took little choice."""
+    seen = Collisions()
+
+    assert seen.check(item, made(engine_seed=1)) == COLLISION_UNSPECIFIED
+    assert seen.check(item, made(engine_seed=2)) == COLLISION_UNSPECIFIED
+
+
+def test_a_loop_of_known_choice() -> None:
+    """A loop whose logprobs show that each token was one of two equally likely ones collides."""
     seen = Collisions()
     for engine_seed, found in ((1, COLLISION_UNSPECIFIED), (2, COLLISION_FOUND)):
         assert seen.check(given(), with_logprobs(loop(7, 8, engine_seed=engine_seed), PROCESSED, 0.5)) == found
-    for engine_seed in (1, 2):
-        certain = with_logprobs(output(engine_seed=engine_seed), PROCESSED, 0.99)
-        assert seen.check(given(prompt=b"2 + 2"), certain) == COLLISION_UNSPECIFIED
 
 
 def test_the_threshold() -> None:
-    """An answer just above it is compared, and one just below it is not."""
+    """An answer just above CHOICE_BITS_MIN is compared, and one just below is not."""
     enough = math.ceil(CHOICE_BITS_MIN / DISTINCT_TOKEN_BITS)
     for count, found in ((enough, COLLISION_FOUND), (enough - 1, COLLISION_UNSPECIFIED)):
         seen = Collisions()
@@ -199,7 +190,7 @@ def test_the_threshold() -> None:
 
 
 def test_short_answers_do_not_count() -> None:
-    """They may be equal by chance, whatever the logprobs say; from 16 tokens on they may not."""
+    """Answers of fewer than 16 tokens are not compared, whatever the logprobs say."""
     seen, made = Collisions(), (TOKENS_MIN - 1, TOKENS_MIN - 1, TOKENS_MIN, TOKENS_MIN)
     found = [
         seen.check(given(), with_logprobs(output(0, engine_seed=engine_seed, count=count), PROCESSED, 0.01))
@@ -219,7 +210,7 @@ def test_seeded_answers_are_not_remembered() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    """The inputs least recently seen are forgotten, and of one input the outputs beyond the first few."""
+    """Only the newest inputs are remembered, and only the first outputs of each."""
     seen = Collisions(inputs_max=2, outputs_max=2)
     for prompt in (b"a", b"b", b"a", b"c"):  # c pushes b out, not a
         seen.check(given(prompt=prompt), output(0, engine_seed=1))

@@ -47,8 +47,8 @@ def test_the_interval_is_wilsons(count: tuple[int, int], confidence: float) -> N
     assert rate.lower <= rate.value <= rate.upper
 
 
-def test_nothing_is_known_of_nothing() -> None:
-    """Without trials the probability lies anywhere."""
+def test_no_trials() -> None:
+    """Without trials the interval is 0 to 1."""
     assert (Rate(0, 0).value, Rate(0, 0).lower, Rate(0, 0).upper) == (0.0, 0.0, 1.0)
 
 
@@ -89,8 +89,8 @@ def test_it_is_the_mixture_over_all_starts(diverged: list[bool]) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 6])
-def test_it_is_fair(length: int) -> None:
-    """Over all outcomes of so many comparisons that diverge as often as is tolerable, E is 1 on average: a fair game."""
+def test_the_expected_evidence_is_one(length: int) -> None:
+    """If comparisons diverge with probability TOLERABLE, the expectation of E is 1."""
     average = 0.0
     for path in itertools.product([False, True], repeat=length):
         probability = math.prod(TOLERABLE if each else 1 - TOLERABLE for each in path)
@@ -100,7 +100,7 @@ def test_it_is_fair(length: int) -> None:
 
 
 def test_nothing_overflows() -> None:
-    """A hundred thousand divergences in a row are evidence beyond any floating-point number, and its logarithm is not."""
+    """The logarithm is finite after a hundred thousand divergences, whose evidence exceeds any floating-point number."""
     evidence = after(*[True] * 100_000)
 
     assert math.isfinite(evidence.log10)
@@ -108,13 +108,13 @@ def test_nothing_overflows() -> None:
     assert math.isfinite(after(*[False] * 100_000).log10)
 
 
-def test_early_divergences_raise_it() -> None:
-    """Three divergences in a row do; one does not."""
+def test_early_divergences_raise_the_alarm() -> None:
+    """Three divergences in a row raise the alarm; two do not."""
     assert [after(*[True] * n).alarm for n in (0, 1, 2, 3)] == [False, False, False, True]
 
 
-def test_the_other_program_computes_the_same() -> None:
-    """What the simulations below compute is what the sidecar computes."""
+def test_the_simulation_computes_the_same() -> None:
+    """The vectorised simulation below computes the same evidence as the sidecar."""
     diverged = np.random.default_rng(SEED).random((20, 500)) < 0.01
     expected = log_evidence(diverged)
     for row, path in enumerate(diverged):
@@ -125,7 +125,7 @@ def test_the_other_program_computes_the_same() -> None:
 
 
 def test_false_alarms_are_rare() -> None:
-    """However long one looks, at most one in a hundred who have no fault ever sees the alarm; here over 10,000 comparisons."""
+    """Without a fault, at most 1 of 100 series of 10,000 comparisons ever raises the alarm."""
     paths = 4_000
     wrong = int(np.count_nonzero(alarms(paths, 0, 10_000, TOLERABLE, SEED) != NEVER))
 
@@ -134,7 +134,7 @@ def test_false_alarms_are_rare() -> None:
 
 @pytest.mark.parametrize(("clean", "enough"), [(0, 1_000), (10_000, 2_000)])
 def test_a_fault_is_found(clean: int, enough: int) -> None:
-    """Where 1 in 100 diverges, half of all who look know by then, also after a long clean past."""
+    """If 1 in 100 diverges, half of all series raise the alarm within this many comparisons, also after a long clean past."""
     first = alarms(1_000, clean, enough, FAULTY, SEED)
 
     assert np.count_nonzero(first != NEVER) > 500, f"seed {SEED}"
@@ -167,8 +167,8 @@ def verdict(value: types_pb2.Verdict.ValueType = MATCH, **fields: object) -> typ
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(keys, comparisons), max_size=60))
-def test_it_counts_what_a_list_would(given: list[tuple[GroupKey, types_pb2.Comparison]]) -> None:
-    """Each group's counts are those that one gets by going through all its verdicts again."""
+def test_counts_equal_those_of_a_list(given: list[tuple[GroupKey, types_pb2.Comparison]]) -> None:
+    """Each group's counts equal those computed from the list of its verdicts."""
     counts, all_events = Counts(), [compared(said, n, key, n * 1_000) for n, (key, said) in enumerate(given, start=1)]
     for event in all_events:
         counts = counts.after(event)
@@ -203,8 +203,8 @@ def test_it_counts_what_a_list_would(given: list[tuple[GroupKey, types_pb2.Compa
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(keys, comparisons), max_size=30))
-def test_it_survives_being_written_down(given: list[tuple[GroupKey, types_pb2.Comparison]]) -> None:
-    """As JSON and back it is the same, to the last bit of the evidence."""
+def test_counts_survive_json(given: list[tuple[GroupKey, types_pb2.Comparison]]) -> None:
+    """Counts survive JSON unchanged, to the last bit of the evidence."""
     counts = Counts().after(NotCompared("audit", "busy")).after(CollisionCheck(Moment(1, 1), 1, collides=True))
     for n, (key, said) in enumerate(given, start=1):
         counts = counts.after(compared(said, n, key, n))
@@ -214,7 +214,7 @@ def test_it_survives_being_written_down(given: list[tuple[GroupKey, types_pb2.Co
 
 
 def test_the_alarm_goes_up_and_is_remembered() -> None:
-    """Three divergences raise it, enough clean comparisons let it fall, and when it first rose stays known."""
+    """Three divergences raise the alarm, enough clean comparisons end it, and the time of its start is kept."""
     group, up = Group(KEY, Moment(1, 1), Moment(1, 1)), []
     for index in range(1, 1_000):
         group = group.after(compared(verdict(DIVERGED if index <= 3 else MATCH), index))
@@ -227,8 +227,8 @@ def test_the_alarm_goes_up_and_is_remembered() -> None:
     assert group.alarmed.index == 3
 
 
-def test_the_window_is_of_the_newest() -> None:
-    """A divergence leaves the recent rate after so many comparisons, and the rate over all time never."""
+def test_the_recent_rate_has_a_window() -> None:
+    """A divergence leaves the recent rate after WINDOW_COMPARISONS, and stays in the total."""
     group = Group(KEY, Moment(1, 1), Moment(1, 1)).after(compared(verdict(DIVERGED)))
     for index in range(WINDOW_COMPARISONS):
         group = group.after(compared(verdict(), index))
@@ -237,8 +237,8 @@ def test_the_window_is_of_the_newest() -> None:
     assert (group.sums.diverged, group.sums.compared) == (1, WINDOW_COMPARISONS + 1)
 
 
-def test_it_stays_small() -> None:
-    """However many ways to sample, names, days, companies and fingerprints there are, what is kept has a bound."""
+def test_the_size_is_bounded() -> None:
+    """The size is bounded, however many sampling labels, field names, days, occupancies and fingerprints there are."""
     group = Group(KEY, Moment(1, 1), Moment(1, 1)).after(compared(verdict(DIVERGED, sampling="the bad one")))
     for n in range(1_000):
         said = verdict(sampling=f"temperature={n}", company=n, compared_tokens=n)
@@ -260,7 +260,7 @@ def test_it_stays_small() -> None:
 
 
 def test_the_gauges_are_the_newest_fingerprints() -> None:
-    """Of a kind and grade the fingerprint that was compared last is shown, and of its replicas the one with more evidence."""
+    """For a kind and grade the newest fingerprint is shown, and of its replicas the one with more evidence."""
     old, same = GroupKey("twin", "exact", "aa", False), GroupKey("twin", "exact", "bb", False)
     other = GroupKey("twin", "exact", "bb", True)
     counts = Counts()
@@ -274,8 +274,8 @@ def header(kind: types_pb2.EntryKind.ValueType, **fields: object) -> types_pb2.E
     return types_pb2.EntryHeader(index=9, time_unix_millis=5, kind=kind, writer="w", fingerprint_digest=b"\xab", **fields)  # type: ignore[arg-type]
 
 
-def test_what_a_completed_entry_says() -> None:
-    """The twin's verdict, at the lower of the two grades, and whether a collision was looked for and found."""
+def test_events_of_a_completed_entry() -> None:
+    """A COMPLETED entry has the twin's verdict, at the lower of the two grades, and the result of the collision check."""
     twin = verdict(sequence=3, kind=types_pb2.COMPARISON_KIND_TWIN, grade=types_pb2.GRADE_BEST_EFFORT, expected_writer="v")
     payload = sequencer_pb2.CompletedPayload(twin=twin, collision=sequencer_pb2.COLLISION_FOUND).SerializeToString()
     entry = header(types_pb2.ENTRY_KIND_COMPLETED, sequence=3, grade=types_pb2.GRADE_EXACT)
@@ -287,8 +287,8 @@ def test_what_a_completed_entry_says() -> None:
     assert list(events(entry, b"")) == [], "a payload that was dropped says nothing"
 
 
-def test_what_an_audited_entry_says() -> None:
-    """Its verdict; nothing where there is none; a second run without output is incomparable for a reason of its own."""
+def test_events_of_an_audited_entry() -> None:
+    """An AUDITED entry has a verdict or none; a second run without output is incomparable because it failed."""
     entry = header(types_pb2.ENTRY_KIND_AUDITED, grade=types_pb2.GRADE_SERIAL)
 
     def said(comparison: types_pb2.Comparison) -> list[Compared | CollisionCheck]:
@@ -301,14 +301,14 @@ def test_what_an_audited_entry_says() -> None:
     assert said(types_pb2.Comparison()) == []
 
 
-def test_other_entries_say_nothing() -> None:
-    """An admission or a failure is no comparison, whatever its payload holds."""
+def test_other_entries_have_no_events() -> None:
+    """Entries of other kinds have no events, whatever their payloads hold."""
     for kind in (types_pb2.ENTRY_KIND_OPENED, types_pb2.ENTRY_KIND_ADMITTED, types_pb2.ENTRY_KIND_FAILED):
         assert list(events(header(kind), b"\x08\x01")) == []
 
 
 def test_values_of_a_newer_version_are_numbers() -> None:
-    """A journal that a newer sidecar wrote can be counted: what has no name here is known by its number."""
+    """The journal of a newer sidecar can be counted: an unknown enum value is counted under its number."""
     comparison = types_pb2.Comparison.FromString(b"\x10\x63\x18\x01\x68\x62")
     payload = sequencer_pb2.AuditedPayload(comparison=comparison).SerializeToString()
     (event,) = events(header(types_pb2.ENTRY_KIND_AUDITED), payload)
@@ -317,8 +317,8 @@ def test_values_of_a_newer_version_are_numbers() -> None:
     assert (event.key.kind, event.key.grade) == ("99", "98")
 
 
-def test_nobody_knows_where() -> None:
-    """Outputs that differ where one is not kept count as a comparison, and say nothing of tokens."""
+def test_a_divergence_without_a_position() -> None:
+    """A divergence without a position (one output is not kept) counts as a comparison, and not in the tokens."""
     known, unknown = verdict(DIVERGED, compared_tokens=7, first_difference=7), verdict(DIVERGED)
     counts = Counts().after(compared(known)).after(Compared(Moment(2, 0), KEY, unknown))
 
@@ -334,7 +334,7 @@ OLD, NEW, OTHER = (
 
 
 def made() -> Counts:
-    """Two fingerprints, the newer one with two replicas; something of everything."""
+    """Two fingerprints, the newer one with two replicas, and every kind of event."""
     counts, index = Counts(), 0
     for key, verdict, tokens, company, sampling, times in (
         (OLD, DIVERGED, 5, 1, "greedy", 2),
@@ -363,7 +363,7 @@ def metrics(counts: Counts | None) -> dict[str, float]:
 
 
 def test_metrics_are_sums_over_fingerprints() -> None:
-    """Counters add up what was compared on any fingerprint, replicas apart; the histogram has every divergence."""
+    """Counters sum over fingerprints and keep replicas apart; the histogram has every divergence."""
     seen = metrics(made())
     kind = 'grade="exact",kind="twin"'
 
@@ -383,8 +383,8 @@ def test_metrics_are_sums_over_fingerprints() -> None:
 
 
 def test_no_counter_goes_down() -> None:
-    """Whatever is compared, on more fingerprints than are told apart, every counter and bucket stays where it was or rises:
-    Prometheus would take a smaller value for a restart, and page for all that was counted before."""
+    """No counter or bucket decreases, also with more fingerprints than are kept: Prometheus would take that for a reset, and
+    alert for everything that was counted before."""
     counts, before = Counts(), dict[str, float]()
     for n in range(GROUPS_MAX + 40):
         key = GroupKey(("twin", "audit")[n % 2], "exact", f"{n % (GROUPS_MAX + 20):064x}", other_replica=n % 3 == 0)
@@ -405,15 +405,15 @@ def test_no_counter_goes_down() -> None:
 
 
 def test_nothing_is_served_before_it_is_restored() -> None:
-    """While a start reads what was counted there is no counter at all: one that stands at 0 would look like a restart of the
-    count, and all of it like an increase."""
+    """Before the counts are restored there are no metrics: a counter at 0 would look like a reset, and its return like an
+    increase."""
     tracker = DivergenceTracker("writer")
 
     assert metrics(tracker.restored_counts) == {}
 
 
 def test_gauges_are_the_newest_fingerprints() -> None:
-    """Two divergences of the fingerprint before are no longer in the gauges."""
+    """Divergences of the previous fingerprint are not in the gauges."""
     seen, rate = metrics(made()), Rate(1, 7)
     labels = '{grade="exact",kind="twin"}'
 
@@ -423,14 +423,14 @@ def test_gauges_are_the_newest_fingerprints() -> None:
     assert seen[f"ostinato_divergence_alarm{labels}"] == 0
 
 
-def test_nothing_is_served_of_nothing() -> None:
-    """Before anything was compared there is no rate: 0 would be a claim."""
+def test_no_rate_without_comparisons() -> None:
+    """Before the first comparison there is no rate."""
     assert set(metrics(Counts())) == {"ostinato_collision_checks_total", "ostinato_collisions_total"}
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
-def test_a_report_says_it_all(confidence: float) -> None:
-    """The newest group comes first; worst samplings first, companies and times ascending, intervals as confident as asked."""
+def test_a_report(confidence: float) -> None:
+    """The report has the newest group and the worst samplings first, the rest ascending, with the requested confidence."""
     known = {digest: types_pb2.Fingerprint(digest=digest) for digest in (b"\xcc" * 32, b"\xbb" * 32)}
     found = report(made(), 77, confidence, known)
     group = found.strata[0]

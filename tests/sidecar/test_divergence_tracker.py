@@ -1,4 +1,4 @@
-"""The counts at the edge: no count is lost and none is counted twice, whenever the process dies."""
+"""The tracker and its checkpoint: no comparison is lost or counted twice, whenever the process dies."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ lives = st.lists(
 
 
 class Life:
-    """A sidecar's journal and book, from one kill -9 to the next."""
+    """A sidecar's journal and tracker, from one kill -9 to the next."""
 
     def __init__(self, store: SqliteKit) -> None:
         self.store = store
@@ -50,7 +50,7 @@ class Life:
         await self.tracker.restore(self.journal)
 
     async def crash(self) -> None:
-        """Nothing is saved; all that the book knew is gone. What was committed is on the disk."""
+        """Nothing is saved, and the tracker's memory is lost. Committed entries are on the disk."""
         await self.journal.close()
         await self.begin()
 
@@ -85,7 +85,7 @@ def outcome(admitted: Sealed, token: int) -> Outcome:
 @settings(max_examples=40, deadline=None)
 @given(lives)
 def test_a_crash_anywhere_changes_no_count(given: list[tuple[str, int]]) -> None:
-    """Whatever is saved and whenever it dies, the counts is the fold over the whole journal."""
+    """Whenever it is saved and whenever it dies, the counts equal the fold over the whole journal."""
 
     async def live() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -116,8 +116,8 @@ async def begun(folder: Path) -> Life:
     return life
 
 
-async def test_a_start_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was counted before the last save is not read again."""
+async def test_a_start_reads_only_new_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start reads only the entries since the checkpoint."""
     life = await begun(tmp_path)
     for _ in range(3):
         await life.complete(0)
@@ -150,8 +150,8 @@ async def test_a_start_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytes
     ],
     ids=["empty", "garbage", "wrong type", "newer version", "beyond the head"],
 )
-async def test_what_cannot_be_believed_is_counted_anew(tmp_path: Path, kept: bytes) -> None:
-    """A note that is damaged, of another version, or ahead of the journal, costs a scan and no count."""
+async def test_an_unusable_checkpoint(tmp_path: Path, kept: bytes) -> None:
+    """With a checkpoint that is damaged, of another version, or ahead of the journal, the journal is counted from its start."""
     life = await begun(tmp_path)
     for token in (0, 0, 1):
         await life.complete(token)
@@ -166,8 +166,8 @@ async def test_what_cannot_be_believed_is_counted_anew(tmp_path: Path, kept: byt
 async def test_what_is_committed_while_it_is_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digests_only: bool
 ) -> None:
-    """Outcomes of items that are taken over become durable before, while and after the journal is read: each is counted once,
-    also where its payload is dropped at once."""
+    """Entries that are committed before, during and after the restore are each counted once, also if their payloads are dropped
+    at once."""
     life = await begun(tmp_path)
     for _ in range(6):
         await life.complete(0)
@@ -204,7 +204,7 @@ async def test_what_is_committed_while_it_is_restored(
 
 
 async def test_only_own_entries_are_counted(tmp_path: Path) -> None:
-    """On a log that others write to as well, each counts its own."""
+    """On a shared log each sidecar counts its own entries."""
     life = await begun(tmp_path)
     for token in (0, 1):
         await life.complete(token)
@@ -217,7 +217,7 @@ async def test_only_own_entries_are_counted(tmp_path: Path) -> None:
 
 
 async def test_what_was_not_compared_is_kept(tmp_path: Path) -> None:
-    """What no entry says is in the note."""
+    """Second runs without a verdict, which have no entry, are in the checkpoint."""
     life = await begun(tmp_path)
     for reason in ("busy", "busy", "drained"):
         life.tracker.not_compared(types_pb2.COMPARISON_KIND_AUDIT, reason)
@@ -229,7 +229,7 @@ async def test_what_was_not_compared_is_kept(tmp_path: Path) -> None:
 
 
 async def test_nothing_changed_is_not_written(tmp_path: Path) -> None:
-    """Saving twice writes once."""
+    """A second save without a change writes nothing."""
     life = await begun(tmp_path)
     await life.complete(0)
     await life.tracker.save(life.journal)
@@ -243,7 +243,7 @@ async def test_nothing_changed_is_not_written(tmp_path: Path) -> None:
 
 
 async def test_a_batch_of_many(tmp_path: Path) -> None:
-    """What is committed together is counted once each, twins within the batch included."""
+    """Entries that are committed together are each counted once, twins in the batch included."""
     life = await begun(tmp_path)
     drafts: list[Admission] = [admission(*(item(1, seed=9) for _ in range(5))) for _ in range(10)]
     batches = await asyncio.gather(*(life.journal.append(draft) for draft in drafts))

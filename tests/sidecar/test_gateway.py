@@ -1,4 +1,4 @@
-"""The gateway's requests and answers."""
+"""Requests of a gateway as ours, and our answers as the gateway's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Event = generation_pb2.GenerateEvent
 
 
 class Wire:
-    """gRPC's context, as far as an answer uses it."""
+    """Takes the place of gRPC's context."""
 
     def __init__(self) -> None:
         self.sent: list[vllm.GenerateResponse] = []
@@ -74,16 +74,16 @@ def tokens(sequence: int, first: int, ids: list[int], **more: Any) -> Event:
 
 
 async def test_a_stream() -> None:
-    """Tokens as they come, each with its item's index and the count so far, then one whole answer for each item."""
-    wire, told, stamp = answer(2)
-    await told.write(Event(admitted=generation_pb2.Admitted(stamp=stamp)).SerializeToString())
-    await told.write(tokens(8, 0, [1]).SerializeToString())
-    await told.write(tokens(7, 0, [5]).SerializeToString())
-    await told.write(tokens(8, 1, [2, 3]).SerializeToString())
-    await told.write(Event(finished=completed(8, token_ids=[1, 2, 3])).SerializeToString())
-    await told.write(tokens(7, 1, [6]).SerializeToString())
-    await told.write(Event(finished=completed(7)).SerializeToString())
-    await told.end()
+    """A stream has the tokens, with their item's index and the count so far, and then one complete answer per item."""
+    wire, made, stamp = answer(2)
+    await made.write(Event(admitted=generation_pb2.Admitted(stamp=stamp)).SerializeToString())
+    await made.write(tokens(8, 0, [1]).SerializeToString())
+    await made.write(tokens(7, 0, [5]).SerializeToString())
+    await made.write(tokens(8, 1, [2, 3]).SerializeToString())
+    await made.write(Event(finished=completed(8, token_ids=[1, 2, 3])).SerializeToString())
+    await made.write(tokens(7, 1, [6]).SerializeToString())
+    await made.write(Event(finished=completed(7)).SerializeToString())
+    await made.end()
 
     chunks = [message.chunk for message in wire.sent if message.HasField("chunk")]
     assert [(chunk.index, list(chunk.token_ids), chunk.completion_tokens, chunk.prompt_tokens) for chunk in chunks] == [
@@ -112,9 +112,9 @@ async def test_a_stream() -> None:
     ids=lambda value: str(value) if isinstance(value, str) else None,
 )
 async def test_why_it_ended(output: dict[str, Any], reason: str, matched: str | int | None) -> None:
-    """A stop says what it was."""
-    wire, told, stamp = answer()
-    await told.write_response(generation_pb2.GenerateResponse(stamp=stamp, results=[completed(**output)]).SerializeToString())
+    """An answer has the finish reason, and what stopped it."""
+    wire, made, stamp = answer()
+    await made.write_response(generation_pb2.GenerateResponse(stamp=stamp, results=[completed(**output)]).SerializeToString())
 
     (end,) = (message.complete for message in wire.sent)
     which = end.WhichOneof("matched_stop")
@@ -123,14 +123,14 @@ async def test_why_it_ended(output: dict[str, Any], reason: str, matched: str | 
 
 
 async def test_logprobs() -> None:
-    """One for each token, with the likeliest beside it; none where none were asked for."""
-    wire, told, stamp = answer()
+    """Logprobs are passed on, one per token with the likeliest tokens."""
+    wire, made, stamp = answer()
     top = [types_pb2.TopLogprob(token_id=9, logprob=-0.5), types_pb2.TopLogprob(token_id=5, logprob=-1.0)]
     each = [types_pb2.TokenLogprobs(logprob=-1.0, top=top), types_pb2.TokenLogprobs(logprob=-2.0)]
-    await told.write(Event(admitted=generation_pb2.Admitted(stamp=stamp)).SerializeToString())
-    await told.write(tokens(7, 0, [5, 6], logprobs=each).SerializeToString())
-    await told.write(Event(finished=completed(logprobs=each)).SerializeToString())
-    await told.end()
+    await made.write(Event(admitted=generation_pb2.Admitted(stamp=stamp)).SerializeToString())
+    await made.write(tokens(7, 0, [5, 6], logprobs=each).SerializeToString())
+    await made.write(Event(finished=completed(logprobs=each)).SerializeToString())
+    await made.end()
 
     for message in (wire.sent[0].chunk, wire.sent[1].complete):
         found = message.output_logprobs
@@ -139,26 +139,26 @@ async def test_logprobs() -> None:
 
 
 async def test_a_failed_item_fails_the_call() -> None:
-    """With its own error, whichever item it is; the stamp goes out all the same, so that the others can be found."""
-    wire, told, stamp = answer(2)
+    """The call fails with the error of the failed item. The trailers have the stamp, so that the other items can be found."""
+    wire, made, stamp = answer(2)
     results = [completed(7), failed(8, errors.EngineFailed("broke"))]
     with pytest.raises(errors.EngineFailed, match="broke"):
-        await told.write_response(generation_pb2.GenerateResponse(stamp=stamp, results=results).SerializeToString())
+        await made.write_response(generation_pb2.GenerateResponse(stamp=stamp, results=results).SerializeToString())
 
     assert wire.sent == []
     assert [key for key, _ in wire.trailers] == [STAMP_METADATA]
 
 
 async def test_other_tokens_than_were_sent_fail_the_call() -> None:
-    """They cannot be taken back here: nothing more is streamed, and the error says where the whole answer is."""
-    wire, told, stamp = answer()
-    await told.write(Event(admitted=generation_pb2.Admitted(stamp=stamp)).SerializeToString())
-    await told.write(tokens(7, 0, [5]).SerializeToString())
-    await told.write(Event(restarted=generation_pb2.Restarted(sequence=7, attempt=2)).SerializeToString())
-    await told.write(tokens(7, 0, [4, 3]).SerializeToString())
-    await told.write(Event(finished=completed(token_ids=[4, 3])).SerializeToString())
+    """After a restart with other tokens nothing more is streamed, and the error says where the whole answer is."""
+    wire, made, stamp = answer()
+    await made.write(Event(admitted=generation_pb2.Admitted(stamp=stamp)).SerializeToString())
+    await made.write(tokens(7, 0, [5]).SerializeToString())
+    await made.write(Event(restarted=generation_pb2.Restarted(sequence=7, attempt=2)).SerializeToString())
+    await made.write(tokens(7, 0, [4, 3]).SerializeToString())
+    await made.write(Event(finished=completed(token_ids=[4, 3])).SerializeToString())
     with pytest.raises(errors.Abandoned, match="sequence 7"):
-        await told.end()
+        await made.end()
 
     assert [list(message.chunk.token_ids) for message in wire.sent] == [[5]]
     assert [key for key, _ in wire.trailers] == [STAMP_METADATA]
@@ -166,7 +166,7 @@ async def test_other_tokens_than_were_sent_fail_the_call() -> None:
 
 @pytest.mark.parametrize(("count", "told"), [(RECEIPTS_MAX, RECEIPTS_MAX), (RECEIPTS_MAX + 1, 0)])
 async def test_trailers_stay_small(count: int, told: int) -> None:
-    """All receipts or, where they would not fit, none; the stamp says where they are."""
+    """The trailers have all receipts or, if these would not fit, none."""
     wire, made, stamp = answer(count)
     response = generation_pb2.GenerateResponse(stamp=stamp, results=[completed(7 + index) for index in range(count)])
     await made.write_response(response.SerializeToString())
@@ -195,14 +195,14 @@ def mapped(request: vllm.GenerateRequest) -> generation_pb2.GenerateRequest:
 
 
 def refused(request: vllm.GenerateRequest) -> list[str]:
-    """The fields that it is refused for."""
+    """The fields for which it is refused."""
     with pytest.raises(errors.InvalidRequest) as caught:
         mapped(request)
     return [violation.field for violation in caught.value.violations]
 
 
-def test_a_request_that_says_nothing() -> None:
-    """Is one item of those tokens, sampled by our defaults, with no seed: it will be given one."""
+def test_a_request_with_defaults() -> None:
+    """A request with defaults becomes one item with those tokens, our defaults and no seed."""
     made = mapped(asked())
 
     assert made == generation_pb2.GenerateRequest(
@@ -213,7 +213,7 @@ def test_a_request_that_says_nothing() -> None:
 
 
 def test_every_parameter_is_mapped() -> None:
-    """Each to the one that means the same."""
+    """Each supported parameter becomes ours of the same meaning."""
     made = mapped(
         asked(
             temperature=0.7, top_p=0.9, top_k=40, min_p=0.05, repetition_penalty=1.1, max_tokens=7, min_tokens=2,
@@ -246,7 +246,7 @@ def test_every_parameter_is_mapped() -> None:
     ],
 )
 def test_constraints(constraint: dict[str, Any], format_: types_pb2.ResponseFormat | None) -> None:
-    """A regular expression, and any JSON object at all."""
+    """A regular expression and "any JSON object" become a response format."""
     parameters = mapped(asked(**constraint)).parameters
 
     assert parameters.HasField("response_format") == (format_ is not None)
@@ -254,7 +254,7 @@ def test_constraints(constraint: dict[str, Any], format_: types_pb2.ResponseForm
 
 
 def test_a_zero_that_may_be_meant_is_kept() -> None:
-    """Temperature 0 is greedy, and no tokens at all is for the service to refuse; top_p 0 is what an unset field reads as."""
+    """Zeros of fields with presence are kept; a zero that means "unset" is left out."""
     made = mapped(asked(temperature=0.0, max_tokens=0, top_p=0.0, repetition_penalty=0.0)).parameters
 
     assert made.HasField("temperature") and made.temperature == 0
@@ -276,13 +276,13 @@ UNSUPPORTED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_what_is_not_supported_is_refused(name: str) -> None:
-    """By name, and never dropped: the answer would not be the one that was asked for."""
+def test_unsupported_parameters_are_refused(name: str) -> None:
+    """An unsupported parameter is refused by name, and not ignored."""
     assert refused(asked(**{name: UNSUPPORTED[name]})) == [f"sampling_params.{name}"]
 
 
-def test_every_field_of_the_gateway_s_is_known() -> None:
-    """A parameter that a newer package brings is refused until somebody has decided what it means."""
+def test_every_parameter_is_known() -> None:
+    """Every parameter of the installed package is either supported, ignored on purpose, or refused."""
     names = {field.name for field in vllm.SamplingParams.DESCRIPTOR.fields}
 
     assert names == {*PARAMETERS, *IGNORED_PARAMETERS, *UNSUPPORTED, "n"}
@@ -300,8 +300,8 @@ def test_every_field_of_the_gateway_s_is_known() -> None:
     ],
     ids=lambda more: next(iter(more)),
 )
-def test_what_is_no_text_is_refused(more: dict[str, Any]) -> None:
-    """Pictures, and work that is split between engines."""
+def test_unsupported_requests_are_refused(more: dict[str, Any]) -> None:
+    """Images, and requests that are split between engines, are refused."""
     request = asked()
     request.MergeFrom(vllm.GenerateRequest(**more))
 
@@ -309,14 +309,14 @@ def test_what_is_no_text_is_refused(more: dict[str, Any]) -> None:
 
 
 def test_a_prompt_may_be_text_and_must_be_there() -> None:
-    """Text is for the service to tokenise; with neither there is nothing to answer."""
+    """A prompt may be text. A request without a prompt is refused."""
     assert mapped(vllm.GenerateRequest(text="hi")).items[0].text == "hi"
     assert refused(vllm.GenerateRequest()) == ["tokenized"]
 
 
 @given(st.integers(-(2**63), 2**64))
 def test_a_seed_is_the_caller_s_or_refused(seed: int) -> None:
-    """Whatever was asked for, cut down as the gateway does it, comes out as what it was or is refused."""
+    """A seed that the gateway has clamped is refused; any other is the caller's."""
     cut = min(max(seed, -(2**31)), 2**31 - 1)
     if 0 <= seed <= SEED_MAX:
         assert [item.parameters.seed for item in mapped(asked(seed=cut)).items] == [seed]
@@ -326,7 +326,7 @@ def test_a_seed_is_the_caller_s_or_refused(seed: int) -> None:
 
 @given(st.integers(0, SEED_MAX), st.integers(0, 16))
 def test_n_items_have_the_seeds_from_the_given_one_on(seed: int, n: int) -> None:
-    """Item i of n has seed + i, also beyond what the gateway's field holds; 0 is one, as unset reads."""
+    """Item i of n has seed + i, also beyond the range of the gateway's field. n = 0 means 1."""
     made = mapped(asked(seed=seed, n=n))
 
     assert [item.parameters.seed for item in made.items] == list(range(seed, seed + max(n, 1)))
@@ -336,7 +336,7 @@ def test_n_items_have_the_seeds_from_the_given_one_on(seed: int, n: int) -> None
 @given(st.floats(width=32) | st.decimals(0, 100, places=3).map(float))
 @example(3.4028234663852886e38)
 def test_a_number_is_read_as_it_was_written(value: float) -> None:
-    """The same 32-bit number, in the shortest decimal: what a person would write comes back as it was."""
+    """A 32-bit number is read as the shortest decimal with its value."""
     (narrow,) = struct.unpack("f", struct.pack("f", value))
     read = mapped(asked(temperature=narrow)).parameters.temperature
 
@@ -347,7 +347,7 @@ def test_a_number_is_read_as_it_was_written(value: float) -> None:
 
 
 def test_too_many_answers_are_refused_before_they_are_made() -> None:
-    """n is bounded where it is read: two to the 32 items would not be."""
+    """n is checked before items are created."""
     assert refused(asked(n=17)) == ["sampling_params.n"]
     assert refused(asked(n=2**32 - 1)) == ["sampling_params.n"]
 
@@ -366,8 +366,8 @@ def test_too_many_answers_are_refused_before_they_are_made() -> None:
         ("request_id", "request_id"),
     ],
 )
-def test_a_refusal_is_in_the_gateway_s_words(ours: str, theirs: str) -> None:
-    """What the service or the admission calls a field is called what the gateway sent."""
+def test_a_refusal_has_the_gateway_s_names(ours: str, theirs: str) -> None:
+    """A refused field is named as the gateway names it."""
     told = with_gateway_names(errors.InvalidRequest(violations=[Violation(ours, "is wrong")]))
 
     assert isinstance(told, errors.InvalidRequest)
