@@ -1,4 +1,4 @@
-"""What an engine is told to do otherwise than before, and what every kind of comparison must then find: drawn by a seed."""
+"""A random plan of an engine's divergences, and what every kind of comparison must find."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 N, TOKENS, SENT = 10, 16, 4
-"""Items of each band; tokens of an answer; tokens that a lost attempt had sent."""
+"""Items per range; tokens of an answer; tokens that a lost attempt had sent."""
 FREE_TOKENS = 128
-"""Of an unseeded answer: with few distinct tokens, one that is equal would say nothing of its seed."""
+"""Tokens of an unseeded answer: enough choice for a collision check."""
 REPEATED, TWINS, RECOVERED, UNSEEDED = (range(first, first + N) for first in range(1, 4 * N, N))
-"""Bands of sequences: verified, and replayed; the same once more; lost and recovered; alike but for their seeds."""
+"""Ranges of sequences: verified and replayed; their twins; lost and recovered; equal but for their seeds."""
 SHORT = 2
 """Tokens of a canary that ends before it could diverge."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Of one kind of comparison. Items are numbers of sequences, or of canaries."""
+    """The expected comparisons of one kind. Items are sequences or canary numbers."""
 
     kind: str
     equal: Mapping[int, int]
-    """Tokens compared, of the items whose two runs are equal."""
+    """Compared tokens of the items whose runs are equal."""
     parted: Mapping[int, int]
-    """First differing token, of the items whose runs are not."""
+    """First differing token of the items whose runs are not."""
 
     @classmethod
     def of(cls, kind: str, first: Mapping[int, int], second: Mapping[int, int], tokens: Mapping[int, int]) -> Expected:
-        """Of items of so many tokens, whose runs are the engine's other choice from a token on, where one is named."""
+        """`first`, `second`: from which token on a run has other tokens; `tokens`: the length of each item."""
         never = max(tokens.values())
         parted = {
             item: min(first.get(item, never), second.get(item, never)) for item in tokens if first.get(item) != second.get(item)
@@ -52,15 +52,15 @@ class Expected:
 
 @dataclass
 class Plan:
-    """From which token on each run is another than the model's own, and what follows from it."""
+    """From which token on each run diverges, and what follows from that."""
 
     seed: int
     kinds: list[Expected] = field(init=False, repr=False)
     collisions: set[int] = field(init=False, repr=False)
     _made: dict[str, dict[int, int]] = field(init=False, repr=False)
-    """By kind of comparison and item: from which token on its second run is other."""
+    """By kind of comparison and item: from which token on its second run diverges."""
     _seedless: set[int] = field(init=False, repr=False)
-    """Sequences whose runs do not heed their seed."""
+    """Sequences whose runs ignore their seed."""
 
     def __post_init__(self) -> None:
         rng = random.Random(self.seed)
@@ -96,7 +96,7 @@ class Plan:
         return next(expected for expected in self.kinds if expected.kind == name)
 
     def script(self, *, canaries_diverge: bool = False) -> str:
-        """For the service, and for the one that comes after the loss with diverging canaries."""
+        """For the service, and for the one after the loss, with diverging canaries."""
         first, retried = {"purposes": ["PRIMARY"], "attempts": [1]}, {"purposes": ["PRIMARY"], "attempts": [2]}
         runs: dict[str, dict[str, Any]] = {"TWIN": first, "RECOVERY": retried}
         runs |= {purpose: {"purposes": [purpose]} for purpose in ("VERIFY", "REPLAY", "AUDIT")}
@@ -114,7 +114,7 @@ class Plan:
         return json.dumps({"rules": rules})
 
     def canaries(self) -> str:
-        """A file of them, whose names are their numbers."""
+        """The canaries' file; their names are their numbers."""
         return "".join(
             f'[[canary]]\nname = "{item}"\ntext = "canary {item}"\n[canary.parameters]\n'
             f"seed = 1\nmax_new_tokens = {self._canary_tokens(item)}\nignore_eos = true\n"
@@ -122,5 +122,5 @@ class Plan:
         )
 
     def _canary_tokens(self, item: int) -> int:
-        """All canaries have the purpose and no sequence, so a script cannot tell them apart but by their length."""
+        """A script can tell canaries apart only by their length: they have the same purpose and no sequence."""
         return TOKENS if item in self._made["CANARY"] else SHORT

@@ -1,4 +1,4 @@
-"""Audits: what was chosen is run again, and the entries, the metrics and the engine's script agree about what differed."""
+"""Audits: sampled items are run again, and the entries, the metrics and the engine's script agree on what diverged."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ ALL = ("--audit-rate", "1")
 
 
 async def items(door: Door, *counts: int, tokens: int = 8) -> None:
-    """Requests one after the other, of so many items each."""
+    """Requests one after the other, with these numbers of items."""
     for count in counts:
         response = await door.client.generate([f"p{n}" for n in range(count)], max_new_tokens=tokens, ignore_eos=True)
         assert all(result.HasField("output") for result in response.results)
 
 
 async def judged(door: Door, count: int) -> list[Audited]:
-    """The AUDITED entries, once there are so many; the metrics agree with them."""
+    """The AUDITED entries, once there are `count` of them in the metrics and in the journal."""
     await eventually(lambda: counted(door.pair, "audit").total() >= count, f"{count} audits have a verdict")
     found: list[Audited] = []
 
@@ -32,8 +32,8 @@ async def judged(door: Door, count: int) -> list[Audited]:
     return found
 
 
-async def test_the_lot_decides() -> None:
-    """At a rate of one third exactly those items are audited that the lot says, whatever else happens."""
+async def test_the_sampling_hash_decides() -> None:
+    """At a rate of one third exactly those items are audited that the sampling hash selects."""
     async with own("--audit-rate", "0.3333") as door:
         await items(door, 30, 30)
         log_id = (await door.client.head()).log_id
@@ -44,10 +44,10 @@ async def test_the_lot_decides() -> None:
         assert len(await audited(door.client, "audit")) == len(chosen)
 
 
-async def test_what_ran_alone_is_audited_in_company() -> None:
-    """Four items, each alone in the engine, are run again together: an engine that only errs in company is found out."""
-    unhurried = ("--tick-seconds", "60")  # else the first three may be run beside the fourth
-    async with own(*ALL, *unhurried, rules=[rule("diverge", 1, "AUDIT", company=True)], delay_seconds=0.002) as door:
+async def test_items_that_ran_alone_are_audited_together() -> None:
+    """Four items that each ran alone are audited together, which shows an engine that diverges only beside other runs."""
+    slow_ticks = ("--tick-seconds", "60")  # else the first three may be run beside the fourth
+    async with own(*ALL, *slow_ticks, rules=[rule("diverge", 1, "AUDIT", company=True)], delay_seconds=0.002) as door:
         await items(door, 1, 1, 1)
         assert door.pair.metrics()["ostinato_audit_backlog_items"] == 3
         await items(door, 1)
@@ -55,8 +55,8 @@ async def test_what_ran_alone_is_audited_in_company() -> None:
         assert Counter(each.verdict for each in await judged(door, 4)) == Counter(diverged=4)
 
 
-async def test_a_restart_takes_up_what_was_left() -> None:
-    """Audits that a killed sidecar had not come to are run by the next one: each chosen item is judged once."""
+async def test_a_restart_continues_audits() -> None:
+    """Audits that a killed sidecar left are run by the next one: each sampled item gets one verdict."""
     hang = rule("hang", 0, "AUDIT", sequences=[4, 5, 6, 7, 8, 9])
     with Pair(service=scripted(rules=[hang]), sidecar=ALL) as pair:
         pair.start()
@@ -75,8 +75,8 @@ async def test_a_restart_takes_up_what_was_left() -> None:
             assert counted(pair, "audit") == Counter(match=7, diverged=2)
 
 
-async def test_the_budget_and_the_bound() -> None:
-    """What finds no room in the backlog is counted, as BUDGET where that is why: judged, waiting and skipped are all."""
+async def test_the_budget_and_the_backlog() -> None:
+    """Audits beyond the backlog are counted, as BUDGET if the budget is spent. An item has a verdict, waits, or is counted."""
     flags = ("--audit-tokens-per-second", "0.001", "--audit-backlog-max", "3")
     async with own(*ALL, *flags) as door:
         await items(door, 20, 20)
@@ -91,8 +91,8 @@ async def test_the_budget_and_the_bound() -> None:
         assert missing(door.pair, "audit")["BUDGET"] > 0
 
 
-async def test_another_engine_is_no_audit() -> None:
-    """What waits for an audit while another engine comes is skipped and counted: all it could show is drift."""
+async def test_another_engine_skips_audits() -> None:
+    """Audits that wait while the engine is replaced by one with another fingerprint are skipped and counted."""
     with Pair(service=scripted(), sidecar=ALL) as pair:
         pair.start()
         async with opened(pair) as door:

@@ -1,4 +1,4 @@
-"""Canaries: answers are learned once for each fingerprint, and whatever differs from them later is found."""
+"""Canaries: an answer is learned once per fingerprint, and later answers that differ are found."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def learned(pair: Pair) -> Counter[str]:
 
 
 async def test_a_changed_answer_is_found(tmp_path: Path) -> None:
-    """Learned at the first connection, equal at the next one of the same engine, learned apart on another one, and DIVERGED
-    where an engine of the first fingerprint makes another token: in the metrics, and in entries that name the canary."""
+    """Answers are learned at the first connection, equal at the next one, learned again under another fingerprint, and DIVERGED
+    if an engine with the first fingerprint makes another token: in the metrics, and in entries that name the canary."""
     file = tmp_path / "canaries.toml"
     file.write_text(THREE)
     with Pair(service=scripted(), sidecar=[*WATCHING, "--canaries", str(file)]) as pair:
@@ -58,8 +58,8 @@ async def test_a_changed_answer_is_found(tmp_path: Path) -> None:
         assert [fault for page in verify_journal(pair.folder / "journal.sqlite") for fault in page.faults] == []
 
 
-async def test_what_is_known_outlives_the_sidecar() -> None:
-    """The default set: a sidecar that starts again knows the answers; what the engine cannot do is said once and counted."""
+async def test_answers_survive_a_restart() -> None:
+    """A restarted sidecar knows the answers of the default canaries. One that the engine refuses is logged once and counted."""
     with Pair(service=scripted(), sidecar=WATCHING) as pair:
         pair.start()
         await eventually(lambda: learned(pair).total() == 5, "all but one are learned")
@@ -73,8 +73,8 @@ async def test_what_is_known_outlives_the_sidecar() -> None:
         assert learned(pair).total() == 5
 
 
-async def test_again_and_again() -> None:
-    """They run on a timer too; a refused one is counted each time and said once."""
+async def test_rounds() -> None:
+    """Canaries also run on a timer. A refused one is counted in each round and logged once."""
     with Pair(service=scripted(), sidecar=["--canary-seconds", "0.2"]) as pair:
         pair.start()
         await eventually(lambda: counted(pair, "canary")["match"] >= 10, "two more rounds")
@@ -83,7 +83,7 @@ async def test_again_and_again() -> None:
 
 
 async def test_a_canary_that_kills_the_engine() -> None:
-    """Twice, and then it is given up: the engine lives on, and is not killed at every start."""
+    """A canary under which two engines are lost is not run any more, so the third one survives."""
     with Pair(service=scripted(rules=[rule("crash", 20, "CANARY")]), sidecar=WATCHING) as pair:
         pair.start()
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""An engine that diverges in exactly k of n items, and everything that counts them: journal, metrics, report, answers."""
+"""An engine that diverges in exactly k of n items: journal, metrics, report and answers all have that count."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _plan() -> Plan:
 
 @pytest.fixture(name="pair")
 def _pair(plan: Plan, tmp_path: Path) -> Iterator[Pair]:
-    """With canaries that are learned."""
+    """A pair with canaries."""
     file, state = tmp_path / "canaries.toml", tmp_path / "state"
     file.write_text(plan.canaries())
     sidecar = [*SECOND_RUNS, "--canaries", str(file)]
@@ -45,8 +45,8 @@ def _pair(plan: Plan, tmp_path: Path) -> Iterator[Pair]:
 
 
 async def test_k_of_n_everywhere(pair: Pair, plan: Plan) -> None:
-    """Every kind of comparison: each counter, bound, verdict, answer and entry says k of n, also after a kill -9 of the
-    sidecar, and after a SIGTERM."""
+    """For every kind of comparison each counter, interval, verdict, answer and entry has k of n, also after a kill -9 and after
+    a SIGTERM of the sidecar."""
     async with opened(pair) as door:
         await eventually(lambda: learned(pair) == N, "the canaries are learned")
         prompts = [f"prompt {number}" for number in range(N)]
@@ -58,8 +58,8 @@ async def test_k_of_n_everywhere(pair: Pair, plan: Plan) -> None:
         replayed = [each.comparison async for each in door.client.replay(REPEATED[0], REPEATED[-1])]
         await settled(door, audits=4 * N)
         await agree(door, plan)
-    told(replayed, plan.kind("replay"))
-    told([result.comparison for result in verified.results], plan.kind("verify"))
+    check_comparisons(replayed, plan.kind("replay"))
+    check_comparisons([result.comparison for result in verified.results], plan.kind("verify"))
 
     for stop in (Program.kill, Program.stop):
         stop(pair.sidecar)
@@ -67,34 +67,36 @@ async def test_k_of_n_everywhere(pair: Pair, plan: Plan) -> None:
         async with opened(pair) as door:
             await agree(door, plan)
             records = [record for sequence in REPEATED for record in await door.client.get(sequence)]
-            told([record.result.comparison for record in records], plan.kind("verify"))
+            check_comparisons([record.result.comparison for record in records], plan.kind("verify"))
 
 
 def learned(pair: Pair) -> int:
-    """Canaries whose answers are known."""
+    """How many canaries are learned."""
     return sum(record.get("message") == "canary learned" for record in pair.sidecar.records())
 
 
 async def settled(door: Door, audits: int) -> None:
-    """Until so many items are audited; nothing is left to compare then."""
+    """Wait until this many items are audited; nothing is left to compare then."""
     await eventually(lambda: counted(door.pair, "audit").total() == audits, f"{audits} have a verdict")
     await door.freed()
 
 
 async def lost_and_recovered(door: Door, plan: Plan) -> None:
-    """Items that were heard up to a token, whose engine is killed, and which are run again by the next one."""
-    heard: Counter[int] = Counter()
+    """Items that are streamed up to a token, whose engine is killed, and that the next engine runs again."""
+    received: Counter[int] = Counter()
 
     async def listen() -> None:
         stream = door.client.stream([f"lost {number}" for number in range(N)], **SEEDED)
         async with aclosing(stream):
             async for event in stream:
                 for run in event.tokens.runs:
-                    heard[run.sequence] += len(run.token_ids)
+                    received[run.sequence] += len(run.token_ids)
 
     listening = asyncio.create_task(listen())
-    await eventually(lambda: len(heard) == N and set(heard.values()) == {SENT}, "every item is heard up to where it hangs")
-    assert set(heard) == set(RECOVERED)
+    await eventually(
+        lambda: len(received) == N and set(received.values()) == {SENT}, "every item is received up to where it hangs"
+    )
+    assert set(received) == set(RECOVERED)
     door.pair.service.kill()
     door.pair.start_service("--script", plan.script(canaries_diverge=True))
     await listening
@@ -102,13 +104,13 @@ async def lost_and_recovered(door: Door, plan: Plan) -> None:
 
 
 async def agree(door: Door, plan: Plan) -> None:
-    """All that is said anywhere is what was planned."""
+    """Check every count against the plan."""
     journal, colliding = await journalled(door.client)
     report = await door.client.report()
     metrics = door.pair.metrics()
     for expected in plan.kinds:
         compared = {item: comparison for item, comparison in journal if kind_of(comparison) == expected.kind}
-        told(list(compared.values()), expected, items=list(compared))
+        check_comparisons(list(compared.values()), expected, items=list(compared))
         assert counted(door.pair, expected.kind) == Counter(match=expected.n - expected.k, diverged=expected.k)
         check_metrics(metrics, expected)
         [stratum] = [each for each in report.strata if kind_of(each) == expected.kind]
@@ -126,7 +128,7 @@ async def agree(door: Door, plan: Plan) -> None:
 
 
 async def journalled(client: Client) -> tuple[list[tuple[int, types_pb2.Comparison]], dict[int, bool]]:
-    """Every comparison in the journal, and whether an item collides where that was looked at."""
+    """Every comparison in the journal, and by item the results of collision checks."""
     found, collisions = [], {}
     async for entry in client.tail(payloads=True):
         if entry.header.kind == types_pb2.ENTRY_KIND_COMPLETED:
@@ -141,8 +143,8 @@ async def journalled(client: Client) -> tuple[list[tuple[int, types_pb2.Comparis
     return found, collisions
 
 
-def told(comparisons: list[types_pb2.Comparison], expected: Expected, items: list[int] | None = None) -> None:
-    """Each item has the verdict, the token and the length that it should; `items`: whose they are, if not their sequences'."""
+def check_comparisons(comparisons: list[types_pb2.Comparison], expected: Expected, items: list[int] | None = None) -> None:
+    """Check verdict, first difference and length of each item. `items`: of the comparisons, if they are not sequences."""
     items = items or [each.sequence for each in comparisons]
     said = dict(zip(items, comparisons, strict=True))
     assert len(comparisons) == len(said) == expected.n, expected

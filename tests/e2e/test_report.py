@@ -1,4 +1,4 @@
-"""What an operator is told of divergence, end to end: the same through a kill -9, in metrics, report and page."""
+"""The divergence report, end to end: metrics, report and HTML page agree."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCRIPT = {"rules": [{"do": "diverge", "at": AT, "sequences": DIVERGING}]}
 
 @pytest.fixture(name="pair", scope="module")
 def _pair() -> Iterator[Pair]:
-    """One that has diverged, as told, in twins."""
+    """A pair whose twins have diverged, as scripted."""
     with Pair(service=["--script", json.dumps(SCRIPT), "--self-test", "off"]) as pair:
         pair.start()
         with SyncClient(pair.target) as client:
@@ -36,7 +36,7 @@ def report(pair: Pair, *args: str) -> tuple[int, str]:
 
 
 def test_metrics_and_report_agree(pair: Pair) -> None:
-    """The report's counts are the metrics', and both are what the script did; an alarm is exit code 1."""
+    """The report and the metrics have the counts of the script. With an alarm the exit code is 1."""
     code, text = report(pair, "--json")
     (stratum,) = json.loads(text)["strata"]
     metrics, labels = pair.metrics(), '{grade="best_effort",kind="twin"}'
@@ -57,7 +57,7 @@ def test_metrics_and_report_agree(pair: Pair) -> None:
 
 
 def chromium() -> Any:
-    """A real browser, or the reason why there is none."""
+    """A real browser, or a skip with the reason."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = shutil.which("chromium")
     if path is None:
@@ -66,7 +66,7 @@ def chromium() -> Any:
 
 
 def test_the_page_in_a_browser(pair: Pair, tmp_path: Path) -> None:
-    """The page shows two charts offline, without a complaint, in less than 1 MB, and their numbers are those of the JSON."""
+    """The page shows two charts offline and without errors, has less than 1 MB, and has the numbers of the JSON."""
     pytest.importorskip("matplotlib", reason="ostinato[report] is not installed")
     start, path = chromium()
     file = tmp_path / "report.html"

@@ -1,4 +1,4 @@
-"""VllmEngine at a real sidecar's door, called as a gateway would: proof, deadlines, tenants, and ends."""
+"""VllmEngine of a real sidecar, called as a gateway calls it: receipts, deadlines, tenants, cancellation."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from tests.pair import ROOT, Pair, Program
 
 SCRIPT = '{"rules": [{"do": "hang", "at": 100}]}'
 HANGS = 200
-"""More tokens than any run gets to."""
+"""More tokens than any run reaches."""
 NAME = "vllm.grpc.engine.VllmEngine"
 
 
 @dataclass(frozen=True)
 class Face:
-    """A pair whose sidecar wears it, and the tokens of two tenants and an operator."""
+    """A pair with --vllm-face, and the tokens of two tenants and an operator."""
 
     pair: Pair
     tokens: dict[str, str]
@@ -72,7 +72,7 @@ def asked(request_id: str = "r", *, stream: bool = False, **parameters: Any) -> 
 
 
 async def code_of(call: Any) -> grpc.StatusCode:
-    """With which a stream ends, read to its end."""
+    """The status of a stream, read to its end."""
     try:
         while await call.read() is not grpc.aio.EOF:
             pass
@@ -83,7 +83,7 @@ async def code_of(call: Any) -> grpc.StatusCode:
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_receipts_come_in_the_trailers(face: Face, stub: Any, stream: bool) -> None:
-    """With the stamp: each proves its item offline, and is the one that the journal keeps."""
+    """The trailers have the stamp, and receipts that verify offline and equal the journal's."""
     call = stub.Generate(asked(stream=stream, n=2, seed=5), metadata=face.metadata("acme"))
     messages = [message async for message in call]
     trailers = await call.trailing_metadata()
@@ -100,8 +100,8 @@ async def test_receipts_come_in_the_trailers(face: Face, stub: Any, stream: bool
             assert record.input.seed == 5 + number - stamp.first_sequence
 
 
-async def test_who_calls_is_asked(face: Face, stub: Any) -> None:
-    """Without a token nothing is answered, health included; with one, the item is its tenant's."""
+async def test_credentials_are_required(face: Face, stub: Any) -> None:
+    """Without a token every call is refused, health included; with one, the item belongs to its tenant."""
     for call in (stub.Generate(asked()).read(), stub.HealthCheck(vllm.HealthCheckRequest())):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call
@@ -116,7 +116,7 @@ async def test_who_calls_is_asked(face: Face, stub: Any) -> None:
 
 
 async def test_a_request_id_that_no_log_can_hold(face: Face, stub: Any) -> None:
-    """A NUL in it is refused by name."""
+    """A request id with a NUL is refused by the field's name."""
     with pytest.raises(grpc.aio.AioRpcError, match="request_id: must not have a NUL") as caught:
         await stub.Generate(asked("a\0b"), metadata=face.metadata("acme")).read()
 
@@ -124,7 +124,7 @@ async def test_a_request_id_that_no_log_can_hold(face: Face, stub: Any) -> None:
 
 
 async def test_abort(face: Face, stub: Any) -> None:
-    """Ends all of the caller's calls with this request id, as CANCELLED, and nobody else's; unknown ids are ignored."""
+    """Abort ends all calls of this tenant with this request id, as CANCELLED. Unknown ids are ignored."""
     calls = {
         name: stub.Generate(asked("same", stream=True, max_tokens=HANGS, ignore_eos=True), metadata=face.metadata(tenant))
         for name, tenant in (("one", "acme"), ("two", "acme"), ("other", "zeta"))
@@ -143,7 +143,7 @@ async def test_abort(face: Face, stub: Any) -> None:
 
 
 async def test_a_call_without_a_deadline_has_one() -> None:
-    """--vllm-timeout-seconds: then the item fails with DEADLINE_EXCEEDED, and the call with it, streamed or not."""
+    """After --vllm-timeout-seconds the item and its call fail with DEADLINE_EXCEEDED, streamed or not."""
     sidecar = ["--vllm-face", "--vllm-timeout-seconds", "0.5"]
     with Pair(service=["--script", SCRIPT, "--self-test", "off"], sidecar=sidecar) as pair:
         pair.start()
@@ -157,8 +157,8 @@ async def test_a_call_without_a_deadline_has_one() -> None:
                 assert record.result.status.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
 
 
-async def test_what_a_gateway_asks_at_first(face: Face, stub: Any) -> None:
-    """What runs, how full it is, that it is well, and the tokenizer whole, with its digest behind."""
+async def test_the_calls_of_a_gateway_s_start(face: Face, stub: Any) -> None:
+    """Model, load, health and the whole tokenizer with its digest are returned."""
     seen = {"metadata": face.metadata("acme")}
     model = await stub.GetModelInfo(vllm.GetModelInfoRequest(), **seen)
     loads = await stub.GetLoads(vllm.GetLoadsRequest(), **seen)
@@ -174,8 +174,8 @@ async def test_what_a_gateway_asks_at_first(face: Face, stub: Any) -> None:
     assert health.status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_what_there_is_not_is_unimplemented(face: Face, stub: Any) -> None:
-    """Embeddings, profiles and cache events say so, and so does another kind of worker's health: a gateway probes for it."""
+async def test_unsupported_calls_are_unimplemented(face: Face, stub: Any) -> None:
+    """Embeddings, profiles, cache events and the health of other kinds of workers are UNIMPLEMENTED."""
     async with grpc.aio.insecure_channel(face.pair.target) as channel:
         other: Any = sglang_scheduler_pb2_grpc.SglangSchedulerStub(channel)
         for call in (
@@ -191,8 +191,8 @@ async def test_what_there_is_not_is_unimplemented(face: Face, stub: Any) -> None
             assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_without_an_engine_it_is_not_well() -> None:
-    """HealthCheck says why, and asking for the model is UNAVAILABLE: the gateway takes it out of its rounds, and comes back."""
+async def test_health_without_an_engine() -> None:
+    """HealthCheck gives the reason, and the model is UNAVAILABLE."""
     with Pair(sidecar=["--vllm-face"]) as pair:
         pair.start_sidecar()
         async with grpc.aio.insecure_channel(pair.target) as channel:
@@ -210,8 +210,8 @@ async def test_without_an_engine_it_is_not_well() -> None:
 
 
 async def test_each_gateway_has_the_tokenizer_that_it_was_given() -> None:
-    """After a change of the model a new gateway that asks for the tokenizer is served, and by that no other: one that holds the
-    earlier one is refused until it asks too, and so is a connection that asked for none, as it may be that gateway's."""
+    """After a change of the model, a gateway is served only after it has requested the new tokenizer. A connection that has
+    requested none is refused, as it may belong to a gateway with the old one."""
     local = [("grpc.use_local_subchannel_pool", 1)]  # else channels of one process share a connection
     with Pair(service=["--self-test", "off"], sidecar=["--vllm-face"]) as pair:
         pair.start()
@@ -236,12 +236,12 @@ async def test_each_gateway_has_the_tokenizer_that_it_was_given() -> None:
 
 
 async def given(stub: Any) -> None:
-    """The tokenizer, as a gateway asks for it."""
+    """Request the tokenizer, as a gateway does."""
     assert [chunk async for chunk in stub.GetTokenizer(common_pb2.GetTokenizerRequest())]
 
 
 async def served(stub: Any) -> bool:
-    """Whether its requests are, and are not refused for their token ids."""
+    """Whether requests are served, and not refused because of the tokenizer."""
     code = await code_of(stub.Generate(asked()))
     assert code in (grpc.StatusCode.OK, grpc.StatusCode.FAILED_PRECONDITION)
     return code is grpc.StatusCode.OK
@@ -252,7 +252,7 @@ async def healthy(stub: Any) -> bool:
 
 
 def test_its_package_is_needed_only_where_it_is_wanted(tmp_path: Path) -> None:
-    """Without smg-grpc-proto the sidecar runs, and with --vllm-face it stops at once, naming the extra."""
+    """Without smg-grpc-proto the sidecar starts; with --vllm-face it ends at once and names the extra."""
     (tmp_path / "smg_grpc_proto.py").write_text("raise ModuleNotFoundError('it is not installed here')")
     paths = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "proto")])
     flags = ["--listen", "127.0.0.1:0", "--metrics", "", "--journal", str(tmp_path / "journal"), "--log-format", "json"]
