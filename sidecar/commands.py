@@ -27,10 +27,10 @@ from sidecar.journal.ledger import LOST_MAX
 from sidecar.journal.maintenance import verify as verified
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalBroken, JournalUnusable, Loss
-from sidecar.journal.store import Kept
+from sidecar.journal.store import SqlStore
 from sidecar.journal.transfer import LinesUnusable, copied, keys_of, sound_lines, sound_part, take_in
 from sidecar.journal.transfer import export as lines_of
-from sidecar.opening import open_journal, open_kept
+from sidecar.opening import open_for_maintenance, open_journal
 
 _AGES = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 """Seconds by unit."""
@@ -74,15 +74,15 @@ def main(argv: Sequence[str]) -> None:
 @app.command()
 def verify(journal: Journal = JOURNAL, config: Config = None) -> None:
     """Check every link, every invariant, and every payload that is kept. The first bad entry ends it, with exit code 1."""
-    with closing(open_kept(journal)) as kept, _progress(kept) as came_to:
+    with closing(open_for_maintenance(journal)) as store, _progress(store) as came_to:
         index = 0
-        for checked in verified(lambda index, limit: kept.entries(index, limit, payloads=True)):
+        for checked in verified(lambda index, limit: store.entries(index, limit, payloads=True)):
             if checked.faults:
                 others = f" (and {len(checked.faults) - 1} more, some because of it)" if len(checked.faults) > 1 else ""
-                raise JournalUnusable(f"{kept.name} is damaged: {checked.faults[0]}{others}: {RESTORE}")
+                raise JournalUnusable(f"{store.name} is damaged: {checked.faults[0]}{others}: {RESTORE}")
             came_to(index := checked.index)
-        if fault := kept.structure():
-            raise JournalUnusable(f"{kept.name} is damaged: {fault}: {RESTORE}")
+        if fault := store.structure():
+            raise JournalUnusable(f"{store.name} is damaged: {fault}: {RESTORE}")
     note(f"{index} entries are sound")
 
 
@@ -97,8 +97,8 @@ def prune(
 ) -> None:
     """Drop the payloads of items that have ended before. Prompts and answers go for good; hashes, and so the chain, stay."""
     old, dropped = older(before, time.time()), 0
-    with closing(open_kept(journal)) as kept, _progress(kept) as came_to:
-        for index, count in maintenance.prune(kept, old):
+    with closing(open_for_maintenance(journal)) as store, _progress(store) as came_to:
+        for index, count in maintenance.prune(store, old):
             dropped += count
             came_to(index)
     note(f"{dropped} payloads are dropped")
@@ -107,8 +107,8 @@ def prune(
 @app.command()
 def redact(sequences: Annotated[list[int], typer.Argument(min=1)], journal: Journal = JOURNAL, config: Config = None) -> None:
     """Drop the payloads of single items, as prune does."""
-    with closing(open_kept(journal)) as kept:
-        note(f"{maintenance.redact(kept, sequences)} payloads are dropped")
+    with closing(open_for_maintenance(journal)) as store:
+        note(f"{maintenance.redact(store, sequences)} payloads are dropped")
 
 
 @app.command()
@@ -125,8 +125,8 @@ def export(
             raise typer.BadParameter("--until-damage is for a journal in a file")
         _salvage(Path(journal), file)
         return
-    with closing(open_kept(journal)) as kept, _progress(kept) as came_to, _created(file) as lines:
-        for number, line in enumerate(lines_of(kept)):
+    with closing(open_for_maintenance(journal)) as store, _progress(store) as came_to, _created(file) as lines:
+        for number, line in enumerate(lines_of(store)):
             lines.write(line + "\n")
             came_to(number)
 
@@ -160,11 +160,11 @@ def import_(
     """Fill an empty journal from such lines: all of it, with its chain verified, or nothing."""
     with (
         nullcontext(sys.stdin) if file == "-" else Path(file).open(encoding="utf-8") as lines,
-        closing(open_kept(journal, create=True)) as kept,
+        closing(open_for_maintenance(journal, create=True)) as store,
         progress("entries", None) as came_to,
     ):
         try:
-            log = take_in(kept, lines, writer, came_to)
+            log = take_in(store, lines, writer, came_to)
         except LinesUnusable as error:
             raise JournalUnusable(f"{'stdin' if file == '-' else file} {error}") from error
     note(f"log {log.log_id}: {log.index} entries, sequences to {log.last_sequence}")
@@ -183,8 +183,8 @@ def accept_loss(
     path = high_water or mark_of(journal)
     file = MarkFile(path) if path is not None else None
     mark = file.read() if file is not None else None
-    with closing(open_kept(journal)) as kept:
-        log = kept.log()
+    with closing(open_for_maintenance(journal)) as store:
+        log = store.log()
     if log is None and mark is None:
         raise JournalUnusable("the journal has no entries: it has lost nothing")
     if log is None or (mark is not None and mark.log_id != log.log_id):
@@ -226,8 +226,8 @@ def _utc(time: datetime) -> datetime:
     return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
 
 
-def _progress(kept: Kept) -> AbstractContextManager[Callable[..., None]]:
-    log = kept.log()
+def _progress(store: SqlStore) -> AbstractContextManager[Callable[..., None]]:
+    log = store.log()
     return progress("entries", None if log is None else log.index)
 
 

@@ -14,8 +14,8 @@ from sidecar.config import Settings, is_shared
 from sidecar.journal.diagnosis import user
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalUnusable, Mark, Opened
-from sidecar.journal.sqlite import SqliteKept, SqliteSettings, SqliteStore
-from sidecar.journal.store import Kept, Store
+from sidecar.journal.sqlite import SqliteSettings, SqliteStore
+from sidecar.journal.store import SqlStore, Store
 
 
 def open_journal(settings: Settings, now_millis: int, *, checked: bool = True) -> tuple[Store, Opened]:
@@ -36,13 +36,13 @@ def _mark(path: Path) -> Mark | None:
         raise program.StartupError(f"--high-water: {error}") from error
 
 
-def open_kept(journal: str, *, create: bool = False) -> Kept:
+def open_for_maintenance(journal: str, *, create: bool = False) -> SqlStore:
     """Raises JournalUnusable."""
     if not is_shared(journal):
-        return SqliteKept(Path(journal), create=create)
+        return SqliteStore.open_for_maintenance(Path(journal), create=create)
     with _postgres():
-        from sidecar.journal.postgres import PostgresKept
-    return PostgresKept(journal, create=create)
+        from sidecar.journal.postgres import PostgresStore
+    return PostgresStore.open_for_maintenance(journal, create=create)
 
 
 @contextmanager

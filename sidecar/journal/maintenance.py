@@ -14,11 +14,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.diagnosis import RESTORE
 from sidecar.journal.model import JournalUnusable, Sealed
-from sidecar.journal.store import Kept
-
-PAGE = 1_000
-"""Entries read at a time."""
-
+from sidecar.journal.store import PAGE, SqlStore
 
 MISSING = "its payload is missing, and its item has not ended"
 
@@ -150,32 +146,32 @@ def _check_payload(sealed: Sealed) -> list[str]:
     return [f"{name}: is not the payload's" for name, claimed, actual in claims if claimed != actual]
 
 
-def pages(kept: Kept, *, payloads: bool) -> Iterator[Sequence[Sealed]]:
+def pages(store: SqlStore, *, payloads: bool) -> Iterator[Sequence[Sealed]]:
     """All entries. Raises JournalUnusable for the first that is damaged: what it says must be neither copied nor believed."""
     checker, index = Checker(), 1
-    while page := kept.entries(index, PAGE, payloads=payloads):
+    while page := store.entries(index, PAGE, payloads=payloads):
         for sealed in page:
             if faults := checker.check(sealed):
-                raise JournalUnusable(f"{kept.name} is damaged: {name_of(sealed.header)}: {'; '.join(faults)}: {RESTORE}")
+                raise JournalUnusable(f"{store.name} is damaged: {name_of(sealed.header)}: {'; '.join(faults)}: {RESTORE}")
         yield page
         index += len(page)
 
 
-def prune(kept: Kept, old: Callable[[types_pb2.EntryHeader], bool]) -> Iterator[tuple[int, int]]:
+def prune(store: SqlStore, old: Callable[[types_pb2.EntryHeader], bool]) -> Iterator[tuple[int, int]]:
     """Drop the payloads of items whose outcome is old. After each page: the index it came to, and how many payloads went."""
-    for page in pages(kept, payloads=False):
+    for page in pages(store, payloads=False):
         ended = [entry.header for entry in page if entry.header.kind in OUTCOMES]
-        yield page[-1].header.index, kept.drop([header.sequence for header in ended if old(header)])
+        yield page[-1].header.index, store.drop([header.sequence for header in ended if old(header)])
 
 
-def redact(kept: Kept, sequences: Iterable[int]) -> int:
+def redact(store: SqlStore, sequences: Iterable[int]) -> int:
     """Drop the payloads of these items; how many there were. Raises JournalUnusable, and drops nothing, where one of them is
     unknown or has not ended."""
     wanted = sorted(set(sequences))
     for sequence in wanted:
-        found = kept.items(sequence, sequence, 1)
+        found = store.items(sequence, sequence, 1)
         if not found:
-            raise JournalUnusable(f"{kept.name}: there is no sequence {sequence}")
+            raise JournalUnusable(f"{store.name}: there is no sequence {sequence}")
         if found[0].outcome is None:
-            raise JournalUnusable(f"{kept.name}: sequence {sequence} has not ended: its payload is needed to finish it")
-    return kept.drop(wanted)
+            raise JournalUnusable(f"{store.name}: sequence {sequence} has not ended: its payload is needed to finish it")
+    return store.drop(wanted)

@@ -10,13 +10,14 @@ import asyncio
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ostinato.digest import DIGEST_BYTES
 from ostinato.errors import JournalUnavailable
 
 from sidecar.journal.diagnosis import user
-from sidecar.journal.model import JournalUnusable, Mark
+from sidecar.journal.model import Head, JournalUnusable, Mark, Sealed
 from sidecar.journal.writer import Journal
 
 
@@ -77,18 +78,18 @@ class MarkFile:
             os.close(folder)
 
 
-def check_mark(mark: Mark, log_id: str, index: int, last_sequence: int, marked_hash: bytes | None) -> None:
-    """Whether a journal of this log, with so many entries and numbers, holds what the mark says was durable. `marked_hash`: of
-    its entry with the mark's index. Raises JournalUnusable that says what is lost, and what to do."""
-    if log_id != mark.log_id:
+def check_mark(mark: Mark, head: Head, marked: Sequence[Sealed]) -> None:
+    """Check that a journal with this head holds what the mark says was durable. `marked`: its entry with the mark's index, if
+    there is one. Raises JournalUnusable that says what is lost, and what to do."""
+    if head.log_id != mark.log_id:
         raise JournalUnusable(
             f"the high-water mark is of log {mark.log_id}, and this journal is another or new: put that log's journal back, "
             "or remove the mark to begin without it"
         )
-    if marked_hash == mark.entry_hash:
+    if marked and marked[0].entry_hash == mark.entry_hash:
         return
-    found = f"has another entry {mark.index}" if marked_hash is not None else f"ends at entry {index}, sequence {last_sequence}"
-    through = max(mark.last_sequence, last_sequence)
+    found = f"has another entry {mark.index}" if marked else f"ends at entry {head.index}, sequence {head.last_sequence}"
+    through = max(mark.last_sequence, head.last_sequence)
     raise JournalUnusable(
         f"its end is lost: it {found}, and entry {mark.index}, sequence {mark.last_sequence} was durable: put a newer copy "
         f"back, or accept the loss: python -m sidecar accept-loss --through {through}"

@@ -9,48 +9,51 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import secrets
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 import psycopg
 from google.protobuf.message import DecodeError
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from ostinato.chain import GENESIS, OUTCOMES, entry_hash
+from ostinato.chain import GENESIS, entry_hash
 from ostinato.errors import JournalFull, JournalUnavailable
 from ostinato.v1 import types_pb2
 
-from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs, needs, verifications
+from sidecar.journal.ledger import Known, Ledger, Needs, needs
 from sidecar.journal.mark import check_mark
 from sidecar.journal.model import (
-    FINGERPRINTS,
     Appended,
-    Binding,
     CommitUnknown,
     Draft,
     Head,
-    ItemEntries,
     JournalBroken,
     JournalUnusable,
-    Key,
     Log,
     Mark,
     Opened,
     Sealed,
     Unfinished,
 )
+from sidecar.journal.store import COLUMNS, Damaged, Name, Row, SqlStore, StoreSettings, Tables, sealed_of
 
 Connection = psycopg.Connection[tuple[Any, ...]]
+T = TypeVar("T")
 
 BACKOFF_SECONDS, BACKOFF_SECONDS_MAX = 0.1, 2.0
 """Between attempts to connect; doubled from the one to the other."""
 LOCK_WAITS_PER_LEASE = 4
 """A statement that has waited for a lock so long is cancelled, to look at the session that holds it."""
+LOCK_WAITS_MAX = 2 * LOCK_WAITS_PER_LEASE
+"""For one lock: a session that is stopped is ended after one lease, and one that is at work may take another."""
+RENEWALS_PER_LEASE = 4
+"""How often a writer renews its lease and looks at those of others."""
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,19 @@ _SESSION = """SELECT set_config(name, wanted, false) FROM pg_settings JOIN (VALU
     ('idle_in_transaction_session_timeout', %s), ('default_transaction_isolation', 'read committed'),
     ('synchronous_commit', 'on')) AS ours (name, wanted) USING (name)
   WHERE name <> 'synchronous_commit' OR setting IN ('off', 'local', 'remote_write')"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostgresSettings(StoreSettings):
+    """For how long a journal holds what."""
+
+    lease_seconds: float = 10.0
+    """After so long without a sign of life another writer may take over a writer's items."""
+
+    def __post_init__(self) -> None:
+        StoreSettings.__post_init__(self)
+        if self.lease_seconds <= 0:
+            raise ValueError("lease_seconds must be positive")
 
 
 class LogLocked(JournalUnavailable):
@@ -128,8 +144,8 @@ class Database:
             raise JournalBroken(f"{type(error).__name__}: {error}") from error
         except BaseException as error:
             self.drop()  # with whatever transaction stands open
-            if isinstance(error, DecodeError):
-                raise JournalBroken(f"an entry cannot be read: {error}") from error
+            if isinstance(error, Damaged | DecodeError):
+                raise JournalBroken(f"the journal is damaged: {error}") from error
             raise
 
     @contextmanager
@@ -289,7 +305,7 @@ def _one(db: Connection, query: str) -> object:
     return row[0]
 
 
-_HEAD = "SELECT log_id, last_index, head_hash, last_sequence FROM log"
+_LOG = "SELECT log_id, last_index, head_hash, last_sequence FROM log"
 _LOCK_LOG = "SELECT log_id, last_index, head_hash, last_sequence FROM log FOR UPDATE"
 # A session that has locked the log's row and has waited for its client for a whole lease. Its writer's lease is over: one is
 # renewed between transactions only. Not a session that is at work: it may be committing, or waiting for a standby.
@@ -298,9 +314,9 @@ _END_STOPPED = """SELECT pid, application_name, pg_terminate_backend(pid)
   WHERE wait_event_type = 'Client' AND state_change < clock_timestamp() - make_interval(secs => %s)"""
 _RENEW = """UPDATE writers SET lease_until = clock_timestamp() + make_interval(secs => %s)
   WHERE name = %s AND epoch = %s RETURNING epoch"""
-_TURN = """UPDATE writers SET lease_until = clock_timestamp() + make_interval(secs => %s), committed = %s
+_BEGIN_SESSION = """UPDATE writers SET lease_until = clock_timestamp() + make_interval(secs => %s), committed = %s
   WHERE name = %s AND epoch = %s RETURNING epoch"""
-_EPOCH = """INSERT INTO writers AS known VALUES (%s, 1, clock_timestamp() + make_interval(secs => %s), '')
+_BEGIN_EPOCH = """INSERT INTO writers AS known VALUES (%s, 1, clock_timestamp() + make_interval(secs => %s), '')
   ON CONFLICT (name) DO UPDATE SET epoch = known.epoch + 1, lease_until = excluded.lease_until, committed = ''
   RETURNING epoch"""
 _DEAD = """SELECT FROM writers WHERE name <> %s AND lease_until < clock_timestamp()
@@ -308,53 +324,68 @@ _DEAD = """SELECT FROM writers WHERE name <> %s AND lease_until < clock_timestam
 _FENCE = """UPDATE writers SET epoch = epoch + 1 WHERE name <> %s AND lease_until < clock_timestamp()
   AND EXISTS (SELECT FROM items WHERE owner = writers.name AND outcome IS NULL) RETURNING name, epoch"""
 
-_ENTRIES = "SELECT * FROM sealed WHERE entry_index >= %s ORDER BY entry_index LIMIT %s"
-_ENTRIES_BARE = """SELECT entry_index, header, previous_hash, entry_hash, ''::bytea FROM sealed
-  WHERE entry_index >= %s ORDER BY entry_index LIMIT %s"""
-_ADMITTED = """SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted
-  WHERE sequence BETWEEN %s AND %s ORDER BY sequence LIMIT %s"""
-_UNFINISHED = """SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted
-  WHERE outcome IS NULL AND sequence BETWEEN %s AND %s ORDER BY sequence LIMIT %s"""
-_OUTCOMES = "SELECT sealed.* FROM items JOIN sealed ON entry_index = outcome WHERE sequence BETWEEN %s AND %s"
-_VERIFIED = "SELECT sealed.* FROM items JOIN sealed ON entry_index = verified WHERE sequence BETWEEN %s AND %s"
-_TAKEN = """WITH taken AS (UPDATE items SET owner = %s, attempt = attempt + 1
+_TAKE = """WITH taken AS (UPDATE items SET owner = %s, attempt = attempt + 1
     WHERE outcome IS NULL AND owner = ANY(%s) RETURNING sequence, admitted, attempt)
   SELECT sealed.*, attempt FROM taken JOIN sealed ON entry_index = admitted ORDER BY sequence"""
-_STILL_UNFINISHED = "SELECT sequence FROM items WHERE outcome IS NULL AND sequence = ANY(%s::bigint[])"
-_TWINS = "SELECT sealed.* FROM twins JOIN sealed USING (entry_index) WHERE input_digest = ANY(%b::bytea[]) ORDER BY entry_index"
-_BINDINGS = """SELECT tenant, key, request_digest, first_sequence, count FROM keys
-  WHERE key = ANY(%b::bytea[]) AND (expires_millis IS NULL OR expires_millis > %s)"""
-
-_WRITE_ENTRIES = """WITH made AS (INSERT INTO entries SELECT * FROM unnest(%b::bigint[], %b::bytea[], %b::bytea[]))
-  INSERT INTO payloads SELECT * FROM unnest(%b::bigint[], %b::bytea[])"""
-_WRITE_ITEMS = "INSERT INTO items (sequence, admitted, owner) SELECT * FROM unnest(%b::bigint[], %b::bigint[], %b::text[])"
-_BIND = """INSERT INTO keys SELECT first, n, digest, tenant, key, n
-    FROM unnest(%b::bigint[], %b::integer[], %b::bytea[], %b::bytea[], %b::bytea[]) AS bound (first, n, digest, tenant, key)
-  ON CONFLICT (key, tenant) DO UPDATE SET first_sequence = excluded.first_sequence, count = excluded.count,
-    request_digest = excluded.request_digest, unfinished = excluded.unfinished, expires_millis = NULL"""
-_END = """UPDATE items SET outcome = ended.entry_index FROM unnest(%b::bigint[], %b::bigint[]) AS ended (sequence, entry_index)
-  WHERE items.sequence = ended.sequence"""
-_VERIFY = """UPDATE items SET verified = audited.entry_index
-  FROM unnest(%b::bigint[], %b::bigint[]) AS audited (sequence, entry_index) WHERE items.sequence = audited.sequence"""
-_END_KEYED = """UPDATE keys SET unfinished = unfinished - n, expires_millis = CASE unfinished WHEN n THEN %s::bigint END
-  FROM unnest(%b::bigint[], %b::integer[]) AS ended (first, n) WHERE first_sequence = first"""
-_WRITE_TWINS = """INSERT INTO twins SELECT * FROM unnest(%b::bytea[], %b::bytea[], %b::bigint[]) ON CONFLICT DO NOTHING"""
-_WRITE_NOTES = """INSERT INTO notes SELECT * FROM unnest(%b::bytea[], %b::bytea[])
-  ON CONFLICT (name) DO UPDATE SET value = excluded.value"""
-_PURGE = """DELETE FROM keys WHERE first_sequence IN
-  (SELECT first_sequence FROM keys WHERE expires_millis <= %s ORDER BY expires_millis LIMIT %s)"""
-
-_DROP_ENDED = """DELETE FROM payloads WHERE entry_index IN (SELECT unnest(ARRAY[admitted, outcome])
-  FROM items JOIN unnest(%b::bigint[], %b::bigint[]) AS ended (sequence, first) USING (sequence)
-  WHERE NOT EXISTS (SELECT FROM keys WHERE first_sequence = first))"""
-_DROP_EXPIRED = """WITH expired AS
-    (SELECT first_sequence, count FROM keys WHERE expires_millis <= %s ORDER BY expires_millis LIMIT %s),
-  bound AS (UPDATE keys SET expires_millis = NULL FROM expired WHERE keys.first_sequence = expired.first_sequence)
-  DELETE FROM payloads WHERE entry_index IN (SELECT unnest(ARRAY[admitted, outcome]) FROM items JOIN expired
-    ON sequence BETWEEN expired.first_sequence AND expired.first_sequence + expired.count - 1)"""
+_WRITE_HEAD = "UPDATE log SET last_index = %s, head_hash = %b, last_sequence = %s"
+_WRITE_ITEMS = """INSERT INTO items (sequence, admitted, owner)
+  SELECT * FROM unnest(?::bigint[], ?::bigint[], ?::text[])"""
+# Each epoch of a writer begins its unfinished items anew. By the primary key: `items` has no index on `admitted`.
+_IMPORT_ATTEMPTS = """UPDATE items SET attempt = 1 + writers.epoch - r.epoch
+  FROM unnest(?::bigint[], ?::bigint[], ?::text[]) AS r (sequence, epoch, writer) JOIN writers ON name = r.writer
+  WHERE items.sequence = r.sequence AND writers.epoch > r.epoch"""
 
 
-_log = logging.getLogger(__name__)
+class _Session:
+    """Implements `store.Session`."""
+
+    def __init__(self, db: Connection) -> None:
+        self._db = db
+
+    def select(self, statement: str, *parameters: object) -> Iterator[Row]:
+        """Sent at once, also in a pipeline; the rows are read later."""
+        text, encoders = _translated(statement)
+        return _decoded(self._db.execute(text, _encoded(parameters, encoders)))
+
+    def execute(self, statement: str, *parameters: object) -> int:
+        text, encoders = _translated(statement)
+        return self._db.execute(text, _encoded(parameters, encoders)).rowcount
+
+    def each(self, statement: str, rows: Sequence[Row]) -> None:
+        if rows:
+            self.execute(statement, *map(list, zip(*rows, strict=True)))
+
+
+_PARAMETER = re.compile(r"\?(?:::(\w+)(\[\])?)?")
+Encoder = Callable[[Any], object] | None
+
+
+@cache
+def _translated(statement: str) -> tuple[bytes, tuple[Encoder, ...]]:
+    """The statement for psycopg, and how each of its parameters is encoded. Arrays travel in binary."""
+    encoders: list[Encoder] = []
+
+    def placeholder(parameter: re.Match[str]) -> str:
+        kind, array = parameter.groups()
+        if kind == "name":
+            encoders.append((lambda names: [name.encode() for name in names]) if array else str.encode)
+            return f"%b::bytea{array or ''}"
+        encoders.append(None)
+        return f"%b::{kind}[]" if array else "%s"
+
+    return _PARAMETER.sub(placeholder, statement).encode(), tuple(encoders)
+
+
+def _encoded(parameters: Sequence[object], encoders: Sequence[Encoder]) -> list[object]:
+    return [encode(each) if encode is not None else each for each, encode in zip(parameters, encoders, strict=True)]
+
+
+def _decoded(cursor: psycopg.Cursor[Row]) -> Iterator[Row]:
+    names = [COLUMNS[column.name] is Name for column in cursor.description or ()]
+    if not any(names):
+        yield from cursor
+    for row in cursor:
+        yield tuple(value.decode() if is_name else value for value, is_name in zip(row, names, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,171 +399,94 @@ class WriterSession:
     """Of one transaction."""
 
 
-class PostgresTables:
-    """Rows as values, on one connection."""
+class PostgresTables(Tables):
+    """Adds the rows of `log` and `writers`. Raises psycopg.Error; LockNotAvailable: a lock was not free."""
 
     def __init__(self, db: Connection) -> None:
+        super().__init__(_Session(db))
         self._db = db
 
-    # ---- transactions: the log's row is locked first, always, so that they come one after the other
+    # ---- transactions: each locks the row of `log` first, so that they come one after the other
 
-    def begin(self, turn: WriterSession, needs: Needs, now_millis: int) -> tuple[Head, Known]:
+    def begin(self, session: WriterSession, needs: Needs, now_millis: int) -> tuple[Head, Known]:
         """Begin a transaction: the log is this writer's until its end. JournalBroken: a newer epoch of it has begun."""
         with self._db.pipeline():
             self._db.execute("BEGIN")
             head = self._db.execute(_LOCK_LOG)
-            owned = self._db.execute(_TURN, (turn.lease_seconds, turn.token, turn.writer, turn.epoch))
-            bindings = self._db.execute(_BINDINGS, ([key.encode() for _, key in needs.keys], now_millis))
-            unfinished = self._db.execute(_STILL_UNFINISHED, (list(needs.sequences),))
-            found = self._db.execute(_TWINS, (list(needs.input_digests),))
+            owned = self._db.execute(_BEGIN_SESSION, (session.lease_seconds, session.token, session.writer, session.epoch))
+            known = self.look_up(needs, now_millis)
         _check_owned(owned.fetchone())
-        twins = defaultdict[bytes, tuple[Sealed, ...]](tuple)
-        for twin in map(_sealed, found):
-            twins[twin.header.input_digest] += (twin,)
-        met = {twin.header.fingerprint_digest for earlier in twins.values() for twin in earlier}
-        fingerprints = self._fingerprints() if met and len(met | needs.fingerprint_digests) > 1 else {}
-        known = Known(_bindings(bindings), frozenset(sequence for (sequence,) in unfinished), twins, fingerprints)
-        return _head(head.fetchone(), turn), known
+        return _head(head.fetchone(), session), known()
 
-    def _fingerprints(self) -> dict[bytes, Mapping[str, str]]:
-        noted = map(types_pb2.Fingerprint.FromString, self.notes(FINGERPRINTS).values())
-        return {fingerprint.digest: fingerprint.fields for fingerprint in noted}
-
-    def begin_epoch(self, writer: str, lease_seconds: float, new_log_id: str, genesis: bytes) -> Head:
+    def begin_epoch(self, writer: str, lease_seconds: float, new_log_id: str) -> Head:
         """Begin a transaction with the writer's next epoch; a new journal gets this log id."""
         self._db.execute("BEGIN")
-        self._db.execute("INSERT INTO log VALUES (true, %s, 0, %b, 0) ON CONFLICT DO NOTHING", (new_log_id, genesis))
+        self._db.execute("INSERT INTO log VALUES (true, %s, 0, %b, 0) ON CONFLICT DO NOTHING", (new_log_id, GENESIS))
         head = self._db.execute(_LOCK_LOG).fetchone()
-        row = self._db.execute(_EPOCH, (writer, lease_seconds)).fetchone()
+        row = self._db.execute(_BEGIN_EPOCH, (writer, lease_seconds)).fetchone()
         assert row is not None
         return _head(head, WriterSession(writer, row[0], lease_seconds))
 
     def fence(self, writer: str) -> list[tuple[str, int]]:
-        """Begin an epoch of every other writer whose lease has run out over unfinished items."""
+        """Begin an epoch of every other writer whose lease has run out over unfinished items: their names and epochs."""
         return sorted(self._db.execute(_FENCE, (writer,)).fetchall())
 
     def take(self, writer: str, owners: Iterable[str]) -> list[Unfinished]:
         """Make these writers' unfinished items this one's, for another attempt."""
-        rows = self._db.execute(_TAKEN, (writer, list(owners)))
-        return [Unfinished(_sealed(row), row[-1]) for row in rows]
+        rows = self._db.execute(_TAKE, (writer, list(owners)))
+        return [Unfinished(sealed_of(row[:-1]), row[-1]) for row in rows]
 
-    def write_entries(self, entries: Sequence[Sealed], verified: Sequence[types_pb2.EntryHeader]) -> None:
-        """The record, and what says where to look in it. `verified`: of those of kind VERIFY."""
-        headers = [entry.header for entry in entries]
-        admitted = [h for h in headers if h.kind == types_pb2.ENTRY_KIND_ADMITTED]
-        ended = [h for h in headers if h.kind in OUTCOMES]
-        completed = [h for h in ended if h.kind == types_pb2.ENTRY_KIND_COMPLETED]
-        indexes, serialised = [h.index for h in headers], [h.SerializeToString(deterministic=True) for h in headers]
-        hashes, payloads = [e.entry_hash for e in entries], [e.payload for e in entries]
-        self._write(_WRITE_ENTRIES, indexes, serialised, hashes, indexes, payloads)
-        self._write(_WRITE_ITEMS, *_columns((h.sequence, h.index, h.writer) for h in admitted))
-        self._write(_END, [h.sequence for h in ended], [h.index for h in ended])
-        self._write(_VERIFY, [h.sequence for h in verified], [h.index for h in verified])
-        self._write(_WRITE_TWINS, *_columns((h.input_digest, h.fingerprint_digest, h.index) for h in completed))
-
-    def write_notes(self, notes: Mapping[str, bytes]) -> None:
-        self._write(_WRITE_NOTES, [name.encode() for name in notes], list(notes.values()))
-
-    def commit(self, ledger: Ledger, now_millis: int, key_ttl_millis: int, purge: int, digests_only: bool) -> None:
-        """All that the ledger made, less what is not kept, of at most so many expired keys; then end the transaction."""
-        ended = [entry.header for entry in ledger.entries if entry.header.kind in OUTCOMES]
-        batches = Counter(h.first_sequence for h in ended)
+    def commit(self, ledger: Ledger, settings: StoreSettings, now_millis: int) -> None:
+        """Write all that the ledger made, drop what the settings do not keep, and end the transaction."""
+        head = ledger.head
         with self._db.pipeline():
-            self.write_entries(ledger.entries, ledger.verified)
-            self._write(
-                _BIND,
-                *_columns(
-                    (b.first_sequence, b.count, b.request_digest, a.tenant.encode(), a.key.encode()) for a, b in ledger.bound
-                ),
-            )
-            self._write(_END_KEYED, list(batches), list(batches.values()), first=now_millis + key_ttl_millis)
-            self.write_notes(ledger.notes)
-            if digests_only:
-                self._write(_DROP_ENDED, [h.sequence for h in ended], [h.first_sequence for h in ended])
-                self._db.execute(_DROP_EXPIRED, (now_millis, purge))
-            elif ledger.bound:
-                self._db.execute(_PURGE, (now_millis, purge))
-            head = ledger.head
+            self.write(ledger, settings, now_millis)
             if ledger.entries:
-                self._db.execute(
-                    "UPDATE log SET last_index = %s, head_hash = %b, last_sequence = %s",
-                    (head.index, head.entry_hash, head.last_sequence),
-                )
+                self._db.execute(_WRITE_HEAD, (head.index, head.entry_hash, head.last_sequence))
             self._db.execute("COMMIT")
 
-    def _write(self, query: str, *columns: Sequence[object], first: object = None) -> None:
-        """Rows by columns; nothing if there are none."""
-        if columns and columns[0]:
-            self._db.execute(query, columns if first is None else (first, *columns))
+    def _write_items(self, admitted: Sequence[types_pb2.EntryHeader]) -> None:
+        self._session.each(_WRITE_ITEMS, [(header.sequence, header.index, header.writer) for header in admitted])
+
+    def import_entries(self, entries: Sequence[Sealed]) -> None:
+        super().import_entries(entries)
+        admitted = [entry.header for entry in entries if entry.header.kind == types_pb2.ENTRY_KIND_ADMITTED]
+        self._session.each(_IMPORT_ATTEMPTS, [(header.sequence, header.epoch, header.writer) for header in admitted])
 
     # ---- between them
 
-    def committed(self, turn: WriterSession) -> bool:
-        """Whether the writer's transaction with this token is durable. Waits until its old connection is through with it."""
+    def head(self, session: WriterSession) -> Head:
+        return _head(self._db.execute(_LOG).fetchone(), session)
+
+    def committed(self, session: WriterSession) -> bool:
+        """Whether the writer's transaction with this token is durable. Waits until its old connection has ended it."""
         with self._db.transaction():
             self._db.execute(_LOCK_LOG)
-            row = self._db.execute("SELECT committed FROM writers WHERE name = %s", (turn.writer,)).fetchone()
-        return row is not None and row[0] == turn.token
+            row = self._db.execute("SELECT committed FROM writers WHERE name = %s", (session.writer,)).fetchone()
+        return row is not None and row[0] == session.token
 
-    def renew(self, turn: WriterSession) -> None:
-        """Hold the lease. JournalBroken: a newer epoch of this writer has begun."""
-        _check_owned(self._db.execute(_RENEW, (turn.lease_seconds, turn.writer, turn.epoch)).fetchone())
+    def renew(self, session: WriterSession) -> None:
+        """Renew the lease. JournalBroken: a newer epoch of this writer has begun."""
+        _check_owned(self._db.execute(_RENEW, (session.lease_seconds, session.writer, session.epoch)).fetchone())
 
-    def release(self, turn: WriterSession) -> None:
-        """Let the lease end now."""
-        self._db.execute(_RENEW, (-1, turn.writer, turn.epoch))
-
-    def end_stopped(self, lease_seconds: float) -> None:
-        """End the session that has kept the log's lock for a lease while its client stood still. Its transaction is undone; the
-        client finds its connection gone."""
-        try:
-            ended = self._db.execute(_END_STOPPED, (lease_seconds,)).fetchall()
-        except psycopg.errors.InsufficientPrivilege as error:
-            _log.warning("a session that stands still has the log's lock and cannot be ended", extra={"error": str(error)})
-            return
-        for pid, name, _ in ended:
-            said = {"pid": pid, "application_name": name}
-            _log.warning("a session that stood still was ended: it had the log's lock", extra=said)
+    def release(self, session: WriterSession) -> None:
+        """End the lease now."""
+        self._db.execute(_RENEW, (-1, session.writer, session.epoch))
 
     def dead(self, writer: str) -> bool:
         """Whether `fence` would find a writer."""
         return bool(self._db.execute(_DEAD, (writer,)).rowcount)
 
-    def head(self, turn: WriterSession) -> Head:
-        return _head(self._db.execute(_HEAD).fetchone(), turn)
-
-    def bindings(self, keys: Iterable[tuple[str, str]], now_millis: int) -> dict[tuple[str, str], Binding]:
-        """Those of the keys that are bound and have not expired; maybe the same keys of other tenants too."""
-        return _bindings(self._db.execute(_BINDINGS, ([key.encode() for _, key in keys], now_millis)))
-
-    def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
-        query = _ENTRIES if payloads else _ENTRIES_BARE
-        return [_sealed(row) for row in self._db.execute(query, (min(from_index, NUMBER_MAX), limit))]
-
-    def unfinished(self, first: int, last: int, limit: int) -> list[Sealed]:
-        rows = self._db.execute(_UNFINISHED, (min(first, NUMBER_MAX), min(last, NUMBER_MAX), limit))
-        return [_sealed(row) for row in rows]
-
-    def items(self, first: int, last: int, limit: int) -> list[ItemEntries]:
-        rows = self._db.execute(_ADMITTED, (min(first, NUMBER_MAX), min(last, NUMBER_MAX), limit))
-        admitted = [_sealed(row) for row in rows]
-        if not admitted:
-            return []
-        bounds = admitted[0].header.sequence, admitted[-1].header.sequence
-        # The verdicts first: what has come in between is then without one, and never a verdict without its outcome.
-        verified = {audited.header.sequence: audited for audited in map(_sealed, self._db.execute(_VERIFIED, bounds))}
-        ended = {outcome.header.sequence: outcome for outcome in map(_sealed, self._db.execute(_OUTCOMES, bounds))}
-        numbers = [(item, item.header.sequence) for item in admitted]
-        return [ItemEntries(item, ended.get(number), verified.get(number)) for item, number in numbers]
-
-    def notes(self, prefix: str) -> dict[str, bytes]:
-        start = prefix.encode()
-        query = "SELECT name, value FROM notes WHERE substring(name FROM 1 FOR %s) = %b ORDER BY name"
-        return {name.decode(): value for name, value in self._db.execute(query, (len(start), start))}
-
-
-def _columns(rows: Iterable[tuple[object, ...]]) -> list[list[object]]:
-    return [list(column) for column in zip(*rows, strict=True)]
+    def end_stopped(self, lease_seconds: float) -> None:
+        """End the session that has held the log's lock for a lease while its client did nothing. Its transaction is undone; the
+        client finds its connection closed."""
+        try:
+            ended = self._db.execute(_END_STOPPED, (lease_seconds,)).fetchall()
+        except psycopg.errors.InsufficientPrivilege as error:
+            log.warning("a stopped session holds the log's lock and cannot be ended", extra={"error": str(error)})
+            return
+        for pid, name, _ in ended:
+            log.warning("a stopped session was ended: it held the log's lock", extra={"pid": pid, "application_name": name})
 
 
 def _check_owned(row: object) -> None:
@@ -540,143 +494,43 @@ def _check_owned(row: object) -> None:
         raise JournalBroken("fenced: a newer epoch of this writer has begun")
 
 
-def _head(row: tuple[Any, ...] | None, turn: WriterSession) -> Head:
+def _head(row: Row | None, session: WriterSession) -> Head:
     assert row is not None, "the log has one row"
     log_id, index, entry_hash, last_sequence = row
-    return Head(log_id, turn.writer, turn.epoch, index, entry_hash, last_sequence)
-
-
-def _sealed(row: tuple[Any, ...]) -> Sealed:
-    return Sealed(types_pb2.EntryHeader.FromString(row[1]), *row[2:5])
-
-
-def _bindings(rows: Iterable[tuple[Any, ...]]) -> dict[tuple[str, str], Binding]:
-    return {(tenant.decode(), key.decode()): Binding(*rest) for tenant, key, *rest in rows}
-
-
-T = TypeVar("T")
-
-LOCK_WAITS_MAX = 2 * LOCK_WAITS_PER_LEASE
-"""For one lock: a session that stands still is ended after one lease, and what is at work may take another."""
-
-
-class PostgresReads:
-    """Each on the connection that there is, or on a new one. Any may raise JournalUnavailable or JournalBroken."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-
-    def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None:
-        """What a key stands for, if it is bound and has not expired."""
-        return self.read(lambda tables: tables.bindings([(tenant, key)], now_millis)).get((tenant, key))
-
-    def items(self, first: int, last: int, limit: int) -> list[ItemEntries]:
-        """Ascending, at most limit, without unknown numbers."""
-        return self.read(lambda tables: tables.items(first, last, limit))
-
-    def unfinished(self, first: int, last: int, limit: int) -> list[Sealed]:
-        """ADMITTED entries of items without an outcome, as `items`."""
-        return self.read(lambda tables: tables.unfinished(first, last, limit))
-
-    def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
-        """Consecutive entries, at most limit; empty beyond the head."""
-        return self.read(lambda tables: tables.entries(from_index, limit, payloads=payloads))
-
-    def notes(self, prefix: str) -> dict[str, bytes]:
-        """Every note whose name begins with it, by name."""
-        return self.read(lambda tables: tables.notes(prefix))
-
-    def read(self, read: Callable[[PostgresTables], T]) -> T:
-        """Raises JournalUnavailable, JournalBroken."""
-
-        def once() -> T:
-            with self._database.connected() as db:
-                return read(PostgresTables(db))
-
-        return self.waiting(lambda: twice(once))
-
-    def waiting(self, once: Callable[[], T]) -> T:
-        """What may have to wait for a lock, which a sidecar that stands still does not keep. LogLocked: it is kept for long."""
-        for _ in range(LOCK_WAITS_MAX - 1):
-            try:
-                return once()
-            except LogLocked:
-                with suppress(JournalUnavailable), self._database.connected() as db:
-                    PostgresTables(db).end_stopped(self._database.lease_seconds)
-        return once()
-
-
-def twice(once: Callable[[], T]) -> T:
-    """On a new connection where the old one broke while it was not in use."""
-    try:
-        return once()
-    except LogLocked:
-        raise
-    except JournalUnavailable:
-        return once()
-
-
-@contextmanager
-def unusable() -> Iterator[None]:
-    """Where a journal is opened, not used."""
-    try:
-        yield
-    except (JournalUnavailable, JournalFull, JournalBroken) as error:
-        raise JournalUnusable(str(error)) from error
-
-
-PURGED_KEYS_MAX = 64
-"""In one transaction."""
-LOOKS_PER_LEASE = 4
-"""At one's own lease and at those of others."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PostgresSettings:
-    """For how long a journal holds what."""
-
-    idempotency_ttl_seconds: int = 86_400
-    """From the outcome of a batch's last item."""
-    lease_seconds: float = 10.0
-    """After so long without a sign of life another writer may take over a writer's items."""
-
-    digests_only: bool = False
-    """As in SqliteSettings."""
-
-    def __post_init__(self) -> None:
-        if self.idempotency_ttl_seconds < 0 or self.lease_seconds <= 0:
-            raise ValueError("idempotency_ttl_seconds must not be negative, and lease_seconds must be positive")
+    return Head(log_id, session.writer, session.epoch, index, entry_hash, last_sequence)
 
 
 @dataclass(frozen=True, slots=True)
-class _Doubt:
+class _InDoubt:
     """A transaction whose COMMIT may have been sent, and was not answered."""
 
-    turn: WriterSession
+    session: WriterSession
     head: Head
     drafts: Sequence[Draft] = ()
     appended: list[Appended] = field(default_factory=list)
     taken: list[Unfinished] = field(default_factory=list)
 
 
-class PostgresStore(PostgresReads):
-    """An open journal. Synchronous and not thread-safe: `grouped` gives it a thread of its own.
+class PostgresStore(SqlStore):
+    """A journal that other writers may share."""
 
-    Any method may raise JournalUnavailable (nothing has changed; try later) or JournalBroken (only `close` may be called).
-    """
-
-    head: Head
-    """After the newest entry that is known here."""
-    reserved = True
-    """Room is the server's to keep; while it has none, admissions are refused."""
+    name = "the database"
     poll_seconds = 0.05
-    """How often to look for what other writers append."""
+    _settings: PostgresSettings
 
-    def __init__(self, database: Database, settings: PostgresSettings, version: str, seconds: Callable[[], float]) -> None:
-        super().__init__(database)
-        self._settings, self._version, self._seconds = settings, version, seconds
+    def __init__(
+        self,
+        database: Database,
+        settings: PostgresSettings,
+        *,
+        version: str = "",
+        seconds: Callable[[], float] = time.monotonic,
+        maintenance: bool = False,
+    ) -> None:
+        self._database, self._settings, self._version, self._seconds = database, settings, version, seconds
+        self._maintenance = maintenance
         self._maintain_at = seconds()
-        self._doubt: _Doubt | None = None
+        self._in_doubt: _InDoubt | None = None
         self._taken: list[Unfinished] = []
 
     @classmethod
@@ -695,31 +549,99 @@ class PostgresStore(PostgresReads):
         """Open or create, and begin the writer's next epoch. JournalUnusable: the message says why.
 
         `new_log_id`, 32 hexadecimal digits, names the journal if it is created now. One that does not hold what `mark` says is
-        refused, and stays as it was. `seconds` is a monotonic clock.
+        refused and stays as it was. `seconds` is a monotonic clock.
         """
         assert len(bytes.fromhex(new_log_id)) == 16
         settings = settings or PostgresSettings()
         database = Database(url, name=writer, lease_seconds=settings.lease_seconds, seconds=seconds)
-        journal = cls(database, settings, version, seconds)
+        store = cls(database, settings, version=version, seconds=seconds)
 
         def begin() -> list[Unfinished]:
             with database.connected() as db:
                 check(db)
                 migrate(db)
-                return journal._begin_epoch(PostgresTables(db), writer, new_log_id, now_millis, mark)
+                return store._begin_epoch(PostgresTables(db), writer, new_log_id, now_millis, mark)
 
         try:
-            with unusable():
-                unfinished = journal.waiting(begin)
+            with _unusable():
+                unfinished = store._waiting(begin)
         except BaseException:
             database.drop()
             raise
-        return journal, Opened(journal.head, tuple(unfinished))
+        return store, Opened(store.head, tuple(unfinished))
+
+    @classmethod
+    def open_for_maintenance(cls, url: str, *, create: bool = False) -> PostgresStore:
+        """An existing journal, which sidecars may use, or with `create` maybe an empty one. JournalUnusable: the message says
+        why."""
+        store = cls(Database(url, name="maintenance"), PostgresSettings(), maintenance=True)
+        with _unusable(), store._database.connected() as db:
+            if create:
+                check(db)
+                migrate(db)
+            elif db.execute("SELECT to_regclass('ostinato')").fetchone() == (None,):
+                raise JournalUnusable("there is no journal in this database")
+        return store
+
+    def _read(self, read: Callable[[PostgresTables], T]) -> T:
+        def once() -> T:
+            with self._database.connected() as db:
+                return read(PostgresTables(db))
+
+        with _unusable() if self._maintenance else nullcontext():
+            return self._waiting(lambda: _twice(once))
+
+    def close(self) -> None:
+        """End the lease, if the database is there, and close the connection."""
+        if not self._maintenance and self._database.connected_seconds:
+            with suppress(JournalUnavailable, JournalFull, JournalBroken), self._database.connected() as db:
+                PostgresTables(db).release(self._session())
+        self._database.drop()
+
+    # ---- for a writer
+
+    @property
+    def reserved(self) -> bool:
+        return True  # while the server has no room, admissions are refused
+
+    def append_many(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
+        try:
+            return self._waiting(lambda: _twice(lambda: self._resolve(drafts) or self._append(drafts, now_millis)))
+        except JournalUnavailable as error:
+            if self._in_doubt is not None and self._in_doubt.drafts:
+                raise CommitUnknown(error.message) from error
+            raise
+
+    def newest(self) -> Head:
+        self.head = self._read(lambda tables: tables.head(self._session()))
+        return self.head
+
+    def release_reserve(self) -> None:
+        pass
+
+    def restore_reserve(self) -> bool:
+        with suppress(JournalUnavailable):
+            self.newest()
+            return True
+        return False
+
+    def idle_seconds(self) -> float | None:
+        return max(0.0, self._maintain_at - self._seconds())
+
+    def maintain(self, now_millis: int, *, idle: bool) -> Sequence[Unfinished]:
+        """Renew the lease, and take over what writers without one have not finished."""
+        if self._seconds() >= self._maintain_at:
+            self._maintain_at = self._seconds() + self._settings.lease_seconds / RENEWALS_PER_LEASE
+            with suppress(JournalFull):
+                self._read(lambda tables: tables.renew(self._session()))
+                self._waiting(lambda: self._take_over(now_millis))
+        taken, self._taken = self._taken, []
+        return taken
 
     def _begin_epoch(
         self, tables: PostgresTables, writer: str, new_log_id: str, now_millis: int, mark: Mark | None
     ) -> list[Unfinished]:
-        head = tables.begin_epoch(writer, self._settings.lease_seconds, new_log_id, GENESIS)
+        head = tables.begin_epoch(writer, self._settings.lease_seconds, new_log_id)
         newest = [
             (entry.header.index, entry.entry_hash, entry_hash(entry.previous_hash, entry.header))
             for entry in tables.entries(head.index, 2, payloads=False)
@@ -727,255 +649,138 @@ class PostgresStore(PostgresReads):
         if newest != ([(head.index, head.entry_hash, head.entry_hash)] if head.index else []):
             raise JournalUnusable(f"the newest entry, {head.index}, is damaged: restore a copy that verifies")
         if mark is not None:
-            marked = tables.entries(mark.index, 1, payloads=False)
-            check_mark(mark, head.log_id, head.index, head.last_sequence, marked[0].entry_hash if marked else None)
+            check_mark(mark, head, tables.entries(mark.index, 1, payloads=False))
         ledger = Ledger(head, Known(), now_millis)
         ledger.open(self._version)
         unfinished = tables.take(writer, [writer])
-        self._write(tables, ledger, now_millis)
+        tables.commit(ledger, self._settings, now_millis)
         self.head = ledger.head
         return unfinished
 
-    # ---- appending
-
-    def append_many(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
-        """One transaction: all of them in this order, durable on return, or none. JournalFull: nothing has changed.
-        CommitUnknown: append the same drafts again, before any others."""
-        try:
-            return self.waiting(lambda: twice(lambda: self._resolve(drafts) or self._append(drafts, now_millis)))
-        except JournalUnavailable as error:
-            if self._doubt is not None and self._doubt.drafts:
-                raise CommitUnknown(error.message) from error
-            raise
-
     def _append(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
-        turn = self._turn()
+        session = self._session()
         with self._transaction() as tables:
-            head, known = tables.begin(turn, needs(drafts), self._expiry(now_millis))
+            head, known = tables.begin(session, needs(drafts), self._expiry(now_millis))
             ledger = Ledger(head, known, now_millis)
             appended = [ledger.append(draft) for draft in drafts]
-            self._doubt = _Doubt(turn, ledger.head, drafts, appended)
-            self._write(tables, ledger, now_millis)
+            self._in_doubt = _InDoubt(session, ledger.head, drafts, appended)
+            tables.commit(ledger, self._settings, now_millis)
         return appended
 
     @contextmanager
     def _transaction(self) -> Iterator[PostgresTables]:
-        """Whatever the body commits. After JournalUnavailable it is in doubt, unless it had not come to that."""
+        """The body sets `_in_doubt` before it commits. After JournalUnavailable that transaction is in doubt."""
         try:
             with self._database.connected() as db:
                 yield PostgresTables(db)
         except JournalFull:
-            self._doubt = None
+            self._in_doubt = None
             raise
-        assert self._doubt is not None, "the body says what it commits"
-        self.head, self._doubt = self._doubt.head, None
-
-    def _write(self, tables: PostgresTables, ledger: Ledger, now_millis: int) -> None:
-        ttl_millis, only = self._settings.idempotency_ttl_seconds * 1000, self._settings.digests_only
-        tables.commit(ledger, now_millis, ttl_millis, PURGED_KEYS_MAX, only)
-
-    def _expiry(self, now_millis: int) -> int:
-        """Keys that expire up to then are not bound any more."""
-        return 0 if self._settings.digests_only else now_millis
-
-    def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None:
-        """As in `PostgresReads`."""
-        return super().binding(tenant, key, self._expiry(now_millis))
+        assert self._in_doubt is not None, "the body says what it commits"
+        self.head, self._in_doubt = self._in_doubt.head, None
 
     def _resolve(self, drafts: Sequence[Draft] = ()) -> list[Appended]:
         """What the transaction in doubt has appended; nothing if there is none, or it is not durable."""
-        if self._doubt is None:
+        if self._in_doubt is None:
             return []
-        assert not self._doubt.drafts or list(self._doubt.drafts) == list(drafts), "what is in doubt goes first"
+        assert not self._in_doubt.drafts or list(self._in_doubt.drafts) == list(drafts), "what is in doubt goes first"
         with self._database.connected() as db:
-            durable = PostgresTables(db).committed(self._doubt.turn)
-        doubt, self._doubt = self._doubt, None
+            durable = PostgresTables(db).committed(self._in_doubt.session)
+        resolved, self._in_doubt = self._in_doubt, None
         if not durable:
             return []
-        self.head = doubt.head
-        self._taken += doubt.taken
-        return doubt.appended
-
-    def _turn(self) -> WriterSession:
-        return WriterSession(self.head.writer, self.head.epoch, self._settings.lease_seconds, secrets.token_bytes(16))
-
-    def newest(self) -> Head:
-        """The head, with what other writers have appended."""
-        self.head = self.read(lambda tables: tables.head(self._turn()))
-        return self.head
-
-    # ---- upkeep
-
-    def release_reserve(self) -> None:
-        """There is none."""
-
-    def restore_reserve(self) -> bool:
-        """Whether there is a database to append to."""
-        with suppress(JournalUnavailable):
-            self.newest()
-            return True
-        return False
-
-    def idle_seconds(self) -> float | None:
-        """When `maintain` has to be called, whether there is work or not."""
-        return max(0.0, self._maintain_at - self._seconds())
-
-    def maintain(self, now_millis: int, *, idle: bool) -> Sequence[Unfinished]:
-        """Hold the lease, and take over what writers without one have left: those items."""
-        if self._seconds() >= self._maintain_at:
-            self._maintain_at = self._seconds() + self._settings.lease_seconds / LOOKS_PER_LEASE
-            with suppress(JournalFull):
-                self.read(lambda tables: tables.renew(self._turn()))
-                self.waiting(lambda: self._take_over(now_millis))
-        taken, self._taken = self._taken, []
-        return taken
+        self.head = resolved.head
+        self._taken += resolved.taken
+        return resolved.appended
 
     def _take_over(self, now_millis: int) -> None:
-        """Only what has been seen without a lease for as long as one lasts: after an outage of the server all have run out."""
-        if self._doubt is not None and self._doubt.drafts:
+        """Only from writers seen without a lease for as long as one lasts: after an outage of the server all have run out."""
+        if self._in_doubt is not None and self._in_doubt.drafts:
             return
         self._resolve()
         watched = self._database.connected_seconds >= self._settings.lease_seconds
-        if not watched or not self.read(lambda tables: tables.dead(self.head.writer)):
+        if not watched or not self._read(lambda tables: tables.dead(self.head.writer)):
             return
-        turn = self._turn()
+        session = self._session()
         with self._transaction() as tables:
-            head, known = tables.begin(turn, needs(()), now_millis)
+            head, known = tables.begin(session, needs(()), now_millis)
             ledger = Ledger(head, known, now_millis)
-            fenced = tables.fence(turn.writer)
+            fenced = tables.fence(session.writer)
             for writer, epoch in fenced:
                 ledger.fence(writer, epoch, self._version)
-            taken = tables.take(turn.writer, [writer for writer, _ in fenced])
-            self._doubt = _Doubt(turn, ledger.head, taken=taken)
-            self._write(tables, ledger, now_millis)
+            taken = tables.take(session.writer, [writer for writer, _ in fenced])
+            self._in_doubt = _InDoubt(session, ledger.head, taken=taken)
+            tables.commit(ledger, self._settings, now_millis)
         self._taken += taken
 
-    def close(self) -> None:
-        """End the lease, if the database is there, and let go of it."""
-        if self._database.connected_seconds:
-            with suppress(JournalUnavailable, JournalFull, JournalBroken), self._database.connected() as db:
-                PostgresTables(db).release(self._turn())
-        self._database.drop()
+    def _session(self) -> WriterSession:
+        return WriterSession(self.head.writer, self.head.epoch, self._settings.lease_seconds, secrets.token_bytes(16))
 
+    def _waiting(self, once: Callable[[], T]) -> T:
+        """What may wait for a lock, which a stopped session does not keep for ever. LogLocked: it was kept too long."""
+        for _ in range(LOCK_WAITS_MAX - 1):
+            try:
+                return once()
+            except LogLocked:
+                with suppress(JournalUnavailable), self._database.connected() as db:
+                    PostgresTables(db).end_stopped(self._database.lease_seconds)
+        return once()
 
-_KEYS = """SELECT tenant, key, request_digest, first_sequence, count, expires_millis FROM keys WHERE first_sequence >= %s
-  ORDER BY first_sequence LIMIT %s"""
-_DROP = """DELETE FROM payloads WHERE entry_index IN
-  (SELECT unnest(ARRAY[admitted, outcome]) FROM items WHERE sequence = ANY(%b::bigint[]))"""
-_WRITE_KEY = """INSERT INTO keys SELECT %s, %s, %b, %b, %b, count(*), %s FROM items
-  WHERE sequence BETWEEN %s AND %s AND outcome IS NULL"""
-# By the primary key: `items` has no index on `admitted`.
-_WRITE_ATTEMPTS = """UPDATE items SET attempt = begun.attempt
-  FROM unnest(%b::bigint[], %b::integer[]) AS begun (sequence, attempt) WHERE items.sequence = begun.sequence"""
-_WRITE_WRITER = "INSERT INTO writers VALUES (%s, %s, '-infinity', '')"
-_WRITE_LOG = "INSERT INTO log VALUES (true, %s, %s, %b, %s) ON CONFLICT DO NOTHING"
-
-
-class PostgresKept:
-    """Implements `Kept`."""
-
-    name = "the database"
-    """See `Kept`."""
-
-    def __init__(self, url: str, *, create: bool = False) -> None:
-        self._database = Database(url, name="keeping")
-        self._reads = PostgresReads(self._database)
-        with unusable(), self._database.connected() as db:
-            if create:
-                check(db)
-                migrate(db)
-            elif db.execute("SELECT to_regclass('ostinato')").fetchone() == (None,):
-                raise JournalUnusable("there is no journal in this database")
+    # ---- for maintenance
 
     def log(self) -> Log | None:
-        """See `Kept`."""
-        with unusable(), self._database.connected() as db:
-            row = db.execute("SELECT log_id, last_index, head_hash, last_sequence FROM log").fetchone()
+        with _unusable(), self._database.connected() as db:
+            row = db.execute(_LOG).fetchone()
             writers = dict(db.execute("SELECT name, epoch FROM writers ORDER BY name").fetchall())
         if row is None:
             return None
         log_id, index, entry_hash, last_sequence = row
         return Log(log_id, writers, index, entry_hash, last_sequence)
 
-    def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
-        """See `Kept`."""
-        with unusable():
-            return self._reads.entries(from_index, limit, payloads=payloads)
-
-    def items(self, first: int, last: int, limit: int) -> list[ItemEntries]:
-        """See `Kept`."""
-        with unusable():
-            return self._reads.items(first, last, limit)
-
-    def keys(self, from_sequence: int, limit: int) -> list[Key]:
-        """See `Kept`."""
-        with unusable(), self._database.connected() as db:
-            rows = db.execute(_KEYS, (from_sequence, limit)).fetchall()
-        return [Key(tenant.decode(), key.decode(), *rest) for tenant, key, *rest in rows]
-
-    def notes(self, prefix: str) -> dict[str, bytes]:
-        """See `Kept`."""
-        with unusable():
-            return self._reads.notes(prefix)
-
     def structure(self) -> str:
-        """See `Kept`: what a server stores is its own to check."""
-        return ""
+        return ""  # the server checks what it stores
 
     def drop(self, sequences: Sequence[int]) -> int:
-        """See `Kept`. The server overwrites what was dropped when it vacuums."""
-        with unusable(), self._database.connected() as db:
-            return db.execute(_DROP, (list(sequences),)).rowcount
+        """As in `SqlStore`. The server overwrites what was dropped when it vacuums."""
+        with _unusable(), self._database.connected() as db:
+            return PostgresTables(db).drop_payloads(sequences)
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """See `Kept`. JournalUnusable also if the connection is lost: what comes after would be of another moment."""
-        with unusable(), self._database.pinned() as db:
+        """As in `SqlStore`. JournalUnusable also if the connection is lost: later reads would be of another moment."""
+        with _unusable(), self._database.pinned() as db:
             db.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             yield
             db.execute("COMMIT")
 
     @contextmanager
-    def filling(self, log: Log, writer: str) -> Iterator[_Importer]:
-        """See `Kept`. Every writer keeps what is its own."""
-        with unusable(), self._database.pinned() as db:
+    def importing(self, log: Log, writer: str) -> Iterator[Tables]:
+        """As in `SqlStore`. Every writer keeps what is its own."""
+        with _unusable(), self._database.pinned() as db:
             db.execute("BEGIN")
             row = (log.log_id, log.index, log.entry_hash, log.last_sequence)
-            if not db.execute(_WRITE_LOG, row).rowcount:
+            if not db.execute("INSERT INTO log VALUES (true, %s, %s, %b, %s) ON CONFLICT DO NOTHING", row).rowcount:
                 raise JournalUnusable("this journal is not empty any more")
             for each in log.writers.items():
-                db.execute(_WRITE_WRITER, each)
-            yield _Importer(db, log)
+                db.execute("INSERT INTO writers VALUES (%s, %s, '-infinity', '')", each)
+            yield PostgresTables(db)
             db.execute("COMMIT")
 
-    def close(self) -> None:
-        """Let go of the database."""
-        self._database.drop()
+
+def _twice(once: Callable[[], T]) -> T:
+    """On a new connection where the old one broke while it was not in use."""
+    try:
+        return once()
+    except LogLocked:
+        raise
+    except JournalUnavailable:
+        return once()
 
 
-class _Importer:
-    """Implements `Importer`."""
-
-    def __init__(self, db: Connection, log: Log) -> None:
-        self._db, self._tables, self._log = db, PostgresTables(db), log
-
-    def entries(self, entries: Sequence[Sealed]) -> None:
-        """See `Importer`."""
-        self._tables.write_entries(entries, verifications(entries))
-        # What is unfinished is begun anew by each epoch of its writer.
-        admitted = [entry.header for entry in entries if entry.header.kind == types_pb2.ENTRY_KIND_ADMITTED]
-        attempts = [1 + self._log.writers.get(header.writer, header.epoch) - header.epoch for header in admitted]
-        again = [(header.sequence, attempt) for header, attempt in zip(admitted, attempts, strict=True) if attempt > 1]
-        if again:
-            self._db.execute(_WRITE_ATTEMPTS, ([sequence for sequence, _ in again], [attempt for _, attempt in again]))
-
-    def keys(self, keys: Sequence[Key]) -> None:
-        """See `Importer`."""
-        for key in keys:
-            last = key.first_sequence + key.count - 1
-            bound = key.first_sequence, key.count, key.request_digest, key.tenant.encode(), key.key.encode()
-            self._db.execute(_WRITE_KEY, (*bound, key.expires_millis, key.first_sequence, last))
-
-    def notes(self, notes: Mapping[str, bytes]) -> None:
-        """See `Importer`."""
-        self._tables.write_notes(notes)
+@contextmanager
+def _unusable() -> Iterator[None]:
+    """Where a journal is opened or maintained."""
+    try:
+        yield
+    except (JournalUnavailable, JournalFull, JournalBroken) as error:
+        raise JournalUnusable(str(error)) from error

@@ -7,37 +7,30 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from array import array
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 import apsw
-from google.protobuf.message import DecodeError
 
-from ostinato.chain import GENESIS, OUTCOMES, entry_hash, payload_digest
-from ostinato.digest import DIGEST_BYTES, fingerprint_digest
+from ostinato.chain import GENESIS, entry_hash, payload_digest
 from ostinato.errors import JournalFull
 from ostinato.v1 import types_pb2
 
 from sidecar.journal.diagnosis import RESTORE, cut, damaged, place_fault, reason
-from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs, needs, verifications
-from sidecar.journal.maintenance import PAGE
+from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, needs
 from sidecar.journal.mark import check_mark
 from sidecar.journal.model import (
-    FINGERPRINTS,
     Appended,
-    Binding,
     Draft,
     Head,
-    ItemEntries,
     JournalBroken,
     JournalUnusable,
-    Key,
     Log,
     Mark,
     Opened,
@@ -45,24 +38,33 @@ from sidecar.journal.model import (
     Sealed,
     Unfinished,
 )
+from sidecar.journal.store import COLUMNS, PAGE, Damaged, Name, Row, SqlStore, StoreSettings, Tables
+
+T = TypeVar("T")
+
+CHECKPOINT_PAGES = 1_000
+"""From here on the write-ahead log is copied into the file when no work waits."""
+CHECKPOINT_PAGES_MAX = 16_000
+"""From here on, whatever waits."""
+CHECKED_ENTRIES = 4_096
+"""Of the newest entries the hashes are checked at every start: the journal goes on from them."""
+UNREADABLE = (apsw.Error, Damaged)
+"""What any statement may raise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SqliteSettings:
+class SqliteSettings(StoreSettings):
     """How much a journal may hold, and for how long."""
 
-    idempotency_ttl_seconds: int = 86_400
-    """From the outcome of a batch's last item."""
     journal_bytes_max: int = 0
     """Of the file, the write-ahead log not counted; 0: no bound but the disk."""
     reserve_bytes: int = 64 << 20
     """Held back for outcomes, of the disk and of journal_bytes_max; 0: nothing."""
-    digests_only: bool = False
-    """Drop an item's payloads with its outcome; with a key, when that would expire, and then it stays bound for good."""
 
     def __post_init__(self) -> None:
-        if min(self.idempotency_ttl_seconds, self.journal_bytes_max, self.reserve_bytes) < 0:
-            raise ValueError("idempotency_ttl_seconds, journal_bytes_max and reserve_bytes must not be negative")
+        StoreSettings.__post_init__(self)
+        if min(self.journal_bytes_max, self.reserve_bytes) < 0:
+            raise ValueError("journal_bytes_max and reserve_bytes must not be negative")
         if self.journal_bytes_max and self.journal_bytes_max <= 2 * self.reserve_bytes:
             raise ValueError("journal_bytes_max must be more than twice reserve_bytes")
 
@@ -240,194 +242,115 @@ def _create(path: Path) -> None:
         os.close(folder)
 
 
+_OWNER = "SELECT log_id, writer, epoch FROM journal"
 _BEGIN_EPOCH = "UPDATE journal SET epoch = epoch + 1 RETURNING log_id, writer, epoch"
-_ENTRIES = "SELECT * FROM sealed WHERE entry_index >= ? ORDER BY entry_index LIMIT ?"
-_ENTRIES_BARE = """SELECT entry_index, header, previous_hash, entry_hash, x'' FROM sealed
-  WHERE entry_index >= ? ORDER BY entry_index LIMIT ?"""
-_LAST_SEQUENCE = "SELECT max(lost_sequence, (SELECT coalesce(max(sequence), 0) FROM items)) FROM journal"
+_EPOCH = "SELECT epoch FROM journal"
 _NEWEST = "SELECT * FROM sealed ORDER BY entry_index DESC LIMIT 1"
-_ADMITTED = """SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted
-  WHERE sequence BETWEEN ? AND ? ORDER BY sequence LIMIT ?"""
-_OUTCOMES = "SELECT sealed.* FROM items JOIN sealed ON entry_index = outcome WHERE sequence BETWEEN ? AND ?"
-_VERIFIED = "SELECT sealed.* FROM items JOIN sealed ON entry_index = verified WHERE sequence BETWEEN ? AND ?"
-_UNFINISHED = """SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted
-  WHERE outcome IS NULL AND sequence BETWEEN ? AND ? ORDER BY sequence LIMIT ?"""
-_STILL_UNFINISHED = "SELECT sequence FROM items WHERE outcome IS NULL AND sequence IN carray(?)"
-_TWINS = "SELECT sealed.* FROM twins JOIN sealed USING (entry_index) WHERE input_digest IN carray(?) ORDER BY entry_index"
-_BINDINGS = """SELECT tenant, key, request_digest, first_sequence, count FROM keys
-  WHERE key IN carray(?) AND (expires_millis IS NULL OR expires_millis > ?)"""
-_END_KEYED = """UPDATE keys SET unfinished = unfinished - 1, expires_millis = CASE unfinished WHEN 1 THEN ?2 END
-  WHERE first_sequence = ?1"""
-_PURGE = """DELETE FROM keys WHERE first_sequence IN
-  (SELECT first_sequence FROM keys WHERE expires_millis <= ? ORDER BY expires_millis LIMIT ?)"""
-_KEYS = """SELECT tenant, key, request_digest, first_sequence, count, expires_millis FROM keys WHERE first_sequence >= ?
-  ORDER BY first_sequence LIMIT ?"""
-_WRITE_KEYS = """INSERT INTO keys SELECT ?1, ?2, ?3, ?4, ?5, count(*), ?6 FROM items
-  WHERE sequence BETWEEN ?1 AND ?1 + ?2 - 1 AND outcome IS NULL"""
-_EXPIRED = """SELECT first_sequence, first_sequence + count - 1 FROM keys WHERE expires_millis <= ?
-  ORDER BY expires_millis LIMIT ?"""
-_BIND_FOR_GOOD = "UPDATE keys SET expires_millis = NULL WHERE first_sequence = ?"
-_KEYED = "SELECT first_sequence FROM keys WHERE first_sequence IN carray(?)"
-_DROP = """DELETE FROM payloads WHERE entry_index IN (SELECT admitted FROM items WHERE sequence BETWEEN ?1 AND ?2
-  UNION ALL SELECT outcome FROM items WHERE sequence BETWEEN ?1 AND ?2)"""
-_NOTES = "SELECT name, value FROM notes WHERE substr(name, 1, length(?1)) = ?1 ORDER BY name"
-_PAGES_USED = "SELECT page_count - freelist_count FROM pragma_page_count, pragma_freelist_count"
+_LAST_SEQUENCE = "SELECT max(lost_sequence, (SELECT coalesce(max(sequence), 0) FROM items)) AS sequence FROM journal"
+_WRITE_ITEMS = "INSERT INTO items (sequence, admitted) SELECT * FROM unnest(?::bigint[], ?::bigint[])"
+_BYTES_USED = """SELECT (page_count - freelist_count) * page_size
+  FROM pragma_page_count, pragma_freelist_count, pragma_page_size"""
 
 
-_Kind = type | tuple[type, ...]
-
-
-class Damaged(Exception):
-    """A row holds what no journal writes; the message names it."""
-
-
-UNREADABLE = (apsw.Error, Damaged)
-"""What any statement may raise."""
-
-
-class Tables:
-    """Rows as values. Raises UNREADABLE."""
+class _Session:
+    """Implements `store.Session`."""
 
     def __init__(self, db: apsw.Connection) -> None:
+        self._db = db
+
+    def select(self, statement: str, *parameters: object) -> Iterator[Row]:
+        """Raises Damaged for values of other types: STRICT holds for what is written, not for what is read."""
+        cursor = self._db.execute(_translated(statement), tuple(map(_bound, parameters)))
+        kinds: tuple[type | tuple[type, ...], ...] | None = None
+        try:
+            for row in cursor:
+                kinds = kinds or tuple(_KINDS[column] for column, _ in cursor.get_description())
+                if not all(map(isinstance, row, kinds)):
+                    raise Damaged(f"table {_table(statement)}: a row holds values of other types")
+                yield row
+        except UnicodeDecodeError:
+            raise Damaged(f"table {_table(statement)}: a row holds text that is not UTF-8") from None
+
+    def execute(self, statement: str, *parameters: object) -> int:
+        self._db.execute(_translated(statement), tuple(map(_bound, parameters)))
+        return self._db.changes()
+
+    def each(self, statement: str, rows: Sequence[Row]) -> None:
+        if rows:  # preparing a statement takes a microsecond, and every commit has half a dozen
+            self._db.executemany(_for_each_row(statement), rows)
+
+
+_UNNEST = re.compile(r"(SELECT \* FROM|,|\n? *FROM) unnest\(([^)]*)\)(?:\s+AS r \(([^)]*)\))?")
+
+
+@cache
+def _translated(statement: str) -> str:
+    return re.sub(r"\?::\w+", "?", re.sub(r"= ANY\(\?::\w+\[\]\)", "IN carray(?)", statement))
+
+
+@cache
+def _for_each_row(statement: str) -> str:
+    """`unnest(...)`, the rows, becomes `VALUES (?1, ?2)`, or `r.name` the parameter of its place."""
+    found = _UNNEST.search(statement)
+    assert found is not None
+    _, types, names = found.groups()
+    if names is None:
+        values = ", ".join(f"?{place}" for place in range(1, types.count("?") + 1))
+        return _UNNEST.sub(f"VALUES ({values})", statement)
+    statement = _UNNEST.sub("", statement)
+    for place, name in enumerate(names.split(", "), start=1):
+        statement = re.sub(rf"\br\.{name}\b", f"?{place}", statement)
+    return statement
+
+
+_KINDS = {column: str if kind is Name else kind for column, kind in COLUMNS.items()}
+
+
+def _table(statement: str) -> str:
+    """Where a damaged row is."""
+    return "entries" if "sealed" in statement else re.findall(r"(?:FROM|UPDATE) (\w+)", statement)[-1]
+
+
+def _bound(parameter: Any) -> Any:
+    """A list, which must not be empty, is bound as an array."""
+    if not isinstance(parameter, list):
+        return parameter
+    return apsw.carray(array("q", parameter) if isinstance(parameter[0], int) else tuple(parameter))
+
+
+class SqliteTables(Tables):
+    """Adds what the one row of `journal` holds, and what SQLite knows of its file. Raises UNREADABLE."""
+
+    def __init__(self, db: apsw.Connection) -> None:
+        super().__init__(_Session(db))
         self._db = db
 
     def begin_epoch(self, new_log_id: str, writer: str) -> tuple[str, str, int]:
         """Log id, owner and epoch, one higher than before; a new journal gets this log id and owner."""
         self._db.execute("INSERT OR IGNORE INTO journal VALUES (1, ?, ?, 0, 0)", (new_log_id, writer))
-        log_id, owner, epoch = self._row("journal", _BEGIN_EPOCH, (), str, str, int)
+        log_id, owner, epoch = self._row(_BEGIN_EPOCH)
         return log_id, owner, epoch
 
     def owner(self) -> tuple[str, str, int] | None:
         """Log id, owner and epoch; None: the journal is empty."""
-        return next(self._rows("journal", "SELECT log_id, writer, epoch FROM journal", (), str, str, int), None)
+        return next(self._session.select(_OWNER), None)
 
     def epoch(self) -> int:
-        (epoch,) = self._row("journal", "SELECT epoch FROM journal", (), int)
-        return int(epoch)
+        return int(self._row(_EPOCH)[0])
 
     def newest(self) -> Sealed | None:
         return next(iter(self._sealed(_NEWEST)), None)
 
     def last_sequence(self) -> int:
-        (sequence,) = self._row("items", _LAST_SEQUENCE, (), int)
-        return int(sequence)
-
-    def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
-        return self._sealed(_ENTRIES if payloads else _ENTRIES_BARE, min(from_index, NUMBER_MAX), limit)
-
-    def items(self, first: int, last: int, limit: int) -> list[ItemEntries]:
-        admitted = self._sealed(_ADMITTED, min(first, NUMBER_MAX), min(last, NUMBER_MAX), limit)
-        if not admitted:
-            return []
-        bounds = admitted[0].header.sequence, admitted[-1].header.sequence
-        ended = {outcome.header.sequence: outcome for outcome in self._sealed(_OUTCOMES, *bounds)}
-        verified = {audited.header.sequence: audited for audited in self._sealed(_VERIFIED, *bounds)}
-        numbers = [(item, item.header.sequence) for item in admitted]
-        return [ItemEntries(item, ended.get(number), verified.get(number)) for item, number in numbers]
-
-    def left(self, epoch: int) -> tuple[Unfinished, ...]:
-        """What earlier epochs of the one writer left."""
-        left = self.unfinished(1, NUMBER_MAX, NUMBER_MAX)
-        return tuple(Unfinished(item, 1 + epoch - item.header.epoch) for item in left)
-
-    def unfinished(self, first: int, last: int, limit: int) -> list[Sealed]:
-        return self._sealed(_UNFINISHED, min(first, NUMBER_MAX), min(last, NUMBER_MAX), limit)
-
-    def bindings(self, keys: frozenset[tuple[str, str]], now_millis: int) -> dict[tuple[str, str], Binding]:
-        """Those of the keys that are bound and have not expired; maybe the same keys of other tenants too."""
-        if not keys:
-            return {}
-        given = (apsw.carray(tuple(key for _, key in keys)), now_millis)
-        rows = self._rows("keys", _BINDINGS, given, str, str, bytes, int, int)
-        return {(tenant, key): Binding(*rest) for tenant, key, *rest in rows}
-
-    def known(self, needs: Needs, now_millis: int) -> Known:
-        unfinished, twins = frozenset[int](), defaultdict[bytes, tuple[Sealed, ...]](tuple)
-        if needs.sequences:
-            rows = self._rows("items", _STILL_UNFINISHED, (apsw.carray(array("q", needs.sequences)),), int)
-            unfinished = frozenset(sequence for (sequence,) in rows)
-        if needs.input_digests:
-            for twin in self._sealed(_TWINS, apsw.carray(tuple(needs.input_digests))):
-                twins[twin.header.input_digest] += (twin,)
-        met = {twin.header.fingerprint_digest for earlier in twins.values() for twin in earlier}
-        fingerprints = self._fingerprints() if met and len(met | needs.fingerprint_digests) > 1 else {}
-        return Known(self.bindings(needs.keys, now_millis), unfinished, twins, fingerprints)
-
-    def _fingerprints(self) -> dict[bytes, Mapping[str, str]]:
-        """By digest; without those that are damaged, as `sidecar.fingerprints` leaves them out."""
-        found: dict[bytes, Mapping[str, str]] = {}
-        for value in self.notes(FINGERPRINTS).values():
-            with suppress(DecodeError):
-                fingerprint = types_pb2.Fingerprint.FromString(value)
-                if fingerprint_digest(fingerprint.fields) == fingerprint.digest:
-                    found[fingerprint.digest] = fingerprint.fields
-        return found
-
-    def write(self, ledger: Ledger, key_ttl_millis: int) -> None:
-        """All that the ledger made."""
-        self.write_entries(ledger.entries, ledger.verified)
-        self._many(
-            "INSERT OR REPLACE INTO keys VALUES (?1, ?2, ?3, ?4, ?5, ?2, NULL)",
-            [(b.first_sequence, b.count, b.request_digest, a.tenant, a.key) for a, b in ledger.bound],
-        )
-        ended = [e.header for e in ledger.entries if e.header.kind in OUTCOMES]
-        self._many(_END_KEYED, [(h.first_sequence, h.time_unix_millis + key_ttl_millis) for h in ended])
-        self.write_notes(ledger.notes)
+        return int(self._row(_LAST_SEQUENCE)[0])
 
     def write_entries(self, entries: Sequence[Sealed], verified: Sequence[types_pb2.EntryHeader]) -> None:
-        """The record, and what says where to look in it. `verified`: of those of kind VERIFY."""
-        self._many(
-            "INSERT INTO entries VALUES (?, ?, ?)",
-            [(e.header.index, e.header.SerializeToString(deterministic=True), e.entry_hash) for e in entries],
-        )
-        self._many("INSERT INTO payloads VALUES (?, ?)", [(e.header.index, e.payload) for e in entries if e.payload])
-        admitted = [e.header for e in entries if e.header.kind == types_pb2.ENTRY_KIND_ADMITTED]
-        self._many("INSERT INTO items (sequence, admitted) VALUES (?, ?)", [(h.sequence, h.index) for h in admitted])
-        ended = [e.header for e in entries if e.header.kind in OUTCOMES]
-        self._many("UPDATE items SET outcome = ? WHERE sequence = ?", [(h.index, h.sequence) for h in ended])
-        self._many(
-            "INSERT OR IGNORE INTO twins VALUES (?, ?, ?)",
-            [(h.input_digest, h.fingerprint_digest, h.index) for h in ended if h.kind == types_pb2.ENTRY_KIND_COMPLETED],
-        )
-        self._many("UPDATE items SET verified = ? WHERE sequence = ?", [(h.index, h.sequence) for h in verified])
-        lost = [e.header for e in entries if e.header.kind == types_pb2.ENTRY_KIND_LOST]
-        self._many("UPDATE journal SET lost_sequence = ?", [(h.first_sequence + h.count - 1,) for h in lost])
+        super().write_entries(entries, verified)
+        for header in (entry.header for entry in entries if entry.header.kind == types_pb2.ENTRY_KIND_LOST):
+            self._db.execute("UPDATE journal SET lost_sequence = ?", (header.first_sequence + header.count - 1,))
 
-    def write_notes(self, notes: Mapping[str, bytes]) -> None:
-        self._many("INSERT OR REPLACE INTO notes VALUES (?, ?)", list(notes.items()))
-
-    def write_keys(self, keys: Iterable[tuple[int, int, bytes, str, str, int | None]]) -> None:
-        """Of entries that are there: first sequence, count, request digest, tenant, key, and when it expires."""
-        self._many(_WRITE_KEYS, list(keys))
-
-    def drop_payloads(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Of the items with these sequences, first to last: what went in and what came out."""
-        self._many(_DROP, list(ranges))
-
-    def drop_ended(self, entries: Sequence[Sealed]) -> None:
-        """The payloads of the items that these entries end, but for those with a key."""
-        ended = [e.header for e in entries if e.header.kind in OUTCOMES]
-        if ended:
-            rows = self._rows("keys", _KEYED, (apsw.carray(array("q", {h.first_sequence for h in ended})),), int)
-            keyed = {first for (first,) in rows}
-            self.drop_payloads((h.sequence, h.sequence) for h in ended if h.first_sequence not in keyed)
-
-    def drop_expired(self, now_millis: int, limit: int) -> None:
-        """The payloads of at most so many batches whose keys have expired. The keys stay bound for good."""
-        expired = list(self._rows("keys", _EXPIRED, (now_millis, limit), int, int))
-        self.drop_payloads(expired)
-        self._many(_BIND_FOR_GOOD, [(first,) for first, _ in expired])
-
-    def keys(self, from_sequence: int, limit: int) -> list[tuple[str, str, bytes, int, int, int | None]]:
-        """Tenant, key, request digest, first sequence, count, and when it expires."""
-        return list(self._rows("keys", _KEYS, (from_sequence, limit), str, str, bytes, int, int, (int, NoneType)))
-
-    def notes(self, prefix: str) -> dict[str, bytes]:
-        return dict(self._rows("notes", _NOTES, (prefix,), str, bytes))
-
-    def purge_keys(self, now_millis: int, limit: int) -> None:
-        """Forget at most so many of the keys that have expired."""
-        self._db.execute(_PURGE, (now_millis, limit))
+    def _write_items(self, admitted: Sequence[types_pb2.EntryHeader]) -> None:
+        self._session.each(_WRITE_ITEMS, [(header.sequence, header.index) for header in admitted])
 
     def structure(self, *, whole: bool) -> str:
         """What is wrong with tables and indexes as SQLite sees them; empty: nothing. Without `whole`: of the keys, and of the
@@ -443,74 +366,28 @@ class Tables:
                     return " ".join(str(said).removeprefix("*** in database main ***").split())
         return ""
 
-    def pages_used(self) -> int:
-        """Of the file, less those that are free to be used again."""
-        return int(self._db.execute(_PAGES_USED).get)
+    def bytes_used(self) -> int:
+        """Of the file, less the pages that are free to be used again."""
+        return int(self._db.execute(_BYTES_USED).get)
 
-    def _many(self, statement: str, rows: Sequence[tuple[apsw.SQLiteValue, ...]]) -> None:
-        if rows:  # a statement for none takes a microsecond as well, and every commit has half a dozen
-            self._db.executemany(statement, rows)
-
-    def _sealed(self, query: str, *bindings: object) -> list[Sealed]:
-        found = []
-        for row in self._rows("entries", query, bindings, int, bytes, bytes, bytes, bytes):
-            index, serialized, previous_hash, entry_hash, payload = row
-            try:
-                header = types_pb2.EntryHeader.FromString(serialized)
-            except DecodeError:
-                raise Damaged(f"entry {index}: its header cannot be read") from None
-            if header.index != index:
-                raise Damaged(f"entry {index}: its header says {header.index}")
-            if not len(previous_hash) == len(entry_hash) == DIGEST_BYTES:
-                raise Damaged(f"entry {index}: its hash, or the one before, has not {DIGEST_BYTES} bytes")
-            found.append(Sealed(header, previous_hash, entry_hash, payload))
-        return found
-
-    def _row(self, table: str, query: str, bindings: tuple[object, ...], *kinds: _Kind) -> tuple[Any, ...]:
-        """The one row, as `_rows`."""
-        for row in self._rows(table, query, bindings, *kinds):
+    def _row(self, statement: str) -> Row:
+        for row in self._session.select(statement):
             return row
-        raise Damaged(f"table {table}: a row is missing")
-
-    def _rows(self, table: str, query: str, bindings: tuple[object, ...], *kinds: _Kind) -> Iterator[tuple[Any, ...]]:
-        """With values of these kinds. Raises Damaged for any other: STRICT holds for what is written, not for what is read."""
-        try:
-            for row in self._db.execute(query, bindings):
-                if not all(map(isinstance, row, kinds)):
-                    raise Damaged(f"table {table}: a row holds values of other types")
-                yield row
-        except UnicodeDecodeError:
-            raise Damaged(f"table {table}: a row holds text that is not UTF-8") from None
+        raise Damaged(f"table {_table(statement)}: a row is missing")
 
 
-CHECKPOINT_PAGES = 1_000
-"""From here on the write-ahead log is copied into the file when nothing else waits."""
-CHECKPOINT_PAGES_MAX = 16_000
-"""From here on, whatever waits."""
-PURGED_KEYS_MAX = 64
-"""In one transaction."""
-CHECKED_ENTRIES = 4_096
-"""Of the newest ones the hashes are checked at every start: what it reads, and what it goes on from, is what was written."""
+class SqliteStore(SqlStore):
+    """A journal in a file, which is locked against every other process until `close`."""
 
-
-class SqliteStore:
-    """An open journal. Synchronous and not thread-safe: `grouped` gives it a thread of its own.
-
-    Any method may raise JournalBroken; after that only `close` may be called.
-    """
-
-    head: Head
-    """After the newest entry that is known here."""
     poll_seconds = None
-    """How often to look for what other writers append; None: there are none."""
+    _settings: SqliteSettings
 
-    def __init__(self, db: apsw.Connection, reserve: Reserve, settings: SqliteSettings) -> None:
-        self._db, self._tables, self._reserve, self._settings = db, Tables(db), reserve, settings
-        self._page_bytes = int(db.pragma("page_size"))
-        self._wal_pages = 0
-        db.set_wal_hook(self._committed)
-        if settings.journal_bytes_max:
-            db.pragma("max_page_count", settings.journal_bytes_max // self._page_bytes)
+    def __init__(self, path: Path, db: apsw.Connection, settings: SqliteSettings, *, maintenance: bool = False) -> None:
+        self.name = str(path)
+        self._path, self._db, self._tables, self._settings = path, db, SqliteTables(db), settings
+        self._reserve = Reserve(path.with_name(path.name + ".reserve"), settings.reserve_bytes)
+        self._maintenance = maintenance
+        self._wal_pages, self._remove = 0, False
 
     @classmethod
     def open(
@@ -528,16 +405,19 @@ class SqliteStore:
         """Open or create, and begin the writer's next epoch. JournalUnusable: the message says why.
 
         `new_log_id`, 32 hexadecimal digits, names the journal if it is created now. A journal that is damaged, or does not hold
-        what `mark` says, is refused, and stays as it was. `vfs` names SQLite's file layer.
+        what `mark` says, is refused and stays as it was. `vfs` names SQLite's file layer.
         """
         assert len(bytes.fromhex(new_log_id)) == 16
         settings = settings or SqliteSettings()
         db = connect(path, vfs)
         try:
-            journal = cls(db, Reserve(path.with_name(path.name + ".reserve"), settings.reserve_bytes), settings)
-            left = journal._begin(writer, version, new_log_id, now_millis, mark)
-            journal.restore_reserve()
-            return journal, Opened(journal.head, left)
+            store = cls(path, db, settings)
+            db.set_wal_hook(store._committed)
+            if settings.journal_bytes_max:
+                db.pragma("max_page_count", settings.journal_bytes_max // int(db.pragma("page_size")))
+            unfinished = store._begin(writer, version, new_log_id, now_millis, mark)
+            store.restore_reserve()
+            return store, Opened(store.head, unfinished)
         except JournalUnusable as error:
             db.close()
             raise JournalUnusable(f"{path}: {error}") from error
@@ -549,81 +429,78 @@ class SqliteStore:
             db.close()
             raise
 
+    @classmethod
+    def open_for_maintenance(cls, path: Path, *, create: bool = False) -> SqliteStore:
+        """An existing journal, or with `create` an empty one, which `close` removes if it is still empty. JournalUnusable: the
+        message says why."""
+        new = create and not os.path.lexists(path)
+        db = connect(path, create=create)
+        store = cls(path, db, SqliteSettings(), maintenance=True)
+        store._remove = new
+        try:
+            with store._transaction():
+                migrate(db)
+            if not create and store.log() is None:
+                raise JournalUnusable(f"{path} has no entries: name the journal's file")
+            with store._errors():
+                db.pragma("secure_delete", True)  # what is dropped is overwritten
+        except BaseException:
+            db.close()
+            raise
+        return store
+
+    def _read(self, read: Callable[[Tables], T]) -> T:
+        with self._errors():
+            return read(self._tables)
+
+    def close(self) -> None:
+        """Unlock the file. The write-ahead log is gone then, with what was dropped."""
+        empty = self._remove and self.log() is None
+        self._db.close()
+        if empty:
+            self._path.unlink()
+
+    # ---- for a writer
+
     @property
     def reserved(self) -> bool:
-        """Whether room is held back for outcomes; without it admissions are refused."""
         return self._reserve.held
 
     def append_many(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
-        """One transaction: all of them in this order, durable on return, or none. JournalFull: nothing has changed."""
         with self._transaction():
             if self._tables.epoch() != self.head.epoch:
                 raise JournalBroken("fenced: a newer epoch of this writer has begun")
-            ledger = Ledger(self.head, self._tables.known(needs(drafts), self._expiry(now_millis)), now_millis)
+            ledger = Ledger(self.head, self._tables.look_up(needs(drafts), self._expiry(now_millis))(), now_millis)
             appended = [ledger.append(draft) for draft in drafts]
-            self._write(ledger)
-            self._purge(ledger, now_millis)
+            self._tables.write(ledger, self._settings, now_millis)
             if not all(isinstance(draft, Outcome) for draft in drafts) and not (self.reserved and self._room()):
                 raise JournalFull("no room for new work in the journal")
         self.head = ledger.head
         return appended
 
-    def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None:
-        """What a key stands for, if it is bound and has not expired."""
-        with _sqlite():
-            return self._tables.bindings(frozenset({(tenant, key)}), self._expiry(now_millis)).get((tenant, key))
-
-    def items(self, first: int, last: int, limit: int) -> list[ItemEntries]:
-        """Ascending, at most limit, without unknown numbers."""
-        with _sqlite():
-            return self._tables.items(first, last, limit)
-
-    def unfinished(self, first: int, last: int, limit: int) -> list[Sealed]:
-        """ADMITTED entries of items without an outcome, as `items`."""
-        with _sqlite():
-            return self._tables.unfinished(first, last, limit)
-
-    def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
-        """Consecutive entries, at most limit; empty beyond the head."""
-        with _sqlite():
-            return self._tables.entries(from_index, limit, payloads=payloads)
-
-    def notes(self, prefix: str) -> dict[str, bytes]:
-        """Every note whose name begins with it, by name."""
-        with _sqlite():
-            return self._tables.notes(prefix)
+    def newest(self) -> Head:
+        return self.head
 
     def release_reserve(self) -> None:
-        """Let outcomes have the room that was held back; admissions are refused until it is restored."""
         self._reserve.release()
 
     def restore_reserve(self) -> bool:
-        """Hold room back again. False: there is not enough yet."""
-        with _sqlite():
+        with self._errors():
             return self._room() and self._reserve.take()
 
-    def newest(self) -> Head:
-        """The head, with what other writers have appended."""
-        return self.head
-
     def idle_seconds(self) -> float | None:
-        """When `maintain` has to be called, whether there is work or not; None: never."""
         return None
 
     def maintain(self, now_millis: int, *, idle: bool) -> tuple[()]:
-        """Upkeep; more of it when nobody waits. Items of other writers that became this one's to finish."""
+        """Copy a write-ahead log that has grown into the file."""
         if self._wal_pages >= (CHECKPOINT_PAGES if idle else CHECKPOINT_PAGES_MAX):
             self._wal_pages = 0
-            with _sqlite(), suppress(apsw.FullError):
+            with self._errors(), suppress(apsw.FullError):
                 self._db.wal_checkpoint()
         return ()
 
-    def close(self) -> None:
-        """Unlock the file."""
-        self._db.close()
-
     def _begin(self, writer: str, version: str, new_log_id: str, now_millis: int, mark: Mark | None) -> tuple[Unfinished, ...]:
-        """What earlier epochs left."""
+        """What earlier epochs did not finish. On a full disk the reserve has room for it."""
         try:
             return self._begin_epoch(writer, version, new_log_id, now_millis, mark)
         except JournalFull:
@@ -644,15 +521,14 @@ class SqliteStore:
                 raise JournalUnusable(f"this journal is of sidecar {owner!r}, not {writer!r}: each has its own")
             head = Head(log_id, writer, epoch, *self._newest(log_id))
             if mark is not None:
-                marked = self._tables.entries(mark.index, 1, payloads=False)
-                check_mark(mark, log_id, head.index, head.last_sequence, marked[0].entry_hash if marked else None)
-            left = self._tables.left(epoch)
-            _check_left(left)
+                check_mark(mark, head, self._tables.entries(mark.index, 1, payloads=False))
+            unfinished = self._tables.unfinished(1, NUMBER_MAX, NUMBER_MAX)
+            _check_unfinished(unfinished)
             ledger = Ledger(head, Known(), now_millis)
             ledger.open(version)
-            self._write(ledger)
+            self._tables.write(ledger, self._settings, now_millis)
         self.head = ledger.head
-        return left
+        return tuple(Unfinished(entry, 1 + epoch - entry.header.epoch) for entry in unfinished)
 
     def _newest(self, log_id: str) -> tuple[int, bytes, int]:
         """Index and hash of the newest entry, and the last sequence."""
@@ -664,43 +540,80 @@ class SqliteStore:
             _check_page(log_id, first, self._tables.entries(first, min(PAGE, index + 1 - first), payloads=False))
         return index, newest.entry_hash, self._tables.last_sequence()
 
-    def _write(self, ledger: Ledger) -> None:
-        self._tables.write(ledger, self._settings.idempotency_ttl_seconds * 1000)
-
-    def _purge(self, ledger: Ledger, now_millis: int) -> None:
-        """Let go of what the settings do not keep."""
-        if self._settings.digests_only:
-            self._tables.drop_ended(ledger.entries)
-            self._tables.drop_expired(now_millis, PURGED_KEYS_MAX)
-        elif ledger.bound:  # for as many as come, more go
-            self._tables.purge_keys(now_millis, PURGED_KEYS_MAX)
-
-    def _expiry(self, now_millis: int) -> int:
-        """Keys that expire up to then are not bound any more."""
-        return 0 if self._settings.digests_only else now_millis
-
     def _room(self) -> bool:
         """Whether journal_bytes_max leaves the reserve untouched."""
-        if not self._settings.journal_bytes_max:
-            return True
-        return self._tables.pages_used() * self._page_bytes + self._settings.reserve_bytes <= self._settings.journal_bytes_max
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Committed at the end. JournalFull: undone. After any other error what is durable is not known; nothing is retried."""
-        with _sqlite():
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                yield
-                self._db.execute("COMMIT")
-            except (apsw.FullError, JournalFull) as error:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise JournalFull(str(error)) from error
+        bytes_max = self._settings.journal_bytes_max
+        return not bytes_max or self._tables.bytes_used() + self._settings.reserve_bytes <= bytes_max
 
     def _committed(self, _db: apsw.Connection, _name: str, pages: int) -> int:
         self._wal_pages = pages
         return apsw.SQLITE_OK
+
+    # ---- for maintenance
+
+    def log(self) -> Log | None:
+        with self._errors():
+            owner, newest = self._tables.owner(), self._tables.newest()
+            if owner is None or newest is None:
+                return None
+            log_id, writer, epoch = owner
+            if newest.header.log_id != log_id:
+                raise Damaged(f"table journal names log {log_id!r}, and entry {newest.header.index} another")
+            return Log(log_id, {writer: epoch}, newest.header.index, newest.entry_hash, self._tables.last_sequence())
+
+    def structure(self) -> str:
+        with self._errors():
+            return self._tables.structure(whole=True)
+
+    def drop(self, sequences: Sequence[int]) -> int:
+        with self._transaction():
+            return self._tables.drop_payloads(sequences)
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        yield  # no other process has the file
+
+    @contextmanager
+    def importing(self, log: Log, writer: str) -> Iterator[Tables]:
+        with self._transaction():
+            self._db.execute("INSERT INTO journal VALUES (1, ?, ?, ?, 0)", (log.log_id, writer, log.writers.get(writer, 0)))
+            yield self._tables
+        self._remove = False
+
+    def bytes_used(self) -> int:
+        """Of the file, less what is free to be used again."""
+        with self._errors():
+            return self._tables.bytes_used()
+
+    # ---- errors
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Committed at the end. JournalFull: undone. After any other error what is durable is not known; nothing is retried."""
+        with self._errors():
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield
+                self._db.execute("COMMIT")
+            except BaseException as error:
+                full = isinstance(error, apsw.FullError | JournalFull)
+                if (full or self._maintenance) and self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                if full and not self._maintenance:
+                    raise JournalFull(str(error)) from error
+                raise
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """After what SQLite cannot do, or what is no row of a journal, it is not known what is on the disk."""
+        try:
+            yield
+        except UNREADABLE as error:
+            if self._maintenance:
+                raise JournalUnusable(reason(self._path, error)) from error
+            if isinstance(error, apsw.CorruptError | apsw.NotADBError):
+                raise JournalBroken(f"the journal's file is damaged ({error}): {RESTORE}") from error
+            raise JournalBroken(f"{type(error).__name__}: {error}") from error
 
 
 def _check_page(log_id: str, first: int, page: Sequence[Sealed]) -> None:
@@ -712,146 +625,12 @@ def _check_page(log_id: str, first: int, page: Sequence[Sealed]) -> None:
             raise JournalUnusable(f"table journal is damaged: it names log {log_id!r}, and entry {index} another: {RESTORE}")
 
 
-def _check_left(left: Sequence[Unfinished]) -> None:
+def _check_unfinished(unfinished: Sequence[Sealed]) -> None:
     """Raises JournalUnusable for unfinished items that are not what was admitted: they would run again."""
-    for each in left:
-        header, payload = each.admitted.header, each.admitted.payload
-        sound = entry_hash(each.admitted.previous_hash, header) == each.admitted.entry_hash
-        if not (sound and header.kind == types_pb2.ENTRY_KIND_ADMITTED and payload_digest(payload) == header.payload_digest):
+    for sealed in unfinished:
+        header = sealed.header
+        sound = entry_hash(sealed.previous_hash, header) == sealed.entry_hash
+        if not (
+            sound and header.kind == types_pb2.ENTRY_KIND_ADMITTED and payload_digest(sealed.payload) == header.payload_digest
+        ):
             raise JournalUnusable(f"entry {header.index} is damaged, and its item has not ended: {RESTORE}")
-
-
-@contextmanager
-def _sqlite() -> Iterator[None]:
-    """What SQLite cannot do, or is no row of a journal, leaves open what is on the disk."""
-    try:
-        yield
-    except (apsw.CorruptError, apsw.NotADBError) as error:
-        raise JournalBroken(f"the journal's file is damaged ({error}): {RESTORE}") from error
-    except UNREADABLE as error:
-        raise JournalBroken(f"{type(error).__name__}: {error}") from error
-
-
-class SqliteKept:
-    """Implements `Kept`; locked against sidecars until it is closed."""
-
-    def __init__(self, path: Path, *, create: bool = False) -> None:
-        self._path, self._created = path, create and not os.path.lexists(path)
-        self._db = connect(path, create=create)
-        self._tables = Tables(self._db)
-        try:
-            with self._transaction():
-                migrate(self._db)
-            if not create and self.log() is None:
-                raise JournalUnusable(f"{path} has no entries: name the journal's file")
-            with self._readable():
-                self._db.pragma("secure_delete", True)  # what is dropped is overwritten
-        except BaseException:
-            self._db.close()
-            raise
-
-    @property
-    def name(self) -> str:
-        """See `Kept`."""
-        return str(self._path)
-
-    def log(self) -> Log | None:
-        """See `Kept`."""
-        with self._readable():
-            owner, newest = self._tables.owner(), self._tables.newest()
-            if owner is None or newest is None:
-                return None
-            log_id, writer, epoch = owner
-            if newest.header.log_id != log_id:
-                raise Damaged(f"table journal names log {log_id!r}, and entry {newest.header.index} another")
-            return Log(log_id, {writer: epoch}, newest.header.index, newest.entry_hash, self._tables.last_sequence())
-
-    def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
-        """See `Kept`."""
-        with self._readable():
-            return self._tables.entries(from_index, limit, payloads=payloads)
-
-    def items(self, first: int, last: int, limit: int) -> list[ItemEntries]:
-        """See `Kept`."""
-        with self._readable():
-            return self._tables.items(first, min(last, NUMBER_MAX), limit) if first <= NUMBER_MAX else []
-
-    def keys(self, from_sequence: int, limit: int) -> list[Key]:
-        """See `Kept`."""
-        with self._readable():
-            return [Key(*row) for row in self._tables.keys(from_sequence, limit)]
-
-    def notes(self, prefix: str) -> dict[str, bytes]:
-        """See `Kept`."""
-        with self._readable():
-            return self._tables.notes(prefix)
-
-    def drop(self, sequences: Sequence[int]) -> int:
-        """See `Kept`."""
-        before = self._db.total_changes()
-        with self._transaction():
-            self._tables.drop_payloads((sequence, sequence) for sequence in sequences)
-        return self._db.total_changes() - before
-
-    @contextmanager
-    def snapshot(self) -> Iterator[None]:
-        """See `Kept`: nobody else has the file."""
-        yield
-
-    @contextmanager
-    def filling(self, log: Log, writer: str) -> Iterator[_Importer]:
-        """See `Kept`."""
-        with self._transaction():
-            self._db.execute("INSERT INTO journal VALUES (1, ?, ?, ?, 0)", (log.log_id, writer, log.writers.get(writer, 0)))
-            yield _Importer(self._tables)
-        self._created = False
-
-    def structure(self) -> str:
-        """See `Kept`."""
-        with self._readable():
-            return self._tables.structure(whole=True)
-
-    def bytes_used(self) -> int:
-        """Of the file, less what is free to be used again."""
-        with self._readable():
-            return self._tables.pages_used() * int(self._db.pragma("page_size"))
-
-    def close(self) -> None:
-        """Unlock the file; without what was dropped, also in the write-ahead log. One that was made for nothing is removed."""
-        empty = self._created and self.log() is None
-        self._db.close()
-        if empty:
-            self._path.unlink()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with self._readable(), self._db:
-            yield
-
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        try:
-            yield
-        except UNREADABLE as error:
-            raise JournalUnusable(reason(self._path, error)) from error
-
-
-class _Importer:
-    """Implements `Importer`."""
-
-    def __init__(self, tables: Tables) -> None:
-        self._tables = tables
-
-    def entries(self, entries: Sequence[Sealed]) -> None:
-        """See `Importer`."""
-        self._tables.write_entries(entries, verifications(entries))
-
-    def keys(self, keys: Sequence[Key]) -> None:
-        """See `Importer`."""
-        self._tables.write_keys(
-            (key.first_sequence, key.count, key.request_digest, key.tenant, key.key, key.expires_millis) for key in keys
-        )
-
-    def notes(self, notes: Mapping[str, bytes]) -> None:
-        """See `Importer`."""
-        self._tables.write_notes(notes)

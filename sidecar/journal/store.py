@@ -1,105 +1,423 @@
-"""What the writer and the operator's commands need of a database."""
+"""The journal in a relational database: what is read, written and maintained, whichever database it is.
+
+`Tables` has the statements, `Store` the operations. `sqlite` and `postgres` add what differs: connections and their errors,
+transactions and locks, room, leases and takeover.
+
+Statements are written for PostgreSQL, with `?` for a parameter. The type `name` stands for strings that clients choose: text in
+SQLite, bytes in PostgreSQL, whose text cannot hold a zero. A statement that takes its rows from `unnest(...)` is run once for
+all rows in PostgreSQL, and once for each row in SQLite, where a statement costs no round trip.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, Protocol, TypeVar
 
-from sidecar.journal.model import Appended, Binding, Draft, Head, ItemEntries, Key, Log, Sealed, Unfinished
+from google.protobuf.message import DecodeError
+
+from ostinato.chain import OUTCOMES
+from ostinato.digest import DIGEST_BYTES, fingerprint_digest
+from ostinato.v1 import types_pb2
+
+from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs, verifications
+from sidecar.journal.model import (
+    FINGERPRINTS,
+    Appended,
+    Binding,
+    Draft,
+    Head,
+    ItemEntries,
+    Key,
+    Log,
+    Sealed,
+    Unfinished,
+)
+
+T = TypeVar("T")
+Row = tuple[Any, ...]
+
+PAGE = 1_000
+"""Entries that a loop over a journal reads at a time."""
+PURGED_KEYS_MAX = 64
+"""Expired keys that one transaction drops."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSettings:
+    """How long a journal holds what."""
+
+    idempotency_ttl_seconds: int = 86_400
+    """From the outcome of a batch's last item."""
+    digests_only: bool = False
+    """Drop an item's payloads with its outcome. With a key: when the key would expire; the key then stays bound for good."""
+
+    def __post_init__(self) -> None:
+        if self.idempotency_ttl_seconds < 0:
+            raise ValueError("idempotency_ttl_seconds must not be negative")
+
+
+class Name:
+    """Of a column that holds strings chosen by clients."""
+
+
+COLUMNS: Mapping[str, type | tuple[type, ...]] = {
+    "entry_index": int,
+    "header": bytes,
+    "previous_hash": bytes,
+    "entry_hash": bytes,
+    "payload": bytes,
+    "sequence": int,
+    "tenant": Name,
+    "key": Name,
+    "request_digest": bytes,
+    "first_sequence": int,
+    "count": int,
+    "expires_millis": (int, NoneType),
+    "name": Name,
+    "value": bytes,
+    "log_id": str,
+    "writer": str,
+    "epoch": int,
+}
+"""The types of what is read, by name."""
+
+
+class Damaged(Exception):
+    """A row holds what no journal writes; the message names it."""
+
+
+class Session(Protocol):
+    """A connection to a database."""
+
+    def select(self, statement: str, *parameters: object) -> Iterator[Row]: ...
+
+    def execute(self, statement: str, *parameters: object) -> int:
+        """How many rows it changed."""
+        ...
+
+    def each(self, statement: str, rows: Sequence[Row]) -> None:
+        """Run a statement with `unnest(...)` for these rows; nothing if there are none."""
+        ...
+
+
+_ENTRIES = "SELECT * FROM sealed WHERE entry_index >= ? ORDER BY entry_index LIMIT ?"
+_ENTRIES_BARE = """SELECT entry_index, header, previous_hash, entry_hash FROM sealed
+  WHERE entry_index >= ? ORDER BY entry_index LIMIT ?"""
+_ADMITTED = """SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted
+  WHERE sequence BETWEEN ? AND ? ORDER BY sequence LIMIT ?"""
+_OUTCOMES = "SELECT sealed.* FROM items JOIN sealed ON entry_index = outcome WHERE sequence BETWEEN ? AND ?"
+_VERIFIED = "SELECT sealed.* FROM items JOIN sealed ON entry_index = verified WHERE sequence BETWEEN ? AND ?"
+_UNFINISHED = """SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted
+  WHERE outcome IS NULL AND sequence BETWEEN ? AND ? ORDER BY sequence LIMIT ?"""
+_STILL_UNFINISHED = "SELECT sequence FROM items WHERE outcome IS NULL AND sequence = ANY(?::bigint[])"
+_TWINS = "SELECT sealed.* FROM twins JOIN sealed USING (entry_index) WHERE input_digest = ANY(?::bytea[]) ORDER BY entry_index"
+_BINDINGS = """SELECT tenant, key, request_digest, first_sequence, count FROM keys
+  WHERE key = ANY(?::name[]) AND (expires_millis IS NULL OR expires_millis > ?)"""
+_KEYS = """SELECT tenant, key, request_digest, first_sequence, count, expires_millis FROM keys
+  WHERE first_sequence >= ? ORDER BY first_sequence LIMIT ?"""
+_NOTES = "SELECT name, value FROM notes WHERE substr(name, 1, length(?::name)) = ?::name ORDER BY name"
+
+_WRITE_ENTRIES = "INSERT INTO entries SELECT * FROM unnest(?::bigint[], ?::bytea[], ?::bytea[])"
+_WRITE_PAYLOADS = "INSERT INTO payloads SELECT * FROM unnest(?::bigint[], ?::bytea[])"
+_WRITE_OUTCOMES = """UPDATE items SET outcome = r.entry_index FROM unnest(?::bigint[], ?::bigint[]) AS r (sequence, entry_index)
+  WHERE items.sequence = r.sequence"""
+_WRITE_VERIFIED = _WRITE_OUTCOMES.replace("SET outcome", "SET verified")
+_WRITE_TWINS = "INSERT INTO twins SELECT * FROM unnest(?::bytea[], ?::bytea[], ?::bigint[]) ON CONFLICT DO NOTHING"
+_WRITE_NOTES = """INSERT INTO notes SELECT * FROM unnest(?::name[], ?::bytea[])
+  ON CONFLICT (name) DO UPDATE SET value = excluded.value"""
+_BIND = """INSERT INTO keys (first_sequence, count, request_digest, tenant, key, unfinished)
+  SELECT * FROM unnest(?::bigint[], ?::integer[], ?::bytea[], ?::name[], ?::name[], ?::integer[])
+  ON CONFLICT (key, tenant) DO UPDATE SET first_sequence = excluded.first_sequence, count = excluded.count,
+    request_digest = excluded.request_digest, unfinished = excluded.unfinished, expires_millis = NULL"""
+_END_KEYED = """UPDATE keys SET unfinished = unfinished - r.n, expires_millis = CASE unfinished WHEN r.n THEN r.expires END
+  FROM unnest(?::bigint[], ?::integer[], ?::bigint[]) AS r (first, n, expires) WHERE first_sequence = r.first"""
+_IMPORT_KEYS = """INSERT INTO keys SELECT r.first, r.n, r.digest, r.tenant, r.key,
+    (SELECT count(*) FROM items WHERE outcome IS NULL AND sequence BETWEEN r.first AND r.first + r.n - 1), r.expires
+  FROM unnest(?::bigint[], ?::integer[], ?::bytea[], ?::name[], ?::name[], ?::bigint[])
+    AS r (first, n, digest, tenant, key, expires)"""
+
+_PURGE = """DELETE FROM keys WHERE first_sequence IN
+  (SELECT first_sequence FROM keys WHERE expires_millis <= ? ORDER BY expires_millis, first_sequence LIMIT ?)"""
+_BIND_FOR_GOOD = _PURGE.replace("DELETE FROM keys", "UPDATE keys SET expires_millis = NULL")
+_DROP_EXPIRED = """WITH expired AS (SELECT first_sequence, count FROM keys
+    WHERE expires_millis <= ? ORDER BY expires_millis, first_sequence LIMIT ?),
+  dropped AS (SELECT admitted, outcome FROM expired
+    JOIN items ON sequence BETWEEN first_sequence AND first_sequence + count - 1)
+  DELETE FROM payloads WHERE entry_index IN (SELECT admitted FROM dropped UNION ALL SELECT outcome FROM dropped)"""
+_DROP = """WITH dropped AS (SELECT admitted, outcome FROM items WHERE sequence = ANY(?::bigint[]))
+  DELETE FROM payloads WHERE entry_index IN (SELECT admitted FROM dropped UNION ALL SELECT outcome FROM dropped)"""
+_DROP_PROMPTS = """DELETE FROM payloads WHERE entry_index IN
+  (SELECT items.admitted FROM items, unnest(?::bigint[], ?::bigint[]) AS r (sequence, first)
+    WHERE items.sequence = r.sequence AND NOT EXISTS (SELECT 1 FROM keys WHERE first_sequence = r.first))"""
+_DROP_ANSWERS = _DROP_PROMPTS.replace("items.admitted", "items.outcome")
+
+
+class Tables:
+    """Rows as values, in the transaction that is open. Raises the database's errors, and Damaged."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    # ---- reading
+
+    def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
+        return self._sealed(_ENTRIES if payloads else _ENTRIES_BARE, min(from_index, NUMBER_MAX), limit)
+
+    def items(self, first: int, last: int, limit: int) -> list[ItemEntries]:
+        admitted = self._sealed(_ADMITTED, min(first, NUMBER_MAX), min(last, NUMBER_MAX), limit)
+        if not admitted:
+            return []
+        bounds = admitted[0].header.sequence, admitted[-1].header.sequence
+        # The verdicts first: an item that ends in between has none yet, and a verdict never comes without its outcome.
+        verified = {entry.header.sequence: entry for entry in self._sealed(_VERIFIED, *bounds)}
+        outcomes = {entry.header.sequence: entry for entry in self._sealed(_OUTCOMES, *bounds)}
+        numbers = [(entry, entry.header.sequence) for entry in admitted]
+        return [ItemEntries(entry, outcomes.get(number), verified.get(number)) for entry, number in numbers]
+
+    def unfinished(self, first: int, last: int, limit: int) -> list[Sealed]:
+        return self._sealed(_UNFINISHED, min(first, NUMBER_MAX), min(last, NUMBER_MAX), limit)
+
+    def bindings(self, keys: Iterable[tuple[str, str]], now_millis: int) -> dict[tuple[str, str], Binding]:
+        """Those of the keys that are bound and have not expired; it may hold the same keys of other tenants too."""
+        return _bindings(self._session.select(_BINDINGS, [key for _, key in keys], now_millis))
+
+    def keys(self, from_sequence: int, limit: int) -> list[Key]:
+        return [Key(*row) for row in self._session.select(_KEYS, from_sequence, limit)]
+
+    def notes(self, prefix: str) -> dict[str, bytes]:
+        return dict(self._session.select(_NOTES, prefix, prefix))
+
+    def look_up(self, needs: Needs, now_millis: int) -> Callable[[], Known]:
+        """Ask for what is needed; the function returned reads the answers. In between may lie the end of a pipeline."""
+        select = self._session.select
+        bound = select(_BINDINGS, [key for _, key in needs.keys], now_millis) if needs.keys else ()
+        unfinished = select(_STILL_UNFINISHED, list(needs.sequences)) if needs.sequences else ()
+        earlier = select(_TWINS, list(needs.input_digests)) if needs.input_digests else ()
+
+        def known() -> Known:
+            bindings = _bindings(bound)
+            sequences = frozenset(sequence for (sequence,) in unfinished)
+            twins = defaultdict[bytes, tuple[Sealed, ...]](tuple)
+            for twin in map(sealed_of, earlier):
+                twins[twin.header.input_digest] += (twin,)
+            met = {twin.header.fingerprint_digest for found in twins.values() for twin in found}
+            fingerprints = self._fingerprints() if met and len(met | needs.fingerprint_digests) > 1 else {}
+            return Known(bindings, sequences, twins, fingerprints)
+
+        return known
+
+    def _fingerprints(self) -> dict[bytes, Mapping[str, str]]:
+        """By digest, without those that are damaged."""
+        found: dict[bytes, Mapping[str, str]] = {}
+        for value in self.notes(FINGERPRINTS).values():
+            with suppress(DecodeError):
+                fingerprint = types_pb2.Fingerprint.FromString(value)
+                if fingerprint_digest(fingerprint.fields) == fingerprint.digest:
+                    found[fingerprint.digest] = fingerprint.fields
+        return found
+
+    def _sealed(self, statement: str, *parameters: object) -> list[Sealed]:
+        return [sealed_of(row) for row in self._session.select(statement, *parameters)]
+
+    # ---- writing
+
+    def write(self, ledger: Ledger, settings: StoreSettings, now_millis: int) -> None:
+        """All that the ledger made. Then drop what the settings do not keep."""
+        self.write_entries(ledger.entries, ledger.verified)
+        each = self._session.each
+        each(_BIND, [(b.first_sequence, b.count, b.request_digest, a.tenant, a.key, b.count) for a, b in ledger.bound])
+        outcomes = [entry.header for entry in ledger.entries if entry.header.kind in OUTCOMES]
+        expires_millis = now_millis + settings.idempotency_ttl_seconds * 1000
+        batches = Counter(header.first_sequence for header in outcomes)
+        each(_END_KEYED, [(first, count, expires_millis) for first, count in batches.items()])
+        self.write_notes(ledger.notes)
+        if settings.digests_only:
+            for statement in (_DROP_PROMPTS, _DROP_ANSWERS):
+                each(statement, [(header.sequence, header.first_sequence) for header in outcomes])
+            self._session.execute(_DROP_EXPIRED, now_millis, PURGED_KEYS_MAX)
+            self._session.execute(_BIND_FOR_GOOD, now_millis, PURGED_KEYS_MAX)
+        elif ledger.bound:  # as many keys as come may go
+            self._session.execute(_PURGE, now_millis, PURGED_KEYS_MAX)
+
+    def write_entries(self, entries: Sequence[Sealed], verified: Sequence[types_pb2.EntryHeader]) -> None:
+        """The record, and the tables that say where to look in it. `verified`: the headers of its `verifications`."""
+        headers, each = [entry.header for entry in entries], self._session.each
+        each(_WRITE_ENTRIES, [(e.header.index, e.header.SerializeToString(deterministic=True), e.entry_hash) for e in entries])
+        each(_WRITE_PAYLOADS, [(e.header.index, e.payload) for e in entries if e.payload])
+        self._write_items([header for header in headers if header.kind == types_pb2.ENTRY_KIND_ADMITTED])
+        outcomes = [header for header in headers if header.kind in OUTCOMES]
+        each(_WRITE_OUTCOMES, [(header.sequence, header.index) for header in outcomes])
+        each(_WRITE_VERIFIED, [(header.sequence, header.index) for header in verified])
+        completed = [header for header in outcomes if header.kind == types_pb2.ENTRY_KIND_COMPLETED]
+        each(_WRITE_TWINS, [(header.input_digest, header.fingerprint_digest, header.index) for header in completed])
+
+    def _write_items(self, admitted: Sequence[types_pb2.EntryHeader]) -> None:
+        raise NotImplementedError
+
+    def write_notes(self, notes: Mapping[str, bytes]) -> None:
+        self._session.each(_WRITE_NOTES, list(notes.items()))
+
+    def import_entries(self, entries: Sequence[Sealed]) -> None:
+        """The next entries of a journal that is imported. Everything has been checked."""
+        self.write_entries(entries, verifications(entries))
+
+    def import_keys(self, keys: Sequence[Key]) -> None:
+        """After all entries."""
+        self._session.each(
+            _IMPORT_KEYS,
+            [(key.first_sequence, key.count, key.request_digest, key.tenant, key.key, key.expires_millis) for key in keys],
+        )
+
+    def drop_payloads(self, sequences: Sequence[int]) -> int:
+        """Of these items' admissions and outcomes; how many there were."""
+        return self._session.execute(_DROP, list(sequences)) if sequences else 0
+
+
+def sealed_of(row: Row) -> Sealed:
+    index, serialized, previous_hash, entry_hash, payload = row if len(row) > 4 else (*row, b"")
+    try:
+        header = types_pb2.EntryHeader.FromString(serialized)
+    except DecodeError:
+        raise Damaged(f"entry {index}: its header cannot be read") from None
+    if header.index != index:
+        raise Damaged(f"entry {index}: its header says {header.index}")
+    if not len(previous_hash) == len(entry_hash) == DIGEST_BYTES:
+        raise Damaged(f"entry {index}: its hash, or the one before, has not {DIGEST_BYTES} bytes")
+    return Sealed(header, previous_hash, entry_hash, payload)
+
+
+def _bindings(rows: Iterable[Row]) -> dict[tuple[str, str], Binding]:
+    return {(tenant, key): Binding(*rest) for tenant, key, *rest in rows}
 
 
 class Store(Protocol):
-    """A synchronous journal, used by one thread at a time. `SqliteStore` says what each method promises and raises.
+    """What the writer needs of a journal's database. Synchronous; one thread at a time uses it.
 
-    One that is shared with other writers may also raise JournalUnavailable from any method, and CommitUnknown from
-    `append_many`.
+    Any method may raise JournalBroken: only `close` may be called after that. A store that other writers share may also raise
+    JournalUnavailable (nothing has changed, try later), and `append_many` CommitUnknown.
     """
 
     @property
-    def head(self) -> Head: ...
+    def head(self) -> Head:
+        """After the newest entry that is known here."""
+        ...
 
     @property
-    def reserved(self) -> bool: ...
+    def reserved(self) -> bool:
+        """Whether room is held back for outcomes; without it admissions are refused."""
+        ...
 
     @property
-    def poll_seconds(self) -> float | None: ...
+    def poll_seconds(self) -> float | None:
+        """How often to look for what other writers append; None: there are none."""
+        ...
 
-    def newest(self) -> Head: ...
+    def newest(self) -> Head:
+        """The head, with what other writers have appended."""
+        ...
 
-    def append_many(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]: ...
+    def append_many(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
+        """One transaction: all of them in this order, durable on return, or none. JournalFull: nothing has changed.
+        CommitUnknown: append the same drafts again, before any others."""
+        ...
 
-    def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None: ...
+    def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None:
+        """What a key stands for, if it is bound and has not expired."""
+        ...
 
-    def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]: ...
+    def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:
+        """Ascending, at most limit, without unknown numbers."""
+        ...
 
-    def unfinished(self, first: int, last: int, limit: int) -> Sequence[Sealed]: ...
+    def unfinished(self, first: int, last: int, limit: int) -> Sequence[Sealed]:
+        """ADMITTED entries of items without an outcome, as `items`."""
+        ...
 
-    def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]: ...
+    def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
+        """Consecutive entries, at most limit; empty beyond the head."""
+        ...
 
-    def notes(self, prefix: str) -> Mapping[str, bytes]: ...
+    def notes(self, prefix: str) -> Mapping[str, bytes]:
+        """Every note whose name begins with prefix, by name."""
+        ...
 
-    def release_reserve(self) -> None: ...
+    def release_reserve(self) -> None:
+        """Let outcomes use the room that was held back; admissions are refused until it is restored."""
+        ...
 
-    def restore_reserve(self) -> bool: ...
+    def restore_reserve(self) -> bool:
+        """Hold room back again. False: there is not enough yet, or no database."""
+        ...
 
-    def idle_seconds(self) -> float | None: ...
+    def idle_seconds(self) -> float | None:
+        """When `maintain` has to be called at the latest; None: only after work."""
+        ...
 
-    def maintain(self, now_millis: int, *, idle: bool) -> Sequence[Unfinished]: ...
+    def maintain(self, now_millis: int, *, idle: bool) -> Sequence[Unfinished]:
+        """Upkeep; more of it when no work waits. Items of other writers that this one has taken over."""
+        ...
 
     def close(self) -> None: ...
 
 
-class Importer(Protocol):
-    """Takes a journal in, within one transaction. Everything has been checked."""
+class SqlStore(ABC):
+    """Reads, and what an operator does to a journal. Opened for maintenance, it raises JournalUnusable and does not append."""
 
-    def entries(self, entries: Sequence[Sealed]) -> None:
-        """In their order."""
-        ...
+    head: Head
+    name: str
+    """For errors. Not a database's URL, which may hold a password."""
+    _settings: StoreSettings
 
-    def keys(self, keys: Sequence[Key]) -> None:
-        """After all entries."""
-        ...
+    @abstractmethod
+    def _read(self, read: Callable[[Tables], T]) -> T: ...
 
-    def notes(self, notes: Mapping[str, bytes]) -> None: ...
+    def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
+        return self._read(lambda tables: tables.entries(from_index, limit, payloads=payloads))
 
+    def items(self, first: int, last: int, limit: int) -> list[ItemEntries]:
+        return self._read(lambda tables: tables.items(first, last, limit))
 
-class Kept(Protocol):
-    """Raises JournalUnusable where the database cannot."""
+    def unfinished(self, first: int, last: int, limit: int) -> list[Sealed]:
+        return self._read(lambda tables: tables.unfinished(first, last, limit))
 
-    @property
-    def name(self) -> str:
-        """For errors: the file, or what stands for a database, whose URL may hold a password."""
-        ...
+    def notes(self, prefix: str) -> dict[str, bytes]:
+        return self._read(lambda tables: tables.notes(prefix))
 
+    def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None:
+        return self._read(lambda tables: tables.bindings([(tenant, key)], self._expiry(now_millis))).get((tenant, key))
+
+    def keys(self, from_sequence: int, limit: int) -> list[Key]:
+        """By first sequence, ascending, at most limit."""
+        return self._read(lambda tables: tables.keys(from_sequence, limit))
+
+    def _expiry(self, now_millis: int) -> int:
+        """Keys that expire up to then are not bound any more."""
+        return 0 if self._settings.digests_only else now_millis
+
+    @abstractmethod
     def log(self) -> Log | None:
         """None: it is empty."""
-        ...
 
-    def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]: ...
-
-    def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]: ...
-
-    def keys(self, from_sequence: int, limit: int) -> Sequence[Key]:
-        """By first sequence, ascending, at most limit."""
-        ...
-
-    def notes(self, prefix: str) -> Mapping[str, bytes]: ...
-
+    @abstractmethod
     def structure(self) -> str:
-        """What is wrong with the store itself, apart from what entries say; empty: nothing that it can see."""
-        ...
+        """What is wrong with the database itself, apart from what entries say; empty: nothing that can be seen."""
 
+    @abstractmethod
     def drop(self, sequences: Sequence[int]) -> int:
         """The payloads of these items' admissions and outcomes, for good; how many there were."""
-        ...
 
+    @abstractmethod
     def snapshot(self) -> AbstractContextManager[None]:
         """All that is read within it is of one moment."""
-        ...
 
-    def filling(self, log: Log, writer: str) -> AbstractContextManager[Importer]:
-        """Makes an empty journal this log at the end, or leaves it empty. `writer`: whose it is to be, where only one may."""
-        ...
+    @abstractmethod
+    def importing(self, log: Log, writer: str) -> AbstractContextManager[Tables]:
+        """Makes an empty journal this log at the end, or leaves it empty. `writer`: its owner, where only one may write."""
 
+    @abstractmethod
     def close(self) -> None: ...

@@ -24,26 +24,26 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.diagnosis import place_fault, reason
 from sidecar.journal.ledger import NUMBER_MAX
-from sidecar.journal.maintenance import MISSING, PAGE, Checker, name_of, pages
+from sidecar.journal.maintenance import MISSING, Checker, name_of, pages
 from sidecar.journal.model import FINGERPRINTS, JournalUnusable, Key, Log, Sealed
-from sidecar.journal.sqlite import UNREADABLE, Tables
-from sidecar.journal.store import Importer, Kept
+from sidecar.journal.sqlite import UNREADABLE, SqliteTables
+from sidecar.journal.store import PAGE, SqlStore, Tables
 
 T = TypeVar("T")
 FORMAT, VERSION = "ostinato journal", 1
 
 
-def export(kept: Kept) -> Iterator[str]:
+def export(store: SqlStore) -> Iterator[str]:
     """The lines, without their ends. Raises JournalUnusable for a journal with nothing in it."""
-    with kept.snapshot():
-        log = kept.log()
+    with store.snapshot():
+        log = store.log()
         if log is None:
-            raise JournalUnusable(f"{kept.name} has no entries: name the journal that is to be exported")
-        keys, notes = list(_keys(kept)), kept.notes("")
+            raise JournalUnusable(f"{store.name} has no entries: name the journal that is to be exported")
+        keys, notes = list(_keys(store)), store.notes("")
         yield head_line(log, len(keys), len(notes))
         yield from map(line_of_key, keys)
         yield from (line_of_note(name, value) for name, value in notes.items())
-        for page in pages(kept, payloads=True):
+        for page in pages(store, payloads=True):
             yield from map(line_of_entry, page)
 
 
@@ -72,11 +72,11 @@ class LinesUnusable(JournalUnusable):
     """What was to be taken in is no whole exported journal; the message says which line, and what is wrong with it."""
 
 
-def take_in(kept: Kept, lines: Iterable[str], writer: str | None, on_entries: Callable[[int, int], None]) -> Log:
+def take_in(store: SqlStore, lines: Iterable[str], writer: str | None, on_entries: Callable[[int, int], None]) -> Log:
     """Fill an empty journal from such lines: all of it, with its chain verified, or nothing. Raises LinesUnusable, and
     JournalUnusable where the journal is not empty. `on_entries` is told how many there are of how many."""
-    if kept.log() is not None:
-        raise JournalUnusable(f"{kept.name} is not empty: take another in only where there is none")
+    if store.log() is not None:
+        raise JournalUnusable(f"{store.name} is not empty: take another in only where there is none")
     numbered = enumerate(_decoded(lines), start=1)
     first = next(numbered, None)
     if first is None:
@@ -85,8 +85,8 @@ def take_in(kept: Kept, lines: Iterable[str], writer: str | None, on_entries: Ca
     owner = writer or (next(iter(log.writers)) if len(log.writers) == 1 else "")
     if not owner:
         raise LinesUnusable(f"line 1: the log has several writers, name one that is to have it: {', '.join(log.writers)}")
-    with kept.filling(log, owner) as filler:
-        reader = _Reader(log, filler, on_entries)
+    with store.importing(log, owner) as tables:
+        reader = _Reader(log, tables, on_entries)
         for number, line in numbered:
             _read(number, line, reader.take)
         reader.finish(keys_count, notes_count)
@@ -96,8 +96,8 @@ def take_in(kept: Kept, lines: Iterable[str], writer: str | None, on_entries: Ca
 class _Reader:
     """What has come so far."""
 
-    def __init__(self, log: Log, filler: Importer, on_entries: Callable[[int, int], None]) -> None:
-        self._log, self._filler, self._on_entries = log, filler, on_entries
+    def __init__(self, log: Log, tables: Tables, on_entries: Callable[[int, int], None]) -> None:
+        self._log, self._tables, self._on_entries = log, tables, on_entries
         self._checker = Checker()
         self._keys: list[Key] = []
         self._notes: dict[str, bytes] = {}
@@ -131,7 +131,7 @@ class _Reader:
             self._flush()
 
     def _flush(self) -> None:
-        self._filler.entries(self._page)
+        self._tables.import_entries(self._page)
         self._page.clear()
         self._on_entries(self._index, self._log.index)
 
@@ -144,8 +144,8 @@ class _Reader:
             raise LinesUnusable("keys or notes are missing: it is not whole")
         if self._checker.last_sequence != self._log.last_sequence:
             raise LinesUnusable("line 1: last_sequence is not that of the entries")
-        self._filler.keys(self._keys)
-        self._filler.notes(self._notes)
+        self._tables.import_keys(self._keys)
+        self._tables.write_notes(self._notes)
 
 
 def _decoded(lines: Iterable[str]) -> Iterator[str]:
@@ -198,9 +198,9 @@ def _log(told: dict[str, Any]) -> tuple[Log, int, int]:
     return log, _number(told["keys"]), _number(told["notes"])
 
 
-def _keys(kept: Kept) -> Iterator[Key]:
+def _keys(store: SqlStore) -> Iterator[Key]:
     sequence = 1
-    while page := kept.keys(sequence, PAGE):
+    while page := store.keys(sequence, PAGE):
         yield from page
         sequence = page[-1].first_sequence + 1
 
@@ -267,7 +267,7 @@ def copied(path: Path) -> Iterator[Tables]:
         try:
             with closing(apsw.Connection(str(copy))) as db:
                 db.pragma("writable_schema", True)  # or a file that is shorter than its header says is refused
-                yield Tables(db)
+                yield SqliteTables(db)
         except UNREADABLE as error:
             raise JournalUnusable(reason(copy, error).replace(str(copy), str(path))) from error
 
@@ -353,7 +353,7 @@ def keys_of(tables: Tables, part: Part) -> tuple[list[Key], str]:
     """Those of batches in the part; and why their table could not be read, where they are taken from the prompts that are kept.
     One whose batch had ended behind the part is bound until it has ended again; one taken from a prompt, for good."""
     try:
-        listed = [Key(*row) for row in tables.keys(1, part.log.last_sequence + 1)]
+        listed = tables.keys(1, part.log.last_sequence + 1)
     except UNREADABLE as error:
         return _keys_of_prompts(tables, part), str(error)
     found: list[Key] = []

@@ -20,7 +20,7 @@ from sidecar.journal.maintenance import prune
 from sidecar.journal.model import Admission, Opened, Outcome, Sealed
 from sidecar.journal.postgres import Connection, PostgresStore
 from sidecar.journal.postgres import migrate as migrate_postgres
-from sidecar.journal.sqlite import SqliteKept, SqliteSettings, SqliteStore, connect, migrate
+from sidecar.journal.sqlite import SqliteSettings, SqliteStore, connect, migrate
 from sidecar.journal.store import Store
 from sidecar.journal.writer import Journal
 from tests.bench.table import Options, Round, Table, closed_loop, count, median, middle, summary
@@ -352,11 +352,11 @@ def grown(path: Path, *, keyed: bool, settings: SqliteSettings) -> float:
 
 def pruned(path: Path) -> float:
     """Bytes an item that are in use after all payloads were dropped; the rest of the file is free to be used again."""
-    kept = SqliteKept(path)
-    for _ in prune(kept, lambda header: header.kind != types_pb2.ENTRY_KIND_UNSPECIFIED):
+    store = SqliteStore.open_for_maintenance(path)
+    for _ in prune(store, lambda header: header.kind != types_pb2.ENTRY_KIND_UNSPECIFIED):
         pass
-    used = kept.bytes_used()
-    kept.close()
+    used = store.bytes_used()
+    store.close()
     return used / GROWN
 
 

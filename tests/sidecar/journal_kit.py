@@ -15,10 +15,10 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.maintenance import Checked, verify
 from sidecar.journal.model import Admission, Audit, Draft, Mark, Opened, Outcome, Sealed
-from sidecar.journal.postgres import PostgresKept, PostgresSettings, PostgresStore
-from sidecar.journal.sqlite import SqliteKept, SqliteSettings, SqliteStore
-from sidecar.journal.store import Kept, Store
-from sidecar.opening import open_kept
+from sidecar.journal.postgres import PostgresSettings, PostgresStore
+from sidecar.journal.sqlite import SqliteSettings, SqliteStore
+from sidecar.journal.store import SqlStore, Store
+from sidecar.opening import open_for_maintenance
 
 LOG_ID = "0123456789abcdef0123456789abcdef"
 PARAMETERS = types_pb2.ResolvedParameters(temperature=1.0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=16)
@@ -27,8 +27,8 @@ FINGERPRINT = b"f" * 32
 
 def verify_journal(journal: Path | str) -> Iterator[Checked]:
     """Look at a journal, by its path or URL; nobody may use a file. JournalUnusable: it cannot be read."""
-    with closing(open_kept(str(journal))) as kept:
-        yield from verify(lambda index, limit: kept.entries(index, limit, payloads=True))
+    with closing(open_for_maintenance(str(journal))) as store:
+        yield from verify(lambda index, limit: store.entries(index, limit, payloads=True))
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Kit(Protocol):
 
     def opened(self) -> AbstractContextManager[Store]: ...
 
-    def kept(self, *, create: bool = False) -> AbstractContextManager[Kept]: ...
+    def maintained(self, *, create: bool = False) -> AbstractContextManager[SqlStore]: ...
 
     def another(self) -> Kit: ...
 
@@ -152,9 +152,9 @@ class SqliteKit:
     def opened(self) -> AbstractContextManager[SqliteStore]:
         return closing(self.open()[0])
 
-    def kept(self, *, create: bool = False) -> AbstractContextManager[Kept]:
-        """Closed, and kept."""
-        return closing(SqliteKept(self.path, create=create))
+    def maintained(self, *, create: bool = False) -> AbstractContextManager[SqlStore]:
+        """Opened for maintenance."""
+        return closing(SqliteStore.open_for_maintenance(self.path, create=create))
 
     def another(self) -> SqliteKit:
         """One with nothing in it."""
@@ -226,9 +226,9 @@ class PostgresKit:
     def verify(self) -> Iterator[Checked]:
         return verify_journal(self.url)
 
-    def kept(self, *, create: bool = False) -> AbstractContextManager[Kept]:
-        """Whether it is in use or not."""
-        return closing(PostgresKept(self.url, create=create))
+    def maintained(self, *, create: bool = False) -> AbstractContextManager[SqlStore]:
+        """Opened for maintenance, whether it is in use or not."""
+        return closing(PostgresStore.open_for_maintenance(self.url, create=create))
 
     def another(self) -> PostgresKit:
         """One with nothing in it."""

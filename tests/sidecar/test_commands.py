@@ -25,7 +25,7 @@ from ostinato.v1 import types_pb2
 from sidecar import commands, config
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalBroken, JournalUnusable
-from sidecar.journal.sqlite import SqliteKept, SqliteStore
+from sidecar.journal.sqlite import SqliteStore
 from tests.postgres import Postgres
 from tests.sidecar.journal_kit import PostgresKit, SqliteKit, admission, completed, item, sequences
 
@@ -251,7 +251,7 @@ def test_accept_loss_behind_a_damaged_entry(store: SqliteKit, run: Said, damage:
 
 def test_accept_loss_of_an_empty_journal(tmp_path: Path, run: Said) -> None:
     """A journal without an entry, and without a mark, is not taken for another log's."""
-    SqliteKept(tmp_path / "journal.db", create=True)._db.close()
+    SqliteStore.open_for_maintenance(tmp_path / "journal.db", create=True)._db.close()
 
     assert "has no entries" in run("accept-loss", "--through", "9", "--journal", tmp_path / "journal.db", code=1)
 

@@ -26,7 +26,7 @@ from sidecar.config import Settings
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalUnusable, Note, Sealed, Unfinished
 from sidecar.journal.transfer import export, take_in
-from sidecar.opening import open_journal, open_kept
+from sidecar.opening import open_for_maintenance, open_journal
 from tests.pair import python
 from tests.sidecar.journal_disk import Disk
 from tests.sidecar.journal_kit import SqliteKit, admission, audit, completed, ended, item
@@ -56,7 +56,7 @@ class Sound:
             journal.append_many([ended(entries[4]), audit(entries[0]), Note("divergence/writer", b"{}" * 99)], 3)
         store.open()[0].close()
         self.content = store.path.read_bytes()
-        with store.kept() as kept:
+        with store.maintained() as kept:
             self.entries = {entry.header.index: entry for entry in kept.entries(1, 1000, payloads=True)}
             self.lines = "\n".join(export(kept)) + "\n"
 
@@ -122,7 +122,7 @@ class Tried:
             code, line = self.command(*argv)
             said.append(line)
             if argv[0] == "verify" and not code:
-                with closing(open_kept(str(self.path))) as kept:
+                with closing(open_for_maintenance(str(self.path))) as kept:
                     assert all(self._sound.holds(entry) for entry in kept.entries(1, 1000, payloads=True))
             assert copy.exists() == (argv[0] == "export" and not code)
         if copy.exists():
@@ -558,7 +558,7 @@ def test_any_byte_of_an_export(tmp_path: Path, sound: Sound, capsys: pytest.Capt
             assert said.startswith(f"import: {file} "), said
             assert not path.exists()
             continue
-        with closing(open_kept(str(path))) as kept:
+        with closing(open_for_maintenance(str(path))) as kept:
             assert all(sound.holds(entry) for entry in kept.entries(1, 1000, payloads=True))
         path.unlink()
 
@@ -572,7 +572,7 @@ def test_numbers_that_no_database_holds(tmp_path: Path, sound: Sound, field: str
     first, *rest = sound.lines.splitlines()
     line = json.dumps({**json.loads(first), field: value})
     with (
-        SqliteKit(tmp_path / "journal.db").kept(create=True) as kept,
+        SqliteKit(tmp_path / "journal.db").maintained(create=True) as kept,
         pytest.raises(JournalUnusable, match="line 1: "),
     ):
         take_in(kept, [line, *rest], None, lambda index, of: None)
@@ -590,7 +590,7 @@ def test_what_is_sound_is_gone_on_with(tried: Tried, tmp_path: Path) -> None:
             (answer,) = journal.append_many([admission(*map(item, range(1, 21)), key=f"k{number}")], 1)
             journal.append_many([completed(entry) for entry in answer.entries], 2)
         mark = journal.head.mark
-    with store.kept() as kept:
+    with store.maintained() as kept:
         written = {entry.header.index: entry for entry in kept.entries(1, 1000, payloads=True)}
     content = store.path.read_bytes()
     content = content[: len(content) * 3 // 4 - 100]
@@ -612,7 +612,7 @@ def test_what_is_sound_is_gone_on_with(tried: Tried, tmp_path: Path) -> None:
     assert f"accept-loss --through {mark.last_sequence}" in str(tried.start())
     assert tried.command("accept-loss", "--through", mark.last_sequence)[0] == 0
     assert tried.command("verify")[0] == 0
-    with closing(open_kept(str(tried.path))) as kept:
+    with closing(open_for_maintenance(str(tried.path))) as kept:
         left = kept.entries(1, index, payloads=True)
         assert left == [written[entry.header.index] for entry in left]
         assert [key.key for key in kept.keys(1, 99)] == [f"k{number}" for number in range(len(kept.keys(1, 99)))]
@@ -639,7 +639,7 @@ def test_any_byte_until_the_damage(tried: Tried, sound: Sound) -> None:
             continue
         tried.path.unlink()
         assert tried.command("import", file)[0] == 0
-        with closing(open_kept(str(tried.path))) as kept:
+        with closing(open_for_maintenance(str(tried.path))) as kept:
             assert all(sound.holds(entry) for entry in kept.entries(1, 1000, payloads=True))
         taken += 1
     assert taken > 10

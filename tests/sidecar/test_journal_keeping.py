@@ -14,7 +14,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.maintenance import prune, redact
 from sidecar.journal.model import JournalUnusable, Loss, Note, Sealed
-from sidecar.journal.postgres import PostgresKept
+from sidecar.journal.postgres import PostgresStore
 from sidecar.journal.transfer import export, take_in
 from tests.postgres import Postgres
 from tests.sidecar.journal_kit import Kit, PostgresKit, SqliteKit, admission, audit, completed, ended, item, sequences
@@ -109,7 +109,7 @@ def test_accepted_loss(store: Kit, through: int) -> None:
 def test_prune(store: Kit) -> None:
     """Prompts and answers of old items go; hashes, verdicts, keys and what has not ended stay, and the chain verifies."""
     fill(store)
-    with store.kept() as kept:
+    with store.maintained() as kept:
         assert sum(count for _, count in prune(kept, lambda header: header.sequence < 3)) == 4
         entries = list(kept.entries(1, 100, payloads=True))
         assert kept_payloads(entries) == [1, 3, 3, 10]
@@ -124,7 +124,7 @@ def test_prune(store: Kit) -> None:
 def test_redact(store: Kit) -> None:
     """One item's payloads go; one that is unknown or has not ended is refused, and then nothing goes."""
     fill(store)
-    with store.kept() as kept:
+    with store.maintained() as kept:
         for numbers, why in (
             ([1, 4], "no sequence 4"),
             ([1, 10], "10 has not ended"),
@@ -147,7 +147,7 @@ def test_what_is_dropped_is_gone(tmp_path: Path) -> None:
         journal.append_many([completed(answer.entries[0], text=secret)], 1)
     files = list(tmp_path.iterdir())
     assert any(secret.encode() in path.read_bytes() for path in files)
-    with store.kept() as kept:
+    with store.maintained() as kept:
         redact(kept, [1])
     assert not any(secret.encode() in path.read_bytes() for path in tmp_path.iterdir())
 
@@ -199,19 +199,19 @@ def test_digests_only_with_a_key(store: Kit) -> None:
 
 
 def exported(store: Kit) -> list[str]:
-    with store.kept() as kept:
+    with store.maintained() as kept:
         return list(export(kept))
 
 
 def taken_in(store: Kit, lines: list[str], writer: str | None = None) -> None:
-    with store.kept(create=True) as kept:
+    with store.maintained(create=True) as kept:
         take_in(kept, lines, writer, lambda index, total: None)
 
 
 def test_there_and_back(store: Kit) -> None:
     """An imported journal is the exported one: record, keys, notes and dropped payloads, and it goes on where that was."""
     fill(store)
-    with store.kept() as kept:
+    with store.maintained() as kept:
         redact(kept, [3])
     lines, other = exported(store), store.another()
     taken_in(other, lines)
@@ -237,7 +237,7 @@ def test_an_export_is_of_one_moment(postgres: Postgres) -> None:
     with store.opened() as journal:
         for _ in range(2):
             journal.append_many([admission(*(item(number) for number in range(1, 601)))], store.clock.millis)
-        with store.kept() as kept:
+        with store.maintained() as kept:
             lines = export(kept)
             first = next(lines)
             store.execute(END_KEEPING)
@@ -247,7 +247,7 @@ def test_an_export_is_of_one_moment(postgres: Postgres) -> None:
         assert json.loads(first)["index"] == "1201"
 
 
-END_KEEPING = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = 'ostinato keeping'"
+END_KEEPING = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = 'ostinato maintenance'"
 
 
 def test_an_import_reads_a_row_a_few_times(postgres: Postgres) -> None:
@@ -258,9 +258,9 @@ def test_an_import_reads_a_row_a_few_times(postgres: Postgres) -> None:
         journal.append_many([completed(entry) for entry in answer.entries[:200]], store.clock.millis)
     store.open()[0].close()
     other = store.another()
-    with other.kept(create=True) as kept:
+    with other.maintained(create=True) as kept:
         take_in(kept, exported(store), None, lambda index, total: None)
-        assert isinstance(kept, PostgresKept)
+        assert isinstance(kept, PostgresStore)
         with kept._database.connected() as db:
             db.execute("SELECT pg_stat_force_next_flush()")
             read = db.execute(ROWS_READ).fetchone()
@@ -289,7 +289,7 @@ def test_only_into_nothing(store: Kit) -> None:
     with pytest.raises(JournalUnusable, match="not empty"):
         taken_in(store, lines)
     assert exported(store) == lines
-    with store.another().kept(create=True) as kept, pytest.raises(JournalUnusable, match="has no entries"):
+    with store.another().maintained(create=True) as kept, pytest.raises(JournalUnusable, match="has no entries"):
         list(export(kept))
 
 

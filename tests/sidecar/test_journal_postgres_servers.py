@@ -67,13 +67,17 @@ def test_a_schema_of_somebody_else(store: PostgresKit) -> None:
 
 
 def test_a_damaged_head(store: PostgresKit) -> None:
-    """A newest entry that does not match its hash, or the head, is not built upon; verification says where."""
+    """A newest entry that does not match its hash, its index or the head is not built upon; verification says where."""
     with store.opened() as journal:
         admit(journal)
-    store.execute("UPDATE entries SET header = header || '\\x0801'::bytea WHERE entry_index = 2")
+    store.execute("UPDATE entries SET header = header || '\\x3000'::bytea WHERE entry_index = 2")
     with pytest.raises(JournalUnusable, match="damaged"):
         store.open()
     assert [fault[:9] for page in store.verify() for fault in page.faults]
+    store.execute("UPDATE entries SET header = header || '\\x0801'::bytea WHERE entry_index = 2")
+    for read in (store.open, lambda: list(store.verify())):
+        with pytest.raises(JournalUnusable, match="damaged: entry 2: its header says 1"):
+            read()
     store.execute("DELETE FROM entries WHERE entry_index = 2")
     with pytest.raises(JournalUnusable, match="damaged"):
         store.open()

@@ -26,7 +26,7 @@ from sidecar.core.window import Window
 from sidecar.journal import sqlite
 from sidecar.journal.ledger import Known, Ledger, needs
 from sidecar.journal.model import Admission, Appended, Binding, Draft, ItemEntries, Outcome, Sealed
-from sidecar.journal.sqlite import Tables
+from sidecar.journal.sqlite import SqliteTables
 from sidecar.journal.writer import Journal
 from sidecar.pipeline import PendingAdmission, Pipeline
 from tests.simulation.plan import plan_of
@@ -336,12 +336,12 @@ def the_replaced_stream_goes_on() -> AbstractContextManager[Any]:
 def epochs_stand_still() -> AbstractContextManager[Any]:
     """A restarted sidecar takes itself for the one before."""
 
-    def begin(self: Tables, new_log_id: str, writer: str) -> tuple[str, str, int]:
+    def begin(self: SqliteTables, new_log_id: str, writer: str) -> tuple[str, str, int]:
         self._db.execute("INSERT OR IGNORE INTO journal VALUES (1, ?, ?, 1, 0)", (new_log_id, writer))
         log_id, owner, epoch = self._db.execute("SELECT log_id, writer, epoch FROM journal").get
         return log_id, owner, epoch
 
-    return instead(Tables, "begin_epoch", begin)
+    return instead(SqliteTables, "begin_epoch", begin)
 
 
 # ---- 6: keys
@@ -415,7 +415,7 @@ def answers_before_they_are_durable() -> AbstractContextManager[Any]:
             return append_many(self, [*before, *drafts], now_millis)[len(before) :]
         append_many(self, before, now_millis)
         held[id(self)] = list(drafts)
-        ledger = Ledger(self.head, self._tables.known(needs(drafts), now_millis), now_millis)
+        ledger = Ledger(self.head, self._tables.look_up(needs(drafts), now_millis)(), now_millis)
         return [ledger.append(draft) for draft in drafts]
 
     return instead(sqlite.SqliteStore, "append_many", later)
