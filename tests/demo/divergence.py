@@ -15,18 +15,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 import ostinato
+from ostinato.cli import charts
 from ostinato.cli.show import headline, side_by_side
 from ostinato.replay import bounded_gather
 from ostinato.requests import Sampling
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from service.grade import TEXT
-from tests.demo.chart import draw
-from tests.demo.run import STATE
+from tests.demo.show import STATE
 from tests.pair import ROOT, Pair
 
 NOT_INVARIANT = ("--kv", "f16", "--ubatch", "512")
@@ -208,6 +210,17 @@ def table(*settings: Setting) -> Table:
         made.add_row(setting.name, "audits", *rate(setting.audits.per_comparison))
         made.add_section()
     return made
+
+
+def draw(path: Path, settings: Sequence[tuple[str, sequencer_pb2.Stratum]]) -> None:
+    """The share that diverged by batch occupancy, for each named setting; SVG, the same bytes for the same numbers."""
+    groups = {f"{name}: {each.diverged} of {each.matched + each.diverged} diverged": each for name, each in settings}
+    with mpl.rc_context(charts.LOOK):
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axes = figure.subplots()
+        charts.by_occupancy(axes, groups)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def rate(given: sequencer_pb2.Rate) -> tuple[str, ...]:

@@ -1,9 +1,12 @@
-"""What the demo sends, and how it shows the outcome."""
+"""Start both programs, ask a few batches, show and check the answers, stop."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -11,9 +14,43 @@ from rich.text import Text
 
 import ostinato
 from ostinato.chain import check_result
+from ostinato.cli.serve import Running, Wanted, run_until_signal, started
 from ostinato.v1 import types_pb2
 
-from tests.pair import samples
+from tests.pair import ROOT, samples
+
+STATE = ROOT / ".run" / "service"
+"""Proofs of the self-test stay here, so that a second start is quick."""
+ANYWHERE = "127.0.0.1:0"
+
+
+def main() -> int:
+    """0: everything that was shown is as promised."""
+    return asyncio.run(run_until_signal("demo", demo))
+
+
+async def demo(running: Running) -> int:
+    """The exit code. The journal is a new one, so that sequences begin at 1."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    with tempfile.TemporaryDirectory(prefix="ostinato-demo-") as folder:
+        wanted = Wanted(
+            state=Path(folder),
+            listen=ANYWHERE,
+            metrics=ANYWHERE,
+            service_metrics=ANYWHERE,
+            service=["--engine", "llama", "--state-dir", str(STATE)],
+            sidecar=["--journal-reserve-bytes", str(1 << 20)],
+        )
+        async with started(wanted, running):
+            connected = running.connected
+            console.print(
+                f"engine [bold]{connected['model']}[/] at grade [bold]{str(connected['grade']).upper()}[/], "
+                f"ready after {running.seconds:.1f} s; fingerprint {connected['fingerprint']}"
+            )
+            promises = await show(running.target, console)
+            console.print(await asyncio.to_thread(counted, running.ports["sidecar"]))
+    return 0 if promises else 1
+
 
 PROMPT = "Shanghai is"
 WIDTHS = {"": 18, "sequence": 8, "seed": 20, "grade": 11, "output": 12, "ms": 5}

@@ -1,22 +1,29 @@
-"""Programs killed, and told to stop, in the middle of a load; the checks are those of `tests.soak.checks`."""
+"""Programs that are killed or stopped under load: what clients, journal and metrics say afterwards."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
+from contextlib import aclosing
+from pathlib import Path
 
 import pytest
 
 from ostinato import errors
 from ostinato.client import Client
+from ostinato.v1 import generation_pb2
 
 from tests.e2e.kit import eventually
+from tests.pair import Pair, environment
 from tests.soak import chaos, checks
 from tests.soak.chaos import Story
 from tests.soak.checks import ABANDONED, COMPLETED, Record
-from tests.soak.load import Load, jobs
+from tests.soak.load import Call, Load, jobs
 from tests.soak.recording import RecordedPair
 
 SLOW = json.dumps({"rules": [{"do": "delay", "at": 1, "seconds": 0.25}, {"do": "delay", "at": 2, "seconds": 0.25}]})
@@ -148,3 +155,166 @@ async def test_a_service_that_is_told_to_stop_loses_nothing(rng: random.Random) 
     assert code == 0
     assert {outcome.kind for outcome in record.outcomes.values()} == {COMPLETED}
     assert {type(call.error) for call in load.calls} <= {type(None), errors.EngineUnavailable}
+
+
+BATCHES, CLIENTS = 1_000, 20
+
+
+async def test_a_load_is_ordered_proved_and_counted() -> None:
+    """A thousand mixed batches get the numbers 1 to n in real-time order, run in that order, and each answer is proved."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    with RecordedPair() as pair:
+        pair.start()
+        load = Load(lambda: pair.target, itertools.islice(jobs(random.Random(seed), "load", repeated_share=0.05), BATCHES))
+        await load.run(CLIENTS)
+        async with Client(pair.target) as client:
+            record = await Record().read(client)
+            faults = await checks.kept(load.calls, client, most=500)
+            head = await client.head()
+        faults += checks.numbers(record) + checks.calls(load.calls, record) + checks.real_time(load.calls)
+        faults += checks.results(load.calls) + checks.kinds(load.calls, record) + checks.reproduced(record)
+        lines = pair.submissions()
+        faults += checks.submitted(lines, record) + books(pair.metrics(), load.calls, record)
+        code = pair.sidecar.stop()
+        faults += checks.journal_file(pair.folder / "journal.sqlite")
+
+        assert faults == []
+        assert code == 0
+        assert all(call.complete for call in load.calls if call.error is None)
+        assert [line.sequence for line in lines] == list(range(1, len(record.admitted) + 1)), "each ran once, in order"
+        assert (head.index, head.entry_hash) == (record.entries, record.last.entry_hash if record.last else b"")
+        assert (head.last_sequence, head.unfinished) == (len(record.admitted), 0)
+
+
+def books(metrics: dict[str, float], seen: list[Call], record: Record) -> list[str]:
+    """The sidecar's metrics say what the clients saw and the journal holds."""
+    done = [call for call in seen if call.complete]
+    batches = {call.job: call for call in done}
+    items = sum(len(job.request.items) for job in batches)
+    completed = [outcome for outcome in record.outcomes.values() if outcome.kind == COMPLETED]
+    distinct = {(outcome.input_digest, outcome.fingerprint_digest) for outcome in completed}
+    unary = sum(not call.job.streamed for call in done)
+    expected = {
+        "ostinato_admitted_items_total": items,
+        "ostinato_last_sequence": items,
+        'ostinato_ended_items_total{outcome="completed",reason=""}': items,
+        "ostinato_item_seconds_count": items,
+        "ostinato_admission_seconds_count": len(batches),
+        "ostinato_queue_items": 0,
+        "ostinato_inflight_items": 0,
+        "ostinato_inflight_kv_blocks": 0,
+        "ostinato_attempts_total": 0,
+        "ostinato_repeated_requests_total": len(done) - len(batches),
+        "ostinato_epoch": 1,
+        "ostinato_engine_grade": 3,
+        'ostinato_comparisons_total{grade="exact",kind="twin",replica="same",verdict="match"}': len(completed) - len(distinct),
+        "ostinato_collisions_total": 0,
+        'ostinato_rpc_handled_total{code="OK",method="Generate",service="ostinato.v1.Generation"}': unary,
+        'ostinato_rpc_handled_total{code="OK",method="GenerateStream",service="ostinato.v1.Generation"}': len(done) - unary,
+    }
+    return [f"{name}: {metrics.get(name)} instead of {value}" for name, value in expected.items() if metrics.get(name) != value]
+
+
+HANGING = json.dumps({"rules": [{"do": "hang", "at": 2, "sequences": [1, 2, 3], "attempts": [1]}]})
+"""Those under way make two tokens, and no more before their second attempt."""
+OUTAGE_SECONDS = 4.0
+"""gRPC's own retries, five at most, end after 3.0 to 3.6."""
+
+
+async def test_an_outage_is_not_noticed() -> None:
+    """A batch under way, a stream between its tokens and a batch that is sent meanwhile, each with a key and time, are answered
+    once the sidecar is back: same numbers, each token once; a batch without a key is told."""
+    with Pair(service=["--script", HANGING]) as pair:
+        pair.start()
+        async with Client(pair.target) as client:
+            begun = asyncio.create_task(client.generate(["a", "b"], key="batch", max_new_tokens=8, ignore_eos=True, timeout=90))
+            events: list[generation_pb2.GenerateEvent] = []
+            two = asyncio.Event()
+
+            async def listen() -> None:
+                stream = client.stream("c", key="stream", max_new_tokens=8, ignore_eos=True, timeout=90)
+                async with aclosing(stream) as source:
+                    async for event in source:
+                        events.append(event)
+                        if len(_ids(events)) == 2:
+                            two.set()
+
+            listening = asyncio.create_task(listen())
+            await asyncio.wait_for(two.wait(), 30)
+            await asyncio.to_thread(pair.sidecar.kill)
+            late = asyncio.create_task(client.generate("d", key="late", max_new_tokens=8, timeout=90))
+            with pytest.raises(errors.Disconnected):
+                await client.generate("e")
+            await asyncio.sleep(OUTAGE_SECONDS)
+            assert not any(task.done() for task in (begun, listening, late))
+            await asyncio.to_thread(pair.start_sidecar)
+            batch, _, last = await asyncio.gather(begun, listening, late)
+            again = await client.generate(["a", "b"], key="batch", max_new_tokens=8, ignore_eos=True)
+
+    kinds = [event.WhichOneof("event") for event in events]
+    finished = events[-1].finished
+    assert (kinds[0], kinds[-1], kinds.count("admitted"), kinds.count("restarted")) == ("admitted", "finished", 1, 0)
+    assert _ids(events) == list(finished.output.token_ids)
+    assert finished.attempt == 2
+    assert {*(result.sequence for result in batch.results), finished.sequence} == {1, 2, 3}
+    assert all(result.HasField("output") for result in (*batch.results, *last.results))
+    assert again == batch
+
+
+def _ids(events: list[generation_pb2.GenerateEvent]) -> list[int]:
+    """All that was streamed, which must fit together."""
+    ids: list[int] = []
+    for run in (run for event in events for run in event.tokens.runs):
+        assert run.first_token == len(ids)
+        ids.extend(run.token_ids)
+    return ids
+
+
+LINES = 240
+SLOW_FIRST_TOKEN = json.dumps({"rules": [{"do": "delay", "at": 1, "seconds": 0.1}]})
+
+
+async def test_a_run_whose_both_ends_are_killed_does_nothing_twice() -> None:
+    """kill -9 of the sidecar is a pause to the run, kill -9 of the run is mended by the same command: every line has one
+    number, and one answer in its place that verifies offline."""
+    with Pair(service=["--script", SLOW_FIRST_TOKEN]) as pair:
+        pair.start()
+        prompts, output = pair.folder / "prompts.jsonl", pair.folder / "answers.jsonl"
+        prompts.write_text("".join(f"{json.dumps(f'Prompt {number}')}\n" for number in range(LINES)))
+        command = ["--json", "--timeout", "90", "generate", "--file", str(prompts), "--output", str(output)]
+        command += ["--batch", "4", "--concurrency", "3", "--max-new-tokens", "4", "--ignore-eos"]
+
+        first = _start(pair, *command)
+        await _written(output, 20)
+        await asyncio.to_thread(pair.sidecar.kill)
+        await asyncio.to_thread(pair.start_sidecar)
+        await _written(output, output.read_bytes().count(b"\n") + 20)
+        first.kill()
+        await asyncio.to_thread(first.communicate)
+        kept = output.read_bytes().count(b"\n") // 4 * 4
+
+        said, _ = await asyncio.to_thread(_start(pair, *command).communicate)
+        proved, _ = await asyncio.to_thread(_start(pair, "verify", str(output)).communicate)
+        async with Client(pair.target) as client:
+            head = await client.head()
+            answers = [json.loads(line) for line in output.read_bytes().splitlines()]
+            inputs = [(await client.get(int(answer["sequence"])))[0].input.token_ids for answer in answers[::40]]
+            wanted = await client.tokenize([f"Prompt {number}" for number in range(LINES)][::40])
+
+    summary = json.loads(said)
+    assert (summary["items"], summary["outcomes"], summary["kept"]) == (LINES, {"completed": LINES}, kept)
+    assert summary["sequences"] == f"1..{LINES}"
+    assert head.last_sequence == LINES, "something was numbered twice"
+    assert [answer["line"] for answer in answers] == list(range(1, LINES + 1))
+    assert [list(given) for given in inputs] == wanted
+    assert proved == f"{LINES} of {LINES} receipts sound\n"
+
+
+def _start(pair: Pair, *arguments: str) -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "ostinato.cli", "--target", pair.target, *arguments]
+    return subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, text=True)
+
+
+async def _written(output: Path, lines: int) -> None:
+    await eventually(lambda: output.exists() and output.read_bytes().count(b"\n") >= lines, f"{lines} lines are written")
