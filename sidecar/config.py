@@ -83,8 +83,8 @@ class Settings:
     tick_seconds: float = field(0.1, "between looks at the clock", minimum=0.01)
 
     def __post_init__(self) -> None:
-        if not self.writer or len(self.writer.encode()) > 128:
-            raise ValueError("--writer: 1 to 128 bytes")
+        if not self.writer.isprintable() or not 1 <= len(self.writer.encode()) <= 128:
+            raise ValueError("--writer: 1 to 128 bytes, and no control characters")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("--tls-certificate, --tls-key: one needs the other")
         if self.tls_client_ca is not None and self.tls_certificate is None:
@@ -100,6 +100,10 @@ class Settings:
             raise ValueError("--response-bytes-ceiling is below --max-response-bytes")
         if COPIES * self.response_bytes_ceiling > self.held.tenant:
             raise ValueError(f"--held-bytes-max, --held-tenant-bytes-max: at least {COPIES} times --response-bytes-ceiling")
+        if self.held_call_bytes_max > self.held.tenant:
+            raise ValueError(
+                "--held-call-bytes-max is above --held-bytes-max or --held-tenant-bytes-max: no stream could reach it"
+            )
         if self.journal_bytes_max and self.journal_bytes_max <= 2 * self.journal_reserve_bytes:
             raise ValueError("--journal-bytes-max must be more than twice --journal-reserve-bytes")
         if self.journal_bytes_max and is_shared(self.journal):

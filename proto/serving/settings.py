@@ -38,6 +38,14 @@ TABLES = ("service", "sidecar")
 REQUIRED: Any = dataclasses.MISSING
 """As a default: there is none."""
 
+MAXIMA = {
+    "_seconds": (10 * 366 * 86_400, "ten years"),
+    "_bytes": (1 << 50, "a pebibyte"),
+    "_bytes_max": (1 << 50, "a pebibyte"),
+    "": (2**63 - 1, "the largest number"),
+}
+"""Of a setting whose name ends so and that has no maximum of its own."""
+
 CONFIG = "config"
 """What the settings file is called among the flags and variables. It is no setting itself."""
 
@@ -54,6 +62,8 @@ _IN_TOML: Mapping[type, tuple[tuple[type, ...], str]] = {
 """What a setting of this type may be in a file."""
 _PASSWORD = re.compile(r"(?<=://)[^\s\"]*(?=@)|(?<=password=)[^&\s\"]*")
 """Of a URL: all before the host, since nobody can tell in what is not quite a URL where a name ends and a password begins."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""In a text; tabs and newlines may be there: a setting may be JSON."""
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_(TCP|UDP|SCTP)\w*)?$")
 
 
@@ -229,14 +239,21 @@ class _Option:
     def bounded(self, value: object) -> object:
         """The value. Raises ValueError for one out of bounds."""
         low, high, choices = self.about["minimum"], self.about["maximum"], self.about["choices"]
-        if choices is not None and value not in choices:
-            raise ValueError(f"is not {self.bounds}")
+        if choices is not None:
+            chosen = [choice for choice in choices if str(choice).lower() == str(value).lower()]
+            if not chosen:
+                raise ValueError(f"is not {self.bounds}")
+            return chosen[0]
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError("is not finite")
         if isinstance(value, int | float) and ((low is not None and value < low) or (high is not None and value > high)):
             raise ValueError(f"is not {self.bounds}")
-        if isinstance(value, int) and abs(value) >= 2**64:
-            raise ValueError("is too large")
+        if high is None and isinstance(value, int | float):
+            most, what = next((most for unit, most in MAXIMA.items() if self.name.endswith(unit)))
+            if abs(value) > most:
+                raise ValueError(f"is above {what}, {most}")
+        if isinstance(value, str) and (bad := _CONTROL.search(value)):
+            raise ValueError(f"has the control character U+{ord(bad.group()):04X}")
         return value
 
     @property

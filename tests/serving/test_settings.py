@@ -89,6 +89,11 @@ def test_a_boolean_in_the_environment_is_a_word(text: str, value: bool) -> None:
     assert settings(AUDIT=text).audit is value
 
 
+def test_a_choice_is_read_in_either_case() -> None:
+    """Both programs take --log-level=debug and DEBUG, whichever of them they list."""
+    assert settings("--log-format=JSON").log_format == "json"
+
+
 def test_an_empty_value_is_none_where_none_may_be() -> None:
     """A manifest can switch an optional setting off, in the environment and by flag."""
     assert settings(WRITER="", SHARE="").writer is None
@@ -97,10 +102,10 @@ def test_an_empty_value_is_none_where_none_may_be() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["nan", "inf", "-inf", "1e999", "-0.1", "ten", ""],
+    ["nan", "inf", "-inf", "1e999", "-0.1", "ten", "", "1e300", "316224001"],
 )
 def test_a_number_that_is_none_or_out_of_bounds_stops_the_program(capsys: pytest.CaptureFixture[str], value: str) -> None:
-    """NaN compares with nothing and infinity waits for ever, so both are refused like any other bad number."""
+    """NaN compares with nothing, and infinity or a thousand years never end: they are refused like any other bad number."""
     assert "--grace-seconds" in refusal(capsys, [f"--grace-seconds={value}"])
     assert "OSTINATO_SIDECAR_GRACE_SECONDS" in refusal(capsys, [], {"OSTINATO_SIDECAR_GRACE_SECONDS": value})
 
@@ -112,6 +117,7 @@ def test_a_number_that_is_none_or_out_of_bounds_stops_the_program(capsys: pytest
         ("--queue-items=18446744073709551616", "1 to 18446744073709551615"),
         ("--queue-items=1.5", "no int"),
         ("--log-format=xml", "human, json"),
+        ("--writer=a\x07b", "has the control character U+0007"),
         ("--queue-items=13", "cannot be 13 with audit"),
         ("--que=5", "--que"),
         ("--nothing=5", "--nothing"),

@@ -27,6 +27,9 @@ def settings(*argv: str) -> Settings:
         (["--engine=unix:"], "--engine: 'unix:': a socket's path is 1 to 107 bytes long"),
         (["--engine=unix:/" + "x" * 107], "a socket's path is 1 to 107 bytes long"),
         (["--writer="], "--writer: 1 to 128 bytes"),
+        (["--writer=a\nb"], "--writer: 1 to 128 bytes, and no control characters"),
+        (["--tick-seconds=1e300"], "--tick-seconds: '1e300' is above ten years, 316224000"),
+        (["--held-call-bytes-max=600000000"], "--held-call-bytes-max is above --held-bytes-max"),
         (["--tls-key=x"], "--tls-certificate, --tls-key: one needs the other"),
     ],
 )
