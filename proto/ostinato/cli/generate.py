@@ -478,7 +478,7 @@ async def _run(
     if first is None:
         output.expect_end()
         return
-    newest, written = await _newest(client, session), first.number - 1
+    written = first.number - 1
     async with aclosing(answers(client, session.timeout, chain([first], source), wanted.concurrency)) as answered:
         async for batch, response in answered:
             if batch.number != written + 1:
@@ -486,7 +486,6 @@ async def _run(
             for answer in output.write(batch, response.results):
                 tally.add(answer)
             written += 1
-            tally.add_recorded(len(batch.prompts), None if newest is None else response.stamp.first_sequence <= newest)
             done(tally.items)
 
 
@@ -502,14 +501,6 @@ async def _skip(source: Iterator[Batch], output: OutputFile, tally: Tally, done:
         done(tally.items)
         await asyncio.sleep(0)  # lets an interrupt through
     return None
-
-
-async def _newest(client: Client, session: Session) -> int | None:
-    """The newest sequence before this run: a batch with an older one comes from the journal. None: the caller may not know."""
-    try:
-        return (await client.head(timeout=session.timeout)).last_sequence
-    except errors.PermissionDenied:
-        return None
 
 
 def _note_interrupted(output: Path, tally: Tally, total: int) -> None:
@@ -530,7 +521,6 @@ class Tally:
         self._outcomes: Counter[str] = Counter()
         self._verdicts: Counter[str] = Counter()
         self._first = self._last = 0
-        self._from_record: int | None = 0
 
     @property
     def succeeded(self) -> bool:
@@ -548,18 +538,15 @@ class Tally:
             verdict = answer["comparison"].get("verdict", "not compared")
             self._verdicts[verdict.removeprefix("VERDICT_").lower()] += 1
 
-    def add_recorded(self, items: int, recorded: bool | None) -> None:
-        """Whether these items were admitted before this run; None: not known."""
-        if recorded is None or self._from_record is None:
-            self._from_record = None
-        else:
-            self._from_record += items * recorded
-
     def summary(self) -> dict[str, Any]:
-        made: dict[str, Any] = {"items": self.items, "outcomes": dict(self._outcomes), "kept": self.kept}
-        if self._from_record is not None:
-            made["from_record"] = self._from_record
-        made |= {"sequences": f"{self._first}..{self._last}", "prompt_tokens": self._prompt_tokens, "tokens": self._tokens}
+        made = {
+            "items": self.items,
+            "outcomes": dict(self._outcomes),
+            "kept": self.kept,
+            "sequences": f"{self._first}..{self._last}",
+            "prompt_tokens": self._prompt_tokens,
+            "tokens": self._tokens,
+        }
         return made | ({"verified": dict(self._verdicts)} if self._verdicts else {})
 
 
