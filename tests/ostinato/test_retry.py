@@ -30,7 +30,7 @@ async def _tailed(client: Client, timeout: float | None) -> object:
 
 
 SAFE: dict[str, Ask] = {
-    "Generate": lambda client, timeout: client.generate("a", key="k", timeout=timeout),
+    "Generate": lambda client, timeout: client.generate("a" * 300_000, key="k", timeout=timeout),  # more than gRPC would retry
     "GenerateStream": _streamed,
     "GetModel": lambda client, timeout: client.model(timeout=timeout),
     "Tail": _tailed,
