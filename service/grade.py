@@ -194,7 +194,7 @@ class _SelfTest:
 
     def close(self) -> None:
         """Stops what runs, and retrieves failures besides the one that counted."""
-        self._runs.cancel_all()
+        self._runs.detach()
         for end in self._ends.values():
             if not end.cancel() and not end.cancelled():
                 end.exception()

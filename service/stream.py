@@ -13,9 +13,11 @@ The life of a run, which `EngineServicer.Execute` begins with:
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import json
 import logging
+import zipfile
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,7 +51,6 @@ from serving.program import StartupError, replace_file
 from service.answer import Answer
 from service.description import Describer, HeldGrade
 from service.engines.base import Engine, Events, Run
-from service.engines.huggingface import archive
 from service.observe import Metrics, RunSpans
 from service.prepare import Preparer
 
@@ -117,7 +118,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     ) -> AsyncGenerator[engine_pb2.GetTokenizerResponse]:
         vocabulary = self._ready().preparer.vocabulary
         try:
-            packed = await self._workers.run(lambda: archive(vocabulary.files()))
+            packed = await self._workers.run(lambda: zipped(vocabulary.files()))
         except ValueError as error:
             raise NotBuilt(f"no tokenizer.json can be made for this model: {error}") from error
         for start in range(0, len(packed), CHUNK_BYTES):
@@ -136,6 +137,15 @@ def _is_heavy(items: Sequence[types_pb2.Item], parameters: types_pb2.Parameters 
     """Whether it would block the event loop for too long: much text, or a grammar to compile."""
     every = [item.parameters for item in items] + ([parameters] if parameters is not None else [])
     return any(each.HasField("response_format") for each in every) or sum(item.ByteSize() for item in items) > HEAVY_BYTES
+
+
+def zipped(files: Mapping[str, bytes]) -> bytes:
+    """A zip archive, the same bytes for the same files."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in sorted(files):
+            archive.writestr(zipfile.ZipInfo(name), files[name], zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
 
 
 class Workers:
@@ -412,7 +422,7 @@ class Stream:
         """Stops all runs and takes no more. May be called again."""
         if not self._stopped:
             self._stopped = True
-            self._runs.cancel_all()
+            self._runs.detach()
             self._settle()
             self._unwatch()
 
@@ -536,7 +546,7 @@ class Runs:
         self._active: dict[int, ActiveRun] = {}
         """By the engine's run id."""
         self._ids = itertools.count(1)
-        self._deliver: Deliver
+        self._deliver: Deliver | None = None
 
     def start(self) -> None:
         """Starts the engine on the running loop, whose clock is that of all deadlines."""
@@ -545,8 +555,15 @@ class Runs:
 
     def attach(self, deliver: Deliver) -> None:
         """A new user, which gets the events of its runs, each run's in order."""
-        self.cancel_all()
+        self.detach()
         self._deliver = deliver
+
+    def detach(self) -> None:
+        """Stops all runs, silently, and releases the user."""
+        for run_id in tuple(self._active):
+            self._cancel(run_id)
+        assert not self._active, "every run was stopped"
+        self._deliver = None
 
     def __len__(self) -> int:
         return len(self._active)
@@ -554,7 +571,7 @@ class Runs:
     def submit(self, submit: engine_pb2.Submit) -> None:
         """Starts a run. The user checks its run id."""
         run_id = next(self._ids)
-        assert run_id not in self._active, "run ids are unique"
+        assert run_id not in self._active and self._deliver is not None, "run ids are unique, and a run has a user"
         run = self._active[run_id] = ActiveRun(submit, self._loop.time(), RunSpans(submit, self.engine))
         if submit.timeout_millis:
             run.deadline = self._loop.call_later(submit.timeout_millis / 1000, self._expire, run_id)
@@ -580,12 +597,6 @@ class Runs:
             if run.submit.run_id in chosen:
                 self._cancel(run_id)
 
-    def cancel_all(self) -> None:
-        """Stops all runs, silently."""
-        for run_id in tuple(self._active):
-            self._cancel(run_id)
-        assert not self._active, "every run was stopped"
-
     def on_events(self, events: Events) -> None:
         """The engine's report of one step."""
         now = self._loop.time()
@@ -593,8 +604,12 @@ class Runs:
             run = self._active.get(event.run_id)
             if run is not None:  # else it was ended while the report was under way
                 self._record(event.run_id, run, event, now)
-                event.run_id = run.submit.run_id
-                self._deliver(event)
+                self._send(run, event)
+
+    def _send(self, run: ActiveRun, event: engine_pb2.RunEvent) -> None:
+        assert self._deliver is not None, "a run has a user"
+        event.run_id = run.submit.run_id
+        self._deliver(event)
 
     def _cancel(self, run_id: int) -> None:
         self.engine.cancel(run_id)
@@ -605,7 +620,7 @@ class Runs:
         self.engine.cancel(run_id)
         error = DeadlineExceeded(f"the run did not end within {run.submit.timeout_millis} ms")
         self._end(run_id, "expired", error=error)
-        self._deliver(engine_pb2.RunEvent(run_id=run.submit.run_id, failed=to_status(error)))
+        self._send(run, engine_pb2.RunEvent(failed=to_status(error)))
 
     def _end(self, run_id: int, end: str, output: types_pb2.Output | None = None, error: OstinatoError | None = None) -> None:
         run = self._active.pop(run_id)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -68,15 +66,6 @@ def config(*, template: str | None, begin: str | None, end: str | None) -> bytes
         "chat_template": template,
     }
     return json.dumps({name: value for name, value in described.items() if value is not None}, ensure_ascii=False).encode()
-
-
-def archive(files: Mapping[str, bytes]) -> bytes:
-    """A zip of the files, the same bytes for the same files."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as packed:
-        for name in sorted(files):
-            packed.writestr(zipfile.ZipInfo(name), files[name], zipfile.ZIP_DEFLATED)
-    return buffer.getvalue()
 
 
 def _added(token_id: int, text: str, *, special: bool) -> dict[str, object]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import zipfile
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from ostinato.v1 import types_pb2
 
-from service.engines.huggingface import archive, config, letters
+from service.engines.huggingface import config, letters
 from service.engines.llama.model import ChatTemplate
 from service.engines.scripted import CONTROLS, ByteVocabulary
 
@@ -54,16 +52,6 @@ def test_a_chat_has_the_same_tokens(turns: list[tuple[str, str]], system: str | 
 def test_letters_are_the_library_s() -> None:
     """The same 256; which byte each stands for, the round trip above tells."""
     assert sorted(letters()) == sorted(ByteLevel.alphabet())
-
-
-def test_the_archive_is_the_same_for_the_same_files() -> None:
-    """Byte for byte, whatever the order and the day; and unpacks to them."""
-    files = {"b": b"2" * 5000, "a": b"1"}
-    packed = archive(files)
-
-    assert packed == archive(dict(reversed(files.items())))
-    with zipfile.ZipFile(io.BytesIO(packed)) as opened:
-        assert {name: opened.read(name) for name in opened.namelist()} == files
 
 
 def test_what_a_model_does_not_have_is_not_written() -> None:

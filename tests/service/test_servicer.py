@@ -20,7 +20,7 @@ from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
 from service import stream as module
 from service.engines.scripted import ByteVocabulary
-from service.stream import EngineServicer, Workers
+from service.stream import EngineServicer, Workers, zipped
 from tests.service.support import error_of, refused, served
 
 
@@ -171,3 +171,13 @@ async def test_workers_pass_errors_on() -> None:
     with pytest.raises(ZeroDivisionError):
         await workers.run(lambda: 1 // 0)
     workers.close()
+
+
+def test_the_archive_is_the_same_for_the_same_files() -> None:
+    """The archive has the same bytes whatever the order of the files and the day, and unpacks to them."""
+    files = {"b": b"2" * 5000, "a": b"1"}
+    packed = zipped(files)
+
+    assert packed == zipped(dict(reversed(files.items())))
+    with zipfile.ZipFile(io.BytesIO(packed)) as opened:
+        assert {name: opened.read(name) for name in opened.namelist()} == files
