@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -271,3 +272,24 @@ async def test_every_entry_is_told_once(tmp_path: Path) -> None:
 
     assert appends[3].cancelled()
     assert told == list(range(opened.head.index + 1, last + 1))
+
+
+async def test_a_commit_that_cannot_be_counted(tmp_path: Path) -> None:
+    """What fails when it is told of a commit breaks the journal, so that the process ends and recovers, and does not go on
+    without having heard."""
+
+    def failing(entries: list[Sealed]) -> None:
+        if entries:
+            raise ZeroDivisionError
+
+    store = SqliteKit(tmp_path / "journal.db")
+    seen: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: seen.append(context))
+    journal = Journal(store.open()[0], now_millis=store.clock.now_millis, on_entries=cast(Any, failing))
+    await journal.append(admission())
+
+    reason = await asyncio.wait_for(asyncio.shield(journal.broken), 10)
+    await journal.close()
+    assert isinstance(reason, JournalBroken)
+    assert "ZeroDivisionError" in str(reason)
+    assert [type(context["exception"]) for context in seen] == [ZeroDivisionError]
