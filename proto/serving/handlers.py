@@ -55,8 +55,6 @@ EARLY_SECONDS, EARLY_SHARE = 0.05, 0.02
 
 QUIET_TURNS, TURNS_MAX = 4, 16
 
-Behaviour = Callable[[Any, Context], Awaitable[Any]]
-
 _log = logging.getLogger(__name__)
 
 
@@ -84,23 +82,22 @@ class Guard(grpc.GenericRpcHandler):
     ) -> None:
         """`write_seconds`: how long one message of an async generator may take to be written before its call is lost; None: no
         bound."""
-        self._credentials = credentials
-        self._unwritten = unwritten
-        self._write_seconds = write_seconds
-        self._handled = Counter(
+        self.credentials, self.unwritten, self.write_seconds = credentials, unwritten, write_seconds
+        self.handled = Counter(
             "ostinato_rpc_handled", "Calls that ended, by code.", ["service", "method", "code"], registry=registry
         )
-        self._seconds = Histogram(
+        self.seconds = Histogram(
             "ostinato_rpc_handling_seconds",
             "From a call's arrival to its end.",
             ["service", "method"],
             registry=registry,
             buckets=BUCKETS,
         )
+        self.endless: set[asyncio.Task[Any]] = set()
+        """Open health watches and reflection streams."""
+        self.closed = False
         self._inner: list[grpc.GenericRpcHandler] = []
         self._wrapped: dict[str, Any] = {}
-        self._endless: set[asyncio.Task[Any]] = set()
-        self._closed = False
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         self._inner += handlers
@@ -121,116 +118,120 @@ class Guard(grpc.GenericRpcHandler):
     def close_streams(self) -> None:
         """Ends health watches and reflection streams with UNAVAILABLE: they do not end by themselves, and would keep every
         drain open for its whole grace."""
-        self._closed = True
-        for call in self._endless:
+        self.closed = True
+        for call in self.endless:
             call.cancel()
 
     def _wrap(self, path: str, handler: Any) -> Any:
-        standard = path.startswith("/grpc.")
-        observed = not standard or (self._credentials.required and not path.startswith("/grpc.health."))
-        behaviour = self._checked(path, handler, identified=observed, admin=standard)
-        wrapped = self._observed(path, behaviour, streams=handler.request_streaming) if observed else behaviour
         make = {
             (False, False): grpc.unary_unary_rpc_method_handler,
             (False, True): grpc.unary_stream_rpc_method_handler,
             (True, False): grpc.stream_unary_rpc_method_handler,
             (True, True): grpc.stream_stream_rpc_method_handler,
         }[bool(handler.request_streaming), bool(handler.response_streaming)]
-        return make(wrapped, request_deserializer=_lenient(handler.request_deserializer))
+        method = _Method(self, path, handler)
+        return make(method.handle, request_deserializer=_lenient(handler.request_deserializer))
 
-    def _checked(self, path: str, handler: Any, *, identified: bool, admin: bool) -> Behaviour:
-        """The handler, with requests checked, answers serialised (None for a stream), and errors sent."""
-        behaviour, serialize, unwritten = self._behaviour(handler), handler.response_serializer, self._unwritten
-        endless = admin and handler.response_streaming
 
-        async def handled(request: Any, context: Context) -> bytes | None:
+class _Method:
+    """A handler with all that stands around it. That is one coroutine: a stream passes each layer at every message."""
+
+    def __init__(self, guard: Guard, path: str, handler: Any) -> None:
+        kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
+        self._guard, self._path = guard, path
+        self._behaviour: Callable[[Any, Context], Any] = getattr(handler, kind)
+        self._generates = inspect.isasyncgenfunction(self._behaviour)
+        self._serialize: Callable[[Any], bytes] = handler.response_serializer
+        self._takes_stream, self._gives_stream = bool(handler.request_streaming), bool(handler.response_streaming)
+        self._standard = path.startswith("/grpc.")
+        self._endless = self._standard and self._gives_stream
+        self._observed = not self._standard or (guard.credentials.required and not path.startswith("/grpc.health."))
+        self._labels = path.strip("/").rpartition("/")[::2]
+        self._seconds = guard.seconds.labels(*self._labels) if self._observed else None
+        self._codes: dict[str, Counter] = {}
+
+    async def handle(self, request: Any, context: Context) -> bytes | None:
+        """The answer of one call, serialised; None if it streams."""
+        span = _span(self._path, context) if self._observed and not self._takes_stream else tracing.OFF
+        with span.entered(), _Observation(self, context, span) if self._observed else contextlib.nullcontext():
             try:
-                if identified:
-                    CALLER.set(caller := self._credentials.identify(context))
-                    if admin:
-                        caller.require_admin(path)
-                given = _messages(request) if handler.request_streaming else _message(request)
-                checked = cast(Context, _CheckedContext(context, serialize, unwritten))
-                made = await (self._ended(behaviour, given, checked) if endless else behaviour(given, checked))
-                if handler.response_streaming:
+                self._admit(context)
+                given = _messages(request) if self._takes_stream else _message(request)
+                checked = _CheckedContext(context, self._serialize, self._guard.unwritten)
+                if self._generates:
+                    await self._write_answers(given, checked)
                     return None
-                data = _serialized(made, serialize)
-                if unwritten is not None:
-                    done = unwritten.writing(len(data))
-                    context.add_done_callback(lambda _: done())  # type: ignore[arg-type]  # its types want a named parameter
-                return data
+                made = await self._behaviour(given, cast(Context, checked))
+                return None if self._gives_stream else self._counted(made, context)
             except OstinatoError as error:
                 await _abort(context, error)
+            except asyncio.CancelledError:
+                if not (self._endless and self._guard.closed):
+                    raise
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
             except grpc.aio.BaseError:  # the handler has aborted, or the caller is gone
                 raise
             except Exception:  # noqa: BLE001  # whatever it is, the caller gets a code and the log gets the rest
-                _log.exception("handler failed", extra={"method": path})
+                _log.exception("handler failed", extra={"method": self._path})
                 await _abort(context, Internal("internal error"))
 
-        return handled
+    def _admit(self, context: Context) -> None:
+        """Identifies the caller. Raises Unauthenticated or PermissionDenied."""
+        if self._observed:
+            CALLER.set(caller := self._guard.credentials.identify(context))
+            if self._standard:
+                caller.require_admin(self._path)
+        if self._endless:
+            call = asyncio.current_task()
+            assert call is not None, "a handler runs in a task"
+            self._guard.endless.add(call)
+            call.add_done_callback(self._guard.endless.discard)
 
-    def _observed(self, path: str, behaviour: Behaviour, *, streams: bool) -> Behaviour:
-        """The behaviour, timed and counted, with a span unless its requests are a stream."""
-        service, _, method = path.strip("/").rpartition("/")
-        seconds, codes = self._seconds.labels(service, method), dict[str, Counter]()
+    async def _write_answers(self, request: Any, context: _CheckedContext) -> None:
+        """An async generator's. It is closed when the call ends early: the garbage collector would do that later."""
+        seconds = self._guard.write_seconds
+        async with contextlib.aclosing(self._behaviour(request, cast(Context, context))) as answers:
+            async for answer in answers:
+                if seconds is None:
+                    await context.write(answer)
+                elif not await written(context.write(answer), seconds=seconds):
+                    if self._guard.unwritten is not None:
+                        self._guard.unwritten.late()
+                    raise SlowReader(f"a message waited more than {seconds:g} s to be read")
 
-        async def observed(request: Any, context: Context) -> Any:
-            span = tracing.OFF if streams else _span(path, context)
-            started, deadline, gone = time.monotonic(), remaining(context), False
-            with span.entered():
-                try:
-                    return await behaviour(request, context)
-                except grpc.aio.AbortError:
-                    raise
-                except (asyncio.CancelledError, grpc.aio.BaseError):
-                    gone = True
-                    raise
-                finally:
-                    code = _code(context, deadline, gone=gone)
-                    if code not in codes:
-                        codes[code] = self._handled.labels(service, method, code)
-                    codes[code].inc()
-                    seconds.observe(time.monotonic() - started, span.exemplar)
-                    if span:
-                        span.note({"rpc.response.status_code": code} | ({"error.type": code} if gone else {}))
-                        span.end()
+    def _counted(self, answer: Any, context: Context) -> bytes:
+        """The answer's bytes, which are held until gRPC has written them."""
+        data = _serialized(answer, self._serialize)
+        if self._guard.unwritten is not None:
+            done = self._guard.unwritten.writing(len(data))
+            context.add_done_callback(lambda _: done())  # type: ignore[arg-type]  # its types want a named parameter
+        return data
 
-        return observed
+    def ended(self, code: str, seconds: float, exemplar: dict[str, str]) -> None:
+        """Counts a call."""
+        if code not in self._codes:
+            self._codes[code] = self._guard.handled.labels(*self._labels, code)
+        self._codes[code].inc()
+        assert self._seconds is not None
+        self._seconds.observe(seconds, exemplar)
 
-    def _behaviour(self, handler: Any) -> Behaviour:
-        """What a handler does, as a coroutine function. An async generator's answers are written for it, and it is closed when
-        the call ends early: the garbage collector would do that later."""
-        kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
-        behaviour, seconds = getattr(handler, kind), self._write_seconds
-        if not inspect.isasyncgenfunction(behaviour):
-            return cast(Behaviour, behaviour)
 
-        async def answered(request: Any, context: Context) -> None:
-            async with contextlib.aclosing(behaviour(request, context)) as answers:
-                async for answer in answers:
-                    writing = context.write(answer)
-                    if seconds is None:
-                        await writing
-                    elif not await written(writing, seconds=seconds):
-                        if self._unwritten is not None:
-                            self._unwritten.late()
-                        raise SlowReader(f"a message waited more than {seconds:g} s to be read")
+class _Observation:
+    """Of one call: its time, its code, its span."""
 
-        return answered
+    def __init__(self, method: _Method, context: Context, span: tracing.Span) -> None:
+        self._method, self._context, self._span = method, context, span
+        self._started, self._deadline = time.monotonic(), remaining(context)
 
-    async def _ended(self, behaviour: Behaviour, request: Any, context: Context) -> None:
-        """A stream that `close_streams` ends."""
-        call = asyncio.current_task()
-        assert call is not None, "a handler runs in a task"
-        self._endless.add(call)
-        try:
-            await behaviour(request, context)
-        except asyncio.CancelledError:
-            if not self._closed:
-                raise
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
-        finally:
-            self._endless.discard(call)
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        gone = isinstance(error, asyncio.CancelledError | grpc.aio.BaseError) and not isinstance(error, grpc.aio.AbortError)
+        code = _code(self._context, self._deadline, gone=gone)
+        self._method.ended(code, time.monotonic() - self._started, self._span.exemplar)
+        if self._span:
+            self._span.note({"rpc.response.status_code": code} | ({"error.type": code} if gone else {}))
+            self._span.end()
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +285,8 @@ class _CheckedContext:
 
     def write(self, message: Any) -> Awaitable[None]:
         """A message, or its bytes. Ends when gRPC has written it all."""
-        return self._write(_serialized(message, self._serialize))
+        data = _serialized(message, self._serialize)
+        return self._context.write(data) if self._begun and self._unwritten is None else self._write(data)
 
     async def _write(self, data: bytes) -> None:
         done = self._unwritten.writing(len(data)) if self._unwritten is not None else None
@@ -384,10 +386,10 @@ async def coalesce(amount: Callable[[], int]) -> None:
     """Waits until the amount of what is to be sent has not changed for a few turns of the event loop, but not for many turns:
     what arrives at about the same time leaves in one message, and a message costs ten times as much as a turn. No timer is
     used: where nothing happens, a turn takes some microseconds."""
-    quiet = 0
+    quiet, before = 0, amount()
     for _ in range(TURNS_MAX):
-        before = amount()
         await asyncio.sleep(0)
-        quiet = quiet + 1 if amount() == before else 0
+        now = amount()
+        quiet, before = quiet + 1 if now == before else 0, now
         if quiet == QUIET_TURNS:
             return
