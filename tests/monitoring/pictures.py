@@ -1,6 +1,6 @@
-"""A dashboard as a picture: each panel of the committed JSON at its place, drawn from what Prometheus answers to its queries.
+"""A dashboard as a picture, drawn by matplotlib from the committed JSON and Prometheus' answers to its queries.
 
-Grafana has no part in it, so colours and axes are only like its own.
+Colours and axes are only similar to Grafana's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from tests.monitoring.names import spelt
+from tests.monitoring.names import expanded
 from tests.monitoring.watch import Prometheus
 
 Json: TypeAlias = dict[str, Any]
@@ -44,11 +44,11 @@ CAPTION = (
 
 
 def draw(path: Path, board: Json, prometheus: Prometheus, start: float, end: float, what: str) -> None:
-    """All panels, between these Unix times; `what` is a sentence of the caption: the system that they show."""
+    """Draw all panels between these Unix times. `what`: a sentence about the system, for the caption."""
     mpl.rcParams.update({"font.family": "sans-serif", "font.size": 7, "text.color": INK, "text.parse_math": False})
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in board["panels"]) + 1
     figure = Figure(figsize=(24 * COLUMN_INCHES, height * ROW_INCHES), facecolor="#111217")
-    asked = Asked(prometheus, start, end, board["annotations"]["list"])
+    answers = Answers(prometheus, start, end, board["annotations"]["list"])
     for panel in board["panels"]:
         at = panel["gridPos"]
         left, bottom = at["x"] / 24, 1 - (at["y"] + at["h"]) / height
@@ -59,56 +59,56 @@ def draw(path: Path, board: Json, prometheus: Prometheus, start: float, end: flo
         place.set(facecolor=PAPER, xticks=[], yticks=[])
         place.spines[:].set_visible(False)
         place.set_title(panel["title"], loc="left", y=1, pad=-11, x=0.01, fontsize=7.5)
-        DRAWN[panel["type"]](place, panel, asked)
+        DRAWN[panel["type"]](place, panel, answers)
     figure.text(0.005, 0.25 / height, CAPTION.format(what=what), fontsize=7, color="#9fa7b3")
     with BytesIO() as full:
         figure.savefig(full, format="png", dpi=DPI)
         Image.open(full).convert("RGB").quantize(128).save(path, optimize=True)
 
 
-class Asked:
-    """A panel's queries, answered."""
+class Answers:
+    """Answers to the queries of panels."""
 
     def __init__(self, prometheus: Prometheus, start: float, end: float, annotations: list[Json]) -> None:
         self._prometheus, self.start, self.end = prometheus, start, end
         self.marks = [
             (float(series["values"][0][0]), each["iconColor"])
             for each in annotations
-            for series in prometheus.over(spelt(each["expr"]), start, end)
+            for series in prometheus.over(expanded(each["expr"]), start, end)
         ]
-        """When something began, and in which colour."""
+        """Times of annotations, and their colours."""
 
     def over(self, panel: Json) -> list[tuple[str, Json, np.ndarray, np.ndarray]]:
         """Legend, labels, times and values of each series."""
         found = []
         for target in panel["targets"]:
-            for series in self._prometheus.over(spelt(target["expr"]), self.start, self.end):
+            for series in self._prometheus.over(expanded(target["expr"]), self.start, self.end):
                 points = np.array([(float(at), float(value)) for at, value in series["values"]])
                 found.append((legend(target, series["metric"]), series["metric"], points[:, 0], points[:, 1]))
         return found
 
     def now(self, panel: Json) -> list[tuple[Json, float]]:
         """Labels and value of each series."""
-        results = (self._prometheus.now(spelt(target["expr"])) for target in panel["targets"])
+        results = (self._prometheus.now(expanded(target["expr"])) for target in panel["targets"])
         return [(each["metric"], float(each["value"][1])) for result in results for each in result]
 
     def exemplars(self, panel: Json) -> list[tuple[float, float]]:
-        """Times and values, where a query asks for them."""
+        """Times and values, if a query requests exemplars."""
         queries = {target["expr"] for target in panel["targets"] if target.get("exemplar")}
-        found = (self._prometheus.exemplars(spelt(query), self.start, self.end) for query in queries)
+        found = (self._prometheus.exemplars(expanded(query), self.start, self.end) for query in queries)
         return [
             (each["timestamp"], float(each["value"])) for answer in found for series in answer for each in series["exemplars"]
         ]
 
 
 def legend(target: Json, labels: Mapping[str, str]) -> str:
-    """As Grafana fills it in."""
+    """The legend with the labels filled in."""
     return re.sub(r"{{(\w+)}}", lambda found: labels.get(found[1], ""), target["legendFormat"])
 
 
-def _number(place: Axes, panel: Json, asked: Asked) -> None:
+def _number(place: Axes, panel: Json, answers: Answers) -> None:
     defaults = panel["fieldConfig"]["defaults"]
-    found = asked.now(panel)
+    found = answers.now(panel)
     text, colour = (written(found[-1][1], defaults["unit"]), PAPER) if found else ("No data", PAPER)
     for step in defaults.get("thresholds", {}).get("steps", ()) if found else ():
         if step["value"] is None or found[-1][1] >= step["value"]:
@@ -120,18 +120,18 @@ def _number(place: Axes, panel: Json, asked: Asked) -> None:
     place.text(0.5, 0.4, text, ha="center", va="center", fontsize=15, transform=place.transAxes, color="white")
 
 
-def _lines(place: Axes, panel: Json, asked: Asked) -> None:
-    inner = _inside(place, asked)
+def _lines(place: Axes, panel: Json, answers: Answers) -> None:
+    inner = _inside(place, answers)
     defaults = panel["fieldConfig"]["defaults"]
     steps = defaults.get("custom", {}).get("lineInterpolation") == "stepAfter"
-    series = asked.over(panel)
+    series = answers.over(panel)
     for number, (name, _, times, values) in enumerate(series):
         dashed = re.search(r" (lower|upper|limit)$", name)
         inner.plot(
             times, values, label=name, color=COLOURS[number % len(COLOURS)], linewidth=0.9,
             linestyle="--" if dashed else "-", drawstyle="steps-post" if steps else "default",
         )  # fmt: skip
-    for at, value in asked.exemplars(panel):
+    for at, value in answers.exemplars(panel):
         inner.plot(at, value, marker="D", markersize=2.5, color="#5794f2", alpha=0.7)
     for step in defaults.get("thresholds", {}).get("steps", ()):
         if step["value"] is not None:
@@ -145,7 +145,7 @@ def _lines(place: Axes, panel: Json, asked: Asked) -> None:
 
 
 def _legend(place: Axes, inner: Axes) -> None:
-    """Below the axes, in as many columns as fit into the panel; entries for which there is no room are counted."""
+    """Below the axes, in as many columns as fit. Entries without room are counted."""
     assert isinstance(place.figure, Figure)
     handles, names = inner.get_legend_handles_labels()
     look: Any = {"loc": "upper left", "bbox_to_anchor": (0, -0.14), "frameon": False, "fontsize": 5.5, "labelcolor": INK}
@@ -159,9 +159,9 @@ def _legend(place: Axes, inner: Axes) -> None:
             return
 
 
-def _heat(place: Axes, panel: Json, asked: Asked) -> None:
-    inner = _inside(place, asked, bottom=0.12)
-    series = sorted(asked.over(panel), key=lambda each: float(each[1]["le"]))
+def _heat(place: Axes, panel: Json, answers: Answers) -> None:
+    inner = _inside(place, answers, bottom=0.12)
+    series = sorted(answers.over(panel), key=lambda each: float(each[1]["le"]))
     times = sorted({float(at) for _, _, column, _ in series for at in column})
     cumulative = np.zeros((len(series), len(times)))
     for row, (_, _, column, values) in enumerate(series):
@@ -174,11 +174,11 @@ def _heat(place: Axes, panel: Json, asked: Asked) -> None:
     inner.set_yticks(range(1, len(bounds) + 1)[::every], [written(bound, unit) for bound in bounds[::every]])
 
 
-def _bars(place: Axes, panel: Json, asked: Asked) -> None:
+def _bars(place: Axes, panel: Json, answers: Answers) -> None:
     inner = place.inset_axes((0.07, 0.18, 0.91, 0.64))
     inner.set_facecolor(PAPER)
     inner.spines[:].set_visible(False)
-    found = sorted((float(labels["le"]), value) for labels, value in asked.now(panel))
+    found = sorted((float(labels["le"]), value) for labels, value in answers.now(panel))
     values = np.diff([value for _, value in found], prepend=0)
     if not values.any():
         inner.text(0.5, 0.5, "none", ha="center", transform=inner.transAxes)
@@ -189,29 +189,29 @@ def _bars(place: Axes, panel: Json, asked: Asked) -> None:
     inner.tick_params(colors=INK, length=0)
 
 
-def _table(place: Axes, panel: Json, asked: Asked) -> None:
+def _table(place: Axes, panel: Json, answers: Answers) -> None:
     lines = []
-    for labels, _ in asked.now(panel):
+    for labels, _ in answers.now(panel):
         kept = {name: value[:16] for name, value in labels.items() if name not in ("__name__", "job")}
         lines += textwrap.wrap("   ".join(f"{name}: {value}" for name, value in kept.items()), 105)
     place.text(0.01, 0.75, "\n".join(lines), va="top", fontsize=6.5, transform=place.transAxes)
 
 
-def _inside(place: Axes, asked: Asked, bottom: float = 0.3) -> Axes:
+def _inside(place: Axes, answers: Answers, bottom: float = 0.3) -> Axes:
     inner = place.inset_axes((0.085, bottom, 0.9, 0.85 - bottom))
-    inner.set(facecolor=PAPER, xlim=(asked.start, asked.end))
+    inner.set(facecolor=PAPER, xlim=(answers.start, answers.end))
     inner.spines[:].set_visible(False)
     inner.grid(visible=True, color=FAINT, linewidth=0.4)
     inner.tick_params(colors=INK, length=0, labelsize=6)
     inner.xaxis.set_major_formatter(lambda value, _: time.strftime("%H:%M:%S", time.gmtime(value)))
     inner.locator_params(axis="x", nbins=6)
-    for at, colour in asked.marks:
+    for at, colour in answers.marks:
         inner.axvline(at, color=NAMES[colour], linestyle=":", linewidth=0.8)
     return inner
 
 
 def written(value: float, unit: str) -> str:
-    """A value in its unit, as short as a tick's label."""
+    """A value with its unit, short enough for a tick label."""
     if not np.isfinite(value):
         return "+Inf"
     match unit:
@@ -230,6 +230,6 @@ def written(value: float, unit: str) -> str:
     return f"{value:g}" if value == int(value) else f"{value:.3g}"
 
 
-DRAWN: dict[str, Callable[[Axes, Json, Asked], None]] = {
+DRAWN: dict[str, Callable[[Axes, Json, Answers], None]] = {
     "stat": _number, "timeseries": _lines, "heatmap": _heat, "bargauge": _bars, "table": _table,
 }  # fmt: skip

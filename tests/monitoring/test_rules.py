@@ -1,4 +1,4 @@
-"""The rules and the dashboards as files: what they say, and that they say the same as what they are made of."""
+"""The rules and the dashboards as files: their content, and that the generated files are current."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ every_alert = pytest.mark.parametrize("name", list(alerts()))
 
 
 def promtool(*args: str) -> str:
-    """What it says of good files; it says what is wrong with others in the failure."""
+    """The output. Fails with promtool's errors."""
     done = subprocess.run(["promtool", *args], cwd=MONITORING, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize(("path", "text"), [pytest.param(*each, id=each[0].name) for each in files()])
-def test_what_is_committed_is_what_is_made(path: Path, text: str) -> None:
-    """`make dashboards` would change nothing."""
+def test_generated_files_are_current(path: Path, text: str) -> None:
+    """The committed files equal those that `make dashboards` writes."""
     assert path.read_text() == text
 
 
 def test_no_dashboard_is_left_over() -> None:
-    """Every committed dashboard is still made."""
+    """Every committed dashboard is still generated."""
     assert set(DASHBOARDS.iterdir()) == {path for path, _ in files() if path.suffix == ".json"}
 
 
 @needs_promtool
 def test_prometheus_reads_the_rules() -> None:
-    """Every expression and template is one."""
+    """Prometheus accepts every expression and template."""
     assert f"{len(list(rules()))} rules found" in promtool("check", "rules", "rules.yaml")
 
 
 @needs_promtool
-def test_the_rules_do_what_their_examples_say() -> None:
-    """Each alert is silent and speaks when rules_test.yaml says so, word for word, and the bounds are Wilson's."""
+def test_the_examples_of_the_rules_hold() -> None:
+    """The examples in rules_test.yaml hold: when each alert fires, with which text, and Wilson's bounds."""
     assert "SUCCESS" in promtool("test", "rules", "rules_test.yaml")
 
 
 @needs_promtool
 def test_prometheus_reads_the_configuration_of_the_docs(tmp_path: Path) -> None:
-    """What docs/operations.md shows can be copied: Prometheus takes it, with the rules."""
+    """Prometheus accepts the configuration in docs/operations.md, with the rules."""
     [shown] = re.findall(r"^```yaml\n(global: .*?)^```", OPERATIONS.read_text(), re.MULTILINE | re.DOTALL)
     config = tmp_path / "prometheus.yml"
     config.write_text(shown.replace("k8s/monitoring/rules.yaml", str(MONITORING / "rules.yaml")))
@@ -65,7 +65,7 @@ def test_prometheus_reads_the_configuration_of_the_docs(tmp_path: Path) -> None:
 
 @every_alert
 def test_an_alert_has_both_examples(name: str) -> None:
-    """One in which it is silent, one in which it speaks, and both with data of what it asks for."""
+    """Every alert has an example in which it fires and one in which it does not, both with input series."""
     tests = yaml.safe_load((MONITORING / "rules_test.yaml").read_text())["tests"]
     examples = [(test, each) for test in tests for each in test.get("alert_rule_test", ()) if each["alertname"] == name]
 
@@ -75,8 +75,8 @@ def test_an_alert_has_both_examples(name: str) -> None:
 
 
 @every_alert
-def test_an_alert_says_what_to_do(name: str) -> None:
-    """It has a severity, a summary and a description, and its runbook is a paragraph with something to do in it."""
+def test_an_alert_has_a_runbook(name: str) -> None:
+    """Every alert has a severity, a summary, a description and a paragraph in docs/operations.md."""
     alert = alerts()[name]
     page, _, anchor = alert["annotations"]["runbook_url"].partition("#")
     found = re.search(rf"^#### {name}\n+(.+?)(?=^#|\Z)", OPERATIONS.read_text(), re.MULTILINE | re.DOTALL)
@@ -89,14 +89,14 @@ def test_an_alert_says_what_to_do(name: str) -> None:
     assert len(found[1]) > 150, found[1]
 
 
-def test_docs_know_no_other_alert() -> None:
-    """A paragraph about an alert that is gone would be looked for in vain."""
+def test_docs_have_no_other_alert() -> None:
+    """docs/operations.md has no paragraph about an alert that does not exist."""
     assert set(re.findall(r"^#### (Ostinato\w+)$", OPERATIONS.read_text(), re.MULTILINE)) == set(alerts())
 
 
 @pytest.mark.parametrize("name", list(boards()))
 def test_grafanas_own_types_read_it(name: str) -> None:
-    """Read into the types of the SDK and written again, a dashboard has lost nothing: no field is misspelt or misplaced."""
+    """A dashboard that is read into the SDK's types and written again is unchanged: no field is misspelt or misplaced."""
     register_default_plugins()
     board = boards()[name]
     again = JSONEncoder(sort_keys=True, indent=2)
@@ -106,7 +106,7 @@ def test_grafanas_own_types_read_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(boards()))
 def test_a_dashboard_is_complete(name: str) -> None:
-    """Panels have ids, titles, units and the chosen data source, cover nothing, and choose what the variables choose."""
+    """Panels have ids, unique titles, units and the selected data source, do not overlap, and use the variables."""
     board = boards()[name]
     places = [
         (panel["gridPos"]["x"] + x, panel["gridPos"]["y"] + y)
@@ -131,7 +131,7 @@ def test_a_dashboard_is_complete(name: str) -> None:
 
 
 def lost(given: Any, read: Any, where: str = "") -> list[str]:
-    """Places of what `given` has and `read` has not, or has otherwise."""
+    """Paths of values in `given` that are missing or different in `read`."""
     if isinstance(given, dict) and isinstance(read, dict):
         return [place for key, value in given.items() for place in lost(value, read.get(key), f"{where}.{key}")]
     if isinstance(given, list) and isinstance(read, list) and len(given) == len(read):
@@ -139,8 +139,8 @@ def lost(given: Any, read: Any, where: str = "") -> list[str]:
     return [] if given == read else [where]
 
 
-def test_what_is_lost_is_noticed() -> None:
-    """The check can fail: a misspelt option is lost on the way."""
+def test_a_lost_field_is_noticed() -> None:
+    """The check above finds a misspelt option."""
     register_default_plugins()
     board = boards()["overview"]
     next(panels(board))["options"]["graphMod"] = "area"

@@ -1,4 +1,4 @@
-"""A real Prometheus watches a running pair by the project's rules, and a real Alertmanager calls a webhook."""
+"""A running pair under a real Prometheus with the project's rules, and a real Alertmanager with a webhook."""
 
 from __future__ import annotations
 
@@ -12,117 +12,118 @@ from collections.abc import Iterator
 import pytest
 
 from tests.monitoring import names
-from tests.monitoring.tour import SERVICE, SIDECAR, Tour, port, touring
+from tests.monitoring.load import SERVICE, SIDECAR, Running, faulty, port
 from tests.monitoring.watch import missing, until
 from tests.pair import Program
 
 pytestmark = pytest.mark.timeout(180)
 
 EMPTY = names.GPU | {
-    "ostinato_service_streams_refused": "a service that turned a stream away; two sidecars at one service would do it",
+    "ostinato_service_streams_refused": "a refused stream, as with two sidecars at one service",
 }
-"""Metrics without a sample here, and what it would need."""
+"""Metrics without a sample in this test, and what would give one."""
 
 
-@pytest.fixture(name="tour", scope="module")
-def _tour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tour]:
-    """One for all: what they claim is about the same quarter of a minute."""
+@pytest.fixture(name="running", scope="module")
+def _running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Shared by all tests: they check the same quarter of a minute."""
     if why := missing():
         pytest.skip(why)
-    with touring(tmp_path_factory.mktemp("tour"), (5, 4, 3)) as made:
+    with faulty(tmp_path_factory.mktemp("running"), (5, 4, 3)) as made:
         yield made
 
 
 def page(program: Program | None) -> str:
-    """Its metrics, in plain text."""
+    """Its metrics page."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port(program)}/metrics", timeout=10) as answer:
         text: str = answer.read().decode()
     return text
 
 
-def test_a_divergence_reaches_whoever_is_called(tour: Tour) -> None:
-    """A scripted divergence at a grade that promises none becomes a counter, an alert and a call that says where."""
-    until(lambda: bool(tour.webhook.heard("OstinatoDiverged", kind="twin")), "the webhook hears of it")
-    heard = tour.webhook.heard("OstinatoDiverged", kind="twin")[0]
+def test_a_divergence_is_an_alert(running: Running) -> None:
+    """A divergence at grade EXACT increases a counter and raises an alert, which the webhook receives with its labels."""
+    until(lambda: bool(running.webhook.received("OstinatoDiverged", kind="twin")), "the webhook receives it")
+    received = running.webhook.received("OstinatoDiverged", kind="twin")[0]
 
-    assert heard["status"] == "firing"
-    assert heard["labels"] == {
+    assert received["status"] == "firing"
+    assert received["labels"] == {
         "alertname": "OstinatoDiverged", "severity": "critical", "grade": "exact", "instance": "sidecar-0", "job": SIDECAR,
         "kind": "twin",
     }  # fmt: skip
-    assert heard["annotations"]["description"] == "sidecar-0: kind twin, grade exact, within an hour."
+    assert received["annotations"]["description"] == "sidecar-0: kind twin, grade exact, within an hour."
 
 
-def test_what_is_well_calls_nobody(tour: Tour) -> None:
-    """Nothing is said of order, journal, grade and credentials, which were well all the time."""
-    until(lambda: bool(tour.webhook.heard("OstinatoDivergenceAlarm")), "the evidence is an alarm")
+def test_no_alert_without_its_fault(running: Running) -> None:
+    """No alert fires for order, journal, grade and credentials, which have no fault."""
+    until(lambda: bool(running.webhook.received("OstinatoDivergenceAlarm")), "the divergence alarm is raised")
     well = {
         "OstinatoCertificateExpires", "OstinatoCollision", "OstinatoCredentialsUnusable", "OstinatoEpochFlapping",
         "OstinatoGradeLost", "OstinatoJournalFull", "OstinatoOrderStalled", "OstinatoQueueSaturated",
     }  # fmt: skip
     seen = {
-        series["metric"]["alertname"] for series in tour.prometheus.over('ALERTS{alertstate="firing"}', tour.start, time.time())
+        series["metric"]["alertname"]
+        for series in running.prometheus.over('ALERTS{alertstate="firing"}', running.start, time.time())
     }
 
     assert seen & well == set()
     assert {"OstinatoDiverged", "OstinatoDrift", "OstinatoDivergenceAlarm"} <= seen
 
 
-def test_a_deploy_that_drifts_is_told(tour: Tour) -> None:
-    """A service with another fingerprint makes an alert that names the field which changed."""
-    until(lambda: bool(tour.webhook.heard("OstinatoDrift", kind="twin")), "the webhook hears of it")
-    twins = tour.webhook.heard("OstinatoDrift", kind="twin")
+def test_drift_is_an_alert(running: Running) -> None:
+    """A service with another fingerprint raises an alert that names the changed field."""
+    until(lambda: bool(running.webhook.received("OstinatoDrift", kind="twin")), "the webhook receives it")
+    twins = running.webhook.received("OstinatoDrift", kind="twin")
 
     assert {each["labels"]["field"] for each in twins} == {"fingerprint.driver"}
 
 
-def test_the_first_time_is_an_increase(tour: Tour) -> None:
-    """What an alert fires for once it has happened is on the page before it has, or the first time would pass unnoticed."""
+def test_the_first_time_is_an_increase(running: Running) -> None:
+    """A counter whose first increase raises an alert is on the page from the start; otherwise the first one would be missed."""
     once = [rule["expr"] for rule in names.alerts().values() if "last_over_time" not in rule["expr"]]
     counters = {name for expr in once for name in re.findall(r"increase\((ostinato_\w+)(?:{[^}]*})?\[1h]\)+ > 0", expr)}
-    samples = page(tour.pair.sidecar)
+    samples = page(running.pair.sidecar)
 
     assert len(counters) >= 3
     assert [name for name in counters if not re.search(rf"^{name}(?:{{.*}})? ", samples, re.MULTILINE)] == []
 
 
-def test_every_rule_is_well(tour: Tour) -> None:
-    """Prometheus has evaluated every rule, and none had an error."""
-    until(lambda: all(rule["health"] == "ok" for rule in tour.prometheus.rules()), "all have been evaluated without an error")
-    recorded = {rule["name"] for rule in tour.prometheus.rules() if rule["type"] == "recording"}
+def test_no_rule_has_an_error(running: Running) -> None:
+    """Prometheus evaluates every rule without an error."""
+    until(lambda: all(rule["health"] == "ok" for rule in running.prometheus.rules()), "no rule has an error")
+    recorded = {rule["name"] for rule in running.prometheus.rules() if rule["type"] == "recording"}
 
-    assert [name for name in recorded if not tour.prometheus.now(name)] == []
+    assert [name for name in recorded if not running.prometheus.now(name)] == []
 
 
-def empty(tour: Tour, name: str) -> list[tuple[str, str]]:
-    """Titles and queries of a dashboard's panels that bring nothing, though no metric of EMPTY is in them."""
+def empty(running: Running, name: str) -> list[tuple[str, str]]:
+    """Titles and queries of panels without data, except for queries of the metrics in EMPTY."""
     found = []
     for panel in names.panels(names.boards()[name]):
         for target in panel["targets"]:
-            query = names.spelt(target["expr"])
+            query = names.expanded(target["expr"])
             if target.get("instant"):
-                series = tour.prometheus.now(query)
+                series = running.prometheus.now(query)
             else:
-                series = tour.prometheus.over(query, tour.start, time.time())
-            if not series and not names.asked([query]) <= set(EMPTY):
+                series = running.prometheus.over(query, running.start, time.time())
+            if not series and not names.metric_names([query]) <= set(EMPTY):
                 found.append((panel["title"], query))
     return found
 
 
 @pytest.mark.parametrize("name", list(names.boards()))
-def test_no_panel_is_empty(tour: Tour, name: str) -> None:
-    """Every query of every panel comes to have data of this pair, but for those of metrics that EMPTY names."""
+def test_no_panel_is_empty(running: Running, name: str) -> None:
+    """Every query of every panel gets data, except for queries of the metrics in EMPTY."""
     with contextlib.suppress(AssertionError):
-        until(lambda: not empty(tour, name), "rare things happen too")
+        until(lambda: not empty(running, name), "every panel has data")
 
-    assert empty(tour, name) == []
+    assert empty(running, name) == []
 
 
 @pytest.mark.parametrize("name", list(names.boards()))
-def test_annotations_mark_what_happened(tour: Tour, name: str) -> None:
-    """The start of the sidecar in its second epoch, and the fingerprint of another service, are on every dashboard."""
+def test_annotations(running: Running, name: str) -> None:
+    """Every dashboard has annotations at the sidecar's restart and at the new fingerprint."""
     marks = {
-        each["name"]: tour.prometheus.over(names.spelt(each["expr"]), tour.start, time.time())
+        each["name"]: running.prometheus.over(names.expanded(each["expr"]), running.start, time.time())
         for each in names.boards()[name]["annotations"]["list"]
     }
 
@@ -131,10 +132,10 @@ def test_annotations_mark_what_happened(tour: Tour, name: str) -> None:
 
 
 @pytest.mark.parametrize("metric", ["item_seconds", "time_to_first_token_seconds", "admission_seconds"])
-def test_exemplars_are_sequences(tour: Tour, metric: str) -> None:
-    """A slow bucket leads to an item that there is: its exemplar is a sequence that was given out."""
-    found = tour.prometheus.exemplars(f"ostinato_{metric}_bucket", tour.start, time.time())
-    last = int(tour.prometheus.now("ostinato_last_sequence")[0]["value"][1])
+def test_exemplars_are_sequences(running: Running, metric: str) -> None:
+    """Exemplars of latency buckets are sequences of existing items."""
+    found = running.prometheus.exemplars(f"ostinato_{metric}_bucket", running.start, time.time())
+    last = int(running.prometheus.now("ostinato_last_sequence")[0]["value"][1])
     sequences = {int(each["labels"]["sequence"]) for series in found for each in series["exemplars"]}
 
     assert sequences
@@ -142,17 +143,17 @@ def test_exemplars_are_sequences(tour: Tour, metric: str) -> None:
 
 
 @pytest.mark.parametrize("job", [SIDECAR, SERVICE])
-def test_promtool_finds_nothing_to_say(tour: Tour, job: str) -> None:
-    """Names, types and help of both programs' metrics are as Prometheus wants them."""
-    text = page(tour.pair.sidecar if job == SIDECAR else tour.pair.service)
+def test_promtool_accepts_the_metrics(running: Running, job: str) -> None:
+    """promtool has no complaint about names, types and help of both programs' metrics."""
+    text = page(running.pair.sidecar if job == SIDECAR else running.pair.service)
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
 
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_every_metric_is_known_and_used(tour: Tour) -> None:
-    """Panels, rules and docs name only metrics that a program has; and each of those is in a panel, a rule or the docs."""
-    there = names.served(page(tour.pair.sidecar)) | names.served(page(tour.pair.service)) | set(names.GPU)
+def test_every_metric_is_known_and_used(running: Running) -> None:
+    """Panels, rules and docs name only existing metrics, and each metric is in a panel, a rule or the docs."""
+    there = names.served(page(running.pair.sidecar)) | names.served(page(running.pair.service)) | set(names.GPU)
 
     assert (names.in_panels() | names.in_rules() | names.in_docs()) - there == set()
     assert there - names.in_panels() - names.in_rules() - names.in_docs() == set()

@@ -1,4 +1,4 @@
-"""A real Prometheus and a real Alertmanager beside a running pair, and a webhook that hears what they say."""
+"""A real Prometheus and a real Alertmanager beside a running pair, and a webhook that receives the alerts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ RULES = Path(__file__).parents[2] / "k8s" / "monitoring" / "rules.yaml"
 
 
 def missing() -> str:
-    """Why this machine cannot watch; empty if it can."""
+    """The missing programs; empty if there are none."""
     names = [name for name in NEEDED if shutil.which(name) is None]
     return f"not installed here: {', '.join(names)}" if names else ""
 
 
 class Webhook:
-    """Where Alertmanager calls."""
+    """Receives Alertmanager's calls."""
 
     def __init__(self) -> None:
         self.alerts: list[dict[str, Any]] = []
@@ -50,8 +50,8 @@ class Webhook:
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}/"
 
-    def heard(self, name: str, **labels: str) -> list[dict[str, Any]]:
-        """The alerts of this name with these labels, as they came."""
+    def received(self, name: str, **labels: str) -> list[dict[str, Any]]:
+        """The alerts with this name and these labels, in order of arrival."""
         wanted = {"alertname": name, **labels}.items()
         return [alert for alert in list(self.alerts) if wanted <= alert["labels"].items()]
 
@@ -85,12 +85,12 @@ class Prometheus:
         return found
 
     def exemplars(self, query: str, start: float, end: float) -> list[dict[str, Any]]:
-        """By series, what its exemplars say."""
+        """The exemplars by series."""
         found: list[dict[str, Any]] = self._api("query_exemplars", query=query, start=start, end=end)
         return found
 
     def rules(self) -> list[dict[str, Any]]:
-        """All, with their health and last error."""
+        """All rules with their health and last error."""
         return [rule for group in self._api("rules")["groups"] for rule in group["rules"]]
 
     def _api(self, what: str, **values: object) -> Any:
@@ -106,11 +106,11 @@ class Prometheus:
 def watching(
     folder: Path, targets: Mapping[str, Callable[[], int]], rules: Path = RULES, period: str = "1s"
 ) -> Iterator[tuple[Prometheus, Webhook]]:
-    """Scrapes the jobs' ports each period, as files say that may change; judges by the rules as often."""
+    """Scrapes the jobs' ports and evaluates the rules each period. `set_targets` changes the ports."""
     webhook = Webhook()
     held = held_port(), held_port()
     ports = [each.getsockname()[1] for each in held]
-    aim(folder, {job: port() for job, port in targets.items()})
+    set_targets(folder, {job: port() for job, port in targets.items()})
     (folder / "alertmanager.yml").write_text(yaml.safe_dump(_alertmanager(webhook.url)))
     (folder / "prometheus.yml").write_text(yaml.safe_dump(_prometheus(folder, rules, period, list(targets), ports[1])))
     commands = (
@@ -141,8 +141,8 @@ def watching(
         yield found, webhook
 
 
-def aim(folder: Path, targets: Mapping[str, int]) -> None:
-    """Where the jobs are from now on; Prometheus reads it by itself. An instance keeps its name."""
+def set_targets(folder: Path, targets: Mapping[str, int]) -> None:
+    """Set the jobs' ports. Prometheus reloads the files itself. An instance keeps its name."""
     for job, port in targets.items():
         content = [{"targets": [f"127.0.0.1:{port}"], "labels": {"instance": f"{job.removeprefix('ostinato-')}-0"}}]
         new = folder / f"{job}.new"
@@ -151,7 +151,7 @@ def aim(folder: Path, targets: Mapping[str, int]) -> None:
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
-    """Wait for what another process does soon."""
+    """Wait for a condition that another process makes true."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"

@@ -1,4 +1,4 @@
-"""A pair under load that does all that can be watched: answers, diverges, fails, refuses, drifts, starts again."""
+"""A pair under load, with Prometheus and Alertmanager: healthy, or with divergences, failures, drift and restarts."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ostinato.client import Client
 from ostinato.errors import OstinatoError
 
 from tests.certificates import Authority
-from tests.monitoring.watch import Prometheus, Webhook, aim, until, watching
+from tests.monitoring.watch import Prometheus, Webhook, set_targets, until, watching
 from tests.pair import Pair, Program
 
-Sort: TypeAlias = tuple[Callable[[Client], Awaitable[None]], float]
-"""What a caller does, and its rest between one time and the next, in seconds."""
+Caller: TypeAlias = tuple[Callable[[Client], Awaitable[None]], float]
+"""A call, and the pause before it is repeated, in seconds."""
 SIDECAR, SERVICE = "ostinato-sidecar", "ostinato-service"
 DIVERGES_FROM = 60
-"""The first sequence whose answer is scripted to differ."""
+"""The first sequence whose answer diverges."""
 CANARY = """\
 [[canary]]
 name = "sampled"
@@ -45,8 +45,8 @@ SCRIPT = {
 
 
 @dataclass(frozen=True)
-class Tour:
-    """What is left of it: the programs still run, and so does the load."""
+class Running:
+    """The programs and the load, still running."""
 
     pair: Pair
     prometheus: Prometheus
@@ -56,28 +56,28 @@ class Tour:
 
 
 @contextlib.contextmanager
-def healthy(folder: Path, seconds: float) -> Iterator[Tour]:
-    """Load of good callers, at least for this time, on a pair in which nothing goes wrong."""
+def healthy(folder: Path, seconds: float) -> Iterator[Running]:
+    """Load of good callers on a pair without faults, for at least this time."""
     authority = Authority(folder)
     certificate, key = authority.sign("sidecar")
     flags = ["--tls-certificate", str(certificate), "--tls-key", str(key)]
     canaries = folder / "canaries.toml"
-    canaries.write_text(CANARY)  # those that come with the sidecar ask for a response format, which the scripted engine has not
+    canaries.write_text(CANARY)  # the default ones need a response format, which the scripted engine does not support
     flags += ["--audit-rate", "0.2", "--audit-patience-seconds", "1", "--canary-seconds", "2", "--canaries", str(canaries)]
     with Pair(service=["--script", json.dumps(HEALTHY)], sidecar=flags) as pair, contextlib.ExitStack() as stack:
         pair.start()
         targets = {SIDECAR: lambda: port(pair.sidecar), SERVICE: lambda: port(pair.service)}
         prometheus, webhook = stack.enter_context(watching(folder, targets))
         start = time.time()
-        stack.enter_context(calling(lambda: connected(pair, authority), good_sorts()))
+        stack.enter_context(calling(lambda: connected(pair, authority), good_callers()))
         done = 'sum(ostinato_comparisons_total{kind="audit",verdict="match"}) > 3'
         until(lambda: bool(prometheus.now(done)) and time.time() >= start + seconds, done, seconds + 120.0)
-        yield Tour(pair, prometheus, webhook, start)
+        yield Running(pair, prometheus, webhook, start)
 
 
 @contextlib.contextmanager
-def touring(folder: Path, seconds: tuple[float, float, float]) -> Iterator[Tour]:
-    """Load, at least for these times: before the service starts again as another, before the sidecar does, and behind that."""
+def faulty(folder: Path, seconds: tuple[float, float, float]) -> Iterator[Running]:
+    """Load for at least these times: before a restart with a new fingerprint, before one of the sidecar, and after."""
     authority = Authority(folder)
     certificate, key = authority.sign("sidecar")
     flags = ["--tls-certificate", str(certificate), "--tls-key", str(key)]
@@ -92,39 +92,38 @@ def touring(folder: Path, seconds: tuple[float, float, float]) -> Iterator[Tour]
             since = time.time()
             until(lambda: bool(prometheus.now(query)) and time.time() >= since + seconds, query, 120.0)
 
-        def aimed() -> None:
-            aim(folder, {job: target() for job, target in targets.items()})
+        def retarget() -> None:
+            set_targets(folder, {job: target() for job, target in targets.items()})
 
         reached(f'count(up{{job=~"{SIDECAR}|{SERVICE}"}} == 1) == 2')
-        stack.enter_context(calling(lambda: connected(pair, authority), all_sorts()))
+        stack.enter_context(calling(lambda: connected(pair, authority), all_callers()))
         reached('ostinato_comparisons_total{kind="twin",verdict="diverged"} > 3', seconds[0])
-        pair.service.kill()  # what it ran is run again, by the next one
+        pair.service.kill()  # the next one runs its items again
         pair.start_service("--script", json.dumps({**SCRIPT, "fields": {"driver": "another"}})).wait_for("serving")
-        aimed()
+        retarget()
         reached('ostinato_drift_total{kind="twin"} > 0', seconds[1])
         pair.sidecar.stop()
         pair.start_sidecar().wait_for("engine connected")
-        aimed()
+        retarget()
         reached("changes(ostinato_epoch[1m] offset 2s) > 0", seconds[2])
-        yield Tour(pair, prometheus, webhook, start)
+        yield Running(pair, prometheus, webhook, start)
 
 
 def connected(pair: Pair, authority: Authority) -> Client:
-    """To its public door."""
     return Client(f"https://{pair.target}", credentials=ostinato.tls(authority.file))
 
 
 def port(program: Program | None) -> int:
-    """Of its metrics."""
+    """The port of its metrics."""
     assert program is not None
     return int(str(program.wait_for("metrics")["port"]))
 
 
 @contextlib.contextmanager
-def calling(connect: Callable[[], Client], sorts: Sequence[Sort]) -> Iterator[None]:
-    """Callers of these sorts, in a thread of their own, until the end."""
+def calling(connect: Callable[[], Client], callers: Sequence[Caller]) -> Iterator[None]:
+    """Run these callers in a thread until the context ends."""
     over = threading.Event()
-    thread = threading.Thread(target=lambda: asyncio.run(_callers(connect, sorts, over)), daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(_callers(connect, callers, over)), daemon=True)
     thread.start()
     try:
         yield
@@ -133,9 +132,9 @@ def calling(connect: Callable[[], Client], sorts: Sequence[Sort]) -> Iterator[No
         thread.join(30)
 
 
-async def _callers(connect: Callable[[], Client], sorts: Sequence[Sort], over: threading.Event) -> None:
+async def _callers(connect: Callable[[], Client], callers: Sequence[Caller], over: threading.Event) -> None:
     async with connect() as client:
-        calls = [asyncio.create_task(_again(call, client, rest)) for call, rest in sorts]
+        calls = [asyncio.create_task(_again(call, client, rest)) for call, rest in callers]
         await asyncio.to_thread(over.wait)
         for each in calls:
             each.cancel()
@@ -149,8 +148,8 @@ async def _again(call: Callable[[Client], Awaitable[None]], client: Client, rest
         await asyncio.sleep(rest)
 
 
-def good_sorts() -> Sequence[Sort]:
-    """Callers that ask for what can be done, and read their answers to the end."""
+def good_callers() -> Sequence[Caller]:
+    """Callers with good requests, which read their answers to the end."""
     keys = itertools.count()
 
     async def equal(client: Client) -> None:
@@ -174,8 +173,8 @@ def good_sorts() -> Sequence[Sort]:
     return [(call, 0.05) for call in (equal, unseeded, keyed, streamed)] + [(replayed, 0.25)]
 
 
-def all_sorts() -> Sequence[Sort]:
-    """The good callers, and bad ones."""
+def all_callers() -> Sequence[Caller]:
+    """The good callers, and callers with short deadlines, bad requests and disconnects."""
     streams = itertools.count()
 
     async def hasty(client: Client) -> None:
@@ -188,7 +187,7 @@ def all_sorts() -> Sequence[Sort]:
         async with contextlib.aclosing(client.stream("Token by token", max_new_tokens=48, ignore_eos=True)) as events:
             await _read(events, leave=next(streams) % 5 == 0)
 
-    return [*good_sorts(), (leaving, 0.05), (hasty, 0.25), (wrong, 0.25)]
+    return [*good_callers(), (leaving, 0.05), (hasty, 0.25), (wrong, 0.25)]
 
 
 async def _read(events: AsyncIterator[object], *, leave: bool) -> None:

@@ -1,4 +1,4 @@
-"""A pair to which all goes wrong that an alert is for, one thing after the other, while Prometheus and Alertmanager watch."""
+"""A pair with a fault for each alert, one after the other, under Prometheus and Alertmanager."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ostinato.client import Client
 from ostinato.v1 import engine_pb2, engine_pb2_grpc
 
 from tests.certificates import Authority
+from tests.monitoring.load import SERVICE, SIDECAR, Caller, calling, connected, port
 from tests.monitoring.names import alerts
-from tests.monitoring.tour import SERVICE, SIDECAR, Sort, calling, connected, port
-from tests.monitoring.watch import RULES, Prometheus, Webhook, aim, until, watching
+from tests.monitoring.watch import RULES, Prometheus, Webhook, set_targets, until, watching
 from tests.pair import Pair
 
 COMPILER = "cc"
@@ -44,30 +44,30 @@ FAULTY = {
 }
 HANGING = {"runs": 2, "rules": [{"do": "hang"}]}
 LATE = 120.0
-"""Seconds, for a busy machine: what is waited for comes in a few."""
-IN_THE_TOUR = {"OstinatoDiverged", "OstinatoDivergenceAlarm", "OstinatoDrift"}
-"""test_watch.py has these, as they are, unhurried."""
+"""Seconds, for a busy machine; usually a few are enough."""
+IN_TEST_WATCH = {"OstinatoDiverged", "OstinatoDivergenceAlarm", "OstinatoDrift"}
+"""test_watch.py tests these with unchanged rules."""
 PERIOD = "500ms"
 ROOM_BYTES = 1 << 20
-"""That a journal is left, of which a quarter is held back."""
+"""Space that is left for the journal, a quarter of it as reserve."""
 
 
-def hurried(folder: Path) -> Path:
-    """The rules, but that an alert is not waited for, and that order has stalled when it has for two seconds."""
+def fast_rules(folder: Path) -> Path:
+    """The rules with short waiting times, and two seconds for OstinatoOrderStalled."""
     rules = yaml.safe_load(RULES.read_text())
     for rule in (rule for group in rules["groups"] for rule in group["rules"]):
         if "for" in rule:
             rule["for"] = PERIOD
         if rule.get("alert") == "OstinatoOrderStalled":
             rule["expr"] = rule["expr"].replace("[5m]", "[2s]")
-    path = folder / "hurried.yaml"
+    path = folder / "fast_rules.yaml"
     path.write_text(yaml.safe_dump(rules))
     return path
 
 
 @contextlib.contextmanager
-def suffering(folder: Path) -> Iterator[Webhook]:
-    """What Alertmanager has said when all of it is over."""
+def with_faults(folder: Path) -> Iterator[Webhook]:
+    """The webhook, after all faults."""
     authority = Authority(folder)
     certificate, key = authority.sign("sidecar", days=5)
     flags = ["--tls-certificate", str(certificate), "--tls-key", str(key)]
@@ -76,110 +76,112 @@ def suffering(folder: Path) -> Iterator[Webhook]:
         pair.env["LD_PRELOAD"] = str(_slow_disk(folder))
         pair.start()
         targets: dict[str, Callable[[], int]] = {SIDECAR: lambda: port(pair.sidecar), SERVICE: lambda: port(pair.service)}
-        with watching(folder, targets, hurried(folder), PERIOD) as (prometheus, webhook):
-            world = World(pair, authority, prometheus, webhook, lambda: aim(folder, {job: at() for job, at in targets.items()}))
-            world.is_well()
-            world.loses_what_it_has(certificate)
-            world.answers_badly()
-            world.is_flooded()
+        with watching(folder, targets, fast_rules(folder), PERIOD) as (prometheus, webhook):
+            faults = Faults(
+                pair, authority, prometheus, webhook, lambda: set_targets(folder, {job: at() for job, at in targets.items()})
+            )
+            faults.wait_until_healthy()
+            faults.break_certificate(certificate)
+            faults.give_wrong_answers()
+            faults.overload()
             authority.sign("sidecar", days=5)  # without it, nothing starts
-            world.has_no_engine()
-            world.stalls()
-            world.has_no_room()
+            faults.lose_engine()
+            faults.stall()
+            faults.fill_journal()
             yield webhook
 
 
 @dataclass(frozen=True)
-class World:
-    """What happens in it, in this order. What goes on being true behind it is only waited for until it fires."""
+class Faults:
+    """The faults, to be called in this order. For an alert that keeps firing, a step waits only until it fires."""
 
     pair: Pair
     authority: Authority
     prometheus: Prometheus
     webhook: Webhook
-    aim: Callable[[], None]
-    """Prometheus at where the programs are now."""
+    set_targets: Callable[[], None]
+    """Sets Prometheus' targets to the programs' current ports."""
 
-    def is_well(self) -> None:
-        """Else nothing could be lost."""
+    def wait_until_healthy(self) -> None:
+        """A grade that can be lost, and a counter that can increase."""
         self._until("ostinato_engine_grade == 3 and ostinato_collisions_total == 0")
 
-    def loses_what_it_has(self, certificate: Path) -> None:
-        """A certificate that can be read; the one in force expires in days."""
+    def break_certificate(self, certificate: Path) -> None:
+        """An unreadable certificate; the one in force expires in days."""
         certificate.write_text("half a rotation")
 
-    def answers_badly(self) -> None:
-        """Two seeds, one answer; no audit ends well; a grade falls; and the disk is slow, from the start on."""
-        with self._calling([(_calm, 0.1)]):
-            self._fires(
+    def give_wrong_answers(self) -> None:
+        """Collisions, failing audits, a lower grade, and a disk that is slow from the start on."""
+        with self._calling([(_unseeded, 0.1)]):
+            self._until_firing(
                 "OstinatoCollision", "OstinatoNotCompared", "OstinatoGradeLost", "OstinatoJournalSlow",
                 "OstinatoCertificateExpires", "OstinatoCredentialsUnusable",
             )  # fmt: skip
         self.pair.env.clear()
 
-    def is_flooded(self) -> None:
-        """Ten at once, where two run and four wait, and none has the time that its answer takes."""
-        with self._calling([(_flood, 0.3)] * 10):
-            self._fires(
+    def overload(self) -> None:
+        """Ten callers where two items run and four wait, with deadlines shorter than their answers."""
+        with self._calling([(_impatient, 0.3)] * 10):
+            self._until_firing(
                 "OstinatoQueueSaturated", "OstinatoDeadlineMisses", "OstinatoErrorBudgetBurnsFast",
                 "OstinatoErrorBudgetBurnsSlow",
             )  # fmt: skip
 
-    def has_no_engine(self) -> None:
-        """Something at its address that is no service, and a sidecar that starts twice meanwhile."""
+    def lose_engine(self) -> None:
+        """A server at the engine's address that violates the protocol, and two restarts of the sidecar."""
         self.pair.service.kill()
-        with _impolite(self.pair.engine_address):
+        with _wrong_service(self.pair.engine_address):
             self._start_again()
             self._start_again()
-            self._fires("OstinatoEngineFaults")
-            self._told("OstinatoDown", "OstinatoEngineDown")
+            self._until_firing("OstinatoEngineFaults")
+            self._until_received("OstinatoDown", "OstinatoEngineDown")
 
-    def stalls(self) -> None:
-        """An engine that makes nothing, and twice as many callers as it is given at once."""
+    def stall(self) -> None:
+        """An engine that makes no tokens, and twice as many callers as it has runs."""
         self.pair.start_service("--script", json.dumps(HANGING)).wait_for("serving")
-        self.aim()
+        self.set_targets()
         with self._calling([(_patient, 0.3)] * 8):
-            self._told("OstinatoOrderStalled")
+            self._until_received("OstinatoOrderStalled")
 
-    def has_no_room(self) -> None:
-        """The third start, with a journal that may grow by little, and an engine that lets it."""
+    def fill_journal(self) -> None:
+        """A third restart, with little space for the journal, and a working engine."""
         self.pair.service.kill()
         self.pair.start_service().wait_for("serving")
         self.pair.sidecar.kill()
         with contextlib.closing(apsw.Connection(str(self.pair.folder / "journal.sqlite"))) as db:
             most = db.pragma("page_count") * db.pragma("page_size") + ROOM_BYTES
         self._start_again("--journal-reserve-bytes", str(ROOM_BYTES // 4), "--journal-bytes-max", str(most))
-        with self._calling([(_wordy, 0.01)]):
-            self._told(*(name for name in alerts() if name not in IN_THE_TOUR))
+        with self._calling([(_large, 0.01)]):
+            self._until_received(*(name for name in alerts() if name not in IN_TEST_WATCH))
 
     def _start_again(self, *flags: str) -> None:
         self.pair.sidecar.kill()
         self.pair.start_sidecar(*flags)
-        self.aim()
+        self.set_targets()
 
-    def _calling(self, sorts: Sequence[Sort]) -> contextlib.AbstractContextManager[None]:
-        return calling(lambda: connected(self.pair, self.authority), sorts)
+    def _calling(self, callers: Sequence[Caller]) -> contextlib.AbstractContextManager[None]:
+        return calling(lambda: connected(self.pair, self.authority), callers)
 
     def _until(self, query: str) -> None:
         until(lambda: bool(self.prometheus.now(query)), query, LATE)
 
-    def _fires(self, *names: str) -> None:
+    def _until_firing(self, *names: str) -> None:
         for name in names:
             self._until(f'ALERTS{{alertname="{name}",alertstate="firing"}}')
 
-    def _told(self, *names: str) -> None:
-        until(lambda: all(self.webhook.heard(name) for name in names), f"the webhook hears of {', '.join(names)}", LATE)
+    def _until_received(self, *names: str) -> None:
+        until(lambda: all(self.webhook.received(name) for name in names), f"the webhook hears of {', '.join(names)}", LATE)
 
 
-async def _calm(client: Client) -> None:
+async def _unseeded(client: Client) -> None:
     await client.generate(["A phrase that repeats"] * 2, max_new_tokens=128, ignore_eos=True)
 
 
-async def _flood(client: Client) -> None:
+async def _impatient(client: Client) -> None:
     await client.generate("Too much, too soon", max_new_tokens=4000, ignore_eos=True, timeout=1)
 
 
-async def _wordy(client: Client) -> None:
+async def _large(client: Client) -> None:
     await client.generate([[65] * 3000] * 4, max_new_tokens=1)
 
 
@@ -187,8 +189,8 @@ async def _patient(client: Client) -> None:
     await client.generate("Whenever you can", max_new_tokens=8)
 
 
-class _Impolite(engine_pb2_grpc.EngineServicer):
-    """No Welcome."""
+class _WrongService(engine_pb2_grpc.EngineServicer):
+    """Sends no Welcome."""
 
     Describe: Any = None
     Prepare: Any = None
@@ -200,9 +202,9 @@ class _Impolite(engine_pb2_grpc.EngineServicer):
 
 
 @contextlib.contextmanager
-def _impolite(address: str) -> Iterator[None]:
+def _wrong_service(address: str) -> Iterator[None]:
     server = grpc.server(ThreadPoolExecutor(2))
-    engine_pb2_grpc.add_EngineServicer_to_server(_Impolite(), server)
+    engine_pb2_grpc.add_EngineServicer_to_server(_WrongService(), server)
     server.add_insecure_port(address)
     server.start()
     try:
@@ -212,7 +214,7 @@ def _impolite(address: str) -> Iterator[None]:
 
 
 def _slow_disk(folder: Path) -> Path:
-    """A library that makes every flush to the disk take 0.15 s longer."""
+    """A library that delays every fsync by 0.15 s."""
     source, library = folder / "slow.c", folder / "slow.so"
     source.write_text(SLOW_DISK)
     subprocess.run([COMPILER, "-shared", "-fPIC", "-o", library, source], check=True)
