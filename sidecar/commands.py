@@ -1,4 +1,4 @@
-"""`python -m sidecar COMMAND`: what an operator does to a journal: to one in a file while no sidecar has it open."""
+"""`python -m sidecar COMMAND`: the commands for a journal. A journal in a file must not be open in a sidecar."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +28,7 @@ from sidecar.journal.maintenance import verify as verified
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalBroken, JournalUnusable, Loss
 from sidecar.journal.store import SqlStore
-from sidecar.journal.transfer import LinesUnusable, copied, keys_of, sound_lines, sound_part, take_in
+from sidecar.journal.transfer import LinesUnusable, copied, sound_keys, sound_lines, sound_part, take_in
 from sidecar.journal.transfer import export as lines_of
 from sidecar.opening import open_for_maintenance, open_journal
 
@@ -42,7 +42,7 @@ JOURNAL = Settings().journal
 
 
 def _from_file(context: typer.Context, file: str | None) -> str | None:
-    """Takes what is given neither as a flag nor in the environment from the settings file."""
+    """Makes the settings file the default of flags and environment."""
     try:
         context.default_map = {name: lookup(Settings, "sidecar", name, {}, file) for name in ("journal", "high_water")}
     except ValueError as error:
@@ -63,7 +63,7 @@ Config = Annotated[
 
 
 def main(argv: Sequence[str]) -> None:
-    """Ends the process: 0; 1 where the journal is not what it should be; 2 for a bad command line."""
+    """Ends the process: code 0, 1 if the journal is not sound or cannot be used, 2 for a bad command line."""
     try:
         app(args=list(argv), prog_name="python -m sidecar")
     except (JournalUnusable, JournalFull, JournalUnavailable, JournalBroken, StartupError, OSError) as error:
@@ -123,27 +123,29 @@ def export(
     if until_damage:
         if is_shared(journal):
             raise typer.BadParameter("--until-damage is for a journal in a file")
-        _salvage(Path(journal), file)
+        _export_sound_part(Path(journal), file)
         return
     with closing(open_for_maintenance(journal)) as store, _progress(store) as came_to, _created(file) as lines:
-        for number, line in enumerate(lines_of(store)):
-            lines.write(line + "\n")
-            came_to(number)
+        _write(lines_of(store), lines, came_to)
 
 
-def _salvage(journal: Path, file: str) -> None:
+def _write(lines: Iterable[str], file: IO[str], came_to: Callable[..., None]) -> None:
+    for number, line in enumerate(lines):
+        file.write(line + "\n")
+        came_to(number)
+
+
+def _export_sound_part(journal: Path, file: str) -> None:
     with copied(journal) as tables:
         part = sound_part(tables, str(journal))
-        keys, fault = keys_of(tables, part)
+        keys, fault = sound_keys(tables, part)
         told = (
             f"the table of keys cannot be read ({fault}), so the {len(keys)} of prompts that are kept go along; "
             if fault
             else ""
         )
         with progress("entries", part.log.index) as came_to, _created(file) as lines:
-            for number, line in enumerate(sound_lines(tables, part, keys)):
-                lines.write(line + "\n")
-                came_to(number)
+            _write(sound_lines(tables, part, keys), lines, came_to)
     note(
         f"entries to {part.log.index}, sequences to {part.log.last_sequence} are sound"
         + visible(f"; then: {part.fault or 'nothing'}; {told}take them in with import, and what is lost with accept-loss")
@@ -233,7 +235,7 @@ def _progress(store: SqlStore) -> AbstractContextManager[Callable[..., None]]:
 
 @contextmanager
 def _created(name: str) -> Iterator[IO[str]]:
-    """Its owner's alone, as the journal is; a file that was not finished is removed."""
+    """A new file that only its owner can read, as the journal; it is removed if it is not finished."""
     if name == "-":
         yield sys.stdout
         return

@@ -1,6 +1,8 @@
-"""Turns drafts into entries: numbered, chained, each with its digests. Pure: what the journal holds and the time are arguments.
+"""Turns drafts into entries: numbered, chained, each with its digests.
 
-A store opens a transaction, reads the `Known` that `needs` asks for, lets a `Ledger` append, writes the result and commits.
+Here an item gets its sequence number, and here it is decided which outcome counts and what an idempotency key stands for. The
+ledger is pure: what the journal holds and the time are arguments. A store opens a transaction, reads the `Known` that `needs`
+asks for, lets a `Ledger` append, writes the result and commits.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from sidecar.journal.model import Admission, Appended, Audit, Binding, Draft, He
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What has to be known before a group of drafts can be appended."""
+    """What has to be read before a group of drafts can be appended."""
 
     keys: frozenset[tuple[str, str]]
     """Tenant and key of each keyed admission."""
@@ -29,12 +31,12 @@ class Needs:
     input_digests: frozenset[bytes]
     """Of the items that have completed."""
     fingerprint_digests: frozenset[bytes]
-    """Of what they were made on."""
+    """Of the service instances that completed them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the journal holds of that, read in the transaction that appends."""
+    """The answer to `Needs`, read in the transaction that appends."""
 
     bindings: Mapping[tuple[str, str], Binding] = field(default_factory=dict)
     """By tenant and key, without those that have expired."""
@@ -43,11 +45,10 @@ class Known:
     twins: Mapping[bytes, tuple[Sealed, ...]] = field(default_factory=dict)
     """By input digest, the first COMPLETED entry of every fingerprint, ascending."""
     fingerprints: Mapping[bytes, Mapping[str, str]] = field(default_factory=dict)
-    """By digest, the fields of those that may have to be compared, as far as they were noted."""
+    """By digest, the fields of the fingerprints that may have to be compared, as far as notes have them."""
 
 
 def needs(drafts: Iterable[Draft]) -> Needs:
-    """What a ledger for these drafts must be told."""
     drafts = tuple(drafts)
     outcomes = [draft for draft in drafts if isinstance(draft, Outcome)]
     completed = [outcome for outcome in outcomes if outcome.kind == types_pb2.ENTRY_KIND_COMPLETED]
@@ -66,26 +67,34 @@ LOST_MAX = 2**32 - 1
 
 
 def verifications(entries: Iterable[Sealed]) -> list[types_pb2.EntryHeader]:
-    """Of those among sealed entries that are AUDITED entries of kind VERIFY."""
+    """The headers of the AUDITED entries of kind VERIFY among these."""
     audited = (entry for entry in entries if entry.header.kind == types_pb2.ENTRY_KIND_AUDITED)
     verify = types_pb2.COMPARISON_KIND_VERIFY
     return [e.header for e in audited if sequencer_pb2.AuditedPayload.FromString(e.payload).comparison.kind == verify]
 
 
 class Ledger:
-    """The entries of one transaction, after a head. All or nothing: drop it, and nothing has happened."""
+    """The entries of one transaction, after a head. A ledger that is dropped has changed nothing.
+
+    The entries that ledgers made, one after the other, hold these invariants. `maintenance.Checker` checks them in a journal
+    that is read back.
+
+    1. Indexes have no gap, and an entry's hash covers the hash of the entry before and its own header.
+    2. Sequences have no gap: an ADMITTED entry has the next one; a LOST entry stands for those that follow the last one.
+    3. The ADMITTED entries of a batch stand together, in the request's order.
+    4. An item has at most one outcome, after its ADMITTED entry.
+    5. A key that is bound is not bound again before it expires, and its second admission appends nothing.
+    6. Seed, input digest and batch of an item are the same in all of its entries.
+    7. An entry has the writer and the epoch of the head.
+    """
 
     def __init__(self, head: Head, known: Known, now_millis: int) -> None:
         self.head = head
         """After the newest entry."""
         self.entries: list[Sealed] = []
-        """All that was made, ascending."""
         self.bound: list[tuple[Admission, Binding]] = []
-        """The keys that were bound, with what they stand for."""
         self.notes: dict[str, bytes] = {}
         """By name; a later one has replaced an earlier one."""
-        self.verified: list[types_pb2.EntryHeader] = []
-        """Of the AUDITED entries of kind VERIFY, which a backend finds by their sequence."""
         self._bindings = dict(known.bindings)
         self._unfinished = set(known.unfinished)
         self._twins = dict(known.twins)
@@ -98,7 +107,8 @@ class Ledger:
         return self._seal(header, sequencer_pb2.OpenedPayload(version=version))
 
     def fence(self, writer: str, epoch: int, version: str) -> Sealed:
-        """Record that the head's writer has begun an epoch of another one, whose items it takes over."""
+        """Record that the head's writer has begun an epoch of another writer, whose items it takes over."""
+        assert writer != self.head.writer
         own = self.head
         self.head = replace(own, writer=writer, epoch=epoch)
         opened = sequencer_pb2.OpenedPayload(version=version, taken_over_by=own.writer)
@@ -129,6 +139,8 @@ class Ledger:
             return Appended((), binding=binding)
         binding = Binding(admission.request_digest, self.head.last_sequence + 1, len(admission.items))
         entries = tuple(self._admit_item(item, admission, binding) for item in admission.items)
+        assert self.head.last_sequence == binding.first_sequence + binding.count - 1
+        assert self.head.index == entries[0].header.index + binding.count - 1, "a batch stands together"
         if admission.key:
             self._bindings[admission.tenant, admission.key] = binding
             self.bound.append((admission, binding))
@@ -155,7 +167,7 @@ class Ledger:
     def _end(self, outcome: Outcome) -> Appended:
         assert outcome.kind in OUTCOMES
         assert outcome.attempt >= 1
-        assert outcome.admitted.sequence <= self.head.last_sequence
+        assert 1 <= outcome.admitted.sequence <= self.head.last_sequence, "an outcome comes after its admission"
         if outcome.admitted.sequence not in self._unfinished:
             return Appended(())
         self._unfinished.remove(outcome.admitted.sequence)
@@ -180,7 +192,7 @@ class Ledger:
     def _with_twin(
         self, header: types_pb2.EntryHeader, given: sequencer_pb2.CompletedPayload, twin: Sealed | None
     ) -> sequencer_pb2.CompletedPayload:
-        """What is recorded of a completed item that has this twin: a copy, if anything is added."""
+        """The payload to record. With a twin it is a copy with the comparison."""
         assert not given.HasField("twin")
         if twin is None:
             return given
@@ -211,10 +223,7 @@ class Ledger:
         else:
             header = self._about(audit.admitted, types_pb2.ENTRY_KIND_AUDITED, audit.fingerprint_digest)
         header.grade = audit.grade
-        sealed = self._seal(header, sequencer_pb2.AuditedPayload(comparison=audit.comparison, canary=audit.canary))
-        if audit.comparison.kind == types_pb2.COMPARISON_KIND_VERIFY:
-            self.verified.append(sealed.header)
-        return sealed
+        return self._seal(header, sequencer_pb2.AuditedPayload(comparison=audit.comparison, canary=audit.canary))
 
     def _lose(self, loss: Loss) -> Sealed:
         first = self.head.last_sequence + 1
@@ -230,7 +239,7 @@ class Ledger:
     def _about(
         self, admitted: types_pb2.EntryHeader, kind: types_pb2.EntryKind.ValueType, fingerprint_digest: bytes
     ) -> types_pb2.EntryHeader:
-        """A header about an item: what entries of every kind repeat of its ADMITTED one."""
+        """A header with what every entry about an item repeats of its ADMITTED entry."""
         assert admitted.kind == types_pb2.ENTRY_KIND_ADMITTED
         assert admitted.log_id == self.head.log_id
         return types_pb2.EntryHeader(
@@ -250,8 +259,12 @@ class Ledger:
         header.time_unix_millis = self._now_millis
         header.payload_digest = payload_digest(recorded)
         assert header.index <= NUMBER_MAX
+        assert not self.entries or self.entries[-1].header.index == head.index, "indexes have no gap"
         sealed = Sealed(header, head.entry_hash, entry_hash(head.entry_hash, header), recorded)
-        last = header.sequence if header.kind == types_pb2.ENTRY_KIND_ADMITTED else head.last_sequence
+        last = head.last_sequence
+        if header.kind == types_pb2.ENTRY_KIND_ADMITTED:
+            assert header.sequence == last + 1, "sequences have no gap"
+            last = header.sequence
         self.head = Head(head.log_id, head.writer, head.epoch, header.index, sealed.entry_hash, last)
         self.entries.append(sealed)
         return sealed

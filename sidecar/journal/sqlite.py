@@ -344,8 +344,8 @@ class SqliteTables(Tables):
     def last_sequence(self) -> int:
         return int(self._row(_LAST_SEQUENCE)[0])
 
-    def write_entries(self, entries: Sequence[Sealed], verified: Sequence[types_pb2.EntryHeader]) -> None:
-        super().write_entries(entries, verified)
+    def write_entries(self, entries: Sequence[Sealed]) -> None:
+        super().write_entries(entries)
         for header in (entry.header for entry in entries if entry.header.kind == types_pb2.ENTRY_KIND_LOST):
             self._db.execute("UPDATE journal SET lost_sequence = ?", (header.first_sequence + header.count - 1,))
 

@@ -228,7 +228,7 @@ class Tables:
 
     def write(self, ledger: Ledger, settings: StoreSettings, now_millis: int) -> None:
         """All that the ledger made. Then drop what the settings do not keep."""
-        self.write_entries(ledger.entries, ledger.verified)
+        self.write_entries(ledger.entries)
         each = self._session.each
         each(_BIND, [(b.first_sequence, b.count, b.request_digest, a.tenant, a.key, b.count) for a, b in ledger.bound])
         outcomes = [entry.header for entry in ledger.entries if entry.header.kind in OUTCOMES]
@@ -244,15 +244,15 @@ class Tables:
         elif ledger.bound:  # as many keys as come may go
             self._session.execute(_PURGE, now_millis, PURGED_KEYS_MAX)
 
-    def write_entries(self, entries: Sequence[Sealed], verified: Sequence[types_pb2.EntryHeader]) -> None:
-        """The record, and the tables that say where to look in it. `verified`: the headers of its `verifications`."""
+    def write_entries(self, entries: Sequence[Sealed]) -> None:
+        """The record, and the tables that say where to look in it."""
         headers, each = [entry.header for entry in entries], self._session.each
         each(_WRITE_ENTRIES, [(e.header.index, e.header.SerializeToString(deterministic=True), e.entry_hash) for e in entries])
         each(_WRITE_PAYLOADS, [(e.header.index, e.payload) for e in entries if e.payload])
         self._write_items([header for header in headers if header.kind == types_pb2.ENTRY_KIND_ADMITTED])
         outcomes = [header for header in headers if header.kind in OUTCOMES]
         each(_WRITE_OUTCOMES, [(header.sequence, header.index) for header in outcomes])
-        each(_WRITE_VERIFIED, [(header.sequence, header.index) for header in verified])
+        each(_WRITE_VERIFIED, [(header.sequence, header.index) for header in verifications(entries)])
         completed = [header for header in outcomes if header.kind == types_pb2.ENTRY_KIND_COMPLETED]
         each(_WRITE_TWINS, [(header.input_digest, header.fingerprint_digest, header.index) for header in completed])
 
@@ -264,7 +264,7 @@ class Tables:
 
     def import_entries(self, entries: Sequence[Sealed]) -> None:
         """The next entries of a journal that is imported. Everything has been checked."""
-        self.write_entries(entries, verifications(entries))
+        self.write_entries(entries)
 
     def import_keys(self, keys: Sequence[Key]) -> None:
         """After all entries."""

@@ -1,7 +1,7 @@
-"""A journal as lines of JSON: export from one store, import into another, and salvage of a damaged file.
+"""A journal as lines of JSON: export, import into an empty journal, and salvage of a damaged file.
 
-The first line says what it is, how long, and where its chain ends; so half a file is recognised as such. Then one line a key, a
-note and an entry, in this order. Entries are in protobuf's own JSON form: 64-bit numbers as strings, bytes in base64.
+The first line says what it is, how long, and where its chain ends, so that half a file is recognised. Then there is one line
+for each key, note and entry, in this order. Entries are in protobuf's own JSON form: 64-bit numbers are strings, bytes base64.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -33,68 +33,84 @@ T = TypeVar("T")
 FORMAT, VERSION = "ostinato journal", 1
 
 
+# ---- export
+
+
 def export(store: SqlStore) -> Iterator[str]:
-    """The lines, without their ends. Raises JournalUnusable for a journal with nothing in it."""
+    """The lines, without their ends. Raises JournalUnusable for a journal without entries."""
     with store.snapshot():
         log = store.log()
         if log is None:
             raise JournalUnusable(f"{store.name} has no entries: name the journal that is to be exported")
-        keys, notes = list(_keys(store)), store.notes("")
-        yield head_line(log, len(keys), len(notes))
-        yield from map(line_of_key, keys)
-        yield from (line_of_note(name, value) for name, value in notes.items())
-        for page in pages(store, payloads=True):
-            yield from map(line_of_entry, page)
+        keys, sequence = list[Key](), 1
+        while page := store.keys(sequence, PAGE):
+            keys += page
+            sequence = page[-1].first_sequence + 1
+        yield from _head_lines(log, keys, store.notes(""))
+        for entries in pages(store, payloads=True):
+            yield from map(_entry_line, entries)
 
 
-def head_line(log: Log, keys: int, notes: int) -> str:
-    """The first one."""
-    return json.dumps(_head(log, keys, notes))
+def _head_lines(log: Log, keys: Sequence[Key], notes: Mapping[str, bytes]) -> Iterator[str]:
+    counts = {"keys": str(len(keys)), "notes": str(len(notes))}
+    yield json.dumps({"format": FORMAT, "version": VERSION} | _json(log) | counts)
+    for key in keys:
+        yield json.dumps({"key": _json(key)})
+    for name, value in notes.items():
+        yield json.dumps({"note": {"name": name, "value": _encoded(value)}})
 
 
-def line_of_key(key: Key) -> str:
-    """One of those that follow."""
-    return json.dumps({"key": _of_key(key)})
-
-
-def line_of_note(name: str, value: bytes) -> str:
-    """One of those that follow the keys."""
-    return json.dumps({"note": {"name": name, "value": _base64(value)}})
-
-
-def line_of_entry(sealed: Sealed) -> str:
-    """One of the rest."""
+def _entry_line(sealed: Sealed) -> str:
     entry = sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload)
     return json.dumps({"entry": json_format.MessageToDict(entry, preserving_proto_field_name=True)})
 
 
+def _json(value: Log | Key) -> dict[str, object]:
+    return {field.name: _encoded(getattr(value, field.name)) for field in fields(value)}
+
+
+def _encoded(value: object) -> object:
+    match value:
+        case int():
+            return str(value)
+        case bytes():
+            return base64.b64encode(value).decode()
+        case Mapping():
+            return {key: _encoded(each) for key, each in value.items()}
+        case _:
+            return value
+
+
+# ---- import
+
+
 class LinesUnusable(JournalUnusable):
-    """What was to be taken in is no whole exported journal; the message says which line, and what is wrong with it."""
+    """The lines are not a whole exported journal; the message says which line is wrong, and why."""
 
 
 def take_in(store: SqlStore, lines: Iterable[str], writer: str | None, on_entries: Callable[[int, int], None]) -> Log:
     """Fill an empty journal from such lines: all of it, with its chain verified, or nothing. Raises LinesUnusable, and
-    JournalUnusable where the journal is not empty. `on_entries` is told how many there are of how many."""
+    JournalUnusable where the journal is not empty. `on_entries` is given the entries so far and in all."""
     if store.log() is not None:
         raise JournalUnusable(f"{store.name} is not empty: take another in only where there is none")
     numbered = enumerate(_decoded(lines), start=1)
     first = next(numbered, None)
     if first is None:
         raise LinesUnusable("is empty: it is no exported journal")
-    log, keys_count, notes_count = _read(*first, _log)
+    log, keys_count, notes_count = _parsed(*first, _first_line)
     owner = writer or (next(iter(log.writers)) if len(log.writers) == 1 else "")
     if not owner:
         raise LinesUnusable(f"line 1: the log has several writers, name one that is to have it: {', '.join(log.writers)}")
     with store.importing(log, owner) as tables:
-        reader = _Reader(log, tables, on_entries)
+        importer = _Importer(log, tables, on_entries)
         for number, line in numbered:
-            _read(number, line, reader.take)
-        reader.finish(keys_count, notes_count)
+            _parsed(number, line, importer.take)
+        importer.finish(keys_count, notes_count)
     return log
 
 
-class _Reader:
-    """What has come so far."""
+class _Importer:
+    """Writes lines to the tables, page by page."""
 
     def __init__(self, log: Log, tables: Tables, on_entries: Callable[[int, int], None]) -> None:
         self._log, self._tables, self._on_entries = log, tables, on_entries
@@ -110,11 +126,11 @@ class _Reader:
             case {"entry": dict(entry)}:
                 self._entry(json_format.ParseDict(entry, sequencer_pb2.Entry()))
             case {"key": dict(key)}:
-                self._keys.append(_key(key))
+                self._keys.append(_value(Key, key))
             case {"note": {"name": str(name), "value": str(value)}}:
                 if name in self._notes:
                     raise ValueError(f"note {name!r}: stands here twice")
-                self._notes[name] = base64.b64decode(value, validate=True)
+                self._notes[name] = _bytes(value)
             case _:
                 raise ValueError("is no entry, key or note")
 
@@ -159,14 +175,14 @@ def _decoded(lines: Iterable[str]) -> Iterator[str]:
         raise LinesUnusable(f"is not UTF-8 text after line {number}: it is no exported journal") from error
 
 
-def _read(number: int, line: str, read: Callable[[dict[str, Any]], T]) -> T:
+def _parsed(number: int, line: str, parse: Callable[[dict[str, Any]], T]) -> T:
     try:
         if not line.strip():
             raise ValueError("is blank")
         told = json.loads(line)
         if not isinstance(told, dict):
             raise ValueError("is no JSON object")
-        return read(told)
+        return parse(told)
     except KeyError as error:
         raise LinesUnusable(f"line {number}: {error} is missing") from error
     except RecursionError as error:
@@ -175,57 +191,15 @@ def _read(number: int, line: str, read: Callable[[dict[str, Any]], T]) -> T:
         raise LinesUnusable(f"line {number}: {error}") from error
 
 
-def _head(log: Log, keys: int, notes: int) -> dict[str, object]:
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "log_id": log.log_id,
-        "writers": {name: str(epoch) for name, epoch in log.writers.items()},
-        "index": str(log.index),
-        "entry_hash": _base64(log.entry_hash),
-        "last_sequence": str(log.last_sequence),
-        "keys": str(keys),
-        "notes": str(notes),
-    }
-
-
-def _log(told: dict[str, Any]) -> tuple[Log, int, int]:
+def _first_line(told: dict[str, Any]) -> tuple[Log, int, int]:
     if told.get("format") != FORMAT or told.get("version") != VERSION:
         raise ValueError(f"is not the first line of an exported journal of version {VERSION}")
-    writers = {str(name): _number(epoch) for name, epoch in told["writers"].items()}
-    entry_hash = base64.b64decode(told["entry_hash"], validate=True)
-    log = Log(str(told["log_id"]), writers, _number(told["index"]), entry_hash, _number(told["last_sequence"]))
-    return log, _number(told["keys"]), _number(told["notes"])
+    return _value(Log, told), _number(told["keys"]), _number(told["notes"])
 
 
-def _keys(store: SqlStore) -> Iterator[Key]:
-    sequence = 1
-    while page := store.keys(sequence, PAGE):
-        yield from page
-        sequence = page[-1].first_sequence + 1
-
-
-def _of_key(key: Key) -> dict[str, object]:
-    return {
-        "tenant": key.tenant,
-        "key": key.key,
-        "request_digest": _base64(key.request_digest),
-        "first_sequence": str(key.first_sequence),
-        "count": str(key.count),
-        "expires_millis": None if key.expires_millis is None else str(key.expires_millis),
-    }
-
-
-def _key(told: dict[str, Any]) -> Key:
-    expires = told["expires_millis"]
-    return Key(
-        str(told["tenant"]),
-        str(told["key"]),
-        base64.b64decode(told["request_digest"], validate=True),
-        _number(told["first_sequence"]),
-        _number(told["count"]),
-        None if expires is None else _number(expires),
-    )
+def _value(kind: type[T], told: dict[str, Any]) -> T:
+    """Inverse of `_json`."""
+    return kind(**{field.name: _PARSERS[str(field.type)](told[field.name]) for field in fields(kind)})  # type: ignore[arg-type]
 
 
 def _number(told: object) -> int:
@@ -236,29 +210,48 @@ def _number(told: object) -> int:
     return number
 
 
-def _base64(value: bytes) -> str:
-    return base64.b64encode(value).decode()
+def _bytes(told: str) -> bytes:
+    return base64.b64decode(told, validate=True)
+
+
+_PARSERS: Mapping[str, Callable[[Any], object]] = {
+    "str": str,
+    "int": _number,
+    "bytes": _bytes,
+    "int | None": lambda told: None if told is None else _number(told),
+    "Mapping[str, int]": lambda told: {str(name): _number(number) for name, number in told.items()},
+}
+"""By the type of a field."""
+
+
+# ---- salvage
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """The beginning of a journal that is sound, in whole batches."""
+class SoundPart:
+    """The beginning of a damaged journal that is sound, in whole batches."""
 
     log: Log
-    """As it stood there."""
+    """As it was there."""
     unfinished: frozenset[int]
     """Sequences without an outcome there."""
     fault: str
-    """What is wrong behind it; empty: nothing."""
+    """What is wrong after it; empty: nothing."""
 
 
 @contextmanager
-def copied(path: Path) -> Iterator[Tables]:
-    """Reads a copy, in the system's folder for temporary files: the damaged file stays as it is. Raises JournalUnusable for a
+def copied(path: Path) -> Iterator[SqliteTables]:
+    """The tables of a copy in the folder for temporary files: the damaged file stays as it is. Raises JournalUnusable for a
     file that is in use, is no journal, or cannot be copied."""
     if fault := place_fault(path, create=False):
         raise JournalUnusable(fault)
-    _probe(path)
+    try:
+        with closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)) as db:
+            db.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+    except (apsw.BusyError, apsw.NotADBError) as error:
+        raise JournalUnusable(reason(path, error)) from error
+    except apsw.Error:
+        pass  # it is damaged
     with TemporaryDirectory(prefix="ostinato-") as folder:
         copy = Path(folder) / "journal.sqlite"
         for ending in ("", "-wal"):
@@ -272,41 +265,30 @@ def copied(path: Path) -> Iterator[Tables]:
             raise JournalUnusable(reason(copy, error).replace(str(copy), str(path))) from error
 
 
-def _probe(path: Path) -> None:
-    """Raises JournalUnusable for a file that is in use, or that SQLite cannot read at all."""
-    try:
-        with closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)) as db:
-            db.execute("SELECT count(*) FROM sqlite_schema").fetchall()
-    except (apsw.BusyError, apsw.NotADBError) as error:
-        raise JournalUnusable(reason(path, error)) from error
-    except apsw.Error:
-        pass  # it is damaged
-
-
-def sound_part(tables: Tables, name: str) -> Part:
-    """How far the journal is sound. Raises JournalUnusable where not even its beginning is. `name`: for that error."""
-    part, dropped = _read_part(tables, name, None)
-    # What has not ended where the journal is cut has to have its payload: it will run again.
+def sound_part(tables: SqliteTables, name: str) -> SoundPart:
+    """Raises JournalUnusable where not even the first entry is sound. `name`: of the journal, for that error."""
+    part, dropped = _read_until(None, tables, name)
+    # An item that has not ended where the journal is cut must have its payload: it will run again.
     end = until = part.log.index + 1
     while earlier := [admitted for admitted, ended in dropped if admitted < until <= ended]:
         until = min(earlier)
     if until < end:
-        part = replace(_read_part(tables, name, until)[0], fault=f"entry {until}, ADMITTED: {MISSING}")
+        part = replace(_read_until(until, tables, name)[0], fault=f"entry {until}, ADMITTED: {MISSING}")
     return part
 
 
-def _read_part(tables: Tables, name: str, until: int | None) -> tuple[Part, list[tuple[int, float]]]:
-    """The sound part before the entry with this index. And of items without a payload the indexes of ADMITTED and outcome."""
+def _read_until(end: int | None, tables: SqliteTables, name: str) -> tuple[SoundPart, list[tuple[int, float]]]:
+    """The sound part before the entry with this index; and for items without a payload the indexes of admission and outcome."""
     checker, fault = Checker(), ""
-    log, unfinished, ended = None, frozenset[int](), list[tuple[int, float]]()
+    log, unfinished, dropped = None, frozenset[int](), list[tuple[int, float]]()
     for sealed in _readable(tables):
         if isinstance(sealed, str):
             fault = sealed
             break
-        if sealed.header.index == until:
+        if sealed.header.index == end:
             break
         if sealed.header.kind in OUTCOMES and sealed.header.sequence in checker.missing:
-            ended.append((checker.missing[sealed.header.sequence], sealed.header.index))
+            dropped.append((checker.missing[sealed.header.sequence], sealed.header.index))
         if faults := checker.check(sealed):
             fault = f"{name_of(sealed.header)}: {faults[0]}"
             break
@@ -316,32 +298,20 @@ def _read_part(tables: Tables, name: str, until: int | None) -> tuple[Part, list
             unfinished = frozenset(checker.unfinished)
     if log is None:
         raise JournalUnusable(f"{name}: not even the first entry is sound: {fault or 'there is none'}")
-    return Part(log, unfinished, fault), [*ended, *((index, float("inf")) for index in checker.missing.values())]
+    return SoundPart(log, unfinished, fault), [*dropped, *((index, float("inf")) for index in checker.missing.values())]
 
 
-def sound_lines(tables: Tables, part: Part, keys: Sequence[Key]) -> Iterator[str]:
-    """Of the part, as `transfer.export` has them. Fingerprints that cannot be read are left out."""
-    notes = _fingerprints(tables)
-    yield head_line(part.log, len(keys), len(notes))
-    yield from map(line_of_key, keys)
-    yield from (line_of_note(name, value) for name, value in notes.items())
-    for sealed in _readable(tables):
-        if isinstance(sealed, str) or sealed.header.index > part.log.index:
-            return
-        yield line_of_entry(sealed)
-
-
-def _readable(tables: Tables) -> Iterator[Sealed | str]:
-    """Every entry, up to the first that cannot be read; then why not."""
+def _readable(tables: SqliteTables) -> Iterator[Sealed | str]:
+    """Every entry up to the first that cannot be read; then why not."""
     index, limit = 1, PAGE
     while True:
         try:
-            page: Sequence[Sealed] = tables.entries(index, limit, payloads=True)
+            page = tables.entries(index, limit, payloads=True)
         except UNREADABLE as error:
             if limit == 1:
                 yield f"entry {index}: {error}"
                 return
-            limit = 1  # to come as near to it as can be
+            limit = 1  # read on one by one, as far as possible
             continue
         if not page:
             return
@@ -349,13 +319,21 @@ def _readable(tables: Tables) -> Iterator[Sealed | str]:
         index += len(page)
 
 
-def keys_of(tables: Tables, part: Part) -> tuple[list[Key], str]:
-    """Those of batches in the part; and why their table could not be read, where they are taken from the prompts that are kept.
-    One whose batch had ended behind the part is bound until it has ended again; one taken from a prompt, for good."""
+def _entries(tables: SqliteTables, part: SoundPart) -> Iterator[Sealed]:
+    for sealed in _readable(tables):
+        if isinstance(sealed, str) or sealed.header.index > part.log.index:
+            return
+        yield sealed
+
+
+def sound_keys(tables: SqliteTables, part: SoundPart) -> tuple[list[Key], str]:
+    """The keys of batches in the part. If their table cannot be read: those in the prompts that are kept, and the reason.
+
+    A key whose batch ended after the part is bound until the batch has ended again; one taken from a prompt, for good."""
     try:
         listed = tables.keys(1, part.log.last_sequence + 1)
     except UNREADABLE as error:
-        return _keys_of_prompts(tables, part), str(error)
+        return _keys_in_prompts(tables, part), str(error)
     found: list[Key] = []
     for key in listed:
         batch = range(key.first_sequence, key.first_sequence + key.count)
@@ -365,11 +343,9 @@ def keys_of(tables: Tables, part: Part) -> tuple[list[Key], str]:
     return found, ""
 
 
-def _keys_of_prompts(tables: Tables, part: Part) -> list[Key]:
+def _keys_in_prompts(tables: SqliteTables, part: SoundPart) -> list[Key]:
     found: dict[tuple[str, str], Key] = {}
-    for sealed in _readable(tables):
-        if isinstance(sealed, str) or sealed.header.index > part.log.index:
-            break
+    for sealed in _entries(tables, part):
         header = sealed.header
         if header.kind == types_pb2.ENTRY_KIND_ADMITTED and header.sequence == header.first_sequence and sealed.payload:
             given = sequencer_pb2.AdmittedPayload.FromString(sealed.payload)
@@ -379,8 +355,11 @@ def _keys_of_prompts(tables: Tables, part: Part) -> list[Key]:
     return sorted(found.values(), key=lambda key: key.first_sequence)
 
 
-def _fingerprints(tables: Tables) -> dict[str, bytes]:
+def sound_lines(tables: SqliteTables, part: SoundPart, keys: Sequence[Key]) -> Iterator[str]:
+    """As `export`, of the part. Fingerprints that cannot be read are left out, and so are other notes."""
     try:
-        return tables.notes(FINGERPRINTS)
+        notes = tables.notes(FINGERPRINTS)
     except UNREADABLE:
-        return {}
+        notes = {}
+    yield from _head_lines(part.log, keys, notes)
+    yield from map(_entry_line, _entries(tables, part))

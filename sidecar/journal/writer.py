@@ -50,12 +50,12 @@ WHY: Mapping[type[Refusal], str] = {
     JournalFull: "the journal has no room for new work",
     JournalUnavailable: "the journal's database cannot be reached",
 }
-"""What callers are told. More of it is in the log."""
+"""The message for callers. The log has the details."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSettings:
-    """Bounds of a commit, and of what waits for room."""
+    """Bounds of a commit, and of the outcomes that wait for room."""
 
     commit_drafts_max: int = 256
     commit_bytes_max: int = 8 << 20
@@ -76,7 +76,7 @@ class GroupSettings:
 
 @dataclass(frozen=True, slots=True)
 class Job(Generic[T]):
-    """A draft, and whatever the caller recognises it by."""
+    """A draft, and a tag by which the caller recognises the answer."""
 
     draft: Draft
     tag: T
@@ -84,25 +84,25 @@ class Job(Generic[T]):
 
 @dataclass(slots=True)
 class Round(Generic[T]):
-    """What came of a round of commits."""
+    """The result of a round of commits."""
 
     settled: list[tuple[T, Appended | Refusal]] = field(default_factory=list)
-    """By tag. What is deferred is not among them."""
+    """By tag, without what is deferred."""
     commits: list[tuple[float, int, int]] = field(default_factory=list)
-    """Seconds, drafts and payload bytes of each transaction that was durable."""
+    """Seconds, drafts and payload bytes of each transaction that became durable."""
 
 
 class Committer(Generic[T]):
-    """Appends drafts in the order given. JournalBroken and every other error: nothing is known, do not call again.
+    """Appends drafts in the order given. After JournalBroken, or any other error, it must not be called again.
 
-    `now_millis` is Unix time for entries and keys; `seconds` is a monotonic clock for looking for room.
+    `now_millis` is Unix time, for entries and keys. `seconds` is a monotonic clock, for the next look for room.
     """
 
     def __init__(
         self, store: Store, settings: GroupSettings, now_millis: Callable[[], int], seconds: Callable[[], float]
     ) -> None:
         self.full = not store.reserved
-        """Whether all but outcomes is refused."""
+        """Whether all drafts but outcomes are refused."""
         self._store, self._settings = store, settings
         self._now_millis, self._seconds = now_millis, seconds
         self._in_doubt: list[Job[T]] = []
@@ -111,11 +111,11 @@ class Committer(Generic[T]):
         self._retry_at = seconds()
 
     def idle_seconds(self) -> float | None:
-        """How long it may be left alone; None: until there is work."""
+        """When `commit` has to be called at the latest; None: only with work."""
         return max(0.0, self._retry_at - self._seconds()) if self.full else None
 
     def commit(self, jobs: Sequence[Job[T]]) -> Round[T]:
-        """Append these, after what was deferred before. Without jobs: look for room, if it is time."""
+        """Append these, after what was deferred. Without jobs: look for room, if it is time."""
         done = Round[T]()
         if not self.full:
             if not jobs or self._append(jobs, done):
@@ -137,7 +137,7 @@ class Committer(Generic[T]):
         return done
 
     def maintain(self, *, idle: bool) -> Sequence[Unfinished]:
-        """The store's upkeep; it also shows whether there is a database."""
+        """The store's upkeep, which also finds out that the database cannot be reached."""
         try:
             return self._store.maintain(self._now_millis(), idle=idle)
         except JournalUnavailable:
@@ -146,7 +146,7 @@ class Committer(Generic[T]):
             return ()
 
     def finish(self) -> Round[T]:
-        """Try a last time. What still finds no room is not durable: recovery will find its items unfinished."""
+        """Try a last time. What still finds no room is not durable: the next start finds its items unfinished."""
         done = Round[T]()
         self._append_deferred(done)
         return done
@@ -165,7 +165,7 @@ class Committer(Generic[T]):
     def _append_deferred(self, done: Round[T]) -> None:
         in_doubt, self._in_doubt = self._in_doubt, []
         if in_doubt and not self._append(in_doubt, done):
-            if not self._in_doubt:  # they are not durable, and wait or are refused like all others
+            if not self._in_doubt:  # they are not durable, so they are deferred or refused like all others
                 deferred, self._deferred = self._deferred, []
                 for job in in_doubt:
                     self._defer(job, done)
@@ -202,7 +202,6 @@ class Committer(Generic[T]):
 
 
 def payload_bytes(draft: Draft) -> int:
-    """What it adds to a commit."""
     match draft:
         case Admission():
             return sum(item.ByteSize() for item in draft.items)
@@ -266,7 +265,7 @@ class Journal:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.broken: asyncio.Future[JournalBroken] = self._loop.create_future()
-        """Done, with the reason, when the process has to end. Never an exception, never cancelled by us."""
+        """Set to the reason when the process has to end. It never has an exception, and the journal never cancels it."""
         self._settings = settings or GroupSettings()
         self._store, self._now_millis = store, now_millis
         self._on_commit, self._on_entries, self._on_taken = on_commit, on_entries, on_taken
@@ -276,9 +275,9 @@ class Journal:
         self._durable_index = store.head.index
         self._grown = self._loop.create_future()
         self._waiting = 0
-        """Calls of `wait`; read by the thread too."""
+        """Calls of `wait`; the thread reads it too."""
         self._over = ""
-        """Why nothing more is taken."""
+        """Why no more calls are accepted; empty while they are."""
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._polled_at = 0.0
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
@@ -286,21 +285,21 @@ class Journal:
 
     @property
     def full(self) -> bool:
-        """Whether admissions are refused for want of room."""
+        """Whether admissions are refused: there is no room, or no database."""
         return self._committer.full
 
     async def append(self, draft: Draft) -> Appended:
-        """Durable on return. Takes its place in the order when it first runs: at once, if awaited."""
+        """Durable on return. It takes its place in the order when the coroutine first runs."""
         appended: Appended = await self._put(draft)
         return appended
 
     async def append_outcomes(self, outcomes: Sequence[Outcome]) -> list[Appended]:
-        """As `append` of each in turn, at the price of one task."""
+        """As `append` of each in this order, in one task."""
         answers = [self._put(outcome) for outcome in outcomes]
         return [await answer for answer in answers]
 
     async def wait(self, index: int) -> None:
-        """Until an entry with this index is durable."""
+        """Until an entry with this index is durable, of any writer."""
         self._waiting += 1
         try:
             if self._store.poll_seconds is not None and not self._over:
@@ -313,7 +312,7 @@ class Journal:
             self._waiting -= 1
 
     async def close(self) -> None:
-        """Append what waits, then let go of the database. Calls after this one raise JournalBroken."""
+        """Append what waits, then close the store. Calls after this one raise JournalBroken."""
         if not self._over:
             self._over = "the journal is closed"
             self._jobs.put(_Close())
@@ -343,7 +342,6 @@ class Journal:
         return await self._read(self._store.newest)
 
     async def _read(self, read: Callable[[], T]) -> T:
-        """Sees everything that was appended before it."""
         answer = self._expect()
         self._jobs.put(_Read(read, answer))
         value: T = await answer
@@ -361,7 +359,7 @@ class Journal:
         self._unanswered[answer] = None
         return answer
 
-    # In the loop, on behalf of the thread.
+    # ---- in the event loop, called by the thread
 
     def _settle(self, answers: Sequence[tuple[Answer, object]], commits: Iterable[tuple[float, int, int]], index: int) -> None:
         for answer, value in answers:
@@ -380,7 +378,7 @@ class Journal:
             self._on_commit(*commit)
 
     def _finish(self, error: JournalBroken | None) -> None:
-        """The thread is at its end; with an error if it is not known what is durable."""
+        """The thread has ended. With an error it is not known what is durable."""
         if error is not None:
             self._over = str(error)
             if not self.broken.done():
@@ -388,14 +386,14 @@ class Journal:
         for answer in self._unanswered:
             if not answer.done():
                 answer.set_exception(JournalBroken(self._over))
-                answer.exception()  # whoever waits for many sees only the first
+                answer.exception()  # marks it as retrieved: a caller that gathers many retrieves only the first
         self._unanswered.clear()
         self._wake()
         if not self._ended.done():
             self._ended.set_result(None)
 
     def _guarded(self, function: Callable[..., None], arguments: Sequence[object]) -> None:
-        """What fails here has not been told what is durable, or whose items are taken over: the process has to recover."""
+        """A callback that fails has missed what is durable, or whose items are taken over: the process has to recover."""
         try:
             function(*arguments)
         except Exception as error:
@@ -409,14 +407,14 @@ class Journal:
         grown, self._grown = self._grown, self._loop.create_future()
         grown.set_result(None)
 
-    # In the thread.
+    # ---- in the thread
 
     def _work(self) -> None:
         error = None
         try:
             while self._round():
                 pass
-        except BaseException as problem:  # noqa: BLE001  # whatever it is, nobody commits any more, and the program must know
+        except BaseException as problem:  # noqa: BLE001  # nothing is committed any more: the program has to know
             error = JournalBroken(str(problem) if isinstance(problem, JournalBroken) else repr(problem))
             error.__cause__ = problem
         with suppress(Exception):
@@ -424,7 +422,7 @@ class Journal:
         self._call(self._finish, error)
 
     def _round(self) -> bool:
-        """Commit what waits, answer what asks. False: that was the last time."""
+        """Commit the drafts that wait, then answer the reads. False: the journal is closed."""
         jobs, closing = self._take()
         done = self._committer.commit([job for job in jobs if isinstance(job, Job)])
         if done.settled:
@@ -443,7 +441,7 @@ class Journal:
         return True
 
     def _poll(self) -> None:
-        """Whether others have appended, if somebody waits for it."""
+        """Look for entries of other writers, if a caller waits for one."""
         poll_seconds = self._store.poll_seconds
         if poll_seconds is None or not self._waiting or time.monotonic() < self._polled_at + poll_seconds:
             return
@@ -452,13 +450,13 @@ class Journal:
             self._call(self._settle, (), (), self._store.newest().index)
 
     def _idle_seconds(self) -> float | None:
-        """How long the queue may stay empty before there is something to do all the same."""
+        """How long the thread may wait for the queue."""
         poll_seconds = self._store.poll_seconds if self._waiting else None
         bounds = (self._committer.idle_seconds(), self._store.idle_seconds(), poll_seconds)
         return min((bound for bound in bounds if bound is not None), default=None)
 
     def _take(self) -> tuple[list[Job[Answer] | _Read | _Poll], bool]:
-        """All that waits, as far as it fits into a commit; and whether nothing comes after it."""
+        """The jobs that wait, as many as fit into a commit; and whether the journal is closed after them."""
         jobs: list[Job[Answer] | _Read | _Poll] = []
         size, timeout = 0, self._idle_seconds()
         while len(jobs) < self._settings.commit_drafts_max and size < self._settings.commit_bytes_max:
@@ -479,9 +477,9 @@ class Journal:
             raise
         except JournalUnavailable:
             return JournalUnavailable(WHY[JournalUnavailable], retry_after=self._settings.full_retry_seconds)
-        except Exception as error:  # noqa: BLE001  # the reader's mistake, and its to hear of
+        except Exception as error:  # noqa: BLE001  # the caller's mistake: the caller gets it
             return error
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+        with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._guarded, function, arguments)

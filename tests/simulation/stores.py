@@ -21,7 +21,7 @@ from ostinato.chain import GENESIS, OUTCOMES
 from ostinato.errors import JournalFull
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal.ledger import Known, Ledger, needs
+from sidecar.journal.ledger import Known, Ledger, needs, verifications
 from sidecar.journal.model import (
     Admission,
     Appended,
@@ -222,7 +222,7 @@ class SharedLog:
                 if all(twin.header.fingerprint_digest != header.fingerprint_digest for twin in earlier):
                     self.twins[header.input_digest] = (*earlier, entry)
         self.notes.update(ledger.notes)
-        self.verified.update({header.sequence: self.written[header.index - 1] for header in ledger.verified})
+        self.verified.update({header.sequence: self.written[header.index - 1] for header in verifications(ledger.entries)})
         self.keys.update({(admission.tenant, admission.key): binding for admission, binding in ledger.bound})
 
 
