@@ -26,7 +26,6 @@ import argparse
 import asyncio
 import enum
 import hashlib
-import hmac
 import logging
 import os
 import re
@@ -49,14 +48,12 @@ if TYPE_CHECKING:
 
 Context = grpc.aio.ServicerContext[Any, Any]
 TENANT = re.compile(r"(?!#)[!-~]{1,128}")
-"""What a tenant may be called: printable ASCII without spaces, and no comment."""
+"""The name of a tenant: printable ASCII without spaces, and not a comment."""
 
 
 class Role(enum.StrEnum):
-    """What an identity is for."""
-
     TENANT = "tenant"
-    """Generates, and sees what is its own."""
+    """Generates, and sees its own items."""
     ADMIN = "admin"
     """Sees everything."""
 
@@ -73,23 +70,23 @@ class Identity:
         return self.role is Role.ADMIN
 
     def may_see(self, tenant: str) -> bool:
-        """Whether what belongs to this tenant is shown to the caller."""
+        """Whether the caller may see the items of this tenant."""
         return self.admin or tenant == self.tenant
 
     def require_admin(self, what: str) -> None:
-        """Raises PermissionDenied to all but an admin."""
+        """Raises PermissionDenied for a tenant."""
         if not self.admin:
             raise PermissionDenied(f"{what} is for the role admin, not for tenants")
 
 
 ANONYMOUS = Identity()
-"""Where there are no credentials: whoever reaches the door."""
+"""Every caller, where there are no credentials."""
 
 CALLER: ContextVar[Identity] = ContextVar("caller", default=ANONYMOUS)
 
 
 def caller() -> Identity:
-    """Whose call is being handled, in this task."""
+    """The identity of the call that this task handles."""
     return CALLER.get()
 
 
@@ -100,7 +97,7 @@ T = TypeVar("T")
 
 
 class Unusable(ValueError):
-    """What a flag's file says cannot be used."""
+    """The file of a flag cannot be used, and the message says why."""
 
     def __init__(self, flag: str, why: str) -> None:
         super().__init__(why)
@@ -109,14 +106,14 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file that a flag names. One that is `private` must not be open to everybody on the machine."""
+    """A file that a flag names. A `private` one must not be readable by all users of the machine."""
 
     flag: str
     path: Path
     private: bool = False
 
     def state(self) -> tuple[int, ...]:
-        """Differs after a change; follows links, so that a mounted folder may be swapped as a whole."""
+        """Differs after a change. Follows links, so that a mounted folder may be replaced as a whole."""
         try:
             found = self.path.stat()
         except OSError as error:
@@ -134,29 +131,29 @@ class Source:
         if len(data) > BYTES_MAX:
             raise Unusable(self.flag, f"is larger than {BYTES_MAX} bytes")
         if self.private and mode & 0o007:
-            raise Unusable(self.flag, f"mode {mode & 0o777:04o} lets everybody on this machine in; make it 0640 or 0600")
+            raise Unusable(self.flag, f"mode {mode & 0o777:04o} lets every user of this machine read it; make it 0640 or 0600")
         return data
 
 
 class Reloaded(Generic[T]):
-    """What some files say together. While a change makes them unusable, `value` is what they said before."""
+    """The parsed content of some files. While a change makes them unusable, `value` is the content before it."""
 
     def __init__(self, sources: Sequence[Source], parse: Callable[[Mapping[str, bytes]], T]) -> None:
         """`parse` is given the contents by flag, and raises Unusable. Raises StartupError that names flag and file."""
         self._sources, self._parse = sources, parse
-        self._states = self._look()
+        self._states = self._current_states()
         self.value = self._read()
 
     def refresh(self) -> bool:
-        """Whether `value` is new. Raises StartupError where the files have changed and cannot be used."""
-        states = self._look()
+        """Whether `value` is new. Raises StartupError if the files have changed and cannot be used."""
+        states = self._current_states()
         if states == self._states:
             return False
         self._states = states
         self.value = self._read()
         return True
 
-    def _look(self) -> list[tuple[int, ...]]:
+    def _current_states(self) -> list[tuple[int, ...]]:
         return [source.state() for source in self._sources]
 
     def _read(self) -> T:
@@ -169,29 +166,12 @@ class Reloaded(Generic[T]):
 
 TOKENS = "--tokens"
 LINES_MAX = 1024
-"""Every call is compared with every token: about 0.1 ms for so many."""
 
 _CERTIFICATE = "certificate:"
 
 
-class Tokens:
-    """What the file says: identities by secret."""
-
-    def __init__(self, secrets: Mapping[str, Identity]) -> None:
-        self._secrets = secrets
-        self._hashes = {secret: identity for secret, identity in secrets.items() if not secret.startswith(_CERTIFICATE)}
-
-    def bearer(self, token: str) -> Identity | None:
-        """Whose token this is; as slow for one that is nobody's."""
-        given, found = hash_of(token), None
-        for known, identity in self._hashes.items():
-            if hmac.compare_digest(known, given):
-                found = identity
-        return found
-
-    def certificate(self, name: str) -> Identity | None:
-        """What the certificate with this name stands for, where the file says so."""
-        return self._secrets.get(_CERTIFICATE + name)
+Tokens = Mapping[str, Identity]
+"""Identities by secret. A token is looked up by its SHA-256, so how long that takes says nothing about any token."""
 
 
 def parse_tokens(contents: Mapping[str, bytes]) -> Tokens:
@@ -213,7 +193,7 @@ def parse_tokens(contents: Mapping[str, bytes]) -> Tokens:
         except ValueError as error:
             raise Unusable(TOKENS, f"line {number}: {error}") from None
         found[secret] = identity
-    return Tokens(found)
+    return found
 
 
 def _line(line: str) -> tuple[Identity, str]:
@@ -228,23 +208,23 @@ def _line(line: str) -> tuple[Identity, str]:
 
 
 def hash_of(token: str) -> str:
-    """What the file keeps of a token."""
+    """A token, as the file has it."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def new_token(tenant: str, role: Role, comment: str = "") -> tuple[str, str]:
-    """A token, and its line."""
+    """A token, and its line for the file."""
     token = secrets.token_urlsafe(32)
     return token, f"{tenant} {role} {hash_of(token)} {comment}".rstrip()
 
 
 def load_tokens(path: Path) -> Reloaded[Tokens]:
-    """The file's tokens, now and whenever it changes. Raises StartupError."""
+    """The tokens of a file. Raises StartupError."""
     return Reloaded([Source(TOKENS, path, private=True)], parse_tokens)
 
 
 def token_command(program: str, argv: Sequence[str]) -> int:
-    """`… token TENANT ROLE [COMMENT]`: the line for the file on stdout, and the token, for this once, on stderr."""
+    """`python -m sidecar token TENANT ROLE [COMMENT]`: prints the line for the file on stdout, and the token on stderr."""
     parser = argparse.ArgumentParser(prog=program, description="Makes a token: its line on stdout, itself on stderr.")
     parser.add_argument("tenant", help="whose: 1 to 128 printable ASCII characters without spaces")
     parser.add_argument("role", choices=list(Role), help="tenant: sees what is its own; admin: sees everything")
@@ -260,14 +240,14 @@ def token_command(program: str, argv: Sequence[str]) -> int:
 
 TENANT_METADATA = "ostinato-tenant"
 RELOAD_SECONDS = 1.0
-"""Between looks at the files."""
+"""Between checks of the files."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Of one server."""
+    """Of one server: what it shows to callers, and what it requires of them."""
 
     tls: ServerTls | None = None
     tokens: Reloaded[Tokens] | None = None
@@ -275,18 +255,20 @@ class Credentials:
 
     @property
     def required(self) -> bool:
-        """Whether callers have to say who they are."""
+        """Whether callers must identify themselves."""
         return self.tokens is not None or (self.tls is not None and self.tls.mutual)
 
     def port_credentials(self) -> grpc.ServerCredentials | None:
-        """For one more port; None: plain text."""
+        """For one port; None: plain text."""
         return self.tls.credentials() if self.tls is not None else None
 
     def identify(self, context: Context) -> Identity:
         """Who calls. Raises Unauthenticated."""
+        if not (self.required or self.trust_tenant_metadata):
+            return ANONYMOUS
         metadata = list(context.invocation_metadata() or ())
         if not self.required:
-            return _tenant_of(_only(metadata, TENANT_METADATA)) if self.trust_tenant_metadata else ANONYMOUS
+            return _tenant_of(_only(metadata, TENANT_METADATA))
         authorization = _only(metadata, "authorization")
         if authorization is not None and self.tokens is not None:
             return self._bearer(self.tokens.value, authorization)
@@ -298,19 +280,19 @@ class Credentials:
 
     def _bearer(self, tokens: Tokens, authorization: str) -> Identity:
         scheme, _, token = authorization.partition(" ")
-        identity = tokens.bearer(token.strip()) if scheme.lower() == "bearer" else None
+        identity = tokens.get(hash_of(token.strip())) if scheme.lower() == "bearer" else None
         if identity is None:
             raise Unauthenticated("this token is not valid here")
         return identity
 
     def _certificate(self, name: str) -> Identity:
-        listed = self.tokens.value.certificate(name) if self.tokens is not None else None
+        listed = self.tokens.value.get(_CERTIFICATE + name) if self.tokens is not None else None
         if listed is None and not TENANT.fullmatch(name):
             raise Unauthenticated("the client certificate's name cannot be a tenant's: 1 to 128 printable ASCII characters")
         return listed or Identity(name, Role.TENANT)
 
     async def watch(self, registry: CollectorRegistry) -> None:
-        """Reads changed files for ever. What cannot be used is logged and counted, and what was there before goes on."""
+        """Reads changed files, until cancelled. A file that cannot be used is logged and counted, and the one before stays."""
         reloads = Counter("ostinato_credential_reloads", "Changed credential files.", ["kind", "outcome"], registry=registry)
         expiry = Gauge(
             "ostinato_tls_certificate_expiry_timestamp_seconds", "When the server's certificate expires.", registry=registry
@@ -341,7 +323,7 @@ NONE = Credentials()
 
 
 def _only(metadata: list[tuple[str, str | bytes]], key: str) -> str | None:
-    """The one value of this key. Raises Unauthenticated where there are several: which one would a proxy have looked at?"""
+    """The value of this key. Raises Unauthenticated if there are several: a proxy may have checked another one."""
     values = [value for name, value in metadata if name == key]
     if len(values) > 1:
         raise Unauthenticated(f"metadata {key} is there {len(values)} times")
@@ -349,7 +331,7 @@ def _only(metadata: list[tuple[str, str | bytes]], key: str) -> str | None:
 
 
 def _tenant_of(tenant: str | None) -> Identity:
-    """Whom the gateway speaks for; without a word, for itself."""
+    """The tenant that the gateway passes on; None: the gateway itself."""
     if tenant is None:
         return ANONYMOUS
     if not TENANT.fullmatch(tenant):
@@ -358,7 +340,7 @@ def _tenant_of(tenant: str | None) -> Identity:
 
 
 def _certificate_name(context: Context) -> str | None:
-    """The URI of the client's certificate if it has one, else its common name; None: there is no certificate."""
+    """The URI of the client's certificate, else its common name, else an empty text; None: there is no certificate."""
     seen = context.auth_context()
     for key in ("peer_uri", "x509_common_name"):
         names = [name.decode(errors="replace") for name in seen.get(key, ())]

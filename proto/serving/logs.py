@@ -1,10 +1,10 @@
-"""One line for each thing that happened.
+"""Logs: one line an event, as text or as JSON.
 
     2026-11-24T11:15:05.123Z INFO sidecar.admission admitted sequence=7 count=3 request_id="nightly"
     {"time": "2026-11-24T11:15:05.123Z", "level": "INFO", "logger": "sidecar.flow", "message": "admitted", "sequence": "7"}
 
-Fields are passed through `extra`: `_log.info("admitted", extra={"sequence": 7, "count": 3})`; every key that logging does not
-know by itself comes out, and in a trace its `trace_id` and `span_id`. Whatever text users send, it stays on its line.
+Fields are passed by `extra`: `_log.info("admitted", extra={"sequence": 7, "count": 3})`. In a trace a line also has `trace_id`
+and `span_id`. Text from users cannot break a line.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def setup(form: str, level: str = "INFO", stream: TextIO | None = None) -> None:
 
 
 def report_failure(program: str, why: str, exit_code: int, *, form: str = "") -> None:
-    """Says on stderr why `program` ends: in one line for people, or as a record of level CRITICAL. `form`: "human" or "json";
-    else that of `setup`."""
+    """Prints on stderr why `program` ends: one line of text, or a JSON record of level CRITICAL. `form`: "human" or "json";
+    empty: that of `setup`."""
     why = " ".join(why.split())
     if form == "json" or (not form and any(type(each.formatter) is JsonFormatter for each in logging.getLogger().handlers)):
         extra = {"exit_code": exit_code}
@@ -64,7 +64,6 @@ class HumanFormatter(logging.Formatter):
         return "\n".join([line, *(f"  | {_one_line(row)}" for row in self.traceback(record).splitlines())])
 
     def traceback(self, record: logging.LogRecord) -> str:
-        """The record's exception and stack, or an empty text."""
         parts = [self.formatException(record.exc_info)] if record.exc_info else []
         return "\n".join([*parts, record.stack_info] if record.stack_info else parts)
 
@@ -83,14 +82,14 @@ class JsonFormatter(HumanFormatter):
 
 
 def _traced(record: logging.LogRecord) -> bool:
-    """Names the span that the line was written in, unless the line names one itself."""
+    """Adds the current span, unless the line names one."""
     if not hasattr(record, "trace_id"):
         vars(record).update(tracing.current().ids)
     return True
 
 
 def fields(record: logging.LogRecord) -> Mapping[str, object]:
-    """What was passed as `extra`."""
+    """Those passed as `extra`."""
     return {key: value for key, value in vars(record).items() if key not in _STANDARD}
 
 
@@ -125,5 +124,5 @@ def _plain(key: str, value: object) -> object:
 
 
 def _one_line(text: str) -> str:
-    r"""The text with everything that could end a line, move a cursor or fail to encode written out, as in \n."""
+    r"""The text, with everything escaped that could end a line, move a cursor or fail to encode, as in \n."""
     return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)

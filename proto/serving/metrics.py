@@ -1,6 +1,6 @@
-"""Our own registry, and the page Prometheus reads it from.
+"""A registry of our own, and the page that Prometheus scrapes.
 
-Never prometheus_client's default registry: a library that shares it may unregister what it finds there.
+prometheus_client's default registry is not used: another library in the process may unregister what is in it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from serving.program import BAD_CONFIGURATION, StartupError
 
 
 def registry() -> CollectorRegistry:
-    """A new registry with what is known of the process itself: CPU, memory, open files, interpreter, garbage collection."""
+    """A new registry with the metrics of the process: CPU, memory, open files, interpreter, garbage collection."""
     made = CollectorRegistry(auto_describe=True)
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=made)
@@ -24,7 +24,7 @@ def registry() -> CollectorRegistry:
 
 @dataclass(frozen=True, slots=True)
 class MetricsServer:
-    """The metrics page, served from threads of its own."""
+    """The metrics page, served by threads of its own."""
 
     port: int
     """The real port; 0 where the page is off."""
@@ -40,9 +40,9 @@ class MetricsServer:
 
 
 def serve_metrics(registry: CollectorRegistry, address: str) -> MetricsServer:
-    """Serves `registry` at `host:port` (port 0: any free one), as OpenMetrics with exemplars to those who ask for it.
+    """Serves `registry` at `host:port` (port 0: any free one), as OpenMetrics with exemplars where the client accepts it.
 
-    An empty address turns the page off. Raises StartupError that names the flag and the address, if it cannot be had.
+    An empty address turns the page off. Raises StartupError that names flag and address, if it cannot listen there.
     """
     if not address:
         return MetricsServer(port=0)

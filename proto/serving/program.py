@@ -27,13 +27,13 @@ from serving.logs import report_failure
 DRAINED, FAILED, BAD_CONFIGURATION = 0, 1, 2
 STOPS = (signal.SIGTERM, signal.SIGINT)
 OBJECTS_MAX = 10_000
-"""New ones until the garbage collector looks at them, not Python's 700: 64 items are thousands, and no cycle."""
+"""New objects before a garbage collection, instead of Python's 700: 64 items are thousands of objects, without a cycle."""
 
 _log = logging.getLogger(__name__)
 
 
 class StartupError(Exception):
-    """The program cannot run here, and its message says why in one line; no traceback would say more."""
+    """The program cannot run here. The message says why in one line, and no traceback is needed."""
 
     def __init__(self, message: str, *, exit_code: int = FAILED) -> None:
         super().__init__(message)
@@ -48,21 +48,21 @@ def run(program: str, main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
     ends the process at once, with its threads. The other signal does not: a hook may send SIGINT before a supervisor sends
     SIGTERM, and both mean one drain.
     """
-    gc.freeze()  # what was imported stays, and need not be looked at again and again
+    gc.freeze()  # imported modules stay, so they need no collection
     gc.set_threshold(OBJECTS_MAX)
     try:
         return asyncio.run(_supervised(main))
     except StartupError as error:
         report_failure(program, str(error), error.exit_code)
         return error.exit_code
-    except Exception:  # noqa: BLE001  # the last one to see it
+    except Exception:  # noqa: BLE001  # nothing above catches it
         _log.exception("failed")
         return FAILED
 
 
 @contextmanager
 def exporting_traces(target: str, service: str, instance: str = "") -> Iterator[None]:
-    """Exports spans as `tracing.start` does, if that is wanted, for as long as the context lasts. Raises StartupError."""
+    """Exports spans as `tracing.start` does, if they are on, while the context lasts. Raises StartupError."""
     try:
         tracing.start(target, service, instance or str(uuid.uuid4()), os.environ)
     except ValueError as error:
@@ -75,19 +75,19 @@ def exporting_traces(target: str, service: str, instance: str = "") -> Iterator[
 
 async def _supervised(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
     for number in STOPS:
-        signal.signal(number, _leave)
+        signal.signal(number, _exit)
     return await main(asyncio.Event())
 
 
 def install_signal_handlers(stop: asyncio.Event) -> None:
-    """From now on SIGTERM and SIGINT set the event: there is something to be ended in order."""
-    told: set[signal.Signals] = set()
+    """From now on SIGTERM and SIGINT set the event."""
+    seen: set[signal.Signals] = set()
     loop = asyncio.get_running_loop()
     for number in STOPS:
-        loop.add_signal_handler(number, _on_signal, number, told, stop)
+        loop.add_signal_handler(number, _on_signal, number, seen, stop)
 
 
-def _leave(number: int, _frame: object) -> None:
+def _exit(number: int, _frame: object) -> None:
     try:
         _log.info("%s: stopping, nothing was served yet", signal.Signals(number).name)
         logging.shutdown()
@@ -95,18 +95,18 @@ def _leave(number: int, _frame: object) -> None:
         os._exit(DRAINED)
 
 
-def _on_signal(number: signal.Signals, told: set[signal.Signals], stop: asyncio.Event) -> None:
-    if number in told:
+def _on_signal(number: signal.Signals, seen: set[signal.Signals], stop: asyncio.Event) -> None:
+    if number in seen:
         _log.warning("%s again: exiting at once", number.name)
         logging.shutdown()
         os._exit(128 + number)
-    told.add(number)
+    seen.add(number)
     _log.info("%s: stopping", number.name)
     stop.set()
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Makes this its content, and makes its folder. Durable on return. Raises OSError, and then what was there still is."""
+    """Replaces a file as a whole, and makes its folder. Durable on return. Raises OSError; then the old file is intact."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
     with draft.open("w") as file:

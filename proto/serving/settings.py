@@ -10,8 +10,8 @@
 gives `--queue-items`, OSTINATO_SIDECAR_QUEUE_ITEMS, and `queue_items` in the table [sidecar] of the TOML file that `--config`
 or OSTINATO_SIDECAR_CONFIG names. A flag wins over the environment, which wins over the file, which wins over the default.
 Types: str, int, float, bool (`--x`, `--no-x`), Path, tuple[str, ...] (comma separated; an array in the file), and each of them
-`| None` (an empty value is None). Whatever is wrong stops the program with exit code 2 and names the flag, the variable, or the
-file, table and key; nothing is ignored or clamped.
+`| None` (an empty value is None). Anything wrong stops the program with exit code 2, and the message names the flag, the
+variable, or the file, table and key. Nothing is ignored or clamped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from serving.logs import report_failure
 from serving.program import BAD_CONFIGURATION
 
 TABLES = ("service", "sidecar")
-"""Of a settings file: one for each program. A program checks its own."""
+"""Of a settings file. A program checks its own."""
 REQUIRED: Any = dataclasses.MISSING
 """As a default: there is none."""
 
@@ -47,7 +47,7 @@ MAXIMA = {
 """Of a setting whose name ends so and that has no maximum of its own."""
 
 CONFIG = "config"
-"""What the settings file is called among the flags and variables. It is no setting itself."""
+"""The name of the settings file among flags and variables. It is not a setting."""
 
 T = TypeVar("T")
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -59,9 +59,9 @@ _IN_TOML: Mapping[type, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
     tuple: ((list,), "an array of strings"),
 }
-"""What a setting of this type may be in a file."""
+"""What a setting of each type may be in a file."""
 _PASSWORD = re.compile(r"(?<=://)[^\s\"]*(?=@)|(?<=password=)[^&\s\"]*")
-"""Of a URL: all before the host, since nobody can tell in what is not quite a URL where a name ends and a password begins."""
+"""Of a URL: all before the host. In a malformed URL it is not certain where the name ends and the password begins."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """In a text; tabs and newlines may be there: a setting may be JSON."""
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_(TCP|UDP|SCTP)\w*)?$")
@@ -69,7 +69,7 @@ _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_(TCP|UDP|SCTP)\
 
 def field(
     default: T,
-    help: str,  # noqa: A002  # the word everybody knows it by
+    help: str,  # noqa: A002  # the usual word
     *,
     minimum: float | None = None,
     maximum: float | None = None,
@@ -77,20 +77,20 @@ def field(
     secret: bool = False,
     applies: str = "",
 ) -> T:
-    """One setting. Bounds are inclusive; a secret's value is never printed. `applies`: for --help, what applies by default
-    where `default` itself does not say it."""
+    """One setting. Bounds are inclusive. The value of a secret is never printed. `applies`: the default in words, for --help,
+    where `default` does not say it."""
     about = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices, "secret": secret, "applies": applies}
     made: T = dataclasses.field(default=default, metadata=about, kw_only=True)
     return made
 
 
 def load(cls: type[T], program: str, argv: Sequence[str], environ: Mapping[str, str]) -> T:
-    """The settings of `program`. Raises SystemExit(2), after saying on stderr everything that is wrong."""
+    """The settings of `program`. Raises SystemExit(2) after printing everything that is wrong on stderr."""
     return read(cls, program, argv, environ)[0]
 
 
 def read(cls: type[T], program: str, argv: Sequence[str], environ: Mapping[str, str]) -> tuple[T, Mapping[str, str]]:
-    """As `load`, and where each setting comes from that is not left to its default: "flags", "environment" or the file."""
+    """As `load`, with the origin of each setting that is not its default: "flags", "environment" or the file."""
     options = list(_options(cls, program))
     flags, problems = _flags(program, options, argv)
     problems += _unknown(program, options, environ)
@@ -115,8 +115,8 @@ def read(cls: type[T], program: str, argv: Sequence[str], environ: Mapping[str, 
 
 
 def lookup(cls: type, program: str, name: str, environ: Mapping[str, str], config: str | None = None) -> Any:
-    """One setting as environment and file have it, or its default, whatever else is wrong there: for commands beside the
-    program. `config`: the file, where the environment does not name it. Raises ValueError."""
+    """One setting from environment and file, or its default, for commands beside the program; other settings may be wrong.
+    `config`: the file, where the environment does not name it. Raises ValueError."""
     file = _File.of(program, {CONFIG: config}, environ)
     if file.unusable:
         raise ValueError(file.unusable)
@@ -126,7 +126,7 @@ def lookup(cls: type, program: str, name: str, environ: Mapping[str, str], confi
 
 
 def describe(settings: object, sources: Mapping[str, str] = types.MappingProxyType({})) -> str:
-    """All settings in one line, `key=value …`, for the log at start; and behind them which of them come from where."""
+    """All settings in one line, `key=value …`, and after them their origins, for the log at start."""
     assert dataclasses.is_dataclass(settings)
     line = " ".join(f"{f.name}={_shown(f, getattr(settings, f.name))}" for f in dataclasses.fields(settings))
     origins = dict.fromkeys(sources.values())
@@ -135,7 +135,7 @@ def describe(settings: object, sources: Mapping[str, str] = types.MappingProxyTy
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _File:
-    """A settings file, read."""
+    """A settings file."""
 
     path: str = ""
     program: str = ""
@@ -163,7 +163,6 @@ class _File:
 
     @property
     def table(self) -> Mapping[str, object]:
-        """The program's own."""
         found = self.document.get(self.program)
         return found if isinstance(found, dict) else {}
 
@@ -171,7 +170,6 @@ class _File:
         return f"{self.path}: [{self.program}] {key}"
 
     def problems(self, options: Iterable[_Option]) -> Iterator[str]:
-        """Whatever is not a setting's value."""
         if self.unusable:
             yield self.unusable
         for name, found in self.document.items():
@@ -199,8 +197,7 @@ class _Option:
         return "--" + self.name.replace("_", "-")
 
     def find(self, flags: Mapping[str, Any], environ: Mapping[str, str], file: _File) -> tuple[object, str] | None:
-        """This setting and where it comes from, or None where the default holds. Raises ValueError that says where what is
-        wrong."""
+        """The value and its origin; None: the default applies. Raises ValueError that names the place."""
         places: Sequence[tuple[Any, str, str, Callable[[Any], object]]] = (
             (flags.get(self.name), self.flag, "flags", self.parse),
             (environ.get(self.variable), self.variable, "environment", self.parse),
@@ -219,13 +216,13 @@ class _Option:
         return None
 
     def parse(self, given: str | bool) -> object:
-        """The value of a text, within its bounds."""
+        """The value of a flag or a variable, within its bounds."""
         if isinstance(given, bool) or (self.optional and not given):
             return given if isinstance(given, bool) else None
         return self.bounded(_convert(self.kind, given))
 
     def typed(self, given: object) -> object:
-        """The value of what TOML has, within its bounds."""
+        """The value from a file, within its bounds."""
         if self.optional and given == "":
             return None
         allowed, what = _IN_TOML[self.kind]
@@ -284,7 +281,7 @@ def _options(cls: type, program: str) -> Iterator[_Option]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Raises ValueError: what is wrong is said together with all else that is."""
+        """Raises ValueError: all faults are reported together."""
         raise ValueError(message.removeprefix("argument "))
 
 
@@ -304,7 +301,7 @@ def _parser(program: str, options: Sequence[_Option]) -> argparse.ArgumentParser
 
 
 def _flags(program: str, options: Sequence[_Option], argv: Sequence[str]) -> tuple[Mapping[str, Any], list[str]]:
-    """The flags by the names of their settings, as far as they can be read, and what is wrong with them."""
+    """The flags that can be read, by setting, and what is wrong with the others."""
     given = argparse.Namespace()
     try:
         _, strays = _parser(program, options).parse_known_args(argv, given)
@@ -364,12 +361,11 @@ def _shown(f: dataclasses.Field[object], value: object) -> str:
 
 
 def _quoted(value: object) -> str:
-    """For a complaint about it."""
     return _PASSWORD.sub("***", repr(value) if isinstance(value, str) else plain(value))
 
 
 def plain(value: object) -> str:
-    """A setting's value as people read it."""
+    """A value, as the log and --help print it."""
     if value is None:
         return "none"
     if isinstance(value, bool):

@@ -1,6 +1,6 @@
-"""A server's certificate, its key, and whose clients it takes: from PEM files, checked, and replaced while it serves.
+"""A server's certificate, its key and the CAs of its clients, from PEM files that may change while it serves.
 
-gRPC takes any bytes and fails at the first handshake, without a word to us; hence the checks.
+gRPC accepts any bytes and fails at the first handshake without an error; hence the checks. Only this module needs cryptography.
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ CERTIFICATE, KEY, CLIENT_CA = "--tls-certificate", "--tls-key", "--tls-client-ca
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a handshake needs."""
-
     configuration: grpc.ServerCertificateConfiguration
     not_after: datetime
     """When the server's certificate expires."""
 
 
 class ServerTls:
-    """The TLS of a server. With a client CA, only clients with a certificate of that CA get in."""
+    """The TLS of a server. With a client CA, only clients with a certificate of that CA can connect."""
 
     def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
         """Raises StartupError that names flag and file."""
@@ -42,17 +40,17 @@ class ServerTls:
         self.files = Reloaded(sources, lambda contents: parse_tls(contents, datetime.now(UTC)))
 
     def credentials(self) -> grpc.ServerCredentials:
-        """For one port: each port is told of a new certificate by itself. Connections keep the one they began with."""
-        told = self.files.value
+        """For one port: each port is given a new certificate by itself. Open connections keep theirs."""
+        given = self.files.value
 
         def changed() -> Any:  # None: nothing has changed
-            nonlocal told
-            if told is self.files.value:
+            nonlocal given
+            if given is self.files.value:
                 return None
-            told = self.files.value
-            return told.configuration
+            given = self.files.value
+            return given.configuration
 
-        return grpc.dynamic_ssl_server_credentials(told.configuration, changed, require_client_authentication=self.mutual)
+        return grpc.dynamic_ssl_server_credentials(given.configuration, changed, require_client_authentication=self.mutual)
 
 
 def parse_tls(contents: Mapping[str, bytes], now: datetime) -> Served:
@@ -79,7 +77,7 @@ def _check_key(pem: bytes, leaf: x509.Certificate) -> None:
     try:
         key = load_pem_private_key(pem, password=None)
     except TypeError:
-        raise Unusable(KEY, "the key is encrypted, and nobody is here to be asked for its password") from None
+        raise Unusable(KEY, "the key is encrypted; a program has no one to ask for its password") from None
     except (ValueError, UnsupportedAlgorithm):
         raise Unusable(KEY, "holds no private key in PEM form") from None
     try:

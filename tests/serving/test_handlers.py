@@ -1,4 +1,4 @@
-"""The guard, over real sockets: bad bytes, errors, counts."""
+"""What stands around handlers, over real sockets: bad bytes, errors, counts; and what leaves together."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from ostinato import errors
-from serving.handlers import EARLY_SECONDS, EARLY_SHARE, STATUS_BYTES_MAX, _code, fitting
+from serving.handlers import EARLY_SECONDS, EARLY_SHARE, QUIET_TURNS, STATUS_BYTES_MAX, TURNS_MAX, _code, coalesce, fitting
 
 from tests.ostinato.echo import METHODS, NAME, Context, Echo, call, raw, serving, text
 from tests.waiting import eventually
@@ -263,3 +265,34 @@ async def test_an_unknown_method_is_grpcs_to_refuse() -> None:
             await raw(channel, f"/{NAME}/Nothing")
 
     assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def turns_waited(coming: list[bool]) -> int:
+    """The oracle: up to the first so many turns in a row in which nothing came, or to the last turn."""
+    for end in range(QUIET_TURNS, TURNS_MAX):
+        if not any(coming[end - QUIET_TURNS : end]):
+            return end
+    return TURNS_MAX
+
+
+@given(st.lists(st.booleans(), min_size=2 * TURNS_MAX, max_size=2 * TURNS_MAX))
+def test_waits_as_long_as_something_comes(coming: list[bool]) -> None:
+    """Something comes in some turns of the loop and not in others: the wait ends with the first few quiet ones, or in time."""
+
+    async def play() -> list[bool]:
+        waiting, turns = list[int](), list[bool]()
+
+        async def bring() -> None:
+            for comes in coming:
+                turns.append(comes)
+                if comes:
+                    waiting.append(1)
+                await asyncio.sleep(0)
+
+        bringing = asyncio.create_task(bring())
+        await coalesce(lambda: len(waiting))
+        seen = list(turns)
+        await bringing
+        return seen
+
+    assert len(asyncio.run(play())) == turns_waited(coming)

@@ -1,4 +1,4 @@
-"""Who gets in at a server's door, over real sockets: tokens, certificates, roles, and what a probe may ask."""
+"""Who may call: the files of tokens and certificates, and every kind of credentials over real sockets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import shutil
 from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,17 +14,151 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from ostinato import errors
 from ostinato.client import tls
 from serving import auth
-from serving.auth import TENANT_METADATA, Credentials, Identity, Role, caller
+from serving.auth import TENANT, TENANT_METADATA, Credentials, Identity, Role, Unusable, caller
+from serving.program import StartupError
 from serving.server import Server
 from serving.tls import ServerTls
 
 from tests.certificates import Authority
 from tests.ostinato.echo import NAME, Context, Echo, register, text
+
+
+@pytest.fixture(name="authority")
+def _authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+def written(folder: Path, text: str, mode: int = 0o600) -> Path:
+    """A file of tokens."""
+    path = folder / "tokens"
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+def test_a_missing_file_is_named(authority: Authority, tmp_path: Path) -> None:
+    """The error has the flag and the path."""
+    certificate, key = authority.sign("sidecar")
+    with pytest.raises(StartupError, match=r"--tls-key: \S*nowhere: No such file"):
+        ServerTls(certificate, tmp_path / "nowhere", None)
+    with pytest.raises(StartupError, match=r"--tls-client-ca: \S*nowhere: No such file"):
+        ServerTls(certificate, key, tmp_path / "nowhere")
+    with pytest.raises(StartupError, match=r"--tokens: \S*nowhere: No such file"):
+        auth.load_tokens(tmp_path / "nowhere")
+
+
+def test_files_that_cannot_serve_are_refused(authority: Authority, tmp_path: Path) -> None:
+    """Another certificate's key, an expired certificate, and what is no PEM never reach gRPC, which says nothing."""
+    (certificate, key), (_, other) = authority.sign("sidecar"), authority.sign("other")
+    (tmp_path / "noise").write_bytes(b"\x00-----BEGIN NOTHING-----\xff")
+    with pytest.raises(StartupError, match=r"--tls-key: \S*other\.key: is not the key of the certificate"):
+        ServerTls(certificate, other, None)
+    with pytest.raises(StartupError, match=r"--tls-certificate: \S*old\.pem: the certificate is valid from .* not now"):
+        ServerTls(*authority.sign("old", days=-1), None)
+    with pytest.raises(StartupError, match="--tls-certificate: .* no certificate in PEM"):
+        ServerTls(tmp_path / "noise", key, None)
+    with pytest.raises(StartupError, match="--tls-key: .* no private key in PEM"):
+        ServerTls(certificate, tmp_path / "noise", None)
+    with pytest.raises(StartupError, match="--tls-client-ca: .* has expired"):
+        ServerTls(certificate, key, authority.sign("old", days=-1)[0])
+
+
+def test_a_change_that_cannot_serve_changes_nothing(authority: Authority) -> None:
+    """Half a rotation is an error and leaves the old pair; the other half completes it, once."""
+    certificate, key = authority.sign("sidecar")
+    served = ServerTls(certificate, key, None)
+    before, half = served.files.value, authority.sign("sidecar", file="new")
+    certificate.write_bytes(half[0].read_bytes())
+    with pytest.raises(StartupError, match="is not the key"):
+        served.files.refresh()
+
+    assert served.files.value is before
+    assert not served.files.refresh(), "said once"
+    key.write_bytes(half[1].read_bytes())
+    assert served.files.refresh()
+    assert served.files.value.not_after > datetime.now(UTC)
+    assert not served.files.refresh()
+
+
+@pytest.mark.parametrize("mode", [0o604, 0o644, 0o602, 0o666])
+def test_tokens_are_not_for_everybody(tmp_path: Path, mode: int) -> None:
+    """A file of tokens that others may read or write is refused."""
+    with pytest.raises(StartupError, match="lets every user of this machine read it"):
+        auth.load_tokens(written(tmp_path, "", mode))
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("acme", "role is one of tenant, admin"),
+        ("acme king " + "0" * 64, "role is one of tenant, admin"),
+        ("acmé tenant " + "0" * 64, "printable ASCII"),
+        (f"{'a' * 129} tenant " + "0" * 64, "1 to 128"),
+        ("acme tenant 0123", "64 lower-case hexadecimal digits"),
+        ("acme tenant " + "A" * 64, "64 lower-case hexadecimal digits"),
+        ("acme tenant", "64 lower-case hexadecimal digits"),
+    ],
+)
+def test_a_bad_line_is_named_and_not_quoted(tmp_path: Path, line: str, why: str) -> None:
+    """The error has the line's number and the rule; a token put there by mistake does not reach the log."""
+    with pytest.raises(StartupError, match=f"line 3: .*{why}") as raised:
+        auth.load_tokens(written(tmp_path, f"# who may call\n\n{line}\n"))
+
+    assert "0123" not in str(raised.value)
+
+
+def test_a_secret_stands_for_one(tmp_path: Path) -> None:
+    """Two lines with the same secret are refused: nobody could say whose it is."""
+    _, line = auth.new_token("acme", Role.TENANT)
+    with pytest.raises(StartupError, match="line 2: an earlier line has the same secret"):
+        auth.load_tokens(written(tmp_path, f"{line}\n{line.replace('acme', 'other')}\n"))
+
+
+@given(st.dictionaries(st.from_regex(r"[!-~]{1,20}", fullmatch=True).filter(TENANT.fullmatch), st.sampled_from(Role)))
+def test_a_token_is_its_lines(roles: dict[str, Role]) -> None:
+    """Whatever identities a file has, each token is that of its own line, and another one is nobody's."""
+    made = {tenant: auth.new_token(tenant, role, "a comment  with spaces") for tenant, role in roles.items()}
+    read = auth.parse_tokens({auth.TOKENS: "\n".join(line for _, line in made.values()).encode()})
+
+    for tenant, (token, _) in made.items():
+        assert read.get(auth.hash_of(token)) == Identity(tenant, roles[tenant])
+        assert read.get(auth.hash_of(token + "x")) is None
+    assert read.get(auth.hash_of("")) is None
+
+
+def test_a_certificates_line(tmp_path: Path) -> None:
+    """A certificate's name can be given another tenant and role."""
+    listed = auth.load_tokens(written(tmp_path, "ops admin certificate:spiffe://example/ops  the operators\n")).value
+
+    assert listed["certificate:spiffe://example/ops"] == Identity("ops", Role.ADMIN)
+    assert "certificate:acme" not in listed
+
+
+def test_too_many_lines_are_refused() -> None:
+    """The file has a bound."""
+    with pytest.raises(Unusable, match="at most 1024"):
+        auth.parse_tokens({auth.TOKENS: b"#\n" * 1025})
+
+
+def test_the_command_makes_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What goes to stdout is a line of the file, for the token that goes to stderr; a bad tenant makes none."""
+    assert auth.token_command("token", ["acme", "tenant", "night batches"]) == 0
+    made = capsys.readouterr()
+    assert auth.load_tokens(written(tmp_path, made.out)).value.get(auth.hash_of(made.err.strip())) == Identity(
+        "acme", Role.TENANT
+    )
+
+    with pytest.raises(SystemExit, match="2"):
+        auth.token_command("token", ["two words", "tenant"])
+    assert "printable ASCII" in capsys.readouterr().err
+
 
 Metadata = Sequence[tuple[str, str]]
 
@@ -68,17 +203,9 @@ def bearer(token: str) -> tuple[str, str]:
     return "authorization", f"Bearer {token}"
 
 
-@pytest.fixture(name="authority")
-def _authority(tmp_path: Path) -> Authority:
-    return Authority(tmp_path)
-
-
 def file_of(folder: Path, *lines: str) -> Path:
     """A file of tokens."""
-    path = folder / "tokens"
-    path.touch(mode=0o600)
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return written(folder, "\n".join(lines) + "\n")
 
 
 async def test_a_token_is_who_calls(tmp_path: Path) -> None:
