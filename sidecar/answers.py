@@ -104,7 +104,7 @@ class StreamWaiter(Waiter):
     def __init__(self, count: int, account: Account, write: Callable[[bytes], Awaitable[None]]) -> None:
         super().__init__()
         self._open = count
-        self._events: deque[_Tokens | _Event] = deque()
+        self._events: deque[_Tokens | bytes] = deque()
         self._lost: errors.OstinatoError | None = None
         self._changed = asyncio.Event()
         self._account, self._write = account, write
@@ -136,11 +136,11 @@ class StreamWaiter(Waiter):
 
     def _put_event(self, event: generation_pb2.GenerateEvent) -> None:
         if not self._account.lost.done():
-            waiting = _Event(event.SerializeToString())
-            self._put(waiting)
-            self._account.add(waiting.held)
+            data = event.SerializeToString()
+            self._put(data)
+            self._account.add(_held(data))
 
-    def _put(self, event: _Tokens | _Event) -> None:
+    def _put(self, event: _Tokens | bytes) -> None:
         self._events.append(event)
         self._changed.set()
 
@@ -166,22 +166,16 @@ class StreamWaiter(Waiter):
             raise self._account.error
         if self._events:
             event = self._events.popleft()
-            self._account.drop(event.held)
-            return event.data()
+            self._account.drop(event.held if isinstance(event, _Tokens) else _held(event))
+            return event.data() if isinstance(event, _Tokens) else event
         if self._lost is not None:
             raise self._lost
         return None
 
 
-class _Event:
-    """An event, serialised."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self.held = COPIES * len(data) + PIECE_BYTES
-
-    def data(self) -> bytes:
-        return self._data
+def _held(data: bytes) -> int:
+    """Memory of a serialised event that waits."""
+    return COPIES * len(data) + PIECE_BYTES
 
 
 class _Run:

@@ -42,6 +42,7 @@ class ActiveItem:
     input: sequencer_pb2.AdmittedPayload
     admitted_at: float
     waiters: list[Waiter]
+    sequence: int = field(init=False)
     progress: Progress = field(init=False)
     """What was streamed."""
     span: Span = OFF
@@ -66,11 +67,8 @@ class ActiveItem:
     """Why this process will not finish it."""
 
     def __post_init__(self) -> None:
+        self.sequence = self.admitted.sequence
         self.progress = Progress(self.sequence)
-
-    @property
-    def sequence(self) -> int:
-        return self.admitted.sequence
 
     # ---- those who wait
 

@@ -49,7 +49,8 @@ class Preparing:
     def __init__(self) -> None:
         self._open = False
         self._last_id = 0
-        self._unsent: deque[engine_pb2.PrepareRequest] = deque()
+        self.unsent: deque[engine_pb2.PrepareRequest] = deque()
+        """Some of them may have been given up."""
         self._answers: dict[int, Answer] = {}
         """By prepare id: those still awaited."""
 
@@ -64,7 +65,7 @@ class Preparing:
         request.prepare_id = self._last_id
         answer: Answer = asyncio.get_running_loop().create_future()
         self._answers[request.prepare_id] = answer
-        self._unsent.append(request)
+        self.unsent.append(request)
         try:
             async with asyncio.timeout(timeout):
                 answered = await answer
@@ -76,15 +77,11 @@ class Preparing:
             raise answered
         return answered
 
-    def __len__(self) -> int:
-        """Requests to send, some of which may have been given up."""
-        return len(self._unsent)
-
     def take(self, bytes_max: int) -> Iterator[engine_pb2.PrepareRequest]:
         """The next requests that are still awaited, up to about this many bytes."""
         size = 0
-        while self._unsent and size < bytes_max:
-            request = self._unsent.popleft()
+        while self.unsent and size < bytes_max:
+            request = self.unsent.popleft()
             if request.prepare_id in self._answers:
                 size += request.ByteSize()
                 yield request
@@ -99,7 +96,7 @@ class Preparing:
     def lose(self) -> None:
         """The stream is closed: every answer is EngineUnavailable."""
         self._open = False
-        self._unsent.clear()
+        self.unsent.clear()
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_result(_lost())
@@ -255,8 +252,8 @@ class EngineLink:
         while True:
             await self._something.wait()
             self._something.clear()
-            while self._submits or self._cancels or self._preparing:
-                await coalesce(lambda: len(self._submits) + len(self._cancels) + len(self._preparing))
+            while self._submits or self._cancels or self._preparing.unsent:
+                await coalesce(lambda: len(self._submits) + len(self._cancels) + len(self._preparing.unsent))
                 await stream.write(self._message())
             if self._closing:
                 await stream.done_writing()

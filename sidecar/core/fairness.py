@@ -182,7 +182,10 @@ class AdmissionQueue:
         if isinstance(event, ev.Ended):
             self.throughput.ended(now)
         effects += self._core.step(event, now)
-        while self._core.window is not None and (admit := self.waiting.first()) is not None and self._has_room(admit):
+        while self.waiting.items and self._core.window is not None:
+            admit = self.waiting.first()
+            if admit is None or not self._has_room(admit):
+                break
             if admit.expired(now):
                 self.waiting.drop(admit)
                 effects.append(_expired(admit))

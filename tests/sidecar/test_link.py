@@ -466,7 +466,7 @@ def test_everybody_is_told_of_their_own_request(deeds: Sequence[str], data: st.D
             with contextlib.suppress(asyncio.CancelledError):
                 told[name] = await task
         assert told == dict.fromkeys(tasks, "lost") | expected
-        assert not preparing
+        assert not preparing.unsent
 
     asyncio.run(play())
 
