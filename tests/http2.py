@@ -42,7 +42,7 @@ class Peer:
         return stream
 
     def grant(self, stream: int, count: int = WINDOW_MAX // 2) -> None:
-        """The server may send so many bytes more on this stream."""
+        """Allow the server to send this many more bytes on the stream."""
         self._send(WINDOW_UPDATE, 0, stream, struct.pack(">I", count))
 
     def reset(self, stream: int) -> None:

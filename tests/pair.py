@@ -24,12 +24,12 @@ from typing import Self
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 180.0
 PROOFS = Path(tempfile.mkdtemp(prefix="ostinato-proofs-"))
-"""What an engine has proved to one pair holds for the next, as it does when a service starts again."""
+"""Proofs of the self-test, shared by all pairs, as by successive starts of a service."""
 atexit.register(shutil.rmtree, PROOFS, ignore_errors=True)
 
 
 def held_port() -> socket.socket:
-    """Bound to a port that the system gives to nobody else while this is open; whoever is told the number can listen there."""
+    """A socket that reserves a port while it is open; a program that is given the number can listen there."""
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind(("127.0.0.1", 0))
@@ -115,12 +115,12 @@ class Program:
         return code
 
     def kill(self) -> None:
-        """As a power cut would."""
+        """SIGKILL."""
         self.stop(signal.SIGKILL)
 
 
 class Pair:
-    """A service and a sidecar. A context: whatever still runs at its end is killed, and its files go."""
+    """A service and a sidecar. A context manager: at its end, programs that run are killed and the files are removed."""
 
     def __init__(
         self,
@@ -135,9 +135,9 @@ class Pair:
         self.folder = Path(tempfile.mkdtemp(prefix="ostinato-"))
         self.metrics_address = "127.0.0.1:0"
         self.second_runs = ["--audit-rate", "0", "--canary-seconds", "0"]
-        """None, unless whoever uses the pair says so here or among the sidecar's flags."""
+        """Off, unless changed here or by the sidecar's flags."""
         self.env: dict[str, str] = {}
-        """More than this process has, for both programs."""
+        """Additional environment variables of both programs."""
         self._temporary = self.folder
         self._root = root
         self._state = state or self.folder / "state"

@@ -1,8 +1,8 @@
 """`python -m tests.demo.divergence`: a setting that diverges under load, seen by the sidecar, and the default one right after.
 
-One journal all the way: the service is started with a 16-bit KV cache, asked the same seeded prompts with more and more of them
-at once, and audited; stopped, started as it is by default, asked them again, and audited. Audits are company to what is asked,
-so they come behind it: a sidecar that starts again with `--audit-rate 1` takes up all that was never audited.
+All of it is in one journal. The service starts with a 16-bit KV cache, answers the same seeded prompts with more and more of
+them at once, and is audited. Then it starts with its defaults, answers the prompts again, and is audited again. The audits come
+after the prompts, or they would run beside them: a sidecar restarted with `--audit-rate 1` audits all that was not audited yet.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.demo.show import STATE
 from tests.pair import ROOT, Pair
 
 NOT_INVARIANT = ("--kv", "f16", "--ubatch", "512")
-"""With keys and values of 16 bits llama.cpp sums in another order where company makes it cut a prompt in other pieces."""
+"""With keys and values of 16 bits llama.cpp sums in another order where other runs make it cut a prompt in other pieces."""
 AT_ONCE = (1, 2, 8)
 PROMPT_CHARACTERS, NEW_TOKENS = 400, 32
 START_SECONDS = 400.0
@@ -42,7 +42,7 @@ SHOWN = 2
 
 @dataclass(frozen=True)
 class Setting:
-    """What became of the prompts under one setting of the service."""
+    """The answers and the report under one setting of the service."""
 
     name: str
     model: types_pb2.Model

@@ -89,21 +89,21 @@ async def show(target: str, console: Console) -> bool:
 
 
 async def ask(client: ostinato.Client, copies: int, seed: int | None) -> Sequence[types_pb2.Result]:
-    """The prompt, so many times in one batch."""
+    """The prompt, `copies` times in one batch."""
     return (await client.generate([PROMPT] * copies, seed=seed, top_k=40, max_new_tokens=16)).results
 
 
 async def among_traffic(client: ostinato.Client) -> Sequence[types_pb2.Result]:
-    """The seeded prompt once more, while strangers of all kinds come and go."""
+    """The seeded prompt again, among other requests."""
 
-    async def stranger(number: int, prompt: str) -> None:
+    async def other(number: int, prompt: str) -> None:
         await asyncio.sleep(0.05 * number)
         await client.generate(prompt, temperature=0.5 + 0.2 * number, top_p=0.9, max_new_tokens=8 + 6 * number)
 
-    strangers = [asyncio.create_task(stranger(number, prompt)) for number, prompt in enumerate(TRAFFIC)]
+    others = [asyncio.create_task(other(number, prompt)) for number, prompt in enumerate(TRAFFIC)]
     await asyncio.sleep(0.2)
     answer = await ask(client, 1, seed=1)
-    await asyncio.gather(*strangers)
+    await asyncio.gather(*others)
     return answer
 
 

@@ -28,23 +28,23 @@ STREAM = "/ostinato.v1.Generation/GenerateStream"
 GET = "/ostinato.v1.Sequencer/Get"
 
 SLOWLY = {"delay_seconds": 0.005, "rules": [{"do": "diverge", "at": 3, "purposes": ["REPLAY"]}]}
-"""The script of an engine that takes its time, and makes other tokens where it is asked again."""
+"""The script of a slow engine that diverges in replays."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """An error as it came over the wire: nothing of it is filled in here."""
+    """An error as it came over the wire."""
 
     code: grpc.StatusCode
     reason: str
-    """ErrorInfo's; empty: there is none."""
+    """From ErrorInfo; empty without one."""
     fields: tuple[str, ...]
     retry_after: float | None
     message: str
 
     @classmethod
     def of(cls, error: grpc.aio.AioRpcError) -> Refusal:
-        """What a failed call's status and details say."""
+        """From a failed call's status and details."""
         info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
         status: Any = rpc_status.from_call(error)
         for detail in status.details if status is not None else ():
@@ -60,21 +60,21 @@ class Refusal:
         )
 
     def says(self, kind: type[errors.OstinatoError], *fields: str) -> None:
-        """Assert that it is this error, about these fields."""
+        """Assert that it is this error, with these fields."""
         assert (self.code, self.reason, self.fields) == (kind.code, kind.reason, fields), self
 
 
 async def refusal(call: Awaitable[object]) -> Refusal:
-    """How a call that must fail failed."""
+    """The error of a call that must fail."""
     try:
         answer = await call
     except grpc.aio.AioRpcError as error:
         return Refusal.of(error)
-    raise AssertionError(f"this should have been refused, and was answered:\n{answer}")
+    raise AssertionError(f"the call should have failed, but was answered:\n{answer}")
 
 
 async def eventually(condition: Callable[[], bool | Awaitable[bool]], what: str, seconds: float = 30.0) -> None:
-    """Wait for something that another process does soon."""
+    """Wait until another process has done something."""
     deadline = time.monotonic() + seconds
     while True:
         holds = condition()
@@ -85,7 +85,7 @@ async def eventually(condition: Callable[[], bool | Awaitable[bool]], what: str,
 
 
 class Door:
-    """A running pair, from a caller's side. The client retries some calls by itself; the stubs never do."""
+    """A running pair, as its clients see it. The client retries some calls; the stubs do not."""
 
     def __init__(self, pair: Pair, client: Client, channel: grpc.aio.Channel) -> None:
         self.pair, self.client, self.channel = pair, client, channel
@@ -93,7 +93,7 @@ class Door:
         self.sequencer: sequencer_pb2_grpc.SequencerAsyncStub = sequencer_pb2_grpc.SequencerStub(channel)
 
     async def raw(self, method: str, data: bytes) -> bytes:
-        """Bytes in, bytes out; of a stream, all its messages one behind the other."""
+        """Send and receive bytes; the messages of a stream are concatenated."""
         if method == STREAM:
             stream = self.channel.unary_stream(method, request_serializer=_as_is, response_deserializer=_as_is)(data)
             return b"".join([part async for part in stream])
@@ -101,7 +101,7 @@ class Door:
         return answer
 
     async def streamed(self, request: generation_pb2.GenerateRequest) -> list[generation_pb2.GenerateEvent]:
-        """GenerateStream, to its end."""
+        """All events of GenerateStream."""
         return [event async for event in self.generation.GenerateStream(request)]
 
     async def last_sequence(self) -> int:
@@ -109,16 +109,16 @@ class Door:
 
     @contextlib.asynccontextmanager
     async def nothing_numbered(self) -> AsyncIterator[None]:
-        """What is done in here burns no number, and a good request right behind it works."""
+        """Nothing in this block takes a sequence number, and a good request right after it works."""
         before = await self.last_sequence()
         yield
-        assert await self.last_sequence() == before, "a number was burned"
+        assert await self.last_sequence() == before, "a sequence number was taken"
         good = await self.client.generate("good", max_new_tokens=1)
         assert good.stamp.first_sequence == before + 1, good
         assert good.results[0].HasField("output"), good
 
     async def outcome(self, sequence: int) -> tuple[str, str]:
-        """How an item ended, once it has: the kind of its entry, and the reason or "" if it completed."""
+        """Wait for an item's outcome: the kind of its entry, and the error's reason or ""."""
         found: list[types_pb2.Result] = []
 
         async def over() -> bool:
@@ -133,7 +133,7 @@ class Door:
         return kinds[0], reason
 
     async def kinds(self, sequence: int) -> list[str]:
-        """Of the outcome entries of a sequence in the whole journal; more than one must never be."""
+        """The outcome entries of a sequence in the whole journal; there must never be more than one."""
         outcomes = {"COMPLETED", "FAILED", "CANCELLED", "ABANDONED"}
         named = [
             types_pb2.EntryKind.Name(entry.header.kind).removeprefix("ENTRY_KIND_")
@@ -143,35 +143,33 @@ class Door:
         return [name for name in named if name in outcomes]
 
     async def freed(self) -> None:
-        """Wait until the engine works on nothing."""
+        """Wait until the engine has no run."""
         service = self.pair.service
-        await eventually(
-            lambda: self.pair.metrics(service)["ostinato_engine_runs_in_flight"] == 0, "the engine works on nothing"
-        )
+        await eventually(lambda: self.pair.metrics(service)["ostinato_engine_runs_in_flight"] == 0, "the engine has no run")
 
 
 @contextlib.asynccontextmanager
 async def opened(pair: Pair) -> AsyncIterator[Door]:
-    """The door of a pair whose sidecar listens."""
+    """Connect to a pair whose sidecar listens."""
     async with Client(pair.target) as client, grpc.aio.insecure_channel(pair.target) as channel:
         yield Door(pair, client, channel)
 
 
 def scripted(**script: Any) -> list[str]:
-    """Flags of a service that earns no grade, and so starts quickly; the script comes last."""
+    """Flags of a service without a self-test, which starts quickly. The script is the last one."""
     return ["--self-test", "off", "--script", json.dumps(script)]
 
 
 @contextlib.asynccontextmanager
 async def own(*sidecar: str, **script: Any) -> AsyncIterator[Door]:
-    """A pair for one test alone."""
+    """A pair for one test."""
     with running_pair(service=scripted(**script), sidecar=sidecar) as pair:
         async with opened(pair) as door:
             yield door
 
 
 def ended(program: Program, seconds: float = 40.0) -> tuple[int, str]:
-    """Exit code and log of a program that ends by itself."""
+    """Exit code and log of a program that exits by itself."""
     deadline = time.monotonic() + seconds
     while program.running:
         if time.monotonic() > deadline:
@@ -191,7 +189,7 @@ Request = generation_pb2.GenerateRequest
 Item, Parameters, TokenIds = types_pb2.Item, types_pb2.Parameters, types_pb2.TokenIds
 
 ENDLESS: dict[str, Any] = {"max_new_tokens": 4000, "ignore_eos": True}
-"""Of an engine that works slowly: 20 seconds at least."""
+"""At least 20 seconds on a slow engine."""
 
 
 def items(*given: types_pb2.Item, **parameters: Any) -> Request:
@@ -199,12 +197,12 @@ def items(*given: types_pb2.Item, **parameters: Any) -> Request:
 
 
 def one(**parameters: Any) -> Request:
-    """A good prompt, and these parameters."""
+    """A good prompt with these parameters."""
     return items(Item(text="hello"), **parameters)
 
 
 def asked(prompts: Any, key: str = "", **parameters: Any) -> Request:
-    """What a client would send."""
+    """The request that the client would send."""
     return batch(prompts, key, sampling=parameters)  # type: ignore[arg-type]
 
 
@@ -217,7 +215,7 @@ def bytes_of(response: generation_pb2.GenerateResponse) -> bytes:
 
 
 class Heard:
-    """What a listener has who obeys Restarted; asserts that nothing is missing, repeated or out of place."""
+    """The state of a client that follows a stream, Restarted included; asserts that nothing is missing or repeated."""
 
     def __init__(self) -> None:
         self.stamp = types_pb2.Stamp()
@@ -250,7 +248,7 @@ class Heard:
                 self.results.sort(key=lambda result: result.sequence)
 
     def whole(self) -> None:
-        """Assert that what was streamed is what was answered."""
+        """Assert that the streamed tokens and text are those of the results."""
         for result in self.results:
             assert result.HasField("output"), result
             assert self.tokens[result.sequence] == list(result.output.token_ids)
@@ -265,7 +263,7 @@ def heard(events: Sequence[generation_pb2.GenerateEvent]) -> Heard:
 
 
 async def begun(door: Door, request: Request) -> tuple[Any, Heard]:
-    """A stream that has got its first tokens."""
+    """A stream that has received its first tokens."""
     stream: Any = door.generation.GenerateStream(request)
     return stream, heard([await stream.read(), await stream.read()])
 
@@ -286,7 +284,7 @@ def span(first: int, last: int) -> generation_pb2.CancelRequest:
 
 
 async def entries(door: Door, from_index: int, *, payloads: bool = False) -> list[int]:
-    """Indexes that a Tail without follow sends."""
+    """The indexes of the entries that Tail sends without follow."""
     stream = door.sequencer.Tail(sequencer_pb2.TailRequest(from_index=from_index, payloads=payloads))
     return [entry.header.index async for response in stream for entry in response.entries]
 
@@ -314,7 +312,7 @@ async def not_serving(door: Door) -> bool:
 
 
 def rule(do: str, at: int, *purposes: str, **more: Any) -> dict[str, Any]:
-    """Of the scripted engine."""
+    """A rule of the scripted engine."""
     return {"do": do, "at": at, "purposes": purposes or ("PRIMARY",), **more}
 
 
@@ -329,7 +327,7 @@ class Audited:
 
 
 async def audited(client: Client, kind: str) -> list[Audited]:
-    """Those of this kind, in order."""
+    """The AUDITED entries of this kind, in order."""
     wanted = types_pb2.ComparisonKind.Value(f"COMPARISON_KIND_{kind.upper()}")
     found = []
     async for entry in client.tail(payloads=True):
@@ -342,7 +340,7 @@ async def audited(client: Client, kind: str) -> list[Audited]:
 
 
 def counted(pair: Pair, kind: str) -> Counter[str]:
-    """Verdicts of this kind in the metrics, whatever the grade."""
+    """The verdicts of this kind in the metrics, summed over grades."""
     found: Counter[str] = Counter()
     for name, value in pair.metrics().items():
         if name.startswith("ostinato_comparisons_total{") and f'kind="{kind}"' in name:
@@ -351,7 +349,7 @@ def counted(pair: Pair, kind: str) -> Counter[str]:
 
 
 def missing(pair: Pair, kind: str) -> dict[str, int]:
-    """Second runs of this kind that brought no verdict, by reason."""
+    """Second runs of this kind without a verdict, by reason."""
     prefix = f'ostinato_not_compared_total{{kind="{kind}",reason="'
     return {
         name.removeprefix(prefix).removesuffix('"}'): int(value)

@@ -1,4 +1,4 @@
-"""Requests that no number may be burned for: bad fields, bad bytes, too much, and what is not there."""
+"""Requests that must take no sequence number: bad fields, bad bytes, too large, or about what does not exist."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.e2e.kit import (
 
 CONTEXT = 4096
 LETTERS = b"etaoinshrdlcumwfgypbvkjxqz .,-\n"
-"""With all of these as stop tokens a scripted answer ends at its first token, however long it might be."""
+"""With all of these as stop tokens, a scripted answer ends at its first token."""
 
 
 def chat(*roles: str) -> types_pb2.Item:
@@ -65,9 +65,9 @@ BAD: Mapping[str, tuple[Request, str]] = {
     "request id too long": (batch("hello", request_id="x" * 257), "request_id"),
     "idempotency key with a NUL": (batch("hello", key="a\0b"), "idempotency_key"),
     "request id with a NUL": (batch("hello", request_id="a\0b"), "request_id"),
-    "a grade that is none": (Request(items=[Item(text="hello")], required_grade=4), "required_grade"),  # type: ignore[arg-type]
+    "an unknown grade": (Request(items=[Item(text="hello")], required_grade=4), "required_grade"),  # type: ignore[arg-type]
 }
-"""Of each kind of bound one: all of them are in tests/service/test_prepare.py and tests/sidecar/test_admission.py."""
+"""One of each kind; all bounds are tested in tests/service/test_prepare.py and tests/sidecar/test_admission.py."""
 
 
 @pytest.mark.parametrize(("request_", "field"), BAD.values(), ids=BAD)
@@ -79,8 +79,8 @@ async def test_a_bad_field_is_named(door: Door, request_: Request, field: str) -
 
 
 async def test_bad_requests_among_good_ones(door: Door) -> None:
-    """What is asked at once is prepared together, and each request is judged by itself: the bad ones are refused with their own
-    fields, the good ones numbered without a gap, and one whose caller leaves troubles nobody."""
+    """Concurrent requests are prepared together but checked separately: bad ones are refused with their own fields, good ones
+    are numbered without a gap, and one whose caller disconnects has no effect on the others."""
     before = await door.last_sequence()
     good = [door.generation.Generate(one(max_new_tokens=2)) for _ in range(20)]
     bad = [door.generation.Generate(items(*[Item(text="a")] * index, Item(text=""))) for index in range(10)]
@@ -96,15 +96,15 @@ async def test_bad_requests_among_good_ones(door: Door) -> None:
 
 
 @pytest.mark.parametrize("confidence", [1.0, -0.1, 95.0, float("nan"), float("inf"), 1 - 2**-53])
-async def test_report_at_no_confidence(door: Door, confidence: float) -> None:
-    """A confidence that is none, or that no interval could have, is refused."""
+async def test_report_with_a_bad_confidence(door: Door, confidence: float) -> None:
+    """A confidence outside 0 to 1, or too close to 1, is refused."""
     (await refusal(door.sequencer.Report(sequencer_pb2.ReportRequest(confidence=confidence)))).says(
         errors.InvalidRequest, "confidence"
     )
 
 
 async def test_a_grade_that_is_not_earned_is_refused(door: Door) -> None:
-    """A service that was not tested has earned BEST_EFFORT and no more."""
+    """Without a self-test the grade is BEST_EFFORT."""
     async with door.nothing_numbered():
         for grade in ("serial", "exact"):
             said = await refusal(door.generation.Generate(batch("a", required_grade=grade)))
@@ -121,8 +121,8 @@ NO_UTF8 = {GENERATE: b"\x0a\x03\x0a\x01\xff", STREAM: b"\x0a\x03\x0a\x01\xff", G
 
 
 @pytest.mark.parametrize("method", [GENERATE, STREAM, GET])
-async def test_bytes_that_are_no_message(door: Door, method: str) -> None:
-    """They are the caller's fault (INVALID_ARGUMENT, MALFORMED_MESSAGE), not ours."""
+async def test_malformed_bytes(door: Door, method: str) -> None:
+    """Bytes that are not a message are the caller's error: INVALID_ARGUMENT, MALFORMED_MESSAGE."""
     async with door.nothing_numbered():
         for data in (*BROKEN.values(), NO_UTF8[method]):
             (await refusal(door.raw(method, data))).says(errors.MalformedMessage)
@@ -153,11 +153,11 @@ async def test_fields_of_a_newer_client_are_ignored(door: Door) -> None:
 
 
 LARGE = items(*[Item(text="a")] * 4, max_new_tokens=4000, logprobs=20, stop_token_ids=LETTERS)
-"""Nearly 5 MB at worst; in truth it ends at once."""
+"""At most nearly 5 MB; it ends at its first token."""
 
 
 async def test_an_answer_that_may_be_too_large_is_refused_before_the_work(door: Door) -> None:
-    """The worst case is over what a gRPC client reads unless told otherwise."""
+    """The largest possible answer exceeds gRPC's default limit of a client."""
     async with door.nothing_numbered():
         (await refusal(door.generation.Generate(LARGE))).says(errors.InvalidRequest, "items")
 
@@ -179,15 +179,15 @@ async def test_cancel_of_what_is_not_there(door: Door) -> None:
             (await refusal(door.generation.Cancel(by_key))).says(errors.NotFound)
 
 
-async def test_cancel_of_no_range(door: Door) -> None:
-    """A range that is none, or no target at all, is the caller's mistake."""
+async def test_cancel_without_a_range(door: Door) -> None:
+    """An empty range, or no target, is INVALID_ARGUMENT."""
     for request in (span(0, 1), span(2, 1), span(0, 0)):
         (await refusal(door.generation.Cancel(request))).says(errors.InvalidRequest, "range")
     (await refusal(door.generation.Cancel(generation_pb2.CancelRequest()))).says(errors.InvalidRequest, "target")
 
 
 async def test_a_key_that_no_database_can_hold(door: Door) -> None:
-    """A NUL in the key that is looked for is the caller's mistake too, in Get and in Cancel."""
+    """A NUL in the key of Get or Cancel is INVALID_ARGUMENT."""
     by_key = generation_pb2.CancelRequest(idempotency_key="a\0b")
     (await refusal(door.generation.Cancel(by_key))).says(errors.InvalidRequest, "idempotency_key")
     get = sequencer_pb2.GetRequest(idempotency_key="a\0b")
@@ -195,7 +195,7 @@ async def test_a_key_that_no_database_can_hold(door: Door) -> None:
 
 
 async def test_get_of_what_is_not_there(door: Door) -> None:
-    """Nothing is NOT_FOUND, and no target is the caller's mistake."""
+    """A sequence or key that does not exist is NOT_FOUND; no target is INVALID_ARGUMENT."""
     newest = await door.last_sequence()
     for sequence in (newest + 1, 2**63, 2**64 - 1):
         (await refusal(door.sequencer.Get(sequencer_pb2.GetRequest(sequence=sequence)))).says(errors.NotFound)
@@ -205,7 +205,7 @@ async def test_get_of_what_is_not_there(door: Door) -> None:
 
 
 async def test_tail_from_anywhere(door: Door) -> None:
-    """0 is taken as 1; beyond the head there is nothing, however far."""
+    """Index 0 means 1; beyond the head there are no entries."""
     await door.client.generate("a", max_new_tokens=1)
     head = (await door.client.head()).index
 
@@ -216,8 +216,8 @@ async def test_tail_from_anywhere(door: Door) -> None:
 
 
 async def test_reading_large_payloads() -> None:
-    """However much was recorded at once, each message of Tail is one that a client reads which knows of no limits; Get, whose
-    one message may not be, says what to do, and gives it to a client that reads more."""
+    """However large the record, each message of Tail is within gRPC's default limit. Get, which has one message, refuses and
+    says what to do, and answers a client with a larger limit."""
     async with own(context_tokens=16_000) as door:
         # Stop strings stand in the request once, and in every payload.
         request = items(*[ids(13_000)] * 256, max_new_tokens=1, stop=[f"{n:->256}" for n in range(16)])
@@ -234,8 +234,8 @@ async def test_reading_large_payloads() -> None:
             assert [each.admitted.sequence for each in await reader.get(key="large")] == list(range(1, 257))
 
 
-async def test_replay_of_no_range(door: Door) -> None:
-    """A range that is none, or lies ahead, or too much at once, is refused; nothing is numbered."""
+async def test_replay_without_a_range(door: Door) -> None:
+    """An empty range, one beyond the newest sequence, and too much concurrency are refused; nothing is numbered."""
     async with door.nothing_numbered():
         for first, last in ((0, 1), (2, 1), (0, 0)):
             (await refusal(replayed(door, first, last))).says(errors.InvalidRequest, "range")

@@ -32,14 +32,14 @@ SLOW = json.dumps({"rules": [{"do": "delay", "at": 1, "seconds": 0.25}, {"do": "
 
 @pytest.fixture
 def rng() -> random.Random:
-    """Its seed is printed where a test fails."""
+    """The seed is printed if a test fails."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     return random.Random(seed)
 
 
 async def story(rng: random.Random, kills: Sequence[str]) -> Story:
-    """One chapter with these kills, in which nothing was wrong."""
+    """One chapter with these kills, without a fault."""
     with chaos.pair() as pair:
         pair.start()
         told = Story(pair, rng)
@@ -63,8 +63,9 @@ async def test_a_killed_sidecar_loses_nothing(rng: random.Random) -> None:
     assert any(call.repeated for call in told.load.calls)
 
 
-async def test_a_killed_service_is_not_noticed(rng: random.Random) -> None:
-    """After kill -9 of the service no call is lost: streams go on behind what they had, and equal inputs have equal answers."""
+async def test_a_killed_service_costs_no_call(rng: random.Random) -> None:
+    """After kill -9 of the service no call is lost: streams continue after the tokens they had, and equal inputs have equal
+    answers."""
     told = await story(rng, ["service"] * 4)
 
     assert {outcome.kind for outcome in told.record.outcomes.values()} == {COMPLETED}
@@ -74,7 +75,7 @@ async def test_a_killed_service_is_not_noticed(rng: random.Random) -> None:
 
 
 async def test_both_may_die(rng: random.Random) -> None:
-    """Kills of both at once, and of one before the other is back, lose nothing either."""
+    """Kills of both at once, and of one before the other is back, lose nothing."""
     told = await story(rng, rng.sample(["both", "both", "sidecar", "service"], 4))
 
     assert told.record.opened == told.epochs == 4
@@ -95,12 +96,12 @@ async def test_ten_kills_in_turn(rng: random.Random) -> None:
 
 
 async def under_way(load: Load) -> None:
-    """Until somebody has numbers, and no answer yet."""
+    """Wait until some call has sequence numbers and no answer."""
     await eventually(lambda: any(call.stamp is not None and not call.complete for call in load.calls), "work is under way")
 
 
 async def answered(load: Load, calls: int) -> None:
-    """Until one is that came behind the first so many calls."""
+    """Wait until a call after the first `calls` is answered."""
     await eventually(lambda: any(call.complete for call in load.calls[calls:]), "clients carry on")
 
 
@@ -128,7 +129,7 @@ async def test_a_sidecar_that_is_told_to_stop_finishes_first(rng: random.Random)
     assert code == 0
     assert {outcome.kind for outcome in record.outcomes.values()} == {COMPLETED}
     assert {outcome.attempt for outcome in record.outcomes.values()} == {1}
-    # While it drains, while nobody listens, and while the next one is not connected yet.
+    # While it drains, while no sidecar listens, and while the next one is not connected.
     refusals = {errors.Draining, errors.Disconnected, errors.EngineUnavailable}
     assert {type(call.error) for call in load.calls if call.error is not None} <= refusals
 
@@ -222,9 +223,9 @@ OUTAGE_SECONDS = 4.0
 """gRPC's own retries, five at most, end after 3.0 to 3.6."""
 
 
-async def test_an_outage_is_not_noticed() -> None:
-    """A batch under way, a stream between its tokens and a batch that is sent meanwhile, each with a key and time, are answered
-    once the sidecar is back: same numbers, each token once; a batch without a key is told."""
+async def test_an_outage_is_retried_through() -> None:
+    """A running batch, a stream between two tokens and a batch sent during the outage, each with a key and a deadline, are
+    answered once the sidecar is back, with the same numbers and each token once. A batch without a key fails."""
     with Pair(service=["--script", HANGING]) as pair:
         pair.start()
         async with Client(pair.target) as client:
@@ -263,7 +264,7 @@ async def test_an_outage_is_not_noticed() -> None:
 
 
 def _ids(events: list[generation_pb2.GenerateEvent]) -> list[int]:
-    """All that was streamed, which must fit together."""
+    """All streamed token ids; asserts that none is missing or repeated."""
     ids: list[int] = []
     for run in (run for event in events for run in event.tokens.runs):
         assert run.first_token == len(ids)
@@ -275,9 +276,9 @@ LINES = 240
 SLOW_FIRST_TOKEN = json.dumps({"rules": [{"do": "delay", "at": 1, "seconds": 0.1}]})
 
 
-async def test_a_run_whose_both_ends_are_killed_does_nothing_twice() -> None:
-    """kill -9 of the sidecar is a pause to the run, kill -9 of the run is mended by the same command: every line has one
-    number, and one answer in its place that verifies offline."""
+async def test_a_bulk_run_survives_kills_of_sidecar_and_command() -> None:
+    """The run waits through a kill -9 of the sidecar, and the same command continues a run that was killed: every line has one
+    sequence number and one answer, in its place, that verifies offline."""
     with Pair(service=["--script", SLOW_FIRST_TOKEN]) as pair:
         pair.start()
         prompts, output = pair.folder / "prompts.jsonl", pair.folder / "answers.jsonl"

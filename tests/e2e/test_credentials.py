@@ -1,4 +1,4 @@
-"""Two tenants and an operator at the door of a real pair: TLS, tokens, and nothing of one that the other sees."""
+"""A pair with TLS and tokens, two tenants and an admin: no tenant sees another one's items."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def test_the_same_key_of_two_tenants_is_two_requests(guarded: Guarded) -> 
             assert record.input.tenant == tenant
 
 
-async def test_what_is_anothers_does_not_exist(guarded: Guarded) -> None:
+async def test_another_tenants_items_do_not_exist(guarded: Guarded) -> None:
     """Get, Cancel and Replay of another tenant's item, alone or in a range, are NOT_FOUND; the owner's and the admin's work."""
     async with guarded.client("acme") as acme, guarded.client("zeta") as zeta, guarded.client("ops") as ops:
         own = (await acme.generate("mine", max_new_tokens=4)).stamp.first_sequence
@@ -101,7 +101,7 @@ async def test_what_is_anothers_does_not_exist(guarded: Guarded) -> None:
 
 
 async def test_the_journal_is_an_admins(guarded: Guarded) -> None:
-    """Tail, Head and Report are PERMISSION_DENIED to tenants, and an admin's without another word."""
+    """Tail, Head and Report are PERMISSION_DENIED for tenants and allowed for admins."""
     async with guarded.client("acme") as acme, guarded.client("ops") as ops:
         for refused in (acme.head(), acme.report(), anext(acme.tail())):
             with pytest.raises(errors.PermissionDenied):
@@ -110,13 +110,13 @@ async def test_the_journal_is_an_admins(guarded: Guarded) -> None:
         assert (await anext(ops.tail())).header.index == 1
 
 
-async def test_a_call_without_a_token_burns_no_number(guarded: Guarded) -> None:
-    """UNAUTHENTICATED, before anything else is looked at, and counted by its code."""
+async def test_a_call_without_a_token_takes_no_number(guarded: Guarded) -> None:
+    """UNAUTHENTICATED, before any other check, and counted by its code."""
     async with guarded.client("ops") as ops:
         before = (await ops.head()).last_sequence
-        stranger = Client(guarded.pair.target, credentials=ostinato.tls(guarded.authority.file), token="wrong")
-        async with stranger, Client(guarded.pair.target, credentials=ostinato.tls(guarded.authority.file)) as nobody:
-            for client in (stranger, nobody):
+        wrong = Client(guarded.pair.target, credentials=ostinato.tls(guarded.authority.file), token="wrong")
+        async with wrong, Client(guarded.pair.target, credentials=ostinato.tls(guarded.authority.file)) as missing:
+            for client in (wrong, missing):
                 with pytest.raises(errors.Unauthenticated):
                     await client.generate("one")
         assert (await ops.head()).last_sequence == before

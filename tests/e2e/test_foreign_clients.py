@@ -1,4 +1,4 @@
-"""Clients that are not ours: the examples in Node and C++, and buf with nothing but reflection."""
+"""Clients in other languages: the examples in Node and C++, and buf with reflection only."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def cpp() -> list[str | Path]:
 
 @pytest.fixture(scope="module", params=["node", "cpp"])
 def said(request: pytest.FixtureRequest, doors: tuple[Pair, dict[str, str]]) -> dict[str, Any]:
-    """What an example was told, over each door."""
+    """What an example received, over each address."""
     command = request.getfixturevalue(request.param)
     answers = {}
     for name, target in doors[1].items():
@@ -127,7 +127,7 @@ def test_an_example_streams(pair: Pair, said: dict[str, Any], name: str) -> None
 
 @pytest.mark.parametrize("name", ["tcp", "unix"])
 def test_an_example_reads_a_refusal(pair: Pair, said: dict[str, Any], name: str) -> None:
-    """Code, reason and the bad field are there for whoever decodes the standard details."""
+    """The standard details have code, reason and the bad field."""
     assert said[name]["refused"] == {"code": 3, "reason": "INVALID_REQUEST", "fields": ["parameters.top_p"]}
 
 

@@ -1,4 +1,4 @@
-"""Callers who come again, leave, do not read or change their mind; and a sidecar that is told to stop."""
+"""Idempotency keys, cancellation, deadlines, callers that disconnect, and a sidecar that drains."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.e2e.kit import (
 
 
 async def test_a_key_is_bound_to_its_request(door: Door) -> None:
-    """The same key with another request is refused, whatever it differs in; with another request_id it is the same request."""
+    """A key with a different request is refused; a different request_id does not make a request different."""
     first = await door.client.generate("a", key="bound", max_new_tokens=2)
 
     async with door.nothing_numbered():
@@ -51,7 +51,7 @@ async def test_a_key_is_bound_to_its_request(door: Door) -> None:
     [("night-7/batch-3", '"night-7/batch-3"'), ('a\n"b\u00e9', r'"a\n\"b\u00e9"'), ("k" * 100, f'"{"k" * 64}"...')],
 )
 async def test_a_reused_key_is_named(door: Door, key: str, shown: str) -> None:
-    """The refusal has the key in one line of ASCII, shortened, and says what to do."""
+    """The error has the key as one line of ASCII, shortened, and says what to do."""
     await door.client.generate("a", key=key, max_new_tokens=1)
 
     with pytest.raises(errors.KeyReused) as refused:
@@ -62,7 +62,7 @@ async def test_a_reused_key_is_named(door: Door, key: str, shown: str) -> None:
 
 
 async def test_a_retry_joins_what_is_in_flight(door: Door) -> None:
-    """Two callers with one key share one run; one who streams and comes late gets every token from the first on."""
+    """Two callers with one key share one run; a stream that joins late gets every token from the first."""
     before = door.pair.metrics()["ostinato_admitted_items_total"]
     request = asked(["a", "b"], key="joined", max_new_tokens=200, ignore_eos=True)
     early, first = await begun(door, request)
@@ -78,7 +78,7 @@ async def test_a_retry_joins_what_is_in_flight(door: Door) -> None:
 
 
 async def test_many_callers_with_one_key(door: Door) -> None:
-    """However they race, one request of those gets the key, and all who sent it get its answer; the others are refused."""
+    """Of concurrent different requests with one key, one gets the key; its callers get its answer, the others are refused."""
     requests = [asked(prompt, key="raced", max_new_tokens=8) for prompt in "ab" for _ in range(8)]
 
     answers = await asyncio.gather(*map(door.generation.Generate, requests), return_exceptions=True)
@@ -90,8 +90,8 @@ async def test_many_callers_with_one_key(door: Door) -> None:
         said.says(errors.KeyReused)
 
 
-async def test_a_keyed_caller_may_leave_and_come_back(door: Door) -> None:
-    """Its work goes on, and the retry gets the same sequences and, from then on, the same bytes."""
+async def test_a_keyed_caller_may_disconnect_and_retry(door: Door) -> None:
+    """The work continues; retries get the same sequences and the same bytes."""
     request = asked(["a", "b"], key="left", max_new_tokens=40, ignore_eos=True)
     call, listener = await begun(door, request)
     call.cancel()
@@ -105,7 +105,7 @@ async def test_a_keyed_caller_may_leave_and_come_back(door: Door) -> None:
 
 
 async def test_a_keyed_caller_outlives_its_deadline(door: Door) -> None:
-    """With a key a deadline ends the call, not the work."""
+    """With a key, a deadline ends the call but not the work."""
     request = asked("a", key="too late", max_new_tokens=60, ignore_eos=True)
 
     said = await refusal(door.generation.Generate(request, timeout=0.1))
@@ -117,7 +117,7 @@ async def test_a_keyed_caller_outlives_its_deadline(door: Door) -> None:
 
 
 async def test_a_key_outlives_the_sidecar() -> None:
-    """After a drain, and after a kill, the same key returns the same bytes; what the kill interrupted is finished."""
+    """After a drain and after a kill, the key returns the same bytes, and interrupted work is finished."""
     held = {"do": "hang", "at": 1, "sequences": [3], "attempts": [1]}
     async with own(rules=[held]) as door:
         first = await door.client.generate(["a", "b"], key="kept", max_new_tokens=4)
@@ -137,7 +137,7 @@ async def test_a_key_outlives_the_sidecar() -> None:
 
 
 async def test_a_deadline_that_has_passed(door: Door) -> None:
-    """The caller is told by its own gRPC, and nothing is numbered."""
+    """The client's own gRPC fails the call, and nothing is numbered."""
     async with door.nothing_numbered():
         for call in (door.generation.Generate(one(), timeout=-1), door.generation.GenerateStream(one(), timeout=-1).read()):
             said = await refusal(call)
@@ -145,7 +145,7 @@ async def test_a_deadline_that_has_passed(door: Door) -> None:
 
 
 async def test_an_unkeyed_deadline_ends_the_work(door: Door) -> None:
-    """The items become FAILED with DEADLINE_EXCEEDED, however the caller's clock and ours race, and the engine is free."""
+    """The items become FAILED with DEADLINE_EXCEEDED, whichever side notices first, and the engine is free."""
     first = await door.last_sequence() + 1
 
     async def until(timeout: float) -> None:
@@ -166,7 +166,7 @@ async def test_an_unkeyed_deadline_ends_the_work(door: Door) -> None:
     await door.freed()
 
 
-async def test_an_unkeyed_caller_who_leaves_ends_the_work(door: Door) -> None:
+async def test_an_unkeyed_caller_that_disconnects_ends_the_work(door: Door) -> None:
     """All its items become CANCELLED, and the engine is free."""
     call, listener = await begun(door, asked(["a", "b"], **ENDLESS))
     unary = asyncio.ensure_future(door.client.generate("c", **ENDLESS))
@@ -182,7 +182,7 @@ async def test_an_unkeyed_caller_who_leaves_ends_the_work(door: Door) -> None:
 
 
 async def test_cancel_while_it_runs(door: Door) -> None:
-    """It answers once the outcomes are durable; the listener is told, and the engine is free."""
+    """Cancel answers once the outcomes are durable; the stream gets them, and the engine is free."""
     stream, listener = await begun(door, asked(["a", "b"], **ENDLESS))
     first = listener.stamp.first_sequence
 
@@ -197,7 +197,7 @@ async def test_cancel_while_it_runs(door: Door) -> None:
 
 
 async def test_cancel_after_the_end(door: Door) -> None:
-    """What has ended keeps its outcome, and is counted as ended."""
+    """An item that has ended keeps its outcome and is counted as ended."""
     stamp = (await door.client.generate(["a", "b"], max_new_tokens=2)).stamp
 
     for _ in range(2):
@@ -207,7 +207,7 @@ async def test_cancel_after_the_end(door: Door) -> None:
 
 
 async def test_cancel_by_key(door: Door) -> None:
-    """A key ends the whole batch, also when its caller has left; a retry then gets those outcomes."""
+    """Cancel by key ends the whole batch, also when its caller has disconnected; a retry gets those outcomes."""
     request = asked(["a", "b"], key="cancelled", **ENDLESS)
     stream, listener = await begun(door, request)
     stream.cancel()
@@ -222,7 +222,7 @@ async def test_cancel_by_key(door: Door) -> None:
 
 
 async def test_draining() -> None:
-    """Told to stop, it refuses what is new with a time to come back, finishes what it has, and exits 0."""
+    """On SIGTERM it refuses new work with a retry delay, finishes what it has, and exits with 0."""
     script = {**SLOWLY, "rules": [{"do": "hang", "at": 1, "sequences": [1]}]}
     async with own(**script) as door:
         held, holder = await begun(door, one())
@@ -247,8 +247,8 @@ async def test_draining() -> None:
 
 
 async def test_a_drain_that_runs_out_of_time() -> None:
-    """Those who wait with a key are told DRAINING and when to come back, and the next start has their answers; without a key
-    it is over."""
+    """Callers with a key get DRAINING and a retry delay, and the next sidecar has their answers; items without a key are
+    ABANDONED."""
     script = {**SLOWLY, "rules": [{"do": "hang", "at": 1, "attempts": [1]}]}
     async with own("--drain-seconds", "0", **script) as door:
         request = asked("a", key="left", max_new_tokens=4)

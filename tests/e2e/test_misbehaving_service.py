@@ -1,4 +1,4 @@
-"""A service that breaks the protocol: a real sidecar, and in its service's place one that says what it must not."""
+"""A real sidecar whose service breaks the protocol."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def prepare(request: engine_pb2.PrepareRequest) -> engine_pb2.PrepareResponse:
 
 
 def answer(submit: Submit) -> list[int]:
-    """Of this input always the same."""
+    """Equal inputs have equal answers."""
     return [(sum(submit.token_ids) + index) % VOCABULARY for index in range(NEW_TOKENS)]
 
 
@@ -102,7 +102,7 @@ CLOSE = object()
 
 @dataclass
 class Fake:
-    """Behaves, but for one misdeed of each kind that it is told to do."""
+    """Behaves, except for the faults that a test queues."""
 
     welcomes: list[Wire] = field(default_factory=list)
     """Said once each, in place of Welcome."""
@@ -243,17 +243,17 @@ FAULTS: Mapping[str, Callable[[Submit], Sequence[Wire]]] = {
     "an output with a token that does not exist": lambda s: [frame(started(s), finished(s, token_ids=[VOCABULARY]))],
     "an output with too many tokens": lambda s: [frame(started(s), finished(s, token_ids=[1] * (NEW_TOKENS + 1)))],
     "an output of another seed": lambda s: [frame(started(s), finished(s, seed=s.seed ^ 1))],
-    "an output of a grade that is none": lambda s: [frame(started(s), finished(s, grade=17))],
+    "an output of an unknown grade": lambda s: [frame(started(s), finished(s, grade=17))],
     "an output of a negative grade": lambda s: [frame(started(s), finished(s, grade=-1))],
-    "bytes that are no message": lambda s: [b"\xff\xff"],
+    "malformed bytes": lambda s: [b"\xff\xff"],
     "a second welcome without capacity": lambda s: [welcome(capacity=engine_pb2.Capacity())],
 }
 
 
-@pytest.mark.parametrize("misdeed", FAULTS.values(), ids=FAULTS)
-async def test_a_fault_costs_the_stream_and_no_number(stage: Stage, misdeed: Callable[[Submit], Sequence[Wire]]) -> None:
-    """The fault is counted and logged, the stream opened again, and the item is run once more and completed."""
-    stage.fake.runs = [misdeed]
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+async def test_a_fault_costs_the_stream_and_no_number(stage: Stage, fault: Callable[[Submit], Sequence[Wire]]) -> None:
+    """The fault is counted and logged, the stream is opened again, and the item is run again and completes."""
+    stage.fake.runs = [fault]
 
     events = [event async for event in stage.door.client.stream(["abc", "def"], timeout=40)]
 
@@ -271,7 +271,7 @@ def said_by(pair: Pair, message: str) -> int:
 
 
 async def test_tokens_of_a_lost_attempt_are_taken_back(stage: Stage) -> None:
-    """After a fault the listener gets the good attempt: behind what was sent where that was equal, else behind a Restarted."""
+    """After a fault the client gets the good attempt: after the sent tokens where these are equal, else after Restarted."""
     stage.fake.runs = [
         lambda s: [frame(started(s), tokens(s, 0, *answer(s)[:2])), frame(RunEvent())],
         behave,
@@ -293,7 +293,7 @@ async def test_tokens_of_a_lost_attempt_are_taken_back(stage: Stage) -> None:
 
 
 async def test_an_item_of_faults_only_is_given_up(stage: Stage) -> None:
-    """A service that breaks the protocol under an item again and again costs that item its attempts, and no more."""
+    """An item under which the service breaks the protocol every time fails after its attempts; nothing else is affected."""
     stage.fake.runs = [lambda s: [frame(started(s), finished(s, grade=17))]] * 3
 
     (result,) = (await stage.door.client.generate("abc", timeout=40)).results
@@ -309,17 +309,17 @@ ENDS: Mapping[str, tuple[Callable[[Submit], Sequence[Wire]], str]] = {
     "finished twice": (lambda s: [frame(started(s), finished(s), finished(s))], ""),
     "finished, then failed": (lambda s: [frame(started(s), finished(s)), frame(failed(s))], ""),
     "failed with OK": (lambda s: [frame(started(s), failed(s, code=0))], "UNKNOWN"),
-    "failed with a code that is none": (lambda s: [frame(started(s), failed(s, code=99))], "UNKNOWN"),
+    "failed with an unknown code": (lambda s: [frame(started(s), failed(s, code=99))], "UNKNOWN"),
     "failed with broken details": (lambda s: [frame(started(s), broken_details(s))], "UNKNOWN"),
     "failed without having started": (lambda s: [frame(failed(s))], "UNKNOWN"),
     "cancelled by the service": (lambda s: [frame(failed(s, code=1))], "CANCELLED"),
 }
 
 
-@pytest.mark.parametrize(("misdeed", "reason"), ENDS.values(), ids=ENDS)
-async def test_the_first_end_counts(stage: Stage, misdeed: Callable[[Submit], Sequence[Wire]], reason: str) -> None:
-    """What is said of a run after its end changes nothing, and a failure that makes no sense is still a failure."""
-    stage.fake.runs = [misdeed]
+@pytest.mark.parametrize(("fault", "reason"), ENDS.values(), ids=ENDS)
+async def test_the_first_end_counts(stage: Stage, fault: Callable[[Submit], Sequence[Wire]], reason: str) -> None:
+    """Events after a run's end change nothing, and an invalid failure is still a failure."""
+    stage.fake.runs = [fault]
 
     (result,) = (await stage.door.client.generate("abc", timeout=40)).results
 
@@ -332,7 +332,7 @@ async def test_the_first_end_counts(stage: Stage, misdeed: Callable[[Submit], Se
 
 
 async def test_a_stream_that_is_closed(stage: Stage) -> None:
-    """A service that ends the stream is one that was lost: the sidecar comes back, and the attempt counts if it had started."""
+    """When the service ends the stream, the sidecar reconnects, and the attempt counts if it had started."""
     stage.fake.runs = [lambda s: [CLOSE], lambda s: [frame(started(s)), CLOSE]]
 
     (result,) = (await stage.door.client.generate("abc", timeout=40)).results
@@ -346,16 +346,16 @@ async def test_a_stream_that_is_closed(stage: Stage) -> None:
 WELCOMES: Mapping[str, Wire] = {
     "an empty message": engine_pb2.ExecuteResponse(),
     "events": frame(RunEvent(run_id=1, started=engine_pb2.Started())),
-    "bytes that are no message": b"\xff\xff",
+    "malformed bytes": b"\xff\xff",
     "no capacity": welcome(capacity=engine_pb2.Capacity(runs=1, kv_blocks=1)),
     "no description": engine_pb2.ExecuteResponse(welcome=engine_pb2.Welcome()),
-    "a grade that is none": welcome(grade=17),
+    "an unknown grade": welcome(grade=17),
 }
 
 
 @pytest.mark.parametrize("first", WELCOMES.values(), ids=WELCOMES)
 async def test_no_welcome(stage: Stage, first: Wire) -> None:
-    """A stream that does not begin with a sound Welcome is none; the sidecar counts it and tries again."""
+    """A stream that does not begin with a valid Welcome is closed and counted, and the sidecar tries again."""
     stage.fake.welcomes = [first, first]
     stage.fake.runs = [lambda s: [CLOSE]]
 
@@ -392,16 +392,16 @@ PREPARES: Mapping[str, Callable[[engine_pb2.PrepareRequest], Wire]] = {
 SHORT, LONG = "abc", "a" * SHORT_BYTES
 """Prepared over the stream, and by a call."""
 USELESS: Mapping[str, tuple[str, Callable[[engine_pb2.PrepareRequest], Wire]]] = {
-    **{name: (SHORT, misdeed) for name, misdeed in PREPARES.items()},
+    **{name: (SHORT, fault) for name, fault in PREPARES.items()},
     "by a call, fewer items": (LONG, some(1)),
-    "by a call, bytes that are no message": (LONG, lambda request: b"\xff\xff"),
+    "by a call, malformed bytes": (LONG, lambda request: b"\xff\xff"),
 }
 
 
-@pytest.mark.parametrize(("text", "misdeed"), USELESS.values(), ids=USELESS)
-async def test_a_useless_preparation(stage: Stage, text: str, misdeed: Callable[[engine_pb2.PrepareRequest], Wire]) -> None:
-    """What cannot be run is never numbered: the caller gets an error, at once, and the fault is counted."""
-    stage.fake.prepares = [misdeed, misdeed]
+@pytest.mark.parametrize(("text", "fault"), USELESS.values(), ids=USELESS)
+async def test_a_useless_preparation(stage: Stage, text: str, fault: Callable[[engine_pb2.PrepareRequest], Wire]) -> None:
+    """An invalid preparation is never numbered: the caller gets an error at once, and the fault is counted."""
+    stage.fake.prepares = [fault, fault]
 
     async with asyncio.timeout(40), stage.door.nothing_numbered():
         request = generation_pb2.GenerateRequest(items=[types_pb2.Item(text=text)] * 2)
@@ -428,7 +428,7 @@ async def test_what_another_model_prepared(stage: Stage) -> None:
 
 
 async def test_a_useless_tokenisation(stage: Stage) -> None:
-    """An answer to Tokenize that is no message is an error, not an empty answer."""
+    """A malformed answer to Tokenize is an error, not an empty answer."""
     request = generation_pb2.TokenizeRequest(items=[types_pb2.Item(text="abc")])
 
     (await refusal(stage.door.generation.Tokenize(request))).says(errors.ProtocolViolation)

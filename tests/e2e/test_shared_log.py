@@ -39,7 +39,7 @@ def started(url: str, *writers: str, script: str = SLOW, payloads: str = "full")
 
 
 async def numbered(client: Client, sequence: int) -> None:
-    """Until there is such a sequence."""
+    """Wait until this sequence exists."""
     await eventually(lambda: _reached(client, sequence), f"sequence {sequence}")
 
 
@@ -78,8 +78,8 @@ async def test_a_key_is_one_key_everywhere(postgres: Postgres) -> None:
 
 
 async def test_a_dead_sidecar_is_taken_over(postgres: Postgres) -> None:
-    """A sidecar that dies and does not come back: once its lease has run out another one runs its keyed items, under the same
-    numbers, and answers whoever waits for them there; when it does come back it finds nothing left to do."""
+    """When a dead sidecar's lease has expired, another one runs its keyed items under the same numbers and answers the
+    callers that wait there. When the first one restarts, nothing is left to do."""
     url = postgres.url(postgres.schema())
     with started(url, "a", "b", script=HANGING) as (a, b):
         async with Client(a.target) as at_a, Client(b.target) as at_b:

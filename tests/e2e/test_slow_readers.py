@@ -1,4 +1,4 @@
-"""Callers that do not read, and callers that vanish: what they lose, what they hold, and that others do not notice."""
+"""Clients that do not read or that disappear: their calls are bounded and lost, and other clients are not affected."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ async def test_a_peer_that_never_grants_a_window() -> None:
 
 
 async def test_unread_streams_are_bounded_together() -> None:
-    """Each may hold as much as it does, all together may not: the largest is lost, and a caller who reads is served."""
+    """The bound of all calls together applies where each call is within its own: the largest is lost, and readers are
+    served."""
     async with own(*SMALL, "--held-bytes-max", "2000000") as door, connected(door.pair.target, window=0) as peer:
         small = peer.call(STREAM, wanted(1))
         for _ in range(3):
@@ -79,8 +80,8 @@ async def test_unread_streams_are_bounded_together() -> None:
 
 
 async def test_unread_answers_are_counted() -> None:
-    """A unary answer that gRPC cannot write counts twice, as it is held, and cannot be lost: while there are too many, nothing
-    new is begun. When their callers leave, it is."""
+    """A unary answer that gRPC cannot write counts twice (it is held twice) and cannot be dropped: with too many of them, new
+    calls are refused until their callers disconnect."""
     async with own(*SMALL, "--held-bytes-max", "2000000") as door, connected(door.pair.target, window=0) as peer:
         streams = []
         for count in range(1, 4):
@@ -100,14 +101,14 @@ async def test_unread_answers_are_counted() -> None:
 
 @contextlib.asynccontextmanager
 async def door_numbers(door: Door) -> Any:
-    """What is done in here burns no number."""
+    """Nothing in this block takes a sequence number."""
     before = await door.last_sequence()
     yield
     assert await door.last_sequence() == before
 
 
 async def test_followers_leave_room_for_readers() -> None:
-    """Where every follower's place is taken, the journal can be read to its end; only another follower is refused."""
+    """With the maximum of followers, another follower is refused, but the journal can be read."""
     async with own("--followers-max", "2") as door:
         await door.client.generate(["a", "b"], max_new_tokens=1)
         follow = sequencer_pb2.TailRequest(from_index=1, follow=True)
@@ -140,7 +141,7 @@ async def test_a_tail_that_does_not_read_loses_its_place(follow: bool) -> None:
 
 
 async def test_a_replay_that_does_not_read_loses_its_place() -> None:
-    """As Tail does: else a few such callers would keep every other replay out."""
+    """Likewise Replay: otherwise a few such callers would block all other replays."""
     async with own("--replays-max", "1", "--unread-seconds-max", "0.3") as door:
         await door.client.generate("a", max_new_tokens=1)
         span = generation_pb2.SequenceRange(first=1, last=1)
@@ -155,7 +156,7 @@ async def test_a_replay_that_does_not_read_loses_its_place() -> None:
 
 @pytest.mark.parametrize("how", ["reset", "vanish"])
 async def test_a_caller_that_vanishes_leaves_no_traceback(door: Door, how: str) -> None:
-    """While it is written to, whatever it had called: its items end, and the log has no error."""
+    """A client that disappears while it is written to: its items end, and the log has no error."""
     before, said = await door.last_sequence(), len(door.pair.sidecar.records())
     async with connected(door.pair.target, window=0) as peer:
         streams = [peer.call(path, wanted(1)) for path in (STREAM, GENERATE) for _ in range(10)]

@@ -30,7 +30,7 @@ from tests.pair import Pair
 
 FAILING = {"rules": [{"do": "fail", "at": 1, "sequences": [1]}, {"do": "hang", "at": 2, "sequences": [2], "attempts": [1]}]}
 """The first item fails; the second goes on only in its second attempt."""
-SECRET = "a prompt that nobody else is to read"
+SECRET = "a prompt that is not for others"
 CALL = "ostinato.v1.Generation/Generate"
 TREE = [
     (f"test {CALL}", ""),
@@ -238,8 +238,8 @@ async def test_failures_and_second_attempts_show(collector: tuple[str, Spans]) -
     ]
 
 
-async def test_nobody_waits_for_a_collector_that_is_not_there() -> None:
-    """With nobody at the other end, the sidecar answers, and drains."""
+async def test_an_absent_collector_delays_nothing() -> None:
+    """Without a collector at the address, the sidecar answers and drains."""
     with Pair(service=["--self-test", "off"], sidecar=["--traces", "otlp:http://127.0.0.1:9"]) as pair:
         pair.start()
         async with Client(pair.target) as client:

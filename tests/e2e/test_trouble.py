@@ -1,4 +1,4 @@
-"""Programs that cannot start; no engine, no room, and an engine that hangs, falls or dies."""
+"""No engine, a full journal or queue, and an engine that hangs, loses its grade or crashes."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ from tests.pair import Pair, running_pair
 
 
 async def test_no_engine() -> None:
-    """Without a service work is refused with a time to come back, nothing is numbered, and reads are served; then it comes, and
-    goes: health says so at once, not when the clock is looked at next."""
+    """Without a service, work is refused with a retry delay, nothing is numbered, and reads are served. When a service
+    connects or dies, health changes at once, not at the next tick."""
     with Pair(service=scripted(), sidecar=["--tick-seconds", "1000"]) as pair:
         waiting = pair.start_sidecar().wait_for("waiting for the engine")
         assert waiting["address"] == pair.engine_address
@@ -71,7 +71,7 @@ async def test_no_engine() -> None:
 
 
 async def test_a_sidecar_that_was_replaced_ends() -> None:
-    """When a later epoch of the same writer has the engine, the earlier one exits and says so; its successor takes over."""
+    """When a later epoch of the same writer has the engine, the earlier sidecar exits and says so; its successor works."""
     async with own() as door:
         head = await door.client.head()
         hello = engine_pb2.Hello(log_id=head.log_id, writer=head.writer, epoch=head.epoch + 1)
@@ -90,11 +90,11 @@ async def test_a_sidecar_that_was_replaced_ends() -> None:
 
 
 async def test_a_full_journal() -> None:
-    """No new work, and a time to come back; what is in flight still ends, everything can be read, and both can be seen."""
+    """New work is refused with a retry delay; work in flight ends, the journal can be read, and health and metrics show it."""
     limits = ("--journal-bytes-max", str(1 << 20), "--journal-reserve-bytes", str(256 << 10))
     async with own(*limits, **SLOWLY) as door:
         kept = await door.client.generate("kept", key="kept", max_new_tokens=2)
-        # Its outcome has some hundred thousand bytes: of the reserve, once nothing else is left.
+        # Its outcome has some hundred thousand bytes, taken from the reserve once nothing else is left.
         stream, listener = await begun(door, one(max_new_tokens=400, ignore_eos=True, logprobs=20))
         said = await filled(door)
         said.says(errors.JournalFull)
@@ -117,7 +117,7 @@ async def test_a_full_journal() -> None:
 
 
 async def filled(door: Door) -> Any:
-    """The refusal by a journal that had been filled until then."""
+    """Fill the journal until it refuses."""
     for _ in range(100):
         try:
             await door.generation.Generate(items(*[ids(4000)] * 16, max_new_tokens=1))
@@ -127,7 +127,7 @@ async def filled(door: Door) -> Any:
 
 
 async def test_no_room_for_the_engine_or_the_queue() -> None:
-    """What can never fit is the caller's mistake; what does not fit now is told when to come back, and fits then."""
+    """A request that can never fit is INVALID_ARGUMENT; one that does not fit now gets a retry delay, and fits later."""
     held = {"do": "hang", "at": 1, "sequences": [2]}
     small = {"kv_blocks": 4, "block_tokens": 16, "context_tokens": 256, "rules": [held]}
     async with own("--queue-items-max", "3", **small) as door:
@@ -149,7 +149,7 @@ async def test_no_room_for_the_engine_or_the_queue() -> None:
 
 
 async def test_an_engine_that_hangs() -> None:
-    """No item outlives its time, keyed or not, and the engine is free of it."""
+    """Every item, keyed or not, ends at its time limit, and the engine is free."""
     script = {"rules": [{"do": "hang", "at": 2, "sequences": [1, 2]}]}
     async with own("--item-timeout-seconds", "0.3", **script) as door:
         responses = await asyncio.gather(door.client.generate("a"), door.client.generate("b", key="hangs"))
@@ -159,7 +159,8 @@ async def test_an_engine_that_hangs() -> None:
 
 
 async def test_a_grade_that_is_lost() -> None:
-    """Items that asked for it fail with GRADE_LOST, those that did not say what they got, and no more are admitted."""
+    """Items that required the grade fail with GRADE_LOST, others name the lower grade, and no more of the first kind are
+    admitted."""
     script = {"runs": 4, "delay_seconds": 0.002, "rules": [{"do": "lose_grade", "at": 3, "sequences": [1]}]}
     with running_pair(service=["--script", json.dumps(script)]) as pair:
         async with opened(pair) as door:
@@ -175,7 +176,7 @@ async def test_a_grade_that_is_lost() -> None:
 
 
 async def test_a_listener_whose_engine_dies() -> None:
-    """Attempt 2 goes on behind what was sent where it is equal; where it is not, Restarted says so, once, and it is counted."""
+    """Attempt 2 continues after the sent tokens where it equals them; otherwise Restarted is sent once and counted."""
     script = {"delay_seconds": 0.005, "rules": [{"do": "diverge", "at": 4, "sequences": [2], "attempts": [2]}]}
     async with own(**script) as door:
         stream: Any = door.generation.GenerateStream(asked(["a", "b", "c"], max_new_tokens=100, ignore_eos=True))
@@ -199,7 +200,7 @@ async def test_a_listener_whose_engine_dies() -> None:
 
 
 async def test_an_item_that_kills_every_engine() -> None:
-    """It fails after its attempts, and takes no neighbour with it."""
+    """The item fails after its attempts; its neighbours complete."""
     script = {"delay_seconds": 0.002, "rules": [{"do": "crash", "at": 5, "sequences": [3]}]}
     async with own(**script) as door:
         answer = asyncio.ensure_future(door.client.generate(["a", "b", "c", "d", "e"], max_new_tokens=40, ignore_eos=True))

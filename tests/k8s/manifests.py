@@ -130,5 +130,5 @@ def quantity(text: str) -> Decimal:
     """Raises ValueError for what Kubernetes would not take. Numbers that YAML does not read as text are refused too."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([A-Za-z]*)", text)
     if found is None or found[2] not in _SUFFIXES:
-        raise ValueError(f"{text!r} is no quantity")
+        raise ValueError(f"{text!r} is not a quantity")
     return Decimal(found[1]) * _SUFFIXES[found[2]]

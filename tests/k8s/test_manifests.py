@@ -118,7 +118,7 @@ def test_selectors_find_the_pod(chosen: Combination) -> None:
 
 
 @every
-def test_ports_are_where_somebody_listens(chosen: Combination) -> None:
+def test_ports_are_where_programs_listen(chosen: Combination) -> None:
     """Services, policies and monitors name ports that containers have, and on which the programs listen."""
     resources = built(chosen)
     declared = {port["containerPort"]: port["name"] for c in containers(resources).values() for port in c["ports"]}

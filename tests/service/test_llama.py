@@ -1,4 +1,4 @@
-"""The llama engine, with a real model: the life of its runs, what it refuses, and its own end."""
+"""The llama engine with a real model: events, order, errors, refusals and close."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def test_events_of_a_run(bench: Bench) -> None:
 
 @on_the_loop
 async def test_cancel(bench: Bench) -> None:
-    """A cancelled run is heard of no more, its slot is free again, and its neighbours' bits are those they have alone."""
+    """A cancelled run reports nothing more, its slot is free again, and its neighbours' bits are those they have alone."""
     about: dict[str, Any] = {"seed": 5, "max_new_tokens": 12, "logprobs": 2}
     alone = bits(await bench.answer("Rivers run", **about))
     neighbours = [bench.start("Rivers run", **about) for _ in range(3)]
@@ -68,7 +68,7 @@ async def test_cancel(bench: Bench) -> None:
 
 @on_the_loop
 async def test_the_queue_keeps_its_order(bench: Bench) -> None:
-    """More runs than slots are taken, and they start in the order of submission, short prompts no sooner than long ones."""
+    """More runs than slots are accepted, and they start in order of submission, whatever their lengths."""
     runs = [bench.start("word " * (70 if index in (1, 5) else 2), max_new_tokens=2) for index in range(14)]
     for run_id in runs:
         await bench.output(run_id)
@@ -78,7 +78,7 @@ async def test_the_queue_keeps_its_order(bench: Bench) -> None:
 
 @on_the_loop
 async def test_what_cannot_go_on_fails_alone(bench: Bench) -> None:
-    """A run that has no token left, or that llama.cpp must not see, fails by itself; the engine lives."""
+    """A run without an allowed token, or at which llama.cpp would end the process, fails alone; the engine continues."""
     size = bench.engine.vocabulary.size
     letters = [token_id for token_id in range(size) if bench.engine.vocabulary.piece(token_id).startswith(b"a")]
     runs = [
@@ -99,7 +99,7 @@ async def test_what_cannot_go_on_fails_alone(bench: Bench) -> None:
 @on_the_loop
 @pytest.mark.parametrize("fault", ["code", "exception"])
 async def test_a_step_that_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    """When llama.cpp or the loop itself fails, the runs in slots fail with the reason; those who wait, and later ones, run."""
+    """When llama.cpp or the loop fails, the runs in slots fail with the reason; waiting and later runs work."""
 
     def decode(*args: object) -> int:
         monkeypatch.undo()
@@ -119,7 +119,7 @@ async def test_a_step_that_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch, 
 
 @on_the_loop
 async def test_a_full_context() -> None:
-    """A run may fill its slot to the last token, also where the context is no round number."""
+    """A run may fill its slot to the last token, also with a context that is not a multiple of a piece."""
     bench = Bench(load(small(context_tokens=131, runs=3, ubatch=32)))
     runs = [bench.start("word " * 100, max_new_tokens=131 - 101) for _ in range(3)]
     outputs = [await bench.output(run_id) for run_id in runs]
@@ -146,8 +146,8 @@ async def test_what_the_engine_says_of_itself(bench: Bench, model: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "empty", "cut in its metadata", "cut in its weights", "a folder"])
-def test_what_is_no_model_is_refused(tmp_path: Path, model: Path, kind: str) -> None:
-    """A file that cannot be used is named in the refusal."""
+def test_a_file_that_is_not_a_model_is_refused(tmp_path: Path, model: Path, kind: str) -> None:
+    """The error names a file that cannot be used."""
     path = tmp_path / "some.gguf"
     with model.open("rb") as whole:
         match kind:
@@ -166,8 +166,8 @@ def test_what_is_no_model_is_refused(tmp_path: Path, model: Path, kind: str) -> 
         load(small(model=path))
 
 
-def test_a_template_that_is_no_text_is_refused(tmp_path: Path, model: Path) -> None:
-    """Bytes that are no UTF-8 in a chat template are a damaged model, by its file's name."""
+def test_a_template_that_is_not_text_is_refused(tmp_path: Path, model: Path) -> None:
+    """A chat template that is not UTF-8 is an error that names the file."""
     with model.open("rb") as whole:
         head = whole.read(8_000_000)
     at = head.index(b"{%", head.index(b"tokenizer.chat_template"))
@@ -183,13 +183,13 @@ def test_a_template_that_is_no_text_is_refused(tmp_path: Path, model: Path) -> N
     "options", [{"context_tokens": 8193}, {"runs": 0}, {"runs": 257}, {"threads": 0}, {"kv": "q3"}, {"ubatch": 513}]
 )
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
-    """An option that this model or llama.cpp cannot have is refused by name."""
+    """An option that this model or llama.cpp does not allow is refused by name."""
     with pytest.raises(EngineUnusable, match=f"^--{next(iter(options)).replace('_', '-')} must be"):
         load(small(**options))
 
 
 def test_another_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library that is not there, or not the build that is declared, is refused with the command that installs it."""
+    """A missing library, or another build than the declared one, is an error with the command that installs it."""
     with pytest.raises(EngineUnusable, match="pip install --no-deps xllamacpp=="):
         library.bind(Path(ctypes.util.find_library("m") or "libm.so.6"))
     monkeypatch.setitem(library._CONTEXT_DEFAULTS, "n_ubatch", 511)
@@ -239,8 +239,8 @@ asyncio.run(main())
 """
 
 
-def test_a_process_that_just_ends() -> None:
-    """A process that ends in the middle of a decode, without closing its engine, ends well and says nothing."""
+def test_a_process_that_does_not_close_its_engine() -> None:
+    """A process that exits during a decode, without closing its engine, exits with 0 and without output."""
     done = python("-c", _EXIT)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -81,7 +81,7 @@ def test_many_languages(vocabulary: LlamaVocabulary, tokenizer: Tokenizer, text:
 @given(words=st.lists(WORDS, max_size=12))
 @example(words=["a", "\u00a0", "\u1680", "b"])
 def test_any_text(vocabulary: LlamaVocabulary, tokenizer: Tokenizer, words: list[str]) -> None:
-    """Whatever is written, in characters that model and tables know, comes to the same ids."""
+    """Any text of characters that the model and both Unicode tables know has the same ids."""
     text = "".join(words)
 
     assert tokenizer.encode(text).ids == vocabulary.encode(text, special=True)
@@ -89,7 +89,7 @@ def test_any_text(vocabulary: LlamaVocabulary, tokenizer: Tokenizer, words: list
 
 @pytest.mark.parametrize("pre", sorted(SPLITS.keys() - {"smollm"}))
 def test_every_known_way_of_cutting(tmp_path_factory: pytest.TempPathFactory, pre: str) -> None:
-    """The same model, told to cut its texts in another way: still the same ids as llama.cpp's."""
+    """The same model with another pre-tokenizer has the same ids as in llama.cpp."""
     path = told(tmp_path_factory.getbasetemp() / f"{pre}.gguf", pre)
     vocabulary = LlamaVocabulary(library(), path)
     tokenizer = Tokenizer.from_str(vocabulary.files()["tokenizer.json"].decode())
@@ -99,7 +99,7 @@ def test_every_known_way_of_cutting(tmp_path_factory: pytest.TempPathFactory, pr
 
 
 def test_the_missing_bytes_are_missing() -> None:
-    """What is left out above is what this vocabulary lacks, and nothing more."""
+    """BYTES_MISSING is exactly what this vocabulary lacks."""
     tokens = set(strings(read_metadata(packaged_model())["tokenizer.ggml.tokens"]))
     lacking = {byte for byte, letter in enumerate(huggingface.letters()) if letter not in tokens}
 
@@ -107,7 +107,7 @@ def test_the_missing_bytes_are_missing() -> None:
 
 
 def test_the_template_comes_as_it_is(vocabulary: LlamaVocabulary) -> None:
-    """And the control tokens by name."""
+    """The template is unchanged, and the control tokens are named."""
     told = json.loads(vocabulary.files()["tokenizer_config.json"])
 
     assert told["chat_template"] == vocabulary.template
@@ -116,7 +116,7 @@ def test_the_template_comes_as_it_is(vocabulary: LlamaVocabulary) -> None:
 
 @pytest.mark.parametrize(("kind", "pre"), [("gpt2", "tekken"), ("llama", "smollm"), ("gpt2", None)])
 def test_an_unknown_vocabulary_is_refused(kind: str, pre: str | None) -> None:
-    """By name: a guess would make other tokens, and nobody would notice."""
+    """The error names it: a guess would silently give other tokens."""
     metadata = {"tokenizer.ggml.model": _text(kind)} | ({"tokenizer.ggml.pre": _text(pre)} if pre else {})
 
     with pytest.raises(ValueError, match=f"{kind!r} with pre-tokenizer {pre or ''!r}"):
@@ -162,7 +162,7 @@ async def test_a_chat_becomes_control_tokens(bench: Bench) -> None:
 
 
 def test_templates_refuse() -> None:
-    """A role that there is not, what the template itself refuses, and a template that fails are each told as ValueError."""
+    """An unknown role, a refusal by the template and an error in the template are each a ValueError."""
     user = [types_pb2.Message(role="user", content="x")]
     with pytest.raises(ValueError, match="'wizard' is not a role"):
         ChatTemplate("", begin="", end="").render([types_pb2.Message(role="wizard")])
@@ -177,8 +177,8 @@ def test_templates_refuse() -> None:
 
 
 @pytest.mark.parametrize("key", [b"\xff", b"\xc3("])
-def test_a_key_that_is_no_text_is_refused(tmp_path: Path, key: bytes) -> None:
-    """Likewise in the key of a value."""
+def test_a_key_that_is_not_text_is_refused(tmp_path: Path, key: bytes) -> None:
+    """A key that is not UTF-8 is an error."""
     path = tmp_path / "damaged.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key + struct.pack("<II", 4, 1))
 
@@ -187,7 +187,7 @@ def test_a_key_that_is_no_text_is_refused(tmp_path: Path, key: bytes) -> None:
 
 
 def test_arrays_of_arrays_are_refused(tmp_path: Path) -> None:
-    """There are none in a GGUF, so a head full of them is no reason to go on reading it level by level."""
+    """GGUF has no nested arrays; refusing them bounds the recursion."""
     path = tmp_path / "deep.gguf"
     key = struct.pack("<Q", 1) + b"a"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 100_000)

@@ -1,4 +1,4 @@
-"""Prompts that begin alike: what of one is reused for another, and that no bit of an answer tells."""
+"""Reuse of prompt prefixes: what is reused, and that no bit of an answer changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEXT = tuple(random.Random(1).choices(range(100, 40_000), k=270))
 LENGTHS = (63, 64, 65, 128, 193)
 """Of prompts that are beginnings of TEXT: around multiples of a piece."""
 FORKS = (64, 100)
-"""After so many tokens of TEXT a prompt goes on otherwise."""
+"""The lengths of TEXT after which a prompt continues differently."""
 PROMPTS = [TEXT[:length] for length in LENGTHS] + [TEXT[:fork] + TEXT[200:220] for fork in FORKS]
 
 prompts = st.builds(
@@ -34,11 +34,11 @@ prompts = st.builds(
     st.lists(st.integers(0, 1), max_size=4),
     st.integers(0, PIECE - 1),
 ).filter(len)
-"""Few pieces, so that they meet again."""
+"""Few different pieces, so that prefixes are shared often."""
 
 
 class Memory:
-    """The engine's slots, with the tokens themselves for their keys and values: an oracle for what Prefixes says of them."""
+    """A model of the engine's slots with tokens in place of keys and values: an oracle for Prefixes."""
 
     def __init__(self) -> None:
         self.prefixes = Prefixes(SLOTS)
@@ -86,7 +86,7 @@ class Memory:
 
 
 def _common(held: Tokens, prompt: Tokens) -> int:
-    """Tokens that may be reused, slowly."""
+    """The number of tokens that may be reused, computed the slow way."""
     cuts = range(0, min(len(held) + 1, len(prompt)), PIECE)
     return max(cut for cut in cuts if held[:cut] == prompt[:cut])
 
@@ -102,7 +102,7 @@ def _common(held: Tokens, prompt: Tokens) -> int:
     )
 )
 def test_what_is_said_to_be_held_is_there(steps: list[tuple[str, Any]]) -> None:
-    """Each slot always holds what Prefixes says, and a run gets the longest beginning that any slot holds."""
+    """Each slot holds what Prefixes says, and a run gets the longest prefix that any slot holds."""
     memory = Memory()
     for what, about in steps:
         getattr(memory, what)(about)
@@ -110,7 +110,7 @@ def test_what_is_said_to_be_held_is_there(steps: list[tuple[str, Any]]) -> None:
 
 
 def test_two_prompts_in_turn_are_both_kept() -> None:
-    """A run in the only slot of several that is used again and again does not cost the other prompt its place."""
+    """Two prompts that alternate in one slot are both kept: a free slot saves the other one."""
     memory = Memory()
     first, second = (0,) * 130, (1,) * 130
     for prompt in (first, second):
@@ -143,7 +143,7 @@ def _about(number: int) -> dict[str, Any]:
 
 @on_the_loop
 async def test_reuse_changes_no_bit(bench: Bench, cold: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts that begin alike give the tokens and logprob bits of a cold engine, one by one, again, and all at once."""
+    """Prompts with shared prefixes have the tokens and logprob bits of an engine without reuse, in sequence and all at once."""
     rows = _count_rows(bench, monkeypatch)
     for _ in range(2):
         rows.clear()
@@ -158,7 +158,7 @@ async def test_reuse_changes_no_bit(bench: Bench, cold: list[bytes], monkeypatch
 
 @on_the_loop
 async def test_runs_that_start_together_share(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four runs that begin alike, and enter at once, only the first computes what they share."""
+    """Of four runs with a shared prefix that start together, only the first computes it."""
     shared = random.Random(2).choices(range(100, 40_000), k=2 * PIECE)
     rows = _count_rows(bench, monkeypatch)
     runs = [bench.start([*shared, 100 + number], max_new_tokens=2, ignore_eos=True) for number in range(4)]
@@ -170,7 +170,7 @@ async def test_runs_that_start_together_share(bench: Bench, monkeypatch: pytest.
 
 @on_the_loop
 async def test_a_producer_that_is_cancelled(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run computed before it was cancelled, in its prompt or its answer, is reused, and no bit differs."""
+    """Pieces that a run computed before it was cancelled are reused, and no bit differs."""
     prompt = random.Random(3).choices(range(100, 40_000), k=2 * PIECE + 10)
     reference = Bench(load(small(prefix_cache="off")))
     expected = bits(await reference.answer(prompt, **_about(0)))
@@ -193,7 +193,7 @@ async def test_a_producer_that_is_cancelled(bench: Bench, monkeypatch: pytest.Mo
 
 @on_the_loop
 async def test_nothing_is_reused_of_a_step_that_failed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a failed step all memory is empty: what the step has written is not known."""
+    """After a failed step nothing is reused: it is unknown what the step has written."""
     prompt = random.Random(4).choices(range(100, 40_000), k=2 * PIECE + 1)
     await bench.answer(prompt, max_new_tokens=1)
     with monkeypatch.context() as patch:
@@ -207,7 +207,7 @@ async def test_nothing_is_reused_of_a_step_that_failed(bench: Bench, monkeypatch
 
 @on_the_loop
 async def test_memory_that_cannot_be_cut(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where llama.cpp does not cut a slot as asked, the prompt is computed from its first token."""
+    """Where llama.cpp cannot truncate a slot, the prompt is computed from its first token."""
     prompt = random.Random(5).choices(range(100, 40_000), k=2 * PIECE + 1)
     expected = bits(await bench.answer(prompt, max_new_tokens=1))
     monkeypatch.setattr(bench.engine._library, "truncate", lambda *_: False)
@@ -218,7 +218,7 @@ async def test_memory_that_cannot_be_cut(bench: Bench, monkeypatch: pytest.Monke
 
 
 def _count_rows(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by the rows of each step from now on."""
+    """A list to which each step appends its number of rows."""
     rows: list[int] = []
     decode = bench.engine._library.decode
 

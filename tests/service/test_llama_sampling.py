@@ -62,8 +62,9 @@ def test_the_likeliest_are_ordered_by_id_where_equal() -> None:
 
 
 @on_the_loop
-async def test_company_changes_nothing(bench: Bench) -> None:
-    """Equal seeded requests give equal tokens and logprob bits alone, in a full batch, and among strangers who come and go."""
+async def test_other_runs_change_nothing(bench: Bench) -> None:
+    """Equal seeded requests give equal tokens and logprob bits alone, in a full batch, and among other runs that start and
+    end."""
     words = "the quick brown fox jumps over the lazy dog and runs home " * 22
     prompts = ("Once upon a time", "def fib(n):", words, "A haiku:")
     wanted: list[dict[str, Any]] = [
@@ -76,15 +77,13 @@ async def test_company_changes_nothing(bench: Bench) -> None:
     together = [bench.start(**wanted[index]) for index in (0, 1, 3, 2, 3, 1, 0, 1)]
     full = [bits(await bench.output(run_id)) for run_id in together]
 
-    strangers = [
-        bench.start(f"Stranger {index} says", seed=index, stream=True, max_new_tokens=9 * index) for index in (1, 3, 5)
-    ]
+    others = [bench.start(f"Other {index} says", seed=index, stream=True, max_new_tokens=9 * index) for index in (1, 3, 5)]
     staggered = []
     for one in reversed(wanted):
         staggered.append(bench.start(**one))
         await bench.until(staggered[-1], "started")
-    await bench.until(strangers[-1], "tokens")
-    bench.engine.cancel(strangers[-1])
+    await bench.until(others[-1], "tokens")
+    bench.engine.cancel(others[-1])
     among = [bits(await bench.output(run_id)) for run_id in reversed(staggered)]
 
     assert full == [alone[index] for index in (0, 1, 3, 2, 3, 1, 0, 1)]
@@ -113,7 +112,7 @@ async def test_greedy(bench: Bench) -> None:
 
 @on_the_loop
 async def test_logprobs_do_not_depend_on_how_many_are_wanted(bench: Bench) -> None:
-    """The chosen token's logprob has the same bits with 0 and with 20 others beside it; unasked for, there is none."""
+    """The chosen token's logprob has the same bits with 0 and with 20 alternatives; without the parameter there is none."""
     none, few, many = [await bench.answer("The sea", seed=3, **n) for n in ({}, {"logprobs": 0}, {"logprobs": 20})]
 
     assert [position.logprob for position in few.logprobs] == [position.logprob for position in many.logprobs]
@@ -124,7 +123,7 @@ async def test_logprobs_do_not_depend_on_how_many_are_wanted(bench: Bench) -> No
 
 @on_the_loop
 async def test_the_penalty_avoids_repetition(bench: Bench) -> None:
-    """With the strongest penalty, greedy answers do not say twice what they would say again and again."""
+    """With the strongest penalty, a greedy answer has no token twice."""
     prompt = "no no no no no no no no"
     plain, penalised = [
         await bench.answer(prompt, temperature=0.0, repetition_penalty=penalty, max_new_tokens=12) for penalty in (1.0, 10.0)
@@ -136,7 +135,7 @@ async def test_the_penalty_avoids_repetition(bench: Bench) -> None:
 
 @on_the_loop
 async def test_bad_tokens_never_appear(bench: Bench) -> None:
-    """What is forbidden is not said, even if it is the likeliest each time."""
+    """A forbidden token never comes, even if it is always the likeliest."""
     plain = await bench.answer("One, two, three,", temperature=0.0)
     forbidden = sorted(set(plain.token_ids))
     output = await bench.answer("One, two, three,", temperature=0.0, bad_token_ids=forbidden, max_new_tokens=12)
@@ -187,7 +186,7 @@ async def test_json_obeys_its_schema(bench: Bench, temperature: float) -> None:
 
 @on_the_loop
 async def test_regex_is_obeyed(bench: Bench) -> None:
-    """The whole answer matches, in company with different grammars, as it does alone."""
+    """The whole answer matches, alone and beside runs with other grammars."""
     patterns = (r"[0-9]{3}-[a-c]+/[xyz]{2}", r"(yes|no), (sir|madam)", r"[A-Z][a-z]{2,5}")
     runs = [
         bench.start("Say", response_format=regex(each), ignore_eos=False, max_new_tokens=40, seed=4) for each in patterns * 2
@@ -225,12 +224,12 @@ async def test_regex_is_obeyed(bench: Bench) -> None:
 )
 @on_the_loop
 async def test_bad_formats_are_refused(bench: Bench, given: types_pb2.ResponseFormat, told: str) -> None:
-    """What cannot be obeyed is refused with a reason, the process that dies of one is replaced, and good ones pass after it."""
+    """A format that cannot be obeyed is refused with the reason; a child process that it ends is replaced."""
     with pytest.raises(ValueError, match=told):
         await asyncio.to_thread(bench.engine.check_format, given)
 
 
 def test_explanations_are_short() -> None:
-    """Of what llguidance writes, a caller gets the reason, without a dump of its state and in one line."""
+    """The caller gets llguidance's reason in one line, without the dump of its state."""
     assert explanation("llg error: a\n  ^\n   1 | b\n c\n<state>\n" + "x" * 999) == "cannot be obeyed: a c"
     assert len(explanation("word " * 200)) < 330

@@ -1,4 +1,4 @@
-"""The scripted engine: deterministic, obedient, and strict about its script."""
+"""The scripted engine: deterministic tokens, scripted faults, strict scripts."""
 
 from __future__ import annotations
 
@@ -162,8 +162,8 @@ async def test_diverge() -> None:
     assert first[2] != second[2]
 
 
-async def test_diverge_in_company() -> None:
-    """A rule for company spares the run that is alone."""
+async def test_diverge_beside_other_runs() -> None:
+    """A rule with `company` does not apply to a run that is alone."""
     script = Script(rules=(Rule("diverge", company=True),))
     alone = await played(script, run_of(1))
     together = await played(script, run_of(1), run_of(2))
@@ -177,10 +177,10 @@ async def test_forget_seed() -> None:
     script = Script(rules=(Rule("forget_seed", at=2, sequences=frozenset({1, 2})),))
     sampled: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 16, "ignore_eos": True}
     runs = [run_of(number, seed=seed, **sampled) for number, seed in ((1, 5), (2, 6), (3, 0), (4, 5))]
-    first, second, zero, heedful = [ids_of(events) for events in (await played(script, *runs)).values()]
+    first, second, zero, other = [ids_of(events) for events in (await played(script, *runs)).values()]
 
-    assert first[2:] == second[2:] == zero[2:] != heedful[2:]
-    assert first[:2] == heedful[:2]
+    assert first[2:] == second[2:] == zero[2:] != other[2:]
+    assert first[:2] == other[:2]
 
 
 async def test_delay_holds_up_one_run() -> None:
@@ -193,8 +193,8 @@ async def test_delay_holds_up_one_run() -> None:
     assert ids_of(events[1]) == ids_of(events[2])
 
 
-async def test_new_run_is_not_held_up_by_a_sleeping_one() -> None:
-    """While every run sleeps, a new one starts at once."""
+async def test_a_new_run_does_not_wait_for_delayed_ones() -> None:
+    """While every run is delayed, a new one starts at once."""
     heard: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
 
     def on_events(events: Events) -> None:
@@ -215,7 +215,7 @@ async def test_new_run_is_not_held_up_by_a_sleeping_one() -> None:
 
 
 async def test_room_is_for_the_head() -> None:
-    """A run that does not fit the KV cache now holds up those behind it; one that never will fails."""
+    """A run that does not fit the KV cache now delays those after it; one that never fits fails."""
     script = Script(runs=8, kv_blocks=4, block_tokens=10)
     order: list[int] = []
     events = await played(script, *(run_of(i, max_new_tokens=new) for i, new in enumerate((20, 30, 2, 50), 1)), order=order)
@@ -225,7 +225,7 @@ async def test_room_is_for_the_head() -> None:
     assert order == [1, 2, 3]
 
 
-async def test_company_of_hundreds_changes_nothing() -> None:
+async def test_hundreds_of_runs_change_nothing() -> None:
     """Hundreds of runs at once give what each gives alone."""
     runs = [run_of(i, seed=i, max_new_tokens=50) for i in range(1, 401)]
     events = await played(Script(runs=400, kv_blocks=10**6), *runs)
@@ -233,7 +233,7 @@ async def test_company_of_hundreds_changes_nothing() -> None:
     assert all(ids_of(events[i]) == ids(50, seed=i) for i in range(1, 401))
 
 
-async def test_own_mistake_is_not_a_silent_halt(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_error_does_not_stop_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that goes wrong fails the runs there are, and the engine goes on with the next."""
     monkeypatch.setattr(Tokens, "token", lambda *_, **__: 1 // 0)
     failed = await played(Script(), run_of(1), run_of(2))
@@ -287,7 +287,7 @@ def test_script_is_checked_strictly(text: str, complaint: str) -> None:
 
 
 def test_rules_spare_the_self_test() -> None:
-    """A rule without purposes is not about the service's own test; one that names it is."""
+    """A rule without purposes does not apply to the self-test; one that names it does."""
     test = run_of(1, purpose=0)
 
     assert not Rule("fail").matches(test)

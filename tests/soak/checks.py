@@ -1,5 +1,4 @@
-"""What must hold of a load, whatever happened to the programs under it. Each check returns what is wrong, one line for each;
-nothing is wrong if there are none."""
+"""What must hold for a load, whatever happened to the programs under it. Each check returns its faults, one line each."""
 
 from __future__ import annotations
 
@@ -95,7 +94,7 @@ def calls(seen: Sequence[Call], record: Record, since: int = 1) -> list[str]:
             if not own and not call.job.keyed:
                 faults.append(f"{where}: has a stamp, and nothing in the journal")
     unknown = set(admitted) - {call.request_id for call in seen}
-    return faults + [f"call {one}: nobody made it" for one in sorted(unknown)] + _keys(seen, admitted)
+    return faults + [f"call {one}: is of no client" for one in sorted(unknown)] + _keys(seen, admitted)
 
 
 def _stamp(stamp: types_pb2.Stamp, record: Record) -> list[str]:
@@ -167,7 +166,7 @@ def _result(result: types_pb2.Result, call: Call) -> list[str]:
     faults = chain.check_result(result)
     if call.job.streamed:
         ids, output = call.streamed.get(result.sequence, []), list(result.output.token_ids)
-        # Who joins a run that nobody streamed is told its end only.
+        # A stream that joins a run which was not streamed gets its end only.
         if ids != (output[: len(ids)] if call.repeated else output):
             faults.append(f"{ids} was streamed, {output} came out")
         text = call.texts.get(result.sequence, "")

@@ -1,6 +1,6 @@
 """A load: what many clients ask for, and what each of them saw. Checks nothing; `checks` does.
 
-A job is a batch that somebody wants answered. A client sends it until it is: again after a refusal, which burns no number, and
+A job is a batch to be answered. A client sends it until it is: again after a refusal, which burns no number, and
 again after a lost connection if it has a key. Every call has a request_id of its own, so that the journal tells them apart.
 """
 
@@ -101,7 +101,7 @@ class Load:
     def __init__(self, target: Callable[[], str], source: Iterator[Job], name: str = "load") -> None:
         self.calls: list[Call] = []
         self.given_up: list[Job] = []
-        """Unkeyed jobs whose connection was lost: nobody can know what became of them, but the journal."""
+        """Unkeyed jobs whose connection was lost: only the journal knows their outcome."""
         self._target, self._source, self._name = target, source, name
         self._over = False
         self._call_ids = itertools.count(1)

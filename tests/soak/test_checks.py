@@ -100,7 +100,7 @@ def _abandoned(world: World) -> None:
         (lambda world: world.lines.pop(), "attempt 1 completed, None ran last"),
         (lambda world: world.lines.append(Submission(1, 4, 2)), "attempt 1 completed, 2 ran last"),
         (lambda world: world.lines.append(Submission(1, 5, 1)), "sequence 5 ran and was never admitted"),
-        (lambda world: world.calls.pop(), "call 1: nobody made it"),
+        (lambda world: world.calls.pop(), "call 1: is of no client"),
         (_refused, "call 0: was refused"),
         (_another_stamp, "call 0: was told 3, the journal says 1"),
         (_overtaken, "sequence 1 was sent after 3 had been acknowledged"),
