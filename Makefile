@@ -119,8 +119,8 @@ k8s-check: install ## checkov's rules on the manifests and the Dockerfile; the o
 	$(CHECKOV) --framework kubernetes --directory .run/k8s
 	$(CHECKOV) --framework dockerfile --file Dockerfile
 
-gpu-check: gpu-host ## on a GPU host with LMDeploy: exact, restart, prefix cache, stock, crash, replay, eviction, speed, sabotage, scoreboard; MODEL=/path/of/a/model
-	$(PYTHON) -m tests.gpu $(MODEL) --dtypes bfloat16,float16 --shape llama-1b
+gpu-check: gpu-host ## on a GPU host with LMDeploy: exact, restart, prefix cache, stock, crash, replay, eviction, speed, gap, sabotage, scoreboard; MODEL=/path/of/a/model PARTS=exact,restart SECONDS=500
+	$(PYTHON) -m tests.gpu $(MODEL) --dtypes bfloat16,float16 --shape llama-1b $(if $(PARTS),--parts $(PARTS)) $(if $(SECONDS),--seconds $(SECONDS))
 
 gpu-check-tp: gpu-host ## likewise with two GPUs: the model shared by both, beside one; MODEL=/path/of/a/model
 	$(PYTHON) -m tests.gpu.tp $(MODEL)

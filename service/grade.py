@@ -34,7 +34,7 @@ from serving.program import replace_file
 from service.engines.base import Engine
 from service.stream import Runs
 
-VERSION = "3"
+VERSION = "4"
 """Of the test. A proof by another version proves nothing: to be changed with any case."""
 
 TEXT = """\
@@ -54,6 +54,10 @@ tested with a full batch gets one block, one beginning, and only the cold form o
 BATCH_MIN, BATCH_MAX = 32, 64
 """An engine that runs at least BATCH_MIN at once is tested with a batch of up to BATCH_MAX, because kernels are chosen by the
 size of the batch."""
+REPEATED = (2, 65, 257)
+"""Tokens of prompts that repeat one token. In a mixture of experts all of their rows go to the same experts."""
+BEYOND = (1, 2, 65, 700)
+"""Tokens of prompts beyond one piece, for an engine that computes long prompts in pieces."""
 
 EXACT, SERIAL, BEST_EFFORT = types_pb2.GRADE_EXACT, types_pb2.GRADE_SERIAL, types_pb2.GRADE_BEST_EFFORT
 
@@ -282,8 +286,10 @@ _LOAD: tuple[Mix, ...] = (
 def compared_cases(engine: Engine) -> list[Case]:
     """Those whose outputs are compared, the longest first. For an engine that runs many, as many as fill the batch."""
     runs = engine.capacity.runs
-    fillers = [_filler(number) for number in range(len(_MIXES), min(runs, BATCH_MAX))] if runs >= BATCH_MIN else []
-    return [_case(engine, index, mix) for index, mix in enumerate((*_MIXES, *fillers))]
+    full = runs >= BATCH_MIN
+    repeated = [_repeated(engine, length) for length in (REPEATED if full else ())]
+    fillers = [_filler(number) for number in range(len(_MIXES), min(runs, BATCH_MAX) - len(repeated))] if full else []
+    return [*_long(engine), *(_case(engine, index, mix) for index, mix in enumerate((*_MIXES, *fillers))), *repeated]
 
 
 def background_load(engine: Engine) -> list[Case]:
@@ -317,6 +323,19 @@ def _cached(engine: Engine, name: str, index: int, length: int) -> Case:
     draw = random.Random(index)  # noqa: S311  # the same at every start
     ids = tuple(draw.choice(text) for _ in range(length))
     return Case(f"{name}, number {index}", ids, _parameters(CACHED, 0.9, 0, 1.0, 0.0, 1.0), index)
+
+
+def _long(engine: Engine) -> list[Case]:
+    """Prompts of one piece and more, as far as the context has room."""
+    lengths = [engine.piece_tokens + beyond for beyond in BEYOND] if engine.piece_tokens else []
+    return [_cached(engine, f"of {n} tokens", n, n) for n in reversed(lengths) if n + CACHED <= engine.context_tokens]
+
+
+def _repeated(engine: Engine, length: int) -> Case:
+    new = max(1, min(SHORT, engine.context_tokens // 2))
+    token_id = engine.vocabulary.encode(TEXT, special=False)[length % 7]
+    ids = (token_id,) * min(length, engine.context_tokens - new)
+    return Case(f"one token {length} times", ids, _parameters(new, 1.0, min(50, engine.top_k_max), 1.0, 0.0, 1.0), length)
 
 
 def _filler(number: int) -> Mix:

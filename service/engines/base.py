@@ -135,6 +135,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def piece_tokens(self) -> int:
+        """A longer prompt is computed in pieces that end at multiples of this; 0: never. The self-test covers it."""
+        ...
+
+    @property
     def fields(self) -> Mapping[str, str]:
         """The fingerprint's fields. "model", "weights", "tokenizer" and "template", where present, identify the model: an item
         prepared for one model never runs on another."""

@@ -281,6 +281,7 @@ class ScriptedEngine:
     logprob_kind = types_pb2.LOGPROB_KIND_RAW
     proof_seconds = 0.0
     prefix_cache = False
+    piece_tokens = 0
 
     def __init__(self, script: Script, *, end_process: Callable[[int], object] = os._exit) -> None:
         self.script = script

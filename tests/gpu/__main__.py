@@ -14,9 +14,10 @@ from pathlib import Path
 
 from tests.gpu import parts, prefix, scoreboard, shapes, speed, worth
 from tests.gpu.crash import crash
+from tests.gpu.gap import gap
 from tests.gpu.plan import Plan, names, numbers, say
 
-PARTS = ("exact", "restart", "prefix", "stock", "crash", "evict", "speed", "worth", "path", "sabotage", "scoreboard")
+PARTS = ("exact", "restart", "prefix", "stock", "crash", "evict", "speed", "worth", "path", "gap", "sabotage", "scoreboard")
 OTHER_DTYPES = ("exact", "stock")
 """What is looked at in dtypes other than the first."""
 SHARE = ("--cache-fraction", "0.2")
@@ -42,6 +43,9 @@ async def check(plan: Plan, chosen: set[str]) -> None:
     if measured and plan.engine == "turbomind" and not plan.late():
         with plan.part("bare pipeline"):
             await speed.bare(plan, measured)
+    if "gap" in chosen and plan.engine == "turbomind" and not plan.late():
+        with plan.part("gap"):
+            await gap(plan)
     plan.lines += [*speed.table(plan.rates), *worth.table(plan.rates)]
     paths = plan.rates.get("path", {})
     if paths.keys() == {"whole", "direct"}:

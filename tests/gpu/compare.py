@@ -22,6 +22,7 @@ WORTH_TELLING = (
     "model loaded",
     "prefix cache off",
     "kernel plans",
+    "own kernels",
     "grade lost",
     "grade earned",
 )

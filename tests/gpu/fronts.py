@@ -46,6 +46,8 @@ class ServiceFront:
     stub: Any
     epoch: int = 1
     seconds: float = 0.0
+    arrivals: dict[str, list[float]] = field(default_factory=dict)
+    """Of the last ask, seconds from its begin to each report of new tokens, by name of those that stream."""
 
     async def describe(self) -> types_pb2.Model:
         model: types_pb2.Model = (await self.stub.Describe(engine_pb2.DescribeRequest())).model
@@ -64,6 +66,7 @@ class ServiceFront:
         await call.write(engine_pb2.ExecuteRequest(hello=hello))
         sending = asyncio.create_task(self._send(call, asks, submits))
         answers: Answers = {}
+        self.arrivals = {}
         wanted = {index for index, ask in enumerate(asks, start=1) if not ask.leaves}
         while wanted:
             frame = await call.read()
@@ -74,6 +77,9 @@ class ServiceFront:
                     answers[asks[event.run_id - 1].name] = event.finished.output
                 elif event.HasField("failed"):
                     answers[asks[event.run_id - 1].name] = from_status(event.failed)
+                elif event.HasField("tokens"):
+                    self.arrivals.setdefault(asks[event.run_id - 1].name, []).append(time.monotonic() - began)
+                    continue
                 else:
                     continue
                 wanted.discard(event.run_id)

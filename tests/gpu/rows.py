@@ -3,7 +3,6 @@
 MODEL is a real, small one: it is a row itself, and lends the shapes its tokenizer. They are made in FOLDER, the next one
 while a row is asked, and go when their last row is done. Every row: the self-test's grade; 32 targets alone without a prefix
 cache, and with it among 64 and among 256; and prompts that begin alike, of every rest, alone and all at once.
-Cut prompts (chunked prefill) are no row: this service never lets TurboMind cut one.
 """
 
 from __future__ import annotations
@@ -53,7 +52,15 @@ ROWS = (
     Row("1.7b 16k", "qwen3-1.7b", "--context-tokens 16384"),
     Row("1.7b 16k 1 part", "qwen3-1.7b", "--context-tokens 16384 --attention-splits 1"),
     Row("1.7b 32k", "qwen3-1.7b", "--context-tokens 32768"),
-    Row("moe", "qwen3-moe"),
+    Row("moe 64x8", "qwen3-moe"),
+    Row("moe 64x8 fp16", "qwen3-moe", "--dtype float16"),
+    Row("moe 64x4", "qwen3-moe-64x4"),
+    Row("moe 128x8", "qwen3-moe-128x8"),
+    Row("moe 128x4", "qwen3-moe-128x4"),
+    Row("moe shared", "qwen2-moe"),
+    Row("moe fp8", "qwen3-moe-fp8"),
+    Row("moe awq", "qwen3-moe-awq"),
+    Row("gpt-oss", "gpt-oss"),
     Row("8b awq", "llama-8b-awq"),
     Row("8b fp8", "llama-8b-fp8"),
     Row("8b bf16", "llama-8b"),

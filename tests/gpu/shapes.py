@@ -29,6 +29,20 @@ QWEN3: Config = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144,
     "num_hidden_layers": 28, "head_dim": 128, "num_attention_heads": 16, "attention_bias": False, "use_sliding_window": False,
 }  # fmt: skip
+QWEN3_MOE: Config = QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_hidden_layers": 8,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 64, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+FP8: Config = {
+    "quantization_config": {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+    },
+}  # fmt: skip
+AWQ: Config = {
+    "dtype": "float16",
+    "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+}
 GROUP = 128
 """Inputs that share a scale; of fp8, outputs too."""
 FP8_SPREAD = 64.0
@@ -38,31 +52,36 @@ FILES = 8
 SHAPES: dict[str, Config] = {
     "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
     "llama-8b": LLAMA_8B,
-    "llama-8b-awq": LLAMA_8B | {
-        "dtype": "float16",
-        "quantization_config": {
-            "quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm",
-        },
-    },
+    "llama-8b-awq": LLAMA_8B | AWQ,
     "llama-8b-gptq": LLAMA_8B | {
         "dtype": "float16",
         "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True},
     },
-    "llama-8b-fp8": LLAMA_8B | {
-        "quantization_config": {
-            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [GROUP, GROUP],
-        },
-    },
+    "llama-8b-fp8": LLAMA_8B | FP8,
     "qwen2-1.5b": {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960,
         "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 128,
         "use_sliding_window": False,
     },
     "qwen3-1.7b": QWEN3,
-    "qwen3-moe": QWEN3 | {
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_hidden_layers": 8,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 64, "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "qwen3-moe": QWEN3_MOE,
+    "qwen3-moe-64x4": QWEN3_MOE | {"num_experts_per_tok": 4},
+    "qwen3-moe-128x8": QWEN3_MOE | {"num_experts": 128},
+    "qwen3-moe-128x4": QWEN3_MOE | {"num_experts": 128, "num_experts_per_tok": 4},
+    "qwen3-moe-fp8": QWEN3_MOE | FP8,
+    "qwen3-moe-awq": QWEN3_MOE | AWQ,
+    "qwen2-moe": {
+        "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "hidden_size": 2048, "intermediate_size": 5632,
+        "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128, "num_experts": 60,
+        "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+        "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False,
+    },
+    "gpt-oss": {
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880,
+        "num_hidden_layers": 6, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32,
+        "num_experts_per_tok": 4, "experts_per_token": 4, "attention_bias": True, "sliding_window": 128, "swiglu_limit": 7.0,
+        "layer_types": ["sliding_attention", "full_attention"] * 12, "rope_theta": 150000,
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
     },
 }  # fmt: skip
 
@@ -72,7 +91,9 @@ def feeds(config: Config, layer: str) -> Iterator[tuple[str, int]]:
     experts = config.get("num_experts", 0)
     for number in range(experts):
         yield f"{layer}.mlp.experts.{number}", config["moe_intermediate_size"]
-    if not experts:
+    if "shared_expert_intermediate_size" in config:
+        yield f"{layer}.mlp.shared_expert", config["shared_expert_intermediate_size"]
+    if not experts and "num_local_experts" not in config:
         yield f"{layer}.mlp", config["intermediate_size"]
 
 
@@ -90,6 +111,10 @@ def products(config: Config) -> Iterator[tuple[str, int, int]]:
         yield f"{layer}.self_attn.o_proj", hidden, queries
         if "num_experts" in config:
             yield f"{layer}.mlp.gate", config["num_experts"], hidden
+        if "num_local_experts" in config:
+            yield f"{layer}.mlp.router", config["num_local_experts"], hidden
+        if "shared_expert_intermediate_size" in config:
+            yield f"{layer}.mlp.shared_expert_gate", 1, hidden
         for feed, inner in feeds(config, layer):
             yield f"{feed}.gate_proj", inner, hidden
             yield f"{feed}.up_proj", inner, hidden
@@ -108,6 +133,29 @@ def norms(config: Config) -> Iterator[tuple[str, int]]:
             yield f"{layer}.self_attn.k_norm", config["head_dim"]
 
 
+def packed_experts(config: Config) -> Config:
+    """gpt-oss's: of each layer all experts in one tensor, gate and up interleaved, in mxfp4: blocks of 32 numbers of 4 bits,
+    two to a byte, and for each a power of two."""
+    import torch
+
+    experts, hidden, inner = config["num_local_experts"], config["hidden_size"], config["intermediate_size"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found: Config = {}
+    for number in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{number}"
+        found[f"{layer}.self_attn.sinks"] = torch.zeros(config["num_attention_heads"], dtype=torch.bfloat16)
+        for name, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+            shape = (experts, rows, columns // 32)
+            blocks = torch.randint(0, 256, (*shape, 16), device=device, dtype=torch.uint8)
+            # The numbers' spread is about 2.9: with 2**-7 that of a product's outputs is about 1.
+            found[f"{layer}.mlp.experts.{name}_blocks"] = blocks.cpu()
+            found[f"{layer}.mlp.experts.{name}_scales"] = torch.full(shape, 127 - 7, dtype=torch.uint8)
+            found[f"{layer}.mlp.experts.{name}_bias"] = (
+                (torch.randn(experts, rows, device=device) * 0.1).to(torch.bfloat16).cpu()
+            )
+    return found
+
+
 def make(shape: str, model: Path, folder: Path, layers: int = 0) -> None:
     """Writes a Hugging Face folder; needs torch, and is quick with a GPU."""
     import torch
@@ -115,6 +163,8 @@ def make(shape: str, model: Path, folder: Path, layers: int = 0) -> None:
 
     config = json.loads((model / "config.json").read_text()) | BASE | SHAPES[shape]
     config["num_hidden_layers"] = layers or config["num_hidden_layers"]
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][: config["num_hidden_layers"]]
     folder.mkdir(parents=True, exist_ok=True)
     for path in model.iterdir():
         if "safetensors" not in path.name:
@@ -136,7 +186,7 @@ def make(shape: str, model: Path, folder: Path, layers: int = 0) -> None:
 
     def weights(name: str, rows: int, columns: int) -> Iterator[tuple[str, Any]]:
         groups, spread = columns // GROUP, columns**0.5
-        if method is None or name == "lm_head":
+        if method in (None, "mxfp4") or name == "lm_head" or name.endswith(".mlp.gate"):
             yield "weight", normal(rows, columns, 1 / spread)
         elif method == "awq":
             yield "qweight", integers(columns, rows // 8)
@@ -156,6 +206,12 @@ def make(shape: str, model: Path, folder: Path, layers: int = 0) -> None:
         found |= {f"{name}.{part}": tensor for part, tensor in weights(name, rows, columns)}
         if config["model_type"] == "qwen2" and name.endswith(("q_proj", "k_proj", "v_proj")):
             found[f"{name}.bias"] = normal(1, rows, 0.1)[0].clone()
+        if config["model_type"] == "qwen2_moe" and name.endswith(("q_proj", "k_proj", "v_proj")):
+            found[f"{name}.bias"] = normal(1, rows, 0.1)[0].clone()
+        if config["model_type"] == "gpt_oss" and name != "lm_head":
+            found[f"{name}.bias"] = normal(1, rows, 0.1)[0].clone()
+    if config["model_type"] == "gpt_oss":
+        found |= packed_experts(config)
     found["lm_head.weight"] *= 2
     found |= {f"{name}.weight": torch.ones(size, dtype=dtype) for name, size in norms(config)}
 

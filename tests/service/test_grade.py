@@ -32,7 +32,7 @@ async def test_clean_engine_earns_exact() -> None:
     found = await model({})
 
     assert found.grade == EXACT
-    assert "64 prompts of 3 to 300 tokens" in found.grade_reason
+    assert "64 prompts of 2 to 300 tokens" in found.grade_reason
 
 
 @pytest.mark.parametrize("at", [0, 5, 11])
@@ -120,6 +120,18 @@ def test_cases_differ(runs: int, count: int) -> None:
     assert len({case.token_ids for case in made}) == len({case.seed for case in made}) == len(made) == count
     assert {case.parameters.temperature == 0 for case in made} == {True, False}
     assert {case.parameters.repetition_penalty == 1 for case in made} == {True, False}
+
+
+def test_an_engine_that_cuts_prompts_gets_longer_ones() -> None:
+    """They have one piece and more, as far as the context has room; an engine without pieces gets none."""
+    lengths = {}
+    for context in (300, 4096):
+        engine = engine_of(context_tokens=context, runs=8)
+        engine.piece_tokens = 256
+        lengths[context] = [len(case.token_ids) for case in compared_cases(engine) if case.name.startswith("of ")]
+
+    assert lengths == {300: [258, 257], 4096: [956, 321, 258, 257]}
+    assert max(len(case.token_ids) for case in compared_cases(engine_of(context_tokens=4096, runs=8))) == 300
 
 
 FINDING = Finding(EXACT, "all equal", 1.5, 200)

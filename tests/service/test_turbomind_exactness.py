@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
+import struct
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,11 +20,16 @@ from service.__main__ import calibrate as calibrate_command
 from service.config import Settings
 from service.engines import load
 from service.engines.base import EngineUnusable
-from service.engines.turbomind import TurbomindOptions, engine, host, kernels, model
+from service.engines.turbomind import TurbomindOptions, engine, host, kernels, model, probe
 from service.engines.turbomind.exactness import Exactness, table
-from service.engines.turbomind.kernels import Manifest, Permit
-from service.engines.turbomind.overrides import Counters, Mode, NoOverrides, Overrides, Shape
+from service.engines.turbomind.kernels import Manifest, Permit, Product
+from service.engines.turbomind.native import Native
+from service.engines.turbomind.options import BLOCK_TOKENS, PIECE_TOKENS
+from service.engines.turbomind.overrides import REQUIRED, Counters, Mode, NoOverrides, Overrides, Shape
+from service.engines.turbomind.probe import KernelProof
 from tests.service.turbomind_kit import CONFIG, GPU, HEAD, LAYER, TAIL, folder, not_installed, without
+
+NATIVE = cast(Native, SimpleNamespace())
 
 
 class FakeOverrides:
@@ -31,7 +37,9 @@ class FakeOverrides:
 
     def __init__(self, shapes: Mapping[Shape, int], calls: int = 1, uncovered_n: int = 0) -> None:
         self._shapes, self._uncovered_n = shapes, uncovered_n
-        self.counters = Counters(dict.fromkeys(("split_count", "top_k", "gemm"), calls), 0, 0)
+        self.counters = Counters(dict.fromkeys(REQUIRED, calls), 0, 0)
+        self.served: dict[tuple[int, ...], Sequence[int]] = {}
+        self.ignores_kernels = False
         self.modes: list[Mode] = []
         self.permitted: dict[Shape, tuple[int, ...]] = {}
         self.preferred: list[tuple[Shape, int, bytes]] = []
@@ -55,6 +63,9 @@ class FakeOverrides:
     def mode(self, mode: Mode) -> None:
         self.modes.append(mode)
 
+    def kernels(self, permitted: dict[tuple[int, ...], Sequence[int]]) -> None:
+        self.served = permitted
+
 
 def proved(
     tmp_path: Path,
@@ -64,6 +75,7 @@ def proved(
     *,
     gpu: host.Gpu = GPU,
     measured: list[Mapping[Shape, int]] | None = None,
+    pieces: str = "",
 ) -> Exactness:
     """An exactness behind its proof, where measuring gives these permits."""
 
@@ -73,11 +85,12 @@ def proved(
 
     monkeypatch.setattr(kernels, "lend_workspace", lambda _, gpus: None)
     monkeypatch.setattr(kernels, "measure", measure)
+    monkeypatch.setattr(probe, "prove_pieces", lambda *_: pieces)
     without(monkeypatch, "TM_GEMM_TUNE")
     read = model.read(folder(tmp_path))
     exactness = Exactness(TurbomindOptions(model=tmp_path, state_dir=tmp_path), read, cast(Overrides, overrides))
     exactness.prepare(gpu, "0.18.0")
-    exactness.prove()
+    exactness.prove(NATIVE)
     return exactness
 
 
@@ -224,7 +237,7 @@ def test_without_overrides_the_engine_runs_as_it_comes(tmp_path: Path, monkeypat
     exactness = Exactness(TurbomindOptions(model=tmp_path, state_dir=tmp_path), model.read(folder(tmp_path)))
     exactness.load()
     exactness.prepare(GPU, "0.18.0")
-    exactness.prove()
+    exactness.prove(NATIVE)
 
     assert exactness.ceiling == (types_pb2.GRADE_BEST_EFFORT, "the overrides are missing: there is no C compiler")
     assert exactness.fields == {
@@ -235,43 +248,125 @@ def test_without_overrides_the_engine_runs_as_it_comes(tmp_path: Path, monkeypat
     }
 
 
-def test_experts_are_not_proved(tmp_path: Path) -> None:
-    """Their products go through other kernels."""
-    exactness = Exactness(TurbomindOptions(model=tmp_path), model.read(folder(tmp_path, CONFIG | {"num_experts": 64})))
+def test_pieces_that_cannot_be_proved_cost_the_grade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The override that cuts prompts reads other numbers than it must."""
+    exactness = proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448}), PERMITS, pieces="it reads (1, 0, 0)")
 
-    assert exactness.ceiling[0] == types_pb2.GRADE_BEST_EFFORT
-    assert "experts" in exactness.ceiling[1]
+    assert exactness.ceiling == (types_pb2.GRADE_BEST_EFFORT, "it reads (1, 0, 0)")
 
 
-def test_quantised_kernels_are_pinned_by_the_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TurboMind chooses them by timing: the first choice is exported, and imported from then on while its file is unharmed."""
+EXPERTS = Product(tuple(64 if place == 25 else 0 for place in range(26)))
+TABLE = struct.pack("<8sIIQ", b"TMGEMM2\0", 6, 304, 1) + struct.pack("<76i", *(8 if place == 22 else 0 for place in range(76)))
+AWQ = {"quantization_config": {"quant_method": "awq"}}
+MIXTURE = {"num_experts": 64}
+
+
+def started(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: Mapping[str, Any],
+    *,
+    written: bytes = TABLE,
+    proof: KernelProof = KernelProof({EXPERTS: (8, 64)}, (), (0,)),  # noqa: B008
+    overrides: FakeOverrides | None = None,
+) -> tuple[Exactness, FakeOverrides, tuple[bool, bool, str]]:
+    """A start of a model that TurboMind's own kernels serve; whether their table was exported and imported, and how they were
+    tuned."""
     monkeypatch.setattr(kernels, "lend_workspace", lambda _, gpus: None)
     monkeypatch.setattr(kernels, "measure", lambda _, shapes: {shape: Permit((66,), 256) for shape in shapes})
-    config = CONFIG | {"quantization_config": {"quant_method": "awq"}}
+    monkeypatch.setattr(probe, "prove_pieces", lambda *_: "")
+    monkeypatch.setattr(probe, "prove_kernels", lambda *_: proof)
+    overrides = overrides or FakeOverrides({HEAD: 1})
+
+    def first_run(*_: object) -> float:
+        if overrides.served and not overrides.ignores_kernels:
+            overrides.counters = dataclasses.replace(overrides.counters, pinned=overrides.counters.pinned + 1)
+        return 0.0
+
+    monkeypatch.setattr(probe, "first_run", first_run)
+    without(monkeypatch, "TM_GEMM_IMPORT", "TM_GEMM_EXPORT", "TM_GEMM_TUNE")
+    read = model.read(folder(tmp_path, CONFIG | dict(config)))
+    exactness = Exactness(TurbomindOptions(model=tmp_path, state_dir=tmp_path), read, cast(Overrides, overrides))
+    exactness.prepare(GPU, "0.18.0")
+    if exported := os.environ.get("TM_GEMM_EXPORT"):
+        Path(exported).parent.mkdir(exist_ok=True)
+        Path(exported).write_bytes(written)
+    exactness.prove(NATIVE)
+    tuned = os.environ.get("TM_GEMM_TUNE", "")
+    return exactness, overrides, (bool(exported), bool(os.environ.get("TM_GEMM_IMPORT")), tuned)
+
+
+@pytest.mark.parametrize("config", [AWQ, MIXTURE])
+def test_own_kernels_are_pinned_by_the_first_start(
+    config: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TurboMind chooses them by timing: the first choice is exported and proved, and imported from then on with the same
+    permits while its file is unharmed. The digest of the kernel plan stays."""
     seen = []
     for damage in (False, False, True):
-        without(monkeypatch, "TM_GEMM_IMPORT", "TM_GEMM_EXPORT", "TM_GEMM_TUNE")
         if damage:
             next((tmp_path / "turbomind").glob("kernels-*.bin")).write_bytes(b"other")
-        read = model.read(folder(tmp_path, config))
-        exactness = Exactness(
-            TurbomindOptions(model=tmp_path, state_dir=tmp_path), read, cast(Overrides, FakeOverrides({HEAD: 1}))
-        )
-        exactness.prepare(GPU, "0.18.0")
-        exported, imported = os.environ.get("TM_GEMM_EXPORT"), os.environ.get("TM_GEMM_IMPORT")
-        if exported:
-            Path(exported).parent.mkdir(exist_ok=True)
-            Path(exported).write_bytes(b"table")
-        exactness.prove()
+        exactness, overrides, how = started(tmp_path, monkeypatch, config)
         assert exactness.manifest is not None
-        seen.append((bool(exported), bool(imported), os.environ["TM_GEMM_TUNE"], exactness.manifest.digest))
+        assert exactness.ceiling[0] == types_pb2.GRADE_EXACT
+        seen.append((how, exactness.fields["kernel_plan"], overrides.served))
 
-    assert [each[:3] for each in seen] == [
-        (True, False, "max_splits=1"),
-        (False, True, "max_splits=1"),
-        (True, False, "max_splits=1"),
-    ]
-    assert len({each[3] for each in seen}) == 1
+    tuned = "max_splits=1"
+    assert [how for how, _, _ in seen] == [(True, False, tuned), (False, True, tuned), (True, False, tuned)]
+    assert len({plan for _, plan, _ in seen}) == 1
+    assert seen[1][2] == {EXPERTS.numbers: (8, 64)}
+
+
+def test_other_kernels_are_another_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table, and which of its kernels may serve, are part of the digest."""
+    plans = set()
+    for number, (written, permitted) in enumerate(((TABLE, (8,)), (TABLE, (8, 64)), (TABLE[:-4] + b"more", (8, 64)))):
+        proof = KernelProof({EXPERTS: permitted}, (), (0,))
+        own = tmp_path / str(number)
+        own.mkdir()
+        plans.add(started(own, monkeypatch, MIXTURE, written=written, proof=proof)[0].fields["kernel_plan"])
+
+    assert len(plans) == 3
+
+
+@pytest.mark.parametrize(
+    ("written", "proof", "why"),
+    [
+        (TABLE, KernelProof({}, ("2 x 3 for 8 rows (tile 8x256x64)",), (-1,)), "none rounds alike whatever else runs: 2 x 3"),
+        (b"", KernelProof({}, (), ()), "TurboMind's table of kernels is too short"),
+        (TABLE.replace(b"\x06", b"\x07", 1), KernelProof({}, (), ()), "table of kernels is of version 7"),
+    ],
+)
+def test_own_kernels_that_are_not_proved_cost_the_grade(
+    written: bytes, proof: KernelProof, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason names the kernel, or what is wrong with TurboMind's table."""
+    exactness, _, _ = started(tmp_path, monkeypatch, MIXTURE, written=written, proof=proof)
+
+    assert exactness.ceiling[0] == types_pb2.GRADE_BEST_EFFORT
+    assert why in exactness.ceiling[1]
+
+
+def test_a_table_that_turbomind_ignores_costs_the_grade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing when it imports no record of a table: a run has to be served with what is permitted."""
+    started(tmp_path, monkeypatch, MIXTURE)
+    overrides = FakeOverrides({HEAD: 1})
+    overrides.ignores_kernels = True
+    exactness, _, _ = started(tmp_path, monkeypatch, MIXTURE, overrides=overrides)
+
+    assert exactness.ceiling[0] == types_pb2.GRADE_BEST_EFFORT
+    assert "does not serve with the kernels of kernels-" in exactness.ceiling[1]
+
+
+def test_own_kernels_that_are_not_pinned_cost_the_grade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the override nothing is exported, imported or served as permitted."""
+    overrides = FakeOverrides({HEAD: 1})
+    overrides.omitted = frozenset({"lookup"})
+    exactness, _, how = started(tmp_path, monkeypatch, AWQ, overrides=overrides)
+
+    assert (how, overrides.served) == ((False, False, ""), {})
+    assert exactness.ceiling[0] == types_pb2.GRADE_BEST_EFFORT
+    assert "not pinned" in exactness.ceiling[1]
 
 
 def test_without_lmdeploy_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,11 +430,16 @@ def test_options_that_turbomind_would_take_badly_are_refused(options: dict[str, 
     [(4096, 256, 1, 8192), (8192, 256, 8, 8192), (32_768, 256, 8, 32_768), (32_768, 1024, 4, 32_768), (128, 256, 1, 8192)],
 )
 def test_splits_and_prefill_follow_the_context(context: int, runs: int, splits: int, prefill: int) -> None:
-    """A prompt is never cut by its company, and partial results always fit."""
+    """Partial results always fit. A step has room for two pieces that are each two tokens longer; only where nothing is exact
+    does it have room for every prompt."""
     options = TurbomindOptions(context_tokens=context, runs=runs)
 
-    assert (options.splits, options.prefill_tokens) == (splits, prefill)
-    assert options.prefill_tokens >= options.session_tokens > runs
+    assert (options.splits, TurbomindOptions(context_tokens=context, runs=runs, exact=False).prefill_tokens) == (
+        splits,
+        prefill,
+    )
+    assert options.prefill_tokens >= 2 * (PIECE_TOKENS + 2)
+    assert options.session_tokens > runs and PIECE_TOKENS % BLOCK_TOKENS == 0
 
 
 def test_a_model_is_what_its_config_says(tmp_path: Path) -> None:

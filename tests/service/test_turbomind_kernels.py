@@ -29,6 +29,7 @@ from service.engines.turbomind.kernels import (
     timed,
 )
 from service.engines.turbomind.overrides import Candidate, Shape
+from tests.service.turbomind_kit import LAYER
 
 SHAPE = Shape(0, 0, 576, 1536, 14, 14, 14, 576, 1536, 576, 68)
 OTHER = dataclasses.replace(SHAPE, m=49_152)
@@ -196,6 +197,7 @@ class FakeTrials:
     otherwise for one token."""
 
     rows: int
+    shape = LAYER
     rounds: Callable[[Candidate, int], str] = lambda candidate, n: str(candidate.algorithm)
 
     def _offers(self, n: int) -> list[Candidate]:

@@ -16,7 +16,7 @@ from service.engines.base import EngineUnusable
 from service.engines.turbomind import native as native_module
 from service.engines.turbomind.model import Model
 from service.engines.turbomind.native import Account, Load, Native, Progress, bring_in
-from service.engines.turbomind.options import TurbomindOptions
+from service.engines.turbomind.options import PIECES_TOKENS, TurbomindOptions
 from service.engines.turbomind.probe import first_run
 from service.engines.turbomind.request import Request
 
@@ -72,6 +72,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         from_dlpack=lambda tensor: tensor,
         SessionParam=lambda id, step: SimpleNamespace(id=id, step=step),  # noqa: A006  # pybind's name
         GenerationConfig=SimpleNamespace,
+        EngineConfig=SimpleNamespace,
     )
     comm = SimpleNamespace(
         create_request=lambda: Instance(made),
@@ -81,7 +82,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     )
 
     def from_pretrained(path: str, engine_config: Any) -> Any:
-        made.append((path, engine_config))
+        made.append((path, engine_config, vars(tm.EngineConfig())))
         if path.endswith("broken"):
             raise AssertionError("mismatched quant method")
         return SimpleNamespace(
@@ -104,7 +105,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_the_engine_is_set_up_as_the_options_say(calls: list[Any]) -> None:
-    """Prompts are never cut by company, blocks of decodes never published, and every limit is named."""
+    """Blocks of decodes are never published, every limit is named, and a step has room for three contexts."""
     native = Native(TurbomindOptions(context_tokens=16_384, runs=64, kv_bits=8, dtype="float16"), MODEL)
 
     assert (native.dtype, native.vocabulary_size) == ("float16", 300)
@@ -124,9 +125,10 @@ def test_the_engine_is_set_up_as_the_options_say(calls: list[Any]) -> None:
                 "cache_prompt": "auto",
                 "cache_generation": "none",
                 "quant_policy": 8,
-                "max_prefill_token_num": 16_384,
+                "max_prefill_token_num": PIECES_TOKENS,
                 "enable_metrics": True,
             },
+            {"max_context_token_num": 3 * 16_384},
         )
     ]
 

@@ -38,6 +38,39 @@ void top_k(char *p, void *s) __asm__("_ZN9turbomind20invokeTopKSortFilterIfEEvRN
 void top_k(char *p, void *s) { seen = *(int *)(p + 40); }
 int cublasGemmEx(void *, int, int, int, int, int, const void *, const void *, int, int, const void *, int, int, const void *,
                  void *, int, int, int, int);
+typedef struct { int begin, end, stops; } Prompt;
+typedef struct { Prompt **prompts; int count, budget; } Pass;
+int forward_end(const void *scheduler, const void *prompt, int begin, int desired, int end)
+    __asm__("_ZNK9turbomind9Scheduler15ClampForwardEndERKNS_8SequenceEiii");
+int forward_end(const void *scheduler, const void *prompt, int begin, int desired, int end) {
+  return desired < end ? desired / 64 * 64 : desired; }
+void admit(void *scheduler, Pass *pass, void *resource)
+    __asm__("_ZN9turbomind9Scheduler20RunRequiredAdmissionERNS0_13ScheduleStateERNS_8ResourceE");
+void admit(void *scheduler, Pass *pass, void *resource) {
+  for (int i = 0; i < pass->count; i++) {
+    Prompt *p = pass->prompts[i];
+    int rest = p->end - p->begin, most = rest < pass->budget ? rest : pass->budget;
+    if (!most) break;
+    p->stops = forward_end(scheduler, p, p->begin, p->begin + most, p->end);
+    if (p->stops > p->begin) pass->budget -= p->stops - p->begin;
+  } }
+int drive_pass(Prompt **prompts, int count, int budget) {
+  Pass pass = {prompts, count, budget};
+  admit(NULL, &pass, NULL);
+  return pass.budget; }
+void *lookup(char *out, const void *cache, const int *product)
+    __asm__("_ZNK9turbomind4gemm13DispatchCache10LowerBoundERKNS0_8GemmDescE");
+void *lookup(char *out, const void *cache, const int *product) {
+  static const int tuned[] = {8, 16, 64};
+  out[0x28] = 0;
+  for (int i = 0; i < 3 && !out[0x28]; i++)
+    if (product[product[20] ? 23 : 22] <= tuned[i]) *(int *)out = tuned[i], out[0x28] = 1;
+  return out; }
+int drive_lookup(int rows, int depth, int by_columns) {
+  char out[0x30];
+  int product[26] = {0};
+  product[by_columns ? 23 : 22] = rows, product[20] = by_columns, product[24] = depth;
+  return ((char *)lookup(out, NULL, product))[0x28] ? *(int *)out : 0; }
 int drive_split(int max) { return split(max, 1, 1, 1, 4, 1, 1); }
 int drive_top_k(int k) { int p[14] = {0}; p[10] = k; top_k((char *)p, NULL); return seen; }
 int drive_gemm(void *handle, int m, int n, int k, const void *a, const void *b, void *c) {
@@ -45,7 +78,7 @@ int drive_gemm(void *handle, int m, int n, int k, const void *a, const void *b, 
   return cublasGemmEx(handle, 0, 0, m, n, k, &one, a, 2, m, b, 2, k, &zero, c, 2, m, 68, 99);
 }
 """
-"""What calls: the three functions of its own that are replaced, and cuBLAS, all through its PLT."""
+"""It calls the functions of its own that are replaced, and cuBLAS, through its PLT."""
 
 CUBLAS = r"""
 int cublasGemmEx(void *h, int ta, int tb, int m, int n, int k, const void *al, const void *a, int at, int lda, const void *b,
@@ -101,7 +134,7 @@ int cublasLtMatmulAlgoConfigGetAttribute(const Algo *a, int what, void *v, size_
 int cublasLtMatmulAlgoCheck(void *h, void *d, Thing *a, Thing *b, Thing *c, void *cc, const Algo *algo, Heur *r) {
   r->ws = algo->data[2] == 1000 ? 1000 : 0;
   return algo->data[0] == 5 || (algo->data[0] == 16 && b->v[1] > 1) ? 15 : 0; }
-void *last_stream, *last_workspace; size_t last_bytes; int fail, last_tile; void *last_weights[8]; int runs;
+void *last_stream, *last_workspace; size_t last_bytes; int fail, last_tokens, last_tile; void *last_weights[8]; int runs;
 int cublasLtMatmul(void *h, void *d, const void *al, const void *a, Thing *at, const void *b, Thing *bt, const void *be,
                    const void *c, Thing *ct, void *out, Thing *ot, const Algo *algo, void *ws, size_t bytes, void *stream) {
   if (fail) return 15;
@@ -109,10 +142,14 @@ int cublasLtMatmul(void *h, void *d, const void *al, const void *a, Thing *at, c
   for (int j = 0; j < ct->v[1]; j++) for (int i = 0; i < ct->v[0]; i++)
     ((uint16_t *)out)[j * ct->v[2] + i] = ((const uint16_t *)b)[j * bt->v[2]] * 3 + i + odd;
   last_stream = stream; last_workspace = ws; last_bytes = bytes; last_tile = algo->data[2];
-  last_weights[runs++ % 8] = (void *)a; return 0; }
+  last_weights[runs++ % 8] = (void *)a; last_tokens = (int)ct->v[1]; return 0; }
 """
 
-DRIVER = "int current; int cuCtxGetDevice(int *device) { *device = current; return 0; }"
+DRIVER = r"""
+#include <string.h>
+int current; int cuCtxGetDevice(int *device) { *device = current; return 0; }
+int cuMemcpyDtoDAsync_v2(void *to, const void *from, size_t bytes, void *stream) { memcpy(to, from, bytes); return 0; }
+"""
 
 OTHER = r"""
 int cublasGemmEx(void *, int, int, int, int, int, const void *, const void *, int, int, const void *, int, int, const void *,
@@ -137,7 +174,7 @@ overrides.configure(folder / "_turbomind.so", int(sys.argv[3]))
 turbomind = ctypes.CDLL(str(folder / "_turbomind.so"))
 for name in ("drive_gemm",):
     getattr(turbomind, name).argtypes = [ctypes.c_void_p, *[ctypes.c_int] * 3, *[ctypes.c_void_p] * 3]
-HANDLE, M, K = 0x5150, 6, 4
+HANDLE, M, K = 0x5150, 8, 4
 space = ctypes.create_string_buffer(64)
 overrides.lend(0, space, ctypes.addressof(space), 64)
 
@@ -215,10 +252,10 @@ def stand_ins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return tmp_path
 
 
-def drive(folder: Path, script: str, *, splits: int = 4, omit: str = "") -> Any:
+def drive(folder: Path, script: str, *, before: str = "", splits: int = 4, omit: str = "") -> Any:
     """What the script prints, as JSON."""
     path = build(folder / "state")
-    program = PRELUDE + textwrap.dedent(script)
+    program = PRELUDE + before + textwrap.dedent(script)
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/proto", "LD_LIBRARY_PATH": str(folder), "OSTINATO_TURBOMIND_OMIT": omit}
     done = subprocess.run(
         [sys.executable, "-c", program, str(folder), str(path), str(splits)],
@@ -248,7 +285,7 @@ def test_every_top_k_is_sorted_by_the_largest_kernel(stand_ins: Path) -> None:
         """,
     )
 
-    assert found == [[1024, 1024, 1024, 5000], {"split_count": 0, "top_k": 4, "gemm": 0, "resume": 0}]
+    assert found == [[1024, 1024, 1024, 5000], {"split_count": 0, "top_k": 4, "gemm": 0, "resume": 0, "piece": 0, "lookup": 0}]
 
 
 def test_left_out_overrides_behave_as_stock_and_still_count(stand_ins: Path) -> None:
@@ -263,7 +300,7 @@ def test_left_out_overrides_behave_as_stock_and_still_count(stand_ins: Path) -> 
         omit="split_count,top_k,gemm",
     )
 
-    assert found == [[107, 40, 7777, {"split_count": 1, "top_k": 1, "gemm": 1, "resume": 0}], 0]
+    assert found == [[107, 40, 7777, {"split_count": 1, "top_k": 1, "gemm": 1, "resume": 0, "piece": 0, "lookup": 0}], 0]
 
 
 RESUMES = """
@@ -287,6 +324,126 @@ def test_plans_are_watched_before_any_is_corrected(mode: str, omit: str, seen: l
     found = drive(stand_ins, f"overrides.resume(Resume.{mode})" + RESUMES, omit=omit)
 
     assert found == [[128, 128, 127, 0, 1, 0], seen, 0, 6]
+
+
+PASSES = """
+import random
+class Prompt(ctypes.Structure):
+    _fields_ = [("begin", ctypes.c_int), ("end", ctypes.c_int), ("stops", ctypes.c_int)]
+
+def admit(prompts, budget):
+    pointers = (ctypes.POINTER(Prompt) * len(prompts))(*(ctypes.pointer(each) for each in prompts))
+    turbomind.drive_pass(pointers, len(prompts), budget)
+
+def cuts(lengths, begin=0):
+    prompts = [Prompt(begin, length, 0) for length in lengths]
+    found = [[] for _ in prompts]
+    for _ in range(100):
+        admit([each for each in prompts if each.begin < each.end], STEP + 8)
+        for place, each in enumerate(prompts):
+            if each.begin < each.end and each.stops > each.begin:
+                found[place].append(each.stops)
+                each.begin = each.stops
+    assert all(each.begin == each.end for each in prompts)
+    return found
+PIECE, STEP, CONTEXT = 256, 576, 4096
+"""
+
+
+def test_a_prompt_is_cut_by_its_own_length_alone(stand_ins: Path) -> None:
+    """Pieces end at multiples of the constant, whatever runs beside the prompt and wherever its cached beginning ends; no piece
+    has one token."""
+    found = drive(
+        stand_ins,
+        """
+        overrides.pieces(PIECE, STEP, CONTEXT)
+        lengths = [2, 255, 256, 257, 258, 511, 512, 513, 1000, 1024, 1025, 3000]
+        alone = [cuts([length])[0] for length in lengths]
+        shuffled = lengths * 3
+        random.Random(1).shuffle(shuffled)
+        together = all(found == alone[lengths.index(length)] for found, length in zip(cuts(shuffled), shuffled))
+        print(json.dumps([dict(zip(lengths, alone)), together, cuts([700], begin=255)[0], cuts([514], begin=512)[0]]))
+        """,
+        before=PASSES,
+    )
+
+    assert found[0]["257"] == [257] and found[0]["258"] == [256, 258] and found[0]["513"] == [256, 513]
+    assert found[0]["1025"] == [256, 512, 768, 1025] and found[0]["3000"] == [*range(256, 2817, 256), 3000]
+    assert found[1:] == [True, [512, 700], [514]]
+
+
+def test_no_pass_leaves_out_what_runs(stand_ins: Path) -> None:
+    """Whatever arrives: every decode and the prompt in pieces are in every pass, one prompt at most is in pieces, a pass
+    holds no more tokens and contexts than it may, and every prompt comes to its end."""
+    found = drive(
+        stand_ins,
+        """
+        overrides.pieces(PIECE, STEP, CONTEXT)
+        draw, running, done, passes = random.Random(5), [], 0, 0
+        arrived = 0
+        while done < 300:
+            if arrived < 300 and draw.random() < 0.5:
+                length = draw.choice([2, 40, 200, 257, 300, 513, 900, 4000])
+                cached = draw.choice([0, 0, 64, length - 2]) if length > 70 else 0
+                running.append([Prompt(cached, length, 0), draw.randrange(1, 30)])
+                arrived += 1
+            for each, _ in running:
+                each.stops = each.begin
+            decoding = [each for each, _ in running if each.begin >= each.end - 1 and each.begin]
+            partial = [each for each, _ in running if each.begin < each.end - 1 and each.begin % PIECE == 0 and each.begin]
+            before = [(each, each.begin) for each, _ in running]
+            admit([each for each, _ in running], STEP + len(running))
+            passes += 1
+            assert all(each.stops == each.end for each in decoding), "a decode was left out"
+            prompts = [(each, begin) for each, begin in before if each.stops - begin > 1]
+            assert sum(each.stops - begin for each, begin in prompts) <= STEP
+            assert sum(each.stops < each.end for each, _ in prompts) <= 1
+            for each in running:
+                sequence, left = each
+                if sequence.stops == sequence.begin:
+                    continue
+                sequence.begin = sequence.stops
+                if sequence.begin == sequence.end:
+                    sequence.end += 1
+                    each[1] -= 1
+            done += sum(left == 0 for _, left in running)
+            running = [each for each in running if each[1]]
+            assert passes < 20_000
+        print(json.dumps([done, overrides.counters.cuts > 100]))
+        """,
+        before=PASSES,
+    )
+
+    assert found == [300, True]
+
+
+@pytest.mark.parametrize(("setting", "omit"), [("", ""), ("overrides.pieces(PIECE, STEP, CONTEXT)", "piece")])
+def test_prompts_are_cut_as_turbomind_likes_unless_told(setting: str, omit: str, stand_ins: Path) -> None:
+    """Before it is told, and where it is left out, the override only reads what TurboMind plans."""
+    script = f"{setting}\nprint(json.dumps([cuts([1000, 600]), overrides.step, overrides.counters.cuts]))"
+
+    assert drive(stand_ins, script, before=PASSES, omit=omit) == [[[576, 1000], [128, 600]], [128, 600, 600], 0]
+
+
+@pytest.mark.parametrize("omit", ["", "lookup"])
+def test_own_kernels_are_looked_up_by_permitted_rows_alone(omit: str, stand_ins: Path) -> None:
+    """Each product is served by the kernel of the next permitted number of rows, or of the last; other products, and those of a
+    service without the override, by TurboMind's choice."""
+    found = drive(
+        stand_ins,
+        """
+        product = lambda depth, by_columns=0: tuple(depth if i == 24 else by_columns if i == 20 else 0 for i in range(26))
+        before = [turbomind.drive_lookup(m, 5, 0) for m in (1, 9, 64, 65)]
+        overrides.kernels({product(5): [16], product(6): [8, 64], product(7, 1): [64], product(8): [100]})
+        after = [[turbomind.drive_lookup(m, k, k == 7) for m in (1, 9, 64, 65)] for k in (4, 5, 6, 7, 8)]
+        print(json.dumps([before, after, overrides.counters.pinned]))
+        """,
+        omit=omit,
+    )
+
+    stock = [8, 16, 64, 0]
+    pinned = [stock, [16] * 4, [8, 64, 64, 64], [64] * 4, stock]
+    assert found == ([stock, [stock] * 5, 0] if omit else [stock, pinned, 12])
 
 
 def test_products_are_learned_proved_and_served(stand_ins: Path) -> None:
@@ -317,7 +474,7 @@ def test_products_are_learned_proved_and_served(stand_ins: Path) -> None:
     assert found == {
         "stock": 7777,
         "learning": [7777] * 3,
-        "shape": [6, 4, 9],
+        "shape": [8, 4, 9],
         "permitted": [66, 67],
         "missing": [],
         "tried": [16, 30, 66, 67],
@@ -452,7 +609,7 @@ def test_a_candidate_is_tried_many_times_on_other_weights_each_time(stand_ins: P
         """,
     )
 
-    assert found == [True, [0, 64, 0, 64, 0], False, [[0] * 6] * 2]
+    assert found == [True, [0, 64, 0, 64, 0], False, [[0] * 8] * 2]
 
 
 def test_the_library_is_built_once_and_named_after_its_source(tmp_path: Path) -> None:
@@ -491,3 +648,28 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
 
     with pytest.raises(NoOverrides, match="false cannot compile them"):
         build(tmp_path)
+
+
+def test_products_with_few_outputs_are_padded(stand_ins: Path) -> None:
+    """For most numbers of tokens cublasLt has other algorithms for them: they are computed for the next multiple of eight, with
+    nothing read or written behind their own rows."""
+    found = drive(
+        stand_ins,
+        """
+        M = 1
+        large = ctypes.create_string_buffer(4096)
+        overrides.lend(0, large, ctypes.addressof(large), 4096)
+        overrides.mode(Mode.LEARN), gemm(1)
+        shape, = overrides.shapes()
+        overrides.permit(shape, [66])
+        overrides.mode(Mode.SERVE)
+        rows = []
+        for n in (1, 3, 8, 13, 21):
+            b, c = array("H", [17 * (j % PERIOD) for j in range(n) for _ in range(K)]), array("H", [5] * (n + 4))
+            status = turbomind.drive_gemm(HANDLE, 1, n, K, b.buffer_info()[0], b.buffer_info()[0], c.buffer_info()[0])
+            rows.append([status, value("last_tokens").value, alike(list(c)[:n], n), list(c)[n:] == [5] * 4])
+        print(json.dumps([rows, [shape.computed(n) for n in (1, 8, 9)], overrides.uncovered]))
+        """,
+    )
+
+    assert found == [[[0, tokens, True, True] for tokens in (8, 8, 8, 16, 24)], [8, 8, 16], 0]

@@ -1,4 +1,4 @@
-"""Whether TurboMind's prefix cache may be used: what is watched, what is corrected, and what is said where it does not fit."""
+"""What runs of known prompts prove at start: the prefix cache, pieces of prompts, and TurboMind's own kernels."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import pytest
 
 from service.engines.turbomind import TurbomindOptions, engine, probe
 from service.engines.turbomind.exactness import Exactness
+from service.engines.turbomind.kernels import Product
 from service.engines.turbomind.native import Account, Load, Native, Progress, Status
+from service.engines.turbomind.options import PIECE_TOKENS
 from service.engines.turbomind.overrides import Counters, Overrides, Resume
-from service.engines.turbomind.probe import prove
+from service.engines.turbomind.probe import KernelProof, prove_kernels, prove_pieces, prove_prefix_cache
 from tests.service.test_turbomind_native import MODEL
 
 BLOCK = 64
@@ -32,6 +34,16 @@ class FakeTurboMind:
     """By which the override reads another number."""
     ignores_override: bool = False
     omitted: frozenset[str] = frozenset()
+    misreads: bool = False
+    """The override of pieces reads other numbers."""
+    pieces_seen: int = 2
+    """In which a prompt longer than a piece is computed."""
+    rounding: dict[int, str] = field(default_factory=dict)
+    """By number of rows, how the kernels tuned for it round; "?" depends on what runs beside."""
+    served: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
+    step: tuple[int, int, int] = (0, 0, 0)
+    piece_tokens: int = 0
+    cuts: int = 0
     vocabulary_size: int = 300
     mode: Resume = Resume.UNWATCHED
     resumed: tuple[int, int] = (0, 0)
@@ -42,7 +54,13 @@ class FakeTurboMind:
 
     @property
     def counters(self) -> Counters:
-        return Counters({"resume": self._calls}, 0, 0)
+        return Counters({"resume": self._calls}, 0, 0, cuts=self.cuts)
+
+    def pieces(self, piece_tokens: int, step_tokens: int, context_tokens: int) -> None:
+        self.piece_tokens = 0 if "piece" in self.omitted else piece_tokens
+
+    def kernels(self, served: dict[tuple[int, ...], list[int]]) -> None:
+        self.served = served
 
     def resume(self, mode: Resume) -> None:
         self.mode = mode
@@ -58,18 +76,26 @@ class FakeTurboMind:
         self._calls += self.calls_override
         if self.calls_override and self.mode != Resume.UNWATCHED:
             self.resumed = len(ids) + self.prompt_shift, found + self.resume_shift
+        self.step = (1, 0, 0) if self.misreads else (0, len(ids), len(ids))
+        self.cuts += (self.pieces_seen - 1) * bool(self.piece_tokens and len(ids) > self.piece_tokens + 1)
+        rounds = "".join(self.rounding[row] for rows in self.served.values() for row in rows[:1])
+        answer = f"{len(ids)} {rounds} {run_id if '?' in rounds else ''}".encode()
         corrected = self.mode == Resume.CORRECT and not self.ignores_override and len(ids) - found == 1
         account = Account(1.0, 1.0, found - corrected)
         news = [Progress(Status.FINISHED, len(ids) + 1)]
         change()
-        return SimpleNamespace(poll=lambda: news.pop() if news else None, account=account)
+        logprobs = SimpleNamespace(tobytes=lambda: answer)
+        return SimpleNamespace(
+            poll=lambda: news.pop() if news else None, account=account, ids=lambda first, last: [first],
+            logprobs=lambda index: (logprobs, logprobs),
+        )  # fmt: skip
 
     def load(self) -> Load:
         return Load(1, 0.01, 0, 0, 0.0)
 
 
 def proof(turbomind: FakeTurboMind) -> str:
-    return prove(cast(Native, turbomind), cast(Overrides, turbomind))
+    return prove_prefix_cache(cast(Native, turbomind), cast(Overrides, turbomind))
 
 
 def test_plans_are_found_right_before_any_is_corrected() -> None:
@@ -146,7 +172,7 @@ def test_a_cache_that_does_not_fit_is_off(
 
     monkeypatch.setattr(engine, "Native", native)
     monkeypatch.setattr(probe, "first_run", lambda native, context: 0.25)
-    monkeypatch.setattr(probe, "prove", lambda native, overrides: why)
+    monkeypatch.setattr(probe, "prove_prefix_cache", lambda native, overrides: why)
     given = TurbomindOptions(**options)
     exactness = Exactness(given, MODEL, cast(Overrides, FakeTurboMind()))
     _, share, prefix_cache = engine._model(given, MODEL, exactness)
@@ -154,3 +180,69 @@ def test_a_cache_that_does_not_fit_is_off(
     assert (made, closed, share, prefix_cache) == (loaded, [True] if len(loaded) > 1 else [], 0.25, on)
     said = [vars(record)["why"] for record in caplog.records if record.message == "prefix cache off"]
     assert said == ([why] if why else [])
+
+
+@pytest.mark.parametrize(
+    ("turbomind", "context_tokens", "why", "piece_tokens"),
+    [
+        (FakeTurboMind(), 4096, "", PIECE_TOKENS),
+        (FakeTurboMind(), 100, "", PIECE_TOKENS),
+        (FakeTurboMind(pieces_seen=1, omitted=frozenset({"piece"})), 4096, "", 0),
+        (FakeTurboMind(misreads=True), 4096, "of a prompt of 2176 tokens the override piece reads (1, 0, 0)", 0),
+        (FakeTurboMind(pieces_seen=3), 4096, "computed a prompt of 2176 tokens in 3 pieces, not 2", PIECE_TOKENS),
+    ],
+)
+def test_prompts_are_cut_once_the_override_reads_right(
+    turbomind: FakeTurboMind, context_tokens: int, why: str, piece_tokens: int
+) -> None:
+    """A prompt longer than a piece shows that it is cut where it must be; in a context without room for one there is none."""
+    given = TurbomindOptions(context_tokens=context_tokens, runs=8)
+    found = prove_pieces(cast(Native, turbomind), cast(Overrides, turbomind), given)
+
+    assert why in found if why else not found
+    assert turbomind.piece_tokens == piece_tokens
+
+
+def product(depth: int, experts: int = 0) -> Product:
+    return Product(tuple(depth if place == 24 else experts if place == 25 else 9 * (place == 23) for place in range(26)))
+
+
+EXPERTS, DENSE = product(5, 64), product(7)
+
+
+def kernel_proof(rounding: dict[int, str]) -> KernelProof:
+    turbomind = FakeTurboMind(rounding=rounding | {80: "", 160: "", 640: ""})
+    tuned = {EXPERTS: dict.fromkeys((8, 16, 64, 128), "8x256x64"), DENSE: dict.fromkeys((80, 160, 640), "64x128x64")}
+    return prove_kernels(cast(Native, turbomind), cast(Overrides, turbomind), tuned)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "experts", "classes"),
+    [
+        ({8: "a", 16: "a", 64: "a", 128: "a"}, (8, 16, 64, 128), (0, 0, 0, 0)),
+        ({8: "b", 16: "a", 64: "a", 128: "a"}, (16, 64, 128), (0, 1, 1, 1)),
+        ({8: "b", 16: "b", 64: "a", 128: "a"}, (64, 128), (0, 0, 1, 1)),
+        ({8: "?", 16: "?", 64: "?", 128: "a"}, (128,), (-1, -1, -1, 0)),
+    ],
+)
+def test_kernels_that_round_alike_are_permitted(
+    rounding: dict[int, str], experts: tuple[int, ...], classes: tuple[int, ...]
+) -> None:
+    """Those of most numbers of rows, and of equals those of the larger; one whose answers depend on what runs beside never."""
+    found = kernel_proof(rounding)
+
+    assert (found.permitted[EXPERTS], found.classes) == (experts, classes)
+    assert len(found.excluded) == 4 - len(experts)
+
+
+def test_kernels_that_are_not_permitted_are_named() -> None:
+    """By product and number of rows."""
+    found = kernel_proof({8: "a", 16: "a", 64: "a", 128: "?"})
+
+    assert found.excluded == ("9 x 5 of 64 experts for 128 rows (tile 8x256x64), 9 x 7 for 640 rows (tile 64x128x64)",)
+    assert found.permitted == {EXPERTS: (8, 16, 64), DENSE: (80, 160, 640)}
+
+
+def test_no_kernel_is_permitted_where_all_depend_on_the_batch() -> None:
+    """Then nothing is permitted at all."""
+    assert not kernel_proof(dict.fromkeys((8, 16, 64, 128), "?")).permitted

@@ -31,6 +31,7 @@ class LlamaEngine:
     name = "llama"
     logprob_kind = types_pb2.LOGPROB_KIND_RAW
     proof_seconds = 0.0
+    piece_tokens = 0
 
     def __init__(self, options: LlamaOptions) -> None:
         """Loads the model. Any thread. Raises EngineUnusable."""

@@ -5,6 +5,7 @@
 
 #define RESULTS 32 /* of one heuristic call */
 #define DEVICES 16
+#define NARROW 8 /* products with fewer outputs are computed for multiples of so many tokens */
 
 enum { R_32F = 0 };                        /* cudaDataType_t */
 enum { TRANSA = 3, TRANSB = 4 };           /* cublasLtMatmulDescAttributes_t */
@@ -24,7 +25,7 @@ static Device devices[DEVICES];
 
 static struct {
   int complete;
-  int (*device)(int *), (*create)(void **), (*op_create)(void **, int, int), (*op_set)(void *, int, Const, size_t);
+  int (*device)(int *), (*copy)(void *, Const, size_t, void *), (*create)(void **), (*op_create)(void **, int, int), (*op_set)(void *, int, Const, size_t);
   int (*layout_create)(void **, int, uint64_t, uint64_t, int64_t), (*algo_get)(const Algo *, int, void *, size_t, size_t *);
   int (*wish_create)(void **), (*wish_set)(void *, int, Const, size_t), (*wish_destroy)(void *);
   int (*heuristic)(void *, void *, void *, void *, void *, void *, void *, int, Result *, int *);
@@ -57,6 +58,7 @@ static int load_lt(void) {
       {"cublasLtMatmulAlgoConfigGetAttribute", &lt.algo_get}, {"cublasLtMatmulAlgoCheck", &lt.check},
       {"cublasLtMatmul", &lt.matmul}, {"cublasLtGetVersion", &lt.version}};
   *(void **)&lt.device = find(driver, "cuCtxGetDevice");
+  *(void **)&lt.copy = find(driver, "cuMemcpyDtoDAsync_v2");
   *(void **)&lt.stream = find(cublas, "cublasGetStream_v2");
   int complete = lt.stream != NULL;
   for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
@@ -105,12 +107,29 @@ static int ask(const Device *d, const Problem *p, Candidate *out) {
 }
 
 /* Whether an algorithm can run this product, which may be another one than it was offered for. */
-static int possible(const Device *d, const Problem *p, const Algo *algo) {
+static int possible(const Device *d, const Shape *s, const Problem *p, const Algo *algo) {
   Result r = {.workspace = 0};
-  return !lt.check(d->handle, p->op, p->a, p->b, p->c, p->c, algo, &r) && r.workspace <= d->bytes;
+  return !lt.check(d->handle, p->op, p->a, p->b, p->c, p->c, algo, &r) && r.workspace <= (s->m < NARROW ? 0 : d->bytes);
 }
+
+/* For products with few outputs cublasLt has other algorithms for other numbers of tokens: those are computed as the next multiple
+   for which all have the same. */
+static int computed(const Shape *s, int n) { return s->m < NARROW ? (n + NARROW - 1) / NARROW * NARROW : n; }
 
 static int run(const Device *d, const Problem *p, const Algo *algo, Const alpha, Const a, Const b, Const beta, void *c,
                void *stream) {
   return lt.matmul(d->handle, p->op, alpha, a, p->a, b, p->b, beta, c, p->c, c, p->c, algo, d->workspace, d->bytes, stream);
+}
+
+static size_t bytes_of(int rows, int row, int type) { return ((size_t)rows * (size_t)row * (type == R_32F ? 4 : 2) + 255) / 256 * 256; }
+
+/* n tokens, computed as `rows`: beside copies of their own inputs and outputs, which lie in the workspace. */
+static int run_padded(const Device *d, const Shape *s, const Problem *p, int n, int rows, const Algo *algo, Const alpha, Const a,
+                      Const b, const float *beta, void *c, void *stream) {
+  size_t in = bytes_of(rows, s->ldb, s->b_type), out = bytes_of(rows, s->ldc, s->c_type);
+  char *inputs = d->workspace, *outputs = inputs + in;
+  if (!lt.copy || s->transb || *beta != 0 || in + out > d->bytes) return 1;
+  return lt.copy(inputs, b, (size_t)n * (size_t)s->ldb * (s->b_type == R_32F ? 4 : 2), stream) ||
+         lt.matmul(d->handle, p->op, alpha, a, p->a, inputs, p->b, beta, outputs, p->c, outputs, p->c, algo, NULL, 0, stream) ||
+         lt.copy(c, outputs, (size_t)n * (size_t)s->ldc * (s->c_type == R_32F ? 4 : 2), stream);
 }

@@ -28,7 +28,7 @@ from service.engines.turbomind.exactness import Exactness
 from service.engines.turbomind.metrics import Meter
 from service.engines.turbomind.model import HuggingFaceVocabulary
 from service.engines.turbomind.native import Native, bring_in
-from service.engines.turbomind.options import BLOCK_TOKENS, TOP_K_MAX, TurbomindOptions
+from service.engines.turbomind.options import BLOCK_TOKENS, PIECE_TOKENS, TOP_K_MAX, TurbomindOptions
 from service.engines.turbomind.overrides import TOP_K_BUCKET
 from service.engines.turbomind.request import RULES, Formats
 
@@ -101,6 +101,10 @@ class TurbomindEngine:
     @property
     def prefix_cache(self) -> bool:
         return self._loaded.prefix_cache
+
+    @property
+    def piece_tokens(self) -> int:
+        return PIECE_TOKENS if self.exactness.overrides is not None else 0
 
     @property
     def fields(self) -> Mapping[str, str]:
@@ -225,7 +229,7 @@ def load(options: TurbomindOptions) -> TurbomindEngine:
         exactness.prepare(gpu, version)
         native, share, prefix_cache = _model(options, described, exactness)
         try:
-            exactness.prove()
+            exactness.prove(native)
             blocks = _blocks(options, described, share)
             digest = weights.result()
         except EngineUnusable:
@@ -250,6 +254,7 @@ def load(options: TurbomindOptions) -> TurbomindEngine:
             "kv_bits": str(options.kv_bits),
             "context_tokens": str(options.context_tokens),
             "prefill_tokens": str(options.prefill_tokens),
+            "piece_tokens": str(PIECE_TOKENS) if exactness.overrides is not None else "its own",
             "block_tokens": str(BLOCK_TOKENS),
             "prefix_cache": "on" if prefix_cache else "off",
             "runs": str(options.runs),
@@ -270,7 +275,7 @@ def _model(options: TurbomindOptions, described: model.Model, exactness: Exactne
     if not wanted or exactness.overrides is None:
         return native, share, wanted
     try:
-        why = probe.prove(native, exactness.overrides)
+        why = probe.prove_prefix_cache(native, exactness.overrides)
     except EngineUnusable:
         native.close()
         raise

@@ -13,15 +13,16 @@ from pathlib import Path
 
 from ostinato.v1 import types_pb2
 
-from service.engines.turbomind import host, kernels
-from service.engines.turbomind.kernels import Manifest, Permit
+from service.engines.turbomind import host, kernels, probe
+from service.engines.turbomind.kernels import Manifest, Permit, Product
 from service.engines.turbomind.model import Model
+from service.engines.turbomind.native import Native
 from service.engines.turbomind.options import TurbomindOptions
-from service.engines.turbomind.overrides import KERNELS, Mode, NoOverrides, Overrides, Shape, build
+from service.engines.turbomind.overrides import LOOKUP, REQUIRED, Mode, NoOverrides, Overrides, Shape, build
 from service.engines.turbomind.overrides import digest as overrides_digest
 
 NO_SPLITS = "max_splits=1"
-"""For TurboMind's own kernels, which serve quantised weights: none of them cuts K."""
+"""For TurboMind's own kernels, which serve quantised weights and experts: none of them cuts K."""
 SHARED = {1: "", 2: "a sum of two does not depend on their order, but two GPUs are not yet proved on any host: --tp is 2"}
 """By GPUs that share the model, why they cannot be exact. Empty: they can."""
 MORE = "several GPUs add up in an order of their own: --tp is more than 2"
@@ -88,11 +89,13 @@ class Exactness:
             "tp": str(options.tp), "runs": str(options.runs), "prefill_tokens": str(options.prefill_tokens),
             "overrides": overrides_digest(),
         }  # fmt: skip
-        os.environ["TM_GEMM_TUNE"] = NO_SPLITS
         self._kept, self.origin = kernels.find(self.path, self._environment)
-        if not self._quantised:
+        if LOOKUP in self.overrides.omitted:
             return
-        table = self._path("kernels", "bin")
+        os.environ["TM_GEMM_TUNE"] = NO_SPLITS
+        if not self._own_kernels:
+            return
+        table = self._table
         if self._kept is not None and self._kept.table == _sha256(table):
             os.environ["TM_GEMM_IMPORT"] = str(table)  # or timing would choose again, and perhaps otherwise
         else:
@@ -101,10 +104,11 @@ class Exactness:
             table.unlink(missing_ok=True)
             os.environ["TM_GEMM_EXPORT"] = str(table)
 
-    def prove(self) -> None:
-        """Behind the model's first run, before its second: measure, or take a kept manifest's word."""
+    def prove(self, native: Native) -> None:
+        """Behind the model's first run, before any that is served: measure, or take a kept manifest's word. Raises
+        EngineUnusable if TurboMind does not answer."""
         began = time.monotonic()
-        self._prove()
+        self._prove(native)
         self.seconds = round(time.monotonic() - began, 3)
         if self.manifest is not None:
             _log.info(
@@ -112,34 +116,78 @@ class Exactness:
                 extra={"digest": self.manifest.digest, "path": self.path, "origin": self.origin, "seconds": self.seconds},
             )
 
-    def _prove(self) -> None:
-        overrides, options, environment = self.overrides, self.options, self._environment
+    def _prove(self, native: Native) -> None:
+        overrides, environment = self.overrides, self._environment
         if overrides is None or environment is None:
             return
         calls = overrides.counters.calls
-        unreached = [name for name in KERNELS if not calls[name]]
+        unreached = [name for name in REQUIRED if not calls[name]]
         if unreached:
             self._miss(f"TurboMind does not reach the override {unreached[0]}")
+            overrides.mode(Mode.SERVE)
+            return
+        if why := probe.prove_pieces(native, overrides, self.options):
+            self._miss(why)
         shapes = overrides.shapes()
+        kept = self._kept if self._kept is not None and self._kept.fits(environment, shapes) else None
         try:
-            if self._kept is not None and self._kept.fits(environment, shapes):
-                self.manifest = self._kept
-            else:
-                most = options.prefill_tokens + options.runs if "TM_GEMM_IMPORT" in os.environ else options.runs
-                if self._kept is not None:
-                    self.origin = "the kept one lacks a product"
-                self.origin = f"made now: {self.origin}"
-                permits = kernels.measure(overrides, {shape: max(most, rows) for shape, rows in shapes.items()})
-                table = _sha256(self._path("kernels", "bin")) if self._quantised else ""
-                self.manifest = Manifest(environment, permits, table)
-                kernels.keep(self.path, self.manifest)
-            if bare := shapes.keys() - self.manifest.permits.keys():
+            permits = kept.permits if kept is not None else self._measured(overrides, shapes)
+            if bare := shapes.keys() - permits.keys():
                 self._miss(f"nothing rounds alike in the product {min(bare).m}x{min(bare).k}")
-            if uncovered := kernels.install(overrides, self.manifest, options.runs):
+            if uncovered := kernels.install(overrides, permits, self.options.runs):
                 self._miss(uncovered)
-        except NoOverrides as error:
+            overrides.mode(Mode.SERVE)
+            own, excluded = self._own(native, overrides, kept)
+            self.manifest = kept
+            if kept is None:
+                table = _sha256(self._table) if self._own_kernels else ""
+                self.manifest = Manifest(environment, permits, table, own, excluded)
+                kernels.keep(self.path, self.manifest)
+        except (NoOverrides, OSError, ValueError) as error:
             self._miss(str(error))
-        overrides.mode(Mode.SERVE)
+            overrides.mode(Mode.SERVE)
+
+    def _measured(self, overrides: Overrides, shapes: Mapping[Shape, int]) -> Mapping[Shape, Permit]:
+        """Raises NoOverrides."""
+        options = self.options
+        most = options.prefill_tokens + options.runs if "TM_GEMM_IMPORT" in os.environ else options.runs
+        if self._kept is not None:
+            self.origin = "the kept one lacks a product"
+        self.origin = f"made now: {self.origin}"
+        return kernels.measure(overrides, {shape: max(most, rows) for shape, rows in shapes.items()})
+
+    def _own(
+        self, native: Native, overrides: Overrides, kept: Manifest | None
+    ) -> tuple[Mapping[Product, tuple[int, ...]], tuple[str, ...]]:
+        """Of TurboMind's own kernels, those that serve from now on, and the others in words. Raises EngineUnusable,
+        NoOverrides, OSError and ValueError."""
+        if not self._own_kernels:
+            return {}, ()
+        if LOOKUP in overrides.omitted:
+            self._miss("TurboMind's own kernels are not pinned: it picks them by timing at every start")
+            return {}, ()
+        if kept is not None:
+            overrides.kernels({product.numbers: rows for product, rows in kept.own.items()})
+            before = overrides.counters.pinned
+            probe.first_run(native, self.options.context_tokens)
+            if kept.own and overrides.counters.pinned == before:
+                self._miss(f"TurboMind does not serve with the kernels of {self._table.name}")
+            return kept.own, kept.excluded
+        try:
+            tuned = kernels.own_kernels(self._table.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"TurboMind's table of kernels {error}") from None
+        proof = probe.prove_kernels(native, overrides, tuned)
+        if tuned and not proof.permitted:
+            self._miss(f"of TurboMind's own kernels none rounds alike whatever else runs: {'; '.join(proof.excluded)[:300]}")
+        _log.info(
+            "own kernels",
+            extra={
+                "products": [f"{product.name}: {list(rows)}" for product, rows in proof.permitted.items()],
+                "excluded": proof.excluded, "classes": proof.classes, "tuned": [list(rows) for rows in tuned.values()],
+            },
+        )  # fmt: skip
+        return proof.permitted, proof.excluded
 
     @property
     def ceiling(self) -> tuple[types_pb2.Grade.ValueType, str]:
@@ -148,8 +196,6 @@ class Exactness:
             return types_pb2.GRADE_BEST_EFFORT, why
         if self.options.runs == 1:
             return types_pb2.GRADE_SERIAL, "there is one slot: runs are computed one at a time"
-        if self.model.experts:
-            return types_pb2.GRADE_BEST_EFFORT, "a mixture of experts is not proved to be exact"
         if self.why_not:
             return types_pb2.GRADE_BEST_EFFORT, self.why_not
         return types_pb2.GRADE_EXACT, "attention splits, sampling kernel and product algorithms do not depend on the batch"
@@ -159,7 +205,7 @@ class Exactness:
         """Of the fingerprint."""
         loaded = self.overrides
         omitted = ",".join(sorted(loaded.omitted)) if loaded is not None else ""
-        own = "chosen by timing at start " + secrets.token_hex(8) if self._quantised else "its own"
+        own = "chosen by timing at start " + secrets.token_hex(8) if self._own_kernels else "its own"
         return {
             "overrides": "none" if loaded is None else overrides_digest() + (f" without {omitted}" if omitted else ""),
             "kernel_plan": own if self.manifest is None else self.manifest.digest,
@@ -168,8 +214,13 @@ class Exactness:
         }
 
     @property
-    def _quantised(self) -> bool:
-        return self.model.quantisation != "none" or self.options.model_format not in (None, "hf")
+    def _own_kernels(self) -> bool:
+        return self.model.own_kernels or self.options.model_format not in (None, "hf")
+
+    @property
+    def _table(self) -> Path:
+        """Where TurboMind writes down which kernels it found fastest."""
+        return self._path("kernels", "bin")
 
     def _path(self, name: str, suffix: str) -> Path:
         lines = [f"{key}={value}\n" for key, value in sorted((self._environment or {}).items())]

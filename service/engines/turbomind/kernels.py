@@ -15,15 +15,24 @@ import hashlib
 import json
 import logging
 import os
+import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from service.engines.turbomind.host import module
-from service.engines.turbomind.overrides import PERMITTED_MAX, Candidate, Matrices, NoOverrides, Overrides, Shape
+from service.engines.turbomind.overrides import (
+    PERMITTED_MAX,
+    PRODUCT_NUMBERS,
+    Candidate,
+    Matrices,
+    NoOverrides,
+    Overrides,
+    Shape,
+)
 
 PERIOD = 4
 """Rows of a trial that differ; the others repeat them."""
@@ -142,6 +151,59 @@ def _served(members: set[int], trials: Iterable[Trial]) -> Mapping[int, int]:
     return best
 
 
+TABLE_MAGIC = b"TMGEMM2\0"
+TABLE_VERSION, RECORD_BYTES, HEADER_BYTES = 6, 304, 24
+"""Of TurboMind's table of kernels: a header, and a record for each product and number of rows."""
+BATCH_DIM, ROWS, COLUMNS, DEPTH, GROUPS = 20, 22, 23, 24, 25
+"""Places of int32 in the description of a product; by the first, the rows are the second or the third."""
+TILE, BACKEND = slice(50, 53), 72
+"""Places of int32 in a record: the kernel's tile, in rows, outputs and inputs, and whose it is. 0: TurboMind's own."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Product:
+    """A kind of product as TurboMind's own kernels see it."""
+
+    numbers: tuple[int, ...]
+    """TurboMind's description of it, with 0 rows."""
+
+    @property
+    def name(self) -> str:
+        outputs = self.numbers[ROWS if self.numbers[BATCH_DIM] else COLUMNS]
+        groups = self.numbers[GROUPS]
+        return f"{outputs} x {self.numbers[DEPTH]}" + (f" of {groups} experts" if groups > 1 else "")
+
+
+def own_kernels(table: bytes) -> dict[Product, dict[int, str]]:
+    """Of TurboMind's exported table, the products that its own kernels serve. By numbers of rows, rising, that each was tuned
+    for, the tile of its kernel; other numbers of rows take the next one. Raises ValueError for a table of another version."""
+    if len(table) < HEADER_BYTES:
+        raise ValueError("is too short")
+    magic, version, size, count = struct.unpack_from("<8sIIQ", table)
+    if (magic, version, size) != (TABLE_MAGIC, TABLE_VERSION, RECORD_BYTES) or len(table) != HEADER_BYTES + size * count:
+        raise ValueError(f"is of version {version} with records of {size} bytes, not of version {TABLE_VERSION}")
+    found: dict[Product, dict[int, str]] = {}
+    for start in range(HEADER_BYTES, len(table), size):
+        record = struct.unpack_from(f"<{size // 4}i", table, start)
+        if record[BACKEND]:
+            continue
+        numbers = list(record[:PRODUCT_NUMBERS])
+        place = COLUMNS if numbers[BATCH_DIM] else ROWS
+        rows, numbers[place] = numbers[place], 0
+        found.setdefault(Product(tuple(numbers)), {})[rows] = "x".join(map(str, record[TILE]))
+    return {product: dict(sorted(found[product].items())) for product in sorted(found)}
+
+
+def alike(digests: Sequence[str | None]) -> tuple[int, ...]:
+    """Places of the digest that is there most often; of equals, that of the last place. None counts for nothing."""
+    places: dict[str, list[int]] = {}
+    for place, digest in enumerate(digests):
+        if digest is not None:
+            places.setdefault(digest, []).append(place)
+    ranked = sorted(places.values(), key=lambda those: (len(those), those[-1]))
+    return tuple(ranked[-1]) if ranked else ()
+
+
 @dataclass(frozen=True, slots=True)
 class Permit:
     """What serves a shape."""
@@ -162,7 +224,11 @@ class Manifest:
     """Everything it was measured under; another value of anything makes it worthless."""
     permits: Mapping[Shape, Permit]
     table: str = ""
-    """SHA-256 of TurboMind's own choice of kernels, where it has quantised ones."""
+    """SHA-256 of TurboMind's table of its own kernels, where they serve."""
+    own: Mapping[Product, tuple[int, ...]] = field(default_factory=dict)
+    """Of that table, the numbers of rows whose kernels round alike."""
+    excluded: tuple[str, ...] = ()
+    """The others, in words."""
 
     def fits(self, environment: Mapping[str, str], shapes: Iterable[Shape] = ()) -> bool:
         """Whether it may be used here, and knows all that is needed."""
@@ -171,12 +237,19 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Of the kernels alone: equal ones round alike."""
-        body = json.dumps([sorted([astuple(shape), permit.algorithms] for shape, permit in self.permits.items()), self.table])
+        own = sorted([product.numbers, rows] for product, rows in self.own.items())
+        body = json.dumps(
+            [sorted([astuple(shape), permit.algorithms] for shape, permit in self.permits.items()), self.table, own]
+        )
         return hashlib.sha256(body.encode()).hexdigest()
 
     def to_json(self) -> str:
         permits = [{"shape": asdict(shape), **asdict(self.permits[shape])} for shape in sorted(self.permits)]
-        body = {"environment": dict(self.environment), "permits": permits, "table": self.table, "digest": self.digest}
+        own = [{"product": product.numbers, "rows": self.own[product]} for product in sorted(self.own)]
+        body = {
+            "environment": dict(self.environment), "permits": permits, "table": self.table, "own": own,
+            "excluded": list(self.excluded), "digest": self.digest,
+        }  # fmt: skip
         return json.dumps(body | {"checksum": _checksum(body)}, indent=1) + "\n"
 
 
@@ -193,7 +266,9 @@ def from_json(text: str) -> Manifest:
             )
             for each in body["permits"]
         }
-        manifest = Manifest(dict(body["environment"]), permits, str(body["table"]))
+        own = {Product(tuple(map(int, each["product"]))): tuple(map(int, each["rows"])) for each in body["own"]}
+        excluded = tuple(map(str, body["excluded"]))
+        manifest = Manifest(dict(body["environment"]), permits, str(body["table"]), own, excluded)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"lacks something: {error}") from error
     if checksum != _checksum(body):
@@ -229,14 +304,14 @@ class Trials:
     """Random weights, and PERIOD random rows, repeated. Raises torch's OutOfMemoryError."""
 
     def __init__(self, overrides: Overrides, shape: Shape, rows: int) -> None:
-        self._overrides, self._shape = overrides, shape
+        self._overrides, self.shape = overrides, shape
         self._torch = torch = module("torch")
         a_type, b_type, c_type = (getattr(torch, _TORCH_TYPES[each]) for each in (shape.a_type, shape.b_type, shape.c_type))
         weights = (shape.m if shape.transa else shape.k) * shape.lda
         copies = min(COPIES_MAX, max(1, WEIGHTS_BYTES // (weights * a_type.itemsize)))
         free, _ = torch.cuda.mem_get_info()
         room = free * MEMORY_SHARE - weights * copies * a_type.itemsize
-        self.rows = min(rows, max(1, int(room // (4 * (shape.ldb + 2 * shape.ldc)))))
+        self.rows = shape.computed(min(rows, max(1, int(room // (4 * (shape.ldb + 2 * shape.ldc))))))
         random = torch.Generator("cuda").manual_seed(shape.m * shape.k)
         self._a = torch.randn(weights, generator=random, device="cuda", dtype=a_type).mul_(shape.k**-0.5).repeat(copies)
         period = torch.randn(PERIOD, shape.ldb, generator=random, device="cuda", dtype=b_type)
@@ -249,13 +324,13 @@ class Trials:
 
     def offered(self, n: int) -> Iterator[Trial]:
         """What cublasLt offers for n tokens."""
-        for rank, candidate in enumerate(self._overrides.offers(self._shape, n)):
+        for rank, candidate in enumerate(self._overrides.offers(self.shape, n)):
             if (trial := self._tried(n, rank, candidate)) is not None:
                 yield trial
 
     def race(self, n: int, others: Iterable[Candidate]) -> Iterator[Trial]:
         """What cublasLt offers for n tokens and these others, with the time that one product takes."""
-        offers = {candidate.config: candidate for candidate in self._overrides.offers(self._shape, n)}
+        offers = {candidate.config: candidate for candidate in self._overrides.offers(self.shape, n)}
         best = float("inf")
         for rank, candidate in enumerate((offers | {other.config: other for other in others}).values()):
             if (trial := self._tried(n, rank, candidate)) is None:
@@ -269,15 +344,15 @@ class Trials:
 
     def _tried(self, n: int, rank: int, candidate: Candidate) -> Trial | None:
         self._c[:n].fill_(float("nan"))  # what an earlier trial left would look right
-        if not self._overrides.attempt(self._shape, n, candidate, self._matrices):
+        if not self._overrides.attempt(self.shape, n, candidate, self._matrices):
             return None
-        return Trial(n, rank, candidate, *_compared(self._c[:n, : self._shape.m], self._torch))
+        return Trial(n, rank, candidate, *_compared(self._c[:n, : self.shape.m], self._torch))
 
     def _seconds(self, n: int, candidate: Candidate, times: int) -> float:
         """Of one product, by the GPU's clock."""
         start, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        self._overrides.attempt(self._shape, n, candidate, self._matrices, times)
+        self._overrides.attempt(self.shape, n, candidate, self._matrices, times)
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1000 / times
@@ -381,14 +456,14 @@ def _measured(product: Trials) -> tuple[Choice, Permit | None, list[Trial]]:
     """First what cublasLt offers for each number of tokens. Then each offer that may stay races against the others, also at
     numbers it was not offered for: cublasLt's favourite takes up to three times as long as the fastest. Last, what won, at all
     numbers in between, for which it is going to serve."""
-    every = grid(product.rows)
+    every = _computed(product.shape, grid(product.rows))
     trials = [trial for n in every for trial in product.offered(n)]
     permitted = choose(trials).permitted
     pool = {trial.candidate.config: trial.candidate for trial in trials if trial.algorithm in permitted}
-    for n in timed(product.rows):
+    for n in _computed(product.shape, timed(product.rows)):
         trials += product.race(n, pool.values())
     few = {winner for n, winner in fastest(trials, permitted).items() if winner is not None and n >= FEW_FROM}
-    for n in between(product.rows):
+    for n in _computed(product.shape, between(product.rows)):
         trials += product.race(n, few)
     winners = fastest(trials, permitted)
     for n in every:
@@ -403,13 +478,17 @@ def _measured(product: Trials) -> tuple[Choice, Permit | None, list[Trial]]:
     return choice, Permit(choice.permitted, product.rows, codes if kept else ()), trials
 
 
-def install(overrides: Overrides, manifest: Manifest, runs: int) -> str:
+def _computed(shape: Shape, numbers: Iterable[int]) -> list[int]:
+    return sorted({shape.computed(n) for n in numbers})
+
+
+def install(overrides: Overrides, permits: Mapping[Shape, Permit], runs: int) -> str:
     """Serve with these permits from now on. What is not covered, in words, or an empty text."""
-    for shape, permit in manifest.permits.items():
+    for shape, permit in permits.items():
         overrides.permit(shape, permit.algorithms)
         for n, code in permit.fastest:
             overrides.prefer(shape, n, bytes.fromhex(code))
-    for shape, permit in manifest.permits.items():
+    for shape, permit in permits.items():
         wanted = sorted({*range(1, min(runs, permit.rows) + 1), *grid(permit.rows)})
         missing = [n for n in wanted if not overrides.covers(shape, n)]
         if missing:

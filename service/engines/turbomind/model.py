@@ -50,6 +50,11 @@ class Model:
     def name(self) -> str:
         return self.path.name
 
+    @property
+    def own_kernels(self) -> bool:
+        """Whether TurboMind's own kernels serve some of its products: quantised weights, and experts."""
+        return self.quantisation != "none" or self.experts > 0
+
 
 def read(path: Path | None) -> Model:
     """Raises EngineUnusable, which says what is missing."""

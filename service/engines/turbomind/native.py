@@ -11,7 +11,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -21,6 +22,11 @@ from service.engines.turbomind.host import module
 from service.engines.turbomind.model import Model
 from service.engines.turbomind.options import BLOCK_TOKENS, TurbomindOptions
 from service.engines.turbomind.request import Request
+
+STEP_CONTEXTS = 3
+"""Times the longest context that the prompts of one step may have in all: the prompt in pieces, new ones, and the one that is
+deferred because the new ones come to one already. TurboMind ends a pass at the first prompt that does not fit, and takes the
+runs behind it out of the batch."""
 
 
 class Status(IntEnum):
@@ -179,7 +185,8 @@ class Native:
             enable_metrics=True,
         )
         try:
-            self._engine: Any = turbomind.TurboMind.from_pretrained(str(model.path), engine_config=config)
+            with _step_contexts(self._tm, STEP_CONTEXTS * options.session_tokens if options.exact else 0):
+                self._engine: Any = turbomind.TurboMind.from_pretrained(str(model.path), engine_config=config)
         except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
             raise EngineUnusable(f"--model: TurboMind cannot load {model.path}: {type(error).__name__}: {error}") from error
         self.dtype: str = self._engine.engine_config.dtype
@@ -233,6 +240,25 @@ class Native:
         if request.bad_ids:
             made.bad_ids = _words(request.bad_ids)
         return made
+
+
+@contextmanager
+def _step_contexts(tm: Any, tokens: int) -> Iterator[None]:
+    """Let one step hold prompts of so many tokens in all, cached beginnings included; 0: TurboMind's default, session_len.
+    LMDeploy has no setting for it."""
+    own = tm.EngineConfig
+
+    def config() -> Any:
+        made = own()
+        made.max_context_token_num = tokens
+        return made
+
+    if tokens:
+        tm.EngineConfig = config
+    try:
+        yield
+    finally:
+        tm.EngineConfig = own
 
 
 def _words(token_ids: Sequence[int]) -> list[list[int]]:

@@ -12,8 +12,13 @@ BLOCK_TOKENS = 64
 """Of one block of the KV cache; TurboMind's default, and what its kernels are built for."""
 TOP_K_MAX = 1024
 """Above this TurboMind ends the process."""
-PREFILL_TOKENS_MIN = 8192
+PREFILL_TOKENS = 8192
 """TurboMind's own default for the prompt tokens of one step."""
+PIECE_TOKENS = 2048
+"""A longer prompt is computed in pieces that end at multiples of this, one a step: other runs' next tokens do not wait for
+all of it. A multiple of BLOCK_TOKENS."""
+PIECES_TOKENS = 2 * PIECE_TOKENS + BLOCK_TOKENS
+"""Prompt tokens of one step then: a piece, and as many of other prompts."""
 SPLIT_WORKSPACE = 4096
 """Partial results of a decode's attention: splits times runs may not exceed them."""
 SHORT_CONTEXT = 4096
@@ -80,11 +85,10 @@ class TurbomindOptions:
 
     @property
     def session_tokens(self) -> int:
-        """TurboMind's session_len. It is also how many tokens of prompts a step may hold, unless it is as small as a batch."""
+        """TurboMind's session_len. It must be more than the runs, or TurboMind takes it for a factor."""
         return max(self.context_tokens, self.runs + 1)
 
     @property
     def prefill_tokens(self) -> int:
-        """Prompt tokens of one step. Not below session_tokens, or a prompt would be cut where its company leaves off; and of a
-        rest of one token another kernel takes care."""
-        return max(PREFILL_TOKENS_MIN, self.session_tokens)
+        """Prompt tokens of one step."""
+        return PIECES_TOKENS if self.exact else max(PREFILL_TOKENS, self.session_tokens)

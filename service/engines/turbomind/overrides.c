@@ -1,13 +1,17 @@
-/* What makes TurboMind's answers independent of their company: four functions that it calls through its PLT, replaced.
+/* What makes TurboMind's answers independent of the batch: functions that it calls through its PLT, replaced.
 
-   GetSplitCount         into how many parts a decode's attention is cut: a constant, not a function of the batch
+   GetSplitCount         how many parts a decode's attention is cut into: a constant, not a function of the batch
    invokeTopKSortFilter  which kernel sorts: always that of the largest top_k
    cublasGemmEx          dense products: cublasLt, with algorithms that were found to round alike for every number of tokens
+   LowerBound            products of experts and of quantised weights: of TurboMind's own kernels, which it picks by number of
+                         rows, only those that were found to round alike
    PlanResume            how much of a prompt the prefix cache supplies: never all but one token, because one token alone goes
                          through the kernels of a decode, which round otherwise than those of a prompt
+   ClampForwardEnd       where a step of a long prompt ends: at multiples of a constant, never where other prompts leave off
+   RunRequiredAdmission  begins a scheduling pass: ClampForwardEnd counts what the pass has admitted
 
-   Load it with RTLD_GLOBAL before anything that brings cuBLAS (torch does) and before TurboMind. cublasGemmEx carries the
-   version "libcublas.so.12" (overrides.py links it so), hence no reference to another cuBLAS comes here. */
+   Load it with RTLD_GLOBAL before anything that loads cuBLAS (torch does) and before TurboMind. cublasGemmEx carries the
+   version "libcublas.so.12" (overrides.py links it so), hence no reference to another cuBLAS resolves to it. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <link.h>
@@ -26,25 +30,42 @@
 #define PLAN_RESUME "_ZN9turbomind9Scheduler10PlanResumeERNS_8SequenceE"
 #define PROMPT_LEN_OFFSET 0x2c /* of int32 prompt_len in Sequence */
 #define RESUME_LEN_OFFSET 0xf0 /* of int32 resume_len: the prompt tokens that are taken from the cache */
-#define IDS 16          /* permitted algorithms of one shape */
-#define FASTEST 64      /* numbers of tokens for which the fastest of them is known */
+#define FORWARD_END "_ZNK9turbomind9Scheduler15ClampForwardEndERKNS_8SequenceEiii"
+#define ADMISSION "_ZN9turbomind9Scheduler20RunRequiredAdmissionERNS0_13ScheduleStateERNS_8ResourceE"
+#define LOWER_BOUND "_ZNK9turbomind4gemm13DispatchCache10LowerBoundERKNS0_8GemmDescE"
+#define FOUND_OFFSET 0x28 /* of the flag in std::optional<LaunchSpec> */
+#define IDS 16            /* permitted algorithms of one shape */
+#define FASTEST 64        /* numbers of tokens for which the fastest of them is known */
 #define SHAPES 64
+#define TUNED 64          /* products that TurboMind's own kernels serve, and numbers of rows each was tuned for */
 #define BUCKETS 65536
 
-enum { STOCK, LEARN, SERVE };           /* what becomes of a product */
-enum { UNWATCHED, WATCH, CORRECT };     /* what becomes of a resume */
-enum { SPLIT, TOP_K, GEMM, RESUME, OVERRIDES }; /* places in the counters */
-enum { NOT_SUPPORTED = 15 };            /* cublasStatus_t */
+enum { STOCK, LEARN, SERVE };       /* what becomes of a product */
+enum { UNWATCHED, WATCH, CORRECT }; /* what becomes of a resume */
+enum { SPLIT, TOP_K, GEMM, RESUME, PIECE, LOOKUP, OVERRIDES }; /* places in the counters */
+enum { NOT_SUPPORTED = 15 };        /* cublasStatus_t */
 
 typedef struct { Shape shape; int32_t n_max, permitted, ids[IDS]; } Entry;
 typedef struct { int32_t n, known; Algo algo; } Fast;
-typedef struct Plan { Shape shape; int32_t n, covered; Problem problem; Algo algo; struct Plan *next; } Plan;
+typedef struct Plan { Shape shape; int32_t n, rows, covered; Problem problem; Algo algo; struct Plan *next; } Plan;
 
-EXPORT _Atomic uint64_t ost_calls[OVERRIDES], ost_plans, ost_uncovered, ost_corrected;
+typedef struct { int32_t kind[20], batch_dim, group_axis, m, n, k, num; } GemmDesc; /* m or n, by batch_dim, is the rows */
+typedef struct { GemmDesc product; int32_t count, rows[TUNED]; } Kernels; /* product: with 0 rows */
+
+EXPORT _Atomic uint64_t ost_calls[OVERRIDES], ost_plans, ost_uncovered, ost_corrected, ost_cuts, ost_pinned;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static _Atomic int mode, resume_mode;
 static _Atomic int32_t resumed[2]; /* prompt_len and resume_len of the newest resume, as TurboMind planned it */
+static _Atomic int32_t step[3]; /* begin, desired end and end of the newest step of a prompt, as TurboMind planned it */
+static _Atomic int32_t piece, step_tokens, step_contexts; /* 0: TurboMind cuts prompts as it likes */
+static _Atomic int kernel_count;
+static Kernels kernels[TUNED];
+static _Thread_local struct {
+  const void *partial; /* the sequence of which this pass computes a piece, and more is to come */
+  const void *awaited; /* the last pass's, until this pass comes to it */
+  int32_t tokens, contexts; /* of prompts that this pass admitted */
+} pass;
 static char turbomind_path[4096];
 static int splits, top_k, entry_count;
 static Entry entries[SHAPES];
@@ -105,17 +126,17 @@ static Plan *plan_of(const Shape *shape, int n) {
     if (p->n == n && !memcmp(&p->shape, shape, sizeof *shape)) return p;
   Plan *plan = calloc(1, sizeof *plan);
   if (!plan) abort();
-  *plan = (Plan){.shape = *shape, .n = n, .next = *bucket};
+  *plan = (Plan){.shape = *shape, .n = n, .rows = computed(shape, n), .next = *bucket};
   Entry *entry = entry_of(shape, 0);
   Device *here = entry && entry->permitted ? open_lt() : NULL;
-  if (here && describe(shape, n, &plan->problem)) {
+  if (here && describe(shape, plan->rows, &plan->problem)) {
     Candidate offered[RESULTS];
-    const Algo *fast = fastest_of(entry, n);
-    if (fast && possible(here, &plan->problem, fast)) plan->algo = *fast, plan->covered = 1;
+    const Algo *fast = fastest_of(entry, plan->rows);
+    if (fast && possible(here, shape, &plan->problem, fast)) plan->algo = *fast, plan->covered = 1;
     int count = plan->covered ? 0 : ask(here, &plan->problem, offered);
     for (int i = 0; i < count && !plan->covered; i++)
       for (int j = 0; j < entry->permitted && !plan->covered; j++)
-        if (entry->ids[j] == offered[i].config[ALGO_ID]) plan->algo = offered[i].algo, plan->covered = 1;
+        if (entry->ids[j] == offered[i].config[ALGO_ID] && possible(here, shape, &plan->problem, &offered[i].algo)) plan->algo = offered[i].algo, plan->covered = 1;
   }
   ost_plans++;
   return *bucket = plan;
@@ -158,6 +179,70 @@ EXPORT void plan_resume(void *scheduler, char *sequence) {
   if (now == CORRECT && *resume_len > 1 && prompt_len - *resume_len == 1) --*resume_len, ost_corrected++;
 }
 
+EXPORT void admission(void *scheduler, void *state, void *resource) __asm__(ADMISSION);
+EXPORT void admission(void *scheduler, void *state, void *resource) {
+  static void (*stock)(void *, void *, void *);
+  if (!stock) *(void **)&stock = original(turbomind_path, ADMISSION, (void *)admission);
+  if (!stock) abort(); /* nothing would ever be scheduled */
+  pass.awaited = pass.partial, pass.partial = NULL, pass.tokens = pass.contexts = 0;
+  stock(scheduler, state, resource);
+}
+
+/* Pieces end at multiples of `piece`. A piece of one token would go through the kernels of a decode: there is none. */
+static int piece_end(int begin, int end, int size) {
+  int next = (begin / size + 1) * size;
+  if (next - begin < 2) next += size;
+  return end - next < 2 ? end : next;
+}
+
+/* The step of a sequence from `begin`, of which TurboMind would admit the tokens up to `desired`, and which has `end`. A result
+   of `begin` defers it. Sequences come by age, so a deferred prompt is the first new one of a later pass, and then fits. At most
+   one prompt is in pieces at a time. Its next piece always fits, whatever else a pass admits: TurboMind would otherwise take it
+   out of the batch. */
+EXPORT int forward_end(const void *scheduler, const void *sequence, int begin, int desired, int end) __asm__(FORWARD_END);
+EXPORT int forward_end(const void *scheduler, const void *sequence, int begin, int desired, int end) {
+  static int (*stock)(const void *, const void *, int, int, int);
+  if (!stock) *(void **)&stock = original(turbomind_path, FORWARD_END, (void *)forward_end);
+  if (!stock) abort(); /* a step without an end cannot be scheduled */
+  ost_calls[PIECE]++;
+  int size = piece;
+  if (end - begin > 1) step[0] = begin, step[1] = desired, step[2] = end;
+  if (!size || end - begin <= 1) return stock(scheduler, sequence, begin, desired, end);
+  int next = piece_end(begin, end, size), continued = sequence == pass.awaited;
+  if (continued) pass.awaited = NULL;
+  int reserved = pass.awaited ? size + 2 : 0;
+  int fits = pass.tokens + next - begin + reserved <= step_tokens && pass.contexts + end <= step_contexts;
+  if (desired < next || (!continued && (!fits || (next < end && (pass.awaited || pass.partial))))) return begin;
+  pass.tokens += next - begin;
+  if (!continued) pass.contexts += end;
+  if (next < end) pass.partial = sequence, ost_cuts++;
+  return stock(scheduler, sequence, begin, next, end);
+}
+
+EXPORT void *lower_bound(char *out, const void *cache, const GemmDesc *desc) __asm__(LOWER_BOUND);
+EXPORT void *lower_bound(char *out, const void *cache, const GemmDesc *desc) {
+  static void *(*stock)(char *, const void *, const GemmDesc *);
+  if (!stock) *(void **)&stock = original(turbomind_path, LOWER_BOUND, (void *)lower_bound);
+  if (!stock) abort(); /* a product without a kernel would not be computed */
+  ost_calls[LOOKUP]++;
+  int count = kernel_count;
+  GemmDesc other = *desc;
+  int32_t *rows = other.batch_dim ? &other.n : &other.m, wanted = *rows;
+  *rows = 0;
+  for (int i = 0; i < count; i++) {
+    const Kernels *known = &kernels[i];
+    if (!known->count || memcmp(&known->product, &other, sizeof other)) continue;
+    int place = 0;
+    while (place < known->count - 1 && known->rows[place] < wanted) place++;
+    *rows = known->rows[place];
+    stock(out, cache, &other);
+    if (!out[FOUND_OFFSET]) break;
+    ost_pinned++;
+    return out;
+  }
+  return stock(out, cache, desc);
+}
+
 EXPORT int cublasGemmEx(void *handle, int transa, int transb, int m, int n, int k, Const alpha, Const a, int a_type, int lda,
                         Const b, int b_type, int ldb, Const beta, void *c, int c_type, int ldc, int compute, int algo) {
   static int (*stock)(void *, int, int, int, int, int, Const, Const, int, int, Const, int, int, Const, void *, int, int, int, int);
@@ -173,7 +258,10 @@ EXPORT int cublasGemmEx(void *handle, int transa, int transb, int m, int n, int 
     Device *here = plan && plan->covered ? open_lt() : NULL;
     pthread_mutex_unlock(&lock);
     ost_calls[GEMM]++;
-    if (here && !lt.stream(handle, &stream) && !run(here, &plan->problem, &plan->algo, alpha, a, b, beta, c, stream)) return 0;
+    if (here && !lt.stream(handle, &stream) &&
+        !(plan->rows == n ? run(here, &plan->problem, &plan->algo, alpha, a, b, beta, c, stream)
+                          : run_padded(here, &shape, &plan->problem, n, plan->rows, &plan->algo, alpha, a, b, beta, c, stream)))
+      return 0;
     if (now == SERVE) ost_uncovered++;
   }
   if (!stock) return NOT_SUPPORTED;
@@ -183,7 +271,7 @@ EXPORT int cublasGemmEx(void *handle, int transa, int transb, int m, int n, int 
 /* ---- what the service calls, one thread at a time ---- */
 
 /* Of the declarations in overrides.py. */
-EXPORT int ost_abi(void) { return 3; }
+EXPORT int ost_abi(void) { return 4; }
 
 /* Before TurboMind is loaded. `split` and `bucket` of 0 leave the stock behaviour; calls are counted all the same. */
 EXPORT void ost_configure(const char *path, int split, int bucket) {
@@ -197,6 +285,23 @@ EXPORT void ost_resume(int value) { resume_mode = value; }
 
 /* prompt_len and resume_len of the newest resume that was watched; 0 and 0: of none. */
 EXPORT void ost_resumed(int32_t *out) { out[0] = resumed[0], out[1] = resumed[1]; }
+
+/* Cut prompts into pieces of so many tokens. A step holds at most `tokens` of prompts, at least twice a piece and four, and of new
+   prompts as many as have `contexts` tokens in all, at least the longest prompt. 0: as TurboMind likes. */
+EXPORT void ost_pieces(int size, int tokens, int contexts) { step_tokens = tokens, step_contexts = contexts, piece = size; }
+
+/* begin, desired end and end of the newest step of a prompt of more than one token. */
+EXPORT void ost_step(int32_t *out) { out[0] = step[0], out[1] = step[1], out[2] = step[2]; }
+
+/* Serve these products of TurboMind's own kernels with those that were tuned for the given numbers of rows, rising. Nothing may
+   run meanwhile. 0: there is no room for them. */
+EXPORT int ost_kernels(const Kernels *given, int count) {
+  if (count > TUNED) return 0;
+  kernel_count = 0;
+  memcpy(kernels, given, (size_t)count * sizeof *given);
+  kernel_count = count;
+  return 1;
+}
 
 /* Memory on a device that products there may use. It must outlive them. */
 EXPORT void ost_workspace(int device, void *memory, size_t bytes) {
@@ -242,7 +347,7 @@ EXPORT int ost_try(const Shape *shape, int n, const Algo *algo, int times, const
     if (!describe(shape, n, &problem)) return 1;
     last = *shape, last_n = n;
   }
-  if (!possible(here, &problem, algo)) return 1;
+  if (!possible(here, shape, &problem, algo)) return 1;
   for (int i = 0; i < times; i++)
     if (run(here, &problem, algo, &one, a + stride * (size_t)(i % copies), b, &zero, c, stream)) return 1;
   return 0;

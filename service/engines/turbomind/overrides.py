@@ -15,19 +15,27 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-ABI = 3
+ABI = 4
 SOURCES = ("overrides.c", "cublaslt.h")
 LINKED_AS = "libcublas.so.12 { global: cublasGemmEx; };\n"
 """The version script: only references to this version of cublasGemmEx are to find ours."""
 FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden")
 COMPILERS = ("cc", "gcc", "clang")
-KERNELS = ("split_count", "top_k", "gemm")
-"""Overrides that decide which kernels run."""
-RESUME = "resume"
-"""The override that decides how much of a prompt the prefix cache supplies."""
-NAMES = (*KERNELS, RESUME)
+RESUME, PIECE, LOOKUP = "resume", "piece", "lookup"
+"""The overrides that decide how much of a prompt the prefix cache supplies, where a step of a prompt ends, and which of
+TurboMind's own kernels serves."""
+NAMES = ("split_count", "top_k", "gemm", RESUME, PIECE, LOOKUP)
+"""In the order of their counters."""
+REQUIRED = ("split_count", "top_k", "gemm", PIECE, LOOKUP)
+"""Those that every first run reaches."""
 SHAPES_MAX = 64
+TUNED_MAX = 64
+"""Products that TurboMind's own kernels serve, and numbers of rows that each was tuned for."""
+PRODUCT_NUMBERS = 26
+"""int32 in TurboMind's description of a product."""
 OFFERS_MAX = 32
+NARROW = 8
+"""Products with fewer outputs are computed for multiples of so many tokens: for others cublasLt has other algorithms."""
 PERMITTED_MAX = 16
 TOP_K_BUCKET = 1024
 """The largest: so every top_k that TurboMind takes is sorted by the same kernel."""
@@ -68,6 +76,10 @@ class Counters:
     """Products that nothing permitted could serve, and cuBLAS served as it liked."""
     corrected: int = 0
     """Rests of one token that were made rests of two."""
+    cuts: int = 0
+    """Pieces of prompts, the last of each prompt left out."""
+    pinned: int = 0
+    """Products that a permitted kernel of TurboMind's own served."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -85,6 +97,10 @@ class Shape:
     ldb: int
     ldc: int
     compute: int
+
+    def computed(self, n: int) -> int:
+        """The number of tokens that n are computed as."""
+        return -(-n // NARROW) * NARROW if self.m < NARROW else n
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +135,10 @@ class _Entry(ctypes.Structure):
     _fields_ = [("shape", _Shape), ("n_max", c_int32), ("permitted", c_int32), ("ids", c_int32 * PERMITTED_MAX)]
 
 
+class _Kernels(ctypes.Structure):
+    _fields_ = [("product", c_int32 * PRODUCT_NUMBERS), ("count", c_int32), ("rows", c_int32 * TUNED_MAX)]
+
+
 class _Candidate(ctypes.Structure):
     _fields_ = [("code", c_uint64 * 8), ("config", c_int32 * 9)]
 
@@ -129,6 +149,9 @@ _EXPORTS: Mapping[str, tuple[Any, ...]] = {
     "ost_mode": (None, c_int),
     "ost_resume": (None, c_int),
     "ost_resumed": (None, POINTER(c_int32)),
+    "ost_pieces": (None, c_int, c_int, c_int),
+    "ost_step": (None, POINTER(c_int32)),
+    "ost_kernels": (c_int, POINTER(_Kernels), c_int),
     "ost_workspace": (None, c_int, c_void_p, c_size_t),
     "ost_open": (c_size_t, POINTER(c_char_p)),
     "ost_shapes": (c_int, POINTER(_Entry), c_int),
@@ -191,6 +214,8 @@ class Overrides:
         self._plans = c_uint64.in_dll(self._library, "ost_plans")
         self._uncovered = c_uint64.in_dll(self._library, "ost_uncovered")
         self._corrected = c_uint64.in_dll(self._library, "ost_corrected")
+        self._cuts = c_uint64.in_dll(self._library, "ost_cuts")
+        self._pinned = c_uint64.in_dll(self._library, "ost_pinned")
         self._workspaces: list[object] = []
 
     def configure(self, turbomind: Path, splits: int) -> None:
@@ -212,6 +237,32 @@ class Overrides:
         found = (c_int32 * 2)()
         self._library.ost_resumed(found)
         return found[0], found[1]
+
+    def pieces(self, piece_tokens: int, step_tokens: int, context_tokens: int) -> None:
+        """Cut prompts into pieces from now on. A step holds at most `step_tokens` of prompts, and new prompts of at most
+        `context_tokens` in all."""
+        self._library.ost_pieces(0 if PIECE in self.omitted else piece_tokens, step_tokens, context_tokens)
+
+    @property
+    def step(self) -> tuple[int, int, int]:
+        """Of the newest step of a prompt of more than one token: where it began, where TurboMind would have ended it, and where
+        the prompt ends."""
+        found = (c_int32 * 3)()
+        self._library.ost_step(found)
+        return found[0], found[1], found[2]
+
+    def kernels(self, permitted: Mapping[tuple[int, ...], Sequence[int]]) -> None:
+        """Serve each product, described by TurboMind's numbers with 0 rows, only with the kernels that were tuned for these
+        numbers of rows, rising. Nothing may run meanwhile. Raises NoOverrides if there are too many."""
+        if any(len(rows) > TUNED_MAX for rows in permitted.values()):
+            raise NoOverrides("TurboMind tunes its kernels for more numbers of rows than there is room for")
+        own = {} if LOOKUP in self.omitted else permitted
+        given = (_Kernels * max(1, len(own)))()
+        for place, (product, rows) in zip(given, own.items(), strict=False):
+            place.product, place.count = (c_int32 * PRODUCT_NUMBERS)(*product), len(rows)
+            place.rows = (c_int32 * TUNED_MAX)(*rows)
+        if not self._library.ost_kernels(given, len(own)):
+            raise NoOverrides("the model has more products of TurboMind's own kernels than there is room for")
 
     def open(self) -> tuple[int, str]:
         """Version and path of the cublasLt that serves on the current device. Raises NoOverrides."""
@@ -263,7 +314,9 @@ class Overrides:
     @property
     def counters(self) -> Counters:
         calls = dict(zip(NAMES, self._calls, strict=True))
-        return Counters(calls, self._plans.value, self._uncovered.value, self._corrected.value)
+        return Counters(
+            calls, self._plans.value, self._uncovered.value, self._corrected.value, self._cuts.value, self._pinned.value
+        )
 
     @property
     def uncovered(self) -> int:
