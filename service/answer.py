@@ -51,9 +51,9 @@ class Answer:
         self._ids: list[int] = []
         self._logprobs: list[types_pb2.TokenLogprobs] = []
         self._text: list[str] = []
+        """For each token, what was appended with it."""
         self._held = ""
-        self._taken_ids = 0
-        self._taken_text = 0
+        self._taken = 0
         self._reason: types_pb2.FinishReason.ValueType = NO_REASON
         self._matched = ""
 
@@ -67,27 +67,29 @@ class Answer:
 
     def accept(self, token_id: int, logprobs: types_pb2.TokenLogprobs | None = None) -> bool:
         """Adds a token. True: the answer is complete and takes no more."""
-        assert not self.complete, "a complete answer takes no token"
+        assert self._reason == NO_REASON, "a complete answer takes no token"
         self._ids.append(token_id)
         if logprobs is not None:
             self._logprobs.append(logprobs)
         self._reason = reason = self._reason_of(token_id)
         silent = reason in (types_pb2.FINISH_REASON_END_OF_SEQUENCE, types_pb2.FINISH_REASON_STOP_TOKEN)
-        self._extend(self._decode(b"" if silent else self._piece(token_id), bool(reason)))
-        if reason and self._held:
-            self._settle(self._held)
-        return self.complete
+        text = self._decode(b"" if silent else self._piece(token_id), bool(reason))
+        if self._stops is None or len(self._ids) <= self._min:
+            self._text.append(text)
+        else:
+            self._extend(text, self._stops)
+        return self._reason != NO_REASON
 
     def take(self) -> engine_pb2.RunTokens | None:
         """What is new since the last call, or None. The texts together are a prefix of the output's text, and all of it once
-        the answer is complete. There may be text without tokens."""
-        first, shown = self._taken_ids, self._taken_text
-        assert first <= len(self._ids) and shown <= len(self._text), "what was taken is never taken back"
-        if first == len(self._ids) and shown == len(self._text):
+        the answer is complete."""
+        first = self._taken
+        assert first <= len(self._ids) == len(self._text), "what was taken is never taken back"
+        if first == len(self._ids):
             return None
-        self._taken_ids, self._taken_text = len(self._ids), len(self._text)
+        self._taken = len(self._ids)
         return engine_pb2.RunTokens(
-            first_token=first, token_ids=self._ids[first:], text="".join(self._text[shown:]), logprobs=self._logprobs[first:]
+            first_token=first, token_ids=self._ids[first:], text="".join(self._text[first:]), logprobs=self._logprobs[first:]
         )
 
     def output(
@@ -110,24 +112,18 @@ class Answer:
                 return types_pb2.FINISH_REASON_STOP_TOKEN
         return types_pb2.FINISH_REASON_LENGTH if made >= self._max else NO_REASON
 
-    def _extend(self, text: str) -> None:
-        """Appends decoded text, up to a stop string if it completes one."""
-        if self._stops is None or len(self._ids) <= self._min:
-            return self._settle(text)
-        found = self._stops.feed(text)
+    def _extend(self, text: str, stops: StopStrings) -> None:
+        """Appends what can no longer become part of a stop string, or ends the text before a stop string that is complete."""
+        found = stops.feed(text)
         held = self._held + text
-        if found is None:
-            safe = len(held) - self._stops.pending
-            self._held = held[safe:]
-            return self._settle(held[:safe])
-        used, self._matched = found
-        self._reason = types_pb2.FINISH_REASON_STOP_STRING
-        self._held = ""
-        return self._settle(held[: len(held) - len(text) + used - len(self._matched)])
-
-    def _settle(self, text: str) -> None:
-        if text:
-            self._text.append(text)
+        if found is not None:
+            used, self._matched = found
+            self._reason = types_pb2.FINISH_REASON_STOP_STRING
+            end = len(held) - len(text) + used - len(self._matched)
+        else:
+            end = len(held) - (0 if self._reason else stops.pending)
+        self._text.append(held[:end])
+        self._held = "" if self._reason else held[end:]
 
 
 class StopStrings:
