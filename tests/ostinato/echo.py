@@ -19,7 +19,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Echo:
-    """Answers with what it was sent. A test makes it do something else by setting `act`."""
+    """Answers with its request. A test changes that by setting `act`."""
 
     def __init__(self, act: Callable[[str, Context], Any] | None = None) -> None:
         self.act = act
@@ -56,7 +56,7 @@ class Echo:
 
 
 def register(servicer: Echo, server: grpc.aio.Server) -> None:
-    """What generated code does for a service of the contract."""
+    """Registers it, as generated code does for a service of the contract."""
 
     def made(kind: Callable[..., Any], behaviour: Any) -> Any:
         return kind(behaviour, request_deserializer=Message.FromString, response_serializer=Message.SerializeToString)
@@ -108,7 +108,7 @@ async def raw(channel: Any, path: str, message: bytes = b"") -> bytes:
 
 
 def text(content: str) -> bytes:
-    """A message's bytes."""
+    """The bytes of a message."""
     return Message(content=content).SerializeToString()
 
 

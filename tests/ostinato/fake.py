@@ -1,4 +1,4 @@
-"""A sidecar of a few lines: it answers from a script, else as a tiny journal would, and keeps every call it saw."""
+"""A fake sidecar: it answers from a script, or from a small journal, and keeps every call."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOG_ID = "0123456789abcdef0123456789abcdef"
 
 @dataclass
 class Call:
-    """What the far side saw of a call."""
+    """A call as the server saw it."""
 
     method: str
     request: Any
@@ -38,7 +38,7 @@ class Call:
 
 @dataclass
 class Journal:
-    """Enough of one for honest receipts."""
+    """Enough of a journal for valid receipts."""
 
     entries: list[sequencer_pb2.Entry] = field(default_factory=list)
 
@@ -331,7 +331,7 @@ async def _each(answer: Any) -> AsyncIterator[Any]:
 
 @asynccontextmanager
 async def serving(fake: Fake, address: str = "127.0.0.1:0") -> AsyncIterator[str]:
-    """The fake behind a real socket of this loop; yields its target."""
+    """The fake behind a real socket, on this loop; yields its target."""
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     generation_pb2_grpc.add_GenerationServicer_to_server(fake, server)
     sequencer_pb2_grpc.add_SequencerServicer_to_server(fake, server)
@@ -345,7 +345,7 @@ async def serving(fake: Fake, address: str = "127.0.0.1:0") -> AsyncIterator[str
 
 @asynccontextmanager
 async def talking(**options: Any) -> AsyncIterator[tuple[Fake, Client]]:
-    """A fake, and a client of it."""
+    """A fake with a client."""
     fake = Fake()
     async with serving(fake) as target, Client(target, **options) as client:
         yield fake, client
@@ -353,7 +353,7 @@ async def talking(**options: Any) -> AsyncIterator[tuple[Fake, Client]]:
 
 @contextmanager
 def serving_apart(fake: Fake) -> Iterator[str]:
-    """The fake in a thread of its own, for callers that block."""
+    """The fake in a thread, for callers that block."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -372,7 +372,7 @@ def serving_apart(fake: Fake) -> Iterator[str]:
 
 
 class Terminal:
-    """The command, aimed at a fake."""
+    """The command with a fake as its target."""
 
     def __init__(self, fake: Fake, target: str) -> None:
         self.fake = fake

@@ -1,4 +1,4 @@
-"""Receipts and links: what is sound passes, and nothing that was changed does."""
+"""Receipts and links between entries: sound ones have no faults, and every change is a fault."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOG_ID = "0123456789abcdef0123456789abcdef"
 
 
 def completed(seed: int = 2**64 - 1) -> sequencer_pb2.ItemRecord:
-    """A record in which everything belongs together."""
+    """A sound record."""
     given = sequencer_pb2.AdmittedPayload(token_ids=[1, 2], parameters=types_pb2.ResolvedParameters(top_p=1.0), seed=seed)
     output = types_pb2.Output(
         text="a city",
@@ -54,7 +54,7 @@ def completed(seed: int = 2**64 - 1) -> sequencer_pb2.ItemRecord:
 
 
 def test_sound_record() -> None:
-    """What belongs together has no faults, also without what may be missing."""
+    """A sound record has no faults, also without its optional parts."""
     record = completed()
     assert check_record(record) == check_result(record.result) == check_receipt(record.result.receipt) == []
     record.ClearField("input")
@@ -77,7 +77,7 @@ def other(field: FieldDescriptor, value: object) -> object:
 
 @pytest.mark.parametrize("field", list(types_pb2.EntryHeader.DESCRIPTOR.fields), ids=lambda field: field.name)
 def test_header_covers_every_field(field: FieldDescriptor) -> None:
-    """No field of the header can be changed without the hash, nor the previous hash."""
+    """A change of any header field, or of the previous hash, changes the entry's hash."""
     proof = completed().result.receipt
     setattr(proof.header, field.name, other(field, getattr(proof.header, field.name)))
 
@@ -85,7 +85,7 @@ def test_header_covers_every_field(field: FieldDescriptor) -> None:
 
 
 def test_receipt_of_another_place() -> None:
-    """A receipt is bound to the entry before it, and only a COMPLETED entry has one."""
+    """A receipt depends on the entry before it, and only a COMPLETED entry has one."""
     proof = completed().result.receipt
     proof.previous_hash = GENESIS
     assert check_receipt(proof) == ["entry_hash: is not the hash of this header after this previous_hash"]
@@ -116,7 +116,7 @@ def test_receipt_of_another_place() -> None:
     ],
 )
 def test_tampered_record(tamper: Callable[[sequencer_pb2.ItemRecord], object], fault: str) -> None:
-    """Whatever of a record is changed, the fault names where it shows."""
+    """After any change of a record, a fault names the place."""
     record = completed()
     tamper(record)
 
@@ -124,14 +124,14 @@ def test_tampered_record(tamper: Callable[[sequencer_pb2.ItemRecord], object], f
 
 
 def test_only_completed_items_have_receipts() -> None:
-    """A receipt is never made of anything else."""
+    """Only a COMPLETED entry can have a receipt."""
     for kind in OUTCOMES - {types_pb2.ENTRY_KIND_COMPLETED}:
         with pytest.raises(AssertionError):
             receipt(types_pb2.EntryHeader(kind=kind), GENESIS, GENESIS)
 
 
 def chain(*headers: types_pb2.EntryHeader) -> list[sequencer_pb2.Entry]:
-    """Entries over these headers, with indexes, hashes and payloads that fit."""
+    """Entries with these headers, and matching indexes, hashes and payloads."""
     entries, previous = [], GENESIS
     for index, header in enumerate(headers, start=1):
         header.index, payload = header.index or index, f"payload {index}".encode()
@@ -154,7 +154,7 @@ def header(writer: str = "w", epoch: int = 1, log_id: str = LOG_ID, index: int =
 
 
 def test_links() -> None:
-    """A chain holds as it was made, with its payloads or without, and for several writers."""
+    """A chain of one or several writers has no faults, with or without its payloads."""
     entries = chain(header(), header(), header("v", 9), header(), header("v", 9), header("v", 10))
     assert faults(entries) == []
     entries[2].payload = b""
@@ -171,14 +171,14 @@ def test_links() -> None:
     ],
 )
 def test_broken_invariants(headers: list[types_pb2.EntryHeader], fault: str) -> None:
-    """2, 5, 6: a chain whose hashes fit is not sound for that."""
+    """Invariants 2, 5, 6: a chain with correct hashes can still have faults."""
     assert faults(chain(*headers)) == [fault]
 
 
 @settings(deadline=None)
 @given(st.integers(0, 3), st.sampled_from(["entry_hash", "payload"]), st.binary(min_size=1, max_size=32))
 def test_broken_links(position: int, field: str, value: bytes) -> None:
-    """1: no hash and no payload can be changed unseen."""
+    """Invariant 1: a change of a hash or a payload is a fault."""
     entries = chain(*(header() for _ in range(4)))
     assume(getattr(entries[position], field) != value)
     setattr(entries[position], field, value)
@@ -189,7 +189,7 @@ def test_broken_links(position: int, field: str, value: bytes) -> None:
 @settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes(data: bytes) -> None:
-    """A receipt or a result from anywhere is judged, never choked on."""
+    """Any receipt or result gets a list of faults; none raises an exception."""
     with suppress(DecodeError):
         assert check_receipt(types_pb2.Receipt.FromString(data)) != []
     with suppress(DecodeError):
@@ -197,7 +197,7 @@ def test_any_bytes(data: bytes) -> None:
 
 
 def test_odd_numbers() -> None:
-    """Enums we do not know and logprobs that are no numbers make a receipt wrong, not an accident."""
+    """Unknown enum values and NaN logprobs are faults, not exceptions."""
     record = completed()
     record.result.output.logprobs[0].logprob = float("nan")
     record.result.output.finish_reason = -1  # type: ignore[assignment]

@@ -101,7 +101,7 @@ def test_what_else_is_said_is_sent(ostinato: Terminal) -> None:
 
 
 def test_verified_answers_are_counted(ostinato: Terminal) -> None:
-    """--verify asks for second runs, says what came of them, and fails if one differs."""
+    """--verify requests second runs, prints the verdicts, and fails if one differs."""
     results = [
         types_pb2.Result(sequence=n, output=types_pb2.Output(), comparison=types_pb2.Comparison(verdict=verdict))  # type: ignore[arg-type]
         for n, verdict in enumerate([1, 1, 2, 0], start=1)
@@ -115,13 +115,13 @@ def test_verified_answers_are_counted(ostinato: Terminal) -> None:
 
 
 def test_stdin_is_a_prompt_a_line(ostinato: Terminal) -> None:
-    """- reads prompts from stdin; only a line feed ends one, and blank lines are none."""
+    """- reads prompts from stdin; only a line feed ends a prompt, and blank lines are skipped."""
     ostinato.lines("generate", "first", "-", "last", stdin="a\r\n\n  \nb\u2028c\n")
     assert [item.text for item in ostinato.sent[0].items] == ["first", "a", "b\u2028c", "last"]
 
 
 def test_chat_makes_messages_of_texts(ostinato: Terminal, tmp_path: Path) -> None:
-    """--chat turns texts into a user's messages, keeps their parameters, and leaves other prompts alone."""
+    """--chat turns texts into user messages with the same parameters, and does not change other prompts."""
     (tmp_path / "f").write_text('{"text": "a", "seed": 1}\n{"token_ids": [1]}\n')
     ostinato.lines("generate", "hi", "--chat", "--file", tmp_path / "f")
 
@@ -177,7 +177,7 @@ def test_a_file_holds_every_form_of_prompt(ostinato: Terminal, tmp_path: Path) -
     ],
 )
 def test_a_bad_line_is_named(ostinato: Terminal, tmp_path: Path, line: str | bytes, message: str) -> None:
-    """A line that is no prompt is wrong usage, says file, line and field, and nothing is sent."""
+    """A line that is not a prompt is wrong usage; the message has file, line and field, and nothing is sent."""
     file = tmp_path / "f"
     file.write_bytes(b'"fine"\n\n' + (line if isinstance(line, bytes) else line.encode()))
 
@@ -207,7 +207,7 @@ def test_a_refused_line_is_named(ostinato: Terminal, tmp_path: Path) -> None:
 
 
 def test_batches_keep_the_order(ostinato: Terminal) -> None:
-    """Requests hold at most what the model allows, a bounded number run at once, and answers come in the prompts' order."""
+    """Requests have at most the items that the model allows, and results have the prompts' order, also with --concurrency."""
     prompts = [f"prompt {number}" for number in range(19)]
 
     lines = ostinato.lines("generate", *prompts, "--batch", 10, "--concurrency", 3, "--key", "k")
@@ -220,7 +220,7 @@ def test_batches_keep_the_order(ostinato: Terminal) -> None:
 
 
 def test_at_most_so_many_requests_at_once(ostinato: Terminal) -> None:
-    """--concurrency is a bound, and is reached."""
+    """At most --concurrency requests run at once, and that many do."""
     running, most, pair = 0, 0, asyncio.Barrier(2)
 
     async def slowly(request: Any, _context: Any) -> Any:
@@ -238,7 +238,7 @@ def test_at_most_so_many_requests_at_once(ostinato: Terminal) -> None:
 
 
 def test_a_failed_item_is_shown_and_fails_the_command(ostinato: Terminal) -> None:
-    """An item without an output has its reason and message in its row; the others have their answers; exit 1."""
+    """An item without an output has its reason and message in its row, and the exit code is 1."""
     failed = types_pb2.Result(sequence=9, status=errors.to_status(errors.GradeLost("fell to\nserial")))
     done = ostinato.fake._run(generation_pb2.GenerateRequest(), requests.item("a"), 1, 1)
     ostinato.fake.script["Generate"].append(generation_pb2.GenerateResponse(results=[failed, done]))
@@ -253,7 +253,7 @@ def test_a_failed_item_is_shown_and_fails_the_command(ostinato: Terminal) -> Non
 
 
 def test_after_a_failed_call_nothing_more_begins(ostinato: Terminal) -> None:
-    """What was answered is printed, the error says when to try again, and the rest is not sent."""
+    """After a failed request the results so far are printed, no more requests are sent, and the error says when to retry."""
     ostinato.fake.script["Generate"].extend([ostinato.fake._generate(_request("a")), errors.QueueFull("full", retry_after=2.5)])
 
     result = ostinato("generate", *"abcd", "--batch", 1)
@@ -265,7 +265,7 @@ def test_after_a_failed_call_nothing_more_begins(ostinato: Terminal) -> None:
 
 
 def test_a_stream_shows_the_text(ostinato: Terminal) -> None:
-    """--stream writes the text alone to stdout, and what is to be known about it to stderr."""
+    """--stream writes only the text to stdout, and the summary to stderr."""
     result = ostinato("generate", "--stream", "a", "--seed", 3)
 
     output = ostinato.fake.records[1].result.output
@@ -274,7 +274,7 @@ def test_a_stream_shows_the_text(ostinato: Terminal) -> None:
 
 
 def test_a_restart_is_said(ostinato: Terminal) -> None:
-    """Where a second attempt makes other tokens, the text begins anew; what was held back comes at the end."""
+    """If a second attempt generates other tokens, the text starts again; text that was held back comes at the end."""
     finished = types_pb2.Result(sequence=1, output=types_pb2.Output(text="world!"), attempt=2)
     ostinato.fake.script["GenerateStream"].append(
         [
@@ -292,7 +292,7 @@ def test_a_restart_is_said(ostinato: Terminal) -> None:
 
 
 def test_a_broken_stream_ends_its_line(ostinato: Terminal) -> None:
-    """An item or a call that fails leaves what was shown, then says why; exit 1."""
+    """If an item or a call fails, the text so far stays, the reason follows, and the exit code is 1."""
     failed = types_pb2.Result(sequence=1, status=errors.to_status(errors.Abandoned("gone")))
     ostinato.fake.script["GenerateStream"].append([_tokens("hel"), generation_pb2.GenerateEvent(failed=failed)])
     ostinato.fake.script["GenerateStream"].append([_tokens("hel"), errors.SlowReader("too slow")])
@@ -305,7 +305,7 @@ def test_a_broken_stream_ends_its_line(ostinato: Terminal) -> None:
 
 
 def test_a_stream_in_json_is_events(ostinato: Terminal) -> None:
-    """--stream --json prints every event as it is."""
+    """--stream --json prints every event as JSON."""
     events = [
         json_format.ParseDict(line, generation_pb2.GenerateEvent()) for line in ostinato.lines("generate", "--stream", "a")
     ]
@@ -313,7 +313,7 @@ def test_a_stream_in_json_is_events(ostinato: Terminal) -> None:
 
 
 def test_a_text_cannot_control_the_terminal(ostinato: Terminal) -> None:
-    """Control characters of an answer are written out in the table."""
+    """The table shows control characters of an output as escapes."""
     output = types_pb2.Output(text="a\x1b[31m\nb\u202e\tc\\é")
     ostinato.fake.script["Generate"].append(
         generation_pb2.GenerateResponse(results=[types_pb2.Result(sequence=1, output=output)])
@@ -322,7 +322,7 @@ def test_a_text_cannot_control_the_terminal(ostinato: Terminal) -> None:
 
 
 def test_progress_stays_off_stdout(ostinato: Terminal) -> None:
-    """A forced bar is drawn on stderr, and stdout is JSON as before; unforced there is none without a terminal."""
+    """--progress draws a bar on stderr and does not change stdout; by default there is no bar without a terminal."""
     prompts = [str(number) for number in range(9)]
     forced, quiet = ostinato("--json", "generate", *prompts, "--progress"), ostinato("--json", "generate", *prompts)
 
@@ -357,7 +357,7 @@ def test_wrong_usage_is_two(ostinato: Terminal, arguments: list[str], message: s
 
 
 def test_global_options_stand_anywhere(ostinato: Terminal) -> None:
-    """Target, --json and --timeout come before or after the command; nearer wins, and any wins over OSTINATO_TARGET."""
+    """Target, --json and --timeout may stand before or after the command; the later wins, and both override OSTINATO_TARGET."""
     elsewhere = Terminal(ostinato.fake, "127.0.0.1:1")
 
     assert json.loads(elsewhere("head", "-t", ostinato.target, "--json", "--timeout", 9).stdout)["writer"] == "fake"
@@ -367,7 +367,7 @@ def test_global_options_stand_anywhere(ostinato: Terminal) -> None:
 
 
 def test_the_limit_of_the_model_is_asked_for_only_if_it_matters(ostinato: Terminal) -> None:
-    """One prompt is sent without a question before."""
+    """A single prompt is sent without asking for the model's limit."""
     ostinato("generate", "a")
     assert [call.method for call in ostinato.fake.calls] == ["Generate"]
     assert MODEL.limits.batch_items_max == 4
@@ -383,7 +383,7 @@ def _tokens(text: str) -> generation_pb2.GenerateEvent:
 
 
 def test_an_empty_key(ostinato: Terminal) -> None:
-    """An empty --key, as a script with an unset variable gives it, is refused: without a key nothing could be sent again."""
+    """An empty --key, such as from an unset variable, is refused: without a key the request could not be repeated."""
     result = ostinato("generate", "a", "--key", "")
 
     assert (result.exit_code, ostinato.fake.calls) == (2, [])
@@ -391,7 +391,7 @@ def test_an_empty_key(ostinato: Terminal) -> None:
 
 
 def test_a_file_of_another_editor(ostinato: Terminal, tmp_path: Path) -> None:
-    """A byte order mark and carriage returns are no part of a prompt."""
+    """A byte order mark and carriage returns are not part of a prompt."""
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(b'\xef\xbb\xbf"a"\r\n"b"\r\n')
     ostinato("generate", "--file", file)
@@ -400,7 +400,7 @@ def test_a_file_of_another_editor(ostinato: Terminal, tmp_path: Path) -> None:
 
 
 def test_a_line_that_is_nested_too_deeply(ostinato: Terminal, tmp_path: Path) -> None:
-    """It is named like any other bad line."""
+    """A line that is nested too deeply is reported like any other bad line."""
     file = tmp_path / "prompts.jsonl"
     file.write_text("[" * 100_000 + "]" * 100_000)
     result = ostinato("generate", "--file", file)
@@ -417,7 +417,7 @@ PROMPTS = [f"prompt {number}" for number in range(COUNT)]
 
 @pytest.fixture(name="file")
 def _file(tmp_path: Path) -> Path:
-    """A line for each prompt, the third one behind a blank line."""
+    """One line per prompt, and a blank line before the third."""
     file = tmp_path / "prompts.jsonl"
     lines = [json.dumps(prompt) for prompt in PROMPTS]
     lines.insert(2, "")
@@ -438,13 +438,13 @@ def _asked(fake: Fake) -> list[str]:
 
 
 def _in_order(fake: Fake, answers: list[dict[str, Any]]) -> bool:
-    """Whether the answers are those to the prompts, in their order."""
+    """Whether these are the results of all prompts, in their order."""
     asked = {sequence: bytes(record.input.token_ids).decode() for sequence, record in fake.records.items()}
     return [asked[int(answer["sequence"])] for answer in answers] == PROMPTS
 
 
 def test_a_file_is_answered_into_a_file(ostinato: Terminal, file: Path) -> None:
-    """Each prompt has a line, in order, that names its own line and verifies offline; a summary says what came of it."""
+    """Each prompt has a result in order, with its line number, that verifies offline; a summary counts them."""
     [summary] = ostinato.lines(*_command(file, "--concurrency", 3))
 
     answers = _answers(file)
@@ -472,7 +472,7 @@ def test_a_summary_for_people(ostinato: Terminal, file: Path) -> None:
 
 
 def test_a_cut_anywhere_is_gone_on_with(ostinato: Terminal, file: Path) -> None:
-    """Cut behind any byte, the output becomes what it was, and nothing is generated twice; what is there is not asked for."""
+    """After a cut at any byte, the same command restores the output, generates nothing twice and requests only the rest."""
     assert ostinato(*_command(file)).exit_code == 0
     output = file.with_name("answers.jsonl")
     whole = output.read_bytes()
@@ -491,7 +491,7 @@ def test_a_cut_anywhere_is_gone_on_with(ostinato: Terminal, file: Path) -> None:
 
 
 def test_a_failed_call_leaves_a_beginning(ostinato: Terminal, file: Path) -> None:
-    """Nothing stands behind what failed, though it was answered; the same command again goes on, and nothing comes twice."""
+    """After a failed request the output ends before it, also if later ones were answered; the same command continues."""
     answer = ostinato.fake._generate
 
     async def generate(request: Any, _context: Any) -> Any:
@@ -513,7 +513,7 @@ def test_a_failed_call_leaves_a_beginning(ostinato: Terminal, file: Path) -> Non
 
 
 def test_a_failed_item_is_an_answer(ostinato: Terminal, file: Path) -> None:
-    """An item without an output has its line, is counted by its reason, and makes the exit code 1, also when all is kept."""
+    """An item without an output has a line, is counted by its reason, and makes the exit code 1, also in a later run."""
     failed = types_pb2.Result(sequence=77, status=errors.to_status(errors.GradeLost("fell")))
     done = types_pb2.Result(sequence=78, output=types_pb2.Output(token_ids=[1]))
     ostinato.fake.script["Generate"].append(generation_pb2.GenerateResponse(results=[failed, done]))
@@ -540,7 +540,7 @@ def test_verdicts_are_summed_up(ostinato: Terminal, file: Path) -> None:
 
 @pytest.mark.parametrize("line", ["nonsense", '""', '{"text": "a", "topp": 1}', '{"token_ids": []}', '"\\ud800"'])
 def test_a_bad_line_is_named_before_anything_is_sent(ostinato: Terminal, file: Path, line: str) -> None:
-    """The whole file is looked at first: a bad last line is said before the first one is asked, and no output is begun."""
+    """The whole file is read first: a bad last line is reported before anything is sent or written."""
     with file.open("a") as more:
         print(line, file=more)
 
@@ -553,7 +553,7 @@ def test_a_bad_line_is_named_before_anything_is_sent(ostinato: Terminal, file: P
 
 
 def test_a_line_has_an_end(ostinato: Terminal, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line beyond the limit is named, and not read."""
+    """A line that is longer than the limit is reported and not read further."""
     monkeypatch.setattr("ostinato.cli.generate.LINE_BYTES_MAX", 40)
     with file.open("a") as more:
         print(json.dumps("a" * 40), file=more)
@@ -561,7 +561,7 @@ def test_a_line_has_an_end(ostinato: Terminal, file: Path, monkeypatch: pytest.M
 
 
 def test_a_refused_line_can_be_mended(ostinato: Terminal, file: Path) -> None:
-    """What the sidecar refuses is named by its line; once that is mended, what was answered stays."""
+    """An invalid prompt is reported with its line; after a correction the earlier results are kept."""
     answer = ostinato.fake._generate
 
     async def generate(request: Any, _context: Any) -> Any:
@@ -582,7 +582,7 @@ def test_a_refused_line_can_be_mended(ostinato: Terminal, file: Path) -> None:
 
 @pytest.mark.parametrize("change", ["prompt", "parameter", "--key", "--batch", "shorter", "no answers", "half a line"])
 def test_other_answers_are_left_alone(ostinato: Terminal, file: Path, change: str) -> None:
-    """An output that answers something else, or is something else, is wrong usage: it is not touched, and nothing is sent."""
+    """An output file of other prompts or another kind is wrong usage; it is not changed, and nothing is sent."""
     assert ostinato(*_command(file)).exit_code == 0
     output, more = file.with_name("answers.jsonl"), list[object]()
     match change:
@@ -609,7 +609,7 @@ def test_other_answers_are_left_alone(ostinato: Terminal, file: Path, change: st
 
 
 def test_a_key_names_a_run(ostinato: Terminal, file: Path) -> None:
-    """Another --key is other answers; the same one, into another output, those of the record."""
+    """Another --key gives new results; the same key with a new output file gives the recorded ones."""
     for key, records in (("one", COUNT), ("two", 2 * COUNT), ("one", 2 * COUNT)):
         file.with_name("answers.jsonl").unlink(missing_ok=True)
         ostinato.lines(*_command(file, "--key", key))
@@ -617,7 +617,7 @@ def test_a_key_names_a_run(ostinato: Terminal, file: Path) -> None:
 
 
 def test_copies_have_keys_of_their_own(ostinato: Terminal, file: Path) -> None:
-    """-n asks for each prompt so often, though the requests are equal."""
+    """-n generates each prompt n times, although the requests are equal."""
     file.write_text('"a"\n')
     ostinato.lines(*_command(file, "-n", 5))
     assert len({answer["sequence"] for answer in _answers(file)}) == 5
@@ -634,14 +634,14 @@ def test_one_run_writes(ostinato: Terminal, file: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [["-"], ["a"], ["--stream"]])
 def test_the_prompts_are_a_files(ostinato: Terminal, file: Path, arguments: list[str]) -> None:
-    """Arguments, stdin and --stream do not go with --output."""
+    """Prompts as arguments or on stdin, and --stream, are wrong usage with --output."""
     result = ostinato(*_command(file, *arguments))
     assert result.exit_code == 2
     assert "--output: takes the prompts of --file" in " ".join(result.stderr.split())
 
 
 def test_a_full_disk_is_said(ostinato: Terminal, file: Path) -> None:
-    """What could not be written is said, with how to go on; exit 1."""
+    """A full disk is reported, with how to continue, and the exit code is 1."""
     assert ostinato(*_command(file)).exit_code == 0
     output = file.with_name("answers.jsonl")
     whole = output.read_bytes()
@@ -662,7 +662,7 @@ def test_a_full_disk_is_said(ostinato: Terminal, file: Path) -> None:
 
 @pytest.mark.parametrize("output", ["/dev/null", ".", "a" * 300])
 def test_an_output_can_be_read(ostinato: Terminal, file: Path, output: str) -> None:
-    """What is no file cannot be gone on with, and is wrong usage; so is what cannot be looked at."""
+    """An output path that is not a file, or cannot be opened, is wrong usage."""
     result = ostinato(*_command(file), "--output", output)
     assert result.exit_code == 2
     assert "--output" in result.output and output in result.output
@@ -670,7 +670,7 @@ def test_an_output_can_be_read(ostinato: Terminal, file: Path, output: str) -> N
 
 
 def test_an_interrupt_is_gone_on_with(ostinato: Terminal, file: Path) -> None:
-    """Ctrl-C exits 130 with what was written in the file and says how to go on, which does nothing twice."""
+    """Ctrl-C exits 130 and keeps the results so far; the same command continues and generates nothing twice."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have made us ignore
     answer = ostinato.fake._generate
 
@@ -696,7 +696,7 @@ def test_an_interrupt_is_gone_on_with(ostinato: Terminal, file: Path) -> None:
 
 
 async def test_no_more_is_read_than_is_under_way() -> None:
-    """Of an endless file as many batches are taken as run at once: one more with each answer."""
+    """Of an endless file only the batches that run are read; each answer lets one more be read."""
     taken = 0
 
     def endless() -> Iterator[Prompt]:

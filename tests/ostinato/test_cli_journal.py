@@ -37,14 +37,14 @@ def test_get_shows_an_item(ostinato: Terminal) -> None:
 
 
 def test_get_by_key_shows_the_batch(ostinato: Terminal) -> None:
-    """--key shows every item of the batch; in JSON each is an ItemRecord a line."""
+    """--key shows every item of the batch; with --json each is an ItemRecord on one line."""
     records = [json_format.ParseDict(line, sequencer_pb2.ItemRecord()) for line in ostinato.lines("get", "--key", "k")]
     assert records == [ostinato.fake.records[1], ostinato.fake.records[2]]
     assert ostinato("get", "--key", "k").stdout.count("sequence ") == 2
 
 
 def test_get_shows_the_newest_item(ostinato: Terminal) -> None:
-    """--last is the item with the highest sequence; it goes with nothing else, and an empty journal has none."""
+    """--last is the item with the highest sequence; it excludes a sequence and --key, and fails on an empty journal."""
     [record] = [json_format.ParseDict(line, sequencer_pb2.ItemRecord()) for line in ostinato.lines("get", "--last")]
     assert record == ostinato.fake.records[3]
     assert ostinato("get", "--last", "--key", "k").exit_code == ostinato("get", 1, "--last").exit_code == 2
@@ -66,13 +66,13 @@ def test_get_shows_how_far_an_item_is(ostinato: Terminal) -> None:
 
 
 def test_what_is_not_there_is_an_error(ostinato: Terminal) -> None:
-    """NOT_FOUND is one line on stderr, and exit 1."""
+    """NOT_FOUND is one line on stderr, and the exit code is 1."""
     result = ostinato("get", 99)
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: NOT_FOUND: no item 99\n")
 
 
 def test_tail_is_a_line_an_entry(ostinato: Terminal) -> None:
-    """Index, kind, sequence, epoch, time and digest stand in a line; --from leaves earlier ones out."""
+    """An entry is one line with index, kind, sequence, epoch, time and digest; --from sets the first."""
     lines = [line.split() for line in ostinato("tail", "--from", 3).stdout.splitlines()]
 
     assert [line[:4] for line in lines] == [
@@ -86,7 +86,7 @@ def test_tail_is_a_line_an_entry(ostinato: Terminal) -> None:
 
 
 def test_tail_in_json_is_entries(ostinato: Terminal) -> None:
-    """A line of JSON is the entry, with its payload's bytes and, beside them, what they say."""
+    """With --json an entry has its payload's bytes and the decoded payload."""
     lines = ostinato.lines("tail", "--payloads")
 
     decoded = [line.pop("decoded") for line in lines]
@@ -101,7 +101,7 @@ KINDS = [kind for kind in types_pb2.EntryKind.values() if kind != types_pb2.ENTR
 
 @pytest.mark.parametrize("kind", KINDS, ids=types_pb2.EntryKind.Name)
 def test_tail_decodes_every_kind(kind: types_pb2.EntryKind.ValueType) -> None:
-    """An entry of any kind of the contract is shown with what its payload says, and what is printed verifies."""
+    """Entries of every kind are shown with their decoded payload, and the output verifies."""
     payload = show.PAYLOADS[kind]()
     field = next(each for each in payload.DESCRIPTOR.fields if not each.is_repeated)
     if field.message_type is not None:
@@ -124,7 +124,7 @@ def test_tail_decodes_every_kind(kind: types_pb2.EntryKind.ValueType) -> None:
 
 @pytest.mark.parametrize(("count", "numbers"), [(1, "4"), (3, "4..6"), (0, "-")])
 def test_tail_shows_what_was_lost(count: int, numbers: str) -> None:
-    """The line of a LOST entry has the sequences that it stands for, also without payloads."""
+    """The line of a LOST entry has its range of sequences, also without payloads."""
     fake = Fake()
     fake.journal.append(b"", kind=types_pb2.ENTRY_KIND_LOST, first_sequence=4, count=count)
     with serving_apart(fake) as target:
@@ -134,14 +134,14 @@ def test_tail_shows_what_was_lost(count: int, numbers: str) -> None:
 
 
 def test_head_shows_the_end(ostinato: Terminal) -> None:
-    """The newest entry's index and hash, and the newest sequence."""
+    """head prints the newest entry's index and hash, and the newest sequence."""
     shown = dict(line.rsplit(maxsplit=1) for line in ostinato("head").stdout.splitlines())
     assert (shown["log"], shown["index"], shown["last sequence"]) == (LOG_ID, "6", "3")
     assert shown["entry hash"] == ostinato.fake.journal.entries[-1].entry_hash.hex()
 
 
 def test_cancel_takes_a_range_or_a_key(ostinato: Terminal) -> None:
-    """A..B, one number, or --key; the counts are printed."""
+    """cancel takes A..B, one sequence or --key, and prints the counts."""
     assert ostinato("cancel", "3..5").stdout == "1 cancelled, 2 had ended before\n"
     assert ostinato.lines("cancel", "7") == [{"cancelled": 1, "ended": 2}]
     ostinato("cancel", "--key", "k")
@@ -164,14 +164,14 @@ def test_cancel_takes_a_range_or_a_key(ostinato: Terminal) -> None:
     ],
 )
 def test_wrong_usage_is_two(ostinato: Terminal, arguments: list[str]) -> None:
-    """A missing or impossible target exits 2, and nothing is sent."""
+    """A missing or bad sequence exits 2, and nothing is sent."""
     result = ostinato(*arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert ostinato.fake.calls == []
 
 
 def test_model_shows_grade_limits_and_fingerprint(ostinato: Terminal) -> None:
-    """The grade with its reason, each limit and each field of the fingerprint."""
+    """model prints the grade with its reason, each limit and each field of the fingerprint."""
     shown = [line.split(maxsplit=1) for line in ostinato("model").stdout.splitlines()]
     assert ["grade", "exact: self-test: 4 of 4 equal"] in shown
     assert ["threads", "1"] in shown
@@ -180,7 +180,7 @@ def test_model_shows_grade_limits_and_fingerprint(ostinato: Terminal) -> None:
 
 
 def test_tokenize_prints_ids(ostinato: Terminal) -> None:
-    """Ids with spaces between them, or TokenIds in JSON; --chat asks for the template."""
+    """tokenize prints ids with spaces between them, or TokenIds in JSON; --chat uses the template."""
     assert ostinato("tokenize", "abc").stdout == "97 98 99\n"
     assert ostinato.lines("tokenize", "abc") == [{"ids": [97, 98, 99]}]
     ostinato("tokenize", "abc", "--chat")

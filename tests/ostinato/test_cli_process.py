@@ -66,7 +66,7 @@ def _waits_for_more(process: subprocess.Popen[str]) -> bool:
 
 @pytest.mark.parametrize("arguments", [("generate", "a"), ("generate", "a", "--stream"), ("tail", "--follow")])
 def test_an_interrupt_cancels_the_call(far: tuple[Fake, str], arguments: tuple[str, ...]) -> None:
-    """Ctrl-C exits 130 without a word, and the sidecar sees the call cancelled."""
+    """Ctrl-C exits 130 without a message, and the call is cancelled."""
     fake, target = far
     fake.script["Generate"].append(lambda *_: asyncio.sleep(1000))
     fake.script["GenerateStream"].append([lambda: asyncio.sleep(1000)])
@@ -92,7 +92,7 @@ def test_an_interrupt_ends_the_reading_of_prompts(far: tuple[Fake, str]) -> None
 
 
 def test_a_reader_may_leave(far: tuple[Fake, str]) -> None:
-    """A closed pipe ends the command quietly, as it does other tools, and its call."""
+    """A closed pipe ends the command without a message, and cancels its call."""
     fake, target = far
     assert _run("generate", "a", target=target).returncode == 0
     with _start("tail", "--payloads", "--follow", target=target) as process:
@@ -109,7 +109,7 @@ def test_a_reader_may_leave(far: tuple[Fake, str]) -> None:
 
 
 def test_nobody_there_is_said_in_two_lines() -> None:
-    """Where no sidecar listens the error names the target and what to try, with no word of gRPC's own, and exit 1."""
+    """If no sidecar listens, the error names the target and what to try, without gRPC's own logs, and the exit code is 1."""
     done = _run("generate", "a")
     first, second = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (1, "")
@@ -127,7 +127,7 @@ def test_a_deadline_is_an_error(far: tuple[Fake, str]) -> None:
 
 
 def test_a_pipe_gets_plain_text(far: tuple[Fake, str]) -> None:
-    """No escape codes and no boxes where stdout and stderr are no terminals, not even for wrong usage."""
+    """Without a terminal there are no escape codes and no boxes, also for wrong usage."""
     for arguments in (("generate", *"abcd"), ("--help",), ("nonsense",)):
         done = _run(*arguments, target=far[1])
         assert (done.stdout + done.stderr).isascii()
@@ -136,7 +136,7 @@ def test_a_pipe_gets_plain_text(far: tuple[Fake, str]) -> None:
 
 
 def test_a_narrow_encoding_is_survived(far: tuple[Fake, str]) -> None:
-    """An answer that the output's encoding lacks is escaped, not stumbled over."""
+    """Characters that the output's encoding lacks are escaped."""
     fake, target = far
     assert _run("generate", "é", target=target).returncode == 0
     fake.records[1].result.output.text = "né"
@@ -154,7 +154,7 @@ def test_the_version_is_the_packages() -> None:
 
 
 def test_json_reaches_a_pipe_at_once(far: tuple[Fake, str]) -> None:
-    """A follower's lines are not held back until a block is full."""
+    """The lines of tail --follow reach a pipe at once."""
     _, target = far
     assert _run("generate", "a", target=target).returncode == 0
     with _start("tail", "--follow", "--json", target=target) as process:
@@ -164,7 +164,7 @@ def test_json_reaches_a_pipe_at_once(far: tuple[Fake, str]) -> None:
 
 
 def test_a_shell_completes_commands() -> None:
-    """--help shows how to install the completion, and it finds what a command begins with."""
+    """--help shows how to install the completion, and the completion finds commands by their beginning."""
     asked = {"_OSTINATO_COMPLETE": "complete_bash", "COMP_WORDS": "ostinato ser", "COMP_CWORD": "1"}
     code = "import sys; sys.argv = ['ostinato']; from ostinato.cli import main; main()"
     done = subprocess.run(
@@ -176,7 +176,7 @@ def test_a_shell_completes_commands() -> None:
 
 
 def test_standard_output_is_full(far: tuple[Fake, str]) -> None:
-    """What cannot be written ends the command with exit code 1, and one line with its cause."""
+    """A full stdout ends the command with one line and exit code 1."""
     _, target = far
     environment = {**os.environ, "OSTINATO_TARGET": target}
     with Path("/dev/full").open("w") as full:

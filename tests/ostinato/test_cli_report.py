@@ -82,14 +82,14 @@ def _ostinato() -> Iterator[Terminal]:
 
 
 def test_nothing_yet(ostinato: Terminal) -> None:
-    """A sidecar that has compared nothing says so, and all is well."""
+    """Without comparisons report says so and exits 0."""
     result = ostinato("report")
     assert result.exit_code == 0
     assert result.stdout.splitlines()[0] == "nothing was compared yet"
 
 
 def test_all_is_well(ostinato: Terminal) -> None:
-    """Without an alarm the exit code is 0; rates stand with their bounds, drift and what was not compared beside them."""
+    """Without an alarm the exit code is 0, and rates with intervals, drift and missing verdicts are printed."""
     ostinato.fake.script["Report"].append(response(stratum()))
     result = ostinato("report")
     header, row, *rest = result.stdout.splitlines()
@@ -116,7 +116,7 @@ def test_all_is_well(ostinato: Terminal) -> None:
 
 
 def test_an_alarm_fails(ostinato: Terminal) -> None:
-    """While an alarm is up the exit code is 1, and it is said since when, where and under what."""
+    """While an alarm is up the exit code is 1, and time, token index, occupancy and sampling are printed."""
     ostinato.fake.script["Report"].append(response(stratum(5, alarm=True), stratum()))
     result = ostinato("report")
 
@@ -129,7 +129,7 @@ def test_an_alarm_fails(ostinato: Terminal) -> None:
 
 
 def test_json_is_the_response(ostinato: Terminal) -> None:
-    """--json is the whole response in one line; the exit code stays."""
+    """--json prints the whole response in one line, with the same exit code."""
     made = response(stratum(5, alarm=True))
     ostinato.fake.script["Report"].append(made)
     result = ostinato("report", "--json", "--confidence", 0.9)
@@ -141,14 +141,14 @@ def test_json_is_the_response(ostinato: Terminal) -> None:
 
 @pytest.mark.parametrize("confidence", ["0", "1", "95", "nan", "-1"])
 def test_no_confidence(ostinato: Terminal, confidence: str) -> None:
-    """A confidence that is none is wrong usage, and nobody is asked."""
+    """A confidence out of bounds is wrong usage, and nothing is sent."""
     result = ostinato("report", "--confidence", confidence)
     assert (result.exit_code, ostinato.fake.calls) == (2, [])
     assert "--confidence" in result.stderr
 
 
 def test_a_page_without_matplotlib(ostinato: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the library is missing the extra is named, and nobody is asked."""
+    """Without matplotlib the message names the extra, and nothing is sent."""
     monkeypatch.delitem(sys.modules, "ostinato.cli.charts", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
@@ -161,7 +161,7 @@ def test_a_page_without_matplotlib(ostinato: Terminal, tmp_path: Path, monkeypat
 
 
 def test_a_page_that_cannot_be_written(ostinato: Terminal, tmp_path: Path) -> None:
-    """A file that cannot be is wrong usage, and named."""
+    """A page that cannot be written is wrong usage."""
     pytest.importorskip("matplotlib")
     result = ostinato("report", "--html", tmp_path / "no" / "page.html")
     assert result.exit_code == 2
@@ -169,7 +169,7 @@ def test_a_page_that_cannot_be_written(ostinato: Terminal, tmp_path: Path) -> No
 
 
 def test_a_page_fetches_nothing_and_escapes(ostinato: Terminal, tmp_path: Path) -> None:
-    """Everything is in the page, and no name in the report becomes markup."""
+    """The page loads nothing, and text in the report does not become markup."""
     pytest.importorskip("matplotlib")
     bad = stratum(1)
     bad.samplings[0].sampling = "<script>alert(1)</script>"
@@ -184,7 +184,7 @@ def test_a_page_fetches_nothing_and_escapes(ostinato: Terminal, tmp_path: Path) 
 
 
 def test_occupancy_in_order() -> None:
-    """Ticks ascend by number of runs over all groups, "not known" is last, and a point stands at the tick of its runs."""
+    """Ticks ascend by occupancy over all groups, "not known" is last, and each point is at its tick."""
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
@@ -208,7 +208,7 @@ def test_occupancy_in_order() -> None:
 
 @pytest.mark.parametrize("columns", [40, 60, 200])
 def test_a_narrow_terminal(ostinato: Terminal, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
-    """No word is broken: where the table does not fit, each of its cells has a line of its own, with its column's name."""
+    """If the table does not fit the terminal, each cell is on its own line with the column's name; no word is broken."""
     ostinato.fake.script["Report"].append(response(stratum(5, alarm=True), stratum()))
     monkeypatch.setattr("ostinato.cli.show._is_terminal", lambda: True)
     text = ostinato("report", COLUMNS=str(columns), TERM="dumb").stdout

@@ -1,4 +1,4 @@
-"""`ostinato serve`: what it starts, what it says, and that nothing is left of it."""
+"""`ostinato serve`: what it starts, what it prints, and that it leaves no process behind."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _taken() -> Iterator[str]:
 
 
 def test_it_serves_and_says_what(state: Path) -> None:
-    """It says model, grade, reason, address and what to try, answers there, and ends in one line: exit code 0, no child."""
+    """It prints model, grade, reason, address and what to try, answers there, and after a signal exits 0 without a child."""
     with Serve(state) as serve:
         with ostinato.SyncClient(serve.target) as client:
             answer = client.generate("hello", seed=1, max_new_tokens=4)
@@ -120,7 +120,7 @@ def test_it_serves_and_says_what(state: Path) -> None:
     ],
 )
 def test_a_signal_ends_it_all_at_any_moment(state: Path, moment: str, number: signal.Signals) -> None:
-    """While it starts, tests its engine or serves: one line, exit code 0, no child."""
+    """A signal while it starts, tests its engine or serves gives one line, exit code 0 and no child."""
     slow = ("--service-flag", """--self-test full --script '{"delay_seconds": 0.1}'""") if moment == "test" else ()
     with Serve(state, *slow) as serve:
         reached = {
@@ -136,7 +136,7 @@ def test_a_signal_ends_it_all_at_any_moment(state: Path, moment: str, number: si
 
 
 def test_a_second_signal_does_not_wait(state: Path) -> None:
-    """An answer that never ends holds the drain up; a second signal kills, with exit code 130 and no child."""
+    """An answer that does not end delays the drain; a second signal kills, with exit code 130 and no child."""
     hang = ("--service-flag", """--script '{"rules": [{"do": "hang", "at": 1}]}'""")
     with Serve(state, *hang) as serve:
         with ostinato.SyncClient(serve.target) as client:
@@ -150,7 +150,7 @@ def test_a_second_signal_does_not_wait(state: Path) -> None:
 
 @pytest.mark.parametrize("name", ["service", "sidecar"])
 def test_a_program_that_dies_ends_it_all(state: Path, name: str) -> None:
-    """The last line says which, and how; exit code 1, no child."""
+    """If a program ends, the last line names it and the reason, and the exit code is 1 without a child."""
     with Serve(state) as serve:
         assert serve.target
         [child] = [pid for pid in serve.children() if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
@@ -162,7 +162,7 @@ def test_a_program_that_dies_ends_it_all(state: Path, name: str) -> None:
 
 
 def test_it_takes_its_children_along_when_killed(state: Path) -> None:
-    """After a kill -9 the programs are told to end."""
+    """After kill -9 of serve, the programs end."""
     with Serve(state) as serve:
         assert serve.target
         assert len(serve.children()) == 2
@@ -180,7 +180,7 @@ def only_line(serve: Serve, code: int = 1) -> str:
     ("flag", "program"), [("--listen", "sidecar"), ("--metrics", "sidecar"), ("--service-metrics", "service")]
 )
 def test_a_taken_port_is_named(state: Path, taken: str, flag: str, program: str) -> None:
-    """One line: who cannot listen where, and the flag that chooses another place."""
+    """A taken port is one line with the program, the address and its flag."""
     with Serve(state, addresses=[f"{flag}={taken}", *(each for each in ANYWHERE if not each.startswith(f"{flag}="))]) as serve:
         line = only_line(serve)
 
@@ -191,7 +191,7 @@ def test_a_taken_port_is_named(state: Path, taken: str, flag: str, program: str)
 
 
 def test_a_taken_port_of_the_gateway_is_named(state: Path, taken: str) -> None:
-    """Before anything is started."""
+    """A taken gateway port is reported before anything is started."""
     with Serve(state, "--gateway", "--gateway-port", taken.rpartition(":")[2]) as serve:
         line = only_line(serve)
 
@@ -202,7 +202,7 @@ def test_a_taken_port_of_the_gateway_is_named(state: Path, taken: str) -> None:
 
 
 def test_one_state_folder_serves_once(state: Path) -> None:
-    """The second is told of the first, which goes on; after its end the folder is free, and the journal goes on."""
+    """A second serve on one folder is refused and names the first; after the first has ended, a third continues its journal."""
     with Serve(state) as first:
         assert first.target
         second = Serve(state)
@@ -227,7 +227,7 @@ def test_what_a_program_refuses_is_said(state: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    """One line, and what to do."""
+    """A folder that cannot be written is one line that says what to do."""
     (tmp_path / "file").write_text("")
     with Serve(tmp_path / "file" / "state") as serve:
         line = only_line(serve)
@@ -236,14 +236,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_there_is_wrong_usage(state: Path) -> None:
-    """Exit code 2, before anything is started, and the name."""
+    """A missing model exits 2 before anything is started, and is named."""
     with Serve(state, str(state / "no.gguf")) as serve:
         assert serve.ended() == 2
         assert f"there is no file or folder {state}/no.gguf" in serve.lines[-1]
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the command that installs it."""
+    """A missing package is named, with the command that installs it."""
     monkeypatch.setitem(serve.NEEDS, "sidecar", ("cryptography", "no_such.module"))
 
     with pytest.raises(serve.Unusable, match=r"^sidecar needs no_such.module, .*: pip install '\.\[cpu\]' in a checkout"):
@@ -252,7 +252,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["service", "sidecar"])
 def test_one_program_takes_its_own_flags(name: str, tmp_path: Path) -> None:
-    """`ostinato service` and `ostinato sidecar` are the programs themselves, also where a folder of that name is at hand."""
+    """`ostinato service` and `ostinato sidecar` run the programs, also if the working directory has a folder of that name."""
     (tmp_path / name).mkdir()
     (tmp_path / name / "__main__.py").write_text("raise SystemExit('the wrong one')")
     flags = {"--help": 0, "--no-such-flag": 2}
@@ -274,14 +274,14 @@ def test_one_program_takes_its_own_flags(name: str, tmp_path: Path) -> None:
 
 
 def test_what_has_no_flag_is_the_programs_own_setting(state: Path) -> None:
-    """An address that is not given here comes from the program's environment variable."""
+    """An address without a flag comes from the program's environment variable."""
     addresses = [each for each in ANYWHERE if not each.startswith("--listen=")]
     with Serve(state, addresses=addresses, env={"OSTINATO_SIDECAR_LISTEN": f"unix:{state}/door"}) as serve:
         assert serve.target == f"unix:{state}/door"
 
 
 def test_a_settings_file_is_for_both_programs(state: Path, tmp_path: Path) -> None:
-    """--config is read by service and sidecar, each its own table; what is given here wins."""
+    """Service and sidecar each read their table of --config; flags win over it."""
     config = tmp_path / "ostinato.toml"
     config.write_text('[service]\nnew_tokens_max = 7\n\n[sidecar]\nwriter = "from-a-file"\nmetrics = "127.0.0.1:1"\n')
     with Serve(state, "--config", str(config)) as serve, ostinato.SyncClient(serve.target) as client:
@@ -290,7 +290,7 @@ def test_a_settings_file_is_for_both_programs(state: Path, tmp_path: Path) -> No
 
 
 def test_a_journal_that_is_set_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--state does not outdo a journal of the settings file or of the environment."""
+    """--state does not override a journal of the settings file or of the environment."""
     config = tmp_path / "ostinato.toml"
     config.write_text(f'[sidecar]\njournal = "{tmp_path / "other.sqlite"}"\n')
     plain = serve.Wanted(state=tmp_path / "state")

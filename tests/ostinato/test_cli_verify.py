@@ -1,4 +1,4 @@
-"""`ostinato verify`: honest records pass, and no field can be altered without a fault."""
+"""`ostinato verify`: sound records pass, and every change is a fault."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _verify(content: str | bytes, *arguments: str) -> Any:
 
 
 def _flipped(message: types_pb2.EntryHeader, name: str, bit: int) -> None:
-    """One bit of a header's field is another."""
+    """Flips one bit of a header field."""
     field, value = message.DESCRIPTOR.fields_by_name[name], getattr(message, name)
     if field.type == FieldDescriptor.TYPE_STRING:
         raw = bytearray((value or "w").encode())
@@ -85,14 +85,14 @@ def _flipped(message: types_pb2.EntryHeader, name: str, bit: int) -> None:
     ],
 )
 def test_honest_records_are_sound(document: Message, counts: tuple[int, int]) -> None:
-    """Every kind of record that the command prints is taken, alone, in a list, and as a line among others."""
+    """Every kind of record that the commands print is accepted, alone, in a list, and as one of several lines."""
     for checks, times in ((_check(_dict(document)), 1), (_check([_dict(document)], {"results": []}), 1)):
         assert checks.faults == []
         assert (checks.counts.sound_receipts, checks.counts.sound_entries) == tuple(times * each for each in counts)
 
 
 def test_an_honest_journal_is_sound(tmp_path: Path) -> None:
-    """A whole journal holds link by link; a part of it does but for its first entry, which is said to be taken on trust."""
+    """Every link of a whole journal is sound; of a part, the first entry counts as taken on trust."""
     lines = [json.dumps(_dict(entry)) for entry in ENTRIES]
     (tmp_path / "whole").write_text("\n".join(lines))
 
@@ -105,7 +105,7 @@ def test_an_honest_journal_is_sound(tmp_path: Path) -> None:
 @CASES
 @given(st.sampled_from(HEADER_FIELDS), st.integers(0, 255), st.sampled_from(["receipt", "result", "record", "entry"]))
 def test_no_bit_of_a_header_can_be_flipped(name: str, bit: int, form: str) -> None:
-    """Whatever field of a header is altered, in whatever record, there is a fault."""
+    """A change of any header field in any kind of record is a fault."""
     record, entries = copy.deepcopy(RECORD), copy.deepcopy(ENTRIES)
     _flipped(record.result.receipt.header, name, bit)
     _flipped(entries[bit % len(entries)].header, name, bit)
@@ -121,7 +121,7 @@ def test_no_bit_of_a_header_can_be_flipped(name: str, bit: int, form: str) -> No
 @CASES
 @given(st.sampled_from(["previous_hash", "entry_hash"]), st.integers(0, 255))
 def test_no_bit_of_a_hash_can_be_flipped(name: str, bit: int) -> None:
-    """The hashes of a receipt hold each other."""
+    """A change of a receipt's hash is a fault."""
     receipt = copy.deepcopy(RECORD.result.receipt)
     raw = bytearray(getattr(receipt, name))
     raw[bit // 8] ^= 1 << bit % 8
@@ -151,7 +151,7 @@ def test_no_bit_of_a_hash_can_be_flipped(name: str, bit: int) -> None:
     ],
 )
 def test_no_result_can_be_altered(tamper: Any) -> None:
-    """Output, seed, grade and numbers cannot part from their receipt, nor the receipt from its result."""
+    """A change of output, seed, grade or sequence, or another receipt, is a fault."""
     result = _dict(RECORD.result)
     tamper(result)
     checks = _check(result)
@@ -172,7 +172,7 @@ def test_no_result_can_be_altered(tamper: Any) -> None:
     ],
 )
 def test_no_input_can_be_altered(tamper: Any) -> None:
-    """What went in cannot part from what came out."""
+    """A change of the input is a fault."""
     record = _dict(RECORD)
     tamper(record)
     assert _check(record).faults
@@ -193,14 +193,14 @@ def test_no_input_can_be_altered(tamper: Any) -> None:
     ],
 )
 def test_no_journal_can_be_altered(tamper: Any) -> None:
-    """Entries can be neither left out nor repeated, reordered, exchanged or given another meaning."""
+    """A missing, repeated, reordered, exchanged or altered entry is a fault."""
     entries = [_dict(entry) for entry in ENTRIES]
     tamper(entries)
     assert _check(*entries).faults
 
 
 def test_faults_are_printed_and_counted() -> None:
-    """Each fault is a line with its place; the command exits 1 and says how many receipts were sound; --json holds the same."""
+    """Each fault is a line with its place, the sound receipts are counted, and the exit code is 1; --json has the same."""
     records = [_dict(record.result) for record in FAKE.records.values()]
     records[1]["output"]["seed"] = "5"
     content = "\n".join(map(json.dumps, records))
@@ -234,7 +234,7 @@ def test_faults_are_printed_and_counted() -> None:
     ],
 )
 def test_nothing_to_verify_is_an_error(content: str) -> None:
-    """A file without a single proof is not a sound one."""
+    """A file without a proof exits 1."""
     result = _verify(content)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("error: nothing to verify in -")
@@ -242,7 +242,7 @@ def test_nothing_to_verify_is_an_error(content: str) -> None:
 
 @pytest.mark.parametrize("content", ["nonsense", '{"a": 1}', "7", '{"header": 7}', '{"output": {"seed": "x"}}', "[" * 5000])
 def test_what_is_no_record_is_a_fault(content: str) -> None:
-    """A line that is no record of ours is a fault, with its place, beside sound ones too."""
+    """A line that is not a record is a fault with its place, also among sound ones."""
     result = _verify(json.dumps(_dict(RECORD)) + "\n" + content)
     assert result.exit_code == 1
     assert result.stdout.startswith(("stdin:2: not ", "stdin:2: is not "))
@@ -268,14 +268,14 @@ def test_what_is_no_record_is_a_fault(content: str) -> None:
     )
 )
 def test_no_json_is_too_odd(document: Any) -> None:
-    """Any JSON at all is judged, not stumbled over."""
+    """Any JSON gets a list of faults; none raises an exception."""
     checks = _check(document)
     assert checks.counts.sound_receipts == 0
     assert isinstance(checks.faults, list)
 
 
 def test_what_the_commands_print_is_what_verify_reads() -> None:
-    """generate, get and tail with --json, with any kind of payload and over a sidecar, verify as they are."""
+    """The --json output of generate, get and tail verifies unchanged."""
     from tests.ostinato.fake import Terminal, serving_apart
 
     fake = Fake()
@@ -295,7 +295,7 @@ def test_what_the_commands_print_is_what_verify_reads() -> None:
 
 @pytest.fixture(autouse=True)
 def _untouched() -> Iterator[None]:
-    """The records that the tests share stay as they are."""
+    """The tests must not change their shared records."""
     before = [copy.deepcopy(record) for record in FAKE.records.values()]
     yield
     assert before == list(FAKE.records.values())
@@ -313,7 +313,7 @@ def _untouched() -> Iterator[None]:
     ],
 )
 def test_a_file_without_a_record(tmp_path: Path, content: bytes, said: list[str]) -> None:
-    """A file that holds no record is never sound: exit code 1, and a few lines that say what it is."""
+    """A file without a record exits 1, with a few lines that say what it is."""
     file = tmp_path / "file"
     file.write_bytes(content)
 
@@ -326,7 +326,7 @@ def test_a_file_without_a_record(tmp_path: Path, content: bytes, said: list[str]
 
 
 def test_a_folder_for_a_file(tmp_path: Path) -> None:
-    """A folder is wrong usage, and named."""
+    """A folder is wrong usage."""
     result = CliRunner().invoke(app, ["verify", str(tmp_path)])
 
     assert result.exit_code == 2

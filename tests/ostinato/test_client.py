@@ -52,13 +52,13 @@ async def test_a_batch_is_answered(talk: Talk) -> None:
 
 @pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1])
 async def test_seeds_are_exact(talk: Talk, seed: int) -> None:
-    """A seed beyond what a signed or a floating-point number holds comes back as it was sent."""
+    """Seeds over the whole range of uint64 come back unchanged."""
     _, client = talk
     assert (await client.generate("a", seed=seed)).results[0].output.seed == seed
 
 
 async def test_what_was_said_is_sent(talk: Talk) -> None:
-    """Key, label, grade and parameters stand in the request, and the size limit in the metadata."""
+    """Key, label, grade and parameters are in the request, and the size limit is in the metadata."""
     fake, client = talk
 
     await client.generate("a", key="k", request_id="r", required_grade="serial", max_new_tokens=3)
@@ -76,7 +76,7 @@ async def test_what_was_said_is_sent(talk: Talk) -> None:
 
 @pytest.mark.parametrize("method", READS)
 async def test_reads_are_retried(talk: Talk, method: str) -> None:
-    """What changes nothing may be asked twice."""
+    """Reads are retried."""
     fake, client = talk
     await client.generate("a")
     fake.script[method].append(errors.Draining("later"))
@@ -87,7 +87,7 @@ async def test_reads_are_retried(talk: Talk, method: str) -> None:
 
 
 async def test_cancel_and_replay_are_sent_once(talk: Talk) -> None:
-    """Calls that cause work are not repeated behind the caller's back."""
+    """Cancel and Replay are sent once."""
     fake, client = talk
     fake.script["Cancel"].append(errors.Draining("later"))
     fake.script["Replay"].append(errors.Draining("later"))
@@ -118,7 +118,7 @@ async def test_the_server_says_when(talk: Talk, pushback: str, count: int) -> No
 
 
 async def test_the_deadline_travels(talk: Talk) -> None:
-    """The server sees the timeout as time left, and none where none was given."""
+    """The timeout is the call's deadline; without one there is none."""
     fake, client = talk
 
     await client.generate("a", timeout=30)
@@ -131,7 +131,7 @@ async def test_the_deadline_travels(talk: Talk) -> None:
 
 
 async def test_an_expired_deadline_is_an_error_of_ours(talk: Talk) -> None:
-    """DeadlineExceeded is raised on time, and the server's side of the call ends, if it had come so far."""
+    """DeadlineExceeded is raised on time, and the server's side of the call is cancelled."""
     fake, client = talk
     fake.script["Generate"].append(lambda *_: asyncio.sleep(1000))
 
@@ -142,7 +142,7 @@ async def test_an_expired_deadline_is_an_error_of_ours(talk: Talk) -> None:
 
 @pytest.mark.parametrize("timeout", [0, -1.0, math.nan])
 async def test_an_impossible_deadline_is_refused_here(talk: Talk, timeout: float) -> None:
-    """Nothing is sent with a timeout that is not above zero; streams say so when they are made."""
+    """A timeout that is not above 0 is refused at the call, also of streams, and nothing is sent."""
     fake, client = talk
     with pytest.raises(ValueError, match=r"^timeout: "):
         await client.generate("a", timeout=timeout)
@@ -157,7 +157,7 @@ async def test_an_impossible_deadline_is_refused_here(talk: Talk, timeout: float
 
 @pytest.mark.parametrize("kind", errors.TABLE.values(), ids=errors.TABLE)
 async def test_every_error_comes_back_as_it_was_raised(talk: Talk, kind: type[OstinatoError]) -> None:
-    """Class, message, details, field paths and the time to wait survive the wire, from a call and from a stream."""
+    """Class, message, details, field paths and retry_after arrive unchanged, from a call and from a stream."""
     fake, client = talk
     if issubclass(kind, errors.InvalidRequest):
         violations = [errors.Violation("items[3].parameters.top_p", "above 1"), errors.Violation("parameters.seed", "é")]
@@ -178,7 +178,7 @@ async def test_every_error_comes_back_as_it_was_raised(talk: Talk, kind: type[Os
 
 
 async def test_errors_of_others_are_errors_of_ours(talk: Talk) -> None:
-    """What has no details, or details that contradict the status or are garbage, keeps at least its code and message."""
+    """An error with missing, contradicting or malformed details keeps its code and message."""
     fake, client = talk
 
     def abort(*details: bytes) -> Callable[..., Awaitable[None]]:
@@ -233,14 +233,14 @@ def test_other_targets_are_taken(target: str) -> None:
 
 
 async def test_a_larger_limit_lets_more_through() -> None:
-    """An answer beyond gRPC's own 4 MiB arrives where the client allows it."""
+    """A response beyond gRPC's default of 4 MiB arrives if max_response_bytes allows it."""
     async with talking(max_response_bytes=8 * 2**20) as (fake, client):
         fake.script["Head"].append(sequencer_pb2.HeadResponse(writer="w" * 5 * 2**20))
         assert len((await client.head()).writer) == 5 * 2**20
 
 
 async def test_nobody_there_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that may not be repeated fails without waiting where no sidecar listens."""
+    """A call that is not retried fails at once if no sidecar listens."""
     monkeypatch.setattr(retry, "BACKOFF_SECONDS", 1000)
     async with Client("127.0.0.1:1") as client:
         with pytest.raises(errors.Disconnected, match="failed to connect"):
@@ -275,7 +275,7 @@ async def test_a_stream_tells_what_happens(talk: Talk) -> None:
 
 
 async def test_leaving_a_stream_ends_the_call(talk: Talk) -> None:
-    """A reader that goes away cancels what it read."""
+    """Closing a stream cancels its call."""
     fake, client = talk
     fake.script["GenerateStream"].append([generation_pb2.GenerateEvent(), lambda: asyncio.sleep(1000)])
 
@@ -300,7 +300,7 @@ async def test_cancelling_the_task_ends_the_call(talk: Talk) -> None:
 
 
 async def test_one_target_has_to_be_chosen(talk: Talk) -> None:
-    """get and cancel take a sequence or a key: not none of them, and not both."""
+    """get and cancel take exactly one of sequence and key."""
     _, client = talk
     for ask in (client.get, client.cancel):
         with pytest.raises(TypeError, match="give one of them"):
@@ -320,7 +320,7 @@ async def test_a_keyed_batch_is_found_by_its_key(talk: Talk) -> None:
 
 
 async def test_token_ids_go_back_into_generate(talk: Talk) -> None:
-    """tokenize gives lists that are prompts again, with the same answer."""
+    """The lists of tokenize are prompts with the same result."""
     _, client = talk
     tokens = await client.tokenize(["ab", [7, 8]])
     assert tokens == [[97, 98], [7, 8]]
@@ -329,7 +329,7 @@ async def test_token_ids_go_back_into_generate(talk: Talk) -> None:
 
 
 async def test_report(talk: Talk) -> None:
-    """report asks for the confidence it was given, and leaves it to the sidecar without."""
+    """report sends the confidence, and 0 without one."""
     fake, client = talk
     answers = [await client.report(), await client.report(confidence=0.99)]
     assert [answer.confidence for answer in answers] == [0.95, 0.99]
@@ -337,7 +337,7 @@ async def test_report(talk: Talk) -> None:
 
 
 def test_the_decoder_is_for_finished_calls() -> None:
-    """What this client relies on: the synchronous decoder reads an AioRpcError."""
+    """The synchronous decoder of grpc_status reads an AioRpcError, which errors.from_rpc_error relies on."""
     status = errors.to_status(errors.QueueFull("full"))
     metadata = grpc.aio.Metadata(("grpc-status-details-bin", status.SerializeToString()))
     error = grpc.aio.AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.aio.Metadata(), metadata, "full")
@@ -360,7 +360,7 @@ LOST = [errors.Draining("going", retry_after=0.01), errors.SlowReader("slow", re
 
 
 async def _indexes(client: Client, count: int, from_index: int = 1) -> list[int]:
-    """Of the first so many entries of a follow."""
+    """The indexes of the first `count` entries of a follow."""
     found: list[int] = []
     async with aclosing(client.tail(from_index, follow=True)) as entries:
         async for entry in entries:
@@ -371,7 +371,7 @@ async def _indexes(client: Client, count: int, from_index: int = 1) -> list[int]
 
 
 async def test_tail_ends_at_the_head() -> None:
-    """Without follow the entries end where the journal does, each by itself, with payloads only if wanted."""
+    """Without follow the entries end at the head, and have payloads only if requested."""
     async with talking() as (_, client):
         await client.generate(["a", "b"])
 
@@ -384,7 +384,7 @@ async def test_tail_ends_at_the_head() -> None:
 
 
 async def test_tail_without_follow_does_not_hide_a_loss() -> None:
-    """A bounded tail that breaks is an error: nobody asked to wait."""
+    """A tail without follow that breaks after its first entries raises the error."""
     async with talking() as (fake, client):
         await client.generate("a")
         fake.script["Tail"].append([sequencer_pb2.TailResponse(entries=fake.journal.entries[:1]), LOST[0]])
@@ -395,7 +395,7 @@ async def test_tail_without_follow_does_not_hide_a_loss() -> None:
 @settings(max_examples=10, deadline=None)
 @given(breaks=st.lists(st.tuples(st.integers(0, 4), st.sampled_from([*LOST, None])), max_size=3), start=st.integers(1, 3))
 async def test_follow_resumes_where_it_was(breaks: list[tuple[int, errors.OstinatoError | None]], start: int) -> None:
-    """However often and wherever a follow is cut, also by a quiet end, no entry is missing and none comes twice."""
+    """A follow that is cut anywhere, with or without an error, misses no entry and repeats none."""
     async with talking() as (fake, client):
         await client.generate(["a"] * 10)
         at = start - 1
@@ -408,7 +408,7 @@ async def test_follow_resumes_where_it_was(breaks: list[tuple[int, errors.Ostina
 
 
 async def test_follow_raises_what_waiting_does_not_cure() -> None:
-    """Only a sidecar that is away is waited for."""
+    """A follow raises errors that are not a lost connection."""
     async with talking() as (fake, client):
         fake.script["Tail"].append([errors.InvalidRequest("no")])
         with pytest.raises(errors.InvalidRequest):
@@ -416,7 +416,7 @@ async def test_follow_raises_what_waiting_does_not_cure() -> None:
 
 
 async def test_follow_outlives_a_restart(tmp_path: Path) -> None:
-    """Entries of before and after a restart form one sequence, even if none had come when the sidecar went away."""
+    """A follow continues over a restart, also if no entry had come before."""
     fake, target = Fake(), f"unix:{tmp_path}/s"
     async with Client(target) as client:
         async with serving(fake, target):
@@ -431,14 +431,14 @@ async def test_follow_outlives_a_restart(tmp_path: Path) -> None:
 
 
 async def test_follow_of_nobody_is_an_error() -> None:
-    """A sidecar that is not there at first is a wrong target, not a lost connection."""
+    """A follow of a sidecar that cannot be reached at the start raises Disconnected."""
     async with Client("127.0.0.1:1") as client:
         with pytest.raises(errors.Disconnected):
             await _indexes(client, 1)
 
 
 async def test_follow_keeps_its_deadline() -> None:
-    """The timeout bounds a follow as a whole, over all its connections and the pauses between them."""
+    """The timeout of a follow covers all its connections and the waits between them."""
     async with talking() as (fake, client):
         fake.script["Tail"].append([errors.SlowReader("slow", retry_after=1000)])
         with pytest.raises(errors.DeadlineExceeded):
@@ -447,7 +447,7 @@ async def test_follow_keeps_its_deadline() -> None:
 
 
 async def test_leaving_a_follow_ends_the_call() -> None:
-    """A follower that goes away leaves nothing running at the sidecar."""
+    """Closing a follow cancels its call."""
     async with talking() as (fake, client):
         await client.generate("a")
         await _indexes(client, 1)
@@ -463,7 +463,7 @@ async def test_leaving_a_follow_ends_the_call() -> None:
 
 
 def test_files_that_hold_nothing_are_named(tmp_path: Path) -> None:
-    """gRPC would only say that it cannot connect, so a missing file and one that is no PEM are named with their argument."""
+    """A missing file, or one that is not PEM, is named with its argument."""
     (tmp_path / "noise").write_bytes(b"\x30\x82")
     with pytest.raises(ValueError, match=r"^ca: \S*nowhere: No such file"):
         ostinato.tls(tmp_path / "nowhere")
@@ -472,14 +472,14 @@ def test_files_that_hold_nothing_are_named(tmp_path: Path) -> None:
 
 
 def test_a_certificate_has_a_key() -> None:
-    """One without the other is an error of whoever calls."""
+    """A certificate without a key is a ValueError."""
     with pytest.raises(ValueError, match="certificate, key: one needs the other"):
         ostinato.tls(certificate="client.pem")
 
 
 @pytest.mark.parametrize("token", ["", "two words", "line\n", "tokén"])
 def test_a_token_is_one_word(token: str) -> None:
-    """What could not be sent, or would be sent as something else, is refused by the argument's name and not shown."""
+    """A token that cannot be sent as metadata is refused, and the message does not show it."""
     with pytest.raises(ValueError, match="^token: must be printable ASCII without spaces$"):
         ostinato.Client(token=token)
     assert bearer("x") == "Bearer x"

@@ -1,4 +1,4 @@
-"""Verdicts, against an oracle that looks at everything the slow way."""
+"""Verdicts, against a simple oracle."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ sides = st.builds(Side, outputs, st.sampled_from([b"input", b"other"]), st.sampl
 
 
 def naive(expected: list[int], actual: list[int]) -> int | None:
-    """The first index at which one of them has something else, or nothing."""
+    """The first index at which they differ, by a slow search."""
     for index in range(max(len(expected), len(actual))):
         if expected[index : index + 1] != actual[index : index + 1]:
             return index
@@ -41,19 +41,19 @@ def output(*token_ids: int, reason: types_pb2.FinishReason.ValueType = LENGTH, s
 
 
 def verdict(expected: types_pb2.Output, actual: types_pb2.Output) -> types_pb2.Comparison:
-    """Of two runs of one input on one engine."""
+    """Two runs with equal inputs and fingerprints."""
     return compare(Side(expected, b"i", b"f"), Side(actual, b"i", b"f"), TWIN, 7)
 
 
 @given(token_lists, token_lists)
 def test_the_first_difference(expected: list[int], actual: list[int]) -> None:
-    """It is where a reader of both would stop; None for equal ones only."""
+    """first_difference is the first differing index, and None only if both are equal."""
     assert first_difference(expected, actual) == naive(expected, actual)
 
 
 @given(sides, sides)
 def test_a_verdict(expected: Side, actual: Side) -> None:
-    """Drift goes first; else equal tokens, reason and stop are a MATCH, and anything else is DIVERGED where it shows."""
+    """Drift is INCOMPARABLE; else equal tokens, reason and stop are a MATCH, and others DIVERGED at the first difference."""
     said = compare(expected, actual, TWIN, 7)
 
     drift = [
@@ -80,7 +80,7 @@ def test_a_verdict(expected: Side, actual: Side) -> None:
 
 @given(fields, fields)
 def test_the_fields_that_differ(expected: dict[str, str], actual: dict[str, str]) -> None:
-    """Known fingerprints drift in the fields that are not in both with one value; a known and an unknown one just drift."""
+    """Two known fingerprints drift in the fields that differ; with an unknown one the drift is `fingerprint`."""
     run = output(1)
 
     def drift(one: dict[str, str] | None, other: dict[str, str] | None) -> list[str]:
@@ -96,14 +96,14 @@ def test_the_fields_that_differ(expected: dict[str, str], actual: dict[str, str]
 
 
 def test_a_prefix_differs_at_its_end() -> None:
-    """Where one output goes on and the other does not, they differ at the shorter one's length."""
+    """If one output is a prefix of the other, they differ at its length."""
     assert verdict(output(1, 2, 3), output(1, 2)).first_difference == 2
     assert verdict(output(1), output(1, 2, 3)).first_difference == 1
     assert verdict(output(), output(1)).first_difference == 0
 
 
 def test_equal_tokens_with_another_end() -> None:
-    """Another finish reason, or another stop, is a divergence behind the last token."""
+    """Another finish reason or stop string is a divergence after the last token."""
     for other in (output(1, 2, reason=STOP), output(1, 2, stop=".")):
         said = verdict(output(1, 2), other)
         assert (said.verdict, said.first_difference, said.compared_tokens) == (DIVERGED, 2, 2)
@@ -115,7 +115,7 @@ RAW, PROCESSED = types_pb2.LOGPROB_KIND_RAW, types_pb2.LOGPROB_KIND_PROCESSED
 
 
 def likely(*tops: list[float], kind: types_pb2.LogprobKind.ValueType = RAW) -> types_pb2.Output:
-    """Tokens 0, 1 and so on, whose likeliest choices had these logprobs."""
+    """An output of tokens 0, 1 and so on, with these logprobs of the likeliest tokens."""
     logprobs = [
         types_pb2.TokenLogprobs(top=[types_pb2.TopLogprob(token_id=rank, logprob=value) for rank, value in enumerate(top)])
         for top in tops
@@ -124,7 +124,7 @@ def likely(*tops: list[float], kind: types_pb2.LogprobKind.ValueType = RAW) -> t
 
 
 def test_the_margin_is_the_recorded_runs_at_the_difference() -> None:
-    """How close the recorded run was to its second choice, there and not elsewhere."""
+    """The margin is of the recorded run, at the first difference."""
     said = verdict(likely([-0.1, -5.0], [-0.5, -0.75, -3.0]), output(0, 9))
     assert (said.first_difference, said.margin) == (1, 0.25)
 
@@ -141,19 +141,19 @@ def test_the_margin_is_the_recorded_runs_at_the_difference() -> None:
     ids=["processed", "of no kind", "one choice", "the chosen token's only", "no logprobs"],
 )
 def test_no_margin(recorded: types_pb2.Output) -> None:
-    """Only RAW logprobs of two choices or more tell it."""
+    """The margin needs RAW logprobs of two tokens or more."""
     assert margin(recorded, 0) is None
     assert not verdict(recorded, output(9)).HasField("margin")
 
 
 def test_no_margin_behind_the_end() -> None:
-    """Where the recorded run had ended there is no choice to speak of."""
+    """There is no margin after the end of the recorded run."""
     said = verdict(likely([-0.5, -0.75]), output(0, 1))
     assert (said.first_difference, said.HasField("margin")) == (1, False)
 
 
 def test_a_margin_of_impossible_choices() -> None:
-    """Minus infinity on both sides gives NaN, which is carried, not raised."""
+    """Two logprobs of minus infinity give a margin of NaN, not an exception."""
     assert math.isnan(margin(likely([-math.inf, -math.inf]), 0) or 0.0)
 
 
@@ -162,7 +162,7 @@ def test_a_margin_of_impossible_choices() -> None:
 
 @given(token_lists, token_lists, st.sampled_from([[], ["fingerprint.device"]]))
 def test_a_recovery(sent: list[int], made: list[int], drift: list[str]) -> None:
-    """What had been sent must be a beginning of what the last attempt made; no more than was sent is compared."""
+    """The sent tokens must be a prefix of the last attempt's output; only that many are compared."""
     said = compare_prefix(sent, output(*made), 7, drift)
 
     place = naive(sent, made[: len(sent)])
@@ -176,7 +176,7 @@ def test_a_recovery(sent: list[int], made: list[int], drift: list[str]) -> None:
 
 @given(sides, sides)
 def test_a_dropped_output(expected: Side, actual: Side) -> None:
-    """Without the first output the verdict is the same, and all that is missing is where they differ."""
+    """With only the digest of the first output the verdict is the same, without a first difference."""
     digest = output_digest(expected.output)
     full = compare(expected, actual, TWIN, 7)
     bare = compare(replace(expected, output=types_pb2.Output()), actual, TWIN, 7, dropped_digest=digest)

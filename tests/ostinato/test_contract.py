@@ -1,4 +1,4 @@
-"""The contract as files: what is generated is what is committed, what is linted is clean, and the wheel is a client's."""
+"""The contract's files: generated code is up to date, lint is clean, and the wheel has what a client needs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ needs_buf = pytest.mark.skipif(BUF is None, reason="no buf: it comes with the ex
 
 
 def output(*command: str | Path, cwd: Path = ROOT, **environ: str) -> str:
-    """What a command prints; fails with all of it if the command fails."""
+    """Runs a command and returns its output; fails with the output if the command fails."""
     done = subprocess.run(
         command, cwd=cwd, env={**os.environ, **environ}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -39,7 +39,7 @@ def output(*command: str | Path, cwd: Path = ROOT, **environ: str) -> str:
 
 @needs_codegen
 def test_generated_code_is_what_is_committed(tmp_path: Path) -> None:
-    """Generating again gives every generated file byte for byte, and no other file."""
+    """Generating again gives every generated file unchanged, and no other file."""
     output("make", "--silent", "--assume-old=.codegen/.installed", "gen", f"OUT={tmp_path}")
 
     def generated(root: Path) -> dict[str, bytes]:
@@ -53,14 +53,14 @@ def test_generated_code_is_what_is_committed(tmp_path: Path) -> None:
 
 @needs_buf
 def test_the_contract_is_linted_and_laid_out() -> None:
-    """buf has nothing to say about the .proto files."""
+    """buf lint and format accept the .proto files."""
     assert output(str(BUF), "lint") == ""
     assert output(str(BUF), "format", "--diff", "--exit-code", "--path", "proto/ostinato") == ""
 
 
 @needs_buf
 def test_the_contract_only_grows(tmp_path: Path) -> None:
-    """Nothing that the baseline has was changed or taken away; and whoever does that is told."""
+    """The contract has everything that the baseline has; a removal or change is reported."""
     shutil.copy(ROOT / "buf.yaml", tmp_path)
     shutil.copytree(ROOT / "proto", tmp_path / "proto", ignore=shutil.ignore_patterns("*.py*", "__pycache__"))
 
@@ -77,7 +77,7 @@ def test_the_contract_only_grows(tmp_path: Path) -> None:
 
 @needs_buf
 def test_the_reference_is_what_the_contract_says() -> None:
-    """Generating docs/reference.md again gives what is committed: `make docs`."""
+    """docs/reference.md is up to date: `make docs`."""
     assert reference.render(reference.descriptors()) == reference.PAGE.read_text()
 
 
@@ -91,7 +91,7 @@ def _wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_the_contract_only(wheel: Path) -> None:
-    """Neither service nor sidecar nor tests land in anybody's site-packages; types and generated code do."""
+    """The wheel has types and generated code, and no top-level service, sidecar or tests."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
 
@@ -100,7 +100,7 @@ def test_the_wheel_holds_the_contract_only(wheel: Path) -> None:
 
 
 def test_the_wheel_asks_for_little(wheel: Path) -> None:
-    """A client is given gRPC, protobuf and what the command line draws with; all else is an extra."""
+    """A client's requirements are gRPC, protobuf and the command line's libraries; all others are extras."""
     with zipfile.ZipFile(wheel) as archive:
         metadata = Parser().parsestr(archive.read("ostinato-0.1.0.dist-info/METADATA").decode())
         scripts = archive.read("ostinato-0.1.0.dist-info/entry_points.txt").decode()
@@ -118,7 +118,7 @@ def test_the_wheel_asks_for_little(wheel: Path) -> None:
 
 
 def test_a_client_serves_nothing(wheel: Path, tmp_path: Path) -> None:
-    """Importing the client from the wheel brings in none of what only the programs need."""
+    """Importing the client from the wheel imports nothing that only the programs need."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     script = "import sys, ostinato.client; print(ostinato.client.__file__); print(*sys.modules)"
@@ -138,7 +138,7 @@ ENUMS = [
 
 @given(st.sampled_from(ENUMS), st.integers(0, 2**31 - 1))
 def test_a_word_is_its_value(enum: enums.Enum[int], number: int) -> None:
-    """Every value has a word that is its own, without the enum's name; one of a newer version has its number."""
+    """Every enum value has its own word without the prefix; an unknown value is its number."""
     for value in (*enum.DESCRIPTOR.values_by_number, number):
         assert enums.value(enum, enums.word(enum, value)) == value
     assert enums.word(enum, 0) == "UNSPECIFIED"
@@ -146,11 +146,11 @@ def test_a_word_is_its_value(enum: enums.Enum[int], number: int) -> None:
 
 
 def test_words_of_grades() -> None:
-    """A word may have several parts."""
+    """A word may contain underscores."""
     assert [enums.word(types_pb2.Grade, value) for value in range(4)] == ["UNSPECIFIED", "BEST_EFFORT", "SERIAL", "EXACT"]
 
 
 def test_no_word() -> None:
-    """What is no word of an enum is refused."""
+    """An unknown word is a ValueError."""
     with pytest.raises(ValueError, match="GRADE_BEST"):
         enums.value(types_pb2.Grade, "BEST")

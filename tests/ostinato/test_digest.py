@@ -1,4 +1,4 @@
-"""The digests against docs/protocol.md, followed here by hand, and against what they promise."""
+"""The digests against docs/protocol.md, implemented here a second time, and against their properties."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ostinato.digest import f64, i64, u64
 from ostinato.v1 import generation_pb2, types_pb2
 
 Given = Mapping[str, Any]
-"""A message in protobuf's JSON mapping: numbers of 64 bits are text, fields that are not set are missing."""
+"""A message in protobuf's JSON mapping: 64-bit numbers are text, unset fields are missing."""
 
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())["vectors"]
 
@@ -198,7 +198,7 @@ BY_HAND: Mapping[str, Callable[[Given], bytes | int]] = {
 
 
 def by_code(name: str, message: Given) -> bytes | int:
-    """What the product makes of a vector."""
+    """The product's digest of a vector."""
     match name:
         case "request":
             return digest.request_digest(ParseDict(dict(message), generation_pb2.GenerateRequest()))
@@ -234,18 +234,18 @@ each_vector = pytest.mark.parametrize("vector", [pytest.param(v, id=f"{v['digest
 
 @each_vector
 def test_vector(vector: Given) -> None:
-    """The code gives what the vector says."""
+    """The product's digest of every vector is the expected one."""
     assert by_code(vector["digest"], vector["given"]) == expected(vector)
 
 
 @each_vector
 def test_vector_by_hand(vector: Given) -> None:
-    """The specification, followed without our code, gives what the vector says."""
+    """The independent implementation gives the expected digest of every vector."""
     assert BY_HAND[vector["digest"]](vector["given"]) == expected(vector)
 
 
 def test_every_digest_has_a_vector() -> None:
-    """No digest is without an example, and no two examples of one digest agree but those that say why."""
+    """Every digest has a vector, and vectors of one digest differ unless they are marked as equal."""
     assert {vector["digest"] for vector in VECTORS} == set(BY_HAND)
     digests = [(vector["digest"], vector["expected"]) for vector in VECTORS]
     same = [vector["name"] for vector, digest_ in zip(VECTORS, digests, strict=True) if digests.count(digest_) > 1]
@@ -300,7 +300,7 @@ requests = st.builds(generation_pb2.GenerateRequest).flatmap(messages)
 
 
 def places(message: Message, path: str = "") -> Iterable[tuple[Message, Any, str]]:
-    """Every field of a message and of those in it, set or not, with its path."""
+    """All fields of a message and its submessages, set or not, with their paths."""
     for field in message.DESCRIPTOR.fields:
         yield message, field, f"{path}.{field.name}"
         if field.message_type is not None and field.is_repeated:
@@ -311,7 +311,7 @@ def places(message: Message, path: str = "") -> Iterable[tuple[Message, Any, str
 
 
 def change(data: st.DataObject, message: Message, field: Any) -> None:
-    """Give a field another value than it has: another one, one more or one less, or none."""
+    """Changes a field: another value, one element more or less, or unset."""
     value = getattr(message, field.name)
     if field.is_repeated:
         if value and data.draw(st.booleans()):
@@ -332,7 +332,7 @@ def change(data: st.DataObject, message: Message, field: Any) -> None:
 
 
 def equal(one: Message, other: Message) -> bool:
-    """Whether they say the same: a NaN is a NaN, and minus nothing is nothing."""
+    """Whether they are equal; NaN equals NaN, and -0.0 equals 0.0."""
     texts = [message.SerializeToString(deterministic=True) for message in (one, other)]
     if texts[0] == texts[1]:
         return True
@@ -353,7 +353,7 @@ def equal(one: Message, other: Message) -> bool:
 @settings(deadline=None)
 @given(requests, st.data())
 def test_request_digest_sees_every_field(request: generation_pb2.GenerateRequest, data: st.DataObject) -> None:
-    """Any other value in any field gives another digest, but in request_id and idempotency_key."""
+    """A change of any field changes the digest, except request_id and idempotency_key."""
     other = generation_pb2.GenerateRequest()
     other.CopyFrom(request)
     message, field, path = data.draw(st.sampled_from(list(places(other))))
@@ -367,7 +367,7 @@ def test_request_digest_sees_every_field(request: generation_pb2.GenerateRequest
 @settings(deadline=None)
 @given(requests)
 def test_request_digest_survives_the_wire(request: generation_pb2.GenerateRequest) -> None:
-    """What is received has the digest of what was sent."""
+    """A message has the same digest after serialisation and parsing."""
     received = generation_pb2.GenerateRequest.FromString(request.SerializeToString())
     assert digest.request_digest(received) == digest.request_digest(request)
 
@@ -375,7 +375,7 @@ def test_request_digest_survives_the_wire(request: generation_pb2.GenerateReques
 @settings(deadline=None)
 @given(requests, st.binary(min_size=1, max_size=8))
 def test_unknown_fields_are_ignored(request: generation_pb2.GenerateRequest, value: bytes) -> None:
-    """Fields that a newer client sends and we do not know change no digest."""
+    """Unknown fields do not change a digest."""
     unknown = bytes([0xFA, 0x7F, len(value)]) + value  # field 2047, length-delimited
     received = generation_pb2.GenerateRequest.FromString(request.SerializeToString() + unknown)
     assert digest.request_digest(received) == digest.request_digest(request)
@@ -384,7 +384,7 @@ def test_unknown_fields_are_ignored(request: generation_pb2.GenerateRequest, val
 @settings(deadline=None)
 @given(st.lists(st.builds(types_pb2.ResolvedParameters).flatmap(messages), min_size=2, max_size=2), st.data())
 def test_input_digest_sees_every_parameter(pair: list[types_pb2.ResolvedParameters], data: st.DataObject) -> None:
-    """Two inputs have one digest only if tokens, parameters and seed are all equal."""
+    """Two inputs have equal digests only if tokens, parameters and seed are equal."""
     ids = data.draw(st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=3), min_size=2, max_size=2))
     seeds = data.draw(st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=2))
     alike = ids[0] == ids[1] and equal(pair[0], pair[1])
@@ -398,7 +398,7 @@ def test_input_digest_sees_every_parameter(pair: list[types_pb2.ResolvedParamete
 @settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=3), st.text(max_size=3)), st.randoms())
 def test_fingerprint_digest_has_no_order(fields: dict[str, str], random: Any) -> None:
-    """A fingerprint is a set of fields: in which order they come does not matter, what they are does."""
+    """The fingerprint digest does not depend on the order of the fields, but on their names and values."""
     shuffled = list(fields.items())
     random.shuffle(shuffled)
 
@@ -407,7 +407,7 @@ def test_fingerprint_digest_has_no_order(fields: dict[str, str], random: Any) ->
 
 
 def test_what_came_from_a_cache_is_in_no_digest() -> None:
-    """An output is what was made, not what it cost: that depends on what ran before."""
+    """The output digest does not cover cached_tokens, which depend on earlier runs."""
     cold = types_pb2.Output(token_ids=[1, 2], logprobs=[types_pb2.TokenLogprobs(logprob=-1.5)], prompt_tokens=130)
     cached = types_pb2.Output()
     cached.CopyFrom(cold)
@@ -419,7 +419,7 @@ def test_what_came_from_a_cache_is_in_no_digest() -> None:
 
 
 def test_encodings_at_their_edges() -> None:
-    """Numbers that do not fit are refused, and what is one value has one encoding."""
+    """Numbers out of range raise an error, and equal values have one encoding."""
     assert u64(2**64 - 1) == i64(-1) == b"\xff" * 8
     assert f64(-0.0) == f64(0.0) == bytes(8)
     assert f64(math.nan) == f64(-math.nan) != f64(math.inf)
@@ -429,21 +429,21 @@ def test_encodings_at_their_edges() -> None:
 
 
 def test_derived_seeds_differ() -> None:
-    """Neighbours in a log, and equal numbers of two logs, get seeds of their own."""
+    """Derived seeds differ between sequences of a log and between logs."""
     seeds = {digest.derived_seed(log_id, sequence) for log_id in ("a" * 32, "b" * 32) for sequence in range(1, 1_000)}
     assert len(seeds) == 2 * 999
 
 
 @pytest.mark.parametrize("lot", ["audit", "shadow"])
 def test_lots_are_even(lot: str) -> None:
-    """Draws fall evenly into 64 classes: of 64,000 items, chi-square with 63 degrees of freedom stays below 120."""
+    """Sampling hashes are uniform over 64 classes: of 64,000 items, chi-square with 63 degrees of freedom is below 120."""
     classes = Counter(digest.sampling_hash(lot, "0123456789abcdef" * 2, sequence) >> 58 for sequence in range(1, 64_001))
 
     assert sum((classes[each] - 1000) ** 2 / 1000 for each in range(64)) < 120
 
 
 def test_lots_are_apart() -> None:
-    """What is audited says nothing of what is mirrored: one in twenty of each is one in four hundred of both."""
+    """The samples of two purposes are independent: of 5 % of each, 0.25 % are in both."""
     items = [sequence for sequence in range(1, 200_001) if digest.is_sampled("audit", "a" * 32, sequence, 0.05)]
     both = [sequence for sequence in items if digest.is_sampled("shadow", "a" * 32, sequence, 0.05)]
 
@@ -453,7 +453,7 @@ def test_lots_are_apart() -> None:
 
 @given(st.integers(0, 2**64 - 1), st.floats(0, 1), st.floats(0, 1))
 def test_a_larger_share_holds_a_smaller_one(sequence: int, rate: float, other: float) -> None:
-    """All items are in 1, none in 0, and who is in a share is in every larger one."""
+    """A rate of 1 samples all items, 0 none, and a larger rate keeps the items of a smaller one."""
     less, more = sorted((rate, other))
 
     assert digest.is_sampled("audit", "a" * 32, sequence, 1.0)

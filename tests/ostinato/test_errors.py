@@ -1,4 +1,4 @@
-"""One table of errors: in the code, in the documentation, and over the wire and back."""
+"""The table of errors: in the code, in the documentation, and over the wire."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ violations = st.lists(st.builds(Violation, plain, plain), max_size=3)
 
 @st.composite
 def any_error(draw: st.DrawFn) -> OstinatoError:
-    """An error of the table with everything that it can carry."""
+    """Any error of the table, with all fields."""
     kind = TABLE[draw(st.sampled_from(sorted(TABLE)))]
     if issubclass(kind, InvalidRequest):
         return kind(draw(plain.filter(bool)), violations=draw(violations))
@@ -32,7 +32,7 @@ def any_error(draw: st.DrawFn) -> OstinatoError:
 
 
 def told(error: OstinatoError) -> tuple[object, ...]:
-    """All that an error says."""
+    """All fields of an error."""
     bad = error.violations if isinstance(error, InvalidRequest) else ()
     return type(error), error.code, error.reason, error.message, error.retry_after, error.details, bad
 
@@ -40,14 +40,14 @@ def told(error: OstinatoError) -> tuple[object, ...]:
 @settings(deadline=None)
 @given(any_error())
 def test_there_and_back(error: OstinatoError) -> None:
-    """An error comes out of its status as it went in."""
+    """from_status is the inverse of to_status."""
     received = status_pb2.Status.FromString(to_status(error).SerializeToString())
     assert told(from_status(received)) == told(error)
 
 
 @pytest.mark.parametrize("reason", sorted(TABLE))
 def test_on_the_wire(reason: str) -> None:
-    """Every error has its code and an ErrorInfo of our domain; RetryInfo only where somebody knows when."""
+    """Every status has the error's code and an ErrorInfo of our domain, and a RetryInfo only with retry_after."""
     kind = TABLE[reason]
     status = to_status(kind("because", details={"a": "b"}) if not issubclass(kind, InvalidRequest) else kind("because"))
     info = error_details_pb2.ErrorInfo()
@@ -58,14 +58,14 @@ def test_on_the_wire(reason: str) -> None:
 
 
 def test_bad_fields() -> None:
-    """Bad fields are named one by one, and the message says them all."""
+    """Each bad field is a violation, and the message has all of them."""
     error = InvalidRequest(violations=[Violation("items[3].parameters.top_p", "above 1"), Violation("items", "too many")])
     assert error.message == "items[3].parameters.top_p: above 1; items: too many"
     assert told(errors.invalid("items", "none")) == told(InvalidRequest(violations=[Violation("items", "none")]))
 
 
 def test_the_documented_table() -> None:
-    """docs/protocol.md lists every reason with its code, in the order of the code, and no other."""
+    """docs/protocol.md lists exactly these reasons with their codes, in the same order."""
     text = (ROOT / "docs/protocol.md").read_text()
     rows = re.findall(r"^\| `([A-Z_]+)` \| `([A-Z_]+)` \| \S.*\. \| \S.*\. \|$", text, re.MULTILINE)
 
@@ -73,7 +73,7 @@ def test_the_documented_table() -> None:
 
 
 def test_the_tree_in_the_docstring() -> None:
-    """The tree at the top of errors.py shows every class where it stands, with its code."""
+    """The tree in the docstring of errors.py has every class at its place, with its code."""
     assert errors.__doc__ is not None
     drawn = re.findall(r"^  ([ |]*)\+ (\w+)(.*)$", errors.__doc__, re.MULTILINE)
     expected = []
@@ -89,7 +89,7 @@ def test_the_tree_in_the_docstring() -> None:
 
 
 def test_reasons_are_unique() -> None:
-    """A reason is one class, and the classes between root and leaf have none."""
+    """Reasons are unique, and inner classes have none."""
     kinds = list(TABLE.values())
     assert len(set(kinds)) == len(kinds)
     assert all(re.fullmatch(r"[A-Z]+(_[A-Z]+)*", reason) and TABLE[reason].reason == reason for reason in TABLE)
@@ -97,7 +97,7 @@ def test_reasons_are_unique() -> None:
 
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
 def test_foreign(code: grpc.StatusCode) -> None:
-    """An error without our details keeps its code and says something; but CANCELLED is a server that stops, so a lost call."""
+    """A status without our details keeps its code and has a message; CANCELLED becomes Disconnected."""
     error = from_status(status_pb2.Status(code=code.value[0]))
 
     assert error.code is (grpc.StatusCode.UNAVAILABLE if code is grpc.StatusCode.CANCELLED else code)
@@ -107,7 +107,7 @@ def test_foreign(code: grpc.StatusCode) -> None:
 
 
 def test_what_is_not_ours() -> None:
-    """Another domain's reason, one that we do not know, or a detail that cannot be read is no error of the table."""
+    """A reason of another domain, an unknown one, or a malformed detail gives a plain OstinatoError."""
     for domain, reason in (("elsewhere", "QUEUE_FULL"), ("ostinato", "FROM_THE_FUTURE")):
         status = status_pb2.Status(code=8, message="no")
         status.details.add().Pack(error_details_pb2.ErrorInfo(domain=domain, reason=reason))

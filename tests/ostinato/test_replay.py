@@ -1,4 +1,4 @@
-"""`ostinato replay`: verdicts, the view of a difference, interruptions, and another sidecar."""
+"""`ostinato replay`: verdicts, the view of a difference, interruptions, another sidecar; and bounded_gather."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(name="ostinato")
 def _ostinato() -> Iterator[Terminal]:
-    """Aimed at a sidecar with sequences 1 to 6."""
+    """The command with a sidecar that has sequences 1 to 6."""
     fake = Fake()
     with serving_apart(fake) as target:
         terminal = Terminal(fake, target)
@@ -54,7 +54,7 @@ def spans(fake: Fake) -> list[tuple[int, int]]:
     [("1..3", (1, 3)), ("2..", (2, 6)), ("..4", (1, 4)), ("..", (1, 6)), ("5", (5, 5)), ("3..18446744073709551615", (3, 6))],
 )
 def test_ranges(ostinato: Terminal, range_: str, expected: tuple[int, int]) -> None:
-    """A..B, A.., ..B or one sequence; what lies ahead of the newest is cut off."""
+    """A range is A..B, A.., ..B or one sequence, and ends at the newest."""
     result = ostinato("replay", range_, "--concurrency", 2, "--alone")
 
     count = expected[1] - expected[0] + 1
@@ -75,19 +75,19 @@ def test_ranges(ostinato: Terminal, range_: str, expected: tuple[int, int]) -> N
     ],
 )
 def test_wrong_usage_is_two(ostinato: Terminal, arguments: list[str]) -> None:
-    """No range, an impossible one, exits 2, and nothing is run."""
+    """A missing or bad range exits 2, and nothing runs."""
     result = ostinato("replay", *arguments)
     assert (result.exit_code, result.stdout, spans(ostinato.fake)) == (2, "", [])
 
 
 def test_an_unknown_range_is_an_error(ostinato: Terminal) -> None:
-    """A range ahead of the newest sequence says which that is, and exits 1."""
+    """A range after the newest sequence exits 1, and the message has the newest."""
     result = ostinato("replay", "7..9")
     assert (result.exit_code, result.stderr) == (1, "error: NOT_FOUND: the newest sequence is 6\n")
 
 
 def test_who_is_no_operator_names_both_ends(ostinato: Terminal) -> None:
-    """Where Head is not for the caller, a range that there is is replayed; one whose last item is not there is not found."""
+    """A caller without the right to Head can replay a range whose last item exists; another is NOT_FOUND."""
     ostinato.fake.script["Head"].extend([errors.PermissionDenied("Head is for operators")] * 2)
     known, ahead = ostinato("replay", "2..6"), ostinato("replay", "2..7")
 
@@ -97,7 +97,7 @@ def test_who_is_no_operator_names_both_ends(ostinato: Terminal) -> None:
 
 
 def test_what_never_completed_is_passed_over(ostinato: Terminal) -> None:
-    """It is counted, and fails nothing."""
+    """An item that did not complete is counted as passed over, and does not change the exit code."""
     ostinato.fake.records[2].outcome.kind = types_pb2.ENTRY_KIND_FAILED
     result = ostinato("replay", "1..3")
     assert (result.exit_code, result.stdout) == (0, COUNTS.format(2, 0, 0, 0, 1) + "\n")
@@ -107,7 +107,7 @@ def test_what_never_completed_is_passed_over(ostinato: Terminal) -> None:
     ("temperature", "weight"), [(0, "no near-tie"), (0.5, "but sampled: the draw decides, not the likeliest token")]
 )
 def test_a_divergence_is_shown_side_by_side(ostinato: Terminal, temperature: float, weight: str) -> None:
-    """Both texts with the place where they part, both tokens, margin, seed and parameters; and exit 1."""
+    """A divergence prints both texts with the first difference, both tokens, margin, seed and parameters, and exits 1."""
     ostinato.fake.diverging = {5}
     ostinato.fake.records[5].input.parameters.temperature = temperature
     recorded = ostinato.fake.records[5].result.output
@@ -132,7 +132,7 @@ def test_a_divergence_is_shown_side_by_side(ostinato: Terminal, temperature: flo
 
 
 def test_json_is_a_response_a_line(ostinato: Terminal) -> None:
-    """Each is a ReplayResponse; a divergence has both outputs."""
+    """--json prints a ReplayResponse per line; a divergence has both outputs."""
     ostinato.fake.diverging = {2}
     result = ostinato("replay", "1..3", "--json")
     said = [json_format.ParseDict(json.loads(line), sequencer_pb2.ReplayResponse()) for line in result.stdout.splitlines()]
@@ -143,7 +143,7 @@ def test_json_is_a_response_a_line(ostinato: Terminal) -> None:
 
 
 def test_what_cannot_be_judged_is_three(ostinato: Terminal) -> None:
-    """Drift and runs without an output are printed with their reasons; the command exits 3, unless something diverged."""
+    """Drift and failed runs are printed with their reasons and exit 3, unless an item diverged."""
     drift = types_pb2.Comparison(sequence=1, verdict=types_pb2.VERDICT_INCOMPARABLE, drift=["fingerprint.device", "input"])
     failed = types_pb2.Comparison(sequence=2, status=errors.to_status(errors.EngineFailed("broke")))
     diverged = types_pb2.Comparison(sequence=3, verdict=types_pb2.VERDICT_DIVERGED, first_difference=0)
@@ -213,7 +213,7 @@ def _elsewhere() -> Iterator[tuple[Fake, str]]:
 
 
 def test_another_sidecar_gives_the_same(ostinato: Terminal, elsewhere: tuple[Fake, str]) -> None:
-    """It is asked with the recorded token ids, every parameter and the seed in effect, and its answers are compared here."""
+    """The other sidecar gets the recorded token ids, all parameters and the seed, and its outputs are compared here."""
     ostinato.fake.records[2].outcome.kind = types_pb2.ENTRY_KIND_CANCELLED
     ostinato.fake.records[3].result.ClearField("output")
     ostinato.fake.records[4].input.parameters.bad_token_ids.append(7)
@@ -233,7 +233,7 @@ def test_another_sidecar_gives_the_same(ostinato: Terminal, elsewhere: tuple[Fak
 
 
 def test_drift_elsewhere_names_its_fields(ostinato: Terminal, elsewhere: tuple[Fake, str]) -> None:
-    """Another fingerprint makes no verdict, but its fields are named, and the tokens are compared all the same."""
+    """Another fingerprint is INCOMPARABLE with its fields, and the tokens are still compared."""
     other, target = elsewhere
     fields = {"model": "fake-1", "threads": "2", "driver": "9"}
     model = types_pb2.Model(fingerprint=types_pb2.Fingerprint(digest=digest.fingerprint_digest(fields), fields=fields))
@@ -267,7 +267,7 @@ def test_drift_elsewhere_names_its_fields(ostinato: Terminal, elsewhere: tuple[F
 
 
 def test_a_full_queue_elsewhere_is_waited_for(ostinato: Terminal, elsewhere: tuple[Fake, str]) -> None:
-    """QUEUE_FULL is no verdict: the same item is sent again; a bad request is one, and is counted."""
+    """An item that gets QUEUE_FULL is sent again; one that is invalid there counts as not compared."""
     other, target = elsewhere
     other.script["Generate"].extend([errors.QueueFull("full", retry_after=0.01), errors.invalid("items[0].token_ids", "no")])
     result = ostinato("replay", "1", "--against", target)
@@ -276,7 +276,7 @@ def test_a_full_queue_elsewhere_is_waited_for(ostinato: Terminal, elsewhere: tup
 
 
 def test_nobody_elsewhere_breaks_the_replay(ostinato: Terminal) -> None:
-    """A sidecar that is not there ends the command, with nothing done."""
+    """If the other sidecar cannot be reached, the command fails."""
     result = ostinato("replay", "1..", "--against", "127.0.0.1:1")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[0] == f"interrupted after 0 of 6: {COUNTS.format(0, 0, 0, 0, 0)}"
@@ -286,7 +286,7 @@ def test_nobody_elsewhere_breaks_the_replay(ostinato: Terminal) -> None:
 
 
 class Works:
-    """Numbered works that take so many turns of the loop each; at the number `breaks` one raises."""
+    """Numbered coroutines that take this many turns of the loop; the one with the number `breaks` raises."""
 
     def __init__(self, turns: list[int], breaks: int = -1) -> None:
         self.turns, self.breaks = turns, breaks
@@ -312,7 +312,7 @@ class Works:
 
 @given(st.lists(st.integers(0, 5), max_size=20), st.integers(1, 6))
 def test_every_result_and_never_too_many(turns: list[int], most: int) -> None:
-    """Each work's result comes once, and no more than so many are ever under way."""
+    """Each result comes once, and at most `limit` coroutines run at once."""
 
     async def run() -> None:
         works = Works(turns)
@@ -324,7 +324,7 @@ def test_every_result_and_never_too_many(turns: list[int], most: int) -> None:
 
 
 async def test_the_first_failure_ends_all() -> None:
-    """Nothing is begun after a failure, and nothing goes on."""
+    """A failure cancels the running coroutines and starts no more."""
     works = Works([50, 2, 50, 50, 50], breaks=1)
     with pytest.raises(LookupError):
         _ = [result async for result in bounded_gather(works, 3)]
@@ -332,7 +332,7 @@ async def test_the_first_failure_ends_all() -> None:
 
 
 async def test_who_leaves_ends_all() -> None:
-    """Closing it cancels what is under way, before the close returns."""
+    """Closing it cancels the running coroutines before the close returns."""
     works = Works([1, 500, 500])
     async with aclosing(bounded_gather(works, 3)) as results:
         async for _ in results:

@@ -33,7 +33,7 @@ def _tokens(*ids: int) -> types_pb2.Item:
     ],
 )
 def test_every_form_of_prompt_becomes_its_item(prompts: Any, expected: list[types_pb2.Item]) -> None:
-    """Texts, token ids, chats and items become items, in order, also mixed."""
+    """Texts, token ids, chats and items become items in order, also mixed."""
     assert requests.items(prompts) == expected
 
 
@@ -57,7 +57,7 @@ def test_every_form_of_prompt_becomes_its_item(prompts: Any, expected: list[type
     ],
 )
 def test_what_is_no_prompt_is_refused_by_name(prompts: Any, kind: type[Exception], message: str) -> None:
-    """An error about a prompt says which one, and what of it."""
+    """An error about a prompt names its position and field."""
     with pytest.raises(kind, match=message):
         requests.items(prompts)
 
@@ -83,13 +83,13 @@ def test_what_is_no_prompt_is_refused_by_name(prompts: Any, kind: type[Exception
     ],
 )
 def test_a_bad_parameter_is_refused_by_name(given: dict[str, Any], kind: type[Exception], message: str) -> None:
-    """An unknown name, a wrong type, and what its field cannot hold raise errors that begin with the parameter."""
+    """An unknown name, a wrong type and a value out of range raise errors that begin with the parameter's name."""
     with pytest.raises(kind, match=f"^{message}"):
         requests.parameters(given)
 
 
 def test_every_parameter_is_taken() -> None:
-    """There is a keyword for each field of Parameters, and each gets there."""
+    """There is a keyword for each field of Parameters, and each is set."""
     given: dict[str, Any] = {
         "seed": 5,
         "temperature": 1,
@@ -118,7 +118,7 @@ def test_every_parameter_is_taken() -> None:
 
 
 def test_none_is_unset_and_zero_is_not() -> None:
-    """A parameter that is None is left to its default; a zero is sent."""
+    """A parameter that is None is left out; a zero is sent."""
     assert requests.parameters({"seed": None, "stop": None}) is None
     made = requests.parameters({"seed": 0, "temperature": 0})
     assert made is not None
@@ -134,7 +134,7 @@ def test_any_uint64_is_a_seed(seed: int) -> None:
 
 
 def test_a_whole_request_is_taken_as_it_is() -> None:
-    """A GenerateRequest passes untouched, and refuses company that would contradict it."""
+    """A GenerateRequest is sent unchanged, and other arguments with it are refused."""
     whole = generation_pb2.GenerateRequest(items=[types_pb2.Item(text="a")], verify=True)
 
     assert requests.batch(whole) is whole
@@ -151,7 +151,7 @@ def test_an_unknown_grade_is_refused(given: Any) -> None:
 
 
 def test_grades_have_names() -> None:
-    """The names are the enum's, in small letters."""
+    """The names of grades are those of the enum, in lower case."""
     assert [requests.grade(name) for name in ("best-effort", "serial", "exact")] == [1, 2, 3]
     assert requests.grade(None) == types_pb2.GRADE_UNSPECIFIED
 

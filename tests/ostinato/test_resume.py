@@ -1,4 +1,4 @@
-"""Keyed streams over lost connections: whoever listens hears everything, and everything once."""
+"""Keyed streams over lost connections: the caller gets everything once. And attempts that repeat or differ."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _finished(sequence: int, ids: list[int], attempt: int = 1) -> GenerateEvent:
 
 @dataclass
 class Listener:
-    """Believes what it is told, and notes what it should not have been told."""
+    """A caller: collects the events and fails on gaps and repetitions."""
 
     admitted: int = 0
     ids: dict[int, list[int]] = field(default_factory=dict)
@@ -123,7 +123,7 @@ def test_everything_is_told_once(told: tuple[list[list[GenerateEvent]], dict[int
 
 
 def test_an_unbroken_stream_passes_as_it_is() -> None:
-    """Where nothing is lost, the caller hears what the sidecar says, word for word."""
+    """Without a loss the events pass unchanged."""
     other = generation_pb2.Restarted(sequence=6, attempt=2)
     events = [
         _admitted(),
@@ -147,7 +147,7 @@ def test_an_unbroken_stream_passes_as_it_is() -> None:
     ids=["a gap", "another batch"],
 )
 def test_what_cannot_follow_is_an_error(wrong: GenerateEvent) -> None:
-    """A sidecar that leaves tokens out, or that forgot the key and began anew, is not believed."""
+    """Missing tokens, or another batch for the key, raise Internal."""
     told = StreamResume()
     assert list(told.take(_admitted()))
     told.connection_lost()
@@ -156,7 +156,7 @@ def test_what_cannot_follow_is_an_error(wrong: GenerateEvent) -> None:
 
 
 async def test_a_lost_stream_is_joined() -> None:
-    """Over a socket: a stream that breaks behind its second token, and again before anything new, goes on with the third."""
+    """Over a socket, a stream that breaks after its second token, and again before a new one, continues with the third."""
 
     def lost(*events: GenerateEvent) -> list[object]:
         return [*events, errors.Draining("going", retry_after=0.01)]
@@ -186,7 +186,7 @@ async def test_a_lost_stream_is_joined() -> None:
 
 
 async def test_a_loss_behind_the_last_word_is_none() -> None:
-    """A stream that breaks once every item has ended has told all, and is over."""
+    """A stream that breaks after the end of every item ends without an error."""
     async with talking() as (fake, client):
         events = [_admitted(), _finished(5, [0]), _finished(6, [1])]
         fake.script["GenerateStream"].append([*events, errors.Internal("at the end")])
@@ -201,12 +201,12 @@ SEQUENCE, TOKENS_MAX, END = 7, 8, 9
 
 
 def whole(tokens: list[int]) -> list[int]:
-    """As an engine makes them: to the first end, or to the limit."""
+    """Tokens as an engine generates them: up to the first END, or to the limit."""
     return [*tokens[: tokens.index(END)], END] if END in tokens else (tokens * TOKENS_MAX)[:TOKENS_MAX]
 
 
 def text(tokens: list[int]) -> str:
-    """All text that these tokens let out: a 0 may begin a stop string, and is held back until something follows."""
+    """The text for these tokens; that of a 0 is held back until another token follows, as a stop string's would be."""
     written = "".join("aé汉"[token] for token in tokens if token != END)
     ended = len(tokens) == TOKENS_MAX or END in tokens
     return written if ended else written.rstrip("a")
@@ -221,7 +221,7 @@ def output(tokens: list[int]) -> types_pb2.Output:
 
 
 def runs(tokens: list[int], cuts: list[int]) -> list[engine_pb2.RunTokens]:
-    """The tokens in as many pieces as the cuts make of them."""
+    """The tokens as runs, cut at these places."""
     edges = sorted({0, len(tokens), *(cut for cut in cuts if cut < len(tokens))})
     return [
         engine_pb2.RunTokens(
@@ -236,7 +236,7 @@ def runs(tokens: list[int], cuts: list[int]) -> list[engine_pb2.RunTokens]:
 
 @dataclass
 class Attempts:
-    """Obeys Restarted, and takes nothing that is missing something before it or comes twice."""
+    """A caller: obeys Restarted, and fails on gaps and repetitions."""
 
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -299,7 +299,7 @@ def test_the_listener_ends_with_the_last_attempt(tried: list[tuple[list[int], li
 
 @given(attempts())
 def test_an_attempt_that_nobody_streamed(tried: list[tuple[list[int], list[int]]]) -> None:
-    """A last attempt of which only the output is known takes back what was sent, if that is not its beginning."""
+    """If only the output of the last attempt is known, Restarted comes unless the sent tokens are its prefix."""
     progress, listener = Progress(SEQUENCE), Attempts()
     for number, (tokens, cuts) in enumerate(tried, start=1):
         if number > 1:
@@ -319,7 +319,7 @@ def test_an_attempt_that_nobody_streamed(tried: list[tuple[list[int], list[int]]
 
 
 def test_a_second_answer_of_nothing() -> None:
-    """An attempt that makes nothing takes back what was sent, and sends no run of nothing."""
+    """An attempt without tokens sends Restarted and no empty run."""
     progress = Progress(SEQUENCE)
     progress.accept(runs([1], [])[0])
     progress.restart(2)
@@ -328,7 +328,7 @@ def test_a_second_answer_of_nothing() -> None:
 
 
 def test_nothing_was_sent() -> None:
-    """Who comes before the first token gets nothing; what is lost with nothing sent compares nothing."""
+    """Before the first token there is nothing to send to a caller that joins, and nothing to compare."""
     progress = Progress(SEQUENCE)
     assert progress.so_far() is None
     progress.restart(2)
@@ -338,7 +338,7 @@ def test_nothing_was_sent() -> None:
 
 @pytest.mark.parametrize("attempt", [1, 2])
 def test_tokens_out_of_place(attempt: int) -> None:
-    """A gap, or tokens that come again, are the service's fault."""
+    """A gap, or repeated tokens, raise ValueError."""
     for first_token in (0, 2):
         progress = Progress(SEQUENCE)
         progress.accept(runs([1], [])[0])
@@ -350,7 +350,7 @@ def test_tokens_out_of_place(attempt: int) -> None:
 
 
 def test_an_output_that_was_not_streamed() -> None:
-    """An output that does not begin with what its own attempt streamed is the service's fault."""
+    """An output that does not begin with its attempt's streamed tokens raises ValueError."""
     progress = Progress(SEQUENCE)
     progress.accept(runs([1, 2], [])[0])
     with pytest.raises(ValueError, match="not what was streamed"):

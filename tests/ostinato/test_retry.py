@@ -1,4 +1,4 @@
-"""Second tries: as long as the caller has time, for what passes, and only where they are safe."""
+"""Retries: until the deadline, for errors that pass, and only of calls that are safe to repeat."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _script(fake: Fake, method: str, answers: list[errors.OstinatoError]) -> Non
 @pytest.mark.parametrize("method", SAFE)
 @pytest.mark.parametrize("kind", retry.RETRIED, ids=lambda kind: kind.reason)
 async def test_what_passes_is_waited_for(method: str, kind: type[errors.OstinatoError]) -> None:
-    """Each error that the table says will pass, eight times in a row, is no matter to a keyed batch or a read in time."""
+    """A keyed batch or a read is retried over eight errors in a row, for each error that passes."""
     async with talking() as (fake, client):
         _script(fake, method, [kind("later")] * 8)
         await SAFE[method](client, 60)
@@ -71,7 +71,7 @@ async def test_what_does_not_pass_is_the_callers(method: str, kind: type[errors.
 
 @pytest.mark.usefixtures("quick")
 async def test_a_refusal_behind_a_lost_try_does_not_say_that_nothing_was_done() -> None:
-    """The lost one may have been numbered: its error is the caller's, and the refusal its cause."""
+    """After a lost attempt, a refusal raises the loss, with the refusal as its cause: the lost one may have been admitted."""
     async with talking() as (fake, client):
         _script(fake, "Generate", [errors.Disconnected("gone"), errors.GradeNotEarned("never")])
         with pytest.raises(errors.Disconnected) as lost:
@@ -81,7 +81,7 @@ async def test_a_refusal_behind_a_lost_try_does_not_say_that_nothing_was_done() 
 
 @pytest.mark.parametrize("kind", retry.RETRIED, ids=lambda kind: kind.reason)
 async def test_without_a_key_there_is_one_try(kind: type[errors.OstinatoError]) -> None:
-    """A batch without a key would be another batch: whatever ends it, the caller is told."""
+    """A batch without a key is sent once, and its error is raised."""
     async with talking() as (fake, client):
         _script(fake, "Generate", [kind("later")])
         _script(fake, "GenerateStream", [kind("later")])
@@ -94,7 +94,7 @@ async def test_without_a_key_there_is_one_try(kind: type[errors.OstinatoError]) 
 
 @pytest.mark.parametrize("method", SAFE)
 async def test_the_deadline_ends_it(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no time is left for another try, what kept the answer away is raised, which says more than that time ran out."""
+    """At the deadline the last error is raised, not DEADLINE_EXCEEDED."""
     monkeypatch.setattr(retry, "BACKOFF_SECONDS", 2.0)  # of which the last try has some
     async with talking() as (fake, client):
         _script(fake, method, [errors.EngineUnavailable("starting", retry_after=0.02)] * 1000)
@@ -108,7 +108,7 @@ async def test_the_deadline_ends_it(method: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("method", SAFE)
 async def test_without_a_deadline_there_is_a_bound(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call without a timeout does not try for ever."""
+    """Retries without a timeout end after a bound."""
     for name in ("READ_SECONDS", "KEYED_SECONDS"):
         for module in ("client", "resume"):
             monkeypatch.setattr(f"ostinato.{module}.{name}", 0.2, raising=False)
@@ -121,7 +121,7 @@ async def test_without_a_deadline_there_is_a_bound(method: str, monkeypatch: pyt
 
 @pytest.mark.parametrize("method", SAFE)
 async def test_who_says_when_is_obeyed(method: str) -> None:
-    """A RetryInfo is waited for; one beyond the deadline is not, for it would be in vain."""
+    """The client waits for RetryInfo, but not beyond the deadline."""
     async with talking() as (fake, client):
         _script(fake, method, [errors.QueueFull("full", retry_after=0.3)])
         begun = time.monotonic()
@@ -136,7 +136,7 @@ async def test_who_says_when_is_obeyed(method: str) -> None:
 
 @pytest.mark.usefixtures("quick")
 async def test_every_try_knows_what_is_left() -> None:
-    """The deadline that travels is the call's, not one for each try."""
+    """All attempts of a call share one deadline."""
     async with talking() as (fake, client):
         _script(fake, "Generate", [errors.QueueFull("full", retry_after=0.3)] * 2)
         await client.generate("a", key="k", timeout=8)  # gRPC sends so many to a tenth
@@ -145,7 +145,7 @@ async def test_every_try_knows_what_is_left() -> None:
 
 
 async def test_pauses_grow_and_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each pause is twice the one before, up to the longest, and by chance a little more; what was heard begins anew."""
+    """Each wait is twice the one before, up to a limit, plus jitter; `reset` starts again."""
     pauses: list[float] = []
 
     async def note(seconds: float) -> None:
@@ -163,7 +163,7 @@ async def test_pauses_grow_and_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def test_a_sidecar_that_comes_back_late(tmp_path: Path) -> None:
-    """A keyed batch, and a keyed stream, that began while nobody listened are answered once somebody does."""
+    """A keyed batch and a keyed stream that start before the sidecar listens are answered when it does."""
     target, fake = f"unix:{tmp_path}/s", Fake()
     async with Client(target) as client:
         asked: list[asyncio.Task[Any]] = [

@@ -1,4 +1,4 @@
-"""The synchronous client: the same answers, and an end to everything it began."""
+"""The synchronous client: the same results as the asyncio client, and no call left running."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_an_interrupt_ends_the_call(talk: Talk) -> None:
 
 
 def test_leaving_a_stream_ends_the_call(talk: Talk) -> None:
-    """A follow that is closed leaves nothing running."""
+    """Closing a follow cancels its call."""
     fake, client = talk
     client.generate("a")
     entries = client.tail(follow=True)
@@ -144,7 +144,7 @@ def test_many_threads_share_a_client(talk: Talk) -> None:
 
 
 def test_closing_ends_what_other_threads_wait_for(talk: Talk) -> None:
-    """A waiting call becomes Cancelled, a waiting follow too; afterwards every call is an error."""
+    """close() makes waiting calls and follows raise Cancelled; later calls raise RuntimeError."""
     fake, client = talk
     fake.script["Generate"].append(lambda *_: asyncio.sleep(1000))
     with ThreadPoolExecutor(2) as pool:
@@ -163,7 +163,7 @@ def test_closing_ends_what_other_threads_wait_for(talk: Talk) -> None:
 
 
 def test_a_stream_may_outlive_its_client() -> None:
-    """An unfinished stream of a closed client is dropped without a word."""
+    """Closing an unfinished stream after its client raises nothing."""
     fake = Fake()
     with serving_apart(fake) as target:
         with SyncClient(target) as client:
@@ -174,7 +174,7 @@ def test_a_stream_may_outlive_its_client() -> None:
 
 
 def test_the_public_names() -> None:
-    """The package exports a few names, and each can be had."""
+    """The package exports these names, and each can be imported."""
     assert ostinato.__all__ == ["Client", "OstinatoError", "SyncClient", "__version__", "tls"]
     assert all(hasattr(ostinato, name) for name in ostinato.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Server'"):
@@ -182,13 +182,13 @@ def test_the_public_names() -> None:
 
 
 def test_there_is_one_version() -> None:
-    """The package's version is the distribution's, wherever that has it from."""
+    """The package's version is the distribution's."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project.get("version", ostinato.__version__) == ostinato.__version__
 
 
 def test_the_package_is_light() -> None:
-    """Importing it loads neither gRPC nor what only the command needs; a client loads gRPC alone."""
+    """Importing the package loads neither gRPC nor the command's libraries; a client loads only gRPC."""
     script = """
 import sys, ostinato
 assert not {"grpc", "typer", "rich"} & set(sys.modules), "package"

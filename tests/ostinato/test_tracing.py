@@ -1,4 +1,4 @@
-"""Spans: off, what turns them on, and what they say. Across the programs: tests/e2e/test_tracing.py."""
+"""Spans: off, turned on, and their contents. tests/e2e/test_tracing.py has traces across the programs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def named(kept: InMemorySpanExporter, name: str) -> ReadableSpan:
 
 
 def test_off_imports_nothing() -> None:
-    """Both programs and the client are loaded, and spans asked for, without a module of OpenTelemetry."""
+    """With tracing off, neither program nor the client imports OpenTelemetry."""
     script = """
 import sys, service.__main__, sidecar.__main__, ostinato.client
 from ostinato import tracing
@@ -87,7 +87,7 @@ print(bool(span), inner.metadata, [name for name in sys.modules if "opentelemetr
     ],
 )
 def test_what_turns_spans_on(target: str, environ: dict[str, str], on: bool) -> None:
-    """The flag, or the standard variables, which can also keep them off."""
+    """The flag or the standard variables turn tracing on; the variables can also keep it off."""
     tracing.start(target, "test", "", environ)
 
     assert tracing.on() is on
@@ -107,7 +107,7 @@ def test_what_turns_spans_on(target: str, environ: dict[str, str], on: bool) -> 
     ],
 )
 def test_what_cannot_be_followed_is_named(target: str, environ: dict[str, str], named: str) -> None:
-    """A flag or variable that makes no sense is refused by its name, and spans stay off."""
+    """A bad flag or variable is a ValueError that names it, and tracing stays off."""
     with pytest.raises(ValueError, match=f"^{named}: "):
         tracing.start(target, "test", "", environ)
     assert not tracing.on()
@@ -118,7 +118,7 @@ def test_what_cannot_be_followed_is_named(target: str, environ: dict[str, str], 
     [("OTEL_TRACES_SAMPLER", "sometimes"), ("OTEL_BSP_MAX_QUEUE_SIZE", "many"), ("OTEL_BSP_MAX_QUEUE_SIZE", "-1")],
 )
 def test_what_the_sdk_would_only_warn_of_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """A setting of OpenTelemetry's own that it cannot read is no default in silence."""
+    """A value that OpenTelemetry would only warn about is a ValueError."""
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"(?i)sampler|max_queue_size"):
         tracing.start("otlp:http://127.0.0.1:9", "test", "", {})
@@ -126,7 +126,7 @@ def test_what_the_sdk_would_only_warn_of_is_refused(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("program", ["service", "sidecar"])
 def test_a_bad_target_stops_the_program(program: str) -> None:
-    """Exit code 2 and the flag's name."""
+    """A bad --traces ends a program with exit code 2 and the flag's name."""
     done = python("-m", program, "--traces", "jaeger", "--metrics", "")
 
     assert done.returncode == 2
@@ -137,7 +137,7 @@ def test_a_bad_target_stops_the_program(program: str) -> None:
 
 
 def test_a_uint64_fits(kept: InMemorySpanExporter) -> None:
-    """A value that OTLP's int64 has no room for is text; all others stay numbers."""
+    """An integer beyond int64 is sent as text; all others stay numbers."""
     with tracing.span("a", {"low": 2**63 - 1, "high": 2**64 - 1, "yes": True}):
         pass
 
@@ -149,7 +149,7 @@ def test_a_uint64_fits(kept: InMemorySpanExporter) -> None:
     [(errors.QueueFull("secret"), "QUEUE_FULL"), (asyncio.CancelledError(), "CANCELLED"), (KeyError("secret"), "KeyError")],
 )
 def test_an_error_is_said_by_its_reason(kept: InMemorySpanExporter, error: BaseException, reason: str) -> None:
-    """Never by its message, which may hold what a user sent."""
+    """A failed span has the error's reason, never its message."""
     with pytest.raises(type(error)), tracing.span("a") as span, span.entered():
         raise error
     said = named(kept, "a")
@@ -160,7 +160,7 @@ def test_an_error_is_said_by_its_reason(kept: InMemorySpanExporter, error: BaseE
 
 
 def test_a_decision_not_to_record_travels() -> None:
-    """Where a trace is not sampled, peers are told so, and neither log lines nor exemplars name it."""
+    """An unsampled trace is marked so for peers, and is in no log line or exemplar."""
     kept = recording(ALWAYS_OFF)
     with tracing.span("a") as span:
         inner = span.child("b")
@@ -171,7 +171,7 @@ def test_a_decision_not_to_record_travels() -> None:
 
 @pytest.mark.parametrize("form", ["human", "json"])
 def test_log_lines_name_the_trace(kept: InMemorySpanExporter, form: str) -> None:
-    """A line that is written in a span has its ids; one that names another keeps it; one outside has none."""
+    """A log line in a span has its ids, unless it names another span; one outside has none."""
     root, stream = logging.getLogger(), io.StringIO()
     handlers, level = root.handlers, root.level
     try:
@@ -196,7 +196,7 @@ def test_log_lines_name_the_trace(kept: InMemorySpanExporter, form: str) -> None
 
 
 async def test_a_retry_by_grpc_is_an_event(kept: InMemorySpanExporter) -> None:
-    """The first attempt's span failed for its reason; the second says that it is a retry."""
+    """The span of a failed attempt has its reason; that of the next has the event `retried`."""
     attempts = iter([errors.EngineUnavailable("not yet", retry_after=0.01)])
 
     def act(_content: str, _context: Context) -> None:
@@ -221,7 +221,7 @@ async def test_a_retry_by_grpc_is_an_event(kept: InMemorySpanExporter) -> None:
 
 
 async def test_a_peers_trace_goes_on(kept: InMemorySpanExporter) -> None:
-    """A call with a traceparent is part of that trace; one with nonsense begins its own."""
+    """A call with a traceparent is part of that trace; a malformed one starts its own."""
     method, trace_id = f"{NAME}/UnaryUnary", "4bf92f3577b34da6a3ce929d0e0e4736"
     async with serving(Echo()) as channel:
         for traceparent in (f"00-{trace_id}-00f067aa0ba902b7-01", "nonsense"):
@@ -236,7 +236,7 @@ async def test_a_peers_trace_goes_on(kept: InMemorySpanExporter) -> None:
 
 
 async def test_a_reader_that_has_enough_did_not_fail(kept: InMemorySpanExporter) -> None:
-    """A call to nobody fails; a stream that is left early does not."""
+    """The span of a call that cannot connect has failed; that of a stream that is closed early has not."""
 
     async def numbers() -> AsyncGenerator[int, None]:
         with tracing.span("left"):

@@ -20,7 +20,7 @@ HOMES = {
     "service/": "ostinato/programs/service/",
     "sidecar/": "ostinato/programs/sidecar/",
 }
-"""Folders of the repository, and where the wheel has them."""
+"""Folders of the repository, and their places in the wheel."""
 
 
 @pytest.fixture(scope="module", name="wheel")
@@ -33,7 +33,7 @@ def _wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 @pytest.fixture(scope="module", name="python")
 def _python(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of an environment that has the wheel, and this one's packages without this checkout."""
+    """The Python of an environment with the wheel and this environment's packages, but without this checkout."""
     folder = tmp_path_factory.mktemp("installed")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
@@ -43,14 +43,14 @@ def _python(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`ostinato ARGUMENTS`, in this working directory."""
+    """Runs `ostinato ARGUMENTS` in this working directory."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OSTINATO_", "PYTHON"))}
     command = [str(python), "-m", "ostinato.cli", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_it_has_every_file_in_its_place(wheel: zipfile.ZipFile) -> None:
-    """All that these folders keep in git, data too, and nothing beside the package."""
+    """The wheel has all files of these folders in git, and only the package."""
     listed = subprocess.run(["git", "ls-files", "--", *HOMES], cwd=ROOT, capture_output=True, text=True, check=True)
     wanted = {
         home + name.removeprefix(folder)
@@ -66,7 +66,7 @@ def test_it_has_every_file_in_its_place(wheel: zipfile.ZipFile) -> None:
 
 
 def test_no_common_name_is_a_package(python: Path, tmp_path: Path) -> None:
-    """The wheel takes none of these names in site-packages: a user may have packages of the same names."""
+    """The wheel adds no packages of these names to site-packages."""
     names = ("serving", "service", "sidecar")
     code = f"import importlib.util as i, ostinato; print([i.find_spec(n) for n in {names}], ostinato.__file__)"
     done = subprocess.run([python, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -76,7 +76,7 @@ def test_no_common_name_is_a_package(python: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["service", "sidecar"])
 def test_each_program_runs_from_it(python: Path, tmp_path: Path, name: str) -> None:
-    """By its own command, from any folder."""
+    """Each program runs by its command, from any folder."""
     done = run(python, tmp_path, name, "--help")
 
     assert (done.returncode, done.stderr) == (0, "")
