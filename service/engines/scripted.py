@@ -18,7 +18,7 @@ import math
 import os
 import re
 from bisect import bisect_left, bisect_right
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -104,8 +104,6 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Additional or other fields of the fingerprint."""
     cached_tokens: Natural = 0
     """The number of prompt tokens reported as reused, at most the prompt."""
-    record: Natural = 0
-    """How many of the last submitted sequences to remember."""
     rules: tuple[Rule, ...] = ()
 
 
@@ -286,8 +284,6 @@ class ScriptedEngine:
     def __init__(self, script: Script, *, end_process: Callable[[int], object] = os._exit) -> None:
         self.script = script
         self.vocabulary = ByteVocabulary()
-        self.submitted: deque[int] = deque(maxlen=script.record)
-        """The last submitted sequences, in order."""
         self.model_name, self.chat = script.model, script.chat
         self.context_tokens, self.top_k_max = script.context_tokens, script.top_k_max
         self.capacity = engine_pb2.Capacity(runs=script.runs, kv_blocks=script.kv_blocks, block_tokens=script.block_tokens)
@@ -317,8 +313,6 @@ class ScriptedEngine:
         self._task = asyncio.get_running_loop().create_task(self._work())
 
     def submit(self, run: Run) -> None:
-        if self.submitted.maxlen:
-            self.submitted.append(run.sequence)
         self._waiting[run.run_id] = run
         self._changed.set()
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from serving.server import Server
 
 from service.__main__ import start_engine
 from service.config import Settings
-from service.engines.scripted import ScriptedEngine, parse
+from service.engines.base import Run
+from service.engines.scripted import Script, ScriptedEngine, parse
 from service.observe import Metrics
 from service.stream import NAME, EngineServicer, SequenceFile, Streams, Workers
 
@@ -34,13 +35,25 @@ ENDLESS: dict[str, Any] = {"max_new_tokens": 4000}
 """Parameters of a run that does not end within a test."""
 
 
+class RecordingEngine(ScriptedEngine):
+    """Remembers the sequences in order of submission."""
+
+    def __init__(self, script: Script, *, end_process: Callable[[int], object]) -> None:
+        super().__init__(script, end_process=end_process)
+        self.submitted: list[int] = []
+
+    def submit(self, run: Run) -> None:
+        self.submitted.append(run.sequence)
+        super().submit(run)
+
+
 @dataclass
 class Service:
     """A running service and a stub to it."""
 
     server: Server
     servicer: EngineServicer
-    engine: ScriptedEngine
+    engine: RecordingEngine
     registry: CollectorRegistry
     stub: engine_pb2_grpc.EngineAsyncStub
     address: str
@@ -77,7 +90,7 @@ async def served(script: Mapping[str, object] | None = None, **settings: Any) ->
         given: dict[str, Any] = {"self_test": "off", "state_dir": Path(folder), "listen": (f"unix:{folder}/e.sock",)} | settings
         chosen = Settings(engine="scripted", **given)
         own, end_codes = registry(), list[int]()
-        engine = ScriptedEngine(parse(json.dumps(script or {})), end_process=end_codes.append)
+        engine = RecordingEngine(parse(json.dumps(script or {})), end_process=end_codes.append)
         workers = Workers(chosen.prepare_threads, chosen.prepare_queue_max)
         servicer = EngineServicer(workers)
         server = Server(chosen.addresses, registry=own, message_bytes_max=chosen.message_bytes_max)

@@ -55,7 +55,7 @@ async def test_unstreamed_run_is_silent_in_between() -> None:
 
 async def test_submission_order_is_engine_order() -> None:
     """Runs reach the engine in the order of the messages and, within one, of its submits."""
-    async with served({"record": 100}) as service, service.stream() as stream:
+    async with served() as service, service.stream() as stream:
         await stream.send(*(submit_of(i) for i in range(1, 40)))
         await stream.send(*(submit_of(i) for i in range(40, 80)))
         await stream.end(79)
@@ -381,7 +381,7 @@ async def test_same_or_higher_epoch_takes_over(epoch: int) -> None:
 
 async def test_replaced_stream_can_submit_nothing() -> None:
     """Submissions of a replaced sidecar never reach the engine, even while a write to it hangs."""
-    async with served({"record": 100}) as service:
+    async with served() as service:
         old_says, new_says = Said(), Said()
         context: Any = None
         old_says(engine_pb2.ExecuteRequest(hello=hello_of(epoch=1)))
@@ -502,7 +502,7 @@ async def test_later_attempts_have_no_place_in_the_order() -> None:
 
 async def test_largest_sequences_and_ids() -> None:
     """2^63 and 2^64-1 are valid sequences, run ids, seeds and epochs."""
-    async with served({"record": 9}) as service, service.stream(epoch=2**64 - 1) as stream:
+    async with served() as service, service.stream(epoch=2**64 - 1) as stream:
         await stream.send(submit_of(2**63, seed=2**64 - 1), submit_of(2**64 - 1))
 
         assert (await stream.output(2**63)).seed == 2**64 - 1

@@ -53,16 +53,9 @@ class LlamaOptions:
     may depend on the batch in which they were computed."""
 
     def __post_init__(self) -> None:
-        """Raises EngineUnusable for what llama.cpp would silently reduce, or at which it would end the process."""
-        for name, good, wanted in (
-            ("context_tokens", self.context_tokens >= 2, "at least 2"),
-            ("runs", 1 <= self.runs <= RUNS_MAX, f"1 to {RUNS_MAX}"),
-            ("threads", 1 <= self.threads <= THREADS_MAX, f"1 to {THREADS_MAX}"),
-            ("kv", self.kv in KV_TYPES, f"one of {', '.join(KV_TYPES)}"),
-            ("ubatch", 1 <= self.ubatch <= UBATCH_MAX, f"1 to {UBATCH_MAX}"),
-        ):
-            if not good:
-                raise EngineUnusable(f"--{name.replace('_', '-')} must be {wanted}, is {getattr(self, name)}")
+        """Raises EngineUnusable for more than llama.cpp can count. `service.config` has the other bounds."""
+        if not 1 <= self.runs <= RUNS_MAX:
+            raise EngineUnusable(f"--runs must be 1 to {RUNS_MAX}, is {self.runs}")
         if self.context_tokens * self.runs > POSITIONS_MAX:
             raise EngineUnusable(
                 f"--context-tokens ({self.context_tokens}) times --runs ({self.runs}) is more than llama.cpp's limit of"
