@@ -120,7 +120,7 @@ class Sidecar:
             self.journal.broken,
         ]
         if self.high_water is not None:
-            ending.append(asyncio.create_task(self.high_water.keep()))
+            ending.append(asyncio.create_task(self.high_water.run()))
         done, pending = await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
         if done == {stopped}:
             done = await self._drain(pending)

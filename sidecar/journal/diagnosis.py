@@ -1,4 +1,4 @@
-"""TODO diagnosis."""
+"""Why a journal's file cannot be used: one line that names the file, the fault, and what to do."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _FIXED_WORDS = ((44, 1, 4), (56, 1, 3))
 
 _DISK = (apsw.IOError, apsw.CantOpenError, apsw.PermissionsError)
 _REFUSAL = (OSError, apsw.ReadOnlyError, *_DISK)
-"""What is raised where the file or its folder is not this user's to use, and for other reasons as well."""
+"""Raised where this user may not use the file or its folder, and for other reasons as well."""
 _DAMAGE = (apsw.CorruptError, apsw.NotADBError, apsw.ReadOnlyError, apsw.SQLError, apsw.ConstraintError, apsw.MismatchError)
-"""What SQLite raises where the content is not what this program wrote: another table, column or type."""
+"""Raised by SQLite where the content is not what this program wrote: another table, column or type."""
 
 
 def user() -> str:
-    """This process's user, for people."""
+    """This process's user, for messages."""
     number = os.geteuid()
     try:
         return f"user {pwd.getpwuid(number).pw_name} (uid {number})"
@@ -40,8 +40,8 @@ def user() -> str:
 
 
 def place_fault(path: Path, *, create: bool) -> str:
-    """What keeps this user from a journal at this path, found without opening the file; empty: nothing. `create`: a journal
-    that is not there yet is to be created."""
+    """Why this user cannot open a journal at this path, found without opening the file; empty: no fault. `create`: the journal
+    may be created."""
     folder = path.parent
     try:
         if not stat.S_ISDIR(folder.stat().st_mode):
@@ -72,7 +72,7 @@ def _why_file(file: Path, path: Path) -> str:
 
 
 def _access_fault(path: Path, mode: int) -> str:
-    """What keeps this user from reading or writing it; empty: nothing."""
+    """Why this user cannot access it; empty: no fault."""
     if os.access(path, mode, effective_ids=True):
         return ""
     found = path.stat()
@@ -86,8 +86,8 @@ def _access_fault(path: Path, mode: int) -> str:
 def reason(path: Path, error: Exception, *, bytes_max: int = 0) -> str:
     """The line for an error of SQLite, of the operating system, or of reading a row.
 
-    May drop the lock that this process has on the file, by opening and closing it: only for a journal that is given up.
-    `bytes_max`: the bound that was set for the file; 0: none.
+    It may open and close the file, which releases this process's lock on it: call it only for a journal that is not used any
+    more. `bytes_max`: the bound that was set for the file; 0: none.
     """
     if isinstance(error, apsw.BusyError):
         return f"{path} is in use by another sidecar or command{_holder(path)}: stop that first"
@@ -114,8 +114,8 @@ def damaged(path: Path, what: str) -> str:
 
 
 def cut(path: Path, page_bytes: int, pages: int) -> str:
-    """The line for a file that is shorter than its pages, or ends inside one; empty: it is whole, or a write-ahead log stands
-    beside it, which may hold what the file lacks."""
+    """The line for a file that is shorter than its pages, or ends inside one; empty: it is complete, or there is a write-ahead
+    log beside it, which may hold what the file lacks."""
     wal, size = path.with_name(path.name + "-wal"), path.stat().st_size
     if wal.exists() and wal.stat().st_size:
         return ""
@@ -135,7 +135,7 @@ def _full(path: Path, bytes_max: int) -> str:
 
 
 def _header_fault(path: Path) -> str:
-    """What is wrong with the first bytes of the file, or with its length; empty: nothing that can be seen."""
+    """The fault in the first bytes of the file, or in its length; empty: none was found."""
     try:
         with path.open("rb") as file:
             header, size = file.read(_HEADER_BYTES), os.fstat(file.fileno()).st_size
@@ -163,7 +163,7 @@ def _header_fault(path: Path) -> str:
 
 
 def _holder(path: Path) -> str:
-    """Who has locked it, as far as the system tells."""
+    """The process that has locked it, if the system says so."""
     try:
         found = path.stat()
         device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"

@@ -1,4 +1,4 @@
-"""What an operator does to a journal without opening an epoch: verify it, and drop payloads."""
+"""Maintenance of a journal, without an epoch: verify it, and drop payloads."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ MISSING = "its payload is missing, and its item has not ended"
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """How far a verification has come, and what was wrong since the last time it said so."""
+    """How far a verification has come, and the faults since the last one."""
 
     index: int
-    """Of the last entry looked at."""
+    """Of the last entry that was checked."""
     faults: tuple[str, ...]
     """Each begins with the entry's index and kind, `entry 7, ADMITTED:`."""
 
 
 def verify(read: Callable[[int, int], Sequence[Sealed]]) -> Iterator[Checked]:
-    """Look at all entries, page by page. `read` takes an index and a limit and gives the entries from there, if any."""
+    """Check all entries, page by page. `read` takes an index and a limit and returns the entries from there, if any."""
     checker, index = Checker(), 0
     while page := read(index + 1, PAGE):
         faults = [f"{name_of(sealed.header)}: {fault}" for sealed in page for fault in checker.check(sealed)]
@@ -48,27 +48,27 @@ def name_of(header: types_pb2.EntryHeader) -> str:
 
 
 class Checker:
-    """A journal's state, as its entries in order tell it."""
+    """Checks entries, in order, against the invariants of `ledger.Ledger`."""
 
     def __init__(self) -> None:
         self.unfinished: set[int] = set()
         """Sequences without an outcome so far."""
         self.missing: dict[int, int] = {}
-        """Of them, those without a payload, with the index of their entry: a payload is dropped behind its outcome only."""
+        """Of them, those without a payload, with the index of their entry: a payload is dropped only after the outcome."""
         self.last_sequence = 0
         self.epochs: dict[str, int] = {}
-        """The newest one of each writer."""
+        """The newest epoch of each writer."""
         self._previous: sequencer_pb2.Entry | None = None
         self._batch: tuple[int, int, int] | None = None
         """First sequence, count and position of the next entry, within a batch."""
 
     @property
     def whole(self) -> bool:
-        """Whether no batch is begun and not ended."""
+        """Whether the last batch is complete."""
         return self._batch is None
 
     def check(self, sealed: Sealed) -> list[str]:
-        """What is wrong with the next entry; empty: nothing."""
+        """The faults of the next entry."""
         previous = self._previous
         entry = sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload)
         self._previous = entry
@@ -120,7 +120,7 @@ class Checker:
 
 
 def _check_payload(sealed: Sealed) -> list[str]:
-    """What is wrong between a payload that is kept and its header."""
+    """Where a payload and its header contradict each other."""
     header, claims = sealed.header, []
     if not sealed.payload:
         return []
@@ -147,7 +147,7 @@ def _check_payload(sealed: Sealed) -> list[str]:
 
 
 def pages(store: SqlStore, *, payloads: bool) -> Iterator[Sequence[Sealed]]:
-    """All entries. Raises JournalUnusable for the first that is damaged: what it says must be neither copied nor believed."""
+    """All entries. Raises JournalUnusable for the first that is damaged: neither it nor what follows can be trusted."""
     checker, index = Checker(), 1
     while page := store.entries(index, PAGE, payloads=payloads):
         for sealed in page:
@@ -158,15 +158,15 @@ def pages(store: SqlStore, *, payloads: bool) -> Iterator[Sequence[Sealed]]:
 
 
 def prune(store: SqlStore, old: Callable[[types_pb2.EntryHeader], bool]) -> Iterator[tuple[int, int]]:
-    """Drop the payloads of items whose outcome is old. After each page: the index it came to, and how many payloads went."""
+    """Drop the payloads of items whose outcome is old. Yields, for each page, its last index and the payloads dropped."""
     for page in pages(store, payloads=False):
         ended = [entry.header for entry in page if entry.header.kind in OUTCOMES]
         yield page[-1].header.index, store.drop([header.sequence for header in ended if old(header)])
 
 
 def redact(store: SqlStore, sequences: Iterable[int]) -> int:
-    """Drop the payloads of these items; how many there were. Raises JournalUnusable, and drops nothing, where one of them is
-    unknown or has not ended."""
+    """Drop the payloads of these items; returns how many. Raises JournalUnusable, and drops nothing, if one of them is unknown
+    or has not ended."""
     wanted = sorted(set(sequences))
     for sequence in wanted:
         found = store.items(sequence, sequence, 1)

@@ -28,7 +28,7 @@ class MarkFile:
         self.path = path
 
     def read(self) -> Mark | None:
-        """None: there is none yet. Raises JournalUnusable for a mark that cannot be read, and for a file that is no mark."""
+        """None: there is no mark yet. Raises JournalUnusable for a file that cannot be read, or is not a mark."""
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:
@@ -56,7 +56,7 @@ class MarkFile:
         return mark
 
     def write(self, mark: Mark) -> None:
-        """Durable on return. Raises OSError, and then the one before is still there."""
+        """Durable on return. After OSError the previous mark is still there."""
         told = {
             "log_id": mark.log_id,
             "index": str(mark.index),
@@ -103,26 +103,27 @@ log = logging.getLogger(__name__)
 
 
 class HighWater:
-    """One beside each journal that has a file for its mark."""
+    """Writes the mark of an open journal: at a bounded rate, and never ahead of it."""
 
     def __init__(self, file: MarkFile, journal: Journal) -> None:
         self._file, self._journal = file, journal
         self._index = 0
 
-    async def keep(self) -> None:
-        """For ever: a mark whenever the journal has grown. One that cannot be written is tried again with the next."""
+    async def run(self) -> None:
+        """Until it is cancelled: write a mark whenever the journal has grown. A mark that cannot be written is tried again with
+        the next one."""
         while True:
             await self._journal.wait(self._index + 1)
             await self.write()
             await asyncio.sleep(MARK_SECONDS)
 
     async def write(self) -> None:
-        """What is durable now, if the journal can be asked."""
+        """Write a mark now, unless the journal is unavailable."""
         try:
             mark = (await self._journal.head()).mark
             await asyncio.to_thread(self._file.write, mark)
         except JournalUnavailable:
-            log.info("the journal is away: the high-water mark stays as it is")
+            log.info("the journal is unavailable: the high-water mark stays as it is")
         except OSError as error:
             log.error("the high-water mark cannot be written", extra={"path": str(self._file.path), "why": str(error)})
         else:

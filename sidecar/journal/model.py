@@ -11,7 +11,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A batch that wants numbers."""
+    """A batch to be numbered."""
 
     items: tuple[sequencer_pb2.AdmittedPayload, ...]
     """In the request's order. Key, request digest and tenant are filled in from here; where seed_derived is set, so is the
@@ -51,16 +51,16 @@ class Audit:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something to be remembered beside the chain, until another note of the same name replaces it. No entry, no hash."""
+    """A value by name, beside the chain: not an entry, and not hashed. A later note of the same name replaces it."""
 
     name: str
-    """A path, `kind/…`: what is asked for together begins alike."""
+    """A path, `kind/…`: notes are read by a common prefix."""
     value: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Where a journal stood, as remembered outside of it."""
+    """Where a journal ended, recorded outside of it."""
 
     log_id: str
     index: int
@@ -70,23 +70,23 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """The journal's end was lost, numbers with it. They are not given out again."""
+    """The journal's end was lost, and sequences with it. They are not given out again."""
 
     through: int
     """The newest sequence that may have been given out; not below the journal's own."""
     mark: Mark | None = None
-    """What shows that it is lost."""
+    """The mark that shows the loss."""
 
 
 FINGERPRINTS = "fingerprint/"
-"""Of the names of notes that hold a Fingerprint; its digest follows, in hexadecimal."""
+"""Prefix of the notes that hold a Fingerprint; its digest follows, in hexadecimal."""
 
 Draft = Admission | Outcome | Audit | Note | Loss
 
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """An entry in its place."""
+    """An entry with its hashes."""
 
     header: types_pb2.EntryHeader
     previous_hash: bytes
@@ -106,7 +106,7 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """What became of a draft."""
+    """The result of appending a draft."""
 
     entries: tuple[Sealed, ...]
     """Empty for a Note, and where the key was bound or another outcome came first."""
@@ -142,26 +142,26 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """An item without an outcome, which is now this writer's to finish."""
+    """An item without an outcome that this writer has to finish."""
 
     admitted: Sealed
     attempt: int
-    """Of its next submission: higher than that of any before."""
+    """Of its next submission: higher than any before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What opening a journal finds."""
+    """The result of opening a journal."""
 
     head: Head
     """After this epoch's OPENED entry."""
     unfinished: tuple[Unfinished, ...] = field(default=())
-    """Ascending."""
+    """By ascending sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """What a journal is of, and where it stands."""
+    """The identity of a journal, and where it ends."""
 
     log_id: str
     writers: Mapping[str, int]
@@ -185,9 +185,9 @@ class Key:
 
 
 class JournalBroken(Disconnected):
-    """What is durable is not known, or not ours any more (fenced): end the process and recover.
+    """It is not known what is durable, or this writer was fenced: the process must end and recover.
 
-    Callers are told that their call is lost, and why only in the log.
+    Callers are told that their call is lost; only the log says why.
     """
 
     def __init__(self, why: str) -> None:
@@ -196,7 +196,7 @@ class JournalBroken(Disconnected):
 
 
 class CommitUnknown(Exception):
-    """The database was lost during a commit. Whoever appends the same drafts again is told what became of them."""
+    """The connection was lost during a commit. Appending the same drafts again returns the result of that commit."""
 
 
 class JournalUnusable(Exception):

@@ -47,32 +47,32 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 T = TypeVar("T")
 
 BACKOFF_SECONDS, BACKOFF_SECONDS_MAX = 0.1, 2.0
-"""Between attempts to connect; doubled from the one to the other."""
+"""The first and the longest pause between attempts to connect; it doubles."""
 LOCK_WAITS_PER_LEASE = 4
-"""A statement that has waited for a lock so long is cancelled, to look at the session that holds it."""
+"""A statement waits for a lock for this part of a lease; then its store looks at the session that holds the lock."""
 LOCK_WAITS_MAX = 2 * LOCK_WAITS_PER_LEASE
-"""For one lock: a session that is stopped is ended after one lease, and one that is at work may take another."""
+"""Waits for one lock. A stopped session is ended after one lease, and a session at work may need another."""
 RENEWALS_PER_LEASE = 4
-"""How often a writer renews its lease and looks at those of others."""
+"""How often a writer renews its lease and looks at the leases of others."""
 
 log = logging.getLogger(__name__)
 
 _PARAMETERS: Mapping[str, str] = {
     "connect_timeout": "5",
     "client_encoding": "UTF8",
-    "target_session_attrs": "read-write",  # a standby shows another order, and takes no entries
-    # A server that is gone without a word: never a bound on a commit that it is at work on.
+    "target_session_attrs": "read-write",  # a standby may lag behind, and takes no entries
+    # These find a server that does not answer any more. They do not bound a commit that the server is working on.
     "keepalives_idle": "5",
     "keepalives_interval": "2",
     "keepalives_count": "3",
     "tcp_user_timeout": "10000",
 }
-"""Unless the URL has them."""
+"""Defaults for what the URL does not set."""
 
-# A session that may take as long as it needs, and is durable when it says so; but it must not keep the log's lock while it does
-# nothing, nor wait for that lock without a look at who holds it. `transaction_timeout` would end a large transaction that is at
-# work, and not one whose client does not read. Each statement has to see what was committed before it. What this server does
-# not know, or has stricter, stays.
+# A statement may take as long as it needs, and a commit that was acknowledged is durable. A session that is idle within a
+# transaction is ended, since it may hold the log's lock, and a wait for that lock is bounded. `transaction_timeout` is off: it
+# would end a large transaction that is at work, and not one whose client does not read. Each statement sees what was committed
+# before it. Settings that the server does not have are left out; a stricter `synchronous_commit` stays.
 _SESSION = """SELECT set_config(name, wanted, false) FROM pg_settings JOIN (VALUES
     ('statement_timeout', '0'), ('lock_timeout', %s), ('transaction_timeout', '0'),
     ('idle_in_transaction_session_timeout', %s), ('default_transaction_isolation', 'read committed'),
@@ -94,12 +94,14 @@ class PostgresSettings(StoreSettings):
 
 
 class LogLocked(JournalUnavailable):
-    """Another session holds a lock that was waited for. Nothing has changed, and the connection is as it was."""
+    """Another session holds a lock that was waited for. Nothing has changed, and the connection can be used."""
 
 
 class Database:
-    """Connects when it is needed. Not thread-safe. `seconds` is a monotonic clock. `lease_seconds` bounds how long a session
-    may be idle within a transaction and, by its share, how long a statement waits for a lock; 0: nothing does."""
+    """A connection that is made when it is needed, and again when it was lost. Not thread-safe.
+
+    `lease_seconds` bounds how long the session may be idle within a transaction, and a part of it how long a statement waits
+    for a lock; 0: no bound. `seconds` is a monotonic clock."""
 
     def __init__(
         self, url: str, *, name: str, lease_seconds: float = 0.0, seconds: Callable[[], float] = time.monotonic
@@ -115,18 +117,18 @@ class Database:
         self._connection: Connection | None = None
         self._connected_at = seconds()
         self._backoff_seconds, self._retry_at = BACKOFF_SECONDS, seconds()
-        self._said, self._has_been_connected = "", False
-        self._pinned, self._lost = False, ""
+        self._failure, self._has_been_connected = "", False
+        self._pinned, self._loss = False, ""
 
     @property
     def connected_seconds(self) -> float:
-        """How long the connection has held; 0 without one."""
+        """How long the connection has existed; 0 without one."""
         return self._seconds() - self._connected_at if self._connection is not None else 0.0
 
     @contextmanager
     def connected(self) -> Iterator[Connection]:
-        """In autocommit mode. Raises JournalUnavailable (not reached, or lost: undone, unless it was a commit), LogLocked
-        (undone), JournalFull (undone) and JournalBroken."""
+        """A connection in autocommit mode. Raises JournalUnavailable (it cannot be made, or was lost: undone, unless a commit
+        was sent), LogLocked and JournalFull (both undone), and JournalBroken."""
         connection = self._connection or self._connect()
         try:
             yield connection
@@ -138,19 +140,19 @@ class Database:
             raise LogLocked("another session holds the log's lock") from error
         except psycopg.Error as error:
             self.drop()
-            if _lost(error):
-                self._lost = " ".join(str(error).split())
+            if _is_lost(error):
+                self._loss = " ".join(str(error).split())
                 raise JournalUnavailable(f"the database was lost: {error}") from error
             raise JournalBroken(f"{type(error).__name__}: {error}") from error
         except BaseException as error:
-            self.drop()  # with whatever transaction stands open
+            self.drop()  # and with it the open transaction
             if isinstance(error, Damaged | DecodeError):
                 raise JournalBroken(f"the journal is damaged: {error}") from error
             raise
 
     @contextmanager
     def pinned(self) -> Iterator[Connection]:
-        """As `connected`, for a transaction of many calls: until the end a connection that is lost is not replaced."""
+        """As `connected`, for a transaction of many calls: a connection that is lost is not replaced until the end."""
         with self.connected() as connection:
             self._pinned = True
             try:
@@ -159,7 +161,6 @@ class Database:
                 self._pinned = False
 
     def drop(self) -> None:
-        """Let go of the connection."""
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(psycopg.Error):
@@ -173,19 +174,19 @@ class Database:
 
     def _connect(self) -> Connection:
         if self._pinned:
-            raise JournalUnavailable(f"the connection was lost within a transaction, which has to begin again: {self._lost}")
+            raise JournalUnavailable(f"the connection was lost within a transaction, which has to begin again: {self._loss}")
         if self._seconds() < self._retry_at:
-            raise JournalUnavailable(self._said)
+            raise JournalUnavailable(self._failure)
         try:
             connection = self._opened()
         except psycopg.Error as error:
             self._retry_at = self._seconds() + self._backoff_seconds
             self._backoff_seconds = min(2 * self._backoff_seconds, BACKOFF_SECONDS_MAX)
-            said, self._said = self._said, "the database cannot be reached: " + " ".join(str(error).split())
-            if said != self._said and self._has_been_connected:  # else the journal cannot be opened, and its caller says why
-                log.warning(self._said)
-            raise JournalUnavailable(self._said) from error
-        self._backoff_seconds, self._said = BACKOFF_SECONDS, ""
+            failure, self._failure = self._failure, "the database cannot be reached: " + " ".join(str(error).split())
+            if failure != self._failure and self._has_been_connected:  # before that, the caller of `open` reports it
+                log.warning(self._failure)
+            raise JournalUnavailable(self._failure) from error
+        self._backoff_seconds, self._failure = BACKOFF_SECONDS, ""
         self._connection, self._connected_at, self._has_been_connected = connection, self._seconds(), True
         return connection
 
@@ -203,14 +204,14 @@ def _millis(seconds: float) -> str:
     return str(math.ceil(seconds * 1000))
 
 
-def _lost(error: psycopg.Error) -> bool:
-    """Whether another connection may do better."""
+def _is_lost(error: psycopg.Error) -> bool:
+    """Whether a new connection may succeed."""
     kinds = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
     return isinstance(error, kinds) or error.diag.severity_nonlocalized in ("FATAL", "PANIC")
 
 
 _LOCK = 0x4F535449
-"""`OSTI`: of the advisory lock that sidecars which start at once wait for."""
+"""`OSTI`: the advisory lock of a migration. Sidecars that start at the same time wait for it."""
 
 # As in SQLite: the record is `entries` and `payloads`; `items`, `keys` and `twins` say where to look in it. Names that clients
 # choose are bytes, since a text here cannot hold a zero.
@@ -270,7 +271,7 @@ MIGRATIONS: tuple[str, ...] = (_FIRST,)
 def migrate(db: Connection) -> None:
     """Bring a journal, or an empty schema, to the newest version. JournalUnusable: the message says why not."""
     with db.transaction():
-        db.execute("SET LOCAL lock_timeout = 0")  # another one's migration takes as long as it takes
+        db.execute("SET LOCAL lock_timeout = 0")  # another sidecar's migration may take long
         db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
         version = _version(db)
         if version > len(MIGRATIONS):
@@ -283,14 +284,14 @@ def migrate(db: Connection) -> None:
 
 
 def check(db: Connection) -> None:
-    """JournalUnusable: a server that would forget what it has acknowledged."""
+    """JournalUnusable: the server may lose what it has acknowledged."""
     for name in ("fsync", "full_page_writes"):
         if _one(db, f"SHOW {name}") != "on":
             raise JournalUnusable(f"the server runs with {name} off: what it acknowledges can be lost")
 
 
 def _version(db: Connection) -> int:
-    """0: there is nothing yet."""
+    """0: the schema is empty."""
     if _one(db, "SELECT to_regclass('ostinato') IS NULL"):
         if _one(db, "SELECT to_regclass('log') IS NOT NULL OR to_regclass('entries') IS NOT NULL"):
             raise JournalUnusable("this schema is not a journal, and has tables of the same names: give it one of its own")
@@ -307,8 +308,9 @@ def _one(db: Connection, query: str) -> object:
 
 _LOG = "SELECT log_id, last_index, head_hash, last_sequence FROM log"
 _LOCK_LOG = "SELECT log_id, last_index, head_hash, last_sequence FROM log FOR UPDATE"
-# A session that has locked the log's row and has waited for its client for a whole lease. Its writer's lease is over: one is
-# renewed between transactions only. Not a session that is at work: it may be committing, or waiting for a standby.
+# Ends the session that has locked the log's row and has waited for its client for a whole lease. Its writer's lease has
+# expired, since a lease is renewed between transactions only. A session at work is left alone: it may be committing, or waiting
+# for a standby.
 _END_STOPPED = """SELECT pid, application_name, pg_terminate_backend(pid)
   FROM log JOIN pg_stat_activity ON backend_xid = log.xmax
   WHERE wait_event_type = 'Client' AND state_change < clock_timestamp() - make_interval(secs => %s)"""
@@ -382,15 +384,13 @@ def _encoded(parameters: Sequence[object], encoders: Sequence[Encoder]) -> list[
 
 def _decoded(cursor: psycopg.Cursor[Row]) -> Iterator[Row]:
     names = [COLUMNS[column.name] is Name for column in cursor.description or ()]
-    if not any(names):
-        yield from cursor
     for row in cursor:
-        yield tuple(value.decode() if is_name else value for value, is_name in zip(row, names, strict=True))
+        yield tuple(value.decode() if name else value for value, name in zip(row, names, strict=True)) if any(names) else row
 
 
 @dataclass(frozen=True, slots=True)
 class WriterSession:
-    """Whose transactions these are, and how long others wait for them."""
+    """The writer and the epoch of a transaction, and how long other writers wait for it."""
 
     writer: str
     epoch: int
@@ -717,7 +717,7 @@ class PostgresStore(SqlStore):
         return WriterSession(self.head.writer, self.head.epoch, self._settings.lease_seconds, secrets.token_bytes(16))
 
     def _waiting(self, once: Callable[[], T]) -> T:
-        """What may wait for a lock, which a stopped session does not keep for ever. LogLocked: it was kept too long."""
+        """Wait for locks, and end a stopped session that holds one. LogLocked: a lock was not free in time."""
         for _ in range(LOCK_WAITS_MAX - 1):
             try:
                 return once()
@@ -768,7 +768,7 @@ class PostgresStore(SqlStore):
 
 
 def _twice(once: Callable[[], T]) -> T:
-    """On a new connection where the old one broke while it was not in use."""
+    """Try again on a new connection: the old one may have broken while it was not in use."""
     try:
         return once()
     except LogLocked:

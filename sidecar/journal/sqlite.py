@@ -73,15 +73,15 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class Reserve:
-    """A file of really allocated blocks, beside the journal."""
+    """Disk space held back for outcomes, as a file of allocated blocks beside the journal: when the disk is full, admitted work
+    can still end."""
 
     def __init__(self, path: Path, size_bytes: int) -> None:
         self._path, self._size_bytes = path, size_bytes
         self.held = path.exists()
-        """Whether the space is held back: outcomes can count on it."""
 
     def take(self) -> bool:
-        """Hold the space. False: there is not so much."""
+        """Hold the space. False: the disk does not have it."""
         if not self._size_bytes:
             self.held = True
             return True
@@ -99,14 +99,13 @@ class Reserve:
         return self.held
 
     def release(self) -> None:
-        """Give the space to whoever writes next."""
+        """Free the space, for the journal to use."""
         self._path.unlink(missing_ok=True)
         self.held = False
 
 
 APPLICATION_ID = 0x4F535449
-"""`OSTI` in the file's header: this is no other program's database."""
-
+"""`OSTI` in the file's header."""
 WAL_BYTES_MAX = 64 << 20
 """What the write-ahead log is cut to, once it has been copied into the file."""
 
@@ -166,9 +165,9 @@ MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH)
 
 
 def connect(path: Path, vfs: str | None = None, *, create: bool = True) -> apsw.Connection:
-    """The journal's file, created if need be and wanted, locked against every other process until it is closed.
+    """Open the journal's file, with `create` also a new one, and lock it against every other process until it is closed.
 
-    It may be empty, or of an older version: `migrate` comes next. `vfs` names SQLite's file layer. JournalUnusable: the message
+    It may be empty, or of an older version: call `migrate` next. `vfs` names SQLite's file layer. JournalUnusable: the message
     says why.
     """
     if vfs is None and (fault := place_fault(path, create=create)):
@@ -208,7 +207,6 @@ def migrate(db: apsw.Connection) -> None:
 
 
 def _is_empty(db: apsw.Connection) -> bool:
-    """Whether the database has no tables."""
     return bool(db.execute("SELECT count(*) FROM sqlite_schema").get == 0)
 
 
@@ -229,9 +227,9 @@ def _check(db: apsw.Connection, path: Path) -> None:
 
 
 def _create(path: Path) -> None:
-    """An empty file that only its owner can read, and whose name survives a power loss; nothing if there is one.
+    """Create an empty file that only its owner can read, and whose name survives a power loss; nothing if it exists.
 
-    One that exists must not even be opened: closing it would drop whatever lock this process holds on it.
+    An existing file must not be opened here: closing it would release a lock that this process holds on it.
     """
     with suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
