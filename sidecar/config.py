@@ -35,7 +35,7 @@ class Settings:
     trust_tenant_metadata: bool = field(False, "believe ostinato-tenant in a call's metadata: a gateway in front sets it")
     # a face for OpenAI gateways, on the same addresses; needs the extra gateway
     vllm_face: bool = field(False, "serve vllm.grpc.engine.VllmEngine beside Generation")
-    vllm_timeout_seconds: float = field(600.0, "for a call to it that has no earlier deadline", minimum=0.001)
+    vllm_timeout_seconds: float = field(600.0, "deadline of its calls that have no earlier one", minimum=0.001)
     traces: str = field("", "where spans go, otlp:http://host:4318; empty: where OTEL_… variables say, or nowhere")
     log_format: str = field("human", "of log lines", choices=("human", "json"))
     log_level: str = field("info", "of log lines", choices=("debug", "info", "warning", "error"))
@@ -63,15 +63,15 @@ class Settings:
     held_bytes_max: int = field(512 << 20, "held for all callers; beyond, the call that holds most is lost", minimum=1024)
     unread_seconds_max: float = field(60.0, "that a message of Tail or Replay waits for its reader", minimum=0.01)
     # second runs
-    reruns_share: float = field(0.25, "of the engine that second runs may hold; one always may", minimum=0.0, maximum=1.0)
-    audit_rate: float = field(0.01, "share of completed items that are run again, by lot", minimum=0.0, maximum=1.0)
-    audit_tokens_per_second: float = field(0.0, "that audits may cost, prompts included; 0: no bound", minimum=0.0)
-    audit_backlog_max: int = field(1024, "chosen items that wait to be run again", minimum=1)
-    audit_patience_seconds: float = field(60.0, "an item that ran alone waits so long for company", minimum=0.0)
+    reruns_share: float = field(0.25, "share of the engine for second runs; one is always allowed", minimum=0.0, maximum=1.0)
+    audit_rate: float = field(0.01, "sampled share of completed items that are run again", minimum=0.0, maximum=1.0)
+    audit_tokens_per_second: float = field(0.0, "token budget of audits, prompts included; 0: no limit", minimum=0.0)
+    audit_backlog_max: int = field(1024, "sampled items that wait to be run again", minimum=1)
+    audit_patience_seconds: float = field(60.0, "how long the audit of an item that ran alone waits", minimum=0.0)
     canaries: Path | None = field(
         None, "TOML file of prompts whose answers are learned and watched", applies="the sidecar's own"
     )
-    canary_seconds: float = field(300.0, "between two rounds of canaries; 0: none are run", minimum=0.0)
+    canary_seconds: float = field(300.0, "between two rounds of canaries; 0 disables them", minimum=0.0)
     # journal
     journal_bytes_max: int = field(0, "of the journal; 0: what the disk holds", minimum=0)
     journal_reserve_bytes: int = field(16 << 20, "kept free for outcomes", minimum=0)

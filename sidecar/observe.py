@@ -78,7 +78,7 @@ class Metrics:
         self.faults = counter("engine_faults", "What the service said and must not; the stream is dropped.", "reason")
         self.faults.labels(ProtocolViolation.reason)  # the first one is to be an increase
         # second runs; their verdicts are counted from the journal
-        self.audit_backlog = gauge("audit_backlog_items", "Items that were chosen for an audit and wait for it.")
+        self.audit_backlog = gauge("audit_backlog_items", "Sampled items that wait for their audit.")
 
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""`python -m tests.bench.evidence`: how seldom the divergence alarm errs, and how soon it finds a fault. About a minute."""
+"""`python -m tests.bench.evidence`: false alarms of the divergence test, and its delay in finding a fault. About a minute."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CASES = (
 def main() -> None:
     """Prints the table of docs/determinism.md."""
     print(f"{PATHS} paths, seed {SEED}")
-    print("| diverge | after clean | watched | alarm goes up | after, median | 90 % |")
+    print("| diverge | after clean | observed | alarm raised | after, median | 90 % |")
     for probability, clean, trials in CASES:
         first = alarms(PATHS, clean, trials, probability, SEED)
         up = np.sort(first[first != NEVER])

@@ -1,8 +1,8 @@
-"""`python -m tests.demo.divergence`: a setting that diverges under load, seen by the sidecar, and the default one right after.
+"""`python -m tests.demo.divergence`: a setting that diverges under load, as the sidecar reports it, and then the default.
 
-All of it is in one journal. The service starts with a 16-bit KV cache, answers the same seeded prompts with more and more of
-them at once, and is audited. Then it starts with its defaults, answers the prompts again, and is audited again. The audits come
-after the prompts, or they would run beside them: a sidecar restarted with `--audit-rate 1` audits all that was not audited yet.
+The service runs with a 16-bit KV cache and gets the same seeded prompts at increasing concurrency. Then a sidecar that restarts
+with `--audit-rate 1` audits all items: during the load audits would change the batch occupancy. The same follows with the
+service's defaults, on the same journal.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from tests.demo.show import STATE
 from tests.pair import ROOT, Pair
 
 NOT_INVARIANT = ("--kv", "f16", "--ubatch", "512")
-"""With keys and values of 16 bits llama.cpp sums in another order where other runs make it cut a prompt in other pieces."""
+"""With 16-bit keys and values, sums depend on how llama.cpp cuts a prompt, which depends on the batch."""
 AT_ONCE = (1, 2, 8)
 PROMPT_CHARACTERS, NEW_TOKENS = 400, 32
 START_SECONDS = 400.0
 SHOWN = 2
-"""Divergences side by side."""
+"""Divergences that are shown side by side."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The answers and the report under one setting of the service."""
+    """The results under one setting of the service."""
 
     name: str
     model: types_pb2.Model
@@ -52,12 +52,11 @@ class Setting:
 
     @property
     def twins(self) -> sequencer_pb2.Stratum:
-        """Of its fingerprint and grade: what was held against another setting has the lower grade of both."""
+        """Twins with its fingerprint and grade. (Comparisons with another setting have the lower grade of both.)"""
         return self._stratum(types_pb2.COMPARISON_KIND_TWIN)
 
     @property
     def audits(self) -> sequencer_pb2.Stratum:
-        """Likewise."""
         return self._stratum(types_pb2.COMPARISON_KIND_AUDIT)
 
     def _stratum(self, kind: types_pb2.ComparisonKind.ValueType) -> sequencer_pb2.Stratum:
@@ -69,13 +68,13 @@ class Setting:
 
     @property
     def others(self) -> list[types_pb2.Result]:
-        """Answers unlike the first one to their prompt, as the caller sees it."""
+        """Answers that differ from the first one to their prompt, from the caller's view."""
         first = {result.output.seed: result.receipt.header.output_digest for result in self.first}
         return [result for result in self.later if result.receipt.header.output_digest != first[result.output.seed]]
 
 
 def main() -> int:
-    """0: everything was as it is said to be."""
+    """0 if every check below has passed."""
     parser = argparse.ArgumentParser(prog="python -m tests.demo.divergence")
     parser.add_argument("--prompts", type=int, default=8, help="different ones")
     parser.add_argument("--rounds", type=int, default=1, help="with each number of them at once")
@@ -90,35 +89,35 @@ def main() -> int:
 
 
 async def show(pair: Pair, console: Console, prompts: int, rounds: int, chart: Path) -> bool:
-    """Whether every promise was kept."""
-    loose = await run(pair, console, "f16 keys and values", prompts, rounds)
-    again = await replayed_alone(pair, console, loose)
+    """Whether every check has passed."""
+    f16 = await run(pair, console, "f16 keys and values", prompts, rounds)
+    again = await replayed_alone(pair, console, f16)
     await asyncio.to_thread(pair.stop)
     pair.start_service()
     default = await run(pair, console, "default", prompts, rounds)
     chart.parent.mkdir(parents=True, exist_ok=True)
-    draw(chart, [(each.name, each.twins) for each in (loose, default)])
-    console.print(table(loose, default))
+    draw(chart, [(each.name, each.twins) for each in (f16, default)])
+    console.print(table(f16, default))
     console.print(f"drawn to {chart}")
-    promises = {
-        "f16: the self-test found it out: best effort": loose.model.grade == types_pb2.GRADE_BEST_EFFORT,
-        "f16: answers changed under load": bool(loose.others),
-        "f16: the sidecar counted what the caller saw": loose.twins.diverged == len(loose.others),
-        "f16: the alarm went up": loose.twins.alarm,
-        "f16: audits find it too, without a prompt that comes twice": loose.audits.diverged > 0,
-        "f16: run again alone, what had changed is the first answer again": again,
-        "default: exact": default.model.grade == types_pb2.GRADE_EXACT,
-        "default: nothing changed, and no alarm": not (default.others or default.twins.diverged or default.twins.alarm),
+    checks = {
+        "f16: the self-test gives grade BEST_EFFORT": f16.model.grade == types_pb2.GRADE_BEST_EFFORT,
+        "f16: answers differ under load": bool(f16.others),
+        "f16: the sidecar has counted the divergences that the caller saw": f16.twins.diverged == len(f16.others),
+        "f16: the alarm is up": f16.twins.alarm,
+        "f16: audits find it too, without a repeated prompt": f16.audits.diverged > 0,
+        "f16: an exclusive replay gives the first answer again": again,
+        "default: the self-test gives grade EXACT": default.model.grade == types_pb2.GRADE_EXACT,
+        "default: no answer differs, and no alarm": not (default.others or default.twins.diverged or default.twins.alarm),
         "default: all audits match": default.audits.matched == len(default.first) + len(default.later),
-        "from one to the other: drift, named": set(drift(default)) == {"fingerprint.kv"},
+        "the drift between both is named": set(drift(default)) == {"fingerprint.kv"},
     }
-    for promise, kept in promises.items():
-        console.print(f"  [green]✓[/] {promise}" if kept else f"  [red]✗ {promise}[/]")
-    return all(promises.values())
+    for check, passed in checks.items():
+        console.print(f"  [green]✓[/] {check}" if passed else f"  [red]✗ {check}[/]")
+    return all(checks.values())
 
 
 async def run(pair: Pair, console: Console, name: str, prompts: int, rounds: int) -> Setting:
-    """Each prompt alone, then with more and more at once, then all that was answered once more."""
+    """Run the prompts at increasing concurrency, then audit all items."""
     with console.status(f"{name}: starting, with a self-test"):
         await sidecar(pair)
     async with ostinato.Client(pair.target) as client:
@@ -132,18 +131,18 @@ async def run(pair: Pair, console: Console, name: str, prompts: int, rounds: int
             setting = replace(setting, later=[*setting.later, *made], report=await client.report())
             twins = setting.twins
             console.print(
-                f"  {at_once} at once: {len(setting.others)} of {len(setting.later)} so far are unlike the first answer;"
+                f"  {at_once} at once: {len(setting.others)} of {len(setting.later)} so far differ from the first answer;"
                 f" evidence 10^{twins.evidence_log10:.1f}{', [red]alarm[/]' if twins.alarm else ''}"
             )
     with console.status(f"{name}: audits"):
         setting = await audited(pair, setting)
     audits = setting.audits
-    console.print(f"  audits: {audits.diverged} of {audits.matched + audits.diverged} are unlike the recorded answer")
+    console.print(f"  audits: {audits.diverged} of {audits.matched + audits.diverged} differ from the recorded answer")
     return setting
 
 
 async def audited(pair: Pair, setting: Setting) -> Setting:
-    """With a report behind the audits of all that was answered."""
+    """The setting with a report after the audits of all items."""
     await sidecar(pair, "--audit-rate", "1", "--audit-patience-seconds", "0")
     wanted = len(setting.first) + len(setting.later)
     async with asyncio.timeout(START_SECONDS), ostinato.Client(pair.target) as client:
@@ -154,7 +153,7 @@ async def audited(pair: Pair, setting: Setting) -> Setting:
 
 
 async def sidecar(pair: Pair, *flags: str) -> None:
-    """Started, or started again on the same journal, and connected."""
+    """Start or restart the sidecar on the same journal, and wait for the engine."""
     if len(pair.programs) > 1:
         await asyncio.to_thread(pair.sidecar.stop)
     started = await asyncio.to_thread(pair.start_sidecar, *flags)
@@ -162,7 +161,7 @@ async def sidecar(pair: Pair, *flags: str) -> None:
 
 
 async def traffic(client: ostinato.Client, prompts: int, at_once: int) -> list[types_pb2.Result]:
-    """Every prompt once."""
+    """Run every prompt once."""
 
     async def ask(number: int) -> types_pb2.Result:
         prompt = TEXT[13 * number : 13 * number + PROMPT_CHARACTERS]
@@ -177,27 +176,27 @@ async def traffic(client: ostinato.Client, prompts: int, at_once: int) -> list[t
 
 
 async def replayed_alone(pair: Pair, console: Console, setting: Setting) -> bool:
-    """Some of what changed, run once more with nothing beside it and shown: whether it is the first answer again."""
+    """Replay some diverged items exclusively, and show them. Whether they give the first answer again."""
     first = {result.output.seed: result.receipt.header.output_digest for result in setting.first}
     same = []
     async with ostinato.Client(pair.target) as client:
         for result in setting.others[:SHOWN]:
             async for response in client.replay(result.sequence, alone=True):
                 title = headline(response.comparison)
-                console.print(f"\n{title}, which {setting.name} made in company, and now alone")
+                console.print(f"\n{title}, with {setting.name}, beside other runs and alone")
                 side_by_side(response)
                 same.append(response.comparison.actual_output_digest == first[result.output.seed])
     return bool(same) and all(same)
 
 
 def drift(setting: Setting) -> list[str]:
-    """In what the first answers under this setting were found to differ from those of the one before."""
+    """The fields that drifted from the previous setting."""
     ours = [each for each in setting.report.strata if each.fingerprint_digest == setting.model.fingerprint.digest]
     return [name for stratum in ours for name in stratum.drift]
 
 
 def table(*settings: Setting) -> Table:
-    """What the report says of each setting: of twins by company, and of audits."""
+    """The report of each setting: twins by batch occupancy, and audits."""
     made = Table(title="\nWhat the sidecar reports of twins, and of audits", title_justify="left", title_style="bold")
     for name in ("setting", "runs in the engine", "diverged", "of", "share", "95 % bounds"):
         made.add_column(name, justify="left" if name == "setting" else "right")
@@ -213,7 +212,7 @@ def table(*settings: Setting) -> Table:
 
 
 def draw(path: Path, settings: Sequence[tuple[str, sequencer_pb2.Stratum]]) -> None:
-    """The share that diverged by batch occupancy, for each named setting; SVG, the same bytes for the same numbers."""
+    """Write an SVG with the share that diverged by batch occupancy. Equal numbers give equal bytes."""
     groups = {f"{name}: {each.diverged} of {each.matched + each.diverged} diverged": each for name, each in settings}
     with mpl.rc_context(charts.LOOK):
         figure = Figure(figsize=(6, 3.6), layout="constrained")

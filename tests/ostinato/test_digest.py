@@ -216,8 +216,8 @@ def by_code(name: str, message: Given) -> bytes | int:
             return digest.fingerprint_digest(message)
         case "model":
             return digest.model_digest(message)
-        case "audit" | "shadow" as lot:
-            return digest.sampling_hash(lot, message["logId"], int(message["sequence"]))
+        case "audit" | "shadow" as name:
+            return digest.sampling_hash(name, message["logId"], int(message["sequence"]))
         case "seed":
             return digest.derived_seed(message["logId"], int(message["sequence"]))
         case _:
@@ -434,16 +434,16 @@ def test_derived_seeds_differ() -> None:
     assert len(seeds) == 2 * 999
 
 
-@pytest.mark.parametrize("lot", ["audit", "shadow"])
-def test_lots_are_even(lot: str) -> None:
-    """Sampling hashes are uniform over 64 classes: of 64,000 items, chi-square with 63 degrees of freedom is below 120."""
-    classes = Counter(digest.sampling_hash(lot, "0123456789abcdef" * 2, sequence) >> 58 for sequence in range(1, 64_001))
+@pytest.mark.parametrize("name", ["audit", "shadow"])
+def test_sampling_is_uniform(name: str) -> None:
+    """Sampling hashes of 64,000 items are uniform over 64 classes: chi-square with 63 degrees of freedom is below 120."""
+    classes = Counter(digest.sampling_hash(name, "0123456789abcdef" * 2, sequence) >> 58 for sequence in range(1, 64_001))
 
     assert sum((classes[each] - 1000) ** 2 / 1000 for each in range(64)) < 120
 
 
-def test_lots_are_apart() -> None:
-    """The samples of two purposes are independent: of 5 % of each, 0.25 % are in both."""
+def test_samples_are_independent() -> None:
+    """Samples with different names are independent: 1 of 20 in each is 1 of 400 in both."""
     items = [sequence for sequence in range(1, 200_001) if digest.is_sampled("audit", "a" * 32, sequence, 0.05)]
     both = [sequence for sequence in items if digest.is_sampled("shadow", "a" * 32, sequence, 0.05)]
 
@@ -453,7 +453,7 @@ def test_lots_are_apart() -> None:
 
 @given(st.integers(0, 2**64 - 1), st.floats(0, 1), st.floats(0, 1))
 def test_a_larger_share_holds_a_smaller_one(sequence: int, rate: float, other: float) -> None:
-    """A rate of 1 samples all items, 0 none, and a larger rate keeps the items of a smaller one."""
+    """A rate of 1 selects all items, 0 none, and a larger rate all items of a smaller one."""
     less, more = sorted((rate, other))
 
     assert digest.is_sampled("audit", "a" * 32, sequence, 1.0)

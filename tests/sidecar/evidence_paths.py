@@ -1,4 +1,4 @@
-"""Many series of comparisons at once: when the alarm first goes up, by another program than the sidecar's."""
+"""A vectorised simulation of the sequential test: when the alarm is first raised."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NEVER = 0
 
 
 def log_evidence(diverged: np.ndarray) -> np.ndarray:
-    """Natural logarithm of E after each comparison; one row for each path, in and out."""
+    """Natural logarithm of E after each comparison. Both arrays have one row per path."""
     paths, trials = diverged.shape
     ratio = np.where(diverged, math.log(FAULTY / TOLERABLE), math.log((1 - FAULTY) / (1 - TOLERABLE)))
     log_sum, evidence = np.full(paths, -np.inf), np.empty((paths, trials))
@@ -24,8 +24,10 @@ def log_evidence(diverged: np.ndarray) -> np.ndarray:
 
 
 def alarms(paths: int, clean: int, trials: int, probability: float, seed: int) -> np.ndarray:
-    """The number of the comparison, of `trials` that diverge with this probability after so many clean ones, at which the alarm
-    first goes up, for each path; NEVER: it does not."""
+    """For each path, the number of the comparison at which the alarm is first raised, or NEVER.
+
+    After `clean` clean comparisons, `trials` comparisons diverge with this probability. Only those are numbered.
+    """
     random = np.random.default_rng(seed)
     faulty, tolerable = math.log(FAULTY / TOLERABLE), math.log((1 - FAULTY) / (1 - TOLERABLE))
     log_sum, first = np.full(paths, -np.inf), np.full(paths, NEVER)
