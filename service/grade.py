@@ -35,7 +35,7 @@ from service.engines.base import Engine
 from service.stream import Runs
 
 VERSION = "4"
-"""Of the test. A proof by another version proves nothing: to be changed with any case."""
+"""Version of the test, which changes with its cases. A proof by another version is ignored."""
 
 TEXT = """\
 The tide came in under a white sky, and nobody on the pier said a word about the boat. Three weeks ago it had left with

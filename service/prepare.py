@@ -22,7 +22,7 @@ NEW_TOKENS_DEFAULT = 128
 ABOVE_ZERO = math.ulp(0.0)
 """The least number above 0."""
 RECEIPT_BYTES = 1024
-"""At most, of a serialised Result without the output's text, ids and logprobs."""
+"""The most that a serialised Result takes besides the output's text, ids and logprobs."""
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Limits:
     top_k_max: int
     batch_items_max: int
     prompt_bytes_max: int
-    """Of one prompt's text, before it is tokenised."""
+    """Text of one prompt, before it is tokenised."""
     stop_max: int = 16
     stop_bytes_max: int = 256
     stop_token_ids_max: int = 32

@@ -57,18 +57,18 @@ from service.prepare import Preparer
 NAME = "ostinato.v1.Engine"
 RETRY_SECONDS = 1.0
 HEAVY_BYTES = 4096
-"""Of items. Fewer are tokenised on the event loop, in about a millisecond at most."""
+"""Items of fewer bytes are tokenised on the event loop, which takes about 1 ms at most."""
 CHUNK_BYTES = 1 << 20
-"""Of the tokenizer's files."""
+"""Size of one message of GetTokenizer."""
 SUBMITS_AT_ONCE = 16
-"""Of one message; then the event loop, and so the engine, gets a turn. Hundreds of long prompts take as long to receive as the
-engine's first steps."""
+"""Submits of one message between two turns of the event loop. Receiving hundreds of long prompts takes as long as the engine's
+first steps, which begin meanwhile."""
 SAVE_SECONDS = 1.0
-"""Between two writes of the sequence file, at least."""
+"""The least time between two writes of the sequence file."""
 LOGS_MAX = 256
-"""In the sequence file: those that were run last."""
+"""Logs in the sequence file: those that were run last."""
 RUN_IDS_MAX = 65_536
-"""That a stream keeps, the newest ones, to find one that is used twice."""
+"""Run ids that a stream remembers, the newest ones, to detect one that is used twice."""
 PURPOSES = frozenset(engine_pb2.Purpose.values()) - {engine_pb2.PURPOSE_UNSPECIFIED}
 
 Requests = AsyncIterator[engine_pb2.ExecuteRequest]
@@ -89,10 +89,10 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         """One stream, from Hello to its end. Raises a StreamRefused for a sidecar that breaks a rule or is replaced."""
         # Read before anything is refused: if a refusal were quicker than the sidecar's first write, gRPC would report a failed
         # write to it and not the refusal.
-        first = await anext(request_iterator, None)
+        first = await anext(request_iterator, engine_pb2.ExecuteRequest())
         streams = self._ready()
         with streams.admitted(first) as stream:
-            receiving = asyncio.create_task(stream.receive(request_iterator))
+            receiving = asyncio.create_task(stream.receive(first, request_iterator))
             try:
                 while (frame := await stream.outbox.next()) is not None:
                     streams.metrics.frame_events.observe(len(frame.events))
@@ -177,17 +177,19 @@ class Workers:
 
 @dataclass(frozen=True, slots=True)
 class StreamLimits:
-    """Of one stream."""
+    """Limits of one stream."""
 
     runs_max: int
-    """That have not ended."""
+    """Active runs."""
     buffer_bytes_max: int
+    """Events that wait to be read."""
     frame_bytes_max: int
+    """Events in one message, if more than one waits."""
 
 
 @dataclass(slots=True)
 class Streams:
-    """All Execute streams of the process, of which at most one is connected, and what they need."""
+    """The Execute streams of the process, of which at most one is connected, and what they share."""
 
     runs: Runs
     describer: Describer
@@ -201,7 +203,7 @@ class Streams:
     _idle_seconds: float | None = None
 
     @contextmanager
-    def admitted(self, first: engine_pb2.ExecuteRequest | None) -> Iterator[Stream]:
+    def admitted(self, first: engine_pb2.ExecuteRequest) -> Iterator[Stream]:
         """The new stream that begins with this message, connected until the context ends."""
         try:
             stream = self._admit(first)
@@ -221,19 +223,19 @@ class Streams:
             self._current.drain(idle_seconds)
 
     def ran(self, log_id: str, sequence: int) -> None:
-        """This sequence was submitted."""
+        """Records that this sequence was submitted."""
         self.fence.ran(log_id, sequence)
         if self.file is not None:
             self.file.write_soon(self.fence.sequences)
 
-    def _admit(self, first: engine_pb2.ExecuteRequest | None) -> Stream:
+    def _admit(self, first: engine_pb2.ExecuteRequest) -> Stream:
         """The new stream; the one before, if it is still connected, has been stopped."""
-        if first is None or not first.HasField("hello"):
+        if not first.HasField("hello"):
             raise ProtocolViolation("a stream begins with hello")
         self.fence.admit(first.hello)
         if self._current is not None:
             self._current.replace(first.hello.epoch)
-        self._current = Stream(self, first)
+        self._current = Stream(self, first.hello)
         if self._idle_seconds is not None:
             self._current.drain(self._idle_seconds)
         self.metrics.streams.set(1)
@@ -304,11 +306,11 @@ class Fence:
         self._highest[writer] = hello.epoch
 
     def ran(self, log_id: str, sequence: int) -> None:
-        """This sequence was submitted."""
+        """Records that this sequence was submitted."""
         self.sequences[log_id] = max(sequence, self.sequences.pop(log_id, 0))
 
     def leave(self) -> None:
-        """The writer's stream has ended."""
+        """Records that the writer's stream has ended."""
         self.connected = None
 
 
@@ -379,9 +381,8 @@ class Stream:
     5. A stream that was stopped never reaches the engine again.
     """
 
-    def __init__(self, streams: Streams, first: engine_pb2.ExecuteRequest) -> None:
-        """`first`: the message with Hello."""
-        self._first, self.hello = first, first.hello
+    def __init__(self, streams: Streams, hello: engine_pb2.Hello) -> None:
+        self.hello = hello
         self.outbox = Outbox(streams.limits.buffer_bytes_max, streams.limits.frame_bytes_max)
         self._streams, self._runs, self._describer = streams, streams.runs, streams.describer
         self._submissions = Submissions()
@@ -392,12 +393,11 @@ class Stream:
         self._unwatch = streams.describer.held.watch(self._welcome)
         self._welcome()
 
-    async def receive(self, requests: Requests) -> None:
-        """Takes the first message and the others, until the sidecar half-closes. Every error ends the stream, through the
-        outbox."""
+    async def receive(self, first: engine_pb2.ExecuteRequest, others: Requests) -> None:
+        """Takes messages until the sidecar half-closes. Every error ends the stream, through the outbox."""
         try:
-            await self._take(self._first)
-            async for request in requests:
+            await self._take(first)
+            async for request in others:
                 if request.HasField("hello"):
                     raise ProtocolViolation("only the first message may have hello")
                 await self._take(request)

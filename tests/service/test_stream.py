@@ -15,7 +15,7 @@ from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.base import Events, Run
 from service.engines.scripted import ByteVocabulary
-from tests.service.support import ENDLESS, LOG, REPLAY, SLOW, Service, Stream, hello_of, served, submit_of
+from tests.service.support import ENDLESS, REPLAY, SLOW, Service, Stream, hello_of, served, submit_of
 from tests.waiting import eventually
 
 
@@ -543,11 +543,6 @@ async def test_malformed_message_ends_the_stream() -> None:
 
         assert isinstance(await stream.broken(), errors.MalformedMessage)
         await eventually(service.idle)
-
-
-async def test_stream_uses_no_more_than_one_log() -> None:
-    """The fixture's log id is the contract's: 32 hexadecimal digits."""
-    assert len(bytes.fromhex(LOG)) == 16
 
 
 NEVER = 1000.0
