@@ -16,6 +16,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from prometheus_client import CollectorRegistry
 
+from ostinato import install_hint
 from ostinato.errors import JournalUnavailable, OstinatoError
 from ostinato.v1 import engine_pb2
 from ostinato.v1.generation_pb2_grpc import add_GenerationServicer_to_server
@@ -231,7 +232,7 @@ def _gateway() -> ModuleType:
     try:
         from sidecar import gateway
     except ImportError as error:
-        raise program.StartupError(f"--vllm-face: {error}; pip install 'ostinato[gateway]'") from error
+        raise program.StartupError(f"--vllm-face: {error}; {install_hint('gateway')}") from error
     return gateway
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 
+from ostinato import install_hint
 from serving.settings import load
 
 import service.__main__
@@ -142,7 +143,7 @@ STARTS = {
     "no lmdeploy": Failure(
         f"{TURBOMIND} --model {{folder}}",
         1,
-        "--engine turbomind needs lmdeploy: pip install 'ostinato[turbomind]'; without a GPU use --engine llama",
+        f"--engine turbomind needs lmdeploy: {install_hint('turbomind')}; without a GPU use --engine llama",
     ),
     "journal is a text": Failure(
         f"{SIDECAR} --journal {{folder}}/text", 1, "--journal: {folder}/text is not a journal, nor any other SQLite file…"

@@ -67,7 +67,7 @@ def chromium() -> Any:
 
 def test_the_page_in_a_browser(pair: Pair, tmp_path: Path) -> None:
     """The page shows two charts offline and without errors, has less than 1 MB, and has the numbers of the JSON."""
-    pytest.importorskip("matplotlib", reason="ostinato[report] is not installed")
+    pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
     start, path = chromium()
     file = tmp_path / "report.html"
     _, text = report(pair, "--json", "--html", str(file))

@@ -16,6 +16,7 @@ from smg_grpc_proto.generated import common_pb2, sglang_scheduler_pb2, sglang_sc
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
 
+from ostinato import install_hint
 from ostinato.chain import check_receipt
 from ostinato.client import Client
 from ostinato.v1 import types_pb2
@@ -260,7 +261,7 @@ def test_its_package_is_needed_only_where_it_is_wanted(tmp_path: Path) -> None:
     wants = Program("sidecar", [*flags, "--vllm-face"], env={"PYTHONPATH": paths})
     code, log = ended(wants)
     said = json.loads(log.splitlines()[-1])["message"]
-    assert (code, said) == (1, "--vllm-face: it is not installed here; pip install 'ostinato[gateway]'")
+    assert (code, said) == (1, f"--vllm-face: it is not installed here; {install_hint('gateway')}")
     assert not (tmp_path / "journal").exists()
     without = Program("sidecar", flags, env={"PYTHONPATH": paths})
     try:

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ostinato import install_hint
+
 from service.engines.base import EngineUnusable
 
 VERSIONS = ((0, 18), (0, 19))
 """Of LMDeploy: from, and below. What makes it exact was proved with these."""
-INSTALL = "pip install 'ostinato[turbomind]'"
+INSTALL = install_hint("turbomind")
 ELSE = "without a GPU use --engine llama"
 _DRIVER = re.compile(r"\s(\d+\.\d+(?:\.\d+)?)\s")
 
