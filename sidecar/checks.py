@@ -123,7 +123,7 @@ class Auditor:
         self._backlog = AuditBacklog(settings.audit_backlog_max, settings.audit_patience_seconds)
         self._bucket = TokenBucket(settings.audit_tokens_per_second, pipeline.clock())
         self._running = 0
-        pipeline.witnesses.append(self.completed)
+        pipeline.completion_listeners.append(self.completed)
 
     def completed(self, record: Record, occupancy: int) -> None:
         """An item has completed. `occupancy`: the most runs that were seen in the engine with it, itself included."""

@@ -41,7 +41,7 @@ VERIFY = types_pb2.COMPARISON_KIND_VERIFY
 KEY_CHARACTERS_SHOWN = 64
 """Of an idempotency key, in an error."""
 
-Witness = Callable[[Record, int], None]
+CompletionListener = Callable[[Record, int], None]
 """Gets the record of each completed item, and the most runs that the engine held with it, its own included."""
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Pipeline:
         self.drained = asyncio.Event()
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when the process must end and recover."""
-        self.witnesses: list[Witness] = []
+        self.completion_listeners: list[CompletionListener] = []
         self.fingerprints = Fingerprints(journal)
         self.rerunner = Rerunner(self.dispatch, journal, observer, self.fingerprints)
         self.remote = RemoteWaiters(journal, self.supervise)
@@ -370,7 +370,7 @@ class Pipeline:
         for item, outcome, each in zip(items, outcomes, appended, strict=True):
             if each.entries and item.verification is None and item.recovery is None:
                 result = self._recorded(item, outcome, each.entries[0])
-                self._witness(self._record_of(item, each.entries[0]), item)
+                self._notify_completed(self._record_of(item, each.entries[0]), item)
                 self._answer(item, result)
                 self.dispatch(ev.Ended(item.sequence))
             else:
@@ -389,7 +389,7 @@ class Pipeline:
                 item.cancel_verification(errors.Abandoned("there is no answer to verify"))
             elif item.verification is not None:
                 result.comparison.CopyFrom(await self._verify(record, item.verification))
-            self._witness(record, item)
+            self._notify_completed(record, item)
         self._answer(item, result)
         if item.recovery is not None and item.output is not None:  # not part of the answer, which is durable
             await self.rerunner.append(Audit(item.admitted, item.recovery, item.fingerprint_digest, item.output.grade))
@@ -407,10 +407,10 @@ class Pipeline:
             return None
         return Record(item.admitted, sealed.header, item.input, item.output, item.company)
 
-    def _witness(self, record: Record | None, item: ActiveItem) -> None:
+    def _notify_completed(self, record: Record | None, item: ActiveItem) -> None:
         if record is not None:
-            for witness in self.witnesses:
-                witness(record, max(item.company, item.company_at_end))
+            for listener in self.completion_listeners:
+                listener(record, max(item.company, item.company_at_end))
 
     async def _verify(self, record: Record, second: asyncio.Future[RerunResult]) -> types_pb2.Comparison:
         sequence = record.completed.sequence
