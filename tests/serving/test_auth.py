@@ -55,7 +55,7 @@ def test_a_missing_file_is_named(authority: Authority, tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_serve_are_refused(authority: Authority, tmp_path: Path) -> None:
-    """Another certificate's key, an expired certificate, and what is no PEM never reach gRPC, which says nothing."""
+    """The key of another certificate, an expired certificate and bad PEM are refused: gRPC would not report them."""
     (certificate, key), (_, other) = authority.sign("sidecar"), authority.sign("other")
     (tmp_path / "noise").write_bytes(b"\x00-----BEGIN NOTHING-----\xff")
     with pytest.raises(StartupError, match=r"--tls-key: \S*other\.key: is not the key of the certificate"):
@@ -115,7 +115,7 @@ def test_a_bad_line_is_named_and_not_quoted(tmp_path: Path, line: str, why: str)
 
 
 def test_a_secret_stands_for_one(tmp_path: Path) -> None:
-    """Two lines with the same secret are refused: nobody could say whose it is."""
+    """Two lines with the same secret are refused: the identity would be ambiguous."""
     _, line = auth.new_token("acme", Role.TENANT)
     with pytest.raises(StartupError, match="line 2: an earlier line has the same secret"):
         auth.load_tokens(written(tmp_path, f"{line}\n{line.replace('acme', 'other')}\n"))
@@ -123,7 +123,7 @@ def test_a_secret_stands_for_one(tmp_path: Path) -> None:
 
 @given(st.dictionaries(st.from_regex(r"[!-~]{1,20}", fullmatch=True).filter(TENANT.fullmatch), st.sampled_from(Role)))
 def test_a_token_is_its_lines(roles: dict[str, Role]) -> None:
-    """Whatever identities a file has, each token is that of its own line, and another one is nobody's."""
+    """Each token has the identity of its own line, and an unknown token has none."""
     made = {tenant: auth.new_token(tenant, role, "a comment  with spaces") for tenant, role in roles.items()}
     read = auth.parse_tokens({auth.TOKENS: "\n".join(line for _, line in made.values()).encode()})
 
@@ -228,7 +228,7 @@ async def test_a_token_is_who_calls(tmp_path: Path) -> None:
         [bearer("wrong"), bearer("wrong")],
     ],
 )
-async def test_nobody_else_gets_in(tmp_path: Path, metadata: Metadata) -> None:
+async def test_other_callers_are_refused(tmp_path: Path, metadata: Metadata) -> None:
     """No token, a wrong one, another scheme, two at once, or a mere claim: UNAUTHENTICATED, and the handler never runs."""
     async with Door(Credentials(tokens=auth.load_tokens(file_of(tmp_path, auth.new_token("acme", Role.TENANT)[1])))) as door:
         with pytest.raises(errors.Unauthenticated):
@@ -238,13 +238,13 @@ async def test_nobody_else_gets_in(tmp_path: Path, metadata: Metadata) -> None:
 
 
 async def test_without_credentials_everybody_is_an_admin() -> None:
-    """As long as nothing is asked, a token is no reason to refuse anybody, and a claimed tenant is not believed."""
+    """Without credentials every caller is an admin: a token is ignored, and a claimed tenant is not trusted."""
     async with Door(Credentials()) as door:
         assert await door.call(bearer("any"), (TENANT_METADATA, "acme")) == Identity("", Role.ADMIN)
 
 
 async def test_a_gateways_word() -> None:
-    """Where it is trusted, the metadata is the tenant; what is no tenant is refused by that name."""
+    """If it is trusted, the metadata names the tenant; a name that no tenant can have is refused."""
     async with Door(Credentials(trust_tenant_metadata=True)) as door:
         assert await door.call((TENANT_METADATA, "acme")) == Identity("acme", Role.TENANT)
         assert await door.call() == Identity("", Role.ADMIN)

@@ -268,7 +268,7 @@ async def test_an_unknown_method_is_grpcs_to_refuse() -> None:
 
 
 def turns_waited(coming: list[bool]) -> int:
-    """The oracle: up to the first so many turns in a row in which nothing came, or to the last turn."""
+    """The oracle: up to the first QUIET_TURNS turns in a row without a change, or to the last turn."""
     for end in range(QUIET_TURNS, TURNS_MAX):
         if not any(coming[end - QUIET_TURNS : end]):
             return end

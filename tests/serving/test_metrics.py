@@ -20,7 +20,7 @@ def page(port: int, accept: str = "") -> tuple[str, str]:
 
 
 def test_a_page_shows_its_registry() -> None:
-    """The page has our metrics and the process's own, and none of another registry."""
+    """The page has our metrics and those of the process, and no metrics of another registry."""
     mine, other = registry(), registry()
     Counter("ostinato_here", "here", registry=mine).inc()
     Counter("ostinato_there", "there", registry=other).inc()
@@ -56,7 +56,7 @@ def test_an_empty_address_turns_the_page_off() -> None:
 
 
 def test_a_closed_page_frees_its_port() -> None:
-    """Closing twice is fine, and afterwards somebody else may have the port."""
+    """It may be closed twice, and then the port is free."""
     served = serve_metrics(registry(), "127.0.0.1:0")
     served.close()
     served.close()

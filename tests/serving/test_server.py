@@ -63,7 +63,7 @@ async def test_a_port_in_use_is_an_error_that_names_it(server: Server) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 async def test_a_unix_socket_serves(tmp_path: Path, method: str) -> None:
-    """All kinds of calls work over a unix socket, which its owner and group may open and nobody else."""
+    """All kinds of calls work over a unix socket, which only its owner and group may open."""
     server = made(f"unix:{tmp_path}/s.sock")
     await server.start()
     async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
@@ -90,7 +90,7 @@ async def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
 
 
 async def test_a_living_socket_is_left_alone(tmp_path: Path) -> None:
-    """Where somebody answers, the second server fails and the first goes on."""
+    """If another server answers there, the second fails and the first continues."""
     first, second = made(f"unix:{tmp_path}/s.sock"), made(f"unix:{tmp_path}/s.sock")
     await first.start()
     with pytest.raises(StartupError, match=r"s\.sock: Address already in use"):
@@ -130,7 +130,7 @@ async def test_a_socket_where_everybody_may_write_is_refused(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "192.0.2.1:7000"])
 async def test_a_remote_address_must_be_allowed(address: str) -> None:
-    """A port that the network reaches is refused until somebody says that it is meant."""
+    """A port that the network can reach is refused unless it is allowed."""
     with pytest.raises(StartupError, match="anyone on the network"):
         made(address)
 
@@ -205,7 +205,7 @@ async def test_a_watch_sees_changes_and_does_not_hold_up_the_stop(server: Server
     assert await watch.code() is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_watcher_that_does_not_read_holds_nobody_up(server: Server) -> None:
+async def test_a_watcher_that_does_not_read_delays_no_other(server: Server) -> None:
     """A peer that grants no window cannot be told, and others are told all the same."""
     async with connected(server.addresses[0], window=0) as peer, grpc.aio.insecure_channel(server.addresses[0]) as channel:
         peer.call("/grpc.health.v1.Health/Watch", health_pb2.HealthCheckRequest(service=NAME).SerializeToString())

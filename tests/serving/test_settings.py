@@ -355,7 +355,7 @@ def test_a_command_looks_up_one_setting(file: File) -> None:
 
 
 def test_a_misspelt_flag_is_named_with_what_is_near(capsys: pytest.CaptureFixture[str]) -> None:
-    """A flag that is none is one line, its value none more."""
+    """An unknown flag is one line, and its value no further one."""
     assert refusal(capsys, ["--queue-item", "5"]) == "sidecar: --queue-item: names no setting; did you mean --queue-items?\n"
     assert refusal(capsys, ["--confg=x"]) == "sidecar: --confg: names no setting; did you mean --config?\n"
     assert refusal(capsys, ["5"]) == "sidecar: '5': is no flag\n"
