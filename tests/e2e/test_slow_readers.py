@@ -19,6 +19,7 @@ MANY: dict[str, Any] = {"max_new_tokens": 400, "ignore_eos": True, "logprobs": 2
 """About 130 kB for each item."""
 SMALL = ["--max-response-bytes", "1000000", "--response-bytes-ceiling", "1000000"]
 """Of answers: what is held for all is at least twice as much."""
+HELD = ("--held-bytes-max", "2000000", "--held-call-bytes-max", "2000000")
 
 
 def lost(door: Door, bound: str) -> float:
@@ -66,7 +67,7 @@ async def test_a_peer_that_never_grants_a_window() -> None:
 async def test_unread_streams_are_bounded_together() -> None:
     """The bound of all calls together applies where each call is within its own: the largest is lost, and readers are
     served."""
-    async with own(*SMALL, "--held-bytes-max", "2000000") as door, connected(door.pair.target, window=0) as peer:
+    async with own(*SMALL, *HELD) as door, connected(door.pair.target, window=0) as peer:
         small = peer.call(STREAM, wanted(1))
         for _ in range(3):
             peer.call(STREAM, wanted(6))  # many times as much: what a call holds is an estimate
@@ -82,7 +83,7 @@ async def test_unread_streams_are_bounded_together() -> None:
 async def test_unread_answers_are_counted() -> None:
     """A unary answer that gRPC cannot write counts twice (it is held twice) and cannot be dropped: with too many of them, new
     calls are refused until their callers disconnect."""
-    async with own(*SMALL, "--held-bytes-max", "2000000") as door, connected(door.pair.target, window=0) as peer:
+    async with own(*SMALL, *HELD) as door, connected(door.pair.target, window=0) as peer:
         streams = []
         for count in range(1, 4):
             streams.append(peer.call(GENERATE, wanted(2)))
