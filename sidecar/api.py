@@ -156,7 +156,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
         return response
 
     async def _why_not(self, sequence: int) -> str:
-        """Why there is no item with this sequence. That it was lost is said to admins only: it may have been of any tenant."""
+        """Why the sequence has no item. That it was lost is told to admins only: its tenant is unknown."""
         newest = (await self._journal.head()).last_sequence
         # Numbers have no gaps: one up to the newest that was not admitted is in a LOST entry.
         if caller().admin and sequence <= newest and not await self._journal.items(sequence, sequence, 1):

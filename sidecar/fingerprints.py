@@ -1,4 +1,4 @@
-"""Fingerprints by their digests: every one that an engine ever came with, kept as notes in the journal."""
+"""The fingerprints of all engines so far, by digest. They are kept as notes in the journal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Fingerprints:
-    """Those that are known. A digest is over the fields, so what does not fit its own digest is not believed."""
+    """A digest is over the fields: a fingerprint that does not match its digest is rejected."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
@@ -30,41 +30,41 @@ class Fingerprints:
         """Digests of those in the journal."""
 
     async def load(self) -> None:
-        """What earlier epochs met."""
+        """Read those of earlier epochs."""
         for name, value in (await self._journal.notes(FINGERPRINTS)).items():
             try:
                 fingerprint = types_pb2.Fingerprint.FromString(value)
             except DecodeError:
                 log.error("a note holds no fingerprint that can be read", extra={"note": name})
                 continue
-            if self._believe(fingerprint):
+            if self._accept(fingerprint):
                 self._kept.add(fingerprint.digest)
             else:
                 log.error("a note holds a fingerprint that does not fit its digest", extra={"note": name})
 
     async def meet(self, fingerprint: types_pb2.Fingerprint) -> None:
-        """An engine came with it. Known at once, and durable before any outcome that was made on it."""
+        """Keep an engine's fingerprint. It is known at once, and durable before any outcome of that engine."""
         if fingerprint.digest in self._kept:
             return
-        if not self._believe(fingerprint):
+        if not self._accept(fingerprint):
             log.error("the engine's fingerprint does not fit its digest", extra={"fingerprint": fingerprint.digest.hex()[:16]})
             return
-        with contextlib.suppress(errors.Refused):  # to be tried again when it comes again
+        with contextlib.suppress(errors.Refused):  # tried again when an engine connects with it
             await self._journal.append(
                 Note(FINGERPRINTS + fingerprint.digest.hex(), fingerprint.SerializeToString(deterministic=True))
             )
             self._kept.add(fingerprint.digest)
 
     def drift(self, expected: bytes, actual: bytes) -> list[str]:
-        """In what two digests' fingerprints differ; nothing: they are the same."""
+        """The fields in which two fingerprints differ, by their digests."""
         return [] if expected == actual else fingerprint_drift(self.fields(expected), self.fields(actual))
 
     def fields(self, digest: bytes) -> Mapping[str, str] | None:
-        """None: nobody came with it while this journal was kept."""
+        """None: no engine had it while this journal was kept."""
         known = self.known.get(digest)
         return None if known is None else known.fields
 
-    def _believe(self, fingerprint: types_pb2.Fingerprint) -> bool:
+    def _accept(self, fingerprint: types_pb2.Fingerprint) -> bool:
         fits = fingerprint_digest(fingerprint.fields) == fingerprint.digest
         if fits:
             self.known[fingerprint.digest] = fingerprint

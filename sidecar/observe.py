@@ -63,7 +63,7 @@ class Metrics:
         self.epoch = gauge("epoch", "This writer's incarnation.")
         # time
         self.admission = histogram("admission_seconds", "From a prepared batch to its durable numbers.", LATENCY)
-        self.first_token = histogram("time_to_first_token_seconds", "From admission, where somebody streams.", LATENCY)
+        self.first_token = histogram("time_to_first_token_seconds", "From admission, of streamed items.", LATENCY)
         self.between_tokens = histogram("between_tokens_seconds", "Between the tokens of one item, streamed.", BETWEEN)
         self.item = histogram("item_seconds", "From admission to the durable outcome.", LATENCY)
         # journal

@@ -20,5 +20,5 @@ _OPEN = ExitStack()
 
 
 def account(call: int = LARGE) -> Account:
-    """Of a stream for which so many bytes may wait."""
+    """Of a stream with this bound on what waits."""
     return _OPEN.enter_context(held(call)[0].account(stream=True))

@@ -64,7 +64,7 @@ def entries(outcome: str = "completed") -> tuple[Sealed, Sealed]:
     ],
 )
 def test_an_ends_kind(error: errors.OstinatoError | None, kind: types_pb2.EntryKind.ValueType) -> None:
-    """What nobody ended and nobody left behind is FAILED."""
+    """Every other error than Cancelled and Abandoned is FAILED."""
     assert outcome_kind(error) == kind
 
 
@@ -90,7 +90,7 @@ def test_an_end_without_output(reason: str) -> None:
     assert (result.attempt, result.timing, result.HasField("receipt")) == (2, TIMING, False)
 
 
-def test_a_reason_that_nobody_knows() -> None:
+def test_an_unknown_reason() -> None:
     """What a later version recorded, or an engine made up, reads as ENGINE_FAILED."""
     _, sealed = entries()
     unknown = sequencer_pb2.EndedPayload(code=2, reason="FROM_THE_FUTURE", message="why").SerializeToString()
@@ -156,7 +156,7 @@ def test_a_record() -> None:
 
 def test_a_verdict_that_was_asked_for() -> None:
     """Where the journal has it, it is part of the answer; where it was asked for and is not there, the answer says so, always
-    in the same words; an item that failed, or that nobody wanted verified, has none."""
+    in the same words; an item that failed, or that was not to be verified, has none."""
     made = ledger()
     asked = item(1, 2, seed=5)
     asked.verify = True

@@ -26,7 +26,7 @@ TOKENS_MAX = 45
 
 
 def batch(batch_id: int, tenant: str, *tokens: int) -> Admit:
-    """Of items with so many tokens."""
+    """With an item for each count of tokens."""
     return Admit(batch_id, tuple(Need(count, b"") for count in tokens), keyed=False, tenant=tenant)
 
 
@@ -195,7 +195,7 @@ class World:
         self.dispatch(ENGINE)
 
     def ask(self, batch_id: int, tenant: str = "", *tokens: int, keyed: bool = False, deadline: float | None = None) -> None:
-        """A batch of items of so many tokens; one of 10 if nothing is said."""
+        """A batch with an item for each count of tokens; without any, one of 10."""
         self._needs[batch_id] = tuple(ev.Need(count, MODEL) for count in tokens or (10,))
         self._largest = max(self._largest, len(self._needs[batch_id]))
         self.dispatch(ev.Admit(batch_id, self._needs[batch_id], keyed, deadline, tenant))
@@ -277,8 +277,8 @@ def test_alone_nothing_changes(script: list[tuple[list[int], float]]) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 3), st.booleans(), st.integers(0, 3)), max_size=40))
 def test_every_batch_leaves_once(script: list[tuple[str, int, bool, int]]) -> None:
-    """Whoever floods, leaves or comes late: each batch is numbered or refused, never both, and within a tenant numbers ascend
-    with arrival. (World asserts on every event that no more wait numbered than may.)"""
+    """Under floods, cancelled calls and passed deadlines each batch is numbered or refused, never both, and within a tenant
+    numbers ascend with arrival. (World asserts on every event that no more wait numbered than may.)"""
     world = World(bounds(queue=30, own=12, numbered=4))
     tenants = {batch_id: tenant for batch_id, (tenant, *_) in enumerate(script)}
     for batch_id, (tenant, count, keyed, leaves) in enumerate(script):
@@ -337,7 +337,7 @@ def test_who_leaves_before_a_number_leaves_no_trace() -> None:
 
 
 def test_a_full_tenant_is_refused_and_another_is_not() -> None:
-    """A tenant's own bound refuses it alone, with a hint; the bound of all refuses everybody."""
+    """A tenant's own bound refuses it alone, with a hint; the bound of all refuses every tenant."""
     world = World(bounds(queue=20, own=4, numbered=2))
     for batch_id in range(12):
         world.ask(batch_id, "flood")

@@ -41,7 +41,7 @@ def lost(*accounts: Account) -> list[bool]:
 
 
 async def test_a_call_over_its_bound_is_lost() -> None:
-    """The bound itself is no fault, and what is dropped does not count; what is lost frees all that it held."""
+    """Exactly the bound may wait, and what is dropped does not count; what is lost frees all that it held."""
     given, bounds = held(call=100)
     calls = Calls(given)
     one, other = calls.of("a"), calls.of("a")
@@ -131,7 +131,7 @@ async def test_who_holds_too_much_is_refused() -> None:
     assert given.bytes == 0
 
 
-async def test_where_all_is_full_everybody_is_refused() -> None:
+async def test_where_all_is_full_every_call_is_refused() -> None:
     """Memory ends for all alike."""
     given, _ = held(tenant=600, everything=1000)
     for tenant in "ab":

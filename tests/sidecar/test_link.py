@@ -202,7 +202,7 @@ async def dying(requests: Requests) -> AsyncIterator[engine_pb2.ExecuteResponse]
 
 
 async def test_what_is_to_be_prepared_leaves_together(tmp_path: Path) -> None:
-    """Each is answered by itself, beside one that is refused, and one that nobody waits for any more."""
+    """Each is answered by itself, beside one that is refused, and one that was given up."""
     service = Service(preparing)
     async with linked(tmp_path, service) as (link, listener, _):
         await listener.hears("up")
@@ -241,7 +241,7 @@ async def test_a_lost_stream_is_opened_again(tmp_path: Path) -> None:
 
 
 async def test_a_stream_that_was_never_up_is_not_down(tmp_path: Path) -> None:
-    """A refusal before Welcome concerns nobody but the link."""
+    """A refusal before Welcome is not told to the listener."""
     service = Service(refusing(errors.WriterBusy("no", retry_after=1)), refusing(errors.EngineUnavailable("loading")), endless)
     async with linked(tmp_path, service) as (_, listener, _):
         await listener.hears("up")
@@ -329,8 +329,8 @@ async def failing(call: Awaitable[object]) -> errors.OstinatoError:
 
 
 async def test_no_service(tmp_path: Path) -> None:
-    """Where nobody listens, preparing fails at once, with a time to come back."""
-    link = EngineLink(f"unix:{tmp_path}/nobody.sock", pause_seconds=0.01)
+    """Without a service, preparing fails at once, with a retry hint."""
+    link = EngineLink(f"unix:{tmp_path}/none.sock", pause_seconds=0.01)
     async with asyncio.timeout(30):
         error = await failing(link.prepare(engine_pb2.PrepareRequest(), None))
     await link.close()
@@ -404,7 +404,7 @@ def refusal(request: engine_pb2.PrepareRequest) -> engine_pb2.PrepareResponse:
 
 
 async def outcome(preparing: Preparing, name: str) -> str:
-    """What became of a request that is called so."""
+    """The end of the request of this name."""
     try:
         return "answered " + (await preparing.ask(asked(name), None)).model_digest.decode()
     except errors.InvalidRequest as error:
@@ -414,9 +414,9 @@ async def outcome(preparing: Preparing, name: str) -> str:
 
 
 @given(st.lists(st.sampled_from(DEEDS), max_size=40), st.data())
-def test_everybody_is_told_of_their_own_request(deeds: Sequence[str], data: st.DataObject) -> None:
-    """Whatever is answered, refused, taken, given up or lost in whatever order, each asker learns what became of its own
-    request, once; and nothing is sent that nobody waits for."""
+def test_each_gets_its_own_answer(deeds: Sequence[str], data: st.DataObject) -> None:
+    """Whatever is answered, refused, taken, given up or lost in whatever order, each caller gets the answer to its
+    own request, once; and what was given up is not sent."""
 
     async def play() -> None:
         preparing = Preparing()

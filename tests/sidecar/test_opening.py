@@ -27,7 +27,7 @@ from tests.sidecar.postgres_proxy import SOCKET
 
 
 def test_a_path_is_a_file(tmp_path: Path) -> None:
-    """Whatever is no PostgreSQL URL names a file, in a folder that is made if need be."""
+    """What is not a PostgreSQL URL names a file, in a folder that is created if need be."""
     backend, opened = open_journal(Settings(journal=str(tmp_path / "new" / "journal.sqlite"), journal_reserve_bytes=0), 0)
     backend.close()
 

@@ -89,7 +89,7 @@ async def test_many_wait(two: Two) -> None:
 
 
 async def test_leaving(two: Two) -> None:
-    """Who leaves is not told; when nobody is left the journal is not followed, until somebody comes again."""
+    """A waiter that is removed is not told. Without waiters the journal is not followed, until one joins again."""
     (first, second) = await two.admitted(2)
     gone, stays = UnaryWaiter(1, account()), UnaryWaiter(1, account())
     await two.remote.join(gone, [1])
@@ -115,7 +115,7 @@ async def test_a_claimed_item(two: Two) -> None:
 
 
 async def test_cancelling(two: Two) -> None:
-    """Items that run elsewhere are ended from here, the first outcome winning; those that run here are left to whoever asks."""
+    """Items that run elsewhere are ended from here, the first outcome winning; those that run here are left to the caller."""
     entries = await two.admitted(4)
     await two.there.append(completed(entries[0]))
     call = UnaryWaiter(2, account())
@@ -150,7 +150,7 @@ async def test_verdicts(two: Two) -> None:
 
 
 async def test_followers_see_other_writers(two: Two) -> None:
-    """Whoever waits for an index is woken by another writer's entry, misses none and sees none twice."""
+    """A follower is woken by another writer's entry, misses none and sees none twice."""
     (head, seen) = await two.here.head(), list[int]()
 
     async def follow() -> None:

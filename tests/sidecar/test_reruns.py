@@ -104,7 +104,7 @@ def test_the_urgent_go_first() -> None:
     ("share", "tokens", "together"), [(0.25, 8, 1), (0.5, 8, 2), (1.0, 8, 4), (0.0, 8, 1), (0.5, 256, 1), (0.5, 400, 1)]
 )
 def test_reruns_keep_to_their_share(share: float, tokens: int, together: int) -> None:
-    """3: so many begin together, of an engine with 4 runs and 64 blocks of 8 tokens; one always may."""
+    """3: this many begin together, of an engine with 4 runs and 64 blocks of 8 tokens; one always may."""
     edge = shared(share)
     for rerun_id in range(1, 7):
         edge.dispatch(ev.Rerun(rerun_id, tokens, BACKGROUND))
@@ -113,7 +113,7 @@ def test_reruns_keep_to_their_share(share: float, tokens: int, together: int) ->
 
 
 def test_waiting_reruns_are_bounded() -> None:
-    """Of each urgency so many may wait; what is above is lost at once, and verifications are bounded by their items."""
+    """The bound for each urgency: what is above it is lost at once, and verifications are bounded by their items."""
     edge = Edge(Sequencer(replace(BOUNDS, reruns_max=2)))
     edge.dispatch(engine(runs=1))
     edge.admit(need(), need(), need())
@@ -151,7 +151,7 @@ def test_a_silent_engine() -> None:
 
 
 def test_a_dropped_rerun() -> None:
-    """One that nobody wants any more leaves the queue, or the engine."""
+    """One that is cancelled leaves the queue, or the engine."""
     edge = shared(0.25)
     edge.dispatch(ev.Rerun(1, 8, BACKGROUND))
     edge.dispatch(ev.Rerun(2, 8, BACKGROUND))
@@ -165,7 +165,7 @@ def test_a_dropped_rerun() -> None:
 
 
 def test_late_events_of_a_dropped_rerun() -> None:
-    """What the engine says of a rerun after it was dropped is no fault of the service's."""
+    """An event of a rerun that was cancelled is not a fault of the service."""
     edge = shared(0.25)
     edge.dispatch(ev.Rerun(1, 8, BACKGROUND))
     edge.dispatch(ev.CancelRerun(1))

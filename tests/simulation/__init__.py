@@ -1,16 +1,17 @@
-"""Sidecar and service, as they are, in a world whose clock, network, disk and misfortunes come from one seed.
+"""Sidecar and service, unchanged, in a simulated world: clock, network, disk and faults come from one seed.
 
-loop        an event loop whose time passes when nothing is left to do; processes that stop where they stand
-network     calls and streams that are late, cut off and half-open
-edges       what the programs are given in place of a door, a thread and a channel
+loop        an event loop with a virtual clock; processes that can be stopped at any step
+network     calls and streams with delays, partitions and half-open connections
+edges       what the programs get in place of a server, a channel, a thread and a clock
 stores      journals that outlive their sidecars: SQLite on a simulated disk, and a log that many sidecars share
 history     what clients saw, what the engine saw, what the disk held, and when
-plan        what a seed means: who asks for what, and what goes wrong when
-clients     those who ask, and how they try again
-watching    the service, with notes of what reaches its engine and what passes on its stream
-world       all of it, from the first start to the last look at the disk
+plan        a seed, unfolded: jobs and faults
+clients     clients that retry
+recording   the service, with a record of what reaches its engine and what passes on its stream
+world       all of it, from the first start to the last read of the disk
 promises    one checker for each promise of docs/order.md
-mutations   faults put into the product on purpose, and the promise that each breaks
+coverage    what a run has come across
+mutations   faults in the product, and the promise that each breaks
 points      the places where a process can die, and a run that dies there
 
 `python -m tests.simulation` runs seeds; `make sim` runs thousands.

@@ -15,7 +15,7 @@ from collections import Counter
 
 from tests.simulation.plan import Plan, plan_of
 from tests.simulation.promises import broken
-from tests.simulation.shrink import command, look, shrunk
+from tests.simulation.shrink import command, run_seed, shrunk
 from tests.simulation.world import simulate
 
 
@@ -56,7 +56,7 @@ def _one(plan: Plan, trace: bool) -> int:
 def _many(seeds: range, workers: int) -> int:
     started, failures, seen = time.monotonic(), 0, Counter[str]()
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for count, (seed, found, sighted) in enumerate(pool.imap_unordered(look, seeds, chunksize=8), 1):
+        for count, (seed, found, sighted) in enumerate(pool.imap_unordered(run_seed, seeds, chunksize=8), 1):
             seen.update(sighted)
             if found:
                 failures += 1

@@ -25,7 +25,7 @@ PATIENCE_SECONDS = 30.0
 READ_SECONDS = 4.0
 
 Dial = Callable[[str, float | None], Outgoing]
-"""A call to whoever is the sidecar now: method, deadline."""
+"""Calls the present sidecar: method, deadline."""
 
 
 class Clients:
@@ -42,9 +42,9 @@ class Clients:
             if job.again_after is not None:
                 group.create_task(self._again(job, job.again_after))
 
-    async def encore(self, job: Job) -> None:
+    async def afterwards(self, job: Job) -> None:
         """Ask once more for what has ended long ago."""
-        await self._until_done(job, encore=True)
+        await self._until_done(job, afterwards=True)
 
     async def replay(self, first: int, last: int) -> None:
         """Have a range run again, and do not care what comes of it."""
@@ -53,7 +53,7 @@ class Clients:
             await self._ask(REPLAY, request, PATIENCE_SECONDS)
 
     async def read(self) -> None:
-        """Look at whatever can be looked at."""
+        """Look at whatever can be simulated at."""
         target = types_pb2.Item(text="a")
         for method, request in (
             ("Sequencer/Get", sequencer_pb2.GetRequest(sequence=1)),
@@ -70,11 +70,11 @@ class Clients:
 
     async def _patiently(self, job: Job) -> None:
         asking = asyncio.ensure_future(self._until_done(job))
-        ends = [seconds for seconds in (job.leaves_after, job.cancels_after) if seconds is not None]
+        ends = [seconds for seconds in (job.hangs_up_after, job.cancels_after) if seconds is not None]
         done, _ = await asyncio.wait({asking}, timeout=min(ends, default=None))
         if not done and job.cancels_after is not None:
             await self._cancel(job)
-        if not done and job.leaves_after is not None:
+        if not done and job.hangs_up_after is not None:
             asking.cancel()
         with suppress(asyncio.CancelledError):
             await asking
@@ -90,25 +90,25 @@ class Clients:
         with suppress(errors.OstinatoError):
             await self._ask(CANCEL, request, PATIENCE_SECONDS)
 
-    async def _until_done(self, job: Job, *, encore: bool = False) -> None:
+    async def _until_done(self, job: Job, *, afterwards: bool = False) -> None:
         attempt = 0
         while True:
             attempt += 1
-            call = await self._call(job, attempt, encore)
+            call = await self._call(job, attempt, afterwards)
             if call.complete or isinstance(call.error, errors.KeyReused | errors.InvalidRequest | errors.GradeNotEarned):
                 return
             refused = isinstance(call.error, errors.Refused)
             if not refused and not job.key:
-                return  # without a key nobody can know what became of it
+                return  # without a key the outcome cannot be asked for
             await asyncio.sleep((call.error.retry_after if call.error else None) or PAUSE_SECONDS)
 
-    async def _call(self, job: Job, attempt: int, encore: bool) -> Call:
+    async def _call(self, job: Job, attempt: int, afterwards: bool) -> Call:
         history = self._history
         request = generation_pb2.GenerateRequest()
         request.CopyFrom(job.request)
         number = len(history.calls) + 1
         request.request_id = f"{job.number}/{number}"
-        call = Call(number, job.number, request, job.streamed, 0, encore=encore)
+        call = Call(number, job.number, request, job.streamed, 0, afterwards=afterwards)
         history.calls.append(call)
         call.sent = history.note(self._loop.time(), "sent", request.request_id)
         seconds = (job.deadline_seconds or PATIENCE_SECONDS) * attempt  # who runs out of time takes more of it

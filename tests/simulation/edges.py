@@ -1,4 +1,4 @@
-"""What the programs get in place of a door, a channel, a thread and a clock. Everything between these edges is the product."""
+"""What the programs get in place of a server, a channel, a thread and a clock. All between these edges is the product."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from tests.simulation.network import Handler, Incoming, Network, Outgoing, rpc_e
 
 EPOCH_MILLIS = 1_700_000_000_000
 """Unix time when the world begins."""
-HANDS_SECONDS = 10.0
+THREAD_SECONDS = 10.0
 """Of real time: a thread that works longer than this hangs."""
 
 
-class Seams:
-    """Where somebody may stand between the parts of a sidecar. Nobody does."""
+class Hooks:
+    """Called between the parts of a sidecar. These do nothing."""
 
     def before_open(self) -> None: ...
 
@@ -54,12 +54,12 @@ class Seams:
         await write(message)
 
 
-class Door:
+class SimulatedServer:
     """In place of serving.server.Server: handlers by path, for `Outgoing` to find."""
 
-    def __init__(self, node: Node, seams: Seams | None = None) -> None:
+    def __init__(self, node: Node, hooks: Hooks | None = None) -> None:
         self.node = node
-        self.seams = seams or Seams()
+        self.hooks = hooks or Hooks()
         self.addresses = ["simulated"]
         self.health_address = ""
         self.health: dict[str, bool] = {}
@@ -91,7 +91,7 @@ class Door:
             call.cancel()
 
     def find(self, path: str) -> tuple[Node, Handler] | None:
-        """Who answers calls of this path, if the door is open."""
+        """Who answers calls of this path, if it is open."""
         if not self._open or self.node.dead:
             return None
         rpc = self._methods[path]
@@ -100,12 +100,12 @@ class Door:
     async def _handle(self, rpc: Any, incoming: Incoming) -> None:
         self._calls = [call for call in self._calls if not call.over]
         self._calls.append(incoming)
-        write, seams = incoming.write, self.seams
+        write, hooks = incoming.write, self.hooks
 
         def seen(message: Any) -> Any:
             """GenerateStream writes its events serialised."""
             streamed = rpc.response_streaming and isinstance(message, bytes)
-            return seams.write(generation_pb2.GenerateEvent.FromString(message) if streamed else message, write)
+            return hooks.write(generation_pb2.GenerateEvent.FromString(message) if streamed else message, write)
 
         incoming.write = seen  # type: ignore[method-assign]
         parse = rpc.request_deserializer
@@ -132,7 +132,7 @@ class Door:
 class Channel:
     """In place of a grpc.aio.Channel to the service."""
 
-    def __init__(self, network: Network, node: Node, service: Callable[[], Door | None]) -> None:
+    def __init__(self, network: Network, node: Node, service: Callable[[], SimulatedServer | None]) -> None:
         self._network, self._node, self._service = network, node, service
 
     def unary_unary(self, path: str, request_serializer: Any, response_deserializer: Any, **_: object) -> Any:
@@ -156,11 +156,11 @@ class Channel:
         return lambda wait_for_ready: _Execute(self._open(path, patient=True), request_serializer, response_deserializer)
 
     def _open(self, path: str, **how: Any) -> Outgoing:
-        def door() -> tuple[Node, Handler] | None:
+        def server() -> tuple[Node, Handler] | None:
             service = self._service()
             return None if service is None else service.find(path)
 
-        return Outgoing(self._network, "engine", self._node, door, **how)
+        return Outgoing(self._network, "engine", self._node, server, **how)
 
     async def close(self) -> None: ...
 
@@ -191,7 +191,7 @@ class _Execute:
         self._call.cancel()
 
 
-class _Hands:
+class _SimulatedThread:
     """A real thread that runs only while the loop waits for it: from one wait for work to the next, in one moment."""
 
     def __init__(self, node: Node, pause: Callable[[], float], target: Callable[[], None]) -> None:
@@ -206,12 +206,12 @@ class _Hands:
 
     def start(self) -> None:
         self._thread.start()
-        assert self._rest.acquire(timeout=HANDS_SECONDS), "the thread does not come to rest"
+        assert self._rest.acquire(timeout=THREAD_SECONDS), "the thread does not come to rest"
 
     def join(self) -> None: ...
 
     def _run(self) -> None:
-        # The loop's own variable says which process somebody belongs to; threads inherit none.
+        # A context variable tells the process of a callback. Threads do not inherit it.
         context: contextvars.Context = self._node.context()
         with contextlib.suppress(SystemExit, Died):
             context.run(self._target)
@@ -238,34 +238,34 @@ class _Hands:
         if self.resting and not self.over:
             self.resting = False
             self._go.release()
-            assert self._rest.acquire(timeout=HANDS_SECONDS), "the thread does not come to rest"
+            assert self._rest.acquire(timeout=THREAD_SECONDS), "the thread does not come to rest"
 
     def dismiss(self) -> None:
         """The process is over; the thread must not outlive the test."""
         self.dismissed = True
         if not self.over:
             self._go.release()
-        self._thread.join(HANDS_SECONDS)
+        self._thread.join(THREAD_SECONDS)
 
 
-class _Jobs:
+class _SimulatedQueue:
     """In place of the queue.SimpleQueue between the loop and the journal's thread."""
 
-    def __init__(self, hands: Callable[[], _Hands | None]) -> None:
+    def __init__(self, thread: Callable[[], _SimulatedThread | None]) -> None:
         self._jobs: deque[Any] = deque()
-        self._hands = hands
+        self._thread = thread
 
     def put(self, job: object) -> None:
         self._jobs.append(job)
-        hands = self._hands()
-        if hands is not None:
-            hands.wake()
+        thread = self._thread()
+        if thread is not None:
+            thread.wake()
 
     def get(self, timeout: float | None = None) -> Any:
-        hands = self._hands()
-        assert hands is not None
+        thread = self._thread()
+        assert thread is not None
         if not self._jobs:
-            hands.wait(timeout)
+            thread.wait(timeout)
         return self.get_nowait()
 
     def get_nowait(self) -> Any:
@@ -285,37 +285,37 @@ class Process:
         node: Node,
         network: Network,
         settings: Settings,
-        service: Callable[[], Door | None],
+        service: Callable[[], SimulatedServer | None],
         open_backend: Callable[[], tuple[Store, Opened]],
         rng: random.Random,
         commit_seconds: tuple[float, float],
-        seams: Seams | None = None,
+        hooks: Hooks | None = None,
     ) -> None:
         """Raises what opening the journal raises."""
         self.node = node
         self.stop = asyncio.Event()
-        self._hands: _Hands | None = None
+        self._thread: _SimulatedThread | None = None
         loop = node.loop
 
-        def thread(*, target: Callable[[], None], **_: object) -> _Hands:
-            self._hands = _Hands(node, lambda: rng.uniform(*commit_seconds), target)
-            return self._hands
+        def thread(*, target: Callable[[], None], **_: object) -> _SimulatedThread:
+            self._thread = _SimulatedThread(node, lambda: rng.uniform(*commit_seconds), target)
+            return self._thread
 
-        seams = seams or Seams()
-        door = self.door = Door(node, seams)
+        hooks = hooks or Hooks()
+        server = self.server = SimulatedServer(node, hooks)
         clock = types.SimpleNamespace(monotonic=loop.time, time_ns=lambda: EPOCH_MILLIS * 10**6 + round(loop.time() * 1e9))
         simulated = {
-            "sidecar.__main__.Server": lambda *_, **__: door,
+            "sidecar.__main__.Server": lambda *_, **__: server,
             "sidecar.__main__.open_journal": lambda *_: open_backend(),
             "sidecar.__main__.MarkFile": lambda path: types.SimpleNamespace(path=path, write=lambda _: None),
-            "sidecar.__main__.Journal": lambda *given, **how: seams.journal(Journal(*given, **how)),
-            "sidecar.__main__.EngineLink": lambda *given, **how: seams.link(EngineLink(*given, **how)),
+            "sidecar.__main__.Journal": lambda *given, **how: hooks.journal(Journal(*given, **how)),
+            "sidecar.__main__.EngineLink": lambda *given, **how: hooks.link(EngineLink(*given, **how)),
             "sidecar.__main__.time": clock,
             "sidecar.__main__.wall_millis": lambda: EPOCH_MILLIS + round(loop.time() * 1e3),
             "sidecar.journal.writer.time": clock,
             "sidecar.journal.writer.threading": types.SimpleNamespace(Thread=thread),
             "sidecar.journal.writer.queue": types.SimpleNamespace(
-                SimpleQueue=lambda: _Jobs(lambda: self._hands), Empty=queue.Empty
+                SimpleQueue=lambda: _SimulatedQueue(lambda: self._thread), Empty=queue.Empty
             ),
             "grpc.aio.insecure_channel": lambda *_, **__: Channel(network, node, service),
         }
@@ -330,5 +330,5 @@ class Process:
         return await self.program.run(self.stop)
 
     def dismiss(self) -> None:
-        if self._hands is not None:
-            self._hands.dismiss()
+        if self._thread is not None:
+            self._thread.dismiss()

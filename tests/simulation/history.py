@@ -40,7 +40,7 @@ class Call:
     """Step at which the call ended for its client, whichever way; 0: it was open to the end."""
     ended_well: bool = False
     """The sidecar ended it, and not with an error."""
-    encore: bool = False
+    afterwards: bool = False
     """Sent when all was over, to see what is remembered."""
 
     @property
@@ -111,7 +111,7 @@ class History:
     """Journals that were opened."""
     deaths: list[str] = field(default_factory=list)
     """Processes that ended by themselves, and for no reason that the world gave them."""
-    sights: set[str] = field(default_factory=set)
+    coverage: set[str] = field(default_factory=set)
     """What the world saw happen, for those who ask whether it happened at all."""
     out_of_reach: list[tuple[float, float]] = field(default_factory=list)
     """From and to which second of the clock a path was cut, a process stood still, or a replaced sidecar did not know of it."""
@@ -121,7 +121,7 @@ class History:
     """Why it did not come to its end."""
     _digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     trace: list[str] | None = None
-    """Every line, where somebody wants to read them."""
+    """Every line, if a trace is wanted."""
     _times: list[float] = field(default_factory=list)
 
     def note(self, now: float, *what: object) -> int:

@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _node: contextvars.ContextVar[Node | None] = contextvars.ContextVar("node", default=None)
-NOBODY = contextvars.Context()
+NO_NODE = contextvars.Context()
 """Of callbacks that belong to no process: the network's, the disk's."""
 
 
 class Deadlock(Exception):
-    """Somebody waits, and nothing will ever happen."""
+    """A task waits, and no event is left."""
 
 
 class Died(BaseException):
@@ -60,7 +60,7 @@ class Node:
         """From here on nothing of it runs."""
         self.stopped = True
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """What would have run meanwhile runs now, in its order."""
         self.stopped = False
         parked, self._parked = self._parked, []
@@ -107,7 +107,7 @@ class _Clock:
 
     def select(self, timeout: float | None) -> list[Any]:
         if timeout is None:
-            raise Deadlock("everybody waits, and nothing will happen")
+            raise Deadlock("all tasks wait, and no event is left")
         self.now += timeout
         return []
 
@@ -126,7 +126,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._arrives_at = 0.0
         self._timers = 0
         self.failures: list[BaseException] = []
-        """What callbacks raised: nobody else would hear of it."""
+        """What callbacks raised."""
         self.set_exception_handler(self._note_failure)
 
     def time(self) -> float:
@@ -168,7 +168,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """End whatever still stands around, so that nothing of this run is left to the next."""
         for _ in range(20):
             for node in self.nodes:
-                node.go_on()
+                node.resume()
             tasks = asyncio.all_tasks(self)
             if not tasks:
                 break

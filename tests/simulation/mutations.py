@@ -1,4 +1,4 @@
-"""Faults put into the product on purpose, and the promise that each breaks. What is not found cannot be promised."""
+"""Faults in the product, and the promise that each breaks. A checker that misses its faults proves nothing."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def breaks(promise: int, *, file: bool = False) -> Callable[[Patch], Patch]:
 
 
 def caught(mutation: Mutation, most: int) -> int | None:
-    """The first of so many seeds in which the checker of its promise finds it."""
+    """The first seed, of at most `most`, in which the checker of its promise finds it."""
     # Every fourth seed is one of a file.
     seeds = [seed for seed in range(4 * most) if (seed % 4 == 0) == mutation.file][:most]
     with mutation.patch():
         for seed in seeds:
-            plan = replace(plan_of(seed), patience_seconds=PATIENCE_SECONDS)
+            plan = replace(plan_of(seed), settle_seconds=PATIENCE_SECONDS)
             if any(PROMISES[mutation.promise](simulate(plan))):
                 return seed
     return None
@@ -364,7 +364,7 @@ def keys_are_forgotten() -> Iterator[None]:
 
 
 @breaks(6)
-def anybody_may_use_a_key() -> AbstractContextManager[Any]:
+def a_key_answers_another_request() -> AbstractContextManager[Any]:
     """The request that comes with a bound key is not compared with the one that bound it."""
     join = Pipeline._join
 

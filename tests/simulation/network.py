@@ -18,13 +18,13 @@ from grpc_status import rpc_status
 
 from ostinato import errors
 
-from tests.simulation.loop import NOBODY, Node, VirtualLoop
+from tests.simulation.loop import NO_NODE, Node, VirtualLoop
 
 KEEPALIVE_SECONDS = 15.0
 HALF_OPEN_SECONDS = 10.0
 """How much later, at most, the called side notices."""
 CONNECT_SECONDS = 0.1
-"""Between attempts to reach somebody who is not there."""
+"""Between attempts to connect."""
 
 Deliver = Callable[[], None]
 Handler = Callable[["Incoming"], Awaitable[None]]
@@ -46,7 +46,7 @@ class Network:
         return self._rng.uniform(*self._delay_seconds)
 
     def at(self, when: float, deliver: Deliver) -> None:
-        self.loop.call_at(when, deliver, context=NOBODY)
+        self.loop.call_at(when, deliver, context=NO_NODE)
 
     def later(self, seconds: float, deliver: Deliver) -> None:
         self.at(self.loop.time() + seconds, deliver)
@@ -103,7 +103,7 @@ class _Wire:
 
     def send(self, deliver: Deliver, sender: Node | None) -> None:
         if self.network.muted or (sender is not None and sender.dead):
-            return  # a process that dies in the middle of a step finishes that step, but nobody hears of it
+            return  # a process that dies in the middle of a step finishes the step, but sends nothing
         self.last = max(self.last, self.network.loop.time() + self.network.delay())
         self.network.at(self.last, lambda: self._arrive(deliver))
 
@@ -160,16 +160,16 @@ class Outgoing:
         network: Network,
         path: str,
         caller: Node | None,
-        door: Callable[[], tuple[Node, Handler] | None],
+        server: Callable[[], tuple[Node, Handler] | None],
         *,
         patient: bool = False,
         deadline: float | None = None,
     ) -> None:
-        """`door` finds who answers, when the call arrives; `patient` calls wait for somebody to be there."""
+        """`server` finds who answers, when the call arrives; `patient` calls wait for a server."""
         self.network, self.path, self.caller = network, path, caller
         self.callee: Node | None = None
         self.deadline = deadline
-        self._door, self._patient = door, patient
+        self._server, self._patient = server, patient
         self._up, self._down = _Wire(network, path), _Wire(network, path)
         self._in = _Inbox(network.loop)
         self.error: errors.OstinatoError | None = None
@@ -182,14 +182,14 @@ class Outgoing:
             network.at(deadline, lambda: self.end(errors.DeadlineExceeded("the call's time is over")))
 
     def _connect(self) -> None:
-        found = self._door()
+        found = self._server()
         if self.cancelled or self._in.ended:
             return
         if found is None or found[0].dead:
             if self._patient:
                 self.network.later(CONNECT_SECONDS, lambda: self._up.send(self._connect, self.caller))
             else:
-                self.end(errors.Disconnected("nobody is there"))
+                self.end(errors.Disconnected("no server"))
             return
         self.callee, handler = found
         self.incoming = Incoming(self, handler, found[0])
@@ -234,7 +234,7 @@ class Outgoing:
             self.incoming.cancel()
 
     def end(self, error: errors.OstinatoError | None) -> None:
-        """The far side ended it, or nobody can."""
+        """The far side ended it, or is gone."""
         if not self._in.ended:
             self.error = error
             self._in.end()

@@ -51,7 +51,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """A batch that somebody wants, and how patient they are."""
+    """A client's batch, and how long it waits for it."""
 
     number: int
     at: float
@@ -59,7 +59,7 @@ class Job:
     streamed: bool
     deadline_seconds: float | None = None
     """Of one call; a keyed job is then sent again."""
-    leaves_after: float | None = None
+    hangs_up_after: float | None = None
     """Hangs up, and does not come back."""
     cancels_after: float | None = None
     """Asks for the end of it: by key, or by the numbers where they are known."""
@@ -89,7 +89,7 @@ class Plan:
     engine_runs: int = 3
     kv_blocks: int = 12
     rules: tuple[dict[str, object], ...] = field(default=())
-    patience_seconds: float = 240.0
+    settle_seconds: float = 240.0
     """In which everything that is unfinished has to end, once all is mended."""
 
     def without(self, *, faults: frozenset[int] = frozenset(), jobs: frozenset[int] = frozenset()) -> Plan:
@@ -137,7 +137,7 @@ def _jobs(rng: random.Random) -> Iterator[Job]:
         if rng.random() < 0.05:
             request.required_grade = types_pb2.GRADE_EXACT  # more than this engine has earned
         if rng.random() < 0.6:
-            # Now and then somebody takes a key that stands for another request.
+            # Now and then a client uses a key that is bound to another request.
             request.idempotency_key = rng.choice(keys) if keys and rng.random() < 0.1 else f"key-{number}"
             keys.append(request.idempotency_key)
         keyed = bool(request.idempotency_key)
@@ -147,7 +147,7 @@ def _jobs(rng: random.Random) -> Iterator[Job]:
             request,
             streamed=rng.random() < 0.5,
             deadline_seconds=rng.choice([None, None, rng.uniform(0.2, 8.0)]),
-            leaves_after=rng.uniform(0.0, 4.0) if rng.random() < 0.12 else None,
+            hangs_up_after=rng.uniform(0.0, 4.0) if rng.random() < 0.12 else None,
             cancels_after=rng.uniform(0.0, 4.0) if rng.random() < 0.12 else None,
             again_after=rng.uniform(0.0, 3.0) if keyed and rng.random() < 0.3 else None,
         )

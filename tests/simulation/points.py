@@ -1,7 +1,7 @@
-"""The places where a sidecar can die: before and after every step at a seam between its parts, and a run that dies there.
+"""The places where a sidecar can die: before and after every step at a interface between its parts, and a run that dies there.
 
-The seams are the product's own types, so that a method that is added to one has its points at once: Journal (what becomes
-durable), Store (what reaches the disk), EngineLink and its Listener (what passes to and from the service), and the door. With
+The hooks are the product's own types, so that a method that is added to one has its points at once: Journal (what becomes
+durable), Store (what reaches the disk), EngineLink and its Listener (what passes to and from the service), and the server. With
 PostgreSQL there is one more, PostgresTables (what is asked of the server); there the line can break too, or the server die.
 """
 
@@ -27,7 +27,7 @@ from sidecar.journal.postgres import Connection, PostgresTables
 from sidecar.journal.store import Store
 from sidecar.journal.writer import Journal
 from sidecar.link import EngineLink, Listener
-from tests.simulation.edges import Seams
+from tests.simulation.edges import Hooks
 from tests.simulation.history import History
 from tests.simulation.loop import Died, Node
 from tests.simulation.plan import Fault, Job, Plan
@@ -47,7 +47,7 @@ NOT_REACHED = {
     "listener.engine_fault": "likewise",
     "link.tokenizer": "a gateway asks for it, and it changes nothing: tests/e2e/test_gateway.py",
     "after link.run": "it is cancelled with the process that it keeps connected",
-    "database.fence": "there is no other writer to fence: tests/sidecar/test_journal_postgres.py",
+    "database.fence": "no other writer to fence: tests/sidecar/test_journal_postgres.py",
     "database.end_stopped": "no other session holds the log's lock: tests/sidecar/test_journal_postgres_stopped.py",
     "database.committed": "only where a commit is in doubt: test_points.py has that, too",
     **dict.fromkeys(
@@ -60,12 +60,12 @@ NOT_REACHED = {
 }
 
 
-def methods(seam: type) -> list[str]:
-    """What can be called at a seam."""
-    return [name for name, _ in inspect.getmembers(seam, inspect.isfunction) if not name.startswith("_")]
+def methods(interface: type) -> list[str]:
+    """What can be called at a interface."""
+    return [name for name, _ in inspect.getmembers(interface, inspect.isfunction) if not name.startswith("_")]
 
 
-SEAMS: dict[str, type] = {
+INTERFACES: dict[str, type] = {
     "journal": Journal,
     "backend": Store,
     "database": PostgresTables,
@@ -82,12 +82,12 @@ KINDS = {
 
 def _steps() -> Iterator[str]:
     yield "backend.open"
-    for seam, protocol in SEAMS.items():
+    for interface, protocol in INTERFACES.items():
         for method in methods(protocol):
-            step = f"{seam}.{method}"
+            step = f"{interface}.{method}"
             yield from (f"{step} {kind}" for kind in KINDS[step]) if step in KINDS else (step,)
     yield "link.hello"
-    yield from (f"door.write {message}" for message in MESSAGES)
+    yield from (f"server.write {message}" for message in MESSAGES)
 
 
 POINTS = tuple(
@@ -96,18 +96,18 @@ POINTS = tuple(
     for point in (f"before {step}", f"after {step}")
     if step not in NOT_REACHED and point not in NOT_REACHED
 )
-"""Of every store; those of the seam `database` only where there is one."""
+"""Of every store; those of the interface `database` only where there is one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Blow:
+class Failure:
     """What happens where."""
 
     point: str
     occurrence: int
     kind: str = "death"
-    """Of the sidecar, with the power; or `cut`: of the line to the database, `crash`: of its server. Those two at the seam
-    `database`: before a step it fails, after a step it has happened and nobody hears of it."""
+    """Of the sidecar, with the power; or `cut`: of the line to the database, `crash`: of its server. Those two at the interface
+    `database`: before a step it fails, after a step it has taken effect without an answer."""
 
 
 def _named(step: str, arguments: Sequence[Any]) -> list[str]:
@@ -129,9 +129,9 @@ def _named(step: str, arguments: Sequence[Any]) -> list[str]:
 class _Pointed:
     """A part of a sidecar, with a point before and after each of these methods."""
 
-    def __init__(self, part: object, seam: str, points: Points) -> None:
-        self._part, self._seam, self._points = part, seam, points
-        self._methods = frozenset(methods(SEAMS[seam]))
+    def __init__(self, part: object, interface: str, points: Points) -> None:
+        self._part, self._seam, self._points = part, interface, points
+        self._methods = frozenset(methods(INTERFACES[interface]))
 
     def __getattr__(self, name: str) -> Any:
         member = getattr(self._part, name)
@@ -141,27 +141,27 @@ class _Pointed:
         return partial(around, f"{self._seam}.{name}", member)
 
 
-class Points(Seams):
+class Points(Hooks):
     """Counts what it comes by, and dies where it is told to."""
 
-    def __init__(self, world: World, node: Node, reached: Counter[str], blows: Sequence[Blow]) -> None:
+    def __init__(self, world: World, node: Node, reached: Counter[str], failures: Sequence[Failure]) -> None:
         self._world, self._node, self._reached = world, node, reached
-        self._blows = blows
+        self._failures = failures
 
     def reach(self, when: str, steps: Sequence[str]) -> list[str]:
-        """What it has come to here, if it is not death: the kinds of the blows."""
+        """What it has come to here, if it is not death: the kinds of the failures."""
         if self._world.network.muted:
             return []  # what is cancelled at the end is cancelled in any order
-        struck = []
+        kinds = []
         for step in steps:
             point = f"{when} {step}"
             self._reached[point] += 1
             here = (point, self._reached[point])
-            struck += [blow.kind for blow in self._blows if (blow.point, blow.occurrence) == here]
-        if "death" in struck:
+            kinds += [failure.kind for failure in self._failures if (failure.point, failure.occurrence) == here]
+        if "death" in kinds:
             self._world.die(self._node)
             raise Died(steps)
-        return struck
+        return kinds
 
     def called(self, step: str, member: Callable[..., Any], *given: Any, **how: Any) -> Any:
         names = _named(step, given)
@@ -193,7 +193,7 @@ class Points(Seams):
         self.reach("after", names)
         return answer
 
-    # ---- Seams
+    # ---- Hooks
 
     def before_open(self) -> None:
         self.reach("before", ["backend.open"])
@@ -213,9 +213,9 @@ class Points(Seams):
         kind = "response"
         if isinstance(message, generation_pb2.GenerateEvent):
             kind = message.WhichOneof("event") or kind
-        self.reach("before", [f"door.write {kind}"])
+        self.reach("before", [f"server.write {kind}"])
         await write(message)
-        self.reach("after", [f"door.write {kind}"])
+        self.reach("after", [f"server.write {kind}"])
 
 
 def plan() -> Plan:
@@ -256,12 +256,12 @@ def plan() -> Plan:
     )
 
 
-def struck(store: Log, *blows: Blow) -> tuple[History, Counter[str]]:
+def run_with_failures(store: Log, *failures: Failure) -> tuple[History, Counter[str]]:
     """What came of a run to which this happened; and how often it came by each point."""
     reached, history, newest = Counter[str](), History(), list[Points]()
 
-    def seams(world: World, node: Node) -> Points:
-        newest.append(Points(world, node, reached, blows))
+    def hooks(world: World, node: Node) -> Points:
+        newest.append(Points(world, node, reached, failures))
         return newest[-1]
 
     def tables(db: Connection) -> Any:
@@ -269,4 +269,4 @@ def struck(store: Log, *blows: Blow) -> tuple[History, Counter[str]]:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch("sidecar.journal.postgres.PostgresTables", tables))
-        return World(plan(), store, history, seams).run(), reached
+        return World(plan(), store, history, hooks).run(), reached

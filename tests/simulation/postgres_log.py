@@ -1,4 +1,4 @@
-"""A journal on a real PostgreSQL server, in a world whose time stands still while the server answers.
+"""A journal on a real PostgreSQL server, in a world whose clock stops while the server answers.
 
 The driver is synchronous and runs in the journal's thread, which the world's clock drives; so nothing of it is simulated. What
 a sidecar leaves that dies is what its server makes of a connection that is gone: a transaction that stood open is undone.
@@ -18,7 +18,7 @@ from sidecar.journal.model import Opened, Sealed
 from sidecar.journal.postgres import PostgresSettings, PostgresStore, PostgresTables
 from sidecar.journal.store import Store
 from tests.postgres import Postgres
-from tests.simulation.loop import NOBODY
+from tests.simulation.loop import NO_NODE
 from tests.simulation.stores import ALL, LOG_ID, VERSION, WRITER
 
 LEASE_SECONDS = 3.0
@@ -54,9 +54,9 @@ class PostgresLog:
         return journal, opened
 
     def crash(self, backend: Store | None, rng: random.Random, *, power: bool) -> None:
-        self.darken()
+        self.power_off()
 
-    def darken(self) -> None:
+    def power_off(self) -> None:
         """The sidecar's connection is gone, with whatever stands open on it. Not so a commit that the server has read."""
         for journal in self._opened:
             journal._database.drop()
@@ -83,7 +83,7 @@ class PostgresLog:
         """kill -9 of all its processes; it recovers after a while of the loop's time."""
         self._server.crash()
         self._down = True
-        loop.call_later(OUTAGE_SECONDS, self._start_server, context=NOBODY)
+        loop.call_later(OUTAGE_SECONDS, self._start_server, context=NO_NODE)
 
     def _start_server(self) -> None:
         if self._down:

@@ -80,7 +80,7 @@ def ended_once(history: History) -> Iterator[str]:
     disk = Disk(history)
     own = disk.by_request()
     for call in history.calls:
-        # A drain leaves what has a key to the next start, and tells its callers so with the word that refuses everybody else.
+        # A drain leaves keyed items to the next start, and tells their callers DRAINING, as it tells those that it refuses.
         left = isinstance(call.error, errors.Draining) and call.key
         if isinstance(call.error, errors.Refused | errors.InvalidRequest) and own.get(call.request.request_id) and not left:
             yield f"{call} was refused ({call.error.reason}) and has sequences {own[call.request.request_id]}"
@@ -140,7 +140,7 @@ def real_time(history: History) -> Iterator[str]:
     stamped = dict[str, int]()
     for call in history.calls:
         name = call.key or call.request.request_id
-        # Under one key there may be two requests; the number belongs to whoever sent one of them first.
+        # One key may come with two requests; the sequence belongs to the one that was sent first.
         first_sent[name] = min(call.sent, first_sent.get(name, call.sent))
         if call.stamp is not None:
             acknowledged.append((call.acknowledged, call.stamp.first_sequence))
@@ -178,7 +178,7 @@ def _others(history: History) -> set[int]:
 
 
 def fenced(history: History) -> Iterator[str]:
-    """5. Epochs rise; whoever was replaced can neither write nor submit any more, and only one drives the engine."""
+    """5. Epochs rise. A sidecar that was replaced can neither write nor submit, and only one drives the engine."""
     newest = 0
     for entry in history.disk:
         header = entry.header
@@ -233,7 +233,7 @@ def remembered(history: History) -> Iterator[str]:
         if isinstance(call.error, errors.KeyReused) and requests[call.key, _body(call)] == digest.get(call.key):
             yield f"{call} was told that {call.key} stands for another request, and it is this one's"
         again = isinstance(call.error, COME_BACK | errors.CallLost | errors.DeadlineExceeded)
-        if call.encore and requests[call.key, _body(call)] == digest.get(call.key) and not call.complete and not again:
+        if call.afterwards and requests[call.key, _body(call)] == digest.get(call.key) and not call.complete and not again:
             yield f"{call} asked again for {call.key} and got {call.error!r}"
         for result in call.results:
             outcome = disk.outcomes[result.sequence]

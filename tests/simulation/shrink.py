@@ -9,9 +9,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.simulation.coverage import coverage
 from tests.simulation.plan import plan_of
 from tests.simulation.promises import broken
-from tests.simulation.sights import sights
 from tests.simulation.world import simulate
 
 ROOT = Path(__file__).parents[2]
@@ -19,10 +19,10 @@ SHRINK_SECONDS = 20.0
 """Of real time, spent on one failing seed."""
 
 
-def look(seed: int) -> tuple[int, dict[int, list[str]], list[str]]:
+def run_seed(seed: int) -> tuple[int, dict[int, list[str]], list[str]]:
     """The seed, what it broke, and what it saw."""
     history = simulate(plan_of(seed))
-    return seed, broken(history), sorted(sights(history))
+    return seed, broken(history), sorted(coverage(history))
 
 
 @dataclass(frozen=True, slots=True)

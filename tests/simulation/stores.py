@@ -59,8 +59,8 @@ class Log(Protocol):
         """The sidecar with this backend died; with the power, the whole machine did."""
         ...
 
-    def darken(self) -> None:
-        """The machine goes dark now: until the crash nothing reaches the disk any more."""
+    def power_off(self) -> None:
+        """The power fails now: until the crash nothing more reaches the disk."""
         ...
 
     def entries(self) -> Sequence[Sealed]:
@@ -68,7 +68,7 @@ class Log(Protocol):
         ...
 
     def fail_in(self, operations: int) -> None:
-        """The machine goes dark in the middle of a commit that comes soon."""
+        """The power fails in the middle of a commit that comes soon."""
         ...
 
     def fill(self, full: bool) -> None:
@@ -101,7 +101,7 @@ class SqliteLog:
             raise JournalUnusable(str(error)) from error
 
     def crash(self, backend: Store | None, rng: random.Random, *, power: bool) -> None:
-        # SQLite must not tidy up on its way out: nobody does who is killed.
+        # A killed process does not close its database.
         self.disk.dark = True
         if backend is not None:
             with suppress(apsw.Error, PowerLost):
@@ -110,7 +110,7 @@ class SqliteLog:
             self.disk.lose_power(rng)
         self.disk.dark, self.disk.dark_after = False, -1
 
-    def darken(self) -> None:
+    def power_off(self) -> None:
         self.disk.dark = True
 
     def entries(self) -> Sequence[Sealed]:
@@ -167,8 +167,8 @@ class SharedLog:
         return 1 + self.epoch - entry.header.epoch + (entry.header.writer != WRITER)
 
     def leave(self, count: int, now_millis: int, lease_millis: int) -> tuple[int, int] | None:
-        """Another writer has numbered so many keyed items, and dies: first and last index of its entries. The items are like
-        the newest one; None: there is none."""
+        """Another writer numbers `count` keyed items like the newest one, and dies. The first and last index of its entries, or
+        None if the log has no item."""
         if not self.admitted or self.full:
             return None
         given = sequencer_pb2.AdmittedPayload.FromString(self.admitted[len(self.admitted)].payload)
@@ -185,7 +185,7 @@ class SharedLog:
     def crash(self, backend: Store | None, rng: random.Random, *, power: bool) -> None:
         self.dark_after = -1
 
-    def darken(self) -> None: ...
+    def power_off(self) -> None: ...
 
     def entries(self) -> Sequence[Sealed]:
         return list(self.written)
@@ -304,7 +304,7 @@ class _SharedBackend:
 
 
 class Watched:
-    """A backend, and somebody who is told when what is safe, and when the power went in the middle of it."""
+    """A backend that reports what is durable, and a loss of power in the middle of an operation."""
 
     def __init__(self, backend: Store, durable: Callable[[int, int], None], lost_power: Callable[[], None]) -> None:
         """`durable` is given the first and the last index of what a commit has made safe."""

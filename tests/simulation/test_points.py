@@ -1,4 +1,4 @@
-"""A blow at every named point: whatever step the sidecar has just taken or was about to take, all promises hold."""
+"""A failure at every named point: whatever step the sidecar has just taken or was about to take, all promises hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.postgres import Postgres
-from tests.simulation.points import NOT_REACHED, POINTS, SEAMS, Blow, methods, struck
+from tests.simulation.points import INTERFACES, NOT_REACHED, POINTS, Failure, methods, run_with_failures
 from tests.simulation.postgres_log import PostgresLog
 from tests.simulation.promises import broken
 from tests.simulation.stores import Log, SqliteLog
@@ -48,7 +48,7 @@ class Logs:
 
     def _reached(self, backend: str) -> Counter[str]:
         """How often it comes by each point."""
-        history, counts = struck(self.new(backend))
+        history, counts = run_with_failures(self.new(backend))
         assert broken(history) == {}
         return counts
 
@@ -59,7 +59,7 @@ class Logs:
         return (times + 1) // 2
 
     def some(self, backend: str, point: str, most: int) -> list[int]:
-        """The first so many times, and the last."""
+        """The first times, and the last."""
         times = self.reached(backend)[point]
         return sorted({*range(1, min(times, most) + 1), times})
 
@@ -71,7 +71,7 @@ def _logs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 
 def test_one_life_is_like_another(logs: Logs) -> None:
     """An undisturbed life comes by each point as often as the one before: the middle of that is the middle of this."""
-    _, counts = struck(logs.new("sqlite"))
+    _, counts = run_with_failures(logs.new("sqlite"))
 
     assert counts == logs.reached("sqlite")
 
@@ -79,10 +79,10 @@ def test_one_life_is_like_another(logs: Logs) -> None:
 @pytest.mark.parametrize(("backend", "point"), QUICK)
 def test_death_at_a_point(backend: str, point: str, logs: Logs) -> None:
     """The sidecar dies here, with the power, in the middle of its life; it recovers, and no promise is broken."""
-    blow = Blow(point, logs.middle(backend, point))
-    history, counts = struck(logs.new(backend), blow)
+    failure = Failure(point, logs.middle(backend, point))
+    history, counts = run_with_failures(logs.new(backend), failure)
 
-    assert counts[point] >= blow.occurrence
+    assert counts[point] >= failure.occurrence
     assert broken(history) == {}
 
 
@@ -95,7 +95,7 @@ def test_death_at_a_point(backend: str, point: str, logs: Logs) -> None:
 )
 def test_a_database_lost_at_a_point(kind: str, point: str, logs: Logs) -> None:
     """The line to PostgreSQL breaks here, or its server dies: the sidecar finds out what is durable, no promise is broken."""
-    history, _ = struck(logs.new("postgres"), Blow(point, logs.middle("postgres", point), kind))
+    history, _ = run_with_failures(logs.new("postgres"), Failure(point, logs.middle("postgres", point), kind))
 
     assert broken(history) == {}
 
@@ -105,8 +105,8 @@ def test_a_database_lost_at_a_point(kind: str, point: str, logs: Logs) -> None:
 def test_death_in_doubt(point: str, moment: str, logs: Logs) -> None:
     """The line breaks in a commit, which the server has or has not, and the sidecar dies while it asks which: no promise is
     broken."""
-    cut = Blow(point, logs.middle("postgres", point), "cut")
-    history, counts = struck(logs.new("postgres"), cut, Blow(moment, 1))
+    cut = Failure(point, logs.middle("postgres", point), "cut")
+    history, counts = run_with_failures(logs.new("postgres"), cut, Failure(moment, 1))
 
     assert counts[moment] == 1
     assert broken(history) == {}
@@ -118,7 +118,7 @@ def test_death_in_doubt(point: str, moment: str, logs: Logs) -> None:
 def test_every_death_at_a_point(backend: str, point: str, logs: Logs) -> None:
     """And so it is whichever time the sidecar comes by there: the first twelve (PostgreSQL: four), and the last."""
     for occurrence in logs.some(backend, point, 12 if backend == "sqlite" else 4):
-        history, _ = struck(logs.new(backend), Blow(point, occurrence))
+        history, _ = run_with_failures(logs.new(backend), Failure(point, occurrence))
         assert broken(history) == {}, f"time {occurrence}"
 
 
@@ -129,7 +129,7 @@ def test_every_death_at_a_point(backend: str, point: str, logs: Logs) -> None:
 def test_every_database_lost_at_a_point(kind: str, point: str, logs: Logs) -> None:
     """And so it is at each thing that is asked of the server: the first two times, and the last."""
     for occurrence in logs.some("postgres", point, 2):
-        history, _ = struck(logs.new("postgres"), Blow(point, occurrence, kind))
+        history, _ = run_with_failures(logs.new("postgres"), Failure(point, occurrence, kind))
         assert broken(history) == {}, f"time {occurrence}"
 
 
@@ -141,13 +141,13 @@ def test_every_database_lost_at_a_point(kind: str, point: str, logs: Logs) -> No
 def test_every_death_in_doubt(point: str, kind: str, moment: str, logs: Logs) -> None:
     """And so it is with every commit that can be in doubt, whether the line is lost in it or the server."""
     for occurrence in logs.some("postgres", point, 2):
-        history, _ = struck(logs.new("postgres"), Blow(point, occurrence, kind), Blow(moment, 1))
+        history, _ = run_with_failures(logs.new("postgres"), Failure(point, occurrence, kind), Failure(moment, 1))
         assert broken(history) == {}, f"time {occurrence}"
 
 
 def test_every_step_has_its_points() -> None:
-    """Each method of each seam has a point before and after it, unless it is said why not."""
-    steps = {f"{seam}.{method}" for seam, protocol in SEAMS.items() for method in methods(protocol)}
+    """Each method of each interface has a point before and after it, unless it is said why not."""
+    steps = {f"{interface}.{method}" for interface, protocol in INTERFACES.items() for method in methods(protocol)}
     named = {" ".join(point.split()[1:2]) for point in POINTS}
 
     assert steps - named == steps & set(NOT_REACHED)

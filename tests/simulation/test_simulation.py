@@ -1,4 +1,4 @@
-"""Both programs in a world of misfortunes, seed by seed: no promise of docs/order.md is broken, and faults are caught."""
+"""Both programs under faults, seed by seed: no promise of docs/order.md is broken, and faults in the product are caught."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from sidecar.config import Settings
 from tests.pair import python
 from tests.simulation import __main__
+from tests.simulation.coverage import EXPECTED
 from tests.simulation.mutations import MUTATIONS, Mutation, caught
 from tests.simulation.plan import plan_of
 from tests.simulation.promises import PROMISES
-from tests.simulation.shrink import ROOT, Shrunk, command, look, shrunk
-from tests.simulation.sights import WANTED
+from tests.simulation.shrink import ROOT, Shrunk, command, run_seed, shrunk
 from tests.simulation.world import simulate
 
 SEEDS = 160
@@ -24,22 +24,22 @@ FOUND = (354, 1931, 501747, 7006137, 7006238, 7008386)
 """Seeds that once broke promise 2 by a fault of the world: three by an answer that a cut held when its handler ended, two by
 the open connections of a replaced sidecar that had lost its power, one by a replaced sidecar that did not know of it."""
 
-looked = cache(look)
+simulated = cache(run_seed)
 
 
 @pytest.mark.parametrize("seed", [*range(SEEDS), *FOUND])
 def test_every_promise_is_kept(seed: int) -> None:
     """Whatever this seed does to sidecar, service, network and disk, all seven promises hold, and everything ends."""
-    _, broken, _ = looked(seed)
+    _, broken, _ = simulated(seed)
 
     assert broken == {}, f"repeat: {command(shrunk(seed, frozenset(broken)))}"
 
 
 def test_the_promises_were_tried() -> None:
     """Those seeds come across every outcome, every refusal, second attempts, joined streams, replaced sidecars."""
-    seen = {name for seed in range(SEEDS) for name in looked(seed)[2]}
+    seen = {name for seed in range(SEEDS) for name in simulated(seed)[2]}
 
-    assert WANTED - seen == set()
+    assert EXPECTED - seen == set()
 
 
 @pytest.mark.parametrize("seed", [3, 4])
@@ -71,7 +71,7 @@ def test_a_fault_is_caught(mutation: Mutation) -> None:
 
 
 def test_every_promise_can_be_broken() -> None:
-    """There is no checker that finds nothing."""
+    """Every checker finds a fault."""
     assert {mutation.promise for mutation in MUTATIONS} == set(PROMISES)
 
 

@@ -33,13 +33,13 @@ from sidecar.journal.store import Store
 from sidecar.journal.writer import _Poll
 from tests.sidecar.journal_disk import PowerLost
 from tests.simulation.clients import Clients
-from tests.simulation.edges import EPOCH_MILLIS, Process, Seams
+from tests.simulation.edges import EPOCH_MILLIS, Hooks, Process
 from tests.simulation.history import History, Stream, Submission
 from tests.simulation.loop import Deadlock, Died, Node, VirtualLoop
 from tests.simulation.network import Handler, Network, Outgoing
 from tests.simulation.plan import SECONDS, Fault, Plan
+from tests.simulation.recording import BLOCK_TOKENS, RecordingEngine, RecordingServer
 from tests.simulation.stores import Log, SharedLog, SqliteLog, Watched
-from tests.simulation.watching import BLOCK_TOKENS, RecordingEngine, ServiceDoor
 
 RESTART_SECONDS = (0.1, 2.0)
 
@@ -47,9 +47,9 @@ RESTART_SECONDS = (0.1, 2.0)
 class World:
     """One run of one plan. `history` is what came of it."""
 
-    def __init__(self, plan: Plan, store: Log, history: History, seams: Callable[[World, Node], Seams] | None = None) -> None:
-        """`seams` is asked for what stands between the parts of each sidecar."""
-        self._seams = seams or (lambda world, node: Seams())
+    def __init__(self, plan: Plan, store: Log, history: History, hooks: Callable[[World, Node], Hooks] | None = None) -> None:
+        """`hooks` is asked for what stands between the parts of each sidecar."""
+        self._hooks = hooks or (lambda world, node: Hooks())
         self.plan, self.store, self.history = plan, store, history
         self.loop = VirtualLoop()
         self.rng = random.Random(f"{plan.seed}/world")
@@ -62,7 +62,7 @@ class World:
         """The one that clients find."""
         self.sidecars: list[Process] = []
         self._backends: dict[Node, Store] = {}
-        self.service: ServiceDoor | None = None
+        self.service: RecordingServer | None = None
         self._services = 0
         self._model = "model-0"
         self._step_seconds = plan.step_seconds
@@ -80,7 +80,7 @@ class World:
         logging.disable(logging.CRITICAL)
         gc.disable()  # what it closes it would close at moments of its own
         try:
-            self.loop.run_until_complete(asyncio.wait_for(self._story(), SECONDS + 4 * self.plan.patience_seconds))
+            self.loop.run_until_complete(asyncio.wait_for(self._story(), SECONDS + 4 * self.plan.settle_seconds))
         except (TimeoutError, Deadlock) as error:
             self.history.unended = self.history.unended or f"not everything came to its end ({error!r})"
         finally:
@@ -111,15 +111,15 @@ class World:
         await self._within("the journal", self._settle())
         self.kill_sidecar(power=True)
         keyed = [job for job in self.plan.jobs if job.key]
-        await self._within("the encore", asyncio.gather(*map(self.clients.encore, keyed)))
+        await self._within("the afterwards", asyncio.gather(*map(self.clients.afterwards, keyed)))
         await self._within("the journal", self._settle())
         assert not self.network.open_to_dead(), "the connections of a dead process are broken"
 
     async def _within(self, what: str, awaitable: asyncio.Future[Any] | Any) -> None:
         try:
-            await asyncio.wait_for(awaitable, self.plan.patience_seconds)
+            await asyncio.wait_for(awaitable, self.plan.settle_seconds)
         except TimeoutError:
-            self.history.unended = f"{what}: not ended after {self.plan.patience_seconds:.0f} s of peace"
+            self.history.unended = f"{what}: not ended after {self.plan.settle_seconds:.0f} s of peace"
             raise
 
     async def _settle(self) -> None:
@@ -147,13 +147,13 @@ class World:
         """A new one; the one before is gone."""
         self._services += 1
         node = Node(self.loop, f"service-{self._services}")
-        door = ServiceDoor(node)
-        door.world, door.number = self, self._services
-        self.service = door
+        server = RecordingServer(node)
+        server.world, server.number = self, self._services
+        self.service = server
         self.history.note(self.loop.time(), "start", node, self._model)
-        self._keep(node.spawn(self._serve(door)))
+        self._keep(node.spawn(self._serve(server)))
 
-    async def _serve(self, door: ServiceDoor) -> None:
+    async def _serve(self, server: RecordingServer) -> None:
         script = {
             "model": self._model,
             "runs": self.plan.engine_runs,
@@ -164,14 +164,14 @@ class World:
             "rules": list(self.plan.rules),
         }
         settings = ServiceSettings(engine="scripted", self_test="off")
-        engine = RecordingEngine(parse(json.dumps(script)), end_process=lambda code: self._end_service(door))
+        engine = RecordingEngine(parse(json.dumps(script)), end_process=lambda code: self._end_service(server))
         engine.note = self._submitted
         self._engines.append(engine)
         workers = Workers(1, 1)
         servicer = EngineServicer(workers)
-        door.add(add_EngineServicer_to_server, servicer, NAME)
+        server.add(add_EngineServicer_to_server, servicer, NAME)
         servicer.streams = await start_engine(engine, settings, Metrics(CollectorRegistry()), "0" * 32)
-        await door.start()
+        await server.start()
 
     def _submitted(self, stream: Stream, run: Run) -> None:
         history, digest = self.history, input_digest(run.token_ids, run.parameters, run.seed)
@@ -190,25 +190,24 @@ class World:
             )
         )
 
-    def _end_service(self, door: ServiceDoor) -> None:
-        """An engine crashes. What it has said arrives before that: one that dies before its Started is told is held against
-        nobody (docs/order.md)."""
+    def _end_service(self, server: RecordingServer) -> None:
+        """An engine crashes. What it reported arrives first: if Started does not arrive, no item is charged (docs/order.md)."""
 
         def end() -> None:
-            if not door.node.dead and door is self.service:
+            if not server.node.dead and server is self.service:
                 self.kill_service()
 
         self.network.later(2 * self.plan.delay_seconds[1], end)
 
     def kill_service(self, *, silently: bool = False) -> None:
         """As kill -9, or as a machine that is simply not there any more. Another one is started soon."""
-        door = self.service
-        if door is None:
+        server = self.service
+        if server is None:
             return
         self.service = None
-        self.history.note(self.loop.time(), "kill", door.node)
-        door.node.kill()
-        self.network.died(door.node, silently=silently)
+        self.history.note(self.loop.time(), "kill", server.node)
+        server.node.kill()
+        self.network.died(server.node, silently=silently)
         self.network.later(self.rng.uniform(*RESTART_SECONDS), self.start_service)
 
     def start_sidecar(self) -> None:
@@ -218,17 +217,17 @@ class World:
             queue_items_max=16, item_timeout_seconds=8.0, drain_seconds=3.0, tick_seconds=0.5, max_response_bytes=1 << 20
         )
         rng = random.Random(f"{self.plan.seed}/{node}")
-        seams = self._seams(self, node)
+        hooks = self._hooks(self, node)
         try:
             process = Process(
                 node,
                 self.network,
                 settings,
                 lambda: self.service,
-                lambda: seams.opened(*self._open(node, seams)),
+                lambda: hooks.opened(*self._open(node, hooks)),
                 rng,
                 self.plan.commit_seconds,
-                seams,
+                hooks,
             )
         except (StartupError, JournalUnusable, PowerLost, Died) as error:
             self.history.note(self.loop.time(), "no start", node, type(error).__name__)
@@ -243,10 +242,10 @@ class World:
             self._watch_takeovers(process)
         self._keep(node.spawn(self._run(process)))
 
-    def _open(self, node: Node, seams: Seams) -> tuple[Store, Opened]:
-        seams.before_open()
+    def _open(self, node: Node, hooks: Hooks) -> tuple[Store, Opened]:
+        hooks.before_open()
         backend, opened = self.store.open(EPOCH_MILLIS + round(self.loop.time() * 1e3))
-        # What a sidecar that is gone has written, and could not tell anybody of, counts from now on.
+        # What a dead sidecar wrote and could not acknowledge counts from now on.
         self.durable(1, opened.head.index)
         self.history.opened += 1
         self._backends[node] = watched = Watched(backend, self.durable, lambda: self._lost_power(node))
@@ -260,7 +259,7 @@ class World:
 
     def die(self, node: Node) -> None:
         """Here and now, and the power with it."""
-        self.store.darken()
+        self.store.power_off()
         self._lost_power(node)
 
     def _lost_power(self, node: Node) -> None:
@@ -418,21 +417,21 @@ class World:
             node.stop()
             await asyncio.sleep(seconds)
         if not node.dead:
-            node.go_on()
+            node.resume()
 
     async def _replace(self, node: Node, seconds: float) -> None:
-        """It stands still, another one takes its place, and then it wakes up and knows of nothing."""
+        """It is stopped, another one takes its place, and then it continues without knowing of that."""
         # This log has no leases: until it appends or meets the service, it does not know, and its callers wait with it.
         self._replaced.setdefault(node, self.loop.time())
         node.stop()
         await asyncio.sleep(min(0.5, seconds))
         if self.sidecar is not None and self.sidecar.node is node:
             self.start_sidecar()
-            self.history.sights.add("a sidecar that was replaced")
+            self.history.coverage.add("a sidecar that was replaced")
         await asyncio.sleep(seconds)
         if not node.dead:
-            self.history.sights.add("a replaced sidecar that came back")
-            node.go_on()
+            self.history.coverage.add("a replaced sidecar that came back")
+            node.resume()
 
     @contextlib.contextmanager
     def _out_of_reach(self) -> Iterator[None]:
@@ -443,12 +442,12 @@ class World:
     # ---- ways
 
     def dial(self, method: str, deadline: float | None) -> Outgoing:
-        """A client's call to whoever is there."""
+        """A client's call to the present sidecar."""
 
-        def door() -> tuple[Node, Handler] | None:
-            return None if self.sidecar is None else self.sidecar.door.find(method)
+        def server() -> tuple[Node, Handler] | None:
+            return None if self.sidecar is None else self.sidecar.server.find(method)
 
-        return Outgoing(self.network, "clients", None, door, deadline=deadline)
+        return Outgoing(self.network, "clients", None, server, deadline=deadline)
 
     def _keep(self, task: asyncio.Task[Any]) -> None:
         self._tasks.add(task)

@@ -1,4 +1,4 @@
-"""What a run has come across: so that a promise is not said to hold where nobody tried it."""
+"""What runs have come across. A promise that no run has tried is not known to hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 
 from tests.simulation.history import History
 
-WANTED = frozenset(
+EXPECTED = frozenset(
     {
         "COMPLETED", "FAILED", "CANCELLED", "ABANDONED", "AUDITED", "ATTEMPTS_EXHAUSTED", "FINGERPRINT_CHANGED",
         "ENGINE_FAILED", "refused: DRAINING", "refused: ENGINE_UNAVAILABLE", "refused: GRADE_NOT_EARNED",
@@ -22,7 +22,7 @@ WANTED = frozenset(
 """What some hundred seeds have to show."""
 
 
-def sights(history: History) -> frozenset[str]:
+def coverage(history: History) -> frozenset[str]:
     """By name."""
     return frozenset(_sights(history))
 
@@ -35,7 +35,7 @@ def _sights(history: History) -> Iterator[str]:
     for call in history.calls:
         if call.error is not None:
             yield f"{'lost' if call.error.reason in ('DISCONNECTED', 'DEADLINE_EXCEEDED') else 'refused'}: {call.error.reason}"
-        if call.encore and call.complete:
+        if call.afterwards and call.complete:
             yield "an answer by key, again"
         if call.repeated and call.tokens:
             yield "a stream that was joined"
@@ -51,4 +51,4 @@ def _sights(history: History) -> Iterator[str]:
         newer = history.taken.get(one.sequence, one.step) < one.step
         if newer and any(other.sequence > one.sequence and other.step < one.step for other in history.submissions):
             yield "a takeover beside what runs"
-    yield from history.sights
+    yield from history.coverage

@@ -13,7 +13,7 @@ from ostinato.v1 import engine_pb2
 
 from service.engines.base import Run
 from service.engines.scripted import ScriptedEngine
-from tests.simulation.edges import Door
+from tests.simulation.edges import SimulatedServer
 from tests.simulation.history import History, Stream
 from tests.simulation.loop import Node
 from tests.simulation.network import Handler, Incoming
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS = 8
 WINDOW = 2
-"""Runs that a sidecar hands over for each that the engine runs."""
+"""Runs that a sidecar thread over for each that the engine runs."""
 
 _stream: contextvars.ContextVar[Stream | None] = contextvars.ContextVar("stream", default=None)
 
@@ -40,7 +40,7 @@ class RecordingEngine(ScriptedEngine):
         super().submit(run)
 
 
-class ServiceDoor(Door):
+class RecordingServer(SimulatedServer):
     """Notes what passes on Execute."""
 
     world: World
@@ -98,5 +98,5 @@ async def _sees(history: History, what: str, error: type[Exception]) -> AsyncIte
     try:
         yield
     except error:
-        history.sights.add(what)
+        history.coverage.add(what)
         raise
