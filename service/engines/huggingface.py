@@ -1,4 +1,4 @@
-"""A vocabulary in the form of Hugging Face's files, which gateways read: tokenizer.json and tokenizer_config.json."""
+"""Hugging Face's tokenizer.json and tokenizer_config.json, which gateways read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 def letters() -> list[str]:
-    """GPT-2's alphabet, by byte: bytes that print stand for themselves, the others for characters from U+0100 on, in order."""
+    """GPT-2's alphabet, by byte: printable bytes are themselves, the others are characters from U+0100 on, in order."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = {byte: 256 + index for index, byte in enumerate(byte for byte in range(256) if byte not in printable)}
     return [chr(others.get(byte, byte)) for byte in range(256)]
@@ -27,9 +27,9 @@ def byte_level_bpe(
 ) -> bytes:
     """tokenizer.json of a byte-level BPE.
 
-    `tokens` by id, in GPT-2's alphabet; `merges` as "left right"; `controls`: ids of tokens that are recognised when they are
-    written out, and whether decoding leaves them out; `splits`: regular expressions that cut a text into words, one after the
-    other; `begin`: the token put before every text.
+    `tokens`: by id, in GPT-2's alphabet. `merges`: as "left right". `controls`: ids of tokens recognised in a text, and
+    whether decoding omits them. `splits`: regular expressions that cut a text into words, applied in order. `begin`: the token
+    before every text.
     """
     described: dict[str, Any] = {
         "version": "1.0",

@@ -303,7 +303,7 @@ class ScriptedEngine:
         return own | {"tokenizer": "bytes", "template": "turns"} | self.script.fields
 
     def check_format(self, response_format: types_pb2.ResponseFormat) -> None:
-        raise ValueError("the scripted engine obeys no grammar")
+        raise ValueError("the scripted engine supports no grammars")
 
     def collect(self) -> Iterable[Metric]:
         return ()
@@ -343,7 +343,7 @@ class ScriptedEngine:
         runs = [*(active.run for active in self._active.values()), *self._waiting.values()]
         for run in runs:
             self.cancel(run.run_id)
-        self._on_events([run.failed("the engine made a mistake; its log has more") for run in runs])
+        self._on_events([run.failed("the engine failed; see its log") for run in runs])
 
     async def _step(self, now: float) -> None:
         """One token of every run that is awake, then the step's delay; or wait, if there is nothing to do."""
@@ -407,7 +407,7 @@ class ScriptedEngine:
             case "forget_seed":
                 active.tokens = Tokens(self.script.model, replace(active.run, seed=0))
             case "lose_grade":
-                reason = f"the script took it at token {active.generated} of sequence {active.run.sequence}"
+                reason = f"the script lowers it at token {active.generated} of sequence {active.run.sequence}"
                 self._on_grade(types_pb2.Grade.Value(f"GRADE_{rule.to}"), reason)
             case "fail":
                 self._release(active.run.run_id)

@@ -81,7 +81,7 @@ async def test_grade_lost_during_the_test_is_not_earned() -> None:
     found = await model(fault("lose_grade", at=3, to="SERIAL"))
 
     assert found.grade == SERIAL
-    assert "the script took it" in found.grade_reason
+    assert "the script lowers it" in found.grade_reason
 
 
 async def test_off_is_best_effort() -> None:

@@ -196,7 +196,7 @@ class Grammar:
         self._library.apply(self._sampler, self._tokens)
         allowed: NDArray[np.bool_] = self._tokens["logit"] == 0
         if allowed.all():
-            raise GrammarLost("llguidance has given the grammar up")
+            raise GrammarLost("llguidance has failed on this grammar")
         return allowed
 
     def accept(self, token_id: int) -> None:
