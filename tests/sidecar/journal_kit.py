@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, LiteralString, Protocol
+from urllib.parse import quote
 
 import psycopg
 
@@ -19,6 +21,7 @@ from sidecar.journal.postgres import PostgresSettings, PostgresStore
 from sidecar.journal.sqlite import SqliteSettings, SqliteStore
 from sidecar.journal.store import SqlStore, Store
 from sidecar.opening import open_for_maintenance
+from tests.sidecar.postgres_proxy import Proxy
 
 LOG_ID = "0123456789abcdef0123456789abcdef"
 PARAMETERS = types_pb2.ResolvedParameters(temperature=1.0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=16)
@@ -242,3 +245,31 @@ class PostgresKit:
         with psycopg.connect(self.url, autocommit=True) as db:
             found = db.execute(query, parameters)
             return found.fetchall() if found.description else []
+
+
+NOW = 1_700_000_000_000
+EXPIRE = "UPDATE writers SET lease_until = clock_timestamp() - interval '1 second' WHERE name = %s"
+
+
+def admit(journal: PostgresStore, *items: sequencer_pb2.AdmittedPayload, key: str = "") -> tuple[Sealed, ...]:
+    (appended,) = journal.append_many([admission(*items, key=key)], NOW)
+    return appended.entries
+
+
+def sound(store: PostgresKit) -> bool:
+    return [fault for page in store.verify() for fault in page.faults] == []
+
+
+class Watch:
+    """A monotonic clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def through(line: Proxy, store: PostgresKit) -> str:
+    """The store's URL, but by way of the proxy."""
+    return re.sub(r"(?<=host=)[^&]*", quote(str(line.folder), safe=""), store.url)

@@ -18,8 +18,7 @@ from sidecar.journal.model import Appended, ItemEntries, JournalBroken, Note, Se
 from sidecar.journal.postgres import PostgresTables
 from sidecar.journal.writer import GroupSettings, Journal
 from tests.postgres import Postgres
-from tests.sidecar.journal_kit import PostgresKit, admission, completed, item, sequences
-from tests.sidecar.postgres_kit import through
+from tests.sidecar.journal_kit import PostgresKit, admission, completed, item, sequences, through
 from tests.sidecar.postgres_proxy import Cut, Proxy
 
 SETTINGS = GroupSettings(full_retry_seconds=0.05, deferred_outcomes_max=8)

@@ -14,8 +14,7 @@ import pytest
 from sidecar.journal.model import JournalBroken, JournalUnusable, Sealed
 from sidecar.journal.postgres import LogLocked, PostgresStore, PostgresTables
 from tests.postgres import Postgres, installed
-from tests.sidecar.journal_kit import PostgresKit, completed, item, sequences
-from tests.sidecar.postgres_kit import NOW, Watch, admit, sound
+from tests.sidecar.journal_kit import NOW, PostgresKit, Watch, admit, completed, item, sequences, sound
 
 LEASE_SECONDS = 0.4
 STOPPED_SECONDS = 20.0

@@ -55,7 +55,7 @@ NOT_REACHED = {
     ),
     **dict.fromkeys(
         ("database.drop_payloads", "database.import_entries", "database.import_keys", "database.keys"),
-        "an operator's command: tests/sidecar/test_journal_keeping.py",
+        "an operator's command: tests/sidecar/test_journal_maintenance.py",
     ),
 }
 
