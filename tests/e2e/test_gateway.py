@@ -154,10 +154,10 @@ async def test_logprobs(api: openai.AsyncOpenAI) -> None:
     """A chat has one logprob per token, with the requested number of alternatives."""
     made = await api.chat.completions.create(model="scripted", messages=HELLO, max_tokens=5, logprobs=True, top_logprobs=2)
 
-    told = made.choices[0].logprobs
-    assert told is not None and told.content is not None
-    assert "".join(each.token for each in told.content) == made.choices[0].message.content
-    assert [len(each.top_logprobs) for each in told.content] == [2] * 5
+    logprobs = made.choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None
+    assert "".join(each.token for each in logprobs.content) == made.choices[0].message.content
+    assert [len(each.top_logprobs) for each in logprobs.content] == [2] * 5
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def why(result: types_pb2.Result) -> str:
 
 
 async def verifying(door: Door, sequence: int) -> None:
-    """Until the first run has its outcome: what is left is the second."""
+    """Wait until the first run has its outcome and only the second run is left."""
     await eventually(lambda: _completed(door, sequence), f"sequence {sequence} has completed")
 
 
@@ -236,8 +236,8 @@ async def _completed(door: Door, sequence: int) -> bool:
 
 
 async def test_verdicts_come_with_the_answers() -> None:
-    """Of six items whose second runs differ twice, two verdicts are DIVERGED at the token that differs: in the answers, in
-    AUDITED entries behind the outcomes, in the metrics; in a stream, and for whoever comes back with the key."""
+    """If two of six second runs diverge, two verdicts are DIVERGED with the first differing token: in the answers, in AUDITED
+    entries after the outcomes, in the metrics, in a stream, and in a retry by key."""
     rules = [rule("diverge", 3, "VERIFY", sequences=[2, 5, 8])]
     async with own(rules=rules) as door:
         response = await door.generation.Generate(asked([f"p{n}" for n in range(6)], key="k"))
@@ -273,7 +273,7 @@ async def test_verdicts_come_with_the_answers() -> None:
 
 
 async def test_an_item_that_fails_is_not_verified() -> None:
-    """There is nothing to compare: the status comes as ever, with no comparison."""
+    """An item that fails has its status and no comparison."""
     async with own(rules=[rule("fail", 2, sequences=[1])]) as door:
         first, second = (await door.generation.Generate(asked(["a", "b"]))).results
 
@@ -283,7 +283,7 @@ async def test_an_item_that_fails_is_not_verified() -> None:
 
 
 async def test_an_engine_lost_in_the_second_run() -> None:
-    """The answer leaves without a verdict and says why; nothing runs again, and the key brings the same bytes."""
+    """The answer has no verdict but a reason. Nothing runs again, and a retry by key gets the same bytes."""
     with Pair(service=scripted(rules=[rule("crash", 1, "VERIFY")])) as pair:
         pair.start()
         async with opened(pair) as door:
@@ -297,7 +297,7 @@ async def test_an_engine_lost_in_the_second_run() -> None:
 
 
 async def test_a_second_run_that_fails() -> None:
-    """A second run that the engine fails, or that takes longer than an item may, costs the verdict and not the answer."""
+    """If the second run fails or exceeds the item timeout, the answer is returned without a verdict."""
     rules = [rule("fail", 1, "VERIFY", sequences=[1]), rule("hang", 1, "VERIFY", sequences=[2])]
     async with own("--item-timeout-seconds", "0.5", rules=rules) as door:
         first, second = (await door.generation.Generate(asked(["a", "b"]))).results
@@ -307,7 +307,7 @@ async def test_a_second_run_that_fails() -> None:
 
 
 async def test_a_drain_does_not_wait_for_second_runs() -> None:
-    """Told to stop while a second run hangs, the sidecar lets the answer go without a verdict and exits 0."""
+    """On SIGTERM while a second run hangs, the sidecar returns the answer without a verdict and exits with 0."""
     async with own(rules=[HANG]) as door:
         call = asyncio.ensure_future(door.generation.Generate(asked(["a"])))
         await verifying(door, 1)
@@ -317,11 +317,11 @@ async def test_a_drain_does_not_wait_for_second_runs() -> None:
 
 
 async def test_a_caller_that_goes_frees_the_engine() -> None:
-    """Where the deadline passes in a second run the outcome stays, the engine is freed, and the record says why there is no
-    verdict; with a key the second run goes on, until Cancel ends it and the answer is there."""
+    """If the deadline passes during a second run, the outcome stays, the run is cancelled, and the record says why there is no
+    verdict. With a key the second run continues, until Cancel ends it and the answer is returned."""
     async with own(rules=[HANG]) as door:
         with pytest.raises(errors.DeadlineExceeded):
-            await door.client.generate(asked(["a"]), timeout=2)  # of which the first run takes next to nothing
+            await door.client.generate(asked(["a"]), timeout=2)  # much longer than the first run
         await door.freed()
         assert await door.outcome(1) == ("COMPLETED", "")
         (record,) = await door.client.get(1)
@@ -338,7 +338,7 @@ async def test_a_caller_that_goes_frees_the_engine() -> None:
 
 
 async def test_a_sidecar_killed_in_the_second_run() -> None:
-    """The outcome is durable by then: after the restart the key brings the answer, without a verdict, always the same."""
+    """After the restart a retry by key gets the answer without a verdict, and always the same."""
     async with own(rules=[HANG]) as door:
         call = asyncio.ensure_future(door.generation.Generate(asked(["a"], key="k")))
         await verifying(door, 1)
@@ -367,7 +367,7 @@ async def restarted(door: Door, **script: Any) -> None:
     async def another() -> bool:
         try:
             return (await door.client.model()).fingerprint != before
-        except Exception:  # noqa: BLE001  # while nobody is there
+        except Exception:  # noqa: BLE001  # while no service is connected
             return False
 
     await eventually(another, "the new service is connected")

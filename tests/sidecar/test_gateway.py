@@ -164,14 +164,14 @@ async def test_other_tokens_than_were_sent_fail_the_call() -> None:
     assert [key for key, _ in wire.trailers] == [STAMP_METADATA]
 
 
-@pytest.mark.parametrize(("count", "told"), [(RECEIPTS_MAX, RECEIPTS_MAX), (RECEIPTS_MAX + 1, 0)])
-async def test_trailers_stay_small(count: int, told: int) -> None:
+@pytest.mark.parametrize(("count", "translated"), [(RECEIPTS_MAX, RECEIPTS_MAX), (RECEIPTS_MAX + 1, 0)])
+async def test_trailers_stay_small(count: int, translated: int) -> None:
     """The trailers have all receipts or, if these would not fit, none."""
     wire, made, stamp = answer(count)
     response = generation_pb2.GenerateResponse(stamp=stamp, results=[completed(7 + index) for index in range(count)])
     await made.write_response(response.SerializeToString())
 
-    assert len(wire.receipts()) == told
+    assert len(wire.receipts()) == translated
     assert sum(len(key) + len(value) * 4 // 3 for key, value in wire.trailers) < 8192
 
 
@@ -368,8 +368,8 @@ def test_too_many_answers_are_refused_before_they_are_made() -> None:
 )
 def test_a_refusal_has_the_gateway_s_names(ours: str, theirs: str) -> None:
     """A refused field is named as the gateway names it."""
-    told = with_gateway_names(errors.InvalidRequest(violations=[Violation(ours, "is wrong")]))
+    translated = with_gateway_names(errors.InvalidRequest(violations=[Violation(ours, "is wrong")]))
 
-    assert isinstance(told, errors.InvalidRequest)
-    assert told.violations == (Violation(theirs, "is wrong"),)
-    assert told.message == f"{theirs}: is wrong"
+    assert isinstance(translated, errors.InvalidRequest)
+    assert translated.violations == (Violation(theirs, "is wrong"),)
+    assert translated.message == f"{theirs}: is wrong"
