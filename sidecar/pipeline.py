@@ -369,48 +369,37 @@ class Pipeline:
             span.end()
         for item, outcome, each in zip(items, outcomes, appended, strict=True):
             if each.entries and item.verification is None and item.recovery is None:
-                result = self._recorded(item, outcome, each.entries[0])
-                self._notify_completed(self._record_of(item, each.entries[0]), item)
-                self._answer(item, result)
+                self._answer(item, self._recorded(item, outcome, each.entries[0]))
                 self.dispatch(ev.Ended(item.sequence))
             else:
                 self.spawn(self._answer_later(item, outcome, each))
 
     async def _answer_later(self, item: ActiveItem, outcome: Outcome, appended: Appended) -> None:
-        """There is more to await, and other items need not wait for it. Raises JournalBroken."""
+        """More has to be awaited, and other items need not wait for it. Raises JournalBroken."""
         if not appended.entries:  # another writer's outcome came first
             item.cancel_verification(errors.Abandoned("another outcome came first"))
             item.span.end()
             result = answers.answer_or_header(await answers.ended(self.journal, item.sequence))
         else:
             result = self._recorded(item, outcome, appended.entries[0])
-            record = self._record_of(item, appended.entries[0])
-            if record is None:
-                item.cancel_verification(errors.Abandoned("there is no answer to verify"))
-            elif item.verification is not None:
+            if item.verification is not None and result.HasField("output"):
+                record = _record_of(item, appended.entries[0])
                 result.comparison.CopyFrom(await self._verify(record, item.verification))
-            self._notify_completed(record, item)
+            else:
+                item.cancel_verification(errors.Abandoned("there is no answer to verify"))
         self._answer(item, result)
         if item.recovery is not None and item.output is not None:  # not part of the answer, which is durable
             await self.rerunner.append(Audit(item.admitted, item.recovery, item.fingerprint_digest, item.output.grade))
         self.dispatch(ev.Ended(item.sequence))
 
     def _recorded(self, item: ActiveItem, outcome: Outcome, sealed: Sealed) -> types_pb2.Result:
-        """What a later reader of the journal derives, too."""
+        """The outcome is durable. The result, as every later reader of the journal derives it."""
         result = result_of(sealed, outcome.payload)
         self.observer.recorded(item, sealed, result)
-        return result
-
-    def _record_of(self, item: ActiveItem, sealed: Sealed) -> Record | None:
-        """None: the item has not completed."""
-        if item.output is None or sealed.header.kind != types_pb2.ENTRY_KIND_COMPLETED:
-            return None
-        return Record(item.admitted, sealed.header, item.input, item.output, item.company)
-
-    def _notify_completed(self, record: Record | None, item: ActiveItem) -> None:
-        if record is not None:
+        if result.HasField("output"):
             for listener in self.completion_listeners:
-                listener(record, max(item.company, item.company_at_end))
+                listener(_record_of(item, sealed), max(item.company, item.company_at_end))
+        return result
 
     async def _verify(self, record: Record, second: asyncio.Future[RerunResult]) -> types_pb2.Comparison:
         sequence = record.completed.sequence
@@ -484,6 +473,12 @@ class PendingAdmission:
         self.span.end(error)
         if not self.numbered.done():
             self.numbered.set_exception(error)
+
+
+def _record_of(item: ActiveItem, sealed: Sealed) -> Record:
+    """Of a completed item."""
+    assert item.output is not None
+    return Record(item.admitted, sealed.header, item.input, item.output, item.company)
 
 
 def _shown(key: str) -> str:
