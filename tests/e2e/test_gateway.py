@@ -164,12 +164,8 @@ async def test_logprobs(api: openai.AsyncOpenAI) -> None:
     ("parameters", "field"),
     [
         ({"seed": 2**31 - 1}, "seed"),
-        ({"seed": 2**40}, "seed"),
         ({"seed": -1}, "seed"),
-        ({"seed": -(2**40)}, "seed"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 100_000}, "max_tokens"),
         ({"extra_body": {"regex": "a("}}, "regex"),
         ({"prompt": ""}, "input_ids"),
