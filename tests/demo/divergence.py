@@ -109,7 +109,7 @@ async def show(pair: Pair, console: Console, prompts: int, rounds: int, chart: P
         "default: the self-test gives grade EXACT": default.model.grade == types_pb2.GRADE_EXACT,
         "default: no answer differs, and no alarm": not (default.others or default.twins.diverged or default.twins.alarm),
         "default: all audits match": default.audits.matched == len(default.first) + len(default.later),
-        "the drift between both is named": set(drift(default)) == {"fingerprint.kv"},
+        "the drift between both is named": set(drift(default)) == {"fingerprint.kv", "fingerprint.prefix_cache"},
     }
     for check, passed in checks.items():
         console.print(f"  [green]✓[/] {check}" if passed else f"  [red]✗ {check}[/]")
