@@ -30,7 +30,8 @@ from serving import program
 
 from tests.bench.table import Options, Table
 
-OURS = re.compile(r".*?/((?:proto/ostinato|proto/serving|service|sidecar)/(?!.*_pb2).*\.py)$")
+ROOT = Path(__file__).parents[2]
+OURS = re.compile(rf"{re.escape(str(ROOT))}/((?:proto/ostinato|proto/serving|service|sidecar)/(?!.*_pb2).*\.py)$")
 COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")
 CORE = "sidecar/core/"
 WARM_UP, ROUNDS = 5, 9
