@@ -19,9 +19,10 @@ from ostinato.v1 import engine_pb2, types_pb2
 from service.answer import Answer
 from service.engines.base import Run
 from service.engines.scripted import END, ByteVocabulary
-from service.engines.turbomind.batching import PAGE, Batching, block_bytes, blocks_promised, needed
+from service.engines.turbomind.batching import PAGE_BYTES, Batching, block_bytes, blocks_needed, blocks_promised
 from service.engines.turbomind.metrics import Meter
 from service.engines.turbomind.native import Account, Load, Native, Progress, Status
+from service.engines.turbomind.options import PIECE_TOKENS
 from service.engines.turbomind.request import Formats, Request
 
 VOCABULARY = ByteVocabulary()
@@ -30,7 +31,7 @@ ACCOUNT = Account(queued=100.0, scheduled=101.0, cached=0)
 
 @dataclass
 class Handle:
-    """A run, as TurboMind would hold it; the test makes its tokens."""
+    """A run inside TurboMind; the test makes its tokens."""
 
     tokens: list[int]
     request: Request
@@ -43,7 +44,7 @@ class Handle:
     account: Account = ACCOUNT
 
     def make(self, text: str | Sequence[int], status: int = Status.RUNNING) -> None:
-        """Report as TurboMind does: a newer state replaces one that nobody took, and only the first rings."""
+        """Reports as TurboMind does: a newer state replaces one that was not polled, and only the first one notifies."""
         self.tokens += text.encode() if isinstance(text, str) else text
         waits, self.news = self.news is not None, Progress(status, len(self.tokens))
         if not waits:
@@ -66,16 +67,16 @@ class Handle:
 
 @dataclass
 class Stage:
-    """A batching, and what it said and did."""
+    """A batching, its events and the runs that it started."""
 
     batching: Batching
     handles: dict[int, Handle]
-    """Of runs that were handed over, in that order."""
+    """Of started runs, in that order."""
     events: list[engine_pb2.RunEvent]
     meter: Meter
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """What a thread or a pause does soon."""
+        """Waits for what another thread or task does soon."""
         async with asyncio.timeout(30):
             while not condition():
                 await asyncio.sleep(0.001)
@@ -351,8 +352,8 @@ async def test_a_grammar_that_cannot_be_obeyed_fails_its_run() -> None:
     assert stage.handles == {}
 
 
-async def test_a_prompt_of_one_token_is_handed_over_when_no_other_prompt_is_under_way() -> None:
-    """Before it and after it; beside a longer one TurboMind would compute it with another kernel."""
+async def test_a_prompt_of_one_token_starts_when_no_other_prompt_is_under_way() -> None:
+    """Neither before it nor after it: beside a longer one TurboMind would compute it with another kernel."""
     async with staged(scheduled=False) as stage:
         stage.batching.submit(run_of(1))
         stage.batching.submit(run_of(2, prompt=b"a"))
@@ -367,8 +368,21 @@ async def test_a_prompt_of_one_token_is_handed_over_when_no_other_prompt_is_unde
     assert seen == [[1], [1, 2], [1, 2, 3]]
 
 
-async def test_a_one_token_prompt_that_is_cancelled_while_it_waits_is_not_handed_over() -> None:
-    """It may be cancelled at every pause."""
+async def test_a_prompt_of_one_token_waits_for_all_pieces_of_a_long_one() -> None:
+    """A prompt longer than a piece is in several steps: its first token shows that it is computed, so each step is reported."""
+    async with staged(blocks=1000) as stage:
+        stage.batching.submit(run_of(1, prompt=bytes(PIECE_TOKENS + 2)))
+        stage.batching.submit(run_of(2, prompt=b"a"))
+        await asyncio.sleep(0.01)
+        before = [*stage.handles]
+        stage.handles[1].make("x")
+        await stage.until(lambda: 2 in stage.handles)
+
+        assert (before, stage.handles[1].request.each_step, stage.of(1, "tokens")) == ([1], True, [])
+
+
+async def test_a_one_token_prompt_that_is_cancelled_while_it_waits_does_not_start() -> None:
+    """A waiting run may be cancelled at any time."""
     async with staged(scheduled=False) as stage:
         stage.batching.submit(run_of(1))
         stage.batching.submit(run_of(2, prompt=b"a"))
@@ -381,7 +395,8 @@ async def test_a_one_token_prompt_that_is_cancelled_while_it_waits_is_not_handed
 
 
 async def test_a_runs_account_is_taken_when_it_leaves() -> None:
-    """By LMDeploy's names: succeeded is what came to its end, also where we stopped it; a cancelled run is none."""
+    """With LMDeploy's names. A run succeeded if it came to its end, also if the batching stopped it; a cancelled one did
+    not."""
     async with staged() as stage:
         for run_id in (1, 2, 3):
             stage.batching.submit(run_of(run_id, stop=["b"] if run_id == 2 else [], max_new_tokens=3))
@@ -417,14 +432,14 @@ def test_a_block_has_keys_and_values_of_every_layer(
 
 def test_whole_pages_of_an_8b_models_blocks() -> None:
     """Four to a page, one page lost to alignment, and one block set aside for each run."""
-    region = 100 * PAGE
+    region = 100 * PAGE_BYTES
 
     assert blocks_promised(share=8 * MIB / region, size=8 * MIB, runs=16) == 99 * 4 - 16
 
 
 def test_blocks_that_fill_a_slab_badly_take_a_larger_slab() -> None:
     """20 MiB fit 25 times into 512 MiB, which are 16 pages; of 100 pages six slabs can be made."""
-    region = 100 * PAGE
+    region = 100 * PAGE_BYTES
 
     assert blocks_promised(share=20 * MIB / region, size=20 * MIB, runs=10) == 6 * 25 - 10
 
@@ -446,4 +461,4 @@ def test_never_more_is_promised_than_the_region_holds(size: int, count: int, run
 @pytest.mark.parametrize(("tokens", "expected"), [(1, 1), (64, 1), (65, 2), (4096, 64)])
 def test_a_run_needs_whole_blocks(tokens: int, expected: int) -> None:
     """As the sidecar counts them."""
-    assert needed(tokens, 64) == expected
+    assert blocks_needed(tokens, 64) == expected

@@ -4,8 +4,8 @@
    TurboMind never has to take memory from one run for another, and no run overtakes another.
 2. A run that TurboMind still has keeps its slot and its blocks, also after its caller has left.
 3. TurboMind reports from its own thread. One wake-up of the loop takes all reports that have come by then.
-4. A prompt of one token starts when no other prompt is under way: TurboMind would take it for a prompt or for a decode by
-   what runs beside it, and the two round differently.
+4. A prompt of one token starts when no other prompt is under way, pieces of long ones included: TurboMind would take it for a
+   prompt or for a decode by what runs beside it, and the two round differently.
 """
 
 from __future__ import annotations
@@ -25,59 +25,68 @@ from ostinato.v1 import engine_pb2, types_pb2
 from service.engines.base import Events, Run
 from service.engines.turbomind.metrics import Meter
 from service.engines.turbomind.native import Handle, Native, Progress, Status, why
+from service.engines.turbomind.options import PIECE_TOKENS
 from service.engines.turbomind.request import Formats, Request, request_of, token_logprobs
 
-PAGE = 32 << 20
-SLAB_MAX = 1 << 30
-FULL_ENOUGH = 0.95
-"""Slabs are doubled until blocks fill this much of them."""
+PAGE_BYTES, SLAB_BYTES_MAX = 32 << 20, 1 << 30
+SLAB_USE_MIN = 0.95
+"""TurboMind doubles a slab until blocks use this share of it."""
+POLL_SECONDS = 0.001
+_log = logging.getLogger(__name__)
 
 
 def block_bytes(*, layers: int, kv_heads: int, head_dim: int, block_tokens: int, kv_bits: int) -> int:
-    """Of keys and values of one block on one GPU; quantised, each head of a token has a scale and a zero point of 16 bits."""
+    """Of the keys and values of one block on one GPU. Quantised, each head of a token has a scale and a zero point of 16
+    bits."""
     heads = 2 * layers * kv_heads * block_tokens
     return heads * head_dim * kv_bits // 8 + (heads * 4 if kv_bits < 16 else 0)
 
 
 def blocks_promised(*, share: float, size: int, runs: int) -> int:
-    """How many blocks can be promised, where one of `size` bytes is `share` of the region. At least 1.
+    """Blocks that runs may use at once; one has `size` bytes and is `share` of the KV cache's memory. At least 1.
 
-    A run may take one more than it needs, for a token too many that is under way when it ends: that is set aside.
+    TurboMind does not report this number. Its allocator cuts the memory into pages, slabs of a power of two of them, and
+    blocks. A run may take one block more than it needs, for a token that is computed beyond its end: those are subtracted.
     """
     if not 0 < share <= 1:
         return 1
-    region = int(size / share)
-    slab = max(PAGE, 1 << (size - 1).bit_length())
-    while slab // size * size < FULL_ENOUGH * slab and slab < SLAB_MAX:
+    slab = max(PAGE_BYTES, 1 << (size - 1).bit_length())
+    while slab // size * size < SLAB_USE_MIN * slab and slab < SLAB_BYTES_MAX:
         slab *= 2
-    pages = max(0, region - PAGE) // PAGE  # the region's beginning is moved to a page's
-    return max(1, pages // (slab // PAGE) * (slab // size) - runs)
+    pages = max(0, int(size / share) - PAGE_BYTES) // PAGE_BYTES  # the memory's begin is aligned to a page
+    return max(1, pages // (slab // PAGE_BYTES) * (slab // size) - runs)
 
 
-def needed(tokens: int, block_tokens: int) -> int:
-    """Blocks for a prompt and the longest answer together."""
+def blocks_needed(tokens: int, block_tokens: int) -> int:
+    """Blocks for a prompt and its longest answer together."""
     return -(-tokens // block_tokens)
 
 
-POLL_SECONDS = 0.001
-_log = logging.getLogger(__name__)
-
-
 @dataclass(slots=True)
-class _Live:
+class _Active:
     """A run that TurboMind has."""
 
     run: Run
     handle: Handle
     blocks: int
-    seen: int
-    """Tokens of it that the answer has, prompt included."""
-    wanted: bool = True
-    """Whether anything is still to be reported."""
+    taken: int
+    """Tokens of the run, prompt included, that the answer has."""
+    reporting: bool = True
+    """False: its end was reported, or its caller cancelled it."""
+
+    @property
+    def prompt_computed(self) -> bool:
+        """A prompt of one piece is computed in its first step; of a longer one the first new token shows it."""
+        return self.taken > len(self.run.token_ids) if _long(self.run) else self.handle.scheduled
+
+
+def _long(run: Run) -> bool:
+    """Whether its prompt may be computed in several steps."""
+    return len(run.token_ids) > PIECE_TOKENS + 1
 
 
 class Batching:
-    """Belongs to the running event loop; `on_events` is called there."""
+    """Belongs to the running event loop, where `on_events` is called."""
 
     def __init__(
         self,
@@ -92,169 +101,169 @@ class Batching:
         on_events: Callable[[Events], None],
         before_events: Callable[[], None],
     ) -> None:
-        """`before_events` is called when a step's results are there and nothing of them is reported yet."""
+        """`before_events` is called when a step has results, before any of them is reported."""
         self._native, self._formats, self._meter, self._end_ids = native, formats, meter, end_ids
         self._slots, self._blocks, self._block_tokens = runs, blocks, block_tokens
         self._blocks_max = blocks
         self._on_events, self._before_events = on_events, before_events
         self._waiting: OrderedDict[int, Run] = OrderedDict()
-        self._live: dict[int, _Live] = {}
+        self._active: dict[int, _Active] = {}
         self._changed: deque[int] = deque()
-        self._rung = False
-        self._bell = asyncio.Event()
+        self._collecting = False
+        self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
     def __len__(self) -> int:
         """Runs that TurboMind has."""
-        return len(self._live)
+        return len(self._active)
 
     def submit(self, run: Run) -> None:
         self._waiting[run.run_id] = run
-        self._bell.set()
+        self._wake.set()
 
     def cancel(self, run_id: int) -> None:
         self._waiting.pop(run_id, None)
-        live = self._live.get(run_id)
-        if live is not None and live.wanted:
-            live.wanted = False
-            live.handle.cancel()
-        self._bell.set()
+        active = self._active.get(run_id)
+        if active is not None and active.reporting:
+            active.reporting = False
+            active.handle.cancel()
+        self._wake.set()
 
     def cancel_all(self) -> None:
-        for run_id in (*self._waiting, *self._live):
+        for run_id in (*self._waiting, *self._active):
             self.cancel(run_id)
 
     async def feed(self) -> None:
-        """Hand over what waits, for ever."""
+        """Starts waiting runs until it is cancelled."""
         while True:
-            await self._bell.wait()
-            self._bell.clear()
+            await self._wake.wait()
+            self._wake.clear()
             while self._waiting and self._slots:
                 run = next(iter(self._waiting.values()))
-                blocks = needed(len(run.token_ids) + run.parameters.max_new_tokens, self._block_tokens)
+                blocks = blocks_needed(len(run.token_ids) + run.parameters.max_new_tokens, self._block_tokens)
                 if self._blocks < blocks <= self._blocks_max:
                     break
-                await self._hand_over(run, blocks)
+                await self._start_next(run, blocks)
 
-    async def _hand_over(self, run: Run, blocks: int) -> None:
-        """The head of the queue; it may be cancelled at every pause."""
+    async def _start_next(self, run: Run, blocks: int) -> None:
+        """Starts the first waiting run. It may be cancelled at every await."""
         try:
             if blocks > self._blocks_max:
                 raise EngineFailed(f"it needs {blocks} blocks of the KV cache, which has {self._blocks_max}")
-            request = request_of(run.parameters, run.seed, stream=run.stream, end_ids=self._end_ids)
+            request = request_of(run.parameters, run.seed, stream=run.stream or _long(run), end_ids=self._end_ids)
             grammar: object = None
             if run.parameters.HasField("response_format"):
                 grammar = await self._grammar(run.parameters.response_format)
-            alone = len(run.token_ids) == 1
-            if alone:
-                await self._settled()
+            one_token = len(run.token_ids) == 1
+            if one_token:
+                await self._no_prompts()
             if run.run_id in self._waiting:
                 self._start(run, request, grammar, blocks)
-            if alone:
-                await self._settled()
-        except Exception as error:  # noqa: BLE001  # whatever is wrong with one run ends that run
+            if one_token:
+                await self._no_prompts()
+        except Exception as error:  # noqa: BLE001  # a fault of one run ends that run only
             if not isinstance(error, OstinatoError):
-                _log.exception("a run cannot be started")
+                _log.exception("a run cannot start")
             if self._waiting.pop(run.run_id, None) is not None:
                 self._on_events([_failed(run, error)])
 
     async def _grammar(self, response_format: types_pb2.ResponseFormat) -> object:
-        """Raises EngineFailed with what xgrammar says against it: Prepare had nothing against it, or was not asked here."""
+        """Raises EngineFailed with xgrammar's message. Prepare checks it too, but perhaps on another service."""
         try:
             return await self._formats.ready(response_format)
         except ValueError as error:
             raise EngineFailed(f"parameters.response_format {error}") from error
 
     def _start(self, run: Run, request: Request, grammar: object, blocks: int) -> None:
-        handle = self._native.start(run.run_id, run.token_ids, request, grammar, partial(self._ring, run.run_id))
+        handle = self._native.start(run.run_id, run.token_ids, request, grammar, partial(self._notify, run.run_id))
         del self._waiting[run.run_id]
-        self._live[run.run_id] = _Live(run, handle, blocks, seen=len(run.token_ids))
+        self._active[run.run_id] = _Active(run, handle, blocks, taken=len(run.token_ids))
         self._meter.entered(run.run_id, handle)
         self._slots -= 1
         self._blocks -= blocks
         self._on_events([run.started()])
 
-    async def _settled(self) -> None:
-        """Until no prompt waits for its step."""
-        while not all(live.handle.scheduled for live in self._live.values()):
+    async def _no_prompts(self) -> None:
+        """Waits until every prompt is computed."""
+        while not all(active.prompt_computed for active in self._active.values()):
             await asyncio.sleep(POLL_SECONDS)
 
-    def _ring(self, run_id: int) -> None:
-        """From TurboMind's thread."""
+    def _notify(self, run_id: int) -> None:
+        """Runs in TurboMind's thread."""
         self._changed.append(run_id)
-        if not self._rung:
-            self._rung = True
-            with suppress(RuntimeError):  # the loop is closed: nobody is left to listen
+        if not self._collecting:
+            self._collecting = True
+            with suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._collect)
 
     def _collect(self) -> None:
-        """Take what has changed."""
-        self._rung = False  # first: who rings from here on is heard again
+        """Takes all changes that TurboMind has reported."""
+        self._collecting = False  # first: later notifications call this again
         events: Events = []
         while self._changed:
-            live = self._live.get(self._changed.popleft())
-            if live is None:
+            active = self._active.get(self._changed.popleft())
+            if active is None:
                 continue
             try:
-                self._advance(live, events)
-            except Exception as error:  # noqa: BLE001  # likewise
-                self._give_up(live, error, events)
+                self._advance(active, events)
+            except Exception as error:  # noqa: BLE001  # as above
+                self._fail(active, error, events)
         self._before_events()
         if events:
             self._on_events(events)
-        self._bell.set()
+        self._wake.set()
 
-    def _advance(self, live: _Live, events: Events) -> None:
-        """New tokens of one run, and its end."""
-        progress = live.handle.poll()
+    def _advance(self, active: _Active, events: Events) -> None:
+        """Reports new tokens of one run, and its end."""
+        progress = active.handle.poll()
         if progress is None:
             return
         ended = progress.status != Status.RUNNING
         if ended:
-            self._leave(live, progress)
-        if not live.wanted:
+            self._release(active, progress)
+        if not active.reporting:
             return
-        run = live.run
+        run = active.run
         if progress.status in (Status.RUNNING, Status.FINISHED):
-            self._accept(live, progress.length)
+            self._accept(active, progress.length)
             events += run.new_tokens()
         if run.answer.complete:
-            live.wanted = False
-            events.append(run.finished(run.seed, types_pb2.LOGPROB_KIND_PROCESSED, live.handle.account.cached))
+            active.reporting = False
+            events.append(run.finished(run.seed, types_pb2.LOGPROB_KIND_PROCESSED, active.handle.account.cached))
             if not ended:
-                live.handle.cancel()
+                active.handle.cancel()
         elif ended:
-            live.wanted = False
+            active.reporting = False
             events.append(run.failed(why(progress.status)))
 
-    def _accept(self, live: _Live, length: int) -> None:
-        """Give the answer its tokens, up to its end: TurboMind may have gone further."""
-        run, handle, answer, parameters = live.run, live.handle, live.run.answer, live.run.parameters
-        wants = parameters.HasField("logprobs")
-        for index, token_id in enumerate(handle.ids(live.seen, length), start=live.seen - len(run.token_ids)):
-            found = token_logprobs(token_id, *handle.logprobs(index), parameters.logprobs) if wants else None
-            if wants and found is None:
-                raise EngineFailed(f"TurboMind gives no logprob for the token {token_id} that it chose")
+    def _accept(self, active: _Active, length: int) -> None:
+        """Adds tokens to the answer up to its end, which TurboMind may have passed."""
+        run, handle, answer, parameters = active.run, active.handle, active.run.answer, active.run.parameters
+        with_logprobs = parameters.HasField("logprobs")
+        for index, token_id in enumerate(handle.ids(active.taken, length), start=active.taken - len(run.token_ids)):
+            found = token_logprobs(token_id, *handle.logprobs(index), parameters.logprobs) if with_logprobs else None
+            if with_logprobs and found is None:
+                raise EngineFailed(f"TurboMind has no logprob for the token {token_id} that it chose")
             if answer.accept(token_id, found):
                 break
-        live.seen = length
+        active.taken = length
 
-    def _give_up(self, live: _Live, error: Exception, events: Events) -> None:
+    def _fail(self, active: _Active, error: Exception, events: Events) -> None:
         if not isinstance(error, OstinatoError):
-            _log.error("a run went wrong", exc_info=error)
-        if live.wanted:
-            live.wanted = False
-            events.append(_failed(live.run, error))
-        live.handle.cancel()
+            _log.error("a run failed", exc_info=error)
+        if active.reporting:
+            active.reporting = False
+            events.append(_failed(active.run, error))
+        active.handle.cancel()
 
-    def _leave(self, live: _Live, progress: Progress) -> None:
-        run, prompt = live.run, len(live.run.token_ids)
-        del self._live[run.run_id]
+    def _release(self, active: _Active, progress: Progress) -> None:
+        run, prompt = active.run, len(active.run.token_ids)
+        del self._active[run.run_id]
         self._slots += 1
-        self._blocks += live.blocks
+        self._blocks += active.blocks
         made = max(0, progress.length - prompt)
         succeeded = progress.status == Status.FINISHED or run.answer.complete
-        self._meter.left(run.run_id, live.handle.account, prompt, made, succeeded=succeeded, now=time.time())
+        self._meter.left(run.run_id, active.handle.account, prompt, made, succeeded=succeeded, now=time.time())
 
 
 def _failed(run: Run, error: Exception) -> engine_pb2.RunEvent:

@@ -23,7 +23,7 @@ from serving.program import FAILED
 
 from service.engines.base import EngineUnusable, Events, Run
 from service.engines.turbomind import host, model, probe
-from service.engines.turbomind.batching import Batching, block_bytes, blocks_promised, needed
+from service.engines.turbomind.batching import Batching, block_bytes, blocks_needed, blocks_promised
 from service.engines.turbomind.exactness import Exactness
 from service.engines.turbomind.metrics import Meter
 from service.engines.turbomind.model import HuggingFaceVocabulary
@@ -321,7 +321,7 @@ def _blocks(options: TurbomindOptions, described: model.Model, share: float) -> 
     )
     found = blocks_promised(share=share, size=size, runs=options.runs)
     _log.info("KV cache", extra={"blocks": found, "block_bytes": size, "block_share": share})
-    if found < needed(options.context_tokens, BLOCK_TOKENS):
+    if found < blocks_needed(options.context_tokens, BLOCK_TOKENS):
         raise EngineUnusable(
             f"the KV cache has room for {found * BLOCK_TOKENS} tokens, not for one run of {options.context_tokens}:"
             " raise --cache-fraction or lower --context-tokens"
