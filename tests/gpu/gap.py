@@ -19,7 +19,7 @@ AFTER_SECONDS = 1.2
 """The long prompt comes when all streams run."""
 GAP_SECONDS_MAX = 0.2
 """For a model of 8B."""
-ROUNDS = 3
+ROUNDS = 2
 
 
 def asks(number: int) -> tuple[list[Ask], Ask, Ask]:

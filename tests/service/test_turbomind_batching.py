@@ -267,7 +267,7 @@ async def test_a_cancelled_run_is_silent() -> None:
     ("status", "text"),
     [
         (Status.OUT_OF_MEMORY, "no room for the run in its KV cache"),
-        (Status.FAILED, "made a mistake inside"),
+        (Status.FAILED, "had an internal error"),
         (Status.TOO_LONG, "longer than its context"),
         (Status.CANCELLED, "by itself"),
         (Status.FINISHED, "before the answer was complete"),

@@ -83,7 +83,7 @@ def proved(
         (measured if measured is not None else []).append(shapes)
         return permits
 
-    monkeypatch.setattr(kernels, "lend_workspace", lambda _, gpus: None)
+    monkeypatch.setattr(kernels, "set_workspace", lambda _, gpus: None)
     monkeypatch.setattr(kernels, "measure", measure)
     monkeypatch.setattr(probe, "prove_pieces", lambda *_: pieces)
     without(monkeypatch, "TM_GEMM_TUNE")
@@ -272,7 +272,7 @@ def started(
 ) -> tuple[Exactness, FakeOverrides, tuple[bool, bool, str]]:
     """A start of a model that TurboMind's own kernels serve; whether their table was exported and imported, and how they were
     tuned."""
-    monkeypatch.setattr(kernels, "lend_workspace", lambda _, gpus: None)
+    monkeypatch.setattr(kernels, "set_workspace", lambda _, gpus: None)
     monkeypatch.setattr(kernels, "measure", lambda _, shapes: {shape: Permit((66,), 256) for shape in shapes})
     monkeypatch.setattr(probe, "prove_pieces", lambda *_: "")
     monkeypatch.setattr(probe, "prove_kernels", lambda *_: proof)

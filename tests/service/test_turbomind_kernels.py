@@ -207,7 +207,7 @@ class FakeTrials:
         for rank, candidate in enumerate(self._offers(n)):
             yield self._trial(n, rank, candidate)
 
-    def race(self, n: int, others: Iterable[Candidate]) -> Iterator[Trial]:
+    def timed(self, n: int, others: Iterable[Candidate]) -> Iterator[Trial]:
         offers = self._offers(n)
         for rank, candidate in enumerate(dict.fromkeys([*offers, *others])):
             if candidate != GEMV or n == 1:

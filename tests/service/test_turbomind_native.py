@@ -15,7 +15,7 @@ import pytest
 from service.engines.base import EngineUnusable
 from service.engines.turbomind import native as native_module
 from service.engines.turbomind.model import Model
-from service.engines.turbomind.native import Account, Load, Native, Progress, bring_in
+from service.engines.turbomind.native import Account, Load, Native, Progress, import_lmdeploy
 from service.engines.turbomind.options import PIECES_TOKENS, TurbomindOptions
 from service.engines.turbomind.probe import first_run
 from service.engines.turbomind.request import Request
@@ -195,7 +195,7 @@ def test_importing_it_leaves_our_log_alone(calls: list[Any]) -> None:
     own.addHandler(logging.NullHandler())
     own.propagate = False
     try:
-        bring_in()
+        import_lmdeploy()
     finally:
         root.removeHandler(handler)
 

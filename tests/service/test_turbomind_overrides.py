@@ -176,7 +176,7 @@ for name in ("drive_gemm",):
     getattr(turbomind, name).argtypes = [ctypes.c_void_p, *[ctypes.c_int] * 3, *[ctypes.c_void_p] * 3]
 HANDLE, M, K = 0x5150, 8, 4
 space = ctypes.create_string_buffer(64)
-overrides.lend(0, space, ctypes.addressof(space), 64)
+overrides.set_workspace(0, space, ctypes.addressof(space), 64)
 
 def buffers(n):
     b, c = array("H", [17 * (j % PERIOD) for j in range(n) for _ in range(K)]), array("H", [0] * (M * n))
@@ -551,7 +551,7 @@ def test_each_gpu_has_a_workspace_of_its_own(stand_ins: Path) -> None:
         stand_ins,
         """
         other = ctypes.create_string_buffer(32)
-        overrides.lend(1, other, ctypes.addressof(other), 32)
+        overrides.set_workspace(1, other, ctypes.addressof(other), 32)
         overrides.mode(Mode.LEARN), gemm(1)
         shape, = overrides.shapes()
         overrides.permit(shape, [66])
@@ -658,7 +658,7 @@ def test_products_with_few_outputs_are_padded(stand_ins: Path) -> None:
         """
         M = 1
         large = ctypes.create_string_buffer(4096)
-        overrides.lend(0, large, ctypes.addressof(large), 4096)
+        overrides.set_workspace(0, large, ctypes.addressof(large), 4096)
         overrides.mode(Mode.LEARN), gemm(1)
         shape, = overrides.shapes()
         overrides.permit(shape, [66])

@@ -15,7 +15,7 @@ from ostinato.v1 import types_pb2
 
 from service.engines.base import SOURCE_BYTES_MAX
 from service.engines.turbomind import request as request_module
-from service.engines.turbomind.request import ALMOST_ONE, IDS_MAX, NOBODY, Formats, Request, request_of, source_of
+from service.engines.turbomind.request import ALMOST_ONE, IDS_MAX, NO_TOKEN, Formats, Request, request_of, source_of
 
 ENDS = frozenset({2, 7})
 
@@ -44,7 +44,7 @@ def asked(*, seed: int = 1, stream: bool = False, end_ids: frozenset[int] = ENDS
         ({"stop": ["x"]}, {"stop_ids": (2, 7), "each_step": True}),
         ({"min_new_tokens": 3}, {"min_new_tokens": 4, "stop_ids": (), "eos_ids": (2, 7), "each_step": True}),
         ({"min_new_tokens": 3, "ignore_eos": True}, {"min_new_tokens": 4, "stop_ids": (), "each_step": False}),
-        ({"end_ids": frozenset()}, {"stop_ids": (), "eos_ids": (NOBODY,), "each_step": False}),
+        ({"end_ids": frozenset()}, {"stop_ids": (), "eos_ids": (NO_TOKEN,), "each_step": False}),
         ({}, {"output_logprobs": 0}),
         ({"logprobs": 0}, {"output_logprobs": 1}),
         ({"logprobs": 20}, {"output_logprobs": 20}),

@@ -27,7 +27,7 @@ from service.engines.turbomind.batching import Batching, block_bytes, blocks_nee
 from service.engines.turbomind.exactness import Exactness
 from service.engines.turbomind.metrics import Meter
 from service.engines.turbomind.model import HuggingFaceVocabulary
-from service.engines.turbomind.native import Native, bring_in
+from service.engines.turbomind.native import Native, import_lmdeploy
 from service.engines.turbomind.options import BLOCK_TOKENS, PIECE_TOKENS, TOP_K_MAX, TurbomindOptions
 from service.engines.turbomind.overrides import TOP_K_BUCKET
 from service.engines.turbomind.request import RULES, Formats
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 WATCH_SECONDS = 5.0
 STALL_SECONDS = 90.0
-"""Without a step, while there is work: as long as LMDeploy's own server waits."""
+"""Without a step while there is work; the limit of LMDeploy's own server."""
 END_SECONDS = 10.0
-"""For the runs that are told to stop; and then as long for TurboMind's threads."""
+"""For cancelled runs to end, and then for TurboMind's threads."""
 _log = logging.getLogger(__name__)
 
 OnGrade = Callable[[types_pb2.Grade.ValueType, str], None]
@@ -48,7 +48,7 @@ OnGrade = Callable[[types_pb2.Grade.ValueType, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What an engine is made of."""
+    """The parts of an engine."""
 
     native: Native
     vocabulary: HuggingFaceVocabulary
@@ -67,48 +67,23 @@ class TurbomindEngine:
     top_k_max = TOP_K_MAX
 
     def __init__(self, options: TurbomindOptions, loaded: Loaded, *, end_process: Callable[[int], object] = os._exit) -> None:
-        self._options, self._loaded, self._end_process = options, loaded, end_process
-        self.vocabulary = loaded.vocabulary
-        words = loaded.vocabulary
-        self._formats = Formats(lambda: loaded.native.grammar_compiler(words.pieces, words.end_ids))
+        self._loaded, self._end_process = loaded, end_process
+        self.exactness, self.vocabulary = loaded.exactness, loaded.vocabulary
+        self.fields, self.prefix_cache = loaded.fields, loaded.prefix_cache
+        self.model_name, self.context_tokens = self.exactness.model.name, options.context_tokens
+        self.piece_tokens = PIECE_TOKENS if self.exactness.overrides is not None else 0
+        self.capacity = engine_pb2.Capacity(runs=options.runs, kv_blocks=loaded.blocks, block_tokens=BLOCK_TOKENS)
+        self._formats = Formats(lambda: loaded.native.grammar_compiler(self.vocabulary.pieces, self.vocabulary.end_ids))
         self._batching: Batching | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._meter = Meter(options.context_tokens, loaded.native.load)
-        self._sound = True
-        """As far as can be seen while it runs."""
+        self._exact = True
+        """Nothing was observed that must not happen."""
         self._closed = False
-
-    @property
-    def exactness(self) -> Exactness:
-        return self._loaded.exactness
-
-    @property
-    def model_name(self) -> str:
-        return self.exactness.model.name
-
-    @property
-    def context_tokens(self) -> int:
-        return self._options.context_tokens
 
     @property
     def chat(self) -> bool:
         return self.vocabulary.chat
-
-    @property
-    def capacity(self) -> engine_pb2.Capacity:
-        return engine_pb2.Capacity(runs=self._options.runs, kv_blocks=self._loaded.blocks, block_tokens=BLOCK_TOKENS)
-
-    @property
-    def prefix_cache(self) -> bool:
-        return self._loaded.prefix_cache
-
-    @property
-    def piece_tokens(self) -> int:
-        return PIECE_TOKENS if self.exactness.overrides is not None else 0
-
-    @property
-    def fields(self) -> Mapping[str, str]:
-        return self._loaded.fields
 
     @property
     def ceiling(self) -> tuple[types_pb2.Grade.ValueType, str]:
@@ -123,23 +98,24 @@ class TurbomindEngine:
         self._formats.check(response_format)
 
     def start(self, on_events: Callable[[Events], None], on_grade: OnGrade) -> None:
-        """`on_grade` is called if anything is seen that depends on company; a TurboMind that stands still ends the process."""
+        """`on_grade` is called once, with a lower grade, if something is observed that must not happen. A stalled TurboMind
+        ends the process."""
         assert self._batching is None, "an engine is started once"
         self._batching = batching = Batching(
             self._loaded.native,
             self._formats,
             self._meter,
             end_ids=self.vocabulary.end_ids,
-            runs=self._options.runs,
-            blocks=self._loaded.blocks,
+            runs=self.capacity.runs,
+            blocks=self.capacity.kv_blocks,
             block_tokens=BLOCK_TOKENS,
             on_events=on_events,
-            before_events=lambda: self._look(on_grade),
+            before_events=lambda: self._check(on_grade),
         )
         self._tasks = [asyncio.create_task(batching.feed()), asyncio.create_task(self._watch(batching, on_grade))]
 
     def submit(self, run: Run) -> None:
-        assert self._batching is not None, "an engine is started before it is given work"
+        assert self._batching is not None, "an engine is started before runs are submitted"
         self._batching.submit(run)
 
     def cancel(self, run_id: int) -> None:
@@ -147,12 +123,12 @@ class TurbomindEngine:
             self._batching.cancel(run_id)
 
     async def close(self) -> None:
-        """Waits for TurboMind, but not for ever."""
+        """Waits for TurboMind, at most twice END_SECONDS."""
         self._closed = True
         if self._batching is not None:
             self._batching.cancel_all()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._emptied(self._batching), END_SECONDS)
+                await asyncio.wait_for(self._drained(self._batching), END_SECONDS)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -160,21 +136,21 @@ class TurbomindEngine:
         ended = threading.Event()
         threading.Thread(target=self._free, args=(ended,), name="turbomind-close", daemon=True).start()
         if not await asyncio.get_running_loop().run_in_executor(None, ended.wait, END_SECONDS):
-            _log.warning("TurboMind does not end; the process ends without it")
+            _log.warning("TurboMind does not end")
 
     def collect(self) -> Iterable[Metric]:
         """For a Prometheus registry. Any thread."""
         return () if self._closed else self._meter.collect(self.exactness.overrides)
 
-    def _look(self, on_grade: OnGrade) -> None:
-        """Before any result of a step is reported: was it computed as it should be?"""
-        self._meter.look()
-        if self._sound and (why := self._flaw()):
-            self._sound = False
+    def _check(self, on_grade: OnGrade) -> None:
+        """Called before any result of a step is reported, so an answer never has a grade that it did not earn."""
+        self._meter.observe()
+        if self._exact and (why := self._violation()):
+            self._exact = False
             on_grade(types_pb2.GRADE_BEST_EFFORT, why)
 
-    def _flaw(self) -> str:
-        """What was seen that must not be; empty: nothing."""
+    def _violation(self) -> str:
+        """The first observation that must not happen, or an empty text."""
         overrides = self.exactness.overrides
         if self._meter.preemptions:
             return "TurboMind took a run out of its batch, and computed it again with other kernels"
@@ -187,20 +163,20 @@ class TurbomindEngine:
         return ""
 
     async def _watch(self, batching: Batching, on_grade: OnGrade) -> None:
-        """By the rule of LMDeploy's EngineHealthMonitor: work, and no step for so long. That ends the process, and another is
-        started. A mistake inside TurboMind's threads needs no watch, since it aborts the process. Idle there is nothing to see:
-        they sleep, and LMDeploy's monitor only asks whether the object is there; the sidecar's canaries are work."""
-        tick, still = -1, 0.0
-        while still < STALL_SECONDS:
+        """Ends the process if there is work and TurboMind makes no step, by the rule of LMDeploy's EngineHealthMonitor. A
+        fault in TurboMind's threads aborts the process by itself. An idle engine makes no steps; the sidecar's canaries are
+        work."""
+        tick, stalled = -1, 0.0
+        while stalled < STALL_SECONDS:
             await asyncio.sleep(WATCH_SECONDS)
-            self._look(on_grade)
+            self._check(on_grade)
             now = self._loaded.native.load().tick
-            still = still + WATCH_SECONDS if len(batching) and now == tick else 0.0
+            stalled = stalled + WATCH_SECONDS if len(batching) and now == tick else 0.0
             tick = now
         _log.critical("engine stalled", extra={"why": f"TurboMind has work and has made no step for {STALL_SECONDS:g} s"})
         self._end_process(FAILED)
 
-    async def _emptied(self, batching: Batching) -> None:
+    async def _drained(self, batching: Batching) -> None:
         while len(batching):
             await asyncio.sleep(0.01)
 
@@ -225,7 +201,7 @@ def load(options: TurbomindOptions) -> TurbomindEngine:
     with ThreadPoolExecutor(1) as aside:
         weights = aside.submit(model.weights_digest, described.path)
         vocabulary = HuggingFaceVocabulary(described)
-        bring_in()
+        import_lmdeploy()
         exactness.prepare(gpu, version)
         native, share, prefix_cache = _model(options, described, exactness)
         try:

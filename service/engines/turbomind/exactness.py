@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +22,16 @@ from service.engines.turbomind.overrides import LOOKUP, REQUIRED, Mode, NoOverri
 from service.engines.turbomind.overrides import digest as overrides_digest
 
 NO_SPLITS = "max_splits=1"
-"""For TurboMind's own kernels, which serve quantised weights and experts: none of them cuts K."""
-SHARED = {1: "", 2: "a sum of two does not depend on their order, but two GPUs are not yet proved on any host: --tp is 2"}
-"""By GPUs that share the model, why they cannot be exact. Empty: they can."""
-MORE = "several GPUs add up in an order of their own: --tp is more than 2"
+"""TurboMind's setting: its own kernels, which serve quantised weights and experts, do not split K."""
+TP_REASONS = {1: "", 2: "a sum of two does not depend on their order, but two GPUs are not yet proved on any host: --tp is 2"}
+"""By number of GPUs that share the model, why the result cannot be exact; empty if it can."""
+TP_REASON = "several GPUs add up in an order of their own: --tp is more than 2"
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Exactness:
-    """One per process: what is loaded stays."""
+    """One per process, since a loaded library stays. To be called in order: load, prepare, prove."""
 
     options: TurbomindOptions
     model: Model
@@ -39,11 +39,11 @@ class Exactness:
     manifest: Manifest | None = None
     cublas: str = "unknown"
     why_not: str = ""
-    """The first thing that is missing."""
+    """The first thing that is missing; empty if nothing is."""
     origin: str = ""
-    """Of the manifest: that it was kept, or why it had to be made."""
+    """Whether the manifest was kept, or why it was made."""
     seconds: float = 0.0
-    """That the proof took."""
+    """Duration of the proof."""
     _kept: Manifest | None = None
     _environment: Mapping[str, str] | None = None
 
@@ -53,11 +53,11 @@ class Exactness:
 
     @property
     def path(self) -> Path:
-        """Of the manifest, once the environment is known."""
+        """Of the manifest, after `prepare`."""
         return self._path("plans", "json")
 
     def load(self) -> None:
-        """Before torch is imported."""
+        """Loads the overrides. Before torch is imported."""
         if not self.options.exact:
             self.why_not = "exact mode is off"
             return
@@ -70,7 +70,7 @@ class Exactness:
         self.overrides.mode(Mode.LEARN)
 
     def prepare(self, gpu: host.Gpu, version: str) -> None:
-        """Behind TurboMind's library, before the model."""
+        """After TurboMind's library is loaded, before the model."""
         if self.overrides is None:
             self.cublas = host.mapped("libcublas")
             return
@@ -81,7 +81,7 @@ class Exactness:
             self.overrides = None
             return
         self.cublas = f"{Path(library).name} {number}"
-        kernels.lend_workspace(self.overrides, self.options.tp)
+        kernels.set_workspace(self.overrides, self.options.tp)
         options = self.options
         self._environment = {
             "lmdeploy": version, "cublas": self.cublas, "gpu": gpu.name, "capability": gpu.capability, "driver": gpu.driver,
@@ -89,7 +89,7 @@ class Exactness:
             "tp": str(options.tp), "runs": str(options.runs), "prefill_tokens": str(options.prefill_tokens),
             "overrides": overrides_digest(),
         }  # fmt: skip
-        self._kept, self.origin = kernels.find(self.path, self._environment)
+        self._kept, self.origin = kernels.load(self.path, self._environment)
         if LOOKUP in self.overrides.omitted:
             return
         os.environ["TM_GEMM_TUNE"] = NO_SPLITS
@@ -97,7 +97,7 @@ class Exactness:
             return
         table = self._table
         if self._kept is not None and self._kept.table == _sha256(table):
-            os.environ["TM_GEMM_IMPORT"] = str(table)  # or timing would choose again, and perhaps otherwise
+            os.environ["TM_GEMM_IMPORT"] = str(table)  # or timing would choose again
         else:
             if self._kept is not None:
                 self._kept, self.origin = None, f"{table.name} is not the one that it was made with"
@@ -105,8 +105,8 @@ class Exactness:
             os.environ["TM_GEMM_EXPORT"] = str(table)
 
     def prove(self, native: Native) -> None:
-        """Behind the model's first run, before any that is served: measure, or take a kept manifest's word. Raises
-        EngineUnusable if TurboMind does not answer."""
+        """Measures, or uses the kept manifest. After the model's first run, before any that is served. Raises EngineUnusable if
+        TurboMind does not answer."""
         began = time.monotonic()
         self._prove(native)
         self.seconds = round(time.monotonic() - began, 3)
@@ -142,7 +142,7 @@ class Exactness:
             if kept is None:
                 table = _sha256(self._table) if self._own_kernels else ""
                 self.manifest = Manifest(environment, permits, table, own, excluded)
-                kernels.keep(self.path, self.manifest)
+                kernels.save(self.path, self.manifest)
         except (NoOverrides, OSError, ValueError) as error:
             self._miss(str(error))
             overrides.mode(Mode.SERVE)
@@ -191,8 +191,8 @@ class Exactness:
 
     @property
     def ceiling(self) -> tuple[types_pb2.Grade.ValueType, str]:
-        """The best grade that can be earned, and why."""
-        if why := SHARED.get(self.options.tp, MORE):
+        """The best grade that the self-test may give, and why."""
+        if why := TP_REASONS.get(self.options.tp, TP_REASON):
             return types_pb2.GRADE_BEST_EFFORT, why
         if self.options.runs == 1:
             return types_pb2.GRADE_SERIAL, "there is one slot: runs are computed one at a time"
@@ -202,7 +202,7 @@ class Exactness:
 
     @property
     def fields(self) -> Mapping[str, str]:
-        """Of the fingerprint."""
+        """Fields of the fingerprint."""
         loaded = self.overrides
         omitted = ",".join(sorted(loaded.omitted)) if loaded is not None else ""
         own = "chosen by timing at start " + secrets.token_hex(8) if self._own_kernels else "its own"
@@ -232,7 +232,7 @@ class Exactness:
 
 
 def _sha256(path: Path) -> str:
-    """Of a file, or "" where there is none, or none that can be read, which is logged."""
+    """Of a file; "" if there is none, or it cannot be read, which is logged."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except FileNotFoundError:
@@ -248,18 +248,27 @@ TYPES = {0: "fp32", 2: "fp16", 14: "bf16"}
 
 
 def table(exactness: Exactness) -> str:
-    """Behind `prove`. Products are outputs x inputs; none of their algorithms: whatever cuBLAS likes would serve them."""
+    """After `prove`. Products are outputs x inputs. One without algorithms is served by what cuBLAS prefers."""
     manifest, overrides = exactness.manifest, exactness.overrides
     lines: list[str] = []
     if manifest is not None and overrides is not None:
         shapes = sorted({*overrides.shapes(), *manifest.permits})
-        lines += _laid_out([HEADS, *(_row(shape, manifest.permits.get(shape)) for shape in shapes)])
+        rows = [_row(shape, manifest.permits.get(shape)) for shape in shapes]
+        rows += [
+            (product.name, "own", "TurboMind's", f"as for {_listed(tuned)}") for product, tuned in sorted(manifest.own.items())
+        ]
+        lines += _laid_out([HEADS, *rows])
+        lines += [f"not used      {text}" for text in manifest.excluded]
         lines += ["", f"kernel plan  {manifest.digest}", f"kept at      {exactness.path}", f"origin       {exactness.origin}"]
     grade, why = exactness.ceiling
     lines.append(f"can earn     {types_pb2.Grade.Name(grade).removeprefix('GRADE_')}: {why}")
     if exactness.why_not:
         lines.append(f"not covered  {exactness.why_not}")
     return "\n".join(lines)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _row(shape: Shape, permit: Permit | None) -> Sequence[str]:

@@ -16,7 +16,7 @@ from ostinato import install_hint
 from service.engines.base import EngineUnusable
 
 VERSIONS = ((0, 18), (0, 19))
-"""Of LMDeploy: from, and below. What makes it exact was proved with these."""
+"""Of LMDeploy: the first, and the one above. The overrides were tested with these."""
 INSTALL = install_hint("turbomind")
 ELSE = "without a GPU use --engine llama"
 _DRIVER = re.compile(r"\s(\d+\.\d+(?:\.\d+)?)\s")
@@ -33,7 +33,7 @@ class Gpu:
 
 
 def module(name: str) -> Any:
-    """An imported module of others'. Raises EngineUnusable."""
+    """Imports a third-party module. Raises EngineUnusable."""
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
@@ -41,7 +41,7 @@ def module(name: str) -> Any:
 
 
 def lmdeploy_version() -> str:
-    """Raises EngineUnusable for none, or one that this engine was not made for."""
+    """Raises EngineUnusable if LMDeploy is missing, or of a version that this engine does not support."""
     try:
         version = importlib.metadata.version("lmdeploy")
     except importlib.metadata.PackageNotFoundError:
@@ -54,7 +54,7 @@ def lmdeploy_version() -> str:
 
 
 def turbomind_library() -> Path:
-    """TurboMind's own shared library, which is not loaded. Raises EngineUnusable."""
+    """The path of TurboMind's shared library, without loading it. Raises EngineUnusable."""
     spec = importlib.util.find_spec("lmdeploy")
     folders = [Path(folder) / "turbomind" for folder in (spec.submodule_search_locations or ())] if spec else []
     found = [path for folder in folders for path in sorted(folder.glob("_turbomind*.so"))]
@@ -64,7 +64,7 @@ def turbomind_library() -> Path:
 
 
 def gpu(wanted: int) -> Gpu:
-    """Imports torch. Raises EngineUnusable for fewer CUDA devices than are wanted."""
+    """Imports torch. Raises EngineUnusable if there are fewer CUDA devices than wanted."""
     cuda = module("torch").cuda
     if not cuda.is_available():
         raise EngineUnusable(f"--engine turbomind needs a CUDA device, and torch finds none; {ELSE}")
@@ -75,7 +75,7 @@ def gpu(wanted: int) -> Gpu:
 
 
 def mapped(part: str) -> str:
-    """Names of the loaded libraries with this in their names."""
+    """Names of the loaded libraries whose names contain this."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return " ".join(sorted({Path(line.split()[-1]).name for line in lines if "/" in line and part in line.rsplit("/", 1)[-1]}))
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,8 @@ from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from serving.program import replace_file
 
 from service.engines.turbomind.host import module
 from service.engines.turbomind.overrides import (
@@ -35,30 +36,30 @@ from service.engines.turbomind.overrides import (
 )
 
 PERIOD = 4
-"""Rows of a trial that differ; the others repeat them."""
+"""Distinct rows of a trial; the others repeat them."""
 ALL_BELOW = 9
 FASTER = 0.97
-"""Of another's time: what is told apart from chance."""
+"""Share of another's time below which a candidate counts as faster, and not as equal within noise."""
 POINTS = 16
-"""Of the numbers of tokens beyond 512, about so many are timed."""
+"""Numbers of tokens beyond 512 that are timed, about."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A candidate, tried with n tokens."""
+    """The result of one candidate with n tokens."""
 
     n: int
     rank: int
-    """Its place in cublasLt's answer for this n; 0 is the fastest, as cublasLt believes."""
+    """Its place in cublasLt's answer for this n; 0 is the one that cublasLt prefers."""
     candidate: Candidate
     alike: bool
-    """Whether equal rows came out equal."""
+    """Whether equal rows have equal results."""
     rows: tuple[str, ...]
-    """A digest for each row that differs, the first min(n, PERIOD)."""
+    """A digest of each distinct row, min(n, PERIOD) of them."""
     seconds: float | None = None
-    """That one product took; None: not measured."""
+    """Of one product; None: not measured."""
     offered: bool = True
-    """Whether cublasLt offered it for this n; else its rank is behind all that are."""
+    """Whether cublasLt offered it for this n. If not, its rank is behind those that it offered."""
 
     @property
     def algorithm(self) -> int:
@@ -67,15 +68,15 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What may serve a shape."""
+    """The algorithms that may serve a shape."""
 
     permitted: tuple[int, ...]
     missing: tuple[int, ...]
-    """Numbers of tokens, of those tried, that nothing permitted can serve."""
+    """Numbers of tokens, of those tried, that no permitted algorithm can serve."""
 
 
 def grid(n_max: int) -> list[int]:
-    """Numbers of tokens to try: all small ones, and those around the powers of two and between them, where kernels change."""
+    """Numbers of tokens to try: all small ones, and those around powers of two and half-way between, where kernels change."""
     found = set(range(1, ALL_BELOW)) | {n_max}
     step = 8
     while step <= n_max:
@@ -85,20 +86,20 @@ def grid(n_max: int) -> list[int]:
 
 
 def timed(n_max: int) -> list[int]:
-    """Numbers of tokens to look for the fastest at: powers of two, up to 512 one between them as well, and the end."""
+    """Numbers of tokens to time all candidates at: powers of two, up to 512 also those half-way between, and the last."""
     powers = [1 << i for i in range(n_max.bit_length())]
     return sorted({*powers, *(n + n // 2 for n in powers if 16 <= n < 512 and n + n // 2 <= n_max), n_max})
 
 
 def between(n_max: int) -> list[int]:
-    """Numbers of tokens to look at what was fastest around them: how well a large product fills the GPU changes quickly."""
+    """Numbers of tokens to time the fastest candidates at again, because how well a large product fills the GPU varies."""
     step = max(256, -(-n_max // POINTS))
     return [n for n in range(512 + step, n_max, step) if n not in timed(n_max)]
 
 
 def fastest(trials: Iterable[Trial], permitted: Sequence[int]) -> dict[int, Candidate | None]:
-    """For each number of tokens that was timed, the permitted candidate to serve it with, by rising n; None: the one that
-    cublasLt likes best. Another must be faster by more than chance."""
+    """For each number of tokens that was timed, by rising n, the permitted candidate that serves it. None: the one that
+    cublasLt prefers, unless another is faster by more than noise."""
     best: dict[int, tuple[float, Candidate | None]] = {}
     for trial in sorted(trials, key=lambda trial: (trial.n, trial.rank)):
         if trial.seconds is None or trial.algorithm not in permitted:
@@ -111,19 +112,19 @@ def fastest(trials: Iterable[Trial], permitted: Sequence[int]) -> dict[int, Cand
 
 
 def choose(trials: Sequence[Trial]) -> Choice:
-    """The class that serves the most numbers of tokens; of equals, the one that cublasLt ranks higher."""
+    """The class that serves the most numbers of tokens; of equals, the one that cublasLt prefers."""
     classes: list[tuple[dict[int, str], set[int]]] = []
     for algorithm in dict.fromkeys(trial.algorithm for trial in sorted(trials, key=lambda trial: (trial.rank, -trial.n))):
-        voice = _voice([trial for trial in trials if trial.algorithm == algorithm])
-        if voice is None:
+        digests = _row_digests([trial for trial in trials if trial.algorithm == algorithm])
+        if digests is None:
             continue
         for known, members in classes:
-            if all(known.get(row, digest) == digest for row, digest in voice.items()):
-                known.update(voice)
+            if all(known.get(row, digest) == digest for row, digest in digests.items()):
+                known.update(digests)
                 members.add(algorithm)
                 break
         else:
-            classes.append((dict(voice), {algorithm}))
+            classes.append((dict(digests), {algorithm}))
     wanted = {trial.n for trial in trials}
     if not classes:
         return Choice((), tuple(sorted(wanted)))
@@ -133,13 +134,13 @@ def choose(trials: Sequence[Trial]) -> Choice:
     return Choice(permitted, tuple(sorted(wanted - set(_served(set(permitted), trials)))))
 
 
-def _voice(trials: Iterable[Trial]) -> Mapping[int, str] | None:
-    """One algorithm's digest of each row; None if it has more than one."""
-    voice: dict[int, str] = {}
+def _row_digests(trials: Iterable[Trial]) -> Mapping[int, str] | None:
+    """The digests that one algorithm gives each row; None if a row has several."""
+    digests: dict[int, str] = {}
     for trial in trials:
-        if not trial.alike or any(voice.setdefault(row, digest) != digest for row, digest in enumerate(trial.rows)):
+        if not trial.alike or any(digests.setdefault(row, digest) != digest for row, digest in enumerate(trial.rows)):
             return None
-    return voice
+    return digests
 
 
 def _served(members: set[int], trials: Iterable[Trial]) -> Mapping[int, int]:
@@ -206,22 +207,22 @@ def alike(digests: Sequence[str | None]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Permit:
-    """What serves a shape."""
+    """The algorithms that serve a shape."""
 
     algorithms: tuple[int, ...]
     rows: int
-    """Up to how many tokens it was tried."""
+    """The most tokens that they were tried with."""
     fastest: tuple[tuple[int, str], ...] = ()
-    """The codes, in hexadecimal, that serve up to so many tokens, by rising number. An empty one, and any other number, is left
-    to cublasLt's own choice among the algorithms."""
+    """By rising number of tokens, the code in hexadecimal that serves up to so many. An empty code, and larger numbers, are
+    served by the algorithm that cublasLt prefers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What was measured, kept for the next start of the same thing on the same machine."""
+    """What was measured, kept for later starts."""
 
     environment: Mapping[str, str]
-    """Everything it was measured under; another value of anything makes it worthless."""
+    """What the measurement depends on. A manifest of another environment is not used."""
     permits: Mapping[Shape, Permit]
     table: str = ""
     """SHA-256 of TurboMind's table of its own kernels, where they serve."""
@@ -231,12 +232,12 @@ class Manifest:
     """The others, in words."""
 
     def fits(self, environment: Mapping[str, str], shapes: Iterable[Shape] = ()) -> bool:
-        """Whether it may be used here, and knows all that is needed."""
+        """Whether it was measured in this environment, and has these shapes."""
         return dict(self.environment) == dict(environment) and self.permits.keys() >= set(shapes)
 
     @property
     def digest(self) -> str:
-        """Of the kernels alone: equal ones round alike."""
+        """Of the kernels: equal digests round alike."""
         own = sorted([product.numbers, rows] for product, rows in self.own.items())
         body = json.dumps(
             [sorted([astuple(shape), permit.algorithms] for shape, permit in self.permits.items()), self.table, own]
@@ -254,7 +255,7 @@ class Manifest:
 
 
 def from_json(text: str) -> Manifest:
-    """Raises ValueError for a text that is no manifest, or was changed."""
+    """Raises ValueError if the text is no manifest, or was changed."""
     try:
         body: Any = json.loads(text)
         checksum = body.pop("checksum")
@@ -283,12 +284,12 @@ def _checksum(body: Mapping[str, Any]) -> str:
 MEMORY_SHARE = 0.4
 """Of the GPU's free memory, for the matrices."""
 WEIGHTS_BYTES = 128 << 20
-"""Copies of the weights come to this, so that they are read from memory and not from a cache, as a model's are."""
+"""Size of all copies of the weights, so that they are read from memory and not from a cache."""
 COPIES_MAX = 16
-HOPELESS = 1.5
-"""Times as long as the best so far: not looked at again."""
-LOOK_SECONDS = 0.0004
-"""Of one measurement, if that is more than two products."""
+SLOW = 1.5
+"""A candidate that takes so many times as long as the best one is measured once."""
+MEASURE_SECONDS = 0.0004
+"""Of one measurement, unless two products take longer."""
 _TORCH_TYPES = {0: "float32", 2: "float16", 14: "bfloat16"}
 """By cudaDataType_t."""
 _BITS = {2: "int16", 4: "int32"}
@@ -296,12 +297,12 @@ _CHUNK = 256 * PERIOD
 
 
 def can_try(shape: Shape) -> bool:
-    """Whether the matrices can be made up."""
+    """Whether matrices of its types can be made."""
     return not shape.transb and {shape.a_type, shape.b_type, shape.c_type} <= _TORCH_TYPES.keys()
 
 
 class Trials:
-    """Random weights, and PERIOD random rows, repeated. Raises torch's OutOfMemoryError."""
+    """One product on this GPU, with random weights and PERIOD random rows, repeated. Raises torch's OutOfMemoryError."""
 
     def __init__(self, overrides: Overrides, shape: Shape, rows: int) -> None:
         self._overrides, self.shape = overrides, shape
@@ -323,27 +324,27 @@ class Trials:
         )  # fmt: skip
 
     def offered(self, n: int) -> Iterator[Trial]:
-        """What cublasLt offers for n tokens."""
+        """The candidates that cublasLt offers for n tokens."""
         for rank, candidate in enumerate(self._overrides.offers(self.shape, n)):
             if (trial := self._tried(n, rank, candidate)) is not None:
                 yield trial
 
-    def race(self, n: int, others: Iterable[Candidate]) -> Iterator[Trial]:
-        """What cublasLt offers for n tokens and these others, with the time that one product takes."""
+    def timed(self, n: int, others: Iterable[Candidate]) -> Iterator[Trial]:
+        """The candidates that cublasLt offers for n tokens, and these others, with their times."""
         offers = {candidate.config: candidate for candidate in self._overrides.offers(self.shape, n)}
         best = float("inf")
         for rank, candidate in enumerate((offers | {other.config: other for other in others}).values()):
             if (trial := self._tried(n, rank, candidate)) is None:
                 continue
             seconds = self._seconds(n, candidate, 2)
-            if seconds < HOPELESS * best:
-                times = min(32, max(2, int(LOOK_SECONDS / seconds)))
+            if seconds < SLOW * best:
+                times = min(32, max(2, int(MEASURE_SECONDS / seconds)))
                 seconds = min(self._seconds(n, candidate, times) for _ in range(3))
             best = min(best, seconds)
             yield replace(trial, seconds=seconds, offered=candidate.config in offers)
 
     def _tried(self, n: int, rank: int, candidate: Candidate) -> Trial | None:
-        self._c[:n].fill_(float("nan"))  # what an earlier trial left would look right
+        self._c[:n].fill_(float("nan"))  # or the results of an earlier trial would be taken for this one's
         if not self._overrides.attempt(self.shape, n, candidate, self._matrices):
             return None
         return Trial(n, rank, candidate, *_compared(self._c[:n, : self.shape.m], self._torch))
@@ -359,7 +360,7 @@ class Trials:
 
 
 def _compared(c: Any, torch: Any) -> tuple[bool, tuple[str, ...]]:
-    """Whether the rows repeat with their period, bit by bit, and a digest of each of the first."""
+    """Whether the bits of the rows repeat with their period, and a digest of each of the first rows."""
     bits = c.view(getattr(torch, _BITS[c.element_size()]))
     first = bits[:PERIOD]
     alike = torch.ones((), dtype=torch.bool, device=c.device)
@@ -374,62 +375,59 @@ def _compared(c: Any, torch: Any) -> tuple[bool, tuple[str, ...]]:
 
 WORKSPACE_BYTES = 64 << 20
 FEW_FROM = 512
-"""From so many tokens on, what wins here may win a little further on."""
+"""The fastest candidates for at least so many tokens are timed again between."""
 _log = logging.getLogger(__name__)
 
 
-def lend_workspace(overrides: Overrides, gpus: int) -> None:
-    """On each GPU, before the first product is tried or served."""
+def set_workspace(overrides: Overrides, gpus: int) -> None:
+    """Gives the overrides memory on each GPU. To be called before a product is tried or served."""
     torch = module("torch")
     for gpu in range(gpus):
         workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=f"cuda:{gpu}")
-        overrides.lend(gpu, workspace, workspace.data_ptr(), WORKSPACE_BYTES)
+        overrides.set_workspace(gpu, workspace, workspace.data_ptr(), WORKSPACE_BYTES)
 
 
-def find(path: Path, environment: Mapping[str, str]) -> tuple[Manifest | None, str]:
-    """The manifest kept at `path`, if it was made in this environment; else why there is none, with what sets the likest of
-    those beside it apart."""
+def load(path: Path, environment: Mapping[str, str]) -> tuple[Manifest | None, str]:
+    """The manifest at `path` and "kept", or None and why not: it is damaged, or the most similar one beside it is of another
+    environment."""
     try:
         manifest = from_json(path.read_text())
     except FileNotFoundError:
-        return None, _likest(path, environment)
+        return None, _most_similar(path, environment)
     except (OSError, ValueError) as error:
         _log.warning("kernel plans unreadable", extra={"path": path, "why": str(error)})
         return None, f"the kept one {error}"
-    return (manifest, "kept") if manifest.fits(environment) else (None, _apart(manifest.environment, environment))
+    return (manifest, "kept") if manifest.fits(environment) else (None, _difference(manifest.environment, environment))
 
 
-def _likest(path: Path, environment: Mapping[str, str]) -> str:
+def _most_similar(path: Path, environment: Mapping[str, str]) -> str:
     found = []
     for other in path.parent.glob(f"plans-*{path.suffix}"):
         with suppress(OSError, ValueError):
             found.append(from_json(other.read_text()).environment)
-    return min((_apart(theirs, environment) for theirs in found), key=lambda text: text.count(";"), default="none was kept")
+    return min(
+        (_difference(theirs, environment) for theirs in found), key=lambda text: text.count(";"), default="none was kept"
+    )
 
 
-def _apart(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
+def _difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
     """The fields in which two environments differ, in words."""
     names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
     parts = [f"{name} was {theirs.get(name, 'not there')}, is {ours.get(name, 'not there')}" for name in names]
     return f"the kept one is of another environment: {'; '.join(parts)}"
 
 
-def keep(path: Path, manifest: Manifest) -> None:
-    """That it cannot be written is only worth a warning: the next start measures again."""
-    draft = path.with_suffix(f".{os.getpid()}")
+def save(path: Path, manifest: Manifest) -> None:
+    """If it cannot be written, the next start measures again."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(manifest.to_json())
-        draft.replace(path)
+        replace_file(path, manifest.to_json())
     except OSError as error:
         _log.warning("kernel plans not kept", extra={"path": path, "why": str(error)})
 
 
 def measure(overrides: Overrides, shapes: Mapping[Shape, int]) -> dict[Shape, Permit]:
-    """What may serve each shape, tried with up to so many tokens as its value says. Takes seconds; the GPU must be idle.
-
-    A shape that nothing can serve is left out. Raises NoOverrides where there is no memory to try it.
-    """
+    """The permitted algorithms of each shape, tried with up to `shapes[shape]` tokens. Takes seconds; the GPU must be idle. A
+    shape without one is left out. Raises NoOverrides if there is no memory for the trials."""
     torch = module("torch")
     permits: dict[Shape, Permit] = {}
     for shape, rows in sorted(shapes.items()):
@@ -453,23 +451,23 @@ def measure(overrides: Overrides, shapes: Mapping[Shape, int]) -> dict[Shape, Pe
 
 
 def _measured(product: Trials) -> tuple[Choice, Permit | None, list[Trial]]:
-    """First what cublasLt offers for each number of tokens. Then each offer that may stay races against the others, also at
-    numbers it was not offered for: cublasLt's favourite takes up to three times as long as the fastest. Last, what won, at all
-    numbers in between, for which it is going to serve."""
+    """Tries what cublasLt offers for each number of tokens. Then times all permitted candidates, also at numbers for which they
+    were not offered, because the one that cublasLt prefers takes up to three times as long as the fastest. At last tries the
+    fastest ones at all numbers that they will serve."""
     every = _computed(product.shape, grid(product.rows))
     trials = [trial for n in every for trial in product.offered(n)]
     permitted = choose(trials).permitted
     pool = {trial.candidate.config: trial.candidate for trial in trials if trial.algorithm in permitted}
     for n in _computed(product.shape, timed(product.rows)):
-        trials += product.race(n, pool.values())
+        trials += product.timed(n, pool.values())
     few = {winner for n, winner in fastest(trials, permitted).items() if winner is not None and n >= FEW_FROM}
     for n in _computed(product.shape, between(product.rows)):
-        trials += product.race(n, few)
+        trials += product.timed(n, few)
     winners = fastest(trials, permitted)
     for n in every:
         above = next((w for w in winners if w >= n), n)
         if n not in winners and (winner := winners.get(above)) is not None:
-            trials += product.race(n, [winner])
+            trials += product.timed(n, [winner])
     choice = choose(trials)
     if not choice.permitted:
         return choice, None, trials
@@ -483,7 +481,7 @@ def _computed(shape: Shape, numbers: Iterable[int]) -> list[int]:
 
 
 def install(overrides: Overrides, permits: Mapping[Shape, Permit], runs: int) -> str:
-    """Serve with these permits from now on. What is not covered, in words, or an empty text."""
+    """Serves with these permits from now on. Returns what they do not cover, or an empty text."""
     for shape, permit in permits.items():
         overrides.permit(shape, permit.algorithms)
         for n, code in permit.fastest:

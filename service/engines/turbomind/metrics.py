@@ -9,7 +9,7 @@ docs/operations.md lists them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -22,50 +22,43 @@ if TYPE_CHECKING:
     from service.engines.turbomind.native import Account, Handle, Load
 
 
-class Seen(Protocol):
-    """Of a run."""
-
-    @property
-    def scheduled(self) -> bool:
-        """Whether it has been in a step; once true it stays so."""
-        ...
-
-
-class SchedulerLoad(Protocol):
-    """Of the scheduler, at one moment."""
-
-    @property
-    def tick(self) -> int: ...
-
-    @property
-    def waiting(self) -> int: ...
+SECONDS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+"""LMDeploy's bounds for the durations of a run."""
 
 
 class Preemptions:
-    """As far as can be seen."""
+    """Counts runs that TurboMind took out of its batch, to compute them again later with other kernels. Pure.
 
-    def __init__(self, load: Callable[[], SchedulerLoad]) -> None:
+    TurboMind does not report this. It reports how many runs wait, and for each run when it was first in a step.
+
+    1. If more runs wait than have never been in a step, one was preempted. There are no false alarms. 2. A preemption that
+    begins and ends between two observations is missed. An observation is made at every report of TurboMind (each step while a
+    run streams, else each run's end) and every few seconds. 3. A run that left without ever having been in a step may be
+    counted as waiting until the next step.
+    """
+
+    def __init__(self, load: Callable[[], Load]) -> None:
         self.count = 0
         self._load = load
-        self._new: dict[int, Seen] = {}
-        """Those that had not been in a step at the last look, and those that came since."""
+        self._new: dict[int, Handle] = {}
+        """Runs that had not been in a step at the last observation, and those that came since."""
         self._left: list[int] = []
-        """Of those that left from among them, the tick then."""
+        """Of the runs that left from among them, the tick at that time."""
         self._as_of = -1
-        """Numbers of a later tick than this are younger than the last look."""
+        """Numbers of a later tick are newer than the last observation."""
         self._out = 0
 
-    def enter(self, run_id: int, run: Seen) -> None:
-        """Before TurboMind can have it among those that wait."""
+    def enter(self, run_id: int, run: Handle) -> None:
+        """To be called before TurboMind can count the run as waiting."""
         self._new[run_id] = run
 
     def leave(self, run_id: int) -> None:
         if self._new.pop(run_id, None) is not None:
             self._left.append(self._load().tick)
 
-    def look(self) -> None:
-        """TurboMind marks runs first and publishes its numbers a moment later. So only numbers that are younger than the last
-        look are held against the runs that were new then: who waits in them without a step is one of these."""
+    def observe(self) -> None:
+        """TurboMind marks runs first and publishes its numbers a moment later. So only numbers newer than the last
+        observation are compared with the runs that were new then: a run that waits in them without a step is one of these."""
         now = self._load()
         self._left = [tick for tick in self._left if tick >= now.tick]
         if now.tick > self._as_of:
@@ -76,12 +69,8 @@ class Preemptions:
         self._as_of = self._load().tick
 
 
-SECONDS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
-"""LMDeploy's bounds for what a run takes."""
-
-
 class Meter:
-    """Of one engine. Everything but `collect` on the event loop; nothing here is done for each token."""
+    """Of one engine. Everything but `collect` runs on the event loop, and nothing for each token."""
 
     def __init__(self, context_tokens: int, load: Callable[[], Load]) -> None:
         self._load = load
@@ -106,18 +95,18 @@ class Meter:
         self.cached_tokens = 0
         """Prompt tokens that came from the prefix cache."""
         self.rests_of_one = 0
-        """Prompts that came from the cache but for one token: there are none."""
+        """Prompts of which all but one token came from the cache. Must stay 0."""
 
     @property
     def preemptions(self) -> int:
-        """Runs taken out of the batch, as far as was seen: there are none."""
+        """Observed preemptions. Must stay 0."""
         return self._preemptions.count
 
     def entered(self, run_id: int, handle: Handle) -> None:
         self._preemptions.enter(run_id, handle)
 
     def left(self, run_id: int, account: Account, prompt: int, made: int, *, succeeded: bool, now: float) -> None:
-        """With so many tokens of its prompt and made for it; `now` is Unix time in seconds, as TurboMind's times are."""
+        """With `prompt` prompt tokens and `made` new ones. `now` is Unix time in seconds, as TurboMind's times are."""
         self._preemptions.leave(run_id)
         self._ends["succeeded" if succeeded else "failed"] += 1
         if not account.scheduled:
@@ -132,18 +121,17 @@ class Meter:
             self._queue.observe(account.scheduled - account.queued)
             self._inference.observe(now - account.scheduled)
 
-    def look(self) -> None:
-        """Whether a run was taken out."""
-        self._preemptions.look()
+    def observe(self) -> None:
+        self._preemptions.observe()
 
     def collect(self, overrides: Overrides | None) -> Iterator[Metric]:
-        """Any thread. Without overrides, nothing of them."""
+        """Any thread."""
         load = self._load()
         yield GaugeMetricFamily("ostinato_engine_kv_usage_ratio", "Part of the KV cache's memory in use.", value=load.usage)
         yield CounterMetricFamily("ostinato_engine_steps", "Steps of the engine's scheduler.", value=load.tick)
         yield CounterMetricFamily(
             "ostinato_engine_preemptions",
-            "Runs that TurboMind took out of its batch, as far as was seen.",
+            "Runs that TurboMind took out of its batch, as far as observed.",
             value=self.preemptions,
         )
         if overrides is not None:

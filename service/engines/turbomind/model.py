@@ -29,20 +29,20 @@ _CHUNK = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What config.json says, of which TurboMind tells nothing."""
+    """What config.json says and TurboMind does not report."""
 
     path: Path
     context_tokens_max: int
     vocabulary_size: int
-    """Of the model; a tokenizer may have less."""
+    """Of the model; a tokenizer may have fewer tokens."""
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     quantisation: str
-    """Of the weights; "none" or a method's name."""
+    """Of the weights: "none", or a method."""
     experts: int
-    """0: not a mixture of them."""
+    """0: not a mixture of experts."""
     end_ids: frozenset[int]
     config_digest: str
 
@@ -57,7 +57,7 @@ class Model:
 
 
 def read(path: Path | None) -> Model:
-    """Raises EngineUnusable, which says what is missing."""
+    """Raises EngineUnusable with what is missing."""
     if path is None:
         raise EngineUnusable("--engine turbomind needs --model: a folder with config.json, safetensors and a tokenizer")
     path = path.resolve()
@@ -89,7 +89,7 @@ def read(path: Path | None) -> Model:
 
 
 def _end_ids(path: Path, config: Mapping[str, Any]) -> frozenset[int]:
-    """Of generation_config.json, or of config.json where that has none."""
+    """From generation_config.json, or from config.json if that has none."""
     try:
         own = json.loads((path / "generation_config.json").read_bytes())
     except FileNotFoundError:
@@ -99,8 +99,8 @@ def _end_ids(path: Path, config: Mapping[str, Any]) -> frozenset[int]:
 
 
 def weights_digest(path: Path) -> str:
-    """SHA-256 over the names and SHA-256 of the files that hold weights, read by several threads: a second for each GB or
-    two. Raises EngineUnusable if there are none, or one cannot be read."""
+    """SHA-256 over the names and SHA-256 of the weight files, read by several threads: about a second for each 1 to 2 GB.
+    Raises EngineUnusable if there are none, or one cannot be read."""
     files = next((found for pattern in WEIGHTS if (found := sorted(path.glob(pattern)))), [])
     if not files:
         raise EngineUnusable(f"--model: {path} has no weights: no file is named {' or '.join(WEIGHTS)}")
@@ -108,7 +108,7 @@ def weights_digest(path: Path) -> str:
 
 
 def tokenizer_digest(path: Path) -> str:
-    """Likewise of the tokenizer's files."""
+    """The same for the tokenizer's files."""
     return _digest_of([file for name in TOKENIZER_FILES if os.path.lexists(file := path / name)])
 
 
@@ -132,14 +132,14 @@ def _sha256(path: Path) -> str:
 
 
 Kind = Literal["byte-level", "sentencepiece"]
-"""How a vocabulary writes bytes: GPT-2's way, each byte a printable character; or as text, with a mark for spaces."""
+"""How a vocabulary encodes bytes: each byte as a printable character (GPT-2), or as text with a mark for spaces."""
 
 
 class HuggingFaceVocabulary:
-    """A `service.engines.base.Vocabulary`, of a tokenizer that Hugging Face's Rust library runs."""
+    """A `service.engines.base.Vocabulary` of Hugging Face's tokenizers library."""
 
     def __init__(self, model: Model) -> None:
-        """Raises EngineUnusable for a model without such a tokenizer."""
+        """Raises EngineUnusable if the model has no such tokenizer."""
         transformers, tokenizers = module("transformers"), module("tokenizers")
         try:
             self._hf = transformers.AutoTokenizer.from_pretrained(str(model.path))
@@ -152,7 +152,7 @@ class HuggingFaceVocabulary:
         self._layout: str = layout
         self._special = tokenizers.Tokenizer.from_str(layout)
         self._plain = tokenizers.Tokenizer.from_str(layout)
-        self._plain.encode_special_tokens = True  # as text, that is
+        self._plain.encode_special_tokens = True  # control tokens in a text are text
         for each in (self._special, self._plain):
             each.no_truncation()
             each.no_padding()
@@ -176,7 +176,8 @@ class HuggingFaceVocabulary:
         return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else "none"
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of `text`; with `special` after the model's begin tokens, unless the text has them written out."""
+        """Token ids of `text`. With `special`, control tokens are recognised, and the model's begin tokens are added if
+        missing."""
         if not special:
             return list(self._plain.encode(text, add_special_tokens=False).ids)
         ids = list(self._special.encode(text, add_special_tokens=False).ids)
@@ -186,16 +187,15 @@ class HuggingFaceVocabulary:
         return self.pieces[token_id]
 
     def render(self, messages: Sequence[types_pb2.Message]) -> str:
-        """The chat as the model's own template writes it. Raises ValueError with what the template says against it."""
+        """The chat in the model's own template. Raises ValueError with the template's message."""
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text = self._hf.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program: it can fail in any way
+        except Exception as error:  # a template may raise anything
             raise ValueError(str(error) or type(error).__name__) from error
         return str(text)
 
     def files(self) -> Mapping[str, bytes]:
-        """See base.Vocabulary."""
         template = self._hf.chat_template
         config = huggingface.config(
             template=template if isinstance(template, str) else None, begin=self._hf.bos_token, end=self._hf.eos_token
@@ -211,7 +211,7 @@ def kind_of(layout: str) -> Kind:
 
 
 def _types(part: Any) -> Iterable[str]:
-    """Of a part and the parts in it."""
+    """The types of a part and of its parts."""
     if isinstance(part, dict):
         yield str(part.get("type"))
         for inner in (*part.get("decoders", ()), *part.get("pretokenizers", ())):
@@ -219,8 +219,8 @@ def _types(part: Any) -> Iterable[str]:
 
 
 def pieces(tokens: Mapping[str, int], added: Mapping[int, tuple[str, bool]], kind: Kind, size: int) -> list[bytes]:
-    """The bytes that each of `size` tokens adds to the text. `added` has tokens that are text as they stand, or, where True,
-    control tokens, which add none; nor do ids that the tokenizer does not know."""
+    """The bytes that each of `size` tokens adds to the text. `added` has literal tokens, or, if True, control tokens, which add
+    none. Ids that the tokenizer does not know add none."""
     found = [b""] * size
     letters = {letter: bytes([byte]) for byte, letter in enumerate(huggingface.letters())}
     for token, token_id in tokens.items():
@@ -237,7 +237,8 @@ def pieces(tokens: Mapping[str, int], added: Mapping[int, tuple[str, bool]], kin
 
 
 def begin_of(whole: Sequence[int], bare: Sequence[int]) -> list[int]:
-    """What a tokenizer puts before a text; what it may put behind is not wanted, for the answer follows there."""
+    """The tokens that a tokenizer adds before a text. What it adds after the text is left out, because the answer follows
+    there."""
     for start in range(len(whole) - len(bare) + 1):
         if list(whole[start : start + len(bare)]) == list(bare):
             return list(whole[:start])

@@ -47,7 +47,7 @@ class Status(IntEnum):
 _WHY = {
     Status.INVALID: "TurboMind finds the run malformed",
     Status.CONFLICT: "TurboMind has another run of this number",
-    Status.FAILED: "TurboMind made a mistake inside",
+    Status.FAILED: "TurboMind had an internal error",
     Status.TOO_LONG: "TurboMind finds the prompt longer than its context",
     Status.FINISHED: "TurboMind ended the run before the answer was complete",
     Status.CANCELLED: "TurboMind cancelled the run by itself",
@@ -58,7 +58,7 @@ _WHY = {
 
 
 def why(status: int) -> str:
-    """What a status says to those who did not want it."""
+    """A status in words."""
     return next((text for known, text in _WHY.items() if known == status), f"TurboMind ended the run with status {status}")
 
 
@@ -72,35 +72,35 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Of the scheduler, now."""
+    """The scheduler's numbers."""
 
     tick: int
     """Steps so far."""
     usage: float
-    """Part of the KV cache's region that is in use."""
+    """Share of the KV cache's memory that is in use."""
     active: int
     """Runs in the newest step."""
     waiting: int
-    """Runs that it has, but not in that step."""
+    """Runs that TurboMind has, but not in that step."""
     prefix_hits: float
-    """Part of all prompts that the prefix cache had."""
+    """Share of all prompt tokens that the prefix cache had."""
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What it wrote down of a run. Unix times in seconds; 0 for what did not happen."""
+    """TurboMind's record of a run. Unix times in seconds; 0 for what did not happen."""
 
     queued: float
     scheduled: float
     """First in a step."""
     cached: int
-    """Prompt tokens that came from the prefix cache then."""
+    """Prompt tokens that came from the prefix cache."""
 
 
-def bring_in() -> None:
-    """Import LMDeploy and load TurboMind's library, and with it cuBLAS. Raises EngineUnusable.
+def import_lmdeploy() -> None:
+    """Imports LMDeploy and loads TurboMind's library, which loads cuBLAS. Raises EngineUnusable.
 
-    On import LMDeploy silences everybody else's log and writes its own to stdout: both are undone.
+    On import LMDeploy raises the levels of other log handlers and writes its own log to stdout: both are undone.
     """
     os.environ.setdefault("TM_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -126,7 +126,7 @@ class Handle:
         self._arrays = {name: torch.from_dlpack(tensor).numpy() for name, tensor in outputs.items()}
 
     def poll(self) -> Progress | None:
-        """The newest state, once; None: nothing is new."""
+        """The newest state, returned once; None: nothing is new."""
         state = self._state.consume()
         return None if state is None else Progress(state.status, state.seq_len)
 
@@ -152,18 +152,18 @@ class Handle:
         return Account(told.enqueue_time / 1e6, told.scheduled_time / 1e6, told.cached_tokens)
 
     def cancel(self) -> None:
-        """Takes effect at the next step, which is then reported as CANCELLED; without effect on a run that has ended."""
+        """Takes effect at the next step, which is reported as CANCELLED. No effect on a run that has ended."""
         self._instance.cancel()
 
 
 class Native:
-    """A loaded model. Takes from seconds to minutes to make."""
+    """A loaded model. Loading takes seconds to minutes."""
 
     def __init__(self, options: TurbomindOptions, model: Model, *, prefix_cache: bool = False) -> None:
-        """Behind `bring_in`. Raises EngineUnusable.
+        """After `import_lmdeploy`. Raises EngineUnusable.
 
-        Blocks that a decode made are never published where runs have to be exact: a prompt would find them in place of its own,
-        and they round otherwise.
+        If runs must be exact, blocks that a decode has filled are never published: a prompt would use them instead of its
+        own, and they round otherwise.
         """
         from lmdeploy import TurbomindEngineConfig, turbomind
 
@@ -195,8 +195,8 @@ class Native:
     def start(
         self, run_id: int, token_ids: Sequence[int], request: Request, grammar: object, on_change: Callable[[], None]
     ) -> Handle:
-        """Hand a run over; runs begin in order of these calls. `on_change` is called in a thread of TurboMind's, with the GIL,
-        when there is something new to poll, and never after the end."""
+        """Starts a run. Runs begin in order of these calls. `on_change` is called in a thread of TurboMind, with the GIL,
+        when there is a new state to poll, and never after the end."""
         torch, tm = module("torch"), self._tm
         instance = self._engine.model_comm.create_request()
         if grammar is not None:
@@ -209,20 +209,20 @@ class Native:
         )
 
     def load(self) -> Load:
-        """Cheap; any thread."""
+        """Any thread."""
         now = self._engine.model_comm.get_schedule_metrics(0)
         return Load(now.scheduler_tick, now.cache_usage, now.active_seqs, now.waiting_seqs, now.prefix_cache_hit_rate)
 
     def grammar_compiler(self, pieces: Sequence[bytes], end_ids: Iterable[int]) -> Any:
-        """TurboMind's own xgrammar, told each token's bytes and the tokens that may end an answer. LMDeploy's compiler reads
-        the vocabulary by itself and guesses how it is written: wrongly where a tokenizer was converted."""
+        """TurboMind's own xgrammar, with each token's bytes and the tokens that may end an answer. LMDeploy's compiler reads
+        the vocabulary itself and guesses its encoding, wrongly for some converted tokenizers."""
         from lmdeploy.turbomind.tokenizer_info import TokenizerInfo, VocabType
 
         info = TokenizerInfo(list(pieces), VocabType.RAW, vocab_size=len(pieces), stop_token_ids=sorted(end_ids))
         return self._tm.GrammarCompiler(info)
 
     def close(self) -> None:
-        """Waits for TurboMind's threads, which go with the last reference to it. Nothing may be called afterwards."""
+        """Waits for TurboMind's threads, which end with the last reference to it. Nothing may be called afterwards."""
         self._engine.close()
         del self._engine
         gc.collect()
@@ -262,5 +262,5 @@ def _step_contexts(tm: Any, tokens: int) -> Iterator[None]:
 
 
 def _words(token_ids: Sequence[int]) -> list[list[int]]:
-    """Words of one token each, as TurboMind wants them: all tokens, and where each word ends."""
+    """Words of one token each, in TurboMind's form: all tokens, and the end of each word."""
     return [list(token_ids), list(range(1, len(token_ids) + 1))]

@@ -9,9 +9,9 @@ from typing import Literal
 from service.engines.base import EngineUnusable
 
 BLOCK_TOKENS = 64
-"""Of one block of the KV cache; TurboMind's default, and what its kernels are built for."""
+"""Of one block of the KV cache. TurboMind's default; its kernels are built for it."""
 TOP_K_MAX = 1024
-"""Above this TurboMind ends the process."""
+"""A larger top_k ends the process inside TurboMind."""
 PREFILL_TOKENS = 8192
 """TurboMind's own default for the prompt tokens of one step."""
 PIECE_TOKENS = 2048
@@ -20,11 +20,11 @@ all of it. A multiple of BLOCK_TOKENS."""
 PIECES_TOKENS = 2 * PIECE_TOKENS + BLOCK_TOKENS
 """Prompt tokens of one step then: a piece, and as many of other prompts."""
 SPLIT_WORKSPACE = 4096
-"""Partial results of a decode's attention: splits times runs may not exceed them."""
+"""Room for partial results of a decode's attention: the limit of splits times runs."""
 SHORT_CONTEXT = 4096
-"""Up to this a split of the attention costs more than it brings."""
+"""Up to this context, splitting the attention costs more than it saves."""
 SPLITS_SHORT, SPLITS_LONG = 1, 8
-"""Up to SHORT_CONTEXT, and above."""
+"""The default up to SHORT_CONTEXT, and above."""
 SPLITS_MAX = 128
 FORMATS = ("hf", "awq", "gptq", "compressed-tensors", "fp8", "mxfp4")
 """Of a model's weights."""
@@ -32,36 +32,36 @@ FORMATS = ("hf", "awq", "gptq", "compressed-tensors", "fp8", "mxfp4")
 
 @dataclass(frozen=True, slots=True)
 class TurbomindOptions:
-    """The defaults can be EXACT."""
+    """The defaults can earn EXACT."""
 
     model: Path | None = None
     """A folder in Hugging Face's layout: config.json, safetensors, tokenizer."""
     state_dir: Path = Path(".run/service")
-    """Where what is compiled and measured once is kept."""
+    """For what is compiled and measured once."""
     context_tokens: int = 4096
-    """Prompt and answer of one run together, at most what the model was trained for."""
+    """Prompt and answer of one run together; at most what the model was trained for."""
     runs: int = 256
     """At once."""
     dtype: Literal["auto", "float16", "bfloat16"] = "auto"
     model_format: Literal["hf", "awq", "gptq", "compressed-tensors", "fp8", "mxfp4"] | None = None
     """None: as config.json says."""
     tp: int = 1
-    """GPUs that share the model, a power of two; more than one is not proved to be exact."""
+    """GPUs that share the model, a power of two. More than one is not proved to be exact."""
     communicator: Literal["nccl", "cuda-ipc"] = "nccl"
-    """By which they add up."""
+    """Adds up the results of several GPUs."""
     cache_fraction: float = 0.8
-    """Of the memory that is free once the weights are loaded, for the KV cache."""
+    """Share of the memory that is free after the weights are loaded, for the KV cache."""
     kv_bits: Literal[4, 8, 16] = 16
     """Of one number in the KV cache."""
     attention_splits: int = 0
-    """Into how many parts a decode's attention is cut; 0: as suits the context."""
+    """Parts that a decode's attention is cut into; 0: by the context."""
     prefix_cache: Literal["on", "off"] = "on"
-    """Whether a prompt's beginning is taken from an earlier prompt that had the same one."""
+    """Whether a prompt may reuse the beginning of an earlier prompt."""
     exact: bool = True
-    """Off: TurboMind as it comes, to compare with."""
+    """False: stock TurboMind, for comparison."""
 
     def __post_init__(self) -> None:
-        """Raises EngineUnusable for what TurboMind would refuse less kindly, or not notice."""
+        """Raises EngineUnusable for values that TurboMind would refuse with a worse message, or not notice."""
         for name, bad, wanted in (
             ("context_tokens", self.context_tokens < 2, "at least 2"),
             ("runs", self.runs < 1, "at least 1"),
@@ -79,7 +79,7 @@ class TurbomindOptions:
 
     @property
     def splits(self) -> int:
-        """The attention's constant number of parts."""
+        """The constant number of parts of the attention."""
         chosen = SPLITS_SHORT if self.context_tokens <= SHORT_CONTEXT else SPLITS_LONG
         return self.attention_splits or min(chosen, max(1, SPLIT_WORKSPACE // self.runs))
 

@@ -18,7 +18,7 @@ from typing import Any
 ABI = 4
 SOURCES = ("overrides.c", "cublaslt.h")
 LINKED_AS = "libcublas.so.12 { global: cublasGemmEx; };\n"
-"""The version script: only references to this version of cublasGemmEx are to find ours."""
+"""Version script: only references to this version of cublasGemmEx resolve to ours."""
 FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden")
 COMPILERS = ("cc", "gcc", "clang")
 RESUME, PIECE, LOOKUP = "resume", "piece", "lookup"
@@ -38,14 +38,14 @@ NARROW = 8
 """Products with fewer outputs are computed for multiples of so many tokens: for others cublasLt has other algorithms."""
 PERMITTED_MAX = 16
 TOP_K_BUCKET = 1024
-"""The largest: so every top_k that TurboMind takes is sorted by the same kernel."""
+"""The largest one: every top_k that TurboMind accepts is sorted by the same kernel."""
 OMIT = "OSTINATO_TURBOMIND_OMIT"
-"""Environment: overrides to leave out, comma separated. A self-test that does not notice would be worth nothing."""
+"""Environment variable: overrides to leave out, comma separated, to test that EXACT is not earned without them."""
 _HERE = Path(__file__).parent
 
 
 class Mode(IntEnum):
-    """What becomes of a product: cuBLAS's own choice; that, and its shape is noted; only what is permitted."""
+    """How a product is computed: by cuBLAS's choice; the same, and its shape is recorded; by a permitted algorithm."""
 
     STOCK = 0
     LEARN = 1
@@ -53,8 +53,8 @@ class Mode(IntEnum):
 
 
 class Resume(IntEnum):
-    """What becomes of a plan to resume a prompt from the cache: nothing; it is noted; it is noted, and a rest of one token made
-    one of two."""
+    """What happens to TurboMind's plan to resume a prompt from the cache: nothing; it is recorded; it is recorded, and a rest
+    of one token is made one of two."""
 
     UNWATCHED = 0
     WATCH = 1
@@ -62,7 +62,7 @@ class Resume(IntEnum):
 
 
 class NoOverrides(Exception):
-    """They cannot be had here; the message says why."""
+    """The overrides cannot be used; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Counters:
     """By override, see NAMES."""
     plans: int
     uncovered: int
-    """Products that nothing permitted could serve, and cuBLAS served as it liked."""
+    """Products that no permitted algorithm could serve, and cuBLAS served by its own choice."""
     corrected: int = 0
     """Rests of one token that were made rests of two."""
     cuts: int = 0
@@ -84,7 +84,7 @@ class Counters:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shape:
-    """A kind of product, as TurboMind hands it to cublasGemmEx; the numbers are cuBLAS's own."""
+    """A kind of product as TurboMind passes it to cublasGemmEx, in cuBLAS's numbers. The tokens are not part of it."""
 
     transa: int
     transb: int
@@ -105,21 +105,21 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An algorithm as cublasLt configures it for a product."""
+    """An algorithm, as cublasLt configures it for a product."""
 
     algorithm: int
     config: tuple[int, ...]
-    """Tile, stages, cluster and the like: they change the speed."""
+    """Tile, stages, cluster and so on, which change the speed."""
     code: bytes
-    """What cublasLt of the same version takes for it."""
+    """cublasLt's own form of it, for the same version."""
 
 
 @dataclass(frozen=True, slots=True)
 class Matrices:
-    """Device pointers of a product, and the stream it is to run on."""
+    """Device pointers of a product, and its stream."""
 
     a: int
-    """The weights; `copies` of them, `stride_bytes` apart, are used in turn, as a model's would be."""
+    """The weights. `copies` of them, `stride_bytes` apart, are used in turn."""
     b: int
     c: int
     stream: int
@@ -164,14 +164,14 @@ _EXPORTS: Mapping[str, tuple[Any, ...]] = {
 
 
 def digest() -> str:
-    """SHA-256 of what the overrides are made from."""
+    """SHA-256 of the sources and the compiler's flags."""
     parts = [(_HERE / name).read_bytes() for name in SOURCES] + [LINKED_AS.encode(), " ".join(FLAGS).encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def build(folder: Path) -> Path:
-    """The shared library: the one that an image has beside its source, else the one in this folder, compiled if it is not there
-    yet. Raises NoOverrides."""
+    """The path of the shared library: the one beside the source (in an image), or the one in this folder, compiled if it is not
+    there. Raises NoOverrides."""
     name = f"overrides-{digest()[:16]}.so"
     path = (folder / name).absolute()
     for made in (_HERE / name, path):
@@ -195,10 +195,10 @@ def build(folder: Path) -> Path:
 
 
 class Overrides:
-    """The loaded library. Calibration belongs to one thread; the counters may be read from any."""
+    """The loaded library. One thread calibrates; any thread may read the counters."""
 
     def __init__(self, path: Path) -> None:
-        """Must come before torch and TurboMind are loaded, or they have found cuBLAS already. Raises NoOverrides."""
+        """Must be called before torch and TurboMind are loaded, which would load cuBLAS first. Raises NoOverrides."""
         self.path = path
         self.omitted = frozenset(filter(None, os.environ.get(OMIT, "").split(",")))
         try:
@@ -219,7 +219,7 @@ class Overrides:
         self._workspaces: list[object] = []
 
     def configure(self, turbomind: Path, splits: int) -> None:
-        """Before TurboMind's library, at this path, is loaded."""
+        """Before TurboMind's library at this path is loaded."""
         splits = 0 if "split_count" in self.omitted else splits
         bucket = 0 if "top_k" in self.omitted else TOP_K_BUCKET
         self._library.ost_configure(os.fsencode(turbomind), splits, bucket)
@@ -228,12 +228,12 @@ class Overrides:
         self._library.ost_mode(Mode.STOCK if mode is Mode.SERVE and "gemm" in self.omitted else mode)
 
     def resume(self, mode: Resume) -> None:
-        """Nothing may be corrected before the plans that were watched have been found right."""
+        """CORRECT only after recorded plans have had the expected values."""
         self._library.ost_resume(Resume.WATCH if mode is Resume.CORRECT and RESUME in self.omitted else mode)
 
     @property
     def resumed(self) -> tuple[int, int]:
-        """Tokens of the newest prompt that was watched, and how many of them TurboMind meant to take from its cache."""
+        """Tokens of the newest recorded prompt, and how many of them TurboMind planned to take from its cache."""
         found = (c_int32 * 2)()
         self._library.ost_resumed(found)
         return found[0], found[1]
@@ -272,25 +272,25 @@ class Overrides:
             raise NoOverrides("no cublasLt can be opened")
         return int(version), os.fsdecode(path.value or b"")
 
-    def lend(self, device: int, workspace: object, pointer: int, size: int) -> None:
-        """Memory on a device for products there, at `pointer`; `workspace` is kept, so that it stays."""
+    def set_workspace(self, device: int, workspace: object, pointer: int, size: int) -> None:
+        """Memory on a device for its products, at `pointer`. `workspace` is kept alive."""
         self._workspaces.append(workspace)
         self._library.ost_workspace(device, pointer, size)
 
     def shapes(self) -> Mapping[Shape, int]:
-        """Those noted so far, and the most tokens that each was called with."""
+        """Recorded shapes, and the most tokens of each."""
         entries = (_Entry * SHAPES_MAX)()
         count = self._library.ost_shapes(entries, SHAPES_MAX)
         return {Shape(*(getattr(e.shape, each.name) for each in fields(Shape))): e.n_max for e in entries[:count]}
 
     def offers(self, shape: Shape, n: int) -> list[Candidate]:
-        """What cublasLt would run n tokens with, without cutting K; its favourite first."""
+        """What cublasLt would run n tokens with, without splitting K; the one that it prefers is first."""
         found = (_Candidate * OFFERS_MAX)()
         count = self._library.ost_offers(_native(shape), n, found)
         return [Candidate(each.config[0], tuple(each.config), bytes(each.code)) for each in found[:count]]
 
     def attempt(self, shape: Shape, n: int, candidate: Candidate, matrices: Matrices, times: int = 1) -> bool:
-        """Queue a product `times`. False: the candidate cannot run it."""
+        """Queues a product `times`. False: the candidate cannot run it."""
         m = matrices
         return not self._library.ost_try(
             _native(shape), n, candidate.code, times, m.a, m.stride_bytes, m.copies, m.b, m.c, m.stream
@@ -302,13 +302,13 @@ class Overrides:
             raise NoOverrides("the model has more kinds of products than there is room for")
 
     def prefer(self, shape: Shape, n: int, code: bytes) -> None:
-        """Serve up to n tokens with this algorithm, one of those permitted; empty: with cublasLt's favourite of them. To be
-        told by rising n."""
+        """Serve up to n tokens with this permitted algorithm; empty: with the one that cublasLt prefers. To be called by
+        rising n."""
         if not self._library.ost_prefer(_native(shape), n, code or None):
             raise NoOverrides("there is no room for more algorithms of one product")
 
     def covers(self, shape: Shape, n: int) -> bool:
-        """Whether a permitted algorithm can serve n tokens; decides now which one does."""
+        """Whether a permitted algorithm can serve n tokens. It is chosen now."""
         return bool(self._library.ost_cover(_native(shape), n))
 
     @property
@@ -320,7 +320,7 @@ class Overrides:
 
     @property
     def uncovered(self) -> int:
-        """As in `counters`; cheap enough for every step."""
+        """As in `counters`, but cheap enough for every step."""
         return self._uncovered.value
 
 

@@ -29,17 +29,17 @@ from ostinato.v1 import types_pb2
 from service.engines.base import bounded, schema_of
 
 IDS_MAX = 32
-"""Stop tokens, and forbidden ones, that TurboMind takes."""
+"""The most stop tokens, and the most forbidden ones, that TurboMind takes."""
 ALMOST_ONE = 0.999999
-NOBODY = -1
-"""A banned token that is none."""
+NO_TOKEN = -1
+"""A banned token id that no token has."""
 RULES = "1"
-"""Version of what is written here; part of the fingerprint."""
+"""Version of these rules; part of the fingerprint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The fields of TurboMind's GenerationConfig, by its names, and whether every step is to be reported."""
+    """The fields of TurboMind's GenerationConfig, with its names, and whether every step is to be reported."""
 
     max_new_tokens: int
     min_new_tokens: int
@@ -51,25 +51,25 @@ class Request:
     repetition_penalty: float
     random_seed: int
     eos_ids: tuple[int, ...]
-    """Banned until `min_new_tokens` are made; never empty."""
+    """Banned until there are `min_new_tokens`; never empty."""
     stop_ids: tuple[int, ...]
-    """With which the engine ends the run by itself."""
+    """Tokens at which TurboMind ends the run."""
     bad_ids: tuple[int, ...]
     output_logprobs: int
-    """0: none wanted."""
+    """0: none."""
     each_step: bool
-    """Else only the end is reported, for all of its tokens: a report costs Python more than a token costs the GPU."""
+    """If False, only the end is reported, with all tokens: a report costs Python more time than a token costs the GPU."""
 
 
 def request_of(given: types_pb2.ResolvedParameters, seed: int, *, stream: bool, end_ids: frozenset[int]) -> Request:
-    """Raises InvalidRequest for what this engine cannot do."""
+    """Raises InvalidRequest for parameters that TurboMind cannot follow."""
     if len(given.bad_token_ids) > IDS_MAX:
         count = len(given.bad_token_ids)
         raise invalid("parameters.bad_words", f"come to {count} tokens of this model; the engine takes at most {IDS_MAX}")
     greedy = given.temperature == 0
     ends = set[int]() if given.ignore_eos else set(end_ids)
     stops = sorted(ends | set(given.stop_token_ids))
-    # Where the engine cannot know when to end, whoever counts the tokens stops it.
+    # If TurboMind cannot know where the answer ends, each step is reported and the run is cancelled there.
     knows = len(stops) <= IDS_MAX and not given.min_new_tokens
     return Request(
         max_new_tokens=given.max_new_tokens,
@@ -80,7 +80,8 @@ def request_of(given: types_pb2.ResolvedParameters, seed: int, *, stream: bool, 
         temperature=ALMOST_ONE if greedy or _float32(given.temperature) == 1 else given.temperature,
         repetition_penalty=given.repetition_penalty,
         random_seed=seed,
-        eos_ids=tuple(sorted(end_ids) + [each for each in given.stop_token_ids if each not in end_ids])[:IDS_MAX] or (NOBODY,),
+        eos_ids=tuple(sorted(end_ids) + [each for each in given.stop_token_ids if each not in end_ids])[:IDS_MAX]
+        or (NO_TOKEN,),
         stop_ids=tuple(stops) if knows else (),
         bad_ids=_bad_ids(given, end_ids),
         output_logprobs=max(1, given.logprobs) if given.HasField("logprobs") else 0,
@@ -89,30 +90,27 @@ def request_of(given: types_pb2.ResolvedParameters, seed: int, *, stream: bool, 
 
 
 def _bad_ids(given: types_pb2.ResolvedParameters, end_ids: frozenset[int]) -> tuple[int, ...]:
-    """Those forbidden all along: the caller's, and as far as there is room the model's ends where they are to be ignored."""
+    """The caller's forbidden tokens; and, if ends are to be ignored, as many of the model's ends as there is room for."""
     ignored = sorted(end_ids - set(given.bad_token_ids)) if given.ignore_eos else []
     return (*given.bad_token_ids, *ignored)[:IDS_MAX]
 
 
 def _float32(value: float) -> float:
-    """What becomes of it on the GPU; parameters are bounded, so it fits."""
+    """The value as the GPU has it. Parameters are bounded, so it fits."""
     rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     return rounded
 
 
 def token_logprobs(token_id: int, ids: Any, values: Any, top: int) -> types_pb2.TokenLogprobs | None:
-    """PROCESSED logprobs of the chosen token and of the `top` likeliest, ties by id. `ids` and `values` are numpy, likeliest
-    first, of all that were left to choose from; what is impossible is left out, so there may be fewer than `top`. None: the
-    chosen token is not among them.
-
-    The floats are the GPU's own, widened: their bits do not depend on `top`.
-    """
+    """PROCESSED logprobs of the chosen token and of the `top` likeliest, ties by id. `ids` and `values` are numpy arrays of
+    all tokens that could be chosen, likeliest first. Impossible tokens are left out, so there may be fewer than `top`. None:
+    the chosen token is not among them. The floats are the GPU's, widened: their bits do not depend on `top`."""
     chosen = values[ids == token_id]
     if not len(chosen):
         return None
     likeliest: list[tuple[float, int]] = []
     if top:
-        # Behind the last wanted one there may be others as likely, with lower ids.
+        # After the last wanted one there may be others as likely, with lower ids.
         edge = values[min(top, len(values)) - 1]
         reach = values >= edge
         likeliest = sorted(
@@ -128,13 +126,13 @@ KEPT = 128
 """Compiled grammars."""
 COMPILE_SECONDS_MAX = 10.0
 WAITING_MAX = 64
-"""Grammars that may wait for the one that is being compiled."""
+"""Grammars that may wait for another."""
 EXPLANATION_CHARACTERS_MAX = 300
 SLOW = f"takes more than {COMPILE_SECONDS_MAX:g} s to compile, or waits for another that does"
 
 
 def source_of(response_format: types_pb2.ResponseFormat) -> tuple[str, str]:
-    """Kind of grammar and the grammar. Raises ValueError for what no compiler need see."""
+    """Kind of grammar, and the grammar. Raises ValueError for one that need not be compiled to be refused."""
     kind = response_format.WhichOneof("format")
     if kind == "json_schema":
         schema_of(response_format.json_schema)
@@ -145,25 +143,25 @@ def source_of(response_format: types_pb2.ResponseFormat) -> tuple[str, str]:
 
 
 class Formats:
-    """Compiles grammars, one at a time and in a thread of its own: xgrammar can be kept busy for long by little text, and
-    cannot be interrupted. A grammar that takes too long is refused; until it is done, so are all that come after it."""
+    """Compiles grammars, one at a time in a thread of its own, because a short text can keep xgrammar busy for long, and it
+    cannot be interrupted. A grammar that takes too long is refused, and so are all later ones until it is done."""
 
     def __init__(self, compiler: Callable[[], Any]) -> None:
-        """`compiler` gives xgrammar's compiler, in that thread, when the first grammar comes."""
+        """`compiler` returns xgrammar's compiler. It is called in that thread."""
         self._compiler = compiler
         self._thread = ThreadPoolExecutor(1, "xgrammar")
         self._futures: OrderedDict[tuple[str, str], Future[Any]] = OrderedDict()
         self._lock = threading.Lock()
 
     def check(self, response_format: types_pb2.ResponseFormat) -> None:
-        """Raises ValueError with what xgrammar says against it. Any thread; waits."""
+        """Raises ValueError with xgrammar's message. Any thread; waits."""
         try:
             self._compiled(response_format).result(COMPILE_SECONDS_MAX)
         except TimeoutError:
             raise ValueError(SLOW) from None
 
     async def ready(self, response_format: types_pb2.ResponseFormat) -> object:
-        """The grammar, as `Native.start` takes it. Raises ValueError likewise."""
+        """The compiled grammar for `Native.start`. Raises ValueError as `check` does."""
         compiled = asyncio.wrap_future(self._compiled(response_format))
         try:
             return await asyncio.wait_for(asyncio.shield(compiled), COMPILE_SECONDS_MAX)
@@ -184,13 +182,13 @@ class Formats:
         return future
 
     def close(self) -> None:
-        """What is being compiled ends when it ends."""
+        """Does not wait for the grammar that is being compiled."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, kind: str, source: str) -> Any:
         try:
             compiler = self._compiler()
             return compiler.compile_json_schema(source) if kind == "json_schema" else compiler.compile_regex(source)
-        except Exception as error:  # C++ throws what it likes
+        except Exception as error:  # xgrammar may raise anything
             told = shorten(str(error), EXPLANATION_CHARACTERS_MAX, placeholder=" ...") or type(error).__name__
             raise ValueError(f"cannot be obeyed: {told}") from error
