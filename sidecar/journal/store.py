@@ -157,7 +157,7 @@ _DROP_PROMPTS = """DELETE FROM payloads WHERE entry_index IN
 _DROP_ANSWERS = _DROP_PROMPTS.replace("items.admitted", "items.outcome")
 
 
-class Tables:
+class Tables(ABC):
     """Rows as values, in the transaction that is open. Raises the database's errors, and Damaged."""
 
     def __init__(self, session: Session) -> None:
@@ -256,8 +256,8 @@ class Tables:
         completed = [header for header in outcomes if header.kind == types_pb2.ENTRY_KIND_COMPLETED]
         each(_WRITE_TWINS, [(header.input_digest, header.fingerprint_digest, header.index) for header in completed])
 
-    def _write_items(self, admitted: Sequence[types_pb2.EntryHeader]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _write_items(self, admitted: Sequence[types_pb2.EntryHeader]) -> None: ...
 
     def write_notes(self, notes: Mapping[str, bytes]) -> None:
         self._session.each(_WRITE_NOTES, list(notes.items()))
