@@ -85,11 +85,12 @@ def _bare(folder: Path, requesters: int, seconds: float) -> Round:
     """Transactions like those of a journal whose requesters all wait: one admits an item for each, the next ends them."""
     given = admission(1).items[0].SerializeToString()
     made = outcome(types_pb2.EntryHeader()).payload.SerializeToString()
-    index, sequence, taken, began = 0, 0, list[float](), time.perf_counter()
+    index, sequence, taken = 0, 0, list[float]()
     db = connect(folder / "bare.sqlite")
     db.execute("BEGIN")
     migrate(db)
     db.execute("COMMIT")
+    began = time.perf_counter()
     while (sent := time.perf_counter()) < began + seconds:
         items = range(sequence, sequence + requesters)
         first = range(index, index + requesters)
@@ -127,10 +128,11 @@ def _bare_postgres(url: str, requesters: int, seconds: float) -> Round:
     """As `_bare`, in one statement a table, with the log's row locked first and updated last."""
     given = admission(1).items[0].SerializeToString()
     made = outcome(types_pb2.EntryHeader()).payload.SerializeToString()
-    index, sequence, taken, began = 0, 0, list[float](), time.perf_counter()
+    index, sequence, taken = 0, 0, list[float]()
     with psycopg.connect(url, autocommit=True) as db:
         migrate_postgres(db)
         db.execute("INSERT INTO log VALUES (true, '', 0, '', 0)")
+        began = time.perf_counter()
         while (sent := time.perf_counter()) < began + seconds:
             items = list(range(sequence, sequence + requesters))
             first = list(range(index, index + requesters))
