@@ -30,7 +30,6 @@ WHAT = {
 }
 """The module that has it, as a function of the same name. A module is imported when it is needed: few need PostgreSQL."""
 LLAMA = ("tokens", "prefix")
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def machine() -> str:
@@ -58,13 +57,15 @@ def measured(name: str, options: Options) -> list[Table]:
     return tables
 
 
-def write(path: Path, text: str) -> None:
-    """Replace what stands between the page's marks. Raises ValueError for a page without them."""
+def write(path: Path, name: str, text: str) -> None:
+    """Replaces the text between the marks of this benchmark, or of all. Raises ValueError for a page without them."""
     page = path.read_text()
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"{path} has no {BEGIN} and {END}")
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+    for mark in (name, "all"):
+        begin, end = f"<!-- measured: {mark}: begin -->", f"<!-- measured: {mark}: end -->"
+        if begin in page and end in page:
+            path.write_text(f"{page.split(begin)[0]}{begin}\n\n{text}\n{end}{page.split(end)[1]}")
+            return
+    raise ValueError(f"{path} has no {begin} and {end}")
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=ITEMS, help="for memory and bulk")
     parser.add_argument("--beside", type=Path, help="for door: another checkout, measured in the same rounds")
     parser.add_argument("--no-llama", action="store_true", help="leave the llama engine out")
-    parser.add_argument("--write", type=Path, help="a page with marks, between which the tables are to stand")
+    parser.add_argument("--write", type=Path, help="a page with marks, between which the tables are written: those of the first benchmark named, or of all")
     given = parser.parse_args()
     unknown = set(given.what) - set(WHAT)
     if unknown:
@@ -89,7 +90,7 @@ def main() -> None:
         table.show(console)
     if given.write:
         command = shlex.join(["python", "-m", "tests.bench", *sys.argv[1:]])
-        write(given.write, "\n".join([where, "", f"    {command}", "", *(table.markdown() for table in tables)]))
+        write(given.write, what[0], "\n".join([where, "", f"    {command}", "", *(table.markdown() for table in tables)]))
 
 
 if __name__ == "__main__":
