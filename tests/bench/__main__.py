@@ -60,12 +60,12 @@ def measured(name: str, options: Options) -> list[Table]:
 def write(path: Path, name: str, text: str) -> None:
     """Replaces the text between the marks of this benchmark, or of all. Raises ValueError for a page without them."""
     page = path.read_text()
-    for mark in (name, "all"):
-        begin, end = f"<!-- measured: {mark}: begin -->", f"<!-- measured: {mark}: end -->"
+    marks = [(f"<!-- measured: {mark}: begin -->", f"<!-- measured: {mark}: end -->") for mark in (name, "all")]
+    for begin, end in marks:
         if begin in page and end in page:
             path.write_text(f"{page.split(begin)[0]}{begin}\n\n{text}\n{end}{page.split(end)[1]}")
             return
-    raise ValueError(f"{path} has no {begin} and {end}")
+    raise ValueError(f"{path} has no {' and '.join(marks[0])}")
 
 
 def main() -> None:
@@ -76,7 +76,11 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=ITEMS, help="for memory and bulk")
     parser.add_argument("--beside", type=Path, help="for door: another checkout, measured in the same rounds")
     parser.add_argument("--no-llama", action="store_true", help="leave the llama engine out")
-    parser.add_argument("--write", type=Path, help="a page with marks, between which the tables are written: those of the first benchmark named, or of all")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        help="a page with marks of this benchmark, or of all: where the tables go",
+    )
     given = parser.parse_args()
     unknown = set(given.what) - set(WHAT)
     if unknown:
