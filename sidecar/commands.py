@@ -27,8 +27,9 @@ from sidecar.journal.ledger import LOST_MAX
 from sidecar.journal.maintenance import verify as verified
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalBroken, JournalUnusable, Loss
+from sidecar.journal.sqlite import copied
 from sidecar.journal.store import SqlStore
-from sidecar.journal.transfer import LinesUnusable, copied, sound_keys, sound_lines, sound_part, take_in
+from sidecar.journal.transfer import LinesUnusable, sound_keys, sound_lines, sound_part, take_in
 from sidecar.journal.transfer import export as lines_of
 from sidecar.opening import open_for_maintenance, open_journal
 

@@ -8,8 +8,6 @@ import shutil
 import stat
 from pathlib import Path
 
-import apsw
-
 RESTORE = "restore a copy that verifies, see docs/operations.md, A file that is damaged, or out of reach"
 
 _MAGIC = b"SQLite format 3\0"
@@ -22,12 +20,6 @@ _FIXED_BYTES = ((18, 1, 2), (19, 1, 2), (21, 64, 64), (22, 32, 32), (23, 32, 32)
 """Offset, smallest and largest value."""
 _FIXED_WORDS = ((44, 1, 4), (56, 1, 3))
 """The same, of 4 bytes each: schema format and text encoding."""
-
-_DISK = (apsw.IOError, apsw.CantOpenError, apsw.PermissionsError)
-_REFUSAL = (OSError, apsw.ReadOnlyError, *_DISK)
-"""Raised where this user may not use the file or its folder, and for other reasons as well."""
-_DAMAGE = (apsw.CorruptError, apsw.NotADBError, apsw.ReadOnlyError, apsw.SQLError, apsw.ConstraintError, apsw.MismatchError)
-"""Raised by SQLite where the content is not what this program wrote: another table, column or type."""
 
 
 def user() -> str:
@@ -83,30 +75,6 @@ def _access_fault(path: Path, mode: int) -> str:
     return f"{path} cannot be {verb} by {user()}: {held}; change them, or run as another user"
 
 
-def reason(path: Path, error: Exception, *, bytes_max: int = 0) -> str:
-    """The line for an error of SQLite, of the operating system, or of reading a row.
-
-    It may open and close the file, which releases this process's lock on it: call it only for a journal that is not used any
-    more. `bytes_max`: the bound that was set for the file; 0: none.
-    """
-    if isinstance(error, apsw.BusyError):
-        return f"{path} is in use by another sidecar or command{_holder(path)}: stop that first"
-    if isinstance(error, apsw.FullError):
-        return _full(path, bytes_max)
-    if isinstance(error, _REFUSAL) and (fault := place_fault(path, create=True)):
-        return fault
-    if isinstance(error, OSError):
-        return f"{path} cannot be opened: {error.filename or path}: {error.strerror or error}"
-    if isinstance(error, _DISK):
-        code = getattr(error, "extendedresult", "unknown")
-        return f"{path} cannot be read or written: {error} (SQLite's code {code}): look at its disk"
-    if not isinstance(error, apsw.Error):
-        return damaged(path, str(error))
-    if fault := _header_fault(path):
-        return fault
-    return damaged(path, str(error)) if isinstance(error, _DAMAGE) else f"{path} cannot be used: {error}"
-
-
 def damaged(path: Path, what: str) -> str:
     """The line for a file whose content is not what was written. SQLite may quote some of it."""
     printable = "".join(each if each.isprintable() else "?" for each in what)
@@ -126,7 +94,7 @@ def cut(path: Path, page_bytes: int, pages: int) -> str:
     return ""
 
 
-def _full(path: Path, bytes_max: int) -> str:
+def full_fault(path: Path, bytes_max: int) -> str:
     size = path.stat().st_size if path.exists() else 0
     if bytes_max and size >= bytes_max // 2:
         return f"{path}: no room is left of --journal-bytes-max {bytes_max}: raise it, or drop payloads with prune"
@@ -134,7 +102,7 @@ def _full(path: Path, bytes_max: int) -> str:
     return f"{path}: its disk is full, {free} bytes are free in {path.parent}: make room there"
 
 
-def _header_fault(path: Path) -> str:
+def header_fault(path: Path) -> str:
     """The fault in the first bytes of the file, or in its length; empty: none was found."""
     try:
         with path.open("rb") as file:
@@ -162,7 +130,7 @@ def _header_fault(path: Path) -> str:
     return cut(path, page_bytes, int.from_bytes(header[28:32]))
 
 
-def _holder(path: Path) -> str:
+def lock_holder(path: Path) -> str:
     """The process that has locked it, if the system says so."""
     try:
         found = path.stat()

@@ -8,12 +8,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import apsw
@@ -22,7 +24,7 @@ from ostinato.chain import GENESIS, entry_hash, payload_digest
 from ostinato.errors import JournalFull
 from ostinato.v1 import types_pb2
 
-from sidecar.journal.diagnosis import RESTORE, cut, damaged, place_fault, reason
+from sidecar.journal.diagnosis import RESTORE, cut, damaged, full_fault, header_fault, lock_holder, place_fault
 from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, needs
 from sidecar.journal.mark import check_mark
 from sidecar.journal.model import (
@@ -632,3 +634,62 @@ def _check_unfinished(unfinished: Sequence[Sealed]) -> None:
             sound and header.kind == types_pb2.ENTRY_KIND_ADMITTED and payload_digest(sealed.payload) == header.payload_digest
         ):
             raise JournalUnusable(f"entry {header.index} is damaged, and its item has not ended: {RESTORE}")
+
+
+# ---- errors
+
+_DISK = (apsw.IOError, apsw.CantOpenError, apsw.PermissionsError)
+_REFUSAL = (OSError, apsw.ReadOnlyError, *_DISK)
+"""Raised where this user may not use the file or its folder, and for other reasons as well."""
+_DAMAGE = (apsw.CorruptError, apsw.NotADBError, apsw.ReadOnlyError, apsw.SQLError, apsw.ConstraintError, apsw.MismatchError)
+"""Raised by SQLite where the content is not what this program wrote: another table, column or type."""
+
+
+def reason(path: Path, error: Exception, *, bytes_max: int = 0) -> str:
+    """The line for an error of SQLite, of the operating system, or of reading a row.
+
+    It may open and close the file, which releases this process's lock on it: call it only for a journal that is not used any
+    more. `bytes_max`: the bound that was set for the file; 0: none.
+    """
+    if isinstance(error, apsw.BusyError):
+        return f"{path} is in use by another sidecar or command{lock_holder(path)}: stop that first"
+    if isinstance(error, apsw.FullError):
+        return full_fault(path, bytes_max)
+    if isinstance(error, _REFUSAL) and (fault := place_fault(path, create=True)):
+        return fault
+    if isinstance(error, OSError):
+        return f"{path} cannot be opened: {error.filename or path}: {error.strerror or error}"
+    if isinstance(error, _DISK):
+        code = getattr(error, "extendedresult", "unknown")
+        return f"{path} cannot be read or written: {error} (SQLite's code {code}): look at its disk"
+    if not isinstance(error, apsw.Error):
+        return damaged(path, str(error))
+    if fault := header_fault(path):
+        return fault
+    return damaged(path, str(error)) if isinstance(error, _DAMAGE) else f"{path} cannot be used: {error}"
+
+
+@contextmanager
+def copied(path: Path) -> Iterator[SqliteTables]:
+    """The tables of a copy in the folder for temporary files: the damaged file stays as it is. Raises JournalUnusable for a
+    file that is in use, is no journal, or cannot be copied."""
+    if fault := place_fault(path, create=False):
+        raise JournalUnusable(fault)
+    try:
+        with closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)) as db:
+            db.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+    except (apsw.BusyError, apsw.NotADBError) as error:
+        raise JournalUnusable(reason(path, error)) from error
+    except apsw.Error:
+        pass  # it is damaged
+    with TemporaryDirectory(prefix="ostinato-") as folder:
+        copy = Path(folder) / "journal.sqlite"
+        for ending in ("", "-wal"):
+            if (source := path.with_name(path.name + ending)).exists():
+                shutil.copyfile(source, copy.with_name(copy.name + ending))
+        try:
+            with closing(apsw.Connection(str(copy))) as db:
+                db.pragma("writable_schema", True)  # or a file that is shorter than its header says is refused
+                yield SqliteTables(db)
+        except UNREADABLE as error:
+            raise JournalUnusable(reason(copy, error).replace(str(copy), str(path))) from error

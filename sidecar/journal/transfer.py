@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-import apsw
 from google.protobuf import json_format
 
 from ostinato.chain import GENESIS, OUTCOMES
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal.diagnosis import place_fault, reason
 from sidecar.journal.ledger import NUMBER_MAX
 from sidecar.journal.maintenance import MISSING, Checker, name_of, pages
 from sidecar.journal.model import FINGERPRINTS, JournalUnusable, Key, Log, Sealed
@@ -237,32 +231,6 @@ class SoundPart:
     """Sequences without an outcome there."""
     fault: str
     """What is wrong after it; empty: nothing."""
-
-
-@contextmanager
-def copied(path: Path) -> Iterator[SqliteTables]:
-    """The tables of a copy in the folder for temporary files: the damaged file stays as it is. Raises JournalUnusable for a
-    file that is in use, is no journal, or cannot be copied."""
-    if fault := place_fault(path, create=False):
-        raise JournalUnusable(fault)
-    try:
-        with closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)) as db:
-            db.execute("SELECT count(*) FROM sqlite_schema").fetchall()
-    except (apsw.BusyError, apsw.NotADBError) as error:
-        raise JournalUnusable(reason(path, error)) from error
-    except apsw.Error:
-        pass  # it is damaged
-    with TemporaryDirectory(prefix="ostinato-") as folder:
-        copy = Path(folder) / "journal.sqlite"
-        for ending in ("", "-wal"):
-            if (source := path.with_name(path.name + ending)).exists():
-                shutil.copyfile(source, copy.with_name(copy.name + ending))
-        try:
-            with closing(apsw.Connection(str(copy))) as db:
-                db.pragma("writable_schema", True)  # or a file that is shorter than its header says is refused
-                yield SqliteTables(db)
-        except UNREADABLE as error:
-            raise JournalUnusable(reason(copy, error).replace(str(copy), str(path))) from error
 
 
 def sound_part(tables: SqliteTables, name: str) -> SoundPart:
