@@ -95,7 +95,7 @@ class Wanted:
 
 def generate(
     session: Session,
-    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; - is a prompt a line of stdin.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; - reads stdin, one per line.")] = None,
     file: File = None,
     output: Output = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Copies of each prompt; --seed is the same for all.")] = 1,
@@ -111,8 +111,9 @@ def generate(
     max_response_bytes: MaxResponseBytes = DEFAULT_RESPONSE_BYTES,
     **sampling: Annotated[Any, SAMPLING],
 ) -> Coroutine[Any, Any, bool]:
-    """Generates outputs: prints a table, or with --json one line per result.
+    """Generates an output for each prompt.
 
+    Prints a table, or with --json one line per result.
     Without --seed every item gets its own seed, which is shown and gives the same output when it is given again.
     With --key, the same command again returns the recorded outputs; the second of several requests has KEY/2, and so on.
     With --output, --file may have any length, and the same command continues after an interruption.

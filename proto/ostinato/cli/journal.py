@@ -21,7 +21,7 @@ async def get(
     key: Key = "",
     last: Annotated[bool, typer.Option("--last", help="The newest item.")] = False,
 ) -> bool:
-    """Shows the record of an item, or of every item of a keyed batch: its input and its outcome."""
+    """Shows the record of an item or a keyed batch. It has the input and the outcome."""
     if last and (sequence is not None or key):
         raise typer.BadParameter("--last: give no sequence and no --key with it")
     async with session.client() as client:
@@ -47,7 +47,7 @@ async def tail(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for new entries, also if the sidecar restarts.")] = False,
     payloads: Annotated[bool, typer.Option("--payloads", help="Show inputs and outputs too.")] = False,
 ) -> bool:
-    """Shows the journal's entries: index, kind, sequence, epoch, time, digest."""
+    """Shows the journal's entries. A line has index, kind, sequence, epoch, time and digest."""
     async with session.client() as client:
         with usage():
             entries = client.tail(from_index, follow=follow, payloads=payloads, timeout=session.timeout)
@@ -62,7 +62,7 @@ async def tail(
 
 
 async def head(session: Session) -> bool:
-    """Shows the journal's last entry and last sequence, and its writer."""
+    """Shows the journal's newest entry and sequence."""
     async with session.client() as client:
         answer = await client.head(timeout=session.timeout)
     if session.json:
@@ -85,7 +85,7 @@ async def head(session: Session) -> bool:
 async def cancel(
     session: Session, sequences: Annotated[str | None, typer.Argument(metavar="[A..B]")] = None, key: Key = ""
 ) -> bool:
-    """Cancels unfinished items: one sequence, a range, or a keyed batch."""
+    """Cancels unfinished items. Takes a sequence, a range, or a key."""
     first, last = None, None
     if sequences is not None:
         range_ = span(sequences)
@@ -101,7 +101,7 @@ async def cancel(
 
 
 async def model(session: Session) -> bool:
-    """Shows what is running: the grade that it has earned and why, its limits, its fingerprint."""
+    """Shows the running model and its grade. Also its limits and its fingerprint."""
     async with session.client() as client:
         answer = await client.model(timeout=session.timeout)
     if session.json:

@@ -40,7 +40,7 @@ async def replay(
     concurrency: Annotated[int, typer.Option(min=0, max=64, help=f"Runs at once; 0 is {CONCURRENCY}.")] = 0,
     alone: Annotated[bool, typer.Option("--alone", help="Each with nothing else of the sidecar in the engine.")] = False,
 ) -> bool:
-    """Runs completed items again and compares: exit code 1 if an output differs, 3 if some could not be compared."""
+    """Runs completed items again and compares. Exit code 1 if an output differs, 3 if some could not be compared."""
     wanted = open_span(sequences)
     verdicts: Counter[str] = Counter()
     async with AsyncExitStack() as stack:

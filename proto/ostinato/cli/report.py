@@ -29,7 +29,7 @@ Confidence = Annotated[float, typer.Option(help="Of the intervals, above 0 and b
 
 
 async def report(session: Session, html: Html = None, confidence: Confidence = 0.95) -> bool:
-    """Shows how often outputs diverged, with confidence intervals, since when, and where; fails while an alarm is up."""
+    """Shows how often outputs diverged. With confidence intervals, since when, and where; fails while an alarm is up."""
     if not 0 < confidence < 1:
         raise typer.BadParameter("--confidence: must be above 0 and below 1")
     if html is not None:

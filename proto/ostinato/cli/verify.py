@@ -26,7 +26,7 @@ _SQLITE = b"SQLite format 3\0"
 def verify(
     session: Session, file: Annotated[Path, typer.Argument(help="JSON or JSON lines; - is stdin.", show_default=False)]
 ) -> bool:
-    """Checks what generate, get and tail print with --json: receipts against their outputs, entries against their chain."""
+    """Verifies receipts and entries offline. Reads what generate, get and tail print with --json."""
     checks = Checks()
     name, content = _read(file)
     checks.read(name, content)
