@@ -45,7 +45,7 @@ from ostinato.errors import (
     to_status,
 )
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
-from serving.handlers import coalesce
+from serving.handlers import Coalescer
 from serving.program import StartupError, replace_file
 
 from service.answer import Answer
@@ -682,6 +682,7 @@ class Outbox:
         text that was ever assigned to it."""
         self._welcome: engine_pb2.Welcome | None = None
         self._wake = asyncio.Event()
+        self._coalescer = Coalescer()
         self._closed = False
         self._error: Exception | None = None
 
@@ -722,7 +723,7 @@ class Outbox:
         """What waits, as far as it fits one message, as soon as there is anything. None: closed, and everything is taken."""
         while self._error is None:
             if self._waiting or self._welcome is not None:
-                await coalesce(lambda: self._bytes)
+                await self._coalescer.wait(lambda: self._bytes)
                 if self._error is None:
                     return self._frame()
             elif self._closed:

@@ -19,7 +19,7 @@ from google.rpc import status_pb2
 from ostinato import errors, tracing
 from ostinato.errors import from_rpc_error
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
-from serving.handlers import coalesce
+from serving.handlers import Coalescer
 
 SHORT_BYTES = 4096
 """A longer request to prepare has a call of its own, and a thread in the service."""
@@ -249,11 +249,12 @@ class EngineLink:
         raise _fault(writer) or error
 
     async def _write(self, stream: Stream) -> None:
+        coalescer = Coalescer()
         while True:
             await self._something.wait()
             self._something.clear()
             while self._submits or self._cancels or self._preparing.unsent:
-                await coalesce(lambda: len(self._submits) + len(self._cancels) + len(self._preparing.unsent))
+                await coalescer.wait(lambda: len(self._submits) + len(self._cancels) + len(self._preparing.unsent))
                 await stream.write(self._message())
             if self._closing:
                 await stream.done_writing()

@@ -53,7 +53,7 @@ FAULTS = {
 EARLY_SECONDS, EARLY_SHARE = 0.05, 0.02
 """The caller's clock runs out before ours: by the way here, and because gRPC rounds a timeout up by up to a hundredth."""
 
-QUIET_TURNS, TURNS_MAX = 4, 16
+QUIET_TURNS, TURNS_MAX, VAIN_WAITS = 4, 16, 16
 
 _log = logging.getLogger(__name__)
 
@@ -382,14 +382,23 @@ def _retrieve(writing: asyncio.Future[None]) -> None:
         writing.exception()
 
 
-async def coalesce(amount: Callable[[], int]) -> None:
-    """Waits until the amount of what is to be sent has not changed for a few turns of the event loop, but not for many turns:
-    what arrives at about the same time leaves in one message, and a message costs ten times as much as a turn. No timer is
-    used: where nothing happens, a turn takes some microseconds."""
-    quiet, before = 0, amount()
-    for _ in range(TURNS_MAX):
-        await asyncio.sleep(0)
-        now = amount()
-        quiet, before = quiet + 1 if now == before else 0, now
-        if quiet == QUIET_TURNS:
-            return
+class Coalescer:
+    """Waits for what is about to be sent, so that it leaves in one message: a message costs ten times as much as a turn of the
+    event loop. No timer is used: where nothing happens, a turn takes some microseconds. A sender for which nothing has come in
+    its last waits is alone, and waits for one turn only."""
+
+    def __init__(self) -> None:
+        self._vain = 0
+        """Waits in a row in which nothing came."""
+
+    async def wait(self, amount: Callable[[], int]) -> None:
+        """Until the amount has not changed for a few turns, but not for many turns."""
+        quiet, first = 0, amount()
+        before, wanted = first, QUIET_TURNS if self._vain < VAIN_WAITS else 1
+        for _ in range(TURNS_MAX):
+            await asyncio.sleep(0)
+            now = amount()
+            quiet, before = quiet + 1 if now == before else 0, now
+            if quiet == wanted:
+                break
+        self._vain = self._vain + 1 if before == first else 0

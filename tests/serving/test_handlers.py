@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from ostinato import errors
-from serving.handlers import EARLY_SECONDS, EARLY_SHARE, QUIET_TURNS, STATUS_BYTES_MAX, TURNS_MAX, _code, coalesce, fitting
+from serving.handlers import (
+    EARLY_SECONDS,
+    EARLY_SHARE,
+    QUIET_TURNS,
+    STATUS_BYTES_MAX,
+    TURNS_MAX,
+    VAIN_WAITS,
+    Coalescer,
+    _code,
+    fitting,
+)
 
 from tests.ostinato.echo import METHODS, NAME, Context, Echo, call, raw, serving, text
 from tests.waiting import eventually
@@ -290,9 +300,32 @@ def test_waits_as_long_as_something_comes(coming: list[bool]) -> None:
                 await asyncio.sleep(0)
 
         bringing = asyncio.create_task(bring())
-        await coalesce(lambda: len(waiting))
+        await Coalescer().wait(lambda: len(waiting))
         seen = list(turns)
         await bringing
         return seen
 
     assert len(asyncio.run(play())) == turns_waited(coming)
+
+
+async def test_a_sender_that_is_alone_hardly_waits() -> None:
+    """After waits in which nothing came, a wait is one turn long; after one in which something came, all are long again."""
+    coalescer, waiting = Coalescer(), list[int]()
+
+    async def turns() -> int:
+        counting, counted = asyncio.create_task(coalescer.wait(lambda: len(waiting))), 0
+        while not counting.done():
+            await asyncio.sleep(0)
+            counted += 1
+        return counted
+
+    long = await turns()
+    for _ in range(VAIN_WAITS):
+        await turns()
+    short = await turns()
+    assert short < long
+
+    loop = asyncio.get_running_loop()
+    loop.call_soon(loop.call_soon, waiting.append, 1)  # in the turn after the wait has begun
+    await turns()
+    assert await turns() == long
