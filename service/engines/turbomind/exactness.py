@@ -166,20 +166,25 @@ class Exactness:
         if LOOKUP in overrides.omitted:
             self._miss("TurboMind's own kernels are not pinned: it picks them by timing at every start")
             return {}, ()
+        own, excluded = self._proved(native, overrides) if kept is None else (kept.own, kept.excluded)
         if kept is not None:
-            overrides.kernels({product.numbers: rows for product, rows in kept.own.items()})
+            overrides.kernels({product.numbers: rows for product, rows in own.items()})
             before = overrides.counters.pinned
             probe.first_run(native, self.options.context_tokens)
-            if kept.own and overrides.counters.pinned == before:
+            if own and overrides.counters.pinned == before:
                 self._miss(f"TurboMind does not serve with the kernels of {self._table.name}")
-            return kept.own, kept.excluded
+        if not own:
+            why = f"none rounds alike whatever else runs: {'; '.join(excluded)[:300]}" if excluded else "its table has none"
+            self._miss(f"of TurboMind's own kernels {why}")
+        return own, excluded
+
+    def _proved(self, native: Native, overrides: Overrides) -> tuple[Mapping[Product, tuple[int, ...]], tuple[str, ...]]:
+        """Raises as `_own` does."""
         try:
             tuned = kernels.own_kernels(self._table.read_bytes())
         except ValueError as error:
             raise ValueError(f"TurboMind's table of kernels {error}") from None
         proof = probe.prove_kernels(native, overrides, tuned)
-        if tuned and not proof.permitted:
-            self._miss(f"of TurboMind's own kernels none rounds alike whatever else runs: {'; '.join(proof.excluded)[:300]}")
         _log.info(
             "own kernels",
             extra={
