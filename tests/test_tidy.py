@@ -39,6 +39,25 @@ ARROWS = (
     Only(("serving",), r"proto/serving/|service/|sidecar/", "a client does not serve"),
 )
 
+BESIDE_THE_SPINE = {
+    "ostinato.enums": "the contract's enums as words",
+    "ostinato.requests": "the names of two metadata fields",
+    "ostinato.resume": "how much of an item was sent",
+    "ostinato.tracing": "spans",
+    "ostinato.v1": "generated from the contract",
+    "serving": "gRPC servers: credentials, errors, settings",
+    "service.description": "the answer of Describe",
+    "service.observe": "metrics and spans",
+    "sidecar.collisions": "a kind of comparison",
+    "sidecar.config": "settings",
+    "sidecar.fingerprints": "a cache of fingerprints by digest",
+    "sidecar.held": "bounds of the bytes that wait for readers",
+    "sidecar.journal.diagnosis": "what is wrong with a damaged file",
+    "sidecar.observe": "metrics, spans and log lines",
+    "sidecar.rerun": "second runs",
+}
+"""What the spine may use of ours beside itself. To understand order, journal and exactness, none of it has to be read."""
+
 CLIENT = re.compile(r"proto/ostinato/")
 CLIENT_EXTRAS = {"opentelemetry", "matplotlib"}
 CLIENT_MAY_IMPORT = sys.stdlib_module_names | CLIENT_EXTRAS | {"google", "grpc", "grpc_status", "ostinato", "rich", "typer"}
@@ -107,6 +126,33 @@ def test_imports_follow_the_arrows() -> None:
     ]
 
     assert wrong == []
+
+
+def spine() -> list[Path]:
+    """The files that README's "Read the code" names."""
+    section = (ROOT / "README.md").read_text().split("## Read the code")[1].split("\n## ")[0]
+    return [Path(name) for name in re.findall(r"\]\(([\w/.]+\.py)\)", section)]
+
+
+def module(path: Path) -> str:
+    """The name by which the file is imported."""
+    return ".".join(path.with_suffix("").parts).removeprefix("proto.")
+
+
+def test_the_spine_imports_nothing_outside_itself() -> None:
+    """What README's "Read the code" lists imports of ours only what stands there too, and a few named modules beside it."""
+    names = {module(path) for path in spine()} | BESIDE_THE_SPINE.keys()
+    ours = {module(path) for path in product()}
+    wrong, used = [], set()
+    for path in spine():
+        for line, name in imported(path):
+            owner = name if name in ours else name.rpartition(".")[0]
+            if owner in ours and not within(name, tuple(names)):
+                wrong.append(f"{path}:{line} imports {name}")
+            used |= {each for each in BESIDE_THE_SPINE if within(name, (each,))}
+
+    assert wrong == []
+    assert used == BESIDE_THE_SPINE.keys(), "a module that stands beside the spine is used by it"
 
 
 def test_a_client_needs_little() -> None:
