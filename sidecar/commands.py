@@ -196,7 +196,9 @@ def accept_loss(
     if through < known:
         raise JournalUnusable(f"--through {through}: sequences to {known} were given out")
     if through - log.last_sequence > LOST_MAX:
-        raise JournalUnusable(f"--through {through}: the journal ends at sequence {log.last_sequence}; so many cannot be lost")
+        raise JournalUnusable(
+            f"--through {through}: the journal ends at sequence {log.last_sequence}; at most {LOST_MAX} more can be lost"
+        )
     # A log that sidecars share may be in use: its operator is a writer of its own.
     opened, _ = open_journal(
         Settings(journal=journal, writer="operator" if is_shared(journal) else next(iter(log.writers))),

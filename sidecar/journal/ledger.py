@@ -117,7 +117,6 @@ class Ledger:
         return sealed
 
     def append(self, draft: Draft) -> Appended:
-        """Entries for a draft, or the reason why there are none."""
         match draft:
             case Admission():
                 return self._admit(draft)

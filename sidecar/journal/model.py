@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ostinato.errors import Disconnected
 from ostinato.v1 import sequencer_pb2, types_pb2
@@ -126,7 +126,7 @@ class ItemEntries:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Where the journal stands."""
+    """The end of the journal, as a writer knows it."""
 
     log_id: str
     writer: str
@@ -155,8 +155,12 @@ class Opened:
 
     head: Head
     """After this epoch's OPENED entry."""
-    unfinished: tuple[Unfinished, ...] = field(default=())
+    unfinished: tuple[Unfinished, ...] = ()
     """By ascending sequence."""
+
+    def __post_init__(self) -> None:
+        sequences = [each.admitted.header.sequence for each in self.unfinished]
+        assert sequences == sorted(set(sequences))
 
 
 @dataclass(frozen=True, slots=True)

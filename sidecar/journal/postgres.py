@@ -221,7 +221,7 @@ CREATE TABLE log (
   last_index bigint NOT NULL, head_hash bytea NOT NULL, last_sequence bigint NOT NULL
 ) WITH (fillfactor = 10);
 
--- `committed` is the token of the writer's newest transaction: whether it was durable, if nobody heard.
+-- `committed` is the token of the writer's newest transaction: it shows whether a commit was durable whose answer was lost.
 CREATE TABLE writers (
   name text PRIMARY KEY, epoch bigint NOT NULL, lease_until timestamptz NOT NULL, committed bytea NOT NULL
 ) WITH (fillfactor = 10);
@@ -239,7 +239,7 @@ CREATE VIEW sealed AS
   LEFT JOIN payloads ON payloads.entry_index = entries.entry_index;
 
 -- `verified` is the AUDITED entry of kind VERIFY: part of the item's answer.
--- `owner` is the writer that has to finish it, `attempt` rises whenever that is begun anew.
+-- `owner` is the writer that has to finish it; `attempt` rises with each new start of the item.
 CREATE TABLE items (
   sequence bigint PRIMARY KEY, admitted bigint NOT NULL, outcome bigint, verified bigint,
   owner text NOT NULL, attempt integer NOT NULL DEFAULT 1

@@ -86,7 +86,7 @@ def take_in(store: SqlStore, lines: Iterable[str], writer: str | None, on_entrie
     """Fill an empty journal from such lines: all of it, with its chain verified, or nothing. Raises LinesUnusable, and
     JournalUnusable where the journal is not empty. `on_entries` is given the entries so far and in all."""
     if store.log() is not None:
-        raise JournalUnusable(f"{store.name} is not empty: take another in only where there is none")
+        raise JournalUnusable(f"{store.name} is not empty: import into an empty journal")
     numbered = enumerate(_decoded(lines), start=1)
     first = next(numbered, None)
     if first is None:

@@ -29,7 +29,7 @@ FINGERPRINT = b"f" * 32
 
 
 def verify_journal(journal: Path | str) -> Iterator[Checked]:
-    """Look at a journal, by its path or URL; nobody may use a file. JournalUnusable: it cannot be read."""
+    """Check a journal, by its path or URL; a file must not be in use. JournalUnusable: it cannot be read."""
     with closing(open_for_maintenance(str(journal))) as store:
         yield from verify(lambda index, limit: store.entries(index, limit, payloads=True))
 

@@ -229,7 +229,7 @@ async def test_key_is_bound_once(using: Open) -> None:
 
 
 async def test_key_is_scoped_by_tenant(using: Open) -> None:
-    """One key of two tenants is two keys, and an empty key is none."""
+    """One key of two tenants is two keys, and an empty key binds nothing."""
     for tenant in ("", "a", "b"):
         assert len((await using.journal.append(admission(key="k", tenant=tenant))).entries) == 1
     for _ in range(2):
@@ -289,7 +289,7 @@ async def test_twin_of_one_fingerprint(using: Open) -> None:
 
 
 async def test_failed_has_no_twin(using: Open) -> None:
-    """An item without an output is nobody's twin."""
+    """An item without an output is not the twin of another."""
     first, second = await using.admit(item(1, seed=9), item(1, seed=9))
     await using.journal.append(ended(first))
 

@@ -91,7 +91,7 @@ async def test_no_mark_while_it_is_away(store: PostgresKit, line: Proxy, tmp_pat
     assert (before.last_sequence, after.last_sequence) == (0, 1)
 
 
-async def test_away_while_nobody_asks(store: PostgresKit, line: Proxy) -> None:
+async def test_away_without_calls(store: PostgresKit, line: Proxy) -> None:
     """That the database is gone is found out by the lease, and so is that it is back."""
     store.configure(lease_seconds=0.1)
     async with grouped(store, line) as journal:
@@ -142,7 +142,7 @@ async def test_in_doubt(store: PostgresKit, line: Proxy, monkeypatch: pytest.Mon
 
 
 async def test_closing_while_in_doubt(store: PostgresKit, line: Proxy) -> None:
-    """A journal that is closed while its database is away answers nobody, and says that it was closed."""
+    """A journal that is closed while its database is away fails all calls, and says that it was closed."""
     async with grouped(store, line) as journal:
         (entry,) = (await journal.append(admission())).entries
         line.sever()
@@ -165,7 +165,7 @@ async def _all_items(journal: Journal) -> Sequence[ItemEntries]:
 
 async def test_a_server_that_crashes(store: PostgresKit, postgres: Postgres) -> None:
     """kill -9 of the server, twice, under the load of two writers: what was acknowledged is there once, and nothing else is
-    but what nobody was told of; one order throughout."""
+    but what no caller was told of; one order throughout."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng, acknowledged = random.Random(seed), dict[str, Sealed]()

@@ -343,7 +343,7 @@ def test_a_folder_beside_it(tried: Tried, sound: Sound) -> None:
 
 @contextmanager
 def another_user() -> Iterator[None]:
-    """As a user whom modes bind; root is none."""
+    """As a user whom file modes bind, which root is not."""
     if os.geteuid():
         yield
         return

@@ -141,7 +141,7 @@ def test_redact(store: Kit) -> None:
 def test_what_is_dropped_is_gone(tmp_path: Path) -> None:
     """No file has the bytes of a payload that was dropped."""
     store = SqliteKit(tmp_path / "journal.db")
-    secret = "a secret that nobody is to read again"
+    secret = "a secret that must not be readable again"
     with store.opened() as journal:
         (answer,) = journal.append_many([admission(item(5, request_id=secret))], 1)
         journal.append_many([completed(answer.entries[0], text=secret)], 1)
@@ -159,7 +159,7 @@ def test_digests_only(store: Kit) -> None:
         (answer,) = journal.append_many([admission(item(1, seed=9), item(1, seed=9), item(3), item(1, seed=9))], 1)
         first, second, third, fourth = answer.entries
         (made,) = journal.append_many([completed(first, 4)], 1)
-        assert made.entries[0].payload, "whoever waits for it is answered"
+        assert made.entries[0].payload, "a call that waits for it is answered"
         assert kept_payloads(journal.entries(1, 100, payloads=True)) == [2, 3, 4]
         (twin,) = journal.append_many([completed(second, 4)], 1)
         verdict = sequencer_pb2.CompletedPayload.FromString(twin.entries[0].payload).twin
@@ -274,7 +274,7 @@ ROWS_READ = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables WHERE 
 
 
 def test_large_numbers_are_text(store: Kit) -> None:
-    """64-bit numbers are strings in JSON: a seed of 2^64 - 1 is not rounded by whoever reads it."""
+    """64-bit numbers are strings in JSON: a seed of 2^64 - 1 is not rounded by a reader."""
     fill(store)
     entries = [told["entry"] for line in exported(store) if "entry" in (told := json.loads(line))]
 
@@ -294,7 +294,7 @@ def test_only_into_nothing(store: Kit) -> None:
 
 
 def test_several_writers(store: Kit) -> None:
-    """A log of several writers goes into a journal of one only when somebody says whose it is."""
+    """A log of several writers goes into a journal of one only if the owner is named."""
     fill(store)
     first, *others = exported(store)
     head = json.loads(first)

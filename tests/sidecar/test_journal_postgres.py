@@ -159,7 +159,7 @@ def test_take_over(store: PostgresKit) -> None:
     assert sound(store)
 
 
-def test_nobody_is_taken_over_after_an_outage(store: PostgresKit) -> None:
+def test_no_takeover_after_an_outage(store: PostgresKit) -> None:
     """A lease that has run out counts only for those who were connected for as long as one lasts: they would have seen it
     renewed."""
     watch = Watch()
@@ -249,7 +249,7 @@ def test_a_lost_commit_is_looked_up(
 def test_a_commit_in_doubt_is_not_answered(
     store: PostgresKit, line: Proxy, at_commit: Callable[[Callable[[], None]], None], cut: Cut
 ) -> None:
-    """While the server cannot be asked nothing is known; whoever appends the same drafts again is told what became of them."""
+    """While the server cannot be reached a commit stays in doubt; appending the same drafts again returns its result."""
     watch = Watch()
     url = through(line, store)
     journal, _ = store.open(url=url, seconds=watch)
@@ -301,7 +301,7 @@ def test_a_take_over_in_doubt(
 
 
 def test_a_server_that_ends_the_session(store: PostgresKit) -> None:
-    """A connection that was ended while nobody used it is replaced, by a read as by an append."""
+    """A connection that was ended while it was idle is replaced, by a read as by an append."""
     with store.opened() as journal:
         for use in (lambda: admit(journal), lambda: journal.newest(), lambda: journal.items(1, 1, 1)):
             store.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'ostinato writer'")
@@ -346,7 +346,7 @@ def test_a_migration(store: PostgresKit, monkeypatch: pytest.MonkeyPatch) -> Non
     assert store.execute("SELECT version, hat FROM ostinato, writers") == [(len(schema.MIGRATIONS), None)]
 
 
-def test_a_schema_of_somebody_else(store: PostgresKit) -> None:
+def test_a_schema_of_another_program(store: PostgresKit) -> None:
     """Tables of the same names that are no journal's are not touched."""
     store.execute("CREATE TABLE log (line text)")
 

@@ -122,7 +122,7 @@ def test_an_older_version_is_brought_up(store: SqliteKit) -> None:
 
 
 def test_foreign_files(store: SqliteKit) -> None:
-    """Another program's database, a file that is none, and a folder that is missing are refused with words for each."""
+    """Another program's database, a file that is not a database, and a missing folder are each refused with a reason."""
     db = apsw.Connection(str(store.path))
     db.execute("CREATE TABLE something (x)")
     db.close()
@@ -156,7 +156,7 @@ def test_durability_settings(store: SqliteKit) -> None:
 
 
 def test_checkpoint(store: SqliteKit) -> None:
-    """The write-ahead log is copied into the file when nobody waits, or when it is very long, and then begins anew."""
+    """The write-ahead log is copied into the file when no work waits, or when it is very long, and then begins anew."""
     wal = store.path.with_name(store.path.name + "-wal")
     with store.opened() as journal:
         while journal._wal_pages < CHECKPOINT_PAGES:
@@ -307,7 +307,7 @@ def test_verify(written: SqliteKit) -> None:
 
 
 def forge(store: SqliteKit, index: int, /, **fields: object) -> None:
-    """Change an entry's header and hash everything after it anew, as somebody with the file and this program could."""
+    """Change an entry's header and hash everything after it anew, as a person with the file and this program could."""
     db = apsw.Connection(str(store.path))
     hashes: dict[int, bytes] = dict(list(db.execute("SELECT entry_index, entry_hash FROM entries")))
     previous = hashes[index - 1]

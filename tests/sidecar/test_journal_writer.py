@@ -191,7 +191,7 @@ async def test_one_call_into_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_maintenance() -> None:
-    """Upkeep comes after the answers, and is told whether somebody waits."""
+    """Upkeep comes after the answers, and is told whether work waits."""
     async with running(GroupSettings(commit_drafts_max=1)) as it:
         appends = asyncio.ensure_future(it.gather(2))
         await eventually(it.backend.begun.is_set)
@@ -268,7 +268,7 @@ def test_settings() -> None:
 
 
 async def test_every_entry_is_told_once(tmp_path: Path) -> None:
-    """All that is made durable is told in the order of the indexes, also what nobody waits for any more."""
+    """All that becomes durable is reported in the order of the indexes, also if its caller is gone."""
     told: list[int] = []
     backend, opened = SqliteKit(tmp_path / "journal.db").open()
     journal = Journal(
@@ -336,7 +336,7 @@ class Full:
         self.journal.close()
 
     def commit(self, **drafts: Draft) -> dict[str, Appended | Refusal]:
-        """What became of the drafts that were settled, by name."""
+        """The results of the drafts that were settled, by name."""
         return dict(self.committer.commit([Job(draft, name) for name, draft in drafts.items()]).settled)
 
 

@@ -131,7 +131,7 @@ def wrong_drafts() -> list[tuple[str, Draft]]:
     seedless = sequencer_pb2.CompletedPayload(output=types_pb2.Output(seed=1))
     return [
         ("a batch without items", dataclasses.replace(admission(), items=())),
-        ("an outcome that is none", dataclasses.replace(failed, kind=types_pb2.ENTRY_KIND_AUDITED)),
+        ("a kind that is not an outcome", dataclasses.replace(failed, kind=types_pb2.ENTRY_KIND_AUDITED)),
         ("COMPLETED without an output", dataclasses.replace(failed, kind=types_pb2.ENTRY_KIND_COMPLETED)),
         ("FAILED with an output", dataclasses.replace(good, kind=types_pb2.ENTRY_KIND_FAILED)),
         ("attempt 0", dataclasses.replace(good, attempt=0)),
