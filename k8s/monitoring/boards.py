@@ -60,7 +60,7 @@ OVERVIEW.row(
         (f"sum by (method, code) (rate(ostinato_rpc_handled_total{CALLS}[RATE]))", "{{method}} {{code}}"),
     ),
     lines(
-        "Turned away",
+        "Refused requests",
         "ops",
         ("sum by (reason) (rate(ostinato_refused_requests_total{ON}[RATE]))", "{{reason}}"),
         ("sum(rate(ostinato_repeated_requests_total{ON}[RATE]))", "answered from the record"),
@@ -98,7 +98,7 @@ OVERVIEW.row(
     ),
 )
 OVERVIEW.row(
-    "How full it is",
+    "Load",
     lines(
         "Items that wait or run",
         "none",
@@ -133,7 +133,7 @@ OVERVIEW.row(
         "min((ostinato_tls_certificate_expiry_timestamp_seconds{ON} > 0) - time())",
         (None, "red"),
         (604800, "green"),
-        about="Until the public door's expires.",
+        about="Until the certificate of the public address expires.",
         width=4,
     ),
     number(
@@ -159,7 +159,7 @@ DIVERGENCE.row(
         about="1 while the evidence that more than 1 comparison in 1,000 diverges is 100 or more.",
     ),
     number(
-        "Broken promises, a day",
+        "Diverged at exact or serial, a day",
         "none",
         f"sum(kind_grade:ostinato_diverged:increase1d{{JOB,{PROMISED}}}) or vector(0)",
         (None, "green"),
@@ -171,7 +171,7 @@ DIVERGENCE.row(
         "Diverged, a day",
         "percentunit",
         "sum(kind_grade:ostinato_diverged:increase1d{JOB}) / sum(kind_grade:ostinato_comparisons:increase1d{JOB})",
-        about="Of all that was compared.",
+        about="Share of all comparisons.",
     ),
     number(
         "Per token, a day",
@@ -180,7 +180,7 @@ DIVERGENCE.row(
         about="Divergence per compared token, of the worst kind and grade.",
     ),
     number(
-        "Seeds that collide, a day", "none", "sum(increase(ostinato_collisions_total{ON}[1d]))", (None, "green"), (0.5, "red")
+        "Collisions of seeds, a day", "none", "sum(increase(ostinato_collisions_total{ON}[1d]))", (None, "green"), (0.5, "red")
     ),
     lines(
         "Newest 1,000 of each sidecar",
@@ -197,7 +197,7 @@ DIVERGENCE.row(
         ("kind_grade:ostinato_divergence:ratio1d{JOB}", "{{kind}} {{grade}}"),
         ("kind_grade:ostinato_divergence:lower1d{JOB}", "{{kind}} {{grade}} lower"),
         ("kind_grade:ostinato_divergence:upper1d{JOB}", "{{kind}} {{grade}} upper"),
-        about="The same, counted together.",
+        about="Share that diverged, over all sidecars.",
         width=12,
     ),
 )
@@ -230,9 +230,9 @@ DIVERGENCE.row(
     lines(
         "Unseeded answers",
         "ops",
-        ("sum(rate(ostinato_collision_checks_total{ON}[RATE]))", "compared with another seed's"),
+        ("sum(rate(ostinato_collision_checks_total{ON}[RATE]))", "compared with those of other seeds"),
         ("sum(rate(ostinato_collisions_total{ON}[RATE]))", "equal to one"),
-        about="A collision is two seeds with one answer.",
+        about="A collision: two seeds gave the same answer.",
     ),
     lines(
         "Not compared",
@@ -242,12 +242,12 @@ DIVERGENCE.row(
     ),
 )
 DIVERGENCE.row(
-    "Change",
+    "Drift and audits",
     lines(
         "Drift",
         "none",
         ("sum by (kind, field) (ostinato_drift_total{ON})", "{{kind}} {{field}}"),
-        about="What could not be compared, by what differed.",
+        about="Incomparable runs, by what differed.",
         steps=True,
     ),
     lines(
@@ -263,9 +263,9 @@ P99 = "histogram_quantile({share}, sum by (le) (rate({metric}_bucket{{ON}}[RATE]
 ORDER.row(
     "Sequence",
     number("Newest sequence", "none", "max(ostinato_last_sequence{ON})"),
-    number("Epoch", "none", "max(ostinato_epoch{ON})", about="Rises at every start of a sidecar."),
+    number("Epoch", "none", "max(ostinato_epoch{ON})", about="Increases at every start of a sidecar."),
     number(
-        "Wait",
+        "Waiting items",
         "none",
         "sum(ostinato_unnumbered_items{ON}) + sum(ostinato_queue_items{ON})",
         about="Items that wait for a sequence, the journal or room in the engine.",
@@ -351,7 +351,7 @@ ENGINE = Board("engine", "Tokens, runs, KV cache, grade and fingerprint.")
 GPU = "TurboMind only."
 
 ENGINE.row(
-    "What runs",
+    "Engine",
     number("Grade held", "none", "min(ostinato_service_grade{ON})", names=GRADES),
     number(
         "Self-test", "s", "max(ostinato_service_self_test_seconds{ON})", about="Duration of the self-test behind this grade."
@@ -427,8 +427,8 @@ ENGINE.row(
         ("sum(ostinato_engine_override_plans_total{ON})", "products planned"),
         ("sum(ostinato_engine_override_uncovered_total{ON})", "products uncovered"),
         ("sum(ostinato_engine_override_corrected_total{ON})", "resumes corrected"),
-        ("sum(ostinato_engine_preemptions_total{ON})", "runs taken out"),
-        about=f"Calls that an override served. What is uncovered or taken out must stay 0. {GPU}",
+        ("sum(ostinato_engine_preemptions_total{ON})", "runs preempted"),
+        about=f"Calls that an override served. Uncovered products and preempted runs must stay 0. {GPU}",
     ),
 )
 
