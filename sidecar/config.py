@@ -17,51 +17,51 @@ from sidecar.held import Bounds as HeldBounds
 class Settings:
     """Flags of `python -m sidecar`, and environment variables OSTINATO_SIDECAR_…"""
 
-    listen: tuple[str, ...] = field(("127.0.0.1:7001",), "addresses of the public door, host:port or unix:/path")
+    listen: tuple[str, ...] = field(("127.0.0.1:7001",), "addresses to listen on, host:port or unix:/path")
     engine: str = field("unix:.run/engine.sock", "address of the service")
-    journal: str = field(".run/journal.sqlite", "file of the journal, or postgresql://… of one that sidecars share")
-    high_water: Path | None = field(
-        None, "file of the journal's high-water mark", applies="beside a journal in a file, with .mark"
-    )
-    writer: str = field("ostinato-0", "stable name of this sidecar, its own on a log, written into every entry")
-    metrics: str = field("127.0.0.1:9400", "where /metrics is, host:port; empty: nowhere")
-    health_listen: str = field("", "a port in plain text with health on it and nothing else, for probes; empty: none")
-    allow_remote: bool = field(False, "listen in plain TCP beyond loopback")
-    # credentials; their files are read again when they change
-    tls_certificate: Path | None = field(None, "PEM file of the certificate, and those between it and its root")
+    journal: str = field(".run/journal.sqlite", "file of the journal, or postgresql://… of a shared one")
+    high_water: Path | None = field(None, "file of the journal's high-water mark", applies="the journal's file, with .mark")
+    writer: str = field("ostinato-0", "name of this sidecar, unique on its journal; written into each entry")
+    metrics: str = field("127.0.0.1:9400", "address of /metrics, host:port; empty: none")
+    health_listen: str = field("", "plain-text address that serves only health, for probes; empty: none")
+    allow_remote: bool = field(False, "allow plain TCP beyond loopback")
+    # credentials: files are read again when they change
+    tls_certificate: Path | None = field(None, "PEM file of the certificate chain")
     tls_key: Path | None = field(None, "PEM file of its private key")
-    tls_client_ca: Path | None = field(None, "PEM file of the CAs whose client certificates are required")
-    tokens: Path | None = field(None, "file of who may call: lines of tenant, role and a token's SHA-256")
-    trust_tenant_metadata: bool = field(False, "believe ostinato-tenant in a call's metadata: a gateway in front sets it")
-    # a face for OpenAI gateways, on the same addresses; needs the extra gateway
+    tls_client_ca: Path | None = field(None, "PEM file of CAs; client certificates are then required")
+    tokens: Path | None = field(None, "file of callers: lines of tenant, role and a token's SHA-256")
+    trust_tenant_metadata: bool = field(False, "trust ostinato-tenant in metadata, set by a gateway in front")
+    # OpenAI gateways, on the same addresses; needs the extra gateway
     vllm_face: bool = field(False, "serve vllm.grpc.engine.VllmEngine beside Generation")
     vllm_timeout_seconds: float = field(600.0, "deadline of its calls that have no earlier one", minimum=0.001)
-    traces: str = field("", "where spans go, otlp:http://host:4318; empty: where OTEL_… variables say, or nowhere")
-    log_format: str = field("human", "of log lines", choices=("human", "json"))
-    log_level: str = field("info", "of log lines", choices=("debug", "info", "warning", "error"))
+    traces: str = field("", "where spans go, otlp:http://host:4318; empty: as OTEL_… variables say")
+    log_format: str = field("human", "form of log lines", choices=("human", "json"))
+    log_level: str = field("info", "least level of log lines", choices=("debug", "info", "warning", "error"))
     # bounds of a request
     batch_items_max: int = field(256, "items in one request", minimum=1, maximum=4096)
-    message_bytes_max: int = field(4 << 20, "of one request", minimum=1024, maximum=2**31 - 1)
-    max_response_bytes: int = field(4 << 20, "of a worst-case answer, unless the client's metadata raises it", minimum=1024)
-    response_bytes_ceiling: int = field(128 << 20, "what a client's metadata may raise it to", minimum=1024)
-    idempotency_key_bytes_max: int = field(256, "of an idempotency key", minimum=1)
-    request_id_bytes_max: int = field(256, "of a request id", minimum=1)
-    # order and room
-    queue_items_max: int = field(4096, "items that wait for a number, the journal or the engine", minimum=1)
-    tenant_queue_items_max: int = field(1024, "of them, items of one tenant that wait for a number", minimum=1)
-    numbered_items_max: int = field(64, "of them, items that have one, where there are tenants", minimum=1)
-    window_runs_max: int = field(0, "runs handed to the engine at once; 0: twice what it runs", minimum=0)
-    attempts_max: int = field(3, "engines that may be lost under an item", minimum=1)
-    item_timeout_seconds: float = field(600.0, "for one attempt", minimum=0.001)
-    idempotency_ttl_seconds: float = field(86400.0, "a key is kept this long after its outcome", minimum=0.0)
+    message_bytes_max: int = field(4 << 20, "size of one request", minimum=1024, maximum=2**31 - 1)
+    max_response_bytes: int = field(
+        4 << 20, "size of a worst-case answer, unless the client's metadata raises it", minimum=1024
+    )
+    response_bytes_ceiling: int = field(128 << 20, "the most that a client's metadata may raise it to", minimum=1024)
+    idempotency_key_bytes_max: int = field(256, "size of an idempotency key", minimum=1)
+    request_id_bytes_max: int = field(256, "size of a request id", minimum=1)
+    # order and queues
+    queue_items_max: int = field(4096, "items that wait for a sequence, the journal or the engine", minimum=1)
+    tenant_queue_items_max: int = field(1024, "items of one tenant that wait for a sequence", minimum=1)
+    numbered_items_max: int = field(64, "items that have one and wait for the engine, with tenants", minimum=1)
+    window_runs_max: int = field(0, "runs submitted to the engine at once; 0: twice what it runs", minimum=0)
+    attempts_max: int = field(3, "engines lost under an item before it fails", minimum=1)
+    item_timeout_seconds: float = field(600.0, "timeout of one attempt", minimum=0.001)
+    idempotency_ttl_seconds: float = field(86400.0, "how long a key is kept after its outcome", minimum=0.0)
     followers_max: int = field(64, "calls that follow the journal at once", minimum=1)
     tails_max: int = field(64, "calls that read the journal to its end at once", minimum=1)
     replays_max: int = field(4, "replays at once", minimum=1)
-    # what is held for callers
-    held_call_bytes_max: int = field(64 << 20, "that wait for the reader of one stream before its call is lost", minimum=1024)
-    held_tenant_bytes_max: int = field(256 << 20, "held for the callers of one tenant, where there are tenants", minimum=1024)
-    held_bytes_max: int = field(512 << 20, "held for all callers; beyond, the call that holds most is lost", minimum=1024)
-    unread_seconds_max: float = field(60.0, "that a message of Tail or Replay waits for its reader", minimum=0.01)
+    # bytes held for callers
+    held_call_bytes_max: int = field(64 << 20, "waiting for one stream's reader; above it the call is lost", minimum=1024)
+    held_tenant_bytes_max: int = field(256 << 20, "held for the callers of one tenant, with tenants", minimum=1024)
+    held_bytes_max: int = field(512 << 20, "held for all callers; above it the call that holds most is lost", minimum=1024)
+    unread_seconds_max: float = field(60.0, "how long a message of Tail or Replay waits for its reader", minimum=0.01)
     # second runs
     reruns_share: float = field(0.25, "share of the engine for second runs; one is always allowed", minimum=0.0, maximum=1.0)
     audit_rate: float = field(0.01, "sampled share of completed items that are run again", minimum=0.0, maximum=1.0)
@@ -73,14 +73,16 @@ class Settings:
     )
     canary_seconds: float = field(300.0, "between two rounds of canaries; 0 disables them", minimum=0.0)
     # journal
-    journal_bytes_max: int = field(0, "of the journal; 0: what the disk holds", minimum=0)
-    journal_reserve_bytes: int = field(16 << 20, "kept free for outcomes", minimum=0)
-    lease_seconds: float = field(10.0, "without a sign of life, until others take over; PostgreSQL", minimum=0.5)
-    payloads: str = field("full", "kept in the journal; digests: only until the outcome", choices=("full", "digests"))
+    journal_bytes_max: int = field(0, "size of the journal; 0: no bound but the disk", minimum=0)
+    journal_reserve_bytes: int = field(16 << 20, "room kept free for outcomes", minimum=0)
+    lease_seconds: float = field(10.0, "after which others take over a silent sidecar's items; PostgreSQL", minimum=0.5)
+    payloads: str = field(
+        "full", "what the journal keeps; digests: payloads only until the outcome", choices=("full", "digests")
+    )
     # time
-    drain_seconds: float = field(30.0, "to finish what was admitted, after SIGTERM", minimum=0.0)
+    drain_seconds: float = field(30.0, "time to finish what was admitted, after SIGTERM", minimum=0.0)
     reconnect_seconds: float = field(0.2, "pause before the engine stream is opened again", minimum=0.01)
-    tick_seconds: float = field(0.1, "between looks at the clock", minimum=0.01)
+    tick_seconds: float = field(0.1, "interval of checks for deadlines", minimum=0.01)
 
     def __post_init__(self) -> None:
         if not self.writer.isprintable() or not 1 <= len(self.writer.encode()) <= 128:
@@ -116,18 +118,18 @@ class Settings:
 
     @property
     def tenants(self) -> bool:
-        """Whether there are any but ""."""
+        """Whether there are tenants other than ""."""
         return self.trust_tenant_metadata or self.tokens is not None or self.tls_client_ca is not None
 
     @property
     def held(self) -> HeldBounds:
-        """Of the bytes held for callers."""
+        """The bounds of `Held`."""
         tenant = min(self.held_tenant_bytes_max, self.held_bytes_max) if self.tenants else self.held_bytes_max
         return HeldBounds(self.held_call_bytes_max, tenant, self.held_bytes_max)
 
     @property
     def bounds(self) -> Bounds:
-        """The core's part."""
+        """The core's bounds."""
         return Bounds(
             queue_items_max=self.queue_items_max,
             window_runs_max=self.window_runs_max,
@@ -140,10 +142,10 @@ class Settings:
 
 
 def mark_of(journal: str) -> Path | None:
-    """Where a journal's high-water mark is, unless its operator says otherwise: on another disk it would be worth more."""
+    """The default file of a journal's high-water mark. On another disk it would protect more."""
     return None if is_shared(journal) else Path(f"{journal}.mark")
 
 
 def is_shared(journal: str) -> bool:
-    """Whether it is in PostgreSQL."""
+    """Whether the journal is in PostgreSQL."""
     return journal.startswith(("postgresql://", "postgres://"))

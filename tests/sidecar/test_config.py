@@ -59,7 +59,7 @@ def test_help_says_what_applies(field: dataclasses.Field[object], capsys: pytest
 
     assert said is not None
     if field.name == "high_water":
-        assert said[1] == "beside a journal in a file, with .mark"
+        assert said[1] == "the journal's file, with .mark"
         assert Settings(journal="a/b").mark == Path("a/b.mark")
     elif field.name == "canaries":
         assert said[1] == "the sidecar's own"
