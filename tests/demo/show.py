@@ -14,7 +14,7 @@ from rich.text import Text
 
 import ostinato
 from ostinato.chain import check_result
-from ostinato.cli.serve import Running, Wanted, run_until_signal, started
+from ostinato.cli.serve import Running, ServeOptions, run_until_signal, started
 from ostinato.v1 import types_pb2
 
 from tests.pair import ROOT, samples
@@ -33,7 +33,7 @@ async def demo(running: Running) -> int:
     """The exit code. The journal is a new one, so that sequences begin at 1."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     with tempfile.TemporaryDirectory(prefix="ostinato-demo-") as folder:
-        wanted = Wanted(
+        options = ServeOptions(
             state=Path(folder),
             listen=ANYWHERE,
             metrics=ANYWHERE,
@@ -41,7 +41,7 @@ async def demo(running: Running) -> int:
             service=["--engine", "llama", "--state-dir", str(STATE)],
             sidecar=["--journal-reserve-bytes", str(1 << 20)],
         )
-        async with started(wanted, running):
+        async with started(options, running):
             connected = running.connected
             console.print(
                 f"engine [bold]{connected['model']}[/] at grade [bold]{str(connected['grade']).upper()}[/], "

@@ -293,8 +293,8 @@ def test_a_journal_that_is_set_elsewhere(tmp_path: Path, monkeypatch: pytest.Mon
     """--state does not override a journal of the settings file or of the environment."""
     config = tmp_path / "ostinato.toml"
     config.write_text(f'[sidecar]\njournal = "{tmp_path / "other.sqlite"}"\n')
-    plain = serve.Wanted(state=tmp_path / "state")
-    told = serve.Wanted(state=tmp_path / "state", config=config)
+    plain = serve.ServeOptions(state=tmp_path / "state")
+    told = serve.ServeOptions(state=tmp_path / "state", config=config)
     assert any(flag.startswith("--journal=") for flag in serve._sidecar_flags(plain, "unix:x"))
     assert not any(flag.startswith("--journal=") for flag in serve._sidecar_flags(told, "unix:x"))
 

@@ -72,8 +72,8 @@ class Listener:
 
 @st.composite
 def _connections(draw: st.DrawFn) -> tuple[list[list[GenerateEvent]], dict[int, list[int]]]:
-    """What a sidecar tells on each connection, and the outputs. Later connections may bring another attempt with other tokens,
-    tell the beginning at once, in pieces, or not at all, and end anywhere; the last one ends the batch."""
+    """The events of each connection, and the outputs. A later connection may have another attempt with other tokens, send the
+    beginning at once, in pieces, or not at all, and end anywhere; the last one ends the batch."""
     ids = st.lists(st.integers(0, 3), max_size=6)
     count = draw(st.integers(1, 4))
     outputs = {sequence: draw(ids) for sequence in SEQUENCES}
@@ -101,8 +101,8 @@ def _connections(draw: st.DrawFn) -> tuple[list[list[GenerateEvent]], dict[int, 
 
 @given(_connections())
 def test_everything_is_told_once(told: tuple[list[list[GenerateEvent]], dict[int, list[int]]]) -> None:
-    """However often a stream is cut, and whatever each connection repeats, leaves out or makes anew: Admitted comes once,
-    tokens follow each other without a gap or a repetition, each item ends once, and after a loss its tokens are all there."""
+    """However often a stream breaks, and whatever each connection repeats, leaves out or generates again: Admitted comes once,
+    tokens follow each other without gaps or repetitions, each item ends once, and after a loss all its tokens have come."""
     connections, outputs = told
     listener, hears = Listener(), StreamResume()
     for number, events in enumerate(connections):
@@ -264,8 +264,8 @@ cut_lists = st.lists(st.integers(0, TOKENS_MAX), max_size=4)
 
 @st.composite
 def attempts(draw: st.DrawFn) -> list[tuple[list[int], list[int]]]:
-    """Tokens and cuts of up to four attempts, most of which make what the first one made; all but the last are lost midway,
-    some before their first token or with nobody listening."""
+    """Tokens and cuts of up to four attempts, most of which repeat the first. All but the last are lost midway, some before
+    their first token or without a stream."""
     first = draw(token_lists)
     made = [first, *draw(st.lists(st.one_of(st.just(first), token_lists), max_size=3))]
     lost = [tokens[: draw(st.integers(0, len(tokens)))] for tokens in made[:-1]]
@@ -274,8 +274,8 @@ def attempts(draw: st.DrawFn) -> list[tuple[list[int], list[int]]]:
 
 @given(attempts())
 def test_the_listener_ends_with_the_last_attempt(tried: list[tuple[list[int], list[int]]]) -> None:
-    """Tokens, text and logprobs are the last attempt's, with no gap and no repetition on the way; a Restarted came only where
-    something that had been sent was not made again."""
+    """The caller ends with tokens, text and logprobs of the last attempt, without gaps or repetitions. A Restarted comes
+    only if a sent token was not repeated."""
     progress, listener = Progress(SEQUENCE), Attempts()
     needless = True
     for number, (tokens, cuts) in enumerate(tried, start=1):

@@ -76,8 +76,8 @@ MaxResponseBytes = Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Large
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What to generate."""
+class GenerateOptions:
+    """The options of a run."""
 
     prompts: Callable[[], Iterator[Prompt]]
     """From the first prompt each time."""
@@ -123,12 +123,13 @@ def generate(
     with usage():
         parameters = _parameters(sampling)
         common = requests.batch(types_pb2.Item(), key or "", request_id, require_grade, parameters, verify=verify)
-    wanted = Wanted(partial(_prompts, texts or [], file, n, chat), common, batch, concurrency, progress, max_response_bytes)
+    prompts = partial(_prompts, texts or [], file, n, chat)
+    options = GenerateOptions(prompts, common, batch, concurrency, progress, max_response_bytes)
     if output is not None:
         if file is None or str(file) == STDIN or texts or stream:
             raise typer.BadParameter("--output: takes the prompts of --file, which is read twice, and no others")
-        return _bulk(session, wanted, file, output)
-    listed = list(wanted.prompts())
+        return _bulk(session, options, file, output)
+    listed = list(options.prompts())
     if not listed:
         raise typer.BadParameter(NO_PROMPT)
     if stream:
@@ -136,7 +137,7 @@ def generate(
             raise typer.BadParameter(f"--stream: shows one prompt, not {len(listed)}")
         common.items[0].CopyFrom(listed[0].item)
         return _stream(session, common, max_response_bytes)
-    return _print_table(session, listed, wanted)
+    return _print_table(session, listed, options)
 
 
 def _parameters(given: Mapping[str, Any]) -> requests.Sampling:
@@ -156,16 +157,16 @@ def _parameters(given: Mapping[str, Any]) -> requests.Sampling:
     return cast(requests.Sampling, made)
 
 
-async def _print_table(session: Session, prompts: Sequence[Prompt], wanted: Wanted) -> bool:
+async def _print_table(session: Session, prompts: Sequence[Prompt], options: GenerateOptions) -> bool:
     """Prints the results in the prompts' order. Whether every item has an output and no verification failed."""
     results: list[types_pb2.Result] = []
-    key = wanted.common.idempotency_key
-    async with session.client(wanted.max_response_bytes) as client:
-        size = await wanted.batch_size(client, session.timeout) if len(prompts) > 1 else 1
-        source = batches(prompts, wanted.common, size, lambda number, _: f"{key}/{number}" if key and number > 1 else key)
-        answered = answers(client, session.timeout, source, wanted.concurrency)
+    key = options.common.idempotency_key
+    async with session.client(options.max_response_bytes) as client:
+        size = await options.batch_size(client, session.timeout) if len(prompts) > 1 else 1
+        source = batches(prompts, options.common, size, lambda number, _: f"{key}/{number}" if key and number > 1 else key)
+        answered = answers(client, session.timeout, source, options.concurrency)
         # One request has no progress between its beginning and its end.
-        bar = False if len(prompts) <= size and wanted.progress is None else wanted.progress
+        bar = False if len(prompts) <= size and options.progress is None else options.progress
         try:
             with show.progress("generate", len(prompts), bar) as done:
                 async with aclosing(answered):
@@ -178,7 +179,7 @@ async def _print_table(session: Session, prompts: Sequence[Prompt], wanted: Want
         finally:
             if results and not session.json:
                 show.table(show.RESULT_COLUMNS, map(show.result, results))
-                if wanted.common.verify:
+                if options.common.verify:
                     show.note(f"verified: {show.verdicts(results)}")
     return all(result.HasField("output") and result.comparison.verdict != types_pb2.VERDICT_DIVERGED for result in results)
 
@@ -431,24 +432,24 @@ def _summary(result: types_pb2.Result) -> str:
 # Each batch has a key, `RUN/FIRST-LAST/DIGEST`: the name of the run (--key, or the name of the prompts' file), the numbers of
 # its prompts from 1, and the first half of the request's digest. Results that are in the output file are not requested again;
 # those that the sidecar has or is working on are found by their key. So nothing is generated twice while it keeps its keys.
-def _bulk(session: Session, wanted: Wanted, file: Path, output: Path) -> Coroutine[Any, Any, bool]:
+def _bulk(session: Session, options: GenerateOptions, file: Path, output: Path) -> Coroutine[Any, Any, bool]:
     """Reads every line first, so that a bad one is reported before anything is sent."""
-    if not wanted.common.idempotency_key:
-        wanted.common.idempotency_key = file.name.encode()[:RUN_NAME_BYTES_MAX].decode(errors="ignore")
-    total = sum(1 for _ in wanted.prompts())
+    if not options.common.idempotency_key:
+        options.common.idempotency_key = file.name.encode()[:RUN_NAME_BYTES_MAX].decode(errors="ignore")
+    total = sum(1 for _ in options.prompts())
     if not total:
         raise typer.BadParameter(NO_PROMPT)
-    return _write_output(session, wanted, total, output)
+    return _write_output(session, options, total, output)
 
 
-async def _write_output(session: Session, wanted: Wanted, total: int, output: Path) -> bool:
+async def _write_output(session: Session, options: GenerateOptions, total: int, output: Path) -> bool:
     """Whether every prompt has an output and no verification failed."""
     tally = Tally()
     with closing(OutputFile(output)) as written:
         try:
-            async with session.client(wanted.max_response_bytes) as client:
-                with show.progress("generate", total, wanted.progress) as done:
-                    await _run(client, session, wanted, written, tally, done)
+            async with session.client(options.max_response_bytes) as client:
+                with show.progress("generate", total, options.progress) as done:
+                    await _run(client, session, options, written, tally, done)
         except OSError as error:
             show.note(f"error: {output}: {error.strerror}")
         except (asyncio.CancelledError, errors.OstinatoError):
@@ -465,22 +466,22 @@ async def _write_output(session: Session, wanted: Wanted, total: int, output: Pa
 
 
 async def _run(
-    client: Client, session: Session, wanted: Wanted, output: OutputFile, tally: Tally, done: Callable[[int], None]
+    client: Client, session: Session, options: GenerateOptions, output: OutputFile, tally: Tally, done: Callable[[int], None]
 ) -> None:
-    size = await wanted.batch_size(client, session.timeout)
+    size = await options.batch_size(client, session.timeout)
 
     def key(number: int, request: generation_pb2.GenerateRequest) -> str:
         first = (number - 1) * size + 1
         request_digest = digest.request_digest(request).hex()[:32]
-        return f"{wanted.common.idempotency_key}/{first}-{first + len(request.items) - 1}/{request_digest}"
+        return f"{options.common.idempotency_key}/{first}-{first + len(request.items) - 1}/{request_digest}"
 
-    source = batches(wanted.prompts(), wanted.common, size, key)
+    source = batches(options.prompts(), options.common, size, key)
     first = await _skip(source, output, tally, done)
     if first is None:
         output.expect_end()
         return
     written = first.number - 1
-    async with aclosing(answers(client, session.timeout, chain([first], source), wanted.concurrency)) as answered:
+    async with aclosing(answers(client, session.timeout, chain([first], source), options.concurrency)) as answered:
         async for batch, response in answered:
             if batch.number != written + 1:
                 continue  # an earlier batch failed; the journal keeps this one

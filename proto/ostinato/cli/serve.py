@@ -108,7 +108,7 @@ def serve(
     """
     if model is not None and not model.exists():
         raise typer.BadParameter(f"there is no file or folder {model}", param_hint="MODEL")
-    wanted = Wanted(
+    options = ServeOptions(
         config=config,
         model=model,
         engine=engine or (None if model is None else Engine.TURBOMIND if model.is_dir() else Engine.LLAMA),
@@ -120,7 +120,7 @@ def serve(
         service=_split("--service-flag", service_flag),
         sidecar=_split("--sidecar-flag", sidecar_flag),
     )
-    raise typer.Exit(asyncio.run(run_until_signal("serve", lambda running: _serve(wanted, running))))
+    raise typer.Exit(asyncio.run(run_until_signal("serve", lambda running: _serve(options, running))))
 
 
 def service(context: typer.Context) -> None:
@@ -330,7 +330,7 @@ class Child:
 
 # What `serve` runs.
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ServeOptions:
     """What to start. None: the program's own default, or its environment."""
 
     config: Path | None = None
@@ -411,29 +411,29 @@ async def run_until_signal(name: str, work: Callable[[Running], Coroutine[Any, A
         return USAGE if isinstance(error, Ended) and error.usage else FAILED
 
 
-async def _serve(wanted: Wanted, running: Running) -> int:
-    async with started(wanted, running):
-        _announce(wanted, running)
+async def _serve(options: ServeOptions, running: Running) -> int:
+    async with started(options, running):
+        _announce(options, running)
         await running.unless_one_ends(asyncio.Event().wait())
     raise AssertionError("it serves until it is cancelled or a program ends")
 
 
 @asynccontextmanager
-async def started(wanted: Wanted, running: Running) -> AsyncIterator[None]:
+async def started(options: ServeOptions, running: Running) -> AsyncIterator[None]:
     """Starts everything; at the end of the context stops it in order. Raises Unusable, Ended or OSError, whose
     message is one line that says what to do."""
-    for name in ("service", "sidecar", *(["smg"] if wanted.gateway_port else [])):
+    for name in ("service", "sidecar", *(["smg"] if options.gateway_port else [])):
         check_installed(name)
-    if wanted.gateway_port:
-        _check_free(wanted.gateway_port)
-    with _locked(wanted.state), _socket_folder() as folder:
+    if options.gateway_port:
+        _check_free(options.gateway_port)
+    with _locked(options.state), _socket_folder() as folder:
         drain_seconds: float | None = None
         try:
             began = time.monotonic()
-            await _start_pair(wanted, running, f"unix:{folder}/engine.sock")
+            await _start_pair(options, running, f"unix:{folder}/engine.sock")
             await _wait_until_serving(running)
-            if wanted.gateway_port:
-                await _start_gateway(wanted, wanted.gateway_port, running)
+            if options.gateway_port:
+                await _start_gateway(options, options.gateway_port, running)
             running.seconds = time.monotonic() - began
             yield
         except Ended as error:
@@ -448,11 +448,11 @@ async def started(wanted: Wanted, running: Running) -> AsyncIterator[None]:
                 raise
 
 
-async def _start_pair(wanted: Wanted, running: Running, address: str) -> None:
+async def _start_pair(options: ServeOptions, running: Running, address: str) -> None:
     """Until both listen, the service at `address`."""
     variables = program_environment("service", "sidecar")
-    for name, flags in (("service", _service_flags(wanted, address)), ("sidecar", _sidecar_flags(wanted, address))):
-        await _start(name, _command(name, flags), variables, wanted, running)
+    for name, flags in (("service", _service_flags(options, address)), ("sidecar", _sidecar_flags(options, address))):
+        await _start(name, _command(name, flags), variables, options.state, running)
     service, sidecar = running.children
 
     async def listening() -> None:
@@ -463,35 +463,40 @@ async def _start_pair(wanted: Wanted, running: Running, address: str) -> None:
     await running.unless_one_ends(listening())
 
 
-async def _start(name: str, command: Sequence[str], variables: Mapping[str, str], wanted: Wanted, running: Running) -> None:
-    running.children.append(await Child.start(name, command, variables, wanted.state / f"{name}.log"))
+async def _start(name: str, command: Sequence[str], variables: Mapping[str, str], state: Path, running: Running) -> None:
+    running.children.append(await Child.start(name, command, variables, state / f"{name}.log"))
 
 
-def _service_flags(wanted: Wanted, address: str) -> list[str]:
+def _service_flags(options: ServeOptions, address: str) -> list[str]:
     """The caller's flags come after those that they may override, and before those that `serve` depends on."""
-    flags = {"--config": wanted.config, "--engine": wanted.engine, "--model": wanted.model, "--metrics": wanted.service_metrics}
-    if wanted.state != STATE and not _is_set(wanted, "service", "state_dir"):
-        flags["--state-dir"] = wanted.state / "service"
-    return [*_given(flags), *wanted.service, "--listen", address, "--log-format", "json", "--log-level", "INFO"]
+    flags = {
+        "--config": options.config,
+        "--engine": options.engine,
+        "--model": options.model,
+        "--metrics": options.service_metrics,
+    }
+    if options.state != STATE and not _is_set(options, "service", "state_dir"):
+        flags["--state-dir"] = options.state / "service"
+    return [*_given(flags), *options.service, "--listen", address, "--log-format", "json", "--log-level", "INFO"]
 
 
-def _sidecar_flags(wanted: Wanted, address: str) -> list[str]:
+def _sidecar_flags(options: ServeOptions, address: str) -> list[str]:
     """In the same order."""
-    flags: dict[str, object] = {"--config": wanted.config, "--listen": wanted.listen, "--metrics": wanted.metrics}
-    if wanted.state != STATE and not _is_set(wanted, "sidecar", "journal"):
-        flags["--journal"] = wanted.state / "journal.sqlite"
-    gateway = ["--vllm-face"] if wanted.gateway_port else []
-    return [*_given(flags), *wanted.sidecar, *gateway, "--engine", address, "--log-format", "json", "--log-level", "info"]
+    flags: dict[str, object] = {"--config": options.config, "--listen": options.listen, "--metrics": options.metrics}
+    if options.state != STATE and not _is_set(options, "sidecar", "journal"):
+        flags["--journal"] = options.state / "journal.sqlite"
+    gateway = ["--vllm-face"] if options.gateway_port else []
+    return [*_given(flags), *options.sidecar, *gateway, "--engine", address, "--log-format", "json", "--log-level", "info"]
 
 
-def _is_set(wanted: Wanted, program: str, setting: str) -> bool:
+def _is_set(options: ServeOptions, program: str, setting: str) -> bool:
     """Whether the environment or the settings file has this setting, which --state must not override."""
     import tomllib
 
     prefix = f"OSTINATO_{program.upper()}_"
     if f"{prefix}{setting.upper()}" in os.environ:
         return True
-    file = wanted.config or os.environ.get(f"{prefix}CONFIG")
+    file = options.config or os.environ.get(f"{prefix}CONFIG")
     try:
         table = tomllib.loads(Path(file).read_text("utf-8")).get(program) if file else None
     except (OSError, ValueError):
@@ -527,7 +532,7 @@ async def _wait_until_serving(running: Running) -> None:
             reassuring.cancel()
 
 
-async def _start_gateway(wanted: Wanted, port: int, running: Running) -> None:
+async def _start_gateway(options: ServeOptions, port: int, running: Running) -> None:
     """Until smg serves the sidecar's model."""
     with socket.socket() as held:  # a free port for smg's own metrics, which cannot be turned off
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -543,7 +548,7 @@ async def _start_gateway(wanted: Wanted, port: int, running: Running) -> None:
         words = [str(word) for pair in flags.items() for word in pair]
         # A retry by smg would be another request, with other sequences.
         command = _command("smg", ["launch", *words, "--disable-retries"])
-        await _start("smg", command, {**os.environ, "PYTHONSAFEPATH": "1"}, wanted, running)
+        await _start("smg", command, {**os.environ, "PYTHONSAFEPATH": "1"}, options.state, running)
         url = f"http://127.0.0.1:{port}"
         running.openai_model = await running.unless_one_ends(_gateway_model(url))
         running.openai = f"{url}/v1"
@@ -639,7 +644,7 @@ def _reachable(address: str) -> str:
     return address
 
 
-def _announce(wanted: Wanted, running: Running) -> None:
+def _announce(options: ServeOptions, running: Running) -> None:
     """Prints what runs, where, at which grade and why, and what to try now."""
     earned, connected = running.earned, running.connected
     why = "; ".join(dict.fromkeys([str(earned["rests_on"]), str(earned["reason"])]))
@@ -656,7 +661,7 @@ def _announce(wanted: Wanted, running: Running) -> None:
     pages = [f"http://127.0.0.1:{port}/metrics ({name})" for name, port in sorted(running.ports.items()) if port]
     lines += [
         f"  metrics        {', '.join(pages) or 'none'}",
-        f"  files          {wanted.state.absolute()}: *.log, and journal and proofs unless a setting has them elsewhere",
+        f"  files          {options.state.absolute()}: *.log, and journal and proofs unless a setting has them elsewhere",
         "",
     ]
     show.line("\n".join(lines + _what_to_try(running)))
