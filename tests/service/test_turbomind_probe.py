@@ -44,6 +44,7 @@ class FakeTurboMind:
     step: tuple[int, int, int] = (0, 0, 0)
     piece_tokens: int = 0
     cuts: int = 0
+    strays: int = 0
     vocabulary_size: int = 300
     mode: Resume = Resume.UNWATCHED
     resumed: tuple[int, int] = (0, 0)
@@ -54,7 +55,7 @@ class FakeTurboMind:
 
     @property
     def counters(self) -> Counters:
-        return Counters({"resume": self._calls}, 0, 0, cuts=self.cuts)
+        return Counters({"resume": self._calls}, 0, 0, cuts=self.cuts, strays=self.strays)
 
     def pieces(self, piece_tokens: int, step_tokens: int, context_tokens: int) -> None:
         self.piece_tokens = 0 if "piece" in self.omitted else piece_tokens
@@ -189,6 +190,7 @@ def test_a_cache_that_does_not_fit_is_off(
         (FakeTurboMind(), 100, "", PIECE_TOKENS),
         (FakeTurboMind(pieces_seen=1, omitted=frozenset({"piece"})), 4096, "", 0),
         (FakeTurboMind(misreads=True), 4096, "of a prompt of 2176 tokens the override piece reads (1, 0, 0)", 0),
+        (FakeTurboMind(strays=1), 4096, "does not find a prompt among those of its pass", PIECE_TOKENS),
         (FakeTurboMind(pieces_seen=3), 4096, "computed a prompt of 2176 tokens in 3 pieces, not 2", PIECE_TOKENS),
     ],
 )

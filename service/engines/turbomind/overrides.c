@@ -52,7 +52,7 @@ typedef struct Plan { Shape shape; int32_t n, rows, covered; Problem problem; Al
 typedef struct { int32_t kind[20], batch_dim, group_axis, m, n, k, num; } GemmDesc; /* m or n, by batch_dim, is the rows */
 typedef struct { GemmDesc product; int32_t count, rows[TUNED]; } Kernels; /* product: with 0 rows */
 
-EXPORT _Atomic uint64_t ost_calls[OVERRIDES], ost_plans, ost_uncovered, ost_corrected, ost_cuts, ost_pinned;
+EXPORT _Atomic uint64_t ost_calls[OVERRIDES], ost_plans, ost_uncovered, ost_corrected, ost_cuts, ost_strays, ost_pinned;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static _Atomic int mode, resume_mode;
@@ -63,7 +63,8 @@ static _Atomic int kernel_count;
 static Kernels kernels[TUNED];
 static _Thread_local struct {
   const void *partial; /* the sequence of which this pass computes a piece, and more is to come */
-  const void *awaited; /* the last pass's, until this pass comes to it */
+  const void *before;  /* that of the last pass */
+  const void *awaited; /* the same, if it is still there and this pass has not come to it */
   int32_t tokens, contexts; /* of prompts that this pass admitted */
 } pass;
 static char turbomind_path[4096];
@@ -179,12 +180,22 @@ EXPORT void plan_resume(void *scheduler, char *sequence) {
   if (now == CORRECT && *resume_len > 1 && prompt_len - *resume_len == 1) --*resume_len, ost_corrected++;
 }
 
-EXPORT void admission(void *scheduler, void *state, void *resource) __asm__(ADMISSION);
-EXPORT void admission(void *scheduler, void *state, void *resource) {
-  static void (*stock)(void *, void *, void *);
+/* A pass begins with its sequences, a std::vector of pointers. */
+typedef struct { const void **first, **last; } Pass;
+
+static int in_pass(const Pass *state, const void *sequence) {
+  for (const void **each = state->first; sequence && each < state->last; each++)
+    if (*each == sequence) return 1;
+  return 0;
+}
+
+EXPORT void admission(void *scheduler, Pass *state, void *resource) __asm__(ADMISSION);
+EXPORT void admission(void *scheduler, Pass *state, void *resource) {
+  static void (*stock)(void *, Pass *, void *);
   if (!stock) *(void **)&stock = original(turbomind_path, ADMISSION, (void *)admission);
   if (!stock) abort(); /* nothing would ever be scheduled */
-  pass.awaited = pass.partial, pass.partial = NULL, pass.tokens = pass.contexts = 0;
+  pass.before = pass.partial, pass.partial = NULL, pass.tokens = pass.contexts = 0;
+  pass.awaited = in_pass(state, pass.before) ? pass.before : NULL; /* it may have been cancelled */
   stock(scheduler, state, resource);
 }
 
@@ -208,7 +219,8 @@ EXPORT int forward_end(const void *scheduler, const void *sequence, int begin, i
   int size = piece;
   if (end - begin > 1) step[0] = begin, step[1] = desired, step[2] = end;
   if (!size || end - begin <= 1) return stock(scheduler, sequence, begin, desired, end);
-  int next = piece_end(begin, end, size), continued = sequence == pass.awaited;
+  int next = piece_end(begin, end, size), continued = sequence == pass.before;
+  if (continued && !pass.awaited) ost_strays++; /* a pass of another build begins otherwise */
   if (continued) pass.awaited = NULL;
   int reserved = pass.awaited ? size + 2 : 0;
   int fits = pass.tokens + next - begin + reserved <= step_tokens && pass.contexts + end <= step_contexts;

@@ -78,6 +78,8 @@ class Counters:
     """Rests of one token that were made rests of two."""
     cuts: int = 0
     """Pieces of prompts, the last of each prompt left out."""
+    strays: int = 0
+    """Prompts in pieces that a pass was not expected to have."""
     pinned: int = 0
     """Products that a permitted kernel of TurboMind's own served."""
 
@@ -215,6 +217,7 @@ class Overrides:
         self._uncovered = c_uint64.in_dll(self._library, "ost_uncovered")
         self._corrected = c_uint64.in_dll(self._library, "ost_corrected")
         self._cuts = c_uint64.in_dll(self._library, "ost_cuts")
+        self._strays = c_uint64.in_dll(self._library, "ost_strays")
         self._pinned = c_uint64.in_dll(self._library, "ost_pinned")
         self._workspaces: list[object] = []
 
@@ -315,7 +318,13 @@ class Overrides:
     def counters(self) -> Counters:
         calls = dict(zip(NAMES, self._calls, strict=True))
         return Counters(
-            calls, self._plans.value, self._uncovered.value, self._corrected.value, self._cuts.value, self._pinned.value
+            calls,
+            self._plans.value,
+            self._uncovered.value,
+            self._corrected.value,
+            self._cuts.value,
+            self._strays.value,
+            self._pinned.value,
         )
 
     @property

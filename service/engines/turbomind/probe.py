@@ -164,6 +164,8 @@ def prove_pieces(native: Native, overrides: Overrides, options: TurbomindOptions
     finish(native, [fresh_prompt(native.vocabulary_size, length)], 1)
     if (found := overrides.counters.cuts - before) != expected:
         return f"TurboMind computed a prompt of {length} tokens in {found + 1} pieces, not {expected + 1}"
+    if overrides.counters.strays:
+        return "the override piece does not find a prompt among those of its pass"
     return ""
 
 
