@@ -240,17 +240,19 @@ class _Close:
 class Journal:
     """The journal as the rest of the sidecar sees it, over a store that it owns.
 
-    What `append` returns is durable. Appends take effect in the order of the calls, and so do sequences. A read sees
-    every append that was called before it. Other writers may append in between.
+    1. What `append` returns is durable.
+    2. Appends take effect in the order of the calls, and so do sequences. Other writers may append in between.
+    3. A read sees every append that was called before it.
+    4. `on_entries` is given every entry that this journal made durable, once, by ascending index.
+    5. While there is no room, outcomes wait, in order and up to a bound that breaks the journal; everything else is refused.
 
     Raises errors.JournalFull (there is no room for anything but an Outcome; outcomes wait for room instead),
     errors.JournalUnavailable (the same, while the database cannot be reached; reads raise it too) and JournalBroken (it is not
     known what is durable, or another process has this writer's name: the process must end and recover; also after `close`).
 
     Belongs to the event loop that is running when it is made. A caller that is cancelled while it appends loses the answer, not
-    the draft. `on_commit` is called in the loop, after the answers, with a transaction's seconds, drafts and payload bytes;
-    before that, `on_entries` with all that was made durable, in order, none left out; `on_taken` with items of other writers
-    that have become this one's to finish.
+    the draft. The callbacks are called in the loop: `on_entries` after the answers, then `on_commit` with the seconds, drafts
+    and payload bytes of each transaction; `on_taken` with items of other writers that this one has to finish now.
     """
 
     def __init__(
@@ -272,7 +274,7 @@ class Journal:
         self._committer = Committer[Answer](store, self._settings, now_millis, time.monotonic)
         self._jobs: queue.SimpleQueue[Job[Answer] | _Read | _Poll | _Close] = queue.SimpleQueue()
         self._unanswered: dict[Answer, None] = {}
-        self._durable_index = store.head.index
+        self._durable_index = self._reported_index = store.head.index
         self._grown = self._loop.create_future()
         self._waiting = 0
         """Calls of `wait`; the thread reads it too."""
@@ -370,7 +372,11 @@ class Journal:
                 answer.set_exception(value)
             else:
                 answer.set_result(value)
-        self._on_entries([entry for _, value in answers if isinstance(value, Appended) for entry in value.entries])
+        entries = [entry for _, value in answers if isinstance(value, Appended) for entry in value.entries]
+        if entries:
+            assert entries[0].header.index > self._reported_index, "entries are reported by ascending index"
+            self._reported_index = entries[-1].header.index
+        self._on_entries(entries)
         if index > self._durable_index:
             self._durable_index = index
             self._wake()
