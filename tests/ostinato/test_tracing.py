@@ -24,8 +24,8 @@ from ostinato import errors, tracing
 from ostinato.client import Client
 from serving import logs
 
-from tests.ostinato.echo import NAME, Context, Echo, call, raw, serving, text
 from tests.pair import python
+from tests.serving.echo import NAME, Context, Echo, call, raw, serving, text
 
 OTLP = "OTEL_EXPORTER_OTLP_ENDPOINT"
 

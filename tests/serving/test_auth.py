@@ -27,7 +27,7 @@ from serving.server import Server
 from serving.tls import ServerTls
 
 from tests.certificates import Authority
-from tests.ostinato.echo import NAME, Context, Echo, register, text
+from tests.serving.echo import NAME, Context, Echo, register, text
 
 
 @pytest.fixture(name="authority")

@@ -28,7 +28,7 @@ from serving.handlers import (
     fitting,
 )
 
-from tests.ostinato.echo import METHODS, NAME, Context, Echo, call, raw, serving, text
+from tests.serving.echo import METHODS, NAME, Context, Echo, call, raw, serving, text
 from tests.waiting import eventually
 
 NOT_WIRE_FORMAT = b"\xff\xff\xff"

@@ -26,7 +26,7 @@ from serving.server import Server, probe
 from serving.settings import field
 
 from tests.http2 import connected
-from tests.ostinato.echo import METHODS, NAME, Context, Echo, call, register, serving, text
+from tests.serving.echo import METHODS, NAME, Context, Echo, call, register, serving, text
 from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
