@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, LiteralString, Protocol
+from typing import Any, LiteralString
 from urllib.parse import quote
 
 import psycopg
@@ -109,36 +110,57 @@ def sequences(entries: Sequence[Sealed]) -> list[int]:
     return [entry.header.sequence for entry in entries]
 
 
-class Kit(Protocol):
+class Kit(ABC):
     """One journal, opened as often as wanted."""
 
     clock: Clock
+    settings: Any
 
+    @property
+    @abstractmethod
+    def location(self) -> str:
+        """Its path or URL."""
+
+    @abstractmethod
     def open(self, *, writer: str = "writer", log_id: str = LOG_ID, mark: Mark | None = None) -> tuple[Store, Opened]: ...
 
+    @abstractmethod
     def opened(self) -> AbstractContextManager[Store]: ...
 
-    def maintained(self, *, create: bool = False) -> AbstractContextManager[SqlStore]: ...
+    @abstractmethod
+    def another(self) -> Kit:
+        """One with nothing in it."""
 
-    def another(self) -> Kit: ...
+    @abstractmethod
+    def fence(self, journal: Store) -> None:
+        """Another process begins an epoch of this writer."""
 
-    def faults(self) -> list[str]: ...
+    def maintained(self, *, create: bool = False) -> AbstractContextManager[SqlStore]:
+        """Opened for maintenance."""
+        return closing(open_for_maintenance(self.location, create=create))
 
-    def configure(self, **settings: int) -> None: ...
+    def verify(self) -> Iterator[Checked]:
+        return verify_journal(self.location)
 
-    def fence(self, journal: Store) -> None: ...
+    def faults(self) -> list[str]:
+        return [fault for page in self.verify() for fault in page.faults]
 
-    def verify(self) -> Iterator[Checked]: ...
+    def configure(self, **settings: float) -> None:
+        self.settings = replace(self.settings, **settings)
 
 
 @dataclass
-class SqliteKit:
-    """One journal on a disk, opened as often as wanted."""
+class SqliteKit(Kit):
+    """One journal on a disk."""
 
     path: Path
     clock: Clock = field(default_factory=Clock)
     settings: SqliteSettings = field(default_factory=lambda: SqliteSettings(reserve_bytes=0))
     vfs: str | None = None
+
+    @property
+    def location(self) -> str:
+        return str(self.path)
 
     def open(self, *, writer: str = "writer", log_id: str = LOG_ID, mark: Mark | None = None) -> tuple[SqliteStore, Opened]:
         return SqliteStore.open(
@@ -155,31 +177,17 @@ class SqliteKit:
     def opened(self) -> AbstractContextManager[SqliteStore]:
         return closing(self.open()[0])
 
-    def maintained(self, *, create: bool = False) -> AbstractContextManager[SqlStore]:
-        """Opened for maintenance."""
-        return closing(SqliteStore.open_for_maintenance(self.path, create=create))
-
     def another(self) -> SqliteKit:
-        """One with nothing in it."""
         return SqliteKit(self.path.with_name("another.db"), self.clock, self.settings)
 
-    def faults(self) -> list[str]:
-        return [fault for page in verify_journal(self.path) for fault in page.faults]
-
-    def configure(self, **settings: int) -> None:
-        self.settings = replace(self.settings, **settings)  # type: ignore[arg-type]
-
     def fence(self, journal: Store) -> None:
-        """As if another process had begun an epoch of this writer, which the lock makes impossible."""
+        """As if another process had begun an epoch; the lock makes that impossible."""
         assert isinstance(journal, SqliteStore)
         journal._db.execute("UPDATE journal SET epoch = epoch + 1")
 
-    def verify(self) -> Iterator[Checked]:
-        return verify_journal(self.path)
-
 
 @dataclass
-class PostgresKit:
+class PostgresKit(Kit):
     """One journal in a schema of its own. Its leases are by the server's clock, whatever the time is here."""
 
     url: str
@@ -188,6 +196,10 @@ class PostgresKit:
     journals: list[PostgresStore] = field(default_factory=list)
     spare: str = ""
     """The URL of another schema, with nothing in it."""
+
+    @property
+    def location(self) -> str:
+        return self.url
 
     def open(
         self,
@@ -219,26 +231,11 @@ class PostgresKit:
     def opened(self, writer: str = "writer") -> AbstractContextManager[PostgresStore]:
         return closing(self.open(writer=writer)[0])
 
-    def configure(self, **settings: float) -> None:
-        self.settings = replace(self.settings, **settings)  # type: ignore[arg-type]
-
     def fence(self, journal: Store) -> None:
-        """Another process begins an epoch of this writer."""
         self.open(writer=journal.head.writer)[0].close()
 
-    def verify(self) -> Iterator[Checked]:
-        return verify_journal(self.url)
-
-    def maintained(self, *, create: bool = False) -> AbstractContextManager[SqlStore]:
-        """Opened for maintenance, whether it is in use or not."""
-        return closing(PostgresStore.open_for_maintenance(self.url, create=create))
-
     def another(self) -> PostgresKit:
-        """One with nothing in it."""
         return PostgresKit(self.spare, self.clock, self.settings)
-
-    def faults(self) -> list[str]:
-        return [fault for page in self.verify() for fault in page.faults]
 
     def execute(self, query: LiteralString, *parameters: object) -> list[tuple[Any, ...]]:
         """On a connection of its own; what it returns."""
@@ -257,7 +254,7 @@ def admit(journal: PostgresStore, *items: sequencer_pb2.AdmittedPayload, key: st
 
 
 def sound(store: PostgresKit) -> bool:
-    return [fault for page in store.verify() for fault in page.faults] == []
+    return store.faults() == []
 
 
 class Watch:
