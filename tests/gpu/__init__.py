@@ -1,19 +1,19 @@
 """What only a GPU can show.
 
-python -m tests.gpu.smoke MODEL         the engine alone, in this process: loads, four prompts, everything it says of itself
-python -m tests.gpu MODEL               the real programs, through gRPC: exact, prefix cache, stock, crash, speed and others
-python -m tests.gpu.rows MODEL FOLDER   models and settings, one start and one line each
+python -m tests.gpu.smoke MODEL         the engine alone, in this process: loads, four prompts, all details
+python -m tests.gpu MODEL               the programs, through gRPC: exact, prefix cache, stock, crash, speed and others
+python -m tests.gpu.rows MODEL FOLDER   models and settings, two starts and one line each
 python -m tests.gpu.tp MODEL            two GPUs that share a model
-python -m tests.gpu.preempted MODEL     more memory is promised than there is: are preemptions seen?
-python -m tests.gpu.scoreboard MODEL    others' determinism tests; with --engine llama, on CPUs
-python -m tests.gpu.bare MODEL          LMDeploy's own pipeline, measured like ours: the yardstick of `speed`
+python -m tests.gpu.preempted MODEL     promises more memory than there is, to test that preemptions are detected
+python -m tests.gpu.scoreboard MODEL    determinism tests of other projects; with --engine llama, on CPUs
+python -m tests.gpu.bare MODEL          LMDeploy's own pipeline, measured in the same way: the baseline of `speed`
 
-traffic    targets, whose answers are compared, and their neighbours
-fronts     two ways to ask: the service's own stream, or a client through a sidecar
-stack      the programs
-plan       what was asked for, and what was found
-compare    answers side by side
-parts      what is measured of one model; speed, crash: likewise
-prefix     the prefix cache: prompts that begin alike, held against those without it; worth: what it is worth
+traffic    targets, whose answers are compared, and background requests
+fronts     how requests are sent: over the service's stream, or by a client through a sidecar
+stack      starts the programs
+plan       what the command line asks for, and the results
+compare    compares answers
+parts      the parts of the check; speed, crash, gap: further ones
+prefix     the prefix cache, compared with a service without one; worth: its gain
 shapes     models with random weights
 """

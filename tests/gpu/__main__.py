@@ -1,4 +1,4 @@
-"""`python -m tests.gpu MODEL`: is TurboMind exact here, and at what price?"""
+"""`python -m tests.gpu MODEL`: whether TurboMind is exact on this host, and what that costs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.gpu.plan import Plan, names, numbers, say
 
 PARTS = ("exact", "restart", "prefix", "stock", "crash", "evict", "speed", "worth", "path", "gap", "sabotage", "scoreboard")
 OTHER_DTYPES = ("exact", "stock")
-"""What is looked at in dtypes other than the first."""
+"""Parts that run for dtypes other than the first."""
 SHARE = ("--cache-fraction", "0.2")
-"""Of the GPU's memory, for each of those that run at once."""
+"""Of the GPU's memory, for each of several services at once."""
 
 
 async def check(plan: Plan, chosen: set[str]) -> None:
-    """The parts that were chosen, with as few starts as possible, the most telling first."""
+    """The chosen parts, with as few starts as possible."""
     with_speed, with_worth, with_path = "speed" in chosen, "worth" in chosen, "path" in chosen
     if "exact" in chosen or "restart" in chosen:
         with plan.part("exact"):
@@ -53,8 +53,8 @@ async def check(plan: Plan, chosen: set[str]) -> None:
 
 
 async def check_all(plan: Plan, chosen: set[str], dtypes: tuple[str, ...], shape: str) -> list[Plan]:
-    """The first dtype by itself, as its speed is measured; then at once what no speed is asked of: its crash, the other dtypes,
-    and the sabotage, of a model made for it where one is named."""
+    """The first dtype alone, because its speed is measured. Then at once the parts without speeds: crash, other dtypes, and
+    sabotage, of a model of `shape` if one is named."""
     first, *others = [plan.anew("--dtype", dtype) for dtype in dtypes] or [plan.anew()]
     await check(first, chosen)
     share = SHARE if plan.engine == "turbomind" else ()

@@ -1,10 +1,9 @@
-"""`python -m tests.gpu.bare MODEL [flags of the service]`: LMDeploy's own pipeline as it comes, measured like ours.
+"""`python -m tests.gpu.bare MODEL [flags of the service]`: LMDeploy's own pipeline, measured as the service is.
 
-The yardstick, so nothing of ours is in it: no overrides, LMDeploy's AsyncEngine inside `lmdeploy.pipeline`, set up as
-`service/engines/turbomind/native.py` sets it up (context, runs, memory, types, prefix cache on or off). Token ids go in and no
-logprobs come out; all else is left at its default: it reports once, at the end, unless it streams, and detokenises what it
-made, as our service does.
-Prints one line of JSON.
+It is the baseline: no overrides, LMDeploy's AsyncEngine inside `lmdeploy.pipeline`, with the settings of
+`service/engines/turbomind/native.py` (context, runs, memory, types, prefix cache). Token ids go in and no logprobs come
+out. All else has its default: the pipeline reports once, at the end, unless it streams, and detokenises its output, as
+the service does. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from tests.gpu.worth import worth
 
 
 class Bare:
-    """A loaded pipeline, asked like a `tests.gpu.fronts.Front`. Of its outputs only the token ids are true."""
+    """A loaded pipeline with the methods of `tests.gpu.fronts.Front`. Of its outputs only the token ids are valid."""
 
     def __init__(self, model: Path, options: TurbomindOptions) -> None:
         config = lmdeploy.TurbomindEngineConfig(

@@ -1,4 +1,4 @@
-"""Answers side by side: every target by itself, and then among others."""
+"""Comparison of answers: every target alone, and then among others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORTH_TELLING = (
 
 
 async def introduce(stack: Stack, title: str) -> types_pb2.Model:
-    """Who answers."""
+    """Prints the model, its grade and what the start measured."""
     model = await stack.front.describe()
     say(f"== {title}: up after {stack.started_seconds:.1f} s, {grade(model)}: {model.grade_reason}")
     for record in stack.service.records():
@@ -43,7 +43,7 @@ def grade(model: types_pb2.Model) -> str:
 
 
 async def alone(stack: Stack, plan: Plan) -> Reference:
-    """One at a time."""
+    """The targets' answers, one request at a time."""
     model = await stack.front.describe()
     began = time.monotonic()
     asks: dict[str, Ask] = {}
@@ -63,7 +63,7 @@ async def alone(stack: Stack, plan: Plan) -> Reference:
 
 
 def digest(answers: Answers) -> str:
-    """Of all tokens and logprob bits."""
+    """Digest of all tokens and logprob bits."""
     whole = hashlib.sha256()
     for name in sorted(answers):
         answer = answers[name]
@@ -89,8 +89,8 @@ def divergence(expected: Answers, actual: Answers, names: Iterable[str]) -> tupl
 
 
 async def together(front: Front, reference: Reference, total: int, seed: int, plan: Plan) -> tuple[int, int]:
-    """How many targets differ in tokens, and in logprob bits only: in batches of `total`, or, where that is more than there
-    are targets, among strangers."""
+    """How many targets differ in tokens, and in logprob bits only: in batches of `total`, or, if there are fewer targets,
+    among background requests."""
     asks, began = list(reference.asks), time.monotonic()
     answers: Answers = {}
     if total < len(asks):
@@ -109,7 +109,7 @@ async def together(front: Front, reference: Reference, total: int, seed: int, pl
 
 
 async def company(front: Front, reference: Reference, plan: Plan, title: str, *, trials: int, must_match: bool) -> int:
-    """Targets among others, several times; how many differed in all."""
+    """Targets among others, several times. Returns how many differed in all."""
     count, sum_of_all = len(reference.asks), 0
     for total in plan.totals:
         cells = []

@@ -1,4 +1,4 @@
-"""Service and sidecar are killed under load, and afterwards the whole journal is run again, on a warm and on a cold cache."""
+"""Kills service and sidecar under load, and replays the whole journal on a warm and on a cold cache."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.gpu.traffic import Ask, mixed, plain
 
 KILLS = 2
 IN_FLIGHT = 4
-"""Items that have to be under way before it is killed."""
+"""Items that are running before the kill."""
 
 
 async def crash(plan: Plan) -> None:
-    """Kills under keyed load, some of it streamed, some of it behind common beginnings: every answer comes, equal to the
-    undisturbed one, and replays equal. Where there is a prefix cache, the references are made without it."""
+    """Kills under keyed load, partly streamed, partly with common beginnings. Every answer must come, be equal to the
+    undisturbed one, and replay equal. With a prefix cache, the references are made without it."""
     reference = plan.reference
     shared: list[Ask] = []
     expected: Answers = {}
@@ -65,7 +65,7 @@ async def crash(plan: Plan) -> None:
 
 
 def _kill(stack: Stack, what: str) -> None:
-    """And start another one in its place."""
+    """Kills a program and starts another one in its place."""
     if what == "service":
         stack.service.kill()
         stack.service = stack.start_service()
@@ -83,7 +83,7 @@ def _connections(stack: Stack) -> int:
 
 
 def _judge(plan: Plan, stack: Stack, what: str, expected: Answers, answers: Answers, count: int, seconds: float) -> None:
-    """Of one round of kills."""
+    """The answers of one round of kills."""
     assert isinstance(stack.front, SidecarFront)
     tokens, bits = divergence(expected, answers, list(expected))
     again = sum(attempt > 1 for attempt in stack.front.attempts.values())
@@ -103,7 +103,7 @@ def _judge(plan: Plan, stack: Stack, what: str, expected: Answers, answers: Answ
 
 
 async def _in_flight(stack: Stack, answering: asyncio.Task[object]) -> None:
-    """Until the engine holds many of them and some are on their way."""
+    """Waits until the engine runs many of them and some have ended."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and not answering.done():
         if _sample(stack, "ostinato_inflight_items") >= IN_FLIGHT:
@@ -113,7 +113,7 @@ async def _in_flight(stack: Stack, answering: asyncio.Task[object]) -> None:
 
 
 async def _replayed(stack: Stack) -> Counter[str]:
-    """Verdicts of the whole journal, by name; what could not run counts as its error's code."""
+    """Verdicts of the whole journal, counted by name; a failed run counts by its error code."""
     found = Counter[str]()
     async with Client(stack.public) as client:
         last = (await client.head()).last_sequence

@@ -18,22 +18,22 @@ from ostinato.v1 import engine_pb2, types_pb2
 from tests.gpu.traffic import Ask
 
 ASK_SECONDS = 100.0
-"""However many ask: a device that hangs is not to take the others' time along."""
+"""For one ask of any size, so that a hanging device does not use up the time of the other parts."""
 MESSAGE_SUBMITS = 32
 THROUGH_STARTS_SECONDS = 300.0
-"""The same where the service may be started again meanwhile."""
+"""The same if the service may restart meanwhile."""
 
 Answers = dict[str, types_pb2.Output | OstinatoError]
 
 
 class Front(Protocol):
-    """Something that answers."""
+    """A service or a sidecar that answers requests."""
 
     seconds: float
-    """That the last ask took, without preparing it where that can be told apart."""
+    """Duration of the last ask, without the preparation if that is a separate call."""
 
     async def ask(self, asks: Sequence[Ask], *, stream: bool = False) -> Answers:
-        """Each by its name; those that left have no answer."""
+        """The answers by name; cancelled asks have none."""
         ...
 
     async def describe(self) -> types_pb2.Model: ...
@@ -109,7 +109,7 @@ class ServiceFront:
         ]  # fmt: skip
 
     async def _send(self, call: Any, asks: Sequence[Ask], submits: Sequence[engine_pb2.Submit]) -> None:
-        """Submissions and cancellations in order of time; those that are due at once in few messages."""
+        """Sends submissions and cancellations in order of time; those due at once in few messages."""
         began = time.monotonic()
         due = [(ask.after, 0, index) for index, ask in enumerate(asks)]
         due += [(ask.after + ask.leaves_after, 1, index) for index, ask in enumerate(asks) if ask.leaves]
@@ -130,14 +130,14 @@ class ServiceFront:
 
 @dataclass
 class SidecarFront:
-    """A client of a sidecar; each ask is a batch of its own, by Generate or by GenerateStream."""
+    """A client of a sidecar. Each ask is a batch of its own, by Generate or GenerateStream."""
 
     client: Client
     seconds: float = 0.0
     round: str = ""
-    """Not empty: the asks have idempotency keys that begin so, and none leaves."""
+    """If not empty, the asks have idempotency keys with this prefix, and none is cancelled."""
     attempts: dict[str, int] = field(default_factory=dict)
-    """That each ask took, the last time."""
+    """Attempts of each ask, the last time."""
 
     async def describe(self) -> types_pb2.Model:
         return await self.client.model()
@@ -160,7 +160,7 @@ class SidecarFront:
         return {ask.name: answers[ask.name] for ask in asks if not ask.leaves}
 
     async def _answer(self, ask: Ask, key: str, timeout: float, stream: bool) -> types_pb2.Output:
-        """Raises OstinatoError, also for a stream that told other tokens than it ended with."""
+        """Raises OstinatoError, also if a stream's tokens are not those of its end."""
         told: list[int] = []
         result: types_pb2.Result | None = None
         if stream:

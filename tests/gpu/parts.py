@@ -1,4 +1,4 @@
-"""What is measured of one model in one set-up. Each part prints as it goes, and adds to the plan's table."""
+"""The parts of the check, for one model with one set of flags. Each part prints its progress and adds to the plan's table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fingerprint(told: types_pb2.Model) -> str:
 
 
 async def exact(plan: Plan, *, with_path: bool) -> None:
-    """The promise: no answer knows its company."""
+    """EXACT's promise: no answer depends on the other runs."""
     flags = ("--self-test", "full", *plan.flags)
     async with running(plan.model, plan.state, *flags, sidecar=plan.sidecar, engine=plan.engine) as stack:
         found = await introduce(stack, "exact")
@@ -51,7 +51,7 @@ async def exact(plan: Plan, *, with_path: bool) -> None:
 
 
 def identity(reference: Reference) -> str:
-    """One line: answers, and what made them."""
+    """One line with the digest of the answers, and what produced them."""
     fields = reference.model.fingerprint.fields
     told = ", ".join(
         f"{name} {fields[name][:16] if name == 'kernel_plan' else fields[name]}" for name in FIELDS if name in fields
@@ -61,15 +61,15 @@ def identity(reference: Reference) -> str:
 
 
 async def digest_only(plan: Plan) -> None:
-    """For one machine to be held against another."""
+    """Prints one line, to compare machines."""
     async with running(plan.model, plan.state, *plan.flags, engine=plan.engine) as stack:
         await introduce(stack, "digest")
         plan.tell(identity(await alone(stack, plan)))
 
 
 async def second(plan: Plan, *, with_speed: bool, with_worth: bool, with_path: bool) -> None:
-    """Another process, asked at its own stream, that takes the first one's word for its kernels and its grade: all targets at
-    once are what they were alone in the first."""
+    """Another process, driven over its stream, that uses the first one's proofs. All targets at once must have the answers
+    that they had alone in the first process."""
     async with running(plan.model, plan.state, *plan.flags, engine=plan.engine) as stack:
         told = await introduce(stack, "second process")
         if plan.reference is not None:
@@ -93,7 +93,7 @@ async def second(plan: Plan, *, with_speed: bool, with_worth: bool, with_path: b
 
 
 async def stock(plan: Plan, *, compare: bool, with_speed: bool) -> None:
-    """TurboMind as it comes, for scale. If nothing diverges there, nothing was shown."""
+    """Stock TurboMind, as a control: if nothing diverges there, the check shows nothing."""
     flags = ("--no-exact", "--self-test", "off", *plan.flags) if plan.engine == "turbomind" else plan.flags
     async with running(plan.model, plan.state, *flags, engine=plan.engine) as stack:
         await introduce(stack, "stock")

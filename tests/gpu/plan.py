@@ -1,4 +1,4 @@
-"""What was asked for on the command line, and what was found so far."""
+"""What the command line asks for, and what was found so far."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from tests.gpu.traffic import NEW_TOKENS, Ask, plain, targets
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Every target by itself: what all else is compared with."""
+    """The answers of every target alone, with which all others are compared."""
 
     asks: Sequence[Ask]
-    """The targets, each second turn behind its first one's answer."""
+    """The targets; each second turn contains the answer of its first."""
     answers: Answers
     digest: str
-    """Of all tokens and logprob bits."""
+    """Digest of all tokens and logprob bits."""
     model: types_pb2.Model
 
 
 @dataclass
 class Plan:
-    """One model in one set-up."""
+    """One model with one set of flags."""
 
     model: Path
     state: Path
@@ -43,19 +43,19 @@ class Plan:
     trials: int = 3
     batches: tuple[int, ...] = (1, 8, 32, 64, 128, 256)
     sidecar: bool = True
-    """Whether EXACT is asked through one."""
+    """Whether the part `exact` uses a sidecar."""
     deadline: float = float("inf")
-    """By time.monotonic; nothing new is begun after it."""
+    """By time.monotonic. Nothing new is started after it."""
     bad: list[str] = field(default_factory=list)
-    """What is not as it should be."""
+    """What is wrong."""
     lines: list[str] = field(default_factory=list)
     """The table."""
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Tokens a second: by who makes them, and cell."""
+    """Tokens per second, by producer and cell."""
     reference: Reference | None = None
 
     def anew(self, *flags: str) -> Plan:
-        """The same with more flags, and nothing found."""
+        """A copy with more flags and without results."""
         return replace(self, flags=(*self.flags, *flags), bad=[], lines=[], rates={}, reference=None)
 
     def late(self) -> bool:
@@ -73,7 +73,7 @@ class Plan:
 
     @contextmanager
     def part(self, title: str) -> Iterator[None]:
-        """What goes wrong in it is told, and ends it alone; so is how long it took."""
+        """Records the duration of a part, and an error of it, which does not end the other parts."""
         began = time.monotonic()
         try:
             yield
@@ -84,7 +84,7 @@ class Plan:
 
 
 def why(error: Exception) -> str:
-    """What went wrong, on one line: of a program that ended, the last thing it said."""
+    """An error on one line. Of a program that ended, its last message."""
     text = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
     lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
     told = next((line for line in reversed(lines) if '"ERROR"' in line or "Error: " in line), lines[-1] if lines else "")
@@ -92,12 +92,12 @@ def why(error: Exception) -> str:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Of a flag: "1,8,64"."""
+    """The value of a flag such as "1,8,64"."""
     return tuple(map(int, names(text)))
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Likewise: "exact, stock"."""
+    """The value of a flag such as "exact, stock"."""
     return tuple(stripped for part in text.split(",") if (stripped := part.strip()))
 
 

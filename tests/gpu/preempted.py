@@ -1,4 +1,5 @@
-"""`python -m tests.gpu.preempted MODEL`: more of the KV cache is promised than there is. Are the preemptions seen?"""
+"""`python -m tests.gpu.preempted MODEL`: promises more of the KV cache than there is, to test that preemptions are
+detected."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ CACHE_FRACTION = 0.006
 
 
 async def attempt(engine: TurbomindEngine) -> int:
-    """How many were seen, of runs that stream and of runs that do not; the grade must have fallen."""
+    """The detected preemptions of streamed runs; 0 if the grade did not fall."""
     falls: list[str] = []
     bench = Bench(engine)
     engine.start(bench.on_events, lambda grade, why: falls.append(f"{types_pb2.Grade.Name(grade)}: {why}"))

@@ -1,9 +1,9 @@
-"""The prefix cache: prompts that begin alike, held against the same requests alone on a service without it.
+"""The prefix cache: prompts with equal beginnings, compared with the same requests alone on a service without it.
 
-ladder          prefixes of one text, of every rest; and siblings, which share some of it
-conversations   answers come back as prompts
-producers       cancelled half way, while others wait for their blocks
-eviction        a cache so small that blocks go and come back
+ladder          prefixes of one text, with every rest; and siblings, which share a part of it
+conversations   answers come back in prompts
+producers       cancelled while others wait for their blocks
+eviction        a cache so small that blocks are evicted and computed again
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ NEW_TOKENS = 24
 TEXT_TOKENS = 2000
 RUNGS = (*range(60, 200), *range(255, 259), *range(511, 515), *range(1023, 1027), 1500, 1537, 1538)
 LONG_RUNGS = (4095, 4096, 4097, 8191, 8192, 8193, 16001, 24001)
-"""As far as the context has room for them."""
+"""Only those that fit in the context."""
 SHARED = (64, 65, 127, 128, 129, 130, 640, 641, 700)
-"""Tokens that siblings have in common."""
+"""Tokens that siblings share."""
 SIBLINGS = 40
 SYSTEM_TOKENS, USER_TOKENS = 500, 60
 PRODUCERS, PRODUCER_TOKENS = 32, 3000
 SMALL = ("--cache-fraction", "0.012", "--runs", "64")
-"""Of a cache for eviction, with a model of a GB or two."""
+"""Flags of a service with a small cache, for a model of 1 to 2 GB."""
 FLOOD = 1.5
-"""Times as many tokens as the cache holds are asked for in between."""
+"""Tokens that are requested in between, as a multiple of the cache."""
 FLOOD_TOKENS = 1500
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much is asked."""
+    """How many requests there are."""
 
     conversations: int = 64
     turns: int = 10
@@ -52,12 +52,12 @@ class Size:
 
 
 def off(plan: Plan) -> tuple[str, ...]:
-    """Flags of the service that references are made on."""
+    """Flags of the service that makes the references."""
     return ("--prefix-cache", "off", "--self-test", "off") if plan.engine == "turbomind" else ()
 
 
 def ladder(context_tokens: int, *, few: bool = False) -> list[Ask]:
-    """Of every rest, in no order; the siblings last."""
+    """Prompts with every rest, unordered; the siblings last."""
     text = tokens(max(TEXT_TOKENS, min(context_tokens, LONG_RUNGS[-1] + 1)), 3)
     lengths = [*RUNGS[:: 3 if few else 1], *LONG_RUNGS]
     lengths += [length for length in RUNGS if few and length % 64 < 2]
@@ -82,7 +82,7 @@ def _ask(name: str, ids: Sequence[int], seed: int, new: int = NEW_TOKENS) -> Ask
 
 
 async def alone(front: Front, asks: Sequence[Ask]) -> Answers:
-    """One after the other."""
+    """The answers, one request at a time."""
     answers: Answers = {}
     for ask in asks:
         answers |= await front.ask([ask])
@@ -115,7 +115,7 @@ async def converse(front: Front, size: Size, *, by_one: bool, new: int = NEW_TOK
 
 
 def producers(seed: int) -> tuple[list[Ask], list[Ask]]:
-    """Long prompts that are cancelled on their way, and those that share them, before and after."""
+    """Long prompts that are cancelled while they run, and prompts that share their beginnings."""
     draw = random.Random(seed)
     leaving, staying = [], []
     for number in range(PRODUCERS):
@@ -131,7 +131,7 @@ def producers(seed: int) -> tuple[list[Ask], list[Ask]]:
 
 
 class Check:
-    """One service with its cache on, against references made without it."""
+    """Compares a service with a prefix cache with references made without one."""
 
     def __init__(self, plan: Plan, title: str, *, must_match: bool = True) -> None:
         self._plan, self._title, self._must_match = plan, title, must_match
@@ -139,7 +139,7 @@ class Check:
         self.differed = 0
 
     def compare(self, what: str, expected: Answers, actual: Answers) -> None:
-        """Adds a cell; a difference is bad, where they must match."""
+        """Adds a cell. A difference is an error if they must match."""
         found, bits = divergence(expected, actual, list(expected))
         cached = sum(answer.cached_tokens for answer in actual.values() if isinstance(answer, types_pb2.Output))
         self.cells.append(f"{what} {len(found)}+{len(bits)} of {len(expected)}")
@@ -160,7 +160,7 @@ class Check:
 
 
 async def prefix(plan: Plan, size: Size | None = None) -> None:
-    """All of it but eviction and crashes, of one model."""
+    """Ladder, conversations, cancelled producers and the control, of one model."""
     size = size or Size()
     rounds = size.rounds
     followers = [producers(seed) for seed in range(1, rounds + 1)]
@@ -193,7 +193,7 @@ async def prefix(plan: Plan, size: Size | None = None) -> None:
 
 
 async def control(plan: Plan, expected: Answers, asks: Sequence[Ask]) -> None:
-    """Without the override something must differ, or nothing was shown."""
+    """The control: without the override something must differ."""
     check = Check(plan, "without the override", must_match=False)
     omit = {"OSTINATO_TURBOMIND_OMIT": RESUME}
     async with running(plan.model, plan.state, *plan.flags, env=omit, engine=plan.engine) as stack:
@@ -205,7 +205,7 @@ async def control(plan: Plan, expected: Answers, asks: Sequence[Ask]) -> None:
 
 
 def on_plan(plan: Plan, model: types_pb2.Model) -> None:
-    """What has to be so, or the comparison shows nothing."""
+    """Checks that the cache is on and the grade is EXACT, or the comparison shows nothing."""
     told = f"{grade(model)}, prefix_cache {model.fingerprint.fields.get('prefix_cache')}: {model.grade_reason}"
     if plan.engine == "turbomind" and model.fingerprint.fields.get("prefix_cache") != "on":
         plan.bad.append(f"prefix: the cache is not on: {told}")
@@ -214,7 +214,8 @@ def on_plan(plan: Plan, model: types_pb2.Model) -> None:
 
 
 async def evict(plan: Plan) -> None:
-    """Blocks go and come back: of a prompt asked again much later nothing is cached, and of one asked again at once all is."""
+    """Blocks are evicted and computed again: of a prompt that is repeated much later nothing is cached, and of one that is
+    repeated at once all is."""
     async with running(plan.model, plan.state, *plan.flags, *SMALL, *off(plan), engine=plan.engine) as stack:
         model = await introduce(stack, "small, without a prefix cache")
         asks = ladder(min(model.context_tokens, 4096), few=True)

@@ -1,8 +1,9 @@
 """`python -m tests.gpu.rows MODEL FOLDER`: many models and settings, two starts and one line each.
 
-MODEL is a real, small one: it is a row itself, and lends the shapes its tokenizer. They are made in FOLDER, the next one
-while a row is asked, and go when their last row is done. Every row: the self-test's grade; 32 targets alone without a prefix
-cache, and with it among 64 and among 256; and prompts that begin alike, of every rest, alone and all at once.
+MODEL is a small, real model: it is a row itself, and the shapes use its tokenizer. Shapes are made in FOLDER, the next
+one while a row runs, and removed after their last row. Every row has the self-test's grade; 32 targets alone without a
+prefix cache, compared with those among 64 and among 256 with one; and prompts with equal beginnings and every rest,
+alone and all at once.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from tests.gpu.stack import Stack, running
 
 SEED = 4711
 START_SECONDS = 240.0
-"""Several times what the slowest row takes by itself; one that hangs is not to take the others' time along."""
+"""Several times what the slowest row needs alone, so that a hanging row does not use up the others' time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`shape` empty: MODEL itself."""
+    """With an empty `shape`, MODEL itself."""
 
     name: str
     shape: str
@@ -68,7 +69,7 @@ ROWS = (
     Row("bias bf16", "qwen2-1.5b"),
     Row("SmolLM2 fp16", "", "--dtype float16"),
 )
-"""The most telling first, but those of one shape together where that saves making it again."""
+"""Rows of one shape are together if that saves making it again."""
 
 
 async def nothing() -> None:
@@ -76,8 +77,8 @@ async def nothing() -> None:
 
 
 async def measure(plan: Plan, title: str, once_up: Callable[[], Awaitable[None]] = nothing) -> tuple[Reference, str]:
-    """A line from two starts: what targets, and prompts that begin alike, are alone without a prefix cache, and then with one.
-    Adds to `plan.bad` what an EXACT service may not do."""
+    """One line from two starts: the answers of targets, and of prompts with equal beginnings, alone without a prefix cache,
+    compared with those of a service with one. Adds to `plan.bad` what is wrong for an EXACT service."""
     began = time.monotonic()
     async with running(
         plan.model, plan.state, *plan.flags, *prefix.off(plan), engine=plan.engine, start_seconds=START_SECONDS
@@ -108,7 +109,7 @@ async def measure(plan: Plan, title: str, once_up: Callable[[], Awaitable[None]]
 
 
 async def among(stack: Stack, reference: Reference, plan: Plan, title: str) -> list[str]:
-    """For each total how many diverged. What goes wrong ends it, and what is known by then is kept."""
+    """For each total, how many diverged. An error ends it; the results so far are kept."""
     cells = []
     promised = reference.model.grade
     try:
@@ -131,7 +132,7 @@ async def among(stack: Stack, reference: Reference, plan: Plan, title: str) -> l
 
 
 async def rows(plan: Plan, chosen: Sequence[Row], folder: Path, *, at_once: int = 1, layers: int = 0) -> None:
-    """While there is time, so many of them at once; the shapes of the next ones are made while these run."""
+    """Runs rows while there is time, `at_once` at a time. The shapes of the next ones are made meanwhile."""
     making: dict[str, Making] = {}
     left, lock = Counter(row.shape for row in chosen), asyncio.Lock()
     waiting = deque(chosen)
@@ -171,7 +172,7 @@ async def rows(plan: Plan, chosen: Sequence[Row], folder: Path, *, at_once: int 
 
 
 def arguments(program: str) -> argparse.ArgumentParser:
-    """What this and `tests.gpu.tp` are told alike."""
+    """The arguments that `tests.gpu.tp` has too."""
     parser = argparse.ArgumentParser(prog=program)
     parser.add_argument("model", type=Path)
     parser.add_argument("--targets", type=int, default=32)
@@ -198,7 +199,7 @@ def plan_of(given: argparse.Namespace, state: str) -> Plan:
 
 
 def conclude(plan: Plan, began: float) -> int:
-    """The table, last; the exit code."""
+    """Prints the table and returns the exit code."""
     say("\n====")
     for line in (*plan.lines, *(f"BAD {text}" for text in plan.bad)):
         say(line)

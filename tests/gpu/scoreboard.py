@@ -36,7 +36,7 @@ from tests.gpu.traffic import WORDS, Ask
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """The defaults are theirs."""
+    """The defaults are those of the projects."""
 
     needle_trials: int = 5
     needle_batch: tuple[int, int] = (64, 128)
@@ -61,7 +61,7 @@ NUMBERS = (
     " Just start with a number."
 )
 Row = tuple[str, str, int, int]
-"""Whose test, its name, how many answers were compared, how many of them were not what they have to be."""
+"""Whose test, its name, how many answers were compared, and how many were wrong."""
 
 
 def _ask(name: str, prompt: str | Sequence[int], **given: Any) -> Ask:
@@ -76,7 +76,7 @@ def _words(draw: random.Random, least: int, most: int) -> str:
 
 
 def _key(answer: object) -> bytes:
-    """What has to be equal: tokens and logprob bits."""
+    """What must be equal: tokens and logprob bits."""
     assert isinstance(answer, types_pb2.Output), answer
     return output_digest(answer) + logprobs_digest(answer)
 
@@ -89,7 +89,7 @@ async def _alone(front: Front, asks: Sequence[Ask]) -> Answers:
 
 
 async def _needle(front: Front, size: Size) -> AsyncIterator[Row]:
-    """One prompt alone, and then anywhere in batches of random size among random prompts."""
+    """One prompt alone, and at a random place in batches of random size among random prompts."""
     for temperature in (0.0, 0.6):
         given = {"temperature": temperature, "top_p": 0.95, "seed": 20240919, "max_new_tokens": size.needle_tokens}
         needle = _ask("needle", "There once was a ", **given)
@@ -128,7 +128,7 @@ async def _prefill(front: Front, size: Size) -> AsyncIterator[Row]:
 
 
 async def _hot(front: Front, size: Size) -> AsyncIterator[Row]:
-    """Prompts behind one text, cold, and again when it is cached; the cache has to have been hit, where there is one."""
+    """Prompts with one beginning, cold, and again when that is cached. If there is a cache, it must be hit."""
     draw = random.Random(11)
     text = _words(draw, size.shared_words, size.shared_words)
     given = {"temperature": 0.6, "seed": 1234, "max_new_tokens": min(64, size.tokens)}
@@ -142,7 +142,7 @@ async def _hot(front: Front, size: Size) -> AsyncIterator[Row]:
 
 
 async def _unique(front: Front, size: Size) -> AsyncIterator[Row]:
-    """Batches of 1, 2, 3 and so on of the same prompts: all answers to one prompt are one."""
+    """Batches of 1, 2, 3 and so on of the same prompts: all answers to one prompt are equal."""
     text = tokens(max(size.prefixes), 4)
     kinds: dict[str, list[str | Sequence[int]]] = {
         "single": [FEYNMAN],
@@ -164,7 +164,7 @@ async def _unique(front: Front, size: Size) -> AsyncIterator[Row]:
 
 
 async def _radix(front: Front, size: Size) -> AsyncIterator[Row]:
-    """Prefixes of one text in rising length, so that each finds the one before it cached; then each again."""
+    """Prefixes of one text by rising length, so that the one before is cached; then each again."""
     text = tokens(max(size.prefixes) + 64, 5)
     given = {"temperature": 1.0, "seed": 42, "max_new_tokens": size.tokens}
     lengths = sorted({each + more for each in size.prefixes for more in (0, 1, 63)})
@@ -214,7 +214,7 @@ def table(ours: Mapping[tuple[str, str], Row], control: Mapping[tuple[str, str],
 
 
 async def board(engine: str, model: Path | None, state: Path, flags: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The table with a last line about both, and what is not as it should be."""
+    """The table, with a last line for both services, and what is wrong."""
     ours = await score(engine, model, state, flags)
     control = await score(engine, model, state, (*flags, *CONTROLS[engine], "--self-test", "off"))
     lines = table(ours.rows, control.rows)

@@ -48,7 +48,7 @@ GROUP = 128
 FP8_SPREAD = 64.0
 """Of the numbers that fp8 holds, which end at 448."""
 FILES = 8
-"""Written, and by the service digested, at once."""
+"""Files of weights, which are written and digested in parallel."""
 SHAPES: dict[str, Config] = {
     "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
     "llama-8b": LLAMA_8B,
@@ -192,7 +192,7 @@ def make(shape: str, model: Path, folder: Path, layers: int = 0) -> None:
             yield "qweight", integers(columns, rows // 8)
             yield "qzeros", integers(groups, rows // 8)
             yield "scales", scales(groups, rows, 6.5 * spread).half()
-        elif method == "gptq":  # its zeros are one less than they say, so that these are eight: symmetric
+        elif method == "gptq":  # zeros are stored minus one: these are eight, symmetric
             yield "qweight", integers(columns // 8, rows)
             yield "qzeros", torch.full((groups, rows // 8), 0x77777777, dtype=torch.int32)
             yield "scales", scales(groups, rows, 4.6 * spread).half()
@@ -225,7 +225,7 @@ def make(shape: str, model: Path, folder: Path, layers: int = 0) -> None:
 
 @dataclass
 class Making:
-    """A model that another process makes meanwhile."""
+    """A model that another process makes."""
 
     shape: str
     folder: Path
@@ -233,7 +233,7 @@ class Making:
     process: asyncio.subprocess.Process
 
     async def ready(self) -> Path:
-        """Its folder, once it is there. Raises AssertionError with what went wrong."""
+        """Its folder, when it is complete. Raises AssertionError with the process's output."""
         told, _ = await asyncio.shield(self.output)
         if self.process.returncode:
             raise AssertionError(f"{self.shape} cannot be made: {told.decode(errors='replace')[-800:]}")

@@ -1,4 +1,4 @@
-"""`python -m tests.gpu.smoke MODEL`: the engine alone, in this process, telling all it knows. The first call on a new host."""
+"""`python -m tests.gpu.smoke MODEL`: the engine alone, in this process, with all details. The first command on a new host."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def show(title: str, lines: Sequence[object]) -> None:
 
 
 def libraries() -> list[str]:
-    """Those that matter here, as they are mapped."""
+    """The mapped libraries of CUDA, TurboMind and the overrides."""
     names = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
     return sorted(name for name in names if any(part in name for part in OURS))
 
 
 class Bench:
-    """Runs, by number, and what became of them."""
+    """Runs by number, and their ends."""
 
     def __init__(self, engine: TurbomindEngine) -> None:
         self.engine, self.count, self.token_events = engine, 0, 0
@@ -67,7 +67,7 @@ class Bench:
         return future
 
     async def tell(self, title: str, ids: Sequence[int], *, stream: bool = False, **changes: Any) -> None:
-        """Run it, and print the answer, or the whole of what went wrong."""
+        """Runs it, and prints the answer or the whole error."""
         try:
             output = await asyncio.wait_for(self.run(ids, {"logprobs": 3} | changes, stream=stream), 60)
         except Exception:  # noqa: BLE001  # everything is wanted
@@ -125,7 +125,7 @@ async def exercise(engine: TurbomindEngine) -> None:
 
 
 async def together(bench: Bench, prompts: list[list[int]]) -> None:
-    """A first look at invariance: each alone, then all at once."""
+    """A first test of invariance: each alone, then all at once."""
     base = [
         (
             prompts[i % 4] * (1 + 9 * (i % 5)),
@@ -178,7 +178,7 @@ async def smoke(options: TurbomindOptions) -> None:
 
 
 class Everything(logging.Formatter):
-    """With all that came as `extra`."""
+    """Formats records with all their `extra` fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         known = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}

@@ -1,4 +1,4 @@
-"""Tokens a second: EXACT and stock through the service's own stream, LMDeploy's bare pipeline, and the whole path."""
+"""Tokens per second: EXACT and stock over the service's stream, LMDeploy's bare pipeline, and the whole path."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ PROMPTS, WORDS_EACH = 64, 1200
 CONTEXTS = {"4k x1": (3900, 1), "4k x16": (3900, 16), "16k x1": (16000, 1), "16k x4": (16000, 4)}
 """Prompt tokens and batch: decoding behind long prompts."""
 SHORT, LONG = 2, 130
-"""Tokens of two answers; what the longer one takes longer is decoding and nothing else."""
+"""Tokens of two answers. The difference of their times is decoding only."""
 PATH_TOKENS = 512
-"""Of each answer on the whole path: long enough that what a call costs once does not matter."""
+"""Of each answer on the whole path; long enough that the cost per call does not matter."""
 BARE_SECONDS = 200.0
 STREAMED = " streamed"
-"""Ends the names of cells in which everybody streams."""
+"""Suffix of cells in which all requests stream."""
 
 
 async def measure(front: Front, plan: Plan, title: str) -> dict[str, float]:
-    """By cell: the better of two, nobody streaming but in one cell."""
+    """By cell, the better of two. Only one cell streams."""
     found: dict[str, float] = {}
     await front.ask(fillers(4, 8))
     for batch in plan.batches:
@@ -80,7 +80,7 @@ def _outputs(answers: Answers) -> list[types_pb2.Output]:
 
 
 async def bare(plan: Plan, parts: Sequence[str]) -> None:
-    """LMDeploy's pipeline with nothing of ours, in a process of its own: "speed", "worth" or both."""
+    """Measures LMDeploy's own pipeline in another process: "speed", "worth" or both."""
     batches = ",".join(map(str, plan.batches))
     arguments = ["-m", "tests.gpu.bare", str(plan.model), "--batches", batches, "--parts", ",".join(parts), *plan.flags]
     path = os.pathsep.join([str(ROOT), str(ROOT / "proto"), os.environ.get("PYTHONPATH", "")])
@@ -130,8 +130,8 @@ def _geometric(ratios: list[float]) -> float:
 
 
 async def path(stack: Stack, plan: Plan, title: str) -> None:
-    """One large batch, three times: driven directly, or by way of client, sidecar and journal; and whose processor time it
-    took."""
+    """One large batch, three times, driven directly or through client, sidecar and journal, with the processor time of each
+    program."""
     asks = fillers(plan.batches[-1], PATH_TOKENS)
     best, told = 0.0, ""
     for _ in range(3):

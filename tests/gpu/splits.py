@@ -20,7 +20,7 @@ from tests.gpu.stack import running
 
 
 async def measure(plan: Plan, splits: tuple[int, ...]) -> Mapping[str, Mapping[str, float]]:
-    """Tokens a second by number of parts, and the pipeline's, by cell. Speed is all that is asked: no self-test."""
+    """Tokens per second by number of parts, and the pipeline's, by cell. Without a self-test."""
     rates: dict[str, Mapping[str, float]] = {}
     for parts in splits:
         flags = (*plan.flags, "--self-test", "off", "--attention-splits", str(parts))
@@ -34,7 +34,7 @@ async def measure(plan: Plan, splits: tuple[int, ...]) -> Mapping[str, Mapping[s
 
 
 def table(rates: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A line a cell; behind each number of parts' tokens a second their ratio to the pipeline's."""
+    """A line per cell: tokens per second by number of parts, with their ratios to the pipeline's."""
     bare = rates.get("bare", {})
     lines = [f"{'tokens/s':>14} " + " ".join(f"{name:>16}" for name in rates)]
     for cell in next(iter(rates.values()), {}):

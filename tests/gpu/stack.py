@@ -33,10 +33,10 @@ class Stack:
     front: Front
     service: Program
     started_seconds: float
-    """Until the service served."""
+    """Until the service was serving."""
     metrics_port: int
     start_service: Callable[[], Program]
-    """Another one like it, in its place."""
+    """Starts another service in place of the first."""
     start_sidecar: Callable[[], Program]
     sidecar: Program | None = None
     public: str = ""
@@ -76,7 +76,7 @@ async def running(
         def start_sidecar() -> Program:
             arguments = ["--engine", address, "--journal", f"{folder}/journal.sqlite", "--metrics", "127.0.0.1:0"]
             arguments += ["--listen", f"unix:{folder}/public.sock", "--log-format", "json"]
-            arguments += ["--audit-rate", "0", "--canary-seconds", "0"]  # alone means alone
+            arguments += ["--audit-rate", "0", "--canary-seconds", "0"]  # no other runs
             programs[1:] = [Program("sidecar", arguments, full_env)]
             return programs[1]
 
@@ -117,7 +117,7 @@ def _processor_seconds(pid: int) -> float:
 
 
 def _tell(programs: Sequence[Program], title: str) -> None:
-    """The ends of their logs, without the comings and goings of our own streams."""
+    """Prints the ends of their logs, without the lines about our own streams."""
     sys.stderr.write(f"---- {title}\n")
     for program in programs:
         lines = [line for line in program.lines if '"service.stream"' not in line]

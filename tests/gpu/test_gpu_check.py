@@ -1,4 +1,4 @@
-"""The check itself, on the scripted engine: it must see what is wrong, and only that."""
+"""The check itself, with the scripted engine: it must find what is wrong, and nothing else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def check(script: dict[str, object], folder: Path, *more: str) -> subprocess.Com
 
 
 def test_an_engine_whose_answers_know_their_company_is_found_out(tmp_path: Path) -> None:
-    """An engine that diverges only in company, and passes its self-test, ends the check with exit code 1 and the count."""
+    """An engine that diverges only beside other runs, and passes its self-test, ends the check with exit code 1 and the
+    count."""
     done = check(LOUD, tmp_path, "--parts", "exact")
 
     assert done.returncode == 1, done.stdout + done.stderr
@@ -37,7 +38,7 @@ def test_an_engine_whose_answers_know_their_company_is_found_out(tmp_path: Path)
 
 
 def test_prompts_that_begin_alike_are_held_against_those_alone(tmp_path: Path) -> None:
-    """Of an engine that diverges in company, conversations, ladder and followers of cancelled prompts all say so."""
+    """An engine that diverges beside other runs fails conversations, ladder and followers of cancelled prompts."""
     code = (
         "import asyncio, sys; from pathlib import Path; from tests.gpu import prefix; from tests.gpu.plan import Plan;"
         f"plan = Plan(Path('.'), Path({str(tmp_path)!r}), ('--script', {json.dumps(LOUD | {'runs': 64})!r}), 'scripted');"
@@ -74,7 +75,7 @@ def test_targets_are_of_every_kind_and_the_same_at_every_call(count: int) -> Non
 
 
 def test_the_table_takes_geometric_means() -> None:
-    """Twice as fast in one cell and half as fast in the other is neither."""
+    """The mean of twice as fast and half as fast is equally fast."""
     lines = table({"exact": {"1": 100.0, "8": 50.0}, "bare": {"1": 50.0, "8": 100.0}})
 
     assert lines[-1].split() == ["speed", "geom.", "mean", "-", "1.000"]
@@ -90,7 +91,7 @@ def test_the_worth_of_a_prefix_cache_stands_beside_the_pipelines() -> None:
 
 
 def test_prompts_that_begin_alike_have_every_rest() -> None:
-    """Whole blocks and a token more or less, and none that the context has no room for."""
+    """Whole blocks and a token more or less, as far as the context has room."""
     asks = {ask.name: list(ask.item.token_ids.ids) for ask in prefix.ladder(4096)}
     rests = {len(ids) % 64 for ids in asks.values()}
 
@@ -103,7 +104,7 @@ def test_prompts_that_begin_alike_have_every_rest() -> None:
 
 
 def test_a_scoreboard_has_the_control_beside_each_test() -> None:
-    """A test that the control did not come to has nothing there."""
+    """A test that the control did not run has an empty cell."""
     row = ("vLLM", "needle", 1275, 0)
 
     assert (
@@ -114,14 +115,14 @@ def test_a_scoreboard_has_the_control_beside_each_test() -> None:
 
 
 def test_streams_are_in_no_mean() -> None:
-    """What the pipeline loses to its own detokenising says nothing of exactness."""
+    """Cells of streams are not in the mean, because the pipeline detokenises there."""
     lines = table({"exact": {"1": 100.0, "1 streamed": 900.0}, "bare": {"1": 100.0, "1 streamed": 100.0}})
 
     assert lines[-1].split()[-1] == "1.000"
 
 
 def test_parts_of_attention_stand_beside_the_pipeline() -> None:
-    """Each number of parts with its ratio; a cell that was not measured is no zero."""
+    """Each number of parts has its ratio; a cell that was not measured is empty."""
     lines = splits.table({"1": {"64": 90.0, "4k x1": 50.0}, "4": {"64": 80.0}, "bare": {"64": 100.0}})
 
     assert [line.split() for line in lines[1:]] == [

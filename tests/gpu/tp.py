@@ -1,4 +1,4 @@
-"""`python -m tests.gpu.tp MODEL`: two GPUs that share the model, beside one. Exit code 2 where there are not two."""
+"""`python -m tests.gpu.tp MODEL`: two GPUs that share the model, compared with one. Exit code 2 if there are not two."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS = (
 
 
 async def check(plan: Plan) -> None:
-    """Each row, and whether those of one set-up gave the same answers."""
+    """Runs each row, and compares the answers of equal settings."""
     digests: dict[str, str] = {}
     for title, flags in ROWS:
         if plan.late():
@@ -46,7 +46,7 @@ async def check(plan: Plan) -> None:
 
 
 def gpus() -> int:
-    """That torch sees; asked in another process, for it holds on to them."""
+    """The GPUs that torch finds, in another process, because torch keeps them open."""
     told = subprocess.run(
         [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"], capture_output=True, text=True, check=False
     )

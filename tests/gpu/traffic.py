@@ -1,4 +1,4 @@
-"""Requests: targets of sixteen kinds, and neighbours that ask for anything. The same at every call."""
+"""Requests: targets of sixteen kinds, and background requests with random parameters. The same at every call."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ NEW_TOKENS = 96
 CHOSEN_TOO = 5
 """Logprobs beside the chosen token's."""
 ARRIVALS_SECONDS = 0.5
-"""Within which everyone arrives."""
+"""All requests arrive within this time."""
 LONG_WORDS = (1500, 3000, 6000, 12000)
-"""Of every fourth target's prompt, where contexts are long: up to 12,000 tokens."""
+"""Of every fourth target's prompt if contexts are long; up to 12,000 tokens."""
 LONG_CONTEXT = 16384
 IDS = (40, 250)
-"""Token ids that every vocabulary has, the second one left out."""
+"""Range of token ids that every vocabulary has."""
 SCHEMA = (
     '{"type": "object", "properties": {"city": {"type": "string", "maxLength": 24}, "people": {"type": "integer"},'
     ' "coast": {"type": "boolean"}}, "required": ["city", "people", "coast"]}'
@@ -55,7 +55,7 @@ KINDS: dict[str, dict[str, object]] = {
     SECOND: {"temperature": 0.0},
     ONE_TOKEN: {"temperature": 1.0, "top_k": 50},
 }  # fmt: skip
-"""Name and sampling. The second turn's prompt has the first one's prompt and answer in it."""
+"""Name and sampling. A second turn's prompt contains the first one's prompt and answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +65,17 @@ class Ask:
     name: str
     item: types_pb2.Item
     after: float = 0.0
-    """Seconds that it waits before it is sent."""
+    """Seconds before it is sent."""
     leaves: bool = False
-    """Cancelled on its way."""
+    """Whether it is cancelled while it runs."""
     leaves_after: float = 0.2
-    """Seconds after it was sent."""
+    """Seconds from sending to the cancellation."""
     streams: bool = False
     follows: str = ""
-    """Name of the ask whose answer its prompt begins with, once that is known."""
+    """Name of the ask whose answer its prompt begins with."""
 
     def behind(self, first: Ask, answer: types_pb2.Output) -> Ask:
-        """The second turn, its prompt complete."""
+        """The second turn with its whole prompt."""
         item = types_pb2.Item()
         item.CopyFrom(self.item)
         item.text = f"{first.item.text}{answer.text}\n{self.item.text}"
@@ -106,7 +106,7 @@ def targets(count: int, *, new_tokens: int = NEW_TOKENS, context_tokens: int = 4
 
 
 def plain(asks: Sequence[Ask]) -> list[Ask]:
-    """The same for an engine that obeys no grammar and knows no words: the scripted one."""
+    """The same without grammars and bad words, which the scripted engine does not have."""
     found = []
     for ask in asks:
         item = types_pb2.Item()
@@ -118,7 +118,7 @@ def plain(asks: Sequence[Ask]) -> list[Ask]:
 
 
 def neighbours(count: int, seed: int, context_tokens: int = 4096) -> Iterator[Ask]:
-    """Lengths, sampling, arrival, grammar, cancellation: anything goes."""
+    """Random lengths, sampling, arrival times, grammars and cancellations."""
     rng = random.Random(seed)
     for index in range(count):
         parameters = types_pb2.Parameters(
@@ -145,7 +145,7 @@ def neighbours(count: int, seed: int, context_tokens: int = 4096) -> Iterator[As
 
 
 def mixed(asks: Sequence[Ask], total: int, seed: int, context_tokens: int = 4096) -> list[Ask]:
-    """The targets among so many in all, shuffled, arriving within half a second, about half of them streamed."""
+    """The targets among `total` requests, shuffled, arriving within half a second, about half of them streamed."""
     rng = random.Random(seed)
     everyone = [replace(ask, after=rng.random() * ARRIVALS_SECONDS, streams=rng.random() < 0.5) for ask in asks]
     everyone += neighbours(total - len(asks), seed, context_tokens)
@@ -178,7 +178,7 @@ def long_prompts(count: int, words: int) -> list[Ask]:
 
 
 def contexts(count: int, tokens: int, new_tokens: int) -> list[Ask]:
-    """As `fillers`, behind so many prompt tokens."""
+    """As `fillers`, with prompts of `tokens` tokens."""
     rng = random.Random(11)
     found = fillers(count, new_tokens)
     for ask in found:

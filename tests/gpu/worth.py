@@ -1,4 +1,4 @@
-"""What the prefix cache is worth: requests behind one system prompt, and conversations, asked of either front alike."""
+"""The gain of the prefix cache: requests with one system prompt, and conversations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CELLS = {SHARED: "requests/s", FIRST: "1/s, alone", TURNS: "turns/s"}
 
 
 def asks(name: str, count: int, new_tokens: int) -> list[Ask]:
-    """Behind the same system prompt; no two of all names and numbers have the same rest."""
+    """Requests with the same system prompt and different rests."""
     system = tokens(SYSTEM_TOKENS, 7)
     found = []
     for number in range(count):

@@ -1,4 +1,4 @@
-"""The runs of the turbomind engine, with somebody else in TurboMind's place."""
+"""The runs of the turbomind engine, with a fake TurboMind."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def run_of(run_id: int, *, prompt: bytes = b"ab", stream: bool = False, seed: in
 
 
 async def test_runs_enter_in_order_as_slots_become_free() -> None:
-    """A slot is free when TurboMind has reported the end, and not before."""
+    """A slot is free only after TurboMind has reported the end of its run."""
     async with staged(runs=2) as stage:
         for run_id in (3, 1, 2):
             stage.batching.submit(run_of(run_id))
@@ -160,7 +160,7 @@ async def test_runs_enter_in_order_as_slots_become_free() -> None:
 
 
 async def test_the_head_waits_for_room_and_nothing_overtakes_it() -> None:
-    """Room is counted in blocks for the longest answer; a small run behind a large one waits with it."""
+    """Room is counted in blocks for the longest answer. A small run behind a large one waits too."""
     async with staged(blocks=5) as stage:
         stage.batching.submit(run_of(1))  # 2 + 8 tokens: 3 blocks of 4
         stage.batching.submit(run_of(2, prompt=b"abcdef"))  # 4 blocks
@@ -174,7 +174,7 @@ async def test_the_head_waits_for_room_and_nothing_overtakes_it() -> None:
 
 
 async def test_a_run_that_can_never_fit_fails_and_lets_others_pass() -> None:
-    """It would wait for ever."""
+    """A run that never fits is refused, because it would wait forever."""
     async with staged(blocks=2) as stage:
         stage.batching.submit(run_of(1))
         stage.batching.submit(run_of(2, max_new_tokens=4))
@@ -184,8 +184,8 @@ async def test_a_run_that_can_never_fit_fails_and_lets_others_pass() -> None:
     assert [*stage.handles] == [2]
 
 
-async def test_a_run_that_nobody_streams_is_reported_once_with_every_token() -> None:
-    """The stop token included, which TurboMind ends the run with by itself."""
+async def test_a_run_that_is_not_streamed_is_reported_once_with_every_token() -> None:
+    """The tokens include the stop token, at which TurboMind ends the run."""
     async with staged() as stage:
         stage.batching.submit(run_of(1))
         await stage.rest()
@@ -200,7 +200,7 @@ async def test_a_run_that_nobody_streams_is_reported_once_with_every_token() -> 
 
 
 async def test_a_streamed_runs_tokens_come_as_they_are_made() -> None:
-    """Several reports that were not taken in time are one."""
+    """Several reports before the loop runs are one event."""
     async with staged() as stage:
         stage.batching.submit(run_of(1, stream=True))
         await stage.rest()
@@ -217,7 +217,7 @@ async def test_a_streamed_runs_tokens_come_as_they_are_made() -> None:
 
 
 async def test_an_answer_that_ends_here_stops_turbomind() -> None:
-    """A stop string is ours to find; tokens beyond it are nobody's, and the slot stays taken until TurboMind has let go."""
+    """The batching finds stop strings, drops the tokens behind, and keeps the slot until TurboMind has ended the run."""
     async with staged(runs=1) as stage:
         stage.batching.submit(run_of(1, stop=["!"]))
         stage.batching.submit(run_of(2))
@@ -234,7 +234,7 @@ async def test_an_answer_that_ends_here_stops_turbomind() -> None:
 
 
 async def test_least_tokens_are_kept_even_if_turbomind_makes_an_end_before() -> None:
-    """It cannot ban every end; so it is never told to end such a run."""
+    """TurboMind cannot ban every end, so it is never given the ends of such a run."""
     async with staged() as stage:
         stage.batching.submit(run_of(1, min_new_tokens=3))
         await stage.rest()
@@ -246,7 +246,7 @@ async def test_least_tokens_are_kept_even_if_turbomind_makes_an_end_before() -> 
 
 
 async def test_a_cancelled_run_is_silent() -> None:
-    """Waiting, running, and long ended."""
+    """A run may be cancelled while it waits, while it runs, and after its end."""
     async with staged(runs=1) as stage:
         for run_id in (1, 2, 3):
             stage.batching.submit(run_of(run_id, stream=True))
@@ -275,7 +275,7 @@ async def test_a_cancelled_run_is_silent() -> None:
     ],
 )
 async def test_a_bad_end_is_an_engine_failure_with_its_reason(status: int, text: str) -> None:
-    """And frees the slot."""
+    """A bad end fails the run and frees its slot."""
     async with staged(runs=1) as stage:
         stage.batching.submit(run_of(1))
         stage.batching.submit(run_of(2))
@@ -289,7 +289,7 @@ async def test_a_bad_end_is_an_engine_failure_with_its_reason(status: int, text:
 
 
 async def test_logprobs_are_those_that_were_drawn_from() -> None:
-    """The chosen token's, and the likeliest, ties by id; what is impossible is left out."""
+    """Logprobs are of the chosen token and of the likeliest ones, ties by id, without impossible tokens."""
     async with staged() as stage:
         stage.batching.submit(run_of(1, logprobs=2, max_new_tokens=2))
         await stage.rest()
@@ -303,7 +303,7 @@ async def test_logprobs_are_those_that_were_drawn_from() -> None:
 
 
 async def test_a_token_without_a_logprob_fails_the_run_alone() -> None:
-    """Nothing is made up; the neighbour goes on."""
+    """A run without a logprob of its token fails, and the other run goes on."""
     async with staged() as stage:
         stage.batching.submit(run_of(1, logprobs=0))
         stage.batching.submit(run_of(2))
@@ -318,7 +318,7 @@ async def test_a_token_without_a_logprob_fails_the_run_alone() -> None:
 
 
 async def test_what_turbomind_would_cut_off_is_refused() -> None:
-    """Under the name of the field that came to too many tokens."""
+    """The error names the field with too many tokens."""
     async with staged() as stage:
         stage.batching.submit(run_of(1, bad_token_ids=range(33)))
         stage.batching.submit(run_of(2))
@@ -329,7 +329,7 @@ async def test_what_turbomind_would_cut_off_is_refused() -> None:
 
 
 async def test_a_grammar_is_compiled_before_its_run_and_holds_its_place() -> None:
-    """Those behind wait, for order is by submission."""
+    """Later runs wait meanwhile, because runs start in order of submission."""
     async with staged(compile_format=lambda source: f"compiled {source}") as stage:
         stage.batching.submit(run_of(1, response_format=types_pb2.ResponseFormat(regex="a+")))
         stage.batching.submit(run_of(2))
@@ -339,7 +339,7 @@ async def test_a_grammar_is_compiled_before_its_run_and_holds_its_place() -> Non
 
 
 async def test_a_grammar_that_cannot_be_obeyed_fails_its_run() -> None:
-    """TurboMind itself would only warn, and answer as it likes."""
+    """A format that cannot be compiled fails the run: TurboMind would only warn and ignore it."""
 
     def refuse(source: str) -> object:
         raise RuntimeError("no such thing")
@@ -361,7 +361,7 @@ async def test_a_prompt_of_one_token_starts_when_no_other_prompt_is_under_way() 
         seen: list[list[int]] = []
         for run_id in (1, 2, 3):
             await stage.until(lambda: len(stage.handles) > len(seen))
-            await asyncio.sleep(0.01)  # the next one would come meanwhile
+            await asyncio.sleep(0.01)  # time for the next one to start
             seen.append([*stage.handles])
             stage.handles[run_id].scheduled = True
 
@@ -426,19 +426,19 @@ MIB = 1 << 20
 def test_a_block_has_keys_and_values_of_every_layer(
     layers: int, kv_heads: int, head_dim: int, bits: int, expected: int
 ) -> None:
-    """Of 64 tokens; those of an 8B model are 8 MiB."""
+    """A block of 64 tokens of an 8B model has 8 MiB."""
     assert block_bytes(layers=layers, kv_heads=kv_heads, head_dim=head_dim, block_tokens=64, kv_bits=bits) == expected
 
 
 def test_whole_pages_of_an_8b_models_blocks() -> None:
-    """Four to a page, one page lost to alignment, and one block set aside for each run."""
+    """Four blocks fit in a page, one page is lost to alignment, and one block per run is subtracted."""
     region = 100 * PAGE_BYTES
 
     assert blocks_promised(share=8 * MIB / region, size=8 * MIB, runs=16) == 99 * 4 - 16
 
 
 def test_blocks_that_fill_a_slab_badly_take_a_larger_slab() -> None:
-    """20 MiB fit 25 times into 512 MiB, which are 16 pages; of 100 pages six slabs can be made."""
+    """Blocks of 20 MiB fit 25 times into a slab of 16 pages, and 100 pages have six slabs."""
     region = 100 * PAGE_BYTES
 
     assert blocks_promised(share=20 * MIB / region, size=20 * MIB, runs=10) == 6 * 25 - 10
@@ -446,13 +446,13 @@ def test_blocks_that_fill_a_slab_badly_take_a_larger_slab() -> None:
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.5, 0.9])
 def test_there_is_always_one_block(share: float) -> None:
-    """A share that was not seen, or makes no sense, promises next to nothing."""
+    """An unknown or impossible share promises one block."""
     assert blocks_promised(share=share, size=8 * MIB, runs=256) == 1
 
 
 @given(size=st.integers(1, 1 << 28), count=st.integers(2, 20_000), runs=st.integers(1, 1024))
 def test_never_more_is_promised_than_the_region_holds(size: int, count: int, runs: int) -> None:
-    """With what is set aside."""
+    """The promise never exceeds the memory, the subtracted blocks included."""
     found = blocks_promised(share=1 / count, size=size, runs=runs)
 
     assert found == 1 or found + runs <= count
@@ -460,5 +460,5 @@ def test_never_more_is_promised_than_the_region_holds(size: int, count: int, run
 
 @pytest.mark.parametrize(("tokens", "expected"), [(1, 1), (64, 1), (65, 2), (4096, 64)])
 def test_a_run_needs_whole_blocks(tokens: int, expected: int) -> None:
-    """As the sidecar counts them."""
+    """Blocks are rounded up, as the sidecar does."""
     assert blocks_needed(tokens, 64) == expected

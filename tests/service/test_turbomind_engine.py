@@ -1,4 +1,4 @@
-"""The turbomind engine inside the service, with a TurboMind that is twenty lines long."""
+"""The turbomind engine inside the service, with a small fake TurboMind."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ACCOUNT = Account(queued=100.0, scheduled=101.0, cached=0)
 
 @dataclass
 class FakeOverrides:
-    """Counters, and nothing else."""
+    """Only the counters."""
 
     uncovered: int = 0
     omitted: frozenset[str] = frozenset()
@@ -54,7 +54,7 @@ class FakeOverrides:
 
 @dataclass
 class FakeHandle:
-    """Makes a token a step, out of its own prompt, seed and place, and of its company where it is told to."""
+    """Makes one token per step, from its prompt, seed and position, and from the other runs if told to."""
 
     prompt: tuple[int, ...]
     request: Request
@@ -66,7 +66,7 @@ class FakeHandle:
     scheduled = True
     account: Account = ACCOUNT
     rounds_otherwise: bool = False
-    """As a prompt does of which the cache has all but one token."""
+    """As for a prompt of which the cache has all but one token."""
 
     def step(self, company: int) -> None:
         spice = f"{self.prompt}{dataclasses.replace(self.request, each_step=False)}{len(self.made)}{company}"
@@ -100,21 +100,21 @@ class FakeHandle:
 
 @dataclass
 class FakeNative:
-    """One step of all runs whenever the loop is idle."""
+    """Makes a step of all runs whenever the loop is idle."""
 
     mixes: bool = False
-    """Whether company shows in the tokens."""
+    """Whether tokens depend on the other runs."""
     stuck: bool = False
     closed: bool = False
     tick: int = 0
     waiting: int = 0
     cached: int = 0
     caches: bool = False
-    """Whole blocks of prompts, but never a prompt's last token."""
+    """Whole blocks of prompts are cached, but never a prompt's last token."""
     corrects: bool = True
-    """As the override does: of all but one token, one less."""
+    """As the override does: one token less than all but one."""
     tells: bool = True
-    """Whether it says how much of a prompt came from its cache."""
+    """Whether it reports how much of a prompt came from its cache."""
     blocks: set[tuple[int, ...]] = field(default_factory=set)
     handles: list[FakeHandle] = field(default_factory=list)
 
@@ -130,7 +130,7 @@ class FakeNative:
         return handle
 
     def resume(self, ids: tuple[int, ...]) -> int:
-        """Tokens that come from the cache; the prompt's own blocks are in it from now on."""
+        """Tokens that come from the cache. The prompt's blocks are cached from now on."""
         whole = [ids[:end] for end in range(64, len(ids) + 1, 64)]
         found = min(64 * sum(block in self.blocks for block in whole), len(ids) - 1)
         self.blocks.update(whole)
@@ -182,21 +182,21 @@ async def earned(native: FakeNative, overrides: FakeOverrides | None = None, **o
 
 
 async def test_an_engine_whose_runs_keep_to_themselves_is_exact() -> None:
-    """The whole self-test passes, streamed, cancelled and all."""
+    """The whole self-test passes, with streamed and cancelled runs."""
     grade, reason = await earned(FakeNative(), FakeOverrides())
 
     assert (grade, "the same tokens and logprob bits" in reason) == ("EXACT", True)
 
 
 async def test_company_that_shows_is_found() -> None:
-    """Whatever the overrides claim."""
+    """An engine that depends on the batch is not EXACT, whatever the overrides report."""
     grade, reason = await earned(FakeNative(mixes=True), FakeOverrides())
 
     assert (grade, "together with the other prompts" in reason) == ("BEST_EFFORT", True)
 
 
 async def test_one_uncovered_product_takes_the_grade_before_its_answer_is_reported() -> None:
-    """Also one that happened before or during the self-test."""
+    """An uncovered product lowers the grade, also before and during the self-test."""
     grade, reason = await earned(FakeNative(), FakeOverrides(uncovered=1))
 
     assert (grade, reason) == ("BEST_EFFORT", "a product had to be served by an algorithm that is not permitted")
@@ -210,14 +210,14 @@ async def test_one_uncovered_product_takes_the_grade_before_its_answer_is_report
     ],
 )
 async def test_what_must_never_happen_takes_the_grade_before_an_answer_is_reported(native: FakeNative, why: str) -> None:
-    """Even though the tokens were the same this time."""
+    """A preemption lowers the grade, even if the tokens are equal."""
     grade, reason = await earned(native, FakeOverrides())
 
     assert (grade, why in reason) == ("BEST_EFFORT", True)
 
 
 async def test_a_prefix_cache_takes_no_grade() -> None:
-    """Prompts that come from it are compared with what they were cold, and the reason says for which rests."""
+    """Cached prompts are compared with cold ones, and the reason has the rests."""
     native = FakeNative(caches=True)
     grade, reason = await earned(native, FakeOverrides())
 
@@ -226,14 +226,14 @@ async def test_a_prefix_cache_takes_no_grade() -> None:
 
 
 async def test_a_prefix_cache_without_its_override_is_found_by_what_it_answers() -> None:
-    """The self-test does not have to be told that a rest was one token."""
+    """The self-test finds a wrong rest of one token by its answer."""
     grade, reason = await earned(FakeNative(caches=True, corrects=False), FakeOverrides())
 
     assert (grade, "when its beginning came from the cache" in reason) == ("BEST_EFFORT", True), reason
 
 
 async def test_one_rest_of_one_token_takes_the_grade() -> None:
-    """Whatever it answered: a prompt's last token was computed as a decode's."""
+    """A rest of one token lowers the grade whatever the answer, since it was computed as a decode."""
     native = FakeNative(caches=True, corrects=False)
     async with engine_of(native, FakeOverrides()) as engine:
         falls: list[str] = []
@@ -250,7 +250,7 @@ async def test_one_rest_of_one_token_takes_the_grade() -> None:
 
 
 async def test_a_prefix_cache_that_is_not_hit_earns_nothing() -> None:
-    """What was never resumed was never compared."""
+    """A cache that is never hit does not pass the self-test."""
     grade, reason = await earned(FakeNative(caches=True, tells=False), FakeOverrides())
 
     assert (grade, reason) == ("BEST_EFFORT", "the prefix cache supplied nothing, so that it is not tested")
@@ -266,7 +266,7 @@ async def test_a_prefix_cache_that_is_not_hit_earns_nothing() -> None:
     ],
 )
 async def test_what_a_configuration_cannot_be_is_not_tested_for(options: dict[str, Any], grade: str, reason: str) -> None:
-    """The ceiling says why."""
+    """A service below EXACT says why."""
     native, overrides = FakeNative(), FakeOverrides()
     async with engine_of(native, overrides, dataclasses.replace(OPTIONS, **options)) as engine:
         if options.get("exact") is False:
@@ -282,7 +282,7 @@ async def test_what_a_configuration_cannot_be_is_not_tested_for(options: dict[st
 async def test_a_turbomind_that_stands_still_ends_the_process(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Only while it has work; whoever looks after the process starts another."""
+    """A stalled TurboMind ends the process, but only while it has work."""
     monkeypatch.setattr(engine_module, "WATCH_SECONDS", 0.01)
     monkeypatch.setattr(engine_module, "STALL_SECONDS", 0.05)
     monkeypatch.setattr(engine_module, "END_SECONDS", 0.05)
@@ -303,7 +303,7 @@ async def test_a_turbomind_that_stands_still_ends_the_process(
 
 
 async def test_the_counters_are_metrics() -> None:
-    """By the names that alerts are written for."""
+    """The counters have the metric names that the alerts use."""
     own = CollectorRegistry()
     async with engine_of(FakeNative(tick=3), FakeOverrides(uncovered=2)) as engine:
         own.register(engine)
@@ -315,11 +315,11 @@ async def test_the_counters_are_metrics() -> None:
 
     assert values == {"ostinato_engine_override_uncovered_total": 2, "ostinato_engine_override_plans_total": 7}
     assert calls == 6
-    assert own.get_sample_value("ostinato_engine_preemptions_total") is None  # closed: nobody may ask TurboMind any more
+    assert own.get_sample_value("ostinato_engine_preemptions_total") is None  # closed: TurboMind may not be called any more
 
 
 async def test_closing_frees_the_model_and_ends_what_runs() -> None:
-    """Silently."""
+    """Closing frees the model and ends runs without events."""
     native = FakeNative()
     events: list[Any] = []
     async with engine_of(native, None) as engine:

@@ -1,4 +1,4 @@
-"""How a start comes to its grade: what is proved, kept, refused and missing."""
+"""What a start proves, keeps and refuses, and which grade it may earn."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NATIVE = cast(Native, SimpleNamespace())
 
 
 class FakeOverrides:
-    """As far as exactness asks."""
+    """The methods that exactness uses."""
 
     def __init__(self, shapes: Mapping[Shape, int], calls: int = 1, uncovered_n: int = 0) -> None:
         self._shapes, self._uncovered_n = shapes, uncovered_n
@@ -77,7 +77,7 @@ def proved(
     measured: list[Mapping[Shape, int]] | None = None,
     pieces: str = "",
 ) -> Exactness:
-    """An exactness behind its proof, where measuring gives these permits."""
+    """An exactness after its proof, with these permits as the measurement."""
 
     def measure(_: object, shapes: Mapping[Shape, int]) -> Mapping[Shape, Permit]:
         (measured if measured is not None else []).append(shapes)
@@ -98,7 +98,7 @@ PERMITS = {LAYER: Permit((66,), 8448, ((1, "0a"), (8448, "ff"))), HEAD: Permit((
 
 
 def test_with_all_in_place_it_may_be_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every shape is served, and tried with as many tokens as it can get: a batch at least."""
+    """Every shape is served, and tried with at least as many tokens as there are runs."""
     overrides, measured = FakeOverrides({LAYER: 8448, HEAD: 1}), list[Mapping[Shape, int]]()
     exactness = proved(tmp_path, monkeypatch, overrides, PERMITS, measured=measured)
 
@@ -111,7 +111,7 @@ def test_with_all_in_place_it_may_be_exact(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_next_start_takes_the_manifests_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the same machine; another driver is measured again."""
+    """A kept manifest is used on the same machine; with another driver it is measured again."""
     measured: list[Mapping[Shape, int]] = []
     for gpu in (GPU, GPU, host.Gpu(GPU.name, GPU.capability, "590.1")):
         exactness = proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448, HEAD: 1}), PERMITS, gpu=gpu, measured=measured)
@@ -123,7 +123,7 @@ def test_the_next_start_takes_the_manifests_word(tmp_path: Path, monkeypatch: py
 def test_a_manifest_that_was_damaged_is_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With a warning."""
+    """A damaged manifest is logged and measured again."""
     measured: list[Mapping[Shape, int]] = []
     proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448}), PERMITS, measured=measured)
     (kept,) = (tmp_path / "turbomind").glob("plans-*.json")
@@ -135,7 +135,7 @@ def test_a_manifest_that_was_damaged_is_measured_again(
 
 
 def test_a_manifest_that_is_refused_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the fields in which the likest of those that are kept was made elsewhere."""
+    """The log has the fields in which the most similar kept manifest differs."""
     origins = []
     newer = host.Gpu(GPU.name, GPU.capability, "590.1")
     for gpu in (GPU, GPU, newer, host.Gpu("NVIDIA H200", GPU.capability, "590.1")):
@@ -154,7 +154,7 @@ def test_a_manifest_that_is_refused_says_why(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_table_of_what_was_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row for each product, covered or not; then the digest, where it is kept, and what can be earned."""
+    """The table has a row for each product, covered or not, then the digest, its path and the best grade."""
     exactness = proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448, HEAD: 1}), {LAYER: Permit((66, 71), 8448)})
     lines = table(exactness).splitlines()
     assert exactness.manifest is not None
@@ -178,7 +178,7 @@ def test_the_table_of_what_was_proved(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_calibrate_says_what_was_proved(
     covered: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And its exit code whether that is everything; the engine is closed."""
+    """`calibrate` prints the table, its exit code says whether all is covered, and it closes the engine."""
     exactness = proved(
         tmp_path, monkeypatch, FakeOverrides({LAYER: 8448} | ({} if covered else {HEAD: 1})), {LAYER: PERMITS[LAYER]}
     )
@@ -196,7 +196,7 @@ def test_calibrate_says_what_was_proved(
 def test_calibrate_of_what_cannot_be(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An engine without products is a bad command line; one that cannot be loaded is a failure; each says why in a line."""
+    """`calibrate` refuses an engine without products, and fails for one that cannot be loaded, each with one line."""
     monkeypatch.setattr(host, "lmdeploy_version", not_installed)
 
     assert calibrate_command(Settings(engine="llama")) == 2
@@ -220,7 +220,7 @@ def test_calibrate_of_what_cannot_be(
 def test_what_is_missing_is_the_ceilings_reason(
     overrides: FakeOverrides, permits: Mapping[Shape, Permit], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine runs all the same."""
+    """What is missing is the ceiling's reason; the engine runs nevertheless."""
     exactness = proved(tmp_path, monkeypatch, overrides, permits)
 
     assert exactness.ceiling[0] == types_pb2.GRADE_BEST_EFFORT
@@ -228,7 +228,7 @@ def test_what_is_missing_is_the_ceilings_reason(
 
 
 def test_without_overrides_the_engine_runs_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And says why it is no better."""
+    """Without overrides the engine runs as stock TurboMind, and the ceiling says why."""
 
     def refuse(_: Path) -> Path:
         raise NoOverrides("there is no C compiler")
@@ -249,7 +249,7 @@ def test_without_overrides_the_engine_runs_as_it_comes(tmp_path: Path, monkeypat
 
 
 def test_pieces_that_cannot_be_proved_cost_the_grade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The override that cuts prompts reads other numbers than it must."""
+    """Pieces that cannot be proved cost the grade."""
     exactness = proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448}), PERMITS, pieces="it reads (1, 0, 0)")
 
     assert exactness.ceiling == (types_pb2.GRADE_BEST_EFFORT, "it reads (1, 0, 0)")
@@ -361,7 +361,7 @@ def test_a_table_that_turbomind_ignores_costs_the_grade(tmp_path: Path, monkeypa
 
 
 def test_own_kernels_that_are_not_pinned_cost_the_grade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the override nothing is exported, imported or served as permitted."""
+    """Without the override, TurboMind's own kernels are not pinned, which costs the grade."""
     overrides = FakeOverrides({HEAD: 1})
     overrides.omitted = frozenset({"lookup"})
     exactness, _, how = started(tmp_path, monkeypatch, AWQ, overrides=overrides)
@@ -372,7 +372,7 @@ def test_own_kernels_that_are_not_pinned_cost_the_grade(tmp_path: Path, monkeypa
 
 
 def test_without_lmdeploy_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what to do on a machine without a GPU."""
+    """The error says how to install LMDeploy, and what to use without a GPU."""
     monkeypatch.setattr(host, "lmdeploy_version", not_installed)
 
     with pytest.raises(EngineUnusable, match=r"needs lmdeploy: pip install .*\[turbomind\]'; without a GPU use --engine llama"):
@@ -384,7 +384,7 @@ def test_without_lmdeploy_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pyt
     [("0.18.0", True), ("0.18.9", True), ("0.17.2", False), ("0.19.0", False), ("0.19.0rc1", False), ("1.0", False)],
 )
 def test_only_versions_that_it_was_proved_with_will_do(version: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another one may call other functions."""
+    """Only tested versions of LMDeploy are accepted, since others may call other functions."""
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
 
     if fits:
@@ -403,7 +403,7 @@ def test_the_extra_asks_for_what_is_checked() -> None:
 
 
 def test_a_missing_package_is_named() -> None:
-    """Whichever it is."""
+    """The library is found under any name."""
     with pytest.raises(EngineUnusable, match="engine turbomind needs no_such_package"):
         host.module("no_such_package")
 
@@ -420,7 +420,7 @@ def test_a_missing_package_is_named() -> None:
     ],
 )
 def test_options_that_turbomind_would_take_badly_are_refused(options: dict[str, Any], text: str) -> None:
-    """Some of them would overrun a buffer."""
+    """Options that TurboMind cannot take are refused."""
     with pytest.raises(EngineUnusable, match=text):
         TurbomindOptions(**options)
 
@@ -443,7 +443,7 @@ def test_splits_and_prefill_follow_the_context(context: int, runs: int, splits: 
 
 
 def test_a_model_is_what_its_config_says(tmp_path: Path) -> None:
-    """Nested in a vision model's as well; ends come from generation_config.json, if there is one."""
+    """The config may be nested in a vision model's; ends come from generation_config.json, if there is one."""
     plain = model.read(folder(tmp_path))
     nested = model.read(
         folder(
@@ -467,7 +467,7 @@ def test_a_model_is_what_its_config_says(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_model_cannot_do_is_refused_before_it_is_loaded(options: dict[str, Any], text: str, tmp_path: Path) -> None:
-    """By the flag's name."""
+    """Impossible options of a model are refused before it is loaded, with the flag's name."""
     (tmp_path / "served").mkdir()
     read = model.read(folder(tmp_path / "served"))
 
@@ -479,7 +479,7 @@ def test_what_a_model_cannot_do_is_refused_before_it_is_loaded(options: dict[str
 
 
 def test_a_machine_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the flag, and what to use instead."""
+    """A machine without CUDA is refused with the flag and an alternative."""
     monkeypatch.setattr(host, "module", lambda name: SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False)))
 
     with pytest.raises(EngineUnusable, match="^--engine turbomind needs a CUDA device, .*; without a GPU use --engine llama$"):
@@ -487,7 +487,7 @@ def test_a_machine_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_more_gpus_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With how many torch finds."""
+    """Too few GPUs are refused with their number."""
     cuda = SimpleNamespace(is_available=lambda: True, device_count=lambda: 1)
     monkeypatch.setattr(host, "module", lambda name: SimpleNamespace(cuda=cuda))
 
@@ -504,7 +504,7 @@ def test_more_gpus_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_a_folder_that_is_no_model_is_named(config: str | None, text: str, tmp_path: Path) -> None:
-    """With what is wrong with it."""
+    """A folder that is no model is refused with what is wrong."""
     if config is not None:
         (tmp_path / "config.json").write_text(config)
 
@@ -513,13 +513,13 @@ def test_a_folder_that_is_no_model_is_named(config: str | None, text: str, tmp_p
 
 
 def test_a_model_has_to_be_named() -> None:
-    """There is none to fall back on."""
+    """A model without a tokenizer is refused."""
     with pytest.raises(EngineUnusable, match="needs --model"):
         model.read(None)
 
 
 def test_digests_follow_contents_and_names(tmp_path: Path) -> None:
-    """Of weights and of the tokenizer, each by itself."""
+    """Weights and tokenizer have digests of their own."""
     with pytest.raises(EngineUnusable, match="has no weights"):
         model.weights_digest(tmp_path)
     (tmp_path / "model-1.safetensors").write_bytes(b"a")
@@ -535,7 +535,7 @@ def test_digests_follow_contents_and_names(tmp_path: Path) -> None:
 
 
 def test_a_file_of_a_model_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    """It is not taken for one that is not there."""
+    """An unreadable file is not treated as a missing one."""
     folder(tmp_path)
     for name, read in (
         ("generation_config.json", model.read),

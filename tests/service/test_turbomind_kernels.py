@@ -1,4 +1,4 @@
-"""Which algorithms may serve, and when a kept proof still counts."""
+"""Which algorithms may serve, and when a kept manifest is used."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ def measured(n: int, rank: int, seconds: float | None, algorithm: int = 66) -> T
 
 
 def test_algorithms_that_agree_everywhere_are_permitted_together() -> None:
-    """Tiles and algorithms may differ; only bits count."""
+    """Algorithms with equal bits form one class, whatever their tiles."""
     trials = [trial(n, rank, algorithm) for n in (1, 2, 8, 100) for rank, algorithm in enumerate((66, 71))]
 
     assert choose(trials) == Choice((66, 71), ())
 
 
 def test_an_algorithm_that_rounds_otherwise_is_dropped() -> None:
-    """As the one is that cublasLt likes best for a single token."""
+    """An algorithm with other bits is not permitted, even if cublasLt prefers it for one token."""
     trials = [trial(1, 0, 16, "y"), *(trial(n, 1, 66) for n in (1, 2, 300))]
 
     assert choose(trials) == Choice((66,), ())
 
 
 def test_an_algorithm_that_disagrees_with_itself_is_dropped() -> None:
-    """Whether between numbers of tokens or within one."""
+    """An algorithm whose bits vary is not permitted, whether between numbers of tokens or within one."""
     trials = [trial(n, 2, 66) for n in (1, 64)]
     changing = [trial(1, 0, 30, "y"), trial(64, 0, 30, "z")]
     uneven = [trial(1, 1, 31), trial(64, 1, 31, alike=False)]
@@ -72,7 +72,7 @@ def test_an_algorithm_that_disagrees_with_itself_is_dropped() -> None:
 
 
 def test_the_class_that_serves_most_wins_over_the_faster_one() -> None:
-    """A class that leaves out a number of tokens would leave it to cuBLAS."""
+    """The class that serves the most numbers of tokens is permitted."""
     fast = [trial(n, 0, 20, "y") for n in (1, 2)]
     complete = [trial(n, 1, 66) for n in (1, 2, 3)]
 
@@ -80,12 +80,12 @@ def test_the_class_that_serves_most_wins_over_the_faster_one() -> None:
 
 
 def test_of_two_complete_classes_the_faster_wins() -> None:
-    """As cublasLt ranks them."""
+    """Of equal classes the one that cublasLt ranks higher is permitted."""
     assert choose([trial(n, rank, 20 + rank, "xy"[rank]) for n in (1, 2) for rank in (0, 1)]) == Choice((20,), ())
 
 
 def test_what_no_permitted_algorithm_serves_is_named() -> None:
-    """And so it is where there is none at all."""
+    """Without any candidate nothing is permitted."""
     assert choose([trial(1, 0, 66), trial(2, 0, 66), trial(5, 0, 20, alike=False)]) == Choice((66,), (5,))
     assert choose([trial(5, 0, 20, alike=False)]) == Choice((), (5,))
     assert choose([]) == Choice((), ())
@@ -93,7 +93,7 @@ def test_what_no_permitted_algorithm_serves_is_named() -> None:
 
 @given(st.integers(1, 20_000))
 def test_the_grid_has_all_small_numbers_both_ends_and_the_edges_of_tiles(most: int) -> None:
-    """Ascending, without duplicates, nothing beyond."""
+    """The grid is ascending, without duplicates, and ends at the maximum."""
     found = grid(most)
 
     assert found == sorted(set(found))
@@ -104,7 +104,7 @@ def test_the_grid_has_all_small_numbers_both_ends_and_the_edges_of_tiles(most: i
 
 @given(st.integers(1, 20_000))
 def test_times_are_taken_along_the_grid(most: int) -> None:
-    """Ascending, both ends, few enough to be taken one by one and to be kept; beyond 512 no two are far apart."""
+    """Timed numbers of tokens are ascending, have both ends, are few, and are dense beyond 512."""
     found, also = timed(most), between(most)
 
     assert found == sorted(set(found))
@@ -116,7 +116,7 @@ def test_times_are_taken_along_the_grid(most: int) -> None:
 
 
 def test_the_fastest_permitted_candidate_serves() -> None:
-    """Whatever cublasLt thinks of it; a class that is not permitted may be as fast as it likes."""
+    """The fastest permitted candidate serves, whatever its rank; others are ignored."""
     trials = [measured(8, 0, 3.0), measured(8, 1, 2.0), measured(8, 2, 1.0, 20), measured(1, 0, 1.0), measured(1, 1, 1.5)]
 
     chosen = fastest(trials, (66,))
@@ -126,31 +126,31 @@ def test_the_fastest_permitted_candidate_serves() -> None:
 
 
 def test_a_hair_faster_is_no_reason() -> None:
-    """cublasLt's favourite, which is none to be named, stays; a trial without a time says nothing."""
+    """A difference within noise leaves cublasLt's preferred candidate; a trial without a time is ignored."""
     assert fastest([measured(8, 0, 1.0), measured(8, 1, 0.98), measured(9, 0, None)], (66,)) == {8: None}
 
 
 def test_where_nothing_permitted_is_offered_another_must_be_named() -> None:
-    """It would not be found by asking cublasLt."""
+    """A preferred candidate that was not offered there is named."""
     stranger = dataclasses.replace(measured(8, 5, 2.0), offered=False)
 
     assert fastest([measured(8, 0, 1.0, 20), stranger], (66,)) == {8: stranger.candidate}
 
 
 def test_a_manifest_survives_its_file() -> None:
-    """Byte for byte of what counts."""
+    """A manifest is read back as it was written."""
     assert from_json(MANIFEST.to_json()) == MANIFEST
 
 
 @pytest.mark.parametrize("name", ENVIRONMENT)
 def test_a_manifest_from_elsewhere_does_not_fit(name: str) -> None:
-    """Whatever differs: another driver may bring other kernels."""
+    """A manifest of another environment does not fit."""
     assert MANIFEST.fits(ENVIRONMENT, [SHAPE, OTHER])
     assert not MANIFEST.fits(ENVIRONMENT | {name: "another"}, [SHAPE])
 
 
 def test_a_manifest_that_lacks_a_shape_does_not_fit() -> None:
-    """One that knows more does."""
+    """A manifest fits if it has all shapes."""
     assert MANIFEST.fits(ENVIRONMENT, [OTHER])
     assert not MANIFEST.fits(ENVIRONMENT, [SHAPE, dataclasses.replace(SHAPE, k=64)])
 
@@ -182,7 +182,7 @@ def test_the_digest_is_of_kernels_alone() -> None:
     ],
 )
 def test_a_file_that_is_no_manifest_is_refused(text: str) -> None:
-    """Also one that somebody changed."""
+    """A text that is no manifest, or was changed, is refused."""
     with pytest.raises(ValueError, match=r"."):
         from_json(text)
 
@@ -193,8 +193,7 @@ GEMV = Candidate(16, (16, 1), b"\x03")
 
 @dataclass
 class FakeTrials:
-    """cublasLt offers the slow tile everywhere but for 100 tokens, where it offers the fast one, and a kernel that rounds
-    otherwise for one token."""
+    """cublasLt offers the slow tile, for 100 tokens the fast one, and for one token also a kernel that rounds otherwise."""
 
     rows: int
     shape = LAYER
@@ -220,8 +219,8 @@ class FakeTrials:
 
 
 def test_an_offer_for_one_number_of_tokens_serves_others_if_it_is_faster() -> None:
-    """Each number that was timed has its fastest, of those that round alike everywhere; one that was not offered there is tried
-    at all numbers it is to serve."""
+    """Each timed number has its fastest candidate of those that round alike; one that was not offered there is tried at all
+    numbers that it will serve."""
     choice, permit, trials = _measured(cast(Trials, FakeTrials(100)))
 
     assert (choice.permitted, choice.missing) == ((66,), ())
@@ -232,7 +231,7 @@ def test_an_offer_for_one_number_of_tokens_serves_others_if_it_is_faster() -> No
 
 
 def test_a_winner_that_rounds_otherwise_in_between_takes_its_class_with_it() -> None:
-    """It would have served there: 33 tokens were never timed, and are served like 48."""
+    """A fastest candidate with other bits at a number between is dropped: 33 tokens are served as 48."""
     choice, permit, _ = _measured(
         cast(Trials, FakeTrials(100, lambda candidate, n: "odd" if candidate == FAST and n == 33 else str(candidate.algorithm)))
     )
@@ -242,7 +241,7 @@ def test_a_winner_that_rounds_otherwise_in_between_takes_its_class_with_it() -> 
 
 
 def test_what_rounds_by_the_number_of_tokens_is_never_permitted() -> None:
-    """What is left then is a kernel for one token, and all other numbers are missing."""
+    """An algorithm whose bits depend on the number of tokens is never permitted; numbers without another are missing."""
     choice, permit, _ = _measured(cast(Trials, FakeTrials(100, lambda candidate, n: f"{candidate.algorithm} {n}")))
 
     assert choice.permitted == (16,)

@@ -1,4 +1,4 @@
-"""Tokens and their bytes."""
+"""Tokens, their bytes and begin tokens."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SENTENCEPIECE = {
 
 @pytest.mark.parametrize(("layout", "expected"), [(BYTE_LEVEL, "byte-level"), (SENTENCEPIECE, "sentencepiece")])
 def test_the_tokenizers_description_says_how_bytes_are_written(layout: object, expected: str) -> None:
-    """In its decoder or its pre-tokenizer, however deep."""
+    """The kind is found in the decoder or the pre-tokenizer, at any depth."""
     assert kind_of(json.dumps(layout)) == expected
 
 
 def test_byte_level_tokens_are_bytes() -> None:
-    """A space is Ġ, a line break Ċ, and half a character is half a character."""
+    """Byte-level tokens are decoded to their bytes, also parts of characters."""
     found = pieces({"Ġthe": 0, "Ċ": 1, "Ã": 2, "¤": 3, "a b": 4}, {}, "byte-level", 6)
 
     assert found == [b" the", b"\n", b"\xc3", b"\xa4", b"a b", b""]
@@ -33,7 +33,7 @@ def test_byte_level_tokens_are_bytes() -> None:
 
 @given(st.binary(max_size=8))
 def test_every_byte_has_a_letter(data: bytes) -> None:
-    """And comes back."""
+    """Every byte has a letter, and is decoded again."""
     token = "".join(letters()[byte] for byte in data)
 
     assert len(set(letters())) == 256
@@ -41,14 +41,14 @@ def test_every_byte_has_a_letter(data: bytes) -> None:
 
 
 def test_sentencepiece_tokens_are_text_but_for_spaces_and_bytes() -> None:
-    """What only looks like a byte is text."""
+    """Sentencepiece byte tokens are bytes, and similar texts are text."""
     found = pieces({"▁the": 0, "<0x0A>": 1, "<0xE2>": 2, "<0xZZ>": 3, "ä": 4}, {}, "sentencepiece", 5)
 
     assert found == [b" the", b"\n", b"\xe2", b"<0xZZ>", "ä".encode()]
 
 
 def test_control_tokens_add_nothing_and_other_added_ones_are_text() -> None:
-    """Ids beyond the model's vocabulary are nobody's."""
+    """Ids beyond the model's vocabulary are ignored."""
     added = {1: ("<|im_end|>", True), 2: ("<tool Ġ>", False), 9: ("<image>", True)}
     found = pieces({"a": 0, "<|im_end|>": 1, "<tool Ġ>": 2, "<image>": 9}, added, "byte-level", 4)
 
@@ -60,5 +60,5 @@ def test_control_tokens_add_nothing_and_other_added_ones_are_text() -> None:
     [([1, 5], [5], [1]), ([5], [5], []), ([1, 5, 2], [5], [1]), ([5, 2], [5], []), ([9], [5], [])],
 )
 def test_begin_tokens_are_what_stands_before_a_text(whole: list[int], bare: list[int], expected: list[int]) -> None:
-    """An end token that a tokenizer would add is not wanted."""
+    """Begin tokens are kept, and an end token that a tokenizer adds is not."""
     assert begin_of(whole, bare) == expected

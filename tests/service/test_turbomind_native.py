@@ -1,4 +1,4 @@
-"""What LMDeploy is called with, written down by a stand-in for it."""
+"""What LMDeploy is called with, recorded by a stand-in."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Instance:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What LMDeploy was called with; it and torch are stand-ins."""
+    """The calls of LMDeploy; LMDeploy and torch are stand-ins."""
     made: list[Any] = []
     tm = SimpleNamespace(
         TensorMap=dict,
@@ -134,7 +134,7 @@ def test_the_engine_is_set_up_as_the_options_say(calls: list[Any]) -> None:
 
 
 def test_a_run_is_handed_over_with_all_its_parameters(calls: list[Any]) -> None:
-    """Stop and forbidden tokens as words of one token; whatever has no value is left as TurboMind has it."""
+    """Stop and forbidden tokens are passed as words of one token; unset values keep TurboMind's defaults."""
     native = Native(TurbomindOptions(), MODEL)
     rung: list[int] = []
     handle = native.start(17, (4, 5, 6), REQUEST, "grammar", lambda: rung.append(1))
@@ -162,7 +162,7 @@ def test_a_run_is_handed_over_with_all_its_parameters(calls: list[Any]) -> None:
 
 
 def test_what_turbomind_says_against_a_model_is_passed_on(calls: list[Any]) -> None:
-    """By asserts, mostly."""
+    """TurboMind's assertions about a model become EngineUnusable."""
     broken = Model(Path("/models/broken"), 4096, 300, 2, 2, 2, 16, "none", 0, frozenset(), "")
 
     with pytest.raises(EngineUnusable, match="cannot load /models/broken: AssertionError: mismatched quant method"):
@@ -170,7 +170,7 @@ def test_what_turbomind_says_against_a_model_is_passed_on(calls: list[Any]) -> N
 
 
 def test_the_first_run_shows_what_a_block_is_of_the_cache(calls: list[Any]) -> None:
-    """Its prompt fills four blocks and part of a fifth, and the answer does not reach the next."""
+    """The first run fills four blocks and a part of a fifth, so the share of one block can be computed."""
     share = first_run(Native(TurbomindOptions(), MODEL), 4096)
     _, inputs, *_, config, stream, _ = next(call for call in calls if call[0] == "forward")
 
@@ -181,7 +181,7 @@ def test_the_first_run_shows_what_a_block_is_of_the_cache(calls: list[Any]) -> N
 
 @pytest.mark.parametrize("context", [2, 3, 64, 100, 300])
 def test_the_first_run_fits_every_context(context: int, calls: list[Any]) -> None:
-    """However small."""
+    """The first run fits the smallest contexts."""
     first_run(Native(TurbomindOptions(context_tokens=context, runs=1), MODEL), context)
     _, inputs, *_, config, _, _ = next(call for call in calls if call[0] == "forward")
 
@@ -189,7 +189,7 @@ def test_the_first_run_fits_every_context(context: int, calls: list[Any]) -> Non
 
 
 def test_importing_it_leaves_our_log_alone(calls: list[Any]) -> None:
-    """LMDeploy raises the level of every handler there is, and puts up one of its own."""
+    """Importing LMDeploy leaves other log handlers as they were, and removes its own."""
     handler, root, own = logging.StreamHandler(), logging.getLogger(), logging.getLogger("lmdeploy")
     root.addHandler(handler)
     own.addHandler(logging.NullHandler())

@@ -1,4 +1,4 @@
-"""The overrides, compiled here and called by stand-ins for TurboMind, cuBLAS and cublasLt, in processes of their own."""
+"""The overrides, compiled here and called by stand-ins for TurboMind, cuBLAS and cublasLt, in other processes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ int drive_gemm(void *handle, int m, int n, int k, const void *a, const void *b, 
   return cublasGemmEx(handle, 0, 0, m, n, k, &one, a, 2, m, b, 2, k, &zero, c, 2, m, 68, 99);
 }
 """
-"""It calls the functions of its own that are replaced, and cuBLAS, through its PLT."""
+"""A stand-in that calls its own replaced functions, and cuBLAS, through its PLT."""
 
 CUBLAS = r"""
 int cublasGemmEx(void *h, int ta, int tb, int m, int n, int k, const void *al, const void *a, int at, int lda, const void *b,
@@ -159,7 +159,7 @@ int foreign(void *h, void *c) {
   return cublasGemmEx(h, 0, 0, 4, 1, 2, &one, c, 2, 4, c, 2, 2, &one, c, 2, 4, 68, 99);
 }
 """
-"""Somebody else who uses the same cuBLAS."""
+"""Another library that uses the same cuBLAS."""
 
 PRELUDE = """
 import ctypes, json, sys
@@ -236,7 +236,7 @@ def versioned(folder: Path, major: int) -> str:
 
 @pytest.fixture(params=["cuda 12", "cuda 13 behind a stand-in"], scope="module")
 def stand_ins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all the libraries that there are on such a host."""
+    """A folder with the libraries of such a host."""
     tmp_path = tmp_path_factory.mktemp("host")
     if request.param == "cuda 12":
         compiled(tmp_path, "libcublas.so.12", CUBLAS, "-DWHOLE", versioned(tmp_path, 12))
@@ -253,7 +253,7 @@ def stand_ins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def drive(folder: Path, script: str, *, before: str = "", splits: int = 4, omit: str = "") -> Any:
-    """What the script prints, as JSON."""
+    """Runs the script in a new process and returns the JSON that it prints."""
     path = build(folder / "state")
     program = PRELUDE + before + textwrap.dedent(script)
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/proto", "LD_LIBRARY_PATH": str(folder), "OSTINATO_TURBOMIND_OMIT": omit}
@@ -269,14 +269,14 @@ def drive(folder: Path, script: str, *, before: str = "", splits: int = 4, omit:
 
 
 def test_attention_is_cut_into_a_constant_number_of_parts(stand_ins: Path) -> None:
-    """Where TurboMind asks for at most one part it gets one, else always the same, whatever the batch."""
+    """The number of parts is constant, except that a request for at most one part gets one."""
     found = drive(stand_ins, "print(json.dumps([turbomind.drive_split(n) for n in (0, 1, 2, 7, 128)]))", splits=8)
 
     assert found == [1, 1, 8, 8, 8]
 
 
 def test_every_top_k_is_sorted_by_the_largest_kernel(stand_ins: Path) -> None:
-    """TurboMind's own function is called, with its maximum raised to 1024 and never lowered."""
+    """TurboMind's own function is called with its maximum raised to 1024, and never lowered."""
     found = drive(
         stand_ins,
         """
@@ -289,7 +289,7 @@ def test_every_top_k_is_sorted_by_the_largest_kernel(stand_ins: Path) -> None:
 
 
 def test_left_out_overrides_behave_as_stock_and_still_count(stand_ins: Path) -> None:
-    """What the sabotage of the GPU check leaves out is TurboMind's own again."""
+    """An override that is left out has TurboMind's own behaviour, and counts its calls."""
     found = drive(
         stand_ins,
         """
@@ -310,7 +310,7 @@ print(json.dumps([[turbomind.drive_resume(*each) for each in ((129, 128), (130, 
 
 
 def test_a_rest_of_one_token_is_made_one_of_two(stand_ins: Path) -> None:
-    """Of what TurboMind plans nothing else is changed; behind a single cached token there is no other to compute."""
+    """A rest of one token becomes one of two, and no other plan changes."""
     found = drive(stand_ins, "overrides.resume(Resume.CORRECT)" + RESUMES)
 
     assert found == [[127, 128, 126, 0, 1, 0], [129, 0], 2, 6]
@@ -320,7 +320,7 @@ def test_a_rest_of_one_token_is_made_one_of_two(stand_ins: Path) -> None:
     ("mode", "omit", "seen"), [("WATCH", "", [129, 0]), ("UNWATCHED", "", [0, 0]), ("CORRECT", "resume", [129, 0])]
 )
 def test_plans_are_watched_before_any_is_corrected(mode: str, omit: str, seen: list[int], stand_ins: Path) -> None:
-    """Watching writes nothing, and unwatched nothing is even read; the sabotage of the GPU check only watches."""
+    """Watching writes nothing, and without it nothing is read; leaving the override out only watches."""
     found = drive(stand_ins, f"overrides.resume(Resume.{mode})" + RESUMES, omit=omit)
 
     assert found == [[128, 128, 127, 0, 1, 0], seen, 0, 6]
@@ -465,8 +465,8 @@ def test_own_kernels_are_looked_up_by_permitted_rows_alone(omit: str, stand_ins:
 
 
 def test_products_are_learned_proved_and_served(stand_ins: Path) -> None:
-    """Learning leaves cuBLAS alone and notes shapes; proof drops what rounds otherwise; serving gives a row the same bits at
-    every number of tokens, on the handle's stream."""
+    """Learning records shapes and leaves cuBLAS's choice; serving gives a row the same bits at every number of tokens, on the
+    handle's stream."""
     found = drive(
         stand_ins,
         """
@@ -506,8 +506,8 @@ def test_products_are_learned_proved_and_served(stand_ins: Path) -> None:
 
 
 def test_what_cannot_be_served_exactly_goes_to_cublas_and_is_counted(stand_ins: Path) -> None:
-    """A number of tokens without a permitted algorithm, an unknown shape, a product that fails: none is an error, each is one
-    uncovered call."""
+    """A number of tokens without a permitted algorithm, an unknown shape and a failing product each count as one uncovered
+    call, and cuBLAS serves."""
     found = drive(
         stand_ins,
         """
@@ -530,7 +530,7 @@ def test_what_cannot_be_served_exactly_goes_to_cublas_and_is_counted(stand_ins: 
 
 
 def test_others_who_use_cublas_are_left_alone(stand_ins: Path) -> None:
-    """A library that is not TurboMind gets cuBLAS's own choice and counts for nothing."""
+    """Calls from other libraries get cuBLAS's own choice, and are not counted."""
     found = drive(
         stand_ins,
         """
@@ -547,7 +547,7 @@ def test_others_who_use_cublas_are_left_alone(stand_ins: Path) -> None:
 
 
 def test_a_product_runs_on_its_handles_stream_in_the_lent_workspace(stand_ins: Path) -> None:
-    """Else it would race with the kernels before and behind it."""
+    """A product runs on the handle's stream."""
     found = drive(
         stand_ins,
         """
@@ -564,7 +564,7 @@ def test_a_product_runs_on_its_handles_stream_in_the_lent_workspace(stand_ins: P
 
 
 def test_each_gpu_has_a_workspace_of_its_own(stand_ins: Path) -> None:
-    """A product of another GPU does not write into this one's memory."""
+    """Each GPU has its own workspace."""
     found = drive(
         stand_ins,
         """
@@ -613,7 +613,7 @@ def test_the_fastest_serves_up_to_the_number_of_tokens_it_was_found_at(stand_ins
 
 
 def test_a_candidate_is_tried_many_times_on_other_weights_each_time(stand_ins: Path) -> None:
-    """As in a model, where no layer finds its weights in a cache; and one that cannot run says so."""
+    """Timed products use copies of the weights in turn, and a candidate that cannot run is reported."""
     found = drive(
         stand_ins,
         """
@@ -631,7 +631,7 @@ def test_a_candidate_is_tried_many_times_on_other_weights_each_time(stand_ins: P
 
 
 def test_the_library_is_built_once_and_named_after_its_source(tmp_path: Path) -> None:
-    """A later start takes what is there."""
+    """The overrides are compiled once."""
     first = build(tmp_path)
     modified = first.stat().st_mtime_ns
 
@@ -640,7 +640,7 @@ def test_the_library_is_built_once_and_named_after_its_source(tmp_path: Path) ->
 
 
 def test_an_image_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was compiled beside the source is taken, wherever the program may write, and by a machine that has no compiler."""
+    """A library beside the source is used, also without a compiler."""
     for name in overrides.SOURCES:
         shutil.copy(Path(overrides.__file__).with_name(name), tmp_path)
     monkeypatch.setattr(overrides, "_HERE", tmp_path)
@@ -652,7 +652,7 @@ def test_an_image_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_without_a_compiler_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine runs without overrides then; its ceiling repeats this text."""
+    """Without a compiler there are no overrides, and the error says so."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
 
@@ -661,7 +661,7 @@ def test_without_a_compiler_the_reason_is_said(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that whoever reads the grade's reason knows what to mend."""
+    """The compiler's message is in the error."""
     monkeypatch.setenv("CC", "false")
 
     with pytest.raises(NoOverrides, match="false cannot compile them"):

@@ -23,15 +23,15 @@ BLOCK = 64
 
 @dataclass
 class FakeTurboMind:
-    """Caches whole blocks, and calls the override for every prompt, if it does."""
+    """Caches whole blocks, and calls the override for every prompt if `calls_override`."""
 
     calls_override: bool = True
     caches: bool = True
     late: int = 0
-    """So many prompts do not yet find what is cached."""
+    """The first prompts that do not find cached blocks."""
     prompt_shift: int = 0
     resume_shift: int = 0
-    """By which the override reads another number."""
+    """Added to the number that the override reads."""
     ignores_override: bool = False
     omitted: frozenset[str] = frozenset()
     misreads: bool = False
@@ -100,7 +100,7 @@ def proof(turbomind: FakeTurboMind) -> str:
 
 
 def test_plans_are_found_right_before_any_is_corrected() -> None:
-    """Watched first, then corrected: rests of none, one and two tokens, and the correction shows in TurboMind's own report."""
+    """Plans are watched first and then corrected, for rests of 0, 1 and 2 tokens."""
     turbomind = FakeTurboMind()
 
     assert (proof(turbomind), turbomind.modes) == ("", [Resume.WATCH, Resume.CORRECT])
@@ -108,7 +108,7 @@ def test_plans_are_found_right_before_any_is_corrected() -> None:
 
 
 def test_blocks_may_be_published_a_moment_late() -> None:
-    """The first prompts may not find what the one before has left."""
+    """Blocks may be published a moment late."""
     assert proof(FakeTurboMind(late=2)) == ""
 
 
@@ -126,19 +126,19 @@ def test_blocks_may_be_published_a_moment_late() -> None:
     ],
 )
 def test_what_does_not_fit_is_said_and_nothing_is_corrected(turbomind: FakeTurboMind, why: str) -> None:
-    """The two numbers may stand elsewhere in another build; then nothing is written where they were."""
+    """If the two numbers are elsewhere in another build, nothing is written."""
     assert (proof(turbomind), turbomind.modes[-1]) == (why, Resume.UNWATCHED)
 
 
 def test_sabotage_leaves_out_the_correction_alone() -> None:
-    """The cache is on, and the self-test has to find that rests of one token are not corrected."""
+    """Leaving out the override leaves out the correction only, so the self-test must find it."""
     turbomind = FakeTurboMind(omitted=frozenset({"resume"}))
 
     assert (proof(turbomind), turbomind.modes) == ("", [Resume.WATCH])
 
 
 def test_two_starts_leave_no_common_prompt_in_the_cache() -> None:
-    """What TurboMind's own choice of kernels computed must never be found by a request, so the prompts are random."""
+    """The prompts are random, because no request may use blocks that unproved kernels computed."""
     first, second = FakeTurboMind(), FakeTurboMind()
     proof(first)
     proof(second)
@@ -163,7 +163,8 @@ def test_a_cache_that_does_not_fit_is_off(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The model is loaded once more without it and the log says why; where it is off from the start, nothing is proved."""
+    """If the proof fails, the model is loaded again without the cache and the log says why; if the cache is off, nothing is
+    proved."""
     made: list[bool] = []
     closed: list[bool] = []
 
@@ -197,7 +198,7 @@ def test_a_cache_that_does_not_fit_is_off(
 def test_prompts_are_cut_once_the_override_reads_right(
     turbomind: FakeTurboMind, context_tokens: int, why: str, piece_tokens: int
 ) -> None:
-    """A prompt longer than a piece shows that it is cut where it must be; in a context without room for one there is none."""
+    """A prompt longer than a piece must be cut as expected; a small context has none."""
     given = TurbomindOptions(context_tokens=context_tokens, runs=8)
     found = prove_pieces(cast(Native, turbomind), cast(Overrides, turbomind), given)
 
@@ -230,7 +231,8 @@ def kernel_proof(rounding: dict[int, str]) -> KernelProof:
 def test_kernels_that_round_alike_are_permitted(
     rounding: dict[int, str], experts: tuple[int, ...], classes: tuple[int, ...]
 ) -> None:
-    """Those of most numbers of rows, and of equals those of the larger; one whose answers depend on what runs beside never."""
+    """The kernels with the most common answers are permitted, of equals those for more rows, and never one whose answers
+    depend on other runs."""
     found = kernel_proof(rounding)
 
     assert (found.permitted[EXPERTS], found.classes) == (experts, classes)
@@ -238,7 +240,7 @@ def test_kernels_that_round_alike_are_permitted(
 
 
 def test_kernels_that_are_not_permitted_are_named() -> None:
-    """By product and number of rows."""
+    """Excluded kernels are named by product, number of rows and tile."""
     found = kernel_proof({8: "a", 16: "a", 64: "a", 128: "?"})
 
     assert found.excluded == ("9 x 5 of 64 experts for 128 rows (tile 8x256x64), 9 x 7 for 640 rows (tile 64x128x64)",)
@@ -246,5 +248,5 @@ def test_kernels_that_are_not_permitted_are_named() -> None:
 
 
 def test_no_kernel_is_permitted_where_all_depend_on_the_batch() -> None:
-    """Then nothing is permitted at all."""
+    """If all kernels depend on the batch, none is permitted."""
     assert not kernel_proof(dict.fromkeys((8, 16, 64, 128), "?")).permitted

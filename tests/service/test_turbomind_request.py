@@ -1,4 +1,4 @@
-"""A run's parameters, as TurboMind is told them: every trap has its case."""
+"""A run's parameters in TurboMind's form, with a case for everything that TurboMind would misread."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def asked(*, seed: int = 1, stream: bool = False, end_ids: frozenset[int] = ENDS
     ],
 )
 def test_parameters_mean_to_turbomind_what_they_mean_to_us(changes: dict[str, Any], expected: dict[str, Any]) -> None:
-    """The whole table."""
+    """Each parameter is translated as expected."""
     request = asked(**changes)
 
     assert {name: getattr(request, name) for name in expected} == expected
 
 
 def test_more_stops_than_turbomind_takes_are_counted_here() -> None:
-    """It would cut them off: the engine is told of none, and reports every step."""
+    """More stop tokens than TurboMind takes are not passed on; every step is reported instead."""
     request = asked(stop_token_ids=range(100, 100 + IDS_MAX))
 
     assert (request.stop_ids, request.each_step) == ((), True)
@@ -68,7 +68,7 @@ def test_more_stops_than_turbomind_takes_are_counted_here() -> None:
 
 
 def test_more_forbidden_tokens_than_turbomind_takes_are_refused() -> None:
-    """It would forbid the first 32 only."""
+    """More forbidden tokens than TurboMind takes are refused."""
     with pytest.raises(InvalidRequest, match="come to 33 tokens") as caught:
         asked(bad_token_ids=range(33))
 
@@ -76,7 +76,7 @@ def test_more_forbidden_tokens_than_turbomind_takes_are_refused() -> None:
 
 
 def test_ignored_ends_give_way_to_forbidden_tokens() -> None:
-    """What the caller forbids goes first; an end that is made all the same ends nothing."""
+    """The caller's forbidden tokens come first; ignored ends are forbidden as far as there is room."""
     request = asked(ignore_eos=True, bad_token_ids=range(50, 81))
 
     assert request.bad_ids == (*range(50, 81), 2)
@@ -92,8 +92,8 @@ def test_ignored_ends_give_way_to_forbidden_tokens() -> None:
 def test_no_request_can_lean_on_its_neighbours(
     temperature: float, stops: frozenset[int], least: int, ignore: bool, ends: frozenset[int]
 ) -> None:
-    """Its temperature is never exactly 1, it is never without banned tokens, lists never exceed what is looked at, and where
-    the engine does not end it by itself there is somebody who does."""
+    """The temperature is never exactly 1, there are always banned tokens, no list is too long, and a run that TurboMind does
+    not end reports every step."""
     request = asked(
         temperature=temperature, stop_token_ids=sorted(stops), min_new_tokens=least, ignore_eos=ignore, end_ids=ends
     )
@@ -109,7 +109,7 @@ Format = types_pb2.ResponseFormat
 
 
 class Compiler:
-    """Counts, and refuses what holds "bad"."""
+    """A compiler that counts, and refuses sources with "bad"."""
 
     def __init__(self) -> None:
         self.compiled: list[tuple[str, str]] = []
@@ -139,13 +139,13 @@ class Compiler:
     ],
 )
 def test_what_no_compiler_need_see_is_refused(wanted: types_pb2.ResponseFormat, text: str) -> None:
-    """Before it costs anything."""
+    """An oversized or empty format is refused before it is compiled."""
     with pytest.raises(ValueError, match=text):
         source_of(wanted)
 
 
 async def test_a_grammar_is_compiled_once() -> None:
-    """For every check and run that follows; one that cannot be obeyed is refused each time, in few words."""
+    """A grammar is compiled once; a bad one is refused each time with a short message."""
     compiler = Compiler()
     formats = Formats(lambda: compiler)
     told = []
@@ -162,8 +162,8 @@ async def test_a_grammar_is_compiled_once() -> None:
     assert max(map(len, told)) < 350
 
 
-async def test_a_grammar_that_takes_too_long_is_refused_and_blocks_nobody_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """xgrammar cannot be interrupted: what comes after is refused until it is done."""
+async def test_a_grammar_that_takes_too_long_is_refused_and_blocks_no_others_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow grammar is refused, and so are later ones until it is done, since xgrammar cannot be interrupted."""
     monkeypatch.setattr(request_module, "COMPILE_SECONDS_MAX", 0.05)
     released = threading.Event()
 

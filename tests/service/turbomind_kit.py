@@ -1,4 +1,4 @@
-"""A model's folder without weights, and what TurboMind and a GPU are taken to be where there is neither."""
+"""A model's folder without weights, and fake values of TurboMind and a GPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folder(tmp_path: Path, config: Mapping[str, Any] = CONFIG, **files: str) -> 
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """These are not set, now and when the test has ended."""
+    """Unsets these variables now, and after the test."""
     for name in names:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
