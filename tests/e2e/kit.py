@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from ostinato.requests import batch
 from ostinato.v1 import generation_pb2, generation_pb2_grpc, sequencer_pb2, sequencer_pb2_grpc, types_pb2
 
 from tests.pair import Pair, Program, running_pair
+from tests.waiting import eventually
 
 GENERATE = "/ostinato.v1.Generation/Generate"
 STREAM = "/ostinato.v1.Generation/GenerateStream"
@@ -71,17 +71,6 @@ async def refusal(call: Awaitable[object]) -> Refusal:
     except grpc.aio.AioRpcError as error:
         return Refusal.of(error)
     raise AssertionError(f"the call should have failed, but was answered:\n{answer}")
-
-
-async def eventually(condition: Callable[[], bool | Awaitable[bool]], what: str, seconds: float = 30.0) -> None:
-    """Wait until another process has done something."""
-    deadline = time.monotonic() + seconds
-    while True:
-        holds = condition()
-        if holds if isinstance(holds, bool) else await holds:
-            return
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        await asyncio.sleep(0.01)
 
 
 class Door:

@@ -20,8 +20,9 @@ from ostinato.client import Client
 from ostinato.requests import Sampling
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from tests.e2e.kit import Door, counted, eventually, opened
+from tests.e2e.kit import Door, counted, opened
 from tests.pair import Pair, Program
+from tests.waiting import eventually
 
 N, TOKENS, SENT = 10, 16, 4
 """Items per range; tokens of an answer; tokens that a lost attempt had sent."""

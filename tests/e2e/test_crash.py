@@ -18,13 +18,13 @@ from ostinato import errors
 from ostinato.client import Client
 from ostinato.v1 import generation_pb2
 
-from tests.e2e.kit import eventually
 from tests.pair import Pair, environment
 from tests.soak import chaos, checks
 from tests.soak.chaos import Story
 from tests.soak.checks import ABANDONED, COMPLETED, Record
 from tests.soak.load import Call, Load, jobs
 from tests.soak.recording import RecordedPair
+from tests.waiting import eventually
 
 SLOW = json.dumps({"rules": [{"do": "delay", "at": 1, "seconds": 0.25}, {"do": "delay", "at": 2, "seconds": 0.25}]})
 """Every run takes half a second, most of it between its tokens."""

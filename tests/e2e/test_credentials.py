@@ -20,8 +20,8 @@ from serving import auth
 from serving.auth import Role
 
 from tests.certificates import Authority
-from tests.e2e.kit import eventually
 from tests.pair import Pair, python
+from tests.waiting import eventually
 
 
 @dataclass(frozen=True)

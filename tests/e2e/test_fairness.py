@@ -12,8 +12,8 @@ from ostinato.client import Client
 from ostinato.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from serving.auth import TENANT_METADATA
 
-from tests.e2e.kit import eventually
 from tests.pair import Pair
+from tests.waiting import eventually
 
 FLAGS = ("--trust-tenant-metadata", "--window-runs-max", "1", "--numbered-items-max", "1", "--tenant-queue-items-max", "20")
 

@@ -14,9 +14,10 @@ import pytest
 from ostinato.client import Client
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from tests.e2e.kit import Door, eventually, opened
+from tests.e2e.kit import Door, opened
 from tests.gateway import Gateway
 from tests.pair import Pair
+from tests.waiting import eventually
 
 HANG_AT = 3000
 """No answer gets beyond this token, so a client that disconnects does so before the end."""

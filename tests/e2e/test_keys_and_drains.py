@@ -22,7 +22,6 @@ from tests.e2e.kit import (
     begun,
     bytes_of,
     ended,
-    eventually,
     health,
     heard,
     newest_is,
@@ -32,6 +31,7 @@ from tests.e2e.kit import (
     rest,
     span,
 )
+from tests.waiting import eventually
 
 
 async def test_a_key_is_bound_to_its_request(door: Door) -> None:

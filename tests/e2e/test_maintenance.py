@@ -1,22 +1,18 @@
-"""The journal as it is kept: followed over a crash, put back from an old copy, thinned out."""
+"""Journals put back from an old copy, and journals without payloads."""
 
 from __future__ import annotations
 
-import asyncio
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
 from ostinato import errors
-from ostinato.chain import check_link
-from ostinato.client import Client
-from ostinato.v1 import sequencer_pb2, types_pb2
+from ostinato.v1 import types_pb2
 
-from tests.e2e.kit import Door, ended, eventually, opened
+from tests.e2e.kit import Door, ended, opened
 from tests.pair import Pair, python
 
 
@@ -41,34 +37,6 @@ def command(pair: Pair, *argv: str) -> str:
     done = python("-m", "sidecar", *argv, "--journal", str(journal(pair)))
     assert done.returncode == 0, done.stderr
     return done.stderr
-
-
-async def test_follow_outlives_a_crash(pair: Pair) -> None:
-    """A follower sees every entry once, linked to the one before, over three times kill -9 and a restart."""
-    followed: list[sequencer_pb2.Entry] = []
-
-    async def follow(client: Client) -> None:
-        async with aclosing(client.tail(1, follow=True, payloads=True)) as entries:
-            async for entry in entries:
-                followed.append(entry)  # noqa: PERF401  # it has no end
-
-    async with Client(pair.target) as client, opened(pair) as door:
-        following = asyncio.create_task(follow(client))
-        await eventually(lambda: bool(followed), "the follower is there")
-        for _ in range(3):
-            await door.client.generate(["a", "b", "c"], max_new_tokens=3)
-            pair.sidecar.kill()
-            await asyncio.to_thread(lambda: pair.start_sidecar().wait_for("engine connected"))
-        await door.client.generate("d", max_new_tokens=1)
-        head = await door.client.head()
-        await eventually(lambda: len(followed) >= head.index, "everything is followed")
-        following.cancel()
-
-    assert [entry.header.index for entry in followed] == list(range(1, head.index + 1))
-    assert [
-        fault for before, entry in zip([None, *followed], followed, strict=False) for fault in check_link(before, entry)
-    ] == []
-    assert followed[-1].entry_hash == head.entry_hash
 
 
 async def test_an_old_copy_is_found(pair: Pair) -> None:

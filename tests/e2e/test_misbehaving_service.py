@@ -20,8 +20,9 @@ from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 from ostinato.v1.engine_pb2 import RunEvent, Submit
 
 from sidecar.link import SHORT_BYTES
-from tests.e2e.kit import Door, eventually, opened, refusal
+from tests.e2e.kit import Door, opened, refusal
 from tests.pair import Pair
+from tests.waiting import eventually
 
 Wire = Any
 """A message of the service, or bytes that are none."""

@@ -19,9 +19,10 @@ from ostinato.replay import replay_against
 from ostinato.requests import Sampling, batch
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
-from tests.e2e.kit import Audited, Door, audited, counted, ended, eventually, missing, opened, own, rule, scripted
+from tests.e2e.kit import Audited, Door, audited, counted, ended, missing, opened, own, rule, scripted
 from tests.pair import Pair
 from tests.sidecar.journal_kit import verify_journal
+from tests.waiting import eventually
 
 ALL = ("--audit-rate", "1")
 

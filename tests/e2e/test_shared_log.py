@@ -14,11 +14,11 @@ from ostinato import errors
 from ostinato.client import Client
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from tests.e2e.kit import eventually
 from tests.pair import Pair
 from tests.postgres import Postgres
 from tests.soak import chaos, shared
 from tests.soak.checks import Record
+from tests.waiting import eventually
 
 SLOW = json.dumps({"rules": [{"do": "delay", "at": 1, "seconds": 0.7}]})
 HANGING = json.dumps({"rules": [{"do": "hang", "at": 1, "attempts": [1]}]})

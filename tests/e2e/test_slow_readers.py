@@ -11,8 +11,9 @@ import pytest
 from ostinato import errors
 from ostinato.v1 import generation_pb2, sequencer_pb2
 
-from tests.e2e.kit import GENERATE, STREAM, Door, asked, entries, eventually, newest_is, one, own, refusal
+from tests.e2e.kit import GENERATE, STREAM, Door, asked, entries, newest_is, one, own, refusal
 from tests.http2 import Peer, connected
+from tests.waiting import eventually
 
 TAIL, REPLAY = "/ostinato.v1.Sequencer/Tail", "/ostinato.v1.Sequencer/Replay"
 MANY: dict[str, Any] = {"max_new_tokens": 400, "ignore_eos": True, "logprobs": 20}

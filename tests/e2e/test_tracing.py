@@ -25,8 +25,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from ostinato import errors, tracing
 from ostinato.client import Client
 
-from tests.e2e.kit import eventually
 from tests.pair import Pair
+from tests.waiting import eventually
 
 FAILING = {"rules": [{"do": "fail", "at": 1, "sequences": [1]}, {"do": "hang", "at": 2, "sequences": [2], "attempts": [1]}]}
 """The first item fails; the second goes on only in its second attempt."""

@@ -23,7 +23,6 @@ from tests.e2e.kit import (
     bytes_of,
     ended,
     entries,
-    eventually,
     health,
     healthy,
     ids,
@@ -38,6 +37,7 @@ from tests.e2e.kit import (
     scripted,
 )
 from tests.pair import Pair, running_pair
+from tests.waiting import eventually
 
 
 async def test_no_engine() -> None:

@@ -23,8 +23,9 @@ from ostinato.v1 import types_pb2
 from serving import auth
 from serving.auth import Role
 
-from tests.e2e.kit import ended, eventually
+from tests.e2e.kit import ended
 from tests.pair import ROOT, Pair, Program
+from tests.waiting import eventually
 
 SCRIPT = '{"rules": [{"do": "hang", "at": 100}]}'
 HANGS = 200

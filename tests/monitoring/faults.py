@@ -21,8 +21,9 @@ from ostinato.v1 import engine_pb2, engine_pb2_grpc
 from tests.certificates import Authority
 from tests.monitoring.load import SERVICE, SIDECAR, Caller, calling, connected, port
 from tests.monitoring.names import alerts
-from tests.monitoring.watch import RULES, Prometheus, Webhook, set_targets, until, watching
+from tests.monitoring.watch import RULES, Prometheus, Webhook, set_targets, watching
 from tests.pair import Pair
+from tests.waiting import until
 
 COMPILER = "cc"
 SLOW_DISK = """

@@ -18,8 +18,9 @@ from ostinato.client import Client
 from ostinato.errors import OstinatoError
 
 from tests.certificates import Authority
-from tests.monitoring.watch import Prometheus, Webhook, set_targets, until, watching
+from tests.monitoring.watch import Prometheus, Webhook, set_targets, watching
 from tests.pair import Pair, Program
+from tests.waiting import until
 
 Caller: TypeAlias = tuple[Callable[[Client], Awaitable[None]], float]
 """A call, and the pause before it is repeated, in seconds."""

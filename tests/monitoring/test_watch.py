@@ -13,8 +13,9 @@ import pytest
 
 from tests.monitoring import names
 from tests.monitoring.load import SERVICE, SIDECAR, Running, faulty, port
-from tests.monitoring.watch import missing, until
+from tests.monitoring.watch import missing
 from tests.pair import Program
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import threading
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import Any
 import yaml
 
 from tests.pair import held_port
+from tests.waiting import until
 
 NEEDED = ("prometheus", "promtool", "prometheus-alertmanager")
 RULES = Path(__file__).parents[2] / "k8s" / "monitoring" / "rules.yaml"
@@ -148,14 +148,6 @@ def set_targets(folder: Path, targets: Mapping[str, int]) -> None:
         new = folder / f"{job}.new"
         new.write_text(json.dumps(content))
         new.rename(folder / f"{job}.json")
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
-    """Wait for a condition that another process makes true."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.05)
 
 
 def _prometheus(folder: Path, rules: Path, period: str, jobs: list[str], alertmanager: int) -> dict[str, Any]:

@@ -10,14 +10,14 @@ import signal
 import subprocess
 import sys
 import termios
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.ostinato.fake import Fake, serving_apart
+from tests.waiting import until
 
 COMMAND = (sys.executable, "-m", "ostinato.cli")
 
@@ -48,14 +48,6 @@ def _interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def _until(true: Callable[[], object], seconds: float = 30) -> bool:
-    for _ in range(round(seconds * 100)):
-        if true():
-            return True
-        time.sleep(0.01)
-    return False
-
-
 def _waits_for_more(process: subprocess.Popen[str]) -> bool:
     """Whether it has read all that was written, and sleeps."""
     assert process.stdin is not None
@@ -72,12 +64,12 @@ def test_an_interrupt_cancels_the_call(far: tuple[Fake, str], arguments: tuple[s
     fake.script["GenerateStream"].append([lambda: asyncio.sleep(1000)])
     method = {"generate": "Generate", "tail": "Tail"}[arguments[0]] + "Stream" * ("--stream" in arguments)
     with _start(*arguments, target=target) as process:
-        assert _until(lambda: fake.count(method))
+        until(lambda: fake.count(method))
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=30) == ("", "")
 
     assert process.returncode == 130
-    assert _until(lambda: fake.calls[-1].cancelled)
+    until(lambda: fake.calls[-1].cancelled)
 
 
 def test_an_interrupt_ends_the_reading_of_prompts(far: tuple[Fake, str]) -> None:
@@ -85,7 +77,7 @@ def test_an_interrupt_ends_the_reading_of_prompts(far: tuple[Fake, str]) -> None
     with _start("generate", "-", target=far[1]) as process:
         assert process.stdin is not None
         os.write(process.stdin.fileno(), b"a")
-        assert _until(lambda: _waits_for_more(process))
+        until(lambda: _waits_for_more(process))
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
         assert process.communicate() == ("", "")
@@ -105,7 +97,7 @@ def test_a_reader_may_leave(far: tuple[Fake, str]) -> None:
 
         assert process.wait(30) == 141
         assert process.stderr.read() == ""
-    assert _until(lambda: next(call for call in fake.calls if call.method == "Tail").cancelled)
+    until(lambda: next(call for call in fake.calls if call.method == "Tail").cancelled)
 
 
 def test_nobody_there_is_said_in_two_lines() -> None:

@@ -21,6 +21,7 @@ from ostinato.client import bearer
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 from tests.ostinato.fake import Fake, serving, talking
+from tests.waiting import eventually
 
 Talk = tuple[Fake, Client]
 
@@ -137,7 +138,7 @@ async def test_an_expired_deadline_is_an_error_of_ours(talk: Talk) -> None:
 
     with pytest.raises(errors.DeadlineExceeded):
         await client.generate("a", timeout=0.2)
-    assert await _until(lambda: all(call.cancelled for call in fake.calls))
+    await eventually(lambda: all(call.cancelled for call in fake.calls))
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, math.nan])
@@ -282,7 +283,7 @@ async def test_leaving_a_stream_ends_the_call(talk: Talk) -> None:
     async with aclosing(client.stream("a")) as events:
         await anext(events)
 
-    assert await _until(lambda: fake.calls[0].cancelled)
+    await eventually(lambda: fake.calls[0].cancelled)
 
 
 async def test_cancelling_the_task_ends_the_call(talk: Talk) -> None:
@@ -290,13 +291,13 @@ async def test_cancelling_the_task_ends_the_call(talk: Talk) -> None:
     fake, client = talk
     fake.script["Generate"].append(lambda *_: asyncio.sleep(1000))
     task = asyncio.create_task(client.generate("a"))
-    assert await _until(lambda: fake.calls)
+    await eventually(lambda: fake.calls)
 
     task.cancel()
 
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await _until(lambda: fake.calls[0].cancelled)
+    await eventually(lambda: fake.calls[0].cancelled)
 
 
 async def test_one_target_has_to_be_chosen(talk: Talk) -> None:
@@ -342,15 +343,6 @@ def test_the_decoder_is_for_finished_calls() -> None:
     metadata = grpc.aio.Metadata(("grpc-status-details-bin", status.SerializeToString()))
     error = grpc.aio.AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.aio.Metadata(), metadata, "full")
     assert rpc_status.from_call(error) == status
-
-
-async def _until(true: Callable[[], object], seconds: float = 30) -> bool:
-    """Whether it became true in time."""
-    for _ in range(round(seconds * 100)):
-        if true():
-            return True
-        await asyncio.sleep(0.01)
-    return False
 
 
 # ---- tail: every entry once, in order, through lost connections

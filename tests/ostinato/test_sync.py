@@ -21,6 +21,7 @@ import ostinato
 from ostinato import Client, SyncClient, errors
 
 from tests.ostinato.fake import Fake, serving_apart
+from tests.waiting import until
 
 Talk = tuple[Fake, SyncClient]
 
@@ -118,7 +119,7 @@ def test_an_interrupt_ends_the_call(talk: Talk) -> None:
     thread.join()
     signal.signal(signal.SIGINT, before)
 
-    assert _until(lambda: fake.calls[0].cancelled)
+    until(lambda: fake.calls[0].cancelled)
     assert client.head().writer == "fake"
 
 
@@ -131,7 +132,7 @@ def test_leaving_a_stream_ends_the_call(talk: Talk) -> None:
 
     entries.close()
 
-    assert _until(lambda: fake.calls[-1].cancelled)
+    until(lambda: fake.calls[-1].cancelled)
 
 
 def test_many_threads_share_a_client(talk: Talk) -> None:
@@ -152,7 +153,7 @@ def test_closing_ends_what_other_threads_wait_for(talk: Talk) -> None:
             pool.submit(client.generate, "a"),
             pool.submit(lambda: next(client.tail(follow=True))),
         ]
-        assert _until(lambda: fake.count("Generate") and fake.count("Tail"))
+        until(lambda: fake.count("Generate") and fake.count("Tail"))
 
         client.close()
 
@@ -196,12 +197,3 @@ ostinato.SyncClient
 assert not {"typer", "rich", "ostinato.cli"} & set(sys.modules), "client"
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=30)
-
-
-def _until(true: Callable[[], object], seconds: float = 30) -> bool:
-    """Whether it became true in time."""
-    for _ in range(round(seconds * 100)):
-        if true():
-            return True
-        time.sleep(0.01)
-    return False
