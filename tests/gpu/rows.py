@@ -54,7 +54,6 @@ ROWS = (
     Row("1.7b 16k 1 part", "qwen3-1.7b", "--context-tokens 16384 --attention-splits 1"),
     Row("1.7b 32k", "qwen3-1.7b", "--context-tokens 32768"),
     Row("moe 64x8", "qwen3-moe"),
-    Row("moe 64x8 fp16", "qwen3-moe", "--dtype float16"),
     Row("moe 64x4", "qwen3-moe-64x4"),
     Row("moe 128x8", "qwen3-moe-128x8"),
     Row("moe 128x4", "qwen3-moe-128x4"),

@@ -57,6 +57,11 @@ def blocks_promised(*, share: float, size: int, runs: int) -> int:
     return max(1, pages // (slab // PAGE_BYTES) * (slab // size) - runs)
 
 
+def pieces_after_first(prompt_tokens: int) -> int:
+    """The most pieces that a prompt has beside the first, a step for each."""
+    return (prompt_tokens - 2) // PIECE_TOKENS if prompt_tokens > PIECE_TOKENS + 1 else 0
+
+
 def blocks_needed(tokens: int, block_tokens: int) -> int:
     """Blocks for a prompt and its longest answer together."""
     return -(-tokens // block_tokens)
@@ -73,16 +78,17 @@ class _Active:
     """Tokens of the run, prompt included, that the answer has."""
     reporting: bool = True
     """False: its end was reported, or its caller cancelled it."""
+    scheduled_tick: int = 0
+    """The engine's step when its first piece was seen to be in one; 0: not yet."""
 
-    @property
-    def prompt_computed(self) -> bool:
-        """A prompt of one piece is computed in its first step; of a longer one the first new token shows it."""
-        return self.taken > len(self.run.token_ids) if _long(self.run) else self.handle.scheduled
-
-
-def _long(run: Run) -> bool:
-    """Whether its prompt may be computed in several steps."""
-    return len(run.token_ids) > PIECE_TOKENS + 1
+    def prompt_computed(self, tick: int) -> bool:
+        """Whether the whole prompt was in steps up to this one. Each step has a piece of a prompt in pieces. TurboMind marks
+        a run before it publishes the step, so a later piece may be in one step more than it seems."""
+        if not self.handle.scheduled:
+            return False
+        self.scheduled_tick = self.scheduled_tick or tick
+        more = pieces_after_first(len(self.run.token_ids))
+        return not more or tick > self.scheduled_tick + more
 
 
 class Batching:
@@ -150,7 +156,7 @@ class Batching:
         try:
             if blocks > self._blocks_max:
                 raise EngineFailed(f"it needs {blocks} blocks of the KV cache, which has {self._blocks_max}")
-            request = request_of(run.parameters, run.seed, stream=run.stream or _long(run), end_ids=self._end_ids)
+            request = request_of(run.parameters, run.seed, stream=run.stream, end_ids=self._end_ids)
             grammar: object = None
             if run.parameters.HasField("response_format"):
                 grammar = await self._grammar(run.parameters.response_format)
@@ -185,7 +191,11 @@ class Batching:
 
     async def _no_prompts(self) -> None:
         """Waits until every prompt is computed."""
-        while not all(active.prompt_computed for active in self._active.values()):
+        while True:
+            tick = self._native.load().tick
+            computed = [active.prompt_computed(tick) for active in self._active.values()]
+            if all(computed):
+                return
             await asyncio.sleep(POLL_SECONDS)
 
     def _notify(self, run_id: int) -> None:
