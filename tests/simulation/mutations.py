@@ -364,7 +364,7 @@ def keys_are_forgotten() -> Iterator[None]:
 
 
 @breaks(6)
-def a_key_answers_another_request() -> AbstractContextManager[Any]:
+def any_request_may_use_a_key() -> AbstractContextManager[Any]:
     """The request that comes with a bound key is not compared with the one that bound it."""
     join = Pipeline._join
 
