@@ -109,7 +109,12 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def parse(script: str) -> Script:
     """Raises ValueError with the place and the reason."""
-    return msgspec.json.decode(script, type=Script)
+    try:
+        return msgspec.json.decode(script, type=Script)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError as error:
+        raise ValueError(f"is not JSON: {error}") from None
 
 
 def _fraction(run: Run) -> float:

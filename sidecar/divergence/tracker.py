@@ -16,7 +16,7 @@ import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -49,7 +49,7 @@ SAVE_SECONDS = 30.0
 PAGE_ENTRIES = 256
 """Entries in one read of the journal."""
 VERSION = 2
-"""Of the checkpoint's format. A checkpoint of another version is ignored, and the journal is counted from its start."""
+"""Of the checkpoint's format. Version 1 is converted. A newer one is ignored, and the journal is counted from its start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,14 +327,42 @@ def _read(note: bytes | None, head: int) -> Checkpoint:
     if note is None:
         return Checkpoint()
     try:
-        checkpoint = msgspec.json.decode(note, type=Checkpoint)
-    except (msgspec.DecodeError, ValueError) as error:
+        raw = msgspec.json.decode(note, type=dict[str, Any])
+        converted = msgspec.json.encode(_from_version_1(raw)) if raw.get("version") == 1 else note
+        checkpoint = msgspec.json.decode(converted, type=Checkpoint)
+    except (msgspec.DecodeError, ValueError, LookupError, TypeError, AttributeError) as error:
         log.warning("the divergence checkpoint cannot be read; the journal is counted from its start: %s", error)
         return Checkpoint()
     if checkpoint.version != VERSION or checkpoint.index > head:
         log.warning("the divergence checkpoint is of another version or journal; the journal is counted from its start")
         return Checkpoint()
     return checkpoint
+
+
+def _from_version_1(old: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint of version 1, in the present format. A journal whose payloads were dropped cannot be counted again."""
+
+    def sums(group: dict[str, Any]) -> dict[str, Any]:
+        # By bit length of the token index at which the comparisons ended.
+        spans = group["spans"]
+        return {
+            **{name: group[name] for name in ("matched", "diverged", "incomparable", "drift")},
+            "compared_tokens": sum(each["diverged_tokens"] + each["clean_tokens"] for each in spans),
+            "first_differences": {bits: each["diverged"] for bits, each in enumerate(spans) if each["diverged"]},
+            "first_difference_tokens": sum(each["diverged_tokens"] for each in spans),
+        }
+
+    tally = old["tally"]
+    groups = [
+        {
+            **group,
+            "sums": sums(group),
+            "companies": {bits: share for bits, share in enumerate(group["companies"]) if share["compared"]},
+        }
+        for group in tally["strata"]
+    ]
+    retired = [{"key": group["key"], "sums": sums(group)} for group in tally["forgotten"]]
+    return {"version": VERSION, "index": old["index"], "counts": {**tally, "groups": groups, "retired": retired}}
 
 
 def _log_divergence(event: Compared | CollisionCheck) -> None:
