@@ -59,7 +59,7 @@ SETTINGS = {
     "more than gRPC counts, again": Failure(
         "service --message-bytes-max 2147483648", 2, "--message-bytes-max: '2147483648' is not 4096 to 2147483647"
     ),
-    "bad script": Failure(f"{SERVICE} --script {{{{", 2, "--script: Input data was truncated"),
+    "bad script": Failure(f"{SERVICE} --script {{{{", 2, "--script: is not JSON: Input data was truncated"),
     "bad rule": Failure(f'{SERVICE} --script {{{{"runs":0}}}}', 2, "--script: Expected `int` >= 1 - at `$.runs`"),
     "settings file is no TOML": Failure(
         "sidecar --config {folder}/text", 2, "--config: {folder}/text: is not TOML: Expected '='…"
