@@ -71,9 +71,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     async def _range(self, request: generation_pb2.CancelRequest) -> tuple[int, int]:
         match request.WhichOneof("target"):
             case "range":
-                first, last = request.range.first, request.range.last
-                if not 1 <= first <= last:
-                    raise errors.invalid("range", "first must be at least 1 and last at least first")
+                first, last = ends_of(request.range)
                 newest = (await self._pipeline.journal.head()).last_sequence
                 if last > newest:
                     raise errors.NotFound(f"the newest sequence is {newest}")
@@ -86,11 +84,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
                 raise errors.invalid("target", "is missing")
 
     async def GetModel(self, request: generation_pb2.GetModelRequest, context: Context) -> generation_pb2.GetModelResponse:
-        engine = self._pipeline.engine
-        if engine is None:
-            raise errors.EngineUnavailable("no engine is connected", retry_after=1.0)
         model = types_pb2.Model()
-        model.CopyFrom(engine.model)
+        model.CopyFrom(self._pipeline.connected_engine().model)
         model.limits.batch_items_max = self._settings.batch_items_max
         model.limits.idempotency_key_bytes_max = self._settings.idempotency_key_bytes_max
         model.limits.request_id_bytes_max = self._settings.request_id_bytes_max
@@ -182,17 +177,15 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
     async def Replay(
         self, request: sequencer_pb2.ReplayRequest, context: Context
     ) -> AsyncIterator[sequencer_pb2.ReplayResponse]:
-        if not 1 <= request.range.first <= request.range.last:
-            raise errors.invalid("range", "first must be at least 1 and last at least first")
+        first, last = ends_of(request.range)
         if request.concurrency > 64:
             raise errors.invalid("concurrency", "at most 64 are allowed")
-        first, newest = request.range.first, (await self._journal.head()).last_sequence
+        newest = (await self._journal.head()).last_sequence
         if first > newest:
             raise errors.NotFound(f"the newest sequence is {newest}")
         self._held.check()
-        last = min(request.range.last, newest)
-        if self._pipeline.engine is None:
-            raise errors.EngineUnavailable("no engine is connected", retry_after=1.0)
+        last = min(last, newest)
+        self._pipeline.connected_engine()
         await need_sight(self._journal, first, last)
         concurrency = 1 if request.alone else request.concurrency or 8
         with self._replays.acquired():
@@ -233,6 +226,13 @@ def _messages(page: Sequence[Sealed]) -> Iterator[list[sequencer_pb2.Entry]]:
         entries.append(sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload))
         size += len(sealed.payload)
     yield entries
+
+
+def ends_of(sequences: generation_pb2.SequenceRange) -> tuple[int, int]:
+    """First and last, both included. Raises InvalidRequest for a range that is empty or begins before 1."""
+    if not 1 <= sequences.first <= sequences.last:
+        raise errors.invalid("range", "first must be at least 1 and last at least first")
+    return sequences.first, sequences.last
 
 
 async def binding_of(journal: Journal, key: str) -> Binding:

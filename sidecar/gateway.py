@@ -438,9 +438,7 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
         return engine.model.fingerprint.fields["tokenizer"] if engine is not None else None
 
     def _model(self) -> types_pb2.Model:
-        if self._pipeline.engine is None:
-            raise errors.EngineUnavailable("no engine is connected", retry_after=1.0)
-        return self._pipeline.engine.model
+        return self._pipeline.connected_engine().model
 
     async def Embed(self, request: Any, context: Context) -> Never:
         raise errors.NotBuilt("only text generation is supported")

@@ -343,5 +343,5 @@ def run_error(status: status_pb2.Status) -> errors.OstinatoError:
 def unavailable(error: errors.OstinatoError) -> errors.OstinatoError:
     """An engine that cannot be reached may be asked again."""
     if isinstance(error, errors.Disconnected):
-        return errors.EngineUnavailable("the service cannot be reached", retry_after=1.0)
+        return _lost()
     return error

@@ -107,6 +107,12 @@ class Pipeline:
         self._tasks: set[asyncio.Task[None]] = set()
         observer.watch(self.core, lambda: self.queue.waiting.items, lambda: held.bytes)
 
+    def connected_engine(self) -> engine_pb2.DescribeResponse:
+        """Raises EngineUnavailable without one."""
+        if self.engine is None:
+            raise errors.EngineUnavailable("no engine is connected", retry_after=1.0)
+        return self.engine
+
     # ---- events and effects
 
     def dispatch(self, event: ev.Event) -> None:
