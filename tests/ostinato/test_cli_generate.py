@@ -25,14 +25,7 @@ from ostinato.cli.generate import Batch, Prompt, answers, batches
 from ostinato.client import Client
 from ostinato.v1 import generation_pb2, types_pb2
 
-from tests.ostinato.fake import MODEL, Fake, Terminal, serving, serving_apart
-
-
-@pytest.fixture(name="ostinato")
-def _ostinato() -> Iterator[Terminal]:
-    fake = Fake()
-    with serving_apart(fake) as target:
-        yield Terminal(fake, target)
+from tests.ostinato.fake import MODEL, Fake, Terminal, serving
 
 
 def test_a_table_of_answers(ostinato: Terminal) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 from google.protobuf import json_format
@@ -19,14 +18,12 @@ from tests.ostinato.fake import LOG_ID, MODEL, Fake, Terminal, serving_apart
 
 
 @pytest.fixture(name="ostinato")
-def _ostinato() -> Iterator[Terminal]:
-    fake = Fake()
-    with serving_apart(fake) as target:
-        terminal = Terminal(fake, target)
-        assert terminal("generate", "a", "b", "--key", "k", "--seed", 2**64 - 1).exit_code == 0
-        assert terminal("generate", "c").exit_code == 0
-        fake.calls.clear()
-        yield terminal
+def _ostinato(ostinato: Terminal) -> Terminal:
+    """The command with a sidecar that has sequences 1 to 3."""
+    assert ostinato("generate", "a", "b", "--key", "k", "--seed", 2**64 - 1).exit_code == 0
+    assert ostinato("generate", "c").exit_code == 0
+    ostinato.fake.calls.clear()
+    return ostinato
 
 
 def test_get_shows_an_item(ostinato: Terminal) -> None:

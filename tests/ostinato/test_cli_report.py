@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from google.protobuf import json_format
 
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from tests.ostinato.fake import Fake, Terminal, serving_apart
+from tests.ostinato.fake import Terminal
 
 Rate, Moment = sequencer_pb2.Rate, sequencer_pb2.Moment
 
@@ -72,13 +71,6 @@ def response(*strata: sequencer_pb2.Stratum) -> sequencer_pb2.ReportResponse:
             sequencer_pb2.NotCompared(kind=types_pb2.COMPARISON_KIND_AUDIT, reason="busy", count=4),
         ],
     )
-
-
-@pytest.fixture(name="ostinato")
-def _ostinato() -> Iterator[Terminal]:
-    fake = Fake()
-    with serving_apart(fake) as target:
-        yield Terminal(fake, target)
 
 
 def test_nothing_yet(ostinato: Terminal) -> None:

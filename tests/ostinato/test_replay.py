@@ -34,15 +34,12 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(name="ostinato")
-def _ostinato() -> Iterator[Terminal]:
+def _ostinato(ostinato: Terminal) -> Terminal:
     """The command with a sidecar that has sequences 1 to 6."""
-    fake = Fake()
-    with serving_apart(fake) as target:
-        terminal = Terminal(fake, target)
-        assert terminal("generate", "a", "b", "c", "--seed", 2**64 - 1, "--temperature", 0).exit_code == 0
-        assert terminal("generate", "d", "e", "f", "--logprobs", 0).exit_code == 0
-        fake.calls.clear()
-        yield terminal
+    assert ostinato("generate", "a", "b", "c", "--seed", 2**64 - 1, "--temperature", 0).exit_code == 0
+    assert ostinato("generate", "d", "e", "f", "--logprobs", 0).exit_code == 0
+    ostinato.fake.calls.clear()
+    return ostinato
 
 
 def spans(fake: Fake) -> list[tuple[int, int]]:

@@ -42,7 +42,6 @@ from tests.sidecar.journal_disk import Disk, PowerLost
 WRITER, VERSION = "ostinato-0", "simulated"
 LOG_ID = "0123456789abcdef0123456789abcdef"
 ALL = 1 << 30
-KEY_TTL_MILLIS = 86_400_000
 
 
 class Log(Protocol):

@@ -1,0 +1,17 @@
+"""What the tests of the command share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.ostinato.fake import Fake, Terminal, serving_apart
+
+
+@pytest.fixture(name="ostinato")
+def _ostinato() -> Iterator[Terminal]:
+    """The command with a sidecar that has no sequences. A test file may add some to it."""
+    fake = Fake()
+    with serving_apart(fake) as target:
+        yield Terminal(fake, target)
