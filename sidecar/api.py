@@ -214,6 +214,10 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
         response.log_id, response.writer = head.log_id, head.writer
         return response
 
+    async def Witness(self, request: sequencer_pb2.WitnessRequest, context: Context) -> sequencer_pb2.WitnessResponse:
+        caller().require_admin("Witness")
+        raise errors.NotBuilt("this sidecar witnesses no other log")
+
 
 def _messages(page: Sequence[Sealed]) -> Iterator[list[sequencer_pb2.Entry]]:
     """The page, in as many parts as every client can read."""

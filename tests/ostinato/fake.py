@@ -97,6 +97,9 @@ class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerS
     async def Report(self, request: Any, context: Any) -> Any:
         return await self._unary("Report", request, context, self._report)
 
+    async def Witness(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
     async def GenerateStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
         async for each in self._stream("GenerateStream", request, context, self._events):
             yield each

@@ -205,8 +205,8 @@ class Entry(_message.Message):
     PAYLOAD_FIELD_NUMBER: _builtins.int
     entry_hash: _builtins.bytes
     payload: _builtins.bytes
-    """A serialised OpenedPayload, AdmittedPayload, CompletedPayload, EndedPayload, AuditedPayload or LostPayload by kind, byte for
-    byte as recorded: its SHA-256 is header.payload_digest. Empty if not requested, or pruned.
+    """A serialised OpenedPayload, AdmittedPayload, CompletedPayload, EndedPayload, AuditedPayload, LostPayload, PrunedPayload or
+    WitnessedPayload by kind, byte for byte as recorded: its SHA-256 is header.payload_digest. Empty if not requested, or pruned.
     """
     @_builtins.property
     def header(self) -> _types_pb2.EntryHeader: ...
@@ -233,19 +233,23 @@ class OpenedPayload(_message.Message):
 
     VERSION_FIELD_NUMBER: _builtins.int
     TAKEN_OVER_BY_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The sidecar's version."""
     taken_over_by: _builtins.str
     """The writer that ended this writer's epoch and took over its items, because its lease had expired; empty: none."""
+    nonce: _builtins.bytes
+    """Random, 16 bytes; empty in form 0. It keeps payload_digest from being guessed."""
     def __init__(
         self,
         *,
         version: _builtins.str = ...,
         taken_over_by: _builtins.str = ...,
+        nonce: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["taken_over_by", b"taken_over_by", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "taken_over_by", b"taken_over_by", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -268,6 +272,7 @@ class AdmittedPayload(_message.Message):
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """The seed in effect."""
     seed_derived: _builtins.bool
@@ -284,6 +289,8 @@ class AdmittedPayload(_message.Message):
     """The owner of the item; empty if the sidecar has no credentials."""
     verify: _builtins.bool
     """Whether the client requested a second run (GenerateRequest.verify)."""
+    nonce: _builtins.bytes
+    """Random, 16 bytes; empty in form 0. It keeps payload_digest from being guessed, and seals the header's digests."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -302,10 +309,11 @@ class AdmittedPayload(_message.Message):
         model_digest: _builtins.bytes = ...,
         tenant: _builtins.str = ...,
         verify: _builtins.bool = ...,
+        nonce: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_key", b"idempotency_key", "model_digest", b"model_digest", "parameters", b"parameters", "request_digest", b"request_digest", "request_id", b"request_id", "required_grade", b"required_grade", "seed", b"seed", "seed_derived", b"seed_derived", "tenant", b"tenant", "token_ids", b"token_ids", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_key", b"idempotency_key", "model_digest", b"model_digest", "nonce", b"nonce", "parameters", b"parameters", "request_digest", b"request_digest", "request_id", b"request_id", "required_grade", b"required_grade", "seed", b"seed", "seed_derived", b"seed_derived", "tenant", b"tenant", "token_ids", b"token_ids", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -323,11 +331,14 @@ class CompletedPayload(_message.Message):
     COLLISION_FIELD_NUMBER: _builtins.int
     COMPANY_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
     collision: Global___Collision.ValueType
     company: _builtins.int
     """Batch occupancy: runs that the engine held when this one was submitted, itself included."""
     sampling: _builtins.str
     """The parameters that are not at their default, as one line."""
+    nonce: _builtins.bytes
+    """Random, 16 bytes; empty in form 0. It keeps payload_digest from being guessed, and seals the header's digests: the item's own, as in AdmittedPayload."""
     @_builtins.property
     def output(self) -> _types_pb2.Output: ...
     @_builtins.property
@@ -347,10 +358,11 @@ class CompletedPayload(_message.Message):
         collision: Global___Collision.ValueType = ...,
         company: _builtins.int = ...,
         sampling: _builtins.str = ...,
+        nonce: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "timing", b"timing", "twin", b"twin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collision", b"collision", "company", b"company", "output", b"output", "sampling", b"sampling", "timing", b"timing", "twin", b"twin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collision", b"collision", "company", b"company", "nonce", b"nonce", "output", b"output", "sampling", b"sampling", "timing", b"timing", "twin", b"twin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -366,11 +378,14 @@ class EndedPayload(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
     code: _builtins.int
     """As in google.rpc.Status."""
     reason: _builtins.str
     """From the table of reasons (docs/protocol.md)."""
     message: _builtins.str
+    nonce: _builtins.bytes
+    """Random, 16 bytes; empty in form 0. It keeps payload_digest from being guessed: the item's own."""
     @_builtins.property
     def timing(self) -> _types_pb2.Timing: ...
     def __init__(
@@ -380,10 +395,11 @@ class EndedPayload(_message.Message):
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
         timing: _types_pb2.Timing | None = ...,
+        nonce: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "reason", b"reason", "timing", b"timing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "nonce", b"nonce", "reason", b"reason", "timing", b"timing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -397,8 +413,11 @@ class AuditedPayload(_message.Message):
 
     COMPARISON_FIELD_NUMBER: _builtins.int
     CANARY_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
     canary: _builtins.str
     """The name of the canary; empty for an item."""
+    nonce: _builtins.bytes
+    """Random, 16 bytes; empty in form 0. It keeps payload_digest from being guessed: the item's own, and a new one for a canary."""
     @_builtins.property
     def comparison(self) -> _types_pb2.Comparison: ...
     def __init__(
@@ -406,10 +425,11 @@ class AuditedPayload(_message.Message):
         *,
         comparison: _types_pb2.Comparison | None = ...,
         canary: _builtins.str = ...,
+        nonce: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "comparison", b"comparison"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "comparison", b"comparison", "nonce", b"nonce"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -423,21 +443,87 @@ class LostPayload(_message.Message):
 
     INDEX_FIELD_NUMBER: _builtins.int
     ENTRY_HASH_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     entry_hash: _builtins.bytes
+    nonce: _builtins.bytes
+    """Random, 16 bytes; empty in form 0. It keeps payload_digest from being guessed."""
     def __init__(
         self,
         *,
         index: _builtins.int = ...,
         entry_hash: _builtins.bytes = ...,
+        nonce: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry_hash", b"entry_hash", "index", b"index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry_hash", b"entry_hash", "index", b"index", "nonce", b"nonce"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LostPayload: _TypeAlias = LostPayload  # noqa: Y015
+
+@_typing.final
+class PrunedPayload(_message.Message):
+    """Payload of PRUNED."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANGES_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """"age", "size", "request" (redacted on request) or "digests" (payloads are not kept)."""
+    entries: _builtins.int
+    """Entries whose payloads were removed."""
+    nonce: _builtins.bytes
+    """Random, 16 bytes. It keeps payload_digest from being guessed."""
+    @_builtins.property
+    def ranges(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.SequenceRange]:
+        """The ranges of sequences whose payloads were removed, ascending."""
+
+    def __init__(
+        self,
+        *,
+        ranges: _abc.Iterable[_generation_pb2.SequenceRange] | None = ...,
+        reason: _builtins.str = ...,
+        entries: _builtins.int = ...,
+        nonce: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "nonce", b"nonce", "ranges", b"ranges", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrunedPayload: _TypeAlias = PrunedPayload  # noqa: Y015
+
+@_typing.final
+class WitnessedPayload(_message.Message):
+    """Payload of WITNESSED."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEAD_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    nonce: _builtins.bytes
+    """Random, 16 bytes. It keeps payload_digest from being guessed."""
+    @_builtins.property
+    def head(self) -> _types_pb2.SignedHead: ...
+    def __init__(
+        self,
+        *,
+        head: _types_pb2.SignedHead | None = ...,
+        nonce: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "nonce", b"nonce"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WitnessedPayload: _TypeAlias = WitnessedPayload  # noqa: Y015
 
 @_typing.final
 class ReplayRequest(_message.Message):
@@ -545,6 +631,7 @@ class HeadResponse(_message.Message):
     ENTRY_HASH_FIELD_NUMBER: _builtins.int
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     UNFINISHED_FIELD_NUMBER: _builtins.int
+    SIGNED_FIELD_NUMBER: _builtins.int
     log_id: _builtins.str
     writer: _builtins.str
     epoch: _builtins.int
@@ -555,6 +642,10 @@ class HeadResponse(_message.Message):
     """The newest sequence that was assigned; 0 before the first."""
     unfinished: _builtins.int
     """Admitted items that have not ended."""
+    @_builtins.property
+    def signed(self) -> _types_pb2.SignedHead:
+        """The newest signed head, which may be older than the newest entry; unset if the sidecar has no signing key."""
+
     def __init__(
         self,
         *,
@@ -565,14 +656,64 @@ class HeadResponse(_message.Message):
         entry_hash: _builtins.bytes = ...,
         last_sequence: _builtins.int = ...,
         unfinished: _builtins.int = ...,
+        signed: _types_pb2.SignedHead | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["signed", b"signed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry_hash", b"entry_hash", "epoch", b"epoch", "index", b"index", "last_sequence", b"last_sequence", "log_id", b"log_id", "unfinished", b"unfinished", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry_hash", b"entry_hash", "epoch", b"epoch", "index", b"index", "last_sequence", b"last_sequence", "log_id", b"log_id", "signed", b"signed", "unfinished", b"unfinished", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeadResponse: _TypeAlias = HeadResponse  # noqa: Y015
+
+@_typing.final
+class WitnessRequest(_message.Message):
+    """A head of another log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEAD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def head(self) -> _types_pb2.SignedHead:
+        """Its signature has to be by a key that this sidecar was given for that log, and it has to be newer than the last one."""
+
+    def __init__(
+        self,
+        *,
+        head: _types_pb2.SignedHead | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WitnessRequest: _TypeAlias = WitnessRequest  # noqa: Y015
+
+@_typing.final
+class WitnessResponse(_message.Message):
+    """The entry that records the head."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    ENTRY_HASH_FIELD_NUMBER: _builtins.int
+    entry_hash: _builtins.bytes
+    @_builtins.property
+    def header(self) -> _types_pb2.EntryHeader: ...
+    def __init__(
+        self,
+        *,
+        header: _types_pb2.EntryHeader | None = ...,
+        entry_hash: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry_hash", b"entry_hash", "header", b"header"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WitnessResponse: _TypeAlias = WitnessResponse  # noqa: Y015
 
 @_typing.final
 class ReportRequest(_message.Message):

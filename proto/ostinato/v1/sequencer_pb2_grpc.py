@@ -60,6 +60,11 @@ class SequencerStub(object):
                 request_serializer=ostinato_dot_v1_dot_sequencer__pb2.ReportRequest.SerializeToString,
                 response_deserializer=ostinato_dot_v1_dot_sequencer__pb2.ReportResponse.FromString,
                 _registered_method=True)
+        self.Witness = channel.unary_unary(
+                '/ostinato.v1.Sequencer/Witness',
+                request_serializer=ostinato_dot_v1_dot_sequencer__pb2.WitnessRequest.SerializeToString,
+                response_deserializer=ostinato_dot_v1_dot_sequencer__pb2.WitnessResponse.FromString,
+                _registered_method=True)
 
 
 class SequencerServicer(object):
@@ -101,6 +106,13 @@ class SequencerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Witness(self, request, context):
+        """Records a signed head of another log in this one, as its witness. Only for the role admin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SequencerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +140,11 @@ def add_SequencerServicer_to_server(servicer, server):
                     servicer.Report,
                     request_deserializer=ostinato_dot_v1_dot_sequencer__pb2.ReportRequest.FromString,
                     response_serializer=ostinato_dot_v1_dot_sequencer__pb2.ReportResponse.SerializeToString,
+            ),
+            'Witness': grpc.unary_unary_rpc_method_handler(
+                    servicer.Witness,
+                    request_deserializer=ostinato_dot_v1_dot_sequencer__pb2.WitnessRequest.FromString,
+                    response_serializer=ostinato_dot_v1_dot_sequencer__pb2.WitnessResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +283,33 @@ class Sequencer(object):
             '/ostinato.v1.Sequencer/Report',
             ostinato_dot_v1_dot_sequencer__pb2.ReportRequest.SerializeToString,
             ostinato_dot_v1_dot_sequencer__pb2.ReportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Witness(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ostinato.v1.Sequencer/Witness',
+            ostinato_dot_v1_dot_sequencer__pb2.WitnessRequest.SerializeToString,
+            ostinato_dot_v1_dot_sequencer__pb2.WitnessResponse.FromString,
             options,
             channel_credentials,
             insecure,

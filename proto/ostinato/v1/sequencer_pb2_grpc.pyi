@@ -43,6 +43,8 @@ class SequencerStub:
     """The newest entry and sequence, and the writer."""
     Report: _grpc.UnaryUnaryMultiCallable[_sequencer_pb2.ReportRequest, _sequencer_pb2.ReportResponse]
     """Statistics of divergence."""
+    Witness: _grpc.UnaryUnaryMultiCallable[_sequencer_pb2.WitnessRequest, _sequencer_pb2.WitnessResponse]
+    """Records a signed head of another log in this one, as its witness. Only for the role admin."""
 
 @_typing.type_check_only
 class SequencerAsyncStub(SequencerStub):
@@ -59,6 +61,8 @@ class SequencerAsyncStub(SequencerStub):
     """The newest entry and sequence, and the writer."""
     Report: _aio.UnaryUnaryMultiCallable[_sequencer_pb2.ReportRequest, _sequencer_pb2.ReportResponse]  # type: ignore[assignment]
     """Statistics of divergence."""
+    Witness: _aio.UnaryUnaryMultiCallable[_sequencer_pb2.WitnessRequest, _sequencer_pb2.WitnessResponse]  # type: ignore[assignment]
+    """Records a signed head of another log in this one, as its witness. Only for the role admin."""
 
 class SequencerServicer(metaclass=_abc_1.ABCMeta):
     """Reads the journal, and runs parts of it again."""
@@ -102,5 +106,13 @@ class SequencerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sequencer_pb2.ReportResponse, _abc.Awaitable[_sequencer_pb2.ReportResponse]]:
         """Statistics of divergence."""
+
+    @_abc_1.abstractmethod
+    def Witness(
+        self,
+        request: _sequencer_pb2.WitnessRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sequencer_pb2.WitnessResponse, _abc.Awaitable[_sequencer_pb2.WitnessResponse]]:
+        """Records a signed head of another log in this one, as its witness. Only for the role admin."""
 
 def add_SequencerServicer_to_server(servicer: SequencerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -198,6 +198,10 @@ class _EntryKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EntryKind.V
     assigned.
     They are never assigned again.
     """
+    ENTRY_KIND_PRUNED: _EntryKind.ValueType  # 9
+    """Payloads were pruned or redacted. `count` sequences from `first_sequence` are those that may be concerned."""
+    ENTRY_KIND_WITNESSED: _EntryKind.ValueType  # 10
+    """A signed head of another log was recorded, as its witness."""
 
 class EntryKind(_EntryKind, metaclass=_EntryKindEnumTypeWrapper):
     """The kind of a journal entry."""
@@ -222,6 +226,10 @@ ENTRY_KIND_LOST: EntryKind.ValueType  # 8
 assigned.
 They are never assigned again.
 """
+ENTRY_KIND_PRUNED: EntryKind.ValueType  # 9
+"""Payloads were pruned or redacted. `count` sequences from `first_sequence` are those that may be concerned."""
+ENTRY_KIND_WITNESSED: EntryKind.ValueType  # 10
+"""A signed head of another log was recorded, as its witness."""
 Global___EntryKind: _TypeAlias = EntryKind  # noqa: Y015
 
 @_typing.final
@@ -827,6 +835,8 @@ class EntryHeader(_message.Message):
     LOGPROBS_DIGEST_FIELD_NUMBER: _builtins.int
     FINGERPRINT_DIGEST_FIELD_NUMBER: _builtins.int
     PAYLOAD_DIGEST_FIELD_NUMBER: _builtins.int
+    FORM_FIELD_NUMBER: _builtins.int
+    TEXT_DIGEST_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Position in the journal, from 1, without gaps."""
     kind: Global___EntryKind.ValueType
@@ -854,6 +864,13 @@ class EntryHeader(_message.Message):
     fingerprint_digest: _builtins.bytes
     payload_digest: _builtins.bytes
     """SHA-256 of the payload's bytes. Payloads may be pruned; this stays."""
+    form: _builtins.int
+    """The form of the entry. 0: input_digest, output_digest and logprobs_digest are the digests themselves, and there is no
+    text_digest. 2: those three and text_digest are sealed with the payload's nonce (docs/protocol.md), so that they reveal
+    nothing to a reader without it.
+    """
+    text_digest: _builtins.bytes
+    """SHA-256 of the output's text, sealed; empty in form 0, and if there is no output."""
     def __init__(
         self,
         *,
@@ -874,10 +891,12 @@ class EntryHeader(_message.Message):
         logprobs_digest: _builtins.bytes = ...,
         fingerprint_digest: _builtins.bytes = ...,
         payload_digest: _builtins.bytes = ...,
+        form: _builtins.int = ...,
+        text_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "count", b"count", "epoch", b"epoch", "fingerprint_digest", b"fingerprint_digest", "first_sequence", b"first_sequence", "grade", b"grade", "index", b"index", "input_digest", b"input_digest", "kind", b"kind", "log_id", b"log_id", "logprobs_digest", b"logprobs_digest", "output_digest", b"output_digest", "payload_digest", b"payload_digest", "seed", b"seed", "sequence", b"sequence", "time_unix_millis", b"time_unix_millis", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "count", b"count", "epoch", b"epoch", "fingerprint_digest", b"fingerprint_digest", "first_sequence", b"first_sequence", "form", b"form", "grade", b"grade", "index", b"index", "input_digest", b"input_digest", "kind", b"kind", "log_id", b"log_id", "logprobs_digest", b"logprobs_digest", "output_digest", b"output_digest", "payload_digest", b"payload_digest", "seed", b"seed", "sequence", b"sequence", "text_digest", b"text_digest", "time_unix_millis", b"time_unix_millis", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -892,13 +911,26 @@ class Receipt(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     PREVIOUS_HASH_FIELD_NUMBER: _builtins.int
     ENTRY_HASH_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
     previous_hash: _builtins.bytes
     """The hash of the entry before; 32 bytes."""
     entry_hash: _builtins.bytes
     """The hash of the entry, which a verifier recomputes."""
+    nonce: _builtins.bytes
+    """The nonce that seals the header's digests; empty in form 0. With it, guesses about this item can be tested."""
     @_builtins.property
     def header(self) -> Global___EntryHeader:
         """The header of the COMPLETED entry: it has the stamp, seed, digests, fingerprint and grade."""
+
+    @_builtins.property
+    def head(self) -> Global___SignedHead:
+        """The signed head that covers the entry; unset if the log had no signing key when the entry was written."""
+
+    @_builtins.property
+    def path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """The inclusion path of the entry in the head's Merkle tree (RFC 9162): 32 bytes each, from the leaf's sibling upwards."""
 
     def __init__(
         self,
@@ -906,14 +938,63 @@ class Receipt(_message.Message):
         header: Global___EntryHeader | None = ...,
         previous_hash: _builtins.bytes = ...,
         entry_hash: _builtins.bytes = ...,
+        nonce: _builtins.bytes = ...,
+        head: Global___SignedHead | None = ...,
+        path: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "header", b"header"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry_hash", b"entry_hash", "header", b"header", "previous_hash", b"previous_hash"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry_hash", b"entry_hash", "head", b"head", "header", b"header", "nonce", b"nonce", "path", b"path", "previous_hash", b"previous_hash"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
+
+@_typing.final
+class SignedHead(_message.Message):
+    """A signed statement of a log: its head, and all entries of one transaction. The signature is Ed25519, in the DSSE form
+    (docs/protocol.md).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOG_ID_FIELD_NUMBER: _builtins.int
+    FIRST_INDEX_FIELD_NUMBER: _builtins.int
+    LAST_INDEX_FIELD_NUMBER: _builtins.int
+    ENTRY_HASH_FIELD_NUMBER: _builtins.int
+    ROOT_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    log_id: _builtins.str
+    first_index: _builtins.int
+    """The entries of the transaction, both included. They are the leaves of the Merkle tree, by their entry hashes."""
+    last_index: _builtins.int
+    entry_hash: _builtins.bytes
+    """Of the entry at last_index; 32 bytes."""
+    root: _builtins.bytes
+    """Of the Merkle tree (RFC 9162); 32 bytes."""
+    key_id: _builtins.str
+    """The first 8 bytes of the SHA-256 of the raw public key, in hexadecimal digits."""
+    signature: _builtins.bytes
+    """64 bytes."""
+    def __init__(
+        self,
+        *,
+        log_id: _builtins.str = ...,
+        first_index: _builtins.int = ...,
+        last_index: _builtins.int = ...,
+        entry_hash: _builtins.bytes = ...,
+        root: _builtins.bytes = ...,
+        key_id: _builtins.str = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry_hash", b"entry_hash", "first_index", b"first_index", "key_id", b"key_id", "last_index", b"last_index", "log_id", b"log_id", "root", b"root", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignedHead: _TypeAlias = SignedHead  # noqa: Y015
 
 @_typing.final
 class Result(_message.Message):
