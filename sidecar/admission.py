@@ -17,6 +17,8 @@ STAMP_BYTES = 512
 """A GenerateResponse without its results, at worst."""
 VERDICT_BYTES = 2048
 """A result's comparison, at worst."""
+SIGNED_BYTES = 1024
+"""A receipt's signed head and path, at worst."""
 
 NUL, HAS_NUL = "\0", "must not have a NUL character: databases cannot store it"
 
@@ -60,9 +62,9 @@ def response_bytes_max(metadata: Iterable[tuple[str, str | bytes]], settings: Se
     return settings.max_response_bytes
 
 
-def check_size(prepared: engine_pb2.PrepareResponse, most: int, *, verify: bool = False) -> None:
-    """Raises InvalidRequest if the response may be larger than the client reads."""
-    each = VERDICT_BYTES if verify else 0
+def check_size(prepared: engine_pb2.PrepareResponse, most: int, *, verify: bool = False, signed: bool = False) -> None:
+    """Raises InvalidRequest if the response may be larger than the client reads. `signed`: whether receipts are."""
+    each = verify * VERDICT_BYTES + signed * SIGNED_BYTES
     worst = STAMP_BYTES + sum(item.result_bytes + each for item in prepared.items)
     if worst > most:
         what = f"the answer may have {worst} bytes, the client reads {most}: ask for fewer items, tokens or logprobs,"

@@ -316,6 +316,8 @@ def result_of(
     if isinstance(payload, sequencer_pb2.CompletedPayload):
         result.output.CopyFrom(payload.output)
         result.receipt.CopyFrom(receipt(header, outcome.previous_hash, outcome.entry_hash))
+        if outcome.signed is not None:
+            outcome.signed.put_into(result.receipt)
     else:
         error = errors.TABLE.get(payload.reason, errors.EngineFailed)(payload.message)
         result.status.CopyFrom(errors.to_status(error))

@@ -203,6 +203,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
             entry_hash=head.entry_hash,
             last_sequence=head.last_sequence,
             unfinished=len(self._pipeline.items),
+            signed=await self._journal.newest_signed(),
         )
 
     async def Report(self, request: sequencer_pb2.ReportRequest, context: Context) -> sequencer_pb2.ReportResponse:

@@ -16,6 +16,7 @@ import typer
 
 from ostinato.cli.show import note, progress, visible
 from ostinato.errors import JournalFull, JournalUnavailable
+from ostinato.signature import new_key
 from ostinato.v1 import types_pb2
 from serving.program import FAILED, StartupError
 from serving.settings import lookup
@@ -31,7 +32,7 @@ from sidecar.journal.sqlite import copied
 from sidecar.journal.store import SqlStore
 from sidecar.journal.transfer import LinesUnusable, sound_keys, sound_lines, sound_part, take_in
 from sidecar.journal.transfer import export as lines_of
-from sidecar.opening import open_for_maintenance, open_journal
+from sidecar.opening import open_for_maintenance, open_journal, read_signer
 
 _AGES = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 """Seconds by unit."""
@@ -171,6 +172,17 @@ def import_(
         except LinesUnusable as error:
             raise JournalUnusable(f"{'stdin' if file == '-' else file} {error}") from error
     note(f"log {log.log_id}: {log.index} entries, sequences to {log.last_sequence}")
+
+
+@app.command()
+def signing_key(file: Annotated[Path, typer.Argument(help="A new file, for --signing-key; or one that exists.")]) -> None:
+    """Make a key that signs receipts and heads, unless the file exists. Prints the public key, for whoever verifies."""
+    if not os.path.lexists(file):
+        with _created(str(file)) as key:
+            key.write(new_key().decode())
+    signer = read_signer(file)
+    sys.stdout.write(signer.public_pem)
+    note(f"key id {signer.key_id}; --witness-keys of another sidecar: {signer.public_pem.splitlines()[1]}")
 
 
 @app.command()

@@ -79,6 +79,7 @@ class Settings:
     payloads: str = field(
         "full", "what the journal keeps; digests: payloads only until the outcome", choices=("full", "digests")
     )
+    signing_key: Path | None = field(None, "PEM file of the Ed25519 key that signs every transaction of the journal")
     # time
     drain_seconds: float = field(30.0, "time to finish what was admitted, after SIGTERM", minimum=0.0)
     reconnect_seconds: float = field(0.2, "pause before the engine stream is opened again", minimum=0.01)

@@ -60,8 +60,8 @@ REQUEST_FIELDS = frozenset({"request_id", "tokenized", "text", "sampling_params"
 _PATHS = {f"parameters.{own}": f"sampling_params.{theirs}" for theirs, own in PARAMETERS.items() if theirs != "json_object"}
 
 STAMP_METADATA, RECEIPT_METADATA = "ostinato-stamp-bin", "ostinato-receipt-bin"
-RECEIPTS_MAX = 8
-"""Receipts in a call's trailers: a peer need not accept more than 8 KiB. Sequencer.Get returns all of them."""
+RECEIPTS_MAX, RECEIPTS_BYTES_MAX = 8, 5 << 10
+"""Receipts in a call's trailers, before base64: a peer need not accept more than 8 KiB. Sequencer.Get returns all of them."""
 
 RESTART_GATEWAY = "another tokenizer runs now than the gateway was given: restart the gateway"
 GATEWAYS_MAX = 1024
@@ -235,7 +235,7 @@ class GatewayAnswer:
 
     def _set_trailers(self, results: Sequence[types_pb2.Result]) -> None:
         receipts = [result.receipt.SerializeToString() for result in results if result.HasField("receipt")]
-        if len(receipts) > RECEIPTS_MAX:
+        if len(receipts) > RECEIPTS_MAX or sum(map(len, receipts)) > RECEIPTS_BYTES_MAX:
             receipts = []
         stamp = (STAMP_METADATA, self._stamp.SerializeToString())
         self._context.set_trailing_metadata((stamp, *((RECEIPT_METADATA, receipt) for receipt in receipts)))

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ostinato
+from ostinato.signature import Signer, signer_of
 from serving import program
+from serving.auth import Source
 
 from sidecar.config import Settings, is_shared
 from sidecar.journal.diagnosis import user
@@ -34,6 +36,14 @@ def _mark(path: Path) -> Mark | None:
         return MarkFile(path).read()
     except JournalUnusable as error:
         raise program.StartupError(f"--high-water: {error}") from error
+
+
+def read_signer(path: Path) -> Signer:
+    """The key in this file. Raises StartupError that says why it cannot be used."""
+    try:
+        return signer_of(Source("--signing-key", path, private=True).read())
+    except ValueError as error:
+        raise program.StartupError(f"--signing-key: {path}: {error}", exit_code=program.BAD_CONFIGURATION) from error
 
 
 def open_for_maintenance(journal: str, *, create: bool = False) -> SqlStore:
@@ -75,6 +85,7 @@ def _open_file(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[
             journal_bytes_max=settings.journal_bytes_max,
             reserve_bytes=settings.journal_reserve_bytes,
             digests_only=settings.payloads == "digests",
+            signer=None if settings.signing_key is None else read_signer(settings.signing_key),
         ),
     )
 
@@ -93,5 +104,6 @@ def _open_shared(settings: Settings, now_millis: int, mark: Mark | None) -> tupl
             idempotency_ttl_seconds=round(settings.idempotency_ttl_seconds),
             lease_seconds=settings.lease_seconds,
             digests_only=settings.payloads == "digests",
+            signer=None if settings.signing_key is None else read_signer(settings.signing_key),
         ),
     )

@@ -187,7 +187,8 @@ class Pipeline:
         """Rendered, tokenised and resolved by the service."""
         prepare = engine_pb2.PrepareRequest(items=request.items, parameters=request.parameters)
         prepared = await self.link.prepare(prepare, remaining(context))
-        check_size(prepared, bytes_max, verify=request.verify)
+        signed = self._settings.signing_key is not None
+        check_size(prepared, bytes_max, verify=request.verify, signed=signed)
         return prepared
 
     def _admit(

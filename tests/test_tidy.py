@@ -42,6 +42,7 @@ ARROWS = (
 BESIDE_THE_SPINE = {
     "ostinato.enums": "the contract's enums as words",
     "ostinato.requests": "the names of two metadata fields",
+    "ostinato.signature": "signed heads, and the proof that they cover a receipt",
     "ostinato.resume": "how much of an item was sent",
     "ostinato.tracing": "spans",
     "ostinato.v1": "generated from the contract",
@@ -59,7 +60,7 @@ BESIDE_THE_SPINE = {
 """What the spine may use of ours beside itself. To understand order, journal and exactness, none of it has to be read."""
 
 CLIENT = re.compile(r"proto/ostinato/")
-CLIENT_EXTRAS = {"opentelemetry", "matplotlib"}
+CLIENT_EXTRAS = {"cryptography", "opentelemetry", "matplotlib"}
 CLIENT_MAY_IMPORT = sys.stdlib_module_names | CLIENT_EXTRAS | {"google", "grpc", "grpc_status", "ostinato", "rich", "typer"}
 
 

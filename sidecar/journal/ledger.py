@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from ostinato.chain import OUTCOMES, entry_hash, payload_digest
 from ostinato.compare import Side, compare
 from ostinato.digest import derived_seed, input_digest, logprobs_digest, output_digest
+from ostinato.signature import SignedTree, Signer
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.model import Admission, Appended, Audit, Binding, Draft, Head, Loss, Note, Outcome, Sealed
@@ -88,7 +89,7 @@ class Ledger:
     7. An entry has the writer and the epoch of the head.
     """
 
-    def __init__(self, head: Head, known: Known, now_millis: int) -> None:
+    def __init__(self, head: Head, known: Known, now_millis: int, signer: Signer | None = None) -> None:
         self.head = head
         """After the newest entry."""
         self.entries: list[Sealed] = []
@@ -100,18 +101,28 @@ class Ledger:
         self._twins = dict(known.twins)
         self._fingerprints = known.fingerprints
         self._now_millis = now_millis
+        self._signer, self._tree = signer, SignedTree() if signer is not None else None
+        self._key_id = signer.key_id if signer is not None else ""
+
+    def sign(self) -> types_pb2.SignedHead | None:
+        """Sign the entries, once there are no more to append. None: there is no key, or no entry."""
+        if self._signer is None or self._tree is None or not self.entries:
+            return None
+        first, hashes = self.entries[0].header.index, [entry.entry_hash for entry in self.entries]
+        self._tree.sign(self.head.log_id, first, hashes, self._signer)
+        return self._tree.head
 
     def open(self, version: str) -> Sealed:
         """Record that the head's writer has begun the head's epoch."""
         header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_OPENED)
-        return self._seal(header, sequencer_pb2.OpenedPayload(version=version))
+        return self._seal(header, sequencer_pb2.OpenedPayload(version=version, signing_key_id=self._key_id))
 
     def fence(self, writer: str, epoch: int, version: str) -> Sealed:
         """Record that the head's writer has begun an epoch of another writer, whose items it takes over."""
         assert writer != self.head.writer
         own = self.head
         self.head = replace(own, writer=writer, epoch=epoch)
-        opened = sequencer_pb2.OpenedPayload(version=version, taken_over_by=own.writer)
+        opened = sequencer_pb2.OpenedPayload(version=version, taken_over_by=own.writer, signing_key_id=self._key_id)
         sealed = self._seal(types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_OPENED), opened)
         self.head = replace(self.head, writer=own.writer, epoch=own.epoch)
         return sealed
@@ -259,7 +270,8 @@ class Ledger:
         header.payload_digest = payload_digest(recorded)
         assert header.index <= NUMBER_MAX
         assert not self.entries or self.entries[-1].header.index == head.index, "indexes have no gap"
-        sealed = Sealed(header, head.entry_hash, entry_hash(head.entry_hash, header), recorded)
+        tree = self._tree if header.kind in OUTCOMES else None
+        sealed = Sealed(header, head.entry_hash, entry_hash(head.entry_hash, header), recorded, tree)
         last = head.last_sequence
         if header.kind == types_pb2.ENTRY_KIND_ADMITTED:
             assert header.sequence == last + 1, "sequences have no gap"

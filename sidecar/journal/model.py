@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ostinato.errors import Disconnected
+from ostinato.signature import SignedTree
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 
@@ -93,6 +94,8 @@ class Sealed:
     entry_hash: bytes
     payload: bytes
     """As recorded; empty if it was dropped."""
+    signed: SignedTree | None = field(default=None, compare=False, repr=False)
+    """Of an outcome whose transaction was signed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -264,7 +264,14 @@ CREATE TABLE twins (
 CREATE TABLE notes (name bytea PRIMARY KEY, value bytea NOT NULL);
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST,)
+_SECOND = """
+-- The signed heads, one for each transaction that was signed. The entries say the rest of each.
+CREATE TABLE heads (
+  last_index bigint PRIMARY KEY, first_index bigint NOT NULL, key_id text NOT NULL, signature bytea NOT NULL
+);
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND)
 """The n-th makes version n of version n - 1. Never edit one that was released."""
 
 
@@ -650,7 +657,7 @@ class PostgresStore(SqlStore):
             raise JournalUnusable(f"the newest entry, {head.index}, is damaged: restore a copy that verifies")
         if mark is not None:
             check_mark(mark, head, tables.entries(mark.index, 1, payloads=False))
-        ledger = Ledger(head, Known(), now_millis)
+        ledger = Ledger(head, Known(), now_millis, self._settings.signer)
         ledger.open(self._version)
         unfinished = tables.take(writer, [writer])
         tables.commit(ledger, self._settings, now_millis)
@@ -661,7 +668,7 @@ class PostgresStore(SqlStore):
         session = self._session()
         with self._transaction() as tables:
             head, known = tables.begin(session, needs(drafts), self._expiry(now_millis))
-            ledger = Ledger(head, known, now_millis)
+            ledger = Ledger(head, known, now_millis, self._settings.signer)
             appended = [ledger.append(draft) for draft in drafts]
             self._in_doubt = _InDoubt(session, ledger.head, drafts, appended)
             tables.commit(ledger, self._settings, now_millis)
@@ -704,7 +711,7 @@ class PostgresStore(SqlStore):
         session = self._session()
         with self._transaction() as tables:
             head, known = tables.begin(session, needs(()), now_millis)
-            ledger = Ledger(head, known, now_millis)
+            ledger = Ledger(head, known, now_millis, self._settings.signer)
             fenced = tables.fence(session.writer)
             for writer, epoch in fenced:
                 ledger.fence(writer, epoch, self._version)

@@ -162,7 +162,14 @@ _FOURTH = """
 ALTER TABLE journal ADD COLUMN lost_sequence INTEGER NOT NULL DEFAULT 0;
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH)
+_FIFTH = """
+-- The signed heads, one for each transaction that was signed. The entries say the rest of each.
+CREATE TABLE heads (
+  last_index INTEGER PRIMARY KEY, first_index INTEGER NOT NULL, key_id TEXT NOT NULL, signature BLOB NOT NULL
+) STRICT;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH)
 """The n-th makes version n of version n - 1, in the transaction that opens the journal. Never edit one that was released."""
 
 
@@ -358,7 +365,7 @@ class SqliteTables(Tables):
         if whole:
             checks = ["PRAGMA quick_check(1)"]
         else:
-            names = ("journal", "entries", "payloads", "items", "twins", "notes")
+            names = ("journal", "entries", "payloads", "items", "twins", "notes", "heads")
             checks = ["PRAGMA quick_check(keys)", *(f"SELECT 'ok' FROM {name} LIMIT 1" for name in names)]  # noqa: S608
         for check in checks:
             for (said,) in self._db.execute(check):
@@ -470,7 +477,8 @@ class SqliteStore(SqlStore):
         with self._transaction():
             if self._tables.epoch() != self.head.epoch:
                 raise JournalBroken("fenced: a newer epoch of this writer has begun")
-            ledger = Ledger(self.head, self._tables.look_up(needs(drafts), self._expiry(now_millis))(), now_millis)
+            known = self._tables.look_up(needs(drafts), self._expiry(now_millis))()
+            ledger = Ledger(self.head, known, now_millis, self._settings.signer)
             appended = [ledger.append(draft) for draft in drafts]
             self._tables.write(ledger, self._settings, now_millis)
             if not all(isinstance(draft, Outcome) for draft in drafts) and not (self.reserved and self._room()):
@@ -524,7 +532,7 @@ class SqliteStore(SqlStore):
                 check_mark(mark, head, self._tables.entries(mark.index, 1, payloads=False))
             unfinished = self._tables.unfinished(1, NUMBER_MAX, NUMBER_MAX)
             _check_unfinished(unfinished)
-            ledger = Ledger(head, Known(), now_millis)
+            ledger = Ledger(head, Known(), now_millis, self._settings.signer)
             ledger.open(version)
             self._tables.write(ledger, self._settings, now_millis)
         self.head = ledger.head

@@ -14,7 +14,8 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from types import NoneType
 from typing import Any, Protocol, TypeVar
 
@@ -22,6 +23,7 @@ from google.protobuf.message import DecodeError
 
 from ostinato.chain import OUTCOMES
 from ostinato.digest import DIGEST_BYTES, fingerprint_digest
+from ostinato.signature import SignedTree, Signer
 from ostinato.v1 import types_pb2
 
 from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs, verifications
@@ -55,6 +57,8 @@ class StoreSettings:
     """From the outcome of a batch's last item."""
     digests_only: bool = False
     """Drop an item's payloads with its outcome. With a key: when the key would expire; the key then stays bound for good."""
+    signer: Signer | None = None
+    """Signs every transaction. None: they are not signed."""
 
     def __post_init__(self) -> None:
         if self.idempotency_ttl_seconds < 0:
@@ -83,6 +87,10 @@ COLUMNS: Mapping[str, type | tuple[type, ...]] = {
     "log_id": str,
     "writer": str,
     "epoch": int,
+    "first_index": int,
+    "last_index": int,
+    "key_id": str,
+    "signature": bytes,
 }
 """The types of what is read, by name."""
 
@@ -120,6 +128,13 @@ _BINDINGS = """SELECT tenant, key, request_digest, first_sequence, count FROM ke
   WHERE key = ANY(?::name[]) AND (expires_millis IS NULL OR expires_millis > ?)"""
 _KEYS = """SELECT tenant, key, request_digest, first_sequence, count, expires_millis FROM keys
   WHERE first_sequence >= ? ORDER BY first_sequence LIMIT ?"""
+# The signed heads that cover some entries, each with the hashes of all entries that it covers.
+_HEADS = """SELECT first_index, last_index, key_id, signature, entry_hash
+  FROM heads JOIN entries ON entry_index BETWEEN first_index AND last_index
+  WHERE last_index IN (SELECT (SELECT min(last_index) FROM heads WHERE last_index >= covered.entry_index)
+    FROM entries AS covered WHERE covered.entry_index = ANY(?::bigint[]))
+  ORDER BY last_index, entry_index"""
+_LAST_SIGNED = "SELECT last_index FROM heads ORDER BY last_index DESC LIMIT 1"
 _NOTES = "SELECT name, value FROM notes WHERE substr(name, 1, length(?::name)) = ?::name ORDER BY name"
 
 _WRITE_ENTRIES = "INSERT INTO entries SELECT * FROM unnest(?::bigint[], ?::bytea[], ?::bytea[])"
@@ -127,6 +142,7 @@ _WRITE_PAYLOADS = "INSERT INTO payloads SELECT * FROM unnest(?::bigint[], ?::byt
 _WRITE_OUTCOMES = """UPDATE items SET outcome = r.entry_index FROM unnest(?::bigint[], ?::bigint[]) AS r (sequence, entry_index)
   WHERE items.sequence = r.sequence"""
 _WRITE_VERIFIED = _WRITE_OUTCOMES.replace("SET outcome", "SET verified")
+_WRITE_HEADS = "INSERT INTO heads SELECT * FROM unnest(?::bigint[], ?::bigint[], ?::text[], ?::bytea[])"
 _WRITE_TWINS = "INSERT INTO twins SELECT * FROM unnest(?::bytea[], ?::bytea[], ?::bigint[]) ON CONFLICT DO NOTHING"
 _WRITE_NOTES = """INSERT INTO notes SELECT * FROM unnest(?::name[], ?::bytea[])
   ON CONFLICT (name) DO UPDATE SET value = excluded.value"""
@@ -175,7 +191,7 @@ class Tables(ABC):
         bounds = admitted[0].header.sequence, admitted[-1].header.sequence
         # The verdicts first: an item that ends in between has none yet, and a verdict never comes without its outcome.
         verified = {entry.header.sequence: entry for entry in self._sealed(_VERIFIED, *bounds)}
-        outcomes = {entry.header.sequence: entry for entry in self._sealed(_OUTCOMES, *bounds)}
+        outcomes = {entry.header.sequence: entry for entry in self._with_trees(self._sealed(_OUTCOMES, *bounds))}
         numbers = [(entry, entry.header.sequence) for entry in admitted]
         return [ItemEntries(entry, outcomes.get(number), verified.get(number)) for entry, number in numbers]
 
@@ -221,6 +237,27 @@ class Tables(ABC):
                     found[fingerprint.digest] = fingerprint.fields
         return found
 
+    def newest_signed(self) -> types_pb2.SignedHead | None:
+        for (last,) in self._session.select(_LAST_SIGNED):
+            [newest] = self._with_trees(self._sealed(_ENTRIES_BARE, last, 1))
+            return newest.signed.head if newest.signed is not None else None
+        return None
+
+    def _with_trees(self, entries: Sequence[Sealed]) -> list[Sealed]:
+        """The same entries, with their signed transactions."""
+        if not entries:
+            return []
+        trees = dict[int, SignedTree]()
+        rows = self._session.select(_HEADS, [entry.header.index for entry in entries])
+        for (first, last, key_id, signature), covered in groupby(rows, key=lambda row: row[:4]):
+            hashes = [row[4] for row in covered]
+            if len(hashes) != last - first + 1:
+                raise Damaged(f"table heads: a head says {first} to {last}, and has {len(hashes)} entries")
+            tree = SignedTree()
+            tree.restore(entries[0].header.log_id, first, hashes, key_id, signature)
+            trees |= dict.fromkeys(range(first, last + 1), tree)
+        return [replace(entry, signed=trees.get(entry.header.index)) for entry in entries] if trees else list(entries)
+
     def _sealed(self, statement: str, *parameters: object) -> list[Sealed]:
         return [sealed_of(row) for row in self._session.select(statement, *parameters)]
 
@@ -230,6 +267,8 @@ class Tables(ABC):
         """All that the ledger made. Then drop what the settings do not keep."""
         self.write_entries(ledger.entries)
         each = self._session.each
+        if (head := ledger.sign()) is not None:
+            each(_WRITE_HEADS, [(head.last_index, head.first_index, head.key_id, head.signature)])
         each(_BIND, [(b.first_sequence, b.count, b.request_digest, a.tenant, a.key, b.count) for a, b in ledger.bound])
         outcomes = [entry.header for entry in ledger.entries if entry.header.kind in OUTCOMES]
         expires_millis = now_millis + settings.idempotency_ttl_seconds * 1000
@@ -346,6 +385,10 @@ class Store(Protocol):
         """Every note whose name begins with prefix, by name."""
         ...
 
+    def newest_signed(self) -> types_pb2.SignedHead | None:
+        """The newest signed head, of any writer; None: no transaction was signed."""
+        ...
+
     def release_reserve(self) -> None:
         """Let outcomes use the room that was held back; admissions are refused until it is restored."""
         ...
@@ -387,6 +430,9 @@ class SqlStore(ABC):
 
     def notes(self, prefix: str) -> dict[str, bytes]:
         return self._read(lambda tables: tables.notes(prefix))
+
+    def newest_signed(self) -> types_pb2.SignedHead | None:
+        return self._read(lambda tables: tables.newest_signed())
 
     def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None:
         return self._read(lambda tables: tables.bindings([(tenant, key)], self._expiry(now_millis))).get((tenant, key))

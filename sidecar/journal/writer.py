@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from ostinato.errors import JournalFull, JournalUnavailable
+from ostinato.v1 import types_pb2
 
 from sidecar.journal.model import (
     Admission,
@@ -339,6 +340,10 @@ class Journal:
     async def notes(self, prefix: str) -> Mapping[str, bytes]:
         """Every note whose name begins with prefix, by name."""
         return await self._read(lambda: self._store.notes(prefix))
+
+    async def newest_signed(self) -> types_pb2.SignedHead | None:
+        """The newest signed head, of any writer; None: no transaction was signed."""
+        return await self._read(self._store.newest_signed)
 
     async def head(self) -> Head:
         return await self._read(self._store.newest)

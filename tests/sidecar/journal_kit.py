@@ -145,7 +145,7 @@ class Kit(ABC):
     def faults(self) -> list[str]:
         return [fault for page in self.verify() for fault in page.faults]
 
-    def configure(self, **settings: float) -> None:
+    def configure(self, **settings: Any) -> None:
         self.settings = replace(self.settings, **settings)
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from ostinato import chain
 from ostinato.chain import GENESIS, OUTCOMES, payload_digest
 from ostinato.digest import derived_seed, input_digest, output_digest
+from ostinato.signature import PublicKeys, inclusion_fault, new_key, signer_of
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.maintenance import verify
-from sidecar.journal.model import Appended, Audit, JournalBroken, Note, Opened, Sealed, Unfinished
+from sidecar.journal.model import Appended, Audit, ItemEntries, JournalBroken, Note, Opened, Sealed, Unfinished
 from sidecar.journal.writer import Journal
 from tests.postgres import Postgres
 from tests.sidecar.journal_kit import (
@@ -431,3 +433,41 @@ async def test_stale_epoch(using: Open, store: Kit) -> None:
     assert "fenced" in str(await using.grouped.broken)
     with pytest.raises(JournalBroken):
         await using.admit(item())
+
+
+async def test_signed(store: Kit) -> None:
+    """Every transaction is signed by the key of its epoch. An outcome has the head that covers it, the same when it is read,
+    after another key, and beside transactions without one."""
+    keys = [signer_of(new_key()) for _ in range(2)]
+    public = PublicKeys()
+    made = list[Sealed]()
+    read: Sequence[ItemEntries] = ()
+    for signer in (None, *keys, None):
+        store.configure(signer=signer)
+        async with opened(store) as using:
+            entries = [*await using.admit(item(1), item(2)), *await using.admit(item(3))]
+            ends = await using.journal.append_outcomes([completed(each) for each in entries])
+            made += [each.entries[0] for each in ends]
+            newest, head = await using.journal.newest_signed(), await using.journal.head()
+
+            assert (newest is None) if signer is None and len(made) == 3 else newest is not None
+            if signer is not None:
+                public.add(signer.public_pem.encode())
+                assert newest is not None
+                assert (newest.key_id, newest.last_index, newest.entry_hash) == (signer.key_id, head.index, head.entry_hash)
+            read = await using.journal.items(1, 100, 100)
+    trees = [(before.signed, after.outcome) for before, after in zip(made, read, strict=True)]
+
+    assert [tree.head.key_id if tree is not None else "" for tree, _ in trees] == [
+        *[""] * 3, *[keys[0].key_id] * 3, *[keys[1].key_id] * 3, *[""] * 3
+    ]  # fmt: skip
+    for tree, after in trees:
+        assert after is not None
+        receipts = [chain.receipt(after.header, after.previous_hash, after.entry_hash) for _ in range(2)]
+        assert (tree is None) == (after.signed is None)
+        if tree is not None and after.signed is not None:
+            tree.put_into(receipts[0])
+            after.signed.put_into(receipts[1])
+            assert receipts[0] == receipts[1]
+            assert inclusion_fault(receipts[0]) == ""
+            assert public.verify(receipts[0].head)

@@ -110,7 +110,7 @@ def test_an_older_version_is_brought_up(store: SqliteKit) -> None:
     """A journal of the first version opens, keeps its record, and can do what only a newer one can."""
     with store.opened() as journal:
         journal.append_many([admission()], store.clock.millis)
-        journal._db.execute("DROP TABLE notes; ALTER TABLE items DROP COLUMN verified")
+        journal._db.execute("DROP TABLE heads; DROP TABLE notes; ALTER TABLE items DROP COLUMN verified")
         journal._db.execute("ALTER TABLE journal DROP COLUMN lost_sequence")
         journal._db.pragma("user_version", 1)
     with store.opened() as journal:

@@ -85,6 +85,9 @@ class Scripted:
     def notes(self, prefix: str) -> dict[str, bytes]:
         return {}
 
+    def newest_signed(self) -> None:
+        return None
+
     def release_reserve(self) -> None: ...
 
     def restore_reserve(self) -> bool:

@@ -275,6 +275,9 @@ class _SharedBackend:
     def notes(self, prefix: str) -> Mapping[str, bytes]:
         return {name: value for name, value in sorted(self._log.notes.items()) if name.startswith(prefix)}
 
+    def newest_signed(self) -> None:
+        return None
+
     def release_reserve(self) -> None: ...
 
     def restore_reserve(self) -> bool:

@@ -234,22 +234,26 @@ class OpenedPayload(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     TAKEN_OVER_BY_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
+    SIGNING_KEY_ID_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The sidecar's version."""
     taken_over_by: _builtins.str
     """The writer that ended this writer's epoch and took over its items, because its lease had expired; empty: none."""
     nonce: _builtins.bytes
     """Random, 16 bytes; empty in form 0. It keeps payload_digest from being guessed."""
+    signing_key_id: _builtins.str
+    """The key that signs the heads of this epoch, as in SignedHead; empty: none does."""
     def __init__(
         self,
         *,
         version: _builtins.str = ...,
         taken_over_by: _builtins.str = ...,
         nonce: _builtins.bytes = ...,
+        signing_key_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "taken_over_by", b"taken_over_by", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "signing_key_id", b"signing_key_id", "taken_over_by", b"taken_over_by", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
