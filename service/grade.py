@@ -29,7 +29,7 @@ from pathlib import Path
 
 from ostinato.digest import logprobs_digest, output_digest
 from ostinato.v1 import engine_pb2, types_pb2
-from serving.program import replace_file
+from serving import files
 
 from service.engines.base import Engine
 from service.stream import Runs
@@ -401,7 +401,7 @@ class Proofs:
         """The finding under this fingerprint's digest, and when it was made."""
         path = self._path(fingerprint)
         try:
-            proof = Proof(**json.loads(path.read_text()))
+            proof = Proof(**json.loads(files.read(path)))
             grade = types_pb2.Grade.Value(proof.grade)
         except FileNotFoundError:
             return None
@@ -426,7 +426,7 @@ class Proofs:
         )
         path = self._path(fingerprint)
         try:
-            replace_file(path, json.dumps(dataclasses.asdict(proof), indent=1) + "\n")
+            files.replace(path, json.dumps(dataclasses.asdict(proof), indent=1) + "\n", parents=True)
         except OSError as error:
             _log.warning("proof not kept", extra={"path": path, "why": str(error)})
 

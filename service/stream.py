@@ -45,8 +45,9 @@ from ostinato.errors import (
     to_status,
 )
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
+from serving import files
 from serving.handlers import Coalescer
-from serving.program import StartupError, replace_file
+from serving.program import StartupError
 
 from service.answer import Answer
 from service.description import Describer, HeldGrade
@@ -327,7 +328,7 @@ class SequenceFile:
     def read(self) -> dict[str, int]:
         """By log id. Raises StartupError for a file that cannot be read or has another content."""
         try:
-            content = self._path.read_bytes()
+            content = files.read(self._path)
         except FileNotFoundError:
             return {}
         except OSError as error:
@@ -358,7 +359,8 @@ class SequenceFile:
     def write(self, sequences: Mapping[str, int]) -> None:
         """Keeps the last LOGS_MAX of the mapping. Returns at once; a failure is logged."""
         kept = {log_id: str(sequence) for log_id, sequence in list(sequences.items())[-LOGS_MAX:]}
-        self._thread.submit(replace_file, self._path, json.dumps(kept, indent=1)).add_done_callback(self._log_failure)
+        written = self._thread.submit(files.replace, self._path, json.dumps(kept, indent=1), parents=True)
+        written.add_done_callback(self._log_failure)
 
     def close(self) -> None:
         """Waits until everything is written."""

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import ostinato
 from ostinato.signature import Signer, signer_of
-from serving import program
+from serving import files, program
 from serving.auth import Source
 
 from sidecar.config import Settings, is_shared
-from sidecar.journal.diagnosis import user
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalUnusable, Mark, Opened
 from sidecar.journal.sqlite import SqliteSettings, SqliteStore
@@ -69,7 +68,7 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise JournalUnusable(f"the folder {folder} cannot be created by {user()}: {error.strerror}") from error
+        raise JournalUnusable(f"the folder {folder} cannot be created by {files.user()}: {error.strerror}") from error
 
 
 def _open_file(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[Store, Opened]:

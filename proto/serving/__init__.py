@@ -2,6 +2,7 @@
 
     settings  a frozen dataclass from flags, environment and a file, checked once
     logs      one line an event, as text or as JSON
+    files     files that are used only if no other user can have changed them
     metrics   a registry, and the page it is scraped from
     program   one event loop, signals, exit codes
     auth      who calls: identities, tokens, certificates (tls), and the files they are read from

@@ -41,6 +41,7 @@ import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from ostinato.errors import PermissionDenied, Unauthenticated, invalid
+from serving import files
 from serving.program import BAD_CONFIGURATION, StartupError
 
 if TYPE_CHECKING:
@@ -123,11 +124,11 @@ class Source:
     def read(self) -> bytes:
         """Raises Unusable."""
         try:
-            with self.path.open("rb") as file:
+            with os.fdopen(files.opened(self.path), "rb") as file:
                 mode = os.fstat(file.fileno()).st_mode
                 data = file.read(BYTES_MAX + 1)
         except OSError as error:
-            raise Unusable(self.flag, error.strerror or str(error)) from error
+            raise Unusable(self.flag, error.strerror or str(error).removeprefix(f"{self.path}: ")) from error
         if len(data) > BYTES_MAX:
             raise Unusable(self.flag, f"is larger than {BYTES_MAX} bytes")
         if self.private and mode & 0o007:

@@ -1,4 +1,4 @@
-"""The life of a program: signals, exit codes, traces, files that are replaced as a whole.
+"""The life of a program: signals, exit codes, traces.
 
     0    drained: it was told to stop and stopped in order, or it had served nothing yet
     1    failed
@@ -19,7 +19,6 @@ import signal
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from ostinato import tracing
 from serving.logs import report_failure
@@ -103,14 +102,3 @@ def _on_signal(number: signal.Signals, seen: set[signal.Signals], stop: asyncio.
     seen.add(number)
     _log.info("%s: stopping", number.name)
     stop.set()
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Replaces a file as a whole, and makes its folder. Durable on return. Raises OSError; then the old file is intact."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)

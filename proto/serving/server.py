@@ -36,6 +36,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
 
+from serving import files
 from serving.auth import NONE, Context, Credentials
 from serving.handlers import Guard, Unwritten
 from serving.program import BAD_CONFIGURATION, StartupError
@@ -262,8 +263,7 @@ class Unix:
             raise self._error(f"{folder} is no directory") from None
         except OSError as error:
             raise self._error(f"{folder} cannot be made: {error.strerror}") from error
-        if folder.stat().st_mode & 0o002:
-            raise self._error(f"everybody may write in {folder}; use one below it, or chmod o-w")
+        files.check(files.resolved(folder), folder.stat())
 
     def _clear(self) -> None:
         """Removes the socket of a process that was killed. gRPC would also take the path of a running one, or of a file."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-import pwd
 import shutil
 import stat
 from pathlib import Path
 
+from serving import files
+
 RESTORE = "restore a copy that verifies, see docs/operations.md, A file that is damaged, or out of reach"
+
+SIDE_FILES = ("-wal", "-shm", "-journal")
+"""Endings of the files that SQLite reads beside a journal."""
 
 _MAGIC = b"SQLite format 3\0"
 _MAGIC_FAULTS_MAX = 4
@@ -22,18 +26,9 @@ _FIXED_WORDS = ((44, 1, 4), (56, 1, 3))
 """The same, of 4 bytes each: schema format and text encoding."""
 
 
-def user() -> str:
-    """This process's user, for messages."""
-    number = os.geteuid()
-    try:
-        return f"user {pwd.getpwuid(number).pw_name} (uid {number})"
-    except KeyError:
-        return f"uid {number}"
-
-
 def place_fault(path: Path, *, create: bool) -> str:
-    """Why this user cannot open a journal at this path, found without opening the file; empty: no fault. `create`: the journal
-    may be created."""
+    """Why this user cannot or must not open a journal at this path, found without opening the file; empty: no fault. `create`:
+    the journal may be created. `path`: without links."""
     folder = path.parent
     try:
         if not stat.S_ISDIR(folder.stat().st_mode):
@@ -41,19 +36,18 @@ def place_fault(path: Path, *, create: bool) -> str:
     except FileNotFoundError:
         return f"{path} does not exist, nor does its folder {folder}: create the folder, or name another --journal"
     except OSError as error:
-        return f"{path}: the folder {folder} cannot be read by {user()}: {error.strerror}"
-    files = (path, path.with_name(path.name + "-wal"))
-    for file in files:
+        return f"{path}: the folder {folder} cannot be read by {files.user()}: {error.strerror}"
+    for file in (path.with_name(path.name + ending) for ending in ("", *SIDE_FILES)):
         try:
-            if not stat.S_ISREG(mode := file.stat().st_mode):
+            if not stat.S_ISREG(mode := file.lstat().st_mode):
                 return f"{file} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}: {_why_file(file, path)}"
         except FileNotFoundError:
             if file == path and not create:
                 return f"{path} does not exist: name a journal that does"
         except OSError as error:
-            return f"{file} cannot be read by {user()}: {error.strerror}"
+            return f"{file} cannot be read by {files.user()}: {error.strerror}"
         else:
-            if fault := _access_fault(file, os.R_OK | os.W_OK):
+            if fault := _access_fault(file, os.R_OK | os.W_OK) or _trust_fault(file):
                 return fault
     fault = _access_fault(folder, os.W_OK | os.X_OK)
     return f"{path}: its folder {fault}, and the journal needs files beside it" if fault else ""
@@ -61,6 +55,16 @@ def place_fault(path: Path, *, create: bool) -> str:
 
 def _why_file(file: Path, path: Path) -> str:
     return "name the journal's file" if file == path else f"{path} needs a file of this name beside it; move it away"
+
+
+def _trust_fault(path: Path) -> str:
+    """Why its content may be another user's; empty: no fault. Without opening it: closing it would release this process's
+    locks on it."""
+    try:
+        files.check(path, path.stat())
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _access_fault(path: Path, mode: int) -> str:
@@ -72,7 +76,7 @@ def _access_fault(path: Path, mode: int) -> str:
         return f"{path} cannot be written: its file system is read-only; copy the journal's files to one that is not"
     verb = "written" if os.access(path, mode & ~os.W_OK, effective_ids=True) else "read"
     held = f"its mode is {stat.S_IMODE(found.st_mode):04o} and its owner {found.st_uid}:{found.st_gid}"
-    return f"{path} cannot be {verb} by {user()}: {held}; change them, or run as another user"
+    return f"{path} cannot be {verb} by {files.user()}: {held}; change them, or run as another user"
 
 
 def damaged(path: Path, what: str) -> str:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ostinato.digest import DIGEST_BYTES
 from ostinato.errors import JournalUnavailable
+from serving import files
 
-from sidecar.journal.diagnosis import user
 from sidecar.journal.model import Head, JournalUnusable, Mark, Sealed
 from sidecar.journal.writer import Journal
 
@@ -30,7 +29,7 @@ class MarkFile:
     def read(self) -> Mark | None:
         """None: there is no mark yet. Raises JournalUnusable for a file that cannot be read, or is not a mark."""
         try:
-            content = self.path.read_bytes()
+            content = files.read(self.path)
         except FileNotFoundError:
             if self.path.parent.is_dir():
                 return None
@@ -40,8 +39,8 @@ class MarkFile:
             ) from None
         except OSError as error:
             raise JournalUnusable(
-                f"{self.path}: the high-water mark cannot be read by {user()}: {error.strerror or error}: make it readable, or "
-                "name the right file with --high-water; without it a journal that lost its end is not found"
+                f"{self.path}: the high-water mark cannot be read by {files.user()}: {error.strerror or error}: make it "
+                "readable, or name the right file with --high-water; without it a journal that lost its end is not found"
             ) from error
         try:
             told = json.loads(content)
@@ -63,19 +62,7 @@ class MarkFile:
             "entry_hash": mark.entry_hash.hex(),
             "last_sequence": str(mark.last_sequence),
         }
-        new = self.path.with_name(self.path.name + ".new")
-        handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(handle, json.dumps(told).encode() + b"\n")
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        new.replace(self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        files.replace(self.path, json.dumps(told) + "\n")
 
 
 def check_mark(mark: Mark, head: Head, marked: Sequence[Sealed]) -> None:

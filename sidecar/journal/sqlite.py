@@ -23,6 +23,7 @@ import apsw
 from ostinato.chain import GENESIS, entry_hash, payload_digest
 from ostinato.errors import JournalFull
 from ostinato.v1 import types_pb2
+from serving import files
 
 from sidecar.journal.diagnosis import RESTORE, cut, damaged, full_fault, header_fault, lock_holder, place_fault
 from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, needs
@@ -87,7 +88,7 @@ class Reserve:
         if not self._size_bytes:
             self.held = True
             return True
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = files.opened(self._path, os.O_RDWR | os.O_CREAT)
         try:
             os.ftruncate(handle, self._size_bytes)
             os.posix_fallocate(handle, 0, self._size_bytes)
@@ -173,6 +174,17 @@ MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH)
 """The n-th makes version n of version n - 1, in the transaction that opens the journal. Never edit one that was released."""
 
 
+_OPEN = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE | apsw.SQLITE_OPEN_NOFOLLOW
+
+
+def placed(path: Path) -> Path:
+    """The journal's path without links. Raises JournalUnusable for a link that another user made."""
+    try:
+        return files.resolved(path)
+    except OSError as error:
+        raise JournalUnusable(f"{path} cannot be read by {files.user()}: {error.strerror or error}") from error
+
+
 def connect(path: Path, vfs: str | None = None, *, create: bool = True) -> apsw.Connection:
     """Open the journal's file, with `create` also a new one, and lock it against every other process until it is closed.
 
@@ -184,7 +196,7 @@ def connect(path: Path, vfs: str | None = None, *, create: bool = True) -> apsw.
     try:
         if create:
             _create(path)
-        db = apsw.Connection(os.fspath(path), vfs=vfs)
+        db = apsw.Connection(os.fspath(path), vfs=vfs, flags=_OPEN)
     except (OSError, apsw.Error) as error:
         raise JournalUnusable(reason(path, error)) from error
     try:
@@ -242,11 +254,7 @@ def _create(path: Path) -> None:
     """
     with suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    files.sync_folder(path.parent)
 
 
 _OWNER = "SELECT log_id, writer, epoch FROM journal"
@@ -415,7 +423,7 @@ class SqliteStore(SqlStore):
         what `mark` says, is refused and stays as it was. `vfs` names SQLite's file layer.
         """
         assert len(bytes.fromhex(new_log_id)) == 16
-        settings = settings or SqliteSettings()
+        settings, path = settings or SqliteSettings(), placed(path)
         db = connect(path, vfs)
         try:
             store = cls(path, db, settings)
@@ -440,7 +448,8 @@ class SqliteStore(SqlStore):
     def open_for_maintenance(cls, path: Path, *, create: bool = False) -> SqliteStore:
         """An existing journal, or with `create` an empty one, which `close` removes if it is still empty. JournalUnusable: the
         message says why."""
-        new = create and not os.path.lexists(path)
+        path = placed(path)
+        new = create and not path.exists()
         db = connect(path, create=create)
         store = cls(path, db, SqliteSettings(), maintenance=True)
         store._remove = new
@@ -681,6 +690,7 @@ def reason(path: Path, error: Exception, *, bytes_max: int = 0) -> str:
 def copied(path: Path) -> Iterator[SqliteTables]:
     """The tables of a copy in the folder for temporary files: the damaged file stays as it is. Raises JournalUnusable for a
     file that is in use, is no journal, or cannot be copied."""
+    path = placed(path)
     if fault := place_fault(path, create=False):
         raise JournalUnusable(fault)
     try:

@@ -691,3 +691,15 @@ def test_products_with_few_outputs_are_padded(stand_ins: Path) -> None:
     )
 
     assert found == [[[0, tokens, True, True] for tokens in (8, 8, 8, 16, 24)], [8, 8, 16], 0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's files")
+def test_a_planted_library_is_not_loaded(tmp_path: Path) -> None:
+    """A library that another user put where ours is kept is refused and named; the folder of ours is closed for others."""
+    tmp_path.chmod(0o777)
+    path = build(tmp_path)
+    assert tmp_path.stat().st_mode & 0o077 == 0
+    os.chown(path, 65_534, 65_534)
+
+    with pytest.raises(NoOverrides, match=f"they cannot be kept: {path}: its owner is uid 65534"):
+        build(tmp_path)

@@ -19,6 +19,7 @@ import pytest
 from google.protobuf import json_format
 
 from ostinato.v1 import sequencer_pb2
+from serving import files
 from serving.program import StartupError
 
 from sidecar import commands
@@ -507,10 +508,10 @@ def test_real_processes(tried: Tried, sound: Sound) -> None:
 def test_a_mark_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """Whatever keeps a mark from being read is said, and the mark is neither called missing nor to be removed."""
 
-    def fail(_self: Path) -> bytes:
+    def fail(_path: Path) -> bytes:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(files, "read", fail)
     with pytest.raises(JournalUnusable) as refused:
         MarkFile(tmp_path / "mark").read()
     said = str(refused.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import sys
@@ -17,6 +18,7 @@ from serving.program import StartupError
 
 from sidecar.__main__ import reading
 from sidecar.config import Settings
+from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalBroken
 from sidecar.journal.postgres import PostgresStore
 from sidecar.journal.sqlite import SqliteStore
@@ -85,3 +87,35 @@ def test_a_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(StartupError, match="extra `postgres`"):
         open_journal(Settings(journal="postgresql://h/db"), 0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's files")
+@pytest.mark.parametrize("ending", ["", "-wal", "-journal", ".mark", ".mark.new", ".reserve"])
+@pytest.mark.parametrize("link", [False, True])
+def test_what_another_user_planted_beside_the_journal(tmp_path: Path, ending: str, link: bool) -> None:
+    """A file or a link of another user in the place of the journal, or of a file beside it, is refused by name or replaced, and
+    never written through."""
+    settings = Settings(journal=str(tmp_path / "journal.sqlite"), journal_reserve_bytes=4096)
+    opened, _ = open_journal(settings, 1)
+    opened.close()
+    planted, victim = Path(settings.journal + ending), tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    planted.unlink(missing_ok=True)
+    if link:
+        planted.symlink_to(victim)
+    else:
+        planted.write_bytes(b"planted")
+    os.lchown(planted, 65_534, 65_534)
+
+    def use() -> None:
+        opened, found = open_journal(settings, 2)
+        opened.close()
+        assert settings.mark is not None
+        MarkFile(settings.mark).write(found.head.mark)
+
+    if ending == ".mark.new":
+        use()
+    else:
+        with pytest.raises(StartupError, match=f"{planted}(: .*owner is uid 65534| is not a regular file)"):
+            use()
+    assert victim.read_bytes() == b"precious"

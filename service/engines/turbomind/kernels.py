@@ -22,7 +22,7 @@ from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from serving.program import replace_file
+from serving import files
 
 from service.engines.turbomind.host import module
 from service.engines.turbomind.overrides import (
@@ -391,7 +391,7 @@ def load(path: Path, environment: Mapping[str, str]) -> tuple[Manifest | None, s
     """The manifest at `path` and "kept", or None and why not: it is damaged, or the most similar one beside it is of another
     environment."""
     try:
-        manifest = from_json(path.read_text())
+        manifest = from_json(files.read(path).decode())
     except FileNotFoundError:
         return None, _most_similar(path, environment)
     except (OSError, ValueError) as error:
@@ -420,7 +420,7 @@ def _difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
 def save(path: Path, manifest: Manifest) -> None:
     """If it cannot be written, the next start measures again."""
     try:
-        replace_file(path, manifest.to_json())
+        files.replace(path, manifest.to_json(), parents=True)
     except OSError as error:
         _log.warning("kernel plans not kept", extra={"path": path, "why": str(error)})
 

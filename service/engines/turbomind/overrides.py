@@ -15,6 +15,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from serving import files
+
 ABI = 4
 SOURCES = ("overrides.c", "cublaslt.h")
 LINKED_AS = "libcublas.so.12 { global: cublasGemmEx; };\n"
@@ -175,16 +177,20 @@ def build(folder: Path) -> Path:
     """The path of the shared library: the one beside the source (in an image), or the one in this folder, compiled if it is not
     there. Raises NoOverrides."""
     name = f"overrides-{digest()[:16]}.so"
-    path = (folder / name).absolute()
-    for made in (_HERE / name, path):
-        if made.exists():
-            return made
+    if (_HERE / name).exists():
+        return _HERE / name
+    try:
+        path = files.private_folder(folder) / name
+        if path.exists():
+            files.check(path, path.lstat())
+            return path
+    except OSError as error:
+        raise NoOverrides(f"they cannot be kept: {error}") from error
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise NoOverrides(f"there is no C compiler ({', '.join(COMPILERS)})")
     draft, script = path.with_suffix(f".{os.getpid()}"), path.with_suffix(".map")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         script.write_text(LINKED_AS)
         command = [compiler, *FLAGS, f"-Wl,--version-script={script}", "-o", str(draft), str(_HERE / SOURCES[0]), "-ldl"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
