@@ -18,10 +18,11 @@ DAY = dt.timedelta(days=1)
 class Authority:
     """A CA. Its files, and those of what it signs, lie in `folder`."""
 
-    def __init__(self, folder: Path, name: str = "authority") -> None:
+    def __init__(self, folder: Path, name: str = "authority", parent: Authority | None = None) -> None:
+        """`parent`: the authority that signs this one, which else signs itself."""
         self._folder, self._key, self._name = folder, ec.generate_private_key(ec.SECP256R1()), _name(name)
         self.file = folder / f"{name}.pem"
-        self.file.write_bytes(self._signed(self._name, self._key.public_key(), days=30, authority=True))
+        self.file.write_bytes((parent or self)._signed(self._name, self._key.public_key(), days=30, authority=True))
 
     def sign(self, name: str, *, file: str = "", days: float = 30, uris: tuple[str, ...] = ()) -> tuple[Path, Path]:
         """Files of a certificate with this common name, for servers on this machine and for clients, and of its key. With

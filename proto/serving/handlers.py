@@ -166,6 +166,8 @@ class _Method:
             except OstinatoError as error:
                 await _abort(context, error)
             except asyncio.CancelledError:
+                if refused := self._guard.credentials.refusal():
+                    await _abort(context, refused)
                 if not (self._endless and self._guard.closed):
                     raise
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import time
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, Self
 
 import grpc
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import given
@@ -97,13 +100,17 @@ def test_tokens_are_not_for_everybody(tmp_path: Path, mode: int) -> None:
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("acme", "role is one of tenant, admin"),
-        ("acme king " + "0" * 64, "role is one of tenant, admin"),
+        ("acme", "role is one of tenant, admin, denied"),
+        ("acme king " + "0" * 64, "role is one of tenant, admin, denied"),
         ("acmé tenant " + "0" * 64, "printable ASCII"),
         (f"{'a' * 129} tenant " + "0" * 64, "1 to 128"),
         ("acme tenant 0123", "64 lower-case hexadecimal digits"),
         ("acme tenant " + "A" * 64, "64 lower-case hexadecimal digits"),
         ("acme tenant", "64 lower-case hexadecimal digits"),
+        ("acme tenant certificate:", "needs a URI"),
+        ("acme tenant certificate:cn:", "needs a URI"),
+        ("acme tenant certificate:cn:a\0b", "no control characters"),
+        ("acme tenant certificate:sha256:0123", "64 hexadecimal digits"),
     ],
 )
 def test_a_bad_line_is_named_and_not_quoted(tmp_path: Path, line: str, why: str) -> None:
@@ -121,7 +128,7 @@ def test_a_secret_stands_for_one(tmp_path: Path) -> None:
         auth.load_tokens(written(tmp_path, f"{line}\n{line.replace('acme', 'other')}\n"))
 
 
-@given(st.dictionaries(st.from_regex(r"[!-~]{1,20}", fullmatch=True).filter(TENANT.fullmatch), st.sampled_from(Role)))
+@given(st.dictionaries(st.from_regex(r"[!-~]{1,20}", fullmatch=True).filter(TENANT.fullmatch), st.sampled_from(list(Role))))
 def test_a_token_is_its_lines(roles: dict[str, Role]) -> None:
     """Each token has the identity of its own line, and an unknown token has none."""
     made = {tenant: auth.new_token(tenant, role, "a comment  with spaces") for tenant, role in roles.items()}
@@ -133,12 +140,30 @@ def test_a_token_is_its_lines(roles: dict[str, Role]) -> None:
     assert read.get(auth.hash_of("")) is None
 
 
-def test_a_certificates_line(tmp_path: Path) -> None:
-    """A certificate's name can be given another tenant and role."""
-    listed = auth.load_tokens(written(tmp_path, "ops admin certificate:spiffe://example/ops  the operators\n")).value
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("spiffe://example/ops", "uri:spiffe://example/ops"),
+        ("cn:ops", "cn:ops"),
+        ("cn:spiffe://example/ops", "cn:spiffe://example/ops"),
+        ("sha256:" + "AB:" * 31 + "AB", "sha256:" + "ab" * 32),
+    ],
+)
+def test_a_certificates_line(tmp_path: Path, name: str, key: str) -> None:
+    """A line stands for a URI, for a common name that is called one, or for a fingerprint as openssl prints it."""
+    listed = auth.load_tokens(written(tmp_path, f"ops admin certificate:{name}  the operators\n")).value
 
-    assert listed["certificate:spiffe://example/ops"] == Identity("ops", Role.ADMIN)
-    assert "certificate:acme" not in listed
+    assert listed == {key: Identity("ops", Role.ADMIN)}
+
+
+def test_an_old_line_is_a_common_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A name without a scheme cannot be a URI: the line loads as what it could only mean, and the log has what to write."""
+    listed = auth.load_tokens(written(tmp_path, "\nops admin certificate:ops\n")).value
+
+    assert listed == {"cn:ops": Identity("ops", Role.ADMIN)}
+    assert [(record.message, vars(record)["line"]) for record in caplog.records] == [
+        ("a name without a scheme is no URI, so it is taken as a common name: write certificate:cn:ops", 2)
+    ]
 
 
 def test_too_many_lines_are_refused() -> None:
@@ -166,13 +191,15 @@ Metadata = Sequence[tuple[str, str]]
 class Door:
     """A server with credentials, and who was seen behind them."""
 
-    def __init__(self, credentials: Credentials, **kwargs: Any) -> None:
-        self.registry, self.seen = CollectorRegistry(), list[Identity]()
+    def __init__(self, credentials: Credentials, hold: asyncio.Event | None = None, **kwargs: Any) -> None:
+        """`hold`: what a message "wait" waits for."""
+        self.registry, self.seen, self._hold = CollectorRegistry(), list[Identity](), hold
         self.server = Server(["127.0.0.1:0"], registry=self.registry, credentials=credentials, **kwargs)
         self.server.add(register, Echo(self._see), NAME)
 
-    def _see(self, _content: str, _context: Context) -> None:
+    def _see(self, content: str, _context: Context) -> Any:
         self.seen.append(caller())
+        return self._hold.wait() if self._hold is not None and content == "wait" else None
 
     async def __aenter__(self) -> Self:
         await self.server.start()
@@ -244,10 +271,11 @@ async def test_without_credentials_everybody_is_an_admin() -> None:
 
 
 async def test_a_gateways_word() -> None:
-    """If it is trusted, the metadata names the tenant; a name that no tenant can have is refused."""
+    """If it is trusted, the metadata names the tenant; a call without it is refused, as is a name that no tenant can have."""
     async with Door(Credentials(trust_tenant_metadata=True)) as door:
         assert await door.call((TENANT_METADATA, "acme")) == Identity("acme", Role.TENANT)
-        assert await door.call() == Identity("", Role.ADMIN)
+        with pytest.raises(errors.Unauthenticated, match=f"metadata {TENANT_METADATA} is missing"):
+            await door.call()
         for bad in ("", "two words", "x" * 129):
             with pytest.raises(errors.InvalidRequest, match=f"metadata.{TENANT_METADATA}"):
                 await door.call((TENANT_METADATA, bad))
@@ -255,24 +283,111 @@ async def test_a_gateways_word() -> None:
             await door.call((TENANT_METADATA, "acme"), (TENANT_METADATA, "other"))
 
 
+async def test_an_admin_beside_a_gateway(tmp_path: Path) -> None:
+    """Where the metadata is trusted too, a token still is who calls, and a wrong one is refused whatever the metadata say."""
+    token, line = auth.new_token("ops", Role.ADMIN)
+    async with Door(Credentials(tokens=auth.load_tokens(file_of(tmp_path, line)), trust_tenant_metadata=True)) as door:
+        assert await door.call((TENANT_METADATA, "acme")) == Identity("acme", Role.TENANT)
+        assert await door.call((TENANT_METADATA, "acme"), bearer(token)) == Identity("ops", Role.ADMIN)
+        for metadata in ([], [bearer("wrong"), (TENANT_METADATA, "acme")]):
+            with pytest.raises(errors.Unauthenticated):
+                await door.call(*metadata)
+
+
+def client(authority: Authority, name: str, *uris: str, days: float = 30) -> grpc.ChannelCredentials:
+    """What a client with this common name and these URIs connects with."""
+    certificate, key = authority.sign(name, file="client", uris=uris, days=days)
+    return tls(authority.file, certificate=certificate, key=key)
+
+
 async def test_a_certificate_is_who_calls(authority: Authority, tmp_path: Path) -> None:
     """The URI of a client's certificate is its tenant, else the common name; a line says otherwise, and a token wins."""
     token, line = auth.new_token("acme", Role.TENANT)
-    listed = auth.load_tokens(file_of(tmp_path, line, "ops admin certificate:spiffe://test/ops"))
+    lines = ("ops admin certificate:spiffe://test/ops", "build admin certificate:cn:two")
+    listed = auth.load_tokens(file_of(tmp_path, line, *lines))
     served = ServerTls(*authority.sign("sidecar"), authority.file)
     async with Door(Credentials(served, listed)) as door:
+        for seen, trust in (
+            (Identity("acme", Role.TENANT), client(authority, "acme")),
+            (Identity("spiffe://test/x", Role.TENANT), client(authority, "x", "spiffe://test/x")),
+            (Identity("ops", Role.ADMIN), client(authority, "x", "spiffe://test/ops")),
+            (Identity("build", Role.ADMIN), client(authority, "two")),
+            (Identity("spiffe://test/two", Role.TENANT), client(authority, "two", "spiffe://test/two")),
+        ):
+            assert await door.call(trust=trust) == seen
+        assert await door.call(bearer(token), trust=client(authority, "other")) == Identity("acme", Role.TENANT)
 
-        def client(name: str, *uris: str) -> grpc.ChannelCredentials:
-            certificate, key = authority.sign(name, file="client", uris=uris)
-            return tls(authority.file, certificate=certificate, key=key)
 
-        assert await door.call(trust=client("acme")) == Identity("acme", Role.TENANT)
-        assert await door.call(trust=client("x", "spiffe://test/x")) == Identity("spiffe://test/x", Role.TENANT)
-        assert await door.call(trust=client("x", "spiffe://test/ops")) == Identity("ops", Role.ADMIN)
-        assert await door.call(bearer(token), trust=client("other")) == Identity("acme", Role.TENANT)
-        for name, uris in (("two words", ()), ("x", ("urn:a", "urn:b"))):
-            with pytest.raises(errors.Unauthenticated, match="cannot be a tenant"):
-                await door.call(trust=client(name, *uris))
+@pytest.mark.parametrize(
+    ("name", "uris", "why"),
+    [
+        ("spiffe://test/ops", (), "a common name has none"),
+        ("acme\0x", (), "control characters"),
+        ("acme\n", (), "control characters"),
+        ("acme", ("spiffe://test/ops\0",), "control characters"),
+        ("acme", ("ops",), "a URI has a scheme"),
+        ("two words", (), "printable ASCII"),
+        ("x", ("urn:a", "urn:b"), "one URI"),
+    ],
+)
+async def test_a_name_does_not_pass_for_another(
+    authority: Authority, tmp_path: Path, name: str, uris: tuple[str, ...], why: str
+) -> None:
+    """A common name in the form of a listed URI, one that ends at a NUL byte for gRPC, and a URI in the form of a listed common
+    name are refused, and no handler runs."""
+    lines = ("ops admin certificate:spiffe://test/ops", "ops admin certificate:cn:ops")
+    served = ServerTls(*authority.sign("sidecar"), authority.file)
+    async with Door(Credentials(served, auth.load_tokens(file_of(tmp_path, *lines)))) as door:
+        with pytest.raises(errors.Unauthenticated, match=why):
+            await door.call(trust=client(authority, name, *uris))
+
+        assert door.seen == []
+
+
+async def test_a_uri_is_no_common_name(authority: Authority, tmp_path: Path) -> None:
+    """A URI whose scheme is `cn` or `sha256` is not what a line with that word stands for."""
+    served = ServerTls(*authority.sign("sidecar"), authority.file)
+    listed = auth.load_tokens(file_of(tmp_path, "ops admin certificate:cn:ops"))
+    async with Door(Credentials(served, listed)) as door:
+        assert await door.call(trust=client(authority, "x", "cn:ops")) == Identity("cn:ops", Role.TENANT)
+
+
+async def test_what_is_denied(authority: Authority, tmp_path: Path) -> None:
+    """A denied token, and a certificate that is denied by its URI, its common name or its fingerprint, are refused although the
+    CA is good, with a valid token too; others go on."""
+    (token, line), (lost, lost_line) = auth.new_token("acme", Role.TENANT), auth.new_token("acme", Role.DENIED)
+    served, (leaked, leaked_key) = ServerTls(*authority.sign("sidecar"), authority.file), authority.sign("leaked")
+    fingerprint = x509.load_pem_x509_certificate(leaked.read_bytes()).fingerprint(SHA256()).hex()
+    names = ("urn:gone", "cn:gone", f"sha256:{fingerprint}")
+    listed = auth.load_tokens(file_of(tmp_path, line, lost_line, *(f"x denied certificate:{name}" for name in names)))
+    async with Door(Credentials(served, listed)) as door:
+        for trust in (
+            client(authority, "x", "urn:gone"),
+            client(authority, "x", "urn:gone", "urn:other"),
+            client(authority, "gone"),
+            client(authority, "gone", "urn:other"),
+            tls(authority.file, certificate=leaked, key=leaked_key),
+        ):
+            for metadata in ([], [bearer(token)]):
+                with pytest.raises(errors.Unauthenticated, match="client certificate is denied"):
+                    await door.call(*metadata, trust=trust)
+        with pytest.raises(errors.Unauthenticated, match="token is denied"):
+            await door.call(bearer(lost), trust=client(authority, "good"))
+        assert door.seen == []
+        assert await door.call(trust=client(authority, "leaked")) == Identity("leaked", Role.TENANT)
+
+
+async def test_a_chain_leads_to_the_authority(authority: Authority, tmp_path: Path) -> None:
+    """Certificates that the client sends along are part of the chain; without them TLS refuses it, as ever."""
+    middle = Authority(tmp_path, "middle", authority)
+    certificate, key = Authority(tmp_path, "issuing", middle).sign("acme")
+    served = ServerTls(*authority.sign("sidecar"), authority.file)
+    whole = tmp_path / "whole.pem"
+    whole.write_bytes(b"".join(path.read_bytes() for path in (certificate, tmp_path / "issuing.pem", middle.file)))
+    async with Door(Credentials(served)) as door:
+        assert await door.call(trust=tls(authority.file, certificate=whole, key=key)) == Identity("acme", Role.TENANT)
+        with pytest.raises(errors.Disconnected):
+            await door.call(trust=tls(authority.file, certificate=certificate, key=key))
 
 
 async def test_only_the_authoritys_clients_connect(authority: Authority, tmp_path: Path) -> None:
@@ -330,21 +445,93 @@ async def test_files_change_under_way(authority: Authority, tmp_path: Path, monk
 
 
 async def test_another_authority_takes_over(authority: Authority, tmp_path: Path) -> None:
-    """A new client CA lets its clients in and the old one's out; a connection that is there already stays."""
-    late, (old, old_key) = Authority(tmp_path, "late"), authority.sign("acme")
-    (new, new_key), trusted = late.sign("zeta"), tmp_path / "trusted.pem"
-    served = ServerTls(*authority.sign("sidecar"), Path(shutil.copy(authority.file, trusted)))
+    """A new client CA lets its clients in and the old one's out, also on a connection that is there already; a CA that signed
+    the old one, or the old one beside it, keeps them."""
+    root = Authority(tmp_path, "root")
+    late, early = Authority(tmp_path, "late"), Authority(tmp_path, "early", root)
+    (old, old_key), (new, new_key), trusted = early.sign("acme"), late.sign("zeta"), tmp_path / "trusted.pem"
+    old.write_bytes(old.read_bytes() + early.file.read_bytes())
+    served = ServerTls(*authority.sign("sidecar"), Path(shutil.copy(early.file, trusted)))
     before = tls(authority.file, certificate=old, key=old_key)
     async with Door(Credentials(served)) as door, door.channel(before) as there:
-        await there.unary_unary(f"/{NAME}/UnaryUnary")(text("x"))
+        method = there.unary_unary(f"/{NAME}/UnaryUnary")
+        for files in ((early.file,), (root.file,), (late.file, early.file)):
+            trusted.write_bytes(b"".join(file.read_bytes() for file in files))
+            served.files.refresh()
+            await method(text("x"))
         shutil.copy(late.file, trusted)
         assert served.files.refresh()
+        with pytest.raises(grpc.aio.AioRpcError, match="CA is not trusted here") as raised:
+            await method(text("x"))
         with pytest.raises(errors.Disconnected):
             await door.call(trust=before)
         assert await door.call(trust=tls(authority.file, certificate=new, key=new_key)) == Identity("zeta", Role.TENANT)
-        await there.unary_unary(f"/{NAME}/UnaryUnary")(text("x"))
 
-    assert [identity.tenant for identity in door.seen] == ["acme", "zeta", "acme"]
+    assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert [identity.tenant for identity in door.seen] == ["acme", "acme", "acme", "zeta"]
+
+
+async def test_a_certificate_expires_under_way(authority: Authority) -> None:
+    """A connection outlives its certificate, and its calls do not: the next one is refused, and the open stream ends."""
+    credentials = Credentials(ServerTls(*authority.sign("sidecar"), authority.file))
+    async with Door(credentials) as door, door.channel(client(authority, "acme", days=4 / 86400)) as channel:
+        watching = asyncio.create_task(credentials.watch(door.registry))
+        stream = await opened(channel)
+        ended = [await refused(stream), await refused(channel.unary_unary(f"/{NAME}/UnaryUnary")(text("x")))]
+        watching.cancel()
+
+    assert ended == ["the client certificate has expired"] * 2
+    assert {identity.tenant for identity in door.seen} == {"acme"}
+
+
+@pytest.mark.parametrize("to", ["", "acme denied {}", "acme admin {}", "other tenant {}"])
+async def test_a_stream_ends_with_its_token(tmp_path: Path, to: str) -> None:
+    """A running stream and a waiting call end with UNAUTHENTICATED within seconds of the line being taken out, denied, or
+    given another role or tenant; those of another token go on."""
+    (token, line), (other, kept) = auth.new_token("acme", Role.TENANT), auth.new_token("zeta", Role.TENANT)
+    path = file_of(tmp_path, line, kept)
+    credentials, hold = Credentials(tokens=auth.load_tokens(path)), asyncio.Event()
+    async with Door(credentials, hold=hold) as door, door.channel() as channel:
+        watching = asyncio.create_task(credentials.watch(door.registry))
+        streams = [await opened(channel, bearer(each)) for each in (token, other)]
+        waits = asyncio.ensure_future(channel.unary_unary(f"/{NAME}/UnaryUnary")(text("wait"), metadata=[bearer(token)]))
+        await asyncio.sleep(0.1)
+        path.write_text("\n".join([to.format(auth.hash_of(token)), kept]))
+        started = time.monotonic()
+        ended = [await refused(streams[0]), await refused(waits)]
+        seconds = time.monotonic() - started
+        await streams[1].write(text("still"))
+        assert await streams[1].read() == text("still")
+        watching.cancel()
+
+    assert (
+        ended
+        == [
+            {"": "this token is not valid here", "acme denied {}": "this token is denied"}.get(
+                to, "the tenant or role of these credentials has changed"
+            )
+        ]
+        * 2
+    )
+    assert seconds < 10
+    assert credentials._running == {}
+
+
+async def opened(channel: Any, *metadata: tuple[str, str]) -> Any:
+    """A stream that has had one answer and stays open."""
+    stream = channel.stream_stream(f"/{NAME}/ReaderWriter")(metadata=metadata)
+    await stream.write(text("x"))
+    assert await stream.read() == text("x")
+    return stream
+
+
+async def refused(call: Any) -> str:
+    """Why this call ends with UNAUTHENTICATED."""
+    async with asyncio.timeout(10):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await (call.read() if hasattr(call, "read") else call)
+    assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    return str(raised.value.details())
 
 
 async def test_grpcs_own_services_are_an_admins(tmp_path: Path) -> None:
