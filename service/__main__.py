@@ -47,7 +47,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         settings.addresses,
         registry=own,
         message_bytes_max=settings.message_bytes_max,
-        allow_remote=settings.allow_remote,
+        open_to_all=settings.open,
         socket_mode=int(settings.socket_mode, 8),
     )
     server.add(add_EngineServicer_to_server, servicer, NAME)

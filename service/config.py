@@ -137,7 +137,7 @@ class Settings:
     script: str | None = field(None, "scripted: what it is and does, as JSON", applies="{} (scripted)")
 
     listen: tuple[str, ...] = field(("unix:.run/engine.sock",), "addresses for the sidecar: unix:path or host:port")
-    allow_remote: bool = field(False, "allow listen addresses that the network reaches; callers are not authenticated")
+    open: bool = field(False, "allow listen addresses beyond loopback; callers are not authenticated")
     socket_mode: str = field("660", "mode of the unix socket's file, octal")
     metrics: str = field("127.0.0.1:9401", "host:port of the metrics page; empty: none")
     traces: str = field("", "where spans are exported to, otlp:http://host:4318; empty: as OTEL_… variables say, or nowhere")

@@ -69,7 +69,8 @@ class Sidecar:
             settings.listen,
             registry=numbers,
             message_bytes_max=settings.message_bytes_max,
-            allow_remote=settings.allow_remote,
+            open_to_all=settings.open,
+            plaintext_tokens=settings.allow_plaintext_tokens,
             credentials=self.credentials,
             health_address=settings.health_listen,
             unwritten=self.held,
@@ -199,8 +200,6 @@ def _credentials(settings: Settings) -> auth.Credentials:
         from serving.tls import ServerTls  # here: only with certificates is there a need for cryptography
 
         tls = ServerTls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
-    if settings.tokens is not None and tls is None and settings.allow_remote:
-        log.warning("tokens travel in plain text")
     listed = auth.load_tokens(settings.tokens) if settings.tokens is not None else None
     return auth.Credentials(tls, listed, settings.trust_tenant_metadata)
 

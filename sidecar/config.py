@@ -24,12 +24,13 @@ class Settings:
     writer: str = field("ostinato-0", "name of this sidecar, unique on its journal; written into each entry")
     metrics: str = field("127.0.0.1:9400", "address of /metrics, host:port; empty: none")
     health_listen: str = field("", "plain-text address that serves only health, for probes; empty: none")
-    allow_remote: bool = field(False, "allow plain TCP beyond loopback")
+    open: bool = field(False, "allow addresses beyond loopback without credentials; every caller there is an admin")
     # credentials: files are read again when they change
     tls_certificate: Path | None = field(None, "PEM file of the certificate chain")
     tls_key: Path | None = field(None, "PEM file of its private key")
     tls_client_ca: Path | None = field(None, "PEM file of CAs; client certificates are then required")
     tokens: Path | None = field(None, "file of callers: lines of tenant, role and a token's SHA-256")
+    allow_plaintext_tokens: bool = field(False, "allow tokens over plain TCP beyond loopback, where they can be read")
     trust_tenant_metadata: bool = field(False, "trust ostinato-tenant in metadata, set by a gateway in front")
     # OpenAI gateways, on the same addresses; needs the extra gateway
     vllm_face: bool = field(False, "serve vllm.grpc.engine.VllmEngine beside Generation")
@@ -92,8 +93,8 @@ class Settings:
             raise ValueError("--tls-certificate, --tls-key: one needs the other")
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("--tls-client-ca needs --tls-certificate and --tls-key")
-        if self.trust_tenant_metadata and (self.tokens is not None or self.tls_client_ca is not None):
-            raise ValueError("--trust-tenant-metadata: tenants come from --tokens and --tls-client-ca already")
+        if self.trust_tenant_metadata and self.tls_client_ca is not None:
+            raise ValueError("--trust-tenant-metadata: tenants come from --tls-client-ca already")
         if not self.listen:
             raise ValueError("--listen: needs at least one address")
         if not self.journal:

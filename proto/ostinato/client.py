@@ -8,6 +8,7 @@ failure. All other calls are sent once, because a Generate that is sent again is
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import re
 from collections.abc import AsyncGenerator
@@ -45,8 +46,9 @@ class Client:
     Use it as `async with Client(...) as client`.
 
     `credentials`: for TLS with your own files, from `ostinato.tls(...)`. https:// alone trusts the system's authorities.
-    `token`: sent with every call; over a network, use it only with TLS. `max_response_bytes`: the largest response to receive.
-    The sidecar refuses a request whose response could be larger before it does any work.
+    `token`: sent with every call. Without TLS it is sent to loopback and unix sockets only, unless `allow_plaintext_token`: it
+    could be read on the way. `max_response_bytes`: the largest response to receive. The sidecar refuses a request whose
+    response could be larger before it does any work.
 
     Every method takes a `timeout` in seconds, which is the deadline of the call (None: no deadline). It raises
     `errors.OstinatoError`, or a TypeError or ValueError that names a bad argument. To end a call, cancel its task or close its
@@ -59,11 +61,12 @@ class Client:
         *,
         credentials: grpc.ChannelCredentials | None = None,
         token: str | None = None,
+        allow_plaintext_token: bool = False,
         max_response_bytes: int = DEFAULT_RESPONSE_BYTES,
     ) -> None:
         self.target = requests.target(target)
         bytes_max = requests.integer("max_response_bytes", max_response_bytes, 1, 2**31 - 1)
-        self._transport = _Transport(target, credentials, bytes_max, token)
+        self._transport = _Transport(target, credentials, bytes_max, token, allow_plaintext_token)
 
     async def __aenter__(self) -> Self:
         return self
@@ -259,6 +262,17 @@ def bearer(token: str) -> str:
     return f"Bearer {token}"
 
 
+def _local(target: str) -> bool:
+    """Whether what is sent to this target stays on this machine."""
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
+    host = target.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class _Stubs(NamedTuple):
     channel: grpc.aio.Channel
     generation: GenerationAsyncStub
@@ -273,7 +287,12 @@ class _Transport:
     """
 
     def __init__(
-        self, target: str, credentials: grpc.ChannelCredentials | None, response_bytes: int, token: str | None = None
+        self,
+        target: str,
+        credentials: grpc.ChannelCredentials | None,
+        response_bytes: int,
+        token: str | None = None,
+        allow_plaintext_token: bool = False,
     ) -> None:
         scheme, mark, rest = target.partition("://")
         if mark and scheme in ("http", "https"):
@@ -284,6 +303,9 @@ class _Transport:
         self._response_bytes = response_bytes
         self._metadata = grpc.aio.Metadata((RESPONSE_BYTES_METADATA, str(response_bytes)))
         if token is not None:
+            if credentials is None and not (allow_plaintext_token or _local(target)):
+                how = "use https:// or TLS credentials, or allow it with allow_plaintext_token (--allow-plaintext-token)"
+                raise ValueError(f"token: could be read on the way to {target}: {how}")
             self._metadata.add("authorization", bearer(token))
         self._opened: _Stubs | None = None
 
@@ -353,6 +375,8 @@ class _Transport:
             ("grpc.enable_retries", 0),
             ("grpc.use_local_subchannel_pool", 1),  # otherwise clients share connections, and their failures
         ]
+        if _local(self._target):
+            options.append(("grpc.enable_http_proxy", 0))  # its loopback is another one, and it would read the token
         if self._credentials is None:
             return grpc.aio.insecure_channel(self._target, options)
         return grpc.aio.secure_channel(self._target, self._credentials, options)

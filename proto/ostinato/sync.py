@@ -58,9 +58,16 @@ class SyncClient:
         *,
         credentials: grpc.ChannelCredentials | None = None,
         token: str | None = None,
+        allow_plaintext_token: bool = False,
         max_response_bytes: int = DEFAULT_RESPONSE_BYTES,
     ) -> None:
-        self._client = Client(target, credentials=credentials, token=token, max_response_bytes=max_response_bytes)
+        self._client = Client(
+            target,
+            credentials=credentials,
+            token=token,
+            allow_plaintext_token=allow_plaintext_token,
+            max_response_bytes=max_response_bytes,
+        )
         self._lock = threading.Lock()  # no call enters the loop once it is closing
         self._closed = False
         self._loop = asyncio.new_event_loop()

@@ -10,8 +10,8 @@
 An address is `unix:/absolute/path`, or `host:port` where host is an IP address or `localhost`, which is 127.0.0.1: of a name
 with two addresses gRPC could bind only one, without an error.
 
-Anyone who reaches a plain TCP port can use it, so without TLS only loopback is allowed unless remote callers are allowed by
-name. TLS is for TCP; the mode of a unix socket guards it.
+Anyone who reaches a TCP port can use it, so beyond loopback callers must prove who they are, and their tokens must not travel
+in clear text; a flag each allows the contrary. TLS is for TCP; the mode of a unix socket guards it.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ PENDING_CALLS_MAX = 1 << 16
 """That have arrived and that no handler has taken up yet."""
 PATH_BYTES_MAX = 107
 """Of a socket's path, by the kernel."""
+OPEN = "anyone who reaches it could do everything: require credentials, use loopback or a unix socket, or allow it with --open"
+IN_CLEAR_TEXT = "tokens could be read on the way: turn TLS on, or allow it with --allow-plaintext-tokens"
+"""Why an address beyond loopback is refused."""
 GRPC_LOGGER = "grpc._cython.cygrpc"
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -64,19 +67,26 @@ class Server:
         *,
         registry: CollectorRegistry,
         message_bytes_max: int = MESSAGE_BYTES_MAX,
-        allow_remote: bool = False,
+        open_to_all: bool = False,
+        plaintext_tokens: bool = False,
         socket_mode: int = 0o660,
         credentials: Credentials = NONE,
         health_address: str = "",
         unwritten: Unwritten | None = None,
         write_seconds: float | None = None,
     ) -> None:
-        """Binds nothing yet. `health_address`: a port in plain text with health on it and nothing else, open to all: probes
-        have no certificate. `unwritten`, `write_seconds`: as for Guard. Raises StartupError that names the flag, --listen or
-        --health-listen, of an address that cannot be parsed, or that is remote and not allowed."""
+        """Binds nothing yet. `open_to_all` and `plaintext_tokens` allow addresses beyond loopback although callers need no
+        credentials, and although tokens can be read on the way. `health_address`: a port in plain text with health on it and
+        nothing else, open to all: probes have no certificate. `unwritten`, `write_seconds`: as for Guard. Raises StartupError
+        that names the flag, --listen or --health-listen, of an address that cannot be parsed, or is remote and not allowed."""
         self._credentials = credentials
-        self._addresses = [parse_address("--listen", text, allow_remote or credentials.tls is not None) for text in addresses]
-        self._health_address = parse_address("--health-listen", health_address, allow_remote=True) if health_address else None
+        refused = ""
+        if not (credentials.proven or open_to_all):
+            refused = OPEN
+        elif credentials.tokens is not None and credentials.tls is None and not plaintext_tokens:
+            refused = IN_CLEAR_TEXT
+        self._addresses = [parse_address("--listen", text, refused) for text in addresses]
+        self._health_address = parse_address("--health-listen", health_address) if health_address else None
         self._socket_mode = socket_mode
         self._guard = Guard(registry, credentials, unwritten, write_seconds)
         self._services: list[str] = []
@@ -298,8 +308,9 @@ def _bind_error(family: int, address: Any) -> str:
     return ""
 
 
-def parse_address(flag: str, text: str, allow_remote: bool) -> Address:
-    """Raises StartupError that names the flag, for a text that is no address, or one that is remote and not allowed."""
+def parse_address(flag: str, text: str, refused: str = "") -> Address:
+    """Raises StartupError that names the flag, for a text that is no address. `refused`: why one beyond loopback is refused;
+    empty: it is not."""
 
     def wrong(why: str) -> StartupError:
         return StartupError(f"{flag}: {text!r}: {why}", exit_code=BAD_CONFIGURATION)
@@ -319,8 +330,8 @@ def parse_address(flag: str, text: str, allow_remote: bool) -> Address:
         raise wrong("is no address: unix:/path, or an IP address (or localhost) and a port") from None
     if not 0 <= parsed.port <= 65535:
         raise wrong("a port is 0 to 65535")
-    if not parsed.local and not allow_remote:
-        raise wrong("anyone on the network could use this; allow it, turn TLS on, or listen on loopback or a unix socket")
+    if refused and not parsed.local:
+        raise wrong(refused)
     return parsed
 
 

@@ -52,7 +52,9 @@ TURBOMIND = "service --engine turbomind --metrics= --listen unix:{folder}/s.sock
 # Each way in which a start fails, once. All that is refused is in the tests of settings, addresses, credentials and journals.
 
 SETTINGS = {
-    "unknown flag": Failure("service --modle x", 2, "--modle: names no setting; did you mean --model or --socket-mode?"),
+    "unknown flag": Failure(
+        "service --modle x", 2, "--modle: names no setting; did you mean --model or --open or --socket-mode?"
+    ),
     "more than gRPC counts": Failure(
         "sidecar --message-bytes-max 2147483648", 2, "--message-bytes-max: '2147483648' is not 1024 to 2147483647"
     ),
@@ -68,6 +70,16 @@ SETTINGS = {
     "no address": Failure(
         f"{SERVICE} --listen nonsense", 2, "--listen: 'nonsense': is no address: unix:/path, or an IP address…"
     ),
+    "open sidecar": Failure(
+        f"{SIDECAR} --listen 0.0.0.0:0",
+        2,
+        "--listen: '0.0.0.0:0': anyone who reaches it could do everything: …",
+    ),
+    "open service": Failure(
+        f"{SERVICE} --listen 0.0.0.0:0",
+        2,
+        "--listen: '0.0.0.0:0': anyone who reaches it could do everything: …",
+    ),
     "long socket path": Failure(
         f"{SIDECAR} --listen unix:/{'x' * 107}",
         2,
@@ -82,7 +94,9 @@ SETTINGS = {
         "sidecar --journal postgresql://h/x --journal-bytes-max 99999999", 2, "--journal-bytes-max bounds a file; a PostgreSQL…"
     ),
     "tenants from two sources": Failure(
-        f"{SIDECAR} --trust-tenant-metadata --tokens x", 2, "--trust-tenant-metadata: tenants come from --tokens and…"
+        f"{SIDECAR} --trust-tenant-metadata --tls-certificate x --tls-key x --tls-client-ca x",
+        2,
+        "--trust-tenant-metadata: tenants come from --tls-client-ca already",
     ),
     "bad certificate": Failure(
         f"{SIDECAR} --tls-certificate {{folder}}/text --tls-key {{folder}}/text",
@@ -90,7 +104,7 @@ SETTINGS = {
         "--tls-certificate: {folder}/text: holds no certificate in PEM form",
     ),
     "bad tokens": Failure(
-        f"{SIDECAR} --tokens {{folder}}/text", 2, "--tokens: {folder}/text: line 1: a role is one of tenant, admin"
+        f"{SIDECAR} --tokens {{folder}}/text", 2, "--tokens: {folder}/text: line 1: a role is one of tenant, admin, denied"
     ),
     "bad canaries": Failure(f"{SIDECAR} --canaries {{folder}}/text", 2, "--canaries: {folder}/text: Expected '=' after a key…"),
 }

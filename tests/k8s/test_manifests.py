@@ -39,6 +39,7 @@ from tests.k8s.manifests import (
     settings,
     statefulset,
 )
+from tests.pair import Program
 
 VERSIONS = ("1.33", "1.37")
 """The first with native sidecars for everybody, and the newest known here."""
@@ -192,6 +193,50 @@ def test_the_programs_take_their_environment(chosen: Combination) -> None:
         assert all(key.startswith(f"OSTINATO_{name.upper()}_") for key in prefixed)
         settings(container)
     assert spec["enableServiceLinks"] is False
+
+
+@every
+def test_callers_prove_who_they_are(chosen: Combination) -> None:
+    """The sidecar is given credentials or is open by a component that says so, and by nothing else; a Secret is mounted
+    as a whole folder, read-only, for the program's group."""
+    resources = built(chosen)
+    sidecar = containers(resources)["sidecar"]
+    given, volumes = settings(sidecar), {volume["name"]: volume for volume in pod(resources)["volumes"]}
+    mounts = {mount["name"]: mount for mount in sidecar["volumeMounts"]}
+
+    assert given.open == ("open" in chosen)
+    assert (given.tokens is not None) == ("tokens" in chosen) == given.allow_plaintext_tokens
+    assert (given.tls_client_ca is not None) == ("mtls" in chosen)
+    for name in ("tokens", "tls"):
+        if name in volumes:
+            assert volumes[name]["secret"] == {"secretName": f"ostinato-{name}", "defaultMode": 0o440}
+            assert mounts[name] == {"name": name, "mountPath": f"/etc/ostinato/{name}", "readOnly": True}
+
+
+@pytest.mark.parametrize("overlay", ["", *OVERLAYS])
+def test_without_credentials_it_does_not_start(overlay: str, tmp_path: Path) -> None:
+    """The sidecar itself, in the manifests' environment: the base, and overlays that say nothing of callers, are refused; with
+    tokens, or openly, it listens."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("")
+    tokens.chmod(0o440)
+    here = {
+        "OSTINATO_SIDECAR_LISTEN": "0.0.0.0:0",
+        "OSTINATO_SIDECAR_METRICS": "127.0.0.1:0",
+        "OSTINATO_SIDECAR_TOKENS": str(tokens),
+        "OSTINATO_SIDECAR_JOURNAL": str(tmp_path / "journal"),
+    }
+    given = environment(containers(built((overlay,) if overlay else ()))["sidecar"])
+    sidecar = Program("sidecar", [], {name: here.get(name, value) for name, value in given.items()})
+    try:
+        if overlay in ("open", "tokens"):
+            sidecar.wait_for("listening")
+        else:
+            with pytest.raises(AssertionError, match="require credentials"):
+                sidecar.wait_for("listening")
+            assert sidecar.stop() == 2
+    finally:
+        sidecar.kill()
 
 
 @every

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -475,3 +476,42 @@ def test_a_token_is_one_word(token: str) -> None:
     with pytest.raises(ValueError, match="^token: must be printable ASCII without spaces$"):
         ostinato.Client(token=token)
     assert bearer("x") == "Bearer x"
+
+
+@pytest.mark.parametrize(
+    "target", ["sidecar.example:7001", "http://192.0.2.1:7001", "[2001:db8::1]:7001", "127.0.0.1.example:7001", "dns:host:7001"]
+)
+def test_a_token_does_not_travel_in_clear_text(target: str) -> None:
+    """To a target on a network a token needs TLS or the caller's word; the message does not show the token."""
+    with pytest.raises(ValueError, match=r"^token: could be read on the way to .*allow_plaintext_token") as raised:
+        ostinato.Client(target, token="secret")
+
+    assert "secret" not in str(raised.value)
+    ostinato.Client(target)
+    ostinato.Client(target, token="secret", allow_plaintext_token=True)
+    ostinato.Client(target, token="secret", credentials=ostinato.tls())
+
+
+@pytest.mark.parametrize("target", ["localhost:7001", "http://127.0.0.9:7001/", "[::1]:7001", "unix:/run/s", "https://host:1"])
+def test_a_token_may_stay_on_the_machine(target: str) -> None:
+    """Loopback, a unix socket, and TLS need no word."""
+    ostinato.Client(target, token="secret")
+
+
+async def test_loopback_is_reached_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy in the environment does not get the calls to loopback, nor their token."""
+    seen = asyncio.Event()
+
+    async def proxy(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.set()
+        writer.close()
+
+    server = await asyncio.start_server(proxy, "127.0.0.1", 0)
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        async with server, ostinato.Client(f"127.0.0.1:{held.getsockname()[1]}", token="secret") as client:
+            with pytest.raises(errors.Disconnected):
+                await client.head(timeout=1)
+
+    assert not seen.is_set()

@@ -568,8 +568,26 @@ async def test_a_port_for_probes(authority: Authority) -> None:
     assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_tls_lets_a_remote_address_in(authority: Authority) -> None:
-    """Beyond loopback a port needs TLS or leave."""
-    served = ServerTls(*authority.sign("sidecar"), None)
+async def test_an_address_beyond_loopback_needs_credentials(authority: Authority, tmp_path: Path) -> None:
+    """TLS alone, and a gateway's word, do not say who calls; a client CA does, and so does a token if it cannot be read on
+    the way or a flag allows it."""
+    certificate, key = authority.sign("sidecar")
+    served, listed = ServerTls(certificate, key, None), auth.load_tokens(file_of(tmp_path))
 
-    Server(["0.0.0.0:0"], registry=CollectorRegistry(), credentials=Credentials(served))
+    def refusal(credentials: Credentials, **flags: Any) -> str:
+        try:
+            Server(["0.0.0.0:0"], registry=CollectorRegistry(), credentials=credentials, **flags)
+        except StartupError as error:
+            return str(error)
+        return ""
+
+    for unproven in (Credentials(), Credentials(served), Credentials(trust_tenant_metadata=True)):
+        assert "--open" in refusal(unproven)
+        assert "--open" in refusal(unproven, plaintext_tokens=True)
+        assert refusal(unproven, open_to_all=True) == ""
+    in_clear = Credentials(tokens=listed)
+    assert "--allow-plaintext-tokens" in refusal(in_clear)
+    assert "--allow-plaintext-tokens" in refusal(in_clear, open_to_all=True)
+    assert refusal(in_clear, plaintext_tokens=True) == ""
+    for proven in (Credentials(served, listed), Credentials(ServerTls(certificate, key, authority.file))):
+        assert refusal(proven) == ""

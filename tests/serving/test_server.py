@@ -130,14 +130,14 @@ async def test_a_socket_where_everybody_may_write_is_refused(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "192.0.2.1:7000"])
 async def test_a_remote_address_must_be_allowed(address: str) -> None:
-    """A port that the network can reach is refused unless it is allowed."""
-    with pytest.raises(StartupError, match="anyone on the network"):
+    """A port that the network can reach is refused where callers need no credentials, unless --open allows it."""
+    with pytest.raises(StartupError, match="anyone who reaches it could do everything: .* --open"):
         made(address)
 
 
 async def test_an_allowed_remote_address_serves() -> None:
-    """With allow_remote any address is bound."""
-    server = made("0.0.0.0:0", allow_remote=True)
+    """With --open any address is bound."""
+    server = made("0.0.0.0:0", open_to_all=True)
     await server.start()
     async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
         assert (await call(channel, "UnaryUnary", text("x")))[0].content == "x"

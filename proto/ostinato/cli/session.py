@@ -45,9 +45,17 @@ class Session:
     timeout: float | None = None
     credentials: grpc.ChannelCredentials | None = None
     token: str | None = field(default=None, repr=False)
+    allow_plaintext_token: bool = False
 
     def client(self, max_response_bytes: int = DEFAULT_RESPONSE_BYTES) -> Client:
-        return Client(self.target, credentials=self.credentials, token=self.token, max_response_bytes=max_response_bytes)
+        with usage():
+            return Client(
+                self.target,
+                credentials=self.credentials,
+                token=self.token,
+                allow_plaintext_token=self.allow_plaintext_token,
+                max_response_bytes=max_response_bytes,
+            )
 
 
 _TARGET = ("--target", "-t")
@@ -68,6 +76,15 @@ def _credential(variable: str, text: str) -> Any:
 
 
 TokenFile = Annotated[Path | None, _credential("OSTINATO_TOKEN_FILE", "Holds the token, which may also be in OSTINATO_TOKEN.")]
+PlaintextToken = Annotated[
+    bool,
+    typer.Option(
+        "--allow-plaintext-token",
+        envvar="OSTINATO_ALLOW_PLAINTEXT_TOKEN",
+        help="Send the token without TLS beyond loopback, where it can be read.",
+        rich_help_panel="Credentials",
+    ),
+]
 TlsCa = Annotated[Path | None, _credential("OSTINATO_TLS_CA", "PEM: the authorities to trust. Turns TLS on.")]
 TlsCertificate = Annotated[Path | None, _credential("OSTINATO_TLS_CERTIFICATE", "PEM: the client's certificate, if required.")]
 TlsKey = Annotated[Path | None, _credential("OSTINATO_TLS_KEY", "PEM: the certificate's private key.")]
@@ -94,6 +111,7 @@ def common(
     json: Json = None,
     timeout: Timeout = None,
     token_file: TokenFile = None,
+    allow_plaintext_token: PlaintextToken = False,
     tls_ca: TlsCa = None,
     tls_certificate: TlsCertificate = None,
     tls_key: TlsKey = None,
@@ -106,7 +124,7 @@ def common(
     with usage():
         secured = any((tls_ca, tls_certificate, tls_key))
         credentials = tls(tls_ca, certificate=tls_certificate, key=tls_key) if secured else None
-        session = Session(credentials=credentials, token=_token(token_file))
+        session = Session(credentials=credentials, token=_token(token_file), allow_plaintext_token=allow_plaintext_token)
         if traces:
             tracing.start(traces, "ostinato.cli", "", os.environ)
     context.obj = _with(session, target, json, timeout)
