@@ -491,7 +491,8 @@ class Submissions:
     """What one stream has submitted. A sidecar that breaks one of these rules loses its stream.
 
     1. Run ids are used once (among the newest RUN_IDS_MAX) and are not 0.
-    2. Sequences of primary first attempts rise. Later attempts need not: an item may come from another writer.
+    2. Sequences of primary first attempts rise, except those that go ahead of other tenants' items. Later attempts need not:
+       an item may come from another writer.
     3. Every run has a known purpose, an attempt from 1, token ids and a length.
     """
 
@@ -511,9 +512,10 @@ class Submissions:
             raise ProtocolViolation(f"run {run_id}: attempts count from 1")
         if not submit.token_ids or not submit.parameters.max_new_tokens:
             raise ProtocolViolation(f"run {run_id}: lacks token_ids or parameters")
-        if primary and (not submit.sequence or (submit.attempt == 1 and submit.sequence <= self._last_sequence)):
+        in_order = primary and submit.attempt == 1 and not submit.ahead
+        if primary and (not submit.sequence or (in_order and submit.sequence <= self._last_sequence)):
             raise OutOfOrder(f"run {run_id}: sequence {submit.sequence} comes after {self._last_sequence}")
-        if primary and submit.attempt == 1:
+        if in_order:
             self._last_sequence = submit.sequence
         self._ids.add(run_id)
         self._order.append(run_id)

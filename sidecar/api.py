@@ -6,6 +6,7 @@ What a caller may not see does not exist for it: NOT_FOUND, never PERMISSION_DEN
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 
 from ostinato import errors
@@ -96,21 +97,29 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
 
 
 class ConcurrencyLimit:
-    """A bound on calls of one kind."""
+    """A bound on calls of one kind, of all and of each tenant."""
 
-    def __init__(self, what: str, most: int) -> None:
-        self._what, self._most, self._taken = what, most, 0
+    def __init__(self, what: str, most: int, tenant_most: int | None = None) -> None:
+        """`tenant_most`: None is no bound of its own."""
+        self._what, self._most, self._tenant_most = what, most, tenant_most
+        self._taken: Counter[str] = Counter()
+        """By tenant."""
 
     @contextlib.contextmanager
     def acquired(self) -> Iterator[None]:
-        """Around a call. Raises QueueFull at the bound."""
-        if self._taken >= self._most:
+        """Around a call. Raises QueueFull at a bound."""
+        tenant = caller().tenant
+        if self._tenant_most is not None and self._taken[tenant] >= self._tenant_most:
+            raise errors.QueueFull(f"{self._tenant_most} {self._what} of this tenant run already", retry_after=1.0)
+        if self._taken.total() >= self._most:
             raise errors.QueueFull(f"{self._most} {self._what} run already", retry_after=1.0)
-        self._taken += 1
+        self._taken[tenant] += 1
         try:
             yield
         finally:
-            self._taken -= 1
+            self._taken[tenant] -= 1
+            if not self._taken[tenant]:
+                del self._taken[tenant]
 
 
 class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
@@ -124,7 +133,9 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
         self._journal = pipeline.journal
         self._followers = ConcurrencyLimit("followers", settings.followers_max)
         self._tails = ConcurrencyLimit("calls of Tail without follow", settings.tails_max)
-        self._replays = ConcurrencyLimit("replays", settings.replays_max)
+        self._replays = ConcurrencyLimit(
+            "replays", settings.replays_max, settings.tenant_replays_max if settings.tenants else None
+        )
 
     async def Get(self, request: sequencer_pb2.GetRequest, context: Context) -> sequencer_pb2.GetResponse:
         match request.WhichOneof("target"):
@@ -177,6 +188,8 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
     async def Replay(
         self, request: sequencer_pb2.ReplayRequest, context: Context
     ) -> AsyncIterator[sequencer_pb2.ReplayResponse]:
+        if request.alone:
+            caller().require_admin("Replay with alone")
         first, last = ends_of(request.range)
         if request.concurrency > 64:
             raise errors.invalid("concurrency", "at most 64 are allowed")
@@ -189,7 +202,8 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
         await need_sight(self._journal, first, last)
         concurrency = 1 if request.alone else request.concurrency or 8
         with self._replays.acquired():
-            async for response in replay(self._pipeline, first, last, concurrency, exclusive=request.alone):
+            runs = replay(self._pipeline, first, last, concurrency, exclusive=request.alone, tenant=caller().tenant)
+            async for response in runs:
                 yield response
 
     async def Head(self, request: sequencer_pb2.HeadRequest, context: Context) -> sequencer_pb2.HeadResponse:

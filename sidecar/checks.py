@@ -376,14 +376,15 @@ def _note_name(fingerprint: bytes, digest: bytes) -> str:
 
 
 async def replay(
-    pipeline: Pipeline, first: int, last: int, concurrency: int, *, exclusive: bool
+    pipeline: Pipeline, first: int, last: int, concurrency: int, *, exclusive: bool, tenant: str
 ) -> AsyncIterator[sequencer_pb2.ReplayResponse]:
     """A verdict for each completed item of the range, in the order in which they are found; each is appended to the journal.
+    `tenant`: who asks.
 
     Raises EngineUnavailable or Draining if the rest cannot be run. An item without a verdict can be replayed again.
     """
     counts = sequencer_pb2.ReplayResponse(total=last - first + 1)
-    runs = _replays(pipeline, first, last, exclusive=exclusive)
+    runs = _replays(pipeline, first, last, tenant, exclusive=exclusive)
     async with aclosing(bounded_gather(runs, concurrency)) as responses:
         async for response in responses:
             counts.seen += len(response.passed_over) or 1
@@ -392,15 +393,15 @@ async def replay(
 
 
 async def _replays(
-    pipeline: Pipeline, first: int, last: int, *, exclusive: bool
+    pipeline: Pipeline, first: int, last: int, tenant: str, *, exclusive: bool
 ) -> AsyncIterator[Coroutine[Any, Any, sequencer_pb2.ReplayResponse]]:
     async for page in pages(pipeline.journal, first, last):
         if others := [entries.admitted.header.sequence for entries in page if not _completed(entries)]:
             yield _passed_over(others)
         for entries in filter(_completed, page):
-            while not pipeline.core.reruns.room:
+            while not pipeline.core.reruns.room(tenant):
                 await asyncio.sleep(ROOM_SECONDS)
-            yield _replay(pipeline, entries, exclusive=exclusive)
+            yield _replay(pipeline, entries, tenant, exclusive=exclusive)
 
 
 def _completed(entries: ItemEntries) -> bool:
@@ -411,7 +412,7 @@ async def _passed_over(sequences: list[int]) -> sequencer_pb2.ReplayResponse:
     return sequencer_pb2.ReplayResponse(passed_over=sequences)
 
 
-async def _replay(pipeline: Pipeline, entries: ItemEntries, *, exclusive: bool) -> sequencer_pb2.ReplayResponse:
+async def _replay(pipeline: Pipeline, entries: ItemEntries, tenant: str, *, exclusive: bool) -> sequencer_pb2.ReplayResponse:
     """If the runs differ, the response has both outputs."""
     sequence, rerunner = entries.admitted.header.sequence, pipeline.rerunner
     try:
@@ -420,7 +421,7 @@ async def _replay(pipeline: Pipeline, entries: ItemEntries, *, exclusive: bool) 
         pipeline.observer.not_compared(REPLAY, error.reason)
         return sequencer_pb2.ReplayResponse(comparison=no_verdict(sequence, REPLAY, error))
     try:
-        second = rerunner.start(record.input, sequence, REPLAY, exclusive=exclusive)
+        second = rerunner.start(record.input, sequence, REPLAY, tenant, exclusive=exclusive)
         recheck = await rerunner.check(record, REPLAY, second)
     except (errors.EngineUnavailable, errors.Draining):
         raise

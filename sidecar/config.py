@@ -51,13 +51,22 @@ class Settings:
     queue_items_max: int = field(4096, "items that wait for a sequence, the journal or the engine", minimum=1)
     tenant_queue_items_max: int = field(1024, "items of one tenant that wait for a sequence", minimum=1)
     numbered_items_max: int = field(64, "items that have one and wait for the engine, with tenants", minimum=1)
-    window_runs_max: int = field(0, "runs submitted to the engine at once; 0: twice what it runs", minimum=0)
+    tenant_engine_share: float = field(
+        0.875,
+        "share of the engine that one tenant's items may hold, with tenants; 1: no room is kept for others",
+        minimum=0.01,
+        maximum=1.0,
+    )
+    window_runs_max: int = field(
+        0, "runs submitted to the engine at once; 0: twice what it runs, with tenants what it runs", minimum=0
+    )
     attempts_max: int = field(3, "engines lost under an item before it fails", minimum=1)
     item_timeout_seconds: float = field(600.0, "timeout of one attempt", minimum=0.001)
     idempotency_ttl_seconds: float = field(86400.0, "how long a key is kept after its outcome", minimum=0.0)
     followers_max: int = field(64, "calls that follow the journal at once", minimum=1)
     tails_max: int = field(64, "calls that read the journal to its end at once", minimum=1)
-    replays_max: int = field(4, "replays at once", minimum=1)
+    replays_max: int = field(8, "replays at once", minimum=1)
+    tenant_replays_max: int = field(2, "replays of one tenant at once, with tenants", minimum=1)
     # bytes held for callers
     held_call_bytes_max: int = field(64 << 20, "waiting for one stream's reader; above it the call is lost", minimum=1024)
     held_tenant_bytes_max: int = field(256 << 20, "held for the callers of one tenant, with tenants", minimum=1024)
@@ -137,6 +146,7 @@ class Settings:
             window_runs_max=self.window_runs_max,
             tenant_queue_items_max=self.tenant_queue_items_max if self.tenants else self.queue_items_max,
             numbered_items_max=min(self.queue_items_max, self.numbered_items_max) if self.tenants else self.queue_items_max,
+            tenant_share=self.tenant_engine_share if self.tenants else 1.0,
             attempts_max=self.attempts_max,
             item_timeout_seconds=self.item_timeout_seconds,
             reruns_share=self.reruns_share,

@@ -192,6 +192,7 @@ def submission(
     stream: bool,
     timeout_seconds: float,
     traceparent: str,
+    ahead: bool = False,
 ) -> engine_pb2.Submit:
     """A recorded input as a run. It is not rendered or tokenised again."""
     return engine_pb2.Submit(
@@ -205,4 +206,5 @@ def submission(
         stream=stream,
         timeout_millis=max(1, round(timeout_seconds * 1000)),
         traceparent=traceparent,
+        ahead=ahead,
     )

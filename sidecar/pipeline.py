@@ -261,7 +261,8 @@ class Pipeline:
             header, payload = each.admitted.header, sequencer_pb2.AdmittedPayload.FromString(each.admitted.payload)
             waiters = self.remote.claim(header.sequence)
             self._activate(ActiveItem(header, payload, self.clock(), waiters), tracing.current())
-            self.dispatch(ev.Recovered(header.sequence, need_of(payload), bool(payload.idempotency_key), each.attempt))
+            keyed = bool(payload.idempotency_key)
+            self.dispatch(ev.Recovered(header.sequence, need_of(payload), keyed, each.attempt, payload.tenant))
 
     def _activate(self, item: ActiveItem, caller: tracing.Span) -> None:
         self.items[item.sequence] = item
@@ -286,6 +287,7 @@ class Pipeline:
                 stream=any(waiter.wants_tokens for waiter in item.waiters),
                 timeout_seconds=submit.expires_at - now,
                 traceparent=self.observer.submitted(item, submit.attempt, again=again),
+                ahead=submit.ahead,
             )
         )
 
@@ -354,7 +356,7 @@ class Pipeline:
         item.company_at_end = self.core.window.runs if self.core.window is not None else 0
         if item.input.verify:
             with item.span.entered():
-                item.verification = self.rerunner.start(item.input, item.sequence, VERIFY)
+                item.verification = self.rerunner.start(item.input, item.sequence, VERIFY, item.input.tenant)
 
     # ---- record and answer
 

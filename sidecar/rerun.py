@@ -102,9 +102,15 @@ class Rerunner:
         self._last_id = 0
 
     def start(
-        self, given: sequencer_pb2.AdmittedPayload, sequence: int, kind: Kind, *, exclusive: bool = False
+        self,
+        given: sequencer_pb2.AdmittedPayload,
+        sequence: int,
+        kind: Kind,
+        tenant: str | None = None,
+        *,
+        exclusive: bool = False,
     ) -> asyncio.Future[RerunResult]:
-        """Queue a second run; an exclusive one has the engine to itself.
+        """Queue a second run, which `tenant` has asked for; an exclusive one has the engine to itself.
 
         The future fails with what ended the run without an output. To give up the run, cancel the future or set its exception.
         """
@@ -114,7 +120,8 @@ class Rerunner:
         result: asyncio.Future[RerunResult] = asyncio.get_running_loop().create_future()
         self._reruns[rerun_id] = _Rerun(given, sequence, purpose, result, run_span(purpose, sequence))
         result.add_done_callback(lambda _: self._done(rerun_id))
-        self._dispatch(ev.Rerun(rerun_id, kv_tokens(given), URGENCY.get(purpose, ev.Urgency.BACKGROUND), exclusive))
+        urgency = URGENCY.get(purpose, ev.Urgency.BACKGROUND)
+        self._dispatch(ev.Rerun(rerun_id, kv_tokens(given), urgency, exclusive, tenant))
         return result
 
     def _done(self, rerun_id: int) -> None:

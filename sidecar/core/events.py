@@ -36,8 +36,21 @@ class Admit:
     """Of the call. A keyed batch outlives it."""
     tenant: str = ""
 
+    @property
+    def items(self) -> int:
+        return len(self.needs)
+
+    @property
+    def cost(self) -> int:
+        """Tokens, prompts and answers at worst; at least 1."""
+        return max(1, sum(need.kv_tokens for need in self.needs))
+
+    @property
+    def waits_until(self) -> float | None:
+        return None if self.keyed else self.deadline
+
     def expired(self, now: float) -> bool:
-        return not self.keyed and self.deadline is not None and now >= self.deadline
+        return self.waits_until is not None and now >= self.waits_until
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +77,7 @@ class Recovered:
     keyed: bool
     attempt: int
     """Of its next submission."""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +178,8 @@ class Rerun:
     urgency: Urgency
     exclusive: bool = False
     """Whether nothing may run beside it."""
+    tenant: str | None = None
+    """Who asked for it; None: the sidecar itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +255,8 @@ class Submit:
     expires_at: float
     company: int
     """Runs that the engine holds now, this one included."""
+    ahead: bool = False
+    """Whether items of other tenants that wait have lower sequences."""
 
 
 @dataclass(frozen=True, slots=True)

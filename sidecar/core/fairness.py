@@ -1,14 +1,15 @@
 """Which batch is numbered next: fair queueing between tenants, in front of the sequencer. Pure.
 
-A sequence is a place in a first-in, first-out queue. So only few numbered items may wait for the engine
+A tenant's sequences are places in a first-in, first-out queue. So only few numbered items may wait for the engine
 (`Bounds.numbered_items_max`), and other batches wait here. A batch that may enter at once is not queued.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 from ostinato import errors
 
@@ -45,48 +46,64 @@ class ThroughputEstimator:
         return self._ended * math.exp(min(0.0, self._at - now) / MEMORY_SECONDS)
 
 
-def cost(admit: ev.Admit) -> int:
-    """Tokens of a batch, prompts and answers at worst; at least 1."""
-    return max(1, sum(need.kv_tokens for need in admit.needs))
+class Batch(Protocol):
+    """What waits in a `FairQueue`."""
+
+    @property
+    def batch_id(self) -> int: ...
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def items(self) -> int: ...
+    @property
+    def cost(self) -> int:
+        """At least 1."""
+        ...
+
+    @property
+    def waits_until(self) -> float | None: ...
+
+
+B = TypeVar("B", bound=Batch)
 
 
 @dataclass(slots=True, eq=False)
-class Lane:
+class Lane(Generic[B]):
     """The waiting batches of one tenant."""
 
     tenant: str
-    batches: dict[int, ev.Admit] = field(default_factory=dict)
+    batches: dict[int, B] = field(default_factory=dict)
     """By batch id, in order of arrival."""
     items: int = 0
-    tokens: int = 0
-    """The deficit counter: tokens that the tenant may still use."""
+    credit: int = 0
+    """The deficit counter: the cost of what the tenant may still take."""
 
     @property
-    def first(self) -> ev.Admit:
+    def first(self) -> B:
         return next(iter(self.batches.values()))
 
     def turns(self, quantum: int) -> int:
         """Turns until its first batch is paid for, at least one."""
-        return max(1, -(-(cost(self.first) - self.tokens) // quantum))
+        return max(1, -(-(self.first.cost - self.credit) // quantum))
 
 
-class FairQueue:
-    """A deficit round robin over tenants, by tokens.
+class FairQueue(Generic[B]):
+    """A deficit round robin over tenants, by cost.
 
     Tenants take turns. A turn adds a quantum to a tenant's deficit counter, which is lost when the tenant's lane is empty.
 
     1. Batches of one tenant leave in order of arrival, unless they are dropped.
-    2. Of two tenants that wait, neither gets more than one quantum and two batches ahead of the other.
+    2. Of two tenants that wait, neither gets more than one quantum and two batches ahead of the other, except by `passing`.
     """
 
     def __init__(self, quantum: int = QUANTUM_TOKENS) -> None:
         self._quantum = quantum
-        self._lanes: dict[str, Lane] = {}
+        self._lanes: dict[str, Lane[B]] = {}
         """In the order of their turns."""
-        self._admits: dict[int, ev.Admit] = {}
+        self._batches: dict[int, B] = {}
         """By batch id."""
         self._deadlines = Timers()
-        self._serving: Lane | None = None
+        self._serving: Lane[B] | None = None
         """Whose turn has begun; stands first while its lane is not empty."""
         self.items = 0
         """Of all tenants."""
@@ -100,54 +117,55 @@ class FairQueue:
         lane = self._lanes.get(tenant)
         return lane.items if lane is not None else 0
 
-    def get(self, batch_id: int) -> ev.Admit | None:
-        return self._admits.get(batch_id)
+    def get(self, batch_id: int) -> B | None:
+        return self._batches.get(batch_id)
 
-    def __iter__(self) -> Iterator[ev.Admit]:
-        return (admit for lane in list(self._lanes.values()) for admit in list(lane.batches.values()))
+    def __iter__(self) -> Iterator[B]:
+        return (batch for lane in list(self._lanes.values()) for batch in list(lane.batches.values()))
 
-    def put(self, admit: ev.Admit) -> None:
-        lane = self._lanes.setdefault(admit.tenant, Lane(admit.tenant))
-        assert admit.batch_id not in self._admits
-        self._admits[admit.batch_id] = lane.batches[admit.batch_id] = admit
-        self._deadlines.put(admit.batch_id, None if admit.keyed else admit.deadline)
-        lane.items += len(admit.needs)
-        self.items += len(admit.needs)
+    def put(self, batch: B) -> None:
+        lane = self._lanes.setdefault(batch.tenant, Lane(batch.tenant))
+        assert batch.batch_id not in self._batches
+        self._batches[batch.batch_id] = lane.batches[batch.batch_id] = batch
+        self._deadlines.put(batch.batch_id, batch.waits_until)
+        lane.items += batch.items
+        self.items += batch.items
 
-    def first(self) -> ev.Admit | None:
+    def first(self) -> B | None:
         """The next batch. It stays the next until it is taken or dropped."""
         if not self._lanes:
             return None
         lane = next(iter(self._lanes.values()))
-        if lane is not self._serving or lane.tokens < cost(lane.first):
+        if lane is not self._serving or lane.credit < lane.first.cost:
             lane = self._advance()
         return lane.first
 
-    def take(self) -> ev.Admit:
-        """Remove the next batch, which its tenant pays for."""
-        admit = self.first()
-        assert admit is not None, "something waits"
-        self._lanes[admit.tenant].tokens -= cost(admit)
-        self.drop(admit)
-        return admit
+    def passing(self, may: Callable[[str], bool]) -> B | None:
+        """The first batch of the first tenant that may, where the next batch may not. Its tenant pays later."""
+        return next((lane.first for lane in self._lanes.values() if may(lane.tenant)), None)
 
-    def drop(self, admit: ev.Admit) -> None:
+    def take(self, batch: B) -> None:
+        """Remove the first batch of a tenant, which pays for it."""
+        self._lanes[batch.tenant].credit -= batch.cost
+        self.drop(batch)
+
+    def drop(self, batch: B) -> None:
         """Remove a batch without payment."""
-        lane = self._lanes[admit.tenant]
-        del self._admits[admit.batch_id], lane.batches[admit.batch_id]
-        self._deadlines.put(admit.batch_id, None)
-        lane.items -= len(admit.needs)
-        self.items -= len(admit.needs)
+        lane = self._lanes[batch.tenant]
+        del self._batches[batch.batch_id], lane.batches[batch.batch_id]
+        self._deadlines.put(batch.batch_id, None)
+        lane.items -= batch.items
+        self.items -= batch.items
         if not lane.batches:
-            del self._lanes[admit.tenant]
+            del self._lanes[batch.tenant]
 
-    def drop_expired(self, now: float) -> Iterator[ev.Admit]:
+    def drop_expired(self, now: float) -> Iterator[B]:
         """Remove the batches whose deadline has passed."""
         for batch_id in self._deadlines.due(now):
-            self.drop(admit := self._admits[batch_id])
-            yield admit
+            self.drop(batch := self._batches[batch_id])
+            yield batch
 
-    def _advance(self) -> Lane:
+    def _advance(self) -> Lane[B]:
         """End the present turn, and give turns until a lane can pay: all at once, however many there are."""
         lanes = list(self._lanes.values())
         if lanes[0] is self._serving:
@@ -156,7 +174,7 @@ class FairQueue:
         fewest = min(turns)
         chosen = turns.index(fewest)
         for place, lane in enumerate(lanes):
-            lane.tokens += self._quantum * (fewest if place <= chosen else fewest - 1)
+            lane.credit += self._quantum * (fewest if place <= chosen else fewest - 1)
         self._lanes = {lane.tenant: lane for lane in (*lanes[chosen:], *lanes[:chosen])}
         self._serving = lanes[chosen]
         return lanes[chosen]
@@ -166,32 +184,41 @@ class AdmissionQueue:
     """Takes the sequencer's events and gives its effects.
 
     A batch waits only behind another, or while the sequencer has no room for it. It leaves once: to the sequencer, or refused.
-    A batch without a key is also refused when its call ends or its deadline passes.
+    A batch without a key is also refused when its call ends or its deadline passes. A tenant without an item that waits for the
+    engine is not kept waiting by others: each has its part of the engine (`window.Shares`).
     """
 
     def __init__(self, core: Sequencer) -> None:
         self._core, self._bounds = core, core.bounds
-        self.waiting = FairQueue()
+        self.waiting = FairQueue[ev.Admit]()
         self.throughput = ThroughputEstimator(core.bounds.retry_after_seconds)
 
     def step(self, event: ev.Event, now: float) -> list[ev.Effect]:
         """The effects of one event, in the order in which they are to be performed."""
-        if isinstance(event, ev.Admit) and (self.waiting.items or not self._has_room(event) or event.expired(now)):
+        if isinstance(event, ev.Admit) and (event.expired(now) or not self._enters(event)):
             return self._wait(event, now)
         effects = list(self._before(event, now)) if self.waiting.items else []
         if isinstance(event, ev.Ended):
             self.throughput.ended(now)
         effects += self._core.step(event, now)
         while self.waiting.items and self._core.window is not None:
-            admit = self.waiting.first()
-            if admit is None or not self._has_room(admit):
+            admit = self._next()
+            if admit is None:
                 break
             if admit.expired(now):
                 self.waiting.drop(admit)
                 effects.append(_expired(admit))
             else:
-                effects += self._core.step(self.waiting.take(), now)
+                self.waiting.take(admit)
+                effects += self._core.step(admit, now)
         return effects
+
+    def _next(self) -> ev.Admit | None:
+        """The next batch that may be numbered now."""
+        first = self.waiting.first()
+        if first is None or self._has_room(first):
+            return first
+        return self.waiting.passing(lambda tenant: not self._core.queued_of(tenant))
 
     def _wait(self, admit: ev.Admit, now: float) -> list[ev.Effect]:
         if (error := self._refusal(admit, now)) is not None:
@@ -207,15 +234,21 @@ class AdmissionQueue:
         if isinstance(error, errors.QueueFull):
             return errors.QueueFull(error.message, retry_after=self.throughput.retry_after(queued, now))
         most = self._bounds.tenant_queue_items_max
-        if error is None and own and own + len(admit.needs) > most:
+        if error is None and own and own + admit.items > most:
             hint = self.throughput.retry_after(own * self.waiting.tenants, now)
             return errors.QueueFull(f"{own} items of this tenant wait, {most} may", retry_after=hint)
         return error
 
+    def _enters(self, admit: ev.Admit) -> bool:
+        """Whether a new batch is numbered without waiting here."""
+        if self._has_room(admit):
+            return not self.waiting.items or not (self.waiting.items_of(admit.tenant) or self._core.queued_of(admit.tenant))
+        return False
+
     def _has_room(self, admit: ev.Admit) -> bool:
-        """Whether the batch may be numbered now. One that is larger than the bound enters when nothing else is numbered."""
-        queued = self._core.queued
-        return queued + len(admit.needs) <= self._bounds.numbered_items_max or not queued
+        """Whether the batch may be numbered now. One that is larger than the bound enters when its tenant has nothing numbered
+        that waits."""
+        return self._core.queued + admit.items <= self._bounds.numbered_items_max or not self._core.queued_of(admit.tenant)
 
     def _before(self, event: ev.Event, now: float) -> Iterator[ev.Effect]:
         """What the event does to waiting batches."""

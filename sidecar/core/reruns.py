@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ostinato import errors
 
 from sidecar.core import events as ev
-from sidecar.core.window import Bounds, Window
+from sidecar.core.window import Bounds, Shares, Window, most
+
+TENANT_PART = 4
+"""One tenant's replays may fill a fourth of the places in which replays wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +27,15 @@ class Reruns:
     1. A verification takes over the room of its item's first run, so it delays no other item.
     2. Every other rerun starts only while no item waits, and takes only room in which the engine starts it at once. It is never
        ahead of an item in the engine's own queue.
-    3. Together those hold at most `reruns_share` of the engine's runs and of its KV blocks, or one run.
-    4. Waiting reruns start in order of urgency, and those of one urgency in order of arrival.
+    3. Together those hold at most `reruns_share` of the engine's runs and of its KV blocks, or one run. They leave free what no
+       single tenant may hold, or start on an idle engine.
+    4. Waiting reruns start in order of urgency. Of one urgency the next is of the tenant with the fewest running, and of its
+       reruns the one that arrived first.
+    5. A tenant's part of `reruns_max` is TENANT_PART.
     """
 
-    def __init__(self, bounds: Bounds) -> None:
-        self.bounds = bounds
+    def __init__(self, bounds: Bounds, shares: Shares) -> None:
+        self.bounds, self._shares = bounds, shares
         self.waiting: dict[ev.Urgency, dict[int, ev.Rerun]] = {urgency: {} for urgency in ev.Urgency}
         """By rerun id, the oldest first."""
         self.running: dict[int, Running] = {}
@@ -39,10 +46,12 @@ class Reruns:
         """Whether any waits."""
         return any(self.waiting.values())
 
-    @property
-    def room(self) -> bool:
-        """Whether another replay may wait."""
-        return len(self.waiting[ev.Urgency.REPLAY]) < self.bounds.reruns_max
+    def room(self, tenant: str) -> bool:
+        """Whether another replay of this tenant may wait."""
+        queue, places = self.waiting[ev.Urgency.REPLAY], self.bounds.reruns_max
+        if self._shares.divided and sum(rerun.tenant == tenant for rerun in queue.values()) >= places // TENANT_PART:
+            return False
+        return len(queue) < places
 
     def react(self, event: ev.Rerun | ev.CancelRerun, window: Window | None, *, draining: bool) -> Iterator[ev.Effect]:
         if isinstance(event, ev.CancelRerun):
@@ -62,9 +71,9 @@ class Reruns:
             return errors.EngineUnavailable("no engine is connected")
         if not window.ever_fits(rerun.kv_tokens):
             return errors.EngineFailed("needs more KV blocks than the engine has")
-        most = self.bounds.reruns_max  # verifications are bounded by the items that run
-        if rerun.urgency is not ev.Urgency.VERIFY and len(self.waiting[rerun.urgency]) >= most:
-            return errors.QueueFull(f"{most} second runs wait")
+        places = self.bounds.reruns_max  # verifications are bounded by the items that run
+        if rerun.urgency is not ev.Urgency.VERIFY and len(self.waiting[rerun.urgency]) >= places:
+            return errors.QueueFull(f"{places} second runs wait")
         return None
 
     def verify(self, window: Window, next_run_id: Callable[[], int], now: float) -> Iterator[ev.Effect]:
@@ -78,14 +87,22 @@ class Reruns:
         for urgency in (ev.Urgency.REPLAY, ev.Urgency.BACKGROUND):
             queue = self.waiting[urgency]
             while queue:
-                rerun = next(iter(queue.values()))
+                rerun = self._next(queue)
                 if not self._may_begin(rerun, window):
                     return
                 yield self._submit(rerun, window, next_run_id(), now)
 
+    def _next(self, queue: dict[int, ev.Rerun]) -> ev.Rerun:
+        if not self._shares.divided:
+            return next(iter(queue.values()))
+        running = Counter(each.rerun.tenant for each in self.running.values())
+        return min(queue.values(), key=lambda rerun: running[rerun.tenant])  # of equals the first that arrived
+
     def _submit(self, rerun: ev.Rerun, window: Window, run_id: int, now: float) -> ev.Effect:
         del self.waiting[rerun.urgency][rerun.rerun_id]
         window.take(rerun.kv_tokens, exclusive=rerun.exclusive)
+        if rerun.tenant is not None:
+            self._shares.take(rerun.tenant, window.need(rerun.kv_tokens))
         assert rerun.urgency is ev.Urgency.VERIFY or window.runs <= window.engine.runs, "invariant 2"
         expires_at = now + self.bounds.item_timeout_seconds
         self.running[run_id] = Running(rerun, expires_at)
@@ -96,13 +113,20 @@ class Reruns:
         held = [r.rerun.kv_tokens for r in self.running.values() if r.rerun.urgency is not ev.Urgency.VERIFY]
         blocks = sum(map(window.need, held)) + window.need(rerun.kv_tokens)
         in_share = len(held) < int(share * engine.runs) and blocks <= share * engine.kv_blocks
-        return window.runs < engine.runs and window.fits(rerun.kv_tokens, exclusive=rerun.exclusive) and (in_share or not held)
+        if not window.fits(rerun.kv_tokens, exclusive=rerun.exclusive) or not (in_share or not held):
+            return False
+        part = self.bounds.tenant_share
+        room = window.blocks + window.need(rerun.kv_tokens) <= part * engine.kv_blocks
+        return not window.runs or (window.runs < most(part, engine.runs) and room)
 
     def ended(self, run_id: int, window: Window) -> bool:
         """Give the run's room back. False: it is not a rerun."""
         running = self.running.pop(run_id, None)
         if running is not None:
-            window.give(running.rerun.kv_tokens)
+            rerun = running.rerun
+            window.give(rerun.kv_tokens)
+            if rerun.tenant is not None:
+                self._shares.give(rerun.tenant, window.need(rerun.kv_tokens))
         return running is not None
 
     def expire(self, now: float, window: Window | None) -> Iterator[ev.Effect]:

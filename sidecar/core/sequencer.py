@@ -17,7 +17,7 @@ from ostinato.v1 import types_pb2
 
 from sidecar.core import events as ev
 from sidecar.core.reruns import Reruns
-from sidecar.core.window import Bounds, Window
+from sidecar.core.window import Bounds, Shares, Window
 
 T = TypeVar("T")
 
@@ -44,6 +44,7 @@ class Item:
     need: ev.Need
     keyed: bool
     deadline: float | None
+    tenant: str = ""
     first_attempt: int = 1
     """More than 1 if earlier epochs submitted it."""
     attempt: int = field(init=False)
@@ -127,9 +128,12 @@ class Sequencer:
     """One per writer and epoch. Not thread-safe.
 
     1. `waiting` is in ascending order of sequence, whether its numbering, a takeover or the loss of an engine put an item
-       there, and only its head is submitted. So items that this epoch numbers are first submitted in ascending order.
+       there, and only its head is submitted. With tenants it is the head of those whose tenant may hold more of the engine
+       (`Shares`): only others' items overtake, and only those of a tenant that holds its share. So items of one tenant that
+       this epoch numbers are first submitted in ascending order, and without tenants all items are.
     2. Each item gets exactly one End, and is remembered until that is durable. Only a drain leaves keyed items without one.
-    3. Runs never exceed the engine's window. Nothing overtakes a head that waits for room, except a verification (`reruns`).
+    3. Runs never exceed the engine's window. Nothing overtakes that head while it waits for room, except a verification
+       (`reruns`).
     4. An item is submitted again only after Disconnected, and fewer than `attempts_max` engines were lost under it before. A
        quarantined item runs exclusively, so it cannot take other items down with it.
     5. A refused batch leaves no trace. While draining, every batch is refused, and no item waits for another engine: if the
@@ -144,7 +148,8 @@ class Sequencer:
         """By sequence: those of `items` that wait for room."""
         self.runs: dict[int, Item] = {}
         """By run id: those of `items` that the engine holds."""
-        self.reruns = Reruns(bounds)
+        self.shares = Shares(bounds.tenant_share)
+        self.reruns = Reruns(bounds, self.shares)
         self.window: Window | None = None
         """None: no engine is connected."""
         self.draining = False
@@ -157,13 +162,17 @@ class Sequencer:
         self._last_run_id = 0
         self._stream_after_run_id = 0
         self._newest_submitted = 0
-        """Of the items that this epoch numbered."""
+        """Of the items that this epoch numbered, without those that went ahead of others."""
         self._effects: list[ev.Effect] = []
 
     @property
     def queued(self) -> int:
         """Items that wait for the journal or for the engine."""
         return self._numbering + len(self.waiting)
+
+    def queued_of(self, tenant: str) -> int:
+        """Of `queued`, those of one tenant; all, where the engine is not divided between tenants."""
+        return self.shares.queued(tenant) if self.shares.divided else self.queued
 
     def step(self, event: ev.Event, now: float) -> list[ev.Effect]:
         """The effects of one event, in the order in which they are to be performed."""
@@ -183,7 +192,7 @@ class Sequencer:
             case ev.Numbered(batch_id, first_sequence):
                 self._numbered(self._batches[batch_id], first_sequence)
             case ev.NotNumbered(batch_id):
-                self._numbering -= len(self._batches.pop(batch_id).admit.needs)
+                self._number(self._batches.pop(batch_id).admit, -1)
             case ev.Started(run_id) | ev.Finished(run_id) | ev.Failed(run_id):
                 self._run_event(run_id, event)
             case ev.Ended(sequence):
@@ -196,7 +205,9 @@ class Sequencer:
             case ev.CancelBatch(batch_id, error):
                 self._cancel_batch(batch_id, error)
             case ev.Connected():
-                self.window = Window(event, self.bounds.window_runs_max or 2 * event.runs)
+                # The engine's own queue knows no tenants: what waits there delays all.
+                runs_max = event.runs if self.shares.divided else 2 * event.runs
+                self.window = Window(event, self.bounds.window_runs_max or runs_max)
                 self._stream_after_run_id = self._last_run_id
             case ev.Regraded(grade):
                 if self.window is not None:
@@ -240,24 +251,28 @@ class Sequencer:
             return
         assert admit.batch_id not in self._batches
         self._batches[admit.batch_id] = Batch(admit, len(admit.needs))
-        self._numbering += len(admit.needs)
+        self._number(admit, 1)
         self._effects.append(ev.AppendAdmission(admit.batch_id))
+
+    def _number(self, admit: ev.Admit, sign: int) -> None:
+        """The journal has a batch to append, or not any more."""
+        self._numbering += sign * admit.items
+        self.shares.queue(admit.tenant, sign * admit.items)
 
     def _numbered(self, batch: Batch, first_sequence: int) -> None:
         admit, batch.first_sequence = batch.admit, first_sequence
-        self._numbering -= len(admit.needs)
-        deadline = None if admit.keyed else admit.deadline
-        sequences = range(first_sequence, first_sequence + len(admit.needs))
+        numbers = enumerate(admit.needs, first_sequence)
         self._enqueue(
-            [Item(each, admit.batch_id, need, admit.keyed, deadline) for each, need in zip(sequences, admit.needs, strict=True)]
+            [Item(each, admit.batch_id, need, admit.keyed, admit.waits_until, admit.tenant) for each, need in numbers]
         )
+        self._number(admit, -1)
         if batch.cancelled is not None:
             self._cancel_batch(admit.batch_id, batch.cancelled)
         if self._abandoning:
             self._abandon()
 
     def _recovered(self, recovered: ev.Recovered) -> None:
-        item = Item(recovered.sequence, 0, recovered.need, recovered.keyed, None, recovered.attempt)
+        item = Item(recovered.sequence, 0, recovered.need, recovered.keyed, None, recovered.tenant, recovered.attempt)
         self._enqueue([item])
         if not item.keyed:
             self._end(item, errors.Abandoned("found unfinished, without a key"))
@@ -275,6 +290,7 @@ class Sequencer:
         for item in items:
             self.waiting[item.sequence] = item
             self._timers.put(item.sequence, item.overdue_at(self.bounds.overdue_seconds))
+            self.shares.queue(item.tenant, 1)
         if items and items[0].sequence < newest:
             self.waiting = dict(sorted(self.waiting.items()))
 
@@ -282,31 +298,48 @@ class Sequencer:
 
     def _submit_what_fits(self, window: Window, now: float) -> None:
         self._effects += self.reruns.verify(window, self._next_run_id, now)
-        while self.waiting:
-            head = next(iter(self.waiting.values()))
+        while (head := self._head(window)) is not None:
             if (error := unfit(head, window)) is not None:
                 self._end(head, error)
             elif window.fits(head.need.kv_tokens, exclusive=head.quarantined):
                 self._submit(head, window, now)
             else:
                 return
-        self._effects += self.reruns.submit(window, self._next_run_id, now)
+        if not self.waiting:
+            self._effects += self.reruns.submit(window, self._next_run_id, now)
+
+    def _head(self, window: Window) -> Item | None:
+        """The first item that waits and whose tenant may hold more."""
+        if not self.shares.divided:
+            return next(iter(self.waiting.values()), None)
+        full: set[str] = set()
+        for item in self.waiting.values():
+            if item.tenant in full:
+                continue
+            if self.shares.may_take(item.tenant, window.need(item.need.kv_tokens), window.engine):
+                return item
+            full.add(item.tenant)
+            if len(full) == self.shares.waiting:
+                break
+        return None
 
     def _submit(self, item: Item, window: Window, now: float) -> None:
-        del self.waiting[item.sequence]
-        assert item.sequence < next(iter(self.waiting), item.sequence + 1), "invariant 1: what waits is ascending"
-        if item.batch_id and not item.run_id:
+        self._leave_queue(item)
+        ahead = item.sequence > next(iter(self.waiting), item.sequence)
+        assert self.shares.divided or not ahead, "invariant 1: what waits is ascending"
+        if item.batch_id and not item.run_id and not ahead:
             assert item.sequence > self._newest_submitted, "invariant 1: first submissions are ascending"
             self._newest_submitted = item.sequence
         assert item.phase is Phase.WAITING, "invariant 4"
         assert item.losses < self.bounds.attempts_max, "invariant 4"
         window.take(item.need.kv_tokens, exclusive=item.quarantined)
+        self.shares.take(item.tenant, window.need(item.need.kv_tokens))
         item.phase, item.run_id = Phase.SUBMITTED, self._next_run_id()
         item.attempt = item.first_attempt + item.losses
         item.expires_at = min(now + self.bounds.item_timeout_seconds, item.deadline or float("inf"))
         self.runs[item.run_id] = item
         self._timers.put(item.sequence, item.overdue_at(self.bounds.overdue_seconds))
-        self._effects.append(ev.Submit(item.run_id, item.sequence, item.attempt, item.expires_at, window.runs))
+        self._effects.append(ev.Submit(item.run_id, item.sequence, item.attempt, item.expires_at, window.runs, ahead))
 
     def _run_event(self, run_id: int, event: ev.Started | ev.Finished | ev.Failed) -> None:
         item = self.runs.get(run_id)
@@ -344,6 +377,7 @@ class Sequencer:
         self.window = None
         lost = sorted(self.runs.values(), key=lambda item: item.sequence)
         self.runs.clear()
+        self.shares.lose()
         for item in lost:
             item.engine_lost()
         self._wait(lost)
@@ -367,13 +401,19 @@ class Sequencer:
 
     def _release(self, item: Item) -> bool:
         """Take it out of `waiting` or `runs`. Whether its run is still in the engine."""
-        self.waiting.pop(item.sequence, None)
+        if item.sequence in self.waiting:
+            self._leave_queue(item)
         self._timers.put(item.sequence, None)
         if self.runs.pop(item.run_id, None) is None:
             return False
         assert self.window is not None
         self.window.give(item.need.kv_tokens)
+        self.shares.give(item.tenant, self.window.need(item.need.kv_tokens))
         return True
+
+    def _leave_queue(self, item: Item) -> None:
+        del self.waiting[item.sequence]
+        self.shares.queue(item.tenant, -1)
 
     def _ended(self, item: Item) -> None:
         assert item.phase is Phase.ENDING, "invariant 2"

@@ -100,6 +100,16 @@ async def test_another_tenants_items_do_not_exist(guarded: Guarded) -> None:
         assert len([verdict async for verdict in ops.replay(own, other)]) == 2
 
 
+async def test_a_replay_that_stops_the_engine_is_an_admins(guarded: Guarded) -> None:
+    """Replay with `alone` is PERMISSION_DENIED for tenants, also of their own items, and allowed for admins."""
+    async with guarded.client("acme") as acme, guarded.client("ops") as ops:
+        own = (await acme.generate("mine", max_new_tokens=4)).stamp.first_sequence
+        with pytest.raises(errors.PermissionDenied):
+            _ = [verdict async for verdict in acme.replay(own, alone=True)]
+
+        assert len([verdict async for verdict in ops.replay(own, alone=True)]) == 1
+
+
 async def test_the_journal_is_an_admins(guarded: Guarded) -> None:
     """Tail, Head and Report are PERMISSION_DENIED for tenants and allowed for admins."""
     async with guarded.client("acme") as acme, guarded.client("ops") as ops:

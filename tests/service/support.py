@@ -201,6 +201,7 @@ def submit_of(
     seed: int = 1,
     stream: bool = True,
     timeout_millis: int = 0,
+    ahead: bool = False,
     **parameters: Any,
 ) -> engine_pb2.Submit:
     """A run of 8 tokens; its sequence is its run_id if not given."""
@@ -214,6 +215,7 @@ def submit_of(
         seed=seed,
         stream=stream,
         timeout_millis=timeout_millis,
+        ahead=ahead,
     )
 
 

@@ -457,6 +457,7 @@ async def test_refused_hello_leaves_no_trace() -> None:
         ([engine_pb2.Submit(run_id=1, purpose=REPLAY, sequence=1, attempt=1, token_ids=[1])], errors.ProtocolViolation),
         ([submit_of(1, sequence=5), submit_of(2, sequence=5)], errors.OutOfOrder),
         ([submit_of(1, sequence=5), submit_of(2, sequence=4)], errors.OutOfOrder),
+        ([submit_of(1, sequence=5), submit_of(2, sequence=9, ahead=True), submit_of(3, sequence=5)], errors.OutOfOrder),
         ([submit_of(1, sequence=0)], errors.OutOfOrder),
         ([submit_of(1, sequence=0, attempt=2)], errors.OutOfOrder),
         ([submit_of(1, sequence=5), submit_of(2, sequence=3, attempt=2), submit_of(3, sequence=4)], errors.OutOfOrder),
@@ -479,6 +480,14 @@ async def test_run_id_is_used_up_by_its_run() -> None:
         await stream.send(submit_of(1, sequence=2))
 
         assert isinstance(await stream.broken(), errors.ProtocolViolation)
+
+
+async def test_what_goes_ahead_has_no_place_in_the_order() -> None:
+    """After a run that is marked as ahead of others, those may follow with lower sequences."""
+    async with served() as service, service.stream() as stream:
+        await stream.send(submit_of(1, sequence=5), submit_of(2, sequence=9, ahead=True), submit_of(3, sequence=6))
+
+        assert [bool((await stream.output(run_id)).token_ids) for run_id in (1, 2, 3)] == [True, True, True]
 
 
 async def test_reruns_have_no_place_in_the_order() -> None:

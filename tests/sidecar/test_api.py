@@ -1,7 +1,8 @@
-"""What a reader of the journal is told of a sequence without an item."""
+"""What a reader of the journal is told of a sequence without an item, and how many calls of one kind run."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from ostinato import errors
 from ostinato.v1 import sequencer_pb2
 from serving.auth import CALLER, Identity, Role
 
-from sidecar.api import SequencerServicer
+from sidecar.api import ConcurrencyLimit, SequencerServicer
 from sidecar.config import Settings
 from sidecar.held import Held
 from sidecar.journal.model import Head
@@ -48,3 +49,22 @@ async def test_a_sequence_without_an_item(role: Role, sequence: int, message: st
         await servicer.Get(sequencer_pb2.GetRequest(sequence=sequence), context)
 
     assert told.value.message == message
+
+
+def test_a_tenants_calls_are_bounded() -> None:
+    """A tenant at its own bound is refused and another is not; at the bound of all every tenant is."""
+    limit = ConcurrencyLimit("replays", 3, tenant_most=2)
+
+    def taken(tenant: str) -> str:
+        CALLER.set(Identity(tenant, Role.TENANT))
+        try:
+            stack.enter_context(limit.acquired())
+        except errors.QueueFull as full:
+            return full.message
+        return ""
+
+    with ExitStack() as stack:
+        told = [taken(tenant) for tenant in ("flood", "flood", "flood", "other", "third")]
+
+    assert told == ["", "", "2 replays of this tenant run already", "", "3 replays run already"]
+    assert not limit._taken

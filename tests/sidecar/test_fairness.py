@@ -17,7 +17,7 @@ from ostinato.v1 import types_pb2
 
 from sidecar.core import events as ev
 from sidecar.core.events import Admit, Need
-from sidecar.core.fairness import LEAST_SECONDS, MOST_SECONDS, AdmissionQueue, FairQueue, ThroughputEstimator, cost
+from sidecar.core.fairness import LEAST_SECONDS, MOST_SECONDS, AdmissionQueue, FairQueue, ThroughputEstimator
 from sidecar.core.sequencer import Sequencer, Timers
 from sidecar.core.window import Bounds
 
@@ -28,6 +28,14 @@ TOKENS_MAX = 45
 def batch(batch_id: int, tenant: str, *tokens: int) -> Admit:
     """With an item for each count of tokens."""
     return Admit(batch_id, tuple(Need(count, b"") for count in tokens), keyed=False, tenant=tenant)
+
+
+def take(fair: FairQueue[Admit]) -> Admit:
+    """The next batch, out of the queue."""
+    admit = fair.first()
+    assert admit is not None
+    fair.take(admit)
+    return admit
 
 
 class Textbook:
@@ -51,7 +59,7 @@ class Textbook:
             if self.serving != tenant:
                 self.serving = tenant
                 self.saved[tenant] += QUANTUM
-            if cost(self.waiting[tenant][0]) <= self.saved[tenant]:
+            if self.waiting[tenant][0].cost <= self.saved[tenant]:
                 return self.waiting[tenant][0]
             self.turns.rotate(-1)
             self.serving = ""
@@ -60,7 +68,7 @@ class Textbook:
     def take(self) -> Admit:
         admit = self.first()
         assert admit is not None
-        self.saved[admit.tenant] -= cost(admit)
+        self.saved[admit.tenant] -= admit.cost
         self.drop(admit)
         return admit
 
@@ -81,7 +89,7 @@ steps = st.lists(puts | st.tuples(st.just("take")) | st.tuples(st.just("drop"), 
 def test_the_order_is_the_textbooks(script: Sequence[tuple[object, ...]]) -> None:
     """Whatever comes, goes and is served, the next batch is the one that turn after turn would find, and something is served
     as long as anything waits."""
-    fair, book, waiting = FairQueue(QUANTUM), Textbook(), list[Admit]()
+    fair, book, waiting = FairQueue[Admit](QUANTUM), Textbook(), list[Admit]()
     for batch_id, step in enumerate(script):
         match step:
             case ("put", str(tenant), list(tokens)):
@@ -89,7 +97,7 @@ def test_the_order_is_the_textbooks(script: Sequence[tuple[object, ...]]) -> Non
                 fair.put(waiting[-1])
                 book.put(waiting[-1])
             case ("take",) if waiting:
-                taken = fair.take()
+                taken = take(fair)
                 assert taken == book.take()
                 waiting.remove(taken)
             case ("drop", int(which)) if waiting:
@@ -109,15 +117,15 @@ costs = st.lists(st.integers(1, TOKENS_MAX), min_size=1, max_size=40)
 def test_of_two_that_wait_neither_is_far_ahead(mine: list[int], theirs: list[int], late: int) -> None:
     """From any moment on at which both wait, for as long as both do, what they got differs by less than a quantum and two of
     the largest batches; and each tenant's batches leave in their order."""
-    fair, served = FairQueue(QUANTUM), {"a": list[int](), "b": list[int]()}
+    fair, served = FairQueue[Admit](QUANTUM), {"a": list[int](), "b": list[int]()}
     for batch_id, tokens in enumerate(mine):
         fair.put(batch(batch_id, "a", tokens))
     for _ in range(min(late, len(mine) - 1)):
-        fair.take()
+        take(fair)
     for batch_id, tokens in enumerate(theirs):
         fair.put(batch(1000 + batch_id, "b", tokens))
     while fair.tenants == 2:
-        taken = fair.take()
+        taken = take(fair)
         served[taken.tenant].append(taken.batch_id)
         given = {tenant: sum((mine if n < 1000 else theirs)[n % 1000] for n in done) for tenant, done in served.items()}
 
@@ -128,11 +136,11 @@ def test_of_two_that_wait_neither_is_far_ahead(mine: list[int], theirs: list[int
 @given(costs)
 def test_alone_the_order_is_that_of_arrival(tokens: list[int]) -> None:
     """One tenant is served first come, first served, whatever its batches cost."""
-    fair = FairQueue(QUANTUM)
+    fair = FairQueue[Admit](QUANTUM)
     for batch_id, count in enumerate(tokens):
         fair.put(batch(batch_id, "", count))
 
-    assert [fair.take().batch_id for _ in tokens] == list(range(len(tokens)))
+    assert [take(fair).batch_id for _ in tokens] == list(range(len(tokens)))
 
 
 MOMENTS = st.none() | st.integers(0, 20).map(float)

@@ -125,6 +125,43 @@ def test_waiting_reruns_are_bounded() -> None:
     assert lost(edge) == {3: "QUEUE_FULL", 13: "QUEUE_FULL"}
 
 
+def test_replays_of_tenants_take_turns() -> None:
+    """4: of two tenants whose replays wait, the next is of the one with fewer running; alone it is the order of arrival."""
+    edge = Edge(Sequencer(replace(BOUNDS, reruns_share=0.5, tenant_share=0.9)))
+    edge.dispatch(engine(runs=4))
+    for rerun_id in range(1, 9):
+        edge.dispatch(ev.Rerun(rerun_id, 8, REPLAY, tenant="flood"))
+    edge.dispatch(ev.Rerun(9, 8, REPLAY, tenant="other"))
+    for rerun_id in (1, 2, 9):
+        edge.dispatch(ev.Finished(run_of(edge, rerun_id), EXACT))
+
+    assert begun(edge) == [1, 2, 9, 3, 4]
+
+
+def test_a_tenants_replays_leave_room_for_others() -> None:
+    """5: a tenant's replays may fill a fourth of the places; without tenants all."""
+    for share, full in ((0.9, True), (1.0, False)):
+        edge = Edge(Sequencer(replace(BOUNDS, reruns_max=8, tenant_share=share)))
+        edge.dispatch(engine(runs=1))
+        for rerun_id in range(1, 4):
+            edge.dispatch(ev.Rerun(rerun_id, 8, REPLAY, tenant="flood"))
+
+        assert edge.core.reruns.room("flood") is not full
+        assert edge.core.reruns.room("other")
+
+
+def test_reruns_leave_what_no_tenant_may_hold() -> None:
+    """3: with shares, reruns do not take the room that is kept for another tenant's item."""
+    edge = Edge(Sequencer(replace(BOUNDS, reruns_share=1.0, tenant_share=0.75)))
+    edge.dispatch(engine(runs=4))
+    for rerun_id in range(1, 5):
+        edge.dispatch(ev.Rerun(rerun_id, 8, BACKGROUND))
+    edge.admit(need())
+
+    assert begun(edge) == [1, 2, 3]
+    assert [submit.sequence for submit in edge.submits()] == [1]
+
+
 def test_no_engine_no_rerun() -> None:
     """Without an engine, in a drain, or where it can never fit, a rerun is lost at once with the reason."""
     edge = Edge()

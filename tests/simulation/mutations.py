@@ -299,6 +299,8 @@ def a_lost_engine_goes_ahead_of_a_takeover() -> Iterator[None]:
     def wait(self: Sequencer, items: Sequence[Item]) -> None:
         lost = self.window is None and any(item.run_id for item in items)
         new = {item.sequence: item for item in items}
+        for item in items:
+            self.shares.queue(item.tenant, 1)
         self.waiting = {**new, **self.waiting} if lost else dict(sorted({**self.waiting, **new}.items()))
 
     def submit(self: Sequencer, window: Window, now: float) -> None:

@@ -355,12 +355,13 @@ class Submit(_message.Message):
     STREAM_FIELD_NUMBER: _builtins.int
     TIMEOUT_MILLIS_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
     run_id: _builtins.int
     """Unique in the stream, never 0."""
     purpose: Global___Purpose.ValueType
     sequence: _builtins.int
-    """PRIMARY: strictly increasing over the first attempts in the stream; without gaps if the log has one writer. Other purposes:
-    the item that runs again, or 0.
+    """PRIMARY: strictly increasing over the first attempts in the stream, without those that go ahead. Other purposes: the item
+    that runs again, or 0.
     """
     attempt: _builtins.int
     """From 1."""
@@ -371,6 +372,8 @@ class Submit(_message.Message):
     """Milliseconds from submission after which the run fails with DEADLINE_EXCEEDED; 0: none."""
     traceparent: _builtins.str
     """The parent span, as W3C's traceparent; empty: none."""
+    ahead: _builtins.bool
+    """Items of other tenants with lower sequences wait, because those tenants hold their share of the engine."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -388,10 +391,11 @@ class Submit(_message.Message):
         stream: _builtins.bool = ...,
         timeout_millis: _builtins.int = ...,
         traceparent: _builtins.str = ...,
+        ahead: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "parameters", b"parameters", "purpose", b"purpose", "run_id", b"run_id", "seed", b"seed", "sequence", b"sequence", "stream", b"stream", "timeout_millis", b"timeout_millis", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "attempt", b"attempt", "parameters", b"parameters", "purpose", b"purpose", "run_id", b"run_id", "seed", b"seed", "sequence", b"sequence", "stream", b"stream", "timeout_millis", b"timeout_millis", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -542,7 +542,7 @@ class ReplayRequest(_message.Message):
     """Runs at once, 1 to 64; 0 means 8."""
     alone: _builtins.bool
     """Run each item with no other run of this sidecar in the engine. The run waits until nothing else runs or waits, and newer work
-    waits for its end. Other clients of the same engine are not held back.
+    waits for its end. Other clients of the same engine are not held back. For admins only.
     """
     @_builtins.property
     def range(self) -> _generation_pb2.SequenceRange:
