@@ -56,6 +56,10 @@ class Metrics:
         self.inflight = gauge("inflight_items", "Runs that the engine holds, second runs included.")
         self.inflight_blocks = gauge("inflight_kv_blocks", "KV blocks that those may need at worst.")
         self.kv_blocks = gauge("kv_blocks", "KV blocks of the connected engine.")
+        # the same load, under the names that inference gateways and autoscalers read from vLLM
+        self.waiting = Gauge("vllm:num_requests_waiting", "Items that wait, in the engine too.", registry=registry)
+        self.running = Gauge("vllm:num_requests_running", "Runs that the engine computes.", registry=registry)
+        self.kv_usage = Gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use at worst, 0 to 1.", registry=registry)
         self.held = gauge("held_bytes", "Bytes held for callers: they wait to be read, or to be written.")
         self.lost = counter("lost_calls", "Calls lost to slow readers, by the bound that was reached.", "bound")
         for bound in ("call", "tenant", "all", "time"):
@@ -262,6 +266,11 @@ class Observer:
         self.metrics.queue.set_function(lambda: core.queued)
         self.metrics.inflight.set_function(lambda: window.runs if (window := core.window) else 0)
         self.metrics.inflight_blocks.set_function(lambda: window.blocks if (window := core.window) else 0)
+        self.metrics.waiting.set_function(
+            lambda: unnumbered() + core.queued + (window.runs - window.running if (window := core.window) else 0)
+        )
+        self.metrics.running.set_function(lambda: window.running if (window := core.window) else 0)
+        self.metrics.kv_usage.set_function(lambda: window.blocks / window.engine.kv_blocks if (window := core.window) else 0)
         self.metrics.held.set_function(held_bytes)
 
     def lost(self, bound: str) -> None:

@@ -48,6 +48,11 @@ class Window:
     exclusive: bool = False
     """Whether the only run is an exclusive one."""
 
+    @property
+    def running(self) -> int:
+        """Of the runs, those that the engine computes; the others wait in it."""
+        return min(self.runs, self.engine.runs)
+
     def need(self, kv_tokens: int) -> int:
         """KV blocks for this many tokens."""
         return -(-kv_tokens // self.engine.block_tokens)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -193,3 +195,39 @@ def test_the_synchronous_client_has_credentials(guarded: Guarded) -> None:
     trust = ostinato.tls(guarded.authority.file)
     with ostinato.SyncClient(f"https://{guarded.pair.target}", credentials=trust, token=guarded.tokens["acme"]) as client:
         assert client.generate("one", max_new_tokens=2).results[0].HasField("output")
+
+
+async def test_a_secret_is_rotated_as_a_kubelet_does(tmp_path: Path) -> None:
+    """The Secret's folder is replaced by a link: streams of a token that is gone end with UNAUTHENTICATED within ten seconds,
+    the new token is valid, and the sidecar is the same process."""
+    made = {name: auth.new_token(name, Role.ADMIN if name == "ops" else Role.TENANT) for name in ("old", "new", "ops")}
+
+    def write(version: str, *names: str) -> None:
+        folder = tmp_path / version
+        folder.mkdir()
+        file = folder / "tokens"
+        file.write_text("\n".join(made[name][1] for name in names))
+        file.chmod(0o440)
+        link = tmp_path / "..data_tmp"
+        link.symlink_to(version)
+        link.rename(tmp_path / "..data")
+
+    write("..1", "old", "ops")
+    (tmp_path / "tokens").symlink_to("..data/tokens")
+    slow = ["--script", json.dumps({"delay_seconds": 0.05, "context_tokens": 4096})]
+    with Pair(service=slow, sidecar=["--tokens", str(tmp_path / "tokens")]) as pair:
+        pair.start()
+        pid = pair.sidecar.pid
+        async with Client(pair.target, token=made["old"][0]) as old, Client(pair.target, token=made["ops"][0]) as ops:
+            stream, tail = old.stream("one", max_new_tokens=2000, ignore_eos=True), ops.tail(follow=True)
+            await anext(stream)
+            await anext(tail)
+            write("..2", "new")
+            started = time.monotonic()
+            for each in (stream, tail):
+                with pytest.raises(errors.Unauthenticated, match="this token is not valid here"):
+                    _ = [event async for event in each]
+            assert time.monotonic() - started < 10
+        async with Client(pair.target, token=made["new"][0]) as new:
+            assert (await new.generate("one", max_new_tokens=1)).results[0].HasField("output")
+        assert pair.sidecar.pid == pid

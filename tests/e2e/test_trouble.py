@@ -148,6 +148,31 @@ async def test_no_room_for_the_engine_or_the_queue() -> None:
         assert (await door.client.generate("a", max_new_tokens=1)).stamp.first_sequence == listener.stamp.first_sequence + 4
 
 
+async def test_load_is_on_one_page() -> None:
+    """The sidecar's page says in vLLM's names what waits, in the engine too, what runs, and the share of KV blocks in use."""
+    script = {
+        "runs": 2,
+        "kv_blocks": 64,
+        "block_tokens": 16,
+        "rules": [{"do": "hang", "at": 1, "sequences": list(range(1, 10))}],
+    }
+    async with own(**script) as door:
+        calls = [asyncio.ensure_future(door.client.generate("a", max_new_tokens=100)) for _ in range(7)]
+
+        def load() -> tuple[float, float, float, float]:
+            seen = door.pair.metrics()
+            names = ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc")
+            waiting, running, usage = (seen[f"vllm:{name}"] for name in names)
+            return waiting, running, usage, seen["ostinato_inflight_kv_blocks"]
+
+        await eventually(lambda: load()[:2] == (5, 2), "five wait, two run")
+        *_, usage, blocks = load()
+        assert 0 < usage == blocks / 64 <= 1
+        await door.client.cancel(1, 7)
+        await asyncio.gather(*calls)
+        await eventually(lambda: load() == (0, 0, 0, 0), "nothing is left")
+
+
 async def test_an_engine_that_hangs() -> None:
     """Every item, keyed or not, ends at its time limit, and the engine is free."""
     script = {"rules": [{"do": "hang", "at": 2, "sequences": [1, 2]}]}

@@ -39,6 +39,7 @@ from tests.k8s.manifests import (
     settings,
     statefulset,
 )
+from tests.monitoring.names import metric_names
 from tests.pair import Program
 
 VERSIONS = ("1.33", "1.37")
@@ -356,7 +357,8 @@ def test_scaling_asks_for_what_there_is(chosen: Combination) -> None:
     Metrics(numbers)
     asked = [t["metadata"]["query"] for scaled in of_kind(built(chosen), "ScaledObject") for t in scaled["spec"]["triggers"]]
 
-    assert {name for query in asked for name in re.findall(r"\bostinato_\w+", query)} <= {m.name for m in numbers.collect()}
+    assert metric_names(asked) <= {metric.name for metric in numbers.collect()}
+    assert bool(asked) == bool(metric_names(asked)) == ("autoscaling" in chosen)
 
 
 def test_monitoring_brings_the_dashboards() -> None:

@@ -50,7 +50,7 @@ def alerts() -> dict[str, dict[str, Any]]:
 
 def metric_names(texts: Iterable[str]) -> set[str]:
     """Names of metric families in queries or prose, without those of recording rules."""
-    words = {word for text in texts for word in re.findall(r"(?<![\w:])(?:ostinato|lmdeploy)_[a-z0-9_]+(?![\w:])", text)}
+    words = {word for text in texts for word in re.findall(r"(?<![\w:])(?:ostinato_|lmdeploy_|vllm:)[a-z0-9_]+(?![\w:])", text)}
     return {re.sub(r"_(total|bucket|sum|count)$", "", word) for word in words}
 
 
@@ -71,5 +71,5 @@ def in_docs() -> set[str]:
 
 def served(page: str) -> set[str]:
     """Our metric families on a metrics page."""
-    families = {re.sub(r"_total$", "", name) for name in re.findall(r"^# TYPE (ostinato_\w+) ", page, re.MULTILINE)}
+    families = {re.sub(r"_total$", "", name) for name in re.findall(r"^# TYPE ((?:ostinato_|vllm:)\w+) ", page, re.MULTILINE)}
     return {name for name in families if not name.endswith("_created")}
