@@ -10,6 +10,7 @@ from typing import Protocol
 from ostinato.v1 import engine_pb2, types_pb2
 
 NO_REASON = types_pb2.FINISH_REASON_UNSPECIFIED
+_BY_TOKEN = (types_pb2.FINISH_REASON_END_OF_SEQUENCE, types_pb2.FINISH_REASON_STOP_TOKEN)
 
 
 class TokenTable(Protocol):
@@ -27,6 +28,10 @@ class TokenTable(Protocol):
         """The bytes that this token adds to the text; empty for control tokens."""
         ...
 
+    def written(self, token_id: int) -> bytes:
+        """As `piece`, but a control token has the text that names it."""
+        ...
+
 
 class Answer:
     """Tokens become text, until end of sequence, a stop token, a stop string or the length limit ends it.
@@ -37,12 +42,14 @@ class Answer:
     2. The first `min_new_tokens` tokens end nothing, and a stop string is only found where a later token completes it.
     3. If one token gives several reasons, a stop string precedes all others (it shortens the text), the model's end of
        sequence precedes a stop token, and both precede the length.
-    4. What `take` has returned is never taken back: text that may be the beginning of a stop string is held until it is one or
+    4. The stop string that matched, and the token that ended the answer, are in the text only with `include_stop`.
+    5. What `take` has returned is never taken back: text that may be the beginning of a stop string is held until it is one or
        cannot be one.
     """
 
     def __init__(self, parameters: types_pb2.ResolvedParameters, vocabulary: TokenTable) -> None:
-        self._piece = vocabulary.piece
+        self._piece = vocabulary.written if parameters.keep_special_tokens else vocabulary.piece
+        self._include_stop = parameters.include_stop
         self._end_ids: frozenset[int] = frozenset() if parameters.ignore_eos else vocabulary.end_ids
         self._stop_ids = frozenset(parameters.stop_token_ids)
         self._min, self._max = parameters.min_new_tokens, parameters.max_new_tokens
@@ -72,7 +79,7 @@ class Answer:
         if logprobs is not None:
             self._logprobs.append(logprobs)
         self._reason = reason = self._reason_of(token_id)
-        silent = reason in (types_pb2.FINISH_REASON_END_OF_SEQUENCE, types_pb2.FINISH_REASON_STOP_TOKEN)
+        silent = not self._include_stop and reason in _BY_TOKEN
         text = self._decode(b"" if silent else self._piece(token_id), bool(reason))
         if self._stops is None or len(self._ids) <= self._min:
             self._text.append(text)
@@ -119,7 +126,7 @@ class Answer:
         if found is not None:
             used, self._matched = found
             self._reason = types_pb2.FINISH_REASON_STOP_STRING
-            end = len(held) - len(text) + used - len(self._matched)
+            end = len(held) - len(text) + used - (0 if self._include_stop else len(self._matched))
         else:
             end = len(held) - (0 if self._reason else stops.pending)
         self._text.append(held[:end])

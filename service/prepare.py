@@ -15,7 +15,8 @@ from functools import cached_property
 from ostinato.errors import Internal, InvalidRequest, OstinatoError, Violation, invalid, to_status
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
-from service.engines.base import ROLES, Vocabulary
+from service.chat import ChatTokenizer, Conversation
+from service.engines.base import Vocabulary
 from service.observe import prepare_span
 
 NEW_TOKENS_DEFAULT = 128
@@ -86,6 +87,8 @@ class ParameterBounds:
             yield from _check_count(given.bad_words, self._limits.bad_words_max, f"{path}.bad_words")
         else:
             yield from self._check_tokens(given.bad_token_ids, f"{path}.bad_token_ids")
+        for index, part in enumerate(given.parse):
+            yield Violation(f"{path}.parse[{index}]", f"{part} is not available: this service parses no outputs")
         if given.HasField("response_format"):
             yield from self._check_format(given.response_format, f"{path}.response_format")
 
@@ -111,7 +114,7 @@ class ParameterBounds:
     def _check_format(self, constraint: types_pb2.ResponseFormat, path: str) -> Iterator[Violation]:
         kind = constraint.WhichOneof("format")
         if kind is None:
-            yield Violation(path, "holds neither json_schema nor regex")
+            yield Violation(path, "holds no grammar: json_schema, regex, ebnf or structural_tag")
         else:
             yield from _check_length(getattr(constraint, kind), self._limits.format_bytes_max, f"{path}.{kind}")
 
@@ -134,6 +137,11 @@ class Lexicon:
     def text_bytes_max(self) -> int:
         """The most bytes of UTF-8 that one token can add to an answer's text, whatever tokens are beside it."""
         return max(map(_text_bytes, self._pieces()), default=0)
+
+    @cached_property
+    def control_bytes_max(self) -> int:
+        """The most bytes that one control token adds, where control tokens are kept."""
+        return max((len(text.encode()) for text in self._vocabulary.controls), default=0)
 
     @cached_property
     def _words(self) -> Mapping[str, tuple[int, ...]]:
@@ -167,6 +175,7 @@ class Preparer:
         vocabulary can render chats."""
         self.vocabulary, self.lexicon = vocabulary, Lexicon(vocabulary)
         self._limits, self._check_format, self._model_digest, self._chat = limits, check_format, model_digest, chat
+        self._chats = ChatTokenizer(vocabulary)
         self._bounds = ParameterBounds(limits, vocabulary.size)
         # The operator may have lowered new_tokens_max since the run was recorded. The context is what the engine can hold.
         engine_limits = replace(limits, new_tokens_max=limits.context_tokens - 1)
@@ -249,7 +258,7 @@ class Preparer:
             parameters=parameters,
             seed=merged.seed if merged.HasField("seed") else None,
             kv_tokens=len(ids) + parameters.max_new_tokens,
-            result_bytes=result_bytes(parameters, self.lexicon.text_bytes_max, self.vocabulary.size),
+            result_bytes=result_bytes(parameters, self._token_bytes_max(parameters), self.vocabulary.size),
         )
 
     def _judge(self, given: types_pb2.Parameters, path: str) -> list[Violation]:
@@ -285,12 +294,19 @@ class Preparer:
             stop_token_ids=sorted(set(merged.stop_token_ids)),
             bad_token_ids=sorted({token_id for word in merged.bad_words for token_id in self.lexicon.ids_of(word)}),
             ignore_eos=merged.ignore_eos,
+            include_stop=merged.include_stop,
+            keep_special_tokens=has("skip_special_tokens") and not merged.skip_special_tokens,
         )
         if has("logprobs"):
             resolved.logprobs = merged.logprobs
         if has("response_format"):
             resolved.response_format.CopyFrom(merged.response_format)
         return resolved
+
+    def _token_bytes_max(self, resolved: types_pb2.ResolvedParameters) -> int:
+        """Of the text that one token can add."""
+        kept = self.lexicon.control_bytes_max if resolved.keep_special_tokens else 0
+        return max(self.lexicon.text_bytes_max, kept)
 
     def _token_ids(self, item: types_pb2.Item, path: str, found: list[Violation]) -> Sequence[int]:
         """1 to context_tokens - 1 ids; none, with what is wrong added to `found`, for a bad prompt."""
@@ -312,7 +328,7 @@ class Preparer:
             case "token_ids":
                 ids = self._ids(item.token_ids.ids, where)
             case _:
-                ids = self._rendered(item.chat.messages, where)
+                ids = self._rendered(item.chat, where)
         most, size = self._limits.context_tokens - 1, self.vocabulary.size
         if not 1 <= len(ids) <= most:
             raise invalid(where, f"must be 1 to {most} tokens, is {len(ids)}")
@@ -333,25 +349,17 @@ class Preparer:
             raise invalid(f"{where}.ids[{index}]", f"{ids[index]} is not below the vocabulary's {size}")
         return ids
 
-    def _rendered(self, messages: Sequence[types_pb2.Message], where: str) -> Sequence[int]:
+    def _rendered(self, chat: types_pb2.Chat, where: str) -> Sequence[int]:
         if not self._chat:
             raise invalid(where, "this model has no chat template")
-        if not messages:
-            raise invalid(where, "has no messages")
-        unknown = [
-            Violation(f"{where}.messages[{index}].role", f"must be one of {', '.join(ROLES)}")
-            for index, message in enumerate(messages)
-            if message.role not in ROLES
-        ]
-        if unknown:
-            raise InvalidRequest(violations=unknown)
-        self._check_prompt_bytes(sum(len(message.content.encode()) for message in messages), where)
+        self._check_prompt_bytes(chat.ByteSize(), where)
+        given = Conversation.of(chat, where)
         try:
-            text = self.vocabulary.render(messages)
+            text = self._chats.text(given)
+            self._check_prompt_bytes(len(text.encode()), where)
+            return self._chats.token_ids(given, text, allow_control_tokens=chat.allow_control_tokens)
         except ValueError as error:
             raise invalid(where, f"the model's template refuses it: {error}") from error
-        self._check_prompt_bytes(len(text.encode()), where)
-        return self.vocabulary.encode(text, special=True)
 
     def _check_prompt_bytes(self, size: int, where: str) -> None:
         if size > self._limits.prompt_bytes_max:

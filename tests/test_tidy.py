@@ -47,6 +47,7 @@ BESIDE_THE_SPINE = {
     "ostinato.tracing": "spans",
     "ostinato.v1": "generated from the contract",
     "serving": "gRPC servers: credentials, errors, settings",
+    "service.chat": "chats to token ids",
     "service.description": "the answer of Describe",
     "service.observe": "metrics and spans",
     "sidecar.collisions": "a kind of comparison",

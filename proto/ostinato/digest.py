@@ -153,14 +153,52 @@ def _item(item: types_pb2.Item) -> bytes:
         (
             optional(text, _set(item, "text", item.text)),
             optional(lambda prompt: ids(prompt.ids), _set(item, "token_ids", item.token_ids)),
-            optional(lambda chat: array(_message, chat.messages), _set(item, "chat", item.chat)),
+            _chat(item.chat) if item.HasField("chat") else b"\0",
             optional(_parameters, _set(item, "parameters", item.parameters)),
         )
     )
 
 
+EXTENDED = b"\2"
+"""Before fields that the contract gained later. They are encoded only if one of them is used: other requests keep their
+digests."""
+
+
+def _chat(chat: types_pb2.Chat) -> bytes:
+    if {field.number for field, _ in chat.ListFields()} <= {1} and not any(map(_is_extended, chat.messages)):
+        return b"\1" + array(_message, chat.messages)
+    return b"".join(
+        (
+            EXTENDED,
+            array(_extended_message, chat.messages),
+            text(chat.tools),
+            text(chat.template_kwargs),
+            optional(u64, _set(chat, "add_generation_prompt", chat.add_generation_prompt)),
+            u64(chat.continue_final_message),
+            u64(chat.allow_control_tokens),
+        )
+    )
+
+
+def _is_extended(message: types_pb2.Message) -> bool:
+    return any(field.number > 2 for field, _ in message.ListFields())
+
+
 def _message(message: types_pb2.Message) -> bytes:
     return text(message.role) + text(message.content)
+
+
+def _extended_message(message: types_pb2.Message) -> bytes:
+    return b"".join(
+        (
+            _message(message),
+            array(text, message.parts),
+            text(message.name),
+            text(message.tool_call_id),
+            array(lambda call: text(call.id) + text(call.name) + text(call.arguments), message.tool_calls),
+            text(message.reasoning),
+        )
+    )
 
 
 def _cached(kind: type[M]) -> Callable[[Callable[[M], bytes]], Callable[[M], bytes]]:
@@ -201,6 +239,21 @@ def _parameters(given: types_pb2.Parameters) -> bytes:
             optional(u64, _set(given, "ignore_eos", given.ignore_eos)),
             optional(i64, _set(given, "logprobs", given.logprobs)),
             optional(_format, _set(given, "response_format", given.response_format)),
+            _presentation(given),
+        )
+    )
+
+
+def _presentation(given: types_pb2.Parameters) -> bytes:
+    """How the output is presented; empty unless one of these is set."""
+    if not (given.parse or given.HasField("include_stop") or given.HasField("skip_special_tokens")):
+        return b""
+    return b"".join(
+        (
+            EXTENDED,
+            optional(u64, _set(given, "include_stop", given.include_stop)),
+            optional(u64, _set(given, "skip_special_tokens", given.skip_special_tokens)),
+            array(i64, given.parse),
         )
     )
 
@@ -222,8 +275,15 @@ def _resolved(resolved: types_pb2.ResolvedParameters) -> bytes:
             u64(resolved.ignore_eos),
             optional(u64, _set(resolved, "logprobs", resolved.logprobs)),
             optional(_format, _set(resolved, "response_format", resolved.response_format)),
+            _resolved_presentation(resolved),
         )
     )
+
+
+def _resolved_presentation(resolved: types_pb2.ResolvedParameters) -> bytes:
+    if not (resolved.include_stop or resolved.keep_special_tokens or resolved.parse):
+        return b""
+    return EXTENDED + u64(resolved.include_stop) + u64(resolved.keep_special_tokens) + array(i64, resolved.parse)
 
 
 def _format(constraint: types_pb2.ResponseFormat) -> bytes:
@@ -232,6 +292,10 @@ def _format(constraint: types_pb2.ResponseFormat) -> bytes:
             return u64(1) + text(constraint.json_schema)
         case "regex":
             return u64(2) + text(constraint.regex)
+        case "ebnf":
+            return u64(3) + text(constraint.ebnf)
+        case "structural_tag":
+            return u64(4) + text(constraint.structural_tag)
         case _:
             return u64(0)
 

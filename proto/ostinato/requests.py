@@ -14,8 +14,8 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from ostinato.v1 import generation_pb2, types_pb2
 
-Chat: TypeAlias = Sequence[Mapping[str, str]]
-"""Messages of the form `{"role": ..., "content": ...}`."""
+Chat: TypeAlias = Sequence[Mapping[str, object]]
+"""Messages as in OpenAI's API, such as `{"role": "user", "content": "Hi"}`."""
 
 Prompt: TypeAlias = str | Sequence[int] | Chat | types_pb2.Item
 """A text, token ids, a chat, or an item, which may have its own parameters."""
@@ -28,6 +28,8 @@ GradeName: TypeAlias = types_pb2.Grade.ValueType | str
 
 RESPONSE_BYTES_METADATA = "ostinato-max-response-bytes"
 """Metadata of every call: the largest response that the client accepts, in bytes, as decimal digits."""
+
+PARSES: Mapping[str, types_pb2.Parse.ValueType] = {"tools": types_pb2.PARSE_TOOLS, "reasoning": types_pb2.PARSE_REASONING}
 
 GRADES: Mapping[str, types_pb2.Grade.ValueType] = {
     "exact": types_pb2.GRADE_EXACT,
@@ -53,7 +55,12 @@ class Sampling(TypedDict, total=False):
     ignore_eos: bool | None
     logprobs: int | None
     response_format: types_pb2.ResponseFormat | Mapping[str, object] | None
-    """`{"json_schema": schema}`, with the schema as JSON text or as a value to serialise, or `{"regex": pattern}`."""
+    """`{"json_schema": schema}`, with the schema as JSON text or as a value to serialise, or likewise `structural_tag`; or
+    `{"regex": pattern}` or `{"ebnf": grammar}`."""
+    include_stop: bool | None
+    skip_special_tokens: bool | None
+    parse: str | Iterable[str] | None
+    """`"tools"` and `"reasoning"`."""
 
 
 _FIELDS = types_pb2.Parameters.DESCRIPTOR.fields_by_name
@@ -120,9 +127,35 @@ def token_ids(given: object, name: str = "token_ids") -> types_pb2.TokenIds:
     return types_pb2.TokenIds(ids=[integer(f"{name}[{position}]", each, *bounds) for position, each in listed])
 
 
-def chat(given: object, name: str = "messages") -> types_pb2.Chat:
+def chat(
+    given: object,
+    name: str = "messages",
+    *,
+    tools: object = None,
+    template_kwargs: object = None,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool = False,
+    allow_control_tokens: bool = False,
+) -> types_pb2.Chat:
+    """A chat of messages as in OpenAI's API. `tools`: a list as there; `template_kwargs`: an object; each may be JSON text. The
+    other arguments are as in types.proto."""
     listed = enumerate(_list(name, given, "a list of messages"))
-    return types_pb2.Chat(messages=[_message(f"{name}[{position}]", each) for position, each in listed])
+    flags = {"continue_final_message": continue_final_message, "allow_control_tokens": allow_control_tokens}
+    for flag, value in (flags | {"add_generation_prompt": add_generation_prompt or False}).items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{flag}: must be a bool, not {_kind(value)}")
+    made = types_pb2.Chat(
+        messages=[_message(f"{name}[{position}]", each) for position, each in listed],
+        tools=_json_text("tools", tools),
+        template_kwargs=_json_text("template_kwargs", template_kwargs),
+        **flags,
+    )
+    if add_generation_prompt is not None:
+        made.add_generation_prompt = add_generation_prompt
+    return made
+
+
+_MESSAGE = ("role", "content", "name", "tool_call_id", "tool_calls", "reasoning", "reasoning_content")
 
 
 def _message(name: str, given: object) -> types_pb2.Message:
@@ -131,12 +164,59 @@ def _message(name: str, given: object) -> types_pb2.Message:
     if not isinstance(given, Mapping):
         raise TypeError(f"{name}: must be a message with role and content, not {_kind(given)}")
     for part in given:
-        if part not in ("role", "content"):
-            raise TypeError(f"{name}.{part}: no such field; a message has role and content")
+        if part not in _MESSAGE:
+            raise TypeError(f"{name}.{part}: no such field; a message has {', '.join(_MESSAGE)}")
     for part in ("role", "content"):
-        if part not in given:
+        if part not in given and not (part == "content" and given.get("tool_calls")):
             raise ValueError(f"{name}.{part}: missing")
-    return types_pb2.Message(role=text(f"{name}.role", given["role"]), content=text(f"{name}.content", given["content"]))
+    made = types_pb2.Message(role=text(f"{name}.role", given["role"]))
+    content = given.get("content")
+    if content is None and given.get("tool_calls"):
+        pass
+    elif isinstance(content, Sequence) and not isinstance(content, str | bytes):
+        made.parts.extend(_text_part(f"{name}.content[{position}]", part) for position, part in enumerate(content))
+    else:
+        made.content = text(f"{name}.content", content)
+    for part in ("name", "tool_call_id", "reasoning"):
+        if given.get(part) is not None:
+            setattr(made, part, text(f"{name}.{part}", given[part]))
+    if given.get("reasoning_content") is not None:
+        made.reasoning = text(f"{name}.reasoning_content", given["reasoning_content"])
+    if given.get("tool_calls"):
+        calls = _list(f"{name}.tool_calls", given["tool_calls"], "a list of tool calls")
+        made.tool_calls.extend(_tool_call(f"{name}.tool_calls[{position}]", call) for position, call in enumerate(calls))
+    return made
+
+
+def _text_part(name: str, given: object) -> str:
+    """Of a content part of type text."""
+    if not isinstance(given, Mapping) or given.get("type") != "text":
+        kind = given.get("type") if isinstance(given, Mapping) else _kind(given)
+        raise ValueError(f"{name}: must be a part of type text, is {kind}: images, audio and files are not supported")
+    return text(f"{name}.text", given.get("text"))
+
+
+def _tool_call(name: str, given: object) -> types_pb2.ToolCall:
+    if isinstance(given, types_pb2.ToolCall):
+        return given
+    function = given.get("function") if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping) or not isinstance(function, Mapping):
+        raise TypeError(f"{name}: must be a tool call with function, which has name and arguments")
+    return types_pb2.ToolCall(
+        id=text(f"{name}.id", given.get("id") or ""),
+        name=text(f"{name}.function.name", function.get("name")),
+        arguments=_json_text(f"{name}.function.arguments", function.get("arguments")),
+    )
+
+
+def _json_text(name: str, given: object, *, ascii_only: bool = False) -> str:
+    """Text is taken as it is, another value is serialised; empty for None."""
+    if given is None or isinstance(given, str):
+        return text(name, given or "")
+    try:
+        return json.dumps(given, ensure_ascii=ascii_only, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: cannot be written as JSON: {error}") from None
 
 
 def parameters(given: Mapping[str, object]) -> types_pb2.Parameters | None:
@@ -155,8 +235,8 @@ def _value(name: str, field: FieldDescriptor, value: object) -> object:
         return _response_format(name, value)
     if not field.is_repeated:
         return _scalar(name, field, value)
-    if isinstance(value, str) and field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
-        return [text(name, value)]
+    if isinstance(value, str) and field.cpp_type in (FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_ENUM):
+        return [_scalar(name, field, value)]
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise TypeError(f"{name}: must be a list, not {_kind(value)}")
     return [_scalar(f"{name}[{position}]", field, each) for position, each in enumerate(value)]
@@ -166,6 +246,10 @@ def _scalar(name: str, field: FieldDescriptor, value: object) -> object:
     match field.cpp_type:
         case FieldDescriptor.CPPTYPE_STRING:
             return text(name, value)
+        case FieldDescriptor.CPPTYPE_ENUM:
+            if value not in PARSES:
+                raise ValueError(f"{name}: {value!r} is not one of {', '.join(PARSES)}")
+            return PARSES[str(value)]
         case FieldDescriptor.CPPTYPE_DOUBLE:
             return number(name, value)
         case FieldDescriptor.CPPTYPE_BOOL:
@@ -179,14 +263,13 @@ def _scalar(name: str, field: FieldDescriptor, value: object) -> object:
 def _response_format(name: str, value: object) -> types_pb2.ResponseFormat:
     if isinstance(value, types_pb2.ResponseFormat):
         return value
-    match value:
-        case {"regex": pattern, **rest} if not rest:
-            return types_pb2.ResponseFormat(regex=text(f"{name}.regex", pattern))
-        case {"json_schema": str(schema), **rest} if not rest:
-            return types_pb2.ResponseFormat(json_schema=text(f"{name}.json_schema", schema))
-        case {"json_schema": schema, **rest} if not rest:
-            return types_pb2.ResponseFormat(json_schema=json.dumps(schema))
-    raise TypeError(f'{name}: must be {{"json_schema": ...}} or {{"regex": ...}}')
+    kinds = types_pb2.ResponseFormat.DESCRIPTOR.fields_by_name
+    if not isinstance(value, Mapping) or len(value) != 1 or not set(value) <= set(kinds):
+        raise TypeError(f"{name}: must be an object with one of {', '.join(kinds)}")
+    ((kind, constraint),) = value.items()
+    if kind in ("json_schema", "structural_tag") and not isinstance(constraint, str):
+        constraint = _json_text(f"{name}.{kind}", constraint, ascii_only=True)
+    return types_pb2.ResponseFormat(**{kind: text(f"{name}.{kind}", constraint)})
 
 
 def grade(name: GradeName | None) -> types_pb2.Grade.ValueType:

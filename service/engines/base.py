@@ -7,7 +7,7 @@ every token, in any thread, and reports events on the event loop.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,9 +17,8 @@ from ostinato.errors import EngineFailed, to_status
 from ostinato.v1 import engine_pb2, types_pb2
 
 from service.answer import Answer, TokenTable
+from service.chat import ChatVocabulary
 
-ROLES = ("system", "user", "assistant", "tool")
-"""Of a chat's messages."""
 SOURCE_BYTES_MAX = 65_536
 """Of a grammar."""
 
@@ -28,19 +27,15 @@ class EngineUnusable(Exception):
     """This engine cannot run here. The message says what to do about it."""
 
 
-class Vocabulary(TokenTable, Protocol):
+class Vocabulary(TokenTable, ChatVocabulary, Protocol):
     """A model's tokenizer. Every method is pure and thread-safe."""
 
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        """The token ids of `text`, after the model's begin token unless the text starts with it.
+    def encode(self, text: str, *, special: bool, begin: bool = True) -> list[int]:
+        """The token ids of `text`, with `begin` after the model's begin token unless the text starts with it.
 
         With `special`, control tokens are recognised in the text, as a rendered chat needs. Without it, a text cannot forge
         a turn.
         """
-        ...
-
-    def render(self, messages: Sequence[types_pb2.Message]) -> str:
-        """The chat as text, ready for the assistant's turn. Raises ValueError with the template's message."""
         ...
 
     def files(self) -> Mapping[str, bytes]:

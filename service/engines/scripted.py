@@ -19,9 +19,10 @@ import os
 import re
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from hashlib import sha256
 from itertools import accumulate, islice
 from typing import Annotated, Literal
@@ -33,6 +34,7 @@ from prometheus_client import Metric
 from ostinato.digest import f64, ids, text, u64
 from ostinato.v1 import engine_pb2, types_pb2
 
+from service.chat import ChatTemplate, Conversation
 from service.engines import huggingface
 from service.engines.base import Events, Run
 
@@ -134,42 +136,56 @@ CONTROLS = {
     "<|assistant|>": 260,
     "<|tool|>": 261,
 }
-_TEMPLATE = (
-    "{{ bos_token }}"
-    "{%- for m in messages -%}"
-    "{%- if m.role == 'system' and not loop.first -%}{{ raise_exception('a system message must come first') }}{%- endif -%}"
-    "{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}"
-    "{%- endfor -%}{{ '<|assistant|>' }}"
-)
-"""`ByteVocabulary.render` as a Jinja template."""
+_NAMES = {token_id: text.encode() for text, token_id in CONTROLS.items()}
+_TEMPLATE = """\
+{{- bos_token }}
+{%- if tools %}{{ '<|system|>' + tools | tojson + '<|end|>' }}{% endif %}
+{%- for message in messages %}
+    {%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}{{ raise_exception('no such role') }}{% endif %}
+    {%- if message.role == 'system' and not loop.first %}{{ raise_exception('a system message must come first') }}{% endif %}
+    {{- '<|' + message.role + '|>' }}
+    {%- if message.content is string %}{{ message.content }}
+    {%- else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}
+    {%- for call in message.tool_calls %}{{ call.function | tojson }}{% endfor %}
+    {{- '<|end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
+{%- if prefix is defined %}{{ prefix }}{% endif %}"""
+"""Like many templates, it refuses a system message that is not the first. Of more arguments it prints `prefix`."""
 _CONTROL = re.compile("|".join(map(re.escape, CONTROLS)))
+
+
+@cache
+def _template() -> ChatTemplate:
+    return ChatTemplate(_TEMPLATE, {"bos_token": "<|begin|>"})
 
 
 class ByteVocabulary:
     """Token ids 0 to 255 are the bytes. Control tokens have no text; where recognised, they are written `<|name|>`."""
 
     size = 256 + len(CONTROLS)
+    controls: Mapping[str, int] = CONTROLS
     end_ids = frozenset({END})
     _pieces = tuple(bytes([value]) for value in range(256)) + (b"",) * len(CONTROLS)
 
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        ids, done = [BEGIN], 0
-        if not special:
-            return ids + list(text.encode())
-        for found in _CONTROL.finditer(text):
+    def encode(self, text: str, *, special: bool, begin: bool = True) -> list[int]:
+        ids: list[int] = []
+        done = 0
+        for found in _CONTROL.finditer(text) if special else ():
             ids += text[done : found.start()].encode()
             ids.append(CONTROLS[found.group()])
             done = found.end()
-        return ids + list(text[done:].encode())
+        ids += text[done:].encode()
+        return ids if not begin or ids[:1] == [BEGIN] else [BEGIN, *ids]
 
     def piece(self, token_id: int) -> bytes:
         return self._pieces[token_id]
 
-    def render(self, messages: Sequence[types_pb2.Message]) -> str:
-        """Like many templates, this one refuses a system message that is not the first."""
-        if any(message.role == "system" for message in messages[1:]):
-            raise ValueError("a system message must come first")
-        return "".join(f"<|{m.role}|>{m.content}<|end|>" for m in messages) + "<|assistant|>"
+    def written(self, token_id: int) -> bytes:
+        return self._pieces[token_id] or _NAMES[token_id]
+
+    def render(self, given: Conversation) -> str:
+        return _template().render(given)
 
     def files(self) -> Mapping[str, bytes]:
         tokens = huggingface.letters() + list(CONTROLS)

@@ -18,6 +18,7 @@ from ostinato.errors import from_status
 from ostinato.v1 import engine_pb2, types_pb2
 
 from service.answer import Answer
+from service.chat import Conversation
 from service.engines.base import Events, Run
 from service.engines.turbomind import TurbomindOptions
 from service.engines.turbomind.engine import TurbomindEngine, load
@@ -87,7 +88,7 @@ async def exercise(engine: TurbomindEngine) -> None:
     ids = prompts[0]
 
     def word(text: str) -> list[int]:
-        return encode(text, special=False)[:1]
+        return encode(text, special=False, begin=False)[:1]
 
     say("prompt ids", prompts)
     for prompt, each in zip(PROMPTS, prompts, strict=True):
@@ -112,7 +113,7 @@ async def exercise(engine: TurbomindEngine) -> None:
     except ValueError as error:
         say("a broken regex is refused:", error)
     if engine.chat:
-        text = engine.vocabulary.render([types_pb2.Message(role="user", content="What is the capital of France?")])
+        text = engine.vocabulary.render(Conversation([{"role": "user", "content": "What is the capital of France?"}]))
         say("rendered", repr(text))
         await tell("chat", encode(text, special=True), max_new_tokens=40)
     cancelled = bench.run(ids, {"ignore_eos": True, "max_new_tokens": 2000}, stream=True)

@@ -52,7 +52,7 @@ def test_json_is_protobufs_and_exact(ostinato: Terminal, seed: int) -> None:
 
 
 def test_every_parameter_has_an_option(ostinato: Terminal, tmp_path: Path) -> None:
-    """Each field of Parameters can be set, and the two kinds of response format by an option each."""
+    """Each field of Parameters can be set, and each kind of response format by an option."""
     (tmp_path / "schema.json").write_text('{"type": "object"}')
     options = {
         "--seed": 5,
@@ -67,18 +67,24 @@ def test_every_parameter_has_an_option(ostinato: Terminal, tmp_path: Path) -> No
         "--stop-token-id": 8,
         "--bad-word": "z",
         "--logprobs": 0,
+        "--parse": "tools",
         "--json-schema": f"@{tmp_path}/schema.json",
     }
     arguments = [each for pair in options.items() for each in pair]
 
-    assert ostinato("generate", "a", *arguments, "--stop", "y", "--ignore-eos").exit_code == 0
-    assert ostinato("generate", "a", "--regex", "a+").exit_code == 0
+    flags = ["--ignore-eos", "--include-stop", "--no-skip-special-tokens"]
+    assert ostinato("generate", "a", *arguments, "--stop", "y", *flags).exit_code == 0
+    for option, text in (("--regex", "a+"), ("--ebnf", "root ::= a"), ("--structural-tag", "{}")):
+        assert ostinato("generate", "a", option, text).exit_code == 0
 
     given = ostinato.sent[0].parameters
     assert {field.name for field, _ in given.ListFields()} == set(types_pb2.Parameters.DESCRIPTOR.fields_by_name)
     assert (given.seed, given.temperature, list(given.stop), list(given.stop_token_ids)) == (5, 0.5, ["x", "y"], [8])
     assert given.response_format.json_schema == '{"type": "object"}'
-    assert ostinato.sent[1].parameters.response_format.regex == "a+"
+    formats = [sent.parameters.response_format for sent in ostinato.sent[1:]]
+    assert (formats[0].regex, formats[1].ebnf, formats[2].structural_tag) == ("a+", "root ::= a", "{}")
+    assert given.include_stop
+    assert not given.skip_special_tokens
 
 
 def test_what_else_is_said_is_sent(ostinato: Terminal) -> None:
@@ -122,6 +128,27 @@ def test_chat_makes_messages_of_texts(ostinato: Terminal, tmp_path: Path) -> Non
     assert [(each.role, each.content) for each in first.chat.messages] == [("user", "hi")]
     assert (second.chat.messages[0].content, second.parameters.seed) == ("a", 1)
     assert third.HasField("token_ids")
+
+
+def test_a_chat_is_a_prompt(ostinato: Terminal, tmp_path: Path) -> None:
+    """--messages is one prompt; --tools and --template-kwargs are for every chat that has none of its own."""
+    (tmp_path / "tools").write_text('[{"type": "function"}]')
+    line = {"messages": [{"role": "user", "content": "b"}], "tools": [], "continue_final_message": True}
+    (tmp_path / "f").write_text(json.dumps(line) + "\n")
+    options = [
+        "--messages",
+        '[{"role": "user", "content": "a"}]',
+        "--tools",
+        f"@{tmp_path}/tools",
+        "--template-kwargs",
+        '{"x": 1}',
+    ]
+    ostinato.lines("generate", "c", "--chat", "--file", tmp_path / "f", *options)
+
+    own, given, text = (item.chat for item in sorted(ostinato.sent[0].items, key=lambda item: item.chat.tools))
+    assert (own.tools, own.template_kwargs, own.continue_final_message) == ("[]", '{"x": 1}', True)
+    assert given.tools == text.tools == '[{"type": "function"}]'
+    assert {each.messages[0].content for each in (given, text)} == {"a", "c"}
 
 
 def test_a_file_holds_every_form_of_prompt(ostinato: Terminal, tmp_path: Path) -> None:
@@ -324,6 +351,9 @@ def test_progress_stays_off_stdout(ostinato: Terminal) -> None:
     assert [len(list(map(json.loads, each.stdout.splitlines()))) for each in (forced, quiet)] == [9, 9]
 
 
+IMAGE = '[{"role": "user", "content": [{"type": "image_url"}]}]'
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -334,6 +364,13 @@ def test_progress_stays_off_stdout(ostinato: Terminal) -> None:
         (["generate", "a", "--seed", "x"], "--seed"),
         (["generate", "a", "--regex", "a", "--json-schema", "{}"], "give one of them"),
         (["generate", "a", "--json-schema", "@/nowhere"], "--json-schema: "),
+        (["generate", "a", "--tools", "@/nowhere"], "--tools: "),
+        (["generate", "--messages", "{"], "--messages: "),
+        (
+            ["generate", "--messages", '[{"role": "user", "content": [{"type": "image_url"}]}]'],
+            "images, audio and files are not supported",
+        ),
+        (["generate", "a", "--parse", "x"], "'x' is not one of tools, reasoning"),
         (["generate", "--file", "/nowhere"], "/nowhere: No such file"),
         (["generate", "a", "--timeout", "0"], "timeout: must be a finite number of seconds above 0"),
         (["generate", "a", "--batch", "0"], "--batch"),

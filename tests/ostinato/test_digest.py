@@ -36,7 +36,7 @@ VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())["vect
 def number(value: object) -> bytes:
     named = {
         name: enum.number
-        for kind in (types_pb2.Grade, types_pb2.FinishReason, types_pb2.EntryKind)
+        for kind in (types_pb2.Grade, types_pb2.FinishReason, types_pb2.EntryKind, types_pb2.Parse)
         for name, enum in kind.DESCRIPTOR.values_by_name.items()
     }
     return struct.pack(">Q", named.get(value, int(value) if value not in named else 0) % 2**64)  # type: ignore[call-overload]
@@ -65,7 +65,7 @@ def sha(name: str, *parts: bytes) -> bytes:
 
 
 def response_format(message: Given) -> bytes:
-    for tag, field in ((1, "jsonSchema"), (2, "regex")):
+    for tag, field in ((1, "jsonSchema"), (2, "regex"), (3, "ebnf"), (4, "structuralTag")):
         if field in message:
             return number(tag) + string(message[field])
     return number(0)
@@ -87,17 +87,54 @@ def parameters(p: Given) -> bytes:
         + perhaps(p, "ignoreEos", number)
         + perhaps(p, "logprobs", number)
         + perhaps(p, "responseFormat", response_format)
+        + presentation(p)
     )  # fmt: skip
 
 
-def prompt(message: Given) -> bytes:
+def presentation(p: Given) -> bytes:
+    if not {"includeStop", "skipSpecialTokens", "parse"} & p.keys():
+        return b""
+    return (
+        b"\2" + perhaps(p, "includeStop", number) + perhaps(p, "skipSpecialTokens", number) + many(number)(p.get("parse", []))
+    )
+
+
+def chat(message: Given) -> bytes:
     def turn(turn: Given) -> bytes:
         return string(turn.get("role", "")) + string(turn.get("content", ""))
 
+    def call(call: Given) -> bytes:
+        return string(call.get("id", "")) + string(call.get("name", "")) + string(call.get("arguments", ""))
+
+    def long_turn(message: Given) -> bytes:
+        return (
+            turn(message)
+            + many(string)(message.get("parts", []))
+            + string(message.get("name", ""))
+            + string(message.get("toolCallId", ""))
+            + many(call)(message.get("toolCalls", []))
+            + string(message.get("reasoning", ""))
+        )
+
+    turns = message.get("messages", [])
+    if message.keys() <= {"messages"} and all(each.keys() <= {"role", "content"} for each in turns):
+        return b"\1" + many(turn)(turns)
+    return (
+        b"\2"
+        + many(long_turn)(turns)
+        + string(message.get("tools", ""))
+        + string(message.get("templateKwargs", ""))
+        + perhaps(message, "addGenerationPrompt", number)
+        + number(message.get("continueFinalMessage", False))
+        + number(message.get("allowControlTokens", False))
+    )
+
+
+def prompt(message: Given) -> bytes:
     return (
         perhaps(message, "text", string)
         + perhaps(message, "tokenIds", lambda ids: many(number)(ids.get("ids", [])))
-        + perhaps(message, "chat", lambda chat: many(turn)(chat.get("messages", [])))
+        + (chat(message["chat"]) if "chat" in message else b"\0")
         + perhaps(message, "parameters", parameters)
     )
 
@@ -127,7 +164,19 @@ def resolved(p: Given) -> bytes:
         + number(p.get("ignoreEos", False))
         + perhaps(p, "logprobs", number)
         + perhaps(p, "responseFormat", response_format)
+        + resolved_presentation(p)
     )  # fmt: skip
+
+
+def resolved_presentation(p: Given) -> bytes:
+    if not {"includeStop", "keepSpecialTokens", "parse"} & p.keys():
+        return b""
+    return (
+        b"\2"
+        + number(p.get("includeStop", False))
+        + number(p.get("keepSpecialTokens", False))
+        + many(number)(p.get("parse", []))
+    )
 
 
 def item_input(message: Given) -> bytes:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ostinato import requests
 from ostinato.v1 import generation_pb2, types_pb2
 
-HI = {"role": "user", "content": "hi"}
+HI: dict[str, Any] = {"role": "user", "content": "hi"}
 _HI_ITEM = types_pb2.Item(chat=types_pb2.Chat(messages=[types_pb2.Message(**HI)]))
 
 
@@ -50,7 +50,16 @@ def test_every_form_of_prompt_becomes_its_item(prompts: Any, expected: list[type
         ([[1, "a"]], TypeError, r"prompts\[0\]\[1\]: must be an int, not str"),
         ([[True]], TypeError, r"prompts\[0\]\[0\]: must be an int, not bool"),
         ([[{"role": "user"}]], ValueError, r"prompts\[0\]\[0\].content: missing"),
-        ([[HI | {"name": "x"}]], TypeError, r"prompts\[0\]\[0\].name: no such field"),
+        ([[HI | {"nick": "x"}]], TypeError, r"prompts\[0\]\[0\].nick: no such field; a message has role, content, name"),
+        ([[HI | {"name": 1}]], TypeError, r"prompts\[0\]\[0\].name: must be a str, not int"),
+        (
+            [[HI | {"content": [{"type": "image_url"}]}]],
+            ValueError,
+            r"must be a part of type text, is image_url: images",
+        ),
+        ([[HI | {"content": ["a"]}]], ValueError, r"content\[0\]: must be a part of type text, is str"),
+        ([[HI | {"tool_calls": [1]}]], TypeError, r"tool_calls\[0\]: must be a tool call with function"),
+        ([[HI | {"tool_calls": [{"function": {}}]}]], TypeError, r"tool_calls\[0\].function.name: must be a str, not NoneType"),
         ([[HI, "a"]], TypeError, r"prompts\[0\]\[1\]: must be a message"),
         ([[{"role": "user", "content": 1}]], TypeError, r"prompts\[0\]\[0\].content: must be a str, not int"),
         (["a\ud800"], ValueError, r"prompts\[0\]: character 1 is half of a surrogate pair"),
@@ -80,6 +89,13 @@ def test_what_is_no_prompt_is_refused_by_name(prompts: Any, kind: type[Exception
         ({"response_format": {"regex": "a", "json_schema": "{}"}}, TypeError, "response_format: must be"),
         ({"response_format": {"regex": 1}}, TypeError, "response_format.regex: must be a str"),
         ({"response_format": "json"}, TypeError, "response_format: must be"),
+        (
+            {"response_format": {"lark": "x"}},
+            TypeError,
+            "response_format: must be an object with one of json_schema",
+        ),
+        ({"response_format": {"json_schema": {1, 2}}}, ValueError, "response_format.json_schema: cannot be written as JSON"),
+        ({"parse": ["tool"]}, ValueError, r"parse\[0\]: 'tool' is not one of tools, reasoning"),
     ],
 )
 def test_a_bad_parameter_is_refused_by_name(given: dict[str, Any], kind: type[Exception], message: str) -> None:
@@ -105,6 +121,9 @@ def test_every_parameter_is_taken() -> None:
         "ignore_eos": False,
         "logprobs": 0,
         "response_format": {"json_schema": {"type": "object"}},
+        "include_stop": True,
+        "skip_special_tokens": False,
+        "parse": ["tools", "reasoning"],
     }
     fields = types_pb2.Parameters.DESCRIPTOR.fields_by_name
 
@@ -115,6 +134,32 @@ def test_every_parameter_is_taken() -> None:
     assert {field.name for field, _ in made.ListFields()} == set(given)
     assert made.stop == ["\n"]
     assert made.response_format.json_schema == '{"type": "object"}'
+
+
+def test_a_chat_of_openai_s_form_is_taken_whole() -> None:
+    """Parts, tool calls with arguments as text or object, results, reasoning, tools and arguments of the template are taken."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+    made = requests.chat(
+        [
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": None, "tool_calls": [call, {"function": {"name": "g", "arguments": {"é": 1}}}]},
+            {"role": "tool", "content": "c", "tool_call_id": "1", "name": "f"},
+            {"role": "assistant", "content": "d", "reasoning_content": "r"},
+        ],
+        tools=[{"type": "function", "function": {"name": "f"}}],
+        template_kwargs={"enable_thinking": False},
+        continue_final_message=True,
+    )
+
+    assert list(made.messages[0].parts) == ["a", "b"]
+    assert [(each.id, each.name, each.arguments) for each in made.messages[1].tool_calls] == [
+        ("1", "f", '{"a":1}'),
+        ("", "g", '{"é": 1}'),
+    ]
+    assert (made.messages[2].tool_call_id, made.messages[2].name, made.messages[3].reasoning) == ("1", "f", "r")
+    assert made.tools == '[{"type": "function", "function": {"name": "f"}}]'
+    assert made.template_kwargs == '{"enable_thinking": false}'
+    assert made.continue_final_message
 
 
 def test_none_is_unset_and_zero_is_not() -> None:

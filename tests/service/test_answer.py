@@ -31,14 +31,8 @@ class Bytes:
             return bytes([token_id])
         return self._longer[token_id - 258] if token_id - 258 in range(len(self._longer)) else b""
 
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        return list(text.encode())
-
-    def render(self, messages: object) -> str:
-        raise ValueError
-
-    def files(self) -> dict[str, bytes]:
-        raise ValueError
+    def written(self, token_id: int) -> bytes:
+        return {END: b"<end>", CONTROL: b"<\xc3\xa9>"}.get(token_id, self.piece(token_id))
 
 
 @dataclass(frozen=True)
@@ -50,13 +44,15 @@ class Case:
     ignore_eos: bool
     least: int
     most: int
+    include_stop: bool = False
+    keep: bool = False
     takes: list[bool] = field(default_factory=list)
 
     @property
     def parameters(self) -> types_pb2.ResolvedParameters:
         return types_pb2.ResolvedParameters(
             stop=self.stops, stop_token_ids=self.stop_ids, ignore_eos=self.ignore_eos, min_new_tokens=self.least,
-            max_new_tokens=self.most,
+            max_new_tokens=self.most, include_stop=self.include_stop, keep_special_tokens=self.keep,
         )  # fmt: skip
 
 
@@ -79,6 +75,8 @@ def cases(draw: st.DrawFn) -> Case:
         ignore_eos=draw(st.booleans()),
         least=draw(st.integers(0, most)),
         most=most,
+        include_stop=draw(st.booleans()),
+        keep=draw(st.booleans()),
         takes=draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens))),
     )
 
@@ -92,8 +90,8 @@ def oracle(case: Case) -> tuple[int, str, int, str]:
             reason = F.FINISH_REASON_STOP_TOKEN
         if made > case.least and token == END and not case.ignore_eos:
             reason = F.FINISH_REASON_END_OF_SEQUENCE
-        if reason not in (F.FINISH_REASON_END_OF_SEQUENCE, F.FINISH_REASON_STOP_TOKEN):
-            data += vocabulary.piece(token)
+        if case.include_stop or reason not in (F.FINISH_REASON_END_OF_SEQUENCE, F.FINISH_REASON_STOP_TOKEN):
+            data += vocabulary.written(token) if case.keep else vocabulary.piece(token)
         text = data.decode(errors="replace")
         if not reason:
             text = whole_characters(data)
@@ -107,7 +105,7 @@ def oracle(case: Case) -> tuple[int, str, int, str]:
         ]
         if matches:
             end, length, stop = min(matches)
-            return made, text[: end + length], F.FINISH_REASON_STOP_STRING, stop
+            return made, text[: end + (0 if case.include_stop else length)], F.FINISH_REASON_STOP_STRING, stop
         if reason:
             return made, text, reason, ""
     raise AssertionError("max_new_tokens ends every answer")
@@ -196,6 +194,13 @@ def made_of(text: str, **parameters: object) -> types_pb2.Output:
 def test_first_completed_stop_wins() -> None:
     """The stop string that is complete first ends the answer, although another began before it."""
     assert made_of("xabcd", stop=["abcd", "c"]).text == "xab"
+
+
+def test_what_ended_the_answer_is_text_on_request() -> None:
+    """With include_stop the stop string is in the text; with kept control tokens, so is the token that ended the answer."""
+    assert made_of("xabc", stop=["b"], include_stop=True).text == "xab"
+    assert made_of("x", include_stop=True, keep_special_tokens=True).text == "x<end>"
+    assert made_of("x", keep_special_tokens=True).text == "x"
 
 
 def test_longest_of_those_completed_together_wins() -> None:

@@ -12,18 +12,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from ostinato.v1 import types_pb2
-
 from tests.service.llama_kit import LACKING, Bench, on_the_loop
 
 if LACKING:
     pytest.skip(f"the llama engine's packages are not installed: {LACKING}", allow_module_level=True)
 
+from service.chat import Conversation
 from service.engines import huggingface
 from service.engines.llama.library import library
 from service.engines.llama.model import (
     SPLITS,
-    ChatTemplate,
     LlamaVocabulary,
     NotGguf,
     metadata_digest,
@@ -152,28 +150,13 @@ async def test_text_comes_back(bench: Bench, text: str) -> None:
 async def test_a_chat_becomes_control_tokens(bench: Bench) -> None:
     """A rendered chat has the template's own first turn, ends ready to answer, and its control tokens are recognised."""
     vocabulary = bench.engine.vocabulary
-    text = vocabulary.render([types_pb2.Message(role="user", content="Hi")])
+    text = vocabulary.render(Conversation([{"role": "user", "content": "Hi"}]))
     ids = vocabulary.encode(text, special=True)
 
     assert text.startswith("<|im_start|>system\n")
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert vocabulary.piece(ids[0]) == b""
     assert len(vocabulary.end_ids.intersection(ids)) == 1
-
-
-def test_templates_refuse() -> None:
-    """An unknown role, a refusal by the template and an error in the template are each a ValueError."""
-    user = [types_pb2.Message(role="user", content="x")]
-    with pytest.raises(ValueError, match="'wizard' is not a role"):
-        ChatTemplate("", begin="", end="").render([types_pb2.Message(role="wizard")])
-    with pytest.raises(ValueError, match="system first"):
-        ChatTemplate("{{ raise_exception('system first') }}", begin="", end="").render(user)
-    with pytest.raises(ValueError, match="division"):
-        ChatTemplate("{{ 1 / 0 }}", begin="", end="").render(user)
-    with pytest.raises(ValueError, match="unsafe"):
-        ChatTemplate("{{ messages.__class__.__mro__ }}", begin="", end="").render(user)
-    with pytest.raises(ValueError, match="cannot be used"):
-        ChatTemplate("{% if %}", begin="", end="")
 
 
 @pytest.mark.parametrize("key", [b"\xff", b"\xc3("])

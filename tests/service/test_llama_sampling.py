@@ -19,6 +19,7 @@ if LACKING:
 
 import numpy as np
 
+from service.chat import Conversation
 from service.engines.base import SOURCE_BYTES_MAX
 from service.engines.llama.sampling import explanation, fold_seed, token_logprobs
 
@@ -147,7 +148,7 @@ async def test_bad_tokens_never_appear(bench: Bench) -> None:
 async def test_ends_that_may_not_come_yet(bench: Bench) -> None:
     """Neither the model's end nor a stop token comes before min_new_tokens; with ignore_eos the model's end never comes."""
     vocabulary = bench.engine.vocabulary
-    chat = vocabulary.encode(vocabulary.render([types_pb2.Message(role="user", content="Say OK.")]), special=True)
+    chat = vocabulary.encode(vocabulary.render(Conversation([{"role": "user", "content": "Say OK."}])), special=True)
     about: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 24}
     plain = await bench.answer(chat, ignore_eos=False, **about)
     made = len(plain.token_ids)
@@ -219,7 +220,7 @@ async def test_regex_is_obeyed(bench: Bench) -> None:
         (regex(r"[^\s\S]"), "allows no answer"),
         (regex("a\0"), "NUL"),
         (schema('{"type": "integer", "multipleOf": 999983}'), "more than 0.5 s to compile"),
-        (types_pb2.ResponseFormat(), "is empty"),
+        (types_pb2.ResponseFormat(ebnf="root"), "does not support this kind of grammar"),
     ],
 )
 @on_the_loop

@@ -212,7 +212,8 @@ PROMPTS = [
     (types_pb2.Item(token_ids=types_pb2.TokenIds(ids=[1, 262])), "items[0].token_ids.ids[1]"),
     (types_pb2.Item(token_ids=types_pb2.TokenIds(ids=[2**32 - 1])), "items[0].token_ids.ids[0]"),
     (types_pb2.Item(chat=types_pb2.Chat()), "items[0].chat"),
-    (types_pb2.Item(chat=types_pb2.Chat(messages=[types_pb2.Message(role="robot")])), "items[0].chat.messages[0].role"),
+    (types_pb2.Item(chat=types_pb2.Chat(messages=[types_pb2.Message(role="robot")])), "items[0].chat"),
+    (types_pb2.Item(chat=types_pb2.Chat(messages=[types_pb2.Message(role="<|end|>")])), "items[0].chat.messages[0].role"),
     (types_pb2.Item(chat=types_pb2.Chat(messages=[types_pb2.Message(role="user", content="x" * 1001)])), "items[0].chat"),
     (
         types_pb2.Item(chat=types_pb2.Chat(messages=[types_pb2.Message(role=role) for role in ("user", "system")])),

@@ -130,7 +130,7 @@ class Compiler:
 @pytest.mark.parametrize(
     ("wanted", "text"),
     [
-        (Format(), "is empty"),
+        (Format(ebnf="root"), "does not support this kind of grammar"),
         (Format(json_schema="{"), "is not JSON"),
         (Format(json_schema="3"), "an object or true"),
         (Format(json_schema="[" * 100_000), "must be at most"),

@@ -53,10 +53,16 @@ SAMPLING: Mapping[str, Any] = {
     "bad_words": _sampling(list[str], "A token that must not appear. May be repeated.", "--bad-word", metavar="TEXT"),
     "ignore_eos": _sampling(bool, "Do not end at the model's end of sequence."),
     "logprobs": _sampling(int, "0: of the chosen tokens; n: of the n likeliest too."),
+    "include_stop": _sampling(bool, "Keep what ended the output in its text."),
+    "skip_special_tokens": _sampling(bool, "Leave control tokens out of the text, the default."),
+    "parse": _sampling(list[str], "Parse this out of the text: tools, reasoning. May be repeated.", metavar="WHAT"),
     "json_schema": _sampling(str, "The output follows this schema: JSON, or @ and a file.", metavar="JSON|@FILE"),
     "regex": _sampling(str, "The whole output matches this expression."),
+    "ebnf": _sampling(str, "The output follows this grammar, or @ and a file.", metavar="TEXT|@FILE"),
+    "structural_tag": _sampling(str, "The output follows these structural tags.", metavar="JSON|@FILE"),
 }
-"""Options by parameter name; the last two are its response_format."""
+"""Options by parameter name; the last four are its response_format."""
+FORMATS = ("json_schema", "regex", "ebnf", "structural_tag")
 
 File = Annotated[
     Path | None,
@@ -98,6 +104,15 @@ def generate(
     texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; - reads stdin, one per line.")] = None,
     file: File = None,
     output: Output = None,
+    messages: Annotated[
+        str | None, typer.Option(help="A chat as one prompt: a JSON list of messages, or @ and a file.", metavar="JSON|@FILE")
+    ] = None,
+    tools: Annotated[
+        str | None, typer.Option(help="A JSON list of tools, for chats; or @ and a file.", metavar="JSON|@FILE")
+    ] = None,
+    template_kwargs: Annotated[
+        str | None, typer.Option(help="A JSON object of arguments of the chat template.", metavar="JSON|@FILE")
+    ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Copies of each prompt; --seed is the same for all.")] = 1,
     chat: Annotated[bool, typer.Option("--chat", help="A text is a user's message, not a text to continue.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Prompts in a request, at most the model's limit.")] = 32,
@@ -123,7 +138,10 @@ def generate(
     with usage():
         parameters = _parameters(sampling)
         common = requests.batch(types_pb2.Item(), key or "", request_id, require_grade, parameters, verify=verify)
-    prompts = partial(_prompts, texts or [], file, n, chat)
+    tools, template_kwargs = (
+        given and _text_or_file(option, given) for option, given in (("--tools", tools), ("--template-kwargs", template_kwargs))
+    )
+    prompts = partial(_prompts, texts or [], file, n, ChatOptions(chat, messages, tools, template_kwargs))
     options = GenerateOptions(prompts, common, batch, concurrency, progress, max_response_bytes)
     if output is not None:
         if file is None or str(file) == STDIN or texts or stream:
@@ -142,19 +160,26 @@ def generate(
 
 def _parameters(given: Mapping[str, Any]) -> requests.Sampling:
     made: dict[str, Any] = {name: value or None if isinstance(value, list) else value for name, value in given.items()}
-    json_schema, regex = made.pop("json_schema"), made.pop("regex")
-    if json_schema is not None and regex is not None:
-        raise typer.BadParameter("--json-schema, --regex: give one of them")
-    if json_schema is not None and json_schema.startswith("@"):
-        try:
-            json_schema = Path(json_schema[1:]).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise typer.BadParameter(f"--json-schema: {error}") from None
-    if json_schema is not None:
-        made["response_format"] = {"json_schema": json_schema}
-    elif regex is not None:
-        made["response_format"] = {"regex": regex}
+    formats = {name: value for name in FORMATS if (value := made.pop(name)) is not None}
+    if len(formats) > 1:
+        raise typer.BadParameter(f"{', '.join(map(_option, formats))}: give one of them")
+    for name, value in formats.items():
+        made["response_format"] = {name: value if name == "regex" else _text_or_file(_option(name), value)}
     return cast(requests.Sampling, made)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _text_or_file(option: str, given: str) -> str:
+    """The text, or after @ that of a file."""
+    if not given.startswith("@"):
+        return given
+    try:
+        return Path(given[1:]).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{option}: {error}") from None
 
 
 async def _print_table(session: Session, prompts: Sequence[Prompt], options: GenerateOptions) -> bool:
@@ -196,15 +221,49 @@ _KINDS: Mapping[str, Callable[[object], types_pb2.Item]] = {
     "token_ids": lambda value: types_pb2.Item(token_ids=requests.token_ids(value)),
     "messages": lambda value: types_pb2.Item(chat=requests.chat(value)),
 }
+_CHAT = ("tools", "template_kwargs", "add_generation_prompt", "continue_final_message", "allow_control_tokens")
+"""What may stand beside messages."""
 
 
-def _prompts(texts: Sequence[str], file: Path | None, n: int, chat: bool) -> Iterator[Prompt]:
-    given: Iterable[Prompt] = _of_arguments(texts)
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """What concerns chats."""
+
+    chat: bool
+    """A text is a chat of one message."""
+    messages: str | None
+    tools: str | None
+    template_kwargs: str | None
+
+    def prompts(self) -> Iterator[Prompt]:
+        if self.messages is not None:
+            with usage("--messages"):
+                given = json.loads(_text_or_file("--messages", self.messages), parse_constant=_no_constant)
+                yield Prompt(types_pb2.Item(chat=requests.chat(given)), "--messages")
+
+    def applied(self, prompt: Prompt) -> Prompt:
+        if self.chat and prompt.item.HasField("text"):
+            item = types_pb2.Item(chat=requests.chat([{"role": "user", "content": prompt.item.text}]))
+            if prompt.item.HasField("parameters"):
+                item.parameters.CopyFrom(prompt.item.parameters)
+            prompt = Prompt(item, prompt.place)
+        if prompt.item.HasField("chat"):
+            chat = prompt.item.chat
+            if self.tools is not None and not chat.tools:
+                chat.tools = self.tools
+            if self.template_kwargs is not None and not chat.template_kwargs:
+                chat.template_kwargs = self.template_kwargs
+        return prompt
+
+
+def _prompts(texts: Sequence[str], file: Path | None, n: int, chats: ChatOptions) -> Iterator[Prompt]:
+    given = chain(_of_arguments(texts), chats.prompts())
     if file is not None:
         given = chain(given, _of_file(file))
     for each in given:
+        prompt = chats.applied(each)
         for _ in range(n):
-            yield _as_chat(each) if chat else each
+            yield prompt
 
 
 def _of_arguments(given: Iterable[str]) -> Iterator[Prompt]:
@@ -220,16 +279,6 @@ def _of_file(path: Path) -> Iterator[Prompt]:
     for place, text in _lines(path):
         with usage(place):
             yield Prompt(_item(json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)), place)
-
-
-def _as_chat(prompt: Prompt) -> Prompt:
-    """A text as a chat of one user message; other prompts unchanged."""
-    if not prompt.item.HasField("text"):
-        return prompt
-    item = types_pb2.Item(chat=requests.chat([{"role": "user", "content": prompt.item.text}]))
-    if prompt.item.HasField("parameters"):
-        item.parameters.CopyFrom(prompt.item.parameters)
-    return Prompt(item, prompt.place)
 
 
 def _lines(path: Path | str) -> Iterator[tuple[str, str]]:
@@ -260,7 +309,11 @@ def _item(given: object) -> types_pb2.Item:
     kinds = [name for name in _KINDS if name in given]
     if len(kinds) != 1:
         raise ValueError(f"{', '.join(kinds or _KINDS)}: exactly one of them")
-    item = _KINDS[kinds[0]](given.pop(kinds[0]))
+    prompt = given.pop(kinds[0])
+    if kinds == ["messages"]:
+        item = types_pb2.Item(chat=requests.chat(prompt, **{name: given.pop(name) for name in _CHAT if name in given}))
+    else:
+        item = _KINDS[kinds[0]](prompt)
     if isinstance(given.get("seed"), str) and given["seed"].isdecimal():
         given["seed"] = int(given["seed"])  # as protobuf's JSON writes it
     if parameters := requests.parameters(given):

@@ -9,21 +9,17 @@ import logging
 import mmap
 import platform
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NoReturn
 
-import jinja2
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ostinato.v1 import types_pb2
-
+from service.chat import ChatTemplate, Conversation
 from service.engines import huggingface
-from service.engines.base import ROLES, EngineUnusable
+from service.engines.base import EngineUnusable
 from service.engines.llama.library import INSTALL, Library, library
 
 _log = logging.getLogger(__name__)
@@ -133,6 +129,9 @@ class LlamaVocabulary:
         begin, end = library.edge_ids(self.handle)
         self._begin_ids = [begin] if begin is not None and library.wants_begin(self.handle) else []
         self._begin, self._end = self._control_text(begin), self._control_text(end)
+        silent = (token_id for token_id, piece in enumerate(self._pieces) if not piece)
+        self.controls = {text: token_id for token_id in silent if (text := self._control_text(token_id))}
+        self._control_texts = {token_id: text.encode() for text, token_id in self.controls.items()}
         try:
             self.template = library.template(model)
         except UnicodeDecodeError:
@@ -140,7 +139,7 @@ class LlamaVocabulary:
         self._chat: ChatTemplate | None = None
         if self.template is not None:
             try:
-                self._chat = ChatTemplate(self.template, begin=self._begin, end=self._end)
+                self._chat = ChatTemplate(self.template, {"bos_token": self._begin, "eos_token": self._end})
             except ValueError as error:
                 _log.warning("no chat with this model", extra={"reason": str(error)})
 
@@ -148,17 +147,20 @@ class LlamaVocabulary:
     def chat(self) -> bool:
         return self._chat is not None
 
-    def encode(self, text: str, *, special: bool) -> list[int]:
+    def encode(self, text: str, *, special: bool, begin: bool = True) -> list[int]:
         ids = self._library.tokenize(self.handle, text.encode(), control=special)
-        return ids if ids[:1] == self._begin_ids else self._begin_ids + ids
+        return ids if not begin or ids[:1] == self._begin_ids else self._begin_ids + ids
 
     def piece(self, token_id: int) -> bytes:
         return self._pieces[token_id]
 
-    def render(self, messages: Sequence[types_pb2.Message]) -> str:
+    def written(self, token_id: int) -> bytes:
+        return self._pieces[token_id] or self._control_texts.get(token_id, b"")
+
+    def render(self, given: Conversation) -> str:
         if self._chat is None:
             raise ValueError("the model has no chat template")
-        return self._chat.render(messages)
+        return self._chat.render(given)
 
     def files(self) -> Mapping[str, bytes]:
         template = self.template
@@ -170,7 +172,7 @@ class LlamaVocabulary:
         }
 
     def _template_writes_begin(self) -> bool:
-        probe = [types_pb2.Message(role="user", content="a")]
+        probe = Conversation([{"role": "user", "content": "a"}])
         return self._chat is not None and self._chat.render(probe).startswith(self._begin)
 
     def _control_text(self, token_id: int | None) -> str:
@@ -182,37 +184,6 @@ def _vocabulary_model(path: Path, size: int, modified_nanoseconds: int) -> int:
     """The file's vocabulary, loaded without weights and never freed. llguidance caches by a vocabulary's address, so no other
     vocabulary may get the same address; and a vocabulary is used after its engine has closed."""
     return library().load(path, vocabulary_only=True)
-
-
-class ChatTemplate:
-    """The model's template for chats. Pure and thread-safe. It cannot read the date: its text must not depend on it."""
-
-    def __init__(self, source: str, *, begin: str, end: str) -> None:
-        """`begin` and `end` are the model's control tokens as text. Raises ValueError for an invalid template."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, autoescape=False, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals |= {"raise_exception": _raise_exception, "bos_token": begin, "eos_token": end}
-        environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template cannot be used: {error}") from error
-
-    def render(self, messages: Sequence[types_pb2.Message]) -> str:
-        """The chat as text, ready for the assistant's turn. Raises ValueError for unknown roles and errors of the template."""
-        for message in messages:
-            if message.role not in ROLES:
-                raise ValueError(f"{message.role!r} is not a role; roles are {', '.join(ROLES)}")
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            return self._template.render(messages=turns, add_generation_prompt=True)
-        except Exception as error:  # a template is a program and can fail in any way
-            raise ValueError(str(error) or type(error).__name__) from error
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
 
 
 # tokenizer.json

@@ -216,7 +216,7 @@ def source_of(response_format: types_pb2.ResponseFormat) -> tuple[str, bytes]:
         if "\0" in response_format.regex:
             raise ValueError("holds a NUL character; write \\x00")
         return "regex", bounded(response_format.regex).encode()
-    raise ValueError("is empty")
+    raise ValueError("the llama engine does not support this kind of grammar")
 
 
 class Checker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ostinato.v1 import types_pb2
-
+from service.chat import ChatTemplate, Conversation
 from service.engines import huggingface
 from service.engines.base import EngineUnusable
 from service.engines.turbomind.host import module
@@ -131,6 +131,8 @@ def _sha256(path: Path) -> str:
     return whole.hexdigest()
 
 
+_log = logging.getLogger(__name__)
+
 Kind = Literal["byte-level", "sentencepiece"]
 """How a vocabulary encodes bytes: each byte as a printable character (GPT-2), or as text with a mark for spaces."""
 
@@ -161,13 +163,28 @@ class HuggingFaceVocabulary:
         self.end_ids = frozenset(each for each in (*model.end_ids, own) if each is not None and each < self.size)
         added = {token_id: (each.content, each.special) for token_id, each in backend.get_added_tokens_decoder().items()}
         self.pieces = pieces(backend.get_vocab(with_added_tokens=True), added, kind_of(layout), self.size)
+        self.controls = {text: token_id for token_id, (text, control) in added.items() if control and token_id < self.size}
+        self._control_texts = {token_id: text.encode() for text, token_id in self.controls.items()}
+        self._templates = self._compiled()
         self._begin = begin_of(
             self._special.encode("a", add_special_tokens=True).ids, self._special.encode("a", add_special_tokens=False).ids
         )
 
+    def _compiled(self) -> Mapping[str, ChatTemplate]:
+        """By name: a model may have one for chats with tools."""
+        given = self._hf.chat_template
+        if isinstance(given, str):
+            given = {"default": given}
+        tokens = {name: str(token) for name, token in self._hf.special_tokens_map.items() if isinstance(token, str)}
+        try:
+            return {name: ChatTemplate(source, tokens) for name, source in (given or {}).items()}
+        except ValueError as error:
+            _log.warning("no chat with this model", extra={"reason": str(error)})
+            return {}
+
     @property
     def chat(self) -> bool:
-        return bool(self._hf.chat_template)
+        return "default" in self._templates
 
     @property
     def template_digest(self) -> str:
@@ -175,25 +192,21 @@ class HuggingFaceVocabulary:
         template = self._hf.chat_template
         return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else "none"
 
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of `text`. With `special`, control tokens are recognised, and the model's begin tokens are added if
-        missing."""
-        if not special:
-            return list(self._plain.encode(text, add_special_tokens=False).ids)
-        ids = list(self._special.encode(text, add_special_tokens=False).ids)
-        return ids if ids[: len(self._begin)] == self._begin else self._begin + ids
+    def encode(self, text: str, *, special: bool, begin: bool = True) -> list[int]:
+        ids = list((self._special if special else self._plain).encode(text, add_special_tokens=False).ids)
+        return ids if not begin or ids[: len(self._begin)] == self._begin else self._begin + ids
 
     def piece(self, token_id: int) -> bytes:
         return self.pieces[token_id]
 
-    def render(self, messages: Sequence[types_pb2.Message]) -> str:
-        """The chat in the model's own template. Raises ValueError with the template's message."""
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            text = self._hf.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template may raise anything
-            raise ValueError(str(error) or type(error).__name__) from error
-        return str(text)
+    def written(self, token_id: int) -> bytes:
+        return self.pieces[token_id] or self._control_texts.get(token_id, b"")
+
+    def render(self, given: Conversation) -> str:
+        template = self._templates.get("tool_use" if given.tools and "tool_use" in self._templates else "default")
+        if template is None:
+            raise ValueError("the model has no chat template")
+        return template.render(given)
 
     def files(self) -> Mapping[str, bytes]:
         template = self._hf.chat_template

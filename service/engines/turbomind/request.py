@@ -139,7 +139,7 @@ def source_of(response_format: types_pb2.ResponseFormat) -> tuple[str, str]:
         return kind, response_format.json_schema
     if kind == "regex":
         return kind, bounded(response_format.regex)
-    raise ValueError("is empty")
+    raise ValueError("the turbomind engine does not support this kind of grammar")
 
 
 class Formats:

@@ -1,0 +1,316 @@
+"""Chats to text and token ids, by the model's own template.
+
+A template is rendered as transformers' `apply_chat_template` renders it, except that it cannot read the date: a prompt must not
+depend on the day. A template that prints the date takes it from `template_kwargs` (in most, `date_string`).
+
+What a caller writes is data: a control token in a message, a tool or an argument is ordinary text, unless the chat allows
+control tokens. To tell the template's own control tokens from others, the chat is rendered again with marks in the caller's
+strings (`ChatTokenizer`). A token that is not a control token, such as `<think>` in many models, is recognised everywhere, as
+in a text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn, Protocol
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ostinato.errors import invalid
+from ostinato.v1 import types_pb2
+
+RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+"""Arguments of a template that fields of the chat give."""
+ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""Which of these a template accepts is for the template to say. Some build a control token from a role."""
+DEPTH_MAX = 64
+"""Levels of arrays and objects in tools, arguments of calls, and arguments of a template."""
+_CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
+"""Marks where the last message ends in a rendered chat. The space tells whether the template strips messages."""
+_PRIVATE = range(0xF0000, 0xFFFFE)
+"""Code points without a meaning, for marks."""
+
+Json = Any
+"""A value of JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a template is given."""
+
+    messages: Sequence[Mapping[str, Json]]
+    tools: Sequence[Mapping[str, Json]] | None = None
+    arguments: Mapping[str, Json] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    @classmethod
+    def of(cls, chat: types_pb2.Chat, path: str) -> Conversation:
+        """Raises InvalidRequest with the path of what is wrong."""
+        if not chat.messages:
+            raise invalid(path, "has no messages")
+        messages = [_message(message, f"{path}.messages[{index}]") for index, message in enumerate(chat.messages)]
+        tools, arguments = (
+            _parsed(chat.tools, list, f"{path}.tools"),
+            _parsed(chat.template_kwargs, dict, f"{path}.template_kwargs"),
+        )
+        for index, tool in enumerate(tools or ()):
+            if not isinstance(tool, dict):
+                raise invalid(f"{path}.tools[{index}]", "must be a JSON object")
+        for name in arguments or ():
+            if name in RESERVED:
+                raise invalid(f"{path}.template_kwargs.{name}", "is given by a field of the chat")
+        ready = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not chat.continue_final_message
+        if ready and chat.continue_final_message:
+            raise invalid(f"{path}.continue_final_message", "cannot be combined with add_generation_prompt")
+        if chat.continue_final_message and not (chat.messages[-1].content or chat.messages[-1].parts):
+            raise invalid(f"{path}.continue_final_message", "the last message has no content to continue")
+        return cls(messages, tools or None, arguments or {}, ready, chat.continue_final_message)
+
+    def mapped(self, change: Callable[[str], str]) -> Conversation:
+        """With every string of the caller changed."""
+        return replace(
+            self,
+            messages=_mapped(self.messages, change),
+            tools=_mapped(self.tools, change),
+            arguments=_mapped(self.arguments, change),
+        )
+
+    def strings(self) -> Iterator[str]:
+        """Every string of the caller, also the names in objects."""
+        yield from _strings([self.messages, self.tools, self.arguments])
+
+
+def _message(message: types_pb2.Message, path: str) -> Mapping[str, Json]:
+    """As OpenAI's API has it, but with parsed arguments: templates print them as JSON."""
+    if not ROLE.fullmatch(message.role):
+        raise invalid(f"{path}.role", "must be 1 to 64 ASCII letters, digits, _ and -")
+    if message.content and message.parts:
+        raise invalid(f"{path}.parts", "cannot be combined with content")
+    turn: dict[str, Json] = {"role": message.role}
+    if message.parts:
+        turn["content"] = [{"type": "text", "text": part} for part in message.parts]
+    elif message.content or not message.tool_calls:
+        turn["content"] = message.content
+    if message.name:
+        turn["name"] = message.name
+    if message.tool_call_id:
+        turn["tool_call_id"] = message.tool_call_id
+    if message.reasoning:
+        turn["reasoning_content"] = turn["thinking"] = message.reasoning
+    if message.tool_calls:
+        turn["tool_calls"] = [_call(call, f"{path}.tool_calls[{index}]") for index, call in enumerate(message.tool_calls)]
+    return turn
+
+
+def _call(call: types_pb2.ToolCall, path: str) -> Mapping[str, Json]:
+    if not call.name:
+        raise invalid(f"{path}.name", "is empty")
+    function = {"name": call.name, "arguments": _parsed(call.arguments or "{}", dict, f"{path}.arguments")}
+    return {"type": "function", "function": function} | ({"id": call.id} if call.id else {})
+
+
+def _parsed(text: str, kind: type[list[Json] | dict[str, Json]], path: str) -> Any:
+    """JSON text of this kind; None: it is empty. Names in objects keep their order, which templates print."""
+    if not text:
+        return None
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise invalid(path, f"is not JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise invalid(path, f"must be a JSON {'array' if kind is list else 'object'}")
+    if _depth(value) > DEPTH_MAX:
+        raise invalid(path, f"is nested deeper than {DEPTH_MAX} levels")
+    return value
+
+
+def _depth(value: Json) -> int:
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        level = [inner for each in level for inner in _inner(each)]
+    return depth
+
+
+def _inner(value: Json) -> Sequence[Json]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else ()
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _mapped(value: Json, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_mapped(each, change) for each in value]
+    if isinstance(value, dict):
+        return {change(name): _mapped(each, change) for name, each in value.items()}
+    return value
+
+
+def _strings(value: Json) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for each in value:
+            yield from _strings(each)
+    elif isinstance(value, dict):
+        yield from value
+        for each in value.values():
+            yield from _strings(each)
+
+
+class ChatTemplate:
+    """A model's template. Pure and thread-safe."""
+
+    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+        """`tokens`: the model's control tokens by their names in templates, such as bos_token. Raises ValueError for an invalid
+        template."""
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _raise_exception, **tokens}
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template cannot be used: {error}") from error
+
+    def render(self, given: Conversation) -> str:
+        """The chat as text. Raises ValueError with the template's message."""
+        messages = list(given.messages)
+        if given.continue_final_message:
+            messages[-1] = _continued(messages[-1])
+        try:
+            text = self._template.render(
+                given.arguments, messages=messages, tools=given.tools, add_generation_prompt=given.add_generation_prompt
+            )
+        except Exception as error:  # a template is a program and can fail in any way
+            raise ValueError(str(error) or type(error).__name__) from error
+        return _cut(text) if given.continue_final_message else text
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's tokens for training. Here it has no effect."""
+
+    tags = {"generation"}  # noqa: RUF012  # as the base class has it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(
+    value: Json, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Unlike Jinja's own, without escapes for HTML, and in the given order."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _continued(message: Mapping[str, Json]) -> Mapping[str, Json]:
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": content + _CONTINUED}
+    return {**message, "content": [*content[:-1], {**content[-1], "text": content[-1]["text"] + _CONTINUED}]}
+
+
+def _cut(text: str) -> str:
+    """Without what the template writes after the last message."""
+    end = text.rfind(_CONTINUED.strip())
+    if end < 0:
+        raise ValueError("it leaves out the last message, which cannot be continued")
+    return text[:end] if text.startswith(_CONTINUED, end) else text[:end].rstrip()
+
+
+class ChatVocabulary(Protocol):
+    """What `token_ids` needs of a model's vocabulary. Every method is pure and thread-safe."""
+
+    @property
+    def controls(self) -> Mapping[str, int]:
+        """The ids of control tokens, by their text."""
+        ...
+
+    def render(self, given: Conversation) -> str:
+        """The chat as text. Raises ValueError with the template's message."""
+        ...
+
+    def encode(self, text: str, *, special: bool, begin: bool = True) -> list[int]:
+        """As `service.engines.base.Vocabulary.encode`."""
+        ...
+
+
+class ChatTokenizer:
+    """Chats to token ids. Safe in any thread."""
+
+    def __init__(self, vocabulary: ChatVocabulary) -> None:
+        self._vocabulary = vocabulary
+        longest_first = sorted(vocabulary.controls, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._firsts = frozenset(control[0] for control in longest_first)
+
+    def text(self, given: Conversation) -> str:
+        """The chat as text. Raises ValueError with the template's message."""
+        return self._vocabulary.render(given)
+
+    def token_ids(self, given: Conversation, text: str, *, allow_control_tokens: bool) -> list[int]:
+        """Of a rendered chat. Only the template's own control tokens are control tokens, unless others are allowed. Raises
+        ValueError if the two cannot be told apart."""
+        own = None if allow_control_tokens else self._own(given, text)
+        encode = self._vocabulary.encode
+        if own is None or own == _spans(self._control, text):
+            return encode(text, special=True)
+        ids, end = [], 0
+        for first, last in own:
+            ids += encode(text[end:first], special=False, begin=False)
+            ids.append(self._vocabulary.controls[text[first:last]])
+            end = last
+        ids += encode(text[end:], special=False, begin=False)
+        begin = encode("", special=True)
+        return ids if ids[: len(begin)] == begin else begin + ids
+
+    def _own(self, given: Conversation, text: str) -> list[tuple[int, int]] | None:
+        """Where the template's own control tokens are; None: the caller's strings cannot make any.
+
+        The caller's strings are marked in two ways. If the first characters of control tokens are marked wherever they stand,
+        strings that are put together cannot make a control token either; but the template may look for such characters. If only
+        whole control tokens are marked, it rarely does; then it must write the same control tokens as with the other marks.
+        """
+        if not any(first in string for string in given.strings() for first in self._firsts):
+            return None
+        marks = self._marks(text, given)
+        plain = str.maketrans({mark: first for first, mark in marks.items()})
+        everywhere = str.maketrans(marks)
+        marked = self._vocabulary.render(given.mapped(lambda string: string.translate(everywhere)))
+        if marked.translate(plain) == text:
+            return _spans(self._control, marked)
+        written = self._control.findall(marked)
+        marked = self._vocabulary.render(
+            given.mapped(lambda string: self._control.sub(lambda found: marks[found[0][0]] + found[0][1:], string))
+        )
+        if marked.translate(plain) != text or self._control.findall(marked) != written:
+            raise ValueError("it depends on a control token in a string of the chat; remove it, or set allow_control_tokens")
+        return _spans(self._control, marked)
+
+    def _marks(self, text: str, given: Conversation) -> dict[str, str]:
+        """A character for each first character of a control token, which neither the text nor the caller's strings have."""
+        used = set(text).union(*map(set, given.strings()))
+        unused = (chr(point) for point in _PRIVATE if chr(point) not in used)
+        return dict(zip(sorted(self._firsts), unused, strict=False))
+
+
+def _spans(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
+    return [found.span() for found in pattern.finditer(text)]
