@@ -151,7 +151,7 @@ def masked(text: str) -> list[str]:
     """Lines without what may differ from machine to machine: digests, times, derived seeds, and the model's words."""
     lines = []
     for line in text.splitlines():
-        kept = re.sub(r"\b[0-9a-f]{12,16}\b", "DIGEST", line)
+        kept = re.sub(r"\b[0-9a-f]{12,32}\b", "DIGEST", line)
         kept = re.sub(r"(?<= )\d+\.\d (?! *s)\s*.*", "MS", kept)  # and the text behind it
         kept = re.sub(r"\d+\.\d s", "SECONDS", kept)
         kept = re.sub(r"│ +\d{16,20} │", "│ SEED │", kept)

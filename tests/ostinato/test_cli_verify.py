@@ -1,4 +1,4 @@
-"""`ostinato verify`: sound records pass, and every change is a fault."""
+"""`ostinato verify`: honest records are consistent, and every change is a fault."""
 
 from __future__ import annotations
 
@@ -88,18 +88,20 @@ def test_honest_records_are_sound(document: Message, counts: tuple[int, int]) ->
     """Every kind of record that the commands print is accepted, alone, in a list, and as one of several lines."""
     for checks, times in ((_check(_dict(document)), 1), (_check([_dict(document)], {"results": []}), 1)):
         assert checks.faults == []
-        assert (checks.counts.sound_receipts, checks.counts.sound_entries) == tuple(times * each for each in counts)
+        assert tuple(checks.count(kind, "consistent") for kind in ("receipt", "entry")) == tuple(times * n for n in counts)
 
 
 def test_an_honest_journal_is_sound(tmp_path: Path) -> None:
-    """Every link of a whole journal is sound; of a part, the first entry counts as taken on trust."""
+    """Every link of a whole journal holds; of a part, the first entry is taken on trust. Without a key nothing is proved."""
     lines = [json.dumps(_dict(entry)) for entry in ENTRIES]
     (tmp_path / "whole").write_text("\n".join(lines))
 
     whole, part = CliRunner().invoke(app, ["verify", str(tmp_path / "whole")]), _verify("\n".join(lines[4:]))
 
-    assert (whole.exit_code, whole.stdout) == (0, "12 of 12 entries sound\n")
-    assert (part.exit_code, part.stdout) == (0, "7 of 7 entries sound, 1 taken on trust, without the entry before\n")
+    last = "consistent, not proved: no signed head follows it"
+    assert (whole.exit_code, whole.stdout.splitlines()[1:]) == (3, ["12 entries: 12 consistent, 12 chained, 0 signed", last])
+    counts = "7 entries: 7 consistent, 7 chained, 0 signed, 1 before them on trust"
+    assert (part.exit_code, part.stdout.splitlines()[1:]) == (3, [counts, last])
 
 
 @CASES
@@ -156,7 +158,7 @@ def test_no_result_can_be_altered(tamper: Any) -> None:
     tamper(result)
     checks = _check(result)
     assert checks.faults
-    assert checks.counts.sound_receipts == 0
+    assert checks.count("receipt", "consistent") == 0
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,7 @@ def test_no_journal_can_be_altered(tamper: Any) -> None:
 
 
 def test_faults_are_printed_and_counted() -> None:
-    """Each fault is a line with its place, the sound receipts are counted, and the exit code is 1; --json has the same."""
+    """Each fault is a line with its place, what holds is counted, and the exit code is 1; --json has the same."""
     records = [_dict(record.result) for record in FAKE.records.values()]
     records[1]["output"]["seed"] = "5"
     content = "\n".join(map(json.dumps, records))
@@ -210,16 +212,17 @@ def test_faults_are_printed_and_counted() -> None:
     assert plain.exit_code == in_json.exit_code == 1
     assert plain.stdout.splitlines() == [
         "stdin:2: sequence 2: header.seed: does not belong to this output",
-        "5 of 6 receipts sound",
+        *(
+            f"stdin:{n}: sequence {n}: {'not ' * (n == 2)}consistent, not chained, not signed, the text is not covered"
+            for n in range(1, 7)
+        ),
+        "6 receipts: 5 consistent, 0 chained, 0 signed",
+        "not sound: not consistent",
     ]
-    assert json.loads(in_json.stdout) == {
-        "receipts": 6,
-        "sound_receipts": 5,
-        "entries": 0,
-        "sound_entries": 0,
-        "entries_on_trust": 0,
-        "faults": plain.stdout.splitlines()[:1],
-    }
+    told = json.loads(in_json.stdout)
+    assert (told["faults"], told["verdict"]) == (plain.stdout.splitlines()[:1], "not sound: not consistent")
+    assert told["receipts"] == {"total": 6, "consistent": 5, "chained": 0, "signed": 0, "witnessed": 0}
+    assert [each["consistent"] for each in told["proofs"]] == [True, False, True, True, True, True]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +249,7 @@ def test_what_is_no_record_is_a_fault(content: str) -> None:
     result = _verify(json.dumps(_dict(RECORD)) + "\n" + content)
     assert result.exit_code == 1
     assert result.stdout.startswith(("stdin:2: not ", "stdin:2: is not "))
-    assert result.stdout.endswith("1 of 1 receipts sound\n")
+    assert result.stdout.endswith("1 receipt: 1 consistent, 0 chained, 0 signed\nnot sound: not consistent\n")
 
 
 @settings(max_examples=100, deadline=None)
@@ -270,7 +273,7 @@ def test_what_is_no_record_is_a_fault(content: str) -> None:
 def test_no_json_is_too_odd(document: Any) -> None:
     """Any JSON gets a list of faults; none raises an exception."""
     checks = _check(document)
-    assert checks.counts.sound_receipts == 0
+    assert checks.count("receipt", "consistent") == 0
     assert isinstance(checks.faults, list)
 
 
@@ -290,7 +293,7 @@ def test_what_the_commands_print_is_what_verify_reads() -> None:
             ["tail", "--payloads", "--from", "3"],
         ):
             printed = ostinato("--json", *arguments).stdout
-            assert _verify(printed).exit_code == 0, printed
+            assert _verify(printed).exit_code == 3, printed
 
 
 @pytest.fixture(autouse=True)

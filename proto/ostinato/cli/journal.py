@@ -12,7 +12,10 @@ import typer
 from ostinato import errors, requests
 from ostinato.cli import show
 from ostinato.cli.session import Key, Session, span, usage
+from ostinato.signature import envelope
 from ostinato.v1 import sequencer_pb2, types_pb2
+
+Dsse = Annotated[bool, typer.Option("--dsse", help="Print the signed head alone, as a DSSE envelope.")]
 
 
 async def get(
@@ -20,6 +23,7 @@ async def get(
     sequence: Annotated[int | None, typer.Argument(help="Of the item.", show_default=False)] = None,
     key: Key = "",
     last: Annotated[bool, typer.Option("--last", help="The newest item.")] = False,
+    dsse: Dsse = False,
 ) -> bool:
     """Shows the record of an item or a keyed batch. It has the input and the outcome."""
     if last and (sequence is not None or key):
@@ -32,6 +36,9 @@ async def get(
         with usage():
             records = await client.get(sequence, key=key or "", timeout=session.timeout)
     for position, record in enumerate(records):
+        if dsse:
+            show.as_json(_envelope(record.result.receipt.head))
+            continue
         if session.json:
             show.as_json(record)
             continue
@@ -61,13 +68,14 @@ async def tail(
     return True
 
 
-async def head(session: Session) -> bool:
+async def head(session: Session, dsse: Dsse = False) -> bool:
     """Shows the journal's newest entry and sequence."""
     async with session.client() as client:
         answer = await client.head(timeout=session.timeout)
-    if session.json:
-        show.as_json(answer)
+    if session.json or dsse:
+        show.as_json(_envelope(answer.signed) if dsse else answer)
         return True
+    signed = f"to entry {answer.signed.last_index}, key {answer.signed.key_id}" if answer.HasField("signed") else "no"
     show.card(
         [
             ("log", answer.log_id),
@@ -77,6 +85,7 @@ async def head(session: Session) -> bool:
             ("entry hash", answer.entry_hash.hex()),
             ("last sequence", answer.last_sequence),
             ("unfinished", answer.unfinished),
+            ("signed", signed),
         ]
     )
     return True
@@ -126,6 +135,12 @@ async def tokenize(
     else:
         show.line(" ".join(map(str, token_ids)))
     return True
+
+
+def _envelope(head: types_pb2.SignedHead) -> dict[str, Any]:
+    if not head.signature:
+        raise errors.NotFound("it is not signed: the sidecar had no --signing-key")
+    return envelope(head)
 
 
 def _line(header: types_pb2.EntryHeader, payload: Any) -> str:

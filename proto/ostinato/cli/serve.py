@@ -38,9 +38,12 @@ import ostinato
 from ostinato import install_hint
 from ostinato.cli import show
 from ostinato.cli.session import FAILED, INTERRUPTED, USAGE
+from ostinato.signature import new_key, signer_of
 
 STATE = Path(".run")
 """The programs' default for journal and proofs."""
+SIGNING_KEY = "signing.pem"
+"""In the state folder."""
 LISTEN = "127.0.0.1:7001"
 """The sidecar's default, and the client's."""
 GATEWAY_PORT = 8000
@@ -451,6 +454,7 @@ async def started(options: ServeOptions, running: Running) -> AsyncIterator[None
 async def _start_pair(options: ServeOptions, running: Running, address: str) -> None:
     """Until both listen, the service at `address`."""
     variables = program_environment("service", "sidecar")
+    _make_signing_key(options.state / SIGNING_KEY)
     for name, flags in (("service", _service_flags(options, address)), ("sidecar", _sidecar_flags(options, address))):
         await _start(name, _command(name, flags), variables, options.state, running)
     service, sidecar = running.children
@@ -485,8 +489,19 @@ def _sidecar_flags(options: ServeOptions, address: str) -> list[str]:
     flags: dict[str, object] = {"--config": options.config, "--listen": options.listen, "--metrics": options.metrics}
     if options.state != STATE and not _is_set(options, "sidecar", "journal"):
         flags["--journal"] = options.state / "journal.sqlite"
+    if not _is_set(options, "sidecar", "signing_key"):
+        flags["--signing-key"] = options.state / SIGNING_KEY
     gateway = ["--vllm-face"] if options.gateway_port else []
     return [*_given(flags), *options.sidecar, *gateway, "--engine", address, "--log-format", "json", "--log-level", "info"]
+
+
+def _make_signing_key(path: Path) -> None:
+    """The key that signs the journal is made at the first start, and the public key beside it at each."""
+    if not path.exists():
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(new_key())
+    with suppress(ValueError):  # the sidecar says what is wrong with it
+        path.with_suffix(".pub").write_text(signer_of(path.read_bytes()).public_pem)
 
 
 def _is_set(options: ServeOptions, program: str, setting: str) -> bool:
@@ -661,7 +676,7 @@ def _announce(options: ServeOptions, running: Running) -> None:
     pages = [f"http://127.0.0.1:{port}/metrics ({name})" for name, port in sorted(running.ports.items()) if port]
     lines += [
         f"  metrics        {', '.join(pages) or 'none'}",
-        f"  files          {options.state.absolute()}: *.log, and journal and proofs unless a setting has them elsewhere",
+        f"  files          {options.state.absolute()}: *.log, signing.pub; unless set elsewhere, journal, key and proofs",
         "",
     ]
     show.line("\n".join(lines + _what_to_try(running)))

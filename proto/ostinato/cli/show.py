@@ -32,6 +32,8 @@ PAYLOADS: Mapping[types_pb2.EntryKind.ValueType, type[Message]] = {
     types_pb2.ENTRY_KIND_ABANDONED: sequencer_pb2.EndedPayload,
     types_pb2.ENTRY_KIND_AUDITED: sequencer_pb2.AuditedPayload,
     types_pb2.ENTRY_KIND_LOST: sequencer_pb2.LostPayload,
+    types_pb2.ENTRY_KIND_PRUNED: sequencer_pb2.PrunedPayload,
+    types_pb2.ENTRY_KIND_WITNESSED: sequencer_pb2.WitnessedPayload,
 }
 """The message in an entry's payload, by the entry's kind."""
 

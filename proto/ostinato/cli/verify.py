@@ -1,12 +1,25 @@
-"""`ostinato verify`: verifies receipts and entries from files alone, without a sidecar."""
+"""`ostinato verify`: verifies receipts, entries and signed heads from files alone, without a sidecar.
+
+Three things are told apart:
+
+    consistent  the content is what its digests say: token ids, text, logprobs, seed, grade, input
+    chained     an entry follows the one before; a receipt's entry is in the signed head's tree
+    signed      a key that was given has signed a head that covers it
+
+Only what is all three is proved: anyone can write a file that is consistent. With a witness, one of its heads has to cover it
+too.
+"""
 
 from __future__ import annotations
 
 import json
 import struct
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,30 +29,77 @@ from google.protobuf.message import DecodeError
 
 from ostinato import chain
 from ostinato.cli import show
-from ostinato.cli.session import STDIN, Session
+from ostinato.cli.session import FAILED, STDIN, UNJUDGED, Session
+from ostinato.signature import PublicKeys, head_fault, inclusion_fault, opened
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 _SQLITE = b"SQLite format 3\0"
 """The first bytes of a SQLite file."""
+WITNESS_SECONDS, WITNESS_BYTES_MAX = 30.0, 256 << 20
+"""To read a witness's URL, and how much of it."""
+
+CONSISTENT, CHAINED, SIGNED, WITNESSED = "consistent", "chained", "signed", "witnessed"
+CODES = {CONSISTENT: FAILED, CHAINED: 4, SIGNED: 5, WITNESSED: 6}
+"""Exit codes of faults, by what does not hold; the smallest one counts. UNJUDGED: no fault, and not proved."""
+KINDS = {"receipt": "receipts", "entry": "entries", "head": "heads"}
+"""Kinds of proofs, and how several are called."""
+
+Keys = Annotated[
+    list[Path] | None,
+    typer.Option("--key", metavar="PEM", help="The log's public key; may be repeated, for old keys.", show_default=False),
+]
+Log = Annotated[str | None, typer.Option("--log", metavar="ID", help="The log that it must be of.", show_default=False)]
+Witness = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|URL",
+        help="Signed heads that a witness holds: its file, its URL, or the second log as tail --json --payloads prints it.",
+        show_default=False,
+    ),
+]
 
 
 def verify(
-    session: Session, file: Annotated[Path, typer.Argument(help="JSON or JSON lines; - is stdin.", show_default=False)]
+    session: Session,
+    file: Annotated[Path, typer.Argument(help="JSON or JSON lines; - is stdin.", show_default=False)],
+    key: Keys = None,
+    log: Log = None,
+    witness: Witness = None,
 ) -> bool:
-    """Verifies receipts and entries offline. Reads what generate, get and tail print with --json."""
-    checks = Checks()
+    """Verifies receipts, entries and heads offline: what generate, get, tail and head print with --json.
+
+    Exit code 0: proved; 1: not consistent; 3: consistent, not proved; 4: not chained; 5: not signed by the key; 6: the witness
+    holds something else.
+    """
+    checks = Checks(public_keys(key or ()), log)
+    if witness is not None:
+        checks.read_witness(*_fetched(witness))
     name, content = _read(file)
     checks.read(name, content)
+    checks.finish()
     if session.json:
-        show.as_json(vars(checks.counts) | {"faults": checks.faults})
+        show.as_json(checks.as_dict())
     else:
-        for fault in checks.faults:
-            show.line(show.visible(fault))
-        if checks.counts.proofs:
-            show.line(str(checks.counts))
-    if not checks.counts.proofs:
+        for line in checks.lines() if checks.proofs else checks.faults:
+            show.line(show.visible(line))
+    if not checks.proofs:
         show.note(f"error: nothing to verify in {file}: {_nothing(content)}")
-    return bool(checks.counts.proofs) and not checks.faults
+    if code := checks.code:
+        raise typer.Exit(code)
+    return True
+
+
+def public_keys(paths: Iterable[Path]) -> PublicKeys:
+    """The keys in these files. Raises BadParameter that names the file."""
+    keys = PublicKeys()
+    for path in paths:
+        try:
+            keys.add(path.read_bytes())
+        except OSError as error:
+            raise typer.BadParameter(f"--key: {path}: {error.strerror}") from None
+        except (ValueError, ImportError) as error:
+            raise typer.BadParameter(f"--key: {path}: {error}") from None
+    return keys
 
 
 def _read(path: Path) -> tuple[str, bytes]:
@@ -50,6 +110,18 @@ def _read(path: Path) -> tuple[str, bytes]:
         return str(path), path.read_bytes()
     except OSError as error:
         raise typer.BadParameter(f"{path}: {error.strerror}") from None
+
+
+def _fetched(witness: str) -> tuple[str, bytes]:
+    """As `_read`, also of a URL."""
+    if not witness.startswith(("http://", "https://")):
+        return _read(Path(witness))
+    try:
+        with urllib.request.urlopen(witness, timeout=WITNESS_SECONDS) as response:  # noqa: S310  # http and https alone
+            return witness, response.read(WITNESS_BYTES_MAX)
+    except (OSError, ValueError) as error:
+        why = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise typer.BadParameter(f"--witness: {witness}: {why}") from None
 
 
 def _lines(name: str, content: bytes) -> Iterator[tuple[str, bytes]]:
@@ -63,62 +135,80 @@ def _nothing(content: bytes) -> str:
     """Why there is nothing to verify."""
     if not content.strip():
         return "it has only blank lines" if content else "it is empty"
-    return "it has no receipt, and no entry whose previous entry is known"
+    return "it has no receipt, no signed head, and no entry whose previous entry is known"
 
 
 @dataclass
-class Counts:
-    """How many proofs there are, and how many of them are sound."""
+class Proof:
+    """A receipt, an entry or a head, and what holds of it."""
 
-    receipts: int = 0
-    sound_receipts: int = 0
-    entries: int = 0
-    sound_entries: int = 0
-    entries_on_trust: int = 0
-    """Entries whose previous entry is unknown. The next entry names them; nothing else about them can be verified."""
+    kind: str
+    """"receipt", "entry" or "head"."""
+    place: str
+    log_id: str
+    index: int
+    entry_hash: bytes
+    holds: set[str] = field(default_factory=set)
+    text: bool | None = None
+    """Whether a digest covers the output's text; None: there is no output."""
+    unsigned: str = ""
+    """Why it is not signed, if that is no fault."""
 
-    @property
-    def proofs(self) -> int:
-        return self.receipts + self.entries
-
-    def __str__(self) -> str:
-        parts = [f"{self.sound_receipts} of {self.receipts} receipts sound"] if self.receipts else []
-        if self.entries:
-            parts.append(f"{self.sound_entries} of {self.entries} entries sound")
-        if self.entries_on_trust:
-            parts.append(f"{self.entries_on_trust} taken on trust, without the entry before")
-        return ", ".join(parts)
+    def state(self, required: Iterable[str]) -> str:
+        told = [each if each in self.holds else f"not {each}" for each in required]
+        return ", ".join(told + ["the text is not covered"] * (self.text is False))
 
 
 class Checks:
-    """Collects the faults of JSON documents."""
+    """Collects proofs and faults from JSON documents."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: PublicKeys | None = None, log_id: str | None = None) -> None:
+        self.proofs: list[Proof] = []
         self.faults: list[str] = []
-        self.counts = Counts()
+        self.on_trust = 0
+        """Entries whose previous entry is unknown. The next entry names them; nothing else about them can be verified."""
+        self.signers: set[str] = set()
+        """Key ids of valid signatures."""
+        self._broken: set[str] = set()
+        self._keys, self._log_id = keys or PublicKeys(), log_id
+        self._claims: dict[tuple[str, int], tuple[bytes, str, bool]] = {}
+        """By log and index: an entry's hash, the place that says so, and whether that is the witness's."""
+        self._judged: dict[bytes, str | None] = {}
+        self._heads: dict[str, dict[tuple[str, int], bytes]] = {SIGNED: {}, WITNESSED: {}}
+        """The entry hashes of valid heads, by log and index."""
+        self._has_witness = False
         self._previous: sequencer_pb2.Entry | None = None
+        self._runs: list[list[Proof]] = []
+        """Entries, each linked to the one before."""
+
+    # ---- reading
 
     def read(self, name: str, content: bytes) -> None:
         """A file of one JSON value, or of one per line. A file without JSON is one fault, not one per line."""
         if content.startswith(_SQLITE):
-            self._fault(name, ["is a SQLite file: if it is a sidecar's journal, use `ostinato sidecar verify`"])
+            self._fault(name, CONSISTENT, ["is a SQLite file: if it is a sidecar's journal, use `ostinato sidecar verify`"])
             return
-        try:
-            values = [(name, json.loads(content))]
-        except (ValueError, RecursionError):
-            first = len(self.faults)
-            values = list(self._parsed(_lines(name, content)))
-            if not values and (others := len(self.faults) - first - 1) > 0:
-                self.faults[first + 1 :] = [f"{name}: the other {others} lines are not JSON either"]
+        values = list(_values(name, content))
+        wrong = [value for _, value in values if isinstance(value, Exception)]
         for place, value in values:
-            self.take(place, value)
+            if not isinstance(value, Exception):
+                self.take(place, value)
+            elif value is wrong[0] or len(wrong) < len(values):
+                self._fault(place, CONSISTENT, [f"not JSON: {value}"])
+        if len(values) == len(wrong) > 1:
+            self._fault(name, CONSISTENT, [f"the other {len(wrong) - 1} lines are not JSON either"])
 
-    def _parsed(self, lines: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, Any]]:
-        for place, line in lines:
-            try:
-                yield place, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                self._fault(place, [f"not JSON: {error}"])
+    def read_witness(self, name: str, content: bytes) -> None:
+        """What a witness holds, before the files that are compared with it. What is not such a head is passed over."""
+        self._has_witness = True
+        for place, value in _values(name, content):
+            for each in value if isinstance(value, list) else [value]:
+                head = _witnessed_head(each) if isinstance(each, dict) else None
+                if head is None or head_fault(head) or (len(self._keys) and self._judge(head) is not None):
+                    show.note(f"{show.visible(place)}: passed over: not a head of the log, or not signed with a given key")
+                    continue
+                self._claim(head.log_id, head.last_index, head.entry_hash, place, witness=True)
+                self._heads[WITNESSED][head.log_id, head.last_index] = head.entry_hash
 
     def take(self, place: str, given: Any) -> None:
         """One JSON value: a message that contains proofs, or a list of messages."""
@@ -129,13 +219,16 @@ class Checks:
         try:
             self._take(place, given if isinstance(given, dict) else {})
         except (json_format.ParseError, RecursionError) as error:
-            self._fault(place, [f"not a message of the contract: {error}"])
+            self._fault(place, CONSISTENT, [f"not a message of the contract: {error}"])
         except (AssertionError, struct.error):
-            self._fault(place, ["has no digest: it contains NaN or a negative number"])
+            self._fault(place, CONSISTENT, ["has no digest: it contains NaN or a negative number"])
 
     def _take(self, place: str, given: dict[str, Any]) -> None:
-        if "header" in given and "previous_hash" in given:
-            self._receipt(place, chain.check_receipt(json_format.ParseDict(given, types_pb2.Receipt())))
+        if (head := _head(given)) is not None:
+            self._take_head(place, head)
+        elif "header" in given and "previous_hash" in given:
+            receipt = json_format.ParseDict(given, types_pb2.Receipt())
+            self._receipt(place, receipt, chain.check_receipt(receipt))
         elif "header" in given:
             decoded = given.pop("decoded", None)
             self._entry(place, json_format.ParseDict(given, sequencer_pb2.Entry()), decoded)
@@ -155,41 +248,244 @@ class Checks:
             given = {name: value for name, value in given.items() if name not in ("line", "key")}  # of generate --output
             self._result(place, json_format.ParseDict(given, types_pb2.Result()))
         else:
-            self._fault(place, ["is not a Result, GenerateResponse, GenerateEvent, ItemRecord, Receipt or Entry"])
+            kinds = "Result, GenerateResponse, GenerateEvent, ItemRecord, Receipt, Entry, SignedHead or DSSE envelope"
+            self._fault(place, CONSISTENT, [f"is not a {kinds}"])
+
+    # ---- proofs
 
     def _result(self, place: str, result: types_pb2.Result) -> None:
+        place = f"{place}: sequence {result.sequence}"
         if result.HasField("receipt"):
-            self._receipt(f"{place}: sequence {result.sequence}", chain.check_result(result))
+            self._receipt(place, result.receipt, chain.check_result(result), output=True)
         elif result.HasField("output"):
-            self._receipt(f"{place}: sequence {result.sequence}", ["receipt: missing"])
+            self._fault(place, CONSISTENT, ["receipt: missing"])
 
     def _record(self, place: str, record: sequencer_pb2.ItemRecord) -> None:
         place = f"{place}: sequence {record.admitted.sequence}"
         if record.result.HasField("receipt"):
-            self._receipt(place, chain.check_record(record))
-        elif record.result.HasField("output"):
-            self._receipt(place, [*chain.check_record(record), "receipt: missing"])
+            self._receipt(place, record.result.receipt, chain.check_record(record), output=True)
         else:
-            self._fault(place, chain.check_record(record))
+            missing = ["receipt: missing"] if record.result.HasField("output") else []
+            self._fault(place, CONSISTENT, [*chain.check_record(record), *missing])
 
-    def _receipt(self, place: str, faults: list[str]) -> None:
-        self.counts.receipts += 1
-        self.counts.sound_receipts += not faults
-        self._fault(place, faults)
+    def _receipt(self, place: str, receipt: types_pb2.Receipt, faults: list[str], *, output: bool = False) -> None:
+        header = receipt.header
+        proof = self._proof("receipt", place, header, receipt.entry_hash)
+        proof.text = header.form > 0 if output else None
+        self._settle(proof, CONSISTENT, faults)
+        self._claim(header.log_id, header.index - 1, receipt.previous_hash, place)
+        if receipt.HasField("head"):
+            fault = inclusion_fault(receipt)
+            self._settle(proof, CHAINED, [fault] if fault else [])
+            self._judge_proof(proof, receipt.head)
+            proof.holds -= {SIGNED} if fault else set()
+        else:
+            proof.unsigned = "it has no signature"
+
+    def _take_head(self, place: str, head: types_pb2.SignedHead) -> None:
+        proof = Proof("head", f"{place}: head of entry {head.last_index}", head.log_id, head.last_index, head.entry_hash)
+        self._add(proof)
+        fault = head_fault(head)
+        self._settle(proof, CONSISTENT, [fault] if fault else [])
+        self._settle(proof, CHAINED, [])
+        self._judge_proof(proof, head)
 
     def _entry(self, place: str, entry: sequencer_pb2.Entry, decoded: object) -> None:
         previous, self._previous = self._previous, entry
+        place = f"{place}: index {entry.header.index}"
         faults = _payload_faults(entry, decoded)
         if previous is None and entry.header.index != 1:
-            self.counts.entries_on_trust += 1
-        else:
-            faults = chain.check_link(previous, entry) + faults
-            self.counts.entries += 1
-            self.counts.sound_entries += not faults
-        self._fault(f"{place}: index {entry.header.index}", faults)
+            self.on_trust += 1
+            self._fault(place, CONSISTENT, faults)
+            self._claim(entry.header.log_id, entry.header.index, entry.entry_hash, place)
+            self._runs.append([])
+            return
+        proof = self._proof("entry", place, entry.header, entry.entry_hash)
+        proof.unsigned = "no signed head follows it"
+        links = [fault for fault in chain.check_link(previous, entry) if not fault.startswith("payload:")]
+        self._settle(proof, CONSISTENT, faults)
+        self._settle(proof, CHAINED, links)
+        if links or previous is None:
+            self._runs.append([])
+        self._runs[-1].append(proof)
 
-    def _fault(self, place: str, faults: Iterable[str]) -> None:
-        self.faults.extend(f"{place}: {fault}" for fault in faults)
+    def _proof(self, kind: str, place: str, header: types_pb2.EntryHeader, entry_hash: bytes) -> Proof:
+        proof = Proof(kind, place, header.log_id, header.index, entry_hash)
+        self._add(proof)
+        return proof
+
+    def _add(self, proof: Proof) -> None:
+        self.proofs.append(proof)
+        if self._log_id is not None and proof.log_id != self._log_id:
+            self._fault(proof.place, CHAINED, [f"is of log {proof.log_id}"])
+        self._claim(proof.log_id, proof.index, proof.entry_hash, proof.place)
+
+    def _claim(self, log_id: str, index: int, entry_hash: bytes, place: str, *, witness: bool = False) -> None:
+        """An entry has one hash: whoever shows another has forked the log, or invented one of the two."""
+        known, other, by_witness = self._claims.setdefault((log_id, index), (entry_hash, place, witness))
+        if known != entry_hash and index > 0:
+            self._fault(place, WITNESSED if by_witness else CHAINED, [f"{other} has another entry {index} of this log"])
+
+    def _judge_proof(self, proof: Proof, head: types_pb2.SignedHead) -> None:
+        self._claim(head.log_id, head.last_index, head.entry_hash, proof.place)
+        why = self._judge(head)
+        if why is None:
+            proof.holds.add(SIGNED)
+            self._heads[SIGNED][head.log_id, head.last_index] = head.entry_hash
+        elif why:
+            proof.unsigned = why
+        else:
+            self._fault(proof.place, SIGNED, [f"signature: is not by key {head.key_id}"])
+
+    def _judge(self, head: types_pb2.SignedHead) -> str | None:
+        """None: a given key has signed it. Otherwise why that is not known, or empty: the signature is not valid."""
+        if head.key_id not in self._keys:
+            return f"it is signed with key {head.key_id}, which was not given" if len(self._keys) else "no key was given"
+        name = head.SerializeToString(deterministic=True)
+        if name not in self._judged:
+            self._judged[name] = None if self._keys.verify(head) else ""
+            self.signers |= {head.key_id} if self._judged[name] is None else set()
+        return self._judged[name]
+
+    def _settle(self, proof: Proof, what: str, faults: list[str]) -> None:
+        if not faults:
+            proof.holds.add(what)
+        self._fault(proof.place, what, faults)
+
+    def _fault(self, place: str, what: str, faults: Iterable[str]) -> None:
+        for fault in faults:
+            self.faults.append(f"{place}: {fault}")
+            self._broken.add(what)
+
+    # ---- the sum
+
+    def finish(self) -> None:
+        """Once everything is read: what the heads cover, and whether the witness holds more."""
+        entries = dict[tuple[str, int, bytes], set[str]]()
+        for run in self._runs:
+            for what, heads in self._heads.items():
+                covered = [place for place, each in enumerate(run) if heads.get((each.log_id, each.index)) == each.entry_hash]
+                for proof in run[: covered[-1] + 1 if covered else 0]:
+                    proof.holds.add(what)
+            entries |= {(proof.log_id, proof.index, proof.entry_hash): proof.holds for proof in run}
+        for proof in self.proofs:
+            proof.holds |= entries.get((proof.log_id, proof.index, proof.entry_hash), set()) - {CONSISTENT}
+            if self._heads[WITNESSED].get((proof.log_id, proof.index)) == proof.entry_hash:
+                proof.holds.add(WITNESSED)
+        for end in {run[-1].log_id: run[-1] for run in self._runs if run}.values():
+            newest = max((index for log_id, index in self._heads[WITNESSED] if log_id == end.log_id), default=0)
+            if newest > end.index:
+                self._fault(end.place, WITNESSED, [f"is the last entry here, and the witness has a head of entry {newest}"])
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """What makes a proof."""
+        return (CONSISTENT, CHAINED, SIGNED, WITNESSED) if self._has_witness else (CONSISTENT, CHAINED, SIGNED)
+
+    @property
+    def unproved(self) -> list[str]:
+        """Why not everything is proved."""
+        why = set()
+        for proof in self.proofs:
+            if SIGNED not in proof.holds:
+                why.add(proof.unsigned)
+            elif not proof.holds.issuperset(self.required):
+                why.add("the witness has no head that covers it" if CHAINED in proof.holds else "it is not chained")
+            if proof.text is False:
+                why.add("the text is not covered by a digest (form 0)")
+        return sorted(why - {""})
+
+    @property
+    def code(self) -> int:
+        """The exit code."""
+        if self._broken or not self.proofs:
+            return min((CODES[each] for each in self._broken), default=FAILED)
+        return UNJUDGED if self.unproved else 0
+
+    @property
+    def verdict(self) -> str:
+        if self._broken:
+            return "not sound: " + ", ".join(f"not {each}" for each in CODES if each in self._broken)
+        if self.unproved:
+            return f"consistent, not proved: {'; '.join(self.unproved)}"
+        logs = ", ".join(sorted({proof.log_id for proof in self.proofs}))
+        return f"proved: log {logs}, key {', '.join(sorted(self.signers))}"
+
+    def count(self, kind: str, what: str) -> int:
+        return sum(proof.kind == kind and what in proof.holds for proof in self.proofs)
+
+    def as_dict(self) -> dict[str, Any]:
+        counts = {
+            plural: {"total": total} | {each: self.count(kind, each) for each in (*self.required, WITNESSED)}
+            for kind, plural in KINDS.items()
+            if (total := sum(proof.kind == kind for proof in self.proofs))
+        }
+        proofs = [
+            {"place": each.place, "log_id": each.log_id, "index": str(each.index)}
+            | {what: what in each.holds for what in self.required}
+            | ({} if each.text is None else {"text": each.text})
+            for each in self.proofs
+        ]
+        told = {"verdict": self.verdict, "entries_on_trust": self.on_trust, "faults": self.faults, "proofs": proofs}
+        return counts | told
+
+    def lines(self) -> Iterator[str]:
+        """What is printed."""
+        yield from self.faults
+        for (kind, state), group in groupby(self.proofs, lambda proof: (proof.kind, proof.state(self.required))):
+            same = list(group)
+            if kind == "entry" and len(same) > 1:
+                yield f"{same[0].place} to {same[-1].index}: {state}"
+            else:
+                yield from (f"{proof.place}: {state}" for proof in same)
+        for kind, plural in KINDS.items():
+            if total := sum(proof.kind == kind for proof in self.proofs):
+                counts = [f"{self.count(kind, each)} {each}" for each in self.required]
+                trust = ["1 before them on trust"] if kind == "entry" and self.on_trust else []
+                yield f"{total} {kind if total == 1 else plural}: {', '.join(counts + trust)}"
+        yield self.verdict
+
+
+def _values(name: str, content: bytes) -> Iterator[tuple[str, Any]]:
+    """Places and JSON values of a file of one value, or of one per line. A line that is no JSON is its exception."""
+    try:
+        yield name, json.loads(content)
+    except (ValueError, RecursionError):
+        for place, line in _lines(name, content):
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                value = error
+            yield place, value
+
+
+def _head(given: dict[str, Any]) -> types_pb2.SignedHead | None:
+    """The head in an envelope, a SignedHead or a HeadResponse; None: it is something else. Raises ParseError."""
+    if "payloadType" in given:
+        try:
+            return opened(given)
+        except ValueError as error:
+            raise json_format.ParseError(str(error)) from None
+    if "root" in given:
+        return json_format.ParseDict(given, types_pb2.SignedHead())
+    if "index" in given and "entry_hash" in given:
+        answer = json_format.ParseDict(given, sequencer_pb2.HeadResponse())
+        if not answer.HasField("signed"):
+            raise json_format.ParseError("a head without a signature")
+        return answer.signed
+    return None
+
+
+def _witnessed_head(given: dict[str, Any]) -> types_pb2.SignedHead | None:
+    """As `_head`, also of a WITNESSED entry; None: there is none."""
+    try:
+        if "header" not in given:
+            return _head(given)
+        entry = json_format.ParseDict(given, sequencer_pb2.Entry(), ignore_unknown_fields=True)
+        witnessed = entry.header.kind == types_pb2.ENTRY_KIND_WITNESSED and entry.payload
+        return sequencer_pb2.WitnessedPayload.FromString(entry.payload).head if witnessed else None
+    except (json_format.ParseError, DecodeError, RecursionError):
+        return None
 
 
 def _is_event(given: dict[str, Any]) -> bool:
