@@ -1,7 +1,10 @@
 # Three images, each by its target: sidecar, service (CPU, with the SmolLM2 model), service-turbomind (GPU).
-#   docker build --target sidecar --tag ostinato-sidecar:0.1.0 .
-# docs/operations.md describes what they need at run time. `make image-check` builds and runs the first two.
-ARG PYTHON=python:3.11-slim-bookworm
+#   docker build --target sidecar --tag ostinato-sidecar:0.1.0 --build-arg PYTHON=python@sha256:… .
+# docs/operations.md describes what they need at run time. `make images` asks for the base's digest and builds them; `make
+# image-check` builds and runs the first two.
+
+# The base, python:3.11-slim-bookworm, by its digest: a tag is moved. There is no default, because a digest ages.
+ARG PYTHON
 
 # Empty; for a build without a package index: --build-context wheels=FOLDER --build-arg PIP_NO_INDEX=1
 FROM scratch AS wheels
@@ -10,9 +13,14 @@ FROM $PYTHON AS build
 ARG PIP_NO_INDEX
 # Not every builder passes arguments to later stages, so they are variables. pip ignores an empty one.
 ENV PIP_FIND_LINKS=/wheels PIP_NO_INDEX=$PIP_NO_INDEX PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ONLY_BINARY=:all: \
-    PIP_NO_DEPS=1 PIP_REQUIRE_HASHES=1 PIP_PYTHON=/opt/venv/bin/python
-# pip has an environment of its own, so that it is not in the image.
-RUN python -m venv /opt/pip && python -m venv --without-pip /opt/venv
+    PIP_NO_DEPS=1 PIP_REQUIRE_HASHES=1 PIP_PYTHON=/opt/venv/bin/python \
+    SBOM="/opt/sbom/bin/cyclonedx-py environment /opt/venv/bin/python --pyproject /pyproject.toml --output-reproducible \
+--output-file /app/sbom.cdx.json"
+COPY requirements/sbom.txt /requirements/
+# pip, and what lists the packages, have environments of their own, so that they are not in the image.
+RUN --mount=type=bind,from=wheels,target=/wheels \
+    python -m venv /opt/pip && python -m venv --without-pip /opt/venv && python -m venv --without-pip /opt/sbom && \
+    /opt/pip/bin/pip --python /opt/sbom/bin/python install -r /requirements/sbom.txt
 
 FROM build AS build-sidecar
 COPY requirements/sidecar.txt /requirements/
@@ -21,7 +29,7 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
 COPY proto/ostinato /app/ostinato
 COPY proto/serving /app/serving
 COPY sidecar /app/sidecar
-RUN /opt/venv/bin/python -m compileall -q /app
+RUN --mount=type=bind,source=pyproject.toml,target=/pyproject.toml /opt/venv/bin/python -m compileall -q /app && $SBOM
 
 FROM build AS build-service
 COPY requirements/service.txt requirements/smollm2.txt /requirements/
@@ -32,12 +40,13 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
 COPY proto/ostinato /app/ostinato
 COPY proto/serving /app/serving
 COPY service /app/service
-RUN /opt/venv/bin/python -m compileall -q /app
+RUN --mount=type=bind,source=pyproject.toml,target=/pyproject.toml /opt/venv/bin/python -m compileall -q /app && $SBOM
 
 FROM $PYTHON AS runtime
 ARG VERSION=0.1.0
 ARG REVISION=unknown
-LABEL org.opencontainers.image.licenses=Apache-2.0 \
+LABEL ostinato.sbom=/app/sbom.cdx.json \
+      org.opencontainers.image.licenses=Apache-2.0 \
       org.opencontainers.image.version=$VERSION \
       org.opencontainers.image.revision=$REVISION
 RUN groupadd --gid 10001 ostinato && \
@@ -86,8 +95,9 @@ COPY proto/ostinato /app/ostinato
 COPY proto/serving /app/serving
 COPY service /app/service
 WORKDIR /app
-RUN /opt/venv/bin/python -c 'from pathlib import Path; from service.engines.turbomind import overrides as made; \
-made.build(Path(made.__file__).parent)' && /opt/venv/bin/python -m compileall -q /app
+RUN --mount=type=bind,source=pyproject.toml,target=/pyproject.toml \
+    /opt/venv/bin/python -c 'from pathlib import Path; from service.engines.turbomind import overrides as made; \
+made.build(Path(made.__file__).parent)' && /opt/venv/bin/python -m compileall -q /app && $SBOM
 
 FROM runtime-service AS service-turbomind
 LABEL org.opencontainers.image.title=ostinato-service-turbomind \

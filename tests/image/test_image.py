@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 
 import pytest
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 from rich.console import Console
 
 import ostinato
@@ -13,6 +15,7 @@ import ostinato
 from tests.demo.show import show
 from tests.image.pairs import MEMORY_BYTES, Images, Pair, as_a_pod, by_hand
 from tests.image.podman import base, build, download, have_tools, podman, run
+from tests.image.test_dockerfile import locked
 from tests.k8s.manifests import built, containers
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(0)]
@@ -26,7 +29,7 @@ TOKENS = 300
 @pytest.fixture(name="images", scope="module")
 def _images() -> Images:
     have_tools()
-    download("sidecar", "service", "smollm2")
+    download("sidecar", "service", "smollm2", "sbom")
     found = base()
     return Images(found, build("sidecar", found), build("service", found))
 
@@ -44,6 +47,20 @@ def test_images_are_small(images: Images) -> None:
     print("\n".join(f"{name}: {size / 1e6:.0f} MB" for name, size in sizes.items()))
 
     assert sizes[images.sidecar] - sizes[images.base] < SIDECAR_BYTES_MAX
+
+
+@pytest.mark.parametrize("program", ["service", "sidecar"])
+def test_an_image_lists_what_is_in_it(images: Images, program: str) -> None:
+    """The file that the label names is a CycloneDX list of this project's version and of exactly the pinned packages."""
+    [image] = json.loads(podman("image", "inspect", getattr(images, program)))
+    listed = json.loads(
+        podman("run", "--rm", "--entrypoint", "cat", getattr(images, program), image["Labels"]["ostinato.sbom"])
+    )
+    pins = locked(program) | (locked("smollm2") if program == "service" else {})
+
+    assert listed["bomFormat"] == "CycloneDX"
+    assert listed["metadata"]["component"]["version"] == ostinato.__version__
+    assert {canonicalize_name(each["name"]): Version(each["version"]) for each in listed["components"]} == pins
 
 
 @pytest.mark.parametrize("program", ["service", "sidecar"])

@@ -82,7 +82,7 @@ def test_the_kustomization_of_the_docs(tmp_path: Path) -> None:
     claims = statefulset(resources)["spec"]["volumeClaimTemplates"]
 
     assert {container["image"] for container in containers(resources).values()} == {
-        f"registry.example/ostinato-{name}:{ostinato.__version__}" for name in ("sidecar", "service")
+        f"registry.example/ostinato-{name}@sha256:{'0' * 64}" for name in ("sidecar", "service")
     }
     assert [claim["spec"]["resources"]["requests"]["storage"] for claim in claims] == ["100Gi", "1Gi"]
     assert of_kind(resources, "Certificate")
