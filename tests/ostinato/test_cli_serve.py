@@ -190,6 +190,16 @@ def test_a_taken_port_is_named(state: Path, taken: str, flag: str, program: str)
     )
 
 
+def test_an_open_address_is_explained(state: Path) -> None:
+    """An address beyond loopback needs credentials or a flag, and the line has that flag as `serve` takes it."""
+    addresses = ["--listen=0.0.0.0:0", *(each for each in ANYWHERE if not each.startswith("--listen="))]
+    with Serve(state, addresses=addresses) as serve:
+        line = only_line(serve, code=2)
+
+    assert line.startswith("ostinato serve: sidecar: --listen: '0.0.0.0:0': anyone who reaches it could do everything: ")
+    assert line.endswith("or allow it with --sidecar-flag --open")
+
+
 def test_a_taken_port_of_the_gateway_is_named(state: Path, taken: str) -> None:
     """A taken gateway port is reported before anything is started."""
     with Serve(state, "--gateway", "--gateway-port", taken.rpartition(":")[2]) as serve:

@@ -598,8 +598,8 @@ async def _stop(running: Running, drain_seconds: float | None) -> None:
 
 
 def _explained(error: Ended) -> Ended:
-    """With the name of `serve`'s own flag, and with what to do about a port that is taken."""
-    why = error.why
+    """With the name of `serve`'s own flag, or how it passes one on, and with what to do about a port that is taken."""
+    why = error.why.replace("allow it with --", f"allow it with --{error.name}-flag --")
     if error.name == "service" and why.startswith("--metrics:"):
         why = f"--service{why.removeprefix('-')}"
     return Ended(error.name, f"{why}; {REMEDY}" if why.endswith(TAKEN) else why, usage=error.usage)
