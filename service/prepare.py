@@ -18,6 +18,7 @@ from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 from service.chat import ChatTokenizer, Conversation
 from service.engines.base import Vocabulary
 from service.observe import prepare_span
+from service.parse import form_of
 
 NEW_TOKENS_DEFAULT = 128
 ABOVE_ZERO = math.ulp(0.0)
@@ -56,8 +57,9 @@ class Limits:
 class ParameterBounds:
     """The bounds of sampling parameters, as a client gives them and as a sidecar submits them (resolved)."""
 
-    def __init__(self, limits: Limits, vocabulary_size: int) -> None:
-        self._limits, self._vocabulary_size = limits, vocabulary_size
+    def __init__(self, limits: Limits, vocabulary_size: int, parses: Mapping[types_pb2.Parse.ValueType, str]) -> None:
+        """`parses`: what can be asked for, and why not where that is not empty."""
+        self._limits, self._vocabulary_size, self._parses = limits, vocabulary_size, parses
         self._numbers: dict[str, tuple[float, float]] = {
             "temperature": (0.0, 100.0),
             "top_k": (0, limits.top_k_max),
@@ -87,8 +89,8 @@ class ParameterBounds:
             yield from _check_count(given.bad_words, self._limits.bad_words_max, f"{path}.bad_words")
         else:
             yield from self._check_tokens(given.bad_token_ids, f"{path}.bad_token_ids")
-        for index, part in enumerate(given.parse):
-            yield Violation(f"{path}.parse[{index}]", f"{part} is not available: this service parses no outputs")
+        if given.parse:
+            yield from self._check_parse(given.parse, f"{path}.parse")
         if given.HasField("response_format"):
             yield from self._check_format(given.response_format, f"{path}.response_format")
 
@@ -110,6 +112,12 @@ class ParameterBounds:
         for index, token_id in enumerate(token_ids):
             if token_id >= self._vocabulary_size:
                 yield Violation(f"{path}[{index}]", f"{token_id} is not below the vocabulary's {self._vocabulary_size}")
+
+    def _check_parse(self, given: Sequence[types_pb2.Parse.ValueType], path: str) -> Iterator[Violation]:
+        yield from _check_count(given, len(self._parses), path)
+        for index, part in enumerate(given[: len(self._parses)]):
+            if why := self._parses.get(part, "must be PARSE_TOOLS or PARSE_REASONING"):
+                yield Violation(f"{path}[{index}]", why)
 
     def _check_format(self, constraint: types_pb2.ResponseFormat, path: str) -> Iterator[Violation]:
         kind = constraint.WhichOneof("format")
@@ -176,10 +184,12 @@ class Preparer:
         self.vocabulary, self.lexicon = vocabulary, Lexicon(vocabulary)
         self._limits, self._check_format, self._model_digest, self._chat = limits, check_format, model_digest, chat
         self._chats = ChatTokenizer(vocabulary)
-        self._bounds = ParameterBounds(limits, vocabulary.size)
+        no_calls = "" if form_of(vocabulary.template) else "the chat template has no form of tool calls that is known here"
+        parses = {types_pb2.PARSE_TOOLS: no_calls, types_pb2.PARSE_REASONING: ""}
+        self._bounds = ParameterBounds(limits, vocabulary.size, parses)
         # The operator may have lowered new_tokens_max since the run was recorded. The context is what the engine can hold.
         engine_limits = replace(limits, new_tokens_max=limits.context_tokens - 1)
-        self._submit_bounds = ParameterBounds(engine_limits, vocabulary.size)
+        self._submit_bounds = ParameterBounds(engine_limits, vocabulary.size, parses)
 
     def prepare(self, request: engine_pb2.PrepareRequest) -> engine_pb2.PrepareResponse:
         """Raises InvalidRequest with everything that is wrong, each by its path."""
@@ -296,6 +306,7 @@ class Preparer:
             ignore_eos=merged.ignore_eos,
             include_stop=merged.include_stop,
             keep_special_tokens=has("skip_special_tokens") and not merged.skip_special_tokens,
+            parse=sorted(set(merged.parse)),
         )
         if has("logprobs"):
             resolved.logprobs = merged.logprobs
@@ -304,9 +315,12 @@ class Preparer:
         return resolved
 
     def _token_bytes_max(self, resolved: types_pb2.ResolvedParameters) -> int:
-        """Of the text that one token can add."""
-        kept = self.lexicon.control_bytes_max if resolved.keep_special_tokens else 0
-        return max(self.lexicon.text_bytes_max, kept)
+        """Of the text that one token can add. What is parsed out of the text may have its length once more, and a little for
+        each call."""
+        text_bytes_max = self.lexicon.text_bytes_max
+        if resolved.keep_special_tokens or resolved.parse:
+            text_bytes_max = max(text_bytes_max, self.lexicon.control_bytes_max)
+        return text_bytes_max * (3 if resolved.parse else 1)
 
     def _token_ids(self, item: types_pb2.Item, path: str, found: list[Violation]) -> Sequence[int]:
         """1 to context_tokens - 1 ids; none, with what is wrong added to `found`, for a bad prompt."""

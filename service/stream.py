@@ -53,6 +53,7 @@ from service.answer import Answer
 from service.description import Describer, HeldGrade
 from service.engines.base import Engine, Events, Run
 from service.observe import Metrics, RunSpans
+from service.parse import Parser
 from service.prepare import Preparer
 
 NAME = "ostinato.v1.Engine"
@@ -546,7 +547,7 @@ class Runs:
 
     def __init__(self, engine: Engine, held: HeldGrade, metrics: Metrics) -> None:
         self.engine, self.held = engine, held
-        self._metrics = metrics
+        self._metrics, self._parser = metrics, Parser.of(engine.vocabulary)
         self._active: dict[int, ActiveRun] = {}
         """By the engine's run id."""
         self._ids = itertools.count(1)
@@ -649,6 +650,8 @@ class Runs:
             case "finished":
                 output = event.finished.output
                 output.grade = self.held.grade
+                if run.submit.parameters.parse:
+                    output.parsed.CopyFrom(self._parser.parsed(output, run.submit))
                 self._metrics.new_tokens.inc(len(output.token_ids) - run.reported_tokens)
                 self._metrics.cached_tokens.inc(output.cached_tokens)
                 self._metrics.run_seconds.observe(now - run.submitted_at)

@@ -48,6 +48,7 @@ BESIDE_THE_SPINE = {
     "ostinato.v1": "generated from the contract",
     "serving": "gRPC servers: credentials, errors, settings",
     "service.chat": "chats to token ids",
+    "service.parse": "what an output's text holds",
     "service.description": "the answer of Describe",
     "service.observe": "metrics and spans",
     "sidecar.collisions": "a kind of comparison",

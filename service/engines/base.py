@@ -38,6 +38,11 @@ class Vocabulary(TokenTable, ChatVocabulary, Protocol):
         """
         ...
 
+    @property
+    def template(self) -> str | None:
+        """The chat template, if the model has one."""
+        ...
+
     def files(self) -> Mapping[str, bytes]:
         """Hugging Face's tokenizer.json and tokenizer_config.json, which give the same token ids for texts and chats. Takes up
         to a second. Raises ValueError with the reason where they cannot be made."""

@@ -146,7 +146,7 @@ _TEMPLATE = """\
     {{- '<|' + message.role + '|>' }}
     {%- if message.content is string %}{{ message.content }}
     {%- else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}
-    {%- for call in message.tool_calls %}{{ call.function | tojson }}{% endfor %}
+    {%- for call in message.tool_calls %}{{ '<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}
     {{- '<|end|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
@@ -165,6 +165,7 @@ class ByteVocabulary:
 
     size = 256 + len(CONTROLS)
     controls: Mapping[str, int] = CONTROLS
+    template = _TEMPLATE
     end_ids = frozenset({END})
     _pieces = tuple(bytes([value]) for value in range(256)) + (b"",) * len(CONTROLS)
 

@@ -175,6 +175,7 @@ class HuggingFaceVocabulary:
         given = self._hf.chat_template
         if isinstance(given, str):
             given = {"default": given}
+        self.template: str | None = (given or {}).get("tool_use") or (given or {}).get("default")
         tokens = {name: str(token) for name, token in self._hf.special_tokens_map.items() if isinstance(token, str)}
         try:
             return {name: ChatTemplate(source, tokens) for name, source in (given or {}).items()}
