@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,7 @@ from google.protobuf.message import DecodeError
 from prometheus_client import CollectorRegistry
 
 from ostinato import install_hint
-from ostinato.errors import JournalUnavailable, OstinatoError
+from ostinato.errors import JournalUnavailable, OstinatoError, RecordDamaged
 from ostinato.v1 import engine_pb2
 from ostinato.v1.generation_pb2_grpc import add_GenerationServicer_to_server
 from ostinato.v1.sequencer_pb2_grpc import add_SequencerServicer_to_server
@@ -34,7 +35,7 @@ from sidecar.divergence.output import DivergenceCollector
 from sidecar.divergence.tracker import DivergenceTracker
 from sidecar.held import Held
 from sidecar.journal.diagnosis import RESTORE
-from sidecar.journal.mark import HighWater, MarkFile
+from sidecar.journal.mark import HighWater, MarkFile, shares_disk
 from sidecar.journal.model import JournalBroken, Unfinished
 from sidecar.journal.writer import Journal
 from sidecar.link import EngineLink
@@ -83,8 +84,11 @@ class Sidecar:
             on_commit=self.observer.committed,
             on_entries=self.tracker.committed,
             on_taken=self._take_over,
+            on_damaged=self.observer.damaged,
         )
         self.high_water = HighWater(MarkFile(settings.mark), self.journal) if settings.mark is not None else None
+        if settings.mark is not None and not is_shared(settings.journal) and shares_disk(settings.mark, Path(settings.journal)):
+            self.observer.mark_shares_disk(settings.mark)
         self.link = EngineLink(settings.engine, settings.reconnect_seconds)
         self.pipeline = Pipeline(settings, self.journal, self.link, self.observer, self.held, time.monotonic)
         self.auditor = Auditor(self.pipeline, settings)
@@ -220,7 +224,7 @@ def reading(settings: Settings) -> Iterator[None]:
         yield
     except JournalUnavailable as error:
         raise program.StartupError(f"--journal: {error}") from error
-    except JournalBroken as error:
+    except (JournalBroken, RecordDamaged) as error:
         raise program.StartupError(f"--journal: {name}: {error.args[0]}: look at it with verify") from error
     except DecodeError as error:
         raise program.StartupError(f"--journal: {name} is damaged: an entry's payload cannot be read: {RESTORE}") from error

@@ -23,7 +23,7 @@ from sidecar.divergence.output import report
 from sidecar.divergence.statistics import CONFIDENCE
 from sidecar.divergence.tracker import DivergenceTracker
 from sidecar.held import Account
-from sidecar.journal.model import Binding, ItemEntries, Sealed
+from sidecar.journal.model import ItemEntries, Sealed
 from sidecar.journal.writer import Journal
 from sidecar.pipeline import Pipeline
 
@@ -79,8 +79,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
                 await need_sight(self._pipeline.journal, first, last)
                 return first, last
             case "idempotency_key":
-                binding = await binding_of(self._pipeline.journal, request.idempotency_key)
-                return binding.first_sequence, binding.first_sequence + binding.count - 1
+                header = (await items_of(self._pipeline.journal, request.idempotency_key))[0].admitted.header
+                return header.first_sequence, header.first_sequence + header.count - 1
             case _:
                 raise errors.invalid("target", "is missing")
 
@@ -142,22 +142,22 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
             case "sequence":
                 if request.sequence < 1:
                     raise errors.invalid("sequence", "must be at least 1")
-                first, count = request.sequence, 1
+                self._held.check()
+                items = await self._journal.items(request.sequence, request.sequence, 1)
+                if not items or not visible(items[0]):
+                    raise errors.NotFound(await self._why_not(request.sequence))
             case "idempotency_key":
-                binding = await binding_of(self._journal, request.idempotency_key)
-                first, count = binding.first_sequence, binding.count
+                self._held.check()
+                items = await items_of(self._journal, request.idempotency_key)
             case _:
                 raise errors.invalid("target", "is missing")
-        self._held.check()
-        items = await self._journal.items(first, first + count - 1, count)
-        if not items or (request.HasField("sequence") and not visible(items[0])):
-            raise errors.NotFound(await self._why_not(first))
         known = self._pipeline.fingerprints.known if request.HasField("sequence") else {}
         response = sequencer_pb2.GetResponse(items=[record_of(entries, known) for entries in items])
         size, most = response.ByteSize(), response_bytes_max(context.invocation_metadata() or (), self._settings)
         if size > most:
             what = f"the answer has {size} bytes, the client reads {most}: raise metadata {RESPONSE_BYTES_METADATA}"
-            others = f", get sequences {first} to {first + count - 1} one by one, or Tail the journal" if count > 1 else ""
+            first, last = (items[place].admitted.header.sequence for place in (0, -1))
+            others = f", get sequences {first} to {last} one by one, or Tail the journal" if last > first else ""
             raise errors.invalid(str(request.WhichOneof("target")), what + others)
         return response
 
@@ -254,13 +254,13 @@ def ends_of(sequences: generation_pb2.SequenceRange) -> tuple[int, int]:
     return sequences.first, sequences.last
 
 
-async def binding_of(journal: Journal, key: str) -> Binding:
-    """Raises NotFound if the caller's key is not bound."""
+async def items_of(journal: Journal, key: str) -> Sequence[ItemEntries]:
+    """The batch of the caller's key. Raises NotFound if it is not bound, and RecordDamaged."""
     check_key(key)
     binding = await journal.binding(caller().tenant, key)
     if binding is None:
         raise errors.NotFound("this key is not bound")
-    return binding
+    return await journal.batch(caller().tenant, key, binding)
 
 
 def visible(item: ItemEntries) -> bool:

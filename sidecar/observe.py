@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -76,6 +77,10 @@ class Metrics:
         self.commit_drafts = histogram("journal_commit_drafts", "Batches and outcomes in one transaction.", COUNTS)
         self.journal_bytes = counter("journal_payload_bytes", "Bytes of payload made durable.")
         self.journal_full = gauge("journal_full", "1 while new work is refused for want of room, or of a database.")
+        self.mark_shares_disk = gauge(
+            "mark_shares_disk", "1 if the high-water mark is on the journal's file system, and would be lost with it."
+        )
+        self.damaged = counter("journal_damaged_reads", "Reads of a record that is not what was written.")
         # engine
         self.connected = gauge("engine_connected", "1 while the engine stream is up.")
         self.grade = gauge("engine_grade", "3 EXACT, 2 SERIAL, 1 BEST_EFFORT, 0 not connected.")
@@ -259,6 +264,17 @@ class Observer:
 
     def journal_full(self, full: bool) -> None:
         self.metrics.journal_full.set(full)
+
+    def mark_shares_disk(self, mark: Path) -> None:
+        self.metrics.mark_shares_disk.set(1)
+        log.warning(
+            "the high-water mark is on the journal's file system, and would be lost with it: name another with --high-water",
+            extra={"path": str(mark)},
+        )
+
+    def damaged(self, why: str) -> None:
+        self.metrics.damaged.inc()
+        log.error("a record is damaged: look at the journal with verify", extra={"why": why})
 
     def watch(self, core: Sequencer, unnumbered: Callable[[], int], held_bytes: Callable[[], int]) -> None:
         """Read these whenever metrics are read. `unnumbered`: items that wait for a sequence."""

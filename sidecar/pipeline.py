@@ -217,7 +217,7 @@ class Pipeline:
         joined = {number: self.items[number] for number in waiter.sequences if number in self.items}
         for item in joined.values():
             item.join(waiter)
-        recorded = await self.journal.items(first, last, binding.count)
+        recorded = await self.journal.batch(caller().tenant, request.idempotency_key, binding)
         remote = []
         for entries in recorded:
             if entries.admitted.header.sequence in joined:

@@ -14,6 +14,7 @@ OstinatoError
   |   + GradeNotEarned                                    FAILED_PRECONDITION
   |   + KeyReused                                         ALREADY_EXISTS
   |   + PayloadPruned                                     FAILED_PRECONDITION
+  |   + RecordDamaged                                     DATA_LOSS
   |   + NotFound                                          NOT_FOUND
   |   + NotBuilt                                          UNIMPLEMENTED
   + Ended                 the outcome of an admitted item without an output
@@ -139,6 +140,12 @@ class KeyReused(Refused):
 
 class PayloadPruned(Refused):
     code = Code.FAILED_PRECONDITION
+
+
+class RecordDamaged(Refused):
+    """What is recorded is not what was written."""
+
+    code = Code.DATA_LOSS
 
 
 class NotFound(Refused):

@@ -65,6 +65,11 @@ class MarkFile:
         files.replace(self.path, json.dumps(told) + "\n")
 
 
+def shares_disk(mark: Path, journal: Path) -> bool:
+    """Whether a loss of the journal's file system would take the mark with it."""
+    return mark.parent.stat().st_dev == journal.parent.stat().st_dev
+
+
 def check_mark(mark: Mark, head: Head, marked: Sequence[Sealed]) -> None:
     """Check that a journal with this head holds what the mark says was durable. `marked`: its entry with the mark's index, if
     there is one. Raises JournalUnusable that says what is lost, and what to do."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -21,10 +21,11 @@ from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
 
-from ostinato.chain import OUTCOMES
+from ostinato.chain import OUTCOMES, payload_digest
 from ostinato.digest import DIGEST_BYTES, fingerprint_digest
+from ostinato.errors import RecordDamaged
 from ostinato.signature import SignedTree, Signer
-from ostinato.v1 import types_pb2
+from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs, verifications
 from sidecar.journal.model import (
@@ -76,6 +77,9 @@ COLUMNS: Mapping[str, type | tuple[type, ...]] = {
     "entry_hash": bytes,
     "payload": bytes,
     "sequence": int,
+    "admitted": int,
+    "outcome": (int, NoneType),
+    "verified": (int, NoneType),
     "tenant": Name,
     "key": Name,
     "request_digest": bytes,
@@ -113,13 +117,14 @@ class Session(Protocol):
         ...
 
 
+_ADMITTED, _AUDITED = (types_pb2.ENTRY_KIND_ADMITTED,), (types_pb2.ENTRY_KIND_AUDITED,)
+
 _ENTRIES = "SELECT * FROM sealed WHERE entry_index >= ? ORDER BY entry_index LIMIT ?"
 _ENTRIES_BARE = """SELECT entry_index, header, previous_hash, entry_hash FROM sealed
   WHERE entry_index >= ? ORDER BY entry_index LIMIT ?"""
-_ADMITTED = """SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted
+_ITEMS = """SELECT sequence, admitted, outcome, verified FROM items
   WHERE sequence BETWEEN ? AND ? ORDER BY sequence LIMIT ?"""
-_OUTCOMES = "SELECT sealed.* FROM items JOIN sealed ON entry_index = outcome WHERE sequence BETWEEN ? AND ?"
-_VERIFIED = "SELECT sealed.* FROM items JOIN sealed ON entry_index = verified WHERE sequence BETWEEN ? AND ?"
+_ENTRIES_OF_ITEMS = "SELECT * FROM sealed WHERE entry_index = ANY(?::bigint[])"
 _UNFINISHED = """SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted
   WHERE outcome IS NULL AND sequence BETWEEN ? AND ? ORDER BY sequence LIMIT ?"""
 _STILL_UNFINISHED = "SELECT sequence FROM items WHERE outcome IS NULL AND sequence = ANY(?::bigint[])"
@@ -185,15 +190,28 @@ class Tables(ABC):
         return self._sealed(_ENTRIES if payloads else _ENTRIES_BARE, min(from_index, NUMBER_MAX), limit)
 
     def items(self, first: int, last: int, limit: int) -> list[ItemEntries]:
-        admitted = self._sealed(_ADMITTED, min(first, NUMBER_MAX), min(last, NUMBER_MAX), limit)
-        if not admitted:
+        """Raises RecordDamaged for an item whose row names an entry that is not its own."""
+        rows = list(self._session.select(_ITEMS, min(first, NUMBER_MAX), min(last, NUMBER_MAX), limit))
+        if not rows:
             return []
-        bounds = admitted[0].header.sequence, admitted[-1].header.sequence
-        # The verdicts first: an item that ends in between has none yet, and a verdict never comes without its outcome.
-        verified = {entry.header.sequence: entry for entry in self._sealed(_VERIFIED, *bounds)}
-        outcomes = {entry.header.sequence: entry for entry in self._with_trees(self._sealed(_OUTCOMES, *bounds))}
-        numbers = [(entry, entry.header.sequence) for entry in admitted]
-        return [ItemEntries(entry, outcomes.get(number), verified.get(number)) for entry, number in numbers]
+        found = self._sealed(_ENTRIES_OF_ITEMS, [index for _, *indexes in rows for index in indexes if index is not None])
+        entries = {entry.header.index: entry for entry in found}
+        entries |= {e.header.index: e for e in self._with_trees([e for e in found if e.header.kind in OUTCOMES])}
+
+        def entry_of(sequence: int, index: int, kinds: Collection[types_pb2.EntryKind.ValueType]) -> Sealed:
+            entry = entries.get(index)
+            if entry is None or entry.header.sequence != sequence or entry.header.kind not in kinds:
+                raise RecordDamaged(f"the journal's record of sequence {sequence} is damaged: entry {index} is not its own")
+            return entry
+
+        return [
+            ItemEntries(
+                entry_of(sequence, admitted, _ADMITTED),
+                None if outcome is None else entry_of(sequence, outcome, OUTCOMES),
+                None if verified is None else entry_of(sequence, verified, _AUDITED),
+            )
+            for sequence, admitted, outcome, verified in rows
+        ]
 
     def unfinished(self, first: int, last: int, limit: int) -> list[Sealed]:
         return self._sealed(_UNFINISHED, min(first, NUMBER_MAX), min(last, NUMBER_MAX), limit)
@@ -328,6 +346,26 @@ def sealed_of(row: Row) -> Sealed:
     if not len(previous_hash) == len(entry_hash) == DIGEST_BYTES:
         raise Damaged(f"entry {index}: its hash, or the one before, has not {DIGEST_BYTES} bytes")
     return Sealed(header, previous_hash, entry_hash, payload)
+
+
+def check_payloads(entries: Iterable[Sealed]) -> None:
+    """Raises RecordDamaged for a payload that is not the one that was written."""
+    for entry in entries:
+        if entry.payload and payload_digest(entry.payload) != entry.header.payload_digest:
+            raise RecordDamaged(f"the payload of entry {entry.header.index} is damaged: it is not what was written")
+
+
+def check_batch(items: Sequence[ItemEntries], tenant: str, key: str, binding: Binding) -> None:
+    """Raises RecordDamaged if these items are not the batch of this key, as far as their payloads are kept."""
+    first, count = binding.first_sequence, binding.count
+    named = f"a key is bound to sequences {first} to {first + count - 1}, which are"
+    if [(each.admitted.header.first_sequence, each.admitted.header.count) for each in items] != [(first, count)] * count:
+        raise RecordDamaged(f"{named} no batch")
+    for each in items:
+        if each.admitted.payload:
+            given = sequencer_pb2.AdmittedPayload.FromString(each.admitted.payload)
+            if (given.tenant, given.idempotency_key) != (tenant, key):
+                raise RecordDamaged(f"{named} another key's")
 
 
 def _bindings(rows: Iterable[Row]) -> dict[tuple[str, str], Binding]:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from ostinato.errors import JournalFull, JournalUnavailable
+from ostinato.errors import JournalFull, JournalUnavailable, RecordDamaged
 from ostinato.v1 import types_pb2
 
 from sidecar.journal.model import (
@@ -39,7 +39,7 @@ from sidecar.journal.model import (
     Sealed,
     Unfinished,
 )
-from sidecar.journal.store import Store
+from sidecar.journal.store import Store, check_batch, check_payloads
 
 T = TypeVar("T")
 Refusal = JournalFull | JournalUnavailable
@@ -253,7 +253,8 @@ class Journal:
 
     Belongs to the event loop that is running when it is made. A caller that is cancelled while it appends loses the answer, not
     the draft. The callbacks are called in the loop: `on_entries` after the answers, then `on_commit` with the seconds, drafts
-    and payload bytes of each transaction; `on_taken` with items of other writers that this one has to finish now.
+    and payload bytes of each transaction; `on_taken` with items of other writers that this one has to finish now;
+    `on_damaged` with the message of each RecordDamaged.
     """
 
     def __init__(
@@ -265,13 +266,14 @@ class Journal:
         on_commit: OnCommit = lambda seconds, drafts, payload_bytes: None,
         on_entries: OnEntries = lambda entries: None,
         on_taken: OnTaken = lambda unfinished: None,
+        on_damaged: Callable[[str], None] = lambda why: None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.broken: asyncio.Future[JournalBroken] = self._loop.create_future()
         """Set to the reason when the process has to end. It never has an exception, and the journal never cancels it."""
         self._settings = settings or GroupSettings()
         self._store, self._now_millis = store, now_millis
-        self._on_commit, self._on_entries, self._on_taken = on_commit, on_entries, on_taken
+        self._on_commit, self._on_entries, self._on_taken, self._on_damaged = on_commit, on_entries, on_taken, on_damaged
         self._committer = Committer[Answer](store, self._settings, now_millis, time.monotonic)
         self._jobs: queue.SimpleQueue[Job[Answer] | _Read | _Poll | _Close] = queue.SimpleQueue()
         self._unanswered: dict[Answer, None] = {}
@@ -326,16 +328,34 @@ class Journal:
         return await self._read(lambda: self._store.binding(tenant, key, self._now_millis()))
 
     async def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:
-        """The items numbered first to last, ascending, at most limit. Unknown numbers are left out."""
-        return await self._read(lambda: self._store.items(first, last, limit))
+        """The items numbered first to last, ascending, at most limit. Unknown numbers are left out. Raises RecordDamaged."""
+
+        return await self._read(lambda: self._checked_items(first, last, limit))
+
+    async def batch(self, tenant: str, key: str, binding: Binding) -> Sequence[ItemEntries]:
+        """The items of a bound key. Raises RecordDamaged if they are not a batch of this key, as far as payloads are kept."""
+
+        def checked() -> Sequence[ItemEntries]:
+            first, count = binding.first_sequence, binding.count
+            found = self._checked_items(first, first + count - 1, count)
+            check_batch(found, tenant, key, binding)
+            return found
+
+        return await self._read(checked)
 
     async def unfinished(self, first: int, last: int, limit: int) -> Sequence[Sealed]:
         """ADMITTED entries of the items first to last that have no outcome, of every writer, ascending, at most limit."""
         return await self._read(lambda: self._store.unfinished(first, last, limit))
 
     async def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
-        """Consecutive entries, at most limit; empty beyond the head."""
-        return await self._read(lambda: self._store.entries(from_index, limit, payloads=payloads))
+        """Consecutive entries, at most limit; empty beyond the head. Raises RecordDamaged."""
+
+        def checked() -> Sequence[Sealed]:
+            found = self._store.entries(from_index, limit, payloads=payloads)
+            check_payloads(found)
+            return found
+
+        return await self._read(checked)
 
     async def notes(self, prefix: str) -> Mapping[str, bytes]:
         """Every note whose name begins with prefix, by name."""
@@ -481,6 +501,11 @@ class Journal:
             size += payload_bytes(job.draft) if isinstance(job, Job) else 0
         return jobs, False
 
+    def _checked_items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:
+        found = self._store.items(first, last, limit)
+        check_payloads(entry for each in found for entry in (each.admitted, each.outcome, each.verified) if entry)
+        return found
+
     def _answer(self, read: Callable[[], object]) -> object:
         try:
             return read()
@@ -488,7 +513,9 @@ class Journal:
             raise
         except JournalUnavailable:
             return JournalUnavailable(WHY[JournalUnavailable], retry_after=self._settings.full_retry_seconds)
-        except Exception as error:  # noqa: BLE001  # the caller's mistake: the caller gets it
+        except Exception as error:  # noqa: BLE001  # the caller's mistake, or a damaged record: the caller gets it
+            if isinstance(error, RecordDamaged):
+                self._call(self._on_damaged, error.message)
             return error
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:

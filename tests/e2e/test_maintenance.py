@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
+import apsw
 import pytest
 
 from ostinato import errors
@@ -110,3 +112,25 @@ async def test_digests_only(pair: Pair) -> None:
             with pytest.raises(errors.PayloadPruned):
                 await door.client.generate("a", seed=1, key="k")
         assert await door.last_sequence() == last
+
+
+async def test_a_changed_answer_is_not_served(pair: Pair) -> None:
+    """Text that was changed in the file is served neither to a retry by key nor by Get: both get RECORD_DAMAGED, and the
+    sidecar logs it and serves on."""
+    async with opened(pair) as door:
+        (answer,) = (await door.client.generate("text", key="k")).results
+    pair.sidecar.stop()
+    with closing(apsw.Connection(str(journal(pair)))) as db:
+        index = answer.receipt.header.index
+        ((payload,),) = db.execute("SELECT payload FROM payloads WHERE entry_index = ?", (index,))
+        text = answer.output.text.encode()
+        assert text in payload
+        db.execute("UPDATE payloads SET payload = ? WHERE entry_index = ?", (payload.replace(text, text[::-1].upper()), index))
+    sidecar = pair.start_sidecar()
+    async with opened(pair) as door:
+        with pytest.raises(errors.RecordDamaged):
+            await door.client.generate("text", key="k")
+        with pytest.raises(errors.RecordDamaged):
+            await door.client.get(1)
+        assert (await door.client.generate("other")).results[0].sequence == 2
+    sidecar.wait_for("a record is damaged: look at the journal with verify")
