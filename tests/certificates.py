@@ -20,9 +20,9 @@ class Authority:
 
     def __init__(self, folder: Path, name: str = "authority", parent: Authority | None = None) -> None:
         """`parent`: the authority that signs this one, which else signs itself."""
-        self._folder, self._key, self._name = folder, ec.generate_private_key(ec.SECP256R1()), _name(name)
+        self._folder, self.key, self._name = folder, ec.generate_private_key(ec.SECP256R1()), _name(name)
         self.file = folder / f"{name}.pem"
-        self.file.write_bytes((parent or self)._signed(self._name, self._key.public_key(), days=30, authority=True))
+        self.file.write_bytes((parent or self)._signed(self._name, self.key.public_key(), days=30, authority=True))
 
     def sign(self, name: str, *, file: str = "", days: float = 30, uris: tuple[str, ...] = ()) -> tuple[Path, Path]:
         """Files of a certificate with this common name, for servers on this machine and for clients, and of its key. With
@@ -34,6 +34,10 @@ class Authority:
         paths[0].write_bytes(self._signed(_name(name), key.public_key(), days=days, names=names))
         paths[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return paths
+
+    def authority(self, name: str, key: ec.EllipticCurvePrivateKey, days: float) -> x509.Certificate:
+        """The certificate of an authority of this name and key."""
+        return x509.load_pem_x509_certificate(self._signed(_name(name), key.public_key(), days=days, authority=True))
 
     def _signed(
         self,
@@ -52,7 +56,7 @@ class Authority:
         made = made.add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
         if names:
             made = made.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        return made.sign(self._key, SHA256()).public_bytes(Encoding.PEM)
+        return made.sign(self.key, SHA256()).public_bytes(Encoding.PEM)
 
 
 def _name(common: str) -> x509.Name:

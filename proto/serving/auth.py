@@ -361,7 +361,7 @@ class Credentials:
                 raise Unauthenticated("this token is denied")
             return identity
         if certificate is not None:
-            return _named(certificate, tokens)
+            return named(certificate, tokens)
         if self.trust_tenant_metadata:
             return _tenant_of(given.tenant)
         asked = "authorization: Bearer TOKEN" if self.tokens is not None else "a client certificate over TLS"
@@ -447,7 +447,7 @@ def _tenant_of(tenant: str | None) -> Identity:
     return Identity(tenant, Role.TENANT)
 
 
-def _named(certificate: Certificate, tokens: Tokens) -> Identity:
+def named(certificate: Certificate, tokens: Tokens) -> Identity:
     """Whose certificate this is: by its fingerprint's line, else by its one name: its URI's line, or, without a URI, its common
     name's; else the tenant of that name. Raises Unauthenticated."""
     kind, names = ("uri", certificate.uris) if certificate.uris else ("cn", certificate.common_names)

@@ -122,11 +122,11 @@ def _parsed(leaf: bytes, sent: bytes, served: Served) -> Certificate:
     common = [str(name.value) for name in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     if not all(name.isprintable() for name in (*uris, *common)):
         raise Unauthenticated("the client certificate has control characters in a name")
-    expires, until = _expires(certificate), _trusted_until(certificate, chain, served.authorities)
+    expires, until = _expires(certificate), trusted_until(certificate, chain, served.authorities)
     return Certificate(tuple(uris), tuple(common), certificate.fingerprint(SHA256()).hex(), expires, until)
 
 
-def _trusted_until(leaf: x509.Certificate, chain: list[x509.Certificate], authorities: Sequence[x509.Certificate]) -> float:
+def trusted_until(leaf: x509.Certificate, chain: list[x509.Certificate], authorities: Sequence[x509.Certificate]) -> float:
     """When the last chain from the leaf to an authority expires. The handshake has verified one, by the CAs of then."""
     issuers = [*chain, *authorities]
     links = [(one, issuer) for one in (leaf, *chain) for issuer in issuers if one != issuer and _issued(one, issuer)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
@@ -27,7 +28,7 @@ from serving import auth
 from serving.auth import TENANT, TENANT_METADATA, Credentials, Identity, Role, Unusable, caller
 from serving.program import StartupError
 from serving.server import Server
-from serving.tls import ServerTls
+from serving.tls import Certificate, ServerTls, trusted_until
 
 from tests.certificates import Authority
 from tests.serving.echo import NAME, Context, Echo, register, text
@@ -350,6 +351,52 @@ async def test_a_uri_is_no_common_name(authority: Authority, tmp_path: Path) -> 
     listed = auth.load_tokens(file_of(tmp_path, "ops admin certificate:cn:ops"))
     async with Door(Credentials(served, listed)) as door:
         assert await door.call(trust=client(authority, "x", "cn:ops")) == Identity("cn:ops", Role.TENANT)
+
+
+NAMES = st.from_regex(r"([a-c]:)?[a-c]", fullmatch=True)
+
+
+@given(NAMES, NAMES)
+def test_a_common_name_is_never_a_uris_tenant(uri: str, common: str) -> None:
+    """Whatever two certificates are called, one by a URI and one by a common name, they are not the same tenant."""
+
+    def tenant(*uris: str) -> str | None:
+        try:
+            return auth.named(Certificate(uris, (common,), "", 0, 0), {}).tenant
+        except errors.Unauthenticated:
+            return None
+
+    assert tenant(uri) in (uri, None)
+    assert tenant() in (common, None)
+    assert tenant(uri) is None or tenant(uri) != tenant()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_chain_lasts_as_long_as_its_best_path(data: st.DataObject) -> None:
+    """Of authorities that sign each other at random, in whatever order they are sent: a certificate is trusted until the first
+    expiry on its best path to one in the bundle."""
+    with tempfile.TemporaryDirectory() as folder:
+        authorities = [Authority(Path(folder), str(number)) for number in range(4)]
+    number, days = st.integers(0, 3), st.integers(1, 9)
+    leaf = authorities[0].authority("leaf", authorities[1].key, data.draw(days))
+    signed = [
+        (subject, issuer, authorities[issuer].authority(str(subject), authorities[subject].key, until))
+        for subject, issuer, until in data.draw(st.lists(st.tuples(number, number, days), min_size=4, max_size=8))
+    ]
+    bundle = data.draw(st.lists(st.sampled_from([leaf, *(made for _, _, made in signed)]), min_size=1, max_size=2))
+    sent = data.draw(st.permutations([made for _, _, made in signed]))
+
+    def lasts(certificate: x509.Certificate, issuer: int, passed: list[x509.Certificate]) -> float:
+        own = certificate.not_valid_after_utc.timestamp()
+        above = [
+            lasts(made, next_issuer, [*passed, made])
+            for subject, next_issuer, made in signed
+            if subject == issuer and made not in passed
+        ]
+        return own if certificate in bundle else min(own, max(above, default=0.0))
+
+    assert trusted_until(leaf, sent, bundle) == lasts(leaf, 0, [leaf])
 
 
 async def test_what_is_denied(authority: Authority, tmp_path: Path) -> None:
