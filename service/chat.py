@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol
@@ -236,6 +237,14 @@ def _cut(text: str) -> str:
     return text[:end] if text.startswith(_CONTINUED, end) else text[:end].rstrip()
 
 
+class TooManyTokens(Exception):
+    """A prompt has at least `count` tokens, more than are wanted."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.count = count
+
+
 class ChatVocabulary(Protocol):
     """What `token_ids` needs of a model's vocabulary. Every method is pure and thread-safe."""
 
@@ -248,7 +257,7 @@ class ChatVocabulary(Protocol):
         """The chat as text. Raises ValueError with the template's message."""
         ...
 
-    def encode(self, text: str, *, special: bool, begin: bool = True) -> list[int]:
+    def encode(self, text: str, *, special: bool, begin: bool = True, most: int = sys.maxsize) -> list[int]:
         """As `service.engines.base.Vocabulary.encode`."""
         ...
 
@@ -266,19 +275,22 @@ class ChatTokenizer:
         """The chat as text. Raises ValueError with the template's message."""
         return self._vocabulary.render(given)
 
-    def token_ids(self, given: Conversation, text: str, *, allow_control_tokens: bool) -> list[int]:
+    def token_ids(self, given: Conversation, text: str, *, allow_control_tokens: bool, most: int = sys.maxsize) -> list[int]:
         """Of a rendered chat. Only the template's own control tokens are control tokens, unless others are allowed. Raises
-        ValueError if the two cannot be told apart."""
+        ValueError if the two cannot be told apart, and TooManyTokens as soon as there are more than `most`."""
         own = None if allow_control_tokens else self._own(given, text)
         encode = self._vocabulary.encode
         if own is None or own == _spans(self._control, text):
-            return encode(text, special=True)
-        ids, end = [], 0
+            return encode(text, special=True, most=most)
+        ids: list[int] = []
+        end = 0
         for first, last in own:
-            ids += encode(text[end:first], special=False, begin=False)
+            if (count := max(len(ids), len(own))) > most:
+                raise TooManyTokens(count)
+            ids += encode(text[end:first], special=False, begin=False, most=most)
             ids.append(self._vocabulary.controls[text[first:last]])
             end = last
-        ids += encode(text[end:], special=False, begin=False)
+        ids += encode(text[end:], special=False, begin=False, most=most)
         begin = encode("", special=True)
         return ids if ids[: len(begin)] == begin else begin + ids
 

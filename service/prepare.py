@@ -9,17 +9,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ostinato.errors import Internal, InvalidRequest, OstinatoError, Violation, invalid, to_status
+from ostinato.errors import Cancelled, Internal, InvalidRequest, OstinatoError, Violation, invalid, to_status
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
-from service.chat import ChatTokenizer, Conversation
+from service.chat import ChatTokenizer, Conversation, TooManyTokens
 from service.engines.base import Vocabulary
 from service.observe import prepare_span
 from service.parse import form_of
 
+Wanted = Callable[[], bool]
+"""Whether a caller still waits for the result."""
 NEW_TOKENS_DEFAULT = 128
 ABOVE_ZERO = math.ulp(0.0)
 """The least number above 0."""
@@ -167,6 +170,15 @@ class Lexicon:
         return [self._vocabulary.piece(token_id) for token_id in range(self._vocabulary.size)]
 
 
+def always() -> bool:
+    return True
+
+
+def _check_wanted(wanted: Wanted) -> None:
+    if not wanted():
+        raise Cancelled("the caller went away")
+
+
 class Preparer:
     """Safe in any thread."""
 
@@ -187,17 +199,20 @@ class Preparer:
         no_calls = "" if form_of(vocabulary.template) else "the chat template has no form of tool calls that is known here"
         parses = {types_pb2.PARSE_TOOLS: no_calls, types_pb2.PARSE_REASONING: ""}
         self._bounds = ParameterBounds(limits, vocabulary.size, parses)
+        most = vocabulary.source_bytes_max
+        self._text_bytes_max = min(limits.prompt_bytes_max, limits.context_tokens * (most or limits.prompt_bytes_max))
         # The operator may have lowered new_tokens_max since the run was recorded. The context is what the engine can hold.
         engine_limits = replace(limits, new_tokens_max=limits.context_tokens - 1)
         self._submit_bounds = ParameterBounds(engine_limits, vocabulary.size, parses)
 
-    def prepare(self, request: engine_pb2.PrepareRequest) -> engine_pb2.PrepareResponse:
-        """Raises InvalidRequest with everything that is wrong, each by its path."""
+    def prepare(self, request: engine_pb2.PrepareRequest, wanted: Wanted = always) -> engine_pb2.PrepareResponse:
+        """Raises InvalidRequest with everything that is wrong, each by its path; Cancelled when it is not wanted any more."""
         self._check_count(request.items)
         found = self._judge(request.parameters, "parameters")
         good_batch = not found
         items = []
         for index, item in enumerate(request.items):
+            _check_wanted(wanted)
             prepared = self._item(item, request.parameters, f"items[{index}]", found, good_batch)
             if prepared is not None:
                 items.append(prepared)
@@ -220,11 +235,14 @@ class Preparer:
             response.prepare_id = request.prepare_id
             return response
 
-    def tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
-        """The prompts' token ids; parameters are ignored. Raises InvalidRequest."""
+    def tokenize(self, request: generation_pb2.TokenizeRequest, wanted: Wanted = always) -> generation_pb2.TokenizeResponse:
+        """The prompts' token ids; parameters are ignored. Raises InvalidRequest and Cancelled as `prepare`."""
         self._check_count(request.items)
         found: list[Violation] = []
-        ids = [self._token_ids(item, f"items[{index}]", found) for index, item in enumerate(request.items)]
+        ids = []
+        for index, item in enumerate(request.items):
+            _check_wanted(wanted)
+            ids.append(self._token_ids(item, f"items[{index}]", found))
         if found:
             raise InvalidRequest(violations=found)
         return generation_pb2.TokenizeResponse(results=(types_pb2.TokenIds(ids=each) for each in ids))
@@ -353,8 +371,10 @@ class Preparer:
     def _text(self, text: str, where: str) -> Sequence[int]:
         if not text:
             raise invalid(where, "is empty")
-        self._check_prompt_bytes(len(text.encode()), where)
-        return self.vocabulary.encode(text, special=False)
+        self._check_prompt_bytes(len(text.encode()), self._text_bytes_max, where)
+        most = self._limits.context_tokens - 1
+        with _fitting(most, where):
+            return self.vocabulary.encode(text, special=False, most=most)
 
     def _ids(self, ids: Sequence[int], where: str) -> Sequence[int]:
         size = self.vocabulary.size
@@ -366,18 +386,30 @@ class Preparer:
     def _rendered(self, chat: types_pb2.Chat, where: str) -> Sequence[int]:
         if not self._chat:
             raise invalid(where, "this model has no chat template")
-        self._check_prompt_bytes(chat.ByteSize(), where)
+        self._check_prompt_bytes(chat.ByteSize(), self._limits.prompt_bytes_max, where)
         given = Conversation.of(chat, where)
         try:
             text = self._chats.text(given)
-            self._check_prompt_bytes(len(text.encode()), where)
-            return self._chats.token_ids(given, text, allow_control_tokens=chat.allow_control_tokens)
+            self._check_prompt_bytes(len(text.encode()), self._text_bytes_max, where)
+            allowed, most = chat.allow_control_tokens, self._limits.context_tokens - 1
+            with _fitting(most, where):
+                return self._chats.token_ids(given, text, allow_control_tokens=allowed, most=most)
         except ValueError as error:
             raise invalid(where, f"the model's template refuses it: {error}") from error
 
-    def _check_prompt_bytes(self, size: int, where: str) -> None:
-        if size > self._limits.prompt_bytes_max:
-            raise invalid(where, f"must be at most {self._limits.prompt_bytes_max} bytes of text, is {size}")
+    def _check_prompt_bytes(self, size: int, most: int, where: str) -> None:
+        """A text that can never fit the context is not tokenised."""
+        if size > most:
+            raise invalid(where, f"must be at most {most} bytes of text, is {size}")
+
+
+@contextmanager
+def _fitting(most: int, where: str) -> Iterator[None]:
+    """Around the tokenising of a prompt of at most this many tokens."""
+    try:
+        yield
+    except TooManyTokens as error:
+        raise invalid(where, f"must be 1 to {most} tokens, is {error.count} or more") from None
 
 
 def result_bytes(parameters: types_pb2.ResolvedParameters, text_bytes_max: int, vocabulary_size: int) -> int:

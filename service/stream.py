@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import logging
+import threading
 import zipfile
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
@@ -54,7 +55,7 @@ from service.description import Describer, HeldGrade
 from service.engines.base import Engine, Events, Run
 from service.observe import Metrics, RunSpans
 from service.parse import Parser
-from service.prepare import Preparer
+from service.prepare import Preparer, Wanted, always
 
 NAME = "ostinato.v1.Engine"
 RETRY_SECONDS = 1.0
@@ -109,18 +110,18 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
 
     async def Prepare(self, request: engine_pb2.PrepareRequest, context: Context) -> engine_pb2.PrepareResponse:
         preparer = self._ready().preparer
-        return await self._do(_is_heavy(request.items, request.parameters), lambda: preparer.prepare(request))
+        return await self._do(_is_heavy(request.items, request.parameters), lambda wanted: preparer.prepare(request, wanted))
 
     async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Context) -> generation_pb2.TokenizeResponse:
         preparer = self._ready().preparer
-        return await self._do(_is_heavy(request.items), lambda: preparer.tokenize(request))
+        return await self._do(_is_heavy(request.items), lambda wanted: preparer.tokenize(request, wanted))
 
     async def GetTokenizer(
         self, request: engine_pb2.GetTokenizerRequest, context: Context
     ) -> AsyncGenerator[engine_pb2.GetTokenizerResponse]:
         vocabulary = self._ready().preparer.vocabulary
         try:
-            packed = await self._workers.run(lambda: zipped(vocabulary.files()))
+            packed = await self._workers.run(lambda _: zipped(vocabulary.files()))
         except ValueError as error:
             raise NotBuilt(f"no tokenizer.json can be made for this model: {error}") from error
         for start in range(0, len(packed), CHUNK_BYTES):
@@ -131,8 +132,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             raise EngineUnavailable("the model is being loaded and tested", retry_after=RETRY_SECONDS)
         return self.streams
 
-    async def _do(self, heavy: bool, work: Callable[[], T]) -> T:
-        return await self._workers.run(work) if heavy else work()
+    async def _do(self, heavy: bool, work: Callable[[Wanted], T]) -> T:
+        return await self._workers.run(work) if heavy else work(always)
 
 
 def _is_heavy(items: Sequence[types_pb2.Item], parameters: types_pb2.Parameters | None = None) -> bool:
@@ -158,14 +159,22 @@ class Workers:
         self._max = threads + queue_max
         self._now = 0
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """What `work` returns or raises, done in a thread. Raises QueueFull."""
+    async def run(self, work: Callable[[Wanted], T]) -> T:
+        """What `work` returns or raises, done in a thread. Raises QueueFull. When the caller is cancelled, work that waits is
+        dropped, and work that has begun is not wanted any more."""
         if self._now >= self._max:
             raise QueueFull(f"{self._now} requests are being prepared", retry_after=RETRY_SECONDS)
         self._now += 1
-        done = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        gone = threading.Event()
+        job = self._pool.submit(work, lambda: not gone.is_set())
+        done = asyncio.wrap_future(job)
         done.add_done_callback(self._count_down)  # not when the caller is cancelled: its thread goes on
-        return await asyncio.shield(done)
+        try:
+            return await asyncio.shield(done)
+        except asyncio.CancelledError:
+            gone.set()
+            job.cancel()
+            raise
 
     def _count_down(self, done: asyncio.Future[T]) -> None:
         self._now -= 1

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
 
 from ostinato import errors
 from ostinato.digest import request_digest
@@ -11,6 +15,7 @@ from ostinato.requests import RESPONSE_BYTES_METADATA
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 
 from sidecar.config import Settings
+from sidecar.core.fairness import FairQueue
 from sidecar.journal.model import Admission
 
 STAMP_BYTES = 512
@@ -91,3 +96,82 @@ def draft(request: generation_pb2.GenerateRequest, prepared: engine_pb2.PrepareR
         for item in prepared.items
     )
     return Admission(items, digest, request.idempotency_key, tenant)
+
+
+QUANTUM_BYTES = 4096
+FORMAT_BYTES = 64 * 1024
+"""A grammar counts as this much text: it takes about as long to compile."""
+RETRY_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A long request that waits to be prepared."""
+
+    batch_id: int
+    tenant: str
+    cost: int
+    items: int = 1
+    waits_until: float | None = None
+
+
+class PrepareQueue:
+    """Long requests on their way to the service's threads.
+
+    1. At most `places` are at the service, at most `tenant_places` of one tenant: another one finds a place free.
+    2. Tenants that wait take turns, by bytes.
+    3. The request of a caller that leaves is dropped.
+    """
+
+    def __init__(self, places: int, tenant_places: int, tenant_waiting_max: int) -> None:
+        self._places, self._tenant_places, self._tenant_waiting_max = places, tenant_places, tenant_waiting_max
+        self._waiting = FairQueue[Asked](QUANTUM_BYTES)
+        self._turns: dict[int, asyncio.Future[None]] = {}
+        self._held: Counter[str] = Counter()
+        """Places, by tenant."""
+        self._last_id = 0
+
+    @contextlib.asynccontextmanager
+    async def place(self, tenant: str, cost: int) -> AsyncIterator[None]:
+        """While the service prepares a request. Raises QueueFull."""
+        if (own := self._waiting.items_of(tenant)) >= self._tenant_waiting_max:
+            raise errors.QueueFull(f"{own} long requests of this tenant wait to be prepared", retry_after=RETRY_SECONDS)
+        self._last_id += 1
+        asked = Asked(self._last_id, tenant, cost)
+        turn = self._turns[asked.batch_id] = asyncio.get_running_loop().create_future()
+        self._waiting.put(asked)
+        self._advance()
+        try:
+            await turn
+            yield
+        finally:
+            if self._turns.pop(asked.batch_id, None) is not None:
+                self._waiting.drop(asked)
+            else:
+                self._held[tenant] -= 1
+                if not self._held[tenant]:
+                    del self._held[tenant]
+                self._advance()
+
+    def _advance(self) -> None:
+        while self._held.total() < self._places and (asked := self._next()) is not None:
+            self._waiting.take(asked)
+            self._held[asked.tenant] += 1
+            turn = self._turns.pop(asked.batch_id)
+            if not turn.done():
+                turn.set_result(None)
+
+    def _next(self) -> Asked | None:
+        first = self._waiting.first()
+        if first is None or self._may(first.tenant):
+            return first
+        return self._waiting.passing(self._may)
+
+    def _may(self, tenant: str) -> bool:
+        return self._held[tenant] < self._tenant_places
+
+
+def prepare_cost(request: engine_pb2.PrepareRequest) -> int:
+    """In bytes of text, for a PrepareQueue."""
+    parameters = (request.parameters, *(item.parameters for item in request.items))
+    return request.ByteSize() + FORMAT_BYTES * sum(each.HasField("response_format") for each in parameters)

@@ -25,6 +25,7 @@ from sidecar.divergence.tracker import DivergenceTracker
 from sidecar.held import Account
 from sidecar.journal.model import ItemEntries, Sealed
 from sidecar.journal.writer import Journal
+from sidecar.link import SHORT_BYTES
 from sidecar.pipeline import Pipeline
 
 PAGE_ENTRIES = 256
@@ -93,7 +94,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         return generation_pb2.GetModelResponse(model=model)
 
     async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Context) -> generation_pb2.TokenizeResponse:
-        return await self._pipeline.link.tokenize(request, remaining(context))
+        size = request.ByteSize()
+        if size <= SHORT_BYTES:
+            return await self._pipeline.link.tokenize(request, remaining(context))
+        async with self._pipeline.preparing.place(caller().tenant, size):
+            return await self._pipeline.link.tokenize(request, remaining(context))
 
 
 class ConcurrencyLimit:

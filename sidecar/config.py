@@ -48,6 +48,8 @@ class Settings:
     idempotency_key_bytes_max: int = field(256, "size of an idempotency key", minimum=1)
     request_id_bytes_max: int = field(256, "size of a request id", minimum=1)
     # order and queues
+    prepares_max: int = field(2, "long requests that the service prepares at once: its --prepare-threads", minimum=1)
+    tenant_prepare_queue_max: int = field(64, "long requests of one tenant that wait to be prepared", minimum=1)
     queue_items_max: int = field(4096, "items that wait for a sequence, the journal or the engine", minimum=1)
     tenant_queue_items_max: int = field(1024, "items of one tenant that wait for a sequence", minimum=1)
     numbered_items_max: int = field(64, "items that have one and wait for the engine, with tenants", minimum=1)
@@ -131,6 +133,11 @@ class Settings:
     def tenants(self) -> bool:
         """Whether there are tenants other than ""."""
         return self.trust_tenant_metadata or self.tokens is not None or self.tls_client_ca is not None
+
+    @property
+    def tenant_prepares_max(self) -> int:
+        """Long requests of one tenant that are prepared at once."""
+        return max(1, self.prepares_max // 2) if self.tenants else self.prepares_max
 
     @property
     def held(self) -> HeldBounds:

@@ -21,7 +21,7 @@ from serving.auth import Context, caller
 from serving.handlers import ran_out, remaining
 
 from sidecar import answers
-from sidecar.admission import check, check_size, draft, response_bytes_max
+from sidecar.admission import PrepareQueue, check, check_size, draft, prepare_cost, response_bytes_max
 from sidecar.answers import CancelWaiter, RemoteWaiters, Waiter, answer_of, is_whole, result_of, stamp_of
 from sidecar.collisions import Collisions
 from sidecar.config import Settings
@@ -33,7 +33,7 @@ from sidecar.held import Held
 from sidecar.item import ActiveItem, RerunResult, need_of, submission
 from sidecar.journal.model import Admission, Appended, Audit, Binding, JournalBroken, Outcome, Sealed, Unfinished
 from sidecar.journal.writer import Journal
-from sidecar.link import EngineLink, run_error
+from sidecar.link import EngineLink, is_short, run_error
 from sidecar.observe import Observer
 from sidecar.rerun import Record, Rerunner
 
@@ -84,6 +84,7 @@ class Pipeline:
         self._settings = settings
         self.core = Sequencer(settings.bounds)
         self.queue = AdmissionQueue(self.core)
+        self.preparing = PrepareQueue(settings.prepares_max, settings.tenant_prepares_max, settings.tenant_prepare_queue_max)
         self.journal, self.link, self.observer, self.held, self.clock = journal, link, observer, held, clock
         self.items: dict[int, ActiveItem] = {}
         """By sequence: admitted, outcome not durable yet."""
@@ -186,7 +187,11 @@ class Pipeline:
     ) -> engine_pb2.PrepareResponse:
         """Rendered, tokenised and resolved by the service."""
         prepare = engine_pb2.PrepareRequest(items=request.items, parameters=request.parameters)
-        prepared = await self.link.prepare(prepare, remaining(context))
+        if is_short(prepare):
+            prepared = await self.link.prepare(prepare, remaining(context))
+        else:
+            async with self.preparing.place(caller().tenant, prepare_cost(prepare)):
+                prepared = await self.link.prepare(prepare, remaining(context))
         signed = self._settings.signing_key is not None
         check_size(prepared, bytes_max, verify=request.verify, signed=signed)
         return prepared

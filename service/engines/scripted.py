@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import re
+import sys
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -167,9 +168,10 @@ class ByteVocabulary:
     controls: Mapping[str, int] = CONTROLS
     template = _TEMPLATE
     end_ids = frozenset({END})
+    source_bytes_max = max(map(len, CONTROLS))
     _pieces = tuple(bytes([value]) for value in range(256)) + (b"",) * len(CONTROLS)
 
-    def encode(self, text: str, *, special: bool, begin: bool = True) -> list[int]:
+    def encode(self, text: str, *, special: bool, begin: bool = True, most: int = sys.maxsize) -> list[int]:
         ids: list[int] = []
         done = 0
         for found in _CONTROL.finditer(text) if special else ():

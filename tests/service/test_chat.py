@@ -133,7 +133,7 @@ class Characters:
         self._template = ChatTemplate(template, TOKENS)
         self.render = self._template.render
 
-    def encode(self, text: str, *, special: bool, begin: bool = True) -> list[int]:
+    def encode(self, text: str, *, special: bool, begin: bool = True, most: int = 0) -> list[int]:
         ids, rest = [CONTROLS["<|begin|>"]] if begin and not (special and text.startswith("<|begin|>")) else [], text
         while rest:
             found = next((each for each in CONTROLS if special and rest.startswith(each)), rest[0])

@@ -17,7 +17,7 @@ from tests.service.llama_kit import LACKING, Bench, on_the_loop
 if LACKING:
     pytest.skip(f"the llama engine's packages are not installed: {LACKING}", allow_module_level=True)
 
-from service.chat import Conversation
+from service.chat import Conversation, TooManyTokens
 from service.engines import huggingface
 from service.engines.llama.library import library
 from service.engines.llama.model import (
@@ -83,6 +83,31 @@ def test_any_text(vocabulary: LlamaVocabulary, tokenizer: Tokenizer, words: list
     text = "".join(words)
 
     assert tokenizer.encode(text).ids == vocabulary.encode(text, special=True)
+
+
+MARKS = st.sampled_from(
+    ["<|im_end|>", "<|im_start|>", "<|im_", "end|>", "<issue_closed>", "<issue_comment>", "<", "|>", " ", "a"]
+)
+
+
+@given(words=st.lists(MARKS | WORDS, max_size=40), special=st.booleans())
+def test_a_text_that_is_cut_here_has_the_same_tokens(vocabulary: LlamaVocabulary, words: list[str], special: bool) -> None:
+    """Cut at its control tokens in Python, a text has the ids that llama.cpp finds in the whole."""
+    data = "".join(words).encode()
+
+    assert vocabulary.encode_parts(data, special=special, most=1000) == library().tokenize(
+        vocabulary.handle, data, control=special
+    )
+
+
+def test_a_flood_of_control_tokens_is_not_tokenised(vocabulary: LlamaVocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte of control tokens is more than a context holds before any of it is tokenised."""
+    monkeypatch.setattr(library(), "tokenize", lambda *_, **__: pytest.fail("tokenised"))
+
+    with pytest.raises(TooManyTokens) as refused:
+        vocabulary.encode("a<|im_end|>" * 90_000, special=True, most=2047)
+
+    assert refused.value.count == 180_000
 
 
 @pytest.mark.parametrize("pre", sorted(SPLITS.keys() - {"smollm"}))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ostinato.errors import InvalidRequest
+from ostinato.errors import Cancelled, InvalidRequest
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
 from service.answer import Answer
@@ -239,6 +240,35 @@ def test_a_tokenizer_with_more_tokens_than_the_model() -> None:
 
     assert [violation.field for violation in caught.value.violations] == ["items[0].text", "items[1].chat"]
     assert "is not below the vocabulary's 105" in caught.value.violations[0].description
+
+
+def test_a_text_that_can_never_fit_is_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text or a rendered chat of more bytes than the context's tokens can stand for is refused by its length."""
+    limits = replace(LIMITS, prompt_bytes_max=1 << 20)
+    judge = Preparer(ByteVocabulary(), limits, check_format, b"m" * 32, chat=True)
+    monkeypatch.setattr(ByteVocabulary, "encode", lambda *_, **__: pytest.fail("tokenised"))
+    most = LIMITS.context_tokens * ByteVocabulary.source_bytes_max
+
+    long_chat = types_pb2.Item(chat=types_pb2.Chat(messages=[types_pb2.Message(role="user", content="x" * most)]))
+
+    for bad, path in ((types_pb2.Item(text="x" * (most + 1)), "text"), (long_chat, "chat")):
+        with pytest.raises(InvalidRequest, match=f"at most {most} bytes") as refused:
+            judge.prepare(engine_pb2.PrepareRequest(items=[bad]))
+        assert [violation.field for violation in refused.value.violations] == [f"items[0].{path}"]
+
+
+def test_what_is_not_wanted_is_not_prepared() -> None:
+    """A batch whose caller has left ends before its next item."""
+    seen = list[int]()
+
+    def wanted() -> bool:
+        seen.append(1)
+        return len(seen) < 3
+
+    with pytest.raises(Cancelled):
+        preparer().prepare(engine_pb2.PrepareRequest(items=[types_pb2.Item(text="x")] * 4), wanted)
+
+    assert len(seen) == 3
 
 
 def test_chat_without_template() -> None:

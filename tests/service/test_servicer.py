@@ -20,8 +20,10 @@ from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
 from service import stream as module
 from service.engines.scripted import ByteVocabulary
+from service.prepare import Wanted
 from service.stream import EngineServicer, Workers, zipped
 from tests.service.support import error_of, refused, served
+from tests.waiting import eventually
 
 
 async def test_describe() -> None:
@@ -152,16 +154,40 @@ async def test_malformed_bytes() -> None:
 async def test_workers_are_bounded() -> None:
     """Beyond threads and queue, work is refused with a retry delay; a cancelled caller does not free its thread."""
     workers, gate = Workers(threads=1, queue_max=1), threading.Event()
-    busy = [asyncio.create_task(workers.run(gate.wait)) for _ in range(2)]
+    busy = [asyncio.create_task(workers.run(lambda _: gate.wait())) for _ in range(2)]
     await asyncio.sleep(0)  # each has taken its place
     busy[0].cancel()
     with pytest.raises(QueueFull) as caught:
-        await workers.run(gate.wait)
+        await workers.run(lambda _: gate.wait())
     gate.set()
     await asyncio.gather(*busy, return_exceptions=True)
 
     assert caught.value.retry_after == 1.0
-    assert await workers.run(lambda: 5) == 5
+    assert await workers.run(lambda _: 5) == 5
+    workers.close()
+
+
+async def test_work_of_callers_who_left_is_dropped() -> None:
+    """When its caller is cancelled, work that waits never begins and its place is free; work that has begun is told."""
+    workers, begun, gate = Workers(threads=1, queue_max=1), list[int](), threading.Event()
+    told = list[bool]()
+
+    def first(wanted: Wanted) -> None:
+        begun.append(1)
+        gate.wait()
+        told.append(wanted())
+
+    busy = [asyncio.create_task(workers.run(work)) for work in (first, lambda _: begun.append(2))]
+    await eventually(lambda: begun == [1], "the first has begun")
+    for task in busy:
+        task.cancel()
+    await asyncio.gather(*busy, return_exceptions=True)
+    await eventually(lambda: workers._now == 1, "one place is free")
+    third = asyncio.create_task(workers.run(lambda _: begun.append(3)))
+    gate.set()
+    await third
+
+    assert (begun, told) == ([1, 3], [False])
     workers.close()
 
 
@@ -169,7 +195,7 @@ async def test_workers_pass_errors_on() -> None:
     """What the work raises reaches its caller."""
     workers = Workers(threads=1, queue_max=1)
     with pytest.raises(ZeroDivisionError):
-        await workers.run(lambda: 1 // 0)
+        await workers.run(lambda _: 1 // 0)
     workers.close()
 
 

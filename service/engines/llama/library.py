@@ -103,6 +103,8 @@ _EXPORTS: Mapping[str, tuple[Any, ...]] = {
     "llama_vocab_eos": (c_int32, c_void_p),
     "llama_vocab_get_add_bos": (c_bool, c_void_p),
     "llama_vocab_is_eog": (c_bool, c_void_p, c_int32),
+    "llama_vocab_get_attr": (c_int32, c_void_p, c_int32),
+    "llama_vocab_get_text": (c_char_p, c_void_p, c_int32),
     "llama_tokenize": (c_int32, c_void_p, c_char_p, c_int32, c_void_p, c_int32, c_bool, c_bool),
     "llama_token_to_piece": (c_int32, c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool),
     "llama_context_default_params": (_ContextParams,),
@@ -273,6 +275,15 @@ class Library:
 
     def is_end(self, vocabulary: int, token_id: int) -> bool:
         return bool(self._c.llama_vocab_is_eog(vocabulary, token_id))
+
+    def attributes(self, vocabulary: int, token_id: int) -> int:
+        """As in llama_token_attr."""
+        return int(self._c.llama_vocab_get_attr(vocabulary, token_id))
+
+    def text(self, vocabulary: int, token_id: int) -> bytes:
+        """As the vocabulary has it."""
+        text: bytes = self._c.llama_vocab_get_text(vocabulary, token_id)
+        return text
 
     def edge_ids(self, vocabulary: int) -> tuple[int | None, int | None]:
         """The tokens that begin and end a text, where the vocabulary has them."""

@@ -9,7 +9,8 @@ import logging
 import mmap
 import platform
 import struct
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from service.chat import ChatTemplate, Conversation
+from service.chat import ChatTemplate, Conversation, TooManyTokens
 from service.engines import huggingface
 from service.engines.base import EngineUnusable
 from service.engines.llama.library import INSTALL, Library, library
@@ -126,6 +127,8 @@ class LlamaVocabulary:
         self.size = library.size(self.handle)
         self.end_ids = frozenset(token_id for token_id in range(self.size) if library.is_end(self.handle, token_id))
         self._pieces = [library.piece(self.handle, token_id, control=False) for token_id in range(self.size)]
+        self._marks = list(_marks(library, self.handle, self.size))
+        self.source_bytes_max = max(*map(len, self._pieces), *(len(mark.text) for mark in self._marks), 1)
         begin, end = library.edge_ids(self.handle)
         self._begin_ids = [begin] if begin is not None and library.wants_begin(self.handle) else []
         self._begin, self._end = self._control_text(begin), self._control_text(end)
@@ -147,9 +150,27 @@ class LlamaVocabulary:
     def chat(self) -> bool:
         return self._chat is not None
 
-    def encode(self, text: str, *, special: bool, begin: bool = True) -> list[int]:
-        ids = self._library.tokenize(self.handle, text.encode(), control=special)
+    def encode(self, text: str, *, special: bool, begin: bool = True, most: int = sys.maxsize) -> list[int]:
+        data = text.encode()
+        if len(data) <= SHORT_BYTES:
+            ids = self._library.tokenize(self.handle, data, control=special)
+        else:
+            ids = self.encode_parts(data, special=special, most=most)
         return ids if not begin or ids[:1] == self._begin_ids else self._begin_ids + ids
+
+    def encode_parts(self, data: bytes, *, special: bool, most: int) -> list[int]:
+        """What llama.cpp makes of a text, without the begin token. The text is cut at its marks here: llama.cpp's time for that
+        grows with the square of their number. Raises TooManyTokens."""
+        parts: list[bytes | int] = [data]
+        for mark in self._marks:
+            if (special or not mark.control) and mark.text in data:
+                parts = list(_cut(parts, mark))
+        if len(parts) > most:
+            raise TooManyTokens(len(parts))
+        ids: list[int] = []
+        for part in parts:
+            ids += [part] if isinstance(part, int) else self._library.tokenize(self.handle, part, control=False)
+        return ids
 
     def piece(self, token_id: int) -> bytes:
         return self._pieces[token_id]
@@ -177,6 +198,52 @@ class LlamaVocabulary:
 
     def _control_text(self, token_id: int | None) -> str:
         return "" if token_id is None else self._library.piece(self.handle, token_id, control=True).decode()
+
+
+SHORT_BYTES = 4096
+"""A shorter text cannot have so many marks that llama.cpp takes long."""
+_UNKNOWN_TOKEN, _CONTROL_TOKEN, _USER_TOKEN, _STRIPS_LEFT, _STRIPS_RIGHT = 1, 8, 16, 128, 256
+"""Of llama_token_attr."""
+_SPACES = b" \t\n\v\f\r"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A token that is found in a text before anything else is."""
+
+    token_id: int
+    text: bytes
+    attributes: int
+
+    @property
+    def control(self) -> bool:
+        """Whether it is found only where control tokens are wanted."""
+        return bool(self.attributes & (_CONTROL_TOKEN | _UNKNOWN_TOKEN))
+
+
+def _marks(library: Library, vocabulary: int, size: int) -> Iterator[Mark]:
+    """In llama.cpp's order: the longest first."""
+    found = [Mark(each, library.text(vocabulary, each), library.attributes(vocabulary, each)) for each in range(size)]
+    marks = [mark for mark in found if mark.text and mark.attributes & (_UNKNOWN_TOKEN | _CONTROL_TOKEN | _USER_TOKEN)]
+    yield from sorted(marks, key=lambda mark: len(mark.text), reverse=True)
+
+
+def _cut(parts: Iterable[bytes | int], mark: Mark) -> Iterator[bytes | int]:
+    """Texts and tokens, the texts cut where the mark is."""
+    for part in parts:
+        if isinstance(part, int):
+            yield part
+            continue
+        *befores, last = part.split(mark.text)
+        for number, text in enumerate([*befores, last]):
+            if number:
+                yield mark.token_id
+            if number and mark.attributes & _STRIPS_RIGHT:
+                text = text.lstrip(_SPACES)
+            if number < len(befores) and mark.attributes & _STRIPS_LEFT:
+                text = text.rstrip(_SPACES)
+            if text:
+                yield text
 
 
 @cache

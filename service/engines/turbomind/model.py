@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -137,6 +138,10 @@ Kind = Literal["byte-level", "sentencepiece"]
 """How a vocabulary encodes bytes: each byte as a printable character (GPT-2), or as text with a mark for spaces."""
 
 
+_SHRINKS: Mapping[str | None, int] = {None: 1, "NFC": 3}
+"""The most by which a normalizer shortens a text in UTF-8; another one may drop any of it."""
+
+
 class HuggingFaceVocabulary:
     """A `service.engines.base.Vocabulary` of Hugging Face's tokenizers library."""
 
@@ -166,6 +171,9 @@ class HuggingFaceVocabulary:
         self.controls = {text: token_id for token_id, (text, control) in added.items() if control and token_id < self.size}
         self._control_texts = {token_id: text.encode() for text, token_id in self.controls.items()}
         self._templates = self._compiled()
+        normalizer = (json.loads(layout).get("normalizer") or {}).get("type")
+        texts = [*self.pieces, *(content.encode() for content, _ in added.values())]
+        self.source_bytes_max = _SHRINKS[normalizer] * max(map(len, texts)) if normalizer in _SHRINKS else None
         self._begin = begin_of(
             self._special.encode("a", add_special_tokens=True).ids, self._special.encode("a", add_special_tokens=False).ids
         )
@@ -193,7 +201,7 @@ class HuggingFaceVocabulary:
         template = self._hf.chat_template
         return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else "none"
 
-    def encode(self, text: str, *, special: bool, begin: bool = True) -> list[int]:
+    def encode(self, text: str, *, special: bool, begin: bool = True, most: int = sys.maxsize) -> list[int]:
         ids = list((self._special if special else self._plain).encode(text, add_special_tokens=False).ids)
         return ids if not begin or ids[: len(self._begin)] == self._begin else self._begin + ids
 
