@@ -137,7 +137,13 @@ class Settings:
     script: str | None = field(None, "scripted: what it is and does, as JSON", applies="{} (scripted)")
 
     listen: tuple[str, ...] = field(("unix:.run/engine.sock",), "addresses for the sidecar: unix:path or host:port")
-    open: bool = field(False, "allow listen addresses beyond loopback; callers are not authenticated")
+    allow_plaintext: bool = field(False, "allow TCP beyond loopback without TLS, where others can read what is sent")
+    engine_secret: Path | None = field(
+        None, "file of at least 32 random bytes that the sidecar has too; over a unix socket the same user suffices"
+    )
+    tls_certificate: Path | None = field(None, "PEM file of the certificate chain, for TCP addresses")
+    tls_key: Path | None = field(None, "PEM file of its private key")
+    tls_client_ca: Path | None = field(None, "PEM file of the CA that certifies sidecars, and nothing else")
     socket_mode: str = field("660", "mode of the unix socket's file, octal")
     metrics: str = field("127.0.0.1:9401", "host:port of the metrics page; empty: none")
     traces: str = field("", "where spans are exported to, otlp:http://host:4318; empty: as OTEL_… variables say, or nowhere")
@@ -183,6 +189,8 @@ class Settings:
             raise ValueError(f"--script: {error}") from None
         if not self.listen:
             raise ValueError("--listen: needs at least one address")
+        if len({self.tls_certificate is None, self.tls_key is None, self.tls_client_ca is None}) > 1:
+            raise ValueError("--tls-certificate, --tls-key, --tls-client-ca: none of them goes without the others")
 
     def own(self, engine: str) -> dict[str, Any]:
         """This engine's settings that were given, by name."""

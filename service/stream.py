@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from ostinato.chain import SEQUENCE_MAX
 from ostinato.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -70,6 +71,10 @@ SAVE_SECONDS = 1.0
 """The least time between two writes of the sequence file."""
 LOGS_MAX = 256
 """Logs in the sequence file: those that were run last."""
+EPOCH_MAX, EPOCH_JUMP_MAX = 1 << 32, 1 << 16
+"""Of a writer, and above the highest that this process has admitted of it. An epoch is one start of a sidecar."""
+SEQUENCE_JUMP_MAX = 1 << 32
+"""Above the newest that the sidecar has named or submitted. Between two items of its own, only other writers' can lie."""
 RUN_IDS_MAX = 65_536
 """Run ids that a stream remembers, the newest ones, to detect one that is used twice."""
 PURPOSES = frozenset(engine_pb2.Purpose.values()) - {engine_pb2.PURPOSE_UNSPECIFIED}
@@ -283,7 +288,8 @@ class Fence:
     2. While one writer of one log is connected, every other writer and log is refused.
     3. The same writer with the same epoch or a higher one takes over from its own earlier stream.
     4. A sidecar whose journal ends before a sequence that was run here is refused: it would assign that number again.
-    5. A refusal changes nothing.
+    5. Epochs and sequences beyond bounds that no sidecar reaches are refused: they would shut the right one out.
+    6. A refusal changes nothing.
     """
 
     connected: Writer | None = None
@@ -299,9 +305,16 @@ class Fence:
         highest = self._highest.get(writer, 0)
         if hello.epoch < highest:
             raise EpochStale(
-                f"epoch {hello.epoch} of {writer} is over: {highest} has been here",
+                f"epoch {hello.epoch} of {writer} is over: {highest} has been here (if that cannot be, restart the service)",
                 details={"epoch": str(hello.epoch), "highest": str(highest)},
             )
+        if hello.epoch > EPOCH_MAX or (highest and hello.epoch > highest + EPOCH_JUMP_MAX):
+            raise ProtocolViolation(
+                f"epoch {hello.epoch} of {writer} is too far above {highest}, the highest that has been here: "
+                "if it is right, restart the service, which remembers no epochs"
+            )
+        if hello.last_sequence > SEQUENCE_MAX:
+            raise ProtocolViolation(f"sequence {hello.last_sequence} of {writer}: no log has reached {SEQUENCE_MAX}")
         if self.connected not in (None, writer):
             raise WriterBusy(f"another is connected: {self.connected}", retry_after=1.0)
         newest = self.sequences.get(hello.log_id, 0)
@@ -346,12 +359,19 @@ class SequenceFile:
                 f"--state-dir: {self._path} cannot be read: {error.strerror or error}: let this user read it, or name another"
             ) from error
         try:
-            return {log_id: int(sequence) for log_id, sequence in json.loads(content).items()}
+            sequences = {log_id: int(sequence) for log_id, sequence in json.loads(content).items()}
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise StartupError(
                 f"--state-dir: {self._path} is not a list of sequences ({error!r}): put a copy back, or, if every journal is "
                 "known to have its end, remove it"
             ) from error
+        for log_id, sequence in sequences.items():
+            if sequence > SEQUENCE_MAX:
+                raise StartupError(
+                    f"--state-dir: {self._path}: log {log_id} cannot have reached sequence {sequence}: remove this log from "
+                    "the file, if its journal is known to have its end, or put a copy of the file back"
+                )
+        return sequences
 
     def write_soon(self, sequences: Mapping[str, int]) -> None:
         """Writes this mapping, as it is then, within SAVE_SECONDS."""
@@ -397,7 +417,7 @@ class Stream:
         self.hello = hello
         self.outbox = Outbox(streams.limits.buffer_bytes_max, streams.limits.frame_bytes_max)
         self._streams, self._runs, self._describer = streams, streams.runs, streams.describer
-        self._submissions = Submissions()
+        self._submissions = Submissions(hello.last_sequence)
         self._half_closed = self._stopped = False
         self._idle_seconds: float | None = None
         self._idle: asyncio.TimerHandle | None = None
@@ -502,12 +522,16 @@ class Submissions:
 
     1. Run ids are used once (among the newest RUN_IDS_MAX) and are not 0.
     2. Sequences of primary first attempts rise, except those that go ahead of other tenants' items. Later attempts need not:
-       an item may come from another writer.
+       an item may come from another writer. None is more than SEQUENCE_JUMP_MAX above the newest that the sidecar has named:
+       the service would remember it for good.
     3. Every run has a known purpose, an attempt from 1, token ids and a length.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last_sequence: int) -> None:
+        """`last_sequence`: of the sidecar's journal when the stream began."""
         self._last_sequence = 0
+        self._known = last_sequence
+        """The newest that the sidecar has named or submitted."""
         self._ids: set[int] = set()
         self._order: deque[int] = deque()
 
@@ -525,6 +549,10 @@ class Submissions:
         in_order = primary and submit.attempt == 1 and not submit.ahead
         if primary and (not submit.sequence or (in_order and submit.sequence <= self._last_sequence)):
             raise OutOfOrder(f"run {run_id}: sequence {submit.sequence} comes after {self._last_sequence}")
+        if primary and submit.sequence > min(self._known + SEQUENCE_JUMP_MAX, SEQUENCE_MAX):
+            raise OutOfOrder(f"run {run_id}: sequence {submit.sequence} is too far above {self._known}, the newest known one")
+        if primary:
+            self._known = max(self._known, submit.sequence)
         if in_order:
             self._last_sequence = submit.sequence
         self._ids.add(run_id)

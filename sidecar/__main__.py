@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import grpc
 from google.protobuf.message import DecodeError
 from prometheus_client import CollectorRegistry
 
@@ -23,6 +24,7 @@ from ostinato.v1 import engine_pb2
 from ostinato.v1.generation_pb2_grpc import add_GenerationServicer_to_server
 from ostinato.v1.sequencer_pb2_grpc import add_SequencerServicer_to_server
 from serving import auth, logs, program
+from serving.hop import SidecarEnd, read_secret
 from serving.metrics import registry, serve_metrics
 from serving.server import Server, probe
 from serving.settings import describe, read
@@ -60,6 +62,7 @@ class Sidecar:
         self.settings = settings
         self.numbers = numbers
         self.credentials = _credentials(settings)
+        hop, tls = _engine_credentials(settings)
         watched = _canaries(settings)
         gateway = _gateway() if settings.vllm_face else None
         self.tracker = DivergenceTracker(settings.writer)
@@ -89,7 +92,7 @@ class Sidecar:
         self.high_water = HighWater(MarkFile(settings.mark), self.journal) if settings.mark is not None else None
         if settings.mark is not None and not is_shared(settings.journal) and shares_disk(settings.mark, Path(settings.journal)):
             self.observer.mark_shares_disk(settings.mark)
-        self.link = EngineLink(settings.engine, settings.reconnect_seconds)
+        self.link = EngineLink(settings.engine, settings.reconnect_seconds, hop, tls)
         self.pipeline = Pipeline(settings, self.journal, self.link, self.observer, self.held, time.monotonic)
         self.auditor = Auditor(self.pipeline, settings)
         self.canaries = CanaryRunner(self.pipeline, watched, settings.canary_seconds)
@@ -206,6 +209,17 @@ def _credentials(settings: Settings) -> auth.Credentials:
         tls = ServerTls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
     listed = auth.load_tokens(settings.tokens) if settings.tokens is not None else None
     return auth.Credentials(tls, listed, settings.trust_tenant_metadata)
+
+
+def _engine_credentials(settings: Settings) -> tuple[SidecarEnd | None, grpc.ChannelCredentials | None]:
+    """How each end of the engine stream proves itself. Raises StartupError that names the flag and the file."""
+    secret = read_secret(settings.engine_secret)
+    if settings.engine_ca is None or settings.engine_certificate is None or settings.engine_key is None:
+        return SidecarEnd(settings.engine, secret), None
+    from serving.tls import client_credentials
+
+    tls = client_credentials(settings.engine_ca, settings.engine_certificate, settings.engine_key)
+    return SidecarEnd(settings.engine, secret) if secret else None, tls
 
 
 def _canaries(settings: Settings) -> tuple[Canary, ...]:

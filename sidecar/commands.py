@@ -14,6 +14,7 @@ from typing import IO, Annotated
 
 import typer
 
+from ostinato.chain import SEQUENCE_MAX
 from ostinato.cli.show import note, progress, visible
 from ostinato.errors import JournalFull, JournalUnavailable
 from ostinato.signature import new_key
@@ -24,7 +25,6 @@ from serving.settings import lookup
 from sidecar.config import Settings, is_shared, mark_of
 from sidecar.journal import maintenance
 from sidecar.journal.diagnosis import RESTORE
-from sidecar.journal.ledger import LOST_MAX
 from sidecar.journal.maintenance import verify as verified
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalBroken, JournalUnusable, Loss
@@ -207,10 +207,8 @@ def accept_loss(
     known = max(log.last_sequence, mark.last_sequence if mark is not None else 0)
     if through < known:
         raise JournalUnusable(f"--through {through}: sequences to {known} were given out")
-    if through - log.last_sequence > LOST_MAX:
-        raise JournalUnusable(
-            f"--through {through}: the journal ends at sequence {log.last_sequence}; at most {LOST_MAX} more can be lost"
-        )
+    if through > SEQUENCE_MAX:
+        raise JournalUnusable(f"--through {through}: no log has reached {SEQUENCE_MAX}; a number above it was never given out")
     # A log that sidecars share may be in use: its operator is a writer of its own.
     opened, _ = open_journal(
         Settings(journal=journal, writer="operator" if is_shared(journal) else next(iter(log.writers))),
@@ -223,8 +221,9 @@ def accept_loss(
             file.write(opened.head.mark)
     finally:
         opened.close()
-    lost = appended.entries[0].header
-    note(f"entry {lost.index} says that {lost.count} sequences are lost; the next one is {through + 1}")
+    first, last = appended.entries[0].header, appended.entries[-1].header
+    entries = f"entry {first.index} says" if first == last else f"entries {first.index} to {last.index} say"
+    note(f"{entries} that {through + 1 - first.first_sequence} sequences are lost; the next one is {through + 1}")
 
 
 def older(text: str, now_seconds: float) -> Callable[[types_pb2.EntryHeader], bool]:

@@ -12,6 +12,8 @@ from sidecar.core.window import Bounds
 from sidecar.held import COPIES
 from sidecar.held import Bounds as HeldBounds
 
+HOP_REMEDY = "use unix:/path, --engine-secret on both programs, or --engine-ca, --engine-certificate and --engine-key"
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -19,6 +21,12 @@ class Settings:
 
     listen: tuple[str, ...] = field(("127.0.0.1:7001",), "addresses to listen on, host:port or unix:/path")
     engine: str = field("unix:.run/engine.sock", "address of the service")
+    engine_secret: Path | None = field(
+        None, "file of at least 32 random bytes that the service has too; over a unix socket the same user suffices"
+    )
+    engine_ca: Path | None = field(None, "PEM file of the CA that certifies the service, for a TCP address")
+    engine_certificate: Path | None = field(None, "PEM file of the certificate chain for the service")
+    engine_key: Path | None = field(None, "PEM file of its private key")
     journal: str = field(".run/journal.sqlite", "file of the journal, or postgresql://… of a shared one")
     high_water: Path | None = field(None, "file of the journal's high-water mark", applies="the journal's file, with .mark")
     writer: str = field("ostinato-0", "name of this sidecar, unique on its journal; written into each entry")
@@ -111,6 +119,12 @@ class Settings:
         if not self.journal:
             raise ValueError("--journal: needs a file, or the URL of a database")
         check_target("--engine", self.engine)
+        if len({self.engine_ca is None, self.engine_certificate is None, self.engine_key is None}) > 1:
+            raise ValueError("--engine-ca, --engine-certificate, --engine-key: none of them goes without the others")
+        if self.engine.startswith("unix:") and self.engine_ca is not None:
+            raise ValueError("--engine-ca is for a TCP address of the service")
+        if not (self.engine.startswith("unix:") or self.engine_secret or self.engine_ca):
+            raise ValueError(f"--engine: {self.engine}: there both programs must prove themselves: {HOP_REMEDY}")
         if self.response_bytes_ceiling < self.max_response_bytes:
             raise ValueError("--response-bytes-ceiling is below --max-response-bytes")
         if COPIES * self.response_bytes_ceiling > self.held.tenant:

@@ -20,6 +20,7 @@ from ostinato import errors, tracing
 from ostinato.errors import from_rpc_error
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
 from serving.handlers import Coalescer
+from serving.hop import Metadata, SidecarEnd
 
 SHORT_BYTES = 4096
 """A longer request to prepare has a call of its own, and a thread in the service."""
@@ -147,10 +148,22 @@ Stream = grpc.aio.StreamStreamCall[engine_pb2.ExecuteRequest, engine_pb2.Execute
 
 
 class EngineLink:
-    """Reconnects until the link is closed, or a stream is refused for good (EPOCH_STALE, JOURNAL_BEHIND)."""
+    """Reconnects until the link is closed, or a stream is refused for good (EPOCH_STALE, JOURNAL_BEHIND).
 
-    def __init__(self, target: str, pause_seconds: float) -> None:
-        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+    The service proves itself before each stream (serving/hop.py). Nothing is sent to it while no stream is open.
+    """
+
+    def __init__(
+        self, target: str, pause_seconds: float, hop: SidecarEnd | None = None, tls: grpc.ChannelCredentials | None = None
+    ) -> None:
+        """`hop`: None: the service need not prove itself, because it is in this process, or `tls` does that."""
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(target, tls, options=CHANNEL_OPTIONS)
+        self._hop = hop
+        self._metadata: Metadata | None = None
+        """Of every call; None: no stream is open."""
         self._stub: engine_pb2_grpc.EngineAsyncStub = engine_pb2_grpc.EngineStub(self._channel)
         self._pause_seconds = pause_seconds
         self._submits: deque[engine_pb2.Submit] = deque()
@@ -186,7 +199,9 @@ class EngineLink:
         said = ""  # a reason is logged once, not at each attempt while a service loads its model
         while not self._closing:
             try:
-                await self._one_stream(listener, await hello())
+                metadata = await self._introduced()
+                if not self._closing:
+                    await self._one_stream(listener, await hello(), metadata)
             except (errors.EpochStale, errors.JournalBehind):
                 raise
             except errors.OstinatoError as error:
@@ -196,8 +211,16 @@ class EngineLink:
                 said = why
             await asyncio.sleep(self._pause_seconds)
 
-    async def _one_stream(self, listener: Listener, hello: engine_pb2.Hello) -> None:
-        stream = self._stream = self._stub.Execute(wait_for_ready=True)
+    async def _introduced(self) -> Metadata:
+        """Waits for a service that proves itself. Raises Unauthenticated for a process that does not."""
+        while self._hop is not None and not self._closing:
+            with contextlib.suppress(errors.Disconnected):  # as wait_for_ready does
+                return await self._hop.introduced(self._channel)
+            await asyncio.sleep(self._pause_seconds)
+        return ()
+
+    async def _one_stream(self, listener: Listener, hello: engine_pb2.Hello, metadata: Metadata) -> None:
+        stream = self._stream = self._stub.Execute(wait_for_ready=self._hop is None, metadata=metadata)
         self._ended.clear()
         up = False
         writer: asyncio.Task[None] | None = None
@@ -211,6 +234,7 @@ class EngineLink:
                 if response.HasField("welcome"):
                     check_description(response.welcome.description)
                     self._preparing.open()
+                    self._metadata = metadata
                     listener.engine_up(response.welcome.description)
                     up = True
                     if writer is None:
@@ -244,6 +268,7 @@ class EngineLink:
             self._submits.clear()
             self._cancels.clear()
             self._preparing.lose()
+            self._metadata = None
             if up:
                 listener.engine_down(error)
         raise _fault(writer) or error
@@ -280,6 +305,12 @@ class EngineLink:
             await asyncio.wait_for(self._ended.wait(), CLOSE_SECONDS)
         await self._channel.close()
 
+    def _proved(self) -> Metadata:
+        """Metadata of a call beside the stream. Raises EngineUnavailable while no stream is open."""
+        if self._metadata is None:
+            raise _lost()
+        return self._metadata
+
     async def prepare(self, request: engine_pb2.PrepareRequest, timeout: float | None) -> engine_pb2.PrepareResponse:
         """Raises what refused it, EngineUnavailable if the service is unreachable, ProtocolViolation for a useless answer."""
         with tracing.call("ostinato.v1.Engine/Prepare") as span:
@@ -288,21 +319,24 @@ class EngineLink:
                 self._something.set()
                 prepared: engine_pb2.PrepareResponse | None = await self._preparing.ask(request, timeout)
             else:
-                prepared = await _called(self._stub.Prepare(request, timeout=timeout, metadata=span.metadata))
+                metadata = (*self._proved(), *(span.metadata or ()))
+                prepared = await _called(self._stub.Prepare(request, timeout=timeout, metadata=metadata))
         return check_prepared(prepared, len(request.items))
 
     async def tokenize(self, request: generation_pb2.TokenizeRequest, timeout: float | None) -> generation_pb2.TokenizeResponse:
         """Raises as `prepare`."""
         with tracing.call("ostinato.v1.Engine/Tokenize") as span:
-            tokenized = await _called(self._stub.Tokenize(request, timeout=timeout, metadata=span.metadata))
+            metadata = (*self._proved(), *(span.metadata or ()))
+            tokenized = await _called(self._stub.Tokenize(request, timeout=timeout, metadata=metadata))
         if tokenized is None or len(tokenized.results) != len(request.items):
             raise errors.ProtocolViolation("the service did not tokenise what it was given")
         return tokenized
 
     async def tokenizer(self, timeout: float | None) -> bytes:
         """The zip of the tokenizer's files. Raises as `prepare`."""
+        metadata = self._proved()
         try:
-            parts = self._stub.GetTokenizer(engine_pb2.GetTokenizerRequest(), timeout=timeout)
+            parts = self._stub.GetTokenizer(engine_pb2.GetTokenizerRequest(), timeout=timeout, metadata=metadata)
             return b"".join([part.chunk async for part in parts])
         except grpc.aio.AioRpcError as failure:
             raise unavailable(from_rpc_error(failure)) from None

@@ -48,6 +48,7 @@ from serving import files
 from serving.program import BAD_CONFIGURATION, StartupError
 
 if TYPE_CHECKING:
+    from serving.hop import ServiceEnd
     from serving.tls import Certificate, ServerTls
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -310,12 +311,14 @@ class Credentials:
     tls: ServerTls | None = None
     tokens: Reloaded[Tokens] | None = None
     trust_tenant_metadata: bool = False
+    hop: ServiceEnd | None = None
+    """Of the service: only the sidecar may call it."""
     _running: dict[asyncio.Task[Any], _Running] = field(default_factory=dict)
 
     @property
     def proven(self) -> bool:
         """Whether callers prove who they are."""
-        return self.tokens is not None or self.mutual
+        return self.tokens is not None or self.mutual or self.hop is not None
 
     @property
     def mutual(self) -> bool:
@@ -336,8 +339,14 @@ class Credentials:
         if not self.required:
             return ANONYMOUS
         metadata = list(context.invocation_metadata() or ())
-        authorization, tenant = _only(metadata, "authorization"), _only(metadata, TENANT_METADATA)
         certificate = self.tls.presented(context) if self.tls is not None and self.tls.mutual else None
+        if self.hop is not None:
+            if certificate is not None and self.tls is not None:
+                self.tls.judge(certificate)
+            if certificate is None or self.hop.shared:
+                self.hop.check(metadata)
+            return ANONYMOUS
+        authorization, tenant = _only(metadata, "authorization"), _only(metadata, TENANT_METADATA)
         given = Presented(None if authorization is None else _hash_in(authorization), certificate, tenant)
         call, identity = asyncio.current_task(), self.judge(given)
         assert call is not None, "a handler runs in a task"

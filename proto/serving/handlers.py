@@ -53,6 +53,9 @@ FAULTS = {
 EARLY_SECONDS, EARLY_SHARE = 0.05, 0.02
 """The caller's clock runs out before ours: by the way here, and because gRPC rounds a timeout up by up to a hundredth."""
 
+WITHOUT_CREDENTIALS = ("/grpc.health.", "/ostinato.v1.Hop/")
+"""Paths of calls that need none."""
+
 QUIET_TURNS, TURNS_MAX, VAIN_WAITS = 4, 16, 16
 
 _log = logging.getLogger(__name__)
@@ -145,7 +148,8 @@ class _Method:
         self._takes_stream, self._gives_stream = bool(handler.request_streaming), bool(handler.response_streaming)
         self._standard = path.startswith("/grpc.")
         self._endless = self._standard and self._gives_stream
-        self._observed = not self._standard or (guard.credentials.required and not path.startswith("/grpc.health."))
+        self._open = path.startswith(WITHOUT_CREDENTIALS)
+        self._observed = not self._standard or (guard.credentials.required and not self._open)
         self._labels = path.strip("/").rpartition("/")[::2]
         self._seconds = guard.seconds.labels(*self._labels) if self._observed else None
         self._codes: dict[str, Counter] = {}
@@ -179,7 +183,7 @@ class _Method:
 
     def _admit(self, context: Context) -> None:
         """Identifies the caller. Raises Unauthenticated or PermissionDenied."""
-        if self._observed:
+        if self._observed and not self._open:
             CALLER.set(caller := self._guard.credentials.identify(context))
             if self._standard:
                 caller.require_admin(self._path)

@@ -26,19 +26,22 @@ import re
 import socket
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
 
+from ostinato.v1 import engine_pb2_grpc
 from serving import files
 from serving.auth import NONE, Context, Credentials
 from serving.handlers import Guard, Unwritten
+from serving.hop import PEER_SUFFIX
 from serving.program import BAD_CONFIGURATION, StartupError
 from serving.settings import lookup
 
@@ -50,6 +53,8 @@ PATH_BYTES_MAX = 107
 """Of a socket's path, by the kernel."""
 OPEN = "anyone who reaches it could do everything: require credentials, use loopback or a unix socket, or allow it with --open"
 IN_CLEAR_TEXT = "tokens could be read on the way: turn TLS on, or allow it with --allow-plaintext-tokens"
+UNPROVEN = "the sidecar cannot prove itself there: use unix:/path, --engine-secret on both programs, or --tls-certificate"
+HOP_IN_CLEAR_TEXT = "prompts could be read on the way: turn TLS on, use loopback, or allow it with --allow-plaintext"
 """Why an address beyond loopback is refused."""
 GRPC_LOGGER = "grpc._cython.cygrpc"
 
@@ -81,11 +86,20 @@ class Server:
         that names the flag, --listen or --health-listen, of an address that cannot be parsed, or is remote and not allowed."""
         self._credentials = credentials
         refused = ""
-        if not (credentials.proven or open_to_all):
+        unproven = credentials.hop is not None and not credentials.hop.shared and credentials.tls is None
+        if unproven:
+            refused = UNPROVEN
+        elif credentials.hop is not None and credentials.tls is None and not open_to_all:
+            refused = HOP_IN_CLEAR_TEXT
+        elif not (credentials.proven or open_to_all):
             refused = OPEN
         elif credentials.tokens is not None and credentials.tls is None and not plaintext_tokens:
             refused = IN_CLEAR_TEXT
         self._addresses = [parse_address("--listen", text, refused) for text in addresses]
+        if unproven:
+            for address in self._addresses:
+                if isinstance(address, Tcp):
+                    raise StartupError(f"--listen: '{address}': {UNPROVEN}", exit_code=BAD_CONFIGURATION)
         self._health_address = parse_address("--health-listen", health_address) if health_address else None
         self._socket_mode = socket_mode
         self._guard = Guard(registry, credentials, unwritten, write_seconds)
@@ -127,8 +141,13 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._guard)
         reflected = reflection.aio.ReflectionServicer([*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME])
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, self._guard)
+        hop = self._credentials.hop
+        if hop is not None:
+            engine_pb2_grpc.add_HopServicer_to_server(hop, self._guard)  # type: ignore[arg-type]
         for address in self._addresses:
             self.addresses.append(address.bind(self._grpc, self._socket_mode, self._credentials.port_credentials()))
+            if hop is not None and not hop.shared and isinstance(address, Unix):
+                await hop.hand_out(address.beside(PEER_SUFFIX).listening())
         if self._health_address is not None:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probe_guard)
             self.health_address = self._health_address.bind(self._probed, self._socket_mode)
@@ -147,6 +166,8 @@ class Server:
             self._health.stop()
         for guard in (self._guard, self._probe_guard):
             guard.close_streams()
+        if self._credentials.hop is not None:
+            self._credentials.hop.close()
         await asyncio.gather(self._grpc.stop(grace), self._probed.stop(grace))
 
 
@@ -246,12 +267,31 @@ class Unix:
 
     def bind(self, server: grpc.aio.Server, mode: int, _tls: grpc.ServerCredentials | None = None) -> str:
         """Binds in plain text, with this mode on the file. Raises StartupError."""
+        with self._bound(mode):
+            server.add_insecure_port(str(self))
+        return str(self)
+
+    def beside(self, suffix: str) -> Unix:
+        """The socket whose path ends so, in the same folder."""
+        return cast(Unix, parse_address(self.flag, f"{self}{suffix}"))
+
+    def listening(self) -> socket.socket:
+        """A socket that listens there, for this process's user only. Raises StartupError."""
+        made = socket.socket(socket.AF_UNIX)
+        with self._bound(0o600):
+            made.bind(str(self.path))
+        made.listen()
+        return made
+
+    @contextmanager
+    def _bound(self, mode: int) -> Iterator[None]:
+        """Around the call that binds."""
         try:
             self._check_folder()
             self._clear()
             before = os.umask(0o777 & ~mode)  # the mode holds from the first moment, not from chmod on
             try:
-                server.add_insecure_port(str(self))
+                yield
             finally:
                 os.umask(before)
             self.path.chmod(mode)
@@ -259,7 +299,6 @@ class Unix:
             raise self._error(error.strerror or str(error)) from error
         except RuntimeError as error:
             raise self._error(_bind_error(socket.AF_UNIX, str(self.path)) or str(error)) from error
-        return str(self)
 
     def _error(self, why: str) -> StartupError:
         return StartupError(f"{self.flag}: cannot listen on {self}: {why}")

@@ -150,6 +150,21 @@ def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     return True
 
 
+def client_credentials(ca: Path, certificate: Path, key: Path) -> grpc.ChannelCredentials:
+    """Of the sidecar, for the service. Read once. Raises StartupError that names flag and file."""
+    ca_flag, certificate_flag, key_flag = "--engine-ca", "--engine-certificate", "--engine-key"
+
+    def parse(contents: Mapping[str, bytes]) -> grpc.ChannelCredentials:
+        _certificates(ca_flag, contents[ca_flag])
+        _check_key(
+            contents[key_flag], _certificates(certificate_flag, contents[certificate_flag])[0], key_flag, certificate_flag
+        )
+        return grpc.ssl_channel_credentials(contents[ca_flag], contents[key_flag], contents[certificate_flag])
+
+    sources = [Source(ca_flag, ca), Source(certificate_flag, certificate), Source(key_flag, key)]
+    return Reloaded(sources, parse).value
+
+
 def parse_tls(contents: Mapping[str, bytes], now: datetime) -> Served:
     """The files' contents by flag, as gRPC wants them. Raises Unusable."""
     certificate, key, authorities = contents[CERTIFICATE], contents[KEY], contents.get(CLIENT_CA)
@@ -172,16 +187,16 @@ def _certificates(flag: str, pem: bytes) -> list[x509.Certificate]:
         raise Unusable(flag, "holds no certificate in PEM form") from None
 
 
-def _check_key(pem: bytes, leaf: x509.Certificate) -> None:
+def _check_key(pem: bytes, leaf: x509.Certificate, key_flag: str = KEY, certificate_flag: str = CERTIFICATE) -> None:
     try:
         key = load_pem_private_key(pem, password=None)
     except TypeError:
-        raise Unusable(KEY, "the key is encrypted; a program has no one to ask for its password") from None
+        raise Unusable(key_flag, "the key is encrypted; a program has no one to ask for its password") from None
     except (ValueError, UnsupportedAlgorithm):
-        raise Unusable(KEY, "holds no private key in PEM form") from None
+        raise Unusable(key_flag, "holds no private key in PEM form") from None
     try:
         certified = leaf.public_key()
     except (ValueError, UnsupportedAlgorithm):
-        raise Unusable(CERTIFICATE, "the certificate's public key is of an unknown kind") from None
+        raise Unusable(certificate_flag, "the certificate's public key is of an unknown kind") from None
     if key.public_key() != certified:
-        raise Unusable(KEY, "is not the key of the certificate")
+        raise Unusable(key_flag, "is not the key of the certificate")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from google.protobuf.message import Message
 
-from ostinato.chain import OUTCOMES, entry_hash, payload_digest
+from ostinato.chain import OUTCOMES, SEQUENCE_MAX, entry_hash, payload_digest
 from ostinato.compare import Side, compare
 from ostinato.digest import derived_seed, input_digest, logprobs_digest, output_digest
 from ostinato.signature import SignedTree, Signer
@@ -140,7 +140,7 @@ class Ledger:
                 self.notes[name] = value
                 return Appended(())
             case Loss():
-                return Appended((self._lose(draft),))
+                return Appended(self._lose(draft))
 
     def _admit(self, admission: Admission) -> Appended:
         assert admission.items
@@ -235,16 +235,20 @@ class Ledger:
         header.grade = audit.grade
         return self._seal(header, sequencer_pb2.AuditedPayload(comparison=audit.comparison, canary=audit.canary))
 
-    def _lose(self, loss: Loss) -> Sealed:
-        first = self.head.last_sequence + 1
-        assert first - 1 <= loss.through < first + LOST_MAX
-        header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_LOST, first_sequence=first, count=loss.through + 1 - first)
+    def _lose(self, loss: Loss) -> tuple[Sealed, ...]:
+        """One entry, or as many as its 32-bit count makes necessary."""
+        assert self.head.last_sequence <= loss.through <= SEQUENCE_MAX
         payload = sequencer_pb2.LostPayload()
         if loss.mark is not None:
             payload.index, payload.entry_hash = loss.mark.index, loss.mark.entry_hash
-        sealed = self._seal(header, payload)
-        self.head = replace(self.head, last_sequence=loss.through)
-        return sealed
+        entries: list[Sealed] = []
+        while not entries or self.head.last_sequence < loss.through:
+            first = self.head.last_sequence + 1
+            count = min(loss.through + 1 - first, LOST_MAX)
+            header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_LOST, first_sequence=first, count=count)
+            entries.append(self._seal(header, payload))
+            self.head = replace(self.head, last_sequence=first - 1 + count)
+        return tuple(entries)
 
     def _about(
         self, admitted: types_pb2.EntryHeader, kind: types_pb2.EntryKind.ValueType, fingerprint_digest: bytes

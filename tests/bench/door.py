@@ -21,6 +21,7 @@ from ostinato.client import Client
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 
 from tests.bench.table import Options, Seen, Table, Way, closed_loop, count, median, middle, millis, one_round, open_loop
+from tests.hop import proved
 from tests.pair import ROOT, Pair, Program
 
 PROMPT, TOKENS = "Shanghai is", 16
@@ -40,10 +41,10 @@ Case = tuple[Way, int]
 class Direct:
     """Drives a service as a sidecar does, but orders, journals and proves nothing."""
 
-    def __init__(self, address: str, program: Program) -> None:
-        self.program = program
-        self._channel = grpc.aio.insecure_channel(address)
-        self._stub: Any = engine_pb2_grpc.EngineStub(self._channel)
+    def __init__(self, address: str, program: Program, *, bare: bool = False) -> None:
+        """`bare`: a service that asks for no proof."""
+        self.program, self._proves = program, not bare
+        self._address, self._channel = address, grpc.aio.insecure_channel(address)
         self._ends: dict[int, asyncio.Future[None]] = {}
         self._waiting: deque[engine_pb2.Submit] = deque()
         self._bell = asyncio.Event()
@@ -51,9 +52,10 @@ class Direct:
 
     async def __aenter__(self) -> Self:
         item = types_pb2.Item(text=PROMPT, parameters=types_pb2.Parameters(max_new_tokens=TOKENS, ignore_eos=True))
-        prepared = await self._stub.Prepare(engine_pb2.PrepareRequest(items=[item]), wait_for_ready=True)
+        stub: Any = await proved(self._channel, self._address) if self._proves else engine_pb2_grpc.EngineStub(self._channel)
+        prepared = await stub.Prepare(engine_pb2.PrepareRequest(items=[item]), wait_for_ready=True)
         self._prepared = prepared.items[0]
-        self._stream = self._stub.Execute()
+        self._stream = stub.Execute()
         await self._stream.write(engine_pb2.ExecuteRequest(hello=engine_pb2.Hello(log_id="0" * 32, writer="bench", epoch=1)))
         await self._stream.read()
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
@@ -133,7 +135,7 @@ async def door(options: Options) -> list[Table]:
         ours = await _cases(stack, pair.target, "", pair.service, pair.sidecar)
         back, front, target = await _bare_proxy(stack)
         bare = await _cases(stack, target, BARE, back, front)
-        echo = await stack.enter_async_context(Direct(target.removesuffix(FRONT) + BACK, back))
+        echo = await stack.enter_async_context(Direct(target.removesuffix(FRONT) + BACK, back, bare=True))
         alone = [Way("engine", partial(each.run, stream=False), each.program) for each in (direct, echo)]
         for way in alone:
             await closed_loop(8, 0.3, way.request)

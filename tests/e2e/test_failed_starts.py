@@ -45,6 +45,7 @@ class Failure:
 
 
 SERVICE = "service --engine scripted --metrics= --listen unix:{folder}/s.sock --state-dir {folder}/state"
+OVER_TCP = "--engine-secret {folder}/secret"
 SIDECAR = "sidecar --metrics= --listen 127.0.0.1:0 --journal {folder}/journal.sqlite"
 LLAMA = "service --metrics= --listen unix:{folder}/s.sock --state-dir {folder}/state"
 TURBOMIND = "service --engine turbomind --metrics= --listen unix:{folder}/s.sock --state-dir {folder}/state"
@@ -52,9 +53,7 @@ TURBOMIND = "service --engine turbomind --metrics= --listen unix:{folder}/s.sock
 # Each way in which a start fails, once. All that is refused is in the tests of settings, addresses, credentials and journals.
 
 SETTINGS = {
-    "unknown flag": Failure(
-        "service --modle x", 2, "--modle: names no setting; did you mean --model or --open or --socket-mode?"
-    ),
+    "unknown flag": Failure("service --modle x", 2, "--modle: names no setting; did you mean --model or --socket-mode?"),
     "more than gRPC counts": Failure(
         "sidecar --message-bytes-max 2147483648", 2, "--message-bytes-max: '2147483648' is not 1024 to 2147483647"
     ),
@@ -78,7 +77,27 @@ SETTINGS = {
     "open service": Failure(
         f"{SERVICE} --listen 0.0.0.0:0",
         2,
-        "--listen: '0.0.0.0:0': anyone who reaches it could do everything: …",
+        "--listen: '0.0.0.0:0': the sidecar cannot prove itself there: …",
+    ),
+    "service on a loopback port": Failure(
+        f"{SERVICE} --listen 127.0.0.1:0",
+        2,
+        "--listen: '127.0.0.1:0': the sidecar cannot prove itself there: use unix:/path, …",
+    ),
+    "service that others can listen to": Failure(
+        f"{SERVICE} {OVER_TCP} --listen 0.0.0.0:0",
+        2,
+        "--listen: '0.0.0.0:0': prompts could be read on the way: turn TLS on, …",
+    ),
+    "missing secret": Failure(
+        f"{SERVICE} --engine-secret {{folder}}/none",
+        2,
+        "--engine-secret: {folder}/none: No such file or directory",
+    ),
+    "sidecar's missing secret": Failure(
+        f"{SIDECAR} --engine 127.0.0.1:1 --engine-secret {{folder}}/none",
+        2,
+        "--engine-secret: {folder}/none: No such file or directory",
     ),
     "long socket path": Failure(
         f"{SIDECAR} --listen unix:/{'x' * 107}",
@@ -204,7 +223,9 @@ PROCESSES = {
         f"{SIDECAR} --journal {{folder}}/locked", 1, "--journal: {folder}/locked is in use by another sidecar or command…"
     ),
     "service's port": Failure(
-        f"{SERVICE} --listen 127.0.0.1:{{port}}", 1, "--listen: cannot listen on 127.0.0.1:{port}: Address already in use"
+        f"{SERVICE} --engine-secret {{folder}}/secret --listen 127.0.0.1:{{port}}",
+        1,
+        "--listen: cannot listen on 127.0.0.1:{port}: Address already in use",
     ),
     "sidecar's port": Failure(
         f"{SIDECAR} --listen 127.0.0.1:{{port}}", 1, "--listen: cannot listen on 127.0.0.1:{port}: Address already in use"
@@ -248,6 +269,8 @@ def _names() -> Iterator[dict[str, object]]:
             (folder / "head.gguf").write_bytes(model.read(5_000))
             model.seek(0)
             (folder / "cut.gguf").write_bytes(model.read(8_000_000))
+    (folder / "secret").write_bytes(bytes(range(64, 96)))
+    (folder / "secret").chmod(0o600)
     locked = sqlite3.connect(folder / "locked", isolation_level=None)
     locked.execute("CREATE TABLE t (c)")
     locked.execute("BEGIN EXCLUSIVE")
@@ -376,7 +399,9 @@ LOW = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
 def test_a_low_port_is_refused_by_the_kernel(names: dict[str, object]) -> None:
     """A port that only root may have is named, with the kernel's reason."""
     why = "--listen: cannot listen on 127.0.0.1:1: Permission denied"
-    test_a_process_that_fails_says_why(Failure(f"{SERVICE} --listen 127.0.0.1:1", 1, why), names)
+    test_a_process_that_fails_says_why(
+        Failure(f"{SERVICE} --engine-secret {{folder}}/secret --listen 127.0.0.1:1", 1, why), names
+    )
 
 
 def test_serve_lists_the_engines() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,8 +17,10 @@ from google.rpc import error_details_pb2, status_pb2
 from ostinato import errors
 from ostinato.chain import OUTCOMES
 from ostinato.digest import fingerprint_digest, model_digest
-from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
+from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
 from ostinato.v1.engine_pb2 import RunEvent, Submit
+from serving.hop import PEER_SUFFIX, ServiceEnd
+from serving.server import Unix
 
 from sidecar.link import SHORT_BYTES
 from tests.e2e.kit import Door, opened, refusal
@@ -147,6 +150,8 @@ async def served(fake: Fake, address: str) -> AsyncIterator[None]:
         return message if isinstance(message, bytes) else message.SerializeToString()
 
     server = grpc.aio.server()
+    hop = ServiceEnd()
+    engine_pb2_grpc.add_HopServicer_to_server(hop, server)
     handlers: dict[str, Any] = {
         "Execute": grpc.stream_stream_rpc_method_handler(
             fake.execute, request_deserializer=engine_pb2.ExecuteRequest.FromString, response_serializer=serialised
@@ -160,10 +165,12 @@ async def served(fake: Fake, address: str) -> AsyncIterator[None]:
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("ostinato.v1.Engine", handlers),))
     server.add_insecure_port(address)
+    await hop.hand_out(Unix("--listen", Path(address.removeprefix("unix:") + PEER_SUFFIX)).listening())
     await server.start()
     try:
         yield
     finally:
+        hop.close()
         await server.stop(0)
 
 

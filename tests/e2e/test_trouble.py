@@ -10,7 +10,7 @@ import grpc
 
 from ostinato import errors
 from ostinato.requests import batch
-from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
+from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
 from tests.e2e.kit import (
     SLOWLY,
@@ -36,6 +36,7 @@ from tests.e2e.kit import (
     rest,
     scripted,
 )
+from tests.hop import proved
 from tests.pair import Pair, running_pair
 from tests.waiting import eventually
 
@@ -76,8 +77,7 @@ async def test_a_sidecar_that_was_replaced_ends() -> None:
         head = await door.client.head()
         hello = engine_pb2.Hello(log_id=head.log_id, writer=head.writer, epoch=head.epoch + 1)
         async with grpc.aio.insecure_channel(door.pair.engine_address) as channel:
-            stub: engine_pb2_grpc.EngineAsyncStub = engine_pb2_grpc.EngineStub(channel)
-            stream = stub.Execute()
+            stream = (await proved(channel, door.pair.engine_address)).Execute()
             await stream.write(engine_pb2.ExecuteRequest(hello=hello))
 
             code, log = await asyncio.to_thread(ended, door.pair.sidecar)

@@ -11,14 +11,13 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 
 from ostinato.client import Client
-from ostinato.v1 import engine_pb2_grpc
 
 from tests.gpu.fronts import Front, ServiceFront, SidecarFront
+from tests.hop import proved
 from tests.pair import ROOT, Program
 
 START_SECONDS = 240.0
@@ -95,8 +94,8 @@ async def running(
                     )
             else:
                 async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
-                    stub: Any = engine_pb2_grpc.EngineStub(channel)
-                    yield Stack(ServiceFront(stub), programs[0], seconds, port, start_service, start_sidecar)
+                    front = ServiceFront(await proved(channel, address))
+                    yield Stack(front, programs[0], seconds, port, start_service, start_sidecar)
             code = await asyncio.to_thread(programs[-1].stop) if sidecar else 0
             code = code or await asyncio.to_thread(programs[0].stop)
             if code:

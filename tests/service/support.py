@@ -187,7 +187,7 @@ def error_of(error: grpc.aio.AioRpcError) -> errors.OstinatoError:
     return errors.from_code(error.code(), error.details() or "") if status is None else errors.from_status(status)
 
 
-def hello_of(log: str = LOG, writer: str = "w", epoch: int = 1, last_sequence: int = 2**64 - 1) -> engine_pb2.Hello:
+def hello_of(log: str = LOG, writer: str = "w", epoch: int = 1, last_sequence: int = 2**40) -> engine_pb2.Hello:
     return engine_pb2.Hello(log_id=log, writer=writer, epoch=epoch, last_sequence=last_sequence)
 
 

@@ -23,7 +23,16 @@ def settings(*argv: str) -> Settings:
 
 def test_socket_paths_become_absolute() -> None:
     """A relative socket path becomes absolute, from the working directory; host:port stays as it is."""
-    assert settings("--listen", "unix:a/b.sock,127.0.0.1:7001").addresses == [f"unix:{Path.cwd()}/a/b.sock", "127.0.0.1:7001"]
+    given = settings("--listen", "unix:a/b.sock,127.0.0.1:7001", "--engine-secret", "file")
+    assert given.addresses == [f"unix:{Path.cwd()}/a/b.sock", "127.0.0.1:7001"]
+
+
+def test_tls_is_mutual(capsys: pytest.CaptureFixture[str]) -> None:
+    """TLS without client certificates would not say who the sidecar is."""
+    with pytest.raises(SystemExit, match="2"):
+        settings("--tls-certificate=a", "--tls-key=a")
+
+    assert "--tls-client-ca: none of them goes without the others" in capsys.readouterr().err
 
 
 def test_limits_follow_the_engine() -> None:

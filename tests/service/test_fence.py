@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ostinato import errors
-from ostinato.errors import EpochStale, JournalBehind, StreamRefused, WriterBusy
+from ostinato.chain import SEQUENCE_MAX
+from ostinato.errors import EpochStale, JournalBehind, OutOfOrder, ProtocolViolation, StreamRefused, WriterBusy
 from serving.program import StartupError
 
-from service.stream import LOGS_MAX, Fence, SequenceFile, Writer
+from service.stream import EPOCH_JUMP_MAX, EPOCH_MAX, LOGS_MAX, SEQUENCE_JUMP_MAX, Fence, SequenceFile, Writer
 from tests.service.support import hello_of, served, submit_of
 
 steps = st.lists(
@@ -67,10 +69,10 @@ def test_a_journal_behind(ran: list[tuple[str, int]], last_sequence: int) -> Non
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    """What is read is what was written, 2^64-1 included; of more than LOGS_MAX logs the last ones."""
+    """What is read is what was written, SEQUENCE_MAX included; of more than LOGS_MAX logs the last ones."""
     file = SequenceFile(tmp_path / "state" / "sequences.json")
     assert file.read() == {}
-    written = {f"log{number}": 2**64 - 1 - number for number in range(LOGS_MAX + 2)}
+    written = {f"log{number}": SEQUENCE_MAX - number for number in range(LOGS_MAX + 2)}
     file.write(written)
     file.close()
     assert file.read() == dict(list(written.items())[2:])
@@ -83,6 +85,47 @@ def test_a_file_with_another_content(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(StartupError, match="^--state-dir: .*sequences.json is not a list of sequences"):
         SequenceFile(path).read()
+
+
+def test_a_file_with_a_sequence_that_no_log_reaches(tmp_path: Path) -> None:
+    """A sequence beyond every log is not believed: the error names the log, and what to do about it."""
+    (tmp_path / "sequences.json").write_text(json.dumps({"fine": "7", "log1": str(2**62)}))
+    with pytest.raises(StartupError, match=f"log log1 cannot have reached sequence {2**62}: remove this log from the file"):
+        SequenceFile(tmp_path / "sequences.json").read()
+
+
+@given(st.integers(1, 2**64 - 1), st.integers(1, 2**64 - 1))
+def test_epochs_beyond_every_sidecar(first: int, second: int) -> None:
+    """An epoch beyond EPOCH_MAX, or further than EPOCH_JUMP_MAX above the highest of its writer, is refused and not remembered:
+    the sidecar with the next epoch is still admitted."""
+    fence, admitted = Fence(), 0
+    for epoch in (first, second):
+        fits = epoch <= EPOCH_MAX and (not admitted or epoch <= admitted + EPOCH_JUMP_MAX)
+        if epoch >= admitted and not fits:
+            with pytest.raises(ProtocolViolation, match=f"epoch {epoch} of writer a of log log1 is too far above {admitted}"):
+                fence.admit(hello_of("log1", "a", epoch))
+        elif epoch >= admitted:
+            fence.admit(hello_of("log1", "a", epoch))
+            admitted = epoch
+        fence.leave()
+
+    fence.admit(hello_of("log1", "a", min(admitted + 1, EPOCH_MAX)))
+
+
+async def test_a_sequence_beyond_every_log() -> None:
+    """A stream that submits a sequence far above what its journal has ends, and the service does not remember the sequence; nor
+    does it admit a journal that claims more than any log has."""
+    async with served() as service:
+        for sequence in (2**62, 2**63, SEQUENCE_JUMP_MAX + 8, 2**64 - 1):
+            async with service.stream(last_sequence=7) as stream:
+                await stream.send(submit_of(1, sequence=sequence))
+                with pytest.raises(OutOfOrder, match=f"sequence {sequence} is too far above 7"):
+                    raise await stream.broken()
+        async with service.stream(last_sequence=SEQUENCE_MAX + 1) as stream:
+            assert "no log has reached" in str(await stream.broken())
+        async with service.stream(last_sequence=7) as stream:
+            await stream.send(submit_of(1, sequence=SEQUENCE_JUMP_MAX + 7), submit_of(2, sequence=SEQUENCE_JUMP_MAX + 8))
+            await stream.output(2)
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

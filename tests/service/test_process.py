@@ -15,8 +15,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ostinato.errors import EngineUnavailable
-from ostinato.v1 import engine_pb2, engine_pb2_grpc
+from ostinato.v1 import engine_pb2
 
+from tests.hop import Engine, proof
 from tests.pair import START_SECONDS, Program, python
 from tests.service.support import error_of, hello_of
 
@@ -42,7 +43,7 @@ def test_start_and_stop(tmp_path: Path) -> None:
     with Running(tmp_path) as service:
         service.program.wait_for("serving")
         with grpc.insecure_channel(service.address) as channel:
-            described = engine_pb2_grpc.EngineStub(channel).Describe(engine_pb2.DescribeRequest())
+            described = Engine(channel, proof(service.address)).Describe(engine_pb2.DescribeRequest())
         port = service.program.wait_for("metrics")["port"]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as page:
             metrics = page.read().decode()
@@ -83,7 +84,7 @@ def test_an_idle_sidecar_does_not_hold_up_the_stop(tmp_path: Path) -> None:
     says.put(engine_pb2.ExecuteRequest(hello=hello_of()))
     with Running(tmp_path, "--drain-seconds", "3600") as service, grpc.insecure_channel(service.address) as channel:
         service.program.wait_for("serving")
-        frames = engine_pb2_grpc.EngineStub(channel).Execute(iter(says.get, None))
+        frames = Engine(channel, proof(service.address)).Execute(iter(says.get, None))
         assert next(frames).HasField("welcome")
 
         assert service.program.stop() == 0
@@ -99,7 +100,7 @@ def test_listens_before_it_is_ready(tmp_path: Path) -> None:
         with grpc.insecure_channel(service.address) as channel:
             health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="ostinato.v1.Engine"))
             with pytest.raises(grpc.RpcError) as caught:
-                engine_pb2_grpc.EngineStub(channel).Describe(engine_pb2.DescribeRequest())
+                Engine(channel, proof(service.address)).Describe(engine_pb2.DescribeRequest())
 
         assert service.program.stop() == 0
     assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING

@@ -11,10 +11,12 @@ import grpc
 import pytest
 
 from ostinato import errors
+from ostinato.chain import SEQUENCE_MAX
 from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.base import Events, Run
 from service.engines.scripted import ByteVocabulary
+from service.stream import EPOCH_MAX
 from tests.service.support import ENDLESS, REPLAY, SLOW, Service, Stream, hello_of, served, submit_of
 from tests.waiting import eventually
 
@@ -510,13 +512,14 @@ async def test_later_attempts_have_no_place_in_the_order() -> None:
 
 
 async def test_largest_sequences_and_ids() -> None:
-    """2^63 and 2^64-1 are valid sequences, run ids, seeds and epochs."""
-    async with served() as service, service.stream(epoch=2**64 - 1) as stream:
-        await stream.send(submit_of(2**63, seed=2**64 - 1), submit_of(2**64 - 1))
+    """2^63 and 2^64-1 are valid run ids and seeds, and SEQUENCE_MAX and EPOCH_MAX valid sequences and epochs."""
+    async with served() as service, service.stream(epoch=EPOCH_MAX, last_sequence=SEQUENCE_MAX - 2) as stream:
+        given = submit_of(2**63, sequence=SEQUENCE_MAX - 1, seed=2**64 - 1)
+        await stream.send(given, submit_of(2**64 - 1, sequence=SEQUENCE_MAX))
 
         assert (await stream.output(2**63)).seed == 2**64 - 1
         await stream.output(2**64 - 1)
-        assert list(service.engine.submitted) == [2**63, 2**64 - 1]
+        assert list(service.engine.submitted) == [SEQUENCE_MAX - 1, SEQUENCE_MAX]
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_accept_loss(behind: SqliteKit, run: Said) -> None:
     with pytest.raises(JournalUnusable, match="accept-loss --through 5"):
         behind.open(mark=mark.read())
     assert "sequences to 5 were given out" in run("accept-loss", "--through", "4", "--journal", behind.path, code=1)
-    assert "more can be lost" in run("accept-loss", "--through", 2**40, "--journal", behind.path, code=1)
+    assert "no log has reached" in run("accept-loss", "--through", 2**62, "--journal", behind.path, code=1)
     with pytest.raises(JournalUnusable):
         behind.open(mark=mark.read())
 
@@ -211,6 +211,14 @@ def test_accept_loss(behind: SqliteKit, run: Said) -> None:
     assert "sound" in run("verify", "--journal", behind.path)
     journal, _ = behind.open(mark=mark.read())
     assert sequences(journal.append_many([admission()], 1)[0].entries) == [6]
+    journal.close()
+    far = 2**36
+    assert f"{far - 6} sequences are lost; the next one is {far + 1}" in run(
+        "accept-loss", "--through", far, "--journal", behind.path
+    )
+    assert "sound" in run("verify", "--journal", behind.path)
+    journal, _ = behind.open(mark=mark.read())
+    assert sequences(journal.append_many([admission()], 1)[0].entries) == [far + 1]
     journal.close()
 
 

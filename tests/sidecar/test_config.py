@@ -23,6 +23,10 @@ def settings(*argv: str) -> Settings:
         (["--listen="], "--listen: needs at least one address"),
         (["--journal="], "--journal: needs a file, or the URL of a database"),
         (["--engine="], "--engine: '' is no address: unix:path or host:port"),
+        (["--engine=127.0.0.1:7002"], "--engine: 127.0.0.1:7002: there both programs must prove themselves"),
+        (["--engine=unix-abstract:e"], "--engine: unix-abstract:e: there both programs must prove themselves"),
+        (["--engine-ca=a"], "--engine-ca, --engine-certificate, --engine-key: none of them goes without the others"),
+        (["--engine-ca=a", "--engine-certificate=a", "--engine-key=a"], "--engine-ca is for a TCP address of the service"),
         (["--engine=nonsense"], "--engine: 'nonsense' is no address: unix:path or host:port"),
         (["--engine=unix:"], "--engine: 'unix:': a socket's path is 1 to 107 bytes long"),
         (["--engine=unix:/" + "x" * 107], "a socket's path is 1 to 107 bytes long"),
@@ -46,7 +50,7 @@ def test_what_cannot_be_meant_is_refused(argv: list[str], words: str, capsys: py
 )
 def test_an_engine_is_where_grpc_finds_it(address: str) -> None:
     """Sockets, names and numbers, with a port."""
-    assert settings(f"--engine={address}").engine == address
+    assert settings(f"--engine={address}", "--engine-secret=file").engine == address
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(Settings), ids=lambda field: field.name)

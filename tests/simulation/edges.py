@@ -153,7 +153,9 @@ class Channel:
     unary_stream = unary_unary
 
     def stream_stream(self, path: str, request_serializer: Any, response_deserializer: Any, **_: object) -> Any:
-        return lambda wait_for_ready: _Execute(self._open(path, patient=True), request_serializer, response_deserializer)
+        return lambda wait_for_ready, metadata: _Execute(
+            self._open(path, patient=True), request_serializer, response_deserializer
+        )
 
     def _open(self, path: str, **how: Any) -> Outgoing:
         def server() -> tuple[Node, Handler] | None:
@@ -309,7 +311,8 @@ class Process:
             "sidecar.__main__.open_journal": lambda *_: open_backend(),
             "sidecar.__main__.MarkFile": lambda path: types.SimpleNamespace(path=path, write=lambda _: None),
             "sidecar.__main__.Journal": lambda *given, **how: hooks.journal(Journal(*given, **how)),
-            "sidecar.__main__.EngineLink": lambda *given, **how: hooks.link(EngineLink(*given, **how)),
+            "sidecar.__main__.EngineLink": lambda *given: hooks.link(EngineLink(*given)),
+            "sidecar.__main__._engine_credentials": lambda _: (None, None),
             "sidecar.__main__.time": clock,
             "sidecar.__main__.wall_millis": lambda: EPOCH_MILLIS + round(loop.time() * 1e3),
             "sidecar.journal.writer.time": clock,

@@ -27,49 +27,55 @@ from ostinato.v1 import generation_pb2 as ostinato_dot_v1_dot_generation__pb2
 from ostinato.v1 import types_pb2 as ostinato_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18ostinato/v1/engine.proto\x12\x0bostinato.v1\x1a\x17google/rpc/status.proto\x1a\x1costinato/v1/generation.proto\x1a\x17ostinato/v1/types.proto\"\x11\n\x0f\x44\x65scribeRequest\"s\n\x10\x44\x65scribeResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.ostinato.v1.Model\x12\'\n\x08\x63\x61pacity\x18\x02 \x01(\x0b\x32\x15.ostinato.v1.Capacity\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\"A\n\x08\x43\x61pacity\x12\x0c\n\x04runs\x18\x01 \x01(\r\x12\x11\n\tkv_blocks\x18\x02 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\r\"\x88\x01\n\x0ePrepareRequest\x12 \n\x05items\x18\x01 \x03(\x0b\x32\x11.ostinato.v1.Item\x12+\n\nparameters\x18\x02 \x01(\x0b\x32\x17.ostinato.v1.Parameters\x12\x12\n\nprepare_id\x18\x03 \x01(\x04\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\"\x8a\x01\n\x0fPrepareResponse\x12(\n\x05items\x18\x01 \x03(\x0b\x32\x19.ostinato.v1.PreparedItem\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\x0c\x12\x12\n\nprepare_id\x18\x03 \x01(\x04\x12#\n\x07refused\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\"\x9b\x01\n\x0cPreparedItem\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x33\n\nparameters\x18\x02 \x01(\x0b\x32\x1f.ostinato.v1.ResolvedParameters\x12\x11\n\x04seed\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x11\n\tkv_tokens\x18\x04 \x01(\r\x12\x14\n\x0cresult_bytes\x18\x05 \x01(\x04\x42\x07\n\x05_seed\"\x15\n\x13GetTokenizerRequest\"%\n\x14GetTokenizerResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"\x99\x01\n\x0e\x45xecuteRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.ostinato.v1.Hello\x12$\n\x07submits\x18\x02 \x03(\x0b\x32\x13.ostinato.v1.Submit\x12\x0f\n\x07\x63\x61ncels\x18\x03 \x03(\x04\x12-\n\x08prepares\x18\x04 \x03(\x0b\x32\x1b.ostinato.v1.PrepareRequest\"`\n\x05Hello\x12\x0e\n\x06log_id\x18\x01 \x01(\t\x12\x0e\n\x06writer\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x15\n\rlast_sequence\x18\x04 \x01(\x04\x12\x11\n\thead_hash\x18\x05 \x01(\x0c\"\x84\x02\n\x06Submit\x12\x0e\n\x06run_id\x18\x01 \x01(\x04\x12%\n\x07purpose\x18\x02 \x01(\x0e\x32\x14.ostinato.v1.Purpose\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x33\n\nparameters\x18\x06 \x01(\x0b\x32\x1f.ostinato.v1.ResolvedParameters\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x0e\n\x06stream\x18\x08 \x01(\x08\x12\x16\n\x0etimeout_millis\x18\t \x01(\x04\x12\x13\n\x0btraceparent\x18\n \x01(\t\x12\r\n\x05\x61head\x18\x0b \x01(\x08\"\x8f\x01\n\x0f\x45xecuteResponse\x12%\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.ostinato.v1.Welcome\x12%\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x15.ostinato.v1.RunEvent\x12.\n\x08prepared\x18\x03 \x03(\x0b\x32\x1c.ostinato.v1.PrepareResponse\"=\n\x07Welcome\x12\x32\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1d.ostinato.v1.DescribeResponse\"\xc7\x01\n\x08RunEvent\x12\x0e\n\x06run_id\x18\x01 \x01(\x04\x12\'\n\x07started\x18\x02 \x01(\x0b\x32\x14.ostinato.v1.StartedH\x00\x12(\n\x06tokens\x18\x03 \x01(\x0b\x32\x16.ostinato.v1.RunTokensH\x00\x12)\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x15.ostinato.v1.FinishedH\x00\x12$\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x07\n\x05\x65vent\"\t\n\x07Started\"o\n\tRunTokens\x12\x13\n\x0b\x66irst_token\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.ostinato.v1.TokenLogprobs\"/\n\x08\x46inished\x12#\n\x06output\x18\x01 \x01(\x0b\x32\x13.ostinato.v1.Output*\x9a\x01\n\x07Purpose\x12\x17\n\x13PURPOSE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPURPOSE_PRIMARY\x10\x01\x12\x11\n\rPURPOSE_AUDIT\x10\x02\x12\x12\n\x0ePURPOSE_VERIFY\x10\x03\x12\x12\n\x0ePURPOSE_CANARY\x10\x04\x12\x12\n\x0ePURPOSE_REPLAY\x10\x05\x12\x12\n\x0ePURPOSE_SHADOW\x10\x06\x32\x81\x03\n\x06\x45ngine\x12G\n\x08\x44\x65scribe\x12\x1c.ostinato.v1.DescribeRequest\x1a\x1d.ostinato.v1.DescribeResponse\x12\x44\n\x07Prepare\x12\x1b.ostinato.v1.PrepareRequest\x1a\x1c.ostinato.v1.PrepareResponse\x12G\n\x08Tokenize\x12\x1c.ostinato.v1.TokenizeRequest\x1a\x1d.ostinato.v1.TokenizeResponse\x12U\n\x0cGetTokenizer\x12 .ostinato.v1.GetTokenizerRequest\x1a!.ostinato.v1.GetTokenizerResponse0\x01\x12H\n\x07\x45xecute\x12\x1b.ostinato.v1.ExecuteRequest\x1a\x1c.ostinato.v1.ExecuteResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18ostinato/v1/engine.proto\x12\x0bostinato.v1\x1a\x17google/rpc/status.proto\x1a\x1costinato/v1/generation.proto\x1a\x17ostinato/v1/types.proto\"!\n\x10IntroduceRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"0\n\x11IntroduceResponse\x12\x0c\n\x04salt\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\"\x11\n\x0f\x44\x65scribeRequest\"s\n\x10\x44\x65scribeResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.ostinato.v1.Model\x12\'\n\x08\x63\x61pacity\x18\x02 \x01(\x0b\x32\x15.ostinato.v1.Capacity\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\"A\n\x08\x43\x61pacity\x12\x0c\n\x04runs\x18\x01 \x01(\r\x12\x11\n\tkv_blocks\x18\x02 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\r\"\x88\x01\n\x0ePrepareRequest\x12 \n\x05items\x18\x01 \x03(\x0b\x32\x11.ostinato.v1.Item\x12+\n\nparameters\x18\x02 \x01(\x0b\x32\x17.ostinato.v1.Parameters\x12\x12\n\nprepare_id\x18\x03 \x01(\x04\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\"\x8a\x01\n\x0fPrepareResponse\x12(\n\x05items\x18\x01 \x03(\x0b\x32\x19.ostinato.v1.PreparedItem\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\x0c\x12\x12\n\nprepare_id\x18\x03 \x01(\x04\x12#\n\x07refused\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\"\x9b\x01\n\x0cPreparedItem\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x33\n\nparameters\x18\x02 \x01(\x0b\x32\x1f.ostinato.v1.ResolvedParameters\x12\x11\n\x04seed\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x11\n\tkv_tokens\x18\x04 \x01(\r\x12\x14\n\x0cresult_bytes\x18\x05 \x01(\x04\x42\x07\n\x05_seed\"\x15\n\x13GetTokenizerRequest\"%\n\x14GetTokenizerResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"\x99\x01\n\x0e\x45xecuteRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.ostinato.v1.Hello\x12$\n\x07submits\x18\x02 \x03(\x0b\x32\x13.ostinato.v1.Submit\x12\x0f\n\x07\x63\x61ncels\x18\x03 \x03(\x04\x12-\n\x08prepares\x18\x04 \x03(\x0b\x32\x1b.ostinato.v1.PrepareRequest\"`\n\x05Hello\x12\x0e\n\x06log_id\x18\x01 \x01(\t\x12\x0e\n\x06writer\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x15\n\rlast_sequence\x18\x04 \x01(\x04\x12\x11\n\thead_hash\x18\x05 \x01(\x0c\"\x84\x02\n\x06Submit\x12\x0e\n\x06run_id\x18\x01 \x01(\x04\x12%\n\x07purpose\x18\x02 \x01(\x0e\x32\x14.ostinato.v1.Purpose\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x33\n\nparameters\x18\x06 \x01(\x0b\x32\x1f.ostinato.v1.ResolvedParameters\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x0e\n\x06stream\x18\x08 \x01(\x08\x12\x16\n\x0etimeout_millis\x18\t \x01(\x04\x12\x13\n\x0btraceparent\x18\n \x01(\t\x12\r\n\x05\x61head\x18\x0b \x01(\x08\"\x8f\x01\n\x0f\x45xecuteResponse\x12%\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.ostinato.v1.Welcome\x12%\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x15.ostinato.v1.RunEvent\x12.\n\x08prepared\x18\x03 \x03(\x0b\x32\x1c.ostinato.v1.PrepareResponse\"=\n\x07Welcome\x12\x32\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1d.ostinato.v1.DescribeResponse\"\xc7\x01\n\x08RunEvent\x12\x0e\n\x06run_id\x18\x01 \x01(\x04\x12\'\n\x07started\x18\x02 \x01(\x0b\x32\x14.ostinato.v1.StartedH\x00\x12(\n\x06tokens\x18\x03 \x01(\x0b\x32\x16.ostinato.v1.RunTokensH\x00\x12)\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x15.ostinato.v1.FinishedH\x00\x12$\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x07\n\x05\x65vent\"\t\n\x07Started\"o\n\tRunTokens\x12\x13\n\x0b\x66irst_token\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.ostinato.v1.TokenLogprobs\"/\n\x08\x46inished\x12#\n\x06output\x18\x01 \x01(\x0b\x32\x13.ostinato.v1.Output*\x9a\x01\n\x07Purpose\x12\x17\n\x13PURPOSE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPURPOSE_PRIMARY\x10\x01\x12\x11\n\rPURPOSE_AUDIT\x10\x02\x12\x12\n\x0ePURPOSE_VERIFY\x10\x03\x12\x12\n\x0ePURPOSE_CANARY\x10\x04\x12\x12\n\x0ePURPOSE_REPLAY\x10\x05\x12\x12\n\x0ePURPOSE_SHADOW\x10\x06\x32\x81\x03\n\x06\x45ngine\x12G\n\x08\x44\x65scribe\x12\x1c.ostinato.v1.DescribeRequest\x1a\x1d.ostinato.v1.DescribeResponse\x12\x44\n\x07Prepare\x12\x1b.ostinato.v1.PrepareRequest\x1a\x1c.ostinato.v1.PrepareResponse\x12G\n\x08Tokenize\x12\x1c.ostinato.v1.TokenizeRequest\x1a\x1d.ostinato.v1.TokenizeResponse\x12U\n\x0cGetTokenizer\x12 .ostinato.v1.GetTokenizerRequest\x1a!.ostinato.v1.GetTokenizerResponse0\x01\x12H\n\x07\x45xecute\x12\x1b.ostinato.v1.ExecuteRequest\x1a\x1c.ostinato.v1.ExecuteResponse(\x01\x30\x01\x32Q\n\x03Hop\x12J\n\tIntroduce\x12\x1d.ostinato.v1.IntroduceRequest\x1a\x1e.ostinato.v1.IntroduceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ostinato.v1.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PURPOSE']._serialized_start=1926
-  _globals['_PURPOSE']._serialized_end=2080
-  _globals['_DESCRIBEREQUEST']._serialized_start=121
-  _globals['_DESCRIBEREQUEST']._serialized_end=138
-  _globals['_DESCRIBERESPONSE']._serialized_start=140
-  _globals['_DESCRIBERESPONSE']._serialized_end=255
-  _globals['_CAPACITY']._serialized_start=257
-  _globals['_CAPACITY']._serialized_end=322
-  _globals['_PREPAREREQUEST']._serialized_start=325
-  _globals['_PREPAREREQUEST']._serialized_end=461
-  _globals['_PREPARERESPONSE']._serialized_start=464
-  _globals['_PREPARERESPONSE']._serialized_end=602
-  _globals['_PREPAREDITEM']._serialized_start=605
-  _globals['_PREPAREDITEM']._serialized_end=760
-  _globals['_GETTOKENIZERREQUEST']._serialized_start=762
-  _globals['_GETTOKENIZERREQUEST']._serialized_end=783
-  _globals['_GETTOKENIZERRESPONSE']._serialized_start=785
-  _globals['_GETTOKENIZERRESPONSE']._serialized_end=822
-  _globals['_EXECUTEREQUEST']._serialized_start=825
-  _globals['_EXECUTEREQUEST']._serialized_end=978
-  _globals['_HELLO']._serialized_start=980
-  _globals['_HELLO']._serialized_end=1076
-  _globals['_SUBMIT']._serialized_start=1079
-  _globals['_SUBMIT']._serialized_end=1339
-  _globals['_EXECUTERESPONSE']._serialized_start=1342
-  _globals['_EXECUTERESPONSE']._serialized_end=1485
-  _globals['_WELCOME']._serialized_start=1487
-  _globals['_WELCOME']._serialized_end=1548
-  _globals['_RUNEVENT']._serialized_start=1551
-  _globals['_RUNEVENT']._serialized_end=1750
-  _globals['_STARTED']._serialized_start=1752
-  _globals['_STARTED']._serialized_end=1761
-  _globals['_RUNTOKENS']._serialized_start=1763
-  _globals['_RUNTOKENS']._serialized_end=1874
-  _globals['_FINISHED']._serialized_start=1876
-  _globals['_FINISHED']._serialized_end=1923
-  _globals['_ENGINE']._serialized_start=2083
-  _globals['_ENGINE']._serialized_end=2468
+  _globals['_PURPOSE']._serialized_start=2011
+  _globals['_PURPOSE']._serialized_end=2165
+  _globals['_INTRODUCEREQUEST']._serialized_start=121
+  _globals['_INTRODUCEREQUEST']._serialized_end=154
+  _globals['_INTRODUCERESPONSE']._serialized_start=156
+  _globals['_INTRODUCERESPONSE']._serialized_end=204
+  _globals['_DESCRIBEREQUEST']._serialized_start=206
+  _globals['_DESCRIBEREQUEST']._serialized_end=223
+  _globals['_DESCRIBERESPONSE']._serialized_start=225
+  _globals['_DESCRIBERESPONSE']._serialized_end=340
+  _globals['_CAPACITY']._serialized_start=342
+  _globals['_CAPACITY']._serialized_end=407
+  _globals['_PREPAREREQUEST']._serialized_start=410
+  _globals['_PREPAREREQUEST']._serialized_end=546
+  _globals['_PREPARERESPONSE']._serialized_start=549
+  _globals['_PREPARERESPONSE']._serialized_end=687
+  _globals['_PREPAREDITEM']._serialized_start=690
+  _globals['_PREPAREDITEM']._serialized_end=845
+  _globals['_GETTOKENIZERREQUEST']._serialized_start=847
+  _globals['_GETTOKENIZERREQUEST']._serialized_end=868
+  _globals['_GETTOKENIZERRESPONSE']._serialized_start=870
+  _globals['_GETTOKENIZERRESPONSE']._serialized_end=907
+  _globals['_EXECUTEREQUEST']._serialized_start=910
+  _globals['_EXECUTEREQUEST']._serialized_end=1063
+  _globals['_HELLO']._serialized_start=1065
+  _globals['_HELLO']._serialized_end=1161
+  _globals['_SUBMIT']._serialized_start=1164
+  _globals['_SUBMIT']._serialized_end=1424
+  _globals['_EXECUTERESPONSE']._serialized_start=1427
+  _globals['_EXECUTERESPONSE']._serialized_end=1570
+  _globals['_WELCOME']._serialized_start=1572
+  _globals['_WELCOME']._serialized_end=1633
+  _globals['_RUNEVENT']._serialized_start=1636
+  _globals['_RUNEVENT']._serialized_end=1835
+  _globals['_STARTED']._serialized_start=1837
+  _globals['_STARTED']._serialized_end=1846
+  _globals['_RUNTOKENS']._serialized_start=1848
+  _globals['_RUNTOKENS']._serialized_end=1959
+  _globals['_FINISHED']._serialized_start=1961
+  _globals['_FINISHED']._serialized_end=2008
+  _globals['_ENGINE']._serialized_start=2168
+  _globals['_ENGINE']._serialized_end=2553
+  _globals['_HOP']._serialized_start=2555
+  _globals['_HOP']._serialized_end=2636
 # @@protoc_insertion_point(module_scope)

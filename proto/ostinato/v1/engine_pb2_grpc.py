@@ -276,3 +276,81 @@ class Engine(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class HopStub(object):
+    """Proves the service to the sidecar. The only call that needs no metadata `ostinato-hop`: the sidecar computes that from the answer,
+    HMAC-SHA-256 with the key of both ends (docs/decisions/0019-the-inner-hop.md).
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Introduce = channel.unary_unary(
+                '/ostinato.v1.Hop/Introduce',
+                request_serializer=ostinato_dot_v1_dot_engine__pb2.IntroduceRequest.SerializeToString,
+                response_deserializer=ostinato_dot_v1_dot_engine__pb2.IntroduceResponse.FromString,
+                _registered_method=True)
+
+
+class HopServicer(object):
+    """Proves the service to the sidecar. The only call that needs no metadata `ostinato-hop`: the sidecar computes that from the answer,
+    HMAC-SHA-256 with the key of both ends (docs/decisions/0019-the-inner-hop.md).
+    """
+
+    def Introduce(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_HopServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Introduce': grpc.unary_unary_rpc_method_handler(
+                    servicer.Introduce,
+                    request_deserializer=ostinato_dot_v1_dot_engine__pb2.IntroduceRequest.FromString,
+                    response_serializer=ostinato_dot_v1_dot_engine__pb2.IntroduceResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'ostinato.v1.Hop', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('ostinato.v1.Hop', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Hop(object):
+    """Proves the service to the sidecar. The only call that needs no metadata `ostinato-hop`: the sidecar computes that from the answer,
+    HMAC-SHA-256 with the key of both ends (docs/decisions/0019-the-inner-hop.md).
+    """
+
+    @staticmethod
+    def Introduce(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ostinato.v1.Hop/Introduce',
+            ostinato_dot_v1_dot_engine__pb2.IntroduceRequest.SerializeToString,
+            ostinato_dot_v1_dot_engine__pb2.IntroduceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

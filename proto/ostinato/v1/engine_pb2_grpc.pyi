@@ -108,3 +108,37 @@ class EngineServicer(metaclass=_abc_1.ABCMeta):
         """The ordered stream of a sidecar. It begins with Hello, answered by Welcome. When it ends, the service stops all of its runs."""
 
 def add_EngineServicer_to_server(servicer: EngineServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class HopStub:
+    """Proves the service to the sidecar. The only call that needs no metadata `ostinato-hop`: the sidecar computes that from the answer,
+    HMAC-SHA-256 with the key of both ends (docs/decisions/0019-the-inner-hop.md).
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> HopAsyncStub: ...
+    Introduce: _grpc.UnaryUnaryMultiCallable[_engine_pb2.IntroduceRequest, _engine_pb2.IntroduceResponse]
+
+@_typing.type_check_only
+class HopAsyncStub(HopStub):
+    """Proves the service to the sidecar. The only call that needs no metadata `ostinato-hop`: the sidecar computes that from the answer,
+    HMAC-SHA-256 with the key of both ends (docs/decisions/0019-the-inner-hop.md).
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Introduce: _aio.UnaryUnaryMultiCallable[_engine_pb2.IntroduceRequest, _engine_pb2.IntroduceResponse]  # type: ignore[assignment]
+
+class HopServicer(metaclass=_abc_1.ABCMeta):
+    """Proves the service to the sidecar. The only call that needs no metadata `ostinato-hop`: the sidecar computes that from the answer,
+    HMAC-SHA-256 with the key of both ends (docs/decisions/0019-the-inner-hop.md).
+    """
+
+    @_abc_1.abstractmethod
+    def Introduce(
+        self,
+        request: _engine_pb2.IntroduceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.IntroduceResponse, _abc.Awaitable[_engine_pb2.IntroduceResponse]]: ...
+
+def add_HopServicer_to_server(servicer: HopServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

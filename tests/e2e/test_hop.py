@@ -1,0 +1,157 @@
+"""The hop between a real sidecar and a real service, and processes of the same machine that come between."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from ostinato import errors
+from ostinato.client import Client
+from ostinato.v1 import engine_pb2, engine_pb2_grpc, types_pb2
+
+from tests.certificates import Authority
+from tests.hop import Engine
+from tests.pair import Pair, held_port
+from tests.waiting import eventually
+
+
+def port() -> int:
+    """One that is free now."""
+    with held_port() as held:
+        return int(held.getsockname()[1])
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "secret"
+    path.write_bytes(b"an engine secret of 32 bytes ...")
+    path.chmod(0o600)
+    return path
+
+
+@contextlib.contextmanager
+def over_tcp(service: list[str], sidecar: list[str]) -> Iterator[Pair]:
+    """Both programs, not started, with TCP between them."""
+    with Pair(service=service, sidecar=[*sidecar, "--reconnect-seconds", "0.05"]) as pair:
+        pair.engine_address = f"127.0.0.1:{port()}"
+        yield pair
+
+
+async def driven(stub: Any, head: Any, *, epoch: int, sequence: int) -> errors.OstinatoError | None:
+    """Says Hello with this epoch, and submits this sequence, as a stranger would. The error; None: it was accepted."""
+    hello = engine_pb2.Hello(log_id=head.log_id, writer=head.writer, epoch=epoch, last_sequence=head.last_sequence)
+    parameters = types_pb2.ResolvedParameters(temperature=1, top_p=1, repetition_penalty=1, max_new_tokens=1)
+    submit = engine_pb2.Submit(
+        run_id=1, purpose=engine_pb2.PURPOSE_PRIMARY, sequence=sequence, attempt=1, token_ids=[65], parameters=parameters
+    )
+    try:
+        async for _ in stub.Execute(iter([engine_pb2.ExecuteRequest(hello=hello, submits=[submit])])):
+            pass
+    except grpc.aio.AioRpcError as error:
+        return errors.from_rpc_error(error)
+    return None
+
+
+async def test_a_stranger_cannot_stop_a_sidecar(secret: Path) -> None:
+    """Without the secret neither an epoch nor a sequence reaches the service: the sidecar goes on, and starts again."""
+    flags = ["--engine-secret", str(secret)]
+    with over_tcp(flags, flags) as pair:
+        pair.start()
+        async with Client(pair.target) as client:
+            await client.generate("a", max_new_tokens=1)
+            head = await client.head()
+            async with grpc.aio.insecure_channel(pair.engine_address) as channel:
+                for proof in ((), (("ostinato-hop", "0" * 64),)):
+                    said = await driven(Engine(channel, proof), head, epoch=2**64 - 1, sequence=2**62)
+                    assert isinstance(said, errors.Unauthenticated)
+            await client.generate("b", max_new_tokens=1)
+        assert pair.sidecar.running
+        pair.sidecar.stop()
+        pair.start_sidecar().wait_for("engine connected")
+
+
+class Poser(engine_pb2_grpc.EngineServicer):
+    """Poses as the service, and keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[object] = []
+
+    async def Execute(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[engine_pb2.ExecuteResponse]:
+        async for request in requests:
+            self.given.append(request)
+            capacity = engine_pb2.Capacity(runs=1, kv_blocks=64, block_tokens=16)
+            model = types_pb2.Model(name="poser", grade=types_pb2.GRADE_EXACT, vocabulary_size=256)
+            description = engine_pb2.DescribeResponse(model=model, capacity=capacity)
+            yield engine_pb2.ExecuteResponse(welcome=engine_pb2.Welcome(description=description))
+
+    async def _keep(self, request: Any, context: Any) -> Any:
+        self.given.append(request)
+
+    Describe: Any = _keep
+    Prepare: Any = _keep
+    Tokenize: Any = _keep
+    GetTokenizer: Any = _keep
+
+
+class FalseHop(engine_pb2_grpc.HopServicer):
+    """Answers an introduction without the key."""
+
+    async def Introduce(self, request: Any, context: Any) -> engine_pb2.IntroduceResponse:
+        return engine_pb2.IntroduceResponse(salt=bytes(32), proof=request.nonce)
+
+
+@pytest.mark.parametrize("answers", [False, True])
+async def test_a_process_that_poses_as_the_service(answers: bool, secret: Path) -> None:
+    """What listens at the service's port without the secret gets no prompt and no Hello, and the log says once what it is; the
+    service that follows it is believed."""
+    flags = ["--engine-secret", str(secret)]
+    with over_tcp(flags, flags) as pair:
+        poser, server = Poser(), grpc.aio.server()
+        engine_pb2_grpc.add_EngineServicer_to_server(poser, server)
+        if answers:
+            engine_pb2_grpc.add_HopServicer_to_server(FalseHop(), server)
+        server.add_insecure_port(pair.engine_address)
+        await server.start()
+        sidecar = pair.start_sidecar()
+
+        def why() -> list[str]:
+            return [line for line in sidecar.lines if "engine stream ended" in line]
+
+        await eventually(lambda: bool(why()), "the sidecar says why")
+        async with Client(pair.target) as client:
+            with pytest.raises(errors.EngineUnavailable):
+                await client.generate("a secret prompt", timeout=1)
+        await server.stop(0)
+        pair.start_service()
+        await asyncio.to_thread(sidecar.wait_for, "engine connected")
+        assert poser.given == []
+        assert ("does not hold the secret of --engine-secret" if answers else "does not introduce itself") in why()[0]
+        assert len(why()) == 1
+
+
+async def test_certificates_on_both_sides(tmp_path: Path) -> None:
+    """With TLS on both sides the two need no secret, and a caller without a certificate of that CA reaches nothing."""
+    authority, other = Authority(tmp_path), Authority(tmp_path, "other")
+    served, called = authority.sign("service"), authority.sign("sidecar", uris=("spiffe://example/sidecar",))
+    listening = ["--tls-certificate", str(served[0]), "--tls-key", str(served[1]), "--tls-client-ca", str(authority.file)]
+    calling = ["--engine-certificate", str(called[0]), "--engine-key", str(called[1]), "--engine-ca", str(authority.file)]
+    stranger = [path.read_bytes() for path in other.sign("sidecar", file="stranger")]
+    with over_tcp(listening, calling) as pair:
+        pair.start()
+        async with Client(pair.target) as client:
+            await client.generate("a", max_new_tokens=1)
+            await client.generate(["a long prompt " * 20] * 20, max_new_tokens=1)  # beside the stream
+        for credentials in (
+            grpc.ssl_channel_credentials(authority.file.read_bytes()),
+            grpc.ssl_channel_credentials(authority.file.read_bytes(), stranger[1], stranger[0]),
+        ):
+            async with grpc.aio.secure_channel(pair.engine_address, credentials) as channel:
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await engine_pb2_grpc.EngineStub(channel).Describe(engine_pb2.DescribeRequest(), timeout=5)
+        assert pair.sidecar.running
