@@ -30,6 +30,7 @@ CERTIFICATE, KEY, CLIENT_CA = "--tls-certificate", "--tls-key", "--tls-client-ca
 
 
 CERTIFICATES_CACHED = 1024
+UNREADABLE = (ValueError, x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
 CHAIN_MAX = 8
 """Certificates that a client sends along and that are looked at."""
 
@@ -110,16 +111,15 @@ def _parsed(leaf: bytes, sent: bytes, served: Served) -> Certificate:
     try:
         certificate = x509.load_pem_x509_certificate(leaf)
         chain = x509.load_pem_x509_certificates(sent)[:CHAIN_MAX] if sent else []
-        alternative = [extension.value for extension in certificate.extensions]
-    except ValueError as error:
+        common = [str(name.value) for name in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+        uris = [
+            uri
+            for extension in certificate.extensions
+            if isinstance(extension.value, x509.SubjectAlternativeName)
+            for uri in extension.value.get_values_for_type(x509.UniformResourceIdentifier)
+        ]
+    except UNREADABLE as error:
         raise Unauthenticated("the client certificate cannot be read") from error
-    uris = [
-        uri
-        for names in alternative
-        if isinstance(names, x509.SubjectAlternativeName)
-        for uri in names.get_values_for_type(x509.UniformResourceIdentifier)
-    ]
-    common = [str(name.value) for name in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     if not all(name.isprintable() for name in (*uris, *common)):
         raise Unauthenticated("the client certificate has control characters in a name")
     expires, until = _expires(certificate), trusted_until(certificate, chain, served.authorities)

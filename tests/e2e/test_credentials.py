@@ -190,6 +190,19 @@ def test_the_command_has_credentials(guarded: Guarded, tmp_path: Path) -> None:
     assert (half.returncode, "one needs the other" in half.stderr) == (2, True), half.stderr
 
 
+def test_the_command_sends_no_token_in_clear_text(tmp_path: Path) -> None:
+    """To a target on a network a token needs TLS or the flag, also by --against; wrong usage, and the token is not shown."""
+
+    def head(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return python("-m", "ostinato.cli", "--timeout", "1", *options, OSTINATO_TOKEN="secret", **environment)
+
+    far = ("--target", "host.invalid:7001")
+    for refused in (head(*far, "head"), head("head", *far), head("replay", "1", "--against", far[1])):
+        assert (refused.returncode, "allow-plaintext-token" in refused.stderr, "secret" in refused.stderr) == (2, True, False)
+    for allowed in (head(*far, "--allow-plaintext-token", "head"), head(*far, "head", OSTINATO_ALLOW_PLAINTEXT_TOKEN="1")):
+        assert (allowed.returncode, "allow-plaintext-token" in allowed.stderr) == (1, False), allowed.stderr
+
+
 def test_the_synchronous_client_has_credentials(guarded: Guarded) -> None:
     """SyncClient takes the same arguments."""
     trust = ostinato.tls(guarded.authority.file)

@@ -43,16 +43,16 @@ async def replay(
     """Runs completed items again and compares. Exit code 1 if an output differs, 3 if some could not be compared."""
     wanted = open_span(sequences)
     verdicts: Counter[str] = Counter()
+    with usage("--against"):
+        other = replace(session, target=against).client(RESPONSE_BYTES) if against is not None else None
     async with AsyncExitStack() as stack:
         source = await stack.enter_async_context(session.client(RESPONSE_BYTES))
         _, last = await extent(source, wanted.first, wanted.last, timeout=session.timeout)
         concurrency = 1 if alone else concurrency
-        if against is None:
+        if other is None:
             responses = source.replay(wanted.first, last, concurrency=concurrency, alone=alone, timeout=session.timeout)
         else:
-            with usage("--against"):
-                client = replace(session, target=against).client(RESPONSE_BYTES)
-            other = await stack.enter_async_context(client)
+            await stack.enter_async_context(other)
             concurrency = concurrency or CONCURRENCY
             responses = replay_against(source, other, wanted.first, last, concurrency=concurrency, timeout=session.timeout)
         await _follow(session, responses, last - wanted.first + 1, verdicts)
