@@ -49,10 +49,10 @@ def environment(root: Path = ROOT, more: Mapping[str, str] | None = None) -> dic
     return {**inherited, "PYTHONPATH": os.pathsep.join([str(root), str(root / "proto")]), **(more or {})}
 
 
-def python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Python with these arguments, run to its end."""
-    line = [sys.executable, *args]
-    return subprocess.run(line, cwd=ROOT, env=environment(more=env), capture_output=True, text=True, timeout=60, check=False)
+def python(*args: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments and this input, run to its end."""
+    line, around = [sys.executable, *args], environment(more=env)
+    return subprocess.run(line, cwd=ROOT, env=around, input=stdin, capture_output=True, text=True, timeout=60, check=False)
 
 
 class Program:

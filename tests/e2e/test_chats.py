@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from ostinato.client import Client
 from ostinato.errors import InvalidRequest
 from ostinato.v1 import types_pb2
 
-from tests.pair import Pair
+from tests.pair import Pair, python
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 MESSAGES: list[dict[str, Any]] = [
@@ -68,3 +69,49 @@ async def test_what_is_wrong_with_a_chat_is_named() -> None:
                     await client.generate([item], **parameters)
                 assert [violation.field for violation in caught.value.violations] == [field]
             assert (await client.head()).last_sequence == 0
+
+
+def converse(pair: Pair, *argv: str, say: list[str]) -> Any:
+    return python("-m", "ostinato.cli", "chat", "--target", pair.target, *argv, stdin="".join(line + "\n" for line in say))
+
+
+def test_a_conversation_is_kept_and_every_answer_can_be_asked_for_again(tmp_path: Path) -> None:
+    """/again says MATCH, also in a later command that reads the history, and INCOMPARABLE from another model. The messages are
+    a prompt of generate."""
+    file = tmp_path / "history"
+    history, few = ("--history", str(file)), ("--max-new-tokens", "12")
+    with Pair().start() as pair:
+        first = converse(
+            pair, *history, *few, "--system", "You count.", "--tools", json.dumps(TOOLS), say=["One", "/again", "Two"]
+        )
+        second = converse(pair, *history, say=["/again", "/undo", "/again", "//exit", "/exit", "never"])
+        turns = [json.loads(line) for line in file.read_text().splitlines()]
+        pair.service.stop()
+        pair.start_service("--script", json.dumps({"model": "other"})).wait_for("serving")
+        other = converse(pair, *history, say=["/again"])
+        messages = [{name: turn[name] for name in ("role", "content")} for turn in turns]
+        options = ("--messages", json.dumps(messages), "--target", pair.target, *few)
+        generated = python("-m", "ostinato.cli", "generate", *options)
+
+    assert (first.returncode, second.returncode, other.returncode, generated.returncode) == (0, 0, 1, 0), first.stderr
+    assert "MATCH: sequence 2 has the" in first.stdout
+    assert second.stdout.count("MATCH: sequence") == 2
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert [turn["content"] for turn in turns[1::2]] == ["One", "/exit"]
+    assert turns[2]["options"] == {"tools": json.dumps(TOOLS)}
+    assert "INCOMPARABLE, the fingerprint is another" in other.stdout
+
+
+def test_a_conversation_goes_on_after_an_error(tmp_path: Path) -> None:
+    """A refused question is forgotten, the next one is answered, and the exit code is 1; a bad history is named by its line."""
+    (tmp_path / "bad").write_text('{"role": "user", "content": "Hi"}\n{"role": 1}\n')
+    with Pair().start() as pair:
+        said = converse(pair, say=["/again", "/undo", "/nonsense", "x" * 100_000, "Hi"])
+        bad = converse(pair, "--history", str(tmp_path / "bad"), say=["Hi"])
+
+    assert said.returncode == 1
+    assert "there is no answer yet" in said.stderr
+    assert "no such command: /nonsense" in said.stderr
+    assert "items[0].chat" in said.stderr
+    assert said.stdout.strip()
+    assert (bad.returncode, "bad:2: messages[0].content: missing" in bad.stderr) == (2, True)

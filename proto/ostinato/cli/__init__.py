@@ -4,6 +4,7 @@
     session    options and exit codes that commands share
     show       what is printed: lines, tables, JSON, errors
     generate   generate
+    chat       chat
     journal    get, tail, head, cancel, model, tokenize
     replay     replay
     report     report; its charts are in charts

@@ -136,10 +136,10 @@ def generate(
     if key == "":
         raise typer.BadParameter("--key: is empty")
     with usage():
-        parameters = _parameters(sampling)
+        parameters = sampling_of(sampling)
         common = requests.batch(types_pb2.Item(), key or "", request_id, require_grade, parameters, verify=verify)
     tools, template_kwargs = (
-        given and _text_or_file(option, given) for option, given in (("--tools", tools), ("--template-kwargs", template_kwargs))
+        given and text_or_file(option, given) for option, given in (("--tools", tools), ("--template-kwargs", template_kwargs))
     )
     prompts = partial(_prompts, texts or [], file, n, ChatOptions(chat, messages, tools, template_kwargs))
     options = GenerateOptions(prompts, common, batch, concurrency, progress, max_response_bytes)
@@ -158,13 +158,14 @@ def generate(
     return _print_table(session, listed, options)
 
 
-def _parameters(given: Mapping[str, Any]) -> requests.Sampling:
+def sampling_of(given: Mapping[str, Any]) -> requests.Sampling:
+    """From the options of SAMPLING."""
     made: dict[str, Any] = {name: value or None if isinstance(value, list) else value for name, value in given.items()}
     formats = {name: value for name in FORMATS if (value := made.pop(name)) is not None}
     if len(formats) > 1:
         raise typer.BadParameter(f"{', '.join(map(_option, formats))}: give one of them")
     for name, value in formats.items():
-        made["response_format"] = {name: value if name == "regex" else _text_or_file(_option(name), value)}
+        made["response_format"] = {name: value if name == "regex" else text_or_file(_option(name), value)}
     return cast(requests.Sampling, made)
 
 
@@ -172,7 +173,7 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _text_or_file(option: str, given: str) -> str:
+def text_or_file(option: str, given: str) -> str:
     """The text, or after @ that of a file."""
     if not given.startswith("@"):
         return given
@@ -238,7 +239,7 @@ class ChatOptions:
     def prompts(self) -> Iterator[Prompt]:
         if self.messages is not None:
             with usage("--messages"):
-                given = json.loads(_text_or_file("--messages", self.messages), parse_constant=_no_constant)
+                given = json.loads(text_or_file("--messages", self.messages), parse_constant=_no_constant)
                 yield Prompt(types_pb2.Item(chat=requests.chat(given)), "--messages")
 
     def applied(self, prompt: Prompt) -> Prompt:
@@ -422,7 +423,7 @@ def _placed(violation: errors.Violation, prompts: Sequence[Prompt]) -> errors.Vi
 # --stream: the text on stdout as it comes, everything else on stderr.
 async def _stream(session: Session, request: generation_pb2.GenerateRequest, max_response_bytes: int) -> bool:
     """Whether the item has an output."""
-    finished, screen = False, _Screen()
+    finished, screen = False, Screen()
     async with (
         session.client(max_response_bytes) as client,
         aclosing(client.stream(request, timeout=session.timeout)) as events,
@@ -439,7 +440,7 @@ async def _stream(session: Session, request: generation_pb2.GenerateRequest, max
     return finished
 
 
-class _Screen:
+class Screen:
     """The text that has been shown."""
 
     def __init__(self) -> None:

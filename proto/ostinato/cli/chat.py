@@ -1,0 +1,279 @@
+"""`ostinato chat`: a conversation in the terminal, whose every answer can be asked for again.
+
+The history file has one JSON object per line: a message as in OpenAI's API, and with an answer what repeats it (`Answer`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from google.protobuf import json_format
+
+from ostinato import errors, requests
+from ostinato.cli import show
+from ostinato.cli.generate import SAMPLING, Screen, sampling_of, text_or_file
+from ostinato.cli.session import Session, usage
+from ostinato.client import Client
+from ostinato.compare import first_difference
+from ostinato.v1 import generation_pb2, types_pb2
+
+HELP = """/again   ask for the last answer once more, and compare
+/undo    forget the last question and its answer
+/help    this list
+/exit    end; so does end of input
+A line that begins with // is a message that begins with /."""
+HISTORY_BYTES_MAX = 64 * 2**20
+
+
+class Answer(NamedTuple):
+    """What repeats an answer, beside the messages before it."""
+
+    sequence: int
+    parameters: dict[str, Any]
+    """Parameters in protobuf's JSON, with the seed in effect."""
+    options: dict[str, str]
+    """Tools and arguments of the template, as `requests.chat` takes them."""
+    token_ids: list[int]
+    finish_reason: str
+    fingerprint: str
+    """Its digest, in hexadecimal digits."""
+
+
+@dataclass
+class Turn:
+    message: dict[str, Any]
+    answer: Answer | None = None
+
+    def line(self) -> str:
+        return json.dumps(self.message | (self.answer._asdict() if self.answer else {}))
+
+
+@dataclass
+class Conversation:
+    """The messages so far, and how they are sent."""
+
+    parameters: types_pb2.Parameters
+    options: dict[str, str]
+    """As in Answer."""
+    history: Path | None = None
+    turns: list[Turn] = field(default_factory=list)
+
+    def save(self) -> None:
+        """Replaces the file as a whole, so that an interruption leaves the old or the new one."""
+        if self.history is not None:
+            new = self.history.with_name(self.history.name + ".new")
+            new.write_text("".join(turn.line() + "\n" for turn in self.turns), "utf-8")
+            new.replace(self.history)
+
+
+def chat(
+    session: Session,
+    system: Annotated[str | None, typer.Option(help="The system message of a new conversation.", show_default=False)] = None,
+    history: Annotated[
+        Path | None, typer.Option(help="Keeps the conversation, and continues it.", metavar="FILE", show_default=False)
+    ] = None,
+    tools: Annotated[str | None, typer.Option(help="A JSON list of tools, or @ and a file.", metavar="JSON|@FILE")] = None,
+    template_kwargs: Annotated[
+        str | None, typer.Option(help="A JSON object of arguments of the chat template.", metavar="JSON|@FILE")
+    ] = None,
+    **sampling: Annotated[Any, SAMPLING],
+) -> bool:
+    """A conversation in the terminal. /again asks for the last answer once more and says MATCH, or where it parted."""
+    if session.json:
+        raise typer.BadParameter("--json: is for commands that print records; generate --messages prints an answer as JSON")
+    given = {"tools": tools and text_or_file("--tools", tools)}
+    given["template_kwargs"] = template_kwargs and text_or_file("--template-kwargs", template_kwargs)
+    with usage():
+        parameters = requests.parameters(sampling_of(sampling)) or types_pb2.Parameters()
+    conversation = Conversation(parameters, {name: value for name, value in given.items() if value}, history)
+    if history is not None:
+        conversation.turns = _read(history)
+    if system is not None:
+        if conversation.turns:
+            raise typer.BadParameter(f"--system: {history} has a conversation already")
+        conversation.turns = [Turn({"role": "system", "content": system})]
+    with asyncio.Runner() as runner:
+        client = runner.run(_open(session))
+        try:
+            return _converse(runner, client, session, conversation)
+        finally:
+            runner.run(client.close())
+
+
+async def _open(session: Session) -> Client:
+    """A client belongs to the loop that it is made in."""
+    return session.client()
+
+
+def _converse(runner: asyncio.Runner, client: Client, session: Session, conversation: Conversation) -> bool:
+    """Until the input ends. Whether no answer failed and none that was asked for again differed."""
+    succeeded = True
+    for line in _lines():
+        try:
+            match line.strip():
+                case "":
+                    continue
+                case "/exit":
+                    break
+                case "/help":
+                    show.line(HELP)
+                case "/undo":
+                    _undo(conversation)
+                case "/again":
+                    succeeded &= runner.run(_again(client, session, conversation))
+                case command if command.startswith("/") and not command.startswith("//"):
+                    show.note(f"error: no such command: {show.visible(command)}; /help lists them")
+                case _:
+                    text = line.removeprefix("/") if line.startswith("//") else line
+                    succeeded &= runner.run(_ask(client, session, conversation, text))
+        except KeyboardInterrupt:
+            show.note("interrupted; the question is forgotten")
+        except errors.OstinatoError as error:
+            show.failure(error, session.target)
+            succeeded = False
+    return succeeded
+
+
+def _lines() -> Iterator[str]:
+    """Of stdin, after a prompt if it is a terminal."""
+    if not sys.stdin.isatty():
+        for line in sys.stdin:
+            yield line.rstrip("\r\n")
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  # input() has line editing then
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            show.line("")
+            return
+
+
+def _request(turns: list[Turn], parameters: types_pb2.Parameters, options: Mapping[str, Any]) -> generation_pb2.GenerateRequest:
+    item = types_pb2.Item(chat=requests.chat([turn.message for turn in turns], **options))
+    return generation_pb2.GenerateRequest(items=[item], parameters=parameters)
+
+
+async def _ask(client: Client, session: Session, conversation: Conversation, text: str) -> bool:
+    turns = [*conversation.turns, Turn({"role": "user", "content": text})]
+    result = await _answered(client, session, _request(turns, conversation.parameters, conversation.options))
+    if not result.HasField("output"):
+        return False
+    parameters = types_pb2.Parameters()
+    parameters.CopyFrom(conversation.parameters)
+    parameters.seed = result.output.seed
+    conversation.turns = [*turns, Turn(_message(result.output), _answer(result, parameters, conversation.options))]
+    conversation.save()
+    return True
+
+
+def _message(output: types_pb2.Output) -> dict[str, Any]:
+    """The assistant's, with its parts if they were parsed."""
+    if not output.HasField("parsed"):
+        return {"role": "assistant", "content": output.text}
+    message: dict[str, Any] = {"role": "assistant", "content": output.parsed.content}
+    if output.parsed.reasoning:
+        message["reasoning_content"] = output.parsed.reasoning
+    if output.parsed.tool_calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in output.parsed.tool_calls
+        ]
+    return message
+
+
+def _answer(result: types_pb2.Result, parameters: types_pb2.Parameters, options: dict[str, str]) -> Answer:
+    output = result.output
+    reason = types_pb2.FinishReason.Name(output.finish_reason)
+    fingerprint = result.receipt.header.fingerprint_digest.hex()
+    return Answer(result.sequence, show.as_dict(parameters), options, list(output.token_ids), reason, fingerprint)
+
+
+async def _again(client: Client, session: Session, conversation: Conversation) -> bool:
+    """Whether the answer is the same."""
+    if not conversation.turns or (recorded := conversation.turns[-1].answer) is None:
+        show.note("error: there is no answer yet")
+        return False
+    parameters = json_format.ParseDict(recorded.parameters, types_pb2.Parameters())
+    result = await _answered(client, session, _request(conversation.turns[:-1], parameters, recorded.options))
+    if not result.HasField("output"):
+        return False
+    again = _answer(result, parameters, recorded.options)
+    difference = first_difference(recorded.token_ids, again.token_ids)
+    if difference is None and again.finish_reason == recorded.finish_reason:
+        show.line(f"MATCH: sequence {again.sequence} has the {len(again.token_ids)} tokens of sequence {recorded.sequence}")
+        return True
+    at = len(recorded.token_ids) if difference is None else difference
+    verdict = "DIVERGED" if again.fingerprint == recorded.fingerprint else "INCOMPARABLE, the fingerprint is another"
+    show.line(f"{verdict}: sequence {again.sequence} parts from sequence {recorded.sequence} at token {at}")
+    return False
+
+
+async def _answered(client: Client, session: Session, request: generation_pb2.GenerateRequest) -> types_pb2.Result:
+    """Shows the answer while it comes."""
+    screen = Screen()
+    try:
+        async with aclosing(client.stream(request, timeout=session.timeout)) as events:
+            async for event in events:
+                screen.take(event)
+                if event.HasField("finished") or event.HasField("failed"):
+                    return event.finished if event.HasField("finished") else event.failed
+    finally:
+        screen.end()
+    raise errors.Disconnected("the stream ended without an outcome")
+
+
+def _undo(conversation: Conversation) -> None:
+    kept = conversation.turns
+    while kept and kept[-1].message["role"] != "user":
+        kept = kept[:-1]
+    if not kept:
+        show.note("error: there is no question yet")
+        return
+    conversation.turns = kept[:-1]
+    conversation.save()
+
+
+def _read(path: Path) -> list[Turn]:
+    """The turns of a history file; none if there is no file."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise typer.BadParameter(f"--history: {path}: {error.strerror}") from None
+    if len(data) > HISTORY_BYTES_MAX:
+        raise typer.BadParameter(f"--history: {path}: is larger than {HISTORY_BYTES_MAX} bytes")
+    turns = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            with usage(f"--history: {path}:{number}"):
+                turns.append(_turn(json.loads(line)))
+    return turns
+
+
+def _turn(given: object) -> Turn:
+    """Raises ValueError or TypeError."""
+    if not isinstance(given, dict):
+        raise TypeError("must be a JSON object")
+    answer = None
+    if "sequence" in given:
+        try:
+            answer = Answer(**{name: given.pop(name) for name in Answer._fields})
+            json_format.ParseDict(answer.parameters, types_pb2.Parameters())
+        except (KeyError, json_format.ParseError) as error:
+            raise ValueError(f"is not a turn of a conversation: {error}") from None
+        if answer.token_ids:
+            requests.token_ids(answer.token_ids)
+    options: dict[str, Any] = dict(answer.options) if answer else {}
+    requests.chat([given], **options)
+    return Turn(given, answer)
