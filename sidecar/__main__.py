@@ -44,6 +44,7 @@ from sidecar.link import EngineLink
 from sidecar.observe import Metrics, Observer
 from sidecar.opening import open_journal
 from sidecar.pipeline import Pipeline
+from sidecar.witness import Publisher, Witness
 
 log = logging.getLogger("sidecar")
 
@@ -99,7 +100,9 @@ class Sidecar:
         generation = GenerationServicer(self.pipeline, settings)
         self.services = [GENERATION]
         self.server.add(add_GenerationServicer_to_server, generation, GENERATION)
-        sequencer = SequencerServicer(self.pipeline, self.tracker, settings)
+        witness = Witness(settings.witness_keys, self.journal, self.observer) if settings.witness_keys is not None else None
+        self.publisher = Publisher(settings, self.journal, self.observer) if settings.witness else None
+        sequencer = SequencerServicer(self.pipeline, self.tracker, settings, witness)
         self.server.add(add_SequencerServicer_to_server, sequencer, SEQUENCER)
         if gateway is not None:
             self.server.add(gateway.register, gateway.VllmServicer(generation, self.pipeline, settings), gateway.NAME)
@@ -128,6 +131,8 @@ class Sidecar:
             self.pipeline.broken,
             self.journal.broken,
         ]
+        if self.publisher is not None:
+            ending.append(asyncio.create_task(self.publisher.run()))
         if self.high_water is not None:
             ending.append(asyncio.create_task(self.high_water.run()))
         done, pending = await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)

@@ -27,6 +27,7 @@ from sidecar.journal.model import ItemEntries, Sealed
 from sidecar.journal.writer import Journal
 from sidecar.link import SHORT_BYTES
 from sidecar.pipeline import Pipeline
+from sidecar.witness import Witness
 
 PAGE_ENTRIES = 256
 """Entries in one read."""
@@ -130,8 +131,10 @@ class ConcurrencyLimit:
 class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
     """See sequencer.proto. Reads are served while the journal is full and while the engine is away."""
 
-    def __init__(self, pipeline: Pipeline, tracker: DivergenceTracker, settings: Settings) -> None:
-        self._pipeline = pipeline
+    def __init__(
+        self, pipeline: Pipeline, tracker: DivergenceTracker, settings: Settings, witness: Witness | None = None
+    ) -> None:
+        self._pipeline, self._witness = pipeline, witness
         self._held = pipeline.held
         self._settings = settings
         self._tracker = tracker
@@ -236,7 +239,9 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
 
     async def Witness(self, request: sequencer_pb2.WitnessRequest, context: Context) -> sequencer_pb2.WitnessResponse:
         caller().require_admin("Witness")
-        raise errors.NotBuilt("this sidecar witnesses no other log")
+        if self._witness is None:
+            raise errors.NotBuilt("this sidecar witnesses no other log: it has no --witness-keys")
+        return await self._witness.record(request.head)
 
 
 def _messages(page: Sequence[Sealed]) -> Iterator[list[sequencer_pb2.Entry]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +101,13 @@ class Settings:
         "full", "what the journal keeps; digests: payloads only until the outcome", choices=("full", "digests")
     )
     signing_key: Path | None = field(None, "PEM file of the Ed25519 key that signs every transaction of the journal")
+    # witnesses
+    witness: str = field("", "where signed heads are kept too: a file, http(s)://…, or host:port of another sidecar")
+    witness_entries: int = field(1000, "new entries after which it gets a head", minimum=1)
+    witness_seconds: float = field(60.0, "after which it gets a head if there are new entries", minimum=0.1)
+    witness_token: Path | None = field(None, "file of the bearer token for the witness")
+    witness_ca: Path | None = field(None, "PEM file of CAs for the witness's certificate; turns TLS on for another sidecar")
+    witness_keys: Path | None = field(None, "file of other logs whose heads are recorded here: lines of log id and public key")
     # time
     drain_seconds: float = field(30.0, "time to finish what was admitted, after SIGTERM", minimum=0.0)
     reconnect_seconds: float = field(0.2, "pause before the engine stream is opened again", minimum=0.01)
@@ -116,6 +124,12 @@ class Settings:
             raise ValueError("--trust-tenant-metadata: tenants come from --tls-client-ca already")
         if not self.listen:
             raise ValueError("--listen: needs at least one address")
+        if self.witness and self.signing_key is None:
+            raise ValueError("--witness needs --signing-key: only signed heads are given to a witness")
+        if not self.witness and (self.witness_token is not None or self.witness_ca is not None):
+            raise ValueError("--witness-token, --witness-ca: need --witness")
+        if self.witness_token is not None and not (self.witness_is_log or self.witness.startswith("https://")):
+            raise ValueError("--witness-token: is for https:// and for another sidecar")
         if not self.journal:
             raise ValueError("--journal: needs a file, or the URL of a database")
         check_target("--engine", self.engine)
@@ -142,6 +156,11 @@ class Settings:
     def mark(self) -> Path | None:
         """The high-water mark's file, if there is one."""
         return self.high_water or mark_of(self.journal)
+
+    @property
+    def witness_is_log(self) -> bool:
+        """Whether the witness is another sidecar: an address, not a file or a URL."""
+        return bool(re.match(r"unix:|[^/]+:\d+$", self.witness))
 
     @property
     def tenants(self) -> bool:

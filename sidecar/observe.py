@@ -6,6 +6,7 @@ One call for each event: it counts, logs, and moves the item's spans on.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -81,6 +82,11 @@ class Metrics:
             "mark_shares_disk", "1 if the high-water mark is on the journal's file system, and would be lost with it."
         )
         self.damaged = counter("journal_damaged_reads", "Reads of a record that is not what was written.")
+        # witness
+        self.witness_failures = counter("witness_failures", "Signed heads that could not be given to the witness.")
+        self.witnessed_index = gauge("witnessed_index", "The newest entry of which the witness has the signed head.")
+        self.witness_lag = gauge("witness_lag_seconds", "How long there have been entries that the witness has no head of.")
+        self.witnessed_forks = counter("witnessed_forks", "Heads of other logs that contradict one that is recorded here.")
         # engine
         self.connected = gauge("engine_connected", "1 while the engine stream is up.")
         self.grade = gauge("engine_grade", "3 EXACT, 2 SERIAL, 1 BEST_EFFORT, 0 not connected.")
@@ -100,6 +106,8 @@ class Observer:
     def __init__(self, metrics: Metrics, not_compared: Callable[[types_pb2.ComparisonKind.ValueType, str], None]) -> None:
         """`not_compared` counts a second run that was due and brought no verdict, by kind and reason."""
         self.metrics, self.not_compared = metrics, not_compared
+        self._behind_since: float | None = None
+        metrics.witness_lag.set_function(lambda: time.monotonic() - since if (since := self._behind_since) is not None else 0)
         self._ended = cache(lambda kind, reason: metrics.ended.labels(_word(kind), reason))  # `labels` is slow
 
     # ---- a request
@@ -261,6 +269,25 @@ class Observer:
         self.metrics.commit.observe(seconds)
         self.metrics.commit_drafts.observe(drafts)
         self.metrics.journal_bytes.inc(payload_bytes)
+
+    def witness_behind(self) -> None:
+        """There are entries of which the witness has no head."""
+        if self._behind_since is None:
+            self._behind_since = time.monotonic()
+
+    def witnessed(self, index: int) -> None:
+        """The witness has a head of this entry."""
+        self._behind_since = None
+        self.metrics.witnessed_index.set(index)
+
+    def forked(self, head: types_pb2.SignedHead) -> None:
+        """Another log has signed two entries of one index."""
+        self.metrics.witnessed_forks.inc()
+        log.error("a witnessed log has two histories", extra={"log_id": head.log_id, "index": head.last_index})
+
+    def witness_failed(self, error: Exception) -> None:
+        self.metrics.witness_failures.inc()
+        log.warning("the witness did not take a head", extra={"why": str(error) or type(error).__name__})
 
     def journal_full(self, full: bool) -> None:
         self.metrics.journal_full.set(full)

@@ -161,6 +161,12 @@ class Client:
         request = sequencer_pb2.HeadRequest()
         return await self._transport.unary(self._transport.stubs.sequencer.Head, request, timeout, READ_SECONDS)
 
+    async def witness(self, head: types_pb2.SignedHead, *, timeout: float | None = None) -> sequencer_pb2.WitnessResponse:
+        """Records a signed head of another log. Raises InvalidRequest for one that is not signed with a key that was given for
+        that log, that is older than the last one, or that contradicts it."""
+        request = sequencer_pb2.WitnessRequest(head=head)
+        return await self._transport.unary(self._transport.stubs.sequencer.Witness, request, timeout)
+
     async def report(self, *, confidence: float = 0.0, timeout: float | None = None) -> sequencer_pb2.ReportResponse:
         """Statistics of divergence. `confidence`: of the intervals, above 0 and below 1; 0 is the sidecar's default."""
         request = sequencer_pb2.ReportRequest(confidence=confidence)

@@ -18,7 +18,20 @@ from ostinato.digest import derived_seed, input_digest, logprobs_digest, output_
 from ostinato.signature import SignedTree, Signer
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal.model import Admission, Appended, Audit, Binding, Draft, Head, Loss, Note, Outcome, Sealed
+from sidecar.journal.model import (
+    WITNESSED,
+    Admission,
+    Appended,
+    Audit,
+    Binding,
+    Draft,
+    Head,
+    Loss,
+    Note,
+    Outcome,
+    Sealed,
+    Witnessed,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +46,8 @@ class Needs:
     """Of the items that have completed."""
     fingerprint_digests: frozenset[bytes]
     """Of the service instances that completed them."""
+    witnessed: frozenset[str]
+    """The ids of other logs whose heads are to be recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +62,8 @@ class Known:
     """By input digest, the first COMPLETED entry of every fingerprint, ascending."""
     fingerprints: Mapping[bytes, Mapping[str, str]] = field(default_factory=dict)
     """By digest, the fields of the fingerprints that may have to be compared, as far as notes have them."""
+    witnessed: Mapping[str, int] = field(default_factory=dict)
+    """By log id, the index of the newest head that is recorded."""
 
 
 def needs(drafts: Iterable[Draft]) -> Needs:
@@ -58,6 +75,7 @@ def needs(drafts: Iterable[Draft]) -> Needs:
         frozenset(outcome.admitted.sequence for outcome in outcomes),
         frozenset(outcome.admitted.input_digest for outcome in completed),
         frozenset(outcome.fingerprint_digest for outcome in completed),
+        frozenset(draft.head.log_id for draft in drafts if isinstance(draft, Witnessed)),
     )
 
 
@@ -100,6 +118,7 @@ class Ledger:
         self._unfinished = set(known.unfinished)
         self._twins = dict(known.twins)
         self._fingerprints = known.fingerprints
+        self._witnessed = dict(known.witnessed)
         self._now_millis = now_millis
         self._signer, self._tree = signer, SignedTree() if signer is not None else None
         self._key_id = signer.key_id if signer is not None else ""
@@ -141,6 +160,8 @@ class Ledger:
                 return Appended(())
             case Loss():
                 return Appended(self._lose(draft))
+            case Witnessed(head):
+                return Appended(self._witness(head))
 
     def _admit(self, admission: Admission) -> Appended:
         assert admission.items
@@ -249,6 +270,17 @@ class Ledger:
             entries.append(self._seal(header, payload))
             self.head = replace(self.head, last_sequence=first - 1 + count)
         return tuple(entries)
+
+    def _witness(self, head: types_pb2.SignedHead) -> tuple[Sealed, ...]:
+        """Nothing, unless it is newer than the newest one of its log."""
+        if head.last_index <= self._witnessed.get(head.log_id, 0):
+            return ()
+        self._witnessed[head.log_id] = head.last_index
+        header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_WITNESSED)
+        sealed = self._seal(header, sequencer_pb2.WitnessedPayload(head=head))
+        entry = sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload)
+        self.notes[WITNESSED + head.log_id] = entry.SerializeToString()
+        return (sealed,)
 
     def _about(
         self, admitted: types_pb2.EntryHeader, kind: types_pb2.EntryKind.ValueType, fingerprint_digest: bytes

@@ -79,10 +79,20 @@ class Loss:
     """The mark that shows the loss."""
 
 
+@dataclass(frozen=True, slots=True)
+class Witnessed:
+    """A signed head of another log, whose signature was verified. Nothing is appended unless it is newer than the last one."""
+
+    head: types_pb2.SignedHead
+
+
 FINGERPRINTS = "fingerprint/"
 """Prefix of the notes that hold a Fingerprint; its digest follows, in hexadecimal."""
 
-Draft = Admission | Outcome | Audit | Note | Loss
+WITNESSED = "witnessed/"
+"""Prefix of the notes that hold the newest WITNESSED entry of another log, as an Entry; the log's id follows."""
+
+Draft = Admission | Outcome | Audit | Note | Loss | Witnessed
 
 
 @dataclass(frozen=True, slots=True)

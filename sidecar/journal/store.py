@@ -30,6 +30,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs, verifications
 from sidecar.journal.model import (
     FINGERPRINTS,
+    WITNESSED,
     Appended,
     Binding,
     Draft,
@@ -232,6 +233,7 @@ class Tables(ABC):
         bound = select(_BINDINGS, [key for _, key in needs.keys], now_millis) if needs.keys else ()
         unfinished = select(_STILL_UNFINISHED, list(needs.sequences)) if needs.sequences else ()
         earlier = select(_TWINS, list(needs.input_digests)) if needs.input_digests else ()
+        witnessed = [(log_id, select(_NOTES, WITNESSED + log_id, WITNESSED + log_id)) for log_id in needs.witnessed]
 
         def known() -> Known:
             bindings = _bindings(bound)
@@ -241,7 +243,8 @@ class Tables(ABC):
                 twins[twin.header.input_digest] += (twin,)
             met = {twin.header.fingerprint_digest for found in twins.values() for twin in found}
             fingerprints = self._fingerprints() if met and len(met | needs.fingerprint_digests) > 1 else {}
-            return Known(bindings, sequences, twins, fingerprints)
+            heads = {log_id: _witnessed_index(value) for log_id, rows in witnessed for _, value in rows}
+            return Known(bindings, sequences, twins, fingerprints, heads)
 
         return known
 
@@ -366,6 +369,11 @@ def check_batch(items: Sequence[ItemEntries], tenant: str, key: str, binding: Bi
             given = sequencer_pb2.AdmittedPayload.FromString(each.admitted.payload)
             if (given.tenant, given.idempotency_key) != (tenant, key):
                 raise RecordDamaged(f"{named} another key's")
+
+
+def _witnessed_index(note: bytes) -> int:
+    payload = sequencer_pb2.Entry.FromString(note).payload
+    return sequencer_pb2.WitnessedPayload.FromString(payload).head.last_index
 
 
 def _bindings(rows: Iterable[Row]) -> dict[tuple[str, str], Binding]:

@@ -38,6 +38,7 @@ from sidecar.journal.model import (
     Outcome,
     Sealed,
     Unfinished,
+    Witnessed,
 )
 from sidecar.journal.store import Store, check_batch, check_payloads
 
@@ -212,6 +213,8 @@ def payload_bytes(draft: Draft) -> int:
             return draft.comparison.ByteSize()
         case Note():
             return len(draft.value)
+        case Witnessed():
+            return draft.head.ByteSize()
         case Loss():
             return 0
 

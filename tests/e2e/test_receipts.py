@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+from typer.testing import CliRunner, Result
 
+from ostinato import errors
 from ostinato.cli import show
+from ostinato.cli.app import app
+from ostinato.client import Client
+from ostinato.signature import SignedTree, new_key, signer_of
+from ostinato.v1 import types_pb2
 
 from tests.e2e.kit import bytes_of, opened
-from tests.pair import Pair, environment, python
+from tests.pair import Pair, python
+from tests.waiting import eventually
 
 
 @dataclass
@@ -24,28 +33,35 @@ class Signed:
 
     pair: Pair
     folder: Path
+    keys: list[str] = field(default_factory=list)
+    """Files of public keys of the journal, by name."""
+    said: str = ""
 
     def made_key(self, name: str) -> Path:
         """A new key; its public key is beside it."""
         made = python("-m", "sidecar", "signing-key", str(self.folder / name))
         assert made.returncode == 0, made.stderr
         (self.folder / f"{name}.pub").write_text(made.stdout)
+        self.keys.append(name)
         return self.folder / name
 
-    def ostinato(self, *arguments: str, input_: str = "") -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "ostinato.cli", "--target", self.pair.target, *arguments]
-        return subprocess.run(line, env=environment(), input=input_, capture_output=True, text=True, check=False)
+    def ostinato(self, *arguments: str, input_: str = "") -> Result:
+        with ThreadPoolExecutor(1) as apart:  # the tests have an event loop, and so has the command
+            line = ["--target", self.pair.target, *arguments]
+            return apart.submit(CliRunner().invoke, app, line, input=input_).result()
 
-    def verify(self, content: str, *keys: str) -> tuple[int, str]:
-        options = [each for key in keys for each in ("--key", str(self.folder / f"{key}.pub"))]
-        done = self.ostinato("verify", "-", *options, input_=content)
-        return done.returncode, done.stdout
+    def verify(self, content: str, *options: str, keys: Sequence[str] | None = None) -> int:
+        """The exit code. `keys`: None is all."""
+        listed = [each for key in (self.keys if keys is None else keys) for each in ("--key", str(self.folder / f"{key}.pub"))]
+        done = self.ostinato("verify", "-", *listed, *options, input_=content)
+        self.said = done.output
+        return done.exit_code
 
 
-@pytest.fixture(name="signed")
-def _signed(tmp_path: Path) -> Iterator[Signed]:
+@pytest.fixture(scope="module", name="signed")
+def _signed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Signed]:
     with Pair() as pair:
-        signed = Signed(pair, tmp_path)
+        signed = Signed(pair, tmp_path_factory.mktemp("signed"))
         pair.start_service()
         pair.start_sidecar("--signing-key", str(signed.made_key("old"))).wait_for("engine connected")
         yield signed
@@ -69,17 +85,144 @@ async def test_a_receipt_stays_the_same(signed: Signed) -> None:
     assert first.results[0].receipt.head.key_id != head.signed.key_id
     assert (head.signed.last_index, head.signed.entry_hash) == (head.index, head.entry_hash)
     receipt = json.dumps(show.as_dict(first.results[0].receipt))
-    assert [signed.verify(receipt, *keys)[0] for keys in ((), ("new",), ("old",), ("old", "new"))] == [3, 3, 0, 0]
+    assert [signed.verify(receipt, keys=keys) for keys in ([], ["new"], ["old"], ["old", "new"])] == [3, 3, 0, 0]
 
 
 async def test_a_log_is_proved_to_its_end(signed: Signed) -> None:
     """All that tail prints, with the head behind it, is proved under the log's key; so is the envelope of head and of get."""
     for prompt in ("a", "b"):
-        assert signed.ostinato("generate", prompt, "--max-new-tokens", "2").returncode == 0
+        generate(signed, prompt)
     entries = signed.ostinato("--json", "tail", "--payloads").stdout
     head = signed.ostinato("head", "--dsse").stdout
 
-    code, said = signed.verify(entries + head, "old")
+    assert signed.verify(entries + head) == 0, signed.said
     count = entries.count("\n")
-    assert (code, f"{count} entries: {count} consistent, {count} chained, {count} signed" in said) == (0, True), said
-    assert signed.verify(signed.ostinato("get", "1", "--dsse").stdout, "old")[0] == 0
+    assert f"{count} entries: {count} consistent, {count} chained, {count} signed" in signed.said
+    assert signed.verify(signed.ostinato("get", "1", "--dsse").stdout) == 0
+
+
+def generate(signed: Signed, prompt: str = "a") -> None:
+    done = signed.ostinato("generate", prompt, "--max-new-tokens", "2")
+    assert done.exit_code == 0, done.output
+
+
+def entries_of(signed: Signed) -> str:
+    return signed.ostinato("--json", "tail", "--payloads").stdout
+
+
+async def restarted(signed: Signed, *witness: str) -> None:
+    """With the same key, and this witness."""
+    await asyncio.to_thread(signed.pair.sidecar.stop)
+    often = ["--witness-entries", "1", "--witness-seconds", "0.1"]
+    key = ["--signing-key", str(signed.folder / "old")]
+    sidecar = await asyncio.to_thread(signed.pair.start_sidecar, *key, *witness, *often)
+    await asyncio.to_thread(sidecar.wait_for, "engine connected")
+
+
+async def caught_up(signed: Signed) -> None:
+    """The witness has the newest head."""
+    async with opened(signed.pair) as door:
+        head = await door.client.head()
+    await eventually(
+        lambda: signed.pair.metrics()["ostinato_witnessed_index"] >= head.index, f"entry {head.index} is witnessed"
+    )
+
+
+async def test_a_file_is_a_witness(signed: Signed) -> None:
+    """Heads come to the file. With it a whole journal is proved, and one whose end is cut off is not, though signed. A line
+    that a crash has cut spoils none after it."""
+    file = signed.folder / "heads.jsonl"
+    file.write_bytes(b'{"payload": "')
+    await restarted(signed, "--witness", str(file))
+    generate(signed)
+    head = signed.ostinato("head", "--dsse").stdout
+    cut = entries_of(signed) + head
+    generate(signed)
+    await caught_up(signed)
+    whole = entries_of(signed)
+
+    assert signed.verify(whole, "--witness", str(file)) == 0, signed.said
+    assert signed.verify(cut) == 0
+    assert signed.verify(cut, "--witness", str(file)) == 6
+
+
+class Page(BaseHTTPRequestHandler):
+    """Keeps what is posted, once it is well, and shows it."""
+
+    kept: ClassVar[list[bytes]] = []
+    well: ClassVar[threading.Event] = threading.Event()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(204 if self.well.is_set() else 503)
+        self.end_headers()
+        if self.well.is_set():
+            self.kept.append(body)
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"\n".join(self.kept))
+
+    def log_message(self, *_: object) -> None: ...
+
+
+async def test_a_url_is_a_witness_and_may_be_away(signed: Signed) -> None:
+    """While the witness answers with errors the door serves, the failures are counted and the lag is shown; when it is well it
+    gets the newest head, and verify reads its heads from the URL."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/heads"
+        await restarted(signed, "--witness", url)
+        generate(signed)
+        await eventually(lambda: signed.pair.metrics()["ostinato_witness_failures_total"] > 0, "a failure is counted")
+        assert signed.pair.metrics()["ostinato_witness_lag_seconds"] > 0
+        Page.well.set()
+        await caught_up(signed)
+
+        assert signed.verify(entries_of(signed), "--witness", url) == 0, signed.said
+        assert signed.pair.metrics()["ostinato_witness_lag_seconds"] == 0
+        server.shutdown()
+
+
+async def test_a_second_log_is_a_witness(signed: Signed) -> None:
+    """Another sidecar records the heads in its own log, and verify reads them there. It refuses one of another key or log, an
+    older one, and one that contradicts what it has; the same head again has the same entry."""
+    async with opened(signed.pair) as door:
+        log_id = (await door.client.head()).log_id
+    public = (signed.folder / "old.pub").read_text().splitlines()[1]
+    (signed.folder / "logs").write_text(f"# log key\n{log_id} {public} ours\n")
+    with Pair() as other:
+        other.start_sidecar("--witness-keys", str(signed.folder / "logs"))
+        await restarted(signed, "--witness", other.target)
+        async with opened(signed.pair) as door, Client(other.target) as witness:
+            old = (await door.client.head()).signed
+            generate(signed)
+            await caught_up(signed)
+            newest = (await door.client.head()).signed
+            again = [await witness.witness(newest) for _ in range(2)]
+            signer = signer_of((signed.folder / "old").read_bytes())
+            fork, later, strange = SignedTree(), SignedTree(), SignedTree()
+            fork.sign(log_id, newest.first_index, [bytes(32)] * (newest.last_index - newest.first_index + 1), signer)
+            later.sign(log_id, newest.last_index + 1, [bytes(32)], signer_of(new_key()))
+            strange.sign("f" * 32, 1, [bytes(32)], signer)
+            bad = {"last_index": old, "entry_hash": fork.head, "key_id": later.head, "log_id": strange.head}
+            for field, head in bad.items():
+                with pytest.raises(errors.InvalidRequest) as refused:
+                    await witness.witness(head)
+                assert [each.field for each in refused.value.violations] == [f"head.{field}"]
+        (signed.folder / "seen").write_text(entries_of(Signed(other, signed.folder)))
+
+        assert again[0] == again[1]
+        assert again[0].header.kind == types_pb2.ENTRY_KIND_WITNESSED
+        assert other.metrics()["ostinato_witnessed_forks_total"] == 1
+        assert signed.verify(entries_of(signed), "--witness", str(signed.folder / "seen")) == 0, signed.said
+        other.sidecar.stop()
+        assert python("-m", "sidecar", "verify", "--journal", str(other.folder / "journal.sqlite")).returncode == 0
+
+
+async def test_a_log_without_keys_of_others_is_no_witness(signed: Signed) -> None:
+    """A sidecar without --witness-keys says that it is no witness."""
+    async with opened(signed.pair) as door:
+        with pytest.raises(errors.NotBuilt, match="witness-keys"):
+            await door.client.witness((await door.client.head()).signed)

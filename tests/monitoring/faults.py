@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import subprocess
@@ -15,7 +16,9 @@ import apsw
 import grpc
 import yaml
 
+from ostinato import errors
 from ostinato.client import Client
+from ostinato.signature import SignedTree, Signer, new_key, signer_of
 from ostinato.v1 import engine_pb2, engine_pb2_grpc
 
 from tests.certificates import Authority
@@ -49,18 +52,21 @@ LATE = 120.0
 IN_TEST_WATCH = {"OstinatoDiverged", "OstinatoDivergenceAlarm", "OstinatoDrift"}
 """test_watch.py tests these with unchanged rules."""
 PERIOD = "500ms"
+OTHER_LOG, NO_WITNESS = "f" * 32, "http://127.0.0.1:1/"
 ROOM_BYTES = 1 << 20
 """Space that is left for the journal, a quarter of it as reserve."""
 
 
 def fast_rules(folder: Path) -> Path:
-    """The rules with short waiting times, and two seconds for OstinatoOrderStalled."""
+    """The rules with short waiting times, and two seconds for OstinatoOrderStalled and OstinatoWitnessBehind."""
     rules = yaml.safe_load(RULES.read_text())
     for rule in (rule for group in rules["groups"] for rule in group["rules"]):
         if "for" in rule:
             rule["for"] = PERIOD
         if rule.get("alert") == "OstinatoOrderStalled":
             rule["expr"] = rule["expr"].replace("[5m]", "[2s]")
+        if rule.get("alert") == "OstinatoWitnessBehind":
+            rule["expr"] = rule["expr"].replace("900", "2")
     path = folder / "fast_rules.yaml"
     path.write_text(yaml.safe_dump(rules))
     return path
@@ -72,6 +78,10 @@ def with_faults(folder: Path) -> Iterator[Webhook]:
     authority = Authority(folder)
     certificate, key = authority.sign("sidecar", days=5)
     flags = ["--tls-certificate", str(certificate), "--tls-key", str(key)]
+    signer = signer_of(key_pem := new_key())
+    (folder / "signing.pem").write_bytes(key_pem)
+    (folder / "logs").write_text(f"{OTHER_LOG} {signer.public_pem.splitlines()[1]}\n")
+    flags += ["--signing-key", str(folder / "signing.pem"), "--witness", NO_WITNESS, "--witness-keys", str(folder / "logs")]
     flags += ["--audit-rate", "1", "--audit-patience-seconds", "0", "--queue-items-max", "4"]
     with Pair(service=["--script", json.dumps(FAULTY)], sidecar=flags) as pair:
         pair.env["LD_PRELOAD"] = str(_slow_disk(folder))
@@ -82,6 +92,7 @@ def with_faults(folder: Path) -> Iterator[Webhook]:
                 pair, authority, prometheus, webhook, lambda: set_targets(folder, {job: at() for job, at in targets.items()})
             )
             faults.wait_until_healthy()
+            faults.fork_a_log(signer)
             faults.break_certificate(certificate)
             faults.give_wrong_answers()
             faults.overload()
@@ -106,6 +117,20 @@ class Faults:
     def wait_until_healthy(self) -> None:
         """A grade that can be lost, and a counter that can increase."""
         self._until("ostinato_engine_grade == 3 and ostinato_collisions_total == 0")
+
+    def fork_a_log(self, signer: Signer) -> None:
+        """Another log shows two of its entries as the first one. The witness of this log is never there."""
+
+        async def show() -> None:
+            async with connected(self.pair, self.authority) as client:
+                for entry_hash in (bytes(32), b"1" * 32):
+                    tree = SignedTree()
+                    tree.sign(OTHER_LOG, 1, [entry_hash], signer)
+                    with contextlib.suppress(errors.InvalidRequest):
+                        await client.witness(tree.head)
+
+        asyncio.run(show())
+        self._until_firing("OstinatoWitnessedFork", "OstinatoWitnessBehind")
 
     def break_certificate(self, certificate: Path) -> None:
         """An unreadable certificate; the one in force expires in days."""

@@ -13,7 +13,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs, needs
 from sidecar.journal.maintenance import Checker
-from sidecar.journal.model import Binding, Draft, Head, Outcome, Sealed
+from sidecar.journal.model import Binding, Draft, Head, Outcome, Sealed, Witnessed
 from tests.sidecar.journal_kit import ABOUT_AN_ITEM, LOG_ID, admission, audit, completed, ended, item
 
 EMPTY = Head(LOG_ID, "writer", 1, 0, GENESIS, 0)
@@ -50,7 +50,7 @@ def test_dropped_ledger_leaves_nothing() -> None:
 
 
 def test_needs() -> None:
-    """Only keyed admissions, outcomes, and inputs that completed have to be looked up."""
+    """Only keyed admissions, outcomes, inputs that completed, and heads of other logs have to be looked up."""
     _, entries = admitted(2)
     drafts: list[Draft] = [
         admission(),
@@ -58,6 +58,7 @@ def test_needs() -> None:
         completed(entries[0]),
         ended(entries[1]),
         audit(entries[1]),
+        Witnessed(types_pb2.SignedHead(log_id="b" * 32)),
     ]
 
     outcome = completed(entries[0])
@@ -66,6 +67,7 @@ def test_needs() -> None:
         frozenset({1, 2}),
         frozenset({outcome.admitted.input_digest}),
         frozenset({outcome.fingerprint_digest}),
+        frozenset({"b" * 32}),
     )
 
 

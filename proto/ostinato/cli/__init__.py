@@ -11,8 +11,9 @@
     verify     verify
     serve      serve, service, sidecar
 
-Exit codes: 0 success; 1 a call or an item failed, a replay diverged, a proof is not sound, an alarm is up; 2 wrong usage, or a
-request that the sidecar calls invalid; 3 a replay found no divergence, but could not compare every item; 130 interrupted.
+Exit codes: 0 success; 1 a call or an item failed, a replay diverged, a proof is not consistent, an alarm is up; 2 wrong usage,
+or a request that the sidecar calls invalid; 3 a replay found no divergence, but could not compare every item, or a proof is
+consistent and not proved; 4, 5 and 6 a proof is not chained, not signed, contradicted by a witness; 130 interrupted.
 """
 
 import io

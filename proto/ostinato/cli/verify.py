@@ -208,7 +208,8 @@ class Checks:
                     show.note(f"{show.visible(place)}: passed over: not a head of the log, or not signed with a given key")
                     continue
                 self._claim(head.log_id, head.last_index, head.entry_hash, place, witness=True)
-                self._heads[WITNESSED][head.log_id, head.last_index] = head.entry_hash
+                for what in (SIGNED, WITNESSED) if len(self._keys) else (WITNESSED,):
+                    self._heads[what][head.log_id, head.last_index] = head.entry_hash
 
     def take(self, place: str, given: Any) -> None:
         """One JSON value: a message that contains proofs, or a list of messages."""

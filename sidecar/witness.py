@@ -1,0 +1,209 @@
+"""Witnesses: signed heads of this log that are kept elsewhere, and heads of other logs that this one keeps.
+
+A head that is kept where this sidecar's operator cannot change it shows later that the log has not been cut, and has one
+history. A witness that cannot be reached stops nothing: the newest head goes out when it is there again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import ssl
+import urllib.request
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import nullcontext, suppress
+from pathlib import Path
+
+import ostinato
+from ostinato import errors
+from ostinato.client import bearer
+from ostinato.signature import PublicKeys, envelope, head_fault
+from ostinato.v1 import sequencer_pb2, types_pb2
+from serving import files, program
+from serving.auth import Source
+
+from sidecar.config import Settings
+from sidecar.journal.model import WITNESSED, Witnessed
+from sidecar.journal.writer import Journal
+from sidecar.observe import Observer
+
+log = logging.getLogger(__name__)
+
+PUBLISH_SECONDS = 10.0
+"""For one attempt."""
+RETRY_SECONDS, RETRY_SECONDS_MAX = 1.0, 60.0
+"""The first and the longest pause after a failure; it doubles."""
+LOG_ID = re.compile(r"[0-9a-f]{32}")
+
+Publish = Callable[[types_pb2.SignedHead], Awaitable[object]]
+
+
+# ---- heads of this log
+
+
+class Publisher:
+    """Gives signed heads to the witness: one as soon as there are `witness_entries` new entries, or new ones for
+    `witness_seconds`."""
+
+    def __init__(self, settings: Settings, journal: Journal, observer: Observer) -> None:
+        """Raises StartupError for settings that cannot be used."""
+        self._journal, self._observer = journal, observer
+        self._entries, self._seconds = settings.witness_entries, settings.witness_seconds
+        self._client = _client(settings) if settings.witness_is_log else None
+        self._publish = self._client.witness if self._client is not None else _publish(settings)
+        self._index = 0
+        """Of the newest head that the witness has, as far as this process knows."""
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        async with self._client or nullcontext():
+            await self._run()
+
+    async def _run(self) -> None:
+        pause_seconds = RETRY_SECONDS
+        while True:
+            await self._journal.wait(self._index + 1)
+            self._observer.witness_behind()
+            if self._index:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._journal.wait(self._index + self._entries), self._seconds)
+            if await self._publish_newest():
+                pause_seconds = RETRY_SECONDS
+                continue
+            await asyncio.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, RETRY_SECONDS_MAX)
+
+    async def _publish_newest(self) -> bool:
+        """Whether the witness has a newer head now."""
+        try:
+            head = await self._journal.newest_signed()
+            if head is None or head.last_index <= self._index:  # another sidecar of this log has no key
+                return False
+            await asyncio.wait_for(self._publish(head), PUBLISH_SECONDS)
+        except (errors.OstinatoError, OSError, TimeoutError) as error:
+            self._observer.witness_failed(error)
+            return False
+        self._index = head.last_index
+        self._observer.witnessed(head.last_index)
+        return True
+
+
+def _client(settings: Settings) -> ostinato.Client:
+    """Of a witness that is another sidecar."""
+    try:
+        credentials = ostinato.tls(settings.witness_ca) if settings.witness_ca is not None else None
+        return ostinato.Client(settings.witness, credentials=credentials, token=_token(settings.witness_token))
+    except ValueError as error:
+        raise program.StartupError(f"--witness: {error}", exit_code=program.BAD_CONFIGURATION) from error
+
+
+def _publish(settings: Settings) -> Publish:
+    """To a witness that is a URL or a file."""
+    witness, token = settings.witness, _token(settings.witness_token)
+    if not witness.startswith(("http://", "https://")):
+        return lambda head: asyncio.to_thread(_append, Path(witness), envelope(head))
+    try:
+        context = ssl.create_default_context(cafile=settings.witness_ca) if witness.startswith("https://") else None
+    except OSError as error:
+        why = f"--witness-ca: {settings.witness_ca}: {error.strerror or error}"
+        raise program.StartupError(why, exit_code=program.BAD_CONFIGURATION) from error
+    return lambda head: asyncio.to_thread(_post, witness, envelope(head), token, context)
+
+
+def _token(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        token = Source("--witness-token", path, private=True).read().decode("ascii").strip()
+        bearer(token)
+    except ValueError as error:
+        raise program.StartupError(f"--witness-token: {path}: {error}", exit_code=program.BAD_CONFIGURATION) from error
+    return token
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: the request would become a GET, and the token would go elsewhere."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+def _post(url: str, given: Mapping[str, object], token: str | None, context: ssl.SSLContext | None) -> None:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": bearer(token)} if token is not None else {})
+    request = urllib.request.Request(url, json.dumps(given).encode(), headers)  # noqa: S310  # http and https alone
+    opener = urllib.request.build_opener(_NoRedirects, urllib.request.HTTPSHandler(context=context))
+    with opener.open(request, timeout=PUBLISH_SECONDS):
+        pass
+
+
+def _append(path: Path, given: Mapping[str, object]) -> None:
+    """A line at the file's end. Durable on return."""
+    handle = files.opened(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    try:
+        size = os.fstat(handle).st_size
+        torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"  # a line that a crash has cut ends here
+        os.write(handle, b"\n" * torn + json.dumps(given).encode() + b"\n")
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    if not size:
+        files.sync_folder(path.parent)
+
+
+# ---- heads of other logs
+
+
+class Witness:
+    """Records the heads of other logs in this one."""
+
+    def __init__(self, path: Path, journal: Journal, observer: Observer) -> None:
+        """`path`: lines of a log's id and a public key of it. Raises StartupError."""
+        self._journal, self._observer = journal, observer
+        try:
+            self._keys = _keys(Source("--witness-keys", path).read().decode())
+        except ValueError as error:
+            raise program.StartupError(f"--witness-keys: {path}: {error}", exit_code=program.BAD_CONFIGURATION) from error
+
+    async def record(self, head: types_pb2.SignedHead) -> sequencer_pb2.WitnessResponse:
+        """Durable on return; a head that is recorded already has its entry. Raises InvalidRequest that names the field."""
+        if fault := head_fault(head):
+            raise errors.invalid("head", fault)
+        keys = self._keys.get(head.log_id)
+        if keys is None:
+            raise errors.invalid("head.log_id", "this sidecar has no key of this log")
+        if head.key_id not in keys:
+            raise errors.invalid("head.key_id", "is no key that this sidecar has of this log")
+        if not keys.verify(head):
+            raise errors.invalid("head.signature", "is not by this key")
+        appended = await self._journal.append(Witnessed(head))
+        if appended.entries:
+            [entry] = appended.entries
+            return sequencer_pb2.WitnessResponse(header=entry.header, entry_hash=entry.entry_hash)
+        [note] = (await self._journal.notes(WITNESSED + head.log_id)).values()
+        recorded = sequencer_pb2.Entry.FromString(note)
+        newest = sequencer_pb2.WitnessedPayload.FromString(recorded.payload).head
+        if head.last_index < newest.last_index:
+            raise errors.invalid("head.last_index", f"is older than entry {newest.last_index}, which is recorded")
+        if head.entry_hash != newest.entry_hash:
+            self._observer.forked(head)
+            raise errors.invalid("head.entry_hash", f"another entry {head.last_index} is recorded: the log has two histories")
+        return sequencer_pb2.WitnessResponse(header=recorded.header, entry_hash=recorded.entry_hash)
+
+
+def _keys(text: str) -> dict[str, PublicKeys]:
+    """ValueError: a line is not one of log and key."""
+    keys = dict[str, PublicKeys]()
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        log_id, key, *_ = [*line.split(), "", ""]
+        if not LOG_ID.fullmatch(log_id):
+            raise ValueError(f"line {number}: begins with no log id, 32 hexadecimal digits")
+        try:
+            keys.setdefault(log_id, PublicKeys()).add(f"-----BEGIN PUBLIC KEY-----\n{key}\n-----END PUBLIC KEY-----\n".encode())
+        except ValueError as error:
+            raise ValueError(f"line {number}: the key {error}: write the line between BEGIN and END of its PEM file") from None
+    return keys
