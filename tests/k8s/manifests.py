@@ -36,10 +36,12 @@ Combination: TypeAlias = tuple[str, ...]
 
 
 def combinations() -> tuple[Combination, ...]:
-    """The base, every two components on it, and all of them; each overlay as it would be run, watched and behind certificates.
-    Scaling brings the shared order that it needs. Components patch each other's work in pairs if they do at all."""
-    chosen = [set(pair) for count in range(3) for pair in itertools.combinations(COMPONENTS, count)] + [set(COMPONENTS)]
-    chosen += [{overlay, "mtls", "monitoring"} for overlay in OVERLAYS]
+    """The base, every two components on it, and all of them; each overlay alone and as it would be run, watched and behind
+    certificates. Scaling brings the shared order that it needs. Components patch each other's work in pairs if they do at all;
+    `open` sets one variable."""
+    paired = [name for name in COMPONENTS if name != "open"]
+    chosen = [set(pair) for count in range(3) for pair in itertools.combinations(paired, count)] + [set(COMPONENTS)]
+    chosen += [{overlay, *more} for overlay in OVERLAYS for more in ((), ("mtls", "monitoring"))]
     complete = [names | ({"postgres"} if "autoscaling" in names else set()) for names in chosen]
     return tuple(dict.fromkeys(tuple(name for name in COMPONENTS if name in names) for names in complete))
 
