@@ -12,7 +12,7 @@ from collections.abc import Awaitable
 from dataclasses import replace
 from pathlib import Path
 
-from tests.gpu import parts, prefix, scoreboard, shapes, speed, worth
+from tests.gpu import doctored, parts, prefix, scoreboard, shapes, speed, worth
 from tests.gpu.crash import crash
 from tests.gpu.gap import gap
 from tests.gpu.plan import Plan, names, numbers, say
@@ -106,6 +106,8 @@ async def _sabotage(plan: Plan, shape: str) -> None:
         finally:
             if making is not None:
                 await making.remove()
+        if plan.engine == "turbomind" and not plan.late():
+            await doctored.check(plan)
 
 
 def main() -> None:

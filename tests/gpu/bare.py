@@ -93,10 +93,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.bare")
     parser.add_argument("model", type=Path)
     parser.add_argument("--batches", type=numbers, default=(1, 8, 32, 64, 128, 256))
+    parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--parts", type=names, default=("speed", "worth"))
     given, flags = parser.parse_known_args()
     settings = load(Settings, "service", ["--engine", "turbomind", *flags], {})
-    plan = Plan(given.model, Path(), batches=given.batches)
+    plan = Plan(given.model, Path(), batches=given.batches, trials=given.trials)
     began = time.monotonic()
     bare = Bare(given.model, TurbomindOptions(**settings.own("turbomind")))
     started = time.monotonic() - began

@@ -109,7 +109,7 @@ async def stock(plan: Plan, *, compare: bool, with_speed: bool) -> None:
 async def sabotage(plan: Plan) -> None:
     """With one override left out there must be no EXACT, and with none there must be."""
     own_kernels = plan.engine == "turbomind" and model.read(plan.model).own_kernels
-    for name in ("gemm", "split_count", "top_k", "resume", *(["lookup"] if own_kernels else []), ""):
+    for name in ("gemm", "split_count", "top_k", "resume", "piece", *(["lookup"] if own_kernels else []), ""):
         if plan.late():
             break
         flags, env = ("--self-test", "full", *plan.flags), {"OSTINATO_TURBOMIND_OMIT": name} if name else {}

@@ -46,6 +46,7 @@ class Row:
 ROWS = (
     Row("SmolLM2 bf16", "", "--dtype bfloat16"),
     Row("1b bf16", "llama-1b"),
+    Row("1b fp16", "llama-1b", "--dtype float16"),
     Row("1b 8 parts", "llama-1b", "--attention-splits 8"),
     Row("1.7b bf16", "qwen3-1.7b"),
     Row("1.7b kv8", "qwen3-1.7b", "--kv-bits 8"),
@@ -61,6 +62,7 @@ ROWS = (
     Row("moe fp8", "qwen3-moe-fp8"),
     Row("moe awq", "qwen3-moe-awq"),
     Row("gpt-oss", "gpt-oss"),
+    Row("mla", "glm4-moe-lite"),
     Row("8b awq", "llama-8b-awq"),
     Row("8b fp8", "llama-8b-fp8"),
     Row("8b bf16", "llama-8b"),

@@ -76,6 +76,13 @@ SHAPES: dict[str, Config] = {
         "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
         "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False,
     },
+    "glm4-moe-lite": {
+        "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "hidden_size": 2048,
+        "intermediate_size": 10240, "moe_intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 20,
+        "num_key_value_heads": 20, "n_routed_experts": 64, "n_shared_experts": 1, "num_experts_per_tok": 4,
+        "routed_scaling_factor": 1.8, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "attention_bias": False,
+        "q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256,
+    },
     "gpt-oss": {
         "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880,
         "num_hidden_layers": 6, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32,
@@ -86,11 +93,37 @@ SHAPES: dict[str, Config] = {
 }  # fmt: skip
 
 
+def routed(config: Config, layer: str) -> int:
+    """Experts of a layer that are in tensors of their own. Where some are named "routed", the first layer has none."""
+    first = layer.endswith(".0")
+    return int(config.get("num_experts", 0) or (0 if first else config.get("n_routed_experts", 0)))
+
+
+def attention(config: Config, layer: str) -> Iterator[tuple[str, int, int]]:
+    """Name, outputs and inputs of the matrices of a layer's attention."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    if "kv_lora_rank" in config:  # latent attention
+        latent, own, rotated = config["kv_lora_rank"], config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+        yield f"{layer}.self_attn.q_a_proj", config["q_lora_rank"], hidden
+        yield f"{layer}.self_attn.q_b_proj", heads * (own + rotated), config["q_lora_rank"]
+        yield f"{layer}.self_attn.kv_a_proj_with_mqa", latent + rotated, hidden
+        yield f"{layer}.self_attn.kv_b_proj", heads * (own + config["v_head_dim"]), latent
+        yield f"{layer}.self_attn.o_proj", hidden, heads * config["v_head_dim"]
+        return
+    queries, keys = heads * config["head_dim"], config["num_key_value_heads"] * config["head_dim"]
+    yield f"{layer}.self_attn.q_proj", queries, hidden
+    yield f"{layer}.self_attn.k_proj", keys, hidden
+    yield f"{layer}.self_attn.v_proj", keys, hidden
+    yield f"{layer}.self_attn.o_proj", hidden, queries
+
+
 def feeds(config: Config, layer: str) -> Iterator[tuple[str, int]]:
     """Name and width of a layer's feed-forward parts."""
-    experts = config.get("num_experts", 0)
+    experts = routed(config, layer)
     for number in range(experts):
         yield f"{layer}.mlp.experts.{number}", config["moe_intermediate_size"]
+    if experts and "n_shared_experts" in config:
+        yield f"{layer}.mlp.shared_experts", config["moe_intermediate_size"] * config["n_shared_experts"]
     if "shared_expert_intermediate_size" in config:
         yield f"{layer}.mlp.shared_expert", config["shared_expert_intermediate_size"]
     if not experts and "num_local_experts" not in config:
@@ -100,17 +133,12 @@ def feeds(config: Config, layer: str) -> Iterator[tuple[str, int]]:
 def products(config: Config) -> Iterator[tuple[str, int, int]]:
     """Name, outputs and inputs of every matrix."""
     hidden = config["hidden_size"]
-    queries = config["num_attention_heads"] * config["head_dim"]
-    keys = config["num_key_value_heads"] * config["head_dim"]
     yield "lm_head", config["vocab_size"], hidden
     for number in range(config["num_hidden_layers"]):
         layer = f"model.layers.{number}"
-        yield f"{layer}.self_attn.q_proj", queries, hidden
-        yield f"{layer}.self_attn.k_proj", keys, hidden
-        yield f"{layer}.self_attn.v_proj", keys, hidden
-        yield f"{layer}.self_attn.o_proj", hidden, queries
-        if "num_experts" in config:
-            yield f"{layer}.mlp.gate", config["num_experts"], hidden
+        yield from attention(config, layer)
+        if experts := routed(config, layer):
+            yield f"{layer}.mlp.gate", experts, hidden
         if "num_local_experts" in config:
             yield f"{layer}.mlp.router", config["num_local_experts"], hidden
         if "shared_expert_intermediate_size" in config:
@@ -128,6 +156,9 @@ def norms(config: Config) -> Iterator[tuple[str, int]]:
         layer = f"model.layers.{number}"
         yield f"{layer}.input_layernorm", config["hidden_size"]
         yield f"{layer}.post_attention_layernorm", config["hidden_size"]
+        if "kv_lora_rank" in config:
+            yield f"{layer}.self_attn.q_a_layernorm", config["q_lora_rank"]
+            yield f"{layer}.self_attn.kv_a_layernorm", config["kv_lora_rank"]
         if config["model_type"].startswith("qwen3"):
             yield f"{layer}.self_attn.q_norm", config["head_dim"]
             yield f"{layer}.self_attn.k_norm", config["head_dim"]
@@ -204,10 +235,10 @@ def make(shape: str, model: Path, folder: Path, layers: int = 0) -> None:
     found = {"model.embed_tokens.weight": normal(config["vocab_size"], config["hidden_size"], 1.0)}
     for name, rows, columns in products(config):
         found |= {f"{name}.{part}": tensor for part, tensor in weights(name, rows, columns)}
-        if config["model_type"] == "qwen2" and name.endswith(("q_proj", "k_proj", "v_proj")):
+        if config["model_type"] in ("qwen2", "qwen2_moe") and name.endswith(("q_proj", "k_proj", "v_proj")):
             found[f"{name}.bias"] = normal(1, rows, 0.1)[0].clone()
-        if config["model_type"] == "qwen2_moe" and name.endswith(("q_proj", "k_proj", "v_proj")):
-            found[f"{name}.bias"] = normal(1, rows, 0.1)[0].clone()
+        if "kv_lora_rank" in config and name.endswith(".mlp.gate"):
+            found[f"{name}.e_score_correction_bias"] = torch.randn(rows).mul_(0.01)
         if config["model_type"] == "gpt_oss" and name != "lm_head":
             found[f"{name}.bias"] = normal(1, rows, 0.1)[0].clone()
     if config["model_type"] == "gpt_oss":

@@ -29,7 +29,7 @@ SHORT, LONG = 2, 130
 """Tokens of two answers. The difference of their times is decoding only."""
 PATH_TOKENS = 512
 """Of each answer on the whole path; long enough that the cost per call does not matter."""
-BARE_SECONDS = 200.0
+BARE_SECONDS = 300.0
 STREAMED = " streamed"
 """Suffix of cells in which all requests stream."""
 
@@ -82,7 +82,8 @@ def _outputs(answers: Answers) -> list[types_pb2.Output]:
 async def bare(plan: Plan, parts: Sequence[str]) -> None:
     """Measures LMDeploy's own pipeline in another process: "speed", "worth" or both."""
     batches = ",".join(map(str, plan.batches))
-    arguments = ["-m", "tests.gpu.bare", str(plan.model), "--batches", batches, "--parts", ",".join(parts), *plan.flags]
+    arguments = ["-m", "tests.gpu.bare", str(plan.model), "--batches", batches, "--parts", ",".join(parts)]
+    arguments += ["--trials", str(plan.trials), *plan.flags]
     path = os.pathsep.join([str(ROOT), str(ROOT / "proto"), os.environ.get("PYTHONPATH", "")])
     process = await asyncio.create_subprocess_exec(
         sys.executable, *arguments, cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
@@ -101,6 +102,7 @@ async def bare(plan: Plan, parts: Sequence[str]) -> None:
     say(
         f"== bare pipeline: {found['bare']}, up after {found['started_seconds']:.1f} s, detokenises by itself: {found['rates']}"
     )
+    say("\n".join(line for line in lines if line.startswith("   bare")))
     plan.rates["bare"], plan.rates["bare worth"] = found["rates"], found["worth"]
     plan.bad += found["bad"]
 

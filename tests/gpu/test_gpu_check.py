@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu import prefix, scoreboard, splits, worth
+from tests.gpu import doctored, prefix, scoreboard, splits, worth
 from tests.gpu.speed import table
 from tests.gpu.traffic import KINDS, SECOND, targets
 from tests.pair import ROOT
@@ -129,3 +129,21 @@ def test_parts_of_attention_stand_beside_the_pipeline() -> None:
         ["64", "90", "(0.90)", "80", "(0.80)", "100", "(1.00)"],
         ["4k", "x1", "50", "-", "-"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "classes", "found"),
+    [
+        ("places", "", [0, -1, 1, 0, 0], True),
+        ("places", "", [0, 0, 1, 0, 0], False),
+        ("places", "", [0, -1, 1, 0, 2], False),
+        ("pieces", "TurboMind computed a prompt of 2176 tokens in 3 pieces, not 2", [0, 0, 0, 0, 0], True),
+        ("pieces", "", [0, 0, 0, 0, 0], False),
+    ],
+)
+def test_a_fault_that_the_proofs_do_not_find_fails_the_check(fault: str, reason: str, classes: list[int], found: bool) -> None:
+    """A doctored override must be found at its trials, and nowhere else."""
+    excluded = [str(each) for each in classes if each]
+    told = {"grade": "GRADE_BEST_EFFORT" if reason else "GRADE_EXACT", "reason": reason, "classes": classes}
+
+    assert (not doctored.wrong(fault, told | {"excluded": excluded})) is found

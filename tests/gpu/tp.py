@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
-from tests.gpu.plan import Plan, why
+from tests.gpu.plan import Plan, names, why
 from tests.gpu.rows import arguments, conclude, measure, plan_of
 
 ROWS = (
@@ -22,10 +23,12 @@ ROWS = (
 )
 
 
-async def check(plan: Plan) -> None:
+async def check(plan: Plan, chosen: Sequence[str]) -> None:
     """Runs each row, and compares the answers of equal settings."""
     digests: dict[str, str] = {}
     for title, flags in ROWS:
+        if chosen and title not in chosen:
+            continue
         if plan.late():
             plan.lines.append(f"{title:14} no time")
             continue
@@ -56,13 +59,14 @@ def gpus() -> int:
 def main() -> None:
     parser = arguments("python -m tests.gpu.tp")
     parser.set_defaults(totals=(2, 8, 32, 128, 256), seconds=480.0)
+    parser.add_argument("--rows", type=names, default=(), help=f"of {', '.join(title for title, _ in ROWS)}; none: all")
     given, began = parser.parse_args(), time.monotonic()
     if given.engine == "turbomind" and (found := gpus()) < 2:
         print(f"tensor parallelism is not looked at: that takes two GPUs, and here torch finds {found}")
         sys.exit(2)
     with tempfile.TemporaryDirectory(prefix="ostinato-state-") as state:
         plan = plan_of(given, state)
-        asyncio.run(check(plan))
+        asyncio.run(check(plan, given.rows))
         code = conclude(plan, began)
     os._exit(code)
 

@@ -18,7 +18,6 @@ REQUESTS = 256
 ALONE = 8
 CONVERSATION = Size(conversations=64, turns=10)
 ANSWER_TOKENS = 100
-ROUNDS = 3
 SHARED, FIRST, TURNS = "shared prompt", "its first token", "conversation"
 CELLS = {SHARED: "requests/s", FIRST: "1/s, alone", TURNS: "turns/s"}
 
@@ -37,26 +36,27 @@ def asks(name: str, count: int, new_tokens: int) -> list[Ask]:
 
 
 async def worth(front: Front, plan: Plan, title: str) -> dict[str, float]:
-    """By cell, the best of a few rounds; more is better."""
+    """By cell, the best of `plan.trials` rounds; more is better."""
     found: dict[str, float] = {}
     context_tokens = (await front.describe()).context_tokens
     if plan.late() or context_tokens < SYSTEM_TOKENS + OWN_TOKENS + NEW_TOKENS:
         return found
     for number in range(2):
         await _timed(front, asks(f"warm-up {number}", 2, 4), plan, title)
-    seconds = [await _timed(front, asks(f"round {number}", REQUESTS, NEW_TOKENS), plan, title) for number in range(ROUNDS)]
+    seconds = [await _timed(front, asks(f"round {number}", REQUESTS, NEW_TOKENS), plan, title) for number in range(plan.trials)]
     found[SHARED] = REQUESTS / min(seconds)
     firsts = [await _timed(front, asks(f"first {number}", 1, 1), plan, title) for number in range(ALONE)]
     found[FIRST] = 1 / min(firsts)
+    talks: list[float] = []
     if not plan.late():
-        talks = []
-        for _ in range(2):
+        for _ in range(max(2, plan.trials // 2)):
             await converse(front, CONVERSATION, by_one=False, new=ANSWER_TOKENS, logprobs=None)
             talks.append(front.seconds)
         found[TURNS] = CONVERSATION.conversations * CONVERSATION.turns / min(talks)
     say(
         f"   {title}: {SHARED} {found[SHARED]:.1f} requests/s of {[round(each, 2) for each in seconds]} s,"
-        f" first token alone {1000 * min(firsts):.1f} ms, {TURNS} {found.get(TURNS, 0):.1f} turns/s"
+        f" first token alone {1000 * min(firsts):.1f} ms, {TURNS} {found.get(TURNS, 0):.1f} turns/s of"
+        f" {[round(each, 2) for each in talks]} s"
     )
     return found
 

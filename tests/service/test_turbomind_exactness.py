@@ -360,6 +360,17 @@ def test_a_table_that_turbomind_ignores_costs_the_grade(tmp_path: Path, monkeypa
     assert "does not serve with the kernels of kernels-" in exactness.ceiling[1]
 
 
+def test_prompts_that_others_cut_cost_the_grade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the override of pieces, a prompt is cut where others leave off, which costs the grade."""
+    overrides = FakeOverrides({LAYER: 8448, HEAD: 1})
+    overrides.omitted = frozenset({"piece"})
+
+    assert proved(tmp_path, monkeypatch, overrides, PERMITS).ceiling == (
+        types_pb2.GRADE_BEST_EFFORT,
+        "prompts are cut where others leave off",
+    )
+
+
 def test_own_kernels_that_are_not_pinned_cost_the_grade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the override, TurboMind's own kernels are not pinned, which costs the grade."""
     overrides = FakeOverrides({HEAD: 1})
@@ -440,6 +451,7 @@ def test_splits_and_prefill_follow_the_context(context: int, runs: int, splits: 
     )
     assert options.prefill_tokens >= 2 * (PIECE_TOKENS + 2)
     assert options.session_tokens > runs and PIECE_TOKENS % BLOCK_TOKENS == 0
+    assert options.step_context_tokens >= options.session_tokens
 
 
 def test_a_model_is_what_its_config_says(tmp_path: Path) -> None:
@@ -456,6 +468,8 @@ def test_a_model_is_what_its_config_says(tmp_path: Path) -> None:
     assert (plain.layers, plain.kv_heads, plain.head_dim, plain.quantisation, plain.experts) == (30, 3, 64, "none", 0)
     assert (plain.end_ids, nested.end_ids) == (frozenset({0}), frozenset({2, 5}))
     assert (nested.quantisation, nested.vocabulary_size) == ("awq", 49152)
+    latent = model.read(folder(tmp_path, CONFIG | {"kv_lora_rank": 512, "qk_rope_head_dim": 64}))
+    assert (latent.kv_heads, latent.head_dim) == (1, 576)  # latent attention caches one head
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from service.engines.base import EngineUnusable
 from service.engines.turbomind import native as native_module
 from service.engines.turbomind.model import Model
 from service.engines.turbomind.native import Account, Load, Native, Progress, import_lmdeploy
-from service.engines.turbomind.options import PIECES_TOKENS, TurbomindOptions
+from service.engines.turbomind.options import PIECES_TOKENS, STEP_CONTEXT_TOKENS, TurbomindOptions
 from service.engines.turbomind.probe import first_run
 from service.engines.turbomind.request import Request
 
@@ -105,7 +105,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_the_engine_is_set_up_as_the_options_say(calls: list[Any]) -> None:
-    """Blocks of decodes are never published, every limit is named, and a step has room for three contexts."""
+    """Blocks of decodes are never published, every limit is named, and a step has room for new prompts, one in pieces and a
+    deferred one."""
     native = Native(TurbomindOptions(context_tokens=16_384, runs=64, kv_bits=8, dtype="float16"), MODEL)
 
     assert (native.dtype, native.vocabulary_size) == ("float16", 300)
@@ -128,7 +129,7 @@ def test_the_engine_is_set_up_as_the_options_say(calls: list[Any]) -> None:
                 "max_prefill_token_num": PIECES_TOKENS,
                 "enable_metrics": True,
             },
-            {"max_context_token_num": 3 * 16_384},
+            {"max_context_token_num": STEP_CONTEXT_TOKENS + 2 * 16_384},
         )
     ]
 

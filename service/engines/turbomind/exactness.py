@@ -18,7 +18,7 @@ from service.engines.turbomind.kernels import Manifest, Permit, Product
 from service.engines.turbomind.model import Model
 from service.engines.turbomind.native import Native
 from service.engines.turbomind.options import TurbomindOptions
-from service.engines.turbomind.overrides import LOOKUP, REQUIRED, Mode, NoOverrides, Overrides, Shape, build
+from service.engines.turbomind.overrides import LOOKUP, PIECE, REQUIRED, Mode, NoOverrides, Overrides, Shape, build
 from service.engines.turbomind.overrides import digest as overrides_digest
 
 NO_SPLITS = "max_splits=1"
@@ -128,6 +128,8 @@ class Exactness:
             return
         if why := probe.prove_pieces(native, overrides, self.options):
             self._miss(why)
+        if PIECE in overrides.omitted:
+            self._miss("prompts are cut where others leave off")
         shapes = overrides.shapes()
         kept = self._kept if self._kept is not None and self._kept.fits(environment, shapes) else None
         try:

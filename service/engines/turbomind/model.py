@@ -39,6 +39,7 @@ class Model:
     layers: int
     heads: int
     kv_heads: int
+    """In the cache. Latent attention (MLA) has one."""
     head_dim: int
     quantisation: str
     """Of the weights: "none", or a method."""
@@ -67,14 +68,17 @@ def read(path: Path | None) -> Model:
         whole = json.loads(raw)
         config = next((whole[name] for name in _NESTED if isinstance(whole.get(name), dict)), whole)
         heads = int(config["num_attention_heads"])
+        latent = int(config.get("kv_lora_rank") or 0)
         return Model(
             path=path,
             context_tokens_max=int(config["max_position_embeddings"]),
             vocabulary_size=int(config["vocab_size"]),
             layers=int(config["num_hidden_layers"]),
             heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            kv_heads=1 if latent else int(config.get("num_key_value_heads") or heads),
+            head_dim=latent + int(config["qk_rope_head_dim"])
+            if latent
+            else int(config.get("head_dim") or config["hidden_size"] // heads),
             quantisation=str((whole.get("quantization_config") or {}).get("quant_method", "none")),
             experts=max(int(config.get(name) or 0) for name in _EXPERTS),
             end_ids=_end_ids(path, whole),

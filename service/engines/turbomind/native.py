@@ -23,10 +23,9 @@ from service.engines.turbomind.model import Model
 from service.engines.turbomind.options import BLOCK_TOKENS, TurbomindOptions
 from service.engines.turbomind.request import Request
 
-STEP_CONTEXTS = 3
-"""Times the longest context that the prompts of one step may have in all: the prompt in pieces, new ones, and the one that is
-deferred because the new ones come to one already. TurboMind ends a pass at the first prompt that does not fit, and takes the
-runs behind it out of the batch."""
+BESIDE_NEW = 2
+"""Longest contexts that the prompts of one step may have beside new ones: the prompt in pieces, and one that is deferred.
+TurboMind ends a pass at the first prompt that does not fit its own limit, and takes the runs behind it out of the batch."""
 
 
 class Status(IntEnum):
@@ -185,7 +184,8 @@ class Native:
             enable_metrics=True,
         )
         try:
-            with _step_contexts(self._tm, STEP_CONTEXTS * options.session_tokens if options.exact else 0):
+            contexts = options.step_context_tokens + BESIDE_NEW * options.session_tokens
+            with _step_contexts(self._tm, contexts if options.exact else 0):
                 self._engine: Any = turbomind.TurboMind.from_pretrained(str(model.path), engine_config=config)
         except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
             raise EngineUnusable(f"--model: TurboMind cannot load {model.path}: {type(error).__name__}: {error}") from error

@@ -19,6 +19,10 @@ PIECE_TOKENS = 2048
 all of it. A multiple of BLOCK_TOKENS."""
 PIECES_TOKENS = 2 * PIECE_TOKENS + BLOCK_TOKENS
 """Prompt tokens of one step then: a piece, and as many of other prompts."""
+STEP_CONTEXT_TOKENS = 32_768
+"""Of the prompts that begin in one step, cached beginnings included, but at least the longest prompt. TurboMind's default is
+the longest prompt, so that of prompts that are nearly all cached one begins a step. Their keys and values need room: of an 8B
+with 8 heads of them, 4 KiB a token."""
 SPLIT_WORKSPACE = 4096
 """Room for partial results of a decode's attention: the limit of splits times runs."""
 SHORT_CONTEXT = 4096
@@ -87,6 +91,11 @@ class TurbomindOptions:
     def session_tokens(self) -> int:
         """TurboMind's session_len. It must be more than the runs, or TurboMind takes it for a factor."""
         return max(self.context_tokens, self.runs + 1)
+
+    @property
+    def step_context_tokens(self) -> int:
+        """Of the prompts that begin in one step, in all."""
+        return max(STEP_CONTEXT_TOKENS, self.session_tokens)
 
     @property
     def prefill_tokens(self) -> int:

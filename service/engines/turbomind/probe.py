@@ -159,7 +159,7 @@ def prove_pieces(native: Native, overrides: Overrides, options: TurbomindOptions
     finish(native, [fresh_prompt(native.vocabulary_size, length)], 1)
     if (seen := overrides.step) != (0, length, length):
         return f"of a prompt of {length} tokens the override piece reads {seen}, not {(0, length, length)}"
-    overrides.pieces(PIECE_TOKENS, PIECES_TOKENS, options.session_tokens)
+    overrides.pieces(PIECE_TOKENS, PIECES_TOKENS, options.step_context_tokens)
     before, expected = overrides.counters.cuts, int(length > PIECE_TOKENS + 1 and PIECE not in overrides.omitted)
     finish(native, [fresh_prompt(native.vocabulary_size, length)], 1)
     if (found := overrides.counters.cuts - before) != expected:
