@@ -159,6 +159,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
                 items = await items_of(self._journal, request.idempotency_key)
             case _:
                 raise errors.invalid("target", "is missing")
+        self._held.check()  # again: others that were read meanwhile may wait for their readers
         known = self._pipeline.fingerprints.known if request.HasField("sequence") else {}
         response = sequencer_pb2.GetResponse(items=[record_of(entries, known) for entries in items])
         size, most = response.ByteSize(), response_bytes_max(context.invocation_metadata() or (), self._settings)

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.intake import COPIES as INTAKE_COPIES
+from serving.intake import Bounds as IntakeBounds
 from serving.server import check_target
 from serving.settings import field
 
@@ -53,9 +55,19 @@ class Settings:
     max_response_bytes: int = field(
         4 << 20, "size of a worst-case answer, unless the client's metadata raises it", minimum=1024
     )
-    response_bytes_ceiling: int = field(128 << 20, "the most that a client's metadata may raise it to", minimum=1024)
+    response_bytes_ceiling: int = field(32 << 20, "the most that a client's metadata may raise it to", minimum=1024)
     idempotency_key_bytes_max: int = field(256, "size of an idempotency key", minimum=1)
     request_id_bytes_max: int = field(256, "size of a request id", minimum=1)
+    # bounds of what is let in
+    connections_max: int = field(1024, "connections to each address", minimum=1)
+    connection_calls_max: int = field(128, "calls open on one connection; its client keeps further ones back", minimum=1)
+    connection_idle_seconds: float = field(300.0, "after which a connection without calls is closed", minimum=1.0)
+    connection_age_seconds: float = field(3600.0, "after which a connection takes no more calls", minimum=1.0)
+    connection_grace_seconds: float = field(3600.0, "after that, for its calls to end", minimum=0.0)
+    calls_max: int = field(4096, "calls open at once", minimum=2)
+    arriving_bytes_max: int = field(48 << 20, "requests being received, each counted as --message-bytes-max", minimum=2048)
+    arrival_seconds_max: float = field(20.0, "for a request to arrive, from its first byte on", minimum=0.01)
+    request_bytes_max: int = field(96 << 20, "memory of requests that are worked on or wait", minimum=1024)
     # order and queues
     prepares_max: int = field(2, "long requests that the service prepares at once: its --prepare-threads", minimum=1)
     tenant_prepare_queue_max: int = field(64, "long requests of one tenant that wait to be prepared", minimum=1)
@@ -79,9 +91,9 @@ class Settings:
     replays_max: int = field(8, "replays at once", minimum=1)
     tenant_replays_max: int = field(2, "replays of one tenant at once, with tenants", minimum=1)
     # bytes held for callers
-    held_call_bytes_max: int = field(64 << 20, "waiting for one stream's reader; above it the call is lost", minimum=1024)
-    held_tenant_bytes_max: int = field(256 << 20, "held for the callers of one tenant, with tenants", minimum=1024)
-    held_bytes_max: int = field(512 << 20, "held for all callers; above it the call that holds most is lost", minimum=1024)
+    held_call_bytes_max: int = field(16 << 20, "waiting for one stream's reader; above it the call is lost", minimum=1024)
+    held_tenant_bytes_max: int = field(64 << 20, "held for the callers of one tenant, with tenants", minimum=1024)
+    held_bytes_max: int = field(128 << 20, "held for all callers; above it the call that holds most is lost", minimum=1024)
     unread_seconds_max: float = field(60.0, "how long a message of Tail or Replay waits for its reader", minimum=0.01)
     # second runs
     reruns_share: float = field(0.25, "share of the engine for second runs; one is always allowed", minimum=0.0, maximum=1.0)
@@ -147,6 +159,10 @@ class Settings:
             raise ValueError(
                 "--held-call-bytes-max is above --held-bytes-max or --held-tenant-bytes-max: no stream could reach it"
             )
+        if self.arriving_bytes_max < 2 * self.message_bytes_max:
+            raise ValueError("--arriving-bytes-max: at least twice --message-bytes-max")
+        if self.request_bytes_max < 2 * INTAKE_COPIES * self.message_bytes_max:
+            raise ValueError(f"--request-bytes-max: at least {2 * INTAKE_COPIES} times --message-bytes-max")
         if self.journal_bytes_max and self.journal_bytes_max <= 2 * self.journal_reserve_bytes:
             raise ValueError("--journal-bytes-max must be more than twice --journal-reserve-bytes")
         if self.journal_bytes_max and is_shared(self.journal):
@@ -171,6 +187,24 @@ class Settings:
     def tenant_prepares_max(self) -> int:
         """Long requests of one tenant that are prepared at once."""
         return max(1, self.prepares_max // 2) if self.tenants else self.prepares_max
+
+    @property
+    def intake(self) -> IntakeBounds:
+        """The server's bounds of what is let in."""
+        return IntakeBounds(
+            connections=self.connections_max,
+            connection_calls=self.connection_calls_max,
+            connection_idle_seconds=self.connection_idle_seconds,
+            connection_age_seconds=self.connection_age_seconds,
+            connection_grace_seconds=self.connection_grace_seconds,
+            calls=self.calls_max,
+            arriving_bytes=self.arriving_bytes_max,
+            arrival_seconds=self.arrival_seconds_max,
+            request_bytes=self.request_bytes_max,
+            message_bytes=self.message_bytes_max,
+            items=self.batch_items_max,
+            shared=self.tenants,
+        )
 
     @property
     def held(self) -> HeldBounds:

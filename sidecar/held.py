@@ -94,8 +94,9 @@ class Held:
     2. While a tenant holds more than its bound, the call of this tenant with most waiting is lost.
     3. While all together hold more than their bound, the call with most waiting is lost, of the tenant that holds most. A call
        of another tenant is lost only if nothing waits for that one.
-    4. What gRPC holds cannot be taken back. While that is half of a tenant's bound, or of the bound for all, new requests are
-       refused (QUEUE_FULL): what was begun needs room for its answer.
+    4. What gRPC holds cannot be taken back, not even by ending the call. While that is half of a tenant's bound, or as much as
+       it leaves of the bound for all, its new requests are refused (QUEUE_FULL): what was begun needs room for its answer. So
+       one tenant's unread answers leave room for all others'.
     """
 
     def __init__(self, bounds: Bounds, on_lost: Callable[[str], None]) -> None:
@@ -127,9 +128,9 @@ class Held:
     def check(self) -> None:
         """Raises QueueFull if nothing more should begin for the present caller (4)."""
         tenant = self._tenants.get(caller().tenant)
-        for unread, most in ((tenant.writing if tenant else 0, self._bounds.tenant), (self._writing, self._bounds.all)):
-            if 2 * unread >= most:
-                raise QueueFull(f"{unread} bytes of answers are not read yet", retry_after=RETRY_SECONDS)
+        unread = tenant.writing if tenant else 0
+        if unread >= min(self._bounds.tenant // 2, self._bounds.all - self._writing):
+            raise QueueFull(f"{unread} bytes of answers are not read yet", retry_after=RETRY_SECONDS)
 
     def writing(self, count: int) -> Callable[[], None]:
         """See handlers.Unwritten."""

@@ -11,6 +11,7 @@ from ostinato.errors import Draining, OstinatoError
 from ostinato.resume import Progress
 from ostinato.tracing import OFF, Span
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
+from serving.intake import Charge
 
 from sidecar.answers import Waiter, ended_payload, outcome_kind
 from sidecar.collisions import Collisions, sampling_label
@@ -42,6 +43,8 @@ class ActiveItem:
     input: sequencer_pb2.AdmittedPayload
     admitted_at: float
     waiters: list[Waiter]
+    charge: Charge | None = None
+    """The memory of its request."""
     sequence: int = field(init=False)
     progress: Progress = field(init=False)
     """What was streamed."""

@@ -19,6 +19,7 @@ from ostinato.digest import request_digest
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 from serving.auth import Context, caller
 from serving.handlers import ran_out, remaining
+from serving.intake import CHARGE, Charge
 
 from sidecar import answers
 from sidecar.admission import PrepareQueue, check, check_size, draft, prepare_cost, response_bytes_max
@@ -60,9 +61,8 @@ class Pipeline:
                 stamp, bytes_max = types_pb2.Stamp(), self._check(request, context)
                 binding = await self._binding(request)
                 if binding is None:
-                    prepared = await self._prepare(request, context, bytes_max)
                     # The core refuses the batch, or has it appended (`_number`) when it is its turn.
-                    batch = self._admit(request, prepared, waiter, context)
+                    batch = self._admit(request, await self._prepare(request, context, bytes_max), waiter, context)
                     stamp, binding = await batch.numbered
                 if binding is not None:
                     stamp = await self._join(request, binding, waiter)
@@ -194,6 +194,8 @@ class Pipeline:
                 prepared = await self.link.prepare(prepare, remaining(context))
         signed = self._settings.signing_key is not None
         check_size(prepared, bytes_max, verify=request.verify, signed=signed)
+        if (charge := CHARGE.get()) is not None:
+            charge.prepared(prepared.ByteSize())
         return prepared
 
     def _admit(
@@ -204,6 +206,8 @@ class Pipeline:
         admission = draft(request, prepared, caller().tenant)
         batch = PendingAdmission(waiter.batch_id, admission, waiter, self.clock(), asyncio.get_running_loop().create_future())
         self._pending[batch.batch_id] = batch
+        if batch.charge is not None:
+            batch.charge.hold(len(admission.items))
         deadline = None if left is None else batch.asked_at + left
         needs = tuple(map(need_of, admission.items))
         self.dispatch(ev.Admit(batch.batch_id, needs, bool(admission.key), deadline, admission.tenant))
@@ -255,7 +259,7 @@ class Pipeline:
         batch.waiter.sequences = range(stamp.first_sequence, stamp.first_sequence + stamp.count)
         for entry, payload in zip(appended.entries, batch.admission.items, strict=True):
             payload.seed = entry.header.seed  # all else of the recorded payload was known before
-            self._activate(ActiveItem(entry.header, payload, now, [batch.waiter]), batch.caller)
+            self._activate(ActiveItem(entry.header, payload, now, [batch.waiter], batch.charge), batch.caller)
         batch.settle(stamp)
         self.observer.admitted(stamp, now - batch.asked_at)
         self.dispatch(ev.Numbered(batch.batch_id, stamp.first_sequence))
@@ -426,6 +430,8 @@ class Pipeline:
 
     def _answer(self, item: ActiveItem, result: types_pb2.Result) -> None:
         del self.items[item.sequence]
+        if item.charge is not None:
+            item.charge.release()
         for waiter in item.waiters:
             waiter.result(result)
 
@@ -475,18 +481,27 @@ class PendingAdmission:
     asked_at: float
     numbered: asyncio.Future[tuple[types_pb2.Stamp, Binding | None]]
     """Its stamp, or what its key was bound to meanwhile. Fails with what refuses it."""
+    charge: Charge | None = field(default_factory=CHARGE.get)
     caller: tracing.Span = field(default_factory=tracing.current)
     span: tracing.Span = field(default_factory=lambda: tracing.span("admission"))
 
     def settle(self, stamp: types_pb2.Stamp, binding: Binding | None = None) -> None:
         self.span.end()
+        if binding is not None:
+            self._release()
         if not self.numbered.done():
             self.numbered.set_result((stamp, binding))
 
     def refuse(self, error: errors.OstinatoError) -> None:
         self.span.end(error)
+        self._release()
         if not self.numbered.done():
             self.numbered.set_exception(error)
+
+    def _release(self) -> None:
+        """It has no items."""
+        if self.charge is not None:
+            self.charge.release(len(self.admission.items))
 
 
 def _record_of(item: ActiveItem, sealed: Sealed) -> Record:

@@ -9,6 +9,7 @@ import struct
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 
+FRAME_BYTES = 16384
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE = 0, 1, 3, 4, 6, 8
 ACK, END_STREAM, END_HEADERS = 1, 1, 4
@@ -21,6 +22,10 @@ class Peer:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, window: int) -> None:
         self._reader, self._writer = reader, writer
         self._last = -1
+        self._initial_room = 65535
+        self._room: defaultdict[int, int] = defaultdict(lambda: self._initial_room, {0: self._initial_room})
+        """Bytes that the server lets us send, by stream; 0 is the connection."""
+        self._granted = asyncio.Event()
         self.data: defaultdict[int, bytearray] = defaultdict(bytearray)
         """What came as DATA, by stream."""
         self.headers: defaultdict[int, bytearray] = defaultdict(bytearray)
@@ -33,13 +38,42 @@ class Peer:
         self._reading = asyncio.create_task(self._read())
 
     def call(self, path: str, message: bytes, metadata: Iterable[tuple[str, str]] = ()) -> int:
-        """Begins a gRPC call with one message. Its stream."""
+        """Begins a gRPC call with one message, and minds no window. Its stream."""
+        stream = self.begin(path, metadata)
+        self._send(DATA, END_STREAM, stream, framed(message))
+        return stream
+
+    def begin(self, path: str, metadata: Iterable[tuple[str, str]] = ()) -> int:
+        """Begins a gRPC call: the headers alone. Its stream."""
         self._last = stream = self._last + 2
         fields = [(":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "test"), ("te", "trailers")]
         block = b"".join(_literal(*field) for field in [*fields, ("content-type", "application/grpc"), *metadata])
         self._send(HEADERS, END_HEADERS, stream, block)
-        self._send(DATA, END_STREAM, stream, struct.pack(">BI", 0, len(message)) + message)
         return stream
+
+    async def send(self, stream: int, data: bytes, *, end: bool = False) -> None:
+        """Bytes of a call, as the server's windows let them through; fewer if the call ends meanwhile."""
+        while data and not self.ended[stream].is_set() and not self.over:
+            room = min(self._room[0], self._room[stream], FRAME_BYTES)
+            if room <= 0:
+                self._granted.clear()
+                await self._granted.wait()
+                continue
+            part, data = data[:room], data[room:]
+            self._room[0] -= len(part)
+            self._room[stream] -= len(part)
+            self._send(DATA, END_STREAM if end and not data else 0, stream, part)
+            await self.drain()
+
+    async def drain(self) -> None:
+        """Until the kernel has taken most of what was sent."""
+        with contextlib.suppress(OSError):
+            await self._writer.drain()
+
+    @property
+    def over(self) -> bool:
+        """Whether the server has closed the connection."""
+        return self._reading.done()
 
     def grant(self, stream: int, count: int = WINDOW_MAX // 2) -> None:
         """Allow the server to send this many more bytes on the stream."""
@@ -73,12 +107,27 @@ class Peer:
                 payload = await self._reader.readexactly(length)
                 if kind in (SETTINGS, PING) and not flags & ACK:
                     self._send(kind, ACK, 0, payload if kind == PING else b"")
+                    if kind == SETTINGS:
+                        self._settings(payload)
+                elif kind == WINDOW_UPDATE:
+                    self._room[stream] += int.from_bytes(payload)
+                    self._granted.set()
                 elif kind == DATA:
                     self.data[stream] += payload
                 elif kind == HEADERS:
                     self.headers[stream] += payload
                 if kind == RST_STREAM or (kind in (DATA, HEADERS) and flags & END_STREAM):
                     self.ended[stream].set()
+                    self._granted.set()
+        self._granted.set()
+
+    def _settings(self, payload: bytes) -> None:
+        for name, value in struct.iter_unpack(">HI", payload):
+            if name == INITIAL_WINDOW_SIZE:
+                for stream in self._room.keys() - {0}:
+                    self._room[stream] += value - self._initial_room
+                self._initial_room = value
+                self._granted.set()
 
 
 @contextlib.asynccontextmanager
@@ -94,6 +143,11 @@ async def connected(target: str, window: int = 0) -> AsyncIterator[Peer]:
         yield peer
     finally:
         await peer.close()
+
+
+def framed(message: bytes, length: int | None = None) -> bytes:
+    """As gRPC has it in DATA; `length`: announced, where the message is only a part."""
+    return struct.pack(">BI", 0, len(message) if length is None else length) + message
 
 
 def _literal(name: str, value: str) -> bytes:

@@ -1,7 +1,8 @@
 """What stands between gRPC and every handler: identity, bad bytes, errors, writes, counts.
 
-- A caller is identified before its handler runs, and the handler finds it by `auth.caller()`. gRPC's own services are for
-  admins, except health.
+- A caller is identified before its request is read, and the handler finds it by `auth.caller()`. gRPC's own services are for
+  admins, except health. To gRPC every handler takes a stream: of one that takes a message it would read it first.
+- What a caller may take of memory is in `serving.intake`.
 - Bytes that are not a message raise MalformedMessage. gRPC itself answers UNKNOWN, as if it were the server's fault, and logs a
   traceback.
 - An OstinatoError is sent whole: code, reason, fields, and when to retry. Any other error is sent as INTERNAL and logged.
@@ -27,11 +28,12 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ostinato import tracing
-from ostinato.errors import Internal, MalformedMessage, OstinatoError, SlowReader, to_status
-from serving.auth import CALLER, NONE, Context, Credentials
+from ostinato.errors import Internal, MalformedMessage, OstinatoError, QueueFull, SlowReader, Unauthenticated, to_status
+from serving.auth import CALLER, NONE, Context, Credentials, caller
+from serving.intake import RETRY_SECONDS, Bounds, Intake, shape_of
 
 STATUS_BYTES_MAX, MESSAGE_BYTES_MAX, OTHER_DETAILS_BYTES = 3072, 768, 256
 """Of a google.rpc.Status. It travels in headers, as base64, and its message once more, percent-encoded. A peer must accept
@@ -55,6 +57,8 @@ EARLY_SECONDS, EARLY_SHARE = 0.05, 0.02
 
 WITHOUT_CREDENTIALS = ("/grpc.health.", "/ostinato.v1.Hop/")
 """Paths of calls that need none."""
+ENDLESS_MAX = 256
+"""Health watches and reflection streams at once. Those who watch need no credentials."""
 
 QUIET_TURNS, TURNS_MAX, VAIN_WAITS = 4, 16, 16
 
@@ -82,9 +86,15 @@ class Guard(grpc.GenericRpcHandler):
         credentials: Credentials = NONE,
         unwritten: Unwritten | None = None,
         write_seconds: float | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
         """`write_seconds`: how long one message of an async generator may take to be written before its call is lost; None: no
-        bound."""
+        bound. `bounds`: of what is let in; None: there are none."""
+        self.intake = intake = Intake(bounds)
+        if bounds is not None:
+            Gauge("ostinato_open_calls", "Calls that are open.", registry=registry).set_function(lambda: intake.calls.taken)
+            charged = Gauge("ostinato_request_bytes", "Memory of requests that wait or are worked on.", registry=registry)
+            charged.set_function(lambda: intake.requests.taken)
         self.credentials, self.unwritten, self.write_seconds = credentials, unwritten, write_seconds
         self.handled = Counter(
             "ostinato_rpc_handled", "Calls that ended, by code.", ["service", "method", "code"], registry=registry
@@ -126,14 +136,10 @@ class Guard(grpc.GenericRpcHandler):
             call.cancel()
 
     def _wrap(self, path: str, handler: Any) -> Any:
-        make = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[bool(handler.request_streaming), bool(handler.response_streaming)]
-        method = _Method(self, path, handler)
-        return make(method.handle, request_deserializer=_lenient(handler.request_deserializer))
+        streams = bool(handler.response_streaming)
+        make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
+        parse = _lenient(handler.request_deserializer) if handler.request_streaming else None
+        return make(_Method(self, path, handler).handle, request_deserializer=parse)
 
 
 class _Method:
@@ -145,6 +151,8 @@ class _Method:
         self._behaviour: Callable[[Any, Context], Any] = getattr(handler, kind)
         self._generates = inspect.isasyncgenfunction(self._behaviour)
         self._serialize: Callable[[Any], bytes] = handler.response_serializer
+        self._parse: Callable[[bytes], Any] = _lenient(handler.request_deserializer)
+        self._shape = shape_of(handler.request_deserializer.__self__.DESCRIPTOR)
         self._takes_stream, self._gives_stream = bool(handler.request_streaming), bool(handler.response_streaming)
         self._standard = path.startswith("/grpc.")
         self._endless = self._standard and self._gives_stream
@@ -160,13 +168,11 @@ class _Method:
         with span.entered(), _Observation(self, context, span) if self._observed else contextlib.nullcontext():
             try:
                 self._admit(context)
-                given = _messages(request) if self._takes_stream else _message(request)
-                checked = _CheckedContext(context, self._serialize, self._guard.unwritten)
-                if self._generates:
-                    await self._write_answers(given, checked)
-                    return None
-                made = await self._behaviour(given, cast(Context, checked))
-                return None if self._gives_stream else self._counted(made, context)
+                with self._guard.intake.call(caller().tenant):
+                    return await self._answer(request, context)
+            except Unauthenticated as error:
+                await self._guard.intake.refused()
+                await _abort(context, error)
             except OstinatoError as error:
                 await _abort(context, error)
             except asyncio.CancelledError:
@@ -181,13 +187,27 @@ class _Method:
                 _log.exception("handler failed", extra={"method": self._path})
                 await _abort(context, Internal("internal error"))
 
+    async def _answer(self, requests: Any, context: Context) -> bytes | None:
+        if self._takes_stream:
+            given: Any = _messages(requests)
+        else:
+            given = _message(self._parse(await self._guard.intake.receive(context, caller().tenant, self._shape)))
+        checked = _CheckedContext(context, self._serialize, self._guard.unwritten)
+        if self._generates:
+            await self._write_answers(given, checked)
+            return None
+        made = await self._behaviour(given, cast(Context, checked))
+        return None if self._gives_stream else self._counted(made, context)
+
     def _admit(self, context: Context) -> None:
-        """Identifies the caller. Raises Unauthenticated or PermissionDenied."""
+        """Identifies the caller. Raises Unauthenticated, PermissionDenied or QueueFull."""
         if self._observed and not self._open:
-            CALLER.set(caller := self._guard.credentials.identify(context))
+            CALLER.set(identity := self._guard.credentials.identify(context))
             if self._standard:
-                caller.require_admin(self._path)
+                identity.require_admin(self._path)
         if self._endless:
+            if len(self._guard.endless) >= ENDLESS_MAX:
+                raise QueueFull(f"{ENDLESS_MAX} health watches and reflection streams are open", retry_after=RETRY_SECONDS)
             call = asyncio.current_task()
             assert call is not None, "a handler runs in a task"
             self._guard.endless.add(call)
@@ -321,12 +341,21 @@ def _span(path: str, context: Context) -> tracing.Span:
 
 async def _abort(context: Context, error: OstinatoError) -> Never:
     """Ends the call with this error. Trailers that the handler had set stay."""
+    _forget_frames(error)
     tracing.current().fail(error.reason, fault=error.code in FAULTS)
     status = rpc_status.to_status(fitting(to_status(error)))
     trailers = [*(context.trailing_metadata() or ()), *status.trailing_metadata]
     if error.retry_after is not None:
         trailers.append(("grpc-retry-pushback-ms", str(round(error.retry_after * 1000))))
     await context.abort(status.code, status.details, tuple(trailers))
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drops what its frames refer to, the request above all. gRPC's call keeps the error in a cycle until the garbage collector
+    comes, which counts objects and not their bytes."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
 
 
 def fitting(status: status_pb2.Status) -> status_pb2.Status:

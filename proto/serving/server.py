@@ -42,6 +42,7 @@ from serving import files
 from serving.auth import NONE, Context, Credentials
 from serving.handlers import Guard, Unwritten
 from serving.hop import PEER_SUFFIX
+from serving.intake import Bounds
 from serving.program import BAD_CONFIGURATION, StartupError
 from serving.settings import lookup
 
@@ -79,11 +80,13 @@ class Server:
         health_address: str = "",
         unwritten: Unwritten | None = None,
         write_seconds: float | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
         """Binds nothing yet. `open_to_all` and `plaintext_tokens` allow addresses beyond loopback although callers need no
         credentials, and although tokens can be read on the way. `health_address`: a port in plain text with health on it and
-        nothing else, open to all: probes have no certificate. `unwritten`, `write_seconds`: as for Guard. Raises StartupError
-        that names the flag, --listen or --health-listen, of an address that cannot be parsed, or is remote and not allowed."""
+        nothing else, open to all: probes have no certificate. `unwritten`, `write_seconds`, `bounds`: as for Guard. Raises
+        StartupError that names the flag, --listen or --health-listen, of an address that cannot be parsed, or is remote and not
+        allowed."""
         self._credentials = credentials
         refused = ""
         unproven = credentials.hop is not None and not credentials.hop.shared and credentials.tls is None
@@ -102,26 +105,29 @@ class Server:
                     raise StartupError(f"--listen: '{address}': {UNPROVEN}", exit_code=BAD_CONFIGURATION)
         self._health_address = parse_address("--health-listen", health_address) if health_address else None
         self._socket_mode = socket_mode
-        self._guard = Guard(registry, credentials, unwritten, write_seconds)
+        self._guard = Guard(registry, credentials, unwritten, write_seconds, bounds)
         self._services: list[str] = []
         self._health: Health | None = None
         exclusive = ("grpc.so_reuseport", 0)  # with it on, a second server would share a port without an error
         logging.getLogger(GRPC_LOGGER).addFilter(worth_a_line)
-        self._probe_guard = Guard(CollectorRegistry())  # health is not counted: this registry stays empty
-        self._probed = grpc.aio.server(handlers=[self._probe_guard], options=[exclusive])
+        self._probe_guard = Guard(CollectorRegistry(), bounds=bounds)  # health is not counted: this registry stays empty
+        bounded = bounds.options() if bounds is not None else []
+        pending = bounds.calls if bounds is not None else PENDING_CALLS_MAX
+        self._probed = grpc.aio.server(handlers=[self._probe_guard], options=[exclusive, *bounded])
         self._grpc = grpc.aio.server(
             handlers=[self._guard],
             options=[
                 exclusive,
                 ("grpc.max_receive_message_length", message_bytes_max),
                 # Beyond a thousand gRPC would end calls by itself, with a bare CANCELLED. We refuse them with a reason.
-                ("grpc.server.max_pending_requests", PENDING_CALLS_MAX),
-                ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS_MAX),
+                ("grpc.server.max_pending_requests", pending),
+                ("grpc.server.max_pending_requests_hard_limit", pending),
                 # A peer that has vanished is noticed within about two minutes, and its calls end. Peers may ping us more often
                 # than gRPC would let them.
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                *bounded,
             ],
         )
         self.addresses: list[str] = []

@@ -27,6 +27,7 @@ WHAT = {
     **dict.fromkeys(("starts", "tokens", "prefix"), "llama"),
     "fleet": "fleet",
     "route": "route",
+    "floods": "floods",
 }
 """The module that has it, as a function of the same name. A module is imported when it is needed: few need PostgreSQL."""
 LLAMA = ("tokens", "prefix")

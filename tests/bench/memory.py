@@ -66,6 +66,8 @@ async def memory(options: Options) -> list[Table]:
 
 CROWDS = (10, 1_000, 10_000)
 SCRIPT = json.dumps({"rules": [{"do": "hang"}]})
+CROWD_FLAGS = ["--queue-items-max", "20000", "--calls-max", "20000", "--connection-calls-max", "20000"]
+CROWD_FLAGS += ["--request-bytes-max", str(1 << 30)]
 DEADLINE_SECONDS, IDLE_SECONDS = 600.0, 10.0
 
 
@@ -78,7 +80,7 @@ async def crowd(_: Options) -> list[Table]:
     table = Table("Open requests", ["open", "MB", "processor ms in an idle second", "leaving, processor ms a request"], note)
     flags = ["--script", SCRIPT, "--self-test", "off"]
     for open_requests in CROWDS:
-        with Pair(service=flags, sidecar=["--queue-items-max", "20000"]) as pair:
+        with Pair(service=flags, sidecar=CROWD_FLAGS) as pair:
             await asyncio.to_thread(pair.start)
             async with Client(pair.target) as client:
                 table.rows.append([f"{open_requests:,}", *await _crowd(client, pair, pair.sidecar, open_requests)])

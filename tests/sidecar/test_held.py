@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -131,15 +132,22 @@ async def test_who_holds_too_much_is_refused() -> None:
     assert given.bytes == 0
 
 
-async def test_where_all_is_full_every_call_is_refused() -> None:
-    """Memory ends for all alike."""
-    given, _ = held(tenant=600, everything=1000)
+async def test_a_tenant_holds_no_more_than_it_leaves() -> None:
+    """Two tenants whose answers take two thirds begin nothing more, and a third tenant does, until nothing is left at all."""
+    given, _ = held(tenant=1000, everything=900)
     for tenant in "ab":
         CALLER.set(Identity(tenant, Role.TENANT))
-        given.writing(125)
+        given.check()
+        given.writing(150)
+        with pytest.raises(QueueFull, match="300 bytes of answers") if tenant == "b" else contextlib.nullcontext():
+            given.check()
     CALLER.set(Identity("c", Role.TENANT))
+    given.check()
 
-    with pytest.raises(QueueFull, match="500 bytes of answers"):
+    given.writing(150)
+
+    CALLER.set(Identity("d", Role.TENANT))
+    with pytest.raises(QueueFull, match="0 bytes of answers"):
         given.check()
 
 

@@ -1,0 +1,358 @@
+"""What a server lets in: connections, open calls, requests on their way, and the memory of requests that are there.
+
+The caller is known before a byte of the request is read. Then, in this order:
+
+1. The call takes a place among the open calls (--calls-max).
+2. It waits for room to receive a message of any size (--arriving-bytes-max): how long a message is, gRPC does not tell before
+   all of it is there. A request that is not whole in time (--arrival-seconds-max) ends the call.
+3. What has arrived is counted, still as bytes: its items, and its fields. A parsed message of two million empty items takes
+   four hundred times its bytes.
+4. The memory that it takes while it is worked on is charged (--request-bytes-max), until the call and all its items end.
+
+Each of the three bounds is shared: a tenant takes no more than it leaves for the others. So one tenant has at most half, the
+next half of the rest, and a tenant that has nothing finds something. Beyond that a call is refused (QUEUE_FULL) or, for room to
+arrive, waits behind those of its own tenant. Callers without credentials count as one tenant, also for health.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Never
+
+import grpc
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import DecodeError
+
+from ostinato.errors import DeadlineExceeded, MalformedMessage, QueueFull, invalid
+
+COPIES, PARSED_COPIES = 6, 2
+"""Of a request's bytes, at worst: as received, parsed, and both again for the program that works on it. What is parsed lies in
+an arena, which may be twice as large."""
+FIELD_BYTES = 128
+"""A field's memory beside its bytes, at worst: an empty message, as often as it is parsed."""
+FIELDS_PER_ITEM = 256
+"""Fields of a request, those of its fields included, for each item that it may have."""
+RETRY_SECONDS = 1.0
+REFUSAL_SECONDS, REFUSALS_MAX = 1.0, 1024
+"""How long a caller without credentials waits for the refusal, and how many wait at once: one who asks again and again, and
+waits for the answers, takes no time from others."""
+PLACE_BYTES_SECOND, PLACE_FIELDS_SECOND, AT_ONCE_SECONDS = 8 << 20, 1 << 16, 0.005
+"""What one place to arrive takes in a second: to receive and to count the largest requests one after another takes the time of
+all tenants. A place is free at once after a request that took less than the last."""
+STREAM_WINDOW_BYTES = 16 << 10
+"""Of a request, before room for it is there. gRPC reads this much of each stream by itself."""
+HANDSHAKE_SECONDS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of a server. What its programs call a setting is in the errors."""
+
+    connections: int = 1024
+    """To each address."""
+    connection_calls: int = 128
+    """Open on one connection; the client keeps further ones back."""
+    connection_idle_seconds: float = 300.0
+    connection_age_seconds: float = 3600.0
+    connection_grace_seconds: float = 3600.0
+    """After its age, for the calls that are open."""
+    calls: int = 4096
+    arriving_bytes: int = 48 << 20
+    arrival_seconds: float = 20.0
+    request_bytes: int = 96 << 20
+    message_bytes: int = 4 << 20
+    items: int = 256
+    shared: bool = True
+    """Whether there are tenants."""
+
+    def options(self) -> list[tuple[str, int]]:
+        """gRPC's. It has no bound of the bytes or the streams of all connections together."""
+        return [
+            ("grpc.max_allowed_incoming_connections", self.connections),
+            ("grpc.max_concurrent_streams", self.connection_calls),
+            ("grpc.max_connection_idle_ms", _millis(self.connection_idle_seconds)),
+            ("grpc.max_connection_age_ms", _millis(self.connection_age_seconds)),
+            ("grpc.max_connection_age_grace_ms", _millis(self.connection_grace_seconds)),
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
+            ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
+            ("grpc.http2.bdp_probe", 0),  # on a fast link it would raise the window of every stream
+        ]
+
+
+def _millis(seconds: float) -> int:
+    return min(round(seconds * 1000), (1 << 31) - 1)
+
+
+class Pool:
+    """An amount that tenants share."""
+
+    def __init__(self, flag: str, most: int, *, shared: bool) -> None:
+        self._flag, self._most, self._shared = flag, most, shared
+        self.taken = 0
+        self._by_tenant: defaultdict[str, int] = defaultdict(int)
+
+    def fits(self, tenant: str, count: int) -> bool:
+        left = self._most - self.taken
+        return count <= left and (not self._shared or self._by_tenant.get(tenant, 0) + count <= left)
+
+    def take(self, tenant: str, count: int) -> None:
+        """Raises QueueFull."""
+        if not self.fits(tenant, count):
+            self.refuse(count)
+        self.taken += count
+        self._by_tenant[tenant] += count
+
+    def refuse(self, count: int) -> Never:
+        """Raises QueueFull that names the setting, and whose calls it is that take all there is."""
+        whose = "all callers" if self.taken + count > self._most else "this tenant"
+        raise QueueFull(f"{self._flag}: no room is left for {whose}", retry_after=RETRY_SECONDS)
+
+    def give(self, tenant: str, count: int) -> None:
+        """What was taken, back."""
+        if not count:
+            return
+        self.taken -= count
+        self._by_tenant[tenant] -= count
+        if not self._by_tenant[tenant]:
+            del self._by_tenant[tenant]
+
+
+class Charge:
+    """The memory of one request. It is given back when nothing holds it any more: the call, and each of its items."""
+
+    __slots__ = ("_arrived", "_bytes", "_holders", "_pool", "_tenant")
+
+    def __init__(self, pool: Pool, tenant: str) -> None:
+        self._pool, self._tenant = pool, tenant
+        self._arrived = self._bytes = 0
+        self._holders = 1
+
+    def arrived(self, size: int, fields: int) -> None:
+        """A message of so many bytes and fields, all its copies to come included. Raises QueueFull."""
+        self._arrived = COPIES * size + FIELD_BYTES * fields
+        self._set(self._arrived)
+
+    def prepared(self, size: int) -> None:
+        """It was prepared: one copy is left, and what it was made into, of so many bytes as a message. Raises QueueFull."""
+        self._set(PARSED_COPIES * self._arrived // COPIES + COPIES * size)
+
+    def hold(self, count: int) -> None:
+        """So many items hold it, too."""
+        self._holders += count
+
+    def release(self, count: int = 1) -> None:
+        """So many holders less."""
+        self._holders -= count
+        if not self._holders:
+            self._set(0)
+
+    def _set(self, count: int) -> None:
+        if count > self._bytes:
+            self._pool.take(self._tenant, count - self._bytes)
+        else:
+            self._pool.give(self._tenant, self._bytes - count)
+        self._bytes = count
+
+
+CHARGE: ContextVar[Charge | None] = ContextVar("charge", default=None)
+"""Of the call that this task handles."""
+
+
+class Intake:
+    """Of one server. Without bounds everything is let in."""
+
+    def __init__(self, bounds: Bounds | None) -> None:
+        self.bounds = bounds
+        given = bounds or Bounds()
+        self.calls = Pool("--calls-max", given.calls, shared=given.shared)
+        self.requests = Pool("--request-bytes-max", given.request_bytes, shared=given.shared)
+        self._arriving = Pool("--arriving-bytes-max", given.arriving_bytes // given.message_bytes, shared=given.shared)
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        """By tenant, in the order of their turns."""
+        self._refusals = 0
+
+    @contextlib.contextmanager
+    def call(self, tenant: str) -> Iterator[None]:
+        """Around a call. Raises QueueFull."""
+        if self.bounds is None:
+            yield
+            return
+        self.calls.take(tenant, 1)
+        charge = Charge(self.requests, tenant)
+        CHARGE.set(charge)
+        try:
+            yield
+        finally:
+            charge.release()
+            self.calls.give(tenant, 1)
+
+    async def receive(self, context: grpc.aio.ServicerContext[Any, Any], tenant: str, shape: Shape) -> bytes:
+        """The call's one message, as bytes that were counted. Raises a Refused, InvalidRequest or DeadlineExceeded."""
+        if self.bounds is None:
+            return _whole(await context.read())
+        if tenant in self._waiting or not self._arriving.fits(tenant, 1):
+            await self._turn(tenant)
+        else:
+            self._arriving.take(tenant, 1)
+        seconds = 0.0
+        try:
+            async with asyncio.timeout(self.bounds.arrival_seconds):
+                data = _whole(await context.read())
+            items = self.bounds.items
+            seconds = len(data) / PLACE_BYTES_SECOND
+            fields = counted(data, shape, items, FIELDS_PER_ITEM * items)
+            seconds += fields / PLACE_FIELDS_SECOND
+        except TimeoutError:
+            raise DeadlineExceeded(f"the request was not whole within {self.bounds.arrival_seconds:g} s") from None
+        finally:
+            self._leave(tenant, seconds)
+        charge = CHARGE.get()
+        assert charge is not None, "receive is called within a call"
+        charge.arrived(len(data), fields)
+        return data
+
+    def _leave(self, tenant: str, seconds: float) -> None:
+        """Makes room, at once or for a large request after this time."""
+        if seconds > AT_ONCE_SECONDS:
+            asyncio.get_running_loop().call_later(seconds, self._leave, tenant, 0.0)
+            return
+        self._arriving.give(tenant, 1)
+        if self._waiting:
+            self._next()
+
+    async def _turn(self, tenant: str) -> None:
+        """Waits for room, which is then taken. Raises QueueFull."""
+        assert self.bounds is not None
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(tenant, deque()).append(mine)
+        try:
+            async with asyncio.timeout(self.bounds.arrival_seconds):
+                await mine
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if not mine.cancelled():
+                self._arriving.give(tenant, 1)
+            self._next()
+            if isinstance(error, TimeoutError):
+                self._arriving.refuse(1)
+            raise
+
+    def _next(self) -> None:
+        """Gives room to those that wait: one of each tenant in turn, as long as there is some."""
+        for tenant in list(self._waiting):
+            line = self._waiting.pop(tenant)
+            while line and line[0].cancelled():
+                del line[0]
+            if line and self._arriving.fits(tenant, 1):
+                self._arriving.take(tenant, 1)
+                line.popleft().set_result(None)
+            if line:
+                self._waiting[tenant] = line  # behind the others
+
+    async def refused(self) -> None:
+        """Keeps a caller without credentials waiting."""
+        if self.bounds is not None and self._refusals < REFUSALS_MAX:
+            self._refusals += 1
+            try:
+                await asyncio.sleep(REFUSAL_SECONDS)
+            finally:
+                self._refusals -= 1
+
+
+def _whole(message: Any) -> bytes:
+    if not isinstance(message, bytes):
+        raise MalformedMessage("the call has no message")
+    return message
+
+
+# ---- counting what is not parsed yet
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+"""Kinds of fields on the wire. The other two, groups, are in no message of proto3."""
+VARINT_BYTES_MAX = 10
+
+
+class Shape:
+    """What has to be known of a message to count its fields: which of them are messages."""
+
+    def __init__(self, inner: dict[int, Shape], lists: dict[int, str]) -> None:
+        self.inner, self.lists = inner, lists
+        """By tag: messages, and the names of lists of messages."""
+
+
+def shape_of(descriptor: Descriptor, known: dict[str, Shape] | None = None) -> Shape:
+    """Of a message type. It may contain itself."""
+    known = {} if known is None else known
+    if descriptor.full_name not in known:
+        shape = known[descriptor.full_name] = Shape({}, {})
+        for field in descriptor.fields:
+            if field.message_type is not None and field.type == FieldDescriptor.TYPE_MESSAGE:
+                tag = field.number << 3 | BYTES
+                shape.inner[tag] = shape_of(field.message_type, known)
+                if field.is_repeated:
+                    shape.lists[tag] = field.name
+    return known[descriptor.full_name]
+
+
+def counted(data: bytes, shape: Shape, items_max: int, fields_max: int) -> int:
+    """The fields of a message and of the messages in it. Raises MalformedMessage, and InvalidRequest for more than `items_max`
+    messages in one list of the outermost message, or more than `fields_max` fields."""
+    count, position, end = 0, 0, len(data)
+    outer: list[tuple[int, Shape]] = []
+    lists = dict.fromkeys(shape.lists, 0)
+    try:
+        while True:
+            while position >= end:
+                if position > end:
+                    raise DecodeError
+                if not outer:
+                    return count
+                end, shape = outer.pop()
+            count += 1
+            if count > fields_max:
+                raise invalid("request", f"has more than {fields_max} fields, those of its items included")
+            tag, position = data[position], position + 1
+            if tag & 0x80:
+                tag, position = _varint(data, position - 1)
+            kind = tag & 7
+            if kind == BYTES:
+                size, position = data[position], position + 1
+                if size & 0x80:
+                    size, position = _varint(data, position - 1)
+                inner = shape.inner.get(tag)
+                if inner is None:
+                    position += size
+                    continue
+                if not outer and tag in lists:
+                    lists[tag] += 1
+                    if lists[tag] > items_max:
+                        raise invalid(shape.lists[tag], f"has more than {items_max} items, at most {items_max} are allowed")
+                outer.append((end, shape))
+                if position + size > end:
+                    raise DecodeError
+                end, shape = position + size, inner
+            elif kind == VARINT:
+                while data[position] & 0x80:
+                    position += 1
+                position += 1
+            elif kind in (FIXED32, FIXED64):
+                position += 4 if kind == FIXED32 else 8
+            else:
+                raise DecodeError
+    except (IndexError, DecodeError):
+        raise MalformedMessage("these bytes are no such message") from None
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """It, and where it ends. Raises IndexError and DecodeError."""
+    value = 0
+    for place in range(VARINT_BYTES_MAX):
+        byte = data[position + place]
+        value |= (byte & 0x7F) << 7 * place
+        if not byte & 0x80:
+            return value, position + place + 1
+    raise DecodeError

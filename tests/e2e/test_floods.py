@@ -1,0 +1,141 @@
+"""Hostile callers, with and without a token: the sidecar's memory stays bounded, and another tenant is served."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+from ostinato import errors
+from ostinato.client import Client
+from ostinato.v1 import generation_pb2, types_pb2
+
+from tests.bench.floods import STRANGER, TENANT, begin, tokens_file
+from tests.bench.memory import Memory
+from tests.e2e.kit import GENERATE, Refusal, refusal, scripted
+from tests.floods import chatty, long_text
+from tests.http2 import connected, framed
+from tests.pair import Pair
+from tests.waiting import eventually
+
+MEGABYTES_MAX = 400
+SECONDS = 2.5
+"""Without the bounds the slowest of these floods takes 400 MB in less."""
+
+
+class Attacked:
+    """A pair, and the tokens of its tenants: acme is hostile, zeta is not."""
+
+    def __init__(self, pair: Pair, tokens: dict[str, str]) -> None:
+        self.pair, self.tokens = pair, tokens
+        self.metadata = [("authorization", f"Bearer {tokens['acme']}")]
+
+
+@pytest.fixture(scope="module", name="attacked")
+def _attacked() -> Iterator[Attacked]:
+    with Pair(service=scripted(), sidecar=["--arrival-seconds-max", "3"]) as pair:
+        tokens = tokens_file(pair)
+        yield Attacked(pair.start(), tokens)
+
+
+@pytest.mark.parametrize(
+    ("flood", "who"),
+    [
+        ("large", STRANGER),
+        ("resets", STRANGER),
+        ("large", TENANT),
+        ("empty_items", TENANT),
+        ("empty_messages", TENANT),
+    ],
+)
+async def test_a_flood_leaves_memory_and_others_alone(attacked: Attacked, flood: str, who: str) -> None:
+    """At most 400 MB are resident at any moment, and each request of another tenant is answered."""
+    peak, processes = 0.0, begin(flood, who, attacked.pair.target, attacked.tokens["acme"], SECONDS)
+    async with Client(attacked.pair.target, token=attacked.tokens["zeta"]) as other:
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
+            peak = max(peak, Memory.of(attacked.pair.sidecar.pid).now)
+            assert (await other.generate("hello", max_new_tokens=2, timeout=20)).results[0].HasField("output")
+    for process in processes:
+        process.kill()
+        process.wait()
+
+    assert peak < MEGABYTES_MAX
+
+
+async def test_the_token_is_judged_before_the_request_is_there(attacked: Attacked) -> None:
+    """A call whose request never comes is refused for its credentials; with a token it waits for the request."""
+    async with connected(attacked.pair.target, window=65535) as peer:
+        missing = peer.begin(GENERATE)
+        await peer.send(missing, framed(b"", 1000))
+        await asyncio.wait_for(peer.ended[missing].wait(), 10)
+        waiting = peer.begin(GENERATE, attacked.metadata)
+        await asyncio.sleep(0.5)
+
+        assert b"who calls?" in peer.headers[missing]
+        assert not peer.ended[waiting].is_set()
+        await asyncio.wait_for(peer.ended[waiting].wait(), 10)
+        assert b"not whole within" in peer.headers[waiting]
+
+
+async def test_the_memory_of_requests_is_a_tenants_own(attacked: Attacked) -> None:
+    """Beyond its share of --request-bytes-max a tenant is refused with QUEUE_FULL and a time to retry after."""
+    seen: list[Refusal] = []
+    async with grpc.aio.insecure_channel(attacked.pair.target) as channel:
+        call: Any = channel.unary_unary(GENERATE)
+        for _ in range(3):
+            calls = (refusal(call(long_text(), metadata=tuple(attacked.metadata))) for _ in range(8))
+            seen += await asyncio.gather(*calls)
+
+    full = [each for each in seen if each.reason == errors.QueueFull.reason]
+    assert full
+    assert all(each.retry_after and "--request-bytes-max" in each.message for each in full), full
+
+
+async def test_charges_end_with_their_items(attacked: Attacked) -> None:
+    """After requests that were answered, refused and cancelled nothing is charged any more."""
+    async with Client(attacked.pair.target, token=attacked.tokens["acme"]) as client:
+        await client.generate(["a"] * 8, max_new_tokens=2, key="twice")
+        await client.generate(["a"] * 8, max_new_tokens=2, key="twice")
+        with pytest.raises(errors.InvalidRequest):
+            await client.generate("a", max_new_tokens=0)
+        left = asyncio.create_task(client.generate(["b"] * 8, max_new_tokens=1000, ignore_eos=True))
+        await asyncio.sleep(0.1)
+        left.cancel()
+
+    await eventually(lambda: attacked.pair.metrics()["ostinato_request_bytes"] == 0, "nothing is charged")
+    assert attacked.pair.metrics()["ostinato_open_calls"] == 0
+
+
+async def test_a_connection_ends_at_its_age() -> None:
+    """A reader that takes nothing loses its connection, and what gRPC holds for it, after age and grace."""
+    flags = ["--connection-age-seconds", "1", "--connection-grace-seconds", "1"]
+    with Pair(service=scripted(), sidecar=flags) as pair:
+        pair.start()
+        async with connected(pair.target, window=0) as peer:
+            peer.call(GENERATE, chatty())
+            await eventually(lambda: pair.metrics()["ostinato_held_bytes"] > 100_000, "an answer waits")
+            await eventually(lambda: peer.over, "the connection is closed")
+        await eventually(lambda: pair.metrics()["ostinato_held_bytes"] == 0, "nothing is held")
+
+
+async def test_connections_are_bounded() -> None:
+    """Beyond --connections-max a connection is closed at once; those that are there are served."""
+    with Pair(service=scripted(), sidecar=["--connections-max", "2"]) as pair:
+        pair.start()
+        request = generation_pb2.GenerateRequest(
+            items=[types_pb2.Item(text="hello")], parameters=types_pb2.Parameters(max_new_tokens=2)
+        ).SerializeToString()
+        async with connected(pair.target, window=65535) as first, connected(pair.target) as second:
+            await asyncio.sleep(0.2)
+            async with connected(pair.target) as third:
+                await eventually(lambda: third.over, "it is closed")
+            stream = first.call(GENERATE, request)
+            await asyncio.wait_for(first.ended[stream].wait(), 10)
+
+            assert first.data[stream]
+            assert not second.over

@@ -1,0 +1,199 @@
+"""Hostile callers: what each of them does to a sidecar. `python -m tests.floods NAME TARGET SECONDS [TOKEN]` runs one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import grpc
+
+from ostinato.v1 import generation_pb2, types_pb2
+
+from tests.http2 import Peer, connected, framed
+
+GENERATE, STREAM = "/ostinato.v1.Generation/Generate", "/ostinato.v1.Generation/GenerateStream"
+WATCH, REFLECT = "/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+MIB = 1 << 20
+MESSAGE_BYTES = 4 * MIB - 64
+Metadata = Sequence[tuple[str, str]]
+Request = generation_pb2.GenerateRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Flood:
+    """One attack on `target`, for so many seconds."""
+
+    target: str
+    seconds: float
+    metadata: Metadata
+
+    async def lasting(self, attack: Callable[[], Awaitable[object]], callers: int, pause: float = 0.0) -> None:
+        """The attack again and again, by so many callers at once. Refusals and lost connections are expected."""
+        end = time.monotonic() + self.seconds
+
+        async def one() -> None:
+            while time.monotonic() < end:
+                with contextlib.suppress(grpc.aio.AioRpcError, OSError, TimeoutError):
+                    async with asyncio.timeout(max(0.0, end - time.monotonic())):
+                        await attack()
+                await asyncio.sleep(pause)
+
+        await asyncio.gather(*(one() for _ in range(callers)))
+
+    async def calls(self, method: str, message: bytes, at_once: int) -> None:
+        """Whole messages, by gRPC's own client."""
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
+        async with grpc.aio.insecure_channel(self.target, options) as channel:
+            call = channel.unary_unary(method, request_serializer=_as_is, response_deserializer=_as_is)
+            await self.lasting(lambda: call(message, metadata=tuple(self.metadata)), at_once)
+
+    @contextlib.asynccontextmanager
+    async def peers(self, count: int) -> AsyncIterator[list[Peer]]:
+        """Connections that read nothing of a stream."""
+        async with AsyncExitStack() as stack:
+            peers = list[Peer]()
+            for _ in range(count):
+                with contextlib.suppress(OSError):
+                    peers.append(await stack.enter_async_context(connected(self.target)))
+            yield peers
+
+    async def rest(self, begun: float) -> None:
+        await asyncio.sleep(max(0.0, begun + self.seconds - time.monotonic()))
+
+
+def long_text() -> bytes:
+    return Request(items=[types_pb2.Item(text="lorem ipsum " * (MESSAGE_BYTES // 12 - 2))]).SerializeToString()
+
+
+def nested(count: int) -> bytes:
+    """A chat of empty messages: the most objects that one item can hold."""
+    chat = types_pb2.Chat(messages=[types_pb2.Message()] * count)
+    return Request(items=[types_pb2.Item(chat=chat)]).SerializeToString()
+
+
+async def large(flood: Flood) -> None:
+    """60 callers with requests of 4 MB."""
+    await flood.calls(GENERATE, long_text(), 60)
+
+
+async def empty_items(flood: Flood) -> None:
+    """10 callers with requests of 2.09 million empty items."""
+    await flood.calls(GENERATE, b"\x0a\x00" * 2_090_000, 10)
+
+
+async def empty_messages(flood: Flood) -> None:
+    """10 callers with chats of 2 million empty messages."""
+    await flood.calls(GENERATE, nested(2_000_000), 10)
+
+
+async def resets(flood: Flood) -> None:
+    """4 connections that begin calls and reset them at once."""
+    message = Request(items=[types_pb2.Item(text="hello")]).SerializeToString()
+
+    async def connection() -> None:
+        async with connected(flood.target) as peer:
+            while not peer.over:
+                for _ in range(50):
+                    peer.reset(peer.call(GENERATE, message, flood.metadata))
+                await peer.drain()
+                await asyncio.sleep(0)
+
+    await flood.lasting(connection, 4)
+
+
+async def small(flood: Flood) -> None:
+    """100 callers with small requests, on 4 connections."""
+    message = Request(items=[types_pb2.Item()]).SerializeToString()
+    await asyncio.gather(*(flood.calls(GENERATE, message, 25) for _ in range(4)))
+
+
+async def idle(flood: Flood) -> None:
+    """2,000 connections that do nothing."""
+    begun = time.monotonic()
+    async with flood.peers(2_000):
+        await flood.rest(begun)
+
+
+async def half_sent(flood: Flood) -> None:
+    """20 connections with 100 requests each, which never end: all but the last bytes of 4 MB are sent, as windows allow."""
+    begun = time.monotonic()
+    part = framed(long_text()[: -MIB // 16], MESSAGE_BYTES)
+    async with flood.peers(20) as peers, asyncio.TaskGroup() as group:
+        sending = [
+            group.create_task(peer.send(peer.begin(GENERATE, flood.metadata), part)) for _ in range(100) for peer in peers
+        ]
+        await flood.rest(begun)
+        for each in sending:
+            each.cancel()
+
+
+async def _unread(flood: Flood, method: str, message: bytes) -> None:
+    begun = time.monotonic()
+    async with flood.peers(10) as peers:
+        for _ in range(50):
+            for peer in peers:
+                peer.call(method, message, flood.metadata)
+        await flood.rest(begun)
+
+
+def chatty() -> bytes:
+    """About 400 kB of answer for each item."""
+    parameters = types_pb2.Parameters(max_new_tokens=1200, ignore_eos=True, logprobs=20)
+    return Request(items=[types_pb2.Item(text="hello")] * 4, parameters=parameters).SerializeToString()
+
+
+async def unread_streams(flood: Flood) -> None:
+    """10 connections with 50 streams each, whose tokens are not read."""
+    await _unread(flood, STREAM, chatty())
+
+
+async def unread_answers(flood: Flood) -> None:
+    """10 connections with 50 requests each, whose answers are not read."""
+    await _unread(flood, GENERATE, chatty())
+
+
+async def watchers(flood: Flood) -> None:
+    """100 connections with 100 health watches each."""
+    begun = time.monotonic()
+    async with flood.peers(100) as peers:
+        for peer in peers:
+            for _ in range(100):
+                peer.call(WATCH, b"", flood.metadata)
+            await peer.drain()
+        await flood.rest(begun)
+
+
+FLOODS = {
+    each.__name__: each
+    for each in (
+        large,
+        empty_items,
+        empty_messages,
+        resets,
+        small,
+        idle,
+        half_sent,
+        unread_streams,
+        unread_answers,
+        watchers,
+    )
+}
+
+
+async def main() -> None:
+    name, target, seconds, *token = sys.argv[1:]
+    metadata = [("authorization", f"Bearer {token[0]}")] if token else []
+    await FLOODS[name](Flood(target, float(seconds), metadata))
+
+
+def _as_is(data: bytes) -> bytes:
+    return data
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
