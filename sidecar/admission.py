@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 
 from ostinato import errors
+from ostinato.chain import NONCE_BYTES
 from ostinato.digest import request_digest
 from ostinato.errors import Violation
 from ostinato.requests import RESPONSE_BYTES_METADATA
@@ -76,9 +77,14 @@ def check_size(prepared: engine_pb2.PrepareResponse, most: int, *, verify: bool 
         raise errors.invalid("items", f"{what} or raise metadata {RESPONSE_BYTES_METADATA}")
 
 
-def draft(request: generation_pb2.GenerateRequest, prepared: engine_pb2.PrepareResponse, tenant: str = "") -> Admission:
+def draft(
+    request: generation_pb2.GenerateRequest,
+    prepared: engine_pb2.PrepareResponse,
+    tenant: str,
+    random_bytes: Callable[[int], bytes],
+) -> Admission:
     """What is appended to the journal. Seeds that were not given are derived there, from the sequence."""
-    digest = request_digest(request)
+    digest, nonces = request_digest(request), random_bytes(NONCE_BYTES * len(prepared.items))
     items = tuple(
         sequencer_pb2.AdmittedPayload(
             token_ids=item.token_ids,
@@ -92,8 +98,9 @@ def draft(request: generation_pb2.GenerateRequest, prepared: engine_pb2.PrepareR
             required_grade=request.required_grade,
             model_digest=prepared.model_digest,
             verify=request.verify,
+            nonce=nonces[NONCE_BYTES * place : NONCE_BYTES * (place + 1)],
         )
-        for item in prepared.items
+        for place, item in enumerate(prepared.items)
     )
     return Admission(items, digest, request.idempotency_key, tenant)
 

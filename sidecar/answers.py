@@ -296,8 +296,9 @@ def outcome_kind(error: errors.OstinatoError | None) -> types_pb2.EntryKind.Valu
     return types_pb2.ENTRY_KIND_ABANDONED if isinstance(error, errors.Abandoned) else types_pb2.ENTRY_KIND_FAILED
 
 
-def ended_payload(error: errors.OstinatoError, timing: types_pb2.Timing) -> sequencer_pb2.EndedPayload:
-    return sequencer_pb2.EndedPayload(code=error.code.value[0], reason=error.reason, message=error.message, timing=timing)
+def ended_payload(error: errors.OstinatoError, timing: types_pb2.Timing, nonce: bytes) -> sequencer_pb2.EndedPayload:
+    code, reason = error.code.value[0], error.reason
+    return sequencer_pb2.EndedPayload(code=code, reason=reason, message=error.message, timing=timing, nonce=nonce)
 
 
 def result_of(
@@ -315,7 +316,7 @@ def result_of(
     result.timing.CopyFrom(payload.timing)
     if isinstance(payload, sequencer_pb2.CompletedPayload):
         result.output.CopyFrom(payload.output)
-        result.receipt.CopyFrom(receipt(header, outcome.previous_hash, outcome.entry_hash))
+        result.receipt.CopyFrom(receipt(header, outcome.previous_hash, outcome.entry_hash, payload.nonce))
         if outcome.signed is not None:
             outcome.signed.put_into(result.receipt)
     else:
@@ -449,9 +450,8 @@ class RemoteWaiters:
         """
         cancelled = 0
         while page := await self._journal.unfinished(first, last, PAGE_ENTRIES):
-            payload = ended_payload(Cancelled("cancelled on request"), types_pb2.Timing())
             appended = [
-                await self._journal.append(Outcome(entry.header, types_pb2.ENTRY_KIND_CANCELLED, 1, payload))
+                await self._journal.append(Outcome(entry.header, types_pb2.ENTRY_KIND_CANCELLED, 1, _cancelled(entry)))
                 for entry in page
                 if entry.header.sequence not in here
             ]
@@ -510,6 +510,11 @@ class RemoteWaiters:
             return
         for waiter in self._waiters.pop(sequence):
             waiter.result(answer)
+
+
+def _cancelled(admitted: Sealed) -> sequencer_pb2.EndedPayload:
+    nonce = sequencer_pb2.AdmittedPayload.FromString(admitted.payload).nonce
+    return ended_payload(Cancelled("cancelled on request"), types_pb2.Timing(), nonce)
 
 
 async def ended(journal: Journal, sequence: int) -> ItemEntries:

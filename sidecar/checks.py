@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ostinato import errors, requests
+from ostinato.chain import FORM, NONCE_BYTES, sealed_input
 from ostinato.digest import input_digest, is_sampled, model_digest
 from ostinato.replay import bounded_gather
 from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
@@ -309,7 +310,11 @@ class CanaryRunner:
             return None
         (item,) = response.items
         given = self._prepared[canary.name] = sequencer_pb2.AdmittedPayload(
-            token_ids=item.token_ids, parameters=item.parameters, seed=item.seed, model_digest=response.model_digest
+            token_ids=item.token_ids,
+            parameters=item.parameters,
+            seed=item.seed,
+            model_digest=response.model_digest,
+            nonce=self._pipeline.random_bytes(NONCE_BYTES),
         )
         return given
 
@@ -331,7 +336,7 @@ class CanaryRunner:
                 if known is None:
                     await self._learn(canary, given, digest)
             if known is not None:
-                await self._compare(canary, given, digest, fingerprint, types_pb2.Output.FromString(known))
+                await self._compare(canary, given, fingerprint, types_pb2.Output.FromString(known))
         except errors.EngineUnavailable:
             self._losses[canary.name] += 1
         except errors.OstinatoError:
@@ -357,11 +362,16 @@ class CanaryRunner:
         self,
         canary: Canary,
         given: sequencer_pb2.AdmittedPayload,
-        digest: bytes,
         fingerprint: bytes,
         output: types_pb2.Output,
     ) -> None:
-        header = types_pb2.EntryHeader(seed=given.seed, input_digest=digest, fingerprint_digest=fingerprint, grade=output.grade)
+        header = types_pb2.EntryHeader(
+            form=FORM,
+            seed=given.seed,
+            input_digest=sealed_input(FORM, given),
+            fingerprint_digest=fingerprint,
+            grade=output.grade,
+        )
         record = Record(header, header, given, output, canary=canary.name)
         recheck = await self._pipeline.rerunner.check(record, CANARY)
         if recheck.comparison.verdict == types_pb2.VERDICT_DIVERGED:

@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from ostinato.digest import output_digest, unseeded_input_digest
+from ostinato.digest import output_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 from ostinato.v1.sequencer_pb2 import COLLISION_FOUND, COLLISION_NONE, COLLISION_UNSPECIFIED
 
@@ -64,7 +64,8 @@ class Choice:
 
 
 class Collisions:
-    """The outputs of the `inputs_max` newest distinct inputs, at most `outputs_max` of each.
+    """The outputs of the `inputs_max` newest distinct inputs, at most `outputs_max` of each. An input is one of a group of
+    tenants: no other group's outputs are compared with it.
 
     An item counts only if its seed was derived, if it is sampled freely (temperature above 0, top_k not 1, no response format),
     and if its answer has at least TOKENS_MIN tokens and CHOICE_BITS_MIN bits of choice. Two seeds that the engine maps to the
@@ -72,18 +73,20 @@ class Collisions:
     """
 
     def __init__(self, inputs_max: int = 4096, outputs_max: int = 64) -> None:
-        self._inputs: OrderedDict[bytes, dict[bytes, int]] = OrderedDict()
+        self._inputs: OrderedDict[tuple[str, bytes], dict[bytes, int]] = OrderedDict()
         self._inputs_max = inputs_max
         self._outputs_max = outputs_max
 
-    def check(self, given: sequencer_pb2.AdmittedPayload, output: types_pb2.Output) -> sequencer_pb2.Collision.ValueType:
+    def check(
+        self, group: str, unseeded_input: bytes, given: sequencer_pb2.AdmittedPayload, output: types_pb2.Output
+    ) -> sequencer_pb2.Collision.ValueType:
         """Whether an equal input with another seed had this output. UNSPECIFIED if there is nothing to compare with, or if an
-        equal output would show nothing."""
+        equal output would show nothing. `unseeded_input`: the digest."""
         if not given.seed_derived or not _is_free(given.parameters) or len(output.token_ids) < TOKENS_MIN:
             return COLLISION_UNSPECIFIED
         if choice_of(given.parameters, output).bits < CHOICE_BITS_MIN:
             return COLLISION_UNSPECIFIED
-        name, digest = unseeded_input_digest(given.token_ids, given.parameters), output_digest(output)
+        name, digest = (group, unseeded_input), output_digest(output)
         seeds = self._inputs.setdefault(name, {})
         self._inputs.move_to_end(name)
         known = bool(seeds)

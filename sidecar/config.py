@@ -43,6 +43,7 @@ class Settings:
     tokens: Path | None = field(None, "file of callers: lines of tenant, role and a token's SHA-256")
     allow_plaintext_tokens: bool = field(False, "allow tokens over plain TCP beyond loopback, where they can be read")
     trust_tenant_metadata: bool = field(False, "trust ostinato-tenant in metadata, set by a gateway in front")
+    joined_tenants: tuple[str, ...] = field((), "tenants of one owner, as a+b, whose equal prompts are compared")
     # OpenAI gateways, on the same addresses; needs the extra gateway
     vllm_face: bool = field(False, "serve vllm.grpc.engine.VllmEngine beside Generation")
     vllm_timeout_seconds: float = field(600.0, "deadline of its calls that have no earlier one", minimum=0.001)
@@ -134,6 +135,9 @@ class Settings:
             raise ValueError("--tls-client-ca needs --tls-certificate and --tls-key")
         if self.trust_tenant_metadata and self.tls_client_ca is not None:
             raise ValueError("--trust-tenant-metadata: tenants come from --tls-client-ca already")
+        joined = [name for group in self.joined_tenants for name in group.split("+")]
+        if any("+" not in group for group in self.joined_tenants) or len(set(joined)) < len(joined) or "" in joined:
+            raise ValueError("--joined-tenants: groups of two tenants or more, as a+b,c+d, and no tenant twice")
         if not self.listen:
             raise ValueError("--listen: needs at least one address")
         if self.witness and self.signing_key is None:
@@ -182,6 +186,11 @@ class Settings:
     def tenants(self) -> bool:
         """Whether there are tenants other than ""."""
         return self.trust_tenant_metadata or self.tokens is not None or self.tls_client_ca is not None
+
+    def group_of(self, tenant: str) -> str:
+        """The tenants with whose items this one's are compared have the same group."""
+        groups = [group.split("+") for group in self.joined_tenants]
+        return next((names[0] for names in groups if tenant in names), tenant)
 
     @property
     def tenant_prepares_max(self) -> int:

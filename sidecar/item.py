@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ostinato.compare import compare_prefix
+from ostinato.digest import unseeded_input_digest
 from ostinato.errors import Draining, OstinatoError
 from ostinato.resume import Progress
 from ostinato.tracing import OFF, Span
@@ -16,6 +17,7 @@ from serving.intake import Charge
 from sidecar.answers import Waiter, ended_payload, outcome_kind
 from sidecar.collisions import Collisions, sampling_label
 from sidecar.core.events import Need
+from sidecar.journal.ledger import twins_of
 from sidecar.journal.model import Outcome
 
 GRADES = frozenset(types_pb2.Grade.values())
@@ -147,22 +149,25 @@ class ActiveItem:
 
     # ---- its end
 
-    def outcome(self, error: OstinatoError | None, attempt: int, now: float, collisions: Collisions) -> Outcome:
-        """What is to be recorded: the output, or the error."""
-        payload: sequencer_pb2.CompletedPayload | sequencer_pb2.EndedPayload
-        if error is None:
-            assert self.output is not None
-            self.collision = collisions.check(self.input, self.output)
-            payload = sequencer_pb2.CompletedPayload(
-                output=self.output,
-                timing=self._timing(now),
-                collision=self.collision,
-                company=self.company,
-                sampling=sampling_label(self.input.parameters),
-            )
-        else:
-            payload = ended_payload(error, self._timing(now))
-        return Outcome(self.admitted, outcome_kind(error), attempt, payload, self.fingerprint_digest)
+    def outcome(self, error: OstinatoError | None, attempt: int, now: float, collisions: Collisions, group: str) -> Outcome:
+        """What is to be recorded: the output, or the error. `group`: of tenants that the output may be compared with."""
+        given, kind = self.input, outcome_kind(error)
+        if error is not None:
+            ended = ended_payload(error, self._timing(now), given.nonce)
+            return Outcome(self.admitted, kind, attempt, ended, self.fingerprint_digest)
+        assert self.output is not None
+        unseeded = unseeded_input_digest(given.token_ids, given.parameters)
+        self.collision = collisions.check(group, unseeded, given, self.output)
+        payload = sequencer_pb2.CompletedPayload(
+            output=self.output,
+            timing=self._timing(now),
+            collision=self.collision,
+            company=self.company,
+            sampling=sampling_label(given.parameters),
+            nonce=given.nonce,
+        )
+        twins = twins_of(group, unseeded, given.seed)
+        return Outcome(self.admitted, kind, attempt, payload, self.fingerprint_digest, twins)
 
     def _timing(self, now: float) -> types_pb2.Timing:
         def since_admission(moment: float | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from serving import files, program
 from serving.auth import Source
 
 from sidecar.config import Settings, is_shared
+from sidecar.journal.ledger import SECRET_BYTES
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalUnusable, Mark, Opened
 from sidecar.journal.sqlite import SqliteSettings, SqliteStore
@@ -77,6 +79,7 @@ def _open_file(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[
         writer=settings.writer,
         version=ostinato.__version__,
         new_log_id=uuid.uuid4().hex,
+        new_secret=os.urandom(SECRET_BYTES),
         now_millis=now_millis,
         mark=mark,
         settings=SqliteSettings(
@@ -97,6 +100,7 @@ def _open_shared(settings: Settings, now_millis: int, mark: Mark | None) -> tupl
         writer=settings.writer,
         version=ostinato.__version__,
         new_log_id=uuid.uuid4().hex,
+        new_secret=os.urandom(SECRET_BYTES),
         now_millis=now_millis,
         mark=mark,
         settings=PostgresSettings(

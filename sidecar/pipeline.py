@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 class Pipeline:
-    """One per process. `clock` is monotonic, in seconds."""
+    """One per process. `clock` is monotonic, in seconds. `random_bytes` gives as many as it is told to, for nonces."""
 
     async def generate(self, request: generation_pb2.GenerateRequest, context: Context, waiter: Waiter) -> bytes | None:
         """The life of a request: prepare, admit, number, submit, record, answer.
@@ -80,8 +80,9 @@ class Pipeline:
         observer: Observer,
         held: Held,
         clock: Callable[[], float],
+        random_bytes: Callable[[int], bytes],
     ) -> None:
-        self._settings = settings
+        self._settings, self.random_bytes = settings, random_bytes
         self.core = Sequencer(settings.bounds)
         self.queue = AdmissionQueue(self.core)
         self.preparing = PrepareQueue(settings.prepares_max, settings.tenant_prepares_max, settings.tenant_prepare_queue_max)
@@ -203,7 +204,7 @@ class Pipeline:
     ) -> PendingAdmission:
         self._last_batch_id += 1
         left, waiter.batch_id = remaining(context), self._last_batch_id
-        admission = draft(request, prepared, caller().tenant)
+        admission = draft(request, prepared, caller().tenant, self.random_bytes)
         batch = PendingAdmission(waiter.batch_id, admission, waiter, self.clock(), asyncio.get_running_loop().create_future())
         self._pending[batch.batch_id] = batch
         if batch.charge is not None:
@@ -380,7 +381,8 @@ class Pipeline:
         items, now, outcomes = [self.items[end.sequence] for end in ends], self.clock(), []
         for item, end in zip(items, ends, strict=True):
             self.observer.run_ended(item, end.error)
-            outcomes.append(item.outcome(end.error, end.attempt, now, self._collisions))
+            group = self._settings.group_of(item.input.tenant)
+            outcomes.append(item.outcome(end.error, end.attempt, now, self._collisions, group))
         spans = [item.span.child("journal") for item in items] if tracing.on() else []
         appended = await self.journal.append_outcomes(outcomes)
         for span in spans:
@@ -407,7 +409,8 @@ class Pipeline:
                 item.cancel_verification(errors.Abandoned("there is no answer to verify"))
         self._answer(item, result)
         if item.recovery is not None and item.output is not None:  # not part of the answer, which is durable
-            await self.rerunner.append(Audit(item.admitted, item.recovery, item.fingerprint_digest, item.output.grade))
+            nonce, digest = item.input.nonce, item.fingerprint_digest
+            await self.rerunner.append(Audit(item.admitted, item.recovery, nonce, digest, item.output.grade))
         self.dispatch(ev.Ended(item.sequence))
 
     def _recorded(self, item: ActiveItem, outcome: Outcome, sealed: Sealed) -> types_pb2.Result:
@@ -425,7 +428,8 @@ class Pipeline:
             entry = (await self.rerunner.check(record, VERIFY, second)).entry
         except errors.OstinatoError as error:
             verdict = answers.no_verdict(sequence, VERIFY, error)
-            entry = await self.rerunner.append(Audit(record.admitted, verdict, grade=record.completed.grade))
+            audit = Audit(record.admitted, verdict, record.input.nonce, grade=record.completed.grade)
+            entry = await self.rerunner.append(audit)
         return answers.verification_of(sequence, entry)
 
     def _answer(self, item: ActiveItem, result: types_pb2.Result) -> None:

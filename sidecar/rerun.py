@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ostinato import enums, errors, tracing
+from ostinato.chain import sealed_input
 from ostinato.compare import Side, compare
-from ostinato.digest import input_digest
 from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 
 from sidecar.collisions import sampling_label
@@ -174,11 +174,12 @@ class Rerunner:
         recorded_fields = self._fingerprints.fields(record.completed.fingerprint_digest)
         label = sampling_label(given.parameters)
         expected = Side.recorded(record.completed, record.output, recorded_fields, record.company, label)
-        digest = input_digest(given.token_ids, given.parameters, given.seed)
+        digest = sealed_input(record.completed.form, given)
         fields = self._fingerprints.fields(result.fingerprint_digest)
         actual = Side(result.output, digest, result.fingerprint_digest, fingerprint_fields=fields)
         comparison = compare(expected, actual, kind, sequence)
-        audit = Audit(record.admitted, comparison, result.fingerprint_digest, comparison.grade, canary=record.canary)
+        about = record.admitted, comparison, given.nonce, result.fingerprint_digest, comparison.grade
+        audit = Audit(*about, canary=record.canary)
         return Recheck(comparison, result.output, await self.append(audit))
 
     async def append(self, audit: Audit) -> Sealed | None:

@@ -1,7 +1,11 @@
 """The journal's hash chain, and receipts.
 
 Each entry's hash covers its header and the hash of the entry before, so a changed entry changes every later hash. A header has
-the digests of input, output and payload. A receipt is a COMPLETED entry's header with its two hashes.
+the digests of input, output and payload. A receipt is a COMPLETED entry's header with its two hashes, and its nonce.
+
+An entry has a form. In form 2 the digests of input, output, logprobs and text are sealed: hashed again with a random nonce that
+only the payload has, and the receipt. Without it a reader of the chain can test no guess. Form 0 has the bare digests, and
+none of the text; it is not written any more.
 
 Invariants of a journal:
  1. The previous hash of the first entry is 32 zero bytes; that of every other entry is the hash of the entry before.
@@ -11,6 +15,7 @@ Invariants of a journal:
  4. Every outcome names a sequence that was admitted before and had no outcome.
  5. A writer's epoch increases with each of its OPENED entries. Its other entries have its newest epoch.
  6. All entries have the same log id.
+ 7. An entry about an item has the form of the item's ADMITTED entry.
 
 `check_link` checks 1, 2, 6 and, between entries of one writer, 5. The others need more than two entries; the journal's
 verification checks them.
@@ -20,19 +25,57 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Mapping
 from functools import lru_cache
 
-from ostinato.digest import DIGEST_BYTES, input_digest, logprobs_digest, output_digest, tagged_digest, text, u64
+from ostinato.digest import (
+    DIGEST_BYTES,
+    input_digest,
+    logprobs_digest,
+    output_digest,
+    tagged_digest,
+    text,
+    text_digest,
+    u64,
+)
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 GENESIS = bytes(DIGEST_BYTES)
 """The previous hash of the first entry."""
+FORM = 2
+"""Of new entries."""
+FORMS = frozenset({0, FORM})
+NONCE_BYTES = 16
 
 SEQUENCE_MAX = 1 << 48
 """No log reaches it: at 100,000 items a second that takes 89 years."""
 
 _PLACE, _NUMBERS = struct.Struct(">Qq"), struct.Struct(">7Qq")
 """Adjacent header fields, each as u64 or i64."""
+
+Payload = (
+    sequencer_pb2.OpenedPayload
+    | sequencer_pb2.AdmittedPayload
+    | sequencer_pb2.CompletedPayload
+    | sequencer_pb2.EndedPayload
+    | sequencer_pb2.AuditedPayload
+    | sequencer_pb2.LostPayload
+    | sequencer_pb2.PrunedPayload
+    | sequencer_pb2.WitnessedPayload
+)
+PAYLOADS: Mapping[types_pb2.EntryKind.ValueType, type[Payload]] = {
+    types_pb2.ENTRY_KIND_OPENED: sequencer_pb2.OpenedPayload,
+    types_pb2.ENTRY_KIND_ADMITTED: sequencer_pb2.AdmittedPayload,
+    types_pb2.ENTRY_KIND_COMPLETED: sequencer_pb2.CompletedPayload,
+    types_pb2.ENTRY_KIND_FAILED: sequencer_pb2.EndedPayload,
+    types_pb2.ENTRY_KIND_CANCELLED: sequencer_pb2.EndedPayload,
+    types_pb2.ENTRY_KIND_ABANDONED: sequencer_pb2.EndedPayload,
+    types_pb2.ENTRY_KIND_AUDITED: sequencer_pb2.AuditedPayload,
+    types_pb2.ENTRY_KIND_LOST: sequencer_pb2.LostPayload,
+    types_pb2.ENTRY_KIND_PRUNED: sequencer_pb2.PrunedPayload,
+    types_pb2.ENTRY_KIND_WITNESSED: sequencer_pb2.WitnessedPayload,
+}
+"""The message in an entry's payload, by the entry's kind."""
 
 OUTCOMES = frozenset(
     {
@@ -45,13 +88,32 @@ OUTCOMES = frozenset(
 """The kinds of entries that end an item."""
 
 
+def sealed(form: int, nonce: bytes, name: str, digest: bytes) -> bytes:
+    """A digest as a header of this form has it. `name`: input, output, logprobs or text. An empty digest stays empty."""
+    return tagged_digest(f"sealed-{name}", nonce, digest) if form and digest else digest
+
+
+def sealed_input(form: int, given: sequencer_pb2.AdmittedPayload) -> bytes:
+    """The input digest as a header of this form has it."""
+    return sealed(form, given.nonce, "input", input_digest(given.token_ids, given.parameters, given.seed))
+
+
+def sealed_output(form: int, nonce: bytes, output: types_pb2.Output) -> dict[str, bytes]:
+    """The digests of an output as a header of this form has them, by field."""
+    return {
+        "output_digest": sealed(form, nonce, "output", output_digest(output)),
+        "logprobs_digest": sealed(form, nonce, "logprobs", logprobs_digest(output)),
+        "text_digest": sealed(form, nonce, "text", text_digest(output)) if form else b"",
+    }
+
+
 def entry_hash(previous_hash: bytes, header: types_pb2.EntryHeader) -> bytes:
     """Over the previous hash and every field of the header, in the order of the field numbers."""
     assert len(previous_hash) == DIGEST_BYTES
     inputs, output, logprobs = header.input_digest, header.output_digest, header.logprobs_digest
-    fingerprint, payload = header.fingerprint_digest, header.payload_digest
+    fingerprint, payload, form = header.fingerprint_digest, header.payload_digest, header.form
     return tagged_digest(
-        "entry",
+        "sealed-entry" if form else "entry",
         previous_hash,
         _PLACE.pack(header.index, header.kind),
         _names(header.log_id, header.writer),
@@ -75,6 +137,7 @@ def entry_hash(previous_hash: bytes, header: types_pb2.EntryHeader) -> bytes:
         fingerprint,
         u64(len(payload)),
         payload,
+        *((u64(form), u64(len(header.text_digest)), header.text_digest) if form else ()),
     )
 
 
@@ -89,15 +152,28 @@ def payload_digest(payload: bytes) -> bytes:
     return hashlib.sha256(payload).digest()
 
 
-def receipt(header: types_pb2.EntryHeader, previous_hash: bytes, hash_: bytes) -> types_pb2.Receipt:
-    """The receipt of a COMPLETED entry."""
+def receipt(header: types_pb2.EntryHeader, previous_hash: bytes, hash_: bytes, nonce: bytes) -> types_pb2.Receipt:
+    """The receipt of a COMPLETED entry. `nonce`: its payload's."""
     assert header.kind == types_pb2.ENTRY_KIND_COMPLETED
-    return types_pb2.Receipt(header=header, previous_hash=previous_hash, entry_hash=hash_)
+    return types_pb2.Receipt(header=header, previous_hash=previous_hash, entry_hash=hash_, nonce=nonce)
+
+
+def check_form(header: types_pb2.EntryHeader) -> list[str]:
+    """The faults of a header's form."""
+    if header.form not in FORMS:
+        return [f"form: {header.form} is not known"]
+    return ["text_digest: is not part of form 0"] if header.text_digest and not header.form else []
+
+
+def check_nonce(form: int, nonce: bytes) -> list[str]:
+    """The faults of the nonce of an entry of this form."""
+    size = NONCE_BYTES if form else 0
+    return [] if len(nonce) == size else [f"nonce: has {len(nonce)} bytes instead of {size}"]
 
 
 def check_receipt(proof: types_pb2.Receipt) -> list[str]:
-    """The faults of a receipt; empty: it is sound."""
-    faults = []
+    """The faults of a receipt; empty: it is sound. It is so without its nonce, too."""
+    faults = [f"header.{fault}" for fault in check_form(proof.header)]
     if proof.header.kind != types_pb2.ENTRY_KIND_COMPLETED:
         faults.append("header.kind: not COMPLETED")
     if len(proof.previous_hash) != DIGEST_BYTES:
@@ -108,34 +184,30 @@ def check_receipt(proof: types_pb2.Receipt) -> list[str]:
 
 
 def check_result(result: types_pb2.Result) -> list[str]:
-    """The faults of a result's receipt, and the differences between it and the output."""
-    header, output = result.receipt.header, result.output
-    faults = check_receipt(result.receipt)
-    for field, claimed, actual in (
-        ("sequence", header.sequence, result.sequence),
-        ("output_digest", header.output_digest, output_digest(output)),
-        ("logprobs_digest", header.logprobs_digest, logprobs_digest(output)),
-        ("seed", header.seed, output.seed),
-        ("grade", header.grade, output.grade),
-        ("attempt", header.attempt, result.attempt),
-    ):
-        if claimed != actual:
-            faults.append(f"header.{field}: does not belong to this output")
-    return faults
+    """The faults of a result's receipt, and the differences between it and the output. In form 0 the text is not compared."""
+    header, output, nonce = result.receipt.header, result.output, result.receipt.nonce
+    faults = check_receipt(result.receipt) + [f"receipt.{fault}" for fault in check_nonce(header.form, nonce)]
+    actual = sealed_output(header.form, nonce, output) | {
+        "sequence": result.sequence,
+        "seed": output.seed,
+        "grade": output.grade,
+        "attempt": result.attempt,
+    }
+    return faults + [
+        f"header.{field}: does not belong to this output" for field, value in actual.items() if getattr(header, field) != value
+    ]
 
 
 def check_record(record: sequencer_pb2.ItemRecord) -> list[str]:
     """The faults of an item's receipt, and the differences between it, the input and the output."""
     faults = check_result(record.result) if record.result.HasField("receipt") else []
-    if record.HasField("input"):
-        given = record.input
-        if record.admitted.input_digest != input_digest(given.token_ids, given.parameters, given.seed):
-            faults.append("admitted.input_digest: does not belong to this input")
+    if record.HasField("input") and record.admitted.input_digest != sealed_input(record.admitted.form, record.input):
+        faults.append("admitted.input_digest: does not belong to this input")
     if record.result.HasField("receipt"):
         proof, admitted = record.result.receipt.header, record.admitted
         faults += [
             f"header.{field}: is not the admitted one"
-            for field in ("log_id", "sequence", "input_digest")
+            for field in ("log_id", "sequence", "input_digest", "form")
             if getattr(proof, field) != getattr(admitted, field)
         ]
     return faults
@@ -144,7 +216,7 @@ def check_record(record: sequencer_pb2.ItemRecord) -> list[str]:
 def check_link(previous: sequencer_pb2.Entry | None, entry: sequencer_pb2.Entry) -> list[str]:
     """The faults of an entry after the previous one (None: it is the first)."""
     before, index = (previous.entry_hash, previous.header.index) if previous is not None else (GENESIS, 0)
-    faults = []
+    faults = check_form(entry.header)
     if entry.header.index != index + 1:
         faults.append(f"index: {entry.header.index} after {index}")
     if len(before) != DIGEST_BYTES or entry_hash(before, entry.header) != entry.entry_hash:

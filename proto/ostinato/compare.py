@@ -15,6 +15,7 @@ class Side:
 
     output: types_pb2.Output
     input_digest: bytes
+    """Equal ones are of equal inputs: bare, or both sealed with one nonce."""
     fingerprint_digest: bytes
     writer: str = ""
     """Of the entry that recorded it; empty: there is none."""
@@ -34,9 +35,10 @@ class Side:
         fingerprint_fields: Mapping[str, str] | None,
         company: int = 0,
         sampling: str = "",
+        input_digest: bytes | None = None,
     ) -> Side:
-        """The run of a COMPLETED entry."""
-        made_of, made_on = header.input_digest, header.fingerprint_digest
+        """The run of a COMPLETED entry. `input_digest`: None is the header's."""
+        made_of, made_on = header.input_digest if input_digest is None else input_digest, header.fingerprint_digest
         return cls(output, made_of, made_on, header.writer, header.sequence, company, sampling, fingerprint_fields)
 
 
@@ -59,19 +61,26 @@ def fingerprint_drift(expected: Mapping[str, str] | None, actual: Mapping[str, s
 
 
 def compare(
-    expected: Side, actual: Side, kind: types_pb2.ComparisonKind.ValueType, sequence: int, *, dropped_digest: bytes = b""
+    expected: Side,
+    actual: Side,
+    kind: types_pb2.ComparisonKind.ValueType,
+    sequence: int,
+    *,
+    dropped_equal: bool | None = None,
 ) -> types_pb2.Comparison:
     """MATCH if the output digests are equal, DIVERGED if not, INCOMPARABLE if inputs or fingerprints differ.
 
-    If only fingerprints differ, the comparison still has the first difference of the outputs. `dropped_digest`: the digest of
-    an expected output that was pruned. Then the first difference is not known, and tokens count as compared only if the digests
-    are equal.
+    If only fingerprints differ, the comparison still has the first difference of the outputs. `dropped_equal`: whether an
+    expected output that was pruned was equal. Then the first difference is not known, and tokens count as compared only if it
+    was; its digest is known only then, too.
     """
+    actual_digest = output_digest(actual.output)
+    expected_digest = output_digest(expected.output) if dropped_equal is None else actual_digest if dropped_equal else b""
     comparison = types_pb2.Comparison(
         sequence=sequence,
         kind=kind,
-        expected_output_digest=dropped_digest or output_digest(expected.output),
-        actual_output_digest=output_digest(actual.output),
+        expected_output_digest=expected_digest,
+        actual_output_digest=actual_digest,
         expected_writer=expected.writer,
         expected_sequence=expected.sequence,
         grade=min(expected.output.grade, actual.output.grade),
@@ -82,12 +91,12 @@ def compare(
     comparison.drift.extend([] if same_input else ["input"])
     if expected.fingerprint_digest != actual.fingerprint_digest:
         comparison.drift.extend(fingerprint_drift(expected.fingerprint_fields, actual.fingerprint_fields))
-    equal = comparison.expected_output_digest == comparison.actual_output_digest
+    equal = expected_digest == actual_digest
     if comparison.drift:
         comparison.verdict = types_pb2.VERDICT_INCOMPARABLE
     else:
         comparison.verdict = types_pb2.VERDICT_MATCH if equal else types_pb2.VERDICT_DIVERGED
-    if dropped_digest:
+    if dropped_equal is not None:
         comparison.compared_tokens = len(actual.output.token_ids) if equal else 0
         return comparison
     difference = first_difference(expected.output.token_ids, actual.output.token_ids)

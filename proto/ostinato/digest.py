@@ -1,4 +1,4 @@
-"""Digests of requests, inputs, outputs and fingerprints; derived seeds; hash-based sampling.
+"""Digests of requests, inputs, outputs and fingerprints; hash-based sampling.
 
 Every digest is a SHA-256 over a canonical encoding. The encoding does not depend on protobuf's serialisation, which has no
 canonical form. docs/protocol.md specifies it byte for byte; tests/ostinato/vectors.json has test vectors.
@@ -107,7 +107,7 @@ def unseeded_input_digest(token_ids: Sequence[int], parameters: types_pb2.Resolv
 
 
 def output_digest(output: types_pb2.Output) -> bytes:
-    """Of token ids, finish reason and matched stop string. These determine the text."""
+    """Of token ids, finish reason and matched stop string: what a comparison compares."""
     return tagged_digest("output", ids(output.token_ids), i64(output.finish_reason), text(output.matched_stop))
 
 
@@ -116,6 +116,11 @@ def logprobs_digest(output: types_pb2.Output) -> bytes:
     if not output.logprobs:
         return b""
     return tagged_digest("logprobs", array(_logprobs, output.logprobs))
+
+
+def text_digest(output: types_pb2.Output) -> bytes:
+    """Of the text, as the caller got it, and of what was parsed out of it."""
+    return tagged_digest("text", text(output.text), optional(_parsed, _set(output, "parsed", output.parsed)))
 
 
 def fingerprint_digest(fields: Mapping[str, str]) -> bytes:
@@ -127,11 +132,6 @@ def fingerprint_digest(fields: Mapping[str, str]) -> bytes:
 def model_digest(fields: Mapping[str, str]) -> bytes:
     """Of the fingerprint fields that identify the model. A prompt that was prepared for one model must not run on another."""
     return tagged_digest("model", *(text(fields.get(name, "")) for name in ("model", "weights", "tokenizer", "template")))
-
-
-def derived_seed(log_id: str, sequence: int) -> int:
-    """The seed of an item that came without one. Anyone who knows the log id and the sequence can compute it."""
-    return sampling_hash("seed", log_id, sequence)
 
 
 def sampling_hash(purpose: str, log_id: str, sequence: int) -> int:
@@ -146,6 +146,14 @@ def is_sampled(purpose: str, log_id: str, sequence: int, rate: float) -> bool:
 
 def _set(message: Message, field: str, value: T) -> T | None:
     return value if message.HasField(field) else None
+
+
+def _call(call: types_pb2.ToolCall) -> bytes:
+    return text(call.id) + text(call.name) + text(call.arguments)
+
+
+def _parsed(parsed: types_pb2.Parsed) -> bytes:
+    return text(parsed.content) + text(parsed.reasoning) + array(_call, parsed.tool_calls) + text(parsed.fault)
 
 
 def _item(item: types_pb2.Item) -> bytes:
@@ -195,7 +203,7 @@ def _extended_message(message: types_pb2.Message) -> bytes:
             array(text, message.parts),
             text(message.name),
             text(message.tool_call_id),
-            array(lambda call: text(call.id) + text(call.name) + text(call.arguments), message.tool_calls),
+            array(_call, message.tool_calls),
             text(message.reasoning),
         )
     )

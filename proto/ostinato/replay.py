@@ -12,8 +12,10 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from ostinato import errors
+from ostinato.chain import sealed, sealed_input
 from ostinato.client import Client
 from ostinato.compare import Side, compare
+from ostinato.digest import input_digest, output_digest
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 CONCURRENCY = 8
@@ -130,7 +132,7 @@ class _Runner:
                 sequence=sequence,
                 kind=types_pb2.COMPARISON_KIND_REPLAY,
                 verdict=types_pb2.VERDICT_INCOMPARABLE,
-                expected_output_digest=record.outcome.output_digest,
+                expected_output_digest=output_digest(record.result.output) if record.result.HasField("output") else b"",
                 status=errors.to_status(error),
             )
         differs = comparison.HasField("first_difference")
@@ -143,12 +145,13 @@ class _Runner:
         result = await self._generate(request(record, f"replay {self._log_id[:8]}/{outcome.sequence}"))
         if result.HasField("status"):
             raise errors.from_status(result.status)
-        header = result.receipt.header
+        header, given = result.receipt.header, record.input
+        asked = sealed(header.form, result.receipt.nonce, "input", input_digest(given.token_ids, given.parameters, given.seed))
         comparison = compare(
             Side.recorded(outcome, record.result.output, record.fingerprint.fields if record.HasField("fingerprint") else None),
             Side(
                 result.output,
-                header.input_digest,
+                sealed_input(outcome.form, given) if asked == header.input_digest else b"",
                 header.fingerprint_digest,
                 fingerprint_fields=await self._fingerprint_fields(header.fingerprint_digest),
             ),

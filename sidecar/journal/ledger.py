@@ -1,20 +1,30 @@
 """Turns drafts into entries: numbered, chained, each with its digests.
 
 Here an item gets its sequence number, and here it is decided which outcome counts and what an idempotency key stands for. The
-ledger is pure: what the journal holds and the time are arguments. A store opens a transaction, reads the `Known` that `needs`
-asks for, lets a `Ledger` append, writes the result and commits.
+ledger is pure: what the journal holds, its secret and the time are arguments. A store opens a transaction, reads the `Known`
+that `needs` asks for, lets a `Ledger` append, writes the result and commits.
 """
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from google.protobuf.message import Message
-
-from ostinato.chain import OUTCOMES, SEQUENCE_MAX, entry_hash, payload_digest
+from ostinato.chain import (
+    FORM,
+    NONCE_BYTES,
+    OUTCOMES,
+    SEQUENCE_MAX,
+    Payload,
+    entry_hash,
+    payload_digest,
+    sealed,
+    sealed_input,
+    sealed_output,
+)
 from ostinato.compare import Side, compare
-from ostinato.digest import derived_seed, input_digest, logprobs_digest, output_digest
+from ostinato.digest import output_digest, u64
 from ostinato.signature import SignedTree, Signer
 from ostinato.v1 import sequencer_pb2, types_pb2
 
@@ -30,8 +40,27 @@ from sidecar.journal.model import (
     Note,
     Outcome,
     Sealed,
+    Twin,
     Witnessed,
 )
+
+SECRET_BYTES = 32
+
+
+def keyed(secret: bytes, purpose: str, message: bytes) -> bytes:
+    """HMAC-SHA-256 under the log's secret, which the journal keeps and never shows."""
+    assert len(secret) == SECRET_BYTES
+    return hmac.digest(secret, purpose.encode() + b"\0" + message, "sha256")
+
+
+def twins_of(group: str, unseeded_input: bytes, seed: int) -> bytes:
+    """What items have in common whose outputs should be equal. `group`: of tenants that are compared with each other."""
+    return unseeded_input + u64(seed) + group.encode()
+
+
+def twins_tag(secret: bytes, twins: bytes) -> bytes:
+    """The name of `twins_of` in the journal. Without the secret it tests no guess."""
+    return keyed(secret, "twins", twins)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +71,8 @@ class Needs:
     """Tenant and key of each keyed admission."""
     sequences: frozenset[int]
     """Of the items that outcomes are about."""
-    input_digests: frozenset[bytes]
-    """Of the items that have completed."""
+    twins: frozenset[bytes]
+    """Tags of the items that have completed."""
     fingerprint_digests: frozenset[bytes]
     """Of the service instances that completed them."""
     witnessed: frozenset[str]
@@ -58,22 +87,22 @@ class Known:
     """By tenant and key, without those that have expired."""
     unfinished: frozenset[int] = frozenset()
     """Those of the sequences that have no outcome."""
-    twins: Mapping[bytes, tuple[Sealed, ...]] = field(default_factory=dict)
-    """By input digest, the first COMPLETED entry of every fingerprint, ascending."""
+    twins: Mapping[bytes, tuple[Twin, ...]] = field(default_factory=dict)
+    """By tag, the first COMPLETED entry of every fingerprint, ascending."""
     fingerprints: Mapping[bytes, Mapping[str, str]] = field(default_factory=dict)
     """By digest, the fields of the fingerprints that may have to be compared, as far as notes have them."""
     witnessed: Mapping[str, int] = field(default_factory=dict)
     """By log id, the index of the newest head that is recorded."""
 
 
-def needs(drafts: Iterable[Draft]) -> Needs:
+def needs(drafts: Iterable[Draft], secret: bytes) -> Needs:
     drafts = tuple(drafts)
     outcomes = [draft for draft in drafts if isinstance(draft, Outcome)]
     completed = [outcome for outcome in outcomes if outcome.kind == types_pb2.ENTRY_KIND_COMPLETED]
     return Needs(
         frozenset((draft.tenant, draft.key) for draft in drafts if isinstance(draft, Admission) and draft.key),
         frozenset(outcome.admitted.sequence for outcome in outcomes),
-        frozenset(outcome.admitted.input_digest for outcome in completed),
+        frozenset(twins_tag(secret, outcome.twins) for outcome in completed if outcome.twins),
         frozenset(outcome.fingerprint_digest for outcome in completed),
         frozenset(draft.head.log_id for draft in drafts if isinstance(draft, Witnessed)),
     )
@@ -83,6 +112,8 @@ NUMBER_MAX = 2**63 - 1
 """Indexes and sequences are uint64 in the contract and int64 in the databases; no journal comes near."""
 LOST_MAX = 2**32 - 1
 """Numbers that one LOST entry can stand for."""
+_ITEMS = OUTCOMES | {types_pb2.ENTRY_KIND_ADMITTED}
+"""Kinds of entries whose payloads are an item's own."""
 
 
 def verifications(entries: Iterable[Sealed]) -> list[types_pb2.EntryHeader]:
@@ -103,23 +134,25 @@ class Ledger:
     3. The ADMITTED entries of a batch stand together, in the request's order.
     4. An item has at most one outcome, after its ADMITTED entry.
     5. A key that is bound is not bound again before it expires, and its second admission appends nothing.
-    6. Seed, input digest and batch of an item are the same in all of its entries.
+    6. Form, seed, input digest and batch of an item are the same in all of its entries.
     7. An entry has the writer and the epoch of the head.
     """
 
-    def __init__(self, head: Head, known: Known, now_millis: int, signer: Signer | None = None) -> None:
+    def __init__(self, head: Head, known: Known, now_millis: int, secret: bytes, signer: Signer | None = None) -> None:
         self.head = head
         """After the newest entry."""
         self.entries: list[Sealed] = []
         self.bound: list[tuple[Admission, Binding]] = []
         self.notes: dict[str, bytes] = {}
         """By name; a later one has replaced an earlier one."""
+        self.twins: list[tuple[bytes, types_pb2.EntryHeader, types_pb2.Output]] = []
+        """Tag, COMPLETED entry and output of those with which later ones are to be compared."""
         self._bindings = dict(known.bindings)
         self._unfinished = set(known.unfinished)
         self._twins = dict(known.twins)
         self._fingerprints = known.fingerprints
         self._witnessed = dict(known.witnessed)
-        self._now_millis = now_millis
+        self._now_millis, self._secret = now_millis, secret
         self._signer, self._tree = signer, SignedTree() if signer is not None else None
         self._key_id = signer.key_id if signer is not None else ""
 
@@ -133,7 +166,7 @@ class Ledger:
 
     def open(self, version: str) -> Sealed:
         """Record that the head's writer has begun the head's epoch."""
-        header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_OPENED)
+        header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_OPENED, form=FORM)
         return self._seal(header, sequencer_pb2.OpenedPayload(version=version, signing_key_id=self._key_id))
 
     def fence(self, writer: str, epoch: int, version: str) -> Sealed:
@@ -142,9 +175,9 @@ class Ledger:
         own = self.head
         self.head = replace(own, writer=writer, epoch=epoch)
         opened = sequencer_pb2.OpenedPayload(version=version, taken_over_by=own.writer, signing_key_id=self._key_id)
-        sealed = self._seal(types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_OPENED), opened)
+        entry = self._seal(types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_OPENED, form=FORM), opened)
         self.head = replace(self.head, writer=own.writer, epoch=own.epoch)
-        return sealed
+        return entry
 
     def append(self, draft: Draft) -> Appended:
         match draft:
@@ -172,6 +205,7 @@ class Ledger:
         entries = tuple(self._admit_item(item, admission, binding) for item in admission.items)
         assert self.head.last_sequence == binding.first_sequence + binding.count - 1
         assert self.head.index == entries[0].header.index + binding.count - 1, "a batch stands together"
+        assert len({item.nonce for item in admission.items}) == len(admission.items), "each item has its own nonce"
         if admission.key:
             self._bindings[admission.tenant, admission.key] = binding
             self.bound.append((admission, binding))
@@ -184,14 +218,15 @@ class Ledger:
         payload.idempotency_key, payload.request_digest = admission.key, admission.request_digest
         payload.tenant = admission.tenant
         if payload.seed_derived:
-            payload.seed = derived_seed(self.head.log_id, sequence)
+            payload.seed = int.from_bytes(keyed(self._secret, "seed", u64(sequence))[:8])
         header = types_pb2.EntryHeader(
             kind=types_pb2.ENTRY_KIND_ADMITTED,
             sequence=sequence,
             first_sequence=batch.first_sequence,
             count=batch.count,
             seed=payload.seed,
-            input_digest=input_digest(payload.token_ids, payload.parameters, payload.seed),
+            input_digest=sealed_input(FORM, payload),
+            form=FORM,
         )
         return self._seal(header, payload)
 
@@ -211,25 +246,31 @@ class Ledger:
         output = outcome.payload.output
         assert output.seed == header.seed, "an output bears its item's seed"
         header.grade = output.grade
-        header.output_digest, header.logprobs_digest = output_digest(output), logprobs_digest(output)
-        earlier = self._twins.get(header.input_digest, ())
-        same = [entry for entry in earlier if entry.header.fingerprint_digest == header.fingerprint_digest]
+        for field_, digest in sealed_output(header.form, outcome.payload.nonce, output).items():
+            setattr(header, field_, digest)
+        if not outcome.twins:
+            return Appended((self._seal(header, outcome.payload),))
+        tag = twins_tag(self._secret, outcome.twins)
+        earlier = self._twins.get(tag, ())
+        same = [twin for twin in earlier if twin.entry.header.fingerprint_digest == header.fingerprint_digest]
         twin = next(iter(same or earlier), None)
-        sealed = self._seal(header, self._with_twin(header, outcome.payload, twin))
+        entry = self._seal(header, self._with_twin(header, outcome.payload, twin))
         if not same:
-            self._twins[header.input_digest] = (*earlier, sealed)
-        return Appended((sealed,))
+            self._twins[tag] = (*earlier, Twin(entry))
+            self.twins.append((tag, header, output))
+        return Appended((entry,))
 
     def _with_twin(
-        self, header: types_pb2.EntryHeader, given: sequencer_pb2.CompletedPayload, twin: Sealed | None
+        self, header: types_pb2.EntryHeader, given: sequencer_pb2.CompletedPayload, twin: Twin | None
     ) -> sequencer_pb2.CompletedPayload:
         """The payload to record. With a twin it is a copy with the comparison."""
         assert not given.HasField("twin")
         if twin is None:
             return given
-        first, digest = sequencer_pb2.CompletedPayload.FromString(twin.payload), b""
-        if not twin.payload:
-            first.output.grade, digest = twin.header.grade, twin.header.output_digest
+        recorded, equal = twin.entry.header, None
+        first = sequencer_pb2.CompletedPayload.FromString(twin.entry.payload)
+        if not twin.entry.payload:
+            first.output.grade, equal = recorded.grade, twin.output_tag == self.output_tag(given.output)
         expected, actual = (
             Side.recorded(
                 each,
@@ -237,24 +278,39 @@ class Ledger:
                 self._fingerprints.get(each.fingerprint_digest),
                 company=completed.company,
                 sampling=completed.sampling,
+                input_digest=b"",
             )
-            for each, completed in ((twin.header, first), (header, given))
+            for each, completed in ((recorded, first), (header, given))
         )
         payload = sequencer_pb2.CompletedPayload()
         payload.CopyFrom(given)
-        verdict = compare(expected, actual, types_pb2.COMPARISON_KIND_TWIN, header.sequence, dropped_digest=digest)
+        verdict = compare(expected, actual, types_pb2.COMPARISON_KIND_TWIN, header.sequence, dropped_equal=equal)
         payload.twin.CopyFrom(verdict)
         return payload
+
+    def output_tag(self, output: types_pb2.Output) -> bytes:
+        """Equal outputs have equal tags. Without the log's secret one tests no guess."""
+        return keyed(self._secret, "output", output_digest(output))
 
     def _audit(self, audit: Audit) -> Sealed:
         assert audit.comparison.sequence == audit.admitted.sequence
         if audit.canary:
-            header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_AUDITED, fingerprint_digest=audit.fingerprint_digest)
-            header.seed, header.input_digest = audit.admitted.seed, audit.admitted.input_digest
+            header = types_pb2.EntryHeader(
+                kind=types_pb2.ENTRY_KIND_AUDITED,
+                fingerprint_digest=audit.fingerprint_digest,
+                seed=audit.admitted.seed,
+                input_digest=audit.admitted.input_digest,
+                form=audit.admitted.form,
+            )
         else:
             header = self._about(audit.admitted, types_pb2.ENTRY_KIND_AUDITED, audit.fingerprint_digest)
         header.grade = audit.grade
-        return self._seal(header, sequencer_pb2.AuditedPayload(comparison=audit.comparison, canary=audit.canary))
+        payload = sequencer_pb2.AuditedPayload(comparison=audit.comparison, canary=audit.canary)
+        assert len(audit.nonce) == (NONCE_BYTES if header.form else 0)
+        for field_ in ("expected_output_digest", "actual_output_digest"):
+            digest = getattr(audit.comparison, field_)
+            setattr(payload.comparison, field_, sealed(header.form, audit.nonce, "output", digest))
+        return self._seal(header, payload)
 
     def _lose(self, loss: Loss) -> tuple[Sealed, ...]:
         """One entry, or as many as its 32-bit count makes necessary."""
@@ -266,7 +322,7 @@ class Ledger:
         while not entries or self.head.last_sequence < loss.through:
             first = self.head.last_sequence + 1
             count = min(loss.through + 1 - first, LOST_MAX)
-            header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_LOST, first_sequence=first, count=count)
+            header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_LOST, first_sequence=first, count=count, form=FORM)
             entries.append(self._seal(header, payload))
             self.head = replace(self.head, last_sequence=first - 1 + count)
         return tuple(entries)
@@ -276,11 +332,11 @@ class Ledger:
         if head.last_index <= self._witnessed.get(head.log_id, 0):
             return ()
         self._witnessed[head.log_id] = head.last_index
-        header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_WITNESSED)
-        sealed = self._seal(header, sequencer_pb2.WitnessedPayload(head=head))
-        entry = sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload)
-        self.notes[WITNESSED + head.log_id] = entry.SerializeToString()
-        return (sealed,)
+        header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_WITNESSED, form=FORM)
+        entry = self._seal(header, sequencer_pb2.WitnessedPayload(head=head))
+        noted = sequencer_pb2.Entry(header=entry.header, entry_hash=entry.entry_hash, payload=entry.payload)
+        self.notes[WITNESSED + head.log_id] = noted.SerializeToString()
+        return (entry,)
 
     def _about(
         self, admitted: types_pb2.EntryHeader, kind: types_pb2.EntryKind.ValueType, fingerprint_digest: bytes
@@ -296,22 +352,28 @@ class Ledger:
             seed=admitted.seed,
             input_digest=admitted.input_digest,
             fingerprint_digest=fingerprint_digest,
+            form=admitted.form,
         )
 
-    def _seal(self, header: types_pb2.EntryHeader, payload: Message) -> Sealed:
-        head, recorded = self.head, payload.SerializeToString(deterministic=True)
+    def _seal(self, header: types_pb2.EntryHeader, payload: Payload) -> Sealed:
+        """A payload of an item has the item's nonce. Any other gets one here; nothing in it is ever redacted."""
+        head = self.head
         header.index = head.index + 1
+        if header.form and header.kind not in _ITEMS:
+            payload.nonce = keyed(self._secret, "nonce", u64(header.index))[:NONCE_BYTES]
+        assert len(payload.nonce) == (NONCE_BYTES if header.form else 0)
+        recorded = payload.SerializeToString(deterministic=True)
         header.log_id, header.writer, header.epoch = head.log_id, head.writer, head.epoch
         header.time_unix_millis = self._now_millis
         header.payload_digest = payload_digest(recorded)
         assert header.index <= NUMBER_MAX
         assert not self.entries or self.entries[-1].header.index == head.index, "indexes have no gap"
         tree = self._tree if header.kind in OUTCOMES else None
-        sealed = Sealed(header, head.entry_hash, entry_hash(head.entry_hash, header), recorded, tree)
+        entry = Sealed(header, head.entry_hash, entry_hash(head.entry_hash, header), recorded, tree)
         last = head.last_sequence
         if header.kind == types_pb2.ENTRY_KIND_ADMITTED:
             assert header.sequence == last + 1, "sequences have no gap"
             last = header.sequence
-        self.head = Head(head.log_id, head.writer, head.epoch, header.index, sealed.entry_hash, last)
-        self.entries.append(sealed)
-        return sealed
+        self.head = Head(head.log_id, head.writer, head.epoch, header.index, entry.entry_hash, last)
+        self.entries.append(entry)
+        return entry

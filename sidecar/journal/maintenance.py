@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from ostinato.chain import OUTCOMES, check_link
-from ostinato.digest import input_digest, logprobs_digest, output_digest
+from ostinato.chain import OUTCOMES, PAYLOADS, check_link, check_nonce, sealed_input, sealed_output
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.diagnosis import RESTORE
@@ -121,29 +120,22 @@ class Checker:
 
 def _check_payload(sealed: Sealed) -> list[str]:
     """Where a payload and its header contradict each other."""
-    header, claims = sealed.header, []
-    if not sealed.payload:
+    header, claims = sealed.header, dict[str, object]()
+    if not sealed.payload or header.kind not in PAYLOADS:
         return []
     try:
-        if header.kind == types_pb2.ENTRY_KIND_ADMITTED:
-            given = sequencer_pb2.AdmittedPayload.FromString(sealed.payload)
-            digest = input_digest(given.token_ids, given.parameters, given.seed)
-            claims = [("seed", header.seed, given.seed), ("input_digest", header.input_digest, digest)]
-        elif header.kind == types_pb2.ENTRY_KIND_COMPLETED:
-            output = sequencer_pb2.CompletedPayload.FromString(sealed.payload).output
-            claims = [
-                ("seed", header.seed, output.seed),
-                ("grade", header.grade, output.grade),
-                ("output_digest", header.output_digest, output_digest(output)),
-                ("logprobs_digest", header.logprobs_digest, logprobs_digest(output)),
-            ]
-        elif header.kind == types_pb2.ENTRY_KIND_AUDITED:
-            sequencer_pb2.AuditedPayload.FromString(sealed.payload)
+        payload = PAYLOADS[header.kind].FromString(sealed.payload)
+        if isinstance(payload, sequencer_pb2.AdmittedPayload):
+            claims = {"seed": payload.seed, "input_digest": sealed_input(header.form, payload)}
+        elif isinstance(payload, sequencer_pb2.CompletedPayload):
+            claims = {"seed": payload.output.seed, "grade": payload.output.grade}
+            claims |= sealed_output(header.form, payload.nonce, payload.output)
     except DecodeError:
         return ["payload: cannot be read"]
     except (AssertionError, struct.error):
         return ["payload: no digest can be taken of it, it holds NaN or a negative number"]
-    return [f"{name}: is not the payload's" for name, claimed, actual in claims if claimed != actual]
+    faults = [f"{name}: is not the payload's" for name, actual in claims.items() if getattr(header, name) != actual]
+    return check_nonce(header.form, payload.nonce) + faults
 
 
 def pages(store: SqlStore, *, payloads: bool) -> Iterator[Sequence[Sealed]]:
@@ -162,6 +154,7 @@ def prune(store: SqlStore, old: Callable[[types_pb2.EntryHeader], bool]) -> Iter
     for page in pages(store, payloads=False):
         ended = [entry.header for entry in page if entry.header.kind in OUTCOMES]
         yield page[-1].header.index, store.drop([header.sequence for header in ended if old(header)])
+    store.forget(())
 
 
 def redact(store: SqlStore, sequences: Iterable[int]) -> int:
@@ -174,4 +167,5 @@ def redact(store: SqlStore, sequences: Iterable[int]) -> int:
             raise JournalUnusable(f"{store.name}: there is no sequence {sequence}")
         if found[0].outcome is None:
             raise JournalUnusable(f"{store.name}: sequence {sequence} has not ended: its payload is needed to finish it")
+    store.forget(wanted)
     return store.drop(wanted)

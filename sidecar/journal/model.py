@@ -15,8 +15,8 @@ class Admission:
     """A batch to be numbered."""
 
     items: tuple[sequencer_pb2.AdmittedPayload, ...]
-    """In the request's order. Key, request digest and tenant are filled in from here; where seed_derived is set, so is the
-    seed."""
+    """In the request's order, each with its nonce. Key, request digest and tenant are filled in from here; where seed_derived
+    is set, so is the seed."""
     request_digest: bytes
     key: str = ""
     """Empty: none. With a key that is bound already nothing is appended."""
@@ -31,8 +31,10 @@ class Outcome:
     kind: types_pb2.EntryKind.ValueType
     attempt: int
     payload: sequencer_pb2.CompletedPayload | sequencer_pb2.EndedPayload
-    """Of a COMPLETED one, the twin's comparison is filled in from here."""
+    """With the item's nonce. Of a COMPLETED one, the twin's comparison is filled in from here."""
     fingerprint_digest: bytes = b""
+    twins: bytes = b""
+    """Of a COMPLETED one: what its twins have in common (`ledger.twins_of`); empty: it is compared with none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,11 @@ class Audit:
     """A comparison's verdict about an item. One of kind VERIFY belongs to the item's answer: `ItemEntries.verified`."""
 
     admitted: types_pb2.EntryHeader
-    """Of a canary, which was never admitted: only seed and input_digest are set."""
+    """Of a canary, which was never admitted: only form, seed and input_digest are set."""
     comparison: types_pb2.Comparison
+    """With bare digests. The entry has them sealed, so that nothing of a redacted item is left in it."""
+    nonce: bytes
+    """The item's."""
     fingerprint_digest: bytes = b""
     """Of the second run."""
     grade: types_pb2.Grade.ValueType = types_pb2.GRADE_UNSPECIFIED
@@ -106,6 +111,15 @@ class Sealed:
     """As recorded; empty if it was dropped."""
     signed: SignedTree | None = field(default=None, compare=False, repr=False)
     """Of an outcome whose transaction was signed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """A COMPLETED entry with which later ones are compared."""
+
+    entry: Sealed
+    output_tag: bytes = b""
+    """Of its output, as `Ledger.output_tag`, if its payload may be dropped at any time; otherwise empty."""
 
 
 @dataclass(frozen=True, slots=True)

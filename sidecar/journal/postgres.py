@@ -271,7 +271,20 @@ CREATE TABLE heads (
 );
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND)
+_THIRD = """
+-- 32 random bytes, which no output ever shows: derived seeds and the tags below depend on them.
+ALTER TABLE log ADD COLUMN secret bytea;
+
+-- `tag` is keyed, and of the tenant and the input. `output_tag` is keyed too, and empty unless the payload may be dropped. The
+-- rows so far had neither tenant nor key: they are not compared with any more.
+DROP TABLE twins;
+CREATE TABLE twins (
+  tag bytea NOT NULL, fingerprint_digest bytea NOT NULL, entry_index bigint NOT NULL, output_tag bytea NOT NULL,
+  PRIMARY KEY (tag, fingerprint_digest)
+);
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD)
 """The n-th makes version n of version n - 1. Never edit one that was released."""
 
 
@@ -425,14 +438,17 @@ class PostgresTables(Tables):
         _check_owned(owned.fetchone())
         return _head(head.fetchone(), session), known()
 
-    def begin_epoch(self, writer: str, lease_seconds: float, new_log_id: str) -> Head:
-        """Begin a transaction with the writer's next epoch; a new journal gets this log id."""
+    def begin_epoch(self, writer: str, lease_seconds: float, new_log_id: str, new_secret: bytes) -> tuple[Head, bytes]:
+        """Begin a transaction with the writer's next epoch: its head, and the log's secret. A new journal gets this log id, and
+        one without a secret this one."""
         self._db.execute("BEGIN")
         self._db.execute("INSERT INTO log VALUES (true, %s, 0, %b, 0) ON CONFLICT DO NOTHING", (new_log_id, GENESIS))
         head = self._db.execute(_LOCK_LOG).fetchone()
+        secret = self._db.execute("UPDATE log SET secret = coalesce(secret, %b) RETURNING secret", (new_secret,)).fetchone()
         row = self._db.execute(_BEGIN_EPOCH, (writer, lease_seconds)).fetchone()
         assert row is not None
-        return _head(head, WriterSession(writer, row[0], lease_seconds))
+        assert secret is not None
+        return _head(head, WriterSession(writer, row[0], lease_seconds)), bytes(secret[0])
 
     def fence(self, writer: str) -> list[tuple[str, int]]:
         """Begin an epoch of every other writer whose lease has run out over unfinished items: their names and epochs."""
@@ -548,6 +564,7 @@ class PostgresStore(SqlStore):
         writer: str,
         version: str,
         new_log_id: str,
+        new_secret: bytes,
         now_millis: int,
         settings: PostgresSettings | None = None,
         mark: Mark | None = None,
@@ -555,8 +572,9 @@ class PostgresStore(SqlStore):
     ) -> tuple[PostgresStore, Opened]:
         """Open or create, and begin the writer's next epoch. JournalUnusable: the message says why.
 
-        `new_log_id`, 32 hexadecimal digits, names the journal if it is created now. One that does not hold what `mark` says is
-        refused and stays as it was. `seconds` is a monotonic clock.
+        `new_log_id`, 32 hexadecimal digits, names the journal if it is created now. `new_secret`, 32 random bytes, is its
+        secret from now on if it has none. One that does not hold what `mark` says is refused and stays as it was. `seconds` is
+        a monotonic clock.
         """
         assert len(bytes.fromhex(new_log_id)) == 16
         settings = settings or PostgresSettings()
@@ -567,7 +585,7 @@ class PostgresStore(SqlStore):
             with database.connected() as db:
                 check(db)
                 migrate(db)
-                return store._begin_epoch(PostgresTables(db), writer, new_log_id, now_millis, mark)
+                return store._begin_epoch(PostgresTables(db), writer, new_log_id, new_secret, now_millis, mark)
 
         try:
             with _unusable():
@@ -646,9 +664,9 @@ class PostgresStore(SqlStore):
         return taken
 
     def _begin_epoch(
-        self, tables: PostgresTables, writer: str, new_log_id: str, now_millis: int, mark: Mark | None
+        self, tables: PostgresTables, writer: str, new_log_id: str, new_secret: bytes, now_millis: int, mark: Mark | None
     ) -> list[Unfinished]:
-        head = tables.begin_epoch(writer, self._settings.lease_seconds, new_log_id)
+        head, self._secret = tables.begin_epoch(writer, self._settings.lease_seconds, new_log_id, new_secret)
         newest = [
             (entry.header.index, entry.entry_hash, entry_hash(entry.previous_hash, entry.header))
             for entry in tables.entries(head.index, 2, payloads=False)
@@ -657,7 +675,7 @@ class PostgresStore(SqlStore):
             raise JournalUnusable(f"the newest entry, {head.index}, is damaged: restore a copy that verifies")
         if mark is not None:
             check_mark(mark, head, tables.entries(mark.index, 1, payloads=False))
-        ledger = Ledger(head, Known(), now_millis, self._settings.signer)
+        ledger = Ledger(head, Known(), now_millis, self._secret, self._settings.signer)
         ledger.open(self._version)
         unfinished = tables.take(writer, [writer])
         tables.commit(ledger, self._settings, now_millis)
@@ -667,8 +685,8 @@ class PostgresStore(SqlStore):
     def _append(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
         session = self._session()
         with self._transaction() as tables:
-            head, known = tables.begin(session, needs(drafts), self._expiry(now_millis))
-            ledger = Ledger(head, known, now_millis, self._settings.signer)
+            head, known = tables.begin(session, needs(drafts, self._secret), self._expiry(now_millis))
+            ledger = Ledger(head, known, now_millis, self._secret, self._settings.signer)
             appended = [ledger.append(draft) for draft in drafts]
             self._in_doubt = _InDoubt(session, ledger.head, drafts, appended)
             tables.commit(ledger, self._settings, now_millis)
@@ -710,8 +728,8 @@ class PostgresStore(SqlStore):
             return
         session = self._session()
         with self._transaction() as tables:
-            head, known = tables.begin(session, needs(()), now_millis)
-            ledger = Ledger(head, known, now_millis, self._settings.signer)
+            head, known = tables.begin(session, needs((), self._secret), now_millis)
+            ledger = Ledger(head, known, now_millis, self._secret, self._settings.signer)
             fenced = tables.fence(session.writer)
             for writer, epoch in fenced:
                 ledger.fence(writer, epoch, self._version)
@@ -752,6 +770,10 @@ class PostgresStore(SqlStore):
         with _unusable(), self._database.connected() as db:
             return PostgresTables(db).drop_payloads(sequences)
 
+    def forget(self, sequences: Sequence[int]) -> None:
+        with _unusable(), self._database.connected() as db:
+            PostgresTables(db).forget_twins(sequences)
+
     @contextmanager
     def snapshot(self) -> Iterator[None]:
         """As in `SqlStore`. JournalUnusable also if the connection is lost: later reads would be of another moment."""
@@ -761,12 +783,12 @@ class PostgresStore(SqlStore):
             db.execute("COMMIT")
 
     @contextmanager
-    def importing(self, log: Log, writer: str) -> Iterator[Tables]:
+    def importing(self, log: Log, writer: str, secret: bytes) -> Iterator[Tables]:
         """As in `SqlStore`. Every writer keeps what is its own."""
         with _unusable(), self._database.pinned() as db:
             db.execute("BEGIN")
-            row = (log.log_id, log.index, log.entry_hash, log.last_sequence)
-            if not db.execute("INSERT INTO log VALUES (true, %s, %s, %b, %s) ON CONFLICT DO NOTHING", row).rowcount:
+            row = (log.log_id, log.index, log.entry_hash, log.last_sequence, secret)
+            if not db.execute("INSERT INTO log VALUES (true, %s, %s, %b, %s, %b) ON CONFLICT DO NOTHING", row).rowcount:
                 raise JournalUnusable("this journal is not empty any more")
             for each in log.writers.items():
                 db.execute("INSERT INTO writers VALUES (%s, %s, '-infinity', '')", each)

@@ -170,7 +170,20 @@ CREATE TABLE heads (
 ) STRICT;
 """
 
-MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH)
+_SIXTH = """
+-- 32 random bytes, which no output ever shows: derived seeds and the tags below depend on them.
+ALTER TABLE journal ADD COLUMN secret BLOB;
+
+-- `tag` is keyed, and of the tenant and the input. `output_tag` is keyed too, and empty unless the payload may be dropped. The
+-- rows so far had neither tenant nor key: they are not compared with any more.
+DROP TABLE twins;
+CREATE TABLE twins (
+  tag BLOB NOT NULL, fingerprint_digest BLOB NOT NULL, entry_index INTEGER NOT NULL, output_tag BLOB NOT NULL,
+  PRIMARY KEY (tag, fingerprint_digest)
+) STRICT, WITHOUT ROWID;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH, _SIXTH)
 """The n-th makes version n of version n - 1, in the transaction that opens the journal. Never edit one that was released."""
 
 
@@ -342,9 +355,14 @@ class SqliteTables(Tables):
 
     def begin_epoch(self, new_log_id: str, writer: str) -> tuple[str, str, int]:
         """Log id, owner and epoch, one higher than before; a new journal gets this log id and owner."""
-        self._db.execute("INSERT OR IGNORE INTO journal VALUES (1, ?, ?, 0, 0)", (new_log_id, writer))
+        self._db.execute("INSERT OR IGNORE INTO journal VALUES (1, ?, ?, 0, 0, NULL)", (new_log_id, writer))
         log_id, owner, epoch = self._row(_BEGIN_EPOCH)
         return log_id, owner, epoch
+
+    def secret(self, new: bytes) -> bytes:
+        """The log's; this one from now on if it has none."""
+        self._db.execute("UPDATE journal SET secret = ? WHERE secret IS NULL", (new,))
+        return bytes(self._row("SELECT secret FROM journal")[0])
 
     def owner(self) -> tuple[str, str, int] | None:
         """Log id, owner and epoch; None: the journal is empty."""
@@ -412,6 +430,7 @@ class SqliteStore(SqlStore):
         writer: str,
         version: str,
         new_log_id: str,
+        new_secret: bytes,
         now_millis: int,
         settings: SqliteSettings | None = None,
         mark: Mark | None = None,
@@ -419,8 +438,9 @@ class SqliteStore(SqlStore):
     ) -> tuple[SqliteStore, Opened]:
         """Open or create, and begin the writer's next epoch. JournalUnusable: the message says why.
 
-        `new_log_id`, 32 hexadecimal digits, names the journal if it is created now. A journal that is damaged, or does not hold
-        what `mark` says, is refused and stays as it was. `vfs` names SQLite's file layer.
+        `new_log_id`, 32 hexadecimal digits, names the journal if it is created now. `new_secret`, 32 random bytes, is its
+        secret from now on if it has none. A journal that is damaged, or does not hold what `mark` says, is refused and stays as
+        it was. `vfs` names SQLite's file layer.
         """
         assert len(bytes.fromhex(new_log_id)) == 16
         settings, path = settings or SqliteSettings(), placed(path)
@@ -430,7 +450,7 @@ class SqliteStore(SqlStore):
             db.set_wal_hook(store._committed)
             if settings.journal_bytes_max:
                 db.pragma("max_page_count", settings.journal_bytes_max // int(db.pragma("page_size")))
-            unfinished = store._begin(writer, version, new_log_id, now_millis, mark)
+            unfinished = store._begin(writer, version, new_log_id, new_secret, now_millis, mark)
             store.restore_reserve()
             return store, Opened(store.head, unfinished)
         except JournalUnusable as error:
@@ -486,8 +506,8 @@ class SqliteStore(SqlStore):
         with self._transaction():
             if self._tables.epoch() != self.head.epoch:
                 raise JournalBroken("fenced: a newer epoch of this writer has begun")
-            known = self._tables.look_up(needs(drafts), self._expiry(now_millis))()
-            ledger = Ledger(self.head, known, now_millis, self._settings.signer)
+            known = self._tables.look_up(needs(drafts, self._secret), self._expiry(now_millis))()
+            ledger = Ledger(self.head, known, now_millis, self._secret, self._settings.signer)
             appended = [ledger.append(draft) for draft in drafts]
             self._tables.write(ledger, self._settings, now_millis)
             if not all(isinstance(draft, Outcome) for draft in drafts) and not (self.reserved and self._room()):
@@ -516,18 +536,20 @@ class SqliteStore(SqlStore):
                 self._db.wal_checkpoint()
         return ()
 
-    def _begin(self, writer: str, version: str, new_log_id: str, now_millis: int, mark: Mark | None) -> tuple[Unfinished, ...]:
+    def _begin(
+        self, writer: str, version: str, new_log_id: str, new_secret: bytes, now_millis: int, mark: Mark | None
+    ) -> tuple[Unfinished, ...]:
         """What earlier epochs did not finish. On a full disk the reserve has room for it."""
         try:
-            return self._begin_epoch(writer, version, new_log_id, now_millis, mark)
+            return self._begin_epoch(writer, version, new_log_id, new_secret, now_millis, mark)
         except JournalFull:
             if not self.reserved:
                 raise
             self.release_reserve()
-            return self._begin_epoch(writer, version, new_log_id, now_millis, mark)
+            return self._begin_epoch(writer, version, new_log_id, new_secret, now_millis, mark)
 
     def _begin_epoch(
-        self, writer: str, version: str, new_log_id: str, now_millis: int, mark: Mark | None
+        self, writer: str, version: str, new_log_id: str, new_secret: bytes, now_millis: int, mark: Mark | None
     ) -> tuple[Unfinished, ...]:
         with self._transaction():
             migrate(self._db)
@@ -541,7 +563,8 @@ class SqliteStore(SqlStore):
                 check_mark(mark, head, self._tables.entries(mark.index, 1, payloads=False))
             unfinished = self._tables.unfinished(1, NUMBER_MAX, NUMBER_MAX)
             _check_unfinished(unfinished)
-            ledger = Ledger(head, Known(), now_millis, self._settings.signer)
+            self._secret = self._tables.secret(new_secret)
+            ledger = Ledger(head, Known(), now_millis, self._secret, self._settings.signer)
             ledger.open(version)
             self._tables.write(ledger, self._settings, now_millis)
         self.head = ledger.head
@@ -586,14 +609,19 @@ class SqliteStore(SqlStore):
         with self._transaction():
             return self._tables.drop_payloads(sequences)
 
+    def forget(self, sequences: Sequence[int]) -> None:
+        with self._transaction():
+            self._tables.forget_twins(sequences)
+
     @contextmanager
     def snapshot(self) -> Iterator[None]:
         yield  # no other process has the file
 
     @contextmanager
-    def importing(self, log: Log, writer: str) -> Iterator[Tables]:
+    def importing(self, log: Log, writer: str, secret: bytes) -> Iterator[Tables]:
         with self._transaction():
-            self._db.execute("INSERT INTO journal VALUES (1, ?, ?, ?, 0)", (log.log_id, writer, log.writers.get(writer, 0)))
+            row = (log.log_id, writer, log.writers.get(writer, 0), secret)
+            self._db.execute("INSERT INTO journal VALUES (1, ?, ?, ?, 0, ?)", row)
             yield self._tables
         self._remove = False
 

@@ -27,7 +27,7 @@ from ostinato.errors import RecordDamaged
 from ostinato.signature import SignedTree, Signer
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs, verifications
+from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs, twins_tag, verifications
 from sidecar.journal.model import (
     FINGERPRINTS,
     WITNESSED,
@@ -39,6 +39,7 @@ from sidecar.journal.model import (
     Key,
     Log,
     Sealed,
+    Twin,
     Unfinished,
 )
 
@@ -96,6 +97,9 @@ COLUMNS: Mapping[str, type | tuple[type, ...]] = {
     "last_index": int,
     "key_id": str,
     "signature": bytes,
+    "secret": bytes,
+    "tag": bytes,
+    "output_tag": bytes,
 }
 """The types of what is read, by name."""
 
@@ -129,7 +133,8 @@ _ENTRIES_OF_ITEMS = "SELECT * FROM sealed WHERE entry_index = ANY(?::bigint[])"
 _UNFINISHED = """SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted
   WHERE outcome IS NULL AND sequence BETWEEN ? AND ? ORDER BY sequence LIMIT ?"""
 _STILL_UNFINISHED = "SELECT sequence FROM items WHERE outcome IS NULL AND sequence = ANY(?::bigint[])"
-_TWINS = "SELECT sealed.* FROM twins JOIN sealed USING (entry_index) WHERE input_digest = ANY(?::bytea[]) ORDER BY entry_index"
+_TWINS = """SELECT sealed.*, tag, output_tag FROM twins JOIN sealed USING (entry_index)
+  WHERE tag = ANY(?::bytea[]) ORDER BY entry_index"""
 _BINDINGS = """SELECT tenant, key, request_digest, first_sequence, count FROM keys
   WHERE key = ANY(?::name[]) AND (expires_millis IS NULL OR expires_millis > ?)"""
 _KEYS = """SELECT tenant, key, request_digest, first_sequence, count, expires_millis FROM keys
@@ -149,7 +154,8 @@ _WRITE_OUTCOMES = """UPDATE items SET outcome = r.entry_index FROM unnest(?::big
   WHERE items.sequence = r.sequence"""
 _WRITE_VERIFIED = _WRITE_OUTCOMES.replace("SET outcome", "SET verified")
 _WRITE_HEADS = "INSERT INTO heads SELECT * FROM unnest(?::bigint[], ?::bigint[], ?::text[], ?::bytea[])"
-_WRITE_TWINS = "INSERT INTO twins SELECT * FROM unnest(?::bytea[], ?::bytea[], ?::bigint[]) ON CONFLICT DO NOTHING"
+_WRITE_TWINS = """INSERT INTO twins SELECT * FROM unnest(?::bytea[], ?::bytea[], ?::bigint[], ?::bytea[])
+  ON CONFLICT DO NOTHING"""
 _WRITE_NOTES = """INSERT INTO notes SELECT * FROM unnest(?::name[], ?::bytea[])
   ON CONFLICT (name) DO UPDATE SET value = excluded.value"""
 _BIND = """INSERT INTO keys (first_sequence, count, request_digest, tenant, key, unfinished)
@@ -173,6 +179,8 @@ _DROP_EXPIRED = """WITH expired AS (SELECT first_sequence, count FROM keys
   DELETE FROM payloads WHERE entry_index IN (SELECT admitted FROM dropped UNION ALL SELECT outcome FROM dropped)"""
 _DROP = """WITH dropped AS (SELECT admitted, outcome FROM items WHERE sequence = ANY(?::bigint[]))
   DELETE FROM payloads WHERE entry_index IN (SELECT admitted FROM dropped UNION ALL SELECT outcome FROM dropped)"""
+_FORGET = """DELETE FROM twins WHERE entry_index IN (SELECT outcome FROM items WHERE sequence = ANY(?::bigint[]))
+  OR (length(output_tag) = 0 AND NOT EXISTS (SELECT 1 FROM payloads WHERE payloads.entry_index = twins.entry_index))"""
 _DROP_PROMPTS = """DELETE FROM payloads WHERE entry_index IN
   (SELECT items.admitted FROM items, unnest(?::bigint[], ?::bigint[]) AS r (sequence, first)
     WHERE items.sequence = r.sequence AND NOT EXISTS (SELECT 1 FROM keys WHERE first_sequence = r.first))"""
@@ -232,16 +240,18 @@ class Tables(ABC):
         select = self._session.select
         bound = select(_BINDINGS, [key for _, key in needs.keys], now_millis) if needs.keys else ()
         unfinished = select(_STILL_UNFINISHED, list(needs.sequences)) if needs.sequences else ()
-        earlier = select(_TWINS, list(needs.input_digests)) if needs.input_digests else ()
+        earlier = select(_TWINS, list(needs.twins)) if needs.twins else ()
         witnessed = [(log_id, select(_NOTES, WITNESSED + log_id, WITNESSED + log_id)) for log_id in needs.witnessed]
 
         def known() -> Known:
             bindings = _bindings(bound)
             sequences = frozenset(sequence for (sequence,) in unfinished)
-            twins = defaultdict[bytes, tuple[Sealed, ...]](tuple)
-            for twin in map(sealed_of, earlier):
-                twins[twin.header.input_digest] += (twin,)
-            met = {twin.header.fingerprint_digest for found in twins.values() for twin in found}
+            twins = defaultdict[bytes, tuple[Twin, ...]](tuple)
+            for *row, tag, output_tag in earlier:
+                twin = Twin(sealed_of(tuple(row)), output_tag)
+                if twin.entry.payload or output_tag:
+                    twins[tag] += (twin,)
+            met = {twin.entry.header.fingerprint_digest for found in twins.values() for twin in found}
             fingerprints = self._fingerprints() if met and len(met | needs.fingerprint_digests) > 1 else {}
             heads = {log_id: _witnessed_index(value) for log_id, rows in witnessed for _, value in rows}
             return Known(bindings, sequences, twins, fingerprints, heads)
@@ -296,6 +306,9 @@ class Tables(ABC):
         batches = Counter(header.first_sequence for header in outcomes)
         each(_END_KEYED, [(first, count, expires_millis) for first, count in batches.items()])
         self.write_notes(ledger.notes)
+        self._write_twins(
+            (tag, header, ledger.output_tag(output) if settings.digests_only else b"") for tag, header, output in ledger.twins
+        )
         if settings.digests_only:
             for statement in (_DROP_PROMPTS, _DROP_ANSWERS):
                 each(statement, [(header.sequence, header.first_sequence) for header in outcomes])
@@ -313,8 +326,11 @@ class Tables(ABC):
         outcomes = [header for header in headers if header.kind in OUTCOMES]
         each(_WRITE_OUTCOMES, [(header.sequence, header.index) for header in outcomes])
         each(_WRITE_VERIFIED, [(header.sequence, header.index) for header in verifications(entries)])
-        completed = [header for header in outcomes if header.kind == types_pb2.ENTRY_KIND_COMPLETED]
-        each(_WRITE_TWINS, [(header.input_digest, header.fingerprint_digest, header.index) for header in completed])
+
+    def _write_twins(self, twins: Iterable[tuple[bytes, types_pb2.EntryHeader, bytes]]) -> None:
+        """Tag, COMPLETED entry and output tag of each."""
+        rows = [(tag, header.fingerprint_digest, header.index, output_tag) for tag, header, output_tag in twins]
+        self._session.each(_WRITE_TWINS, rows)
 
     @abstractmethod
     def _write_items(self, admitted: Sequence[types_pb2.EntryHeader]) -> None: ...
@@ -326,6 +342,10 @@ class Tables(ABC):
         """The next entries of a journal that is imported. Everything has been checked."""
         self.write_entries(entries)
 
+    def import_twins(self, secret: bytes, twins: Iterable[tuple[bytes, Sealed]]) -> None:
+        """What has to be compared with these COMPLETED entries, by `twins_of`, ascending."""
+        self._write_twins((twins_tag(secret, name), entry.header, b"") for name, entry in twins)
+
     def import_keys(self, keys: Sequence[Key]) -> None:
         """After all entries."""
         self._session.each(
@@ -336,6 +356,10 @@ class Tables(ABC):
     def drop_payloads(self, sequences: Sequence[int]) -> int:
         """Of these items' admissions and outcomes; how many there were."""
         return self._session.execute(_DROP, list(sequences)) if sequences else 0
+
+    def forget_twins(self, sequences: Sequence[int]) -> None:
+        """Nothing is compared any more with these items, nor with any whose payload was dropped. Reads all twins."""
+        self._session.execute(_FORGET, list(sequences) or [0])
 
 
 def sealed_of(row: Row) -> Sealed:
@@ -504,12 +528,17 @@ class SqlStore(ABC):
         """The payloads of these items' admissions and outcomes, for good; how many there were."""
 
     @abstractmethod
+    def forget(self, sequences: Sequence[int]) -> None:
+        """As `Tables.forget_twins`."""
+
+    @abstractmethod
     def snapshot(self) -> AbstractContextManager[None]:
         """All that is read within it is of one moment."""
 
     @abstractmethod
-    def importing(self, log: Log, writer: str) -> AbstractContextManager[Tables]:
-        """Makes an empty journal this log at the end, or leaves it empty. `writer`: its owner, where only one may write."""
+    def importing(self, log: Log, writer: str, secret: bytes) -> AbstractContextManager[Tables]:
+        """Makes an empty journal this log at the end, or leaves it empty. `writer`: its owner, where only one may write.
+        `secret`: 32 random bytes, the log's from now on."""
 
     @abstractmethod
     def close(self) -> None: ...

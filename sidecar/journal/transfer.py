@@ -2,12 +2,15 @@
 
 The first line says what it is, how long, and where its chain ends, so that half a file is recognised. Then there is one line
 for each key, note and entry, in this order. Entries are in protobuf's own JSON form: 64-bit numbers are strings, bytes base64.
+
+The log's secret stays where it is: payloads have their nonces and seeds. An imported journal gets a new one.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -15,9 +18,10 @@ from typing import Any, TypeVar
 from google.protobuf import json_format
 
 from ostinato.chain import GENESIS, OUTCOMES
+from ostinato.digest import unseeded_input_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal.ledger import NUMBER_MAX
+from sidecar.journal.ledger import NUMBER_MAX, SECRET_BYTES, twins_of
 from sidecar.journal.maintenance import MISSING, Checker, name_of, pages
 from sidecar.journal.model import FINGERPRINTS, JournalUnusable, Key, Log, Sealed
 from sidecar.journal.sqlite import UNREADABLE, SqliteTables
@@ -95,8 +99,9 @@ def take_in(store: SqlStore, lines: Iterable[str], writer: str | None, on_entrie
     owner = writer or (next(iter(log.writers)) if len(log.writers) == 1 else "")
     if not owner:
         raise LinesUnusable(f"line 1: the log has several writers, name one that is to have it: {', '.join(log.writers)}")
-    with store.importing(log, owner) as tables:
-        importer = _Importer(log, tables, on_entries)
+    secret = os.urandom(SECRET_BYTES)
+    with store.importing(log, owner, secret) as tables:
+        importer = _Importer(log, tables, secret, on_entries)
         for number, line in numbered:
             _parsed(number, line, importer.take)
         importer.finish(keys_count, notes_count)
@@ -106,12 +111,16 @@ def take_in(store: SqlStore, lines: Iterable[str], writer: str | None, on_entrie
 class _Importer:
     """Writes lines to the tables, page by page."""
 
-    def __init__(self, log: Log, tables: Tables, on_entries: Callable[[int, int], None]) -> None:
-        self._log, self._tables, self._on_entries = log, tables, on_entries
+    def __init__(self, log: Log, tables: Tables, secret: bytes, on_entries: Callable[[int, int], None]) -> None:
+        self._log, self._tables, self._secret, self._on_entries = log, tables, secret, on_entries
         self._checker = Checker()
         self._keys: list[Key] = []
         self._notes: dict[str, bytes] = {}
         self._page: list[Sealed] = []
+        self._inputs: dict[int, bytes] = {}
+        """Of items that have not ended, by sequence: as `twins_of`."""
+        self._twins: list[tuple[bytes, Sealed]] = []
+        """Of the page: inputs and COMPLETED entries."""
         self._index, self._hash = 0, GENESIS
 
     def take(self, told: dict[str, Any]) -> None:
@@ -137,12 +146,25 @@ class _Importer:
             raise ValueError(f"entry {entry.header.index}: {'; '.join(faults)}")
         self._index, self._hash = entry.header.index, entry.entry_hash
         self._page.append(sealed)
+        self._find_twin(sealed)
         if len(self._page) == PAGE:
             self._flush()
 
+    def _find_twin(self, sealed: Sealed) -> None:
+        header = sealed.header
+        if header.kind == types_pb2.ENTRY_KIND_ADMITTED and sealed.payload:
+            given = sequencer_pb2.AdmittedPayload.FromString(sealed.payload)
+            unseeded = unseeded_input_digest(given.token_ids, given.parameters)
+            self._inputs[header.sequence] = twins_of(given.tenant, unseeded, given.seed)
+        elif header.kind in OUTCOMES:
+            name, completed = self._inputs.pop(header.sequence, b""), header.kind == types_pb2.ENTRY_KIND_COMPLETED
+            self._twins += [(name, sealed)] if name and completed and sealed.payload else []
+
     def _flush(self) -> None:
         self._tables.import_entries(self._page)
+        self._tables.import_twins(self._secret, self._twins)
         self._page.clear()
+        self._twins.clear()
         self._on_entries(self._index, self._log.index)
 
     def finish(self, keys_count: int, notes_count: int) -> None:

@@ -27,7 +27,7 @@ import grpc
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, generation_pb2_grpc, types_pb2
 
 TOKENS = 16
-HEADER, HASH = {"admitted": b"h" * 139, "completed": b"h" * 212}, b"e" * 32
+HEADER, HASH = {"admitted": b"h" * 142, "completed": b"h" * 250}, b"e" * 32
 """Of the sizes of the journal's."""
 SCHEMA = """
 PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA locking_mode = EXCLUSIVE; PRAGMA temp_store = MEMORY;

@@ -14,6 +14,7 @@ from typing import Any
 import apsw
 import psycopg
 
+from ostinato.chain import NONCE_BYTES
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.maintenance import prune
@@ -27,8 +28,9 @@ from tests.bench.table import Options, Round, Table, closed_loop, count, median,
 from tests.postgres import Postgres
 
 REQUESTERS = (1, 64, 256)
+NEW: dict[str, Any] = {"writer": "bench", "version": "0", "new_log_id": "0" * 32, "new_secret": bytes(32), "now_millis": 1}
 PROMPT_TOKENS, NEW_TOKENS = 200, 64
-HEADER_BYTES = {"admitted": 139, "completed": 212}
+HEADER_BYTES = {"admitted": 142, "completed": 250}
 """As the journal's are here."""
 
 
@@ -42,6 +44,7 @@ def admission(number: int) -> Admission:
         seed_derived=True,
         request_digest=digest,
         model_digest=digest,
+        nonce=digest[:NONCE_BYTES],
     )
     return Admission((payload,), digest)
 
@@ -55,17 +58,19 @@ def outcome(admitted: types_pb2.EntryHeader) -> Outcome:
         seed=admitted.seed,
         grade=types_pb2.GRADE_EXACT,
     )
-    payload = sequencer_pb2.CompletedPayload(output=output, timing=types_pb2.Timing(total_micros=1))
-    return Outcome(admitted, types_pb2.ENTRY_KIND_COMPLETED, 1, payload, b"f" * 32)
+    twins = sha256(admitted.sequence.to_bytes(8)).digest()
+    timing, nonce = types_pb2.Timing(total_micros=1), twins[:NONCE_BYTES]
+    payload = sequencer_pb2.CompletedPayload(output=output, timing=timing, nonce=nonce)
+    return Outcome(admitted, types_pb2.ENTRY_KIND_COMPLETED, 1, payload, b"f" * 32, twins)
 
 
 def open_sqlite(path: Path) -> tuple[Store, Opened]:
     settings = SqliteSettings(reserve_bytes=0)
-    return SqliteStore.open(path, writer="bench", version="0", new_log_id="0" * 32, now_millis=0, settings=settings)
+    return SqliteStore.open(path, **NEW, settings=settings)
 
 
 def open_postgres(url: str) -> tuple[Store, Opened]:
-    return PostgresStore.open(url, writer="bench", version="0", new_log_id="0" * 32, now_millis=0)
+    return PostgresStore.open(url, **NEW)
 
 
 async def _ours(backend: Store, requesters: int, seconds: float) -> Round:
@@ -103,7 +108,7 @@ def _bare(folder: Path, requesters: int, seconds: float) -> Round:
             db.executemany("UPDATE items SET outcome = ? WHERE sequence = ?", list(zip(second, items, strict=True)))
             digests = [sha256(number.to_bytes(8)).digest() for number in items]
             db.executemany(
-                "INSERT OR IGNORE INTO twins VALUES (?, ?, ?)",
+                "INSERT OR IGNORE INTO twins VALUES (?, ?, ?, x'')",
                 [(digest, b"f" * 32, number) for digest, number in zip(digests, second, strict=True)],
             )
         taken += [time.perf_counter() - sent] * requesters
@@ -150,7 +155,7 @@ def _bare_postgres(url: str, requesters: int, seconds: float) -> Round:
                     else:
                         db.execute(ENDED, (items, second))
                         digests = [sha256(number.to_bytes(8)).digest() for number in items]
-                        _rows(db, "twins", digests, [b"f" * 32] * requesters, second)
+                        _rows(db, "twins", digests, [b"f" * 32] * requesters, second, [b""] * requesters)
                     db.execute("UPDATE log SET last_index = %s", (indexes[-1],))
                     db.execute("COMMIT")
             taken += [time.perf_counter() - sent] * requesters
@@ -246,7 +251,7 @@ def rows_of(entries: Sequence[Sealed]) -> Rows:
         written["admitted"] = [(header.sequence, header.index) for header in headers]
     else:
         written["ended"] = [(header.index, header.sequence) for header in headers]
-        written["twins"] = [(header.input_digest, header.fingerprint_digest, header.index) for header in headers]
+        written["twins"] = [(header.input_digest, header.fingerprint_digest, header.index, b"") for header in headers]
     return written
 
 
@@ -255,7 +260,7 @@ SQLITE = {
     "payloads": "INSERT INTO payloads VALUES (?, ?)",
     "admitted": "INSERT INTO items (sequence, admitted) VALUES (?, ?)",
     "ended": "UPDATE items SET outcome = ? WHERE sequence = ?",
-    "twins": "INSERT OR IGNORE INTO twins VALUES (?, ?, ?)",
+    "twins": "INSERT OR IGNORE INTO twins VALUES (?, ?, ?, ?)",
 }
 POSTGRES = {
     "entries": "INSERT INTO entries SELECT * FROM unnest({})",
@@ -340,7 +345,7 @@ def _keyed(draft: Admission, number: int) -> Admission:
 
 def grown(path: Path, *, keyed: bool, settings: SqliteSettings) -> float:
     """Bytes an item, of the file once it is closed. Every item has ended."""
-    journal, _ = SqliteStore.open(path, writer="bench", version="0", new_log_id="0" * 32, now_millis=1, settings=settings)
+    journal, _ = SqliteStore.open(path, **NEW, settings=settings)
     empty = path.stat().st_size
     for first in range(0, GROWN, GROUP):
         drafts = [admission(number) for number in range(first, first + GROUP)]

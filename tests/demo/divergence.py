@@ -23,6 +23,7 @@ from rich.table import Table
 import ostinato
 from ostinato.cli import charts
 from ostinato.cli.show import headline, side_by_side
+from ostinato.digest import output_digest
 from ostinato.replay import bounded_gather
 from ostinato.requests import Sampling
 from ostinato.v1 import sequencer_pb2, types_pb2
@@ -69,8 +70,8 @@ class Setting:
     @property
     def others(self) -> list[types_pb2.Result]:
         """Answers that differ from the first one to their prompt, from the caller's view."""
-        first = {result.output.seed: result.receipt.header.output_digest for result in self.first}
-        return [result for result in self.later if result.receipt.header.output_digest != first[result.output.seed]]
+        first = {result.output.seed: output_digest(result.output) for result in self.first}
+        return [result for result in self.later if output_digest(result.output) != first[result.output.seed]]
 
 
 def main() -> int:
@@ -177,7 +178,7 @@ async def traffic(client: ostinato.Client, prompts: int, at_once: int) -> list[t
 
 async def replayed_alone(pair: Pair, console: Console, setting: Setting) -> bool:
     """Replay some diverged items exclusively, and show them. Whether they give the first answer again."""
-    first = {result.output.seed: result.receipt.header.output_digest for result in setting.first}
+    first = {result.output.seed: output_digest(result.output) for result in setting.first}
     same = []
     async with ostinato.Client(pair.target) as client:
         for result in setting.others[:SHOWN]:

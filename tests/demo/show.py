@@ -15,6 +15,7 @@ from rich.text import Text
 import ostinato
 from ostinato.chain import check_result
 from ostinato.cli.serve import Running, ServeOptions, run_until_signal, started
+from ostinato.digest import output_digest
 from ostinato.v1 import types_pb2
 
 from tests.pair import ROOT, samples
@@ -75,10 +76,10 @@ async def show(target: str, console: Console) -> bool:
         among = await among_traffic(client)
         console.print(table(seeded, unseeded, among, console.width))
         replayed = [verdict.comparison.verdict async for verdict in client.replay(1, unseeded[-1].sequence)]
-    outputs = {result.receipt.header.output_digest for result in (*seeded, *among)}
+    outputs = {output_digest(result.output) for result in (*seeded, *among)}
     promises = {
         "one seed, one answer: alone in a batch of equals and among other traffic": len(outputs) == 1,
-        "no seed, three answers": len({result.receipt.header.output_digest for result in unseeded}) == 3,
+        "no seed, three answers": len({output_digest(result.output) for result in unseeded}) == 3,
         "every receipt verifies offline": not any(check_result(result) for result in (*seeded, *unseeded, *among)),
         "sequences are 1, 2, 3, ...": sorted(r.sequence for r in (*seeded, *unseeded)) == [1, 2, 3, 4, 5, 6],
         "replayed from the journal: equal": set(replayed) == {types_pb2.VERDICT_MATCH},
@@ -124,7 +125,7 @@ def table(
                 "sequence": str(result.sequence),
                 "seed": str(result.output.seed),
                 "grade": types_pb2.Grade.Name(result.output.grade).removeprefix("GRADE_"),
-                "output": result.receipt.header.output_digest.hex()[:12],
+                "output": output_digest(result.output).hex()[:12],
                 "ms": f"{result.timing.total_micros / 1000:.0f}",
                 "text": repr(result.output.text),
             }

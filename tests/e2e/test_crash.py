@@ -194,7 +194,7 @@ def books(metrics: dict[str, float], seen: list[Call], record: Record) -> list[s
     batches = {call.job: call for call in done}
     items = sum(len(job.request.items) for job in batches)
     completed = [outcome for outcome in record.outcomes.values() if outcome.kind == COMPLETED]
-    distinct = {(outcome.input_digest, outcome.fingerprint_digest) for outcome in completed}
+    distinct = {(record.input(outcome.sequence), outcome.fingerprint_digest) for outcome in completed}
     unary = sum(not call.job.streamed for call in done)
     expected = {
         "ostinato_admitted_items_total": items,

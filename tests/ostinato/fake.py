@@ -164,14 +164,15 @@ class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerS
         given = types_pb2.Parameters()
         given.MergeFrom(request.parameters)
         given.MergeFrom(item.parameters)
-        seed = given.seed if given.HasField("seed") else digest.derived_seed(LOG_ID, sequence)
+        seed = given.seed if given.HasField("seed") else digest.sampling_hash("seed", LOG_ID, sequence)
         token_ids = _token_ids(item)
         resolved = types_pb2.ResolvedParameters(temperature=1.0, max_new_tokens=4)
         about: dict[str, Any] = {"sequence": sequence, "first_sequence": first, "count": len(request.items), "seed": seed}
-        about["input_digest"] = digest.input_digest(token_ids, resolved, seed)
+        nonce = sequence.to_bytes(chain.NONCE_BYTES)
         admitted = sequencer_pb2.AdmittedPayload(
-            token_ids=token_ids, parameters=resolved, seed=seed, idempotency_key=request.idempotency_key
+            token_ids=token_ids, parameters=resolved, seed=seed, idempotency_key=request.idempotency_key, nonce=nonce
         )
+        about |= {"form": chain.FORM, "input_digest": chain.sealed_input(chain.FORM, admitted)}
         header = self.journal.append(admitted.SerializeToString(), kind=types_pb2.ENTRY_KIND_ADMITTED, **about).header
         made = list(hashlib.sha256(f"{seed} {token_ids}".encode()).digest()[:4])
         output = types_pb2.Output(
@@ -187,16 +188,15 @@ class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerS
             output.logprobs.extend(types_pb2.TokenLogprobs(logprob=-0.1 * (token + 1)) for token in made)
         timing = types_pb2.Timing(queue_micros=10, total_micros=2500)
         completed = self.journal.append(
-            sequencer_pb2.CompletedPayload(output=output, timing=timing).SerializeToString(),
+            sequencer_pb2.CompletedPayload(output=output, timing=timing, nonce=nonce).SerializeToString(),
             kind=types_pb2.ENTRY_KIND_COMPLETED,
             attempt=1,
             grade=output.grade,
-            output_digest=digest.output_digest(output),
-            logprobs_digest=digest.logprobs_digest(output),
+            **chain.sealed_output(chain.FORM, nonce, output),
             fingerprint_digest=MODEL.fingerprint.digest,
             **about,
         )
-        receipt = chain.receipt(completed.header, self.journal.previous_hash(completed), completed.entry_hash)
+        receipt = chain.receipt(completed.header, self.journal.previous_hash(completed), completed.entry_hash, nonce)
         result = types_pb2.Result(sequence=sequence, output=output, receipt=receipt, timing=timing, attempt=1)
         self.records[sequence] = sequencer_pb2.ItemRecord(
             admitted=header,

@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ostinato.chain import (
+    FORM,
     GENESIS,
     OUTCOMES,
     check_link,
@@ -21,16 +22,24 @@ from ostinato.chain import (
     entry_hash,
     payload_digest,
     receipt,
+    sealed_input,
+    sealed_output,
 )
-from ostinato.digest import input_digest, logprobs_digest, output_digest
+from ostinato.digest import input_digest, logprobs_digest, output_digest, text_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 LOG_ID = "0123456789abcdef0123456789abcdef"
 
 
-def completed(seed: int = 2**64 - 1) -> sequencer_pb2.ItemRecord:
+each_form = pytest.mark.parametrize("form", [0, FORM])
+
+
+def completed(form: int = FORM, seed: int = 2**64 - 1) -> sequencer_pb2.ItemRecord:
     """A sound record."""
-    given = sequencer_pb2.AdmittedPayload(token_ids=[1, 2], parameters=types_pb2.ResolvedParameters(top_p=1.0), seed=seed)
+    nonce = b"n" * 16 if form else b""
+    given = sequencer_pb2.AdmittedPayload(
+        token_ids=[1, 2], parameters=types_pb2.ResolvedParameters(top_p=1.0), seed=seed, nonce=nonce
+    )
     output = types_pb2.Output(
         text="a city",
         token_ids=[5, 6],
@@ -40,22 +49,24 @@ def completed(seed: int = 2**64 - 1) -> sequencer_pb2.ItemRecord:
         logprobs=[types_pb2.TokenLogprobs(logprob=-1.5), types_pb2.TokenLogprobs(logprob=-2.5)],
     )
     place = types_pb2.EntryHeader(log_id=LOG_ID, writer="w", epoch=1, sequence=7, first_sequence=7, count=1, seed=seed)
-    place.input_digest = input_digest(given.token_ids, given.parameters, seed)
+    place.form, place.input_digest = form, sealed_input(form, given)
     admitted, header = types_pb2.EntryHeader(), types_pb2.EntryHeader()
     admitted.CopyFrom(place)
     admitted.kind = types_pb2.ENTRY_KIND_ADMITTED
     header.CopyFrom(place)
     header.kind, header.attempt, header.grade = types_pb2.ENTRY_KIND_COMPLETED, 1, output.grade
-    header.output_digest, header.logprobs_digest = output_digest(output), logprobs_digest(output)
+    for field, digest in sealed_output(form, nonce, output).items():
+        setattr(header, field, digest)
     previous = b"p" * 32
-    proof = receipt(header, previous, entry_hash(previous, header))
+    proof = receipt(header, previous, entry_hash(previous, header), nonce)
     result = types_pb2.Result(sequence=7, output=output, receipt=proof, attempt=1)
     return sequencer_pb2.ItemRecord(admitted=admitted, input=given, result=result)
 
 
-def test_sound_record() -> None:
+@each_form
+def test_sound_record(form: int) -> None:
     """A sound record has no faults, also without its optional parts."""
-    record = completed()
+    record = completed(form)
     assert check_record(record) == check_result(record.result) == check_receipt(record.result.receipt) == []
     record.ClearField("input")
     assert check_record(record) == []
@@ -75,10 +86,34 @@ def other(field: FieldDescriptor, value: object) -> object:
             return value + 1 if value != 2**64 - 1 else 0  # type: ignore[operator]
 
 
+def test_a_sealed_header_tests_no_guess() -> None:
+    """In form 2 no digest of the input or the output is in the header, and equal items have different ones: form 0 had both."""
+    record = completed()
+    given, output, header = record.input, record.result.output, record.result.receipt.header
+    guesses = {input_digest(given.token_ids, given.parameters, given.seed), output_digest(output), logprobs_digest(output)}
+    guesses |= {text_digest(output)}
+    shown = {header.input_digest, header.output_digest, header.logprobs_digest, header.text_digest}
+    bare = completed(0).result.receipt.header
+    assert len(shown) == 4
+    assert not shown & guesses
+    assert guesses > {bare.input_digest, bare.output_digest, bare.logprobs_digest}
+    given.nonce = b"m" * 16
+    assert not shown & {sealed_input(FORM, given), *sealed_output(FORM, given.nonce, output).values()}
+
+
+def test_a_receipt_without_its_nonce() -> None:
+    """It still proves the entry. It shows nothing of the answer, and cannot be compared with it."""
+    record = completed()
+    record.result.receipt.ClearField("nonce")
+    assert check_receipt(record.result.receipt) == []
+    assert "receipt.nonce: has 0 bytes instead of 16" in check_result(record.result)
+
+
+@each_form
 @pytest.mark.parametrize("field", list(types_pb2.EntryHeader.DESCRIPTOR.fields), ids=lambda field: field.name)
-def test_header_covers_every_field(field: FieldDescriptor) -> None:
-    """A change of any header field, or of the previous hash, changes the entry's hash."""
-    proof = completed().result.receipt
+def test_header_covers_every_field(field: FieldDescriptor, form: int) -> None:
+    """A change of any header field, or of the previous hash, changes the entry's hash, or is of another form."""
+    proof = completed(form).result.receipt
     setattr(proof.header, field.name, other(field, getattr(proof.header, field.name)))
 
     assert check_receipt(proof) != []
@@ -103,6 +138,9 @@ def test_receipt_of_another_place() -> None:
         (lambda r: setattr(r.result.output, "matched_stop", "x"), "header.output_digest"),
         (lambda r: r.result.output.logprobs.pop(), "header.logprobs_digest"),
         (lambda r: r.result.output.ClearField("logprobs"), "header.logprobs_digest"),
+        (lambda r: setattr(r.result.output, "text", "A city"), "header.text_digest"),
+        (lambda r: setattr(r.result.receipt, "nonce", b"m" * 16), "header.output_digest"),
+        (lambda r: setattr(r.input, "nonce", b"m" * 16), "admitted.input_digest"),
         (lambda r: setattr(r.result.output, "seed", 1), "header.seed"),
         (lambda r: setattr(r.result.output, "grade", types_pb2.GRADE_SERIAL), "header.grade"),
         (lambda r: setattr(r.result, "attempt", 2), "header.attempt"),
@@ -127,7 +165,7 @@ def test_only_completed_items_have_receipts() -> None:
     """Only a COMPLETED entry can have a receipt."""
     for kind in OUTCOMES - {types_pb2.ENTRY_KIND_COMPLETED}:
         with pytest.raises(AssertionError):
-            receipt(types_pb2.EntryHeader(kind=kind), GENESIS, GENESIS)
+            receipt(types_pb2.EntryHeader(kind=kind), GENESIS, GENESIS, b"")
 
 
 def chain(*headers: types_pb2.EntryHeader) -> list[sequencer_pb2.Entry]:

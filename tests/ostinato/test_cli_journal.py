@@ -9,8 +9,7 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import FieldDescriptor
 from typer.testing import CliRunner
 
-from ostinato import errors
-from ostinato.cli import show
+from ostinato import chain, errors
 from ostinato.cli.app import app
 from ostinato.v1 import sequencer_pb2, types_pb2
 
@@ -99,7 +98,7 @@ KINDS = [kind for kind in types_pb2.EntryKind.values() if kind != types_pb2.ENTR
 @pytest.mark.parametrize("kind", KINDS, ids=types_pb2.EntryKind.Name)
 def test_tail_decodes_every_kind(kind: types_pb2.EntryKind.ValueType) -> None:
     """Entries of every kind are shown with their decoded payload, and the output verifies."""
-    payload = show.PAYLOADS[kind]()
+    payload = chain.PAYLOADS[kind]()
     field = next(each for each in payload.DESCRIPTOR.fields if not each.is_repeated)
     if field.message_type is not None:
         getattr(payload, field.name).SetInParent()

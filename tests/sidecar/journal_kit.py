@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from abc import ABC, abstractmethod
@@ -14,8 +15,10 @@ from urllib.parse import quote
 
 import psycopg
 
+from ostinato.digest import unseeded_input_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
+from sidecar.journal.ledger import twins_of
 from sidecar.journal.maintenance import Checked, verify
 from sidecar.journal.model import Admission, Audit, Draft, Mark, Opened, Outcome, Sealed
 from sidecar.journal.postgres import PostgresSettings, PostgresStore
@@ -25,8 +28,10 @@ from sidecar.opening import open_for_maintenance
 from tests.sidecar.postgres_proxy import Proxy
 
 LOG_ID = "0123456789abcdef0123456789abcdef"
+SECRET = b"s" * 32
 PARAMETERS = types_pb2.ResolvedParameters(temperature=1.0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=16)
 FINGERPRINT = b"f" * 32
+NONCES = (number.to_bytes(16) for number in itertools.count(1))
 
 
 def verify_journal(journal: Path | str) -> Iterator[Checked]:
@@ -59,7 +64,13 @@ def item(*token_ids: int, seed: int | None = None, request_id: str = "") -> sequ
         seed=seed or 0,
         seed_derived=seed is None,
         request_id=request_id,
+        nonce=next(NONCES),
     )
+
+
+def prompt(admitted: Sealed) -> sequencer_pb2.AdmittedPayload:
+    """What was admitted, as recorded."""
+    return sequencer_pb2.AdmittedPayload.FromString(admitted.payload)
 
 
 def admission(*items: sequencer_pb2.AdmittedPayload, key: str = "", tenant: str = "", digest: bytes = b"r" * 32) -> Admission:
@@ -78,20 +89,23 @@ def completed(
         seed=admitted.header.seed,
         grade=types_pb2.GRADE_EXACT,
     )
-    payload = sequencer_pb2.CompletedPayload(output=output)
-    return Outcome(admitted.header, types_pb2.ENTRY_KIND_COMPLETED, attempt, payload, fingerprint)
+    item = prompt(admitted)
+    payload = sequencer_pb2.CompletedPayload(output=output, nonce=item.nonce)
+    twins = twins_of(item.tenant, unseeded_input_digest(item.token_ids, item.parameters), item.seed)
+    return Outcome(admitted.header, types_pb2.ENTRY_KIND_COMPLETED, attempt, payload, fingerprint, twins)
 
 
 def ended(admitted: Sealed, kind: types_pb2.EntryKind.ValueType = types_pb2.ENTRY_KIND_FAILED, attempt: int = 1) -> Outcome:
     """An outcome without an output."""
-    payload = sequencer_pb2.EndedPayload(code=13, reason="ENGINE_FAILED", message="it broke")
+    nonce = prompt(admitted).nonce
+    payload = sequencer_pb2.EndedPayload(code=13, reason="ENGINE_FAILED", message="it broke", nonce=nonce)
     return Outcome(admitted.header, kind, attempt, payload, FINGERPRINT)
 
 
 def audit(admitted: Sealed, kind: types_pb2.ComparisonKind.ValueType = types_pb2.COMPARISON_KIND_AUDIT) -> Audit:
     """A verdict about an item."""
     verdict = types_pb2.Comparison(sequence=admitted.header.sequence, kind=kind, verdict=types_pb2.VERDICT_MATCH)
-    return Audit(admitted.header, verdict, FINGERPRINT)
+    return Audit(admitted.header, verdict, prompt(admitted).nonce, FINGERPRINT)
 
 
 ABOUT_AN_ITEM: Mapping[str, Callable[[Sealed], Draft]] = {"complete": completed, "end": ended, "audit": audit}
@@ -168,6 +182,7 @@ class SqliteKit(Kit):
             writer=writer,
             version="1.0",
             new_log_id=log_id,
+            new_secret=SECRET,
             now_millis=self.clock.millis,
             settings=self.settings,
             mark=mark,
@@ -215,6 +230,7 @@ class PostgresKit(Kit):
             writer=writer,
             version="1.0",
             new_log_id=log_id,
+            new_secret=SECRET,
             now_millis=self.clock.millis,
             settings=self.settings,
             mark=mark,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -130,7 +131,7 @@ def test_a_draft_has_all_that_a_rerun_needs() -> None:
     """Token ids, parameters, seeds (0 is one that was given), labels, grade and model, item by item."""
     request = Request(items=[ITEM] * 2, idempotency_key="key", request_id="label", required_grade=types_pb2.GRADE_SERIAL)
 
-    admission = draft(request, PREPARED)
+    admission = draft(request, PREPARED, "", os.urandom)
 
     digest = request_digest(request)
     assert (admission.key, admission.request_digest, admission.tenant) == ("key", digest, "")

@@ -28,7 +28,7 @@ from sidecar.answers import (
 from sidecar.journal.ledger import Known, Ledger
 from sidecar.journal.model import Head, ItemEntries, Outcome, Sealed
 from tests.sidecar.held_kit import account, held
-from tests.sidecar.journal_kit import LOG_ID, admission, audit, completed, ended, item
+from tests.sidecar.journal_kit import LOG_ID, SECRET, admission, audit, completed, ended, item
 
 TIMING = types_pb2.Timing(queue_micros=1, first_token_micros=2, total_micros=3)
 
@@ -36,7 +36,7 @@ TIMING = types_pb2.Timing(queue_micros=1, first_token_micros=2, total_micros=3)
 def ledger(head: Head | None = None, *unfinished: int) -> Ledger:
     """Of an empty journal, or of one that stands there."""
     head = head or Head(LOG_ID, "writer", 1, 0, bytes(32), 0)
-    return Ledger(head, Known(unfinished=frozenset(unfinished)), 1_700_000_000_000)
+    return Ledger(head, Known(unfinished=frozenset(unfinished)), 1_700_000_000_000, SECRET)
 
 
 def entries(outcome: str = "completed") -> tuple[Sealed, Sealed]:
@@ -46,7 +46,7 @@ def entries(outcome: str = "completed") -> tuple[Sealed, Sealed]:
     draft = completed(admitted, 7, 8)
     if outcome != "completed":
         error = errors.TABLE[outcome]("it was not to be")
-        draft = Outcome(admitted.header, outcome_kind(error), 2, ended_payload(error, TIMING))
+        draft = Outcome(admitted.header, outcome_kind(error), 2, ended_payload(error, TIMING, draft.payload.nonce))
     (sealed,) = ledger(made.head, 1).append(draft).entries
     return admitted, sealed
 

@@ -21,7 +21,7 @@ from sidecar.divergence.tracker import VERSION, Checkpoint, Counts, DivergenceTr
 from sidecar.divergence.verdicts import CollisionCheck, Compared, GroupKey, Moment, NotCompared, events
 from sidecar.journal.model import Admission, Audit, Note, Outcome, Sealed
 from sidecar.journal.writer import Journal
-from tests.sidecar.journal_kit import SqliteKit, admission, completed, item
+from tests.sidecar.journal_kit import SqliteKit, admission, completed, item, prompt
 
 WRITER = "writer"
 FIRST_DIFFERENCES = ((5, 9, "T 1"), (0, 1, "T 1"), (90, 2, "greedy"))
@@ -67,7 +67,7 @@ class Life:
         comparison = types_pb2.Comparison(
             sequence=admitted.header.sequence, kind=types_pb2.COMPARISON_KIND_AUDIT, verdict=verdict
         )
-        await self.journal.append(Audit(admitted.header, comparison, b"f" * 32, types_pb2.GRADE_EXACT))
+        await self.journal.append(Audit(admitted.header, comparison, prompt(admitted).nonce, b"f" * 32, types_pb2.GRADE_EXACT))
 
     async def everything(self) -> Counts:
         """The fold over the whole journal."""

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from ostinato import chain
-from ostinato.chain import GENESIS, OUTCOMES, payload_digest
-from ostinato.digest import derived_seed, input_digest, output_digest
+from ostinato.chain import FORM, GENESIS, OUTCOMES, payload_digest, sealed, sealed_output
+from ostinato.digest import input_digest, output_digest, u64
 from ostinato.signature import PublicKeys, inclusion_fault, new_key, signer_of
 from ostinato.v1 import sequencer_pb2, types_pb2
 
+from sidecar.journal.ledger import keyed
 from sidecar.journal.maintenance import verify
 from sidecar.journal.model import Appended, Audit, ItemEntries, JournalBroken, Note, Opened, Sealed, Unfinished
 from sidecar.journal.writer import Journal
@@ -23,6 +24,7 @@ from tests.sidecar.journal_kit import (
     FINGERPRINT,
     LOG_ID,
     PARAMETERS,
+    SECRET,
     Kit,
     PostgresKit,
     SqliteKit,
@@ -31,6 +33,7 @@ from tests.sidecar.journal_kit import (
     completed,
     ended,
     item,
+    prompt,
     sequences,
     twin,
 )
@@ -118,14 +121,15 @@ async def test_given_seed(using: Open, seed: int) -> None:
     (read,) = await using.journal.items(1, 1, 1)
     assert read.admitted == entry
     assert (entry.header.seed, payload.seed, payload.seed_derived) == (seed, seed, False)
-    assert entry.header.input_digest == input_digest([5], PARAMETERS, seed)
+    assert entry.header.input_digest == sealed(FORM, payload.nonce, "input", input_digest([5], PARAMETERS, seed))
 
 
 async def test_derived_seed(using: Open) -> None:
-    """An item without a seed gets the one that log id and sequence give, and no two get the same."""
+    """An item without a seed gets the one that the log's secret and its sequence give, and no two get the same."""
     entries = await using.admit(item(5), item(5))
 
-    assert [e.header.seed for e in entries] == [derived_seed(LOG_ID, 1), derived_seed(LOG_ID, 2)]
+    seeds = [int.from_bytes(keyed(SECRET, "seed", u64(sequence))[:8]) for sequence in (1, 2)]
+    assert [e.header.seed for e in entries] == seeds
     assert all(sequencer_pb2.AdmittedPayload.FromString(e.payload).seed == e.header.seed for e in entries)
     assert entries[0].header.input_digest != entries[1].header.input_digest
 
@@ -139,7 +143,8 @@ async def test_completed(using: Open) -> None:
     header = entry.header
     assert (header.kind, header.sequence, header.attempt) == (types_pb2.ENTRY_KIND_COMPLETED, 1, 3)
     assert (header.seed, header.input_digest) == (admitted.header.seed, admitted.header.input_digest)
-    assert header.output_digest == output_digest(outcome.payload.output)  # type: ignore[union-attr]
+    digests = sealed_output(FORM, prompt(admitted).nonce, outcome.payload.output)  # type: ignore[union-attr]
+    assert (header.output_digest, header.text_digest) == (digests["output_digest"], digests["text_digest"])
     assert (header.logprobs_digest, header.grade, header.fingerprint_digest) == (b"", types_pb2.GRADE_EXACT, FINGERPRINT)
     assert entry.payload == outcome.payload.SerializeToString(deterministic=True)
     assert header.payload_digest == payload_digest(entry.payload)
@@ -194,8 +199,8 @@ async def test_verified(using: Open) -> None:
 async def test_a_canarys_verdict(using: Open) -> None:
     """It names no item, bears the canary's name, and leaves a chain that verifies."""
     comparison = types_pb2.Comparison(kind=types_pb2.COMPARISON_KIND_CANARY, verdict=types_pb2.VERDICT_MATCH)
-    header = types_pb2.EntryHeader(seed=5, input_digest=b"i" * 32)
-    (entry,) = (await using.journal.append(Audit(header, comparison, b"f" * 32, canary="short"))).entries
+    header = types_pb2.EntryHeader(form=FORM, seed=5, input_digest=b"i" * 32)
+    (entry,) = (await using.journal.append(Audit(header, comparison, b"n" * 16, b"f" * 32, canary="short"))).entries
 
     assert (entry.header.sequence, entry.header.seed, entry.header.input_digest) == (0, 5, b"i" * 32)
     assert sequencer_pb2.AuditedPayload.FromString(entry.payload).canary == "short"
@@ -278,7 +283,9 @@ async def test_twin(using: Open) -> None:
     assert said is not None
     assert (said.sequence, said.first_difference, said.kind) == (5, 1, types_pb2.COMPARISON_KIND_TWIN)
     assert (said.expected_writer, said.grade) == ("writer", types_pb2.GRADE_EXACT)
-    assert said.actual_output_digest == answers[-1].entries[0].header.output_digest
+    assert said.actual_output_digest == output_digest(
+        types_pb2.Output(token_ids=[4, 5], finish_reason=types_pb2.FINISH_REASON_LENGTH)
+    )
 
 
 async def test_twin_of_one_fingerprint(using: Open) -> None:
@@ -463,7 +470,7 @@ async def test_signed(store: Kit) -> None:
     ]  # fmt: skip
     for tree, after in trees:
         assert after is not None
-        receipts = [chain.receipt(after.header, after.previous_hash, after.entry_hash) for _ in range(2)]
+        receipts = [chain.receipt(after.header, after.previous_hash, after.entry_hash, b"") for _ in range(2)]
         assert (tree is None) == (after.signed is None)
         if tree is not None and after.signed is not None:
             tree.put_into(receipts[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,8 @@ def taken_in(store: Kit, lines: list[str], writer: str | None = None) -> None:
 
 
 def test_there_and_back(store: Kit) -> None:
-    """An imported journal is the exported one: record, keys, notes and dropped payloads, and it goes on where that was."""
+    """An imported journal is the exported one: record, keys, notes and dropped payloads, and it goes on where that was, with
+    a secret of its own."""
     fill(store)
     with store.maintained() as kept:
         redact(kept, [3])
@@ -221,7 +223,8 @@ def test_there_and_back(store: Kit) -> None:
     assert exported(other) == lines
     assert other.faults() == []
     (journal, found), (original, expected) = other.open(), store.open()
-    assert found == expected
+    assert found.unfinished == expected.unfinished
+    assert replace(found.head, entry_hash=b"") == replace(expected.head, entry_hash=b"")
     for each in (journal, original):
         assert each.binding("t", "k", store.clock.millis) == original.binding("t", "k", store.clock.millis) is not None
         assert each.items(1, 100, 100) == original.items(1, 100, 100)

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from sidecar.journal.model import JournalBroken, JournalUnusable, Sealed
-from sidecar.journal.postgres import LogLocked, PostgresStore, PostgresTables
+from sidecar.journal.postgres import LogLocked, PostgresTables
 from tests.postgres import Postgres, installed
 from tests.sidecar.journal_kit import NOW, PostgresKit, Watch, admit, completed, item, sequences, sound
 
@@ -172,7 +172,7 @@ def test_a_transaction_that_is_at_work(store: PostgresKit) -> None:
         with pytest.raises(LogLocked):
             admit(b)
         with pytest.raises(JournalUnusable, match="lock"):
-            PostgresStore.open(store.url, writer="c", version="1", new_log_id="0" * 32, now_millis=NOW, settings=store.settings)
+            store.open(writer="c")
         assert store.execute("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", db.info.backend_pid) == [(1,)]
         store.execute("SELECT pg_terminate_backend(%s)", db.info.backend_pid)
 

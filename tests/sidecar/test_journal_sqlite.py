@@ -111,7 +111,7 @@ def test_an_older_version_is_brought_up(store: SqliteKit) -> None:
     with store.opened() as journal:
         journal.append_many([admission()], store.clock.millis)
         journal._db.execute("DROP TABLE heads; DROP TABLE notes; ALTER TABLE items DROP COLUMN verified")
-        journal._db.execute("ALTER TABLE journal DROP COLUMN lost_sequence")
+        journal._db.execute("ALTER TABLE journal DROP COLUMN lost_sequence; ALTER TABLE journal DROP COLUMN secret")
         journal._db.pragma("user_version", 1)
     with store.opened() as journal:
         assert sequences(journal.entries(1, 10, payloads=True)) == [0, 1, 0]

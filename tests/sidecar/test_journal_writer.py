@@ -31,7 +31,7 @@ from sidecar.journal.model import (
 from sidecar.journal.sqlite import Reserve
 from sidecar.journal.writer import DEFERRED_GROUP, Committer, GroupSettings, Job, Journal, Refusal
 from tests.sidecar.journal_disk import Disk
-from tests.sidecar.journal_kit import LOG_ID, Clock, SqliteKit, admission, audit, completed, ended, item
+from tests.sidecar.journal_kit import LOG_ID, SECRET, Clock, SqliteKit, admission, audit, completed, ended, item
 from tests.waiting import eventually
 
 
@@ -65,7 +65,7 @@ class Scripted:
         if self.fault is not None:
             raise self.fault
         self.groups.append(list(drafts))
-        ledger = Ledger(self.head, Known(), now_millis)
+        ledger = Ledger(self.head, Known(), now_millis, SECRET)
         appended = [ledger.append(draft) for draft in drafts]
         self.head = ledger.head
         return appended

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from ostinato.chain import GENESIS, entry_hash
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs, needs
+from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs, needs, twins_tag
 from sidecar.journal.maintenance import Checker
 from sidecar.journal.model import Binding, Draft, Head, Outcome, Sealed, Witnessed
-from tests.sidecar.journal_kit import ABOUT_AN_ITEM, LOG_ID, admission, audit, completed, ended, item
+from tests.sidecar.journal_kit import ABOUT_AN_ITEM, LOG_ID, SECRET, admission, audit, completed, ended, item
 
 EMPTY = Head(LOG_ID, "writer", 1, 0, GENESIS, 0)
 
 
 def admitted(count: int = 1) -> tuple[Head, tuple[Sealed, ...]]:
     """A head after OPENED and a batch, and the batch."""
-    ledger = Ledger(EMPTY, Known(), 1)
+    ledger = Ledger(EMPTY, Known(), 1, SECRET)
     ledger.open("1.0")
     entries = ledger.append(admission(*(item(n) for n in range(1, count + 1)))).entries
     return ledger.head, entries
@@ -29,7 +29,7 @@ def admitted(count: int = 1) -> tuple[Head, tuple[Sealed, ...]]:
 
 def test_head_follows() -> None:
     """The head is always the newest entry's index and hash and the newest sequence; the log and the epoch stay."""
-    ledger = Ledger(EMPTY, Known(), 1)
+    ledger = Ledger(EMPTY, Known(), 1, SECRET)
     for entry in (ledger.open("1.0"), *ledger.append(admission(item(), item())).entries):
         assert entry.entry_hash == entry_hash(entry.previous_hash, entry.header)
     last = ledger.entries[-1]
@@ -42,7 +42,7 @@ def test_dropped_ledger_leaves_nothing() -> None:
     known = Known({}, frozenset({1}), {})
     drafts: list[Draft] = [admission(item(9), key="k"), completed(entry), audit(entry)]
     before = repr((head, known, drafts))
-    first, second = Ledger(head, known, 5), Ledger(head, known, 5)
+    first, second = Ledger(head, known, 5, SECRET), Ledger(head, known, 5, SECRET)
 
     assert [first.append(draft) for draft in drafts] == [second.append(draft) for draft in drafts]
     assert repr((head, known, drafts)) == before
@@ -62,10 +62,10 @@ def test_needs() -> None:
     ]
 
     outcome = completed(entries[0])
-    assert needs(drafts) == Needs(
+    assert needs(drafts, SECRET) == Needs(
         frozenset({("t", "k")}),
         frozenset({1, 2}),
-        frozenset({outcome.admitted.input_digest}),
+        frozenset({twins_tag(SECRET, outcome.twins)}),
         frozenset({outcome.fingerprint_digest}),
         frozenset({"b" * 32}),
     )
@@ -74,7 +74,7 @@ def test_needs() -> None:
 def test_known_binding() -> None:
     """A key that the journal knows to be bound is answered with its binding, and its number is not burned."""
     binding = Binding(b"r" * 32, 1, 1)
-    ledger = Ledger(dataclasses.replace(EMPTY, last_sequence=7), Known({("t", "k"): binding}), 1)
+    ledger = Ledger(dataclasses.replace(EMPTY, last_sequence=7), Known({("t", "k"): binding}), 1, SECRET)
     answers = [ledger.append(admission(key="k", tenant=tenant)) for tenant in ("t", "")]
 
     assert answers[0].binding is binding
@@ -84,7 +84,7 @@ def test_known_binding() -> None:
 
 def test_payload_is_complete() -> None:
     """The batch's key and request digest, and the seed in effect, are filled into every item's payload."""
-    ledger = Ledger(EMPTY, Known(), 1)
+    ledger = Ledger(EMPTY, Known(), 1, SECRET)
     entries = ledger.append(admission(item(1, request_id="r"), item(2, seed=5), key="k", digest=b"q" * 32)).entries
 
     for entry in entries:
@@ -97,7 +97,7 @@ def test_payload_is_complete() -> None:
 @given(st.data())
 def test_any_drafts_make_a_sound_chain(data: st.DataObject) -> None:
     """Whatever is appended, every invariant of the chain holds, and each item has at most one outcome."""
-    ledger = Ledger(EMPTY, Known(), 1)
+    ledger = Ledger(EMPTY, Known(), 1, SECRET)
     ledger.open("1.0")
     items: list[Sealed] = []
     for _ in range(data.draw(st.integers(0, 20))):
@@ -107,7 +107,7 @@ def test_any_drafts_make_a_sound_chain(data: st.DataObject) -> None:
         else:
             make = ABOUT_AN_ITEM[data.draw(st.sampled_from(sorted(ABOUT_AN_ITEM)))]
             known = Known({}, frozenset(checked(ledger).unfinished))
-            later = Ledger(ledger.head, known, 2)
+            later = Ledger(ledger.head, known, 2, SECRET)
             later.append(make(data.draw(st.sampled_from(items))))
             later.entries[:0] = ledger.entries
             ledger = later
@@ -151,11 +151,11 @@ def test_our_own_bugs(draft: Draft) -> None:
     head, _ = admitted()
     unfinished = frozenset({draft.admitted.sequence} if isinstance(draft, Outcome) else ())
     with pytest.raises(AssertionError):
-        Ledger(head, Known({}, unfinished), 1).append(draft)
+        Ledger(head, Known({}, unfinished), 1, SECRET).append(draft)
 
 
 def test_numbers_end() -> None:
     """A journal ends at the databases' largest number; it does not wrap around."""
     full = dataclasses.replace(EMPTY, index=NUMBER_MAX)
     with pytest.raises(AssertionError):
-        Ledger(full, Known(), 1).append(admission())
+        Ledger(full, Known(), 1, SECRET).append(admission())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from sidecar.journal.writer import Journal
 from sidecar.observe import Metrics, Observer
 from sidecar.pipeline import PendingAdmission, Pipeline
 from tests.sidecar.held_kit import account, held
-from tests.sidecar.journal_kit import SqliteKit, admission, completed, ended, item
+from tests.sidecar.journal_kit import SqliteKit, admission, completed, ended, item, prompt
 
 
 @pytest.fixture(name="journal")
@@ -44,7 +45,7 @@ class Watched(Pipeline):
     def __init__(self, journal: Journal) -> None:
         link: Any = SimpleNamespace()
         observer = Observer(Metrics(CollectorRegistry()), lambda kind, reason: None)
-        super().__init__(Settings(), journal, link, observer, held()[0], asyncio.get_running_loop().time)
+        super().__init__(Settings(), journal, link, observer, held()[0], asyncio.get_running_loop().time, os.urandom)
         self.told: list[ev.Event] = []
 
     def dispatch(self, event: ev.Event) -> None:
@@ -58,7 +59,7 @@ class Watched(Pipeline):
 
 def cancelled(admitted: Sealed) -> Outcome:
     error = errors.Cancelled("cancelled on request")
-    return Outcome(admitted.header, outcome_kind(error), 1, ended_payload(error, types_pb2.Timing()))
+    return Outcome(admitted.header, outcome_kind(error), 1, ended_payload(error, types_pb2.Timing(), prompt(admitted).nonce))
 
 
 def abandoned(admitted: Sealed) -> Outcome:
@@ -120,7 +121,7 @@ async def test_an_input_is_what_was_recorded(journal: Journal) -> None:
         engine_pb2.PreparedItem(token_ids=[1, 2], parameters=parameters),
         engine_pb2.PreparedItem(token_ids=[3], parameters=parameters, seed=7),
     ]
-    draft_ = draft(request, engine_pb2.PrepareResponse(items=prepared, model_digest=b"m"), "tenant")
+    draft_ = draft(request, engine_pb2.PrepareResponse(items=prepared, model_digest=b"m"), "tenant", os.urandom)
     answer = asyncio.get_running_loop().create_future()
     pipeline._pending[1] = batch = PendingAdmission(1, draft_, waiter, 0.0, answer)
     await pipeline._number(batch)

@@ -314,6 +314,7 @@ class Process:
             "sidecar.__main__.EngineLink": lambda *given: hooks.link(EngineLink(*given)),
             "sidecar.__main__._engine_credentials": lambda _: (None, None),
             "sidecar.__main__.time": clock,
+            "sidecar.__main__.os": types.SimpleNamespace(urandom=random.Random(f"{node}/nonces").randbytes),
             "sidecar.__main__.wall_millis": lambda: EPOCH_MILLIS + round(loop.time() * 1e3),
             "sidecar.journal.writer.time": clock,
             "sidecar.journal.writer.threading": types.SimpleNamespace(Thread=thread),

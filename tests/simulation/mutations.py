@@ -31,6 +31,7 @@ from sidecar.journal.writer import Journal
 from sidecar.pipeline import PendingAdmission, Pipeline
 from tests.simulation.plan import plan_of
 from tests.simulation.promises import PROMISES
+from tests.simulation.stores import SECRET
 from tests.simulation.world import simulate
 
 Patch = Callable[[], AbstractContextManager[Any]]
@@ -339,7 +340,7 @@ def epochs_stand_still() -> AbstractContextManager[Any]:
     """A restarted sidecar takes itself for the one before."""
 
     def begin(self: SqliteTables, new_log_id: str, writer: str) -> tuple[str, str, int]:
-        self._db.execute("INSERT OR IGNORE INTO journal VALUES (1, ?, ?, 1, 0)", (new_log_id, writer))
+        self._db.execute("INSERT OR IGNORE INTO journal VALUES (1, ?, ?, 1, 0, NULL)", (new_log_id, writer))
         log_id, owner, epoch = self._db.execute("SELECT log_id, writer, epoch FROM journal").get
         return log_id, owner, epoch
 
@@ -355,8 +356,8 @@ def keys_are_forgotten() -> Iterator[None]:
     """Neither the journal nor the ledger remembers what a key is bound to."""
     init = Ledger.__init__
 
-    def made(self: Ledger, head: Any, known: Known, now_millis: int) -> None:
-        init(self, head, replace(known, bindings={}), now_millis)
+    def made(self: Ledger, head: Any, known: Known, *rest: Any) -> None:
+        init(self, head, replace(known, bindings={}), *rest)
 
     async def unbound(self: Journal, tenant: str, key: str) -> Binding | None:
         return None
@@ -398,7 +399,7 @@ def numbers_are_told_too_early() -> AbstractContextManager[Any]:
 
     async def numbered(self: Pipeline, batch: PendingAdmission) -> None:
         if not batch.admission.key:
-            guess = Ledger(self.journal._store.head, Known(), 0).append(batch.admission)
+            guess = Ledger(self.journal._store.head, Known(), 0, SECRET).append(batch.admission)
             batch.settle(stamp_of(guess.entries[0].header))
         await number(self, batch)
 
@@ -417,7 +418,8 @@ def answers_before_they_are_durable() -> AbstractContextManager[Any]:
             return append_many(self, [*before, *drafts], now_millis)[len(before) :]
         append_many(self, before, now_millis)
         held[id(self)] = list(drafts)
-        ledger = Ledger(self.head, self._tables.look_up(needs(drafts), now_millis)(), now_millis)
+        known = self._tables.look_up(needs(drafts, SECRET), now_millis)()
+        ledger = Ledger(self.head, known, now_millis, SECRET)
         return [ledger.append(draft) for draft in drafts]
 
     return instead(sqlite.SqliteStore, "append_many", later)

@@ -19,7 +19,7 @@ from sidecar.journal.postgres import PostgresSettings, PostgresStore, PostgresTa
 from sidecar.journal.store import Store
 from tests.postgres import Postgres
 from tests.simulation.loop import NO_NODE
-from tests.simulation.stores import ALL, LOG_ID, VERSION, WRITER
+from tests.simulation.stores import ALL, LOG_ID, SECRET, VERSION, WRITER
 
 LEASE_SECONDS = 3.0
 OUTAGE_SECONDS = 2.5
@@ -46,6 +46,7 @@ class PostgresLog:
             writer=WRITER,
             version=VERSION,
             new_log_id=LOG_ID,
+            new_secret=SECRET,
             now_millis=now_millis,
             settings=PostgresSettings(lease_seconds=LEASE_SECONDS),
             seconds=asyncio.get_running_loop().time,

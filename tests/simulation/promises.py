@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from ostinato import errors
 from ostinato.chain import OUTCOMES, check_result, entry_hash
-from ostinato.digest import request_digest
+from ostinato.digest import input_digest, request_digest
 from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 
 from sidecar.answers import result_of
@@ -70,8 +70,8 @@ def gapless(history: History) -> Iterator[str]:
                 yield f"{call} has {len(call.request.items)} items and {call.stamp.count} numbers"
     yield from (f"sequence {first} was given to {sorted(who)}" for first, who in said.items() if len(who) > 1)
     for one in history.submissions:
-        given = disk.admitted.get(one.sequence)
-        if given is not None and given.header.input_digest != one.input:
+        given = disk.given.get(one.sequence)
+        if given is not None and input_digest(given.token_ids, given.parameters, given.seed) != one.input:
             yield f"sequence {one.sequence} ran with another input than it was admitted with"
 
 

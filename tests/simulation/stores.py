@@ -33,6 +33,7 @@ from sidecar.journal.model import (
     JournalUnusable,
     Opened,
     Sealed,
+    Twin,
     Unfinished,
 )
 from sidecar.journal.sqlite import SqliteSettings, SqliteStore
@@ -41,6 +42,7 @@ from tests.sidecar.journal_disk import Disk, PowerLost
 
 WRITER, VERSION = "ostinato-0", "simulated"
 LOG_ID = "0123456789abcdef0123456789abcdef"
+SECRET = b"s" * 32
 ALL = 1 << 30
 
 
@@ -91,6 +93,7 @@ class SqliteLog:
                 writer=WRITER,
                 version=VERSION,
                 new_log_id=LOG_ID,
+                new_secret=SECRET,
                 now_millis=now_millis,
                 settings=SqliteSettings(reserve_bytes=0),
                 vfs=self.disk.name,
@@ -140,7 +143,7 @@ class SharedLog:
     keys: dict[tuple[str, str], Binding] = field(default_factory=dict)
     ended: dict[int, Sealed] = field(default_factory=dict)
     admitted: dict[int, Sealed] = field(default_factory=dict)
-    twins: dict[bytes, tuple[Sealed, ...]] = field(default_factory=dict)
+    twins: dict[bytes, tuple[Twin, ...]] = field(default_factory=dict)
     notes: dict[str, bytes] = field(default_factory=dict)
     verified: dict[int, Sealed] = field(default_factory=dict)
     epoch: int = 0
@@ -153,7 +156,7 @@ class SharedLog:
     def open(self, now_millis: int) -> tuple[Store, Opened]:
         self.operate()
         self.epoch += 1
-        ledger = Ledger(self.head(), Known(), now_millis)
+        ledger = Ledger(self.head(), Known(), now_millis, SECRET)
         ledger.open(VERSION)
         self.write(ledger)
         left = [entry for sequence, entry in self.admitted.items() if sequence not in self.ended]
@@ -174,9 +177,13 @@ class SharedLog:
         self.others += 1
         name = f"other-{self.others}"
         given.request_id, given.verify = name, False
-        ledger = Ledger(replace(self.head(), writer=name), Known(), now_millis)
+        items = [sequencer_pb2.AdmittedPayload() for _ in range(count)]
+        for number, item in enumerate(items):
+            item.CopyFrom(given)
+            item.nonce = f"{name}.{number}".encode().ljust(16)
+        ledger = Ledger(replace(self.head(), writer=name), Known(), now_millis, SECRET)
         ledger.open(VERSION)
-        ledger.append(Admission((given,) * count, name.encode().ljust(32), key=name))
+        ledger.append(Admission(tuple(items), name.encode().ljust(32), key=name))
         self.write(ledger)
         self.left += [(now_millis + lease_millis, entry) for entry in ledger.entries[1:]]
         return ledger.entries[0].header.index, ledger.entries[-1].header.index
@@ -216,10 +223,8 @@ class SharedLog:
                 self.admitted[header.sequence] = entry
             if header.kind in OUTCOMES:
                 self.ended[header.sequence] = entry
-            if header.kind == types_pb2.ENTRY_KIND_COMPLETED:
-                earlier = self.twins.get(header.input_digest, ())
-                if all(twin.header.fingerprint_digest != header.fingerprint_digest for twin in earlier):
-                    self.twins[header.input_digest] = (*earlier, entry)
+        for tag, header, _ in ledger.twins:
+            self.twins[tag] = (*self.twins.get(tag, ()), Twin(self.written[header.index - 1]))
         self.notes.update(ledger.notes)
         self.verified.update({header.sequence: self.written[header.index - 1] for header in verifications(ledger.entries)})
         self.keys.update({(admission.tenant, admission.key): binding for admission, binding in ledger.bound})
@@ -245,13 +250,13 @@ class _SharedBackend:
             raise JournalBroken("fenced: a newer epoch of this writer has begun")
         if log.full:
             raise JournalFull("no room")
-        wanted = needs(drafts)
+        wanted = needs(drafts, SECRET)
         known = Known(
             {name: log.keys[name] for name in sorted(wanted.keys) if name in log.keys},
             frozenset(sequence for sequence in wanted.sequences if sequence not in log.ended),
-            {digest: log.twins[digest] for digest in wanted.input_digests if digest in log.twins},
+            {tag: log.twins[tag] for tag in sorted(wanted.twins) if tag in log.twins},
         )
-        ledger = Ledger(log.head(), known, now_millis)
+        ledger = Ledger(log.head(), known, now_millis, SECRET)
         appended = [ledger.append(draft) for draft in drafts]
         log.write(ledger)
         self.head = ledger.head
@@ -295,7 +300,7 @@ class _SharedBackend:
         if not left or log.full or log.epoch != self.head.epoch:
             return ()
         log.left = [each for each in log.left if each[0] > now_millis]
-        ledger = Ledger(log.head(), Known(), now_millis)
+        ledger = Ledger(log.head(), Known(), now_millis, SECRET)
         for writer in dict.fromkeys(entry.header.writer for entry in left):
             ledger.fence(writer, log.epoch + 1, VERSION)
         log.write(ledger)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ostinato import chain
 from ostinato.client import Client
+from ostinato.digest import input_digest, output_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from tests.sidecar.journal_kit import verify_journal
@@ -31,6 +32,8 @@ class Record:
     admitted: dict[int, types_pb2.EntryHeader] = field(default_factory=dict)
     given: dict[int, sequencer_pb2.AdmittedPayload] = field(default_factory=dict)
     outcomes: dict[int, types_pb2.EntryHeader] = field(default_factory=dict)
+    outputs: dict[int, bytes] = field(default_factory=dict)
+    """Their digests, of what completed."""
     last: sequencer_pb2.Entry | None = None
 
     async def read(self, client: Client) -> Record:
@@ -54,6 +57,14 @@ class Record:
             if header.sequence in self.outcomes:
                 self.faults.append(f"sequence {header.sequence} has two outcomes")
             self.outcomes[header.sequence] = header
+            if header.kind == COMPLETED:
+                output = sequencer_pb2.CompletedPayload.FromString(entry.payload).output
+                self.outputs[header.sequence] = output_digest(output)
+
+    def input(self, sequence: int) -> bytes:
+        """The input's digest."""
+        given = self.given[sequence]
+        return input_digest(given.token_ids, given.parameters, given.seed)
 
     def by_request(self, since: int) -> dict[str, list[types_pb2.EntryHeader]]:
         """The ADMITTED headers of every request_id, ascending, from a sequence on."""
@@ -178,9 +189,9 @@ def _result(result: types_pb2.Result, call: Call) -> list[str]:
 def reproduced(record: Record) -> list[str]:
     """Equal inputs under equal fingerprints made equal outputs."""
     made = defaultdict[tuple[bytes, bytes], dict[bytes, int]](dict)
-    for sequence, outcome in record.outcomes.items():
-        if outcome.kind == COMPLETED:
-            made[outcome.input_digest, outcome.fingerprint_digest].setdefault(outcome.output_digest, sequence)
+    for sequence in record.outputs.keys() & record.given.keys():
+        under = record.input(sequence), record.outcomes[sequence].fingerprint_digest
+        made[under].setdefault(record.outputs[sequence], sequence)
     return [f"equal inputs, other outputs: sequences {sorted(each.values())}" for each in made.values() if len(each) > 1]
 
 

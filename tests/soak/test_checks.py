@@ -25,6 +25,8 @@ class World:
     def __init__(self) -> None:
         self.calls = [self._call(number, first, keyed=number == 1) for number, first in enumerate((1, 3))]
         self.lines = [Submission(1, sequence, 1) for sequence in range(1, 5)]
+        self.token_ids: dict[int, int] = {}
+        """Of the output, by sequence; others have 7."""
         self.headers = [types_pb2.EntryHeader(kind=OPENED)]
         for call in self.calls:
             self.headers += [self._admitted(call, position) for position in range(2)]
@@ -38,8 +40,8 @@ class World:
             header.index = header.index or next(index)
             header.log_id, header.writer = LOG, WRITER
             entry = sequencer_pb2.Entry(header=header, entry_hash=chain.entry_hash(previous, header))
-            if header.kind == ADMITTED:
-                entry.payload = sequencer_pb2.AdmittedPayload(request_id=self._request_id(header)).SerializeToString()
+            if payload := self._payload(header):
+                entry.payload = payload
                 entry.header.payload_digest = chain.payload_digest(entry.payload)
                 entry.entry_hash = chain.entry_hash(previous, entry.header)
             previous = entry.entry_hash
@@ -57,8 +59,11 @@ class World:
         first = call.stamp.first_sequence
         return types_pb2.EntryHeader(kind=ADMITTED, sequence=first + position, first_sequence=first, count=2)
 
-    def _request_id(self, header: types_pb2.EntryHeader) -> str:
-        return "0" if header.first_sequence == 1 else "1"
+    def _payload(self, header: types_pb2.EntryHeader) -> bytes:
+        if header.kind == ADMITTED:
+            return sequencer_pb2.AdmittedPayload(request_id="0" if header.first_sequence == 1 else "1").SerializeToString()
+        output = types_pb2.Output(token_ids=[self.token_ids.get(header.sequence, 7)])
+        return sequencer_pb2.CompletedPayload(output=output).SerializeToString() if header.kind == COMPLETED else b""
 
 
 def test_a_sound_load_passes() -> None:
@@ -81,7 +86,7 @@ def _overtaken(world: World) -> None:
 
 
 def _other_output(world: World) -> None:
-    world.headers[-1].output_digest = b"x"
+    world.token_ids[4] = 8
 
 
 def _abandoned(world: World) -> None:

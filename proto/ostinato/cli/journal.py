@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ostinato import errors, requests
+from ostinato import digest, errors, requests
 from ostinato.cli import show
 from ostinato.cli.session import Key, Session, span, usage
 from ostinato.signature import envelope
@@ -144,14 +144,14 @@ def _envelope(head: types_pb2.SignedHead) -> dict[str, Any]:
 
 
 def _line(header: types_pb2.EntryHeader, payload: Any) -> str:
-    digest = header.output_digest or header.input_digest or header.payload_digest
+    shown = header.output_digest or header.input_digest or header.payload_digest
     cells = (
         f"{header.index:>8}",
         f"{show.word(header, 'kind'):<9}",
         f"{_sequences(header):>8}",
         f"{header.epoch:>4}",
         show.moment(header.time_unix_millis),
-        show.short(digest),
+        show.short(shown),
     )
     return "  ".join(cells if payload is None else (*cells, json.dumps(payload)))
 
@@ -175,7 +175,8 @@ def _record(record: sequencer_pb2.ItemRecord) -> Iterator[tuple[str, object]]:
     if given.request_id:
         yield "request id", given.request_id
     yield "prompt", f"{len(given.token_ids)} tokens" if record.HasField("input") else "pruned"
-    yield "input digest", header.input_digest.hex()
+    if record.HasField("input"):
+        yield "input digest", digest.input_digest(given.token_ids, given.parameters, given.seed).hex()
     if result.HasField("output"):
         yield from _output(result)
     elif result.HasField("status"):
@@ -191,7 +192,7 @@ def _output(result: types_pb2.Result) -> Iterator[tuple[str, object]]:
     output, header = result.output, result.receipt.header
     yield "grade", show.word(output, "grade")
     yield "fingerprint", header.fingerprint_digest.hex()
-    yield "output digest", header.output_digest.hex()
+    yield "output digest", digest.output_digest(output).hex()
     yield "ended", f"{show.word(output, 'finish_reason')} after {len(output.token_ids)} tokens"
     yield "cached", f"{output.cached_tokens} of {output.prompt_tokens} prompt tokens"
     yield "attempt", result.attempt

@@ -19,23 +19,9 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from ostinato import digest, enums, errors
+from ostinato import chain, digest, enums, errors
 from ostinato.compare import first_difference
 from ostinato.v1 import sequencer_pb2, types_pb2
-
-PAYLOADS: Mapping[types_pb2.EntryKind.ValueType, type[Message]] = {
-    types_pb2.ENTRY_KIND_OPENED: sequencer_pb2.OpenedPayload,
-    types_pb2.ENTRY_KIND_ADMITTED: sequencer_pb2.AdmittedPayload,
-    types_pb2.ENTRY_KIND_COMPLETED: sequencer_pb2.CompletedPayload,
-    types_pb2.ENTRY_KIND_FAILED: sequencer_pb2.EndedPayload,
-    types_pb2.ENTRY_KIND_CANCELLED: sequencer_pb2.EndedPayload,
-    types_pb2.ENTRY_KIND_ABANDONED: sequencer_pb2.EndedPayload,
-    types_pb2.ENTRY_KIND_AUDITED: sequencer_pb2.AuditedPayload,
-    types_pb2.ENTRY_KIND_LOST: sequencer_pb2.LostPayload,
-    types_pb2.ENTRY_KIND_PRUNED: sequencer_pb2.PrunedPayload,
-    types_pb2.ENTRY_KIND_WITNESSED: sequencer_pb2.WitnessedPayload,
-}
-"""The message in an entry's payload, by the entry's kind."""
 
 UNBOUNDED_COLUMNS = 10_000
 """Wider than any terminal."""
@@ -67,8 +53,8 @@ def as_json(message: Message | Mapping[str, Any]) -> None:
 def entry(given: sequencer_pb2.Entry) -> dict[str, Any]:
     """A journal entry, with its payload decoded beside the payload's bytes."""
     made = as_dict(given)
-    if given.payload and given.header.kind in PAYLOADS:
-        made["decoded"] = as_dict(PAYLOADS[given.header.kind].FromString(given.payload))
+    if given.payload and given.header.kind in chain.PAYLOADS:
+        made["decoded"] = as_dict(chain.PAYLOADS[given.header.kind].FromString(given.payload))
     return made
 
 

@@ -349,7 +349,7 @@ class CompletedPayload(_message.Message):
     def timing(self) -> _types_pb2.Timing: ...
     @_builtins.property
     def twin(self) -> _types_pb2.Comparison:
-        """Against the first recorded output of an equal input: with the same fingerprint if there is one, else the first of all.
+        """Against the first recorded output of an equal input of the same tenant: with the same fingerprint if there is one, else the first of all.
         Unset if there is none, or its payload was pruned.
         """
 
@@ -421,7 +421,7 @@ class AuditedPayload(_message.Message):
     canary: _builtins.str
     """The name of the canary; empty for an item."""
     nonce: _builtins.bytes
-    """Random, 16 bytes; empty in form 0. It keeps payload_digest from being guessed: the item's own, and a new one for a canary."""
+    """Random, 16 bytes; empty in form 0. It keeps payload_digest from being guessed. It is not the item's: redaction leaves this payload."""
     @_builtins.property
     def comparison(self) -> _types_pb2.Comparison: ...
     def __init__(

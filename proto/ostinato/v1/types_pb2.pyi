@@ -478,7 +478,7 @@ class Parameters(_message.Message):
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     PARSE_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
-    """Any uint64, including 0. Unset: derived from log id and sequence. It is recorded and returned."""
+    """Any uint64, including 0. Unset: derived from the log's secret and the sequence. It is recorded and returned."""
     temperature: _builtins.float
     """0 to 100, finite; 0 is greedy. Default 1."""
     top_k: _builtins.int
@@ -851,7 +851,7 @@ class Output(_message.Message):
 
     @_builtins.property
     def parsed(self) -> Global___Parsed:
-        """What was parsed out of the text, if requested. It is in no digest, and never compared."""
+        """What was parsed out of the text, if requested. The digest of the text covers it; it is never compared."""
 
     def __init__(
         self,
@@ -1052,7 +1052,7 @@ class EntryHeader(_message.Message):
     nothing to a reader without it.
     """
     text_digest: _builtins.bytes
-    """SHA-256 of the output's text, sealed; empty in form 0, and if there is no output."""
+    """SHA-256 of the output's text and of what was parsed out of it, sealed; empty in form 0, and if there is no output."""
     def __init__(
         self,
         *,
@@ -1268,6 +1268,9 @@ class Comparison(_message.Message):
     n >= 2 are recorded.
     """
     expected_output_digest: _builtins.bytes
+    """Of the outputs; of an expected one that is not kept only if they are equal. Sealed with the item's nonce in AUDITED entries and in
+    Result.comparison (docs/protocol.md).
+    """
     actual_output_digest: _builtins.bytes
     expected_writer: _builtins.str
     """The sidecar that recorded the first run."""
