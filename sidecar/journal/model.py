@@ -215,6 +215,16 @@ class Key:
     """None: an item of its batch has not ended, or it is bound for good."""
 
 
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What is stored of a signed head. The entries from first to last say the rest."""
+
+    last_index: int
+    first_index: int
+    key_id: str
+    signature: bytes
+
+
 class JournalBroken(Disconnected):
     """It is not known what is durable, or this writer was fenced: the process must end and recover.
 

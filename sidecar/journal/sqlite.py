@@ -733,6 +733,10 @@ def copied(path: Path) -> Iterator[SqliteTables]:
         for ending in ("", "-wal"):
             if (source := path.with_name(path.name + ending)).exists():
                 shutil.copyfile(source, copy.with_name(copy.name + ending))
+        # Rows whose end is cut off inside a page would seem to be missing: without the page they cannot be read.
+        with copy.open("r+b") as file:
+            page_bytes, size = int.from_bytes(file.read(18)[16:]), copy.stat().st_size
+            file.truncate(size - size % page_bytes if page_bytes > 1 else size)
         try:
             with closing(apsw.Connection(str(copy))) as db:
                 db.pragma("writable_schema", True)  # or a file that is shorter than its header says is refused

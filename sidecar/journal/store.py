@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import groupby
 from types import NoneType
 from typing import Any, Protocol, TypeVar
@@ -39,6 +39,7 @@ from sidecar.journal.model import (
     Key,
     Log,
     Sealed,
+    Signature,
     Twin,
     Unfinished,
 )
@@ -145,6 +146,7 @@ _HEADS = """SELECT first_index, last_index, key_id, signature, entry_hash
   WHERE last_index IN (SELECT (SELECT min(last_index) FROM heads WHERE last_index >= covered.entry_index)
     FROM entries AS covered WHERE covered.entry_index = ANY(?::bigint[]))
   ORDER BY last_index, entry_index"""
+_SIGNATURES = "SELECT last_index, first_index, key_id, signature FROM heads WHERE last_index >= ? ORDER BY last_index LIMIT ?"
 _LAST_SIGNED = "SELECT last_index FROM heads ORDER BY last_index DESC LIMIT 1"
 _NOTES = "SELECT name, value FROM notes WHERE substr(name, 1, length(?::name)) = ?::name ORDER BY name"
 
@@ -268,6 +270,9 @@ class Tables(ABC):
                     found[fingerprint.digest] = fingerprint.fields
         return found
 
+    def signatures(self, from_index: int, limit: int) -> list[Signature]:
+        return [Signature(*row) for row in self._session.select(_SIGNATURES, from_index, limit)]
+
     def newest_signed(self) -> types_pb2.SignedHead | None:
         for (last,) in self._session.select(_LAST_SIGNED):
             [newest] = self._with_trees(self._sealed(_ENTRIES_BARE, last, 1))
@@ -299,7 +304,7 @@ class Tables(ABC):
         self.write_entries(ledger.entries)
         each = self._session.each
         if (head := ledger.sign()) is not None:
-            each(_WRITE_HEADS, [(head.last_index, head.first_index, head.key_id, head.signature)])
+            self.write_signatures([Signature(head.last_index, head.first_index, head.key_id, head.signature)])
         each(_BIND, [(b.first_sequence, b.count, b.request_digest, a.tenant, a.key, b.count) for a, b in ledger.bound])
         outcomes = [entry.header for entry in ledger.entries if entry.header.kind in OUTCOMES]
         expires_millis = now_millis + settings.idempotency_ttl_seconds * 1000
@@ -334,6 +339,9 @@ class Tables(ABC):
 
     @abstractmethod
     def _write_items(self, admitted: Sequence[types_pb2.EntryHeader]) -> None: ...
+
+    def write_signatures(self, signatures: Sequence[Signature]) -> None:
+        self._session.each(_WRITE_HEADS, [astuple(each) for each in signatures])
 
     def write_notes(self, notes: Mapping[str, bytes]) -> None:
         self._session.each(_WRITE_NOTES, list(notes.items()))
@@ -506,6 +514,10 @@ class SqlStore(ABC):
 
     def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None:
         return self._read(lambda tables: tables.bindings([(tenant, key)], self._expiry(now_millis))).get((tenant, key))
+
+    def signatures(self, from_index: int, limit: int) -> list[Signature]:
+        """By last index, ascending, at most limit."""
+        return self._read(lambda tables: tables.signatures(from_index, limit))
 
     def keys(self, from_sequence: int, limit: int) -> list[Key]:
         """By first sequence, ascending, at most limit."""

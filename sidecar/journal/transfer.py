@@ -1,7 +1,8 @@
 """A journal as lines of JSON: export, import into an empty journal, and salvage of a damaged file.
 
 The first line says what it is, how long, and where its chain ends, so that half a file is recognised. Then there is one line
-for each key, note and entry, in this order. Entries are in protobuf's own JSON form: 64-bit numbers are strings, bytes base64.
+for each key, note, signed head and entry, in this order. Entries are in protobuf's own JSON form: 64-bit numbers are strings,
+bytes base64.
 
 The log's secret stays where it is: payloads have their nonces and seeds. An imported journal gets a new one.
 """
@@ -12,6 +13,7 @@ import base64
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -23,7 +25,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.ledger import NUMBER_MAX, SECRET_BYTES, twins_of
 from sidecar.journal.maintenance import MISSING, Checker, name_of, pages
-from sidecar.journal.model import FINGERPRINTS, JournalUnusable, Key, Log, Sealed
+from sidecar.journal.model import FINGERPRINTS, JournalUnusable, Key, Log, Sealed, Signature
 from sidecar.journal.sqlite import UNREADABLE, SqliteTables
 from sidecar.journal.store import PAGE, SqlStore, Tables
 
@@ -44,18 +46,27 @@ def export(store: SqlStore) -> Iterator[str]:
         while page := store.keys(sequence, PAGE):
             keys += page
             sequence = page[-1].first_sequence + 1
-        yield from _head_lines(log, keys, store.notes(""))
+        yield from _head_lines(log, keys, store.notes(""), list(_signatures(store.signatures)))
         for entries in pages(store, payloads=True):
             yield from map(_entry_line, entries)
 
 
-def _head_lines(log: Log, keys: Sequence[Key], notes: Mapping[str, bytes]) -> Iterator[str]:
-    counts = {"keys": str(len(keys)), "notes": str(len(notes))}
+def _signatures(read: Callable[[int, int], Sequence[Signature]]) -> Iterator[Signature]:
+    index = 1
+    while page := read(index, PAGE):
+        yield from page
+        index = page[-1].last_index + 1
+
+
+def _head_lines(log: Log, keys: Sequence[Key], notes: Mapping[str, bytes], signatures: Sequence[Signature]) -> Iterator[str]:
+    counts = {"keys": str(len(keys)), "notes": str(len(notes)), "heads": str(len(signatures))}
     yield json.dumps({"format": FORMAT, "version": VERSION} | _json(log) | counts)
     for key in keys:
         yield json.dumps({"key": _json(key)})
     for name, value in notes.items():
         yield json.dumps({"note": {"name": name, "value": _encoded(value)}})
+    for signature in signatures:
+        yield json.dumps({"head": _json(signature)})
 
 
 def _entry_line(sealed: Sealed) -> str:
@@ -63,7 +74,7 @@ def _entry_line(sealed: Sealed) -> str:
     return json.dumps({"entry": json_format.MessageToDict(entry, preserving_proto_field_name=True)})
 
 
-def _json(value: Log | Key) -> dict[str, object]:
+def _json(value: Log | Key | Signature) -> dict[str, object]:
     return {field.name: _encoded(getattr(value, field.name)) for field in fields(value)}
 
 
@@ -95,7 +106,7 @@ def take_in(store: SqlStore, lines: Iterable[str], writer: str | None, on_entrie
     first = next(numbered, None)
     if first is None:
         raise LinesUnusable("is empty: it is no exported journal")
-    log, keys_count, notes_count = _parsed(*first, _first_line)
+    log, counts = _parsed(*first, _first_line)
     owner = writer or (next(iter(log.writers)) if len(log.writers) == 1 else "")
     if not owner:
         raise LinesUnusable(f"line 1: the log has several writers, name one that is to have it: {', '.join(log.writers)}")
@@ -104,7 +115,7 @@ def take_in(store: SqlStore, lines: Iterable[str], writer: str | None, on_entrie
         importer = _Importer(log, tables, secret, on_entries)
         for number, line in numbered:
             _parsed(number, line, importer.take)
-        importer.finish(keys_count, notes_count)
+        importer.finish(counts)
     return log
 
 
@@ -116,6 +127,7 @@ class _Importer:
         self._checker = Checker()
         self._keys: list[Key] = []
         self._notes: dict[str, bytes] = {}
+        self._signatures: list[Signature] = []
         self._page: list[Sealed] = []
         self._inputs: dict[int, bytes] = {}
         """Of items that have not ended, by sequence: as `twins_of`."""
@@ -134,8 +146,11 @@ class _Importer:
                 if name in self._notes:
                     raise ValueError(f"note {name!r}: stands here twice")
                 self._notes[name] = _bytes(value)
+            case {"head": dict(head)}:
+                self._signatures.append(_value(Signature, head))
+                check_signatures(self._signatures[-2:], self._log.index)
             case _:
-                raise ValueError("is no entry, key or note")
+                raise ValueError("is no entry, key, note or head")
 
     def _entry(self, entry: sequencer_pb2.Entry) -> None:
         sealed = Sealed(entry.header, self._hash, entry.entry_hash, entry.payload)
@@ -167,17 +182,27 @@ class _Importer:
         self._twins.clear()
         self._on_entries(self._index, self._log.index)
 
-    def finish(self, keys_count: int, notes_count: int) -> None:
+    def finish(self, counts: tuple[int, int, int]) -> None:
         """Raises LinesUnusable if this is not all that line 1 said."""
         self._flush()
         if (self._index, self._hash) != (self._log.index, self._log.entry_hash):
             raise LinesUnusable(f"ends at entry {self._index} of {self._log.index}: it is not whole")
-        if (len(self._keys), len(self._notes)) != (keys_count, notes_count):
-            raise LinesUnusable("keys or notes are missing: it is not whole")
+        if (len(self._keys), len(self._notes), len(self._signatures)) != counts:
+            raise LinesUnusable("keys, notes or heads are missing: it is not whole")
         if self._checker.last_sequence != self._log.last_sequence:
             raise LinesUnusable("line 1: last_sequence is not that of the entries")
         self._tables.import_keys(self._keys)
         self._tables.write_notes(self._notes)
+        self._tables.write_signatures(self._signatures)
+
+
+def check_signatures(signatures: Sequence[Signature], last_index: int) -> None:
+    """Raises ValueError if they are not of transactions that come one after the other, up to this index."""
+    before = 0
+    for each in signatures:
+        if not before < each.first_index <= each.last_index <= last_index:
+            raise ValueError(f"head of entries {each.first_index} to {each.last_index}: they are no transaction of this log")
+        before = each.last_index
 
 
 def _decoded(lines: Iterable[str]) -> Iterator[str]:
@@ -207,10 +232,11 @@ def _parsed(number: int, line: str, parse: Callable[[dict[str, Any]], T]) -> T:
         raise LinesUnusable(f"line {number}: {error}") from error
 
 
-def _first_line(told: dict[str, Any]) -> tuple[Log, int, int]:
+def _first_line(told: dict[str, Any]) -> tuple[Log, tuple[int, int, int]]:
+    """The log, and how many keys, notes and heads there are."""
     if told.get("format") != FORMAT or told.get("version") != VERSION:
         raise ValueError(f"is not the first line of an exported journal of version {VERSION}")
-    return _value(Log, told), _number(told["keys"]), _number(told["notes"])
+    return _value(Log, told), (_number(told["keys"]), _number(told["notes"]), _number(told.get("heads", 0)))
 
 
 def _value(kind: type[T], told: dict[str, Any]) -> T:
@@ -346,10 +372,13 @@ def _keys_in_prompts(tables: SqliteTables, part: SoundPart) -> list[Key]:
 
 
 def sound_lines(tables: SqliteTables, part: SoundPart, keys: Sequence[Key]) -> Iterator[str]:
-    """As `export`, of the part. Fingerprints that cannot be read are left out, and so are other notes."""
-    try:
+    """As `export`, of the part. Fingerprints and heads that cannot be read are left out, and so are other notes."""
+    notes, signatures = dict[str, bytes](), list[Signature]()
+    with suppress(*UNREADABLE):
         notes = tables.notes(FINGERPRINTS)
-    except UNREADABLE:
-        notes = {}
-    yield from _head_lines(part.log, keys, notes)
+    with suppress(*UNREADABLE, ValueError):
+        readable = [each for each in _signatures(tables.signatures) if each.last_index <= part.log.index]
+        check_signatures(readable, part.log.index)
+        signatures = readable
+    yield from _head_lines(part.log, keys, notes, signatures)
     yield from map(_entry_line, _entries(tables, part))

@@ -80,6 +80,7 @@ def with_faults(folder: Path) -> Iterator[Webhook]:
     flags = ["--tls-certificate", str(certificate), "--tls-key", str(key)]
     signer = signer_of(key_pem := new_key())
     (folder / "signing.pem").write_bytes(key_pem)
+    (folder / "signing.pem").chmod(0o600)
     (folder / "logs").write_text(f"{OTHER_LOG} {signer.public_pem.splitlines()[1]}\n")
     flags += ["--signing-key", str(folder / "signing.pem"), "--witness", NO_WITNESS, "--witness-keys", str(folder / "logs")]
     flags += ["--audit-rate", "1", "--audit-patience-seconds", "0", "--queue-items-max", "4"]

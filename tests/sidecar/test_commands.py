@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ostinato.errors import JournalFull, JournalUnavailable
+from ostinato.signature import PublicKeys, new_key, signer_of
 from ostinato.v1 import types_pb2
 
 from sidecar import commands, config
@@ -34,8 +35,9 @@ NOW = 1_700_000_000.0
 
 @pytest.fixture(name="store")
 def _store(tmp_path: Path) -> SqliteKit:
-    """Of three items that have ended."""
+    """Of three items that have ended. It is signed."""
     store = SqliteKit(tmp_path / "journal.db")
+    store.configure(signer=signer_of(new_key()))
     with store.opened() as journal:
         (answer,) = journal.append_many([admission(item(1), item(2), item(3))], store.clock.millis)
         journal.append_many([completed(entry) for entry in answer.entries], store.clock.millis)
@@ -153,7 +155,7 @@ def test_times(time: datetime) -> None:
 
 
 def test_export_and_import(store: SqliteKit, run: Said, tmp_path: Path) -> None:
-    """Through a file that is its owner's alone and that nothing overwrites; the copy is the journal again."""
+    """Through a file that is its owner's alone and that nothing overwrites; the copy is the journal again, signatures too."""
     file, other = tmp_path / "journal.jsonl", tmp_path / "other.db"
     run("export", file, "--journal", store.path)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -162,6 +164,26 @@ def test_export_and_import(store: SqliteKit, run: Said, tmp_path: Path) -> None:
     assert "not empty" in run("import", file, "--journal", other, code=1)
     run("export", "-", "--journal", other)
     assert run.out == file.read_text()
+    assert run.out.count('{"head": ') == 3
+
+
+def test_a_signing_key(run: Said, tmp_path: Path) -> None:
+    """A new file gets a key that only its owner can read, and its public key is printed; a file that exists stays, and says its
+    own. What is no such key is refused."""
+    file = tmp_path / "signing.pem"
+    said = run("signing-key", file)
+    public, content = run.out, file.read_bytes()
+    keys = PublicKeys()
+
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert f"key id {keys.add(public.encode())}" in said
+    run("signing-key", file)
+    assert (run.out, file.read_bytes()) == (public, content)
+    file.chmod(0o644)
+    assert "lets every user of this machine read it" in run("signing-key", file, code=1)
+    (tmp_path / "other").write_text(public)
+    (tmp_path / "other").chmod(0o600)
+    assert "holds no private key" in run("signing-key", tmp_path / "other", code=1)
 
 
 def test_half_a_file(store: SqliteKit, run: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
