@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import os
 import socket
+import threading
 import urllib.request
+from pathlib import Path
 
 import pytest
 from prometheus_client import Counter
 
-from serving.metrics import registry, serve_metrics
+from serving.metrics import CONNECTIONS_MAX, HEAD_BYTES_MAX, registry, serve_metrics
 from serving.program import StartupError
 
 
@@ -79,3 +84,69 @@ def test_what_is_no_address_is_refused(address: str) -> None:
     """A bad address stops the program before it serves."""
     with pytest.raises(StartupError):
         serve_metrics(registry(), address)
+
+
+def half(port: int, said: bytes = b"GET /metrics HTTP/1.1\r\nHost: ") -> socket.socket:
+    """A connection that has sent half a request."""
+    made = socket.create_connection(("127.0.0.1", port), timeout=20)
+    made.sendall(said)
+    return made
+
+
+def closed(connection: socket.socket) -> bool:
+    """Whether the server closes the connection without an answer."""
+    with connection, contextlib.suppress(ConnectionResetError):
+        return connection.recv(1) == b""
+    return True
+
+
+def sockets() -> int:
+    """Open sockets of this process."""
+    with os.scandir("/proc/self/fd") as entries:
+        return sum(Path(entry.path).is_socket() for entry in entries)
+
+
+def test_idle_half_requests_take_no_more_than_the_bound() -> None:
+    """Of many half requests only the newest CONNECTIONS_MAX have a descriptor, none has a thread, and a scrape gets its page
+    meanwhile."""
+    with contextlib.closing(serve_metrics(registry(), "127.0.0.1:0")) as served:
+        page(served.port)
+        before, threads = sockets(), threading.active_count()
+        halves = [half(served.port) for _ in range(100)]
+        _, text = page(served.port)
+
+        assert "process_open_fds" in text
+        assert sockets() - before - len(halves) <= CONNECTIONS_MAX
+        assert threading.active_count() == threads
+        assert all(closed(each) for each in halves[:-CONNECTIONS_MAX])
+        for each in halves[-CONNECTIONS_MAX:]:
+            each.close()
+
+
+def test_a_half_request_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that does not arrive in time, or has no end, is dropped; so is a page that is not taken."""
+    monkeypatch.setattr("serving.metrics.CONNECTION_SECONDS", 0.2)
+    with contextlib.closing(serve_metrics(registry(), "127.0.0.1:0")) as served:
+        assert closed(half(served.port))
+        assert closed(half(served.port, b"x" * (HEAD_BYTES_MAX + 1)))
+
+
+@pytest.mark.parametrize("said", [b"GET\r\n\r\n", b"\x16\x03\x01\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\n", b"\xff\r\n\r\n"])
+def test_another_protocol(said: bytes) -> None:
+    """What is no request of HTTP/1 is answered with 400."""
+    with contextlib.closing(serve_metrics(registry(), "127.0.0.1:0")) as served, half(served.port, said) as connection:
+        assert connection.makefile("rb").readline() == b"HTTP/1.1 400 Bad Request\r\n"
+
+
+def test_the_page_is_for_reading() -> None:
+    """Another method is 405; a page may be compressed and restricted to some names."""
+    mine = registry()
+    Counter("ostinato_here", "here", registry=mine).inc()
+    with contextlib.closing(serve_metrics(mine, "127.0.0.1:0")) as served:
+        with half(served.port, b"POST /metrics HTTP/1.1\r\n\r\n") as connection:
+            assert connection.makefile("rb").readline() == b"HTTP/1.1 405 Method Not Allowed\r\n"
+        said = b"GET /metrics?name[]=ostinato_here_total HTTP/1.1\r\nAccept-Encoding: gzip\r\n\r\n"
+        with half(served.port, said) as connection:
+            head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert b"Content-Encoding: gzip" in head
+    assert gzip.decompress(body).decode().splitlines()[-1] == "ostinato_here_total 1.0"
