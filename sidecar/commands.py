@@ -6,11 +6,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, Annotated, Any
 
 import typer
 
@@ -22,7 +22,7 @@ from ostinato.v1 import types_pb2
 from serving.program import FAILED, StartupError
 from serving.settings import lookup
 
-from sidecar.config import Settings, is_shared, mark_of
+from sidecar.config import Settings, is_shared, journal_fault, mark_of
 from sidecar.journal import maintenance
 from sidecar.journal.diagnosis import RESTORE
 from sidecar.journal.maintenance import verify as verified
@@ -32,26 +32,42 @@ from sidecar.journal.sqlite import copied
 from sidecar.journal.store import SqlStore
 from sidecar.journal.transfer import LinesUnusable, sound_keys, sound_lines, sound_part, take_in
 from sidecar.journal.transfer import export as lines_of
-from sidecar.opening import open_for_maintenance, open_journal, read_signer
+from sidecar.opening import check_verified, open_for_maintenance, open_journal, read_signer
 
 _AGES = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 """Seconds by unit."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
-Journal = Annotated[str, typer.Option(envvar="OSTINATO_SIDECAR_JOURNAL", help="The journal's file, or its postgresql:// URL.")]
 JOURNAL = Settings().journal
 
 
 def _from_file(context: typer.Context, file: str | None) -> str | None:
     """Makes the settings file the default of flags and environment."""
-    try:
-        context.default_map = {name: lookup(Settings, "sidecar", name, {}, file) for name in ("journal", "high_water")}
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    context.default_map = {name: _setting(name, {}, file) for name in ("journal", "high_water")}
     return file
 
 
+def _named(context: typer.Context, journal: str) -> str:
+    """The journal. Raises BadParameter, and JournalUnusable for a server that would not be verified."""
+    if fault := journal_fault(journal):
+        raise typer.BadParameter(fault)
+    if is_shared(journal) and not _setting("allow_unverified_database", os.environ, context.params.get("config")):
+        check_verified(journal)
+    return journal
+
+
+def _setting(name: str, environ: Mapping[str, str], file: str | None) -> Any:
+    try:
+        return lookup(Settings, "sidecar", name, environ, file)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+Journal = Annotated[
+    str,
+    typer.Option(envvar="OSTINATO_SIDECAR_JOURNAL", callback=_named, help="The journal's file, or its postgresql:// URL."),
+]
 Config = Annotated[
     str | None,
     typer.Option(
@@ -211,7 +227,11 @@ def accept_loss(
         raise JournalUnusable(f"--through {through}: no log has reached {SEQUENCE_MAX}; a number above it was never given out")
     # A log that sidecars share may be in use: its operator is a writer of its own.
     opened, _ = open_journal(
-        Settings(journal=journal, writer="operator" if is_shared(journal) else next(iter(log.writers))),
+        Settings(
+            journal=journal,
+            allow_unverified_database=True,
+            writer="operator" if is_shared(journal) else next(iter(log.writers)),
+        ),
         now_millis := time.time_ns() // 10**6,
         checked=False,
     )

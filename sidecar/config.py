@@ -15,6 +15,37 @@ from sidecar.core.window import Bounds
 from sidecar.held import COPIES
 from sidecar.held import Bounds as HeldBounds
 
+_KEYWORDS = re.compile(
+    r"(^|\s)(host|hostaddr|port|dbname|user|password|passfile|service|servicefile|options|ssl\w+|target_session_attrs)\s*="
+)
+_SCHEME = re.compile(r"[a-z][a-z0-9+.:-]*:/|postgres(ql)?:", re.IGNORECASE)
+_HOSTS = r"(?:[\w.,-]|%2F|\[[\da-fA-F:.]+\]|:\d+(?=[,/?]|$))*"
+_SOUND = re.compile(rf"postgres(?:ql)?://(?:[^?]*@)?({_HOSTS}(?:/[\w-]*)?)(?:\?[^@]*)?")
+"""A URL whose host and name cannot be parts of a password."""
+
+
+def is_shared(journal: str) -> bool:
+    """Whether the journal is in PostgreSQL."""
+    return journal.startswith(("postgresql://", "postgres://"))
+
+
+def journal_fault(journal: str) -> str:
+    """Why the text names neither a file nor a database; empty: it does. The text is not quoted: it may hold a password."""
+    if not journal:
+        return "needs a file, or the URL of a database"
+    if not is_shared(journal) and (_SCHEME.match(journal) or _KEYWORDS.search(journal)):
+        return "a database is named by a URL, postgresql://USER@HOST/NAME; a file whose name looks like one, by ./NAME"
+    return ""
+
+
+def shown(journal: str) -> str:
+    """The journal's name for the log: of a database, its host and name."""
+    if not is_shared(journal):
+        return "***" if journal_fault(journal) else journal
+    sound = _SOUND.fullmatch(journal)
+    return f"postgresql://{sound[1] if sound else '***'}"
+
+
 HOP_REMEDY = "use unix:/path, --engine-secret on both programs, or --engine-ca, --engine-certificate and --engine-key"
 
 
@@ -30,7 +61,8 @@ class Settings:
     engine_ca: Path | None = field(None, "PEM file of the CA that certifies the service, for a TCP address")
     engine_certificate: Path | None = field(None, "PEM file of the certificate chain for the service")
     engine_key: Path | None = field(None, "PEM file of its private key")
-    journal: str = field(".run/journal.sqlite", "file of the journal, or postgresql://… of a shared one")
+    journal: str = field(".run/journal.sqlite", "file of the journal, or postgresql://… of a shared one", shown=shown)
+    allow_unverified_database: bool = field(False, "allow PostgreSQL on the network with an sslmode below verify-full")
     high_water: Path | None = field(None, "file of the journal's high-water mark", applies="the journal's file, with .mark")
     writer: str = field("ostinato-0", "name of this sidecar, unique on its journal; written into each entry")
     metrics: str = field("127.0.0.1:9400", "address of /metrics, host:port; empty: none")
@@ -146,8 +178,8 @@ class Settings:
             raise ValueError("--witness-token, --witness-ca: need --witness")
         if self.witness_token is not None and not (self.witness_is_log or self.witness.startswith("https://")):
             raise ValueError("--witness-token: is for https:// and for another sidecar")
-        if not self.journal:
-            raise ValueError("--journal: needs a file, or the URL of a database")
+        if fault := journal_fault(self.journal):
+            raise ValueError(f"--journal: {fault}")
         check_target("--engine", self.engine)
         if len({self.engine_ca is None, self.engine_certificate is None, self.engine_key is None}) > 1:
             raise ValueError("--engine-ca, --engine-certificate, --engine-key: none of them goes without the others")
@@ -239,8 +271,3 @@ class Settings:
 def mark_of(journal: str) -> Path | None:
     """The default file of a journal's high-water mark. On another disk it would protect more."""
     return None if is_shared(journal) else Path(f"{journal}.mark")
-
-
-def is_shared(journal: str) -> bool:
-    """Whether the journal is in PostgreSQL."""
-    return journal.startswith(("postgresql://", "postgres://"))

@@ -56,6 +56,13 @@ def open_for_maintenance(journal: str, *, create: bool = False) -> SqlStore:
     return PostgresStore.open_for_maintenance(journal, create=create)
 
 
+def check_verified(journal: str) -> None:
+    """Raises JournalUnusable for a database whose server would not be verified."""
+    with _postgres():
+        from sidecar.journal import postgres
+    postgres.check_verified(journal)
+
+
 @contextmanager
 def _postgres() -> Iterator[None]:
     """Around an import of the PostgreSQL driver."""
@@ -95,6 +102,8 @@ def _open_file(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[
 def _open_shared(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[Store, Opened]:
     with _postgres():
         from sidecar.journal.postgres import PostgresSettings, PostgresStore
+    if not settings.allow_unverified_database:
+        check_verified(settings.journal)
     return PostgresStore.open(
         settings.journal,
         writer=settings.writer,

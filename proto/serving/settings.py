@@ -75,11 +75,13 @@ def field(
     maximum: float | None = None,
     choices: Sequence[object] | None = None,
     secret: bool = False,
+    shown: Callable[[str], str] | None = None,
     applies: str = "",
 ) -> T:
-    """One setting. Bounds are inclusive. The value of a secret is never printed. `applies`: the default in words, for --help,
-    where `default` does not say it."""
-    about = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices, "secret": secret, "applies": applies}
+    """One setting. Bounds are inclusive. The value of a secret is never printed. `shown`: what is printed for a text that may
+    have a secret in it. `applies`: the default in words, for --help, where `default` does not say it."""
+    about: dict[str, Any] = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices, "applies": applies}
+    about |= {"secret": secret, "shown": shown}
     made: T = dataclasses.field(default=default, metadata=about, kw_only=True)
     return made
 
@@ -209,7 +211,7 @@ class _Option:
             try:
                 return value_of(given), origin
             except ValueError as error:
-                shown = "" if self.about["secret"] else f"{_quoted(given)} "
+                shown = "" if self.about["secret"] or self.about["shown"] else f"{_quoted(given)} "
                 raise ValueError(f"{where}: {shown}{error}") from None
         if self.default is REQUIRED:
             raise ValueError(f"{self.flag} ({self.variable}): is required")
@@ -308,13 +310,14 @@ def _flags(program: str, options: Sequence[_Option], argv: Sequence[str]) -> tup
     except ValueError as error:
         return vars(given), [str(error)]
     names = [f"--{CONFIG}", *(option.flag for option in options)]
+    hidden = "***" if any("password" in each for each in argv) else ""  # words of a database's name, which was not in quotes
     problems, value_may_follow = [], False
     for stray in strays:
         if stray.startswith("-"):
             flag = stray.partition("=")[0]
             problems.append(f"{flag}: names no setting{_near(flag, names)}")
         elif not value_may_follow:
-            problems.append(f"{_quoted(stray)}: is no flag")
+            problems.append(f"{hidden or _quoted(stray)}: is no flag")
         value_may_follow = stray.startswith("-") and "=" not in stray
     return vars(given), problems
 
@@ -357,7 +360,10 @@ def _convert(kind: type, text: str) -> object:
 
 
 def _shown(f: dataclasses.Field[object], value: object) -> str:
-    return "***" if f.metadata.get("secret") else _PASSWORD.sub("***", plain(value))
+    if f.metadata.get("secret"):
+        return "***"
+    shown = f.metadata.get("shown")
+    return _PASSWORD.sub("***", plain(shown(str(value)) if shown is not None else value))
 
 
 def _quoted(value: object) -> str:

@@ -93,6 +93,32 @@ class PostgresSettings(StoreSettings):
             raise ValueError("lease_seconds must be positive")
 
 
+UNREADABLE = "the URL cannot be read; special characters in it are percent-encoded"
+_HOSTS, _NAME = re.compile(r"[\w.,:-]*|/[^@]*|@[\w./-]*"), re.compile(r"[^@/:?#]*")
+LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1|[/@].*|")
+"""Hosts on this machine, unix sockets among them; empty: libpq's own socket."""
+
+
+def check_verified(url: str) -> None:
+    """Raises JournalUnusable for a server on the network whose certificate and name would not be verified. libpq's environment
+    counts; a service file counts as the network, without an sslmode."""
+    try:
+        given = conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        raise JournalUnusable(UNREADABLE) from None
+    ours = {each.keyword.decode(): (each.val or b"").decode() for each in psycopg.pq.Conninfo.get_defaults()}
+    ours |= {name: str(value) for name, value in given.items()}
+    hosts = (ours.get("hostaddr") or ours.get("host") or "").split(",")
+    remote = [host for host in hosts if not LOOPBACK.fullmatch(host)]
+    if "service" in given:
+        remote, ours["sslmode"] = ["the service"], str(given.get("sslmode", ""))
+    if remote and ours.get("sslmode") != "verify-full":
+        raise JournalUnusable(
+            f"the certificate of {', '.join(remote)} would not be verified: add sslmode=verify-full to the URL, with "
+            "sslrootcert=FILE or sslrootcert=system, or allow it with --allow-unverified-database"
+        )
+
+
 class LogLocked(JournalUnavailable):
     """Another session holds a lock that was waited for. Nothing has changed, and the connection can be used."""
 
@@ -110,7 +136,9 @@ class Database:
         try:
             given = conninfo_to_dict(url)
         except psycopg.ProgrammingError:
-            raise JournalUnusable("the URL cannot be read; special characters in it are percent-encoded") from None
+            raise JournalUnusable(UNREADABLE) from None
+        if not (_HOSTS.fullmatch(str(given.get("host", ""))) and _NAME.fullmatch(str(given.get("dbname", "")))):
+            raise JournalUnusable(UNREADABLE)  # libpq's errors would show parts of a password as names
         self._parameters = make_conninfo(url, **{name: value for name, value in ours.items() if name not in given})
         self.lease_seconds = lease_seconds
         self._seconds = seconds

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from serving.settings import load, plain
+from serving.settings import describe, load, plain
 
-from sidecar.config import Settings
+from sidecar import commands
+from sidecar.config import Settings, shown
 
 
 def settings(*argv: str) -> Settings:
@@ -43,6 +47,61 @@ def test_what_cannot_be_meant_is_refused(argv: list[str], words: str, capsys: py
         settings(*argv)
 
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "journal",
+    [
+        "host=db user=me password=Tiger dbname=x",
+        "dbname=x password = 'Ti ger'",
+        "password=Tiger",
+        "service=Tiger",
+        "postgresql:/me:Tiger@h/x",
+        "POSTGRESQL://me:Tiger@h/x",
+        "jdbc:postgresql://h/x?password=Tiger",
+        "pgsql://me:Tiger@h/x",
+    ],
+)
+@pytest.mark.parametrize("form", ["flag", "variable", "command"])
+def test_a_database_in_another_form_is_no_file(
+    journal: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A database that is not named by our kind of URL is refused, by its place and without its text, and no file is made."""
+    monkeypatch.chdir(tmp_path)
+    starts: dict[str, Callable[[], object]] = {
+        "flag": lambda: settings(f"--journal={journal}"),
+        "variable": lambda: load(Settings, "sidecar", [], {"OSTINATO_SIDECAR_JOURNAL": journal}),
+        "command": lambda: commands.main(["verify", "--journal", journal]),
+    }
+    with pytest.raises(SystemExit, match="2"):
+        starts[form]()
+
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+    assert "a database is named by a URL" in said
+    assert "ger" not in said
+    assert not list(tmp_path.iterdir())
+
+
+@given(st.text("QXZ@:/?#%&= '[],5.", min_size=1))
+def test_a_password_is_never_shown(password: str) -> None:
+    """The line at start shows host and name of a database, and no letter of a password, however it is written."""
+    for journal in ("postgresql://me:{}@h/db", "postgresql://h/db?password={}", "host=h password={}"):
+        assert not set(shown(journal.format(password))) & set("QXZ"), journal
+    assert "QXZ" not in describe(Settings(journal="postgresql://me:QX/Z@h/db"))
+
+
+@pytest.mark.parametrize(
+    ("journal", "name"),
+    [
+        ("journal.sqlite", "journal.sqlite"),
+        ("./host=1", "./host=1"),
+        ("postgresql://me:tiger@h:5432,[::1]:1/db?sslmode=x", "postgresql://h:5432,[::1]:1/db"),
+        ("postgresql:///db?host=%2Frun", "postgresql:///db"),
+    ],
+)
+def test_a_journal_is_shown_by_its_name(journal: str, name: str) -> None:
+    """A file by its path, a database by its hosts and name."""
+    assert shown(Settings(journal=journal).journal) == name
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal import postgres as schema
 from sidecar.journal.model import CommitUnknown, JournalBroken, JournalUnusable, Note, Unfinished
-from sidecar.journal.postgres import Database, PostgresSettings, PostgresStore, PostgresTables
+from sidecar.journal.postgres import Database, PostgresSettings, PostgresStore, PostgresTables, check_verified
 from tests.postgres import Postgres, installed, packaged
 from tests.sidecar.journal_kit import (
     EXPIRE,
@@ -470,7 +470,15 @@ def test_an_older_server() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["postgresql://u:hunter2@/db?nonsense=1", "postgresql://u:hunter2@127.0.0.1:1/db", "postgresql://u:hun/ter2@h/db"]
+    "url",
+    [
+        "postgresql://u:hunter2@/db?nonsense=1",
+        "postgresql://u:hunter2@127.0.0.1:1/db",
+        "postgresql://u:hun/ter2@h/db",
+        "postgresql://u:1@hunter@127.0.0.1:1/db",
+        "postgresql://u:1/hunter@h/db",
+        "postgresql://u:h%zzunter2@h/db",
+    ],
 )
 def test_passwords_are_not_said(url: str) -> None:
     """Whatever is wrong with a URL, or with its server, the message does not give the password away."""
@@ -479,6 +487,41 @@ def test_passwords_are_not_said(url: str) -> None:
 
     assert "hunter2" not in str(raised.value)
     assert "hun" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "environment", "verified"),
+    [
+        ("postgresql://db.internal/x", {}, False),
+        ("postgresql://db.internal/x?sslmode=require", {}, False),
+        ("postgresql://db.internal/x?sslmode=verify-ca", {}, False),
+        ("postgresql://db.internal/x?sslmode=verify-full", {}, True),
+        ("postgresql://db.internal/x", {"PGSSLMODE": "verify-full"}, True),
+        ("postgresql://db.internal/x?sslmode=disable", {"PGSSLMODE": "verify-full"}, False),
+        ("postgresql:///x", {"PGHOST": "db.internal"}, False),
+        ("postgresql:///x", {"PGHOSTADDR": "10.0.0.1"}, False),
+        ("postgresql://localhost/x?hostaddr=10.0.0.1", {}, False),
+        ("postgresql://localhost,db.internal/x", {}, False),
+        ("postgresql:///x?service=mine", {}, False),
+        ("postgresql:///x", {}, True),
+        ("postgresql:///x?host=/run/postgresql", {"PGHOST": "db.internal"}, True),
+        ("postgresql://127.0.0.1/x", {}, True),
+        ("postgresql://[::1],localhost/x", {}, True),
+    ],
+)
+def test_a_server_on_the_network_is_verified(
+    url: str, environment: dict[str, str], verified: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond this machine nothing below verify-full is used, whatever names host and mode."""
+    for name in ("PGHOST", "PGHOSTADDR", "PGSSLMODE", "PGSERVICE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if verified:
+        check_verified(url)
+    else:
+        with pytest.raises(JournalUnusable, match="would not be verified: add sslmode=verify-full"):
+            check_verified(url)
 
 
 def test_settings() -> None:
