@@ -694,5 +694,5 @@ def test_a_journal_in_use_is_not_salvaged(tried: Tried, sound: Sound) -> None:
         code, said = tried.command("export", "-", "--until-damage")
         assert (code, why in said) == (1, True), said
     with pytest.raises(SystemExit) as ended:
-        commands.main(["export", "-", "--until-damage", "--journal", "postgresql://h/x"])
+        commands.main(["export", "-", "--until-damage", "--journal", "postgresql:///x"])
     assert ended.value.code == 2
