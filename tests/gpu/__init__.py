@@ -1,6 +1,5 @@
 """What only a GPU can show.
 
-python -m tests.gpu.smoke MODEL         the engine alone, in this process: loads, four prompts, all details
 python -m tests.gpu MODEL               the programs, through gRPC: exact, prefix cache, stock, crash, speed and others
 python -m tests.gpu.rows MODEL FOLDER   models and settings, two starts and one line each
 python -m tests.gpu.tp MODEL            two GPUs that share a model

@@ -445,24 +445,18 @@ def test_a_block_has_keys_and_values_of_every_layer(
     assert block_bytes(layers=layers, kv_heads=kv_heads, head_dim=head_dim, block_tokens=64, kv_bits=bits) == expected
 
 
-def test_whole_pages_of_an_8b_models_blocks() -> None:
-    """Four blocks fit in a page, one page is lost to alignment, and one block per run is subtracted."""
-    region = 100 * PAGE_BYTES
-
-    assert blocks_promised(share=8 * MIB / region, size=8 * MIB, runs=16) == 99 * 4 - 16
-
-
-def test_blocks_that_fill_a_slab_badly_take_a_larger_slab() -> None:
-    """Blocks of 20 MiB fit 25 times into a slab of 16 pages, and 100 pages have six slabs."""
-    region = 100 * PAGE_BYTES
-
-    assert blocks_promised(share=20 * MIB / region, size=20 * MIB, runs=10) == 6 * 25 - 10
-
-
-@pytest.mark.parametrize("share", [0.0, -1.0, 1.5, 0.9])
-def test_there_is_always_one_block(share: float) -> None:
-    """An unknown or impossible share promises one block."""
-    assert blocks_promised(share=share, size=8 * MIB, runs=256) == 1
+@pytest.mark.parametrize(
+    ("share", "mib", "runs", "expected"),
+    [
+        (8 * MIB / (100 * PAGE_BYTES), 8, 16, 99 * 4 - 16),
+        (20 * MIB / (100 * PAGE_BYTES), 20, 10, 6 * 25 - 10),
+        *((share, 8, 256, 1) for share in (0.0, -1.0, 1.5, 0.9)),
+    ],
+)
+def test_blocks_fill_whole_pages(share: float, mib: int, runs: int, expected: int) -> None:
+    """Four blocks of an 8B model fit in a page, one page is lost to alignment, and one block per run is subtracted. Blocks of
+    20 MiB fit 25 times into a slab of 16 pages, and 100 pages have six slabs. An unknown or impossible share promises one."""
+    assert blocks_promised(share=share, size=mib * MIB, runs=runs) == expected
 
 
 @given(size=st.integers(1, 1 << 28), count=st.integers(2, 20_000), runs=st.integers(1, 1024))

@@ -181,55 +181,31 @@ async def earned(native: FakeNative, overrides: FakeOverrides | None = None, **o
     return types_pb2.Grade.Name(held.grade).removeprefix("GRADE_"), held.reason
 
 
-async def test_an_engine_whose_runs_keep_to_themselves_is_exact() -> None:
-    """The whole self-test passes, with streamed and cancelled runs."""
-    grade, reason = await earned(FakeNative(), FakeOverrides())
-
-    assert (grade, "the same tokens and logprob bits" in reason) == ("EXACT", True)
-
-
-async def test_company_that_shows_is_found() -> None:
-    """An engine that depends on the batch is not EXACT, whatever the overrides report."""
-    grade, reason = await earned(FakeNative(mixes=True), FakeOverrides())
-
-    assert (grade, "together with the other prompts" in reason) == ("BEST_EFFORT", True)
-
-
-async def test_one_uncovered_product_takes_the_grade_before_its_answer_is_reported() -> None:
-    """An uncovered product lowers the grade, also before and during the self-test."""
-    grade, reason = await earned(FakeNative(), FakeOverrides(uncovered=1))
-
-    assert (grade, reason) == ("BEST_EFFORT", "a product had to be served by an algorithm that is not permitted")
-
-
 @pytest.mark.parametrize(
-    ("native", "why"),
+    ("native", "uncovered", "grade", "reason"),
     [
-        (FakeNative(waiting=1), "TurboMind took a run out of its batch"),
-        (FakeNative(cached=64), "TurboMind took part of a prompt from a cache, which is off"),
+        (FakeNative(), 0, "EXACT", "the same tokens and logprob bits"),
+        (
+            FakeNative(caches=True),
+            0,
+            "EXACT",
+            "48 behind a cached beginning with rests of 0, 1, 2, 63, 64, 65 tokens gave the same",
+        ),
+        (FakeNative(mixes=True), 0, "BEST_EFFORT", "together with the other prompts"),
+        (FakeNative(), 1, "BEST_EFFORT", "a product had to be served by an algorithm that is not permitted"),
+        (FakeNative(waiting=1), 0, "BEST_EFFORT", "TurboMind took a run out of its batch"),
+        (FakeNative(cached=64), 0, "BEST_EFFORT", "TurboMind took part of a prompt from a cache, which is off"),
+        (FakeNative(caches=True, corrects=False), 0, "BEST_EFFORT", "when its beginning came from the cache"),
+        (FakeNative(caches=True, tells=False), 0, "BEST_EFFORT", "the prefix cache supplied nothing, so that it is not tested"),
     ],
 )
-async def test_what_must_never_happen_takes_the_grade_before_an_answer_is_reported(native: FakeNative, why: str) -> None:
-    """A preemption lowers the grade, even if the tokens are equal."""
-    grade, reason = await earned(native, FakeOverrides())
+async def test_the_self_test_finds_what_an_engine_is(native: FakeNative, uncovered: int, grade: str, reason: str) -> None:
+    """An engine whose runs keep to themselves is EXACT, also with a prefix cache. One that depends on the batch is not,
+    whatever the overrides report; nor one with an uncovered product, a preemption, or a cache that is off and hit, on and
+    never hit, or wrong for a rest of one token. The grade falls before an answer is reported, even if the tokens are equal."""
+    found, why = await earned(native, FakeOverrides(uncovered=uncovered))
 
-    assert (grade, why in reason) == ("BEST_EFFORT", True)
-
-
-async def test_a_prefix_cache_takes_no_grade() -> None:
-    """Cached prompts are compared with cold ones, and the reason has the rests."""
-    native = FakeNative(caches=True)
-    grade, reason = await earned(native, FakeOverrides())
-
-    assert grade == "EXACT", reason
-    assert "and 48 behind a cached beginning with rests of 0, 1, 2, 63, 64, 65 tokens gave the same" in reason
-
-
-async def test_a_prefix_cache_without_its_override_is_found_by_what_it_answers() -> None:
-    """The self-test finds a wrong rest of one token by its answer."""
-    grade, reason = await earned(FakeNative(caches=True, corrects=False), FakeOverrides())
-
-    assert (grade, "when its beginning came from the cache" in reason) == ("BEST_EFFORT", True), reason
+    assert (found, reason in why) == (grade, True), why
 
 
 async def test_one_rest_of_one_token_takes_the_grade() -> None:
@@ -247,13 +223,6 @@ async def test_one_rest_of_one_token_takes_the_grade() -> None:
             done.clear()
 
     assert falls == ["TurboMind took all but one token of a prompt from its cache, and computed that one as a decode's"]
-
-
-async def test_a_prefix_cache_that_is_not_hit_earns_nothing() -> None:
-    """A cache that is never hit does not pass the self-test."""
-    grade, reason = await earned(FakeNative(caches=True, tells=False), FakeOverrides())
-
-    assert (grade, reason) == ("BEST_EFFORT", "the prefix cache supplied nothing, so that it is not tested")
 
 
 @pytest.mark.parametrize(

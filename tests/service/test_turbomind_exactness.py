@@ -110,16 +110,6 @@ def test_with_all_in_place_it_may_be_exact(tmp_path: Path, monkeypatch: pytest.M
     assert (exactness.fields["cublas"], exactness.fields["attention_splits"]) == ("libcublasLt.so.13 130100", "1")
 
 
-def test_the_next_start_takes_the_manifests_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kept manifest is used on the same machine; with another driver it is measured again."""
-    measured: list[Mapping[Shape, int]] = []
-    for gpu in (GPU, GPU, host.Gpu(GPU.name, GPU.capability, "590.1")):
-        exactness = proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448, HEAD: 1}), PERMITS, gpu=gpu, measured=measured)
-        assert exactness.ceiling[0] == types_pb2.GRADE_EXACT
-
-    assert len(measured) == 2
-
-
 def test_a_manifest_that_was_damaged_is_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,13 +125,15 @@ def test_a_manifest_that_was_damaged_is_measured_again(
 
 
 def test_a_manifest_that_is_refused_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log has the fields in which the most similar kept manifest differs."""
-    origins = []
+    """A kept manifest is used on the same machine; elsewhere it is measured again, and the log has the fields in which the most
+    similar one differs."""
+    origins, measured = [], list[Mapping[Shape, int]]()
     newer = host.Gpu(GPU.name, GPU.capability, "590.1")
     for gpu in (GPU, GPU, newer, host.Gpu("NVIDIA H200", GPU.capability, "590.1")):
-        exactness = proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448}), PERMITS, gpu=gpu)
+        exactness = proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448}), PERMITS, gpu=gpu, measured=measured)
         origins.append(exactness.origin)
 
+    assert len(measured) == 3
     assert origins == [
         "made now: none was kept",
         "kept",
@@ -206,25 +198,25 @@ def test_calibrate_of_what_cannot_be(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "permits", "why"),
+    ("fake", "omitted", "pieces", "permits", "why"),
     [
-        (FakeOverrides({LAYER: 8448}, calls=0), PERMITS, "does not reach the override split_count"),
-        (FakeOverrides({LAYER: 8448, HEAD: 1}), {LAYER: Permit((66,), 8448)}, "nothing rounds alike in the product 49152x576"),
-        (
-            FakeOverrides({LAYER: 8448}, uncovered_n=77),
-            PERMITS,
-            "no algorithm rounds alike for 77 tokens of the product 576x1536",
-        ),
+        ({"calls": 0}, "", "", PERMITS, "TurboMind does not reach the override split_count"),
+        ({}, "", "", {LAYER: Permit((66,), 8448)}, "nothing rounds alike in the product 49152x576"),
+        ({"uncovered_n": 77}, "", "", PERMITS, "no algorithm rounds alike for 77 tokens of the product 576x1536"),
+        ({}, "", "it reads (1, 0, 0)", PERMITS, "it reads (1, 0, 0)"),
+        ({}, "piece", "", PERMITS, "prompts are cut where others leave off"),
     ],
 )
 def test_what_is_missing_is_the_ceilings_reason(
-    overrides: FakeOverrides, permits: Mapping[Shape, Permit], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is missing is the ceiling's reason; the engine runs nevertheless."""
-    exactness = proved(tmp_path, monkeypatch, overrides, permits)
+    fake: dict[str, int], omitted: str, pieces: str, permits: Mapping[Shape, Permit], why: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What is missing is the ceiling's reason, also where prompts are not cut at places of their own; the engine runs
+    nevertheless."""
+    overrides = FakeOverrides({LAYER: 8448, HEAD: 1}, **fake)
+    overrides.omitted = frozenset(filter(None, [omitted]))
 
-    assert exactness.ceiling[0] == types_pb2.GRADE_BEST_EFFORT
-    assert why in exactness.ceiling[1]
+    assert proved(tmp_path, monkeypatch, overrides, permits, pieces=pieces).ceiling == (types_pb2.GRADE_BEST_EFFORT, why)
 
 
 def test_without_overrides_the_engine_runs_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,13 +238,6 @@ def test_without_overrides_the_engine_runs_as_it_comes(tmp_path: Path, monkeypat
         "attention_splits": "its own",
         "cublas": "",
     }
-
-
-def test_pieces_that_cannot_be_proved_cost_the_grade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces that cannot be proved cost the grade."""
-    exactness = proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448}), PERMITS, pieces="it reads (1, 0, 0)")
-
-    assert exactness.ceiling == (types_pb2.GRADE_BEST_EFFORT, "it reads (1, 0, 0)")
 
 
 EXPERTS = Product(tuple(64 if place == 25 else 0 for place in range(26)))
@@ -360,17 +345,6 @@ def test_a_table_that_turbomind_ignores_costs_the_grade(tmp_path: Path, monkeypa
     assert "does not serve with the kernels of kernels-" in exactness.ceiling[1]
 
 
-def test_prompts_that_others_cut_cost_the_grade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the override of pieces, a prompt is cut where others leave off, which costs the grade."""
-    overrides = FakeOverrides({LAYER: 8448, HEAD: 1})
-    overrides.omitted = frozenset({"piece"})
-
-    assert proved(tmp_path, monkeypatch, overrides, PERMITS).ceiling == (
-        types_pb2.GRADE_BEST_EFFORT,
-        "prompts are cut where others leave off",
-    )
-
-
 def test_own_kernels_that_are_not_pinned_cost_the_grade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the override, TurboMind's own kernels are not pinned, which costs the grade."""
     overrides = FakeOverrides({HEAD: 1})
@@ -414,7 +388,7 @@ def test_the_extra_asks_for_what_is_checked() -> None:
 
 
 def test_a_missing_package_is_named() -> None:
-    """The library is found under any name."""
+    """A package that cannot be imported is named."""
     with pytest.raises(EngineUnusable, match="engine turbomind needs no_such_package"):
         host.module("no_such_package")
 
@@ -492,42 +466,37 @@ def test_what_a_model_cannot_do_is_refused_before_it_is_loaded(options: dict[str
         engine.check(TurbomindOptions(tp=2), dataclasses.replace(read, heads=8))
 
 
-def test_a_machine_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without CUDA is refused with the flag and an alternative."""
-    monkeypatch.setattr(host, "module", lambda name: SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False)))
-
-    with pytest.raises(EngineUnusable, match="^--engine turbomind needs a CUDA device, .*; without a GPU use --engine llama$"):
-        host.gpu(1)
-
-
-def test_more_gpus_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too few GPUs are refused with their number."""
-    cuda = SimpleNamespace(is_available=lambda: True, device_count=lambda: 1)
+@pytest.mark.parametrize(
+    ("available", "wanted", "why"),
+    [
+        (False, 1, "^--engine turbomind needs a CUDA device, .*; without a GPU use --engine llama$"),
+        (True, 2, "--tp is 2, and torch finds 1 CUDA devices: lower it"),
+    ],
+)
+def test_a_machine_without_a_gpu_is_refused(available: bool, wanted: int, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without CUDA is refused with the flag and an alternative; too few GPUs with their number."""
+    cuda = SimpleNamespace(is_available=lambda: available, device_count=lambda: 1)
     monkeypatch.setattr(host, "module", lambda name: SimpleNamespace(cuda=cuda))
 
-    with pytest.raises(EngineUnusable, match="--tp is 2, and torch finds 1 CUDA devices: lower it"):
-        host.gpu(2)
+    with pytest.raises(EngineUnusable, match=why):
+        host.gpu(wanted)
 
 
 @pytest.mark.parametrize(
     ("config", "text"),
     [
+        (None, "name a folder that has config.json"),
         ("{", "is not that of a text model"),
         ('{"vocab_size": 5}', "is not that of a text model"),
-        (None, "name a folder that has config.json"),
     ],
 )
 def test_a_folder_that_is_no_model_is_named(config: str | None, text: str, tmp_path: Path) -> None:
-    """A folder that is no model is refused with what is wrong."""
+    """A folder that is no model is refused with what is wrong; a model has to be named."""
     if config is not None:
         (tmp_path / "config.json").write_text(config)
 
     with pytest.raises(EngineUnusable, match=text):
         model.read(tmp_path)
-
-
-def test_a_model_has_to_be_named() -> None:
-    """A model without a tokenizer is refused."""
     with pytest.raises(EngineUnusable, match="needs --model"):
         model.read(None)
 

@@ -48,40 +48,22 @@ def measured(n: int, rank: int, seconds: float | None, algorithm: int = 66) -> T
     return dataclasses.replace(trial(n, rank, algorithm), seconds=seconds)
 
 
-def test_algorithms_that_agree_everywhere_are_permitted_together() -> None:
-    """Algorithms with equal bits form one class, whatever their tiles."""
-    trials = [trial(n, rank, algorithm) for n in (1, 2, 8, 100) for rank, algorithm in enumerate((66, 71))]
-
-    assert choose(trials) == Choice((66, 71), ())
-
-
-def test_an_algorithm_that_rounds_otherwise_is_dropped() -> None:
-    """An algorithm with other bits is not permitted, even if cublasLt prefers it for one token."""
-    trials = [trial(1, 0, 16, "y"), *(trial(n, 1, 66) for n in (1, 2, 300))]
-
-    assert choose(trials) == Choice((66,), ())
-
-
-def test_an_algorithm_that_disagrees_with_itself_is_dropped() -> None:
-    """An algorithm whose bits vary is not permitted, whether between numbers of tokens or within one."""
-    trials = [trial(n, 2, 66) for n in (1, 64)]
-    changing = [trial(1, 0, 30, "y"), trial(64, 0, 30, "z")]
-    uneven = [trial(1, 1, 31), trial(64, 1, 31, alike=False)]
-
-    assert choose([*trials, *changing, *uneven]) == Choice((66,), ())
-
-
-def test_the_class_that_serves_most_wins_over_the_faster_one() -> None:
-    """The class that serves the most numbers of tokens is permitted."""
-    fast = [trial(n, 0, 20, "y") for n in (1, 2)]
-    complete = [trial(n, 1, 66) for n in (1, 2, 3)]
-
-    assert choose([*fast, *complete]) == Choice((66,), ())
-
-
-def test_of_two_complete_classes_the_faster_wins() -> None:
-    """Of equal classes the one that cublasLt ranks higher is permitted."""
-    assert choose([trial(n, rank, 20 + rank, "xy"[rank]) for n in (1, 2) for rank in (0, 1)]) == Choice((20,), ())
+@pytest.mark.parametrize(
+    ("trials", "permitted"),
+    [
+        ([trial(n, rank, algorithm) for n in (1, 2, 8, 100) for rank, algorithm in enumerate((66, 71))], (66, 71)),
+        ([trial(1, 0, 16, "y"), *(trial(n, 1, 66) for n in (1, 2, 300))], (66,)),
+        ([trial(1, 2, 66), trial(64, 2, 66), trial(1, 0, 30, "y"), trial(64, 0, 30, "z")], (66,)),
+        ([trial(1, 2, 66), trial(64, 2, 66), trial(1, 1, 31), trial(64, 1, 31, alike=False)], (66,)),
+        ([*(trial(n, 0, 20, "y") for n in (1, 2)), *(trial(n, 1, 66) for n in (1, 2, 3))], (66,)),
+        ([trial(n, rank, 20 + rank, "xy"[rank]) for n in (1, 2) for rank in (0, 1)], (20,)),
+    ],
+)
+def test_algorithms_with_equal_bits_are_permitted_together(trials: list[Trial], permitted: tuple[int, ...]) -> None:
+    """Algorithms with equal bits form one class, whatever their tiles. One with other bits is not permitted, even if cublasLt
+    prefers it for one token; nor one whose bits vary, between numbers of tokens or within one. The class that serves the
+    most numbers of tokens is permitted, of equal classes the one that cublasLt ranks higher."""
+    assert choose(trials) == Choice(permitted, ())
 
 
 def test_what_no_permitted_algorithm_serves_is_named() -> None:
@@ -115,26 +97,24 @@ def test_times_are_taken_along_the_grid(most: int) -> None:
     assert all(right - left <= max(256, -(-most // 16)) for left, right in pairwise(whole))
 
 
-def test_the_fastest_permitted_candidate_serves() -> None:
-    """The fastest permitted candidate serves, whatever its rank; others are ignored."""
-    trials = [measured(8, 0, 3.0), measured(8, 1, 2.0), measured(8, 2, 1.0, 20), measured(1, 0, 1.0), measured(1, 1, 1.5)]
-
-    chosen = fastest(trials, (66,))
-
-    assert chosen == {1: None, 8: measured(8, 1, 2.0).candidate}
-    assert list(chosen) == [1, 8]
+STRANGER = dataclasses.replace(measured(8, 5, 2.0), offered=False)
 
 
-def test_a_hair_faster_is_no_reason() -> None:
-    """A difference within noise leaves cublasLt's preferred candidate; a trial without a time is ignored."""
-    assert fastest([measured(8, 0, 1.0), measured(8, 1, 0.98), measured(9, 0, None)], (66,)) == {8: None}
-
-
-def test_where_nothing_permitted_is_offered_another_must_be_named() -> None:
-    """A preferred candidate that was not offered there is named."""
-    stranger = dataclasses.replace(measured(8, 5, 2.0), offered=False)
-
-    assert fastest([measured(8, 0, 1.0, 20), stranger], (66,)) == {8: stranger.candidate}
+@pytest.mark.parametrize(
+    ("trials", "chosen"),
+    [
+        (
+            [measured(8, 0, 3.0), measured(8, 1, 2.0), measured(8, 2, 1.0, 20), measured(1, 0, 1.0), measured(1, 1, 1.5)],
+            {1: None, 8: measured(8, 1, 2.0).candidate},
+        ),
+        ([measured(8, 0, 1.0), measured(8, 1, 0.98), measured(9, 0, None)], {8: None}),
+        ([measured(8, 0, 1.0, 20), STRANGER], {8: STRANGER.candidate}),
+    ],
+)
+def test_the_fastest_permitted_candidate_serves(trials: list[Trial], chosen: dict[int, Candidate | None]) -> None:
+    """The fastest permitted candidate serves, whatever its rank, by rising tokens; others are ignored, and so is a trial
+    without a time. A difference within noise leaves cublasLt's preferred candidate; one that was not offered is named."""
+    assert list(fastest(trials, (66,)).items()) == list(chosen.items())
 
 
 def test_a_manifest_survives_its_file() -> None:

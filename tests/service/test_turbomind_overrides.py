@@ -187,6 +187,13 @@ def gemm(n, k=K):
     status = turbomind.drive_gemm(HANDLE, M, n, k, b.buffer_info()[0], b.buffer_info()[0], c.buffer_info()[0])
     return status, list(c)
 
+def serve(*algorithms):
+    overrides.mode(Mode.LEARN), gemm(1)
+    shape, = overrides.shapes()
+    overrides.permit(shape, algorithms)
+    overrides.mode(Mode.SERVE)
+    return shape
+
 def attempt(shape, n, candidate, times=1, stride=0, copies=1):
     b, c = buffers(n)
     matrices = Matrices(b.buffer_info()[0], b.buffer_info()[0], c.buffer_info()[0], 0, stride, copies)
@@ -213,19 +220,8 @@ def alike(values, n):
 
 def compiled(folder: Path, name: str, source: str, *flags: str) -> None:
     (folder / f"{name}.c").write_text(source)
-    command = [
-        "cc",
-        "-shared",
-        "-fPIC",
-        "-O1",
-        "-w",
-        "-o",
-        str(folder / name),
-        str(folder / f"{name}.c"),
-        f"-L{folder}",
-        *flags,
-    ]
-    subprocess.run(command, check=True)
+    command = f"cc -shared -fPIC -O1 -w -o {folder / name} {folder / name}.c -L{folder}"
+    subprocess.run([*command.split(), *flags], check=True)
 
 
 def versioned(folder: Path, major: int) -> str:
@@ -270,9 +266,9 @@ def drive(folder: Path, script: str, *, before: str = "", splits: int = 4, omit:
 
 def test_attention_is_cut_into_a_constant_number_of_parts(stand_ins: Path) -> None:
     """The number of parts is constant, except that a request for at most one part gets one."""
-    found = drive(stand_ins, "print(json.dumps([turbomind.drive_split(n) for n in (0, 1, 2, 7, 128)]))", splits=8)
+    script = "print(json.dumps([turbomind.drive_split(n) for n in (0, 1, 2, 7, 128)]))"
 
-    assert found == [1, 1, 8, 8, 8]
+    assert drive(stand_ins, script, splits=8) == [1, 1, 8, 8, 8]
 
 
 def test_every_top_k_is_sorted_by_the_largest_kernel(stand_ins: Path) -> None:
@@ -309,21 +305,23 @@ print(json.dumps([[turbomind.drive_resume(*each) for each in ((129, 128), (130, 
 """
 
 
-def test_a_rest_of_one_token_is_made_one_of_two(stand_ins: Path) -> None:
-    """A rest of one token becomes one of two, and no other plan changes."""
-    found = drive(stand_ins, "overrides.resume(Resume.CORRECT)" + RESUMES)
-
-    assert found == [[127, 128, 126, 0, 1, 0], [129, 0], 2, 6]
-
-
 @pytest.mark.parametrize(
-    ("mode", "omit", "seen"), [("WATCH", "", [129, 0]), ("UNWATCHED", "", [0, 0]), ("CORRECT", "resume", [129, 0])]
+    ("mode", "omit", "planned", "seen", "corrected"),
+    [
+        ("CORRECT", "", [127, 128, 126, 0, 1, 0], [129, 0], 2),
+        ("WATCH", "", [128, 128, 127, 0, 1, 0], [129, 0], 0),
+        ("UNWATCHED", "", [128, 128, 127, 0, 1, 0], [0, 0], 0),
+        ("CORRECT", "resume", [128, 128, 127, 0, 1, 0], [129, 0], 0),
+    ],
 )
-def test_plans_are_watched_before_any_is_corrected(mode: str, omit: str, seen: list[int], stand_ins: Path) -> None:
-    """Watching writes nothing, and without it nothing is read; leaving the override out only watches."""
+def test_a_rest_of_one_token_is_made_one_of_two(
+    mode: str, omit: str, planned: list[int], seen: list[int], corrected: int, stand_ins: Path
+) -> None:
+    """A rest of one token becomes one of two, and no other plan changes. Watching writes nothing, and without it nothing is
+    read; leaving the override out only watches."""
     found = drive(stand_ins, f"overrides.resume(Resume.{mode})" + RESUMES, omit=omit)
 
-    assert found == [[128, 128, 127, 0, 1, 0], seen, 0, 6]
+    assert found == [planned, seen, corrected, 6]
 
 
 PASSES = """
@@ -511,10 +509,7 @@ def test_what_cannot_be_served_exactly_goes_to_cublas_and_is_counted(stand_ins: 
     found = drive(
         stand_ins,
         """
-        overrides.mode(Mode.LEARN), gemm(1)
-        shape, = overrides.shapes()
-        overrides.permit(shape, [66, 67])
-        overrides.mode(Mode.SERVE)
+        shape = serve(66, 67)
         counts = [overrides.uncovered]
         for call in (lambda: gemm(2), lambda: gemm(13), lambda: gemm(2, k=2)):
             status, values = call()
@@ -547,14 +542,11 @@ def test_others_who_use_cublas_are_left_alone(stand_ins: Path) -> None:
 
 
 def test_a_product_runs_on_its_handles_stream_in_the_lent_workspace(stand_ins: Path) -> None:
-    """A product runs on the handle's stream."""
+    """A product runs on the handle's stream, in the workspace that was lent."""
     found = drive(
         stand_ins,
         """
-        overrides.mode(Mode.LEARN), gemm(1)
-        shape, = overrides.shapes()
-        overrides.permit(shape, [66])
-        overrides.mode(Mode.SERVE), gemm(3)
+        serve(66), gemm(3)
         pointers = [value(name, ctypes.c_void_p).value for name in ("last_stream", "last_workspace")]
         print(json.dumps([pointers == [HANDLE, ctypes.addressof(space)], value("last_bytes", ctypes.c_size_t).value]))
         """,
@@ -570,10 +562,7 @@ def test_each_gpu_has_a_workspace_of_its_own(stand_ins: Path) -> None:
         """
         other = ctypes.create_string_buffer(32)
         overrides.set_workspace(1, other, ctypes.addressof(other), 32)
-        overrides.mode(Mode.LEARN), gemm(1)
-        shape, = overrides.shapes()
-        overrides.permit(shape, [66])
-        overrides.mode(Mode.SERVE)
+        serve(66)
         used = []
         for device in (0, 1, 0):
             ctypes.c_int.in_dll(ctypes.CDLL("libcuda.so.1"), "current").value = device
@@ -592,15 +581,12 @@ def test_the_fastest_serves_up_to_the_number_of_tokens_it_was_found_at(stand_ins
     found = drive(
         stand_ins,
         """
-        overrides.mode(Mode.LEARN), gemm(1)
-        shape, = overrides.shapes()
-        overrides.permit(shape, [66, 67])
+        shape = serve(66, 67)
         code = lambda n, algorithm: next(c.code for c in overrides.offers(shape, n) if c.algorithm == algorithm)
         impossible = next(c.code for c in overrides.offers(shape, 1) if c.algorithm == 16)
         told = {2: code(700, 66), 4: code(800, 67), 6: impossible, 8: code(1000, 66), 10: b"", 12: code(9, 66)}
         for n, chosen in told.items():
             overrides.prefer(shape, n, chosen)
-        overrides.mode(Mode.SERVE)
         tiles = {}
         for n in (1, 2, 3, 4, 5, 7, 10, 11, 14):
             assert alike(gemm(n)[1], n)
@@ -651,21 +637,17 @@ def test_an_image_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not (tmp_path / "state").exists()
 
 
-def test_without_a_compiler_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a compiler there are no overrides, and the error says so."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
+@pytest.mark.parametrize(("compiler", "why"), [("", "no C compiler"), ("false", "false cannot compile them")])
+def test_without_a_compiler_the_reason_is_said(
+    compiler: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a compiler, or with one that fails, there are no overrides, and the error says so."""
+    monkeypatch.setenv("CC", compiler)
+    if not compiler:
+        monkeypatch.setenv("PATH", str(tmp_path))
 
-    with pytest.raises(NoOverrides, match="no C compiler"):
+    with pytest.raises(NoOverrides, match=why):
         build(tmp_path / "state")
-
-
-def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler's message is in the error."""
-    monkeypatch.setenv("CC", "false")
-
-    with pytest.raises(NoOverrides, match="false cannot compile them"):
-        build(tmp_path)
 
 
 def test_products_with_few_outputs_are_padded(stand_ins: Path) -> None:
@@ -677,10 +659,7 @@ def test_products_with_few_outputs_are_padded(stand_ins: Path) -> None:
         M = 1
         large = ctypes.create_string_buffer(4096)
         overrides.set_workspace(0, large, ctypes.addressof(large), 4096)
-        overrides.mode(Mode.LEARN), gemm(1)
-        shape, = overrides.shapes()
-        overrides.permit(shape, [66])
-        overrides.mode(Mode.SERVE)
+        shape = serve(66)
         rows = []
         for n in (1, 3, 8, 13, 21):
             b, c = array("H", [17 * (j % PERIOD) for j in range(n) for _ in range(K)]), array("H", [5] * (n + 4))
