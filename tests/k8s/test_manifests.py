@@ -22,6 +22,7 @@ from sidecar import checks
 from sidecar.__main__ import DRAIN_END_SECONDS, GENERATION, SEQUENCER
 from sidecar.config import Settings as Sidecar
 from sidecar.observe import Metrics
+from tests.e2e.test_floods import MEGABYTES_MAX
 from tests.k8s.manifests import (
     BIN,
     K8S,
@@ -336,6 +337,18 @@ def test_resources_can_be_had(chosen: Combination) -> None:
         requests, limits = container["resources"]["requests"], container["resources"]["limits"]
         assert {"cpu", "memory"} <= set(requests) == set(limits)
         assert all(0 < quantity(requests[name]) <= quantity(limits[name]) for name in requests)
+
+
+@every
+def test_memory_has_room_for_floods(chosen: Combination) -> None:
+    """The sidecar's request covers what floods are shown to take at most, and that the bounds of what is let in and held; its
+    limit is twice as much."""
+    sidecar = containers(built(chosen))["sidecar"]
+    memory = {kind: int(quantity(sidecar["resources"][kind]["memory"])) for kind in ("requests", "limits")}
+    given, floods = settings(sidecar), MEGABYTES_MAX * 10**6
+
+    assert given.arriving_bytes_max + given.request_bytes_max + given.held_bytes_max < floods <= memory["requests"]
+    assert memory["limits"] >= 2 * floods
 
 
 @every
