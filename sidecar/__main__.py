@@ -115,6 +115,7 @@ class Sidecar:
         with reading(self.settings):
             await self.pipeline.fingerprints.load()
             await self.tracker.restore(self.journal)
+            await self.pipeline.quota.restore(self.journal)
             self.pipeline.recover(self.opened.unfinished)
             await self.auditor.read_back()
         await self.server.start()
@@ -129,6 +130,7 @@ class Sidecar:
             asyncio.create_task(self._watch_clock()),
             asyncio.create_task(self.credentials.watch(self.numbers)),
             asyncio.create_task(self.tracker.run(self.journal)),
+            asyncio.create_task(self.pipeline.quota.run(self.journal)),
             self.pipeline.broken,
             self.journal.broken,
         ]
@@ -149,6 +151,7 @@ class Sidecar:
             task.cancel()
         with contextlib.suppress(JournalBroken):
             await self.tracker.save(self.journal)
+            await self.pipeline.quota.save(self.journal)
             if self.high_water is not None:
                 await self.high_water.write()
         await self.journal.close()

@@ -391,7 +391,8 @@ async def replay(
     """A verdict for each completed item of the range, in the order in which they are found; each is appended to the journal.
     `tenant`: who asks.
 
-    Raises EngineUnavailable or Draining if the rest cannot be run. An item without a verdict can be replayed again.
+    Raises EngineUnavailable or Draining if the rest cannot be run, and JournalFull if the tenant has no room for verdicts. An
+    item without a verdict can be replayed again.
     """
     counts = sequencer_pb2.ReplayResponse(total=last - first + 1)
     runs = _replays(pipeline, first, last, tenant, exclusive=exclusive)
@@ -409,6 +410,7 @@ async def _replays(
         if others := [entries.admitted.header.sequence for entries in page if not _completed(entries)]:
             yield _passed_over(others)
         for entries in filter(_completed, page):
+            pipeline.quota.check(tenant)
             while not pipeline.core.reruns.room(tenant):
                 await asyncio.sleep(ROOM_SECONDS)
             yield _replay(pipeline, entries, tenant, exclusive=exclusive)
@@ -432,7 +434,7 @@ async def _replay(pipeline: Pipeline, entries: ItemEntries, tenant: str, *, excl
         return sequencer_pb2.ReplayResponse(comparison=no_verdict(sequence, REPLAY, error))
     try:
         second = rerunner.start(record.input, sequence, REPLAY, tenant, exclusive=exclusive)
-        recheck = await rerunner.check(record, REPLAY, second)
+        recheck = await rerunner.check(record, REPLAY, second, tenant)
     except (errors.EngineUnavailable, errors.Draining):
         raise
     except errors.OstinatoError as error:  # check has counted it

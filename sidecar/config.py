@@ -140,6 +140,9 @@ class Settings:
     canary_seconds: float = field(300.0, "between two rounds of canaries; 0 disables them", minimum=0.0)
     # journal
     journal_bytes_max: int = field(0, "size of the journal; 0: no bound but the disk", minimum=0)
+    tenant_journal_bytes_max: int = field(
+        0, "size of one tenant's entries, with tenants; 0: half of --journal-bytes-max, if that is set", minimum=0
+    )
     journal_reserve_bytes: int = field(16 << 20, "room kept free for outcomes", minimum=0)
     lease_seconds: float = field(10.0, "after which others take over a silent sidecar's items; PostgreSQL", minimum=0.5)
     payloads: str = field(
@@ -223,6 +226,11 @@ class Settings:
         """The tenants with whose items this one's are compared have the same group."""
         groups = [group.split("+") for group in self.joined_tenants]
         return next((names[0] for names in groups if tenant in names), tenant)
+
+    @property
+    def tenant_journal_bytes(self) -> int:
+        """Of the journal, for one tenant's entries. 0: no bound."""
+        return (self.tenant_journal_bytes_max or self.journal_bytes_max // 2) if self.tenants else 0
 
     @property
     def tenant_prepares_max(self) -> int:

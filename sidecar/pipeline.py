@@ -36,6 +36,7 @@ from sidecar.journal.model import Admission, Appended, Audit, Binding, JournalBr
 from sidecar.journal.writer import Journal
 from sidecar.link import EngineLink, is_short, run_error
 from sidecar.observe import Observer
+from sidecar.quota import JournalQuota
 from sidecar.rerun import Record, Rerunner
 
 VERIFY = types_pb2.COMPARISON_KIND_VERIFY
@@ -61,6 +62,7 @@ class Pipeline:
                 stamp, bytes_max = types_pb2.Stamp(), self._check(request, context)
                 binding = await self._binding(request)
                 if binding is None:
+                    self.quota.check(caller().tenant)
                     # The core refuses the batch, or has it appended (`_number`) when it is its turn.
                     batch = self._admit(request, await self._prepare(request, context, bytes_max), waiter, context)
                     stamp, binding = await batch.numbered
@@ -98,7 +100,8 @@ class Pipeline:
         """Fails when the process must end and recover."""
         self.completion_listeners: list[CompletionListener] = []
         self.fingerprints = Fingerprints(journal)
-        self.rerunner = Rerunner(self.dispatch, journal, observer, self.fingerprints)
+        self.quota = JournalQuota(settings.tenant_journal_bytes, settings.writer, keeps_payloads=settings.payloads == "full")
+        self.rerunner = Rerunner(self.dispatch, journal, observer, self.fingerprints, self.quota)
         self.remote = RemoteWaiters(journal, self.supervise)
         self._pending: dict[int, PendingAdmission] = {}
         """By batch id."""
@@ -252,6 +255,7 @@ class Pipeline:
             self._pending.pop(batch.batch_id).refuse(error)
             return
         del self._pending[batch.batch_id]
+        self.quota.add(batch.admission.tenant, appended.entries)
         if appended.binding is not None:
             self.dispatch(ev.NotNumbered(batch.batch_id))
             batch.settle(types_pb2.Stamp(), appended.binding)
@@ -388,6 +392,7 @@ class Pipeline:
         for span in spans:
             span.end()
         for item, outcome, each in zip(items, outcomes, appended, strict=True):
+            self.quota.add(item.input.tenant, each.entries)
             if each.entries and item.verification is None and item.recovery is None:
                 self._answer(item, self._recorded(item, outcome, each.entries[0]))
                 self.dispatch(ev.Ended(item.sequence))
@@ -425,11 +430,11 @@ class Pipeline:
     async def _verify(self, record: Record, second: asyncio.Future[RerunResult]) -> types_pb2.Comparison:
         sequence = record.completed.sequence
         try:
-            entry = (await self.rerunner.check(record, VERIFY, second)).entry
+            entry = (await self.rerunner.check(record, VERIFY, second, record.input.tenant)).entry
         except errors.OstinatoError as error:
             verdict = answers.no_verdict(sequence, VERIFY, error)
             audit = Audit(record.admitted, verdict, record.input.nonce, grade=record.completed.grade)
-            entry = await self.rerunner.append(audit)
+            entry = await self.rerunner.append(audit, record.input.tenant)
         return answers.verification_of(sequence, entry)
 
     def _answer(self, item: ActiveItem, result: types_pb2.Result) -> None:

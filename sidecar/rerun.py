@@ -23,6 +23,7 @@ from sidecar.item import RerunResult, kv_tokens, submission
 from sidecar.journal.model import Audit, ItemEntries, Sealed
 from sidecar.journal.writer import Journal
 from sidecar.observe import Observer, run_span
+from sidecar.quota import JournalQuota
 
 Kind: TypeAlias = types_pb2.ComparisonKind.ValueType
 
@@ -92,9 +93,15 @@ class Rerunner:
     """The second runs of one pipeline. `dispatch` hands an event to the core."""
 
     def __init__(
-        self, dispatch: Callable[[ev.Event], None], journal: Journal, observer: Observer, fingerprints: Fingerprints
+        self,
+        dispatch: Callable[[ev.Event], None],
+        journal: Journal,
+        observer: Observer,
+        fingerprints: Fingerprints,
+        quota: JournalQuota,
     ) -> None:
         self._dispatch, self._journal, self._observer, self._fingerprints = dispatch, journal, observer, fingerprints
+        self._quota = quota
         self._reruns: dict[int, _Rerun] = {}
         """By rerun id."""
         self._runs: dict[int, _Rerun] = {}
@@ -163,8 +170,11 @@ class Rerunner:
             self._runs.pop(rerun.run_id, None)
             rerun.end(error)
 
-    async def check(self, record: Record, kind: Kind, second: asyncio.Future[RerunResult] | None = None) -> Recheck:
-        """Run the record again, or await the run `second`, and append the verdict. Raises the error of a run without output."""
+    async def check(
+        self, record: Record, kind: Kind, second: asyncio.Future[RerunResult] | None = None, tenant: str | None = None
+    ) -> Recheck:
+        """Run the record again, or await the run `second`, and append the verdict. `tenant`: who asked for it. Raises the error
+        of a run without output."""
         given, sequence = record.input, record.completed.sequence
         try:
             result = await (second or self.start(given, sequence, kind))
@@ -180,12 +190,16 @@ class Rerunner:
         comparison = compare(expected, actual, kind, sequence)
         about = record.admitted, comparison, given.nonce, result.fingerprint_digest, comparison.grade
         audit = Audit(*about, canary=record.canary)
-        return Recheck(comparison, result.output, await self.append(audit))
+        return Recheck(comparison, result.output, await self.append(audit, tenant))
 
-    async def append(self, audit: Audit) -> Sealed | None:
-        """Append the entry from which a verdict is counted. None if the journal is full; that is counted instead."""
+    async def append(self, audit: Audit, tenant: str | None = None) -> Sealed | None:
+        """Append the entry from which a verdict is counted. `tenant`: who asked for it. None if the journal is full; that is
+        counted instead."""
         try:
-            return (await self._journal.append(audit)).entries[0]
+            entries = (await self._journal.append(audit)).entries
+            if tenant is not None:
+                self._quota.add(tenant, entries)
+            return entries[0]
         except errors.Refused as error:
             self._observer.not_compared(audit.comparison.kind, error.reason)
             return None

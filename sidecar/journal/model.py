@@ -91,6 +91,8 @@ class Witnessed:
     head: types_pb2.SignedHead
 
 
+USAGE = "usage/"
+"""Prefix of the notes that hold a writer's bytes by tenant."""
 FINGERPRINTS = "fingerprint/"
 """Prefix of the notes that hold a Fingerprint; its digest follows, in hexadecimal."""
 

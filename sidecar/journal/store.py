@@ -30,6 +30,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs, twins_tag, verifications
 from sidecar.journal.model import (
     FINGERPRINTS,
+    USAGE,
     WITNESSED,
     Appended,
     Binding,
@@ -183,6 +184,7 @@ _DROP = """WITH dropped AS (SELECT admitted, outcome FROM items WHERE sequence =
   DELETE FROM payloads WHERE entry_index IN (SELECT admitted FROM dropped UNION ALL SELECT outcome FROM dropped)"""
 _FORGET = """DELETE FROM twins WHERE entry_index IN (SELECT outcome FROM items WHERE sequence = ANY(?::bigint[]))
   OR (length(output_tag) = 0 AND NOT EXISTS (SELECT 1 FROM payloads WHERE payloads.entry_index = twins.entry_index))"""
+_FORGET_NOTES = "DELETE FROM notes WHERE substr(name, 1, length(?::name)) = ?::name"
 _DROP_PROMPTS = """DELETE FROM payloads WHERE entry_index IN
   (SELECT items.admitted FROM items, unnest(?::bigint[], ?::bigint[]) AS r (sequence, first)
     WHERE items.sequence = r.sequence AND NOT EXISTS (SELECT 1 FROM keys WHERE first_sequence = r.first))"""
@@ -362,8 +364,11 @@ class Tables(ABC):
         )
 
     def drop_payloads(self, sequences: Sequence[int]) -> int:
-        """Of these items' admissions and outcomes; how many there were."""
-        return self._session.execute(_DROP, list(sequences)) if sequences else 0
+        """Of these items' admissions and outcomes; how many there were. A tenant's bytes are then counted again."""
+        if not sequences:
+            return 0
+        self._session.execute(_FORGET_NOTES, USAGE, USAGE)
+        return self._session.execute(_DROP, list(sequences))
 
     def forget_twins(self, sequences: Sequence[int]) -> None:
         """Nothing is compared any more with these items, nor with any whose payload was dropped. Reads all twins."""
