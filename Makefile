@@ -135,7 +135,7 @@ CHECKOV := .venv/bin/uv tool run --quiet --python .venv/bin/python 'checkov==3.3
 
 k8s-check: install ## checkov's rules on the manifests and the Dockerfile; the other checks of both are in `make test`
 	mkdir -p .run/k8s
-	for name in base overlays/turbomind overlays/postgres; do \
+	for name in base $$(cd k8s && ls -d overlays/*); do \
 	  .venv/bin/kubectl kustomize k8s/$$name --output .run/k8s/$$(basename $$name).yaml || exit; \
 	done
 	$(CHECKOV) --framework kubernetes --directory .run/k8s
