@@ -18,6 +18,7 @@ from ostinato.signature import Signer, envelope, new_key, signer_of
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.answers import result_of
+from sidecar.journal import ledger
 from tests.sidecar.journal_kit import SqliteKit, admission, completed, item
 
 PROVED, INCONSISTENT, UNPROVED, UNCHAINED, UNSIGNED, CONTRADICTED = 0, 1, 3, 4, 5, 6
@@ -42,7 +43,10 @@ def log_of(folder: Path, signer: Signer | None = SIGNER, *, log_id: str = "a" * 
     for _ in range(2):
         newest = journal.newest_signed()
         log.heads += [newest] if newest is not None else []
-        (admitted,) = journal.append_many([admission(*(item(n, seed=n) for n in range(1, items + 1)))], kit.clock.millis)
+        batch = [item(n, seed=n) for n in range(1, items + 1)]
+        for each in batch:
+            each.nonce = each.nonce if vars(ledger)["FORM"] else b""
+        (admitted,) = journal.append_many([admission(*batch)], kit.clock.millis)
         ends = journal.append_many([completed(each, text=text or "answer") for each in admitted.entries], kit.clock.millis)
         log.results += [result_of(each.entries[0]) for each in ends]
     newest = journal.newest_signed()
@@ -89,15 +93,10 @@ def _verify(tmp_path: Path) -> Verifier:
     return Verifier(tmp_path)
 
 
-def covers_text(log: Log) -> bool:
-    return log.results[0].receipt.header.form > 0
-
-
 def test_what_is_signed_is_proved(log: Log, verify: Verifier) -> None:
     """Receipts, heads, and entries up to a signed head are proved under the log's key, and under no other."""
     for shown in (log.results, log.heads, [envelope(each) for each in log.heads], [*log.entries, log.heads[-1]]):
-        expected = PROVED if shown is not log.results or covers_text(log) else UNPROVED
-        assert verify(*shown) == expected, verify.said
+        assert verify(*shown) == PROVED, verify.said
         verify.keys = [OTHER]
         assert verify(*shown) == UNPROVED
         assert f"key {SIGNER.key_id}, which was not given" in verify.said
@@ -105,7 +104,7 @@ def test_what_is_signed_is_proved(log: Log, verify: Verifier) -> None:
         assert verify(*shown) == UNPROVED
         assert "consistent, not proved: no key was given" in verify.said
         verify.keys = [OTHER, SIGNER]
-        assert verify(*shown) == expected
+        assert verify(*shown) == PROVED
         verify.keys = [SIGNER]
 
 
@@ -124,11 +123,26 @@ def test_what_is_not_signed_is_not_proved(tmp_path: Path, verify: Verifier) -> N
 
 
 def test_a_replaced_text_is_seen(log: Log, verify: Verifier) -> None:
-    """A receipt does not hold for another text; in form 0, in which no digest covers the text, it is never called proved."""
+    """A receipt does not hold for another text."""
     log.results[1].output.text = "another"
 
-    assert verify(*log.results) == (INCONSISTENT if covers_text(log) else UNPROVED)
-    assert ("text_digest: does not belong" if covers_text(log) else "the text is not covered by a digest") in verify.said
+    assert verify(*log.results) == INCONSISTENT
+    assert "text_digest: does not belong to this output" in verify.said
+
+
+def test_a_text_of_form_0_is_never_proved(tmp_path: Path, verify: Verifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an entry of form 0 no digest covers the text: a signed receipt without its output is proved, and with it, whatever the
+    text is, it is said that the text is not."""
+    monkeypatch.setattr("sidecar.journal.ledger.FORM", 0)
+    log = log_of(tmp_path / "old", items=1)
+    assert {entry.header.form for entry in log.entries} == {0}
+
+    assert verify(log.results[0].receipt) == PROVED
+    for text in (log.results[0].output.text, "another"):
+        log.results[0].output.text = text
+        assert verify(log.results[0]) == UNPROVED
+        assert "consistent, chained, signed, the text is not covered" in verify.said
+        assert "not proved: the text is not covered by a digest (form 0)" in verify.said
 
 
 def test_an_invented_receipt_is_not_proved(log: Log, verify: Verifier, tmp_path: Path) -> None:
@@ -158,9 +172,8 @@ def test_a_receipt_of_another_log_is_seen(log: Log, verify: Verifier, tmp_path: 
     other = log_of(tmp_path / "other", log_id="b" * 32).results
     assert verify(*other, options=["--log", "a" * 32]) == UNCHAINED
     assert f"is of log {'b' * 32}" in verify.said
-    if covers_text(log):
-        assert verify(*other) == PROVED
-        assert f"proved: log {'b' * 32}" in verify.said
+    assert verify(*other) == PROVED
+    assert f"proved: log {'b' * 32}" in verify.said
 
     moved = copy.deepcopy(other)
     for each in moved:
@@ -195,7 +208,7 @@ def test_a_cut_journal_is_seen_by_its_witness(log: Log, verify: Verifier) -> Non
     assert f"is the last entry here, and the witness has a head of entry {log.heads[-1].last_index}" in verify.said
     assert verify(*log.entries, *log.heads, witness=log.heads[:1]) == UNPROVED
     assert "the witness has no head that covers it" in verify.said
-    assert verify(*log.entries, *log.heads, *log.results, witness=log.heads) in (PROVED, UNPROVED)
+    assert verify(*log.entries, *log.heads, *log.results, witness=log.heads) == PROVED
     counts = "6 receipts: 6 consistent, 6 chained, 6 signed, 6 witnessed"
     assert counts in verify.said, "the entries between a receipt and the witness's head lead to it"
 
