@@ -68,12 +68,20 @@ async def replay_against(
     Raises an error that prevents reading from `source` or running at `other`. An item without a verdict can be replayed again.
     """
     log_id, last = await extent(source, first, last, timeout=timeout)
-    runner = _Runner(source, other, log_id, timeout)
+    elsewhere = Elsewhere(other, timeout)
     counts = sequencer_pb2.ReplayResponse(total=last - first + 1)
+
+    async def run(sequence: int) -> sequencer_pb2.ReplayResponse:
+        [record] = await source.get(sequence, timeout=timeout)
+        if record.outcome.kind != types_pb2.ENTRY_KIND_COMPLETED:
+            return sequencer_pb2.ReplayResponse(passed_over=[sequence])
+        comparison, _ = await elsewhere.compared(record, f"replay {log_id[:8]}/{sequence}")
+        differs = comparison.HasField("first_difference")
+        return sequencer_pb2.ReplayResponse(comparison=comparison, record=record if differs else None)
 
     async def runs() -> AsyncIterator[Coroutine[Any, Any, sequencer_pb2.ReplayResponse]]:
         for sequence in range(first, last + 1):
-            yield runner.run(sequence)
+            yield run(sequence)
 
     async with aclosing(bounded_gather(runs(), concurrency)) as responses:
         async for response in responses:
@@ -105,44 +113,48 @@ def request(record: sequencer_pb2.ItemRecord, request_id: str) -> generation_pb2
     values = {
         field.name: getattr(parameters, field.name)
         for field in parameters.DESCRIPTOR.fields
-        if field.name != "bad_token_ids" and (not field.has_presence or parameters.HasField(field.name))  # type: ignore[arg-type]
+        if field.name in types_pb2.Parameters.DESCRIPTOR.fields_by_name
+        and (not field.has_presence or parameters.HasField(field.name))  # type: ignore[arg-type]
     }
+    values["skip_special_tokens"] = not parameters.keep_special_tokens
     item = types_pb2.Item(
         token_ids=types_pb2.TokenIds(ids=given.token_ids), parameters=types_pb2.Parameters(seed=given.seed, **values)
     )
     return generation_pb2.GenerateRequest(items=[item], request_id=request_id)
 
 
-class _Runner:
-    def __init__(self, source: Client, other: Client, log_id: str, timeout: float | None) -> None:
-        self._source, self._other = source, other
-        self._log_id, self._timeout = log_id, timeout
+class Elsewhere:
+    """Runs recorded items at another sidecar, as ordinary requests, and compares."""
+
+    def __init__(self, other: Client, timeout: float | None) -> None:
+        self._other, self._timeout = other, timeout
         self._fingerprints: dict[bytes, Mapping[str, str] | None] = {}
 
-    async def run(self, sequence: int) -> sequencer_pb2.ReplayResponse:
-        [record] = await self._source.get(sequence, timeout=self._timeout)
-        if record.outcome.kind != types_pb2.ENTRY_KIND_COMPLETED:
-            return sequencer_pb2.ReplayResponse(passed_over=[sequence])
+    async def compared(
+        self, record: sequencer_pb2.ItemRecord, request_id: str
+    ) -> tuple[types_pb2.Comparison, types_pb2.Result | None]:
+        """The verdict, and the other sidecar's result. Without one, the comparison's status says why. Raises FATAL errors."""
         try:
-            comparison = await self._compare(record)
+            return await self._compared(record, request_id)
         except FATAL:
             raise
         except errors.OstinatoError as error:
             comparison = types_pb2.Comparison(
-                sequence=sequence,
+                sequence=record.outcome.sequence,
                 kind=types_pb2.COMPARISON_KIND_REPLAY,
                 verdict=types_pb2.VERDICT_INCOMPARABLE,
                 expected_output_digest=output_digest(record.result.output) if record.result.HasField("output") else b"",
                 status=errors.to_status(error),
             )
-        differs = comparison.HasField("first_difference")
-        return sequencer_pb2.ReplayResponse(comparison=comparison, record=record if differs else None)
+            return comparison, None
 
-    async def _compare(self, record: sequencer_pb2.ItemRecord) -> types_pb2.Comparison:
+    async def _compared(
+        self, record: sequencer_pb2.ItemRecord, request_id: str
+    ) -> tuple[types_pb2.Comparison, types_pb2.Result]:
         outcome = record.outcome
         if not (record.HasField("input") and record.result.HasField("output")):
             raise errors.PayloadPruned(f"the payloads of sequence {outcome.sequence} have been pruned")
-        result = await self._generate(request(record, f"replay {self._log_id[:8]}/{outcome.sequence}"))
+        result = await self._generate(request(record, request_id))
         if result.HasField("status"):
             raise errors.from_status(result.status)
         header, given = result.receipt.header, record.input
@@ -160,7 +172,7 @@ class _Runner:
         )
         if comparison.HasField("first_difference"):
             comparison.actual.CopyFrom(result.output)
-        return comparison
+        return comparison, result
 
     async def _generate(self, generate: generation_pb2.GenerateRequest) -> types_pb2.Result:
         """Waits while the other sidecar's queue is full."""

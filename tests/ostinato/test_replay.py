@@ -225,7 +225,8 @@ def test_another_sidecar_gives_the_same(ostinato: Terminal, elsewhere: tuple[Fak
     request = asked[2**64 - 1]
     assert list(request.items[0].token_ids.ids) == list(b"a")
     given = {field.name for field, _ in request.items[0].parameters.ListFields()}
-    assert given == resolved - {"stop", "stop_token_ids", "bad_token_ids", "logprobs", "response_format"} | {"seed"}
+    unset = {"stop", "stop_token_ids", "bad_token_ids", "logprobs", "response_format", "keep_special_tokens", "parse"}
+    assert given == resolved - unset | {"seed", "skip_special_tokens"}
     assert spans(ostinato.fake) == []
 
 

@@ -9,6 +9,7 @@
     replay     replay
     report     report; its charts are in charts
     verify     verify
+    challenge  challenge
     serve      serve, service, sidecar
 
 Exit codes: 0 success; 1 a call or an item failed, a replay diverged, a proof is not consistent, an alarm is up; 2 wrong usage,

@@ -1,5 +1,6 @@
 """All commands, in the order of the help."""
 
+from ostinato.cli.challenge import challenge
 from ostinato.cli.chat import chat
 from ostinato.cli.generate import generate
 from ostinato.cli.journal import cancel, get, head, model, tail, tokenize
@@ -12,7 +13,7 @@ from ostinato.cli.verify import verify
 __all__ = ["app"]
 
 app.command()(serve)
-for each in (generate, chat, get, tail, head, replay, verify, cancel, model, tokenize, report):
+for each in (generate, chat, get, tail, head, replay, verify, challenge, cancel, model, tokenize, report):
     command(each)
 for program in (service, sidecar):
     # All arguments are the program's, also --help.

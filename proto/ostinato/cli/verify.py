@@ -74,7 +74,7 @@ def verify(
     checks = Checks(public_keys(key or ()), log)
     if witness is not None:
         checks.read_witness(*_fetched(witness))
-    name, content = _read(file)
+    name, content = content_of(file)
     checks.read(name, content)
     checks.finish()
     if session.json:
@@ -102,7 +102,7 @@ def public_keys(paths: Iterable[Path]) -> PublicKeys:
     return keys
 
 
-def _read(path: Path) -> tuple[str, bytes]:
+def content_of(path: Path) -> tuple[str, bytes]:
     """The file's name for messages, and its content."""
     if str(path) == STDIN:
         return "stdin", sys.stdin.buffer.read()
@@ -113,9 +113,9 @@ def _read(path: Path) -> tuple[str, bytes]:
 
 
 def _fetched(witness: str) -> tuple[str, bytes]:
-    """As `_read`, also of a URL."""
+    """As `content_of`, also of a URL."""
     if not witness.startswith(("http://", "https://")):
-        return _read(Path(witness))
+        return content_of(Path(witness))
     try:
         with urllib.request.urlopen(witness, timeout=WITNESS_SECONDS) as response:  # noqa: S310  # http and https alone
             return witness, response.read(WITNESS_BYTES_MAX)
@@ -188,7 +188,7 @@ class Checks:
         if content.startswith(_SQLITE):
             self._fault(name, CONSISTENT, ["is a SQLite file: if it is a sidecar's journal, use `ostinato sidecar verify`"])
             return
-        values = list(_values(name, content))
+        values = list(json_values(name, content))
         wrong = [value for _, value in values if isinstance(value, Exception)]
         for place, value in values:
             if not isinstance(value, Exception):
@@ -201,7 +201,7 @@ class Checks:
     def read_witness(self, name: str, content: bytes) -> None:
         """What a witness holds, before the files that are compared with it. What is not such a head is passed over."""
         self._has_witness = True
-        for place, value in _values(name, content):
+        for place, value in json_values(name, content):
             for each in value if isinstance(value, list) else [value]:
                 head = _witnessed_head(each) if isinstance(each, dict) else None
                 if head is None or head_fault(head) or (len(self._keys) and self._judge(head) is not None):
@@ -447,7 +447,7 @@ class Checks:
         yield self.verdict
 
 
-def _values(name: str, content: bytes) -> Iterator[tuple[str, Any]]:
+def json_values(name: str, content: bytes) -> Iterator[tuple[str, Any]]:
     """Places and JSON values of a file of one value, or of one per line. A line that is no JSON is its exception."""
     try:
         yield name, json.loads(content)

@@ -1,0 +1,182 @@
+"""`ostinato challenge`: recorded items, chosen at random, are run again at another sidecar, and compared.
+
+Who challenges chooses the seed after the records were handed over. With it anyone can repeat the choice, which is by hash, and
+the runs. The records must have what a run needs (token ids, resolved parameters, seed) and what came out: `get --json` and
+`tail --json --payloads` print it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from google.protobuf import json_format
+from google.protobuf.message import DecodeError
+
+from ostinato import chain
+from ostinato.cli import show
+from ostinato.cli.replay import RESPONSE_BYTES
+from ostinato.cli.session import FAILED, UNJUDGED, Session, usage
+from ostinato.cli.verify import content_of, json_values
+from ostinato.digest import tagged_digest, text, u64
+from ostinato.replay import CONCURRENCY, Elsewhere, bounded_gather
+from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
+
+COUNT = 16
+NOT_CONSISTENT, NOT_COMPARED = "not consistent", "not compared"
+VERDICTS = ("match", "diverged", "incomparable", NOT_COMPARED, NOT_CONSISTENT)
+
+Run = tuple[sequencer_pb2.ItemRecord, types_pb2.Comparison, types_pb2.Result | None]
+
+
+async def challenge(
+    session: Session,
+    file: Annotated[Path, typer.Argument(help="JSON of get or of tail --payloads; - is stdin.", show_default=False)],
+    against: Annotated[str, typer.Option(metavar="TARGET", help="The sidecar that recomputes.", show_default=False)],
+    count: Annotated[int, typer.Option(min=1, help="How many records.")] = COUNT,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**64 - 1, help="Of the choice. Default: a new one.", show_default=False)
+    ] = None,
+) -> bool:
+    """Runs recorded items again at another sidecar, chosen at random. Exit code 0: all match; 1: an output differs, or a record
+    is not consistent; 3: some could not be compared."""
+    name, content = content_of(file)
+    known = Records()
+    for place, value in json_values(name, content):
+        known.take(place, value)
+    if not known.records:
+        show.note(f"error: nothing to challenge in {file}: {known.without_input} records have no input, which get --json has")
+        return False
+    seed = secrets.randbits(64) if seed is None else seed
+    chosen, verdicts = choice(list(known.records.values()), count, seed), Counter[str]()
+    async with AsyncExitStack() as stack:
+        with usage("--against"):
+            client = replace(session, target=against).client(RESPONSE_BYTES)
+        elsewhere = Elsewhere(await stack.enter_async_context(client), session.timeout)
+        done = stack.enter_context(show.progress("challenge", len(chosen)))
+        runs = await stack.enter_async_context(aclosing(bounded_gather(_runs(elsewhere, chosen), CONCURRENCY)))
+        async for record, comparison, result in runs:
+            verdict = _verdict(record, comparison)
+            verdicts[verdict] += 1
+            done(verdicts.total())
+            _show(session, record, comparison, result, verdict)
+    counts = ", ".join(f"{verdicts[each]} {each}" for each in VERDICTS)
+    if session.json:
+        told = {each.replace(" ", "_"): verdicts[each] for each in VERDICTS}
+        show.as_json({"challenge": {"seed": str(seed), "records": len(known.records), "chosen": len(chosen)} | told})
+    else:
+        show.line(f"{counts}; {len(chosen)} of {len(known.records)} records, seed {seed}")
+    if verdicts["diverged"] or verdicts[NOT_CONSISTENT]:
+        raise typer.Exit(FAILED)
+    if verdicts["match"] < len(chosen):
+        raise typer.Exit(UNJUDGED)
+    return True
+
+
+def choice(records: Sequence[sequencer_pb2.ItemRecord], count: int, seed: int) -> list[sequencer_pb2.ItemRecord]:
+    """Those with the smallest digests `challenge` of seed, log id and sequence."""
+
+    def rank(record: sequencer_pb2.ItemRecord) -> bytes:
+        return tagged_digest("challenge", u64(seed), text(record.admitted.log_id), u64(record.admitted.sequence))
+
+    return sorted(records, key=rank)[:count]
+
+
+class Records:
+    """Completed items with input and output, from JSON values of a file."""
+
+    def __init__(self) -> None:
+        self.records: dict[tuple[str, int], sequencer_pb2.ItemRecord] = {}
+        """By log and sequence."""
+        self.without_input = 0
+        self._admitted: dict[tuple[str, int], sequencer_pb2.ItemRecord] = {}
+        self._previous: sequencer_pb2.Entry | None = None
+
+    def take(self, place: str, value: Any) -> None:
+        """One line. Raises BadParameter for what is no record."""
+        try:
+            if isinstance(value, Exception):
+                raise ValueError(str(value))
+            for record in self._records(value):
+                if record.HasField("input") and record.result.HasField("output"):
+                    self.records[record.admitted.log_id, record.admitted.sequence] = record
+                else:
+                    self.without_input += record.result.HasField("output")
+        except (ValueError, DecodeError, RecursionError, json_format.ParseError) as error:
+            raise typer.BadParameter(f"{place}: {error}") from None
+
+    def _records(self, given: Any) -> Iterator[sequencer_pb2.ItemRecord]:
+        if isinstance(given, list):
+            for each in given:
+                yield from self._records(each)
+        elif not isinstance(given, dict):
+            raise ValueError("is no record")
+        elif "header" in given:
+            given.pop("decoded", None)
+            yield from self._entry(json_format.ParseDict(given, sequencer_pb2.Entry()))
+        elif "items" in given:
+            yield from json_format.ParseDict(given, sequencer_pb2.GetResponse()).items
+        elif "results" in given:
+            results = json_format.ParseDict(given, generation_pb2.GenerateResponse()).results
+            yield from (sequencer_pb2.ItemRecord(result=result) for result in results)
+        else:
+            yield json_format.ParseDict(given, sequencer_pb2.ItemRecord())
+
+    def _entry(self, entry: sequencer_pb2.Entry) -> Iterator[sequencer_pb2.ItemRecord]:
+        """The record of an item that ends with this entry, if the entries before were here too."""
+        previous, self._previous = self._previous, entry
+        header, name = entry.header, (entry.header.log_id, entry.header.sequence)
+        if header.kind == types_pb2.ENTRY_KIND_ADMITTED and entry.payload:
+            given = sequencer_pb2.AdmittedPayload.FromString(entry.payload)
+            self._admitted[name] = sequencer_pb2.ItemRecord(admitted=header, input=given)
+        elif header.kind == types_pb2.ENTRY_KIND_COMPLETED and entry.payload and previous is not None:
+            record, completed = self._admitted.pop(name, None), sequencer_pb2.CompletedPayload.FromString(entry.payload)
+            if record is not None:
+                receipt = chain.receipt(header, previous.entry_hash, entry.entry_hash, completed.nonce)
+                record.outcome.CopyFrom(header)
+                record.result.CopyFrom(
+                    types_pb2.Result(sequence=header.sequence, attempt=header.attempt, output=completed.output, receipt=receipt)
+                )
+                yield record
+
+
+async def _runs(elsewhere: Elsewhere, chosen: Sequence[sequencer_pb2.ItemRecord]) -> AsyncIterator[Coroutine[Any, Any, Run]]:
+    async def run(record: sequencer_pb2.ItemRecord) -> Run:
+        if chain.check_record(record):
+            return record, types_pb2.Comparison(), None
+        label = f"challenge {record.admitted.log_id[:8]}/{record.admitted.sequence}"
+        return (record, *await elsewhere.compared(record, label))
+
+    for record in chosen:
+        yield run(record)
+
+
+def _verdict(record: sequencer_pb2.ItemRecord, comparison: types_pb2.Comparison) -> str:
+    if chain.check_record(record):
+        return NOT_CONSISTENT
+    return NOT_COMPARED if comparison.HasField("status") else show.word(comparison, "verdict")
+
+
+def _show(
+    session: Session,
+    record: sequencer_pb2.ItemRecord,
+    comparison: types_pb2.Comparison,
+    result: types_pb2.Result | None,
+    verdict: str,
+) -> None:
+    """What was claimed, what came out there, and the other sidecar's own receipt for it."""
+    if session.json:
+        told = {"verdict": verdict, "claimed": show.as_dict(record), "comparison": show.as_dict(comparison)}
+        show.as_json(told | ({"recomputed": show.as_dict(result)} if result is not None else {}))
+        return
+    expected, actual = show.short(comparison.expected_output_digest), show.short(comparison.actual_output_digest)
+    why = ", ".join(chain.check_record(record)) or comparison.status.message or ", ".join(comparison.drift)
+    there = f"sequence {result.sequence} of log {result.receipt.header.log_id}" if result is not None else "-"
+    line = f"sequence {record.admitted.sequence}: {verdict}; output {expected}, there {actual or '-'}, {there}"
+    show.line(show.visible(f"{line}{f'; {why}' if why else ''}"))
