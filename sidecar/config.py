@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.intake import CONNECTIONS_MAX
 from serving.intake import COPIES as INTAKE_COPIES
 from serving.intake import Bounds as IntakeBounds
 from serving.server import check_target
@@ -92,7 +93,9 @@ class Settings:
     idempotency_key_bytes_max: int = field(256, "size of an idempotency key", minimum=1)
     request_id_bytes_max: int = field(256, "size of a request id", minimum=1)
     # bounds of what is let in
-    connections_max: int = field(1024, "connections to each address", minimum=1)
+    connections_max: int | None = field(
+        None, "connections to each address", minimum=1, applies=f"what ulimit -n leaves room for, at most {CONNECTIONS_MAX}"
+    )
     connection_calls_max: int = field(128, "calls open on one connection; its client keeps further ones back", minimum=1)
     connection_idle_seconds: float = field(300.0, "after which a connection without calls is closed", minimum=1.0)
     connection_age_seconds: float = field(3600.0, "after which a connection takes no more calls", minimum=1.0)

@@ -58,12 +58,22 @@ def python(*args: str, stdin: str = "", **env: str) -> subprocess.CompletedProce
 class Program:
     """`python -m NAME`, its log kept line by line."""
 
-    def __init__(self, name: str, args: Sequence[str], env: Mapping[str, str] | None = None, root: Path = ROOT) -> None:
+    def __init__(
+        self,
+        name: str,
+        args: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        root: Path = ROOT,
+        *,
+        descriptors: int | None = None,
+    ) -> None:
+        """`descriptors`: as by `ulimit -n`; None: those of this process."""
         self.name = name
+        limited = [] if descriptors is None else ["sh", "-c", f'ulimit -n {descriptors} && exec "$@"', "sh"]
         self.lines: list[str] = []
         self._records: list[dict[str, object]] = []
         self._process = subprocess.Popen(
-            [sys.executable, "-m", name, *args],
+            [*limited, sys.executable, "-m", name, *args],
             cwd=root,
             env=environment(root, env),
             stdout=subprocess.PIPE,
@@ -136,6 +146,8 @@ class Pair:
         self.metrics_address = "127.0.0.1:0"
         self.second_runs = ["--audit-rate", "0", "--canary-seconds", "0"]
         """Off, unless changed here or by the sidecar's flags."""
+        self.descriptors: int | None = None
+        """As by `ulimit -n`."""
         self.env: dict[str, str] = {}
         """Additional environment variables of both programs."""
         self._temporary = self.folder
@@ -202,7 +214,7 @@ class Pair:
         return program
 
     def _program(self, name: str, args: list[str]) -> Program:
-        return Program(name, args, self.env, self._root)
+        return Program(name, args, self.env, self._root, descriptors=self.descriptors)
 
     def start(self) -> Pair:
         """Both, connected."""

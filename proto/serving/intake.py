@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -29,6 +30,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError
 
 from ostinato.errors import DeadlineExceeded, MalformedMessage, QueueFull, invalid
+from serving.program import BAD_CONFIGURATION, StartupError
 
 COPIES, PARSED_COPIES = 6, 2
 """Of a request's bytes, at worst: as received, parsed, and both again for the program that works on it. What is parsed lies in
@@ -49,12 +51,33 @@ STREAM_WINDOW_BYTES = 16 << 10
 HANDSHAKE_SECONDS = 20
 
 
+CONNECTIONS_MAX = 1024
+DESCRIPTORS_RESERVED = 48
+"""For everything else: libraries, listening sockets, the metrics page, the journal, the engine's stream, files that are read
+again."""
+
+
+def connections_allowed(wanted: int | None, addresses: int) -> int:
+    """Connections to each address, so that others keep DESCRIPTORS_RESERVED descriptors. Raises this process's limit of
+    descriptors as far as it may. Raises StartupError if there is no room for those that are wanted."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        room = (limit - DESCRIPTORS_RESERVED) // addresses
+    else:
+        room = CONNECTIONS_MAX if wanted is None else wanted
+    if room < (wanted or 1):
+        why = f"{wanted or 1} to each of {addresses} addresses, and {DESCRIPTORS_RESERVED} descriptors besides, exceed {limit}"
+        raise StartupError(f"--connections-max: {why} (ulimit -n)", exit_code=BAD_CONFIGURATION)
+    return min(room, CONNECTIONS_MAX) if wanted is None else wanted
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """Of a server. What its programs call a setting is in the errors."""
 
-    connections: int = 1024
-    """To each address."""
+    connections: int | None = None
+    """To each address; None: as many as descriptors are left for, at most CONNECTIONS_MAX."""
     connection_calls: int = 128
     """Open on one connection; the client keeps further ones back."""
     connection_idle_seconds: float = 300.0
@@ -71,9 +94,8 @@ class Bounds:
     """Whether there are tenants."""
 
     def options(self) -> list[tuple[str, int]]:
-        """gRPC's. It has no bound of the bytes or the streams of all connections together."""
+        """gRPC's, but that of the connections. It has no bound of the bytes or the streams of all connections together."""
         return [
-            ("grpc.max_allowed_incoming_connections", self.connections),
             ("grpc.max_concurrent_streams", self.connection_calls),
             ("grpc.max_connection_idle_ms", _millis(self.connection_idle_seconds)),
             ("grpc.max_connection_age_ms", _millis(self.connection_age_seconds)),

@@ -21,6 +21,7 @@ from serving.program import BAD_CONFIGURATION, StartupError
 
 CONNECTIONS_MAX = 8
 """At once. One more takes the place of the oldest."""
+BACKLOG = 128
 CONNECTION_SECONDS = 5.0
 """For the whole request to arrive, and for the whole page to be taken."""
 HEAD_BYTES_MAX = 8192
@@ -85,7 +86,10 @@ def serve_metrics(registry: CollectorRegistry, address: str) -> MetricsServer:
 
 async def _serve(listening: socket.socket, app: App, stop: asyncio.Event) -> None:
     loop, connections = asyncio.get_running_loop(), list[_Connection]()
-    server = await loop.create_server(lambda: _Connection(loop, app, connections), sock=listening)
+    # asyncio accepts as many as its backlog at once, before it looks at the first. The kernel may keep more of them waiting.
+    made = lambda: _Connection(loop, app, connections)  # noqa: E731
+    server = await loop.create_server(made, sock=listening, backlog=CONNECTIONS_MAX)
+    listening.listen(BACKLOG)
     await stop.wait()
     server.close()
     for connection in tuple(connections):

@@ -42,7 +42,7 @@ from serving import files
 from serving.auth import NONE, Context, Credentials
 from serving.handlers import Guard, Unwritten
 from serving.hop import PEER_SUFFIX
-from serving.intake import Bounds
+from serving.intake import Bounds, connections_allowed
 from serving.program import BAD_CONFIGURATION, StartupError
 from serving.settings import lookup
 
@@ -112,6 +112,9 @@ class Server:
         logging.getLogger(GRPC_LOGGER).addFilter(worth_a_line)
         self._probe_guard = Guard(CollectorRegistry(), bounds=bounds)  # health is not counted: this registry stays empty
         bounded = bounds.options() if bounds is not None else []
+        places = len(self._addresses) + (self._health_address is not None)
+        connections = connections_allowed(bounds.connections if bounds is not None else None, places)
+        bounded.append(("grpc.max_allowed_incoming_connections", connections))
         pending = bounds.calls if bounds is not None else PENDING_CALLS_MAX
         self._probed = grpc.aio.server(handlers=[self._probe_guard], options=[exclusive, *bounded])
         self._grpc = grpc.aio.server(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from typing import Any
 
 import grpc
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from ostinato.errors import DeadlineExceeded, InvalidRequest, MalformedMessage, QueueFull
 from ostinato.v1 import generation_pb2, types_pb2
-from serving.intake import COPIES, FIELD_BYTES, Bounds, Charge, Intake, Pool, counted, shape_of
+from serving.intake import COPIES, FIELD_BYTES, Bounds, Charge, Intake, Pool, connections_allowed, counted, shape_of
+from serving.program import StartupError
 
 Request = generation_pb2.GenerateRequest
 SHAPE = shape_of(Request.DESCRIPTOR)
@@ -204,3 +206,31 @@ async def test_a_call_without_a_message_is_malformed() -> None:
     """gRPC's end of a stream is no message."""
     with pytest.raises(MalformedMessage):
         await received(Intake(BOUNDS), "a", Call(grpc.aio.EOF))
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[tuple[int, int]]:
+    """This process's descriptors, as if limited so; what is set."""
+    made: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (32, limit))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: made.append(limits))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("limit", "addresses", "connections"),
+    [(64, 1, 16), (64, 2, 8), (256, 1, 208), (4096, 1, 1024), (resource.RLIM_INFINITY, 2, 1024)],
+)
+def test_connections_leave_descriptors(limit: int, addresses: int, connections: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default callers get what the hard limit of descriptors leaves, and the soft limit is raised to it."""
+    made = limited(monkeypatch, limit)
+
+    assert connections_allowed(None, addresses) == connections
+    assert made == ([] if limit == resource.RLIM_INFINITY else [(limit, limit)])
+
+
+@pytest.mark.parametrize(("wanted", "limit"), [(17, 64), (None, 48), (1024, 1024)])
+def test_connections_without_descriptors(wanted: int | None, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number of connections for which there are no descriptors is refused, not cut."""
+    limited(monkeypatch, limit)
+    with pytest.raises(StartupError, match=rf"^--connections-max: .* 48 descriptors besides, exceed {limit}"):
+        connections_allowed(wanted, 1)

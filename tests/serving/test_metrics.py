@@ -117,7 +117,7 @@ def test_idle_half_requests_take_no_more_than_the_bound() -> None:
 
         assert "process_open_fds" in text
         assert sockets() - before - len(halves) <= CONNECTIONS_MAX
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads
         assert all(closed(each) for each in halves[:-CONNECTIONS_MAX])
         for each in halves[-CONNECTIONS_MAX:]:
             each.close()

@@ -126,5 +126,7 @@ def test_help_says_what_applies(field: dataclasses.Field[object], capsys: pytest
         assert Settings(journal="a/b").mark == Path("a/b.mark")
     elif field.name == "canaries":
         assert said[1] == "the sidecar's own"
+    elif field.name == "connections_max":
+        assert said[1] == "what ulimit -n leaves room for, at most 1024"
     else:
         assert said[1] == plain(field.default)
