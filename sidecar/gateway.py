@@ -51,13 +51,20 @@ PARAMETERS = {
     "json_schema": "response_format.json_schema",
     "json_object": "response_format.json_schema",
     "regex": "response_format.regex",
+    "choice": "response_format.regex",
+    "grammar": "response_format.ebnf",
+    "structural_tag": "response_format.structural_tag",
     "seed": "seed",
 }
 """The gateway's names of parameters, and ours."""
 IGNORED_PARAMETERS = frozenset({"skip_special_tokens", "spaces_between_special_tokens", "grammar_from_first_token"})
 """These have no effect here: the gateway detokenises, and our grammars always start at the first token."""
+_ALSO = ("json_object", "choice")
+"""Further names of what has one."""
+_SPECIAL = re.compile(r"[\\.^$|?*+()\[\]{}]")
+"""In a regular expression."""
 REQUEST_FIELDS = frozenset({"request_id", "tokenized", "text", "sampling_params", "stream"})
-_PATHS = {f"parameters.{own}": f"sampling_params.{theirs}" for theirs, own in PARAMETERS.items() if theirs != "json_object"}
+_PATHS = {f"parameters.{own}": f"sampling_params.{theirs}" for theirs, own in PARAMETERS.items() if theirs not in _ALSO}
 
 STAMP_METADATA, RECEIPT_METADATA = "ostinato-stamp-bin", "ostinato-receipt-bin"
 RECEIPTS_MAX, RECEIPTS_BYTES_MAX = 8, 5 << 10
@@ -113,8 +120,12 @@ def _parameters(given: vllm.SamplingParams) -> types_pb2.Parameters:
     made: dict[str, Any] = {}
     for theirs, value in json_format.MessageToDict(given, preserving_proto_field_name=True).items():
         match theirs:
-            case "json_schema" | "regex":
+            case "json_schema" | "regex" | "structural_tag":
                 made["response_format"] = {theirs: value}
+            case "grammar":
+                made["response_format"] = {"ebnf": value}
+            case "choice":
+                made["response_format"] = {"regex": "|".join(_SPECIAL.sub(r"\\\g<0>", each) for each in value["choices"])}
             case "json_object" if value:
                 made["response_format"] = {"json_schema": '{"type":"object"}'}
             case _ if theirs in PARAMETERS and theirs not in ("json_object", "seed"):

@@ -42,6 +42,13 @@ class Gateway(Program):
         with urllib.request.urlopen(f"http://{self.address}{path}", timeout=5) as answer:
             return json.load(answer)
 
+    def post(self, path: str, body: object) -> Any:
+        request = urllib.request.Request(
+            f"http://{self.address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
     def __enter__(self) -> Self:
         return self
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from google.protobuf.descriptor_pb2 import (
     DescriptorProto,
@@ -20,6 +22,7 @@ from google.protobuf.descriptor_pb2 import (
 ROOT = Path(__file__).parents[1]
 BUF = Path(sys.executable).parent / "buf"
 PAGE = ROOT / "docs" / "reference.md"
+OTHERS = ROOT / "tests" / "others.toml"
 PACKAGE = "ostinato.v1"
 HEAD = """# Reference of `ostinato.v1`
 
@@ -40,7 +43,23 @@ def render(files: FileDescriptorSet) -> str:
     ours = [file for file in files.file if file.package == PACKAGE]
     ours.sort(key=lambda file: (file.name.endswith("/engine.proto"), not file.service, file.name))
     known = {each.name for file in ours for each in file.message_type} | {each.name for file in ours for each in file.enum_type}
-    return "\n".join([HEAD, *(line for file in ours for line in _File(file, known).lines())])
+    return "\n".join([HEAD, *(line for file in ours for line in _File(file, known).lines()), *_others()])
+
+
+def others() -> dict[str, dict[str, Any]]:
+    """What becomes of the fields of other interfaces, by interface."""
+    return tomllib.loads(OTHERS.read_text())
+
+
+def _others() -> Iterator[str]:
+    yield "## Parameters of others\n"
+    yield "What becomes of every field of three other interfaces: how it is supported, or why it is not.\n"
+    for other in others().values():
+        yield f"### {other['title']}\n"
+        yield f"| field | {other['here']} |"
+        yield "| --- | --- |"
+        yield from (f"| `{name}` | {text} |" for name, text in other["fields"].items())
+        yield ""
 
 
 class _File:

@@ -199,17 +199,29 @@ def bounded(source: str) -> str:
 
 def schema_of(text: str) -> dict[str, Any]:
     """A JSON schema; `true` is the empty one. Raises ValueError."""
-    try:
-        schema = json.loads(bounded(text), parse_constant=_refuse_constant)
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error}") from error
+    schema = _json(text)
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
         raise ValueError("a schema is an object or true")
     return schema
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Raises ValueError."""
+    value = _json(text)
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON object")
+    return value
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(bounded(text), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error}") from error
 
 
 def _refuse_constant(name: str) -> None:

@@ -107,6 +107,8 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Additional or other fields of the fingerprint."""
     cached_tokens: Natural = 0
     """The number of prompt tokens reported as reused, at most the prompt."""
+    says: str = ""
+    """The text of every output, whatever its prompt; empty: it follows from the prompt."""
     rules: tuple[Rule, ...] = ()
 
 
@@ -221,8 +223,9 @@ _BLOCK = 16
 class Tokens:
     """The tokens of one run, by index."""
 
-    def __init__(self, model: str, run: Run) -> None:
+    def __init__(self, model: str, run: Run, says: str = "") -> None:
         given = run.parameters
+        self._says = (*says.encode(), END) if says else ()
         self._banned = frozenset(given.bad_token_ids) | (frozenset({END}) if given.ignore_eos else frozenset())
         self._banned_early = self._banned | {END}
         self._banned_at_first = self._banned_early | frozenset(given.stop_token_ids)
@@ -238,6 +241,8 @@ class Tokens:
 
     def token(self, index: int, *, other: bool = False) -> tuple[int, types_pb2.TokenLogprobs | None]:
         """Token `index` and its logprobs, if wanted. `other`: take the next rank instead."""
+        if index < len(self._says):
+            return self._says[index], None if self._top is None else types_pb2.TokenLogprobs()
         block, place = divmod(index, _BLOCK)
         if block != self._block:
             self._block = block
@@ -398,7 +403,7 @@ class ScriptedEngine:
             else:
                 self._free_blocks -= blocks
                 rules = [rule for rule in self.script.rules if rule.matches(run)]
-                self._active[run.run_id] = _Active(run, Tokens(self.script.model, run), rules, blocks)
+                self._active[run.run_id] = _Active(run, Tokens(self.script.model, run, self.script.says), rules, blocks)
                 events.append(run.started())
             del self._waiting[run.run_id]
 

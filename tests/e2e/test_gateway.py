@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,57 @@ async def test_another_tokenizer_is_noticed() -> None:
                 await api.completions.create(model=gateway.model(), prompt="x", max_tokens=2)
 
 
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+
+async def test_tools_of_a_chat() -> None:
+    """A call that the model chooses reaches the client, streamed or not; asked twice with a seed it is the same, and the twin
+    matches. Tools and arguments of the template are in the prompt."""
+    script = json.dumps({"model": "Qwen3-scripted", "says": CALL})  # by this name the gateway knows the form of calls
+    with Pair(service=["--script", script], sidecar=["--vllm-face"]) as pair:
+        pair.start()
+        with Gateway(pair.target) as gateway:
+            asked: Any = {"model": gateway.model(), "messages": HELLO, "tools": TOOLS, "seed": 5, "max_tokens": 200}
+            asked["extra_body"] = {"chat_template_kwargs": {"prefix": "<think></think>"}}
+            async with openai.AsyncOpenAI(base_url=gateway.url, api_key="none", max_retries=0) as api:
+                made = [await api.chat.completions.create(**asked, tool_choice="auto") for _ in range(2)]
+                chunks = [chunk async for chunk in await api.chat.completions.create(**asked, stream=True)]
+            async with Client(pair.target) as own:
+                (record,) = await own.get(1)
+                entries = [entry async for entry in own.tail(payloads=True)]
+
+    calls = [choice.message.tool_calls for each in made for choice in each.choices]
+    assert [(call.function.name, json.loads(call.function.arguments)) for each in calls for call in each or ()] == [
+        ("weather", {"city": "Paris"})
+    ] * 2
+    assert {choice.finish_reason for each in made for choice in each.choices} == {"tool_calls"}
+    parts = [call.function for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or ()]
+    assert [part.name for part in parts if part and part.name] == ["weather"]
+    assert json.loads("".join(part.arguments or "" for part in parts if part)) == {"city": "Paris"}
+    prompt = bytes(each for each in record.input.token_ids if each < 256).decode()
+    assert '"name": "weather"' in prompt
+    assert prompt.endswith("<think></think>")
+    twins = [
+        sequencer_pb2.CompletedPayload.FromString(entry.payload).twin.verdict
+        for entry in entries
+        if entry.header.kind == types_pb2.ENTRY_KIND_COMPLETED
+    ]
+    assert twins == [types_pb2.VERDICT_UNSPECIFIED, types_pb2.VERDICT_MATCH, types_pb2.VERDICT_MATCH]
+
+
+async def test_other_doors_of_the_gateway(behind: tuple[Pair, Gateway], api: openai.AsyncOpenAI, door: Door) -> None:
+    """The gateway's /v1/responses and /v1/messages make ordinary requests."""
+    before = await door.last_sequence()
+    said = await api.responses.create(model="scripted", input="hello", max_output_tokens=12)
+    body = {"model": "scripted", "max_tokens": 12, "messages": HELLO}
+    answer = await asyncio.to_thread(behind[1].post, "/v1/messages", body)
+    own = [(await door.client.get(before + number))[0].result.output.text for number in (1, 2)]
+
+    assert said.output_text == own[0]
+    assert answer["content"][0]["text"] == own[1]
+
+
 @pytest.mark.llama
 @pytest.mark.timeout(180)
 async def test_a_real_model(tmp_path: Path) -> None:
@@ -296,6 +348,15 @@ async def real(api: openai.AsyncOpenAI, model: str, own: Client) -> None:
         **asked | {"max_tokens": 40}, response_format={"type": "json_schema", "json_schema": schema}
     )
     assert (formed.choices[0].message.content or "").startswith("{")
+    tool: Any = {
+        "type": "function",
+        "function": {"name": "f", "parameters": schema["schema"] | {"additionalProperties": False}},
+    }
+    named: Any = {"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "f"}}}
+    for more in (named, named | {"tool_choice": "required"}):
+        forced = await api.chat.completions.create(**asked | {"max_tokens": 60, "temperature": 0.0}, **more)
+        calls = forced.choices[0].message.tool_calls or []
+        assert [(each.function.name, json.loads(each.function.arguments)) for each in calls] == [("f", {"a": "x"})]
     assert [said.comparison.verdict async for said in own.replay(1, 6)] == [types_pb2.VERDICT_MATCH] * 6
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -79,6 +80,35 @@ def test_the_contract_only_grows(tmp_path: Path) -> None:
 def test_the_reference_is_what_the_contract_says() -> None:
     """docs/reference.md is up to date: `make docs`."""
     assert reference.render(reference.descriptors()) == reference.PAGE.read_text()
+
+
+def fields_of(package: str) -> set[str]:
+    """The fields of another interface, from its installed package; skips if there is none."""
+    if package == "lmdeploy":
+        messages = pytest.importorskip("lmdeploy.messages", reason="lmdeploy is not installed: it runs on a GPU host only")
+        return {field.name for field in dataclasses.fields(messages.GenerationConfig)}
+    if package == "openai":
+        types = pytest.importorskip("openai.types.chat.completion_create_params", reason="openai is not installed")
+        return set(types.CompletionCreateParamsBase.__annotations__)
+    vllm = pytest.importorskip("smg_grpc_proto.generated.vllm_engine_pb2", reason="smg-grpc-proto is not installed")
+    return {field.name for field in vllm.SamplingParams.DESCRIPTOR.fields}
+
+
+@pytest.mark.parametrize("package", reference.others())
+def test_every_field_of_others_is_accounted_for(package: str) -> None:
+    """The reference says of each field of the installed package whether it is supported, and of no other."""
+    assert set(reference.others()[package]["fields"]) == fields_of(package)
+
+
+@pytest.mark.parametrize("package", reference.others())
+def test_what_is_supported_is_named(package: str) -> None:
+    """Every parameter of the contract that a table names exists."""
+    known = set(types_pb2.Parameters.DESCRIPTOR.fields_by_name) | set(types_pb2.Chat.DESCRIPTOR.fields_by_name)
+    for name, text in reference.others()[package]["fields"].items():
+        if not text.startswith("no: "):
+            named = {word.rpartition(".")[2] for word in re.findall(r"`(?:Chat\.)?([a-z_.]+)`", text)}
+            formats = set(types_pb2.ResponseFormat.DESCRIPTOR.fields_by_name)
+            assert named <= known | formats | {"n", "chat_template_kwargs"}, name
 
 
 @pytest.fixture(name="wheel", scope="module")

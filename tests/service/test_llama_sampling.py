@@ -21,9 +21,34 @@ import numpy as np
 
 from service.chat import Conversation
 from service.engines.base import SOURCE_BYTES_MAX
-from service.engines.llama.sampling import explanation, fold_seed, token_logprobs
+from service.engines.llama.library import library
+from service.engines.llama.sampling import Grammar, explanation, fold_seed, source_of, token_logprobs
 
 pytestmark = pytest.mark.llama
+
+ANY: dict[str, Any] = {"type": "any_text"}
+CALL = {"type": "json_schema", "json_schema": {"type": "object", "properties": {"n": {"const": "f"}}, "required": ["n"]}}
+TRIGGERED: dict[str, Any] = {
+    "type": "triggered_tags",
+    "triggers": ["<call"],
+    "tags": [
+        {"type": "tag", "begin": "<call>", "content": CALL, "end": "</call>"},
+        {"begin": "<call/>", "content": ANY, "end": "!"},
+    ],
+}
+
+
+def tags(text: str) -> types_pb2.ResponseFormat:
+    return types_pb2.ResponseFormat(structural_tag=text)
+
+
+def structure(given: dict[str, Any]) -> types_pb2.ResponseFormat:
+    return tags(json.dumps({"type": "structural_tag", "format": given}))
+
+
+def deep(levels: int) -> dict[str, Any]:
+    return {"type": "sequence", "elements": [deep(levels - 1)]} if levels else ANY
+
 
 MIXES: tuple[dict[str, Any], ...] = (
     {"temperature": 0.7},
@@ -203,6 +228,65 @@ async def test_regex_is_obeyed(bench: Bench) -> None:
     assert bits(outputs[0]) == bits(outputs[3]) == bits(alone)
 
 
+NAMED = '{"n": "f"}'
+ONE = {"type": "const_string", "value": 'a"/\n'}
+OR = {"type": "or", "elements": [ONE, {"type": "regex", "pattern": "b/[0-9]{2}"}]}
+
+
+@pytest.mark.parametrize(
+    ("given", "text", "after"),
+    [
+        (types_pb2.ResponseFormat(ebnf='start: "a" n\nn: "b" n | "c"'), "abbc", "end"),
+        (types_pb2.ResponseFormat(ebnf='start: "a" n\nn: "b" n | "c"'), "abd", "refused"),
+        (structure(ONE), 'a"/\n', "end"),
+        (structure(OR), "b/12", "end"),
+        (structure(OR), "b/1a", "refused"),
+        (structure({"type": "sequence", "elements": [OR, ONE]}), 'b/12a"/\n', "end"),
+        (structure({"type": "sequence", "elements": [ONE, ANY]}), 'a"/\nand so on', "end"),
+        (structure(TRIGGERED), "no calls < at all", "end"),
+        (structure(TRIGGERED), f"two <call>{NAMED}</call> and <call>{NAMED}</call> calls", "end"),
+        (structure(TRIGGERED), f"one <call>{NAMED}", "more"),
+        (structure(TRIGGERED), 'a <call>{"n": "g"', "refused"),
+        (structure(TRIGGERED), "a <call/>whatever <call> it is! b", "end"),
+        (structure(TRIGGERED), "a <call2", "refused"),
+        (structure(TRIGGERED | {"at_least_one": True}), "none", "more"),
+        (structure(TRIGGERED | {"stop_after_first": True}), f"a <call>{NAMED}</call>", "end"),
+        (structure(TRIGGERED | {"stop_after_first": True}), f"a <call>{NAMED}</call> b", "refused"),
+        (structure(TRIGGERED | {"stop_after_first": True, "at_least_one": True}), "a", "more"),
+    ],
+)
+@on_the_loop
+async def test_a_grammar_allows_what_it_says(bench: Bench, given: types_pb2.ResponseFormat, text: str, after: str) -> None:
+    """A text is allowed to its end, where the answer may end or not, or it is refused on the way."""
+    bench.engine.check_format(given)
+    vocabulary = bench.engine.vocabulary
+    grammar = Grammar(library(), vocabulary.handle, vocabulary.size, *source_of(given))
+    found = "refused"
+    try:
+        for token_id in vocabulary.encode(text, special=False):
+            if not grammar.allowed()[token_id]:
+                break
+            grammar.accept(token_id)
+        else:
+            found = "end" if any(grammar.allowed()[token_id] for token_id in vocabulary.end_ids) else "more"
+    finally:
+        grammar.close()
+    assert found == after
+
+
+@on_the_loop
+async def test_a_structural_tag_is_obeyed(bench: Bench) -> None:
+    """An answer that must have one tag has it, and ends with it."""
+    wanted = structure(TRIGGERED | {"tags": TRIGGERED["tags"][:1], "stop_after_first": True, "at_least_one": True})
+    prompt = f"Example: <call>{NAMED}</call>\nNow you: <ca"
+    output = await bench.answer(prompt, response_format=wanted, ignore_eos=False, max_new_tokens=200, temperature=0.0)
+
+    if output.finish_reason == types_pb2.FINISH_REASON_END_OF_SEQUENCE:
+        assert re.fullmatch(rf"(?s).*<call>{re.escape(NAMED[:-1])}.*\}}</call>", output.text), output.text
+    else:
+        assert "<call" not in output.text.partition("<call>")[0]
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -220,7 +304,20 @@ async def test_regex_is_obeyed(bench: Bench) -> None:
         (regex(r"[^\s\S]"), "allows no answer"),
         (regex("a\0"), "NUL"),
         (schema('{"type": "integer", "multipleOf": 999983}'), "more than 0.5 s to compile"),
-        (types_pb2.ResponseFormat(ebnf="root"), "does not support this kind of grammar"),
+        (types_pb2.ResponseFormat(ebnf='root ::= "a"'), "cannot be obeyed"),
+        (types_pb2.ResponseFormat(ebnf='start: "a\0"'), "NUL"),
+        (tags("{"), "is not JSON"),
+        (tags("{}"), "must be .*structural_tag"),
+        (structure({"type": "wizard"}), 'format.type "wizard" is not one of const_string'),
+        (structure({"type": "sequence", "elements": []}), "format.elements must be a list that is not empty"),
+        (structure({"type": "sequence", "elements": [ANY, ANY]}), r"format.elements\[0\] is any_text, which something follows"),
+        (structure({"type": "json_schema", "json_schema": 5}), "a schema is an object"),
+        (structure({"type": "json_schema", "json_schema": {"type": "wizard"}}), "Invalid type: wizard"),
+        (structure({"type": "regex", "pattern": "("}), "unclosed group"),
+        (structure(TRIGGERED | {"triggers": ["<other>"]}), r"format.tags\[0\].begin does not start with a trigger"),
+        (structure(TRIGGERED | {"at_least_one": 1}), "format.at_least_one must be true or false"),
+        (structure({"type": "sequence", "elements": [TRIGGERED, ANY]}), "set stop_after_first"),
+        (structure(deep(40)), "nested deeper than 32 formats"),
     ],
 )
 @on_the_loop

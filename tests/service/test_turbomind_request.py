@@ -118,6 +118,9 @@ class Compiler:
     def compile_regex(self, source: str) -> object:
         return self._take("regex", source)
 
+    def compile_structural_tag(self, source: str) -> object:
+        return self._take("tag", source)
+
     def _take(self, kind: str, source: str) -> object:
         self.compiled.append((kind, source))
         if "bad" in source:
@@ -128,7 +131,8 @@ class Compiler:
 @pytest.mark.parametrize(
     ("wanted", "text"),
     [
-        (Format(ebnf="root"), "does not support this kind of grammar"),
+        (Format(ebnf="a" * (SOURCE_BYTES_MAX + 1)), "must be at most"),
+        (Format(structural_tag="[]"), "must be a JSON object"),
         (Format(json_schema="{"), "is not JSON"),
         (Format(json_schema="3"), "an object or true"),
         (Format(json_schema="[" * 100_000), "must be at most"),
@@ -153,10 +157,13 @@ async def test_a_grammar_is_compiled_once() -> None:
             formats.check(Format(json_schema='{"bad": 1}'))
         told.append(str(caught.value))
     ready = await formats.ready(Format(regex="a+"))
+    grammar = await formats.ready(Format(ebnf='root ::= "a"'))
     formats.close()
 
     assert ready == "regex:a+"
-    assert compiler.compiled == [("regex", "a+"), ("json", '{"bad": 1}')]
+    assert grammar == 'tag:{"type": "structural_tag", "format": {"type": "grammar", "grammar": "root ::= \\"a\\""}}'
+    assert compiler.compiled[:2] == [("regex", "a+"), ("json", '{"bad": 1}')]
+    assert len(compiler.compiled) == 3
     assert max(map(len, told)) < 350
 
 

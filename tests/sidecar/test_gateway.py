@@ -243,10 +243,13 @@ def test_every_parameter_is_mapped() -> None:
         ({"regex": "a+"}, types_pb2.ResponseFormat(regex="a+")),
         ({"json_object": True}, types_pb2.ResponseFormat(json_schema='{"type":"object"}')),
         ({"json_object": False}, None),
+        ({"grammar": "root ::= 'a'"}, types_pb2.ResponseFormat(ebnf="root ::= 'a'")),
+        ({"structural_tag": "{}"}, types_pb2.ResponseFormat(structural_tag="{}")),
+        ({"choice": vllm.ChoiceConstraint(choices=["a.b c", "d|e"])}, types_pb2.ResponseFormat(regex=r"a\.b c|d\|e")),
     ],
 )
 def test_constraints(constraint: dict[str, Any], format_: types_pb2.ResponseFormat | None) -> None:
-    """A regular expression and "any JSON object" become a response format."""
+    """Each constraint becomes a response format."""
     parameters = mapped(asked(**constraint)).parameters
 
     assert parameters.HasField("response_format") == (format_ is not None)
@@ -269,9 +272,6 @@ UNSUPPORTED: dict[str, Any] = {
     "include_stop_str_in_output": True,
     "logit_bias": {5: 1.0},
     "truncate_prompt_tokens": 3,
-    "grammar": "root ::= 'a'",
-    "structural_tag": "{}",
-    "choice": vllm.ChoiceConstraint(choices=["a"]),
 }
 
 

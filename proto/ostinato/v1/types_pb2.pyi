@@ -614,9 +614,9 @@ class ResponseFormat(_message.Message):
     regex: _builtins.str
     """A regular expression for the whole text."""
     ebnf: _builtins.str
-    """A grammar in EBNF; its root rule is `root`. Each engine has its own notation (docs/operations.md)."""
+    """A context-free grammar, in the engine's notation: Lark for llama, GBNF for turbomind (docs/operations.md)."""
     structural_tag: _builtins.str
-    """Structural tags, as JSON text: free text in which what begins with a trigger follows a JSON schema (docs/operations.md)."""
+    """A structural tag of xgrammar, as JSON text: free text in which what begins with a trigger follows a format."""
     def __init__(
         self,
         *,

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from ostinato.v1 import types_pb2
 
 from service.engines.base import bounded, schema_of
+from service.engines.llama.lark import lark_of
 from service.engines.llama.library import CANDIDATE, Library, library
 from service.engines.llama.model import LlamaVocabulary
 
@@ -209,14 +210,20 @@ class Grammar:
 
 def source_of(response_format: types_pb2.ResponseFormat) -> tuple[str, bytes]:
     """llguidance's kind of grammar, and the grammar. Raises ValueError."""
-    if response_format.WhichOneof("format") == "json_schema":
-        # A schema's own x-guidance takes precedence.
-        return "json", json.dumps({"x-guidance": SEPARATORS} | schema_of(response_format.json_schema)).encode()
-    if response_format.WhichOneof("format") == "regex":
-        if "\0" in response_format.regex:
-            raise ValueError("holds a NUL character; write \\x00")
-        return "regex", bounded(response_format.regex).encode()
-    raise ValueError("the llama engine does not support this kind of grammar")
+    kind = response_format.WhichOneof("format")
+    assert kind is not None, "Prepare refuses an empty one"
+    if kind != "json_schema" and "\0" in getattr(response_format, kind):
+        raise ValueError("holds a NUL character" + ("; write \\x00" if kind == "regex" else ""))
+    match kind:
+        case "json_schema":
+            # A schema's own x-guidance takes precedence.
+            return "json", json.dumps({"x-guidance": SEPARATORS} | schema_of(response_format.json_schema)).encode()
+        case "regex":
+            return "regex", bounded(response_format.regex).encode()
+        case "ebnf":
+            return "lark", bounded(response_format.ebnf).encode()
+        case _:
+            return "lark", lark_of(response_format.structural_tag, SEPARATORS).encode()
 
 
 class Checker:

@@ -14,6 +14,7 @@ What TurboMind would misread is handled here:
 from __future__ import annotations
 
 import asyncio
+import json
 import struct
 import threading
 from collections import OrderedDict
@@ -26,7 +27,7 @@ from typing import Any
 from ostinato.errors import invalid
 from ostinato.v1 import types_pb2
 
-from service.engines.base import bounded, schema_of
+from service.engines.base import bounded, json_object, schema_of
 
 IDS_MAX = 32
 """The most stop tokens, and the most forbidden ones, that TurboMind takes."""
@@ -139,7 +140,13 @@ def source_of(response_format: types_pb2.ResponseFormat) -> tuple[str, str]:
         return kind, response_format.json_schema
     if kind == "regex":
         return kind, bounded(response_format.regex)
-    raise ValueError("the turbomind engine does not support this kind of grammar")
+    if kind == "ebnf":
+        # The compiler has no method for a grammar alone.
+        grammar = {"type": "grammar", "grammar": bounded(response_format.ebnf)}
+        return "structural_tag", json.dumps({"type": "structural_tag", "format": grammar})
+    assert kind == "structural_tag", "Prepare refuses an empty one"
+    json_object(response_format.structural_tag)
+    return kind, response_format.structural_tag
 
 
 class Formats:
@@ -188,7 +195,7 @@ class Formats:
     def _compile(self, kind: str, source: str) -> Any:
         try:
             compiler = self._compiler()
-            return compiler.compile_json_schema(source) if kind == "json_schema" else compiler.compile_regex(source)
+            return getattr(compiler, f"compile_{kind}")(source)
         except Exception as error:  # xgrammar may raise anything
             told = shorten(str(error), EXPLANATION_CHARACTERS_MAX, placeholder=" ...") or type(error).__name__
             raise ValueError(f"cannot be obeyed: {told}") from error
