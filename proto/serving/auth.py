@@ -38,7 +38,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -282,8 +282,7 @@ RELOAD_SECONDS = 1.0
 """Between checks of the files, and between checks of the calls that run."""
 
 
-@dataclass(frozen=True, slots=True)
-class Presented:
+class Presented(NamedTuple):
     """What a call has brought, to be judged at its begin and again while it runs."""
 
     token: str | None
@@ -360,7 +359,7 @@ class Credentials:
         certificate = None
         if given.certificate is not None and self.tls is not None:
             certificate = self.tls.judge(given.certificate)
-            if any(name in tokens and tokens[name].role is Role.DENIED for name in certificate.names):
+            if tokens and any(name in tokens and tokens[name].role is Role.DENIED for name in certificate.names):
                 raise Unauthenticated("this client certificate is denied")
         if given.token is not None and self.tokens is not None:
             identity = tokens.get(given.token)
