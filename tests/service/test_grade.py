@@ -27,44 +27,29 @@ def fault(do: str, **about: Any) -> dict[str, Any]:
     return {"rules": [{"do": do, "purposes": ["SELF_TEST"], **about}]}
 
 
-async def test_clean_engine_earns_exact() -> None:
-    """An engine whose answers do not depend on the batch earns EXACT, and the reason says what was compared."""
-    found = await model({})
+@pytest.mark.parametrize(
+    ("script", "settings", "grade", "reason"),
+    [
+        ({}, {}, EXACT, "64 prompts of 2 to 300 tokens"),
+        *(
+            (fault("diverge", company=True, at=at), {}, BEST_EFFORT, f"another token at {at} together with the other prompts")
+            for at in (0, 5, 11)
+        ),
+        ({"runs": 1}, {}, SERIAL, "twice, one at a time"),
+        ({"grade": "BEST_EFFORT"}, {}, BEST_EFFORT, "the script says so"),
+        (fault("fail", at=3), {}, BEST_EFFORT, "a run of the self-test failed"),
+        (fault("lose_grade", at=3, to="SERIAL"), {}, SERIAL, "the script lowers it"),
+        ({}, {"self_test": "off"}, BEST_EFFORT, "not tested"),
+    ],
+)
+async def test_an_engine_earns_what_it_shows(script: dict[str, Any], settings: dict[str, Any], grade: int, reason: str) -> None:
+    """An engine whose answers do not depend on the batch earns EXACT, one that runs one at a time SERIAL, and the reason says
+    what was compared. One whose tokens depend on the batch does not, and the reason names the first difference; nor one of
+    which a run fails. A configuration that cannot earn EXACT is not tested, a grade that is lost during the test cannot be
+    earned by it, and without a test the grade is BEST_EFFORT."""
+    found = await model(script, **settings)
 
-    assert found.grade == EXACT
-    assert "64 prompts of 2 to 300 tokens" in found.grade_reason
-
-
-@pytest.mark.parametrize("at", [0, 5, 11])
-async def test_divergence_in_a_batch_is_refused(at: int) -> None:
-    """An engine whose tokens depend on the batch does not earn EXACT, and the reason names the first difference."""
-    found = await model(fault("diverge", company=True, at=at))
-
-    assert found.grade == BEST_EFFORT
-    assert f"made another token at {at} together with the other prompts" in found.grade_reason
-
-
-async def test_one_at_a_time_earns_serial() -> None:
-    """An engine that runs one at a time can earn SERIAL."""
-    found = await model({"runs": 1})
-
-    assert found.grade == SERIAL
-    assert "twice, one at a time" in found.grade_reason
-
-
-async def test_ceiling_is_not_tested_beyond() -> None:
-    """A configuration that cannot earn EXACT is not tested, and the reason is the engine's own."""
-    found = await model({"grade": "BEST_EFFORT"})
-
-    assert (found.grade, found.grade_reason) == (BEST_EFFORT, "the script says so")
-
-
-async def test_failed_run_is_best_effort() -> None:
-    """A self-test in which a run fails gives BEST_EFFORT."""
-    found = await model(fault("fail", at=3))
-
-    assert found.grade == BEST_EFFORT
-    assert "a run of the self-test failed" in found.grade_reason
+    assert (found.grade, reason in found.grade_reason) == (grade, True), found.grade_reason
 
 
 async def test_hanging_run_is_best_effort() -> None:
@@ -74,21 +59,6 @@ async def test_hanging_run_is_best_effort() -> None:
 
         assert (found.grade, found.grade_reason) == (BEST_EFFORT, "the self-test did not end within 0.2 s")
         assert not service.engine._active
-
-
-async def test_grade_lost_during_the_test_is_not_earned() -> None:
-    """A grade that the engine loses during the test cannot be earned by it."""
-    found = await model(fault("lose_grade", at=3, to="SERIAL"))
-
-    assert found.grade == SERIAL
-    assert "the script lowers it" in found.grade_reason
-
-
-async def test_off_is_best_effort() -> None:
-    """Without a test the grade is BEST_EFFORT."""
-    found = await model({}, self_test="off")
-
-    assert (found.grade, found.grade_reason) == (BEST_EFFORT, "not tested")
 
 
 async def test_required_grade_stops_the_service() -> None:
@@ -147,23 +117,20 @@ def test_proof_is_found_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"code": "new"}, {"test": "0"}, {"fingerprint": "00"}, {"grade": "GRADE_BEST"}, {"more": 1}]
+    "change",
+    [
+        *({"code": "new"}, {"test": "0"}, {"fingerprint": "00"}, {"grade": "GRADE_BEST"}, {"more": 1}),
+        *(b"", b"{", b"\xff", b"[]", b"null"),
+    ],
 )
-def test_proof_that_does_not_fit_is_ignored(tmp_path: Path, change: dict[str, object]) -> None:
-    """A proof by other code, by another test, for another fingerprint or in another form is ignored."""
+def test_proof_that_does_not_fit_is_ignored(tmp_path: Path, change: dict[str, object] | bytes) -> None:
+    """A proof by other code, by another test, for another fingerprint or in another form is ignored, and so is a file with
+    another content."""
     proofs = Proofs(tmp_path, "code")
     proofs.keep(b"f" * 32, FINDING, "")
-    path = next(tmp_path.iterdir())
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-
-    assert proofs.find(b"f" * 32) is None
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"null"])
-def test_broken_proof_is_ignored(tmp_path: Path, content: bytes) -> None:
-    """A file with another content is ignored."""
-    proofs = Proofs(tmp_path, "code")
-    (tmp_path / f"{'66' * 32}.json").write_bytes(content)
+    (path,) = tmp_path.iterdir()
+    kept = json.loads(path.read_text())
+    path.write_bytes(change if isinstance(change, bytes) else json.dumps(kept | change).encode())
 
     assert proofs.find(b"f" * 32) is None
 

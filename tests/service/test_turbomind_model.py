@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engines.huggingface import letters
-from service.engines.turbomind.model import begin_of, kind_of, pieces
+from service.engines.turbomind.model import Kind, begin_of, kind_of, pieces
 
 BYTE_LEVEL = {"decoder": {"type": "ByteLevel"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}]}}
 SENTENCEPIECE = {
@@ -24,11 +24,20 @@ def test_the_tokenizers_description_says_how_bytes_are_written(layout: object, e
     assert kind_of(json.dumps(layout)) == expected
 
 
-def test_byte_level_tokens_are_bytes() -> None:
-    """Byte-level tokens are decoded to their bytes, also parts of characters."""
-    found = pieces({"Ġthe": 0, "Ċ": 1, "Ã": 2, "¤": 3, "a b": 4}, {}, "byte-level", 6)
-
-    assert found == [b" the", b"\n", b"\xc3", b"\xa4", b"a b", b""]
+@pytest.mark.parametrize(
+    ("kind", "tokens", "expected"),
+    [
+        ("byte-level", ["Ġthe", "Ċ", "Ã", "¤", "a b"], [b" the", b"\n", b"\xc3", b"\xa4", b"a b", b""]),
+        (
+            "sentencepiece", ["▁the", "<0x0A>", "<0xE2>", "<0xZZ>", "ä"],
+            [b" the", b"\n", b"\xe2", b"<0xZZ>", "ä".encode(), b""],
+        ),
+    ],
+)  # fmt: skip
+def test_tokens_are_bytes(kind: Kind, tokens: list[str], expected: list[bytes]) -> None:
+    """Byte-level tokens are decoded to their bytes, also parts of characters; sentencepiece byte tokens are bytes, and similar
+    texts are text."""
+    assert pieces({token: number for number, token in enumerate(tokens)}, {}, kind, 6) == expected
 
 
 @given(st.binary(max_size=8))
@@ -38,13 +47,6 @@ def test_every_byte_has_a_letter(data: bytes) -> None:
 
     assert len(set(letters())) == 256
     assert pieces({token: 0}, {}, "byte-level", 1) == [data]
-
-
-def test_sentencepiece_tokens_are_text_but_for_spaces_and_bytes() -> None:
-    """Sentencepiece byte tokens are bytes, and similar texts are text."""
-    found = pieces({"▁the": 0, "<0x0A>": 1, "<0xE2>": 2, "<0xZZ>": 3, "ä": 4}, {}, "sentencepiece", 5)
-
-    assert found == [b" the", b"\n", b"\xe2", b"<0xZZ>", "ä".encode()]
 
 
 def test_control_tokens_add_nothing_and_other_added_ones_are_text() -> None:
