@@ -33,7 +33,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ostinato import tracing
 from ostinato.errors import Internal, MalformedMessage, OstinatoError, QueueFull, SlowReader, Unauthenticated, to_status
 from serving.auth import CALLER, NONE, Context, Credentials, caller
-from serving.intake import RETRY_SECONDS, Bounds, Intake, shape_of
+from serving.intake import RETRY_SECONDS, Bounds, Charge, Intake, shape_of
 
 STATUS_BYTES_MAX, MESSAGE_BYTES_MAX, OTHER_DETAILS_BYTES = 3072, 768, 256
 """Of a google.rpc.Status. It travels in headers, as base64, and its message once more, percent-encoded. A peer must accept
@@ -168,8 +168,11 @@ class _Method:
         with span.entered(), _Observation(self, context, span) if self._observed else contextlib.nullcontext():
             try:
                 self._admit(context)
-                with self._guard.intake.call(caller().tenant):
-                    return await self._answer(request, context)
+                charge = self._guard.intake.enter(caller().tenant)
+                try:
+                    return await self._answer(request, context, charge)
+                finally:
+                    self._guard.intake.leave(charge)
             except Unauthenticated as error:
                 await self._guard.intake.refused()
                 await _abort(context, error)
@@ -187,11 +190,11 @@ class _Method:
                 _log.exception("handler failed", extra={"method": self._path})
                 await _abort(context, Internal("internal error"))
 
-    async def _answer(self, requests: Any, context: Context) -> bytes | None:
+    async def _answer(self, requests: Any, context: Context, charge: Charge | None) -> bytes | None:
         if self._takes_stream:
             given: Any = _messages(requests)
         else:
-            given = _message(self._parse(await self._guard.intake.receive(context, caller().tenant, self._shape)))
+            given = _message(self._parse(await self._guard.intake.receive(context, charge, self._shape)))
         checked = _CheckedContext(context, self._serialize, self._guard.unwritten)
         if self._generates:
             await self._write_answers(given, checked)

@@ -17,10 +17,8 @@ arrive, waits behind those of its own tenant. Callers without credentials count 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import resource
-from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections import deque
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Never
@@ -46,6 +44,8 @@ waits for the answers, takes no time from others."""
 PLACE_BYTES_SECOND, PLACE_FIELDS_SECOND, AT_ONCE_SECONDS = 8 << 20, 1 << 16, 0.005
 """What one place to arrive takes in a second: to receive and to count the largest requests one after another takes the time of
 all tenants. A place is free at once after a request that took less than the last."""
+SWEEPS = 8
+"""For requests that are late, within the time that one has."""
 STREAM_WINDOW_BYTES = 16 << 10
 """Of a request, before room for it is there. gRPC reads this much of each stream by itself."""
 HANDSHAKE_SECONDS = 20
@@ -116,7 +116,7 @@ class Pool:
     def __init__(self, flag: str, most: int, *, shared: bool) -> None:
         self._flag, self._most, self._shared = flag, most, shared
         self.taken = 0
-        self._by_tenant: defaultdict[str, int] = defaultdict(int)
+        self._by_tenant: dict[str, int] = {}
 
     def fits(self, tenant: str, count: int) -> bool:
         left = self._most - self.taken
@@ -127,7 +127,7 @@ class Pool:
         if not self.fits(tenant, count):
             self.refuse(count)
         self.taken += count
-        self._by_tenant[tenant] += count
+        self._by_tenant[tenant] = self._by_tenant.get(tenant, 0) + count
 
     def refuse(self, count: int) -> Never:
         """Raises QueueFull that names the setting, and whose calls it is that take all there is."""
@@ -136,21 +136,21 @@ class Pool:
 
     def give(self, tenant: str, count: int) -> None:
         """What was taken, back."""
-        if not count:
-            return
         self.taken -= count
-        self._by_tenant[tenant] -= count
-        if not self._by_tenant[tenant]:
+        left = self._by_tenant[tenant] - count
+        if left:
+            self._by_tenant[tenant] = left
+        else:
             del self._by_tenant[tenant]
 
 
 class Charge:
     """The memory of one request. It is given back when nothing holds it any more: the call, and each of its items."""
 
-    __slots__ = ("_arrived", "_bytes", "_holders", "_pool", "_tenant")
+    __slots__ = ("_arrived", "_bytes", "_holders", "_pool", "tenant")
 
     def __init__(self, pool: Pool, tenant: str) -> None:
-        self._pool, self._tenant = pool, tenant
+        self._pool, self.tenant = pool, tenant
         self._arrived = self._bytes = 0
         self._holders = 1
 
@@ -175,9 +175,9 @@ class Charge:
 
     def _set(self, count: int) -> None:
         if count > self._bytes:
-            self._pool.take(self._tenant, count - self._bytes)
-        else:
-            self._pool.give(self._tenant, self._bytes - count)
+            self._pool.take(self.tenant, count - self._bytes)
+        elif count < self._bytes:
+            self._pool.give(self.tenant, self._bytes - count)
         self._bytes = count
 
 
@@ -197,51 +197,74 @@ class Intake:
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         """By tenant, in the order of their turns."""
         self._refusals = 0
+        self._reading: dict[asyncio.Task[Any], float] = {}
+        """When they began. One that is not here any more was too late."""
+        self._sweeping: asyncio.TimerHandle | None = None
 
-    @contextlib.contextmanager
-    def call(self, tenant: str) -> Iterator[None]:
-        """Around a call. Raises QueueFull."""
+    def enter(self, tenant: str) -> Charge | None:
+        """A call begins. Its charge, to be passed to `leave` at its end; None: nothing is bounded. Raises QueueFull."""
         if self.bounds is None:
-            yield
-            return
+            return None
         self.calls.take(tenant, 1)
         charge = Charge(self.requests, tenant)
         CHARGE.set(charge)
-        try:
-            yield
-        finally:
-            charge.release()
-            self.calls.give(tenant, 1)
+        return charge
 
-    async def receive(self, context: grpc.aio.ServicerContext[Any, Any], tenant: str, shape: Shape) -> bytes:
+    def leave(self, charge: Charge | None) -> None:
+        if charge is not None:
+            charge.release()
+            self.calls.give(charge.tenant, 1)
+
+    async def receive(self, context: grpc.aio.ServicerContext[Any, Any], charge: Charge | None, shape: Shape) -> bytes:
         """The call's one message, as bytes that were counted. Raises a Refused, InvalidRequest or DeadlineExceeded."""
-        if self.bounds is None:
+        if self.bounds is None or charge is None:
             return _whole(await context.read())
+        tenant, seconds = charge.tenant, 0.0
         if tenant in self._waiting or not self._arriving.fits(tenant, 1):
             await self._turn(tenant)
         else:
             self._arriving.take(tenant, 1)
-        seconds = 0.0
         try:
-            async with asyncio.timeout(self.bounds.arrival_seconds):
-                data = _whole(await context.read())
+            data = await self._read(context, self.bounds.arrival_seconds)
             items = self.bounds.items
             seconds = len(data) / PLACE_BYTES_SECOND
             fields = counted(data, shape, items, FIELDS_PER_ITEM * items)
             seconds += fields / PLACE_FIELDS_SECOND
-        except TimeoutError:
-            raise DeadlineExceeded(f"the request was not whole within {self.bounds.arrival_seconds:g} s") from None
         finally:
-            self._leave(tenant, seconds)
-        charge = CHARGE.get()
-        assert charge is not None, "receive is called within a call"
+            self._make_room(tenant, seconds)
         charge.arrived(len(data), fields)
         return data
 
-    def _leave(self, tenant: str, seconds: float) -> None:
+    async def _read(self, context: grpc.aio.ServicerContext[Any, Any], seconds: float) -> bytes:
+        """asyncio.timeout would cost more than all else here: nearly every request is there when it is read."""
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None, "a handler runs in a task"
+        if self._sweeping is None:
+            self._sweeping = loop.call_later(seconds / SWEEPS, self._sweep, seconds)
+        self._reading[task] = loop.time()
+        try:
+            return _whole(await context.read())
+        except asyncio.CancelledError:
+            if task not in self._reading:
+                task.uncancel()
+                raise DeadlineExceeded(f"the request was not whole within {seconds:g} s") from None
+            raise
+        finally:
+            self._reading.pop(task, None)
+
+    def _sweep(self, seconds: float) -> None:
+        """Ends what has not arrived in time."""
+        loop, self._sweeping = asyncio.get_running_loop(), None
+        for task in [task for task, begun in self._reading.items() if begun <= loop.time() - seconds]:
+            del self._reading[task]
+            task.cancel()
+        if self._reading:
+            self._sweeping = loop.call_later(seconds / SWEEPS, self._sweep, seconds)
+
+    def _make_room(self, tenant: str, seconds: float) -> None:
         """Makes room, at once or for a large request after this time."""
         if seconds > AT_ONCE_SECONDS:
-            asyncio.get_running_loop().call_later(seconds, self._leave, tenant, 0.0)
+            asyncio.get_running_loop().call_later(seconds, self._make_room, tenant, 0.0)
             return
         self._arriving.give(tenant, 1)
         if self._waiting:

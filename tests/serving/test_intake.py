@@ -147,8 +147,11 @@ class Call:
 
 
 async def received(intake: Intake, tenant: str, call: Call) -> bytes:
-    with intake.call(tenant):
-        return await intake.receive(call, tenant, SHAPE)  # type: ignore[arg-type]
+    charge = intake.enter(tenant)
+    try:
+        return await intake.receive(call, charge, SHAPE)  # type: ignore[arg-type]
+    finally:
+        intake.leave(charge)
 
 
 BOUNDS = Bounds(arriving_bytes=4000, message_bytes=1000, request_bytes=1 << 20, arrival_seconds=0.2)
