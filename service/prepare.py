@@ -23,6 +23,8 @@ from service.parse import form_of
 
 Wanted = Callable[[], bool]
 """Whether a caller still waits for the result."""
+FORMATS_MAX = 16
+"""Different grammars in one request. Each may take half a second to compile."""
 NEW_TOKENS_DEFAULT = 128
 ABOVE_ZERO = math.ulp(0.0)
 """The least number above 0."""
@@ -179,6 +181,28 @@ def _check_wanted(wanted: Wanted) -> None:
         raise Cancelled("the caller went away")
 
 
+class _Formats:
+    """The grammars of one request: each is judged once, and only so many."""
+
+    def __init__(self, check: Callable[[types_pb2.ResponseFormat], None]) -> None:
+        self._check = check
+        self._judged: dict[bytes, str] = {}
+
+    def problem(self, given: types_pb2.ResponseFormat) -> str:
+        """What is wrong with it; empty: nothing."""
+        key = given.SerializeToString(deterministic=True)
+        if key not in self._judged:
+            if len(self._judged) >= FORMATS_MAX:
+                return f"is one more than the {FORMATS_MAX} different ones that a request may have"
+            try:
+                self._check(given)
+            except ValueError as error:
+                self._judged[key] = str(error)
+            else:
+                self._judged[key] = ""
+        return self._judged[key]
+
+
 class Preparer:
     """Safe in any thread."""
 
@@ -208,12 +232,13 @@ class Preparer:
     def prepare(self, request: engine_pb2.PrepareRequest, wanted: Wanted = always) -> engine_pb2.PrepareResponse:
         """Raises InvalidRequest with everything that is wrong, each by its path; Cancelled when it is not wanted any more."""
         self._check_count(request.items)
-        found = self._judge(request.parameters, "parameters")
+        formats = _Formats(self._check_format)
+        found = self._judge(request.parameters, "parameters", formats)
         good_batch = not found
         items = []
         for index, item in enumerate(request.items):
             _check_wanted(wanted)
-            prepared = self._item(item, request.parameters, f"items[{index}]", found, good_batch)
+            prepared = self._item(item, request.parameters, f"items[{index}]", found, formats, good_batch=good_batch)
             if prepared is not None:
                 items.append(prepared)
         if found:
@@ -266,11 +291,18 @@ class Preparer:
             raise invalid("items", f"must be 1 to {most}, are {len(items)}")
 
     def _item(
-        self, item: types_pb2.Item, batch: types_pb2.Parameters, path: str, found: list[Violation], good_batch: bool
+        self,
+        item: types_pb2.Item,
+        batch: types_pb2.Parameters,
+        path: str,
+        found: list[Violation],
+        formats: _Formats,
+        *,
+        good_batch: bool,
     ) -> engine_pb2.PreparedItem | None:
         """None: the item or the batch's parameters are out of bounds, which is added to `found`; conflicts are not judged."""
         before = len(found)
-        found += self._judge(item.parameters, f"{path}.parameters")
+        found += self._judge(item.parameters, f"{path}.parameters", formats)
         ids = self._token_ids(item, path, found)
         if not good_batch or len(found) > before:
             return None
@@ -289,7 +321,7 @@ class Preparer:
             result_bytes=result_bytes(parameters, self._token_bytes_max(parameters), self.vocabulary.size),
         )
 
-    def _judge(self, given: types_pb2.Parameters, path: str) -> list[Violation]:
+    def _judge(self, given: types_pb2.Parameters, path: str, formats: _Formats) -> list[Violation]:
         """What is wrong with a client's parameters by themselves. Each value is judged where it is given: the batch's as
         `parameters.top_p`, an item's as `items[3].parameters.top_p`."""
         if not given.ListFields():
@@ -299,11 +331,9 @@ class Preparer:
             if not self.lexicon.ids_of(word):
                 found.append(Violation(f"{path}.bad_words[{index}]", f"{_short(word)} is not one token of the model"))
         format_path = f"{path}.response_format"
-        if given.HasField("response_format") and not any(violation.field.startswith(format_path) for violation in found):
-            try:
-                self._check_format(given.response_format)
-            except ValueError as error:
-                found.append(Violation(f"{format_path}.{given.response_format.WhichOneof('format')}", str(error)))
+        judged = given.HasField("response_format") and not any(each.field.startswith(format_path) for each in found)
+        if judged and (problem := formats.problem(given.response_format)):
+            found.append(Violation(f"{format_path}.{given.response_format.WhichOneof('format')}", problem))
         return found
 
     def _resolved(self, merged: types_pb2.Parameters, prompt_tokens: int) -> types_pb2.ResolvedParameters:

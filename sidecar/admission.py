@@ -181,4 +181,5 @@ class PrepareQueue:
 def prepare_cost(request: engine_pb2.PrepareRequest) -> int:
     """In bytes of text, for a PrepareQueue."""
     parameters = (request.parameters, *(item.parameters for item in request.items))
-    return request.ByteSize() + FORMAT_BYTES * sum(each.HasField("response_format") for each in parameters)
+    formats = {each.response_format.SerializeToString() for each in parameters if each.HasField("response_format")}
+    return request.ByteSize() + FORMAT_BYTES * len(formats)

@@ -27,6 +27,7 @@ WHAT = {
     **dict.fromkeys(("starts", "tokens", "prefix"), "llama"),
     "fleet": "fleet",
     "route": "route",
+    "rivals": "rivals",
     "floods": "floods",
 }
 """The module that has it, as a function of the same name. A module is imported when it is needed: few need PostgreSQL."""
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=Options.rounds, help="of each case; the median counts")
     parser.add_argument("--seconds", type=float, default=Options.seconds, help="of each round, where a round is a loop")
     parser.add_argument("--items", type=int, default=ITEMS, help="for memory and bulk")
-    parser.add_argument("--beside", type=Path, help="for door: another checkout, measured in the same rounds")
+    parser.add_argument("--beside", type=Path, help="for door and rivals: another checkout, measured in the same rounds")
     parser.add_argument("--no-llama", action="store_true", help="leave the llama engine out")
     parser.add_argument(
         "--write",

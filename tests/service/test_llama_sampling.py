@@ -303,7 +303,6 @@ async def test_a_structural_tag_is_obeyed(bench: Bench) -> None:
         (regex("(?=a)b"), "look-around"),
         (regex(r"[^\s\S]"), "allows no answer"),
         (regex("a\0"), "NUL"),
-        (schema('{"type": "integer", "multipleOf": 999983}'), "more than 0.5 s to compile"),
         (types_pb2.ResponseFormat(ebnf='root ::= "a"'), "cannot be obeyed"),
         (types_pb2.ResponseFormat(ebnf='start: "a\0"'), "NUL"),
         (tags("{"), "is not JSON"),
@@ -318,6 +317,10 @@ async def test_a_structural_tag_is_obeyed(bench: Bench) -> None:
         (structure(TRIGGERED | {"at_least_one": 1}), "format.at_least_one must be true or false"),
         (structure({"type": "sequence", "elements": [TRIGGERED, ANY]}), "set stop_after_first"),
         (structure(deep(40)), "nested deeper than 32 formats"),
+        (schema('{"type": "integer", "multipleOf": 999983}'), "more than 0.5 s of processor time to compile"),
+        (schema(json.dumps({"properties": {f"p{n}": {} for n in range(1200)}})), "has an object with 1200 optional properties"),
+        (regex(r"([a-z]{1,50}){1,50}"), r"too many expressions.*\(after \d+ tokens\)"),
+        (regex(r"(a?){500}a{500}"), "too many expressions"),
     ],
 )
 @on_the_loop

@@ -15,7 +15,7 @@ from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
 from service.answer import Answer
 from service.engines.scripted import BEGIN, CONTROLS, END, ByteVocabulary
-from service.prepare import RECEIPT_BYTES, Lexicon, Limits, Preparer, result_bytes
+from service.prepare import FORMATS_MAX, RECEIPT_BYTES, Lexicon, Limits, Preparer, result_bytes
 
 LIMITS = Limits(context_tokens=200, new_tokens_max=199, top_k_max=1024, batch_items_max=4, prompt_bytes_max=1000)
 INF, NAN = math.inf, math.nan
@@ -255,6 +255,26 @@ def test_a_text_that_can_never_fit_is_not_tokenised(monkeypatch: pytest.MonkeyPa
         with pytest.raises(InvalidRequest, match=f"at most {most} bytes") as refused:
             judge.prepare(engine_pb2.PrepareRequest(items=[bad]))
         assert [violation.field for violation in refused.value.violations] == [f"items[0].{path}"]
+
+
+def test_a_grammar_is_judged_once() -> None:
+    """Equal grammars of a request are compiled once, and more different ones than a request may have are refused unseen."""
+    judged = list[str]()
+    limits = replace(LIMITS, batch_items_max=64)
+    judge = Preparer(ByteVocabulary(), limits, lambda given: judged.append(given.regex), b"m" * 32, chat=True)
+
+    def items(*regexes: str) -> list[types_pb2.Item]:
+        return [item(response_format=types_pb2.ResponseFormat(regex=regex)) for regex in regexes]
+
+    judge.prepare(engine_pb2.PrepareRequest(items=items(*"aabbab")))
+    assert judged == ["a", "b"]
+    with pytest.raises(InvalidRequest) as refused:
+        judge.prepare(engine_pb2.PrepareRequest(items=items(*map(str, range(FORMATS_MAX + 2)))))
+
+    assert judged == ["a", "b", *map(str, range(FORMATS_MAX))]
+    assert [each.field for each in refused.value.violations] == [
+        f"items[{FORMATS_MAX + extra}].parameters.response_format.regex" for extra in (0, 1)
+    ]
 
 
 def test_what_is_not_wanted_is_not_prepared() -> None:

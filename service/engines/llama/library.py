@@ -131,6 +131,7 @@ _EXPORTS: Mapping[str, tuple[Any, ...]] = {
     "llama_sampler_apply": (None, c_void_p, POINTER(_Candidates)),
     "llama_sampler_accept": (None, c_void_p, c_int32),
     "llama_sampler_free": (None, c_void_p),
+    "llama_sampler_clone": (c_void_p, c_void_p),
     _LLGUIDANCE: (c_void_p, c_void_p, c_char_p, c_char_p),
     _SET_VERBOSITY: (None, c_int32),
     _MAIN_LOG: (c_void_p,),
@@ -380,6 +381,11 @@ class Library:
         for link in links:
             c.llama_sampler_chain_add(chain, link)
         return chain
+
+    def copy_of(self, sampler: int) -> int:
+        """A sampler in the same state."""
+        with self._llguidance:
+            return int(self._c.llama_sampler_clone(sampler))
 
     def grammar(self, vocabulary: int, kind: str, source: bytes) -> int:
         """A sampler that bans what the grammar forbids. It bans nothing if llguidance rejects the grammar."""

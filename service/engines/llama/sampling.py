@@ -4,17 +4,21 @@ The order: grammar, forbidden tokens, repetition penalty (these three over the w
 min_p, temperature and a draw. At temperature 0 it takes the likeliest token; of equals, the one with the lowest id.
 
 llguidance compiles the grammars. A few hundred bytes of JSON schema can keep it busy for minutes without a way to interrupt it,
-it reports why it rejects a grammar only on standard error, and some of its failures end the process. So `Checker` compiles each
-grammar first in a child process, `python -m service.engines.llama.sampling MODEL`: one line of JSON in ([kind, source]), one
-line out (null or the reason).
+it reports why it rejects a grammar only on standard error, and some of its failures end the process. It also gives up some
+grammars only after a few tokens. So `Checker` first compiles each grammar and follows it for some tokens in a child process,
+`python -m service.engines.llama.sampling MODEL`: one line of JSON in ([kind, source]), one line out (null or the reason). The
+child loads the vocabulary once, and forks for each grammar: one that is too dear ends its own fork.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import random
 import re
+import resource
 import select
 import signal
 import subprocess
@@ -22,11 +26,11 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from textwrap import shorten
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +49,13 @@ ORDER = "grammar, forbidden, penalty, top_k, top_p, min_p, temperature, draw"
 SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON is written on one line, as by json.dumps: with free white space a small model may never leave it."""
 CPU_SECONDS_MAX = 0.5
-"""Of one grammar's compilation. Processor time does not depend on the machine's other load."""
+"""To compile one grammar and to follow it. Processor time does not depend on the machine's other load."""
+MEMORY_BYTES_MAX = 512 << 20
+"""Address space that this may take beside the vocabulary's."""
+WALKS, WALK_TOKENS = 3, 48
+"""How often a grammar is followed, and for how many tokens each time."""
+OPTIONAL_PROPERTIES_MAX = 400
+"""Of one object in a schema. llguidance gives up at about 500, when the object is begun."""
 ANSWER_SECONDS_MAX = 30.0
 """For an answer of the child, its start included."""
 EXPLANATION_CHARACTERS_MAX = 300
@@ -200,6 +210,13 @@ class Grammar:
             raise GrammarLost("llguidance has failed on this grammar")
         return allowed
 
+    def copy(self) -> Grammar:
+        """Another one in the same state, to be closed too."""
+        copied = copy.copy(self)
+        copied._sampler = self._library.copy_of(self._sampler)
+        copied._tokens = self._tokens.copy()
+        return copied
+
     def accept(self, token_id: int) -> None:
         """Advance by a token, which must be allowed."""
         self._library.accept(self._sampler, token_id)
@@ -216,14 +233,34 @@ def source_of(response_format: types_pb2.ResponseFormat) -> tuple[str, bytes]:
         raise ValueError("holds a NUL character" + ("; write \\x00" if kind == "regex" else ""))
     match kind:
         case "json_schema":
+            schema = schema_of(response_format.json_schema)
+            if (most := max(_optional_properties(schema), default=0)) > OPTIONAL_PROPERTIES_MAX:
+                raise ValueError(
+                    f"has an object with {most} optional properties, at most {OPTIONAL_PROPERTIES_MAX} are allowed"
+                )
             # A schema's own x-guidance takes precedence.
-            return "json", json.dumps({"x-guidance": SEPARATORS} | schema_of(response_format.json_schema)).encode()
+            return "json", json.dumps({"x-guidance": SEPARATORS} | schema).encode()
         case "regex":
             return "regex", bounded(response_format.regex).encode()
         case "ebnf":
             return "lark", bounded(response_format.ebnf).encode()
         case _:
             return "lark", lark_of(response_format.structural_tag, SEPARATORS).encode()
+
+
+def _optional_properties(schema: dict[str, Any]) -> Iterator[int]:
+    """How many each object in a schema has."""
+    waiting: list[Any] = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            properties, required = part.get("properties"), part.get("required")
+            if isinstance(properties, dict):
+                named = {each for each in required if isinstance(each, str)} if isinstance(required, list) else set[str]()
+                yield len(properties.keys() - named)
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
 
 
 class Checker:
@@ -236,7 +273,7 @@ class Checker:
         self._closed = False
 
     def check(self, kind: str, source: bytes) -> None:
-        """Raises ValueError with llguidance's reason, or if compilation takes too long."""
+        """Raises ValueError with llguidance's reason, or if it takes too long."""
         with self._lock:
             if self._closed:
                 raise ValueError("cannot be checked any more: the engine has closed")
@@ -244,8 +281,7 @@ class Checker:
             answer = self._ask(child, json.dumps([kind, source.decode()]).encode() + b"\n")
             if not answer:
                 self._stop()
-                slow = child.returncode == -signal.SIGPROF
-                raise ValueError(f"takes more than {CPU_SECONDS_MAX} s to compile" if slow else "cannot be compiled")
+                raise ValueError("cannot be compiled")
         if (problem := json.loads(answer)) is not None:
             raise ValueError(problem)
 
@@ -279,7 +315,7 @@ class Checker:
             return
         with suppress(BrokenPipeError), self._child as child:  # closes its pipes and waits for it
             if child.stdout is not None and select.select([child.stdout], [], [], 0)[0]:
-                child.wait()  # it has ended; its exit code gives the reason
+                child.wait()
             else:
                 child.kill()
         self._child = None
@@ -293,26 +329,70 @@ class _Compiler:
         self._library, self._errors = library(), errors
         self._vocabulary = LlamaVocabulary(self._library, model)
         self._library.set_verbosity(_ERRORS_ONLY)
+        self._quote = next((each for each in range(self._vocabulary.size) if self._vocabulary.piece(each) == b'"'), None)
         self.problem("regex", "a")  # builds what all grammars need
+
+    def answer(self, kind: str, source: str) -> str | None:
+        """Why the grammar is rejected, or None. Found by a fork, which may take so much time and memory and no more."""
+        reading, writing = os.pipe()
+        if not (pid := os.fork()):
+            try:
+                signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS_MAX)
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES_MAX,) * 2)
+                os.write(writing, json.dumps(self.problem(kind, source)).encode())
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            said = pipe.read()
+        _, status = os.waitpid(pid, 0)
+        if said:
+            return None if (problem := json.loads(said)) is None else str(problem)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
+            return f"takes more than {CPU_SECONDS_MAX} s of processor time to compile and to follow for {WALK_TOKENS} tokens"
+        return f"cannot be compiled, or takes more than {MEMORY_BYTES_MAX >> 20} MiB"
 
     def problem(self, kind: str, source: str) -> str | None:
         """Why the grammar is rejected, or None."""
         self._errors.seek(0)
         self._errors.truncate()
+        self._tokens = 0
         grammar = Grammar(self._library, self._vocabulary.handle, self._vocabulary.size, kind, source.encode())
         try:
-            return None if grammar.allowed().any() else "allows no answer"
+            if not grammar.allowed().any():
+                return "allows no answer"
+            for walk in range(WALKS):
+                with closing(grammar.copy()) as followed:
+                    self._follow(followed, walk)
         except GrammarLost:
             self._library.flush_log()
             self._errors.seek(0)
-            return explanation(self._errors.read().decode(errors="replace"))
+            reason = explanation(self._errors.read().decode(errors="replace"))
+            return f"{reason} (after {self._tokens} tokens)" if self._tokens else reason
         finally:
             grammar.close()
+        return None
+
+    def _follow(self, grammar: Grammar, walk: int) -> None:
+        """Follow the grammar by arbitrary tokens, always the same ones. The second walk and the third end strings early or at
+        once, and so reach more of a JSON schema. Raises GrammarLost."""
+        chance = random.Random(walk)  # noqa: S311  # no secret
+        for self._tokens in range(WALK_TOKENS):
+            allowed = grammar.allowed()
+            if not (ids := np.flatnonzero(allowed)).size:
+                return
+            token_id = int(ids[chance.randrange(ids.size)])
+            if self._quote is not None and allowed[self._quote] and 2 * chance.random() < walk:
+                token_id = self._quote
+            if token_id in self._vocabulary.end_ids:
+                return
+            grammar.accept(token_id)
 
 
 def explanation(text: str) -> str:
     """llguidance's message in one line, without the dump of its state and without the source lines that it quotes."""
-    lines = [line.strip() for line in text.partition("<state>")[0].removeprefix("llg error: ").splitlines()]
+    lines = [line.strip() for line in text.rpartition("llg error: ")[2].partition("<state>")[0].splitlines()]
     reason = " ".join(line for line in lines if line.strip("^") and not _QUOTED_LINE.match(line))
     if reason == "NoExtensionBias":
         return "allows no answer"
@@ -326,10 +406,7 @@ def main(model: Path, questions: IO[bytes], answers: IO[bytes]) -> None:
         os.dup2(errors.fileno(), sys.stderr.fileno())
         compiler = _Compiler(model, errors)
         for question in questions:
-            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS_MAX)
-            problem = compiler.problem(*json.loads(question))
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            answers.write(json.dumps(problem).encode() + b"\n")
+            answers.write(json.dumps(compiler.answer(*json.loads(question))).encode() + b"\n")
             answers.flush()
 
 
