@@ -362,7 +362,10 @@ def _verify(entries: ItemEntries) -> bool:
 def verification_of(sequence: int, verified: Sealed | None) -> types_pb2.Comparison:
     """The verdict of a verification. None: the journal has none, and will not get one."""
     if verified is not None and verified.payload:
-        return sequencer_pb2.AuditedPayload.FromString(verified.payload).comparison
+        comparison = sequencer_pb2.AuditedPayload.FromString(verified.payload).comparison
+        if verified.header.form:
+            comparison.ClearField("company")  # how much others ran is not for a tenant
+        return comparison
     missing = errors.Abandoned("no verdict was recorded: the sidecar stopped before, or the journal was full")
     return no_verdict(sequence, types_pb2.COMPARISON_KIND_VERIFY, missing)
 

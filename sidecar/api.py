@@ -75,10 +75,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         match request.WhichOneof("target"):
             case "range":
                 first, last = ends_of(request.range)
-                newest = (await self._pipeline.journal.head()).last_sequence
-                if last > newest:
+                if (newest := await reach(self._pipeline.journal, first, last)) < last:
                     raise errors.NotFound(f"the newest sequence is {newest}")
-                await need_sight(self._pipeline.journal, first, last)
                 return first, last
             case "idempotency_key":
                 header = (await items_of(self._pipeline.journal, request.idempotency_key))[0].admitted.header
@@ -202,17 +200,15 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
         first, last = ends_of(request.range)
         if request.concurrency > 64:
             raise errors.invalid("concurrency", "at most 64 are allowed")
-        newest = (await self._journal.head()).last_sequence
-        if first > newest:
-            raise errors.NotFound(f"the newest sequence is {newest}")
         self._held.check()
-        last = min(last, newest)
+        last = await reach(self._journal, first, last)
         self._pipeline.connected_engine()
-        await need_sight(self._journal, first, last)
         concurrency = 1 if request.alone else request.concurrency or 8
         with self._replays.acquired():
             runs = replay(self._pipeline, first, last, concurrency, exclusive=request.alone, tenant=caller().tenant)
             async for response in runs:
+                if not caller().admin:
+                    response.comparison.ClearField("company")
                 yield response
 
     async def Head(self, request: sequencer_pb2.HeadRequest, context: Context) -> sequencer_pb2.HeadResponse:
@@ -281,10 +277,21 @@ def visible(item: ItemEntries) -> bool:
     return caller().may_see(sequencer_pb2.AdmittedPayload.FromString(item.admitted.payload).tenant)
 
 
-async def need_sight(journal: Journal, first: int, last: int) -> None:
-    """Raises NotFound if the caller may not see an item of the range. For an admin it reads nothing."""
-    if not caller().admin:
-        async for page in pages(journal, first, last):
-            for item in page:
-                if not visible(item):
-                    raise errors.NotFound(f"no sequence {item.admitted.header.sequence}")
+async def reach(journal: Journal, first: int, last: int) -> int:
+    """The last sequence of the range that was given out. Raises NotFound if none was.
+
+    For a tenant each of the range has to be its own: NotFound names the first that is not, and does not tell whether it exists.
+    """
+    if caller().admin:
+        newest = (await journal.head()).last_sequence
+        if first > newest:
+            raise errors.NotFound(f"the newest sequence is {newest}")
+        return min(last, newest)
+    async for page in pages(journal, first, last):
+        for item in page:
+            if item.admitted.header.sequence != first or not visible(item):
+                raise errors.NotFound(f"no sequence {first}")
+            first += 1
+    if first <= last:
+        raise errors.NotFound(f"no sequence {first}")
+    return last

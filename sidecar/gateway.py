@@ -419,16 +419,14 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
     async def GetServerInfo(self, request: vllm.GetServerInfoRequest, context: Context) -> vllm.GetServerInfoResponse:
         return vllm.GetServerInfoResponse(
             server_type="vllm-grpc",
-            active_requests=len(self._pipeline.items),
+            active_requests=sum(self._pipeline.load()),
             uptime_seconds=time.monotonic() - self._started,
             data_parallel_size=1,
             constrained_decoding_start="first_token",
         )
 
     async def GetLoads(self, request: vllm.GetLoadsRequest, context: Context) -> vllm.GetLoadsResponse:
-        core = self._pipeline.core
-        running = core.window.runs if core.window is not None else 0
-        waiting = core.queued + self._pipeline.queue.waiting.items
+        running, waiting = self._pipeline.load()
         load = vllm.SchedulerLoad(num_running_reqs=running, num_waiting_reqs=waiting, num_total_reqs=running + waiting)
         return vllm.GetLoadsResponse(version=__version__, dp_rank_count=1, loads=[load])
 

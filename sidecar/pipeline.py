@@ -118,6 +118,15 @@ class Pipeline:
             raise errors.EngineUnavailable("no engine is connected", retry_after=1.0)
         return self.engine
 
+    def load(self) -> tuple[int, int]:
+        """Items that run and that wait: all of them if the caller is an admin, a tenant's own if it is not."""
+        if caller().admin:
+            running = self.core.window.runs if self.core.window is not None else 0
+            return running, self.core.queued + self.queue.waiting.items
+        tenant = caller().tenant
+        own = [item.submitted_at is not None for item in self.items.values() if item.input.tenant == tenant]
+        return sum(own), len(own) - sum(own) + self.queue.waiting.items_of(tenant)
+
     # ---- events and effects
 
     def dispatch(self, event: ev.Event) -> None:

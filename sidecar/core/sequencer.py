@@ -242,7 +242,7 @@ class Sequencer:
                 earned = types_pb2.Grade.Name(self.window.engine.grade)
                 return errors.GradeNotEarned(f"the engine has earned {earned}", details={"earned": earned})
         if queued + len(admit.needs) > self.bounds.queue_items_max:
-            return errors.QueueFull(f"{queued} items wait, {self.bounds.queue_items_max} may", retry_after=soon)
+            return errors.QueueFull(f"no room: at most {self.bounds.queue_items_max} items may wait", retry_after=soon)
         return None
 
     def _admit(self, admit: ev.Admit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,16 +12,34 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ostinato.compare import Side, compare
+from ostinato.digest import input_digest, output_digest, text_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
+from sidecar.journal.ledger import keyed, twins_tag
 from sidecar.journal.maintenance import prune, redact
 from sidecar.journal.model import JournalUnusable, Loss, Note, Sealed
 from sidecar.journal.postgres import PostgresStore
+from sidecar.journal.store import Store
 from sidecar.journal.transfer import export, take_in
 from tests.postgres import Postgres
-from tests.sidecar.journal_kit import Kit, PostgresKit, SqliteKit, admission, audit, completed, ended, item, sequences
+from tests.sidecar.journal_kit import (
+    SECRET,
+    Kit,
+    PostgresKit,
+    SqliteKit,
+    admission,
+    audit,
+    completed,
+    ended,
+    item,
+    prompt,
+    sequences,
+    twin,
+)
 
 DAY = 86_400
+AUDITED, MATCH = types_pb2.ENTRY_KIND_AUDITED, types_pb2.VERDICT_MATCH
 
 
 @pytest.fixture(name="store", params=["sqlite", "postgres"])
@@ -153,6 +172,63 @@ def test_what_is_dropped_is_gone(tmp_path: Path) -> None:
     with store.maintained() as kept:
         redact(kept, [1])
     assert not any(secret.encode() in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_what_is_redacted_cannot_be_guessed(store: Kit) -> None:
+    """Who has the database, the log's secret included, and guesses prompt and answer of a redacted item, finds neither; its
+    verdicts stay."""
+    digests = list[bytes]()
+    with store.opened() as journal:
+        (answer,) = journal.append_many([admission(item(5, seed=9), tenant="t")], 1)
+        (entry,) = answer.entries
+        outcome = completed(entry, 7)
+        journal.append_many([outcome], 1)
+        output, given = outcome.payload.output, prompt(entry)  # type: ignore[union-attr]
+        digests += [output_digest(output), text_digest(output), input_digest(given.token_ids, given.parameters, given.seed)]
+        guesses = {*digests, twins_tag(SECRET, outcome.twins), keyed(SECRET, "output", digests[0])}
+        verdict = replace(audit(entry), comparison=compare(side(output), side(output), types_pb2.COMPARISON_KIND_REPLAY, 1))
+        journal.append_many([verdict], 1)
+        assert twin(journal.append_many([completed(another(journal, tenant="t"), 7)], 1)[0].entries[0]) is not None
+
+    with store.maintained() as kept:
+        redact(kept, [1])
+        left = b"".join(
+            field
+            for each in kept.entries(1, 100, payloads=True)
+            if each.header.sequence == 1
+            for field in (each.header.SerializeToString(), each.payload)
+        )
+        tags = kept._read(lambda tables: list(tables._session.select("SELECT tag, output_tag FROM twins")))
+    assert not [guess for guess in guesses if guess in left]
+    assert not guesses & {tag for row in tags for tag in row}
+    with store.opened() as journal:
+        verdicts = [each.payload for each in journal.entries(1, 100, payloads=True) if each.header.kind == AUDITED]
+        assert [sequencer_pb2.AuditedPayload.FromString(each).comparison.verdict for each in verdicts] == [MATCH]
+        assert twin(journal.append_many([completed(another(journal, tenant="t"), 7)], 1)[0].entries[0]) is None
+
+
+def another(journal: Store, tenant: str) -> Sealed:
+    """An item with the input of the first one."""
+    (answer,) = journal.append_many([admission(item(5, seed=9), tenant=tenant)], 1)
+    return answer.entries[0]
+
+
+def side(output: types_pb2.Output) -> Side:
+    return Side(output, b"", b"f" * 32)
+
+
+def test_twins_of_one_tenant(store: Kit) -> None:
+    """Equal inputs of two tenants are not compared, and after an import those of one still are."""
+    with store.opened() as journal:
+        answers = [journal.append_many([completed(another(journal, tenant), 7)], 1)[0] for tenant in ("a", "b", "a")]
+        found = [twin(each.entries[0]) for each in answers]
+        assert [said and said.expected_sequence for said in found] == [None, None, 1]
+    other = store.another()
+    taken_in(other, lines := exported(store))
+    assert not [line for line in lines if base64.b64encode(SECRET).decode()[:40] in line]
+    with other.opened() as journal:
+        found = [twin(journal.append_many([completed(another(journal, t), 7)], 1)[0].entries[0]) for t in ("b", "a", "c")]
+    assert [said and said.expected_sequence for said in found] == [2, 1, None]
 
 
 def test_digests_only(store: Kit) -> None:
