@@ -282,7 +282,7 @@ class Tables(ABC):
         return None
 
     def _with_trees(self, entries: Sequence[Sealed]) -> list[Sealed]:
-        """The same entries, with their signed transactions."""
+        """The same entries, with their signed transactions. Raises RecordDamaged."""
         if not entries:
             return []
         trees = dict[int, SignedTree]()
@@ -290,7 +290,7 @@ class Tables(ABC):
         for (first, last, key_id, signature), covered in groupby(rows, key=lambda row: row[:4]):
             hashes = [row[4] for row in covered]
             if len(hashes) != last - first + 1:
-                raise Damaged(f"table heads: a head says {first} to {last}, and has {len(hashes)} entries")
+                raise RecordDamaged(f"the signed head of entries {first} to {last} is damaged: it has {len(hashes)} entries")
             tree = SignedTree()
             tree.restore(entries[0].header.log_id, first, hashes, key_id, signature)
             trees |= dict.fromkeys(range(first, last + 1), tree)
