@@ -180,6 +180,8 @@ class Settings:
             raise ValueError("--listen: needs at least one address")
         if self.witness and self.signing_key is None:
             raise ValueError("--witness needs --signing-key: only signed heads are given to a witness")
+        if re.match(r"https?://[^/]*@", self.witness):
+            raise ValueError("--witness: a URL has no user and no password here: use --witness-token")
         if not self.witness and (self.witness_token is not None or self.witness_ca is not None):
             raise ValueError("--witness-token, --witness-ca: need --witness")
         if self.witness_token is not None and not (self.witness_is_log or self.witness.startswith("https://")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -331,3 +332,14 @@ def test_a_folder_for_a_file(tmp_path: Path) -> None:
 
     assert result.exit_code == 2
     assert f"{tmp_path}: Is a directory" in result.output
+
+
+def test_without_cryptography_a_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the package `cryptography` is not installed, --key says what to install; without --key nothing needs it."""
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    (tmp_path / "key").write_text("-----BEGIN PUBLIC KEY-----")
+
+    result = _verify(json.dumps(_dict(RECORD)), "--key", str(tmp_path / "key"))
+    assert result.exit_code == 2
+    assert "[verify]" in result.output
+    assert _verify(json.dumps(_dict(RECORD))).exit_code == 3

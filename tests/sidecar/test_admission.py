@@ -19,6 +19,7 @@ from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
 from sidecar.admission import (
     FORMAT_BYTES,
+    SIGNED_BYTES,
     STAMP_BYTES,
     VERDICT_BYTES,
     PrepareQueue,
@@ -29,6 +30,7 @@ from sidecar.admission import (
     response_bytes_max,
 )
 from sidecar.config import Settings
+from sidecar.journal.writer import GroupSettings
 
 SETTINGS = Settings(max_response_bytes=4096, response_bytes_ceiling=8192, batch_items_max=2)
 Request = generation_pb2.GenerateRequest
@@ -125,6 +127,20 @@ def test_an_answer_that_may_be_too_large() -> None:
     check_size(PREPARED, STAMP_BYTES + 3000 + 2 * VERDICT_BYTES, verify=True)
     with pytest.raises(errors.InvalidRequest):
         check_size(PREPARED, STAMP_BYTES + 2999 + 2 * VERDICT_BYTES, verify=True)
+    check_size(PREPARED, STAMP_BYTES + 3000 + 2 * SIGNED_BYTES, signed=True)
+    with pytest.raises(errors.InvalidRequest):
+        check_size(PREPARED, STAMP_BYTES + 2999 + 2 * SIGNED_BYTES, signed=True)
+
+
+def test_a_signed_receipt_is_no_larger_than_is_reckoned() -> None:
+    """The head and the path of an entry in the largest transaction take no more than SIGNED_BYTES."""
+    head = types_pb2.SignedHead(log_id="a" * 32, first_index=2**63 - 1, last_index=2**63 - 1, key_id="a" * 16)
+    head.entry_hash = head.root = bytes(32)
+    head.signature = bytes(64)
+    entries_max = GroupSettings().commit_drafts_max * Settings().batch_items_max
+
+    signed = types_pb2.Receipt(head=head, path=[bytes(32)] * entries_max.bit_length())
+    assert signed.ByteSize() <= SIGNED_BYTES
 
 
 def test_a_draft_has_all_that_a_rerun_needs() -> None:

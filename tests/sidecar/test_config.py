@@ -39,6 +39,13 @@ def settings(*argv: str) -> Settings:
         (["--tick-seconds=1e300"], "--tick-seconds: '1e300' is above ten years, 316224000"),
         (["--held-call-bytes-max=600000000"], "--held-call-bytes-max is above --held-bytes-max"),
         (["--tls-key=x"], "--tls-certificate, --tls-key: one needs the other"),
+        (["--witness=heads.jsonl"], "--witness needs --signing-key"),
+        (["--witness-token=t"], "--witness-token, --witness-ca: need --witness"),
+        (
+            ["--signing-key=k", "--witness=http://h/", "--witness-token=t"],
+            "--witness-token: is for https:// and for another sidecar",
+        ),
+        (["--signing-key=k", "--witness=https://u:p@h/"], "--witness: a URL has no user and no password here"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

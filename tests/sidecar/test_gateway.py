@@ -164,11 +164,15 @@ async def test_other_tokens_than_were_sent_fail_the_call() -> None:
     assert [key for key, _ in wire.trailers] == [STAMP_METADATA]
 
 
-@pytest.mark.parametrize(("count", "translated"), [(RECEIPTS_MAX, RECEIPTS_MAX), (RECEIPTS_MAX + 1, 0)])
-async def test_trailers_stay_small(count: int, translated: int) -> None:
-    """The trailers have all receipts or, if these would not fit, none."""
+@pytest.mark.parametrize(
+    ("count", "path", "translated"), [(RECEIPTS_MAX, 0, RECEIPTS_MAX), (RECEIPTS_MAX + 1, 0, 0), (4, 16, 4), (8, 16, 0)]
+)
+async def test_trailers_stay_small(count: int, path: int, translated: int) -> None:
+    """The trailers have all receipts or, if these would not fit, none; a path of a signed head may be long."""
     wire, made, stamp = answer(count)
     response = generation_pb2.GenerateResponse(stamp=stamp, results=[completed(7 + index) for index in range(count)])
+    for result in response.results:
+        result.receipt.path.extend([bytes(32)] * path)
     await made.write_response(response.SerializeToString())
 
     assert len(wire.receipts()) == translated
