@@ -51,7 +51,7 @@ def report_failure(program: str, why: str, exit_code: int, *, form: str = "") ->
         record = logging.getLogger(program).makeRecord(program, logging.CRITICAL, "", 0, why, (), None, extra=extra)
         line = JsonFormatter().format(record)
     else:
-        line = f"{program}: {_one_line(why)}"
+        line = f"{program}: {one_line(why)}"
     print(line, file=sys.stderr, flush=True)  # noqa: T201  # logging may not be set up, or be set to say less
 
 
@@ -59,9 +59,9 @@ class HumanFormatter(logging.Formatter):
     """Time, level, logger, message, then key=value. Tracebacks follow on lines that begin with a bar."""
 
     def format(self, record: logging.LogRecord) -> str:
-        head = f"{_time(record)} {record.levelname} {record.name} {_one_line(record.getMessage())}"
+        head = f"{_time(record)} {record.levelname} {record.name} {one_line(record.getMessage())}"
         line = " ".join([head, *(f"{key}={_human(value)}" for key, value in fields(record).items())])
-        return "\n".join([line, *(f"  | {_one_line(row)}" for row in self.traceback(record).splitlines())])
+        return "\n".join([line, *(f"  | {one_line(row)}" for row in self.traceback(record).splitlines())])
 
     def traceback(self, record: logging.LogRecord) -> str:
         parts = [self.formatException(record.exc_info)] if record.exc_info else []
@@ -101,7 +101,7 @@ def _human(value: object) -> str:
     if isinstance(value, bytes):
         return value.hex()
     text = str(value)
-    return text if _BARE.fullmatch(text) else _one_line(json.dumps(text, ensure_ascii=False))
+    return text if _BARE.fullmatch(text) else one_line(json.dumps(text, ensure_ascii=False))
 
 
 def _plain(key: str, value: object) -> object:
@@ -123,6 +123,6 @@ def _plain(key: str, value: object) -> object:
             return str(value)
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     r"""The text, with everything escaped that could end a line, move a cursor or fail to encode, as in \n."""
     return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)

@@ -43,6 +43,7 @@ from serving.auth import NONE, Context, Credentials
 from serving.handlers import Guard, Unwritten
 from serving.hop import PEER_SUFFIX
 from serving.intake import Bounds, connections_allowed
+from serving.logs import one_line
 from serving.program import BAD_CONFIGURATION, StartupError
 from serving.settings import lookup
 
@@ -411,7 +412,7 @@ def probe(settings: type, program: str, argv: Sequence[str], environ: Mapping[st
     if not 0 < given.timeout_seconds <= 3600:
         parser.error("--timeout-seconds: is not above 0 and at most 3600")
     healthy, answer = ask(address, given.service, given.timeout_seconds)
-    print(f"{answer}: {given.service or program} at {address}")  # noqa: T201  # this is its answer
+    print(one_line(f"{answer}: {given.service or program} at {address}"))  # noqa: T201  # this is its answer
     return 0 if healthy else 1
 
 

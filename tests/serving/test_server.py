@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -492,3 +493,44 @@ async def test_both_programs_have_it(program: str) -> None:
 
     assert (process.returncode, errors) == (1, b"")
     assert out.startswith(b"UNAVAILABLE")
+
+
+HEALTH, REFLECTION = "/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+NO_MESSAGES = [b"\xff" * 5, b"\x0a\xff", b"\x0a\x02\xff\xff", b"\x08", b"\x0a\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01"]
+"""Neither of health nor of reflection."""
+
+
+async def test_bytes_to_standard_services_that_are_no_message(caplog: pytest.LogCaptureFixture) -> None:
+    """Health, also on the port for probes, and reflection answer them with INVALID_ARGUMENT, and log nothing; nor do names that
+    no service has."""
+    server = made("127.0.0.1:0", health_address="127.0.0.1:0")
+    await server.start()
+    targets = server.addresses[0], server.health_address
+    try:
+        async with grpc.aio.insecure_channel(targets[0]) as door, grpc.aio.insecure_channel(targets[1]) as probes:
+            for data in NO_MESSAGES:
+                codes = {await _code(door, REFLECTION, data)}
+                for name in ("Check", "Watch"):
+                    codes |= {await _code(channel, f"{HEALTH}{name}", data) for channel in (door, probes)}
+                assert codes == {grpc.StatusCode.INVALID_ARGUMENT}, data
+            assert await _code(door, f"{HEALTH}List", b"\xff") is grpc.StatusCode.INVALID_ARGUMENT
+            for data in (b"\x0a\x01\x00", b"\x22\x03a\x00b", b"\x1a\x02..", b"\x2a\x02\x0a\x00", b"\x32\x01\x1b"):
+                assert await _code(door, REFLECTION, data) is grpc.StatusCode.OK, data
+            assert await _code(door, f"{HEALTH}Check", b"\x0a\x01\x00") is grpc.StatusCode.NOT_FOUND
+    finally:
+        await server.stop(grace=0)
+
+    assert caplog.records == []
+
+
+async def _code(channel: Any, path: str, data: bytes) -> grpc.StatusCode:
+    """Of a call with this message."""
+    if path == REFLECTION:
+        call = channel.stream_stream(path)(iter([data]))
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            async for _ in call:  # the code comes after the answers
+                pass
+    else:
+        call = (channel.unary_stream if path.endswith("Watch") else channel.unary_unary)(path)(data)
+    code: grpc.StatusCode = await call.code()
+    return code

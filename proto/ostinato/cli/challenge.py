@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from ostinato import chain
 from ostinato.cli import show
 from ostinato.cli.replay import RESPONSE_BYTES
-from ostinato.cli.session import FAILED, UNJUDGED, Session, usage
+from ostinato.cli.session import FAILED, UNJUDGED, Session, usage, wrong
 from ostinato.cli.verify import content_of, json_values
 from ostinato.digest import tagged_digest, text, u64
 from ostinato.replay import CONCURRENCY, Elsewhere, bounded_gather
@@ -109,7 +109,7 @@ class Records:
                 else:
                     self.without_input += record.result.HasField("output")
         except (ValueError, DecodeError, RecursionError, json_format.ParseError) as error:
-            raise typer.BadParameter(f"{place}: {error}") from None
+            raise wrong(f"{place}: {error}") from None
 
     def _records(self, given: Any) -> Iterator[sequencer_pb2.ItemRecord]:
         if isinstance(given, list):

@@ -20,7 +20,7 @@ from google.protobuf import json_format
 from ostinato import errors, requests
 from ostinato.cli import show
 from ostinato.cli.generate import SAMPLING, Screen, sampling_of, text_or_file
-from ostinato.cli.session import Session, usage
+from ostinato.cli.session import Session, usage, wrong
 from ostinato.client import Client
 from ostinato.compare import first_difference
 from ostinato.v1 import generation_pb2, types_pb2
@@ -98,7 +98,7 @@ def chat(
         conversation.turns = _read(history)
     if system is not None:
         if conversation.turns:
-            raise typer.BadParameter(f"--system: {history} has a conversation already")
+            raise wrong(f"--system: {history} has a conversation already")
         conversation.turns = [Turn({"role": "system", "content": system})]
     with asyncio.Runner() as runner:
         client = runner.run(_open(session))
@@ -250,9 +250,9 @@ def _read(path: Path) -> list[Turn]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise typer.BadParameter(f"--history: {path}: {error.strerror}") from None
+        raise wrong(f"--history: {path}: {error.strerror}") from None
     if len(data) > HISTORY_BYTES_MAX:
-        raise typer.BadParameter(f"--history: {path}: is larger than {HISTORY_BYTES_MAX} bytes")
+        raise wrong(f"--history: {path}: is larger than {HISTORY_BYTES_MAX} bytes")
     turns = []
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():

@@ -24,7 +24,7 @@ import typer
 
 from ostinato import digest, errors, requests
 from ostinato.cli import show
-from ostinato.cli.session import STDIN, Key, Session, usage
+from ostinato.cli.session import STDIN, Key, Session, usage, wrong
 from ostinato.client import DEFAULT_RESPONSE_BYTES, Client
 from ostinato.v1 import generation_pb2, types_pb2
 
@@ -152,7 +152,7 @@ def generate(
         raise typer.BadParameter(NO_PROMPT)
     if stream:
         if len(listed) > 1:
-            raise typer.BadParameter(f"--stream: shows one prompt, not {len(listed)}")
+            raise wrong(f"--stream: shows one prompt, not {len(listed)}")
         common.items[0].CopyFrom(listed[0].item)
         return _stream(session, common, max_response_bytes)
     return _print_table(session, listed, options)
@@ -163,7 +163,7 @@ def sampling_of(given: Mapping[str, Any]) -> requests.Sampling:
     made: dict[str, Any] = {name: value or None if isinstance(value, list) else value for name, value in given.items()}
     formats = {name: value for name in FORMATS if (value := made.pop(name)) is not None}
     if len(formats) > 1:
-        raise typer.BadParameter(f"{', '.join(map(_option, formats))}: give one of them")
+        raise wrong(f"{', '.join(map(_option, formats))}: give one of them")
     for name, value in formats.items():
         made["response_format"] = {name: value if name == "regex" else text_or_file(_option(name), value)}
     return cast(requests.Sampling, made)
@@ -180,7 +180,7 @@ def text_or_file(option: str, given: str) -> str:
     try:
         return Path(given[1:]).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"{option}: {error}") from None
+        raise wrong(f"{option}: {error}") from None
 
 
 async def _print_table(session: Session, prompts: Sequence[Prompt], options: GenerateOptions) -> bool:
@@ -293,13 +293,13 @@ def _lines(path: Path | str) -> Iterator[tuple[str, str]]:
                 line = line if number > 1 else line.removeprefix(codecs.BOM_UTF8)
                 place = f"{'stdin' if stdin else path}:{number}"
                 if len(line) > LINE_BYTES_MAX:
-                    raise typer.BadParameter(f"{place}: longer than {LINE_BYTES_MAX} bytes")
+                    raise wrong(f"{place}: longer than {LINE_BYTES_MAX} bytes")
                 if line.strip():
                     with usage(place):
                         text = line.removesuffix(b"\n").removesuffix(b"\r").decode()
                     yield place, text
     except OSError as error:
-        raise typer.BadParameter(f"{path}: {error.strerror}") from None
+        raise wrong(f"{path}: {error.strerror}") from None
 
 
 def _item(given: object) -> types_pb2.Item:
@@ -626,15 +626,15 @@ class OutputFile:
         self._path, self._lines = path, 0
         try:
             if path.exists() and not path.is_file():
-                raise typer.BadParameter(f"--output: {path} is not a file: it is read, to continue it")
+                raise wrong(f"--output: {path} is not a file: it is read, to continue it")
             self._file = path.open("r+b" if path.exists() else "x+b")
         except OSError as error:
-            raise typer.BadParameter(f"--output: {path}: {error.strerror}") from None
+            raise wrong(f"--output: {path}: {error.strerror}") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
-            raise typer.BadParameter(f"--output: another run writes to {path}") from None
+            raise wrong(f"--output: another run writes to {path}") from None
 
     def close(self) -> None:
         with suppress(OSError):  # a full disk, which has been reported
@@ -672,7 +672,7 @@ class OutputFile:
     def expect_end(self) -> None:
         """Raises BadParameter if the file has more lines than there are prompts."""
         if self._file.read(1):
-            raise typer.BadParameter(f"--output: {self._path} has more than the {self._lines} results of these prompts")
+            raise wrong(f"--output: {self._path} has more than the {self._lines} results of these prompts")
 
     def _parse(self, line: bytes, batch: Batch, prompt: Prompt) -> dict[str, Any]:
         try:
@@ -684,7 +684,7 @@ class OutputFile:
         raise self._mismatch(prompt)
 
     def _mismatch(self, prompt: Prompt) -> typer.BadParameter:
-        return typer.BadParameter(
+        return wrong(
             f"--output: what {self._path} has for {prompt.place} is of another prompt, parameter, --key, --batch or model's"
             " limit; or it is another kind of file"
         )

@@ -11,7 +11,7 @@ import typer
 
 from ostinato import install_hint
 from ostinato.cli import show
-from ostinato.cli.session import Session
+from ostinato.cli.session import Session, wrong
 from ostinato.v1.sequencer_pb2 import Rate, ReportResponse, Stratum
 
 COLUMNS = (
@@ -40,7 +40,7 @@ async def report(session: Session, html: Html = None, confidence: Confidence = 0
         try:
             html.write_text(page(found), "utf-8")
         except OSError as error:
-            raise typer.BadParameter(f"--html: {error}") from None
+            raise wrong(f"--html: {error}") from None
     if session.json:
         show.as_json(found)
     else:
@@ -53,7 +53,7 @@ def _require_matplotlib() -> None:
     try:
         import ostinato.cli.charts  # noqa: F401
     except ModuleNotFoundError as error:
-        raise typer.BadParameter(f"--html: {error.name} is missing: {install_hint('report')}") from None
+        raise wrong(f"--html: {error.name} is missing: {install_hint('report')}") from None
 
 
 def _print(found: ReportResponse) -> None:

@@ -188,15 +188,20 @@ def _discard_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def wrong(text: str) -> typer.BadParameter:
+    """Wrong usage. The text may have names of fields and files in it."""
+    return typer.BadParameter(show.visible(text))
+
+
 @contextmanager
 def usage(where: str = "") -> Generator[None, None, None]:
     """Reports a TypeError or ValueError as wrong usage. Only around code that builds a request."""
     try:
         yield
     except RecursionError:
-        raise typer.BadParameter(f"{where}: is nested too deeply" if where else "is nested too deeply") from None
+        raise wrong(f"{where}: is nested too deeply" if where else "is nested too deeply") from None
     except (TypeError, ValueError) as error:
-        raise typer.BadParameter(f"{where}: {error}" if where else str(error)) from None
+        raise wrong(f"{where}: {error}" if where else str(error)) from None
 
 
 def _token(file: Path | None) -> str | None:
@@ -235,7 +240,7 @@ def span(text: str) -> generation_pb2.SequenceRange:
     """`A..B`, both included, or `A` alone."""
     found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text, re.ASCII)
     if found is None:
-        raise typer.BadParameter(f"{text}: must be a sequence or a range of sequences, such as 3..17")
+        raise wrong(f"{text}: must be a sequence or a range of sequences, such as 3..17")
     first, last = found.groups()
     with usage(text):
         return requests.span(int(first), None if last is None else int(last))

@@ -31,12 +31,17 @@ RESULT_COLUMNS = ("sequence", "seed", "grade", "finish", "digest", "tokens", "ms
 
 def line(text: str) -> None:
     """Prints to stdout and flushes: the reader of a pipe waits for lines."""
-    print(text, flush=True)
+    print(_safe(text), flush=True)
 
 
 def note(text: str) -> None:
     """Prints to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(_safe(text), file=sys.stderr, flush=True)
+
+
+def _safe(text: str) -> str:
+    """The text, in its lines, without characters that control a terminal: names of fields and files may have some, too."""
+    return text if text.isprintable() else "\n".join("\t".join(map(visible, row.split("\t"))) for row in text.split("\n"))
 
 
 def as_dict(message: Message) -> dict[str, Any]:
@@ -66,9 +71,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         _aligned([columns, *listed])
         return
     console = Console()
-    made = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(*map(_safe, columns), box=box.SIMPLE_HEAD, pad_edge=False)
     for row in listed:
-        made.add_row(*map(Text, row))
+        made.add_row(*map(Text, map(_safe, row)))
     # Measured at an unbounded width: at the console's width rich may already report that it breaks words.
     if console.measure(made, options=console.options.update(max_width=UNBOUNDED_COLUMNS)).minimum <= console.width:
         console.print(made)
@@ -85,7 +90,7 @@ def _is_terminal() -> bool:
 
 def card(pairs: Iterable[tuple[str, object]]) -> None:
     """Prints names and values, one pair per line."""
-    _aligned([(name, visible(str(value))) for name, value in pairs])
+    _aligned([(visible(name), visible(str(value))) for name, value in pairs])
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> None:

@@ -29,7 +29,7 @@ from google.protobuf.message import DecodeError
 
 from ostinato import chain
 from ostinato.cli import show
-from ostinato.cli.session import FAILED, STDIN, UNJUDGED, Session
+from ostinato.cli.session import FAILED, STDIN, UNJUDGED, Session, wrong
 from ostinato.signature import PublicKeys, head_fault, inclusion_fault, opened
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
@@ -96,9 +96,9 @@ def public_keys(paths: Iterable[Path]) -> PublicKeys:
         try:
             keys.add(path.read_bytes())
         except OSError as error:
-            raise typer.BadParameter(f"--key: {path}: {error.strerror}") from None
+            raise wrong(f"--key: {path}: {error.strerror}") from None
         except (ValueError, ImportError) as error:
-            raise typer.BadParameter(f"--key: {path}: {error}") from None
+            raise wrong(f"--key: {path}: {error}") from None
     return keys
 
 
@@ -109,7 +109,7 @@ def content_of(path: Path) -> tuple[str, bytes]:
     try:
         return str(path), path.read_bytes()
     except OSError as error:
-        raise typer.BadParameter(f"{path}: {error.strerror}") from None
+        raise wrong(f"{path}: {error.strerror}") from None
 
 
 def _fetched(witness: str) -> tuple[str, bytes]:
@@ -121,7 +121,7 @@ def _fetched(witness: str) -> tuple[str, bytes]:
             return witness, response.read(WITNESS_BYTES_MAX)
     except (OSError, ValueError) as error:
         why = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise typer.BadParameter(f"--witness: {witness}: {why}") from None
+        raise wrong(f"--witness: {witness}: {why}") from None
 
 
 def _lines(name: str, content: bytes) -> Iterator[tuple[str, bytes]]:
