@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import grpc
@@ -58,3 +59,63 @@ async def test_a_flood_waits_in_its_own_queue() -> None:
     assert answer.stamp.first_sequence == 3
     assert sorted(each.stamp.first_sequence for each in (answer, *answers)) == list(range(1, len(answers) + 2))
     assert [result.WhichOneof("outcome") for each in answers[1:] for result in each.results] == ["output"] * 20
+
+
+async def test_a_batch_that_hangs_does_not_hold_up_another_tenant() -> None:
+    """While a batch of 64 items, none of which ends, has all of the engine that its tenant may hold, another tenant's items are
+    answered; the batch ends when it is cancelled, and the rest of its numbers with it."""
+    script = json.dumps({"runs": 4, "rules": [{"do": "hang", "sequences": list(range(1, 65))}]})
+    with Pair(service=["--script", script], sidecar=["--trust-tenant-metadata"]) as pair:
+        pair.start()
+        async with grpc.aio.insecure_channel(pair.target) as channel:
+            flood = asyncio.create_task(asked(channel, "flood", 64))
+            await eventually(lambda: pair.metrics()["ostinato_inflight_items"] == 3, "it holds its share")
+            answers = [await asked(channel, "other", 1) for _ in range(5)]
+            inflight = pair.metrics()["ostinato_inflight_items"]
+            stub: generation_pb2_grpc.GenerationAsyncStub = generation_pb2_grpc.GenerationStub(channel)
+            await stub.Cancel(span(1, 64), metadata=[(TENANT_METADATA, "flood")])
+            batch = await flood
+
+    assert [answer.stamp.first_sequence for answer in answers] == list(range(65, 70))
+    assert [answer.results[0].WhichOneof("outcome") for answer in answers] == ["output"] * 5
+    assert inflight == 3
+    assert (batch.stamp.first_sequence, batch.stamp.count) == (1, 64)
+
+
+async def test_a_tenant_that_has_filled_its_part_of_the_journal_is_refused_alone() -> None:
+    """At its bound a tenant is refused with the setting's name, also after a restart, and gets a key's recorded answer; another
+    tenant is served."""
+    with Pair(sidecar=["--trust-tenant-metadata", "--tenant-journal-bytes-max", "20000"]) as pair:
+        pair.start_service()
+        sidecar = pair.start_sidecar()
+        async with grpc.aio.insecure_channel(pair.target) as channel:
+            sidecar.wait_for("engine connected")
+            first = await asked(channel, "flood", 1, key="first")
+            await asked(channel, "flood", 64)
+            told = [await refusal(channel)]
+            sidecar.stop()
+            pair.start_sidecar().wait_for("engine connected")
+            told.append(await refusal(channel))
+            again = await asked(channel, "flood", 1, key="first")
+            other = await asked(channel, "other", 1)
+
+    assert [(type(error), error.details) for error in told] == [
+        (errors.JournalFull, {"setting": "tenant_journal_bytes_max"})
+    ] * 2
+    assert again == first
+    assert other.results[0].HasField("output")
+
+
+async def refusal(channel: grpc.aio.Channel) -> errors.OstinatoError:
+    """Of a request of the tenant that floods."""
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await asked(channel, "flood", 1)
+    return errors.from_rpc_error(refused.value)
+
+
+async def asked(channel: grpc.aio.Channel, tenant: str, items: int, key: str = "") -> generation_pb2.GenerateResponse:
+    """The answer to a batch of this tenant. Raises AioRpcError."""
+    stub: generation_pb2_grpc.GenerationAsyncStub = generation_pb2_grpc.GenerationStub(channel)
+    request = generation_pb2.GenerateRequest(items=[types_pb2.Item(text="x")] * items, idempotency_key=key)
+    request.parameters.max_new_tokens = 8
+    return await stub.Generate(request, metadata=[(TENANT_METADATA, tenant)], wait_for_ready=True)
