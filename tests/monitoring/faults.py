@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import json
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from ostinato import errors
 from ostinato.client import Client
 from ostinato.signature import SignedTree, Signer, new_key, signer_of
 from ostinato.v1 import engine_pb2, engine_pb2_grpc
+from serving.hop import PEER_SUFFIX, ServiceEnd
+from serving.server import Unix
 
 from tests.certificates import Authority
 from tests.monitoring.load import SERVICE, SIDECAR, Caller, calling, connected, port
@@ -224,20 +227,33 @@ class _WrongService(engine_pb2_grpc.EngineServicer):
     Tokenize: Any = None
     GetTokenizer: Any = None
 
-    def Execute(self, requests: Any, context: Any) -> Iterator[engine_pb2.ExecuteResponse]:
+    async def Execute(self, requests: Any, context: Any) -> AsyncIterator[engine_pb2.ExecuteResponse]:
         yield engine_pb2.ExecuteResponse()
 
 
 @contextlib.contextmanager
 def _wrong_service(address: str) -> Iterator[None]:
-    server = grpc.server(ThreadPoolExecutor(2))
-    engine_pb2_grpc.add_EngineServicer_to_server(_WrongService(), server)
-    server.add_insecure_port(address)
-    server.start()
-    try:
-        yield
-    finally:
-        server.stop(0).wait()
+    async def serve(started: threading.Event, over: threading.Event) -> None:
+        server, hop = grpc.aio.server(), ServiceEnd()
+        engine_pb2_grpc.add_HopServicer_to_server(hop, server)
+        engine_pb2_grpc.add_EngineServicer_to_server(_WrongService(), server)
+        server.add_insecure_port(address)
+        await hop.hand_out(Unix("--listen", Path(address.removeprefix("unix:") + PEER_SUFFIX)).listening())
+        await server.start()
+        started.set()
+        await asyncio.to_thread(over.wait)
+        hop.close()
+        await server.stop(0)
+
+    started, over = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(1) as apart:
+        serving = apart.submit(asyncio.run, serve(started, over))
+        try:
+            assert started.wait(LATE)
+            yield
+        finally:
+            over.set()
+            serving.result()
 
 
 def _slow_disk(folder: Path) -> Path:

@@ -101,16 +101,19 @@ def test_a_divergence_is_told(ostinato: Terminal, elsewhere: tuple[Fake, str]) -
 
 
 def test_an_altered_record_is_told_and_not_run(ostinato: Terminal, elsewhere: tuple[Fake, str]) -> None:
-    """A record whose output or input is not that of its receipt is not consistent, with exit code 1, and is not run."""
+    """A record that has no receipt, or another output or input, is not consistent, with exit code 1, and is not
+    run. What a receipt does not cover has no effect."""
     other, target = elsewhere
     ostinato.fake.records[1].result.output.token_ids[0] ^= 1
     ostinato.fake.records[2].input.token_ids[0] ^= 1
+    ostinato.fake.records[3].result.ClearField("receipt")
+    ostinato.fake.records[4].outcome.fingerprint_digest = bytes(32)
     result = ostinato("challenge", "-", "--against", target, stdin=records(ostinato))
 
     assert result.exit_code == 1
-    assert result.stdout.splitlines()[-1].startswith(COUNTS.format(4, 0, 0, 0, 2))
+    assert result.stdout.splitlines()[-1].startswith(COUNTS.format(3, 0, 0, 0, 3))
     assert "sequence 1: not consistent" in result.stdout
-    assert other.count("Generate") == 4
+    assert other.count("Generate") == 3
 
 
 def test_another_engine_is_incomparable(ostinato: Terminal, elsewhere: tuple[Fake, str]) -> None:

@@ -105,6 +105,7 @@ class Records:
                 raise ValueError(str(value))
             for record in self._records(value):
                 if record.HasField("input") and record.result.HasField("output"):
+                    record.outcome.CopyFrom(record.result.receipt.header)  # what a receipt does not cover is not relied on
                     self.records[record.admitted.log_id, record.admitted.sequence] = record
                 else:
                     self.without_input += record.result.HasField("output")
@@ -148,7 +149,7 @@ class Records:
 
 async def _runs(elsewhere: Elsewhere, chosen: Sequence[sequencer_pb2.ItemRecord]) -> AsyncIterator[Coroutine[Any, Any, Run]]:
     async def run(record: sequencer_pb2.ItemRecord) -> Run:
-        if chain.check_record(record):
+        if _faults(record):
             return record, types_pb2.Comparison(), None
         label = f"challenge {record.admitted.log_id[:8]}/{record.admitted.sequence}"
         return (record, *await elsewhere.compared(record, label))
@@ -157,8 +158,12 @@ async def _runs(elsewhere: Elsewhere, chosen: Sequence[sequencer_pb2.ItemRecord]
         yield run(record)
 
 
+def _faults(record: sequencer_pb2.ItemRecord) -> list[str]:
+    return chain.check_record(record) if record.result.HasField("receipt") else ["receipt: missing"]
+
+
 def _verdict(record: sequencer_pb2.ItemRecord, comparison: types_pb2.Comparison) -> str:
-    if chain.check_record(record):
+    if _faults(record):
         return NOT_CONSISTENT
     return NOT_COMPARED if comparison.HasField("status") else show.word(comparison, "verdict")
 
@@ -176,7 +181,7 @@ def _show(
         show.as_json(told | ({"recomputed": show.as_dict(result)} if result is not None else {}))
         return
     expected, actual = show.short(comparison.expected_output_digest), show.short(comparison.actual_output_digest)
-    why = ", ".join(chain.check_record(record)) or comparison.status.message or ", ".join(comparison.drift)
+    why = ", ".join(_faults(record)) or comparison.status.message or ", ".join(comparison.drift)
     there = f"sequence {result.sequence} of log {result.receipt.header.log_id}" if result is not None else "-"
     line = f"sequence {record.admitted.sequence}: {verdict}; output {expected}, there {actual or '-'}, {there}"
     show.line(show.visible(f"{line}{f'; {why}' if why else ''}"))

@@ -199,17 +199,19 @@ class Checks:
             self._fault(name, CONSISTENT, [f"the other {len(wrong) - 1} lines are not JSON either"])
 
     def read_witness(self, name: str, content: bytes) -> None:
-        """What a witness holds, before the files that are compared with it. What is not such a head is passed over."""
-        self._has_witness = True
+        """What a witness holds, before the files that are compared with it. What is no valid head is passed over."""
+        self._has_witness, passed_over = True, 0
         for place, value in json_values(name, content):
             for each in value if isinstance(value, list) else [value]:
                 head = _witnessed_head(each) if isinstance(each, dict) else None
                 if head is None or head_fault(head) or (len(self._keys) and self._judge(head) is not None):
-                    show.note(f"{show.visible(place)}: passed over: not a head of the log, or not signed with a given key")
+                    passed_over += head is not None
                     continue
                 self._claim(head.log_id, head.last_index, head.entry_hash, place, witness=True)
                 for what in (SIGNED, WITNESSED) if len(self._keys) else (WITNESSED,):
                     self._heads[what][head.log_id, head.last_index] = head.entry_hash
+        if passed_over:
+            show.note(f"passed over: {passed_over} heads of the witness, which no given key has signed")
 
     def take(self, place: str, given: Any) -> None:
         """One JSON value: a message that contains proofs, or a list of messages."""
