@@ -24,8 +24,8 @@ from serving.settings import lookup
 
 from sidecar.config import Settings, is_shared, journal_fault, mark_of
 from sidecar.journal import maintenance
-from sidecar.journal.diagnosis import RESTORE
-from sidecar.journal.maintenance import verify as verified
+from sidecar.journal.diagnosis import REBUILD, RESTORE
+from sidecar.journal.maintenance import verify_all
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalBroken, JournalUnusable, Loss
 from sidecar.journal.sqlite import copied
@@ -91,17 +91,29 @@ def main(argv: Sequence[str]) -> None:
 
 @app.command()
 def verify(journal: Journal = JOURNAL, config: Config = None) -> None:
-    """Check every link, every invariant, and every payload that is kept. The first bad entry ends it, with exit code 1."""
-    with closing(open_for_maintenance(journal)) as store, _progress(store) as came_to:
+    """Check every link, every invariant, every payload that is kept, and the tables beside the entries. The first bad entry
+    ends it, with exit code 1."""
+    with closing(open_for_maintenance(journal)) as store, _progress(store) as came_to, closing(verify_all(store)) as pages:
         index = 0
-        for checked in verified(lambda index, limit: store.entries(index, limit, payloads=True)):
+        for checked in pages:
             if checked.faults:
                 others = f" (and {len(checked.faults) - 1} more, some because of it)" if len(checked.faults) > 1 else ""
-                raise JournalUnusable(f"{store.name} is damaged: {checked.faults[0]}{others}: {RESTORE}")
+                remedy = REBUILD if checked.tables else RESTORE
+                raise JournalUnusable(f"{store.name} is damaged: {checked.faults[0]}{others}: {remedy}")
             came_to(index := checked.index)
         if fault := store.structure():
             raise JournalUnusable(f"{store.name} is damaged: {fault}: {RESTORE}")
     note(f"{index} entries are sound")
+
+
+@app.command()
+def rebuild(journal: Journal = JOURNAL, config: Config = None) -> None:
+    """Make the tables of items and keys, and the row of the log, again from the entries, which have to be sound. A copy of the
+    file is kept."""
+    with closing(open_for_maintenance(journal)) as store:
+        kept = store.keep_copy()
+        maintenance.rebuild(store)
+    note("the tables are made again" + (f"; a copy of what was there is {visible(str(kept))}" if kept is not None else ""))
 
 
 @app.command()

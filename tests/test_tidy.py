@@ -55,6 +55,7 @@ BESIDE_THE_SPINE = {
     "sidecar.config": "settings",
     "sidecar.fingerprints": "a cache of fingerprints by digest",
     "sidecar.held": "bounds of the bytes that wait for readers",
+    "sidecar.journal.derived": "the tables beside the entries, made again to be compared",
     "sidecar.journal.diagnosis": "what is wrong with a damaged file",
     "sidecar.observe": "metrics, spans and log lines",
     "sidecar.quota": "bytes of the journal by tenant",

@@ -2,7 +2,8 @@
 
 Read in this order: `model` (drafts, entries, errors), `ledger` (turns drafts into chained entries; pure), `writer` (the group
 commit: what the rest of the sidecar calls), `store` (what the writer needs of a database), `sqlite` (a file for one sidecar),
-`postgres` (a log that several sidecars share). `mark` finds a journal that lost its end.
+`postgres` (a log that several sidecars share). `mark` finds a journal that lost its end, and `derived` tables that are not what
+the entries say.
 
 For the operator: `maintenance` (verify, prune, redact), `transfer` (export, import, salvage), `diagnosis` (why a file cannot
 be used).

@@ -11,6 +11,8 @@ from serving import files
 
 RESTORE = "restore a copy that verifies, see docs/operations.md, A file that is damaged, or out of reach"
 
+REBUILD = "the entries are sound: python -m sidecar rebuild makes the tables from them again"
+
 SIDE_FILES = ("-wal", "-shm", "-journal")
 """Endings of the files that SQLite reads beside a journal."""
 

@@ -164,10 +164,12 @@ class Ledger:
         self._tree.sign(self.head.log_id, first, hashes, self._signer)
         return self._tree.head
 
-    def open(self, version: str) -> Sealed:
-        """Record that the head's writer has begun the head's epoch."""
-        header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_OPENED, form=FORM)
-        return self._seal(header, sequencer_pb2.OpenedPayload(version=version, signing_key_id=self._key_id))
+    def open(self, version: str, settings: sequencer_pb2.OpenedPayload | None = None) -> Sealed:
+        """Record that the head's writer has begun the head's epoch, and with which settings."""
+        payload = sequencer_pb2.OpenedPayload(version=version, signing_key_id=self._key_id)
+        if settings is not None:
+            payload.MergeFrom(settings)
+        return self._seal(types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_OPENED, form=FORM), payload)
 
     def fence(self, writer: str, epoch: int, version: str) -> Sealed:
         """Record that the head's writer has begun an epoch of another writer, whose items it takes over."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 from ostinato.chain import OUTCOMES, PAYLOADS, check_link, check_nonce, sealed_input, sealed_output
 from ostinato.v1 import sequencer_pb2, types_pb2
 
+from sidecar.journal.derived import rebuilding
 from sidecar.journal.diagnosis import RESTORE
 from sidecar.journal.model import JournalUnusable, Sealed
 from sidecar.journal.store import PAGE, SqlStore
@@ -25,18 +26,45 @@ class Checked:
     index: int
     """Of the last entry that was checked."""
     faults: tuple[str, ...]
-    """Each begins with the entry's index and kind, `entry 7, ADMITTED:`."""
+    """Each begins with the entry's index and kind, `entry 7, ADMITTED:`, or with the table."""
+    tables: bool = False
+    """Whether they are of the tables, and every entry is sound."""
 
 
-def verify(read: Callable[[int, int], Sequence[Sealed]]) -> Iterator[Checked]:
-    """Check all entries, page by page. `read` takes an index and a limit and returns the entries from there, if any."""
-    checker, index = Checker(), 0
+def verify(
+    read: Callable[[int, int], Sequence[Sealed]], on_page: Callable[[Sequence[Sealed]], None] = lambda page: None
+) -> Iterator[Checked]:
+    """Check all entries, page by page. `read` takes an index and a limit and returns the entries from there, if any. `on_page`
+    is given each page up to the first fault."""
+    checker, index, sound = Checker(), 0, True
     while page := read(index + 1, PAGE):
         faults = [f"{name_of(sealed.header)}: {fault}" for sealed in page for fault in checker.check(sealed)]
         index = max(index + len(page), page[-1].header.index)  # an index may be what is damaged
+        if sound := sound and not faults:
+            on_page(page)
         yield Checked(index, tuple(faults))
     if checker.missing:
         yield Checked(index, tuple(f"entry {entry}, ADMITTED: {MISSING}" for entry in checker.missing.values()))
+
+
+def verify_all(store: SqlStore) -> Generator[Checked]:
+    """Check all entries, and then, if they are sound, the tables beside them. To be closed."""
+    with store.snapshot() as tables:
+        log, sound = tables.log(), True
+        with rebuilding(tables) as rebuilt:
+            for checked in verify(lambda index, limit: tables.entries(index, limit, payloads=True), rebuilt.add):
+                sound = sound and not checked.faults
+                yield checked
+            if sound and log is not None and (found := tuple(rebuilt.faults(log, whole=True))):
+                yield Checked(log.index, found, tables=True)
+
+
+def rebuild(store: SqlStore) -> None:
+    """Make the tables beside the entries again. Raises JournalUnusable, and changes nothing, if an entry is not sound."""
+    with store.changing() as tables, rebuilding(tables) as rebuilt:
+        for page in pages(store, payloads=True):
+            rebuilt.add(page)
+        rebuilt.repair()
 
 
 def name_of(header: types_pb2.EntryHeader) -> str:
@@ -71,11 +99,13 @@ class Checker:
         previous = self._previous
         entry = sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload)
         self._previous = entry
+        faults = check_link(previous, entry)
         if sealed.header.kind == types_pb2.ENTRY_KIND_ADMITTED and not sealed.payload:
             self.missing[sealed.header.sequence] = sealed.header.index
         elif sealed.header.kind in OUTCOMES:
-            self.missing.pop(sealed.header.sequence, None)
-        faults = check_link(previous, entry)
+            kept = self.missing.pop(sealed.header.sequence, None) is None
+            if kept != bool(sealed.payload):
+                faults.append("payload: it and that of its item are kept or dropped together, and one is missing")
         if previous is not None and sealed.previous_hash != previous.entry_hash:
             faults.append("previous_hash: is not the hash of the entry before")
         for check in (self._check_epoch, self._check_sequence, self._check_batch):

@@ -24,8 +24,10 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from ostinato.chain import GENESIS, entry_hash
 from ostinato.errors import JournalFull, JournalUnavailable
-from ostinato.v1 import types_pb2
+from ostinato.v1 import sequencer_pb2, types_pb2
 
+from sidecar.journal.derived import recent_fault
+from sidecar.journal.diagnosis import REBUILD
 from sidecar.journal.ledger import Known, Ledger, Needs, needs
 from sidecar.journal.mark import check_mark
 from sidecar.journal.model import (
@@ -380,10 +382,21 @@ _TAKE = """WITH taken AS (UPDATE items SET owner = %s, attempt = attempt + 1
 _WRITE_HEAD = "UPDATE log SET last_index = %s, head_hash = %b, last_sequence = %s"
 _WRITE_ITEMS = """INSERT INTO items (sequence, admitted, owner)
   SELECT * FROM unnest(?::bigint[], ?::bigint[], ?::text[])"""
-# Each epoch of a writer begins its unfinished items anew. By the primary key: `items` has no index on `admitted`.
-_IMPORT_ATTEMPTS = """UPDATE items SET attempt = 1 + writers.epoch - r.epoch
-  FROM unnest(?::bigint[], ?::bigint[], ?::text[]) AS r (sequence, epoch, writer) JOIN writers ON name = r.writer
-  WHERE items.sequence = r.sequence AND writers.epoch > r.epoch"""
+_REOPEN = "UPDATE items SET owner = %s, attempt = attempt + 1 WHERE outcome IS NULL AND owner = %s"
+_REPAIR_LOG = """UPDATE log SET last_sequence = %s, last_index = entry_index, head_hash = entry_hash
+  FROM (SELECT entry_index, entry_hash FROM entries ORDER BY entry_index DESC LIMIT 1) AS newest"""
+_REPAIR_WRITER = """INSERT INTO writers VALUES (%s, %s, '-infinity', '')
+  ON CONFLICT (name) DO UPDATE SET epoch = greatest(writers.epoch, excluded.epoch)"""
+_SCHEMA = """SELECT quote_ident(nspname) FROM pg_class AS c JOIN pg_namespace AS n ON c.relnamespace = n.oid
+  WHERE c.oid = 'items'::regclass"""
+_SHADOWS = """
+CREATE TEMP TABLE items (LIKE items INCLUDING ALL);
+CREATE TEMP TABLE batches (
+  first_sequence bigint PRIMARY KEY, count bigint NOT NULL, unfinished bigint NOT NULL, request_digest bytea,
+  tenant bytea, key bytea, expires_millis bigint, bound integer NOT NULL DEFAULT 0, UNIQUE (key, tenant)
+);
+CREATE TEMP TABLE pruned (sequence bigint PRIMARY KEY);
+"""
 
 
 class _Session:
@@ -499,12 +512,32 @@ class PostgresTables(Tables):
     def _write_items(self, admitted: Sequence[types_pb2.EntryHeader]) -> None:
         self._session.each(_WRITE_ITEMS, [(header.sequence, header.index, header.writer) for header in admitted])
 
-    def import_entries(self, entries: Sequence[Sealed]) -> None:
-        super().import_entries(entries)
-        admitted = [entry.header for entry in entries if entry.header.kind == types_pb2.ENTRY_KIND_ADMITTED]
-        self._session.each(_IMPORT_ATTEMPTS, [(header.sequence, header.epoch, header.writer) for header in admitted])
+    item_columns = (*Tables.item_columns, "owner", "attempt")
+    items_differ = f"""{Tables.items_differ}
+      OR (made.outcome IS NULL AND (there.owner <> made.owner OR there.attempt <> made.attempt))"""
+
+    def repair_log(self, epochs: Mapping[str, int], last_sequence: int, lost_sequence: int) -> None:
+        self._db.execute(_REPAIR_LOG, (last_sequence,))
+        for each in epochs.items():
+            self._db.execute(_REPAIR_WRITER, each)
+
+    def reopen(self, opened: Sealed) -> None:
+        payload = sequencer_pb2.OpenedPayload.FromString(opened.payload)
+        self._db.execute(_REOPEN, (payload.taken_over_by or opened.header.writer, opened.header.writer))
+
+    @contextmanager
+    def shadowed(self) -> Iterator[str]:
+        schema = _one(self._db, _SCHEMA)
+        self._db.execute(_SHADOWS)
+        yield str(schema)
+        self._db.execute("DROP TABLE pg_temp.items, pg_temp.batches, pg_temp.pruned")
 
     # ---- between them
+
+    def log(self) -> Log | None:
+        row = self._db.execute(_LOG).fetchone()
+        writers: dict[str, int] = dict(self._db.execute("SELECT name, epoch FROM writers ORDER BY name").fetchall())
+        return None if row is None else Log(row[0], writers, *row[1:])
 
     def head(self, session: WriterSession) -> Head:
         return _head(self._db.execute(_LOG).fetchone(), session)
@@ -613,6 +646,7 @@ class PostgresStore(SqlStore):
             with database.connected() as db:
                 check(db)
                 migrate(db)
+                _check_tables(db)
                 return store._begin_epoch(PostgresTables(db), writer, new_log_id, new_secret, now_millis, mark)
 
         try:
@@ -704,7 +738,7 @@ class PostgresStore(SqlStore):
         if mark is not None:
             check_mark(mark, head, tables.entries(mark.index, 1, payloads=False))
         ledger = Ledger(head, Known(), now_millis, self._secret, self._settings.signer)
-        ledger.open(self._version)
+        ledger.open(self._version, self._settings.recorded)
         unfinished = tables.take(writer, [writer])
         tables.commit(ledger, self._settings, now_millis)
         self.head = ledger.head
@@ -783,12 +817,7 @@ class PostgresStore(SqlStore):
 
     def log(self) -> Log | None:
         with _unusable(), self._database.connected() as db:
-            row = db.execute(_LOG).fetchone()
-            writers = dict(db.execute("SELECT name, epoch FROM writers ORDER BY name").fetchall())
-        if row is None:
-            return None
-        log_id, index, entry_hash, last_sequence = row
-        return Log(log_id, writers, index, entry_hash, last_sequence)
+            return PostgresTables(db).log()
 
     def structure(self) -> str:
         return ""  # the server checks what it stores
@@ -803,11 +832,19 @@ class PostgresStore(SqlStore):
             PostgresTables(db).forget_twins(sequences)
 
     @contextmanager
-    def snapshot(self) -> Iterator[None]:
+    def snapshot(self) -> Iterator[Tables]:
         """As in `SqlStore`. JournalUnusable also if the connection is lost: later reads would be of another moment."""
         with _unusable(), self._database.pinned() as db:
-            db.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            yield
+            db.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+            yield PostgresTables(db)
+            db.execute("ROLLBACK")
+
+    @contextmanager
+    def changing(self) -> Iterator[Tables]:
+        with _unusable(), self._database.pinned() as db:
+            db.execute("BEGIN")
+            db.execute(_LOCK_LOG)
+            yield PostgresTables(db)
             db.execute("COMMIT")
 
     @contextmanager
@@ -822,6 +859,14 @@ class PostgresStore(SqlStore):
                 db.execute("INSERT INTO writers VALUES (%s, %s, '-infinity', '')", each)
             yield PostgresTables(db)
             db.execute("COMMIT")
+
+
+def _check_tables(db: Connection) -> None:
+    """Raises JournalUnusable for tables that are not what the newest entries say. Of one moment: other writers go on."""
+    db.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+    if (log := PostgresTables(db).log()) is not None and (fault := recent_fault(PostgresTables(db), log)):
+        raise JournalUnusable(f"its tables are damaged: {fault}: {REBUILD}")
+    db.execute("ROLLBACK")
 
 
 def _twice(once: Callable[[], T]) -> T:

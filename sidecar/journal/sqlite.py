@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +25,8 @@ from ostinato.errors import JournalFull
 from ostinato.v1 import types_pb2
 from serving import files
 
-from sidecar.journal.diagnosis import RESTORE, cut, damaged, full_fault, header_fault, lock_holder, place_fault
+from sidecar.journal.derived import CHECKED_ENTRIES, recent_fault
+from sidecar.journal.diagnosis import REBUILD, RESTORE, cut, damaged, full_fault, header_fault, lock_holder, place_fault
 from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, needs
 from sidecar.journal.mark import check_mark
 from sidecar.journal.model import (
@@ -49,8 +50,6 @@ CHECKPOINT_PAGES = 1_000
 """From here on the write-ahead log is copied into the file when no work waits."""
 CHECKPOINT_PAGES_MAX = 16_000
 """From here on, whatever waits."""
-CHECKED_ENTRIES = 4_096
-"""Of the newest entries the hashes are checked at every start: the journal goes on from them."""
 UNREADABLE = (apsw.Error, Damaged)
 """What any statement may raise."""
 
@@ -280,6 +279,15 @@ _BYTES_USED = """SELECT (page_count - freelist_count) * page_size
   FROM pragma_page_count, pragma_freelist_count, pragma_page_size"""
 
 
+_SHADOWS = """;
+CREATE TEMP TABLE batches (
+  first_sequence INTEGER PRIMARY KEY, count INTEGER NOT NULL, unfinished INTEGER NOT NULL, request_digest BLOB,
+  tenant TEXT, key TEXT, expires_millis INTEGER, bound INTEGER NOT NULL DEFAULT 0, UNIQUE (key, tenant)
+);
+CREATE TEMP TABLE pruned (sequence INTEGER PRIMARY KEY);
+"""
+
+
 class _Session:
     """Implements `store.Session`."""
 
@@ -385,14 +393,42 @@ class SqliteTables(Tables):
     def _write_items(self, admitted: Sequence[types_pb2.EntryHeader]) -> None:
         self._session.each(_WRITE_ITEMS, [(header.sequence, header.index) for header in admitted])
 
+    def log(self) -> Log | None:
+        owner, newest = self.owner(), self.newest()
+        if owner is None or newest is None:
+            return None
+        log_id, writer, epoch = owner
+        if newest.header.log_id != log_id:
+            raise Damaged(f"table journal names log {log_id!r}, and entry {newest.header.index} another")
+        return Log(log_id, {writer: epoch}, newest.header.index, newest.entry_hash, self.last_sequence())
+
+    def repair_log(self, epochs: Mapping[str, int], last_sequence: int, lost_sequence: int) -> None:
+        newest = self.newest()
+        assert newest is not None
+        self._db.execute("UPDATE journal SET log_id = ?, lost_sequence = ?", (newest.header.log_id, lost_sequence))
+        if len(epochs) == 1:
+            self._db.execute("UPDATE journal SET writer = ?, epoch = ?", next(iter(epochs.items())))
+        for owner in epochs.items():
+            self._db.execute("UPDATE journal SET epoch = ? WHERE writer = ?", owner[::-1])
+
+    def reopen(self, opened: Sealed) -> None:
+        pass  # there is one owner, and attempts are counted from epochs
+
+    @contextmanager
+    def shadowed(self) -> Iterator[str]:
+        items = self._db.execute("SELECT sql FROM main.sqlite_schema WHERE type = 'table' AND name = 'items'").get
+        self._db.execute(items.replace("CREATE TABLE", "CREATE TEMP TABLE", 1) + _SHADOWS)
+        yield "main"
+        self._db.execute("DROP TABLE temp.items; DROP TABLE temp.batches; DROP TABLE temp.pruned")
+
     def structure(self, *, whole: bool) -> str:
         """What is wrong with tables and indexes as SQLite sees them; empty: nothing. Without `whole`: of the keys, and of the
         roots of the rest, in a time that does not grow with the journal."""
         if whole:
-            checks = ["PRAGMA quick_check(1)"]
+            checks = ["PRAGMA integrity_check(1)"]
         else:
             names = ("journal", "entries", "payloads", "items", "twins", "notes", "heads")
-            checks = ["PRAGMA quick_check(keys)", *(f"SELECT 'ok' FROM {name} LIMIT 1" for name in names)]  # noqa: S608
+            checks = ["PRAGMA integrity_check(keys)", *(f"SELECT 'ok' FROM {name} LIMIT 1" for name in names)]  # noqa: S608
         for check in checks:
             for (said,) in self._db.execute(check):
                 if said != "ok":
@@ -563,9 +599,12 @@ class SqliteStore(SqlStore):
                 check_mark(mark, head, self._tables.entries(mark.index, 1, payloads=False))
             unfinished = self._tables.unfinished(1, NUMBER_MAX, NUMBER_MAX)
             _check_unfinished(unfinished)
+            log = Log(log_id, {writer: epoch - 1}, head.index, head.entry_hash, head.last_sequence)
+            if fault := recent_fault(self._tables, log):
+                raise JournalUnusable(f"its tables are damaged: {fault}: {REBUILD}")
             self._secret = self._tables.secret(new_secret)
             ledger = Ledger(head, Known(), now_millis, self._secret, self._settings.signer)
-            ledger.open(version)
+            ledger.open(version, self._settings.recorded)
             self._tables.write(ledger, self._settings, now_millis)
         self.head = ledger.head
         return tuple(Unfinished(entry, 1 + epoch - entry.header.epoch) for entry in unfinished)
@@ -592,14 +631,7 @@ class SqliteStore(SqlStore):
     # ---- for maintenance
 
     def log(self) -> Log | None:
-        with self._errors():
-            owner, newest = self._tables.owner(), self._tables.newest()
-            if owner is None or newest is None:
-                return None
-            log_id, writer, epoch = owner
-            if newest.header.log_id != log_id:
-                raise Damaged(f"table journal names log {log_id!r}, and entry {newest.header.index} another")
-            return Log(log_id, {writer: epoch}, newest.header.index, newest.entry_hash, self._tables.last_sequence())
+        return self._read(lambda tables: tables.log())
 
     def structure(self) -> str:
         with self._errors():
@@ -614,8 +646,28 @@ class SqliteStore(SqlStore):
             self._tables.forget_twins(sequences)
 
     @contextmanager
-    def snapshot(self) -> Iterator[None]:
-        yield  # no other process has the file
+    def snapshot(self) -> Iterator[Tables]:
+        with self._errors():  # no other process has the file
+            self._db.execute("BEGIN")
+            try:
+                yield self._tables
+            finally:
+                self._db.execute("ROLLBACK")
+
+    @contextmanager
+    def changing(self) -> Iterator[Tables]:
+        with self._transaction():
+            yield self._tables
+
+    def keep_copy(self) -> Path:
+        copy = self._path.with_name(self._path.name + ".before-rebuild")
+        try:
+            os.close(files.opened(copy, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            raise JournalUnusable(f"{copy} is there already: move it away") from None
+        with self._errors(), closing(apsw.Connection(str(copy))) as there, there.backup("main", self._db, "main") as pages:
+            pages.step()
+        return copy
 
     @contextmanager
     def importing(self, log: Log, writer: str, secret: bytes) -> Iterator[Tables]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, suppress
 from dataclasses import astuple, dataclass, replace
 from itertools import groupby
+from pathlib import Path
 from types import NoneType
 from typing import Any, Protocol, TypeVar
 
@@ -68,6 +69,13 @@ class StoreSettings:
     def __post_init__(self) -> None:
         if self.idempotency_ttl_seconds < 0:
             raise ValueError("idempotency_ttl_seconds must not be negative")
+
+    @property
+    def recorded(self) -> sequencer_pb2.OpenedPayload:
+        """What an epoch's first entry says of them: what is derived from the entries depends on it."""
+        return sequencer_pb2.OpenedPayload(
+            idempotency_ttl_millis=self.idempotency_ttl_seconds * 1000, digests_only=self.digests_only
+        )
 
 
 class Name:
@@ -131,7 +139,7 @@ _ENTRIES_BARE = """SELECT entry_index, header, previous_hash, entry_hash FROM se
   WHERE entry_index >= ? ORDER BY entry_index LIMIT ?"""
 _ITEMS = """SELECT sequence, admitted, outcome, verified FROM items
   WHERE sequence BETWEEN ? AND ? ORDER BY sequence LIMIT ?"""
-_ENTRIES_OF_ITEMS = "SELECT * FROM sealed WHERE entry_index = ANY(?::bigint[])"
+_ENTRIES_AT = "SELECT * FROM sealed WHERE entry_index = ANY(?::bigint[])"
 _UNFINISHED = """SELECT sealed.* FROM items JOIN sealed ON entry_index = admitted
   WHERE outcome IS NULL AND sequence BETWEEN ? AND ? ORDER BY sequence LIMIT ?"""
 _STILL_UNFINISHED = "SELECT sequence FROM items WHERE outcome IS NULL AND sequence = ANY(?::bigint[])"
@@ -194,8 +202,13 @@ _DROP_ANSWERS = _DROP_PROMPTS.replace("items.admitted", "items.outcome")
 class Tables(ABC):
     """Rows as values, in the transaction that is open. Raises the database's errors, and Damaged."""
 
+    item_columns: tuple[str, ...] = ("sequence", "admitted", "outcome", "verified")
+    items_differ = " OR ".join(f"there.{name} IS DISTINCT FROM made.{name}" for name in ("admitted", "outcome", "verified"))
+    """Whether a row of `items` is another than the one that was made of the entries."""
+
     def __init__(self, session: Session) -> None:
         self._session = session
+        self.select, self.execute, self.each = session.select, session.execute, session.each
 
     # ---- reading
 
@@ -207,7 +220,7 @@ class Tables(ABC):
         rows = list(self._session.select(_ITEMS, min(first, NUMBER_MAX), min(last, NUMBER_MAX), limit))
         if not rows:
             return []
-        found = self._sealed(_ENTRIES_OF_ITEMS, [index for _, *indexes in rows for index in indexes if index is not None])
+        found = self._sealed(_ENTRIES_AT, [index for _, *indexes in rows for index in indexes if index is not None])
         entries = {entry.header.index: entry for entry in found}
         entries |= {e.header.index: e for e in self._with_trees([e for e in found if e.header.kind in OUTCOMES])}
 
@@ -225,6 +238,12 @@ class Tables(ABC):
             )
             for sequence, admitted, outcome, verified in rows
         ]
+
+    def with_payloads(self, entries: Sequence[Sealed], needed: Callable[[types_pb2.EntryHeader], bool]) -> list[Sealed]:
+        """The same entries, those that are needed with their payloads."""
+        wanted = [entry.header.index for entry in entries if needed(entry.header)]
+        found = {entry.header.index: entry for entry in self._sealed(_ENTRIES_AT, wanted)} if wanted else {}
+        return [found.get(entry.header.index, entry) for entry in entries]
 
     def unfinished(self, first: int, last: int, limit: int) -> list[Sealed]:
         return self._sealed(_UNFINISHED, min(first, NUMBER_MAX), min(last, NUMBER_MAX), limit)
@@ -326,9 +345,14 @@ class Tables(ABC):
 
     def write_entries(self, entries: Sequence[Sealed]) -> None:
         """The record, and the tables that say where to look in it."""
-        headers, each = [entry.header for entry in entries], self._session.each
+        each = self._session.each
         each(_WRITE_ENTRIES, [(e.header.index, e.header.SerializeToString(deterministic=True), e.entry_hash) for e in entries])
         each(_WRITE_PAYLOADS, [(e.header.index, e.payload) for e in entries if e.payload])
+        self.index(entries)
+
+    def index(self, entries: Sequence[Sealed]) -> None:
+        """Where to look for items in these entries."""
+        headers, each = [entry.header for entry in entries], self._session.each
         self._write_items([header for header in headers if header.kind == types_pb2.ENTRY_KIND_ADMITTED])
         outcomes = [header for header in headers if header.kind in OUTCOMES]
         each(_WRITE_OUTCOMES, [(header.sequence, header.index) for header in outcomes])
@@ -338,6 +362,23 @@ class Tables(ABC):
         """Tag, COMPLETED entry and output tag of each."""
         rows = [(tag, header.fingerprint_digest, header.index, output_tag) for tag, header, output_tag in twins]
         self._session.each(_WRITE_TWINS, rows)
+
+    @abstractmethod
+    def log(self) -> Log | None:
+        """None: it is empty."""
+
+    @abstractmethod
+    def repair_log(self, epochs: Mapping[str, int], last_sequence: int, lost_sequence: int) -> None:
+        """Set the row of the log, and of its writers, to what the entries say."""
+
+    @abstractmethod
+    def reopen(self, opened: Sealed) -> None:
+        """What an OPENED entry makes of its writer's unfinished items."""
+
+    @abstractmethod
+    def shadowed(self) -> AbstractContextManager[str]:
+        """Within it `items` is a new temporary table of the same columns, and there are `batches` and `pruned`, all empty. The
+        schema in which the others are. In a transaction, which must be undone after an error."""
 
     @abstractmethod
     def _write_items(self, admitted: Sequence[types_pb2.EntryHeader]) -> None: ...
@@ -350,7 +391,11 @@ class Tables(ABC):
 
     def import_entries(self, entries: Sequence[Sealed]) -> None:
         """The next entries of a journal that is imported. Everything has been checked."""
-        self.write_entries(entries)
+        for kind, group in groupby(entries, key=lambda entry: entry.header.kind == types_pb2.ENTRY_KIND_OPENED):
+            consecutive = list(group)
+            self.write_entries(consecutive)
+            for opened in consecutive if kind else ():
+                self.reopen(opened)
 
     def import_twins(self, secret: bytes, twins: Iterable[tuple[bytes, Sealed]]) -> None:
         """What has to be compared with these COMPLETED entries, by `twins_of`, ascending."""
@@ -549,8 +594,16 @@ class SqlStore(ABC):
         """As `Tables.forget_twins`."""
 
     @abstractmethod
-    def snapshot(self) -> AbstractContextManager[None]:
-        """All that is read within it is of one moment."""
+    def snapshot(self) -> AbstractContextManager[Tables]:
+        """All that is read within it is of one moment. What is changed is undone."""
+
+    @abstractmethod
+    def changing(self) -> AbstractContextManager[Tables]:
+        """All that is changed within it is durable at the end, or undone. No writer appends meanwhile."""
+
+    def keep_copy(self) -> Path | None:
+        """Of all that is there, before it is changed; None: the database has its own means."""
+        return None
 
     @abstractmethod
     def importing(self, log: Log, writer: str, secret: bytes) -> AbstractContextManager[Tables]:

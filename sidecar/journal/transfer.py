@@ -23,6 +23,7 @@ from ostinato.chain import GENESIS, OUTCOMES
 from ostinato.digest import unseeded_input_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
+from sidecar.journal.derived import rebuilding
 from sidecar.journal.ledger import NUMBER_MAX, SECRET_BYTES, twins_of
 from sidecar.journal.maintenance import MISSING, Checker, name_of, pages
 from sidecar.journal.model import FINGERPRINTS, JournalUnusable, Key, Log, Sealed, Signature
@@ -116,7 +117,19 @@ def take_in(store: SqlStore, lines: Iterable[str], writer: str | None, on_entrie
         for number, line in numbered:
             _parsed(number, line, importer.take)
         importer.finish(counts)
+        _check_tables(tables, log)
     return log
+
+
+def _check_tables(tables: Tables, log: Log) -> None:
+    """Raises LinesUnusable for keys that are not those of the entries."""
+    index = 1
+    with rebuilding(tables) as rebuilt:
+        while page := tables.entries(index, PAGE, payloads=True):
+            rebuilt.add(page)
+            index += len(page)
+        if fault := next(rebuilt.faults(log, whole=True), ""):
+            raise LinesUnusable(f"says other than its entries: {fault}")
 
 
 class _Importer:

@@ -127,6 +127,7 @@ async def test_a_changed_answer_is_not_served(pair: Pair) -> None:
         assert text in payload
         db.execute("UPDATE payloads SET payload = ? WHERE entry_index = ?", (payload.replace(text, text[::-1].upper()), index))
     sidecar = pair.start_sidecar()
+    sidecar.wait_for("engine connected")
     async with opened(pair) as door:
         with pytest.raises(errors.RecordDamaged):
             await door.client.generate("text", key="k")

@@ -19,7 +19,7 @@ from ostinato.digest import unseeded_input_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.ledger import twins_of
-from sidecar.journal.maintenance import Checked, verify
+from sidecar.journal.maintenance import Checked, verify_all
 from sidecar.journal.model import Admission, Audit, Draft, Mark, Opened, Outcome, Sealed
 from sidecar.journal.postgres import PostgresSettings, PostgresStore
 from sidecar.journal.sqlite import SqliteSettings, SqliteStore
@@ -37,7 +37,7 @@ NONCES = (number.to_bytes(16) for number in itertools.count(1))
 def verify_journal(journal: Path | str) -> Iterator[Checked]:
     """Check a journal, by its path or URL; a file must not be in use. JournalUnusable: it cannot be read."""
     with closing(open_for_maintenance(str(journal))) as store:
-        yield from verify(lambda index, limit: store.entries(index, limit, payloads=True))
+        yield from verify_all(store)
 
 
 @dataclass

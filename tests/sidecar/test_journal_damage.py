@@ -168,7 +168,8 @@ def test_any_header_byte(tried: Tried, sound: Sound) -> None:
 
 
 def test_any_byte(tried: Tried, sound: Sound) -> None:
-    """Whatever a byte anywhere in the file becomes, it is found and said in one line, or no entry says anything else."""
+    """Whatever a byte anywhere in the file becomes, it is found and said in one line, or no entry says anything else. What an
+    export finds, verify finds too."""
     rng = random.Random(2)
     found = 0
     for _ in range(100):
@@ -176,7 +177,7 @@ def test_any_byte(tried: Tried, sound: Sound) -> None:
         content[rng.randrange(100, len(content))] ^= rng.randrange(1, 256)
         verified, exported, _ = tried.check(bytes(content))
         found += "is damaged" in verified
-        assert ("is damaged" in verified) == ("is damaged" in exported), (verified, exported)
+        assert "is damaged" in verified or "is damaged" not in exported, (verified, exported)
     assert found > 10
 
 

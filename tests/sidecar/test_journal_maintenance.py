@@ -380,12 +380,15 @@ def test_several_writers(store: Kit) -> None:
     first, *others = exported(store)
     head = json.loads(first)
     head["writers"]["other"] = "3"
+    with pytest.raises(JournalUnusable, match="writer 'other' has epoch 3, and its newest entry 0"):
+        taken_in(store.another(), [json.dumps(head), *others], "other")
+    head["writers"]["other"] = "0"
     with pytest.raises(JournalUnusable, match="several writers"):
         taken_in(store.another(), [json.dumps(head), *others])
     taken_in(store.another(), [json.dumps(head), *others], "other")
     journal, found = store.another().open(writer="other")
     journal.close()
-    assert found.head.epoch == 4
+    assert found.head.epoch == 1
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing, suppress
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
+import apsw
 import pytest
 
 from ostinato.errors import RecordDamaged
+from ostinato.v1 import types_pb2
 
+from sidecar.journal.maintenance import rebuild
+from sidecar.journal.model import Binding, ItemEntries, JournalUnusable, Loss
 from sidecar.journal.sqlite import SqliteStore
 from sidecar.journal.store import Store
 from sidecar.journal.writer import Journal
 from tests.postgres import Postgres
-from tests.sidecar.journal_kit import Kit, PostgresKit, SqliteKit, admission, completed, item
+from tests.sidecar.journal_kit import Kit, PostgresKit, SqliteKit, admission, audit, completed, item
 
 
 @pytest.fixture(name="kit", params=["sqlite", "postgres"])
@@ -116,3 +123,168 @@ async def test_a_key_of_another_tenant(kit: Kit) -> None:
         for tenant, key in (("a", "k"), ("b", "other")):
             with pytest.raises(RecordDamaged, match="which are another key's"):
                 await answer(journal, tenant, key)
+
+
+# One flipped bit.
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What callers and the engine would see of a journal that was opened."""
+
+    keys: dict[tuple[str, str, int], Binding | None]
+    items: dict[int, ItemEntries | None]
+    """None: RECORD_DAMAGED."""
+    unfinished: list[tuple[int, int]]
+    """Sequence and attempt."""
+    epoch: int
+    last_sequence: int
+
+
+KEYS = (("a", "k"), ("b", "other"), ("a", "open"))
+TTL_MILLIS = 86_400_000
+
+
+def fill(kit: Kit) -> None:
+    """Two epochs; a finished batch of two, one of another tenant, one without a key, one half finished; lost numbers."""
+    with kit.opened() as store:
+        now = kit.clock.millis
+        answers = store.append_many(
+            [
+                admission(item(1), item(2), key="k", tenant="a"),
+                admission(item(3), key="other", tenant="b", digest=b"s" * 32),
+                admission(item(4)),
+                Loss(6),
+                admission(item(5), item(6), key="open", tenant="a"),
+            ],
+            now,
+        )
+        entries = [entry for answer in answers for entry in answer.entries if entry.header.sequence]
+        store.append_many([*map(completed, entries[:5]), audit(entries[0], types_pb2.COMPARISON_KIND_VERIFY)], now)
+    kit.open()[0].close()
+
+
+def seen(kit: Kit) -> Seen:
+    store, opened = kit.open()
+    try:
+        times = (kit.clock.millis, kit.clock.millis + TTL_MILLIS - 1)
+        keys = {(*key, now): store.binding(*key, now) for key in KEYS for now in times}
+        items = dict[int, ItemEntries | None]()
+        for sequence in range(1, 9):
+            try:
+                items |= {each.admitted.header.sequence: each for each in store.items(sequence, sequence, 1)}
+            except RecordDamaged:
+                items[sequence] = None
+        unfinished = [(each.admitted.header.sequence, each.attempt) for each in opened.unfinished]
+        return Seen(keys, items, unfinished, opened.head.epoch, opened.head.last_sequence)
+    finally:
+        store.close()
+
+
+def flipped(value: object, rng: random.Random) -> Iterator[object]:
+    """The value with one bit flipped, for some bits. What no column of its type can hold is left out."""
+    match value:
+        case int():
+            yield from (value ^ (1 << bit) for bit in (0, 1, 2, 10, 20, 30, 40, 62))
+        case bytes():
+            for bit in rng.sample(range(8 * len(value)), 2):
+                yield (int.from_bytes(value) ^ (1 << bit)).to_bytes(len(value))
+        case str():
+            for other in flipped(value.encode(), rng):
+                assert isinstance(other, bytes)
+                with suppress(UnicodeDecodeError):
+                    yield other.decode()
+        case None:
+            yield from (1, 9, 1 << 40)
+
+
+COLUMNS = {
+    "items": ("sequence", "admitted", "outcome", "verified"),
+    "keys": ("first_sequence", "count", "request_digest", "tenant", "key", "unfinished", "expires_millis"),
+    "journal": ("log_id", "writer", "epoch", "lost_sequence"),
+}
+
+
+def test_every_flipped_bit(tmp_path: Path) -> None:
+    """Of a value in items, keys or journal with one bit flipped: verify finds it, and a start finds it, or no key has another
+    batch, no item another entry or end, and no number or epoch is another. What both miss changes nothing at all."""
+    kit, rng = SqliteKit(tmp_path / "journal.db"), random.Random(7)
+    fill(kit)
+    content, tried, started, missed = kit.path.read_bytes(), 0, 0, list[str]()
+    sound = seen(kit)
+    for table, columns in COLUMNS.items():
+        kit.path.write_bytes(content)
+        with closing(apsw.Connection(str(kit.path))) as db:
+            rows = db.execute(f"SELECT {', '.join(columns)} FROM {table} ORDER BY 1").fetchall()
+        for row, (place, column) in product(rows, enumerate(columns)):
+            for value in flipped(row[place], rng):
+                kit.path.write_bytes(content)
+                with closing(apsw.Connection(str(kit.path))) as db:
+                    try:
+                        db.execute(f"UPDATE {table} SET {column} = ? WHERE {columns[0]} = ?", (value, row[0]))
+                    except apsw.ConstraintError:
+                        continue
+                tried += 1
+                what = f"{table} {row[0]}: {column} {row[place]!r} became {value!r}"
+                try:
+                    found = bool(kit.faults())
+                except JournalUnusable:
+                    found = True
+                if not found:
+                    missed.append(what)
+                try:
+                    now = seen(kit)
+                except JournalUnusable:
+                    continue
+                started += 1
+                damaged = [sequence for sequence, each in now.items.items() if each is None]
+                assert replace(now, items={}) == replace(sound, items={}), what
+                assert now.items == sound.items | dict.fromkeys(damaged), what
+    assert (tried > 250, started > 1) == (True, True), (tried, started)
+    assert all("lost_sequence" in what for what in missed), missed
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE items SET outcome = NULL WHERE sequence = 1",
+        "UPDATE items SET outcome = 9 WHERE sequence = 8",
+        "UPDATE items SET sequence = 2000000 WHERE sequence = 8",
+        "DELETE FROM items WHERE sequence = 7",
+        "UPDATE keys SET first_sequence = 100 WHERE first_sequence = 3",
+        "UPDATE keys SET key = {name} WHERE first_sequence = 1",
+        "UPDATE keys SET tenant = {name} WHERE first_sequence = 1",
+        "UPDATE keys SET unfinished = 0, expires_millis = 5 WHERE first_sequence = 7",
+        "UPDATE keys SET expires_millis = 5 WHERE first_sequence = 1",
+        "DELETE FROM keys WHERE first_sequence = 1",
+        "{epoch}",
+        "{last}",
+    ],
+)
+def test_tables_that_contradict_the_entries(kit: Kit, statement: str) -> None:
+    """Rows that were changed in either database are found by verify and by a start, both name the remedy, and after it the
+    journal is what it was."""
+    fill(kit)
+    sound = seen(kit)
+    shared = isinstance(kit, PostgresKit)
+    values = {
+        "name": "'zz'::bytea" if shared else "'zz'",
+        "epoch": "UPDATE writers SET epoch = 1" if shared else "UPDATE journal SET epoch = 1",
+        "last": "UPDATE log SET last_sequence = 99" if shared else "UPDATE journal SET lost_sequence = 99",
+    }
+    if isinstance(kit, PostgresKit):
+        kit.execute(statement.format(**values))
+    else:
+        assert isinstance(kit, SqliteKit)
+        with closing(apsw.Connection(str(kit.path))) as db:
+            db.execute(statement.format(**values))
+    assert kit.faults()
+    with pytest.raises(JournalUnusable, match="python -m sidecar rebuild|has not ended"):
+        kit.open()
+    with kit.maintained() as store:
+        assert (store.keep_copy() is None) == shared
+        rebuild(store)
+    assert kit.faults() == []
+    again = seen(kit)
+    assert replace(again, epoch=sound.epoch, unfinished=sound.unfinished) == sound
+    assert [sequence for sequence, _ in again.unfinished] == [sequence for sequence, _ in sound.unfinished]

@@ -310,6 +310,7 @@ class Process:
             "sidecar.__main__.Server": lambda *_, **__: server,
             "sidecar.__main__.open_journal": lambda *_: open_backend(),
             "sidecar.__main__.MarkFile": lambda path: types.SimpleNamespace(path=path, write=lambda _: None),
+            "sidecar.__main__.shares_disk": lambda *_: False,
             "sidecar.__main__.Journal": lambda *given, **how: hooks.journal(Journal(*given, **how)),
             "sidecar.__main__.EngineLink": lambda *given: hooks.link(EngineLink(*given)),
             "sidecar.__main__._engine_credentials": lambda _: (None, None),

@@ -235,6 +235,8 @@ class OpenedPayload(_message.Message):
     TAKEN_OVER_BY_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
     SIGNING_KEY_ID_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_TTL_MILLIS_FIELD_NUMBER: _builtins.int
+    DIGESTS_ONLY_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The sidecar's version."""
     taken_over_by: _builtins.str
@@ -243,6 +245,10 @@ class OpenedPayload(_message.Message):
     """Random, 16 bytes; empty in form 0. It keeps payload_digest from being guessed."""
     signing_key_id: _builtins.str
     """The key that signs the heads of this epoch, as in SignedHead; empty: none does."""
+    idempotency_ttl_millis: _builtins.int
+    """How long this epoch keeps the keys of the batches that it ends, after their last outcome. Unset: not recorded."""
+    digests_only: _builtins.bool
+    """Whether this epoch drops an item's payloads with its outcome, those of keyed batches later. Without a PRUNED entry."""
     def __init__(
         self,
         *,
@@ -250,12 +256,16 @@ class OpenedPayload(_message.Message):
         taken_over_by: _builtins.str = ...,
         nonce: _builtins.bytes = ...,
         signing_key_id: _builtins.str = ...,
+        idempotency_ttl_millis: _builtins.int | None = ...,
+        digests_only: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_idempotency_ttl_millis", b"_idempotency_ttl_millis", "idempotency_ttl_millis", b"idempotency_ttl_millis"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "signing_key_id", b"signing_key_id", "taken_over_by", b"taken_over_by", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idempotency_ttl_millis", b"_idempotency_ttl_millis", "digests_only", b"digests_only", "idempotency_ttl_millis", b"idempotency_ttl_millis", "nonce", b"nonce", "signing_key_id", b"signing_key_id", "taken_over_by", b"taken_over_by", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__idempotency_ttl_millis: _TypeAlias = _typing.Literal["idempotency_ttl_millis"]  # noqa: Y015
+    _WhichOneofArgType__idempotency_ttl_millis: _TypeAlias = _typing.Literal["_idempotency_ttl_millis", b"_idempotency_ttl_millis"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__idempotency_ttl_millis) -> _WhichOneofReturnType__idempotency_ttl_millis | None: ...
 
 Global___OpenedPayload: _TypeAlias = OpenedPayload  # noqa: Y015
 
@@ -478,7 +488,9 @@ class PrunedPayload(_message.Message):
     ENTRIES_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """"age", "size", "request" (redacted on request) or "digests" (payloads are not kept)."""
+    """"age" (prune), "request" (redact), "digests" (of keyed batches, with --payloads digests), or "earlier" (what was missing
+    when a version that records prunes first opened the journal).
+    """
     entries: _builtins.int
     """Entries whose payloads were removed."""
     nonce: _builtins.bytes

@@ -1,0 +1,231 @@
+"""The tables beside the record, made again from it and compared: `items` and `keys`, and the row of the log.
+
+They say where to look in the entries, and nothing else. `Rebuilt` makes them in temporary tables, with the statements of a
+writer where there are any: `items` shadows the table of that name. `batches` are the keys: with tenant and key where a prompt
+of the batch is kept, and without them where it was dropped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+
+from google.protobuf.message import DecodeError
+
+from ostinato.chain import OUTCOMES
+from ostinato.v1 import sequencer_pb2, types_pb2
+
+from sidecar.journal.model import Log, Sealed
+from sidecar.journal.store import PAGE, Tables
+
+CHECKED_ENTRIES = 4_096
+"""Of the newest entries a start checks hashes and tables, of the tables also those since the oldest unfinished item."""
+PAYLOADS_READ = 64
+"""Payloads that a start has in memory at a time."""
+UNKNOWN = -1
+"""When a key expires, if the epoch that ended its batch did not record how long it keeps keys."""
+
+PRUNES_ARE_RECORDED = False
+_ALONE = frozenset({types_pb2.ENTRY_KIND_OPENED, types_pb2.ENTRY_KIND_PRUNED})
+"""Kinds whose entries change rows that earlier entries made."""
+
+_BIND = """INSERT INTO batches (first_sequence, count, unfinished, request_digest, tenant, key)
+  SELECT * FROM unnest(?::bigint[], ?::bigint[], ?::bigint[], ?::bytea[], ?::name[], ?::name[])
+  ON CONFLICT (key, tenant) DO UPDATE SET first_sequence = excluded.first_sequence, count = excluded.count,
+    unfinished = excluded.unfinished, request_digest = excluded.request_digest, expires_millis = NULL"""
+_BIND_UNKNOWN = """INSERT INTO batches (first_sequence, count, unfinished)
+  SELECT * FROM unnest(?::bigint[], ?::bigint[], ?::bigint[])"""
+_END = """UPDATE batches SET unfinished = unfinished - r.n, expires_millis = CASE unfinished WHEN r.n THEN r.expires END
+  FROM unnest(?::bigint[], ?::bigint[], ?::bigint[]) AS r (first, n, expires) WHERE first_sequence = r.first"""
+_PRUNE = """INSERT INTO pruned SELECT items.sequence FROM items, unnest(?::bigint[], ?::bigint[]) AS r (first, last)
+  WHERE items.sequence BETWEEN r.first AND r.last AND items.outcome IS NOT NULL ON CONFLICT DO NOTHING"""
+
+_OTHER_ITEM = """SELECT sequence FROM {main}.items AS there LEFT JOIN items AS made USING (sequence)
+  WHERE sequence >= ? AND (made.sequence IS NULL OR {differs}) ORDER BY sequence LIMIT 1"""
+_MISSING_ITEM = """SELECT sequence FROM items AS made LEFT JOIN {main}.items AS there USING (sequence)
+  WHERE sequence >= ? AND there.sequence IS NULL ORDER BY sequence LIMIT 1"""
+# A key may be bound for longer than it has to be, as after an import.
+_OTHER_KEY = """SELECT first_sequence FROM {main}.keys AS there LEFT JOIN batches AS made USING (first_sequence)
+  WHERE first_sequence >= ? AND (made.first_sequence IS NULL OR there.count <> made.count OR there.unfinished <> made.unfinished
+    OR there.key <> made.key OR there.tenant <> made.tenant OR there.request_digest <> made.request_digest
+    OR (there.expires_millis IS NOT NULL AND made.expires_millis IS NULL)
+    OR (there.expires_millis <> made.expires_millis AND made.expires_millis >= 0))
+  ORDER BY first_sequence LIMIT 1"""
+_MISSING_KEY = """SELECT first_sequence FROM batches AS made LEFT JOIN {main}.keys AS there USING (first_sequence)
+  WHERE first_sequence >= ? AND there.first_sequence IS NULL AND made.key IS NOT NULL
+    AND (made.unfinished > 0 OR made.expires_millis > ?) ORDER BY first_sequence LIMIT 1"""
+_UNPRUNED = """SELECT sequence FROM items WHERE NOT EXISTS (SELECT 1 FROM pruned WHERE pruned.sequence = items.sequence) AND (
+    NOT EXISTS (SELECT 1 FROM payloads WHERE entry_index = admitted)
+    OR (outcome IS NOT NULL AND NOT EXISTS (SELECT 1 FROM payloads WHERE entry_index = outcome)))
+  ORDER BY sequence LIMIT 1"""
+_OLDEST_UNFINISHED = "SELECT sequence, admitted FROM items WHERE outcome IS NULL ORDER BY sequence LIMIT 1"
+
+_REPAIRS = (
+    "DELETE FROM {main}.items",
+    "INSERT INTO {main}.items ({columns}) SELECT {columns} FROM items",
+    "UPDATE batches SET bound = 1 WHERE first_sequence IN (SELECT first_sequence FROM {main}.keys)",
+    # The names of keys whose prompts were dropped are only there.
+    "DELETE FROM {main}.keys WHERE first_sequence NOT IN (SELECT first_sequence FROM batches WHERE key IS NULL)",
+    """DELETE FROM {main}.keys WHERE EXISTS
+      (SELECT 1 FROM batches AS made WHERE made.key = keys.key AND made.tenant = keys.tenant)""",
+    """UPDATE {main}.keys SET count = made.count, unfinished = made.unfinished,
+        expires_millis = CASE WHEN made.expires_millis >= 0 THEN made.expires_millis END
+      FROM batches AS made WHERE made.first_sequence = keys.first_sequence""",
+)
+_REPAIR_KEYS = """INSERT INTO {main}.keys (first_sequence, count, request_digest, tenant, key, unfinished, expires_millis)
+  SELECT first_sequence, count, request_digest, tenant, key, unfinished, CASE WHEN expires_millis >= 0 THEN expires_millis END
+  FROM batches WHERE key IS NOT NULL AND (bound = 1 OR unfinished > 0 OR expires_millis > ?)"""
+
+
+@contextmanager
+def rebuilding(tables: Tables) -> Iterator[Rebuilt]:
+    """In the transaction that is open. Until the end, `items` of these tables is the one that is made."""
+    with tables.shadowed() as main:
+        yield Rebuilt(tables, main)
+
+
+class Rebuilt:
+    """The tables, made of entries that are added in order: of all, or of the newest."""
+
+    def __init__(self, tables: Tables, main: str) -> None:
+        self._tables, self._main = tables, main
+        self.epochs: dict[str, int] = {}
+        """The newest epoch of each writer."""
+        self.last_sequence: int | None = None
+        """None: no entry that was added says it."""
+        self._newest: Sealed | None = None
+        self._first: int | None = None
+        """The first sequence of the first whole batch."""
+        self._newest_millis = self._lost_sequence = 0
+        self._opened: dict[str, sequencer_pb2.OpenedPayload] = {}
+        """The newest of each writer."""
+        self._batch: list[Sealed] = []
+        """Of the batch whose items are being added: its first, and the first that has its payload."""
+
+    def add(self, entries: Sequence[Sealed]) -> None:
+        """The next entries, with the payloads that `needs_payload` says, if they are kept."""
+        self._newest = entries[-1]
+        for kind, group in groupby(entries, key=lambda entry: entry.header.kind if entry.header.kind in _ALONE else None):
+            consecutive = list(group)
+            for header in (entry.header for entry in consecutive):
+                self.epochs[header.writer] = header.epoch
+                self._newest_millis = max(self._newest_millis, header.time_unix_millis)
+                if header.kind == types_pb2.ENTRY_KIND_ADMITTED:
+                    self.last_sequence = header.sequence
+                elif header.kind == types_pb2.ENTRY_KIND_LOST:
+                    self.last_sequence = self._lost_sequence = header.first_sequence + header.count - 1
+            if kind == types_pb2.ENTRY_KIND_OPENED:
+                for entry in consecutive:
+                    self._reopen(entry)
+            elif kind == types_pb2.ENTRY_KIND_PRUNED:
+                payloads = [sequencer_pb2.PrunedPayload.FromString(entry.payload) for entry in consecutive]
+                self._tables.each(_PRUNE, [(each.first, each.last) for payload in payloads for each in payload.ranges])
+            else:
+                self._add_items(consecutive)
+
+    def _reopen(self, entry: Sealed) -> None:
+        self._opened[entry.header.writer] = sequencer_pb2.OpenedPayload.FromString(entry.payload)
+        self._tables.reopen(entry)
+
+    def _add_items(self, entries: Sequence[Sealed]) -> None:
+        tables = self._tables
+        tables.index(entries)
+        bound, unknown = dict[tuple[str, str], tuple[object, ...]](), list[tuple[object, ...]]()
+        for entry in entries:
+            header = entry.header
+            if header.kind != types_pb2.ENTRY_KIND_ADMITTED:
+                continue
+            if header.sequence == header.first_sequence:
+                self._first, self._batch = self._first or header.sequence, [entry]
+            elif self._batch and not self._batch[-1].payload and entry.payload:
+                self._batch.append(entry)
+            if self._batch and header.sequence == header.first_sequence + header.count - 1:
+                numbers = (header.first_sequence, header.count, header.count)
+                if not self._batch[-1].payload:
+                    unknown.append(numbers)
+                else:
+                    given = sequencer_pb2.AdmittedPayload.FromString(self._batch[-1].payload)
+                    if given.idempotency_key:
+                        names = given.tenant, given.idempotency_key
+                        bound[names] = (*numbers, given.request_digest, *names)
+        tables.each(_BIND, list(bound.values()))
+        tables.each(_BIND_UNKNOWN, unknown)
+        ended, expires, dropped = Counter[int](), dict[int, int](), list[tuple[int, int]]()
+        for header, payload in ((entry.header, entry.payload) for entry in entries if entry.header.kind in OUTCOMES):
+            opened = self._opened.get(header.writer, sequencer_pb2.OpenedPayload())
+            ended[header.first_sequence] += 1
+            known = opened.HasField("idempotency_ttl_millis")
+            expires[header.first_sequence] = header.time_unix_millis + opened.idempotency_ttl_millis if known else UNKNOWN
+            if opened.digests_only and not payload:
+                dropped.append((header.sequence, header.sequence))
+        tables.each(_END, [(first, count, expires[first]) for first, count in ended.items()])
+        tables.each(_PRUNE, dropped)
+
+    def faults(self, log: Log, *, whole: bool) -> Iterator[str]:
+        """Where the tables are not what the entries say, one row of each kind. `whole`: all entries were added."""
+        if (
+            whole
+            and (newest := self._newest) is not None
+            and ((log.log_id, log.index, log.entry_hash) != (newest.header.log_id, newest.header.index, newest.entry_hash))
+        ):
+            yield f"the log is {log.log_id} to entry {log.index}, and that is not the newest entry"
+        for writer, epoch in log.writers.items():
+            found = self.epochs.get(writer, 0 if whole else epoch)
+            if found != epoch:
+                yield f"writer {writer!r} has epoch {epoch}, and its newest entry {found}"
+        if self.last_sequence is not None and log.last_sequence != self.last_sequence:
+            yield f"the last sequence is {log.last_sequence}, and that of the entries {self.last_sequence}"
+        if self._first is None and not whole:
+            return
+        first = 0 if whole or self._first is None else self._first
+        for statement, what in (
+            (_OTHER_ITEM, "table items: the row of sequence {} is not what the entries say"),
+            (_MISSING_ITEM, "table items: sequence {} has no row"),
+            (_OTHER_KEY, "table keys: the row of the batch from sequence {} is not what the entries say"),
+        ):
+            yield from self._found(statement, what, first)
+        unbound = "table keys: the key of the batch from sequence {} is not bound"
+        yield from self._found(_MISSING_KEY, unbound, first, self._newest_millis)
+        if whole and PRUNES_ARE_RECORDED:
+            yield from self._found(_UNPRUNED, "a payload of sequence {} is missing, and no PRUNED entry says so")
+
+    def _found(self, statement: str, what: str, *parameters: object) -> Iterator[str]:
+        text = statement.replace("{main}", self._main).replace("{differs}", self._tables.items_differ)
+        for (sequence,) in self._tables.select(text, *parameters):
+            yield what.format(sequence)
+
+    def repair(self) -> None:
+        """Put what was made in the place of what is there. All entries were added."""
+        for statement in _REPAIRS:
+            text = statement.replace("{main}", self._main).replace("{columns}", ", ".join(self._tables.item_columns))
+            self._tables.execute(text)
+        self._tables.execute(_REPAIR_KEYS.replace("{main}", self._main), self._newest_millis)
+        self._tables.repair_log(self.epochs, self.last_sequence or 0, self._lost_sequence)
+
+
+def needs_payload(header: types_pb2.EntryHeader) -> bool:
+    """Whether the tables depend on the entry's payload: of a batch, on that of its first item."""
+    first = header.kind == types_pb2.ENTRY_KIND_ADMITTED and header.sequence == header.first_sequence
+    return first or header.kind in (types_pb2.ENTRY_KIND_OPENED, types_pb2.ENTRY_KIND_AUDITED)
+
+
+def recent_fault(tables: Tables, log: Log) -> str:
+    """Where the tables are not what the newest entries say: those since the oldest unfinished item, and CHECKED_ENTRIES at
+    least. Empty: nothing was found. In the transaction that is open."""
+    index = max(1, log.index - CHECKED_ENTRIES + 1)
+    for sequence, admitted in tables.select(_OLDEST_UNFINISHED):
+        oldest = tables.entries(admitted, 1, payloads=False)
+        if not oldest or (header := oldest[0].header).kind != types_pb2.ENTRY_KIND_ADMITTED or header.sequence != sequence:
+            return f"table items: entry {admitted} does not admit sequence {sequence}"
+        index = min(index, admitted - (sequence - header.first_sequence))
+    try:
+        with rebuilding(tables) as rebuilt:
+            while page := tables.entries(index, PAGE, payloads=False):
+                for start in range(0, len(page), PAYLOADS_READ):
+                    rebuilt.add(tables.with_payloads(page[start : start + PAYLOADS_READ], needs_payload))
+                index += len(page)
+            return next(rebuilt.faults(log, whole=False), "")
+    except DecodeError:
+        return f"entry {index} or one of the next: its payload cannot be read"
