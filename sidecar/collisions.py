@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from ostinato.digest import output_digest
+from ostinato.digest import output_digest, unseeded_input_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 from ostinato.v1.sequencer_pb2 import COLLISION_FOUND, COLLISION_NONE, COLLISION_UNSPECIFIED
 
@@ -78,15 +78,15 @@ class Collisions:
         self._outputs_max = outputs_max
 
     def check(
-        self, group: str, unseeded_input: bytes, given: sequencer_pb2.AdmittedPayload, output: types_pb2.Output
+        self, group: str, given: sequencer_pb2.AdmittedPayload, output: types_pb2.Output
     ) -> sequencer_pb2.Collision.ValueType:
-        """Whether an equal input with another seed had this output. UNSPECIFIED if there is nothing to compare with, or if an
-        equal output would show nothing. `unseeded_input`: the digest."""
+        """Whether an equal input of the group with another seed had this output. UNSPECIFIED if there is nothing to compare
+        with, or if an equal output would show nothing."""
         if not given.seed_derived or not _is_free(given.parameters) or len(output.token_ids) < TOKENS_MIN:
             return COLLISION_UNSPECIFIED
         if choice_of(given.parameters, output).bits < CHOICE_BITS_MIN:
             return COLLISION_UNSPECIFIED
-        name, digest = (group, unseeded_input), output_digest(output)
+        name, digest = (group, unseeded_input_digest(given.token_ids, given.parameters)), output_digest(output)
         seeds = self._inputs.setdefault(name, {})
         self._inputs.move_to_end(name)
         known = bool(seeds)

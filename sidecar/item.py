@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ostinato.compare import compare_prefix
-from ostinato.digest import unseeded_input_digest
+from ostinato.digest import input_digest
 from ostinato.errors import Draining, OstinatoError
 from ostinato.resume import Progress
 from ostinato.tracing import OFF, Span
@@ -47,6 +47,8 @@ class ActiveItem:
     waiters: list[Waiter]
     charge: Charge | None = None
     """The memory of its request."""
+    input_digest: bytes = b""
+    """Bare; empty: not computed yet."""
     sequence: int = field(init=False)
     progress: Progress = field(init=False)
     """What was streamed."""
@@ -156,8 +158,7 @@ class ActiveItem:
             ended = ended_payload(error, self._timing(now), given.nonce)
             return Outcome(self.admitted, kind, attempt, ended, self.fingerprint_digest)
         assert self.output is not None
-        unseeded = unseeded_input_digest(given.token_ids, given.parameters)
-        self.collision = collisions.check(group, unseeded, given, self.output)
+        self.collision = collisions.check(group, given, self.output)
         payload = sequencer_pb2.CompletedPayload(
             output=self.output,
             timing=self._timing(now),
@@ -166,8 +167,8 @@ class ActiveItem:
             sampling=sampling_label(given.parameters),
             nonce=given.nonce,
         )
-        twins = twins_of(group, unseeded, given.seed)
-        return Outcome(self.admitted, kind, attempt, payload, self.fingerprint_digest, twins)
+        digest = self.input_digest or input_digest(given.token_ids, given.parameters, given.seed)
+        return Outcome(self.admitted, kind, attempt, payload, self.fingerprint_digest, twins_of(group, digest))
 
     def _timing(self, now: float) -> types_pb2.Timing:
         def since_admission(moment: float | None) -> int:

@@ -271,9 +271,9 @@ class Pipeline:
             return
         now, stamp = self.clock(), stamp_of(appended.entries[0].header)
         batch.waiter.sequences = range(stamp.first_sequence, stamp.first_sequence + stamp.count)
-        for entry, payload in zip(appended.entries, batch.admission.items, strict=True):
+        for entry, payload, digest in zip(appended.entries, batch.admission.items, appended.inputs, strict=True):
             payload.seed = entry.header.seed  # all else of the recorded payload was known before
-            self._activate(ActiveItem(entry.header, payload, now, [batch.waiter], batch.charge), batch.caller)
+            self._activate(ActiveItem(entry.header, payload, now, [batch.waiter], batch.charge, digest), batch.caller)
         batch.settle(stamp)
         self.observer.admitted(stamp, now - batch.asked_at)
         self.dispatch(ev.Numbered(batch.batch_id, stamp.first_sequence))

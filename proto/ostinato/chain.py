@@ -50,7 +50,7 @@ NONCE_BYTES = 16
 SEQUENCE_MAX = 1 << 48
 """No log reaches it: at 100,000 items a second that takes 89 years."""
 
-_PLACE, _NUMBERS = struct.Struct(">Qq"), struct.Struct(">7Qq")
+_PLACE, _NUMBERS, _TEXT = struct.Struct(">Qq"), struct.Struct(">7Qq"), struct.Struct(">2Q")
 """Adjacent header fields, each as u64 or i64."""
 
 Payload = (
@@ -88,9 +88,12 @@ OUTCOMES = frozenset(
 """The kinds of entries that end an item."""
 
 
+_SEALED = {name: f"sealed-{name}" for name in ("input", "output", "logprobs", "text")}
+
+
 def sealed(form: int, nonce: bytes, name: str, digest: bytes) -> bytes:
     """A digest as a header of this form has it. `name`: input, output, logprobs or text. An empty digest stays empty."""
-    return tagged_digest(f"sealed-{name}", nonce, digest) if form and digest else digest
+    return tagged_digest(_SEALED[name], nonce, digest) if form and digest else digest
 
 
 def sealed_input(form: int, given: sequencer_pb2.AdmittedPayload) -> bytes:
@@ -137,7 +140,7 @@ def entry_hash(previous_hash: bytes, header: types_pb2.EntryHeader) -> bytes:
         fingerprint,
         u64(len(payload)),
         payload,
-        *((u64(form), u64(len(header.text_digest)), header.text_digest) if form else ()),
+        _TEXT.pack(form, len(header.text_digest)) + header.text_digest if form else b"",
     )
 
 

@@ -7,9 +7,10 @@ that `needs` asks for, lets a `Ledger` append, writes the result and commits.
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from hashlib import blake2b
 
 from ostinato.chain import (
     FORM,
@@ -20,11 +21,10 @@ from ostinato.chain import (
     entry_hash,
     payload_digest,
     sealed,
-    sealed_input,
     sealed_output,
 )
 from ostinato.compare import Side, compare
-from ostinato.digest import output_digest, u64
+from ostinato.digest import input_digest, output_digest, u64
 from ostinato.signature import SignedTree, Signer
 from ostinato.v1 import sequencer_pb2, types_pb2
 
@@ -48,16 +48,17 @@ SECRET_BYTES = 32
 
 
 def keyed(secret: bytes, purpose: str, message: bytes) -> bytes:
-    """HMAC-SHA-256 under the log's secret, which the journal keeps and never shows."""
+    """Keyed BLAKE2b of the message, 32 bytes. The key is the log's secret, which the journal keeps and never shows."""
     assert len(secret) == SECRET_BYTES
-    return hmac.digest(secret, purpose.encode() + b"\0" + message, "sha256")
+    return blake2b(message, digest_size=32, key=secret, person=purpose.encode()).digest()
 
 
-def twins_of(group: str, unseeded_input: bytes, seed: int) -> bytes:
+def twins_of(group: str, bare_input_digest: bytes) -> bytes:
     """What items have in common whose outputs should be equal. `group`: of tenants that are compared with each other."""
-    return unseeded_input + u64(seed) + group.encode()
+    return bare_input_digest + group.encode()
 
 
+@lru_cache(maxsize=512)  # a transaction needs each twice: for what it reads, and for what it appends
 def twins_tag(secret: bytes, twins: bytes) -> bytes:
     """The name of `twins_of` in the journal. Without the secret it tests no guess."""
     return keyed(secret, "twins", twins)
@@ -204,16 +205,17 @@ class Ledger:
         if binding is not None:
             return Appended((), binding=binding)
         binding = Binding(admission.request_digest, self.head.last_sequence + 1, len(admission.items))
-        entries = tuple(self._admit_item(item, admission, binding) for item in admission.items)
+        entries, inputs = zip(*(self._admit_item(item, admission, binding) for item in admission.items), strict=True)
         assert self.head.last_sequence == binding.first_sequence + binding.count - 1
         assert self.head.index == entries[0].header.index + binding.count - 1, "a batch stands together"
         assert len({item.nonce for item in admission.items}) == len(admission.items), "each item has its own nonce"
         if admission.key:
             self._bindings[admission.tenant, admission.key] = binding
             self.bound.append((admission, binding))
-        return Appended(entries)
+        return Appended(entries, inputs=inputs)
 
-    def _admit_item(self, item: sequencer_pb2.AdmittedPayload, admission: Admission, batch: Binding) -> Sealed:
+    def _admit_item(self, item: sequencer_pb2.AdmittedPayload, admission: Admission, batch: Binding) -> tuple[Sealed, bytes]:
+        """The entry, and the bare input digest."""
         sequence = self.head.last_sequence + 1
         payload = sequencer_pb2.AdmittedPayload()
         payload.CopyFrom(item)
@@ -221,16 +223,17 @@ class Ledger:
         payload.tenant = admission.tenant
         if payload.seed_derived:
             payload.seed = int.from_bytes(keyed(self._secret, "seed", u64(sequence))[:8])
+        digest = input_digest(payload.token_ids, payload.parameters, payload.seed)
         header = types_pb2.EntryHeader(
             kind=types_pb2.ENTRY_KIND_ADMITTED,
             sequence=sequence,
             first_sequence=batch.first_sequence,
             count=batch.count,
             seed=payload.seed,
-            input_digest=sealed_input(FORM, payload),
+            input_digest=sealed(FORM, payload.nonce, "input", digest),
             form=FORM,
         )
-        return self._seal(header, payload)
+        return self._seal(header, payload), digest
 
     def _end(self, outcome: Outcome) -> Appended:
         assert outcome.kind in OUTCOMES

@@ -141,6 +141,8 @@ class Appended:
     """Empty for a Note, and where the key was bound or another outcome came first."""
     binding: Binding | None = None
     """Of an Admission whose key was bound before."""
+    inputs: tuple[bytes, ...] = ()
+    """Of an Admission: the bare input digest of each item."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from google.protobuf import json_format
 
 from ostinato.chain import GENESIS, OUTCOMES
-from ostinato.digest import unseeded_input_digest
+from ostinato.digest import input_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.derived import rebuilding
@@ -182,8 +182,8 @@ class _Importer:
         header = sealed.header
         if header.kind == types_pb2.ENTRY_KIND_ADMITTED and sealed.payload:
             given = sequencer_pb2.AdmittedPayload.FromString(sealed.payload)
-            unseeded = unseeded_input_digest(given.token_ids, given.parameters)
-            self._inputs[header.sequence] = twins_of(given.tenant, unseeded, given.seed)
+            digest = input_digest(given.token_ids, given.parameters, given.seed)
+            self._inputs[header.sequence] = twins_of(given.tenant, digest)
         elif header.kind in OUTCOMES:
             name, completed = self._inputs.pop(header.sequence, b""), header.kind == types_pb2.ENTRY_KIND_COMPLETED
             self._twins += [(name, sealed)] if name and completed and sealed.payload else []

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import psycopg
 
-from ostinato.digest import unseeded_input_digest
+from ostinato.digest import input_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.ledger import twins_of
@@ -91,7 +91,7 @@ def completed(
     )
     item = prompt(admitted)
     payload = sequencer_pb2.CompletedPayload(output=output, nonce=item.nonce)
-    twins = twins_of(item.tenant, unseeded_input_digest(item.token_ids, item.parameters), item.seed)
+    twins = twins_of(item.tenant, input_digest(item.token_ids, item.parameters, item.seed))
     return Outcome(admitted.header, types_pb2.ENTRY_KIND_COMPLETED, attempt, payload, fingerprint, twins)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from ostinato.digest import unseeded_input_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 from ostinato.v1.sequencer_pb2 import COLLISION_FOUND, COLLISION_NONE, COLLISION_UNSPECIFIED
 
@@ -34,11 +33,6 @@ DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0, "max_ne
 def test_sampling_label(given: dict[str, object], line: str) -> None:
     """The label leaves out defaults, lengths and what greedy decoding ignores; similar items have the same label."""
     assert sampling_label(types_pb2.ResolvedParameters(**(DEFAULTS | given))) == line  # type: ignore[arg-type]
-
-
-def check(seen: Collisions, item: sequencer_pb2.AdmittedPayload, made: types_pb2.Output, group: str = "") -> int:
-    """What is seen of this item's answer."""
-    return seen.check(group, unseeded_input_digest(item.token_ids, item.parameters), item, made)
 
 
 def given(*, seed_derived: bool = True, prompt: bytes = b"Shanghai is", **parameters: Any) -> sequencer_pb2.AdmittedPayload:
@@ -76,18 +70,18 @@ def test_equal_answers_of_unequal_seeds_collide() -> None:
     """The first answer is not compared, a different one does not collide, and an equal one does."""
     seen = Collisions()
 
-    assert check(seen, given(), output(0, engine_seed=1)) == COLLISION_UNSPECIFIED
-    assert check(seen, given(), output(1, engine_seed=2)) == COLLISION_NONE
-    assert check(seen, given(), output(0, engine_seed=3)) == COLLISION_FOUND
-    assert check(seen, given(), output(1, engine_seed=4)) == COLLISION_FOUND
+    assert seen.check("", given(), output(0, engine_seed=1)) == COLLISION_UNSPECIFIED
+    assert seen.check("", given(), output(1, engine_seed=2)) == COLLISION_NONE
+    assert seen.check("", given(), output(0, engine_seed=3)) == COLLISION_FOUND
+    assert seen.check("", given(), output(1, engine_seed=4)) == COLLISION_FOUND
 
 
 def test_equal_engine_seeds_do_not_collide() -> None:
     """Two seeds that the engine maps to the same one do not collide."""
     seen = Collisions()
-    check(seen, given(), output(0, engine_seed=1))
+    seen.check("", given(), output(0, engine_seed=1))
 
-    assert check(seen, given(), output(0, engine_seed=1)) == COLLISION_NONE
+    assert seen.check("", given(), output(0, engine_seed=1)) == COLLISION_NONE
 
 
 @pytest.mark.parametrize(
@@ -98,9 +92,9 @@ def test_equal_engine_seeds_do_not_collide() -> None:
 def test_other_inputs_are_not_compared(other: sequencer_pb2.AdmittedPayload) -> None:
     """Inputs that differ in more than the seed are not compared."""
     seen = Collisions()
-    check(seen, given(), output(0, engine_seed=1))
+    seen.check("", given(), output(0, engine_seed=1))
 
-    assert check(seen, other, output(0, engine_seed=2)) == COLLISION_UNSPECIFIED
+    assert seen.check("", other, output(0, engine_seed=2)) == COLLISION_UNSPECIFIED
 
 
 def loop(*words: int, engine_seed: int, count: int = 256) -> types_pb2.Output:
@@ -175,15 +169,15 @@ def test_items_that_do_not_count(item: sequencer_pb2.AdmittedPayload, made: Call
     """Equal answers are not compared if the caller gave the seed, or if the answer took little choice."""
     seen = Collisions()
 
-    assert check(seen, item, made(engine_seed=1)) == COLLISION_UNSPECIFIED
-    assert check(seen, item, made(engine_seed=2)) == COLLISION_UNSPECIFIED
+    assert seen.check("", item, made(engine_seed=1)) == COLLISION_UNSPECIFIED
+    assert seen.check("", item, made(engine_seed=2)) == COLLISION_UNSPECIFIED
 
 
 def test_a_loop_of_known_choice() -> None:
     """A loop whose logprobs show that each token was one of two equally likely ones collides."""
     seen = Collisions()
     for engine_seed, found in ((1, COLLISION_UNSPECIFIED), (2, COLLISION_FOUND)):
-        assert check(seen, given(), with_logprobs(loop(7, 8, engine_seed=engine_seed), PROCESSED, 0.5)) == found
+        assert seen.check("", given(), with_logprobs(loop(7, 8, engine_seed=engine_seed), PROCESSED, 0.5)) == found
 
 
 def test_the_threshold() -> None:
@@ -191,15 +185,15 @@ def test_the_threshold() -> None:
     enough = math.ceil(CHOICE_BITS_MIN / DISTINCT_TOKEN_BITS)
     for count, found in ((enough, COLLISION_FOUND), (enough - 1, COLLISION_UNSPECIFIED)):
         seen = Collisions()
-        check(seen, given(), output(engine_seed=1, count=count))
-        assert check(seen, given(), output(engine_seed=2, count=count)) == found
+        seen.check("", given(), output(engine_seed=1, count=count))
+        assert seen.check("", given(), output(engine_seed=2, count=count)) == found
 
 
 def test_short_answers_do_not_count() -> None:
     """Answers of fewer than 16 tokens are not compared, whatever the logprobs say."""
     seen, made = Collisions(), (TOKENS_MIN - 1, TOKENS_MIN - 1, TOKENS_MIN, TOKENS_MIN)
     found = [
-        check(seen, given(), with_logprobs(output(0, engine_seed=engine_seed, count=count), PROCESSED, 0.01))
+        seen.check("", given(), with_logprobs(output(0, engine_seed=engine_seed, count=count), PROCESSED, 0.01))
         for engine_seed, count in enumerate(made, start=1)
     ]
 
@@ -207,23 +201,33 @@ def test_short_answers_do_not_count() -> None:
     assert found == [COLLISION_UNSPECIFIED, COLLISION_UNSPECIFIED, COLLISION_UNSPECIFIED, COLLISION_FOUND]
 
 
+def test_groups_are_apart() -> None:
+    """An answer is compared with those of its own group only, and remembered for no other."""
+    seen = Collisions()
+    seen.check("acme", given(), output(0, engine_seed=1))
+
+    assert seen.check("rival", given(), output(0, engine_seed=2)) == COLLISION_UNSPECIFIED
+    assert seen.check("acme", given(), output(0, engine_seed=3)) == COLLISION_FOUND
+    assert seen.check("rival", given(), output(1, engine_seed=4)) == COLLISION_NONE
+
+
 def test_seeded_answers_are_not_remembered() -> None:
     """An unseeded item is not compared with a seeded one."""
     seen = Collisions()
-    check(seen, given(seed_derived=False), output(0, engine_seed=1))
+    seen.check("", given(seed_derived=False), output(0, engine_seed=1))
 
-    assert check(seen, given(), output(0, engine_seed=2)) == COLLISION_UNSPECIFIED
+    assert seen.check("", given(), output(0, engine_seed=2)) == COLLISION_UNSPECIFIED
 
 
 def test_memory_is_bounded() -> None:
     """Only the newest inputs are remembered, and only the first outputs of each."""
     seen = Collisions(inputs_max=2, outputs_max=2)
     for prompt in (b"a", b"b", b"a", b"c"):  # c pushes b out, not a
-        check(seen, given(prompt=prompt), output(0, engine_seed=1))
-    assert check(seen, given(prompt=b"a"), output(0, engine_seed=2)) == COLLISION_FOUND
-    assert check(seen, given(prompt=b"b"), output(0, engine_seed=2)) == COLLISION_UNSPECIFIED
+        seen.check("", given(prompt=prompt), output(0, engine_seed=1))
+    assert seen.check("", given(prompt=b"a"), output(0, engine_seed=2)) == COLLISION_FOUND
+    assert seen.check("", given(prompt=b"b"), output(0, engine_seed=2)) == COLLISION_UNSPECIFIED
 
     for first in (1, 2):
-        check(seen, given(prompt=b"b"), output(first, engine_seed=3))
-    assert check(seen, given(prompt=b"b"), output(2, engine_seed=4)) == COLLISION_NONE, "a third output is not remembered"
-    assert check(seen, given(prompt=b"b"), output(1, engine_seed=4)) == COLLISION_FOUND
+        seen.check("", given(prompt=b"b"), output(first, engine_seed=3))
+    assert seen.check("", given(prompt=b"b"), output(2, engine_seed=4)) == COLLISION_NONE, "a third output is not remembered"
+    assert seen.check("", given(prompt=b"b"), output(1, engine_seed=4)) == COLLISION_FOUND

@@ -39,6 +39,9 @@ def settings(*argv: str) -> Settings:
         (["--tick-seconds=1e300"], "--tick-seconds: '1e300' is above ten years, 316224000"),
         (["--held-call-bytes-max=600000000"], "--held-call-bytes-max is above --held-bytes-max"),
         (["--tls-key=x"], "--tls-certificate, --tls-key: one needs the other"),
+        (["--joined-tenants=a"], "--joined-tenants: groups of two tenants or more"),
+        (["--joined-tenants=a+b,b+c"], "and no tenant twice"),
+        (["--joined-tenants=a+"], "--joined-tenants: groups of two tenants or more"),
         (["--witness=heads.jsonl"], "--witness needs --signing-key"),
         (["--witness-token=t"], "--witness-token, --witness-ca: need --witness"),
         (
