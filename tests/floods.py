@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import grpc
 
-from ostinato.v1 import generation_pb2, types_pb2
+from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 from tests.http2 import Peer, connected, framed
 
 GENERATE, STREAM = "/ostinato.v1.Generation/Generate", "/ostinato.v1.Generation/GenerateStream"
-WATCH, REFLECT = "/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+GET, WATCH = "/ostinato.v1.Sequencer/Get", "/grpc.health.v1.Health/Watch"
 MIB = 1 << 20
 MESSAGE_BYTES = 4 * MIB - 64
 Metadata = Sequence[tuple[str, str]]
@@ -157,6 +157,23 @@ async def unread_answers(flood: Flood) -> None:
     await _unread(flood, GENERATE, chatty())
 
 
+async def unread_records(flood: Flood) -> None:
+    """10 connections with 50 reads each of a batch of 3 MB, which are not read."""
+    key = "flood"
+    many = types_pb2.Parameters(max_new_tokens=600, ignore_eos=True, logprobs=20)
+    batch = Request(items=[types_pb2.Item(text="hello")] * 12, parameters=many, idempotency_key=key)
+    begun = time.monotonic()
+    async with grpc.aio.insecure_channel(flood.target, [("grpc.max_receive_message_length", -1)]) as channel:
+        call = channel.unary_unary(GENERATE, request_serializer=_as_is, response_deserializer=_as_is)
+        await call(batch.SerializeToString(), metadata=tuple(flood.metadata))
+    read = sequencer_pb2.GetRequest(idempotency_key=key).SerializeToString()
+    async with flood.peers(10) as peers:
+        for _ in range(50):
+            for peer in peers:
+                peer.call(GET, read, flood.metadata)
+        await flood.rest(begun)
+
+
 async def watchers(flood: Flood) -> None:
     """100 connections with 100 health watches each."""
     begun = time.monotonic()
@@ -180,6 +197,7 @@ FLOODS = {
         half_sent,
         unread_streams,
         unread_answers,
+        unread_records,
         watchers,
     )
 }
