@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ RETRY_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A long request that waits to be prepared."""
+    """Work that waits."""
 
     batch_id: int
     tenant: str
@@ -122,15 +123,15 @@ class Asked:
     waits_until: float | None = None
 
 
-class PrepareQueue:
-    """Long requests on their way to the service's threads.
+class TurnQueue:
+    """Work that is done for a few at a time: long requests on their way to the service's threads, and reads of the journal.
 
-    1. At most `places` are at the service, at most `tenant_places` of one tenant: another one finds a place free.
-    2. Tenants that wait take turns, by bytes.
-    3. The request of a caller that leaves is dropped.
+    1. At most `places` are worked on, at most `tenant_places` of one tenant: another one finds a place free.
+    2. Tenants that wait take turns, by cost.
+    3. The work of a caller that leaves is dropped.
     """
 
-    def __init__(self, places: int, tenant_places: int, tenant_waiting_max: int) -> None:
+    def __init__(self, places: int, tenant_places: int, tenant_waiting_max: int = sys.maxsize) -> None:
         self._places, self._tenant_places, self._tenant_waiting_max = places, tenant_places, tenant_waiting_max
         self._waiting = FairQueue[Asked](QUANTUM_BYTES)
         self._turns: dict[int, asyncio.Future[None]] = {}
@@ -140,7 +141,7 @@ class PrepareQueue:
 
     @contextlib.asynccontextmanager
     async def place(self, tenant: str, cost: int) -> AsyncIterator[None]:
-        """While the service prepares a request. Raises QueueFull."""
+        """While the work is done. `cost`: about bytes. Raises QueueFull."""
         if (own := self._waiting.items_of(tenant)) >= self._tenant_waiting_max:
             raise errors.QueueFull(f"{own} long requests of this tenant wait to be prepared", retry_after=RETRY_SECONDS)
         self._last_id += 1
@@ -179,7 +180,7 @@ class PrepareQueue:
 
 
 def prepare_cost(request: engine_pb2.PrepareRequest) -> int:
-    """In bytes of text, for a PrepareQueue."""
+    """In bytes of text, for a TurnQueue."""
     parameters = (request.parameters, *(item.parameters for item in request.items))
     formats = {each.response_format.SerializeToString() for each in parameters if each.HasField("response_format")}
     return request.ByteSize() + FORMAT_BYTES * len(formats)

@@ -400,7 +400,8 @@ def record_of(entries: ItemEntries, fingerprints: Mapping[bytes, types_pb2.Finge
     return record
 
 
-PAGE_ITEMS = 64
+PAGE_ITEMS = 16
+"""An item with all its logprobs has more than a megabyte."""
 
 
 async def pages(journal: Journal, first: int, last: int) -> AsyncIterator[Sequence[ItemEntries]]:

@@ -22,7 +22,7 @@ from serving.handlers import ran_out, remaining
 from serving.intake import CHARGE, Charge
 
 from sidecar import answers
-from sidecar.admission import PrepareQueue, check, check_size, draft, prepare_cost, response_bytes_max
+from sidecar.admission import TurnQueue, check, check_size, draft, prepare_cost, response_bytes_max
 from sidecar.answers import CancelWaiter, RemoteWaiters, Waiter, answer_of, is_whole, result_of, stamp_of
 from sidecar.collisions import Collisions
 from sidecar.config import Settings
@@ -87,7 +87,7 @@ class Pipeline:
         self._settings, self.random_bytes = settings, random_bytes
         self.core = Sequencer(settings.bounds)
         self.queue = AdmissionQueue(self.core)
-        self.preparing = PrepareQueue(settings.prepares_max, settings.tenant_prepares_max, settings.tenant_prepare_queue_max)
+        self.preparing = TurnQueue(settings.prepares_max, settings.tenant_prepares_max, settings.tenant_prepare_queue_max)
         self.journal, self.link, self.observer, self.held, self.clock = journal, link, observer, held, clock
         self.items: dict[int, ActiveItem] = {}
         """By sequence: admitted, outcome not durable yet."""

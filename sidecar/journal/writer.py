@@ -22,7 +22,9 @@ from typing import Any, Generic, TypeVar
 
 from ostinato.errors import JournalFull, JournalUnavailable, RecordDamaged
 from ostinato.v1 import types_pb2
+from serving.auth import caller
 
+from sidecar.admission import QUANTUM_BYTES, TurnQueue
 from sidecar.journal.model import (
     Admission,
     Appended,
@@ -47,6 +49,9 @@ Refusal = JournalFull | JournalUnavailable
 
 DEFERRED_GROUP = 16
 """Deferred outcomes in one commit: few, so that little room is of use."""
+
+READS = 4
+"""Of items, at once; half as many for one tenant."""
 
 WHY: Mapping[type[Refusal], str] = {
     JournalFull: "the journal has no room for new work",
@@ -279,6 +284,7 @@ class Journal:
         self._on_commit, self._on_entries, self._on_taken, self._on_damaged = on_commit, on_entries, on_taken, on_damaged
         self._committer = Committer[Answer](store, self._settings, now_millis, time.monotonic)
         self._jobs: queue.SimpleQueue[Job[Answer] | _Read | _Poll | _Close] = queue.SimpleQueue()
+        self._turns = TurnQueue(READS, READS // 2)
         self._unanswered: dict[Answer, None] = {}
         self._durable_index = self._reported_index = store.head.index
         self._grown = self._loop.create_future()
@@ -333,7 +339,7 @@ class Journal:
     async def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:
         """The items numbered first to last, ascending, at most limit. Unknown numbers are left out. Raises RecordDamaged."""
 
-        return await self._read(lambda: self._checked_items(first, last, limit))
+        return await self._read_items(lambda: self._checked_items(first, last, limit))
 
     async def batch(self, tenant: str, key: str, binding: Binding) -> Sequence[ItemEntries]:
         """The items of a bound key. Raises RecordDamaged if they are not a batch of this key, as far as payloads are kept."""
@@ -344,7 +350,12 @@ class Journal:
             check_batch(found, tenant, key, binding)
             return found
 
-        return await self._read(checked)
+        return await self._read_items(checked)
+
+    async def _read_items(self, read: Callable[[], Sequence[ItemEntries]]) -> Sequence[ItemEntries]:
+        """In turns: what was read for callers that have not looked at it yet is in memory, and may be megabytes each."""
+        async with self._turns.place(caller().tenant, QUANTUM_BYTES):
+            return await self._read(read)
 
     async def unfinished(self, first: int, last: int, limit: int) -> Sequence[Sealed]:
         """ADMITTED entries of the items first to last that have no outcome, of every writer, ascending, at most limit."""

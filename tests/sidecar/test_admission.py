@@ -22,7 +22,7 @@ from sidecar.admission import (
     SIGNED_BYTES,
     STAMP_BYTES,
     VERDICT_BYTES,
-    PrepareQueue,
+    TurnQueue,
     check,
     check_size,
     draft,
@@ -165,7 +165,7 @@ def test_a_draft_has_all_that_a_rerun_needs() -> None:
 class Preparing:
     """A queue, and the calls in it. A call that has its place waits until it is told to end."""
 
-    queue: PrepareQueue
+    queue: TurnQueue
     begun: list[int] = field(default_factory=list)
     ended: set[int] = field(default_factory=set)
     calls: list[tuple[str, asyncio.Task[None], asyncio.Event]] = field(default_factory=list)
@@ -199,7 +199,7 @@ def test_the_places_are_shared(script: list[tuple[str, str, int]], bounds: tuple
     places, own = bounds
 
     async def run() -> None:
-        made = Preparing(PrepareQueue(places, own, 100))
+        made = Preparing(TurnQueue(places, own, 100))
         for what, tenant, which in script:
             if what == "ask":
                 made.ask(tenant)
@@ -227,7 +227,7 @@ def test_the_places_are_shared(script: list[tuple[str, str, int]], bounds: tuple
 async def test_a_flood_of_long_requests_waits_for_itself() -> None:
     """While a tenant floods, another's long request begins at once; of two floods that wait, each gets the same bytes; above
     its bound a tenant is refused with a hint, and another is not."""
-    made = Preparing(PrepareQueue(2, 1, 20))
+    made = Preparing(TurnQueue(2, 1, 20))
     for _ in range(21):
         made.ask("flood", 400_000)
     await made.settle()
