@@ -69,10 +69,9 @@ def serve_metrics(registry: CollectorRegistry, address: str) -> MetricsServer:
     try:
         family, *_, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
         listening = socket.create_server(where[:2], family=family)
-    except OSError as error:
-        raise StartupError(
-            f"--metrics: cannot listen on {address}: {os.strerror(error.errno) if error.errno else error}"
-        ) from error
+    except OSError as error:  # socket.create_server adds the address to the kernel's words
+        why = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
+        raise StartupError(f"--metrics: cannot listen on {address}: {why}") from error
     loop, stop, port_number = asyncio.new_event_loop(), asyncio.Event(), listening.getsockname()[1]
 
     def run() -> None:

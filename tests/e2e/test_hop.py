@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from ostinato import errors
 from ostinato.client import Client
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 
+from service.stream import SEQUENCE_JUMP_MAX
 from tests.certificates import Authority
-from tests.hop import Engine
-from tests.pair import Pair, held_port
+from tests.hop import Engine, proved
+from tests.pair import Pair, held_port, python
 from tests.waiting import eventually
 
 
@@ -155,3 +157,31 @@ async def test_certificates_on_both_sides(tmp_path: Path) -> None:
                 with pytest.raises(grpc.aio.AioRpcError):
                     await engine_pb2_grpc.EngineStub(channel).Describe(engine_pb2.DescribeRequest(), timeout=5)
         assert pair.sidecar.running
+
+
+async def test_a_wrong_sequence_does_not_stop_a_sidecar_for_good() -> None:
+    """A sequence as far ahead as it may be, from a process of the same user, stops the sidecar, which names the remedy. After
+    the remedy it goes on, behind the sequence."""
+    with Pair(sidecar=["--reconnect-seconds", "0.05"]) as pair:
+        pair.start()
+        async with Client(pair.target) as client:
+            await client.generate("a", max_new_tokens=1)
+            head = await client.head()
+        pair.sidecar.stop()
+        async with grpc.aio.insecure_channel(pair.engine_address) as channel:
+            stub = await proved(channel, pair.engine_address)
+            assert isinstance(await driven(stub, head, epoch=head.epoch, sequence=2**62), errors.OutOfOrder)
+            assert isinstance(await driven(stub, head, epoch=2**64 - 1, sequence=2), errors.ProtocolViolation)
+            assert await driven(stub, head, epoch=head.epoch, sequence=head.last_sequence + SEQUENCE_JUMP_MAX) is None
+        sidecar = pair.start_sidecar()
+        await eventually(lambda: not sidecar.running, "the sidecar ends")
+        remedy = re.search(r"accept-loss --through (\d+)", "\n".join(sidecar.lines))
+        assert remedy is not None
+        done = await asyncio.to_thread(
+            python, "-m", "sidecar", "accept-loss", "--journal", f"{pair.folder}/journal.sqlite", "--through", remedy[1]
+        )
+        assert done.returncode == 0, done.stderr
+        pair.start_sidecar().wait_for("engine connected")
+        async with Client(pair.target) as client:
+            answer = await client.generate("b", max_new_tokens=1)
+        assert answer.stamp.first_sequence == int(remedy[1]) + 1 == head.last_sequence + SEQUENCE_JUMP_MAX + 1

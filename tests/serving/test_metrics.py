@@ -150,3 +150,9 @@ def test_the_page_is_for_reading() -> None:
             head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
     assert b"Content-Encoding: gzip" in head
     assert gzip.decompress(body).decode().splitlines()[-1] == "ostinato_here_total 1.0"
+
+
+def test_a_host_that_does_not_exist() -> None:
+    """The error has the resolver's reason."""
+    with pytest.raises(StartupError, match=r"^--metrics: cannot listen on no\.such\.host\.invalid:1: .*[a-z]"):
+        serve_metrics(registry(), "no.such.host.invalid:1")
