@@ -100,6 +100,7 @@ class SyncClient:
     get = _blocking(Client.get)
     tail = _blocking_stream(Client.tail)
     head = _blocking(Client.head)
+    witness = _blocking(Client.witness)
     replay = _blocking_stream(Client.replay)
     report = _blocking(Client.report)
 
