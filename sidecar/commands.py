@@ -16,6 +16,7 @@ import typer
 
 from ostinato.chain import SEQUENCE_MAX
 from ostinato.cli.show import note, progress, visible
+from ostinato.cli.verify import public_keys
 from ostinato.errors import JournalFull, JournalUnavailable
 from ostinato.signature import new_key
 from ostinato.v1 import types_pb2
@@ -25,7 +26,7 @@ from serving.settings import lookup
 from sidecar.config import Settings, is_shared, journal_fault, mark_of
 from sidecar.journal import maintenance
 from sidecar.journal.diagnosis import REBUILD, RESTORE
-from sidecar.journal.maintenance import verify_all
+from sidecar.journal.maintenance import head_faults, verify_all
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalBroken, JournalUnusable, Loss
 from sidecar.journal.sqlite import copied
@@ -90,9 +91,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 @app.command()
-def verify(journal: Journal = JOURNAL, config: Config = None) -> None:
+def verify(
+    key: Annotated[list[Path] | None, typer.Option(help="A public key whose signatures are verified; may be repeated.")] = None,
+    journal: Journal = JOURNAL,
+    config: Config = None,
+) -> None:
     """Check every link, every invariant, every payload that is kept, and the tables beside the entries. The first bad entry
     ends it, with exit code 1."""
+    keys = public_keys(key or ())
     with closing(open_for_maintenance(journal)) as store, _progress(store) as came_to, closing(verify_all(store)) as pages:
         index = 0
         for checked in pages:
@@ -101,7 +107,7 @@ def verify(journal: Journal = JOURNAL, config: Config = None) -> None:
                 remedy = REBUILD if checked.tables else RESTORE
                 raise JournalUnusable(f"{store.name} is damaged: {checked.faults[0]}{others}: {remedy}")
             came_to(index := checked.index)
-        if fault := store.structure():
+        if fault := store.structure() or next(head_faults(store, keys), ""):
             raise JournalUnusable(f"{store.name} is damaged: {fault}: {RESTORE}")
     note(f"{index} entries are sound")
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from ostinato.chain import OUTCOMES, PAYLOADS, check_link, check_nonce, sealed_input, sealed_output
+from ostinato.signature import PublicKeys, SignedTree
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.derived import rebuilding
 from sidecar.journal.diagnosis import RESTORE
-from sidecar.journal.model import JournalUnusable, Sealed
+from sidecar.journal.model import JournalUnusable, Sealed, Signature
 from sidecar.journal.store import PAGE, SqlStore
 
 MISSING = "its payload is missing, and its item has not ended"
@@ -65,6 +66,42 @@ def rebuild(store: SqlStore) -> None:
         for page in pages(store, payloads=True):
             rebuilt.add(page)
         rebuilt.repair()
+
+
+def signatures_of(read: Callable[[int, int], Sequence[Signature]]) -> Iterator[Signature]:
+    """All of them, by last index, ascending. `read` takes an index and a limit."""
+    index = 1
+    while page := read(index, PAGE):
+        yield from page
+        index = page[-1].last_index + 1
+
+
+def check_signatures(signatures: Sequence[Signature], last_index: int) -> None:
+    """Raises ValueError if they are not of transactions that come one after the other, up to this index."""
+    before = 0
+    for each in signatures:
+        if not before < each.first_index <= each.last_index <= last_index:
+            raise ValueError(f"head of entries {each.first_index} to {each.last_index}: they are no transaction of this log")
+        before = each.last_index
+
+
+def head_faults(store: SqlStore, keys: PublicKeys) -> Iterator[str]:
+    """What is wrong with the signed heads. Signatures of other keys than these are not verified."""
+    before = Signature(0, 0, "", b"")
+    log = store.log()
+    for each in signatures_of(store.signatures):
+        try:
+            check_signatures([before, each] if before.last_index else [each], log.index if log is not None else 0)
+        except ValueError as error:
+            yield str(error)
+            return
+        before = each
+        if each.key_id in keys:
+            covered = store.entries(each.first_index, each.last_index + 1 - each.first_index, payloads=False)
+            tree, hashes = SignedTree(), [entry.entry_hash for entry in covered]
+            tree.restore(covered[0].header.log_id, each.first_index, hashes, each.key_id, each.signature)
+            if not keys.verify(tree.head):
+                yield f"head of entries {each.first_index} to {each.last_index}: its signature is not by key {each.key_id}"
 
 
 def name_of(header: types_pb2.EntryHeader) -> str:

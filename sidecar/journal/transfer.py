@@ -25,7 +25,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.derived import rebuilding
 from sidecar.journal.ledger import NUMBER_MAX, SECRET_BYTES, twins_of
-from sidecar.journal.maintenance import MISSING, Checker, name_of, pages
+from sidecar.journal.maintenance import MISSING, Checker, check_signatures, name_of, pages, signatures_of
 from sidecar.journal.model import FINGERPRINTS, JournalUnusable, Key, Log, Sealed, Signature
 from sidecar.journal.sqlite import UNREADABLE, SqliteTables
 from sidecar.journal.store import PAGE, SqlStore, Tables
@@ -47,16 +47,9 @@ def export(store: SqlStore) -> Iterator[str]:
         while page := store.keys(sequence, PAGE):
             keys += page
             sequence = page[-1].first_sequence + 1
-        yield from _head_lines(log, keys, store.notes(""), list(_signatures(store.signatures)))
+        yield from _head_lines(log, keys, store.notes(""), list(signatures_of(store.signatures)))
         for entries in pages(store, payloads=True):
             yield from map(_entry_line, entries)
-
-
-def _signatures(read: Callable[[int, int], Sequence[Signature]]) -> Iterator[Signature]:
-    index = 1
-    while page := read(index, PAGE):
-        yield from page
-        index = page[-1].last_index + 1
 
 
 def _head_lines(log: Log, keys: Sequence[Key], notes: Mapping[str, bytes], signatures: Sequence[Signature]) -> Iterator[str]:
@@ -207,15 +200,6 @@ class _Importer:
         self._tables.import_keys(self._keys)
         self._tables.write_notes(self._notes)
         self._tables.write_signatures(self._signatures)
-
-
-def check_signatures(signatures: Sequence[Signature], last_index: int) -> None:
-    """Raises ValueError if they are not of transactions that come one after the other, up to this index."""
-    before = 0
-    for each in signatures:
-        if not before < each.first_index <= each.last_index <= last_index:
-            raise ValueError(f"head of entries {each.first_index} to {each.last_index}: they are no transaction of this log")
-        before = each.last_index
 
 
 def _decoded(lines: Iterable[str]) -> Iterator[str]:
@@ -390,7 +374,7 @@ def sound_lines(tables: SqliteTables, part: SoundPart, keys: Sequence[Key]) -> I
     with suppress(*UNREADABLE):
         notes = tables.notes(FINGERPRINTS)
     with suppress(*UNREADABLE, ValueError):
-        readable = [each for each in _signatures(tables.signatures) if each.last_index <= part.log.index]
+        readable = [each for each in signatures_of(tables.signatures) if each.last_index <= part.log.index]
         check_signatures(readable, part.log.index)
         signatures = readable
     yield from _head_lines(part.log, keys, notes, signatures)

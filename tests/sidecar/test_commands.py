@@ -167,6 +167,30 @@ def test_export_and_import(store: SqliteKit, run: Said, tmp_path: Path) -> None:
     assert run.out.count('{"head": ') == 3
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            "UPDATE heads SET signature = zeroblob(64) WHERE last_index = 4",
+            "head of entries 2 to 4: its signature is not by key",
+        ),
+        ("UPDATE heads SET first_index = 3 WHERE last_index = 4", "head of entries 3 to 4: its signature is not by key"),
+        ("UPDATE heads SET first_index = 1 WHERE last_index = 4", "head of entries 1 to 4: they are no transaction"),
+        ("UPDATE heads SET last_index = 99 WHERE last_index = 7", "head of entries 5 to 99: they are no transaction"),
+    ],
+)
+def test_damaged_heads(store: SqliteKit, run: Said, tmp_path: Path, change: str, said: str) -> None:
+    """verify finds a signed head that is not of the entries, with the public key also a changed signature."""
+    signer = store.settings.signer
+    assert signer is not None
+    (tmp_path / "key").write_text(signer.public_pem)
+    assert "are sound" in run("verify", "--key", tmp_path / "key", "--journal", store.path)
+    with closing(apsw.Connection(str(store.path))) as db:
+        db.execute(change)
+
+    assert said in run("verify", "--key", tmp_path / "key", "--journal", store.path, code=1)
+
+
 def test_a_signing_key(run: Said, tmp_path: Path) -> None:
     """A new file gets a key that only its owner can read, and its public key is printed; a file that exists stays, and says its
     own. What is no such key is refused."""
