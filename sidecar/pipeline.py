@@ -228,7 +228,7 @@ class Pipeline:
 
     async def _join(self, request: generation_pb2.GenerateRequest, binding: Binding, waiter: Waiter) -> types_pb2.Stamp:
         """Wait for the items of a bound key, recorded or still to end. Raises KeyReused if they are of another request."""
-        if request_digest(request) != binding.request_digest:
+        if binding.request_digest and request_digest(request) != binding.request_digest:
             named = _shown(request.idempotency_key)
             raise errors.KeyReused(
                 f"the idempotency key {named} was used for another request: use another key, or send the same request"

@@ -129,6 +129,7 @@ class Binding:
     """What an idempotency key stands for."""
 
     request_digest: bytes
+    """Empty: not known any more, since all of the batch was redacted."""
     first_sequence: int
     count: int
 

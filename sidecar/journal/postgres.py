@@ -829,7 +829,7 @@ class PostgresStore(SqlStore):
 
     def forget(self, sequences: Sequence[int]) -> None:
         with _unusable(), self._database.connected() as db:
-            PostgresTables(db).forget_twins(sequences)
+            PostgresTables(db).forget(sequences)
 
     @contextmanager
     def snapshot(self) -> Iterator[Tables]:

@@ -643,7 +643,7 @@ class SqliteStore(SqlStore):
 
     def forget(self, sequences: Sequence[int]) -> None:
         with self._transaction():
-            self._tables.forget_twins(sequences)
+            self._tables.forget(sequences)
 
     @contextmanager
     def snapshot(self) -> Iterator[Tables]:

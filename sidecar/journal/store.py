@@ -193,6 +193,11 @@ _DROP = """WITH dropped AS (SELECT admitted, outcome FROM items WHERE sequence =
 _FORGET = """DELETE FROM twins WHERE entry_index IN (SELECT outcome FROM items WHERE sequence = ANY(?::bigint[]))
   OR (length(output_tag) = 0 AND NOT EXISTS (SELECT 1 FROM payloads WHERE payloads.entry_index = twins.entry_index))"""
 _FORGET_NOTES = "DELETE FROM notes WHERE substr(name, 1, length(?::name)) = ?::name"
+_FORGET_REQUESTS = """UPDATE keys SET request_digest = ?
+  WHERE EXISTS (SELECT 1 FROM items
+    WHERE sequence = ANY(?::bigint[]) AND sequence BETWEEN first_sequence AND first_sequence + count - 1)
+  AND NOT EXISTS (SELECT 1 FROM items JOIN payloads ON entry_index = admitted
+    WHERE sequence BETWEEN first_sequence AND first_sequence + count - 1 AND NOT sequence = ANY(?::bigint[]))"""
 _DROP_PROMPTS = """DELETE FROM payloads WHERE entry_index IN
   (SELECT items.admitted FROM items, unnest(?::bigint[], ?::bigint[]) AS r (sequence, first)
     WHERE items.sequence = r.sequence AND NOT EXISTS (SELECT 1 FROM keys WHERE first_sequence = r.first))"""
@@ -415,9 +420,12 @@ class Tables(ABC):
         self._session.execute(_FORGET_NOTES, USAGE, USAGE)
         return self._session.execute(_DROP, list(sequences))
 
-    def forget_twins(self, sequences: Sequence[int]) -> None:
-        """Nothing is compared any more with these items, nor with any whose payload was dropped. Reads all twins."""
+    def forget(self, sequences: Sequence[int]) -> None:
+        """Nothing is compared any more with these items, nor with any whose payload was dropped; and of a keyed batch that is
+        dropped with these, the request is not known any more. Reads all twins and keys."""
         self._session.execute(_FORGET, list(sequences) or [0])
+        if sequences:
+            self._session.execute(_FORGET_REQUESTS, b"", list(sequences), list(sequences))
 
 
 def sealed_of(row: Row) -> Sealed:
@@ -591,7 +599,7 @@ class SqlStore(ABC):
 
     @abstractmethod
     def forget(self, sequences: Sequence[int]) -> None:
-        """As `Tables.forget_twins`."""
+        """As `Tables.forget`."""
 
     @abstractmethod
     def snapshot(self) -> AbstractContextManager[Tables]:

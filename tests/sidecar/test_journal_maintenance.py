@@ -179,8 +179,10 @@ def test_what_is_redacted_cannot_be_guessed(store: Kit) -> None:
     verdicts stay."""
     digests = list[bytes]()
     with store.opened() as journal:
-        (answer,) = journal.append_many([admission(item(5, seed=9), tenant="t")], 1)
-        (entry,) = answer.entries
+        request = b"q" * 32
+        (answer,) = journal.append_many([admission(item(5, seed=9), item(6), key="k", tenant="t", digest=request)], 1)
+        entry, beside = answer.entries
+        journal.append_many([completed(beside)], 1)
         outcome = completed(entry, 7)
         journal.append_many([outcome], 1)
         output, given = outcome.payload.output, prompt(entry)  # type: ignore[union-attr]
@@ -192,6 +194,9 @@ def test_what_is_redacted_cannot_be_guessed(store: Kit) -> None:
 
     with store.maintained() as kept:
         redact(kept, [1])
+        assert kept.keys(1, 1)[0].request_digest == request, "the other item of the batch has it too"
+        redact(kept, [2])
+        assert kept.keys(1, 1)[0].request_digest == b""
         left = b"".join(
             field
             for each in kept.entries(1, 100, payloads=True)
