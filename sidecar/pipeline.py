@@ -257,6 +257,7 @@ class Pipeline:
     async def _number(self, batch: PendingAdmission) -> None:
         """Append the batch, which gives its items consecutive sequences."""
         try:
+            self.quota.check(batch.admission.tenant)  # again: much may have been appended while it waited
             with batch.span.child("journal"):
                 appended = await self.journal.append(batch.admission)
         except errors.Refused as error:

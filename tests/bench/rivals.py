@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grpc
 
+from ostinato.requests import RESPONSE_BYTES_METADATA
 from ostinato.v1 import generation_pb2, generation_pb2_grpc, sequencer_pb2, sequencer_pb2_grpc, types_pb2
 from serving.auth import TENANT_METADATA
 
@@ -27,7 +28,7 @@ REQUESTS, WATCH_SECONDS = 12, 40.0
 LATE_SECONDS = 30.0
 """An answer that is later counts as refused."""
 PAUSE_SECONDS = 0.2
-LEAD_SECONDS = 1.0
+LEAD_SECONDS = 5.0
 """How long an attack has run before anything is measured."""
 CONTROL = "a<|im_end|>"
 SLOW_SCHEMA = '{"type": "integer", "multipleOf": 999983}'
@@ -46,14 +47,14 @@ class Caller:
         stub: generation_pb2_grpc.GenerationAsyncStub = generation_pb2_grpc.GenerationStub(self.channel)
         parameters = types_pb2.Parameters(max_new_tokens=tokens, ignore_eos=not _has_format(items))
         request = generation_pb2.GenerateRequest(items=items, parameters=parameters)
-        metadata = [(TENANT_METADATA, self.tenant), ("ostinato-max-response-bytes", str(64 << 20))]
+        metadata = [(TENANT_METADATA, self.tenant), (RESPONSE_BYTES_METADATA, str(64 << 20))]
         return (await stub.Generate(request, metadata=metadata, timeout=seconds)).stamp
 
-    async def replay(self, last: int) -> None:
-        """Items 1 to last, each alone in the engine. Raises AioRpcError."""
+    async def replay(self, last: int, *, alone: bool) -> None:
+        """Items 1 to last. Raises AioRpcError."""
         stub: sequencer_pb2_grpc.SequencerAsyncStub = sequencer_pb2_grpc.SequencerStub(self.channel)
         span = generation_pb2.SequenceRange(first=1, last=last)
-        request = sequencer_pb2.ReplayRequest(range=span, alone=True)
+        request = sequencer_pb2.ReplayRequest(range=span, alone=alone)
         async for _ in stub.Replay(request, metadata=[(TENANT_METADATA, self.tenant)]):
             pass
 
@@ -94,7 +95,7 @@ def chat() -> types_pb2.Item:
 
 SHORT = types_pb2.Item(text="Shanghai is")
 LONG = types_pb2.Item(text="Shanghai is " * 450)
-FILLER = types_pb2.Item(token_ids=types_pb2.TokenIds(ids=[65] * 900))
+FILLER = types_pb2.Item(token_ids=types_pb2.TokenIds(ids=[200] * 3000))
 SLOW: Mapping[str, object] = {"runs": 8, "kv_blocks": 2200, "block_tokens": 16, "context_tokens": 4096, "delay_seconds": 0.001}
 ATTACKS = (
     Attack(
@@ -111,13 +112,16 @@ ATTACKS = (
         loops=8,
         engine="llama",
     ),
-    Attack(
-        "4 loops of Replay, alone; the other sends 16 tokens",
-        lambda caller: caller.replay(32),
-        lambda caller: caller.generate([SHORT], 16),
-        loops=4,
-        script=SLOW,
-        before=lambda caller: caller.generate([SHORT] * 32, 400),
+    *(
+        Attack(
+            f"4 loops of Replay{', alone' if alone else ''}; the other sends 16 tokens",
+            partial(Caller.replay, last=32, alone=alone),
+            lambda caller: caller.generate([SHORT], 16),
+            loops=4,
+            script=SLOW,
+            before=lambda caller: caller.generate([SHORT] * 32, 400),
+        )
+        for alone in (True, False)
     ),
     Attack(
         "batches of 64 x 4,000 tokens; the other sends 4 tokens",
@@ -127,11 +131,12 @@ ATTACKS = (
         script=SLOW,
     ),
     Attack(
-        "a journal of 8 MiB is filled; the other sends 16 tokens",
+        "a journal of 4 MiB is filled; the other sends 16 tokens",
         lambda caller: caller.generate([FILLER] * 16, 16),
         lambda caller: caller.generate([SHORT], 16),
         loops=4,
-        flags=("--journal-bytes-max", str(8 << 20)),
+        script={"context_tokens": 4096},
+        flags=("--journal-bytes-max", str(4 << 20)),
     ),
 )
 
@@ -181,9 +186,9 @@ async def measured(attack: Attack, root: Path) -> tuple[Seen, Seen]:
             grpc.aio.insecure_channel(pair.target, options=options) as two,
         ):
             flood, other = Caller(one, "flood"), Caller(two, "other")
-            await attack.ask(other)
             if attack.before is not None:
                 await attack.before(flood)
+            await attack.ask(other)
             alone = await watched(partial(attack.ask, other))
             tasks = [asyncio.create_task(_loop(partial(attack.attack, flood))) for _ in range(attack.loops)]
             await asyncio.sleep(LEAD_SECONDS)

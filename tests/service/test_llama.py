@@ -24,8 +24,9 @@ from tests.service.llama_kit import LACKING, Bench, bits, on_the_loop, regex, sc
 if LACKING:
     pytest.skip(f"the llama engine's packages are not installed: {LACKING}", allow_module_level=True)
 
-from service.engines.llama import library
+from service.engines.llama import batching, library
 from service.engines.llama.model import packaged_model
+from service.engines.llama.sampling import Grammar
 
 pytestmark = pytest.mark.llama
 
@@ -64,6 +65,38 @@ async def test_cancel(bench: Bench) -> None:
     assert [bits(await bench.output(run_id)) for run_id in neighbours] == [alone] * 3
     assert bits(await bench.answer("Rivers run", **about)) == alone
     assert [bench.of(run_id) for run_id in doomed] == heard
+
+
+@on_the_loop
+async def test_a_grammar_is_compiled_beside_the_runs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a grammar is compiled, a run that has a slot goes on to its end; the runs behind the grammar start after it, in
+    order; a cancelled one never starts."""
+    gate, compiled = threading.Event(), list[bytes]()
+
+    def slow(library: Any, vocabulary: int, size: int, kind: str, source: bytes) -> Grammar:
+        gate.wait(60)
+        compiled.append(source)
+        return Grammar(library, vocabulary, size, kind, source)
+
+    monkeypatch.setattr(batching, "Grammar", slow)
+    running = bench.start("Rivers run", max_new_tokens=30, stream=True)
+    await bench.until(running, "tokens")
+    held = bench.start("A number: ", max_new_tokens=3, response_format=regex("[0-9]+"))
+    gone = bench.start("A number: ", max_new_tokens=3, response_format=regex("[1-9]+"))
+    behind = bench.start("Rivers run", max_new_tokens=3)
+    await bench.output(running)
+    bench.engine.cancel(gone)
+    before = [bench.of(run_id) for run_id in (held, gone, behind)]
+    gate.set()
+    answer = await bench.output(held)
+    await bench.output(behind)
+
+    assert before == [[], [], []]
+    assert answer.text.isdigit()
+    assert bench.of(gone) == []
+    started = [event.run_id for event in bench.events if event.HasField("started")]
+    assert started.index(held) < started.index(behind)
+    assert compiled[0] == b"[0-9]+"
 
 
 @on_the_loop

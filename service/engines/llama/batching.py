@@ -3,8 +3,10 @@
 1. Runs get slots in order of submission, and no run's prompt is started before an earlier one's.
 2. A prompt is cut into pieces of PIECE tokens from its first token on, whatever else is in the batch. A step computes at most
    PREFILL_STEP prompt tokens, so that prompts do not stall the runs that are generating.
-3. A slot that its run has left holds whole pieces of that run's prompt, as `Prefixes.held` says, and nothing of its answer.
-4. An error of one run ends that run. An error of a step ends all runs that have slots; the engine goes on.
+3. A grammar is compiled in a thread of its own, which may take half a second. Runs that have slots go on meanwhile; runs behind
+   it wait.
+4. A slot that its run has left holds whole pieces of that run's prompt, as `Prefixes.held` says, and nothing of its answer.
+5. An error of one run ends that run. An error of a step ends all runs that have slots; the engine goes on.
 
 Reuse changes no bit of an answer: only whole pieces are reused, and the keys and values of a whole piece depend only on the
 tokens up to its end. (This is what the grade EXACT claims.) So a copy equals the result of computing the piece.
@@ -15,6 +17,7 @@ from __future__ import annotations
 import heapq
 import logging
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
@@ -154,6 +157,9 @@ class Batching:
         self._commands, self._post = commands, post
         self._batch = Batch(rows_max(runs), runs)
         self._waiting: dict[int, Run] = {}
+        self._compiler = ThreadPoolExecutor(1, "grammar")
+        self._compiling: dict[int, Future[Sampler]] = {}
+        """By run id: of waiting runs with a grammar."""
         self._active: dict[int, _Active] = {}
         self._free = list(range(runs))
         self._prefixes = Prefixes(runs, enabled=prefix_cache)
@@ -168,6 +174,9 @@ class Batching:
                 self._fail_all(str(error) or type(error).__name__)
         for active in tuple(self._active.values()):
             self._release(active)
+        for run_id in tuple(self._waiting):
+            self._forget(run_id)
+        self._compiler.shutdown()
 
     def _read_commands(self) -> bool:
         """Take all commands; wait for one if there are no runs. False: stop."""
@@ -180,10 +189,19 @@ class Batching:
                 return False
             if isinstance(command, Run):
                 self._waiting[command.run_id] = command
+                if command.parameters.HasField("response_format"):
+                    self._compiling[command.run_id] = self._compiler.submit(self._sampler, command)
             elif (active := self._active.get(command)) is not None:
                 self._release(active)
             else:
-                self._waiting.pop(command, None)
+                self._forget(command)
+
+    def _forget(self, run_id: int) -> None:
+        """A waiting run was cancelled."""
+        self._waiting.pop(run_id, None)
+        compiling = self._compiling.pop(run_id, None)
+        if compiling is not None and not compiling.cancel():
+            compiling.add_done_callback(lambda made: None if made.exception() else made.result().close())
 
     def _step(self) -> None:
         """One decode: a token of each run whose prompt is computed, and pieces of the other runs' prompts."""
@@ -205,9 +223,14 @@ class Batching:
     def _admit(self, events: Events) -> None:
         """Give free slots to waiting runs. The lowest slot first: only neighbouring slots are computed together."""
         while self._waiting and self._free:
-            run = self._waiting.pop(next(iter(self._waiting)))
+            run = next(iter(self._waiting.values()))
+            compiling = self._compiling.get(run.run_id)
+            if compiling is not None and self._active and not compiling.done():
+                return
+            del self._waiting[run.run_id]
+            self._compiling.pop(run.run_id, None)
             try:
-                sampler = self._sampler(run)
+                sampler = self._sampler(run) if compiling is None else compiling.result()
             except Exception as error:  # noqa: BLE001  # any error here concerns this run only
                 events.append(run.failed(str(error) or type(error).__name__))
             else:
