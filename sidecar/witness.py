@@ -26,7 +26,7 @@ from serving import files, program
 from serving.auth import Source
 
 from sidecar.config import Settings
-from sidecar.journal.model import WITNESSED, Witnessed
+from sidecar.journal.model import WITNESSED, JournalBroken, Witnessed
 from sidecar.journal.writer import Journal
 from sidecar.observe import Observer
 
@@ -63,18 +63,18 @@ class Publisher:
             await self._run()
 
     async def _run(self) -> None:
-        pause_seconds = RETRY_SECONDS
+        pause_seconds = 0.0
         while True:
             await self._journal.wait(self._index + 1)
             self._observer.witness_behind()
-            if self._index:
+            if self._index and not pause_seconds:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._journal.wait(self._index + self._entries), self._seconds)
             if await self._publish_newest():
-                pause_seconds = RETRY_SECONDS
+                pause_seconds = 0.0
                 continue
+            pause_seconds = min(max(RETRY_SECONDS, 2 * pause_seconds), RETRY_SECONDS_MAX)
             await asyncio.sleep(pause_seconds)
-            pause_seconds = min(2 * pause_seconds, RETRY_SECONDS_MAX)
 
     async def _publish_newest(self) -> bool:
         """Whether the witness has a newer head now."""
@@ -83,7 +83,9 @@ class Publisher:
             if head is None or head.last_index <= self._index:  # another sidecar of this log has no key
                 return False
             await asyncio.wait_for(self._publish(head), PUBLISH_SECONDS)
-        except (errors.OstinatoError, OSError, TimeoutError) as error:
+        except JournalBroken:
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever a witness does, the door serves
             self._observer.witness_failed(error)
             return False
         self._index = head.last_index

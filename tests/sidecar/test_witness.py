@@ -1,0 +1,125 @@
+"""When heads go to a witness, and which keys of other logs are accepted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from ostinato.signature import new_key, opened, signer_of
+from serving.program import StartupError
+
+from sidecar.config import Settings
+from sidecar.journal.writer import Journal
+from sidecar.observe import Metrics, Observer
+from sidecar.witness import Publisher, Witness
+from tests.sidecar.journal_kit import SqliteKit, admission, item
+from tests.waiting import eventually
+
+HOUR = 3600.0
+
+
+@dataclass
+class Publishing:
+    """A signed journal with a file for a witness."""
+
+    journal: Journal
+    file: Path
+
+    async def admit(self, count: int) -> None:
+        for _ in range(count):
+            await self.journal.append(admission(item()))
+
+    def heads(self) -> list[int]:
+        """The indexes of the heads that the witness has."""
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        return [opened(json.loads(line)).last_index for line in lines]
+
+
+@asynccontextmanager
+async def publishing(folder: Path, *, entries: int, seconds: float) -> AsyncIterator[Publishing]:
+    kit = SqliteKit(folder / "journal.db")
+    kit.configure(signer=signer_of(new_key()))
+    settings = Settings(
+        signing_key=folder / "key", witness=str(folder / "heads"), witness_entries=entries, witness_seconds=seconds
+    )
+    journal = Journal(kit.open()[0], now_millis=kit.clock.now_millis)
+    observer = Observer(Metrics(CollectorRegistry()), lambda kind, reason: None)
+    running = asyncio.create_task(Publisher(settings, journal, observer).run())
+    made = Publishing(journal, folder / "heads")
+    await eventually(lambda: made.heads() == [1], "the first head is published at once")
+    try:
+        yield made
+    finally:
+        running.cancel()
+        await journal.close()
+
+
+async def test_a_head_goes_out_after_so_many_entries(tmp_path: Path) -> None:
+    """Fewer new entries than set wait; with the last of them the newest head goes out, and it alone."""
+    async with publishing(tmp_path, entries=4, seconds=HOUR) as made:
+        await made.admit(3)
+        await asyncio.sleep(0.2)
+        assert made.heads() == [1]
+        await made.admit(1)
+        await eventually(lambda: made.heads() == [1, 5], "the head of entry 5 is published")
+
+
+async def test_a_head_goes_out_after_so_many_seconds(tmp_path: Path) -> None:
+    """A single new entry waits no longer than set; without new entries nothing goes out."""
+    async with publishing(tmp_path, entries=1000, seconds=0.1) as made:
+        await asyncio.sleep(0.3)
+        assert made.heads() == [1]
+        await made.admit(1)
+        await eventually(lambda: made.heads() == [1, 2], "the head of entry 2 is published")
+
+
+async def test_a_witness_that_talks_nonsense_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no answer of HTTP is a failure as any other: it is counted, and the next attempt follows."""
+    monkeypatch.setattr("sidecar.witness.RETRY_SECONDS", 0.01)
+
+    async def nonsense(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"\xff\r\n\r\n")
+        writer.close()
+
+    kit, registry = SqliteKit(tmp_path / "journal.db"), CollectorRegistry()
+    kit.configure(signer=signer_of(new_key()))
+    journal = Journal(kit.open()[0], now_millis=kit.clock.now_millis)
+    async with await asyncio.start_server(nonsense, "127.0.0.1") as server:
+        witness = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        settings = Settings(signing_key=tmp_path / "key", witness=witness)
+        running = asyncio.create_task(
+            Publisher(settings, journal, Observer(Metrics(registry), lambda kind, reason: None)).run()
+        )
+        failures = "ostinato_witness_failures_total"
+        await eventually(lambda: (registry.get_sample_value(failures) or 0) >= 2, "two attempts have failed")
+        assert not running.done()
+        running.cancel()
+    await journal.close()
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("nonsense key", "line 2: begins with no log id"),
+        ("f" * 32, "line 2: the key holds no public key"),
+        ("f" * 32 + " MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE", "line 2: the key"),
+    ],
+)
+async def test_bad_keys_of_logs_are_refused(tmp_path: Path, line: str, why: str) -> None:
+    """A line of --witness-keys that is not a log's id and a public key stops the start, and is named."""
+    (tmp_path / "logs").write_text(f"# log key\n{line}\n")
+    kit = SqliteKit(tmp_path / "journal.db")
+    journal = Journal(kit.open()[0], now_millis=kit.clock.now_millis)
+    try:
+        with pytest.raises(StartupError, match=f"--witness-keys: .*{why}"):
+            Witness(tmp_path / "logs", journal, Observer(Metrics(CollectorRegistry()), lambda kind, reason: None))
+    finally:
+        await journal.close()
