@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import sys
 from collections import deque
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -58,17 +59,18 @@ again."""
 
 
 def connections_allowed(wanted: int | None, addresses: int) -> int:
-    """Connections to each address, so that others keep DESCRIPTORS_RESERVED descriptors. Raises this process's limit of
-    descriptors as far as it may. Raises StartupError if there is no room for those that are wanted."""
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit != resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        room = (limit - DESCRIPTORS_RESERVED) // addresses
-    else:
-        room = CONNECTIONS_MAX if wanted is None else wanted
+    """Connections to each address, so that DESCRIPTORS_RESERVED descriptors are left for the rest. Raises this process's limit
+    of descriptors as far as that needs and it may. Raises StartupError if there is no room for those that are wanted."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (sys.maxsize if each == resource.RLIM_INFINITY else each for each in limits)
+    limit = max(soft, min(hard, (wanted or CONNECTIONS_MAX) * addresses + DESCRIPTORS_RESERVED))
+    if limit > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limits[1]))
+    room = (limit - DESCRIPTORS_RESERVED) // addresses
     if room < (wanted or 1):
-        why = f"{wanted or 1} to each of {addresses} addresses, and {DESCRIPTORS_RESERVED} descriptors besides, exceed {limit}"
-        raise StartupError(f"--connections-max: {why} (ulimit -n)", exit_code=BAD_CONFIGURATION)
+        flag, count = ("--connections-max", wanted) if wanted is not None else ("ulimit -n", 1)
+        why = f"{count} to each of {addresses} addresses, and {DESCRIPTORS_RESERVED} descriptors besides, exceed {limit}"
+        raise StartupError(f"{flag}: {why}", exit_code=BAD_CONFIGURATION)
     return min(room, CONNECTIONS_MAX) if wanted is None else wanted
 
 

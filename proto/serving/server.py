@@ -51,6 +51,8 @@ MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 """gRPC's own default, for requests."""
 PENDING_CALLS_MAX = 1 << 16
 """That have arrived and that no handler has taken up yet."""
+FEW_CONNECTIONS = 16
+"""To each address of a server without bounds, which is the service's: its sidecar, the one that follows, and probes."""
 PATH_BYTES_MAX = 107
 """Of a socket's path, by the kernel."""
 OPEN = "anyone who reaches it could do everything: require credentials, use loopback or a unix socket, or allow it with --open"
@@ -89,21 +91,10 @@ class Server:
         StartupError that names the flag, --listen or --health-listen, of an address that cannot be parsed, or is remote and not
         allowed."""
         self._credentials = credentials
-        refused = ""
-        unproven = credentials.hop is not None and not credentials.hop.shared and credentials.tls is None
-        if unproven:
-            refused = UNPROVEN
-        elif credentials.hop is not None and credentials.tls is None and not open_to_all:
-            refused = HOP_IN_CLEAR_TEXT
-        elif not (credentials.proven or open_to_all):
-            refused = OPEN
-        elif credentials.tokens is not None and credentials.tls is None and not plaintext_tokens:
-            refused = IN_CLEAR_TEXT
+        refused = _refusal(credentials, open_to_all, plaintext_tokens)
         self._addresses = [parse_address("--listen", text, refused) for text in addresses]
-        if unproven:
-            for address in self._addresses:
-                if isinstance(address, Tcp):
-                    raise StartupError(f"--listen: '{address}': {UNPROVEN}", exit_code=BAD_CONFIGURATION)
+        if refused == UNPROVEN and (ports := [str(address) for address in self._addresses if isinstance(address, Tcp)]):
+            raise StartupError(f"--listen: {ports[0]!r}: {UNPROVEN}", exit_code=BAD_CONFIGURATION)
         self._health_address = parse_address("--health-listen", health_address) if health_address else None
         self._socket_mode = socket_mode
         self._guard = Guard(registry, credentials, unwritten, write_seconds, bounds)
@@ -115,6 +106,7 @@ class Server:
         bounded = bounds.options() if bounds is not None else []
         places = len(self._addresses) + (self._health_address is not None)
         connections = connections_allowed(bounds.connections if bounds is not None else None, places)
+        connections = connections if bounds is not None else min(connections, FEW_CONNECTIONS)
         bounded.append(("grpc.max_allowed_incoming_connections", connections))
         pending = bounds.calls if bounds is not None else PENDING_CALLS_MAX
         self._probed = grpc.aio.server(handlers=[self._probe_guard], options=[exclusive, *bounded])
@@ -179,6 +171,18 @@ class Server:
         if self._credentials.hop is not None:
             self._credentials.hop.close()
         await asyncio.gather(self._grpc.stop(grace), self._probed.stop(grace))
+
+
+def _refusal(credentials: Credentials, open_to_all: bool, plaintext_tokens: bool) -> str:
+    """Why an address beyond loopback is refused, and, if it is UNPROVEN, every port; empty: it is not."""
+    if credentials.hop is not None and credentials.tls is None:
+        if not credentials.hop.shared:
+            return UNPROVEN
+        return "" if open_to_all else HOP_IN_CLEAR_TEXT
+    if not (credentials.proven or open_to_all):
+        return OPEN
+    in_clear_text = credentials.tokens is not None and credentials.tls is None and not plaintext_tokens
+    return IN_CLEAR_TEXT if in_clear_text else ""
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the package has no types

@@ -211,29 +211,39 @@ async def test_a_call_without_a_message_is_malformed() -> None:
         await received(Intake(BOUNDS), "a", Call(grpc.aio.EOF))
 
 
-def limited(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[tuple[int, int]]:
+def limited(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int) -> list[tuple[int, int]]:
     """This process's descriptors, as if limited so; what is set."""
     made: list[tuple[int, int]] = []
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (32, limit))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: made.append(limits))
     return made
 
 
 @pytest.mark.parametrize(
-    ("limit", "addresses", "connections"),
-    [(64, 1, 16), (64, 2, 8), (256, 1, 208), (4096, 1, 1024), (resource.RLIM_INFINITY, 2, 1024)],
+    ("soft", "hard", "addresses", "connections", "raised"),
+    [
+        (64, 64, 1, 16, []),
+        (64, 64, 2, 8, []),
+        (32, 256, 1, 208, [(256, 256)]),
+        (1024, 4096, 1, 1024, [(1072, 4096)]),
+        (1024, 1 << 20, 2, 1024, [(2096, 1 << 20)]),
+        (1024, resource.RLIM_INFINITY, 1, 1024, [(1072, resource.RLIM_INFINITY)]),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 1, 1024, []),
+    ],
 )
-def test_connections_leave_descriptors(limit: int, addresses: int, connections: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default callers get what the hard limit of descriptors leaves, and the soft limit is raised to it."""
-    made = limited(monkeypatch, limit)
+def test_connections_leave_descriptors(
+    soft: int, hard: int, addresses: int, connections: int, raised: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default callers get what the hard limit of descriptors leaves; the soft limit is raised as far as that needs."""
+    made = limited(monkeypatch, soft, hard)
 
     assert connections_allowed(None, addresses) == connections
-    assert made == ([] if limit == resource.RLIM_INFINITY else [(limit, limit)])
+    assert made == raised
 
 
 @pytest.mark.parametrize(("wanted", "limit"), [(17, 64), (None, 48), (1024, 1024)])
 def test_connections_without_descriptors(wanted: int | None, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A number of connections for which there are no descriptors is refused, not cut."""
-    limited(monkeypatch, limit)
-    with pytest.raises(StartupError, match=rf"^--connections-max: .* 48 descriptors besides, exceed {limit}"):
+    limited(monkeypatch, limit, limit)
+    with pytest.raises(StartupError, match=rf"^(--connections-max|ulimit -n): .* 48 descriptors besides, exceed {limit}$"):
         connections_allowed(wanted, 1)
