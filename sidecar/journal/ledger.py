@@ -117,6 +117,10 @@ _ITEMS = OUTCOMES | {types_pb2.ENTRY_KIND_ADMITTED}
 """Kinds of entries whose payloads are an item's own."""
 
 
+SIGNED_ENTRIES_MAX = 1024
+"""Entries that one signed head covers: a receipt is made of all of their hashes."""
+
+
 def verifications(entries: Iterable[Sealed]) -> list[types_pb2.EntryHeader]:
     """The headers of the AUDITED entries of kind VERIFY among these."""
     audited = (entry for entry in entries if entry.header.kind == types_pb2.ENTRY_KIND_AUDITED)
@@ -154,16 +158,16 @@ class Ledger:
         self._fingerprints = known.fingerprints
         self._witnessed = dict(known.witnessed)
         self._now_millis, self._secret = now_millis, secret
-        self._signer, self._tree = signer, SignedTree() if signer is not None else None
+        self._signer, self._trees = signer, list[SignedTree]()
         self._key_id = signer.key_id if signer is not None else ""
 
-    def sign(self) -> types_pb2.SignedHead | None:
-        """Sign the entries, once there are no more to append. None: there is no key, or no entry."""
-        if self._signer is None or self._tree is None or not self.entries:
-            return None
-        first, hashes = self.entries[0].header.index, [entry.entry_hash for entry in self.entries]
-        self._tree.sign(self.head.log_id, first, hashes, self._signer)
-        return self._tree.head
+    def sign(self) -> list[types_pb2.SignedHead]:
+        """Sign the entries, once there are no more to append: one head for each SIGNED_ENTRIES_MAX. None if there is no key."""
+        for part, tree in enumerate(self._trees):
+            assert self._signer is not None
+            signed = self.entries[part * SIGNED_ENTRIES_MAX : (part + 1) * SIGNED_ENTRIES_MAX]
+            tree.sign(self.head.log_id, signed[0].header.index, [entry.entry_hash for entry in signed], self._signer)
+        return [tree.head for tree in self._trees]
 
     def open(self, version: str, settings: sequencer_pb2.OpenedPayload | None = None) -> Sealed:
         """Record that the head's writer has begun the head's epoch, and with which settings."""
@@ -373,7 +377,9 @@ class Ledger:
         header.payload_digest = payload_digest(recorded)
         assert header.index <= NUMBER_MAX
         assert not self.entries or self.entries[-1].header.index == head.index, "indexes have no gap"
-        tree = self._tree if header.kind in OUTCOMES else None
+        if self._signer is not None and len(self.entries) % SIGNED_ENTRIES_MAX == 0:
+            self._trees.append(SignedTree())
+        tree = self._trees[-1] if self._trees and header.kind in OUTCOMES else None
         entry = Sealed(header, head.entry_hash, entry_hash(head.entry_hash, header), recorded, tree)
         last = head.last_sequence
         if header.kind == types_pb2.ENTRY_KIND_ADMITTED:

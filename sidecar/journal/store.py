@@ -329,8 +329,8 @@ class Tables(ABC):
         """All that the ledger made. Then drop what the settings do not keep."""
         self.write_entries(ledger.entries)
         each = self._session.each
-        if (head := ledger.sign()) is not None:
-            self.write_signatures([Signature(head.last_index, head.first_index, head.key_id, head.signature)])
+        heads = ledger.sign()
+        self.write_signatures([Signature(head.last_index, head.first_index, head.key_id, head.signature) for head in heads])
         each(_BIND, [(b.first_sequence, b.count, b.request_digest, a.tenant, a.key, b.count) for a, b in ledger.bound])
         outcomes = [entry.header for entry in ledger.entries if entry.header.kind in OUTCOMES]
         expires_millis = now_millis + settings.idempotency_ttl_seconds * 1000

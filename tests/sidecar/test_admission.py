@@ -30,7 +30,7 @@ from sidecar.admission import (
     response_bytes_max,
 )
 from sidecar.config import Settings
-from sidecar.journal.writer import GroupSettings
+from sidecar.journal.ledger import SIGNED_ENTRIES_MAX
 
 SETTINGS = Settings(max_response_bytes=4096, response_bytes_ceiling=8192, batch_items_max=2)
 Request = generation_pb2.GenerateRequest
@@ -137,9 +137,8 @@ def test_a_signed_receipt_is_no_larger_than_is_reckoned() -> None:
     head = types_pb2.SignedHead(log_id="a" * 32, first_index=2**63 - 1, last_index=2**63 - 1, key_id="a" * 16)
     head.entry_hash = head.root = bytes(32)
     head.signature = bytes(64)
-    entries_max = GroupSettings().commit_drafts_max * Settings().batch_items_max
 
-    signed = types_pb2.Receipt(head=head, path=[bytes(32)] * entries_max.bit_length())
+    signed = types_pb2.Receipt(head=head, path=[bytes(32)] * SIGNED_ENTRIES_MAX.bit_length())
     assert signed.ByteSize() <= SIGNED_BYTES
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -478,3 +479,26 @@ async def test_signed(store: Kit) -> None:
             assert receipts[0] == receipts[1]
             assert inclusion_fault(receipts[0]) == ""
             assert public.verify(receipts[0].head)
+
+
+async def test_large_transactions_are_signed_in_parts(store: Kit) -> None:
+    """A head covers a bounded number of entries, so that a receipt is read in a bounded time: the heads of a large transaction
+    follow each other to its end, and each receipt has the one that covers it."""
+    store.configure(signer=signer_of(new_key()))
+    journal, _ = store.open()
+    batches = [admission(*(item(n) for n in range(600))) for _ in range(3)]
+    (first,) = journal.append_many([admission(item())], 1)
+    ended_ = journal.append_many([completed(first.entries[0]), *batches, completed(first.entries[0])], 2)[0].entries[0]
+    late = journal.append_many([*batches, completed(journal.entries(4, 1, payloads=True)[0])], 3)[-1].entries[0]
+    newest = journal.newest_signed()
+    with contextlib.closing(journal):
+        read = [each.outcome for each in journal.items(1, 2, 2)]
+    trees = [each.signed for each in (ended_, late, *read) if each is not None and each.signed is not None]
+
+    assert [(tree.head.first_index, tree.head.last_index) for tree in trees] == [
+        (3, 1026),
+        (2828, 3604),
+        (3, 1026),
+        (2828, 3604),
+    ]
+    assert newest == trees[1].head

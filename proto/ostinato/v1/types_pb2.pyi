@@ -1134,7 +1134,7 @@ Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
 
 @_typing.final
 class SignedHead(_message.Message):
-    """A signed statement of a log: its head, and all entries of one transaction. The signature is Ed25519, in the DSSE form
+    """A signed statement of a log: its head, and the entries of one transaction. The signature is Ed25519, in the DSSE form
     (docs/protocol.md).
     """
 
@@ -1149,7 +1149,9 @@ class SignedHead(_message.Message):
     SIGNATURE_FIELD_NUMBER: _builtins.int
     log_id: _builtins.str
     first_index: _builtins.int
-    """The entries of the transaction, both included. They are the leaves of the Merkle tree, by their entry hashes."""
+    """The entries of the transaction, both included; of a large one, which has several heads, a part. They are the leaves of the
+    Merkle tree, by their entry hashes.
+    """
     last_index: _builtins.int
     entry_hash: _builtins.bytes
     """Of the entry at last_index; 32 bytes."""
