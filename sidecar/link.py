@@ -226,6 +226,10 @@ class EngineLink:
         writer: asyncio.Task[None] | None = None
         error: errors.OstinatoError = errors.Disconnected("the service closed the stream")
         try:
+            # Once more, now that the stream has its connection, which all calls of the channel share: another process may have
+            # taken the place of a service that has just ended.
+            if self._hop is not None and await self._hop.introduced(self._channel) != metadata:
+                raise errors.Disconnected("the service was restarted")
             with contextlib.suppress(asyncio.InvalidStateError):  # it has ended already; the read tells why
                 await stream.write(engine_pb2.ExecuteRequest(hello=hello))
             while (response := await stream.read()) is not grpc.aio.EOF:

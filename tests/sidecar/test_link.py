@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from ostinato import errors
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, types_pb2
+from serving.hop import Metadata, SidecarEnd
 from serving.server import Server
 
 from sidecar.link import (
@@ -516,3 +517,45 @@ def test_a_preparation_that_cannot_be_numbered() -> None:
     ):
         with pytest.raises(errors.ProtocolViolation):
             check_prepared(bad, 2)
+
+
+class Changing(SidecarEnd):
+    """Believes the service as often as it is told, and then meets another process."""
+
+    def __init__(self, times: int, error: errors.OstinatoError | None) -> None:
+        super().__init__("unix:unused")
+        self.times, self.error, self.asked = times, error, 0
+
+    async def introduced(self, channel: grpc.aio.Channel) -> Metadata:
+        self.asked += 1
+        if self.asked <= self.times:
+            return (("ostinato-hop", "first"),)
+        if self.error is not None:
+            raise self.error
+        return (("ostinato-hop", "second"),)
+
+
+@pytest.mark.parametrize("error", [errors.Unauthenticated("not the service"), None])
+async def test_no_hello_for_a_process_that_came_between(error: errors.OstinatoError | None, tmp_path: Path) -> None:
+    """A process that takes the service's place after the introduction, or a service that was restarted then, gets no message on
+    the stream that was opened to the one before."""
+    service, hop = Service(endless), Changing(1, error)
+    server = Server([f"unix:{tmp_path}/engine.sock"], registry=CollectorRegistry())
+    server.add(engine_pb2_grpc.add_EngineServicer_to_server, service, "ostinato.v1.Engine")
+    await server.start()
+    link = EngineLink(server.addresses[0], 0.01, hop)
+    running = asyncio.create_task(link.run(Listener(), hello))
+    try:
+        await eventually(lambda: hop.asked >= 2, "it asks again")
+        if error is not None:
+            await eventually(lambda: hop.asked >= 6, "it tries again")
+            assert service.requests == []
+        else:
+            await eventually(lambda: bool(service.requests), "it believes the one that it meets twice")
+            assert hop.asked >= 4
+    finally:
+        await link.close()
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        await server.stop(0)
