@@ -210,7 +210,7 @@ def import_(
 
 @app.command()
 def signing_key(file: Annotated[Path, typer.Argument(help="A new file, for --signing-key; or one that exists.")]) -> None:
-    """Make a key that signs receipts and heads, unless the file exists. Prints the public key, for whoever verifies."""
+    """Make a key that signs receipts and heads, unless the file exists. Prints the public key, which verifiers need."""
     if not os.path.lexists(file):
         with _created(str(file)) as key:
             key.write(new_key().decode())

@@ -324,7 +324,7 @@ class Checks:
         self._claim(proof.log_id, proof.index, proof.entry_hash, proof.place)
 
     def _claim(self, log_id: str, index: int, entry_hash: bytes, place: str, *, witness: bool = False) -> None:
-        """An entry has one hash: whoever shows another has forked the log, or invented one of the two."""
+        """An entry has one hash. Another one is a fork of the log, or invented."""
         known, other, by_witness = self._claims.setdefault((log_id, index), (entry_hash, place, witness))
         if known != entry_hash and index > 0:
             self._fault(place, WITNESSED if by_witness else CHAINED, [f"{other} has another entry {index} of this log"])
