@@ -67,7 +67,12 @@ def _setting(name: str, environ: Mapping[str, str], file: str | None) -> Any:
 
 Journal = Annotated[
     str,
-    typer.Option(envvar="OSTINATO_SIDECAR_JOURNAL", callback=_named, help="The journal's file, or its postgresql:// URL."),
+    typer.Option(
+        envvar="OSTINATO_SIDECAR_JOURNAL",
+        callback=_named,
+        show_default=JOURNAL,  # not that of the settings file, which may have a password
+        help="The journal's file, or its postgresql:// URL.",
+    ),
 ]
 Config = Annotated[
     str | None,

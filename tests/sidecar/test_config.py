@@ -92,6 +92,18 @@ def test_a_database_in_another_form_is_no_file(
     assert not list(tmp_path.iterdir())
 
 
+def test_help_does_not_show_the_settings_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--help of a command has our default, also where a settings file names a database with its password."""
+    file = tmp_path / "ostinato.toml"
+    file.write_text('[sidecar]\njournal = "postgresql://me:Tiger@h/x"\n')
+    with pytest.raises(SystemExit, match="0"):
+        commands.main(["verify", "--config", str(file), "--help"])
+
+    shown_there = capsys.readouterr().out
+    assert ".run/journal.sqlite" in shown_there
+    assert "Tiger" not in shown_there
+
+
 @given(st.text("QXZ@:/?#%&= '[],5.", min_size=1))
 def test_a_password_is_never_shown(password: str) -> None:
     """The line at start shows host and name of a database, and no letter of a password, however it is written."""
