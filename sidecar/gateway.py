@@ -75,6 +75,8 @@ GATEWAYS_MAX = 1024
 """Connections whose tokenizer is remembered."""
 CHUNK_BYTES = 1 << 20
 """Size of a message with a part of the tokenizer's files."""
+TOKENIZER_COST = 1 << 20
+"""Packing a tokenizer takes as long as this much text."""
 
 
 # ---- requests
@@ -434,7 +436,8 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
         self, request: common.GetTokenizerRequest, context: Context
     ) -> AsyncGenerator[common.GetTokenizerChunk]:
         name = self._model().fingerprint.fields["tokenizer"]
-        files = await self._pipeline.link.tokenizer(remaining(context))
+        async with self._pipeline.preparing.place(caller().tenant, TOKENIZER_COST):  # the service packs it in those threads
+            files = await self._pipeline.link.tokenizer(remaining(context))
         self._issued.issue(context.peer(), name)
         for start in range(0, len(files), CHUNK_BYTES):
             last = start + CHUNK_BYTES >= len(files)
