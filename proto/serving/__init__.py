@@ -6,7 +6,9 @@
     metrics   a registry, and the page it is scraped from
     program   one event loop, signals, exit codes
     auth      who calls: identities, tokens, certificates (tls), and the files they are read from
+    hop       how service and sidecar prove to each other who they are
     handlers  what stands between gRPC and every handler: identity, bad bytes, errors, writes, counts
+    intake    what a server lets in: connections, calls, requests and their memory
     server    a gRPC server: addresses, health, start, stop; and the probe that asks for its health
 
 A program's __main__ loads its settings, sets up its logs, and passes an async main to program.run.
