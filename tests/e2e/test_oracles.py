@@ -176,6 +176,21 @@ async def test_no_verdict_is_about_another_tenants_item(tmp_path: Path, joined: 
     assert compared == joined
 
 
+async def test_a_tenants_verdicts_do_not_count_others(tmp_path: Path) -> None:
+    """How many runs the engine held is in a replay's verdict for an admin; not in a tenant's, nor in that of its answer."""
+    async with callers(tmp_path) as here:
+        request = generation_pb2.GenerateRequest(items=[types_pb2.Item(text="x")], verify=True)
+        answer = await here.rival.door.generation.Generate(request, metadata=here.rival.metadata)
+        sequence = answer.stamp.first_sequence
+        replay = sequencer_pb2.ReplayRequest(range=generation_pb2.SequenceRange(first=sequence, last=sequence))
+        told = [answer.results[0].comparison]
+        for caller in (here.rival, here.admin):
+            told += [each.comparison async for each in caller.door.sequencer.Replay(replay, metadata=caller.metadata)]
+
+    assert [each.verdict for each in told] == [types_pb2.VERDICT_MATCH] * 3
+    assert [each.company for each in told] == [0, 0, 1]
+
+
 async def test_a_tenant_is_not_told_the_newest_sequence(tmp_path: Path) -> None:
     """A range that reaches beyond a tenant's own items is refused in the same words, whether others have such items or not."""
     async with callers(tmp_path) as here:

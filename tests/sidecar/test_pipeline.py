@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from ostinato import errors
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
+from serving.auth import CALLER, Identity, Role
 
 from sidecar.admission import draft
 from sidecar.answers import UnaryWaiter, ended_payload, outcome_kind
@@ -92,6 +93,23 @@ async def test_another_outcome_whose_payload_was_dropped(journal: Journal, first
     (result,) = generation_pb2.GenerateResponse.FromString(await waiter.answer(types_pb2.Stamp())).results
     assert (result.sequence, result.attempt, errors.from_status(result.status).reason) == (1, 1, reason)
     assert (pipeline.items, pipeline.told) == ({}, [ev.Ended(1)])
+
+
+async def test_the_load_of_a_tenant_is_its_own(journal: Journal) -> None:
+    """A tenant is told how many of its own items run and wait; an admin, what the core has."""
+    pipeline = Watched(journal)
+    for sequence, tenant in enumerate(("acme", "acme", "zeta"), start=1):
+        given = item(1)
+        given.tenant = tenant
+        header = types_pb2.EntryHeader(sequence=sequence)
+        pipeline.items[sequence] = ActiveItem(header, given, 0.0, [], submitted_at=1.0 if sequence == 2 else None)
+    told = {}
+    for tenant, role in (("acme", Role.TENANT), ("zeta", Role.TENANT), ("none", Role.TENANT), ("ops", Role.ADMIN)):
+        token = CALLER.set(Identity(tenant, role))
+        told[tenant] = pipeline.load()
+        CALLER.reset(token)
+
+    assert told == {"acme": (1, 1), "zeta": (0, 1), "none": (0, 0), "ops": (0, 0)}
 
 
 async def test_a_collision_is_told(journal: Journal, caplog: pytest.LogCaptureFixture) -> None:
