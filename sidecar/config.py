@@ -101,6 +101,7 @@ class Settings:
     connection_age_seconds: float = field(3600.0, "after which a connection takes no more calls", minimum=1.0)
     connection_grace_seconds: float = field(3600.0, "after that, for its calls to end", minimum=0.0)
     calls_max: int = field(4096, "calls open at once", minimum=2)
+    tenant_calls_second: float = field(500.0, "calls of one tenant in a second, while others call", minimum=1.0)
     arriving_bytes_max: int = field(48 << 20, "requests being received, each counted as --message-bytes-max", minimum=2048)
     arrival_seconds_max: float = field(20.0, "for a request to arrive, from its first byte on", minimum=0.01)
     request_bytes_max: int = field(96 << 20, "memory of requests that are worked on or wait", minimum=1024)
@@ -252,6 +253,7 @@ class Settings:
             connection_age_seconds=self.connection_age_seconds,
             connection_grace_seconds=self.connection_grace_seconds,
             calls=self.calls_max,
+            tenant_calls_second=self.tenant_calls_second,
             arriving_bytes=self.arriving_bytes_max,
             arrival_seconds=self.arrival_seconds_max,
             request_bytes=self.request_bytes_max,

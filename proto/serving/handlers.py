@@ -170,6 +170,8 @@ class _Method:
                 self._admit(context)
                 charge = self._guard.intake.enter(caller().tenant)
                 try:
+                    if (seconds := self._guard.intake.ahead(charge)) > 0:
+                        await asyncio.sleep(seconds)
                     return await self._answer(request, context, charge)
                 finally:
                     self._guard.intake.leave(charge)

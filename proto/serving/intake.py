@@ -2,7 +2,8 @@
 
 The caller is known before a byte of the request is read. Then, in this order:
 
-1. The call takes a place among the open calls (--calls-max).
+1. The call takes a place among the open calls (--calls-max), and waits if its tenant calls very often while others call
+   (--tenant-calls-second).
 2. It waits for room to receive a message of any size (--arriving-bytes-max): how long a message is, gRPC does not tell before
    all of it is there. A request that is not whole in time (--arrival-seconds-max) ends the call.
 3. What has arrived is counted, still as bytes: its items, and its fields. A parsed message of two million empty items takes
@@ -17,6 +18,7 @@ arrive, waits behind those of its own tenant. Callers without credentials count 
 from __future__ import annotations
 
 import asyncio
+import math
 import resource
 import sys
 from collections import deque
@@ -47,6 +49,9 @@ PLACE_BYTES_SECOND, PLACE_FIELDS_SECOND, AT_ONCE_SECONDS = 8 << 20, 1 << 16, 0.0
 all tenants. A place is free at once after a request that took less than the last."""
 SWEEPS = 8
 """For requests that are late, within the time that one has."""
+MIXED_SECONDS, BURST_SECONDS = 1.0, 0.2
+"""How long after a call another tenant counts as calling, and how many calls at once a tenant may begin, in the time that so
+many are due in."""
 STREAM_WINDOW_BYTES = 16 << 10
 """Of a request, before room for it is there. gRPC reads this much of each stream by itself."""
 HANDSHAKE_SECONDS = 20
@@ -87,6 +92,8 @@ class Bounds:
     connection_grace_seconds: float = 3600.0
     """After its age, for the calls that are open."""
     calls: int = 4096
+    tenant_calls_second: float = 500.0
+    """While others call, too."""
     arriving_bytes: int = 48 << 20
     arrival_seconds: float = 20.0
     request_bytes: int = 96 << 20
@@ -199,6 +206,10 @@ class Intake:
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         """By tenant, in the order of their turns."""
         self._refusals = 0
+        self._latest, self._mixed_at = "", -math.inf
+        """Whose the latest call is, and when it was another tenant's than the one before."""
+        self._due: dict[str, float] = {}
+        """By tenant that calls often: when its next call is due."""
         self._reading: dict[asyncio.Task[Any], float] = {}
         """When they began. One that is not here any more was too late."""
         self._sweeping: asyncio.TimerHandle | None = None
@@ -216,6 +227,20 @@ class Intake:
         if charge is not None:
             charge.release()
             self.calls.give(charge.tenant, 1)
+
+    def ahead(self, charge: Charge | None) -> float:
+        """Seconds by which the tenant's call is too early. gRPC takes calls up as they arrive, whosever they are. Spread out,
+        they leave room between them for others'."""
+        if self.bounds is None or charge is None or not self.bounds.shared:
+            return 0.0
+        now, tenant = asyncio.get_running_loop().time(), charge.tenant
+        if tenant != self._latest:
+            self._latest, self._mixed_at = tenant, now
+        if now - self._mixed_at > MIXED_SECONDS:
+            self._due.clear()
+            return 0.0
+        due = self._due[tenant] = max(self._due.get(tenant, 0.0), now - BURST_SECONDS) + 1 / self.bounds.tenant_calls_second
+        return due - now
 
     async def receive(self, context: grpc.aio.ServicerContext[Any, Any], charge: Charge | None, shape: Shape) -> bytes:
         """The call's one message, as bytes that were counted. Raises a Refused, InvalidRequest or DeadlineExceeded."""

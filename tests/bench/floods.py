@@ -28,8 +28,8 @@ STRANGER, TENANT = "no token", "a token"
 MIX = "mix"
 CASES = (
     *((name, STRANGER) for name in ("large", "empty_items", "resets", "small", "idle", "half_sent", "watchers")),
-    *((name, TENANT) for name in ("large", "empty_items", "empty_messages", "resets", "half_sent")),
-    *((name, TENANT) for name in ("unread_streams", "unread_answers")),
+    *((name, TENANT) for name in ("large", "empty_items", "empty_messages", "resets", "small", "half_sent")),
+    *((name, TENANT) for name in ("unread_streams", "unread_answers", "unread_records")),
     (MIX, f"{STRANGER} and {TENANT}"),
 )
 

@@ -50,6 +50,7 @@ def _attacked() -> Iterator[Attacked]:
         ("large", TENANT),
         ("empty_items", TENANT),
         ("empty_messages", TENANT),
+        ("unread_records", TENANT),
     ],
 )
 async def test_a_flood_leaves_memory_and_others_alone(attacked: Attacked, flood: str, who: str) -> None:

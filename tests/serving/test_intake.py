@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import resource
 from typing import Any
 
@@ -14,7 +15,18 @@ from hypothesis import strategies as st
 
 from ostinato.errors import DeadlineExceeded, InvalidRequest, MalformedMessage, QueueFull
 from ostinato.v1 import generation_pb2, types_pb2
-from serving.intake import COPIES, FIELD_BYTES, Bounds, Charge, Intake, Pool, connections_allowed, counted, shape_of
+from serving.intake import (
+    BURST_SECONDS,
+    COPIES,
+    FIELD_BYTES,
+    Bounds,
+    Charge,
+    Intake,
+    Pool,
+    connections_allowed,
+    counted,
+    shape_of,
+)
 from serving.program import StartupError
 
 Request = generation_pb2.GenerateRequest
@@ -247,3 +259,27 @@ def test_connections_without_descriptors(wanted: int | None, limit: int, monkeyp
     limited(monkeypatch, limit, limit)
     with pytest.raises(StartupError, match=rf"^(--connections-max|ulimit -n): .* 48 descriptors besides, exceed {limit}$"):
         connections_allowed(wanted, 1)
+
+
+async def test_a_tenants_calls_are_spread_out_while_others_call() -> None:
+    """Alone a tenant is never early. Beside another one its calls after a burst are due one after another, and the other's is
+    not early."""
+    intake = Intake(Bounds(tenant_calls_second=100.0))
+
+    def ahead(tenant: str) -> float:
+        charge = intake.enter(tenant)
+        try:
+            return intake.ahead(charge)
+        finally:
+            intake.leave(charge)
+
+    intake._mixed_at = -math.inf
+    intake._latest = "a"
+    assert max(ahead("a") for _ in range(1000)) == 0
+    assert ahead("b") <= 0
+
+    early = [ahead("a") for _ in range(1000)]
+
+    assert max(early[:10]) <= 0
+    assert early[-1] == pytest.approx(1000 / 100 - BURST_SECONDS, abs=2)
+    assert ahead("b") <= 0
