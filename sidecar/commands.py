@@ -139,7 +139,7 @@ def prune(
     """Drop the payloads of items that have ended before. Prompts and answers go for good; hashes, and so the chain, stay."""
     old, dropped = older(before, time.time()), 0
     with closing(open_for_maintenance(journal)) as store, _progress(store) as came_to:
-        for index, count in maintenance.prune(store, old):
+        for index, count in maintenance.prune(store, old, _now_millis()):
             dropped += count
             came_to(index)
     note(f"{dropped} payloads are dropped")
@@ -149,7 +149,7 @@ def prune(
 def redact(sequences: Annotated[list[int], typer.Argument(min=1)], journal: Journal = JOURNAL, config: Config = None) -> None:
     """Drop the payloads of single items, as prune does."""
     with closing(open_for_maintenance(journal)) as store:
-        note(f"{maintenance.redact(store, sequences)} payloads are dropped")
+        note(f"{maintenance.redact(store, sequences, _now_millis())} payloads are dropped")
 
 
 @app.command()
@@ -255,7 +255,7 @@ def accept_loss(
             allow_unverified_database=True,
             writer="operator" if is_shared(journal) else next(iter(log.writers)),
         ),
-        now_millis := time.time_ns() // 10**6,
+        now_millis := _now_millis(),
         checked=False,
     )
     try:
@@ -279,6 +279,10 @@ def older(text: str, now_seconds: float) -> Callable[[types_pb2.EntryHeader], bo
     except ValueError:
         raise typer.BadParameter(f"{text!r} is no sequence, time or age") from None
     return lambda header: header.time_unix_millis < then * 1000
+
+
+def _now_millis() -> int:
+    return time.time_ns() // 10**6
 
 
 def _utc(time: datetime) -> datetime:

@@ -94,6 +94,8 @@ class Known:
     """By digest, the fields of the fingerprints that may have to be compared, as far as notes have them."""
     witnessed: Mapping[str, int] = field(default_factory=dict)
     """By log id, the index of the newest head that is recorded."""
+    expired: tuple[range, ...] = ()
+    """Sequences of batches whose keys have expired and whose payloads are to be dropped now."""
 
 
 def needs(drafts: Iterable[Draft], secret: bytes) -> Needs:
@@ -119,6 +121,17 @@ _ITEMS = OUTCOMES | {types_pb2.ENTRY_KIND_ADMITTED}
 
 SIGNED_ENTRIES_MAX = 1024
 """Entries that one signed head covers: a receipt is made of all of their hashes."""
+
+
+def runs_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as ranges, both ends included."""
+    runs = list[tuple[int, int]]()
+    for number in numbers:
+        if runs and runs[-1][1] + 1 == number:
+            runs[-1] = runs[-1][0], number
+        else:
+            runs.append((number, number))
+    return runs
 
 
 def verifications(entries: Iterable[Sealed]) -> list[types_pb2.EntryHeader]:
@@ -160,6 +173,19 @@ class Ledger:
         self._now_millis, self._secret = now_millis, secret
         self._signer, self._trees = signer, list[SignedTree]()
         self._key_id = signer.key_id if signer is not None else ""
+        if known.expired:
+            self.prune([sequence for batch in known.expired for sequence in batch], "digests")
+
+    def prune(self, sequences: Iterable[int], reason: str) -> Sealed:
+        """Record that the payloads of these items are dropped, in this transaction or before it."""
+        ranges = runs_of(sorted(sequences))
+        first, last = ranges[0][0], ranges[-1][1]
+        header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_PRUNED, first_sequence=first, form=FORM)
+        header.count = min(last + 1 - first, LOST_MAX)
+        payload = sequencer_pb2.PrunedPayload(reason=reason, entries=2 * sum(last + 1 - first for first, last in ranges))
+        for first, last in ranges:
+            payload.ranges.add(first=first, last=last)
+        return self._seal(header, payload)
 
     def sign(self) -> list[types_pb2.SignedHead]:
         """Sign the entries, once there are no more to append: one head for each SIGNED_ENTRIES_MAX. None if there is no key."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
@@ -58,6 +59,8 @@ def verify_all(store: SqlStore) -> Generator[Checked]:
                 yield checked
             if sound and log is not None and (found := tuple(rebuilt.faults(log, whole=True))):
                 yield Checked(log.index, found, tables=True)
+            elif sound and log is not None and (found := tuple(rebuilt.missing_payloads())):
+                yield Checked(log.index, found)
 
 
 def rebuild(store: SqlStore) -> None:
@@ -123,6 +126,8 @@ class Checker:
         self.epochs: dict[str, int] = {}
         """The newest epoch of each writer."""
         self._previous: sequencer_pb2.Entry | None = None
+        self._formless: int | None = None
+        """Index of the newest entry without a form."""
         self._batch: tuple[int, int, int] | None = None
         """First sequence, count and position of the next entry, within a batch."""
 
@@ -147,6 +152,7 @@ class Checker:
             faults.append("previous_hash: is not the hash of the entry before")
         for check in (self._check_epoch, self._check_sequence, self._check_batch):
             faults += check(sealed.header)
+        faults += self._check_prune(sealed)
         return faults + _check_payload(sealed)
 
     def _check_epoch(self, header: types_pb2.EntryHeader) -> list[str]:
@@ -171,6 +177,18 @@ class Checker:
         if header.sequence not in self.unfinished:
             return [f"sequence: {header.sequence} was not admitted, or had ended before"]
         self.unfinished.remove(header.sequence)
+        return []
+
+    def _check_prune(self, sealed: Sealed) -> list[str]:
+        """What was dropped before prunes were recorded can only be said right after the entries of that time."""
+        if not sealed.header.form:
+            self._formless = sealed.header.index
+        if sealed.header.kind != types_pb2.ENTRY_KIND_PRUNED:
+            return []
+        with suppress(DecodeError):
+            earlier = sequencer_pb2.PrunedPayload.FromString(sealed.payload).reason == "earlier"
+            if earlier and (self._formless is None or sealed.header.index > self._formless + 2):  # an OPENED entry between them
+                return ["payload: says that it is of an earlier version, and the entries before are not"]
         return []
 
     def _check_batch(self, header: types_pb2.EntryHeader) -> list[str]:
@@ -216,17 +234,18 @@ def pages(store: SqlStore, *, payloads: bool) -> Iterator[Sequence[Sealed]]:
         index += len(page)
 
 
-def prune(store: SqlStore, old: Callable[[types_pb2.EntryHeader], bool]) -> Iterator[tuple[int, int]]:
+def prune(store: SqlStore, old: Callable[[types_pb2.EntryHeader], bool], now_millis: int) -> Iterator[tuple[int, int]]:
     """Drop the payloads of items whose outcome is old. Yields, for each page, its last index and the payloads dropped."""
     for page in pages(store, payloads=False):
         ended = [entry.header for entry in page if entry.header.kind in OUTCOMES]
-        yield page[-1].header.index, store.drop([header.sequence for header in ended if old(header)])
+        kept = store.kept([header.sequence for header in ended if old(header)])
+        yield page[-1].header.index, store.drop(kept, "age", now_millis)
     store.forget(())
 
 
-def redact(store: SqlStore, sequences: Iterable[int]) -> int:
-    """Drop the payloads of these items; returns how many. Raises JournalUnusable, and drops nothing, if one of them is unknown
-    or has not ended."""
+def redact(store: SqlStore, sequences: Iterable[int], now_millis: int) -> int:
+    """Drop the payloads of these items, whether they are kept or not; returns how many were. Raises JournalUnusable, and drops
+    nothing, if one of them is unknown or has not ended."""
     wanted = sorted(set(sequences))
     for sequence in wanted:
         found = store.items(sequence, sequence, 1)
@@ -235,4 +254,4 @@ def redact(store: SqlStore, sequences: Iterable[int]) -> int:
         if found[0].outcome is None:
             raise JournalUnusable(f"{store.name}: sequence {sequence} has not ended: its payload is needed to finish it")
     store.forget(wanted)
-    return store.drop(wanted)
+    return store.drop(wanted, "request", now_millis)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import secrets
 import time
@@ -28,7 +29,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.derived import recent_fault
 from sidecar.journal.diagnosis import REBUILD
-from sidecar.journal.ledger import Known, Ledger, Needs, needs
+from sidecar.journal.ledger import SECRET_BYTES, Known, Ledger, Needs, needs
 from sidecar.journal.mark import check_mark
 from sidecar.journal.model import (
     Appended,
@@ -52,6 +53,8 @@ BACKOFF_SECONDS, BACKOFF_SECONDS_MAX = 0.1, 2.0
 """The first and the longest pause between attempts to connect; it doubles."""
 LOCK_WAITS_PER_LEASE = 4
 """A statement waits for a lock for this part of a lease; then its store looks at the session that holds the lock."""
+OPERATOR = "operator"
+"""The writer whose entries say what an operator did to a log that may be in use."""
 LOCK_WAITS_MAX = 2 * LOCK_WAITS_PER_LEASE
 """Waits for one lock. A stopped session is ended after one lease, and a session at work may need another."""
 RENEWALS_PER_LEASE = 4
@@ -469,13 +472,15 @@ class PostgresTables(Tables):
 
     # ---- transactions: each locks the row of `log` first, so that they come one after the other
 
-    def begin(self, session: WriterSession, needs: Needs, now_millis: int) -> tuple[Head, Known]:
+    def begin(
+        self, session: WriterSession, needs: Needs, now_millis: int, drop_millis: int | None = None
+    ) -> tuple[Head, Known]:
         """Begin a transaction: the log is this writer's until its end. JournalBroken: a newer epoch of it has begun."""
         with self._db.pipeline():
             self._db.execute("BEGIN")
             head = self._db.execute(_LOCK_LOG)
             owned = self._db.execute(_BEGIN_SESSION, (session.lease_seconds, session.token, session.writer, session.epoch))
-            known = self.look_up(needs, now_millis)
+            known = self.look_up(needs, now_millis, drop_millis)
         _check_owned(owned.fetchone())
         return _head(head.fetchone(), session), known()
 
@@ -737,8 +742,10 @@ class PostgresStore(SqlStore):
             raise JournalUnusable(f"the newest entry, {head.index}, is damaged: restore a copy that verifies")
         if mark is not None:
             check_mark(mark, head, tables.entries(mark.index, 1, payloads=False))
+        forms = [entry.header.form for entry in tables.entries(head.index, 1, payloads=False)]
         ledger = Ledger(head, Known(), now_millis, self._secret, self._settings.signer)
         ledger.open(self._version, self._settings.recorded)
+        tables.record_earlier(ledger, forms[0] if forms else None)
         unfinished = tables.take(writer, [writer])
         tables.commit(ledger, self._settings, now_millis)
         self.head = ledger.head
@@ -747,7 +754,8 @@ class PostgresStore(SqlStore):
     def _append(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
         session = self._session()
         with self._transaction() as tables:
-            head, known = tables.begin(session, needs(drafts, self._secret), self._expiry(now_millis))
+            drop_millis = now_millis if self._settings.digests_only else None
+            head, known = tables.begin(session, needs(drafts, self._secret), self._expiry(now_millis), drop_millis)
             ledger = Ledger(head, known, now_millis, self._secret, self._settings.signer)
             appended = [ledger.append(draft) for draft in drafts]
             self._in_doubt = _InDoubt(session, ledger.head, drafts, appended)
@@ -822,10 +830,21 @@ class PostgresStore(SqlStore):
     def structure(self) -> str:
         return ""  # the server checks what it stores
 
-    def drop(self, sequences: Sequence[int]) -> int:
-        """As in `SqlStore`. The server overwrites what was dropped when it vacuums."""
+    def drop(self, sequences: Sequence[int], reason: str, now_millis: int) -> int:
+        """As in `SqlStore`, by a writer of its own, since the log may be in use. The server overwrites what was dropped when it
+        vacuums."""
+        if not sequences:
+            return 0
         with _unusable(), self._database.connected() as db:
-            return PostgresTables(db).drop_payloads(sequences)
+            tables = PostgresTables(db)
+            head, secret = tables.begin_epoch(OPERATOR, 0.0, "", os.urandom(SECRET_BYTES))
+            ledger = Ledger(head, Known(), now_millis, secret)
+            ledger.open(self._version)
+            tables.record_earlier(ledger, tables.entries(head.index, 1, payloads=False)[0].header.form)
+            ledger.prune(sequences, reason)
+            dropped = tables.drop_payloads(sequences)
+            tables.commit(ledger, self._settings, now_millis)
+            return dropped
 
     def forget(self, sequences: Sequence[int]) -> None:
         with _unusable(), self._database.connected() as db:

@@ -27,7 +27,7 @@ from serving import files
 
 from sidecar.journal.derived import CHECKED_ENTRIES, recent_fault
 from sidecar.journal.diagnosis import REBUILD, RESTORE, cut, damaged, full_fault, header_fault, lock_holder, place_fault
-from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, needs
+from sidecar.journal.ledger import NUMBER_MAX, SECRET_BYTES, Known, Ledger, needs
 from sidecar.journal.mark import check_mark
 from sidecar.journal.model import (
     Appended,
@@ -542,7 +542,8 @@ class SqliteStore(SqlStore):
         with self._transaction():
             if self._tables.epoch() != self.head.epoch:
                 raise JournalBroken("fenced: a newer epoch of this writer has begun")
-            known = self._tables.look_up(needs(drafts, self._secret), self._expiry(now_millis))()
+            drop_millis = now_millis if self._settings.digests_only else None
+            known = self._tables.look_up(needs(drafts, self._secret), self._expiry(now_millis), drop_millis)()
             ledger = Ledger(self.head, known, now_millis, self._secret, self._settings.signer)
             appended = [ledger.append(draft) for draft in drafts]
             self._tables.write(ledger, self._settings, now_millis)
@@ -605,6 +606,7 @@ class SqliteStore(SqlStore):
             self._secret = self._tables.secret(new_secret)
             ledger = Ledger(head, Known(), now_millis, self._secret, self._settings.signer)
             ledger.open(version, self._settings.recorded)
+            self._tables.record_earlier(ledger, self._newest_form())
             self._tables.write(ledger, self._settings, now_millis)
         self.head = ledger.head
         return tuple(Unfinished(entry, 1 + epoch - entry.header.epoch) for entry in unfinished)
@@ -637,9 +639,23 @@ class SqliteStore(SqlStore):
         with self._errors():
             return self._tables.structure(whole=True)
 
-    def drop(self, sequences: Sequence[int]) -> int:
-        with self._transaction():
+    def drop(self, sequences: Sequence[int], reason: str, now_millis: int) -> int:
+        if not sequences:
+            return 0
+        with self._transaction():  # of the owner, in its newest epoch: no other process has the file
+            log = self._tables.log()
+            assert log is not None
+            ((writer, epoch),) = log.writers.items()
+            head = Head(log.log_id, writer, epoch, log.index, log.entry_hash, log.last_sequence)
+            ledger = Ledger(head, Known(), now_millis, self._tables.secret(os.urandom(SECRET_BYTES)))
+            self._tables.record_earlier(ledger, self._newest_form())
+            ledger.prune(sequences, reason)
+            self._tables.write_entries(ledger.entries)
             return self._tables.drop_payloads(sequences)
+
+    def _newest_form(self) -> int | None:
+        newest = self._tables.newest()
+        return None if newest is None else newest.header.form
 
     def forget(self, sequences: Sequence[int]) -> None:
         with self._transaction():

@@ -183,6 +183,11 @@ _IMPORT_KEYS = """INSERT INTO keys SELECT r.first, r.n, r.digest, r.tenant, r.ke
 _PURGE = """DELETE FROM keys WHERE first_sequence IN
   (SELECT first_sequence FROM keys WHERE expires_millis <= ? ORDER BY expires_millis, first_sequence LIMIT ?)"""
 _BIND_FOR_GOOD = _PURGE.replace("DELETE FROM keys", "UPDATE keys SET expires_millis = NULL")
+_EXPIRED = "SELECT first_sequence, count FROM keys WHERE expires_millis <= ? ORDER BY expires_millis, first_sequence LIMIT ?"
+_KEPT = """SELECT sequence FROM items
+  WHERE sequence = ANY(?::bigint[]) AND EXISTS (SELECT 1 FROM payloads WHERE entry_index = outcome)"""
+_DROPPED = """SELECT sequence FROM items
+  WHERE outcome IS NOT NULL AND NOT EXISTS (SELECT 1 FROM payloads WHERE entry_index = outcome) ORDER BY sequence"""
 _DROP_EXPIRED = """WITH expired AS (SELECT first_sequence, count FROM keys
     WHERE expires_millis <= ? ORDER BY expires_millis, first_sequence LIMIT ?),
   dropped AS (SELECT admitted, outcome FROM expired
@@ -263,12 +268,14 @@ class Tables(ABC):
     def notes(self, prefix: str) -> dict[str, bytes]:
         return dict(self._session.select(_NOTES, prefix, prefix))
 
-    def look_up(self, needs: Needs, now_millis: int) -> Callable[[], Known]:
-        """Ask for what is needed; the function returned reads the answers. In between may lie the end of a pipeline."""
+    def look_up(self, needs: Needs, now_millis: int, drop_millis: int | None = None) -> Callable[[], Known]:
+        """Ask for what is needed; the function returned reads the answers. In between may lie the end of a pipeline. With
+        `drop_millis`, batches whose keys have expired then are to lose their payloads."""
         select = self._session.select
         bound = select(_BINDINGS, [key for _, key in needs.keys], now_millis) if needs.keys else ()
         unfinished = select(_STILL_UNFINISHED, list(needs.sequences)) if needs.sequences else ()
         earlier = select(_TWINS, list(needs.twins)) if needs.twins else ()
+        expired = select(_EXPIRED, drop_millis, PURGED_KEYS_MAX) if drop_millis is not None else ()
         witnessed = [(log_id, select(_NOTES, WITNESSED + log_id, WITNESSED + log_id)) for log_id in needs.witnessed]
 
         def known() -> Known:
@@ -282,7 +289,8 @@ class Tables(ABC):
             met = {twin.entry.header.fingerprint_digest for found in twins.values() for twin in found}
             fingerprints = self._fingerprints() if met and len(met | needs.fingerprint_digests) > 1 else {}
             heads = {log_id: _witnessed_index(value) for log_id, rows in witnessed for _, value in rows}
-            return Known(bindings, sequences, twins, fingerprints, heads)
+            dropped = tuple(range(first, first + count) for first, count in expired)
+            return Known(bindings, sequences, twins, fingerprints, heads, dropped)
 
         return known
 
@@ -412,6 +420,16 @@ class Tables(ABC):
             _IMPORT_KEYS,
             [(key.first_sequence, key.count, key.request_digest, key.tenant, key.key, key.expires_millis) for key in keys],
         )
+
+    def kept(self, sequences: Sequence[int]) -> list[int]:
+        """Those of the items that have ended whose payloads are kept."""
+        return [sequence for (sequence,) in self._session.select(_KEPT, list(sequences))] if sequences else []
+
+    def record_earlier(self, ledger: Ledger, newest_form: int | None) -> None:
+        """Record which payloads were dropped while prunes were not recorded: before entries had forms. `newest_form`: of the
+        newest entry so far; None: there is none."""
+        if newest_form == 0 and (dropped := [sequence for (sequence,) in self._session.select(_DROPPED)]):
+            ledger.prune(dropped, "earlier")
 
     def drop_payloads(self, sequences: Sequence[int]) -> int:
         """Of these items' admissions and outcomes; how many there were. A tenant's bytes are then counted again."""
@@ -593,9 +611,13 @@ class SqlStore(ABC):
     def structure(self) -> str:
         """What is wrong with the database itself, apart from what entries say; empty: nothing that can be seen."""
 
+    def kept(self, sequences: Sequence[int]) -> list[int]:
+        return self._read(lambda tables: tables.kept(sequences))
+
     @abstractmethod
-    def drop(self, sequences: Sequence[int]) -> int:
-        """The payloads of these items' admissions and outcomes, for good; how many there were."""
+    def drop(self, sequences: Sequence[int], reason: str, now_millis: int) -> int:
+        """The payloads of these items' admissions and outcomes, for good, and a PRUNED entry that says so; how many there were.
+        All of the items have ended."""
 
     @abstractmethod
     def forget(self, sequences: Sequence[int]) -> None:

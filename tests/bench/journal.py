@@ -360,7 +360,7 @@ def grown(path: Path, *, keyed: bool, settings: SqliteSettings) -> float:
 def pruned(path: Path) -> float:
     """Bytes an item that are in use after all payloads were dropped; the rest of the file is free to be used again."""
     store = SqliteStore.open_for_maintenance(path)
-    for _ in prune(store, lambda header: header.kind != types_pb2.ENTRY_KIND_UNSPECIFIED):
+    for _ in prune(store, lambda header: header.kind != types_pb2.ENTRY_KIND_UNSPECIFIED, 1):
         pass
     used = store.bytes_used()
     store.close()

@@ -13,9 +13,9 @@ import apsw
 import pytest
 
 from ostinato.errors import RecordDamaged
-from ostinato.v1 import types_pb2
+from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal.maintenance import rebuild
+from sidecar.journal.maintenance import prune, rebuild, redact
 from sidecar.journal.model import Binding, ItemEntries, JournalUnusable, Loss
 from sidecar.journal.sqlite import SqliteStore
 from sidecar.journal.store import Store
@@ -272,12 +272,7 @@ def test_tables_that_contradict_the_entries(kit: Kit, statement: str) -> None:
         "epoch": "UPDATE writers SET epoch = 1" if shared else "UPDATE journal SET epoch = 1",
         "last": "UPDATE log SET last_sequence = 99" if shared else "UPDATE journal SET lost_sequence = 99",
     }
-    if isinstance(kit, PostgresKit):
-        kit.execute(statement.format(**values))
-    else:
-        assert isinstance(kit, SqliteKit)
-        with closing(apsw.Connection(str(kit.path))) as db:
-            db.execute(statement.format(**values))
+    change(kit, statement.format(**values))
     assert kit.faults()
     with pytest.raises(JournalUnusable, match="python -m sidecar rebuild|has not ended"):
         kit.open()
@@ -288,3 +283,85 @@ def test_tables_that_contradict_the_entries(kit: Kit, statement: str) -> None:
     again = seen(kit)
     assert replace(again, epoch=sound.epoch, unfinished=sound.unfinished) == sound
     assert [sequence for sequence, _ in again.unfinished] == [sequence for sequence, _ in sound.unfinished]
+
+
+# Payloads that are gone.
+
+
+def prunes(kit: Kit) -> list[sequencer_pb2.PrunedPayload]:
+    with kit.maintained() as store:
+        found = [entry for entry in store.entries(1, 999, payloads=True) if entry.header.kind == types_pb2.ENTRY_KIND_PRUNED]
+    return [sequencer_pb2.PrunedPayload.FromString(entry.payload) for entry in found]
+
+
+def change(kit: Kit, statement: str) -> None:
+    """In the database of a journal that is not open."""
+    if isinstance(kit, PostgresKit):
+        kit.execute(statement)
+        return
+    assert isinstance(kit, SqliteKit)
+    with closing(apsw.Connection(str(kit.path))) as db:
+        db.execute(statement)
+
+
+def test_prunes_are_in_the_chain(kit: Kit) -> None:
+    """An entry says which payloads prune and redact dropped, and why; verify tells them from payloads that were deleted, and
+    redact of these makes the journal whole again."""
+    fill(kit)
+    with kit.maintained() as store:
+        assert redact(store, [3], 9) == 2
+        assert sum(count for _, count in prune(store, lambda header: header.sequence < 4, 9)) == 4
+        assert sum(count for _, count in prune(store, lambda header: header.sequence < 4, 9)) == 0
+    told = [(each.reason, [(run.first, run.last) for run in each.ranges], each.entries) for each in prunes(kit)]
+    assert told == [("request", [(3, 3)], 2), ("age", [(1, 2)], 4)]
+    assert kit.faults() == []
+    change(kit, "DELETE FROM payloads WHERE entry_index IN (SELECT admitted FROM items WHERE sequence = 4)")
+    assert "kept or dropped together, and one is missing" in kit.faults()[0]
+    change(kit, "DELETE FROM payloads WHERE entry_index IN (SELECT outcome FROM items WHERE sequence = 4)")
+    assert kit.faults() == ["a payload of sequence 4 is missing, and no PRUNED entry says so"]
+    with kit.maintained() as store:
+        assert redact(store, [4], 9) == 0
+    assert kit.faults() == []
+    kit.open()[0].close()
+
+
+def test_digests_say_that_payloads_are_not_kept(kit: Kit) -> None:
+    """With digests only, the epoch's first entry covers what is dropped with its outcome, and PRUNED entries what keyed batches
+    lose when their keys expire; a payload of an earlier epoch that was deleted is found."""
+    with kit.opened() as store:
+        now = kit.clock.millis
+        (early,) = store.append_many([admission(item(1))], now)
+        store.append_many([completed(early.entries[0])], now)
+    kit.configure(digests_only=True)
+    with kit.opened() as store:
+        answers = store.append_many([admission(item(2)), admission(item(3), item(4), key="k")], now)
+        store.append_many([completed(entry) for answer in answers for entry in answer.entries], now)
+        assert store.append_many([admission(item(5))], now + TTL_MILLIS)[0].entries[0].header.sequence == 5
+    assert kit.faults() == []
+    assert [(each.reason, [(run.first, run.last) for run in each.ranges]) for each in prunes(kit)] == [("digests", [(3, 4)])]
+    change(kit, "DELETE FROM payloads WHERE entry_index IN (2, 3)")
+    assert kit.faults() == ["a payload of sequence 1 is missing, and no PRUNED entry says so"]
+
+
+def test_what_was_dropped_before_prunes_were_recorded(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A journal from before entries had forms verifies without PRUNED entries. The first start after that records what is
+    missing, once; a payload that is deleted later is found, and nothing can claim again to be from before."""
+    monkeypatch.setattr("sidecar.journal.ledger.FORM", 0)
+    bare = [item(number) for number in range(3)]
+    for each in bare:
+        each.nonce = b""
+    with kit.opened() as store:
+        answers = store.append_many([admission(each) for each in bare], 1)
+        store.append_many([completed(answer.entries[0]) for answer in answers], 1)
+    change(kit, "DELETE FROM payloads WHERE entry_index IN (2, 5)")
+    assert kit.faults() == []
+    monkeypatch.undo()
+    for _ in range(2):
+        kit.open()[0].close()
+        assert kit.faults() == []
+    assert [(each.reason, [(run.first, run.last) for run in each.ranges]) for each in prunes(kit)] == [("earlier", [(1, 1)])]
+    change(kit, "DELETE FROM payloads WHERE entry_index IN (3, 6)")
+    assert kit.faults() == ["a payload of sequence 2 is missing, and no PRUNED entry says so"]
+    with kit.maintained() as store:
+        store.drop([2], "earlier", 9)
+    assert "payload: says that it is of an earlier version, and the entries before are not" in kit.faults()[0]

@@ -84,7 +84,7 @@ async def test_after_payloads_were_dropped_it_is_counted_again(kit: Kit) -> None
         size = await admitted(journal, quota, "acme", 10)
         await quota.save(journal)
     with kit.maintained() as store:
-        assert store.drop([1]) == 2
+        assert store.drop([1], "request", 9) == 2
     async with opened(kit) as (_, again):
         assert again._own["acme"] == size
 
