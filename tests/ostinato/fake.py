@@ -98,7 +98,8 @@ class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerS
         return await self._unary("Report", request, context, self._report)
 
     async def Witness(self, request: Any, context: Any) -> Any:
-        raise NotImplementedError
+        answer = sequencer_pb2.WitnessResponse(header=types_pb2.EntryHeader(index=request.head.last_index))
+        return await self._unary("Witness", request, context, lambda _: answer)
 
     async def GenerateStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
         async for each in self._stream("GenerateStream", request, context, self._events):

@@ -19,6 +19,7 @@ import pytest
 
 import ostinato
 from ostinato import Client, SyncClient, errors
+from ostinato.v1 import types_pb2
 
 from tests.ostinato.fake import Fake, serving_apart
 from tests.waiting import until
@@ -39,6 +40,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "get": lambda client: client.get(1),
     "tail": lambda client: client.tail(payloads=True),
     "head": lambda client: client.head(),
+    "witness": lambda client: client.witness(types_pb2.SignedHead(last_index=3)),
     "replay": lambda client: client.replay(1, 3),
     "cancel": lambda client: client.cancel(1),
     "model": lambda client: client.model(),
