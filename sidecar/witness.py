@@ -12,10 +12,10 @@ import logging
 import os
 import re
 import ssl
-import urllib.request
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 import ostinato
 from ostinato import errors
@@ -36,6 +36,9 @@ PUBLISH_SECONDS = 10.0
 """For one attempt."""
 RETRY_SECONDS, RETRY_SECONDS_MAX = 1.0, 60.0
 """The first and the longest pause after a failure; it doubles."""
+HEADER_BYTES_MAX = 1 << 14
+"""Of the answer of a witness that is a URL."""
+STATUS = re.compile(rb"HTTP/1\.[01] ([0-9]{3})\b")
 LOG_ID = re.compile(r"[0-9a-f]{32}")
 
 Publish = Callable[[types_pb2.SignedHead], Awaitable[object]]
@@ -112,7 +115,7 @@ def _publish(settings: Settings) -> Publish:
     except OSError as error:
         why = f"--witness-ca: {settings.witness_ca}: {error.strerror or error}"
         raise program.StartupError(why, exit_code=program.BAD_CONFIGURATION) from error
-    return lambda head: asyncio.to_thread(_post, witness, envelope(head), token, context)
+    return lambda head: _post(witness, envelope(head), token, context)
 
 
 def _token(path: Path | None) -> str | None:
@@ -126,19 +129,31 @@ def _token(path: Path | None) -> str | None:
     return token
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: the request would become a GET, and the token would go elsewhere."""
+async def _post(url: str, given: Mapping[str, object], token: str | None, context: ssl.SSLContext | None) -> None:
+    """Raises OSError, EOFError or ValueError for any answer but success. A redirect is none: the token would go elsewhere.
 
-    def redirect_request(self, *_: object) -> None:
-        return None
-
-
-def _post(url: str, given: Mapping[str, object], token: str | None, context: ssl.SSLContext | None) -> None:
-    headers = {"Content-Type": "application/json"} | ({"Authorization": bearer(token)} if token is not None else {})
-    request = urllib.request.Request(url, json.dumps(given).encode(), headers)  # noqa: S310  # http and https alone
-    opener = urllib.request.build_opener(_NoRedirects, urllib.request.HTTPSHandler(context=context))
-    with opener.open(request, timeout=PUBLISH_SECONDS):
-        pass
+    Nothing here waits in a thread, so a cancellation ends it, whatever the witness does. The answer's body is not read.
+    """
+    parts, body = urlsplit(url), json.dumps(given).encode()
+    head = [
+        f"POST {urlunsplit(('', '', parts.path or '/', parts.query, ''))} HTTP/1.1",
+        f"Host: {parts.netloc}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+        *([f"Authorization: {bearer(token)}"] if token is not None else []),
+    ]
+    port = parts.port or (80 if context is None else 443)
+    reader, writer = await asyncio.open_connection(parts.hostname, port, ssl=context, limit=HEADER_BYTES_MAX)
+    try:
+        writer.write("\r\n".join([*head, "", ""]).encode("ascii") + body)
+        answer = STATUS.match(await reader.readuntil(b"\r\n\r\n"))
+        if answer is None:
+            raise ValueError("the answer is not HTTP")
+        if not answer[1].startswith(b"2"):
+            raise OSError(f"HTTP status {answer[1].decode()}")
+    finally:
+        writer.transport.abort()
 
 
 def _append(path: Path, given: Mapping[str, object]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -101,6 +103,40 @@ async def test_a_witness_that_talks_nonsense_is_tried_again(tmp_path: Path, monk
         failures = "ostinato_witness_failures_total"
         await eventually(lambda: (registry.get_sample_value(failures) or 0) >= 2, "two attempts have failed")
         assert not running.done()
+        running.cancel()
+    await journal.close()
+
+
+async def test_a_witness_that_drips_its_answer_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt ends at its deadline, with its connection, while the witness goes on sending a header that never ends; none is
+    left behind in a thread."""
+    monkeypatch.setattr("sidecar.witness.PUBLISH_SECONDS", 0.2)
+    monkeypatch.setattr("sidecar.witness.RETRY_SECONDS_MAX", 0.01)
+    began, ended = [0], [0]
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        began[0] += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nX: ")
+        with contextlib.suppress(OSError):
+            while not writer.is_closing():
+                writer.write(b"y")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+        ended[0] += 1
+
+    kit = SqliteKit(tmp_path / "journal.db")
+    kit.configure(signer=signer_of(new_key()))
+    journal = Journal(kit.open()[0], now_millis=kit.clock.now_millis)
+    threads = threading.active_count()
+    async with await asyncio.start_server(drip, "127.0.0.1") as server:
+        witness = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        settings = Settings(signing_key=tmp_path / "key", witness=witness)
+        observer = Observer(Metrics(CollectorRegistry()), lambda kind, reason: None)
+        running = asyncio.create_task(Publisher(settings, journal, observer).run())
+        await eventually(lambda: ended[0] >= 8, "eight attempts have ended")
+        assert began[0] - ended[0] <= 2
+        assert threading.active_count() <= threads + 1, "the journal's own"
         running.cancel()
     await journal.close()
 
