@@ -484,6 +484,9 @@ class RemoteWaiters:
                     index = await self._read(index)
                 except JournalUnavailable:
                     await asyncio.sleep(PAUSE_SECONDS)
+                except errors.RecordDamaged as error:  # whether an item has ended cannot be read any more
+                    for sequence in list(self._waiters):
+                        self._lose(sequence, error)
 
     async def _read(self, index: int) -> int:
         """Await entries from this index on. The index behind them."""
@@ -508,12 +511,15 @@ class RemoteWaiters:
         try:
             answer = answer_of(entries)
         except PayloadPruned as error:  # as a later call with the same key
-            for waiter in self._waiters.pop(sequence):
-                waiter.lost(error)
-                self.remove(waiter)
+            self._lose(sequence, error)
             return
         for waiter in self._waiters.pop(sequence):
             waiter.result(answer)
+
+    def _lose(self, sequence: int, error: errors.OstinatoError) -> None:
+        for waiter in self._waiters.pop(sequence, ()):
+            waiter.lost(error)
+            self.remove(waiter)
 
 
 def _cancelled(admitted: Sealed) -> sequencer_pb2.EndedPayload:

@@ -17,7 +17,7 @@ import typer
 from ostinato.chain import SEQUENCE_MAX
 from ostinato.cli.show import note, progress, visible
 from ostinato.cli.verify import public_keys
-from ostinato.errors import JournalFull, JournalUnavailable
+from ostinato.errors import JournalFull, JournalUnavailable, RecordDamaged
 from ostinato.signature import new_key
 from ostinato.v1 import types_pb2
 from serving.program import FAILED, StartupError
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
     """Ends the process: code 0, 1 if the journal is not sound or cannot be used, 2 for a bad command line."""
     try:
         app(args=list(argv), prog_name="python -m sidecar")
-    except (JournalUnusable, JournalFull, JournalUnavailable, JournalBroken, StartupError, OSError) as error:
+    except (JournalUnusable, JournalFull, JournalUnavailable, JournalBroken, RecordDamaged, StartupError, OSError) as error:
         note(f"{argv[0]}: {visible(' '.join(str(error).split()))}")
         sys.exit(FAILED)
 

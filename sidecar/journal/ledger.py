@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
 
+from google.protobuf.message import DecodeError
+
 from ostinato.chain import (
     FORM,
     NONCE_BYTES,
@@ -24,7 +26,7 @@ from ostinato.chain import (
     sealed_output,
 )
 from ostinato.compare import Side, compare
-from ostinato.digest import input_digest, output_digest, u64
+from ostinato.digest import DIGEST_BYTES, input_digest, output_digest, u64
 from ostinato.signature import SignedTree, Signer
 from ostinato.v1 import sequencer_pb2, types_pb2
 
@@ -96,6 +98,8 @@ class Known:
     """By log id, the index of the newest head that is recorded."""
     expired: tuple[range, ...] = ()
     """Sequences of batches whose keys have expired and whose payloads are to be dropped now."""
+    damaged: Mapping[bytes, str] = field(default_factory=dict)
+    """By tag, why an entry is not among the twins."""
 
 
 def needs(drafts: Iterable[Draft], secret: bytes) -> Needs:
@@ -141,6 +145,18 @@ def verifications(entries: Iterable[Sealed]) -> list[types_pb2.EntryHeader]:
     return [e.header for e in audited if sequencer_pb2.AuditedPayload.FromString(e.payload).comparison.kind == verify]
 
 
+def _is_twin(twin: Twin, header: types_pb2.EntryHeader, twins: bytes) -> bool:
+    """Whether the item of this entry had the input of `twins_of`, as far as its payload is kept."""
+    recorded, payload = twin.entry.header, twin.entry.payload
+    if recorded.kind != types_pb2.ENTRY_KIND_COMPLETED or recorded.seed != header.seed:
+        return False
+    try:
+        nonce = sequencer_pb2.CompletedPayload.FromString(payload).nonce
+    except DecodeError:
+        return False
+    return not payload or recorded.input_digest == sealed(recorded.form, nonce, "input", twins[:DIGEST_BYTES])
+
+
 class Ledger:
     """The entries of one transaction, after a head. A ledger that is dropped has changed nothing.
 
@@ -167,7 +183,7 @@ class Ledger:
         """Tag, COMPLETED entry and output of those with which later ones are to be compared."""
         self._bindings = dict(known.bindings)
         self._unfinished = set(known.unfinished)
-        self._twins = dict(known.twins)
+        self._twins, self._damaged = dict(known.twins), dict(known.damaged)
         self._fingerprints = known.fingerprints
         self._witnessed = dict(known.witnessed)
         self._now_millis, self._secret = now_millis, secret
@@ -288,12 +304,15 @@ class Ledger:
         tag = twins_tag(self._secret, outcome.twins)
         earlier = self._twins.get(tag, ())
         same = [twin for twin in earlier if twin.entry.header.fingerprint_digest == header.fingerprint_digest]
-        twin = next(iter(same or earlier), None)
+        twin, damaged = next(iter(same or earlier), None), self._damaged.pop(tag, "")
+        if twin is not None and not _is_twin(twin, header, outcome.twins):
+            index = twin.entry.header.index
+            twin, damaged = None, f"table twins is damaged: it names entry {index}, whose item had another input"
         entry = self._seal(header, self._with_twin(header, outcome.payload, twin))
         if not same:
             self._twins[tag] = (*earlier, Twin(entry))
             self.twins.append((tag, header, output))
-        return Appended((entry,))
+        return Appended((entry,), damaged=damaged)
 
     def _with_twin(
         self, header: types_pb2.EntryHeader, given: sequencer_pb2.CompletedPayload, twin: Twin | None

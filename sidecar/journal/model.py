@@ -144,6 +144,8 @@ class Appended:
     """Of an Admission whose key was bound before."""
     inputs: tuple[bytes, ...] = ()
     """Of an Admission: the bare input digest of each item."""
+    damaged: str = ""
+    """Of an Outcome: why an entry was not compared with it as its twin, if that is damaged."""
 
 
 @dataclass(frozen=True, slots=True)

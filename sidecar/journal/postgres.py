@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from ostinato.chain import GENESIS, entry_hash
-from ostinato.errors import JournalFull, JournalUnavailable
+from ostinato.errors import JournalFull, JournalUnavailable, RecordDamaged
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.derived import recent_fault
@@ -678,7 +678,13 @@ class PostgresStore(SqlStore):
     def _read(self, read: Callable[[PostgresTables], T]) -> T:
         def once() -> T:
             with self._database.connected() as db:
-                return read(PostgresTables(db))
+                try:
+                    return read(PostgresTables(db))
+                except RecordDamaged as error:  # the connection is of use, and only the caller cannot go on
+                    damaged = error
+            if self._maintenance:
+                raise JournalUnusable(f"the journal is damaged: {damaged.message}") from damaged
+            raise damaged
 
         with _unusable() if self._maintenance else nullcontext():
             return self._waiting(lambda: _twice(once))

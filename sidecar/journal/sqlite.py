@@ -522,7 +522,7 @@ class SqliteStore(SqlStore):
         return store
 
     def _read(self, read: Callable[[Tables], T]) -> T:
-        with self._errors():
+        with self._errors(reading=True):
             return read(self._tables)
 
     def close(self) -> None:
@@ -717,13 +717,16 @@ class SqliteStore(SqlStore):
                 raise
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """After what SQLite cannot do, or what is no row of a journal, it is not known what is on the disk."""
+    def _errors(self, *, reading: bool = False) -> Iterator[None]:
+        """After what SQLite cannot do, or what is no row of a journal, it is not known what is on the disk. Reading such a row
+        raises Damaged: only its caller cannot go on."""
         try:
             yield
         except UNREADABLE as error:
             if self._maintenance:
                 raise JournalUnusable(reason(self._path, error)) from error
+            if reading and isinstance(error, Damaged):
+                raise
             if isinstance(error, apsw.CorruptError | apsw.NotADBError):
                 raise JournalBroken(f"the journal's file is damaged ({error}): {RESTORE}") from error
             raise JournalBroken(f"{type(error).__name__}: {error}") from error

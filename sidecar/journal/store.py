@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
 
-from ostinato.chain import OUTCOMES, payload_digest
+from ostinato.chain import OUTCOMES, entry_hash, payload_digest
 from ostinato.digest import DIGEST_BYTES, fingerprint_digest
 from ostinato.errors import RecordDamaged
 from ostinato.signature import SignedTree, Signer
@@ -114,7 +114,7 @@ COLUMNS: Mapping[str, type | tuple[type, ...]] = {
 """The types of what is read, by name."""
 
 
-class Damaged(Exception):
+class Damaged(RecordDamaged):
     """A row holds what no journal writes; the message names it."""
 
 
@@ -281,16 +281,21 @@ class Tables(ABC):
         def known() -> Known:
             bindings = _bindings(bound)
             sequences = frozenset(sequence for (sequence,) in unfinished)
-            twins = defaultdict[bytes, tuple[Twin, ...]](tuple)
+            twins, damaged = defaultdict[bytes, tuple[Twin, ...]](tuple), dict[bytes, str]()
             for *row, tag, output_tag in earlier:
-                twin = Twin(sealed_of(tuple(row)), output_tag)
+                try:
+                    twin = Twin(sealed_of(tuple(row)), output_tag)
+                    check_entries([twin.entry])
+                except RecordDamaged as error:
+                    damaged[tag] = error.message
+                    continue
                 if twin.entry.payload or output_tag:
                     twins[tag] += (twin,)
             met = {twin.entry.header.fingerprint_digest for found in twins.values() for twin in found}
             fingerprints = self._fingerprints() if met and len(met | needs.fingerprint_digests) > 1 else {}
             heads = {log_id: _witnessed_index(value) for log_id, rows in witnessed for _, value in rows}
             dropped = tuple(range(first, first + count) for first, count in expired)
-            return Known(bindings, sequences, twins, fingerprints, heads, dropped)
+            return Known(bindings, sequences, twins, fingerprints, heads, dropped, damaged)
 
         return known
 
@@ -459,9 +464,11 @@ def sealed_of(row: Row) -> Sealed:
     return Sealed(header, previous_hash, entry_hash, payload)
 
 
-def check_payloads(entries: Iterable[Sealed]) -> None:
-    """Raises RecordDamaged for a payload that is not the one that was written."""
+def check_entries(entries: Iterable[Sealed]) -> None:
+    """Raises RecordDamaged for a header or a payload that is not the one that was written, as the entry's hash shows."""
     for entry in entries:
+        if entry_hash(entry.previous_hash, entry.header) != entry.entry_hash:
+            raise RecordDamaged(f"entry {entry.header.index} is damaged: its hash is not that of its header")
         if entry.payload and payload_digest(entry.payload) != entry.header.payload_digest:
             raise RecordDamaged(f"the payload of entry {entry.header.index} is damaged: it is not what was written")
 
@@ -480,8 +487,11 @@ def check_batch(items: Sequence[ItemEntries], tenant: str, key: str, binding: Bi
 
 
 def _witnessed_index(note: bytes) -> int:
-    payload = sequencer_pb2.Entry.FromString(note).payload
-    return sequencer_pb2.WitnessedPayload.FromString(payload).head.last_index
+    """0: the note is damaged, and the head is recorded again."""
+    with suppress(DecodeError):
+        payload = sequencer_pb2.Entry.FromString(note).payload
+        return sequencer_pb2.WitnessedPayload.FromString(payload).head.last_index
+    return 0
 
 
 def _bindings(rows: Iterable[Row]) -> dict[tuple[str, str], Binding]:

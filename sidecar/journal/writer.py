@@ -42,7 +42,7 @@ from sidecar.journal.model import (
     Unfinished,
     Witnessed,
 )
-from sidecar.journal.store import Store, check_batch, check_payloads
+from sidecar.journal.store import Store, check_batch, check_entries
 
 T = TypeVar("T")
 Refusal = JournalFull | JournalUnavailable
@@ -262,7 +262,7 @@ class Journal:
     Belongs to the event loop that is running when it is made. A caller that is cancelled while it appends loses the answer, not
     the draft. The callbacks are called in the loop: `on_entries` after the answers, then `on_commit` with the seconds, drafts
     and payload bytes of each transaction; `on_taken` with items of other writers that this one has to finish now;
-    `on_damaged` with the message of each RecordDamaged.
+    `on_damaged` with the message of each RecordDamaged, and why a twin could not be compared.
     """
 
     def __init__(
@@ -359,14 +359,23 @@ class Journal:
 
     async def unfinished(self, first: int, last: int, limit: int) -> Sequence[Sealed]:
         """ADMITTED entries of the items first to last that have no outcome, of every writer, ascending, at most limit."""
-        return await self._read(lambda: self._store.unfinished(first, last, limit))
+
+        def checked() -> Sequence[Sealed]:
+            found = self._store.unfinished(first, last, limit)
+            check_entries(found)
+            return found
+
+        return await self._read(checked)
 
     async def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
         """Consecutive entries, at most limit; empty beyond the head. Raises RecordDamaged."""
 
         def checked() -> Sequence[Sealed]:
             found = self._store.entries(from_index, limit, payloads=payloads)
-            check_payloads(found)
+            check_entries(found)
+            for index, entry in enumerate(found, from_index):
+                if entry.header.index != index:
+                    raise RecordDamaged(f"entry {index} is missing")
             return found
 
         return await self._read(checked)
@@ -416,6 +425,9 @@ class Journal:
             assert entries[0].header.index > self._reported_index, "entries are reported by ascending index"
             self._reported_index = entries[-1].header.index
         self._on_entries(entries)
+        for _, value in answers:
+            if isinstance(value, Appended) and value.damaged:
+                self._on_damaged(value.damaged)
         if index > self._durable_index:
             self._durable_index = index
             self._wake()
@@ -517,7 +529,7 @@ class Journal:
 
     def _checked_items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:
         found = self._store.items(first, last, limit)
-        check_payloads(entry for each in found for entry in (each.admitted, each.outcome, each.verified) if entry)
+        check_entries(entry for each in found for entry in (each.admitted, each.outcome, each.verified) if entry)
         return found
 
     def _answer(self, read: Callable[[], object]) -> object:

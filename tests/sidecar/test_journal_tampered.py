@@ -21,7 +21,7 @@ from sidecar.journal.sqlite import SqliteStore
 from sidecar.journal.store import Store
 from sidecar.journal.writer import Journal
 from tests.postgres import Postgres
-from tests.sidecar.journal_kit import Kit, PostgresKit, SqliteKit, admission, audit, completed, item
+from tests.sidecar.journal_kit import Kit, PostgresKit, SqliteKit, admission, audit, completed, item, twin
 
 
 @pytest.fixture(name="kit", params=["sqlite", "postgres"])
@@ -55,7 +55,7 @@ async def filled(kit: Kit, statement: str = "") -> AsyncIterator[Journal]:
     with kit.opened() as store:
         now = kit.clock.millis
         answers = store.append_many(
-            [admission(item(1), item(2), key="k", tenant="a"), admission(item(3), key="other", tenant="b")], now
+            [admission(item(1), item(2), key="k", tenant="a"), admission(item(3, seed=3), key="other", tenant="b")], now
         )
         store.append_many([completed(entry) for answer in answers for entry in answer.entries], now)
         if statement:
@@ -99,6 +99,16 @@ HEX = "'\\xdeadbeef'::bytea"
         ("UPDATE keys SET first_sequence = 2 WHERE first_sequence = 1", "bound to sequences 2 to 3, which are no batch"),
         ("UPDATE payloads SET payload = {hex} WHERE entry_index = 5", "the payload of entry 5 is damaged"),
         ("UPDATE payloads SET payload = {hex} WHERE entry_index = 2", "the payload of entry 2 is damaged"),
+        ("UPDATE entries SET header = {hex} WHERE entry_index = 5", "entry 5: its header"),
+        (
+            "UPDATE entries SET header = (SELECT header FROM entries WHERE entry_index = 6) WHERE entry_index = 5",
+            "header says 6",
+        ),
+        ("UPDATE entries SET entry_hash = {hex} WHERE entry_index = 2", "entry 2: its hash"),
+        (
+            "UPDATE entries SET entry_hash = (SELECT entry_hash FROM entries WHERE entry_index = 4) WHERE entry_index = 2",
+            "entry 2 is damaged: its hash",
+        ),
     ],
 )
 async def test_a_damaged_record_is_not_served(kit: Kit, statement: str, why: str) -> None:
@@ -110,9 +120,39 @@ async def test_a_damaged_record_is_not_served(kit: Kit, statement: str, why: str
             await answer(journal, "a", "k")
         assert len(DAMAGED) == 1
         assert await answer(journal, "b", "other") == [7]
-        if "payloads" in statement:
+        if "payloads" in statement or "entries" in statement:
             with pytest.raises(RecordDamaged, match=why):
                 await journal.entries(1, 99, payloads=True)
+
+
+async def test_an_entry_that_is_missing(kit: Kit) -> None:
+    """A gap in the entries is not passed over."""
+    async with filled(kit, "DELETE FROM entries WHERE entry_index = 5") as journal:
+        for first in (1, 5):
+            with pytest.raises(RecordDamaged, match="entry 5 is missing|entry 6 is damaged"):
+                await journal.entries(first, 99, payloads=True)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE entries SET header = {hex} WHERE entry_index = 7",
+        "UPDATE entries SET entry_hash = {hex} WHERE entry_index = 6",
+        "UPDATE payloads SET payload = {hex} WHERE entry_index = 7",
+        "UPDATE twins SET entry_index = 1 WHERE entry_index = 7",
+        "UPDATE twins SET entry_index = 4 WHERE entry_index = 7",
+        "UPDATE twins SET entry_index = 5 WHERE entry_index = 7",
+    ],
+)
+async def test_a_twin_that_is_damaged(kit: Kit, statement: str) -> None:
+    """With an entry that is damaged, or that is another item's, nothing is compared; that is reported, and the journal goes
+    on."""
+    text = statement.format(hex="x'deadbeef'" if isinstance(kit, SqliteKit) else HEX)
+    async with filled(kit, text) as journal:
+        (entry,) = (await journal.append(admission(item(3, seed=3), tenant="b"))).entries
+        (ended,) = (await journal.append(completed(entry))).entries
+        assert twin(ended) is None
+        assert len(DAMAGED) == 1
 
 
 async def test_a_key_of_another_tenant(kit: Kit) -> None:
