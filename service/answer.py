@@ -10,7 +10,7 @@ from typing import Protocol
 from ostinato.v1 import engine_pb2, types_pb2
 
 NO_REASON = types_pb2.FINISH_REASON_UNSPECIFIED
-BY_TOKEN = (types_pb2.FINISH_REASON_END_OF_SEQUENCE, types_pb2.FINISH_REASON_STOP_TOKEN)
+_BY_TOKEN = (types_pb2.FINISH_REASON_END_OF_SEQUENCE, types_pb2.FINISH_REASON_STOP_TOKEN)
 """The last token ended the answer."""
 
 
@@ -80,7 +80,7 @@ class Answer:
         if logprobs is not None:
             self._logprobs.append(logprobs)
         self._reason = reason = self._reason_of(token_id)
-        silent = not self._include_stop and reason in BY_TOKEN
+        silent = not self._include_stop and reason in _BY_TOKEN
         text = self._decode(b"" if silent else self._piece(token_id), bool(reason))
         if self._stops is None or len(self._ids) <= self._min:
             self._text.append(text)

@@ -1,7 +1,8 @@
 """Chats to text and token ids, by the model's own template.
 
-A template is rendered as transformers' `apply_chat_template` renders it, except that it cannot read the date: a prompt must not
-depend on the day. A template that prints the date takes it from `template_kwargs` (in most, `date_string`).
+A template is rendered as transformers' `apply_chat_template` renders it, except for the date, on which a prompt should not
+depend. A template that can do without the date does not get it. One that calls `strftime_now` without asking whether it exists
+gets the date of `template_kwargs.today`, else today's.
 
 What a caller writes is data: a control token in a message, a tool or an argument is ordinary text, unless the chat allows
 control tokens. To tell the template's own control tokens from others, the chat is rendered again with marks in the caller's
@@ -11,6 +12,7 @@ in a text.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import re
 import sys
@@ -27,6 +29,8 @@ from ostinato.v1 import types_pb2
 
 RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 """Arguments of a template that fields of the chat give."""
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython", "model"})
+"""May be the name of a control token, as in `<|user|>`."""
 ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """Which of these a template accepts is for the template to say. Some build a control token from a role."""
 DEPTH_MAX = 64
@@ -113,7 +117,7 @@ def _call(call: types_pb2.ToolCall, path: str) -> Mapping[str, Json]:
     if not call.name:
         raise invalid(f"{path}.name", "is empty")
     function = {"name": call.name, "arguments": _parsed(call.arguments or "{}", dict, f"{path}.arguments")}
-    return {"type": "function", "function": function} | ({"id": call.id} if call.id else {})
+    return ({"id": call.id} if call.id else {}) | {"type": "function", "function": function}
 
 
 def _parsed(text: str, kind: type[list[Json] | dict[str, Json]], path: str) -> Any:
@@ -126,17 +130,18 @@ def _parsed(text: str, kind: type[list[Json] | dict[str, Json]], path: str) -> A
         raise invalid(path, f"is not JSON: {error}") from None
     if not isinstance(value, kind):
         raise invalid(path, f"must be a JSON {'array' if kind is list else 'object'}")
-    if _depth(value) > DEPTH_MAX:
+    if depth(value) > DEPTH_MAX:
         raise invalid(path, f"is nested deeper than {DEPTH_MAX} levels")
     return value
 
 
-def _depth(value: Json) -> int:
-    level, depth = [value], 0
+def depth(value: Json) -> int:
+    """Levels of arrays and objects, the value's own included."""
+    level, levels = [value], 0
     while level:
-        depth += 1
+        levels += 1
         level = [inner for each in level for inner in _inner(each)]
-    return depth
+    return levels
 
 
 def _inner(value: Json) -> Sequence[Json]:
@@ -182,6 +187,7 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _raise_exception, **tokens}
+        self._needs_date = "strftime_now" in source and "strftime_now is defined" not in source
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -190,15 +196,18 @@ class ChatTemplate:
     def render(self, given: Conversation) -> str:
         """The chat as text. Raises ValueError with the template's message."""
         messages = list(given.messages)
+        arguments: dict[str, Json] = {"documents": None, **given.arguments}
         if given.continue_final_message:
             messages[-1] = _continued(messages[-1])
+        if self._needs_date:
+            arguments["strftime_now"] = _today(arguments.pop("today", None)).strftime
         try:
             text = self._template.render(
-                given.arguments, messages=messages, tools=given.tools, add_generation_prompt=given.add_generation_prompt
+                arguments, messages=messages, tools=given.tools, add_generation_prompt=given.add_generation_prompt
             )
         except Exception as error:  # a template is a program and can fail in any way
             raise ValueError(str(error) or type(error).__name__) from error
-        return _cut(text) if given.continue_final_message else text
+        return _cut(text, given.messages[-1]["content"]) if given.continue_final_message else text
 
 
 class _Generation(Extension):
@@ -206,9 +215,19 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012  # as the base class has it
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+def _today(given: Json) -> dt.date:
+    """The date that is given as YYYY-MM-DD, else today's. Raises ValueError."""
+    if given is None:
+        return dt.datetime.now(dt.UTC).date()
+    try:
+        return dt.date.fromisoformat(given)
+    except (TypeError, ValueError):
+        raise ValueError("template_kwargs.today must be a date, YYYY-MM-DD") from None
 
 
 def _to_json(
@@ -229,10 +248,11 @@ def _continued(message: Mapping[str, Json]) -> Mapping[str, Json]:
     return {**message, "content": [*content[:-1], {**content[-1], "text": content[-1]["text"] + _CONTINUED}]}
 
 
-def _cut(text: str) -> str:
-    """Without what the template writes after the last message."""
+def _cut(text: str, content: Json) -> str:
+    """Without what the template writes after the last message, whose content this is."""
     end = text.rfind(_CONTINUED.strip())
-    if end < 0:
+    last = content if isinstance(content, str) else content[-1]["text"]
+    if end < 0 or last.strip() not in text:
         raise ValueError("it leaves out the last message, which cannot be continued")
     return text[:end] if text.startswith(_CONTINUED, end) else text[:end].rstrip()
 
@@ -270,9 +290,14 @@ class ChatTokenizer:
         longest_first = sorted(vocabulary.controls, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._firsts = frozenset(control[0] for control in longest_first)
+        self._names = frozenset(name for control in longest_first if (name := _name(control)) not in ROLES)
 
     def text(self, given: Conversation) -> str:
-        """The chat as text. Raises ValueError with the template's message."""
+        """The chat as text. Raises ValueError with the template's message, or for a role that is the name of a control token:
+        some templates build control tokens from roles."""
+        for message in given.messages:
+            if message["role"] in self._names:
+                raise ValueError(f"the role {message['role']} is the name of a control token")
         return self._vocabulary.render(given)
 
     def token_ids(self, given: Conversation, text: str, *, allow_control_tokens: bool, most: int = sys.maxsize) -> list[int]:
@@ -321,7 +346,15 @@ class ChatTokenizer:
         """A character for each first character of a control token, which neither the text nor the caller's strings have."""
         used = set(text).union(*map(set, given.strings()))
         unused = (chr(point) for point in _PRIVATE if chr(point) not in used)
-        return dict(zip(sorted(self._firsts), unused, strict=False))
+        marks = dict(zip(sorted(self._firsts), unused, strict=False))
+        if len(marks) < len(self._firsts):
+            raise ValueError("it has too many characters of the private use area U+F0000")
+        return marks
+
+
+def _name(control: str) -> str:
+    """A control token without what stands around its name."""
+    return control.strip("<>[]|｜/▁ ")
 
 
 def _spans(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:

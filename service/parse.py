@@ -6,23 +6,22 @@ The form in which a model writes calls is known from its chat template. Two are 
     llama     the whole text is {"name": "f", "parameters": {…}}, or several with ; between; <|python_tag|> may precede: Llama 3
 
 Reasoning stands between <think> and </think>; the first may be the end of the prompt. Parsing changes neither the text nor the
-token ids, and what it finds is in no digest.
+token ids, so it is in no comparison. A receipt's text digest covers what was found.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from ostinato.v1 import engine_pb2, types_pb2
 
-from service.answer import BY_TOKEN
+from service.chat import DEPTH_MAX, depth
 from service.engines.base import Vocabulary
 
-_HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_CALL, _CALLED = "<tool_call>", "</tool_call>"
 _PYTHON_TAG = "<|python_tag|>"
 _THINK, _THOUGHT = "<think>", "</think>"
 _LAST_TOKENS = 8
@@ -54,20 +53,23 @@ def form_of(template: str | None) -> str | None:
 
 
 def hermes(text: str) -> Found:
+    content: list[str] = []
     calls: list[Call] = []
-    fault = ""
-
-    def take(found: re.Match[str]) -> str:
-        nonlocal fault
+    fault, place = "", 0
+    while (begin := text.find(_CALL, place)) >= 0:
+        content.append(text[place:begin])
+        place = begin + len(_CALL)
         try:
-            calls.append(_call(json.loads(found[1]), "arguments"))
+            value, end = _decoded(text, place)
+            if not (rest := text[end:]).lstrip().startswith(_CALLED) and rest.strip():
+                raise ValueError("something follows its object")
+            calls.append(_call(value, "arguments"))
+            place = len(text) if not rest.strip() else text.index(_CALLED, end) + len(_CALLED)
         except (ValueError, RecursionError) as error:
             fault = fault or f"call {len(calls) + 1}: {error}"
-            return found[0]
-        return ""
-
-    content = _HERMES.sub(take, text)
-    return Found(content.strip() if calls else content, calls, fault)
+            content.append(_CALL)
+    content.append(text[place:])
+    return Found("".join(content).strip() if calls else text, calls, fault)
 
 
 def llama(text: str) -> Found:
@@ -77,7 +79,7 @@ def llama(text: str) -> Found:
     rest, calls = written.removeprefix(_PYTHON_TAG).strip(), []
     try:
         while rest:
-            value, end = json.JSONDecoder().raw_decode(rest)
+            value, end = _decoded(rest, 0)
             calls.append(_call(value, "parameters"))
             rest = rest[end:].lstrip().removeprefix(";").lstrip()
     except (ValueError, RecursionError) as error:
@@ -88,6 +90,20 @@ def llama(text: str) -> Found:
 FORMS: Mapping[str, Callable[[str], Found]] = {"hermes": hermes, "llama": llama}
 
 
+def _decoded(text: str, place: int) -> tuple[object, int]:
+    """The JSON value that begins there, after white space, and where it ends. Raises ValueError and RecursionError."""
+    while text[place : place + 1].isspace():
+        place += 1
+    return _JSON.raw_decode(text, place)
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse)
+
+
 def _call(value: object, arguments: str) -> Call:
     """Raises ValueError."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
@@ -95,7 +111,9 @@ def _call(value: object, arguments: str) -> Call:
     given = value.get(arguments, {})
     if not isinstance(given, dict):
         raise ValueError(f"{arguments} is not an object")
-    call = Call(value["name"], json.dumps(given, ensure_ascii=False, separators=(",", ":")))
+    if depth(given) > DEPTH_MAX:
+        raise ValueError(f"{arguments} is nested deeper than {DEPTH_MAX} levels")
+    call = Call(value["name"], json.dumps(given, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
     "".join(call).encode()  # a ValueError for half of a surrogate pair
     return call
 
@@ -125,10 +143,10 @@ class Parser:
 
     def parsed(self, output: types_pb2.Output, submit: engine_pb2.Submit) -> types_pb2.Parsed:
         """What the run's parameters ask for. Ids of calls follow from the sequence: they are the same in every run."""
-        text, reasoning, wanted = self._text(output, submit.parameters), "", submit.parameters.parse
+        text, reasoning, wanted = output.text, "", submit.parameters.parse
         if types_pb2.PARSE_REASONING in wanted:
-            prompt = self._written(submit.token_ids[-_LAST_TOKENS:])
-            reasoning, text = split_reasoning(text, inside=prompt.rstrip().endswith(_THINK))
+            last = b"".join(map(self.vocabulary.written, submit.token_ids[-_LAST_TOKENS:]))
+            reasoning, text = split_reasoning(text, inside=last.rstrip().endswith(_THINK.encode()))
         found = Found(text, [], "")
         if types_pb2.PARSE_TOOLS in wanted:
             assert self.form is not None, "Prepare refuses to parse calls of no known form"
@@ -142,12 +160,3 @@ class Parser:
             ],
             fault=found.fault,
         )
-
-    def _text(self, output: types_pb2.Output, parameters: types_pb2.ResolvedParameters) -> str:
-        """With control tokens, but without what ended the output."""
-        ids = output.token_ids[:-1] if output.finish_reason in BY_TOKEN else output.token_ids
-        text = self._written(ids)
-        return text.rpartition(output.matched_stop)[0] if output.matched_stop else text
-
-    def _written(self, token_ids: Iterable[int]) -> str:
-        return b"".join(map(self.vocabulary.written, token_ids)).decode(errors="replace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,42 @@ def converse(pair: Pair, *argv: str, say: list[str]) -> Any:
     return python("-m", "ostinato.cli", "chat", "--target", pair.target, *argv, stdin="".join(line + "\n" for line in say))
 
 
+BAD_HISTORIES = [
+    ('{"role": "user", "content": "Hi"}\n{"role": 1}\n', "bad:2: messages[0].content: missing"),
+    ("{", "its last line is not whole"),
+    ('{"role": "user", "content": "Hi", "sequence": 1}\n', "bad:1: is not a turn of a conversation"),
+    (
+        '{"role": "assistant", "content": "", "sequence": 1, "parameters": [], "options": 1, "token_ids": 1,'
+        ' "finish_reason": "", "fingerprint": ""}\n',
+        "bad:1: ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "told"), BAD_HISTORIES)
+def test_a_bad_history_is_named(tmp_path: Path, text: str, told: str) -> None:
+    """A history that is damaged, in use or in a folder that is missing is refused by name before anything is asked."""
+    (tmp_path / "bad").write_text(text)
+    done = python("-m", "ostinato.cli", "chat", "--target", "127.0.0.1:1", "--history", str(tmp_path / "bad"), stdin="Hi\n")
+    assert (done.returncode, told in done.stderr) == (2, True), done.stderr
+
+
+def test_a_history_is_for_one_conversation_and_one_user(tmp_path: Path) -> None:
+    """A new history is private, and a second conversation that wants it is refused, as is a folder that is missing."""
+    file = tmp_path / "new"
+    chat = ("-m", "ostinato.cli", "chat", "--target", "127.0.0.1:1", "--history")
+    with file.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        busy = python(*chat, str(file))
+    missing = python(*chat, str(tmp_path / "none" / "h"))
+    fresh = python(*chat, str(tmp_path / "fresh"), "--system", "x")
+
+    assert (busy.returncode, "another conversation uses it" in busy.stderr) == (2, True)
+    assert (missing.returncode, "No such file" in missing.stderr) == (2, True)
+    assert fresh.returncode == 0
+    assert (tmp_path / "fresh").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_conversation_is_kept_and_every_answer_can_be_asked_for_again(tmp_path: Path) -> None:
     """/again says MATCH, also in a later command that reads the history, and INCOMPARABLE from another model. The messages are
     a prompt of generate."""
@@ -102,16 +139,13 @@ def test_a_conversation_is_kept_and_every_answer_can_be_asked_for_again(tmp_path
     assert "INCOMPARABLE, the fingerprint is another" in other.stdout
 
 
-def test_a_conversation_goes_on_after_an_error(tmp_path: Path) -> None:
-    """A refused question is forgotten, the next one is answered, and the exit code is 1; a bad history is named by its line."""
-    (tmp_path / "bad").write_text('{"role": "user", "content": "Hi"}\n{"role": 1}\n')
+def test_a_conversation_goes_on_after_an_error() -> None:
+    """A refused question is forgotten, the next one is answered, and the exit code is 1."""
     with Pair().start() as pair:
         said = converse(pair, say=["/again", "/undo", "/nonsense", "x" * 100_000, "Hi"])
-        bad = converse(pair, "--history", str(tmp_path / "bad"), say=["Hi"])
 
     assert said.returncode == 1
     assert "there is no answer yet" in said.stderr
     assert "no such command: /nonsense" in said.stderr
     assert "items[0].chat" in said.stderr
     assert said.stdout.strip()
-    assert (bad.returncode, "bad:2: messages[0].content: missing" in bad.stderr) == (2, True)

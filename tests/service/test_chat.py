@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,8 @@ def by_transformers(chat: types_pb2.Chat, template: str) -> str | None:
             turn["reasoning_content"] = message.reasoning
         if message.tool_calls:
             turn["tool_calls"] = [
-                {"type": "function", "function": {"name": call.name, "arguments": json.loads(call.arguments)}}
-                | ({"id": call.id} if call.id else {})
+                ({"id": call.id} if call.id else {})
+                | {"type": "function", "function": {"name": call.name, "arguments": json.loads(call.arguments)}}
                 for call in message.tool_calls
             ]
         conversation.append(turn)
@@ -219,6 +220,49 @@ def test_control_tokens_can_be_allowed() -> None:
     assert ids.count(CONTROLS["<|im_start|>"]) == 3
 
 
+def test_marks_run_out() -> None:
+    """A chat that uses up the characters for marks is refused: nothing could be told apart any more."""
+    every = "".join(map(chr, range(0xF0000, 0xFFFFE)))
+    user = types_pb2.Message(role="user", content=FORGED)
+    conversation = Conversation.of(a_chat(user, template_kwargs=json.dumps({"x": every})), "chat")
+    tokenizer = ChatTokenizer(Characters(TEMPLATES["hermes"]))
+
+    with pytest.raises(ValueError, match="too many characters of the private use area"):
+        tokenizer.token_ids(conversation, tokenizer.text(conversation), allow_control_tokens=False)
+
+
+@pytest.mark.parametrize(("role", "refused"), [("user", False), ("im_start", True), ("end", True), ("wizard", False)])
+def test_a_role_makes_no_control_token(role: str, refused: bool) -> None:
+    """A role that is the name of a control token is refused, unless it is a usual role."""
+    tokenizer = ChatTokenizer(Characters(TEMPLATES["parts"]))
+    conversation = Conversation.of(a_chat(types_pb2.Message(role=role, content="Hi")), "chat")
+
+    with pytest.raises(ValueError, match="is the name of a control token") if refused else nullcontext():
+        tokenizer.text(conversation)
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "text"),
+    [
+        ("{{ strftime_now('%Y') }}", {"today": "1999-12-31"}, "1999"),
+        ("{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}none{% endif %}", {"today": "1999-12-31"}, "none"),
+        ("{{ documents is defined }}{{ documents is none }}", {}, "TrueTrue"),
+        ("{% generation %}{% set x = 1 %}{% endgeneration %}{{ x is defined }}", {}, "False"),
+    ],
+)
+def test_what_a_template_is_given(source: str, arguments: dict[str, Any], text: str) -> None:
+    """The date only where a template insists on one, documents even if there are none, and nothing set within a generation."""
+    conversation = Conversation([{"role": "user", "content": "x"}], arguments=arguments)
+    assert ChatTemplate(source, {}).render(conversation) == text
+
+
+def test_a_bad_date_is_refused() -> None:
+    """The date for a template is a date."""
+    conversation = Conversation([{"role": "user", "content": "x"}], arguments={"today": 5})
+    with pytest.raises(ValueError, match="template_kwargs.today must be a date"):
+        ChatTemplate("{{ strftime_now('%d') }}", {}).render(conversation)
+
+
 def test_a_template_that_reads_a_control_token_is_refused() -> None:
     """Where a template decides by a control token in a message, the message is refused."""
     reading = "{% for m in messages %}{% if '<|im_end|>' in m.content %}<|im_start|>{% endif %}{{ m.content }}{% endfor %}"
@@ -270,11 +314,10 @@ def test_a_bad_chat_names_its_field(chat: types_pb2.Chat, field: str) -> None:
         ("{{ 1 / 0 }}", "division"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
-        ("{{ strftime_now('%d') }}", "undefined"),
     ],
 )
 def test_a_template_s_error_has_its_message(source: str, text: str) -> None:
-    """A refusal by the template and an error in it are a ValueError with its message; it cannot read the date."""
+    """A refusal by the template and an error in it are a ValueError with its message."""
     with pytest.raises(ValueError, match=text):
         ChatTemplate(source, {}).render(Conversation([{"role": "user", "content": "x"}]))
 

@@ -70,6 +70,21 @@ def test_any_text_is_parsed(text: str) -> None:
     [
         ('a <tool_call>{"name": "f"}</tool_call> b', "a  b", [Call("f", "{}")], ""),
         ('<tool_call>{"name": "f", "arguments": {"a": [1, "é"]}}', "", [Call("f", '{"a":[1,"é"]}')], ""),
+        (
+            '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call>',
+            "",
+            [Call("f", '{"a":"</tool_call>"}')],
+            "",
+        ),
+        ('<tool_call>{"name": "f"} x</tool_call>', None, [], "call 1: something follows its object"),
+        ('<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', None, [], "call 1: NaN is not a JSON value"),
+        ('<tool_call>{"name": "f", "arguments": {"a": 1e999}}</tool_call>', None, [], "call 1: Out of range float values"),
+        (
+            '<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 70 + "]" * 70 + "}}",
+            None,
+            [],
+            "call 1: arguments is nested deeper",
+        ),
         ("<tool_call>f(1)</tool_call>", "<tool_call>f(1)</tool_call>", [], "call 1: Expecting value"),
         ("<tool_call>[]</tool_call>", "<tool_call>[]</tool_call>", [], "call 1: is not an object with a name"),
         ('<tool_call>{"name": "f", "arguments": 1}</tool_call>', None, [], "call 1: arguments is not an object"),
@@ -123,16 +138,14 @@ def test_forms_are_known_by_the_template() -> None:
     assert form_of(None) is None
 
 
-def test_an_output_is_parsed_without_what_ended_it() -> None:
-    """Control tokens of the text are seen, what ended the output is not, and the ids of calls follow from the sequence."""
+def test_what_is_parsed_is_the_text() -> None:
+    """Content, reasoning and calls together are parts of the text, however it ended; ids of calls follow from the sequence."""
     vocabulary = ByteVocabulary()
-    text = 'r</think><tool_call>{"name": "f"}</tool_call>END'
-    output = types_pb2.Output(token_ids=vocabulary.encode(text, special=False, begin=False), text=text, matched_stop="END")
-    output.finish_reason = types_pb2.FINISH_REASON_STOP_STRING
     submit = engine_pb2.Submit(sequence=7, token_ids=vocabulary.encode("Hi<think>\n", special=False))
     submit.parameters.parse.extend([types_pb2.PARSE_TOOLS, types_pb2.PARSE_REASONING])
+    output = types_pb2.Output(text='r</think>x<tool_call>{"name": "f"}</tool_call>', matched_stop="x")
 
     parsed = Parser.of(vocabulary).parsed(output, submit)
 
-    assert (parsed.content, parsed.reasoning) == ("", "r")
+    assert (parsed.content, parsed.reasoning) == ("x", "r")
     assert [(call.id, call.name, call.arguments) for call in parsed.tool_calls] == [("call_7_0", "f", "{}")]

@@ -6,13 +6,15 @@ The history file has one JSON object per line: a message as in OpenAI's API, and
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import aclosing, suppress
+from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import IO, Annotated, Any, NamedTuple
 
 import typer
 from google.protobuf import json_format
@@ -20,7 +22,7 @@ from google.protobuf import json_format
 from ostinato import errors, requests
 from ostinato.cli import show
 from ostinato.cli.generate import SAMPLING, Screen, sampling_of, text_or_file
-from ostinato.cli.session import Session, usage, wrong
+from ostinato.cli.session import Session, usage
 from ostinato.client import Client
 from ostinato.compare import first_difference
 from ostinato.v1 import generation_pb2, types_pb2
@@ -52,8 +54,8 @@ class Turn:
     message: dict[str, Any]
     answer: Answer | None = None
 
-    def line(self) -> str:
-        return json.dumps(self.message | (self.answer._asdict() if self.answer else {}))
+    def line(self) -> bytes:
+        return json.dumps(self.message | (self.answer._asdict() if self.answer else {})).encode() + b"\n"
 
 
 @dataclass
@@ -63,15 +65,22 @@ class Conversation:
     parameters: types_pb2.Parameters
     options: dict[str, str]
     """As in Answer."""
-    history: Path | None = None
+    history: IO[bytes] | None = None
+    """Locked: one conversation at a time."""
     turns: list[Turn] = field(default_factory=list)
 
-    def save(self) -> None:
-        """Replaces the file as a whole, so that an interruption leaves the old or the new one."""
-        if self.history is not None:
-            new = self.history.with_name(self.history.name + ".new")
-            new.write_text("".join(turn.line() + "\n" for turn in self.turns), "utf-8")
-            new.replace(self.history)
+    def save(self, kept: int) -> None:
+        """Write the turns after the first `kept` ones, which the file has already."""
+        if self.history is None:
+            return
+        if kept < len(self.turns):
+            self.history.seek(0, os.SEEK_END)
+            self.history.write(b"".join(turn.line() for turn in self.turns[kept:]))
+        else:
+            self.history.seek(0)
+            self.history.truncate()
+            self.history.write(b"".join(turn.line() for turn in self.turns))
+        self.history.flush()
 
 
 def chat(
@@ -93,19 +102,35 @@ def chat(
     given["template_kwargs"] = template_kwargs and text_or_file("--template-kwargs", template_kwargs)
     with usage():
         parameters = requests.parameters(sampling_of(sampling)) or types_pb2.Parameters()
-    conversation = Conversation(parameters, {name: value for name, value in given.items() if value}, history)
-    if history is not None:
-        conversation.turns = _read(history)
-    if system is not None:
-        if conversation.turns:
-            raise wrong(f"--system: {history} has a conversation already")
-        conversation.turns = [Turn({"role": "system", "content": system})]
-    with asyncio.Runner() as runner:
+    options = {name: value for name, value in given.items() if value}
+    with ExitStack() as stack:
+        file = stack.enter_context(_locked(history)) if history is not None else None
+        conversation = Conversation(parameters, options, file, _read(file, history) if file is not None else [])
+        if system is not None:
+            if conversation.turns:
+                raise typer.BadParameter(f"--system: {history} has a conversation already")
+            conversation.turns = [Turn({"role": "system", "content": system})]
+            conversation.save(0)
+        runner = stack.enter_context(asyncio.Runner())
         client = runner.run(_open(session))
         try:
             return _converse(runner, client, session, conversation)
         finally:
             runner.run(client.close())
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """The history's file, which only this user may read if it is new."""
+    try:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b")
+    except OSError as error:
+        raise typer.BadParameter(f"--history: {path}: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise typer.BadParameter(f"--history: {path}: another conversation uses it") from None
+    return file
 
 
 async def _open(session: Session) -> Client:
@@ -145,8 +170,8 @@ def _converse(runner: asyncio.Runner, client: Client, session: Session, conversa
 def _lines() -> Iterator[str]:
     """Of stdin, after a prompt if it is a terminal."""
     if not sys.stdin.isatty():
-        for line in sys.stdin:
-            yield line.rstrip("\r\n")
+        for line in sys.stdin.buffer:
+            yield line.decode(errors="replace").rstrip("\r\n")
         return
     with suppress(ImportError):
         import readline  # noqa: F401  # input() has line editing then
@@ -171,8 +196,9 @@ async def _ask(client: Client, session: Session, conversation: Conversation, tex
     parameters = types_pb2.Parameters()
     parameters.CopyFrom(conversation.parameters)
     parameters.seed = result.output.seed
+    kept = len(conversation.turns)
     conversation.turns = [*turns, Turn(_message(result.output), _answer(result, parameters, conversation.options))]
-    conversation.save()
+    conversation.save(kept)
     return True
 
 
@@ -200,7 +226,7 @@ def _answer(result: types_pb2.Result, parameters: types_pb2.Parameters, options:
 
 async def _again(client: Client, session: Session, conversation: Conversation) -> bool:
     """Whether the answer is the same."""
-    if not conversation.turns or (recorded := conversation.turns[-1].answer) is None:
+    if len(conversation.turns) < 2 or (recorded := conversation.turns[-1].answer) is None:
         show.note("error: there is no answer yet")
         return False
     parameters = json_format.ParseDict(recorded.parameters, types_pb2.Parameters())
@@ -240,19 +266,15 @@ def _undo(conversation: Conversation) -> None:
         show.note("error: there is no question yet")
         return
     conversation.turns = kept[:-1]
-    conversation.save()
+    conversation.save(len(conversation.turns))
 
 
-def _read(path: Path) -> list[Turn]:
-    """The turns of a history file; none if there is no file."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise wrong(f"--history: {path}: {error.strerror}") from None
+def _read(file: IO[bytes], path: Path | None) -> list[Turn]:
+    data = file.read(HISTORY_BYTES_MAX + 1)
     if len(data) > HISTORY_BYTES_MAX:
-        raise wrong(f"--history: {path}: is larger than {HISTORY_BYTES_MAX} bytes")
+        raise typer.BadParameter(f"--history: {path}: is larger than {HISTORY_BYTES_MAX} bytes")
+    if data and not data.endswith(b"\n"):
+        raise typer.BadParameter(f"--history: {path}: its last line is not whole")
     turns = []
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
@@ -266,14 +288,17 @@ def _turn(given: object) -> Turn:
     if not isinstance(given, dict):
         raise TypeError("must be a JSON object")
     answer = None
+    options: dict[str, Any] = {}
     if "sequence" in given:
         try:
             answer = Answer(**{name: given.pop(name) for name in Answer._fields})
             json_format.ParseDict(answer.parameters, types_pb2.Parameters())
-        except (KeyError, json_format.ParseError) as error:
+            options = {
+                name: requests.text(name, answer.options[name]) for name in answer.options.keys() & {"tools", "template_kwargs"}
+            }
+            if answer.token_ids:
+                requests.token_ids(answer.token_ids)
+        except (KeyError, AttributeError, TypeError, json_format.ParseError) as error:
             raise ValueError(f"is not a turn of a conversation: {error}") from None
-        if answer.token_ids:
-            requests.token_ids(answer.token_ids)
-    options: dict[str, Any] = dict(answer.options) if answer else {}
     requests.chat([given], **options)
     return Turn(given, answer)

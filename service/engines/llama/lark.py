@@ -8,6 +8,7 @@ output, or any_text before the end of a tag. Others are refused by name.
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -74,7 +75,8 @@ class _Grammar:
         pattern = _text(given, "pattern", path)
         if "\0" in pattern or not pattern:
             raise ValueError(f"{path}.pattern is empty or has a NUL character")
-        return "/" + pattern.replace("/", r"\/").replace("\n", r"\n") + "/"
+        escaped = re.sub(r"\\.|/", lambda found: r"\/" if found[0] == "/" else found[0], pattern, flags=re.DOTALL)
+        return "/" + escaped.replace("\n", r"\n") + "/"
 
     def _sequence(self, given: Format, path: str, depth: int, last: bool) -> str:
         elements = _list(given, "elements", path)

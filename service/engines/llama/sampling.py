@@ -225,6 +225,9 @@ class Grammar:
         self._library.free_sampler(self._sampler)
 
 
+_ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)
+
+
 def source_of(response_format: types_pb2.ResponseFormat) -> tuple[str, bytes]:
     """llguidance's kind of grammar, and the grammar. Raises ValueError."""
     kind = response_format.WhichOneof("format")
@@ -246,6 +249,12 @@ def source_of(response_format: types_pb2.ResponseFormat) -> tuple[str, bytes]:
             return "lark", bounded(response_format.ebnf).encode()
         case _:
             return "lark", lark_of(response_format.structural_tag, SEPARATORS).encode()
+
+
+def control_in(source: str, controls: Iterable[str]) -> str | None:
+    """A control token whose text a grammar asks for. llguidance would take the token for it, which has no text."""
+    plain = _ESCAPED.sub(lambda found: chr(int(found[1], 16)) if found[1] else found[2], source)
+    return next((control for control in controls if control in source or control in plain), None)
 
 
 def _optional_properties(schema: dict[str, Any]) -> Iterator[int]:
@@ -321,6 +330,10 @@ class Checker:
         self._child = None
 
 
+class _ControlAllowed(Exception):
+    """A grammar allows a token that has no text and does not end the output."""
+
+
 class _Compiler:
     """In the child: compiles grammars and reads llguidance's messages."""
 
@@ -330,6 +343,8 @@ class _Compiler:
         self._vocabulary = LlamaVocabulary(self._library, model)
         self._library.set_verbosity(_ERRORS_ONLY)
         self._quote = next((each for each in range(self._vocabulary.size) if self._vocabulary.piece(each) == b'"'), None)
+        silent = set(self._vocabulary.controls.values()) - self._vocabulary.end_ids
+        self._controls = np.array(sorted(silent), np.int64)
         self.problem("regex", "a")  # builds what all grammars need
 
     def answer(self, kind: str, source: str) -> str | None:
@@ -358,6 +373,8 @@ class _Compiler:
         self._errors.seek(0)
         self._errors.truncate()
         self._tokens = 0
+        if (control := control_in(source, self._vocabulary.controls)) is not None:
+            return f"holds the text of a control token, {control}"
         grammar = Grammar(self._library, self._vocabulary.handle, self._vocabulary.size, kind, source.encode())
         try:
             if not grammar.allowed().any():
@@ -370,6 +387,8 @@ class _Compiler:
             self._errors.seek(0)
             reason = explanation(self._errors.read().decode(errors="replace"))
             return f"{reason} (after {self._tokens} tokens)" if self._tokens else reason
+        except _ControlAllowed:
+            return "allows control tokens, which have no text"
         finally:
             grammar.close()
         return None
@@ -382,6 +401,8 @@ class _Compiler:
             allowed = grammar.allowed()
             if not (ids := np.flatnonzero(allowed)).size:
                 return
+            if allowed[self._controls].any():
+                raise _ControlAllowed
             token_id = int(ids[chance.randrange(ids.size)])
             if self._quote is not None and allowed[self._quote] and 2 * chance.random() < walk:
                 token_id = self._quote
