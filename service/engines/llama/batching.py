@@ -158,6 +158,8 @@ class Batching:
         self._batch = Batch(rows_max(runs), runs)
         self._waiting: dict[int, Run] = {}
         self._compiler = ThreadPoolExecutor(1, "grammar")
+        self._compiled: tuple[tuple[str, bytes], Grammar] | None = None
+        """The newest grammar, before its first token."""
         self._compiling: dict[int, Future[Sampler]] = {}
         """By run id: of waiting runs with a grammar."""
         self._active: dict[int, _Active] = {}
@@ -177,6 +179,8 @@ class Batching:
         for run_id in tuple(self._waiting):
             self._forget(run_id)
         self._compiler.shutdown()
+        if self._compiled is not None:
+            self._compiled[1].close()
 
     def _read_commands(self) -> bool:
         """Take all commands; wait for one if there are no runs. False: stop."""
@@ -236,6 +240,16 @@ class Batching:
             else:
                 self._active[run.run_id] = _Active(run, heapq.heappop(self._free), sampler)
 
+    def _grammar(self, kind: str, source: bytes) -> Grammar:
+        """In the compiler's thread. The items of a batch have one grammar, which is compiled once."""
+        if self._compiled is None or self._compiled[0] != (kind, source):
+            if self._compiled is not None:
+                self._compiled[1].close()
+                self._compiled = None
+            grammar = Grammar(self._library, self._vocabulary.handle, self._vocabulary.size, kind, source)
+            self._compiled = (kind, source), grammar
+        return self._compiled[1].copy()
+
     def _sampler(self, run: Run) -> Sampler:
         """Raises ValueError for a run at which llama.cpp would end the process."""
         size, parameters = self._vocabulary.size, run.parameters
@@ -247,8 +261,7 @@ class Batching:
             raise ValueError(f"a forbidden or stop token is not below {size}")
         grammar = None
         if parameters.HasField("response_format"):
-            kind, source = source_of(parameters.response_format)
-            grammar = Grammar(self._library, self._vocabulary.handle, size, kind, source)
+            grammar = self._grammar(*source_of(parameters.response_format))
         return Sampler(
             self._library,
             size=size,
