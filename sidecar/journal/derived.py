@@ -14,10 +14,12 @@ from itertools import groupby
 
 from google.protobuf.message import DecodeError
 
-from ostinato.chain import OUTCOMES
+from ostinato.chain import OUTCOMES, payload_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal.model import Log, Sealed
+from sidecar.journal.diagnosis import RESTORE
+from sidecar.journal.ledger import ITEMS
+from sidecar.journal.model import JournalUnusable, Log, Sealed
 from sidecar.journal.store import PAGE, Tables
 
 CHECKED_ENTRIES = 4_096
@@ -208,6 +210,15 @@ class Rebuilt:
         self._tables.repair_log(self.epochs, self.last_sequence or 0, self._lost_sequence)
 
 
+LACKS = "payload: is missing, and none of this kind is ever dropped"
+
+
+def lacks_payload(entry: Sealed) -> bool:
+    """Whether its payload is missing and is no item's, which may be dropped."""
+    header = entry.header
+    return not entry.payload and header.kind not in ITEMS and header.payload_digest != payload_digest(b"")
+
+
 def needs_payload(header: types_pb2.EntryHeader) -> bool:
     """Whether the tables depend on the entry's payload: of a batch, on that of its first item."""
     first = header.kind == types_pb2.ENTRY_KIND_ADMITTED and header.sequence == header.first_sequence
@@ -216,7 +227,8 @@ def needs_payload(header: types_pb2.EntryHeader) -> bool:
 
 def recent_fault(tables: Tables, log: Log) -> str:
     """Where the tables are not what the newest entries say: those since the oldest unfinished item, and CHECKED_ENTRIES at
-    least. Empty: nothing was found. In the transaction that is open."""
+    least. Empty: nothing was found. In the transaction that is open.
+    JournalUnusable: an entry lacks its payload."""
     index = max(1, log.index - CHECKED_ENTRIES + 1)
     for sequence, admitted in tables.select(_OLDEST_UNFINISHED):
         oldest = tables.entries(admitted, 1, payloads=False)
@@ -227,7 +239,11 @@ def recent_fault(tables: Tables, log: Log) -> str:
         with rebuilding(tables) as rebuilt:
             while page := tables.entries(index, PAGE, payloads=False):
                 for start in range(0, len(page), PAYLOADS_READ):
-                    rebuilt.add(tables.with_payloads(page[start : start + PAYLOADS_READ], needs_payload))
+                    part = tables.with_payloads(page[start : start + PAYLOADS_READ], needs_payload)
+                    for entry in part:
+                        if needs_payload(entry.header) and lacks_payload(entry):
+                            raise JournalUnusable(f"entry {entry.header.index}: {LACKS}: {RESTORE}")
+                    rebuilt.add(part)
                 index += len(page)
             return next(rebuilt.faults(log, whole=False), "")
     except DecodeError:

@@ -119,7 +119,7 @@ NUMBER_MAX = 2**63 - 1
 """Indexes and sequences are uint64 in the contract and int64 in the databases; no journal comes near."""
 LOST_MAX = 2**32 - 1
 """Numbers that one LOST entry can stand for."""
-_ITEMS = OUTCOMES | {types_pb2.ENTRY_KIND_ADMITTED}
+ITEMS = OUTCOMES | {types_pb2.ENTRY_KIND_ADMITTED}
 """Kinds of entries whose payloads are an item's own."""
 
 
@@ -413,7 +413,7 @@ class Ledger:
         """A payload of an item has the item's nonce. Any other gets one here; nothing in it is ever redacted."""
         head = self.head
         header.index = head.index + 1
-        if header.form and header.kind not in _ITEMS:
+        if header.form and header.kind not in ITEMS:
             payload.nonce = keyed(self._secret, "nonce", u64(header.index))[:NONCE_BYTES]
         assert len(payload.nonce) == (NONCE_BYTES if header.form else 0)
         recorded = payload.SerializeToString(deterministic=True)

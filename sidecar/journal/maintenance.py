@@ -13,7 +13,7 @@ from ostinato.chain import OUTCOMES, PAYLOADS, check_link, check_nonce, sealed_i
 from ostinato.signature import PublicKeys, SignedTree
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal.derived import rebuilding
+from sidecar.journal.derived import LACKS, lacks_payload, rebuilding
 from sidecar.journal.diagnosis import RESTORE
 from sidecar.journal.model import JournalUnusable, Sealed, Signature
 from sidecar.journal.store import PAGE, SqlStore
@@ -115,9 +115,11 @@ def name_of(header: types_pb2.EntryHeader) -> str:
 
 
 class Checker:
-    """Checks entries, in order, against the invariants of `ledger.Ledger`."""
+    """Checks entries, in order, against the invariants of `ledger.Ledger`. `payloads`: the entries have them, if they are
+    kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, payloads: bool = True) -> None:
+        self._payloads = payloads
         self.unfinished: set[int] = set()
         """Sequences without an outcome so far."""
         self.missing: dict[int, int] = {}
@@ -148,6 +150,8 @@ class Checker:
             kept = self.missing.pop(sealed.header.sequence, None) is None
             if kept != bool(sealed.payload):
                 faults.append("payload: it and that of its item are kept or dropped together, and one is missing")
+        elif self._payloads and lacks_payload(sealed):
+            faults.append(LACKS)
         if previous is not None and sealed.previous_hash != previous.entry_hash:
             faults.append("previous_hash: is not the hash of the entry before")
         for check in (self._check_epoch, self._check_sequence, self._check_batch):
@@ -225,7 +229,7 @@ def _check_payload(sealed: Sealed) -> list[str]:
 
 def pages(store: SqlStore, *, payloads: bool) -> Iterator[Sequence[Sealed]]:
     """All entries. Raises JournalUnusable for the first that is damaged: neither it nor what follows can be trusted."""
-    checker, index = Checker(), 1
+    checker, index = Checker(payloads=payloads), 1
     while page := store.entries(index, PAGE, payloads=payloads):
         for sealed in page:
             if faults := checker.check(sealed):

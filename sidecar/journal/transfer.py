@@ -52,9 +52,11 @@ def export(store: SqlStore) -> Iterator[str]:
             yield from map(_entry_line, entries)
 
 
-def _head_lines(log: Log, keys: Sequence[Key], notes: Mapping[str, bytes], signatures: Sequence[Signature]) -> Iterator[str]:
+def _head_lines(
+    log: Log, keys: Sequence[Key], notes: Mapping[str, bytes], signatures: Sequence[Signature], *, salvaged: bool = False
+) -> Iterator[str]:
     counts = {"keys": str(len(keys)), "notes": str(len(notes)), "heads": str(len(signatures))}
-    yield json.dumps({"format": FORMAT, "version": VERSION} | _json(log) | counts)
+    yield json.dumps({"format": FORMAT, "version": VERSION} | _json(log) | counts | ({"salvaged": True} if salvaged else {}))
     for key in keys:
         yield json.dumps({"key": _json(key)})
     for name, value in notes.items():
@@ -100,7 +102,7 @@ def take_in(store: SqlStore, lines: Iterable[str], writer: str | None, on_entrie
     first = next(numbered, None)
     if first is None:
         raise LinesUnusable("is empty: it is no exported journal")
-    log, counts = _parsed(*first, _first_line)
+    log, counts, salvaged = _parsed(*first, _first_line)
     owner = writer or (next(iter(log.writers)) if len(log.writers) == 1 else "")
     if not owner:
         raise LinesUnusable(f"line 1: the log has several writers, name one that is to have it: {', '.join(log.writers)}")
@@ -110,12 +112,13 @@ def take_in(store: SqlStore, lines: Iterable[str], writer: str | None, on_entrie
         for number, line in numbered:
             _parsed(number, line, importer.take)
         importer.finish(counts)
-        _check_tables(tables, log)
+        _check_tables(tables, log, salvaged=salvaged)
     return log
 
 
-def _check_tables(tables: Tables, log: Log) -> None:
-    """Raises LinesUnusable for keys that are not those of the entries."""
+def _check_tables(tables: Tables, log: Log, *, salvaged: bool) -> None:
+    """Raises LinesUnusable for keys that are not those of the entries, and for payloads that are missing without a PRUNED
+    entry. What was `salvaged` may have lost that entry."""
     index = 1
     with rebuilding(tables) as rebuilt:
         while page := tables.entries(index, PAGE, payloads=True):
@@ -123,6 +126,8 @@ def _check_tables(tables: Tables, log: Log) -> None:
             index += len(page)
         if fault := next(rebuilt.faults(log, whole=True), ""):
             raise LinesUnusable(f"says other than its entries: {fault}")
+        if not salvaged and (fault := next(rebuilt.missing_payloads(), "")):
+            raise LinesUnusable(f"is not whole: {fault}")
 
 
 class _Importer:
@@ -195,6 +200,8 @@ class _Importer:
             raise LinesUnusable(f"ends at entry {self._index} of {self._log.index}: it is not whole")
         if (len(self._keys), len(self._notes), len(self._signatures)) != counts:
             raise LinesUnusable("keys, notes or heads are missing: it is not whole")
+        for index in self._checker.missing.values():
+            raise LinesUnusable(f"entry {index}, ADMITTED: {MISSING}")
         if self._checker.last_sequence != self._log.last_sequence:
             raise LinesUnusable("line 1: last_sequence is not that of the entries")
         self._tables.import_keys(self._keys)
@@ -229,11 +236,12 @@ def _parsed(number: int, line: str, parse: Callable[[dict[str, Any]], T]) -> T:
         raise LinesUnusable(f"line {number}: {error}") from error
 
 
-def _first_line(told: dict[str, Any]) -> tuple[Log, tuple[int, int, int]]:
-    """The log, and how many keys, notes and heads there are."""
+def _first_line(told: dict[str, Any]) -> tuple[Log, tuple[int, int, int], bool]:
+    """The log, how many keys, notes and heads there are, and whether the lines were salvaged."""
     if told.get("format") != FORMAT or told.get("version") != VERSION:
         raise ValueError(f"is not the first line of an exported journal of version {VERSION}")
-    return _value(Log, told), (_number(told["keys"]), _number(told["notes"]), _number(told.get("heads", 0)))
+    counts = _number(told["keys"]), _number(told["notes"]), _number(told.get("heads", 0))
+    return _value(Log, told), counts, told.get("salvaged") is True
 
 
 def _value(kind: type[T], told: dict[str, Any]) -> T:
@@ -377,5 +385,5 @@ def sound_lines(tables: SqliteTables, part: SoundPart, keys: Sequence[Key]) -> I
         readable = [each for each in signatures_of(tables.signatures) if each.last_index <= part.log.index]
         check_signatures(readable, part.log.index)
         signatures = readable
-    yield from _head_lines(part.log, keys, notes, signatures)
+    yield from _head_lines(part.log, keys, notes, signatures, salvaged=True)
     yield from map(_entry_line, _entries(tables, part))

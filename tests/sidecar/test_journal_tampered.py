@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, suppress
@@ -19,6 +20,7 @@ from sidecar.journal.maintenance import prune, rebuild, redact
 from sidecar.journal.model import Binding, ItemEntries, JournalUnusable, Loss
 from sidecar.journal.sqlite import SqliteStore
 from sidecar.journal.store import Store
+from sidecar.journal.transfer import export, take_in
 from sidecar.journal.writer import Journal
 from tests.postgres import Postgres
 from tests.sidecar.journal_kit import Kit, PostgresKit, SqliteKit, admission, audit, completed, item, twin
@@ -363,6 +365,36 @@ def test_prunes_are_in_the_chain(kit: Kit) -> None:
         assert redact(store, [4], 9) == 0
     assert kit.faults() == []
     kit.open()[0].close()
+
+
+@pytest.mark.parametrize("kind", [types_pb2.ENTRY_KIND_OPENED, types_pb2.ENTRY_KIND_AUDITED, types_pb2.ENTRY_KIND_LOST])
+def test_a_payload_that_is_never_dropped(kit: Kit, kind: types_pb2.EntryKind.ValueType) -> None:
+    """A payload that is no item's was deleted: verify finds it, and a start what it reads of it."""
+    fill(kit)
+    with kit.maintained() as store:
+        index = next(entry.header.index for entry in store.entries(1, 999, payloads=False) if entry.header.kind == kind)
+    change(kit, f"DELETE FROM payloads WHERE entry_index = {index}")
+    assert "is missing, and none of this kind is ever dropped" in kit.faults()[0]
+    if kind != types_pb2.ENTRY_KIND_LOST:
+        with pytest.raises(JournalUnusable, match=f"entry {index}: payload: is missing"):
+            kit.open()
+
+
+def test_an_import_without_payloads(kit: Kit, tmp_path: Path) -> None:
+    """Lines without the payloads of an item that has ended, or of an epoch, are not taken in if no PRUNED entry says so."""
+    fill(kit)
+    with kit.maintained() as store:
+        whole = list(export(store))
+    entries = {number: told["entry"] for number, line in enumerate(whole) if "entry" in (told := json.loads(line))}
+    for wanted in ({"sequence": "4"}, {"kind": "ENTRY_KIND_OPENED"}):
+        lines = list(whole)
+        for number, entry in entries.items():
+            if wanted.items() <= entry["header"].items():
+                entry.pop("payload", None)
+                lines[number] = json.dumps({"entry": entry})
+        store = SqliteStore.open_for_maintenance(tmp_path / "other.db", create=True)
+        with closing(store), pytest.raises(JournalUnusable, match="payload of sequence 4 is missing|none of this kind"):
+            take_in(store, lines, "w", lambda index, of: None)
 
 
 def test_digests_say_that_payloads_are_not_kept(kit: Kit) -> None:
