@@ -30,6 +30,7 @@ from functools import lru_cache
 
 from ostinato.digest import (
     DIGEST_BYTES,
+    fingerprint_digest,
     input_digest,
     logprobs_digest,
     output_digest,
@@ -46,6 +47,8 @@ FORM = 2
 """Of new entries."""
 FORMS = frozenset({0, FORM})
 NONCE_BYTES = 16
+REPEATED = ("log_id", "sequence", "first_sequence", "count", "seed", "input_digest", "form")
+"""The header fields of an ADMITTED entry that every entry about the item repeats."""
 
 SEQUENCE_MAX = 1 << 48
 """No log reaches it: at 100,000 items a second that takes 89 years."""
@@ -202,17 +205,31 @@ def check_result(result: types_pb2.Result) -> list[str]:
 
 
 def check_record(record: sequencer_pb2.ItemRecord) -> list[str]:
-    """The faults of an item's receipt, and the differences between it, the input and the output."""
+    """The faults of an item's receipt, and the differences between it, the two headers, the input, the output and the
+    fingerprint. Nothing else in a record is covered by its receipt."""
     faults = check_result(record.result) if record.result.HasField("receipt") else []
     if record.HasField("input") and record.admitted.input_digest != sealed_input(record.admitted.form, record.input):
         faults.append("admitted.input_digest: does not belong to this input")
+    if record.HasField("admitted") and record.admitted.kind != types_pb2.ENTRY_KIND_ADMITTED:
+        faults.append("admitted.kind: not ADMITTED")
+    if record.HasField("input") and record.admitted.seed != record.input.seed:
+        faults.append("admitted.seed: is not the input's")
+    fingerprint = record.fingerprint
+    if record.HasField("fingerprint") and fingerprint_digest(fingerprint.fields) != fingerprint.digest:
+        faults.append("fingerprint.fields: do not belong to fingerprint.digest")
     if record.result.HasField("receipt"):
         proof, admitted = record.result.receipt.header, record.admitted
         faults += [
             f"header.{field}: is not the admitted one"
-            for field in ("log_id", "sequence", "input_digest", "form")
+            for field in REPEATED
             if getattr(proof, field) != getattr(admitted, field)
         ]
+        if not admitted.index < proof.index:
+            faults.append("admitted.index: is not before the receipt's")
+        if record.HasField("outcome") and record.outcome != proof:
+            faults.append("outcome: is not the receipt's header")
+        if record.HasField("fingerprint") and fingerprint.digest != proof.fingerprint_digest:
+            faults.append("fingerprint.digest: is not the receipt's")
     return faults
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 PAYLOAD_TYPE = "application/vnd.ostinato.head.v1+json"
+_PEM = re.compile(rb"-----BEGIN [^-]*-----.*?-----END [^-]*-----", re.DOTALL)
 _FIELDS = frozenset({"entry_hash", "first_index", "last_index", "log_id", "root"})
 
 
@@ -211,21 +213,24 @@ class PublicKeys:
         return len(self._keys)
 
     def add(self, pem: bytes) -> str:
-        """Its id. ValueError: it is no public key that can be used. ImportError: `cryptography` is not installed."""
+        """All keys in the text; the id of the last. ValueError: one is no public key that can be used, or there is none.
+        ImportError: `cryptography` is not installed."""
         _need_cryptography()
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
         if b"PRIVATE KEY" in pem:
             raise ValueError("is a private key: give the public one")
-        try:
-            key = load_pem_public_key(pem)
-        except ValueError:
-            raise ValueError("holds no public key in PEM form") from None
-        if not isinstance(key, Ed25519PublicKey):
-            raise ValueError("is not an Ed25519 key")
-        id_ = key_id(key.public_bytes_raw())
-        self._keys[id_] = key
+        id_ = ""
+        for block in _PEM.findall(pem) or [pem]:
+            try:
+                key = load_pem_public_key(block)
+            except ValueError:
+                raise ValueError("holds no public key in PEM form") from None
+            if not isinstance(key, Ed25519PublicKey):
+                raise ValueError("is not an Ed25519 key")
+            id_ = key_id(key.public_bytes_raw())
+            self._keys[id_] = key
         return id_
 
     def __contains__(self, key_id: str) -> bool:

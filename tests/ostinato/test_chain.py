@@ -25,7 +25,7 @@ from ostinato.chain import (
     sealed_input,
     sealed_output,
 )
-from ostinato.digest import input_digest, logprobs_digest, output_digest, text_digest
+from ostinato.digest import fingerprint_digest, input_digest, logprobs_digest, output_digest, text_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 LOG_ID = "0123456789abcdef0123456789abcdef"
@@ -54,6 +54,7 @@ def completed(form: int = FORM, seed: int = 2**64 - 1) -> sequencer_pb2.ItemReco
     admitted.CopyFrom(place)
     admitted.kind = types_pb2.ENTRY_KIND_ADMITTED
     header.CopyFrom(place)
+    header.index = 1
     header.kind, header.attempt, header.grade = types_pb2.ENTRY_KIND_COMPLETED, 1, output.grade
     for field, digest in sealed_output(form, nonce, output).items():
         setattr(header, field, digest)
@@ -151,6 +152,14 @@ def test_receipt_of_another_place() -> None:
         (lambda r: setattr(r.admitted, "input_digest", b"x" * 32), "header.input_digest"),
         (lambda r: setattr(r.admitted, "sequence", 8), "header.sequence"),
         (lambda r: setattr(r.admitted, "log_id", "f" * 32), "header.log_id"),
+        (lambda r: setattr(r.admitted, "first_sequence", 8), "header.first_sequence"),
+        (lambda r: setattr(r.admitted, "count", 8), "header.count"),
+        (lambda r: setattr(r.admitted, "seed", 8), "admitted.seed"),
+        (lambda r: setattr(r.admitted, "index", 8), "admitted.index"),
+        (lambda r: setattr(r.admitted, "kind", types_pb2.ENTRY_KIND_LOST), "admitted.kind"),
+        (lambda r: r.outcome.MergeFrom(r.admitted), "outcome"),
+        (lambda r: r.fingerprint.fields.update(model="another"), "fingerprint.fields"),
+        (lambda r: setattr(r.fingerprint, "digest", fingerprint_digest({})), "fingerprint.digest"),
     ],
 )
 def test_tampered_record(tamper: Callable[[sequencer_pb2.ItemRecord], object], fault: str) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.message import Message
 from typer.testing import CliRunner
 
 from ostinato.cli import show
 from ostinato.cli.app import app
 from ostinato.signature import Signer, envelope, new_key, signer_of
-from ostinato.v1 import sequencer_pb2, types_pb2
+from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 from sidecar.answers import result_of
 from sidecar.journal import ledger
@@ -219,6 +221,66 @@ def test_a_witness_without_a_valid_head_counts_for_nothing(log: Log, verify: Ver
 
     assert verify(*log.heads, witness=[{"a": 1}, *fork.heads]) == UNPROVED
     assert "passed over" in verify.said
+
+
+def test_what_a_receipt_does_not_cover_is_named(log: Log, verify: Verifier) -> None:
+    """Fields that no digest covers are listed, also where all that there is of proofs holds."""
+    result = log.results[0]
+    result.output.prompt_tokens = 7
+    record = sequencer_pb2.ItemRecord(admitted=log.entries[1].header, result=result, outcome=result.receipt.header)
+    record.input.ParseFromString(log.entries[1].payload)
+    record.input.tenant = "another"
+    assert verify(record) == PROVED, verify.said
+    assert "\nnot covered: admitted." in verify.said
+    assert {"input.tenant", "output.prompt_tokens", "admitted.time_unix_millis"} <= set(re.split(r", |: |\n", verify.said))
+
+
+def test_a_contradiction_of_a_receipt_is_seen(log: Log, verify: Verifier) -> None:
+    """Where other fields repeat what a receipt or a signed head says they have to be equal, and no name may be twice in an
+    object, of which readers see different ones."""
+    header, head = log.results[0].receipt.header, log.heads[-1]
+    stamp = types_pb2.Stamp(log_id=header.log_id, first_sequence=header.first_sequence, count=header.count)
+    response = generation_pb2.GenerateResponse(stamp=stamp, results=log.results[:3])
+    answer = sequencer_pb2.HeadResponse(log_id=head.log_id, index=head.last_index, entry_hash=head.entry_hash, signed=head)
+    assert verify(response) == verify(answer) == PROVED
+    twice = json.dumps(show.as_dict(log.results[0])).replace('"text":', '"text": "invented", "text":')
+    (verify.folder / "twice").write_text(twice)
+    ran = CliRunner().invoke(app, ["verify", str(verify.folder / "twice")])
+    assert (ran.exit_code, "'text' is in one object twice" in ran.output) == (INCONSISTENT, True)
+    forgeries: list[tuple[Message, str, Any]] = [
+        (stamp, "log_id", "f" * 32),
+        (stamp, "first_sequence", 77),
+        (stamp, "count", 77),
+        (answer, "log_id", "f" * 32),
+        (answer, "entry_hash", bytes(32)),
+    ]
+    for message, name, value in forgeries:
+        true = getattr(message, name)
+        setattr(message, name, value)
+        response.stamp.CopyFrom(stamp)
+        assert verify(answer if message is answer else response) == INCONSISTENT, name
+        setattr(message, name, true)
+
+
+def test_a_claim_without_a_receipt_is_not_proved(log: Log, verify: Verifier) -> None:
+    """A result, record or event without a receipt is not proved by the receipts beside it, and the command says so."""
+    failed = types_pb2.Result(sequence=99)
+    failed.status.code = 13
+    ended = sequencer_pb2.ItemRecord(admitted=log.entries[1].header, result=failed)
+    tokens = generation_pb2.GenerateEvent(tokens=generation_pb2.Tokens(runs=[generation_pb2.TokenRun(sequence=1, text="x")]))
+    head = log.heads[-1]
+    answer = sequencer_pb2.HeadResponse(log_id=head.log_id, index=9999, entry_hash=bytes(32), signed=head)
+    for claim in (failed, ended, tokens, generation_pb2.GenerateResponse(results=[failed]), answer):
+        assert verify(log.results[0], claim) == UNPROVED, claim
+        assert "not proved: " in verify.said
+
+
+def test_several_keys_in_one_file_are_all_read(log: Log, verify: Verifier) -> None:
+    """A file of public keys may have several of them, in any order."""
+    verify.keys = []
+    for keys in ((OTHER, SIGNER), (SIGNER, OTHER)):
+        (verify.folder / "keys").write_text("".join(each.public_pem for each in keys))
+        assert verify(*log.results, options=["--key", str(verify.folder / "keys")]) == PROVED
 
 
 def change(name: str, value: Any) -> Callable[[types_pb2.Receipt], None]:

@@ -7,7 +7,7 @@ Three things are told apart:
     signed      a key that was given has signed a head that covers it
 
 Only what is all three is proved: anyone can write a file that is consistent. With a witness, one of its heads has to cover it
-too.
+too. Messages have more than that. Where it repeats what a receipt says it is compared; the rest is named as not covered.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import struct
 import sys
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -25,7 +26,7 @@ from typing import Annotated, Any
 
 import typer
 from google.protobuf import json_format
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from ostinato import chain
 from ostinato.cli import show
@@ -41,6 +42,15 @@ WITNESS_SECONDS, WITNESS_BYTES_MAX = 30.0, 256 << 20
 CONSISTENT, CHAINED, SIGNED, WITNESSED = "consistent", "chained", "signed", "witnessed"
 CODES = {CONSISTENT: FAILED, CHAINED: 4, SIGNED: 5, WITNESSED: 6}
 """Exit codes of faults, by what does not hold; the smallest one counts. UNJUDGED: no fault, and not proved."""
+COVERED = {
+    types_pb2.Result: {"sequence", "output", "receipt", "attempt"},
+    types_pb2.Output: {"text", "token_ids", "finish_reason", "matched_stop", "seed", "logprobs", "grade", "parsed"},
+    types_pb2.EntryHeader: {*chain.REPEATED, "kind"},
+    types_pb2.Stamp: {"log_id", "first_sequence", "count"},
+    sequencer_pb2.AdmittedPayload: {"token_ids", "parameters", "seed", "nonce"},
+    sequencer_pb2.HeadResponse: {"log_id", "index", "entry_hash", "signed"},
+}
+"""The fields that a receipt or a signed head covers, or that are compared with it."""
 KINDS = {"receipt": "receipts", "entry": "entries", "head": "heads"}
 """Kinds of proofs, and how several are called."""
 
@@ -167,6 +177,10 @@ class Checks:
         self.faults: list[str] = []
         self.on_trust = 0
         """Entries whose previous entry is unknown. The next entry names them; nothing else about them can be verified."""
+        self.beside: set[str] = set()
+        """What else is in the files that is no proof, and claims a result."""
+        self.uncovered: set[str] = set()
+        """Fields that nothing covers."""
         self.signers: set[str] = set()
         """Key ids of valid signatures."""
         self._broken: set[str] = set()
@@ -229,6 +243,8 @@ class Checks:
     def _take(self, place: str, given: dict[str, Any]) -> None:
         if (head := _head(given)) is not None:
             self._take_head(place, head)
+            if "signed" in given:
+                self._answer(place, json_format.ParseDict(given, sequencer_pb2.HeadResponse()))
         elif "header" in given and "previous_hash" in given:
             receipt = json_format.ParseDict(given, types_pb2.Receipt())
             self._receipt(place, receipt, chain.check_receipt(receipt))
@@ -236,8 +252,10 @@ class Checks:
             decoded = given.pop("decoded", None)
             self._entry(place, json_format.ParseDict(given, sequencer_pb2.Entry()), decoded)
         elif "results" in given:
-            for result in json_format.ParseDict(given, generation_pb2.GenerateResponse()).results:
+            response = json_format.ParseDict(given, generation_pb2.GenerateResponse())
+            for result in response.results:
                 self._result(place, result)
+            self._stamp(place, response)
         elif "items" in given:
             for record in json_format.ParseDict(given, sequencer_pb2.GetResponse()).items:
                 self._record(place, record)
@@ -245,11 +263,15 @@ class Checks:
             event = json_format.ParseDict(given, generation_pb2.GenerateEvent())
             if event.HasField("finished"):
                 self._result(place, event.finished)
+            else:
+                self.beside.add("events other than finished have no receipt")
         elif "admitted" in given:
             self._record(place, json_format.ParseDict(given, sequencer_pb2.ItemRecord()))
         elif given.keys() & {"output", "status", "receipt"}:
-            given = {name: value for name, value in given.items() if name not in ("line", "key")}  # of generate --output
+            added = given.keys() & {"line", "key"}  # by generate --output
+            given = {name: value for name, value in given.items() if name not in added}
             self._result(place, json_format.ParseDict(given, types_pb2.Result()))
+            self.uncovered |= added
         else:
             kinds = "Result, GenerateResponse, GenerateEvent, ItemRecord, Receipt, Entry, SignedHead or DSSE envelope"
             self._fault(place, CONSISTENT, [f"is not a {kinds}"])
@@ -260,21 +282,52 @@ class Checks:
         place = f"{place}: sequence {result.sequence}"
         if result.HasField("receipt"):
             self._receipt(place, result.receipt, chain.check_result(result), output=True)
+            self._name_uncovered(result, output=result.output)
         elif result.HasField("output"):
             self._fault(place, CONSISTENT, ["receipt: missing"])
+        else:
+            self.beside.add(f"a result without output has no receipt ({place})")
 
     def _record(self, place: str, record: sequencer_pb2.ItemRecord) -> None:
         place = f"{place}: sequence {record.admitted.sequence}"
         if record.result.HasField("receipt"):
             self._receipt(place, record.result.receipt, chain.check_record(record), output=True)
+            self._name_uncovered(record.result, output=record.result.output, admitted=record.admitted, input=record.input)
         else:
             missing = ["receipt: missing"] if record.result.HasField("output") else []
             self._fault(place, CONSISTENT, [*chain.check_record(record), *missing])
+            self.beside.add(f"a record without output has no receipt ({place})")
+
+    def _stamp(self, place: str, response: generation_pb2.GenerateResponse) -> None:
+        stamp = response.stamp
+        said = (stamp.log_id, stamp.first_sequence, stamp.count)
+        headers = [each.receipt.header for each in response.results if each.HasField("receipt")]
+        if response.HasField("stamp") and any(said != (each.log_id, each.first_sequence, each.count) for each in headers):
+            self._fault(place, CONSISTENT, ["stamp: is not that of the receipts"])
+        self._name_uncovered(stamp=stamp)
+
+    def _answer(self, place: str, answer: sequencer_pb2.HeadResponse) -> None:
+        """A HeadResponse beside its signed head, which may be older or, by a moment, newer."""
+        head = answer.signed
+        if answer.log_id != head.log_id:
+            self._fault(place, CONSISTENT, ["log_id: is not that of the signed head"])
+        if answer.index != head.last_index:
+            self.beside.add(f"the signed head is not of the entry that index says ({place})")
+        elif answer.entry_hash != head.entry_hash:
+            self._fault(place, CONSISTENT, ["entry_hash: is not that of the signed head"])
+        self._name_uncovered(answer)
+
+    def _name_uncovered(self, *messages: Message, **parts: Message) -> None:
+        """The fields of these that are set, and that nothing covers."""
+        for prefix, message in [*(("", each) for each in messages), *((f"{name}.", part) for name, part in parts.items())]:
+            names = {field.name for field, _ in message.ListFields()} - COVERED[type(message)]
+            self.uncovered |= {prefix + name for name in names}
 
     def _receipt(self, place: str, receipt: types_pb2.Receipt, faults: list[str], *, output: bool = False) -> None:
         header = receipt.header
         proof = self._proof("receipt", place, header, receipt.entry_hash)
         proof.text = header.form > 0 if output else None
+        self.uncovered |= {"nonce"} if receipt.nonce and not output else set()
         self._settle(proof, CONSISTENT, faults)
         self._claim(header.log_id, header.index - 1, receipt.previous_hash, place)
         if receipt.HasField("head"):
@@ -388,7 +441,7 @@ class Checks:
     @property
     def unproved(self) -> list[str]:
         """Why not everything is proved."""
-        why = set()
+        why = set[str]()
         for proof in self.proofs:
             if SIGNED not in proof.holds:
                 why.add(proof.unsigned)
@@ -396,7 +449,7 @@ class Checks:
                 why.add("the witness has no head that covers it" if CHAINED in proof.holds else "it is not chained")
             if proof.text is False:
                 why.add("the text is not covered by a digest (form 0)")
-        return sorted(why - {""})
+        return sorted((why | self.beside) - {""})
 
     @property
     def code(self) -> int:
@@ -430,7 +483,7 @@ class Checks:
             for each in self.proofs
         ]
         told = {"verdict": self.verdict, "entries_on_trust": self.on_trust, "faults": self.faults, "proofs": proofs}
-        return counts | told
+        return counts | told | {"not_covered": sorted(self.uncovered)}
 
     def lines(self) -> Iterator[str]:
         """What is printed."""
@@ -446,20 +499,31 @@ class Checks:
                 counts = [f"{self.count(kind, each)} {each}" for each in self.required]
                 trust = ["1 before them on trust"] if kind == "entry" and self.on_trust else []
                 yield f"{total} {kind if total == 1 else plural}: {', '.join(counts + trust)}"
+        if self.uncovered and not self._broken:
+            yield f"not covered: {', '.join(sorted(self.uncovered))}"
         yield self.verdict
 
 
 def json_values(name: str, content: bytes) -> Iterator[tuple[str, Any]]:
-    """Places and JSON values of a file of one value, or of one per line. A line that is no JSON is its exception."""
+    """Places and JSON values of a file of one value, or of one per line. A line that is no JSON is its exception; so is one
+    with a name twice in an object, of which readers take different ones."""
     try:
-        yield name, json.loads(content)
+        yield name, json.loads(content, object_pairs_hook=_named_once)
     except (ValueError, RecursionError):
         for place, line in _lines(name, content):
             try:
-                value = json.loads(line)
+                value = json.loads(line, object_pairs_hook=_named_once)
             except (ValueError, RecursionError) as error:
                 value = error
             yield place, value
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r} is in one object twice")
+    return named
 
 
 def _head(given: dict[str, Any]) -> types_pb2.SignedHead | None:
