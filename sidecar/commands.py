@@ -112,7 +112,9 @@ def verify(
                 remedy = REBUILD if checked.tables else RESTORE
                 raise JournalUnusable(f"{store.name} is damaged: {checked.faults[0]}{others}: {remedy}")
             came_to(index := checked.index)
-        if fault := store.structure() or next(head_faults(store, keys), ""):
+        with store.snapshot() as tables:
+            fault = next(head_faults(tables, keys), "")
+        if fault := store.structure() or fault:
             raise JournalUnusable(f"{store.name} is damaged: {fault}: {RESTORE}")
     note(f"{index} entries are sound")
 

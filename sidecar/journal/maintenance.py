@@ -16,7 +16,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 from sidecar.journal.derived import LACKS, lacks_payload, rebuilding
 from sidecar.journal.diagnosis import RESTORE
 from sidecar.journal.model import JournalUnusable, Sealed, Signature
-from sidecar.journal.store import PAGE, SqlStore
+from sidecar.journal.store import PAGE, SqlStore, Tables
 
 MISSING = "its payload is missing, and its item has not ended"
 
@@ -88,11 +88,12 @@ def check_signatures(signatures: Sequence[Signature], last_index: int) -> None:
         before = each.last_index
 
 
-def head_faults(store: SqlStore, keys: PublicKeys) -> Iterator[str]:
-    """What is wrong with the signed heads. Signatures of other keys than these are not verified."""
+def head_faults(tables: Tables, keys: PublicKeys) -> Iterator[str]:
+    """What is wrong with the signed heads of sound entries, and where one is missing. Signatures of other keys than these are
+    not verified."""
     before = Signature(0, 0, "", b"")
-    log = store.log()
-    for each in signatures_of(store.signatures):
+    log = tables.log()
+    for each in signatures_of(tables.signatures):
         try:
             check_signatures([before, each] if before.last_index else [each], log.index if log is not None else 0)
         except ValueError as error:
@@ -100,11 +101,39 @@ def head_faults(store: SqlStore, keys: PublicKeys) -> Iterator[str]:
             return
         before = each
         if each.key_id in keys:
-            covered = store.entries(each.first_index, each.last_index + 1 - each.first_index, payloads=False)
+            covered = tables.entries(each.first_index, each.last_index + 1 - each.first_index, payloads=False)
             tree, hashes = SignedTree(), [entry.entry_hash for entry in covered]
             tree.restore(covered[0].header.log_id, each.first_index, hashes, each.key_id, each.signature)
             if not keys.verify(tree.head):
                 yield f"head of entries {each.first_index} to {each.last_index}: its signature is not by key {each.key_id}"
+    if fault := unsigned_fault(tables):
+        yield fault
+
+
+def unsigned_fault(tables: Tables) -> str:
+    """The first entry that no head covers, or one of another key, although its epoch's OPENED entry names a key; empty: none.
+
+    PRUNED entries are not counted: commands make them, without the key. Nor are those before a LOST entry and its epoch: the
+    end of a transaction may be what was lost, and its head with it."""
+    heads, signing, fault, last = signatures_of(tables.signatures), dict[str, str](), "", 0
+    head, index = next(heads, None), 1
+    while page := tables.entries(index, PAGE, payloads=False):
+        for entry in tables.with_payloads(page, lambda header: header.kind == types_pb2.ENTRY_KIND_OPENED):
+            header = entry.header
+            if header.kind == types_pb2.ENTRY_KIND_OPENED:
+                signing[header.writer] = sequencer_pb2.OpenedPayload.FromString(entry.payload).signing_key_id
+            while head is not None and head.last_index < header.index:
+                head = next(heads, None)
+            covering = head.key_id if head is not None and head.first_index <= header.index else ""
+            key_id = signing.get(header.writer, "")
+            if key_id and covering != key_id and header.kind != types_pb2.ENTRY_KIND_PRUNED:
+                fault, last = fault or f"{name_of(header)}: no signed head of key {key_id} covers it", header.index
+            elif fault and header.kind == types_pb2.ENTRY_KIND_LOST and header.index == last + 2:
+                fault = ""
+            elif fault and header.index > last + 1:
+                return fault
+        index += len(page)
+    return fault
 
 
 def name_of(header: types_pb2.EntryHeader) -> str:

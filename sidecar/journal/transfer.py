@@ -25,7 +25,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.derived import rebuilding
 from sidecar.journal.ledger import NUMBER_MAX, SECRET_BYTES, twins_of
-from sidecar.journal.maintenance import MISSING, Checker, check_signatures, name_of, pages, signatures_of
+from sidecar.journal.maintenance import MISSING, Checker, check_signatures, name_of, pages, signatures_of, unsigned_fault
 from sidecar.journal.model import FINGERPRINTS, JournalUnusable, Key, Log, Sealed, Signature
 from sidecar.journal.sqlite import UNREADABLE, SqliteTables
 from sidecar.journal.store import PAGE, SqlStore, Tables
@@ -118,7 +118,7 @@ def take_in(store: SqlStore, lines: Iterable[str], writer: str | None, on_entrie
 
 def _check_tables(tables: Tables, log: Log, *, salvaged: bool) -> None:
     """Raises LinesUnusable for keys that are not those of the entries, and for payloads that are missing without a PRUNED
-    entry. What was `salvaged` may have lost that entry."""
+    entry, or heads. What was `salvaged` may have lost these."""
     index = 1
     with rebuilding(tables) as rebuilt:
         while page := tables.entries(index, PAGE, payloads=True):
@@ -128,6 +128,8 @@ def _check_tables(tables: Tables, log: Log, *, salvaged: bool) -> None:
             raise LinesUnusable(f"says other than its entries: {fault}")
         if not salvaged and (fault := next(rebuilt.missing_payloads(), "")):
             raise LinesUnusable(f"is not whole: {fault}")
+    if not salvaged and (fault := unsigned_fault(tables)):
+        raise LinesUnusable(f"is not whole: {fault}")
 
 
 class _Importer:

@@ -177,18 +177,34 @@ def test_export_and_import(store: SqliteKit, run: Said, tmp_path: Path) -> None:
         ("UPDATE heads SET first_index = 3 WHERE last_index = 4", "head of entries 3 to 4: its signature is not by key"),
         ("UPDATE heads SET first_index = 1 WHERE last_index = 4", "head of entries 1 to 4: they are no transaction"),
         ("UPDATE heads SET last_index = 99 WHERE last_index = 7", "head of entries 5 to 99: they are no transaction"),
+        ("DELETE FROM heads", "entry 1, OPENED: no signed head of key {key} covers it"),
+        ("DELETE FROM heads WHERE last_index = 4", "entry 2, ADMITTED: no signed head of key {key} covers it"),
+        ("DELETE FROM heads WHERE last_index = 7", "entry 5, COMPLETED: no signed head of key {key} covers it"),
+        ("UPDATE heads SET key_id = 'b' WHERE last_index = 4", "entry 2, ADMITTED: no signed head of key {key} covers it"),
     ],
 )
 def test_damaged_heads(store: SqliteKit, run: Said, tmp_path: Path, change: str, said: str) -> None:
-    """verify finds a signed head that is not of the entries, with the public key also a changed signature."""
+    """verify finds a signed head that is not of the entries, or is missing; with the public key also a changed signature. What
+    commands append needs none."""
     signer = store.settings.signer
     assert signer is not None
     (tmp_path / "key").write_text(signer.public_pem)
+    run("redact", 1, "--journal", store.path)
+    run("accept-loss", "--through", 9, "--journal", store.path)
     assert "are sound" in run("verify", "--key", tmp_path / "key", "--journal", store.path)
     with closing(apsw.Connection(str(store.path))) as db:
         db.execute(change)
 
-    assert said in run("verify", "--key", tmp_path / "key", "--journal", store.path, code=1)
+    assert said.format(key=signer.key_id) in run("verify", "--key", tmp_path / "key", "--journal", store.path, code=1)
+
+
+def test_an_import_without_heads(store: SqliteKit, run: Said, tmp_path: Path) -> None:
+    """Lines that lack a signed head of an epoch with a key are not taken in."""
+    run("export", "-", "--journal", store.path)
+    first, *lines = run.out.splitlines()
+    left = [line for line in lines if not line.startswith('{"head": ')]
+    (tmp_path / "lines").write_text("\n".join([first.replace('"heads": "3"', '"heads": "0"'), *left]))
+    assert "no signed head" in run("import", tmp_path / "lines", "--journal", tmp_path / "other.db", code=1)
 
 
 def test_a_signing_key(run: Said, tmp_path: Path) -> None:
