@@ -96,7 +96,7 @@ class Settings:
     connections_max: int | None = field(
         None, "connections to each address", minimum=1, applies=f"what ulimit -n leaves room for, at most {CONNECTIONS_MAX}"
     )
-    connection_calls_max: int = field(128, "calls open on one connection; its client keeps further ones back", minimum=1)
+    connection_calls_max: int = field(512, "calls open on one connection; its client keeps further ones back", minimum=1)
     connection_idle_seconds: float = field(300.0, "after which a connection without calls is closed", minimum=1.0)
     connection_age_seconds: float = field(3600.0, "after which a connection takes no more calls", minimum=1.0)
     connection_grace_seconds: float = field(3600.0, "after that, for its calls to end", minimum=0.0)

@@ -7,6 +7,7 @@ OstinatoError
   |   + Unauthenticated   no valid credentials            UNAUTHENTICATED
   |   + PermissionDenied  not allowed for this role       PERMISSION_DENIED
   |   + QueueFull         retry later                     RESOURCE_EXHAUSTED
+  |   |   + ConnectionFull  a QUEUE_FULL               RESOURCE_EXHAUSTED
   |   + JournalFull       retry later                     RESOURCE_EXHAUSTED
   |   + JournalUnavailable later or elsewhere             UNAVAILABLE
   |   + EngineUnavailable retry later                     UNAVAILABLE
@@ -112,6 +113,10 @@ class PermissionDenied(Refused):
 
 class QueueFull(Refused):
     code = Code.RESOURCE_EXHAUSTED
+
+
+class ConnectionFull(QueueFull):
+    """The server took no further call on this connection, and did not look at this one."""
 
 
 class JournalFull(Refused):
@@ -265,6 +270,8 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> OstinatoError:
     return ours
 
 
+_REFUSED_STREAM = re.compile(r"RST_STREAM with error code 7\b")
+"""HTTP/2: nothing of the call was processed. gRPC has it in its text only."""
 _OVERSIZE = re.compile(r"(SERVER|CLIENT): Received message larger than max \((\d+) vs\. (\d+)\)")
 
 
@@ -275,6 +282,8 @@ def from_code(code: grpc.StatusCode, message: str) -> OstinatoError:
         if who == "SERVER":
             return InvalidRequest(f"the request has {size} bytes, the server accepts {limit}: split it")
         return InvalidRequest(f"the response has {size} bytes, the client accepts {limit}: raise max_response_bytes")
+    if code is Code.UNAVAILABLE and _REFUSED_STREAM.search(message):
+        return ConnectionFull("the server takes no more calls on this connection")
     kinds = {Code.UNAVAILABLE: Disconnected, Code.DEADLINE_EXCEEDED: DeadlineExceeded, Code.CANCELLED: Disconnected}
     error = kinds.get(code, OstinatoError)(message or code.name)
     if code not in kinds:

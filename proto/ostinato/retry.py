@@ -37,7 +37,7 @@ class RetryPolicy:
     """The attempts of one call.
 
     `timeout`: seconds until all attempts have to be over. None: no deadline, but attempts end `retry_seconds` after the first
-    failure since the last `reset`. `retry_seconds` 0: there is one attempt.
+    failure since the last `reset`. `retry_seconds` 0: there is one attempt that the server looks at.
     """
 
     def __init__(self, timeout: float | None, retry_seconds: float) -> None:
@@ -62,10 +62,11 @@ class RetryPolicy:
         lost, the loss, because a refusal would mean that nothing was done."""
         if isinstance(error, errors.CallLost):
             self._lost = error
-        if not self._retry_seconds or not isinstance(error, RETRIED) or _forbidden(error):
+        seconds = self._retry_seconds or (KEYED_SECONDS if isinstance(error, errors.ConnectionFull) else 0.0)
+        if not seconds or not isinstance(error, RETRIED) or _forbidden(error):
             self._give_up(error)
         now = time.monotonic()
-        self._retries_end = self._retries_end or now + self._retry_seconds
+        self._retries_end = self._retries_end or now + seconds
         left = (self._deadline or self._retries_end) - now
         # Jitter spreads the callers that wait for one sidecar. Half of what is left remains for the last attempt.
         pause = (error.retry_after or min(self._pause, left / 2)) * random.uniform(1.0, 1.25)  # noqa: S311  # no secret

@@ -85,8 +85,9 @@ class Bounds:
 
     connections: int | None = None
     """To each address; None: as many as descriptors are left for, at most CONNECTIONS_MAX."""
-    connection_calls: int = 128
-    """Open on one connection; the client keeps further ones back."""
+    connection_calls: int = 512
+    """Open on one connection; the client keeps further ones back. gRPC counts calls that have just ended, too, so that a client
+    which has nearly as many open sees some refused (REFUSED_STREAM)."""
     connection_idle_seconds: float = 300.0
     connection_age_seconds: float = 3600.0
     connection_grace_seconds: float = 3600.0

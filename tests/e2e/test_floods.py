@@ -140,3 +140,12 @@ async def test_connections_are_bounded() -> None:
 
             assert first.data[stream]
             assert not second.over
+
+
+async def test_a_burst_on_a_new_connection_loses_no_call() -> None:
+    """1,000 calls at once, without a key, are all answered, although one connection takes fewer."""
+    with Pair(service=scripted(), sidecar=["--connection-calls-max", "128"]) as pair:
+        pair.start()
+        async with Client(pair.target) as client:
+            answers = await asyncio.gather(*(client.generate("hello", max_new_tokens=2) for _ in range(1000)))
+        assert len({answer.results[0].sequence for answer in answers}) == 1000
