@@ -44,7 +44,7 @@ from sidecar.journal.model import (
     Sealed,
     Unfinished,
 )
-from sidecar.journal.store import COLUMNS, Damaged, Name, Row, SqlStore, StoreSettings, Tables, sealed_of
+from sidecar.journal.store import COLUMNS, Damaged, Name, Row, SqlStore, StoreSettings, Tables, checked_secret, sealed_of
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 T = TypeVar("T")
@@ -494,7 +494,7 @@ class PostgresTables(Tables):
         row = self._db.execute(_BEGIN_EPOCH, (writer, lease_seconds)).fetchone()
         assert row is not None
         assert secret is not None
-        return _head(head, WriterSession(writer, row[0], lease_seconds)), bytes(secret[0])
+        return _head(head, WriterSession(writer, row[0], lease_seconds)), checked_secret(bytes(secret[0]))
 
     def fence(self, writer: str) -> list[tuple[str, int]]:
         """Begin an epoch of every other writer whose lease has run out over unfinished items: their names and epochs."""

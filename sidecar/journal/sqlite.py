@@ -42,7 +42,7 @@ from sidecar.journal.model import (
     Sealed,
     Unfinished,
 )
-from sidecar.journal.store import COLUMNS, PAGE, Damaged, Name, Row, SqlStore, StoreSettings, Tables
+from sidecar.journal.store import COLUMNS, PAGE, Damaged, Name, Row, SqlStore, StoreSettings, Tables, checked_secret
 
 T = TypeVar("T")
 
@@ -370,7 +370,7 @@ class SqliteTables(Tables):
     def secret(self, new: bytes) -> bytes:
         """The log's; this one from now on if it has none."""
         self._db.execute("UPDATE journal SET secret = ? WHERE secret IS NULL", (new,))
-        return bytes(self._row("SELECT secret FROM journal")[0])
+        return checked_secret(bytes(self._row("SELECT secret FROM journal")[0]))
 
     def owner(self) -> tuple[str, str, int] | None:
         """Log id, owner and epoch; None: the journal is empty."""

@@ -28,7 +28,7 @@ from ostinato.errors import RecordDamaged
 from ostinato.signature import SignedTree, Signer
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs, twins_tag, verifications
+from sidecar.journal.ledger import NUMBER_MAX, SECRET_BYTES, Known, Ledger, Needs, twins_tag, verifications
 from sidecar.journal.model import (
     FINGERPRINTS,
     USAGE,
@@ -462,6 +462,13 @@ def sealed_of(row: Row) -> Sealed:
     if not len(previous_hash) == len(entry_hash) == DIGEST_BYTES:
         raise Damaged(f"entry {index}: its hash, or the one before, has not {DIGEST_BYTES} bytes")
     return Sealed(header, previous_hash, entry_hash, payload)
+
+
+def checked_secret(secret: bytes) -> bytes:
+    """Raises Damaged if it is no log's secret."""
+    if len(secret) != SECRET_BYTES:
+        raise Damaged(f"the log's secret has {len(secret)} bytes instead of {SECRET_BYTES}")
+    return secret
 
 
 def check_entries(entries: Iterable[Sealed]) -> None:

@@ -530,6 +530,10 @@ class Journal:
     def _checked_items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:
         found = self._store.items(first, last, limit)
         check_entries(entry for each in found for entry in (each.admitted, each.outcome, each.verified) if entry)
+        for each in found:
+            if each.outcome is not None and bool(each.admitted.payload) != bool(each.outcome.payload):
+                sequence = each.admitted.header.sequence
+                raise RecordDamaged(f"a payload of sequence {sequence} is missing: its two are kept or dropped together")
         return found
 
     def _answer(self, read: Callable[[], object]) -> object:

@@ -135,6 +135,15 @@ async def test_an_entry_that_is_missing(kit: Kit) -> None:
                 await journal.entries(first, 99, payloads=True)
 
 
+@pytest.mark.parametrize("index", [2, 5])
+async def test_one_payload_of_two(kit: Kit, index: int) -> None:
+    """An item of which only one payload is left was not pruned: its record is damaged."""
+    async with filled(kit, f"DELETE FROM payloads WHERE entry_index = {index}") as journal:
+        with pytest.raises(RecordDamaged, match="a payload of sequence 1 is missing"):
+            await answer(journal, "a", "k")
+        assert await answer(journal, "b", "other") == [7]
+
+
 @pytest.mark.parametrize(
     "statement",
     [
@@ -365,6 +374,15 @@ def test_prunes_are_in_the_chain(kit: Kit) -> None:
         assert redact(store, [4], 9) == 0
     assert kit.faults() == []
     kit.open()[0].close()
+
+
+def test_a_secret_of_another_length(kit: Kit) -> None:
+    """A start says so in one line."""
+    fill(kit)
+    shared = isinstance(kit, PostgresKit)
+    change(kit, "UPDATE log SET secret = ''::bytea" if shared else "UPDATE journal SET secret = x''")
+    with pytest.raises(JournalUnusable, match="the log's secret has 0 bytes instead of 32"):
+        kit.open()
 
 
 @pytest.mark.parametrize("kind", [types_pb2.ENTRY_KIND_OPENED, types_pb2.ENTRY_KIND_AUDITED, types_pb2.ENTRY_KIND_LOST])
