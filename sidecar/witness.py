@@ -20,7 +20,7 @@ from urllib.parse import urlsplit, urlunsplit
 import ostinato
 from ostinato import errors
 from ostinato.client import bearer
-from ostinato.signature import PublicKeys, envelope, head_fault
+from ostinato.signature import PublicKeys, envelope, head_fault, statement
 from ostinato.v1 import sequencer_pb2, types_pb2
 from serving import files, program
 from serving.auth import Source
@@ -202,11 +202,13 @@ class Witness:
         [note] = (await self._journal.notes(WITNESSED + head.log_id)).values()
         recorded = sequencer_pb2.Entry.FromString(note)
         newest = sequencer_pb2.WitnessedPayload.FromString(recorded.payload).head
-        if head.last_index < newest.last_index:
-            raise errors.invalid("head.last_index", f"is older than entry {newest.last_index}, which is recorded")
-        if head.entry_hash != newest.entry_hash:
+        if head.last_index < newest.first_index:
+            raise errors.invalid("head.last_index", f"is older than entry {newest.first_index}, which is recorded")
+        if statement(head) != statement(newest):
             self._observer.forked(head)
-            raise errors.invalid("head.entry_hash", f"another entry {head.last_index} is recorded: the log has two histories")
+            field = "entry_hash" if head.last_index == newest.last_index and head.entry_hash != newest.entry_hash else "root"
+            why = f"another head of entries {newest.first_index} to {newest.last_index} is recorded: the log has two histories"
+            raise errors.invalid(f"head.{field}", why)
         return sequencer_pb2.WitnessResponse(header=recorded.header, entry_hash=recorded.entry_hash)
 
 

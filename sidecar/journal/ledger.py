@@ -382,8 +382,8 @@ class Ledger:
         return tuple(entries)
 
     def _witness(self, head: types_pb2.SignedHead) -> tuple[Sealed, ...]:
-        """Nothing, unless it is newer than the newest one of its log."""
-        if head.last_index <= self._witnessed.get(head.log_id, 0):
+        """Nothing, unless it covers only entries after the newest head of its log."""
+        if head.first_index <= self._witnessed.get(head.log_id, 0):
             return ()
         self._witnessed[head.log_id] = head.last_index
         header = types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_WITNESSED, form=FORM)

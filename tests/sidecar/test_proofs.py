@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from ostinato.cli import show
 from ostinato.cli.app import app
-from ostinato.signature import Signer, envelope, new_key, signer_of
+from ostinato.signature import Signer, envelope, new_key, pae, signer_of, statement
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 from sidecar.answers import result_of
@@ -213,6 +213,37 @@ def test_a_cut_journal_is_seen_by_its_witness(log: Log, verify: Verifier) -> Non
     assert verify(*log.entries, *log.heads, *log.results, witness=log.heads) == PROVED
     counts = "6 receipts: 6 consistent, 6 chained, 6 signed, 6 witnessed"
     assert counts in verify.said, "the entries between a receipt and the witness's head lead to it"
+
+
+def test_a_witness_covers_the_whole_transaction(log: Log, verify: Verifier) -> None:
+    """A receipt whose own head the witness has is witnessed, wherever in the transaction its entry is."""
+    for result in log.results:
+        assert verify(result, witness=log.heads) == PROVED, verify.said
+    assert verify(log.results[0], witness=log.heads[-1:]) == UNPROVED
+
+
+def test_a_fork_inside_a_transaction_is_seen(log: Log, verify: Verifier) -> None:
+    """Two signed trees of the same entries, or of ranges that overlap, are two histories, though they end with one entry."""
+    true = log.results[0].receipt.head
+    for first, root in ((true.first_index, b"r" * 32), (true.first_index + 1, b"r" * 32), (true.first_index - 1, b"r" * 32)):
+        fork = types_pb2.SignedHead()
+        fork.CopyFrom(true)
+        fork.first_index, fork.root = first, root
+        fork.signature = SIGNER.sign(pae(statement(fork)))
+        assert verify(fork) == PROVED
+        assert verify(*log.results, fork) == UNCHAINED
+        assert verify(*log.results, witness=[fork]) == CONTRADICTED
+        assert verify(fork, witness=[true]) == CONTRADICTED
+
+
+def test_a_first_entry_whose_previous_one_is_unknown_is_on_trust(log: Log, verify: Verifier) -> None:
+    """The entries after it confirm its hash, and nothing its content: such a part of a journal is not proved."""
+    assert verify(*log.entries, *log.heads) == PROVED
+    part = copy.deepcopy(log.entries[2:])
+    part[0].header.time_unix_millis += 1
+    for shown in (log.entries[2:], part):
+        assert verify(*shown, *log.heads) == UNPROVED
+        assert "its content is on trust" in verify.said
 
 
 def test_a_witness_without_a_valid_head_counts_for_nothing(log: Log, verify: Verifier, tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from ostinato.signature import new_key, opened, signer_of
+from ostinato import errors
+from ostinato.signature import SignedTree, new_key, opened, signer_of
+from ostinato.v1 import types_pb2
 from serving.program import StartupError
 
 from sidecar.config import Settings
@@ -123,6 +125,7 @@ async def test_a_witness_that_drips_its_answer_holds_nothing(tmp_path: Path, mon
                 writer.write(b"y")
                 await writer.drain()
                 await asyncio.sleep(0.02)
+        writer.close()
         ended[0] += 1
 
     kit = SqliteKit(tmp_path / "journal.db")
@@ -138,6 +141,34 @@ async def test_a_witness_that_drips_its_answer_holds_nothing(tmp_path: Path, mon
         assert began[0] - ended[0] <= 2
         assert threading.active_count() <= threads + 1, "the journal's own"
         running.cancel()
+        await eventually(lambda: ended == began, "the last attempt has ended")
+    await journal.close()
+
+
+async def test_overlapping_heads_are_a_fork(tmp_path: Path) -> None:
+    """A head that shares an entry with the newest recorded one and is not that one is refused and counted, also with the same
+    last entry; a head of later entries is recorded, an earlier one refused as older."""
+    signer, registry = signer_of(new_key()), CollectorRegistry()
+    (tmp_path / "logs").write_text(f"{'f' * 32} {signer.public_pem.splitlines()[1]}\n")
+    kit = SqliteKit(tmp_path / "journal.db")
+    journal = Journal(kit.open()[0], now_millis=kit.clock.now_millis)
+    witness = Witness(tmp_path / "logs", journal, Observer(Metrics(registry), lambda kind, reason: None))
+
+    def head(first: int, *hashes: bytes) -> types_pb2.SignedHead:
+        tree = SignedTree()
+        tree.sign("f" * 32, first, [each * 32 for each in hashes], signer)
+        return tree.head
+
+    recorded = head(5, b"a", b"b", b"c")
+    assert await witness.record(recorded) == await witness.record(recorded)
+    forks = [head(5, b"x", b"b", b"c"), head(6, b"b", b"c"), head(7, b"c", b"d"), head(1, *[b"a"] * 5), head(1, *[b"a"] * 9)]
+    for fork in forks:
+        with pytest.raises(errors.InvalidRequest, match=r"head\.root: .*two histories"):
+            await witness.record(fork)
+    with pytest.raises(errors.InvalidRequest, match=r"head\.last_index"):
+        await witness.record(head(3, b"a", b"b"))
+    assert registry.get_sample_value("ostinato_witnessed_forks_total") == len(forks)
+    assert (await witness.record(head(8, b"d"))).header.index == 3
     await journal.close()
 
 

@@ -148,6 +148,14 @@ def _nothing(content: bytes) -> str:
     return "it has no receipt, no signed head, and no entry whose previous entry is known"
 
 
+Tree = tuple[str, int, int, bytes]
+"""Log, first and last index, and root of a signed head."""
+
+
+def _tree(head: types_pb2.SignedHead) -> Tree:
+    return head.log_id, head.first_index, head.last_index, head.root
+
+
 @dataclass
 class Proof:
     """A receipt, an entry or a head, and what holds of it."""
@@ -161,6 +169,8 @@ class Proof:
     holds: set[str] = field(default_factory=set)
     text: bool | None = None
     """Whether a digest covers the output's text; None: there is no output."""
+    tree: Tree | None = None
+    """Of the valid receipt's head."""
     unsigned: str = ""
     """Why it is not signed, if that is no fault."""
 
@@ -190,6 +200,8 @@ class Checks:
         self._judged: dict[bytes, str | None] = {}
         self._heads: dict[str, dict[tuple[str, int], bytes]] = {SIGNED: {}, WITNESSED: {}}
         """The entry hashes of valid heads, by log and index."""
+        self._trees: dict[Tree, tuple[str, bool]] = {}
+        """The places that say so, and whether they are the witness's."""
         self._has_witness = False
         self._previous: sequencer_pb2.Entry | None = None
         self._runs: list[list[Proof]] = []
@@ -221,7 +233,7 @@ class Checks:
                 if head is None or head_fault(head) or (len(self._keys) and self._judge(head) is not None):
                     passed_over += head is not None
                     continue
-                self._claim(head.log_id, head.last_index, head.entry_hash, place, witness=True)
+                self._claim_head(head, place, witness=True)
                 for what in (SIGNED, WITNESSED) if len(self._keys) else (WITNESSED,):
                     self._heads[what][head.log_id, head.last_index] = head.entry_hash
         if passed_over:
@@ -333,6 +345,7 @@ class Checks:
         if receipt.HasField("head"):
             fault = inclusion_fault(receipt)
             self._settle(proof, CHAINED, [fault] if fault else [])
+            proof.tree = None if fault else _tree(receipt.head)
             self._judge_proof(proof, receipt.head)
             proof.holds -= {SIGNED} if fault else set()
         else:
@@ -352,6 +365,7 @@ class Checks:
         faults = _payload_faults(entry, decoded)
         if previous is None and entry.header.index != 1:
             self.on_trust += 1
+            self.beside.add(f"the entry before it is unknown, so its content is on trust ({place})")
             self._fault(place, CONSISTENT, faults)
             self._claim(entry.header.log_id, entry.header.index, entry.entry_hash, place)
             self._runs.append([])
@@ -382,8 +396,24 @@ class Checks:
         if known != entry_hash and index > 0:
             self._fault(place, WITNESSED if by_witness else CHAINED, [f"{other} has another entry {index} of this log"])
 
+    def _claim_head(self, head: types_pb2.SignedHead, place: str, *, witness: bool = False) -> None:
+        self._claim(head.log_id, head.last_index, head.entry_hash, place, witness=witness)
+        self._trees.setdefault(_tree(head), (place, witness))
+
+    def _judge_trees(self) -> None:
+        """Each entry is in one tree. Another one is a fork inside a transaction, where the entries need not be here."""
+        widest: Tree | None = None
+        for tree in sorted(self._trees):
+            place, by_witness = self._trees[tree]
+            if widest is not None and tree[0] == widest[0] and tree[1] <= widest[2]:
+                other, other_by_witness = self._trees[widest]
+                what = WITNESSED if by_witness or other_by_witness else CHAINED
+                self._fault(place, what, [f"{other} has another tree with entry {tree[1]} of this log"])
+            if widest is None or tree[0] != widest[0] or tree[2] > widest[2]:
+                widest = tree
+
     def _judge_proof(self, proof: Proof, head: types_pb2.SignedHead) -> None:
-        self._claim(head.log_id, head.last_index, head.entry_hash, proof.place)
+        self._claim_head(head, proof.place)
         why = self._judge(head)
         if why is None:
             proof.holds.add(SIGNED)
@@ -417,6 +447,7 @@ class Checks:
 
     def finish(self) -> None:
         """Once everything is read: what the heads cover, and whether the witness holds more."""
+        self._judge_trees()
         entries = dict[tuple[str, int, bytes], set[str]]()
         for run in self._runs:
             for what, heads in self._heads.items():
@@ -426,7 +457,8 @@ class Checks:
             entries |= {(proof.log_id, proof.index, proof.entry_hash): proof.holds for proof in run}
         for proof in self.proofs:
             proof.holds |= entries.get((proof.log_id, proof.index, proof.entry_hash), set()) - {CONSISTENT}
-            if self._heads[WITNESSED].get((proof.log_id, proof.index)) == proof.entry_hash:
+            by_tree = proof.tree is not None and self._trees[proof.tree][1]
+            if by_tree or self._heads[WITNESSED].get((proof.log_id, proof.index)) == proof.entry_hash:
                 proof.holds.add(WITNESSED)
         for end in {run[-1].log_id: run[-1] for run in self._runs if run}.values():
             newest = max((index for log_id, index in self._heads[WITNESSED] if log_id == end.log_id), default=0)
