@@ -14,7 +14,7 @@ from ostinato.cli import show
 from ostinato.cli.challenge import choice
 from ostinato.v1 import generation_pb2, types_pb2
 
-from tests.ostinato.fake import Fake, Terminal, serving_apart
+from tests.ostinato.fake import MODEL, Fake, Terminal, serving_apart
 
 COUNTS = "{} match, {} diverged, {} incomparable, {} not compared, {} not consistent"
 ITEMS = 6
@@ -108,12 +108,34 @@ def test_an_altered_record_is_told_and_not_run(ostinato: Terminal, elsewhere: tu
     ostinato.fake.records[2].input.token_ids[0] ^= 1
     ostinato.fake.records[3].result.ClearField("receipt")
     ostinato.fake.records[4].outcome.fingerprint_digest = bytes(32)
+    ostinato.fake.records[5].fingerprint.CopyFrom(types_pb2.Fingerprint(digest=MODEL.fingerprint.digest, fields={"model": "x"}))
     result = ostinato("challenge", "-", "--against", target, stdin=records(ostinato))
 
     assert result.exit_code == 1
-    assert result.stdout.splitlines()[-1].startswith(COUNTS.format(3, 0, 0, 0, 3))
+    assert result.stdout.splitlines()[-1].startswith(COUNTS.format(2, 0, 0, 0, 4))
     assert "sequence 1: not consistent" in result.stdout
-    assert other.count("Generate") == 3
+    assert other.count("Generate") == 2
+
+
+def test_what_cannot_be_challenged_is_counted(ostinato: Terminal, elsewhere: tuple[Fake, str]) -> None:
+    """Records without input or output beside others are told, with exit code 3; so are items of a journal whose
+    admission is not there. Two different records of one item are wrong usage, and an equal one counts once."""
+    _, target = elsewhere
+    told = [json.loads(line) for line in records(ostinato).splitlines()]
+    del told[0]["input"]
+    told[1]["result"] = {"sequence": "2", "status": {"code": 13}}
+    result = ostinato("challenge", "-", "--against", target, stdin="\n".join(map(json.dumps, [*told, told[3]])))
+    assert (result.exit_code, "1 records without input, 1 without output" in result.stderr) == (3, True)
+    assert COUNTS.format(4, 0, 0, 0, 0) in result.stdout
+    forged = json.loads(json.dumps(told[3]))
+    forged["result"]["output"]["text"] = "another"
+    for both in ([forged, told[3]], [told[3], forged]):
+        result = ostinato("challenge", "-", "--against", target, stdin="\n".join(map(json.dumps, both)))
+        assert (result.exit_code, "another record of sequence 4" in result.output) == (2, True)
+    entries = ostinato("--json", "tail", "--payloads").stdout.splitlines()
+    part = [line for line in entries if json.loads(line)["header"].get("kind") != "ENTRY_KIND_ADMITTED"]
+    result = ostinato("challenge", "-", "--against", target, stdin="\n".join([*part, *records(ostinato).splitlines()]))
+    assert (result.exit_code, f"{ITEMS} records without input" in result.stderr) == (3, True)
 
 
 def test_another_engine_is_incomparable(ostinato: Terminal, elsewhere: tuple[Fake, str]) -> None:

@@ -26,6 +26,7 @@ from ostinato.cli.session import FAILED, UNJUDGED, Session, usage, wrong
 from ostinato.cli.verify import content_of, json_values
 from ostinato.digest import tagged_digest, text, u64
 from ostinato.replay import CONCURRENCY, Elsewhere, bounded_gather
+from ostinato.signature import inclusion_fault
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 COUNT = 16
@@ -45,7 +46,7 @@ async def challenge(
     ] = None,
 ) -> bool:
     """Runs recorded items again at another sidecar, chosen at random. Exit code 0: all match; 1: an output differs, or a record
-    is not consistent; 3: some could not be compared."""
+    is not consistent; 3: some could not be compared. Signatures are for `verify`."""
     name, content = content_of(file)
     known = Records()
     for place, value in json_values(name, content):
@@ -69,12 +70,15 @@ async def challenge(
     counts = ", ".join(f"{verdicts[each]} {each}" for each in VERDICTS)
     if session.json:
         told = {each.replace(" ", "_"): verdicts[each] for each in VERDICTS}
+        told |= {"without_input": known.without_input, "without_output": known.without_output}
         show.as_json({"challenge": {"seed": str(seed), "records": len(known.records), "chosen": len(chosen)} | told})
     else:
         show.line(f"{counts}; {len(chosen)} of {len(known.records)} records, seed {seed}")
+    if known.passed_over:
+        show.note(f"passed over: {known.without_input} records without input, {known.without_output} without output")
     if verdicts["diverged"] or verdicts[NOT_CONSISTENT]:
         raise typer.Exit(FAILED)
-    if verdicts["match"] < len(chosen):
+    if verdicts["match"] < len(chosen) or known.passed_over:
         raise typer.Exit(UNJUDGED)
     return True
 
@@ -94,9 +98,13 @@ class Records:
     def __init__(self) -> None:
         self.records: dict[tuple[str, int], sequencer_pb2.ItemRecord] = {}
         """By log and sequence."""
-        self.without_input = 0
+        self.without_input = self.without_output = 0
         self._admitted: dict[tuple[str, int], sequencer_pb2.ItemRecord] = {}
         self._previous: sequencer_pb2.Entry | None = None
+
+    @property
+    def passed_over(self) -> int:
+        return self.without_input + self.without_output
 
     def take(self, place: str, value: Any) -> None:
         """One line. Raises BadParameter for what is no record."""
@@ -104,13 +112,22 @@ class Records:
             if isinstance(value, Exception):
                 raise ValueError(str(value))
             for record in self._records(value):
-                if record.HasField("input") and record.result.HasField("output"):
-                    record.outcome.CopyFrom(record.result.receipt.header)  # what a receipt does not cover is not relied on
-                    self.records[record.admitted.log_id, record.admitted.sequence] = record
+                if not record.result.HasField("output"):
+                    self.without_output += 1
+                elif not record.HasField("input"):
+                    self.without_input += 1
                 else:
-                    self.without_input += record.result.HasField("output")
+                    self._add(record)
         except (ValueError, DecodeError, RecursionError, json_format.ParseError) as error:
             raise wrong(f"{place}: {error}") from None
+
+    def _add(self, record: sequencer_pb2.ItemRecord) -> None:
+        """ValueError: a record of the same item says something else."""
+        record.outcome.CopyFrom(record.result.receipt.header)  # what a receipt does not cover is not relied on
+        known = self.records.setdefault((record.admitted.log_id, record.admitted.sequence), record)
+        said = [(each.input, each.result.output, each.result.receipt.entry_hash) for each in (known, record)]
+        if said[0] != said[1]:
+            raise ValueError(f"another record of sequence {record.admitted.sequence} of this log is there")
 
     def _records(self, given: Any) -> Iterator[sequencer_pb2.ItemRecord]:
         if isinstance(given, list):
@@ -136,9 +153,14 @@ class Records:
         if header.kind == types_pb2.ENTRY_KIND_ADMITTED and entry.payload:
             given = sequencer_pb2.AdmittedPayload.FromString(entry.payload)
             self._admitted[name] = sequencer_pb2.ItemRecord(admitted=header, input=given)
-        elif header.kind == types_pb2.ENTRY_KIND_COMPLETED and entry.payload and previous is not None:
-            record, completed = self._admitted.pop(name, None), sequencer_pb2.CompletedPayload.FromString(entry.payload)
-            if record is not None:
+        elif header.kind in chain.OUTCOMES:
+            record = self._admitted.pop(name, None)
+            if header.kind != types_pb2.ENTRY_KIND_COMPLETED or not entry.payload:
+                self.without_output += 1
+            elif record is None or previous is None:
+                self.without_input += 1
+            else:
+                completed = sequencer_pb2.CompletedPayload.FromString(entry.payload)
                 receipt = chain.receipt(header, previous.entry_hash, entry.entry_hash, completed.nonce)
                 record.outcome.CopyFrom(header)
                 record.result.CopyFrom(
@@ -159,7 +181,11 @@ async def _runs(elsewhere: Elsewhere, chosen: Sequence[sequencer_pb2.ItemRecord]
 
 
 def _faults(record: sequencer_pb2.ItemRecord) -> list[str]:
-    return chain.check_record(record) if record.result.HasField("receipt") else ["receipt: missing"]
+    if not record.result.HasField("receipt"):
+        return ["receipt: missing"]
+    receipt = record.result.receipt
+    fault = inclusion_fault(receipt) if receipt.HasField("head") else ""
+    return chain.check_record(record) + ([f"receipt.{fault}"] if fault else [])
 
 
 def _verdict(record: sequencer_pb2.ItemRecord, comparison: types_pb2.Comparison) -> str:
