@@ -279,12 +279,28 @@ def prune(store: SqlStore, old: Callable[[types_pb2.EntryHeader], bool], now_mil
 def redact(store: SqlStore, sequences: Iterable[int], now_millis: int) -> int:
     """Drop the payloads of these items, whether they are kept or not; returns how many were. Raises JournalUnusable, and drops
     nothing, if one of them is unknown or has not ended."""
-    wanted = sorted(set(sequences))
+    wanted, gone = sorted(set(sequences)), set[int]()
     for sequence in wanted:
         found = store.items(sequence, sequence, 1)
         if not found:
             raise JournalUnusable(f"{store.name}: there is no sequence {sequence}")
         if found[0].outcome is None:
             raise JournalUnusable(f"{store.name}: sequence {sequence} has not ended: its payload is needed to finish it")
+        if not found[0].admitted.payload and not found[0].outcome.payload:
+            gone.add(sequence)
     store.forget(wanted)
-    return store.drop(wanted, "request", now_millis)
+    told = _pruned(store, gone) if gone else gone  # of what was deleted beside the programs the entry has yet to say it
+    return store.drop([sequence for sequence in wanted if sequence not in told], "request", now_millis)
+
+
+def _pruned(store: SqlStore, sequences: set[int]) -> set[int]:
+    """Those of the sequences that a PRUNED entry names."""
+    named, index = set[int](), 1
+    while page := store.entries(index, PAGE, payloads=False):
+        for header in (entry.header for entry in page if entry.header.kind == types_pb2.ENTRY_KIND_PRUNED):
+            with suppress(DecodeError):
+                (entry,) = store.entries(header.index, 1, payloads=True)
+                ranges = sequencer_pb2.PrunedPayload.FromString(entry.payload).ranges
+                named |= {each for each in sequences if any(run.first <= each <= run.last for run in ranges)}
+        index += len(page)
+    return named
