@@ -27,6 +27,7 @@ VERDICT_BYTES = 2048
 SIGNED_BYTES = 1024
 """A receipt's signed head and path, at worst."""
 
+GRADES = frozenset(types_pb2.Grade.values())
 NUL, HAS_NUL = "\0", "must not have a NUL character: databases cannot store it"
 
 
@@ -54,7 +55,7 @@ def _violations(request: generation_pb2.GenerateRequest, settings: Settings) -> 
             yield Violation(field, f"has {size} bytes, at most {most} are allowed")
         if NUL in getattr(request, field):
             yield Violation(field, HAS_NUL)
-    if request.required_grade not in types_pb2.Grade.values():
+    if request.required_grade not in GRADES:
         yield Violation("required_grade", f"{request.required_grade} is no grade")
 
 
