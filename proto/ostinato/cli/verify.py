@@ -187,8 +187,8 @@ class Checks:
         self.faults: list[str] = []
         self.on_trust = 0
         """Entries whose previous entry is unknown. The next entry names them; nothing else about them can be verified."""
-        self.beside: set[str] = set()
-        """What else is in the files that is no proof, and claims a result."""
+        self.beside = Counter[str]()
+        """What the files have beside proofs that nothing proves."""
         self.uncovered: set[str] = set()
         """Fields that nothing covers."""
         self.signers: set[str] = set()
@@ -276,7 +276,7 @@ class Checks:
             if event.HasField("finished"):
                 self._result(place, event.finished)
             else:
-                self.beside.add("events other than finished have no receipt")
+                self.beside["events other than finished have no receipt"] += 1
         elif "admitted" in given:
             self._record(place, json_format.ParseDict(given, sequencer_pb2.ItemRecord()))
         elif given.keys() & {"output", "status", "receipt"}:
@@ -298,7 +298,7 @@ class Checks:
         elif result.HasField("output"):
             self._fault(place, CONSISTENT, ["receipt: missing"])
         else:
-            self.beside.add(f"a result without output has no receipt ({place})")
+            self.beside["a result without output has no receipt"] += 1
 
     def _record(self, place: str, record: sequencer_pb2.ItemRecord) -> None:
         place = f"{place}: sequence {record.admitted.sequence}"
@@ -308,7 +308,7 @@ class Checks:
         else:
             missing = ["receipt: missing"] if record.result.HasField("output") else []
             self._fault(place, CONSISTENT, [*chain.check_record(record), *missing])
-            self.beside.add(f"a record without output has no receipt ({place})")
+            self.beside["a record without output has no receipt"] += 1
 
     def _stamp(self, place: str, response: generation_pb2.GenerateResponse) -> None:
         stamp = response.stamp
@@ -324,7 +324,7 @@ class Checks:
         if answer.log_id != head.log_id:
             self._fault(place, CONSISTENT, ["log_id: is not that of the signed head"])
         if answer.index != head.last_index:
-            self.beside.add(f"the signed head is not of the entry that index says ({place})")
+            self.beside["the signed head is not of the entry that index says"] += 1
         elif answer.entry_hash != head.entry_hash:
             self._fault(place, CONSISTENT, ["entry_hash: is not that of the signed head"])
         self._name_uncovered(answer)
@@ -365,7 +365,7 @@ class Checks:
         faults = _payload_faults(entry, decoded)
         if previous is None and entry.header.index != 1:
             self.on_trust += 1
-            self.beside.add(f"the entry before it is unknown, so its content is on trust ({place})")
+            self.beside["the entry before it is unknown, so its content is on trust"] += 1
             self._fault(place, CONSISTENT, faults)
             self._claim(entry.header.log_id, entry.header.index, entry.entry_hash, place)
             self._runs.append([])
@@ -481,7 +481,8 @@ class Checks:
                 why.add("the witness has no head that covers it" if CHAINED in proof.holds else "it is not chained")
             if proof.text is False:
                 why.add("the text is not covered by a digest (form 0)")
-        return sorted((why | self.beside) - {""})
+        why |= {f"{each} ({count} times)" if count > 1 else each for each, count in self.beside.items()}
+        return sorted(why - {""})
 
     @property
     def code(self) -> int:
