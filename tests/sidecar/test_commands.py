@@ -207,6 +207,18 @@ def test_an_import_without_heads(store: SqliteKit, run: Said, tmp_path: Path) ->
     assert "no signed head" in run("import", tmp_path / "lines", "--journal", tmp_path / "other.db", code=1)
 
 
+def test_a_head_that_was_lost(store: SqliteKit, run: Said, tmp_path: Path) -> None:
+    """A transaction whose end was damaged has lost its signed head: it is taken in, and verify asks for none once the loss is
+    accepted."""
+    with closing(apsw.Connection(str(store.path))) as db:
+        db.execute("UPDATE entries SET header = x'ffff' WHERE entry_index = 6")
+    run("export", tmp_path / "lines", "--until-damage", "--journal", store.path)
+    run("import", tmp_path / "lines", "--journal", tmp_path / "other.db")
+    assert "entry 5, COMPLETED: no signed head" in run("verify", "--journal", tmp_path / "other.db", code=1)
+    run("accept-loss", "--through", 9, "--journal", tmp_path / "other.db")
+    assert "7 entries are sound" in run("verify", "--journal", tmp_path / "other.db")
+
+
 def test_a_signing_key(run: Said, tmp_path: Path) -> None:
     """A new file gets a key that only its owner can read, and its public key is printed; a file that exists stays, and says its
     own. What is no such key is refused."""
