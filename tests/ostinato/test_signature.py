@@ -137,7 +137,8 @@ def test_every_field_of_a_head_is_signed(field: str) -> None:
     assert keys.add(SIGNER.public_pem.encode()) == head.key_id
     assert keys.verify(head)
     value = getattr(head, field)
-    changed = value + 1 if isinstance(value, int) else value[:-1] + (b"\0" if isinstance(value, bytes) else "0")
+    last = bytes([value[-1] ^ 1]) if isinstance(value, bytes) else "0"
+    changed = value + 1 if isinstance(value, int) else value[:-1] + last
     setattr(head, field, changed)
 
     assert not keys.verify(head)
