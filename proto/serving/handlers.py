@@ -158,7 +158,6 @@ class _Method:
         self._endless = self._standard and self._gives_stream
         self._open = path.startswith(WITHOUT_CREDENTIALS)
         self._observed = not self._standard or (guard.credentials.required and not self._open)
-        self._identified = self._observed and not self._open and guard.credentials.required
         self._labels = path.strip("/").rpartition("/")[::2]
         self._seconds = guard.seconds.labels(*self._labels) if self._observed else None
         self._codes: dict[str, Counter] = {}
@@ -207,7 +206,7 @@ class _Method:
 
     def _admit(self, context: Context) -> None:
         """Identifies the caller. Raises Unauthenticated, PermissionDenied or QueueFull."""
-        if self._identified:
+        if self._observed and not self._open:
             CALLER.set(identity := self._guard.credentials.identify(context))
             if self._standard:
                 identity.require_admin(self._path)
