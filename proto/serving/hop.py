@@ -16,6 +16,7 @@ Without TLS, a process on the way between the two can still read and change what
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import os
@@ -106,6 +107,8 @@ class ServiceEnd(engine_pb2_grpc.HopServicer):
             self._refused.add(uid)
             _log.warning("another user's process was refused", extra={"uid": uid, "own_uid": os.geteuid()})
         writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
     def close(self) -> None:
         for server in self._peers:
