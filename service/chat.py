@@ -125,7 +125,7 @@ def _parsed(text: str, kind: type[list[Json] | dict[str, Json]], path: str) -> A
     if not text:
         return None
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise invalid(path, f"is not JSON: {error}") from None
     if not isinstance(value, kind):
@@ -150,8 +150,9 @@ def _inner(value: Json) -> Sequence[Json]:
     return value if isinstance(value, list) else ()
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number of JSON")
+def refuse_constant(name: str) -> NoReturn:
+    """Of `json.loads`, which would take NaN and the infinities. Raises ValueError."""
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _mapped(value: Json, change: Callable[[str], str]) -> Any:

@@ -14,11 +14,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from ostinato.v1 import engine_pb2, types_pb2
 
-from service.chat import DEPTH_MAX, depth
+from service.chat import DEPTH_MAX, depth, refuse_constant
 from service.engines.base import Vocabulary
 
 _CALL, _CALLED = "<tool_call>", "</tool_call>"
@@ -97,11 +97,7 @@ def _decoded(text: str, place: int) -> tuple[object, int]:
     return _JSON.raw_decode(text, place)
 
 
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON value")
-
-
-_JSON = json.JSONDecoder(parse_constant=_refuse)
+_JSON = json.JSONDecoder(parse_constant=refuse_constant)
 
 
 def _call(value: object, arguments: str) -> Call:

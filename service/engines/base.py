@@ -18,7 +18,7 @@ from ostinato.errors import EngineFailed, to_status
 from ostinato.v1 import engine_pb2, types_pb2
 
 from service.answer import Answer, TokenTable
-from service.chat import ChatVocabulary
+from service.chat import ChatVocabulary, refuse_constant
 
 SOURCE_BYTES_MAX = 65_536
 """Of a grammar."""
@@ -216,13 +216,10 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def _json(text: str) -> Any:
+    source = bounded(text)
     try:
-        return json.loads(bounded(text), parse_constant=_refuse_constant)
+        return json.loads(source, parse_constant=refuse_constant)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"is not JSON: {error}") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"is not JSON: {name} is not a JSON value")

@@ -21,7 +21,7 @@ from google.protobuf import json_format
 
 from ostinato import errors, requests
 from ostinato.cli import show
-from ostinato.cli.generate import SAMPLING, Screen, sampling_of, text_or_file
+from ostinato.cli.generate import SAMPLING, Screen, TemplateKwargs, Tools, chat_arguments, sampling_of
 from ostinato.cli.session import Session, usage
 from ostinato.client import Client
 from ostinato.compare import first_difference
@@ -89,20 +89,16 @@ def chat(
     history: Annotated[
         Path | None, typer.Option(help="Keeps the conversation, and continues it.", metavar="FILE", show_default=False)
     ] = None,
-    tools: Annotated[str | None, typer.Option(help="A JSON list of tools, or @ and a file.", metavar="JSON|@FILE")] = None,
-    template_kwargs: Annotated[
-        str | None, typer.Option(help="A JSON object of arguments of the chat template.", metavar="JSON|@FILE")
-    ] = None,
+    tools: Tools = None,
+    template_kwargs: TemplateKwargs = None,
     **sampling: Annotated[Any, SAMPLING],
 ) -> bool:
     """A conversation in the terminal. /again asks for the last answer once more and says MATCH, or where it parted."""
     if session.json:
         raise typer.BadParameter("--json: is for commands that print records; generate --messages prints an answer as JSON")
-    given = {"tools": tools and text_or_file("--tools", tools)}
-    given["template_kwargs"] = template_kwargs and text_or_file("--template-kwargs", template_kwargs)
     with usage():
         parameters = requests.parameters(sampling_of(sampling)) or types_pb2.Parameters()
-    options = {name: value for name, value in given.items() if value}
+    options = chat_arguments(tools, template_kwargs)
     with ExitStack() as stack:
         file = stack.enter_context(_locked(history)) if history is not None else None
         conversation = Conversation(parameters, options, file, _read(file, history) if file is not None else [])

@@ -99,6 +99,18 @@ class GenerateOptions:
         return min(self.batch, (await client.model(timeout=timeout)).limits.batch_items_max or self.batch)
 
 
+Tools = Annotated[str | None, typer.Option(help="A JSON list of tools, for chats; or @ and a file.", metavar="JSON|@FILE")]
+TemplateKwargs = Annotated[
+    str | None, typer.Option(help="A JSON object of arguments of the chat template.", metavar="JSON|@FILE")
+]
+
+
+def chat_arguments(tools: str | None, template_kwargs: str | None) -> dict[str, str]:
+    """Those of the two options that are given, as `requests.chat` takes them."""
+    given = {"tools": tools, "template_kwargs": template_kwargs}
+    return {name: _text_or_file(_option(name), value) for name, value in given.items() if value}
+
+
 def generate(
     session: Session,
     texts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; - reads stdin, one per line.")] = None,
@@ -107,12 +119,8 @@ def generate(
     messages: Annotated[
         str | None, typer.Option(help="A chat as one prompt: a JSON list of messages, or @ and a file.", metavar="JSON|@FILE")
     ] = None,
-    tools: Annotated[
-        str | None, typer.Option(help="A JSON list of tools, for chats; or @ and a file.", metavar="JSON|@FILE")
-    ] = None,
-    template_kwargs: Annotated[
-        str | None, typer.Option(help="A JSON object of arguments of the chat template.", metavar="JSON|@FILE")
-    ] = None,
+    tools: Tools = None,
+    template_kwargs: TemplateKwargs = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Copies of each prompt; --seed is the same for all.")] = 1,
     chat: Annotated[bool, typer.Option("--chat", help="A text is a user's message, not a text to continue.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Prompts in a request, at most the model's limit.")] = 32,
@@ -138,10 +146,8 @@ def generate(
     with usage():
         parameters = sampling_of(sampling)
         common = requests.batch(types_pb2.Item(), key or "", request_id, require_grade, parameters, verify=verify)
-    tools, template_kwargs = (
-        given and text_or_file(option, given) for option, given in (("--tools", tools), ("--template-kwargs", template_kwargs))
-    )
-    prompts = partial(_prompts, texts or [], file, n, ChatOptions(chat, messages, tools, template_kwargs))
+    chats = ChatOptions(chat, messages, chat_arguments(tools, template_kwargs))
+    prompts = partial(_prompts, texts or [], file, n, chats)
     options = GenerateOptions(prompts, common, batch, concurrency, progress, max_response_bytes)
     if output is not None:
         if file is None or str(file) == STDIN or texts or stream:
@@ -165,7 +171,7 @@ def sampling_of(given: Mapping[str, Any]) -> requests.Sampling:
     if len(formats) > 1:
         raise wrong(f"{', '.join(map(_option, formats))}: give one of them")
     for name, value in formats.items():
-        made["response_format"] = {name: value if name == "regex" else text_or_file(_option(name), value)}
+        made["response_format"] = {name: value if name == "regex" else _text_or_file(_option(name), value)}
     return cast(requests.Sampling, made)
 
 
@@ -173,7 +179,7 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def text_or_file(option: str, given: str) -> str:
+def _text_or_file(option: str, given: str) -> str:
     """The text, or after @ that of a file."""
     if not given.startswith("@"):
         return given
@@ -233,13 +239,13 @@ class ChatOptions:
     chat: bool
     """A text is a chat of one message."""
     messages: str | None
-    tools: str | None
-    template_kwargs: str | None
+    arguments: Mapping[str, str]
+    """As of `chat_arguments`."""
 
     def prompts(self) -> Iterator[Prompt]:
         if self.messages is not None:
             with usage("--messages"):
-                given = json.loads(text_or_file("--messages", self.messages), parse_constant=_no_constant)
+                given = json.loads(_text_or_file("--messages", self.messages), parse_constant=_no_constant)
                 yield Prompt(types_pb2.Item(chat=requests.chat(given)), "--messages")
 
     def applied(self, prompt: Prompt) -> Prompt:
@@ -249,11 +255,9 @@ class ChatOptions:
                 item.parameters.CopyFrom(prompt.item.parameters)
             prompt = Prompt(item, prompt.place)
         if prompt.item.HasField("chat"):
-            chat = prompt.item.chat
-            if self.tools is not None and not chat.tools:
-                chat.tools = self.tools
-            if self.template_kwargs is not None and not chat.template_kwargs:
-                chat.template_kwargs = self.template_kwargs
+            for name, value in self.arguments.items():
+                if not getattr(prompt.item.chat, name):
+                    setattr(prompt.item.chat, name, value)
         return prompt
 
 
