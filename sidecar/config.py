@@ -17,9 +17,10 @@ from sidecar.held import COPIES
 from sidecar.held import Bounds as HeldBounds
 
 _KEYWORDS = re.compile(
-    r"(^|\s)(host|hostaddr|port|dbname|user|password|passfile|service|servicefile|options|ssl\w+|target_session_attrs)\s*="
+    r"(^|[\s\"'])(host|hostaddr|port|dbname|user|password|passfile|service|servicefile|options|ssl\w+|target_session_attrs)\s*=",
+    re.IGNORECASE,
 )
-_SCHEME = re.compile(r"[a-z][a-z0-9+.:-]*:/|postgres(ql)?:", re.IGNORECASE)
+_SCHEME = re.compile(r"[\s\"'<]*([a-z][a-z0-9+.:-]*:/|postgres(ql)?:)", re.IGNORECASE)
 _HOSTS = r"(?:[\w.,-]|%2F|\[[\da-fA-F:.]+\]|:\d+(?=[,/?]|$))*"
 _SOUND = re.compile(rf"postgres(?:ql)?://(?:[^?]*@)?({_HOSTS}(?:/[\w-]*)?)(?:\?[^@]*)?")
 """A URL whose host and name cannot be parts of a password."""

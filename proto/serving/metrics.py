@@ -1,19 +1,21 @@
 """A registry of our own, and the page that Prometheus scrapes.
 
-prometheus_client's default registry is not used: another library in the process may unregister what is in it. Its server is not
-used either: it has a thread for each connection, and no bound of time or number.
+prometheus_client's default registry is not used: another library in the process may unregister what is in it. Of its server
+only the page is used: the rest has a thread for each connection, and no bound of time or number.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 import socket
+import sys
 import threading
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from wsgiref.handlers import SimpleHandler
+from wsgiref.types import WSGIApplication
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, make_wsgi_app
 
@@ -26,8 +28,6 @@ CONNECTION_SECONDS = 5.0
 """For the whole request to arrive, and for the whole page to be taken."""
 HEAD_BYTES_MAX = 8192
 """Of a request: its first line and its header fields."""
-
-App = Callable[[dict[str, str], Callable[..., object]], Iterable[bytes]]
 
 
 def registry() -> CollectorRegistry:
@@ -83,73 +83,45 @@ def serve_metrics(registry: CollectorRegistry, address: str) -> MetricsServer:
     return MetricsServer(port_number, loop, stop, thread)
 
 
-async def _serve(listening: socket.socket, app: App, stop: asyncio.Event) -> None:
-    loop, connections = asyncio.get_running_loop(), list[_Connection]()
+async def _serve(listening: socket.socket, app: WSGIApplication, stop: asyncio.Event) -> None:
+    """One request a connection, until `stop`."""
+    connections = list[asyncio.StreamWriter]()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        if len(connections) > CONNECTIONS_MAX:
+            connections.pop(0).transport.abort()
+        try:
+            async with asyncio.timeout(CONNECTION_SECONDS):
+                writer.write(_answer(app, await reader.readuntil(b"\r\n\r\n")))
+                writer.close()
+                await writer.wait_closed()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            writer.transport.abort()  # at once, whatever is not sent yet
+        finally:
+            if writer in connections:
+                connections.remove(writer)
+
     # asyncio accepts as many as its backlog at once, before it looks at the first. The kernel may keep more of them waiting.
-    made = lambda: _Connection(loop, app, connections)  # noqa: E731
-    server = await loop.create_server(made, sock=listening, backlog=CONNECTIONS_MAX)
+    server = await asyncio.start_server(answer, sock=listening, limit=HEAD_BYTES_MAX, backlog=CONNECTIONS_MAX)
     listening.listen(BACKLOG)
     await stop.wait()
     server.close()
-    for connection in tuple(connections):
-        connection.abort()
-    await asyncio.sleep(0)  # the aborted ones close their sockets
+    for connection in connections:
+        connection.transport.abort()
+    await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
 
 
-class _Connection(asyncio.Protocol):
-    """One request, one answer, and the end."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, app: App, others: list[_Connection]) -> None:
-        self._app, self._others = app, others
-        self._head = b""
-        self._answered = False
-        self._late = loop.call_later(CONNECTION_SECONDS, self.abort)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self._others.append(self)
-        if len(self._others) > CONNECTIONS_MAX:
-            self._others[0].abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._late.cancel()
-        with contextlib.suppress(ValueError):
-            self._others.remove(self)
-
-    def abort(self) -> None:
-        """Closes at once, whatever is not sent yet."""
-        with contextlib.suppress(ValueError):
-            self._others.remove(self)
-        self._transport.abort()
-
-    def data_received(self, data: bytes) -> None:
-        if self._answered:
-            return
-        self._head += data
-        head, end, _ = self._head.partition(b"\r\n\r\n")
-        if end:
-            self._answered = True
-            self._transport.write(_answer(self._app, head))
-            self._transport.close()
-        elif len(self._head) > HEAD_BYTES_MAX:
-            self.abort()
-
-
-def _answer(app: App, head: bytes) -> bytes:
+def _answer(app: WSGIApplication, head: bytes) -> bytes:
     """The whole response to a request's first line and header fields."""
     line, *fields = head.decode("latin-1").split("\r\n")
     method, target, version, *_ = [*line.split(" "), "", ""]
     if not version.startswith("HTTP/1."):
-        return b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+        return b"HTTP/1.0 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
     path, _, query = target.partition("?")
-    environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query}
+    environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "SERVER_PROTOCOL": version}
     for name, _, value in (field.partition(":") for field in fields):
-        if name.lower() in ("accept", "accept-encoding"):
-            environ[f"HTTP_{name.upper().replace('-', '_')}"] = value.strip()
-    said: list[Any] = []
-    body = b"".join(app(environ, lambda status, headers: said.extend((status, headers))))
-    status, headers = said
-    lines = [f"HTTP/1.1 {status}", "Connection: close", f"Content-Length: {len(body)}"]
-    lines += [f"{name}: {value}" for name, value in headers]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+        environ[f"HTTP_{name.upper().replace('-', '_')}"] = value.strip()
+    response = io.BytesIO()
+    SimpleHandler(io.BytesIO(), response, sys.stderr, environ).run(app)
+    return response.getvalue()

@@ -62,6 +62,7 @@ _IN_TOML: Mapping[type, tuple[tuple[type, ...], str]] = {
 """What a setting of each type may be in a file."""
 _PASSWORD = re.compile(r"(?<=://)[^\s\"]*(?=@)|(?<=password=)[^&\s\"]*")
 """Of a URL: all before the host. In a malformed URL it is not certain where the name ends and the password begins."""
+_NAMES_DATABASE = re.compile("password|://", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """In a text; tabs and newlines may be there: a setting may be JSON."""
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_(TCP|UDP|SCTP)\w*)?$")
@@ -310,7 +311,7 @@ def _flags(program: str, options: Sequence[_Option], argv: Sequence[str]) -> tup
     except ValueError as error:
         return vars(given), [str(error)]
     names = [f"--{CONFIG}", *(option.flag for option in options)]
-    hidden = "***" if any("password" in each for each in argv) else ""  # words of a database's name, which was not in quotes
+    hidden = "***" if _NAMES_DATABASE.search(" ".join(argv)) else ""  # words of a database's name, which was not in quotes
     problems, value_may_follow = [], False
     for stray in strays:
         if stray.startswith("-"):

@@ -104,13 +104,22 @@ LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1|[/@].*|")
 """Hosts on this machine, unix sockets among them; empty: libpq's own socket."""
 
 
-def check_verified(url: str) -> None:
-    """Raises JournalUnusable for a server on the network whose certificate and name would not be verified. libpq's environment
-    counts; a service file counts as the network, without an sslmode."""
+def _parameters(url: str) -> dict[str, Any]:
+    """Those that the URL names. Raises JournalUnusable if it cannot be read, or if its host or name may be a part of a
+    password, which messages would show."""
     try:
         given = conninfo_to_dict(url)
     except psycopg.ProgrammingError:
         raise JournalUnusable(UNREADABLE) from None
+    if not (_HOSTS.fullmatch(str(given.get("host", ""))) and _NAME.fullmatch(str(given.get("dbname", "")))):
+        raise JournalUnusable(UNREADABLE)
+    return given
+
+
+def check_verified(url: str) -> None:
+    """Raises JournalUnusable for a server on the network whose certificate and name would not be verified. libpq's environment
+    counts; a service file counts as the network, without an sslmode."""
+    given = _parameters(url)
     ours = {each.keyword.decode(): (each.val or b"").decode() for each in psycopg.pq.Conninfo.get_defaults()}
     ours |= {name: str(value) for name, value in given.items()}
     hosts = (ours.get("hostaddr") or ours.get("host") or "").split(",")
@@ -137,13 +146,7 @@ class Database:
     def __init__(
         self, url: str, *, name: str, lease_seconds: float = 0.0, seconds: Callable[[], float] = time.monotonic
     ) -> None:
-        ours = {**_PARAMETERS, "application_name": f"ostinato {name}"}
-        try:
-            given = conninfo_to_dict(url)
-        except psycopg.ProgrammingError:
-            raise JournalUnusable(UNREADABLE) from None
-        if not (_HOSTS.fullmatch(str(given.get("host", ""))) and _NAME.fullmatch(str(given.get("dbname", "")))):
-            raise JournalUnusable(UNREADABLE)  # libpq's errors would show parts of a password as names
+        given, ours = _parameters(url), {**_PARAMETERS, "application_name": f"ostinato {name}"}
         self._parameters = make_conninfo(url, **{name: value for name, value in ours.items() if name not in given})
         self.lease_seconds = lease_seconds
         self._seconds = seconds

@@ -135,7 +135,7 @@ def test_a_half_request_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_protocol(said: bytes) -> None:
     """What is no request of HTTP/1 is answered with 400."""
     with contextlib.closing(serve_metrics(registry(), "127.0.0.1:0")) as served, half(served.port, said) as connection:
-        assert connection.makefile("rb").readline() == b"HTTP/1.1 400 Bad Request\r\n"
+        assert connection.makefile("rb").readline() == b"HTTP/1.0 400 Bad Request\r\n"
 
 
 def test_the_page_is_for_reading() -> None:
@@ -144,7 +144,7 @@ def test_the_page_is_for_reading() -> None:
     Counter("ostinato_here", "here", registry=mine).inc()
     with contextlib.closing(serve_metrics(mine, "127.0.0.1:0")) as served:
         with half(served.port, b"POST /metrics HTTP/1.1\r\n\r\n") as connection:
-            assert connection.makefile("rb").readline() == b"HTTP/1.1 405 Method Not Allowed\r\n"
+            assert connection.makefile("rb").readline() == b"HTTP/1.0 405 Method Not Allowed\r\n"
         said = b"GET /metrics?name[]=ostinato_here_total HTTP/1.1\r\nAccept-Encoding: gzip\r\n\r\n"
         with half(served.port, said) as connection:
             head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")

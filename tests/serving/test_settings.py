@@ -359,6 +359,7 @@ def test_a_misspelt_flag_is_named_with_what_is_near(capsys: pytest.CaptureFixtur
     assert refusal(capsys, ["--queue-item", "5"]) == "sidecar: --queue-item: names no setting; did you mean --queue-items?\n"
     assert refusal(capsys, ["--confg=x"]) == "sidecar: --confg: names no setting; did you mean --config?\n"
     assert refusal(capsys, ["5"]) == "sidecar: '5': is no flag\n"
+    assert "ger" not in refusal(capsys, ["--writer", "postgresql://me:Ti", "ger@h/x"])
     assert refusal(capsys, ["--audit=maybe"]).startswith("sidecar: --audit/--no-audit: ")
     assert refusal(capsys, ["--writer"]) == "sidecar: --writer: expected one argument\n"
 

@@ -70,6 +70,9 @@ def test_what_cannot_be_meant_is_refused(argv: list[str], words: str, capsys: py
         "POSTGRESQL://me:Tiger@h/x",
         "jdbc:postgresql://h/x?password=Tiger",
         "pgsql://me:Tiger@h/x",
+        " postgresql://me:Tiger@h/x",
+        "'postgresql://me:Tiger@h/x'",
+        "PASSWORD=Tiger",
     ],
 )
 @pytest.mark.parametrize("form", ["flag", "variable", "command"])
