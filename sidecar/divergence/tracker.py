@@ -16,7 +16,7 @@ import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -24,7 +24,7 @@ from ostinato import enums, errors
 from ostinato.v1 import types_pb2
 
 from sidecar.divergence.statistics import CONFIDENCE, Evidence, Rate, Series, Share
-from sidecar.divergence.verdicts import CollisionCheck, Compared, Event, GroupKey, Moment, NotCompared, events
+from sidecar.divergence.verdicts import CollisionCheck, Compared, Event, GroupKey, Moment, events
 from sidecar.journal.model import Note, Sealed
 from sidecar.journal.writer import Journal
 
@@ -49,7 +49,7 @@ SAVE_SECONDS = 30.0
 PAGE_ENTRIES = 256
 """Entries in one read of the journal."""
 VERSION = 2
-"""Of the checkpoint's format. Version 1 is converted. A newer one is ignored, and the journal is counted from its start."""
+"""Of the checkpoint's format. One of another version is ignored, and the journal is counted from its start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +73,13 @@ class Sums:
         return self.matched + self.diverged
 
     def __add__(self, other: Sums) -> Sums:
-        drift, first_differences = self.drift, self.first_differences
-        for name, count in other.drift.items():
-            drift = _plus(drift, name, count)
-        for bits, count in other.first_differences.items():
-            first_differences = _plus(first_differences, bits, count)
         return Sums(
             self.matched + other.matched,
             self.diverged + other.diverged,
             self.incomparable + other.incomparable,
-            drift,
+            _merged(self.drift, other.drift),
             self.compared_tokens + other.compared_tokens,
-            first_differences,
+            _merged(self.first_differences, other.first_differences),
             self.first_difference_tokens + other.first_difference_tokens,
         )
 
@@ -167,6 +162,10 @@ def _plus(counts: Mapping[K, V], key: K, value: V) -> Mapping[K, V]:
     return {**counts, key: counts[key] + value if key in counts else value}
 
 
+def _merged(counts: Mapping[K, int], more: Mapping[K, int]) -> Mapping[K, int]:
+    return {**counts, **{key: counts.get(key, 0) + value for key, value in more.items()}}
+
+
 @dataclass(frozen=True, slots=True)
 class RetiredGroups:
     """The sums of groups that differ only in their fingerprints and are no longer kept apart."""
@@ -190,17 +189,8 @@ class Counts:
 
     def after(self, event: Event) -> Counts:
         """The counts after one more event."""
-        match event:
-            case Compared():
-                return self._compared(event)
-            case CollisionCheck(collides=collides):
-                checks, found = self.collision_checks + 1, self.collisions + collides
-                return replace(self, collision_checks=checks, collisions=found)
-            case NotCompared(kind, reason):
-                reasons = _plus(self.not_compared.get(kind, {}), reason, 1)
-                return replace(self, not_compared={**self.not_compared, kind: reasons})
-
-    def _compared(self, event: Compared) -> Counts:
+        if isinstance(event, CollisionCheck):
+            return replace(self, collision_checks=self.collision_checks + 1, collisions=self.collisions + event.collides)
         others = tuple(each for each in self.groups if each.key != event.key)
         group = next((each for each in self.groups if each.key == event.key), Group(event.key, event.at, event.at))
         groups = (*others, group.after(event))
@@ -208,6 +198,10 @@ class Counts:
         for dropped in groups[:-GROUPS_MAX]:
             retired = _retire(retired, dropped)
         return replace(self, groups=groups[-GROUPS_MAX:], retired=retired)
+
+    def without_verdict(self, kind: str, reason: str) -> Counts:
+        """The counts after a second run that was due and gave no verdict."""
+        return replace(self, not_compared={**self.not_compared, kind: _plus(self.not_compared.get(kind, {}), reason, 1)})
 
     @property
     def all_sums(self) -> tuple[tuple[GroupKey, Sums], ...]:
@@ -284,14 +278,24 @@ class DivergenceTracker:
             self._early += entries
             return
         for event in self._count(entries):
-            _log_divergence(event)
+            if isinstance(event, Compared) and event.diverged:  # the observer logs collisions: it has the item's parameters
+                log.error(
+                    "diverged",
+                    extra={
+                        "sequence": event.comparison.sequence,
+                        "kind": event.key.kind,
+                        "grade": event.key.grade,
+                        "first_difference": event.comparison.first_difference,
+                        "index": event.at.index,
+                    },
+                )
         if self.index - self._saved.index >= SAVE_ENTRIES:
             self._save_now.set()
 
     def not_compared(self, kind: types_pb2.ComparisonKind.ValueType, reason: str) -> None:
         """Count a second run that was due and gave no verdict."""
-        event = NotCompared(enums.word(types_pb2.ComparisonKind, kind).lower(), reason)
-        self._current = replace(self._current, counts=self.counts.after(event))
+        word = enums.word(types_pb2.ComparisonKind, kind).lower()
+        self._current = replace(self._current, counts=self.counts.without_verdict(word, reason))
 
     async def run(self, journal: Journal) -> None:
         """Save checkpoints until cancelled."""
@@ -309,7 +313,7 @@ class DivergenceTracker:
                 await journal.append(Note(self._name, msgspec.json.encode(checkpoint)))
                 self._saved = checkpoint
 
-    def _count(self, entries: Sequence[Sealed]) -> list[Compared | CollisionCheck]:
+    def _count(self, entries: Sequence[Sealed]) -> list[Event]:
         if not entries:
             return []
         assert entries[0].header.index > self.index, "invariant 1: an entry is counted once"
@@ -327,54 +331,11 @@ def _read(note: bytes | None, head: int) -> Checkpoint:
     if note is None:
         return Checkpoint()
     try:
-        raw = msgspec.json.decode(note, type=dict[str, Any])
-        converted = msgspec.json.encode(_from_version_1(raw)) if raw.get("version") == 1 else note
-        checkpoint = msgspec.json.decode(converted, type=Checkpoint)
-    except (msgspec.DecodeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        checkpoint = msgspec.json.decode(note, type=Checkpoint)
+    except (msgspec.DecodeError, ValueError) as error:
         log.warning("the divergence checkpoint cannot be read; the journal is counted from its start: %s", error)
         return Checkpoint()
     if checkpoint.version != VERSION or checkpoint.index > head:
         log.warning("the divergence checkpoint is of another version or journal; the journal is counted from its start")
         return Checkpoint()
     return checkpoint
-
-
-def _from_version_1(old: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint of version 1, in the present format. A journal whose payloads were dropped cannot be counted again."""
-
-    def sums(group: dict[str, Any]) -> dict[str, Any]:
-        # By bit length of the token index at which the comparisons ended.
-        spans = group["spans"]
-        return {
-            **{name: group[name] for name in ("matched", "diverged", "incomparable", "drift")},
-            "compared_tokens": sum(each["diverged_tokens"] + each["clean_tokens"] for each in spans),
-            "first_differences": {bits: each["diverged"] for bits, each in enumerate(spans) if each["diverged"]},
-            "first_difference_tokens": sum(each["diverged_tokens"] for each in spans),
-        }
-
-    tally = old["tally"]
-    groups = [
-        {
-            **group,
-            "sums": sums(group),
-            "companies": {bits: share for bits, share in enumerate(group["companies"]) if share["compared"]},
-        }
-        for group in tally["strata"]
-    ]
-    retired = [{"key": group["key"], "sums": sums(group)} for group in tally["forgotten"]]
-    return {"version": VERSION, "index": old["index"], "counts": {**tally, "groups": groups, "retired": retired}}
-
-
-def _log_divergence(event: Compared | CollisionCheck) -> None:
-    """The observer logs collisions: it has the item's parameters."""
-    if isinstance(event, Compared) and event.diverged:
-        log.error(
-            "diverged",
-            extra={
-                "sequence": event.comparison.sequence,
-                "kind": event.key.kind,
-                "grade": event.key.grade,
-                "first_difference": event.comparison.first_difference,
-                "index": event.at.index,
-            },
-        )

@@ -63,18 +63,10 @@ class CollisionCheck:
     collides: bool
 
 
-@dataclass(frozen=True, slots=True)
-class NotCompared:
-    """A second run was due and gave no verdict. There is no entry for this."""
-
-    kind: str
-    reason: str
+Event = Compared | CollisionCheck
 
 
-Event = Compared | CollisionCheck | NotCompared
-
-
-def events(header: types_pb2.EntryHeader, payload: bytes) -> Iterator[Compared | CollisionCheck]:
+def events(header: types_pb2.EntryHeader, payload: bytes) -> Iterator[Event]:
     """The events of one entry, in order. There are none if its payload was dropped."""
     at = Moment(header.index, header.time_unix_millis)
     if header.kind == types_pb2.ENTRY_KIND_COMPLETED:

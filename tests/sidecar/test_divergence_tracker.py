@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,14 +17,12 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.divergence import tracker
 from sidecar.divergence.tracker import VERSION, Checkpoint, Counts, DivergenceTracker
-from sidecar.divergence.verdicts import CollisionCheck, Compared, GroupKey, Moment, NotCompared, events
+from sidecar.divergence.verdicts import events
 from sidecar.journal.model import Admission, Audit, Note, Outcome, Sealed
 from sidecar.journal.writer import Journal
 from tests.sidecar.journal_kit import SqliteKit, admission, completed, item, prompt
 
 WRITER = "writer"
-FIRST_DIFFERENCES = ((5, 9, "T 1"), (0, 1, "T 1"), (90, 2, "greedy"))
-"""Equal tokens, batch occupancy, sampling label."""
 COMPLETE, AUDIT, SAVE, CRASH = "complete", "audit", "save", "crash"
 
 lives = st.lists(
@@ -147,13 +144,12 @@ async def test_a_start_reads_only_new_entries(tmp_path: Path, monkeypatch: pytes
     [
         b"",
         b"no JSON",
-        b'{"version": 1, "index": "three"}',
-        b'{"version": 1, "index": 2, "tally": {"strata": [7], "forgotten": []}}',
+        b'{"version": 2, "index": "three"}',
         b"[1]",
         msgspec.json.encode(Checkpoint(version=VERSION + 1, index=2)),
         msgspec.json.encode(Checkpoint(index=1_000)),
     ],
-    ids=["empty", "garbage", "wrong type", "version 1, damaged", "no object", "newer version", "beyond the head"],
+    ids=["empty", "garbage", "wrong type", "no object", "newer version", "beyond the head"],
 )
 async def test_an_unusable_checkpoint(tmp_path: Path, kept: bytes) -> None:
     """With a checkpoint that is damaged, of another version, or ahead of the journal, the journal is counted from its start."""
@@ -164,48 +160,6 @@ async def test_an_unusable_checkpoint(tmp_path: Path, kept: bytes) -> None:
     await life.crash()
 
     assert life.tracker.counts == await life.everything() != Counts()
-    await life.journal.close()
-
-
-def comparison(
-    verdict: types_pb2.Verdict.ValueType, tokens: int, *, company: int = 0, sampling: str = "", drift: Sequence[str] = ()
-) -> types_pb2.Comparison:
-    return types_pb2.Comparison(verdict=verdict, compared_tokens=tokens, company=company, sampling=sampling, drift=drift)
-
-
-async def test_a_checkpoint_of_version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint of version 1 keeps all its counts: payloads may be gone by now, and some counts are in no entry."""
-    monkeypatch.setattr(tracker, "GROUPS_MAX", 2)
-    match, diverged = types_pb2.VERDICT_MATCH, types_pb2.VERDICT_DIVERGED
-    unknown = comparison(diverged, 7, company=1, sampling="T 1")
-    second, first, third = (comparison(diverged, tokens, company=c, sampling=s) for tokens, c, s in FIRST_DIFFERENCES)
-    for each in (second, first, third):
-        each.first_difference = each.compared_tokens
-    expected = Counts()
-    for place, (fingerprint, one) in enumerate(
-        [
-            ("a", comparison(match, 16, company=3, sampling="greedy")),
-            ("a", second),
-            ("a", first),
-            ("a", unknown),
-            ("a", comparison(types_pb2.VERDICT_INCOMPARABLE, 0, drift=["kv"])),
-            ("b", comparison(match, 300, company=2, sampling="greedy")),
-            ("c", third),
-            ("c", comparison(match, 4)),
-        ],
-        start=1,
-    ):
-        expected = expected.after(Compared(Moment(place, 60_000 * place), GroupKey("twin", "exact", fingerprint, False), one))
-    expected = expected.after(CollisionCheck(Moment(9, 9), 1, True)).after(NotCompared("audit", "QUEUE_FULL"))
-
-    life = await begun(tmp_path)
-    await life.complete(0)
-    old = json.loads((Path(__file__).parent / "divergence_checkpoint_1.json").read_text())
-    old["index"] = (await life.journal.head()).index
-    await life.journal.append(Note(f"divergence/{WRITER}", json.dumps(old).encode()))
-    await life.crash()
-
-    assert life.tracker.counts == expected
     await life.journal.close()
 
 
