@@ -80,7 +80,7 @@ class Sidecar:
             health_address=settings.health_listen,
             unwritten=self.held,
             write_seconds=settings.unread_seconds_max,
-            bounds=settings.intake,
+            bounds=settings,
         )
         backend, self.opened = open_journal(settings, wall_millis())
         self.journal = Journal(

@@ -6,9 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from serving.intake import CONNECTIONS_MAX
-from serving.intake import COPIES as INTAKE_COPIES
-from serving.intake import Bounds as IntakeBounds
+from serving import intake
 from serving.server import check_target
 from serving.settings import field
 
@@ -52,7 +50,7 @@ HOP_REMEDY = "use unix:/path, --engine-secret on both programs, or --engine-ca, 
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(intake.Bounds):
     """Flags of `python -m sidecar`, and environment variables OSTINATO_SIDECAR_…"""
 
     listen: tuple[str, ...] = field(("127.0.0.1:7001",), "addresses to listen on, host:port or unix:/path")
@@ -85,27 +83,12 @@ class Settings:
     log_format: str = field("human", "form of log lines", choices=("human", "json"))
     log_level: str = field("info", "least level of log lines", choices=("debug", "info", "warning", "error"))
     # bounds of a request
-    batch_items_max: int = field(256, "items in one request", minimum=1, maximum=4096)
-    message_bytes_max: int = field(4 << 20, "size of one request", minimum=1024, maximum=2**31 - 1)
     max_response_bytes: int = field(
         4 << 20, "size of a worst-case answer, unless the client's metadata raises it", minimum=1024
     )
     response_bytes_ceiling: int = field(32 << 20, "the most that a client's metadata may raise it to", minimum=1024)
     idempotency_key_bytes_max: int = field(256, "size of an idempotency key", minimum=1)
     request_id_bytes_max: int = field(256, "size of a request id", minimum=1)
-    # bounds of what is let in
-    connections_max: int | None = field(
-        None, "connections to each address", minimum=1, applies=f"what ulimit -n leaves room for, at most {CONNECTIONS_MAX}"
-    )
-    connection_calls_max: int = field(512, "calls open on one connection; its client keeps further ones back", minimum=1)
-    connection_idle_seconds: float = field(300.0, "after which a connection without calls is closed", minimum=1.0)
-    connection_age_seconds: float = field(3600.0, "after which a connection takes no more calls", minimum=1.0)
-    connection_grace_seconds: float = field(3600.0, "after that, for its calls to end", minimum=0.0)
-    calls_max: int = field(4096, "calls open at once", minimum=2)
-    tenant_calls_second: float = field(500.0, "calls of one tenant in a second, while others call", minimum=1.0)
-    arriving_bytes_max: int = field(48 << 20, "requests being received, each counted as --message-bytes-max", minimum=2048)
-    arrival_seconds_max: float = field(20.0, "for a request to arrive, from its first byte on", minimum=0.01)
-    request_bytes_max: int = field(96 << 20, "memory of requests that are worked on or wait", minimum=1024)
     # order and queues
     prepares_max: int = field(2, "long requests that the service prepares at once: its --prepare-threads", minimum=1)
     tenant_prepare_queue_max: int = field(64, "long requests of one tenant that wait to be prepared", minimum=1)
@@ -167,6 +150,7 @@ class Settings:
     tick_seconds: float = field(0.1, "interval of checks for deadlines", minimum=0.01)
 
     def __post_init__(self) -> None:
+        intake.Bounds.__post_init__(self)
         if not self.writer.isprintable() or not 1 <= len(self.writer.encode()) <= 128:
             raise ValueError("--writer: 1 to 128 bytes, and no control characters")
         if (self.tls_certificate is None) != (self.tls_key is None):
@@ -205,10 +189,6 @@ class Settings:
             raise ValueError(
                 "--held-call-bytes-max is above --held-bytes-max or --held-tenant-bytes-max: no stream could reach it"
             )
-        if self.arriving_bytes_max < 2 * self.message_bytes_max:
-            raise ValueError("--arriving-bytes-max: at least twice --message-bytes-max")
-        if self.request_bytes_max < 2 * INTAKE_COPIES * self.message_bytes_max:
-            raise ValueError(f"--request-bytes-max: at least {2 * INTAKE_COPIES} times --message-bytes-max")
         if self.journal_bytes_max and self.journal_bytes_max <= 2 * self.journal_reserve_bytes:
             raise ValueError("--journal-bytes-max must be more than twice --journal-reserve-bytes")
         if self.journal_bytes_max and is_shared(self.journal):
@@ -243,25 +223,6 @@ class Settings:
     def tenant_prepares_max(self) -> int:
         """Long requests of one tenant that are prepared at once."""
         return max(1, self.prepares_max // 2) if self.tenants else self.prepares_max
-
-    @property
-    def intake(self) -> IntakeBounds:
-        """The server's bounds of what is let in."""
-        return IntakeBounds(
-            connections=self.connections_max,
-            connection_calls=self.connection_calls_max,
-            connection_idle_seconds=self.connection_idle_seconds,
-            connection_age_seconds=self.connection_age_seconds,
-            connection_grace_seconds=self.connection_grace_seconds,
-            calls=self.calls_max,
-            tenant_calls_second=self.tenant_calls_second,
-            arriving_bytes=self.arriving_bytes_max,
-            arrival_seconds=self.arrival_seconds_max,
-            request_bytes=self.request_bytes_max,
-            message_bytes=self.message_bytes_max,
-            items=self.batch_items_max,
-            shared=self.tenants,
-        )
 
     @property
     def held(self) -> HeldBounds:

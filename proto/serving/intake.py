@@ -32,6 +32,7 @@ from google.protobuf.message import DecodeError
 
 from ostinato.errors import DeadlineExceeded, MalformedMessage, QueueFull, invalid
 from serving.program import BAD_CONFIGURATION, StartupError
+from serving.settings import field
 
 COPIES, PARSED_COPIES = 6, 2
 """Of a request's bytes, at worst: as received, parsed, and both again for the program that works on it. What is parsed lies in
@@ -81,32 +82,40 @@ def connections_allowed(wanted: int | None, addresses: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Of a server. What its programs call a setting is in the errors."""
+    """Of what a server lets in: settings, which a program's settings inherit."""
 
-    connections: int | None = None
-    """To each address; None: as many as descriptors are left for, at most CONNECTIONS_MAX."""
-    connection_calls: int = 512
-    """Open on one connection; the client keeps further ones back. gRPC counts calls that have just ended, too, so that a client
-    which has nearly as many open sees some refused (REFUSED_STREAM)."""
-    connection_idle_seconds: float = 300.0
-    connection_age_seconds: float = 3600.0
-    connection_grace_seconds: float = 3600.0
-    """After its age, for the calls that are open."""
-    calls: int = 4096
-    tenant_calls_second: float = 500.0
-    """While others call, too."""
-    arriving_bytes: int = 48 << 20
-    arrival_seconds: float = 20.0
-    request_bytes: int = 96 << 20
-    message_bytes: int = 4 << 20
-    items: int = 256
-    shared: bool = True
-    """Whether there are tenants."""
+    message_bytes_max: int = field(4 << 20, "size of one request", minimum=1024, maximum=2**31 - 1)
+    batch_items_max: int = field(256, "items in one request", minimum=1, maximum=4096)
+    connections_max: int | None = field(
+        None, "connections to each address", minimum=1, applies=f"what ulimit -n leaves room for, at most {CONNECTIONS_MAX}"
+    )
+    # gRPC counts calls that have just ended, too, so a client that has nearly as many open sees some refused (REFUSED_STREAM).
+    connection_calls_max: int = field(512, "calls open on one connection; its client keeps further ones back", minimum=1)
+    connection_idle_seconds: float = field(300.0, "after which a connection without calls is closed", minimum=1.0)
+    connection_age_seconds: float = field(3600.0, "after which a connection takes no more calls", minimum=1.0)
+    connection_grace_seconds: float = field(3600.0, "after that, for its calls to end", minimum=0.0)
+    calls_max: int = field(4096, "calls open at once", minimum=2)
+    tenant_calls_second: float = field(500.0, "calls of one tenant in a second, while others call", minimum=1.0)
+    arriving_bytes_max: int = field(48 << 20, "requests being received, each counted as --message-bytes-max", minimum=2048)
+    arrival_seconds_max: float = field(20.0, "for a request to arrive, from its first byte on", minimum=0.01)
+    request_bytes_max: int = field(96 << 20, "memory of requests that are worked on or wait", minimum=1024)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the flag."""
+        if self.arriving_bytes_max < 2 * self.message_bytes_max:
+            raise ValueError("--arriving-bytes-max: at least twice --message-bytes-max")
+        if self.request_bytes_max < 2 * COPIES * self.message_bytes_max:
+            raise ValueError(f"--request-bytes-max: at least {2 * COPIES} times --message-bytes-max")
+
+    @property
+    def tenants(self) -> bool:
+        """Whether there are tenants, which share the bounds."""
+        return True
 
     def options(self) -> list[tuple[str, int]]:
         """gRPC's, but that of the connections. It has no bound of the bytes or the streams of all connections together."""
         return [
-            ("grpc.max_concurrent_streams", self.connection_calls),
+            ("grpc.max_concurrent_streams", self.connection_calls_max),
             ("grpc.max_connection_idle_ms", _millis(self.connection_idle_seconds)),
             ("grpc.max_connection_age_ms", _millis(self.connection_age_seconds)),
             ("grpc.max_connection_age_grace_ms", _millis(self.connection_grace_seconds)),
@@ -201,9 +210,9 @@ class Intake:
     def __init__(self, bounds: Bounds | None) -> None:
         self.bounds = bounds
         given = bounds or Bounds()
-        self.calls = Pool("--calls-max", given.calls, shared=given.shared)
-        self.requests = Pool("--request-bytes-max", given.request_bytes, shared=given.shared)
-        self._arriving = Pool("--arriving-bytes-max", given.arriving_bytes // given.message_bytes, shared=given.shared)
+        self.calls = Pool("--calls-max", given.calls_max, shared=given.tenants)
+        self.requests = Pool("--request-bytes-max", given.request_bytes_max, shared=given.tenants)
+        self._arriving = Pool("--arriving-bytes-max", given.arriving_bytes_max // given.message_bytes_max, shared=given.tenants)
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         """By tenant, in the order of their turns."""
         self._refusals = 0
@@ -232,7 +241,7 @@ class Intake:
     def ahead(self, charge: Charge | None) -> float:
         """Seconds by which the tenant's call is too early. gRPC takes calls up as they arrive, whosever they are. Spread out,
         they leave room between them for others'."""
-        if self.bounds is None or charge is None or not self.bounds.shared:
+        if self.bounds is None or charge is None or not self.bounds.tenants:
             return 0.0
         now, tenant = asyncio.get_running_loop().time(), charge.tenant
         if tenant != self._latest:
@@ -253,8 +262,8 @@ class Intake:
         else:
             self._arriving.take(tenant, 1)
         try:
-            data = await self._read(context, self.bounds.arrival_seconds)
-            items = self.bounds.items
+            data = await self._read(context, self.bounds.arrival_seconds_max)
+            items = self.bounds.batch_items_max
             seconds = len(data) / PLACE_BYTES_SECOND
             fields = counted(data, shape, items, FIELDS_PER_ITEM * items)
             seconds += fields / PLACE_FIELDS_SECOND
@@ -304,7 +313,7 @@ class Intake:
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(tenant, deque()).append(mine)
         try:
-            async with asyncio.timeout(self.bounds.arrival_seconds):
+            async with asyncio.timeout(self.bounds.arrival_seconds_max):
                 await mine
         except (TimeoutError, asyncio.CancelledError) as error:
             if not mine.cancelled():
@@ -362,12 +371,12 @@ def shape_of(descriptor: Descriptor, known: dict[str, Shape] | None = None) -> S
     known = {} if known is None else known
     if descriptor.full_name not in known:
         shape = known[descriptor.full_name] = Shape({}, {})
-        for field in descriptor.fields:
-            if field.message_type is not None and field.type == FieldDescriptor.TYPE_MESSAGE:
-                tag = field.number << 3 | BYTES
-                shape.inner[tag] = shape_of(field.message_type, known)
-                if field.is_repeated:
-                    shape.lists[tag] = field.name
+        for each in descriptor.fields:
+            if each.message_type is not None and each.type == FieldDescriptor.TYPE_MESSAGE:
+                tag = each.number << 3 | BYTES
+                shape.inner[tag] = shape_of(each.message_type, known)
+                if each.is_repeated:
+                    shape.lists[tag] = each.name
     return known[descriptor.full_name]
 
 

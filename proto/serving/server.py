@@ -105,10 +105,10 @@ class Server:
         self._probe_guard = Guard(CollectorRegistry(), bounds=bounds)  # health is not counted: this registry stays empty
         bounded = bounds.options() if bounds is not None else []
         places = len(self._addresses) + (self._health_address is not None)
-        connections = connections_allowed(bounds.connections if bounds is not None else None, places)
+        connections = connections_allowed(bounds.connections_max if bounds is not None else None, places)
         connections = connections if bounds is not None else min(connections, FEW_CONNECTIONS)
         bounded.append(("grpc.max_allowed_incoming_connections", connections))
-        pending = bounds.calls if bounds is not None else PENDING_CALLS_MAX
+        pending = bounds.calls_max if bounds is not None else PENDING_CALLS_MAX
         self._probed = grpc.aio.server(handlers=[self._probe_guard], options=[exclusive, *bounded])
         self._grpc = grpc.aio.server(
             handlers=[self._guard],

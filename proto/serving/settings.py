@@ -274,7 +274,7 @@ class _Option:
 
 def _options(cls: type, program: str) -> Iterator[_Option]:
     hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
+    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__):  # those that it inherits last
         kind, optional = hints[f.name], False
         if types.NoneType in typing.get_args(kind):
             kind, optional = next(arm for arm in typing.get_args(kind) if arm is not types.NoneType), True

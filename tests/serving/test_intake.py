@@ -166,7 +166,7 @@ async def received(intake: Intake, tenant: str, call: Call) -> bytes:
         intake.leave(charge)
 
 
-BOUNDS = Bounds(arriving_bytes=4000, message_bytes=1000, request_bytes=1 << 20, arrival_seconds=0.2)
+BOUNDS = Bounds(arriving_bytes_max=4000, message_bytes_max=1000, request_bytes_max=1 << 20, arrival_seconds_max=0.2)
 """Four places to arrive."""
 
 
