@@ -103,13 +103,16 @@ class Program:
         """The log's JSON lines."""
         return list(self._records)
 
-    def wait_for(self, message: str, seconds: float = START_SECONDS) -> dict[str, object]:
-        """The first log record with this message; fails loudly with the log if the program ends or the time runs out."""
+    def said(self, message: str) -> list[dict[str, object]]:
+        """The log records with this message."""
+        return [record for record in self.records() if record.get("message") == message]
+
+    def wait_for(self, message: str, seconds: float = START_SECONDS, *, nth: int = 1) -> dict[str, object]:
+        """The nth log record with this message; fails loudly with the log if the program ends or the time runs out."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            for record in self.records():
-                if record.get("message") == message:
-                    return record
+            if len(said := self.said(message)) >= nth:
+                return said[nth - 1]
             if not self.running:
                 self._reader.join()
                 break
@@ -202,6 +205,13 @@ class Pair:
         self.target = str(sidecar.wait_for("listening")["addresses"]).split(",")[0]
         return sidecar
 
+    def replace_service(self, *extra: str) -> None:
+        """Kill the service and start another one, with these flags too, until the sidecar is connected to it."""
+        connections = len(self.sidecar.said("engine connected"))
+        self.service.kill()
+        self.start_service(*extra)
+        self.sidecar.wait_for("engine connected", nth=connections + 1)
+
     def stop(self) -> None:
         """The sidecar drains, then the service."""
         for name in ("sidecar", "service"):
@@ -216,7 +226,7 @@ class Pair:
     def _program(self, name: str, args: list[str]) -> Program:
         return Program(name, args, self.env, self._root, descriptors=self.descriptors)
 
-    def start(self) -> Pair:
+    def start(self) -> Self:
         """Both, connected."""
         self.start_service()
         self.start_sidecar().wait_for("engine connected")

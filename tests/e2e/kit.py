@@ -7,18 +7,24 @@ import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+from typer.testing import CliRunner, Result
 
 from ostinato import errors
+from ostinato.cli.app import app
 from ostinato.client import Client
 from ostinato.requests import batch
 from ostinato.v1 import generation_pb2, generation_pb2_grpc, sequencer_pb2, sequencer_pb2_grpc, types_pb2
+from serving import auth
+from serving.auth import Role
 
 from tests.pair import Pair, Program, running_pair
 from tests.waiting import eventually
@@ -166,6 +172,21 @@ def ended(program: Program, seconds: float = 40.0) -> tuple[int, str]:
             raise AssertionError(f"{program.name} still runs:\n" + "\n".join(program.lines[-20:]))
         time.sleep(0.01)
     return program.stop(), "\n".join(program.lines)
+
+
+def ostinato(*arguments: str, stdin: str = "", **environment: str) -> Result:
+    """The command, in this process: what it prints, and its exit code."""
+    with ThreadPoolExecutor(1) as apart:  # it has an event loop of its own, and so may the test
+        return apart.submit(CliRunner().invoke, app, arguments, input=stdin, env=environment).result()
+
+
+def tokens_file(folder: Path, *tenants: str) -> tuple[Path, dict[str, str]]:
+    """A file for --tokens, of these tenants and of an admin, "ops"; and the token of each."""
+    made = {name: auth.new_token(name, Role.ADMIN if name == "ops" else Role.TENANT) for name in (*tenants, "ops")}
+    file = folder / "tokens"
+    file.touch(mode=0o600)
+    file.write_text("\n".join(line for _, line in made.values()))
+    return file, {name: token for name, (token, _) in made.items()}
 
 
 def _as_is(data: bytes) -> bytes:

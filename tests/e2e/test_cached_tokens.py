@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 from ostinato.chain import check_record
-from ostinato.client import Client
 from ostinato.digest import output_digest
 from ostinato.v1 import types_pb2
 
-from tests.pair import Pair, python
+from tests.e2e.kit import ostinato, own
 
 PROMPT = "Shanghai is"
 COUNTER = "ostinato_engine_cached_prompt_tokens_total"
 
 
-def script(cached_tokens: int) -> tuple[str, str]:
-    return "--script", json.dumps({"cached_tokens": cached_tokens})
-
-
-def ostinato(pair: Pair, *argv: str) -> str:
-    """What the command says; it must succeed."""
-    done = python("-m", "ostinato.cli", *argv, "--target", pair.target)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 async def test_cached_tokens_are_told_recorded_and_never_compared() -> None:
     """Output, timing, journal, command and metric have them; twins and replays that found another part of the prompt in the
     cache match, and the record holds."""
-    with Pair(service=script(5)).start() as pair:
-        async with Client(pair.target) as client:
-            before = pair.metrics(pair.service)[COUNTER]  # by the self-test
-            first = (await client.generate([PROMPT], seed=1)).results[0]
-            counted = pair.metrics(pair.service)[COUNTER] - before
-            pair.service.stop()
-            pair.start_service(*script(7)).wait_for("serving")
-            second = (await client.generate([PROMPT], seed=1, timeout=60, key="again")).results[0]
-            found = [response.comparison async for response in client.replay(1, 2)]
-            (record,) = await client.get(1)
-        shown, told = ostinato(pair, "get", "1"), json.loads(ostinato(pair, "get", "2", "--json"))
+    async with own(cached_tokens=5) as door:
+        pair, client = door.pair, door.client
+        first = (await client.generate([PROMPT], seed=1)).results[0]
+        counted = pair.metrics(pair.service)[COUNTER]
+        await asyncio.to_thread(pair.replace_service, "--script", '{"cached_tokens": 7}')
+        second = (await client.generate([PROMPT], seed=1)).results[0]
+        found = [response.comparison async for response in client.replay(1, 2)]
+        (record,) = await client.get(1)
+        shown = ostinato("get", "1", "--target", pair.target).stdout
+        told = json.loads(ostinato("get", "2", "--json", "--target", pair.target).stdout)
         twins = pair.metrics()
 
     assert [(each.output.cached_tokens, each.timing.cached_tokens) for each in (first, second)] == [(5, 5), (7, 7)]

@@ -169,7 +169,7 @@ async def test_k_of_n_everywhere(pair: Pair, plan: Plan) -> None:
     """For every kind of comparison each counter, interval, verdict, answer and entry has k of n, also after a kill -9 and after
     a SIGTERM of the sidecar."""
     async with opened(pair) as door:
-        await eventually(lambda: learned(pair) == N, "the canaries are learned")
+        await eventually(lambda: len(pair.sidecar.said("canary learned")) == N, "the canaries are learned")
         prompts = [f"prompt {number}" for number in range(N)]
         verified = await door.client.generate(prompts, verify=True, **SEEDED)
         await door.client.generate(prompts, **SEEDED)
@@ -189,11 +189,6 @@ async def test_k_of_n_everywhere(pair: Pair, plan: Plan) -> None:
             await agree(door, plan)
             records = [record for sequence in REPEATED for record in await door.client.get(sequence)]
             check_comparisons([record.result.comparison for record in records], plan.kind("verify"))
-
-
-def learned(pair: Pair) -> int:
-    """How many canaries are learned."""
-    return sum(record.get("message") == "canary learned" for record in pair.sidecar.records())
 
 
 async def settled(door: Door, audits: int) -> None:
@@ -237,7 +232,9 @@ async def agree(door: Door, plan: Plan) -> None:
         [stratum] = [each for each in report.strata if kind_of(each) == expected.kind]
         check_stratum(stratum, expected)
         alarm = metrics[f'ostinato_divergence_alarm{{grade="exact",kind="{expected.kind}"}}']
+        evidence = metrics[f'ostinato_divergence_evidence_log10{{grade="exact",kind="{expected.kind}"}}']
         assert (stratum.alarm, alarm) == (expected.k >= 3, stratum.alarm), expected
+        assert evidence == stratum.evidence_log10
     assert len(journal) == sum(expected.n for expected in plan.kinds)
     assert len(report.strata) == len(plan.kinds)
     assert not report.not_compared

@@ -74,61 +74,50 @@ async def test_a_killed_service_costs_no_call(rng: random.Random) -> None:
     assert any(outcome.attempt > 1 for outcome in told.record.outcomes.values())
 
 
-async def test_both_may_die(rng: random.Random) -> None:
-    """Kills of both at once, and of one before the other is back, lose nothing."""
-    told = await story(rng, rng.sample(["both", "both", "sidecar", "service"], 4))
-
-    assert told.record.opened == told.epochs == 4
-
-
 async def test_ten_kills_in_turn(rng: random.Random) -> None:
-    """Service and sidecar killed in turn, ten times on one journal under clients of which most have keys: all that was promised
-    holds, and the file verifies."""
+    """Ten kills on one journal, of either program, of both at once, and of one before the other is back, under clients of which
+    most have keys: all that was promised holds, and the file verifies."""
+    kills = [*["service", "sidecar"] * 4, "both", "both"]
+    rng.shuffle(kills)
     with chaos.pair() as pair:
         pair.start()
         told = Story(pair, rng)
-        faults = await told.chapter(["service", "sidecar"] * 5, keyed_share=0.8)
+        faults = await told.chapter(kills, keyed_share=0.8)
         code = await asyncio.to_thread(pair.sidecar.stop)
         faults += checks.journal_file(pair.folder / "journal.sqlite")
 
     assert faults == []
-    assert (code, told.record.opened) == (0, 6)
+    assert (code, told.record.opened) == (0, 7)
 
 
-async def under_way(load: Load) -> None:
-    """Wait until some call has sequence numbers and no answer."""
+async def drained(pair: RecordedPair, name: str, rng: random.Random) -> tuple[Load, Record, list[str]]:
+    """This program is stopped under load and has to exit with 0; a new one follows. Load, journal, and what is wrong."""
+    program, start = (pair.sidecar, pair.start_sidecar) if name == "sidecar" else (pair.service, pair.start_service)
+    load = Load(lambda: pair.target, jobs(rng, "drain"))
+    running = asyncio.create_task(load.run(chaos.CLIENTS))
     await eventually(lambda: any(call.stamp is not None and not call.complete for call in load.calls), "work is under way")
-
-
-async def answered(load: Load, calls: int) -> None:
-    """Wait until a call after the first `calls` is answered."""
-    await eventually(lambda: any(call.complete for call in load.calls[calls:]), "clients carry on")
+    code = await asyncio.to_thread(program.stop)
+    before = len(load.calls)
+    await asyncio.to_thread(start)
+    await eventually(lambda: any(call.complete for call in load.calls[before:]), "clients carry on")
+    load.stop()
+    await running
+    async with Client(pair.target) as client:
+        record = await Record().read(client)
+        faults = await checks.kept(load.calls, client)
+    faults += checks.numbers(record) + checks.calls(load.calls, record) + checks.real_time(load.calls)
+    faults += checks.results(load.calls) + checks.submitted(pair.submissions(), record)
+    return load, record, faults if code == 0 else [*faults, f"it exited with {code}"]
 
 
 async def test_a_sidecar_that_is_told_to_stop_finishes_first(rng: random.Random) -> None:
     """SIGTERM under load: what was admitted completes in its first attempt and reaches its callers, nothing new gets a number,
     and the program exits with 0; clients carry on with the next one."""
     with RecordedPair(service=["--script", SLOW]) as pair:
-        pair.start()
-        load = Load(lambda: pair.target, jobs(rng, "drain"))
-        running = asyncio.create_task(load.run(chaos.CLIENTS))
-        await under_way(load)
-        code = await asyncio.to_thread(pair.sidecar.stop)
-        before = len(load.calls)
-        await asyncio.to_thread(pair.start_sidecar)
-        await answered(load, before)
-        load.stop()
-        await running
-        async with Client(pair.target) as client:
-            record = await Record().read(client)
-            faults = await checks.kept(load.calls, client)
-        faults += checks.numbers(record) + checks.calls(load.calls, record) + checks.real_time(load.calls)
-        faults += checks.results(load.calls) + checks.submitted(pair.submissions(), record)
+        load, record, faults = await drained(pair.start(), "sidecar", rng)
 
     assert faults == []
-    assert code == 0
-    assert {outcome.kind for outcome in record.outcomes.values()} == {COMPLETED}
-    assert {outcome.attempt for outcome in record.outcomes.values()} == {1}
+    assert {(outcome.kind, outcome.attempt) for outcome in record.outcomes.values()} == {(COMPLETED, 1)}
     # While it drains, while no sidecar listens, and while the next one is not connected.
     refusals = {errors.Draining, errors.Disconnected, errors.EngineUnavailable}
     assert {type(call.error) for call in load.calls if call.error is not None} <= refusals
@@ -137,37 +126,22 @@ async def test_a_sidecar_that_is_told_to_stop_finishes_first(rng: random.Random)
 async def test_a_service_that_is_told_to_stop_loses_nothing(rng: random.Random) -> None:
     """SIGTERM of the service under load: it exits with 0, callers are refused or answered, and every item completes."""
     with RecordedPair(service=["--script", SLOW, "--drain-seconds", "0.5"]) as pair:
-        pair.start()
-        load = Load(lambda: pair.target, jobs(rng, "drain"))
-        running = asyncio.create_task(load.run(chaos.CLIENTS))
-        await under_way(load)
-        code = await asyncio.to_thread(pair.service.stop)
-        before = len(load.calls)
-        pair.start_service()
-        await answered(load, before)
-        load.stop()
-        await running
-        async with Client(pair.target) as client:
-            record = await Record().read(client)
-        faults = checks.numbers(record) + checks.calls(load.calls, record) + checks.results(load.calls)
-        faults += checks.kinds(load.calls, record) + checks.submitted(pair.submissions(), record)
+        load, record, faults = await drained(pair.start(), "service", rng)
+        faults += checks.kinds(load.calls, record)
 
     assert faults == []
-    assert code == 0
     assert {outcome.kind for outcome in record.outcomes.values()} == {COMPLETED}
     assert {type(call.error) for call in load.calls} <= {type(None), errors.EngineUnavailable}
 
 
-BATCHES, CLIENTS = 1_000, 20
+BATCHES, CLIENTS = 400, 20
 
 
-async def test_a_load_is_ordered_proved_and_counted() -> None:
-    """A thousand mixed batches get the numbers 1 to n in real-time order, run in that order, and each answer is proved."""
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
+async def test_a_load_is_ordered_proved_and_counted(rng: random.Random) -> None:
+    """400 mixed batches get the numbers 1 to n in real-time order, run in that order, and each answer is proved."""
     with RecordedPair() as pair:
         pair.start()
-        load = Load(lambda: pair.target, itertools.islice(jobs(random.Random(seed), "load", repeated_share=0.05), BATCHES))
+        load = Load(lambda: pair.target, itertools.islice(jobs(rng, "load", repeated_share=0.05), BATCHES))
         await load.run(CLIENTS)
         async with Client(pair.target) as client:
             record = await Record().read(client)
@@ -219,8 +193,6 @@ def books(metrics: dict[str, float], seen: list[Call], record: Record) -> list[s
 
 HANGING = json.dumps({"rules": [{"do": "hang", "at": 2, "sequences": [1, 2, 3], "attempts": [1]}]})
 """Those under way make two tokens, and no more before their second attempt."""
-OUTAGE_SECONDS = 4.0
-"""gRPC's own retries, five at most, end after 3.0 to 3.6."""
 
 
 async def test_an_outage_is_retried_through() -> None:
@@ -247,7 +219,6 @@ async def test_an_outage_is_retried_through() -> None:
             late = asyncio.create_task(client.generate("d", key="late", max_new_tokens=8, timeout=90))
             with pytest.raises(errors.Disconnected):
                 await client.generate("e")
-            await asyncio.sleep(OUTAGE_SECONDS)
             assert not any(task.done() for task in (begun, listening, late))
             await asyncio.to_thread(pair.start_sidecar)
             batch, _, last = await asyncio.gather(begun, listening, late)

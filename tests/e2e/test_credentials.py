@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,14 +14,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-import ostinato
-from ostinato import errors
-from ostinato.client import Client
+from ostinato import Client, errors, tls
 from serving import auth
 from serving.auth import Role
 
 from tests.certificates import Authority
-from tests.pair import Pair, python
+from tests.e2e.kit import ostinato, tokens_file
+from tests.pair import Pair
 from tests.waiting import eventually
 
 
@@ -38,7 +36,7 @@ class Guarded:
 
     def client(self, tenant: str) -> Client:
         """Of this tenant, on a connection of its own."""
-        return Client(f"https://{self.pair.target}", credentials=ostinato.tls(self.authority.file), token=self.tokens[tenant])
+        return Client(f"https://{self.pair.target}", credentials=tls(self.authority.file), token=self.tokens[tenant])
 
 
 @pytest.fixture(scope="module", name="guarded")
@@ -46,15 +44,11 @@ def _guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     folder = tmp_path_factory.mktemp("credentials")
     authority = Authority(folder)
     certificate, key = authority.sign("sidecar")
-    made = {"acme": auth.new_token("acme", Role.TENANT), "zeta": auth.new_token("zeta", Role.TENANT)}
-    made["ops"] = auth.new_token("ops", Role.ADMIN)
-    listed = folder / "tokens"
-    listed.touch(mode=0o600)
-    listed.write_text("\n".join(line for _, line in made.values()))
+    listed, tokens = tokens_file(folder, "acme", "zeta")
     flags = ["--tls-certificate", str(certificate), "--tls-key", str(key), "--tokens", str(listed)]
     with Pair(sidecar=[*flags, "--health-listen", "127.0.0.1:0"]) as pair:
         pair.start()
-        yield Guarded(pair, authority, certificate, key, {name: token for name, (token, _) in made.items()})
+        yield Guarded(pair, authority, certificate, key, tokens)
 
 
 async def test_the_same_key_of_two_tenants_is_two_requests(guarded: Guarded) -> None:
@@ -122,20 +116,6 @@ async def test_the_journal_is_an_admins(guarded: Guarded) -> None:
         assert (await anext(ops.tail())).header.index == 1
 
 
-async def test_a_call_without_a_token_takes_no_number(guarded: Guarded) -> None:
-    """UNAUTHENTICATED, before any other check, and counted by its code."""
-    async with guarded.client("ops") as ops:
-        before = (await ops.head()).last_sequence
-        wrong = Client(guarded.pair.target, credentials=ostinato.tls(guarded.authority.file), token="wrong")
-        async with wrong, Client(guarded.pair.target, credentials=ostinato.tls(guarded.authority.file)) as missing:
-            for client in (wrong, missing):
-                with pytest.raises(errors.Unauthenticated):
-                    await client.generate("one")
-        assert (await ops.head()).last_sequence == before
-    counted = 'ostinato_rpc_handled_total{code="UNAUTHENTICATED",method="Generate",service="ostinato.v1.Generation"}'
-    assert guarded.pair.metrics()[counted] == 2
-
-
 async def test_a_certificate_changes_under_load(guarded: Guarded) -> None:
     """While callers come and go on new connections, the server's certificate is replaced twice, and no call fails."""
     reloads = 'ostinato_credential_reloads_total{kind="tls",outcome="used"}'
@@ -175,39 +155,37 @@ async def test_a_probe_needs_nothing(guarded: Guarded) -> None:
 def test_the_command_has_credentials(guarded: Guarded, tmp_path: Path) -> None:
     """`ostinato` takes a CA and a token, from files or from the environment; without them it fails and says why."""
 
-    def run(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return python("-m", "ostinato.cli", "--target", f"https://{guarded.pair.target}", *options, "head", **environment)
+    def head(*options: str, **environment: str) -> tuple[int, str]:
+        done = ostinato("--target", f"https://{guarded.pair.target}", *options, "head", **environment)
+        return done.exit_code, done.stderr
 
     token = tmp_path / "token"
     token.write_text(guarded.tokens["ops"] + "\n")
-    trust = str(guarded.authority.file)
-    files, variables = run("--tls-ca", trust, "--token-file", str(token)), run("--tls-ca", trust, OSTINATO_TOKEN="no")
-    missing, half = run("--tls-ca", str(tmp_path / "nowhere")), run("--tls-ca", trust, "--tls-key", trust)
+    trust = ("--tls-ca", str(guarded.authority.file))
 
-    assert (files.returncode, files.stderr) == (0, "")
-    assert (variables.returncode, "UNAUTHENTICATED" in variables.stderr) == (1, True), variables.stderr
-    assert (missing.returncode, "nowhere" in missing.stderr) == (2, True), missing.stderr
-    assert (half.returncode, "one needs the other" in half.stderr) == (2, True), half.stderr
+    assert head(*trust, "--token-file", str(token)) == (0, "")
+    for options, environment, code, said in (
+        (trust, {"OSTINATO_TOKEN": "no"}, 1, "UNAUTHENTICATED"),
+        (("--tls-ca", str(tmp_path / "nowhere")), {}, 2, "nowhere"),
+        ((*trust, "--tls-key", trust[1]), {}, 2, "one needs the other"),
+    ):
+        told = head(*options, **environment)
+        assert (told[0], said in told[1]) == (code, True), told
 
 
-def test_the_command_sends_no_token_in_clear_text(tmp_path: Path) -> None:
+def test_the_command_sends_no_token_in_clear_text() -> None:
     """To a target on a network a token needs TLS or the flag, also by --against; wrong usage, and the token is not shown."""
-
-    def head(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return python("-m", "ostinato.cli", "--timeout", "1", *options, OSTINATO_TOKEN="secret", **environment)
-
-    far = ("--target", "host.invalid:7001")
-    for refused in (head(*far, "head"), head("head", *far), head("replay", "1", "--against", far[1])):
-        assert (refused.returncode, "allow-plaintext-token" in refused.stderr, "secret" in refused.stderr) == (2, True, False)
-    for allowed in (head(*far, "--allow-plaintext-token", "head"), head(*far, "head", OSTINATO_ALLOW_PLAINTEXT_TOKEN="1")):
-        assert (allowed.returncode, "allow-plaintext-token" in allowed.stderr) == (1, False), allowed.stderr
-
-
-def test_the_synchronous_client_has_credentials(guarded: Guarded) -> None:
-    """SyncClient takes the same arguments."""
-    trust = ostinato.tls(guarded.authority.file)
-    with ostinato.SyncClient(f"https://{guarded.pair.target}", credentials=trust, token=guarded.tokens["acme"]) as client:
-        assert client.generate("one", max_new_tokens=2).results[0].HasField("output")
+    far, allowed = ("--target", "host.invalid:7001"), {"OSTINATO_ALLOW_PLAINTEXT_TOKEN": "1"}
+    for options, environment, code in (
+        ((*far, "head"), {}, 2),
+        (("head", *far), {}, 2),
+        (("replay", "1", "--against", far[1]), {}, 2),
+        ((*far, "--allow-plaintext-token", "head"), {}, 1),
+        ((*far, "head"), allowed, 1),
+    ):
+        done = ostinato("--timeout", "1", *options, OSTINATO_TOKEN="secret", **environment)
+        told = (done.exit_code, "allow-plaintext-token" in done.stderr, "secret" in done.output)
+        assert told == (code, code == 2, False), done.output
 
 
 async def test_a_secret_is_rotated_as_a_kubelet_does(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ import struct
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -32,220 +32,42 @@ import sidecar.config
 from tests.pair import ROOT, python
 from tests.service.llama_kit import LACKING
 
+SERVICE = "service --metrics= --listen unix:{folder}/s.sock --state-dir {folder}/state"
+PROGRAMS = {
+    "SERVICE": f"{SERVICE} --engine scripted",
+    "LLAMA": SERVICE,
+    "TURBOMIND": f"{SERVICE} --engine turbomind",
+    "SIDECAR": "sidecar --metrics= --listen 127.0.0.1:0 --journal {folder}/journal.sqlite",
+}
+"""A flag that is given twice is what it was given last."""
 
-@dataclass(frozen=True)
-class Failure:
-    """A start that cannot succeed. {folder}, {port} and {database} stand for those of the test."""
+
+class Failure(NamedTuple):
+    """A start that cannot succeed, as failed_starts.txt has it."""
 
     line: str
     """The program and its flags."""
-    code: int
     said: str
-    """The whole message, or its beginning if it ends with …."""
+    code: int
+
+    def of(self, names: Mapping[str, object]) -> tuple[list[str], str]:
+        """Program and flags, and what is said, with these names."""
+        program, _, flags = self.line.partition(" ")
+        line, said = (
+            re.sub(r"\{(\w+)\}", lambda name: str(names[name[1]]), text)
+            for text in (f"{PROGRAMS.get(program, program)} {flags}", self.said)
+        )
+        return line.split(), said
 
 
-SERVICE = "service --engine scripted --metrics= --listen unix:{folder}/s.sock --state-dir {folder}/state"
-OVER_TCP = "--engine-secret {folder}/secret"
-SIDECAR = "sidecar --metrics= --listen 127.0.0.1:0 --journal {folder}/journal.sqlite"
-LLAMA = "service --metrics= --listen unix:{folder}/s.sock --state-dir {folder}/state"
-TURBOMIND = "service --engine turbomind --metrics= --listen unix:{folder}/s.sock --state-dir {folder}/state"
+def listed(part: str) -> pytest.MarkDecorator:
+    """One test for each failure of this part of failed_starts.txt."""
+    text = Path(__file__).with_name("failed_starts.txt").read_text()
+    lines = re.findall(rf"^\[{part}\]\n([^\[]+)", text, re.MULTILINE)[0].strip().split("\n\n")
+    halves = (each.split("\n") for each in lines)
+    failures = [Failure(line, said, 2 if part == "settings" else 1) for line, said in halves]
+    return pytest.mark.parametrize("failure", failures, ids=lambda failure: failure.line)
 
-# Each way in which a start fails, once. All that is refused is in the tests of settings, addresses, credentials and journals.
-
-SETTINGS = {
-    "unknown flag": Failure("service --modle x", 2, "--modle: names no setting; did you mean --model or --socket-mode?"),
-    "more than gRPC counts": Failure(
-        "sidecar --message-bytes-max 2147483648", 2, "--message-bytes-max: '2147483648' is not 1024 to 2147483647"
-    ),
-    "more than gRPC counts, again": Failure(
-        "service --message-bytes-max 2147483648", 2, "--message-bytes-max: '2147483648' is not 4096 to 2147483647"
-    ),
-    "bad script": Failure(f"{SERVICE} --script {{{{", 2, "--script: is not JSON: Input data was truncated"),
-    "bad rule": Failure(f'{SERVICE} --script {{{{"runs":0}}}}', 2, "--script: Expected `int` >= 1 - at `$.runs`"),
-    "settings file is no TOML": Failure(
-        "sidecar --config {folder}/text", 2, "--config: {folder}/text: is not TOML: Expected '='…"
-    ),
-    "engine's address": Failure("sidecar --engine nonsense", 2, "--engine: 'nonsense' is no address: unix:path or host:port"),
-    "no address": Failure(
-        f"{SERVICE} --listen nonsense", 2, "--listen: 'nonsense': is no address: unix:/path, or an IP address…"
-    ),
-    "open sidecar": Failure(
-        f"{SIDECAR} --listen 0.0.0.0:0",
-        2,
-        "--listen: '0.0.0.0:0': anyone who reaches it could do everything: …",
-    ),
-    "open service": Failure(
-        f"{SERVICE} --listen 0.0.0.0:0",
-        2,
-        "--listen: '0.0.0.0:0': the sidecar cannot prove itself there: …",
-    ),
-    "service on a loopback port": Failure(
-        f"{SERVICE} --listen 127.0.0.1:0",
-        2,
-        "--listen: '127.0.0.1:0': the sidecar cannot prove itself there: use unix:/path, …",
-    ),
-    "service that others can listen to": Failure(
-        f"{SERVICE} {OVER_TCP} --listen 0.0.0.0:0",
-        2,
-        "--listen: '0.0.0.0:0': prompts could be read on the way: turn TLS on, …",
-    ),
-    "missing secret": Failure(
-        f"{SERVICE} --engine-secret {{folder}}/none",
-        2,
-        "--engine-secret: {folder}/none: No such file or directory",
-    ),
-    "sidecar's missing secret": Failure(
-        f"{SIDECAR} --engine 127.0.0.1:1 --engine-secret {{folder}}/none",
-        2,
-        "--engine-secret: {folder}/none: No such file or directory",
-    ),
-    "long socket path": Failure(
-        f"{SIDECAR} --listen unix:/{'x' * 107}",
-        2,
-        f"--listen: 'unix:/{'x' * 107}': a socket's path is at most 107 bytes long, this one is 108",
-    ),
-    "metrics' address": Failure(f"{SERVICE} --metrics x", 2, "--metrics: 'x' is not host:port"),
-    "socket's mode": Failure("service --engine scripted --socket-mode rw", 2, "--socket-mode: 'rw' is not a file mode"),
-    "no room for the reserve": Failure(
-        "sidecar --journal-bytes-max 65536", 2, "--journal-bytes-max must be more than twice --journal-reserve-bytes"
-    ),
-    "a file's bound": Failure(
-        "sidecar --journal postgresql://h/x --journal-bytes-max 99999999", 2, "--journal-bytes-max bounds a file; a PostgreSQL…"
-    ),
-    "tenants from two sources": Failure(
-        f"{SIDECAR} --trust-tenant-metadata --tls-certificate x --tls-key x --tls-client-ca x",
-        2,
-        "--trust-tenant-metadata: tenants come from --tls-client-ca already",
-    ),
-    "bad certificate": Failure(
-        f"{SIDECAR} --tls-certificate {{folder}}/text --tls-key {{folder}}/text",
-        2,
-        "--tls-certificate: {folder}/text: holds no certificate in PEM form",
-    ),
-    "bad tokens": Failure(
-        f"{SIDECAR} --tokens {{folder}}/text", 2, "--tokens: {folder}/text: line 1: a role is one of tenant, admin, denied"
-    ),
-    "bad canaries": Failure(f"{SIDECAR} --canaries {{folder}}/text", 2, "--canaries: {folder}/text: Expected '=' after a key…"),
-}
-
-STARTS = {
-    "metrics' port": Failure(
-        f"{SERVICE} --metrics 127.0.0.1:{{port}}", 1, "--metrics: cannot listen on 127.0.0.1:{port}: Address already in use"
-    ),
-    "service's socket": Failure(
-        f"{SERVICE} --listen unix:{{folder}}/taken", 1, "--listen: cannot listen on unix:{folder}/taken: Address already in use"
-    ),
-    "folder is a file": Failure(
-        f"{SERVICE} --listen unix:{{folder}}/text/s",
-        1,
-        "--listen: cannot listen on unix:{folder}/text/s: {folder}/text is no directory",
-    ),
-    "socket is a file": Failure(
-        f"{SERVICE} --listen unix:{{folder}}/text", 1, "--listen: cannot listen on unix:{folder}/text: the file is no socket"
-    ),
-    "state is a file": Failure(
-        f"{SERVICE} --self-test off --state-dir {{folder}}/text",
-        1,
-        "--state-dir: {folder}/text/sequences.json cannot be read: Not a directory: let this user read it…",
-    ),
-    "missed grade": Failure(
-        f"{SERVICE} --self-test off --require-grade EXACT",
-        1,
-        "--require-grade: EXACT is required, BEST_EFFORT was earned: not tested",
-    ),
-    "no lmdeploy": Failure(
-        f"{TURBOMIND} --model {{folder}}",
-        1,
-        f"--engine turbomind needs lmdeploy: {install_hint('turbomind')}; without a GPU use --engine llama",
-    ),
-    "journal is a text": Failure(
-        f"{SIDECAR} --journal {{folder}}/text", 1, "--journal: {folder}/text is not a journal, nor any other SQLite file…"
-    ),
-    "journal below a file": Failure(
-        f"{SIDECAR} --journal {{folder}}/text/j",
-        1,
-        "--journal: the folder {folder}/text cannot be created by user…",
-    ),
-    "bad mark": Failure(
-        f"{SIDECAR} --high-water {{folder}}/text",
-        1,
-        "--high-water: {folder}/text is no high-water mark (…",
-    ),
-    "no database": Failure(
-        f"{SIDECAR} --journal postgresql://me:tiger@127.0.0.1:1/x",
-        1,
-        "--journal: the database cannot be reached: connection failed: …",
-    ),
-    "bad password": Failure(
-        f"{SIDECAR} --journal postgresql://me:tiger@127.0.0.1:{{database}}/x?sslmode=disable&gssencmode=disable",
-        1,
-        "--journal: the database cannot be reached: connection failed: …",
-    ),
-    "bad URL": Failure(
-        f"{SIDECAR} --journal postgresql://me:tiger@h/x?odd=1",
-        1,
-        "--journal: the URL cannot be read; special characters in it are percent-encoded",
-    ),
-}
-
-MODELS = {
-    "no model": Failure(
-        f"{LLAMA} --model {{folder}}/no", 1, "--model: {folder}/no: No such file or directory; name a readable GGUF file"
-    ),
-    "model is a folder": Failure(
-        f"{LLAMA} --model {{folder}}", 1, "--model: {folder}: Is a directory; name a readable GGUF file"
-    ),
-    "model is a text": Failure(
-        f"{LLAMA} --model {{folder}}/text", 1, "--model: {folder}/text: it does not begin with GGUF; name a readable GGUF file"
-    ),
-    "model is cut in its head": Failure(
-        f"{LLAMA} --model {{folder}}/head.gguf", 1, "--model: {folder}/head.gguf: it is cut short; name a readable GGUF file"
-    ),
-    "model is cut": Failure(
-        f"{LLAMA} --model {{folder}}/cut.gguf",
-        1,
-        "--model: {folder}/cut.gguf: cannot be loaded; llama.cpp says: tensor 'token_embd.weight' data is not within…",
-    ),
-    "unknown architecture": Failure(
-        f"{LLAMA} --model {{folder}}/odd.gguf",
-        1,
-        "--model: {folder}/odd.gguf: cannot be loaded; llama.cpp says: unknown model architecture: 'odd'",
-    ),
-    "long context": Failure(
-        f"{LLAMA} --context-tokens 8193",
-        1,
-        "--context-tokens must be at most 8192 for SmolLM2-135M-Instruct.Q4_1.gguf, is 8193",
-    ),
-}
-
-PROCESSES = {
-    "locked journal": Failure(
-        f"{SIDECAR} --journal {{folder}}/locked", 1, "--journal: {folder}/locked is in use by another sidecar or command…"
-    ),
-    "service's port": Failure(
-        f"{SERVICE} --engine-secret {{folder}}/secret --listen 127.0.0.1:{{port}}",
-        1,
-        "--listen: cannot listen on 127.0.0.1:{port}: Address already in use",
-    ),
-    "sidecar's port": Failure(
-        f"{SIDECAR} --listen 127.0.0.1:{{port}}", 1, "--listen: cannot listen on 127.0.0.1:{port}: Address already in use"
-    ),
-    "probes' port": Failure(
-        f"{SIDECAR} --health-listen 127.0.0.1:{{port}}",
-        1,
-        "--health-listen: cannot listen on 127.0.0.1:{port}: Address already in use",
-    ),
-    "closed folder": Failure(
-        f"{SERVICE} --listen unix:{{folder}}/closed/s",
-        1,
-        "--listen: cannot listen on unix:{folder}/closed/s: Permission denied",
-    ),
-    "closed journal": Failure(
-        f"{SIDECAR} --journal {{folder}}/closed/j",
-        1,
-        "--journal: {folder}/closed/j: its folder {folder}/closed cannot be written by user…",
-    ),
-}
 
 AS_ANYBODY = (
     "import ctypes, os, sys; [ctypes.CDLL(None).prctl(24, right, 0, 0, 0) for right in (1, 2, 10)]; "
@@ -277,7 +99,13 @@ def _names() -> Iterator[dict[str, object]]:
     with socket.socket(socket.AF_UNIX) as taken, socket.create_server(("127.0.0.1", 0)) as port, database() as refusing:
         taken.bind(f"{folder}/taken")
         taken.listen()
-        yield {"folder": folder, "port": port.getsockname()[1], "database": refusing}
+        yield {
+            "folder": folder,
+            "port": port.getsockname()[1],
+            "database": refusing,
+            "long": "x" * 107,
+            "turbomind": install_hint("turbomind"),
+        }
     locked.close()
     shutil.rmtree(folder)
 
@@ -320,9 +148,9 @@ def _undisturbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def check(failure: Failure, names: dict[str, object], form: str, code: int, errors: str) -> None:
+def check(failure: Failure, names: Mapping[str, object], form: str, code: int, errors: str) -> None:
     """Exit code, and a last line that is the reason; earlier lines are those of every start."""
-    program, said = failure.line.split()[0], failure.said.format(**names)
+    (program, *_), said = failure.of(names)
     *before, last = (line for line in errors.splitlines() if "high-water mark is on the journal's file system" not in line)
     if form == "human":
         levels = [line.split()[1] for line in before]
@@ -339,55 +167,52 @@ def check(failure: Failure, names: dict[str, object], form: str, code: int, erro
     assert "Traceback" not in errors and "tiger" not in errors, errors
 
 
-def argv_of(failure: Failure, names: dict[str, object], form: str) -> list[str]:
-    """The program and its flags."""
-    program, *flags = failure.line.format(**names).split()
-    return [program, "--log-format", form, *flags]
+@pytest.fixture(name="fails")
+def _fails(
+    names: Mapping[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, undisturbed: None
+) -> Callable[[Failure, str], None]:
+    """Starts the program in this process, with a log of this form, and checks how it fails."""
+
+    def start(failure: Failure, form: str) -> None:
+        (program, *flags), _ = failure.of(names)
+        monkeypatch.setattr(sys, "argv", [program, "--log-format", form, *flags])
+        main = service.__main__.main if program == "service" else sidecar.__main__.main
+        with pytest.raises(SystemExit) as exited:
+            sys.exit(main())
+        code = exited.value.code
+        assert isinstance(code, int)
+        check(failure, names, form, code, capsys.readouterr().err)
+
+    return start
 
 
-FORMS = pytest.mark.parametrize("form", ["human", "json"])
-
-
-def in_process(
-    failure: Failure, names: dict[str, object], form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Starts the program in this process, and checks how it fails."""
-    program, *flags = argv_of(failure, names, form)
-    monkeypatch.setattr(sys, "argv", [program, *flags])
-    main = service.__main__.main if program == "service" else sidecar.__main__.main
-    with pytest.raises(SystemExit) as exited:
-        sys.exit(main())
-    code = exited.value.code
-
-    assert isinstance(code, int)
-    check(failure, names, form, code, capsys.readouterr().err)
-
-
-@FORMS
-@pytest.mark.parametrize("failure", [*SETTINGS.values(), *STARTS.values()], ids=[*SETTINGS, *STARTS])
-@pytest.mark.usefixtures("undisturbed")
-def test_a_start_that_fails_says_why(
-    failure: Failure, form: str, names: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("form", ["human", "json"])
+@listed("settings")
+def test_a_setting_that_cannot_be_says_why(failure: Failure, form: str, fails: Callable[[Failure, str], None]) -> None:
     """The last line names the flag or file and the cause, once; it is one record where the log is JSON."""
-    in_process(failure, names, form, capsys, monkeypatch)
+    fails(failure, form)
+
+
+@pytest.mark.parametrize("form", ["human", "json"])
+@listed("starts")
+def test_a_start_that_fails_says_why(failure: Failure, form: str, fails: Callable[[Failure, str], None]) -> None:
+    """Likewise where all settings are good."""
+    fails(failure, form)
 
 
 @pytest.mark.llama
 @pytest.mark.skipif(bool(LACKING), reason=f"without {', '.join(LACKING)}")
-@pytest.mark.parametrize("failure", MODELS.values(), ids=MODELS)
-@pytest.mark.usefixtures("undisturbed")
-def test_a_model_that_cannot_be_loaded_says_why(
-    failure: Failure, names: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@listed("models")
+def test_a_model_that_cannot_be_loaded_says_why(failure: Failure, fails: Callable[[Failure, str], None]) -> None:
     """What is wrong with a model's file is said in llama.cpp's own words where it is llama.cpp that finds it."""
-    in_process(failure, names, "human", capsys, monkeypatch)
+    fails(failure, "human")
 
 
-@pytest.mark.parametrize("failure", PROCESSES.values(), ids=PROCESSES)
-def test_a_process_that_fails_says_why(failure: Failure, names: dict[str, object]) -> None:
+@listed("processes")
+def test_a_process_that_fails_says_why(failure: Failure, names: Mapping[str, object]) -> None:
     """The same for real processes of an ordinary user: no library adds output."""
-    done = python("-c", AS_ANYBODY, *argv_of(failure, names, "human"))
+    (program, *flags), _ = failure.of(names)
+    done = python("-c", AS_ANYBODY, program, "--log-format", "human", *flags)
 
     check(failure, names, "human", done.returncode, done.stderr)
 
@@ -398,10 +223,8 @@ LOW = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
 @pytest.mark.skipif(LOW <= 1, reason="every port is allowed for all users here")
 def test_a_low_port_is_refused_by_the_kernel(names: dict[str, object]) -> None:
     """A port that only root may have is named, with the kernel's reason."""
-    why = "--listen: cannot listen on 127.0.0.1:1: Permission denied"
-    test_a_process_that_fails_says_why(
-        Failure(f"{SERVICE} --engine-secret {{folder}}/secret --listen 127.0.0.1:1", 1, why), names
-    )
+    line = "SERVICE --engine-secret {folder}/secret --listen 127.0.0.1:1"
+    test_a_process_that_fails_says_why(Failure(line, "--listen: cannot listen on 127.0.0.1:1: Permission denied", 1), names)
 
 
 def test_serve_lists_the_engines() -> None:

@@ -250,9 +250,7 @@ async def test_another_tokenizer_is_noticed() -> None:
             api = openai.AsyncOpenAI(base_url=gateway.url, api_key="none", max_retries=0)
             model = gateway.model()
             await api.completions.create(model=model, prompt="x", max_tokens=2)
-            pair.service.kill()
-            pair.start_service("--script", fields).wait_for("serving")
-            await eventually(lambda: pair.metrics()["ostinato_engine_connected"] == 1, "the engine is there again")
+            await asyncio.to_thread(pair.replace_service, "--script", fields)
             with pytest.raises(openai.APIStatusError, match="restart the gateway"):
                 await api.completions.create(model=model, prompt="x", max_tokens=2)
             await api.close()

@@ -270,12 +270,8 @@ async def test_a_fault_costs_the_stream_and_no_number(stage: Stage, fault: Calla
     assert stage.faults() >= 1
     assert len(stage.fake.hellos) == 2
     assert [hello.last_sequence for hello in stage.fake.hellos][1] == results[-1].sequence
-    assert said_by(stage.door.pair, "engine fault") >= 1
+    assert stage.door.pair.sidecar.said("engine fault")
     await stage.sound()
-
-
-def said_by(pair: Pair, message: str) -> int:
-    return sum(record.get("message") == message for record in pair.sidecar.records())
 
 
 async def test_tokens_of_a_lost_attempt_are_taken_back(stage: Stage) -> None:

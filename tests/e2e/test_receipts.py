@@ -6,23 +6,21 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from ostinato import errors
 from ostinato.cli import show
-from ostinato.cli.app import app
 from ostinato.client import Client
 from ostinato.signature import SignedTree, new_key, signer_of
 from ostinato.v1 import types_pb2
 
-from tests.e2e.kit import bytes_of, opened
+from tests.e2e.kit import bytes_of, opened, ostinato
 from tests.pair import Pair, python
 from tests.waiting import eventually
 
@@ -45,15 +43,13 @@ class Signed:
         self.keys.append(name)
         return self.folder / name
 
-    def ostinato(self, *arguments: str, input_: str = "") -> Result:
-        with ThreadPoolExecutor(1) as apart:  # the tests have an event loop, and so has the command
-            line = ["--target", self.pair.target, *arguments]
-            return apart.submit(CliRunner().invoke, app, line, input=input_).result()
+    def ostinato(self, *arguments: str, stdin: str = "") -> Result:
+        return ostinato("--target", self.pair.target, *arguments, stdin=stdin)
 
     def verify(self, content: str, *options: str, keys: Sequence[str] | None = None) -> int:
         """The exit code. `keys`: None is all."""
         listed = [each for key in (self.keys if keys is None else keys) for each in ("--key", str(self.folder / f"{key}.pub"))]
-        done = self.ostinato("verify", "-", *listed, *options, input_=content)
+        done = self.ostinato("verify", "-", *listed, *options, stdin=content)
         self.said = done.output
         return done.exit_code
 

@@ -112,9 +112,7 @@ async def test_another_engine_skips_audits() -> None:
         pair.start()
         async with opened(pair) as door:
             await items(door, 1, 1)
-            pair.service.kill()
-            pair.start_service("--script", scripted(fields={"device": "another"})[-1]).wait_for("serving")
-            await eventually(lambda: pair.metrics()["ostinato_engine_connected"] == 1, "the other engine is connected")
+            await asyncio.to_thread(pair.replace_service, "--script", scripted(fields={"device": "another"})[-1])
             await items(door, 1, 1)
             await eventually(lambda: missing(pair, "audit") == {"FINGERPRINT_CHANGED": 2}, "the first two are skipped")
             await items(door, 1, 1)
@@ -133,8 +131,7 @@ THREE = "".join(
 
 def learned(pair: Pair) -> Counter[str]:
     """How often each canary's answer was learned, by all sidecars of the pair."""
-    records = [record for program in pair.programs for record in program.records()]
-    return Counter(str(record["canary"]) for record in records if record.get("message") == "canary learned")
+    return Counter(str(record["canary"]) for program in pair.programs for record in program.said("canary learned"))
 
 
 async def test_a_changed_answer_is_found(tmp_path: Path) -> None:
@@ -152,8 +149,7 @@ async def test_a_changed_answer_is_found(tmp_path: Path) -> None:
             (scripted(fields={"device": "another"}), Counter(match=3), 6),
             (scripted(rules=[rule("diverge", 5, "CANARY")]), Counter(match=4, diverged=2), 6),
         ):
-            pair.service.kill()
-            pair.start_service("--script", script[-1])
+            await asyncio.to_thread(pair.replace_service, "--script", script[-1])
             await eventually(
                 lambda verdicts=verdicts, known=known: (  # type: ignore[misc]
                     counted(pair, "canary") == verdicts and learned(pair).total() == known
@@ -193,7 +189,7 @@ async def test_rounds() -> None:
         pair.start()
         await eventually(lambda: counted(pair, "canary")["match"] >= 10, "two more rounds")
         await eventually(lambda: missing(pair, "canary")["INVALID_REQUEST"] >= 3, "each round counts the refused one")
-        assert [record.get("message") for record in pair.sidecar.records()].count("canary refused") == 1
+        assert len(pair.sidecar.said("canary refused")) == 1
 
 
 async def test_a_canary_that_kills_the_engine() -> None:
@@ -362,21 +358,6 @@ INCOMPARABLE = types_pb2.VERDICT_INCOMPARABLE
 ASKED = Sampling(seed=2**64 - 1, temperature=0.0, max_new_tokens=8, ignore_eos=True, logprobs=2)
 
 
-async def restarted(door: Door, **script: Any) -> None:
-    """Restart the service with this script, behind the same sidecar."""
-    before = (await door.client.model()).fingerprint
-    await asyncio.to_thread(door.pair.service.kill)
-    door.pair.start_service("--script", json.dumps(script))
-
-    async def another() -> bool:
-        try:
-            return (await door.client.model()).fingerprint != before
-        except Exception:  # noqa: BLE001  # while no service is connected
-            return False
-
-    await eventually(another, "the new service is connected")
-
-
 async def all_of(source: Any) -> list[sequencer_pb2.ReplayResponse]:
     return [response async for response in source]
 
@@ -433,11 +414,10 @@ async def test_drift_names_its_fields_also_after_a_restart() -> None:
     fields = ["fingerprint.device", "fingerprint.threads"]
     async with own(fields=before) as door:
         await door.client.generate("a", **ASKED)
-        await restarted(door, fields=after, rules=differs)
+        await asyncio.to_thread(door.pair.replace_service, "--script", json.dumps({"fields": after, "rules": differs}))
         await asyncio.to_thread(door.pair.sidecar.stop)
-        await asyncio.to_thread(door.pair.start_sidecar)
+        (await asyncio.to_thread(door.pair.start_sidecar)).wait_for("engine connected")
         async with Client(door.pair.target) as client:
-            await eventually(lambda: bool(door.pair.metrics()["ostinato_engine_connected"]), "the engine is connected")
             twin = (await client.generate("a", **ASKED)).results[0]
             said = await all_of(client.replay(1, 2))
             [record] = await client.get(1)

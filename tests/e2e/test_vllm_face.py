@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -20,14 +21,12 @@ from ostinato import install_hint
 from ostinato.chain import check_receipt
 from ostinato.client import Client
 from ostinato.v1 import types_pb2
-from serving import auth
-from serving.auth import Role
 
-from tests.e2e.kit import ended
+from tests.e2e.kit import ended, own, rule, scripted, tokens_file
 from tests.pair import ROOT, Pair, Program
 from tests.waiting import eventually
 
-SCRIPT = '{"rules": [{"do": "hang", "at": 100}]}'
+SCRIPT = {"rules": [rule("hang", 100)]}
 HANGS = 200
 """More tokens than any run reaches."""
 NAME = "vllm.grpc.engine.VllmEngine"
@@ -49,13 +48,9 @@ class Face:
 
 @pytest.fixture(scope="module", name="face")
 def _face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
-    made = {name: auth.new_token(name, Role.ADMIN if name == "ops" else Role.TENANT) for name in ("acme", "zeta", "ops")}
-    listed = tmp_path_factory.mktemp("face") / "tokens"
-    listed.touch(mode=0o600)
-    listed.write_text("\n".join(line for _, line in made.values()))
-    sidecar = ["--vllm-face", "--tokens", str(listed)]
-    with Pair(service=["--script", SCRIPT, "--self-test", "off"], sidecar=sidecar) as pair:
-        yield Face(pair.start(), {name: token for name, (token, _) in made.items()})
+    listed, tokens = tokens_file(tmp_path_factory.mktemp("face"), "acme", "zeta")
+    with Pair(service=scripted(**SCRIPT), sidecar=["--vllm-face", "--tokens", str(listed)]) as pair:
+        yield Face(pair.start(), tokens)
 
 
 @pytest.fixture(name="stub")
@@ -146,17 +141,14 @@ async def test_abort(face: Face, stub: Any) -> None:
 
 async def test_a_call_without_a_deadline_has_one() -> None:
     """After --vllm-timeout-seconds the item and its call fail with DEADLINE_EXCEEDED, streamed or not."""
-    sidecar = ["--vllm-face", "--vllm-timeout-seconds", "0.5"]
-    with Pair(service=["--script", SCRIPT, "--self-test", "off"], sidecar=sidecar) as pair:
-        pair.start()
-        async with grpc.aio.insecure_channel(pair.target) as channel, Client(pair.target) as client:
-            stub: Any = VllmEngineStub(channel)
-            for stream in (True, False):
-                call = stub.Generate(asked(stream=stream, max_tokens=HANGS, ignore_eos=True))
-                assert await code_of(call) == grpc.StatusCode.DEADLINE_EXCEEDED
-                stamp = types_pb2.Stamp.FromString(dict(await call.trailing_metadata())["ostinato-stamp-bin"])
-                (record,) = await client.get(stamp.first_sequence)
-                assert record.result.status.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+    async with own("--vllm-face", "--vllm-timeout-seconds", "0.5", **SCRIPT) as door:
+        stub: Any = VllmEngineStub(door.channel)
+        for stream in (True, False):
+            call = stub.Generate(asked(stream=stream, max_tokens=HANGS, ignore_eos=True))
+            assert await code_of(call) == grpc.StatusCode.DEADLINE_EXCEEDED
+            stamp = types_pb2.Stamp.FromString(dict(await call.trailing_metadata())["ostinato-stamp-bin"])
+            (record,) = await door.client.get(stamp.first_sequence)
+            assert record.result.status.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
 
 
 async def test_the_calls_of_a_gateway_s_start(face: Face, stub: Any) -> None:
@@ -225,9 +217,7 @@ async def test_each_gateway_has_the_tokenizer_that_it_was_given() -> None:
             old, new, unknown = (VllmEngineStub(channel) for channel in (one, two, three))
             await given(old)
             assert [await served(stub) for stub in (old, unknown)] == [True, True]
-            pair.service.kill()
-            pair.start_service("--script", '{"fields": {"tokenizer": "another"}}').wait_for("serving")
-            await eventually(lambda: pair.metrics()["ostinato_engine_connected"] == 1, "the engine is there again")
+            await asyncio.to_thread(pair.replace_service, "--script", '{"fields": {"tokenizer": "another"}}')
 
             await given(new)
 
