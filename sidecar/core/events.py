@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
+
+import msgspec
 
 from ostinato.digest import model_digest
 from ostinato.errors import OstinatoError
 from ostinato.v1 import engine_pb2, types_pb2
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
+class Need(msgspec.Struct, frozen=True):
     """What one item requires of the engine."""
 
     kv_tokens: int
@@ -24,8 +24,7 @@ class Need:
 # ---- events: numbers
 
 
-@dataclass(frozen=True, slots=True)
-class Admit:
+class Admit(msgspec.Struct, frozen=True):
     """A prepared batch asks for sequences. Refuse or AppendAdmission follows, possibly later."""
 
     batch_id: int
@@ -50,26 +49,23 @@ class Admit:
         return None if self.keyed else self.deadline
 
     def expired(self, now: float) -> bool:
-        return self.waits_until is not None and now >= self.waits_until
+        return self.deadline is not None and not self.keyed and now >= self.deadline
 
 
-@dataclass(frozen=True, slots=True)
-class Numbered:
+class Numbered(msgspec.Struct, frozen=True):
     """The batch is durable. Its items have the sequences from `first_sequence` on."""
 
     batch_id: int
     first_sequence: int
 
 
-@dataclass(frozen=True, slots=True)
-class NotNumbered:
+class NotNumbered(msgspec.Struct, frozen=True):
     """The batch was not appended: the journal has no room, or the key was bound already."""
 
     batch_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Recovered:
+class Recovered(msgspec.Struct, frozen=True):
     """An unfinished item of an earlier epoch of this writer (told before anything else), or of a writer whose lease expired."""
 
     sequence: int
@@ -80,23 +76,20 @@ class Recovered:
     tenant: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """The item's outcome is durable."""
 
     sequence: int
 
 
-@dataclass(frozen=True, slots=True)
-class CancelItems:
+class CancelItems(msgspec.Struct, frozen=True):
     """A request to end these sequences, both included."""
 
     first: int
     last: int
 
 
-@dataclass(frozen=True, slots=True)
-class CancelBatch:
+class CancelBatch(msgspec.Struct, frozen=True):
     """The call has ended before its answer. Ends a batch without a key; a keyed one goes on."""
 
     batch_id: int
@@ -107,8 +100,7 @@ class CancelBatch:
 # ---- events: the engine
 
 
-@dataclass(frozen=True, slots=True)
-class Connected:
+class Connected(msgspec.Struct, frozen=True):
     """The engine stream is open."""
 
     runs: int
@@ -124,33 +116,28 @@ class Connected:
         return cls(capacity.runs, capacity.kv_blocks, capacity.block_tokens, digest, model.grade)
 
 
-@dataclass(frozen=True, slots=True)
-class Regraded:
+class Regraded(msgspec.Struct, frozen=True):
     """The engine's grade has changed."""
 
     grade: types_pb2.Grade.ValueType
 
 
-@dataclass(frozen=True, slots=True)
-class Disconnected:
+class Disconnected(msgspec.Struct, frozen=True):
     """The engine stream is closed, and all its runs are lost."""
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(msgspec.Struct, frozen=True):
     run_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True):
     """The run has an output, which the caller of `step` keeps."""
 
     run_id: int
     grade: types_pb2.Grade.ValueType
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True):
     """The run ended without output."""
 
     run_id: int
@@ -169,8 +156,7 @@ class Urgency(IntEnum):
     BACKGROUND = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Rerun:
+class Rerun(msgspec.Struct, frozen=True):
     """A run without a sequence asks for room. RerunLost or the run's own end concludes it."""
 
     rerun_id: int
@@ -182,26 +168,22 @@ class Rerun:
     """Who asked for it; None: the sidecar itself."""
 
 
-@dataclass(frozen=True, slots=True)
-class CancelRerun:
+class CancelRerun(msgspec.Struct, frozen=True):
     rerun_id: int
 
 
 # ---- events: time
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True):
     """Time has passed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Drain:
+class Drain(msgspec.Struct, frozen=True):
     """Admit nothing more, and finish what was admitted. Drained follows."""
 
 
-@dataclass(frozen=True, slots=True)
-class DrainEnd:
+class DrainEnd(msgspec.Struct, frozen=True):
     """Finish nothing more."""
 
 
@@ -230,23 +212,20 @@ Event = (
 # ---- effects
 
 
-@dataclass(frozen=True, slots=True)
-class AppendAdmission:
+class AppendAdmission(msgspec.Struct, frozen=True):
     """Make the batch durable. Numbered or NotNumbered follows."""
 
     batch_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Refuse:
+class Refuse(msgspec.Struct, frozen=True):
     """The batch gets no sequences."""
 
     batch_id: int
     error: OstinatoError
 
 
-@dataclass(frozen=True, slots=True)
-class Submit:
+class Submit(msgspec.Struct, frozen=True):
     """Send the item to the engine, behind every earlier Submit."""
 
     run_id: int
@@ -259,20 +238,17 @@ class Submit:
     """Whether items of other tenants that wait have lower sequences."""
 
 
-@dataclass(frozen=True, slots=True)
-class SubmitRerun:
+class SubmitRerun(msgspec.Struct, frozen=True):
     run_id: int
     rerun_id: int
     expires_at: float
 
 
-@dataclass(frozen=True, slots=True)
-class CancelRun:
+class CancelRun(msgspec.Struct, frozen=True):
     run_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class End:
+class End(msgspec.Struct, frozen=True):
     """Make the item's outcome durable. Ended follows."""
 
     sequence: int
@@ -281,30 +257,26 @@ class End:
     """None: COMPLETED, with the output of Finished. Cancelled and Abandoned have kinds of outcome; other errors are FAILED."""
 
 
-@dataclass(frozen=True, slots=True)
-class LeaveToRecovery:
+class LeaveToRecovery(msgspec.Struct, frozen=True):
     """This process will not finish the item; the next epoch will. Callers have to ask again."""
 
     sequence: int
 
 
-@dataclass(frozen=True, slots=True)
-class RerunLost:
+class RerunLost(msgspec.Struct, frozen=True):
     """The rerun will not run, or will not finish."""
 
     rerun_id: int
     error: OstinatoError
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
+class Fault(msgspec.Struct, frozen=True):
     """The service violated the protocol: drop the stream. Disconnected follows."""
 
     error: OstinatoError
 
 
-@dataclass(frozen=True, slots=True)
-class Drained:
+class Drained(msgspec.Struct, frozen=True):
     """Nothing is left that this process will finish."""
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from ostinato import errors
 
@@ -15,9 +16,9 @@ TENANT_PART = 4
 """One tenant's replays may fill a fourth of the places in which replays wait."""
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
+class Running(msgspec.Struct, frozen=True):
     rerun: ev.Rerun
+    blocks: int
     expires_at: float
 
 
@@ -38,13 +39,10 @@ class Reruns:
         self.bounds, self._shares = bounds, shares
         self.waiting: dict[ev.Urgency, dict[int, ev.Rerun]] = {urgency: {} for urgency in ev.Urgency}
         """By rerun id, the oldest first."""
+        self.queued = 0
+        """Of all urgencies."""
         self.running: dict[int, Running] = {}
         """By run id."""
-
-    @property
-    def wait(self) -> bool:
-        """Whether any waits."""
-        return any(self.waiting.values())
 
     def room(self, tenant: str) -> bool:
         """Whether another replay of this tenant may wait."""
@@ -56,20 +54,21 @@ class Reruns:
     def react(self, event: ev.Rerun | ev.CancelRerun, window: Window | None, *, draining: bool) -> Iterator[ev.Effect]:
         if isinstance(event, ev.CancelRerun):
             for queue in self.waiting.values():
-                queue.pop(event.rerun_id, None)
+                self.queued -= queue.pop(event.rerun_id, None) is not None
             running = [run_id for run_id, running in self.running.items() if running.rerun.rerun_id == event.rerun_id]
             yield from self._cancel(running, window)
         elif (error := self._refusal(event, window, draining=draining)) is not None:
             yield ev.RerunLost(event.rerun_id, error)
         else:
             self.waiting[event.urgency][event.rerun_id] = event
+            self.queued += 1
 
     def _refusal(self, rerun: ev.Rerun, window: Window | None, *, draining: bool) -> errors.OstinatoError | None:
         if draining:
             return errors.Draining("the sidecar is draining")
         if window is None:
             return errors.EngineUnavailable("no engine is connected")
-        if not window.ever_fits(rerun.kv_tokens):
+        if window.need(rerun.kv_tokens) > window.engine.kv_blocks:
             return errors.EngineFailed("needs more KV blocks than the engine has")
         places = self.bounds.reruns_max  # verifications are bounded by the items that run
         if rerun.urgency is not ev.Urgency.VERIFY and len(self.waiting[rerun.urgency]) >= places:
@@ -79,7 +78,7 @@ class Reruns:
     def verify(self, window: Window, next_run_id: Callable[[], int], now: float) -> Iterator[ev.Effect]:
         """Start the verifications that fit. Called before items are submitted."""
         queue = self.waiting[ev.Urgency.VERIFY]
-        while queue and window.fits((rerun := next(iter(queue.values()))).kv_tokens):
+        while queue and window.fits(window.need((rerun := next(iter(queue.values()))).kv_tokens)):
             yield self._submit(rerun, window, next_run_id(), now)
 
     def submit(self, window: Window, next_run_id: Callable[[], int], now: float) -> Iterator[ev.Effect]:
@@ -100,33 +99,34 @@ class Reruns:
 
     def _submit(self, rerun: ev.Rerun, window: Window, run_id: int, now: float) -> ev.Effect:
         del self.waiting[rerun.urgency][rerun.rerun_id]
-        window.take(rerun.kv_tokens, exclusive=rerun.exclusive)
+        self.queued -= 1
+        blocks = window.need(rerun.kv_tokens)
+        window.take(blocks, exclusive=rerun.exclusive)
         if rerun.tenant is not None:
-            self._shares.take(rerun.tenant, window.need(rerun.kv_tokens))
+            self._shares.run(rerun.tenant, 1, blocks)
         assert rerun.urgency is ev.Urgency.VERIFY or window.runs <= window.engine.runs, "invariant 2"
         expires_at = now + self.bounds.item_timeout_seconds
-        self.running[run_id] = Running(rerun, expires_at)
+        self.running[run_id] = Running(rerun, blocks, expires_at)
         return ev.SubmitRerun(run_id, rerun.rerun_id, expires_at)
 
     def _may_begin(self, rerun: ev.Rerun, window: Window) -> bool:
         share, engine = self.bounds.reruns_share, window.engine
-        held = [r.rerun.kv_tokens for r in self.running.values() if r.rerun.urgency is not ev.Urgency.VERIFY]
-        blocks = sum(map(window.need, held)) + window.need(rerun.kv_tokens)
-        in_share = len(held) < int(share * engine.runs) and blocks <= share * engine.kv_blocks
-        if not window.fits(rerun.kv_tokens, exclusive=rerun.exclusive) or not (in_share or not held):
+        held = [each.blocks for each in self.running.values() if each.rerun.urgency is not ev.Urgency.VERIFY]
+        blocks = window.need(rerun.kv_tokens)
+        in_share = len(held) < int(share * engine.runs) and sum(held) + blocks <= share * engine.kv_blocks
+        if not window.fits(blocks, exclusive=rerun.exclusive) or not (in_share or not held):
             return False
         part = self.bounds.tenant_share
-        room = window.blocks + window.need(rerun.kv_tokens) <= part * engine.kv_blocks
+        room = window.blocks + blocks <= part * engine.kv_blocks
         return not window.runs or (window.runs < most(part, engine.runs) and room)
 
     def ended(self, run_id: int, window: Window) -> bool:
         """Give the run's room back. False: it is not a rerun."""
         running = self.running.pop(run_id, None)
         if running is not None:
-            rerun = running.rerun
-            window.give(rerun.kv_tokens)
-            if rerun.tenant is not None:
-                self._shares.give(rerun.tenant, window.need(rerun.kv_tokens))
+            window.give(running.blocks)
+            if running.rerun.tenant is not None:
+                self._shares.run(running.rerun.tenant, -1, -running.blocks)
         return running is not None
 
     def expire(self, now: float, window: Window | None) -> Iterator[ev.Effect]:
@@ -144,6 +144,7 @@ class Reruns:
         for queue in self.waiting.values():
             lost += queue.values()
             queue.clear()
+        self.queued = 0
         for rerun in lost:
             yield ev.RerunLost(rerun.rerun_id, error)
 

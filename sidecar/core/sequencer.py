@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TypeVar
+
+import msgspec
 
 from ostinato import errors
 from ostinato.v1 import types_pb2
@@ -34,8 +35,7 @@ class Phase(Enum):
     """Its End was given out, and is not durable yet."""
 
 
-@dataclass(slots=True, eq=False)
-class Item:
+class Item(msgspec.Struct, eq=False):
     """A sequence without a durable outcome."""
 
     sequence: int
@@ -47,19 +47,18 @@ class Item:
     tenant: str = ""
     first_attempt: int = 1
     """More than 1 if earlier epochs submitted it."""
-    attempt: int = field(init=False)
+    attempt: int = 1
     """The newest that was submitted; `first_attempt` until then. The outcome is this attempt's."""
     phase: Phase = Phase.WAITING
     run_id: int = 0
     """Of the newest submission; 0: not submitted in this epoch."""
+    blocks: int = 0
+    """KV blocks that it needs in this engine."""
     expires_at: float = 0.0
     losses: int = 0
     """Engines that were lost after Started, or while this was the only run."""
     unattributed_crashes: int = 0
     """Engines that were lost before Started, with other runs beside this one."""
-
-    def __post_init__(self) -> None:
-        self.attempt = self.first_attempt
 
     @property
     def quarantined(self) -> bool:
@@ -73,19 +72,8 @@ class Item:
             self.unattributed_crashes += 1
         self.phase = Phase.WAITING
 
-    def overdue_at(self, overdue_seconds: float) -> float | None:
-        """When it has to end in its present phase; None: at no time."""
-        match self.phase:
-            case Phase.WAITING:
-                return self.deadline
-            case Phase.SUBMITTED | Phase.STARTED:
-                return self.expires_at + overdue_seconds
-            case Phase.ENDING:
-                return None
 
-
-@dataclass(slots=True, eq=False)
-class Batch:
+class Batch(msgspec.Struct, eq=False):
     """An admitted call, until its last item has ended."""
 
     admit: ev.Admit
@@ -148,6 +136,8 @@ class Sequencer:
         """By sequence: those of `items` that wait for room."""
         self.runs: dict[int, Item] = {}
         """By run id: those of `items` that the engine holds."""
+        self.queued = 0
+        """Items that wait for the journal or for the engine."""
         self.shares = Shares(bounds.tenant_share)
         self.reruns = Reruns(bounds, self.shares)
         self.window: Window | None = None
@@ -156,19 +146,12 @@ class Sequencer:
         self._abandoning = False
         self._drained = False
         self._batches: dict[int, Batch] = {}
-        self._numbering = 0
-        """Items of batches that are not durable yet."""
         self._timers = Timers()
         self._last_run_id = 0
         self._stream_after_run_id = 0
         self._newest_submitted = 0
         """Of the items that this epoch numbered, without those that went ahead of others."""
         self._effects: list[ev.Effect] = []
-
-    @property
-    def queued(self) -> int:
-        """Items that wait for the journal or for the engine."""
-        return self._numbering + len(self.waiting)
 
     def queued_of(self, tenant: str) -> int:
         """Of `queued`, those of one tenant; all, where the engine is not divided between tenants."""
@@ -177,26 +160,22 @@ class Sequencer:
     def step(self, event: ev.Event, now: float) -> list[ev.Effect]:
         """The effects of one event, in the order in which they are to be performed."""
         effects = self._effects = []
-        self._react(event, now)
-        if self.window is not None and (self.waiting or self.reruns.wait):
-            self._submit_what_fits(self.window, now)
-        if self.draining and not self._drained and not self.items and not self._numbering:
-            self._drained = True
-            effects.append(ev.Drained())
-        return effects
-
-    def _react(self, event: ev.Event, now: float) -> None:
         match event:
+            case ev.Started() | ev.Finished() | ev.Failed():
+                self._run_event(event)
             case ev.Admit():
                 self._admit(event)
             case ev.Numbered(batch_id, first_sequence):
                 self._numbered(self._batches[batch_id], first_sequence)
-            case ev.NotNumbered(batch_id):
-                self._number(self._batches.pop(batch_id).admit, -1)
-            case ev.Started(run_id) | ev.Finished(run_id) | ev.Failed(run_id):
-                self._run_event(run_id, event)
             case ev.Ended(sequence):
                 self._ended(self.items.pop(sequence))
+            case ev.Tick():
+                for sequence in self._timers.due(now):
+                    self._expire(self.items[sequence])
+                effects += self.reruns.expire(now, self.window)
+            case ev.NotNumbered(batch_id):
+                admit = self._batches.pop(batch_id).admit
+                self._queue(admit.tenant, -len(admit.needs))
             case ev.Recovered():
                 self._recovered(event)
             case ev.CancelItems(first, last):
@@ -204,6 +183,19 @@ class Sequencer:
                     self._end(item, errors.Cancelled("cancelled on request"))
             case ev.CancelBatch(batch_id, error):
                 self._cancel_batch(batch_id, error)
+            case ev.Rerun() | ev.CancelRerun():
+                effects += self.reruns.react(event, self.window, draining=self.draining)
+            case _:
+                self._engine_or_drain(event)
+        if self.window is not None and (self.waiting or self.reruns.queued):
+            self._submit_what_fits(self.window, now)
+        if self.draining and not (self._drained or self.items or self.queued):
+            self._drained = True
+            effects.append(ev.Drained())
+        return effects
+
+    def _engine_or_drain(self, event: ev.Connected | ev.Regraded | ev.Disconnected | ev.Drain | ev.DrainEnd) -> None:
+        match event:
             case ev.Connected():
                 # The engine's own queue knows no tenants: what waits there delays all.
                 runs_max = event.runs if self.shares.divided else 2 * event.runs
@@ -211,15 +203,9 @@ class Sequencer:
                 self._stream_after_run_id = self._last_run_id
             case ev.Regraded(grade):
                 if self.window is not None:
-                    self.window.engine = replace(self.window.engine, grade=grade)
+                    self.window.engine = msgspec.structs.replace(self.window.engine, grade=grade)
             case ev.Disconnected():
                 self._disconnected()
-            case ev.Rerun() | ev.CancelRerun():
-                self._effects += self.reruns.react(event, self.window, draining=self.draining)
-            case ev.Tick():
-                for sequence in self._timers.due(now):
-                    self._expire(self.items[sequence])
-                self._effects += self.reruns.expire(now, self.window)
             case ev.Drain() | ev.DrainEnd():
                 self.draining = True
                 self._effects += self.reruns.lose(errors.Draining("the sidecar is draining"), self.window)
@@ -236,7 +222,7 @@ class Sequencer:
         if self.window is None:
             return errors.EngineUnavailable("no engine is connected", retry_after=soon)
         for index, need in enumerate(admit.needs):
-            if not self.window.ever_fits(need.kv_tokens):
+            if self.window.need(need.kv_tokens) > self.window.engine.kv_blocks:
                 return errors.invalid(f"items[{index}]", _too_big(need, self.window))
             if need.required_grade > self.window.engine.grade:
                 earned = types_pb2.Grade.Name(self.window.engine.grade)
@@ -251,61 +237,61 @@ class Sequencer:
             return
         assert admit.batch_id not in self._batches
         self._batches[admit.batch_id] = Batch(admit, len(admit.needs))
-        self._number(admit, 1)
+        self._queue(admit.tenant, len(admit.needs))
         self._effects.append(ev.AppendAdmission(admit.batch_id))
-
-    def _number(self, admit: ev.Admit, sign: int) -> None:
-        """The journal has a batch to append, or not any more."""
-        self._numbering += sign * admit.items
-        self.shares.queue(admit.tenant, sign * admit.items)
 
     def _numbered(self, batch: Batch, first_sequence: int) -> None:
         admit, batch.first_sequence = batch.admit, first_sequence
-        numbers = enumerate(admit.needs, first_sequence)
-        self._enqueue(
-            [Item(each, admit.batch_id, need, admit.keyed, admit.waits_until, admit.tenant) for each, need in numbers]
+        deadline = admit.waits_until
+        self._wait(
+            [
+                Item(sequence, admit.batch_id, need, admit.keyed, deadline, admit.tenant)
+                for sequence, need in enumerate(admit.needs, first_sequence)
+            ]
         )
-        self._number(admit, -1)
         if batch.cancelled is not None:
             self._cancel_batch(admit.batch_id, batch.cancelled)
         if self._abandoning:
             self._abandon()
 
-    def _recovered(self, recovered: ev.Recovered) -> None:
-        item = Item(recovered.sequence, 0, recovered.need, recovered.keyed, None, recovered.tenant, recovered.attempt)
-        self._enqueue([item])
+    def _recovered(self, event: ev.Recovered) -> None:
+        item = Item(event.sequence, 0, event.need, event.keyed, None, event.tenant, event.attempt, event.attempt)
+        self._queue(item.tenant, 1)
+        self._wait([item])
         if not item.keyed:
             self._end(item, errors.Abandoned("found unfinished, without a key"))
 
-    def _enqueue(self, items: list[Item]) -> None:
-        """New items, ascending."""
-        for item in items:
-            assert item.sequence not in self.items
-            self.items[item.sequence] = item
-        self._wait(items)
+    def _queue(self, tenant: str, count: int) -> None:
+        """More items of a tenant wait for the journal or for the engine, or fewer."""
+        self.queued += count
+        self.shares.queue(tenant, count)
 
     def _wait(self, items: list[Item]) -> None:
-        """Put these, which are ascending, into `waiting`."""
+        """Put these, which are ascending and were counted by `_queue`, into `waiting`."""
         newest = next(reversed(self.waiting), 0)
         for item in items:
-            self.waiting[item.sequence] = item
-            self._timers.put(item.sequence, item.overdue_at(self.bounds.overdue_seconds))
-            self.shares.queue(item.tenant, 1)
+            assert self.items.get(item.sequence, item) is item
+            self.items[item.sequence] = self.waiting[item.sequence] = item
+            self._timers.put(item.sequence, item.deadline)
         if items and items[0].sequence < newest:
             self.waiting = dict(sorted(self.waiting.items()))
 
     # ---- runs
 
     def _submit_what_fits(self, window: Window, now: float) -> None:
-        self._effects += self.reruns.verify(window, self._next_run_id, now)
-        while (head := self._head(window)) is not None:
-            if (error := unfit(head, window)) is not None:
-                self._end(head, error)
-            elif window.fits(head.need.kv_tokens, exclusive=head.quarantined):
-                self._submit(head, window, now)
+        if window.runs >= window.runs_max:
+            return
+        if self.reruns.queued:
+            self._effects += self.reruns.verify(window, self._next_run_id, now)
+        while (item := self._head(window)) is not None:
+            item.blocks = window.need(item.need.kv_tokens)
+            if (error := unfit(item, window)) is not None:
+                self._end(item, error)
+            elif window.fits(item.blocks, exclusive=item.quarantined):
+                self._submit(item, window, now)
             else:
                 return
-        if not self.waiting:
+        if self.reruns.queued and not self.waiting:
             self._effects += self.reruns.submit(window, self._next_run_id, now)
 
     def _head(self, window: Window) -> Item | None:
@@ -332,36 +318,38 @@ class Sequencer:
             self._newest_submitted = item.sequence
         assert item.phase is Phase.WAITING, "invariant 4"
         assert item.losses < self.bounds.attempts_max, "invariant 4"
-        window.take(item.need.kv_tokens, exclusive=item.quarantined)
-        self.shares.take(item.tenant, window.need(item.need.kv_tokens))
+        window.take(item.blocks, exclusive=item.quarantined)
+        self.shares.run(item.tenant, 1, item.blocks)
         item.phase, item.run_id = Phase.SUBMITTED, self._next_run_id()
         item.attempt = item.first_attempt + item.losses
-        item.expires_at = min(now + self.bounds.item_timeout_seconds, item.deadline or float("inf"))
+        item.expires_at = now + self.bounds.item_timeout_seconds
+        if item.deadline is not None:
+            item.expires_at = min(item.expires_at, item.deadline)
         self.runs[item.run_id] = item
-        self._timers.put(item.sequence, item.overdue_at(self.bounds.overdue_seconds))
+        self._timers.put(item.sequence, item.expires_at + self.bounds.overdue_seconds)
         self._effects.append(ev.Submit(item.run_id, item.sequence, item.attempt, item.expires_at, window.runs, ahead))
 
-    def _run_event(self, run_id: int, event: ev.Started | ev.Finished | ev.Failed) -> None:
-        item = self.runs.get(run_id)
+    def _run_event(self, event: ev.Started | ev.Finished | ev.Failed) -> None:
+        item = self.runs.get(event.run_id)
         if item is None:
-            self._stray_event(run_id, event)
+            self._stray_event(event)
             return
         match event:
             case ev.Started() if item.phase is Phase.SUBMITTED:
                 item.phase = Phase.STARTED
             case ev.Finished(grade=grade) if item.phase is Phase.STARTED:
-                self._release(item)
-                fell = errors.GradeLost(f"the grade fell to {types_pb2.Grade.Name(grade)} while it ran")
-                self._end(item, fell if grade < item.need.required_grade else None)
+                fell = grade < item.need.required_grade
+                error = errors.GradeLost(f"the grade fell to {types_pb2.Grade.Name(grade)} while it ran") if fell else None
+                self._end(item, error, ran=True)
             case ev.Failed(error=error):
-                self._release(item)
-                self._end(item, error)
+                self._end(item, error, ran=True)
             case _:
                 self._fault(f"{type(event).__name__} for a run that is {item.phase.name}")
 
-    def _stray_event(self, run_id: int, event: ev.Started | ev.Finished | ev.Failed) -> None:
+    def _stray_event(self, event: ev.Started | ev.Finished | ev.Failed) -> None:
         """Of a rerun, of a run that was cancelled while the event was in flight, or of an unknown run."""
-        if self.window is not None and isinstance(event, ev.Finished | ev.Failed) and self.reruns.ended(run_id, self.window):
+        run_id, ended = event.run_id, not isinstance(event, ev.Started)
+        if self.window is not None and ended and self.reruns.ended(run_id, self.window):
             return
         if not self._stream_after_run_id < run_id <= self._last_run_id:
             self._fault(f"{type(event).__name__} for run {run_id}, which was never submitted")
@@ -380,6 +368,7 @@ class Sequencer:
         self.shares.lose()
         for item in lost:
             item.engine_lost()
+            self._queue(item.tenant, 1)
         self._wait(lost)
         for item in lost:
             if item.losses >= self.bounds.attempts_max:
@@ -390,30 +379,30 @@ class Sequencer:
 
     # ---- ends
 
-    def _end(self, item: Item, error: errors.OstinatoError | None = None) -> None:
-        """Give out the item's End, unless it was given out before."""
+    def _end(self, item: Item, error: errors.OstinatoError | None = None, *, ran: bool = False) -> None:
+        """Give out the item's End, unless it was given out before. `ran`: its run has ended."""
         if item.phase is Phase.ENDING:
             return
-        if self._release(item):
-            self._effects.append(ev.CancelRun(item.run_id))
+        self._release(item, ran=ran)
         item.phase = Phase.ENDING
         self._effects.append(ev.End(item.sequence, item.attempt, error))
 
-    def _release(self, item: Item) -> bool:
-        """Take it out of `waiting` or `runs`. Whether its run is still in the engine."""
-        if item.sequence in self.waiting:
-            self._leave_queue(item)
+    def _release(self, item: Item, *, ran: bool = False) -> None:
+        """Take it out of `waiting` or `runs`, and out of the engine unless it `ran` to its end."""
         self._timers.put(item.sequence, None)
-        if self.runs.pop(item.run_id, None) is None:
-            return False
+        if item.phase is Phase.WAITING:
+            self._leave_queue(item)
+            return
         assert self.window is not None
-        self.window.give(item.need.kv_tokens)
-        self.shares.give(item.tenant, self.window.need(item.need.kv_tokens))
-        return True
+        del self.runs[item.run_id]
+        self.window.give(item.blocks)
+        self.shares.run(item.tenant, -1, -item.blocks)
+        if not ran:
+            self._effects.append(ev.CancelRun(item.run_id))
 
     def _leave_queue(self, item: Item) -> None:
         del self.waiting[item.sequence]
-        self.shares.queue(item.tenant, -1)
+        self._queue(item.tenant, -1)
 
     def _ended(self, item: Item) -> None:
         assert item.phase is Phase.ENDING, "invariant 2"
@@ -444,8 +433,7 @@ class Sequencer:
             if not item.keyed:
                 self._end(item, errors.Abandoned("unfinished when the drain ended"))
             elif item.phase is not Phase.ENDING:
-                if self._release(item):
-                    self._effects.append(ev.CancelRun(item.run_id))
+                self._release(item)
                 del self.items[item.sequence]
                 self._effects.append(ev.LeaveToRecovery(item.sequence))
         assert not self.waiting, "invariant 5"
@@ -458,7 +446,7 @@ def unfit(item: Item, window: Window) -> errors.OstinatoError | None:
         return errors.FingerprintChanged("another model, tokenizer or template runs now")
     if item.need.required_grade > window.engine.grade:
         return errors.GradeLost(f"the engine has only earned {types_pb2.Grade.Name(window.engine.grade)}")
-    if not window.ever_fits(item.need.kv_tokens):
+    if item.blocks > window.engine.kv_blocks:
         return errors.EngineFailed(_too_big(item.need, window))
     return None
 

@@ -57,24 +57,23 @@ class Window:
         """KV blocks for this many tokens."""
         return -(-kv_tokens // self.engine.block_tokens)
 
-    def ever_fits(self, kv_tokens: int) -> bool:
-        return self.need(kv_tokens) <= self.engine.kv_blocks
-
-    def fits(self, kv_tokens: int, *, exclusive: bool = False) -> bool:
-        """Whether the run may start now."""
-        room = self.runs < self.runs_max and self.blocks + self.need(kv_tokens) <= self.engine.kv_blocks
+    def fits(self, blocks: int, *, exclusive: bool = False) -> bool:
+        """Whether a run of so many blocks may start now."""
+        room = self.runs < self.runs_max and self.blocks + blocks <= self.engine.kv_blocks
         return room and not self.exclusive and not (exclusive and self.runs)
 
-    def take(self, kv_tokens: int, *, exclusive: bool = False) -> None:
-        assert self.fits(kv_tokens, exclusive=exclusive), "invariants 1 to 3"
+    def take(self, blocks: int, *, exclusive: bool = False) -> None:
         self.exclusive = exclusive
         self.runs += 1
-        self.blocks += self.need(kv_tokens)
+        self.blocks += blocks
+        assert self.runs <= self.runs_max, "invariant 1"
+        assert self.blocks <= self.engine.kv_blocks, "invariant 2"
+        assert self.runs == 1 or not exclusive, "invariant 3"
 
-    def give(self, kv_tokens: int) -> None:
+    def give(self, blocks: int) -> None:
         self.exclusive = False  # an exclusive run was the only one
         self.runs -= 1
-        self.blocks -= self.need(kv_tokens)
+        self.blocks -= blocks
         assert self.runs >= 0, "invariant 1"
         assert self.blocks >= 0, "invariant 2"
 
@@ -90,22 +89,18 @@ class Holding:
 
 
 class Shares:
-    """The engine's capacity between tenants. The caller balances `queue`, `take` and `give`.
+    """The engine's capacity between tenants. The caller balances `queue` and `run`. Idle where one tenant may have all.
 
     A tenant may hold `share` of the runs that the engine computes at once, and of its KV blocks. While items of others wait, it
     may hold no more than an equal part. A run that is larger than that may be its only one.
     """
 
     def __init__(self, share: float) -> None:
-        self._share = share
+        self._share, self.divided = share, share < 1
         self._holdings: dict[str, Holding] = {}
         """Of the tenants that have anything here."""
         self.waiting = 0
         """Tenants with queued items."""
-
-    @property
-    def divided(self) -> bool:
-        return self._share < 1
 
     def queued(self, tenant: str) -> int:
         """Its items that wait for the journal or for the engine."""
@@ -123,6 +118,8 @@ class Shares:
 
     def queue(self, tenant: str, count: int) -> None:
         """More items of a tenant wait, or fewer if it is negative."""
+        if not self.divided:
+            return
         holding = self._holdings.setdefault(tenant, Holding())
         waited = holding.queued > 0
         holding.queued += count
@@ -130,17 +127,13 @@ class Shares:
         self.waiting += (holding.queued > 0) - waited
         self._tidy(tenant, holding)
 
-    def take(self, tenant: str, blocks: int) -> None:
-        """A run of a tenant has started."""
+    def run(self, tenant: str, runs: int, blocks: int) -> None:
+        """A run of a tenant has started or, if these are negative, ended."""
+        if not self.divided:
+            return
         holding = self._holdings.setdefault(tenant, Holding())
-        holding.runs += 1
+        holding.runs += runs
         holding.blocks += blocks
-
-    def give(self, tenant: str, blocks: int) -> None:
-        """A run of a tenant has ended."""
-        holding = self._holdings[tenant]
-        holding.runs -= 1
-        holding.blocks -= blocks
         assert holding.runs >= 0
         assert holding.blocks >= 0
         self._tidy(tenant, holding)
