@@ -16,7 +16,7 @@ from serving.auth import Context, caller
 from serving.handlers import remaining
 
 from sidecar.admission import check_key, response_bytes_max
-from sidecar.answers import StreamWaiter, UnaryWaiter, pages, record_of
+from sidecar.answers import UnaryWaiter, pages, record_of
 from sidecar.checks import replay
 from sidecar.config import Settings
 from sidecar.divergence.output import report
@@ -27,6 +27,7 @@ from sidecar.journal.model import ItemEntries, Sealed
 from sidecar.journal.writer import Journal
 from sidecar.link import SHORT_BYTES
 from sidecar.pipeline import Pipeline
+from sidecar.streaming import StreamWaiter
 from sidecar.witness import Witness
 
 PAGE_ENTRIES = 256

@@ -126,10 +126,12 @@ class Auditor:
         self._running = 0
         pipeline.completion_listeners.append(self.completed)
 
-    def completed(self, record: Record, occupancy: int) -> None:
+    def completed(self, header: types_pb2.EntryHeader, occupancy: int) -> None:
         """An item has completed. `occupancy`: the most runs that were seen in the engine with it, itself included."""
-        self._consider(record.completed, alone=occupancy <= 1)
-        self.tick()
+        if self._settings.audit_rate:
+            self._consider(header, alone=occupancy <= 1)
+        if self._backlog.waiting:
+            self.tick()
 
     async def read_back(self) -> None:
         """Queue the audits that an earlier epoch of this writer left. The occupancy of their first runs is unknown."""
@@ -301,7 +303,9 @@ class CanaryRunner:
                 self._pipeline.observer.not_compared(CANARY, errors.InvalidRequest.reason)
             return known
         try:
-            response = await self._pipeline.link.prepare(engine_pb2.PrepareRequest(items=[canary.item]), self._seconds)
+            response = await self._pipeline.link.prepare(
+                engine_pb2.PrepareRequest(items=[canary.item]), self._seconds, short=False
+            )
         except errors.OstinatoError as error:
             self._pipeline.observer.not_compared(CANARY, error.reason)
             if isinstance(error, errors.InvalidRequest):

@@ -375,7 +375,7 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
                     ending = answer.write_response(await self._generation.answer(ours, answer, account))
             except errors.InvalidRequest as error:
                 raise with_gateway_names(error) from error
-            if not await written(ending, lost=account.lost):
+            if not await written(ending, lost=account.lost) and account.error is not None:
                 raise account.error
 
     def _translated(self, request: vllm.GenerateRequest, peer: str) -> generation_pb2.GenerateRequest:

@@ -6,9 +6,10 @@ What waits is kept serialised, so that its size is known. gRPC holds a message t
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Self
 
 from ostinato.errors import QueueFull, SlowReader
 from serving.auth import caller
@@ -30,6 +31,7 @@ class Bounds:
 
 @dataclass(slots=True, eq=False)
 class _Tenant:
+    name: str
     bytes: int = 0
     """All that is held."""
     writing: int = 0
@@ -38,51 +40,56 @@ class _Tenant:
 
 
 class Account:
-    """The bytes that wait for one call. When the call is lost, `lost` is done and what waits is dropped."""
+    """The bytes that wait for one call, while this is entered as a context. When the call is lost, it has an `error`, `lost` is
+    done, and what waits is dropped."""
 
-    def __init__(self, held: Held, tenant: str, call_bytes_max: int | None) -> None:
+    def __init__(self, held: Held, tenant: _Tenant, call_bytes_max: int) -> None:
         self._held, self._tenant, self._max = held, tenant, call_bytes_max
         self.waiting = 0
         self._closed = False
-        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.error = SlowReader("")
+        self._lost: asyncio.Future[None] | None = None
+        self.error: SlowReader | None = None
         self.forget: Callable[[], None] = lambda: None
         """Drops what waits. Set by the waiter."""
 
+    @property
+    def lost(self) -> asyncio.Future[None]:
+        if self._lost is None:
+            self._lost = asyncio.get_running_loop().create_future()
+            if self.error is not None:
+                self._lost.set_result(None)
+        return self._lost
+
+    def __enter__(self) -> Self:
+        self._tenant.accounts.add(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The call has ended. What its items tell from now on is not counted."""
+        self.add(-self.waiting)
+        self._closed = True
+        self._tenant.accounts.discard(self)
+        self._held.tidy(self._tenant)
+
     def add(self, count: int) -> None:
-        """More bytes wait, so this call or another one may be lost. No effect once this one is lost or closed."""
-        if self.lost.done() or self._closed:
+        """More bytes wait, or fewer if it is negative. This call or another one may be lost. No effect once this one is lost or
+        closed."""
+        if self.error is not None or self._closed:
             return
         self.waiting += count
-        self._held.changed(self._tenant, count)
-        if self._max is not None and self.waiting > self._max:
-            self.lose("call", self._max)
-        self._held.settle(self._tenant)
-
-    def change(self, count: int) -> None:
-        """More bytes wait, or fewer if it is negative."""
-        if count < 0:
-            self.drop(-count)
-        else:
-            self.add(count)
-
-    def drop(self, count: int) -> None:
-        """Fewer bytes wait."""
-        if not (self.lost.done() or self._closed):
-            self.waiting -= count
-            self._held.changed(self._tenant, -count)
-
-    def close(self) -> None:
-        """The call has ended. What its items tell from now on is not counted."""
-        self.drop(self.waiting)
-        self._closed = True
+        self._held.change(self._tenant, count)
+        if count > 0:
+            if self.waiting > self._max:
+                self.lose("call", self._max)
+            self._held.settle(self._tenant)
 
     def lose(self, bound: str, most: int) -> None:
         """The reader is too slow. `bound`: call, tenant or all."""
         whose = {"call": "this call", "tenant": "its tenant", "all": "all callers"}[bound]
+        self.add(-self.waiting)
         self.error = SlowReader(f"more than {most} bytes waited to be read by {whose}", retry_after=RETRY_SECONDS)
-        self.drop(self.waiting)
-        self.lost.set_result(None)
+        if self._lost is not None:
+            self._lost.set_result(None)
         self.forget()
         self._held.on_lost(bound)
 
@@ -106,24 +113,18 @@ class Held:
         self._writing = 0
         self._tenants: dict[str, _Tenant] = {}
 
-    @contextlib.contextmanager
-    def account(self, *, stream: bool) -> Iterator[Account]:
+    def account(self, *, stream: bool) -> Account:
         """For a call of the present caller. A unary call has no bound of its own: it waits for its items, not its reader."""
-        name = caller().tenant
-        account = Account(self, name, self._bounds.call if stream else None)
-        tenant = self._tenants.setdefault(name, _Tenant())
-        tenant.accounts.add(account)
-        try:
-            yield account
-        finally:
-            account.close()
-            tenant.accounts.discard(account)
-            self._tidy(name)
+        return Account(self, self._tenant(), self._bounds.call if stream else sys.maxsize)
 
     @property
     def tenants(self) -> int:
         """Tenants with a call, or with held bytes."""
         return len(self._tenants)
+
+    def _tenant(self) -> _Tenant:
+        name = caller().tenant
+        return self._tenants.get(name) or self._tenants.setdefault(name, _Tenant(name))
 
     def check(self) -> None:
         """Raises QueueFull if nothing more should begin for the present caller (4)."""
@@ -132,34 +133,33 @@ class Held:
         if unread >= min(self._bounds.tenant // 2, self._bounds.all - self._writing):
             raise QueueFull(f"{unread} bytes of answers are not read yet", retry_after=RETRY_SECONDS)
 
-    def writing(self, count: int) -> Callable[[], None]:
+    def writing(self, count: int) -> Callable[..., None]:
         """See handlers.Unwritten."""
-        name, held = caller().tenant, COPIES * count
-        self._written(name, held)
+        tenant = self._tenant()
 
-        def done() -> None:
-            self._written(name, -held)
-            self._tidy(name)
+        def more(held: int) -> None:
+            tenant.writing += held
+            self._writing += held
+            self.change(tenant, held)
 
+        def done(_: object = None) -> None:
+            more(-COPIES * count)
+            self.tidy(tenant)
+
+        more(COPIES * count)
         return done
-
-    def _written(self, name: str, count: int) -> None:
-        self.changed(name, count)
-        self._tenants[name].writing += count
-        self._writing += count
 
     def late(self) -> None:
         """See handlers.Unwritten."""
         self.on_lost("time")
 
-    def changed(self, tenant: str, count: int) -> None:
+    def change(self, tenant: _Tenant, count: int) -> None:
         """This tenant holds more, or less."""
         self.bytes += count
-        self._tenants.setdefault(tenant, _Tenant()).bytes += count
+        tenant.bytes += count
 
-    def settle(self, name: str) -> None:
+    def settle(self, tenant: _Tenant) -> None:
         """Lose calls until the bounds hold, or nothing waits (2, 3)."""
-        tenant = self._tenants[name]
         while self.bytes > self._bounds.all and (account := self._largest()) is not None:
             account.lose("all", self._bounds.all)
         while tenant.bytes > self._bounds.tenant and (account := _most(tenant)) is not None:
@@ -170,10 +170,10 @@ class Held:
         ranked = sorted(self._tenants.values(), key=lambda tenant: tenant.bytes, reverse=True)
         return next(filter(None, map(_most, ranked)), None)
 
-    def _tidy(self, name: str) -> None:
-        tenant = self._tenants.get(name)
-        if tenant is not None and not tenant.bytes and not tenant.accounts:
-            del self._tenants[name]
+    def tidy(self, tenant: _Tenant) -> None:
+        """Forget a tenant that has nothing here."""
+        if not tenant.bytes and not tenant.accounts and self._tenants.get(tenant.name) is tenant:
+            del self._tenants[tenant.name]
 
 
 def _most(tenant: _Tenant) -> Account | None:

@@ -29,10 +29,9 @@ Answer = asyncio.Future[engine_pb2.PrepareResponse | errors.OstinatoError]
 
 def is_short(request: engine_pb2.PrepareRequest) -> bool:
     """Whether it delays no other: little text, and no grammar to compile."""
-    formats = request.parameters.HasField("response_format") or any(
-        item.parameters.HasField("response_format") for item in request.items
-    )
-    return request.ByteSize() <= SHORT_BYTES and not formats
+    if request.ByteSize() > SHORT_BYTES or request.parameters.HasField("response_format"):
+        return False
+    return not any(item.parameters.HasField("response_format") for item in request.items)
 
 
 def check_prepared(prepared: engine_pb2.PrepareResponse | None, count: int) -> engine_pb2.PrepareResponse:
@@ -64,16 +63,21 @@ class Preparing:
             raise _lost()
         self._last_id += 1
         request.prepare_id = self._last_id
-        answer: Answer = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        answer: Answer = loop.create_future()
         self._answers[request.prepare_id] = answer
         self.unsent.append(request)
+        late = (
+            None
+            if timeout is None
+            else loop.call_later(timeout, _settle, answer, errors.DeadlineExceeded("the deadline passed while it was prepared"))
+        )
         try:
-            async with asyncio.timeout(timeout):
-                answered = await answer
-        except TimeoutError:
-            raise errors.DeadlineExceeded("the deadline passed while it was prepared") from None
+            answered = await answer
         finally:
             self._answers.pop(request.prepare_id, None)
+            if late is not None:
+                late.cancel()
         if isinstance(answered, errors.OstinatoError):
             raise answered
         return answered
@@ -91,17 +95,21 @@ class Preparing:
         """Set the answers. Those that were given up are dropped."""
         for response in responses:
             answer = self._answers.pop(response.prepare_id, None)
-            if answer is not None and not answer.done():
-                answer.set_result(errors.from_status(response.refused) if response.HasField("refused") else response)
+            if answer is not None:
+                _settle(answer, errors.from_status(response.refused) if response.HasField("refused") else response)
 
     def lose(self) -> None:
         """The stream is closed: every answer is EngineUnavailable."""
         self._open = False
         self.unsent.clear()
         for answer in self._answers.values():
-            if not answer.done():
-                answer.set_result(_lost())
+            _settle(answer, _lost())
         self._answers.clear()
+
+
+def _settle(answer: Answer, value: engine_pb2.PrepareResponse | errors.OstinatoError) -> None:
+    if not answer.done():
+        answer.set_result(value)
 
 
 def _lost() -> errors.EngineUnavailable:
@@ -315,10 +323,13 @@ class EngineLink:
             raise _lost()
         return self._metadata
 
-    async def prepare(self, request: engine_pb2.PrepareRequest, timeout: float | None) -> engine_pb2.PrepareResponse:
-        """Raises what refused it, EngineUnavailable if the service is unreachable, ProtocolViolation for a useless answer."""
+    async def prepare(
+        self, request: engine_pb2.PrepareRequest, timeout: float | None, *, short: bool
+    ) -> engine_pb2.PrepareResponse:
+        """A `short` request (see `is_short`) goes over the stream. Raises what refused it, EngineUnavailable if the service is
+        unreachable, ProtocolViolation for a useless answer."""
         with tracing.call("ostinato.v1.Engine/Prepare") as span:
-            if is_short(request):
+            if short:
                 request.traceparent = span.traceparent
                 self._something.set()
                 prepared: engine_pb2.PrepareResponse | None = await self._preparing.ask(request, timeout)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ostinato.tracing import OFF, Kind, Span
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 
 from sidecar.collisions import choice_of
+from sidecar.core import events as ev
 from sidecar.core.sequencer import Sequencer
 from sidecar.item import ActiveItem
 from sidecar.journal.model import Head, Sealed, Unfinished
@@ -112,16 +112,16 @@ class Observer:
 
     # ---- a request
 
-    @contextmanager
-    def request(self, request: generation_pb2.GenerateRequest) -> Iterator[Span]:
-        """Around its admission. Counts what refuses it. The call's span, for what is known once it has a stamp."""
-        span = tracing.current()
-        span.note({"ostinato.request_id": request.request_id, "ostinato.items": len(request.items)})
-        try:
-            yield span
-        except errors.OstinatoError as error:
-            self.refused(error)
-            raise
+    def asked(self, request: generation_pb2.GenerateRequest) -> None:
+        """In the span of its call."""
+        if tracing.on():
+            tracing.current().note({"ostinato.request_id": request.request_id, "ostinato.items": len(request.items)})
+
+    def numbered(self, stamp: types_pb2.Stamp, *, repeated: bool) -> None:
+        """In the span of its call."""
+        if tracing.on():
+            about = {"ostinato.sequence": stamp.first_sequence, "ostinato.epoch": stamp.epoch}
+            tracing.current().note({**about, "ostinato.repeated_key": repeated})
 
     def refused(self, error: errors.OstinatoError) -> None:
         self.metrics.refused.labels(error.reason).inc()
@@ -177,9 +177,11 @@ class Observer:
         elif count and item.last_tokens_at is not None:
             self.metrics.between_tokens.observe((now - item.last_tokens_at) / count)
 
-    def run_ended(self, item: ActiveItem, error: errors.OstinatoError | None) -> None:
-        """Its outcome is still to be recorded."""
-        item.stage.end(error)
+    def recording(self, items: Iterable[ActiveItem], ends: Iterable[ev.End]) -> list[Span]:
+        """Their runs have ended, and their outcomes are to become durable: the spans of that."""
+        for item, end in zip(items, ends, strict=True):
+            item.stage.end(end.error)
+        return [item.span.child("journal") for item in items]
 
     def recorded(self, item: ActiveItem, sealed: Sealed, result: types_pb2.Result) -> None:
         """The outcome is durable."""

@@ -7,10 +7,9 @@ What takes time, an append or a run, becomes a later event. Nothing awaits betwe
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +22,7 @@ from serving.intake import CHARGE, Charge
 
 from sidecar import answers
 from sidecar.admission import TurnQueue, check, check_size, draft, prepare_cost, response_bytes_max
-from sidecar.answers import CancelWaiter, RemoteWaiters, Waiter, answer_of, is_whole, result_of, stamp_of
+from sidecar.answers import CancelWaiter, Waiter, answer_of, is_whole, result_of, stamp_of
 from sidecar.collisions import Collisions
 from sidecar.config import Settings
 from sidecar.core import events as ev
@@ -37,14 +36,15 @@ from sidecar.journal.writer import Journal
 from sidecar.link import EngineLink, is_short, run_error
 from sidecar.observe import Observer
 from sidecar.quota import JournalQuota
+from sidecar.remote import RemoteWaiters, ended
 from sidecar.rerun import Record, Rerunner
 
 VERIFY = types_pb2.COMPARISON_KIND_VERIFY
 KEY_CHARACTERS_SHOWN = 64
 """Of an idempotency key, in an error."""
 
-CompletionListener = Callable[[Record, int], None]
-"""Gets the record of each completed item, and the most runs that the engine held with it, its own included."""
+CompletionListener = Callable[[types_pb2.EntryHeader, int], None]
+"""Gets the header of each COMPLETED entry, and the most runs that the engine held with it, its own included."""
 
 log = logging.getLogger(__name__)
 
@@ -57,22 +57,30 @@ class Pipeline:
 
         The response, or None if the waiter has written it. Raises what refuses the request, or what its call is lost for.
         """
-        with self._call(waiter, context):
-            with self.observer.request(request) as span:
-                stamp, bytes_max = types_pb2.Stamp(), self._check(request, context)
-                binding = await self._binding(request)
-                if binding is None:
+        asked_at, timeout = self.clock(), remaining(context)
+        self.observer.asked(request)
+        try:
+            try:
+                bytes_max, key = self._check(request, context, timeout), request.idempotency_key
+                given: Binding | types_pb2.Stamp | None = await self.journal.binding(caller().tenant, key) if key else None
+                if given is None:
                     self.quota.check(caller().tenant)
+                    prepared = await self._prepare(request, timeout, bytes_max)
                     # The core refuses the batch, or has it appended (`_number`) when it is its turn.
-                    batch = self._admit(request, await self._prepare(request, context, bytes_max), waiter, context)
-                    stamp, binding = await batch.numbered
-                if binding is not None:
-                    stamp = await self._join(request, binding, waiter)
-                span.note({"ostinato.sequence": stamp.first_sequence, "ostinato.epoch": stamp.epoch})
-                span.note({"ostinato.repeated_key": binding is not None})
+                    batch = self._admit(request, prepared, waiter, None if timeout is None else asked_at + timeout)
+                    given = await batch.numbered
+                repeated = isinstance(given, Binding)
+                stamp = await self._join(request, given, waiter) if isinstance(given, Binding) else given
+            except errors.OstinatoError as error:
+                self.observer.refused(error)
+                raise
+            self.observer.numbered(stamp, repeated=repeated)
             # The core submits the items in order (`_submit`). As each ends, its outcome is recorded (`_record`) and told to the
             # waiter (`_answer`).
-            return await waiter.answer(stamp, repeated=binding is not None)
+            return await waiter.answer(stamp, repeated=repeated)
+        except (asyncio.CancelledError, errors.SlowReader) as error:
+            self._leave(waiter, error, late=ran_out(remaining(context), timeout))
+            raise
 
     def __init__(
         self,
@@ -161,67 +169,58 @@ class Pipeline:
 
     # ---- prepare and admit
 
-    @contextlib.contextmanager
-    def _call(self, waiter: Waiter, context: Context) -> Iterator[None]:
-        """Around a call. Cancels its batch if it ends before the answer."""
-        timeout = remaining(context)
-        try:
-            yield
-        except asyncio.CancelledError:  # gRPC shows a cancelled call and a passed deadline alike
-            late = ran_out(remaining(context), timeout)
-            passed, left = errors.DeadlineExceeded("the caller's deadline passed"), errors.Cancelled("the caller went away")
-            self._cancel(waiter, passed if late else left)
-            raise
-        except errors.SlowReader as error:
-            self._cancel(waiter, errors.Cancelled(error.message))
-            raise
-
-    def _cancel(self, waiter: Waiter, error: errors.OstinatoError) -> None:
+    def _leave(self, waiter: Waiter, error: BaseException, *, late: bool) -> None:
+        """Its call has ended before the answer."""
+        if isinstance(error, errors.SlowReader):
+            reason: errors.OstinatoError = errors.Cancelled(error.message)
+        elif late:  # gRPC shows a cancelled call and a passed deadline alike
+            reason = errors.DeadlineExceeded("the caller's deadline passed")
+        else:
+            reason = errors.Cancelled("the caller went away")
         for item in filter(None, map(self.items.get, waiter.sequences)):
-            item.remove(waiter, error)
+            item.remove(waiter, reason)
         self.remote.remove(waiter)
         if waiter.batch_id:
-            self.dispatch(ev.CancelBatch(waiter.batch_id, error))
+            self.dispatch(ev.CancelBatch(waiter.batch_id, reason))
 
-    def _check(self, request: generation_pb2.GenerateRequest, context: Context) -> int:
+    def _check(self, request: generation_pb2.GenerateRequest, context: Context, timeout: float | None) -> int:
         """What needs neither journal nor engine. The most bytes of a response that the client reads."""
-        left = remaining(context)
-        if left is not None and left <= 0:
+        if timeout is not None and timeout <= 0:
             raise errors.DeadlineExceeded("the deadline had passed before anything was numbered")
         check(request, self._settings)
         self.held.check()
         return response_bytes_max(context.invocation_metadata() or (), self._settings)
 
-    async def _binding(self, request: generation_pb2.GenerateRequest) -> Binding | None:
-        return await self.journal.binding(caller().tenant, request.idempotency_key) if request.idempotency_key else None
-
     async def _prepare(
-        self, request: generation_pb2.GenerateRequest, context: Context, bytes_max: int
+        self, request: generation_pb2.GenerateRequest, timeout: float | None, bytes_max: int
     ) -> engine_pb2.PrepareResponse:
         """Rendered, tokenised and resolved by the service."""
         prepare = engine_pb2.PrepareRequest(items=request.items, parameters=request.parameters)
         if is_short(prepare):
-            prepared = await self.link.prepare(prepare, remaining(context))
+            prepared = await self.link.prepare(prepare, timeout, short=True)
         else:
             async with self.preparing.place(caller().tenant, prepare_cost(prepare)):
-                prepared = await self.link.prepare(prepare, remaining(context))
-        signed = self._settings.signing_key is not None
-        check_size(prepared, bytes_max, verify=request.verify, signed=signed)
+                prepared = await self.link.prepare(prepare, timeout, short=False)
+        check_size(prepared, bytes_max, verify=request.verify, signed=self._settings.signing_key is not None)
         if (charge := CHARGE.get()) is not None:
             charge.prepared(prepared.ByteSize())
         return prepared
 
     def _admit(
-        self, request: generation_pb2.GenerateRequest, prepared: engine_pb2.PrepareResponse, waiter: Waiter, context: Context
+        self,
+        request: generation_pb2.GenerateRequest,
+        prepared: engine_pb2.PrepareResponse,
+        waiter: Waiter,
+        deadline: float | None,
     ) -> PendingAdmission:
         self._last_batch_id += 1
-        left, waiter.batch_id = remaining(context), self._last_batch_id
+        waiter.batch_id = self._last_batch_id
         admission = draft(request, prepared, caller().tenant, self.random_bytes)
-        batch = PendingAdmission(waiter.batch_id, admission, waiter, self.clock(), asyncio.get_running_loop().create_future())
+        numbered = asyncio.get_running_loop().create_future()
+        batch = PendingAdmission(waiter.batch_id, admission, waiter, self.clock(), numbered, CHARGE.get())
         self._pending[batch.batch_id] = batch
         if batch.charge is not None:
             batch.charge.hold(len(admission.items))
-        deadline = None if left is None else batch.asked_at + left
         needs = tuple(map(need_of, admission.items))
         self.dispatch(ev.Admit(batch.batch_id, needs, bool(admission.key), deadline, admission.tenant))
         return batch
@@ -268,7 +267,7 @@ class Pipeline:
         self.quota.add(batch.admission.tenant, appended.entries)
         if appended.binding is not None:
             self.dispatch(ev.NotNumbered(batch.batch_id))
-            batch.settle(types_pb2.Stamp(), appended.binding)
+            batch.settle(appended.binding)
             return
         now, stamp = self.clock(), stamp_of(appended.entries[0].header)
         batch.waiter.sequences = range(stamp.first_sequence, stamp.first_sequence + stamp.count)
@@ -376,7 +375,6 @@ class Pipeline:
         assert self.engine is not None
         drift = self.fingerprints.drift(item.first_fingerprint_digest, item.fingerprint_digest)
         item.finished(output, self.engine.model.vocabulary_size, drift)
-        self.observer.run_ended(item, None)
         item.company_at_end = self.core.window.runs if self.core.window is not None else 0
         if item.input.verify:
             with item.span.entered():
@@ -394,10 +392,9 @@ class Pipeline:
         ends, self._ends = self._ends, []
         items, now, outcomes = [self.items[end.sequence] for end in ends], self.clock(), []
         for item, end in zip(items, ends, strict=True):
-            self.observer.run_ended(item, end.error)
             group = self._settings.group_of(item.input.tenant)
             outcomes.append(item.outcome(end.error, end.attempt, now, self._collisions, group))
-        spans = [item.span.child("journal") for item in items] if tracing.on() else []
+        spans = self.observer.recording(items, ends) if tracing.on() else []
         appended = await self.journal.append_outcomes(outcomes)
         for span in spans:
             span.end()
@@ -414,11 +411,12 @@ class Pipeline:
         if not appended.entries:  # another writer's outcome came first
             item.cancel_verification(errors.Abandoned("another outcome came first"))
             item.span.end()
-            result = answers.answer_or_header(await answers.ended(self.journal, item.sequence))
+            result = answers.answer_or_header(await ended(self.journal, item.sequence))
         else:
             result = self._recorded(item, outcome, appended.entries[0])
             if item.verification is not None and result.HasField("output"):
-                record = _record_of(item, appended.entries[0])
+                assert item.output is not None
+                record = Record(item.admitted, appended.entries[0].header, item.input, item.output, item.company)
                 result.comparison.CopyFrom(await self._verify(record, item.verification))
             else:
                 item.cancel_verification(errors.Abandoned("there is no answer to verify"))
@@ -434,7 +432,7 @@ class Pipeline:
         self.observer.recorded(item, sealed, result)
         if result.HasField("output"):
             for listener in self.completion_listeners:
-                listener(_record_of(item, sealed), max(item.company, item.company_at_end))
+                listener(sealed.header, max(item.company, item.company_at_end))
         return result
 
     async def _verify(self, record: Record, second: asyncio.Future[RerunResult]) -> types_pb2.Comparison:
@@ -498,18 +496,18 @@ class PendingAdmission:
     admission: Admission
     waiter: Waiter
     asked_at: float
-    numbered: asyncio.Future[tuple[types_pb2.Stamp, Binding | None]]
+    numbered: asyncio.Future[types_pb2.Stamp | Binding]
     """Its stamp, or what its key was bound to meanwhile. Fails with what refuses it."""
-    charge: Charge | None = field(default_factory=CHARGE.get)
+    charge: Charge | None = None
     caller: tracing.Span = field(default_factory=tracing.current)
     span: tracing.Span = field(default_factory=lambda: tracing.span("admission"))
 
-    def settle(self, stamp: types_pb2.Stamp, binding: Binding | None = None) -> None:
+    def settle(self, given: types_pb2.Stamp | Binding) -> None:
         self.span.end()
-        if binding is not None:
+        if isinstance(given, Binding):
             self._release()
         if not self.numbered.done():
-            self.numbered.set_result((stamp, binding))
+            self.numbered.set_result(given)
 
     def refuse(self, error: errors.OstinatoError) -> None:
         self.span.end(error)
@@ -521,12 +519,6 @@ class PendingAdmission:
         """It has no items."""
         if self.charge is not None:
             self.charge.release(len(self.admission.items))
-
-
-def _record_of(item: ActiveItem, sealed: Sealed) -> Record:
-    """Of a completed item."""
-    assert item.output is not None
-    return Record(item.admitted, sealed.header, item.input, item.output, item.company)
 
 
 def _shown(key: str) -> str:

@@ -59,6 +59,7 @@ BESIDE_THE_SPINE = {
     "sidecar.journal.diagnosis": "what is wrong with a damaged file",
     "sidecar.observe": "metrics, spans and log lines",
     "sidecar.quota": "bytes of the journal by tenant",
+    "sidecar.remote": "calls that wait for another sidecar's items",
     "sidecar.rerun": "second runs",
 }
 """What the spine may use of ours beside itself. To understand order, journal and exactness, none of it has to be read."""

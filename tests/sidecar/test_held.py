@@ -47,7 +47,7 @@ async def test_a_call_over_its_bound_is_lost() -> None:
     calls = Calls(given)
     one, other = calls.of("a"), calls.of("a")
     one.add(100)
-    one.drop(50)
+    one.add(-50)
     one.add(50)
     other.add(1)
     assert lost(one, other) == [False, False]
@@ -57,7 +57,7 @@ async def test_a_call_over_its_bound_is_lost() -> None:
     assert lost(one, other) == [True, False]
     assert (given.bytes, bounds) == (1, ["call"])
     one.add(1000)
-    one.drop(1000)
+    one.add(-1000)
     assert given.bytes == 1
 
 
@@ -173,6 +173,6 @@ async def test_a_call_that_is_over_holds_nothing() -> None:
     with given.account(stream=True) as account:
         account.add(40)
     account.add(40)
-    account.drop(10)
+    account.add(-10)
 
     assert given.bytes == 0

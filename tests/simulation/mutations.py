@@ -18,7 +18,7 @@ from ostinato.resume import Progress
 from ostinato.v1 import generation_pb2, types_pb2
 
 from service.stream import Stream
-from sidecar import answers, api, pipeline
+from sidecar import answers, api, pipeline, streaming
 from sidecar.answers import stamp_of
 from sidecar.core import events as ev
 from sidecar.core import sequencer
@@ -189,14 +189,14 @@ def a_stream_that_starts_over_unsaid() -> AbstractContextManager[Any]:
 @breaks(2)
 def a_stream_that_ends_too_early() -> AbstractContextManager[Any]:
     """A streamed failure is counted and not sent."""
-    result_ = answers.StreamWaiter.result
+    result_ = streaming.StreamWaiter.result
 
-    def result(self: answers.StreamWaiter, result: types_pb2.Result) -> None:
+    def result(self: streaming.StreamWaiter, result: types_pb2.Result) -> None:
         result_(self, result)
         if not result.HasField("output"):
             self._events.pop()
 
-    return instead(answers.StreamWaiter, "result", result)
+    return instead(streaming.StreamWaiter, "result", result)
 
 
 @breaks(2)
