@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from ostinato import enums
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 
+from service.engines.turbomind.host import VERSIONS
 from tests import reference
 
 ROOT = Path(__file__).parents[2]
@@ -83,9 +85,12 @@ def test_the_reference_is_what_the_contract_says() -> None:
 
 
 def fields_of(package: str) -> set[str]:
-    """The fields of another interface, from its installed package; skips if there is none."""
+    """The fields of another interface, from its installed package, else as recorded; skips if there is neither."""
     if package == "lmdeploy":
-        messages = pytest.importorskip("lmdeploy.messages", reason="lmdeploy is not installed: it runs on a GPU host only")
+        try:
+            messages = importlib.import_module("lmdeploy.messages")
+        except ImportError:
+            return set(reference.others()[package]["recorded"].split())
         return {field.name for field in dataclasses.fields(messages.GenerationConfig)}
     if package == "openai":
         types = pytest.importorskip("openai.types.chat.completion_create_params", reason="openai is not installed")
@@ -98,6 +103,15 @@ def fields_of(package: str) -> set[str]:
 def test_every_field_of_others_is_accounted_for(package: str) -> None:
     """The reference says of each field of the installed package whether it is supported, and of no other."""
     assert set(reference.others()[package]["fields"]) == fields_of(package)
+
+
+def test_the_recorded_fields_are_those_of_the_supported_version() -> None:
+    """The version of LMDeploy whose fields are recorded is one that the engine takes; where it is installed, they are its."""
+    recorded = reference.others()["lmdeploy"]
+    least, below = VERSIONS
+
+    assert least <= tuple(map(int, recorded["version"].split(".")[:2])) < below
+    assert set(recorded["recorded"].split()) == fields_of("lmdeploy")
 
 
 @pytest.mark.parametrize("package", reference.others())
