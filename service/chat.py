@@ -42,6 +42,8 @@ _PRIVATE = range(0xF0000, 0xFFFFE)
 
 Json = Any
 """A value of JSON."""
+Span = tuple[int, int]
+"""Where something stands in a text: its first character, and the one behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,8 +280,18 @@ class ChatVocabulary(Protocol):
         """The chat as text. Raises ValueError with the template's message."""
         ...
 
-    def encode(self, text: str, *, special: bool, begin: bool = True, most: int = sys.maxsize) -> list[int]:
-        """As `service.engines.base.Vocabulary.encode`."""
+    def encode(self, text: str, *, special: bool, most: int = sys.maxsize) -> list[int]:
+        """The token ids of `text`, after the model's begin token unless the text starts with it.
+
+        With `special`, control tokens are recognised wherever they stand; without it, nowhere, and a text cannot forge a turn.
+        Takes time in proportion to the text, whatever is in it: tenants choose it. May raise TooManyTokens for more than
+        `most`, as soon as that is known.
+        """
+        ...
+
+    def encode_at(self, text: str, places: Sequence[Span], *, most: int = sys.maxsize) -> list[int]:
+        """As `encode`, but control tokens are recognised at these places only, which are in order. May raise ValueError with
+        the reason why they cannot be told apart from the text."""
         ...
 
 
@@ -288,6 +300,7 @@ class ChatTokenizer:
 
     def __init__(self, vocabulary: ChatVocabulary) -> None:
         self._vocabulary = vocabulary
+        self._begin, self._control_ids = vocabulary.encode("", special=True), frozenset(vocabulary.controls.values())
         longest_first = sorted(vocabulary.controls, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._firsts = frozenset(control[0] for control in longest_first)
@@ -303,32 +316,27 @@ class ChatTokenizer:
 
     def token_ids(self, given: Conversation, text: str, *, allow_control_tokens: bool, most: int = sys.maxsize) -> list[int]:
         """Of a rendered chat. Only the template's own control tokens are control tokens, unless others are allowed. Raises
-        ValueError if the two cannot be told apart, and TooManyTokens as soon as there are more than `most`."""
-        own = None if allow_control_tokens else self._own(given, text)
-        encode = self._vocabulary.encode
-        if own is None or own == _spans(self._control, text):
-            return encode(text, special=True, most=most)
-        ids: list[int] = []
-        end = 0
-        for first, last in own:
-            if (count := max(len(ids), len(own))) > most:
-                raise TooManyTokens(count)
-            ids += encode(text[end:first], special=False, begin=False, most=most)
-            ids.append(self._vocabulary.controls[text[first:last]])
-            end = last
-        ids += encode(text[end:], special=False, begin=False, most=most)
-        begin = encode("", special=True)
-        return ids if ids[: len(begin)] == begin else begin + ids
+        ValueError if the two cannot be told apart, and TooManyTokens, perhaps, if there are more than `most`."""
+        vocabulary, every = self._vocabulary, _spans(self._control, text)
+        own = every if allow_control_tokens else self._own(given, text, every)
+        if own == every:
+            ids = vocabulary.encode(text, special=True, most=most)
+            written = [vocabulary.controls[text[first:last]] for first, last in own]
+            found = [token_id for token_id in ids if token_id in self._control_ids]
+            # A tokenizer may find others than `every`: it may change the text before it looks for them.
+            if allow_control_tokens or found in (written, self._begin + written):
+                return ids
+        return vocabulary.encode_at(text, own, most=most)
 
-    def _own(self, given: Conversation, text: str) -> list[tuple[int, int]] | None:
-        """Where the template's own control tokens are; None: the caller's strings cannot make any.
+    def _own(self, given: Conversation, text: str, every: list[Span]) -> list[Span]:
+        """Where the template's own control tokens are: all, if the caller's strings cannot make any.
 
         The caller's strings are marked in two ways. If the first characters of control tokens are marked wherever they stand,
         strings that are put together cannot make a control token either; but the template may look for such characters. If only
         whole control tokens are marked, it rarely does; then it must write the same control tokens as with the other marks.
         """
         if not any(first in string for string in given.strings() for first in self._firsts):
-            return None
+            return every
         marks = self._marks(text, given)
         plain = str.maketrans({mark: first for first, mark in marks.items()})
         everywhere = str.maketrans(marks)
@@ -358,5 +366,5 @@ def _name(control: str) -> str:
     return control.strip("<>[]|｜/▁ ")
 
 
-def _spans(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
+def _spans(pattern: re.Pattern[str], text: str) -> list[Span]:
     return [found.span() for found in pattern.finditer(text)]

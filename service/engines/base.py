@@ -7,7 +7,6 @@ every token, in any thread, and reports events on the event loop.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -34,15 +33,6 @@ class Vocabulary(TokenTable, ChatVocabulary, Protocol):
     @property
     def source_bytes_max(self) -> int | None:
         """The most bytes of a prompt's text that become one token, control tokens included. None: any number of them may."""
-        ...
-
-    def encode(self, text: str, *, special: bool, begin: bool = True, most: int = sys.maxsize) -> list[int]:
-        """The token ids of `text`, with `begin` after the model's begin token unless the text starts with it.
-
-        With `special`, control tokens are recognised in the text, as a rendered chat needs. Without it, a text cannot forge
-        a turn. Takes time in proportion to the text, whatever is in it: tenants choose it. May raise TooManyTokens for more
-        than `most`, as soon as that is known.
-        """
         ...
 
     @property

@@ -20,7 +20,7 @@ import re
 import sys
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -35,7 +35,7 @@ from prometheus_client import Metric
 from ostinato.digest import f64, ids, text, u64
 from ostinato.v1 import engine_pb2, types_pb2
 
-from service.chat import ChatTemplate, Conversation
+from service.chat import ChatTemplate, Conversation, Span
 from service.engines import huggingface
 from service.engines.base import Events, Run
 
@@ -173,15 +173,18 @@ class ByteVocabulary:
     source_bytes_max = max(map(len, CONTROLS))
     _pieces = tuple(bytes([value]) for value in range(256)) + (b"",) * len(CONTROLS)
 
-    def encode(self, text: str, *, special: bool, begin: bool = True, most: int = sys.maxsize) -> list[int]:
+    def encode(self, text: str, *, special: bool, most: int = sys.maxsize) -> list[int]:
+        return self.encode_at(text, [found.span() for found in _CONTROL.finditer(text)] if special else [])
+
+    def encode_at(self, text: str, places: Sequence[Span], *, most: int = sys.maxsize) -> list[int]:
         ids: list[int] = []
         done = 0
-        for found in _CONTROL.finditer(text) if special else ():
-            ids += text[done : found.start()].encode()
-            ids.append(CONTROLS[found.group()])
-            done = found.end()
+        for first, last in places:
+            ids += text[done:first].encode()
+            ids.append(CONTROLS[text[first:last]])
+            done = last
         ids += text[done:].encode()
-        return ids if not begin or ids[:1] == [BEGIN] else [BEGIN, *ids]
+        return ids if ids[:1] == [BEGIN] else [BEGIN, *ids]
 
     def piece(self, token_id: int) -> bytes:
         return self._pieces[token_id]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ostinato.errors import InvalidRequest
 from ostinato.v1 import types_pb2
 
-from service.chat import DEPTH_MAX, ChatTemplate, ChatTokenizer, Conversation
+from service.chat import DEPTH_MAX, ChatTemplate, ChatTokenizer, Conversation, Span
 
 TEMPLATES = {path.stem: path.read_text() for path in (Path(__file__).parent / "templates").glob("*.jinja")}
 _NAMES = """<|im_start|> <|im_end|> <|begin|> <|end|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|assistant|> <|user|>
@@ -134,13 +136,16 @@ class Characters:
         self._template = ChatTemplate(template, TOKENS)
         self.render = self._template.render
 
-    def encode(self, text: str, *, special: bool, begin: bool = True, most: int = 0) -> list[int]:
-        ids, rest = [CONTROLS["<|begin|>"]] if begin and not (special and text.startswith("<|begin|>")) else [], text
-        while rest:
-            found = next((each for each in CONTROLS if special and rest.startswith(each)), rest[0])
-            ids.append(CONTROLS.get(found, ord(found[0])))
-            rest = rest[len(found) :]
-        return ids
+    def encode(self, text: str, *, special: bool, most: int = 0) -> list[int]:
+        return self.encode_at(text, [found.span() for found in re.finditer("|".join(map(re.escape, CONTROLS)), text)] * special)
+
+    def encode_at(self, text: str, places: Sequence[Span], *, most: int = 0) -> list[int]:
+        ids, done = list[int](), 0
+        for first, last in places:
+            ids += [*map(ord, text[done:first]), CONTROLS[text[first:last]]]
+            done = last
+        ids += map(ord, text[done:])
+        return ids if ids[:1] == [CONTROLS["<|begin|>"]] else [CONTROLS["<|begin|>"], *ids]
 
     def decode(self, ids: list[int]) -> str:
         names = {token_id: text for text, token_id in CONTROLS.items()}

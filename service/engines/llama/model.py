@@ -10,15 +10,15 @@ import mmap
 import platform
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from service.chat import ChatTemplate, Conversation, TooManyTokens
+from service.chat import ChatTemplate, Conversation, Span, TooManyTokens
 from service.engines import huggingface
 from service.engines.base import EngineUnusable
 from service.engines.llama.library import INSTALL, Library, library
@@ -127,8 +127,10 @@ class LlamaVocabulary:
         self.size = library.size(self.handle)
         self.end_ids = frozenset(token_id for token_id in range(self.size) if library.is_end(self.handle, token_id))
         self._pieces = [library.piece(self.handle, token_id, control=False) for token_id in range(self.size)]
-        self._marks = list(_marks(library, self.handle, self.size))
-        self.source_bytes_max = max(*map(len, self._pieces), *(len(mark.text) for mark in self._marks), 1)
+        marks = list(_marks(library, self.handle, self.size))
+        self._marks = {True: marks, False: [mark for mark in marks if not mark.control]}
+        self._replaced = [replace(mark, text=_place(mark.token_id)) if mark.control else mark for mark in marks]
+        self.source_bytes_max = max(*map(len, self._pieces), *(len(mark.text) for mark in marks), 1)
         begin, end = library.edge_ids(self.handle)
         self._begin_ids = [begin] if begin is not None and library.wants_begin(self.handle) else []
         self._begin, self._end = self._control_text(begin), self._control_text(end)
@@ -150,20 +152,26 @@ class LlamaVocabulary:
     def chat(self) -> bool:
         return self._chat is not None
 
-    def encode(self, text: str, *, special: bool, begin: bool = True, most: int = sys.maxsize) -> list[int]:
+    def encode(self, text: str, *, special: bool, most: int = sys.maxsize) -> list[int]:
         data = text.encode()
         if len(data) <= SHORT_BYTES:
-            ids = self._library.tokenize(self.handle, data, control=special)
-        else:
-            ids = self.encode_parts(data, special=special, most=most)
-        return ids if not begin or ids[:1] == self._begin_ids else self._begin_ids + ids
+            return self._begun(self._library.tokenize(self.handle, data, control=special))
+        return self._begun(self.encode_parts(data, self._marks[special], most))
 
-    def encode_parts(self, data: bytes, *, special: bool, most: int) -> list[int]:
+    def encode_at(self, text: str, places: Sequence[Span], *, most: int = sys.maxsize) -> list[int]:
+        parts: list[bytes] = []
+        done = 0
+        for first, last in places:
+            parts += [text[done:first].encode(), _place(self.controls[text[first:last]])]
+            done = last
+        return self._begun(self.encode_parts(b"".join([*parts, text[done:].encode()]), self._replaced, most))
+
+    def encode_parts(self, data: bytes, marks: Iterable[Mark], most: int) -> list[int]:
         """What llama.cpp makes of a text, without the begin token. The text is cut at its marks here: llama.cpp's time for that
         grows with the square of their number. Raises TooManyTokens."""
         parts: list[bytes | int] = [data]
-        for mark in self._marks:
-            if (special or not mark.control) and mark.text in data:
+        for mark in marks:
+            if mark.text in data:
                 parts = list(_cut(parts, mark))
         if len(parts) > most:
             raise TooManyTokens(len(parts))
@@ -171,6 +179,9 @@ class LlamaVocabulary:
         for part in parts:
             ids += [part] if isinstance(part, int) else self._library.tokenize(self.handle, part, control=False)
         return ids
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        return ids if ids[:1] == self._begin_ids else self._begin_ids + ids
 
     def piece(self, token_id: int) -> bytes:
         return self._pieces[token_id]
@@ -244,6 +255,11 @@ def _cut(parts: Iterable[bytes | int], mark: Mark) -> Iterator[bytes | int]:
                 text = text.rstrip(_SPACES)
             if text:
                 yield text
+
+
+def _place(token_id: int) -> bytes:
+    """Stands for a control token in a text. Neither byte is in any UTF-8."""
+    return b"\xfe%d\xff" % token_id
 
 
 @cache

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from service.chat import ChatTemplate, Conversation
+from service.chat import ChatTemplate, Conversation, Span
 from service.engines import huggingface
 from service.engines.base import EngineUnusable
 from service.engines.turbomind.host import module
@@ -161,10 +161,9 @@ class HuggingFaceVocabulary:
             ) from error
         layout = backend.to_str()
         self._layout: str = layout
-        self._special = tokenizers.Tokenizer.from_str(layout)
-        self._plain = tokenizers.Tokenizer.from_str(layout)
-        self._plain.encode_special_tokens = True  # control tokens in a text are text
-        for each in (self._special, self._plain):
+        self._special, self._plain, self._marked = (tokenizers.Tokenizer.from_str(layout) for _ in range(3))
+        self._plain.encode_special_tokens = self._marked.encode_special_tokens = True  # control tokens in a text are text
+        for each in (self._special, self._plain, self._marked):
             each.no_truncation()
             each.no_padding()
         self.size = model.vocabulary_size
@@ -174,6 +173,7 @@ class HuggingFaceVocabulary:
         self.pieces = pieces(backend.get_vocab(with_added_tokens=True), added, kind_of(layout), self.size)
         self.controls = {text: token_id for token_id, (text, control) in added.items() if control and token_id < self.size}
         self._control_texts = {token_id: text.encode() for text, token_id in self.controls.items()}
+        self._places = self._add_places(tokenizers.AddedToken, backend.get_added_tokens_decoder())
         self._templates = self._compiled()
         normalizer = (json.loads(layout).get("normalizer") or {}).get("type")
         texts = [*self.pieces, *(content.encode() for content, _ in added.values())]
@@ -205,9 +205,42 @@ class HuggingFaceVocabulary:
         template = self._hf.chat_template
         return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else "none"
 
-    def encode(self, text: str, *, special: bool, begin: bool = True, most: int = sys.maxsize) -> list[int]:
-        ids = list((self._special if special else self._plain).encode(text, add_special_tokens=False).ids)
-        return ids if not begin or ids[: len(self._begin)] == self._begin else self._begin + ids
+    def encode(self, text: str, *, special: bool, most: int = sys.maxsize) -> list[int]:
+        return self._begun((self._special if special else self._plain).encode(text, add_special_tokens=False).ids)
+
+    def encode_at(self, text: str, places: Sequence[Span], *, most: int = sys.maxsize) -> list[int]:
+        if _PLACE in text:
+            raise ValueError(f"it has the character U+{ord(_PLACE):X}, which is none")
+        while True:
+            parts, starts, done, length = list[str](), list[int](), 0, 0
+            for first, last in places:
+                parts += [text[done:first], _place(self.controls[text[first:last]])]
+                starts.append(length + first - done)
+                done, length = last, length + first - done + len(parts[-1])
+            found = self._marked.encode("".join([*parts, text[done:]]), add_special_tokens=False)
+            taken = [span for token_id, span in zip(found.ids, found.offsets, strict=True) if token_id in self._places]
+            if len(taken) == len(places):
+                return self._begun([self._places.get(token_id, token_id) for token_id in found.ids])
+            # Some are text to this tokenizer: it looks for them after it has changed the text, or between words only.
+            places = [place for place, at in zip(places, starts, strict=True) if any(a <= at < b for a, b in taken)]
+
+    def _begun(self, ids: Sequence[int]) -> list[int]:
+        return list(ids) if ids[: len(self._begin)] == self._begin else [*self._begin, *ids]
+
+    def _add_places(self, kind: Any, added: Mapping[int, Any]) -> Mapping[int, int]:
+        """Adds a token for the place of each control token, which is found where and as the control token is. Control tokens by
+        the ids of these."""
+        controls = {token_id: added[token_id] for token_id in self.controls.values()}
+        self._marked.add_tokens(
+            [
+                kind(
+                    _place(token_id), single_word=each.single_word, lstrip=each.lstrip, rstrip=each.rstrip,
+                    normalized=each.normalized, special=False,
+                )
+                for token_id, each in controls.items()
+            ]
+        )  # fmt: skip
+        return {self._marked.token_to_id(_place(token_id)): token_id for token_id in controls}
 
     def piece(self, token_id: int) -> bytes:
         return self.pieces[token_id]
@@ -227,6 +260,14 @@ class HuggingFaceVocabulary:
             template=template if isinstance(template, str) else None, begin=self._hf.bos_token, end=self._hf.eos_token
         )
         return {huggingface.TOKENIZER: self._layout.encode(), huggingface.CONFIG: config}
+
+
+_PLACE = "\U0010ffff"
+"""Begins what stands for a control token in a text. Unicode will never give it a meaning."""
+
+
+def _place(token_id: int) -> str:
+    return f"{_PLACE}{chr(0xF0000 + token_id // 4096)}{chr(0xF0000 + token_id % 4096)}"
 
 
 def kind_of(layout: str) -> Kind:
