@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias, TypeVar, Unpack
 
@@ -65,8 +66,19 @@ class Client:
         max_response_bytes: int = DEFAULT_RESPONSE_BYTES,
     ) -> None:
         self.target = requests.target(target)
-        bytes_max = requests.integer("max_response_bytes", max_response_bytes, 1, 2**31 - 1)
-        self._transport = _Transport(target, credentials, bytes_max, token, allow_plaintext_token)
+        self._response_bytes = requests.integer("max_response_bytes", max_response_bytes, 1, 2**31 - 1)
+        self._address, self._credentials = target, credentials
+        scheme, mark, address = target.partition("://")
+        if mark and scheme in ("http", "https"):
+            self._address = address.rstrip("/")
+            self._credentials = credentials or (grpc.ssl_channel_credentials() if scheme == "https" else None)
+        self._metadata = grpc.aio.Metadata((RESPONSE_BYTES_METADATA, str(max_response_bytes)))
+        if token is not None:
+            if self._credentials is None and not (allow_plaintext_token or _local(self._address)):
+                how = "use https:// or TLS credentials, or allow it with allow_plaintext_token (--allow-plaintext-token)"
+                raise ValueError(f"token: could be read on the way to {self._address}: {how}")
+            self._metadata.add("authorization", bearer(token))
+        self._opened: _Stubs | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -76,7 +88,9 @@ class Client:
 
     async def close(self) -> None:
         """Ends every call and closes the connection. A later call opens it again."""
-        await self._transport.close()
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            await opened.channel.close()
 
     async def generate(
         self,
@@ -97,7 +111,7 @@ class Client:
         """
         request = requests.batch(prompts, key, request_id, required_grade, parameters, verify=verify)
         retry_seconds = KEYED_SECONDS if request.idempotency_key else 0.0
-        return await self._transport.unary(self._transport.stubs.generation.Generate, request, timeout, retry_seconds)
+        return await self._unary(self._stubs.generation.Generate, request, timeout, retry_seconds)
 
     def stream(
         self,
@@ -116,61 +130,56 @@ class Client:
         stream was open come in one run before the item's finished.
         """
         request = requests.batch(prompts, key, request_id, required_grade, parameters, verify=verify)
-        deadline_seconds = requests.seconds(timeout)
-        if not request.idempotency_key:
-            return self._transport.stream(self._transport.stubs.generation.GenerateStream, request, deadline_seconds)
-
-        def connect(seconds: float | None) -> AsyncGenerator[generation_pb2.GenerateEvent, None]:
-            return self._transport.stream(self._transport.stubs.generation.GenerateStream, request, seconds)
-
-        return resumed(connect, deadline_seconds)
+        connect = partial(self._stream, self._stubs.generation.GenerateStream, request)
+        seconds = requests.seconds(timeout)
+        return resumed(connect, seconds) if request.idempotency_key else connect(seconds)
 
     async def cancel(
         self, first: int | None = None, last: int | None = None, *, key: str = "", timeout: float | None = None
     ) -> generation_pb2.CancelResponse:
         """Cancels the unfinished items of `first` to `last` (without `last`, only `first`), or of the batch with this key."""
-        if _by_key("first", first, key):
+        if _by_key(first, key):
             request = generation_pb2.CancelRequest(idempotency_key=key)
         else:
             request = generation_pb2.CancelRequest(range=requests.span(first, last))
-        return await self._transport.unary(self._transport.stubs.generation.Cancel, request, timeout)
+        return await self._unary(self._stubs.generation.Cancel, request, timeout)
 
     async def model(self, *, timeout: float | None = None) -> types_pb2.Model:
         """The running model, its limits, its fingerprint and the grade that it has earned."""
         request = generation_pb2.GetModelRequest()
-        return (await self._transport.unary(self._transport.stubs.generation.GetModel, request, timeout, READ_SECONDS)).model
+        return (await self._unary(self._stubs.generation.GetModel, request, timeout, READ_SECONDS)).model
 
     async def tokenize(self, prompts: Prompts, *, timeout: float | None = None) -> list[list[int]]:
         """The token ids of each prompt, as `generate` would use them."""
         request = generation_pb2.TokenizeRequest(items=requests.items(prompts))
-        response = await self._transport.unary(self._transport.stubs.generation.Tokenize, request, timeout, READ_SECONDS)
+        response = await self._unary(self._stubs.generation.Tokenize, request, timeout, READ_SECONDS)
         return [list(tokens.ids) for tokens in response.results]
 
     async def get(
         self, sequence: int | None = None, *, key: str = "", timeout: float | None = None
     ) -> list[sequencer_pb2.ItemRecord]:
         """The journal's records of one item, or of every item of the batch with this key, in ascending order."""
-        if _by_key("sequence", sequence, key):
+        if _by_key(sequence, key):
             request = sequencer_pb2.GetRequest(idempotency_key=key)
         else:
             request = sequencer_pb2.GetRequest(sequence=requests.integer("sequence", sequence, 1, 2**64 - 1))
-        return list((await self._transport.unary(self._transport.stubs.sequencer.Get, request, timeout, READ_SECONDS)).items)
+        return list((await self._unary(self._stubs.sequencer.Get, request, timeout, READ_SECONDS)).items)
 
     async def head(self, *, timeout: float | None = None) -> sequencer_pb2.HeadResponse:
         """The journal's last entry and last sequence, and the writer's epoch."""
         request = sequencer_pb2.HeadRequest()
-        return await self._transport.unary(self._transport.stubs.sequencer.Head, request, timeout, READ_SECONDS)
+        return await self._unary(self._stubs.sequencer.Head, request, timeout, READ_SECONDS)
 
     async def witness(self, head: types_pb2.SignedHead, *, timeout: float | None = None) -> sequencer_pb2.WitnessResponse:
         """Records a signed head of another log. Raises InvalidRequest for one that is not signed with a key that was given for
         that log, that is older than the last one, or that contradicts it."""
         request = sequencer_pb2.WitnessRequest(head=head)
-        return await self._transport.unary(self._transport.stubs.sequencer.Witness, request, timeout)
+        return await self._unary(self._stubs.sequencer.Witness, request, timeout)
 
     async def report(self, *, confidence: float = 0.0, timeout: float | None = None) -> sequencer_pb2.ReportResponse:
         """Statistics of divergence. `confidence`: of the intervals, above 0 and below 1; 0 is the sidecar's default."""
         request = sequencer_pb2.ReportRequest(confidence=confidence)
-        return await self._transport.unary(self._transport.stubs.sequencer.Report, request, timeout, READ_SECONDS)
+        return await self._unary(self._stubs.sequencer.Report, request, timeout, READ_SECONDS)
 
     def tail(
         self, from_index: int = 1, *, follow: bool = False, payloads: bool = False, timeout: float | None = None
@@ -202,12 +211,12 @@ class Client:
         """
         concurrency = requests.integer("concurrency", concurrency, 0, 2**32 - 1)
         request = sequencer_pb2.ReplayRequest(range=requests.span(first, last), concurrency=concurrency, alone=alone)
-        return self._transport.stream(self._transport.stubs.sequencer.Replay, request, requests.seconds(timeout))
+        return self._stream(self._stubs.sequencer.Replay, request, requests.seconds(timeout))
 
     async def _entries(
         self, request: sequencer_pb2.TailRequest, timeout: float | None, retry_seconds: float = 0.0
     ) -> AsyncGenerator[sequencer_pb2.Entry, None]:
-        stream = self._transport.stream(self._transport.stubs.sequencer.Tail, request, timeout, retry_seconds)
+        stream = self._stream(self._stubs.sequencer.Tail, request, timeout, retry_seconds)
         async with aclosing(stream) as responses:
             async for response in responses:
                 for entry in response.entries:
@@ -234,10 +243,87 @@ class Client:
             await asyncio.sleep(min(wait, policy.remaining or wait))
             pause = min(2 * pause, BACKOFF_SECONDS_MAX)
 
+    # Calls. gRPC's own retries are off: they end after five attempts, within seconds, whatever time is left. `retry_seconds` is
+    # that of RetryPolicy: 0 for calls that are not safe to repeat.
 
-def _by_key(name: str, number: int | None, key: str) -> bool:
+    @property
+    def _stubs(self) -> _Stubs:
+        """Connects at the first use."""
+        if self._opened is None:
+            channel = self._open()
+            self._opened = _Stubs(channel, GenerationStub(channel), SequencerStub(channel))
+        return self._opened
+
+    async def _unary(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT],
+        request: RequestT,
+        timeout: float | None,
+        retry_seconds: float = 0.0,
+    ) -> ResponseT:
+        policy = RetryPolicy(requests.seconds(timeout), retry_seconds)
+        with _span(request, streamed=False) as span:
+            while True:
+                try:
+                    return await method(request, timeout=policy.remaining, metadata=self._with(span))
+                except grpc.aio.AioRpcError as error:
+                    failure = self._failure(error)
+                await policy.backoff(failure)
+                span.event("tried again", {"ostinato.reason": failure.reason})
+
+    async def _stream(
+        self,
+        method: grpc.aio.UnaryStreamMultiCallable[RequestT, ResponseT],
+        request: RequestT,
+        timeout: float | None,
+        retry_seconds: float = 0.0,
+    ) -> AsyncGenerator[ResponseT, None]:
+        """The call starts at the first step; closing the iterator ends it. After the first response it is not retried."""
+        policy, started = RetryPolicy(timeout, retry_seconds), False
+        with _span(request, streamed=True) as span:
+            while True:
+                call = method(request, timeout=policy.remaining, metadata=self._with(span))
+                try:
+                    async for response in call:
+                        started = True
+                        yield response
+                    return
+                except grpc.aio.AioRpcError as error:
+                    failure = self._failure(error)
+                finally:
+                    call.cancel()
+                if started:
+                    raise failure
+                await policy.backoff(failure)
+                span.event("tried again", {"ostinato.reason": failure.reason})
+
+    def _failure(self, error: grpc.aio.AioRpcError) -> errors.OstinatoError:
+        failure = errors.from_rpc_error(error)
+        if isinstance(failure, errors.Disconnected):
+            failure.target = self.target
+        return failure
+
+    def _with(self, span: tracing.Span) -> grpc.aio.Metadata:
+        return grpc.aio.Metadata(*self._metadata, *span.metadata) if span.metadata else self._metadata
+
+    def _open(self) -> grpc.aio.Channel:
+        options = [
+            ("grpc.max_receive_message_length", self._response_bytes),
+            ("grpc.initial_reconnect_backoff_ms", round(BACKOFF_SECONDS * 1000)),
+            ("grpc.max_reconnect_backoff_ms", round(BACKOFF_SECONDS_MAX * 1000)),
+            ("grpc.enable_retries", 0),
+            ("grpc.use_local_subchannel_pool", 1),  # otherwise clients share connections, and their failures
+        ]
+        if _local(self._address):
+            options.append(("grpc.enable_http_proxy", 0))  # its loopback is another one, and it would read the token
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(self._address, options)
+        return grpc.aio.secure_channel(self._address, self._credentials, options)
+
+
+def _by_key(number: int | None, key: str) -> bool:
     if (number is None) == (key == ""):
-        raise TypeError(f"{name}, key: give one of them")
+        raise TypeError("a sequence or a key: give one of them")
     return number is None
 
 
@@ -283,109 +369,6 @@ class _Stubs(NamedTuple):
     channel: grpc.aio.Channel
     generation: GenerationAsyncStub
     sequencer: SequencerAsyncStub
-
-
-class _Transport:
-    """One channel, with metadata, deadlines and retries for every call. It connects at its first use.
-
-    gRPC's own retries are off: they end after five attempts, within seconds, whatever time is left. `retry_seconds` is that of
-    RetryPolicy: 0 for calls that are not safe to repeat.
-    """
-
-    def __init__(
-        self,
-        target: str,
-        credentials: grpc.ChannelCredentials | None,
-        response_bytes: int,
-        token: str | None = None,
-        allow_plaintext_token: bool = False,
-    ) -> None:
-        scheme, mark, rest = target.partition("://")
-        if mark and scheme in ("http", "https"):
-            target = rest.rstrip("/")
-            credentials = credentials or (grpc.ssl_channel_credentials() if scheme == "https" else None)
-        self._target = target
-        self._credentials = credentials
-        self._response_bytes = response_bytes
-        self._metadata = grpc.aio.Metadata((RESPONSE_BYTES_METADATA, str(response_bytes)))
-        if token is not None:
-            if credentials is None and not (allow_plaintext_token or _local(target)):
-                how = "use https:// or TLS credentials, or allow it with allow_plaintext_token (--allow-plaintext-token)"
-                raise ValueError(f"token: could be read on the way to {target}: {how}")
-            self._metadata.add("authorization", bearer(token))
-        self._opened: _Stubs | None = None
-
-    @property
-    def stubs(self) -> _Stubs:
-        if self._opened is None:
-            channel = self._open()
-            self._opened = _Stubs(channel, GenerationStub(channel), SequencerStub(channel))
-        return self._opened
-
-    async def close(self) -> None:
-        opened, self._opened = self._opened, None
-        if opened is not None:
-            await opened.channel.close()
-
-    async def unary(
-        self,
-        method: grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT],
-        request: RequestT,
-        timeout: float | None,
-        retry_seconds: float = 0.0,
-    ) -> ResponseT:
-        policy = RetryPolicy(requests.seconds(timeout), retry_seconds)
-        with _span(request, streamed=False) as span:
-            while True:
-                try:
-                    return await method(request, timeout=policy.remaining, metadata=self._with(span))
-                except grpc.aio.AioRpcError as error:
-                    failure = errors.from_rpc_error(error)
-                await policy.backoff(failure)
-                span.event("tried again", {"ostinato.reason": failure.reason})
-
-    async def stream(
-        self,
-        method: grpc.aio.UnaryStreamMultiCallable[RequestT, ResponseT],
-        request: RequestT,
-        timeout: float | None,
-        retry_seconds: float = 0.0,
-    ) -> AsyncGenerator[ResponseT, None]:
-        """The call starts at the first step; closing the iterator ends it. After the first response it is not retried."""
-        policy, started = RetryPolicy(timeout, retry_seconds), False
-        with _span(request, streamed=True) as span:
-            while True:
-                call = method(request, timeout=policy.remaining, metadata=self._with(span))
-                try:
-                    async for response in call:
-                        started = True
-                        yield response
-                    return
-                except grpc.aio.AioRpcError as error:
-                    failure = errors.from_rpc_error(error)
-                finally:
-                    call.cancel()
-                if started:
-                    raise failure
-                await policy.backoff(failure)
-                span.event("tried again", {"ostinato.reason": failure.reason})
-
-    def _with(self, span: tracing.Span) -> grpc.aio.Metadata:
-        return grpc.aio.Metadata(*self._metadata, *span.metadata) if span.metadata else self._metadata
-
-    def _open(self) -> grpc.aio.Channel:
-        options = [
-            ("grpc.max_receive_message_length", self._response_bytes),
-            ("grpc.initial_reconnect_backoff_ms", round(BACKOFF_SECONDS * 1000)),
-            ("grpc.max_reconnect_backoff_ms", round(BACKOFF_SECONDS_MAX * 1000)),
-            ("grpc.enable_retries", 0),
-            ("grpc.use_local_subchannel_pool", 1),  # otherwise clients share connections, and their failures
-        ]
-        if _local(self._target):
-            options.append(("grpc.enable_http_proxy", 0))  # its loopback is another one, and it would read the token
-        if self._credentials is None:
-            return grpc.aio.insecure_channel(self._target, options)
-        return grpc.aio.secure_channel(self._target, self._credentials, options)
 
 
 _METHODS = {

@@ -203,6 +203,8 @@ class SlowReader(CallLost):
 
 class Disconnected(CallLost):
     code = Code.UNAVAILABLE
+    target = ""
+    """Of the client that raised it."""
 
 
 class Internal(OstinatoError):

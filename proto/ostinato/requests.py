@@ -4,7 +4,6 @@ parameter. The model's limits are not checked here: the server knows the model, 
 from __future__ import annotations
 
 import json
-import math
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +27,10 @@ GradeName: TypeAlias = types_pb2.Grade.ValueType | str
 
 RESPONSE_BYTES_METADATA = "ostinato-max-response-bytes"
 """Metadata of every call: the largest response that the client accepts, in bytes, as decimal digits."""
+
+PORT_MAX = 65535
+TIMEOUT_SECONDS_MAX = 1e9
+"""32 years. A longer deadline overflows in gRPC, which then has passed at once."""
 
 PARSES: Mapping[str, types_pb2.Parse.ValueType] = {"tools": types_pb2.PARSE_TOOLS, "reasoning": types_pb2.PARSE_REASONING}
 
@@ -289,13 +292,14 @@ def span(first: int | None, last: int | None = None) -> generation_pb2.SequenceR
 
 
 def target(given: str) -> str:
-    """The target of a client. Without a port gRPC would use 443, which no sidecar means."""
+    """The target of a client. Without a port gRPC would use 443, which no sidecar means; one above 65535 it would truncate."""
     _, scheme, address = given.partition("://") if given.startswith(("http://", "https://")) else ("", "", given)
     if given.startswith("https://") and address.rstrip("/"):
         return given
     if not scheme and re.match(r"[a-z][a-z0-9+.-]*:(?!\d*$)", address):  # unix:/path, or another scheme of gRPC's
         return given
-    if re.fullmatch(r"(\[[^\[\]\s]+\]|[^:/\[\]\s]+):\d+", address.rstrip("/")):
+    found = re.fullmatch(r"(?:\[[^\[\]\s]+\]|[^:/\[\]\s]+):(\d+)", address.rstrip("/"), re.ASCII)
+    if found and 0 < int(found[1]) <= PORT_MAX:
         return given
     raise ValueError(f"target: must be host:port, https://host:port or unix:/path, not {given!r}")
 
@@ -305,8 +309,8 @@ def seconds(timeout: float | None) -> float | None:
     if timeout is None:
         return None
     value = number("timeout", timeout)
-    if not 0 < value < math.inf:
-        raise ValueError(f"timeout: must be a finite number of seconds above 0, not {timeout}")
+    if not 0 < value <= TIMEOUT_SECONDS_MAX:
+        raise ValueError(f"timeout: must be above 0 and at most {TIMEOUT_SECONDS_MAX:g} seconds, not {timeout}")
     return value
 
 

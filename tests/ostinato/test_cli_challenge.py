@@ -160,6 +160,6 @@ def test_what_has_no_input_cannot_be_challenged(ostinato: Terminal, elsewhere: t
     told = json.dumps(show.as_dict(generation_pb2.GenerateResponse(results=[ostinato.fake.records[1].result])))
     result = ostinato("challenge", "-", "--against", target, stdin=told)
     assert result.exit_code == 1
-    assert "1 records have no input, which get --json has" in result.stderr
+    assert "1 records without input, 0 without output; get --json has both" in result.stderr
     for line in ("nonsense", "7", '{"a": 1}', json.dumps(show.as_dict(types_pb2.SignedHead(root=b"r")))):
         assert ostinato("challenge", "-", "--against", target, stdin=line).exit_code == 2

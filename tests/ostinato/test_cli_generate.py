@@ -176,7 +176,7 @@ def test_a_file_holds_every_form_of_prompt(ostinato: Terminal, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("nonsense", "Expecting value"),
+        ("nonsense", "is not JSON: Expecting value"),
         ("7", "must be a JSON string or object"),
         ("{}", "text, token_ids, messages: exactly one of them"),
         ('{"text": "a", "token_ids": [1]}', "text, token_ids: exactly one of them"),
@@ -193,7 +193,7 @@ def test_a_file_holds_every_form_of_prompt(ostinato: Terminal, tmp_path: Path) -
         ('{"text": "a", "seed": "-1"}', "seed: must be an int, not str"),
         ('{"text": "a", "seed": 1, "seed": 2}', "seed: given twice"),
         ('{"text": "a", "temperature": NaN}', "NaN: is not a JSON number"),
-        (b"\xff", "can't decode byte 0xff"),
+        (b"\xff", "is not UTF-8: invalid start byte at byte 0"),
     ],
 )
 def test_a_bad_line_is_named(ostinato: Terminal, tmp_path: Path, line: str | bytes, message: str) -> None:
@@ -372,7 +372,7 @@ IMAGE = '[{"role": "user", "content": [{"type": "image_url"}]}]'
         ),
         (["generate", "a", "--parse", "x"], "'x' is not one of tools, reasoning"),
         (["generate", "--file", "/nowhere"], "/nowhere: No such file"),
-        (["generate", "a", "--timeout", "0"], "timeout: must be a finite number of seconds above 0"),
+        (["generate", "a", "--timeout", "0"], "timeout: must be above 0 and at most 1e+09 seconds, not 0.0"),
         (["generate", "a", "--batch", "0"], "--batch"),
         (["head", "-t", "localhost"], "target: must be host:port"),
         (["generate", "a", "--nonsense"], "--nonsense"),
@@ -417,7 +417,7 @@ def test_an_empty_key(ostinato: Terminal) -> None:
     result = ostinato("generate", "a", "--key", "")
 
     assert (result.exit_code, ostinato.fake.calls) == (2, [])
-    assert "--key: is empty" in result.stderr
+    assert "Invalid value for '--key': is empty" in result.stderr
 
 
 def test_a_file_of_another_editor(ostinato: Terminal, tmp_path: Path) -> None:

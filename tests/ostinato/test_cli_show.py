@@ -24,9 +24,9 @@ def test_nothing_that_is_printed_controls_a_terminal(
     show.note(OSC)
     show.table([f"name{OSC}"], [[f"cell{OSC}"]])
     show.card([(f"name{OSC}", f"value{OSC}")])
-    show.failure(errors.InvalidRequest(violations=[errors.Violation(f"items[0].{OSC}", OSC)] * 2), "target")
-    show.failure(errors.OstinatoError(OSC), f"target{OSC}")
-    show.failure(errors.Disconnected(OSC), f"target{OSC}")
+    show.failure(errors.InvalidRequest(violations=[errors.Violation(f"items[0].{OSC}", OSC)] * 2))
+    show.failure(errors.OstinatoError(OSC))
+    show.failure(errors.Disconnected(OSC))
     said = capsys.readouterr()
 
     assert "\x1b]" not in said.out + said.err

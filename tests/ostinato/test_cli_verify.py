@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from ostinato import errors
 from ostinato.cli.app import app
-from ostinato.cli.verify import Checks
+from ostinato.cli.verify import Verification
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 from tests.ostinato.fake import Fake
@@ -47,8 +47,8 @@ def _dict(message: Message) -> dict[str, Any]:
     return made
 
 
-def _check(*documents: Any) -> Checks:
-    checks = Checks()
+def _check(*documents: Any) -> Verification:
+    checks = Verification()
     checks.read("f", "\n".join(json.dumps(each) for each in documents).encode())
     return checks
 

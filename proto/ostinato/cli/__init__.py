@@ -2,6 +2,7 @@
 
     app        all commands
     session    options and exit codes that commands share
+    documents  JSON that is read: prompts, and what the commands print
     show       what is printed: lines, tables, JSON, errors
     generate   generate
     chat       chat
@@ -12,9 +13,7 @@
     challenge  challenge
     serve      serve, service, sidecar
 
-Exit codes: 0 success; 1 a call or an item failed, a replay diverged, a proof is not consistent, an alarm is up; 2 wrong usage,
-or a request that the sidecar calls invalid; 3 a replay found no divergence, but could not compare every item, or a proof is
-consistent and not proved; 4, 5 and 6 a proof is not chained, not signed, contradicted by a witness; 130 interrupted.
+docs/operations.md has the exit codes.
 """
 
 import io

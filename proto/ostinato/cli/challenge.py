@@ -10,20 +10,18 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import AsyncExitStack, aclosing
-from dataclasses import replace
+from contextlib import aclosing
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from google.protobuf import json_format
+from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError
 
 from ostinato import chain
-from ostinato.cli import show
+from ostinato.cli import documents, show
 from ostinato.cli.replay import RESPONSE_BYTES
-from ostinato.cli.session import FAILED, UNJUDGED, Session, usage, wrong
-from ostinato.cli.verify import content_of, json_values
+from ostinato.cli.session import FAILED, UNJUDGED, Session, wrong
 from ostinato.digest import tagged_digest, text, u64
 from ostinato.replay import CONCURRENCY, Elsewhere, bounded_gather
 from ostinato.signature import inclusion_fault
@@ -42,40 +40,38 @@ async def challenge(
     against: Annotated[str, typer.Option(metavar="TARGET", help="The sidecar that recomputes.", show_default=False)],
     count: Annotated[int, typer.Option(min=1, help="How many records.")] = COUNT,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=2**64 - 1, help="Of the choice. Default: a new one.", show_default=False)
+        int | None, typer.Option(min=0, max=2**64 - 1, help="Seed of the choice. Default: a new one.", show_default=False)
     ] = None,
 ) -> bool:
     """Runs recorded items again at another sidecar, chosen at random. Exit code 0: all match; 1: an output differs, or a record
     is not consistent; 3: some could not be compared. Signatures are for `verify`."""
-    name, content = content_of(file)
+    name, content = documents.content_of(file)
     known = Records()
-    for place, value in json_values(name, content):
+    for place, value in documents.values(name, content):
         known.take(place, value)
     if not known.records:
-        show.note(f"error: nothing to challenge in {file}: {known.without_input} records have no input, which get --json has")
+        show.note(f"error: nothing to challenge in {file}: {known.passed_over or 'it has no record'}; get --json has both")
         return False
     seed = secrets.randbits(64) if seed is None else seed
     chosen, verdicts = choice(list(known.records.values()), count, seed), Counter[str]()
-    async with AsyncExitStack() as stack:
-        with usage("--against"):
-            client = replace(session, target=against).client(RESPONSE_BYTES)
-        elsewhere = Elsewhere(await stack.enter_async_context(client), session.timeout)
-        done = stack.enter_context(show.progress("challenge", len(chosen)))
-        runs = await stack.enter_async_context(aclosing(bounded_gather(_runs(elsewhere, chosen), CONCURRENCY)))
-        async for record, comparison, result in runs:
-            verdict = _verdict(record, comparison)
-            verdicts[verdict] += 1
-            done(verdicts.total())
-            _show(session, record, comparison, result, verdict)
-    counts = ", ".join(f"{verdicts[each]} {each}" for each in VERDICTS)
+    async with session.at("--against", against).client(RESPONSE_BYTES) as client:
+        with show.progress("challenge", len(chosen)) as done:
+            elsewhere = Elsewhere(client, session.timeout)
+            async with aclosing(bounded_gather(_runs(elsewhere, chosen), CONCURRENCY)) as runs:
+                async for record, comparison, result in runs:
+                    verdict = _verdict(record, comparison)
+                    verdicts[verdict] += 1
+                    done(verdicts.total())
+                    _show(session, record, comparison, result, verdict)
     if session.json:
         told = {each.replace(" ", "_"): verdicts[each] for each in VERDICTS}
         told |= {"without_input": known.without_input, "without_output": known.without_output}
         show.as_json({"challenge": {"seed": str(seed), "records": len(known.records), "chosen": len(chosen)} | told})
     else:
+        counts = ", ".join(f"{verdicts[each]} {each}" for each in VERDICTS)
         show.line(f"{counts}; {len(chosen)} of {len(known.records)} records, seed {seed}")
     if known.passed_over:
-        show.note(f"passed over: {known.without_input} records without input, {known.without_output} without output")
+        show.note(f"passed over: {known.passed_over}")
     if verdicts["diverged"] or verdicts[NOT_CONSISTENT]:
         raise typer.Exit(FAILED)
     if verdicts["match"] < len(chosen) or known.passed_over:
@@ -103,14 +99,14 @@ class Records:
         self._previous: sequencer_pb2.Entry | None = None
 
     @property
-    def passed_over(self) -> int:
-        return self.without_input + self.without_output
+    def passed_over(self) -> str:
+        """Empty: no record was."""
+        counts = f"{self.without_input} records without input, {self.without_output} without output"
+        return counts if self.without_input or self.without_output else ""
 
     def take(self, place: str, value: Any) -> None:
-        """One line. Raises BadParameter for what is no record."""
+        """A JSON value of a file. Raises BadParameter for what is no record."""
         try:
-            if isinstance(value, Exception):
-                raise ValueError(str(value))
             for record in self._records(value):
                 if not record.result.HasField("output"):
                     self.without_output += 1
@@ -118,7 +114,7 @@ class Records:
                     self.without_input += 1
                 else:
                     self._add(record)
-        except (ValueError, DecodeError, RecursionError, json_format.ParseError) as error:
+        except (ValueError, RecursionError, DecodeError, ParseError) as error:
             raise wrong(f"{place}: {error}") from None
 
     def _add(self, record: sequencer_pb2.ItemRecord) -> None:
@@ -129,22 +125,26 @@ class Records:
         if said[0] != said[1]:
             raise ValueError(f"another record of sequence {record.admitted.sequence} of this log is there")
 
-    def _records(self, given: Any) -> Iterator[sequencer_pb2.ItemRecord]:
-        if isinstance(given, list):
-            for each in given:
+    def _records(self, value: Any) -> Iterator[sequencer_pb2.ItemRecord]:
+        if isinstance(value, Exception):
+            raise ValueError(f"is not JSON: {value}")
+        if isinstance(value, list):
+            for each in value:
                 yield from self._records(each)
-        elif not isinstance(given, dict):
-            raise ValueError("is no record")
-        elif "header" in given:
-            given.pop("decoded", None)
-            yield from self._entry(json_format.ParseDict(given, sequencer_pb2.Entry()))
-        elif "items" in given:
-            yield from json_format.ParseDict(given, sequencer_pb2.GetResponse()).items
-        elif "results" in given:
-            results = json_format.ParseDict(given, generation_pb2.GenerateResponse()).results
-            yield from (sequencer_pb2.ItemRecord(result=result) for result in results)
-        else:
-            yield json_format.ParseDict(given, sequencer_pb2.ItemRecord())
+            return
+        match documents.message(value):
+            case sequencer_pb2.Entry() as entry:
+                yield from self._entry(entry)
+            case sequencer_pb2.GetResponse(items=records):
+                yield from records
+            case sequencer_pb2.ItemRecord() as record:
+                yield record
+            case generation_pb2.GenerateResponse(results=results):
+                yield from (sequencer_pb2.ItemRecord(result=result) for result in results)
+            case types_pb2.Result() as result:
+                yield sequencer_pb2.ItemRecord(result=result)
+            case _:
+                raise ValueError("is no record")
 
     def _entry(self, entry: sequencer_pb2.Entry) -> Iterator[sequencer_pb2.ItemRecord]:
         """The record of an item that ends with this entry, if the entries before were here too."""
@@ -162,10 +162,10 @@ class Records:
             else:
                 completed = sequencer_pb2.CompletedPayload.FromString(entry.payload)
                 receipt = chain.receipt(header, previous.entry_hash, entry.entry_hash, completed.nonce)
-                record.outcome.CopyFrom(header)
-                record.result.CopyFrom(
-                    types_pb2.Result(sequence=header.sequence, attempt=header.attempt, output=completed.output, receipt=receipt)
+                result = types_pb2.Result(
+                    sequence=header.sequence, attempt=header.attempt, output=completed.output, receipt=receipt
                 )
+                record.result.CopyFrom(result)
                 yield record
 
 

@@ -158,7 +158,7 @@ def _converse(runner: asyncio.Runner, client: Client, session: Session, conversa
         except KeyboardInterrupt:
             show.note("interrupted; the question is forgotten")
         except errors.OstinatoError as error:
-            show.failure(error, session.target)
+            show.failure(error)
             succeeded = False
     return succeeded
 

@@ -15,15 +15,14 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, count, islice, repeat
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import typer
 
 from ostinato import digest, errors, requests
-from ostinato.cli import show
+from ostinato.cli import documents, show
 from ostinato.cli.session import STDIN, Key, Session, usage, wrong
 from ostinato.client import DEFAULT_RESPONSE_BYTES, Client
 from ostinato.v1 import generation_pb2, types_pb2
@@ -32,6 +31,7 @@ NO_PROMPT = "no prompt: give some as arguments, with --file, or with - on stdin"
 LINE_BYTES_MAX = 64 * 2**20
 """A sidecar does not accept a larger request."""
 RUN_NAME_BYTES_MAX = 128
+COPIES_MAX, CONCURRENCY_MAX = 1_000_000, 10_000
 
 
 def _sampling(kind: Any, text: str, *names: str, metavar: str | None = None) -> Any:
@@ -85,8 +85,7 @@ MaxResponseBytes = Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Large
 class GenerateOptions:
     """The options of a run."""
 
-    prompts: Callable[[], Iterator[Prompt]]
-    """From the first prompt each time."""
+    prompts: Prompts
     common: generation_pb2.GenerateRequest
     """A request without its prompts."""
     batch: int
@@ -121,10 +120,12 @@ def generate(
     ] = None,
     tools: Tools = None,
     template_kwargs: TemplateKwargs = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="Copies of each prompt; --seed is the same for all.")] = 1,
+    n: Annotated[int, typer.Option("-n", min=1, max=COPIES_MAX, help="Copies of each prompt; --seed is the same for all.")] = 1,
     chat: Annotated[bool, typer.Option("--chat", help="A text is a user's message, not a text to continue.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Prompts in a request, at most the model's limit.")] = 32,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once. With 1, sequences ascend with the prompts.")] = 1,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=CONCURRENCY_MAX, help="Requests at once. With 1, sequences ascend with the prompts.")
+    ] = 1,
     key: Key = None,
     request_id: Annotated[str, typer.Option(help="Label for logs and traces.", show_default=False)] = "",
     require_grade: RequireGrade = None,
@@ -141,19 +142,19 @@ def generate(
     With --key, the same command again returns the recorded outputs; the second of several requests has KEY/2, and so on.
     With --output, --file may have any length, and the same command continues after an interruption.
     """
-    if key == "":
-        raise typer.BadParameter("--key: is empty")
     with usage():
         parameters = sampling_of(sampling)
         common = requests.batch(types_pb2.Item(), key or "", request_id, require_grade, parameters, verify=verify)
-    chats = ChatOptions(chat, messages, chat_arguments(tools, template_kwargs))
-    prompts = partial(_prompts, texts or [], file, n, chats)
+    arguments = chat_arguments(tools, template_kwargs)
+    if arguments and not (chat or file or messages is not None):
+        raise wrong(f"{', '.join(map(_option, arguments))}: for chats: add --chat, or give --messages or --file")
+    prompts = Prompts(texts or [], messages, file, n, chat, arguments)
     options = GenerateOptions(prompts, common, batch, concurrency, progress, max_response_bytes)
     if output is not None:
         if file is None or str(file) == STDIN or texts or stream:
             raise typer.BadParameter("--output: takes the prompts of --file, which is read twice, and no others")
         return _bulk(session, options, file, output)
-    listed = list(options.prompts())
+    listed = list(prompts)
     if not listed:
         raise typer.BadParameter(NO_PROMPT)
     if stream:
@@ -181,12 +182,8 @@ def _option(name: str) -> str:
 
 def _text_or_file(option: str, given: str) -> str:
     """The text, or after @ that of a file."""
-    if not given.startswith("@"):
-        return given
-    try:
-        return Path(given[1:]).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise wrong(f"{option}: {error}") from None
+    with usage(option):
+        return Path(given[1:]).read_text("utf-8") if given.startswith("@") else given
 
 
 async def _print_table(session: Session, prompts: Sequence[Prompt], options: GenerateOptions) -> bool:
@@ -216,133 +213,107 @@ async def _print_table(session: Session, prompts: Sequence[Prompt], options: Gen
     return all(result.HasField("output") and result.comparison.verdict != types_pb2.VERDICT_DIVERGED for result in results)
 
 
-# Prompts. Each has a place, such as `questions.jsonl:7`, for error messages.
+# Prompts.
 @dataclass(frozen=True, slots=True)
 class Prompt:
     item: types_pb2.Item
     place: str
-
-
-_KINDS: Mapping[str, Callable[[object], types_pb2.Item]] = {
-    "text": lambda value: types_pb2.Item(text=_nonempty(value)),
-    "token_ids": lambda value: types_pb2.Item(token_ids=requests.token_ids(value)),
-    "messages": lambda value: types_pb2.Item(chat=requests.chat(value)),
-}
-_CHAT = ("tools", "template_kwargs", "add_generation_prompt", "continue_final_message", "allow_control_tokens")
-"""What may stand beside messages."""
+    """Such as `questions.jsonl:7`, for error messages."""
 
 
 @dataclass(frozen=True, slots=True)
-class ChatOptions:
-    """What concerns chats."""
+class Prompts:
+    """The prompts of all sources. Iterating reads the file again."""
 
+    texts: Sequence[str]
+    messages: str | None
+    file: Path | None
+    n: int
     chat: bool
     """A text is a chat of one message."""
-    messages: str | None
     arguments: Mapping[str, str]
-    """As of `chat_arguments`."""
+    """Of each chat that has none of its own; as of `chat_arguments`."""
 
-    def prompts(self) -> Iterator[Prompt]:
+    def __iter__(self) -> Iterator[Prompt]:
+        for prompt in chain(self._texts(), self._messages(), self._lines()):
+            item = self._chat(prompt.item)
+            yield from repeat(Prompt(item, prompt.place), self.n)
+
+    def _texts(self) -> Iterator[Prompt]:
+        """Each argument is a prompt; `-` is one prompt per line of stdin, without blank lines."""
+        for number, argument in enumerate(self.texts, 1):
+            for place, text in _lines(STDIN) if argument == STDIN else [(f"prompt {number}", argument)]:
+                with usage(place):
+                    yield Prompt(requests.item(text, "text"), place)
+
+    def _messages(self) -> Iterator[Prompt]:
         if self.messages is not None:
             with usage("--messages"):
-                given = json.loads(_text_or_file("--messages", self.messages), parse_constant=_no_constant)
+                given = documents.loads(_text_or_file("--messages", self.messages))
                 yield Prompt(types_pb2.Item(chat=requests.chat(given)), "--messages")
 
-    def applied(self, prompt: Prompt) -> Prompt:
-        if self.chat and prompt.item.HasField("text"):
-            item = types_pb2.Item(chat=requests.chat([{"role": "user", "content": prompt.item.text}]))
-            if prompt.item.HasField("parameters"):
-                item.parameters.CopyFrom(prompt.item.parameters)
-            prompt = Prompt(item, prompt.place)
-        if prompt.item.HasField("chat"):
-            for name, value in self.arguments.items():
-                if not getattr(prompt.item.chat, name):
-                    setattr(prompt.item.chat, name, value)
-        return prompt
-
-
-def _prompts(texts: Sequence[str], file: Path | None, n: int, chats: ChatOptions) -> Iterator[Prompt]:
-    given = chain(_of_arguments(texts), chats.prompts())
-    if file is not None:
-        given = chain(given, _of_file(file))
-    for each in given:
-        prompt = chats.applied(each)
-        for _ in range(n):
-            yield prompt
-
-
-def _of_arguments(given: Iterable[str]) -> Iterator[Prompt]:
-    """Each argument is a prompt; `-` is one prompt per line of stdin, without blank lines."""
-    for number, argument in enumerate(given, 1):
-        for place, text in _lines(STDIN) if argument == STDIN else [(f"prompt {number}", argument)]:
+    def _lines(self) -> Iterator[Prompt]:
+        for place, line in _lines(self.file) if self.file is not None else ():
             with usage(place):
-                yield Prompt(requests.item(text, "text"), place)
+                yield Prompt(_item(documents.loads(line)), place)
 
-
-def _of_file(path: Path) -> Iterator[Prompt]:
-    """Each line is a JSON string, or an object with text, token_ids or messages, and any parameters."""
-    for place, text in _lines(path):
-        with usage(place):
-            yield Prompt(_item(json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)), place)
+    def _chat(self, item: types_pb2.Item) -> types_pb2.Item:
+        if self.chat and item.HasField("text"):
+            item.chat.CopyFrom(requests.chat([{"role": "user", "content": item.text}]))
+        if item.HasField("chat"):
+            for name, value in self.arguments.items():
+                if not getattr(item.chat, name):
+                    setattr(item.chat, name, value)
+        return item
 
 
 def _lines(path: Path | str) -> Iterator[tuple[str, str]]:
     """Place and text of each line that is not blank. The file is read line by line and may have any length."""
     stdin = str(path) == STDIN
-    try:
-        with nullcontext(sys.stdin.buffer) if stdin else Path(path).open("rb") as file:
-            number = 0
-            while line := file.readline(LINE_BYTES_MAX + 1):
-                number += 1
-                line = line if number > 1 else line.removeprefix(codecs.BOM_UTF8)
-                place = f"{'stdin' if stdin else path}:{number}"
-                if len(line) > LINE_BYTES_MAX:
-                    raise wrong(f"{place}: longer than {LINE_BYTES_MAX} bytes")
-                if line.strip():
-                    with usage(place):
-                        text = line.removesuffix(b"\n").removesuffix(b"\r").decode()
-                    yield place, text
-    except OSError as error:
-        raise wrong(f"{path}: {error.strerror}") from None
+    with usage(), nullcontext(sys.stdin.buffer) if stdin else Path(path).open("rb") as file:
+        number = 0
+        while line := file.readline(LINE_BYTES_MAX + 1):
+            number += 1
+            line = line if number > 1 else line.removeprefix(codecs.BOM_UTF8)
+            place = f"{'stdin' if stdin else path}:{number}"
+            if len(line) > LINE_BYTES_MAX:
+                raise wrong(f"{place}: longer than {LINE_BYTES_MAX} bytes")
+            if line.strip():
+                with usage(place):
+                    text = line.removesuffix(b"\n").removesuffix(b"\r").decode()
+                yield place, text
+
+
+PROMPTS = ("text", "token_ids", "messages")
+BESIDE_MESSAGES = ("tools", "template_kwargs", "add_generation_prompt", "continue_final_message", "allow_control_tokens")
 
 
 def _item(given: object) -> types_pb2.Item:
+    """A JSON string, or an object with one prompt and any parameters. Raises TypeError or ValueError."""
     if isinstance(given, str):
         given = {"text": given}
     if not isinstance(given, dict):
         raise TypeError("must be a JSON string or object")
-    kinds = [name for name in _KINDS if name in given]
+    kinds = [name for name in PROMPTS if name in given]
     if len(kinds) != 1:
-        raise ValueError(f"{', '.join(kinds or _KINDS)}: exactly one of them")
+        raise ValueError(f"{', '.join(kinds or PROMPTS)}: exactly one of them")
     prompt = given.pop(kinds[0])
-    if kinds == ["messages"]:
-        item = types_pb2.Item(chat=requests.chat(prompt, **{name: given.pop(name) for name in _CHAT if name in given}))
-    else:
-        item = _KINDS[kinds[0]](prompt)
+    match kinds[0]:
+        case "text":
+            item = types_pb2.Item(text=requests.text("text", prompt))
+            if not item.text:
+                raise ValueError("text: empty")
+        case "token_ids":
+            item = types_pb2.Item(token_ids=requests.token_ids(prompt))
+        case _:
+            item = types_pb2.Item(
+                chat=requests.chat(prompt, **{name: given.pop(name) for name in BESIDE_MESSAGES if name in given})
+            )
     if isinstance(given.get("seed"), str) and given["seed"].isdecimal():
         given["seed"] = int(given["seed"])  # as protobuf's JSON writes it
     if parameters := requests.parameters(given):
         item.parameters.CopyFrom(parameters)
     return item
-
-
-def _nonempty(value: object) -> str:
-    text = requests.text("text", value)
-    if not text:
-        raise ValueError("text: empty")
-    return text
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)}: given twice")
-    return made
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name}: is not a JSON number")
 
 
 # Batches.
@@ -494,7 +465,7 @@ def _bulk(session: Session, options: GenerateOptions, file: Path, output: Path) 
     """Reads every line first, so that a bad one is reported before anything is sent."""
     if not options.common.idempotency_key:
         options.common.idempotency_key = file.name.encode()[:RUN_NAME_BYTES_MAX].decode(errors="ignore")
-    total = sum(1 for _ in options.prompts())
+    total = sum(1 for _ in options.prompts)
     if not total:
         raise typer.BadParameter(NO_PROMPT)
     return _write_output(session, options, total, output)
@@ -533,7 +504,7 @@ async def _run(
         request_digest = digest.request_digest(request).hex()[:32]
         return f"{options.common.idempotency_key}/{first}-{first + len(request.items) - 1}/{request_digest}"
 
-    source = batches(options.prompts(), options.common, size, key)
+    source = batches(options.prompts, options.common, size, key)
     first = await _skip(source, output, tally, done)
     if first is None:
         output.expect_end()
@@ -543,8 +514,7 @@ async def _run(
         async for batch, response in answered:
             if batch.number != written + 1:
                 continue  # an earlier batch failed; the journal keeps this one
-            for answer in output.write(batch, response.results):
-                tally.add(answer)
+            tally.add(output.write(batch, response.results))
             written += 1
             done(tally.items)
 
@@ -555,8 +525,7 @@ async def _skip(source: Iterator[Batch], output: OutputFile, tally: Tally, done:
         kept = output.read(batch)
         if kept is None:
             return batch
-        for answer in kept:
-            tally.add(answer)
+        tally.add(kept)
         tally.kept += len(kept)
         done(tally.items)
         await asyncio.sleep(0)  # lets an interrupt through
@@ -573,6 +542,30 @@ def _counts(value: Any) -> str:
     return str(value)
 
 
+class Line(NamedTuple):
+    """What the summary needs of a line of the output file."""
+
+    sequence: int
+    outcome: str
+    prompt_tokens: int
+    tokens: int
+    verdict: str
+    """Empty: the item was not verified."""
+
+    @classmethod
+    def of(cls, answer: dict[str, Any]) -> Line:
+        """Raises one of MALFORMED if a line is not one of ours."""
+        output, status = answer.get("output", {}), answer.get("status", {})
+        reasons = [str(each["reason"]) for each in status.get("details", ()) if "reason" in each]
+        outcome = "completed" if "output" in answer else (reasons or [f"code {status.get('code')}"])[0]
+        verdict = answer["comparison"].get("verdict", "not compared") if "comparison" in answer else ""
+        tokens, prompt_tokens = len(output.get("token_ids", ())), int(output.get("prompt_tokens", 0))
+        return cls(int(answer["sequence"]), outcome, prompt_tokens, tokens, verdict.removeprefix("VERDICT_").lower())
+
+
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError)
+
+
 class Tally:
     """The summary of all results in the output file."""
 
@@ -586,17 +579,15 @@ class Tally:
     def succeeded(self) -> bool:
         return self._outcomes["completed"] == self.items and not self._verdicts["diverged"]
 
-    def add(self, answer: dict[str, Any]) -> None:
-        """A line of the file."""
-        sequence, output = int(answer["sequence"]), answer.get("output", {})
-        self.items += 1
-        self._first, self._last = min(self._first or sequence, sequence), max(self._last, sequence)
-        self._outcomes["completed" if "output" in answer else _reason(answer)] += 1
-        self._tokens += len(output.get("token_ids", ()))
-        self._prompt_tokens += output.get("prompt_tokens", 0)
-        if "comparison" in answer:
-            verdict = answer["comparison"].get("verdict", "not compared")
-            self._verdicts[verdict.removeprefix("VERDICT_").lower()] += 1
+    def add(self, lines: Sequence[Line]) -> None:
+        for line in lines:
+            self.items += 1
+            self._first, self._last = min(self._first or line.sequence, line.sequence), max(self._last, line.sequence)
+            self._outcomes[line.outcome] += 1
+            self._tokens += line.tokens
+            self._prompt_tokens += line.prompt_tokens
+            if line.verdict:
+                self._verdicts[line.verdict] += 1
 
     def summary(self) -> dict[str, Any]:
         made = {
@@ -608,11 +599,6 @@ class Tally:
             "tokens": self._tokens,
         }
         return made | ({"verified": dict(self._verdicts)} if self._verdicts else {})
-
-
-def _reason(answer: dict[str, Any]) -> str:
-    status = answer.get("status", {})
-    return next((str(each["reason"]) for each in status.get("details", ()) if "reason" in each), f"code {status.get('code')}")
 
 
 class OutputFile:
@@ -628,12 +614,10 @@ class OutputFile:
     def __init__(self, path: Path) -> None:
         """Raises BadParameter if the path is not a file, or another run has it."""
         self._path, self._lines = path, 0
-        try:
+        with usage("--output"):
             if path.exists() and not path.is_file():
-                raise wrong(f"--output: {path} is not a file: it is read, to continue it")
+                raise ValueError(f"{path} is not a file: it is read, to continue it")
             self._file = path.open("r+b" if path.exists() else "x+b")
-        except OSError as error:
-            raise wrong(f"--output: {path}: {error.strerror}") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -644,7 +628,7 @@ class OutputFile:
         with suppress(OSError):  # a full disk, which has been reported
             self._file.close()
 
-    def read(self, batch: Batch) -> list[dict[str, Any]] | None:
+    def read(self, batch: Batch) -> list[Line] | None:
         """The results of this batch; None: not all are there, and an incomplete batch has been cut off. Raises BadParameter if
         something else is in their place."""
         start, found = self._file.tell(), []
@@ -660,8 +644,8 @@ class OutputFile:
         self._lines += len(found)
         return found
 
-    def write(self, batch: Batch, results: Sequence[types_pb2.Result]) -> list[dict[str, Any]]:
-        """Writes the results of a batch and returns them as written. Raises OSError."""
+    def write(self, batch: Batch, results: Sequence[types_pb2.Result]) -> list[Line]:
+        """Writes the results of a batch. Raises OSError."""
         if len(results) != len(batch.prompts):
             raise errors.Internal(f"{len(results)} results for {len(batch.prompts)} prompts")
         key = batch.request.idempotency_key
@@ -671,19 +655,19 @@ class OutputFile:
         ]
         self._file.write("".join(f"{json.dumps(each)}\n" for each in made).encode())
         self._file.flush()
-        return made
+        return list(map(Line.of, made))
 
     def expect_end(self) -> None:
         """Raises BadParameter if the file has more lines than there are prompts."""
         if self._file.read(1):
             raise wrong(f"--output: {self._path} has more than the {self._lines} results of these prompts")
 
-    def _parse(self, line: bytes, batch: Batch, prompt: Prompt) -> dict[str, Any]:
+    def _parse(self, line: bytes, batch: Batch, prompt: Prompt) -> Line:
         try:
             answer = json.loads(line)
-            if answer["key"] == batch.request.idempotency_key and "sequence" in answer:
-                return dict(answer)
-        except (ValueError, TypeError, LookupError):
+            if answer["key"] == batch.request.idempotency_key:
+                return Line.of(answer)
+        except MALFORMED:
             pass
         raise self._mismatch(prompt)
 

@@ -20,8 +20,8 @@ Dsse = Annotated[bool, typer.Option("--dsse", help="Print the signed head alone,
 
 async def get(
     session: Session,
-    sequence: Annotated[int | None, typer.Argument(help="Of the item.", show_default=False)] = None,
-    key: Key = "",
+    sequence: Annotated[int | None, typer.Argument(help="The item's sequence.", show_default=False)] = None,
+    key: Key = None,
     last: Annotated[bool, typer.Option("--last", help="The newest item.")] = False,
     dsse: Dsse = False,
 ) -> bool:
@@ -36,15 +36,12 @@ async def get(
         with usage():
             records = await client.get(sequence, key=key or "", timeout=session.timeout)
     for position, record in enumerate(records):
-        if dsse:
-            show.as_json(_envelope(record.result.receipt.head))
-            continue
-        if session.json:
-            show.as_json(record)
-            continue
-        if position:
-            show.line("")
-        show.card(_record(record))
+        if session.json or dsse:
+            show.as_json(_envelope(record.result.receipt.head) if dsse else record)
+        else:
+            if position:
+                show.line("")
+            show.card(_record(record))
     return True
 
 
@@ -92,13 +89,15 @@ async def head(session: Session, dsse: Dsse = False) -> bool:
 
 
 async def cancel(
-    session: Session, sequences: Annotated[str | None, typer.Argument(metavar="[A..B]")] = None, key: Key = ""
+    session: Session,
+    sequences: Annotated[
+        str | None, typer.Argument(metavar="A..B", help="Sequences, both included; or one.", show_default=False)
+    ] = None,
+    key: Key = None,
 ) -> bool:
     """Cancels unfinished items. Takes a sequence, a range, or a key."""
-    first, last = None, None
-    if sequences is not None:
-        range_ = span(sequences)
-        first, last = range_.first, range_.last
+    range_ = span(sequences) if sequences is not None else None
+    first, last = (range_.first, range_.last) if range_ is not None else (None, None)
     async with session.client() as client:
         with usage():
             answer = await client.cancel(first, last, key=key or "", timeout=session.timeout)

@@ -6,14 +6,13 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from ostinato import errors
 from ostinato.cli import show
-from ostinato.cli.session import UNJUDGED, Session, open_span, usage
+from ostinato.cli.session import UNJUDGED, Session, open_span
 from ostinato.replay import CONCURRENCY, extent, replay_against
 from ostinato.v1 import sequencer_pb2, types_pb2
 
@@ -43,10 +42,9 @@ async def replay(
     """Runs completed items again and compares. Exit code 1 if an output differs, 3 if some could not be compared."""
     wanted = open_span(sequences)
     verdicts: Counter[str] = Counter()
-    with usage("--against"):
-        other = replace(session, target=against).client(RESPONSE_BYTES) if against is not None else None
     async with AsyncExitStack() as stack:
         source = await stack.enter_async_context(session.client(RESPONSE_BYTES))
+        other = session.at("--against", against).client(RESPONSE_BYTES) if against is not None else None
         _, last = await extent(source, wanted.first, wanted.last, timeout=session.timeout)
         concurrency = 1 if alone else concurrency
         if other is None:

@@ -11,7 +11,7 @@ import typer
 
 from ostinato import install_hint
 from ostinato.cli import show
-from ostinato.cli.session import Session, wrong
+from ostinato.cli.session import Session, usage, wrong
 from ostinato.v1.sequencer_pb2 import Rate, ReportResponse, Stratum
 
 COLUMNS = (
@@ -25,7 +25,7 @@ Html = Annotated[
     Path | None,
     typer.Option("--html", help="Write a page with charts to this file; needs the extra `report`.", show_default=False),
 ]
-Confidence = Annotated[float, typer.Option(help="Of the intervals, above 0 and below 1.")]
+Confidence = Annotated[float, typer.Option(help="Confidence of the intervals, above 0 and below 1.")]
 
 
 async def report(session: Session, html: Html = None, confidence: Confidence = 0.95) -> bool:
@@ -37,10 +37,8 @@ async def report(session: Session, html: Html = None, confidence: Confidence = 0
     async with session.client() as client:
         found = await client.report(confidence=confidence, timeout=session.timeout)
     if html is not None:
-        try:
+        with usage("--html"):
             html.write_text(page(found), "utf-8")
-        except OSError as error:
-            raise wrong(f"--html: {error}") from None
     if session.json:
         show.as_json(found)
     else:

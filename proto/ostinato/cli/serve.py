@@ -37,7 +37,7 @@ from rich.console import Console
 import ostinato
 from ostinato import install_hint
 from ostinato.cli import show
-from ostinato.cli.session import FAILED, INTERRUPTED, USAGE
+from ostinato.cli.session import FAILED, INTERRUPTED, USAGE, usage, wrong
 from ostinato.signature import new_key, signer_of
 
 STATE = Path(".run")
@@ -84,15 +84,17 @@ def serve(
         typer.Argument(help="GGUF file (llama) or Hugging Face folder (turbomind). Default: SmolLM2, if installed."),
     ] = None,
     engine: Annotated[Engine | None, typer.Option(help="Default: turbomind for a folder, else llama.")] = None,
-    listen: Annotated[str | None, typer.Option(metavar="ADDRESS", help=f"Of the sidecar. Default {LISTEN}.")] = None,
+    listen: Annotated[str | None, typer.Option(metavar="ADDRESS", help=f"The sidecar's address. Default {LISTEN}.")] = None,
     metrics: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Of the sidecar's metrics. Default 127.0.0.1:9400.")
+        str | None, typer.Option(metavar="ADDRESS", help="Address of the sidecar's metrics. Default 127.0.0.1:9400.")
     ] = None,
     service_metrics: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Of the service's metrics. Default 127.0.0.1:9401.")
+        str | None, typer.Option(metavar="ADDRESS", help="Address of the service's metrics. Default 127.0.0.1:9401.")
     ] = None,
     gateway: Annotated[bool, typer.Option("--gateway", help="Serve OpenAI's API too, with smg.")] = False,
-    gateway_port: Annotated[int, typer.Option(min=1, max=65535, help="Of OpenAI's API, on 127.0.0.1.")] = GATEWAY_PORT,
+    gateway_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help=f"Port of OpenAI's API, on 127.0.0.1. Default {GATEWAY_PORT}.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="TOML with the tables [service] and [sidecar]: their settings.")
     ] = None,
@@ -110,7 +112,9 @@ def serve(
     (OSTINATO_SERVICE_*, OSTINATO_SIDECAR_*), which `ostinato service --help` and `ostinato sidecar --help` list.
     """
     if model is not None and not model.exists():
-        raise typer.BadParameter(f"there is no file or folder {model}", param_hint="MODEL")
+        raise wrong(f"MODEL: there is no file or folder {model}")
+    if gateway_port is not None and not gateway:
+        raise wrong("--gateway-port: needs --gateway")
     options = ServeOptions(
         config=config,
         model=model,
@@ -119,7 +123,7 @@ def serve(
         listen=listen,
         metrics=metrics,
         service_metrics=service_metrics,
-        gateway_port=gateway_port if gateway else None,
+        gateway_port=(gateway_port or GATEWAY_PORT) if gateway else None,
         service=_split("--service-flag", service_flag),
         sidecar=_split("--sidecar-flag", sidecar_flag),
     )
@@ -137,10 +141,8 @@ def sidecar(context: typer.Context) -> None:
 
 
 def _split(option: str, given: Sequence[str] | None) -> list[str]:
-    try:
+    with usage(option):
         return [word for text in given or () for word in shlex.split(text)]
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 # Where the programs are. In a checkout they are the folders `service` and `sidecar`; the wheel has them in `ostinato/programs`,

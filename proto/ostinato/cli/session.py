@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,11 +29,7 @@ from ostinato.v1 import generation_pb2
 
 STDIN = "-"
 
-FAILED = 1
-USAGE = 2
-UNJUDGED = 3
-INTERRUPTED = 130
-BROKEN_PIPE = 141
+FAILED, USAGE, UNJUDGED, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
 """Exit codes. The last two are those of a shell for SIGINT and SIGPIPE."""
 
 
@@ -46,6 +43,11 @@ class Session:
     credentials: grpc.ChannelCredentials | None = None
     token: str | None = field(default=None, repr=False)
     allow_plaintext_token: bool = False
+
+    def at(self, option: str, target: str) -> Session:
+        """For another sidecar, which this option names."""
+        with usage(option):
+            return replace(self, target=requests.target(target))
 
     def client(self, max_response_bytes: int = DEFAULT_RESPONSE_BYTES) -> Client:
         with usage():
@@ -141,7 +143,7 @@ def command(function: Callable[..., bool | Coroutine[Any, Any, bool]]) -> None:
     @functools.wraps(function)
     def run(context: typer.Context, target: Any, json: Any, timeout: Any, **own: Any) -> None:
         session = _with(context.obj, target, json, timeout)
-        raise typer.Exit(_run(lambda: function(session, **own), session.target))
+        raise typer.Exit(_run(lambda: function(session, **own)))
 
     signature = inspect.signature(function, eval_str=True)
     _, *listed = signature.parameters.values()
@@ -159,7 +161,7 @@ def command(function: Callable[..., bool | Coroutine[Any, Any, bool]]) -> None:
     app.command(function.__name__)(run)
 
 
-def _run(begin: Callable[[], bool | Coroutine[Any, Any, bool]], target: str) -> int:
+def _run(begin: Callable[[], bool | Coroutine[Any, Any, bool]]) -> int:
     """Runs a command and returns its exit code."""
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `main` left it
@@ -167,7 +169,7 @@ def _run(begin: Callable[[], bool | Coroutine[Any, Any, bool]], target: str) -> 
         begun = begin()
         succeeded = asyncio.run(begun) if inspect.iscoroutine(begun) else begun
     except errors.OstinatoError as error:
-        show.failure(error, target)
+        show.failure(error)
         return USAGE if isinstance(error, errors.InvalidRequest) else FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -175,7 +177,7 @@ def _run(begin: Callable[[], bool | Coroutine[Any, Any, bool]], target: str) -> 
         _discard_stdout()
         return BROKEN_PIPE
     except OSError as error:
-        show.note(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        show.note(f"error: {_why(error)}")
         _discard_stdout()
         return FAILED
     finally:
@@ -195,24 +197,37 @@ def wrong(text: str) -> typer.BadParameter:
 
 @contextmanager
 def usage(where: str = "") -> Generator[None, None, None]:
-    """Reports a TypeError or ValueError as wrong usage. Only around code that builds a request."""
+    """Reports as wrong usage what makes a file unreadable or a request impossible. `where`: the option, or the place in a file.
+    Only around code that reads a file or builds a request."""
     try:
         yield
-    except RecursionError:
-        raise wrong(f"{where}: is nested too deeply" if where else "is nested too deeply") from None
-    except (TypeError, ValueError) as error:
-        raise wrong(f"{where}: {error}" if where else str(error)) from None
+    except (ImportError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise wrong(f"{where}: {_why(error)}" if where else _why(error)) from None
+
+
+def _why(error: Exception) -> str:
+    match error:
+        case RecursionError():
+            return "is nested too deeply"
+        case UnicodeDecodeError():
+            return f"is not UTF-8: {error.reason} at byte {error.start}"
+        case JSONDecodeError():
+            return f"is not JSON: {error}"
+        case OSError() if error.strerror:
+            return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 def _token(file: Path | None) -> str | None:
-    token = os.environ.get("OSTINATO_TOKEN") or None
-    if file is not None:
-        try:
+    if file is None:
+        source, token = "OSTINATO_TOKEN", os.environ.get("OSTINATO_TOKEN") or None
+    else:
+        source = f"--token-file {file}"
+        with usage("--token-file"):
             token = file.read_text("ascii").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--token-file: {error}") from None
     if token is not None:
-        bearer(token)
+        with usage(source):
+            bearer(token)
     return token
 
 
@@ -226,7 +241,14 @@ def _with(session: Session, target: str | None, json: bool | None, timeout: floa
 
 
 # Options of more than one command.
-Key = Annotated[str | None, typer.Option("--key", help="Idempotency key.", show_default=False)]
+def _not_empty(key: str | None) -> str | None:
+    """An empty key, such as from an unset variable, would be no key."""
+    if key == "":
+        raise typer.BadParameter("is empty")
+    return key
+
+
+Key = Annotated[str | None, typer.Option("--key", help="The batch's idempotency key.", show_default=False, callback=_not_empty)]
 
 
 def open_span(text: str) -> generation_pb2.SequenceRange:

@@ -132,7 +132,7 @@ def result(given: types_pb2.Result) -> tuple[str, ...]:
     )
 
 
-def failure(error: errors.OstinatoError, target: str) -> None:
+def failure(error: errors.OstinatoError) -> None:
     """Prints an error in one line, and a hint."""
     reason = error.reason if error.reason != errors.OstinatoError.reason else error.code.name
     if isinstance(error, errors.InvalidRequest) and error.violations:
@@ -143,7 +143,7 @@ def failure(error: errors.OstinatoError, target: str) -> None:
     else:
         note(f"error: {reason}: {visible(error.message)}")
     if isinstance(error, errors.Disconnected):
-        note(f"  Is a sidecar running at {target}? Choose another with --target or OSTINATO_TARGET.")
+        note(f"  Is a sidecar running at {error.target}? Choose another with --target or OSTINATO_TARGET.")
     if isinstance(error, errors.Unauthenticated):
         note("  Give a token with --token-file, before the command, or in OSTINATO_TOKEN.")
     if error.retry_after is not None:

@@ -8,30 +8,30 @@ Three things are told apart:
 
 Only what is all three is proved: anyone can write a file that is consistent. With a witness, one of its heads has to cover it
 too. Messages have more than that. Where it repeats what a receipt says it is compared; the rest is named as not covered.
+
+A verification reads the witness, then the file, and then judges what is said in several places. The computations are in other
+modules: `chain` hashes and compares content, `signature` follows trees and checks signatures, `documents` parses JSON.
 """
 
 from __future__ import annotations
 
-import json
-import struct
-import sys
-import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from google.protobuf import json_format
+from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError, Message
 
 from ostinato import chain
-from ostinato.cli import show
-from ostinato.cli.session import FAILED, STDIN, UNJUDGED, Session, wrong
-from ostinato.signature import PublicKeys, head_fault, inclusion_fault, opened
+from ostinato.cli import documents, show
+from ostinato.cli.session import FAILED, UNJUDGED, Session, usage, wrong
+from ostinato.signature import PublicKeys, head_fault, inclusion_fault
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 _SQLITE = b"SQLite format 3\0"
@@ -76,25 +76,25 @@ def verify(
     log: Log = None,
     witness: Witness = None,
 ) -> bool:
-    """Verifies receipts, entries and heads offline: what generate, get, tail and head print with --json.
+    """Verifies receipts, entries and heads offline. They are what generate, get, tail and head print with --json.
 
     Exit code 0: proved; 1: not consistent; 3: consistent, not proved; 4: not chained; 5: not signed by the key; 6: the witness
     holds something else.
     """
-    checks = Checks(public_keys(key or ()), log)
+    verification = Verification(public_keys(key or ()), log)
     if witness is not None:
-        checks.read_witness(*_fetched(witness))
-    name, content = content_of(file)
-    checks.read(name, content)
-    checks.finish()
+        verification.read_witness(*_fetched(witness))
+    name, content = documents.content_of(file)
+    verification.read(name, content)
+    verification.finish()
     if session.json:
-        show.as_json(checks.as_dict())
+        show.as_json(verification.as_dict())
     else:
-        for line in checks.lines() if checks.proofs else checks.faults:
+        for line in verification.lines():
             show.line(show.visible(line))
-    if not checks.proofs:
+    if not verification.proofs:
         show.note(f"error: nothing to verify in {file}: {_nothing(content)}")
-    if code := checks.code:
+    if code := verification.code:
         raise typer.Exit(code)
     return True
 
@@ -103,42 +103,23 @@ def public_keys(paths: Iterable[Path]) -> PublicKeys:
     """The keys in these files. Raises BadParameter that names the file."""
     keys = PublicKeys()
     for path in paths:
-        try:
-            keys.add(path.read_bytes())
-        except OSError as error:
-            raise wrong(f"--key: {path}: {error.strerror}") from None
-        except (ValueError, ImportError) as error:
-            raise wrong(f"--key: {path}: {error}") from None
+        with usage("--key"):
+            pem = path.read_bytes()
+        with usage(f"--key: {path}"):
+            keys.add(pem)
     return keys
 
 
-def content_of(path: Path) -> tuple[str, bytes]:
-    """The file's name for messages, and its content."""
-    if str(path) == STDIN:
-        return "stdin", sys.stdin.buffer.read()
-    try:
-        return str(path), path.read_bytes()
-    except OSError as error:
-        raise wrong(f"{path}: {error.strerror}") from None
-
-
 def _fetched(witness: str) -> tuple[str, bytes]:
-    """As `content_of`, also of a URL."""
+    """The name and the content of a witness's file or URL."""
     if not witness.startswith(("http://", "https://")):
-        return content_of(Path(witness))
+        with usage("--witness"):
+            return witness, Path(witness).read_bytes()
     try:
         with urllib.request.urlopen(witness, timeout=WITNESS_SECONDS) as response:  # noqa: S310  # http and https alone
             return witness, response.read(WITNESS_BYTES_MAX)
-    except (OSError, ValueError) as error:
-        why = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise wrong(f"--witness: {witness}: {why}") from None
-
-
-def _lines(name: str, content: bytes) -> Iterator[tuple[str, bytes]]:
-    """Place and content of each line that is not blank. Only a line feed ends a line: texts contain other separators."""
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
-            yield f"{name}:{number}", line.removesuffix(b"\r")
+    except (OSError, ValueError, HTTPException) as error:
+        raise wrong(f"--witness: {witness}: {getattr(error, 'reason', error)}") from None
 
 
 def _nothing(content: bytes) -> str:
@@ -170,7 +151,7 @@ class Proof:
     text: bool | None = None
     """Whether a digest covers the output's text; None: there is no output."""
     tree: Tree | None = None
-    """Of the valid receipt's head."""
+    """Of the head in a receipt, if the receipt's entry is in it."""
     unsigned: str = ""
     """Why it is not signed, if that is no fault."""
 
@@ -179,228 +160,273 @@ class Proof:
         return ", ".join(told + ["the text is not covered"] * (self.text is False))
 
 
-class Checks:
-    """Collects proofs and faults from JSON documents."""
+class Verification:
+    """Collects proofs and faults: `read_witness` and `read`, then `finish`, then the results."""
 
     def __init__(self, keys: PublicKeys | None = None, log_id: str | None = None) -> None:
         self.proofs: list[Proof] = []
         self.faults: list[str] = []
-        self.on_trust = 0
-        """Entries whose previous entry is unknown. The next entry names them; nothing else about them can be verified."""
-        self.beside = Counter[str]()
-        """What the files have beside proofs that nothing proves."""
-        self.uncovered: set[str] = set()
-        """Fields that nothing covers."""
-        self.signers: set[str] = set()
-        """Key ids of valid signatures."""
         self._broken: set[str] = set()
+        """What does not hold, by the faults."""
+        self._on_trust = 0
+        """Entries whose previous entry is unknown. The next entry names them; nothing else about them can be verified."""
+        self._beside = Counter[str]()
+        """What the files have beside proofs that nothing proves."""
+        self._uncovered: set[str] = set()
+        """Fields that nothing covers."""
         self._keys, self._log_id = keys or PublicKeys(), log_id
-        self._claims: dict[tuple[str, int], tuple[bytes, str, bool]] = {}
+        self._signatures: dict[bytes, bool] = {}
+        """Whether a head's signature is valid, by the head."""
+        self._signers: set[str] = set()
+        self._hashes: dict[tuple[str, int], tuple[bytes, str, bool]] = {}
         """By log and index: an entry's hash, the place that says so, and whether that is the witness's."""
-        self._judged: dict[bytes, str | None] = {}
-        self._heads: dict[str, dict[tuple[str, int], bytes]] = {SIGNED: {}, WITNESSED: {}}
-        """The entry hashes of valid heads, by log and index."""
         self._trees: dict[Tree, tuple[str, bool]] = {}
         """The places that say so, and whether they are the witness's."""
-        self._has_witness = False
+        self._heads: dict[str, dict[tuple[str, int], bytes]] = {SIGNED: {}, WITNESSED: {}}
+        """Entry hashes of the heads that a given key has signed, and of the witness's; by log and index."""
+        self._required = [CONSISTENT, CHAINED, SIGNED]
+        """What makes a proof."""
         self._previous: sequencer_pb2.Entry | None = None
         self._runs: list[list[Proof]] = []
         """Entries, each linked to the one before."""
 
-    # ---- reading
+    def _fault(self, place: str, what: str, *faults: str) -> None:
+        """Notes faults of a kind: CONSISTENT, CHAINED, SIGNED or WITNESSED does not hold."""
+        for fault in faults:
+            self.faults.append(f"{place}: {fault}")
+            self._broken.add(what)
 
-    def read(self, name: str, content: bytes) -> None:
-        """A file of one JSON value, or of one per line. A file without JSON is one fault, not one per line."""
-        if content.startswith(_SQLITE):
-            self._fault(name, CONSISTENT, ["is a SQLite file: if it is a sidecar's journal, use `ostinato sidecar verify`"])
-            return
-        values = list(json_values(name, content))
-        wrong = [value for _, value in values if isinstance(value, Exception)]
-        for place, value in values:
-            if not isinstance(value, Exception):
-                self.take(place, value)
-            elif value is wrong[0] or len(wrong) < len(values):
-                self._fault(place, CONSISTENT, [f"not JSON: {value}"])
-        if len(values) == len(wrong) > 1:
-            self._fault(name, CONSISTENT, [f"the other {len(wrong) - 1} lines are not JSON either"])
+    def _settle(self, proof: Proof, what: str, *faults: str) -> None:
+        """Something holds of a proof, unless there are faults."""
+        if not faults:
+            proof.holds.add(what)
+        self._fault(proof.place, what, *faults)
+
+    # ---- reading: each message is judged by itself
 
     def read_witness(self, name: str, content: bytes) -> None:
-        """What a witness holds, before the files that are compared with it. What is no valid head is passed over."""
-        self._has_witness, passed_over = True, 0
-        for place, value in json_values(name, content):
+        """What a witness holds: heads, or the WITNESSED entries of a second log. What is no valid head is passed over."""
+        self._required.append(WITNESSED)
+        passed_over = 0
+        for place, value in documents.values(name, content):
             for each in value if isinstance(value, list) else [value]:
-                head = _witnessed_head(each) if isinstance(each, dict) else None
-                if head is None or head_fault(head) or (len(self._keys) and self._judge(head) is not None):
-                    passed_over += head is not None
+                head = _witnessed_head(each)
+                if head is None:
                     continue
-                self._claim_head(head, place, witness=True)
+                if head_fault(head) or (len(self._keys) and self._signed(head) is not None):
+                    passed_over += 1
+                    continue
+                self._note_head(head, place, witness=True)
                 for what in (SIGNED, WITNESSED) if len(self._keys) else (WITNESSED,):
                     self._heads[what][head.log_id, head.last_index] = head.entry_hash
         if passed_over:
             show.note(f"passed over: {passed_over} heads of the witness, which no given key has signed")
 
-    def take(self, place: str, given: Any) -> None:
+    def read(self, name: str, content: bytes) -> None:
+        """A file of one JSON value, or of one per line. A file without JSON is one fault, not one per line."""
+        if content.startswith(_SQLITE):
+            self._fault(name, CONSISTENT, "is a SQLite file: if it is a sidecar's journal, use `ostinato sidecar verify`")
+            return
+        values = list(documents.values(name, content))
+        no_json = all(isinstance(value, Exception) for _, value in values)
+        for place, value in values[:1] if no_json else values:
+            self._take(place, value)
+        if no_json and len(values) > 1:
+            self._fault(name, CONSISTENT, f"the other {len(values) - 1} lines are not JSON either")
+
+    def _take(self, place: str, value: Any) -> None:
         """One JSON value: a message that contains proofs, or a list of messages."""
-        if isinstance(given, list):
-            for position, each in enumerate(given):
-                self.take(f"{place}[{position}]", each)
+        if isinstance(value, list):
+            for position, each in enumerate(value):
+                self._take(f"{place}[{position}]", each)
+            return
+        if isinstance(value, Exception):
+            self._fault(place, CONSISTENT, f"not JSON: {value}")
             return
         try:
-            self._take(place, given if isinstance(given, dict) else {})
-        except (json_format.ParseError, RecursionError) as error:
-            self._fault(place, CONSISTENT, [f"not a message of the contract: {error}"])
-        except (AssertionError, struct.error):
-            self._fault(place, CONSISTENT, ["has no digest: it contains NaN or a negative number"])
-
-    def _take(self, place: str, given: dict[str, Any]) -> None:
-        if (head := _head(given)) is not None:
-            self._take_head(place, head)
-            if "signed" in given:
-                self._answer(place, json_format.ParseDict(given, sequencer_pb2.HeadResponse()))
-        elif "header" in given and "previous_hash" in given:
-            receipt = json_format.ParseDict(given, types_pb2.Receipt())
-            self._receipt(place, receipt, chain.check_receipt(receipt))
-        elif "header" in given:
-            decoded = given.pop("decoded", None)
-            self._entry(place, json_format.ParseDict(given, sequencer_pb2.Entry()), decoded)
-        elif "results" in given:
-            response = json_format.ParseDict(given, generation_pb2.GenerateResponse())
-            for result in response.results:
-                self._result(place, result)
-            self._stamp(place, response)
-        elif "items" in given:
-            for record in json_format.ParseDict(given, sequencer_pb2.GetResponse()).items:
-                self._record(place, record)
-        elif given.keys() & {"finished", "failed", "tokens", "restarted"} or _is_event(given):
-            event = json_format.ParseDict(given, generation_pb2.GenerateEvent())
-            if event.HasField("finished"):
-                self._result(place, event.finished)
-            else:
-                self.beside["events other than finished have no receipt"] += 1
-        elif "admitted" in given:
-            self._record(place, json_format.ParseDict(given, sequencer_pb2.ItemRecord()))
-        elif given.keys() & {"output", "status", "receipt"}:
-            added = given.keys() & {"line", "key"}  # by generate --output
-            given = {name: value for name, value in given.items() if name not in added}
-            self._result(place, json_format.ParseDict(given, types_pb2.Result()))
-            self.uncovered |= added
-        else:
-            kinds = "Result, GenerateResponse, GenerateEvent, ItemRecord, Receipt, Entry, SignedHead or DSSE envelope"
-            self._fault(place, CONSISTENT, [f"is not a {kinds}"])
-
-    # ---- proofs
+            message = documents.message(value)
+        except ParseError as error:
+            self._fault(place, CONSISTENT, f"not a message of the contract: {error}")
+            return
+        match message:
+            case types_pb2.SignedHead():
+                self._head(place, message)
+            case sequencer_pb2.HeadResponse():
+                self._head_response(place, message)
+            case types_pb2.Receipt():
+                self._receipt(place, message, chain.check_receipt(message))
+            case sequencer_pb2.Entry():
+                self._entry(place, message, value.get("decoded"))
+            case generation_pb2.GenerateResponse():
+                for result in message.results:
+                    self._result(place, result)
+                self._stamp(place, message)
+            case sequencer_pb2.GetResponse():
+                for record in message.items:
+                    self._record(place, record)
+            case sequencer_pb2.ItemRecord():
+                self._record(place, message)
+            case generation_pb2.GenerateEvent() if message.HasField("finished"):
+                self._result(place, message.finished)
+            case generation_pb2.GenerateEvent():
+                self._beside["events other than finished have no receipt"] += 1
+            case types_pb2.Result():
+                self._result(place, message)
+                self._uncovered |= value.keys() & documents.ADDED
 
     def _result(self, place: str, result: types_pb2.Result) -> None:
         place = f"{place}: sequence {result.sequence}"
         if result.HasField("receipt"):
             self._receipt(place, result.receipt, chain.check_result(result), output=True)
-            self._name_uncovered(result, output=result.output)
+            self._name_uncovered("", result)
+            self._name_uncovered("output.", result.output)
         elif result.HasField("output"):
-            self._fault(place, CONSISTENT, ["receipt: missing"])
+            self._fault(place, CONSISTENT, "receipt: missing")
         else:
-            self.beside["a result without output has no receipt"] += 1
+            self._beside["a result without output has no receipt"] += 1
 
     def _record(self, place: str, record: sequencer_pb2.ItemRecord) -> None:
         place = f"{place}: sequence {record.admitted.sequence}"
         if record.result.HasField("receipt"):
             self._receipt(place, record.result.receipt, chain.check_record(record), output=True)
-            self._name_uncovered(record.result, output=record.result.output, admitted=record.admitted, input=record.input)
+            self._name_uncovered("", record.result)
+            self._name_uncovered("output.", record.result.output)
+            self._name_uncovered("admitted.", record.admitted)
+            self._name_uncovered("input.", record.input)
         else:
             missing = ["receipt: missing"] if record.result.HasField("output") else []
-            self._fault(place, CONSISTENT, [*chain.check_record(record), *missing])
-            self.beside["a record without output has no receipt"] += 1
+            self._fault(place, CONSISTENT, *chain.check_record(record), *missing)
+            self._beside["a record without output has no receipt"] += 1
 
     def _stamp(self, place: str, response: generation_pb2.GenerateResponse) -> None:
         stamp = response.stamp
         said = (stamp.log_id, stamp.first_sequence, stamp.count)
         headers = [each.receipt.header for each in response.results if each.HasField("receipt")]
         if response.HasField("stamp") and any(said != (each.log_id, each.first_sequence, each.count) for each in headers):
-            self._fault(place, CONSISTENT, ["stamp: is not that of the receipts"])
-        self._name_uncovered(stamp=stamp)
-
-    def _answer(self, place: str, answer: sequencer_pb2.HeadResponse) -> None:
-        """A HeadResponse beside its signed head, which may be older or, by a moment, newer."""
-        head = answer.signed
-        if answer.log_id != head.log_id:
-            self._fault(place, CONSISTENT, ["log_id: is not that of the signed head"])
-        if answer.index != head.last_index:
-            self.beside["the signed head is not of the entry that index says"] += 1
-        elif answer.entry_hash != head.entry_hash:
-            self._fault(place, CONSISTENT, ["entry_hash: is not that of the signed head"])
-        self._name_uncovered(answer)
-
-    def _name_uncovered(self, *messages: Message, **parts: Message) -> None:
-        """The fields of these that are set, and that nothing covers."""
-        for prefix, message in [*(("", each) for each in messages), *((f"{name}.", part) for name, part in parts.items())]:
-            names = {field.name for field, _ in message.ListFields()} - COVERED[type(message)]
-            self.uncovered |= {prefix + name for name in names}
+            self._fault(place, CONSISTENT, "stamp: is not that of the receipts")
+        self._name_uncovered("stamp.", stamp)
 
     def _receipt(self, place: str, receipt: types_pb2.Receipt, faults: list[str], *, output: bool = False) -> None:
         header = receipt.header
-        proof = self._proof("receipt", place, header, receipt.entry_hash)
-        proof.text = header.form > 0 if output else None
-        self.uncovered |= {"nonce"} if receipt.nonce and not output else set()
-        self._settle(proof, CONSISTENT, faults)
-        self._claim(header.log_id, header.index - 1, receipt.previous_hash, place)
-        if receipt.HasField("head"):
-            fault = inclusion_fault(receipt)
-            self._settle(proof, CHAINED, [fault] if fault else [])
-            proof.tree = None if fault else _tree(receipt.head)
-            self._judge_proof(proof, receipt.head)
-            proof.holds -= {SIGNED} if fault else set()
-        else:
+        proof = self._proof("receipt", place, header.log_id, header.index, receipt.entry_hash)
+        if output:
+            proof.text = header.form > 0
+        elif receipt.nonce:
+            self._uncovered.add("nonce")
+        self._settle(proof, CONSISTENT, *faults)
+        self._note_hash(header.log_id, header.index - 1, receipt.previous_hash, place)
+        if not receipt.HasField("head"):
             proof.unsigned = "it has no signature"
+            return
+        fault = inclusion_fault(receipt)
+        self._settle(proof, CHAINED, *([fault] if fault else []))
+        self._settle_signature(proof, receipt.head)
+        if fault:
+            proof.holds.discard(SIGNED)  # what is signed is another entry
+        else:
+            proof.tree = _tree(receipt.head)
 
-    def _take_head(self, place: str, head: types_pb2.SignedHead) -> None:
-        proof = Proof("head", f"{place}: head of entry {head.last_index}", head.log_id, head.last_index, head.entry_hash)
-        self._add(proof)
+    def _head(self, place: str, head: types_pb2.SignedHead) -> None:
+        place = f"{place}: head of entry {head.last_index}"
+        proof = self._proof("head", place, head.log_id, head.last_index, head.entry_hash)
         fault = head_fault(head)
-        self._settle(proof, CONSISTENT, [fault] if fault else [])
-        self._settle(proof, CHAINED, [])
-        self._judge_proof(proof, head)
+        self._settle(proof, CONSISTENT, *([fault] if fault else []))
+        self._settle(proof, CHAINED)
+        self._settle_signature(proof, head)
+
+    def _head_response(self, place: str, answer: sequencer_pb2.HeadResponse) -> None:
+        """The head that it repeats may be older than the signed one or, by a moment, newer."""
+        head = answer.signed
+        if not answer.HasField("signed"):
+            self._fault(place, CONSISTENT, "signed: missing, the log is not signed")
+            return
+        self._head(place, head)
+        if answer.log_id != head.log_id:
+            self._fault(place, CONSISTENT, "log_id: is not that of the signed head")
+        if answer.index != head.last_index:
+            self._beside["the signed head is not of the entry that index says"] += 1
+        elif answer.entry_hash != head.entry_hash:
+            self._fault(place, CONSISTENT, "entry_hash: is not that of the signed head")
+        self._name_uncovered("", answer)
 
     def _entry(self, place: str, entry: sequencer_pb2.Entry, decoded: object) -> None:
         previous, self._previous = self._previous, entry
         place = f"{place}: index {entry.header.index}"
         faults = _payload_faults(entry, decoded)
         if previous is None and entry.header.index != 1:
-            self.on_trust += 1
-            self.beside["the entry before it is unknown, so its content is on trust"] += 1
-            self._fault(place, CONSISTENT, faults)
-            self._claim(entry.header.log_id, entry.header.index, entry.entry_hash, place)
+            self._on_trust += 1
+            self._beside["the entry before it is unknown, so its content is on trust"] += 1
+            self._fault(place, CONSISTENT, *faults)
+            self._note_hash(entry.header.log_id, entry.header.index, entry.entry_hash, place)
             self._runs.append([])
             return
-        proof = self._proof("entry", place, entry.header, entry.entry_hash)
+        proof = self._proof("entry", place, entry.header.log_id, entry.header.index, entry.entry_hash)
         proof.unsigned = "no signed head follows it"
         links = [fault for fault in chain.check_link(previous, entry) if not fault.startswith("payload:")]
-        self._settle(proof, CONSISTENT, faults)
-        self._settle(proof, CHAINED, links)
+        self._settle(proof, CONSISTENT, *faults)
+        self._settle(proof, CHAINED, *links)
         if links or previous is None:
             self._runs.append([])
         self._runs[-1].append(proof)
 
-    def _proof(self, kind: str, place: str, header: types_pb2.EntryHeader, entry_hash: bytes) -> Proof:
-        proof = Proof(kind, place, header.log_id, header.index, entry_hash)
-        self._add(proof)
+    def _name_uncovered(self, prefix: str, message: Message) -> None:
+        """The fields of this message that are set, and that nothing covers."""
+        self._uncovered |= {
+            prefix + field.name for field, _ in message.ListFields() if field.name not in COVERED[type(message)]
+        }
+
+    def _proof(self, kind: str, place: str, log_id: str, index: int, entry_hash: bytes) -> Proof:
+        """A new proof."""
+        proof = Proof(kind, place, log_id, index, entry_hash)
+        self.proofs.append(proof)
+        if self._log_id is not None and log_id != self._log_id:
+            self._fault(place, CHAINED, f"is of log {log_id}")
+        self._note_hash(log_id, index, entry_hash, place)
         return proof
 
-    def _add(self, proof: Proof) -> None:
-        self.proofs.append(proof)
-        if self._log_id is not None and proof.log_id != self._log_id:
-            self._fault(proof.place, CHAINED, [f"is of log {proof.log_id}"])
-        self._claim(proof.log_id, proof.index, proof.entry_hash, proof.place)
+    def _settle_signature(self, proof: Proof, head: types_pb2.SignedHead) -> None:
+        self._note_head(head, proof.place)
+        why = self._signed(head)
+        if why is None:
+            proof.holds.add(SIGNED)
+            self._heads[SIGNED][head.log_id, head.last_index] = head.entry_hash
+        elif why:
+            proof.unsigned = why
+        else:
+            self._fault(proof.place, SIGNED, f"signature: is not by key {head.key_id}")
 
-    def _claim(self, log_id: str, index: int, entry_hash: bytes, place: str, *, witness: bool = False) -> None:
+    def _signed(self, head: types_pb2.SignedHead) -> str | None:
+        """None: a given key has signed it. Otherwise why that is not known, or empty: the signature is not valid."""
+        if head.key_id not in self._keys:
+            return f"it is signed with key {head.key_id}, which was not given" if len(self._keys) else "no key was given"
+        name = head.SerializeToString(deterministic=True)
+        if name not in self._signatures:  # all receipts of a transaction have one head
+            self._signatures[name] = self._keys.verify(head)
+        if not self._signatures[name]:
+            return ""
+        self._signers.add(head.key_id)
+        return None
+
+    # ---- judging: what is said in several places
+
+    def _note_hash(self, log_id: str, index: int, entry_hash: bytes, place: str, *, witness: bool = False) -> None:
         """An entry has one hash. Another one is a fork of the log, or invented."""
-        known, other, by_witness = self._claims.setdefault((log_id, index), (entry_hash, place, witness))
+        known, other, by_witness = self._hashes.setdefault((log_id, index), (entry_hash, place, witness))
         if known != entry_hash and index > 0:
-            self._fault(place, WITNESSED if by_witness else CHAINED, [f"{other} has another entry {index} of this log"])
+            self._fault(place, WITNESSED if by_witness else CHAINED, f"{other} has another entry {index} of this log")
 
-    def _claim_head(self, head: types_pb2.SignedHead, place: str, *, witness: bool = False) -> None:
-        self._claim(head.log_id, head.last_index, head.entry_hash, place, witness=witness)
+    def _note_head(self, head: types_pb2.SignedHead, place: str, *, witness: bool = False) -> None:
+        self._note_hash(head.log_id, head.last_index, head.entry_hash, place, witness=witness)
         self._trees.setdefault(_tree(head), (place, witness))
 
-    def _judge_trees(self) -> None:
+    def finish(self) -> None:
+        """Once everything is read."""
+        self._compare_trees()
+        self._cover_entries()
+        self._settle_elsewhere()
+        self._compare_ends()
+
+    def _compare_trees(self) -> None:
         """Each entry is in one tree. Another one is a fork inside a transaction, where the entries need not be here."""
         widest: Tree | None = None
         for tree in sorted(self._trees):
@@ -408,189 +434,120 @@ class Checks:
             if widest is not None and tree[0] == widest[0] and tree[1] <= widest[2]:
                 other, other_by_witness = self._trees[widest]
                 what = WITNESSED if by_witness or other_by_witness else CHAINED
-                self._fault(place, what, [f"{other} has another tree with entry {tree[1]} of this log"])
+                self._fault(place, what, f"{other} has another tree with entry {tree[1]} of this log")
             if widest is None or tree[0] != widest[0] or tree[2] > widest[2]:
                 widest = tree
 
-    def _judge_proof(self, proof: Proof, head: types_pb2.SignedHead) -> None:
-        self._claim_head(head, proof.place)
-        why = self._judge(head)
-        if why is None:
-            proof.holds.add(SIGNED)
-            self._heads[SIGNED][head.log_id, head.last_index] = head.entry_hash
-        elif why:
-            proof.unsigned = why
-        else:
-            self._fault(proof.place, SIGNED, [f"signature: is not by key {head.key_id}"])
-
-    def _judge(self, head: types_pb2.SignedHead) -> str | None:
-        """None: a given key has signed it. Otherwise why that is not known, or empty: the signature is not valid."""
-        if head.key_id not in self._keys:
-            return f"it is signed with key {head.key_id}, which was not given" if len(self._keys) else "no key was given"
-        name = head.SerializeToString(deterministic=True)
-        if name not in self._judged:
-            self._judged[name] = None if self._keys.verify(head) else ""
-            self.signers |= {head.key_id} if self._judged[name] is None else set()
-        return self._judged[name]
-
-    def _settle(self, proof: Proof, what: str, faults: list[str]) -> None:
-        if not faults:
-            proof.holds.add(what)
-        self._fault(proof.place, what, faults)
-
-    def _fault(self, place: str, what: str, faults: Iterable[str]) -> None:
-        for fault in faults:
-            self.faults.append(f"{place}: {fault}")
-            self._broken.add(what)
-
-    # ---- the sum
-
-    def finish(self) -> None:
-        """Once everything is read: what the heads cover, and whether the witness holds more."""
-        self._judge_trees()
-        entries = dict[tuple[str, int, bytes], set[str]]()
+    def _cover_entries(self) -> None:
+        """A head covers its entry and, as each has the hash of the one before, all entries that lead to it."""
         for run in self._runs:
             for what, heads in self._heads.items():
                 covered = [place for place, each in enumerate(run) if heads.get((each.log_id, each.index)) == each.entry_hash]
                 for proof in run[: covered[-1] + 1 if covered else 0]:
                     proof.holds.add(what)
-            entries |= {(proof.log_id, proof.index, proof.entry_hash): proof.holds for proof in run}
+
+    def _settle_elsewhere(self) -> None:
+        """What holds of an entry holds of a receipt or head of it, except that the content is another one."""
+        entries = {(each.log_id, each.index, each.entry_hash): each.holds for run in self._runs for each in run}
         for proof in self.proofs:
             proof.holds |= entries.get((proof.log_id, proof.index, proof.entry_hash), set()) - {CONSISTENT}
             by_tree = proof.tree is not None and self._trees[proof.tree][1]
             if by_tree or self._heads[WITNESSED].get((proof.log_id, proof.index)) == proof.entry_hash:
                 proof.holds.add(WITNESSED)
+
+    def _compare_ends(self) -> None:
+        """A log whose end was cut off has fewer entries than the witness has seen."""
         for end in {run[-1].log_id: run[-1] for run in self._runs if run}.values():
             newest = max((index for log_id, index in self._heads[WITNESSED] if log_id == end.log_id), default=0)
             if newest > end.index:
-                self._fault(end.place, WITNESSED, [f"is the last entry here, and the witness has a head of entry {newest}"])
+                self._fault(end.place, WITNESSED, f"is the last entry here, and the witness has a head of entry {newest}")
 
-    @property
-    def required(self) -> tuple[str, ...]:
-        """What makes a proof."""
-        return (CONSISTENT, CHAINED, SIGNED, WITNESSED) if self._has_witness else (CONSISTENT, CHAINED, SIGNED)
-
-    @property
-    def unproved(self) -> list[str]:
-        """Why not everything is proved."""
-        why = set[str]()
-        for proof in self.proofs:
-            if SIGNED not in proof.holds:
-                why.add(proof.unsigned)
-            elif not proof.holds.issuperset(self.required):
-                why.add("the witness has no head that covers it" if CHAINED in proof.holds else "it is not chained")
-            if proof.text is False:
-                why.add("the text is not covered by a digest (form 0)")
-        why |= {f"{each} ({count} times)" if count > 1 else each for each, count in self.beside.items()}
-        return sorted(why - {""})
+    # ---- results
 
     @property
     def code(self) -> int:
         """The exit code."""
         if self._broken or not self.proofs:
             return min((CODES[each] for each in self._broken), default=FAILED)
-        return UNJUDGED if self.unproved else 0
+        return UNJUDGED if self._unproved else 0
 
     @property
     def verdict(self) -> str:
         if self._broken:
             return "not sound: " + ", ".join(f"not {each}" for each in CODES if each in self._broken)
-        if self.unproved:
-            return f"consistent, not proved: {'; '.join(self.unproved)}"
+        if why := self._unproved:
+            return f"consistent, not proved: {'; '.join(why)}"
         logs = ", ".join(sorted({proof.log_id for proof in self.proofs}))
-        return f"proved: log {logs}, key {', '.join(sorted(self.signers))}"
+        return f"proved: log {logs}, key {', '.join(sorted(self._signers))}"
+
+    @property
+    def _unproved(self) -> list[str]:
+        """Why not everything is proved."""
+        why = set[str]()
+        for proof in self.proofs:
+            if SIGNED not in proof.holds:
+                why.add(proof.unsigned)
+            elif not proof.holds.issuperset(self._required):
+                why.add("the witness has no head that covers it" if CHAINED in proof.holds else "it is not chained")
+            if proof.text is False:
+                why.add("the text is not covered by a digest (form 0)")
+        why |= {f"{each} ({count} times)" if count > 1 else each for each, count in self._beside.items()}
+        return sorted(why - {""})
 
     def count(self, kind: str, what: str) -> int:
         return sum(proof.kind == kind and what in proof.holds for proof in self.proofs)
 
+    def _totals(self) -> Iterator[tuple[str, int]]:
+        """The kinds of which there are proofs, and how many."""
+        totals = Counter(proof.kind for proof in self.proofs)
+        return ((kind, totals[kind]) for kind in KINDS if totals[kind])
+
     def as_dict(self) -> dict[str, Any]:
         counts = {
-            plural: {"total": total} | {each: self.count(kind, each) for each in (*self.required, WITNESSED)}
-            for kind, plural in KINDS.items()
-            if (total := sum(proof.kind == kind for proof in self.proofs))
+            KINDS[kind]: {"total": total} | {each: self.count(kind, each) for each in (*self._required, WITNESSED)}
+            for kind, total in self._totals()
         }
         proofs = [
             {"place": each.place, "log_id": each.log_id, "index": str(each.index)}
-            | {what: what in each.holds for what in self.required}
+            | {what: what in each.holds for what in self._required}
             | ({} if each.text is None else {"text": each.text})
             for each in self.proofs
         ]
-        told = {"verdict": self.verdict, "entries_on_trust": self.on_trust, "faults": self.faults, "proofs": proofs}
-        return counts | told | {"not_covered": sorted(self.uncovered)}
+        told = {"verdict": self.verdict, "entries_on_trust": self._on_trust, "faults": self.faults, "proofs": proofs}
+        return counts | told | {"not_covered": sorted(self._uncovered)}
 
     def lines(self) -> Iterator[str]:
         """What is printed."""
         yield from self.faults
-        for (kind, state), group in groupby(self.proofs, lambda proof: (proof.kind, proof.state(self.required))):
-            same = list(group)
-            if kind == "entry" and len(same) > 1:
-                yield f"{same[0].place} to {same[-1].index}: {state}"
+        for (kind, state), group in groupby(self.proofs, lambda proof: (proof.kind, proof.state(self._required))):
+            first, *others = group
+            if kind == "entry" and others:
+                yield f"{first.place} to {others[-1].index}: {state}"
             else:
-                yield from (f"{proof.place}: {state}" for proof in same)
-        for kind, plural in KINDS.items():
-            if total := sum(proof.kind == kind for proof in self.proofs):
-                counts = [f"{self.count(kind, each)} {each}" for each in self.required]
-                trust = ["1 before them on trust"] if kind == "entry" and self.on_trust else []
-                yield f"{total} {kind if total == 1 else plural}: {', '.join(counts + trust)}"
-        if self.uncovered and not self._broken:
-            yield f"not covered: {', '.join(sorted(self.uncovered))}"
-        yield self.verdict
+                yield from (f"{proof.place}: {state}" for proof in (first, *others))
+        for kind, total in self._totals():
+            counts = [f"{self.count(kind, each)} {each}" for each in self._required]
+            trust = ["1 before them on trust"] if kind == "entry" and self._on_trust else []
+            yield f"{total} {kind if total == 1 else KINDS[kind]}: {', '.join(counts + trust)}"
+        if self._uncovered and not self._broken:
+            yield f"not covered: {', '.join(sorted(self._uncovered))}"
+        if self.proofs:
+            yield self.verdict
 
 
-def json_values(name: str, content: bytes) -> Iterator[tuple[str, Any]]:
-    """Places and JSON values of a file of one value, or of one per line. A line that is no JSON is its exception; so is one
-    with a name twice in an object, of which readers take different ones."""
+def _witnessed_head(given: Any) -> types_pb2.SignedHead | None:
+    """The head in a line of a witness: a SignedHead, an envelope, a HeadResponse or a WITNESSED entry. None: there is none."""
     try:
-        yield name, json.loads(content, object_pairs_hook=_named_once)
-    except (ValueError, RecursionError):
-        for place, line in _lines(name, content):
-            try:
-                value = json.loads(line, object_pairs_hook=_named_once)
-            except (ValueError, RecursionError) as error:
-                value = error
-            yield place, value
-
-
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    named = dict(pairs)
-    if len(named) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"{twice!r} is in one object twice")
-    return named
-
-
-def _head(given: dict[str, Any]) -> types_pb2.SignedHead | None:
-    """The head in an envelope, a SignedHead or a HeadResponse; None: it is something else. Raises ParseError."""
-    if "payloadType" in given:
-        try:
-            return opened(given)
-        except ValueError as error:
-            raise json_format.ParseError(str(error)) from None
-    if "root" in given:
-        return json_format.ParseDict(given, types_pb2.SignedHead())
-    if "index" in given and "entry_hash" in given:
-        answer = json_format.ParseDict(given, sequencer_pb2.HeadResponse())
-        if not answer.HasField("signed"):
-            raise json_format.ParseError("a head without a signature")
-        return answer.signed
+        match documents.message(given):
+            case types_pb2.SignedHead() as head:
+                return head
+            case sequencer_pb2.HeadResponse(signed=head) as answer if answer.HasField("signed"):
+                return head
+            case sequencer_pb2.Entry() as entry if entry.header.kind == types_pb2.ENTRY_KIND_WITNESSED and entry.payload:
+                return sequencer_pb2.WitnessedPayload.FromString(entry.payload).head
+    except (ParseError, DecodeError):
+        pass
     return None
-
-
-def _witnessed_head(given: dict[str, Any]) -> types_pb2.SignedHead | None:
-    """As `_head`, also of a WITNESSED entry; None: there is none."""
-    try:
-        if "header" not in given:
-            return _head(given)
-        entry = json_format.ParseDict(given, sequencer_pb2.Entry(), ignore_unknown_fields=True)
-        witnessed = entry.header.kind == types_pb2.ENTRY_KIND_WITNESSED and entry.payload
-        return sequencer_pb2.WitnessedPayload.FromString(entry.payload).head if witnessed else None
-    except (json_format.ParseError, DecodeError, RecursionError):
-        return None
-
-
-def _is_event(given: dict[str, Any]) -> bool:
-    """Admitted events and ItemRecords both have the field `admitted`; only an event's has a stamp."""
-    return isinstance(given.get("admitted"), dict) and "stamp" in given["admitted"]
 
 
 def _payload_faults(entry: sequencer_pb2.Entry, decoded: object) -> list[str]:
