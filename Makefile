@@ -93,7 +93,7 @@ gpu-host:
 ON_GPU := $(filter turbomind,$(ENGINE))
 UP := $(if $(ENGINE),--engine $(ENGINE)) $(if $(LISTEN),--listen $(LISTEN)) $(if $(METRICS),--metrics $(METRICS)) \
   $(if $(SERVICE_METRICS),--service-metrics $(SERVICE_METRICS)) $(if $(STATE),--state "$(STATE)") \
-  $(if $(GATEWAY),--gateway) $(if $(GATEWAY_PORT),--gateway-port $(GATEWAY_PORT)) $(FLAGS)
+  $(if $(GATEWAY),--gateway $(if $(GATEWAY_PORT),--gateway-port $(GATEWAY_PORT))) $(FLAGS)
 
 up: $(if $(ON_GPU),gpu-host,.venv/.programs $(if $(GATEWAY),.venv/.gateway)) ## ostinato serve; MODEL=/path GATEWAY=1 ENGINE= LISTEN= STATE= and so on
 	@$(if $(ON_GPU),$(PYTHON) -m ostinato.cli,.venv/bin/ostinato) serve $(if $(MODEL),"$(MODEL)") $(UP)
