@@ -21,7 +21,7 @@ import inspect
 import logging
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Never, Protocol, cast
 
 import grpc
@@ -33,7 +33,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ostinato import tracing
 from ostinato.errors import Internal, MalformedMessage, OstinatoError, QueueFull, SlowReader, Unauthenticated, to_status
 from serving.auth import CALLER, NONE, Context, Credentials, caller
-from serving.intake import RETRY_SECONDS, Bounds, Charge, Intake, shape_of
+from serving.intake import RETRY_SECONDS, Bounds, Intake, shape_of
 
 STATUS_BYTES_MAX, MESSAGE_BYTES_MAX, OTHER_DETAILS_BYTES = 3072, 768, 256
 """Of a google.rpc.Status. It travels in headers, as base64, and its message once more, percent-encoded. A peer must accept
@@ -68,8 +68,8 @@ _log = logging.getLogger(__name__)
 class Unwritten(Protocol):
     """Counts what was passed to gRPC and is not written yet."""
 
-    def writing(self, count: int) -> Callable[[], None]:
-        """Adds bytes for the caller in whose task this is called, until the returned function is called."""
+    def writing(self, count: int) -> Callable[..., None]:
+        """Adds bytes for the caller in whose task this is called, until the returned function is called, with whatever."""
         ...
 
     def late(self) -> None:
@@ -90,8 +90,8 @@ class Guard(grpc.GenericRpcHandler):
     ) -> None:
         """`write_seconds`: how long one message of an async generator may take to be written before its call is lost; None: no
         bound. `bounds`: of what is let in; None: there are none."""
-        self.intake = intake = Intake(bounds)
-        if bounds is not None:
+        self.intake = intake = Intake(bounds) if bounds is not None else None
+        if intake is not None:
             Gauge("ostinato_open_calls", "Calls that are open.", registry=registry).set_function(lambda: intake.calls.taken)
             charged = Gauge("ostinato_request_bytes", "Memory of requests that wait or are worked on.", registry=registry)
             charged.set_function(lambda: intake.requests.taken)
@@ -151,39 +151,50 @@ class _Method:
         self._behaviour: Callable[[Any, Context], Any] = getattr(handler, kind)
         self._generates = inspect.isasyncgenfunction(self._behaviour)
         self._serialize: Callable[[Any], bytes] = handler.response_serializer
-        self._parse: Callable[[bytes], Any] = _lenient(handler.request_deserializer)
+        self._deserialize: Callable[[bytes], Any] = handler.request_deserializer
         self._shape = shape_of(handler.request_deserializer.__self__.DESCRIPTOR)
-        self._takes_stream, self._gives_stream = bool(handler.request_streaming), bool(handler.response_streaming)
+        self.takes_stream, self._gives_stream = bool(handler.request_streaming), bool(handler.response_streaming)
         self._standard = path.startswith("/grpc.")
         self._endless = self._standard and self._gives_stream
         self._open = path.startswith(WITHOUT_CREDENTIALS)
         self._observed = not self._standard or (guard.credentials.required and not self._open)
-        self._labels = path.strip("/").rpartition("/")[::2]
-        self._seconds = guard.seconds.labels(*self._labels) if self._observed else None
+        self.labels = path.strip("/").rpartition("/")[::2]
+        if self._observed:
+            self._seconds = guard.seconds.labels(*self.labels)
         self._codes: dict[str, Counter] = {}
 
     async def handle(self, request: Any, context: Context) -> bytes | None:
         """The answer of one call, serialised; None if it streams."""
-        span = _span(self._path, context) if self._observed and not self._takes_stream else tracing.OFF
-        with span.entered(), _Observation(self, context, span) if self._observed else contextlib.nullcontext():
+        guard, intake, charge = self._guard, self._guard.intake, None
+        with _Observation(self, context) if self._observed else contextlib.nullcontext():
             try:
-                self._admit(context)
-                charge = self._guard.intake.enter(caller().tenant)
-                try:
-                    if (seconds := self._guard.intake.ahead(charge)) > 0:
+                tenant = self._admit(context)
+                if intake is not None:
+                    charge = intake.enter(tenant)
+                    if (seconds := intake.ahead(tenant)) > 0:
                         await asyncio.sleep(seconds)
-                    return await self._answer(request, context, charge)
-                finally:
-                    self._guard.intake.leave(charge)
+                if self.takes_stream:
+                    given: Any = _messages(request)
+                else:
+                    read = context.read() if charge is None or intake is None else intake.receive(context, charge, self._shape)
+                    given = self._parsed(await read)
+                if self.takes_stream or self._gives_stream:
+                    context = cast(Context, _CheckedContext(context, self._serialize, guard.unwritten))
+                if self._generates:
+                    await self._write_answers(given, context)
+                    return None
+                made = await self._behaviour(given, context)
+                return None if self._gives_stream else self._counted(made, context)
             except Unauthenticated as error:
-                await self._guard.intake.refused()
+                if intake is not None:
+                    await intake.refused()
                 await _abort(context, error)
             except OstinatoError as error:
                 await _abort(context, error)
             except asyncio.CancelledError:
-                if refused := self._guard.credentials.refusal():
+                if refused := guard.credentials.refusal():
                     await _abort(context, refused)
-                if not (self._endless and self._guard.closed):
+                if not (self._endless and guard.closed):
                     raise
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
             except grpc.aio.BaseError:  # the handler has aborted, or the caller is gone
@@ -191,25 +202,19 @@ class _Method:
             except Exception:  # noqa: BLE001  # whatever it is, the caller gets a code and the log gets the rest
                 _log.exception("handler failed", extra={"method": self._path})
                 await _abort(context, Internal("internal error"))
+            finally:
+                if charge is not None and intake is not None:
+                    intake.leave(charge)
 
-    async def _answer(self, requests: Any, context: Context, charge: Charge | None) -> bytes | None:
-        if self._takes_stream:
-            given: Any = _messages(requests)
-        else:
-            given = _message(self._parse(await self._guard.intake.receive(context, charge, self._shape)))
-        checked = _CheckedContext(context, self._serialize, self._guard.unwritten)
-        if self._generates:
-            await self._write_answers(given, checked)
-            return None
-        made = await self._behaviour(given, cast(Context, checked))
-        return None if self._gives_stream else self._counted(made, context)
+    def _parsed(self, data: bytes) -> Any:
+        """Raises MalformedMessage for what is no wire format, or text that is not UTF-8."""
+        try:
+            return self._deserialize(data)
+        except (DecodeError, TypeError) as error:  # TypeError: gRPC's end of a stream
+            raise _malformed(error) from None
 
-    def _admit(self, context: Context) -> None:
-        """Identifies the caller. Raises Unauthenticated, PermissionDenied or QueueFull."""
-        if self._observed and not self._open:
-            CALLER.set(identity := self._guard.credentials.identify(context))
-            if self._standard:
-                identity.require_admin(self._path)
+    def _admit(self, context: Context) -> str:
+        """Identifies the caller. The tenant. Raises Unauthenticated, PermissionDenied or QueueFull."""
         if self._endless:
             if len(self._guard.endless) >= ENDLESS_MAX:
                 raise QueueFull(f"{ENDLESS_MAX} health watches and reflection streams are open", retry_after=RETRY_SECONDS)
@@ -217,11 +222,18 @@ class _Method:
             assert call is not None, "a handler runs in a task"
             self._guard.endless.add(call)
             call.add_done_callback(self._guard.endless.discard)
+        if not self._observed or self._open:
+            return caller().tenant
+        identity = self._guard.credentials.identify(context)
+        CALLER.set(identity)
+        if self._standard:
+            identity.require_admin(self._path)
+        return identity.tenant
 
-    async def _write_answers(self, request: Any, context: _CheckedContext) -> None:
+    async def _write_answers(self, request: Any, context: Context) -> None:
         """An async generator's. It is closed when the call ends early: the garbage collector would do that later."""
         seconds = self._guard.write_seconds
-        async with contextlib.aclosing(self._behaviour(request, cast(Context, context))) as answers:
+        async with contextlib.aclosing(self._behaviour(request, context)) as answers:
             async for answer in answers:
                 if seconds is None:
                     await context.write(answer)
@@ -234,46 +246,52 @@ class _Method:
         """The answer's bytes, which are held until gRPC has written them."""
         data = _serialized(answer, self._serialize)
         if self._guard.unwritten is not None:
-            done = self._guard.unwritten.writing(len(data))
-            context.add_done_callback(lambda _: done())  # type: ignore[arg-type]  # its types want a named parameter
+            context.add_done_callback(self._guard.unwritten.writing(len(data)))  # type: ignore[arg-type]  # any Callable will do
         return data
 
-    def ended(self, code: str, seconds: float, exemplar: dict[str, str]) -> None:
+    def ended(self, code: str, seconds: float, span: tracing.Span) -> None:
         """Counts a call."""
         if code not in self._codes:
-            self._codes[code] = self._guard.handled.labels(*self._labels, code)
+            self._codes[code] = self._guard.handled.labels(*self.labels, code)
         self._codes[code].inc()
-        assert self._seconds is not None
-        self._seconds.observe(seconds, exemplar)
+        self._seconds.observe(seconds, span.exemplar if span is not tracing.OFF else None)
 
 
 class _Observation:
     """Of one call: its time, its code, its span."""
 
-    def __init__(self, method: _Method, context: Context, span: tracing.Span) -> None:
-        self._method, self._context, self._span = method, context, span
+    def __init__(self, method: _Method, context: Context) -> None:
+        self._method, self._context = method, context
         self._started, self._deadline = time.monotonic(), remaining(context)
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> None:
+        traced = tracing.on() and not self._method.takes_stream
+        self._span = _span("/".join(self._method.labels), self._context) if traced else tracing.OFF
+        if traced:
+            self._entered = self._span.entered()
+            self._entered.__enter__()
 
-    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """gRPC's code is None until it is set, whatever its types say."""
         gone = isinstance(error, asyncio.CancelledError | grpc.aio.BaseError) and not isinstance(error, grpc.aio.AbortError)
-        code = _code(self._context, self._deadline, gone=gone)
-        self._method.ended(code, time.monotonic() - self._started, self._span.exemplar)
-        if self._span:
-            self._span.note({"rpc.response.status_code": code} | ({"error.type": code} if gone else {}))
+        code = cast("grpc.StatusCode | None", self._context.code())
+        if gone:
+            late = ran_out(remaining(self._context), self._deadline)
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+        name = "OK" if code is None else code.name
+        self._method.ended(name, time.monotonic() - self._started, self._span)
+        if self._span is not tracing.OFF:
+            self._entered.__exit__(kind, error, trace)
+            self._span.note({"rpc.response.status_code": name} | ({"error.type": name} if gone else {}))
             self._span.end()
 
 
-@dataclass(frozen=True, slots=True)
-class _Malformed:
+class _Malformed(Exception):
     """In place of a message: gRPC's deserialisers cannot refuse one."""
-
-    why: str
 
 
 def _lenient(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """The deserialiser, with _Malformed for what it cannot parse: no wire format, or text that is not UTF-8."""
+    """The deserialiser, with _Malformed for what it cannot parse."""
 
     def parse(data: bytes) -> Any:
         try:
@@ -287,8 +305,12 @@ def _lenient(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 def _message(parsed: Any) -> Any:
     """Raises MalformedMessage if it is none."""
     if isinstance(parsed, _Malformed):
-        raise MalformedMessage(f"these bytes are no such message: {parsed.why}")
+        raise _malformed(parsed)
     return parsed
+
+
+def _malformed(why: Exception) -> MalformedMessage:
+    return MalformedMessage(f"these bytes are no such message: {why}")
 
 
 async def _messages(source: AsyncIterable[Any]) -> AsyncIterator[Any]:
@@ -331,12 +353,9 @@ class _CheckedContext:
                 done()
 
 
-def _span(path: str, context: Context) -> tracing.Span:
+def _span(name: str, context: Context) -> tracing.Span:
     """Of a call, within the caller's. gRPC's own retries say how many came before."""
-    if not tracing.on():
-        return tracing.OFF
     metadata = dict(context.invocation_metadata() or ())
-    name = path.strip("/")
     attributes = {"rpc.system.name": "grpc", "rpc.method": name}
     span = tracing.span(name, attributes, tracing.Kind.SERVER, metadata.items())
     if retries := metadata.get("grpc-previous-rpc-attempts"):
@@ -377,14 +396,6 @@ def fitting(status: status_pb2.Status) -> status_pb2.Status:
         else:
             cut.details.append(detail)
     return cut
-
-
-def _code(context: Context, deadline: float | None, *, gone: bool) -> str:
-    """The name of the code of a call that has ended, and that arrived with `deadline` seconds left."""
-    if gone:
-        return (grpc.StatusCode.DEADLINE_EXCEEDED if ran_out(remaining(context), deadline) else grpc.StatusCode.CANCELLED).name
-    code = cast("grpc.StatusCode | None", context.code())  # None until it is set, whatever its types say
-    return "OK" if code is None else code.name
 
 
 def remaining(context: Context) -> float | None:

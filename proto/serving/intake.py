@@ -24,7 +24,7 @@ import sys
 from collections import deque
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Never
+from typing import Any
 
 import grpc
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -137,30 +137,22 @@ class Pool:
         self.taken = 0
         self._by_tenant: dict[str, int] = {}
 
-    def fits(self, tenant: str, count: int) -> bool:
-        left = self._most - self.taken
-        return count <= left and (not self._shared or self._by_tenant.get(tenant, 0) + count <= left)
-
-    def take(self, tenant: str, count: int) -> None:
-        """Raises QueueFull."""
-        if not self.fits(tenant, count):
-            self.refuse(count)
+    def add(self, tenant: str, count: int) -> bool:
+        """Take this much more, or give it back if it is negative. False: there is no room, and nothing is taken."""
+        own, left = self._by_tenant.get(tenant, 0) + count, self._most - self.taken
+        if count > 0 and (own if self._shared else count) > left:
+            return False
         self.taken += count
-        self._by_tenant[tenant] = self._by_tenant.get(tenant, 0) + count
-
-    def refuse(self, count: int) -> Never:
-        """Raises QueueFull that names the setting, and whose calls it is that take all there is."""
-        whose = "all callers" if self.taken + count > self._most else "this tenant"
-        raise QueueFull(f"{self._flag}: no room is left for {whose}", retry_after=RETRY_SECONDS)
-
-    def give(self, tenant: str, count: int) -> None:
-        """What was taken, back."""
-        self.taken -= count
-        left = self._by_tenant[tenant] - count
-        if left:
-            self._by_tenant[tenant] = left
+        if own:
+            self._by_tenant[tenant] = own
         else:
-            del self._by_tenant[tenant]
+            self._by_tenant.pop(tenant, None)
+        return True
+
+    def full(self, count: int) -> QueueFull:
+        """The refusal of so much. It names the setting, and whose calls take all there is."""
+        whose = "all callers" if self.taken + count > self._most else "this tenant"
+        return QueueFull(f"{self._flag}: no room is left for {whose}", retry_after=RETRY_SECONDS)
 
 
 class Charge:
@@ -193,11 +185,10 @@ class Charge:
             self._set(0)
 
     def _set(self, count: int) -> None:
-        if count > self._bytes:
-            self._pool.take(self.tenant, count - self._bytes)
-        elif count < self._bytes:
-            self._pool.give(self.tenant, self._bytes - count)
-        self._bytes = count
+        more, self._bytes = count - self._bytes, count
+        if not self._pool.add(self.tenant, more):
+            self._bytes -= more
+            raise self._pool.full(more)
 
 
 CHARGE: ContextVar[Charge | None] = ContextVar("charge", default=None)
@@ -205,14 +196,14 @@ CHARGE: ContextVar[Charge | None] = ContextVar("charge", default=None)
 
 
 class Intake:
-    """Of one server. Without bounds everything is let in."""
+    """Of one server."""
 
-    def __init__(self, bounds: Bounds | None) -> None:
-        self.bounds = bounds
-        given = bounds or Bounds()
-        self.calls = Pool("--calls-max", given.calls_max, shared=given.tenants)
-        self.requests = Pool("--request-bytes-max", given.request_bytes_max, shared=given.tenants)
-        self._arriving = Pool("--arriving-bytes-max", given.arriving_bytes_max // given.message_bytes_max, shared=given.tenants)
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds, self._shared = bounds, bounds.tenants
+        self.calls = Pool("--calls-max", bounds.calls_max, shared=self._shared)
+        self.requests = Pool("--request-bytes-max", bounds.request_bytes_max, shared=self._shared)
+        places = bounds.arriving_bytes_max // bounds.message_bytes_max
+        self._arriving = Pool("--arriving-bytes-max", places, shared=self._shared)
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         """By tenant, in the order of their turns."""
         self._refusals = 0
@@ -224,26 +215,24 @@ class Intake:
         """When they began. One that is not here any more was too late."""
         self._sweeping: asyncio.TimerHandle | None = None
 
-    def enter(self, tenant: str) -> Charge | None:
-        """A call begins. Its charge, to be passed to `leave` at its end; None: nothing is bounded. Raises QueueFull."""
-        if self.bounds is None:
-            return None
-        self.calls.take(tenant, 1)
+    def enter(self, tenant: str) -> Charge:
+        """A call begins. Its charge, to be passed to `leave` at its end. Raises QueueFull."""
+        if not self.calls.add(tenant, 1):
+            raise self.calls.full(1)
         charge = Charge(self.requests, tenant)
         CHARGE.set(charge)
         return charge
 
-    def leave(self, charge: Charge | None) -> None:
-        if charge is not None:
-            charge.release()
-            self.calls.give(charge.tenant, 1)
+    def leave(self, charge: Charge) -> None:
+        charge.release()
+        self.calls.add(charge.tenant, -1)
 
-    def ahead(self, charge: Charge | None) -> float:
+    def ahead(self, tenant: str) -> float:
         """Seconds by which the tenant's call is too early. gRPC takes calls up as they arrive, whosever they are. Spread out,
         they leave room between them for others'."""
-        if self.bounds is None or charge is None or not self.bounds.tenants:
+        if not self._shared:
             return 0.0
-        now, tenant = asyncio.get_running_loop().time(), charge.tenant
+        now = asyncio.get_running_loop().time()
         if tenant != self._latest:
             self._latest, self._mixed_at = tenant, now
         if now - self._mixed_at > MIXED_SECONDS:
@@ -252,42 +241,44 @@ class Intake:
         due = self._due[tenant] = max(self._due.get(tenant, 0.0), now - BURST_SECONDS) + 1 / self.bounds.tenant_calls_second
         return due - now
 
-    async def receive(self, context: grpc.aio.ServicerContext[Any, Any], charge: Charge | None, shape: Shape) -> bytes:
-        """The call's one message, as bytes that were counted. Raises a Refused, InvalidRequest or DeadlineExceeded."""
-        if self.bounds is None or charge is None:
-            return _whole(await context.read())
-        tenant, seconds = charge.tenant, 0.0
-        if tenant in self._waiting or not self._arriving.fits(tenant, 1):
+    async def receive(self, context: grpc.aio.ServicerContext[Any, Any], charge: Charge, shape: Shape) -> bytes:
+        """The call's one message, as bytes that were counted. Raises a Refused, InvalidRequest or DeadlineExceeded.
+
+        A timeout of its own for each would cost more than all else here: nearly every request is there when it is read.
+        """
+        tenant, task, loop, late = (
+            charge.tenant,
+            asyncio.current_task(),
+            asyncio.get_running_loop(),
+            self.bounds.arrival_seconds_max,
+        )
+        assert task is not None, "a handler runs in a task"
+        if tenant in self._waiting or not self._arriving.add(tenant, 1):
             await self._turn(tenant)
-        else:
-            self._arriving.take(tenant, 1)
+        seconds, items, late = 0.0, self.bounds.batch_items_max, self.bounds.arrival_seconds_max
+        if self._sweeping is None:
+            self._sweeping = loop.call_later(late / SWEEPS, self._sweep, late)
+        self._reading[task] = loop.time()
         try:
-            data = await self._read(context, self.bounds.arrival_seconds_max)
-            items = self.bounds.batch_items_max
+            data = await context.read()
+            if not isinstance(data, bytes):
+                raise MalformedMessage("the call has no message")
             seconds = len(data) / PLACE_BYTES_SECOND
             fields = counted(data, shape, items, FIELDS_PER_ITEM * items)
             seconds += fields / PLACE_FIELDS_SECOND
-        finally:
-            self._make_room(tenant, seconds)
-        charge.arrived(len(data), fields)
-        return data
-
-    async def _read(self, context: grpc.aio.ServicerContext[Any, Any], seconds: float) -> bytes:
-        """asyncio.timeout would cost more than all else here: nearly every request is there when it is read."""
-        task, loop = asyncio.current_task(), asyncio.get_running_loop()
-        assert task is not None, "a handler runs in a task"
-        if self._sweeping is None:
-            self._sweeping = loop.call_later(seconds / SWEEPS, self._sweep, seconds)
-        self._reading[task] = loop.time()
-        try:
-            return _whole(await context.read())
         except asyncio.CancelledError:
-            if task not in self._reading:
-                task.uncancel()
-                raise DeadlineExceeded(f"the request was not whole within {seconds:g} s") from None
-            raise
+            if task in self._reading:
+                raise
+            task.uncancel()
+            raise DeadlineExceeded(f"the request was not whole within {late:g} s") from None
         finally:
             self._reading.pop(task, None)
+            if seconds > AT_ONCE_SECONDS:
+                loop.call_later(seconds, self._make_room, tenant)
+            else:
+                self._make_room(tenant)
+        charge.arrived(len(data), fields)
+        return data
 
     def _sweep(self, seconds: float) -> None:
         """Ends what has not arrived in time."""
@@ -298,18 +289,13 @@ class Intake:
         if self._reading:
             self._sweeping = loop.call_later(seconds / SWEEPS, self._sweep, seconds)
 
-    def _make_room(self, tenant: str, seconds: float) -> None:
-        """Makes room, at once or for a large request after this time."""
-        if seconds > AT_ONCE_SECONDS:
-            asyncio.get_running_loop().call_later(seconds, self._make_room, tenant, 0.0)
-            return
-        self._arriving.give(tenant, 1)
+    def _make_room(self, tenant: str) -> None:
+        self._arriving.add(tenant, -1)
         if self._waiting:
             self._next()
 
     async def _turn(self, tenant: str) -> None:
         """Waits for room, which is then taken. Raises QueueFull."""
-        assert self.bounds is not None
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(tenant, deque()).append(mine)
         try:
@@ -317,10 +303,10 @@ class Intake:
                 await mine
         except (TimeoutError, asyncio.CancelledError) as error:
             if not mine.cancelled():
-                self._arriving.give(tenant, 1)
+                self._arriving.add(tenant, -1)
             self._next()
             if isinstance(error, TimeoutError):
-                self._arriving.refuse(1)
+                raise self._arriving.full(1) from None
             raise
 
     def _next(self) -> None:
@@ -329,26 +315,19 @@ class Intake:
             line = self._waiting.pop(tenant)
             while line and line[0].cancelled():
                 del line[0]
-            if line and self._arriving.fits(tenant, 1):
-                self._arriving.take(tenant, 1)
+            if line and self._arriving.add(tenant, 1):
                 line.popleft().set_result(None)
             if line:
                 self._waiting[tenant] = line  # behind the others
 
     async def refused(self) -> None:
         """Keeps a caller without credentials waiting."""
-        if self.bounds is not None and self._refusals < REFUSALS_MAX:
+        if self._refusals < REFUSALS_MAX:
             self._refusals += 1
             try:
                 await asyncio.sleep(REFUSAL_SECONDS)
             finally:
                 self._refusals -= 1
-
-
-def _whole(message: Any) -> bytes:
-    if not isinstance(message, bytes):
-        raise MalformedMessage("the call has no message")
-    return message
 
 
 # ---- counting what is not parsed yet

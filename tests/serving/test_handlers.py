@@ -24,8 +24,8 @@ from serving.handlers import (
     TURNS_MAX,
     VAIN_WAITS,
     Coalescer,
-    _code,
     fitting,
+    ran_out,
 )
 
 from tests.serving.echo import METHODS, NAME, Context, Echo, call, raw, serving, text
@@ -219,28 +219,15 @@ async def test_a_passed_deadline_is_counted_once() -> None:
     assert set(ends()) <= {"DEADLINE_EXCEEDED", "CANCELLED"}
 
 
-class Left:
-    """A call's context, of which only its clock matters."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self._seconds = seconds
-
-    def time_remaining(self) -> float | None:
-        return self._seconds
-
-
 @pytest.mark.parametrize("patience", [0.1, 1.0, 30.0, 3600.0])
 def test_a_caller_whose_time_is_all_but_over_left_because_of_it(patience: float) -> None:
-    """The caller's own clock runs out before ours, by EARLY_SECONDS and EARLY_SHARE at most; before that it went by itself."""
+    """The caller's own clock runs out before ours, by EARLY_SECONDS and EARLY_SHARE at most; before that, or without a
+    deadline, it went by itself."""
     early = EARLY_SECONDS + EARLY_SHARE * patience
-    for left, code in ((-1.0, "DEADLINE_EXCEEDED"), (0.0, "DEADLINE_EXCEEDED"), (early * 0.99, "DEADLINE_EXCEEDED")):
-        assert _code(cast(Context, Left(left)), patience, gone=True) == code
-    assert _code(cast(Context, Left(early * 1.01)), patience, gone=True) == "CANCELLED"
 
-
-def test_a_caller_without_a_deadline_can_only_leave() -> None:
-    """No deadline, no DEADLINE_EXCEEDED."""
-    assert _code(cast(Context, Left(None)), None, gone=True) == "CANCELLED"
+    assert all(ran_out(left, patience) for left in (-1.0, 0.0, early * 0.99))
+    assert not ran_out(early * 1.01, patience)
+    assert not ran_out(None, None)
 
 
 async def test_grpcs_own_services_are_not_counted() -> None:
