@@ -15,7 +15,7 @@ from ostinato import enums
 from ostinato.digest import model_digest
 from ostinato.v1 import types_pb2
 from ostinato.v1.engine_pb2_grpc import add_EngineServicer_to_server
-from serving.auth import Credentials
+from serving.auth import Credentials, server_tls
 from serving.hop import ServiceEnd, read_secret
 from serving.logs import report_failure, setup
 from serving.metrics import registry, serve_metrics
@@ -51,7 +51,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         message_bytes_max=settings.message_bytes_max,
         open_to_all=settings.allow_plaintext,
         socket_mode=int(settings.socket_mode, 8),
-        credentials=credentials(settings),
+        credentials=Credentials(server_tls(settings), hop=ServiceEnd(read_secret(settings.engine_secret))),
     )
     server.add(add_EngineServicer_to_server, servicer, NAME)
     engine: Engine | None = None
@@ -78,16 +78,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         page.close()
     _log.info("drained")
     return DRAINED
-
-
-def credentials(settings: Settings) -> Credentials:
-    """Raises StartupError that names the flag and the file."""
-    tls = None
-    if settings.tls_certificate is not None and settings.tls_key is not None:
-        from serving.tls import ServerTls  # here: only with certificates is there a need for cryptography
-
-        tls = ServerTls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
-    return Credentials(tls, hop=ServiceEnd(read_secret(settings.engine_secret)))
 
 
 async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:

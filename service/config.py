@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ostinato.v1 import types_pb2
-from serving.settings import field, plain
+from serving.settings import Common, field, plain
 
 from service import engines
 from service.engines.base import EngineUnusable
@@ -56,7 +56,7 @@ def _applies(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(Common):
     """Immutable. Checked at start."""
 
     engine: str = field("llama", "the engine that makes the tokens", choices=ENGINES)
@@ -141,14 +141,9 @@ class Settings:
     engine_secret: Path | None = field(
         None, "file of at least 32 random bytes that the sidecar has too; over a unix socket the same user suffices"
     )
-    tls_certificate: Path | None = field(None, "PEM file of the certificate chain, for TCP addresses")
-    tls_key: Path | None = field(None, "PEM file of its private key")
     tls_client_ca: Path | None = field(None, "PEM file of the CA that certifies sidecars, and nothing else")
     socket_mode: str = field("660", "mode of the unix socket's file, octal")
     metrics: str = field("127.0.0.1:9401", "host:port of the metrics page; empty: none")
-    traces: str = field("", "where spans are exported to, otlp:http://host:4318; empty: as OTEL_… variables say, or nowhere")
-    log_format: str = field("human", "format of the log", choices=("human", "json"))
-    log_level: str = field("INFO", "least severe level that is logged", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
 
     self_test: str = field(
         "kept",
@@ -158,7 +153,6 @@ class Settings:
     self_test_timeout_seconds: float = field(300.0, "time limit of the self-test", minimum=1)
     require_grade: str | None = field(None, "exit unless at least this grade is earned", choices=("SERIAL", "EXACT"))
     state_dir: Path = field(Path(".run/service"), "directory of proofs and of the newest sequences")
-    drain_seconds: float = field(30.0, "how long runs may go on after SIGTERM", minimum=0)
 
     message_bytes_max: int = field(16 * MEBI, "size of one message from the sidecar", minimum=4096, maximum=INT32_MAX)
     batch_items_max: int = field(256, "items in one batch", minimum=1)

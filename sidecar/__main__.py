@@ -211,13 +211,8 @@ class Sidecar:
 
 def _credentials(settings: Settings) -> auth.Credentials:
     """Raises StartupError that names the flag and the file."""
-    tls = None
-    if settings.tls_certificate is not None and settings.tls_key is not None:
-        from serving.tls import ServerTls  # here: only with certificates is there a need for cryptography
-
-        tls = ServerTls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
     listed = auth.load_tokens(settings.tokens) if settings.tokens is not None else None
-    return auth.Credentials(tls, listed, settings.trust_tenant_metadata)
+    return auth.Credentials(auth.server_tls(settings), listed, settings.trust_tenant_metadata)
 
 
 def _engine_credentials(settings: Settings) -> tuple[SidecarEnd | None, grpc.ChannelCredentials | None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from serving import intake
 from serving.server import check_target
-from serving.settings import field
+from serving.settings import Common, field
 
 from sidecar.core.window import Bounds
 from sidecar.held import COPIES
@@ -50,7 +50,7 @@ HOP_REMEDY = "use unix:/path, --engine-secret on both programs, or --engine-ca, 
 
 
 @dataclass(frozen=True, slots=True)
-class Settings(intake.Bounds):
+class Settings(intake.Bounds, Common):
     """Flags of `python -m sidecar`, and environment variables OSTINATO_SIDECAR_…"""
 
     listen: tuple[str, ...] = field(("127.0.0.1:7001",), "addresses to listen on, host:port or unix:/path")
@@ -69,9 +69,6 @@ class Settings(intake.Bounds):
     health_listen: str = field("", "plain-text address that serves only health, for probes; empty: none")
     open: bool = field(False, "allow addresses beyond loopback without credentials; every caller there is an admin")
     # credentials: files are read again when they change
-    tls_certificate: Path | None = field(None, "PEM file of the certificate chain")
-    tls_key: Path | None = field(None, "PEM file of its private key")
-    tls_client_ca: Path | None = field(None, "PEM file of CAs; client certificates are then required")
     tokens: Path | None = field(None, "file of callers: lines of tenant, role and a token's SHA-256")
     allow_plaintext_tokens: bool = field(False, "allow tokens over plain TCP beyond loopback, where they can be read")
     trust_tenant_metadata: bool = field(False, "trust ostinato-tenant in metadata, set by a gateway in front")
@@ -79,9 +76,6 @@ class Settings(intake.Bounds):
     # OpenAI gateways, on the same addresses; needs the extra gateway
     vllm_face: bool = field(False, "serve vllm.grpc.engine.VllmEngine beside Generation")
     vllm_timeout_seconds: float = field(600.0, "deadline of its calls that have no earlier one", minimum=0.001)
-    traces: str = field("", "where spans go, otlp:http://host:4318; empty: as OTEL_… variables say")
-    log_format: str = field("human", "form of log lines", choices=("human", "json"))
-    log_level: str = field("info", "least level of log lines", choices=("debug", "info", "warning", "error"))
     # bounds of a request
     max_response_bytes: int = field(
         4 << 20, "size of a worst-case answer, unless the client's metadata raises it", minimum=1024
@@ -145,7 +139,6 @@ class Settings(intake.Bounds):
     witness_ca: Path | None = field(None, "PEM file of CAs for the witness's certificate; turns TLS on for another sidecar")
     witness_keys: Path | None = field(None, "file of other logs whose heads are recorded here: lines of log id and public key")
     # time
-    drain_seconds: float = field(30.0, "time to finish what was admitted, after SIGTERM", minimum=0.0)
     reconnect_seconds: float = field(0.2, "pause before the engine stream is opened again", minimum=0.01)
     tick_seconds: float = field(0.1, "interval of checks for deadlines", minimum=0.01)
 

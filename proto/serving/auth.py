@@ -49,6 +49,7 @@ from serving.program import BAD_CONFIGURATION, StartupError
 
 if TYPE_CHECKING:
     from serving.hop import ServiceEnd
+    from serving.settings import Common
     from serving.tls import Certificate, ServerTls
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -430,6 +431,15 @@ class Credentials:
 
 
 NONE = Credentials()
+
+
+def server_tls(settings: Common) -> ServerTls | None:
+    """Raises StartupError that names the flag and the file."""
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return None
+    from serving.tls import ServerTls  # here: only with certificates is there a need for cryptography
+
+    return ServerTls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
 
 
 def _only(metadata: list[tuple[str, str | bytes]], key: str) -> str | None:

@@ -87,6 +87,19 @@ def field(
     return made
 
 
+@dataclasses.dataclass(frozen=True)  # without slots: settings may have other bases too
+class Common:
+    """The settings that both programs have."""
+
+    tls_certificate: Path | None = field(None, "PEM file of the certificate chain, for TCP addresses")
+    tls_key: Path | None = field(None, "PEM file of its private key")
+    tls_client_ca: Path | None = field(None, "PEM file of CAs; client certificates are then required")
+    traces: str = field("", "where spans are exported to, otlp:http://host:4318; empty: as OTEL_… variables say, or nowhere")
+    log_format: str = field("human", "format of the log", choices=("human", "json"))
+    log_level: str = field("info", "least severe level that is logged", choices=("debug", "info", "warning", "error"))
+    drain_seconds: float = field(30.0, "time to finish what was admitted, after SIGTERM", minimum=0.0)
+
+
 def load(cls: type[T], program: str, argv: Sequence[str], environ: Mapping[str, str]) -> T:
     """The settings of `program`. Raises SystemExit(2) after printing everything that is wrong on stderr."""
     return read(cls, program, argv, environ)[0]
