@@ -56,7 +56,7 @@ dashboards: install ## from k8s/monitoring: the operator's rules and Grafana's d
 pictures: install ## docs/pictures: a pair under load, drawn from its dashboards' queries to a real Prometheus
 	$(PY) -m tests.monitoring
 
-docs: install ## write docs/reference.md from the .proto files and their comments
+docs: install ## write docs/reference.md from the .proto files, their comments, and the settings
 	$(PY) -m tests.reference
 
 baseline: install ## make the present contract the one that later ones must not break; only at a release

@@ -84,7 +84,7 @@ class Settings(Common):
         "llama: threads; more than there are free cores make it slow",
         minimum=1,
         maximum=THREADS_MAX,
-        applies=f"{_applies('threads')}, half of this machine's cores",
+        applies="half of this machine's cores (llama)",
     )
     kv: str | None = field(
         None, "llama: type of the KV cache; only q8_0 can earn EXACT", choices=KV_TYPES, applies=_applies("kv")

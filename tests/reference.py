@@ -1,4 +1,4 @@
-"""`python -m tests.reference`: docs/reference.md, from the contract's .proto files and their comments."""
+"""`python -m tests.reference`: docs/reference.md, from the contract's .proto files, their comments, and the settings."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ from google.protobuf.descriptor_pb2 import (
     ServiceDescriptorProto,
 )
 
+from serving.settings import options_of
+
+from service.config import Settings as Service
+from sidecar.config import Settings as Sidecar
+
 ROOT = Path(__file__).parents[1]
 BUF = Path(sys.executable).parent / "buf"
 PAGE = ROOT / "docs" / "reference.md"
 OTHERS = ROOT / "tests" / "others.toml"
 PACKAGE = "ostinato.v1"
-HEAD = """# Reference of `ostinato.v1`
+HEAD = """# Reference
 
-Every service, message and enum, as the [.proto files](../proto/ostinato/v1/) say it; written by `make docs`. What the bytes,
-digests and reasons mean is in [protocol.md](protocol.md).
+Every service, message and enum of `ostinato.v1`, as the [.proto files](../proto/ostinato/v1/) say it, and
+[every setting](#settings); written by `make docs`. What the bytes, digests and reasons mean is in [protocol.md](protocol.md).
 """
 # Where things stand in a descriptor: the field numbers of descriptor.proto, which source locations are made of.
 MESSAGES, ENUMS, SERVICES, SYNTAX = 4, 5, 6, 12
@@ -43,7 +48,17 @@ def render(files: FileDescriptorSet) -> str:
     ours = [file for file in files.file if file.package == PACKAGE]
     ours.sort(key=lambda file: (file.name.endswith("/engine.proto"), not file.service, file.name))
     known = {each.name for file in ours for each in file.message_type} | {each.name for file in ours for each in file.enum_type}
-    return "\n".join([HEAD, *(line for file in ours for line in _File(file, known).lines()), *_others()])
+    return "\n".join([HEAD, *(line for file in ours for line in _File(file, known).lines()), *_settings(), *_others()])
+
+
+def _settings() -> Iterator[str]:
+    yield "## Settings\n"
+    yield "How they are given is in [operations.md](operations.md#settings).\n"
+    for program, declared in {"sidecar": Sidecar, "service": Service}.items():
+        yield f"### `python -m {program}`\n\n| flag | | default | bounds |\n| --- | --- | --- | --- |"
+        for option in options_of(declared, program):
+            yield f"| `{option.flag}` | {option.about['help']} | {_text(option.applies)} | {option.bounds} |"
+        yield ""
 
 
 def others() -> dict[str, dict[str, Any]]:

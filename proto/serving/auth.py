@@ -200,7 +200,7 @@ def parse_tokens(contents: Mapping[str, bytes]) -> Tokens:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
-            identity, secret = _line(line, number)
+            identity, secret = _line(line)
             if secret in found:
                 raise ValueError("an earlier line has the same secret")
         except ValueError as error:
@@ -209,20 +209,20 @@ def parse_tokens(contents: Mapping[str, bytes]) -> Tokens:
     return found
 
 
-def _line(line: str, number: int) -> tuple[Identity, str]:
+def _line(line: str) -> tuple[Identity, str]:
     tenant, role, secret, *_ = [*line.split(maxsplit=3), "", ""]
     if not TENANT.fullmatch(tenant):
         raise ValueError("a tenant is 1 to 128 printable ASCII characters")
     if role not in list(Role):
         raise ValueError(f"a role is one of {', '.join(Role)}")
     if secret.startswith(_CERTIFICATE):
-        secret = _certificates_key(secret.removeprefix(_CERTIFICATE), number)
+        secret = _certificates_key(secret.removeprefix(_CERTIFICATE))
     elif not _HASH.fullmatch(secret):
         raise ValueError("a secret is the SHA-256 of a token, in 64 lower-case hexadecimal digits, or certificate:URI")
     return Identity(tenant, Role(role)), secret
 
 
-def _certificates_key(name: str, number: int) -> str:
+def _certificates_key(name: str) -> str:
     """What Tokens has for `certificate:` and this name. Raises ValueError."""
     if not name.isprintable():
         raise ValueError("a certificate's name has no control characters")
@@ -231,19 +231,9 @@ def _certificates_key(name: str, number: int) -> str:
         if not _HASH.fullmatch(fingerprint):
             raise ValueError("a certificate's fingerprint is sha256: and 64 hexadecimal digits")
         return f"sha256:{fingerprint}"
-    if name.removeprefix("cn:") == "":
+    if name == "cn:" or not _SCHEME.match(name):
         raise ValueError("certificate: needs a URI, cn:NAME or sha256:FINGERPRINT")
-    if name.startswith("cn:"):
-        return name
-    if _SCHEME.match(name):
-        return f"uri:{name}"
-    _log.warning(
-        "a name without a scheme is no URI, so it is taken as a common name: write %scn:%s",
-        _CERTIFICATE,
-        name,
-        extra={"flag": TOKENS, "line": number},
-    )
-    return f"cn:{name}"
+    return name if name.startswith("cn:") else f"uri:{name}"
 
 
 def hash_of(token: str) -> str:

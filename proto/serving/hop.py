@@ -23,7 +23,7 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,7 @@ import grpc
 
 from ostinato.errors import Disconnected, Unauthenticated, from_rpc_error, invalid
 from ostinato.v1 import engine_pb2, engine_pb2_grpc
-from serving.auth import Source, Unusable
-from serving.program import BAD_CONFIGURATION, StartupError
+from serving.auth import Reloaded, Source, Unusable
 
 METADATA = "ostinato-hop"
 PEER_SUFFIX = ".peer"
@@ -50,15 +49,14 @@ _log = logging.getLogger(__name__)
 
 def read_secret(path: Path | None) -> bytes:
     """The content of the secret's file, without white space around it; empty: there is no file. Raises StartupError."""
-    if path is None:
-        return b""
-    try:
-        secret = Source(FLAG, path, private=True).read().strip()
+
+    def parse(contents: Mapping[str, bytes]) -> bytes:
+        secret = contents[FLAG].strip()
         if len(secret) < KEY_BYTES:
             raise Unusable(FLAG, f"has {len(secret)} bytes, at least {KEY_BYTES} are needed: openssl rand -hex 32")
-    except Unusable as error:
-        raise StartupError(f"{FLAG}: {path}: {error}", exit_code=BAD_CONFIGURATION) from error
-    return secret
+        return secret
+
+    return Reloaded([Source(FLAG, path, private=True)], parse).value if path is not None else b""
 
 
 def peer_uid(connection: Any) -> int:

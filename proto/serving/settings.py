@@ -107,7 +107,7 @@ def load(cls: type[T], program: str, argv: Sequence[str], environ: Mapping[str, 
 
 def read(cls: type[T], program: str, argv: Sequence[str], environ: Mapping[str, str]) -> tuple[T, Mapping[str, str]]:
     """As `load`, with the origin of each setting that is not its default: "flags", "environment" or the file."""
-    options = list(_options(cls, program))
+    options = list(options_of(cls, program))
     flags, problems = _flags(program, options, argv)
     problems += _unknown(program, options, environ)
     file = _File.of(program, flags, environ)
@@ -136,7 +136,7 @@ def lookup(cls: type, program: str, name: str, environ: Mapping[str, str], confi
     file = _File.of(program, {CONFIG: config}, environ)
     if file.unusable:
         raise ValueError(file.unusable)
-    option = next(option for option in _options(cls, program) if option.name == name)
+    option = next(option for option in options_of(cls, program) if option.name == name)
     found = option.find({}, environ, file)
     return option.default if found is None else found[0]
 
@@ -185,7 +185,7 @@ class _File:
     def where(self, key: str) -> str:
         return f"{self.path}: [{self.program}] {key}"
 
-    def problems(self, options: Iterable[_Option]) -> Iterator[str]:
+    def problems(self, options: Iterable[Option]) -> Iterator[str]:
         if self.unusable:
             yield self.unusable
         for name, found in self.document.items():
@@ -200,7 +200,9 @@ class _File:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Option:
+class Option:
+    """A setting, as it is declared."""
+
     name: str
     variable: str
     kind: type
@@ -279,20 +281,26 @@ class _Option:
         return f"at least {low}" if high is None else f"{low} to {high}"
 
     @property
+    def applies(self) -> str:
+        """The default, as --help has it."""
+        return str(self.about["applies"] or plain(self.default))
+
+    @property
     def help(self) -> str:
-        default = "required" if self.default is REQUIRED else f"default {self.about['applies'] or plain(self.default)}"
+        default = "required" if self.default is REQUIRED else f"default {self.applies}"
         parts = [part for part in (self.variable, default, self.bounds) if part]
         return f"{self.about['help']} [{'; '.join(parts)}]".replace("%", "%%")
 
 
-def _options(cls: type, program: str) -> Iterator[_Option]:
+def options_of(cls: type, program: str) -> Iterator[Option]:
+    """The settings that are declared there, in this order; those that are inherited come last."""
     hints = typing.get_type_hints(cls)
-    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__):  # those that it inherits last
+    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__):
         kind, optional = hints[f.name], False
         if types.NoneType in typing.get_args(kind):
             kind, optional = next(arm for arm in typing.get_args(kind) if arm is not types.NoneType), True
         variable = f"{_prefix(program)}{f.name.upper()}"
-        yield _Option(f.name, variable, typing.get_origin(kind) or kind, optional, f.default, f.metadata)
+        yield Option(f.name, variable, typing.get_origin(kind) or kind, optional, f.default, f.metadata)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -301,7 +309,7 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message.removeprefix("argument "))
 
 
-def _parser(program: str, options: Sequence[_Option]) -> argparse.ArgumentParser:
+def _parser(program: str, options: Sequence[Option]) -> argparse.ArgumentParser:
     parser = _Parser(prog=program, usage=f"python -m {program} [setting ...]", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ostinato-{program} {__version__}")
     about = f"TOML file of settings, named as their flags with _ for -, in {_listed(TABLES)}"
@@ -316,7 +324,7 @@ def _parser(program: str, options: Sequence[_Option]) -> argparse.ArgumentParser
     return parser
 
 
-def _flags(program: str, options: Sequence[_Option], argv: Sequence[str]) -> tuple[Mapping[str, Any], list[str]]:
+def _flags(program: str, options: Sequence[Option], argv: Sequence[str]) -> tuple[Mapping[str, Any], list[str]]:
     """The flags that can be read, by setting, and what is wrong with the others."""
     given = argparse.Namespace()
     try:
@@ -336,7 +344,7 @@ def _flags(program: str, options: Sequence[_Option], argv: Sequence[str]) -> tup
     return vars(given), problems
 
 
-def _unknown(program: str, options: Sequence[_Option], environ: Mapping[str, str]) -> Iterator[str]:
+def _unknown(program: str, options: Sequence[Option], environ: Mapping[str, str]) -> Iterator[str]:
     prefix = _prefix(program)
     names = [CONFIG.upper(), *(option.name.upper() for option in options)]
     known = {prefix + name for name in names}
