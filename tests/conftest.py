@@ -1,15 +1,17 @@
-"""What holds for every test, and one PostgreSQL server for all of them, started when it is first wanted."""
+"""What holds for every test: their order, and one PostgreSQL server for all of them, started when it is first wanted."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from serving.auth import ANONYMOUS, CALLER
 
+from tests import pair  # noqa: F401  # so that all workers share its folder of proofs
 from tests.postgres import Postgres
 
 # How long an example takes is the machine's business.
@@ -20,6 +22,16 @@ settings.load_profile("any machine")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As of what a shell runs in the background. The programs that tests start would inherit it, and are to obey a Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+LONGEST = ("e2e/test_determinism.py", "simulation/test_points.py", "test_readme.py")
+"""Files that take a minute or more. They are first: at the end, one worker would run such a file while the others are idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; otherwise in their order."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)

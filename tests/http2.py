@@ -35,6 +35,8 @@ class Peer:
         writer.write(PREFACE)
         self._send(SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW_SIZE, window))
         self._send(WINDOW_UPDATE, 0, 0, struct.pack(">I", WINDOW_MAX - 65535))
+        self.greeted = asyncio.Event()
+        """Set when the server has taken the connection up: it has sent its settings."""
         self._reading = asyncio.create_task(self._read())
 
     def call(self, path: str, message: bytes, metadata: Iterable[tuple[str, str]] = ()) -> int:
@@ -122,6 +124,7 @@ class Peer:
         self._granted.set()
 
     def _settings(self, payload: bytes) -> None:
+        self.greeted.set()
         for name, value in struct.iter_unpack(">HI", payload):
             if name == INITIAL_WINDOW_SIZE:
                 for stream in self._room.keys() - {0}:

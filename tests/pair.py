@@ -23,9 +23,18 @@ from typing import Self
 
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 180.0
-PROOFS = Path(tempfile.mkdtemp(prefix="ostinato-proofs-"))
-"""Proofs of the self-test, shared by all pairs, as by successive starts of a service."""
-atexit.register(shutil.rmtree, PROOFS, ignore_errors=True)
+
+
+def _shared_folder(variable: str) -> Path:
+    """A folder that this process makes and removes, and that those which it starts find by this variable."""
+    if variable not in os.environ:
+        os.environ[variable] = tempfile.mkdtemp(prefix="ostinato-proofs-")
+        atexit.register(shutil.rmtree, os.environ[variable], ignore_errors=True)
+    return Path(os.environ[variable])
+
+
+PROOFS = _shared_folder("PROOFS_OF_TESTS")
+"""Proofs of the self-test, shared by all pairs of a run of the tests, as by successive starts of a service."""
 
 
 def held_port() -> socket.socket:

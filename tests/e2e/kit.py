@@ -27,6 +27,7 @@ from serving import auth
 from serving.auth import Role
 
 from tests.pair import Pair, Program, running_pair
+from tests.simulation.history import Call
 from tests.waiting import eventually
 
 GENERATE = "/ostinato.v1.Generation/Generate"
@@ -224,38 +225,22 @@ def bytes_of(response: generation_pb2.GenerateResponse) -> bytes:
     return response.SerializeToString(deterministic=True)
 
 
-class Heard:
-    """The state of a client that follows a stream, Restarted included; asserts that nothing is missing or repeated."""
+class Heard(Call):
+    """The state of a client that follows a stream; asserts that nothing is missing or repeated."""
 
     def __init__(self) -> None:
-        self.stamp = types_pb2.Stamp()
-        self.repeated = False
-        self.tokens: dict[int, list[int]] = {}
-        self.texts: dict[int, str] = {}
-        self.restarts: list[int] = []
-        self.results: list[types_pb2.Result] = []
+        super().__init__(0, 0, Request(), streamed=True, sent=0)
 
-    def hear(self, event: generation_pb2.GenerateEvent) -> None:
-        kind = event.WhichOneof("event")
-        assert (kind == "admitted") == (not self.stamp.count), f"Admitted comes first, and once:\n{event}"
-        match kind:
-            case "admitted":
-                self.stamp, self.repeated = event.admitted.stamp, event.admitted.repeated_key
-                first = self.stamp.first_sequence
-                self.tokens = {first + i: [] for i in range(self.stamp.count)}
-                self.texts = dict.fromkeys(self.tokens, "")
-            case "tokens":
-                for run in event.tokens.runs:
-                    known = self.tokens[run.sequence]
-                    assert run.first_token == len(known), f"token {len(known)} was due:\n{run}"
-                    known.extend(run.token_ids)
-                    self.texts[run.sequence] += run.text
-            case "restarted":
-                self.restarts.append(event.restarted.sequence)
-                self.tokens[event.restarted.sequence], self.texts[event.restarted.sequence] = [], ""
-            case _:
-                self.results.append(event.finished if kind == "finished" else event.failed)
-                self.results.sort(key=lambda result: result.sequence)
+    def hear(self, event: generation_pb2.GenerateEvent, step: int = 0) -> None:
+        super().hear(event, step)
+        assert not self.faults, (self.faults, event)
+        self.results.sort(key=lambda result: result.sequence)
+
+    @property
+    def first(self) -> int:
+        """The first of its numbers."""
+        assert self.stamp is not None
+        return self.stamp.first_sequence
 
     def whole(self) -> None:
         """Assert that the streamed tokens and text are those of the results."""

@@ -142,11 +142,11 @@ async def test_a_restart_of_both_changes_nothing(pair: Pair) -> None:
 
 
 async def test_a_replay_matches(pair: Pair) -> None:
-    """A replay of everything that completed gives the same outputs."""
+    """A replay of what completed gives the same outputs."""
     async with Client(pair.target) as client:
         await seeded(client, 3)
         last = (await client.head()).last_sequence
-        responses = [response async for response in client.replay(1, last)]
+        responses = [response async for response in client.replay(max(1, last - 23), last)]
         metrics = pair.metrics()
 
     verdicts = [response.comparison for response in responses if response.HasField("comparison")]

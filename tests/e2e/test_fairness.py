@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-
 import grpc
 import pytest
 
@@ -12,8 +9,7 @@ from ostinato import errors
 from ostinato.v1 import generation_pb2, generation_pb2_grpc, types_pb2
 from serving.auth import TENANT_METADATA
 
-from tests.e2e.kit import span
-from tests.pair import Pair
+from tests.e2e.kit import own, rule, span
 from tests.waiting import eventually
 
 FLAGS = ("--trust-tenant-metadata", "--window-runs-max", "1", "--numbered-items-max", "1", "--tenant-queue-items-max", "20")
@@ -22,35 +18,32 @@ FLAGS = ("--trust-tenant-metadata", "--window-runs-max", "1", "--numbered-items-
 async def test_a_flood_waits_in_its_own_queue() -> None:
     """While an item holds the engine, 20 of one tenant wait without numbers and its next is refused with a hint; one who leaves
     burns no number; another tenant's request is numbered at once, and every number ends."""
-    script = json.dumps({"runs": 1, "rules": [{"do": "hang", "sequences": [1]}]})
-    with Pair(service=["--script", script], sidecar=FLAGS) as pair:
-        pair.start()
-        async with grpc.aio.insecure_channel(pair.target) as channel:
-            stub: generation_pb2_grpc.GenerationAsyncStub = generation_pb2_grpc.GenerationStub(channel)
+    async with own(*FLAGS, runs=1, rules=[rule("hang", 0, sequences=[1])]) as door:
+        pair, stub = door.pair, door.generation
 
-            def ask(tenant: str) -> grpc.aio.UnaryUnaryCall[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse]:
-                item, size = types_pb2.Item(text="x"), types_pb2.Parameters(max_new_tokens=200)
-                request = generation_pb2.GenerateRequest(items=[item], parameters=size)
-                return stub.Generate(request, metadata=[(TENANT_METADATA, tenant)])
+        def ask(tenant: str) -> grpc.aio.UnaryUnaryCall[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse]:
+            item, size = types_pb2.Item(text="x"), types_pb2.Parameters(max_new_tokens=200)
+            request = generation_pb2.GenerateRequest(items=[item], parameters=size)
+            return stub.Generate(request, metadata=[(TENANT_METADATA, tenant)])
 
-            async def waiting(count: int) -> None:
-                await eventually(lambda: pair.metrics()["ostinato_unnumbered_items"] == count, f"{count} wait")
+        async def waiting(count: int) -> None:
+            await eventually(lambda: pair.metrics()["ostinato_unnumbered_items"] == count, f"{count} wait")
 
-            first = ask("flood")
-            await eventually(lambda: pair.metrics()["ostinato_inflight_items"] == 1, "an item holds the engine")
-            flood = [ask("flood") for _ in range(20)]
-            await waiting(19)
-            leaver = ask("flood")
-            await waiting(20)
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await ask("flood")
-            other = ask("other")
-            await eventually(lambda: pair.metrics()["ostinato_queue_items"] == 2, "it is numbered")
-            leaver.cancel()
-            await waiting(19)
-            await stub.Cancel(span(1, 1), metadata=[(TENANT_METADATA, "flood")])
-            answers = [await call for call in (first, *flood)]
-            answer = await other
+        first = ask("flood")
+        await eventually(lambda: pair.metrics()["ostinato_inflight_items"] == 1, "an item holds the engine")
+        flood = [ask("flood") for _ in range(20)]
+        await waiting(19)
+        leaver = ask("flood")
+        await waiting(20)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await ask("flood")
+        other = ask("other")
+        await eventually(lambda: pair.metrics()["ostinato_queue_items"] == 2, "it is numbered")
+        leaver.cancel()
+        await waiting(19)
+        await stub.Cancel(span(1, 1), metadata=[(TENANT_METADATA, "flood")])
+        answers = [await call for call in (first, *flood)]
+        answer = await other
 
     error = errors.from_rpc_error(refused.value)
     assert isinstance(error, errors.QueueFull)
@@ -61,43 +54,19 @@ async def test_a_flood_waits_in_its_own_queue() -> None:
     assert [result.WhichOneof("outcome") for each in answers[1:] for result in each.results] == ["output"] * 20
 
 
-async def test_a_batch_that_hangs_does_not_hold_up_another_tenant() -> None:
-    """While a batch of 64 items, none of which ends, has all of the engine that its tenant may hold, another tenant's items are
-    answered; the batch ends when it is cancelled, and the rest of its numbers with it."""
-    script = json.dumps({"runs": 4, "rules": [{"do": "hang", "sequences": list(range(1, 65))}]})
-    with Pair(service=["--script", script], sidecar=["--trust-tenant-metadata"]) as pair:
-        pair.start()
-        async with grpc.aio.insecure_channel(pair.target) as channel:
-            flood = asyncio.create_task(asked(channel, "flood", 64))
-            await eventually(lambda: pair.metrics()["ostinato_inflight_items"] == 3, "it holds its share")
-            answers = [await asked(channel, "other", 1) for _ in range(5)]
-            inflight = pair.metrics()["ostinato_inflight_items"]
-            stub: generation_pb2_grpc.GenerationAsyncStub = generation_pb2_grpc.GenerationStub(channel)
-            await stub.Cancel(span(1, 64), metadata=[(TENANT_METADATA, "flood")])
-            batch = await flood
-
-    assert [answer.stamp.first_sequence for answer in answers] == list(range(65, 70))
-    assert [answer.results[0].WhichOneof("outcome") for answer in answers] == ["output"] * 5
-    assert inflight == 3
-    assert (batch.stamp.first_sequence, batch.stamp.count) == (1, 64)
-
-
 async def test_a_tenant_that_has_filled_its_part_of_the_journal_is_refused_alone() -> None:
     """At its bound a tenant is refused with the setting's name, also after a restart, and gets a key's recorded answer; another
     tenant is served."""
-    with Pair(sidecar=["--trust-tenant-metadata", "--tenant-journal-bytes-max", "20000"]) as pair:
-        pair.start_service()
-        sidecar = pair.start_sidecar()
-        async with grpc.aio.insecure_channel(pair.target) as channel:
-            sidecar.wait_for("engine connected")
-            first = await asked(channel, "flood", 1, key="first")
-            await asked(channel, "flood", 64)
-            told = [await refusal(channel)]
-            sidecar.stop()
-            pair.start_sidecar().wait_for("engine connected")
-            told.append(await refusal(channel))
-            again = await asked(channel, "flood", 1, key="first")
-            other = await asked(channel, "other", 1)
+    async with own("--trust-tenant-metadata", "--tenant-journal-bytes-max", "20000") as door:
+        pair, channel = door.pair, door.channel
+        first = await asked(channel, "flood", 1, key="first")
+        await asked(channel, "flood", 64)
+        told = [await refusal(channel)]
+        pair.sidecar.stop()
+        pair.start_sidecar().wait_for("engine connected")
+        told.append(await refusal(channel))
+        again = await asked(channel, "flood", 1, key="first")
+        other = await asked(channel, "other", 1)
 
     assert [(type(error), error.details) for error in told] == [
         (errors.JournalFull, {"setting": "tenant_journal_bytes_max"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -12,14 +13,13 @@ import pytest
 
 from ostinato import errors
 from ostinato.client import Client
-from ostinato.v1 import generation_pb2, types_pb2
 
-from tests.bench.floods import STRANGER, TENANT, begin, tokens_file
+from tests.bench.floods import STRANGER, TENANT, begin
 from tests.bench.memory import Memory
-from tests.e2e.kit import GENERATE, Refusal, refusal, scripted
+from tests.e2e.kit import GENERATE, Refusal, one, own, refusal, scripted, tokens_file
 from tests.floods import chatty, long_text
 from tests.http2 import connected, framed
-from tests.pair import Pair
+from tests.pair import Pair, running_pair
 from tests.waiting import eventually
 
 MEGABYTES_MAX = 400
@@ -27,19 +27,23 @@ SECONDS = 2.5
 """Without the bounds the slowest of these floods takes 400 MB in less."""
 
 
+@dataclass(frozen=True)
 class Attacked:
     """A pair, and the tokens of its tenants: acme is hostile, zeta is not."""
 
-    def __init__(self, pair: Pair, tokens: dict[str, str]) -> None:
-        self.pair, self.tokens = pair, tokens
-        self.metadata = [("authorization", f"Bearer {tokens['acme']}")]
+    pair: Pair
+    tokens: dict[str, str]
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.tokens['acme']}"),)
 
 
 @pytest.fixture(scope="module", name="attacked")
-def _attacked() -> Iterator[Attacked]:
-    with Pair(service=scripted(), sidecar=["--arrival-seconds-max", "3"]) as pair:
-        tokens = tokens_file(pair)
-        yield Attacked(pair.start(), tokens)
+def _attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
+    listed, tokens = tokens_file(tmp_path_factory.mktemp("floods"), "acme", "zeta")
+    with running_pair(service=scripted(), sidecar=["--arrival-seconds-max", "3", "--tokens", str(listed)]) as pair:
+        yield Attacked(pair, tokens)
 
 
 @pytest.mark.parametrize(
@@ -74,12 +78,11 @@ async def test_the_token_is_judged_before_the_request_is_there(attacked: Attacke
         missing = peer.begin(GENERATE)
         await peer.send(missing, framed(b"", 1000))
         await asyncio.wait_for(peer.ended[missing].wait(), 10)
-        waiting = peer.begin(GENERATE, attacked.metadata)
-        await asyncio.sleep(0.5)
+        waiting, begun = peer.begin(GENERATE, attacked.metadata), time.monotonic()
+        await asyncio.wait_for(peer.ended[waiting].wait(), 10)
 
         assert b"who calls?" in peer.headers[missing]
-        assert not peer.ended[waiting].is_set()
-        await asyncio.wait_for(peer.ended[waiting].wait(), 10)
+        assert time.monotonic() - begun > 2, "it was waited for"
         assert b"not whole within" in peer.headers[waiting]
 
 
@@ -89,7 +92,7 @@ async def test_the_memory_of_requests_is_a_tenants_own(attacked: Attacked) -> No
     async with grpc.aio.insecure_channel(attacked.pair.target) as channel:
         call: Any = channel.unary_unary(GENERATE)
         for _ in range(3):
-            calls = (refusal(call(long_text(), metadata=tuple(attacked.metadata))) for _ in range(8))
+            calls = (refusal(call(long_text(), metadata=attacked.metadata)) for _ in range(8))
             seen += await asyncio.gather(*calls)
 
     full = [each for each in seen if each.reason == errors.QueueFull.reason]
@@ -104,8 +107,8 @@ async def test_charges_end_with_their_items(attacked: Attacked) -> None:
         await client.generate(["a"] * 8, max_new_tokens=2, key="twice")
         with pytest.raises(errors.InvalidRequest):
             await client.generate("a", max_new_tokens=0)
-        left = asyncio.create_task(client.generate(["b"] * 8, max_new_tokens=1000, ignore_eos=True))
-        await asyncio.sleep(0.1)
+        left = asyncio.create_task(client.generate(["b"] * 8, max_new_tokens=4000, ignore_eos=True))
+        await eventually(lambda: attacked.pair.metrics()["ostinato_request_bytes"] > 0, "it is charged")
         left.cancel()
 
     await eventually(lambda: attacked.pair.metrics()["ostinato_request_bytes"] == 0, "nothing is charged")
@@ -114,9 +117,8 @@ async def test_charges_end_with_their_items(attacked: Attacked) -> None:
 
 async def test_a_connection_ends_at_its_age() -> None:
     """A reader that takes nothing loses its connection, and what gRPC holds for it, after age and grace."""
-    flags = ["--connection-age-seconds", "1", "--connection-grace-seconds", "1"]
-    with Pair(service=scripted(), sidecar=flags) as pair:
-        pair.start()
+    async with own("--connection-age-seconds", "1", "--connection-grace-seconds", "1") as door:
+        pair = door.pair
         async with connected(pair.target, window=0) as peer:
             peer.call(GENERATE, chatty())
             await eventually(lambda: pair.metrics()["ostinato_held_bytes"] > 100_000, "an answer waits")
@@ -126,16 +128,12 @@ async def test_a_connection_ends_at_its_age() -> None:
 
 async def test_connections_are_bounded() -> None:
     """Beyond --connections-max a connection is closed at once; those that are there are served."""
-    with Pair(service=scripted(), sidecar=["--connections-max", "2"]) as pair:
-        pair.start()
-        request = generation_pb2.GenerateRequest(
-            items=[types_pb2.Item(text="hello")], parameters=types_pb2.Parameters(max_new_tokens=2)
-        ).SerializeToString()
+    with running_pair(service=scripted(), sidecar=["--connections-max", "2"]) as pair:
         async with connected(pair.target, window=65535) as first, connected(pair.target) as second:
-            await asyncio.sleep(0.2)
+            await asyncio.gather(*(asyncio.wait_for(peer.greeted.wait(), 10) for peer in (first, second)))
             async with connected(pair.target) as third:
                 await eventually(lambda: third.over, "it is closed")
-            stream = first.call(GENERATE, request)
+            stream = first.call(GENERATE, one(max_new_tokens=2).SerializeToString())
             await asyncio.wait_for(first.ended[stream].wait(), 10)
 
             assert first.data[stream]
@@ -144,8 +142,6 @@ async def test_connections_are_bounded() -> None:
 
 async def test_a_burst_on_a_new_connection_loses_no_call() -> None:
     """1,000 calls at once, without a key, are all answered, although one connection takes fewer."""
-    with Pair(service=scripted(), sidecar=["--connection-calls-max", "128"]) as pair:
-        pair.start()
-        async with Client(pair.target) as client:
-            answers = await asyncio.gather(*(client.generate("hello", max_new_tokens=2) for _ in range(1000)))
+    async with own("--connection-calls-max", "128") as door:
+        answers = await asyncio.gather(*(door.client.generate("hello", max_new_tokens=2) for _ in range(1000)))
         assert len({answer.results[0].sequence for answer in answers}) == 1000

@@ -17,7 +17,6 @@ from tests.e2e.kit import (
     SLOWLY,
     Door,
     Heard,
-    Refusal,
     asked,
     begun,
     bytes_of,
@@ -32,18 +31,6 @@ from tests.e2e.kit import (
     span,
 )
 from tests.waiting import eventually
-
-
-async def test_a_key_is_bound_to_its_request(door: Door) -> None:
-    """A key with a different request is refused; a different request_id does not make a request different."""
-    first = await door.client.generate("a", key="bound", max_new_tokens=2)
-
-    async with door.nothing_numbered():
-        for other in (asked("b", key="bound", max_new_tokens=2), asked("a", key="bound", max_new_tokens=3)):
-            (await refusal(door.generation.Generate(other))).says(errors.KeyReused)
-            (await refusal(door.streamed(other))).says(errors.KeyReused)
-        again = await door.client.generate("a", key="bound", max_new_tokens=2, request_id="another label")
-        assert bytes_of(again) == bytes_of(first)
 
 
 @pytest.mark.parametrize(
@@ -77,19 +64,6 @@ async def test_a_retry_joins_what_is_in_flight(door: Door) -> None:
     assert door.pair.metrics()["ostinato_admitted_items_total"] == before + 2
 
 
-async def test_many_callers_with_one_key(door: Door) -> None:
-    """Of concurrent different requests with one key, one gets the key; its callers get its answer, the others are refused."""
-    requests = [asked(prompt, key="raced", max_new_tokens=8) for prompt in "ab" for _ in range(8)]
-
-    answers = await asyncio.gather(*map(door.generation.Generate, requests), return_exceptions=True)
-
-    found = {bytes_of(each) for each in answers if isinstance(each, generation_pb2.GenerateResponse)}
-    refused = [Refusal.of(each) for each in answers if isinstance(each, grpc.aio.AioRpcError)]
-    assert (len(found), len(refused)) == (1, 8), (answers, refused)
-    for said in refused:
-        said.says(errors.KeyReused)
-
-
 async def test_a_keyed_caller_may_disconnect_and_retry(door: Door) -> None:
     """The work continues; retries get the same sequences and the same bytes."""
     request = asked(["a", "b"], key="left", max_new_tokens=40, ignore_eos=True)
@@ -102,46 +76,6 @@ async def test_a_keyed_caller_may_disconnect_and_retry(door: Door) -> None:
     assert joined.stamp == listener.stamp
     assert [result.WhichOneof("outcome") for result in joined.results] == ["output", "output"]
     assert bytes_of(recorded) == bytes_of(joined)
-
-
-async def test_a_keyed_caller_outlives_its_deadline(door: Door) -> None:
-    """With a key, a deadline ends the call but not the work."""
-    request = asked("a", key="too late", max_new_tokens=60, ignore_eos=True)
-
-    said = await refusal(door.generation.Generate(request, timeout=0.1))
-
-    assert said.code == grpc.StatusCode.DEADLINE_EXCEEDED, said
-    (result,) = (await door.generation.Generate(request)).results
-    assert len(result.output.token_ids) == 60, result
-    assert result.attempt == 1
-
-
-async def test_a_key_outlives_the_sidecar() -> None:
-    """After a drain and after a kill, the key returns the same bytes, and interrupted work is finished."""
-    held = {"do": "hang", "at": 1, "sequences": [3], "attempts": [1]}
-    async with own(rules=[held]) as door:
-        first = await door.client.generate(["a", "b"], key="kept", max_new_tokens=4)
-        interrupted = asked("c", key="interrupted", max_new_tokens=40)
-        assert door.pair.sidecar.stop() == 0
-        door.pair.start_sidecar().wait_for("engine connected")
-        assert bytes_of(await door.client.generate(["a", "b"], key="kept", max_new_tokens=4)) == bytes_of(first)
-        _, listener = await begun(door, interrupted)
-
-        door.pair.sidecar.kill()
-        door.pair.start_sidecar().wait_for("engine connected")
-
-        assert bytes_of(await door.client.generate(["a", "b"], key="kept", max_new_tokens=4)) == bytes_of(first)
-        finished = await door.client.generate(interrupted)
-        assert finished.stamp == listener.stamp
-        assert (finished.results[0].WhichOneof("outcome"), finished.results[0].attempt) == ("output", 2)
-
-
-async def test_a_deadline_that_has_passed(door: Door) -> None:
-    """The client's own gRPC fails the call, and nothing is numbered."""
-    async with door.nothing_numbered():
-        for call in (door.generation.Generate(one(), timeout=-1), door.generation.GenerateStream(one(), timeout=-1).read()):
-            said = await refusal(call)
-            assert (said.code, said.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, ""), said
 
 
 async def test_an_unkeyed_deadline_ends_the_work(door: Door) -> None:
@@ -170,7 +104,7 @@ async def test_an_unkeyed_caller_that_disconnects_ends_the_work(door: Door) -> N
     """All its items become CANCELLED, and the engine is free."""
     call, listener = await begun(door, asked(["a", "b"], **ENDLESS))
     unary = asyncio.ensure_future(door.client.generate("c", **ENDLESS))
-    first = listener.stamp.first_sequence
+    first = listener.first
     await eventually(lambda: newest_is(door, first + 2), "the unary call has its number")
 
     call.cancel()
@@ -184,7 +118,7 @@ async def test_an_unkeyed_caller_that_disconnects_ends_the_work(door: Door) -> N
 async def test_cancel_while_it_runs(door: Door) -> None:
     """Cancel answers once the outcomes are durable; the stream gets them, and the engine is free."""
     stream, listener = await begun(door, asked(["a", "b"], **ENDLESS))
-    first = listener.stamp.first_sequence
+    first = listener.first
 
     answer = await door.generation.Cancel(span(first, first + 1))
 
@@ -234,7 +168,7 @@ async def test_draining() -> None:
         said.says(errors.Draining)
         assert said.retry_after is not None, said
         assert await health(door) == "NOT_SERVING"
-        assert await door.last_sequence() == listener.stamp.first_sequence
+        assert await door.last_sequence() == listener.first
         (result,) = (await rest(stream, listener)).results
 
         listener.whole()

@@ -274,39 +274,6 @@ async def test_a_fault_costs_the_stream_and_no_number(stage: Stage, fault: Calla
     await stage.sound()
 
 
-async def test_tokens_of_a_lost_attempt_are_taken_back(stage: Stage) -> None:
-    """After a fault the client gets the good attempt: after the sent tokens where these are equal, else after Restarted."""
-    stage.fake.runs = [
-        lambda s: [frame(started(s), tokens(s, 0, *answer(s)[:2])), frame(RunEvent())],
-        behave,
-        lambda s: [frame(started(s), tokens(s, 0, 7)), frame(RunEvent())],
-    ]
-
-    for restarts in (0, 1):
-        made: list[int] = []
-        seen = 0
-        async for event in stage.door.client.stream("abc", timeout=40):
-            if event.HasField("restarted"):
-                seen, made = seen + 1, []
-            for run in event.tokens.runs:
-                assert run.first_token == len(made)
-                made.extend(run.token_ids)
-        assert made == answer(Submit(token_ids=b"abc"))
-        assert seen == restarts
-    await stage.sound()
-
-
-async def test_an_item_of_faults_only_is_given_up(stage: Stage) -> None:
-    """An item under which the service breaks the protocol every time fails after its attempts; nothing else is affected."""
-    stage.fake.runs = [lambda s: [frame(started(s), finished(s, grade=17))]] * 3
-
-    (result,) = (await stage.door.client.generate("abc", timeout=40)).results
-
-    assert errors.from_status(result.status).reason == "ATTEMPTS_EXHAUSTED"
-    assert stage.faults() == 3
-    await stage.sound()
-
-
 ENDS: Mapping[str, tuple[Callable[[Submit], Sequence[Wire]], str]] = {
     "failed twice": (lambda s: [frame(started(s), failed(s), failed(s))], "UNKNOWN"),
     "failed, then finished": (lambda s: [frame(started(s), failed(s)), frame(finished(s))], "UNKNOWN"),
@@ -335,23 +302,10 @@ async def test_the_first_end_counts(stage: Stage, fault: Callable[[Submit], Sequ
     await stage.sound()
 
 
-async def test_a_stream_that_is_closed(stage: Stage) -> None:
-    """When the service ends the stream, the sidecar reconnects, and the attempt counts if it had started."""
-    stage.fake.runs = [lambda s: [CLOSE], lambda s: [frame(started(s)), CLOSE]]
-
-    (result,) = (await stage.door.client.generate("abc", timeout=40)).results
-
-    assert (result.WhichOneof("outcome"), result.attempt) == ("output", 2)
-    assert [submit.attempt for submit in stage.fake.submits] == [1, 1, 2]
-    assert stage.faults() == 0
-    await stage.sound()
-
-
 WELCOMES: Mapping[str, Wire] = {
     "an empty message": engine_pb2.ExecuteResponse(),
     "events": frame(RunEvent(run_id=1, started=engine_pb2.Started())),
     "malformed bytes": b"\xff\xff",
-    "no capacity": welcome(capacity=engine_pb2.Capacity(runs=1, kv_blocks=1)),
     "no description": engine_pb2.ExecuteResponse(welcome=engine_pb2.Welcome()),
     "an unknown grade": welcome(grade=17),
 }
@@ -373,33 +327,18 @@ async def test_no_welcome(stage: Stage, first: Wire) -> None:
 # ---- beside it
 
 
-def some(count: int, **changes: Any) -> Callable[[engine_pb2.PrepareRequest], Wire]:
-    """So many good items, or with these changes bad ones."""
-
-    def respond(request: engine_pb2.PrepareRequest) -> engine_pb2.PrepareResponse:
-        response = prepare(engine_pb2.PrepareRequest(items=[request.items[0]] * count))
-        for item in response.items:
-            for name in changes:
-                item.ClearField(name)  # type: ignore[arg-type]
-        return response
-
-    return respond
+def fewer(request: engine_pb2.PrepareRequest) -> engine_pb2.PrepareResponse:
+    return prepare(engine_pb2.PrepareRequest(items=request.items[:1]))
 
 
-PREPARES: Mapping[str, Callable[[engine_pb2.PrepareRequest], Wire]] = {
-    "no items": some(0),
-    "fewer items": some(1),
-    "more items": some(3),
-    "items without tokens": some(2, token_ids=None),
-    "items without parameters": some(2, parameters=None),
-}
 SHORT, LONG = "abc", "a" * SHORT_BYTES
 """Prepared over the stream, and by a call."""
 USELESS: Mapping[str, tuple[str, Callable[[engine_pb2.PrepareRequest], Wire]]] = {
-    **{name: (SHORT, fault) for name, fault in PREPARES.items()},
-    "by a call, fewer items": (LONG, some(1)),
+    "fewer items": (SHORT, fewer),
+    "by a call, fewer items": (LONG, fewer),
     "by a call, malformed bytes": (LONG, lambda request: b"\xff\xff"),
 }
+"""What else is invalid: tests/sidecar/test_link.py."""
 
 
 @pytest.mark.parametrize(("text", "fault"), USELESS.values(), ids=USELESS)
@@ -413,21 +352,6 @@ async def test_a_useless_preparation(stage: Stage, text: str, fault: Callable[[e
         (await refusal(stage.door.streamed(request))).says(errors.ProtocolViolation)
 
     assert stage.faults() == 2
-    await stage.sound()
-
-
-async def test_what_another_model_prepared(stage: Stage) -> None:
-    """Items prepared for another model than the one that runs fail, by number, instead of running."""
-
-    def other(request: engine_pb2.PrepareRequest) -> engine_pb2.PrepareResponse:
-        return engine_pb2.PrepareResponse(items=map(prepared, request.items), model_digest=b"another")
-
-    stage.fake.prepares = [other]
-
-    (result,) = (await stage.door.client.generate("abc", timeout=40)).results
-
-    assert errors.from_status(result.status).reason == "FINGERPRINT_CHANGED"
-    assert stage.fake.submits == []
     await stage.sound()
 
 

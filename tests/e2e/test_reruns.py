@@ -15,7 +15,6 @@ from ostinato import errors
 from ostinato.chain import check_result
 from ostinato.client import Client
 from ostinato.digest import is_sampled
-from ostinato.replay import replay_against
 from ostinato.requests import Sampling, batch
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
@@ -59,17 +58,6 @@ async def test_the_sampling_hash_decides() -> None:
         assert len(await audited(door.client, "audit")) == len(chosen)
 
 
-async def test_items_that_ran_alone_are_audited_together() -> None:
-    """Four items that each ran alone are audited together, which shows an engine that diverges only beside other runs."""
-    slow_ticks = ("--tick-seconds", "60")  # else the first three may be run beside the fourth
-    async with own(*ALL, *slow_ticks, rules=[rule("diverge", 1, "AUDIT", company=True)], delay_seconds=0.002) as door:
-        await items(door, 1, 1, 1)
-        assert door.pair.metrics()["ostinato_audit_backlog_items"] == 3
-        await items(door, 1)
-
-        assert Counter(each.verdict for each in await judged(door, 4)) == Counter(diverged=4)
-
-
 async def test_a_restart_continues_audits() -> None:
     """Audits that a killed sidecar left are run by the next one: each sampled item gets one verdict."""
     hang = rule("hang", 0, "AUDIT", sequences=[4, 5, 6, 7, 8, 9])
@@ -108,17 +96,16 @@ async def test_the_budget_and_the_backlog() -> None:
 
 async def test_another_engine_skips_audits() -> None:
     """Audits that wait while the engine is replaced by one with another fingerprint are skipped and counted."""
-    with Pair(service=scripted(), sidecar=ALL) as pair:
-        pair.start()
-        async with opened(pair) as door:
-            await items(door, 1, 1)
-            await asyncio.to_thread(pair.replace_service, "--script", scripted(fields={"device": "another"})[-1])
-            await items(door, 1, 1)
-            await eventually(lambda: missing(pair, "audit") == {"FINGERPRINT_CHANGED": 2}, "the first two are skipped")
-            await items(door, 1, 1)
+    async with own(*ALL) as door:
+        pair = door.pair
+        await items(door, 1, 1)
+        await asyncio.to_thread(pair.replace_service, "--script", scripted(fields={"device": "another"})[-1])
+        await items(door, 1, 1)
+        await eventually(lambda: missing(pair, "audit") == {"FINGERPRINT_CHANGED": 2}, "the first two are skipped")
+        await items(door, 1, 1)
 
-            assert {3, 4} <= {each.sequence for each in await judged(door, 2)}
-            assert missing(pair, "audit") == {"FINGERPRINT_CHANGED": 2}
+        assert {3, 4} <= {each.sequence for each in await judged(door, 2)}
+        assert missing(pair, "audit") == {"FINGERPRINT_CHANGED": 2}
 
 
 WATCHING = ("--canary-seconds", "1000")
@@ -170,8 +157,8 @@ async def test_a_changed_answer_is_found(tmp_path: Path) -> None:
 
 async def test_answers_survive_a_restart() -> None:
     """A restarted sidecar knows the answers of the default canaries. One that the engine refuses is logged once and counted."""
-    with Pair(service=scripted(), sidecar=WATCHING) as pair:
-        pair.start()
+    async with own(*WATCHING) as door:
+        pair = door.pair
         await eventually(lambda: learned(pair).total() == 5, "all but one are learned")
         refused = pair.sidecar.wait_for("canary refused")
         assert refused["canary"] == "json"
@@ -185,8 +172,8 @@ async def test_answers_survive_a_restart() -> None:
 
 async def test_rounds() -> None:
     """Canaries also run on a timer. A refused one is counted in each round and logged once."""
-    with Pair(service=scripted(), sidecar=["--canary-seconds", "0.2"]) as pair:
-        pair.start()
+    async with own("--canary-seconds", "0.2") as door:
+        pair = door.pair
         await eventually(lambda: counted(pair, "canary")["match"] >= 10, "two more rounds")
         await eventually(lambda: missing(pair, "canary")["INVALID_REQUEST"] >= 3, "each round counts the refused one")
         assert len(pair.sidecar.said("canary refused")) == 1
@@ -194,14 +181,13 @@ async def test_rounds() -> None:
 
 async def test_a_canary_that_kills_the_engine() -> None:
     """A canary under which two engines are lost is not run any more, so the third one survives."""
-    with Pair(service=scripted(rules=[rule("crash", 20, "CANARY")]), sidecar=WATCHING) as pair:
-        pair.start()
+    async with own(*WATCHING, rules=[rule("crash", 20, "CANARY")]) as door:
+        pair = door.pair
         for _ in range(2):
             ended(pair.service)
             pair.start_service()
         await eventually(lambda: missing(pair, "canary").get("ATTEMPTS_EXHAUSTED", 0) > 0, "those under it are given up")
-        async with opened(pair) as door:
-            assert (await door.client.generate("a", max_new_tokens=1)).results[0].HasField("output")
+        assert (await door.client.generate("a", max_new_tokens=1)).results[0].HasField("output")
         assert pair.service.running
 
 
@@ -272,28 +258,17 @@ async def test_verdicts_come_with_the_answers() -> None:
         assert not plain.results[0].HasField("comparison")
 
 
-async def test_an_item_that_fails_is_not_verified() -> None:
-    """An item that fails has its status and no comparison."""
-    async with own(rules=[rule("fail", 2, sequences=[1])]) as door:
-        first, second = (await door.generation.Generate(asked(["a", "b"]))).results
-
-        assert errors.from_status(first.status).reason == "ENGINE_FAILED"
-        assert not first.HasField("comparison")
-        assert second.comparison.verdict == MATCH
-
-
 async def test_an_engine_lost_in_the_second_run() -> None:
     """The answer has no verdict but a reason. Nothing runs again, and a retry by key gets the same bytes."""
-    with Pair(service=scripted(rules=[rule("crash", 1, "VERIFY")])) as pair:
-        pair.start()
-        async with opened(pair) as door:
-            response = await door.generation.Generate(asked(["a"], key="k"))
+    async with own(rules=[rule("crash", 1, "VERIFY")]) as door:
+        pair = door.pair
+        response = await door.generation.Generate(asked(["a"], key="k"))
 
-            assert why(response.results[0]) == "ENGINE_UNAVAILABLE"
-            assert missing(pair, "verify") == {"ENGINE_UNAVAILABLE": 1}
-            assert counted(pair, "verify") == Counter()
-            again = await door.generation.Generate(asked(["a"], key="k"))
-            assert again.SerializeToString(deterministic=True) == response.SerializeToString(deterministic=True)
+        assert why(response.results[0]) == "ENGINE_UNAVAILABLE"
+        assert missing(pair, "verify") == {"ENGINE_UNAVAILABLE": 1}
+        assert counted(pair, "verify") == Counter()
+        again = await door.generation.Generate(asked(["a"], key="k"))
+        assert again.SerializeToString(deterministic=True) == response.SerializeToString(deterministic=True)
 
 
 async def test_a_second_run_that_fails() -> None:
@@ -362,29 +337,6 @@ async def all_of(source: Any) -> list[sequencer_pb2.ReplayResponse]:
     return [response async for response in source]
 
 
-async def test_an_exclusive_replay() -> None:
-    """A replay under load shows an engine that diverges beside other runs; an exclusive one matches."""
-    rule = {"do": "diverge", "at": 3, "purposes": ["REPLAY"], "company": True}
-    async with own(delay_seconds=0.002, rules=[rule]) as door:
-        stamp = (await door.client.generate(["a", "b", "c", "d"], **ASKED)).stamp
-        last = stamp.first_sequence + stamp.count - 1
-        stop = asyncio.Event()
-
-        async def background_load() -> None:
-            while not stop.is_set():
-                await door.client.generate("background_load", max_new_tokens=16, ignore_eos=True)
-                await asyncio.sleep(0.02)
-
-        company = asyncio.create_task(background_load())
-        beside = await all_of(door.client.replay(stamp.first_sequence, last, concurrency=4))
-        alone = await all_of(door.client.replay(stamp.first_sequence, last, alone=True))
-        stop.set()
-        await company
-
-    assert DIVERGED in {each.comparison.verdict for each in beside}
-    assert [each.comparison.verdict for each in alone] == [MATCH] * 4
-
-
 async def test_items_that_are_passed_over() -> None:
     """Items that have not completed are listed and not run. The counts add up. A divergence comes with the record."""
     rules = [
@@ -429,18 +381,3 @@ async def test_drift_names_its_fields_also_after_a_restart() -> None:
     assert second.comparison.verdict == MATCH
     assert dict(record.fingerprint.fields).items() >= before.items()
     assert list(sequencer_pb2.CompletedPayload.FromString(payloads[1]).twin.drift) == fields
-
-
-async def test_another_sidecar_runs_the_record() -> None:
-    """A record can be run at another sidecar, where it gets sequences: it matches there, or the drifted fields are named."""
-    async with own(fields={"device": "abacus"}) as here, own(fields={"device": "loom"}) as there:
-        await here.client.generate(["a", "b"], **ASKED)
-        await here.client.generate(["c", "d"], max_new_tokens=5, stop=["zz"], temperature=0.3, top_k=7)
-        itself = await all_of(replay_against(here.client, here.client, 1, 2**64 - 1))
-        other = await all_of(replay_against(here.client, there.client, 2, 4))
-        assert (await here.last_sequence(), await there.last_sequence()) == (8, 3)
-
-    assert {each.comparison.verdict for each in itself} == {MATCH}
-    assert sorted(each.comparison.sequence for each in itself) == [1, 2, 3, 4]
-    assert {(each.comparison.verdict, *each.comparison.drift) for each in other} == {(INCOMPARABLE, "fingerprint.device")}
-    assert not any(each.comparison.HasField("first_difference") for each in other)

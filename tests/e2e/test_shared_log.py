@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from ostinato import errors
 from ostinato.client import Client
 from ostinato.v1 import sequencer_pb2, types_pb2
 
@@ -104,52 +103,6 @@ async def test_a_dead_sidecar_is_taken_over(postgres: Postgres) -> None:
     assert set(record.outcomes) == {1, 2, 3}
     assert {outcome.writer for outcome in record.outcomes.values()} == {"b"}
     assert epoch == "3"
-
-
-async def test_cancelled_from_another_sidecar(postgres: Postgres) -> None:
-    """An item without a key that runs at one sidecar and is cancelled through another one is answered as CANCELLED by the
-    first, which goes on, also where the payload of that outcome is not kept."""
-    url = postgres.url(postgres.schema())
-    with started(url, "a", "b", script=HANGING, payloads="digests") as (a, b):
-        async with Client(a.target) as at_a, Client(b.target) as at_b:
-            asked = asyncio.create_task(at_a.generate("x"))
-            await numbered(at_b, 1)
-            cancelled = await at_b.cancel(1)
-            await asyncio.to_thread(a.service.kill)
-            await asyncio.to_thread(a.start_service)
-            answer = await asked
-            after = await at_a.head()
-        code = await asyncio.to_thread(a.sidecar.stop)
-
-    assert cancelled.cancelled == 1
-    assert errors.from_status(answer.results[0].status).reason == "CANCELLED"
-    assert after.last_sequence == 1
-    assert code == 0
-
-
-async def test_a_server_that_restarts(postgres: Postgres) -> None:
-    """While the server is away work is refused with a hint when to come back, and what runs waits; then all of it goes on in
-    the same process."""
-    url = postgres.url(postgres.schema())
-    with started(url, "a") as (a,):
-        async with Client(a.target) as client:
-            running = asyncio.create_task(client.generate("x"))
-            await numbered(client, 1)
-            postgres.crash()
-            with pytest.raises(errors.JournalUnavailable) as refused:
-                await client.generate("y", timeout=20)
-            await eventually(lambda: a.metrics(a.service)["ostinato_engine_runs_in_flight"] == 0, "the engine is done with it")
-            assert not running.done()
-            postgres.start()
-            answer = await running
-            head = await client.head()
-        assert a.sidecar.running
-        code = await asyncio.to_thread(a.sidecar.stop)
-
-    assert refused.value.retry_after
-    assert answer.results[0].HasField("output")
-    assert head.epoch == 1
-    assert code == 0
 
 
 @pytest.mark.timeout(180)

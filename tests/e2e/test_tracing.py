@@ -25,6 +25,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from ostinato import errors, tracing
 from ostinato.client import Client
 
+from tests.e2e.kit import own
 from tests.pair import Pair
 from tests.waiting import eventually
 
@@ -240,13 +241,11 @@ async def test_failures_and_second_attempts_show(collector: tuple[str, Spans]) -
 
 async def test_an_absent_collector_delays_nothing() -> None:
     """Without a collector at the address, the sidecar answers and drains."""
-    with Pair(service=["--self-test", "off"], sidecar=["--traces", "otlp:http://127.0.0.1:9"]) as pair:
-        pair.start()
-        async with Client(pair.target) as client:
-            answer = await client.generate("a", max_new_tokens=2)
+    async with own("--traces", "otlp:http://127.0.0.1:9") as door:
+        answer = await door.client.generate("a", max_new_tokens=2)
 
         assert answer.results[0].HasField("output")
-        assert pair.sidecar.stop() == 0
+        assert door.pair.sidecar.stop() == 0
 
 
 def openmetrics(pair: Pair) -> str:

@@ -126,28 +126,6 @@ async def filled(door: Door) -> Any:
     raise AssertionError("the journal takes more than it may")
 
 
-async def test_no_room_for_the_engine_or_the_queue() -> None:
-    """A request that can never fit is INVALID_ARGUMENT; one that does not fit now gets a retry delay, and fits later."""
-    held = {"do": "hang", "at": 1, "sequences": [2]}
-    small = {"kv_blocks": 4, "block_tokens": 16, "context_tokens": 256, "rules": [held]}
-    async with own("--queue-items-max", "3", **small) as door:
-        async with door.nothing_numbered():
-            (await refusal(door.generation.Generate(items(Item(text="a"), ids(60))))).says(errors.InvalidRequest, "items[0]")
-            said = await refusal(door.generation.Generate(items(*[Item(text="a")] * 4, max_new_tokens=1)))
-            said.says(errors.QueueFull)
-
-        stream, listener = await begun(door, one(max_new_tokens=40, ignore_eos=True))
-        waiting = asyncio.ensure_future(door.client.generate(["a"] * 3, max_new_tokens=40, ignore_eos=True))
-        await eventually(lambda: newest_is(door, listener.stamp.first_sequence + 3), "the queue is full")
-        said = await refusal(door.generation.Generate(one(max_new_tokens=1)))
-        said.says(errors.QueueFull)
-        assert said.retry_after is not None, said
-        await door.client.cancel(2)
-        await rest(stream, listener)
-        assert all(result.HasField("output") for result in (await waiting).results)
-        assert (await door.client.generate("a", max_new_tokens=1)).stamp.first_sequence == listener.stamp.first_sequence + 4
-
-
 async def test_load_is_on_one_page() -> None:
     """The sidecar's page says in vLLM's names what waits, in the engine too, what runs, and the share of KV blocks in use."""
     script = {
@@ -171,16 +149,6 @@ async def test_load_is_on_one_page() -> None:
         await door.client.cancel(1, 7)
         await asyncio.gather(*calls)
         await eventually(lambda: load() == (0, 0, 0, 0), "nothing is left")
-
-
-async def test_an_engine_that_hangs() -> None:
-    """Every item, keyed or not, ends at its time limit, and the engine is free."""
-    script = {"rules": [{"do": "hang", "at": 2, "sequences": [1, 2]}]}
-    async with own("--item-timeout-seconds", "0.3", **script) as door:
-        responses = await asyncio.gather(door.client.generate("a"), door.client.generate("b", key="hangs"))
-        assert {errors.from_status(each.results[0].status).reason for each in responses} == {"DEADLINE_EXCEEDED"}
-        assert [await door.kinds(number) for number in (1, 2)] == [["FAILED"]] * 2
-        await door.freed()
 
 
 async def test_a_grade_that_is_lost() -> None:
@@ -211,7 +179,7 @@ async def test_a_listener_whose_engine_dies() -> None:
     async with own(**script) as door:
         stream: Any = door.generation.GenerateStream(asked(["a", "b", "c"], max_new_tokens=100, ignore_eos=True))
         listener = Heard()
-        while not listener.tokens or min(map(len, listener.tokens.values())) < 10:
+        while len(listener.tokens) < 3 or min(map(len, listener.tokens.values())) < 10:
             listener.hear(await stream.read())
 
         door.pair.service.kill()
@@ -219,7 +187,7 @@ async def test_a_listener_whose_engine_dies() -> None:
         await rest(stream, listener)
 
         listener.whole()
-        assert listener.restarts == [2]
+        assert listener.restarts == 1
         assert [result.attempt for result in listener.results] == [2, 2, 2]
         counted = 'ostinato_comparisons_total{grade="best_effort",kind="recovery",replica="same",verdict="%s"}'
         verdicts = {counted % "diverged": 1.0, counted % "match": 2.0}
@@ -227,24 +195,3 @@ async def test_a_listener_whose_engine_dies() -> None:
         metrics = door.pair.metrics()
         assert metrics['ostinato_first_difference_token_sum{grade="best_effort",kind="recovery"}'] == 4
         assert metrics["ostinato_attempts_total"] == 3
-
-
-async def test_an_item_that_kills_every_engine() -> None:
-    """The item fails after its attempts; its neighbours complete."""
-    script = {"delay_seconds": 0.002, "rules": [{"do": "crash", "at": 5, "sequences": [3]}]}
-    async with own(**script) as door:
-        answer = asyncio.ensure_future(door.client.generate(["a", "b", "c", "d", "e"], max_new_tokens=40, ignore_eos=True))
-        deaths = 0
-        while not answer.done():
-            if not door.pair.service.running:
-                deaths += 1
-                door.pair.start_service()
-            await asyncio.sleep(0.02)
-
-        results = (await answer).results
-        assert deaths == 3
-        assert [result.WhichOneof("outcome") for result in results] == ["output", "output", "status", "output", "output"]
-        assert errors.from_status(results[2].status).reason == "ATTEMPTS_EXHAUSTED"
-        assert [await door.kinds(number) for number in range(1, 6)] == [
-            [k] for k in ["COMPLETED"] * 2 + ["FAILED"] + ["COMPLETED"] * 2
-        ]

@@ -112,14 +112,6 @@ async def test_credentials_are_required(face: Face, stub: Any) -> None:
     assert (record.input.tenant, record.input.request_id) == ("zeta", "mine")
 
 
-async def test_a_request_id_that_no_log_can_hold(face: Face, stub: Any) -> None:
-    """A request id with a NUL is refused by the field's name."""
-    with pytest.raises(grpc.aio.AioRpcError, match="request_id: must not have a NUL") as caught:
-        await stub.Generate(asked("a\0b"), metadata=face.metadata("acme")).read()
-
-    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-
-
 async def test_abort(face: Face, stub: Any) -> None:
     """Abort ends all calls of this tenant with this request id, as CANCELLED. Unknown ids are ignored."""
     calls = {

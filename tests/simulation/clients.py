@@ -116,7 +116,11 @@ class Clients:
             deadline = self._loop.time() + seconds
             async with aclosing(self._stream(STREAM if job.streamed else GENERATE, request, deadline)) as answers:
                 async for answer in answers:
-                    self._take(call, answer)
+                    step = history.note(self._loop.time(), "answer", request.request_id, answer.hex())
+                    if job.streamed:
+                        call.hear(generation_pb2.GenerateEvent.FromString(answer), step)
+                    else:
+                        call.answer(generation_pb2.GenerateResponse.FromString(answer), step)
             call.ended_well = True
         except errors.OstinatoError as error:
             call.error = error
@@ -140,42 +144,3 @@ class Clients:
                 yield answer
         finally:
             outgoing.cancel()
-
-    # ---- what a client sees
-
-    def _take(self, call: Call, answer: bytes) -> None:
-        step = self._history.note(self._loop.time(), "answer", call.request.request_id, answer.hex())
-        if not call.streamed:
-            response = generation_pb2.GenerateResponse.FromString(answer)
-            call.stamp, call.acknowledged = response.stamp, step
-            for result in response.results:
-                self._result(call, result, step)
-            return
-        event = generation_pb2.GenerateEvent.FromString(answer)
-        match event.WhichOneof("event"):
-            case "admitted":
-                call.stamp, call.acknowledged = event.admitted.stamp, step
-                call.repeated = event.admitted.repeated_key
-            case "tokens":
-                for run in event.tokens.runs:
-                    self._tokens(call, run)
-            case "restarted":
-                call.tokens[event.restarted.sequence] = []
-            case "finished":
-                self._result(call, event.finished, step)
-            case "failed":
-                self._result(call, event.failed, step)
-
-    def _result(self, call: Call, result: types_pb2.Result, step: int) -> None:
-        call.results.append(result)
-        if result.sequence in call.answered:
-            call.faults.append(f"sequence {result.sequence} ended twice")
-        call.answered[result.sequence] = step
-
-    def _tokens(self, call: Call, run: generation_pb2.TokenRun) -> None:
-        had = call.tokens.setdefault(run.sequence, [])
-        if run.first_token != len(had):
-            call.faults.append(f"sequence {run.sequence}: tokens from {run.first_token} after {len(had)}")
-        if run.sequence in call.answered:
-            call.faults.append(f"sequence {run.sequence}: tokens after its end")
-        had.extend(run.token_ids)

@@ -33,6 +33,9 @@ class Call:
     """Step at which the client saw the outcome, by sequence."""
     tokens: dict[int, list[int]] = field(default_factory=dict)
     """Streamed, by sequence, those of a discarded attempt left out."""
+    texts: dict[int, str] = field(default_factory=dict)
+    """Likewise."""
+    restarts: int = 0
     faults: list[str] = field(default_factory=list)
     """What a stream must not do."""
     error: errors.OstinatoError | None = None
@@ -51,8 +54,54 @@ class Call:
     def complete(self) -> bool:
         return self.stamp is not None and len(self.results) == self.stamp.count
 
+    @property
+    def refused(self) -> bool:
+        """Whether it took no number. A drain also ends the calls of what has a key and numbers."""
+        drained = self.key and isinstance(self.error, errors.Draining)
+        return isinstance(self.error, errors.Refused | errors.InvalidRequest) and not drained
+
     def __str__(self) -> str:
         return f"call {self.number} ({self.request.request_id})"
+
+    def answer(self, response: generation_pb2.GenerateResponse, step: int) -> None:
+        """Its only answer."""
+        self.stamp, self.acknowledged = response.stamp, step
+        for result in response.results:
+            self._result(result, step)
+
+    def hear(self, event: generation_pb2.GenerateEvent, step: int) -> None:
+        """The next answer of a stream."""
+        if event.HasField("admitted") != (self.stamp is None):
+            self.faults.append("Admitted does not come first, and once")
+        match event.WhichOneof("event"):
+            case "admitted":
+                self.stamp, self.acknowledged = event.admitted.stamp, step
+                self.repeated = event.admitted.repeated_key
+            case "tokens":
+                for run in event.tokens.runs:
+                    self._tokens(run)
+            case "restarted":
+                self.restarts += 1
+                self.tokens[event.restarted.sequence], self.texts[event.restarted.sequence] = [], ""
+            case "finished":
+                self._result(event.finished, step)
+            case "failed":
+                self._result(event.failed, step)
+
+    def _result(self, result: types_pb2.Result, step: int) -> None:
+        self.results.append(result)
+        if result.sequence in self.answered:
+            self.faults.append(f"sequence {result.sequence} ended twice")
+        self.answered[result.sequence] = step
+
+    def _tokens(self, run: generation_pb2.TokenRun) -> None:
+        had = self.tokens.setdefault(run.sequence, [])
+        if run.first_token != len(had):
+            self.faults.append(f"sequence {run.sequence}: tokens from {run.first_token} after {len(had)}")
+        if run.sequence in self.answered:
+            self.faults.append(f"sequence {run.sequence}: tokens after its end")
+        had.extend(run.token_ids)
+        self.texts[run.sequence] = self.texts.get(run.sequence, "") + run.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +151,7 @@ class History:
     started: dict[tuple[int, int], int] = field(default_factory=dict)
     """Step at which the engine began a run, by stream and run_id."""
     durable: dict[int, int] = field(default_factory=dict)
-    """Step at which an entry was safe, by index."""
+    """Step at which an entry was safe, by index. Empty where that is not known, as of real programs."""
     disk: list[Sealed] = field(default_factory=list)
     """Every entry, in the end."""
     taken: dict[int, int] = field(default_factory=dict)
@@ -137,6 +186,10 @@ class History:
     def time_of(self, step: int) -> float:
         """When it was, in seconds of the world's clock."""
         return self._times[step - 1]
+
+    def is_durable(self, entry: Sealed, step: int) -> bool:
+        """Whether the entry was safe before this step; unless nothing is known of that."""
+        return not self.durable or self.durable.get(entry.header.index, step) < step
 
     @property
     def digest(self) -> str:

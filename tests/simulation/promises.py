@@ -80,10 +80,8 @@ def ended_once(history: History) -> Iterator[str]:
     disk = Disk(history)
     own = disk.by_request()
     for call in history.calls:
-        # A drain leaves keyed items to the next start, and tells their callers DRAINING, as it tells those that it refuses.
-        left = isinstance(call.error, errors.Draining) and call.key
-        if isinstance(call.error, errors.Refused | errors.InvalidRequest) and own.get(call.request.request_id) and not left:
-            yield f"{call} was refused ({call.error.reason}) and has sequences {own[call.request.request_id]}"
+        if call.refused and own.get(call.request.request_id):
+            yield f"{call} was refused ({call.error!r}) and has sequences {own[call.request.request_id]}"
         if isinstance(call.error, COME_BACK) and not call.error.retry_after:
             yield f"{call} was refused ({call.error.reason}) and not told when to come back"
         yield from (f"{call}: {fault}" for fault in call.faults)
@@ -190,9 +188,10 @@ def fenced(history: History) -> Iterator[str]:
             newest = max(newest, header.epoch)
         elif header.epoch != newest:
             yield f"entry {header.index} was written in epoch {header.epoch}, after {newest} had begun"
+    admitted = Disk(history).admitted
     for call in history.calls:
         if call.stamp is not None:
-            own = next((e for e in history.disk if e.header.sequence == call.stamp.first_sequence), None)
+            own = admitted.get(call.stamp.first_sequence)
             if own is not None and own.header.epoch != call.stamp.epoch:
                 yield f"{call} was told epoch {call.stamp.epoch}, the journal says {own.header.epoch}"
     highest, position = dict[int, int](), 0
@@ -253,7 +252,7 @@ def nothing_lost(history: History) -> Iterator[str]:
         if entry is None:
             yield f"sequence {one.sequence} reached the engine, and is not on the disk"
             continue
-        if history.durable.get(entry.header.index, one.step) >= one.step:
+        if not history.is_durable(entry, one.step):
             yield f"sequence {one.sequence} reached the engine before it was durable"
         yield from _attempt(one, entry, disk, history)
     for number, outcomes in disk.outcomes.items():
@@ -263,7 +262,7 @@ def nothing_lost(history: History) -> Iterator[str]:
                 yield f"sequence {number} has a key, and was abandoned"
             if outcome.header.kind == COMPLETED:
                 runs = [one.attempt for one in primaries(history) if one.sequence == number]
-                if not runs or outcome.header.attempt not in runs:
+                if history.submissions and outcome.header.attempt not in runs:
                     yield f"sequence {number} completed in attempt {outcome.header.attempt}, the engine saw {runs}"
     yield from history.deaths
 
@@ -286,18 +285,23 @@ def _acknowledged(call: Call, disk: Disk, history: History) -> Iterator[str]:
         entry = disk.admitted.get(number)
         if entry is None:
             yield f"{call}: sequence {number} was acknowledged, and is lost"
-        elif history.durable.get(entry.header.index, call.acknowledged) >= call.acknowledged:
+        elif not history.is_durable(entry, call.acknowledged):
             yield f"{call}: sequence {number} was acknowledged before it was durable"
     for result in call.results:
         outcome = disk.outcomes[result.sequence][:1]
         if not outcome or result_of(outcome[0]) != result:
             yield f"{call}: the result of sequence {result.sequence} was told, and the disk does not have it"
-        elif history.durable[outcome[0].header.index] >= call.answered[result.sequence]:
+        elif not history.is_durable(outcome[0], call.answered[result.sequence]):
             yield f"{call}: the result of sequence {result.sequence} was told before it was durable"
         yield from (f"{call}: {fault}" for fault in (check_result(result) if result.HasField("output") else ()))
-        streamed = call.tokens.get(result.sequence, [])
-        if result.HasField("output") and streamed != list(result.output.token_ids)[: len(streamed)]:
-            yield f"{call}: {streamed} was streamed of sequence {result.sequence}, its answer is {result.output.token_ids}"
+        if call.streamed and result.HasField("output"):
+            streamed = call.tokens.get(result.sequence, []), call.texts.get(result.sequence, "")
+            whole = list(result.output.token_ids), result.output.text
+            # A stream that joins a run which was not streamed gets its end only.
+            if streamed != (
+                tuple(all_[: len(some)] for all_, some in zip(whole, streamed, strict=True)) if call.repeated else whole
+            ):
+                yield f"{call}: {streamed} was streamed of sequence {result.sequence}, its answer is {whole}"
 
 
 def _attempt(one: Submission, entry: Sealed, disk: Disk, history: History) -> Iterator[str]:

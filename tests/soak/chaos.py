@@ -97,10 +97,8 @@ class Story:
             await self._settled(client)
             await self.record.read(client)
             faults = await checks.kept(self.load.calls, client)
-        record, calls = self.record, self.load.calls
-        faults += checks.numbers(record) + checks.calls(calls, record, since) + checks.kinds(calls, record, since)
-        faults += checks.real_time(calls) + checks.results(calls) + checks.reproduced(record)
-        faults += checks.submitted(self.pair.submissions(), record)
+        record = self.record
+        faults += checks.kept_promises(self.load, record, since) + checks.submitted(self.pair.submissions(), record)
         if record.opened != self.epochs:
             faults.append(f"{record.opened} epochs were opened by {self.epochs} sidecars")
         return faults

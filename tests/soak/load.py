@@ -1,4 +1,4 @@
-"""A load: what many clients ask for, and what each of them saw. Checks nothing; `checks` does.
+"""A load: jobs that many clients send to real programs. What each client saw goes into a history, which `checks` judges.
 
 A job is a batch to be answered. A client sends it until it is: again after a refusal, which burns no number, and
 again after a lost connection if it has a key. Every call has a request_id of its own, so that the journal tells them apart.
@@ -8,34 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
 
 from ostinato import errors
 from ostinato.client import Client
 from ostinato.v1 import generation_pb2, types_pb2
 
+from tests.simulation.history import Call, History
+from tests.simulation.plan import SEEDS, Job
+
 PAUSE_SECONDS = 0.05
 """Before a job is sent again."""
 CALL_SECONDS = 60.0
-SEEDS = (0, 1, 42, 2**63, 2**64 - 1)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Job:
-    """A batch, without a request_id."""
-
-    number: int
-    request: generation_pb2.GenerateRequest
-    streamed: bool
-
-    @property
-    def keyed(self) -> bool:
-        return bool(self.request.idempotency_key)
 
 
 def jobs(rng: random.Random, name: str, *, keyed_share: float = 0.5, repeated_share: float = 0.0) -> Iterator[Job]:
@@ -48,9 +35,9 @@ def jobs(rng: random.Random, name: str, *, keyed_share: float = 0.5, repeated_sh
             request.parameters.seed = rng.choice(SEEDS)
         if rng.random() < keyed_share:
             request.idempotency_key = f"{name}-{number}"
-        job = Job(number, request, streamed=rng.random() < 0.5)
+        job = Job(number, 0.0, request, streamed=rng.random() < 0.5)
         yield job
-        if job.keyed and rng.random() < repeated_share:
+        if job.key and rng.random() < repeated_share:
             yield job
 
 
@@ -64,47 +51,14 @@ def _item(rng: random.Random) -> types_pb2.Item:
     return item
 
 
-@dataclass(slots=True, eq=False)
-class Call:
-    """One call, as its client saw it. Times are seconds of one monotonic clock."""
-
-    job: Job
-    request_id: str
-    sent_at: float
-    stamp: types_pb2.Stamp | None = None
-    acknowledged_at: float = math.inf
-    """When the client first knew that it had numbers."""
-    repeated: bool = False
-    results: list[types_pb2.Result] = field(default_factory=list)
-    """Of a streamed batch in the order of arrival."""
-    streamed: dict[int, list[int]] = field(default_factory=dict)
-    """Token ids by sequence, those of a lost attempt discarded."""
-    texts: dict[int, str] = field(default_factory=dict)
-    restarts: int = 0
-    faults: list[str] = field(default_factory=list)
-    """What a stream must not do."""
-    error: errors.OstinatoError | None = None
-
-    @property
-    def complete(self) -> bool:
-        return self.stamp is not None and len(self.results) == self.stamp.count
-
-    @property
-    def refused(self) -> bool:
-        """Whether it burned no number. A drain also ends the calls of what has a key and numbers."""
-        return isinstance(self.error, errors.Refused) and not (self.job.keyed and isinstance(self.error, errors.Draining))
-
-
 class Load:
     """Clients at one target, and all their calls."""
 
     def __init__(self, target: Callable[[], str], source: Iterator[Job], name: str = "load") -> None:
-        self.calls: list[Call] = []
-        self.given_up: list[Job] = []
-        """Unkeyed jobs whose connection was lost: only the journal knows their outcome."""
+        self.history = History()
+        self.calls = self.history.calls
         self._target, self._source, self._name = target, source, name
         self._over = False
-        self._call_ids = itertools.count(1)
 
     def stop(self) -> None:
         """No new job is begun."""
@@ -125,56 +79,34 @@ class Load:
 
     async def _answer(self, client: Callable[[], Client], job: Job) -> None:
         while True:
-            call = Call(job, f"{self._name}/{job.number}/{next(self._call_ids)}", time.monotonic())
-            self.calls.append(call)
-            request = generation_pb2.GenerateRequest()
-            request.CopyFrom(job.request)
-            request.request_id = call.request_id
-            try:
-                await (_stream if job.streamed else _ask)(client(), request, call)
+            call = await self._call(client(), job)
+            if call.error is None or (isinstance(call.error, errors.Disconnected) and not job.key):
+                return  # without a key only the journal knows what became of a lost call
+            if self._over and not isinstance(call.error, errors.Disconnected):
                 return
-            except (errors.QueueFull, errors.EngineUnavailable, errors.JournalUnavailable, errors.Draining) as error:
-                call.error = error
-                if self._over:
-                    return
-            except errors.Disconnected as error:
-                call.error = error
-                if not job.keyed:
-                    self.given_up.append(job)
-                    return
             await asyncio.sleep(PAUSE_SECONDS)
 
+    async def _call(self, client: Client, job: Job) -> Call:
+        request = generation_pb2.GenerateRequest()
+        request.CopyFrom(job.request)
+        number = len(self.calls) + 1
+        request.request_id = f"{self._name}/{job.number}/{number}"
+        call = Call(number, job.number, request, job.streamed, self._note("sent", number))
+        self.calls.append(call)
+        try:
+            if job.streamed:
+                async with aclosing(client.stream(request, timeout=CALL_SECONDS)) as events:
+                    async for event in events:
+                        call.hear(event, self._note("event", number))
+            else:
+                response = await client.generate(request, timeout=CALL_SECONDS)
+                call.answer(response, self._note("answer", number))
+            call.ended_well = True
+        except (errors.Refused, errors.Disconnected) as error:
+            call.error = error
+        finally:
+            call.closed = self._note("closed", number)
+        return call
 
-async def _ask(client: Client, request: generation_pb2.GenerateRequest, call: Call) -> None:
-    response = await client.generate(request, timeout=CALL_SECONDS)
-    call.acknowledged_at = time.monotonic()
-    call.stamp, call.results = response.stamp, list(response.results)
-
-
-async def _stream(client: Client, request: generation_pb2.GenerateRequest, call: Call) -> None:
-    async with aclosing(client.stream(request, timeout=CALL_SECONDS)) as events:
-        async for event in events:
-            match event.WhichOneof("event"):
-                case "admitted":
-                    call.acknowledged_at = time.monotonic()
-                    call.stamp, call.repeated = event.admitted.stamp, event.admitted.repeated_key
-                case "tokens":
-                    for run in event.tokens.runs:
-                        _take(call, run)
-                case "restarted":
-                    call.restarts += 1
-                    call.streamed[event.restarted.sequence], call.texts[event.restarted.sequence] = [], ""
-                case "finished":
-                    call.results.append(event.finished)
-                case "failed":
-                    call.results.append(event.failed)
-    if not call.complete:
-        call.faults.append(f"the stream ended after {len(call.results)} results")
-
-
-def _take(call: Call, run: generation_pb2.TokenRun) -> None:
-    ids = call.streamed.setdefault(run.sequence, [])
-    if run.first_token != len(ids):
-        call.faults.append(f"sequence {run.sequence}: tokens from {run.first_token} after {len(ids)}")
-    ids.extend(run.token_ids)
-    call.texts[run.sequence] = call.texts.get(run.sequence, "") + run.text
+    def _note(self, what: str, number: int) -> int:
+        return self.history.note(time.monotonic(), what, number)

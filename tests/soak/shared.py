@@ -18,10 +18,11 @@ from ostinato.client import Client
 from tests.pair import Pair
 from tests.postgres import Postgres
 from tests.sidecar.journal_kit import verify_journal
+from tests.simulation.plan import Job
 from tests.soak import checks
 from tests.soak.chaos import SCRIPT
 from tests.soak.checks import COMPLETED, Record
-from tests.soak.load import Job, Load, jobs
+from tests.soak.load import Load, jobs
 from tests.soak.recording import RecordedPair
 
 LEASE_SECONDS = 1.0
@@ -197,9 +198,7 @@ async def chapter(
     async with Client(rng.choice(shared.pairs).target) as client:
         record = await shared.settled(client)
         faults = await checks.kept(load.calls, client, most=200)
-    faults += checks.numbers(record) + checks.calls(load.calls, record) + checks.kinds(load.calls, record)
-    faults += checks.real_time(load.calls) + checks.results(load.calls) + checks.reproduced(record)
-    faults += submitted(shared.pairs, record)
+    faults += checks.kept_promises(load, record) + submitted(shared.pairs, record)
     faults += [fault for page in verify_journal(shared.url) for fault in page.faults]
     return load, record, faults
 
