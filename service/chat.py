@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol
 
 import jinja2
+from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -179,6 +183,43 @@ def _strings(value: Json) -> Iterator[str]:
             yield from _strings(each)
 
 
+class OutOfBounds(ValueError):
+    """A chat takes more than it may while it is rendered. The message says what."""
+
+
+class RenderBounds:
+    """What the renderings of one request's chats may take. Belongs to one thread."""
+
+    def __init__(
+        self, bytes_max: int = sys.maxsize, seconds_max: float = math.inf, clock: Callable[[], float] = time.thread_time
+    ) -> None:
+        """`bytes_max`: of one rendering's text. `seconds_max`: of processor time, on which other load has no influence, for all
+        renderings together."""
+        self._bytes_max, self._seconds_max = bytes_max, seconds_max
+        self._clock, self._spent, self._begun = clock, 0.0, 0.0
+
+    @contextmanager
+    def rendering(self) -> Iterator[None]:
+        """Counts the time until the context ends."""
+        self._begun = self._clock() - self._spent
+        try:
+            yield
+        finally:
+            self._spent = self._clock() - self._begun
+
+    def check_time(self) -> None:
+        """Within `rendering`. Raises OutOfBounds."""
+        if self._clock() - self._begun > self._seconds_max:
+            raise OutOfBounds(
+                f"the request's chats take more than render_seconds_max, {self._seconds_max:g} s, in the model's template"
+            )
+
+    def check_size(self, size: int) -> None:
+        """Of a text so far, in bytes. Raises OutOfBounds."""
+        if size > self._bytes_max:
+            raise OutOfBounds(f"must be at most {self._bytes_max} bytes of text, as the model's template renders it")
+
+
 class ChatTemplate:
     """A model's template. Pure and thread-safe."""
 
@@ -188,29 +229,51 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = _to_json
+        environment.filters |= {"tojson": _to_json, _CHECK: _check_time}
         environment.globals |= {"raise_exception": _raise_exception, **tokens}
         self._needs_date = "strftime_now" in source and "strftime_now is defined" not in source
         try:
-            self._template = environment.from_string(source)
+            parsed = environment.parse(source)
+            repeated: Any
+            for repeated in parsed.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+                check = nodes.Filter(nodes.Const(None), _CHECK, [], [], None, None, lineno=repeated.lineno)
+                repeated.body.insert(0, nodes.ExprStmt(check, lineno=repeated.lineno))
+            self._template = environment.from_string(parsed)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template cannot be used: {error}") from error
 
-    def render(self, given: Conversation) -> str:
-        """The chat as text. Raises ValueError with the template's message."""
+    def render(self, given: Conversation, bounds: RenderBounds) -> str:
+        """The chat as text. Raises ValueError with the template's message, and OutOfBounds: the time is checked in every pass
+        of a loop or macro, the size with every part of the text."""
         messages = list(given.messages)
         arguments: dict[str, Json] = {"documents": None, **given.arguments}
         if given.continue_final_message:
             messages[-1] = _continued(messages[-1])
         if self._needs_date:
             arguments["strftime_now"] = _today(arguments.pop("today", None)).strftime
+        arguments |= {"messages": messages, "tools": given.tools, "add_generation_prompt": given.add_generation_prompt}
+        parts, size = list[str](), 0
         try:
-            text = self._template.render(
-                arguments, messages=messages, tools=given.tools, add_generation_prompt=given.add_generation_prompt
-            )
+            with bounds.rendering():
+                for part in self._template.generate(arguments | {_BOUNDS: bounds}):
+                    parts.append(part)
+                    size += len(part.encode())
+                    bounds.check_size(size)
+        except OutOfBounds:
+            raise
         except Exception as error:  # a template is a program and can fail in any way
             raise ValueError(str(error) or type(error).__name__) from error
+        text = "".join(parts)
         return _cut(text, given.messages[-1]["content"]) if given.continue_final_message else text
+
+
+_CHECK, _BOUNDS = " check", " bounds"
+"""Of a filter, and of an argument: no template can name them."""
+
+
+@jinja2.pass_context
+def _check_time(context: jinja2.runtime.Context, _: None) -> None:
+    context[_BOUNDS].check_time()
 
 
 class _Generation(Extension):
@@ -218,9 +281,9 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012  # as the base class has it
 
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
         line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
 def _today(given: Json) -> dt.date:
@@ -276,8 +339,8 @@ class ChatVocabulary(Protocol):
         """The ids of control tokens, by their text."""
         ...
 
-    def render(self, given: Conversation) -> str:
-        """The chat as text. Raises ValueError with the template's message."""
+    def render(self, given: Conversation, bounds: RenderBounds) -> str:
+        """The chat as text. Raises ValueError with the template's message, and OutOfBounds."""
         ...
 
     def encode(self, text: str, *, special: bool, most: int = sys.maxsize) -> list[int]:
@@ -306,19 +369,21 @@ class ChatTokenizer:
         self._firsts = frozenset(control[0] for control in longest_first)
         self._names = frozenset(name for control in longest_first if (name := _name(control)) not in ROLES)
 
-    def text(self, given: Conversation) -> str:
-        """The chat as text. Raises ValueError with the template's message, or for a role that is the name of a control token:
-        some templates build control tokens from roles."""
+    def token_ids(
+        self, given: Conversation, bounds: RenderBounds, *, allow_control_tokens: bool, most: int = sys.maxsize
+    ) -> list[int]:
+        """Of the rendered chat. Only the template's own control tokens are control tokens, unless others are allowed.
+
+        Raises ValueError with the template's message, or if the two cannot be told apart, or for a role that is the name of a
+        control token, because some templates build control tokens from roles; OutOfBounds; and TooManyTokens, perhaps, for more
+        than `most`.
+        """
         for message in given.messages:
             if message["role"] in self._names:
                 raise ValueError(f"the role {message['role']} is the name of a control token")
-        return self._vocabulary.render(given)
-
-    def token_ids(self, given: Conversation, text: str, *, allow_control_tokens: bool, most: int = sys.maxsize) -> list[int]:
-        """Of a rendered chat. Only the template's own control tokens are control tokens, unless others are allowed. Raises
-        ValueError if the two cannot be told apart, and TooManyTokens, perhaps, if there are more than `most`."""
+        text = self._vocabulary.render(given, bounds)
         vocabulary, every = self._vocabulary, _spans(self._control, text)
-        own = every if allow_control_tokens else self._own(given, text, every)
+        own = every if allow_control_tokens else self._own(given, bounds, text, every)
         if own == every:
             ids = vocabulary.encode(text, special=True, most=most)
             written = [vocabulary.controls[text[first:last]] for first, last in own]
@@ -328,7 +393,7 @@ class ChatTokenizer:
                 return ids
         return vocabulary.encode_at(text, own, most=most)
 
-    def _own(self, given: Conversation, text: str, every: list[Span]) -> list[Span]:
+    def _own(self, given: Conversation, bounds: RenderBounds, text: str, every: list[Span]) -> list[Span]:
         """Where the template's own control tokens are: all, if the caller's strings cannot make any.
 
         The caller's strings are marked in two ways. If the first characters of control tokens are marked wherever they stand,
@@ -340,12 +405,12 @@ class ChatTokenizer:
         marks = self._marks(text, given)
         plain = str.maketrans({mark: first for first, mark in marks.items()})
         everywhere = str.maketrans(marks)
-        marked = self._vocabulary.render(given.mapped(lambda string: string.translate(everywhere)))
+        marked = self._vocabulary.render(given.mapped(lambda string: string.translate(everywhere)), bounds)
         if marked.translate(plain) == text:
             return _spans(self._control, marked)
         written = self._control.findall(marked)
         marked = self._vocabulary.render(
-            given.mapped(lambda string: self._control.sub(lambda found: marks[found[0][0]] + found[0][1:], string))
+            given.mapped(lambda string: self._control.sub(lambda found: marks[found[0][0]] + found[0][1:], string)), bounds
         )
         if marked.translate(plain) != text or self._control.findall(marked) != written:
             raise ValueError("it depends on a control token in a string of the chat; remove it, or set allow_control_tokens")

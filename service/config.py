@@ -158,6 +158,7 @@ class Settings(Common):
     batch_items_max: int = field(256, "items in one batch", minimum=1)
     new_tokens_max: int | None = field(None, "tokens in one answer", minimum=1, applies="as many as the context holds")
     prompt_bytes_max: int = field(MEBI, "bytes of text in one prompt, before it is tokenised", minimum=1)
+    render_seconds_max: float = field(2.0, "processor time that a request's chats take in the model's template", minimum=0.01)
     prepare_threads: int = field(2, "threads that prepare large requests", minimum=1)
     prepare_queue_max: int = field(64, "large requests that may wait to be prepared", minimum=0)
     runs_max: int = field(10_000, "runs of one stream that have not ended", minimum=1)
@@ -218,4 +219,5 @@ class Settings(Common):
             top_k_max=top_k_max,
             batch_items_max=self.batch_items_max,
             prompt_bytes_max=self.prompt_bytes_max,
+            render_seconds_max=self.render_seconds_max,
         )

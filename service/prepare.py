@@ -9,18 +9,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from ostinato.errors import Cancelled, Internal, InvalidRequest, OstinatoError, Violation, invalid, to_status
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
-from service.chat import ChatTokenizer, Conversation, TooManyTokens
+from service.chat import ChatTokenizer, Conversation, OutOfBounds, RenderBounds, TooManyTokens
 from service.engines.base import Vocabulary
 from service.observe import prepare_span
 from service.parse import form_of
 
+Conflict = Literal["max_new_tokens", "min_new_tokens", "ignore_eos"]
+"""A parameter that may not go together with another."""
 Wanted = Callable[[], bool]
 """Whether a caller still waits for the result."""
 FORMATS_MAX = 16
@@ -36,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of a request, each inclusive. The engine and the settings give the first five; the others are the contract's."""
+    """Bounds of a request, each inclusive. Those with a default are the contract's; engine and settings give the others."""
 
     context_tokens: int
     new_tokens_max: int
@@ -44,6 +46,8 @@ class Limits:
     batch_items_max: int
     prompt_bytes_max: int
     """Text of one prompt, before it is tokenised."""
+    render_seconds_max: float
+    """Processor time that the chats of one request take in the model's template."""
     stop_max: int = 16
     stop_bytes_max: int = 256
     stop_token_ids_max: int = 32
@@ -80,7 +84,8 @@ class ParameterBounds:
         """What is wrong with each parameter by itself, except what only the engine or the vocabulary's words can tell."""
         for name, (least, most) in self._numbers.items():
             value = getattr(given, name)
-            if not least <= value <= most and _is_given(given, name):  # NaN is outside
+            absent = given.DESCRIPTOR.fields_by_name[name].has_presence and not given.HasField(name)  # type: ignore[arg-type]
+            if not (least <= value <= most or absent):  # NaN is outside
                 low = "above 0" if least == ABOVE_ZERO else _number(least)
                 yield Violation(f"{path}.{name}", f"must be {low} to {_number(most)}, is {_number(value)}")
         if given.stop:
@@ -99,7 +104,7 @@ class ParameterBounds:
         if given.HasField("response_format"):
             yield from self._check_format(given.response_format, f"{path}.response_format")
 
-    def conflicts(self, given: types_pb2.ResolvedParameters, prompt_tokens: int) -> Iterator[tuple[str, str]]:
+    def conflicts(self, given: types_pb2.ResolvedParameters, prompt_tokens: int) -> Iterator[tuple[Conflict, str]]:
         """What is wrong between parameters that are within their bounds, and between them and the prompt: the parameter's name
         and a description."""
         context, most = self._limits.context_tokens, given.max_new_tokens
@@ -109,9 +114,11 @@ class ParameterBounds:
         if given.min_new_tokens > most:
             yield "min_new_tokens", f"{given.min_new_tokens} is more than max_new_tokens, {most}"
         if given.HasField("response_format"):
-            for name in ("ignore_eos", "min_new_tokens"):
-                if getattr(given, name):
-                    yield name, "cannot be combined with response_format: the grammar decides where the answer ends"
+            text = "cannot be combined with response_format: the grammar decides where the answer ends"
+            if given.ignore_eos:
+                yield "ignore_eos", text
+            if given.min_new_tokens:
+                yield "min_new_tokens", text
 
     def _check_tokens(self, token_ids: Sequence[int], path: str) -> Iterator[Violation]:
         for index, token_id in enumerate(token_ids):
@@ -176,33 +183,6 @@ def always() -> bool:
     return True
 
 
-def _check_wanted(wanted: Wanted) -> None:
-    if not wanted():
-        raise Cancelled("the caller went away")
-
-
-class _Formats:
-    """The grammars of one request: each is judged once, and only so many."""
-
-    def __init__(self, check: Callable[[types_pb2.ResponseFormat], None]) -> None:
-        self._check = check
-        self._judged: dict[bytes, str] = {}
-
-    def problem(self, given: types_pb2.ResponseFormat) -> str:
-        """What is wrong with it; empty: nothing."""
-        key = given.SerializeToString(deterministic=True)
-        if key not in self._judged:
-            if len(self._judged) >= FORMATS_MAX:
-                return f"is one more than the {FORMATS_MAX} different ones that a request may have"
-            try:
-                self._check(given)
-            except ValueError as error:
-                self._judged[key] = str(error)
-            else:
-                self._judged[key] = ""
-        return self._judged[key]
-
-
 class Preparer:
     """Safe in any thread."""
 
@@ -217,32 +197,20 @@ class Preparer:
     ) -> None:
         """`check_format`: the engine's, which raises ValueError for a grammar that it does not support. `chat`: whether the
         vocabulary can render chats."""
-        self.vocabulary, self.lexicon = vocabulary, Lexicon(vocabulary)
-        self._limits, self._check_format, self._model_digest, self._chat = limits, check_format, model_digest, chat
-        self._chats = ChatTokenizer(vocabulary)
+        self.vocabulary, self.lexicon, self.chats = vocabulary, Lexicon(vocabulary), ChatTokenizer(vocabulary)
+        self.limits, self.check_format, self.chat, self._model_digest = limits, check_format, chat, model_digest
         no_calls = "" if form_of(vocabulary.template) else "the chat template has no form of tool calls that is known here"
         parses = {types_pb2.PARSE_TOOLS: no_calls, types_pb2.PARSE_REASONING: ""}
-        self._bounds = ParameterBounds(limits, vocabulary.size, parses)
+        self.bounds = ParameterBounds(limits, vocabulary.size, parses)
         most = vocabulary.source_bytes_max
-        self._text_bytes_max = min(limits.prompt_bytes_max, limits.context_tokens * (most or limits.prompt_bytes_max))
+        self.text_bytes_max = min(limits.prompt_bytes_max, limits.context_tokens * (most or limits.prompt_bytes_max))
         # The operator may have lowered new_tokens_max since the run was recorded. The context is what the engine can hold.
         engine_limits = replace(limits, new_tokens_max=limits.context_tokens - 1)
         self._submit_bounds = ParameterBounds(engine_limits, vocabulary.size, parses)
 
     def prepare(self, request: engine_pb2.PrepareRequest, wanted: Wanted = always) -> engine_pb2.PrepareResponse:
         """Raises InvalidRequest with everything that is wrong, each by its path; Cancelled when it is not wanted any more."""
-        self._check_count(request.items)
-        formats = _Formats(self._check_format)
-        found = self._judge(request.parameters, "parameters", formats)
-        good_batch = not found
-        items = []
-        for index, item in enumerate(request.items):
-            _check_wanted(wanted)
-            prepared = self._item(item, request.parameters, f"items[{index}]", found, formats, good_batch=good_batch)
-            if prepared is not None:
-                items.append(prepared)
-        if found:
-            raise InvalidRequest(violations=found)
+        items = _Request(self, request.items, wanted).prepared(request.parameters)
         return engine_pb2.PrepareResponse(items=items, model_digest=self._model_digest)
 
     def answer(self, request: engine_pb2.PrepareRequest) -> engine_pb2.PrepareResponse:
@@ -262,14 +230,7 @@ class Preparer:
 
     def tokenize(self, request: generation_pb2.TokenizeRequest, wanted: Wanted = always) -> generation_pb2.TokenizeResponse:
         """The prompts' token ids; parameters are ignored. Raises InvalidRequest and Cancelled as `prepare`."""
-        self._check_count(request.items)
-        found: list[Violation] = []
-        ids = []
-        for index, item in enumerate(request.items):
-            _check_wanted(wanted)
-            ids.append(self._token_ids(item, f"items[{index}]", found))
-        if found:
-            raise InvalidRequest(violations=found)
+        ids = _Request(self, request.items, wanted).token_ids()
         return generation_pb2.TokenizeResponse(results=(types_pb2.TokenIds(ids=each) for each in ids))
 
     def check_submit(self, submit: engine_pb2.Submit) -> InvalidRequest | None:
@@ -285,62 +246,103 @@ class Preparer:
             found += [Violation(f"parameters.{name}", text) for name, text in conflicts]
         return InvalidRequest(violations=found) if found else None
 
-    def _check_count(self, items: Sequence[types_pb2.Item]) -> None:
-        most = self._limits.batch_items_max
+
+class _Request:
+    """One request while it is prepared: what is wrong with it so far, and what is bounded over all of its items."""
+
+    def __init__(self, preparer: Preparer, items: Sequence[types_pb2.Item], wanted: Wanted) -> None:
+        most = preparer.limits.batch_items_max
         if not 1 <= len(items) <= most:
             raise invalid("items", f"must be 1 to {most}, are {len(items)}")
+        self._vocabulary, self._lexicon, self._limits = preparer.vocabulary, preparer.lexicon, preparer.limits
+        self._preparer, self._items, self._wanted = preparer, items, wanted
+        self._found: list[Violation] = []
+        self._formats: dict[bytes, str] = {}
+        """What is wrong with each grammar so far; empty: nothing."""
+        self._rendering = RenderBounds(preparer.text_bytes_max, self._limits.render_seconds_max)
+
+    def prepared(self, batch: types_pb2.Parameters) -> list[engine_pb2.PreparedItem]:
+        """With the batch's parameters. Raises as `Preparer.prepare`."""
+        self._judge(batch, "parameters")
+        good_batch = not self._found
+        items = [self._item(item, batch, path, good_batch=good_batch) for path, item in self._each()]
+        self._raise_found()
+        return [item for item in items if item is not None]
+
+    def token_ids(self) -> list[Sequence[int]]:
+        """Raises as `Preparer.prepare`."""
+        ids = [self._token_ids(item, path) for path, item in self._each()]
+        self._raise_found()
+        return ids
+
+    def _each(self) -> Iterator[tuple[str, types_pb2.Item]]:
+        """The items with their paths."""
+        for index, item in enumerate(self._items):
+            if not self._wanted():
+                raise Cancelled("the caller went away")
+            yield f"items[{index}]", item
+
+    def _raise_found(self) -> None:
+        if self._found:
+            raise InvalidRequest(violations=self._found)
 
     def _item(
-        self,
-        item: types_pb2.Item,
-        batch: types_pb2.Parameters,
-        path: str,
-        found: list[Violation],
-        formats: _Formats,
-        *,
-        good_batch: bool,
+        self, item: types_pb2.Item, batch: types_pb2.Parameters, path: str, *, good_batch: bool
     ) -> engine_pb2.PreparedItem | None:
-        """None: the item or the batch's parameters are out of bounds, which is added to `found`; conflicts are not judged."""
-        before = len(found)
-        found += self._judge(item.parameters, f"{path}.parameters", formats)
-        ids = self._token_ids(item, path, found)
-        if not good_batch or len(found) > before:
+        """None: the item or the batch's parameters are out of bounds; conflicts are not judged."""
+        before = len(self._found)
+        self._judge(item.parameters, f"{path}.parameters")
+        ids = self._token_ids(item, path)
+        if not good_batch or len(self._found) > before:
             return None
         merged = _merged(batch, item.parameters)
         parameters = self._resolved(merged, len(ids))
-        for name, text in self._bounds.conflicts(parameters, len(ids)):
-            if _is_listed(batch, name) and not _is_listed(item.parameters, name):
-                found.append(Violation(f"parameters.{name}", f"{path}: {text}"))
+        for name, text in self._preparer.bounds.conflicts(parameters, len(ids)):
+            if batch.HasField(name) and not item.parameters.HasField(name):
+                self._found.append(Violation(f"parameters.{name}", f"{path}: {text}"))
             else:
-                found.append(Violation(f"{path}.parameters.{name}", text))
+                self._found.append(Violation(f"{path}.parameters.{name}", text))
         return engine_pb2.PreparedItem(
             token_ids=ids,
             parameters=parameters,
             seed=merged.seed if merged.HasField("seed") else None,
             kv_tokens=len(ids) + parameters.max_new_tokens,
-            result_bytes=result_bytes(parameters, self._token_bytes_max(parameters), self.vocabulary.size),
+            result_bytes=result_bytes(parameters, self._token_bytes_max(parameters), self._vocabulary.size),
         )
 
-    def _judge(self, given: types_pb2.Parameters, path: str, formats: _Formats) -> list[Violation]:
-        """What is wrong with a client's parameters by themselves. Each value is judged where it is given: the batch's as
-        `parameters.top_p`, an item's as `items[3].parameters.top_p`."""
+    def _judge(self, given: types_pb2.Parameters, path: str) -> None:
+        """A client's parameters by themselves. Each value is judged where it is given: the batch's as `parameters.top_p`, an
+        item's as `items[3].parameters.top_p`."""
         if not given.ListFields():
-            return []
-        found = list(self._bounds.violations(given, path))
+            return
+        found = list(self._preparer.bounds.violations(given, path))
         for index, word in enumerate(given.bad_words):
-            if not self.lexicon.ids_of(word):
+            if not self._lexicon.ids_of(word):
                 found.append(Violation(f"{path}.bad_words[{index}]", f"{_short(word)} is not one token of the model"))
         format_path = f"{path}.response_format"
         judged = given.HasField("response_format") and not any(each.field.startswith(format_path) for each in found)
-        if judged and (problem := formats.problem(given.response_format)):
+        if judged and (problem := self._format_problem(given.response_format)):
             found.append(Violation(f"{format_path}.{given.response_format.WhichOneof('format')}", problem))
-        return found
+        self._found += found
+
+    def _format_problem(self, given: types_pb2.ResponseFormat) -> str:
+        """What is wrong with a grammar, which is judged once; empty: nothing."""
+        key = given.SerializeToString(deterministic=True)
+        if key not in self._formats:
+            if len(self._formats) >= FORMATS_MAX:
+                return f"is one more than the {FORMATS_MAX} different ones that a request may have"
+            try:
+                self._preparer.check_format(given)
+                self._formats[key] = ""
+            except ValueError as error:
+                self._formats[key] = str(error)
+        return self._formats[key]
 
     def _resolved(self, merged: types_pb2.Parameters, prompt_tokens: int) -> types_pb2.ResolvedParameters:
         """The one canonical form of parameters that are within their bounds."""
         has, limits = merged.HasField, self._limits
         default = min(NEW_TOKENS_DEFAULT, limits.new_tokens_max, limits.context_tokens - prompt_tokens)
-        resolved = types_pb2.ResolvedParameters(
+        return types_pb2.ResolvedParameters(
             temperature=merged.temperature + 0.0 if has("temperature") else 1.0,  # + 0.0 turns -0.0 into 0.0
             top_k=merged.top_k,
             top_p=merged.top_p if has("top_p") else 1.0,
@@ -350,32 +352,29 @@ class Preparer:
             min_new_tokens=merged.min_new_tokens,
             stop=dict.fromkeys(merged.stop),
             stop_token_ids=sorted(set(merged.stop_token_ids)),
-            bad_token_ids=sorted({token_id for word in merged.bad_words for token_id in self.lexicon.ids_of(word)}),
+            bad_token_ids=sorted({token_id for word in merged.bad_words for token_id in self._lexicon.ids_of(word)}),
             ignore_eos=merged.ignore_eos,
+            logprobs=merged.logprobs if has("logprobs") else None,
+            response_format=merged.response_format if has("response_format") else None,
             include_stop=merged.include_stop,
             keep_special_tokens=has("skip_special_tokens") and not merged.skip_special_tokens,
             parse=sorted(set(merged.parse)),
         )
-        if has("logprobs"):
-            resolved.logprobs = merged.logprobs
-        if has("response_format"):
-            resolved.response_format.CopyFrom(merged.response_format)
-        return resolved
 
     def _token_bytes_max(self, resolved: types_pb2.ResolvedParameters) -> int:
         """Of the text that one token can add. What is parsed out of the text may have its length once more, and a little for
         each call."""
-        text_bytes_max = self.lexicon.text_bytes_max
+        text_bytes_max = self._lexicon.text_bytes_max
         if resolved.keep_special_tokens or resolved.parse:
-            text_bytes_max = max(text_bytes_max, self.lexicon.control_bytes_max)
+            text_bytes_max = max(text_bytes_max, self._lexicon.control_bytes_max)
         return text_bytes_max * (3 if resolved.parse else 1)
 
-    def _token_ids(self, item: types_pb2.Item, path: str, found: list[Violation]) -> Sequence[int]:
-        """1 to context_tokens - 1 ids; none, with what is wrong added to `found`, for a bad prompt."""
+    def _token_ids(self, item: types_pb2.Item, path: str) -> Sequence[int]:
+        """1 to context_tokens - 1 ids; none for a bad prompt."""
         try:
             return self._prompt(item, path)
         except InvalidRequest as error:
-            found += error.violations
+            self._found += error.violations
             return ()
 
     def _prompt(self, item: types_pb2.Item, path: str) -> Sequence[int]:
@@ -383,15 +382,17 @@ class Preparer:
         if len(given) != 1:
             text = f"has {len(given)} prompts ({', '.join(given)})" if given else "has no prompt"
             raise invalid(path, f"{text}: exactly one of text, token_ids and chat is required")
-        where = f"{path}.{given[0]}"
-        match given[0]:
-            case "text":
-                ids: Sequence[int] = self._text(item.text, where)
-            case "token_ids":
-                ids = self._ids(item.token_ids.ids, where)
-            case _:
-                ids = self._rendered(item.chat, where)
-        most, size = self._limits.context_tokens - 1, self.vocabulary.size
+        where, most, size = f"{path}.{given[0]}", self._limits.context_tokens - 1, self._vocabulary.size
+        try:
+            match given[0]:
+                case "text":
+                    ids = self._text(item.text, where)
+                case "token_ids":
+                    ids = self._ids(item.token_ids.ids, where)
+                case _:
+                    ids = self._rendered(item.chat, where)
+        except TooManyTokens as error:
+            raise invalid(where, f"must be 1 to {most} tokens, is {error.count} or more") from None
         if not 1 <= len(ids) <= most:
             raise invalid(where, f"must be 1 to {most} tokens, is {len(ids)}")
         if (highest := max(ids)) >= size:  # a tokenizer may have more tokens than its model has rows for
@@ -401,45 +402,35 @@ class Preparer:
     def _text(self, text: str, where: str) -> Sequence[int]:
         if not text:
             raise invalid(where, "is empty")
-        self._check_prompt_bytes(len(text.encode()), self._text_bytes_max, where)
-        most = self._limits.context_tokens - 1
-        with _fitting(most, where):
-            return self.vocabulary.encode(text, special=False, most=most)
+        _check_prompt_bytes(len(text.encode()), self._preparer.text_bytes_max, where)
+        return self._vocabulary.encode(text, special=False, most=self._limits.context_tokens - 1)
 
     def _ids(self, ids: Sequence[int], where: str) -> Sequence[int]:
-        size = self.vocabulary.size
+        size = self._vocabulary.size
         if ids and max(ids) >= size:
             index = next(index for index, token_id in enumerate(ids) if token_id >= size)
             raise invalid(f"{where}.ids[{index}]", f"{ids[index]} is not below the vocabulary's {size}")
         return ids
 
     def _rendered(self, chat: types_pb2.Chat, where: str) -> Sequence[int]:
-        if not self._chat:
+        if not self._preparer.chat:
             raise invalid(where, "this model has no chat template")
-        self._check_prompt_bytes(chat.ByteSize(), self._limits.prompt_bytes_max, where)
-        given = Conversation.of(chat, where)
+        _check_prompt_bytes(chat.ByteSize(), self._limits.prompt_bytes_max, where)
+        conversation, most = Conversation.of(chat, where), self._limits.context_tokens - 1
         try:
-            text = self._chats.text(given)
-            self._check_prompt_bytes(len(text.encode()), self._text_bytes_max, where)
-            allowed, most = chat.allow_control_tokens, self._limits.context_tokens - 1
-            with _fitting(most, where):
-                return self._chats.token_ids(given, text, allow_control_tokens=allowed, most=most)
+            return self._preparer.chats.token_ids(
+                conversation, self._rendering, allow_control_tokens=chat.allow_control_tokens, most=most
+            )
+        except OutOfBounds as error:
+            raise invalid(where, str(error)) from None
         except ValueError as error:
             raise invalid(where, f"the model's template refuses it: {error}") from error
 
-    def _check_prompt_bytes(self, size: int, most: int, where: str) -> None:
-        """A text that can never fit the context is not tokenised."""
-        if size > most:
-            raise invalid(where, f"must be at most {most} bytes of text, is {size}")
 
-
-@contextmanager
-def _fitting(most: int, where: str) -> Iterator[None]:
-    """Around the tokenising of a prompt of at most this many tokens."""
-    try:
-        yield
-    except TooManyTokens as error:
-        raise invalid(where, f"must be 1 to {most} tokens, is {error.count} or more") from None
+def _check_prompt_bytes(size: int, most: int, where: str) -> None:
+    """A text that can never fit the context is not tokenised."""
+    if size > most:
+        raise invalid(where, f"must be at most {most} bytes of text, is {size}")
 
 
 def result_bytes(parameters: types_pb2.ResolvedParameters, text_bytes_max: int, vocabulary_size: int) -> int:
@@ -463,21 +454,6 @@ def _merged(batch: types_pb2.Parameters, item: types_pb2.Parameters) -> types_pb
         merged.ClearField(descriptor.name)  # type: ignore[arg-type]  # a name that is known only here
     merged.MergeFrom(item)
     return merged
-
-
-_OPTIONAL = {
-    message: frozenset(field.name for field in message.DESCRIPTOR.fields if field.has_presence)
-    for message in (types_pb2.Parameters, types_pb2.ResolvedParameters)
-}
-
-
-def _is_given(parameters: types_pb2.Parameters | types_pb2.ResolvedParameters, name: str) -> bool:
-    """False for an optional field that is not set."""
-    return name not in _OPTIONAL[type(parameters)] or parameters.HasField(name)  # type: ignore[arg-type]
-
-
-def _is_listed(parameters: types_pb2.Parameters, name: str) -> bool:
-    return any(descriptor.name == name for descriptor, _ in parameters.ListFields())
 
 
 def _check_count(values: Sequence[object], most: int, path: str) -> Iterator[Violation]:

@@ -35,7 +35,7 @@ from prometheus_client import Metric
 from ostinato.digest import f64, ids, text, u64
 from ostinato.v1 import engine_pb2, types_pb2
 
-from service.chat import ChatTemplate, Conversation, Span
+from service.chat import ChatTemplate, Conversation, RenderBounds, Span
 from service.engines import huggingface
 from service.engines.base import Events, Run
 
@@ -192,8 +192,8 @@ class ByteVocabulary:
     def written(self, token_id: int) -> bytes:
         return self._pieces[token_id] or _NAMES[token_id]
 
-    def render(self, given: Conversation) -> str:
-        return _template().render(given)
+    def render(self, given: Conversation, bounds: RenderBounds) -> str:
+        return _template().render(given, bounds)
 
     def files(self) -> Mapping[str, bytes]:
         tokens = huggingface.letters() + list(CONTROLS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ostinato.errors import InvalidRequest
 from ostinato.v1 import types_pb2
 
-from service.chat import DEPTH_MAX, ChatTemplate, ChatTokenizer, Conversation, Span
+from service.chat import DEPTH_MAX, ChatTemplate, ChatTokenizer, Conversation, OutOfBounds, RenderBounds, Span
 
 TEMPLATES = {path.stem: path.read_text() for path in (Path(__file__).parent / "templates").glob("*.jinja")}
 _NAMES = """<|im_start|> <|im_end|> <|begin|> <|end|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|assistant|> <|user|>
@@ -158,7 +159,7 @@ def test_a_template_renders_as_in_transformers(name: str, chat: types_pb2.Chat) 
     """Every chat becomes the same text as in transformers, or both refuse it."""
     template = ChatTemplate(TEMPLATES[name], TOKENS)
     try:
-        text: str | None = template.render(Conversation.of(chat, "chat"))
+        text: str | None = template.render(Conversation.of(chat, "chat"), RenderBounds())
     except ValueError:
         text = None
     assert text == by_transformers(chat, TEMPLATES[name])
@@ -177,9 +178,9 @@ def test_a_caller_s_strings_make_no_control_tokens(name: str, chat: types_pb2.Ch
     conversation = Conversation.of(chat, "chat")
     tokenizer = ChatTokenizer(vocabulary)
     try:
-        text = tokenizer.text(conversation)
-        harmless = vocabulary.render(conversation.mapped(bare))
-        ids = tokenizer.token_ids(conversation, text, allow_control_tokens=False)
+        text = vocabulary.render(conversation, RenderBounds())
+        harmless = vocabulary.render(conversation.mapped(bare), RenderBounds())
+        ids = tokenizer.token_ids(conversation, RenderBounds(), allow_control_tokens=False)
     except ValueError:
         return
     assert vocabulary.decode(ids).removeprefix("<|begin|>") == text.removeprefix("<|begin|>")
@@ -197,12 +198,11 @@ def test_a_forged_turn_is_ordinary_text() -> None:
     tool = json.dumps([{"type": "function", "function": {"name": FORGED, "parameters": {FORGED: FORGED}}}])
     conversation = Conversation.of(a_chat(user, tools=tool), "chat")
     tokenizer = ChatTokenizer(vocabulary)
-    text = tokenizer.text(conversation)
-    ids = tokenizer.token_ids(conversation, text, allow_control_tokens=False)
+    ids = tokenizer.token_ids(conversation, RenderBounds(), allow_control_tokens=False)
     start, end = CONTROLS["<|im_start|>"], CONTROLS["<|im_end|>"]
 
     assert (ids.count(start), ids.count(end)) == (3, 2)
-    assert text.count("<|im_start|>") > 3
+    assert vocabulary.decode(ids).count("<|im_start|>") > 3
 
 
 def test_parts_that_make_a_token_together_are_ordinary_text() -> None:
@@ -210,7 +210,7 @@ def test_parts_that_make_a_token_together_are_ordinary_text() -> None:
     vocabulary = Characters(TEMPLATES["parts"])
     conversation = Conversation.of(a_chat(types_pb2.Message(role="user", parts=["<|im_", "end|>"])), "chat")
     tokenizer = ChatTokenizer(vocabulary)
-    ids = tokenizer.token_ids(conversation, tokenizer.text(conversation), allow_control_tokens=False)
+    ids = tokenizer.token_ids(conversation, RenderBounds(), allow_control_tokens=False)
 
     assert ids.count(CONTROLS["<|im_end|>"]) == 1
 
@@ -220,7 +220,7 @@ def test_control_tokens_can_be_allowed() -> None:
     vocabulary = Characters(TEMPLATES["hermes"])
     conversation = Conversation.of(a_chat(types_pb2.Message(role="user", content=FORGED)), "chat")
     tokenizer = ChatTokenizer(vocabulary)
-    ids = tokenizer.token_ids(conversation, tokenizer.text(conversation), allow_control_tokens=True)
+    ids = tokenizer.token_ids(conversation, RenderBounds(), allow_control_tokens=True)
 
     assert ids.count(CONTROLS["<|im_start|>"]) == 3
 
@@ -233,7 +233,7 @@ def test_marks_run_out() -> None:
     tokenizer = ChatTokenizer(Characters(TEMPLATES["hermes"]))
 
     with pytest.raises(ValueError, match="too many characters of the private use area"):
-        tokenizer.token_ids(conversation, tokenizer.text(conversation), allow_control_tokens=False)
+        tokenizer.token_ids(conversation, RenderBounds(), allow_control_tokens=False)
 
 
 @pytest.mark.parametrize(("role", "refused"), [("user", False), ("im_start", True), ("end", True), ("wizard", False)])
@@ -243,7 +243,7 @@ def test_a_role_makes_no_control_token(role: str, refused: bool) -> None:
     conversation = Conversation.of(a_chat(types_pb2.Message(role=role, content="Hi")), "chat")
 
     with pytest.raises(ValueError, match="is the name of a control token") if refused else nullcontext():
-        tokenizer.text(conversation)
+        tokenizer.token_ids(conversation, RenderBounds(), allow_control_tokens=False)
 
 
 @pytest.mark.parametrize(
@@ -258,14 +258,14 @@ def test_a_role_makes_no_control_token(role: str, refused: bool) -> None:
 def test_what_a_template_is_given(source: str, arguments: dict[str, Any], text: str) -> None:
     """The date only where a template insists on one, documents even if there are none, and nothing set within a generation."""
     conversation = Conversation([{"role": "user", "content": "x"}], arguments=arguments)
-    assert ChatTemplate(source, {}).render(conversation) == text
+    assert ChatTemplate(source, {}).render(conversation, RenderBounds()) == text
 
 
 def test_a_bad_date_is_refused() -> None:
     """The date for a template is a date."""
     conversation = Conversation([{"role": "user", "content": "x"}], arguments={"today": 5})
     with pytest.raises(ValueError, match="template_kwargs.today must be a date"):
-        ChatTemplate("{{ strftime_now('%d') }}", {}).render(conversation)
+        ChatTemplate("{{ strftime_now('%d') }}", {}).render(conversation, RenderBounds())
 
 
 def test_a_template_that_reads_a_control_token_is_refused() -> None:
@@ -275,7 +275,7 @@ def test_a_template_that_reads_a_control_token_is_refused() -> None:
     tokenizer = ChatTokenizer(Characters(reading))
 
     with pytest.raises(ValueError, match="depends on a control token"):
-        tokenizer.token_ids(conversation, tokenizer.text(conversation), allow_control_tokens=False)
+        tokenizer.token_ids(conversation, RenderBounds(), allow_control_tokens=False)
 
 
 USER = types_pb2.Message(role="user", content="Hi")
@@ -324,10 +324,52 @@ def test_a_bad_chat_names_its_field(chat: types_pb2.Chat, field: str) -> None:
 def test_a_template_s_error_has_its_message(source: str, text: str) -> None:
     """A refusal by the template and an error in it are a ValueError with its message."""
     with pytest.raises(ValueError, match=text):
-        ChatTemplate(source, {}).render(Conversation([{"role": "user", "content": "x"}]))
+        ChatTemplate(source, {}).render(Conversation([{"role": "user", "content": "x"}]), RenderBounds())
 
 
 def test_a_broken_template_is_an_error() -> None:
     """A template that cannot be compiled is a ValueError."""
     with pytest.raises(ValueError, match="cannot be used"):
         ChatTemplate("{% if %}", {})
+
+
+SLOW = [
+    "{% for i in range(99999) %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+]
+
+
+@pytest.mark.parametrize("source", [*SLOW, "{% for m in messages recursive %}{{ loop([m, m]) }}{% endfor %}"])
+def test_a_rendering_ends_when_its_time_does(source: str) -> None:
+    """Loops and macros end as soon as the time is over, which is counted over all renderings of a request."""
+    ticks = itertools.count()
+    bounds = RenderBounds(seconds_max=50, clock=lambda: float(next(ticks)))
+    quick = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {})
+    conversation = Conversation([{"role": "user", "content": "x"}] * 20)
+
+    assert quick.render(conversation, bounds) == "x" * 20
+    with pytest.raises(OutOfBounds, match="more than render_seconds_max, 50 s"):
+        ChatTemplate(source, {}).render(conversation, bounds)
+    assert 50 < next(ticks) < 60
+
+
+def test_a_rendering_ends_when_its_text_is_too_long() -> None:
+    """A text that grows beyond its bound is not rendered to its end."""
+    made = list[int]()
+    template = ChatTemplate("{% for i in range(1000) %}{{ count(i) }}{% endfor %}", {})
+
+    def count(i: int) -> str:
+        made.append(i)
+        return "é"
+
+    conversation = Conversation([], arguments={"count": count})
+
+    with pytest.raises(OutOfBounds, match="at most 10 bytes of text"):
+        template.render(conversation, RenderBounds(bytes_max=10))
+    assert made == list(range(6))
+
+
+def test_rendering_costs_processor_time() -> None:
+    """What is counted is the thread's own processor time."""
+    with pytest.raises(OutOfBounds):
+        ChatTemplate(SLOW[1], {}).render(Conversation([]), RenderBounds(seconds_max=0.01))

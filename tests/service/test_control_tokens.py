@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from service.chat import ChatTokenizer, Conversation
+from service.chat import ChatTokenizer, Conversation, RenderBounds
 from service.engines.turbomind.model import HuggingFaceVocabulary, read
 
 NAMES = ("s", "user", "end", "INST")
@@ -130,7 +130,7 @@ def test_what_a_caller_writes_is_text_in_every_tokenizer(
     chat = Conversation([{"role": "user", "content": text} for text in texts])
     chats = ChatTokenizer(ours)
 
-    ids = chats.token_ids(chat, chats.text(chat), allow_control_tokens=False)
+    ids = chats.token_ids(chat, RenderBounds(), allow_control_tokens=False)
 
     # A control token that the tokenizer does not find where the template writes it is text in both, spelled differently.
     letters = {theirs.convert_tokens_to_ids(there): theirs.convert_tokens_to_ids(here) for here, there in BRACKETS.items()}
@@ -146,4 +146,4 @@ def test_a_character_that_is_none_is_refused(tmp_path: Path) -> None:
     chats = ChatTokenizer(ours)
 
     with pytest.raises(ValueError, match="has the character U\\+10FFFF"):
-        chats.token_ids(chat, chats.text(chat), allow_control_tokens=False)
+        chats.token_ids(chat, RenderBounds(), allow_control_tokens=False)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from service.chat import ChatTemplate, Conversation
+from service.chat import ChatTemplate, Conversation, RenderBounds
 from service.engines.huggingface import config, letters
 from service.engines.scripted import CONTROLS, ByteVocabulary
 
@@ -44,8 +44,8 @@ def test_a_chat_has_the_same_tokens(turns: list[tuple[str, str]], system: str | 
     told, chat = json.loads(FILES["tokenizer_config.json"]), Conversation(messages)
     template = ChatTemplate(told["chat_template"], {"bos_token": told["bos_token"], "eos_token": told["eos_token"]})
 
-    rendered = TOKENIZER.encode(template.render(chat), add_special_tokens=False).ids
-    assert rendered == VOCABULARY.encode(VOCABULARY.render(chat), special=True)
+    rendered = TOKENIZER.encode(template.render(chat, RenderBounds()), add_special_tokens=False).ids
+    assert rendered == VOCABULARY.encode(VOCABULARY.render(chat, RenderBounds()), special=True)
 
 
 def test_letters_are_the_library_s() -> None:

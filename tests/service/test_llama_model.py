@@ -19,7 +19,7 @@ from tests.service.llama_kit import LACKING, Bench, on_the_loop
 if LACKING:
     pytest.skip(f"the llama engine's packages are not installed: {LACKING}", allow_module_level=True)
 
-from service.chat import Conversation, TooManyTokens
+from service.chat import Conversation, RenderBounds, TooManyTokens
 from service.engines import huggingface
 from service.engines.llama.library import library
 from service.engines.llama.model import (
@@ -191,7 +191,7 @@ async def test_text_comes_back(bench: Bench, text: str) -> None:
 async def test_a_chat_becomes_control_tokens(bench: Bench) -> None:
     """A rendered chat has the template's own first turn, ends ready to answer, and its control tokens are recognised."""
     vocabulary = bench.engine.vocabulary
-    text = vocabulary.render(Conversation([{"role": "user", "content": "Hi"}]))
+    text = vocabulary.render(Conversation([{"role": "user", "content": "Hi"}]), RenderBounds())
     ids = vocabulary.encode(text, special=True)
 
     assert text.startswith("<|im_start|>system\n")

@@ -19,7 +19,7 @@ if LACKING:
 
 import numpy as np
 
-from service.chat import Conversation
+from service.chat import Conversation, RenderBounds
 from service.engines.base import SOURCE_BYTES_MAX
 from service.engines.llama.library import library
 from service.engines.llama.sampling import Grammar, explanation, fold_seed, source_of, token_logprobs
@@ -173,7 +173,8 @@ async def test_bad_tokens_never_appear(bench: Bench) -> None:
 async def test_ends_that_may_not_come_yet(bench: Bench) -> None:
     """Neither the model's end nor a stop token comes before min_new_tokens; with ignore_eos the model's end never comes."""
     vocabulary = bench.engine.vocabulary
-    chat = vocabulary.encode(vocabulary.render(Conversation([{"role": "user", "content": "Say OK."}])), special=True)
+    asked = Conversation([{"role": "user", "content": "Say OK."}])
+    chat = vocabulary.encode(vocabulary.render(asked, RenderBounds()), special=True)
     about: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 24}
     plain = await bench.answer(chat, ignore_eos=False, **about)
     made = len(plain.token_ids)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ostinato.v1 import engine_pb2, types_pb2
 
-from service.chat import ChatTemplate, Conversation
+from service.chat import ChatTemplate, Conversation, RenderBounds
 from service.engines.scripted import ByteVocabulary
 from service.parse import Call, Parser, form_of, hermes, llama, split_reasoning
 from tests.service.test_chat import TEMPLATES, TOKENS
@@ -31,8 +31,8 @@ def answer_in(template: str, *, content: str, calls: list[tuple[str, dict[str, A
     }
     user = {"role": "user", "content": "?"}
     rendered = ChatTemplate(TEMPLATES[template], TOKENS)
-    before = rendered.render(Conversation([user]))
-    return rendered.render(Conversation([user, turn], add_generation_prompt=False)).removeprefix(before)
+    before = rendered.render(Conversation([user]), RenderBounds())
+    return rendered.render(Conversation([user, turn], add_generation_prompt=False), RenderBounds()).removeprefix(before)
 
 
 @given(TEXT.map(str.strip), CALLS)

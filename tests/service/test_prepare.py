@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,9 @@ from service.answer import Answer
 from service.engines.scripted import BEGIN, CONTROLS, END, ByteVocabulary
 from service.prepare import FORMATS_MAX, RECEIPT_BYTES, Lexicon, Limits, Preparer, result_bytes
 
-LIMITS = Limits(context_tokens=200, new_tokens_max=199, top_k_max=1024, batch_items_max=4, prompt_bytes_max=1000)
+LIMITS = Limits(
+    context_tokens=200, new_tokens_max=199, top_k_max=1024, batch_items_max=4, prompt_bytes_max=1000, render_seconds_max=5
+)
 INF, NAN = math.inf, math.nan
 A_REGEX = types_pb2.ResponseFormat(regex="a+")
 
@@ -27,9 +30,10 @@ def check_format(constraint: types_pb2.ResponseFormat) -> None:
         raise ValueError("cannot be obeyed")
 
 
-def preparer(vocabulary: Any = None, *, chat: bool = True) -> Preparer:
-    vocabulary = vocabulary or ByteVocabulary()
-    return Preparer(vocabulary, LIMITS, check_format, b"m" * 32, chat=chat)
+def preparer(
+    vocabulary: Any = None, limits: Limits = LIMITS, check: Callable[[Any], None] = check_format, *, chat: bool = True
+) -> Preparer:
+    return Preparer(vocabulary or ByteVocabulary(), limits, check, b"m" * 32, chat=chat)
 
 
 def prepare(*items: types_pb2.Item, **parameters: Any) -> engine_pb2.PrepareResponse:
@@ -245,7 +249,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model() -> None:
 def test_a_text_that_can_never_fit_is_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
     """A text or a rendered chat of more bytes than the context's tokens can stand for is refused by its length."""
     limits = replace(LIMITS, prompt_bytes_max=1 << 20)
-    judge = Preparer(ByteVocabulary(), limits, check_format, b"m" * 32, chat=True)
+    judge = preparer(limits=limits)
     monkeypatch.setattr(ByteVocabulary, "encode", lambda *_, **__: pytest.fail("tokenised"))
     most = LIMITS.context_tokens * ByteVocabulary.source_bytes_max
 
@@ -257,11 +261,23 @@ def test_a_text_that_can_never_fit_is_not_tokenised(monkeypatch: pytest.MonkeyPa
         assert [violation.field for violation in refused.value.violations] == [f"items[0].{path}"]
 
 
+def test_the_chats_of_a_request_have_one_time_to_be_rendered() -> None:
+    """When the time of a request is over, its other chats are refused by name; texts are not, nor the next request."""
+    chats = [types_pb2.Item(chat=CHAT)] * 2
+    items = [types_pb2.Item(text="a"), *chats]
+    with pytest.raises(InvalidRequest, match="more than render_seconds_max, 1e-09 s") as refused:
+        preparer(limits=replace(LIMITS, render_seconds_max=1e-9)).prepare(engine_pb2.PrepareRequest(items=items))
+    good = preparer()
+
+    assert [violation.field for violation in refused.value.violations] == ["items[1].chat", "items[2].chat"]
+    assert len(good.prepare(engine_pb2.PrepareRequest(items=items)).items) == 3
+
+
 def test_a_grammar_is_judged_once() -> None:
     """Equal grammars of a request are compiled once, and more different ones than a request may have are refused unseen."""
     judged = list[str]()
     limits = replace(LIMITS, batch_items_max=64)
-    judge = Preparer(ByteVocabulary(), limits, lambda given: judged.append(given.regex), b"m" * 32, chat=True)
+    judge = preparer(limits=limits, check=lambda given: judged.append(given.regex))
 
     def items(*regexes: str) -> list[types_pb2.Item]:
         return [item(response_format=types_pb2.ResponseFormat(regex=regex)) for regex in regexes]

@@ -149,7 +149,7 @@ async def test_preparing_over_the_stream(monkeypatch: pytest.MonkeyPatch) -> Non
     Runs go on meanwhile."""
     encode = ByteVocabulary.encode
 
-    def crash(self: ByteVocabulary, text: str, *, special: bool, most: int) -> list[int]:
+    def crash(self: ByteVocabulary, text: str, *, special: bool, most: int = 0) -> list[int]:
         assert text != "crash"
         return encode(self, text, special=special)
 

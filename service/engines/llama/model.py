@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from service.chat import ChatTemplate, Conversation, Span, TooManyTokens
+from service.chat import ChatTemplate, Conversation, RenderBounds, Span, TooManyTokens
 from service.engines import huggingface
 from service.engines.base import EngineUnusable
 from service.engines.llama.library import INSTALL, Library, library
@@ -189,10 +189,10 @@ class LlamaVocabulary:
     def written(self, token_id: int) -> bytes:
         return self._pieces[token_id] or self._control_texts.get(token_id, b"")
 
-    def render(self, given: Conversation) -> str:
+    def render(self, given: Conversation, bounds: RenderBounds) -> str:
         if self._chat is None:
             raise ValueError("the model has no chat template")
-        return self._chat.render(given)
+        return self._chat.render(given, bounds)
 
     def files(self) -> Mapping[str, bytes]:
         template = self.template
@@ -205,7 +205,7 @@ class LlamaVocabulary:
 
     def _template_writes_begin(self) -> bool:
         probe = Conversation([{"role": "user", "content": "a"}])
-        return self._chat is not None and self._chat.render(probe).startswith(self._begin)
+        return self._chat is not None and self._chat.render(probe, RenderBounds()).startswith(self._begin)
 
     def _control_text(self, token_id: int | None) -> str:
         return "" if token_id is None else self._library.piece(self.handle, token_id, control=True).decode()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from service.chat import ChatTemplate, Conversation, Span
+from service.chat import ChatTemplate, Conversation, RenderBounds, Span
 from service.engines import huggingface
 from service.engines.base import EngineUnusable
 from service.engines.turbomind.host import module
@@ -248,11 +248,11 @@ class HuggingFaceVocabulary:
     def written(self, token_id: int) -> bytes:
         return self.pieces[token_id] or self._control_texts.get(token_id, b"")
 
-    def render(self, given: Conversation) -> str:
+    def render(self, given: Conversation, bounds: RenderBounds) -> str:
         template = self._templates.get("tool_use" if given.tools and "tool_use" in self._templates else "default")
         if template is None:
             raise ValueError("the model has no chat template")
-        return template.render(given)
+        return template.render(given, bounds)
 
     def files(self) -> Mapping[str, bytes]:
         template = self._hf.chat_template
