@@ -1,41 +1,8 @@
 """All errors of the API. On the wire an error is a google.rpc.Status with details; `to_status` and `from_status` convert.
 
-OstinatoError
-  + InvalidRequest        must be changed to succeed      INVALID_ARGUMENT
-  + Refused               before sequencing: no sequence was assigned
-  |   + MalformedMessage  cannot be decoded               INVALID_ARGUMENT
-  |   + Unauthenticated   no valid credentials            UNAUTHENTICATED
-  |   + PermissionDenied  not allowed for this role       PERMISSION_DENIED
-  |   + QueueFull         retry later                     RESOURCE_EXHAUSTED
-  |   |   + ConnectionFull  a QUEUE_FULL               RESOURCE_EXHAUSTED
-  |   + JournalFull       retry later                     RESOURCE_EXHAUSTED
-  |   + JournalUnavailable later or elsewhere             UNAVAILABLE
-  |   + EngineUnavailable retry later                     UNAVAILABLE
-  |   + Draining          retry later; a key's are kept   UNAVAILABLE
-  |   + GradeNotEarned                                    FAILED_PRECONDITION
-  |   + KeyReused                                         ALREADY_EXISTS
-  |   + PayloadPruned                                     FAILED_PRECONDITION
-  |   + RecordDamaged                                     DATA_LOSS
-  |   + NotFound                                          NOT_FOUND
-  |   + NotBuilt                                          UNIMPLEMENTED
-  + Ended                 the outcome of an admitted item without an output
-  |   + DeadlineExceeded                                  DEADLINE_EXCEEDED
-  |   + Cancelled                                         CANCELLED
-  |   + Abandoned                                         ABORTED
-  |   + GradeLost                                         ABORTED
-  |   + AttemptsExhausted                                 ABORTED
-  |   + FingerprintChanged                                FAILED_PRECONDITION
-  |   + EngineFailed                                      INTERNAL
-  + CallLost              the call ended, its items may go on
-  |   + SlowReader        reads too slowly                RESOURCE_EXHAUSTED
-  |   + Disconnected      no connection to the server     UNAVAILABLE
-  + Internal              a bug; see the server's log     INTERNAL
-  + StreamRefused         between sidecar and service
-      + EpochStale                                        FAILED_PRECONDITION
-      + WriterBusy                                        FAILED_PRECONDITION
-      + JournalBehind                                     FAILED_PRECONDITION
-      + OutOfOrder                                        FAILED_PRECONDITION
-      + ProtocolViolation                                 INTERNAL"""
+The classes are the tree of errors, and the table of reasons and status codes: a class with a `code` is an error that is raised,
+and its name is the reason. docs/protocol.md says of each when to retry.
+"""
 
 from __future__ import annotations
 

@@ -159,6 +159,10 @@ class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerS
             self.keyed[key] = response
         return response
 
+    async def answer(self, request: generation_pb2.GenerateRequest, _context: Any) -> generation_pb2.GenerateResponse:
+        """For a script: as without one."""
+        return self._generate(request)
+
     def _run(
         self, request: generation_pb2.GenerateRequest, item: types_pb2.Item, first: int, sequence: int
     ) -> types_pb2.Result:

@@ -177,17 +177,18 @@ def only_line(serve: Serve, code: int = 1) -> str:
 
 
 @pytest.mark.parametrize(
-    ("flag", "program"), [("--listen", "sidecar"), ("--metrics", "sidecar"), ("--service-metrics", "service")]
+    ("flag", "program"),
+    [("--listen", "sidecar: "), ("--metrics", "sidecar: "), ("--service-metrics", "service: "), ("--gateway-port", "")],
 )
 def test_a_taken_port_is_named(state: Path, taken: str, flag: str, program: str) -> None:
-    """A taken port is one line with the program, the address and its flag."""
-    with Serve(state, addresses=[f"{flag}={taken}", *(each for each in ANYWHERE if not each.startswith(f"{flag}="))]) as serve:
+    """A taken port is one line with the program, the address and its flag; the gateway's is found before anything starts."""
+    others = [each for each in ANYWHERE if not each.startswith(f"{flag}=")]
+    given = [f"{flag}={taken}"] if program else ["--gateway", f"{flag}={taken.rpartition(':')[2]}"]
+    with Serve(state, *given, addresses=others) as serve:
         line = only_line(serve)
 
-    assert line == (
-        f"ostinato serve: {program}: {flag}: cannot listen on {taken}: Address already in use; "
-        "stop what listens there, or choose another"
-    )
+    why = "Address already in use; stop what listens there, or choose another"
+    assert line == f"ostinato serve: {program}{flag}: cannot listen on {taken}: {why}"
 
 
 def test_an_open_address_is_explained(state: Path) -> None:
@@ -198,17 +199,6 @@ def test_an_open_address_is_explained(state: Path) -> None:
 
     assert line.startswith("ostinato serve: sidecar: --listen: '0.0.0.0:0': anyone who reaches it could do everything: ")
     assert line.endswith("or allow it with --sidecar-flag --open")
-
-
-def test_a_taken_port_of_the_gateway_is_named(state: Path, taken: str) -> None:
-    """A taken gateway port is reported before anything is started."""
-    with Serve(state, "--gateway", "--gateway-port", taken.rpartition(":")[2]) as serve:
-        line = only_line(serve)
-
-    assert line == (
-        f"ostinato serve: --gateway-port: cannot listen on {taken}: Address already in use; "
-        "stop what listens there, or choose another"
-    )
 
 
 def test_one_state_folder_serves_once(state: Path) -> None:
@@ -245,11 +235,20 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert line == f"ostinato serve: --state {tmp_path}/file/state: Not a directory; choose a folder that can be written"
 
 
-def test_a_model_that_is_not_there_is_wrong_usage(state: Path) -> None:
-    """A missing model exits 2 before anything is started, and is named."""
-    with Serve(state, str(state / "no.gguf")) as serve:
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["/no.gguf"], "MODEL: there is no file or folder /no.gguf"),
+        (["--gateway-port", "8000"], "--gateway-port: needs --gateway"),
+        (["--service-flag", "'"], "--service-flag: No closing quotation"),
+    ],
+)
+def test_wrong_usage_is_two(state: Path, flags: list[str], why: str) -> None:
+    """What `serve` itself can tell to be wrong exits 2 before anything is started, and is named."""
+    with Serve(state, *flags) as serve:
         assert serve.ended() == 2
-        assert f"there is no file or folder {state}/no.gguf" in serve.lines[-1]
+        assert why in serve.lines[-1]
+        assert not state.exists()
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,20 +282,18 @@ def test_one_program_takes_its_own_flags(name: str, tmp_path: Path) -> None:
     assert "--no-such-flag" in ended[1].stderr
 
 
-def test_what_has_no_flag_is_the_programs_own_setting(state: Path) -> None:
-    """An address without a flag comes from the program's environment variable."""
-    addresses = [each for each in ANYWHERE if not each.startswith("--listen=")]
-    with Serve(state, addresses=addresses, env={"OSTINATO_SIDECAR_LISTEN": f"unix:{state}/door"}) as serve:
-        assert serve.target == f"unix:{state}/door"
-
-
-def test_a_settings_file_is_for_both_programs(state: Path, tmp_path: Path) -> None:
-    """Service and sidecar each read their table of --config; flags win over it."""
+def test_other_settings_come_from_a_file_and_the_environment(state: Path, tmp_path: Path) -> None:
+    """Service and sidecar each read their table of --config; flags win over it. An address without a flag comes from the
+    program's environment variable."""
     config = tmp_path / "ostinato.toml"
     config.write_text('[service]\nnew_tokens_max = 7\n\n[sidecar]\nwriter = "from-a-file"\nmetrics = "127.0.0.1:1"\n')
-    with Serve(state, "--config", str(config)) as serve, ostinato.SyncClient(serve.target) as client:
-        assert client.head().writer == "from-a-file"
-        assert client.model().limits.new_tokens_max == 7
+    addresses = [each for each in ANYWHERE if not each.startswith("--listen=")]
+    door = {"OSTINATO_SIDECAR_LISTEN": f"unix:{state}/door"}
+    with Serve(state, "--config", str(config), addresses=addresses, env=door) as serve:
+        assert serve.target == f"unix:{state}/door"
+        with ostinato.SyncClient(serve.target) as client:
+            assert client.head().writer == "from-a-file"
+            assert client.model().limits.new_tokens_max == 7
 
 
 def test_a_journal_that_is_set_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 import json
 import sys
@@ -12,9 +11,8 @@ from typing import Any
 
 import pytest
 from google.protobuf import json_format
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -38,8 +36,6 @@ def _journal() -> Fake:
 FAKE = _journal()
 RECORD = FAKE.records[3]
 ENTRIES = FAKE.journal.entries
-HEADER_FIELDS = [field.name for field in types_pb2.EntryHeader.DESCRIPTOR.fields]
-CASES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def _dict(message: Message) -> dict[str, Any]:
@@ -55,22 +51,6 @@ def _check(*documents: Any) -> Verification:
 
 def _verify(content: str | bytes, *arguments: str) -> Any:
     return CliRunner().invoke(app, ["verify", "-", *arguments], input=content)
-
-
-def _flipped(message: types_pb2.EntryHeader, name: str, bit: int) -> None:
-    """Flips one bit of a header field."""
-    field, value = message.DESCRIPTOR.fields_by_name[name], getattr(message, name)
-    if field.type == FieldDescriptor.TYPE_STRING:
-        raw = bytearray((value or "w").encode())
-        raw[bit // 7 % len(raw)] ^= 1 << bit % 7  # it stays ASCII
-        setattr(message, name, raw.decode())
-    elif field.type == FieldDescriptor.TYPE_BYTES:
-        raw = bytearray(value or bytes(1))
-        raw[bit // 8 % len(raw)] ^= 1 << bit % 8
-        setattr(message, name, bytes(raw))
-    else:
-        bits = {FieldDescriptor.CPPTYPE_UINT64: 64, FieldDescriptor.CPPTYPE_UINT32: 32}.get(field.cpp_type, 3)
-        setattr(message, name, value ^ 1 << bit % bits)
 
 
 @pytest.mark.parametrize(
@@ -106,80 +86,26 @@ def test_an_honest_journal_is_sound(tmp_path: Path) -> None:
     assert (part.exit_code, part.stdout.splitlines()[1:]) == (3, [counts, trust])
 
 
-@CASES
-@given(st.sampled_from(HEADER_FIELDS), st.integers(0, 255), st.sampled_from(["receipt", "result", "record", "entry"]))
-def test_no_bit_of_a_header_can_be_flipped(name: str, bit: int, form: str) -> None:
-    """A change of any header field in any kind of record is a fault."""
-    record, entries = copy.deepcopy(RECORD), copy.deepcopy(ENTRIES)
-    _flipped(record.result.receipt.header, name, bit)
-    _flipped(entries[bit % len(entries)].header, name, bit)
-    forms: dict[str, list[Message]] = {
-        "receipt": [record.result.receipt],
-        "result": [record.result],
-        "record": [record],
-        "entry": [*entries],
-    }
-    assert _check(*map(_dict, forms[form])).faults
-
-
-@CASES
-@given(st.sampled_from(["previous_hash", "entry_hash"]), st.integers(0, 255))
-def test_no_bit_of_a_hash_can_be_flipped(name: str, bit: int) -> None:
-    """A change of a receipt's hash is a fault."""
-    receipt = copy.deepcopy(RECORD.result.receipt)
-    raw = bytearray(getattr(receipt, name))
-    raw[bit // 8] ^= 1 << bit % 8
-    setattr(receipt, name, bytes(raw))
-    assert _check(_dict(receipt)).faults
-
-
 @pytest.mark.parametrize(
     "tamper",
     [
-        lambda result: result.update(sequence="4"),
-        lambda result: result.update(attempt=2),
-        lambda result: result.pop("receipt"),
-        lambda result: result.pop("output"),
-        lambda result: result["output"]["token_ids"].append(7),
-        lambda result: result["output"]["token_ids"].__setitem__(0, 300),
-        lambda result: result["output"].update(finish_reason="FINISH_REASON_STOP_STRING"),
-        lambda result: result["output"].update(matched_stop="x"),
-        lambda result: result["output"].update(seed="1"),
-        lambda result: result["output"].update(grade="GRADE_SERIAL"),
-        lambda result: result["output"]["logprobs"][0].update(logprob=-0.30000000000000004),
-        lambda result: result["output"].pop("logprobs"),
-        lambda result: result["output"]["logprobs"][0].update(logprob="NaN"),
-        lambda result: result["output"].update(finish_reason=-1),
-        lambda result: result["receipt"]["header"].update(grade=-1),
-        lambda result: result.update(receipt=_dict(FAKE.records[4].result.receipt)),
-    ],
-)
-def test_no_result_can_be_altered(tamper: Any) -> None:
-    """A change of output, seed, grade or sequence, or another receipt, is a fault."""
-    result = _dict(RECORD.result)
-    tamper(result)
-    checks = _check(result)
-    assert checks.faults
-    assert checks.count("receipt", "consistent") == 0
-
-
-@pytest.mark.parametrize(
-    "tamper",
-    [
-        lambda record: record["input"]["token_ids"].append(7),
-        lambda record: record["input"]["parameters"].update(temperature=0.5),
-        lambda record: record["input"].update(seed="1"),
-        lambda record: record["input"]["parameters"].update(top_p="NaN"),
-        lambda record: record["admitted"].update(input_digest=base64.b64encode(bytes(32)).decode()),
+        lambda record: record["result"]["receipt"]["header"].update(seed="1"),
+        lambda record: record["result"]["output"].update(text="x"),
+        lambda record: record["result"]["output"]["logprobs"][0].update(logprob="NaN"),
+        lambda record: record["result"].pop("output"),
         lambda record: record["result"].pop("receipt"),
+        lambda record: record["result"].update(receipt=_dict(FAKE.records[4].result.receipt)),
+        lambda record: record["input"]["parameters"].update(top_p="NaN"),
         lambda record: record.update(input=_dict(FAKE.records[1].input), admitted=_dict(FAKE.records[1].admitted)),
     ],
 )
-def test_no_input_can_be_altered(tamper: Any) -> None:
-    """A change of the input is a fault."""
+def test_no_record_can_be_altered(tamper: Any) -> None:
+    """A change of a record's input, output or receipt is a fault; test_chain.py has one for each field."""
     record = _dict(RECORD)
     tamper(record)
-    assert _check(record).faults
+    checks = _check(record)
+    assert checks.faults
+    assert checks.count("receipt", "consistent") == 0
 
 
 @pytest.mark.parametrize(
@@ -227,22 +153,16 @@ def test_faults_are_printed_and_counted() -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        "",
-        "\n\n",
-        "[]",
-        json.dumps(_dict(types_pb2.Result(sequence=1, status=errors.to_status(errors.Abandoned("gone"))))),
-        json.dumps(_dict(ENTRIES[5])),
-        json.dumps({"tokens": {}}),
+        "nonsense",
+        '{"a": 1}',
+        '{"header": {}, "header": {}}',
+        '{"output": {"seed": NaN}}',
+        "7",
+        '{"header": 7}',
+        '{"output": {"seed": "x"}}',
+        "[" * 5000,
     ],
 )
-def test_nothing_to_verify_is_an_error(content: str) -> None:
-    """A file without a proof exits 1."""
-    result = _verify(content)
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("error: nothing to verify in -")
-
-
-@pytest.mark.parametrize("content", ["nonsense", '{"a": 1}', "7", '{"header": 7}', '{"output": {"seed": "x"}}', "[" * 5000])
 def test_what_is_no_record_is_a_fault(content: str) -> None:
     """A line that is not a record is a fault with its place, also among sound ones."""
     result = _verify(json.dumps(_dict(RECORD)) + "\n" + content)
@@ -303,6 +223,14 @@ def _untouched() -> Iterator[None]:
     assert before == list(FAKE.records.values())
 
 
+WITHOUT_A_PROOF: list[Any] = [
+    [],
+    {"tokens": {}},
+    _dict(ENTRIES[5]),
+    _dict(types_pb2.Result(sequence=1, status=errors.to_status(errors.Abandoned("gone")))),
+]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -311,7 +239,7 @@ def _untouched() -> Iterator[None]:
         (b"SQLite format 3\0" + bytes(84), ["FILE: is a SQLite file: if it is a sidecar's journal, use `ostinato", "NOTHING"]),
         (b"\x7fELF\xff\n" * 1000, ["FILE:1: not JSON: ", "FILE: the other 999 lines are not JSON either", "NOTHING"]),
         (b"\xff", ["FILE:1: not JSON: ", "NOTHING"]),
-        (b"[]", ["NOTHING: it has no receipt"]),
+        *((json.dumps(each).encode(), ["NOTHING: it has no receipt"]) for each in WITHOUT_A_PROOF),
     ],
 )
 def test_a_file_without_a_record(tmp_path: Path, content: bytes, said: list[str]) -> None:
@@ -327,12 +255,22 @@ def test_a_file_without_a_record(tmp_path: Path, content: bytes, said: list[str]
     assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True)), lines
 
 
-def test_a_folder_for_a_file(tmp_path: Path) -> None:
-    """A folder is wrong usage."""
-    result = CliRunner().invoke(app, ["verify", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ([], "/: Is a directory"),
+        (["--key", "/nowhere"], "--key: /nowhere: No such file"),
+        (["--witness", "/nowhere"], "--witness: /nowhere: No such file"),
+        (["--witness", "http://127.0.0.1:1/"], "--witness: http://127.0.0.1:1/: [Errno 111] Connection refused"),
+        (["--witness", "http://a b/"], "--witness: http://a b/: URL can't contain control characters"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(options: list[str], why: str) -> None:
+    """A file, key or witness that cannot be read is wrong usage that names it."""
+    result = CliRunner().invoke(app, ["verify", "/", *options])
 
     assert result.exit_code == 2
-    assert f"{tmp_path}: Is a directory" in result.output
+    assert why in " ".join(result.output.split())
 
 
 def test_without_cryptography_a_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
 
+import ostinato
+
 from tests.ostinato.test_cli_serve import ANYWHERE, UNTESTED
 
 ROOT = Path(__file__).parents[2]
+DIST_INFO = f"ostinato-{ostinato.__version__}.dist-info"
 HOMES = {
     "proto/ostinato/": "ostinato/",
     "proto/serving/": "ostinato/programs/serving/",
@@ -50,7 +55,7 @@ def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProc
 
 
 def test_it_has_every_file_in_its_place(wheel: zipfile.ZipFile) -> None:
-    """The wheel has all files of these folders in git, and only the package."""
+    """The wheel has all files of these folders in git, only the package, and the package's version."""
     listed = subprocess.run(["git", "ls-files", "--", *HOMES], cwd=ROOT, capture_output=True, text=True, check=True)
     wanted = {
         home + name.removeprefix(folder)
@@ -59,10 +64,19 @@ def test_it_has_every_file_in_its_place(wheel: zipfile.ZipFile) -> None:
         if name.startswith(folder)
     }
 
-    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    names = set(wheel.namelist())
     assert "ostinato/programs/sidecar/canaries.toml" in wanted
     assert wanted - names == set()
-    assert {name.split("/")[0] for name in names} == {"ostinato"}
+    assert {name.split("/")[0] for name in names} == {"ostinato", DIST_INFO}
+
+
+def test_a_client_needs_little(wheel: zipfile.ZipFile) -> None:
+    """A client's requirements are gRPC, protobuf and the command line's libraries; all others are extras."""
+    metadata = Parser().parsestr(wheel.read(f"{DIST_INFO}/METADATA").decode())
+    wanted = {re.split(r"[^\w-]", line)[0] for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
+
+    assert wanted == {"googleapis-common-protos", "grpcio", "grpcio-status", "protobuf", "rich", "typer"}
+    assert "ostinato = ostinato.cli:main" in wheel.read(f"{DIST_INFO}/entry_points.txt").decode()
 
 
 def test_no_common_name_is_a_package(python: Path, tmp_path: Path) -> None:
