@@ -9,7 +9,7 @@ from pathlib import Path
 
 from serving import files
 
-RESTORE = "restore a copy that verifies, see docs/operations.md, A file that is damaged, or out of reach"
+RESTORE = "restore a copy that verifies, see docs/operations.md, A file that is damaged, or not accessible"
 
 REBUILD = "the entries are sound: python -m sidecar rebuild makes the tables from them again"
 

@@ -160,7 +160,7 @@ async def test_what_is_refused(api: openai.AsyncOpenAI, door: Door, parameters: 
 
 
 async def test_what_the_gateway_loses(api: openai.AsyncOpenAI, door: Door) -> None:
-    """The gateway still drops the fields that docs/operations.md lists, and changes a bare prompt as described there."""
+    """The gateway still drops the fields that docs/using.md lists, and changes a bare prompt as described there."""
     before = await door.last_sequence()
     made = await api.completions.create(
         model="scripted",

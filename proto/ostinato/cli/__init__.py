@@ -13,7 +13,7 @@
     challenge  challenge
     serve      serve, service, sidecar
 
-docs/operations.md has the exit codes.
+docs/using.md has the exit codes.
 """
 
 import io
