@@ -7,9 +7,10 @@ import hashlib
 import json
 import threading
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partialmethod
 from typing import Any
 
 import grpc
@@ -76,52 +77,15 @@ class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerS
     def count(self, method: str) -> int:
         return sum(call.method == method for call in self.calls)
 
-    async def Generate(self, request: Any, context: Any) -> Any:
-        return await self._unary("Generate", request, context, self._generate)
-
-    async def Cancel(self, request: Any, context: Any) -> Any:
-        return await self._unary("Cancel", request, context, lambda _: generation_pb2.CancelResponse(cancelled=1, ended=2))
-
-    async def GetModel(self, request: Any, context: Any) -> Any:
-        return await self._unary("GetModel", request, context, lambda _: generation_pb2.GetModelResponse(model=MODEL))
-
-    async def Tokenize(self, request: Any, context: Any) -> Any:
-        return await self._unary("Tokenize", request, context, self._tokenize)
-
-    async def Get(self, request: Any, context: Any) -> Any:
-        return await self._unary("Get", request, context, self._get)
-
-    async def Head(self, request: Any, context: Any) -> Any:
-        return await self._unary("Head", request, context, self._head)
-
-    async def Report(self, request: Any, context: Any) -> Any:
-        return await self._unary("Report", request, context, self._report)
-
-    async def Witness(self, request: Any, context: Any) -> Any:
-        answer = sequencer_pb2.WitnessResponse(header=types_pb2.EntryHeader(index=request.head.last_index))
-        return await self._unary("Witness", request, context, lambda _: answer)
-
-    async def GenerateStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        async for each in self._stream("GenerateStream", request, context, self._events):
-            yield each
-
-    async def Tail(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        async for each in self._stream("Tail", request, context, self._tail):
-            yield each
-
-    async def Replay(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        async for each in self._stream("Replay", request, context, self._replay):
-            yield each
-
     def _seen(self, method: str, request: Any, context: Any) -> Call:
         call = Call(method, request, dict(context.invocation_metadata()), context.time_remaining())
         self.calls.append(call)
         return call
 
-    async def _unary(self, method: str, request: Any, context: Any, default: Callable[[Any], Any]) -> Any:
+    async def _unary(self, method: str, default: str, request: Any, context: Any) -> Any:
         call = self._seen(method, request, context)
         try:
-            answer = self.script[method].popleft() if self.script[method] else default(request)
+            answer = self.script[method].popleft() if self.script[method] else getattr(self, default)(request)
             if callable(answer):
                 answer = await answer(request, context)
         except errors.OstinatoError as error:
@@ -133,11 +97,9 @@ class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerS
             await context.abort_with_status(rpc_status.to_status(errors.to_status(answer)))
         return answer
 
-    async def _stream(
-        self, method: str, request: Any, context: Any, default: Callable[[Any], AsyncIterator[Any]]
-    ) -> AsyncIterator[Any]:
+    async def _stream(self, method: str, default: str, request: Any, context: Any) -> AsyncIterator[Any]:
         call = self._seen(method, request, context)
-        source = _each(self.script[method].popleft()) if self.script[method] else default(request)
+        source = _each(self.script[method].popleft()) if self.script[method] else getattr(self, default)(request)
         try:
             async for answer in source:
                 if isinstance(answer, errors.OstinatoError):
@@ -146,6 +108,18 @@ class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerS
         except asyncio.CancelledError:
             call.cancelled = True
             raise
+
+    Generate: Any = partialmethod(_unary, "Generate", "_generate")
+    GenerateStream: Any = partialmethod(_stream, "GenerateStream", "_events")
+    Cancel: Any = partialmethod(_unary, "Cancel", "_cancel")
+    GetModel: Any = partialmethod(_unary, "GetModel", "_model")
+    Tokenize: Any = partialmethod(_unary, "Tokenize", "_tokenize")
+    Get: Any = partialmethod(_unary, "Get", "_get")
+    Tail: Any = partialmethod(_stream, "Tail", "_tail")
+    Replay: Any = partialmethod(_stream, "Replay", "_replay")
+    Head: Any = partialmethod(_unary, "Head", "_head")
+    Report: Any = partialmethod(_unary, "Report", "_report")
+    Witness: Any = partialmethod(_unary, "Witness", "_witness")
 
     def _generate(self, request: generation_pb2.GenerateRequest) -> generation_pb2.GenerateResponse:
         key = request.idempotency_key
@@ -219,17 +193,23 @@ class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerS
         for at in range(4):
             runs = [
                 generation_pb2.TokenRun(
-                    sequence=result.sequence,
-                    attempt=1,
-                    first_token=at,
-                    token_ids=[result.output.token_ids[at]],
-                    text=result.output.text[at],
+                    sequence=result.sequence, attempt=1, first_token=at, token_ids=[token], text=result.output.text[at]
                 )
                 for result in response.results
+                for token in [result.output.token_ids[at]]
             ]
             yield generation_pb2.GenerateEvent(tokens=generation_pb2.Tokens(runs=runs))
         for result in response.results:
             yield generation_pb2.GenerateEvent(finished=result)
+
+    def _cancel(self, _: generation_pb2.CancelRequest) -> generation_pb2.CancelResponse:
+        return generation_pb2.CancelResponse(cancelled=1, ended=2)
+
+    def _model(self, _: generation_pb2.GetModelRequest) -> generation_pb2.GetModelResponse:
+        return generation_pb2.GetModelResponse(model=MODEL)
+
+    def _witness(self, request: sequencer_pb2.WitnessRequest) -> sequencer_pb2.WitnessResponse:
+        return sequencer_pb2.WitnessResponse(header=types_pb2.EntryHeader(index=request.head.last_index))
 
     def _tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
         return generation_pb2.TokenizeResponse(results=[types_pb2.TokenIds(ids=_token_ids(item)) for item in request.items])

@@ -25,15 +25,13 @@ def _ostinato(ostinato: Terminal) -> Terminal:
     return ostinato
 
 
-def test_get_shows_an_item(ostinato: Terminal) -> None:
-    """An item is shown with its number, its seed and how it ended."""
+def test_get_shows_an_item_or_a_batch(ostinato: Terminal) -> None:
+    """An item is shown with its number, its seed and how it ended, and by --key every item of the batch; with --json each is an
+    ItemRecord on one line."""
     shown = dict(line.split(maxsplit=1) for line in ostinato("get", 2).stdout.splitlines() if not line.startswith("input d"))
     assert (shown["sequence"], shown["batch"], shown["seed"], shown["key"]) == ("2", "1..2", str(2**64 - 1), "k")
     assert shown["ended"] == "length after 4 tokens"
 
-
-def test_get_by_key_shows_the_batch(ostinato: Terminal) -> None:
-    """--key shows every item of the batch; with --json each is an ItemRecord on one line."""
     records = [json_format.ParseDict(line, sequencer_pb2.ItemRecord()) for line in ostinato.lines("get", "--key", "k")]
     assert records == [ostinato.fake.records[1], ostinato.fake.records[2]]
     assert ostinato("get", "--key", "k").stdout.count("sequence ") == 2
@@ -50,7 +48,9 @@ def test_get_shows_the_newest_item(ostinato: Terminal) -> None:
 
 
 def test_get_shows_how_far_an_item_is(ostinato: Terminal) -> None:
-    """An item that has not ended, and one that failed, are shown as such."""
+    """An item that has not ended, and one that failed, are shown as such; one that is not there is NOT_FOUND, in one line."""
+    absent = ostinato("get", 99)
+    assert (absent.exit_code, absent.stdout, absent.stderr) == (1, "", "error: NOT_FOUND: no item 99\n")
     header = types_pb2.EntryHeader(sequence=5, first_sequence=5, count=1, seed=1)
     failed = types_pb2.Result(sequence=5, status=errors.to_status(errors.Abandoned("nobody waits")))
     records = [sequencer_pb2.ItemRecord(admitted=header), sequencer_pb2.ItemRecord(admitted=header, result=failed)]
@@ -59,12 +59,6 @@ def test_get_shows_how_far_an_item_is(ostinato: Terminal) -> None:
     lines = ostinato("get", 5).stdout.splitlines()
 
     assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("ended")] == ["not yet", "ABANDONED: nobody waits"]
-
-
-def test_what_is_not_there_is_an_error(ostinato: Terminal) -> None:
-    """NOT_FOUND is one line on stderr, and the exit code is 1."""
-    result = ostinato("get", 99)
-    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: NOT_FOUND: no item 99\n")
 
 
 def test_tail_is_a_line_an_entry(ostinato: Terminal) -> None:
@@ -149,21 +143,23 @@ def test_cancel_takes_a_range_or_a_key(ostinato: Terminal) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "why"),
     [
-        ["cancel"],
-        ["cancel", "1", "--key", "k"],
-        ["get"],
-        ["get", "0"],
-        ["cancel", "5..3"],
-        ["cancel", "0"],
-        ["tail", "--from", "-1"],
+        ("cancel", "a sequence or a key: give one of them"),
+        ("cancel 1 --key k", "a sequence or a key: give one of them"),
+        ("cancel 5..3", "5..3: last: 3 is not from 5"),
+        ("cancel 0", "0: first: 0 is not from 1"),
+        ("get", "a sequence or a key: give one of them"),
+        ("get 0", "sequence: 0 is not from 1"),
+        ("get --key=", "'--key': is empty"),
+        ("tail --from -1", "--from"),
     ],
 )
-def test_wrong_usage_is_two(ostinato: Terminal, arguments: list[str]) -> None:
-    """A missing or bad sequence exits 2, and nothing is sent."""
-    result = ostinato(*arguments)
+def test_wrong_usage_is_two(ostinato: Terminal, arguments: str, why: str) -> None:
+    """A missing or bad sequence or key exits 2 and is named, and nothing is sent."""
+    result = ostinato(*arguments.split())
     assert (result.exit_code, result.stdout) == (2, "")
+    assert why in " ".join(result.stderr.split())
     assert ostinato.fake.calls == []
 
 

@@ -253,9 +253,9 @@ def test_wrong_usage_is_two(state: Path, flags: list[str], why: str) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing package is named, with the command that installs it."""
-    monkeypatch.setitem(serve.NEEDS, "sidecar", ("cryptography", "no_such.module"))
+    monkeypatch.setitem(serve.NEEDS, "sidecar", ("cryptography", "no_such_module"))
 
-    with pytest.raises(serve.Unusable, match=r"^sidecar needs no_such.module, .*: pip install '\.\[cpu\]' in a checkout"):
+    with pytest.raises(serve.Unusable, match=r"^sidecar needs no_such_module, .*: pip install '\.\[cpu\]' in a checkout"):
         serve.check_installed("sidecar")
 
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,11 +25,6 @@ from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 from tests.ostinato.fake import MODEL, Fake, Terminal, serving_apart
 
 COUNTS = "{} match, {} diverged, {} incomparable, {} not compared, {} passed over"
-
-
-@pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(name="ostinato")
@@ -61,20 +55,13 @@ def test_ranges(ostinato: Terminal, range_: str, expected: tuple[int, int]) -> N
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        [],
-        ["a..b"],
-        ["1...3"],
-        ["0..3"],
-        ["3..2"],
-        ["1..18446744073709551616"],
-        ["1..2", "--concurrency", "65"],
-    ],
+    ["", "a..b", "1...3", "0..3", "3..2", f"1..{2**64}", "1..2 --concurrency 65", "1 --against localhost", "1 --against a:0"],
 )
-def test_wrong_usage_is_two(ostinato: Terminal, arguments: list[str]) -> None:
-    """A missing or bad range exits 2, and nothing runs."""
-    result = ostinato("replay", *arguments)
+def test_wrong_usage_is_two(ostinato: Terminal, arguments: str) -> None:
+    """A missing or bad range or target exits 2, and nothing runs."""
+    result = ostinato("replay", *arguments.split())
     assert (result.exit_code, result.stdout, spans(ostinato.fake)) == (2, "", [])
+    assert "--against: target: must be" in " ".join(result.stderr.split()) or "--against" not in arguments
 
 
 def test_an_unknown_range_is_an_error(ostinato: Terminal) -> None:
@@ -91,13 +78,6 @@ def test_who_is_no_operator_names_both_ends(ostinato: Terminal) -> None:
     assert (known.exit_code, known.stdout) == (0, COUNTS.format(5, 0, 0, 0, 0) + "\n")
     assert (ahead.exit_code, ahead.stderr) == (1, "error: NOT_FOUND: no item 7\n")
     assert spans(ostinato.fake) == [(2, 6)]
-
-
-def test_what_never_completed_is_passed_over(ostinato: Terminal) -> None:
-    """An item that did not complete is counted as passed over, and does not change the exit code."""
-    ostinato.fake.records[2].outcome.kind = types_pb2.ENTRY_KIND_FAILED
-    result = ostinato("replay", "1..3")
-    assert (result.exit_code, result.stdout) == (0, COUNTS.format(2, 0, 0, 0, 1) + "\n")
 
 
 @pytest.mark.parametrize(
@@ -129,8 +109,11 @@ def test_a_divergence_is_shown_side_by_side(ostinato: Terminal, temperature: flo
 
 
 def test_json_is_a_response_a_line(ostinato: Terminal) -> None:
-    """--json prints a ReplayResponse per line; a divergence has both outputs."""
+    """--json prints a ReplayResponse per line; a divergence has both outputs. An item that did not complete is passed over."""
     ostinato.fake.diverging = {2}
+    ostinato.fake.records[4].outcome.kind = types_pb2.ENTRY_KIND_FAILED
+    passed_over = ostinato("replay", "3..4")
+    assert (passed_over.exit_code, passed_over.stdout) == (0, COUNTS.format(1, 0, 0, 0, 1) + "\n")
     result = ostinato("replay", "1..3", "--json")
     said = [json_format.ParseDict(json.loads(line), sequencer_pb2.ReplayResponse()) for line in result.stdout.splitlines()]
     assert (result.exit_code, [each.seen for each in said], {each.total for each in said}) == (1, [1, 2, 3], {3})
@@ -274,10 +257,11 @@ def test_a_full_queue_elsewhere_is_waited_for(ostinato: Terminal, elsewhere: tup
 
 
 def test_nobody_elsewhere_breaks_the_replay(ostinato: Terminal) -> None:
-    """If the other sidecar cannot be reached, the command fails."""
+    """If the other sidecar cannot be reached, the command fails, and names it."""
     result = ostinato("replay", "1..", "--against", "127.0.0.1:1")
-    assert result.exit_code == 1
-    assert result.stderr.splitlines()[0] == f"interrupted after 0 of 6: {COUNTS.format(0, 0, 0, 0, 0)}"
+    first, _, hint = result.stderr.splitlines()
+    assert (result.exit_code, first) == (1, f"interrupted after 0 of 6: {COUNTS.format(0, 0, 0, 0, 0)}")
+    assert hint.startswith("  Is a sidecar running at 127.0.0.1:1?")
 
 
 # ---- bounded_gather

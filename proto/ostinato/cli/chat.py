@@ -6,7 +6,6 @@ The history file has one JSON object per line: a message as in OpenAI's API, and
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 import sys
@@ -20,9 +19,9 @@ import typer
 from google.protobuf import json_format
 
 from ostinato import errors, requests
-from ostinato.cli import show
+from ostinato.cli import documents, show
 from ostinato.cli.generate import SAMPLING, Screen, TemplateKwargs, Tools, chat_arguments, sampling_of
-from ostinato.cli.session import Session, usage
+from ostinato.cli.session import Session, lock, usage, wrong
 from ostinato.client import Client
 from ostinato.compare import first_difference
 from ostinato.v1 import generation_pb2, types_pb2
@@ -62,12 +61,55 @@ class Turn:
 class Conversation:
     """The messages so far, and how they are sent."""
 
+    client: Client
+    timeout: float | None
     parameters: types_pb2.Parameters
     options: dict[str, str]
     """As in Answer."""
     history: IO[bytes] | None = None
     """Locked: one conversation at a time."""
     turns: list[Turn] = field(default_factory=list)
+
+    async def ask(self, text: str) -> bool:
+        """Whether there is an answer."""
+        turns = [*self.turns, Turn({"role": "user", "content": text})]
+        result = await self._answered(turns, self.parameters, self.options)
+        if not result.HasField("output"):
+            return False
+        parameters = types_pb2.Parameters()
+        parameters.CopyFrom(self.parameters)
+        parameters.seed = result.output.seed
+        kept, self.turns = len(self.turns), [*turns, Turn(_message(result.output), _answer(result, parameters, self.options))]
+        self.save(kept)
+        return True
+
+    async def again(self) -> bool:
+        """Whether the last answer is the same."""
+        if len(self.turns) < 2 or (recorded := self.turns[-1].answer) is None:
+            show.note("error: there is no answer yet")
+            return False
+        parameters = json_format.ParseDict(recorded.parameters, types_pb2.Parameters())
+        result = await self._answered(self.turns[:-1], parameters, recorded.options)
+        if not result.HasField("output"):
+            return False
+        again = _answer(result, parameters, recorded.options)
+        difference = first_difference(recorded.token_ids, again.token_ids)
+        if difference is None and again.finish_reason == recorded.finish_reason:
+            show.line(f"MATCH: sequence {again.sequence} has the {len(again.token_ids)} tokens of sequence {recorded.sequence}")
+            return True
+        at = len(recorded.token_ids) if difference is None else difference
+        verdict = "DIVERGED" if again.fingerprint == recorded.fingerprint else "INCOMPARABLE, the fingerprint is another"
+        show.line(f"{verdict}: sequence {again.sequence} parts from sequence {recorded.sequence} at token {at}")
+        return False
+
+    def undo(self) -> None:
+        """Forget the last question and what follows it."""
+        asked = [place for place, turn in enumerate(self.turns) if turn.message["role"] == "user"]
+        if not asked:
+            show.note("error: there is no question yet")
+            return
+        del self.turns[asked[-1] :]
+        self.save(len(self.turns))
 
     def save(self, kept: int) -> None:
         """Write the turns after the first `kept` ones, which the file has already."""
@@ -82,6 +124,23 @@ class Conversation:
             self.history.write(b"".join(turn.line() for turn in self.turns))
         self.history.flush()
 
+    async def _answered(
+        self, turns: list[Turn], parameters: types_pb2.Parameters, options: Mapping[str, Any]
+    ) -> types_pb2.Result:
+        """Shows the answer while it comes."""
+        item = types_pb2.Item(chat=requests.chat([turn.message for turn in turns], **options))
+        request = generation_pb2.GenerateRequest(items=[item], parameters=parameters)
+        screen = Screen()
+        try:
+            async with aclosing(self.client.stream(request, timeout=self.timeout)) as events:
+                async for event in events:
+                    screen.take(event)
+                    if event.HasField("finished") or event.HasField("failed"):
+                        return event.finished if event.HasField("finished") else event.failed
+        finally:
+            screen.end()
+        raise errors.Disconnected("the stream ended without an outcome")
+
 
 def chat(
     session: Session,
@@ -95,46 +154,35 @@ def chat(
 ) -> bool:
     """A conversation in the terminal. /again asks for the last answer once more and says MATCH, or where it parted."""
     if session.json:
-        raise typer.BadParameter("--json: is for commands that print records; generate --messages prints an answer as JSON")
+        raise wrong("--json: is for commands that print records; generate --messages prints an answer as JSON")
     with usage():
         parameters = requests.parameters(sampling_of(sampling)) or types_pb2.Parameters()
     options = chat_arguments(tools, template_kwargs)
     with ExitStack() as stack:
-        file = stack.enter_context(_locked(history)) if history is not None else None
-        conversation = Conversation(parameters, options, file, _read(file, history) if file is not None else [])
+        runner = stack.enter_context(asyncio.Runner())
+        client = session.client()
+        stack.callback(lambda: runner.run(client.close()))
+        conversation = Conversation(client, session.timeout, parameters, options)
+        if history is not None:
+            conversation.history = stack.enter_context(_locked(history))
+            conversation.turns = _read(conversation.history, history)
         if system is not None:
             if conversation.turns:
-                raise typer.BadParameter(f"--system: {history} has a conversation already")
+                raise wrong(f"--system: {history} has a conversation already")
             conversation.turns = [Turn({"role": "system", "content": system})]
             conversation.save(0)
-        runner = stack.enter_context(asyncio.Runner())
-        client = runner.run(_open(session))
-        try:
-            return _converse(runner, client, session, conversation)
-        finally:
-            runner.run(client.close())
+        return _converse(runner, conversation)
 
 
 def _locked(path: Path) -> IO[bytes]:
     """The history's file, which only this user may read if it is new."""
-    try:
+    with usage("--history"):
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b")
-    except OSError as error:
-        raise typer.BadParameter(f"--history: {path}: {error.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise typer.BadParameter(f"--history: {path}: another conversation uses it") from None
+    lock(file, f"--history: {path}: another conversation uses it")
     return file
 
 
-async def _open(session: Session) -> Client:
-    """A client belongs to the loop that it is made in."""
-    return session.client()
-
-
-def _converse(runner: asyncio.Runner, client: Client, session: Session, conversation: Conversation) -> bool:
+def _converse(runner: asyncio.Runner, conversation: Conversation) -> bool:
     """Until the input ends. Whether no answer failed and none that was asked for again differed."""
     succeeded = True
     for line in _lines():
@@ -147,14 +195,14 @@ def _converse(runner: asyncio.Runner, client: Client, session: Session, conversa
                 case "/help":
                     show.line(HELP)
                 case "/undo":
-                    _undo(conversation)
+                    conversation.undo()
                 case "/again":
-                    succeeded &= runner.run(_again(client, session, conversation))
+                    succeeded &= runner.run(conversation.again())
                 case command if command.startswith("/") and not command.startswith("//"):
                     show.note(f"error: no such command: {show.visible(command)}; /help lists them")
                 case _:
                     text = line.removeprefix("/") if line.startswith("//") else line
-                    succeeded &= runner.run(_ask(client, session, conversation, text))
+                    succeeded &= runner.run(conversation.ask(text))
         except KeyboardInterrupt:
             show.note("interrupted; the question is forgotten")
         except errors.OstinatoError as error:
@@ -179,25 +227,6 @@ def _lines() -> Iterator[str]:
             return
 
 
-def _request(turns: list[Turn], parameters: types_pb2.Parameters, options: Mapping[str, Any]) -> generation_pb2.GenerateRequest:
-    item = types_pb2.Item(chat=requests.chat([turn.message for turn in turns], **options))
-    return generation_pb2.GenerateRequest(items=[item], parameters=parameters)
-
-
-async def _ask(client: Client, session: Session, conversation: Conversation, text: str) -> bool:
-    turns = [*conversation.turns, Turn({"role": "user", "content": text})]
-    result = await _answered(client, session, _request(turns, conversation.parameters, conversation.options))
-    if not result.HasField("output"):
-        return False
-    parameters = types_pb2.Parameters()
-    parameters.CopyFrom(conversation.parameters)
-    parameters.seed = result.output.seed
-    kept = len(conversation.turns)
-    conversation.turns = [*turns, Turn(_message(result.output), _answer(result, parameters, conversation.options))]
-    conversation.save(kept)
-    return True
-
-
 def _message(output: types_pb2.Output) -> dict[str, Any]:
     """The assistant's, with its parts if they were parsed."""
     if not output.HasField("parsed"):
@@ -220,62 +249,17 @@ def _answer(result: types_pb2.Result, parameters: types_pb2.Parameters, options:
     return Answer(result.sequence, show.as_dict(parameters), options, list(output.token_ids), reason, fingerprint)
 
 
-async def _again(client: Client, session: Session, conversation: Conversation) -> bool:
-    """Whether the answer is the same."""
-    if len(conversation.turns) < 2 or (recorded := conversation.turns[-1].answer) is None:
-        show.note("error: there is no answer yet")
-        return False
-    parameters = json_format.ParseDict(recorded.parameters, types_pb2.Parameters())
-    result = await _answered(client, session, _request(conversation.turns[:-1], parameters, recorded.options))
-    if not result.HasField("output"):
-        return False
-    again = _answer(result, parameters, recorded.options)
-    difference = first_difference(recorded.token_ids, again.token_ids)
-    if difference is None and again.finish_reason == recorded.finish_reason:
-        show.line(f"MATCH: sequence {again.sequence} has the {len(again.token_ids)} tokens of sequence {recorded.sequence}")
-        return True
-    at = len(recorded.token_ids) if difference is None else difference
-    verdict = "DIVERGED" if again.fingerprint == recorded.fingerprint else "INCOMPARABLE, the fingerprint is another"
-    show.line(f"{verdict}: sequence {again.sequence} parts from sequence {recorded.sequence} at token {at}")
-    return False
-
-
-async def _answered(client: Client, session: Session, request: generation_pb2.GenerateRequest) -> types_pb2.Result:
-    """Shows the answer while it comes."""
-    screen = Screen()
-    try:
-        async with aclosing(client.stream(request, timeout=session.timeout)) as events:
-            async for event in events:
-                screen.take(event)
-                if event.HasField("finished") or event.HasField("failed"):
-                    return event.finished if event.HasField("finished") else event.failed
-    finally:
-        screen.end()
-    raise errors.Disconnected("the stream ended without an outcome")
-
-
-def _undo(conversation: Conversation) -> None:
-    kept = conversation.turns
-    while kept and kept[-1].message["role"] != "user":
-        kept = kept[:-1]
-    if not kept:
-        show.note("error: there is no question yet")
-        return
-    conversation.turns = kept[:-1]
-    conversation.save(len(conversation.turns))
-
-
-def _read(file: IO[bytes], path: Path | None) -> list[Turn]:
+def _read(file: IO[bytes], path: Path) -> list[Turn]:
     data = file.read(HISTORY_BYTES_MAX + 1)
     if len(data) > HISTORY_BYTES_MAX:
-        raise typer.BadParameter(f"--history: {path}: is larger than {HISTORY_BYTES_MAX} bytes")
+        raise wrong(f"--history: {path}: is larger than {HISTORY_BYTES_MAX} bytes")
     if data and not data.endswith(b"\n"):
-        raise typer.BadParameter(f"--history: {path}: its last line is not whole")
+        raise wrong(f"--history: {path}: its last line is not whole")
     turns = []
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
             with usage(f"--history: {path}:{number}"):
-                turns.append(_turn(json.loads(line)))
+                turns.append(_turn(documents.loads(line)))
     return turns
 
 

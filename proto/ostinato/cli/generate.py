@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-import fcntl
 import json
 import re
 import sys
@@ -23,7 +22,7 @@ import typer
 
 from ostinato import digest, errors, requests
 from ostinato.cli import documents, show
-from ostinato.cli.session import STDIN, Key, Session, usage, wrong
+from ostinato.cli.session import STDIN, Key, Session, lock, usage, wrong
 from ostinato.client import DEFAULT_RESPONSE_BYTES, Client
 from ostinato.v1 import generation_pb2, types_pb2
 
@@ -618,11 +617,7 @@ class OutputFile:
             if path.exists() and not path.is_file():
                 raise ValueError(f"{path} is not a file: it is read, to continue it")
             self._file = path.open("r+b" if path.exists() else "x+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise wrong(f"--output: another run writes to {path}") from None
+        lock(self._file, f"--output: another run writes to {path}")
 
     def close(self) -> None:
         with suppress(OSError):  # a full disk, which has been reported

@@ -179,16 +179,9 @@ def program_paths(name: str) -> list[str]:
 def check_installed(name: str) -> None:
     """Raises Unusable if a package is missing without which the program cannot start."""
     for module in NEEDS[name]:
-        if _missing(module):
+        if importlib.util.find_spec(module) is None:
             who = "--gateway" if name == "smg" else name
             raise Unusable(f"{who} needs {module}, which is not installed: {install_hint(EXTRAS[name])}")
-
-
-def _missing(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is None
-    except ModuleNotFoundError:  # its parent package
-        return True
 
 
 def program_environment(*names: str) -> dict[str, str]:

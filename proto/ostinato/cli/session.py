@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import functools
 import inspect
 import os
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import grpc
 import typer
@@ -216,6 +217,15 @@ def _why(error: Exception) -> str:
         case OSError() if error.strerror:
             return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
+
+
+def lock(file: IO[bytes], why: str) -> None:
+    """For this process alone, until the file is closed. Another process that has it is wrong usage."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise wrong(why) from None
 
 
 def _token(file: Path | None) -> str | None:

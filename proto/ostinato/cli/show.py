@@ -142,7 +142,7 @@ def failure(error: errors.OstinatoError) -> None:
             note(f"  {visible(violation.field)}: {visible(violation.description)}")
     else:
         note(f"error: {reason}: {visible(error.message)}")
-    if isinstance(error, errors.Disconnected):
+    if isinstance(error, errors.Disconnected) and error.target:
         note(f"  Is a sidecar running at {error.target}? Choose another with --target or OSTINATO_TARGET.")
     if isinstance(error, errors.Unauthenticated):
         note("  Give a token with --token-file, before the command, or in OSTINATO_TOKEN.")
