@@ -114,6 +114,7 @@ def verify(
             came_to(index := checked.index)
         with store.snapshot() as tables:
             fault = next(head_faults(tables, keys), "")
+            tables.notes("")  # raises an error if they cannot be read
         if fault := store.structure() or fault:
             raise JournalUnusable(f"{store.name} is damaged: {fault}: {RESTORE}")
     note(f"{index} entries are sound")

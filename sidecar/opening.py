@@ -17,17 +17,36 @@ from sidecar.config import Settings, is_shared
 from sidecar.journal.ledger import SECRET_BYTES
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalUnusable, Mark, Opened
-from sidecar.journal.sqlite import SqliteSettings, SqliteStore
-from sidecar.journal.store import SqlStore, Store
+from sidecar.journal.sqlite import SqliteStore
+from sidecar.journal.store import Opening, SqlStore, Store, StoreSettings
 
 
 def open_journal(settings: Settings, now_millis: int, *, checked: bool = True) -> tuple[Store, Opened]:
     """Raises StartupError that tells why it cannot be opened. `checked`: against the high-water mark."""
+    shared = is_shared(settings.journal)
     try:
-        if not is_shared(settings.journal):
+        database = _database(settings.journal)
+        if not shared:
             _make_folder(Path(settings.journal).parent)
-        mark = _mark(settings.mark) if checked and settings.mark is not None else None
-        return (_open_shared if is_shared(settings.journal) else _open_file)(settings, now_millis, mark)
+        elif not settings.allow_unverified_database:
+            check_verified(settings.journal)
+        opening = Opening(
+            writer=settings.writer,
+            version=ostinato.__version__,
+            new_log_id=uuid.uuid4().hex,
+            new_secret=os.urandom(SECRET_BYTES),
+            now_millis=now_millis,
+            mark=_mark(settings.mark) if checked and settings.mark is not None else None,
+        )
+        bounds = StoreSettings(
+            idempotency_ttl_seconds=round(settings.idempotency_ttl_seconds),
+            digests_only=settings.payloads == "digests",
+            signer=None if settings.signing_key is None else read_signer(settings.signing_key),
+            journal_bytes_max=settings.journal_bytes_max,
+            reserve_bytes=settings.journal_reserve_bytes,
+            lease_seconds=settings.lease_seconds,
+        )
+        return database.open(settings.journal, opening, bounds)
     except (JournalUnusable, OSError) as error:
         raise program.StartupError(f"--journal: {error}") from error
 
@@ -49,11 +68,15 @@ def read_signer(path: Path) -> Signer:
 
 def open_for_maintenance(journal: str, *, create: bool = False) -> SqlStore:
     """Raises JournalUnusable."""
+    return _database(journal).open_for_maintenance(journal, create=create)
+
+
+def _database(journal: str) -> type[SqlStore]:
     if not is_shared(journal):
-        return SqliteStore.open_for_maintenance(Path(journal), create=create)
+        return SqliteStore
     with _postgres():
         from sidecar.journal.postgres import PostgresStore
-    return PostgresStore.open_for_maintenance(journal, create=create)
+    return PostgresStore
 
 
 def check_verified(journal: str) -> None:
@@ -78,44 +101,3 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise JournalUnusable(f"the folder {folder} cannot be created by {files.user()}: {error.strerror}") from error
-
-
-def _open_file(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[Store, Opened]:
-    return SqliteStore.open(
-        Path(settings.journal),
-        writer=settings.writer,
-        version=ostinato.__version__,
-        new_log_id=uuid.uuid4().hex,
-        new_secret=os.urandom(SECRET_BYTES),
-        now_millis=now_millis,
-        mark=mark,
-        settings=SqliteSettings(
-            idempotency_ttl_seconds=round(settings.idempotency_ttl_seconds),
-            journal_bytes_max=settings.journal_bytes_max,
-            reserve_bytes=settings.journal_reserve_bytes,
-            digests_only=settings.payloads == "digests",
-            signer=None if settings.signing_key is None else read_signer(settings.signing_key),
-        ),
-    )
-
-
-def _open_shared(settings: Settings, now_millis: int, mark: Mark | None) -> tuple[Store, Opened]:
-    with _postgres():
-        from sidecar.journal.postgres import PostgresSettings, PostgresStore
-    if not settings.allow_unverified_database:
-        check_verified(settings.journal)
-    return PostgresStore.open(
-        settings.journal,
-        writer=settings.writer,
-        version=ostinato.__version__,
-        new_log_id=uuid.uuid4().hex,
-        new_secret=os.urandom(SECRET_BYTES),
-        now_millis=now_millis,
-        mark=mark,
-        settings=PostgresSettings(
-            idempotency_ttl_seconds=round(settings.idempotency_ttl_seconds),
-            lease_seconds=settings.lease_seconds,
-            digests_only=settings.payloads == "digests",
-            signer=None if settings.signing_key is None else read_signer(settings.signing_key),
-        ),
-    )

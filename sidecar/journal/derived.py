@@ -8,16 +8,16 @@ of the batch is kept, and without them where it was dropped.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 
 from google.protobuf.message import DecodeError
 
-from ostinato.chain import OUTCOMES, payload_digest
+from ostinato.chain import OUTCOMES, entry_hash, payload_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal.diagnosis import RESTORE
+from sidecar.journal.diagnosis import REBUILD, RESTORE
 from sidecar.journal.ledger import ITEMS
 from sidecar.journal.model import JournalUnusable, Log, Sealed
 from sidecar.journal.store import PAGE, Tables
@@ -225,10 +225,24 @@ def needs_payload(header: types_pb2.EntryHeader) -> bool:
     return first or header.kind in (types_pb2.ENTRY_KIND_OPENED, types_pb2.ENTRY_KIND_AUDITED)
 
 
-def recent_fault(tables: Tables, log: Log) -> str:
-    """Where the tables are not what the newest entries say: those since the oldest unfinished item, and CHECKED_ENTRIES at
-    least. Empty: nothing was found. In the transaction that is open.
-    JournalUnusable: an entry lacks its payload."""
+def check_unfinished(unfinished: Iterable[Sealed]) -> None:
+    """Raises JournalUnusable for an item that is not what was admitted: it is about to run again."""
+    for entry in unfinished:
+        header, sound = entry.header, entry_hash(entry.previous_hash, entry.header) == entry.entry_hash
+        sound = sound and payload_digest(entry.payload) == header.payload_digest
+        if not sound or header.kind != types_pb2.ENTRY_KIND_ADMITTED:
+            raise JournalUnusable(f"entry {header.index} is damaged, and its item has not ended: {RESTORE}")
+
+
+def check_recent(tables: Tables, log: Log) -> None:
+    """Check the newest entries, and what the tables say of them: those since the oldest unfinished item, and CHECKED_ENTRIES at
+    least. In the transaction that is open. Raises JournalUnusable."""
+    if fault := _recent_fault(tables, log):
+        raise JournalUnusable(f"its tables are damaged: {fault}: {REBUILD}")
+
+
+def _recent_fault(tables: Tables, log: Log) -> str:
+    """Of the tables; empty: nothing was found. Raises JournalUnusable for an entry that is damaged or lacks its payload."""
     index = max(1, log.index - CHECKED_ENTRIES + 1)
     for sequence, admitted in tables.select(_OLDEST_UNFINISHED):
         oldest = tables.entries(admitted, 1, payloads=False)
@@ -241,10 +255,22 @@ def recent_fault(tables: Tables, log: Log) -> str:
                 for start in range(0, len(page), PAYLOADS_READ):
                     part = tables.with_payloads(page[start : start + PAYLOADS_READ], needs_payload)
                     for entry in part:
-                        if needs_payload(entry.header) and lacks_payload(entry):
-                            raise JournalUnusable(f"entry {entry.header.index}: {LACKS}: {RESTORE}")
+                        _check_entry(entry, index, log)
+                        index += 1
                     rebuilt.add(part)
-                index += len(page)
+            if index <= log.index:
+                raise JournalUnusable(f"entry {index} is damaged or missing: {RESTORE}")
             return next(rebuilt.faults(log, whole=False), "")
     except DecodeError:
         return f"entry {index} or one of the next: its payload cannot be read"
+
+
+def _check_entry(entry: Sealed, index: int, log: Log) -> None:
+    """Raises JournalUnusable if it is not the log's entry of this index, or lacks a payload that the tables depend on."""
+    header, wrong_end = entry.header, index == log.index and entry.entry_hash != log.entry_hash
+    if header.index != index or wrong_end or entry_hash(entry.previous_hash, header) != entry.entry_hash:
+        raise JournalUnusable(f"entry {index} is damaged or missing: {RESTORE}")
+    if header.log_id != log.log_id:
+        raise JournalUnusable(f"table journal is damaged: it names log {log.log_id!r}, and entry {index} another: {RESTORE}")
+    if needs_payload(header) and lacks_payload(entry):
+        raise JournalUnusable(f"entry {index}: {LACKS}: {RESTORE}")

@@ -11,7 +11,13 @@ from serving import files
 
 RESTORE = "restore a copy that verifies, see docs/operations.md, A file that is damaged, or not accessible"
 
-REBUILD = "the entries are sound: python -m sidecar rebuild makes the tables from them again"
+REBUILD = "python -m sidecar rebuild makes its tables again from the entries, if those are sound"
+
+
+def remedy(fault: str) -> str:
+    """For what was found in a table."""
+    return REBUILD if fault.startswith(("table items:", "table keys:", "table journal:")) else RESTORE
+
 
 SIDE_FILES = ("-wal", "-shm", "-journal")
 """Endings of the files that SQLite reads beside a journal."""

@@ -309,7 +309,7 @@ class Ledger:
             index = twin.entry.header.index
             twin, damaged = None, f"table twins is damaged: it names entry {index}, whose item had another input"
         entry = self._seal(header, self._with_twin(header, outcome.payload, twin))
-        if not same:
+        if not same and not damaged:
             self._twins[tag] = (*earlier, Twin(entry))
             self.twins.append((tag, header, output))
         return Appended((entry,), damaged=damaged)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from ostinato.digest import DIGEST_BYTES
 from ostinato.errors import JournalUnavailable
 from serving import files
 
-from sidecar.journal.model import Head, JournalUnusable, Mark, Sealed
+from sidecar.journal.model import JournalUnusable, Mark
 from sidecar.journal.writer import Journal
 
 
@@ -68,24 +67,6 @@ class MarkFile:
 def shares_disk(mark: Path, journal: Path) -> bool:
     """Whether a loss of the journal's file system would take the mark with it."""
     return mark.parent.stat().st_dev == journal.parent.stat().st_dev
-
-
-def check_mark(mark: Mark, head: Head, marked: Sequence[Sealed]) -> None:
-    """Check that a journal with this head holds what the mark says was durable. `marked`: its entry with the mark's index, if
-    there is one. Raises JournalUnusable that says what is lost, and what to do."""
-    if head.log_id != mark.log_id:
-        raise JournalUnusable(
-            f"the high-water mark is of log {mark.log_id}, and this journal is another or new: put that log's journal back, "
-            "or remove the mark to begin without it"
-        )
-    if marked and marked[0].entry_hash == mark.entry_hash:
-        return
-    found = f"has another entry {mark.index}" if marked else f"ends at entry {head.index}, sequence {head.last_sequence}"
-    through = max(mark.last_sequence, head.last_sequence)
-    raise JournalUnusable(
-        f"its end is lost: it {found}, and entry {mark.index}, sequence {mark.last_sequence} was durable: put a newer copy "
-        f"back, or accept the loss: python -m sidecar accept-loss --through {through}"
-    )
 
 
 MARK_SECONDS = 1.0

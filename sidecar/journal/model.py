@@ -156,6 +156,8 @@ class ItemEntries:
     outcome: Sealed | None = None
     verified: Sealed | None = None
     """The AUDITED entry of kind VERIFY."""
+    unsigned: str = ""
+    """Why the outcome has no signed head, although its epoch signs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,17 +20,15 @@ from functools import cache
 from typing import Any, TypeVar
 
 import psycopg
-from google.protobuf.message import DecodeError
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from ostinato.chain import GENESIS, entry_hash
+from ostinato.chain import GENESIS
 from ostinato.errors import JournalFull, JournalUnavailable, RecordDamaged
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal.derived import recent_fault
-from sidecar.journal.diagnosis import REBUILD
+from sidecar.journal.derived import check_recent, check_unfinished
+from sidecar.journal.diagnosis import RESTORE
 from sidecar.journal.ledger import SECRET_BYTES, Known, Ledger, Needs, needs
-from sidecar.journal.mark import check_mark
 from sidecar.journal.model import (
     Appended,
     CommitUnknown,
@@ -39,12 +37,27 @@ from sidecar.journal.model import (
     JournalBroken,
     JournalUnusable,
     Log,
-    Mark,
     Opened,
     Sealed,
     Unfinished,
 )
-from sidecar.journal.store import COLUMNS, Damaged, Name, Row, SqlStore, StoreSettings, Tables, checked_secret, sealed_of
+from sidecar.journal.store import (
+    COLUMNS,
+    HEADS,
+    KEYED_TWINS,
+    OPENINGS,
+    SCHEMA,
+    Damaged,
+    Name,
+    Opening,
+    Row,
+    SqlStore,
+    StoreSettings,
+    Tables,
+    check_entries,
+    checked_secret,
+    sealed_of,
+)
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 T = TypeVar("T")
@@ -83,19 +96,6 @@ _SESSION = """SELECT set_config(name, wanted, false) FROM pg_settings JOIN (VALU
     ('idle_in_transaction_session_timeout', %s), ('default_transaction_isolation', 'read committed'),
     ('synchronous_commit', 'on')) AS ours (name, wanted) USING (name)
   WHERE name <> 'synchronous_commit' OR setting IN ('off', 'local', 'remote_write')"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PostgresSettings(StoreSettings):
-    """For how long a journal holds what."""
-
-    lease_seconds: float = 10.0
-    """After so long without a sign of life another writer may take over a writer's items."""
-
-    def __post_init__(self) -> None:
-        StoreSettings.__post_init__(self)
-        if self.lease_seconds <= 0:
-            raise ValueError("lease_seconds must be positive")
 
 
 UNREADABLE = "the URL cannot be read; special characters in it are percent-encoded"
@@ -164,7 +164,7 @@ class Database:
     @contextmanager
     def connected(self) -> Iterator[Connection]:
         """A connection in autocommit mode. Raises JournalUnavailable (it cannot be made, or was lost: undone, unless a commit
-        was sent), LogLocked and JournalFull (both undone), and JournalBroken."""
+        was sent), LogLocked, JournalFull and RecordDamaged (undone), and JournalBroken."""
         connection = self._connection or self._connect()
         try:
             yield connection
@@ -180,10 +180,11 @@ class Database:
                 self._loss = " ".join(str(error).split())
                 raise JournalUnavailable(f"the database was lost: {error}") from error
             raise JournalBroken(f"{type(error).__name__}: {error}") from error
-        except BaseException as error:
+        except RecordDamaged:
+            self._roll_back(connection)
+            raise
+        except BaseException:
             self.drop()  # and with it the open transaction
-            if isinstance(error, Damaged | DecodeError):
-                raise JournalBroken(f"the journal is damaged: {error}") from error
             raise
 
     @contextmanager
@@ -249,30 +250,28 @@ def _is_lost(error: psycopg.Error) -> bool:
 _LOCK = 0x4F535449
 """`OSTI`: the advisory lock of a migration. Sidecars that start at the same time wait for it."""
 
-# As in SQLite: the record is `entries` and `payloads`; `items`, `keys` and `twins` say where to look in it. Names that clients
-# choose are bytes, since a text here cannot hold a zero.
-_FIRST = """
+_TYPES = {
+    "int": "bigint",
+    "text": "text",
+    "name": "bytea",  # a text here cannot hold a zero
+    "bytes": "bytea",
+    "strict": "",
+    "keyed": "",
+    "genesis": "decode(repeat('00', 32), 'hex')",
+    "nothing": "''",
+    "opened": "position('\\x10011a20'::bytea in substring(header, 1, 14)) > 0",
+}
+_NEW = """
+-- `secret` is 32 random bytes, which no output ever shows: derived seeds, and the tags in `twins`, depend on them.
 CREATE TABLE log (
   only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row), log_id text NOT NULL,
-  last_index bigint NOT NULL, head_hash bytea NOT NULL, last_sequence bigint NOT NULL
+  last_index bigint NOT NULL, head_hash bytea NOT NULL, last_sequence bigint NOT NULL, secret bytea
 ) WITH (fillfactor = 10);
 
 -- `committed` is the token of the writer's newest transaction: it shows whether a commit was durable whose answer was lost.
 CREATE TABLE writers (
   name text PRIMARY KEY, epoch bigint NOT NULL, lease_until timestamptz NOT NULL, committed bytea NOT NULL
 ) WITH (fillfactor = 10);
-
-CREATE TABLE entries (entry_index bigint PRIMARY KEY, header bytea NOT NULL, entry_hash bytea NOT NULL);
-
--- Apart, so that they can be dropped and the chain stays.
-CREATE TABLE payloads (entry_index bigint PRIMARY KEY, payload bytea NOT NULL);
-
-CREATE VIEW sealed AS
-  SELECT entries.entry_index, entries.header, coalesce(previous.entry_hash, decode(repeat('00', 32), 'hex')) AS previous_hash,
-         entries.entry_hash, coalesce(payloads.payload, '') AS payload
-  FROM entries
-  LEFT JOIN entries AS previous ON previous.entry_index = entries.entry_index - 1
-  LEFT JOIN payloads ON payloads.entry_index = entries.entry_index;
 
 -- `verified` is the AUDITED entry of kind VERIFY: part of the item's answer.
 -- `owner` is the writer that has to finish it; `attempt` rises with each new start of the item.
@@ -281,47 +280,9 @@ CREATE TABLE items (
   owner text NOT NULL, attempt integer NOT NULL DEFAULT 1
 );
 CREATE INDEX unfinished ON items (owner, sequence) WHERE outcome IS NULL;
-
--- `unfinished` counts the batch's items without an outcome; the last outcome sets the day on which the key may be bound again.
-CREATE TABLE keys (
-  first_sequence bigint NOT NULL UNIQUE, count integer NOT NULL, request_digest bytea NOT NULL,
-  tenant bytea NOT NULL, key bytea NOT NULL, unfinished integer NOT NULL, expires_millis bigint,
-  PRIMARY KEY (key, tenant)
-);
-CREATE INDEX expiring ON keys (expires_millis) WHERE expires_millis IS NOT NULL;
-
--- The first COMPLETED entry of every input and fingerprint.
-CREATE TABLE twins (
-  input_digest bytea NOT NULL, fingerprint_digest bytea NOT NULL, entry_index bigint NOT NULL,
-  PRIMARY KEY (input_digest, fingerprint_digest)
-);
-
--- Beside the record: what the sidecars remember, by name.
-CREATE TABLE notes (name bytea PRIMARY KEY, value bytea NOT NULL);
 """
-
-_SECOND = """
--- The signed heads, one for each transaction that was signed. The entries say the rest of each.
-CREATE TABLE heads (
-  last_index bigint PRIMARY KEY, first_index bigint NOT NULL, key_id text NOT NULL, signature bytea NOT NULL
-);
-"""
-
-_THIRD = """
--- 32 random bytes, which no output ever shows: derived seeds and the tags below depend on them.
-ALTER TABLE log ADD COLUMN secret bytea;
-
--- `tag` is keyed, and of the tenant and the input. `output_tag` is keyed too, and empty unless the payload may be dropped. The
--- rows so far had neither tenant nor key: they are not compared with any more.
-DROP TABLE twins;
-CREATE TABLE twins (
-  tag bytea NOT NULL, fingerprint_digest bytea NOT NULL, entry_index bigint NOT NULL, output_tag bytea NOT NULL,
-  PRIMARY KEY (tag, fingerprint_digest)
-);
-"""
-
-MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD)
-"""The n-th makes version n of version n - 1. Never edit one that was released."""
+MIGRATIONS: tuple[str, ...] = (HEADS, "ALTER TABLE log ADD COLUMN secret bytea;" + KEYED_TWINS, OPENINGS)
+"""The n-th makes version n + 1 of version n. Never edit one that was released."""
 
 
 def migrate(db: Connection) -> None:
@@ -330,13 +291,12 @@ def migrate(db: Connection) -> None:
         db.execute("SET LOCAL lock_timeout = 0")  # another sidecar's migration may take long
         db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
         version = _version(db)
-        if version > len(MIGRATIONS):
-            raise JournalUnusable(
-                f"the journal has version {version}; this sidecar knows up to {len(MIGRATIONS)}: run a newer one"
-            )
-        for migration in MIGRATIONS[version:]:
-            db.execute(migration)
-        db.execute("UPDATE ostinato SET version = %s", (len(MIGRATIONS),))
+        newest = len(MIGRATIONS) + 1
+        if version > newest:
+            raise JournalUnusable(f"the journal has version {version}; this sidecar knows up to {newest}: run a newer one")
+        for statements in MIGRATIONS[version - 1 :] if version else (_NEW, SCHEMA):
+            db.execute(statements.format(**_TYPES).encode())
+        db.execute("UPDATE ostinato SET version = %s", (newest,))
 
 
 def check(db: Connection) -> None:
@@ -405,26 +365,6 @@ CREATE TEMP TABLE pruned (sequence bigint PRIMARY KEY);
 """
 
 
-class _Session:
-    """Implements `store.Session`."""
-
-    def __init__(self, db: Connection) -> None:
-        self._db = db
-
-    def select(self, statement: str, *parameters: object) -> Iterator[Row]:
-        """Sent at once, also in a pipeline; the rows are read later."""
-        text, encoders = _translated(statement)
-        return _decoded(self._db.execute(text, _encoded(parameters, encoders)))
-
-    def execute(self, statement: str, *parameters: object) -> int:
-        text, encoders = _translated(statement)
-        return self._db.execute(text, _encoded(parameters, encoders)).rowcount
-
-    def each(self, statement: str, rows: Sequence[Row]) -> None:
-        if rows:
-            self.execute(statement, *map(list, zip(*rows, strict=True)))
-
-
 _PARAMETER = re.compile(r"\?(?:::(\w+)(\[\])?)?")
 Encoder = Callable[[Any], object] | None
 
@@ -451,8 +391,13 @@ def _encoded(parameters: Sequence[object], encoders: Sequence[Encoder]) -> list[
 
 def _decoded(cursor: psycopg.Cursor[Row]) -> Iterator[Row]:
     names = [COLUMNS[column.name] is Name for column in cursor.description or ()]
-    for row in cursor:
-        yield tuple(value.decode() if name else value for value, name in zip(row, names, strict=True)) if any(names) else row
+    try:
+        for row in cursor:
+            yield (
+                tuple(value.decode() if name else value for value, name in zip(row, names, strict=True)) if any(names) else row
+            )
+    except UnicodeDecodeError:
+        raise Damaged("a row holds a name that is not UTF-8") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,9 +414,23 @@ class WriterSession:
 class PostgresTables(Tables):
     """Adds the rows of `log` and `writers`. Raises psycopg.Error; LockNotAvailable: a lock was not free."""
 
+    opened = _TYPES["opened"]
+
     def __init__(self, db: Connection) -> None:
-        super().__init__(_Session(db))
         self._db = db
+
+    def select(self, statement: str, *parameters: object) -> Iterator[Row]:
+        """Sent at once, also in a pipeline; the rows are read later."""
+        text, encoders = _translated(statement)
+        return _decoded(self._db.execute(text, _encoded(parameters, encoders)))
+
+    def execute(self, statement: str, *parameters: object) -> int:
+        text, encoders = _translated(statement)
+        return self._db.execute(text, _encoded(parameters, encoders)).rowcount
+
+    def each(self, statement: str, rows: Sequence[Row]) -> None:
+        if rows:
+            self.execute(statement, *map(list, zip(*rows, strict=True)))
 
     # ---- transactions: each locks the row of `log` first, so that they come one after the other
 
@@ -518,7 +477,7 @@ class PostgresTables(Tables):
             self._db.execute("COMMIT")
 
     def _write_items(self, admitted: Sequence[types_pb2.EntryHeader]) -> None:
-        self._session.each(_WRITE_ITEMS, [(header.sequence, header.index, header.writer) for header in admitted])
+        self.each(_WRITE_ITEMS, [(header.sequence, header.index, header.writer) for header in admitted])
 
     item_columns = (*Tables.item_columns, "owner", "attempt")
     items_differ = f"""{Tables.items_differ}
@@ -608,12 +567,11 @@ class PostgresStore(SqlStore):
 
     name = "the database"
     poll_seconds = 0.05
-    _settings: PostgresSettings
 
     def __init__(
         self,
         database: Database,
-        settings: PostgresSettings,
+        settings: StoreSettings,
         *,
         version: str = "",
         seconds: Callable[[], float] = time.monotonic,
@@ -627,35 +585,18 @@ class PostgresStore(SqlStore):
 
     @classmethod
     def open(
-        cls,
-        url: str,
-        *,
-        writer: str,
-        version: str,
-        new_log_id: str,
-        new_secret: bytes,
-        now_millis: int,
-        settings: PostgresSettings | None = None,
-        mark: Mark | None = None,
-        seconds: Callable[[], float] = time.monotonic,
+        cls, location: str, opening: Opening, settings: StoreSettings, *, seconds: Callable[[], float] = time.monotonic
     ) -> tuple[PostgresStore, Opened]:
-        """Open or create, and begin the writer's next epoch. JournalUnusable: the message says why.
-
-        `new_log_id`, 32 hexadecimal digits, names the journal if it is created now. `new_secret`, 32 random bytes, is its
-        secret from now on if it has none. One that does not hold what `mark` says is refused and stays as it was. `seconds` is
-        a monotonic clock.
-        """
-        assert len(bytes.fromhex(new_log_id)) == 16
-        settings = settings or PostgresSettings()
-        database = Database(url, name=writer, lease_seconds=settings.lease_seconds, seconds=seconds)
-        store = cls(database, settings, version=version, seconds=seconds)
+        """As in `SqlStore`. `seconds` is a monotonic clock."""
+        database = Database(location, name=opening.writer, lease_seconds=settings.lease_seconds, seconds=seconds)
+        store = cls(database, settings, version=opening.version, seconds=seconds)
 
         def begin() -> list[Unfinished]:
             with database.connected() as db:
                 check(db)
                 migrate(db)
                 _check_tables(db)
-                return store._begin_epoch(PostgresTables(db), writer, new_log_id, new_secret, now_millis, mark)
+                return store._begin_epoch(PostgresTables(db), opening)
 
         try:
             with _unusable():
@@ -666,10 +607,9 @@ class PostgresStore(SqlStore):
         return store, Opened(store.head, tuple(unfinished))
 
     @classmethod
-    def open_for_maintenance(cls, url: str, *, create: bool = False) -> PostgresStore:
-        """An existing journal, which sidecars may use, or with `create` maybe an empty one. JournalUnusable: the message says
-        why."""
-        store = cls(Database(url, name="maintenance"), PostgresSettings(), maintenance=True)
+    def open_for_maintenance(cls, location: str, *, create: bool = False) -> PostgresStore:
+        """As in `SqlStore`. Sidecars may use it."""
+        store = cls(Database(location, name="maintenance"), StoreSettings(), maintenance=True)
         with _unusable(), store._database.connected() as db:
             if create:
                 check(db)
@@ -681,13 +621,7 @@ class PostgresStore(SqlStore):
     def _read(self, read: Callable[[PostgresTables], T]) -> T:
         def once() -> T:
             with self._database.connected() as db:
-                try:
-                    return read(PostgresTables(db))
-                except RecordDamaged as error:  # the connection is of use, and only the caller cannot go on
-                    damaged = error
-            if self._maintenance:
-                raise JournalUnusable(f"the journal is damaged: {damaged.message}") from damaged
-            raise damaged
+                return read(PostgresTables(db))
 
         with _unusable() if self._maintenance else nullcontext():
             return self._waiting(lambda: _twice(once))
@@ -735,28 +669,20 @@ class PostgresStore(SqlStore):
             self._maintain_at = self._seconds() + self._settings.lease_seconds / RENEWALS_PER_LEASE
             with suppress(JournalFull):
                 self._read(lambda tables: tables.renew(self._session()))
-                self._waiting(lambda: self._take_over(now_millis))
+                try:
+                    self._waiting(lambda: self._take_over(now_millis))
+                except RecordDamaged as error:
+                    log.error("items of another writer are not taken over: one is damaged", extra={"why": error.message})
         taken, self._taken = self._taken, []
         return taken
 
-    def _begin_epoch(
-        self, tables: PostgresTables, writer: str, new_log_id: str, new_secret: bytes, now_millis: int, mark: Mark | None
-    ) -> list[Unfinished]:
-        head, self._secret = tables.begin_epoch(writer, self._settings.lease_seconds, new_log_id, new_secret)
-        newest = [
-            (entry.header.index, entry.entry_hash, entry_hash(entry.previous_hash, entry.header))
-            for entry in tables.entries(head.index, 2, payloads=False)
-        ]
-        if newest != ([(head.index, head.entry_hash, head.entry_hash)] if head.index else []):
-            raise JournalUnusable(f"the newest entry, {head.index}, is damaged: restore a copy that verifies")
-        if mark is not None:
-            check_mark(mark, head, tables.entries(mark.index, 1, payloads=False))
-        forms = [entry.header.form for entry in tables.entries(head.index, 1, payloads=False)]
-        ledger = Ledger(head, Known(), now_millis, self._secret, self._settings.signer)
-        ledger.open(self._version, self._settings.recorded)
-        tables.record_earlier(ledger, forms[0] if forms else None)
+    def _begin_epoch(self, tables: PostgresTables, opening: Opening) -> list[Unfinished]:
+        writer, settings = opening.writer, self._settings
+        head, self._secret = tables.begin_epoch(writer, settings.lease_seconds, opening.new_log_id, opening.new_secret)
+        ledger = self._first_entries(tables, head, opening)
         unfinished = tables.take(writer, [writer])
-        tables.commit(ledger, self._settings, now_millis)
+        check_unfinished(each.admitted for each in unfinished)
+        tables.commit(ledger, settings, opening.now_millis)
         self.head = ledger.head
         return unfinished
 
@@ -764,7 +690,8 @@ class PostgresStore(SqlStore):
         session = self._session()
         with self._transaction() as tables:
             drop_millis = now_millis if self._settings.digests_only else None
-            head, known = tables.begin(session, needs(drafts, self._secret), self._expiry(now_millis), drop_millis)
+            with self._damage(drafts):
+                head, known = tables.begin(session, needs(drafts, self._secret), self._expiry(now_millis), drop_millis)
             ledger = Ledger(head, known, now_millis, self._secret, self._settings.signer)
             appended = [ledger.append(draft) for draft in drafts]
             self._in_doubt = _InDoubt(session, ledger.head, drafts, appended)
@@ -813,6 +740,7 @@ class PostgresStore(SqlStore):
             for writer, epoch in fenced:
                 ledger.fence(writer, epoch, self._version)
             taken = tables.take(session.writer, [writer for writer, _ in fenced])
+            check_entries(each.admitted for each in taken)
             self._in_doubt = _InDoubt(session, ledger.head, taken=taken)
             tables.commit(ledger, self._settings, now_millis)
         self._taken += taken
@@ -832,13 +760,6 @@ class PostgresStore(SqlStore):
 
     # ---- for maintenance
 
-    def log(self) -> Log | None:
-        with _unusable(), self._database.connected() as db:
-            return PostgresTables(db).log()
-
-    def structure(self) -> str:
-        return ""  # the server checks what it stores
-
     def drop(self, sequences: Sequence[int], reason: str, now_millis: int) -> int:
         """As in `SqlStore`, by a writer of its own, since the log may be in use. The server overwrites what was dropped when it
         vacuums."""
@@ -849,15 +770,11 @@ class PostgresStore(SqlStore):
             head, secret = tables.begin_epoch(OPERATOR, 0.0, "", os.urandom(SECRET_BYTES))
             ledger = Ledger(head, Known(), now_millis, secret)
             ledger.open(self._version)
-            tables.record_earlier(ledger, tables.entries(head.index, 1, payloads=False)[0].header.form)
+            tables.record_earlier(ledger, head.index)
             ledger.prune(sequences, reason)
             dropped = tables.drop_payloads(sequences)
             tables.commit(ledger, self._settings, now_millis)
             return dropped
-
-    def forget(self, sequences: Sequence[int]) -> None:
-        with _unusable(), self._database.connected() as db:
-            PostgresTables(db).forget(sequences)
 
     @contextmanager
     def snapshot(self) -> Iterator[Tables]:
@@ -892,8 +809,8 @@ class PostgresStore(SqlStore):
 def _check_tables(db: Connection) -> None:
     """Raises JournalUnusable for tables that are not what the newest entries say. Of one moment: other writers go on."""
     db.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
-    if (log := PostgresTables(db).log()) is not None and (fault := recent_fault(PostgresTables(db), log)):
-        raise JournalUnusable(f"its tables are damaged: {fault}: {REBUILD}")
+    if (log := PostgresTables(db).log()) is not None and log.index:
+        check_recent(PostgresTables(db), log)
     db.execute("ROLLBACK")
 
 
@@ -914,3 +831,5 @@ def _unusable() -> Iterator[None]:
         yield
     except (JournalUnavailable, JournalFull, JournalBroken) as error:
         raise JournalUnusable(str(error)) from error
+    except RecordDamaged as error:
+        raise JournalUnusable(f"the journal is damaged: {error.message}: {RESTORE}") from error

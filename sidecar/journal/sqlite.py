@@ -12,7 +12,6 @@ import shutil
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,15 +19,14 @@ from typing import Any, TypeVar
 
 import apsw
 
-from ostinato.chain import GENESIS, entry_hash, payload_digest
-from ostinato.errors import JournalFull
+from ostinato.chain import GENESIS
+from ostinato.errors import JournalFull, RecordDamaged
 from ostinato.v1 import types_pb2
 from serving import files
 
-from sidecar.journal.derived import CHECKED_ENTRIES, recent_fault
-from sidecar.journal.diagnosis import REBUILD, RESTORE, cut, damaged, full_fault, header_fault, lock_holder, place_fault
+from sidecar.journal.derived import check_recent, check_unfinished
+from sidecar.journal.diagnosis import RESTORE, cut, damaged, full_fault, header_fault, lock_holder, place_fault
 from sidecar.journal.ledger import NUMBER_MAX, SECRET_BYTES, Known, Ledger, needs
-from sidecar.journal.mark import check_mark
 from sidecar.journal.model import (
     Appended,
     Draft,
@@ -36,13 +34,27 @@ from sidecar.journal.model import (
     JournalBroken,
     JournalUnusable,
     Log,
-    Mark,
     Opened,
     Outcome,
     Sealed,
     Unfinished,
 )
-from sidecar.journal.store import COLUMNS, PAGE, Damaged, Name, Row, SqlStore, StoreSettings, Tables, checked_secret
+from sidecar.journal.store import (
+    COLUMNS,
+    HEADS,
+    KEYED_TWINS,
+    NOTES,
+    OPENINGS,
+    SCHEMA,
+    Damaged,
+    Name,
+    Opening,
+    Row,
+    SqlStore,
+    StoreSettings,
+    Tables,
+    checked_secret,
+)
 
 T = TypeVar("T")
 
@@ -52,23 +64,6 @@ CHECKPOINT_PAGES_MAX = 16_000
 """From here on, whatever waits."""
 UNREADABLE = (apsw.Error, Damaged)
 """What any statement may raise."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SqliteSettings(StoreSettings):
-    """How much a journal may hold, and for how long."""
-
-    journal_bytes_max: int = 0
-    """Of the file, the write-ahead log not counted; 0: no bound but the disk."""
-    reserve_bytes: int = 64 << 20
-    """Held back for outcomes, of the disk and of journal_bytes_max; 0: nothing."""
-
-    def __post_init__(self) -> None:
-        StoreSettings.__post_init__(self)
-        if min(self.journal_bytes_max, self.reserve_bytes) < 0:
-            raise ValueError("journal_bytes_max and reserve_bytes must not be negative")
-        if self.journal_bytes_max and self.journal_bytes_max <= 2 * self.reserve_bytes:
-            raise ValueError("journal_bytes_max must be more than twice reserve_bytes")
 
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -111,79 +106,40 @@ APPLICATION_ID = 0x4F535449
 WAL_BYTES_MAX = 64 << 20
 """What the write-ahead log is cut to, once it has been copied into the file."""
 
-# The record is `entries` and `payloads`; `items`, `keys` and `twins` say where to look in it.
-_FIRST = """
+_TYPES = {
+    "int": "INTEGER",
+    "text": "TEXT",
+    "name": "TEXT",
+    "bytes": "BLOB",
+    "strict": " STRICT",
+    "keyed": " STRICT, WITHOUT ROWID",
+    "genesis": "zeroblob(32)",
+    "nothing": "x''",
+    "opened": "instr(substr(header, 1, 14), x'10011a20') > 0",
+}
+_NEW = """
+-- `lost_sequence` is the newest sequence that a LOST entry stands for. `secret` is 32 random bytes, which no output ever shows:
+-- derived seeds, and the tags in `twins`, depend on them.
 CREATE TABLE journal (
-  only INTEGER PRIMARY KEY CHECK (only = 1), log_id TEXT NOT NULL, writer TEXT NOT NULL, epoch INTEGER NOT NULL
+  only INTEGER PRIMARY KEY CHECK (only = 1), log_id TEXT NOT NULL, writer TEXT NOT NULL, epoch INTEGER NOT NULL,
+  lost_sequence INTEGER NOT NULL DEFAULT 0, secret BLOB
 ) STRICT;
 
-CREATE TABLE entries (entry_index INTEGER PRIMARY KEY, header BLOB NOT NULL, entry_hash BLOB NOT NULL) STRICT;
-
--- Apart, so that they can be dropped and the chain stays.
-CREATE TABLE payloads (entry_index INTEGER PRIMARY KEY, payload BLOB NOT NULL) STRICT;
-
-CREATE VIEW sealed AS
-  SELECT entries.entry_index, entries.header, coalesce(previous.entry_hash, zeroblob(32)) AS previous_hash,
-         entries.entry_hash, coalesce(payloads.payload, x'') AS payload
-  FROM entries
-  LEFT JOIN entries AS previous ON previous.entry_index = entries.entry_index - 1
-  LEFT JOIN payloads ON payloads.entry_index = entries.entry_index;
-
-CREATE TABLE items (sequence INTEGER PRIMARY KEY, admitted INTEGER NOT NULL, outcome INTEGER) STRICT;
+-- `verified` is the AUDITED entry of kind VERIFY: part of the item's answer.
+CREATE TABLE items (sequence INTEGER PRIMARY KEY, admitted INTEGER NOT NULL, outcome INTEGER, verified INTEGER) STRICT;
 CREATE INDEX unfinished ON items (sequence) WHERE outcome IS NULL;
-
--- `unfinished` counts the batch's items without an outcome; the last outcome sets the day on which the key may be bound again.
-CREATE TABLE keys (
-  first_sequence INTEGER PRIMARY KEY, count INTEGER NOT NULL, request_digest BLOB NOT NULL,
-  tenant TEXT NOT NULL, key TEXT NOT NULL, unfinished INTEGER NOT NULL, expires_millis INTEGER,
-  UNIQUE (key, tenant)
-) STRICT;
-CREATE INDEX expiring ON keys (expires_millis) WHERE expires_millis IS NOT NULL;
-
--- The first COMPLETED entry of every input and fingerprint.
-CREATE TABLE twins (
-  input_digest BLOB NOT NULL, fingerprint_digest BLOB NOT NULL, entry_index INTEGER NOT NULL,
-  PRIMARY KEY (input_digest, fingerprint_digest)
-) STRICT, WITHOUT ROWID;
 """
-
-_SECOND = """
--- Beside the record: what the sidecar remembers, by name.
-CREATE TABLE notes (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT, WITHOUT ROWID;
-"""
-
-_THIRD = """
--- The AUDITED entry of kind VERIFY: part of the item's answer.
-ALTER TABLE items ADD COLUMN verified INTEGER;
-"""
-
-_FOURTH = """
--- The newest sequence that a LOST entry stands for.
-ALTER TABLE journal ADD COLUMN lost_sequence INTEGER NOT NULL DEFAULT 0;
-"""
-
-_FIFTH = """
--- The signed heads, one for each transaction that was signed. The entries say the rest of each.
-CREATE TABLE heads (
-  last_index INTEGER PRIMARY KEY, first_index INTEGER NOT NULL, key_id TEXT NOT NULL, signature BLOB NOT NULL
-) STRICT;
-"""
-
-_SIXTH = """
--- 32 random bytes, which no output ever shows: derived seeds and the tags below depend on them.
-ALTER TABLE journal ADD COLUMN secret BLOB;
-
--- `tag` is keyed, and of the tenant and the input. `output_tag` is keyed too, and empty unless the payload may be dropped. The
--- rows so far had neither tenant nor key: they are not compared with any more.
-DROP TABLE twins;
-CREATE TABLE twins (
-  tag BLOB NOT NULL, fingerprint_digest BLOB NOT NULL, entry_index INTEGER NOT NULL, output_tag BLOB NOT NULL,
-  PRIMARY KEY (tag, fingerprint_digest)
-) STRICT, WITHOUT ROWID;
-"""
-
-MIGRATIONS: tuple[str, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH, _SIXTH)
-"""The n-th makes version n of version n - 1, in the transaction that opens the journal. Never edit one that was released."""
+MIGRATIONS: tuple[str, ...] = (
+    NOTES,
+    "ALTER TABLE items ADD COLUMN verified INTEGER",
+    "ALTER TABLE journal ADD COLUMN lost_sequence INTEGER NOT NULL DEFAULT 0",
+    HEADS,
+    "ALTER TABLE journal ADD COLUMN secret BLOB;" + KEYED_TWINS,
+    OPENINGS,
+)
+"""The n-th makes version n + 1 of version n, in the transaction that opens the journal. Never edit one that was released."""
+VERSION = len(MIGRATIONS) + 1
+"""Of a new journal."""
 
 
 _OPEN = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE | apsw.SQLITE_OPEN_NOFOLLOW
@@ -233,9 +189,10 @@ def connect(path: Path, vfs: str | None = None, *, create: bool = True) -> apsw.
 
 def migrate(db: apsw.Connection) -> None:
     """Bring a journal, or an empty database, to the newest version. Inside a transaction."""
-    for number in range(db.pragma("user_version"), len(MIGRATIONS)):
-        db.execute(MIGRATIONS[number])
-        db.pragma("user_version", number + 1)
+    version = db.pragma("user_version")
+    for statements in MIGRATIONS[version - 1 :] if version else (_NEW, SCHEMA):
+        db.execute(statements.format(**_TYPES))
+    db.pragma("user_version", VERSION)
     db.pragma("application_id", APPLICATION_ID)
 
 
@@ -252,9 +209,9 @@ def _check(db: apsw.Connection, path: Path) -> None:
     version = db.pragma("user_version")
     if ours and not empty and version < 1:
         raise JournalUnusable(damaged(path, f"its header, bytes 60 to 63, says version {version}"))
-    if version > len(MIGRATIONS):
+    if version > VERSION:
         raise JournalUnusable(
-            f"{path} has version {version}; this sidecar knows up to {len(MIGRATIONS)}: run a newer one, or, if none has had "
+            f"{path} has version {version}; this sidecar knows up to {VERSION}: run a newer one, or, if none has had "
             f"this file, {RESTORE}"
         )
 
@@ -288,34 +245,6 @@ CREATE TEMP TABLE pruned (sequence INTEGER PRIMARY KEY);
 """
 
 
-class _Session:
-    """Implements `store.Session`."""
-
-    def __init__(self, db: apsw.Connection) -> None:
-        self._db = db
-
-    def select(self, statement: str, *parameters: object) -> Iterator[Row]:
-        """Raises Damaged for values of other types: STRICT holds for what is written, not for what is read."""
-        cursor = self._db.execute(_translated(statement), tuple(map(_bound, parameters)))
-        kinds: tuple[type | tuple[type, ...], ...] | None = None
-        try:
-            for row in cursor:
-                kinds = kinds or tuple(_KINDS[column] for column, _ in cursor.get_description())
-                if not all(map(isinstance, row, kinds)):
-                    raise Damaged(f"table {_table(statement)}: a row holds values of other types")
-                yield row
-        except UnicodeDecodeError:
-            raise Damaged(f"table {_table(statement)}: a row holds text that is not UTF-8") from None
-
-    def execute(self, statement: str, *parameters: object) -> int:
-        self._db.execute(_translated(statement), tuple(map(_bound, parameters)))
-        return self._db.changes()
-
-    def each(self, statement: str, rows: Sequence[Row]) -> None:
-        if rows:  # preparing a statement takes a microsecond, and every commit has half a dozen
-            self._db.executemany(_for_each_row(statement), rows)
-
-
 _UNNEST = re.compile(r"(SELECT \* FROM|,|\n? *FROM) unnest\(([^)]*)\)(?:\s+AS r \(([^)]*)\))?")
 
 
@@ -344,7 +273,8 @@ _KINDS = {column: str if kind is Name else kind for column, kind in COLUMNS.item
 
 def _table(statement: str) -> str:
     """Where a damaged row is."""
-    return "entries" if "sealed" in statement else re.findall(r"(?:FROM|UPDATE) (\w+)", statement)[-1]
+    tables = re.findall(r"(?:FROM|UPDATE) (\w+)", statement)
+    return "entries" if tables[-1] == "sealed" else str(tables[-1])
 
 
 def _bound(parameter: Any) -> Any:
@@ -357,9 +287,34 @@ def _bound(parameter: Any) -> Any:
 class SqliteTables(Tables):
     """Adds what the one row of `journal` holds, and what SQLite knows of its file. Raises UNREADABLE."""
 
+    opened = _TYPES["opened"]
+
     def __init__(self, db: apsw.Connection) -> None:
-        super().__init__(_Session(db))
         self._db = db
+
+    def select(self, statement: str, *parameters: object) -> Iterator[Row]:
+        """Raises Damaged for pages that are no part of the table, and for values of other types: STRICT holds for what is
+        written, not for what is read."""
+        kinds: tuple[type | tuple[type, ...], ...] | None = None
+        try:
+            cursor = self._db.execute(_translated(statement), tuple(map(_bound, parameters)))
+            for row in cursor:
+                kinds = kinds or tuple(_KINDS[column] for column, _ in cursor.get_description())
+                if not all(map(isinstance, row, kinds)):
+                    raise Damaged(f"table {_table(statement)}: a row holds values of other types")
+                yield row
+        except UnicodeDecodeError:
+            raise Damaged(f"table {_table(statement)}: a row holds text that is not UTF-8") from None
+        except apsw.CorruptError as error:
+            raise Damaged(f"table {_table(statement)} cannot be read: {error}") from error
+
+    def execute(self, statement: str, *parameters: object) -> int:
+        self._db.execute(_translated(statement), tuple(map(_bound, parameters)))
+        return self._db.changes()
+
+    def each(self, statement: str, rows: Sequence[Row]) -> None:
+        if rows:  # preparing a statement takes a microsecond, and every commit has half a dozen
+            self._db.executemany(_for_each_row(statement), rows)
 
     def begin_epoch(self, new_log_id: str, writer: str) -> tuple[str, str, int]:
         """Log id, owner and epoch, one higher than before; a new journal gets this log id and owner."""
@@ -371,10 +326,6 @@ class SqliteTables(Tables):
         """The log's; this one from now on if it has none."""
         self._db.execute("UPDATE journal SET secret = ? WHERE secret IS NULL", (new,))
         return checked_secret(bytes(self._row("SELECT secret FROM journal")[0]))
-
-    def owner(self) -> tuple[str, str, int] | None:
-        """Log id, owner and epoch; None: the journal is empty."""
-        return next(self._session.select(_OWNER), None)
 
     def epoch(self) -> int:
         return int(self._row(_EPOCH)[0])
@@ -391,13 +342,13 @@ class SqliteTables(Tables):
             self._db.execute("UPDATE journal SET lost_sequence = ?", (header.first_sequence + header.count - 1,))
 
     def _write_items(self, admitted: Sequence[types_pb2.EntryHeader]) -> None:
-        self._session.each(_WRITE_ITEMS, [(header.sequence, header.index) for header in admitted])
+        self.each(_WRITE_ITEMS, [(header.sequence, header.index) for header in admitted])
 
     def log(self) -> Log | None:
-        owner, newest = self.owner(), self.newest()
-        if owner is None or newest is None:
+        newest = self.newest()
+        if newest is None:
             return None
-        log_id, writer, epoch = owner
+        log_id, writer, epoch = self._row(_OWNER)
         if newest.header.log_id != log_id:
             raise Damaged(f"table journal names log {log_id!r}, and entry {newest.header.index} another")
         return Log(log_id, {writer: epoch}, newest.header.index, newest.entry_hash, self.last_sequence())
@@ -440,18 +391,17 @@ class SqliteTables(Tables):
         return int(self._db.execute(_BYTES_USED).get)
 
     def _row(self, statement: str) -> Row:
-        for row in self._session.select(statement):
+        for row in self.select(statement):
             return row
-        raise Damaged(f"table {_table(statement)}: a row is missing")
+        raise Damaged(f"table {_table(statement)}: its row is missing")
 
 
 class SqliteStore(SqlStore):
     """A journal in a file, which is locked against every other process until `close`."""
 
     poll_seconds = None
-    _settings: SqliteSettings
 
-    def __init__(self, path: Path, db: apsw.Connection, settings: SqliteSettings, *, maintenance: bool = False) -> None:
+    def __init__(self, path: Path, db: apsw.Connection, settings: StoreSettings, *, maintenance: bool = False) -> None:
         self.name = str(path)
         self._path, self._db, self._tables, self._settings = path, db, SqliteTables(db), settings
         self._reserve = Reserve(path.with_name(path.name + ".reserve"), settings.reserve_bytes)
@@ -460,39 +410,29 @@ class SqliteStore(SqlStore):
 
     @classmethod
     def open(
-        cls,
-        path: Path,
-        *,
-        writer: str,
-        version: str,
-        new_log_id: str,
-        new_secret: bytes,
-        now_millis: int,
-        settings: SqliteSettings | None = None,
-        mark: Mark | None = None,
-        vfs: str | None = None,
+        cls, location: str, opening: Opening, settings: StoreSettings, *, vfs: str | None = None
     ) -> tuple[SqliteStore, Opened]:
-        """Open or create, and begin the writer's next epoch. JournalUnusable: the message says why.
-
-        `new_log_id`, 32 hexadecimal digits, names the journal if it is created now. `new_secret`, 32 random bytes, is its
-        secret from now on if it has none. A journal that is damaged, or does not hold what `mark` says, is refused and stays as
-        it was. `vfs` names SQLite's file layer.
-        """
-        assert len(bytes.fromhex(new_log_id)) == 16
-        settings, path = settings or SqliteSettings(), placed(path)
+        """As in `SqlStore`. `vfs` names SQLite's file layer."""
+        path = placed(Path(location))
         db = connect(path, vfs)
         try:
             store = cls(path, db, settings)
             db.set_wal_hook(store._committed)
             if settings.journal_bytes_max:
                 db.pragma("max_page_count", settings.journal_bytes_max // int(db.pragma("page_size")))
-            unfinished = store._begin(writer, version, new_log_id, new_secret, now_millis, mark)
+            try:
+                unfinished = store._begin(opening)
+            except JournalFull:
+                if not store.reserved:
+                    raise
+                store.release_reserve()  # it has room for an epoch
+                unfinished = store._begin(opening)
             store.restore_reserve()
             return store, Opened(store.head, unfinished)
         except JournalUnusable as error:
             db.close()
             raise JournalUnusable(f"{path}: {error}") from error
-        except (apsw.Error, OSError, JournalBroken, JournalFull) as error:
+        except (apsw.Error, OSError, JournalBroken, JournalFull, RecordDamaged) as error:
             db.close()
             cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
             raise JournalUnusable(reason(path, cause, bytes_max=settings.journal_bytes_max)) from error
@@ -501,13 +441,12 @@ class SqliteStore(SqlStore):
             raise
 
     @classmethod
-    def open_for_maintenance(cls, path: Path, *, create: bool = False) -> SqliteStore:
-        """An existing journal, or with `create` an empty one, which `close` removes if it is still empty. JournalUnusable: the
-        message says why."""
-        path = placed(path)
+    def open_for_maintenance(cls, location: str, *, create: bool = False) -> SqliteStore:
+        """As in `SqlStore`. `close` removes a file that is made here, if it is still empty."""
+        path = placed(Path(location))
         new = create and not path.exists()
         db = connect(path, create=create)
-        store = cls(path, db, SqliteSettings(), maintenance=True)
+        store = cls(path, db, StoreSettings(), maintenance=True)
         store._remove = new
         try:
             with store._transaction():
@@ -522,7 +461,7 @@ class SqliteStore(SqlStore):
         return store
 
     def _read(self, read: Callable[[Tables], T]) -> T:
-        with self._errors(reading=True):
+        with self._errors():
             return read(self._tables)
 
     def close(self) -> None:
@@ -539,11 +478,13 @@ class SqliteStore(SqlStore):
         return self._reserve.held
 
     def append_many(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
-        with self._transaction():
+        drop_millis = now_millis if self._settings.digests_only else None
+        # Before the transaction: after a damaged page was read in one, SQLite writes nothing more. No one else writes the file.
+        with self._errors(), self._damage(drafts):
             if self._tables.epoch() != self.head.epoch:
                 raise JournalBroken("fenced: a newer epoch of this writer has begun")
-            drop_millis = now_millis if self._settings.digests_only else None
             known = self._tables.look_up(needs(drafts, self._secret), self._expiry(now_millis), drop_millis)()
+        with self._transaction():
             ledger = Ledger(self.head, known, now_millis, self._secret, self._settings.signer)
             appended = [ledger.append(draft) for draft in drafts]
             self._tables.write(ledger, self._settings, now_millis)
@@ -573,53 +514,27 @@ class SqliteStore(SqlStore):
                 self._db.wal_checkpoint()
         return ()
 
-    def _begin(
-        self, writer: str, version: str, new_log_id: str, new_secret: bytes, now_millis: int, mark: Mark | None
-    ) -> tuple[Unfinished, ...]:
-        """What earlier epochs did not finish. On a full disk the reserve has room for it."""
-        try:
-            return self._begin_epoch(writer, version, new_log_id, new_secret, now_millis, mark)
-        except JournalFull:
-            if not self.reserved:
-                raise
-            self.release_reserve()
-            return self._begin_epoch(writer, version, new_log_id, new_secret, now_millis, mark)
-
-    def _begin_epoch(
-        self, writer: str, version: str, new_log_id: str, new_secret: bytes, now_millis: int, mark: Mark | None
-    ) -> tuple[Unfinished, ...]:
+    def _begin(self, opening: Opening) -> tuple[Unfinished, ...]:
+        """What earlier epochs did not finish."""
+        tables = self._tables
         with self._transaction():
             migrate(self._db)
-            if fault := self._tables.structure(whole=False):
+            if fault := tables.structure(whole=False):
                 raise JournalUnusable(f"its file is damaged: {fault}: {RESTORE}")
-            log_id, owner, epoch = self._tables.begin_epoch(new_log_id, writer)
-            if owner != writer:
-                raise JournalUnusable(f"this journal is of sidecar {owner!r}, not {writer!r}: each has its own")
-            head = Head(log_id, writer, epoch, *self._newest(log_id))
-            if mark is not None:
-                check_mark(mark, head, self._tables.entries(mark.index, 1, payloads=False))
-            unfinished = self._tables.unfinished(1, NUMBER_MAX, NUMBER_MAX)
-            _check_unfinished(unfinished)
-            log = Log(log_id, {writer: epoch - 1}, head.index, head.entry_hash, head.last_sequence)
-            if fault := recent_fault(self._tables, log):
-                raise JournalUnusable(f"its tables are damaged: {fault}: {REBUILD}")
-            self._secret = self._tables.secret(new_secret)
-            ledger = Ledger(head, Known(), now_millis, self._secret, self._settings.signer)
-            ledger.open(version, self._settings.recorded)
-            self._tables.record_earlier(ledger, self._newest_form())
-            self._tables.write(ledger, self._settings, now_millis)
+            log = tables.log()
+            log_id, owner, epoch = tables.begin_epoch(opening.new_log_id, opening.writer)
+            if owner != opening.writer:
+                raise JournalUnusable(f"this journal is of sidecar {owner!r}, not {opening.writer!r}: each has its own")
+            unfinished = tables.unfinished(1, NUMBER_MAX, NUMBER_MAX)
+            check_unfinished(unfinished)
+            if log is not None:
+                check_recent(tables, log)
+            self._secret = tables.secret(opening.new_secret)
+            end = (log.index, log.entry_hash, log.last_sequence) if log is not None else (0, GENESIS, 0)
+            ledger = self._first_entries(tables, Head(log_id, owner, epoch, *end), opening)
+            tables.write(ledger, self._settings, opening.now_millis)
         self.head = ledger.head
         return tuple(Unfinished(entry, 1 + epoch - entry.header.epoch) for entry in unfinished)
-
-    def _newest(self, log_id: str) -> tuple[int, bytes, int]:
-        """Index and hash of the newest entry, and the last sequence."""
-        newest = self._tables.newest()
-        if newest is None:
-            return 0, GENESIS, 0
-        index = newest.header.index
-        for first in range(max(1, index - CHECKED_ENTRIES + 1), index + 1, PAGE):
-            _check_page(log_id, first, self._tables.entries(first, min(PAGE, index + 1 - first), payloads=False))
-        return index, newest.entry_hash, self._tables.last_sequence()
 
     def _room(self) -> bool:
         """Whether journal_bytes_max leaves the reserve untouched."""
@@ -631,9 +546,6 @@ class SqliteStore(SqlStore):
         return apsw.SQLITE_OK
 
     # ---- for maintenance
-
-    def log(self) -> Log | None:
-        return self._read(lambda tables: tables.log())
 
     def structure(self) -> str:
         with self._errors():
@@ -648,18 +560,10 @@ class SqliteStore(SqlStore):
             ((writer, epoch),) = log.writers.items()
             head = Head(log.log_id, writer, epoch, log.index, log.entry_hash, log.last_sequence)
             ledger = Ledger(head, Known(), now_millis, self._tables.secret(os.urandom(SECRET_BYTES)))
-            self._tables.record_earlier(ledger, self._newest_form())
+            self._tables.record_earlier(ledger, log.index)
             ledger.prune(sequences, reason)
             self._tables.write_entries(ledger.entries)
             return self._tables.drop_payloads(sequences)
-
-    def _newest_form(self) -> int | None:
-        newest = self._tables.newest()
-        return None if newest is None else newest.header.form
-
-    def forget(self, sequences: Sequence[int]) -> None:
-        with self._transaction():
-            self._tables.forget(sequences)
 
     @contextmanager
     def snapshot(self) -> Iterator[Tables]:
@@ -702,7 +606,8 @@ class SqliteStore(SqlStore):
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Committed at the end. JournalFull: undone. After any other error what is durable is not known; nothing is retried."""
+        """Committed at the end. JournalFull and RecordDamaged: undone. After any other error it is not known what is durable;
+        nothing is retried."""
         with self._errors():
             try:
                 self._db.execute("BEGIN IMMEDIATE")
@@ -710,46 +615,26 @@ class SqliteStore(SqlStore):
                 self._db.execute("COMMIT")
             except BaseException as error:
                 full = isinstance(error, apsw.FullError | JournalFull)
-                if (full or self._maintenance) and self._db.in_transaction:
+                if (full or self._maintenance or isinstance(error, RecordDamaged)) and self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 if full and not self._maintenance:
                     raise JournalFull(str(error)) from error
                 raise
 
     @contextmanager
-    def _errors(self, *, reading: bool = False) -> Iterator[None]:
-        """After what SQLite cannot do, or what is no row of a journal, it is not known what is on the disk. Reading such a row
-        raises Damaged: only its caller cannot go on."""
+    def _errors(self) -> Iterator[None]:
+        """Reading what is damaged raises Damaged: only its caller cannot go on. After any other error of SQLite it is not known
+        what is on the disk."""
         try:
             yield
         except UNREADABLE as error:
             if self._maintenance:
                 raise JournalUnusable(reason(self._path, error)) from error
-            if reading and isinstance(error, Damaged):
+            if isinstance(error, Damaged):
                 raise
-            if isinstance(error, apsw.CorruptError | apsw.NotADBError):
-                raise JournalBroken(f"the journal's file is damaged ({error}): {RESTORE}") from error
-            raise JournalBroken(f"{type(error).__name__}: {error}") from error
-
-
-def _check_page(log_id: str, first: int, page: Sequence[Sealed]) -> None:
-    """Raises JournalUnusable for consecutive entries, from the first index on, that are not what was written in this log."""
-    for index, sealed in enumerate(page, first):
-        if sealed.header.index != index or entry_hash(sealed.previous_hash, sealed.header) != sealed.entry_hash:
-            raise JournalUnusable(f"entry {index} is damaged or missing: {RESTORE}")
-        if sealed.header.log_id != log_id:
-            raise JournalUnusable(f"table journal is damaged: it names log {log_id!r}, and entry {index} another: {RESTORE}")
-
-
-def _check_unfinished(unfinished: Sequence[Sealed]) -> None:
-    """Raises JournalUnusable for unfinished items that are not what was admitted: they would run again."""
-    for sealed in unfinished:
-        header = sealed.header
-        sound = entry_hash(sealed.previous_hash, header) == sealed.entry_hash
-        if not (
-            sound and header.kind == types_pb2.ENTRY_KIND_ADMITTED and payload_digest(sealed.payload) == header.payload_digest
-        ):
-            raise JournalUnusable(f"entry {header.index} is damaged, and its item has not ended: {RESTORE}")
+            malformed = isinstance(error, apsw.CorruptError | apsw.NotADBError)
+            why = damaged(self._path, str(error)) if malformed else f"{self._path}: {type(error).__name__}: {error}"
+            raise JournalBroken(why) from error
 
 
 # ---- errors

@@ -13,8 +13,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from types import NoneType
@@ -25,9 +26,10 @@ from google.protobuf.message import DecodeError
 from ostinato.chain import OUTCOMES, entry_hash, payload_digest
 from ostinato.digest import DIGEST_BYTES, fingerprint_digest
 from ostinato.errors import RecordDamaged
-from ostinato.signature import SignedTree, Signer
+from ostinato.signature import PublicKeys, SignedTree, Signer
 from ostinato.v1 import sequencer_pb2, types_pb2
 
+from sidecar.journal.diagnosis import remedy
 from sidecar.journal.ledger import NUMBER_MAX, SECRET_BYTES, Known, Ledger, Needs, twins_tag, verifications
 from sidecar.journal.model import (
     FINGERPRINTS,
@@ -38,8 +40,13 @@ from sidecar.journal.model import (
     Draft,
     Head,
     ItemEntries,
+    JournalBroken,
+    JournalUnusable,
     Key,
     Log,
+    Mark,
+    Opened,
+    Outcome,
     Sealed,
     Signature,
     Twin,
@@ -51,13 +58,15 @@ Row = tuple[Any, ...]
 
 PAGE = 1_000
 """Entries that a loop over a journal reads at a time."""
+EPOCHS_READ = 16
+"""OPENED entries that are read at a time to find that of an entry's epoch: with one writer it is the first."""
 PURGED_KEYS_MAX = 64
 """Expired keys that one transaction drops."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSettings:
-    """How long a journal holds what."""
+    """How much a journal may hold, and for how long."""
 
     idempotency_ttl_seconds: int = 86_400
     """From the outcome of a batch's last item."""
@@ -65,10 +74,12 @@ class StoreSettings:
     """Drop an item's payloads with its outcome. With a key: when the key would expire; the key then stays bound for good."""
     signer: Signer | None = None
     """Signs every transaction. None: they are not signed."""
-
-    def __post_init__(self) -> None:
-        if self.idempotency_ttl_seconds < 0:
-            raise ValueError("idempotency_ttl_seconds must not be negative")
+    journal_bytes_max: int = 0
+    """Of a file, its write-ahead log not counted; 0: no bound but the disk."""
+    reserve_bytes: int = 0
+    """Held back for outcomes, of the disk and of journal_bytes_max, where the journal is a file; 0: nothing."""
+    lease_seconds: float = 10.0
+    """Where writers share a journal: after so long without a sign of life another may take over a writer's items."""
 
     @property
     def recorded(self) -> sequencer_pb2.OpenedPayload:
@@ -76,6 +87,26 @@ class StoreSettings:
         return sequencer_pb2.OpenedPayload(
             idempotency_ttl_millis=self.idempotency_ttl_seconds * 1000, digests_only=self.digests_only
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """What begins a writer's next epoch."""
+
+    writer: str
+    version: str
+    """Of this program."""
+    new_log_id: str
+    """32 hexadecimal digits: the journal's name, if it is created now."""
+    new_secret: bytes
+    """32 random bytes: the log's secret from now on, if it has none."""
+    now_millis: int
+    mark: Mark | None = None
+    """Where the journal ended: one that does not hold that is refused, and stays as it was."""
+
+    def __post_init__(self) -> None:
+        assert len(bytes.fromhex(self.new_log_id)) == 16
+        assert len(self.new_secret) == SECRET_BYTES
 
 
 class Name:
@@ -118,18 +149,54 @@ class Damaged(RecordDamaged):
     """A row holds what no journal writes; the message names it."""
 
 
-class Session(Protocol):
-    """A connection to a database."""
+# The newest schema. The record is `entries` and `payloads`; `items`, `keys` and `twins` say where to look in it. Each database
+# has its own `items`, and its own row of the log.
+HEADS = """
+-- The signed heads, one for each transaction that was signed. The entries say the rest of each.
+CREATE TABLE heads (
+  last_index {int} PRIMARY KEY, first_index {int} NOT NULL, key_id {text} NOT NULL, signature {bytes} NOT NULL
+){strict};
+"""
+NOTES = """
+-- Beside the record: what the sidecars remember, by name.
+CREATE TABLE notes (name {name} PRIMARY KEY, value {bytes} NOT NULL){keyed};
+"""
+OPENINGS = """
+-- Few other entries have these bytes: kind OPENED, and the begin of the log's id.
+CREATE INDEX openings ON entries (entry_index) WHERE {opened};
+"""
+TWINS = """
+-- The first COMPLETED entry of every input and fingerprint. `tag` is keyed, and of the tenant and the input. `output_tag` is
+-- keyed too, and empty unless the payload may be dropped.
+CREATE TABLE twins (
+  tag {bytes} NOT NULL, fingerprint_digest {bytes} NOT NULL, entry_index {int} NOT NULL, output_tag {bytes} NOT NULL,
+  PRIMARY KEY (tag, fingerprint_digest)
+){keyed};
+"""
+_RECORD = """
+CREATE TABLE entries (entry_index {int} PRIMARY KEY, header {bytes} NOT NULL, entry_hash {bytes} NOT NULL){strict};
 
-    def select(self, statement: str, *parameters: object) -> Iterator[Row]: ...
+-- Apart, so that they can be dropped and the chain stays.
+CREATE TABLE payloads (entry_index {int} PRIMARY KEY, payload {bytes} NOT NULL){strict};
 
-    def execute(self, statement: str, *parameters: object) -> int:
-        """How many rows it changed."""
-        ...
+CREATE VIEW sealed AS
+  SELECT entries.entry_index, entries.header, coalesce(previous.entry_hash, {genesis}) AS previous_hash, entries.entry_hash,
+         coalesce(payloads.payload, {nothing}) AS payload
+  FROM entries
+  LEFT JOIN entries AS previous ON previous.entry_index = entries.entry_index - 1
+  LEFT JOIN payloads ON payloads.entry_index = entries.entry_index;
 
-    def each(self, statement: str, rows: Sequence[Row]) -> None:
-        """Run a statement with `unnest(...)` for these rows; nothing if there are none."""
-        ...
+-- `unfinished` counts the batch's items without an outcome; the last outcome sets the day on which the key may be bound again.
+CREATE TABLE keys (
+  first_sequence {int} PRIMARY KEY, count {int} NOT NULL, request_digest {bytes} NOT NULL,
+  tenant {name} NOT NULL, key {name} NOT NULL, unfinished {int} NOT NULL, expires_millis {int},
+  UNIQUE (key, tenant)
+){strict};
+CREATE INDEX expiring ON keys (expires_millis) WHERE expires_millis IS NOT NULL;
+"""
+SCHEMA = _RECORD + OPENINGS + TWINS + NOTES + HEADS
+KEYED_TWINS = "DROP TABLE twins;" + TWINS
+"""For a journal whose rows had neither tenant nor key: they are not compared with any more."""
 
 
 _ADMITTED, _AUDITED = (types_pb2.ENTRY_KIND_ADMITTED,), (types_pb2.ENTRY_KIND_AUDITED,)
@@ -157,6 +224,9 @@ _HEADS = """SELECT first_index, last_index, key_id, signature, entry_hash
   ORDER BY last_index, entry_index"""
 _SIGNATURES = "SELECT last_index, first_index, key_id, signature FROM heads WHERE last_index >= ? ORDER BY last_index LIMIT ?"
 _LAST_SIGNED = "SELECT last_index FROM heads ORDER BY last_index DESC LIMIT 1"
+_OPENINGS = """SELECT * FROM sealed WHERE entry_index IN
+  (SELECT entry_index FROM entries WHERE {opened} AND entry_index < ? ORDER BY entry_index DESC LIMIT ?)
+  ORDER BY entry_index DESC"""
 _NOTES = "SELECT name, value FROM notes WHERE substr(name, 1, length(?::name)) = ?::name ORDER BY name"
 
 _WRITE_ENTRIES = "INSERT INTO entries SELECT * FROM unnest(?::bigint[], ?::bytea[], ?::bytea[])"
@@ -212,13 +282,22 @@ _DROP_ANSWERS = _DROP_PROMPTS.replace("items.admitted", "items.outcome")
 class Tables(ABC):
     """Rows as values, in the transaction that is open. Raises the database's errors, and Damaged."""
 
+    opened: str
+    """A condition that the header of every OPENED entry meets, and hardly another."""
     item_columns: tuple[str, ...] = ("sequence", "admitted", "outcome", "verified")
     items_differ = " OR ".join(f"there.{name} IS DISTINCT FROM made.{name}" for name in ("admitted", "outcome", "verified"))
     """Whether a row of `items` is another than the one that was made of the entries."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self.select, self.execute, self.each = session.select, session.execute, session.each
+    @abstractmethod
+    def select(self, statement: str, *parameters: object) -> Iterator[Row]: ...
+
+    @abstractmethod
+    def execute(self, statement: str, *parameters: object) -> int:
+        """How many rows it changed."""
+
+    @abstractmethod
+    def each(self, statement: str, rows: Sequence[Row]) -> None:
+        """Run a statement with `unnest(...)` for these rows; nothing if there are none."""
 
     # ---- reading
 
@@ -227,7 +306,7 @@ class Tables(ABC):
 
     def items(self, first: int, last: int, limit: int) -> list[ItemEntries]:
         """Raises RecordDamaged for an item whose row names an entry that is not its own."""
-        rows = list(self._session.select(_ITEMS, min(first, NUMBER_MAX), min(last, NUMBER_MAX), limit))
+        rows = list(self.select(_ITEMS, min(first, NUMBER_MAX), min(last, NUMBER_MAX), limit))
         if not rows:
             return []
         found = self._sealed(_ENTRIES_AT, [index for _, *indexes in rows for index in indexes if index is not None])
@@ -260,18 +339,18 @@ class Tables(ABC):
 
     def bindings(self, keys: Iterable[tuple[str, str]], now_millis: int) -> dict[tuple[str, str], Binding]:
         """Those of the keys that are bound and have not expired; it may hold the same keys of other tenants too."""
-        return _bindings(self._session.select(_BINDINGS, [key for _, key in keys], now_millis))
+        return _bindings(self.select(_BINDINGS, [key for _, key in keys], now_millis))
 
     def keys(self, from_sequence: int, limit: int) -> list[Key]:
-        return [Key(*row) for row in self._session.select(_KEYS, from_sequence, limit)]
+        return [Key(*row) for row in self.select(_KEYS, from_sequence, limit)]
 
     def notes(self, prefix: str) -> dict[str, bytes]:
-        return dict(self._session.select(_NOTES, prefix, prefix))
+        return dict(self.select(_NOTES, prefix, prefix))
 
     def look_up(self, needs: Needs, now_millis: int, drop_millis: int | None = None) -> Callable[[], Known]:
         """Ask for what is needed; the function returned reads the answers. In between may lie the end of a pipeline. With
         `drop_millis`, batches whose keys have expired then are to lose their payloads."""
-        select = self._session.select
+        select = self.select
         bound = select(_BINDINGS, [key for _, key in needs.keys], now_millis) if needs.keys else ()
         unfinished = select(_STILL_UNFINISHED, list(needs.sequences)) if needs.sequences else ()
         earlier = select(_TWINS, list(needs.twins)) if needs.twins else ()
@@ -282,15 +361,18 @@ class Tables(ABC):
             bindings = _bindings(bound)
             sequences = frozenset(sequence for (sequence,) in unfinished)
             twins, damaged = defaultdict[bytes, tuple[Twin, ...]](tuple), dict[bytes, str]()
-            for *row, tag, output_tag in earlier:
-                try:
-                    twin = Twin(sealed_of(tuple(row)), output_tag)
-                    check_entries([twin.entry])
-                except RecordDamaged as error:
-                    damaged[tag] = error.message
-                    continue
-                if twin.entry.payload or output_tag:
-                    twins[tag] += (twin,)
+            try:
+                for *row, tag, output_tag in earlier:
+                    try:
+                        twin = Twin(sealed_of(tuple(row)), output_tag)
+                        check_entries([twin.entry])
+                    except RecordDamaged as error:
+                        damaged[tag] = error.message
+                        continue
+                    if twin.entry.payload or output_tag:
+                        twins[tag] += (twin,)
+            except Damaged as error:
+                damaged |= dict.fromkeys(needs.twins - twins.keys(), error.message)
             met = {twin.entry.header.fingerprint_digest for found in twins.values() for twin in found}
             fingerprints = self._fingerprints() if met and len(met | needs.fingerprint_digests) > 1 else {}
             heads = {log_id: _witnessed_index(value) for log_id, rows in witnessed for _, value in rows}
@@ -302,18 +384,19 @@ class Tables(ABC):
     def _fingerprints(self) -> dict[bytes, Mapping[str, str]]:
         """By digest, without those that are damaged."""
         found: dict[bytes, Mapping[str, str]] = {}
-        for value in self.notes(FINGERPRINTS).values():
-            with suppress(DecodeError):
-                fingerprint = types_pb2.Fingerprint.FromString(value)
-                if fingerprint_digest(fingerprint.fields) == fingerprint.digest:
-                    found[fingerprint.digest] = fingerprint.fields
+        with suppress(Damaged):
+            for value in self.notes(FINGERPRINTS).values():
+                with suppress(DecodeError):
+                    fingerprint = types_pb2.Fingerprint.FromString(value)
+                    if fingerprint_digest(fingerprint.fields) == fingerprint.digest:
+                        found[fingerprint.digest] = fingerprint.fields
         return found
 
     def signatures(self, from_index: int, limit: int) -> list[Signature]:
-        return [Signature(*row) for row in self._session.select(_SIGNATURES, from_index, limit)]
+        return [Signature(*row) for row in self.select(_SIGNATURES, from_index, limit)]
 
     def newest_signed(self) -> types_pb2.SignedHead | None:
-        for (last,) in self._session.select(_LAST_SIGNED):
+        for (last,) in self.select(_LAST_SIGNED):
             [newest] = self._with_trees(self._sealed(_ENTRIES_BARE, last, 1))
             return newest.signed.head if newest.signed is not None else None
         return None
@@ -323,7 +406,7 @@ class Tables(ABC):
         if not entries:
             return []
         trees = dict[int, SignedTree]()
-        rows = self._session.select(_HEADS, [entry.header.index for entry in entries])
+        rows = self.select(_HEADS, [entry.header.index for entry in entries])
         for (first, last, key_id, signature), covered in groupby(rows, key=lambda row: row[:4]):
             hashes = [row[4] for row in covered]
             if len(hashes) != last - first + 1:
@@ -333,16 +416,26 @@ class Tables(ABC):
             trees |= dict.fromkeys(range(first, last + 1), tree)
         return [replace(entry, signed=trees.get(entry.header.index)) for entry in entries] if trees else list(entries)
 
+    def signing_key(self, header: types_pb2.EntryHeader) -> str:
+        """The id of the key that signs this entry's epoch, as its OPENED entry says; empty: none does. Raises RecordDamaged."""
+        index, statement = header.index, _OPENINGS.replace("{opened}", self.opened)
+        while page := self._sealed(statement, index, EPOCHS_READ):
+            for entry in page:
+                found, index = entry.header, entry.header.index
+                if (found.kind, found.writer, found.epoch) == (types_pb2.ENTRY_KIND_OPENED, header.writer, header.epoch):
+                    check_entries([entry])
+                    return sequencer_pb2.OpenedPayload.FromString(entry.payload).signing_key_id
+        raise RecordDamaged(f"entry {header.index}: no entry opens epoch {header.epoch} of writer {header.writer!r}")
+
     def _sealed(self, statement: str, *parameters: object) -> list[Sealed]:
-        return [sealed_of(row) for row in self._session.select(statement, *parameters)]
+        return [sealed_of(row) for row in self.select(statement, *parameters)]
 
     # ---- writing
 
     def write(self, ledger: Ledger, settings: StoreSettings, now_millis: int) -> None:
         """All that the ledger made. Then drop what the settings do not keep."""
         self.write_entries(ledger.entries)
-        each = self._session.each
-        heads = ledger.sign()
+        each, heads = self.each, ledger.sign()
         self.write_signatures([Signature(head.last_index, head.first_index, head.key_id, head.signature) for head in heads])
         each(_BIND, [(b.first_sequence, b.count, b.request_digest, a.tenant, a.key, b.count) for a, b in ledger.bound])
         outcomes = [entry.header for entry in ledger.entries if entry.header.kind in OUTCOMES]
@@ -356,21 +449,21 @@ class Tables(ABC):
         if settings.digests_only:
             for statement in (_DROP_PROMPTS, _DROP_ANSWERS):
                 each(statement, [(header.sequence, header.first_sequence) for header in outcomes])
-            self._session.execute(_DROP_EXPIRED, now_millis, PURGED_KEYS_MAX)
-            self._session.execute(_BIND_FOR_GOOD, now_millis, PURGED_KEYS_MAX)
+            self.execute(_DROP_EXPIRED, now_millis, PURGED_KEYS_MAX)
+            self.execute(_BIND_FOR_GOOD, now_millis, PURGED_KEYS_MAX)
         elif ledger.bound:  # as many keys as come may go
-            self._session.execute(_PURGE, now_millis, PURGED_KEYS_MAX)
+            self.execute(_PURGE, now_millis, PURGED_KEYS_MAX)
 
     def write_entries(self, entries: Sequence[Sealed]) -> None:
         """The record, and the tables that say where to look in it."""
-        each = self._session.each
-        each(_WRITE_ENTRIES, [(e.header.index, e.header.SerializeToString(deterministic=True), e.entry_hash) for e in entries])
-        each(_WRITE_PAYLOADS, [(e.header.index, e.payload) for e in entries if e.payload])
+        rows = [(e.header.index, e.header.SerializeToString(deterministic=True), e.entry_hash) for e in entries]
+        self.each(_WRITE_ENTRIES, rows)
+        self.each(_WRITE_PAYLOADS, [(e.header.index, e.payload) for e in entries if e.payload])
         self.index(entries)
 
     def index(self, entries: Sequence[Sealed]) -> None:
         """Where to look for items in these entries."""
-        headers, each = [entry.header for entry in entries], self._session.each
+        headers, each = [entry.header for entry in entries], self.each
         self._write_items([header for header in headers if header.kind == types_pb2.ENTRY_KIND_ADMITTED])
         outcomes = [header for header in headers if header.kind in OUTCOMES]
         each(_WRITE_OUTCOMES, [(header.sequence, header.index) for header in outcomes])
@@ -379,7 +472,7 @@ class Tables(ABC):
     def _write_twins(self, twins: Iterable[tuple[bytes, types_pb2.EntryHeader, bytes]]) -> None:
         """Tag, COMPLETED entry and output tag of each."""
         rows = [(tag, header.fingerprint_digest, header.index, output_tag) for tag, header, output_tag in twins]
-        self._session.each(_WRITE_TWINS, rows)
+        self.each(_WRITE_TWINS, rows)
 
     @abstractmethod
     def log(self) -> Log | None:
@@ -402,10 +495,10 @@ class Tables(ABC):
     def _write_items(self, admitted: Sequence[types_pb2.EntryHeader]) -> None: ...
 
     def write_signatures(self, signatures: Sequence[Signature]) -> None:
-        self._session.each(_WRITE_HEADS, [astuple(each) for each in signatures])
+        self.each(_WRITE_HEADS, [astuple(each) for each in signatures])
 
     def write_notes(self, notes: Mapping[str, bytes]) -> None:
-        self._session.each(_WRITE_NOTES, list(notes.items()))
+        self.each(_WRITE_NOTES, list(notes.items()))
 
     def import_entries(self, entries: Sequence[Sealed]) -> None:
         """The next entries of a journal that is imported. Everything has been checked."""
@@ -421,34 +514,35 @@ class Tables(ABC):
 
     def import_keys(self, keys: Sequence[Key]) -> None:
         """After all entries."""
-        self._session.each(
+        self.each(
             _IMPORT_KEYS,
             [(key.first_sequence, key.count, key.request_digest, key.tenant, key.key, key.expires_millis) for key in keys],
         )
 
     def kept(self, sequences: Sequence[int]) -> list[int]:
         """Those of the items that have ended whose payloads are kept."""
-        return [sequence for (sequence,) in self._session.select(_KEPT, list(sequences))] if sequences else []
+        return [sequence for (sequence,) in self.select(_KEPT, list(sequences))] if sequences else []
 
-    def record_earlier(self, ledger: Ledger, newest_form: int | None) -> None:
-        """Record which payloads were dropped while prunes were not recorded: before entries had forms. `newest_form`: of the
-        newest entry so far; None: there is none."""
-        if newest_form == 0 and (dropped := [sequence for (sequence,) in self._session.select(_DROPPED)]):
+    def record_earlier(self, ledger: Ledger, newest_index: int) -> None:
+        """Record which payloads were dropped while prunes were not recorded: before entries had forms. `newest_index`: of the
+        newest entry that is not the ledger's."""
+        forms = [entry.header.form for entry in self.entries(newest_index, 1, payloads=False)]
+        if forms == [0] and (dropped := [sequence for (sequence,) in self.select(_DROPPED)]):
             ledger.prune(dropped, "earlier")
 
     def drop_payloads(self, sequences: Sequence[int]) -> int:
         """Of these items' admissions and outcomes; how many there were. A tenant's bytes are then counted again."""
         if not sequences:
             return 0
-        self._session.execute(_FORGET_NOTES, USAGE, USAGE)
-        return self._session.execute(_DROP, list(sequences))
+        self.execute(_FORGET_NOTES, USAGE, USAGE)
+        return self.execute(_DROP, list(sequences))
 
     def forget(self, sequences: Sequence[int]) -> None:
         """Nothing is compared any more with these items, nor with any whose payload was dropped; and of a keyed batch that is
         dropped with these, the request is not known any more. Reads all twins and keys."""
-        self._session.execute(_FORGET, list(sequences) or [0])
+        self.execute(_FORGET, list(sequences) or [0])
         if sequences:
-            self._session.execute(_FORGET_REQUESTS, b"", list(sequences), list(sequences))
+            self.execute(_FORGET_REQUESTS, b"", list(sequences), list(sequences))
 
 
 def sealed_of(row: Row) -> Sealed:
@@ -480,6 +574,24 @@ def check_entries(entries: Iterable[Sealed]) -> None:
             raise RecordDamaged(f"the payload of entry {entry.header.index} is damaged: it is not what was written")
 
 
+def check_mark(mark: Mark, head: Head, marked: Sequence[Sealed]) -> None:
+    """Check that a journal with this head holds what the mark says was durable. `marked`: its entry with the mark's index, if
+    there is one. Raises JournalUnusable that says what is lost, and what to do."""
+    if head.log_id != mark.log_id:
+        raise JournalUnusable(
+            f"the high-water mark is of log {mark.log_id}, and this journal is another or new: put that log's journal back, "
+            "or remove the mark to begin without it"
+        )
+    if marked and marked[0].entry_hash == mark.entry_hash:
+        return
+    found = f"has another entry {mark.index}" if marked else f"ends at entry {head.index}, sequence {head.last_sequence}"
+    through = max(mark.last_sequence, head.last_sequence)
+    raise JournalUnusable(
+        f"its end is lost: it {found}, and entry {mark.index}, sequence {mark.last_sequence} was durable: put a newer copy "
+        f"back, or accept the loss: python -m sidecar accept-loss --through {through}"
+    )
+
+
 def check_batch(items: Sequence[ItemEntries], tenant: str, key: str, binding: Binding) -> None:
     """Raises RecordDamaged if these items are not the batch of this key, as far as their payloads are kept."""
     first, count = binding.first_sequence, binding.count
@@ -503,6 +615,13 @@ def _witnessed_index(note: bytes) -> int:
 
 def _bindings(rows: Iterable[Row]) -> dict[tuple[str, str], Binding]:
     return {(tenant, key): Binding(*rest) for tenant, key, *rest in rows}
+
+
+@lru_cache(maxsize=1)
+def _public(pem: str) -> PublicKeys:
+    keys = PublicKeys()
+    keys.add(pem.encode())
+    return keys
 
 
 class Store(Protocol):
@@ -532,8 +651,8 @@ class Store(Protocol):
         ...
 
     def append_many(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
-        """One transaction: all of them in this order, durable on return, or none. JournalFull: nothing has changed.
-        CommitUnknown: append the same drafts again, before any others."""
+        """One transaction: all of them in this order, durable on return, or none. JournalFull, and RecordDamaged of what one of
+        them needs: nothing has changed. CommitUnknown: append the same drafts again, before any others."""
         ...
 
     def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None:
@@ -586,15 +705,80 @@ class SqlStore(ABC):
     name: str
     """For errors. Not a database's URL, which may hold a password."""
     _settings: StoreSettings
+    _maintenance: bool
+    _secret = b""
+    """The log's."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, location: str, opening: Opening, settings: StoreSettings) -> tuple[Store, Opened]:
+        """Open or create, and begin the writer's next epoch. `location`: path or URL. JournalUnusable: the message says why;
+        the journal stays as it was."""
+
+    @classmethod
+    @abstractmethod
+    def open_for_maintenance(cls, location: str, *, create: bool = False) -> SqlStore:
+        """An existing journal, or with `create` maybe an empty one. JournalUnusable: the message says why."""
 
     @abstractmethod
     def _read(self, read: Callable[[Tables], T]) -> T: ...
+
+    @contextmanager
+    def _damage(self, drafts: Sequence[Draft]) -> Iterator[None]:
+        """Around what an append reads. RecordDamaged: nothing has changed. The outcome of an item cannot be refused, so for
+        outcomes it is JournalBroken."""
+        try:
+            yield
+        except RecordDamaged as error:
+            if all(isinstance(draft, Outcome) for draft in drafts):
+                raise JournalBroken(f"{self.name} is damaged: {error.message}: {remedy(error.message)}") from error
+            raise
+
+    def _first_entries(self, tables: Tables, head: Head, opening: Opening) -> Ledger:
+        """Those of this head's epoch, to be written. Raises JournalUnusable for a journal that is not what the mark says."""
+        if (mark := opening.mark) is not None:
+            check_mark(mark, head, tables.entries(mark.index, 1, payloads=False))
+        ledger = Ledger(head, Known(), opening.now_millis, self._secret, self._settings.signer)
+        ledger.open(opening.version, self._settings.recorded)
+        tables.record_earlier(ledger, head.index)
+        return ledger
+
+    # ---- reads
 
     def entries(self, from_index: int, limit: int, *, payloads: bool) -> list[Sealed]:
         return self._read(lambda tables: tables.entries(from_index, limit, payloads=payloads))
 
     def items(self, first: int, last: int, limit: int) -> list[ItemEntries]:
-        return self._read(lambda tables: tables.items(first, last, limit))
+        return self._read(lambda tables: self._with_signed(tables, tables.items(first, last, limit)))
+
+    def _with_signed(self, tables: Tables, items: list[ItemEntries]) -> list[ItemEntries]:
+        """The same items, with what is wrong with their signed heads. Raises RecordDamaged for a head that was altered."""
+        key_ids, found = dict[tuple[str, int], str](), list[ItemEntries]()
+        for each in items:
+            if each.outcome is not None and not self._maintenance:
+                header, signed = each.outcome.header, each.outcome.signed
+                epoch = (header.writer, header.epoch)
+                if epoch not in key_ids:
+                    key_ids[epoch] = tables.signing_key(header)
+                if signed is not None:
+                    self._check_head(signed.head, key_ids[epoch])
+                elif key_ids[epoch]:
+                    why = f"entry {header.index} has lost its signed head: it is served without a signature"
+                    each = replace(each, unsigned=why)
+            found.append(each)
+        return found
+
+    def _check_head(self, head: types_pb2.SignedHead, key_id: str) -> None:
+        """Raises RecordDamaged if it is not by the key with this id, as far as the key is known here."""
+        signer, covered = (
+            self._settings.signer,
+            f"the signed head of entries {head.first_index} to {head.last_index} is damaged",
+        )
+        if head.key_id != key_id:
+            raise RecordDamaged(f"{covered}: it names key {head.key_id!r}, and the epoch signs with {key_id!r}")
+        signer = self._settings.signer
+        if signer is not None and key_id == signer.key_id and not _public(signer.public_pem).verify(head):
+            raise RecordDamaged(f"{covered}: its signature is not by key {key_id}")
 
     def unfinished(self, first: int, last: int, limit: int) -> list[Sealed]:
         return self._read(lambda tables: tables.unfinished(first, last, limit))
@@ -603,10 +787,23 @@ class SqlStore(ABC):
         return self._read(lambda tables: tables.notes(prefix))
 
     def newest_signed(self) -> types_pb2.SignedHead | None:
-        return self._read(lambda tables: tables.newest_signed())
+        head = self._read(lambda tables: tables.newest_signed())
+        if head is not None:
+            self._check_head(head, head.key_id)
+        return head
 
     def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None:
         return self._read(lambda tables: tables.bindings([(tenant, key)], self._expiry(now_millis))).get((tenant, key))
+
+    def _expiry(self, now_millis: int) -> int:
+        """Keys that expire up to then are not bound any more."""
+        return 0 if self._settings.digests_only else now_millis
+
+    # ---- for an operator
+
+    def log(self) -> Log | None:
+        """None: it is empty."""
+        return self._read(lambda tables: tables.log())
 
     def signatures(self, from_index: int, limit: int) -> list[Signature]:
         """By last index, ascending, at most limit."""
@@ -616,17 +813,9 @@ class SqlStore(ABC):
         """By first sequence, ascending, at most limit."""
         return self._read(lambda tables: tables.keys(from_sequence, limit))
 
-    def _expiry(self, now_millis: int) -> int:
-        """Keys that expire up to then are not bound any more."""
-        return 0 if self._settings.digests_only else now_millis
-
-    @abstractmethod
-    def log(self) -> Log | None:
-        """None: it is empty."""
-
-    @abstractmethod
     def structure(self) -> str:
         """What is wrong with the database itself, apart from what entries say; empty: nothing that can be seen."""
+        return ""
 
     def kept(self, sequences: Sequence[int]) -> list[int]:
         return self._read(lambda tables: tables.kept(sequences))
@@ -636,9 +825,10 @@ class SqlStore(ABC):
         """The payloads of these items' admissions and outcomes, for good, and a PRUNED entry that says so; how many there were.
         All of the items have ended."""
 
-    @abstractmethod
     def forget(self, sequences: Sequence[int]) -> None:
         """As `Tables.forget`."""
+        with self.changing() as tables:
+            tables.forget(sequences)
 
     @abstractmethod
     def snapshot(self) -> AbstractContextManager[Tables]:

@@ -93,7 +93,7 @@ class Job(Generic[T]):
 class Round(Generic[T]):
     """The result of a round of commits."""
 
-    settled: list[tuple[T, Appended | Refusal]] = field(default_factory=list)
+    settled: list[tuple[T, Appended | Refusal | RecordDamaged]] = field(default_factory=list)
     """By tag, without what is deferred."""
     commits: list[tuple[float, int, int]] = field(default_factory=list)
     """Seconds, drafts and payload bytes of each transaction that became durable."""
@@ -194,15 +194,30 @@ class Committer(Generic[T]):
         except CommitUnknown:
             self._why, self._in_doubt = JournalUnavailable, list(jobs)
             return False
+        except RecordDamaged as damaged:
+            return self._append_apart(jobs, damaged, done)
         size = sum(len(entry.payload) for each in appended for entry in each.entries)
         done.commits.append((self._seconds() - started, len(jobs), size))
         done.settled += [(job.tag, each) for job, each in zip(jobs, appended, strict=True)]
         return True
 
-    def _refuse(self, draft: Draft) -> Appended | Refusal:
+    def _append_apart(self, jobs: Sequence[Job[T]], damaged: RecordDamaged, done: Round[T]) -> bool:
+        """What one of these needs is damaged: append the others."""
+        if len(jobs) == 1:
+            done.settled.append((jobs[0].tag, damaged))
+            return True
+        for job in jobs:
+            if not self._append([job], done):
+                raise JournalBroken(f"{WHY[self._why]}, while drafts are appended one by one: {damaged.message}")
+        return True
+
+    def _refuse(self, draft: Draft) -> Appended | Refusal | RecordDamaged:
         if isinstance(draft, Admission) and draft.key:
             with suppress(JournalUnavailable):
-                binding = self._store.binding(draft.tenant, draft.key, self._now_millis())
+                try:
+                    binding = self._store.binding(draft.tenant, draft.key, self._now_millis())
+                except RecordDamaged as damaged:
+                    return damaged
                 if binding is not None:
                     return Appended((), binding=binding)
         return self._why(WHY[self._why], retry_after=self._settings.full_retry_seconds)
@@ -426,8 +441,8 @@ class Journal:
             self._reported_index = entries[-1].header.index
         self._on_entries(entries)
         for _, value in answers:
-            if isinstance(value, Appended) and value.damaged:
-                self._on_damaged(value.damaged)
+            if damaged := value.damaged if isinstance(value, Appended) else isinstance(value, RecordDamaged) and value.message:
+                self._on_damaged(damaged)
         if index > self._durable_index:
             self._durable_index = index
             self._wake()
@@ -531,6 +546,8 @@ class Journal:
         found = self._store.items(first, last, limit)
         check_entries(entry for each in found for entry in (each.admitted, each.outcome, each.verified) if entry)
         for each in found:
+            if each.unsigned:
+                self._call(self._on_damaged, each.unsigned)
             if each.outcome is not None and bool(each.admitted.payload) != bool(each.outcome.payload):
                 sequence = each.admitted.header.sequence
                 raise RecordDamaged(f"a payload of sequence {sequence} is missing: its two are kept or dropped together")
@@ -544,8 +561,6 @@ class Journal:
         except JournalUnavailable:
             return JournalUnavailable(WHY[JournalUnavailable], retry_after=self._settings.full_retry_seconds)
         except Exception as error:  # noqa: BLE001  # the caller's mistake, or a damaged record: the caller gets it
-            if isinstance(error, RecordDamaged):
-                self._call(self._on_damaged, error.message)
             return error
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:

@@ -21,14 +21,14 @@ from sidecar.journal.maintenance import prune
 from sidecar.journal.model import Admission, Opened, Outcome, Sealed
 from sidecar.journal.postgres import Connection, PostgresStore
 from sidecar.journal.postgres import migrate as migrate_postgres
-from sidecar.journal.sqlite import SqliteSettings, SqliteStore, connect, migrate
-from sidecar.journal.store import Store
+from sidecar.journal.sqlite import SqliteStore, connect, migrate
+from sidecar.journal.store import Opening, Store, StoreSettings
 from sidecar.journal.writer import Journal
 from tests.bench.table import Options, Round, Table, closed_loop, count, median, middle, summary
 from tests.postgres import Postgres
 
 REQUESTERS = (1, 64, 256)
-NEW: dict[str, Any] = {"writer": "bench", "version": "0", "new_log_id": "0" * 32, "new_secret": bytes(32), "now_millis": 1}
+NEW = Opening(writer="bench", version="0", new_log_id="0" * 32, new_secret=bytes(32), now_millis=1)
 PROMPT_TOKENS, NEW_TOKENS = 200, 64
 HEADER_BYTES = {"admitted": 142, "completed": 250}
 """As the journal's are here."""
@@ -65,12 +65,11 @@ def outcome(admitted: types_pb2.EntryHeader) -> Outcome:
 
 
 def open_sqlite(path: Path) -> tuple[Store, Opened]:
-    settings = SqliteSettings(reserve_bytes=0)
-    return SqliteStore.open(path, **NEW, settings=settings)
+    return SqliteStore.open(str(path), NEW, StoreSettings())
 
 
 def open_postgres(url: str) -> tuple[Store, Opened]:
-    return PostgresStore.open(url, **NEW)
+    return PostgresStore.open(url, NEW, StoreSettings())
 
 
 async def _ours(backend: Store, requesters: int, seconds: float) -> Round:
@@ -343,9 +342,9 @@ def _keyed(draft: Admission, number: int) -> Admission:
     return Admission(draft.items, draft.request_digest, f"key-{number:032}")
 
 
-def grown(path: Path, *, keyed: bool, settings: SqliteSettings) -> float:
+def grown(path: Path, *, keyed: bool, settings: StoreSettings) -> float:
     """Bytes an item, of the file once it is closed. Every item has ended."""
-    journal, _ = SqliteStore.open(path, **NEW, settings=settings)
+    journal, _ = SqliteStore.open(str(path), NEW, settings)
     empty = path.stat().st_size
     for first in range(0, GROWN, GROUP):
         drafts = [admission(number) for number in range(first, first + GROUP)]
@@ -359,7 +358,7 @@ def grown(path: Path, *, keyed: bool, settings: SqliteSettings) -> float:
 
 def pruned(path: Path) -> float:
     """Bytes an item that are in use after all payloads were dropped; the rest of the file is free to be used again."""
-    store = SqliteStore.open_for_maintenance(path)
+    store = SqliteStore.open_for_maintenance(str(path))
     for _ in prune(store, lambda header: header.kind != types_pb2.ENTRY_KIND_UNSPECIFIED, 1):
         pass
     used = store.bytes_used()
@@ -375,7 +374,7 @@ def growth(_: Options) -> list[Table]:
     table = Table("Growth of the journal", ["", "bytes an item"], note)
     with tempfile.TemporaryDirectory(prefix="ostinato-") as folder:
         for name, only in (("--payloads full", False), ("--payloads digests", True)):
-            settings = SqliteSettings(reserve_bytes=0, digests_only=only)
+            settings = StoreSettings(digests_only=only)
             for what, keyed in (("", False), (", with a key", True)):
                 path = Path(folder) / f"{only}{keyed}.sqlite"
                 table.rows.append([name + what, count(grown(path, keyed=keyed, settings=settings))])

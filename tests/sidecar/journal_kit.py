@@ -21,9 +21,9 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 from sidecar.journal.ledger import twins_of
 from sidecar.journal.maintenance import Checked, verify_all
 from sidecar.journal.model import Admission, Audit, Draft, Mark, Opened, Outcome, Sealed
-from sidecar.journal.postgres import PostgresSettings, PostgresStore
-from sidecar.journal.sqlite import SqliteSettings, SqliteStore
-from sidecar.journal.store import SqlStore, Store
+from sidecar.journal.postgres import PostgresStore
+from sidecar.journal.sqlite import SqliteStore
+from sidecar.journal.store import Opening, SqlStore, Store, StoreSettings
 from sidecar.opening import open_for_maintenance
 from tests.sidecar.postgres_proxy import Proxy
 
@@ -128,7 +128,12 @@ class Kit(ABC):
     """One journal, opened as often as wanted."""
 
     clock: Clock
-    settings: Any
+    settings: StoreSettings
+
+    def opening(self, writer: str, log_id: str, mark: Mark | None) -> Opening:
+        return Opening(
+            writer=writer, version="1.0", new_log_id=log_id, new_secret=SECRET, now_millis=self.clock.millis, mark=mark
+        )
 
     @property
     @abstractmethod
@@ -169,7 +174,7 @@ class SqliteKit(Kit):
 
     path: Path
     clock: Clock = field(default_factory=Clock)
-    settings: SqliteSettings = field(default_factory=lambda: SqliteSettings(reserve_bytes=0))
+    settings: StoreSettings = field(default_factory=StoreSettings)
     vfs: str | None = None
 
     @property
@@ -177,17 +182,7 @@ class SqliteKit(Kit):
         return str(self.path)
 
     def open(self, *, writer: str = "writer", log_id: str = LOG_ID, mark: Mark | None = None) -> tuple[SqliteStore, Opened]:
-        return SqliteStore.open(
-            self.path,
-            writer=writer,
-            version="1.0",
-            new_log_id=log_id,
-            new_secret=SECRET,
-            now_millis=self.clock.millis,
-            settings=self.settings,
-            mark=mark,
-            vfs=self.vfs,
-        )
+        return SqliteStore.open(str(self.path), self.opening(writer, log_id, mark), self.settings, vfs=self.vfs)
 
     def opened(self) -> AbstractContextManager[SqliteStore]:
         return closing(self.open()[0])
@@ -207,7 +202,7 @@ class PostgresKit(Kit):
 
     url: str
     clock: Clock = field(default_factory=Clock)
-    settings: PostgresSettings = field(default_factory=PostgresSettings)
+    settings: StoreSettings = field(default_factory=StoreSettings)
     journals: list[PostgresStore] = field(default_factory=list)
     spare: str = ""
     """The URL of another schema, with nothing in it."""
@@ -225,17 +220,8 @@ class PostgresKit(Kit):
         mark: Mark | None = None,
         seconds: Callable[[], float] = time.monotonic,
     ) -> tuple[PostgresStore, Opened]:
-        journal, found = PostgresStore.open(
-            url or self.url,
-            writer=writer,
-            version="1.0",
-            new_log_id=log_id,
-            new_secret=SECRET,
-            now_millis=self.clock.millis,
-            settings=self.settings,
-            mark=mark,
-            seconds=seconds,
-        )
+        opening = self.opening(writer, log_id, mark)
+        journal, found = PostgresStore.open(url or self.url, opening, self.settings, seconds=seconds)
         self.journals.append(journal)
         return journal, found
 

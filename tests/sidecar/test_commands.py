@@ -333,7 +333,7 @@ def test_accept_loss_behind_a_damaged_entry(store: SqliteKit, run: Said, damage:
 
 def test_accept_loss_of_an_empty_journal(tmp_path: Path, run: Said) -> None:
     """A journal without an entry, and without a mark, is not taken for another log's."""
-    SqliteStore.open_for_maintenance(tmp_path / "journal.db", create=True)._db.close()
+    SqliteStore.open_for_maintenance(str(tmp_path / "journal.db"), create=True)._db.close()
 
     assert "has no entries" in run("accept-loss", "--through", "9", "--journal", tmp_path / "journal.db", code=1)
 
@@ -409,9 +409,7 @@ def test_a_shared_journal(postgres: Postgres, run: Said, tmp_path: Path) -> None
     with psycopg.connect(url) as db:
         db.execute("UPDATE log SET head_hash = decode(repeat('00', 32), 'hex')")
     damaged = run("accept-loss", "--through", "7", "--high-water", mark, "--journal", url, code=1)
-    assert (
-        f"accept-loss: --journal: the newest entry, {backend.head.index}, is damaged: restore a copy that verifies\n" == damaged
-    )
+    assert damaged.startswith(f"accept-loss: --journal: entry {backend.head.index} is damaged or missing: restore a copy")
     with psycopg.connect(url) as db:
         db.execute("UPDATE log SET head_hash = %b", (backend.head.entry_hash,))
     run("accept-loss", "--through", "7", "--high-water", mark, "--journal", url)

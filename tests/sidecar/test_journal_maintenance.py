@@ -203,7 +203,7 @@ def test_what_is_redacted_cannot_be_guessed(store: Kit) -> None:
             if each.header.sequence == 1
             for field in (each.header.SerializeToString(), each.payload)
         )
-        tags = kept._read(lambda tables: list(tables._session.select("SELECT tag, output_tag FROM twins")))
+        tags = kept._read(lambda tables: list(tables.select("SELECT tag, output_tag FROM twins")))
     assert not [guess for guess in guesses if guess in left]
     assert not guesses & {tag for row in tags for tag in row}
     with store.opened() as journal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from collections.abc import AsyncIterator, Iterator
@@ -14,10 +15,11 @@ import apsw
 import pytest
 
 from ostinato.errors import RecordDamaged
+from ostinato.signature import new_key, signer_of
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.maintenance import prune, rebuild, redact
-from sidecar.journal.model import Binding, ItemEntries, JournalUnusable, Loss
+from sidecar.journal.model import Binding, Draft, ItemEntries, JournalBroken, JournalUnusable, Loss
 from sidecar.journal.sqlite import SqliteStore
 from sidecar.journal.store import Store
 from sidecar.journal.transfer import export, take_in
@@ -80,6 +82,124 @@ async def test_what_is_sound_is_read(kit: Kit) -> None:
         assert (await answer(journal, "a", "k"), await answer(journal, "b", "other")) == ([5, 6], [7])
         assert len(await journal.entries(1, 99, payloads=True)) == 7
     assert DAMAGED == []
+
+
+SIGNER = signer_of(new_key())
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("signature = {hex}", "entries 5 to 7 is damaged: its signature is not by key"),
+        ("key_id = 'other'", "entries 5 to 7 is damaged: it names key 'other', and the epoch signs with"),
+        ("first_index = 6", "entries 6 to 7 is damaged: its signature"),
+        ("first_index = 4", "entries 4 to 7 is damaged: its signature"),
+    ],
+)
+async def test_an_altered_head_is_not_served(kit: Kit, change: str, why: str) -> None:
+    """A signed head that is not what this sidecar's key signed, or of another key, ends the call with RECORD_DAMAGED. Without
+    the key only its id is compared."""
+    kit.configure(signer=SIGNER)
+    text = f"UPDATE heads SET {change} WHERE last_index = 7".format(hex="x'deadbeef'" if isinstance(kit, SqliteKit) else HEX)
+    async with filled(kit, text) as journal:
+        with pytest.raises(RecordDamaged, match=why):
+            await answer(journal, "a", "k")
+        if "key_id" not in change:
+            with pytest.raises(RecordDamaged, match=why):
+                await journal.newest_signed()
+    kit.configure(signer=signer_of(new_key()))
+    with kit.opened() as store:
+        if "key_id" in change:
+            with pytest.raises(RecordDamaged, match=why):
+                store.items(2, 2, 1)
+        else:
+            assert store.items(2, 2, 1)[0].unsigned == ""
+
+
+async def test_a_head_that_was_deleted(kit: Kit) -> None:
+    """The outcomes that it covered are served without a signature, and each read is reported: the OPENED entry of their epoch
+    names a key. After a restart with another key, or without one, too. Outcomes of epochs without a key are sound."""
+    kit.configure(signer=SIGNER)
+    async with filled(kit, "DELETE FROM heads WHERE last_index = 7") as journal:
+        assert await answer(journal, "a", "k") == [5, 6]
+        assert await journal.newest_signed() is not None
+    assert [f"entry {index} has lost its signed head: it is served without a signature" for index in (5, 6)] == DAMAGED
+    for signer in (signer_of(new_key()), None):
+        kit.configure(signer=signer)
+        with kit.opened() as store:
+            (entry,) = store.append_many([admission(item(9))], 1)[0].entries
+            store.append_many([completed(entry)], 1)
+            found = store.items(1, 99, 99)
+        assert [bool(each.unsigned) for each in found] == [each.admitted.header.sequence < 4 for each in found]
+
+
+async def test_a_deleted_head_among_several_writers(store: PostgresKit) -> None:
+    """The key of an outcome's epoch is found behind any number of other writers' starts."""
+    a, _ = store.open(writer="a")
+    store.configure(signer=SIGNER)
+    b, _ = store.open(writer="b")
+    entries = [journal.append_many([admission(item(1))], 1)[0].entries[0] for journal in (a, b)]
+    store.configure(signer=None)
+    for _ in range(20):
+        store.open(writer="c")[0].close()
+    for journal, entry in zip((a, b), entries, strict=True):
+        journal.append_many([completed(entry)], 1)
+    store.execute("DELETE FROM heads")
+
+    assert [bool(each.unsigned) for each in a.items(1, 2, 2)] == [False, True]
+
+
+async def test_a_damaged_key_ends_no_other_call(kit: Kit) -> None:
+    """A batch whose key's row cannot be read is refused with RECORD_DAMAGED. What is appended together with it is recorded, and
+    the journal goes on."""
+    text = "CAST(x'ff' AS TEXT)" if isinstance(kit, SqliteKit) else "'\\xff'::bytea"
+    async with filled(kit, f"UPDATE keys SET tenant = {text} WHERE first_sequence = 1") as journal:
+        (entry,) = (await journal.append(admission(item(7)))).entries
+        bound = admission(item(9), key="k", tenant="a")
+        drafts: list[Draft] = [admission(item(8)), bound, completed(entry), admission(key="new")]
+        answers = await asyncio.gather(*map(journal.append, drafts), return_exceptions=True)
+        assert [isinstance(each, RecordDamaged) for each in answers] == [False, True, False, False]
+        with pytest.raises(RecordDamaged, match="UTF-8"):
+            await journal.binding("a", "k")
+        assert not journal.broken.done()
+    assert len(DAMAGED) == 2
+
+
+def damage_page(store: SqliteStore, path: Path, table: str) -> None:
+    """The second leaf of a table in a file that is open."""
+    pages = store._db.execute("SELECT pageno FROM dbstat WHERE name = ? AND pagetype = 'leaf' ORDER BY path", (table,))
+    number, size = int(str(pages.fetchall()[1][0])), int(str(store._db.pragma("page_size")))
+    with path.open("r+b") as file:
+        file.seek((number - 1) * size)
+        file.write(b"\xff" * 64)
+    store._db.pragma("shrink_memory")  # or the page is still in memory
+
+
+async def test_a_damaged_page(tmp_path: Path) -> None:
+    """A page that is no part of its table ends the calls that read it. An outcome whose twin would be there is recorded without
+    a comparison. One that cannot be recorded ends the sidecar with a line that names the file and the remedy."""
+    kit = SqliteKit(tmp_path / "journal.db")
+    with kit.opened() as store:
+        items = [item(number, seed=1) for number in range(2000)]
+        entries = [answer.entries[0] for answer in store.append_many([admission(each) for each in items], 1)]
+        store.append_many([completed(entry) for entry in entries if entry.header.sequence != 400], 1)
+    DAMAGED.clear()
+    store, _ = kit.open()
+    journal = Journal(store, now_millis=kit.clock.now_millis, on_damaged=DAMAGED.append)
+    for table in ("items", "twins"):
+        damage_page(store, kit.path, table)
+    with pytest.raises(RecordDamaged, match="table items cannot be read"):
+        await journal.items(400, 400, 1)
+    assert len(await journal.items(1, 1, 1)) == 1
+    again = (await journal.append(admission(*(item(number, seed=1) for number in range(2000))))).entries
+    ended = await journal.append_outcomes([completed(entry) for entry in again])
+    assert 0 < sum(twin(each.entries[0]) is None for each in ended) < 2000
+    assert {why.partition(":")[0] for why in DAMAGED} == {"table items cannot be read", "table twins cannot be read"}
+    with pytest.raises(JournalBroken):
+        await journal.append(completed(entries[399]))
+    why = str(await journal.broken)
+    assert f"{kit.path} is damaged: " in why and "docs/operations.md" in why
+    await journal.close()
 
 
 HEX = "'\\xdeadbeef'::bytea"
@@ -412,7 +532,7 @@ def test_an_import_without_payloads(kit: Kit, tmp_path: Path) -> None:
             if wanted.items() <= entry["header"].items():
                 entry.pop("payload", None)
                 lines[number] = json.dumps({"entry": entry})
-        store = SqliteStore.open_for_maintenance(tmp_path / "other.db", create=True)
+        store = SqliteStore.open_for_maintenance(str(tmp_path / "other.db"), create=True)
         with closing(store), pytest.raises(JournalUnusable, match="payload of sequence 4 is missing|none of this kind"):
             take_in(store, lines, "w", lambda index, of: None)
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from ostinato.chain import GENESIS
-from ostinato.errors import JournalFull
+from ostinato.errors import JournalFull, RecordDamaged
 
 from sidecar.journal.ledger import Known, Ledger
 from sidecar.journal.maintenance import verify
@@ -338,7 +338,7 @@ class Full:
         self.disk.bytes_max = 1 << 40
         self.journal.close()
 
-    def commit(self, **drafts: Draft) -> dict[str, Appended | Refusal]:
+    def commit(self, **drafts: Draft) -> dict[str, Appended | Refusal | RecordDamaged]:
         """The results of the drafts that were settled, by name."""
         return dict(self.committer.commit([Job(draft, name) for name, draft in drafts.items()]).settled)
 

@@ -22,7 +22,7 @@ from sidecar.config import Settings
 from sidecar.core import events as ev
 from sidecar.item import ActiveItem
 from sidecar.journal.model import Outcome, Sealed
-from sidecar.journal.sqlite import SqliteSettings
+from sidecar.journal.store import StoreSettings
 from sidecar.journal.writer import Journal
 from sidecar.observe import Metrics, Observer
 from sidecar.pipeline import PendingAdmission, Pipeline
@@ -33,7 +33,7 @@ from tests.sidecar.journal_kit import SqliteKit, admission, completed, ended, it
 @pytest.fixture(name="journal")
 async def _journal(tmp_path: Path) -> AsyncIterator[Journal]:
     """One that keeps no payload of an unkeyed item that has ended."""
-    settings = SqliteSettings(reserve_bytes=0, digests_only=True)
+    settings = StoreSettings(digests_only=True)
     store = SqliteKit(tmp_path / "journal.db", settings=settings)
     journal = Journal(store.open()[0], now_millis=store.clock.now_millis)
     yield journal

@@ -14,7 +14,7 @@ from ostinato.v1 import generation_pb2, types_pb2
 
 from sidecar.answers import UnaryWaiter
 from sidecar.journal.model import Note, Sealed
-from sidecar.journal.postgres import PostgresSettings
+from sidecar.journal.store import StoreSettings
 from sidecar.journal.writer import Journal
 from sidecar.remote import RemoteWaiters
 from sidecar.remote import ended as recorded
@@ -174,7 +174,7 @@ async def test_followers_see_other_writers(two: Two) -> None:
 async def test_an_answer_that_is_not_kept(postgres: Postgres) -> None:
     """Where the payload of the outcome was dropped, every call that waits for the item ends with PAYLOAD_PRUNED, and a call
     that waits for another item is still told."""
-    store = PostgresKit(postgres.url(postgres.schema()), settings=PostgresSettings(digests_only=True))
+    store = PostgresKit(postgres.url(postgres.schema()), settings=StoreSettings(digests_only=True))
     async with opened(store) as two:
         (first,) = (await two.there.append(admission(item(1)))).entries  # without a key: dropped with its outcome
         (second,) = (await two.there.append(admission(item(2), key="k"))).entries

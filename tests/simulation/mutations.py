@@ -351,7 +351,7 @@ def epochs_stand_still() -> Iterator[None]:
         log_id, owner, epoch = self._db.execute("SELECT log_id, writer, epoch FROM journal").get
         return log_id, owner, epoch
 
-    with instead(SqliteTables, "begin_epoch", begin), mock.patch("sidecar.journal.sqlite.recent_fault", return_value=""):
+    with instead(SqliteTables, "begin_epoch", begin), mock.patch("sidecar.journal.sqlite.check_recent"):
         yield
 
 

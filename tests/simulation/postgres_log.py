@@ -15,11 +15,11 @@ from typing import Any
 import psycopg
 
 from sidecar.journal.model import Opened, Sealed
-from sidecar.journal.postgres import PostgresSettings, PostgresStore, PostgresTables
-from sidecar.journal.store import Store
+from sidecar.journal.postgres import PostgresStore, PostgresTables
+from sidecar.journal.store import Store, StoreSettings
 from tests.postgres import Postgres
 from tests.simulation.loop import NO_NODE
-from tests.simulation.stores import ALL, LOG_ID, SECRET, VERSION, WRITER
+from tests.simulation.stores import ALL, opening
 
 LEASE_SECONDS = 3.0
 OUTAGE_SECONDS = 2.5
@@ -43,12 +43,8 @@ class PostgresLog:
     def open(self, now_millis: int) -> tuple[Store, Opened]:
         journal, opened = PostgresStore.open(
             self._url,
-            writer=WRITER,
-            version=VERSION,
-            new_log_id=LOG_ID,
-            new_secret=SECRET,
-            now_millis=now_millis,
-            settings=PostgresSettings(lease_seconds=LEASE_SECONDS),
+            opening(now_millis),
+            StoreSettings(lease_seconds=LEASE_SECONDS),
             seconds=asyncio.get_running_loop().time,
         )
         self._opened.append(journal)

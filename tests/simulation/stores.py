@@ -36,14 +36,19 @@ from sidecar.journal.model import (
     Twin,
     Unfinished,
 )
-from sidecar.journal.sqlite import SqliteSettings, SqliteStore
-from sidecar.journal.store import Store
+from sidecar.journal.sqlite import SqliteStore
+from sidecar.journal.store import Opening, Store, StoreSettings
 from tests.sidecar.journal_disk import Disk, PowerLost
 
 WRITER, VERSION = "ostinato-0", "simulated"
 LOG_ID = "0123456789abcdef0123456789abcdef"
 SECRET = b"s" * 32
 ALL = 1 << 30
+
+
+def opening(now_millis: int) -> Opening:
+    """A new epoch of the simulated sidecar."""
+    return Opening(writer=WRITER, version=VERSION, new_log_id=LOG_ID, new_secret=SECRET, now_millis=now_millis)
 
 
 class Log(Protocol):
@@ -88,16 +93,7 @@ class SqliteLog:
 
     def open(self, now_millis: int) -> tuple[Store, Opened]:
         try:
-            return SqliteStore.open(
-                self._path,
-                writer=WRITER,
-                version=VERSION,
-                new_log_id=LOG_ID,
-                new_secret=SECRET,
-                now_millis=now_millis,
-                settings=SqliteSettings(reserve_bytes=0),
-                vfs=self.disk.name,
-            )
+            return SqliteStore.open(str(self._path), opening(now_millis), StoreSettings(), vfs=self.disk.name)
         except apsw.FullError as error:
             # Out of a close, where SQLite's own file layer keeps it to itself and one in Python cannot.
             raise JournalUnusable(str(error)) from error
