@@ -126,6 +126,7 @@ def test_chat_makes_messages_of_texts(ostinato: Terminal, tmp_path: Path) -> Non
 
     first, second, third = ostinato.sent[0].items
     assert [(each.role, each.content) for each in first.chat.messages] == [("user", "hi")]
+    assert not first.HasField("text"), "an item has one prompt"
     assert (second.chat.messages[0].content, second.parameters.seed) == ("a", 1)
     assert third.HasField("token_ids")
 

@@ -259,6 +259,7 @@ class Prompts:
     def _chat(self, item: types_pb2.Item) -> types_pb2.Item:
         if self.chat and item.HasField("text"):
             item.chat.CopyFrom(requests.chat([{"role": "user", "content": item.text}]))
+            item.ClearField("text")
         if item.HasField("chat"):
             for name, value in self.arguments.items():
                 if not getattr(item.chat, name):
