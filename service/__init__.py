@@ -3,7 +3,10 @@
     __main__      `python -m service`: load the engine, test it, serve, drain
     config        settings from flags and environment
     prepare       items to token ids and resolved parameters, or every reason why not
-    stream        the Engine service: the Execute stream, the fence, the runs, what is written back
+    stream        the Engine service: the Execute stream, and the runs
+    fence         which sidecar may drive the engine, and what it may submit
+    outbox        what waits to be written to the sidecar
+    workers       threads for long preparations
     answer        the text of one answer as it grows, and where it ends
     description   who answers: model, limits, fingerprint, grade, capacity
     grade         the self-test, its prompts, and its kept proofs

@@ -27,10 +27,12 @@ from service.config import Settings
 from service.description import Describer, HeldGrade, fingerprint
 from service.engines import load, options, turbomind
 from service.engines.base import Engine, EngineUnusable
+from service.fence import Fence, SequenceFile
 from service.grade import find_grade
 from service.observe import Metrics
 from service.prepare import Preparer
-from service.stream import NAME, EngineServicer, Fence, Runs, SequenceFile, Streams, Workers
+from service.stream import NAME, EngineServicer, Runs, Streams
+from service.workers import Workers
 
 IDLE_SECONDS = 2.0
 """A service that was told to stop ends the stream of a sidecar that has had no run for this long."""

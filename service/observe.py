@@ -68,11 +68,6 @@ class Metrics:
         chosen = {name: fields[name] for name in ("engine", "engine_version", "model", "device") if name in fields}
         self.fingerprint.info({"digest": digest.hex(), **chosen})
 
-    def end(self, purpose: engine_pb2.Purpose.ValueType, end: str) -> None:
-        """Counts a run that ended. `end`: finished, failed, cancelled or expired."""
-        name = enums.word(engine_pb2.Purpose, purpose).lower() if purpose else "self_test"
-        self.ended.labels(name, end).inc()
-
 
 OPERATION, PREPARE = "text_completion", "ostinato.v1.Engine/Prepare"
 
@@ -89,52 +84,86 @@ def _parent(traceparent: str) -> tracing.Metadata:
     return [("traceparent", traceparent)] if traceparent else []
 
 
-class RunSpans:
-    """The spans of a run: from its submission, and what the engine does in it. Runs of the self-test have none."""
+class RunStatistics:
+    """The metrics and spans of a run, from its submission to its one end. Runs of the self-test have no spans."""
 
-    def __init__(self, submit: engine_pb2.Submit, engine: Engine) -> None:
+    def __init__(self, metrics: Metrics, submit: engine_pb2.Submit, engine: Engine, now: float) -> None:
+        """`now`: of the event loop's clock, here and below."""
+        self._metrics, self._submit, self._engine = metrics, submit, engine
+        self._submitted_at, self._reported_tokens = now, 0
+        self._last_token_at: float | None = None
+        self._waiting = metrics.queued
+        """The gauge that counts it now."""
+        self._waiting.inc()
         self._run = self._engine_span = OFF
-        self._submit, self._engine = submit, engine
-        if not (tracing.on() and submit.purpose):
+        if tracing.on() and submit.purpose:
+            attributes: dict[str, tracing.Value] = {
+                "ostinato.purpose": enums.word(engine_pb2.Purpose, submit.purpose),
+                "ostinato.sequence": submit.sequence,
+                "ostinato.attempt": submit.attempt,
+                "ostinato.seed": str(submit.seed),
+            }
+            self._run = tracing.span("run", attributes, Kind.SERVER, _parent(submit.traceparent))
+
+    def started(self, now: float) -> None:
+        metrics = self._metrics
+        metrics.queued.dec()
+        self._waiting = metrics.running
+        metrics.running.inc()
+        metrics.queue_seconds.observe(now - self._submitted_at)
+        metrics.prompt_tokens.inc(len(self._submit.token_ids))
+        if self._run:
+            self._engine_span = self._run.child(f"{OPERATION} {self._engine.model_name}", self._request())
+
+    def tokens(self, count: int, now: float) -> None:
+        """So many were reported together."""
+        if not count:
             return
-        attributes: dict[str, tracing.Value] = {
-            "ostinato.purpose": enums.word(engine_pb2.Purpose, submit.purpose),
-            "ostinato.sequence": submit.sequence,
-            "ostinato.attempt": submit.attempt,
-            "ostinato.seed": str(submit.seed),
-        }
-        self._run = tracing.span("run", attributes, Kind.SERVER, _parent(submit.traceparent))
+        if self._last_token_at is None:
+            self._engine_span.event("first token")
+            self._metrics.first_token_seconds.observe(now - self._submitted_at)
+        else:
+            self._metrics.between_tokens_seconds.observe((now - self._last_token_at) / count)
+        self._last_token_at = now
+        self._reported_tokens += count
+        self._metrics.new_tokens.inc(count)
 
-    def started(self) -> None:
-        if not self._run:
-            return
-        given, model = self._submit.parameters, self._engine.model_name
-        self._engine_span = self._run.child(
-            f"{OPERATION} {model}",
-            {
-                "gen_ai.operation.name": OPERATION,
-                "gen_ai.provider.name": self._engine.name,
-                "gen_ai.request.model": model,
-                "gen_ai.request.max_tokens": given.max_new_tokens,
-                "gen_ai.request.temperature": given.temperature,
-                "gen_ai.request.top_k": float(given.top_k),
-                "gen_ai.request.top_p": given.top_p,
-                "gen_ai.request.seed": self._submit.seed,
-                "gen_ai.request.stream": self._submit.stream,
-                "gen_ai.usage.input_tokens": len(self._submit.token_ids),
-            },
-        )
-
-    def first_token(self) -> None:
-        self._engine_span.event("first token")
-
-    def ended(self, output: types_pb2.Output | None, error: errors.OstinatoError | None) -> None:
-        if self._run and output is not None:
+    def finished(self, output: types_pb2.Output, now: float) -> None:
+        self._metrics.new_tokens.inc(len(output.token_ids) - self._reported_tokens)
+        self._metrics.cached_tokens.inc(output.cached_tokens)
+        self._metrics.run_seconds.observe(now - self._submitted_at)
+        if self._run:
             reason = enums.word(types_pb2.FinishReason, output.finish_reason).lower()
             self._engine_span.note(
                 {"gen_ai.response.finish_reasons": [reason], "gen_ai.usage.output_tokens": len(output.token_ids)}
             )
             self._run.note({"ostinato.grade": enums.word(types_pb2.Grade, output.grade)})
+        self._end("finished", None)
 
+    def failed(self, how: str, error: errors.OstinatoError) -> None:
+        """`how`: failed, cancelled or expired."""
+        self._end(how, error)
+
+    def _end(self, how: str, error: errors.OstinatoError | None) -> None:
+        self._waiting.dec()
+        purpose = self._submit.purpose
+        name = enums.word(engine_pb2.Purpose, purpose).lower() if purpose else "self_test"
+        self._metrics.ended.labels(name, how).inc()
         self._engine_span.end(error)
         self._run.end(error)
+
+    def _request(self) -> dict[str, tracing.Value]:
+        """OpenTelemetry's attributes of the request."""
+        submit, given = self._submit, self._submit.parameters
+        return {
+            "gen_ai.operation.name": OPERATION,
+            "gen_ai.provider.name": self._engine.name,
+            "gen_ai.request.model": self._engine.model_name,
+            "gen_ai.request.max_tokens": given.max_new_tokens,
+            "gen_ai.request.temperature": given.temperature,
+            "gen_ai.request.top_k": float(given.top_k),
+            "gen_ai.request.top_p": given.top_p,
+            "gen_ai.request.seed": submit.seed,
+            "gen_ai.request.stream": submit.stream,
+            "gen_ai.usage.input_tokens": len(submit.token_ids),
+        }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -66,6 +68,15 @@ def config(*, template: str | None, begin: str | None, end: str | None) -> bytes
         "chat_template": template,
     }
     return json.dumps({name: value for name, value in described.items() if value is not None}, ensure_ascii=False).encode()
+
+
+def zipped(files: Mapping[str, bytes]) -> bytes:
+    """A zip archive, the same bytes for the same files."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in sorted(files):
+            archive.writestr(zipfile.ZipInfo(name), files[name], zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
 
 
 def _added(token_id: int, text: str, *, special: bool) -> dict[str, object]:

@@ -16,7 +16,7 @@ from ostinato import errors
 from ostinato.client import Client
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 
-from service.stream import SEQUENCE_JUMP_MAX
+from service.fence import SEQUENCE_JUMP_MAX
 from tests.certificates import Authority
 from tests.hop import Engine, proved
 from tests.pair import Pair, held_port, python

@@ -24,8 +24,10 @@ from service.__main__ import start_engine
 from service.config import Settings
 from service.engines.base import Run
 from service.engines.scripted import Script, ScriptedEngine, parse
+from service.fence import SequenceFile
 from service.observe import Metrics
-from service.stream import NAME, EngineServicer, SequenceFile, Streams, Workers
+from service.stream import NAME, EngineServicer, Streams
+from service.workers import Workers
 
 LOG = "0123456789abcdef0123456789abcdef"
 PRIMARY, REPLAY = engine_pb2.PURPOSE_PRIMARY, engine_pb2.PURPOSE_REPLAY

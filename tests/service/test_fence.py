@@ -15,7 +15,7 @@ from ostinato.chain import SEQUENCE_MAX
 from ostinato.errors import EpochStale, JournalBehind, OutOfOrder, ProtocolViolation, StreamRefused, WriterBusy
 from serving.program import StartupError
 
-from service.stream import EPOCH_JUMP_MAX, EPOCH_MAX, LOGS_MAX, SEQUENCE_JUMP_MAX, Fence, SequenceFile, Writer
+from service.fence import EPOCH_JUMP_MAX, EPOCH_MAX, LOGS_MAX, SEQUENCE_JUMP_MAX, Fence, SequenceFile, Writer
 from tests.service.support import hello_of, served, submit_of
 
 steps = st.lists(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ostinato.errors import EpochStale, SlowReader
 from ostinato.v1 import engine_pb2, types_pb2
 
-from service.stream import Outbox
+from service.outbox import Outbox
 
 MANY = 1 << 30
 

@@ -16,7 +16,7 @@ from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.base import Events, Run
 from service.engines.scripted import ByteVocabulary
-from service.stream import EPOCH_MAX
+from service.fence import EPOCH_MAX
 from tests.service.support import ENDLESS, REPLAY, SLOW, Service, Stream, hello_of, served, submit_of
 from tests.waiting import eventually
 
