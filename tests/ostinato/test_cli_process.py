@@ -12,9 +12,11 @@ import sys
 import termios
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
+
+import ostinato
 
 from tests.ostinato.fake import Fake, serving_apart
 from tests.waiting import until
@@ -29,15 +31,19 @@ def _far() -> Iterator[tuple[Fake, str]]:
         yield fake, target
 
 
-def _run(*arguments: str, target: str = "127.0.0.1:1", **options: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OSTINATO_TARGET": target}
-    return subprocess.run([*COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=30, **options)
-
-
-def _start(*arguments: str, target: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OSTINATO_TARGET": target}
+def _start(
+    *arguments: str, target: str = "127.0.0.1:1", stdout: IO[str] | int = subprocess.PIPE, **environ: str
+) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OSTINATO_TARGET": target, **environ}
     pipe = subprocess.PIPE
-    return subprocess.Popen([*COMMAND, *arguments], env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen([*COMMAND, *arguments], env=environment, stdin=pipe, stdout=stdout, stderr=pipe, text=True)
+
+
+def _run(*arguments: str, **options: Any) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    with _start(*arguments, **options) as process:
+        out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
 
 
 @pytest.fixture(autouse=True)
@@ -86,14 +92,14 @@ def test_an_interrupt_ends_the_reading_of_prompts(far: tuple[Fake, str]) -> None
 def test_a_reader_may_leave(far: tuple[Fake, str]) -> None:
     """A closed pipe ends the command without a message, and cancels its call."""
     fake, target = far
-    assert _run("generate", "a", target=target).returncode == 0
+    assert _run("generate", "a", target=target)[0] == 0
     with _start("tail", "--payloads", "--follow", target=target) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline()
         process.stdout.close()
 
-        assert _run("generate", *"abcd", target=target).returncode == 0
+        assert _run("generate", *"abcd", target=target)[0] == 0
 
         assert process.wait(30) == 141
         assert process.stderr.read() == ""
@@ -102,9 +108,9 @@ def test_a_reader_may_leave(far: tuple[Fake, str]) -> None:
 
 def test_nobody_there_is_said_in_two_lines() -> None:
     """If no sidecar listens, the error names the target and what to try, without gRPC's own logs, and the exit code is 1."""
-    done = _run("generate", "a")
-    first, second = done.stderr.splitlines()
-    assert (done.returncode, done.stdout) == (1, "")
+    code, out, err = _run("generate", "a")
+    first, second = err.splitlines()
+    assert (code, out) == (1, "")
     assert first.startswith("error: DISCONNECTED: failed to connect")
     assert second == "  Is a sidecar running at 127.0.0.1:1? Choose another with --target or OSTINATO_TARGET."
 
@@ -113,42 +119,33 @@ def test_a_deadline_is_an_error(far: tuple[Fake, str]) -> None:
     """An expired --timeout is a failed call."""
     fake, target = far
     fake.script["Generate"].append(lambda *_: asyncio.sleep(1000))
-    done = _run("--timeout", "0.3", "generate", "a", target=target)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: DEADLINE_EXCEEDED: ")
+    code, _, err = _run("--timeout", "0.3", "generate", "a", target=target)
+    assert (code, err.startswith("error: DEADLINE_EXCEEDED: ")) == (1, True)
 
 
 def test_a_pipe_gets_plain_text(far: tuple[Fake, str]) -> None:
-    """Without a terminal there are no escape codes and no boxes, also for wrong usage."""
-    for arguments in (("generate", *"abcd"), ("--help",), ("nonsense",)):
-        done = _run(*arguments, target=far[1])
-        assert (done.stdout + done.stderr).isascii()
-        assert "\x1b" not in done.stdout + done.stderr
-        assert not any(line.endswith(" ") for line in done.stdout.splitlines())
-
-
-def test_a_narrow_encoding_is_survived(far: tuple[Fake, str]) -> None:
-    """Characters that the output's encoding lacks are escaped."""
+    """Without a terminal there are no escape codes and no boxes, also for wrong usage; characters that the output's encoding
+    lacks are escaped."""
     fake, target = far
-    assert _run("generate", "é", target=target).returncode == 0
+    for arguments in (("generate", *"abcd"), ("--help",), ("nonsense",)):
+        _, out, err = _run(*arguments, target=target)
+        assert (out + err).isascii()
+        assert "\x1b" not in out + err
+        assert not any(line.endswith(" ") for line in out.splitlines())
     fake.records[1].result.output.text = "né"
-    environment = {**os.environ, "OSTINATO_TARGET": target, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    done = subprocess.run([*COMMAND, "get", "1"], env=environment, capture_output=True, text=True, timeout=30, check=True)
-    assert done.stdout.splitlines()[-1].endswith(r"n\xe9")
+    _, out, _ = _run("get", "1", target=target, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert out.splitlines()[-1].endswith(r"n\xe9")
 
 
 def test_the_version_is_the_packages() -> None:
     """--version prints the command's name and the package's version."""
-    import ostinato
-
-    done = _run("--version")
-    assert (done.returncode, done.stdout) == (0, f"ostinato {ostinato.__version__}\n")
+    assert _run("--version") == (0, f"ostinato {ostinato.__version__}\n", "")
 
 
 def test_json_reaches_a_pipe_at_once(far: tuple[Fake, str]) -> None:
     """The lines of tail --follow reach a pipe at once."""
     _, target = far
-    assert _run("generate", "a", target=target).returncode == 0
+    assert _run("generate", "a", target=target)[0] == 0
     with _start("tail", "--follow", "--json", target=target) as process:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["header"]["index"] == "1"
@@ -164,14 +161,12 @@ def test_a_shell_completes_commands() -> None:
     )
 
     assert done.stdout.split() == ["serve", "service"]
-    assert "--install-completion" in _run("--help").stdout
+    assert "--install-completion" in _run("--help")[1]
 
 
 def test_standard_output_is_full(far: tuple[Fake, str]) -> None:
     """A full stdout ends the command with one line and exit code 1."""
-    _, target = far
-    environment = {**os.environ, "OSTINATO_TARGET": target}
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run([*COMMAND, "head"], env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=30)
+        code, _, err = _run("head", target=far[1], stdout=full)
 
-    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+    assert (code, err) == (1, "error: No space left on device\n")

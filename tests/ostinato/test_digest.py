@@ -60,8 +60,28 @@ def perhaps(message: Given, field: str, write: Callable[[Any], bytes]) -> bytes:
     return b"\1" + write(message[field]) if field in message else b"\0"
 
 
+WRITERS: Mapping[str, tuple[Callable[[Any], bytes], object]] = {
+    "n": (number, 0),
+    "r": (real, 0),
+    "s": (string, ""),
+    "N": (many(number), []),
+    "S": (many(string), []),
+}
+"""By kind: numbers, reals, strings, lists of numbers and of strings; each with its default."""
+
+
+def layout(message: Given, *fields: str) -> bytes:
+    """The fields in this order. `name:kind`: always there; `name?kind`: after a byte that says whether it is set."""
+    parts = []
+    for field in " ".join(fields).split():
+        name, kind = field[:-2], field[-1]
+        write, default = WRITERS[kind]
+        parts.append(perhaps(message, name, write) if field[-2] == "?" else write(message.get(name, default)))
+    return b"".join(parts)
+
+
 def call(one: Given) -> bytes:
-    return string(one.get("id", "")) + string(one.get("name", "")) + string(one.get("arguments", ""))
+    return layout(one, "id:s name:s arguments:s")
 
 
 def sha(name: str, *parts: bytes) -> bytes:
@@ -77,58 +97,31 @@ def response_format(message: Given) -> bytes:
 
 def parameters(p: Given) -> bytes:
     return (
-        perhaps(p, "seed", number)
-        + b"".join(
-            perhaps(p, field, write)
-            for field, write in (
-                ("temperature", real), ("topK", number), ("topP", real), ("minP", real), ("repetitionPenalty", real),
-                ("maxNewTokens", number), ("minNewTokens", number),
-            )
-        )
-        + many(string)(p.get("stop", []))
-        + many(number)(p.get("stopTokenIds", []))
-        + many(string)(p.get("badWords", []))
-        + perhaps(p, "ignoreEos", number)
-        + perhaps(p, "logprobs", number)
+        layout(p, "seed?n temperature?r topK?n topP?r minP?r repetitionPenalty?r maxNewTokens?n minNewTokens?n")
+        + layout(p, "stop:S stopTokenIds:N badWords:S ignoreEos?n logprobs?n")
         + perhaps(p, "responseFormat", response_format)
-        + presentation(p)
-    )  # fmt: skip
-
-
-def presentation(p: Given) -> bytes:
-    if not {"includeStop", "skipSpecialTokens", "parse"} & p.keys():
-        return b""
-    return (
-        b"\2" + perhaps(p, "includeStop", number) + perhaps(p, "skipSpecialTokens", number) + many(number)(p.get("parse", []))
+        + extended(p, "includeStop?n skipSpecialTokens?n parse:N")
     )
+
+
+def extended(message: Given, fields: str) -> bytes:
+    """Fields that came later: nothing if none of them is set."""
+    return b"\2" + layout(message, fields) if {field[:-2] for field in fields.split()} & message.keys() else b""
 
 
 def chat(message: Given) -> bytes:
     def turn(turn: Given) -> bytes:
-        return string(turn.get("role", "")) + string(turn.get("content", ""))
+        return layout(turn, "role:s content:s")
 
     def long_turn(message: Given) -> bytes:
-        return (
-            turn(message)
-            + many(string)(message.get("parts", []))
-            + string(message.get("name", ""))
-            + string(message.get("toolCallId", ""))
-            + many(call)(message.get("toolCalls", []))
-            + string(message.get("reasoning", ""))
-        )
+        called = many(call)(message.get("toolCalls", []))
+        return turn(message) + layout(message, "parts:S name:s toolCallId:s") + called + layout(message, "reasoning:s")
 
     turns = message.get("messages", [])
     if message.keys() <= {"messages"} and all(each.keys() <= {"role", "content"} for each in turns):
         return b"\1" + many(turn)(turns)
-    return (
-        b"\2"
-        + many(long_turn)(turns)
-        + string(message.get("tools", ""))
-        + string(message.get("templateKwargs", ""))
-        + perhaps(message, "addGenerationPrompt", number)
-        + number(message.get("continueFinalMessage", False))
-        + number(message.get("allowControlTokens", False))
-    )
+    others = "tools:s templateKwargs:s addGenerationPrompt?n continueFinalMessage:n allowControlTokens:n"
+    return b"\2" + many(long_turn)(turns) + layout(message, others)
 
 
 def prompt(message: Given) -> bytes:
@@ -152,31 +145,10 @@ def request(message: Given) -> bytes:
 
 def resolved(p: Given) -> bytes:
     return (
-        b"".join(
-            write(p.get(field, 0))
-            for field, write in (
-                ("temperature", real), ("topK", number), ("topP", real), ("minP", real), ("repetitionPenalty", real),
-                ("maxNewTokens", number), ("minNewTokens", number),
-            )
-        )
-        + many(string)(p.get("stop", []))
-        + many(number)(p.get("stopTokenIds", []))
-        + many(number)(p.get("badTokenIds", []))
-        + number(p.get("ignoreEos", False))
-        + perhaps(p, "logprobs", number)
+        layout(p, "temperature:r topK:n topP:r minP:r repetitionPenalty:r maxNewTokens:n minNewTokens:n")
+        + layout(p, "stop:S stopTokenIds:N badTokenIds:N ignoreEos:n logprobs?n")
         + perhaps(p, "responseFormat", response_format)
-        + resolved_presentation(p)
-    )  # fmt: skip
-
-
-def resolved_presentation(p: Given) -> bytes:
-    if not {"includeStop", "keepSpecialTokens", "parse"} & p.keys():
-        return b""
-    return (
-        b"\2"
-        + number(p.get("includeStop", False))
-        + number(p.get("keepSpecialTokens", False))
-        + many(number)(p.get("parse", []))
+        + extended(p, "includeStop:n keepSpecialTokens:n parse:N")
     )
 
 
@@ -189,16 +161,12 @@ def unseeded_input(message: Given) -> bytes:
 
 
 def output(message: Given) -> bytes:
-    ids, reason, stop = message.get("tokenIds", []), message.get("finishReason", 0), message.get("matchedStop", "")
-    return sha("output", many(number)(ids), number(reason), string(stop))
+    return sha("output", layout(message, "tokenIds:N finishReason:n matchedStop:s"))
 
 
 def logprobs(message: Given) -> bytes:
-    def top(one: Given) -> bytes:
-        return number(one.get("tokenId", 0)) + real(one.get("logprob", 0))
-
     def position(one: Given) -> bytes:
-        return real(one.get("logprob", 0)) + many(top)(one.get("top", []))
+        return layout(one, "logprob:r") + many(lambda top: layout(top, "tokenId:n logprob:r"))(one.get("top", []))
 
     positions = message.get("logprobs", [])
     return sha("logprobs", many(position)(positions)) if positions else b""
@@ -219,10 +187,9 @@ def derived_seed(message: Given, name: str = "seed") -> int:
 
 def output_text(message: Given) -> bytes:
     def parsed(one: Given) -> bytes:
-        parts = [string(one.get(name, "")) for name in ("content", "reasoning", "fault")]
-        return parts[0] + parts[1] + many(call)(one.get("toolCalls", [])) + parts[2]
+        return layout(one, "content:s reasoning:s") + many(call)(one.get("toolCalls", [])) + layout(one, "fault:s")
 
-    return sha("text", string(message.get("text", "")), perhaps(message, "parsed", parsed))
+    return sha("text", layout(message, "text:s"), perhaps(message, "parsed", parsed))
 
 
 def sealed(message: Given, name: str) -> bytes:
@@ -230,19 +197,15 @@ def sealed(message: Given, name: str) -> bytes:
 
 
 def entry(message: Given) -> bytes:
-    header = message["header"]
-    sealed = (number(header["form"]), string(b64decode(header.get("textDigest", "")))) if "form" in header else ()
-    numbers = "index kind | epoch sequence firstSequence count attempt timeUnixMillis seed grade"
-    before, after = (names.split() for names in numbers.split("|"))
-    digests = ("inputDigest", "outputDigest", "logprobsDigest", "fingerprintDigest", "payloadDigest")
+    header = dict(message["header"])
+    header |= {name: b64decode(value) for name, value in header.items() if name.endswith("Digest")}
     return sha(
-        "sealed-entry" if sealed else "entry",
+        "sealed-entry" if "form" in header else "entry",
         bytes.fromhex(message["previousHash"]),
-        *(number(header.get(name, 0)) for name in before),
-        *(string(header.get(name, "")) for name in ("logId", "writer")),
-        *(number(header.get(name, 0)) for name in after),
-        *(string(b64decode(header.get(name, ""))) for name in digests),
-        *sealed,
+        layout(header, "index:n kind:n logId:s writer:s"),
+        layout(header, "epoch:n sequence:n firstSequence:n count:n attempt:n timeUnixMillis:n seed:n grade:n"),
+        layout(header, "inputDigest:s outputDigest:s logprobsDigest:s fingerprintDigest:s payloadDigest:s"),
+        layout(header, "form:n textDigest:s") if "form" in header else b"",
     )
 
 
@@ -269,32 +232,26 @@ def by_code(name: str, message: Given) -> bytes | int:
     match name:
         case "request":
             return digest.request_digest(ParseDict(dict(message), generation_pb2.GenerateRequest()))
-        case "input":
-            given = ParseDict(message["parameters"], types_pb2.ResolvedParameters())
-            return digest.input_digest(message["tokenIds"], given, int(message["seed"]))
-        case "unseeded-input":
-            given = ParseDict(message["parameters"], types_pb2.ResolvedParameters())
-            return digest.unseeded_input_digest(message["tokenIds"], given)
-        case "output":
-            return digest.output_digest(ParseDict(dict(message), types_pb2.Output()))
-        case "logprobs":
-            return digest.logprobs_digest(ParseDict(dict(message), types_pb2.Output()))
+        case "input" | "unseeded-input":
+            given = message["tokenIds"], ParseDict(message["parameters"], types_pb2.ResolvedParameters())
+            return (
+                digest.input_digest(*given, int(message["seed"])) if name == "input" else digest.unseeded_input_digest(*given)
+            )
+        case "output" | "logprobs" | "text":
+            digest_of = {"output": digest.output_digest, "logprobs": digest.logprobs_digest, "text": digest.text_digest}
+            return digest_of[name](ParseDict(dict(message), types_pb2.Output()))
         case "fingerprint":
             return digest.fingerprint_digest(message)
         case "model":
             return digest.model_digest(message)
-        case "audit" | "shadow" as name:
+        case "audit" | "shadow" | "seed":
             return digest.sampling_hash(name, message["logId"], int(message["sequence"]))
-        case "seed":
-            return digest.sampling_hash("seed", message["logId"], int(message["sequence"]))
-        case "text":
-            return digest.text_digest(ParseDict(dict(message), types_pb2.Output()))
-        case "sealed-input" | "sealed-output" | "sealed-logprobs" | "sealed-text":
-            bare = bytes.fromhex(message["digest"])
-            return chain.sealed(chain.FORM, bytes.fromhex(message["nonce"]), name.removeprefix("sealed-"), bare)
-        case _:
+        case "entry" | "sealed-entry":
             header = ParseDict(message["header"], types_pb2.EntryHeader())
             return chain.entry_hash(bytes.fromhex(message["previousHash"]), header)
+        case _:
+            bare = bytes.fromhex(message["digest"])
+            return chain.sealed(chain.FORM, bytes.fromhex(message["nonce"]), name.removeprefix("sealed-"), bare)
 
 
 def expected(vector: Given) -> bytes | int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -43,13 +44,35 @@ def _finished(sequence: int, ids: list[int], attempt: int = 1) -> GenerateEvent:
 
 
 @dataclass
+class Heard:
+    """What a caller has of an item. Obeys Restarted, and fails on gaps and repetitions."""
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[types_pb2.TokenLogprobs] = field(default_factory=list)
+    restarts: list[int] = field(default_factory=list)
+    ended: list[int] | None = None
+
+    def hear(self, restarted: generation_pb2.Restarted | None, run: generation_pb2.TokenRun | None) -> None:
+        if restarted is not None:
+            self.restarts.append(restarted.attempt)
+            self.ids, self.text, self.logprobs = [], "", []
+        if run is not None:
+            assert self.ended is None
+            assert run.first_token == len(self.ids), "a gap, or a repetition"
+            assert run.token_ids or run.text, "a run of nothing"
+            assert not self.restarts or self.ids or run.attempt == self.restarts[-1]
+            self.ids.extend(run.token_ids)
+            self.text += run.text
+            self.logprobs.extend(run.logprobs)
+
+
+@dataclass
 class Listener:
-    """A caller: collects the events and fails on gaps and repetitions."""
+    """A caller of a batch."""
 
     admitted: int = 0
-    ids: dict[int, list[int]] = field(default_factory=dict)
-    texts: dict[int, str] = field(default_factory=dict)
-    ended: dict[int, list[int]] = field(default_factory=dict)
+    heard: defaultdict[int, Heard] = field(default_factory=lambda: defaultdict(Heard))
 
     def hear(self, event: GenerateEvent) -> None:
         match event.WhichOneof("event"):
@@ -57,17 +80,17 @@ class Listener:
                 self.admitted += 1
             case "tokens":
                 for run in event.tokens.runs:
-                    ids = self.ids.setdefault(run.sequence, [])
-                    assert run.sequence not in self.ended
-                    assert run.first_token == len(ids), "a gap, or a repetition"
-                    assert run.token_ids or run.text, "a run of nothing"
-                    ids.extend(run.token_ids)
-                    self.texts[run.sequence] = self.texts.get(run.sequence, "") + run.text
+                    self.heard[run.sequence].hear(None, run)
             case "restarted":
-                self.ids[event.restarted.sequence], self.texts[event.restarted.sequence] = [], ""
+                self.heard[event.restarted.sequence].hear(event.restarted, None)
             case "finished":
-                assert event.finished.sequence not in self.ended
-                self.ended[event.finished.sequence] = list(event.finished.output.token_ids)
+                item = self.heard[event.finished.sequence]
+                assert item.ended is None
+                item.ended = list(event.finished.output.token_ids)
+
+    @property
+    def ended(self) -> dict[int, list[int]]:
+        return {sequence: item.ended for sequence, item in self.heard.items() if item.ended is not None}
 
 
 @st.composite
@@ -114,8 +137,8 @@ def test_everything_is_told_once(told: tuple[list[list[GenerateEvent]], dict[int
                 listener.hear(new)
             for sequence in set(listener.ended) - before:
                 if number:
-                    assert listener.ids.get(sequence, []) == outputs[sequence]
-                    assert listener.texts.get(sequence, "") == _text(outputs[sequence])
+                    item = listener.heard[sequence]
+                    assert (item.ids, item.text) == (outputs[sequence], _text(outputs[sequence]))
 
     assert listener.admitted == 1
     assert listener.ended == outputs
@@ -234,30 +257,6 @@ def runs(tokens: list[int], cuts: list[int]) -> list[engine_pb2.RunTokens]:
     ]
 
 
-@dataclass
-class Attempts:
-    """A caller: obeys Restarted, and fails on gaps and repetitions."""
-
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    logprobs: list[types_pb2.TokenLogprobs] = field(default_factory=list)
-    restarts: list[int] = field(default_factory=list)
-
-    def hear(self, restarted: generation_pb2.Restarted | None, run: generation_pb2.TokenRun | None) -> None:
-        if restarted is not None:
-            assert restarted.sequence == SEQUENCE
-            self.restarts.append(restarted.attempt)
-            self.tokens, self.text, self.logprobs = [], "", []
-        if run is not None:
-            assert run.sequence == SEQUENCE
-            assert run.token_ids or run.text, "a run that says nothing"
-            assert run.first_token == len(self.tokens)
-            assert not self.restarts or self.tokens or run.attempt == self.restarts[-1]
-            self.tokens.extend(run.token_ids)
-            self.text += run.text
-            self.logprobs.extend(run.logprobs)
-
-
 token_lists = st.lists(st.sampled_from([0, 0, 1, 1, 2, END]), min_size=1, max_size=TOKENS_MAX).map(whole)
 cut_lists = st.lists(st.integers(0, TOKENS_MAX), max_size=4)
 
@@ -276,23 +275,23 @@ def attempts(draw: st.DrawFn) -> list[tuple[list[int], list[int]]]:
 def test_the_listener_ends_with_the_last_attempt(tried: list[tuple[list[int], list[int]]]) -> None:
     """The caller ends with tokens, text and logprobs of the last attempt, without gaps or repetitions. A Restarted comes
     only if a sent token was not repeated."""
-    progress, listener = Progress(SEQUENCE), Attempts()
+    progress, listener = Progress(SEQUENCE), Heard()
     needless = True
     for number, (tokens, cuts) in enumerate(tried, start=1):
-        heard = list(listener.tokens)
+        heard = list(listener.ids)
         if number > 1:
             progress.restart(number)
             assert progress.lost == heard
         for piece in runs(tokens, cuts):
             listener.hear(*progress.accept(piece))
-            sofar = Attempts()
+            sofar = Heard()
             sofar.hear(None, progress.so_far())
-            assert (sofar.tokens, sofar.text, sofar.logprobs) == (listener.tokens, listener.text, listener.logprobs)
+            assert (sofar.ids, sofar.text, sofar.logprobs) == (listener.ids, listener.text, listener.logprobs)
         needless = needless and heard[: len(tokens)] == tokens[: len(heard)]
     final = tried[-1][0]
     listener.hear(*progress.finish(output(final)))
 
-    assert (listener.tokens, listener.text, listener.logprobs) == (final, text(final), logprobs(final))
+    assert (listener.ids, listener.text, listener.logprobs) == (final, text(final), logprobs(final))
     assert bool(listener.restarts) == (not needless)
     assert listener.restarts == sorted(set(listener.restarts)), "once an attempt at most"
 
@@ -300,7 +299,7 @@ def test_the_listener_ends_with_the_last_attempt(tried: list[tuple[list[int], li
 @given(attempts())
 def test_an_attempt_that_nobody_streamed(tried: list[tuple[list[int], list[int]]]) -> None:
     """If only the output of the last attempt is known, Restarted comes unless the sent tokens are its prefix."""
-    progress, listener = Progress(SEQUENCE), Attempts()
+    progress, listener = Progress(SEQUENCE), Heard()
     for number, (tokens, cuts) in enumerate(tried, start=1):
         if number > 1:
             progress.restart(number)
@@ -308,14 +307,14 @@ def test_an_attempt_that_nobody_streamed(tried: list[tuple[list[int], list[int]]
             listener.hear(*progress.accept(piece))
     final = whole([1, END])
     progress.restart(len(tried) + 1)
-    before = list(listener.tokens)
+    before = list(listener.ids)
 
     restarted, run = progress.finish(output(final))
     listener.hear(restarted, run)
 
-    assert listener.tokens == final[: len(listener.tokens)]
+    assert listener.ids == final[: len(listener.ids)]
     assert (restarted is None) == (before == final[: len(before)])
-    assert restarted is None or listener.tokens == final
+    assert restarted is None or listener.ids == final
 
 
 def test_a_second_answer_of_nothing() -> None:
