@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 
 from ostinato import errors
 from ostinato.requests import RESPONSE_BYTES_METADATA
@@ -46,7 +46,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     # Returns bytes: results are kept serialised while they wait.
     async def Generate(  # type: ignore[override]
         self, request: generation_pb2.GenerateRequest, context: Context
-    ) -> bytes:
+    ) -> bytes | None:
         with self.held.account(stream=False) as account:
             return await self.answer(request, context, account)
 
@@ -57,15 +57,17 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         with self.held.account(stream=True) as account:
             await self.stream(request, context, account)
 
-    async def answer(self, request: generation_pb2.GenerateRequest, context: Context, account: Account) -> bytes:
+    def answer(
+        self, request: generation_pb2.GenerateRequest, context: Context, account: Account
+    ) -> Coroutine[None, None, bytes | None]:
         """Generate, for a call with this account: a serialised GenerateResponse."""
-        response = await self._pipeline.generate(request, context, UnaryWaiter(len(request.items), account))
-        assert response is not None
-        return response
+        return self._pipeline.generate(request, context, UnaryWaiter(len(request.items), account))
 
-    async def stream(self, request: generation_pb2.GenerateRequest, context: Context, account: Account) -> None:
+    def stream(
+        self, request: generation_pb2.GenerateRequest, context: Context, account: Account
+    ) -> Coroutine[None, None, bytes | None]:
         """GenerateStream, for a call with this account: writes serialised events. Raises SlowReader."""
-        await self._pipeline.generate(request, context, StreamWaiter(len(request.items), account, context.write))
+        return self._pipeline.generate(request, context, StreamWaiter(len(request.items), account, context.write))
 
     async def Cancel(self, request: generation_pb2.CancelRequest, context: Context) -> generation_pb2.CancelResponse:
         first, last = await self._range(request)

@@ -171,15 +171,17 @@ class ActiveItem:
         return Outcome(self.admitted, kind, attempt, payload, self.fingerprint_digest, twins_of(group, digest))
 
     def _timing(self, now: float) -> types_pb2.Timing:
-        def since_admission(moment: float | None) -> int:
-            return 0 if moment is None else max(0, round((moment - self.admitted_at) * 1e6))
-
+        first_token, submitted = self.first_token_at, self.submitted_at
         return types_pb2.Timing(
-            queue_micros=since_admission(self.submitted_at),
-            first_token_micros=since_admission(self.first_token_at),
-            total_micros=since_admission(now),
+            queue_micros=0 if submitted is None else _micros(submitted - self.admitted_at),
+            first_token_micros=0 if first_token is None else _micros(first_token - self.admitted_at),
+            total_micros=_micros(now - self.admitted_at),
             cached_tokens=0 if self.output is None else self.output.cached_tokens,
         )
+
+
+def _micros(seconds: float) -> int:
+    return max(0, round(seconds * 1e6))
 
 
 def kv_tokens(payload: sequencer_pb2.AdmittedPayload) -> int:

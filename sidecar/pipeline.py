@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ostinato import errors, tracing
@@ -218,6 +218,8 @@ class Pipeline:
         admission = draft(request, prepared, caller().tenant, self.random_bytes)
         numbered = asyncio.get_running_loop().create_future()
         batch = PendingAdmission(waiter.batch_id, admission, waiter, self.clock(), numbered, CHARGE.get())
+        if tracing.on():
+            batch.caller, batch.span = tracing.current(), tracing.span("admission")
         self._pending[batch.batch_id] = batch
         if batch.charge is not None:
             batch.charge.hold(len(admission.items))
@@ -273,7 +275,10 @@ class Pipeline:
         batch.waiter.sequences = range(stamp.first_sequence, stamp.first_sequence + stamp.count)
         for entry, payload, digest in zip(appended.entries, batch.admission.items, appended.inputs, strict=True):
             payload.seed = entry.header.seed  # all else of the recorded payload was known before
-            self._activate(ActiveItem(entry.header, payload, now, [batch.waiter], batch.charge, digest), batch.caller)
+            item = ActiveItem(entry.header, payload, now, [batch.waiter], batch.charge, digest)
+            self.items[item.sequence] = item
+            if batch.caller is not tracing.OFF:
+                self.observer.activated(item, batch.caller)
         batch.settle(stamp)
         self.observer.admitted(stamp, now - batch.asked_at)
         self.dispatch(ev.Numbered(batch.batch_id, stamp.first_sequence))
@@ -283,13 +288,10 @@ class Pipeline:
         for each in unfinished:
             header, payload = each.admitted.header, sequencer_pb2.AdmittedPayload.FromString(each.admitted.payload)
             waiters = self.remote.claim(header.sequence)
-            self._activate(ActiveItem(header, payload, self.clock(), waiters), tracing.current())
+            item = self.items[header.sequence] = ActiveItem(header, payload, self.clock(), waiters)
+            self.observer.activated(item, tracing.current())
             keyed = bool(payload.idempotency_key)
             self.dispatch(ev.Recovered(header.sequence, need_of(payload), keyed, each.attempt, payload.tenant))
-
-    def _activate(self, item: ActiveItem, caller: tracing.Span) -> None:
-        self.items[item.sequence] = item
-        self.observer.activated(item, caller)
 
     # ---- submit, and what the engine reports (link.Listener)
 
@@ -488,7 +490,7 @@ class Pipeline:
             log.error("one more task has failed", exc_info=error)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class PendingAdmission:
     """A batch that has no sequences yet."""
 
@@ -499,8 +501,9 @@ class PendingAdmission:
     numbered: asyncio.Future[types_pb2.Stamp | Binding]
     """Its stamp, or what its key was bound to meanwhile. Fails with what refuses it."""
     charge: Charge | None = None
-    caller: tracing.Span = field(default_factory=tracing.current)
-    span: tracing.Span = field(default_factory=lambda: tracing.span("admission"))
+    caller: tracing.Span = tracing.OFF
+    """Of its call."""
+    span: tracing.Span = tracing.OFF
 
     def settle(self, given: types_pb2.Stamp | Binding) -> None:
         self.span.end()

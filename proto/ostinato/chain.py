@@ -34,6 +34,7 @@ from ostinato.digest import (
     input_digest,
     logprobs_digest,
     output_digest,
+    tag,
     tagged_digest,
     text,
     text_digest,
@@ -91,12 +92,12 @@ OUTCOMES = frozenset(
 """The kinds of entries that end an item."""
 
 
-_SEALED = {name: f"sealed-{name}" for name in ("input", "output", "logprobs", "text")}
+_SEALED = {name: tag(f"sealed-{name}") for name in ("input", "output", "logprobs", "text")}
 
 
 def sealed(form: int, nonce: bytes, name: str, digest: bytes) -> bytes:
     """A digest as a header of this form has it. `name`: input, output, logprobs or text. An empty digest stays empty."""
-    return tagged_digest(_SEALED[name], nonce, digest) if form and digest else digest
+    return hashlib.sha256(_SEALED[name] + nonce + digest).digest() if form and digest else digest
 
 
 def sealed_input(form: int, given: sequencer_pb2.AdmittedPayload) -> bytes:

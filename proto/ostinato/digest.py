@@ -50,7 +50,8 @@ def blob(value: bytes) -> bytes:
 
 def text(value: str) -> bytes:
     """UTF-8, as a blob."""
-    return blob(value.encode())
+    data = value.encode()
+    return u64(len(data)) + data
 
 
 def optional(encode: Callable[[T], bytes], value: T | None) -> bytes:
@@ -76,11 +77,12 @@ def ids(values: Sequence[int]) -> bytes:
 
 def tagged_digest(name: str, *parts: bytes) -> bytes:
     """SHA-256 over `ostinato/<name>/v1`, a zero byte, and the parts. The name separates the domains of the digests."""
-    return hashlib.sha256(b"".join((_tag(name), *parts))).digest()
+    return hashlib.sha256(b"".join((tag(name), *parts))).digest()
 
 
 @cache
-def _tag(name: str) -> bytes:
+def tag(name: str) -> bytes:
+    """What a tagged digest begins with."""
     return f"ostinato/{name}/v1\0".encode()
 
 
@@ -90,7 +92,7 @@ def request_digest(request: generation_pb2.GenerateRequest) -> bytes:
     return tagged_digest(
         "request",
         array(_item, request.items),
-        optional(_parameters, _set(request, "parameters", request.parameters)),
+        b"\1" + _parameters(request.parameters) if request.HasField("parameters") else b"\0",
         i64(request.required_grade),
         u64(request.verify),
     )
@@ -120,7 +122,7 @@ def logprobs_digest(output: types_pb2.Output) -> bytes:
 
 def text_digest(output: types_pb2.Output) -> bytes:
     """Of the text, as the caller got it, and of what was parsed out of it."""
-    return tagged_digest("text", text(output.text), optional(_parsed, _set(output, "parsed", output.parsed)))
+    return tagged_digest("text", text(output.text), b"\1" + _parsed(output.parsed) if output.HasField("parsed") else b"\0")
 
 
 def fingerprint_digest(fields: Mapping[str, str]) -> bytes:
@@ -159,10 +161,10 @@ def _parsed(parsed: types_pb2.Parsed) -> bytes:
 def _item(item: types_pb2.Item) -> bytes:
     return b"".join(
         (
-            optional(text, _set(item, "text", item.text)),
-            optional(lambda prompt: ids(prompt.ids), _set(item, "token_ids", item.token_ids)),
+            b"\1" + text(item.text) if item.HasField("text") else b"\0",
+            b"\1" + ids(item.token_ids.ids) if item.HasField("token_ids") else b"\0",
             _chat(item.chat) if item.HasField("chat") else b"\0",
-            optional(_parameters, _set(item, "parameters", item.parameters)),
+            b"\1" + _parameters(item.parameters) if item.HasField("parameters") else b"\0",
         )
     )
 

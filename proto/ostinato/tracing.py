@@ -65,8 +65,7 @@ class Span:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.end(error)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
     def child(self, name: str, attributes: Attributes | None = None, kind: Kind = Kind.INTERNAL) -> Span:
         """Starts a span within this one."""
@@ -183,6 +182,9 @@ class _OtelSpan(Span):
 
     def __bool__(self) -> bool:
         return self._span.is_recording()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end(error)
 
     @cached_property
     def ids(self) -> dict[str, str]:  # type: ignore[override]

@@ -8,11 +8,12 @@ that `needs` asks for, lets a `Ledger` append, writes the result and commits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 
 from google.protobuf.message import DecodeError
+from msgspec.structs import replace
 
 from ostinato.chain import (
     FORM,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import msgspec
 
 from ostinato.errors import Disconnected
 from ostinato.signature import SignedTree
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
+class Admission(msgspec.Struct, frozen=True):
     """A batch to be numbered."""
 
     items: tuple[sequencer_pb2.AdmittedPayload, ...]
@@ -23,8 +24,7 @@ class Admission:
     tenant: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """The end of an item; the first one that is durable wins."""
 
     admitted: types_pb2.EntryHeader
@@ -102,8 +102,7 @@ WITNESSED = "witnessed/"
 Draft = Admission | Outcome | Audit | Note | Loss | Witnessed
 
 
-@dataclass(frozen=True, slots=True)
-class Sealed:
+class Sealed(msgspec.Struct, frozen=True, eq=False):
     """An entry with its hashes."""
 
     header: types_pb2.EntryHeader
@@ -111,8 +110,15 @@ class Sealed:
     entry_hash: bytes
     payload: bytes
     """As recorded; empty if it was dropped."""
-    signed: SignedTree | None = field(default=None, compare=False, repr=False)
+    signed: SignedTree | None = None
     """Of an outcome whose transaction was signed."""
+
+    def __eq__(self, other: object) -> bool:
+        """As entries: `signed` is beside them."""
+        if not isinstance(other, Sealed):
+            return NotImplemented
+        ours, theirs = ((e.header, e.previous_hash, e.entry_hash, e.payload) for e in (self, other))
+        return ours == theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +140,7 @@ class Binding:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class Appended:
+class Appended(msgspec.Struct, frozen=True):
     """The result of appending a draft."""
 
     entries: tuple[Sealed, ...]
@@ -160,8 +165,7 @@ class ItemEntries:
     """Why the outcome has no signed head, although its epoch signs."""
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(msgspec.Struct, frozen=True):
     """The end of the journal, as a writer knows it."""
 
     log_id: str

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +22,7 @@ from types import NoneType
 from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
+from msgspec.structs import replace
 
 from ostinato.chain import OUTCOMES, entry_hash, payload_digest
 from ostinato.digest import DIGEST_BYTES, fingerprint_digest

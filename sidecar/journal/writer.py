@@ -17,8 +17,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+import msgspec
 
 from ostinato.errors import JournalFull, JournalUnavailable, RecordDamaged
 from ostinato.v1 import types_pb2
@@ -81,21 +83,19 @@ class GroupSettings:
             raise ValueError("commit_drafts_max, commit_bytes_max and full_retry_seconds must be positive")
 
 
-@dataclass(frozen=True, slots=True)
-class Job(Generic[T]):
+class Job(msgspec.Struct, Generic[T], frozen=True, eq=False):
     """A draft, and a tag by which the caller recognises the answer."""
 
     draft: Draft
     tag: T
 
 
-@dataclass(slots=True)
-class Round(Generic[T]):
+class Round(msgspec.Struct, Generic[T]):
     """The result of a round of commits."""
 
-    settled: list[tuple[T, Appended | Refusal | RecordDamaged]] = field(default_factory=list)
+    settled: list[tuple[T, Appended | Refusal | RecordDamaged]] = msgspec.field(default_factory=list)
     """By tag, without what is deferred."""
-    commits: list[tuple[float, int, int]] = field(default_factory=list)
+    commits: list[tuple[float, int, int]] = msgspec.field(default_factory=list)
     """Seconds, drafts and payload bytes of each transaction that became durable."""
 
 
@@ -245,8 +245,7 @@ OnEntries = Callable[[Sequence[Sealed]], None]
 OnTaken = Callable[[Sequence[Unfinished]], None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
+class _Read(msgspec.Struct, frozen=True, eq=False):
     read: Callable[[], object]
     answer: Answer
 

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from ostinato.chain import GENESIS, entry_hash
 from ostinato.v1 import sequencer_pb2, types_pb2
@@ -33,7 +34,7 @@ def test_head_follows() -> None:
     for entry in (ledger.open("1.0"), *ledger.append(admission(item(), item())).entries):
         assert entry.entry_hash == entry_hash(entry.previous_hash, entry.header)
     last = ledger.entries[-1]
-    assert ledger.head == dataclasses.replace(EMPTY, index=3, entry_hash=last.entry_hash, last_sequence=2)
+    assert ledger.head == structs.replace(EMPTY, index=3, entry_hash=last.entry_hash, last_sequence=2)
 
 
 def test_dropped_ledger_leaves_nothing() -> None:
@@ -74,7 +75,7 @@ def test_needs() -> None:
 def test_known_binding() -> None:
     """A key that the journal knows to be bound is answered with its binding, and its number is not burned."""
     binding = Binding(b"r" * 32, 1, 1)
-    ledger = Ledger(dataclasses.replace(EMPTY, last_sequence=7), Known({("t", "k"): binding}), 1, SECRET)
+    ledger = Ledger(structs.replace(EMPTY, last_sequence=7), Known({("t", "k"): binding}), 1, SECRET)
     answers = [ledger.append(admission(key="k", tenant=tenant)) for tenant in ("t", "")]
 
     assert answers[0].binding is binding
@@ -132,15 +133,15 @@ def wrong_drafts() -> list[tuple[str, Draft]]:
     later.sequence = 2
     seedless = sequencer_pb2.CompletedPayload(output=types_pb2.Output(seed=1))
     return [
-        ("a batch without items", dataclasses.replace(admission(), items=())),
-        ("a kind that is not an outcome", dataclasses.replace(failed, kind=types_pb2.ENTRY_KIND_AUDITED)),
-        ("COMPLETED without an output", dataclasses.replace(failed, kind=types_pb2.ENTRY_KIND_COMPLETED)),
-        ("FAILED with an output", dataclasses.replace(good, kind=types_pb2.ENTRY_KIND_FAILED)),
-        ("attempt 0", dataclasses.replace(good, attempt=0)),
-        ("another log's item", dataclasses.replace(good, admitted=foreign)),
-        ("an item to come", dataclasses.replace(good, admitted=later)),
-        ("another seed than the item's", dataclasses.replace(good, payload=seedless)),
-        ("about an outcome", dataclasses.replace(good, admitted=types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_FAILED))),
+        ("a batch without items", structs.replace(admission(), items=())),
+        ("a kind that is not an outcome", structs.replace(failed, kind=types_pb2.ENTRY_KIND_AUDITED)),
+        ("COMPLETED without an output", structs.replace(failed, kind=types_pb2.ENTRY_KIND_COMPLETED)),
+        ("FAILED with an output", structs.replace(good, kind=types_pb2.ENTRY_KIND_FAILED)),
+        ("attempt 0", structs.replace(good, attempt=0)),
+        ("another log's item", structs.replace(good, admitted=foreign)),
+        ("an item to come", structs.replace(good, admitted=later)),
+        ("another seed than the item's", structs.replace(good, payload=seedless)),
+        ("about an outcome", structs.replace(good, admitted=types_pb2.EntryHeader(kind=types_pb2.ENTRY_KIND_FAILED))),
         ("a verdict about another item", dataclasses.replace(audit(entry), comparison=types_pb2.Comparison(sequence=9))),
     ]
 
@@ -156,6 +157,6 @@ def test_our_own_bugs(draft: Draft) -> None:
 
 def test_numbers_end() -> None:
     """A journal ends at the databases' largest number; it does not wrap around."""
-    full = dataclasses.replace(EMPTY, index=NUMBER_MAX)
+    full = structs.replace(EMPTY, index=NUMBER_MAX)
     with pytest.raises(AssertionError):
         Ledger(full, Known(), 1, SECRET).append(admission())

@@ -90,7 +90,7 @@ def a_number_is_used_again_after_a_restart() -> AbstractContextManager[Any]:
     open_ = Ledger.open
 
     def opened(self: Ledger, version: str) -> Sealed:
-        self.head = replace(self.head, last_sequence=max(0, self.head.last_sequence - 1))
+        self.head = structs.replace(self.head, last_sequence=max(0, self.head.last_sequence - 1))
         return open_(self, version)
 
     return instead(Ledger, "open", opened)
@@ -104,7 +104,7 @@ def a_gap_behind_every_batch() -> AbstractContextManager[Any]:
     def admitted(self: Ledger, admission: Admission) -> Appended:
         made = admit(self, admission)
         if len(admission.items) == 2 and made.entries:
-            self.head = replace(self.head, last_sequence=self.head.last_sequence + 1)
+            self.head = structs.replace(self.head, last_sequence=self.head.last_sequence + 1)
         return made
 
     return instead(Ledger, "_admit", admitted)
@@ -211,7 +211,7 @@ def an_answer_to_a_caller_out_of_reach_is_lost() -> Iterator[None]:
         if network.is_cut(path):
             await asyncio.Future()  # until the connection breaks or the deadline passes
 
-    async def unary(self: Any, request: Any, context: Any, account: Any) -> bytes:
+    async def unary(self: Any, request: Any, context: Any, account: Any) -> bytes | None:
         response = await answer(self, request, context, account)
         await lost_if_cut(context)
         return response
@@ -244,12 +244,12 @@ def numbers_from_a_pool() -> AbstractContextManager[Any]:
         if len(admission.items) > 1 or (admission.tenant, admission.key) in self._bindings:
             return admit(self, admission)
         if left:
-            self.head = replace(self.head, last_sequence=left.pop() - 1)
+            self.head = structs.replace(self.head, last_sequence=left.pop() - 1)
             made = admit(self, admission)
-            self.head = replace(self.head, last_sequence=last)
+            self.head = structs.replace(self.head, last_sequence=last)
             return made
         left.append(last + 1)
-        self.head = replace(self.head, last_sequence=last + 1)
+        self.head = structs.replace(self.head, last_sequence=last + 1)
         return admit(self, admission)
 
     return instead(Ledger, "_admit", admitted)

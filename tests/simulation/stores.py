@@ -11,11 +11,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import apsw
+from msgspec.structs import replace
 
 from ostinato.chain import GENESIS, OUTCOMES
 from ostinato.errors import JournalFull
