@@ -153,8 +153,7 @@ class Appended(msgspec.Struct, frozen=True):
     """Of an Outcome: why an entry was not compared with it as its twin, if that is damaged."""
 
 
-@dataclass(frozen=True, slots=True)
-class ItemEntries:
+class ItemEntries(msgspec.Struct, frozen=True):
     """What is recorded of one item."""
 
     admitted: Sealed
