@@ -1,13 +1,8 @@
-"""Chats to text and token ids, by the model's own template.
+"""Chats to text, by the model's own template.
 
 A template is rendered as transformers' `apply_chat_template` renders it, except for the date, on which a prompt should not
 depend. A template that can do without the date does not get it. One that calls `strftime_now` without asking whether it exists
 gets the date of `template_kwargs.today`, else today's.
-
-What a caller writes is data: a control token in a message, a tool or an argument is ordinary text, unless the chat allows
-control tokens. To tell the template's own control tokens from others, the chat is rendered again with marks in the caller's
-strings (`ChatTokenizer`). A token that is not a control token, such as `<think>` in many models, is recognised everywhere, as
-in a text.
 """
 
 from __future__ import annotations
@@ -21,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -31,23 +26,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ostinato.errors import invalid
 from ostinato.v1 import types_pb2
 
+from service.strict_json import Json, check_depth, loads
+
 RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 """Arguments of a template that fields of the chat give."""
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython", "model"})
-"""May be the name of a control token, as in `<|user|>`."""
 ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """Which of these a template accepts is for the template to say. Some build a control token from a role."""
-DEPTH_MAX = 64
-"""Levels of arrays and objects in tools, arguments of calls, and arguments of a template."""
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
 """Marks where the last message ends in a rendered chat. The space tells whether the template strips messages."""
-_PRIVATE = range(0xF0000, 0xFFFFE)
-"""Code points without a meaning, for marks."""
-
-Json = Any
-"""A value of JSON."""
-Span = tuple[int, int]
-"""Where something stands in a text: its first character, and the one behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +78,16 @@ class Conversation:
             arguments=_mapped(self.arguments, change),
         )
 
-    def strings(self) -> Iterator[str]:
+    def strings(self) -> list[str]:
         """Every string of the caller, also the names in objects."""
-        yield from _strings([self.messages, self.tools, self.arguments])
+        found = list[str]()
+
+        def note(string: str) -> str:
+            found.append(string)
+            return string
+
+        self.mapped(note)
+        return found
 
 
 def _message(message: types_pb2.Message, path: str) -> Mapping[str, Json]:
@@ -131,34 +124,13 @@ def _parsed(text: str, kind: type[list[Json] | dict[str, Json]], path: str) -> A
     if not text:
         return None
     try:
-        value = json.loads(text, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise invalid(path, f"is not JSON: {error}") from None
-    if not isinstance(value, kind):
-        raise invalid(path, f"must be a JSON {'array' if kind is list else 'object'}")
-    if depth(value) > DEPTH_MAX:
-        raise invalid(path, f"is nested deeper than {DEPTH_MAX} levels")
+        value = loads(text)
+        if not isinstance(value, kind):
+            raise ValueError(f"must be a JSON {'array' if kind is list else 'object'}")
+        check_depth(value)
+    except ValueError as error:
+        raise invalid(path, str(error)) from None
     return value
-
-
-def depth(value: Json) -> int:
-    """Levels of arrays and objects, the value's own included."""
-    level, levels = [value], 0
-    while level:
-        levels += 1
-        level = [inner for each in level for inner in _inner(each)]
-    return levels
-
-
-def _inner(value: Json) -> Sequence[Json]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else ()
-
-
-def refuse_constant(name: str) -> NoReturn:
-    """Of `json.loads`, which would take NaN and the infinities. Raises ValueError."""
-    raise ValueError(f"{name} is not a JSON value")
 
 
 def _mapped(value: Json, change: Callable[[str], str]) -> Any:
@@ -169,18 +141,6 @@ def _mapped(value: Json, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         return {change(name): _mapped(each, change) for name, each in value.items()}
     return value
-
-
-def _strings(value: Json) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for each in value:
-            yield from _strings(each)
-    elif isinstance(value, dict):
-        yield from value
-        for each in value.values():
-            yield from _strings(each)
 
 
 class OutOfBounds(ValueError):
@@ -321,115 +281,3 @@ def _cut(text: str, content: Json) -> str:
     if end < 0 or last.strip() not in text:
         raise ValueError("it leaves out the last message, which cannot be continued")
     return text[:end] if text.startswith(_CONTINUED, end) else text[:end].rstrip()
-
-
-class TooManyTokens(Exception):
-    """A prompt has at least `count` tokens, more than are wanted."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__(count)
-        self.count = count
-
-
-class ChatVocabulary(Protocol):
-    """What `token_ids` needs of a model's vocabulary. Every method is pure and thread-safe."""
-
-    @property
-    def controls(self) -> Mapping[str, int]:
-        """The ids of control tokens, by their text."""
-        ...
-
-    def render(self, given: Conversation, bounds: RenderBounds) -> str:
-        """The chat as text. Raises ValueError with the template's message, and OutOfBounds."""
-        ...
-
-    def encode(self, text: str, *, special: bool, most: int = sys.maxsize) -> list[int]:
-        """The token ids of `text`, after the model's begin token unless the text starts with it.
-
-        With `special`, control tokens are recognised wherever they stand; without it, nowhere, and a text cannot forge a turn.
-        Takes time in proportion to the text, whatever is in it: tenants choose it. May raise TooManyTokens for more than
-        `most`, as soon as that is known.
-        """
-        ...
-
-    def encode_at(self, text: str, places: Sequence[Span], *, most: int = sys.maxsize) -> list[int]:
-        """As `encode`, but control tokens are recognised at these places only, which are in order. May raise ValueError with
-        the reason why they cannot be told apart from the text."""
-        ...
-
-
-class ChatTokenizer:
-    """Chats to token ids. Safe in any thread."""
-
-    def __init__(self, vocabulary: ChatVocabulary) -> None:
-        self._vocabulary = vocabulary
-        self._begin, self._control_ids = vocabulary.encode("", special=True), frozenset(vocabulary.controls.values())
-        longest_first = sorted(vocabulary.controls, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._firsts = frozenset(control[0] for control in longest_first)
-        self._names = frozenset(name for control in longest_first if (name := _name(control)) not in ROLES)
-
-    def token_ids(
-        self, given: Conversation, bounds: RenderBounds, *, allow_control_tokens: bool, most: int = sys.maxsize
-    ) -> list[int]:
-        """Of the rendered chat. Only the template's own control tokens are control tokens, unless others are allowed.
-
-        Raises ValueError with the template's message, or if the two cannot be told apart, or for a role that is the name of a
-        control token, because some templates build control tokens from roles; OutOfBounds; and TooManyTokens, perhaps, for more
-        than `most`.
-        """
-        for message in given.messages:
-            if message["role"] in self._names:
-                raise ValueError(f"the role {message['role']} is the name of a control token")
-        text = self._vocabulary.render(given, bounds)
-        vocabulary, every = self._vocabulary, _spans(self._control, text)
-        own = every if allow_control_tokens else self._own(given, bounds, text, every)
-        if own == every:
-            ids = vocabulary.encode(text, special=True, most=most)
-            written = [vocabulary.controls[text[first:last]] for first, last in own]
-            found = [token_id for token_id in ids if token_id in self._control_ids]
-            # A tokenizer may find others than `every`: it may change the text before it looks for them.
-            if allow_control_tokens or found in (written, self._begin + written):
-                return ids
-        return vocabulary.encode_at(text, own, most=most)
-
-    def _own(self, given: Conversation, bounds: RenderBounds, text: str, every: list[Span]) -> list[Span]:
-        """Where the template's own control tokens are: all, if the caller's strings cannot make any.
-
-        The caller's strings are marked in two ways. If the first characters of control tokens are marked wherever they stand,
-        strings that are put together cannot make a control token either; but the template may look for such characters. If only
-        whole control tokens are marked, it rarely does; then it must write the same control tokens as with the other marks.
-        """
-        if not any(first in string for string in given.strings() for first in self._firsts):
-            return every
-        marks = self._marks(text, given)
-        plain = str.maketrans({mark: first for first, mark in marks.items()})
-        everywhere = str.maketrans(marks)
-        marked = self._vocabulary.render(given.mapped(lambda string: string.translate(everywhere)), bounds)
-        if marked.translate(plain) == text:
-            return _spans(self._control, marked)
-        written = self._control.findall(marked)
-        marked = self._vocabulary.render(
-            given.mapped(lambda string: self._control.sub(lambda found: marks[found[0][0]] + found[0][1:], string)), bounds
-        )
-        if marked.translate(plain) != text or self._control.findall(marked) != written:
-            raise ValueError("it depends on a control token in a string of the chat; remove it, or set allow_control_tokens")
-        return _spans(self._control, marked)
-
-    def _marks(self, text: str, given: Conversation) -> dict[str, str]:
-        """A character for each first character of a control token, which neither the text nor the caller's strings have."""
-        used = set(text).union(*map(set, given.strings()))
-        unused = (chr(point) for point in _PRIVATE if chr(point) not in used)
-        marks = dict(zip(sorted(self._firsts), unused, strict=False))
-        if len(marks) < len(self._firsts):
-            raise ValueError("it has too many characters of the private use area U+F0000")
-        return marks
-
-
-def _name(control: str) -> str:
-    """A control token without what stands around its name."""
-    return control.strip("<>[]|｜/▁ ")
-
-
-def _spans(pattern: re.Pattern[str], text: str) -> list[Span]:
-    return [found.span() for found in pattern.finditer(text)]

@@ -12,14 +12,13 @@ token ids, so it is in no comparison. A receipt's text digest covers what was fo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ostinato.v1 import engine_pb2, types_pb2
 
-from service.chat import DEPTH_MAX, depth, refuse_constant
 from service.engines.base import Vocabulary
+from service.strict_json import DECODER, check_depth
 
 _CALL, _CALLED = "<tool_call>", "</tool_call>"
 _PYTHON_TAG = "<|python_tag|>"
@@ -43,13 +42,7 @@ class Found(NamedTuple):
     """Why a part is not a call; it is in the content. Empty: nothing is wrong."""
 
 
-def form_of(template: str | None) -> str | None:
-    """The form in which a model with this chat template writes calls; None: it is not known."""
-    if template is None:
-        return None
-    if "<tool_call>" in template:
-        return "hermes"
-    return "llama" if _PYTHON_TAG in template or ("ipython" in template and '"parameters"' in template) else None
+Form = Callable[[str], Found]
 
 
 def hermes(text: str) -> Found:
@@ -87,17 +80,20 @@ def llama(text: str) -> Found:
     return Found("", calls, "")
 
 
-FORMS: Mapping[str, Callable[[str], Found]] = {"hermes": hermes, "llama": llama}
+def form_of(template: str | None) -> Form | None:
+    """The form in which a model with this chat template writes calls; None: it is not known."""
+    if template is None:
+        return None
+    if _CALL in template:
+        return hermes
+    return llama if _PYTHON_TAG in template or ("ipython" in template and '"parameters"' in template) else None
 
 
 def _decoded(text: str, place: int) -> tuple[object, int]:
     """The JSON value that begins there, after white space, and where it ends. Raises ValueError and RecursionError."""
     while text[place : place + 1].isspace():
         place += 1
-    return _JSON.raw_decode(text, place)
-
-
-_JSON = json.JSONDecoder(parse_constant=refuse_constant)
+    return DECODER.raw_decode(text, place)
 
 
 def _call(value: object, arguments: str) -> Call:
@@ -107,8 +103,7 @@ def _call(value: object, arguments: str) -> Call:
     given = value.get(arguments, {})
     if not isinstance(given, dict):
         raise ValueError(f"{arguments} is not an object")
-    if depth(given) > DEPTH_MAX:
-        raise ValueError(f"{arguments} is nested deeper than {DEPTH_MAX} levels")
+    check_depth(given, f"{arguments} ")
     call = Call(value["name"], json.dumps(given, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
     "".join(call).encode()  # a ValueError for half of a surrogate pair
     return call
@@ -125,34 +120,18 @@ def split_reasoning(text: str, *, inside: bool) -> tuple[str, str]:
     return reasoning.strip(), rest.lstrip()
 
 
-@dataclass(frozen=True, slots=True)
-class Parser:
-    """Pure."""
-
-    vocabulary: Vocabulary
-    form: str | None
-    """One of FORMS; None: calls cannot be parsed."""
-
-    @classmethod
-    def of(cls, vocabulary: Vocabulary) -> Parser:
-        return cls(vocabulary, form_of(vocabulary.template))
-
-    def parsed(self, output: types_pb2.Output, submit: engine_pb2.Submit) -> types_pb2.Parsed:
-        """What the run's parameters ask for. Ids of calls follow from the sequence: they are the same in every run."""
-        text, reasoning, wanted = output.text, "", submit.parameters.parse
-        if types_pb2.PARSE_REASONING in wanted:
-            last = b"".join(map(self.vocabulary.written, submit.token_ids[-_LAST_TOKENS:]))
-            reasoning, text = split_reasoning(text, inside=last.rstrip().endswith(_THINK.encode()))
-        found = Found(text, [], "")
-        if types_pb2.PARSE_TOOLS in wanted:
-            assert self.form is not None, "Prepare refuses to parse calls of no known form"
-            found = FORMS[self.form](text)
-        return types_pb2.Parsed(
-            content=found.content,
-            reasoning=reasoning,
-            tool_calls=[
-                types_pb2.ToolCall(id=f"call_{submit.sequence}_{index}", name=call.name, arguments=call.arguments)
-                for index, call in enumerate(found.calls)
-            ],
-            fault=found.fault,
-        )
+def parsed(vocabulary: Vocabulary, form: Form | None, output: types_pb2.Output, submit: engine_pb2.Submit) -> types_pb2.Parsed:
+    """What the run's parameters ask for. Ids of calls follow from the sequence: they are the same in every run."""
+    text, reasoning, wanted = output.text, "", submit.parameters.parse
+    if types_pb2.PARSE_REASONING in wanted:
+        last = b"".join(map(vocabulary.written, submit.token_ids[-_LAST_TOKENS:]))
+        reasoning, text = split_reasoning(text, inside=last.rstrip().endswith(_THINK.encode()))
+    found = Found(text, [], "")
+    if types_pb2.PARSE_TOOLS in wanted:
+        assert form is not None, "Prepare refuses to parse calls of no known form"
+        found = form(text)
+    calls = [
+        types_pb2.ToolCall(id=f"call_{submit.sequence}_{index}", name=call.name, arguments=call.arguments)
+        for index, call in enumerate(found.calls)
+    ]
+    return types_pb2.Parsed(content=found.content, reasoning=reasoning, tool_calls=calls, fault=found.fault)

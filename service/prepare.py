@@ -16,8 +16,9 @@ from typing import Literal
 from ostinato.errors import Cancelled, Internal, InvalidRequest, OstinatoError, Violation, invalid, to_status
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
-from service.chat import ChatTokenizer, Conversation, OutOfBounds, RenderBounds, TooManyTokens
-from service.engines.base import Vocabulary
+from service.chat import Conversation, OutOfBounds, RenderBounds
+from service.chat_tokens import ChatTokenizer
+from service.engines.base import TooManyTokens, Vocabulary
 from service.observe import prepare_span
 from service.parse import form_of
 

@@ -43,7 +43,7 @@ from service.engines.huggingface import zipped
 from service.fence import Fence, SequenceFile, Submissions
 from service.observe import Metrics, RunStatistics
 from service.outbox import Outbox
-from service.parse import Parser
+from service.parse import form_of, parsed
 from service.prepare import Preparer, Wanted, always
 from service.workers import Workers
 
@@ -339,7 +339,7 @@ class Runs:
 
     def __init__(self, engine: Engine, held: HeldGrade, metrics: Metrics) -> None:
         self.engine, self.held = engine, held
-        self._metrics, self._parser = metrics, Parser.of(engine.vocabulary)
+        self._metrics, self._form = metrics, form_of(engine.vocabulary.template)
         self._active: dict[int, ActiveRun] = {}
         """By the engine's run id."""
         self._ids = itertools.count(1)
@@ -409,7 +409,7 @@ class Runs:
                     output = event.finished.output
                     output.grade = self.held.grade
                     if run.submit.parameters.parse:
-                        output.parsed.CopyFrom(self._parser.parsed(output, run.submit))
+                        output.parsed.CopyFrom(parsed(self.engine.vocabulary, self._form, output, run.submit))
                     self._end(event.run_id).finished(output, now)
                 case _:
                     self._end(event.run_id).failed("failed", from_status(event.failed))

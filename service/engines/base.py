@@ -6,10 +6,10 @@ every token, in any thread, and reports events on the event loop.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from prometheus_client import Metric
 
@@ -17,18 +17,49 @@ from ostinato.errors import EngineFailed, to_status
 from ostinato.v1 import engine_pb2, types_pb2
 
 from service.answer import Answer, TokenTable
-from service.chat import ChatVocabulary, refuse_constant
+from service.chat import Conversation, RenderBounds
 
-SOURCE_BYTES_MAX = 65_536
-"""Of a grammar."""
+Span = tuple[int, int]
+"""Where something stands in a text: its first character, and the one behind it."""
 
 
 class EngineUnusable(Exception):
     """This engine cannot run here. The message says what to do about it."""
 
 
-class Vocabulary(TokenTable, ChatVocabulary, Protocol):
+class TooManyTokens(Exception):
+    """A prompt has at least `count` tokens, more than are wanted."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.count = count
+
+
+class Vocabulary(TokenTable, Protocol):
     """A model's tokenizer. Every method is pure and thread-safe."""
+
+    @property
+    def controls(self) -> Mapping[str, int]:
+        """The ids of control tokens, by their text."""
+        ...
+
+    def render(self, given: Conversation, bounds: RenderBounds) -> str:
+        """The chat as text. Raises ValueError with the template's message, and OutOfBounds."""
+        ...
+
+    def encode(self, text: str, *, special: bool, most: int = sys.maxsize) -> list[int]:
+        """The token ids of `text`, after the model's begin token unless the text starts with it.
+
+        With `special`, control tokens are recognised wherever they stand; without it, nowhere, and a text cannot forge a turn.
+        Takes time in proportion to the text, whatever is in it: tenants choose it. May raise TooManyTokens for more than
+        `most`, as soon as that is known.
+        """
+        ...
+
+    def encode_at(self, text: str, places: Sequence[Span], *, most: int = sys.maxsize) -> list[int]:
+        """As `encode`, but control tokens are recognised at these places only, which are in order. May raise ValueError with
+        the reason why they cannot be told apart from the text."""
+        ...
 
     @property
     def source_bytes_max(self) -> int | None:
@@ -178,38 +209,3 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Stop all runs without events, and free the model."""
         ...
-
-
-def bounded(source: str) -> str:
-    """A grammar's source, unchanged. Raises ValueError for more than SOURCE_BYTES_MAX."""
-    if (size := len(source.encode())) > SOURCE_BYTES_MAX:
-        raise ValueError(f"must be at most {SOURCE_BYTES_MAX} bytes, is {size}")
-    return source
-
-
-def schema_of(text: str) -> dict[str, Any]:
-    """A JSON schema; `true` is the empty one. Raises ValueError."""
-    schema = _json(text)
-    if schema is True:
-        schema = {}
-    if not isinstance(schema, dict):
-        raise ValueError("a schema is an object or true")
-    return schema
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """Raises ValueError."""
-    value = _json(text)
-    if not isinstance(value, dict):
-        raise ValueError("must be a JSON object")
-    return value
-
-
-def _json(text: str) -> Any:
-    source = bounded(text)
-    try:
-        return json.loads(source, parse_constant=refuse_constant)
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"is not JSON: {error}") from error

@@ -35,9 +35,9 @@ from prometheus_client import Metric
 from ostinato.digest import f64, ids, text, u64
 from ostinato.v1 import engine_pb2, types_pb2
 
-from service.chat import ChatTemplate, Conversation, RenderBounds, Span
+from service.chat import ChatTemplate, Conversation, RenderBounds
 from service.engines import huggingface
-from service.engines.base import Events, Run
+from service.engines.base import Events, Run, Span
 
 VERSION = "1"
 """Of the rules that make tokens. Another version makes other tokens."""

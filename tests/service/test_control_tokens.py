@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from service.chat import ChatTokenizer, Conversation, RenderBounds
+from service.chat import Conversation, RenderBounds
+from service.chat_tokens import ChatTokenizer
 from service.engines.turbomind.model import HuggingFaceVocabulary, read
 
 NAMES = ("s", "user", "end", "INST")

@@ -19,8 +19,9 @@ from tests.service.llama_kit import LACKING, Bench, on_the_loop
 if LACKING:
     pytest.skip(f"the llama engine's packages are not installed: {LACKING}", allow_module_level=True)
 
-from service.chat import Conversation, RenderBounds, TooManyTokens
+from service.chat import Conversation, RenderBounds
 from service.engines import huggingface
+from service.engines.base import TooManyTokens
 from service.engines.llama.library import library
 from service.engines.llama.model import (
     SPLITS,

@@ -20,7 +20,6 @@ if LACKING:
 import numpy as np
 
 from service.chat import Conversation, RenderBounds
-from service.engines.base import SOURCE_BYTES_MAX
 from service.engines.llama.library import library
 from service.engines.llama.sampling import Grammar, explanation, fold_seed, source_of, token_logprobs
 
@@ -300,7 +299,6 @@ async def test_a_structural_tag_is_obeyed(bench: Bench) -> None:
         (schema('{"not": {}}'), r'Unimplemented keys: \["not"\]'),
         (schema('{"type": "integer", "minimum": 5, "maximum": 3}'), "minimum .5. is greater than maximum .3."),
         (schema('{"type": "string", "pattern": "("}'), "unclosed group"),
-        (schema(" " * (SOURCE_BYTES_MAX + 1)), "at most 65536 bytes"),
         (regex("("), "unclosed group"),
         (regex("(?=a)b"), "look-around"),
         (regex(r"[^\s\S]"), "allows no answer"),

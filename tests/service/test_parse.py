@@ -13,7 +13,7 @@ from ostinato.v1 import engine_pb2, types_pb2
 
 from service.chat import ChatTemplate, Conversation, RenderBounds
 from service.engines.scripted import ByteVocabulary
-from service.parse import Call, Parser, form_of, hermes, llama, split_reasoning
+from service.parse import Call, form_of, hermes, llama, parsed, split_reasoning
 from tests.service.test_chat import TEMPLATES, TOKENS
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>{};"), max_size=8)
@@ -134,7 +134,7 @@ def test_reasoning(text: str, inside: bool, expected: tuple[str, str]) -> None:
 
 def test_forms_are_known_by_the_template() -> None:
     """The form of calls follows from the chat template."""
-    assert [form_of(TEMPLATES[name]) for name in ("hermes", "llama", "deepseek")] == ["hermes", "llama", None]
+    assert [form_of(TEMPLATES[name]) for name in ("hermes", "llama", "deepseek")] == [hermes, llama, None]
     assert form_of(None) is None
 
 
@@ -145,7 +145,7 @@ def test_what_is_parsed_is_the_text() -> None:
     submit.parameters.parse.extend([types_pb2.PARSE_TOOLS, types_pb2.PARSE_REASONING])
     output = types_pb2.Output(text='r</think>x<tool_call>{"name": "f"}</tool_call>', matched_stop="x")
 
-    parsed = Parser.of(vocabulary).parsed(output, submit)
+    found = parsed(vocabulary, hermes, output, submit)
 
-    assert (parsed.content, parsed.reasoning) == ("x", "r")
-    assert [(call.id, call.name, call.arguments) for call in parsed.tool_calls] == [("call_7_0", "f", "{}")]
+    assert (found.content, found.reasoning) == ("x", "r")
+    assert [(call.id, call.name, call.arguments) for call in found.tool_calls] == [("call_7_0", "f", "{}")]

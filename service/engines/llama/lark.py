@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from service.engines.base import json_object, schema_of
+from service.strict_json import object_of, schema_of
 
 Format = Mapping[str, Any]
 DEPTH_MAX = 32
@@ -22,7 +22,7 @@ _ANY = r"/(.|\n)*/"
 
 def lark_of(source: str, separators: Mapping[str, object]) -> str:
     """The grammar. `separators`: llguidance's options for JSON. Raises ValueError that names the format."""
-    given = json_object(source)
+    given = object_of(source)
     if given.get("type") != "structural_tag" or not isinstance(given.get("format"), dict):
         raise ValueError('must be {"type": "structural_tag", "format": {…}}')
     return _Grammar(separators).text(given["format"])

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from service.chat import ChatTemplate, Conversation, RenderBounds, Span, TooManyTokens
+from service.chat import ChatTemplate, Conversation, RenderBounds
 from service.engines import huggingface
-from service.engines.base import EngineUnusable
+from service.engines.base import EngineUnusable, Span, TooManyTokens
 from service.engines.llama.library import INSTALL, Library, library
 
 _log = logging.getLogger(__name__)

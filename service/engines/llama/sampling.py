@@ -37,10 +37,10 @@ from numpy.typing import NDArray
 
 from ostinato.v1 import types_pb2
 
-from service.engines.base import bounded, schema_of
 from service.engines.llama.lark import lark_of
 from service.engines.llama.library import CANDIDATE, Library, library
 from service.engines.llama.model import LlamaVocabulary
+from service.strict_json import schema_of
 
 PENALTY_WINDOW = 64
 """The repetition penalty applies to the last tokens, prompt included: this many."""
@@ -244,9 +244,9 @@ def source_of(response_format: types_pb2.ResponseFormat) -> tuple[str, bytes]:
             # A schema's own x-guidance takes precedence.
             return "json", json.dumps({"x-guidance": SEPARATORS} | schema).encode()
         case "regex":
-            return "regex", bounded(response_format.regex).encode()
+            return "regex", response_format.regex.encode()
         case "ebnf":
-            return "lark", bounded(response_format.ebnf).encode()
+            return "lark", response_format.ebnf.encode()
         case _:
             return "lark", lark_of(response_format.structural_tag, SEPARATORS).encode()
 

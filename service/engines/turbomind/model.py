@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from service.chat import ChatTemplate, Conversation, RenderBounds, Span
+from service.chat import ChatTemplate, Conversation, RenderBounds
 from service.engines import huggingface
-from service.engines.base import EngineUnusable
+from service.engines.base import EngineUnusable, Span
 from service.engines.turbomind.host import module
 
 TOKENIZER_FILES = (

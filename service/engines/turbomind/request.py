@@ -27,7 +27,7 @@ from typing import Any
 from ostinato.errors import invalid
 from ostinato.v1 import types_pb2
 
-from service.engines.base import bounded, json_object, schema_of
+from service.strict_json import object_of, schema_of
 
 IDS_MAX = 32
 """The most stop tokens, and the most forbidden ones, that TurboMind takes."""
@@ -139,13 +139,13 @@ def source_of(response_format: types_pb2.ResponseFormat) -> tuple[str, str]:
         schema_of(response_format.json_schema)
         return kind, response_format.json_schema
     if kind == "regex":
-        return kind, bounded(response_format.regex)
+        return kind, response_format.regex
     if kind == "ebnf":
         # The compiler has no method for a grammar alone.
-        grammar = {"type": "grammar", "grammar": bounded(response_format.ebnf)}
+        grammar = {"type": "grammar", "grammar": response_format.ebnf}
         return "structural_tag", json.dumps({"type": "structural_tag", "format": grammar})
     assert kind == "structural_tag", "Prepare refuses an empty one"
-    json_object(response_format.structural_tag)
+    object_of(response_format.structural_tag)
     return kind, response_format.structural_tag
 
 
