@@ -52,7 +52,7 @@ async def story(rng: random.Random, kills: Sequence[str]) -> Story:
 async def test_a_killed_sidecar_loses_nothing(rng: random.Random) -> None:
     """After kill -9 and restart, numbers go on, keyed items complete one attempt later, others are ABANDONED, and every
     acknowledged answer is there."""
-    told = await story(rng, ["sidecar"] * 4)
+    told = await story(rng, ["sidecar"] * 3)
 
     outcomes, admitted = told.record.outcomes, told.record.admitted
     assert {outcome.kind for outcome in outcomes.values()} == {COMPLETED, ABANDONED}
@@ -68,7 +68,7 @@ async def test_a_killed_sidecar_loses_nothing(rng: random.Random) -> None:
 async def test_a_killed_service_costs_no_call(rng: random.Random) -> None:
     """After kill -9 of the service no call is lost: streams continue after the tokens they had, and equal inputs have equal
     answers."""
-    told = await story(rng, ["service"] * 4)
+    told = await story(rng, ["service"] * 3)
 
     assert {outcome.kind for outcome in told.record.outcomes.values()} == {COMPLETED}
     assert {type(call.error) for call in told.load.calls} <= {type(None), errors.EngineUnavailable}

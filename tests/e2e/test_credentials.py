@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ostinato import Client, errors, tls
+from ostinato import Client, SyncClient, errors, tls
 from serving import auth
 from serving.auth import Role
 
 from tests.certificates import Authority
-from tests.e2e.kit import ostinato, tokens_file
-from tests.pair import Pair
+from tests.e2e.kit import ostinato, scripted, tokens_file
+from tests.pair import Pair, running_pair
 from tests.waiting import eventually
 
 
@@ -96,24 +95,17 @@ async def test_another_tenants_items_do_not_exist(guarded: Guarded) -> None:
         assert len([verdict async for verdict in ops.replay(own, other)]) == 2
 
 
-async def test_a_replay_that_stops_the_engine_is_an_admins(guarded: Guarded) -> None:
-    """Replay with `alone` is PERMISSION_DENIED for tenants, also of their own items, and allowed for admins."""
+async def test_what_is_an_admins(guarded: Guarded) -> None:
+    """Tail, Head and Report, and Replay with `alone`, also of own items, are PERMISSION_DENIED for tenants and allowed for
+    admins."""
     async with guarded.client("acme") as acme, guarded.client("ops") as ops:
         own = (await acme.generate("mine", max_new_tokens=4)).stamp.first_sequence
-        with pytest.raises(errors.PermissionDenied):
-            _ = [verdict async for verdict in acme.replay(own, alone=True)]
-
-        assert len([verdict async for verdict in ops.replay(own, alone=True)]) == 1
-
-
-async def test_the_journal_is_an_admins(guarded: Guarded) -> None:
-    """Tail, Head and Report are PERMISSION_DENIED for tenants and allowed for admins."""
-    async with guarded.client("acme") as acme, guarded.client("ops") as ops:
-        for refused in (acme.head(), acme.report(), anext(acme.tail())):
+        for refused in (acme.head(), acme.report(), anext(acme.tail()), anext(acme.replay(own, alone=True))):
             with pytest.raises(errors.PermissionDenied):
                 await refused
         assert (await ops.head()).index > 0
         assert (await anext(ops.tail())).header.index == 1
+        assert len([verdict async for verdict in ops.replay(own, alone=True)]) == 1
 
 
 async def test_a_certificate_changes_under_load(guarded: Guarded) -> None:
@@ -188,6 +180,13 @@ def test_the_command_sends_no_token_in_clear_text() -> None:
         assert told == (code, code == 2, False), done.output
 
 
+def test_the_synchronous_client_has_credentials(guarded: Guarded) -> None:
+    """SyncClient takes the same arguments."""
+    trust = tls(guarded.authority.file)
+    with SyncClient(f"https://{guarded.pair.target}", credentials=trust, token=guarded.tokens["acme"]) as client:
+        assert client.generate("one", max_new_tokens=2).results[0].HasField("output")
+
+
 async def test_a_secret_is_rotated_as_a_kubelet_does(tmp_path: Path) -> None:
     """The Secret's folder is replaced by a link: streams of a token that is gone end with UNAUTHENTICATED within ten seconds,
     the new token is valid, and the sidecar is the same process."""
@@ -205,9 +204,7 @@ async def test_a_secret_is_rotated_as_a_kubelet_does(tmp_path: Path) -> None:
 
     write("..1", "old", "ops")
     (tmp_path / "tokens").symlink_to("..data/tokens")
-    slow = ["--script", json.dumps({"delay_seconds": 0.05, "context_tokens": 4096})]
-    with Pair(service=slow, sidecar=["--tokens", str(tmp_path / "tokens")]) as pair:
-        pair.start()
+    with running_pair(service=scripted(delay_seconds=0.05), sidecar=["--tokens", str(tmp_path / "tokens")]) as pair:
         pid = pair.sidecar.pid
         async with Client(pair.target, token=made["old"][0]) as old, Client(pair.target, token=made["ops"][0]) as ops:
             stream, tail = old.stream("one", max_new_tokens=2000, ignore_eos=True), ops.tail(follow=True)

@@ -73,7 +73,7 @@ async def test_a_receipt_stays_the_same(signed: Signed) -> None:
     await asyncio.to_thread(sidecar.wait_for, "engine connected")
     async with opened(signed.pair) as door:
         again = await door.client.generate(["a", "b"], key="signed", max_new_tokens=3)
-        [record] = await door.client.get(2)
+        [record] = await door.client.get(first.results[1].sequence)
         head = await door.client.head()
 
     assert bytes_of(again) == bytes_of(first)

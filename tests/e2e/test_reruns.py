@@ -75,7 +75,7 @@ async def test_a_restart_continues_audits() -> None:
 
             assert sorted(each.sequence for each in found) == list(range(1, 10))
             assert sorted(each.sequence for each in found if each.verdict == "diverged") == [5, 6]
-            assert counted(pair, "audit") == Counter(match=7, diverged=2)
+            await eventually(lambda: counted(pair, "audit") == Counter(match=7, diverged=2), "they are counted")
 
 
 async def test_the_budget_and_the_backlog() -> None:
@@ -162,7 +162,7 @@ async def test_answers_survive_a_restart() -> None:
         await eventually(lambda: learned(pair).total() == 5, "all but one are learned")
         refused = pair.sidecar.wait_for("canary refused")
         assert refused["canary"] == "json"
-        assert missing(pair, "canary") == {"INVALID_REQUEST": 1}
+        await eventually(lambda: missing(pair, "canary") == {"INVALID_REQUEST": 1}, "it is counted")
         pair.sidecar.kill()
         pair.start_sidecar()
 
@@ -247,7 +247,7 @@ async def test_verdicts_come_with_the_answers() -> None:
         events = await door.streamed(asked(["p6", "p7"]))
         finished = [event.finished for event in events if event.HasField("finished")]
         assert sorted((each.sequence, each.comparison.verdict) for each in finished) == [(7, MATCH), (8, DIVERGED)]
-        assert counted(door.pair, "verify") == Counter(match=5, diverged=3)
+        await eventually(lambda: counted(door.pair, "verify") == Counter(match=5, diverged=3), "they are counted")
 
         head = await door.client.head()
         again = await door.generation.Generate(asked([f"p{n}" for n in range(6)], key="k"))
@@ -265,7 +265,7 @@ async def test_an_engine_lost_in_the_second_run() -> None:
         response = await door.generation.Generate(asked(["a"], key="k"))
 
         assert why(response.results[0]) == "ENGINE_UNAVAILABLE"
-        assert missing(pair, "verify") == {"ENGINE_UNAVAILABLE": 1}
+        await eventually(lambda: missing(pair, "verify") == {"ENGINE_UNAVAILABLE": 1}, "it is counted")
         assert counted(pair, "verify") == Counter()
         again = await door.generation.Generate(asked(["a"], key="k"))
         assert again.SerializeToString(deterministic=True) == response.SerializeToString(deterministic=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import Any
 
 import pytest
@@ -90,23 +89,16 @@ async def test_unread_answers_are_counted() -> None:
             streams.append(peer.call(GENERATE, wanted(2)))
             await eventually(lambda: held(door) > count * 400_000, "its answer waits")  # noqa: B023
 
-        async with door_numbers(door):
-            (await refusal(door.generation.Generate(one()))).says(errors.QueueFull)
-            (await refusal(door.streamed(one()))).says(errors.QueueFull)
-            (await refusal(door.sequencer.Get(sequencer_pb2.GetRequest(sequence=1)))).says(errors.QueueFull)
+        before = await door.last_sequence()
+        (await refusal(door.generation.Generate(one()))).says(errors.QueueFull)
+        (await refusal(door.streamed(one()))).says(errors.QueueFull)
+        (await refusal(door.sequencer.Get(sequencer_pb2.GetRequest(sequence=1)))).says(errors.QueueFull)
+        assert await door.last_sequence() == before
 
         for stream in streams:
             peer.reset(stream)
         await eventually(lambda: held(door) == 0, "nothing is held any more")
         assert (await door.generation.Generate(one(max_new_tokens=2))).results[0].HasField("output")
-
-
-@contextlib.asynccontextmanager
-async def door_numbers(door: Door) -> Any:
-    """Nothing in this block takes a sequence number."""
-    before = await door.last_sequence()
-    yield
-    assert await door.last_sequence() == before
 
 
 async def test_followers_leave_room_for_readers() -> None:
@@ -124,36 +116,26 @@ async def test_followers_leave_room_for_readers() -> None:
             follower.cancel()
 
 
-@pytest.mark.parametrize("follow", [True, False])
-async def test_a_tail_that_does_not_read_loses_its_place(follow: bool) -> None:
-    """After --unread-seconds-max, with SLOW_READER; then another gets the place."""
-    bounds = ["--followers-max", "2", "--tails-max", "2", "--unread-seconds-max", "0.3"]
-    async with own(*bounds) as door, connected(door.pair.target, window=0) as peer:
+READS: dict[str, Any] = {
+    "a follower": (TAIL, sequencer_pb2.TailRequest(from_index=1, follow=True)),
+    "a tail": (TAIL, sequencer_pb2.TailRequest(from_index=1)),
+    "a replay": (REPLAY, sequencer_pb2.ReplayRequest(range=generation_pb2.SequenceRange(first=1, last=1))),
+}
+ONE_PLACE = ("--followers-max", "1", "--tails-max", "1", "--replays-max", "1", "--unread-seconds-max", "0.3")
+
+
+@pytest.mark.parametrize(("path", "request_"), READS.values(), ids=READS)
+async def test_a_read_that_does_not_read_loses_its_place(path: str, request_: Any) -> None:
+    """After --unread-seconds-max, with SLOW_READER; then another gets the place: else a few such callers would block all."""
+    async with own(*ONE_PLACE) as door, connected(door.pair.target, window=0) as peer:
         await door.client.generate("a", max_new_tokens=1)
-        request = sequencer_pb2.TailRequest(from_index=1, follow=follow)
-        unread = [peer.call(TAIL, request.SerializeToString()) for _ in range(2)]
+        unread = peer.call(path, request_.SerializeToString())
+        await eventually(lambda: lost(door, "time") == 1, "it is lost")
 
-        await eventually(lambda: lost(door, "time") == 2, "both are lost")
-
-        reader: Any = door.sequencer.Tail(request)
-        assert (await reader.read()).entries
+        reader: Any = door.sequencer.Tail(request_) if path == TAIL else door.sequencer.Replay(request_)
+        assert (await reader.read()).ByteSize()
         reader.cancel()
-        for stream in unread:
-            assert b"waited" in await said(peer, stream)
-
-
-async def test_a_replay_that_does_not_read_loses_its_place() -> None:
-    """Likewise Replay: otherwise a few such callers would block all other replays."""
-    async with own("--replays-max", "1", "--unread-seconds-max", "0.3") as door:
-        await door.client.generate("a", max_new_tokens=1)
-        span = generation_pb2.SequenceRange(first=1, last=1)
-        request = sequencer_pb2.ReplayRequest(range=span)
-        async with connected(door.pair.target, window=0) as peer:
-            peer.call(REPLAY, request.SerializeToString())
-            await eventually(lambda: lost(door, "time") == 1, "it is lost")
-
-            answers = [answer async for answer in door.sequencer.Replay(request)]
-            assert [answer.comparison.sequence for answer in answers] == [1]
+        assert b"waited" in await said(peer, unread)
 
 
 @pytest.mark.parametrize("how", ["reset", "vanish"])

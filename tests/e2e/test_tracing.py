@@ -155,7 +155,7 @@ async def test_one_trace_from_client_to_engine(pair: Pair, client: Client, colle
     assert sorted((name, names.get(span.parent_span_id, "")) for name, span in found) == sorted(TREE)
     assert all(span.status.code != Status.STATUS_CODE_ERROR for _, span in found)
     header = answer.results[0].receipt.header
-    item = await spans.one("ostinato.sidecar item", sequence=answer.stamp.first_sequence)
+    item = await spans.one("ostinato.sidecar item", request_id="night-7", sequence=answer.stamp.first_sequence)
     assert of(item) | {"ostinato.log_id": ""} == {
         "ostinato.sequence": answer.stamp.first_sequence,
         "ostinato.log_id": "",

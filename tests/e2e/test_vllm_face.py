@@ -22,8 +22,8 @@ from ostinato.chain import check_receipt
 from ostinato.client import Client
 from ostinato.v1 import types_pb2
 
-from tests.e2e.kit import ended, own, rule, scripted, tokens_file
-from tests.pair import ROOT, Pair, Program
+from tests.e2e.kit import ended, own, refusal, rule, scripted, tokens_file
+from tests.pair import ROOT, Pair, Program, running_pair
 from tests.waiting import eventually
 
 SCRIPT = {"rules": [rule("hang", 100)]}
@@ -100,9 +100,7 @@ async def test_receipts_come_in_the_trailers(face: Face, stub: Any, stream: bool
 async def test_credentials_are_required(face: Face, stub: Any) -> None:
     """Without a token every call is refused, health included; with one, the item belongs to its tenant."""
     for call in (stub.Generate(asked()).read(), stub.HealthCheck(vllm.HealthCheckRequest())):
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call
-        assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        assert (await refusal(call)).code == grpc.StatusCode.UNAUTHENTICATED
 
     call = stub.Generate(asked("mine"), metadata=face.metadata("zeta"))
     _ = [message async for message in call]
@@ -164,17 +162,16 @@ async def test_unsupported_calls_are_unimplemented(face: Face, stub: Any) -> Non
     """Embeddings, profiles, cache events and the health of other kinds of workers are UNIMPLEMENTED."""
     async with grpc.aio.insecure_channel(face.pair.target) as channel:
         other: Any = sglang_scheduler_pb2_grpc.SglangSchedulerStub(channel)
+        metadata = face.metadata("acme")
         for call in (
-            stub.Embed(vllm.EmbedRequest(), metadata=face.metadata("acme")),
-            stub.FlushCache(common_pb2.FlushCacheRequest(), metadata=face.metadata("acme")),
-            stub.StartProfile(common_pb2.StartProfileRequest(), metadata=face.metadata("acme")),
-            stub.StopProfile(common_pb2.StopProfileRequest(), metadata=face.metadata("acme")),
-            stub.SubscribeKvEvents(common_pb2.SubscribeKvEventsRequest(), metadata=face.metadata("acme")).read(),
-            other.HealthCheck(sglang_scheduler_pb2.HealthCheckRequest(), metadata=face.metadata("acme")),
+            stub.Embed(vllm.EmbedRequest(), metadata=metadata),
+            stub.FlushCache(common_pb2.FlushCacheRequest(), metadata=metadata),
+            stub.StartProfile(common_pb2.StartProfileRequest(), metadata=metadata),
+            stub.StopProfile(common_pb2.StopProfileRequest(), metadata=metadata),
+            stub.SubscribeKvEvents(common_pb2.SubscribeKvEventsRequest(), metadata=metadata).read(),
+            other.HealthCheck(sglang_scheduler_pb2.HealthCheckRequest(), metadata=metadata),
         ):
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call
-            assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+            assert (await refusal(call)).code == grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_health_without_an_engine() -> None:
@@ -189,9 +186,7 @@ async def test_health_without_an_engine() -> None:
                 stub.Generate(asked()).read(),
                 stub.GetTokenizer(common_pb2.GetTokenizerRequest()).read(),
             ):
-                with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await call
-                assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+                assert (await refusal(call)).code == grpc.StatusCode.UNAVAILABLE
         assert (health.healthy, health.message) == (False, "no engine is connected")
 
 
@@ -199,8 +194,7 @@ async def test_each_gateway_has_the_tokenizer_that_it_was_given() -> None:
     """After a change of the model, a gateway is served only after it has requested the new tokenizer. A connection that has
     requested none is refused, as it may belong to a gateway with the old one."""
     local = [("grpc.use_local_subchannel_pool", 1)]  # else channels of one process share a connection
-    with Pair(service=["--self-test", "off"], sidecar=["--vllm-face"]) as pair:
-        pair.start()
+    with running_pair(service=scripted(), sidecar=["--vllm-face"]) as pair:
         async with (
             grpc.aio.insecure_channel(pair.target, local) as one,
             grpc.aio.insecure_channel(pair.target, local) as two,

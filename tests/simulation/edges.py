@@ -108,25 +108,17 @@ class SimulatedServer:
             return hooks.write(generation_pb2.GenerateEvent.FromString(message) if streamed else message, write)
 
         incoming.write = seen  # type: ignore[method-assign]
-        parse = rpc.request_deserializer
-        if rpc.request_streaming:
-            answers = rpc.stream_stream(incoming.requests(parse), incoming)
-            async with contextlib.aclosing(answers):
-                async for answer in answers:
-                    await incoming.write(answer)
-            return
-        message = await incoming.inbox.next()
-        request = parse(message or b"")
-        if not rpc.response_streaming:
-            await incoming.write(await rpc.unary_unary(request, incoming))
-            return
-        answers = rpc.unary_stream(request, incoming)
+        parse, handler = rpc.request_deserializer, rpc.stream_stream or rpc.unary_stream or rpc.unary_unary
+        request = incoming.requests(parse) if rpc.request_streaming else parse(await incoming.inbox.next() or b"")
+        answers = handler(request, incoming)
         if hasattr(answers, "__aiter__"):
             async with contextlib.aclosing(answers):
                 async for answer in answers:
                     await incoming.write(answer)
+        elif rpc.response_streaming:
+            await answers  # it writes by itself
         else:
-            await answers
+            await incoming.write(await answers)
 
 
 class Channel:

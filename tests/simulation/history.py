@@ -116,7 +116,6 @@ class Submission:
     purpose: int
     sequence: int
     attempt: int
-    run_id: int
     input: bytes
     """Token ids and seed."""
 
@@ -148,8 +147,6 @@ class History:
     streams: list[Stream] = field(default_factory=list)
     welcomed: list[tuple[int, int, int]] = field(default_factory=list)
     """Step, service and epoch of each stream that was let in."""
-    started: dict[tuple[int, int], int] = field(default_factory=dict)
-    """Step at which the engine began a run, by stream and run_id."""
     durable: dict[int, int] = field(default_factory=dict)
     """Step at which an entry was safe, by index. Empty where that is not known, as of real programs."""
     disk: list[Sealed] = field(default_factory=list)

@@ -14,7 +14,7 @@ from ostinato.v1 import engine_pb2
 from service.engines.base import Run
 from service.engines.scripted import ScriptedEngine
 from tests.simulation.edges import SimulatedServer
-from tests.simulation.history import History, Stream
+from tests.simulation.history import Stream
 from tests.simulation.loop import Node
 from tests.simulation.network import Handler, Incoming
 
@@ -60,18 +60,24 @@ class RecordingServer(SimulatedServer):
         history.streams.append(stream)
         _stream.set(stream)
         answers = rpc.stream_stream(self._requests(stream, incoming), incoming)
-        async with contextlib.aclosing(answers), _sees(history, "a service that was fenced off", EpochStale):
-            async for answer in answers:
-                if answer.HasField("welcome"):
-                    epoch = stream.hello.epoch
-                    step = history.note(self.node.loop.time(), "welcome", stream.number, epoch)
-                    history.welcomed.append((step, stream.number, epoch))
-                for event in answer.events:
-                    if event.WhichOneof("event") in ("finished", "failed"):
-                        stream.live.pop(event.run_id, None)
-                    if event.HasField("started"):
-                        history.started[stream.number, event.run_id] = history.step
-                await incoming.write(answer)
+        try:
+            async with contextlib.aclosing(answers):
+                async for answer in answers:
+                    self._heard(stream, answer)
+                    await incoming.write(answer)
+        except EpochStale:
+            history.coverage.add("a service that was fenced off")
+            raise
+
+    def _heard(self, stream: Stream, answer: engine_pb2.ExecuteResponse) -> None:
+        history = self.world.history
+        if answer.HasField("welcome"):
+            epoch = stream.hello.epoch
+            step = history.note(self.node.loop.time(), "welcome", stream.number, epoch)
+            history.welcomed.append((step, stream.number, epoch))
+        for event in answer.events:
+            if event.WhichOneof("event") in ("finished", "failed"):
+                stream.live.pop(event.run_id, None)
 
     async def _requests(self, stream: Stream, incoming: Incoming) -> AsyncIterator[engine_pb2.ExecuteRequest]:
         async for request in incoming.requests(engine_pb2.ExecuteRequest.FromString):
@@ -91,12 +97,3 @@ class RecordingServer(SimulatedServer):
             if sum(stream.live.values()) > stream.blocks or len(stream.live) > stream.runs:
                 held = f"{len(stream.live)} runs, {sum(stream.live.values())} KV blocks"
                 stream.overfull.append(f"sequence {submit.sequence} made it {held}")
-
-
-@contextlib.asynccontextmanager
-async def _sees(history: History, what: str, error: type[Exception]) -> AsyncIterator[None]:
-    try:
-        yield
-    except error:
-        history.coverage.add(what)
-        raise

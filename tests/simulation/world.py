@@ -194,17 +194,7 @@ class World:
         history, digest = self.history, input_digest(run.token_ids, run.parameters, run.seed)
         step = history.note(self.loop.time(), "submit", stream.number, run.purpose, run.sequence, run.attempt)
         history.submissions.append(
-            Submission(
-                step,
-                stream.number,
-                stream.service,
-                stream.hello.epoch,
-                run.purpose,
-                run.sequence,
-                run.attempt,
-                run.run_id,
-                digest,
-            )
+            Submission(step, stream.number, stream.service, stream.hello.epoch, run.purpose, run.sequence, run.attempt, digest)
         )
 
     def _end_service(self, server: RecordingServer) -> None:
