@@ -28,7 +28,6 @@ from tests.k8s.manifests import (
     K8S,
     OVERLAYS,
     Combination,
-    Yaml,
     built,
     combinations,
     containers,
@@ -413,10 +412,3 @@ def test_bad_quantities_are_noticed() -> None:
         with pytest.raises(ValueError, match="not a quantity"):
             quantity(text)
     assert quantity("1Gi") == 1024**3
-
-
-def test_an_unknown_variable_is_noticed() -> None:
-    """The check can fail: a program stops at a variable that it does not know."""
-    container: Yaml = {"name": "sidecar", "env": [{"name": "OSTINATO_SIDECAR_LISTENS", "value": "x"}]}
-    with pytest.raises(SystemExit):
-        settings(container)

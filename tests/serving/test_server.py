@@ -397,41 +397,34 @@ def test_a_server_that_does_not_answer_fails_in_time(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    ("environ", "expected"),
+    ("settings", "argv", "expected"),
     [
-        ({}, "unix:/default.sock"),
-        ({"OSTINATO_SERVICE_LISTEN": "unix:/nowhere.sock, 127.0.0.1:1"}, "unix:/nowhere.sock"),
-        (
-            {"OSTINATO_SERVICE_LISTEN": "127.0.0.1:1", "OSTINATO_SERVICE_HEALTH_LISTEN": "unix:/health.sock"},
-            "unix:/health.sock",
-        ),
-        ({"OSTINATO_SERVICE_LISTEN": "unix:/nowhere.sock", "OSTINATO_SERVICE_HEALTH_LISTEN": ""}, "unix:/nowhere.sock"),
-        ({"OSTINATO_SIDECAR_LISTEN": "unix:/other.sock", "OSTINATO_SERVICE_ODD": "1"}, "unix:/default.sock"),
+        ({}, [], "unix:/default.sock"),
+        ({"LISTEN": "unix:/nowhere.sock, 127.0.0.1:1"}, [], "unix:/nowhere.sock"),
+        ({"LISTEN": "127.0.0.1:1", "HEALTH_LISTEN": "unix:/health.sock"}, [], "unix:/health.sock"),
+        ({"LISTEN": "unix:/nowhere.sock", "HEALTH_LISTEN": "", "ODD": "1"}, [], "unix:/nowhere.sock"),
+        ({"CONFIG": "{file}"}, [], "unix:/file.sock"),
+        ({}, ["--config", "{file}"], "unix:/file.sock"),
+        ({"CONFIG": "{file}", "LISTEN": "unix:/nowhere.sock"}, [], "unix:/nowhere.sock"),
     ],
 )
-def test_the_address_is_the_programs_own(environ: dict[str, str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The environment says where to ask, by the port for probes or the first address; nothing else there matters."""
-    assert probe(Settings, "service", [], environ) == 1
+def test_the_address_is_the_programs_own(
+    settings: dict[str, str], argv: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The environment, and below it the settings file, say where to ask, by the port for probes or the first address; nothing
+    else there matters."""
+    file = tmp_path / "ostinato.toml"
+    file.write_text('[service]\nlisten = ["unix:/file.sock", "127.0.0.1:1"]\nodd = 1\n')
+    environ = {f"OSTINATO_SERVICE_{name}": value.format(file=file) for name, value in settings.items()}
 
+    assert probe(Settings, "service", [each.format(file=file) for each in argv], environ) == 1
     assert capsys.readouterr().out.endswith(f"service at {expected}\n")
 
 
-def test_the_address_may_be_in_the_settings_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The file that the environment or --config names says where to ask too, below the environment."""
-    file = tmp_path / "ostinato.toml"
-    file.write_text('[service]\nlisten = ["unix:/file.sock", "127.0.0.1:1"]\nodd = 1\n')
-    named = {"OSTINATO_SERVICE_CONFIG": str(file)}
-
-    assert probe(Settings, "service", [], named) == 1
-    assert probe(Settings, "service", ["--config", str(file)], {}) == 1
-    assert probe(Settings, "service", [], {**named, "OSTINATO_SERVICE_LISTEN": "unix:/nowhere.sock"}) == 1
-    asked = [line.rpartition(" ")[2] for line in capsys.readouterr().out.splitlines()]
-    assert asked == ["unix:/file.sock", "unix:/file.sock", "unix:/nowhere.sock"]
-    with pytest.raises(SystemExit, match="2"):
-        probe(Settings, "service", ["--config", str(tmp_path / "none")], {})
-
-
-@pytest.mark.parametrize("argv", [["--timeout-seconds", "0"], ["--timeout-seconds", "nan"], ["--adress", "x"], ["a", "b"]])
+@pytest.mark.parametrize(
+    "argv",
+    [["--timeout-seconds", "0"], ["--timeout-seconds", "nan"], ["--adress", "x"], ["a", "b"], ["--config", "/nowhere"]],
+)
 def test_a_bad_flag_is_not_bad_health(argv: list[str]) -> None:
     """A probe that was asked wrongly exits with 2, as the programs do."""
     with pytest.raises(SystemExit) as ended:

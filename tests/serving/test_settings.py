@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import tomllib
@@ -55,12 +54,6 @@ def refusal(
 def test_defaults_hold_where_nothing_is_said() -> None:
     """Without flags and variables every setting has its default."""
     assert settings() == Settings(journal=Path("j"))
-
-
-def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
-    """Flag, environment, default: in this order."""
-    assert settings("--queue-items=5", QUEUE_ITEMS="6").queue_items == 5
-    assert settings(QUEUE_ITEMS="6").queue_items == 6
 
 
 def test_every_type_is_read_from_flags() -> None:
@@ -129,11 +122,8 @@ def test_a_bad_flag_is_named(capsys: pytest.CaptureFixture[str], flag: str, word
 
 
 def test_a_required_setting_is_asked_for_under_both_names(capsys: pytest.CaptureFixture[str]) -> None:
-    """Whoever left it out learns the flag and the variable."""
-    message = refusal(capsys, journal=False)
-
-    assert "--journal" in message
-    assert "OSTINATO_SIDECAR_JOURNAL" in message
+    """The message has the flag and the variable."""
+    assert refusal(capsys, journal=False) == "sidecar: --journal (OSTINATO_SIDECAR_JOURNAL): is required\n"
 
 
 def test_a_variable_that_names_no_setting_stops_the_program(capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,12 +185,6 @@ def test_the_line_at_start_is_one_line() -> None:
     )
 
 
-def test_settings_do_not_change() -> None:
-    """What was printed at start is what holds until the end."""
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        settings().queue_items = 5  # type: ignore[misc]
-
-
 # A settings file.
 
 File = Callable[[str], Path]
@@ -249,17 +233,11 @@ def test_every_type_is_read_from_a_file(file: File) -> None:
     assert type(got.grace_seconds) is float
 
 
-def test_a_file_may_hold_what_is_required(file: File) -> None:
-    """A required setting may stand in the file."""
-    path = file('[sidecar]\njournal = "a/b"\n')
-
-    assert load(Settings, "sidecar", [f"--config={path}"], {}).journal == Path("a/b")
-
-
 def test_flag_and_environment_win_over_the_file(file: File) -> None:
     """Flag, environment, file, default: in this order. The file itself may be named by flag or environment, likewise."""
-    path = str(file("[sidecar]\nqueue_items = 7\ngrace_seconds = 7\nlimit = 7\n"))
+    path = str(file("[sidecar]\njournal = 'f'\nqueue_items = 7\ngrace_seconds = 7\nlimit = 7\n"))
 
+    assert load(Settings, "sidecar", [f"--config={path}"], {}).journal == Path("f")
     got = settings("--queue-items=5", CONFIG=path, QUEUE_ITEMS="6", GRACE_SECONDS="6")
     assert (got.queue_items, got.grace_seconds, got.limit) == (5, 6.0, 7)
     assert settings(f"--config={path}", CONFIG="/nowhere").queue_items == 7
@@ -281,15 +259,10 @@ def test_flag_and_environment_win_over_the_file(file: File) -> None:
         ("[sidecar]\nqueue_items = '1'", "[sidecar] queue_items: '1' is not a whole number"),
         ("[sidecar]\nqueue_items = true", "[sidecar] queue_items: true is not a whole number"),
         ("[sidecar]\nqueue_items = 1.0", "[sidecar] queue_items: 1.0 is not a whole number"),
-        ("[sidecar]\nqueue_items = 0", "[sidecar] queue_items: 0 is not 1 to 18446744073709551615"),
-        ("[sidecar]\ngrace_seconds = nan", "[sidecar] grace_seconds: nan is not finite"),
         ("[sidecar]\ngrace_seconds = inf", "[sidecar] grace_seconds: inf is not finite"),
         ("[sidecar]\ngrace_seconds = 1" + 400 * "0", " is not finite"),
-        ("[sidecar]\ngrace_seconds = -1", "[sidecar] grace_seconds: -1 is not at least 0"),
         ("[sidecar]\ngrace_seconds = false", "[sidecar] grace_seconds: false is not a number"),
-        ("[sidecar]\naudit = 'yes'", "[sidecar] audit: 'yes' is not true or false"),
         ("[sidecar]\naudit = 1", "[sidecar] audit: 1 is not true or false"),
-        ("[sidecar]\nlog_format = 'xml'", "[sidecar] log_format: 'xml' is not one of human, json"),
         ("[sidecar]\nlisten = 'unix:/s'", "[sidecar] listen: 'unix:/s' is not an array of strings"),
         ("[sidecar]\nlisten = [7001]", '[sidecar] listen: "[7001]" is not an array of strings'),
         ("[sidecar]\njournal = 1979-05-27", "[sidecar] journal: 1979-05-27 is not a string"),
