@@ -123,21 +123,16 @@ class Sidecar:
         log.info("listening", extra={**listening, "epoch": self.opened.head.epoch})
         log.info("waiting for the engine", extra={"address": self.settings.engine})
         await self.server.set_health(SEQUENCER, serving=True)
-        stopped = asyncio.create_task(stop.wait())
-        ending: list[asyncio.Future[Any]] = [
-            stopped,
-            asyncio.create_task(self.link.run(self.pipeline, self._hello)),
-            asyncio.create_task(self._watch_clock()),
-            asyncio.create_task(self.credentials.watch(self.numbers)),
-            asyncio.create_task(self.tracker.run(self.journal)),
-            asyncio.create_task(self.pipeline.quota.run(self.journal)),
-            self.pipeline.broken,
-            self.journal.broken,
+        running = [
+            self.link.run(self.pipeline, self._hello),
+            self._watch_clock(),
+            self.credentials.watch(self.numbers),
+            self.tracker.run(self.journal),
+            self.pipeline.quota.run(self.journal),
+            *(each.run() for each in (self.publisher, self.high_water) if each is not None),
         ]
-        if self.publisher is not None:
-            ending.append(asyncio.create_task(self.publisher.run()))
-        if self.high_water is not None:
-            ending.append(asyncio.create_task(self.high_water.run()))
+        stopped, *tasks = map(asyncio.ensure_future, (stop.wait(), *running))
+        ending: list[asyncio.Future[Any]] = [stopped, *tasks, self.pipeline.broken, self.journal.broken]
         done, pending = await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
         if done == {stopped}:
             done = await self._drain(pending)

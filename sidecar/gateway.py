@@ -121,17 +121,14 @@ def _parameters(given: vllm.SamplingParams) -> types_pb2.Parameters:
     """
     made: dict[str, Any] = {}
     for theirs, value in json_format.MessageToDict(given, preserving_proto_field_name=True).items():
-        match theirs:
-            case "json_schema" | "regex" | "structural_tag":
-                made["response_format"] = {theirs: value}
-            case "grammar":
-                made["response_format"] = {"ebnf": value}
-            case "choice":
-                made["response_format"] = {"regex": "|".join(_SPECIAL.sub(r"\\\g<0>", each) for each in value["choices"])}
-            case "json_object" if value:
-                made["response_format"] = {"json_schema": '{"type":"object"}'}
-            case _ if theirs in PARAMETERS and theirs not in ("json_object", "seed"):
-                made[PARAMETERS[theirs]] = value
+        group, _, own = PARAMETERS.get(theirs, "").rpartition(".")
+        if not own or own == "seed" or (theirs == "json_object" and not value):
+            continue
+        if theirs == "choice":
+            value = "|".join(_SPECIAL.sub(r"\\\g<0>", each) for each in value["choices"])
+        elif theirs == "json_object":
+            value = '{"type":"object"}'
+        made[group or own] = {own: value} if group else value
     return json_format.ParseDict(made, types_pb2.Parameters())
 
 
