@@ -367,8 +367,8 @@ ENGINE.row(
         about="More than one gives different answers.",
     ),
     number("KV capacity", "none", 'sum(ostinato_engine_capacity{ON,of="kv_blocks"})'),
-    rows("Fingerprints as the sidecars see them", "ostinato_engine_info{ON}", width=12),
-    rows("Fingerprints as the services report them", "ostinato_service_fingerprint_info{ON}", width=12),
+    rows("Fingerprints as the sidecars see them", "ostinato_engine_info{ON}"),
+    rows("Fingerprints as the services report them", "ostinato_service_fingerprint_info{ON}"),
 )
 ENGINE.row(
     "Work",

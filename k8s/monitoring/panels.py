@@ -113,21 +113,21 @@ def heat_map(title: str, unit: str, metric: str, about: str = "", width: int = 8
     return made.calculate(False).y_axis(heatmap.YAxisConfig().unit(unit)).color(colours)
 
 
-def bars(title: str, unit: str, query: str, legend: str, about: str = "", width: int = 8) -> bargauge.Panel:
+def bars(title: str, unit: str, query: str, legend: str, about: str) -> bargauge.Panel:
     """A histogram: the count in each bucket."""
-    made = _panel(bargauge.Panel(), title, unit, [(query, legend)], about, width, 8, instant=True, buckets=True)
+    made = _panel(bargauge.Panel(), title, unit, [(query, legend)], about, 8, 8, instant=True, buckets=True)
     return made.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"])).orientation(looks.VizOrientation.VERTICAL)
 
 
-def rows(title: str, query: str, about: str = "", width: int = 24) -> table.Panel:
+def rows(title: str, query: str) -> table.Panel:
     """The labels of the current series."""
-    return _panel(table.Panel(), title, "none", [(query, "")], about, width, 6, instant=True, as_table=True)
+    return _panel(table.Panel(), title, "none", [(query, "")], "", 12, 6, instant=True, as_table=True)
 
 
-def limit(panel: timeseries.Panel, value: float, colour: str = "red") -> timeseries.Panel:
+def limit(panel: timeseries.Panel, value: float) -> timeseries.Panel:
     """A dashed line across the panel."""
     style = common.GraphThresholdsStyleConfig().mode(looks.GraphThresholdsStyleMode.DASHED)
-    return panel.thresholds(_thresholds([(None, "transparent"), (value, colour)])).thresholds_style(style)
+    return panel.thresholds(_thresholds([(None, "transparent"), (value, "red")])).thresholds_style(style)
 
 
 def _panel(

@@ -86,10 +86,10 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> int:
     return handle
 
 
-def read(path: Path, bytes_max: int = -1) -> bytes:
-    """The content of a trusted file, at most so many bytes. Raises Untrusted, and OSError."""
+def read(path: Path) -> bytes:
+    """The content of a trusted file. Raises Untrusted, and OSError."""
     with os.fdopen(opened(path), "rb") as file:
-        return file.read(bytes_max)
+        return file.read()
 
 
 def replace(path: Path, text: str, *, parents: bool = False) -> None:

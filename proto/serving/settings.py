@@ -3,9 +3,9 @@
     @dataclass(frozen=True, slots=True)
     class Settings:
         queue_items: int = field(1024, "items that may wait for the engine", minimum=1)
-        journal: Path = field(REQUIRED, "file of the journal")
+        journal: Path = field(Path("journal"), "file of the journal")
 
-    settings = load(Settings, "sidecar", sys.argv[1:], os.environ)
+    settings, sources = read(Settings, "sidecar", sys.argv[1:], os.environ)
 
 gives `--queue-items`, OSTINATO_SIDECAR_QUEUE_ITEMS, and `queue_items` in the table [sidecar] of the TOML file that `--config`
 or OSTINATO_SIDECAR_CONFIG names. A flag wins over the environment, which wins over the file, which wins over the default.
@@ -35,8 +35,6 @@ from serving.program import BAD_CONFIGURATION
 
 TABLES = ("service", "sidecar")
 """Of a settings file. A program checks its own."""
-REQUIRED: Any = dataclasses.MISSING
-"""As a default: there is none."""
 
 MAXIMA = {
     "_seconds": (10 * 366 * 86_400, "ten years"),
@@ -75,14 +73,12 @@ def field(
     minimum: float | None = None,
     maximum: float | None = None,
     choices: Sequence[object] | None = None,
-    secret: bool = False,
     shown: Callable[[str], str] | None = None,
     applies: str = "",
 ) -> T:
-    """One setting. Bounds are inclusive. The value of a secret is never printed. `shown`: what is printed for a text that may
-    have a secret in it. `applies`: the default in words, for --help, where `default` does not say it."""
-    about: dict[str, Any] = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices, "applies": applies}
-    about |= {"secret": secret, "shown": shown}
+    """One setting. Bounds are inclusive. `shown`: what is printed for a text that may have a secret in it. `applies`: the
+    default in words, for --help, where `default` does not say it."""
+    about = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices, "shown": shown, "applies": applies}
     made: T = dataclasses.field(default=default, metadata=about, kw_only=True)
     return made
 
@@ -100,13 +96,9 @@ class Common:
     drain_seconds: float = field(30.0, "time to finish what was admitted, after SIGTERM", minimum=0.0)
 
 
-def load(cls: type[T], program: str, argv: Sequence[str], environ: Mapping[str, str]) -> T:
-    """The settings of `program`. Raises SystemExit(2) after printing everything that is wrong on stderr."""
-    return read(cls, program, argv, environ)[0]
-
-
 def read(cls: type[T], program: str, argv: Sequence[str], environ: Mapping[str, str]) -> tuple[T, Mapping[str, str]]:
-    """As `load`, with the origin of each setting that is not its default: "flags", "environment" or the file."""
+    """The settings of `program`, and the origin of each that is not its default: "flags", "environment" or the file. Raises
+    SystemExit(2) after printing everything that is wrong on stderr."""
     options = list(options_of(cls, program))
     flags, problems = _flags(program, options, argv)
     problems += _unknown(program, options, environ)
@@ -227,10 +219,8 @@ class Option:
             try:
                 return value_of(given), origin
             except ValueError as error:
-                shown = "" if self.about["secret"] or self.about["shown"] else f"{_quoted(given)} "
+                shown = "" if self.about["shown"] else f"{_quoted(given)} "
                 raise ValueError(f"{where}: {shown}{error}") from None
-        if self.default is REQUIRED:
-            raise ValueError(f"{self.flag} ({self.variable}): is required")
         return None
 
     def parse(self, given: str | bool) -> object:
@@ -287,8 +277,7 @@ class Option:
 
     @property
     def help(self) -> str:
-        default = "required" if self.default is REQUIRED else f"default {self.applies}"
-        parts = [part for part in (self.variable, default, self.bounds) if part]
+        parts = [part for part in (self.variable, f"default {self.applies}", self.bounds) if part]
         return f"{self.about['help']} [{'; '.join(parts)}]".replace("%", "%%")
 
 
@@ -382,8 +371,6 @@ def _convert(kind: type, text: str) -> object:
 
 
 def _shown(f: dataclasses.Field[object], value: object) -> str:
-    if f.metadata.get("secret"):
-        return "***"
     shown = f.metadata.get("shown")
     return _PASSWORD.sub("***", plain(shown(str(value)) if shown is not None else value))
 

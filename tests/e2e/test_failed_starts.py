@@ -23,7 +23,7 @@ from typing import NamedTuple
 import pytest
 
 from ostinato import install_hint
-from serving.settings import load
+from serving.settings import read
 
 import service.__main__
 import service.config
@@ -243,8 +243,8 @@ def test_the_documented_file_is_one() -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
         file.write(found[1])
         file.flush()
-        served = load(service.config.Settings, "service", ["--config", file.name], {})
-        ordered = load(sidecar.config.Settings, "sidecar", ["--config", file.name], {})
+        served = read(service.config.Settings, "service", ["--config", file.name], {})[0]
+        ordered = read(sidecar.config.Settings, "sidecar", ["--config", file.name], {})[0]
 
     assert (served.runs, served.listen) == (16, ("unix:/run/ostinato/engine.sock",))
     assert (ordered.audit_rate, ordered.vllm_face) == (0.05, True)

@@ -20,7 +20,7 @@ from typing import Any
 import lmdeploy
 
 from ostinato.v1 import types_pb2
-from serving.settings import load
+from serving.settings import read
 
 from service.config import Settings
 from service.engines.turbomind.options import BLOCK_TOKENS, TurbomindOptions
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--parts", type=names, default=("speed", "worth"))
     given, flags = parser.parse_known_args()
-    settings = load(Settings, "service", ["--engine", "turbomind", *flags], {})
+    settings = read(Settings, "service", ["--engine", "turbomind", *flags], {})[0]
     plan = Plan(given.model, Path(), batches=given.batches, trials=given.trials)
     began = time.monotonic()
     bare = Bare(given.model, TurbomindOptions(**settings.own("turbomind")))

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from serving.settings import load
+from serving.settings import read
 
 from service.config import Settings as Service
 from sidecar.config import Settings as Sidecar
@@ -120,7 +120,7 @@ def settings(container: Yaml) -> Any:
 
 @cache
 def _settings(name: str, args: tuple[str, ...], own: tuple[tuple[str, str], ...]) -> Any:
-    return load(SETTINGS[name], name, args, dict(own))
+    return read(SETTINGS[name], name, args, dict(own))[0]
 
 
 _SUFFIXES = {"": Decimal(1), "m": Decimal("0.001"), "k": Decimal(10**3), "M": Decimal(10**6), "G": Decimal(10**9)} | {

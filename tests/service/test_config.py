@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ostinato.v1 import types_pb2
-from serving.settings import describe, load, plain
+from serving.settings import describe, plain, read
 
 from service import engines
 from service.config import OWN, Settings
@@ -18,7 +18,7 @@ from service.engines.llama import LlamaOptions
 
 
 def settings(*argv: str) -> Settings:
-    return load(Settings, "service", argv, {})
+    return read(Settings, "service", argv, {})[0]
 
 
 def test_socket_paths_become_absolute() -> None:

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.settings import describe, load, options_of
+from serving.settings import describe, options_of, read
 
 from sidecar import commands
 from sidecar.config import Settings, shown
 
 
 def settings(*argv: str) -> Settings:
-    return load(Settings, "sidecar", argv, {})
+    return read(Settings, "sidecar", argv, {})[0]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_database_in_another_form_is_no_file(
     monkeypatch.chdir(tmp_path)
     starts: dict[str, Callable[[], object]] = {
         "flag": lambda: settings(f"--journal={journal}"),
-        "variable": lambda: load(Settings, "sidecar", [], {"OSTINATO_SIDECAR_JOURNAL": journal}),
+        "variable": lambda: read(Settings, "sidecar", [], {"OSTINATO_SIDECAR_JOURNAL": journal})[0],
         "command": lambda: commands.main(["verify", "--journal", journal]),
     }
     with pytest.raises(SystemExit, match="2"):
