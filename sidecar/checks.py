@@ -15,7 +15,9 @@ from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from ostinato import errors, requests
 from ostinato.chain import FORM, NONCE_BYTES, sealed_input
@@ -44,7 +46,7 @@ BURST_SECONDS = 10.0
 CANARY = types_pb2.COMPARISON_KIND_CANARY
 DEFAULT_CANARIES = Path(__file__).with_name("canaries.toml")
 CANARIES_MAX = 256
-NAME_BYTES_MAX = 64
+NAME_LENGTH_MAX = 64
 LOSSES_MAX = 2
 """Engines that may be lost in succession while a canary runs. Then it is not run until the sidecar restarts."""
 
@@ -206,53 +208,40 @@ class Canary:
     item: types_pb2.Item
 
 
+class _Table(msgspec.Struct, forbid_unknown_fields=True):
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_LENGTH_MAX)]
+    text: Annotated[str, msgspec.Meta(min_length=1)]
+    parameters: dict[str, object]
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    canary: Annotated[list[_Table], msgspec.Meta(max_length=CANARIES_MAX)] = []
+
+
 def read_canaries(path: Path | None) -> tuple[Canary, ...]:
     """The canaries in this TOML file, or the default ones. Raises ValueError that names the file and the fault."""
     path = path or DEFAULT_CANARIES
     try:
-        canaries = tuple(_canaries(tomllib.loads(path.read_text())))
-        names = [canary.name for canary in canaries]
+        tables = msgspec.convert(tomllib.loads(path.read_text()), _File).canary
+        canaries = tuple(Canary(each.name, _item(position, each)) for position, each in enumerate(tables))
+        names = [each.name for each in canaries]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{min(twice)!r} is the name of two canaries")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, msgspec.ValidationError) as error:
         raise ValueError(f"{path}: {error}") from error
     return canaries
 
 
-def _canaries(document: dict[str, object]) -> Iterator[Canary]:
-    tables = document.get("canary", [])
-    if set(document) - {"canary"} or not isinstance(tables, list):
-        raise ValueError("holds something else than [[canary]] tables")
-    if len(tables) > CANARIES_MAX:
-        raise ValueError(f"canary: {len(tables)} tables, at most {CANARIES_MAX} are allowed")
-    for position, table in enumerate(tables):
-        try:
-            yield _canary(table)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"canary[{position}].{error}") from error
-
-
-def _canary(table: dict[str, object]) -> Canary:
-    if unknown := set(table) - {"name", "text", "parameters"}:
-        raise ValueError(f"{min(unknown)}: no such field; a canary has name, text and parameters")
-    name, text = (requests.text(field, table.get(field, "")) for field in ("name", "text"))
-    for field, value in (("name", name), ("text", text)):
-        if not value:
-            raise ValueError(f"{field}: is missing")
-    if len(name.encode()) > NAME_BYTES_MAX:
-        raise ValueError(f"name: at most {NAME_BYTES_MAX} bytes are allowed")
-    sampling = table.get("parameters", {})
-    if not isinstance(sampling, dict):
-        raise TypeError("parameters: is not a table")
+def _item(position: int, table: _Table) -> types_pb2.Item:
     try:
-        parameters = requests.parameters(sampling)
+        parameters = requests.parameters(table.parameters)
+        if parameters is None or not parameters.HasField("seed"):
+            raise ValueError("seed: is missing; the answer depends on it")
     except (ValueError, TypeError) as error:
-        raise ValueError(f"parameters.{error}") from error
-    if parameters is None or not parameters.HasField("seed"):
-        raise ValueError("parameters.seed: is missing; the answer depends on it")
-    return Canary(name, types_pb2.Item(text=text, parameters=parameters))
+        raise ValueError(f"canary[{position}].parameters.{error}") from error
+    return types_pb2.Item(text=table.text, parameters=parameters)
 
 
 class CanaryRunner:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import msgspec
 
@@ -202,16 +203,20 @@ class Opened:
         assert sequences == sorted(set(sequences))
 
 
+Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""As a database holds it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Log:
     """The identity of a journal, and where it ends."""
 
     log_id: str
-    writers: Mapping[str, int]
+    writers: Mapping[str, Number]
     """The newest epoch of each, by name."""
-    index: int
+    index: Number
     entry_hash: bytes
-    last_sequence: int
+    last_sequence: Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,9 +226,9 @@ class Key:
     tenant: str
     key: str
     request_digest: bytes
-    first_sequence: int
-    count: int
-    expires_millis: int | None
+    first_sequence: Number
+    count: Number
+    expires_millis: Number | None
     """None: an item of its batch has not ended, or it is bound for good."""
 
 
@@ -231,8 +236,8 @@ class Key:
 class Signature:
     """What is stored of a signed head. The entries from first to last say the rest."""
 
-    last_index: int
-    first_index: int
+    last_index: Number
+    first_index: Number
     key_id: str
     signature: bytes
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
+import msgspec
 from google.protobuf import json_format
 
 from ostinato.chain import GENESIS, OUTCOMES
@@ -24,9 +25,9 @@ from ostinato.digest import input_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.derived import rebuilding
-from sidecar.journal.ledger import NUMBER_MAX, SECRET_BYTES, twins_of
+from sidecar.journal.ledger import SECRET_BYTES, twins_of
 from sidecar.journal.maintenance import MISSING, Checker, check_signatures, name_of, pages, signatures_of, unsigned_fault
-from sidecar.journal.model import FINGERPRINTS, JournalUnusable, Key, Log, Sealed, Signature
+from sidecar.journal.model import FINGERPRINTS, JournalUnusable, Key, Log, Number, Sealed, Signature
 from sidecar.journal.sqlite import UNREADABLE, SqliteTables
 from sidecar.journal.store import PAGE, SqlStore, Tables
 
@@ -132,6 +133,15 @@ def _check_tables(tables: Tables, log: Log, *, salvaged: bool) -> None:
         raise LinesUnusable(f"is not whole: {fault}")
 
 
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """Of the lines that are no entries."""
+
+    keys: Number
+    notes: Number
+    heads: Number = 0
+
+
 class _Importer:
     """Writes lines to the tables, page by page."""
 
@@ -158,7 +168,7 @@ class _Importer:
             case {"note": {"name": str(name), "value": str(value)}}:
                 if name in self._notes:
                     raise ValueError(f"note {name!r}: stands here twice")
-                self._notes[name] = _bytes(value)
+                self._notes[name] = base64.b64decode(value, validate=True)
             case {"head": dict(head)}:
                 self._signatures.append(_value(Signature, head))
                 check_signatures(self._signatures[-2:], self._log.index)
@@ -195,12 +205,12 @@ class _Importer:
         self._twins.clear()
         self._on_entries(self._index, self._log.index)
 
-    def finish(self, counts: tuple[int, int, int]) -> None:
+    def finish(self, counts: _Counts) -> None:
         """Raises LinesUnusable if this is not all that line 1 said."""
         self._flush()
         if (self._index, self._hash) != (self._log.index, self._log.entry_hash):
             raise LinesUnusable(f"ends at entry {self._index} of {self._log.index}: it is not whole")
-        if (len(self._keys), len(self._notes), len(self._signatures)) != counts:
+        if _Counts(len(self._keys), len(self._notes), len(self._signatures)) != counts:
             raise LinesUnusable("keys, notes or heads are missing: it is not whole")
         for index in self._checker.missing.values():
             raise LinesUnusable(f"entry {index}, ADMITTED: {MISSING}")
@@ -230,47 +240,22 @@ def _parsed(number: int, line: str, parse: Callable[[dict[str, Any]], T]) -> T:
         if not isinstance(told, dict):
             raise ValueError("is no JSON object")
         return parse(told)
-    except KeyError as error:
-        raise LinesUnusable(f"line {number}: {error} is missing") from error
     except RecursionError as error:
         raise LinesUnusable(f"line {number}: is nested too deeply") from error
-    except (ValueError, TypeError, AttributeError, OverflowError, json_format.ParseError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, msgspec.ValidationError, json_format.ParseError) as error:
         raise LinesUnusable(f"line {number}: {error}") from error
 
 
-def _first_line(told: dict[str, Any]) -> tuple[Log, tuple[int, int, int], bool]:
+def _first_line(told: dict[str, Any]) -> tuple[Log, _Counts, bool]:
     """The log, how many keys, notes and heads there are, and whether the lines were salvaged."""
     if told.get("format") != FORMAT or told.get("version") != VERSION:
         raise ValueError(f"is not the first line of an exported journal of version {VERSION}")
-    counts = _number(told["keys"]), _number(told["notes"]), _number(told.get("heads", 0))
-    return _value(Log, told), counts, told.get("salvaged") is True
+    return _value(Log, told), _value(_Counts, told), told.get("salvaged") is True
 
 
-def _value(kind: type[T], told: dict[str, Any]) -> T:
-    """Inverse of `_json`."""
-    return kind(**{field.name: _PARSERS[str(field.type)](told[field.name]) for field in fields(kind)})  # type: ignore[arg-type]
-
-
-def _number(told: object) -> int:
-    """Raises ValueError for what no database could hold."""
-    number = int(str(told))
-    if not 0 <= number <= NUMBER_MAX:
-        raise ValueError(f"{number} is not 0 to {NUMBER_MAX}")
-    return number
-
-
-def _bytes(told: str) -> bytes:
-    return base64.b64decode(told, validate=True)
-
-
-_PARSERS: Mapping[str, Callable[[Any], object]] = {
-    "str": str,
-    "int": _number,
-    "bytes": _bytes,
-    "int | None": lambda told: None if told is None else _number(told),
-    "Mapping[str, int]": lambda told: {str(name): _number(number) for name, number in told.items()},
-}
-"""By the type of a field."""
+def _value(kind: type[T], told: object) -> T:
+    """Inverse of `_json`. Raises ValueError, also for a number that no database could hold."""
+    return msgspec.convert(told, kind, strict=False)
 
 
 # ---- salvage
