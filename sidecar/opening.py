@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import ostinato
 from ostinato.signature import Signer, signer_of
@@ -72,25 +72,19 @@ def open_for_maintenance(journal: str, *, create: bool = False) -> SqlStore:
 
 
 def _database(journal: str) -> type[SqlStore]:
-    if not is_shared(journal):
-        return SqliteStore
-    with _postgres():
-        from sidecar.journal.postgres import PostgresStore
-    return PostgresStore
+    store: type[SqlStore] = _postgres().PostgresStore if is_shared(journal) else SqliteStore
+    return store
 
 
 def check_verified(journal: str) -> None:
     """Raises JournalUnusable for a database whose server would not be verified."""
-    with _postgres():
-        from sidecar.journal import postgres
-    postgres.check_verified(journal)
+    _postgres().check_verified(journal)
 
 
-@contextmanager
-def _postgres() -> Iterator[None]:
-    """Around an import of the PostgreSQL driver."""
+def _postgres() -> ModuleType:
+    """Imported where it is needed: its driver is an extra."""
     try:
-        yield
+        return import_module("sidecar.journal.postgres")
     except ImportError as error:
         raise JournalUnusable(f"PostgreSQL needs this package's extra `postgres`: {error}") from error
 

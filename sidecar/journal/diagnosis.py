@@ -28,10 +28,6 @@ _MAGIC_FAULTS_MAX = 4
 _HEADER_BYTES = 100
 """Of a SQLite file, before its first table: https://www.sqlite.org/fileformat2.html."""
 _PAGE_BYTES_MIN, _PAGE_BYTES_MAX = 512, 65536
-_FIXED_BYTES = ((18, 1, 2), (19, 1, 2), (21, 64, 64), (22, 32, 32), (23, 32, 32))
-"""Offset, smallest and largest value."""
-_FIXED_WORDS = ((44, 1, 4), (56, 1, 3))
-"""The same, of 4 bytes each: schema format and text encoding."""
 
 
 def place_fault(path: Path, *, create: bool) -> str:
@@ -133,12 +129,6 @@ def header_fault(path: Path) -> str:
     page_bytes = int.from_bytes(header[16:18]) if header[16:18] != b"\0\1" else _PAGE_BYTES_MAX
     if not (_PAGE_BYTES_MIN <= page_bytes <= _PAGE_BYTES_MAX) or page_bytes & (page_bytes - 1):
         return damaged(path, f"its header, bytes 16 and 17, says {page_bytes} bytes a page, which cannot be")
-    for offset, smallest, largest in _FIXED_BYTES:
-        if not smallest <= header[offset] <= largest:
-            return damaged(path, f"its header, byte {offset}, says {header[offset]}, which cannot be")
-    for offset, smallest, largest in _FIXED_WORDS:
-        if not smallest <= (value := int.from_bytes(header[offset : offset + 4])) <= largest:
-            return damaged(path, f"its header, bytes {offset} to {offset + 3}, says {value}, which cannot be")
     return cut(path, page_bytes, int.from_bytes(header[28:32]))
 
 

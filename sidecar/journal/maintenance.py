@@ -66,7 +66,7 @@ def verify_all(store: SqlStore) -> Generator[Checked]:
 def rebuild(store: SqlStore) -> None:
     """Make the tables beside the entries again. Raises JournalUnusable, and changes nothing, if an entry is not sound."""
     with store.changing() as tables, rebuilding(tables) as rebuilt:
-        for page in pages(store, payloads=True):
+        for page in pages(tables.entries, store.name, payloads=True):
             rebuilt.add(page)
         rebuilt.repair()
 
@@ -256,20 +256,21 @@ def _check_payload(sealed: Sealed) -> list[str]:
     return check_nonce(header.form, payload.nonce) + faults
 
 
-def pages(store: SqlStore, *, payloads: bool) -> Iterator[Sequence[Sealed]]:
-    """All entries. Raises JournalUnusable for the first that is damaged: neither it nor what follows can be trusted."""
+def pages(read: Callable[..., Sequence[Sealed]], name: str, *, payloads: bool) -> Iterator[Sequence[Sealed]]:
+    """All entries. `read` is `entries` of the store or its tables, `name` the store's. Raises JournalUnusable for the first
+    that is damaged: neither it nor what follows can be trusted."""
     checker, index = Checker(payloads=payloads), 1
-    while page := store.entries(index, PAGE, payloads=payloads):
+    while page := read(index, PAGE, payloads=payloads):
         for sealed in page:
             if faults := checker.check(sealed):
-                raise JournalUnusable(f"{store.name} is damaged: {name_of(sealed.header)}: {'; '.join(faults)}: {RESTORE}")
+                raise JournalUnusable(f"{name} is damaged: {name_of(sealed.header)}: {'; '.join(faults)}: {RESTORE}")
         yield page
         index += len(page)
 
 
 def prune(store: SqlStore, old: Callable[[types_pb2.EntryHeader], bool], now_millis: int) -> Iterator[tuple[int, int]]:
     """Drop the payloads of items whose outcome is old. Yields, for each page, its last index and the payloads dropped."""
-    for page in pages(store, payloads=False):
+    for page in pages(store.entries, store.name, payloads=False):
         ended = [entry.header for entry in page if entry.header.kind in OUTCOMES]
         kept = store.kept([header.sequence for header in ended if old(header)])
         yield page[-1].header.index, store.drop(kept, "age", now_millis)

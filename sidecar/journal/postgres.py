@@ -154,7 +154,6 @@ class Database:
         self._connected_at = seconds()
         self._backoff_seconds, self._retry_at = BACKOFF_SECONDS, seconds()
         self._failure, self._has_been_connected = "", False
-        self._pinned, self._loss = False, ""
 
     @property
     def connected_seconds(self) -> float:
@@ -177,7 +176,6 @@ class Database:
         except psycopg.Error as error:
             self.drop()
             if _is_lost(error):
-                self._loss = " ".join(str(error).split())
                 raise JournalUnavailable(f"the database was lost: {error}") from error
             raise JournalBroken(f"{type(error).__name__}: {error}") from error
         except RecordDamaged:
@@ -186,16 +184,6 @@ class Database:
         except BaseException:
             self.drop()  # and with it the open transaction
             raise
-
-    @contextmanager
-    def pinned(self) -> Iterator[Connection]:
-        """As `connected`, for a transaction of many calls: a connection that is lost is not replaced until the end."""
-        with self.connected() as connection:
-            self._pinned = True
-            try:
-                yield connection
-            finally:
-                self._pinned = False
 
     def drop(self) -> None:
         connection, self._connection = self._connection, None
@@ -210,8 +198,6 @@ class Database:
             self.drop()
 
     def _connect(self) -> Connection:
-        if self._pinned:
-            raise JournalUnavailable(f"the connection was lost within a transaction, which has to begin again: {self._loss}")
         if self._seconds() < self._retry_at:
             raise JournalUnavailable(self._failure)
         try:
@@ -779,14 +765,14 @@ class PostgresStore(SqlStore):
     @contextmanager
     def snapshot(self) -> Iterator[Tables]:
         """As in `SqlStore`. JournalUnusable also if the connection is lost: later reads would be of another moment."""
-        with _unusable(), self._database.pinned() as db:
+        with _unusable(), self._database.connected() as db:
             db.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
             yield PostgresTables(db)
             db.execute("ROLLBACK")
 
     @contextmanager
     def changing(self) -> Iterator[Tables]:
-        with _unusable(), self._database.pinned() as db:
+        with _unusable(), self._database.connected() as db:
             db.execute("BEGIN")
             db.execute(_LOCK_LOG)
             yield PostgresTables(db)
@@ -795,7 +781,7 @@ class PostgresStore(SqlStore):
     @contextmanager
     def importing(self, log: Log, writer: str, secret: bytes) -> Iterator[Tables]:
         """As in `SqlStore`. Every writer keeps what is its own."""
-        with _unusable(), self._database.pinned() as db:
+        with _unusable(), self._database.connected() as db:
             db.execute("BEGIN")
             row = (log.log_id, log.index, log.entry_hash, log.last_sequence, secret)
             if not db.execute("INSERT INTO log VALUES (true, %s, %s, %b, %s, %b) ON CONFLICT DO NOTHING", row).rowcount:

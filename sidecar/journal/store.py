@@ -343,6 +343,7 @@ class Tables(ABC):
         return _bindings(self.select(_BINDINGS, [key for _, key in keys], now_millis))
 
     def keys(self, from_sequence: int, limit: int) -> list[Key]:
+        """By first sequence, ascending."""
         return [Key(*row) for row in self.select(_KEYS, from_sequence, limit)]
 
     def notes(self, prefix: str) -> dict[str, bytes]:
@@ -394,6 +395,7 @@ class Tables(ABC):
         return found
 
     def signatures(self, from_index: int, limit: int) -> list[Signature]:
+        """By last index, ascending."""
         return [Signature(*row) for row in self.select(_SIGNATURES, from_index, limit)]
 
     def newest_signed(self) -> types_pb2.SignedHead | None:
@@ -805,14 +807,6 @@ class SqlStore(ABC):
     def log(self) -> Log | None:
         """None: it is empty."""
         return self._read(lambda tables: tables.log())
-
-    def signatures(self, from_index: int, limit: int) -> list[Signature]:
-        """By last index, ascending, at most limit."""
-        return self._read(lambda tables: tables.signatures(from_index, limit))
-
-    def keys(self, from_sequence: int, limit: int) -> list[Key]:
-        """By first sequence, ascending, at most limit."""
-        return self._read(lambda tables: tables.keys(from_sequence, limit))
 
     def structure(self) -> str:
         """What is wrong with the database itself, apart from what entries say; empty: nothing that can be seen."""

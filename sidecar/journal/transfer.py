@@ -40,16 +40,16 @@ FORMAT, VERSION = "ostinato journal", 1
 
 def export(store: SqlStore) -> Iterator[str]:
     """The lines, without their ends. Raises JournalUnusable for a journal without entries."""
-    with store.snapshot():
-        log = store.log()
+    with store.snapshot() as tables:
+        log = tables.log()
         if log is None:
             raise JournalUnusable(f"{store.name} has no entries: name the journal that is to be exported")
         keys, sequence = list[Key](), 1
-        while page := store.keys(sequence, PAGE):
+        while page := tables.keys(sequence, PAGE):
             keys += page
             sequence = page[-1].first_sequence + 1
-        yield from _head_lines(log, keys, store.notes(""), list(signatures_of(store.signatures)))
-        for entries in pages(store, payloads=True):
+        yield from _head_lines(log, keys, tables.notes(""), list(signatures_of(tables.signatures)))
+        for entries in pages(tables.entries, store.name, payloads=True):
             yield from map(_entry_line, entries)
 
 

@@ -20,7 +20,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.ledger import twins_of
 from sidecar.journal.maintenance import Checked, verify_all
-from sidecar.journal.model import Admission, Audit, Draft, Mark, Opened, Outcome, Sealed
+from sidecar.journal.model import Admission, Audit, Draft, Key, Mark, Opened, Outcome, Sealed
 from sidecar.journal.postgres import PostgresStore
 from sidecar.journal.sqlite import SqliteStore
 from sidecar.journal.store import Opening, SqlStore, Store, StoreSettings
@@ -157,6 +157,10 @@ class Kit(ABC):
     def maintained(self, *, create: bool = False) -> AbstractContextManager[SqlStore]:
         """Opened for maintenance."""
         return closing(open_for_maintenance(self.location, create=create))
+
+    def keys(self) -> list[Key]:
+        with self.maintained() as kept, kept.snapshot() as tables:
+            return tables.keys(1, 99)
 
     def verify(self) -> Iterator[Checked]:
         return verify_journal(self.location)

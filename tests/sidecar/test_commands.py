@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import stat
 from contextlib import closing
@@ -79,20 +78,6 @@ def test_verify(store: SqliteKit, run: Said) -> None:
     db.close()
     said = run("verify", "--journal", store.path, code=1)
     assert "entry 5, COMPLETED: payload: does not match payload_digest" in said
-
-
-def test_a_journal_in_use(store: SqliteKit, run: Said) -> None:
-    """While a sidecar has the journal, every command says so and does nothing."""
-    with store.opened():
-        for command in (
-            ["verify"],
-            ["prune", "--before", "9"],
-            ["redact", "1"],
-            ["export", "-"],
-            ["import", os.devnull],
-            ["accept-loss", "--through", "9"],
-        ):
-            assert "in use by another sidecar" in run(*command, "--journal", store.path, code=1)
 
 
 def test_a_journal_that_is_not_there(tmp_path: Path, run: Said) -> None:

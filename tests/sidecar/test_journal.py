@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 
@@ -20,15 +19,12 @@ from sidecar.journal.ledger import keyed
 from sidecar.journal.maintenance import verify
 from sidecar.journal.model import Appended, Audit, ItemEntries, JournalBroken, Note, Opened, Sealed, Unfinished
 from sidecar.journal.writer import Journal
-from tests.postgres import Postgres
 from tests.sidecar.journal_kit import (
     FINGERPRINT,
     LOG_ID,
     PARAMETERS,
     SECRET,
     Kit,
-    PostgresKit,
-    SqliteKit,
     admission,
     audit,
     completed,
@@ -42,23 +38,12 @@ from tests.sidecar.journal_kit import (
 DAY = 86_400
 
 
-@pytest.fixture(name="store", params=["sqlite", "postgres"])
-def _store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kit]:
-    if request.param == "sqlite":
-        yield SqliteKit(tmp_path / "journal.db")
-        return
-    server: Postgres = request.getfixturevalue("postgres")
-    store = PostgresKit(server.url(server.schema()))
-    yield store
-    store.kill()
-
-
 class Open:
     """A journal in use."""
 
-    def __init__(self, store: Kit) -> None:
-        self.backend, self.found = store.open()
-        self.grouped = Journal(self.backend, now_millis=store.clock.now_millis)
+    def __init__(self, kit: Kit) -> None:
+        self.backend, self.found = kit.open()
+        self.grouped = Journal(self.backend, now_millis=kit.clock.now_millis)
         self.journal: Journal = self.grouped
 
     async def admit(self, *items: sequencer_pb2.AdmittedPayload, key: str = "") -> tuple[Sealed, ...]:
@@ -66,8 +51,8 @@ class Open:
 
 
 @asynccontextmanager
-async def opened(store: Kit) -> AsyncIterator[Open]:
-    using = Open(store)
+async def opened(kit: Kit) -> AsyncIterator[Open]:
+    using = Open(kit)
     try:
         yield using
     finally:
@@ -75,8 +60,8 @@ async def opened(store: Kit) -> AsyncIterator[Open]:
 
 
 @pytest.fixture(name="using")
-async def _using(store: Kit) -> AsyncIterator[Open]:
-    async with opened(store) as using:
+async def _using(kit: Kit) -> AsyncIterator[Open]:
+    async with opened(kit) as using:
         yield using
 
 
@@ -101,14 +86,14 @@ async def test_numbers(using: Open) -> None:
     await assert_sound(using.journal)
 
 
-async def test_first_entry(using: Open, store: Kit) -> None:
+async def test_first_entry(using: Open, kit: Kit) -> None:
     """A new journal begins with OPENED of epoch 1, after 32 zero bytes."""
     opened_entry, *others = await using.journal.entries(1, 10, payloads=True)
 
     header = opened_entry.header
     assert others == []
     assert (header.kind, header.epoch, header.log_id, header.writer) == (types_pb2.ENTRY_KIND_OPENED, 1, LOG_ID, "writer")
-    assert header.time_unix_millis == store.clock.millis
+    assert header.time_unix_millis == kit.clock.millis
     assert opened_entry.previous_hash == GENESIS
     assert sequencer_pb2.OpenedPayload.FromString(opened_entry.payload).version == "1.0"
 
@@ -208,13 +193,13 @@ async def test_a_canarys_verdict(using: Open) -> None:
     await assert_sound(using.journal)
 
 
-async def test_notes(store: Kit) -> None:
+async def test_notes(kit: Kit) -> None:
     """A note is found by how its name begins, replaced by the next of that name, outlives the process, and is no entry."""
-    async with opened(store) as using:
+    async with opened(kit) as using:
         for name, value in (("a/1", b"old"), ("a/2", b""), ("b/1", b"other"), ("a/1", b"new")):
             assert (await using.journal.append(Note(name, value))).entries == ()
         assert (await using.journal.head()).index == 1
-    async with opened(store) as using:
+    async with opened(kit) as using:
         assert await using.journal.notes("a/") == {"a/1": b"new", "a/2": b""}
         assert list(await using.journal.notes("")) == ["a/1", "a/2", "b/1"]
         assert await using.journal.notes("%") == {}
@@ -248,18 +233,18 @@ async def test_key_is_scoped_by_tenant(using: Open) -> None:
     assert await using.journal.binding("a", "") is None
 
 
-async def test_key_expires(using: Open, store: Kit) -> None:
+async def test_key_expires(using: Open, kit: Kit) -> None:
     """A key is kept until its ttl has passed since the last outcome of its batch, then it may be bound again."""
     first, second = await using.admit(item(), item(), key="k")
-    store.clock.sleep(100 * DAY)
+    kit.clock.sleep(100 * DAY)
     await using.journal.append(completed(first))
-    store.clock.sleep(DAY)
+    kit.clock.sleep(DAY)
     assert await using.journal.binding("", "k") is not None, "an item of the batch has not ended"
 
     await using.journal.append(ended(second))
-    store.clock.sleep(DAY - 0.001)
+    kit.clock.sleep(DAY - 0.001)
     assert (await using.journal.append(admission(key="k"))).binding is not None
-    store.clock.sleep(0.001)
+    kit.clock.sleep(0.001)
     assert await using.journal.binding("", "k") is None
     assert sequences(await using.admit(item(), key="k")) == [3]
     assert (again := await using.journal.binding("", "k")) is not None
@@ -334,29 +319,29 @@ async def test_entries(using: Open) -> None:
         assert await using.journal.entries(index, 10, payloads=True) == []
 
 
-async def test_reopen(store: Kit) -> None:
+async def test_reopen(kit: Kit) -> None:
     """A journal that is opened again goes on where it was, in the next epoch, and hands over what has not ended."""
-    async with opened(store) as using:
+    async with opened(kit) as using:
         first, second, third = await using.admit(item(), item(), item())
         await using.journal.append(completed(second))
         before = await using.journal.head()
         assert using.found == Opened(using.found.head, ())
-    async with opened(store) as using:
+    async with opened(kit) as using:
         assert using.found.unfinished == (Unfinished(first, 2), Unfinished(third, 2))
         head = using.found.head
         assert (head.log_id, head.epoch, head.index, head.last_sequence) == (LOG_ID, 2, before.index + 1, 3)
         assert sequences(await using.admit(item(), key="k")) == [4]
         await assert_sound(using.journal)
-    async with opened(store) as using:
+    async with opened(kit) as using:
         assert [(one.admitted.header.sequence, one.attempt) for one in using.found.unfinished] == [(1, 3), (3, 3), (4, 2)]
         assert (await using.journal.binding("", "k")) is not None
         assert sequencer_pb2.AdmittedPayload.FromString(using.found.unfinished[2].admitted.payload).idempotency_key == "k"
 
 
-async def test_log_id_stays(store: Kit) -> None:
+async def test_log_id_stays(kit: Kit) -> None:
     """The log id that a journal was made with is its name for good."""
-    store.open()[0].close()
-    journal, found = store.open(log_id="f" * 32)
+    kit.open()[0].close()
+    journal, found = kit.open(log_id="f" * 32)
     journal.close()
 
     assert found.head.log_id == LOG_ID
@@ -416,9 +401,9 @@ async def test_wait(using: Open) -> None:
     await waiting[2]
 
 
-async def test_close(store: Kit) -> None:
+async def test_close(kit: Kit) -> None:
     """Closing appends what waits; a call after that, or a wait that cannot end, is told so."""
-    using = Open(store)
+    using = Open(kit)
     appends = [asyncio.ensure_future(using.admit(item())) for _ in range(600)]
     waiting = asyncio.ensure_future(using.journal.wait(10_000))
     await asyncio.sleep(0)
@@ -431,10 +416,10 @@ async def test_close(store: Kit) -> None:
     assert not using.grouped.broken.done()
 
 
-async def test_stale_epoch(using: Open, store: Kit) -> None:
+async def test_stale_epoch(using: Open, kit: Kit) -> None:
     """A writer whose epoch has been taken over appends nothing more, and knows that it has to end."""
     await using.admit(item())
-    store.fence(using.backend)
+    kit.fence(using.backend)
 
     with pytest.raises(JournalBroken, match="fenced"):
         await using.admit(item())
@@ -443,7 +428,7 @@ async def test_stale_epoch(using: Open, store: Kit) -> None:
         await using.admit(item())
 
 
-async def test_signed(store: Kit) -> None:
+async def test_signed(kit: Kit) -> None:
     """Every transaction is signed by the key of its epoch. An outcome has the head that covers it, the same when it is read,
     after another key, and beside transactions without one."""
     keys = [signer_of(new_key()) for _ in range(2)]
@@ -451,8 +436,8 @@ async def test_signed(store: Kit) -> None:
     made = list[Sealed]()
     read: Sequence[ItemEntries] = ()
     for signer in (None, *keys, None):
-        store.configure(signer=signer)
-        async with opened(store) as using:
+        kit.configure(signer=signer)
+        async with opened(kit) as using:
             entries = [*await using.admit(item(1), item(2)), *await using.admit(item(3))]
             ends = await using.journal.append_outcomes([completed(each) for each in entries])
             made += [each.entries[0] for each in ends]
@@ -481,11 +466,11 @@ async def test_signed(store: Kit) -> None:
             assert public.verify(receipts[0].head)
 
 
-async def test_large_transactions_are_signed_in_parts(store: Kit) -> None:
+async def test_large_transactions_are_signed_in_parts(kit: Kit) -> None:
     """A head covers a bounded number of entries, so that a receipt is read in a bounded time: the heads of a large transaction
     follow each other to its end, and each receipt has the one that covers it."""
-    store.configure(signer=signer_of(new_key()))
-    journal, _ = store.open()
+    kit.configure(signer=signer_of(new_key()))
+    journal, _ = kit.open()
     batches = [admission(*(item(n) for n in range(600))) for _ in range(3)]
     (first,) = journal.append_many([admission(item())], 1)
     ended_ = journal.append_many([completed(first.entries[0]), *batches, completed(first.entries[0])], 2)[0].entries[0]

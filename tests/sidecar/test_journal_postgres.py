@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -17,9 +15,9 @@ from ostinato.errors import JournalFull, JournalUnavailable
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal import postgres as schema
-from sidecar.journal.model import CommitUnknown, JournalBroken, JournalUnusable, Note, Unfinished
+from sidecar.journal.model import JournalBroken, JournalUnusable, Note, Unfinished
 from sidecar.journal.postgres import Database, PostgresStore, PostgresTables, check_verified
-from tests.postgres import Postgres, installed, packaged
+from tests.postgres import Postgres, installed
 from tests.sidecar.journal_kit import (
     EXPIRE,
     NOW,
@@ -246,38 +244,6 @@ def test_a_lost_commit_is_looked_up(
 
 
 @pytest.mark.parametrize("cut", [Cut.BEFORE, Cut.AFTER])
-def test_a_commit_in_doubt_is_not_answered(
-    store: PostgresKit, line: Proxy, at_commit: Callable[[Callable[[], None]], None], cut: Cut
-) -> None:
-    """While the server cannot be reached a commit stays in doubt; appending the same drafts again returns its result."""
-    watch = Watch()
-    url = through(line, store)
-    journal, _ = store.open(url=url, seconds=watch)
-
-    def lose() -> None:
-        line.cut, line.closed = cut, True
-
-    drafts = [admission(item(), item())]
-    at_commit(lose)
-    with pytest.raises(CommitUnknown):
-        journal.append_many(drafts, NOW)
-    with pytest.raises(CommitUnknown):
-        journal.append_many(drafts, NOW)
-    with pytest.raises(JournalUnavailable):
-        journal.entries(1, 1, payloads=False)
-    assert not journal.restore_reserve()
-    line.closed = False
-    watch.now += 10
-    (answer,) = journal.append_many(drafts, NOW)
-
-    assert sequences(answer.entries) == [1, 2]
-    assert journal.newest().last_sequence == 2
-    assert tuple(journal.entries(2, 10, payloads=True)) == answer.entries
-    assert journal.restore_reserve()
-    assert sound(store)
-
-
-@pytest.mark.parametrize("cut", [Cut.BEFORE, Cut.AFTER])
 def test_a_take_over_in_doubt(
     store: PostgresKit, line: Proxy, at_commit: Callable[[Callable[[], None]], None], cut: Cut
 ) -> None:
@@ -428,24 +394,6 @@ def _retry_until_unusable(store: PostgresKit) -> None:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         store.open()[0].close()
-
-
-def test_binaries_that_other_users_cannot_reach(tmp_path: Path) -> None:
-    """A server whose binaries lie below a folder of mode 700 starts, also as root, who runs it as another user."""
-    binaries = packaged()
-    assert binaries is not None, "they come with the development requirements"
-    tmp_path.chmod(0o700)
-    package = binaries.parents[1]
-    for folder in (package, package.with_name(f"{package.name}.libs")):
-        shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("include"))
-    with Postgres(tmp_path / binaries.relative_to(package.parent)) as server:
-        store = PostgresKit(server.url())
-        with store.opened() as journal:
-            admit(journal)
-        root = server.root
-        assert sound(store)
-
-    assert not root.exists()
 
 
 @pytest.mark.skipif(not installed(), reason="this machine has no PostgreSQL of its own")

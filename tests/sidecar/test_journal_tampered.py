@@ -24,19 +24,7 @@ from sidecar.journal.sqlite import SqliteStore
 from sidecar.journal.store import Store
 from sidecar.journal.transfer import export, take_in
 from sidecar.journal.writer import Journal
-from tests.postgres import Postgres
 from tests.sidecar.journal_kit import Kit, PostgresKit, SqliteKit, admission, audit, completed, item, twin
-
-
-@pytest.fixture(name="kit", params=["sqlite", "postgres"])
-def _kit(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kit]:
-    if request.param == "sqlite":
-        yield SqliteKit(tmp_path / "journal.db")
-        return
-    server: Postgres = request.getfixturevalue("postgres")
-    kit = PostgresKit(server.url(server.schema()), spare=server.url(server.schema()))
-    yield kit
-    kit.kill()
 
 
 def tamper(kit: Kit, store: Store, statement: str) -> None:
