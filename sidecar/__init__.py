@@ -3,8 +3,10 @@
     pipeline              the life of a request; performs what the core decides
     core/                 what happens next: a pure state machine
     item, answers         an admitted item; those who wait for it, and what they are answered
+    streaming, remote     calls that stream, and calls that wait for another sidecar's items
     api, admission        the public services, and what refuses a request before it has a sequence
-    link                  the one ordered stream to the service
+    link, preparing       the one ordered stream to the service, and the requests to prepare on it
+    turns                 long work, a few at a time, in turns between tenants
     journal/              what is durable
     observe               metrics, log lines and spans
     rerun, checks         runs without a sequence, compared with the record: replays, audits, canaries

@@ -25,8 +25,8 @@ from sidecar.divergence.tracker import DivergenceTracker
 from sidecar.held import Account
 from sidecar.journal.model import ItemEntries, Sealed
 from sidecar.journal.writer import Journal
-from sidecar.link import SHORT_BYTES
 from sidecar.pipeline import Pipeline
+from sidecar.preparing import SHORT_BYTES
 from sidecar.streaming import StreamWaiter
 from sidecar.witness import Witness
 

@@ -29,6 +29,7 @@ from sidecar.answers import no_verdict, pages, record_of
 from sidecar.config import Settings
 from sidecar.journal.model import ItemEntries, Note
 from sidecar.pipeline import Pipeline
+from sidecar.preparing import is_short
 from sidecar.rerun import Record
 
 log = logging.getLogger(__name__)
@@ -292,9 +293,8 @@ class CanaryRunner:
                 self._pipeline.observer.not_compared(CANARY, errors.InvalidRequest.reason)
             return known
         try:
-            response = await self._pipeline.link.prepare(
-                engine_pb2.PrepareRequest(items=[canary.item]), self._seconds, short=False
-            )
+            request = engine_pb2.PrepareRequest(items=[canary.item])
+            response = await self._pipeline.link.prepare(request, self._seconds, short=is_short(request))
         except errors.OstinatoError as error:
             self._pipeline.observer.not_compared(CANARY, error.reason)
             if isinstance(error, errors.InvalidRequest):

@@ -21,7 +21,7 @@ from serving.handlers import ran_out, remaining
 from serving.intake import CHARGE, Charge
 
 from sidecar import answers
-from sidecar.admission import TurnQueue, check, check_size, draft, prepare_cost, response_bytes_max
+from sidecar.admission import check, check_size, draft, prepare_cost, response_bytes_max
 from sidecar.answers import CancelWaiter, Waiter, answer_of, is_whole, result_of, stamp_of
 from sidecar.collisions import Collisions
 from sidecar.config import Settings
@@ -33,11 +33,13 @@ from sidecar.held import Held
 from sidecar.item import ActiveItem, RerunResult, need_of, submission
 from sidecar.journal.model import Admission, Appended, Audit, Binding, JournalBroken, Outcome, Sealed, Unfinished
 from sidecar.journal.writer import Journal
-from sidecar.link import EngineLink, is_short, run_error
+from sidecar.link import EngineLink, run_error
 from sidecar.observe import Observer
+from sidecar.preparing import is_short
 from sidecar.quota import JournalQuota
 from sidecar.remote import RemoteWaiters, ended
 from sidecar.rerun import Record, Rerunner
+from sidecar.turns import TurnQueue
 
 VERIFY = types_pb2.COMPARISON_KIND_VERIFY
 KEY_CHARACTERS_SHOWN = 64

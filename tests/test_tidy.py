@@ -63,9 +63,11 @@ BESIDE_THE_SPINE = {
     "sidecar.journal.derived": "the tables beside the entries, made again to be compared",
     "sidecar.journal.diagnosis": "what is wrong with a damaged file",
     "sidecar.observe": "metrics, spans and log lines",
+    "sidecar.preparing": "requests to prepare, on the engine stream",
     "sidecar.quota": "bytes of the journal by tenant",
     "sidecar.remote": "calls that wait for another sidecar's items",
     "sidecar.rerun": "second runs",
+    "sidecar.turns": "turns between tenants for long work",
 }
 """What the spine may use of ours beside itself. To understand order, journal and exactness, none of it has to be read."""
 

@@ -26,7 +26,6 @@ from ostinato.errors import JournalFull, JournalUnavailable, RecordDamaged
 from ostinato.v1 import types_pb2
 from serving.auth import caller
 
-from sidecar.admission import QUANTUM_BYTES, TurnQueue
 from sidecar.journal.model import (
     Admission,
     Appended,
@@ -45,6 +44,7 @@ from sidecar.journal.model import (
     Witnessed,
 )
 from sidecar.journal.store import Store, check_batch, check_entries
+from sidecar.turns import QUANTUM_BYTES, TurnQueue
 
 T = TypeVar("T")
 Refusal = JournalFull | JournalUnavailable

@@ -22,7 +22,7 @@ from ostinato.v1.engine_pb2 import RunEvent, Submit
 from serving.hop import PEER_SUFFIX, ServiceEnd
 from serving.server import Unix
 
-from sidecar.link import SHORT_BYTES
+from sidecar.preparing import SHORT_BYTES
 from tests.e2e.kit import Door, opened, refusal
 from tests.pair import Pair
 from tests.waiting import eventually

@@ -22,7 +22,6 @@ from sidecar.admission import (
     SIGNED_BYTES,
     STAMP_BYTES,
     VERDICT_BYTES,
-    TurnQueue,
     check,
     check_size,
     draft,
@@ -31,6 +30,7 @@ from sidecar.admission import (
 )
 from sidecar.config import Settings
 from sidecar.journal.ledger import SIGNED_ENTRIES_MAX
+from sidecar.turns import TurnQueue
 
 SETTINGS = Settings(max_response_bytes=4096, response_bytes_ceiling=8192, batch_items_max=2)
 Request = generation_pb2.GenerateRequest

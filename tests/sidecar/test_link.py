@@ -20,16 +20,8 @@ from ostinato.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 from serving.hop import Metadata, SidecarEnd
 from serving.server import Server
 
-from sidecar.link import (
-    SHORT_BYTES,
-    SUBMIT_BYTES,
-    EngineLink,
-    Preparing,
-    check_description,
-    check_prepared,
-    is_short,
-    unavailable,
-)
+from sidecar.link import SUBMIT_BYTES, EngineLink, check_description, unavailable
+from sidecar.preparing import SHORT_BYTES, Preparing, check_prepared, is_short
 from tests.waiting import eventually
 
 DESCRIPTION = engine_pb2.DescribeResponse(
