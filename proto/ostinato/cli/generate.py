@@ -471,31 +471,41 @@ def _bulk(session: Session, options: GenerateOptions, file: Path, output: Path) 
     return _write_output(session, options, total, output)
 
 
-async def _write_output(session: Session, options: GenerateOptions, total: int, output: Path) -> bool:
+async def _write_output(session: Session, options: GenerateOptions, total: int, path: Path) -> bool:
     """Whether every prompt has an output and no verification failed."""
-    tally = Tally()
-    with closing(OutputFile(output)) as written:
+
+    def note_interrupted() -> None:
+        show.note(f"interrupted: {output.lines} of {total} results are in {path}; the same command continues")
+
+    with closing(OutputFile(path)) as output:
         try:
             async with session.client(options.max_response_bytes) as client:
                 with show.progress("generate", total, options.progress) as done:
-                    await _run(client, session, options, written, tally, done)
+                    await _run(client, session, options, output, done)
         except OSError as error:
-            show.note(f"error: {output}: {error.strerror}")
+            show.note(f"error: {path}: {error.strerror}")
         except (asyncio.CancelledError, errors.OstinatoError):
-            _note_interrupted(output, tally, total)
+            note_interrupted()
             raise
-    if tally.items < total:
-        _note_interrupted(output, tally, total)
-        return False
+        if output.lines < total:
+            note_interrupted()
+            return False
+        summary = output.summary()
     if session.json:
-        show.as_json(tally.summary())
+        show.as_json(summary)
     else:
-        show.card((name.replace("_", " "), _counts(value)) for name, value in tally.summary().items())
-    return tally.succeeded
+        show.card((name.replace("_", " "), _counts(value)) for name, value in summary.items())
+    return summary["outcomes"].get("completed") == total and "diverged" not in summary.get("verified", {})
+
+
+def _counts(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{count} {name}" for name, count in value.items()) or "none"
+    return str(value)
 
 
 async def _run(
-    client: Client, session: Session, options: GenerateOptions, output: OutputFile, tally: Tally, done: Callable[[int], None]
+    client: Client, session: Session, options: GenerateOptions, output: OutputFile, done: Callable[[int], None]
 ) -> None:
     size = await options.batch_size(client, session.timeout)
 
@@ -505,115 +515,40 @@ async def _run(
         return f"{options.common.idempotency_key}/{first}-{first + len(request.items) - 1}/{request_digest}"
 
     source = batches(options.prompts, options.common, size, key)
-    first = await _skip(source, output, tally, done)
-    if first is None:
+    for first in source:
+        if not output.has(first):
+            break
+        done(output.lines)
+        await asyncio.sleep(0)  # lets an interrupt through
+    else:
         output.expect_end()
         return
-    written = first.number - 1
+    output.kept, written = output.lines, first.number - 1
     async with aclosing(answers(client, session.timeout, chain([first], source), options.concurrency)) as answered:
         async for batch, response in answered:
-            if batch.number != written + 1:
-                continue  # an earlier batch failed; the journal keeps this one
-            tally.add(output.write(batch, response.results))
-            written += 1
-            done(tally.items)
-
-
-async def _skip(source: Iterator[Batch], output: OutputFile, tally: Tally, done: Callable[[int], None]) -> Batch | None:
-    """The first batch whose results are not in the file."""
-    for batch in source:
-        kept = output.read(batch)
-        if kept is None:
-            return batch
-        tally.add(kept)
-        tally.kept += len(kept)
-        done(tally.items)
-        await asyncio.sleep(0)  # lets an interrupt through
-    return None
-
-
-def _note_interrupted(output: Path, tally: Tally, total: int) -> None:
-    show.note(f"interrupted: {tally.items} of {total} results are in {output}; the same command continues")
-
-
-def _counts(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{count} {name}" for name, count in value.items()) or "none"
-    return str(value)
-
-
-class Line(NamedTuple):
-    """What the summary needs of a line of the output file."""
-
-    sequence: int
-    outcome: str
-    prompt_tokens: int
-    tokens: int
-    verdict: str
-    """Empty: the item was not verified."""
-
-    @classmethod
-    def of(cls, answer: dict[str, Any]) -> Line:
-        """Raises one of MALFORMED if a line is not one of ours."""
-        output, status = answer.get("output", {}), answer.get("status", {})
-        reasons = [str(each["reason"]) for each in status.get("details", ()) if "reason" in each]
-        outcome = "completed" if "output" in answer else (reasons or [f"code {status.get('code')}"])[0]
-        verdict = answer["comparison"].get("verdict", "not compared") if "comparison" in answer else ""
-        tokens, prompt_tokens = len(output.get("token_ids", ())), int(output.get("prompt_tokens", 0))
-        return cls(int(answer["sequence"]), outcome, prompt_tokens, tokens, verdict.removeprefix("VERDICT_").lower())
-
-
-MALFORMED = (ValueError, TypeError, LookupError, AttributeError)
-
-
-class Tally:
-    """The summary of all results in the output file."""
-
-    def __init__(self) -> None:
-        self.items = self.kept = self._tokens = self._prompt_tokens = 0
-        self._outcomes: Counter[str] = Counter()
-        self._verdicts: Counter[str] = Counter()
-        self._first = self._last = 0
-
-    @property
-    def succeeded(self) -> bool:
-        return self._outcomes["completed"] == self.items and not self._verdicts["diverged"]
-
-    def add(self, lines: Sequence[Line]) -> None:
-        for line in lines:
-            self.items += 1
-            self._first, self._last = min(self._first or line.sequence, line.sequence), max(self._last, line.sequence)
-            self._outcomes[line.outcome] += 1
-            self._tokens += line.tokens
-            self._prompt_tokens += line.prompt_tokens
-            if line.verdict:
-                self._verdicts[line.verdict] += 1
-
-    def summary(self) -> dict[str, Any]:
-        made = {
-            "items": self.items,
-            "outcomes": dict(self._outcomes),
-            "kept": self.kept,
-            "sequences": f"{self._first}..{self._last}",
-            "prompt_tokens": self._prompt_tokens,
-            "tokens": self._tokens,
-        }
-        return made | ({"verified": dict(self._verdicts)} if self._verdicts else {})
+            if batch.number == written + 1:  # otherwise an earlier batch failed; the journal keeps this one
+                output.write(batch, response.results)
+                written += 1
+                done(output.lines)
 
 
 class OutputFile:
     """The file of --output, locked by one run. It has one line per prompt, in their order, and whole batches.
 
     A line is a Result in protobuf's JSON, after the prompt's `line` and the `key` of its batch. The key identifies the request,
-    so a later run knows whether the file answers its prompts. Call `read` for each batch until one is not there; from there on
-    `write`.
+    so a later run knows whether the file answers its prompts. Ask with `has` for each batch until one is not there; from there
+    on `write`.
     """
 
     _BEGINNING = b'{"line": '
 
     def __init__(self, path: Path) -> None:
         """Raises BadParameter if the path is not a file, or another run has it."""
-        self._path, self._lines = path, 0
+        self._path = path
+        self.lines = 0
+        """Results that were found or written."""
+        self.kept = 0
+        """Of them those of an earlier run."""
         with usage("--output"):
             if path.exists() and not path.is_file():
                 raise ValueError(f"{path} is not a file: it is read, to continue it")
@@ -624,10 +559,10 @@ class OutputFile:
         with suppress(OSError):  # a full disk, which has been reported
             self._file.close()
 
-    def read(self, batch: Batch) -> list[Line] | None:
-        """The results of this batch; None: not all are there, and an incomplete batch has been cut off. Raises BadParameter if
-        something else is in their place."""
-        start, found = self._file.tell(), []
+    def has(self, batch: Batch) -> bool:
+        """Whether the next lines are the results of this batch. An incomplete batch is cut off. Raises BadParameter if something
+        else is there."""
+        start = self._file.tell()
         for prompt in batch.prompts:
             line = self._file.readline()
             if not line.endswith(b"\n"):
@@ -635,37 +570,53 @@ class OutputFile:
                     raise self._mismatch(prompt)  # not a line of ours that was cut short
                 self._file.seek(start)
                 self._file.truncate()
-                return None
-            found.append(self._parse(line, batch, prompt))
-        self._lines += len(found)
-        return found
+                return False
+            try:
+                key = json.loads(line)["key"]
+            except (ValueError, TypeError, LookupError):
+                key = None
+            if key != batch.request.idempotency_key:
+                raise self._mismatch(prompt)
+        self.lines += len(batch.prompts)
+        return True
 
-    def write(self, batch: Batch, results: Sequence[types_pb2.Result]) -> list[Line]:
-        """Writes the results of a batch. Raises OSError."""
+    def write(self, batch: Batch, results: Sequence[types_pb2.Result]) -> None:
+        """Raises OSError."""
         if len(results) != len(batch.prompts):
             raise errors.Internal(f"{len(results)} results for {len(batch.prompts)} prompts")
-        key = batch.request.idempotency_key
-        made = [
-            {"line": int(prompt.place.rpartition(":")[2]), "key": key, **show.as_dict(result)}
-            for prompt, result in zip(batch.prompts, results, strict=True)
-        ]
-        self._file.write("".join(f"{json.dumps(each)}\n" for each in made).encode())
+        for prompt, result in zip(batch.prompts, results, strict=True):
+            place = {"line": int(prompt.place.rpartition(":")[2]), "key": batch.request.idempotency_key}
+            self._file.write(f"{json.dumps(place | show.as_dict(result))}\n".encode())
         self._file.flush()
-        return list(map(Line.of, made))
+        self.lines += len(results)
 
     def expect_end(self) -> None:
         """Raises BadParameter if the file has more lines than there are prompts."""
+        self.kept = self.lines
         if self._file.read(1):
-            raise wrong(f"--output: {self._path} has more than the {self._lines} results of these prompts")
+            raise wrong(f"--output: {self._path} has more than the {self.lines} results of these prompts")
 
-    def _parse(self, line: bytes, batch: Batch, prompt: Prompt) -> Line:
-        try:
-            answer = json.loads(line)
-            if answer["key"] == batch.request.idempotency_key:
-                return Line.of(answer)
-        except MALFORMED:
-            pass
-        raise self._mismatch(prompt)
+    def summary(self) -> dict[str, Any]:
+        """Of all results in the file. Raises BadParameter for a line that was edited."""
+        outcomes, verdicts, tokens = Counter[str](), Counter[str](), Counter[str]()
+        first = last = 0
+        self._file.seek(0)
+        for number, line in enumerate(self._file, 1):
+            try:
+                answer = json.loads(line)
+                output, status = answer.get("output", {}), answer.get("status", {})
+                reasons = [each["reason"] for each in status.get("details", ()) if "reason" in each]
+                outcomes["completed" if "output" in answer else (reasons or [f"code {status.get('code')}"])[0]] += 1
+                if "comparison" in answer:
+                    verdict = answer["comparison"].get("verdict", "not compared")
+                    verdicts[verdict.removeprefix("VERDICT_").lower()] += 1
+                tokens.update(prompt_tokens=output.get("prompt_tokens", 0), tokens=len(output.get("token_ids", ())))
+                sequence = int(answer["sequence"])
+                first, last = min(first or sequence, sequence), max(last, sequence)
+            except (ValueError, TypeError, LookupError, AttributeError):
+                raise wrong(f"--output: {self._path}:{number}: is not a result") from None
+        made = {"items": self.lines, "outcomes": dict(outcomes), "kept": self.kept, "sequences": f"{first}..{last}", **tokens}
+        return made | ({"verified": dict(verdicts)} if verdicts else {})
 
     def _mismatch(self, prompt: Prompt) -> typer.BadParameter:
         return wrong(
