@@ -36,11 +36,8 @@ async def demo(running: Running) -> int:
     with tempfile.TemporaryDirectory(prefix="ostinato-demo-") as folder:
         options = ServeOptions(
             state=Path(folder),
-            listen=ANYWHERE,
-            metrics=ANYWHERE,
-            service_metrics=ANYWHERE,
-            service=["--engine", "llama", "--state-dir", str(STATE)],
-            sidecar=["--journal-reserve-bytes", str(1 << 20)],
+            service=["--engine", "llama", "--state-dir", str(STATE), "--metrics", ANYWHERE],
+            sidecar=["--listen", ANYWHERE, "--metrics", ANYWHERE, "--journal-reserve-bytes", str(1 << 20)],
         )
         async with started(options, running):
             connected = running.connected

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from google.protobuf.json_format import ParseError
@@ -30,8 +30,6 @@ from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 COUNT = 16
 NOT_CONSISTENT, NOT_COMPARED = "not consistent", "not compared"
 VERDICTS = ("match", "diverged", "incomparable", NOT_COMPARED, NOT_CONSISTENT)
-
-Run = tuple[sequencer_pb2.ItemRecord, types_pb2.Comparison, types_pb2.Result | None]
 
 
 async def challenge(
@@ -58,11 +56,13 @@ async def challenge(
         with show.progress("challenge", len(chosen)) as done:
             elsewhere = Elsewhere(client, session.timeout)
             async with aclosing(bounded_gather(_runs(elsewhere, chosen), CONCURRENCY)) as runs:
-                async for record, comparison, result in runs:
-                    verdict = _verdict(record, comparison)
-                    verdicts[verdict] += 1
+                async for run in runs:
+                    verdicts[run.verdict] += 1
                     done(verdicts.total())
-                    _show(session, record, comparison, result, verdict)
+                    if session.json:
+                        show.as_json(run.as_dict())
+                    else:
+                        show.line(show.visible(run.line()))
     if session.json:
         told = {each.replace(" ", "_"): verdicts[each] for each in VERDICTS}
         told |= {"without_input": known.without_input, "without_output": known.without_output}
@@ -169,12 +169,41 @@ class Records:
                 yield record
 
 
+class Run(NamedTuple):
+    """A record that was compared, or that is not consistent."""
+
+    record: sequencer_pb2.ItemRecord
+    faults: list[str]
+    comparison: types_pb2.Comparison
+    result: types_pb2.Result | None
+    """Of the other sidecar."""
+
+    @property
+    def verdict(self) -> str:
+        if self.faults:
+            return NOT_CONSISTENT
+        return NOT_COMPARED if self.comparison.HasField("status") else show.word(self.comparison, "verdict")
+
+    def as_dict(self) -> dict[str, Any]:
+        told = {"verdict": self.verdict, "claimed": show.as_dict(self.record), "comparison": show.as_dict(self.comparison)}
+        return told | ({"recomputed": show.as_dict(self.result)} if self.result is not None else {})
+
+    def line(self) -> str:
+        """What was claimed, what came out there, and where the other sidecar's own log has it."""
+        comparison, result = self.comparison, self.result
+        expected, actual = show.short(comparison.expected_output_digest), show.short(comparison.actual_output_digest)
+        why = ", ".join(self.faults) or comparison.status.message or ", ".join(comparison.drift)
+        there = f"sequence {result.sequence} of log {result.receipt.header.log_id}" if result is not None else "-"
+        line = f"sequence {self.record.admitted.sequence}: {self.verdict}; output {expected}, there {actual or '-'}, {there}"
+        return f"{line}{f'; {why}' if why else ''}"
+
+
 async def _runs(elsewhere: Elsewhere, chosen: Sequence[sequencer_pb2.ItemRecord]) -> AsyncIterator[Coroutine[Any, Any, Run]]:
     async def run(record: sequencer_pb2.ItemRecord) -> Run:
-        if _faults(record):
-            return record, types_pb2.Comparison(), None
+        if faults := _faults(record):
+            return Run(record, faults, types_pb2.Comparison(), None)
         label = f"challenge {record.admitted.log_id[:8]}/{record.admitted.sequence}"
-        return (record, *await elsewhere.compared(record, label))
+        return Run(record, [], *await elsewhere.compared(record, label))
 
     for record in chosen:
         yield run(record)
@@ -186,28 +215,3 @@ def _faults(record: sequencer_pb2.ItemRecord) -> list[str]:
     receipt = record.result.receipt
     fault = inclusion_fault(receipt) if receipt.HasField("head") else ""
     return chain.check_record(record) + ([f"receipt.{fault}"] if fault else [])
-
-
-def _verdict(record: sequencer_pb2.ItemRecord, comparison: types_pb2.Comparison) -> str:
-    if _faults(record):
-        return NOT_CONSISTENT
-    return NOT_COMPARED if comparison.HasField("status") else show.word(comparison, "verdict")
-
-
-def _show(
-    session: Session,
-    record: sequencer_pb2.ItemRecord,
-    comparison: types_pb2.Comparison,
-    result: types_pb2.Result | None,
-    verdict: str,
-) -> None:
-    """What was claimed, what came out there, and the other sidecar's own receipt for it."""
-    if session.json:
-        told = {"verdict": verdict, "claimed": show.as_dict(record), "comparison": show.as_dict(comparison)}
-        show.as_json(told | ({"recomputed": show.as_dict(result)} if result is not None else {}))
-        return
-    expected, actual = show.short(comparison.expected_output_digest), show.short(comparison.actual_output_digest)
-    why = ", ".join(_faults(record)) or comparison.status.message or ", ".join(comparison.drift)
-    there = f"sequence {result.sequence} of log {result.receipt.header.log_id}" if result is not None else "-"
-    line = f"sequence {record.admitted.sequence}: {verdict}; output {expected}, there {actual or '-'}, {there}"
-    show.line(show.visible(f"{line}{f'; {why}' if why else ''}"))

@@ -560,8 +560,8 @@ class OutputFile:
             self._file.close()
 
     def has(self, batch: Batch) -> bool:
-        """Whether the next lines are the results of this batch. An incomplete batch is cut off. Raises BadParameter if something
-        else is there."""
+        """Whether the next lines are this batch's results. Of an incomplete batch they are cut off. Raises BadParameter if they
+        are of something else."""
         start = self._file.tell()
         for prompt in batch.prompts:
             line = self._file.readline()

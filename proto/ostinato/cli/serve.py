@@ -115,17 +115,16 @@ def serve(
         raise wrong(f"MODEL: there is no file or folder {model}")
     if gateway_port is not None and not gateway:
         raise wrong("--gateway-port: needs --gateway")
+    if engine is None and model is not None:
+        engine = Engine.TURBOMIND if model.is_dir() else Engine.LLAMA
+    services = _given({"--config": config, "--engine": engine, "--model": model, "--metrics": service_metrics})
+    sidecars = _given({"--config": config, "--listen": listen, "--metrics": metrics})
     options = ServeOptions(
-        config=config,
-        model=model,
-        engine=engine or (None if model is None else Engine.TURBOMIND if model.is_dir() else Engine.LLAMA),
         state=state,
-        listen=listen,
-        metrics=metrics,
-        service_metrics=service_metrics,
+        config=config,
         gateway_port=(gateway_port or GATEWAY_PORT) if gateway else None,
-        service=_split("--service-flag", service_flag),
-        sidecar=_split("--sidecar-flag", sidecar_flag),
+        service=[*services, *_split("--service-flag", service_flag)],
+        sidecar=[*sidecars, *_split("--sidecar-flag", sidecar_flag)],
     )
     raise typer.Exit(asyncio.run(run_until_signal("serve", lambda running: _serve(options, running))))
 
@@ -249,13 +248,8 @@ class Child:
         return cls(name, process, handler)
 
     async def record(self, message: str) -> Mapping[str, Any]:
-        """The first log record with this message, one of AWAITED. Raises Ended if the program ends without it."""
-        record = self._records[message]
-        either: set[asyncio.Future[Any]] = {record, self._running}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not record.done():
-            raise self._cause()
-        return record.result()
+        """The first log record with this message, one of AWAITED."""
+        return await self._records[message]
 
     async def ended(self) -> Ended:
         """Waits until the program has ended."""
@@ -329,20 +323,17 @@ class Child:
 # What `serve` runs.
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """What to start. None: the program's own default, or its environment."""
+    """What to start."""
 
-    config: Path | None = None
-    model: Path | None = None
-    engine: Engine | None = None
     state: Path = STATE
-    listen: str | None = None
-    metrics: str | None = None
-    service_metrics: str | None = None
+    config: Path | None = None
+    """Also among the flags of both programs."""
     gateway_port: int | None = None
     """None: no gateway."""
     service: Sequence[str] = ()
-    """More flags of the service."""
+    """Flags of the service."""
     sidecar: Sequence[str] = ()
+    """Flags of the sidecar."""
 
 
 @dataclass(slots=True)
@@ -468,26 +459,21 @@ async def _start(name: str, command: Sequence[str], variables: Mapping[str, str]
 
 def _service_flags(options: ServeOptions, address: str) -> list[str]:
     """The caller's flags come after those that they may override, and before those that `serve` depends on."""
-    flags = {
-        "--config": options.config,
-        "--engine": options.engine,
-        "--model": options.model,
-        "--metrics": options.service_metrics,
-    }
+    state = {}
     if options.state != STATE and not _is_set(options, "service", "state_dir"):
-        flags["--state-dir"] = options.state / "service"
-    return [*_given(flags), *options.service, "--listen", address, "--log-format", "json", "--log-level", "INFO"]
+        state["--state-dir"] = options.state / "service"
+    return [*_given(state), *options.service, "--listen", address, "--log-format", "json", "--log-level", "INFO"]
 
 
 def _sidecar_flags(options: ServeOptions, address: str) -> list[str]:
     """In the same order."""
-    flags: dict[str, object] = {"--config": options.config, "--listen": options.listen, "--metrics": options.metrics}
+    state = {}
     if options.state != STATE and not _is_set(options, "sidecar", "journal"):
-        flags["--journal"] = options.state / "journal.sqlite"
+        state["--journal"] = options.state / "journal.sqlite"
     if not _is_set(options, "sidecar", "signing_key"):
-        flags["--signing-key"] = options.state / SIGNING_KEY
+        state["--signing-key"] = options.state / SIGNING_KEY
     gateway = ["--vllm-face"] if options.gateway_port else []
-    return [*_given(flags), *options.sidecar, *gateway, "--engine", address, "--log-format", "json", "--log-level", "info"]
+    return [*_given(state), *options.sidecar, *gateway, "--engine", address, "--log-format", "json", "--log-level", "info"]
 
 
 def _make_signing_key(path: Path) -> None:
