@@ -9,16 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
-import apsw
 from msgspec import structs
 
-from ostinato import errors
 from ostinato.digest import request_digest
 from ostinato.resume import Progress
 from ostinato.v1 import generation_pb2, types_pb2
 
 from service.stream import Stream
-from sidecar import answers, api, pipeline, streaming
+from sidecar import api, pipeline, streaming
 from sidecar.answers import stamp_of
 from sidecar.core import events as ev
 from sidecar.core import sequencer
@@ -26,7 +24,7 @@ from sidecar.core.sequencer import Item, Sequencer
 from sidecar.core.window import Window
 from sidecar.journal import sqlite
 from sidecar.journal.ledger import Known, Ledger, needs
-from sidecar.journal.model import Admission, Appended, Binding, Draft, ItemEntries, Outcome, Sealed
+from sidecar.journal.model import Admission, Appended, Binding, Draft, ItemEntries, Outcome
 from sidecar.journal.sqlite import SqliteTables
 from sidecar.journal.writer import Journal
 from sidecar.pipeline import PendingAdmission, Pipeline
@@ -36,6 +34,8 @@ from tests.simulation.stores import SECRET
 from tests.simulation.world import simulate
 
 Patch = Callable[[], AbstractContextManager[Any]]
+Real = Callable[..., Any]
+"""What a fault stands in place of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,19 @@ def breaks(promise: int, *, file: bool = False) -> Callable[[Patch], Patch]:
     return register
 
 
+def fault(promise: int, owner: object, name: str, *, file: bool = False) -> Callable[[Real], None]:
+    """The mutation that this function is in place of the owner's, which it is given as its first argument."""
+
+    def register(faulty: Real) -> None:
+        def patch() -> AbstractContextManager[Any]:
+            real = getattr(owner, name)
+            return instead(owner, name, lambda *given, **more: faulty(real, *given, **more))
+
+        MUTATIONS.append(Mutation(promise, faulty.__name__, patch, file))
+
+    return register
+
+
 def caught(mutation: Mutation, most: int) -> int | None:
     """The first seed, of at most `most`, in which the checker of its promise finds it."""
     # Every fourth seed is one of a file.
@@ -84,61 +97,42 @@ def instead(owner: object, name: str, stand_in: object) -> AbstractContextManage
 # ---- 1: numbers
 
 
-@breaks(1)
-def a_number_is_used_again_after_a_restart() -> AbstractContextManager[Any]:
+@fault(1, Ledger, "open")
+def a_number_is_used_again_after_a_restart(open_: Real, self: Ledger, version: str) -> Any:
     """The first number of a new epoch is the last of the one before."""
-    open_ = Ledger.open
-
-    def opened(self: Ledger, version: str) -> Sealed:
-        self.head = structs.replace(self.head, last_sequence=max(0, self.head.last_sequence - 1))
-        return open_(self, version)
-
-    return instead(Ledger, "open", opened)
+    self.head = structs.replace(self.head, last_sequence=max(0, self.head.last_sequence - 1))
+    return open_(self, version)
 
 
-@breaks(1)
-def a_gap_behind_every_batch() -> AbstractContextManager[Any]:
+@fault(1, Ledger, "_admit")
+def a_gap_behind_every_batch(admit: Real, self: Ledger, admission: Admission) -> Any:
     """A batch of two burns a third number."""
-    admit = Ledger._admit
-
-    def admitted(self: Ledger, admission: Admission) -> Appended:
-        made = admit(self, admission)
-        if len(admission.items) == 2 and made.entries:
-            self.head = structs.replace(self.head, last_sequence=self.head.last_sequence + 1)
-        return made
-
-    return instead(Ledger, "_admit", admitted)
+    made = admit(self, admission)
+    if len(admission.items) == 2 and made.entries:
+        self.head = structs.replace(self.head, last_sequence=self.head.last_sequence + 1)
+    return made
 
 
 # ---- 2: refusals and outcomes
 
 
-@breaks(2)
-def a_refusal_that_burns_numbers() -> AbstractContextManager[Any]:
+@fault(2, Pipeline, "_perform")
+def a_refusal_that_burns_numbers(perform: Real, self: Pipeline, effect: ev.Effect) -> None:
     """What is refused is appended all the same."""
-    perform = Pipeline._perform
-
-    async def append(self: Pipeline, admission: Admission) -> None:
-        await self.journal.append(admission)
-
-    def performed(self: Pipeline, effect: ev.Effect) -> None:
-        if isinstance(effect, ev.Refuse):
-            self.spawn(append(self, self._pending[effect.batch_id].admission))
-        perform(self, effect)
-
-    return instead(Pipeline, "_perform", performed)
+    if isinstance(effect, ev.Refuse):
+        self.spawn(_append(self, self._pending[effect.batch_id].admission))
+    perform(self, effect)
 
 
-@breaks(2)
-def a_lost_outcome() -> AbstractContextManager[Any]:
+async def _append(pipeline: Pipeline, admission: Admission) -> None:
+    await pipeline.journal.append(admission)
+
+
+@fault(2, Pipeline, "_record")
+def a_lost_outcome(record: Real, self: Pipeline, effect: ev.End) -> None:
     """Every failure is forgotten where it should become durable."""
-    record = Pipeline._record
-
-    def completed(self: Pipeline, effect: ev.End) -> None:
-        if effect.error is None:
-            record(self, effect)
-
-    return instead(Pipeline, "_record", completed)
+    if effect.error is None:
+        record(self, effect)
 
 
 @breaks(2)
@@ -159,44 +153,27 @@ def two_outcomes() -> Iterator[None]:
         yield
 
 
-@breaks(2)
-@contextmanager
-def admitted_while_it_drains() -> Iterator[None]:
+@fault(2, Sequencer, "refusal")
+def admitted_while_it_drains(refusal: Real, self: Sequencer, admit: ev.Admit, queued: int) -> Any:
     """A sidecar that was told to stop goes on taking work."""
-
-    refusal = Sequencer.refusal
-
-    def admitting(self: Sequencer, admit: ev.Admit, queued: int) -> errors.OstinatoError | None:
-        draining, self.draining = self.draining, False
-        error = refusal(self, admit, queued)
-        self.draining = draining
-        return error
-
-    with instead(Sequencer, "refusal", admitting):
-        yield
+    draining, self.draining = self.draining, False
+    error = refusal(self, admit, queued)
+    self.draining = draining
+    return error
 
 
-@breaks(2)
-def a_stream_that_starts_over_unsaid() -> AbstractContextManager[Any]:
+@fault(2, Progress, "restart")
+def a_stream_that_starts_over_unsaid(_: Real, self: Progress, attempt: int) -> None:
     """A second attempt's tokens are sent behind those of the first."""
-
-    def restart(self: Progress, attempt: int) -> None:
-        self.attempt, self._seen, self.sent = attempt, 0, []
-
-    return instead(Progress, "restart", restart)
+    self.attempt, self._seen, self.sent = attempt, 0, []
 
 
-@breaks(2)
-def a_stream_that_ends_too_early() -> AbstractContextManager[Any]:
+@fault(2, streaming.StreamWaiter, "result")
+def a_stream_that_ends_too_early(result_: Real, self: streaming.StreamWaiter, result: types_pb2.Result) -> None:
     """A streamed failure is counted and not sent."""
-    result_ = streaming.StreamWaiter.result
-
-    def result(self: streaming.StreamWaiter, result: types_pb2.Result) -> None:
-        result_(self, result)
-        if not result.HasField("output"):
-            self._events.pop()
-
-    return instead(streaming.StreamWaiter, "result", result)
+    result_(self, result)
+    if not result.HasField("output"):
+        self._events.pop()
 
 
 @breaks(2)
@@ -268,30 +245,22 @@ def unchecked_submit(core: Sequencer, item: Item, window: Window, now: float) ->
     core.waiting = waiting
 
 
-@breaks(4)
-def the_newest_first() -> AbstractContextManager[Any]:
+@fault(4, Sequencer, "_submit_what_fits")
+def the_newest_first(_: Real, self: Sequencer, window: Window, now: float) -> None:
     """What came last is submitted first."""
-
-    def submit(self: Sequencer, window: Window, now: float) -> None:
-        while self.waiting:
-            item = list(self.waiting.values())[-1]
-            if not window.fits(window.need(item.need.kv_tokens)):
-                return
-            unchecked_submit(self, item, window, now)
-
-    return instead(Sequencer, "_submit_what_fits", submit)
+    while self.waiting:
+        item = list(self.waiting.values())[-1]
+        if not window.fits(window.need(item.need.kv_tokens)):
+            return
+        unchecked_submit(self, item, window, now)
 
 
-@breaks(4)
-def a_small_one_overtakes() -> AbstractContextManager[Any]:
+@fault(4, Sequencer, "_submit_what_fits")
+def a_small_one_overtakes(_: Real, self: Sequencer, window: Window, now: float) -> None:
     """Whatever fits is submitted, though the head has to wait."""
-
-    def submit(self: Sequencer, window: Window, now: float) -> None:
-        for item in list(self.waiting.values()):
-            if window.fits(window.need(item.need.kv_tokens)):
-                unchecked_submit(self, item, window, now)
-
-    return instead(Sequencer, "_submit_what_fits", submit)
+    for item in list(self.waiting.values()):
+        if window.fits(window.need(item.need.kv_tokens)):
+            unchecked_submit(self, item, window, now)
 
 
 @breaks(4)
@@ -335,10 +304,9 @@ def more_than_the_engine_holds() -> Iterator[None]:
 # ---- 5: epochs
 
 
-@breaks(5)
-def the_replaced_stream_goes_on() -> AbstractContextManager[Any]:
+@fault(5, Stream, "replace")
+def the_replaced_stream_goes_on(_: Real, self: Stream, epoch: int) -> None:
     """The service takes a newer sidecar in and leaves the older one's stream as it is."""
-    return instead(Stream, "replace", lambda self, epoch: None)
 
 
 @breaks(5, file=True)
@@ -374,44 +342,30 @@ def keys_are_forgotten() -> Iterator[None]:
         yield
 
 
-@breaks(6)
-def any_request_may_use_a_key() -> AbstractContextManager[Any]:
+@fault(6, Pipeline, "_join")
+async def any_request_may_use_a_key(join: Real, self: Pipeline, request: Any, binding: Binding, waiter: Any) -> Any:
     """The request that comes with a bound key is not compared with the one that bound it."""
-    join = Pipeline._join
-
-    async def joined(self: Pipeline, request: Any, binding: Binding, waiter: Any) -> types_pb2.Stamp:
-        return await join(self, request, replace(binding, request_digest=request_digest(request)), waiter)
-
-    return instead(Pipeline, "_join", joined)
+    return await join(self, request, replace(binding, request_digest=request_digest(request)), waiter)
 
 
-@breaks(6)
-def another_answer_the_second_time() -> AbstractContextManager[Any]:
+@fault(6, pipeline, "answer_of")
+def another_answer_the_second_time(answer_of: Real, entries: ItemEntries) -> types_pb2.Result:
     """A recorded answer comes back with another attempt in it."""
-
-    def changed(entries: ItemEntries) -> types_pb2.Result:
-        result = answers.answer_of(entries)
-        result.timing.total_micros += 1
-        return result
-
-    return instead(pipeline, "answer_of", changed)
+    result: types_pb2.Result = answer_of(entries)
+    result.timing.total_micros += 1
+    return result
 
 
 # ---- 7: what was acknowledged
 
 
-@breaks(7)
-def numbers_are_told_too_early() -> AbstractContextManager[Any]:
+@fault(7, Pipeline, "_number")
+async def numbers_are_told_too_early(number: Real, self: Pipeline, batch: PendingAdmission) -> None:
     """A batch is acknowledged with the numbers that it will have, once it is durable."""
-    number = Pipeline._number
-
-    async def numbered(self: Pipeline, batch: PendingAdmission) -> None:
-        if not batch.admission.key:
-            guess = Ledger(self.journal._store.head, Known(), 0, SECRET).append(batch.admission)
-            batch.settle(stamp_of(guess.entries[0].header))
-        await number(self, batch)
-
-    return instead(Pipeline, "_number", numbered)
+    if not batch.admission.key:
+        guess = Ledger(self.journal._store.head, Known(), 0, SECRET).append(batch.admission)
+        batch.settle(stamp_of(guess.entries[0].header))
+    await number(self, batch)
 
 
 @breaks(7, file=True)
@@ -433,47 +387,27 @@ def answers_before_they_are_durable() -> AbstractContextManager[Any]:
     return instead(sqlite.SqliteStore, "append_many", later)
 
 
-@breaks(7, file=True)
-def the_disk_is_not_synced() -> AbstractContextManager[Any]:
+@fault(7, sqlite, "connect", file=True)
+def the_disk_is_not_synced(connect: Real, *arguments: Any) -> Any:
     """Commits are left to the operating system."""
-    connect = sqlite.connect
-
-    def unsynced(*arguments: Any) -> apsw.Connection:
-        db = connect(*arguments)
-        db.pragma("synchronous", "OFF")
-        return db
-
-    return instead(sqlite, "connect", unsynced)
+    db = connect(*arguments)
+    db.pragma("synchronous", "OFF")
+    return db
 
 
-@breaks(7)
-def what_has_no_key_runs_again() -> AbstractContextManager[Any]:
+@fault(7, Sequencer, "_recovered")
+def what_has_no_key_runs_again(recovered: Real, self: Sequencer, event: ev.Recovered) -> None:
     """Recovery takes up everything."""
-    recovered = Sequencer._recovered
-
-    def all_of_them(self: Sequencer, event: ev.Recovered) -> None:
-        recovered(self, structs.replace(event, keyed=True))
-
-    return instead(Sequencer, "_recovered", all_of_them)
+    recovered(self, structs.replace(event, keyed=True))
 
 
-@breaks(7)
-def recovery_counts_from_one() -> AbstractContextManager[Any]:
+@fault(7, Sequencer, "_recovered")
+def recovery_counts_from_one(recovered: Real, self: Sequencer, event: ev.Recovered) -> None:
     """What is taken up in a later epoch is called the first attempt again."""
-    recovered = Sequencer._recovered
-
-    def first(self: Sequencer, event: ev.Recovered) -> None:
-        recovered(self, structs.replace(event, attempt=1))
-
-    return instead(Sequencer, "_recovered", first)
+    recovered(self, structs.replace(event, attempt=1))
 
 
-@breaks(7)
-def recovery_takes_up_nothing() -> AbstractContextManager[Any]:
+@fault(7, Sequencer, "_recovered")
+def recovery_takes_up_nothing(recovered: Real, self: Sequencer, event: ev.Recovered) -> None:
     """What has a key is abandoned too."""
-    recovered = Sequencer._recovered
-
-    def none(self: Sequencer, event: ev.Recovered) -> None:
-        recovered(self, structs.replace(event, keyed=False))
-
-    return instead(Sequencer, "_recovered", none)
+    recovered(self, structs.replace(event, keyed=False))
