@@ -26,14 +26,14 @@ Request = generation_pb2.GenerateRequest
 
 @dataclass(frozen=True, slots=True)
 class Flood:
-    """One attack on `target`, for so many seconds."""
+    """One attack on `target`, for `seconds`."""
 
     target: str
     seconds: float
     metadata: Metadata
 
     async def lasting(self, attack: Callable[[], Awaitable[object]], callers: int, pause: float = 0.0) -> None:
-        """The attack again and again, by so many callers at once. Refusals and lost connections are expected."""
+        """The attack again and again, by this many callers at once. Refusals and lost connections are expected."""
         end = time.monotonic() + self.seconds
 
         async def one() -> None:

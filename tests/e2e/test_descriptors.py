@@ -21,7 +21,7 @@ HALVES = {"metrics": b"GET /metrics HTTP/1.1\r\nHost: ", "door": b"PRI * HTTP/2.
 
 @contextlib.contextmanager
 def idle(port: int, count: int, said: bytes) -> Iterator[None]:
-    """So many connections that have sent half a request."""
+    """This many connections that have sent half a request."""
     with contextlib.ExitStack() as stack:
         for _ in range(count):
             with contextlib.suppress(OSError):  # the server may close it

@@ -98,7 +98,7 @@ async def test_a_receipts_previous_hash_tests_no_guess(tmp_path: Path) -> None:
 
 
 async def test_a_chain_without_payloads_is_no_dictionary(tmp_path: Path) -> None:
-    """Who reads the entries without their payloads, and knows all seeds, finds no prompt and no answer by trying."""
+    """A reader of the entries without their payloads, who knows all seeds, finds no prompt and no answer by trying."""
     async with callers(tmp_path) as here:
         own_result = (await here.rival.generate("x", max_new_tokens=8)).results[0]
         answer = (await here.victim.generate(SECRET, max_new_tokens=8)).results[0]

@@ -1,4 +1,4 @@
-"""Those who ask: each job is sent until it is answered, as a client of ours would; what they saw goes into the history."""
+"""Clients: each job is sent until it is answered, as a client of ours would; what they saw goes into the history."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class Clients:
         await self._until_done(job, afterwards=True)
 
     async def replay(self, first: int, last: int) -> None:
-        """Have a range run again, and do not care what comes of it."""
+        """Run a range again; the answer does not matter."""
         request = sequencer_pb2.ReplayRequest(range=generation_pb2.SequenceRange(first=first, last=last), concurrency=2)
         with suppress(errors.OstinatoError):
             await self._ask(REPLAY, request, PATIENCE_SECONDS)
 
     async def read(self) -> None:
-        """Look at whatever can be simulated at."""
+        """Call what only reads."""
         target = types_pb2.Item(text="a")
         for method, request in (
             ("Sequencer/Get", sequencer_pb2.GetRequest(sequence=1)),

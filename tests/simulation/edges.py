@@ -91,7 +91,7 @@ class SimulatedServer:
             call.cancel()
 
     def find(self, path: str) -> tuple[Node, Handler] | None:
-        """Who answers calls of this path, if it is open."""
+        """The process and handler for calls of this path, if it is open."""
         if not self._open or self.node.dead:
             return None
         rpc = self._methods[path]

@@ -158,7 +158,7 @@ class History:
     deaths: list[str] = field(default_factory=list)
     """Processes that ended by themselves, and for no reason that the world gave them."""
     coverage: set[str] = field(default_factory=set)
-    """What the world saw happen, for those who ask whether it happened at all."""
+    """What happened in the world: some of what coverage.py asks for."""
     out_of_reach: list[tuple[float, float]] = field(default_factory=list)
     """From and to which second of the clock a path was cut, a process stood still, or a replaced sidecar did not know of it."""
     drains: list[tuple[int, int]] = field(default_factory=list)

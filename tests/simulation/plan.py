@@ -64,7 +64,7 @@ class Job:
     cancels_after: float | None = None
     """Asks for the end of it: by key, or by the numbers where they are known."""
     again_after: float | None = None
-    """A second client sends the same, whatever became of the first call."""
+    """A second client sends the same, whether or not the first call was answered."""
 
     @property
     def key(self) -> str:

@@ -61,7 +61,7 @@ class InPlace(ThreadPoolExecutor):
 
 
 class World:
-    """One run of one plan. `history` is what came of it."""
+    """One run of one plan. `history` is its result."""
 
     def __init__(self, plan: Plan, store: Log, history: History, hooks: Callable[[World, Node], Hooks] | None = None) -> None:
         """`hooks` is asked for what stands between the parts of each sidecar."""

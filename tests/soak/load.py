@@ -81,7 +81,7 @@ class Load:
         while True:
             call = await self._call(client(), job)
             if call.error is None or (isinstance(call.error, errors.Disconnected) and not job.key):
-                return  # without a key only the journal knows what became of a lost call
+                return  # without a key only the journal knows the outcome of a lost call
             if self._over and not isinstance(call.error, errors.Disconnected):
                 return
             await asyncio.sleep(PAUSE_SECONDS)

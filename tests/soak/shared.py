@@ -41,7 +41,7 @@ class Roaming(Load):
         """When each job of a sidecar's own client was first sent, and when it was answered."""
 
     async def run(self, clients: int) -> None:
-        """As `Load.run`; so many that go to all, and the sidecars' own."""
+        """As `Load.run`: this many clients that go to all sidecars, and one at each."""
         async with asyncio.TaskGroup() as group:
             group.create_task(super().run(clients))
             for pair in self._pairs:
@@ -159,7 +159,7 @@ class Sidecars:
 
 @asynccontextmanager
 async def sidecars(server: Postgres, rng: random.Random, count: int = 3) -> AsyncIterator[Sidecars]:
-    """So many, connected, on a new log."""
+    """`count` pairs, connected, on a new log."""
     url = server.url(server.schema())
     with contextlib.ExitStack() as stack:
         pairs = []
