@@ -149,38 +149,27 @@ def test_probes_ask_the_right_things(chosen: Combination) -> None:
     assert [probes[kind]["service"] for kind in ("startup", "liveness", "readiness")] == [SEQUENCER, SEQUENCER, GENERATION]
     assert service["livenessProbe"]["exec"]["command"][:4] == ["python", "-m", "service", "probe"]
     assert "startupProbe" not in service, "its socket is there before its model is"
-
-
-@every
-def test_what_hangs_is_not_waited_for(chosen: Combination) -> None:
-    """A probe that gives a program up does not give it the time of a drain: it would not use it."""
-    probes = [c[kind] for c in containers(built(chosen)).values() for kind in ("startupProbe", "livenessProbe") if kind in c]
-
-    assert len(probes) == 3
-    assert all(probe["terminationGracePeriodSeconds"] == 30 for probe in probes)
+    giving_up = [sidecar["startupProbe"], sidecar["livenessProbe"], service["livenessProbe"]]
+    assert {probe["terminationGracePeriodSeconds"] for probe in giving_up} == {30}, "what hangs does not drain"
 
 
 @every
 def test_a_stop_begins_in_the_sidecar(chosen: Combination) -> None:
-    """Its hook sends one signal when the service gets the other; that other one comes to a native sidecar when the service has
-    ended."""
-    sidecar, service = (containers(built(chosen))[name] for name in ("sidecar", "service"))
+    """It is a native sidecar, to which SIGTERM comes when the service has ended. Its hook sends it the other signal when the
+    service gets that one."""
+    spec = pod(built(chosen))
+    [sidecar], [service] = spec["initContainers"], spec["containers"]
 
+    assert [(each["name"], each.get("restartPolicy")) for each in (sidecar, service)] == [
+        ("sidecar", "Always"),
+        ("service", None),
+    ]
+    assert spec.get("restartPolicy", "Always") == "Always"
     assert sidecar["lifecycle"] == {
         "preStop": {"exec": {"command": ["python", "-c", "import os, signal; os.kill(1, signal.SIGINT)"]}}
     }
     assert "lifecycle" not in service
     assert DOCKERFILE.count("STOPSIGNAL") == DOCKERFILE.count("STOPSIGNAL SIGTERM") == 1
-
-
-@every
-def test_the_sidecar_is_a_native_one(chosen: Combination) -> None:
-    """It is an init container that stays, and the Pod's own policy is the one that a StatefulSet must have."""
-    spec = pod(built(chosen))
-
-    assert [(c["name"], c.get("restartPolicy")) for c in spec["initContainers"]] == [("sidecar", "Always")]
-    assert [(c["name"], c.get("restartPolicy")) for c in spec["containers"]] == [("service", None)]
-    assert spec.get("restartPolicy", "Always") == "Always"
 
 
 @every
@@ -326,7 +315,8 @@ def test_it_is_restricted(chosen: Combination) -> None:
 
 @every
 def test_resources_can_be_had(chosen: Combination) -> None:
-    """Quantities are quantities, memory is bounded, and nothing asks for more than it may have."""
+    """Quantities are quantities, memory is bounded, and nothing asks for more than it may have. The sidecar's request covers
+    what floods are shown to take at most, and that the bounds of what is let in and held; its limit is twice as much."""
     resources = built(chosen)
     sizes = [volume["emptyDir"]["sizeLimit"] for volume in pod(resources)["volumes"] if "emptyDir" in volume]
     sizes += [c["spec"]["resources"]["requests"]["storage"] for c in statefulset(resources)["spec"]["volumeClaimTemplates"]]
@@ -336,16 +326,9 @@ def test_resources_can_be_had(chosen: Combination) -> None:
         requests, limits = container["resources"]["requests"], container["resources"]["limits"]
         assert {"cpu", "memory"} <= set(requests) == set(limits)
         assert all(0 < quantity(requests[name]) <= quantity(limits[name]) for name in requests)
-
-
-@every
-def test_memory_has_room_for_floods(chosen: Combination) -> None:
-    """The sidecar's request covers what floods are shown to take at most, and that the bounds of what is let in and held; its
-    limit is twice as much."""
-    sidecar = containers(built(chosen))["sidecar"]
+    sidecar = containers(resources)["sidecar"]
     memory = {kind: int(quantity(sidecar["resources"][kind]["memory"])) for kind in ("requests", "limits")}
     given, floods = settings(sidecar), MEGABYTES_MAX * 10**6
-
     assert given.arriving_bytes_max + given.request_bytes_max + given.held_bytes_max < floods <= memory["requests"]
     assert memory["limits"] >= 2 * floods
 
