@@ -80,11 +80,22 @@ _REPAIR_KEYS = """INSERT INTO {main}.keys (first_sequence, count, request_digest
   FROM batches WHERE key IS NOT NULL AND (bound = 1 OR unfinished > 0 OR expires_millis > ?)"""
 
 
+_BATCHES = """CREATE TEMP TABLE batches (
+  first_sequence {int} PRIMARY KEY, count {int} NOT NULL, unfinished {int} NOT NULL, request_digest {bytes},
+  tenant {name}, key {name}, expires_millis {int}, bound {int} NOT NULL DEFAULT 0, UNIQUE (key, tenant))"""
+_PRUNED = "CREATE TEMP TABLE pruned (sequence {int} PRIMARY KEY)"
+
+
 @contextmanager
 def rebuilding(tables: Tables) -> Iterator[Rebuilt]:
-    """In the transaction that is open. Until the end, `items` of these tables is the one that is made."""
-    with tables.shadowed() as main:
-        yield Rebuilt(tables, main)
+    """In the transaction that is open, which must be undone after an error. Until the end, `items` of these tables is the one
+    that is made."""
+    main = tables.shadow_items()
+    for statement in (_BATCHES, _PRUNED):
+        tables.execute(statement.format(**tables.dialect))
+    yield Rebuilt(tables, main)
+    for name in ("items", "batches", "pruned"):
+        tables.execute(f"DROP TABLE {tables.dialect['temp']}.{name}")
 
 
 class Rebuilt:

@@ -236,13 +236,14 @@ def _is_lost(error: psycopg.Error) -> bool:
 _LOCK = 0x4F535449
 """`OSTI`: the advisory lock of a migration. Sidecars that start at the same time wait for it."""
 
-_TYPES = {
+DIALECT = {
     "int": "bigint",
     "text": "text",
     "name": "bytea",  # a text here cannot hold a zero
     "bytes": "bytea",
     "strict": "",
     "keyed": "",
+    "temp": "pg_temp",
     "genesis": "decode(repeat('00', 32), 'hex')",
     "nothing": "''",
     "opened": "position('\\x10011a20'::bytea in substring(header, 1, 14)) > 0",
@@ -281,7 +282,7 @@ def migrate(db: Connection) -> None:
         if version > newest:
             raise JournalUnusable(f"the journal has version {version}; this sidecar knows up to {newest}: run a newer one")
         for statements in MIGRATIONS[version - 1 :] if version else (_NEW, SCHEMA):
-            db.execute(statements.format(**_TYPES).encode())
+            db.execute(statements.format(**DIALECT).encode())
         db.execute("UPDATE ostinato SET version = %s", (newest,))
 
 
@@ -341,16 +342,6 @@ _REPAIR_WRITER = """INSERT INTO writers VALUES (%s, %s, '-infinity', '')
   ON CONFLICT (name) DO UPDATE SET epoch = greatest(writers.epoch, excluded.epoch)"""
 _SCHEMA = """SELECT quote_ident(nspname) FROM pg_class AS c JOIN pg_namespace AS n ON c.relnamespace = n.oid
   WHERE c.oid = 'items'::regclass"""
-_SHADOWS = """
-CREATE TEMP TABLE items (LIKE items INCLUDING ALL);
-CREATE TEMP TABLE batches (
-  first_sequence bigint PRIMARY KEY, count bigint NOT NULL, unfinished bigint NOT NULL, request_digest bytea,
-  tenant bytea, key bytea, expires_millis bigint, bound integer NOT NULL DEFAULT 0, UNIQUE (key, tenant)
-);
-CREATE TEMP TABLE pruned (sequence bigint PRIMARY KEY);
-"""
-
-
 _PARAMETER = re.compile(r"\?(?:::(\w+)(\[\])?)?")
 Encoder = Callable[[Any], object] | None
 
@@ -400,7 +391,7 @@ class WriterSession:
 class PostgresTables(Tables):
     """Adds the rows of `log` and `writers`. Raises psycopg.Error; LockNotAvailable: a lock was not free."""
 
-    opened = _TYPES["opened"]
+    dialect = DIALECT
 
     def __init__(self, db: Connection) -> None:
         self._db = db
@@ -478,12 +469,10 @@ class PostgresTables(Tables):
         payload = sequencer_pb2.OpenedPayload.FromString(opened.payload)
         self._db.execute(_REOPEN, (payload.taken_over_by or opened.header.writer, opened.header.writer))
 
-    @contextmanager
-    def shadowed(self) -> Iterator[str]:
+    def shadow_items(self) -> str:
         schema = _one(self._db, _SCHEMA)
-        self._db.execute(_SHADOWS)
-        yield str(schema)
-        self._db.execute("DROP TABLE pg_temp.items, pg_temp.batches, pg_temp.pruned")
+        self._db.execute("CREATE TEMP TABLE items (LIKE items INCLUDING ALL)")
+        return str(schema)
 
     # ---- between them
 

@@ -106,13 +106,14 @@ APPLICATION_ID = 0x4F535449
 WAL_BYTES_MAX = 64 << 20
 """What the write-ahead log is cut to, once it has been copied into the file."""
 
-_TYPES = {
+DIALECT = {
     "int": "INTEGER",
     "text": "TEXT",
     "name": "TEXT",
     "bytes": "BLOB",
     "strict": " STRICT",
     "keyed": " STRICT, WITHOUT ROWID",
+    "temp": "temp",
     "genesis": "zeroblob(32)",
     "nothing": "x''",
     "opened": "instr(substr(header, 1, 14), x'10011a20') > 0",
@@ -191,7 +192,7 @@ def migrate(db: apsw.Connection) -> None:
     """Bring a journal, or an empty database, to the newest version. Inside a transaction."""
     version = db.pragma("user_version")
     for statements in MIGRATIONS[version - 1 :] if version else (_NEW, SCHEMA):
-        db.execute(statements.format(**_TYPES))
+        db.execute(statements.format(**DIALECT))
     db.pragma("user_version", VERSION)
     db.pragma("application_id", APPLICATION_ID)
 
@@ -236,15 +237,6 @@ _BYTES_USED = """SELECT (page_count - freelist_count) * page_size
   FROM pragma_page_count, pragma_freelist_count, pragma_page_size"""
 
 
-_SHADOWS = """;
-CREATE TEMP TABLE batches (
-  first_sequence INTEGER PRIMARY KEY, count INTEGER NOT NULL, unfinished INTEGER NOT NULL, request_digest BLOB,
-  tenant TEXT, key TEXT, expires_millis INTEGER, bound INTEGER NOT NULL DEFAULT 0, UNIQUE (key, tenant)
-);
-CREATE TEMP TABLE pruned (sequence INTEGER PRIMARY KEY);
-"""
-
-
 _UNNEST = re.compile(r"(SELECT \* FROM|,|\n? *FROM) unnest\(([^)]*)\)(?:\s+AS r \(([^)]*)\))?")
 
 
@@ -287,7 +279,7 @@ def _bound(parameter: Any) -> Any:
 class SqliteTables(Tables):
     """Adds what the one row of `journal` holds, and what SQLite knows of its file. Raises UNREADABLE."""
 
-    opened = _TYPES["opened"]
+    dialect = DIALECT
 
     def __init__(self, db: apsw.Connection) -> None:
         self._db = db
@@ -365,12 +357,10 @@ class SqliteTables(Tables):
     def reopen(self, opened: Sealed) -> None:
         pass  # there is one owner, and attempts are counted from epochs
 
-    @contextmanager
-    def shadowed(self) -> Iterator[str]:
+    def shadow_items(self) -> str:
         items = self._db.execute("SELECT sql FROM main.sqlite_schema WHERE type = 'table' AND name = 'items'").get
-        self._db.execute(items.replace("CREATE TABLE", "CREATE TEMP TABLE", 1) + _SHADOWS)
-        yield "main"
-        self._db.execute("DROP TABLE temp.items; DROP TABLE temp.batches; DROP TABLE temp.pruned")
+        self._db.execute(items.replace("CREATE TABLE", "CREATE TEMP TABLE", 1))
+        return "main"
 
     def structure(self, *, whole: bool) -> str:
         """What is wrong with tables and indexes as SQLite sees them; empty: nothing. Without `whole`: of the keys, and of the

@@ -283,8 +283,8 @@ _DROP_ANSWERS = _DROP_PROMPTS.replace("items.admitted", "items.outcome")
 class Tables(ABC):
     """Rows as values, in the transaction that is open. Raises the database's errors, and Damaged."""
 
-    opened: str
-    """A condition that the header of every OPENED entry meets, and hardly another."""
+    dialect: Mapping[str, str]
+    """The database's own words in SCHEMA and other statements, by what they mean."""
     item_columns: tuple[str, ...] = ("sequence", "admitted", "outcome", "verified")
     items_differ = " OR ".join(f"there.{name} IS DISTINCT FROM made.{name}" for name in ("admitted", "outcome", "verified"))
     """Whether a row of `items` is another than the one that was made of the entries."""
@@ -421,7 +421,7 @@ class Tables(ABC):
 
     def signing_key(self, header: types_pb2.EntryHeader) -> str:
         """The id of the key that signs this entry's epoch, as its OPENED entry says; empty: none does. Raises RecordDamaged."""
-        index, statement = header.index, _OPENINGS.replace("{opened}", self.opened)
+        index, statement = header.index, _OPENINGS.format(**self.dialect)
         while page := self._sealed(statement, index, EPOCHS_READ):
             for entry in page:
                 found, index = entry.header, entry.header.index
@@ -490,9 +490,8 @@ class Tables(ABC):
         """What an OPENED entry makes of its writer's unfinished items."""
 
     @abstractmethod
-    def shadowed(self) -> AbstractContextManager[str]:
-        """Within it `items` is a new temporary table of the same columns, and there are `batches` and `pruned`, all empty. The
-        schema in which the others are. In a transaction, which must be undone after an error."""
+    def shadow_items(self) -> str:
+        """From now on `items` is an empty temporary table of the same columns. The schema in which the other is."""
 
     @abstractmethod
     def _write_items(self, admitted: Sequence[types_pb2.EntryHeader]) -> None: ...

@@ -148,18 +148,6 @@ async def test_ended(using: Open, kind: types_pb2.EntryKind.ValueType) -> None:
     assert (header.grade, header.output_digest, header.attempt) == (types_pb2.GRADE_UNSPECIFIED, b"", 1)
 
 
-async def test_first_outcome_wins(using: Open) -> None:
-    """Of two outcomes of an item, in one commit or in two, only the first is recorded."""
-    (admitted,) = await using.admit(item())
-    first, second = await asyncio.gather(using.journal.append(completed(admitted)), using.journal.append(ended(admitted)))
-    third = await using.journal.append(ended(admitted))
-
-    assert len(first.entries) == 1
-    assert (second.entries, third.entries) == ((), ())
-    assert (await using.journal.items(1, 1, 1))[0].outcome == first.entries[0]
-    assert (await using.journal.head()).index == 3
-
-
 async def test_audited(using: Open) -> None:
     """A verdict is an entry about its item that takes no number and ends nothing."""
     (admitted,) = await using.admit(item())
@@ -233,24 +221,6 @@ async def test_key_is_scoped_by_tenant(using: Open) -> None:
     assert await using.journal.binding("a", "") is None
 
 
-async def test_key_expires(using: Open, kit: Kit) -> None:
-    """A key is kept until its ttl has passed since the last outcome of its batch, then it may be bound again."""
-    first, second = await using.admit(item(), item(), key="k")
-    kit.clock.sleep(100 * DAY)
-    await using.journal.append(completed(first))
-    kit.clock.sleep(DAY)
-    assert await using.journal.binding("", "k") is not None, "an item of the batch has not ended"
-
-    await using.journal.append(ended(second))
-    kit.clock.sleep(DAY - 0.001)
-    assert (await using.journal.append(admission(key="k"))).binding is not None
-    kit.clock.sleep(0.001)
-    assert await using.journal.binding("", "k") is None
-    assert sequences(await using.admit(item(), key="k")) == [3]
-    assert (again := await using.journal.binding("", "k")) is not None
-    assert (again.first_sequence, again.count) == (3, 1)
-
-
 def twins(answers: Sequence[Appended]) -> list[tuple[int, str] | None]:
     """Sequence of the first run, and verdict, of each."""
     found = [twin(entry) for answer in answers for entry in answer.entries]
@@ -281,14 +251,6 @@ async def test_twin_of_one_fingerprint(using: Open) -> None:
     answers = [await using.journal.append(outcome) for outcome in outcomes]
 
     assert twins(answers) == [None, (1, "VERDICT_INCOMPARABLE"), (2, "VERDICT_MATCH"), (1, "VERDICT_MATCH")]
-
-
-async def test_failed_has_no_twin(using: Open) -> None:
-    """An item without an output is not the twin of another."""
-    first, second = await using.admit(item(1, seed=9), item(1, seed=9))
-    await using.journal.append(ended(first))
-
-    assert twins([await using.journal.append(completed(second))]) == [None]
 
 
 async def test_items(using: Open) -> None:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import stat
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import apsw
@@ -19,7 +14,8 @@ from ostinato.errors import JournalFull
 from ostinato.v1 import types_pb2
 
 from sidecar.journal.model import JournalUnusable, Note
-from sidecar.journal.sqlite import APPLICATION_ID, CHECKPOINT_PAGES, VERSION, WAL_BYTES_MAX, SqliteStore
+from sidecar.journal.sqlite import APPLICATION_ID, CHECKPOINT_PAGES, VERSION, SqliteStore
+from tests.pair import python
 from tests.sidecar.journal_kit import SqliteKit, admission, audit, completed, ended, item, sequences, verify_journal
 
 ROOT = Path(__file__).parents[2]
@@ -30,51 +26,14 @@ def _store(tmp_path: Path) -> SqliteKit:
     return SqliteKit(tmp_path / "journal.db")
 
 
-def program(store: SqliteKit, then: str) -> subprocess.Popen[str]:
-    """Another process that opens the journal, says how that went, and goes on."""
-    code = f"""
-        from pathlib import Path
-        from tests.sidecar.journal_kit import SqliteKit, admission
-        from sidecar.journal.model import JournalUnusable, Note
-        try:
-            journal, _ = SqliteKit(Path({str(store.path)!r})).open()
-            print("open", flush=True)
-        except JournalUnusable as error:
-            raise SystemExit(str(error))
-        {then}
-    """
-    environ = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'proto'}"}
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.Popen(command, text=True, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 def test_only_one_process(store: SqliteKit) -> None:
     """While a sidecar has the journal, no other process gets it; when it is closed, the next one does."""
+    verify = ("-m", "sidecar", "verify", "--journal", store.location)
     with store.opened():
         with pytest.raises(JournalUnusable, match="in use by another sidecar"):
             store.open()
-        refused = program(store, "pass")
-        assert "in use by another sidecar" in refused.communicate(timeout=30)[1]
-    admitted = program(store, "pass")
-    assert admitted.communicate(timeout=30)[0] == "open\n"
-
-
-def test_kill(store: SqliteKit) -> None:
-    """A process that is killed while it appends leaves everything it has acknowledged, and lets go of the file."""
-    appending = "while True: print(journal.append_many([admission()], 1)[0].entries[0].header.sequence, flush=True)"
-    with program(store, appending) as process:
-        assert process.stdout is not None
-        lines = [process.stdout.readline().strip() for _ in range(200)]
-        process.send_signal(signal.SIGKILL)
-        lines += process.stdout.read().splitlines()
-
-    acknowledged = max(int(line) for line in lines[1:] if line)
-    with store.opened() as journal:
-        assert journal.head.last_sequence in (acknowledged, acknowledged + 1)
-        assert sequences([found.admitted for found in journal.items(1, 10**6, 10**6)])[:acknowledged] == list(
-            range(1, acknowledged + 1)
-        )
-    assert faults(store) == []
+        assert "in use by another sidecar" in python(*verify).stderr
+    assert python(*verify).returncode == 0
 
 
 def test_file_is_private(store: SqliteKit) -> None:
@@ -144,15 +103,6 @@ def test_interrupted_creation(store: SqliteKit) -> None:
     db.close()
     with SqliteKit(other).opened() as journal:
         assert (journal.head.epoch, journal._db.pragma("application_id")) == (1, APPLICATION_ID)
-
-
-def test_durability_settings(store: SqliteKit) -> None:
-    """Every commit is synced, the log beside the file is bounded, and checkpoints happen only when we say so."""
-    with store.opened() as journal:
-        assert journal._db.pragma("synchronous") == 2
-        assert journal._db.pragma("journal_mode") == "wal"
-        assert journal._db.pragma("locking_mode") == "exclusive"
-        assert journal._db.pragma("journal_size_limit") == WAL_BYTES_MAX
 
 
 def test_checkpoint(store: SqliteKit) -> None:

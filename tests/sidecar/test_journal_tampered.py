@@ -151,6 +151,10 @@ async def test_a_damaged_key_ends_no_other_call(kit: Kit) -> None:
             await journal.binding("a", "k")
         assert not journal.broken.done()
     assert len(DAMAGED) == 2
+    assert kit.faults() == ["table keys: the row of the batch from sequence 1 is not what the entries say"]
+    with kit.maintained() as kept:
+        rebuild(kept)
+    assert kit.faults() == []
 
 
 def damage_page(store: SqliteStore, path: Path, table: str) -> None:
