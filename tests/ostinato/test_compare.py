@@ -95,13 +95,6 @@ def test_the_fields_that_differ(expected: dict[str, str], actual: dict[str, str]
     assert drift(expected, None) == drift(None, actual) == ["fingerprint"]
 
 
-def test_a_prefix_differs_at_its_end() -> None:
-    """If one output is a prefix of the other, they differ at its length."""
-    assert verdict(output(1, 2, 3), output(1, 2)).first_difference == 2
-    assert verdict(output(1), output(1, 2, 3)).first_difference == 1
-    assert verdict(output(), output(1)).first_difference == 0
-
-
 def test_equal_tokens_with_another_end() -> None:
     """Another finish reason or stop string is a divergence after the last token."""
     for other in (output(1, 2, reason=STOP), output(1, 2, stop=".")):
@@ -124,9 +117,12 @@ def likely(*tops: list[float], kind: types_pb2.LogprobKind.ValueType = RAW) -> t
 
 
 def test_the_margin_is_the_recorded_runs_at_the_difference() -> None:
-    """The margin is of the recorded run, at the first difference."""
+    """The margin is of the recorded run, at the first difference; NaN if both choices are impossible; none after its end."""
     said = verdict(likely([-0.1, -5.0], [-0.5, -0.75, -3.0]), output(0, 9))
     assert (said.first_difference, said.margin) == (1, 0.25)
+    assert math.isnan(margin(likely([-math.inf, -math.inf]), 0) or 0.0)
+    after = verdict(likely([-0.5, -0.75]), output(0, 1))
+    assert (after.first_difference, after.HasField("margin")) == (1, False)
 
 
 @pytest.mark.parametrize(
@@ -144,17 +140,6 @@ def test_no_margin(recorded: types_pb2.Output) -> None:
     """The margin needs RAW logprobs of two tokens or more."""
     assert margin(recorded, 0) is None
     assert not verdict(recorded, output(9)).HasField("margin")
-
-
-def test_no_margin_behind_the_end() -> None:
-    """There is no margin after the end of the recorded run."""
-    said = verdict(likely([-0.5, -0.75]), output(0, 1))
-    assert (said.first_difference, said.HasField("margin")) == (1, False)
-
-
-def test_a_margin_of_impossible_choices() -> None:
-    """Two logprobs of minus infinity give a margin of NaN, not an exception."""
-    assert math.isnan(margin(likely([-math.inf, -math.inf]), 0) or 0.0)
 
 
 # ---- recovery

@@ -24,7 +24,7 @@ import signal
 import socket
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -48,8 +48,6 @@ LISTEN = "127.0.0.1:7001"
 """The sidecar's default, and the client's."""
 GATEWAY_PORT = 8000
 
-AWAITED = ("listening", "metrics", "engine loaded", "grade earned", "serving", "engine connected")
-"""Log records of the programs that `serve` waits for."""
 LOG_BYTES_MAX = 16 << 20
 """Of a log file; one older file is kept."""
 CAUSES_MAX = 20
@@ -220,8 +218,7 @@ class Child:
     def __init__(self, name: str, process: asyncio.subprocess.Process, log: logging.Handler) -> None:
         self.name = name
         self._process = process
-        loop = asyncio.get_running_loop()
-        self._records: dict[str, asyncio.Future[Mapping[str, Any]]] = {message: loop.create_future() for message in AWAITED}
+        self._records = defaultdict[str, asyncio.Future[Mapping[str, Any]]](asyncio.get_running_loop().create_future)
         self._causes: deque[str] = deque(maxlen=CAUSES_MAX)
         self._log = logging.Logger(name)  # noqa: LOG001  # not part of this process's logging
         self._log.addHandler(log)
@@ -248,7 +245,7 @@ class Child:
         return cls(name, process, handler)
 
     async def record(self, message: str) -> Mapping[str, Any]:
-        """The first log record with this message, one of AWAITED."""
+        """The first log record with this message."""
         return await self._records[message]
 
     async def ended(self) -> Ended:
@@ -312,9 +309,9 @@ class Child:
             if line.strip():
                 self._causes.append(line.strip())
             return
-        awaited = self._records.get(str(record.get("message")))
-        if awaited is not None and not awaited.done():
-            awaited.set_result(record)
+        first = self._records[str(record.get("message"))]
+        if not first.done():
+            first.set_result(record)
         if record.get("level") in ("ERROR", "CRITICAL"):
             last = str(record.get("exception", "")).strip().rpartition("\n")[2]
             self._causes.append(f"{record.get('message')}: {last}" if last else str(record.get("message")))
