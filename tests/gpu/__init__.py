@@ -12,7 +12,7 @@ fronts     how requests are sent: over the service's stream, or by a client thro
 stack      starts the programs
 plan       what the command line asks for, and the results
 compare    compares answers
-parts      the parts of the check; speed, crash, gap: further ones
+parts      the parts of the check; speed, crash, gap, grammars: further ones
 prefix     the prefix cache, compared with a service without one; worth: its gain
 shapes     models with random weights
 """

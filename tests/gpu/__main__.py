@@ -15,9 +15,13 @@ from pathlib import Path
 from tests.gpu import doctored, parts, prefix, scoreboard, shapes, speed, worth
 from tests.gpu.crash import crash
 from tests.gpu.gap import gap
+from tests.gpu.grammars import grammars
 from tests.gpu.plan import Plan, names, numbers, say
 
-PARTS = ("exact", "restart", "prefix", "stock", "crash", "evict", "speed", "worth", "path", "gap", "sabotage", "scoreboard")
+PARTS = (
+    "exact", "restart", "prefix", "stock", "crash", "evict", "speed", "worth", "path", "gap", "grammars", "sabotage",
+    "scoreboard",
+)  # fmt: skip
 OTHER_DTYPES = ("exact", "stock")
 """Parts that run for dtypes other than the first."""
 SHARE = ("--cache-fraction", "0.2")
@@ -46,6 +50,9 @@ async def check(plan: Plan, chosen: set[str]) -> None:
     if "gap" in chosen and plan.engine == "turbomind" and not plan.late():
         with plan.part("gap"):
             await gap(plan)
+    if "grammars" in chosen and plan.engine != "scripted" and not plan.late():
+        with plan.part("grammars"):
+            await grammars(plan)
     plan.lines += [*speed.table(plan.rates), *worth.table(plan.rates)]
     paths = plan.rates.get("path", {})
     if paths.keys() == {"whole", "direct"}:

@@ -73,9 +73,11 @@ async def attempt(engine: TurbomindEngine) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.preempted")
     parser.add_argument("model", type=Path)
-    state = Path(tempfile.mkdtemp(prefix="ostinato-state-"))
+    parser.add_argument("--state", type=Path, help="kept from call to call; else a new one")
+    given = parser.parse_args()
+    state = given.state or Path(tempfile.mkdtemp(prefix="ostinato-state-"))
     options = TurbomindOptions(
-        model=parser.parse_args().model, state_dir=state, context_tokens=2048, runs=RUNS, cache_fraction=CACHE_FRACTION
+        model=given.model, state_dir=state, context_tokens=2048, runs=RUNS, cache_fraction=CACHE_FRACTION
     )
     os.environ["TM_LOG_LEVEL"] = "WARNING"
     with mock.patch.object(engine_module, "_blocks", return_value=1_000_000):

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +19,7 @@ from ostinato.v1 import engine_pb2, types_pb2
 
 from service.answer import Answer
 from service.engines.base import Run
+from service.engines.grammars import Checker
 from service.engines.scripted import END, ByteVocabulary
 from service.engines.turbomind.batching import (
     PAGE_BYTES,
@@ -27,10 +29,11 @@ from service.engines.turbomind.batching import (
     blocks_promised,
     pieces_after_first,
 )
+from service.engines.turbomind.grammars import Formats
 from service.engines.turbomind.metrics import Meter
 from service.engines.turbomind.native import Account, Load, Native, Progress, Status
 from service.engines.turbomind.options import PIECE_TOKENS
-from service.engines.turbomind.request import Formats, Request
+from service.engines.turbomind.request import Request
 
 VOCABULARY = ByteVocabulary()
 ACCOUNT = Account(queued=100.0, scheduled=101.0, cached=0)
@@ -123,11 +126,10 @@ async def staged(
         def load(self) -> Load:
             return Load(tick[0], 0.5, len(handles), 0, 0.0)
 
-    class Compiler:
-        compile_json_schema = compile_regex = staticmethod(compile_format)
-
     events: list[engine_pb2.RunEvent] = []
-    formats = Formats(Compiler)
+    compiler = SimpleNamespace(compile_json_schema=compile_format, compile_regex=compile_format)
+    checker = cast(Checker, SimpleNamespace(check=lambda kind, source: None, close=lambda: None))
+    formats = Formats(checker, compiler)
     native = cast(Native, FakeNative())
     meter = Meter(4096, native.load)
     batching = Batching(

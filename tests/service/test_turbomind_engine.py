@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +27,7 @@ from service.engines.scripted import ByteVocabulary
 from service.engines.turbomind import engine as engine_module
 from service.engines.turbomind.engine import Loaded, TurbomindEngine
 from service.engines.turbomind.exactness import Exactness
+from service.engines.turbomind.grammars import Formats
 from service.engines.turbomind.model import HuggingFaceVocabulary, Model
 from service.engines.turbomind.native import Account, Load, Native, Progress, Status
 from service.engines.turbomind.options import TurbomindOptions
@@ -35,7 +37,7 @@ from service.grade import self_test
 from service.observe import Metrics
 from service.stream import Runs
 
-MODEL = Model(Path("/models/tiny"), 4096, 262, 2, 2, 2, 16, "none", 0, frozenset({256}), "0" * 64)
+MODEL = Model(Path("/models/tiny"), 4096, 262, 2, 2, 2, 16, "none", 0, 1, frozenset({256}), "0" * 64)
 OPTIONS = TurbomindOptions(model=MODEL.path, runs=32)
 ACCOUNT = Account(queued=100.0, scheduled=101.0, cached=0)
 
@@ -98,6 +100,9 @@ class FakeHandle:
             self.report(Status.CANCELLED)
 
 
+NO_FORMATS = cast(Formats, SimpleNamespace(close=lambda: None))
+
+
 @dataclass
 class FakeNative:
     """Makes a step of all runs whenever the loop is idle."""
@@ -148,9 +153,6 @@ class FakeNative:
     def load(self) -> Load:
         return Load(self.tick, 0.25, len(self.handles), self.waiting, 0.0)
 
-    def grammar_compiler(self, pieces: Sequence[bytes], end_ids: Iterable[int]) -> object:
-        raise AssertionError("no grammar is asked for here")
-
     def close(self) -> None:
         self.closed = True
 
@@ -164,7 +166,7 @@ async def engine_of(
 ) -> AsyncIterator[TurbomindEngine]:
     exactness = Exactness(options, MODEL, cast(Overrides, overrides))
     vocabulary = cast(HuggingFaceVocabulary, ByteVocabulary())
-    loaded = Loaded(cast(Native, native), vocabulary, exactness, 4096, {"engine": "turbomind"}, prefix_cache=native.caches)
+    loaded = Loaded(cast(Native, native), vocabulary, exactness, 4096, {"engine": "turbomind"}, NO_FORMATS, native.caches)
     engine = TurbomindEngine(options, loaded, end_process=end_process)
     yield engine
     await engine.close()

@@ -21,7 +21,7 @@ from service.engines.turbomind.probe import first_run
 from service.engines.turbomind.request import Request
 
 Ring = Callable[[], None]
-MODEL = Model(Path("/models/tiny"), 4096, 300, 2, 2, 2, 16, "none", 0, frozenset({2}), "0" * 64)
+MODEL = Model(Path("/models/tiny"), 4096, 300, 2, 2, 2, 16, "none", 0, 1, frozenset({2}), "0" * 64)
 REQUEST = Request(8, 0, 40, 0.9, 0.0, 0.7, 1.1, 2**64 - 1, (2,), (2, 5), (7,), 3, True)
 
 
@@ -129,7 +129,7 @@ def test_the_engine_is_set_up_as_the_options_say(calls: list[Any]) -> None:
                 "max_prefill_token_num": PIECES_TOKENS,
                 "enable_metrics": True,
             },
-            {"max_context_token_num": STEP_CONTEXT_TOKENS + 2 * 16_384},
+            {"max_context_token_num": STEP_CONTEXT_TOKENS + 2 * 16_384, "tune_layer_num": 1},
         )
     ]
 
@@ -164,7 +164,7 @@ def test_a_run_is_handed_over_with_all_its_parameters(calls: list[Any]) -> None:
 
 def test_what_turbomind_says_against_a_model_is_passed_on(calls: list[Any]) -> None:
     """TurboMind's assertions about a model become EngineUnusable."""
-    broken = Model(Path("/models/broken"), 4096, 300, 2, 2, 2, 16, "none", 0, frozenset(), "")
+    broken = Model(Path("/models/broken"), 4096, 300, 2, 2, 2, 16, "none", 0, 1, frozenset(), "")
 
     with pytest.raises(EngineUnusable, match="cannot load /models/broken: AssertionError: mismatched quant method"):
         Native(TurbomindOptions(), broken)

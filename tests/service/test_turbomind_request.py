@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import threading
 from typing import Any
 
 import pytest
@@ -13,8 +12,7 @@ from hypothesis import strategies as st
 from ostinato.errors import InvalidRequest
 from ostinato.v1 import types_pb2
 
-from service.engines.turbomind import request as request_module
-from service.engines.turbomind.request import ALMOST_ONE, IDS_MAX, NO_TOKEN, Formats, Request, request_of, source_of
+from service.engines.turbomind.request import ALMOST_ONE, IDS_MAX, NO_TOKEN, Request, request_of
 
 ENDS = frozenset({2, 7})
 
@@ -100,88 +98,3 @@ def test_no_request_can_lean_on_its_neighbours(
     assert 1 <= len(request.eos_ids) <= IDS_MAX
     assert max(len(request.stop_ids), len(request.bad_ids)) <= IDS_MAX
     assert request.each_step or set(request.stop_ids) == wanted
-
-
-Format = types_pb2.ResponseFormat
-
-
-class Compiler:
-    """A compiler that counts, and refuses sources with "bad"."""
-
-    def __init__(self) -> None:
-        self.compiled: list[tuple[str, str]] = []
-
-    def compile_json_schema(self, source: str) -> object:
-        return self._take("json", source)
-
-    def compile_regex(self, source: str) -> object:
-        return self._take("regex", source)
-
-    def compile_structural_tag(self, source: str) -> object:
-        return self._take("tag", source)
-
-    def _take(self, kind: str, source: str) -> object:
-        self.compiled.append((kind, source))
-        if "bad" in source:
-            raise RuntimeError("[12:00:00] grammar_parser.cc: unbalanced " + "x" * 500)
-        return f"{kind}:{source}"
-
-
-@pytest.mark.parametrize(
-    ("wanted", "text"),
-    [
-        (Format(structural_tag="[]"), "must be a JSON object"),
-        (Format(json_schema="{"), "is not JSON"),
-        (Format(json_schema="3"), "an object or true"),
-        (Format(json_schema="[" * 60_000), "nested too deeply|is not JSON"),
-    ],
-)
-def test_what_no_compiler_need_see_is_refused(wanted: types_pb2.ResponseFormat, text: str) -> None:
-    """A format that is not JSON, or not of the right kind, is refused before it is compiled."""
-    with pytest.raises(ValueError, match=text):
-        source_of(wanted)
-
-
-async def test_a_grammar_is_compiled_once() -> None:
-    """A grammar is compiled once; a bad one is refused each time with a short message."""
-    compiler = Compiler()
-    formats = Formats(lambda: compiler)
-    told = []
-    for _ in range(2):
-        formats.check(Format(regex="a+"))
-        with pytest.raises(ValueError, match="cannot be obeyed: .*unbalanced") as caught:
-            formats.check(Format(json_schema='{"bad": 1}'))
-        told.append(str(caught.value))
-    ready = await formats.ready(Format(regex="a+"))
-    grammar = await formats.ready(Format(ebnf='root ::= "a"'))
-    formats.close()
-
-    assert ready == "regex:a+"
-    assert grammar == 'tag:{"type": "structural_tag", "format": {"type": "grammar", "grammar": "root ::= \\"a\\""}}'
-    assert compiler.compiled[:2] == [("regex", "a+"), ("json", '{"bad": 1}')]
-    assert len(compiler.compiled) == 3
-    assert max(map(len, told)) < 350
-
-
-async def test_a_grammar_that_takes_too_long_is_refused_and_blocks_no_others_forever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow grammar is refused, and so are later ones until it is done, since xgrammar cannot be interrupted."""
-    monkeypatch.setattr(request_module, "COMPILE_SECONDS_MAX", 0.05)
-    released = threading.Event()
-
-    class Slow(Compiler):
-        def compile_regex(self, source: str) -> object:
-            released.wait(5)
-            return super().compile_regex(source)
-
-    slow: Any = Slow()
-    formats = Formats(lambda: slow)
-    with pytest.raises(ValueError, match="takes more than"):
-        formats.check(Format(regex="slow"))
-    with pytest.raises(ValueError, match="or waits for another that does"):
-        await formats.ready(Format(regex="other"))
-    released.set()
-    monkeypatch.setattr(request_module, "COMPILE_SECONDS_MAX", 5.0)
-    ready = await formats.ready(Format(regex="other"))
-    formats.close()
-
-    assert ready == "regex:other"

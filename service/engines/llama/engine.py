@@ -14,11 +14,12 @@ from prometheus_client import Metric
 from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.base import EngineUnusable, Events, Run
-from service.engines.llama import LlamaOptions
+from service.engines.grammars import Checker
+from service.engines.llama import LlamaOptions, sampling
 from service.engines.llama.batching import PIECE, PREFILL_STEP, Batching, Command, rows_max
 from service.engines.llama.library import library
 from service.engines.llama.model import load_model, packaged_model
-from service.engines.llama.sampling import ORDER, PENALTY_WINDOW, SEPARATORS, Checker, Grammar, source_of
+from service.engines.llama.sampling import ORDER, PENALTY_WINDOW, SEPARATORS, Grammar, source_of
 
 BLOCK_TOKENS = 64
 """The unit of Capacity. Memory is allocated by the slot."""
@@ -53,7 +54,7 @@ class LlamaEngine:
         except EngineUnusable:
             self._library.free(self._model.handle)
             raise
-        self._checker = Checker(self._model.path)
+        self._checker = Checker(sampling.__name__, str(self._model.path))
         # llguidance prepares once for a vocabulary, which takes a moment.
         Grammar(self._library, self.vocabulary.handle, self.vocabulary.size, "regex", b"a").close()
         atexit.register(self._stop)  # otherwise the process would end while a thread is inside llama.cpp

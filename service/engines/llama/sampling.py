@@ -3,11 +3,9 @@
 The order: grammar, forbidden tokens, repetition penalty (these three over the whole row), then llama.cpp's chain: top_k, top_p,
 min_p, temperature and a draw. At temperature 0 it takes the likeliest token; of equals, the one with the lowest id.
 
-llguidance compiles the grammars. A few hundred bytes of JSON schema can keep it busy for minutes without a way to interrupt it,
-it reports why it rejects a grammar only on standard error, and some of its failures end the process. It also gives up some
-grammars only after a few tokens. So `Checker` first compiles each grammar and follows it for some tokens in a child process,
-`python -m service.engines.llama.sampling MODEL`: one line of JSON in ([kind, source]), one line out (null or the reason). The
-child loads the vocabulary once, and forks for each grammar: one that is too dear ends its own fork.
+llguidance compiles the grammars. It cannot be interrupted, reports why it rejects a grammar only on standard error, some of its
+failures end the process, and it gives up some grammars only after a few tokens. So each grammar is first compiled, and followed
+for some tokens, by this module as the child of a `Checker`.
 """
 
 from __future__ import annotations
@@ -18,16 +16,11 @@ import math
 import os
 import random
 import re
-import resource
-import select
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from textwrap import shorten
 from typing import IO, Any
@@ -37,6 +30,7 @@ from numpy.typing import NDArray
 
 from ostinato.v1 import types_pb2
 
+from service.engines.grammars import Limits, serve
 from service.engines.llama.lark import lark_of
 from service.engines.llama.library import CANDIDATE, Library, library
 from service.engines.llama.model import LlamaVocabulary
@@ -48,16 +42,11 @@ ORDER = "grammar, forbidden, penalty, top_k, top_p, min_p, temperature, draw"
 """A field of the fingerprint."""
 SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON is written on one line, as by json.dumps: with free white space a small model may never leave it."""
-CPU_SECONDS_MAX = 0.5
-"""To compile one grammar and to follow it. Processor time does not depend on the machine's other load."""
-MEMORY_BYTES_MAX = 512 << 20
-"""Address space that this may take beside the vocabulary's."""
 WALKS, WALK_TOKENS = 3, 48
 """How often a grammar is followed, and for how many tokens each time."""
+LIMITS = Limits(seconds=0.5, memory_bytes=512 << 20, doing=f"compile and to follow for {WALK_TOKENS} tokens")
 OPTIONAL_PROPERTIES_MAX = 400
 """Of one object in a schema. llguidance gives up at about 500, when the object is begun."""
-ANSWER_SECONDS_MAX = 30.0
-"""For an answer of the child, its start included."""
 EXPLANATION_CHARACTERS_MAX = 300
 _LOGIT_MAX = 1e30
 _ERRORS_ONLY = 1
@@ -272,64 +261,6 @@ def _optional_properties(schema: dict[str, Any]) -> Iterator[int]:
             waiting += part
 
 
-class Checker:
-    """Compiles grammars in a child process, which starts at the first check and restarts when it has ended. Thread-safe."""
-
-    def __init__(self, model: Path) -> None:
-        self._model = model
-        self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
-        self._closed = False
-
-    def check(self, kind: str, source: bytes) -> None:
-        """Raises ValueError with llguidance's reason, or if it takes too long."""
-        with self._lock:
-            if self._closed:
-                raise ValueError("cannot be checked any more: the engine has closed")
-            child = self._child = self._child or self._start()
-            answer = self._ask(child, json.dumps([kind, source.decode()]).encode() + b"\n")
-            if not answer:
-                self._stop()
-                raise ValueError("cannot be compiled")
-        if (problem := json.loads(answer)) is not None:
-            raise ValueError(problem)
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            self._stop()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-m", __name__, str(self._model)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)},
-            start_new_session=True,  # a Ctrl-C at the terminal must not reach it
-        )
-
-    def _ask(self, child: subprocess.Popen[bytes], question: bytes) -> bytes:
-        """A line; empty if the child has ended or does not answer."""
-        assert child.stdin is not None and child.stdout is not None
-        try:
-            child.stdin.write(question)
-            child.stdin.flush()
-        except BrokenPipeError:
-            return b""
-        ready, _, _ = select.select([child.stdout], [], [], ANSWER_SECONDS_MAX)
-        return child.stdout.readline() if ready else b""
-
-    def _stop(self) -> None:
-        if self._child is None:
-            return
-        with suppress(BrokenPipeError), self._child as child:  # closes its pipes and waits for it
-            if child.stdout is not None and select.select([child.stdout], [], [], 0)[0]:
-                child.wait()
-            else:
-                child.kill()
-        self._child = None
-
-
 class _ControlAllowed(Exception):
     """A grammar allows a token that has no text and does not end the output."""
 
@@ -346,27 +277,6 @@ class _Compiler:
         silent = set(self._vocabulary.controls.values()) - self._vocabulary.end_ids
         self._controls = np.array(sorted(silent), np.int64)
         self.problem("regex", "a")  # builds what all grammars need
-
-    def answer(self, kind: str, source: str) -> str | None:
-        """Why the grammar is rejected, or None. Found by a fork, which may take so much time and memory and no more."""
-        reading, writing = os.pipe()
-        if not (pid := os.fork()):
-            try:
-                signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS_MAX)
-                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-                resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES_MAX,) * 2)
-                os.write(writing, json.dumps(self.problem(kind, source)).encode())
-            finally:
-                os._exit(0)
-        os.close(writing)
-        with os.fdopen(reading, "rb") as pipe:
-            said = pipe.read()
-        _, status = os.waitpid(pid, 0)
-        if said:
-            return None if (problem := json.loads(said)) is None else str(problem)
-        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
-            return f"takes more than {CPU_SECONDS_MAX} s of processor time to compile and to follow for {WALK_TOKENS} tokens"
-        return f"cannot be compiled, or takes more than {MEMORY_BYTES_MAX >> 20} MiB"
 
     def problem(self, kind: str, source: str) -> str | None:
         """Why the grammar is rejected, or None."""
@@ -421,15 +331,13 @@ def explanation(text: str) -> str:
     return f"cannot be obeyed: {shorten(reason, EXPLANATION_CHARACTERS_MAX, placeholder=' ...')}"
 
 
-def main(model: Path, questions: IO[bytes], answers: IO[bytes]) -> None:
-    """The child: answer until standard input is closed."""
+def main(model: Path) -> None:
+    """The child of `Checker`."""
     with tempfile.TemporaryFile() as errors:
         os.dup2(errors.fileno(), sys.stderr.fileno())
         compiler = _Compiler(model, errors)
-        for question in questions:
-            answers.write(json.dumps(compiler.answer(*json.loads(question))).encode() + b"\n")
-            answers.flush()
+        serve(sys.stdin.buffer, sys.stdout.buffer, compiler.problem, LIMITS)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.stdin.buffer, sys.stdout.buffer)
+    main(Path(sys.argv[1]))

@@ -8,7 +8,8 @@
     exactness    what it takes to be exact, and what is missing
     native       LMDeploy's TurboMind; the only file that touches it
     probe        runs of known prompts at start, and what they prove
-    request      a run's parameters, response format and logprobs
+    request      a run's parameters and logprobs
+    grammars     response formats, compiled by TurboMind's xgrammar
     batching     runs in, tokens out; the KV cache's blocks
     metrics      Prometheus metrics, and whether TurboMind preempted a run
     engine       loading, and what the service sees

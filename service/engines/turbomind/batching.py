@@ -23,10 +23,11 @@ from ostinato.errors import EngineFailed, OstinatoError, to_status
 from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.base import Events, Run
+from service.engines.turbomind.grammars import Formats
 from service.engines.turbomind.metrics import Meter
 from service.engines.turbomind.native import Handle, Native, Progress, Status, why
 from service.engines.turbomind.options import PIECE_TOKENS
-from service.engines.turbomind.request import Formats, Request, request_of, token_logprobs
+from service.engines.turbomind.request import Request, request_of, token_logprobs
 
 PAGE_BYTES, SLAB_BYTES_MAX = 32 << 20, 1 << 30
 SLAB_USE_MIN = 0.95

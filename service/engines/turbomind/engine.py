@@ -25,12 +25,13 @@ from service.engines.base import EngineUnusable, Events, Run
 from service.engines.turbomind import host, model, probe
 from service.engines.turbomind.batching import Batching, block_bytes, blocks_needed, blocks_promised
 from service.engines.turbomind.exactness import Exactness
+from service.engines.turbomind.grammars import Formats, checker
 from service.engines.turbomind.metrics import Meter
 from service.engines.turbomind.model import HuggingFaceVocabulary
 from service.engines.turbomind.native import Native, import_lmdeploy
 from service.engines.turbomind.options import BLOCK_TOKENS, PIECE_TOKENS, TOP_K_MAX, TurbomindOptions
 from service.engines.turbomind.overrides import TOP_K_BUCKET
-from service.engines.turbomind.request import RULES, Formats
+from service.engines.turbomind.request import RULES
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -56,6 +57,7 @@ class Loaded:
     blocks: int
     """Of the KV cache."""
     fields: Mapping[str, str]
+    formats: Formats
     prefix_cache: bool = False
 
 
@@ -67,13 +69,12 @@ class TurbomindEngine:
     top_k_max = TOP_K_MAX
 
     def __init__(self, options: TurbomindOptions, loaded: Loaded, *, end_process: Callable[[int], object] = os._exit) -> None:
-        self._loaded, self._end_process = loaded, end_process
+        self._loaded, self._formats, self._end_process = loaded, loaded.formats, end_process
         self.exactness, self.vocabulary = loaded.exactness, loaded.vocabulary
         self.fields, self.prefix_cache = loaded.fields, loaded.prefix_cache
         self.model_name, self.context_tokens = self.exactness.model.name, options.context_tokens
         self.piece_tokens = PIECE_TOKENS if self.exactness.overrides is not None else 0
         self.capacity = engine_pb2.Capacity(runs=options.runs, kv_blocks=loaded.blocks, block_tokens=BLOCK_TOKENS)
-        self._formats = Formats(lambda: loaded.native.grammar_compiler(self.vocabulary.pieces, self.vocabulary.end_ids))
         self._batching: Batching | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._meter = Meter(options.context_tokens, loaded.native.load)
@@ -132,7 +133,7 @@ class TurbomindEngine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._formats.close()
+        await asyncio.to_thread(self._formats.close)
         ended = threading.Event()
         threading.Thread(target=self._free, args=(ended,), name="turbomind-close", daemon=True).start()
         if not await asyncio.get_running_loop().run_in_executor(None, ended.wait, END_SECONDS):
@@ -237,7 +238,13 @@ def load(options: TurbomindOptions) -> TurbomindEngine:
             "exact": "on" if options.exact else "off",
             "request_rules": RULES,
         }
-    return TurbomindEngine(options, Loaded(native, vocabulary, exactness, blocks, fields, prefix_cache))
+        formats = _formats(native, vocabulary)
+    return TurbomindEngine(options, Loaded(native, vocabulary, exactness, blocks, fields, formats, prefix_cache))
+
+
+def _formats(native: Native, vocabulary: HuggingFaceVocabulary) -> Formats:
+    given = vocabulary.pieces, vocabulary.end_ids
+    return Formats(checker(host.turbomind_library(), *given), native.grammar_compiler(*given))
 
 
 def _model(options: TurbomindOptions, described: model.Model, exactness: Exactness) -> tuple[Native, float, bool]:

@@ -87,7 +87,7 @@ class Exactness:
             "lmdeploy": version, "cublas": self.cublas, "gpu": gpu.name, "capability": gpu.capability, "driver": gpu.driver,
             "config": self.model.config_digest, "dtype": options.dtype, "model_format": options.model_format or "",
             "tp": str(options.tp), "runs": str(options.runs), "prefill_tokens": str(options.prefill_tokens),
-            "overrides": overrides_digest(),
+            "overrides": overrides_digest(), "tuned_layers": str(self.model.tuned_layers),
         }  # fmt: skip
         self._kept, self.origin = kernels.load(self.path, self._environment)
         if LOOKUP in self.overrides.omitted:

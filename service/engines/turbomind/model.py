@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -45,6 +46,8 @@ class Model:
     """Of the weights: "none", or a method."""
     experts: int
     """0: not a mixture of experts."""
+    tuned_layers: int
+    """The first layers that TurboMind has to time its kernels with, so that there is one with experts among them."""
     end_ids: frozenset[int]
     config_digest: str
 
@@ -81,6 +84,7 @@ def read(path: Path | None) -> Model:
             else int(config.get("head_dim") or config["hidden_size"] // heads),
             quantisation=str((whole.get("quantization_config") or {}).get("quant_method", "none")),
             experts=max(int(config.get(name) or 0) for name in _EXPERTS),
+            tuned_layers=1 + _dense_layers(config),
             end_ids=_end_ids(path, whole),
             config_digest=hashlib.sha256(raw).hexdigest(),
         )
@@ -91,6 +95,16 @@ def read(path: Path | None) -> Model:
         raise EngineUnusable(f"--model: {path} cannot be read as a model: {file}: {error.strerror}; {advice}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineUnusable(f"--model: {path}/config.json is not that of a text model: {error!r}") from error
+
+
+def _dense_layers(config: Mapping[str, Any]) -> int:
+    """The layers before the first one with experts."""
+    if "sparse" in (types := config.get("mlp_layer_types") or ()):
+        return int(types.index("sparse"))
+    if config.get("n_routed_experts"):
+        return int(config.get("first_k_dense_replace", 1))
+    only = config.get("mlp_only_layers") or ()
+    return next(layer for layer in itertools.count() if layer not in only)
 
 
 def _end_ids(path: Path, config: Mapping[str, Any]) -> frozenset[int]:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 from service.engines.base import EngineUnusable
+from service.engines.turbomind.grammars import grammar_compiler
 from service.engines.turbomind.host import module
 from service.engines.turbomind.model import Model
 from service.engines.turbomind.options import BLOCK_TOKENS, TurbomindOptions
@@ -184,8 +185,11 @@ class Native:
             enable_metrics=True,
         )
         try:
-            contexts = options.step_context_tokens + BESIDE_NEW * options.session_tokens
-            with _step_contexts(self._tm, contexts if options.exact else 0):
+            own = {
+                "max_context_token_num": options.step_context_tokens + BESIDE_NEW * options.session_tokens,
+                "tune_layer_num": model.tuned_layers,
+            }
+            with _engine_config(self._tm, own if options.exact else {}):
                 self._engine: Any = turbomind.TurboMind.from_pretrained(str(model.path), engine_config=config)
         except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
             raise EngineUnusable(f"--model: TurboMind cannot load {model.path}: {type(error).__name__}: {error}") from error
@@ -214,12 +218,8 @@ class Native:
         return Load(now.scheduler_tick, now.cache_usage, now.active_seqs, now.waiting_seqs, now.prefix_cache_hit_rate)
 
     def grammar_compiler(self, pieces: Sequence[bytes], end_ids: Iterable[int]) -> Any:
-        """TurboMind's own xgrammar, with each token's bytes and the tokens that may end an answer. LMDeploy's compiler reads
-        the vocabulary itself and guesses its encoding, wrongly for some converted tokenizers."""
-        from lmdeploy.turbomind.tokenizer_info import TokenizerInfo, VocabType
-
-        info = TokenizerInfo(list(pieces), VocabType.RAW, vocab_size=len(pieces), stop_token_ids=sorted(end_ids))
-        return self._tm.GrammarCompiler(info)
+        """TurboMind's own xgrammar, for this vocabulary."""
+        return grammar_compiler(self._tm, pieces, end_ids)
 
     def close(self) -> None:
         """Waits for TurboMind's threads, which end with the last reference to it. Nothing may be called afterwards."""
@@ -243,18 +243,17 @@ class Native:
 
 
 @contextmanager
-def _step_contexts(tm: Any, tokens: int) -> Iterator[None]:
-    """Let one step hold prompts of so many tokens in all, cached beginnings included; 0: TurboMind's default, session_len.
-    LMDeploy has no setting for it."""
+def _engine_config(tm: Any, values: Mapping[str, int]) -> Iterator[None]:
+    """Sets fields of TurboMind's configuration for which LMDeploy has no setting."""
     own = tm.EngineConfig
 
     def config() -> Any:
         made = own()
-        made.max_context_token_num = tokens
+        for name, value in values.items():
+            setattr(made, name, value)
         return made
 
-    if tokens:
-        tm.EngineConfig = config
+    tm.EngineConfig = config
     try:
         yield
     finally:

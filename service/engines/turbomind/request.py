@@ -1,4 +1,4 @@
-"""A run's parameters, response format and logprobs, between the contract and TurboMind.
+"""A run's parameters and logprobs, between the contract and TurboMind.
 
 What TurboMind would misread is handled here:
 
@@ -13,21 +13,12 @@ What TurboMind would misread is handled here:
 
 from __future__ import annotations
 
-import asyncio
-import json
 import struct
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from textwrap import shorten
 from typing import Any
 
 from ostinato.errors import invalid
 from ostinato.v1 import types_pb2
-
-from service.strict_json import object_of, schema_of
 
 IDS_MAX = 32
 """The most stop tokens, and the most forbidden ones, that TurboMind takes."""
@@ -121,81 +112,3 @@ def token_logprobs(token_id: int, ids: Any, values: Any, top: int) -> types_pb2.
         logprob=float(chosen.max()),
         top=[types_pb2.TopLogprob(token_id=each, logprob=-value) for value, each in likeliest[:top]],
     )
-
-
-KEPT = 128
-"""Compiled grammars."""
-COMPILE_SECONDS_MAX = 10.0
-WAITING_MAX = 64
-"""Grammars that may wait for another."""
-EXPLANATION_CHARACTERS_MAX = 300
-SLOW = f"takes more than {COMPILE_SECONDS_MAX:g} s to compile, or waits for another that does"
-
-
-def source_of(response_format: types_pb2.ResponseFormat) -> tuple[str, str]:
-    """Kind of grammar, and the grammar. Raises ValueError for one that need not be compiled to be refused."""
-    kind = response_format.WhichOneof("format")
-    if kind == "json_schema":
-        schema_of(response_format.json_schema)
-        return kind, response_format.json_schema
-    if kind == "regex":
-        return kind, response_format.regex
-    if kind == "ebnf":
-        # The compiler has no method for a grammar alone.
-        grammar = {"type": "grammar", "grammar": response_format.ebnf}
-        return "structural_tag", json.dumps({"type": "structural_tag", "format": grammar})
-    assert kind == "structural_tag", "Prepare refuses an empty one"
-    object_of(response_format.structural_tag)
-    return kind, response_format.structural_tag
-
-
-class Formats:
-    """Compiles grammars, one at a time in a thread of its own, because a short text can keep xgrammar busy for long, and it
-    cannot be interrupted. A grammar that takes too long is refused, and so are all later ones until it is done."""
-
-    def __init__(self, compiler: Callable[[], Any]) -> None:
-        """`compiler` returns xgrammar's compiler. It is called in that thread."""
-        self._compiler = compiler
-        self._thread = ThreadPoolExecutor(1, "xgrammar")
-        self._futures: OrderedDict[tuple[str, str], Future[Any]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def check(self, response_format: types_pb2.ResponseFormat) -> None:
-        """Raises ValueError with xgrammar's message. Any thread; waits."""
-        try:
-            self._compiled(response_format).result(COMPILE_SECONDS_MAX)
-        except TimeoutError:
-            raise ValueError(SLOW) from None
-
-    async def ready(self, response_format: types_pb2.ResponseFormat) -> object:
-        """The compiled grammar for `Native.start`. Raises ValueError as `check` does."""
-        compiled = asyncio.wrap_future(self._compiled(response_format))
-        try:
-            return await asyncio.wait_for(asyncio.shield(compiled), COMPILE_SECONDS_MAX)
-        except TimeoutError:
-            raise ValueError(SLOW) from None
-
-    def _compiled(self, response_format: types_pb2.ResponseFormat) -> Future[Any]:
-        key = source_of(response_format)
-        with self._lock:
-            future = self._futures.get(key)
-            if future is None:
-                if sum(not each.done() for each in self._futures.values()) >= WAITING_MAX:
-                    raise ValueError("cannot be compiled now: too many others wait")
-                future = self._futures[key] = self._thread.submit(self._compile, *key)
-            self._futures.move_to_end(key)
-            while len(self._futures) > KEPT:
-                self._futures.popitem(last=False)
-        return future
-
-    def close(self) -> None:
-        """Does not wait for the grammar that is being compiled."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _compile(self, kind: str, source: str) -> Any:
-        try:
-            compiler = self._compiler()
-            return getattr(compiler, f"compile_{kind}")(source)
-        except Exception as error:  # xgrammar may raise anything
-            told = shorten(str(error), EXPLANATION_CHARACTERS_MAX, placeholder=" ...") or type(error).__name__
-            raise ValueError(f"cannot be obeyed: {told}") from error
