@@ -74,14 +74,6 @@ class GroupSettings:
     full_retry_seconds: float = 1.0
     """How often a full journal looks for room, and what refused callers are told to wait."""
 
-    def __post_init__(self) -> None:
-        if (
-            min(self.commit_drafts_max, self.commit_bytes_max) < 1
-            or self.deferred_outcomes_max < 0
-            or self.full_retry_seconds <= 0
-        ):
-            raise ValueError("commit_drafts_max, commit_bytes_max and full_retry_seconds must be positive")
-
 
 class Job(msgspec.Struct, Generic[T], frozen=True, eq=False):
     """A draft, and a tag by which the caller recognises the answer."""
@@ -444,7 +436,8 @@ class Journal:
                 self._on_damaged(damaged)
         if index > self._durable_index:
             self._durable_index = index
-            self._wake()
+            if self._waiting:
+                self._wake()
         for commit in commits:
             self._on_commit(*commit)
 
@@ -508,17 +501,16 @@ class Journal:
         taken = self._committer.maintain(idle=self._jobs.empty())
         if taken:
             self._call(self._on_taken, taken)
-        self._poll()
+        if self._store.poll_seconds is not None and self._waiting:
+            self._poll(self._store.poll_seconds)
         return True
 
-    def _poll(self) -> None:
-        """Look for entries of other writers, if a caller waits for one."""
-        poll_seconds = self._store.poll_seconds
-        if poll_seconds is None or not self._waiting or time.monotonic() < self._polled_at + poll_seconds:
-            return
-        self._polled_at = time.monotonic()
-        with suppress(JournalUnavailable):
-            self._call(self._settle, (), (), self._store.newest().index)
+    def _poll(self, poll_seconds: float) -> None:
+        """Look for entries of other writers: a caller waits for one."""
+        if time.monotonic() >= self._polled_at + poll_seconds:
+            self._polled_at = time.monotonic()
+            with suppress(JournalUnavailable):
+                self._call(self._settle, (), (), self._store.newest().index)
 
     def _idle_seconds(self) -> float | None:
         """How long the thread may wait for the queue."""

@@ -5,8 +5,9 @@
     moves      calls whose file is not that of the call before
     stops      files from which a call enters another one; the others are leaves and only return to their caller
 
-Ours are proto/ostinato, proto/serving, service and sidecar, without generated code. The second table is the way of a sequence
-from its birth to its receipt: every stop from the order's core on, once, with the function that is entered first.
+Ours are proto/ostinato, proto/serving, service and sidecar, without generated code. The second table has the calls of an item
+among many, which share messages and commits. The third is the way of a sequence from its birth to its receipt: every stop from
+the order's core on, once, with the function that is entered first.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType
 from unittest import mock
@@ -28,13 +30,16 @@ from ostinato.client import Client
 from ostinato.errors import OstinatoError
 from serving import program
 
-from tests.bench.table import Options, Table
+from tests.bench.table import Options, Table, median
 
 ROOT = Path(__file__).parents[2]
 OURS = re.compile(rf"{re.escape(str(ROOT))}/((?:proto/ostinato|proto/serving|service|sidecar)/(?!.*_pb2).*\.py)$")
 COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")
 CORE = "sidecar/core/"
-WARM_UP, ROUNDS = 5, 9
+WARM_UP, ROUNDS = 12, 9
+"""Prompts. After the first ones a sender knows that it is alone."""
+MANY, MANY_ROUNDS = ((64, 1), (8, 64)), 5
+"""Clients, and items in the request of each."""
 NAMES = ["calls", "functions", "files", "moves", "stops"]
 
 Calls = list[tuple[CodeType, CodeType | None]]
@@ -84,16 +89,25 @@ async def route(_options: Options) -> list[Table]:
             for _ in range(WARM_UP):
                 await _prompt(client)
             routes = [Route(await profiled(lambda: _prompt(client))) for _ in range(ROUNDS)]
+            many = [[Route(await profiled(partial(_prompts, client, *each))) for _ in range(MANY_ROUNDS)] for each in MANY]
     shortest = min(routes, key=lambda found: len(found.calls))
     table = Table("The route of one prompt with one token", ["", *NAMES])
     table.rows.append(["client, sidecar and service", *map(str, shortest.counts())])
+    shared = Table("Calls an item, with one token each", ["clients", "items in a request", "calls"])
+    for (clients, items), found in zip(MANY, many, strict=True):
+        calls = median([len(each.calls) for each in found]) / (clients * items)
+        shared.rows.append([str(clients), str(items), f"{calls:.0f}"])
     listed = Table("The stops of a sequence, from the order's core to the client", ["stop", "number"])
     listed.rows += [[stop, str(number)] for number, stop in enumerate(shortest.stops(), 1)]
-    return [table, listed]
+    return [table, shared, listed]
 
 
-async def _prompt(client: Client) -> None:
-    await client.generate("Shanghai is", max_new_tokens=1, ignore_eos=True)
+async def _prompt(client: Client, items: int = 1) -> None:
+    await client.generate(["Shanghai is"] * items, max_new_tokens=1, ignore_eos=True)
+
+
+async def _prompts(client: Client, clients: int, items: int) -> None:
+    await asyncio.gather(*(_prompt(client, items) for _ in range(clients)))
 
 
 @contextlib.contextmanager

@@ -272,18 +272,6 @@ async def test_a_run_is_of_one_attempt() -> None:
     assert list(event.tokens.runs) == [run(1, 0, 65), run(1, 1, 66, 67, attempt=2)]
 
 
-async def test_a_taken_message_is_closed() -> None:
-    """What a reader has taken does not grow under its hands."""
-    call = StreamWaiter(1, account(), unwritten)
-    call.tokens(run(1, 0, 65))
-    (first,) = await taken(call)
-
-    call.tokens(run(1, 1, 66))
-
-    assert list(first.tokens.runs) == [run(1, 0, 65)]
-    assert [list(event.tokens.runs) for event in await taken(call)] == [[run(1, 1, 66)]]
-
-
 async def test_a_reader_waits_for_something() -> None:
     """With nothing to take it waits, and is woken by tokens and by an end."""
     call = StreamWaiter(1, account(), unwritten)

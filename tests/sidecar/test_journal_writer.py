@@ -142,25 +142,6 @@ async def test_groups() -> None:
         assert all(seconds > 0 and payload_bytes > drafts for seconds, drafts, payload_bytes in it.commits)
 
 
-async def test_groups_of_a_real_journal(tmp_path: Path) -> None:
-    """Many requesters at once take far fewer commits than drafts."""
-    store = SqliteKit(tmp_path / "journal.db")
-    commits: list[int] = []
-    backend, _ = store.open()
-    journal = Journal(
-        backend, now_millis=store.clock.now_millis, on_commit=lambda seconds, drafts, size: commits.append(drafts)
-    )
-
-    async def requester() -> None:
-        for _ in range(10):
-            await journal.append(admission())
-
-    await asyncio.gather(*(requester() for _ in range(50)))
-    await journal.close()
-    assert sum(commits) == 500
-    assert len(commits) < 100
-
-
 async def test_bounds() -> None:
     """A commit takes no more drafts than the settings allow, and no further one when it has enough bytes."""
     async with running(GroupSettings(commit_drafts_max=7)) as it:
@@ -259,15 +240,6 @@ async def test_starts_full() -> None:
     backend.room = True
     await eventually(lambda: not journal.full)
     await journal.close()
-
-
-def test_settings() -> None:
-    """Bounds that make no sense are refused when they are set."""
-    for settings in ({"commit_drafts_max": 0}, {"commit_bytes_max": 0}, {"deferred_outcomes_max": -1}):
-        with pytest.raises(ValueError, match="must"):
-            GroupSettings(**settings)
-    with pytest.raises(ValueError, match="must"):
-        GroupSettings(full_retry_seconds=0)
 
 
 async def test_every_entry_is_told_once(tmp_path: Path) -> None:

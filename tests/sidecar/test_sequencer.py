@@ -255,34 +255,6 @@ def test_taking_over() -> None:
     assert [(s.sequence, s.attempt) for s in edge.submits()] == [(10, 1), (11, 1), (3, 2), (12, 1), (13, 1), (14, 1)]
 
 
-def test_an_engine_lost_after_a_takeover() -> None:
-    """6: what a lost engine held and what was taken over since are submitted to the next engine in ascending order."""
-    edge = connected(runs=1)
-    edge.next_sequence = 100
-    edge.admit(need(), keyed=True)
-    edge.admit(need(), keyed=True)
-    edge.admit(need(), keyed=True)
-    edge.dispatch(ev.Recovered(50, need(), True, 2))
-    assert [(s.sequence, s.attempt) for s in edge.submits()] == [(100, 1), (101, 1)]
-    edge.dispatch(ev.Disconnected())
-    edge.dispatch(engine(runs=4))
-
-    assert [(s.sequence, s.attempt) for s in edge.submits()[2:]] == [(50, 2), (100, 1), (101, 1), (102, 1)]
-
-
-def test_taking_over_while_a_batch_is_numbered() -> None:
-    """6: a takeover that is told before a batch with smaller numbers, whose commit was earlier, does not go ahead of it."""
-    edge = connected(runs=1)
-    edge.admit(need(), need())
-    edge.dispatch(ev.Admit(2, (need(), need()), True))
-    edge.dispatch(ev.Recovered(12, need(), True, 2))
-    edge.dispatch(ev.Numbered(2, 10))
-    for sequence in (1, 2, 10, 11, 12):
-        edge.finish(sequence)
-
-    assert [s.sequence for s in edge.submits()] == [1, 2, 10, 11, 12]
-
-
 def test_drain_finishes_and_ends() -> None:
     """5: a drain refuses new batches, finishes what there is, and then says so once."""
     edge = connected(runs=1)
