@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from k8s.monitoring.panels import GRADES, Board, bars, heat_map, limit, lines, number, rows
+from k8s.monitoring.panels import GRADES, Board, bars, heat_map, limit, lines, number, quantile, rate, rows, total
 
 OVERVIEW = Board("overview", "Objectives, traffic, latency and how full it is.")
 CALLS = '{ON,service="ostinato.v1.Generation"}'
@@ -35,7 +35,7 @@ OVERVIEW.row(
     ),
     number("Divergence", "none", "max(ostinato_divergence_alarm{ON})", names={"0": ("none", "green"), "1": ("ALARM", "red")}),
     number("Grade", "none", "min(ostinato_engine_grade{ON})", names=GRADES, about="The lowest of the connected engines."),
-    number("Engines connected", "none", "sum(ostinato_engine_connected{ON})", (None, "red"), (1, "green")),
+    number("Engines connected", "none", total("engine_connected"), (None, "red"), (1, "green")),
     lines(
         "Error budget burn",
         "none",
@@ -51,8 +51,8 @@ OVERVIEW.row(
     lines(
         "Items",
         "ops",
-        ("sum(rate(ostinato_admitted_items_total{ON}[RATE]))", "admitted"),
-        ("sum by (outcome, reason) (rate(ostinato_ended_items_total{ON}[RATE]))", "{{outcome}} {{reason}}"),
+        (rate("admitted_items_total"), "admitted"),
+        (rate("ended_items_total", "outcome, reason"), "{{outcome}} {{reason}}"),
     ),
     lines(
         "Calls by code",
@@ -62,8 +62,8 @@ OVERVIEW.row(
     lines(
         "Refused requests",
         "ops",
-        ("sum by (reason) (rate(ostinato_refused_requests_total{ON}[RATE]))", "{{reason}}"),
-        ("sum(rate(ostinato_repeated_requests_total{ON}[RATE]))", "answered from the record"),
+        (rate("refused_requests_total", "reason"), "{{reason}}"),
+        (rate("repeated_requests_total"), "answered from the record"),
         about="Refused before sequencing, by reason; and requests with a known key, which are answered from the record.",
     ),
 )
@@ -75,8 +75,8 @@ OVERVIEW.row(
     lines(
         "Whole items, median and 99 %",
         "s",
-        ("histogram_quantile(0.5, sum by (le) (rate(ostinato_item_seconds_bucket{ON}[RATE])))", "median"),
-        ("histogram_quantile(0.99, sum by (le) (rate(ostinato_item_seconds_bucket{ON}[RATE])))", "99 %"),
+        (quantile(0.5, "item_seconds"), "median"),
+        (quantile(0.99, "item_seconds"), "99 %"),
         about="Each exemplar names a sequence: `ostinato get SEQUENCE`.",
         exemplars=True,
     ),
@@ -102,16 +102,11 @@ OVERVIEW.row(
     lines(
         "Items that wait or run",
         "none",
-        ("sum(ostinato_unnumbered_items{ON})", "wait for a number"),
-        ("sum(ostinato_queue_items{ON})", "wait for journal or room"),
-        ("sum(ostinato_inflight_items{ON})", "in the engine"),
+        (total("unnumbered_items"), "wait for a number"),
+        (total("queue_items"), "wait for journal or room"),
+        (total("inflight_items"), "in the engine"),
     ),
-    lines(
-        "KV blocks",
-        "none",
-        ("sum(ostinato_inflight_kv_blocks{ON})", "needed at worst"),
-        ("sum(ostinato_kv_blocks{ON})", "of the engines limit"),
-    ),
+    lines("KV blocks", "none", (total("inflight_kv_blocks"), "needed at worst"), (total("kv_blocks"), "of the engines limit")),
     lines(
         "Held for callers",
         "bytes",
@@ -121,7 +116,7 @@ OVERVIEW.row(
     lines(
         "Calls lost to slow readers",
         "ops",
-        ("sum by (bound) (rate(ostinato_lost_calls_total{ON}[RATE]))", "{{bound}}"),
+        (rate("lost_calls_total", "bound"), "{{bound}}"),
         about="SLOW_READER, by the bound that was reached: of the call, its tenant, all, or the time to read.",
     ),
     lines("Memory", "bytes", ("process_resident_memory_bytes{ON}", "{{job}} {{instance}}")),
@@ -219,25 +214,19 @@ DIVERGENCE.row(
         "{{le}}",
         about="Comparisons that diverged at an index up to this one and above the one before.",
     ),
-    lines(
-        "Comparisons", "ops", ("sum by (kind, verdict) (rate(ostinato_comparisons_total{ON}[RATE]))", "{{kind}} {{verdict}}")
-    ),
-    lines(
-        "Tokens compared",
-        "ops",
-        ("sum by (kind, grade) (rate(ostinato_compared_tokens_total{ON}[RATE]))", "{{kind}} {{grade}}"),
-    ),
+    lines("Comparisons", "ops", (rate("comparisons_total", "kind, verdict"), "{{kind}} {{verdict}}")),
+    lines("Tokens compared", "ops", (rate("compared_tokens_total", "kind, grade"), "{{kind}} {{grade}}")),
     lines(
         "Unseeded answers",
         "ops",
-        ("sum(rate(ostinato_collision_checks_total{ON}[RATE]))", "compared with those of other seeds"),
-        ("sum(rate(ostinato_collisions_total{ON}[RATE]))", "equal to one"),
+        (rate("collision_checks_total"), "compared with those of other seeds"),
+        (rate("collisions_total"), "equal to one"),
         about="A collision: two seeds gave the same answer.",
     ),
     lines(
         "Not compared",
         "ops",
-        ("sum by (kind, reason) (rate(ostinato_not_compared_total{ON}[RATE]))", "{{kind}} {{reason}}"),
+        (rate("not_compared_total", "kind, reason"), "{{kind}} {{reason}}"),
         about="Second runs that were due and gave no verdict.",
     ),
 )
@@ -250,15 +239,10 @@ DIVERGENCE.row(
         about="Incomparable runs, by what differed.",
         steps=True,
     ),
-    lines(
-        "Audits that wait",
-        "none",
-        ("sum(ostinato_audit_backlog_items{ON})", "audits"),
-    ),
+    lines("Audits that wait", "none", (total("audit_backlog_items"), "audits")),
 )
 
 ORDER = Board("order", "Sequences, epochs, the journal's commits and the engine's window.")
-P99 = "histogram_quantile({share}, sum by (le) (rate({metric}_bucket{{ON}}[RATE])))"
 
 ORDER.row(
     "Sequence",
@@ -267,10 +251,10 @@ ORDER.row(
     number(
         "Waiting items",
         "none",
-        "sum(ostinato_unnumbered_items{ON}) + sum(ostinato_queue_items{ON})",
+        f"{total('unnumbered_items')} + {total('queue_items')}",
         about="Items that wait for a sequence, the journal or room in the engine.",
     ),
-    number("In the engine", "none", "sum(ostinato_inflight_items{ON})"),
+    number("In the engine", "none", total("inflight_items")),
     number("Journal room", "none", "max(ostinato_journal_full{ON})", names={"0": ("room", "green"), "1": ("FULL", "red")}),
     number(
         "Abandoned, a day",
@@ -282,11 +266,11 @@ ORDER.row(
     lines(
         "Sequences",
         "ops",
-        ("sum(rate(ostinato_admitted_items_total{ON}[RATE]))", "numbered"),
-        ("sum(rate(ostinato_submitted_items_total{ON}[RATE]))", "submitted"),
-        ("sum(rate(ostinato_attempts_total{ON}[RATE]))", "submitted again"),
-        ("sum(rate(ostinato_ended_items_total{ON}[RATE]))", "ended"),
-        ("sum(rate(ostinato_taken_over_items_total{ON}[RATE]))", "taken over"),
+        (rate("admitted_items_total"), "numbered"),
+        (rate("submitted_items_total"), "submitted"),
+        (rate("attempts_total"), "submitted again"),
+        (rate("ended_items_total"), "ended"),
+        (rate("taken_over_items_total"), "taken over"),
     ),
     lines("Newest sequence over time", "none", ("ostinato_last_sequence{ON}", "{{instance}}")),
     lines("Epoch over time", "none", ("ostinato_epoch{ON}", "{{instance}}"), steps=True),
@@ -305,15 +289,15 @@ ORDER.row(
     lines(
         "Journal writes",
         "ops",
-        ("sum(rate(ostinato_journal_commit_seconds_count{ON}[RATE]))", "commits"),
-        ("sum(rate(ostinato_journal_commit_drafts_sum{ON}[RATE]))", "batches and outcomes"),
+        (rate("journal_commit_seconds_count"), "commits"),
+        (rate("journal_commit_drafts_sum"), "batches and outcomes"),
     ),
-    lines("Payload", "Bps", ("sum(rate(ostinato_journal_payload_bytes_total{ON}[RATE]))", "written")),
+    lines("Payload", "Bps", (rate("journal_payload_bytes_total"), "written")),
     lines(
         "Admission",
         "s",
-        (P99.format(share=0.5, metric="ostinato_admission_seconds"), "median"),
-        (P99.format(share=0.99, metric="ostinato_admission_seconds"), "99 %"),
+        (quantile(0.5, "admission_seconds"), "median"),
+        (quantile(0.99, "admission_seconds"), "99 %"),
         about="From a prepared batch to its durable numbers. Each exemplar names a batch's first sequence.",
         exemplars=True,
     ),
@@ -323,22 +307,22 @@ ORDER.row(
     lines(
         "Items by stage",
         "none",
-        ("sum(ostinato_unnumbered_items{ON})", "wait for a number"),
-        ("sum(ostinato_queue_items{ON})", "wait for journal or room"),
-        ("sum(ostinato_inflight_items{ON})", "in the engine"),
+        (total("unnumbered_items"), "wait for a number"),
+        (total("queue_items"), "wait for journal or room"),
+        (total("inflight_items"), "in the engine"),
         width=6,
     ),
     lines(
         "Share of the KV blocks",
         "percentunit",
-        ("sum(ostinato_inflight_kv_blocks{ON}) / (sum(ostinato_kv_blocks{ON}) > 0)", "needed at worst"),
+        (f"{total('inflight_kv_blocks')} / ({total('kv_blocks')} > 0)", "needed at worst"),
         width=6,
     ),
     lines(
         "Streams to the engine",
         "none",
-        ("sum(ostinato_engine_connected{ON})", "sidecars connected"),
-        ("sum(ostinato_service_streams{ON})", "open at the services"),
+        (total("engine_connected"), "sidecars connected"),
+        (total("service_streams"), "open at the services"),
         ("sum by (reason) (increase(ostinato_service_streams_refused_total{ON}[RATE]))", "refused {{reason}}"),
         ("sum by (reason) (increase(ostinato_engine_faults_total{ON}[RATE]))", "dropped {{reason}}"),
         width=6,
@@ -356,8 +340,8 @@ ENGINE.row(
     number(
         "Self-test", "s", "max(ostinato_service_self_test_seconds{ON})", about="Duration of the self-test behind this grade."
     ),
-    number("Generated", "ops", "sum(rate(ostinato_engine_generated_tokens_total{ON}[RATE]))", about="Tokens a second."),
-    number("Runs in flight", "none", "sum(ostinato_engine_runs_in_flight{ON})"),
+    number("Generated", "ops", rate("engine_generated_tokens_total"), about="Tokens a second."),
+    number("Runs in flight", "none", total("engine_runs_in_flight")),
     number(
         "Fingerprints connected",
         "none",
@@ -375,28 +359,24 @@ ENGINE.row(
     lines(
         "Tokens",
         "ops",
-        ("sum(rate(ostinato_engine_generated_tokens_total{ON}[RATE]))", "generated"),
-        ("sum(rate(ostinato_engine_prompt_tokens_total{ON}[RATE]))", "of prompts"),
-        ("sum(rate(ostinato_engine_cached_prompt_tokens_total{ON}[RATE]))", "of prompts, from the prefix cache"),
+        (rate("engine_generated_tokens_total"), "generated"),
+        (rate("engine_prompt_tokens_total"), "of prompts"),
+        (rate("engine_cached_prompt_tokens_total"), "of prompts, from the prefix cache"),
     ),
     lines(
         "Prefix cache",
         "percentunit",
-        (
-            "sum(rate(ostinato_engine_cached_prompt_tokens_total{ON}[RATE]))"
-            " / sum(rate(ostinato_engine_prompt_tokens_total{ON}[RATE]))",
-            "of prompt tokens",
-        ),
+        (f"{rate('engine_cached_prompt_tokens_total')} / {rate('engine_prompt_tokens_total')}", "of prompt tokens"),
         about="Share of prompt tokens that were not computed again.",
     ),
     lines(
         "Runs",
         "none",
-        ("sum(ostinato_engine_runs_in_flight{ON})", "in flight"),
-        ("sum(ostinato_engine_runs_queued{ON})", "queued"),
+        (total("engine_runs_in_flight"), "in flight"),
+        (total("engine_runs_queued"), "queued"),
         ('sum(ostinato_engine_capacity{ON,of="runs"})', "at once limit"),
     ),
-    lines("Ended", "ops", ("sum by (purpose, end) (rate(ostinato_engine_runs_total{ON}[RATE]))", "{{purpose}} {{end}}")),
+    lines("Ended", "ops", (rate("engine_runs_total", "purpose, end"), "{{purpose}} {{end}}")),
     heat_map("Whole runs", "s", "ostinato_engine_run_seconds", "From submission to the end, of those that finished."),
     heat_map("To the first token", "s", "ostinato_engine_first_token_seconds", "From submission, of streamed runs."),
     heat_map("Between tokens", "s", "ostinato_engine_between_tokens_seconds", "Of streamed runs."),
@@ -412,7 +392,7 @@ ENGINE.row(
     lines(
         "KV blocks",
         "none",
-        ("sum(ostinato_inflight_kv_blocks{ON})", "needed at worst"),
+        (total("inflight_kv_blocks"), "needed at worst"),
         ('sum(ostinato_engine_capacity{ON,of="kv_blocks"})', "held limit"),
     ),
 )
@@ -423,11 +403,11 @@ ENGINE.row(
     lines(
         "Overrides",
         "ops",
-        ("sum by (override) (rate(ostinato_engine_override_calls_total{ON}[RATE]))", "{{override}}"),
-        ("sum(ostinato_engine_override_plans_total{ON})", "products planned"),
-        ("sum(ostinato_engine_override_uncovered_total{ON})", "products uncovered"),
-        ("sum(ostinato_engine_override_corrected_total{ON})", "resumes corrected"),
-        ("sum(ostinato_engine_preemptions_total{ON})", "runs preempted"),
+        (rate("engine_override_calls_total", "override"), "{{override}}"),
+        (total("engine_override_plans_total"), "products planned"),
+        (total("engine_override_uncovered_total"), "products uncovered"),
+        (total("engine_override_corrected_total"), "resumes corrected"),
+        (total("engine_preemptions_total"), "runs preempted"),
         about=f"Calls that an override served. Uncovered products and preempted runs must stay 0. {GPU}",
     ),
 )

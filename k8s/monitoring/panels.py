@@ -72,6 +72,21 @@ class Board:
         return made.build()
 
 
+def total(metric: str) -> str:
+    """A gauge's sum over the selected jobs and instances."""
+    return f"sum(ostinato_{metric}{{ON}})"
+
+
+def rate(metric: str, by: str = "") -> str:
+    """A counter's rate, summed likewise, by these labels."""
+    return f"sum{f' by ({by}) ' if by else ''}(rate(ostinato_{metric}{{ON}}[RATE]))"
+
+
+def quantile(share: float, metric: str) -> str:
+    """Of a histogram's recent observations."""
+    return f"histogram_quantile({share}, sum by (le) (rate(ostinato_{metric}_bucket{{ON}}[RATE])))"
+
+
 def lines(
     title: str, unit: str, *queries: Query, about: str = "", width: int = 8, steps: bool = False, exemplars: bool = False
 ) -> timeseries.Panel:
