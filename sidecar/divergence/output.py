@@ -87,11 +87,7 @@ def _gauges(counts: Counts) -> Iterator[Metric]:
         ("rate", "Share of the newest 1,000 comparisons that diverged.", lambda group: group.recent_rate().value),
         ("rate_lower", "Its lower bound, 95 % confidence.", lambda group: group.recent_rate().lower),
         ("rate_upper", "Its upper bound, 95 % confidence.", lambda group: group.recent_rate().upper),
-        (
-            "evidence_log10",
-            "Logarithm of the evidence that more than 1 in 1,000 diverges.",
-            lambda group: group.evidence.log10,
-        ),
+        ("evidence_log10", "Logarithm of the evidence that more than 1 in 1,000 diverges.", lambda group: group.evidence.log10),
         ("alarm", "1 while that evidence is 100 or more.", lambda group: group.evidence.alarm),
     )
     for name, text, value in gauges:

@@ -339,10 +339,7 @@ def test_images_are_this_version(chosen: Combination) -> None:
     images = {name: container["image"] for name, container in containers(built(chosen)).items()}
     service = "ostinato-service-turbomind" if "turbomind" in chosen else "ostinato-service"
 
-    assert images == {
-        "sidecar": f"ostinato-sidecar:{ostinato.__version__}",
-        "service": f"{service}:{ostinato.__version__}",
-    }
+    assert images == {"sidecar": f"ostinato-sidecar:{ostinato.__version__}", "service": f"{service}:{ostinato.__version__}"}
 
 
 @every

@@ -19,9 +19,7 @@ from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(180)
 
-EMPTY = names.GPU | {
-    "ostinato_service_streams_refused": "a refused stream, as with two sidecars at one service",
-}
+EMPTY = names.GPU | {"ostinato_service_streams_refused": "a refused stream, as with two sidecars at one service"}
 """Metrics without a sample in this test, and what would give one."""
 
 

@@ -422,8 +422,7 @@ def test_the_address_is_the_programs_own(
 
 
 @pytest.mark.parametrize(
-    "argv",
-    [["--timeout-seconds", "0"], ["--timeout-seconds", "nan"], ["--adress", "x"], ["a", "b"], ["--config", "/nowhere"]],
+    "argv", [["--timeout-seconds", "0"], ["--timeout-seconds", "nan"], ["--adress", "x"], ["a", "b"], ["--config", "/nowhere"]]
 )
 def test_a_bad_flag_is_not_bad_health(argv: list[str]) -> None:
     """A probe that was asked wrongly exits with 2, as the programs do."""

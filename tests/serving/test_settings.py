@@ -88,10 +88,7 @@ def test_an_empty_value_is_none_where_none_may_be() -> None:
     assert settings("--share=", SHARE="0.5").share is None
 
 
-@pytest.mark.parametrize(
-    "value",
-    ["nan", "inf", "-inf", "1e999", "-0.1", "ten", "", "1e300", "316224001"],
-)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999", "-0.1", "ten", "", "1e300", "316224001"])
 def test_a_number_that_is_none_or_out_of_bounds_stops_the_program(capsys: pytest.CaptureFixture[str], value: str) -> None:
     """NaN compares with nothing, and infinity or a thousand years never end: they are refused like any other bad number."""
     assert "--grace-seconds" in refusal(capsys, [f"--grace-seconds={value}"])
