@@ -292,7 +292,7 @@ def test_waits_as_long_as_something_comes(coming: list[bool]) -> None:
         await bringing
         return seen
 
-    assert len(asyncio.run(play())) == turns_waited(coming)
+    assert len(asyncio.run(play())) == turns_waited(coming) + 1, "the task resumes in the turn after the last"
 
 
 async def test_a_sender_that_is_alone_hardly_waits() -> None:
