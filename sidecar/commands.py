@@ -29,8 +29,8 @@ from sidecar.journal.diagnosis import REBUILD, RESTORE
 from sidecar.journal.maintenance import head_faults, verify_all
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalBroken, JournalUnusable, Loss
+from sidecar.journal.sql import SqlStore
 from sidecar.journal.sqlite import copied
-from sidecar.journal.store import SqlStore
 from sidecar.journal.transfer import LinesUnusable, sound_keys, sound_lines, sound_part, take_in
 from sidecar.journal.transfer import export as lines_of
 from sidecar.opening import check_verified, open_for_maintenance, open_journal, read_signer

@@ -17,8 +17,9 @@ from sidecar.config import Settings, is_shared
 from sidecar.journal.ledger import SECRET_BYTES
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalUnusable, Mark, Opened
+from sidecar.journal.sql import Opening, SqlStore
 from sidecar.journal.sqlite import SqliteStore
-from sidecar.journal.store import Opening, SqlStore, Store, StoreSettings
+from sidecar.journal.store import Store, StoreSettings
 
 
 def open_journal(settings: Settings, now_millis: int, *, checked: bool = True) -> tuple[Store, Opened]:

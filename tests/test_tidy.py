@@ -60,8 +60,6 @@ BESIDE_THE_SPINE = {
     "sidecar.config": "settings",
     "sidecar.fingerprints": "a cache of fingerprints by digest",
     "sidecar.held": "bounds of the bytes that wait for readers",
-    "sidecar.journal.derived": "the tables beside the entries, made again to be compared",
-    "sidecar.journal.diagnosis": "what is wrong with a damaged file",
     "sidecar.observe": "metrics, spans and log lines",
     "sidecar.preparing": "requests to prepare, on the engine stream",
     "sidecar.quota": "bytes of the journal by tenant",

@@ -20,7 +20,8 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 from sidecar.journal.diagnosis import REBUILD, RESTORE
 from sidecar.journal.ledger import ITEMS
 from sidecar.journal.model import JournalUnusable, Log, Sealed
-from sidecar.journal.store import PAGE, Tables
+from sidecar.journal.sql import SqlTables
+from sidecar.journal.store import PAGE
 
 CHECKED_ENTRIES = 4_096
 """Of the newest entries a start checks hashes and tables, of the tables also those since the oldest unfinished item."""
@@ -87,7 +88,7 @@ _PRUNED = "CREATE TEMP TABLE pruned (sequence {int} PRIMARY KEY)"
 
 
 @contextmanager
-def rebuilding(tables: Tables) -> Iterator[Rebuilt]:
+def rebuilding(tables: SqlTables) -> Iterator[Rebuilt]:
     """In the transaction that is open, which must be undone after an error. Until the end, `items` of these tables is the one
     that is made."""
     main = tables.shadow_items()
@@ -101,7 +102,7 @@ def rebuilding(tables: Tables) -> Iterator[Rebuilt]:
 class Rebuilt:
     """The tables, made of entries that are added in order: of all, or of the newest."""
 
-    def __init__(self, tables: Tables, main: str) -> None:
+    def __init__(self, tables: SqlTables, main: str) -> None:
         self._tables, self._main = tables, main
         self.epochs: dict[str, int] = {}
         """The newest epoch of each writer."""
@@ -245,14 +246,14 @@ def check_unfinished(unfinished: Iterable[Sealed]) -> None:
             raise JournalUnusable(f"entry {header.index} is damaged, and its item has not ended: {RESTORE}")
 
 
-def check_recent(tables: Tables, log: Log) -> None:
+def check_recent(tables: SqlTables, log: Log) -> None:
     """Check the newest entries, and what the tables say of them: those since the oldest unfinished item, and CHECKED_ENTRIES at
     least. In the transaction that is open. Raises JournalUnusable."""
     if fault := _recent_fault(tables, log):
         raise JournalUnusable(f"its tables are damaged: {fault}: {REBUILD}")
 
 
-def _recent_fault(tables: Tables, log: Log) -> str:
+def _recent_fault(tables: SqlTables, log: Log) -> str:
     """Of the tables; empty: nothing was found. Raises JournalUnusable for an entry that is damaged or lacks its payload."""
     index = max(1, log.index - CHECKED_ENTRIES + 1)
     for sequence, admitted in tables.select(_OLDEST_UNFINISHED):

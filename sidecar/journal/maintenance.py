@@ -16,7 +16,8 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 from sidecar.journal.derived import LACKS, lacks_payload, rebuilding
 from sidecar.journal.diagnosis import RESTORE
 from sidecar.journal.model import JournalUnusable, Sealed, Signature
-from sidecar.journal.store import PAGE, SqlStore, Tables
+from sidecar.journal.sql import SqlStore, SqlTables
+from sidecar.journal.store import PAGE
 
 MISSING = "its payload is missing, and its item has not ended"
 
@@ -88,7 +89,7 @@ def check_signatures(signatures: Sequence[Signature], last_index: int) -> None:
         before = each.last_index
 
 
-def head_faults(tables: Tables, keys: PublicKeys) -> Iterator[str]:
+def head_faults(tables: SqlTables, keys: PublicKeys) -> Iterator[str]:
     """What is wrong with the signed heads of sound entries, and where one is missing. Signatures of other keys than these are
     not verified."""
     before = Signature(0, 0, "", b"")
@@ -110,7 +111,7 @@ def head_faults(tables: Tables, keys: PublicKeys) -> Iterator[str]:
         yield fault
 
 
-def unsigned_fault(tables: Tables) -> str:
+def unsigned_fault(tables: SqlTables) -> str:
     """The first entry that no head covers, or one of another key, although its epoch's OPENED entry names a key; empty: none.
 
     PRUNED entries are not counted: commands make them, without the key. Nor are those before a LOST entry and its epoch: the

@@ -41,23 +41,8 @@ from sidecar.journal.model import (
     Sealed,
     Unfinished,
 )
-from sidecar.journal.store import (
-    COLUMNS,
-    HEADS,
-    KEYED_TWINS,
-    OPENINGS,
-    SCHEMA,
-    Damaged,
-    Name,
-    Opening,
-    Row,
-    SqlStore,
-    StoreSettings,
-    Tables,
-    check_entries,
-    checked_secret,
-    sealed_of,
-)
+from sidecar.journal.sql import HEADS, KEYED_TWINS, OPENINGS, SCHEMA, Opening, SqlStore, SqlTables, checked_secret
+from sidecar.journal.store import COLUMNS, Damaged, Name, Row, StoreSettings, check_entries, sealed_of
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 T = TypeVar("T")
@@ -388,7 +373,7 @@ class WriterSession:
     """Of one transaction."""
 
 
-class PostgresTables(Tables):
+class PostgresTables(SqlTables):
     """Adds the rows of `log` and `writers`. Raises psycopg.Error; LockNotAvailable: a lock was not free."""
 
     dialect = DIALECT
@@ -456,8 +441,8 @@ class PostgresTables(Tables):
     def _write_items(self, admitted: Sequence[types_pb2.EntryHeader]) -> None:
         self.each(_WRITE_ITEMS, [(header.sequence, header.index, header.writer) for header in admitted])
 
-    item_columns = (*Tables.item_columns, "owner", "attempt")
-    items_differ = f"""{Tables.items_differ}
+    item_columns = (*SqlTables.item_columns, "owner", "attempt")
+    items_differ = f"""{SqlTables.items_differ}
       OR (made.outcome IS NULL AND (there.owner <> made.owner OR there.attempt <> made.attempt))"""
 
     def repair_log(self, epochs: Mapping[str, int], last_sequence: int, lost_sequence: int) -> None:
@@ -752,7 +737,7 @@ class PostgresStore(SqlStore):
             return dropped
 
     @contextmanager
-    def snapshot(self) -> Iterator[Tables]:
+    def snapshot(self) -> Iterator[SqlTables]:
         """As in `SqlStore`. JournalUnusable also if the connection is lost: later reads would be of another moment."""
         with _unusable(), self._database.connected() as db:
             db.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
@@ -760,7 +745,7 @@ class PostgresStore(SqlStore):
             db.execute("ROLLBACK")
 
     @contextmanager
-    def changing(self) -> Iterator[Tables]:
+    def changing(self) -> Iterator[SqlTables]:
         with _unusable(), self._database.connected() as db:
             db.execute("BEGIN")
             db.execute(_LOCK_LOG)
@@ -768,7 +753,7 @@ class PostgresStore(SqlStore):
             db.execute("COMMIT")
 
     @contextmanager
-    def importing(self, log: Log, writer: str, secret: bytes) -> Iterator[Tables]:
+    def importing(self, log: Log, writer: str, secret: bytes) -> Iterator[SqlTables]:
         """As in `SqlStore`. Every writer keeps what is its own."""
         with _unusable(), self._database.connected() as db:
             db.execute("BEGIN")

@@ -39,22 +39,8 @@ from sidecar.journal.model import (
     Sealed,
     Unfinished,
 )
-from sidecar.journal.store import (
-    COLUMNS,
-    HEADS,
-    KEYED_TWINS,
-    NOTES,
-    OPENINGS,
-    SCHEMA,
-    Damaged,
-    Name,
-    Opening,
-    Row,
-    SqlStore,
-    StoreSettings,
-    Tables,
-    checked_secret,
-)
+from sidecar.journal.sql import HEADS, KEYED_TWINS, NOTES, OPENINGS, SCHEMA, Opening, SqlStore, SqlTables, checked_secret
+from sidecar.journal.store import COLUMNS, Damaged, Name, Row, StoreSettings
 
 T = TypeVar("T")
 
@@ -276,7 +262,7 @@ def _bound(parameter: Any) -> Any:
     return apsw.carray(array("q", parameter) if isinstance(parameter[0], int) else tuple(parameter))
 
 
-class SqliteTables(Tables):
+class SqliteTables(SqlTables):
     """Adds what the one row of `journal` holds, and what SQLite knows of its file. Raises UNREADABLE."""
 
     dialect = DIALECT
@@ -450,7 +436,7 @@ class SqliteStore(SqlStore):
             raise
         return store
 
-    def _read(self, read: Callable[[Tables], T]) -> T:
+    def _read(self, read: Callable[[SqlTables], T]) -> T:
         with self._errors():
             return read(self._tables)
 
@@ -556,7 +542,7 @@ class SqliteStore(SqlStore):
             return self._tables.drop_payloads(sequences)
 
     @contextmanager
-    def snapshot(self) -> Iterator[Tables]:
+    def snapshot(self) -> Iterator[SqlTables]:
         with self._errors():  # no other process has the file
             self._db.execute("BEGIN")
             try:
@@ -565,7 +551,7 @@ class SqliteStore(SqlStore):
                 self._db.execute("ROLLBACK")
 
     @contextmanager
-    def changing(self) -> Iterator[Tables]:
+    def changing(self) -> Iterator[SqlTables]:
         with self._transaction():
             yield self._tables
 
@@ -580,7 +566,7 @@ class SqliteStore(SqlStore):
         return copy
 
     @contextmanager
-    def importing(self, log: Log, writer: str, secret: bytes) -> Iterator[Tables]:
+    def importing(self, log: Log, writer: str, secret: bytes) -> Iterator[SqlTables]:
         with self._transaction():
             row = (log.log_id, writer, log.writers.get(writer, 0), secret)
             self._db.execute("INSERT INTO journal VALUES (1, ?, ?, ?, 0, ?)", row)

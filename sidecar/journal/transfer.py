@@ -28,8 +28,9 @@ from sidecar.journal.derived import rebuilding
 from sidecar.journal.ledger import SECRET_BYTES, twins_of
 from sidecar.journal.maintenance import MISSING, Checker, check_signatures, name_of, pages, signatures_of, unsigned_fault
 from sidecar.journal.model import FINGERPRINTS, JournalUnusable, Key, Log, Number, Sealed, Signature
+from sidecar.journal.sql import SqlStore, SqlTables
 from sidecar.journal.sqlite import UNREADABLE, SqliteTables
-from sidecar.journal.store import PAGE, SqlStore, Tables
+from sidecar.journal.store import PAGE
 
 T = TypeVar("T")
 FORMAT, VERSION = "ostinato journal", 1
@@ -117,7 +118,7 @@ def take_in(store: SqlStore, lines: Iterable[str], writer: str | None, on_entrie
     return log
 
 
-def _check_tables(tables: Tables, log: Log, *, salvaged: bool) -> None:
+def _check_tables(tables: SqlTables, log: Log, *, salvaged: bool) -> None:
     """Raises LinesUnusable for keys that are not those of the entries, and for payloads that are missing without a PRUNED
     entry, or heads. What was `salvaged` may have lost these."""
     index = 1
@@ -145,7 +146,7 @@ class _Counts:
 class _Importer:
     """Writes lines to the tables, page by page."""
 
-    def __init__(self, log: Log, tables: Tables, secret: bytes, on_entries: Callable[[int, int], None]) -> None:
+    def __init__(self, log: Log, tables: SqlTables, secret: bytes, on_entries: Callable[[int, int], None]) -> None:
         self._log, self._tables, self._secret, self._on_entries = log, tables, secret, on_entries
         self._checker = Checker()
         self._keys: list[Key] = []

@@ -21,8 +21,9 @@ from sidecar.journal.maintenance import prune
 from sidecar.journal.model import Admission, Opened, Outcome, Sealed
 from sidecar.journal.postgres import Connection, PostgresStore
 from sidecar.journal.postgres import migrate as migrate_postgres
+from sidecar.journal.sql import Opening
 from sidecar.journal.sqlite import SqliteStore, connect, migrate
-from sidecar.journal.store import Opening, Store, StoreSettings
+from sidecar.journal.store import Store, StoreSettings
 from sidecar.journal.writer import Journal
 from tests.bench.table import Options, Round, Table, closed_loop, count, median, middle, summary
 from tests.postgres import Postgres

@@ -22,8 +22,9 @@ from sidecar.journal.ledger import twins_of
 from sidecar.journal.maintenance import Checked, verify_all
 from sidecar.journal.model import Admission, Audit, Draft, Key, Mark, Opened, Outcome, Sealed
 from sidecar.journal.postgres import PostgresStore
+from sidecar.journal.sql import Opening, SqlStore
 from sidecar.journal.sqlite import SqliteStore
-from sidecar.journal.store import Opening, SqlStore, Store, StoreSettings
+from sidecar.journal.store import Store, StoreSettings
 from sidecar.opening import open_for_maintenance
 from tests.sidecar.postgres_proxy import Proxy
 

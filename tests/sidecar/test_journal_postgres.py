@@ -157,6 +157,24 @@ def test_take_over(store: PostgresKit) -> None:
     assert sound(store)
 
 
+def test_a_damaged_item_is_not_taken_over(store: PostgresKit, caplog: pytest.LogCaptureFixture) -> None:
+    """An item whose prompt was changed does not run: its writer's items stay where they are, that is logged, and the sidecar
+    that found it goes on."""
+    watch = Watch()
+    a, _ = store.open(writer="a")
+    admit(a, item(1), item(2))
+    b, _ = store.open(writer="b", seconds=watch)
+    store.execute("UPDATE payloads SET payload = '\\x00'::bytea WHERE entry_index = 3")
+    store.execute(EXPIRE, "a")
+    watch.now += 2 * store.settings.lease_seconds
+
+    assert b.maintain(NOW, idle=True) == []
+    assert "items of another writer are not taken over: one is damaged" in caplog.text
+    assert sequences(admit(b)) == [3]
+    with pytest.raises(JournalUnusable, match="entry 3 is damaged, and its item has not ended"):
+        store.open(writer="a")
+
+
 def test_no_takeover_after_an_outage(store: PostgresKit) -> None:
     """A lease that has run out counts only for those who were connected for as long as one lasts: they would have seen it
     renewed."""

@@ -37,8 +37,9 @@ from sidecar.journal.model import (
     Twin,
     Unfinished,
 )
+from sidecar.journal.sql import Opening
 from sidecar.journal.sqlite import SqliteStore
-from sidecar.journal.store import Opening, Store, StoreSettings
+from sidecar.journal.store import Store, StoreSettings
 from tests.sidecar.journal_disk import Disk, PowerLost
 
 WRITER, VERSION = "ostinato-0", "simulated"
