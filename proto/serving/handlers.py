@@ -138,8 +138,7 @@ class Guard(grpc.GenericRpcHandler):
     def _wrap(self, path: str, handler: Any) -> Any:
         streams = bool(handler.response_streaming)
         make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
-        parse = _lenient(handler.request_deserializer) if handler.request_streaming else None
-        return make(_Method(self, path, handler).handle, request_deserializer=parse)
+        return make(_Method(self, path, handler).handle)  # without a deserialiser: gRPC's cannot refuse a message
 
 
 class _Method:
@@ -174,12 +173,12 @@ class _Method:
                     if (seconds := intake.ahead(tenant)) > 0:
                         await asyncio.sleep(seconds)
                 if self.takes_stream:
-                    given: Any = _messages(request)
+                    given: Any = self._messages(request)
                 else:
                     read = context.read() if charge is None or intake is None else intake.receive(context, charge, self._shape)
                     given = self._parsed(await read)
                 if self.takes_stream or self._gives_stream:
-                    context = cast(Context, _CheckedContext(context, self._serialize, guard.unwritten))
+                    context = cast(Context, _CheckedContext(context, self._parsed, self._serialize, guard.unwritten))
                 if self._generates:
                     await self._write_answers(given, context)
                     return None
@@ -206,12 +205,16 @@ class _Method:
                 if charge is not None and intake is not None:
                     intake.leave(charge)
 
-    def _parsed(self, data: bytes) -> Any:
+    def _parsed(self, data: Any) -> Any:
         """Raises MalformedMessage for what is no wire format, or text that is not UTF-8."""
         try:
             return self._deserialize(data)
         except (DecodeError, TypeError) as error:  # TypeError: gRPC's end of a stream
-            raise _malformed(error) from None
+            raise MalformedMessage(f"these bytes are no such message: {error}") from None
+
+    async def _messages(self, source: AsyncIterable[bytes]) -> AsyncIterator[Any]:
+        async for data in source:  # not before the first is asked for: gRPC warns of an iterator that was made and never asked
+            yield self._parsed(data)
 
     def _admit(self, context: Context) -> str:
         """Identifies the caller. The tenant. Raises Unauthenticated, PermissionDenied or QueueFull."""
@@ -286,38 +289,6 @@ class _Observation:
             self._span.end()
 
 
-class _Malformed(Exception):
-    """In place of a message: gRPC's deserialisers cannot refuse one."""
-
-
-def _lenient(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """The deserialiser, with _Malformed for what it cannot parse."""
-
-    def parse(data: bytes) -> Any:
-        try:
-            return deserializer(data)
-        except DecodeError as error:
-            return _Malformed(str(error))
-
-    return parse
-
-
-def _message(parsed: Any) -> Any:
-    """Raises MalformedMessage if it is none."""
-    if isinstance(parsed, _Malformed):
-        raise _malformed(parsed)
-    return parsed
-
-
-def _malformed(why: Exception) -> MalformedMessage:
-    return MalformedMessage(f"these bytes are no such message: {why}")
-
-
-async def _messages(source: AsyncIterable[Any]) -> AsyncIterator[Any]:
-    async for message in source:  # not before the first is asked for: gRPC warns of an iterator that was made and never asked
-        yield _message(message)
-
-
 def _serialized(message: Any, serialize: Callable[[Any], bytes]) -> bytes:
     return message if isinstance(message, bytes) else serialize(message)
 
@@ -326,15 +297,18 @@ class _CheckedContext:
     """gRPC's context, but `read` checks, and `write` serialises at once and counts. A message that waits to be written is held
     as bytes: as an object it takes several times that size."""
 
-    def __init__(self, context: Context, serialize: Callable[[Any], bytes], unwritten: Unwritten | None) -> None:
-        self._context, self._serialize, self._unwritten = context, serialize, unwritten
+    def __init__(
+        self, context: Context, parse: Callable[[Any], Any], serialize: Callable[[Any], bytes], unwritten: Unwritten | None
+    ) -> None:
+        self._context, self._parse, self._serialize, self._unwritten = context, parse, serialize, unwritten
         self._begun = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
     async def read(self) -> Any:
-        return _message(await self._context.read())
+        data = await self._context.read()
+        return data if data is grpc.aio.EOF else self._parse(data)
 
     def write(self, message: Any) -> Awaitable[None]:
         """A message, or its bytes. Ends when gRPC has written it all."""

@@ -276,23 +276,25 @@ def turns_waited(coming: list[bool]) -> int:
 def test_waits_as_long_as_something_comes(coming: list[bool]) -> None:
     """Something comes in some turns of the loop and not in others: the wait ends with the first few quiet ones, or in time."""
 
-    async def play() -> list[bool]:
-        waiting, turns = list[int](), list[bool]()
+    async def play() -> int:
+        waiting, turns, looked = 0, 0, list[int]()
 
         async def bring() -> None:
+            nonlocal waiting, turns
             for comes in coming:
-                turns.append(comes)
-                if comes:
-                    waiting.append(1)
+                waiting, turns = waiting + comes, turns + 1
                 await asyncio.sleep(0)
 
-        bringing = asyncio.create_task(bring())
-        await Coalescer().wait(lambda: len(waiting))
-        seen = list(turns)
-        await bringing
-        return seen
+        def amount() -> int:
+            looked.append(turns)
+            return waiting
 
-    assert len(asyncio.run(play())) == turns_waited(coming) + 1, "the task resumes in the turn after the last"
+        bringing = asyncio.create_task(bring())
+        await Coalescer().wait(amount)
+        await bringing
+        return looked[-1]
+
+    assert asyncio.run(play()) == turns_waited(coming)
 
 
 async def test_a_sender_that_is_alone_hardly_waits() -> None:
