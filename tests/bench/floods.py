@@ -122,7 +122,7 @@ def begin(name: str, who: str, target: str, token: str, seconds: float = SECONDS
                 "tests.floods",
                 each,
                 target,
-                str(SECONDS),
+                str(seconds),
                 *([token] if whose == TENANT else []),
             ],
             cwd=ROOT,
