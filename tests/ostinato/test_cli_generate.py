@@ -369,6 +369,11 @@ IMAGE = '[{"role": "user", "content": [{"type": "image_url"}]}]'
         (["generate", "a", "--batch", "0"], "--batch"),
         (["head", "-t", "localhost"], "target: must be host:port"),
         (["generate", "a", "--nonsense"], "--nonsense"),
+        (["--tls-ca", "/nowhere", "head"], "--tls-ca: /nowhere: No such file"),
+        (["--tls-key", "/dev/null", "head"], "--tls-certificate, key: one needs the other"),
+        (["--token-file", "/nowhere", "head"], "--token-file: /nowhere: No such file"),
+        (["--token-file", "/dev/null", "head"], "--token-file /dev/null: token: must be printable ASCII"),
+        (["--traces", "x", "head"], "--traces: 'x' is not otlp:http://host:port"),
     ],
 )
 def test_wrong_usage_is_two(ostinato: Terminal, arguments: list[str], message: str) -> None:

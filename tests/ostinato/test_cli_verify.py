@@ -66,10 +66,13 @@ def _verify(content: str | bytes, *arguments: str) -> Any:
     ],
 )
 def test_honest_records_are_sound(document: Message, counts: tuple[int, int]) -> None:
-    """Every kind of record that the commands print is accepted, alone, in a list, and as one of several lines."""
+    """Every kind of record that the commands print is accepted, alone, in a list, and as one of several lines; and not with
+    another epoch in its headers."""
     for checks, times in ((_check(_dict(document)), 1), (_check([_dict(document)], {"results": []}), 1)):
         assert checks.faults == []
         assert tuple(checks.count(kind, "consistent") for kind in ("receipt", "entry")) == tuple(times * n for n in counts)
+    altered = json.loads(json.dumps(_dict(document)).replace('"epoch": "1"', '"epoch": "2"'))
+    assert _check(altered).faults
 
 
 def test_an_honest_journal_is_sound(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ SAMPLING: Mapping[str, Any] = {
     "json_schema": _sampling(str, "The output follows this schema: JSON, or @ and a file.", metavar="JSON|@FILE"),
     "regex": _sampling(str, "The whole output matches this expression."),
     "ebnf": _sampling(str, "The output follows this grammar, or @ and a file.", metavar="TEXT|@FILE"),
-    "structural_tag": _sampling(str, "The output follows these structural tags.", metavar="JSON|@FILE"),
+    "structural_tag": _sampling(str, "The output follows these structural tags, or @ and a file.", metavar="JSON|@FILE"),
 }
 """Options by parameter name; the last four are its response_format."""
 FORMATS = ("json_schema", "regex", "ebnf", "structural_tag")

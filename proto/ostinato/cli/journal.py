@@ -47,7 +47,7 @@ async def get(
 
 async def tail(
     session: Session,
-    from_index: Annotated[int, typer.Option("--from", min=0, metavar="N", help="First index.")] = 1,
+    from_index: Annotated[int, typer.Option("--from", min=0, metavar="N", help="Index of the first entry.")] = 1,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for new entries, also if the sidecar restarts.")] = False,
     payloads: Annotated[bool, typer.Option("--payloads", help="Show inputs and outputs too.")] = False,
 ) -> bool:

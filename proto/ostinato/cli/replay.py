@@ -36,8 +36,12 @@ async def replay(
         str, typer.Argument(metavar="A..B", help="Sequences, both included; A.., ..B, or one.", show_default=False)
     ],
     against: Against = None,
-    concurrency: Annotated[int, typer.Option(min=0, max=64, help=f"Runs at once; 0 is {CONCURRENCY}.")] = 0,
-    alone: Annotated[bool, typer.Option("--alone", help="Each with nothing else of the sidecar in the engine.")] = False,
+    concurrency: Annotated[
+        int, typer.Option(min=0, max=64, help=f"Runs at once; 0, the default, is {CONCURRENCY}.", show_default=False)
+    ] = 0,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Run one item at a time, while nothing else of the sidecar is in the engine.")
+    ] = False,
 ) -> bool:
     """Runs completed items again and compares. Exit code 1 if an output differs, 3 if some could not be compared."""
     wanted = open_span(sequences)

@@ -124,11 +124,14 @@ def common(
     ] = False,
 ) -> None:
     """Reproducible text generation: serve, generate, read the journal, replay it, verify the receipts."""
-    with usage():
+    try:
         secured = any((tls_ca, tls_certificate, tls_key))
         credentials = tls(tls_ca, certificate=tls_certificate, key=tls_key) if secured else None
-        session = Session(credentials=credentials, token=_token(token_file), allow_plaintext_token=allow_plaintext_token)
-        if traces:
+    except ValueError as error:
+        raise wrong(f"--tls-{error}") from None  # it begins with the argument's name
+    session = Session(credentials=credentials, token=_token(token_file), allow_plaintext_token=allow_plaintext_token)
+    if traces:
+        with usage():
             tracing.start(traces, "ostinato.cli", "", os.environ)
     context.obj = _with(session, target, json, timeout)
 
