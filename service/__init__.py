@@ -11,7 +11,7 @@
     workers       threads for long preparations
     answer        the text of one answer as it grows, and where it ends
     description   who answers: model, limits, fingerprint, grade, capacity
-    grade         the self-test, its prompts, and its kept proofs
+    grade         the self-test; cases: its prompts; proofs: its results, kept for the next start
     observe       metrics and spans
     engines       llama, turbomind, scripted; `engines.base` is the protocol of an engine
 

@@ -28,7 +28,7 @@ from ostinato.replay import bounded_gather
 from ostinato.requests import Sampling
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from service.grade import TEXT
+from service.cases import TEXT
 from tests.demo.show import STATE
 from tests.pair import ROOT, Pair
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from ostinato.v1 import engine_pb2, types_pb2
 from serving.program import StartupError
 
+from service.cases import background_load, compared_cases
 from service.engines.scripted import ScriptedEngine, parse
-from service.grade import Finding, Proofs, background_load, code_digest, compared_cases
+from service.proofs import Finding, Proofs, code_digest
 from tests.service.support import served
 
 EXACT, SERIAL, BEST_EFFORT = types_pb2.GRADE_EXACT, types_pb2.GRADE_SERIAL, types_pb2.GRADE_BEST_EFFORT
@@ -112,7 +114,7 @@ def test_proof_is_found_again(tmp_path: Path) -> None:
     proofs = Proofs(tmp_path / "proofs", "code")
     proofs.keep(b"f" * 32, FINDING, "2026-01-01T00:00:00+00:00")
 
-    assert proofs.find(b"f" * 32) == (FINDING, "2026-01-01T00:00:00+00:00")
+    assert proofs.find(b"f" * 32) == replace(FINDING, reason="all equal; proved at 2026-01-01T00:00:00+00:00")
     assert proofs.find(b"g" * 32) is None
 
 
@@ -152,9 +154,7 @@ def test_proofs_are_written_whole(tmp_path: Path) -> None:
         proofs.keep(b"f" * 32, Finding(EXACT, reason, 1.0, 1), "")
 
     assert len(list(tmp_path.iterdir())) == 1
-    kept = proofs.find(b"f" * 32)
-    assert kept is not None
-    assert kept[0].reason == "two"
+    assert proofs.find(b"f" * 32) == Finding(EXACT, "two; proved at ", 1.0, 1)
 
 
 def test_code_digest_sees_changes(tmp_path: Path) -> None:
