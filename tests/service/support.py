@@ -199,7 +199,7 @@ def submit_of(
     sequence: int | None = None,
     purpose: Any = PRIMARY,
     attempt: int = 1,
-    prompt: bytes = b"hello",
+    prompt: Iterable[int] = b"hello",
     seed: int = 1,
     stream: bool = True,
     timeout_millis: int = 0,

@@ -32,12 +32,15 @@ async def test_welcome_comes_first() -> None:
 
 
 async def test_events_of_a_run_are_in_order() -> None:
-    """A streamed run starts, delivers its tokens without gaps, and finishes with the same tokens and text."""
+    """A streamed run starts, delivers its tokens without gaps, and finishes with the same tokens and text; one that does not
+    stream is silent in between."""
     async with served() as service, service.stream() as stream:
-        await stream.send(submit_of(9))
-        output = await stream.output(9)
+        await stream.send(submit_of(9), submit_of(10, stream=False))
+        output, silent = await stream.output(9), await stream.output(10)
 
-        kinds = [event.WhichOneof("event") for event in stream.events]
+        kinds = [event.WhichOneof("event") for event in stream.events if event.run_id == 9]
+        assert [event.WhichOneof("event") for event in stream.events if event.run_id == 10] == ["started", "finished"]
+        assert silent == output
         tokens = [event.tokens for event in stream.of(9, "tokens")]
         assert (kinds[0], kinds[-1]) == ("started", "finished")
         assert [token for each in tokens for token in each.token_ids] == list(output.token_ids)
@@ -46,33 +49,16 @@ async def test_events_of_a_run_are_in_order() -> None:
         assert output.grade == types_pb2.GRADE_BEST_EFFORT
 
 
-async def test_unstreamed_run_is_silent_in_between() -> None:
-    """Without stream, only Started and the end are sent."""
-    async with served() as service, service.stream() as stream:
-        await stream.send(submit_of(1, stream=False))
-        await stream.end(1)
-
-        assert [event.WhichOneof("event") for event in stream.events] == ["started", "finished"]
-
-
 async def test_submission_order_is_engine_order() -> None:
-    """Runs reach the engine in the order of the messages and, within one, of its submits."""
-    async with served() as service, service.stream() as stream:
-        await stream.send(*(submit_of(i) for i in range(1, 40)))
-        await stream.send(*(submit_of(i) for i in range(40, 80)))
-        await stream.end(79)
-
-        assert list(service.engine.submitted) == list(range(1, 80))
-
-
-async def test_starts_in_order_when_the_engine_is_full() -> None:
-    """With room for two, runs start first come, first served."""
+    """Runs reach the engine in the order of the messages and, within one, of its submits; with room for two they start so."""
     async with served({"runs": 2}) as service, service.stream() as stream:
-        await stream.send(*(submit_of(i, max_new_tokens=1 + i % 3) for i in range(1, 20)))
-        for i in range(1, 20):
+        await stream.send(*(submit_of(i, max_new_tokens=1 + i % 3) for i in range(1, 40)))
+        await stream.send(*(submit_of(i, max_new_tokens=1 + i % 3) for i in range(40, 80)))
+        for i in range(1, 80):
             await stream.end(i)
 
-        assert [e.run_id for e in stream.events if e.WhichOneof("event") == "started"] == list(range(1, 20))
+        assert list(service.engine.submitted) == list(range(1, 80))
+        assert [event.run_id for event in stream.events if event.HasField("started")] == list(range(1, 80))
 
 
 async def test_the_engine_begins_before_a_large_message_is_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,14 +83,6 @@ async def test_the_engine_begins_before_a_large_message_is_taken_in(monkeypatch:
 
     assert happened.count("submitted") == happened.count("started") == 100
     assert happened.index("started") < len(happened) - 1 - happened[::-1].index("submitted")
-
-
-async def test_same_input_same_answer() -> None:
-    """Two runs of one input have equal outputs, whatever their ids, attempts and purposes."""
-    async with served() as service, service.stream() as stream:
-        await stream.send(submit_of(1), submit_of(2, purpose=REPLAY, sequence=1, attempt=2))
-
-        assert (await stream.output(1)) == (await stream.output(2))
 
 
 async def test_frames_coalesce() -> None:
@@ -190,26 +168,18 @@ async def test_cancel_before_start() -> None:
 
 
 async def test_cancel_while_running() -> None:
-    """A running run that is cancelled stops, makes room, and has no further event."""
+    """A running run that is cancelled stops, makes room, and has no further event; unknown and ended ones are ignored."""
     async with served({"runs": 1, **SLOW}) as service, service.stream() as stream:
         await stream.send(submit_of(1, **ENDLESS), submit_of(2))
         await stream.until(1, "tokens")
         await stream.send(cancels=[1])
         await stream.end(2)
+        await stream.send(submit_of(3), cancels=[1, 2, 77])
+        await stream.end(3)
 
         assert not stream.of(1, "finished")
         assert not stream.of(1, "failed")
         assert service.sample("ostinato_engine_runs_total", purpose="primary", end="cancelled") == 1
-
-
-async def test_cancel_after_the_end_is_ignored() -> None:
-    """Cancelling an ended or unknown run changes nothing."""
-    async with served() as service, service.stream() as stream:
-        await stream.send(submit_of(1))
-        await stream.end(1)
-        await stream.send(submit_of(2), cancels=[1, 77])
-
-        assert (await stream.output(2)).token_ids
 
 
 async def test_cancel_in_the_message_of_the_submit() -> None:
@@ -231,14 +201,6 @@ async def test_deadline() -> None:
         assert service.sample("ostinato_engine_runs_in_flight") == 0
 
 
-async def test_deadline_of_a_hanging_run() -> None:
-    """A run that hangs ends by its timeout."""
-    async with served({"rules": [{"do": "hang", "at": 2}]}) as service, service.stream() as stream:
-        await stream.send(submit_of(1, timeout_millis=50))
-
-        assert isinstance(await stream.failure(1), errors.DeadlineExceeded)
-
-
 async def test_deadline_counts_from_submission() -> None:
     """A queued run expires too."""
     async with served({"runs": 1, "rules": [{"do": "hang"}]}) as service, service.stream() as stream:
@@ -246,14 +208,6 @@ async def test_deadline_counts_from_submission() -> None:
 
         assert isinstance(await stream.failure(2), errors.DeadlineExceeded)
         assert not stream.of(2, "started")
-
-
-async def test_longest_deadline() -> None:
-    """The largest timeout is accepted, and does not end the run."""
-    async with served() as service, service.stream() as stream:
-        await stream.send(submit_of(1, timeout_millis=2**64 - 1))
-
-        assert (await stream.output(1)).token_ids
 
 
 async def test_engine_failure_fails_one_run() -> None:
@@ -269,6 +223,7 @@ async def test_engine_failure_fails_one_run() -> None:
 @pytest.mark.parametrize(
     ("changes", "path"),
     [
+        ({"prompt": [1, 262]}, "token_ids"),
         ({"max_new_tokens": 4096}, "parameters.max_new_tokens"),
         ({"top_k": 1025}, "parameters.top_k"),
         ({"temperature": float("nan")}, "parameters.temperature"),
@@ -301,17 +256,6 @@ async def test_a_recorded_length_outlives_the_setting() -> None:
         await stream.send(submit_of(1, max_new_tokens=9))
 
         assert len((await stream.output(1)).token_ids) == 9
-
-
-async def test_token_outside_the_vocabulary_fails_alone() -> None:
-    """Another model's tokens fail their run, not the stream."""
-    async with served() as service, service.stream() as stream:
-        foreign = submit_of(1)
-        foreign.token_ids.append(262)
-        await stream.send(foreign, submit_of(2))
-
-        assert isinstance(await stream.failure(1), errors.InvalidRequest)
-        await stream.output(2)
 
 
 async def test_too_many_runs_are_turned_away() -> None:
@@ -353,13 +297,17 @@ async def test_crash_is_not_survived() -> None:
 
 
 async def test_stale_epoch_is_refused() -> None:
-    """An epoch lower than one seen of this writer and log is refused, also after that stream has ended."""
+    """An epoch lower than one seen of this writer and log is refused, also after that stream has ended; another is not."""
     async with served() as service:
         async with service.stream(epoch=5) as stream:
             await stream.read()
             await stream.done()
         async with service.stream(epoch=4) as stale:
             error = await stale.broken()
+
+        async with service.stream(log="e" * 32, writer="x", epoch=1) as other:
+            await other.send(submit_of(1))
+            assert (await other.output(1)).token_ids
 
         assert isinstance(error, errors.EpochStale)
         assert error.details["highest"] == "5"
@@ -424,29 +372,6 @@ async def test_another_writer_is_refused(other: dict[str, Any]) -> None:
         assert len((await first.output(1)).token_ids) == 20
 
 
-async def test_another_writer_may_come_later() -> None:
-    """After the first writer's stream has ended, another log is served."""
-    async with served() as service:
-        async with service.stream(epoch=7) as first:
-            await first.done()
-        async with service.stream(log="e" * 32, writer="x") as second:
-            await second.send(submit_of(1))
-
-            assert (await second.output(1)).token_ids
-
-
-async def test_refused_hello_leaves_no_trace() -> None:
-    """A refused epoch does not count as seen, so it does not fence the connected writer."""
-    async with served() as service, service.stream(epoch=3) as first:
-        await first.read()
-        async with service.stream(writer="x", epoch=9) as second:
-            await second.broken()
-        async with service.stream(epoch=3) as again:
-            await again.send(submit_of(1))
-
-            assert (await again.output(1)).token_ids
-
-
 @pytest.mark.parametrize(
     ("submits", "kind"),
     [
@@ -474,47 +399,22 @@ async def test_broken_rules_end_the_stream(submits: list[engine_pb2.Submit], kin
         await eventually(service.idle)
 
 
-async def test_run_id_is_used_up_by_its_run() -> None:
-    """A run_id is unique in the stream, also after its run has ended."""
-    async with served() as service, service.stream() as stream:
-        await stream.send(submit_of(1))
-        await stream.end(1)
-        await stream.send(submit_of(1, sequence=2))
-
-        assert isinstance(await stream.broken(), errors.ProtocolViolation)
-
-
-async def test_what_goes_ahead_has_no_place_in_the_order() -> None:
-    """After a run that is marked as ahead of others, those may follow with lower sequences."""
+async def test_what_has_no_place_in_the_order() -> None:
+    """First attempts rise, gaps allowed. Reruns, later attempts and what goes ahead of others may come between. Whatever their
+    ids, attempts and purposes, one input has one output."""
     async with served() as service, service.stream() as stream:
         await stream.send(submit_of(1, sequence=5), submit_of(2, sequence=9, ahead=True), submit_of(3, sequence=6))
+        await stream.send(submit_of(4, sequence=3, attempt=2), submit_of(5, sequence=3, purpose=REPLAY))
+        await stream.send(submit_of(6, sequence=900), submit_of(7, sequence=950, attempt=3), submit_of(8, sequence=901))
 
-        assert [bool((await stream.output(run_id)).token_ids) for run_id in (1, 2, 3)] == [True, True, True]
-
-
-async def test_reruns_have_no_place_in_the_order() -> None:
-    """Sequences of other purposes than PRIMARY need not rise."""
-    async with served() as service, service.stream() as stream:
-        await stream.send(submit_of(1, sequence=5), submit_of(2, sequence=3, purpose=REPLAY), submit_of(3, sequence=6))
-
-        assert (await stream.output(2)) == (await stream.output(1))
-        await stream.output(3)
-
-
-async def test_later_attempts_have_no_place_in_the_order() -> None:
-    """Sequences of first attempts must rise, gaps allowed; those of later attempts need not."""
-    async with served() as service, service.stream() as stream:
-        await stream.send(submit_of(1, sequence=5), submit_of(2, sequence=3, attempt=2), submit_of(3, sequence=900))
-        await stream.send(submit_of(4, sequence=950, attempt=3), submit_of(5, sequence=901))
-
-        for run_id in range(1, 6):
-            await stream.output(run_id)
+        outputs = [await stream.output(run_id) for run_id in range(1, 9)]
+        assert outputs == [outputs[0]] * 8
 
 
 async def test_largest_sequences_and_ids() -> None:
-    """2^63 and 2^64-1 are valid run ids and seeds, and SEQUENCE_MAX and EPOCH_MAX valid sequences and epochs."""
+    """2^63 and 2^64-1 are valid run ids, seeds and timeouts, and SEQUENCE_MAX and EPOCH_MAX valid sequences and epochs."""
     async with served() as service, service.stream(epoch=EPOCH_MAX, last_sequence=SEQUENCE_MAX - 2) as stream:
-        given = submit_of(2**63, sequence=SEQUENCE_MAX - 1, seed=2**64 - 1)
+        given = submit_of(2**63, sequence=SEQUENCE_MAX - 1, seed=2**64 - 1, timeout_millis=2**64 - 1)
         await stream.send(given, submit_of(2**64 - 1, sequence=SEQUENCE_MAX))
 
         assert (await stream.output(2**63)).seed == 2**64 - 1
@@ -523,21 +423,16 @@ async def test_largest_sequences_and_ids() -> None:
 
 
 @pytest.mark.parametrize(
-    "hello", [hello_of(log=""), hello_of(writer=""), hello_of(epoch=0), None], ids=["log", "writer", "epoch", "none"]
+    "hellos",
+    [[hello_of(log="")], [hello_of(writer="")], [hello_of(epoch=0)], [None], [hello_of(), hello_of(epoch=2)]],
+    ids=["log", "writer", "epoch", "none", "two"],
 )
-async def test_stream_begins_with_a_whole_hello(hello: engine_pb2.Hello | None) -> None:
-    """A first message without a complete hello ends the stream."""
+async def test_stream_begins_with_a_whole_hello(hellos: list[engine_pb2.Hello | None]) -> None:
+    """A first message without a complete hello ends the stream, and so does a second hello."""
     async with served() as service:
         stream = Stream(service.stub.Execute())
-        await stream.send(submit_of(1), hello=hello)
-
-        assert isinstance(await stream.broken(), errors.ProtocolViolation)
-
-
-async def test_second_hello_ends_the_stream() -> None:
-    """A second hello ends the stream."""
-    async with served() as service, service.stream() as stream:
-        await stream.send(hello=hello_of(epoch=2))
+        for number, hello in enumerate(hellos, 1):
+            await stream.send(submit_of(number), hello=hello)
 
         assert isinstance(await stream.broken(), errors.ProtocolViolation)
 
@@ -587,20 +482,14 @@ async def test_disconnect_frees_the_engine() -> None:
         assert service.sample("ostinato_engine_runs_queued") == 0
 
 
-async def test_half_close_drains() -> None:
-    """After half-close runs go on to their ends, and then the stream ends without an error."""
+@pytest.mark.parametrize("runs", [0, 4])
+async def test_half_close_drains(runs: int) -> None:
+    """After half-close runs go on to their ends, and then the stream ends without an error: without runs after its welcome."""
     async with served(SLOW) as service, service.stream() as stream:
-        await stream.send(*(submit_of(i, max_new_tokens=20) for i in range(1, 5)))
+        await stream.send(*(submit_of(i, max_new_tokens=20) for i in range(1, runs + 1)))
         await stream.done()
 
-        assert sorted(event.run_id for event in stream.events if event.HasField("finished")) == [1, 2, 3, 4]
-
-
-async def test_half_close_without_runs_ends() -> None:
-    """A half-closed stream without runs ends at once, after its welcome."""
-    async with served() as service, service.stream() as stream:
-        await stream.done()
-
+        assert sum(event.HasField("finished") for event in stream.events) == runs
         assert len(stream.welcomes) == 1
 
 
