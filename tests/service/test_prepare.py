@@ -61,16 +61,6 @@ def test_defaults() -> None:
     assert only(item()) == types_pb2.ResolvedParameters(temperature=1, top_p=1, repetition_penalty=1, max_new_tokens=128)
 
 
-def test_text_cannot_forge_a_turn() -> None:
-    """A control token written in a text prompt is text; in a rendered chat it is the token."""
-    control = next(iter(CONTROLS))
-    turn = types_pb2.Chat(messages=[types_pb2.Message(role="user", content="hi")])
-    text, chat = prepare(item(control), types_pb2.Item(chat=turn)).items
-
-    assert list(text.token_ids) == [BEGIN, *control.encode()]
-    assert set(CONTROLS.values()) & set(chat.token_ids)
-
-
 def test_default_length_is_what_the_context_leaves() -> None:
     """Where 128 tokens do not fit, the default is as many as fit."""
     prepared = prepare(types_pb2.Item(token_ids=types_pb2.TokenIds(ids=[1] * 150))).items[0]
@@ -79,9 +69,12 @@ def test_default_length_is_what_the_context_leaves() -> None:
 
 
 def test_item_wins_field_by_field() -> None:
-    """An item's field replaces the batch's, lists and zeros included; others stay."""
+    """An item's field replaces the batch's, lists and zeros included; others stay. A seed is there only if it was given."""
     batch: dict[str, Any] = {"temperature": 0.5, "top_k": 7, "seed": 5, "stop": ["x"], "stop_token_ids": [3], "logprobs": 4}
     resolved = prepare(item(temperature=0.0, seed=0, stop=["y", "z"]), item(), **batch).items
+    seeds = [each.seed if each.HasField("seed") else None for each in prepare(item(), item(seed=0), item(seed=2**64 - 1)).items]
+
+    assert seeds == [None, 0, 2**64 - 1]
 
     assert (resolved[0].parameters.temperature, resolved[0].parameters.top_k, resolved[0].seed) == (0.0, 7, 0)
     assert (list(resolved[0].parameters.stop), list(resolved[0].parameters.stop_token_ids)) == (["y", "z"], [3])
@@ -95,15 +88,6 @@ def test_item_format_replaces_the_batch_format() -> None:
     assert only(item(response_format=A_REGEX), response_format=schema).response_format == A_REGEX
 
 
-def test_seed_is_absent_unless_given() -> None:
-    """A seed is present only if it was given; 0 and 2^64-1 are seeds."""
-    prepared = prepare(item(), item(seed=0), item(seed=2**64 - 1)).items
-
-    assert not prepared[0].HasField("seed")
-    assert [each.seed for each in prepared[1:]] == [0, 2**64 - 1]
-    assert prepared[1].HasField("seed")
-
-
 def test_canonical_form() -> None:
     """Minus zero is zero, ids ascend without duplicates, stops keep their order without duplicates."""
     resolved = only(
@@ -113,19 +97,6 @@ def test_canonical_form() -> None:
     assert math.copysign(1, resolved.temperature) == math.copysign(1, resolved.min_p) == 1
     assert (list(resolved.stop), list(resolved.stop_token_ids)) == (["b", "a"], [3, 9])
     assert list(resolved.bad_token_ids) == [97, 122]
-
-
-def test_greedy_keeps_the_rest() -> None:
-    """At temperature 0 the other parameters stay as given."""
-    assert (only(item(temperature=0, top_k=5, top_p=0.5)).top_k, only(item(temperature=0, top_k=5, top_p=0.5)).top_p) == (
-        5,
-        0.5,
-    )
-
-
-def test_model_digest_comes_along() -> None:
-    """The response says under which model it was prepared."""
-    assert prepare(item()).model_digest == b"m" * 32
 
 
 GOOD = [
@@ -314,8 +285,13 @@ def test_chat_without_template() -> None:
 
 
 def test_kinds_of_prompts() -> None:
-    """Text begins with the model's begin token, ids are taken as they are, chats are rendered with their control tokens."""
-    prepared = prepare(item("hi"), types_pb2.Item(token_ids=IDS), types_pb2.Item(chat=CHAT)).items
+    """Text begins with the model's begin token, ids are taken as they are, chats are rendered with their control tokens. A
+    control token that is written in a text is text."""
+    response = prepare(item("hi"), types_pb2.Item(token_ids=IDS), types_pb2.Item(chat=CHAT), item("<|end|>"))
+    prepared = response.items
+
+    assert response.model_digest == b"m" * 32
+    assert list(prepared[3].token_ids) == [BEGIN, *b"<|end|>"]
 
     assert list(prepared[0].token_ids) == [BEGIN, 104, 105]
     assert list(prepared[1].token_ids) == [1, 2]
