@@ -24,7 +24,7 @@ from serving.server import Server, probe
 from serving.settings import describe, read
 
 from service.config import Settings
-from service.description import Describer, HeldGrade, fingerprint
+from service.description import HeldGrade, fingerprint
 from service.engines import load, options, turbomind
 from service.engines.base import Engine, EngineUnusable
 from service.fence import Fence, SequenceFile
@@ -128,8 +128,7 @@ async def start_engine(
     preparer = Preparer(engine.vocabulary, limits, engine.check_format, model_digest(identity.fields), chat=engine.chat)
     await asyncio.to_thread(preparer.lexicon.warm)
     await _earn_grade(held, identity.digest, runs, settings, metrics, load_seconds)
-    describer = Describer(engine, limits, identity, held, incarnation)
-    return Streams(runs, describer, preparer, settings.stream_limits, metrics, fence, file)
+    return Streams(settings, runs, preparer, metrics, identity, incarnation, fence, file)
 
 
 async def _earn_grade(

@@ -23,7 +23,6 @@ from service.engines.turbomind.options import (
     TurbomindOptions,
 )
 from service.prepare import Limits
-from service.stream import StreamLimits
 
 MEBI = 1024 * 1024
 INT32_MAX = 2**31 - 1
@@ -206,10 +205,6 @@ class Settings(Common):
     def required_grade(self) -> types_pb2.Grade.ValueType:
         """GRADE_UNSPECIFIED: none is required."""
         return types_pb2.Grade.Value(f"GRADE_{self.require_grade or 'UNSPECIFIED'}")
-
-    @property
-    def stream_limits(self) -> StreamLimits:
-        return StreamLimits(self.runs_max, self.buffer_bytes_max, self.frame_bytes_max)
 
     def limits(self, context_tokens: int, top_k_max: int) -> Limits:
         """Of requests to an engine with this context."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from ostinato.digest import fingerprint_digest
 from ostinato.v1 import engine_pb2, types_pb2
@@ -65,29 +64,20 @@ class HeldGrade:
             watcher()
 
 
-@dataclass(frozen=True, slots=True)
-class Describer:
-    """The response of Describe. Only the grade in it changes."""
-
-    engine: Engine
-    limits: Limits
-    fingerprint: types_pb2.Fingerprint
-    held: HeldGrade
-    incarnation: str
-    """32 hexadecimal digits, new at every start."""
-
-    def response(self) -> engine_pb2.DescribeResponse:
-        engine = self.engine
-        model = types_pb2.Model(
-            name=engine.model_name,
-            engine=engine.name,
-            vocabulary_size=engine.vocabulary.size,
-            context_tokens=engine.context_tokens,
-            limits=self.limits.message(),
-            fingerprint=self.fingerprint,
-            grade=self.held.grade,
-            grade_reason=self.held.reason,
-            logprob_kind=engine.logprob_kind,
-            chat=engine.chat,
-        )
-        return engine_pb2.DescribeResponse(model=model, capacity=engine.capacity, incarnation=self.incarnation)
+def describe(
+    engine: Engine, limits: Limits, fingerprint: types_pb2.Fingerprint, held: HeldGrade, incarnation: str
+) -> engine_pb2.DescribeResponse:
+    """The response of Describe."""
+    model = types_pb2.Model(
+        name=engine.model_name,
+        engine=engine.name,
+        vocabulary_size=engine.vocabulary.size,
+        context_tokens=engine.context_tokens,
+        limits=limits.message(),
+        fingerprint=fingerprint,
+        grade=held.grade,
+        grade_reason=held.reason,
+        logprob_kind=engine.logprob_kind,
+        chat=engine.chat,
+    )
+    return engine_pb2.DescribeResponse(model=model, capacity=engine.capacity, incarnation=incarnation)

@@ -37,7 +37,8 @@ from ostinato.errors import (
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
 
 from service.answer import Answer
-from service.description import Describer, HeldGrade
+from service.config import Settings
+from service.description import HeldGrade, describe
 from service.engines.base import Engine, Events, Run
 from service.engines.huggingface import zipped
 from service.fence import Fence, SequenceFile, Submissions
@@ -90,7 +91,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
                     await receiving
 
     async def Describe(self, request: engine_pb2.DescribeRequest, context: Context) -> engine_pb2.DescribeResponse:
-        return self._ready().describer.response()
+        return self._ready().description()
 
     async def Prepare(self, request: engine_pb2.PrepareRequest, context: Context) -> engine_pb2.PrepareResponse:
         preparer = self._ready().preparer
@@ -127,32 +128,28 @@ def _is_heavy(items: Sequence[types_pb2.Item], parameters: types_pb2.Parameters 
     return size > HEAVY_BYTES or any(each.HasField("response_format") for each in every)
 
 
-@dataclass(frozen=True, slots=True)
-class StreamLimits:
-    """Limits of one stream."""
-
-    runs_max: int
-    """Active runs."""
-    buffer_bytes_max: int
-    """Events that wait to be read."""
-    frame_bytes_max: int
-    """Events in one message, if more than one waits."""
-
-
 @dataclass(slots=True)
 class Streams:
     """The Execute streams of the process, of which at most one is connected, and what they share."""
 
+    settings: Settings
     runs: Runs
-    describer: Describer
     preparer: Preparer
-    limits: StreamLimits
     metrics: Metrics
+    fingerprint: types_pb2.Fingerprint
+    incarnation: str
+    """32 hexadecimal digits, new at every start."""
     fence: Fence
     file: SequenceFile | None = None
     """Where the fence's sequences are kept; None: nowhere."""
+    idle_seconds: float | None = None
+    """Of a service that drains: a stream ends once it has had no run for so long."""
     _current: Stream | None = None
-    _idle_seconds: float | None = None
+
+    def description(self) -> engine_pb2.DescribeResponse:
+        """The response of Describe. Only the grade in it changes."""
+        runs = self.runs
+        return describe(runs.engine, self.preparer.limits, self.fingerprint, runs.held, self.incarnation)
 
     @contextmanager
     def admitted(self, first: engine_pb2.ExecuteRequest) -> Iterator[Stream]:
@@ -170,9 +167,9 @@ class Streams:
 
     def drain(self, idle_seconds: float) -> None:
         """From now on a stream ends once it has had no run for `idle_seconds`."""
-        self._idle_seconds = idle_seconds
+        self.idle_seconds = idle_seconds
         if self._current is not None:
-            self._current.drain(idle_seconds)
+            self._current.settle()
 
     def ran(self, log_id: str, sequence: int) -> None:
         """Records that this sequence was submitted."""
@@ -188,8 +185,6 @@ class Streams:
         if self._current is not None:
             self._current.replace(first.hello.epoch)
         self._current = Stream(self, first.hello)
-        if self._idle_seconds is not None:
-            self._current.drain(self._idle_seconds)
         self.metrics.streams.set(1)
         _log.info("sidecar connected", extra=_names(first.hello))
         return self._current
@@ -218,15 +213,15 @@ class Stream:
 
     def __init__(self, streams: Streams, hello: engine_pb2.Hello) -> None:
         self.hello = hello
-        self.outbox = Outbox(streams.limits.buffer_bytes_max, streams.limits.frame_bytes_max)
-        self._streams, self._runs, self._describer = streams, streams.runs, streams.describer
+        self.outbox = Outbox(streams.settings.buffer_bytes_max, streams.settings.frame_bytes_max)
+        self._streams, self._runs = streams, streams.runs
         self._submissions = Submissions(hello.last_sequence)
         self._half_closed = self._stopped = False
-        self._idle_seconds: float | None = None
         self._idle: asyncio.TimerHandle | None = None
         self._runs.attach(self._deliver)
-        self._unwatch = streams.describer.held.watch(self._welcome)
+        self._unwatch = self._runs.held.watch(self._welcome)
         self._welcome()
+        self.settle()
 
     async def receive(self, first: engine_pb2.ExecuteRequest, others: Requests) -> None:
         """Takes messages until the sidecar half-closes. Every error ends the stream, through the outbox."""
@@ -241,24 +236,19 @@ class Stream:
             self.outbox.fail(error)
             return
         self._half_closed = True
-        self._settle()
+        self.settle()
 
     def replace(self, epoch: int) -> None:
         """Ends it for a later stream of this writer."""
         self.stop()
         self.outbox.fail(EpochStale(f"replaced by a stream of epoch {epoch}", details={"highest": str(epoch)}))
 
-    def drain(self, idle_seconds: float) -> None:
-        """From now on it ends once it has had no run for `idle_seconds`."""
-        self._idle_seconds = idle_seconds
-        self._settle()
-
     def stop(self) -> None:
         """Stops all runs and takes no more. May be called again."""
         if not self._stopped:
             self._stopped = True
             self._runs.detach()
-            self._settle()
+            self.settle()
             self._unwatch()
 
     async def _take(self, request: engine_pb2.ExecuteRequest) -> None:
@@ -274,7 +264,7 @@ class Stream:
             self._runs.cancel(request.cancels)
         for prepare in request.prepares:
             self.outbox.put(self._streams.preparer.answer(prepare))
-        self._settle()
+        self.settle()
 
     def _submit(self, submit: engine_pb2.Submit) -> None:
         assert not self._stopped, "a stopped stream reaches no engine"
@@ -282,8 +272,8 @@ class Stream:
         if submit.purpose == engine_pb2.PURPOSE_PRIMARY:
             self._streams.ran(self.hello.log_id, submit.sequence)
         error: OstinatoError | None = self._streams.preparer.check_submit(submit)
-        if len(self._runs) >= self._streams.limits.runs_max:
-            error = QueueFull(f"more than {self._streams.limits.runs_max} runs at once")
+        if len(self._runs) >= (most := self._streams.settings.runs_max):
+            error = QueueFull(f"more than {most} runs at once")
         if error is None:
             self._runs.submit(submit)
         else:
@@ -293,9 +283,9 @@ class Stream:
         self.outbox.put(event)
         if self.outbox.failed:
             self.stop()
-        self._settle()
+        self.settle()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Ends a half-closed stream that has no run, and one that drains after a while without runs."""
         if self._idle is not None:
             self._idle.cancel()
@@ -304,8 +294,8 @@ class Stream:
             return
         if self._half_closed:
             self.outbox.close()
-        elif self._idle_seconds is not None:
-            self._idle = asyncio.get_running_loop().call_later(self._idle_seconds, self._end_idle)
+        elif self._streams.idle_seconds is not None:
+            self._idle = asyncio.get_running_loop().call_later(self._streams.idle_seconds, self._end_idle)
 
     def _end_idle(self) -> None:
         _log.info("idle sidecar let go", extra=_names(self.hello))
@@ -313,7 +303,7 @@ class Stream:
         self.outbox.close()
 
     def _welcome(self) -> None:
-        self.outbox.welcome(engine_pb2.Welcome(description=self._describer.response()))
+        self.outbox.welcome(engine_pb2.Welcome(description=self._streams.description()))
 
 
 def _names(hello: engine_pb2.Hello) -> dict[str, object]:

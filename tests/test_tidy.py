@@ -56,6 +56,7 @@ BESIDE_THE_SPINE = {
     "service.workers": "threads for long preparations",
     "service.parse": "what an output's text holds",
     "service.proofs": "the self-test's results, kept for the next start",
+    "service.config": "settings",
     "service.description": "the answer of Describe",
     "service.observe": "metrics and spans",
     "sidecar.collisions": "a kind of comparison",
