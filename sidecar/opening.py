@@ -11,7 +11,7 @@ from types import ModuleType
 import ostinato
 from ostinato.signature import Signer, signer_of
 from serving import files, program
-from serving.auth import Source
+from serving.files import Source
 
 from sidecar.config import Settings, is_shared
 from sidecar.journal.ledger import SECRET_BYTES

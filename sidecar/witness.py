@@ -23,7 +23,7 @@ from ostinato.client import bearer
 from ostinato.signature import PublicKeys, envelope, head_fault, statement
 from ostinato.v1 import sequencer_pb2, types_pb2
 from serving import files, program
-from serving.auth import Source
+from serving.files import Source
 
 from sidecar.config import Settings
 from sidecar.journal.model import WITNESSED, JournalBroken, Witnessed

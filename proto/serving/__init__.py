@@ -2,10 +2,10 @@
 
     settings  a frozen dataclass from flags, environment and a file, checked once
     logs      one line an event, as text or as JSON
-    files     files that are used only if no other user can have changed them
+    files     files that are used only if no other user can have changed them, and read again when they change
     metrics   a registry, and the page it is scraped from
     program   one event loop, signals, exit codes
-    auth      who calls: identities, tokens, certificates (tls), and the files they are read from
+    auth      who calls: identities, tokens, certificates (tls)
     hop       how service and sidecar prove to each other who they are
     handlers  what stands between gRPC and every handler: identity, bad bytes, errors, writes, counts
     intake    what a server lets in: connections, calls, requests and their memory

@@ -30,7 +30,6 @@ import asyncio
 import enum
 import hashlib
 import logging
-import os
 import re
 import secrets
 import sys
@@ -38,14 +37,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from ostinato.errors import PermissionDenied, Unauthenticated, invalid
-from serving import files
-from serving.program import BAD_CONFIGURATION, StartupError
+from serving.files import Reloaded, Source, Unusable
+from serving.program import StartupError
 
 if TYPE_CHECKING:
     from serving.hop import ServiceEnd
@@ -98,80 +97,6 @@ CALLER: ContextVar[Identity] = ContextVar("caller", default=ANONYMOUS)
 def caller() -> Identity:
     """The identity of the call that this task handles."""
     return CALLER.get()
-
-
-BYTES_MAX = 1 << 20
-"""Of one file."""
-
-T = TypeVar("T")
-
-
-class Unusable(ValueError):
-    """The file of a flag cannot be used, and the message says why."""
-
-    def __init__(self, flag: str, why: str) -> None:
-        super().__init__(why)
-        self.flag = flag
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A file that a flag names. A `private` one must not be readable by all users of the machine."""
-
-    flag: str
-    path: Path
-    private: bool = False
-
-    def state(self) -> tuple[int, ...]:
-        """Differs after a change. Follows links, so that a mounted folder may be replaced as a whole."""
-        try:
-            found = self.path.stat()
-        except OSError as error:
-            return (error.errno or 0,)
-        return (found.st_ino, found.st_mtime_ns, found.st_size, found.st_mode)
-
-    def read(self) -> bytes:
-        """Raises Unusable."""
-        try:
-            with os.fdopen(files.opened(self.path), "rb") as file:
-                mode = os.fstat(file.fileno()).st_mode
-                data = file.read(BYTES_MAX + 1)
-        except OSError as error:
-            raise Unusable(self.flag, error.strerror or str(error).removeprefix(f"{self.path}: ")) from error
-        if len(data) > BYTES_MAX:
-            raise Unusable(self.flag, f"is larger than {BYTES_MAX} bytes")
-        if self.private and mode & 0o007:
-            raise Unusable(self.flag, f"mode {mode & 0o777:04o} lets every user of this machine read it; make it 0640 or 0600")
-        return data
-
-
-class Reloaded(Generic[T]):
-    """The parsed content of some files. While a change makes them unusable, `value` is the content before it."""
-
-    def __init__(self, sources: Sequence[Source], parse: Callable[[Mapping[str, bytes]], T]) -> None:
-        """`parse` is given the contents by flag, and raises Unusable. Raises StartupError that names flag and file."""
-        self._sources, self._parse = sources, parse
-        self._states = self._current_states()
-        self.value = self._read()
-
-    def refresh(self) -> bool:
-        """Whether `value` is new. Raises StartupError if the files have changed and cannot be used."""
-        states = self._current_states()
-        if states == self._states:
-            return False
-        self._states = states
-        self.value = self._read()
-        return True
-
-    def _current_states(self) -> list[tuple[int, ...]]:
-        return [source.state() for source in self._sources]
-
-    def _read(self) -> T:
-        try:
-            return self._parse({source.flag: source.read() for source in self._sources})
-        except Unusable as error:
-            path = next(source.path for source in self._sources if source.flag == error.flag)
-            raise StartupError(f"{error.flag}: {path}: {error}", exit_code=BAD_CONFIGURATION) from error
 
 
 TOKENS = "--tokens"
@@ -285,7 +210,7 @@ class Presented(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Running:
+class _RunningCall:
     """A call."""
 
     given: Presented
@@ -303,7 +228,7 @@ class Credentials:
     trust_tenant_metadata: bool = False
     hop: ServiceEnd | None = None
     """Of the service: only the sidecar may call it."""
-    _running: dict[asyncio.Task[Any], _Running] = field(default_factory=dict)
+    _running: dict[asyncio.Task[Any], _RunningCall] = field(default_factory=dict)
 
     @property
     def proven(self) -> bool:
@@ -337,10 +262,10 @@ class Credentials:
                 self.hop.check(metadata)
             return ANONYMOUS
         authorization, tenant = _only(metadata, "authorization"), _only(metadata, TENANT_METADATA)
-        given = Presented(None if authorization is None else _hash_in(authorization), certificate, tenant)
+        given = Presented(None if authorization is None else _bearer_hash(authorization), certificate, tenant)
         call, identity = asyncio.current_task(), self.judge(given)
         assert call is not None, "a handler runs in a task"
-        self._running[call] = _Running(given, identity)
+        self._running[call] = _RunningCall(given, identity)
         call.add_done_callback(self._running.pop)
         return identity
 
@@ -360,9 +285,9 @@ class Credentials:
                 raise Unauthenticated("this token is denied")
             return identity
         if certificate is not None:
-            return named(certificate, tokens)
+            return certificate_identity(certificate, tokens)
         if self.trust_tenant_metadata:
-            return _tenant_of(given.tenant)
+            return _metadata_identity(given.tenant)
         asked = "authorization: Bearer TOKEN" if self.tokens is not None else "a client certificate over TLS"
         raise Unauthenticated(f"who calls? {asked} is missing")
 
@@ -440,13 +365,13 @@ def _only(metadata: list[tuple[str, str | bytes]], key: str) -> str | None:
     return str(values[0]) if values else None
 
 
-def _hash_in(authorization: str) -> str:
+def _bearer_hash(authorization: str) -> str:
     """The hash of a bearer's token; empty for another scheme."""
     scheme, _, token = authorization.partition(" ")
     return hash_of(token.strip()) if scheme.lower() == "bearer" else ""
 
 
-def _tenant_of(tenant: str | None) -> Identity:
+def _metadata_identity(tenant: str | None) -> Identity:
     """The tenant that the gateway passes on, which is never an admin."""
     if tenant is None:
         raise Unauthenticated(f"who calls? metadata {TENANT_METADATA} is missing")
@@ -455,7 +380,7 @@ def _tenant_of(tenant: str | None) -> Identity:
     return Identity(tenant, Role.TENANT)
 
 
-def named(certificate: Certificate, tokens: Tokens) -> Identity:
+def certificate_identity(certificate: Certificate, tokens: Tokens) -> Identity:
     """Whose certificate this is: by its fingerprint's line, else by its one name: its URI's line, or, without a URI, its common
     name's; else the tenant of that name. Raises Unauthenticated."""
     kind, names = ("uri", certificate.uris) if certificate.uris else ("cn", certificate.common_names)

@@ -1,4 +1,5 @@
-"""Files that a program relies on: who may have put them there is checked before they are used.
+"""Files that a program relies on: who may have put them there is checked before they are used. Those that flags name may be
+read again when they change.
 
 A file is trusted if this user or root owns it, and not every user may write into it. A link on the way to it is followed if
 this user or root made it, as the links of a Kubernetes volume. Groups are not looked at: Kubernetes lets one (fsGroup) write
@@ -11,11 +12,19 @@ import errno
 import os
 import pwd
 import stat
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
+
+from serving.program import BAD_CONFIGURATION, StartupError
+
+T = TypeVar("T")
 
 LINKS_MAX = 40
 """On the way to a file, as in the kernel."""
-
+BYTES_MAX = 1 << 20
+"""Of a file that a flag names."""
 
 _IF_RIGHT = "{} if its content is right, or name another"
 
@@ -127,3 +136,74 @@ def private_folder(path: Path) -> Path:
     if found.st_mode & 0o077:
         place.chmod(0o700)
     return place
+
+
+# ---- files that flags name
+
+
+class Unusable(ValueError):
+    """The file of a flag cannot be used, and the message says why."""
+
+    def __init__(self, flag: str, why: str) -> None:
+        super().__init__(why)
+        self.flag = flag
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file that a flag names. A `private` one must not be readable by all users of the machine."""
+
+    flag: str
+    path: Path
+    private: bool = False
+
+    def state(self) -> tuple[int, ...]:
+        """Differs after a change. Follows links, so that a mounted folder may be replaced as a whole."""
+        try:
+            found = self.path.stat()
+        except OSError as error:
+            return (error.errno or 0,)
+        return (found.st_ino, found.st_mtime_ns, found.st_size, found.st_mode)
+
+    def read(self) -> bytes:
+        """Raises Unusable."""
+        try:
+            with os.fdopen(opened(self.path), "rb") as file:
+                mode = os.fstat(file.fileno()).st_mode
+                data = file.read(BYTES_MAX + 1)
+        except OSError as error:
+            raise Unusable(self.flag, error.strerror or str(error).removeprefix(f"{self.path}: ")) from error
+        if len(data) > BYTES_MAX:
+            raise Unusable(self.flag, f"is larger than {BYTES_MAX} bytes")
+        if self.private and mode & 0o007:
+            raise Unusable(self.flag, f"mode {mode & 0o777:04o} lets every user of this machine read it; make it 0640 or 0600")
+        return data
+
+
+class Reloaded(Generic[T]):
+    """The parsed content of some files. While a change makes them unusable, `value` is the content before it."""
+
+    def __init__(self, sources: Sequence[Source], parse: Callable[[Mapping[str, bytes]], T]) -> None:
+        """`parse` is given the contents by flag, and raises Unusable. Raises StartupError that names flag and file."""
+        self._sources, self._parse = sources, parse
+        self._states = self._current_states()
+        self.value = self._read()
+
+    def refresh(self) -> bool:
+        """Whether `value` is new. Raises StartupError if the files have changed and cannot be used."""
+        states = self._current_states()
+        if states == self._states:
+            return False
+        self._states = states
+        self.value = self._read()
+        return True
+
+    def _current_states(self) -> list[tuple[int, ...]]:
+        return [source.state() for source in self._sources]
+
+    def _read(self) -> T:
+        try:
+            return self._parse({source.flag: source.read() for source in self._sources})
+        except Unusable as error:
+            path = next(source.path for source in self._sources if source.flag == error.flag)
+            raise StartupError(f"{error.flag}: {path}: {error}", exit_code=BAD_CONFIGURATION) from error

@@ -31,7 +31,7 @@ import grpc
 
 from ostinato.errors import Disconnected, Unauthenticated, from_rpc_error, invalid
 from ostinato.v1 import engine_pb2, engine_pb2_grpc
-from serving.auth import Reloaded, Source, Unusable
+from serving.files import Reloaded, Source, Unusable
 
 METADATA = "ostinato-hop"
 PEER_SUFFIX = ".peer"

@@ -101,7 +101,7 @@ class Server:
         self._services: list[str] = []
         self._health: Health | None = None
         exclusive = ("grpc.so_reuseport", 0)  # with it on, a second server would share a port without an error
-        logging.getLogger(GRPC_LOGGER).addFilter(worth_a_line)
+        logging.getLogger(GRPC_LOGGER).addFilter(is_worth_logging)
         self._probe_guard = Guard(CollectorRegistry(), bounds=bounds)  # health is not counted: this registry stays empty
         bounded = bounds.options() if bounds is not None else []
         places = len(self._addresses) + (self._health_address is not None)
@@ -235,7 +235,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the packa
         return health_pb2.HealthListResponse(statuses=statuses)
 
 
-def worth_a_line(record: logging.LogRecord) -> bool:
+def is_worth_logging(record: logging.LogRecord) -> bool:
     """False for gRPC's traceback of a client that left while it was written to: it is logged where the client's end of the call
     is not known yet, which is a race. An operation that gRPC did not even start is our mistake, and is logged."""
     error = record.exc_info[1] if record.exc_info else None
@@ -415,7 +415,7 @@ def probe(settings: type, program: str, argv: Sequence[str], environ: Mapping[st
         parser.error(str(error))
     if not 0 < given.timeout_seconds <= 3600:
         parser.error("--timeout-seconds: is not above 0 and at most 3600")
-    healthy, answer = ask(address, given.service, given.timeout_seconds)
+    healthy, answer = check_health(address, given.service, given.timeout_seconds)
     print(one_line(f"{answer}: {given.service or program} at {address}"))  # noqa: T201  # this is its answer
     return 0 if healthy else 1
 
@@ -430,7 +430,7 @@ def _address(settings: type, program: str, environ: Mapping[str, str], config: s
     raise ValueError(f"{program} listens nowhere")
 
 
-def ask(address: str, service: str, timeout_seconds: float) -> tuple[bool, str]:
+def check_health(address: str, service: str, timeout_seconds: float) -> tuple[bool, str]:
     """Whether it serves, and the health status; or the status code and why there is none."""
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:

@@ -24,7 +24,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import NameOID
 
 from ostinato.errors import Unauthenticated
-from serving.auth import Context, Reloaded, Source, Unusable
+from serving.auth import Context
+from serving.files import Reloaded, Source, Unusable
 
 CERTIFICATE, KEY, CLIENT_CA = "--tls-certificate", "--tls-key", "--tls-client-ca"
 

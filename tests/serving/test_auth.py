@@ -337,7 +337,7 @@ def test_a_common_name_is_never_a_uris_tenant(uri: str, common: str) -> None:
 
     def tenant(*uris: str) -> str | None:
         try:
-            return auth.named(Certificate(uris, (common,), "", 0, 0), {}).tenant
+            return auth.certificate_identity(Certificate(uris, (common,), "", 0, 0), {}).tenant
         except errors.Unauthenticated:
             return None
 
