@@ -20,9 +20,8 @@ from serving.auth import Context, caller
 from serving.handlers import ran_out, remaining
 from serving.intake import CHARGE, Charge
 
-from sidecar import answers
 from sidecar.admission import check, check_size, draft, prepare_cost, response_bytes_max
-from sidecar.answers import CancelWaiter, Waiter, answer_of, is_whole, result_of, stamp_of
+from sidecar.answers import CancelWaiter, Waiter, answer_of, answer_or_header, is_whole, result_of, stamp_of
 from sidecar.collisions import Collisions
 from sidecar.config import Settings
 from sidecar.core import events as ev
@@ -30,7 +29,7 @@ from sidecar.core.fairness import AdmissionQueue
 from sidecar.core.sequencer import Sequencer, numbered
 from sidecar.fingerprints import Fingerprints
 from sidecar.held import Held
-from sidecar.item import ActiveItem, RerunResult, need_of, submission
+from sidecar.item import ActiveItem, need_of, submission
 from sidecar.journal.model import Admission, Appended, Audit, Binding, JournalBroken, Outcome, Sealed, Unfinished
 from sidecar.journal.writer import Journal
 from sidecar.link import EngineLink, run_error
@@ -38,10 +37,9 @@ from sidecar.observe import Observer
 from sidecar.preparing import is_short
 from sidecar.quota import JournalQuota
 from sidecar.remote import RemoteWaiters, ended
-from sidecar.rerun import Record, Rerunner
+from sidecar.rerun import VERIFY, Record, Rerunner
 from sidecar.turns import TurnQueue
 
-VERIFY = types_pb2.COMPARISON_KIND_VERIFY
 KEY_CHARACTERS_SHOWN = 64
 """Of an idempotency key, in an error."""
 
@@ -415,13 +413,13 @@ class Pipeline:
         if not appended.entries:  # another writer's outcome came first
             item.cancel_verification(errors.Abandoned("another outcome came first"))
             item.span.end()
-            result = answers.answer_or_header(await ended(self.journal, item.sequence))
+            result = answer_or_header(await ended(self.journal, item.sequence))
         else:
             result = self._recorded(item, outcome, appended.entries[0])
             if item.verification is not None and result.HasField("output"):
                 assert item.output is not None
                 record = Record(item.admitted, appended.entries[0].header, item.input, item.output, item.company)
-                result.comparison.CopyFrom(await self._verify(record, item.verification))
+                result.comparison.CopyFrom(await self.rerunner.verify(record, item.verification))
             else:
                 item.cancel_verification(errors.Abandoned("there is no answer to verify"))
         self._answer(item, result)
@@ -438,16 +436,6 @@ class Pipeline:
             for listener in self.completion_listeners:
                 listener(sealed.header, max(item.company, item.company_at_end))
         return result
-
-    async def _verify(self, record: Record, second: asyncio.Future[RerunResult]) -> types_pb2.Comparison:
-        sequence = record.completed.sequence
-        try:
-            entry = (await self.rerunner.check(record, VERIFY, second, record.input.tenant)).entry
-        except errors.OstinatoError as error:
-            verdict = answers.no_verdict(sequence, VERIFY, error)
-            audit = Audit(record.admitted, verdict, record.input.nonce, grade=record.completed.grade)
-            entry = await self.rerunner.append(audit, record.input.tenant)
-        return answers.verification_of(sequence, entry)
 
     def _answer(self, item: ActiveItem, result: types_pb2.Result) -> None:
         del self.items[item.sequence]

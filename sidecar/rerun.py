@@ -16,6 +16,7 @@ from ostinato.chain import sealed_input
 from ostinato.compare import Side, compare
 from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
 
+from sidecar.answers import no_verdict, verification_of
 from sidecar.collisions import sampling_label
 from sidecar.core import events as ev
 from sidecar.fingerprints import Fingerprints
@@ -26,6 +27,7 @@ from sidecar.observe import Observer, run_span
 from sidecar.quota import JournalQuota
 
 Kind: TypeAlias = types_pb2.ComparisonKind.ValueType
+VERIFY = types_pb2.COMPARISON_KIND_VERIFY
 
 URGENCY = {engine_pb2.PURPOSE_VERIFY: ev.Urgency.VERIFY, engine_pb2.PURPOSE_REPLAY: ev.Urgency.REPLAY}
 """Runs that a caller waits for. All others are background runs."""
@@ -191,6 +193,16 @@ class Rerunner:
         about = record.admitted, comparison, given.nonce, result.fingerprint_digest, comparison.grade
         audit = Audit(*about, canary=record.canary)
         return Recheck(comparison, result.output, await self.append(audit, tenant))
+
+    async def verify(self, record: Record, second: asyncio.Future[RerunResult]) -> types_pb2.Comparison:
+        """What the answer says of the verification that its request asked for."""
+        sequence, tenant = record.completed.sequence, record.input.tenant
+        try:
+            entry = (await self.check(record, VERIFY, second, tenant)).entry
+        except errors.OstinatoError as error:
+            verdict = no_verdict(sequence, VERIFY, error)
+            entry = await self.append(Audit(record.admitted, verdict, record.input.nonce, grade=record.completed.grade), tenant)
+        return verification_of(sequence, entry)
 
     async def append(self, audit: Audit, tenant: str | None = None) -> Sealed | None:
         """Append the entry from which a verdict is counted. `tenant`: who asked for it. None if the journal is full; that is

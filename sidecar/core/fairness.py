@@ -195,10 +195,10 @@ class AdmissionQueue:
 
     def step(self, event: ev.Event, now: float) -> list[ev.Effect]:
         """The effects of one event, in the order in which they are to be performed."""
-        if isinstance(event, ev.Admit) and (event.expired(now) or not self._enters(event)):
+        if type(event) is ev.Admit and (event.expired(now) or not self._enters(event)):
             return self._wait(event, now)
         effects = list(self._before(event, now)) if self.waiting.items else []
-        if isinstance(event, ev.Ended):
+        if type(event) is ev.Ended:
             self.throughput.ended(now)
         effects += self._core.step(event, now)
         while self.waiting.items and self._core.window is not None:
