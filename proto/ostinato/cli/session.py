@@ -214,7 +214,7 @@ def _why(error: Exception) -> str:
         case RecursionError():
             return "is nested too deeply"
         case UnicodeDecodeError():
-            return f"is not UTF-8: {error.reason} at byte {error.start}"
+            return f"is not {error.encoding.upper()}: {error.reason} at byte {error.start}"
         case JSONDecodeError():
             return f"is not JSON: {error}"
         case OSError() if error.strerror:
@@ -275,7 +275,7 @@ def span(text: str) -> generation_pb2.SequenceRange:
     """`A..B`, both included, or `A` alone."""
     found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text, re.ASCII)
     if found is None:
-        raise wrong(f"{text}: must be a sequence or a range of sequences, such as 3..17")
+        raise wrong(f"{text!r} is not a sequence or a range of sequences, such as 3..17")
     first, last = found.groups()
     with usage(text):
         return requests.span(int(first), None if last is None else int(last))
