@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -17,6 +16,7 @@ import ostinato
 from ostinato.cli import serve
 
 from tests.pair import ROOT, Program, held_port
+from tests.waiting import until
 
 SECONDS = 60.0
 ANYWHERE = ("--listen=127.0.0.1:0", "--metrics=127.0.0.1:0", "--service-metrics=127.0.0.1:0")
@@ -34,16 +34,9 @@ class Serve(Program):
         own = ["--engine", "scripted", "--state", str(state), *addresses, *UNTESTED]
         super().__init__("ostinato.cli", ["serve", *own, *flags], env)
 
-    def wait_until(self, condition: Callable[[], object]) -> None:
-        """Soon; the ceiling is for what never happens."""
-        deadline = time.monotonic() + SECONDS
-        while not condition():
-            assert time.monotonic() < deadline, "\n".join(self.lines)
-            time.sleep(0.005)
-
     def wait_for_line(self, part: str) -> str:
         """The first line with this in it."""
-        self.wait_until(lambda: not self.running or any(part in line for line in self.lines))
+        until(lambda: not self.running or any(part in line for line in self.lines), part, SECONDS)
         return next((line for line in self.lines if part in line), "\n".join(self.lines))
 
     def ended(self) -> int:
@@ -109,16 +102,7 @@ def test_it_serves_and_says_what(state: Path) -> None:
         assert (code, serve.lines[before:], serve.children()) == (0, [STOPPING], [])
 
 
-@pytest.mark.parametrize(
-    ("moment", "number"),
-    [
-        ("start", signal.SIGINT),
-        ("test", signal.SIGINT),
-        ("serving", signal.SIGINT),
-        ("serving", signal.SIGTERM),
-        ("serving", signal.SIGHUP),
-    ],
-)
+@pytest.mark.parametrize(("moment", "number"), [("start", signal.SIGINT), ("test", signal.SIGTERM), ("serving", signal.SIGHUP)])
 def test_a_signal_ends_it_all_at_any_moment(state: Path, moment: str, number: signal.Signals) -> None:
     """A signal while it starts, tests its engine or serves gives one line, exit code 0 and no child."""
     slow = ("--service-flag", """--self-test full --script '{"delay_seconds": 0.1}'""") if moment == "test" else ()
@@ -128,7 +112,7 @@ def test_a_signal_ends_it_all_at_any_moment(state: Path, moment: str, number: si
             "test": lambda: '"engine loaded"' in serve.logged("service"),
             "serving": lambda: serve.target,
         }
-        serve.wait_until(reached[moment])
+        until(reached[moment])
         before = len(serve.lines)
         code = serve.stop(number)
 
@@ -142,7 +126,7 @@ def test_a_second_signal_does_not_wait(state: Path) -> None:
         with ostinato.SyncClient(serve.target) as client:
             next(client.stream("hello"))
             os.kill(serve.pid, signal.SIGINT)
-            serve.wait_until(lambda: '"draining"' in serve.logged("sidecar"))
+            until(lambda: '"draining"' in serve.logged("sidecar"))
             code = serve.stop(signal.SIGINT)
 
         assert (code, serve.lines[-1], serve.children()) == (130, STOPPING, [])
@@ -155,7 +139,7 @@ def test_a_program_that_dies_ends_it_all(state: Path, name: str) -> None:
         assert serve.target
         [child] = [pid for pid in serve.children() if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
         os.kill(child, signal.SIGKILL)
-        serve.wait_until(lambda: not serve.running)
+        until(lambda: not serve.running)
 
         assert (serve.stop(), serve.lines[-1]) == (1, f"ostinato serve: {name}: was ended by SIGKILL")
         assert serve.children() == []
@@ -167,7 +151,7 @@ def test_it_takes_its_children_along_when_killed(state: Path) -> None:
         assert serve.target
         assert len(serve.children()) == 2
         serve.kill()
-        serve.wait_until(lambda: not serve.children())
+        until(lambda: not serve.children())
 
 
 def only_line(serve: Serve, code: int = 1) -> str:

@@ -317,22 +317,16 @@ def test_an_attempt_that_nobody_streamed(tried: list[tuple[list[int], list[int]]
     assert restarted is None or listener.ids == final
 
 
-def test_a_second_answer_of_nothing() -> None:
-    """An attempt without tokens sends Restarted and no empty run."""
-    progress = Progress(SEQUENCE)
-    progress.accept(runs([1], [])[0])
-    progress.restart(2)
-
-    assert progress.finish(types_pb2.Output()) == (generation_pb2.Restarted(sequence=SEQUENCE, attempt=2), None)
-
-
-def test_nothing_was_sent() -> None:
-    """Before the first token there is nothing to send to a caller that joins, and nothing to compare."""
+def test_attempts_without_tokens() -> None:
+    """Before the first token there is nothing to send to a caller that joins, and nothing to compare. An attempt without tokens
+    sends Restarted and no empty run."""
     progress = Progress(SEQUENCE)
     assert progress.so_far() is None
     progress.restart(2)
     assert progress.lost == []
     assert progress.accept(runs([1], [])[0])[1] is not None
+    progress.restart(3)
+    assert progress.finish(types_pb2.Output()) == (generation_pb2.Restarted(sequence=SEQUENCE, attempt=3), None)
 
 
 @pytest.mark.parametrize("attempt", [1, 2])

@@ -197,10 +197,10 @@ class Verification:
             self._broken.add(what)
 
     def _settle(self, proof: Proof, what: str, *faults: str) -> None:
-        """Something holds of a proof, unless there are faults."""
-        if not faults:
+        """Something holds of a proof, unless there are faults; empty ones are none."""
+        if not any(faults):
             proof.holds.add(what)
-        self._fault(proof.place, what, *faults)
+        self._fault(proof.place, what, *filter(None, faults))
 
     # ---- reading: each message is judged by itself
 
@@ -319,7 +319,7 @@ class Verification:
             proof.unsigned = "it has no signature"
             return
         fault = inclusion_fault(receipt)
-        self._settle(proof, CHAINED, *([fault] if fault else []))
+        self._settle(proof, CHAINED, fault)
         self._settle_signature(proof, receipt.head)
         if fault:
             proof.holds.discard(SIGNED)  # what is signed is another entry
@@ -329,8 +329,7 @@ class Verification:
     def _head(self, place: str, head: types_pb2.SignedHead) -> None:
         place = f"{place}: head of entry {head.last_index}"
         proof = self._proof("head", place, head.log_id, head.last_index, head.entry_hash)
-        fault = head_fault(head)
-        self._settle(proof, CONSISTENT, *([fault] if fault else []))
+        self._settle(proof, CONSISTENT, head_fault(head))
         self._settle(proof, CHAINED)
         self._settle_signature(proof, head)
 
