@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_status import rpc_status
 from typer.testing import CliRunner, Result
 
 from ostinato import errors
@@ -38,46 +36,21 @@ SLOWLY = {"delay_seconds": 0.005, "rules": [{"do": "diverge", "at": 3, "purposes
 """The script of a slow engine that diverges in replays."""
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """An error as it came over the wire."""
-
-    code: grpc.StatusCode
-    reason: str
-    """From ErrorInfo; empty without one."""
-    fields: tuple[str, ...]
-    retry_after: float | None
-    message: str
-
-    @classmethod
-    def of(cls, error: grpc.aio.AioRpcError) -> Refusal:
-        """From a failed call's status and details."""
-        info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-        status: Any = rpc_status.from_call(error)
-        for detail in status.details if status is not None else ():
-            for message in (info, bad, retry):
-                detail.Unpack(message)
-        assert info.domain in ("", errors.DOMAIN), info
-        return cls(
-            error.code(),
-            info.reason,
-            tuple(violation.field for violation in bad.field_violations),
-            retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None,
-            error.details() or "",
-        )
-
-    def says(self, kind: type[errors.OstinatoError], *fields: str) -> None:
-        """Assert that it is this error, with these fields."""
-        assert (self.code, self.reason, self.fields) == (kind.code, kind.reason, fields), self
-
-
-async def refusal(call: Awaitable[object]) -> Refusal:
+async def refusal(call: Awaitable[object]) -> errors.OstinatoError:
     """The error of a call that must fail."""
     try:
         answer = await call
     except grpc.aio.AioRpcError as error:
-        return Refusal.of(error)
+        return errors.from_rpc_error(error)
     raise AssertionError(f"the call should have failed, but was answered:\n{answer}")
+
+
+async def refused(call: Awaitable[object], kind: type[errors.OstinatoError], *fields: str) -> errors.OstinatoError:
+    """The error of a call that must fail with this one, for these fields."""
+    error = await refusal(call)
+    named = [violation.field for violation in error.violations] if isinstance(error, errors.InvalidRequest) else []
+    assert (type(error), named) == (kind, [*fields]), repr(error)
+    return error
 
 
 class Door:

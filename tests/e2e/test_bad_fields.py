@@ -24,7 +24,7 @@ from tests.e2e.kit import (
     items,
     one,
     own,
-    refusal,
+    refused,
     replayed,
     span,
 )
@@ -61,8 +61,8 @@ BAD: Mapping[str, tuple[Request, str]] = {
 async def test_a_bad_field_is_named(door: Door, request_: Request, field: str) -> None:
     """INVALID_ARGUMENT with the field's path, from both methods, before any number is given."""
     async with door.nothing_numbered():
-        (await refusal(door.generation.Generate(request_))).says(errors.InvalidRequest, field)
-        (await refusal(door.streamed(request_))).says(errors.InvalidRequest, field)
+        await refused(door.generation.Generate(request_), errors.InvalidRequest, field)
+        await refused(door.streamed(request_), errors.InvalidRequest, field)
 
 
 async def test_bad_requests_among_good_ones(door: Door) -> None:
@@ -75,7 +75,7 @@ async def test_bad_requests_among_good_ones(door: Door) -> None:
     left.cancel()
 
     for index, call in enumerate(bad):
-        (await refusal(call)).says(errors.InvalidRequest, f"items[{index}].text")
+        await refused(call, errors.InvalidRequest, f"items[{index}].text")
     numbers = sorted([(await call).stamp.first_sequence for call in good])
 
     assert numbers == list(range(before + 1, before + 21))
@@ -87,7 +87,7 @@ async def test_malformed_bytes(door: Door, method: str, no_utf8: bytes) -> None:
     """Bytes that are not a message are the caller's error: INVALID_ARGUMENT, MALFORMED_MESSAGE."""
     async with door.nothing_numbered():
         for data in (b"\xff\xff\xff\xff", no_utf8):
-            (await refusal(door.raw(method, data))).says(errors.MalformedMessage)
+            await refused(door.raw(method, data), errors.MalformedMessage)
 
 
 LARGE = items(*[Item(text="a")] * 4, max_new_tokens=4000, logprobs=20, stop_token_ids=LETTERS)
@@ -97,7 +97,7 @@ LARGE = items(*[Item(text="a")] * 4, max_new_tokens=4000, logprobs=20, stop_toke
 async def test_an_answer_that_may_be_too_large_is_refused_before_the_work(door: Door) -> None:
     """The largest possible answer exceeds gRPC's default limit of a client; metadata raises the limit."""
     async with door.nothing_numbered():
-        (await refusal(door.generation.Generate(LARGE))).says(errors.InvalidRequest, "items")
+        await refused(door.generation.Generate(LARGE), errors.InvalidRequest, "items")
     response = await door.generation.Generate(LARGE, metadata=[("ostinato-max-response-bytes", str(8 << 20))])
     assert [len(result.output.token_ids) for result in response.results] == [1] * 4
 
@@ -107,8 +107,8 @@ async def test_a_bad_target_is_named(door: Door) -> None:
     generation, sequencer, nul = door.generation, door.sequencer, "a\0b"
     async with door.nothing_numbered():
         for first, last in ((0, 1), (2, 1), (0, 0)):
-            (await refusal(generation.Cancel(span(first, last)))).says(errors.InvalidRequest, "range")
-            (await refusal(replayed(door, first, last))).says(errors.InvalidRequest, "range")
+            await refused(generation.Cancel(span(first, last)), errors.InvalidRequest, "range")
+            await refused(replayed(door, first, last), errors.InvalidRequest, "range")
         wrong: list[tuple[Awaitable[object], str]] = [
             (generation.Cancel(generation_pb2.CancelRequest()), "target"),
             (generation.Cancel(generation_pb2.CancelRequest(idempotency_key=nul)), "idempotency_key"),
@@ -120,7 +120,7 @@ async def test_a_bad_target_is_named(door: Door) -> None:
             *((sequencer.Report(sequencer_pb2.ReportRequest(confidence=bad)), "confidence") for bad in CONFIDENCES),
         ]
         for call, field in wrong:
-            (await refusal(call)).says(errors.InvalidRequest, field)
+            await refused(call, errors.InvalidRequest, field)
 
 
 async def test_a_target_that_does_not_exist(door: Door) -> None:
@@ -133,7 +133,7 @@ async def test_a_target_that_does_not_exist(door: Door) -> None:
     async with door.nothing_numbered():
         calls: list[Awaitable[object]] = [*map(door.generation.Cancel, cancels), *map(door.sequencer.Get, gets)]
         for call in (*calls, replayed(door, newest + 1, 2**63)):
-            (await refusal(call)).says(errors.NotFound)
+            await refused(call, errors.NotFound)
 
 
 async def test_tail_from_anywhere(door: Door) -> None:
@@ -159,8 +159,9 @@ async def test_reading_large_payloads() -> None:
         assert 256 * record[0].input.ByteSize() > 4 << 20, "or nothing is tested"
 
         assert await entries(door, 1, payloads=True) == list(range(1, 2 * 256 + 2))
-        said = await refusal(door.sequencer.Get(sequencer_pb2.GetRequest(idempotency_key="large")))
-        said.says(errors.InvalidRequest, "idempotency_key")
+        said = await refused(
+            door.sequencer.Get(sequencer_pb2.GetRequest(idempotency_key="large")), errors.InvalidRequest, "idempotency_key"
+        )
         assert "sequences 1 to 256" in said.message
         async with Client(door.pair.target, max_response_bytes=64 << 20) as reader:
             assert [each.admitted.sequence for each in await reader.get(key="large")] == list(range(1, 257))

@@ -16,7 +16,7 @@ from ostinato.client import Client
 
 from tests.bench.floods import STRANGER, TENANT, begin
 from tests.bench.memory import Memory
-from tests.e2e.kit import GENERATE, Refusal, one, own, refusal, scripted, tokens_file
+from tests.e2e.kit import GENERATE, one, own, refusal, scripted, tokens_file
 from tests.floods import chatty, long_text
 from tests.http2 import connected, framed
 from tests.pair import Pair, running_pair
@@ -88,14 +88,14 @@ async def test_the_token_is_judged_before_the_request_is_there(attacked: Attacke
 
 async def test_the_memory_of_requests_is_a_tenants_own(attacked: Attacked) -> None:
     """Beyond its share of --request-bytes-max a tenant is refused with QUEUE_FULL and a time to retry after."""
-    seen: list[Refusal] = []
+    seen: list[errors.OstinatoError] = []
     async with grpc.aio.insecure_channel(attacked.pair.target) as channel:
         call: Any = channel.unary_unary(GENERATE)
         for _ in range(3):
             calls = (refusal(call(long_text(), metadata=attacked.metadata)) for _ in range(8))
             seen += await asyncio.gather(*calls)
 
-    full = [each for each in seen if each.reason == errors.QueueFull.reason]
+    full = [each for each in seen if isinstance(each, errors.QueueFull)]
     assert full
     assert all(each.retry_after and "--request-bytes-max" in each.message for each in full), full
 

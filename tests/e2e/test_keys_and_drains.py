@@ -27,6 +27,7 @@ from tests.e2e.kit import (
     one,
     own,
     refusal,
+    refused,
     rest,
     span,
 )
@@ -164,8 +165,7 @@ async def test_draining() -> None:
         os.kill(door.pair.sidecar.pid, signal.SIGTERM)
         door.pair.sidecar.wait_for("draining")
 
-        said = await refusal(door.generation.Generate(one()))
-        said.says(errors.Draining)
+        said = await refused(door.generation.Generate(one()), errors.Draining)
         assert said.retry_after is not None, said
         assert await health(door) == "NOT_SERVING"
         assert await door.last_sequence() == listener.first
@@ -187,13 +187,12 @@ async def test_a_drain_that_runs_out_of_time() -> None:
     async with own("--drain-seconds", "0", **script) as door:
         request = asked("a", key="left", max_new_tokens=4)
         stream, listener = await begun(door, request)
-        waiting = asyncio.ensure_future(refusal(door.generation.Generate(request)))
+        waiting = asyncio.ensure_future(refused(door.generation.Generate(request), errors.Draining))
         unkeyed, other = await begun(door, one())
         await eventually(lambda: door.pair.metrics()["ostinato_repeated_requests_total"] == 1, "it waits for the same answer")
         os.kill(door.pair.sidecar.pid, signal.SIGTERM)
 
-        for said in (await refusal(rest(stream, listener)), await waiting):
-            said.says(errors.Draining)
+        for said in (await refused(rest(stream, listener), errors.Draining), await waiting):
             assert said.retry_after is not None, said
         (result,) = (await rest(unkeyed, other)).results
         assert errors.from_status(result.status).reason == "ABANDONED"

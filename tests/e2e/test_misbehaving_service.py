@@ -23,7 +23,7 @@ from serving.hop import PEER_SUFFIX, ServiceEnd
 from serving.server import Unix
 
 from sidecar.preparing import SHORT_BYTES
-from tests.e2e.kit import Door, opened, refusal
+from tests.e2e.kit import Door, opened, refused
 from tests.pair import Pair
 from tests.waiting import eventually
 
@@ -348,8 +348,8 @@ async def test_a_useless_preparation(stage: Stage, text: str, fault: Callable[[e
 
     async with asyncio.timeout(40), stage.door.nothing_numbered():
         request = generation_pb2.GenerateRequest(items=[types_pb2.Item(text=text)] * 2)
-        (await refusal(stage.door.generation.Generate(request))).says(errors.ProtocolViolation)
-        (await refusal(stage.door.streamed(request))).says(errors.ProtocolViolation)
+        await refused(stage.door.generation.Generate(request), errors.ProtocolViolation)
+        await refused(stage.door.streamed(request), errors.ProtocolViolation)
 
     assert stage.faults() == 2
     await stage.sound()
@@ -359,5 +359,5 @@ async def test_a_useless_tokenisation(stage: Stage) -> None:
     """A malformed answer to Tokenize is an error, not an empty answer."""
     request = generation_pb2.TokenizeRequest(items=[types_pb2.Item(text="abc")])
 
-    (await refusal(stage.door.generation.Tokenize(request))).says(errors.ProtocolViolation)
+    await refused(stage.door.generation.Tokenize(request), errors.ProtocolViolation)
     await stage.sound()

@@ -10,7 +10,7 @@ import pytest
 from ostinato import errors
 from ostinato.v1 import generation_pb2, sequencer_pb2
 
-from tests.e2e.kit import GENERATE, STREAM, Door, asked, entries, newest_is, one, own, refusal
+from tests.e2e.kit import GENERATE, STREAM, Door, asked, entries, newest_is, one, own, refused
 from tests.http2 import Peer, connected
 from tests.waiting import eventually
 
@@ -90,9 +90,9 @@ async def test_unread_answers_are_counted() -> None:
             await eventually(lambda: held(door) > count * 400_000, "its answer waits")  # noqa: B023
 
         before = await door.last_sequence()
-        (await refusal(door.generation.Generate(one()))).says(errors.QueueFull)
-        (await refusal(door.streamed(one()))).says(errors.QueueFull)
-        (await refusal(door.sequencer.Get(sequencer_pb2.GetRequest(sequence=1)))).says(errors.QueueFull)
+        await refused(door.generation.Generate(one()), errors.QueueFull)
+        await refused(door.streamed(one()), errors.QueueFull)
+        await refused(door.sequencer.Get(sequencer_pb2.GetRequest(sequence=1)), errors.QueueFull)
         assert await door.last_sequence() == before
 
         for stream in streams:
@@ -111,7 +111,7 @@ async def test_followers_leave_room_for_readers() -> None:
             assert (await follower.read()).entries
 
         assert len(await entries(door, 1)) == (await door.client.head()).index
-        (await refusal(door.sequencer.Tail(follow).read())).says(errors.QueueFull)
+        await refused(door.sequencer.Tail(follow).read(), errors.QueueFull)
         for follower in followers:
             follower.cancel()
 

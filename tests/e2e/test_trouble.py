@@ -17,7 +17,6 @@ from tests.e2e.kit import (
     Door,
     Heard,
     Item,
-    Refusal,
     asked,
     begun,
     bytes_of,
@@ -32,7 +31,7 @@ from tests.e2e.kit import (
     one,
     opened,
     own,
-    refusal,
+    refused,
     rest,
     scripted,
 )
@@ -54,8 +53,7 @@ async def test_no_engine() -> None:
                 door.generation.GetModel(generation_pb2.GetModelRequest()),
                 door.generation.Tokenize(generation_pb2.TokenizeRequest(items=[Item(text="a")])),
             ):
-                said = await refusal(call)
-                said.says(errors.EngineUnavailable)
+                said = await refused(call, errors.EngineUnavailable)
                 assert said.retry_after is not None, said
             assert await door.last_sequence() == 0
             assert len(await entries(door, 1)) == 1
@@ -97,7 +95,7 @@ async def test_a_full_journal() -> None:
         # Its outcome has some hundred thousand bytes, taken from the reserve once nothing else is left.
         stream, listener = await begun(door, one(max_new_tokens=400, ignore_eos=True, logprobs=20))
         said = await filled(door)
-        said.says(errors.JournalFull)
+        assert isinstance(said, errors.JournalFull)
         assert said.retry_after is not None, said
         last = await door.last_sequence()
 
@@ -108,7 +106,7 @@ async def test_a_full_journal() -> None:
         assert await door.kinds(result.sequence) == ["COMPLETED"]
         assert (await door.client.head()).unfinished == 0
         assert (await door.client.get(result.sequence))[0].result == result
-        (await refusal(door.streamed(one()))).says(errors.JournalFull)
+        await refused(door.streamed(one()), errors.JournalFull)
         assert await door.last_sequence() == last
         assert bytes_of(await door.client.generate("kept", key="kept", max_new_tokens=2)) == bytes_of(kept)
         await eventually(lambda: not_serving(door), "health says so")
@@ -116,13 +114,13 @@ async def test_a_full_journal() -> None:
         assert door.pair.metrics()["ostinato_journal_full"] == 1
 
 
-async def filled(door: Door) -> Any:
+async def filled(door: Door) -> errors.OstinatoError:
     """Fill the journal until it refuses."""
     for _ in range(100):
         try:
             await door.generation.Generate(items(*[ids(4000)] * 16, max_new_tokens=1))
         except grpc.aio.AioRpcError as error:
-            return Refusal.of(error)
+            return errors.from_rpc_error(error)
     raise AssertionError("the journal takes more than it may")
 
 
@@ -169,8 +167,7 @@ async def test_a_grade_that_is_lost() -> None:
             assert {errors.from_status(result.status).reason for result in (await wanted).results} == {"GRADE_LOST"}
             assert whatever.results[0].output.grade == types_pb2.GRADE_BEST_EFFORT
             async with door.nothing_numbered():
-                said = await refusal(door.generation.Generate(batch("a", required_grade="exact")))
-                said.says(errors.GradeNotEarned)
+                await refused(door.generation.Generate(batch("a", required_grade="exact")), errors.GradeNotEarned)
 
 
 async def test_a_listener_whose_engine_dies() -> None:
