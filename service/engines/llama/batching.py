@@ -251,14 +251,10 @@ class Batching:
         return self._compiled[1].copy()
 
     def _sampler(self, run: Run) -> Sampler:
-        """Raises ValueError for a run at which llama.cpp would end the process."""
+        """`Preparer.check_submit` has judged the run; llama.cpp would end the process at one that does not fit."""
         size, parameters = self._vocabulary.size, run.parameters
-        if not run.token_ids or max(run.token_ids) >= size:
-            raise ValueError(f"a prompt has at least one token, all below {size}")
-        if len(run.token_ids) + parameters.max_new_tokens > self._context_tokens:
-            raise ValueError(f"prompt and answer are more than the context's {self._context_tokens} tokens")
-        if any(token_id >= size for token_id in (*parameters.bad_token_ids, *parameters.stop_token_ids)):
-            raise ValueError(f"a forbidden or stop token is not below {size}")
+        assert run.token_ids and max(run.token_ids) < size, f"a prompt has at least one token, all below {size}"
+        assert len(run.token_ids) + parameters.max_new_tokens <= self._context_tokens, "prompt and answer fit the context"
         grammar = None
         if parameters.HasField("response_format"):
             grammar = self._grammar(*source_of(parameters.response_format))

@@ -326,8 +326,8 @@ def read_metadata(path: Path) -> Mapping[str, bytes]:
             raise NotGguf("it does not begin with GGUF")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _Reader(data).metadata()
-            except struct.error:
+                return dict(_pairs(data))
+            except (struct.error, OverflowError):
                 raise NotGguf("it is cut short") from None
             except UnicodeDecodeError:
                 raise NotGguf("its metadata is damaged: a key is not UTF-8 text") from None
@@ -368,48 +368,40 @@ def _text(value: bytes) -> str:
     return value[12:].decode()
 
 
-class _Reader:
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data = data
-        self._at = len(_MAGIC)
-
-    def metadata(self) -> Mapping[str, bytes]:
-        version = self._number("<I")
-        if version not in _VERSIONS:
-            raise NotGguf(f"it is GGUF version {version}; {' and '.join(map(str, _VERSIONS))} can be read")
-        self._number("<Q")  # the number of tensors
-        return dict(self._pair() for _ in range(self._number("<Q")))
-
-    def _pair(self) -> tuple[str, bytes]:
-        length = self._number("<Q")
-        key = self._data[self._at : self._at + length].decode()
-        self._at += length
-        start = self._at
-        self._skip(self._number("<I"))
-        return key, self._data[start : self._at]
-
-    def _number(self, form: str) -> int:
-        (number,) = struct.unpack_from(form, self._data, self._at)
-        self._at += struct.calcsize(form)
-        return int(number)
-
-    def _skip(self, kind: int) -> None:
-        """Move past a value of this type."""
-        if kind == _STRING:
-            length = self._number("<Q")
-            self._at += length
-        elif kind == _ARRAY:
-            inner, count = self._number("<I"), self._number("<Q")
-            if inner in _SIZES:
-                self._at += count * _SIZES[inner]
-            elif inner == _STRING:
-                for _ in range(count):
-                    self._skip(inner)
-            else:  # an array of arrays would make this recursive
-                raise NotGguf(f"its metadata has an array of type {inner}, which does not exist")
-        elif kind in _SIZES:
-            self._at += _SIZES[kind]
-        else:
-            raise NotGguf(f"its metadata has a value of unknown type {kind}")
-        if self._at > len(self._data):
+def _pairs(data: mmap.mmap) -> Iterator[tuple[str, bytes]]:
+    """The keys, and their values."""
+    version, _tensors, count = struct.unpack_from("<IQQ", data, len(_MAGIC))
+    if version not in _VERSIONS:
+        raise NotGguf(f"it is GGUF version {version}; {' and '.join(map(str, _VERSIONS))} can be read")
+    at = len(_MAGIC) + 20
+    for _ in range(count):
+        start = _behind_string(data, at)
+        key, at = data[at + 8 : start].decode(), _behind(data, start)
+        if at > len(data):
             raise NotGguf("it is cut short")
+        yield key, data[start:at]
+
+
+def _behind(data: mmap.mmap, at: int) -> int:
+    """Where the value ends that begins here with its type."""
+    (kind,) = struct.unpack_from("<I", data, at)
+    at += 4
+    if kind in _SIZES:
+        return at + _SIZES[kind]
+    if kind == _STRING:
+        return _behind_string(data, at)
+    if kind != _ARRAY:
+        raise NotGguf(f"its metadata has a value of unknown type {kind}")
+    inner, count = struct.unpack_from("<IQ", data, at)
+    at += 12
+    if inner in _SIZES:
+        return at + int(count) * _SIZES[inner]
+    if inner != _STRING:  # an array of arrays would make this recursive
+        raise NotGguf(f"its metadata has an array of type {inner}, which does not exist")
+    for _ in range(count):
+        at = _behind_string(data, at)
+    return at
+
+
+def _behind_string(data: mmap.mmap, at: int) -> int:
+    return at + 8 + int(struct.unpack_from("<Q", data, at)[0])
