@@ -327,6 +327,7 @@ _REPAIR_WRITER = """INSERT INTO writers VALUES (%s, %s, '-infinity', '')
   ON CONFLICT (name) DO UPDATE SET epoch = greatest(writers.epoch, excluded.epoch)"""
 _SCHEMA = """SELECT quote_ident(nspname) FROM pg_class AS c JOIN pg_namespace AS n ON c.relnamespace = n.oid
   WHERE c.oid = 'items'::regclass"""
+
 _PARAMETER = re.compile(r"\?(?:::(\w+)(\[\])?)?")
 Encoder = Callable[[Any], object] | None
 

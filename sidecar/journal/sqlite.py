@@ -573,11 +573,6 @@ class SqliteStore(SqlStore):
             yield self._tables
         self._remove = False
 
-    def bytes_used(self) -> int:
-        """Of the file, less what is free to be used again."""
-        with self._errors():
-            return self._tables.bytes_used()
-
     # ---- errors
 
     @contextmanager

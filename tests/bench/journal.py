@@ -362,7 +362,7 @@ def pruned(path: Path) -> float:
     store = SqliteStore.open_for_maintenance(str(path))
     for _ in prune(store, lambda header: header.kind != types_pb2.ENTRY_KIND_UNSPECIFIED, 1):
         pass
-    used = store.bytes_used()
+    used = store._tables.bytes_used()
     store.close()
     return used / GROWN
 
