@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, LiteralString
 from urllib.parse import quote
 
+import apsw
 import psycopg
 
 from ostinato.digest import input_digest
@@ -152,6 +153,10 @@ class Kit(ABC):
         """One with nothing in it."""
 
     @abstractmethod
+    def execute(self, statement: Any, *parameters: object) -> list[tuple[Any, ...]]:
+        """In the database, as someone who can write its files; a file must not be open. What it returns."""
+
+    @abstractmethod
     def fence(self, journal: Store) -> None:
         """Another process begins an epoch of this writer."""
 
@@ -191,6 +196,10 @@ class SqliteKit(Kit):
 
     def opened(self) -> AbstractContextManager[SqliteStore]:
         return closing(self.open()[0])
+
+    def execute(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
+        with closing(apsw.Connection(str(self.path))) as db:
+            return db.execute(statement, parameters).fetchall()
 
     def another(self) -> SqliteKit:
         return SqliteKit(self.path.with_name("another.db"), self.clock, self.settings)
@@ -245,7 +254,6 @@ class PostgresKit(Kit):
         return PostgresKit(self.spare, self.clock, self.settings)
 
     def execute(self, query: LiteralString, *parameters: object) -> list[tuple[Any, ...]]:
-        """On a connection of its own; what it returns."""
         with psycopg.connect(self.url, autocommit=True) as db:
             found = db.execute(query, parameters)
             return found.fetchall() if found.description else []

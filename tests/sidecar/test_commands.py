@@ -6,13 +6,11 @@ import io
 import json
 import shutil
 import stat
-from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from unittest.mock import Mock
 
-import apsw
 import psycopg
 import pytest
 from hypothesis import given
@@ -73,9 +71,7 @@ def _run(capsys: pytest.CaptureFixture[str]) -> Said:
 def test_verify(store: SqliteKit, run: Said) -> None:
     """A sound journal gives 0; else 1, and the first bad entry is named, with its kind and what is wrong with it."""
     assert "7 entries are sound" in run("verify", "--journal", store.path)
-    db = apsw.Connection(str(store.path))
-    db.execute("UPDATE payloads SET payload = x'00' WHERE entry_index = 5")
-    db.close()
+    store.execute("UPDATE payloads SET payload = x'00' WHERE entry_index = 5")
     said = run("verify", "--journal", store.path, code=1)
     assert "entry 5, COMPLETED: payload: does not match payload_digest" in said
 
@@ -177,8 +173,7 @@ def test_damaged_heads(store: SqliteKit, run: Said, tmp_path: Path, change: str,
     run("redact", 1, "--journal", store.path)
     run("accept-loss", "--through", 9, "--journal", store.path)
     assert "are sound" in run("verify", "--key", tmp_path / "key", "--journal", store.path)
-    with closing(apsw.Connection(str(store.path))) as db:
-        db.execute(change)
+    store.execute(change)
 
     assert said.format(key=signer.key_id) in run("verify", "--key", tmp_path / "key", "--journal", store.path, code=1)
 
@@ -195,8 +190,7 @@ def test_an_import_without_heads(store: SqliteKit, run: Said, tmp_path: Path) ->
 def test_a_head_that_was_lost(store: SqliteKit, run: Said, tmp_path: Path) -> None:
     """A transaction whose end was damaged has lost its signed head: it is taken in, and verify asks for none once the loss is
     accepted."""
-    with closing(apsw.Connection(str(store.path))) as db:
-        db.execute("UPDATE entries SET header = x'ffff' WHERE entry_index = 6")
+    store.execute("UPDATE entries SET header = x'ffff' WHERE entry_index = 6")
     run("export", tmp_path / "lines", "--until-damage", "--journal", store.path)
     run("import", tmp_path / "lines", "--journal", tmp_path / "other.db")
     assert "entry 5, COMPLETED: no signed head" in run("verify", "--journal", tmp_path / "other.db", code=1)
@@ -302,9 +296,8 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_accept_loss_behind_a_damaged_entry(store: SqliteKit, run: Said, damage: str) -> None:
     """A journal whose newest entry is damaged is refused in one line that says what to do, and nothing is appended."""
-    with closing(apsw.Connection(str(store.path))) as db:
-        db.execute(DAMAGES[damage])
-        before = [db.execute(f"SELECT * FROM {table}").fetchall() for table in ("journal", "entries")]
+    store.execute(DAMAGES[damage])
+    before = [store.execute(f"SELECT * FROM {table}") for table in ("journal", "entries")]
 
     said = run("accept-loss", "--through", "9", "--journal", store.path, code=1)
 
@@ -312,8 +305,7 @@ def test_accept_loss_behind_a_damaged_entry(store: SqliteKit, run: Said, damage:
     assert "is damaged" in said
     assert "restore a copy that verifies" in said
     assert said.count("\n") == 1
-    with closing(apsw.Connection(str(store.path))) as db:
-        assert [db.execute(f"SELECT * FROM {table}").fetchall() for table in ("journal", "entries")] == before
+    assert [store.execute(f"SELECT * FROM {table}") for table in ("journal", "entries")] == before
 
 
 def test_accept_loss_of_an_empty_journal(tmp_path: Path, run: Said) -> None:

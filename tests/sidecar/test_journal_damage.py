@@ -249,11 +249,9 @@ def test_a_row_of_other_types(tried: Tried, sound: Sound) -> None:
         ("DROP TABLE notes", "no such table: "),
     ):
         tried.put(sound.content)
-        db = apsw.Connection(str(tried.path))
-        db.pragma("writable_schema", True)
-        db.execute("UPDATE sqlite_schema SET sql = replace(sql, 'STRICT', '')")
-        db.close()
-        _execute(tried.path, statement)
+        kit = SqliteKit(tried.path)
+        kit.execute("PRAGMA writable_schema = 1; UPDATE sqlite_schema SET sql = replace(sql, 'STRICT', '')")
+        kit.execute(statement)
         said = tried.check(tried.path.read_bytes())
         assert any(why in each for each in said), (statement, said)
 
@@ -266,18 +264,11 @@ def test_a_refused_start_adds_nothing(tried: Tried, sound: Sound) -> None:
         ("UPDATE payloads SET payload = x'00' WHERE entry_index = 10", "entry 10 is damaged, and its item has not ended"),
     ):
         tried.put(sound.content)
-        _execute(tried.path, statement)
+        kit = SqliteKit(tried.path)
+        kit.execute(statement)
         for _ in range(3):
             assert why in str(tried.start())
-        db = apsw.Connection(str(tried.path))
-        assert db.execute("SELECT max(entry_index) FROM entries").get == last
-        db.close()
-
-
-def _execute(path: Path, statement: str) -> None:
-    db = apsw.Connection(str(path))
-    db.execute(statement)
-    db.close()
+        assert kit.execute("SELECT max(entry_index) FROM entries") == [(last,)]
 
 
 # What lies beside it.
@@ -619,11 +610,9 @@ def test_the_root_of_a_table(tried: Tried, sound: Sound, table: str) -> None:
     """A table whose first page is damaged is found by verify and by a start, also where every entry is sound; the keys that it
     had are exported until the damage, from the prompts that are kept."""
     tried.put(sound.content)
-    with closing(apsw.Connection(str(tried.path))) as db:
-        [(root,)] = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,))
-        page_bytes = int(db.pragma("page_size"))
+    [(root,)] = SqliteKit(tried.path).execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", table)
     content = bytearray(sound.content)
-    content[(root - 1) * page_bytes] ^= 0xFF
+    content[(root - 1) * PAGE_BYTES] ^= 0xFF
     tried.put(bytes(content))
 
     assert tried.command("verify")[0] == 1
@@ -638,8 +627,7 @@ def test_a_prompt_that_is_gone(tried: Tried, sound: Sound) -> None:
     """An item that has not ended and has no payload is a fault to verify; until there the journal is sound, and starts."""
     tried.put(sound.content)
     missing = next(index for index, entry in sound.entries.items() if entry.header.sequence == 9)
-    with closing(apsw.Connection(str(tried.path))) as db:
-        db.execute("DELETE FROM payloads WHERE entry_index = ?", (missing,))
+    SqliteKit(tried.path).execute("DELETE FROM payloads WHERE entry_index = ?", missing)
     code, said = tried.command("verify")
     assert (code, "its payload is missing" in said) == (1, True)
 

@@ -14,7 +14,6 @@ import pytest
 from ostinato.errors import JournalFull, JournalUnavailable
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.journal import postgres as schema
 from sidecar.journal.model import JournalBroken, JournalUnusable, Note, Unfinished
 from sidecar.journal.postgres import Database, PostgresStore, PostgresTables, check_verified
 from tests.postgres import Postgres, installed
@@ -308,26 +307,6 @@ def test_a_full_disk(store: PostgresKit) -> None:
         assert len(journal.append_many([admission(), completed(entry)], NOW)) == 2
         assert journal.head.index == 4
     assert sound(store)
-
-
-def test_a_newer_schema(store: PostgresKit) -> None:
-    """A journal that a newer sidecar has made is left alone."""
-    store.open()[0].close()
-    store.execute("UPDATE ostinato SET version = version + 1")
-
-    with pytest.raises(JournalUnusable, match="run a newer one"):
-        store.open()
-    assert store.execute("SELECT version, epoch FROM ostinato, writers") == [(len(schema.MIGRATIONS) + 2, 1)]
-
-
-def test_a_migration(store: PostgresKit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A journal of an older version becomes one of the newest when it is opened, and only then."""
-    store.open()[0].close()
-    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, "ALTER TABLE writers ADD COLUMN hat text"))
-    for _ in range(2):
-        store.open()[0].close()
-
-    assert store.execute("SELECT version, hat FROM ostinato, writers") == [(len(schema.MIGRATIONS) + 1, None)]
 
 
 def test_a_schema_of_another_program(store: PostgresKit) -> None:

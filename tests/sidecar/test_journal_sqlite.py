@@ -6,17 +6,16 @@ import re
 import stat
 from pathlib import Path
 
-import apsw
 import pytest
 
 from ostinato.chain import entry_hash, payload_digest
 from ostinato.errors import JournalFull
 from ostinato.v1 import types_pb2
 
-from sidecar.journal.model import JournalUnusable, Note
-from sidecar.journal.sqlite import APPLICATION_ID, CHECKPOINT_PAGES, VERSION, SqliteStore
+from sidecar.journal.model import JournalUnusable
+from sidecar.journal.sqlite import APPLICATION_ID, CHECKPOINT_PAGES, SqliteStore
 from tests.pair import python
-from tests.sidecar.journal_kit import SqliteKit, admission, audit, completed, ended, item, sequences, verify_journal
+from tests.sidecar.journal_kit import SqliteKit, admission, audit, completed, ended, item, verify_journal
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,34 +56,9 @@ def test_one_writer(store: SqliteKit) -> None:
     assert (found.head.epoch, found.head.index) == (2, 2)
 
 
-def test_newer_schema(store: SqliteKit) -> None:
-    """A journal that a newer sidecar has written is refused, not guessed at."""
-    with store.opened() as journal:
-        journal._db.pragma("user_version", VERSION + 1)
-    with pytest.raises(JournalUnusable, match="run a newer one"):
-        store.open()
-
-
-def test_an_older_version_is_brought_up(store: SqliteKit) -> None:
-    """A journal of the first version opens, keeps its record, and can do what only a newer one can."""
-    with store.opened() as journal:
-        journal.append_many([admission()], store.clock.millis)
-        journal._db.execute("DROP INDEX openings; DROP TABLE heads; DROP TABLE notes; ALTER TABLE items DROP COLUMN verified")
-        journal._db.execute("ALTER TABLE journal DROP COLUMN lost_sequence; ALTER TABLE journal DROP COLUMN secret")
-        journal._db.pragma("user_version", 1)
-    with store.opened() as journal:
-        assert sequences(journal.entries(1, 10, payloads=True)) == [0, 1, 0]
-        journal.append_many([Note("name", b"value")], store.clock.millis)
-        assert journal.notes("n") == {"name": b"value"}
-        (item,) = journal.items(1, 1, 1)
-        assert item.verified is None
-
-
 def test_foreign_files(store: SqliteKit) -> None:
     """Another program's database, a file that is not a database, and a missing folder are each refused with a reason."""
-    db = apsw.Connection(str(store.path))
-    db.execute("CREATE TABLE something (x)")
-    db.close()
+    store.execute("CREATE TABLE something (x)")
     with pytest.raises(JournalUnusable, match="another program's database"):
         store.open()
     store.path.write_text("Once upon a time, " * 1000)
@@ -98,10 +72,9 @@ def test_interrupted_creation(store: SqliteKit) -> None:
     """A process that died between making the file and its first commit is no obstacle."""
     store.path.touch(mode=0o600)
     store.open()[0].close()
-    db = apsw.Connection(str(other := store.path.with_name("other.db")))
-    db.pragma("journal_mode", "WAL")
-    db.close()
-    with SqliteKit(other).opened() as journal:
+    other = store.another()
+    other.execute("PRAGMA journal_mode = WAL")
+    with other.opened() as journal:
         assert (journal.head.epoch, journal._db.pragma("application_id")) == (1, APPLICATION_ID)
 
 
@@ -243,38 +216,29 @@ def test_verify(written: SqliteKit) -> None:
 
 def forge(store: SqliteKit, index: int, /, **fields: object) -> None:
     """Change an entry's header and hash everything after it anew, as a person with the file and this program could."""
-    db = apsw.Connection(str(store.path))
-    hashes: dict[int, bytes] = dict(list(db.execute("SELECT entry_index, entry_hash FROM entries")))
+    hashes: dict[int, bytes] = dict(store.execute("SELECT entry_index, entry_hash FROM entries"))
     previous = hashes[index - 1]
     for number in range(index, max(hashes) + 1):
-        header = types_pb2.EntryHeader.FromString(db.execute("SELECT header FROM entries WHERE entry_index = ?", (number,)).get)
+        [(content,)] = store.execute("SELECT header FROM entries WHERE entry_index = ?", number)
+        header = types_pb2.EntryHeader.FromString(content)
         if number == index:
             for name, value in fields.items():
                 setattr(header, name, value)
         previous = entry_hash(previous, header)
-        db.execute(
-            "UPDATE entries SET header = ?, entry_hash = ? WHERE entry_index = ?",
-            (header.SerializeToString(), previous, number),
-        )
-    db.close()
-
-
-def execute(store: SqliteKit, statement: str, *values: object) -> None:
-    db = apsw.Connection(str(store.path))
-    db.execute(statement, values)
-    db.close()
+        update = "UPDATE entries SET header = ?, entry_hash = ? WHERE entry_index = ?"
+        store.execute(update, header.SerializeToString(), previous, number)
 
 
 def test_verify_finds_changed_bytes(written: SqliteKit) -> None:
     """1: an entry that was changed, taken out or whose payload was changed is found, and so is a payload that was taken out."""
-    execute(written, "DELETE FROM payloads WHERE entry_index = 3")
+    written.execute("DELETE FROM payloads WHERE entry_index = 3")
     assert "payload: it and that of its item are kept or dropped together, and one is missing" in faults(written)[0]
-    execute(written, "UPDATE payloads SET payload = x'00' WHERE entry_index = 4")
+    written.execute("UPDATE payloads SET payload = x'00' WHERE entry_index = 4")
     assert "entry 4, ADMITTED: payload: does not match payload_digest" in faults(written)
     header = types_pb2.EntryHeader(index=5, kind=types_pb2.ENTRY_KIND_COMPLETED)
-    execute(written, "UPDATE entries SET header = ? WHERE entry_index = 5", header.SerializeToString())
+    written.execute("UPDATE entries SET header = ? WHERE entry_index = 5", header.SerializeToString())
     assert "entry 5, COMPLETED: entry_hash: is not the hash of this header after the entry before" in faults(written)
-    execute(written, "DELETE FROM entries WHERE entry_index = 6")
+    written.execute("DELETE FROM entries WHERE entry_index = 6")
     assert "entry 7, OPENED: index: 7 after 5" in faults(written)
 
 

@@ -19,7 +19,7 @@ from ostinato.signature import new_key, signer_of
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.maintenance import prune, rebuild, redact
-from sidecar.journal.model import Binding, Draft, ItemEntries, JournalBroken, JournalUnusable, Loss
+from sidecar.journal.model import Binding, Draft, ItemEntries, JournalBroken, JournalUnusable, Loss, Note
 from sidecar.journal.sqlite import SqliteStore
 from sidecar.journal.store import Store
 from sidecar.journal.transfer import export, take_in
@@ -435,7 +435,7 @@ def test_tables_that_contradict_the_entries(kit: Kit, statement: str) -> None:
         "epoch": "UPDATE writers SET epoch = 1" if shared else "UPDATE journal SET epoch = 1",
         "last": "UPDATE log SET last_sequence = 99" if shared else "UPDATE journal SET lost_sequence = 99",
     }
-    change(kit, statement.format(**values))
+    kit.execute(statement.format(**values))
     assert kit.faults()
     with pytest.raises(JournalUnusable, match="python -m sidecar rebuild|has not ended"):
         kit.open()
@@ -448,6 +448,38 @@ def test_tables_that_contradict_the_entries(kit: Kit, statement: str) -> None:
     assert [sequence for sequence, _ in again.unfinished] == [sequence for sequence, _ in sound.unfinished]
 
 
+FIRST_VERSION = {
+    SqliteKit: """DROP INDEX openings; DROP TABLE heads; DROP TABLE notes; ALTER TABLE items DROP COLUMN verified;
+      ALTER TABLE journal DROP COLUMN lost_sequence; ALTER TABLE journal DROP COLUMN secret; PRAGMA user_version = 1""",
+    PostgresKit: """DROP INDEX openings; DROP TABLE heads; ALTER TABLE log DROP COLUMN secret;
+      UPDATE ostinato SET version = 1""",
+}
+
+
+def test_an_older_version_is_brought_up(kit: Kit) -> None:
+    """A journal of the first version opens, keeps its record, and can do what only a newer one can."""
+    with kit.opened() as store:
+        store.append_many([admission()], 1)
+    kit.execute(FIRST_VERSION[type(kit)])
+    kit.configure(signer=SIGNER)
+    with kit.opened() as store:
+        (entry,) = (each for each in store.entries(1, 9, payloads=True) if each.header.sequence)
+        store.append_many([Note("name", b"value"), completed(entry)], 1)
+        (found,) = store.items(1, 1, 1)
+        assert (store.notes("n"), found.verified, found.unsigned) == ({"name": b"value"}, None, "")
+    assert kit.faults() == []
+
+
+def test_a_newer_version(kit: Kit) -> None:
+    """A journal that a newer sidecar has made is refused, and stays as it was."""
+    with kit.opened() as store:
+        head = store.head
+    kit.execute("PRAGMA user_version = 99" if isinstance(kit, SqliteKit) else "UPDATE ostinato SET version = 99")
+    with pytest.raises(JournalUnusable, match="has version 99; this sidecar knows up to .: run a newer one"):
+        kit.open()
+    assert kit.execute("SELECT entry_index, entry_hash FROM entries") == [(1, head.entry_hash)]
+
+
 # Payloads that are gone.
 
 
@@ -455,16 +487,6 @@ def prunes(kit: Kit) -> list[sequencer_pb2.PrunedPayload]:
     with kit.maintained() as store:
         found = [entry for entry in store.entries(1, 999, payloads=True) if entry.header.kind == types_pb2.ENTRY_KIND_PRUNED]
     return [sequencer_pb2.PrunedPayload.FromString(entry.payload) for entry in found]
-
-
-def change(kit: Kit, statement: str) -> None:
-    """In the database of a journal that is not open."""
-    if isinstance(kit, PostgresKit):
-        kit.execute(statement)
-        return
-    assert isinstance(kit, SqliteKit)
-    with closing(apsw.Connection(str(kit.path))) as db:
-        db.execute(statement)
 
 
 def test_prunes_are_in_the_chain(kit: Kit) -> None:
@@ -478,9 +500,9 @@ def test_prunes_are_in_the_chain(kit: Kit) -> None:
     told = [(each.reason, [(run.first, run.last) for run in each.ranges], each.entries) for each in prunes(kit)]
     assert told == [("request", [(3, 3)], 2), ("age", [(1, 2)], 4)]
     assert kit.faults() == []
-    change(kit, "DELETE FROM payloads WHERE entry_index IN (SELECT admitted FROM items WHERE sequence = 4)")
+    kit.execute("DELETE FROM payloads WHERE entry_index IN (SELECT admitted FROM items WHERE sequence = 4)")
     assert "kept or dropped together, and one is missing" in kit.faults()[0]
-    change(kit, "DELETE FROM payloads WHERE entry_index IN (SELECT outcome FROM items WHERE sequence = 4)")
+    kit.execute("DELETE FROM payloads WHERE entry_index IN (SELECT outcome FROM items WHERE sequence = 4)")
     assert kit.faults() == ["a payload of sequence 4 is missing, and no PRUNED entry says so"]
     for _ in range(2):  # the second time nothing is to be told
         with kit.maintained() as store:
@@ -494,7 +516,7 @@ def test_a_secret_of_another_length(kit: Kit) -> None:
     """A start says so in one line."""
     fill(kit)
     shared = isinstance(kit, PostgresKit)
-    change(kit, "UPDATE log SET secret = ''::bytea" if shared else "UPDATE journal SET secret = x''")
+    kit.execute("UPDATE log SET secret = ''::bytea" if shared else "UPDATE journal SET secret = x''")
     with pytest.raises(JournalUnusable, match="the log's secret has 0 bytes instead of 32"):
         kit.open()
 
@@ -505,7 +527,7 @@ def test_a_payload_that_is_never_dropped(kit: Kit, kind: types_pb2.EntryKind.Val
     fill(kit)
     with kit.maintained() as store:
         index = next(entry.header.index for entry in store.entries(1, 999, payloads=False) if entry.header.kind == kind)
-    change(kit, f"DELETE FROM payloads WHERE entry_index = {index}")
+    kit.execute(f"DELETE FROM payloads WHERE entry_index = {index}")
     assert "is missing, and none of this kind is ever dropped" in kit.faults()[0]
     if kind != types_pb2.ENTRY_KIND_LOST:
         with pytest.raises(JournalUnusable, match=f"entry {index}: payload: is missing"):
@@ -543,7 +565,7 @@ def test_digests_say_that_payloads_are_not_kept(kit: Kit) -> None:
         assert store.append_many([admission(item(5))], now + TTL_MILLIS)[0].entries[0].header.sequence == 5
     assert kit.faults() == []
     assert [(each.reason, [(run.first, run.last) for run in each.ranges]) for each in prunes(kit)] == [("digests", [(3, 4)])]
-    change(kit, "DELETE FROM payloads WHERE entry_index IN (2, 3)")
+    kit.execute("DELETE FROM payloads WHERE entry_index IN (2, 3)")
     assert kit.faults() == ["a payload of sequence 1 is missing, and no PRUNED entry says so"]
 
 
@@ -557,14 +579,14 @@ def test_what_was_dropped_before_prunes_were_recorded(kit: Kit, monkeypatch: pyt
     with kit.opened() as store:
         answers = store.append_many([admission(each) for each in bare], 1)
         store.append_many([completed(answer.entries[0]) for answer in answers], 1)
-    change(kit, "DELETE FROM payloads WHERE entry_index IN (2, 5)")
+    kit.execute("DELETE FROM payloads WHERE entry_index IN (2, 5)")
     assert kit.faults() == []
     monkeypatch.undo()
     for _ in range(2):
         kit.open()[0].close()
         assert kit.faults() == []
     assert [(each.reason, [(run.first, run.last) for run in each.ranges]) for each in prunes(kit)] == [("earlier", [(1, 1)])]
-    change(kit, "DELETE FROM payloads WHERE entry_index IN (3, 6)")
+    kit.execute("DELETE FROM payloads WHERE entry_index IN (3, 6)")
     assert kit.faults() == ["a payload of sequence 2 is missing, and no PRUNED entry says so"]
     with kit.maintained() as store:
         store.drop([2], "earlier", 9)
