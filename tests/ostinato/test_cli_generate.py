@@ -213,10 +213,11 @@ def test_a_bad_line_is_named(ostinato: Terminal, tmp_path: Path, line: str | byt
 
 
 def test_a_refused_line_is_named(ostinato: Terminal, tmp_path: Path) -> None:
-    """A request that the sidecar calls invalid exits 2, as wrong usage does, and names the line that is wrong."""
+    """A request that the sidecar calls invalid exits 2, as wrong usage does, and names the line or prompt that is wrong."""
     (tmp_path / "f").write_text('"a"\n\n"b"\n')
     violations = [errors.Violation("items[1].parameters.top_p", "above 1"), errors.Violation("required_grade", "unknown")]
-    ostinato.fake.script["Generate"].append(errors.InvalidRequest("bad", violations=violations))
+    refused = errors.InvalidRequest("bad", violations=violations)
+    ostinato.fake.script["Generate"].append(refused)
 
     result = ostinato("generate", "--file", tmp_path / "f")
 
@@ -227,6 +228,13 @@ def test_a_refused_line_is_named(ostinato: Terminal, tmp_path: Path) -> None:
         f"  {tmp_path}/f:3: parameters.top_p: above 1",
         "  required_grade: unknown",
     ]
+    alone = errors.invalid("items[0].text", "is too long")
+    for method, command, place in (
+        ("GenerateStream", ["generate", "--stream"], "prompt 1"),
+        ("Tokenize", ["tokenize"], "prompt"),
+    ):
+        ostinato.fake.script[method].append(alone)
+        assert f"  {place}: text: is too long\n" in ostinato(*command, "a").stderr
 
 
 def test_batches_keep_the_order(ostinato: Terminal) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, aclosing, suppress
+from contextlib import ExitStack, aclosing, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Annotated, Any, NamedTuple
@@ -20,7 +20,7 @@ from google.protobuf import json_format
 
 from ostinato import errors, requests
 from ostinato.cli import documents, show
-from ostinato.cli.generate import SAMPLING, Screen, TemplateKwargs, Tools, chat_arguments, sampling_of
+from ostinato.cli.generate import SAMPLING, Screen, TemplateKwargs, Tools, chat_arguments, placed, sampling_of
 from ostinato.cli.session import Session, lock, usage, wrong
 from ostinato.client import Client
 from ostinato.compare import first_difference
@@ -130,15 +130,12 @@ class Conversation:
         """Shows the answer while it comes."""
         item = types_pb2.Item(chat=requests.chat([turn.message for turn in turns], **options))
         request = generation_pb2.GenerateRequest(items=[item], parameters=parameters)
-        screen = Screen()
-        try:
-            async with aclosing(self.client.stream(request, timeout=self.timeout)) as events:
+        async with aclosing(self.client.stream(request, timeout=self.timeout)) as events:
+            with placed("question"), closing(Screen()) as screen:
                 async for event in events:
                     screen.take(event)
                     if event.HasField("finished") or event.HasField("failed"):
                         return event.finished if event.HasField("finished") else event.failed
-        finally:
-            screen.end()
         raise errors.Disconnected("the stream ended without an outcome")
 
 

@@ -12,7 +12,7 @@ import re
 import sys
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing, closing, nullcontext, suppress
+from contextlib import aclosing, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import chain, count, islice, repeat
 from pathlib import Path
@@ -160,7 +160,7 @@ def generate(
         if len(listed) > 1:
             raise wrong(f"--stream: shows one prompt, not {len(listed)}")
         common.items[0].CopyFrom(listed[0].item)
-        return _stream(session, common, max_response_bytes)
+        return _stream(session, common, listed[0].place, max_response_bytes)
     return _print_table(session, listed, options)
 
 
@@ -379,39 +379,45 @@ async def answers(
 
 async def _send(client: Client, timeout: float | None, batch: Batch) -> Answer:
     try:
-        return await client.generate(batch.request, timeout=timeout)
-    except errors.InvalidRequest as error:
-        return errors.InvalidRequest(error.message, violations=[_placed(each, batch.prompts) for each in error.violations])
+        with placed(*(prompt.place for prompt in batch.prompts)):
+            return await client.generate(batch.request, timeout=timeout)
     except errors.OstinatoError as error:
         return error
 
 
-def _placed(violation: errors.Violation, prompts: Sequence[Prompt]) -> errors.Violation:
-    """`items[3].parameters.top_p` as `questions.jsonl:7: parameters.top_p`."""
-    found = re.fullmatch(r"items\[(\d+)\]\.?(.*)", violation.field)
-    if found is None or int(found[1]) >= len(prompts):
-        return violation
-    place = prompts[int(found[1])].place
-    return errors.Violation(f"{place}: {found[2]}" if found[2] else place, violation.description)
+@contextmanager
+def placed(*places: str) -> Iterator[None]:
+    """Bad fields of items have the places of their prompts: `items[3].parameters.top_p` is `questions.jsonl:7:
+    parameters.top_p`."""
+
+    def named(violation: errors.Violation) -> errors.Violation:
+        found = re.fullmatch(r"items\[(\d+)\]\.?(.*)", violation.field)
+        if found is None or int(found[1]) >= len(places):
+            return violation
+        place = places[int(found[1])]
+        return errors.Violation(f"{place}: {found[2]}" if found[2] else place, violation.description)
+
+    try:
+        yield
+    except errors.InvalidRequest as error:
+        raise errors.InvalidRequest(error.message, violations=map(named, error.violations)) from None
 
 
 # --stream: the text on stdout as it comes, everything else on stderr.
-async def _stream(session: Session, request: generation_pb2.GenerateRequest, max_response_bytes: int) -> bool:
+async def _stream(session: Session, request: generation_pb2.GenerateRequest, place: str, max_response_bytes: int) -> bool:
     """Whether the item has an output."""
-    finished, screen = False, Screen()
+    finished = False
     async with (
         session.client(max_response_bytes) as client,
         aclosing(client.stream(request, timeout=session.timeout)) as events,
     ):
-        try:
+        with placed(place), closing(Screen()) as screen:
             async for event in events:
                 finished = finished or event.HasField("finished")
                 if session.json:
                     show.as_json(event)
                 else:
                     screen.take(event)
-        finally:
-            screen.end()
     return finished
 
 
@@ -427,18 +433,18 @@ class Screen:
                 for run in event.tokens.runs:
                     self._write(run.text)
             case "restarted":
-                self.end()
+                self.close()
                 show.note(f"restarted: attempt {event.restarted.attempt} has other tokens; discard what came before")
             case "finished":
                 # Text that could begin a stop string was held back until now.
                 self._write(event.finished.output.text.removeprefix(self._shown))
-                self.end()
+                self.close()
                 show.note(_summary(event.finished))
             case "failed":
-                self.end()
+                self.close()
                 show.note(_summary(event.failed))
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Ends an unfinished line."""
         if self._shown and not self._shown.endswith("\n"):
             show.line("")

@@ -11,6 +11,7 @@ import typer
 
 from ostinato import digest, errors, requests
 from ostinato.cli import show
+from ostinato.cli.generate import placed
 from ostinato.cli.session import Key, Session, span, usage
 from ostinato.signature import envelope
 from ostinato.v1 import sequencer_pb2, types_pb2
@@ -128,7 +129,8 @@ async def tokenize(
     with usage():
         item = requests.item([{"role": "user", "content": text}] if chat else text, "text")
     async with session.client() as client:
-        [token_ids] = await client.tokenize(item, timeout=session.timeout)
+        with placed("prompt"):
+            [token_ids] = await client.tokenize(item, timeout=session.timeout)
     if session.json:
         show.as_json(types_pb2.TokenIds(ids=token_ids))
     else:
