@@ -135,8 +135,7 @@ def lookup(cls: type, program: str, name: str, environ: Mapping[str, str], confi
 
 def describe(settings: object, sources: Mapping[str, str] = types.MappingProxyType({})) -> str:
     """All settings in one line, `key=value …`, and after them their origins, for the log at start."""
-    assert dataclasses.is_dataclass(settings)
-    line = " ".join(f"{f.name}={_shown(f, getattr(settings, f.name))}" for f in dataclasses.fields(settings))
+    line = " ".join(f"{f.name}={_shown(f, getattr(settings, f.name))}" for f in _fields(type(settings)))
     origins = dict.fromkeys(sources.values())
     return line + "".join(f"; from {origin}: {', '.join(n for n, o in sources.items() if o == origin)}" for origin in origins)
 
@@ -281,10 +280,15 @@ class Option:
         return f"{self.about['help']} [{'; '.join(parts)}]".replace("%", "%%")
 
 
+def _fields(cls: type) -> Sequence[dataclasses.Field[object]]:
+    """Those that it declares, in this order, and then those that it inherits."""
+    return sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__)
+
+
 def options_of(cls: type, program: str) -> Iterator[Option]:
     """The settings that are declared there, in this order; those that are inherited come last."""
     hints = typing.get_type_hints(cls)
-    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__):
+    for f in _fields(cls):
         kind, optional = hints[f.name], False
         if types.NoneType in typing.get_args(kind):
             kind, optional = next(arm for arm in typing.get_args(kind) if arm is not types.NoneType), True
