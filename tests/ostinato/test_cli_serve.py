@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Self
 
 import pytest
+from typer.testing import CliRunner
 
 import ostinato
 from ostinato.cli import serve
+from ostinato.cli.app import app
 
 from tests.pair import ROOT, Program, held_port
 from tests.waiting import until
@@ -229,10 +231,11 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 )
 def test_wrong_usage_is_two(state: Path, flags: list[str], why: str) -> None:
     """What `serve` itself can tell to be wrong exits 2 before anything is started, and is named."""
-    with Serve(state, *flags) as serve:
-        assert serve.ended() == 2
-        assert why in serve.lines[-1]
-        assert not state.exists()
+    result = CliRunner().invoke(app, ["serve", "--state", str(state), *flags])
+
+    assert result.exit_code == 2
+    assert why in " ".join(result.stderr.split())
+    assert not state.exists()
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,15 +88,6 @@ def test_no_common_name_is_a_package(python: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith(f"[None, None, None] {python.parents[1]}/"), done.stdout
 
 
-@pytest.mark.parametrize("name", ["service", "sidecar"])
-def test_each_program_runs_from_it(python: Path, tmp_path: Path, name: str) -> None:
-    """Each program runs by its command, from any folder."""
-    done = run(python, tmp_path, name, "--help")
-
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "--log-format" in done.stdout
-
-
 def test_serve_answers_from_it(python: Path, tmp_path: Path) -> None:
     """Both programs start, and a request is answered, recorded and replayed by the same command."""
     command = [str(python), "-m", "ostinato.cli", "serve", "--engine", "scripted", *ANYWHERE, *UNTESTED]
