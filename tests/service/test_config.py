@@ -66,16 +66,6 @@ def test_another_engines_settings_are_refused(argv: list[str], capsys: pytest.Ca
     assert f"{argv[2]}: is not for engine {argv[1]}" in capsys.readouterr().err
 
 
-def test_everything_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
-    """--help names every setting and its variable."""
-    with pytest.raises(SystemExit):
-        settings("--help")
-    shown = capsys.readouterr().out
-
-    assert "--self-test" in shown
-    assert "OSTINATO_SERVICE_BUFFER_BYTES_MAX" in shown
-
-
 def default_in_help(name: str, capsys: pytest.CaptureFixture[str]) -> str:
     """The default in --help."""
     with pytest.raises(SystemExit):

@@ -110,10 +110,12 @@ FINDING = Finding(EXACT, "all equal", 1.5, 200)
 
 
 def test_proof_is_found_again(tmp_path: Path) -> None:
-    """A proof is found under its fingerprint only."""
+    """A proof is found under its fingerprint only; it replaces an earlier one, and no temporary file is left."""
     proofs = Proofs(tmp_path / "proofs", "code")
+    proofs.keep(b"f" * 32, replace(FINDING, reason="another"), "")
     proofs.keep(b"f" * 32, FINDING, "2026-01-01T00:00:00+00:00")
 
+    assert len(list((tmp_path / "proofs").iterdir())) == 1
     assert proofs.find(b"f" * 32) == replace(FINDING, reason="all equal; proved at 2026-01-01T00:00:00+00:00")
     assert proofs.find(b"g" * 32) is None
 
@@ -147,16 +149,6 @@ def test_unusable_directory_is_only_a_warning(tmp_path: Path, caplog: pytest.Log
     assert "proof not kept" in caplog.text
 
 
-def test_proofs_are_written_whole(tmp_path: Path) -> None:
-    """A new proof replaces the old one, and no temporary file is left."""
-    proofs = Proofs(tmp_path, "code")
-    for reason in ("one", "two"):
-        proofs.keep(b"f" * 32, Finding(EXACT, reason, 1.0, 1), "")
-
-    assert len(list(tmp_path.iterdir())) == 1
-    assert proofs.find(b"f" * 32) == Finding(EXACT, "two; proved at ", 1.0, 1)
-
-
 def test_code_digest_sees_changes(tmp_path: Path) -> None:
     """Another byte, name or file changes the digest."""
     (tmp_path / "a.py").write_text("1")
@@ -171,28 +163,19 @@ def test_code_digest_sees_changes(tmp_path: Path) -> None:
 
 
 async def test_kept_proof_saves_the_test(tmp_path: Path) -> None:
-    """A second start takes the proof of the first; `full` tests anyway."""
-    state = tmp_path / "state"
-    first = await model({}, self_test="kept", state_dir=state)
-    second = await model({"rules": [{"do": "fail", "purposes": ["SELF_TEST"]}]}, self_test="kept", state_dir=state)
-    third = await model({"rules": [{"do": "fail", "purposes": ["SELF_TEST"]}]}, self_test="full", state_dir=state)
+    """A second start takes the proof of the first; a failed test leaves none, nor is it for another fingerprint or `full`."""
+    kept: dict[str, Any] = {"self_test": "kept", "state_dir": tmp_path / "state"}
+    failed = await model(fault("fail"), **kept)
+    first = await model({}, **kept)
+    second = await model(fault("fail"), **kept)
+    other = await model(fault("fail") | {"fields": {"device": "other"}}, **kept)
+    full = await model(fault("fail"), **(kept | {"self_test": "full"}))
 
-    assert [first.grade, second.grade, third.grade] == [EXACT, EXACT, BEST_EFFORT]
+    assert [each.grade for each in (failed, first, second, other, full)] == [
+        BEST_EFFORT,
+        EXACT,
+        EXACT,
+        BEST_EFFORT,
+        BEST_EFFORT,
+    ]
     assert "; proved at " in second.grade_reason
-
-
-async def test_proof_of_another_fingerprint_does_not_count(tmp_path: Path) -> None:
-    """Another device is another fingerprint, which is tested itself."""
-    state = tmp_path / "state"
-    await model({}, self_test="kept", state_dir=state)
-    other = await model(fault("fail") | {"fields": {"device": "other"}}, self_test="kept", state_dir=state)
-
-    assert other.grade == BEST_EFFORT
-
-
-async def test_failures_are_not_kept(tmp_path: Path) -> None:
-    """A failed test is not kept: the next start tests again."""
-    state = tmp_path / "state"
-    await model(fault("fail"), self_test="kept", state_dir=state)
-
-    assert (await model({}, self_test="kept", state_dir=state)).grade == EXACT

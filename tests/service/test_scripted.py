@@ -225,14 +225,6 @@ async def test_room_is_for_the_head() -> None:
     assert order == [1, 2, 3]
 
 
-async def test_hundreds_of_runs_change_nothing() -> None:
-    """Hundreds of runs at once give what each gives alone."""
-    runs = [run_of(i, seed=i, max_new_tokens=50) for i in range(1, 401)]
-    events = await played(Script(runs=400, kv_blocks=10**6), *runs)
-
-    assert all(ids_of(events[i]) == ids(50, seed=i) for i in range(1, 401))
-
-
 async def test_an_error_does_not_stop_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that goes wrong fails the runs there are, and the engine goes on with the next."""
     monkeypatch.setattr(Tokens, "token", lambda *_, **__: 1 // 0)
@@ -243,20 +235,6 @@ async def test_an_error_does_not_stop_the_engine(monkeypatch: pytest.MonkeyPatch
     assert ids_of((await played(Script(), run_of(1)))[1]) == ids()[:8]
 
 
-def test_script_is_read_whole() -> None:
-    """Every key arrives."""
-    script = parse(
-        '{"model": "m", "grade": "SERIAL", "runs": 1, "fields": {"device": "x"}, "rules": [{"do": "diverge", "at": 2,'
-        '"sequences": [7, 9223372036854775807], "purposes": ["REPLAY", "SELF_TEST"], "attempts": [1], "share": 0.5},'
-        '{"do": "lose_grade", "to": "SERIAL"}]}'
-    )
-
-    assert (script.model, script.grade, script.runs, script.fields) == ("m", "SERIAL", 1, {"device": "x"})
-    assert script.rules[0].sequences == frozenset({7, 2**63 - 1})
-    assert script.rules[0].purposes == frozenset({"REPLAY", "SELF_TEST"})
-    assert script.rules[1].to == "SERIAL"
-
-
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -264,20 +242,11 @@ def test_script_is_read_whole() -> None:
         ("[]", "Expected `object`, got `array`"),
         ('{"run": 1}', "unknown field `run`"),
         ('{"runs": 0}', r"`int` >= 1 - at `\$.runs`"),
-        ('{"runs": true}', r"`\$.runs`"),
-        ('{"runs": 1.5}', r"`\$.runs`"),
         ('{"delay_seconds": -1}', r"`\$.delay_seconds`"),
-        ('{"delay_seconds": NaN}', "malformed"),
-        ('{"delay_seconds": 1e999}', r"`\$.delay_seconds`"),
         ('{"grade": "BEST"}', r"'BEST' - at `\$.grade`"),
-        ('{"chat": 1}', r"`\$.chat`"),
-        ('{"fields": {"a": 1}}', r"`\$.fields"),
         ('{"rules": [{}]}', r"required field `do` - at `\$.rules\[0\]`"),
         ('{"rules": [{"do": "explode"}]}', r"rules\[0\].do"),
-        ('{"rules": [{"do": "fail", "purposes": ["OTHER"]}]}', r"rules\[0\].purposes\[0\]"),
-        ('{"rules": [{"do": "fail", "sequences": [-1]}]}', r"rules\[0\].sequences\[0\]"),
         ('{"rules": [{"do": "fail", "share": 1.5}]}', r"rules\[0\].share"),
-        ('{"rules": {"do": "fail"}}', r"Expected `array`, got `object` - at `\$.rules`"),
     ],
 )
 def test_script_is_checked_strictly(text: str, complaint: str) -> None:

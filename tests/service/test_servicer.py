@@ -11,11 +11,10 @@ import zipfile
 from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc
 import pytest
 
 from ostinato.digest import fingerprint_digest
-from ostinato.errors import EngineUnavailable, InvalidRequest, MalformedMessage, NotBuilt, QueueFull
+from ostinato.errors import EngineUnavailable, InvalidRequest, NotBuilt, QueueFull
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
 from service import stream as module
@@ -24,7 +23,7 @@ from service.engines.scripted import ByteVocabulary
 from service.prepare import Wanted
 from service.stream import EngineServicer
 from service.workers import Workers
-from tests.service.support import error_of, refused, served
+from tests.service.support import refused, served
 from tests.waiting import eventually
 
 
@@ -107,16 +106,6 @@ async def test_a_tokenizer_that_cannot_be_told_says_why(monkeypatch: pytest.Monk
         assert "it is of no known kind" in errors[0].message
 
 
-async def test_prepare_refuses_with_paths() -> None:
-    """Prepare's violations arrive with their paths."""
-    async with served() as service:
-        with refused(InvalidRequest) as found:
-            await service.stub.Prepare(engine_pb2.PrepareRequest(items=[types_pb2.Item(text="")]))
-
-        assert isinstance(found[0], InvalidRequest)
-        assert [violation.field for violation in found[0].violations] == ["items[0].text"]
-
-
 @pytest.mark.parametrize("text", ["hi", "x" * 4000, "x" * 9000], ids=["small", "large", "over the context"])
 async def test_prepare_small_and_large(text: str) -> None:
     """A request has the same response on the event loop and in a thread."""
@@ -141,16 +130,6 @@ async def test_model_digest_is_of_the_model_alone() -> None:
 
     assert await digest() == await digest(device="other")
     assert await digest() != await digest(tokenizer="other")
-
-
-async def test_malformed_bytes() -> None:
-    """Bytes that cannot be parsed are INVALID_ARGUMENT."""
-    async with served() as service, grpc.aio.insecure_channel(service.address) as channel:
-        raw: Any = channel.unary_unary("/ostinato.v1.Engine/Prepare")
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await raw(b"\xff\xff")
-
-        assert isinstance(error_of(caught.value), MalformedMessage)
 
 
 async def test_workers_are_bounded() -> None:
@@ -190,14 +169,6 @@ async def test_work_of_callers_who_left_is_dropped() -> None:
     await third
 
     assert (begun, told) == ([1, 3], [False])
-    workers.close()
-
-
-async def test_workers_pass_errors_on() -> None:
-    """What the work raises reaches its caller."""
-    workers = Workers(threads=1, queue_max=1)
-    with pytest.raises(ZeroDivisionError):
-        await workers.run(lambda _: 1 // 0)
     workers.close()
 
 
