@@ -4,7 +4,7 @@
     config        settings from flags and environment
     chat          chats to text, by the model's template; chat_tokens: to token ids
     parse         tool calls and reasoning in an output's text
-    prepare       items to token ids and resolved parameters, or every reason why not
+    prepare       items to token ids and resolved parameters, or every reason why not; bounds, lexicon: what they are judged by
     stream        the Engine service: the Execute stream, and the runs
     fence         which sidecar may drive the engine, and what it may submit
     outbox        what waits to be written to the sidecar

@@ -11,6 +11,7 @@ from ostinato.v1 import types_pb2
 from serving.settings import Common, field, plain
 
 from service import engines
+from service.bounds import Limits
 from service.engines.base import EngineUnusable
 from service.engines.llama import KV_TYPES, RUNS_MAX, THREADS_MAX, UBATCH_MAX, LlamaOptions
 from service.engines.turbomind.options import (
@@ -22,7 +23,6 @@ from service.engines.turbomind.options import (
     SPLITS_SHORT,
     TurbomindOptions,
 )
-from service.prepare import Limits
 
 MEBI = 1024 * 1024
 INT32_MAX = 2**31 - 1

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from ostinato.digest import fingerprint_digest
 from ostinato.v1 import engine_pb2, types_pb2
 
+from service.bounds import Limits
 from service.engines.base import Engine
-from service.prepare import Limits
 
 ANSWER_RULES = "1"
 """Version of the rules by which this service ends an answer. Part of the fingerprint, because they determine the answer."""
