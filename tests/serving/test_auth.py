@@ -49,21 +49,15 @@ def written(folder: Path, text: str, mode: int = 0o600) -> Path:
     return path
 
 
-def test_a_missing_file_is_named(authority: Authority, tmp_path: Path) -> None:
-    """The error has the flag and the path."""
-    certificate, key = authority.sign("sidecar")
-    with pytest.raises(StartupError, match=r"--tls-key: \S*nowhere: No such file"):
-        ServerTls(certificate, tmp_path / "nowhere", None)
+def test_files_that_cannot_serve_are_refused(authority: Authority, tmp_path: Path) -> None:
+    """A missing file, the key of another certificate, an expired certificate and bad PEM are refused, with flag and path: gRPC
+    would not report them."""
+    (certificate, key), (_, other) = authority.sign("sidecar"), authority.sign("other")
+    (tmp_path / "noise").write_bytes(b"\x00-----BEGIN NOTHING-----\xff")
     with pytest.raises(StartupError, match=r"--tls-client-ca: \S*nowhere: No such file"):
         ServerTls(certificate, key, tmp_path / "nowhere")
     with pytest.raises(StartupError, match=r"--tokens: \S*nowhere: No such file"):
         auth.load_tokens(tmp_path / "nowhere")
-
-
-def test_files_that_cannot_serve_are_refused(authority: Authority, tmp_path: Path) -> None:
-    """The key of another certificate, an expired certificate and bad PEM are refused: gRPC would not report them."""
-    (certificate, key), (_, other) = authority.sign("sidecar"), authority.sign("other")
-    (tmp_path / "noise").write_bytes(b"\x00-----BEGIN NOTHING-----\xff")
     with pytest.raises(StartupError, match=r"--tls-key: \S*other\.key: is not the key of the certificate"):
         ServerTls(certificate, other, None)
     with pytest.raises(StartupError, match=r"--tls-certificate: \S*old\.pem: the certificate is valid from .* not now"):

@@ -70,21 +70,12 @@ async def test_a_full_journal_is_asked_again() -> None:
 
 
 async def test_a_false_digest_is_not_believed() -> None:
-    """Fields that are not those of the digest are neither kept nor, found in a note, known."""
-    journal, false = Notes(), types_pb2.Fingerprint(digest=bytes(32), fields={"device": "a"})
-    fingerprints = opened(journal)
-    await fingerprints.meet(false)
-    assert journal.kept == {}
-
-    journal.kept["fingerprint/00"] = false.SerializeToString()
-    await fingerprints.load()
-    assert fingerprints.known == {}
-
-
-async def test_a_note_that_is_damaged_is_left_out() -> None:
-    """A note that cannot be read, or does not fit its digest, does not keep a sidecar from starting, and is not believed."""
+    """An engine's fingerprint that does not fit its digest is not kept. A note that does not, or cannot be read, does not keep
+    a sidecar from starting, and is not believed."""
     journal, sound, other = Notes(), of(device="a"), of(device="b")
-    await opened(journal).meet(sound)
+    for each in (sound, types_pb2.Fingerprint(digest=bytes(32), fields={"device": "a"})):
+        await opened(journal).meet(each)
+    assert len(journal.kept) == 1
     journal.kept["fingerprint/00"] = b"\xff"
     journal.kept["fingerprint/01"] = types_pb2.Fingerprint(digest=other.digest, fields={"device": "c"}).SerializeToString()
 
