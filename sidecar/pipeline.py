@@ -273,8 +273,7 @@ class Pipeline:
             return
         now, stamp = self.clock(), stamp_of(appended.entries[0].header)
         batch.waiter.sequences = range(stamp.first_sequence, stamp.first_sequence + stamp.count)
-        for entry, payload, digest in zip(appended.entries, batch.admission.items, appended.inputs, strict=True):
-            payload.seed = entry.header.seed  # all else of the recorded payload was known before
+        for entry, payload, digest in zip(appended.entries, appended.items, appended.inputs, strict=True):
             item = ActiveItem(entry.header, payload, now, [batch.waiter], batch.charge, digest)
             self.items[item.sequence] = item
             if batch.caller is not tracing.OFF:

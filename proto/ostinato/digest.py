@@ -13,7 +13,7 @@ import sys
 from array import array as array_of
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
@@ -54,9 +54,9 @@ def text(value: str) -> bytes:
     return u64(len(data)) + data
 
 
-def optional(encode: Callable[[T], bytes], value: T | None) -> bytes:
-    """Byte 0 for None; byte 1, then the value, otherwise."""
-    return b"\0" if value is None else b"\1" + encode(value)
+def optional(encode: Callable[[Any], bytes], message: Message, field: str) -> bytes:
+    """Byte 0 if the field is not set; byte 1, then the value, otherwise."""
+    return b"\1" + encode(getattr(message, field)) if message.HasField(field) else b"\0"
 
 
 def array(encode: Callable[[T], bytes], values: Iterable[T]) -> bytes:
@@ -122,7 +122,7 @@ def logprobs_digest(output: types_pb2.Output) -> bytes:
 
 def text_digest(output: types_pb2.Output) -> bytes:
     """Of the text, as the caller got it, and of what was parsed out of it."""
-    return tagged_digest("text", text(output.text), b"\1" + _parsed(output.parsed) if output.HasField("parsed") else b"\0")
+    return tagged_digest("text", text(output.text), optional(_parsed, output, "parsed"))
 
 
 def fingerprint_digest(fields: Mapping[str, str]) -> bytes:
@@ -144,10 +144,6 @@ def sampling_hash(purpose: str, log_id: str, sequence: int) -> int:
 def is_sampled(purpose: str, log_id: str, sequence: int, rate: float) -> bool:
     """Whether an item is in the sample that holds this share (0 to 1) of all items."""
     return sampling_hash(purpose, log_id, sequence) < int(rate * 2**64)
-
-
-def _set(message: Message, field: str, value: T) -> T | None:
-    return value if message.HasField(field) else None
 
 
 def _call(call: types_pb2.ToolCall) -> bytes:
@@ -183,7 +179,7 @@ def _chat(chat: types_pb2.Chat) -> bytes:
             array(_extended_message, chat.messages),
             text(chat.tools),
             text(chat.template_kwargs),
-            optional(u64, _set(chat, "add_generation_prompt", chat.add_generation_prompt)),
+            optional(u64, chat, "add_generation_prompt"),
             u64(chat.continue_final_message),
             u64(chat.allow_control_tokens),
         )
@@ -235,20 +231,20 @@ def _cached(kind: type[M]) -> Callable[[Callable[[M], bytes]], Callable[[M], byt
 def _parameters(given: types_pb2.Parameters) -> bytes:
     return b"".join(
         (
-            optional(u64, _set(given, "seed", given.seed)),
-            optional(f64, _set(given, "temperature", given.temperature)),
-            optional(i64, _set(given, "top_k", given.top_k)),
-            optional(f64, _set(given, "top_p", given.top_p)),
-            optional(f64, _set(given, "min_p", given.min_p)),
-            optional(f64, _set(given, "repetition_penalty", given.repetition_penalty)),
-            optional(i64, _set(given, "max_new_tokens", given.max_new_tokens)),
-            optional(i64, _set(given, "min_new_tokens", given.min_new_tokens)),
+            optional(u64, given, "seed"),
+            optional(f64, given, "temperature"),
+            optional(i64, given, "top_k"),
+            optional(f64, given, "top_p"),
+            optional(f64, given, "min_p"),
+            optional(f64, given, "repetition_penalty"),
+            optional(i64, given, "max_new_tokens"),
+            optional(i64, given, "min_new_tokens"),
             array(text, given.stop),
             ids(given.stop_token_ids),
             array(text, given.bad_words),
-            optional(u64, _set(given, "ignore_eos", given.ignore_eos)),
-            optional(i64, _set(given, "logprobs", given.logprobs)),
-            optional(_format, _set(given, "response_format", given.response_format)),
+            optional(u64, given, "ignore_eos"),
+            optional(i64, given, "logprobs"),
+            optional(_format, given, "response_format"),
             _presentation(given),
         )
     )
@@ -261,8 +257,8 @@ def _presentation(given: types_pb2.Parameters) -> bytes:
     return b"".join(
         (
             EXTENDED,
-            optional(u64, _set(given, "include_stop", given.include_stop)),
-            optional(u64, _set(given, "skip_special_tokens", given.skip_special_tokens)),
+            optional(u64, given, "include_stop"),
+            optional(u64, given, "skip_special_tokens"),
             array(i64, given.parse),
         )
     )
@@ -283,8 +279,8 @@ def _resolved(resolved: types_pb2.ResolvedParameters) -> bytes:
             ids(resolved.stop_token_ids),
             ids(resolved.bad_token_ids),
             u64(resolved.ignore_eos),
-            optional(u64, _set(resolved, "logprobs", resolved.logprobs)),
-            optional(_format, _set(resolved, "response_format", resolved.response_format)),
+            optional(u64, resolved, "logprobs"),
+            optional(_format, resolved, "response_format"),
             _resolved_presentation(resolved),
         )
     )

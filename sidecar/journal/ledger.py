@@ -252,17 +252,20 @@ class Ledger:
         if binding is not None:
             return Appended((), binding=binding)
         binding = Binding(admission.request_digest, self.head.last_sequence + 1, len(admission.items))
-        entries, inputs = zip(*(self._admit_item(item, admission, binding) for item in admission.items), strict=True)
+        made = [self._admit_item(item, admission, binding) for item in admission.items]
+        entries, items, inputs = zip(*made, strict=True)
         assert self.head.last_sequence == binding.first_sequence + binding.count - 1
         assert self.head.index == entries[0].header.index + binding.count - 1, "a batch stands together"
         assert len({item.nonce for item in admission.items}) == len(admission.items), "each item has its own nonce"
         if admission.key:
             self._bindings[admission.tenant, admission.key] = binding
             self.bound.append((admission, binding))
-        return Appended(entries, inputs=inputs)
+        return Appended(entries, items=items, inputs=inputs)
 
-    def _admit_item(self, item: sequencer_pb2.AdmittedPayload, admission: Admission, batch: Binding) -> tuple[Sealed, bytes]:
-        """The entry, and the bare input digest."""
+    def _admit_item(
+        self, item: sequencer_pb2.AdmittedPayload, admission: Admission, batch: Binding
+    ) -> tuple[Sealed, sequencer_pb2.AdmittedPayload, bytes]:
+        """The entry, its payload, and the bare input digest."""
         sequence = self.head.last_sequence + 1
         payload = sequencer_pb2.AdmittedPayload()
         payload.CopyFrom(item)
@@ -280,7 +283,7 @@ class Ledger:
             input_digest=sealed(FORM, payload.nonce, "input", digest),
             form=FORM,
         )
-        return self._seal(header, payload), digest
+        return self._seal(header, payload), payload, digest
 
     def _end(self, outcome: Outcome) -> Appended:
         assert outcome.kind in OUTCOMES

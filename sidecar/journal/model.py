@@ -17,8 +17,8 @@ class Admission(msgspec.Struct, frozen=True):
     """A batch to be numbered."""
 
     items: tuple[sequencer_pb2.AdmittedPayload, ...]
-    """In the request's order, each with its nonce. Key, request digest and tenant are filled in from here; where seed_derived
-    is set, so is the seed."""
+    """In the request's order, each with its nonce. The ledger fills in key, request digest, tenant, and the seed where
+    seed_derived is set."""
     request_digest: bytes
     key: str = ""
     """Empty: none. With a key that is bound already nothing is appended."""
@@ -148,6 +148,8 @@ class Appended(msgspec.Struct, frozen=True):
     """Empty for a Note, and where the key was bound or another outcome came first."""
     binding: Binding | None = None
     """Of an Admission whose key was bound before."""
+    items: tuple[sequencer_pb2.AdmittedPayload, ...] = ()
+    """Of an Admission: the payload of each entry."""
     inputs: tuple[bytes, ...] = ()
     """Of an Admission: the bare input digest of each item."""
     damaged: str = ""

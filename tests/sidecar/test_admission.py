@@ -146,8 +146,7 @@ def test_a_draft_has_all_that_a_rerun_needs() -> None:
     assert (admission.key, admission.request_digest, admission.tenant) == ("key", digest, "")
     for item, made in zip(admission.items, PREPARED.items, strict=True):
         assert (item.token_ids, item.parameters) == (made.token_ids, made.parameters)
-        assert (item.idempotency_key, item.request_id, item.request_digest) == ("key", "label", digest)
-        assert (item.required_grade, item.model_digest) == (types_pb2.GRADE_SERIAL, b"model")
+        assert (item.request_id, item.required_grade, item.model_digest) == ("label", types_pb2.GRADE_SERIAL, b"model")
     assert [(item.seed, item.seed_derived) for item in admission.items] == [(0, False), (0, True)]
 
 
