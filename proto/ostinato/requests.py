@@ -142,23 +142,23 @@ def chat(
 ) -> types_pb2.Chat:
     """A chat of messages as in OpenAI's API. `tools`: a list as there; `template_kwargs`: an object; each may be JSON text. The
     other arguments are as in types.proto."""
+    flags = {
+        "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": continue_final_message,
+        "allow_control_tokens": allow_control_tokens,
+    }
     listed = enumerate(_list(name, given, "a list of messages"))
-    flags = {"continue_final_message": continue_final_message, "allow_control_tokens": allow_control_tokens}
-    for flag, value in (flags | {"add_generation_prompt": add_generation_prompt or False}).items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{flag}: must be a bool, not {_kind(value)}")
-    made = types_pb2.Chat(
+    return types_pb2.Chat(
         messages=[_message(f"{name}[{position}]", each) for position, each in listed],
         tools=_json_text("tools", tools),
         template_kwargs=_json_text("template_kwargs", template_kwargs),
-        **flags,
+        **{flag: boolean(flag, value) for flag, value in flags.items() if value is not None},
     )
-    if add_generation_prompt is not None:
-        made.add_generation_prompt = add_generation_prompt
-    return made
 
 
-_MESSAGE = ("role", "content", "name", "tool_call_id", "tool_calls", "reasoning", "reasoning_content")
+_TEXTS = {"name": "name", "tool_call_id": "tool_call_id", "reasoning": "reasoning", "reasoning_content": "reasoning"}
+"""Optional texts of a message, and their fields."""
+_MESSAGE = ("role", "content", "tool_calls", *_TEXTS)
 
 
 def _message(name: str, given: object) -> types_pb2.Message:
@@ -169,25 +169,21 @@ def _message(name: str, given: object) -> types_pb2.Message:
     for part in given:
         if part not in _MESSAGE:
             raise TypeError(f"{name}.{part}: no such field; a message has {', '.join(_MESSAGE)}")
-    for part in ("role", "content"):
-        if part not in given and not (part == "content" and given.get("tool_calls")):
+    content, calls = given.get("content"), given.get("tool_calls")
+    for part in ("role",) if calls else ("role", "content"):
+        if part not in given:
             raise ValueError(f"{name}.{part}: missing")
     made = types_pb2.Message(role=text(f"{name}.role", given["role"]))
-    content = given.get("content")
-    if content is None and given.get("tool_calls"):
-        pass
-    elif isinstance(content, Sequence) and not isinstance(content, str | bytes):
+    if isinstance(content, Sequence) and not isinstance(content, str | bytes):
         made.parts.extend(_text_part(f"{name}.content[{position}]", part) for position, part in enumerate(content))
-    else:
+    elif content is not None or not calls:
         made.content = text(f"{name}.content", content)
-    for part in ("name", "tool_call_id", "reasoning"):
+    for part, field in _TEXTS.items():
         if given.get(part) is not None:
-            setattr(made, part, text(f"{name}.{part}", given[part]))
-    if given.get("reasoning_content") is not None:
-        made.reasoning = text(f"{name}.reasoning_content", given["reasoning_content"])
-    if given.get("tool_calls"):
-        calls = _list(f"{name}.tool_calls", given["tool_calls"], "a list of tool calls")
-        made.tool_calls.extend(_tool_call(f"{name}.tool_calls[{position}]", call) for position, call in enumerate(calls))
+            setattr(made, field, text(f"{name}.{part}", given[part]))
+    if calls:
+        listed = _list(f"{name}.tool_calls", calls, "a list of tool calls")
+        made.tool_calls.extend(_tool_call(f"{name}.tool_calls[{position}]", call) for position, call in enumerate(listed))
     return made
 
 
@@ -256,9 +252,7 @@ def _scalar(name: str, field: FieldDescriptor, value: object) -> object:
         case FieldDescriptor.CPPTYPE_DOUBLE:
             return number(name, value)
         case FieldDescriptor.CPPTYPE_BOOL:
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}: must be a bool, not {_kind(value)}")
-            return value
+            return boolean(name, value)
         case kind:
             return integer(name, value, *_INTEGERS[kind])
 
@@ -322,6 +316,13 @@ def integer(name: str, value: object, low: int, high: int) -> int:
     if not low <= whole <= high:
         raise ValueError(f"{name}: {whole} is not from {low} to {high}")
     return whole
+
+
+def boolean(name: str, value: object) -> bool:
+    """The value, if it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: must be a bool, not {_kind(value)}")
+    return value
 
 
 def number(name: str, value: object) -> float:

@@ -48,7 +48,11 @@ def test_every_form_of_prompt_becomes_its_item(prompts: Any, expected: list[type
         ([[1, "a"]], TypeError, r"prompts\[0\]\[1\]: must be an int, not str"),
         ([[True]], TypeError, r"prompts\[0\]\[0\]: must be an int, not bool"),
         ([[{"role": "user"}]], ValueError, r"prompts\[0\]\[0\].content: missing"),
-        ([[HI | {"nick": "x"}]], TypeError, r"prompts\[0\]\[0\].nick: no such field; a message has role, content, name"),
+        (
+            [[HI | {"nick": "x"}]],
+            TypeError,
+            r"prompts\[0\]\[0\].nick: no such field; a message has role, content, tool_calls, name",
+        ),
         ([[HI | {"name": 1}]], TypeError, r"prompts\[0\]\[0\].name: must be a str, not int"),
         (
             [[HI | {"content": [{"type": "image_url"}]}]],
