@@ -287,8 +287,8 @@ class SqlStore(ABC):
 
     @contextmanager
     def _damage(self, drafts: Sequence[Draft]) -> Iterator[None]:
-        """Around what an append reads. RecordDamaged: nothing has changed. The outcome of an item cannot be refused, so for
-        outcomes it is JournalBroken."""
+        """Around what an append reads for these drafts; none: for itself. RecordDamaged: nothing has changed. The outcome of an
+        item cannot be refused, so for outcomes it is JournalBroken."""
         try:
             yield
         except RecordDamaged as error:

@@ -456,9 +456,10 @@ class SqliteStore(SqlStore):
     def append_many(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
         drop_millis = now_millis if self._settings.digests_only else None
         # Before the transaction: after a damaged page was read in one, SQLite writes nothing more. No one else writes the file.
-        with self._errors(), self._damage(drafts):
+        with self._errors(), self._damage(()):
             if self._tables.epoch() != self.head.epoch:
                 raise JournalBroken("fenced: a newer epoch of this writer has begun")
+        with self._errors(), self._damage(drafts):
             known = self._tables.look_up(needs(drafts, self._secret), self._expiry(now_millis), drop_millis)()
         with self._transaction():
             ledger = Ledger(self.head, known, now_millis, self._secret, self._settings.signer)

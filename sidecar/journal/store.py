@@ -261,8 +261,10 @@ class Tables(ABC):
             met = {twin.entry.header.fingerprint_digest for found in twins.values() for twin in found}
             fingerprints = self._fingerprints() if met and len(met | needs.fingerprint_digests) > 1 else {}
             heads = {log_id: _witnessed_index(value) for log_id, rows in witnessed for _, value in rows}
-            dropped = tuple(range(first, first + count) for first, count in expired)
-            return Known(bindings, sequences, twins, fingerprints, heads, dropped, damaged)
+            dropped = list[range]()
+            with suppress(Damaged):  # what is found so far is dropped; reads of the others say that they are damaged
+                dropped += (range(first, first + count) for first, count in expired)
+            return Known(bindings, sequences, twins, fingerprints, heads, tuple(dropped), damaged)
 
         return known
 
