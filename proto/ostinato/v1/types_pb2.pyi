@@ -614,7 +614,7 @@ class ResponseFormat(_message.Message):
     regex: _builtins.str
     """A regular expression for the whole text."""
     ebnf: _builtins.str
-    """A context-free grammar, in the engine's notation: Lark for llama, GBNF for turbomind (docs/operations.md)."""
+    """A context-free grammar, in the engine's notation: Lark for llama, GBNF for turbomind (docs/using.md)."""
     structural_tag: _builtins.str
     """A structural tag of xgrammar, as JSON text: free text in which what begins with a trigger follows a format."""
     def __init__(
