@@ -219,7 +219,6 @@ BY_HAND: Mapping[str, Callable[[Given], bytes | int]] = {
     "model": model,
     "seed": derived_seed,
     "audit": partial(derived_seed, name="audit"),
-    "shadow": partial(derived_seed, name="shadow"),
     "text": output_text,
     **{name: partial(sealed, name=name) for name in ("sealed-input", "sealed-output", "sealed-logprobs", "sealed-text")},
     "entry": entry,
@@ -244,7 +243,7 @@ def by_code(name: str, message: Given) -> bytes | int:
             return digest.fingerprint_digest(message)
         case "model":
             return digest.model_digest(message)
-        case "audit" | "shadow" | "seed":
+        case "audit" | "seed":
             return digest.sampling_hash(name, message["logId"], int(message["sequence"]))
         case "entry" | "sealed-entry":
             header = ParseDict(message["header"], types_pb2.EntryHeader())
@@ -255,7 +254,7 @@ def by_code(name: str, message: Given) -> bytes | int:
 
 
 def expected(vector: Given) -> bytes | int:
-    return int(vector["expected"]) if vector["digest"] in ("seed", "audit", "shadow") else bytes.fromhex(vector["expected"])
+    return int(vector["expected"]) if vector["digest"] in ("seed", "audit") else bytes.fromhex(vector["expected"])
 
 
 each_vector = pytest.mark.parametrize("vector", [pytest.param(v, id=f"{v['digest']}: {v['name']}") for v in VECTORS])
@@ -457,7 +456,7 @@ def test_encodings_at_their_edges() -> None:
             write(value)
 
 
-@pytest.mark.parametrize("name", ["audit", "shadow"])
+@pytest.mark.parametrize("name", ["audit", "seed"])
 def test_sampling_is_uniform(name: str) -> None:
     """Sampling hashes of 64,000 items are uniform over 64 classes: chi-square with 63 degrees of freedom is below 120."""
     classes = Counter(digest.sampling_hash(name, "0123456789abcdef" * 2, sequence) >> 58 for sequence in range(1, 64_001))
@@ -468,7 +467,7 @@ def test_sampling_is_uniform(name: str) -> None:
 def test_samples_are_independent() -> None:
     """Samples with different names are independent: 1 of 20 in each is 1 of 400 in both."""
     items = [sequence for sequence in range(1, 200_001) if digest.is_sampled("audit", "a" * 32, sequence, 0.05)]
-    both = [sequence for sequence in items if digest.is_sampled("shadow", "a" * 32, sequence, 0.05)]
+    both = [sequence for sequence in items if digest.is_sampled("seed", "a" * 32, sequence, 0.05)]
 
     assert 9_500 < len(items) < 10_500
     assert 400 < len(both) < 600
