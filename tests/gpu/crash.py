@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-import urllib.request
 from collections import Counter
 
 from ostinato.client import Client
@@ -18,8 +18,11 @@ from tests.gpu.prefix import alone as one_by_one
 from tests.gpu.prefix import ladder, off
 from tests.gpu.stack import START_SECONDS, Stack, running
 from tests.gpu.traffic import Ask, mixed, plain
+from tests.pair import samples
 
 KILLS = 2
+RECOVERED = re.compile(r"ostinato_comparisons_total(?=.*kind=\"recovery\")(?=.*\"diverged\")")
+"""Items that ran again after a crash, with another answer."""
 IN_FLIGHT = 4
 """Items that are running before the kill."""
 
@@ -97,8 +100,8 @@ def _judge(plan: Plan, stack: Stack, what: str, expected: Answers, answers: Answ
         say(f"   {len(broken)} failed: {list(broken.items())[:3]}")
     if tokens or bits or not again:
         plan.bad.append(f"crash: {len(tokens)}+{len(bits)} differ after a kill {(tokens + bits)[:12]}; {again} were run again")
-    recovered = [line for line in _page(stack) if line.startswith("ostinato_comparisons_total") and 'kind="recovery"' in line]
-    if any('"diverged"' in line and not line.endswith(" 0.0") for line in recovered):
+    recovered = {name: value for name, value in _samples(stack).items() if RECOVERED.match(name)}
+    if any(recovered.values()):
         plan.bad.append(f"crash: {recovered}")
 
 
@@ -106,7 +109,7 @@ async def _in_flight(stack: Stack, answering: asyncio.Task[object]) -> None:
     """Waits until the engine runs many of them and some have ended."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and not answering.done():
-        if _sample(stack, "ostinato_inflight_items") >= IN_FLIGHT:
+        if _samples(stack).get("ostinato_inflight_items", 0) >= IN_FLIGHT:
             await asyncio.sleep(0.3)
             return
         await asyncio.sleep(0.02)
@@ -126,12 +129,6 @@ async def _replayed(stack: Stack) -> Counter[str]:
     return found
 
 
-def _sample(stack: Stack, name: str) -> float:
-    return sum(float(line.split()[-1]) for line in _page(stack) if line.startswith(name + " "))
-
-
-def _page(stack: Stack) -> list[str]:
+def _samples(stack: Stack) -> dict[str, float]:
     assert stack.sidecar is not None
-    port = stack.sidecar.wait_for("metrics")["port"]
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
-        return [str(line) for line in page.read().decode().splitlines()]
+    return samples(int(str(stack.sidecar.wait_for("metrics")["port"])))

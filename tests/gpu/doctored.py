@@ -27,7 +27,7 @@ from service.engines.turbomind.options import PIECE_TOKENS, TurbomindOptions
 from service.engines.turbomind.overrides import Mode, Overrides
 from tests.gpu import shapes
 from tests.gpu.plan import Plan
-from tests.pair import ROOT
+from tests.gpu.stack import python
 
 PLACES, PIECES = "places", "pieces"
 COMPANY, ORDER = 1, 2
@@ -68,14 +68,11 @@ def wrong(fault: str, told: Mapping[str, Any]) -> str:
 async def check(plan: Plan) -> None:
     """Both faults, of a mixture of experts that is made for them."""
     making = await shapes.begin(SHAPE, plan.model, plan.state, LAYERS)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "proto"), os.environ.get("PYTHONPATH", "")])
     try:
         model = await making.ready()
         for fault in (PLACES, PIECES):
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "tests.gpu.doctored", str(model), str(plan.state / "doctored"), fault, cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": path}, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-            )  # fmt: skip
+            arguments = "-m", "tests.gpu.doctored", str(model), str(plan.state / "doctored"), fault
+            process = await python(*arguments, stderr=asyncio.subprocess.DEVNULL)
             try:
                 output, _ = await asyncio.wait_for(process.communicate(), SECONDS)
             finally:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
-
-from ostinato.v1 import types_pb2
 
 from tests.gpu.compare import introduce
 from tests.gpu.fronts import ServiceFront
 from tests.gpu.plan import Plan
 from tests.gpu.stack import running
-from tests.gpu.traffic import IDS, Ask
+from tests.gpu.traffic import Ask, ask_of, random_ids
 
 CONTEXT_TOKENS, LONG_TOKENS, SHORT_TOKENS = 32_768, 32_000, 40
 STREAMS, NEW_TOKENS = 32, 420
@@ -26,13 +25,12 @@ def asks(number: int) -> tuple[list[Ask], Ask, Ask]:
     """Streams, the long prompt, and a short one right behind it; no two of all rounds begin alike."""
     draw = random.Random(number)
 
-    def ask(name: str, tokens: int, new: int, after: float) -> Ask:
-        parameters = types_pb2.Parameters(max_new_tokens=new, ignore_eos=True, temperature=0.9, top_k=40, seed=number)
-        ids = types_pb2.TokenIds(ids=[draw.randrange(*IDS) for _ in range(tokens)])
-        return Ask(name, types_pb2.Item(token_ids=ids, parameters=parameters), after=after, streams=True)
+    def made(name: str, tokens: int, new: int, after: float) -> Ask:
+        given = {"max_new_tokens": new, "ignore_eos": True, "temperature": 0.9, "top_k": 40, "seed": number}
+        return replace(ask_of(name, random_ids(draw, tokens), **given), after=after, streams=True)
 
-    streams = [ask(f"stream {index}", 24, NEW_TOKENS, 0.0) for index in range(STREAMS)]
-    return streams, ask("long", LONG_TOKENS, 2, AFTER_SECONDS), ask("short", SHORT_TOKENS, 2, AFTER_SECONDS + 0.02)
+    streams = [made(f"stream {index}", 24, NEW_TOKENS, 0.0) for index in range(STREAMS)]
+    return streams, made("long", LONG_TOKENS, 2, AFTER_SECONDS), made("short", SHORT_TOKENS, 2, AFTER_SECONDS + 0.02)
 
 
 async def gap(plan: Plan) -> None:

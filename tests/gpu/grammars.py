@@ -21,7 +21,7 @@ from tests.gpu.fronts import Answers, ServiceFront
 from tests.gpu.plan import Plan
 from tests.gpu.prefix import alone
 from tests.gpu.stack import running
-from tests.gpu.traffic import Ask, fillers, mixed
+from tests.gpu.traffic import Ask, ask_of, fillers, mixed
 
 SEEDS = 3
 """Answers of each grammar."""
@@ -149,10 +149,8 @@ COST = r"takes more than .* s of processor time|takes more than \d+ MiB|at most 
 
 
 def _ask(name: str, grammar: types_pb2.ResponseFormat, seed: int) -> Ask:
-    parameters = types_pb2.Parameters(
-        max_new_tokens=NEW_TOKENS, temperature=0.9, top_k=40, seed=seed, logprobs=5, response_format=grammar
-    )
-    return Ask(f"{name} {seed}", types_pb2.Item(text="The weather in Shanghai:", parameters=parameters))
+    given = {"max_new_tokens": NEW_TOKENS, "temperature": 0.9, "top_k": 40, "logprobs": 5, "response_format": grammar}
+    return ask_of(f"{name} {seed}", "The weather in Shanghai:", seed=seed, **given)
 
 
 async def refused(front: ServiceFront, grammar: types_pb2.ResponseFormat) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.request
-
 from ostinato.v1 import types_pb2
 
 from service.engines.turbomind import model
@@ -11,6 +9,7 @@ from tests.gpu import speed, worth
 from tests.gpu.compare import alone, company, digest, divergence, grade, introduce
 from tests.gpu.plan import Plan, Reference, say
 from tests.gpu.stack import Stack, running
+from tests.pair import samples
 
 COUNTED = (
     "ostinato_engine_override",
@@ -24,9 +23,7 @@ FIELDS = ("device", "driver", "engine_version", "cublas", "kernel_plan", "overri
 
 def overrides_of(stack: Stack) -> str:
     """The counters, as Prometheus sees them."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{stack.metrics_port}/metrics", timeout=10) as page:
-        lines = page.read().decode().splitlines()
-    return "; ".join(line for line in lines if line.startswith(COUNTED))
+    return "; ".join(f"{name} {value:g}" for name, value in samples(stack.metrics_port).items() if name.startswith(COUNTED))
 
 
 def fingerprint(told: types_pb2.Model) -> str:

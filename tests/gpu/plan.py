@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,3 +105,39 @@ def names(text: str) -> tuple[str, ...]:
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+def arguments(program: str) -> argparse.ArgumentParser:
+    """Those that all checks have."""
+    parser = argparse.ArgumentParser(prog=program)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--targets", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--totals", type=numbers, default=(64, 256))
+    parser.add_argument("--seconds", type=float, default=500.0, help="begin nothing new after so long")
+    parser.add_argument("--state", type=Path, help="kept from call to call; else a new one")
+    parser.add_argument("--engine", default="turbomind", help="another one, to try the check itself")
+    parser.add_argument("--flags", default="", help="more flags of the service, in one text")
+    return parser
+
+
+def plan_of(given: argparse.Namespace, state: str) -> Plan:
+    return Plan(
+        model=given.model.resolve(),
+        state=given.state or Path(state),
+        flags=tuple(shlex.split(given.flags)),
+        engine=given.engine,
+        targets=given.targets,
+        new_tokens=given.new_tokens,
+        totals=given.totals,
+        deadline=time.monotonic() + given.seconds,
+    )
+
+
+def conclude(plan: Plan, began: float) -> int:
+    """Prints the table and returns the exit code."""
+    say("\n====")
+    for line in (*plan.lines, *(f"BAD {text}" for text in plan.bad)):
+        say(line)
+    say(f"{len(plan.bad)} not as they should be, {time.monotonic() - began:.0f} s")
+    return 1 if plan.bad else 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 import time
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +20,8 @@ from tests.gpu.compare import divergence, grade, introduce
 from tests.gpu.fronts import Answers, Front
 from tests.gpu.plan import Plan, say
 from tests.gpu.stack import Stack, running
-from tests.gpu.traffic import IDS, Ask
+from tests.gpu.traffic import Ask, ask_of, random_ids
+from tests.pair import samples
 
 NEW_TOKENS = 24
 TEXT_TOKENS = 2000
@@ -64,21 +64,18 @@ def ladder(context_tokens: int, *, few: bool = False) -> list[Ask]:
     asks = [_ask(f"rung {n}", text[:n], n) for n in sorted(set(lengths)) if n + NEW_TOKENS <= context_tokens]
     for number in range(SIBLINGS):
         draw = random.Random(100 + number)
-        own = [draw.randrange(*IDS) for _ in range(draw.randrange(1, 90))]
+        own = random_ids(draw, draw.randrange(1, 90))
         asks.append(_ask(f"sibling {number}", text[: SHARED[number % len(SHARED)]] + own, number))
     return asks
 
 
 def tokens(count: int, seed: int) -> list[int]:
-    draw = random.Random(seed)
-    return [draw.randrange(*IDS) for _ in range(count)]
+    return random_ids(random.Random(seed), count)
 
 
 def _ask(name: str, ids: Sequence[int], seed: int, new: int = NEW_TOKENS) -> Ask:
-    parameters = types_pb2.Parameters(
-        max_new_tokens=new, ignore_eos=True, logprobs=5, seed=seed, temperature=0.0 if seed % 4 == 3 else 0.9, top_k=40
-    )
-    return Ask(name, types_pb2.Item(token_ids=types_pb2.TokenIds(ids=ids), parameters=parameters))
+    given = {"max_new_tokens": new, "ignore_eos": True, "logprobs": 5, "top_k": 40}
+    return ask_of(name, ids, seed=seed, temperature=0.0 if seed % 4 == 3 else 0.9, **given)
 
 
 async def alone(front: Front, asks: Sequence[Ask]) -> Answers:
@@ -253,6 +250,4 @@ COUNTED = ("lmdeploy_cached_tokens_total", "ostinato_engine_preemptions_total", 
 
 def counters(stack: Stack) -> dict[str, int]:
     """As Prometheus sees them."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{stack.metrics_port}/metrics", timeout=10) as page:
-        lines = page.read().decode().splitlines()
-    return {line.split()[0]: int(float(line.split()[1])) for line in lines if line.startswith(COUNTED)}
+    return {name: int(value) for name, value in samples(stack.metrics_port).items() if name.startswith(COUNTED)}

@@ -27,11 +27,11 @@ from ostinato.digest import logprobs_digest, output_digest
 from ostinato.v1 import types_pb2
 
 from tests.gpu.compare import grade
-from tests.gpu.fronts import Answers, Front
+from tests.gpu.fronts import Front
 from tests.gpu.plan import Plan, say
-from tests.gpu.prefix import tokens
+from tests.gpu.prefix import alone, tokens
 from tests.gpu.stack import running
-from tests.gpu.traffic import WORDS, Ask
+from tests.gpu.traffic import WORDS, Ask, ask_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +65,7 @@ Row = tuple[str, str, int, int]
 
 
 def _ask(name: str, prompt: str | Sequence[int], **given: Any) -> Ask:
-    parameters = types_pb2.Parameters(**({"ignore_eos": True, "logprobs": 5} | given))
-    if isinstance(prompt, str):
-        return Ask(name, types_pb2.Item(text=prompt, parameters=parameters))
-    return Ask(name, types_pb2.Item(token_ids=types_pb2.TokenIds(ids=prompt), parameters=parameters))
+    return ask_of(name, prompt, **({"ignore_eos": True, "logprobs": 5} | given))
 
 
 def _words(draw: random.Random, least: int, most: int) -> str:
@@ -79,13 +76,6 @@ def _key(answer: object) -> bytes:
     """What must be equal: tokens and logprob bits."""
     assert isinstance(answer, types_pb2.Output), answer
     return output_digest(answer) + logprobs_digest(answer)
-
-
-async def _alone(front: Front, asks: Sequence[Ask]) -> Answers:
-    found: Answers = {}
-    for ask in asks:
-        found |= await front.ask([ask])
-    return found
 
 
 async def _needle(front: Front, size: Size) -> AsyncIterator[Row]:
@@ -110,8 +100,8 @@ async def _logprobs(front: Front, size: Size) -> AsyncIterator[Row]:
     draw = random.Random(7)
     given = {"temperature": 0.6, "seed": 1234, "max_new_tokens": 16}
     asks = [_ask(f"prompt {i}", _words(draw, 10, 50), **given) for i in range(32)]
-    alone, together = await _alone(front, asks), await front.ask(asks)
-    yield "vLLM", "logprobs, batch of 1 against 32", 32, sum(_key(alone[a.name]) != _key(together[a.name]) for a in asks)
+    single, together = await alone(front, asks), await front.ask(asks)
+    yield "vLLM", "logprobs, batch of 1 against 32", 32, sum(_key(single[a.name]) != _key(together[a.name]) for a in asks)
 
 
 async def _prefill(front: Front, size: Size) -> AsyncIterator[Row]:
@@ -119,11 +109,11 @@ async def _prefill(front: Front, size: Size) -> AsyncIterator[Row]:
     draw = random.Random(8)
     given = {"temperature": 0.6, "seed": 1234, "max_new_tokens": min(64, size.tokens)}
     pool = [_ask(f"prompt {i}", _words(draw, *size.prefill_words), **given) for i in range(max(size.prefill_batches))]
-    alone, compared, wrong = await _alone(front, pool), 0, 0
+    single, compared, wrong = await alone(front, pool), 0, 0
     for count in size.prefill_batches:
         found = await front.ask(pool[:count])
         compared += count
-        wrong += sum(_key(alone[ask.name]) != _key(found[ask.name]) for ask in pool[:count])
+        wrong += sum(_key(single[a.name]) != _key(found[a.name]) for a in pool[:count])
     yield "vLLM", "mixed prefill", compared, wrong
 
 
@@ -133,7 +123,7 @@ async def _hot(front: Front, size: Size) -> AsyncIterator[Row]:
     text = _words(draw, size.shared_words, size.shared_words)
     given = {"temperature": 0.6, "seed": 1234, "max_new_tokens": min(64, size.tokens)}
     asks = [_ask(f"question {i}", f"{text} {_words(draw, 1, 40)}", **given) for i in range(8)]
-    cold, hot, together = await _alone(front, asks), await _alone(front, asks), await front.ask(asks)
+    cold, hot, together = await alone(front, asks), await alone(front, asks), await front.ask(asks)
     wrong = sum(_key(cold[a.name]) != _key(found[a.name]) for found in (hot, together) for a in asks)
     hits = sum(answer.cached_tokens for answer in hot.values() if isinstance(answer, types_pb2.Output))
     caches = (await front.describe()).fingerprint.fields.get("prefix_cache") == "on"
@@ -169,7 +159,7 @@ async def _radix(front: Front, size: Size) -> AsyncIterator[Row]:
     given = {"temperature": 1.0, "seed": 42, "max_new_tokens": size.tokens}
     lengths = sorted({each + more for each in size.prefixes for more in (0, 1, 63)})
     asks = [_ask(f"prefix of {length}", text[:length], **given) for length in lengths]
-    first, again = await _alone(front, asks), await _alone(front, asks[::-1])
+    first, again = await alone(front, asks), await alone(front, asks[::-1])
     yield "SGLang", "radix cache", len(asks), sum(_key(first[a.name]) != _key(again[a.name]) for a in asks)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import sys
 import time
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.pair import ROOT
+from tests.gpu.stack import python
 
 Config = dict[str, Any]
 BASE: Config = {
@@ -278,11 +277,7 @@ class Making:
 
 
 async def begin(shape: str, model: Path, within: Path, layers: int = 0) -> Making:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "proto"), os.environ.get("PYTHONPATH", "")])
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.gpu.shapes", shape, str(model), str(within / shape), str(layers), cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path}, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
+    process = await python("-m", "tests.gpu.shapes", shape, str(model), str(within / shape), str(layers))
     return Making(shape, within / shape, asyncio.create_task(process.communicate()), process)
 
 

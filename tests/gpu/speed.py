@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 
@@ -15,9 +13,8 @@ from ostinato.v1 import types_pb2
 
 from tests.gpu.fronts import Answers, Front, SidecarFront
 from tests.gpu.plan import Plan, say
-from tests.gpu.stack import Stack
+from tests.gpu.stack import Stack, python
 from tests.gpu.traffic import contexts, fillers, long_prompts
-from tests.pair import ROOT
 
 TOKENS = 192
 """Of each answer."""
@@ -84,11 +81,7 @@ async def bare(plan: Plan, parts: Sequence[str]) -> None:
     batches = ",".join(map(str, plan.batches))
     arguments = ["-m", "tests.gpu.bare", str(plan.model), "--batches", batches, "--parts", ",".join(parts)]
     arguments += ["--trials", str(plan.trials), *plan.flags]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "proto"), os.environ.get("PYTHONPATH", "")])
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, *arguments, cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
+    process = await python(*arguments)
     try:
         output, _ = await asyncio.wait_for(process.communicate(), BARE_SECONDS)
     except TimeoutError:

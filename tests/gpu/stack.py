@@ -47,6 +47,19 @@ class Stack:
         return {name: _processor_seconds(program.pid) for name, program in programs.items()} | {"client": time.process_time()}
 
 
+def python_path() -> str:
+    """For a Python that finds our programs and what this one finds."""
+    return os.pathsep.join([str(ROOT), str(ROOT / "proto"), os.environ.get("PYTHONPATH", "")])
+
+
+async def python(*arguments: str, stderr: int = asyncio.subprocess.STDOUT) -> asyncio.subprocess.Process:
+    """`python ARGUMENTS`, in the checkout."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable, *arguments, cwd=ROOT, env=os.environ | {"PYTHONPATH": python_path()},
+        stdout=asyncio.subprocess.PIPE, stderr=stderr,
+    )  # fmt: skip
+
+
 @asynccontextmanager
 async def running(
     model: Path | None,
@@ -58,8 +71,7 @@ async def running(
     start_seconds: float = START_SECONDS,
 ) -> AsyncIterator[Stack]:
     """A service with this model, and a sidecar before it if wanted. State is kept from one call to the next."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "proto"), os.environ.get("PYTHONPATH", "")])
-    full_env = {"PYTHONPATH": path, **(env or {})}
+    full_env = {"PYTHONPATH": python_path(), **(env or {})}
     with tempfile.TemporaryDirectory(prefix="ostinato-gpu-") as folder:
         address = f"unix:{folder}/engine.sock"
         began = time.monotonic()

@@ -10,8 +10,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from tests.gpu.plan import Plan, names, why
-from tests.gpu.rows import arguments, conclude, measure, plan_of
+from tests.gpu.plan import Plan, arguments, conclude, names, plan_of, why
+from tests.gpu.rows import measure
 
 ROWS = (
     ("one GPU", ""),

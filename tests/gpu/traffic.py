@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ostinato.v1 import types_pb2
 
@@ -82,6 +83,20 @@ class Ask:
         return replace(self, item=item, follows="")
 
 
+def ask_of(name: str, prompt: str | Sequence[int], **given: Any) -> Ask:
+    """With a prompt of text or of token ids, and these parameters."""
+    item = types_pb2.Item(parameters=types_pb2.Parameters(**given))
+    if isinstance(prompt, str):
+        item.text = prompt
+    else:
+        item.token_ids.ids.extend(prompt)
+    return Ask(name, item)
+
+
+def random_ids(draw: random.Random, count: int) -> list[int]:
+    return [draw.randrange(*IDS) for _ in range(count)]
+
+
 def targets(count: int, *, new_tokens: int = NEW_TOKENS, context_tokens: int = 4096) -> list[Ask]:
     """All kinds in turn, of prompts between 1 and about 500 tokens; of up to 12,000 where the context has room for them."""
     rng, kinds = random.Random(5), list(KINDS.items())
@@ -153,35 +168,20 @@ def mixed(asks: Sequence[Ask], total: int, seed: int, context_tokens: int = 4096
     return everyone
 
 
-def fillers(count: int, new_tokens: int) -> list[Ask]:
+def fillers(count: int, new_tokens: int, prompt: Callable[[], str | Sequence[int]] = lambda: OPENINGS[0]) -> list[Ask]:
     """Equal work, to be timed."""
-    return [
-        Ask(
-            f"filler {index}",
-            types_pb2.Item(
-                text="Shanghai is",
-                parameters=types_pb2.Parameters(
-                    max_new_tokens=new_tokens, ignore_eos=True, temperature=0.9, top_k=40, seed=index
-                ),
-            ),
-        )
-        for index in range(count)
-    ]
+    given = {"max_new_tokens": new_tokens, "ignore_eos": True, "temperature": 0.9, "top_k": 40}
+    return [ask_of(f"filler {index}", prompt(), seed=index, **given) for index in range(count)]
 
 
 def long_prompts(count: int, words: int) -> list[Ask]:
     """One new token each: all of the time is prefill."""
     rng = random.Random(9)
-    parameters = types_pb2.Parameters(max_new_tokens=1, ignore_eos=True, temperature=0.0, seed=1)
-    texts = [" ".join(rng.choice(WORDS) for _ in range(words)) for _ in range(count)]
-    return [Ask(f"long {index}", types_pb2.Item(text=text, parameters=parameters)) for index, text in enumerate(texts)]
+    given = {"max_new_tokens": 1, "ignore_eos": True, "temperature": 0.0, "seed": 1}
+    return [ask_of(f"long {index}", " ".join(rng.choice(WORDS) for _ in range(words)), **given) for index in range(count)]
 
 
 def contexts(count: int, tokens: int, new_tokens: int) -> list[Ask]:
     """As `fillers`, with prompts of `tokens` tokens."""
     rng = random.Random(11)
-    found = fillers(count, new_tokens)
-    for ask in found:
-        ask.item.ClearField("text")
-        ask.item.token_ids.ids.extend(rng.randrange(*IDS) for _ in range(tokens))
-    return found
+    return fillers(count, new_tokens, lambda: random_ids(rng, tokens))

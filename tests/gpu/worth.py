@@ -6,12 +6,11 @@ import random
 from collections.abc import Sequence
 
 from ostinato.errors import OstinatoError
-from ostinato.v1 import types_pb2
 
 from tests.gpu.fronts import Front
 from tests.gpu.plan import Plan, say
 from tests.gpu.prefix import Size, converse, tokens
-from tests.gpu.traffic import IDS, Ask
+from tests.gpu.traffic import Ask, ask_of, random_ids
 
 SYSTEM_TOKENS, OWN_TOKENS, NEW_TOKENS = 3000, 64, 64
 REQUESTS = 256
@@ -27,11 +26,9 @@ def asks(name: str, count: int, new_tokens: int) -> list[Ask]:
     system = tokens(SYSTEM_TOKENS, 7)
     found = []
     for number in range(count):
-        draw = random.Random(f"{name} {number}")
-        ids = system + [draw.randrange(*IDS) for _ in range(OWN_TOKENS)]
-        parameters = types_pb2.Parameters(max_new_tokens=new_tokens, ignore_eos=True, temperature=0.9, top_k=40, seed=number)
-        item = types_pb2.Item(token_ids=types_pb2.TokenIds(ids=ids), parameters=parameters)
-        found.append(Ask(f"{name} {number}", item))
+        ids = system + random_ids(random.Random(f"{name} {number}"), OWN_TOKENS)
+        given = {"max_new_tokens": new_tokens, "ignore_eos": True, "temperature": 0.9, "top_k": 40, "seed": number}
+        found.append(ask_of(f"{name} {number}", ids, **given))
     return found
 
 

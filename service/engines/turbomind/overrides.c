@@ -145,6 +145,9 @@ static Plan *plan_of(const Shape *shape, int n) {
 
 /* ---- what TurboMind calls ---- */
 
+/* The process ends without it. */
+#define FIND(name, mine) if (!stock && !(*(void **)&stock = original(turbomind_path, name, (void *)mine))) abort()
+
 EXPORT int split_count(int max, int grid, int active, int processors, int waves, float alpha, float beta) __asm__(GET_SPLIT_COUNT);
 EXPORT int split_count(int max, int grid, int active, int processors, int waves, float alpha, float beta) {
   int (*stock)(int, int, int, int, int, float, float);
@@ -157,8 +160,7 @@ EXPORT int split_count(int max, int grid, int active, int processors, int waves,
 EXPORT void top_k_sort(char *params, void *stream) __asm__(TOP_K_SORT);
 EXPORT void top_k_sort(char *params, void *stream) {
   static void (*stock)(char *, void *);
-  if (!stock) *(void **)&stock = original(turbomind_path, TOP_K_SORT, (void *)top_k_sort);
-  if (!stock) abort(); /* tokens drawn from what is not sorted would be wrong ones */
+  FIND(TOP_K_SORT, top_k_sort); /* tokens drawn from what is not sorted would be wrong ones */
   int32_t *max_top_k = (int32_t *)(params + TOP_K_OFFSET);
   if (*max_top_k < top_k) *max_top_k = top_k;
   ost_calls[TOP_K]++;
@@ -169,8 +171,7 @@ EXPORT void top_k_sort(char *params, void *stream) {
 EXPORT void plan_resume(void *scheduler, char *sequence) __asm__(PLAN_RESUME);
 EXPORT void plan_resume(void *scheduler, char *sequence) {
   static void (*stock)(void *, char *);
-  if (!stock) *(void **)&stock = original(turbomind_path, PLAN_RESUME, (void *)plan_resume);
-  if (!stock) abort(); /* a sequence without a plan cannot be scheduled */
+  FIND(PLAN_RESUME, plan_resume); /* a sequence without a plan cannot be scheduled */
   stock(scheduler, sequence);
   ost_calls[RESUME]++;
   int now = resume_mode;
@@ -192,8 +193,7 @@ static int in_pass(const Pass *state, const void *sequence) {
 EXPORT void admission(void *scheduler, Pass *state, void *resource) __asm__(ADMISSION);
 EXPORT void admission(void *scheduler, Pass *state, void *resource) {
   static void (*stock)(void *, Pass *, void *);
-  if (!stock) *(void **)&stock = original(turbomind_path, ADMISSION, (void *)admission);
-  if (!stock) abort(); /* nothing would ever be scheduled */
+  FIND(ADMISSION, admission); /* nothing would ever be scheduled */
   pass.before = pass.partial, pass.partial = NULL, pass.tokens = pass.contexts = 0;
   pass.awaited = in_pass(state, pass.before) ? pass.before : NULL; /* it may have been cancelled */
   stock(scheduler, state, resource);
@@ -213,8 +213,7 @@ static int piece_end(int begin, int end, int size) {
 EXPORT int forward_end(const void *scheduler, const void *sequence, int begin, int desired, int end) __asm__(FORWARD_END);
 EXPORT int forward_end(const void *scheduler, const void *sequence, int begin, int desired, int end) {
   static int (*stock)(const void *, const void *, int, int, int);
-  if (!stock) *(void **)&stock = original(turbomind_path, FORWARD_END, (void *)forward_end);
-  if (!stock) abort(); /* a step without an end cannot be scheduled */
+  FIND(FORWARD_END, forward_end); /* a step without an end cannot be scheduled */
   ost_calls[PIECE]++;
   int size = piece;
   if (end - begin > 1) step[0] = begin, step[1] = desired, step[2] = end;
@@ -234,8 +233,7 @@ EXPORT int forward_end(const void *scheduler, const void *sequence, int begin, i
 EXPORT void *lower_bound(char *out, const void *cache, const GemmDesc *desc) __asm__(LOWER_BOUND);
 EXPORT void *lower_bound(char *out, const void *cache, const GemmDesc *desc) {
   static void *(*stock)(char *, const void *, const GemmDesc *);
-  if (!stock) *(void **)&stock = original(turbomind_path, LOWER_BOUND, (void *)lower_bound);
-  if (!stock) abort(); /* a product without a kernel would not be computed */
+  FIND(LOWER_BOUND, lower_bound); /* a product without a kernel would not be computed */
   ost_calls[LOOKUP]++;
   int count = kernel_count;
   GemmDesc other = *desc;

@@ -219,12 +219,9 @@ class Overrides:
         if (found := self._library.ost_abi()) != ABI:
             raise NoOverrides(f"{path} is version {found}, not {ABI}")
         self._calls = (c_uint64 * len(NAMES)).in_dll(self._library, "ost_calls")
-        self._plans = c_uint64.in_dll(self._library, "ost_plans")
-        self._uncovered = c_uint64.in_dll(self._library, "ost_uncovered")
-        self._corrected = c_uint64.in_dll(self._library, "ost_corrected")
-        self._cuts = c_uint64.in_dll(self._library, "ost_cuts")
-        self._strays = c_uint64.in_dll(self._library, "ost_strays")
-        self._pinned = c_uint64.in_dll(self._library, "ost_pinned")
+        self._counted = {
+            each.name: c_uint64.in_dll(self._library, f"ost_{each.name}") for each in fields(Counters) if each.name != "calls"
+        }
         self._workspaces: list[object] = []
 
     def configure(self, turbomind: Path, splits: int) -> None:
@@ -323,20 +320,12 @@ class Overrides:
     @property
     def counters(self) -> Counters:
         calls = dict(zip(NAMES, self._calls, strict=True))
-        return Counters(
-            calls,
-            self._plans.value,
-            self._uncovered.value,
-            self._corrected.value,
-            self._cuts.value,
-            self._strays.value,
-            self._pinned.value,
-        )
+        return Counters(calls, **{name: counter.value for name, counter in self._counted.items()})
 
     @property
     def uncovered(self) -> int:
         """As in `counters`, but cheap enough for every step."""
-        return self._uncovered.value
+        return self._counted["uncovered"].value
 
 
 def _native(shape: Shape) -> _Shape:
