@@ -251,7 +251,7 @@ def _read(file: IO[bytes], path: Path) -> list[Turn]:
     if len(data) > HISTORY_BYTES_MAX:
         raise wrong(f"--history: {path}: is larger than {HISTORY_BYTES_MAX} bytes")
     if data and not data.endswith(b"\n"):
-        raise wrong(f"--history: {path}: its last line is not whole")
+        raise wrong(f"--history: {path}: its last line is not whole: remove it")
     turns = []
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
