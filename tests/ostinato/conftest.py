@@ -15,3 +15,11 @@ def _ostinato() -> Iterator[Terminal]:
     fake = Fake()
     with serving_apart(fake) as target:
         yield Terminal(fake, target)
+
+
+@pytest.fixture(name="elsewhere")
+def _elsewhere() -> Iterator[tuple[Fake, str]]:
+    """Another sidecar, and its target."""
+    fake = Fake()
+    with serving_apart(fake) as target:
+        yield fake, target

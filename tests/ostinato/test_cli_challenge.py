@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from ostinato.cli import show
 from ostinato.cli.challenge import choice
 from ostinato.v1 import generation_pb2, types_pb2
 
-from tests.ostinato.fake import MODEL, Fake, Terminal, serving_apart
+from tests.ostinato.fake import MODEL, Fake, Terminal
 
 COUNTS = "{} match, {} diverged, {} incomparable, {} not compared, {} not consistent"
 ITEMS = 6
@@ -26,13 +25,6 @@ def _ostinato(ostinato: Terminal) -> Terminal:
     for prompt in "abcdef":
         assert ostinato("generate", prompt, "--seed", 7).exit_code == 0
     return ostinato
-
-
-@pytest.fixture(name="elsewhere")
-def _elsewhere() -> Iterator[tuple[Fake, str]]:
-    fake = Fake()
-    with serving_apart(fake) as target:
-        yield fake, target
 
 
 def records(ostinato: Terminal) -> str:

@@ -13,7 +13,7 @@ from ostinato import chain, errors
 from ostinato.cli.app import app
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from tests.ostinato.fake import LOG_ID, MODEL, Fake, Terminal, serving_apart
+from tests.ostinato.fake import LOG_ID, MODEL, Fake, Terminal
 
 
 @pytest.fixture(name="ostinato")
@@ -90,7 +90,7 @@ KINDS = [kind for kind in types_pb2.EntryKind.values() if kind != types_pb2.ENTR
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=types_pb2.EntryKind.Name)
-def test_tail_decodes_every_kind(kind: types_pb2.EntryKind.ValueType) -> None:
+def test_tail_decodes_every_kind(elsewhere: tuple[Fake, str], kind: types_pb2.EntryKind.ValueType) -> None:
     """Entries of every kind are shown with their decoded payload, and the output verifies."""
     payload = chain.PAYLOADS[kind]()
     field = next(each for each in payload.DESCRIPTOR.fields if not each.is_repeated)
@@ -98,11 +98,9 @@ def test_tail_decodes_every_kind(kind: types_pb2.EntryKind.ValueType) -> None:
         getattr(payload, field.name).SetInParent()
     else:
         setattr(payload, field.name, "x" if field.type == FieldDescriptor.TYPE_STRING else 7)
-    fake = Fake()
-    fake.journal.append(payload.SerializeToString(), kind=kind, sequence=3)
-    with serving_apart(fake) as target:
-        terminal = Terminal(fake, target)
-        printed, line = terminal("--json", "tail", "--payloads").stdout, terminal("tail", "--payloads").stdout
+    terminal = Terminal(*elsewhere)
+    terminal.fake.journal.append(payload.SerializeToString(), kind=kind, sequence=3)
+    printed, line = terminal("--json", "tail", "--payloads").stdout, terminal("tail", "--payloads").stdout
 
     decoded = json_format.MessageToDict(payload, preserving_proto_field_name=True)
     assert json.loads(printed)["decoded"] == decoded
@@ -114,12 +112,10 @@ def test_tail_decodes_every_kind(kind: types_pb2.EntryKind.ValueType) -> None:
 
 
 @pytest.mark.parametrize(("count", "numbers"), [(1, "4"), (3, "4..6"), (0, "-")])
-def test_tail_shows_what_was_lost(count: int, numbers: str) -> None:
+def test_tail_shows_what_was_lost(elsewhere: tuple[Fake, str], count: int, numbers: str) -> None:
     """The line of a LOST entry has its range of sequences, also without payloads."""
-    fake = Fake()
-    fake.journal.append(b"", kind=types_pb2.ENTRY_KIND_LOST, first_sequence=4, count=count)
-    with serving_apart(fake) as target:
-        line = Terminal(fake, target)("tail").stdout
+    elsewhere[0].journal.append(b"", kind=types_pb2.ENTRY_KIND_LOST, first_sequence=4, count=count)
+    line = Terminal(*elsewhere)("tail").stdout
 
     assert line.split()[:4] == ["1", "lost", numbers, "1"]
 

@@ -18,17 +18,10 @@ import pytest
 
 import ostinato
 
-from tests.ostinato.fake import Fake, serving_apart
+from tests.ostinato.fake import Fake
 from tests.waiting import until
 
 COMMAND = (sys.executable, "-m", "ostinato.cli")
-
-
-@pytest.fixture(name="far")
-def _far() -> Iterator[tuple[Fake, str]]:
-    fake = Fake()
-    with serving_apart(fake) as target:
-        yield fake, target
 
 
 def _start(
@@ -63,9 +56,9 @@ def _waits_for_more(process: subprocess.Popen[str]) -> bool:
 
 
 @pytest.mark.parametrize("arguments", [("generate", "a"), ("generate", "a", "--stream"), ("tail", "--follow")])
-def test_an_interrupt_cancels_the_call(far: tuple[Fake, str], arguments: tuple[str, ...]) -> None:
+def test_an_interrupt_cancels_the_call(elsewhere: tuple[Fake, str], arguments: tuple[str, ...]) -> None:
     """Ctrl-C exits 130 without a message, and the call is cancelled."""
-    fake, target = far
+    fake, target = elsewhere
     fake.script["Generate"].append(lambda *_: asyncio.sleep(1000))
     fake.script["GenerateStream"].append([lambda: asyncio.sleep(1000)])
     method = {"generate": "Generate", "tail": "Tail"}[arguments[0]] + "Stream" * ("--stream" in arguments)
@@ -78,9 +71,9 @@ def test_an_interrupt_cancels_the_call(far: tuple[Fake, str], arguments: tuple[s
     until(lambda: fake.calls[-1].cancelled)
 
 
-def test_an_interrupt_ends_the_reading_of_prompts(far: tuple[Fake, str]) -> None:
+def test_an_interrupt_ends_the_reading_of_prompts(elsewhere: tuple[Fake, str]) -> None:
     """One Ctrl-C is enough while the command waits for stdin."""
-    with _start("generate", "-", target=far[1]) as process:
+    with _start("generate", "-", target=elsewhere[1]) as process:
         assert process.stdin is not None
         os.write(process.stdin.fileno(), b"a")
         until(lambda: _waits_for_more(process))
@@ -89,9 +82,9 @@ def test_an_interrupt_ends_the_reading_of_prompts(far: tuple[Fake, str]) -> None
         assert process.communicate() == ("", "")
 
 
-def test_a_reader_may_leave(far: tuple[Fake, str]) -> None:
+def test_a_reader_may_leave(elsewhere: tuple[Fake, str]) -> None:
     """A closed pipe ends the command without a message, and cancels its call."""
-    fake, target = far
+    fake, target = elsewhere
     assert _run("generate", "a", target=target)[0] == 0
     with _start("tail", "--payloads", "--follow", target=target) as process:
         assert process.stdout is not None
@@ -115,18 +108,18 @@ def test_nobody_there_is_said_in_two_lines() -> None:
     assert second == "  Is a sidecar running at 127.0.0.1:1? Choose another with --target or OSTINATO_TARGET."
 
 
-def test_a_deadline_is_an_error(far: tuple[Fake, str]) -> None:
+def test_a_deadline_is_an_error(elsewhere: tuple[Fake, str]) -> None:
     """An expired --timeout is a failed call."""
-    fake, target = far
+    fake, target = elsewhere
     fake.script["Generate"].append(lambda *_: asyncio.sleep(1000))
     code, _, err = _run("--timeout", "0.3", "generate", "a", target=target)
     assert (code, err.startswith("error: DEADLINE_EXCEEDED: ")) == (1, True)
 
 
-def test_a_pipe_gets_plain_text(far: tuple[Fake, str]) -> None:
+def test_a_pipe_gets_plain_text(elsewhere: tuple[Fake, str]) -> None:
     """Without a terminal there are no escape codes and no boxes, also for wrong usage; characters that the output's encoding
     lacks are escaped."""
-    fake, target = far
+    fake, target = elsewhere
     for arguments in (("generate", *"abcd"), ("--help",), ("nonsense",)):
         _, out, err = _run(*arguments, target=target)
         assert (out + err).isascii()
@@ -142,9 +135,9 @@ def test_the_version_is_the_packages() -> None:
     assert _run("--version") == (0, f"ostinato {ostinato.__version__}\n", "")
 
 
-def test_json_reaches_a_pipe_at_once(far: tuple[Fake, str]) -> None:
+def test_json_reaches_a_pipe_at_once(elsewhere: tuple[Fake, str]) -> None:
     """The lines of tail --follow reach a pipe at once."""
-    _, target = far
+    _, target = elsewhere
     assert _run("generate", "a", target=target)[0] == 0
     with _start("tail", "--follow", "--json", target=target) as process:
         assert process.stdout is not None
@@ -164,9 +157,9 @@ def test_a_shell_completes_commands() -> None:
     assert "--install-completion" in _run("--help")[1]
 
 
-def test_standard_output_is_full(far: tuple[Fake, str]) -> None:
+def test_standard_output_is_full(elsewhere: tuple[Fake, str]) -> None:
     """A full stdout ends the command with one line and exit code 1."""
     with Path("/dev/full").open("w") as full:
-        code, _, err = _run("head", target=far[1], stdout=full)
+        code, _, err = _run("head", target=elsewhere[1], stdout=full)
 
     assert (code, err) == (1, "error: No space left on device\n")

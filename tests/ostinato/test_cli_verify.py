@@ -21,7 +21,7 @@ from ostinato.cli.app import app
 from ostinato.cli.verify import Verification
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
-from tests.ostinato.fake import Fake
+from tests.ostinato.fake import Fake, Terminal
 
 
 def _journal() -> Fake:
@@ -199,23 +199,18 @@ def test_no_json_is_too_odd(document: Any) -> None:
     assert isinstance(checks.faults, list)
 
 
-def test_what_the_commands_print_is_what_verify_reads() -> None:
+def test_what_the_commands_print_is_what_verify_reads(ostinato: Terminal) -> None:
     """The --json output of generate, get and tail verifies unchanged."""
-    from tests.ostinato.fake import Terminal, serving_apart
-
-    fake = Fake()
-    with serving_apart(fake) as target:
-        ostinato = Terminal(fake, target)
-        for arguments in (
-            ["generate", "a", "b", "--logprobs", "0", "--seed", 2**63],
-            ["generate", "c", "--stream"],
-            ["get", "2"],
-            ["tail"],
-            ["tail", "--payloads"],
-            ["tail", "--payloads", "--from", "3"],
-        ):
-            printed = ostinato("--json", *arguments).stdout
-            assert _verify(printed).exit_code == 3, printed
+    for arguments in (
+        f"generate a b --logprobs 0 --seed {2**63}",
+        "generate c --stream",
+        "get 2",
+        "tail",
+        "tail --payloads",
+        "tail --payloads --from 3",
+    ):
+        printed = ostinato("--json", *arguments.split()).stdout
+        assert _verify(printed).exit_code == 3, printed
 
 
 @pytest.fixture(autouse=True)

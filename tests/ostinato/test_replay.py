@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -22,7 +22,7 @@ from ostinato import digest, errors
 from ostinato.replay import bounded_gather
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
-from tests.ostinato.fake import MODEL, Fake, Terminal, serving_apart
+from tests.ostinato.fake import MODEL, Fake, Terminal
 
 COUNTS = "{} match, {} diverged, {} incomparable, {} not compared, {} passed over"
 
@@ -183,13 +183,6 @@ def match(sequence: int) -> sequencer_pb2.ReplayResponse:
 
 
 # ---- elsewhere
-
-
-@pytest.fixture(name="elsewhere")
-def _elsewhere() -> Iterator[tuple[Fake, str]]:
-    fake = Fake()
-    with serving_apart(fake) as target:
-        yield fake, target
 
 
 def test_another_sidecar_gives_the_same(ostinato: Terminal, elsewhere: tuple[Fake, str]) -> None:

@@ -26,9 +26,9 @@ Talk = tuple[Fake, SyncClient]
 
 
 @pytest.fixture(name="talk")
-def _talk() -> Iterator[Talk]:
-    fake = Fake()
-    with serving_apart(fake) as target, SyncClient(target) as client:
+def _talk(elsewhere: tuple[Fake, str]) -> Iterator[Talk]:
+    fake, target = elsewhere
+    with SyncClient(target) as client:
         yield fake, client
 
 
