@@ -59,11 +59,11 @@ async def attempt(engine: TurbomindEngine) -> int:
     engine.start(bench.on_events, lambda grade, why: falls.append(f"{types_pb2.Grade.Name(grade)}: {why}"))
     seen = 0
     for stream in (False, True):
-        before = engine._meter.preemptions
+        before = engine._meter.preemptions.count
         ids = engine.vocabulary.encode("Shanghai is", special=True)
         ends = await asyncio.gather(*(bench.run(ids, stream=stream) for _ in range(RUNS)), return_exceptions=True)
         failed = [str(end) for end in ends if isinstance(end, BaseException)]
-        seen = engine._meter.preemptions - before
+        seen = engine._meter.preemptions.count - before
         say(f"{'streamed' if stream else 'not streamed'}: {seen} preemptions seen, {len(failed)} runs failed {failed[:1]}")
     say(f"the grade: {falls or 'did not fall'}")
     await engine.close()

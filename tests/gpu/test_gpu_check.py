@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu import doctored, prefix, scoreboard, splits, worth
+from tests.gpu import doctored, prefix, scoreboard, worth
 from tests.gpu.speed import table
 from tests.gpu.traffic import KINDS, SECOND, targets
 from tests.pair import ROOT
@@ -118,16 +118,6 @@ def test_a_scoreboard_has_the_control_beside_each_test() -> None:
         == "| vLLM needle | 1,275 | 0 | 7 |"
     )
     assert scoreboard.table({("vLLM", "needle"): row}, {})[-1] == "| vLLM needle | 1,275 | 0 |  |"
-
-
-def test_parts_of_attention_stand_beside_the_pipeline() -> None:
-    """Each number of parts has its ratio; a cell that was not measured is empty."""
-    lines = splits.table({"1": {"64": 90.0, "4k x1": 50.0}, "4": {"64": 80.0}, "bare": {"64": 100.0}})
-
-    assert [line.split() for line in lines[1:]] == [
-        ["64", "90", "(0.90)", "80", "(0.80)", "100", "(1.00)"],
-        ["4k", "x1", "50", "-", "-"],
-    ]
 
 
 @pytest.mark.parametrize(

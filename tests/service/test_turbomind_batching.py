@@ -25,7 +25,6 @@ from service.engines.turbomind.batching import (
     PAGE_BYTES,
     Batching,
     block_bytes,
-    blocks_needed,
     blocks_promised,
     pieces_after_first,
 )
@@ -467,9 +466,3 @@ def test_never_more_is_promised_than_the_region_holds(size: int, count: int, run
     found = blocks_promised(share=1 / count, size=size, runs=runs)
 
     assert found == 1 or found + runs <= count
-
-
-@pytest.mark.parametrize(("tokens", "expected"), [(1, 1), (64, 1), (65, 2), (4096, 64)])
-def test_a_run_needs_whole_blocks(tokens: int, expected: int) -> None:
-    """Blocks are rounded up, as the sidecar does."""
-    assert blocks_needed(tokens, 64) == expected

@@ -145,7 +145,7 @@ class TurbomindEngine:
 
     def _check(self, on_grade: OnGrade) -> None:
         """Called before any result of a step is reported, so an answer never has a grade that it did not earn."""
-        self._meter.observe()
+        self._meter.preemptions.observe()
         if self._exact and (why := self._violation()):
             self._exact = False
             on_grade(types_pb2.GRADE_BEST_EFFORT, why)
@@ -153,7 +153,7 @@ class TurbomindEngine:
     def _violation(self) -> str:
         """The first observation that must not happen, or an empty text."""
         overrides = self.exactness.overrides
-        if self._meter.preemptions:
+        if self._meter.preemptions.count:
             return "TurboMind took a run out of its batch, and computed it again with other kernels"
         if self._meter.cached_tokens and not self.prefix_cache:
             return "TurboMind took part of a prompt from a cache, which is off"

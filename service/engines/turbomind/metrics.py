@@ -90,24 +90,20 @@ class Meter:
         self._inference = Histogram(
             "lmdeploy_request_inference_time_seconds", "From a run's first step to its end.", registry=own, buckets=SECONDS
         )
-        self._preemptions = Preemptions(load)
+        self.preemptions = Preemptions(load)
+        """Must stay 0."""
         self._ends = {"succeeded": 0, "failed": 0}
         self.cached_tokens = 0
         """Prompt tokens that came from the prefix cache."""
         self.rests_of_one = 0
         """Prompts of which all but one token came from the cache. Must stay 0."""
 
-    @property
-    def preemptions(self) -> int:
-        """Observed preemptions. Must stay 0."""
-        return self._preemptions.count
-
     def entered(self, run_id: int, handle: Handle) -> None:
-        self._preemptions.enter(run_id, handle)
+        self.preemptions.enter(run_id, handle)
 
     def left(self, run_id: int, account: Account, prompt: int, made: int, *, succeeded: bool, now: float) -> None:
         """With `prompt` prompt tokens and `made` new ones. `now` is Unix time in seconds, as TurboMind's times are."""
-        self._preemptions.leave(run_id)
+        self.preemptions.leave(run_id)
         self._ends["succeeded" if succeeded else "failed"] += 1
         if not account.scheduled:
             return
@@ -121,9 +117,6 @@ class Meter:
             self._queue.observe(account.scheduled - account.queued)
             self._inference.observe(now - account.scheduled)
 
-    def observe(self) -> None:
-        self._preemptions.observe()
-
     def collect(self, overrides: Overrides | None) -> Iterator[Metric]:
         """Any thread."""
         load = self._load()
@@ -132,7 +125,7 @@ class Meter:
         yield CounterMetricFamily(
             "ostinato_engine_preemptions",
             "Runs that TurboMind took out of its batch, as far as observed.",
-            value=self.preemptions,
+            value=self.preemptions.count,
         )
         if overrides is not None:
             yield from _of_overrides(overrides)
