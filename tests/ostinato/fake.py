@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partialmethod
-from typing import Any
+from typing import IO, Any
 
 import grpc
 import grpc.aio
@@ -357,6 +361,22 @@ def serving_apart(fake: Fake) -> Iterator[str]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+COMMAND = (sys.executable, "-m", "ostinato.cli")
+
+
+def start(
+    *arguments: object, target: str = "127.0.0.1:1", stdout: IO[str] | int = subprocess.PIPE, **environ: str
+) -> subprocess.Popen[str]:
+    """The command as a process that Ctrl-C interrupts, also if this one ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # inherited; preexec_fn does not go with gRPC's threads
+    try:
+        pipe, environment = subprocess.PIPE, {**os.environ, "OSTINATO_TARGET": target, **environ}
+        command = [*COMMAND, *map(str, arguments)]
+        return subprocess.Popen(command, env=environment, stdin=pipe, stdout=stdout, stderr=pipe, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Terminal:

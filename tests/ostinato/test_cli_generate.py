@@ -5,12 +5,8 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
-import os
 import resource
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +21,8 @@ from ostinato.cli.generate import Batch, Prompt, answers, batches
 from ostinato.client import Client
 from ostinato.v1 import generation_pb2, types_pb2
 
-from tests.ostinato.fake import Fake, Terminal, serving
+from tests.ostinato.fake import Fake, Terminal, serving, start
+from tests.waiting import until
 
 
 def test_a_table_of_answers(ostinato: Terminal) -> None:
@@ -642,18 +639,12 @@ def test_a_full_disk_is_said(ostinato: Terminal, file: Path) -> None:
 
 def test_an_interrupt_is_gone_on_with(ostinato: Terminal, file: Path) -> None:
     """Ctrl-C exits 130 and keeps the results so far; the same command continues and generates nothing twice."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have made us ignore
-    generate = ostinato.fake.answer
-    ostinato.fake.script["Generate"].extend([generate, generate, lambda *_: asyncio.sleep(1000)])
-    command = [sys.executable, "-m", "ostinato.cli", *map(str, _command(file))]
-    environment = {**os.environ, "OSTINATO_TARGET": ostinato.target}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 30
-        while ostinato.fake.count("Generate") < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
+    answer = ostinato.fake.answer
+    ostinato.fake.script["Generate"].extend([answer, answer, lambda *_: asyncio.sleep(1000)])
+    with start(*_command(file), target=ostinato.target) as process:
+        until(lambda: ostinato.fake.count("Generate") == 3)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=30)
-    signal.signal(signal.SIGINT, before)
 
     assert process.returncode == 130
     assert said.startswith(f"interrupted: 4 of {COUNT} results are in ")

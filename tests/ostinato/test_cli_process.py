@@ -10,41 +10,22 @@ import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
 import ostinato
 
-from tests.ostinato.fake import Fake
+from tests.ostinato.fake import Fake, start
 from tests.waiting import until
-
-COMMAND = (sys.executable, "-m", "ostinato.cli")
-
-
-def _start(
-    *arguments: str, target: str = "127.0.0.1:1", stdout: IO[str] | int = subprocess.PIPE, **environ: str
-) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OSTINATO_TARGET": target, **environ}
-    pipe = subprocess.PIPE
-    return subprocess.Popen([*COMMAND, *arguments], env=environment, stdin=pipe, stdout=stdout, stderr=pipe, text=True)
 
 
 def _run(*arguments: str, **options: Any) -> tuple[int, str, str]:
     """Exit code, stdout and stderr."""
-    with _start(*arguments, **options) as process:
+    with start(*arguments, **options) as process:
         out, err = process.communicate(timeout=30)
     return process.returncode, out, err
-
-
-@pytest.fixture(autouse=True)
-def _interruptible() -> Iterator[None]:
-    """A process that is started where SIGINT is ignored ignores it too."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def _waits_for_more(process: subprocess.Popen[str]) -> bool:
@@ -62,7 +43,7 @@ def test_an_interrupt_cancels_the_call(elsewhere: tuple[Fake, str], arguments: t
     fake.script["Generate"].append(lambda *_: asyncio.sleep(1000))
     fake.script["GenerateStream"].append([lambda: asyncio.sleep(1000)])
     method = {"generate": "Generate", "tail": "Tail"}[arguments[0]] + "Stream" * ("--stream" in arguments)
-    with _start(*arguments, target=target) as process:
+    with start(*arguments, target=target) as process:
         until(lambda: fake.count(method))
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=30) == ("", "")
@@ -73,7 +54,7 @@ def test_an_interrupt_cancels_the_call(elsewhere: tuple[Fake, str], arguments: t
 
 def test_an_interrupt_ends_the_reading_of_prompts(elsewhere: tuple[Fake, str]) -> None:
     """One Ctrl-C is enough while the command waits for stdin."""
-    with _start("generate", "-", target=elsewhere[1]) as process:
+    with start("generate", "-", target=elsewhere[1]) as process:
         assert process.stdin is not None
         os.write(process.stdin.fileno(), b"a")
         until(lambda: _waits_for_more(process))
@@ -86,7 +67,7 @@ def test_a_reader_may_leave(elsewhere: tuple[Fake, str]) -> None:
     """A closed pipe ends the command without a message, and cancels its call."""
     fake, target = elsewhere
     assert _run("generate", "a", target=target)[0] == 0
-    with _start("tail", "--payloads", "--follow", target=target) as process:
+    with start("tail", "--payloads", "--follow", target=target) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline()
@@ -139,7 +120,7 @@ def test_json_reaches_a_pipe_at_once(elsewhere: tuple[Fake, str]) -> None:
     """The lines of tail --follow reach a pipe at once."""
     _, target = elsewhere
     assert _run("generate", "a", target=target)[0] == 0
-    with _start("tail", "--follow", "--json", target=target) as process:
+    with start("tail", "--follow", "--json", target=target) as process:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["header"]["index"] == "1"
         process.send_signal(signal.SIGINT)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any
@@ -22,7 +19,7 @@ from ostinato import digest, errors
 from ostinato.replay import bounded_gather
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
-from tests.ostinato.fake import MODEL, Fake, Terminal
+from tests.ostinato.fake import MODEL, Fake, Terminal, start
 
 COUNTS = "{} match, {} diverged, {} incomparable, {} not compared, {} passed over"
 
@@ -161,16 +158,11 @@ def test_a_lost_sidecar_is_said(ostinato: Terminal) -> None:
 def test_an_interrupt_is_said(ostinato: Terminal) -> None:
     """Ctrl-C exits 130 and says how far it came."""
     ostinato.fake.script["Replay"].append([match(1), match(2), lambda: asyncio.sleep(60)])
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        command = [sys.executable, "-m", "ostinato.cli", "--target", ostinato.target, "replay", "1..", "--json"]
-        with subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            lines = [process.stdout.readline() for _ in range(2)]
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=20)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with start("replay", "1..", "--json", target=ostinato.target) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(2)]
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
 
     assert (process.returncode, len(lines)) == (130, 2)
     assert err == f"interrupted after 2 of 6: {COUNTS.format(2, 0, 0, 0, 0)}\n"
