@@ -7,7 +7,7 @@ import contextlib
 import json
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,9 @@ from ostinato.v1 import engine_pb2, engine_pb2_grpc
 from serving.hop import PEER_SUFFIX, ServiceEnd
 from serving.server import Unix
 
-from tests.certificates import Authority
-from tests.monitoring.load import SERVICE, SIDECAR, Caller, calling, connected, port
+from tests.monitoring.load import Running, watched
 from tests.monitoring.names import alerts
-from tests.monitoring.watch import RULES, Prometheus, Webhook, set_targets, watching
+from tests.monitoring.watch import RULES, Webhook
 from tests.pair import Pair
 from tests.waiting import until
 
@@ -78,55 +77,46 @@ def fast_rules(folder: Path) -> Path:
 @contextlib.contextmanager
 def with_faults(folder: Path) -> Iterator[Webhook]:
     """The webhook, after all faults."""
-    authority = Authority(folder)
-    certificate, key = authority.sign("sidecar", days=5)
-    flags = ["--tls-certificate", str(certificate), "--tls-key", str(key)]
     signer = signer_of(key_pem := new_key())
     (folder / "signing.pem").write_bytes(key_pem)
     (folder / "signing.pem").chmod(0o600)
     (folder / "logs").write_text(f"{OTHER_LOG} {signer.public_pem.splitlines()[1]}\n")
-    flags += ["--signing-key", str(folder / "signing.pem"), "--witness", NO_WITNESS, "--witness-keys", str(folder / "logs")]
+    flags = ["--signing-key", str(folder / "signing.pem"), "--witness", NO_WITNESS, "--witness-keys", str(folder / "logs")]
     flags += ["--audit-rate", "1", "--audit-patience-seconds", "0", "--queue-items-max", "4"]
-    with Pair(service=["--script", json.dumps(FAULTY)], sidecar=flags) as pair:
-        pair.env["LD_PRELOAD"] = str(_slow_disk(folder))
-        pair.start()
-        targets: dict[str, Callable[[], int]] = {SIDECAR: lambda: port(pair.sidecar), SERVICE: lambda: port(pair.service)}
-        with watching(folder, targets, fast_rules(folder), PERIOD) as (prometheus, webhook):
-            faults = Faults(
-                pair, authority, prometheus, webhook, lambda: set_targets(folder, {job: at() for job, at in targets.items()})
-            )
-            faults.wait_until_healthy()
-            faults.fork_a_log(signer)
-            faults.break_certificate(certificate)
-            faults.give_wrong_answers()
-            faults.overload()
-            authority.sign("sidecar", days=5)  # without it, nothing starts
-            faults.lose_engine()
-            faults.stall()
-            faults.fill_journal()
-            yield webhook
+    rules, library = fast_rules(folder), _slow_disk(folder)
+    with watched(folder, FAULTY, *flags, days=5, library=library, rules=rules, period=PERIOD) as running:
+        faults = Faults(running)
+        faults.wait_until_healthy()
+        faults.fork_a_log(signer)
+        faults.break_certificate(folder / "sidecar.pem")
+        faults.give_wrong_answers()
+        faults.overload()
+        running.authority.sign("sidecar", days=5)  # without it, nothing starts
+        faults.lose_engine()
+        faults.stall()
+        faults.fill_journal()
+        yield running.webhook
 
 
 @dataclass(frozen=True)
 class Faults:
     """The faults, to be called in this order. For an alert that keeps firing, a step waits only until it fires."""
 
-    pair: Pair
-    authority: Authority
-    prometheus: Prometheus
-    webhook: Webhook
-    set_targets: Callable[[], None]
-    """Sets Prometheus' targets to the programs' current ports."""
+    running: Running
+
+    @property
+    def pair(self) -> Pair:
+        return self.running.pair
 
     def wait_until_healthy(self) -> None:
         """A grade that can be lost, and a counter that can increase."""
-        self._until("ostinato_engine_grade == 3 and ostinato_collisions_total == 0")
+        self.running.reached("ostinato_engine_grade == 3 and ostinato_collisions_total == 0")
 
     def fork_a_log(self, signer: Signer) -> None:
         """Another log shows two of its entries as the first one. The witness of this log is never there."""
 
         async def show() -> None:
-            async with connected(self.pair, self.authority) as client:
+            async with self.running.client() as client:
                 for entry_hash in (bytes(32), b"1" * 32):
                     tree = SignedTree()
                     tree.sign(OTHER_LOG, 1, [entry_hash], signer)
@@ -142,7 +132,7 @@ class Faults:
 
     def give_wrong_answers(self) -> None:
         """Collisions, failing audits, a lower grade, and a disk that is slow from the start on."""
-        with self._calling([(_unseeded, 0.1)]):
+        with self.running.calling([(_unseeded, 0.1)]):
             self._until_firing(
                 "OstinatoCollision", "OstinatoNotCompared", "OstinatoGradeLost", "OstinatoJournalSlow",
                 "OstinatoCertificateExpires", "OstinatoCredentialsUnusable",
@@ -151,7 +141,7 @@ class Faults:
 
     def overload(self) -> None:
         """Ten callers where two items run and four wait, with deadlines shorter than their answers."""
-        with self._calling([(_impatient, 0.3)] * 10):
+        with self.running.calling([(_impatient, 0.3)] * 10):
             self._until_firing(
                 "OstinatoQueueSaturated", "OstinatoDeadlineMisses", "OstinatoErrorBudgetBurnsFast",
                 "OstinatoErrorBudgetBurnsSlow",
@@ -169,8 +159,8 @@ class Faults:
     def stall(self) -> None:
         """An engine that makes no tokens, and twice as many callers as it has runs."""
         self.pair.start_service("--script", json.dumps(HANGING)).wait_for("serving")
-        self.set_targets()
-        with self._calling([(_patient, 0.3)] * 8):
+        self.running.retarget()
+        with self.running.calling([(_patient, 0.3)] * 8):
             self._until_received("OstinatoOrderStalled")
 
     def fill_journal(self) -> None:
@@ -181,26 +171,22 @@ class Faults:
         with contextlib.closing(apsw.Connection(str(self.pair.folder / "journal.sqlite"))) as db:
             most = db.pragma("page_count") * db.pragma("page_size") + ROOM_BYTES
         self._start_again("--journal-reserve-bytes", str(ROOM_BYTES // 4), "--journal-bytes-max", str(most))
-        with self._calling([(_large, 0.01)]):
+        with self.running.calling([(_large, 0.01)]):
             self._until_received(*(name for name in alerts() if name not in IN_TEST_WATCH))
 
     def _start_again(self, *flags: str) -> None:
         self.pair.sidecar.kill()
         self.pair.start_sidecar(*flags)
-        self.set_targets()
-
-    def _calling(self, callers: Sequence[Caller]) -> contextlib.AbstractContextManager[None]:
-        return calling(lambda: connected(self.pair, self.authority), callers)
-
-    def _until(self, query: str) -> None:
-        until(lambda: bool(self.prometheus.now(query)), query, LATE)
+        self.running.retarget()
 
     def _until_firing(self, *names: str) -> None:
         for name in names:
-            self._until(f'ALERTS{{alertname="{name}",alertstate="firing"}}')
+            self.running.reached(f'ALERTS{{alertname="{name}",alertstate="firing"}}')
 
     def _until_received(self, *names: str) -> None:
-        until(lambda: all(self.webhook.received(name) for name in names), f"the webhook hears of {', '.join(names)}", LATE)
+        until(
+            lambda: all(self.running.webhook.received(name) for name in names), f"the webhook hears of {', '.join(names)}", LATE
+        )
 
 
 async def _unseeded(client: Client) -> None:

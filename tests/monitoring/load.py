@@ -11,14 +11,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import ostinato
 from ostinato.client import Client
 from ostinato.errors import OstinatoError
 
 from tests.certificates import Authority
-from tests.monitoring.watch import Prometheus, Webhook, set_targets, watching
+from tests.monitoring.watch import RULES, Prometheus, Webhook, set_targets, watching
 from tests.pair import Pair, Program
 from tests.waiting import until
 
@@ -47,90 +47,102 @@ SCRIPT = {
 
 @dataclass(frozen=True)
 class Running:
-    """The programs and the load, still running."""
+    """A pair under Prometheus and Alertmanager."""
 
     pair: Pair
+    authority: Authority
+    folder: Path
     prometheus: Prometheus
     webhook: Webhook
     start: float
     """Unix time."""
 
+    def retarget(self) -> None:
+        """Sets Prometheus' targets to the programs' current ports."""
+        set_targets(self.folder, _targets(self.pair))
+
+    def reached(self, query: str, seconds: float = 0.0, late: float = 120.0) -> None:
+        """Waits until the query has a result, for at least and at most these times."""
+        since = time.time()
+        until(lambda: bool(self.prometheus.now(query)) and time.time() >= since + seconds, query, late)
+
+    def client(self) -> Client:
+        return Client(f"https://{self.pair.target}", credentials=ostinato.tls(self.authority.file))
+
+    @contextlib.contextmanager
+    def calling(self, callers: Sequence[Caller]) -> Iterator[None]:
+        """Run these callers in a thread until the context ends."""
+        over = threading.Event()
+        thread = threading.Thread(target=lambda: asyncio.run(_callers(self.client, callers, over)), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(30)
+
+
+@contextlib.contextmanager
+def watched(
+    folder: Path,
+    script: dict[str, Any],
+    *flags: str,
+    days: float = 30,
+    library: Path | None = None,
+    rules: Path = RULES,
+    period: str = "1s",
+) -> Iterator[Running]:
+    """A pair with this script and these flags of the sidecar. `days`: for which its certificate is valid; `library`: is loaded
+    into both programs first."""
+    authority = Authority(folder)
+    certificate, key = authority.sign("sidecar", days=days)
+    tls = ("--tls-certificate", str(certificate), "--tls-key", str(key))
+    with Pair(service=["--script", json.dumps(script)], sidecar=[*tls, *flags]) as pair:
+        pair.env.update({"LD_PRELOAD": str(library)} if library is not None else {})
+        pair.start()
+        with watching(folder, _targets(pair), rules, period) as (prometheus, webhook):
+            yield Running(pair, authority, folder, prometheus, webhook, time.time())
+
 
 @contextlib.contextmanager
 def healthy(folder: Path, seconds: float) -> Iterator[Running]:
     """Load of good callers on a pair without faults, for at least this time."""
-    authority = Authority(folder)
-    certificate, key = authority.sign("sidecar")
-    flags = ["--tls-certificate", str(certificate), "--tls-key", str(key)]
     canaries = folder / "canaries.toml"
     canaries.write_text(CANARY)  # the default ones need a response format, which the scripted engine does not support
-    flags += ["--audit-rate", "0.2", "--audit-patience-seconds", "1", "--canary-seconds", "2", "--canaries", str(canaries)]
-    with Pair(service=["--script", json.dumps(HEALTHY)], sidecar=flags) as pair, contextlib.ExitStack() as stack:
-        pair.start()
-        targets = {SIDECAR: lambda: port(pair.sidecar), SERVICE: lambda: port(pair.service)}
-        prometheus, webhook = stack.enter_context(watching(folder, targets))
-        start = time.time()
-        stack.enter_context(calling(lambda: connected(pair, authority), good_callers()))
-        done = 'sum(ostinato_comparisons_total{kind="audit",verdict="match"}) > 3'
-        until(lambda: bool(prometheus.now(done)) and time.time() >= start + seconds, done, seconds + 120.0)
-        yield Running(pair, prometheus, webhook, start)
+    flags = ["--audit-rate", "0.2", "--audit-patience-seconds", "1", "--canary-seconds", "2", "--canaries", str(canaries)]
+    with watched(folder, HEALTHY, *flags) as running, running.calling(good_callers()):
+        running.reached('sum(ostinato_comparisons_total{kind="audit",verdict="match"}) > 3', seconds, seconds + 120)
+        yield running
 
 
 @contextlib.contextmanager
 def faulty(folder: Path, seconds: tuple[float, float, float]) -> Iterator[Running]:
     """Load for at least these times: before a restart with a new fingerprint, before one of the sidecar, and after."""
-    authority = Authority(folder)
-    certificate, key = authority.sign("sidecar")
-    flags = ["--tls-certificate", str(certificate), "--tls-key", str(key)]
-    flags += ["--audit-rate", "0.2", "--audit-patience-seconds", "1", "--canary-seconds", "2"]
-    with Pair(service=["--script", json.dumps(SCRIPT)], sidecar=flags) as pair, contextlib.ExitStack() as stack:
-        pair.start()
-        targets: dict[str, Callable[[], int]] = {SIDECAR: lambda: port(pair.sidecar), SERVICE: lambda: port(pair.service)}
-        prometheus, webhook = stack.enter_context(watching(folder, targets))
-        start = time.time()
-
-        def reached(query: str, seconds: float = 0.0) -> None:
-            since = time.time()
-            until(lambda: bool(prometheus.now(query)) and time.time() >= since + seconds, query, 120.0)
-
-        def retarget() -> None:
-            set_targets(folder, {job: target() for job, target in targets.items()})
-
-        reached(f'count(up{{job=~"{SIDECAR}|{SERVICE}"}} == 1) == 2')
-        stack.enter_context(calling(lambda: connected(pair, authority), all_callers()))
-        reached('ostinato_comparisons_total{kind="twin",verdict="diverged"} > 3', seconds[0])
-        pair.service.kill()  # the next one runs its items again
-        pair.start_service("--script", json.dumps({**SCRIPT, "fields": {"driver": "another"}})).wait_for("serving")
-        retarget()
-        reached('ostinato_drift_total{kind="twin"} > 0', seconds[1])
-        pair.sidecar.stop()
-        pair.start_sidecar().wait_for("engine connected")
-        retarget()
-        reached("changes(ostinato_epoch[1m] offset 2s) > 0", seconds[2])
-        yield Running(pair, prometheus, webhook, start)
+    flags = ["--audit-rate", "0.2", "--audit-patience-seconds", "1", "--canary-seconds", "2"]
+    with watched(folder, SCRIPT, *flags) as running:
+        pair = running.pair
+        running.reached(f'count(up{{job=~"{SIDECAR}|{SERVICE}"}} == 1) == 2')
+        with running.calling(all_callers()):
+            running.reached('ostinato_comparisons_total{kind="twin",verdict="diverged"} > 3', seconds[0])
+            pair.service.kill()  # the next one runs its items again
+            pair.start_service("--script", json.dumps({**SCRIPT, "fields": {"driver": "another"}})).wait_for("serving")
+            running.retarget()
+            running.reached('ostinato_drift_total{kind="twin"} > 0', seconds[1])
+            pair.sidecar.stop()
+            pair.start_sidecar().wait_for("engine connected")
+            running.retarget()
+            running.reached("changes(ostinato_epoch[1m] offset 2s) > 0", seconds[2])
+            yield running
 
 
-def connected(pair: Pair, authority: Authority) -> Client:
-    return Client(f"https://{pair.target}", credentials=ostinato.tls(authority.file))
+def _targets(pair: Pair) -> dict[str, int]:
+    return {SIDECAR: port(pair.sidecar), SERVICE: port(pair.service)}
 
 
 def port(program: Program | None) -> int:
     """The port of its metrics."""
     assert program is not None
     return int(str(program.wait_for("metrics")["port"]))
-
-
-@contextlib.contextmanager
-def calling(connect: Callable[[], Client], callers: Sequence[Caller]) -> Iterator[None]:
-    """Run these callers in a thread until the context ends."""
-    over = threading.Event()
-    thread = threading.Thread(target=lambda: asyncio.run(_callers(connect, callers, over)), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join(30)
 
 
 async def _callers(connect: Callable[[], Client], callers: Sequence[Caller], over: threading.Event) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -103,14 +103,12 @@ class Prometheus:
 
 
 @contextlib.contextmanager
-def watching(
-    folder: Path, targets: Mapping[str, Callable[[], int]], rules: Path = RULES, period: str = "1s"
-) -> Iterator[tuple[Prometheus, Webhook]]:
+def watching(folder: Path, targets: Mapping[str, int], rules: Path, period: str) -> Iterator[tuple[Prometheus, Webhook]]:
     """Scrapes the jobs' ports and evaluates the rules each period. `set_targets` changes the ports."""
     webhook = Webhook()
     held = held_port(), held_port()
     ports = [each.getsockname()[1] for each in held]
-    set_targets(folder, {job: port() for job, port in targets.items()})
+    set_targets(folder, targets)
     (folder / "alertmanager.yml").write_text(yaml.safe_dump(_alertmanager(webhook.url)))
     (folder / "prometheus.yml").write_text(yaml.safe_dump(_prometheus(folder, rules, period, list(targets), ports[1])))
     commands = (
