@@ -447,6 +447,21 @@ def test_a_model_is_what_its_config_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        ({}, 1),
+        ({"num_experts": 64, "mlp_only_layers": [0, 1]}, 3),
+        ({"n_routed_experts": 64, "first_k_dense_replace": 3}, 4),
+        ({"n_routed_experts": 64}, 2),
+        ({"n_routed_experts": 64, "mlp_layer_types": ["sparse"]}, 1),
+    ],
+)
+def test_kernels_are_tuned_with_the_first_layer_that_has_experts(config: dict[str, Any], layers: int, tmp_path: Path) -> None:
+    """A model says in one of several ways how many layers before it have none; GLM-4.7-Flash has one, and need not say so."""
+    assert model.read(folder(tmp_path, CONFIG | config)).tuned_layers == layers
+
+
+@pytest.mark.parametrize(
     ("options", "text"),
     [
         ({"context_tokens": 8193}, "--context-tokens must be at most 8192 for served, is 8193"),

@@ -26,7 +26,6 @@ TOKENIZER_FILES = (
 WEIGHTS = ("*.safetensors", "*.bin")
 _NESTED = ("text_config", "llm_config", "language_config")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +142,8 @@ def _digest_of(files: Iterable[Path]) -> str:
 
 
 def _sha256(path: Path) -> str:
-    whole = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_CHUNK):
-            whole.update(block)
-    return whole.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 _log = logging.getLogger(__name__)
