@@ -25,7 +25,7 @@ from service.description import HeldGrade
 from service.engines.base import Run
 from service.engines.scripted import ByteVocabulary
 from service.engines.turbomind import engine as engine_module
-from service.engines.turbomind.engine import Loaded, TurbomindEngine
+from service.engines.turbomind.engine import TurbomindEngine
 from service.engines.turbomind.exactness import Exactness
 from service.engines.turbomind.grammars import Formats
 from service.engines.turbomind.model import HuggingFaceVocabulary, Model
@@ -166,8 +166,10 @@ async def engine_of(
 ) -> AsyncIterator[TurbomindEngine]:
     exactness = Exactness(options, MODEL, cast(Overrides, overrides))
     vocabulary = cast(HuggingFaceVocabulary, ByteVocabulary())
-    loaded = Loaded(cast(Native, native), vocabulary, exactness, 4096, {"engine": "turbomind"}, NO_FORMATS, native.caches)
-    engine = TurbomindEngine(options, loaded, end_process=end_process)
+    engine = TurbomindEngine(
+        options, cast(Native, native), vocabulary, exactness, NO_FORMATS, blocks=4096, fields={"engine": "turbomind"},
+        prefix_cache=native.caches, end_process=end_process,
+    )  # fmt: skip
     yield engine
     await engine.close()
 
@@ -241,7 +243,7 @@ async def test_what_a_configuration_cannot_be_is_not_tested_for(options: dict[st
     native, overrides = FakeNative(), FakeOverrides()
     async with engine_of(native, overrides, dataclasses.replace(OPTIONS, **options)) as engine:
         if options.get("exact") is False:
-            engine._loaded.exactness.load()
+            engine.exactness.load()
         runs = Runs(engine, HeldGrade(), Metrics(registry()))
         runs.start()
         finding = await self_test(runs, asyncio.get_running_loop().time, 30)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ostinato.v1 import engine_pb2, types_pb2
@@ -47,20 +46,6 @@ _log = logging.getLogger(__name__)
 OnGrade = Callable[[types_pb2.Grade.ValueType, str], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """The parts of an engine."""
-
-    native: Native
-    vocabulary: HuggingFaceVocabulary
-    exactness: Exactness
-    blocks: int
-    """Of the KV cache."""
-    fields: Mapping[str, str]
-    formats: Formats
-    prefix_cache: bool = False
-
-
 class TurbomindEngine:
     """A `service.engines.base.Engine`."""
 
@@ -68,16 +53,29 @@ class TurbomindEngine:
     logprob_kind = types_pb2.LOGPROB_KIND_PROCESSED
     top_k_max = TOP_K_MAX
 
-    def __init__(self, options: TurbomindOptions, loaded: Loaded, *, end_process: Callable[[int], object] = os._exit) -> None:
-        self._loaded, self._formats, self._end_process = loaded, loaded.formats, end_process
-        self.exactness, self.vocabulary = loaded.exactness, loaded.vocabulary
-        self.fields, self.prefix_cache = loaded.fields, loaded.prefix_cache
+    def __init__(
+        self,
+        options: TurbomindOptions,
+        native: Native,
+        vocabulary: HuggingFaceVocabulary,
+        exactness: Exactness,
+        formats: Formats,
+        *,
+        blocks: int,
+        fields: Mapping[str, str],
+        prefix_cache: bool = False,
+        end_process: Callable[[int], object] = os._exit,
+    ) -> None:
+        """`blocks`: of the KV cache."""
+        self._native, self._formats, self._end_process = native, formats, end_process
+        self.exactness, self.vocabulary = exactness, vocabulary
+        self.fields, self.prefix_cache = fields, prefix_cache
         self.model_name, self.context_tokens = self.exactness.model.name, options.context_tokens
         self.piece_tokens = PIECE_TOKENS if self.exactness.overrides is not None else 0
-        self.capacity = engine_pb2.Capacity(runs=options.runs, kv_blocks=loaded.blocks, block_tokens=BLOCK_TOKENS)
+        self.capacity = engine_pb2.Capacity(runs=options.runs, kv_blocks=blocks, block_tokens=BLOCK_TOKENS)
         self._batching: Batching | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._meter = Meter(options.context_tokens, loaded.native.load)
+        self._meter = Meter(options.context_tokens, native.load)
         self._exact = True
         """Nothing was observed that must not happen."""
         self._closed = False
@@ -103,7 +101,7 @@ class TurbomindEngine:
         ends the process."""
         assert self._batching is None, "an engine is started once"
         self._batching = batching = Batching(
-            self._loaded.native,
+            self._native,
             self._formats,
             self._meter,
             end_ids=self.vocabulary.end_ids,
@@ -171,7 +169,7 @@ class TurbomindEngine:
         while stalled < STALL_SECONDS:
             await asyncio.sleep(WATCH_SECONDS)
             self._check(on_grade)
-            now = self._loaded.native.load().tick
+            now = self._native.load().tick
             stalled = stalled + WATCH_SECONDS if len(batching) and now == tick else 0.0
             tick = now
         _log.critical("engine stalled", extra={"why": f"TurboMind has work and has made no step for {STALL_SECONDS:g} s"})
@@ -183,12 +181,9 @@ class TurbomindEngine:
 
     def _free(self, ended: threading.Event) -> None:
         try:
-            self._loaded.native.close()
+            self._native.close()
         finally:
             ended.set()
-
-
-_log = logging.getLogger(__name__)
 
 
 def load(options: TurbomindOptions) -> TurbomindEngine:
@@ -239,7 +234,9 @@ def load(options: TurbomindOptions) -> TurbomindEngine:
             "request_rules": RULES,
         }
         formats = _formats(native, vocabulary)
-    return TurbomindEngine(options, Loaded(native, vocabulary, exactness, blocks, fields, formats, prefix_cache))
+    return TurbomindEngine(
+        options, native, vocabulary, exactness, formats, blocks=blocks, fields=fields, prefix_cache=prefix_cache
+    )
 
 
 def _formats(native: Native, vocabulary: HuggingFaceVocabulary) -> Formats:
