@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +27,12 @@ from service.engines.turbomind.options import (
 MEBI = 1024 * 1024
 INT32_MAX = 2**31 - 1
 ENGINES = ("llama", "turbomind", "scripted")
-_SHARED = ("model", "context_tokens", "runs")
-OWN = {
-    "llama": (*_SHARED, "threads", "kv", "ubatch", "prefix_cache"),
-    "turbomind": (
-        *_SHARED,
-        "dtype",
-        "model_format",
-        "tp",
-        "communicator",
-        "cache_fraction",
-        "kv_bits",
-        "attention_splits",
-        "prefix_cache",
-        "exact",
-    ),
-    "scripted": ("script",),
-}
-"""The settings of each engine, by its own names. None: the engine's own default."""
-DEFAULTS: Mapping[str, object] = {"llama": LlamaOptions(), "turbomind": TurbomindOptions()}
+DEFAULTS: Mapping[str, LlamaOptions | TurbomindOptions] = {"llama": LlamaOptions(), "turbomind": TurbomindOptions()}
 """The engines' own defaults on this machine."""
+OWN = {
+    engine: tuple(own.name for own in fields(options) if own.name != "state_dir") for engine, options in DEFAULTS.items()
+} | {"scripted": ("script",)}
+"""The settings of each engine, by its own names. None: the engine's own default."""
 
 
 def _applies(name: str) -> str:
