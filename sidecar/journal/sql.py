@@ -300,8 +300,12 @@ class SqlStore(ABC):
         """Those of this head's epoch, to be written. Raises JournalUnusable for a journal that is not what the mark says."""
         if (mark := opening.mark) is not None:
             check_mark(mark, head, tables.entries(mark.index, 1, payloads=False))
-        ledger = Ledger(head, Known(), opening.now_millis, self._secret, self._settings.signer)
-        ledger.open(opening.version, self._settings.recorded)
+        settings = self._settings
+        ledger = Ledger(head, Known(), opening.now_millis, self._secret, settings.signer)
+        # What is derived from the entries depends on these.
+        recorded = sequencer_pb2.OpenedPayload(digests_only=settings.digests_only)
+        recorded.idempotency_ttl_millis = settings.idempotency_ttl_seconds * 1000
+        ledger.open(opening.version, recorded)
         tables.record_earlier(ledger, head.index)
         return ledger
 

@@ -69,13 +69,6 @@ class StoreSettings:
     lease_seconds: float = 10.0
     """Where writers share a journal: after so long without a sign of life another may take over a writer's items."""
 
-    @property
-    def recorded(self) -> sequencer_pb2.OpenedPayload:
-        """What an epoch's first entry says of them: what is derived from the entries depends on it."""
-        return sequencer_pb2.OpenedPayload(
-            idempotency_ttl_millis=self.idempotency_ttl_seconds * 1000, digests_only=self.digests_only
-        )
-
 
 class Name:
     """Of a column that holds strings chosen by clients."""
