@@ -60,7 +60,7 @@ WITHOUT_CREDENTIALS = ("/grpc.health.", "/ostinato.v1.Hop/")
 ENDLESS_MAX = 256
 """Health watches and reflection streams at once. Those who watch need no credentials."""
 
-QUIET_TURNS, TURNS_MAX, VAIN_WAITS = 8, 64, 16
+QUIET_TURNS, TURNS_MAX, VAIN_WAITS = 8, 64, 8
 
 _log = logging.getLogger(__name__)
 
