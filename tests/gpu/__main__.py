@@ -47,7 +47,7 @@ async def check(plan: Plan, chosen: set[str]) -> None:
     await part(plan, "stock", stock, wanted=chosen & {"stock", "speed"})
     await part(plan, "bare pipeline", partial(speed.bare, parts=measured), wanted=measured)
     await part(plan, "gap", gap, wanted="gap" in chosen and plan.engine == "turbomind")
-    await part(plan, "grammars", grammars, wanted="grammars" in chosen and plan.engine != "scripted")
+    await part(plan, "grammars", grammars, wanted="grammars" in chosen and plan.engine == "turbomind")
     plan.lines += [*speed.table(plan.rates), *worth.table(plan.rates)]
     paths = plan.rates.get("path", {})
     if paths.keys() == {"whole", "direct"}:
