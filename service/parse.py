@@ -77,7 +77,7 @@ def llama(text: str) -> Found:
             rest = rest[end:].lstrip().removeprefix(";").lstrip()
     except (ValueError, RecursionError) as error:
         return Found(text, [], f"call {len(calls) + 1}: {error}")
-    return Found("", calls, "")
+    return Found("" if calls else text, calls, "")
 
 
 def form_of(template: str | None) -> Form | None:

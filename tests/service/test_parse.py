@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ostinato.v1 import engine_pb2, types_pb2
@@ -55,6 +55,7 @@ def test_llama_s_call_comes_back(calls: list[tuple[str, dict[str, Any]]]) -> Non
 
 
 @given(st.text("<>{}/\"':,;atool_cpymenrg |th\n", max_size=40))
+@example("<|python_tag|>")
 def test_any_text_is_parsed(text: str) -> None:
     """No text is an error, and one without calls is the content unchanged."""
     for parse in (hermes, llama):
