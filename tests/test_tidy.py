@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FUNCTION_LINES_MAX = 70
+SPINE_LINES_MAX = 5_500
 GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
 
 
@@ -40,27 +41,28 @@ ARROWS = (
 )
 
 BESIDE_THE_SPINE = {
-    "ostinato.enums": "the contract's enums as words",
-    "ostinato.requests": "the names of two metadata fields",
+    "ostinato.compare": "two runs, one verdict",
+    "ostinato.errors": "the errors, and their form on the wire",
     "ostinato.signature": "signed heads, and the proof that they cover a receipt",
     "ostinato.resume": "how much of an item was sent",
     "ostinato.tracing": "spans",
     "ostinato.v1": "generated from the contract",
     "serving": "gRPC servers: credentials, errors, settings",
-    "service.bounds": "the bounds of a request, and the one table of sampling parameters",
     "service.cases": "the prompts of the self-test",
     "service.chat": "chats to text",
-    "service.chat_tokens": "chats to token ids",
     "service.engines.huggingface": "a tokenizer's files",
-    "service.fence": "which sidecar may drive the engine, and what it may submit",
-    "service.lexicon": "what is computed from a whole vocabulary",
     "service.outbox": "what waits to be written, joined into messages",
     "service.workers": "threads for long preparations",
+    "service.prepare": "from a prompt to token ids",
     "service.parse": "what an output's text holds",
     "service.proofs": "the self-test's results, kept for the next start",
     "service.config": "settings",
     "service.description": "the answer of Describe",
     "service.observe": "metrics and spans",
+    "sidecar.admission": "what can refuse a request before it has a number",
+    "sidecar.answers": "the calls that wait for items",
+    "sidecar.core.fairness": "the queue before the numbers",
+    "sidecar.core.reruns": "runs without numbers",
     "sidecar.collisions": "a kind of comparison",
     "sidecar.config": "settings",
     "sidecar.fingerprints": "a cache of fingerprints by digest",
@@ -169,6 +171,13 @@ def test_the_spine_imports_nothing_outside_itself() -> None:
 
     assert wrong == []
     assert used == BESIDE_THE_SPINE.keys(), "a module that stands beside the spine is used by it"
+
+
+def test_the_spine_is_short() -> None:
+    """What README's "Read the code" lists can be read in an afternoon."""
+    lines = {path.as_posix(): len((ROOT / path).read_text().splitlines()) for path in spine()}
+
+    assert sum(lines.values()) <= SPINE_LINES_MAX, lines
 
 
 def test_a_client_needs_little() -> None:
