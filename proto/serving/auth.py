@@ -250,9 +250,9 @@ class Credentials:
         return self.tls.credentials() if self.tls is not None else None
 
     def identify(self, context: Context) -> Identity:
-        """Who calls. From then on, until the task ends, `watch` ends it once it would be refused. Raises Unauthenticated."""
-        if not self.required:
-            return ANONYMOUS
+        """Who calls, where callers must say so. From then on, until the task ends, `watch` ends it once it would be refused.
+        Raises Unauthenticated."""
+        assert self.required
         metadata = list(context.invocation_metadata() or ())
         certificate = self.tls.presented(context) if self.tls is not None and self.tls.mutual else None
         if self.hop is not None:

@@ -155,8 +155,8 @@ class _Method:
         self.takes_stream, self._gives_stream = bool(handler.request_streaming), bool(handler.response_streaming)
         self._standard = path.startswith("/grpc.")
         self._endless = self._standard and self._gives_stream
-        self._open = path.startswith(WITHOUT_CREDENTIALS)
-        self._observed = not self._standard or (guard.credentials.required and not self._open)
+        self._identifies = guard.credentials.required and not path.startswith(WITHOUT_CREDENTIALS)
+        self._observed = not self._standard or self._identifies
         self.labels = path.strip("/").rpartition("/")[::2]
         if self._observed:
             self._seconds = guard.seconds.labels(*self.labels)
@@ -225,7 +225,7 @@ class _Method:
             assert call is not None, "a handler runs in a task"
             self._guard.endless.add(call)
             call.add_done_callback(self._guard.endless.discard)
-        if not self._observed or self._open:
+        if not self._identifies:
             return caller().tenant
         identity = self._guard.credentials.identify(context)
         CALLER.set(identity)

@@ -246,12 +246,7 @@ class Intake:
 
         A timeout of its own for each would cost more than all else here: nearly every request is there when it is read.
         """
-        tenant, task, loop, late = (
-            charge.tenant,
-            asyncio.current_task(),
-            asyncio.get_running_loop(),
-            self.bounds.arrival_seconds_max,
-        )
+        tenant, task, loop = charge.tenant, asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None, "a handler runs in a task"
         if tenant in self._waiting or not self._arriving.add(tenant, 1):
             await self._turn(tenant)

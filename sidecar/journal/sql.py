@@ -336,10 +336,7 @@ class SqlStore(ABC):
 
     def _check_head(self, head: types_pb2.SignedHead, key_id: str) -> None:
         """Raises RecordDamaged if it is not by the key with this id, as far as the key is known here."""
-        signer, covered = (
-            self._settings.signer,
-            f"the signed head of entries {head.first_index} to {head.last_index} is damaged",
-        )
+        covered = f"the signed head of entries {head.first_index} to {head.last_index} is damaged"
         if head.key_id != key_id:
             raise RecordDamaged(f"{covered}: it names key {head.key_id!r}, and the epoch signs with {key_id!r}")
         signer = self._settings.signer

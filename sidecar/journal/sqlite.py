@@ -454,21 +454,35 @@ class SqliteStore(SqlStore):
         return self._reserve.held
 
     def append_many(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
-        drop_millis = now_millis if self._settings.digests_only else None
-        # Before the transaction: after a damaged page was read in one, SQLite writes nothing more. No one else writes the file.
-        with self._errors(), self._damage(()):
-            if self._tables.epoch() != self.head.epoch:
-                raise JournalBroken("fenced: a newer epoch of this writer has begun")
-        with self._errors(), self._damage(drafts):
-            known = self._tables.look_up(needs(drafts, self._secret), self._expiry(now_millis), drop_millis)()
-        with self._transaction():
+        known = self._known(drafts, now_millis)
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
             ledger = Ledger(self.head, known, now_millis, self._secret, self._settings.signer)
             appended = [ledger.append(draft) for draft in drafts]
             self._tables.write(ledger, self._settings, now_millis)
             if not all(isinstance(draft, Outcome) for draft in drafts) and not (self.reserved and self._room()):
                 raise JournalFull("no room for new work in the journal")
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            with self._errors():
+                self._undo(error)
+                raise
         self.head = ledger.head
         return appended
+
+    def _known(self, drafts: Sequence[Draft], now_millis: int) -> Known:
+        """Read what they need, before their transaction: after a damaged page was read in one, SQLite writes nothing more. No
+        one else writes the file."""
+        drop_millis = now_millis if self._settings.digests_only else None
+        reading: Sequence[Draft] = ()
+        try:
+            if self._tables.epoch() != self.head.epoch:
+                raise JournalBroken("fenced: a newer epoch of this writer has begun")
+            reading = drafts
+            return self._tables.look_up(needs(drafts, self._secret), self._expiry(now_millis), drop_millis)()
+        except Exception:
+            with self._errors(), self._damage(reading):
+                raise
 
     def newest(self) -> Head:
         return self.head
@@ -578,20 +592,24 @@ class SqliteStore(SqlStore):
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Committed at the end. JournalFull and RecordDamaged: undone. After any other error it is not known what is durable;
-        nothing is retried."""
-        with self._errors():
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                yield
-                self._db.execute("COMMIT")
-            except BaseException as error:
-                full = isinstance(error, apsw.FullError | JournalFull)
-                if (full or self._maintenance or isinstance(error, RecordDamaged)) and self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                if full and not self._maintenance:
-                    raise JournalFull(str(error)) from error
+        """Committed at the end. Errors: see `_undo`."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            with self._errors():
+                self._undo(error)
                 raise
+
+    def _undo(self, error: BaseException) -> None:
+        """Undo a transaction that ends with JournalFull, or a database that is full, and raise JournalFull; or with
+        RecordDamaged. After any other error it is not known what is durable; nothing is retried."""
+        full = isinstance(error, apsw.FullError | JournalFull)
+        if (full or self._maintenance or isinstance(error, RecordDamaged)) and self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+        if full and not self._maintenance:
+            raise JournalFull(str(error)) from error
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

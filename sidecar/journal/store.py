@@ -301,18 +301,22 @@ class Tables(ABC):
     def write(self, ledger: Ledger, settings: StoreSettings, now_millis: int) -> None:
         """All that the ledger made. Then drop what the settings do not keep."""
         self.write_entries(ledger.entries)
-        each, heads = self.each, ledger.sign()
-        self.write_signatures([Signature(head.last_index, head.first_index, head.key_id, head.signature) for head in heads])
-        each(_BIND, [(b.first_sequence, b.count, b.request_digest, a.tenant, a.key, b.count) for a, b in ledger.bound])
-        outcomes = [entry.header for entry in ledger.entries if entry.header.kind in OUTCOMES]
-        expires_millis = now_millis + settings.idempotency_ttl_seconds * 1000
-        batches = Counter(header.first_sequence for header in outcomes)
-        each(_END_KEYED, [(first, count, expires_millis) for first, count in batches.items()])
-        self.write_notes(ledger.notes)
-        self._write_twins(
-            (tag, header, ledger.output_tag(output) if settings.digests_only else b"") for tag, header, output in ledger.twins
-        )
-        if settings.digests_only:
+        each, digests_only = self.each, settings.digests_only
+        if heads := ledger.sign():
+            self.write_signatures([Signature(head.last_index, head.first_index, head.key_id, head.signature) for head in heads])
+        if ledger.bound:
+            each(_BIND, [(b.first_sequence, b.count, b.request_digest, a.tenant, a.key, b.count) for a, b in ledger.bound])
+        if outcomes := [entry.header for entry in ledger.entries if entry.header.kind in OUTCOMES]:
+            expires_millis = now_millis + settings.idempotency_ttl_seconds * 1000
+            batches = Counter(header.first_sequence for header in outcomes)
+            each(_END_KEYED, [(first, count, expires_millis) for first, count in batches.items()])
+        if ledger.notes:
+            self.write_notes(ledger.notes)
+        if ledger.twins:
+            self._write_twins(
+                (tag, header, ledger.output_tag(output) if digests_only else b"") for tag, header, output in ledger.twins
+            )
+        if digests_only:
             for statement in (_DROP_PROMPTS, _DROP_ANSWERS):
                 each(statement, [(header.sequence, header.first_sequence) for header in outcomes])
             self.execute(_DROP_EXPIRED, now_millis, PURGED_KEYS_MAX)
@@ -330,10 +334,12 @@ class Tables(ABC):
     def index(self, entries: Sequence[Sealed]) -> None:
         """Where to look for items in these entries."""
         headers, each = [entry.header for entry in entries], self.each
-        self._write_items([header for header in headers if header.kind == types_pb2.ENTRY_KIND_ADMITTED])
-        outcomes = [header for header in headers if header.kind in OUTCOMES]
-        each(_WRITE_OUTCOMES, [(header.sequence, header.index) for header in outcomes])
-        each(_WRITE_VERIFIED, [(header.sequence, header.index) for header in verifications(entries)])
+        if admitted := [header for header in headers if header.kind == types_pb2.ENTRY_KIND_ADMITTED]:
+            self._write_items(admitted)
+        if outcomes := [(header.sequence, header.index) for header in headers if header.kind in OUTCOMES]:
+            each(_WRITE_OUTCOMES, outcomes)
+        if verified := [(header.sequence, header.index) for header in verifications(entries)]:
+            each(_WRITE_VERIFIED, verified)
 
     def _write_twins(self, twins: Iterable[tuple[bytes, types_pb2.EntryHeader, bytes]]) -> None:
         """Tag, COMPLETED entry and output tag of each."""
