@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -93,7 +93,7 @@ class _SelfTest:
         self._first: dict[str, types_pb2.Output] = {}
         """By the case's name."""
         self.compared_tokens = 0
-        runs.attach(self._on_event)
+        runs.attach(self._on_events)
 
     async def run_alone(self) -> None:
         """Each by itself. Everything later is compared with this."""
@@ -167,14 +167,15 @@ class _SelfTest:
         )
         return self._ends[run_id]
 
-    def _on_event(self, event: engine_pb2.RunEvent) -> None:
-        if not event.HasField("started"):
-            self._token_made.set()
-        end = self._ends[event.run_id]
-        if event.HasField("finished"):
-            end.set_result(event.finished.output)
-        elif event.HasField("failed"):
-            end.set_exception(_Failed(f"a run of the self-test failed: {event.failed.message}"))
+    def _on_events(self, events: Sequence[engine_pb2.RunEvent]) -> None:
+        for event in events:
+            if not event.HasField("started"):
+                self._token_made.set()
+            end = self._ends[event.run_id]
+            if event.HasField("finished"):
+                end.set_result(event.finished.output)
+            elif event.HasField("failed"):
+                end.set_exception(_Failed(f"a run of the self-test failed: {event.failed.message}"))
 
     def _compare(self, case: Case, output: types_pb2.Output, when: str) -> None:
         """With the first output of the case; the first one is only kept."""

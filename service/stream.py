@@ -61,7 +61,7 @@ first steps, which begin meanwhile."""
 
 Requests = AsyncIterator[engine_pb2.ExecuteRequest]
 Context = grpc.aio.ServicerContext[Any, Any]
-Deliver = Callable[[engine_pb2.RunEvent], None]
+Deliver = Callable[[Sequence[engine_pb2.RunEvent]], None]
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
@@ -279,8 +279,9 @@ class Stream:
         else:
             self.outbox.put(engine_pb2.RunEvent(run_id=submit.run_id, failed=to_status(error)))
 
-    def _deliver(self, event: engine_pb2.RunEvent) -> None:
-        self.outbox.put(event)
+    def _deliver(self, events: Sequence[engine_pb2.RunEvent]) -> None:
+        for event in events:
+            self.outbox.put(event)
         if self.outbox.failed:
             self.stop()
         self.settle()
@@ -341,7 +342,7 @@ class Runs:
         self.engine.start(self.on_events, self.held.fall)
 
     def attach(self, deliver: Deliver) -> None:
-        """A new user, which gets the events of its runs, each run's in order."""
+        """A new user, which gets the events of its runs, each run's in order, and those of one step together."""
         self.detach()
         self._deliver = deliver
 
@@ -385,7 +386,7 @@ class Runs:
 
     def on_events(self, events: Events) -> None:
         """The engine's report of one step."""
-        now = self._loop.time()
+        now, delivered = self._loop.time(), list[engine_pb2.RunEvent]()
         for event in events:
             run = self._active.get(event.run_id)
             if run is None:
@@ -403,12 +404,14 @@ class Runs:
                     self._end(event.run_id).finished(output, now)
                 case _:
                     self._end(event.run_id).failed("failed", from_status(event.failed))
-            self._send(run, event)
+            event.run_id = run.submit.run_id
+            delivered.append(event)
+        self._send(delivered)
 
-    def _send(self, run: ActiveRun, event: engine_pb2.RunEvent) -> None:
-        assert self._deliver is not None, "a run has a user"
-        event.run_id = run.submit.run_id
-        self._deliver(event)
+    def _send(self, events: Sequence[engine_pb2.RunEvent]) -> None:
+        if events:
+            assert self._deliver is not None, "a run has a user"
+            self._deliver(events)
 
     def _cancel(self, run_id: int) -> None:
         self.engine.cancel(run_id)
@@ -419,7 +422,7 @@ class Runs:
         self.engine.cancel(run_id)
         error = DeadlineExceeded(f"the run did not end within {run.submit.timeout_millis} ms")
         self._end(run_id).failed("expired", error)
-        self._send(run, engine_pb2.RunEvent(failed=to_status(error)))
+        self._send([engine_pb2.RunEvent(run_id=run.submit.run_id, failed=to_status(error))])
 
     def _end(self, run_id: int) -> RunStatistics:
         run = self._active.pop(run_id)
