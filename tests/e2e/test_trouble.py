@@ -10,7 +10,7 @@ import grpc
 
 from ostinato import errors
 from ostinato.requests import batch
-from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
+from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 
 from tests.e2e.kit import (
     SLOWLY,
@@ -37,6 +37,7 @@ from tests.e2e.kit import (
 )
 from tests.hop import proved
 from tests.pair import Pair, running_pair
+from tests.sidecar.journal_kit import SqliteKit
 from tests.waiting import eventually
 
 
@@ -192,3 +193,21 @@ async def test_a_listener_whose_engine_dies() -> None:
         metrics = door.pair.metrics()
         assert metrics['ostinato_first_difference_token_sum{grade="best_effort",kind="recovery"}'] == 4
         assert metrics["ostinato_attempts_total"] == 3
+
+
+async def test_a_record_that_was_changed() -> None:
+    """An answer that was changed in the file is served neither to a retry by key nor by Get. The sidecar logs that, and serves
+    on."""
+    async with own() as door:
+        request = asked("text", key="k", max_new_tokens=4)
+        (answer,) = (await door.client.generate(request)).results
+        assert door.pair.sidecar.stop() == 0
+        change = "UPDATE payloads SET payload = x'00' WHERE entry_index = ?"
+        SqliteKit(door.pair.folder / "journal.sqlite").execute(change, answer.receipt.header.index)
+        sidecar = door.pair.start_sidecar()
+        sidecar.wait_for("engine connected")
+
+        for call in (door.generation.Generate(request), door.sequencer.Get(sequencer_pb2.GetRequest(sequence=1))):
+            await refused(call, errors.RecordDamaged)
+        assert (await door.client.generate("other", max_new_tokens=1)).results[0].sequence == 2
+        sidecar.wait_for("a record is damaged: look at the journal with verify")

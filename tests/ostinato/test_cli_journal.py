@@ -76,7 +76,8 @@ def test_tail_is_a_line_an_entry(ostinato: Terminal) -> None:
 
 
 def test_tail_in_json_is_entries(ostinato: Terminal) -> None:
-    """With --json an entry has its payload's bytes and the decoded payload."""
+    """With --json an entry has its payload's bytes and the decoded payload, if payloads are requested."""
+    assert not any(line.keys() & {"payload", "decoded"} for line in ostinato.lines("tail"))
     lines = ostinato.lines("tail", "--payloads")
 
     decoded = [line.pop("decoded") for line in lines]

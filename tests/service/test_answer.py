@@ -181,6 +181,18 @@ def test_longest_of_those_completed_together_wins() -> None:
     assert (output.text, output.matched_stop) == ("xa", "bc")
 
 
+def test_held_text_comes_with_the_end() -> None:
+    """The beginning of a stop string is held, and delivered when the answer ends without the rest."""
+    answer = Answer(types_pb2.ResolvedParameters(max_new_tokens=9, stop=["abc"]), Bytes())
+    texts = []
+    for token in [0x78, 0x61, 0x62, END]:
+        answer.accept(token)
+        delta = answer.take()
+        texts.append(delta.text if delta else None)
+
+    assert texts == ["x", "", "", "ab"]
+
+
 def test_logprobs_go_with_their_tokens() -> None:
     """Each take has the logprobs of its own tokens; the output has all."""
     answer = Answer(types_pb2.ResolvedParameters(max_new_tokens=2, logprobs=0), Bytes())

@@ -127,6 +127,7 @@ BAD = [
     ({"stop_token_ids": [1, 262]}, "stop_token_ids[1]"), ({"stop_token_ids": [2**32 - 1]}, "stop_token_ids[0]"),
     ({"bad_words": ["a"] * 33}, "bad_words"), ({"bad_words": ["a", "two"]}, "bad_words[1]"),
     ({"bad_words": [""]}, "bad_words[0]"), ({"bad_words": ["<|end|>"]}, "bad_words[0]"),
+    ({"parse": [types_pb2.PARSE_TOOLS] * 3}, "parse"),
     ({"response_format": types_pb2.ResponseFormat()}, "response_format"),
     ({"response_format": types_pb2.ResponseFormat(regex="")}, "response_format.regex"),
     ({"response_format": types_pb2.ResponseFormat(regex="bad")}, "response_format.regex"),

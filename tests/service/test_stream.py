@@ -399,6 +399,16 @@ async def test_broken_rules_end_the_stream(submits: list[engine_pb2.Submit], kin
         await eventually(service.idle)
 
 
+async def test_run_id_is_used_up_by_its_run() -> None:
+    """A run_id is unique in the stream, also after its run has ended."""
+    async with served() as service, service.stream() as stream:
+        await stream.send(submit_of(1))
+        await stream.end(1)
+        await stream.send(submit_of(1, sequence=2))
+
+        assert isinstance(await stream.broken(), errors.ProtocolViolation)
+
+
 async def test_what_has_no_place_in_the_order() -> None:
     """First attempts rise, gaps allowed. Reruns, later attempts and what goes ahead of others may come between. Whatever their
     ids, attempts and purposes, one input has one output."""

@@ -233,12 +233,15 @@ async def test_a_token_is_who_calls(tmp_path: Path) -> None:
     ],
 )
 async def test_other_callers_are_refused(tmp_path: Path, metadata: Metadata) -> None:
-    """No token, a wrong one, another scheme, two at once, or a mere claim: UNAUTHENTICATED, and the handler never runs."""
+    """No token, a wrong one, another scheme, two at once, or a mere claim: UNAUTHENTICATED, which is counted, and the handler
+    never runs."""
     async with Door(Credentials(tokens=auth.load_tokens(file_of(tmp_path, auth.new_token("acme", Role.TENANT)[1])))) as door:
         with pytest.raises(errors.Unauthenticated):
             await door.call(*metadata)
 
         assert door.seen == []
+        labels = {"service": NAME, "method": "UnaryUnary", "code": "UNAUTHENTICATED"}
+        assert door.registry.get_sample_value("ostinato_rpc_handled_total", labels) == 1
 
 
 async def test_without_credentials_everybody_is_an_admin() -> None:

@@ -37,6 +37,7 @@ def settings(*argv: str) -> Settings:
         (["--writer=a\nb"], "--writer: 1 to 128 bytes, and no control characters"),
         (["--tick-seconds=1e300"], "--tick-seconds: '1e300' is above ten years, 316224000"),
         (["--held-call-bytes-max=600000000"], "--held-call-bytes-max is above --held-bytes-max"),
+        (["--journal-bytes-max=33554432"], "--journal-bytes-max must be more than twice --journal-reserve-bytes"),
         (["--tls-key=x"], "--tls-certificate, --tls-key: one needs the other"),
         (["--joined-tenants=a"], "--joined-tenants: groups of two tenants or more"),
         (["--joined-tenants=a+b,b+c"], "and no tenant twice"),

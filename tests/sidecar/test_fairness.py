@@ -408,3 +408,12 @@ def test_the_hint_follows_the_pace(ended: int, gap: float, queued: int, later: f
     assert LEAST_SECONDS <= hint <= MOST_SECONDS
     assert hint <= pace.retry_after(queued + 100, now)
     assert hint <= pace.retry_after(queued, now + later)
+
+
+def test_the_hint_is_half_the_queues_time() -> None:
+    """At a steady 20 items a second, 400 that wait are a hint of 10 seconds."""
+    pace = ThroughputEstimator(unknown_seconds=1.0)
+    for number in range(2000):
+        pace.ended(number / 20)
+
+    assert pace.retry_after(400, 2000 / 20) == pytest.approx(10, rel=0.02)

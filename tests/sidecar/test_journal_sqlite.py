@@ -13,7 +13,7 @@ from ostinato.errors import JournalFull
 from ostinato.v1 import types_pb2
 
 from sidecar.journal.model import JournalUnusable
-from sidecar.journal.sqlite import APPLICATION_ID, CHECKPOINT_PAGES, SqliteStore
+from sidecar.journal.sqlite import APPLICATION_ID, CHECKPOINT_PAGES, WAL_BYTES_MAX, SqliteStore
 from tests.pair import python
 from tests.sidecar.journal_kit import SqliteKit, admission, audit, completed, ended, item, verify_journal
 
@@ -76,6 +76,15 @@ def test_interrupted_creation(store: SqliteKit) -> None:
     other.execute("PRAGMA journal_mode = WAL")
     with other.opened() as journal:
         assert (journal.head.epoch, journal._db.pragma("application_id")) == (1, APPLICATION_ID)
+
+
+def test_durability_settings(store: SqliteKit) -> None:
+    """Every commit is synced, the log beside the file is bounded, and checkpoints happen only when we say so."""
+    with store.opened() as journal:
+        assert journal._db.pragma("synchronous") == 2
+        assert journal._db.pragma("journal_mode") == "wal"
+        assert journal._db.pragma("locking_mode") == "exclusive"
+        assert journal._db.pragma("journal_size_limit") == WAL_BYTES_MAX
 
 
 def test_checkpoint(store: SqliteKit) -> None:

@@ -457,7 +457,7 @@ FIRST_VERSION = {
 
 
 def test_an_older_version_is_brought_up(kit: Kit) -> None:
-    """A journal of the first version opens, keeps its record, and can do what only a newer one can."""
+    """A journal of the first version opens, keeps its record, and can do what only a newer one can. It is changed once."""
     with kit.opened() as store:
         store.append_many([admission()], 1)
     kit.execute(FIRST_VERSION[type(kit)])
@@ -467,6 +467,7 @@ def test_an_older_version_is_brought_up(kit: Kit) -> None:
         store.append_many([Note("name", b"value"), completed(entry)], 1)
         (found,) = store.items(1, 1, 1)
         assert (store.notes("n"), found.verified, found.unsigned) == ({"name": b"value"}, None, "")
+    kit.open()[0].close()
     assert kit.faults() == []
 
 

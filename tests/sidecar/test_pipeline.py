@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -18,6 +19,7 @@ from serving.auth import CALLER, Identity, Role
 
 from sidecar.admission import draft
 from sidecar.answers import UnaryWaiter, ended_payload, outcome_kind, stamp_of
+from sidecar.api import SequencerServicer
 from sidecar.config import Settings
 from sidecar.core import events as ev
 from sidecar.item import ActiveItem
@@ -28,6 +30,7 @@ from sidecar.observe import Metrics, Observer
 from sidecar.pipeline import PendingAdmission, Pipeline
 from tests.sidecar.held_kit import account, held
 from tests.sidecar.journal_kit import SqliteKit, admission, completed, ended, item, prompt
+from tests.waiting import eventually
 
 
 @pytest.fixture(name="journal")
@@ -181,3 +184,40 @@ async def test_a_cancel_while_items_are_left(journal: Journal) -> None:
 
     with pytest.raises(errors.Draining):
         await cancelling
+
+
+async def test_a_run_has_what_is_left_of_the_time(journal: Journal) -> None:
+    """The engine is told how long a run may take: what is left of its item's time."""
+    (admitted,) = (await journal.append(admission(item(1)))).entries
+    pipeline, sent = Watched(journal), list[engine_pb2.Submit]()
+    pipeline.link, pipeline.engine, pipeline.clock = engine_that(sent.append), engine_pb2.DescribeResponse(), lambda: 7.0
+    pipeline.items[1] = ActiveItem(admitted.header, prompt(admitted), 0.0, [])
+
+    pipeline._submit(ev.Submit(1, 1, attempt=1, expires_at=57.0, company=1))
+
+    assert [submit.timeout_millis for submit in sent] == [50_000]
+
+
+def engine_that(submit: Callable[[engine_pb2.Submit], None]) -> Any:
+    return SimpleNamespace(submit=submit)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+async def test_a_replay_alone_asks_for_the_whole_engine(journal: Journal, alone: bool) -> None:
+    """The runs of a replay with `alone` are exclusive, those of another are not."""
+    (admitted,) = (await journal.append(admission(item(1), key="kept"))).entries
+    await journal.append(completed(admitted))
+    pipeline, unused = Watched(journal), cast(Any, None)
+    pipeline.engine = engine_pb2.DescribeResponse()
+    request = sequencer_pb2.ReplayRequest(range=generation_pb2.SequenceRange(first=1, last=1), alone=alone)
+    CALLER.set(Identity("ops", Role.ADMIN))
+
+    replay: Any = SequencerServicer(pipeline, unused, Settings()).Replay(request, unused)
+    async with contextlib.aclosing(replay) as answers:
+        answer = asyncio.ensure_future(anext(answers))
+        await eventually(lambda: pipeline.told, "a run is asked for")
+        answer.cancel()
+        await asyncio.wait([answer])
+
+    (rerun,) = (told for told in pipeline.told if isinstance(told, ev.Rerun))
+    assert rerun.exclusive == alone

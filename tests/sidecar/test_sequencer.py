@@ -255,6 +255,19 @@ def test_taking_over() -> None:
     assert [(s.sequence, s.attempt) for s in edge.submits()] == [(10, 1), (11, 1), (3, 2), (12, 1), (13, 1), (14, 1)]
 
 
+def test_taking_over_while_a_batch_is_numbered() -> None:
+    """6: a takeover that is told before a batch with smaller numbers, whose commit was earlier, does not go ahead of it."""
+    edge = connected(runs=1)
+    edge.admit(need(), need())
+    edge.dispatch(ev.Admit(2, (need(), need()), True))
+    edge.dispatch(ev.Recovered(12, need(), True, 2))
+    edge.dispatch(ev.Numbered(2, 10))
+    for sequence in (1, 2, 10, 11, 12):
+        edge.finish(sequence)
+
+    assert [s.sequence for s in edge.submits()] == [1, 2, 10, 11, 12]
+
+
 def test_drain_finishes_and_ends() -> None:
     """5: a drain refuses new batches, finishes what there is, and then says so once."""
     edge = connected(runs=1)
