@@ -337,6 +337,15 @@ def test_a_broken_stream_ends_its_line(ostinato: Terminal) -> None:
     assert second.stderr == "error: SLOW_READER: too slow\n"
 
 
+def test_a_text_cannot_control_the_terminal(ostinato: Terminal) -> None:
+    """The table shows control characters of an output as escapes."""
+    output = types_pb2.Output(text="a\x1b[31m\nb\u202e\tc\\é")
+    ostinato.fake.script["Generate"].append(
+        generation_pb2.GenerateResponse(results=[types_pb2.Result(sequence=1, output=output)])
+    )
+    assert ostinato("generate", "a").stdout.splitlines()[1].endswith(r"a\x1b[31m\nb\u202e\tc\é")
+
+
 def test_progress_stays_off_stdout(ostinato: Terminal) -> None:
     """--progress draws a bar on stderr and does not change stdout; by default there is no bar without a terminal."""
     prompts = [str(number) for number in range(9)]

@@ -158,19 +158,21 @@ async def test_an_input_is_what_was_recorded(journal: Journal) -> None:
 
 
 async def test_a_cancel_tells_how_many_it_ended(journal: Journal) -> None:
-    """Cancel waits for all items of its range that run here, and counts those that ended as CANCELLED."""
+    """Cancel waits for all items of its range that run here, ends those that run elsewhere, and counts those that ended as
+    CANCELLED."""
     pipeline = Watched(journal)
-    batch = (await journal.append(admission(item(1), item(2), item(3)))).entries
-    for admitted in batch:
+    *here, _, _ = (await journal.append(admission(*map(item, range(1, 6))))).entries
+    for admitted in here:
         pipeline.items[admitted.header.sequence] = ActiveItem(admitted.header, item(1), 0.0, [])
-    cancelling = asyncio.ensure_future(pipeline.cancel_items(1, 2))
+    cancelling = asyncio.ensure_future(pipeline.cancel_items(2, 4))
     await asyncio.sleep(0)
-    assert pipeline.told == [ev.CancelItems(1, 2)]
-    pipeline._perform(ev.End(1, 1, errors.Cancelled("cancelled on request")))
-    pipeline._perform(ev.End(2, 1, errors.EngineFailed("before")))
+    assert pipeline.told == [ev.CancelItems(2, 4)]
+    pipeline._perform(ev.End(2, 1, errors.Cancelled("cancelled on request")))
+    pipeline._perform(ev.End(3, 1, errors.EngineFailed("before")))
 
-    assert await cancelling == 1
-    assert set(pipeline.items) == {3}
+    assert await cancelling == 2
+    assert set(pipeline.items) == {1}
+    assert [entries.outcome is not None for entries in await journal.items(1, 5, 5)] == [False, True, True, True, False]
 
 
 async def test_a_cancel_while_items_are_left(journal: Journal) -> None:

@@ -50,12 +50,14 @@ def test_no_engine_no_number() -> None:
 
 
 def test_queue_is_bounded() -> None:
-    """A batch that the queue has no room for is refused whole."""
+    """A batch that the queue has no room for is refused whole, with a hint when to come back."""
     edge = connected(runs=1)
     edge.admit(*[need()] * 8)
     edge.admit(need(), need())
+    error = edge.refused(need())
 
-    assert isinstance(edge.refused(need()), errors.QueueFull)
+    assert isinstance(error, errors.QueueFull)
+    assert error.retry_after
 
 
 def test_unearned_grade_is_refused() -> None:
