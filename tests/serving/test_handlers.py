@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Never, cast
 
 import grpc
@@ -24,6 +25,7 @@ from serving.handlers import (
     TURNS_MAX,
     VAIN_WAITS,
     Coalescer,
+    _Observation,
     fitting,
     ran_out,
 )
@@ -228,6 +230,21 @@ def test_a_caller_whose_time_is_all_but_over_left_because_of_it(patience: float)
     assert all(ran_out(left, patience) for left in (-1.0, 0.0, early * 0.99))
     assert not ran_out(early * 1.01, patience)
     assert not ran_out(None, None)
+
+
+@pytest.mark.parametrize(
+    ("at_arrival", "left", "code"),
+    [(30.0, 0.0, "DEADLINE_EXCEEDED"), (30.0, 20.0, "CANCELLED"), (None, None, "CANCELLED")],
+)
+def test_a_caller_that_left_is_counted_by_its_clock(at_arrival: float | None, left: float | None, code: str) -> None:
+    """A call that ends because its caller is gone is DEADLINE_EXCEEDED if the caller's time had run out, else CANCELLED."""
+    clock, counted = iter([at_arrival, left]), list[str]()
+    context: Any = SimpleNamespace(time_remaining=lambda: next(clock), code=lambda: None)
+    method: Any = SimpleNamespace(ended=lambda code, *_: counted.append(code))
+    with pytest.raises(asyncio.CancelledError), _Observation(method, context):
+        raise asyncio.CancelledError
+
+    assert counted == [code]
 
 
 async def test_grpcs_own_services_are_not_counted() -> None:

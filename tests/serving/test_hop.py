@@ -60,12 +60,15 @@ async def serving(address: str, end: ServiceEnd | None) -> AsyncIterator[tuple[E
         await server.stop(0)
 
 
-async def described(address: str, metadata: tuple[tuple[str, str], ...]) -> None:
-    """Calls Describe. Raises the error that it has."""
+async def described(address: str, metadata: tuple[tuple[str, str], ...], *, stream: bool = False) -> None:
+    """Calls Describe, or opens a stream of runs. Raises the error that it has."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub: engine_pb2_grpc.EngineAsyncStub = engine_pb2_grpc.EngineStub(channel)
         try:
-            await stub.Describe(engine_pb2.DescribeRequest(), metadata=metadata)
+            if stream:
+                await stub.Execute(iter([engine_pb2.ExecuteRequest()]), metadata=metadata).read()
+            else:
+                await stub.Describe(engine_pb2.DescribeRequest(), metadata=metadata)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
 
@@ -78,14 +81,15 @@ async def introduced(address: str, secret: bytes = b"") -> tuple[tuple[str, str]
 @pytest.mark.parametrize(("address", "secret"), [("unix", b""), ("unix", SECRET), ("127.0.0.1:0", SECRET)])
 async def test_two_ends_that_belong_together(address: str, secret: bytes, tmp_path: Path) -> None:
     """Two ends of one user over a unix socket, or two that hold one secret, believe each other; a caller without proof, with a
-    proof of another service or with two proofs reaches nothing."""
+    proof of another service or with two proofs reaches nothing, nor opens a stream of runs."""
     chosen = f"unix:{tmp_path}/engine.sock" if address == "unix" else address
     async with serving(chosen, ServiceEnd(secret)) as (engine, listening):
         proof = await introduced(listening, secret)
         await described(listening, proof)
         for wrong in ((), ((METADATA, "0" * 64),), (*proof, *proof), (("authorization", proof[0][1]),)):
-            with pytest.raises(Unauthenticated):
-                await described(listening, wrong)
+            for stream in (False, True):
+                with pytest.raises(Unauthenticated):
+                    await described(listening, wrong, stream=stream)
 
         assert engine.calls == 1
     async with serving(chosen, ServiceEnd(secret)) as (engine, listening):

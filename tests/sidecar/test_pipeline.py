@@ -8,7 +8,7 @@ import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Never, cast
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -155,6 +155,29 @@ async def test_an_input_is_what_was_recorded(journal: Journal) -> None:
     assert pipeline.items[2].input.seed == 7
     assert batch.numbered.result() == stamp_of(recorded[0].header)
     assert pipeline.told == [ev.Numbered(1, 1)]
+
+
+@pytest.mark.parametrize("kind", [errors.JournalFull, errors.JournalUnavailable])
+async def test_a_batch_that_the_journal_does_not_take(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, kind: type[errors.OstinatoError]
+) -> None:
+    """It is refused with the journal's error, and the core and the process go on without it."""
+
+    async def refuse(_draft: object) -> Never:
+        raise kind("no", retry_after=7)
+
+    monkeypatch.setattr(journal, "append", refuse)
+    pipeline = Watched(journal)
+    prepared = engine_pb2.PreparedItem(token_ids=[1], parameters=types_pb2.ResolvedParameters(max_new_tokens=3))
+    draft_ = draft(generation_pb2.GenerateRequest(), engine_pb2.PrepareResponse(items=[prepared]), "tenant", os.urandom)
+    answer = asyncio.get_running_loop().create_future()
+    pipeline._pending[1] = batch = PendingAdmission(1, draft_, UnaryWaiter(1, account()), 0.0, answer)
+    await pipeline._number(batch)
+
+    with pytest.raises(kind) as refused:
+        await batch.numbered
+    assert refused.value.retry_after == 7
+    assert pipeline.told == [ev.NotNumbered(1)]
 
 
 async def test_a_cancel_tells_how_many_it_ended(journal: Journal) -> None:
