@@ -242,13 +242,14 @@ def troubles(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 async def test_reflection_names_our_services() -> None:
-    """A client without our files finds services and messages by reflection."""
+    """A client without our files finds every service, and messages, by reflection."""
     server = Server(["127.0.0.1:0"], registry=CollectorRegistry())
     server.add(
         generation_pb2_grpc.add_GenerationServicer_to_server,
         generation_pb2_grpc.GenerationServicer(),  # type: ignore[abstract]  # at run time it answers UNIMPLEMENTED
         "ostinato.v1.Generation",
     )
+    server.add(register, Echo(), NAME)
     await server.start()
 
     def ask() -> tuple[list[str], str]:
@@ -258,7 +259,7 @@ async def test_reflection_names_our_services() -> None:
 
     services, file = await asyncio.to_thread(ask)
     await server.stop(grace=0)
-    assert {"ostinato.v1.Generation", "grpc.health.v1.Health"} <= set(services)
+    assert {"ostinato.v1.Generation", NAME, "grpc.health.v1.Health"} <= set(services)
     assert file == "ostinato/v1/generation.proto"
 
 
