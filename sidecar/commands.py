@@ -26,7 +26,7 @@ from serving.settings import lookup
 from sidecar.config import Settings, is_shared, journal_fault, mark_of
 from sidecar.journal import maintenance
 from sidecar.journal.diagnosis import REBUILD, RESTORE
-from sidecar.journal.maintenance import head_faults, verify_all
+from sidecar.journal.maintenance import verify_all, verify_heads
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalBroken, JournalUnusable, Loss
 from sidecar.journal.sql import SqlStore
@@ -97,7 +97,10 @@ def main(argv: Sequence[str]) -> None:
 
 @app.command()
 def verify(
-    key: Annotated[list[Path] | None, typer.Option(help="A public key whose signatures are verified; may be repeated.")] = None,
+    key: Annotated[
+        list[Path] | None,
+        typer.Option(help="The log's public key; may be repeated, for old keys. A signature of another key is a fault."),
+    ] = None,
     journal: Journal = JOURNAL,
     config: Config = None,
 ) -> None:
@@ -113,11 +116,18 @@ def verify(
                 raise JournalUnusable(f"{store.name} is damaged: {checked.faults[0]}{others}: {remedy}")
             came_to(index := checked.index)
         with store.snapshot() as tables:
-            fault = next(head_faults(tables, keys), "")
+            heads = verify_heads(tables, keys)
             tables.notes("")  # raises an error if they cannot be read
-        if fault := store.structure() or fault:
+        if fault := store.structure() or heads.fault:
             raise JournalUnusable(f"{store.name} is damaged: {fault}: {RESTORE}")
-    note(f"{index} entries are sound")
+        if heads.foreign:
+            raise JournalUnusable(
+                f"{store.name} is not the log of this key: {heads.foreign}: "
+                f"if the log has had that key, give it as another --key; otherwise {RESTORE}"
+            )
+    verified = "".join(f"; {count} heads verified with key {key_id}" for key_id, count in heads.verified.items())
+    unsigned = f"; {index - heads.entries} entries have no signed head" if heads.verified else ""
+    note(f"{index} entries are sound{verified}{unsigned}")
 
 
 @app.command()

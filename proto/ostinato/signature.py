@@ -13,7 +13,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -232,6 +232,9 @@ class PublicKeys:
             id_ = key_id(key.public_bytes_raw())
             self._keys[id_] = key
         return id_
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
 
     def __contains__(self, key_id: str) -> bool:
         return key_id in self._keys

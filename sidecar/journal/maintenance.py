@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -89,30 +90,58 @@ def check_signatures(signatures: Sequence[Signature], last_index: int) -> None:
         before = each.last_index
 
 
-def head_faults(tables: SqlTables, keys: PublicKeys) -> Iterator[str]:
-    """What is wrong with the signed heads of sound entries, and where one is missing. Signatures of other keys than these are
-    not verified."""
-    before = Signature(0, 0, "", b"")
-    log = tables.log()
+@dataclass(slots=True)
+class Heads:
+    """What a verification of the signed heads has found."""
+
+    verified: Counter[str]
+    """Heads by key id, for each key that was given."""
+    entries: int = 0
+    """Entries that they cover."""
+    fault: str = ""
+    """What is wrong with a head, or where one is missing; empty: nothing."""
+    foreign: str = ""
+    """The first epoch or head of a key that was not given, if some were; empty: none."""
+
+
+def verify_heads(tables: SqlTables, keys: PublicKeys) -> Heads:
+    """Verify the signed heads of sound entries. If there are keys, each epoch and head that is signed must be of one of them.
+    Without keys, no signature is verified."""
+    heads = Heads(Counter(dict.fromkeys(keys, 0)))
+
+    def opened(header: types_pb2.EntryHeader, key_id: str) -> None:
+        if len(keys) and key_id and key_id not in keys:
+            heads.foreign = heads.foreign or f"{name_of(header)}: its epoch is signed by key {key_id}, which was not given"
+
+    log, before = tables.log(), Signature(0, 0, "", b"")
     for each in signatures_of(tables.signatures):
+        name = f"head of entries {each.first_index} to {each.last_index}"
         try:
             check_signatures([before, each] if before.last_index else [each], log.index if log is not None else 0)
         except ValueError as error:
-            yield str(error)
-            return
+            heads.fault = str(error)
+            return heads
         before = each
         if each.key_id in keys:
             covered = tables.entries(each.first_index, each.last_index + 1 - each.first_index, payloads=False)
             tree, hashes = SignedTree(), [entry.entry_hash for entry in covered]
             tree.restore(covered[0].header.log_id, each.first_index, hashes, each.key_id, each.signature)
             if not keys.verify(tree.head):
-                yield f"head of entries {each.first_index} to {each.last_index}: its signature is not by key {each.key_id}"
-    if fault := unsigned_fault(tables):
-        yield fault
+                heads.fault = f"{name}: its signature is not by key {each.key_id}"
+                return heads
+            heads.verified[each.key_id] += 1
+            heads.entries += len(covered)
+        elif len(keys):
+            heads.foreign = heads.foreign or f"{name}: it is signed by key {each.key_id}, which was not given"
+    heads.fault = unsigned_fault(tables, opened)
+    return heads
 
 
-def unsigned_fault(tables: SqlTables) -> str:
+def unsigned_fault(
+    tables: SqlTables, on_opened: Callable[[types_pb2.EntryHeader, str], None] = lambda header, key_id: None
+) -> str:
     """The first entry that no head covers, or one of another key, although its epoch's OPENED entry names a key; empty: none.
+    `on_opened` is given each OPENED entry up to it, and the id of that key.
 
     PRUNED entries are not counted: commands make them, without the key. Nor are those before a LOST entry and its epoch: the
     end of a transaction may be what was lost, and its head with it."""
@@ -123,6 +152,7 @@ def unsigned_fault(tables: SqlTables) -> str:
             header = entry.header
             if header.kind == types_pb2.ENTRY_KIND_OPENED:
                 signing[header.writer] = sequencer_pb2.OpenedPayload.FromString(entry.payload).signing_key_id
+                on_opened(header, signing[header.writer])
             while head is not None and head.last_index < header.index:
                 head = next(heads, None)
             covering = head.key_id if head is not None and head.first_index <= header.index else ""

@@ -178,6 +178,31 @@ def test_damaged_heads(store: SqliteKit, run: Said, tmp_path: Path, change: str,
     assert said.format(key=signer.key_id) in run("verify", "--key", tmp_path / "key", "--journal", store.path, code=1)
 
 
+def test_a_log_of_another_key(store: SqliteKit, run: Said, tmp_path: Path) -> None:
+    """With keys, verify refuses an epoch or a head of a key that is none of them, and names it; also of an epoch whose heads
+    are gone under a recorded loss. With all keys of the log it says how many heads each has signed, and what none covers."""
+    old = store.settings.signer
+    store.configure(signer=(new := signer_of(new_key())))
+    store.open()[0].close()
+    assert old is not None
+    files = []
+    for signer in (old, new):
+        files.append(tmp_path / signer.key_id)
+        files[-1].write_text(signer.public_pem)
+    run("accept-loss", "--through", 9, "--journal", store.path)
+
+    said = run("verify", "--key", files[0], "--key", files[1], "--journal", store.path)
+    assert f"sound; 3 heads verified with key {old.key_id}; 1 heads verified with key {new.key_id}; 2 entries have no" in said
+    said = run("verify", "--key", files[0], "--journal", store.path, code=1)
+    assert f"head of entries 8 to 8: it is signed by key {new.key_id}, which was not given" in said
+    assert f"head of entries 1 to 1: it is signed by key {old.key_id}" in run(
+        "verify", "--key", files[1], "--journal", store.path, code=1
+    )
+    store.execute("DELETE FROM heads WHERE first_index = 8")
+    said = run("verify", "--key", files[0], "--journal", store.path, code=1)
+    assert f"entry 8, OPENED: its epoch is signed by key {new.key_id}, which was not given" in said
+
+
 def test_an_import_without_heads(store: SqliteKit, run: Said, tmp_path: Path) -> None:
     """Lines that lack a signed head of an epoch with a key are not taken in."""
     run("export", "-", "--journal", store.path)
