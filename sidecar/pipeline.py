@@ -230,6 +230,7 @@ class Pipeline:
     async def _join(self, request: generation_pb2.GenerateRequest, binding: Binding, waiter: Waiter) -> types_pb2.Stamp:
         """Wait for the items of a bound key, recorded or still to end. Raises KeyReused if they are of another request."""
         if binding.request_digest and request_digest(request) != binding.request_digest:
+            await self.journal.batch(caller().tenant, request.idempotency_key, binding)  # unless the binding is damaged
             named = _shown(request.idempotency_key)
             raise errors.KeyReused(
                 f"the idempotency key {named} was used for another request: use another key, or send the same request"

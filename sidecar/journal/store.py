@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 from google.protobuf.message import DecodeError
 from msgspec.structs import replace
 
-from ostinato.chain import OUTCOMES, entry_hash, payload_digest
+from ostinato.chain import OUTCOMES, SEQUENCE_MAX, entry_hash, payload_digest
 from ostinato.digest import DIGEST_BYTES, fingerprint_digest
 from ostinato.errors import RecordDamaged
 from ostinato.signature import SignedTree, Signer
@@ -68,6 +68,10 @@ class StoreSettings:
     """Held back for outcomes, of the disk and of journal_bytes_max, where the journal is a file; 0: nothing."""
     lease_seconds: float = 10.0
     """Where writers share a journal: after so long without a sign of life another may take over a writer's items."""
+
+
+BATCH_ITEMS_MAX = 4096
+"""No setting allows more."""
 
 
 class Name:
@@ -389,6 +393,8 @@ def check_batch(items: Sequence[ItemEntries], tenant: str, key: str, binding: Bi
             given = sequencer_pb2.AdmittedPayload.FromString(each.admitted.payload)
             if (given.tenant, given.idempotency_key) != (tenant, key):
                 raise RecordDamaged(f"{named} another key's")
+            if binding.request_digest not in (b"", given.request_digest):
+                raise RecordDamaged(f"{named} of another request")
 
 
 def _witnessed_index(note: bytes) -> int:
@@ -400,7 +406,12 @@ def _witnessed_index(note: bytes) -> int:
 
 
 def _bindings(rows: Iterable[Row]) -> dict[tuple[str, str], Binding]:
-    return {(tenant, key): Binding(*rest) for tenant, key, *rest in rows}
+    bindings = {(tenant, key): Binding(*rest) for tenant, key, *rest in rows}
+    for each in bindings.values():
+        placed = 1 <= each.first_sequence <= SEQUENCE_MAX and 1 <= each.count <= BATCH_ITEMS_MAX
+        if not placed or len(each.request_digest) not in (0, DIGEST_BYTES):
+            raise Damaged(f"table keys is damaged: what it says of the batch from sequence {each.first_sequence}")
+    return bindings
 
 
 class Store(Protocol):

@@ -25,6 +25,7 @@ from sidecar.admission import (
 )
 from sidecar.config import Settings
 from sidecar.journal.ledger import SIGNED_ENTRIES_MAX
+from sidecar.preparing import ITEM_BYTES
 
 SETTINGS = Settings(max_response_bytes=4096, response_bytes_ceiling=8192, batch_items_max=2)
 Request = generation_pb2.GenerateRequest
@@ -158,5 +159,5 @@ def test_a_grammar_counts_as_much_text() -> None:
         items=[types_pb2.Item(text="x", parameters=types_pb2.Parameters(response_format=format_))]
     )
 
-    assert prepare_cost(short) == short.ByteSize()
-    assert prepare_cost(grammar) == grammar.ByteSize() + FORMAT_BYTES
+    assert prepare_cost(short) == short.ByteSize() + ITEM_BYTES
+    assert prepare_cost(grammar) == grammar.ByteSize() + ITEM_BYTES + FORMAT_BYTES

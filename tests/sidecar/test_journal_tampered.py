@@ -278,6 +278,29 @@ async def test_a_twin_that_is_damaged(kit: Kit, statement: str) -> None:
         assert len(DAMAGED) == 1
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["count = 0", "count = -1", "count = 2147483647", "count = 4097", "first_sequence = 0", "request_digest = {short}"],
+)
+async def test_a_key_that_is_bound_to_no_batch(kit: Kit, change: str) -> None:
+    """A key whose row no journal writes is refused at once, however many items it names."""
+    short = "x'00'" if isinstance(kit, SqliteKit) else "'\\x00'"
+    async with filled(kit, f"UPDATE keys SET {change.format(short=short)} WHERE key = 'k'") as journal:
+        with pytest.raises(RecordDamaged, match="table keys"):
+            await journal.binding("a", "k")
+        with pytest.raises(RecordDamaged, match="table keys"):
+            await journal.append(admission(key="k", tenant="a"))
+        assert (await journal.append(admission(key="new"))).entries
+
+
+async def test_a_key_with_the_digest_of_another_request(kit: Kit) -> None:
+    """The digest beside a key is compared with the one that its entries have: a damaged one makes no other request of it."""
+    digest = "zeroblob(32)" if isinstance(kit, SqliteKit) else "decode(repeat('00', 32), 'hex')"
+    async with filled(kit, f"UPDATE keys SET request_digest = {digest} WHERE key = 'k'") as journal:
+        with pytest.raises(RecordDamaged, match="of another request"):
+            await answer(journal, "a", "k")
+
+
 async def test_a_key_of_another_tenant(kit: Kit) -> None:
     """A key that was bound to another tenant's batch gets none of its outputs."""
     rebound = """UPDATE keys SET first_sequence = 13 - first_sequence, count = 3 - count;

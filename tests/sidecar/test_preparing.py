@@ -122,14 +122,16 @@ async def test_without_a_stream() -> None:
 
 
 def test_what_has_a_call_of_its_own() -> None:
-    """Much text, wherever it stands, many messages, and every grammar: what takes long would keep the stream waiting."""
+    """Much text, wherever it stands, many items or messages, and every grammar: what takes long would block the stream."""
     assert is_short(asked())
-    assert is_short(asked("x" * (SHORT_BYTES - 20)))
+    assert is_short(asked("x" * (SHORT_BYTES - 60)))
     assert not is_short(asked("x" * SHORT_BYTES))
     assert not is_short(asked(stop=["x" * SHORT_BYTES]))
     for messages, short in ((31, True), (32, False)):
         chat = types_pb2.Chat(messages=[types_pb2.Message()] * messages)
         assert is_short(engine_pb2.PrepareRequest(items=[types_pb2.Item(chat=chat)])) == short
+    for items, short in ((90, True), (100, False)):
+        assert is_short(engine_pb2.PrepareRequest(items=[types_pb2.Item(text="x")] * items)) == short
     grammar = types_pb2.ResponseFormat(regex="a")
     assert not is_short(asked(response_format=grammar))
     assert not is_short(engine_pb2.PrepareRequest(parameters=types_pb2.Parameters(response_format=grammar)))
