@@ -19,9 +19,11 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # As of what a shell runs in the background. The programs that tests start would inherit it, and are to obey a Ctrl-C.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell ignores SIGINT for what it runs in the background, and nohup ignores SIGHUP. The programs that tests start would
+# inherit that, and are to obey both.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 
 LONGEST = ("e2e/test_determinism.py", "simulation/test_points.py", "test_readme.py")

@@ -181,7 +181,7 @@ def token_command(program: str, argv: Sequence[str]) -> int:
     """`python -m sidecar token TENANT ROLE [COMMENT]`: prints the line for the file on stdout, and the token on stderr."""
     parser = argparse.ArgumentParser(prog=program, description="Makes a token: its line on stdout, itself on stderr.")
     parser.add_argument("tenant", help="whose: 1 to 128 printable ASCII characters without spaces")
-    roles = [Role.TENANT, Role.ADMIN]
+    roles = [Role.TENANT.value, Role.ADMIN.value]
     parser.add_argument("role", choices=roles, help="tenant: sees what is its own; admin: sees everything")
     parser.add_argument("comment", nargs="?", default="", help="for those who read the file")
     given = parser.parse_args(argv)

@@ -371,7 +371,7 @@ def _convert(kind: type, text: str) -> object:
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"is no {kind.__name__}") from None
+        raise ValueError(f"is not {_IN_TOML[kind][1]}") from None
 
 
 def _shown(f: dataclasses.Field[object], value: object) -> str:

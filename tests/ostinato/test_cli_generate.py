@@ -212,7 +212,10 @@ def test_a_bad_line_is_named(ostinato: Terminal, tmp_path: Path, line: str | byt
 def test_a_refused_line_is_named(ostinato: Terminal, tmp_path: Path) -> None:
     """A request that the sidecar calls invalid exits 2, as wrong usage does, and names the line or prompt that is wrong."""
     (tmp_path / "f").write_text('"a"\n\n"b"\n')
-    violations = [errors.Violation("items[1].parameters.top_p", "above 1"), errors.Violation("required_grade", "unknown")]
+    violations = [
+        errors.Violation("items[1].parameters.top_p", "above 1"),
+        errors.Violation("items", "raise metadata ostinato-max-response-bytes"),
+    ]
     refused = errors.InvalidRequest("bad", violations=violations)
     ostinato.fake.script["Generate"].append(refused)
 
@@ -223,7 +226,7 @@ def test_a_refused_line_is_named(ostinato: Terminal, tmp_path: Path) -> None:
     assert result.stderr.splitlines() == [
         "error: INVALID_REQUEST: the request has 2 bad fields",
         f"  {tmp_path}/f:3: parameters.top_p: above 1",
-        "  required_grade: unknown",
+        "  items: raise --max-response-bytes",
     ]
     alone = errors.invalid("items[0].text", "is too long")
     for method, command, place in (
@@ -304,6 +307,18 @@ def test_a_stream_shows_the_text(ostinato: Terminal) -> None:
     output = ostinato.fake.records[2].result.output
     assert (result.exit_code, result.stdout) == (0, output.text + "\n")
     assert result.stderr.startswith("sequence 2, seed 3, grade exact, finish length, digest ")
+    assert "verified" not in result.stderr
+
+
+def test_a_stream_tells_what_its_verification_found(ostinato: Terminal) -> None:
+    """After the summary of a verified stream comes the verdict, also if it is a match."""
+    comparison = types_pb2.Comparison(verdict=types_pb2.VERDICT_MATCH)
+    finished = types_pb2.Result(sequence=1, output=types_pb2.Output(text="hello"), comparison=comparison)
+    ostinato.fake.script["GenerateStream"].append([generation_pb2.GenerateEvent(finished=finished)])
+
+    result = ostinato("generate", "--stream", "--verify", "a")
+
+    assert (result.exit_code, result.stderr.splitlines()[1:]) == (0, ["verified: 1 match"])
 
 
 def test_a_restart_is_said(ostinato: Terminal) -> None:
@@ -364,8 +379,8 @@ IMAGE = '[{"role": "user", "content": [{"type": "image_url"}]}]'
     [
         (["generate"], "no prompt"),
         (["generate", "a", "--stream", "-n", "2"], "--stream: shows one prompt, not 2"),
-        (["generate", "a", "--require-grade", "best"], "required_grade: 'best' is not one of exact, serial, best-effort"),
-        (["generate", "a", "--seed", "-1"], "seed: -1 is not from 0 to 18446744073709551615"),
+        (["generate", "a", "--require-grade", "best"], "--require-grade: 'best' is not one of exact, serial, best-effort"),
+        (["generate", "a", "--seed", "-1"], "--seed: -1 is not from 0 to 18446744073709551615"),
         (["generate", "a", "--seed", "x"], "--seed"),
         (["generate", "a", "--regex", "a", "--json-schema", "{}"], "give one of them"),
         (["generate", "a", "--json-schema", "@/nowhere"], "--json-schema: "),
@@ -375,13 +390,15 @@ IMAGE = '[{"role": "user", "content": [{"type": "image_url"}]}]'
         (["generate", "--messages", IMAGE], "images, audio and files are not supported"),
         (["generate", "a", "--tools", "[]"], "--tools: for chats: add --chat"),
         (["generate", "a", "--key", ""], "Invalid value for '--key': is empty"),
-        (["generate", "a", "--parse", "x"], "'x' is not one of tools, reasoning"),
+        (["generate", "a", "--parse", "x"], "--parse: 'x' is not one of tools, reasoning"),
+        (["chat", "--stop-token-id", "-1"], "--stop-token-id: -1 is not from 0 to"),
+        (["generate", "--file", "/dev/null"], "--file: /dev/null has no prompt"),
         (["generate", "--file", "/nowhere"], "/nowhere: No such file"),
-        (["generate", "a", "--timeout", "0"], "timeout: must be above 0 and at most 1e+09 seconds, not 0.0"),
-        (["generate", "a", "--timeout", "1e10"], "timeout: must be above 0"),
+        (["generate", "a", "--timeout", "0"], "--timeout: must be above 0 and at most 1e+09 seconds, not 0.0"),
+        (["generate", "a", "--timeout", "1e10"], "--timeout: must be above 0"),
         (["generate", "a", "--concurrency", str(10**20)], "--concurrency"),
         (["generate", "a", "--batch", "0"], "--batch"),
-        (["head", "-t", "localhost"], "target: must be host:port"),
+        (["head", "-t", "localhost"], "--target: must be host:port"),
         (["generate", "a", "--nonsense"], "--nonsense"),
         (["--tls-ca", "/nowhere", "head"], "--tls-ca: /nowhere: No such file"),
         (["--tls-key", "/dev/null", "head"], "--tls-certificate, key: one needs the other"),

@@ -121,6 +121,21 @@ def test_a_signal_ends_it_all_at_any_moment(state: Path, moment: str, number: si
         assert (code, serve.lines[before:], serve.children()) == (0, [STOPPING], [])
 
 
+def test_a_hangup_that_is_ignored_stays_ignored(state: Path) -> None:
+    """Under nohup a SIGHUP has no effect: the SIGTERM after it is the first signal that stops it."""
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        serve = Serve(state)
+    finally:
+        signal.signal(signal.SIGHUP, usual)
+    with serve:
+        assert serve.target
+        before = len(serve.lines)
+        os.kill(serve.pid, signal.SIGHUP)
+
+        assert (serve.stop(), serve.lines[before:]) == (0, [STOPPING])
+
+
 def test_a_second_signal_does_not_wait(state: Path) -> None:
     """An answer that does not end delays the drain; a second signal kills, with exit code 130 and no child."""
     hang = ("--service-flag", """--script '{"rules": [{"do": "hang", "at": 1}]}'""")
@@ -204,7 +219,7 @@ def test_one_state_folder_serves_once(state: Path) -> None:
 def test_what_a_program_refuses_is_said(state: Path) -> None:
     """A bad setting, with exit code 2, and a grade that is not earned are one line, from the program itself."""
     with Serve(state, "--service-flag", "--runs=none --engine=llama") as serve:
-        assert only_line(serve, 2) == "ostinato serve: service: --runs: 'none' is no int"
+        assert only_line(serve, 2) == "ostinato serve: service: --runs: 'none' is not a whole number"
     with Serve(state, "--service-flag", "--require-grade EXACT") as serve:
         assert (
             only_line(serve)
@@ -224,6 +239,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
+        (["--engine", "x"], "Invalid value for '--engine': 'x' is not one of llama, turbomind, scripted"),
         (["/no.gguf"], "MODEL: there is no file or folder /no.gguf"),
         (["--gateway-port", "8000"], "--gateway-port: needs --gateway"),
         (["--service-flag", "'"], "--service-flag: No closing quotation"),

@@ -150,7 +150,7 @@ def test_a_certificates_line(tmp_path: Path, name: str, key: str) -> None:
 
 
 def test_the_command_makes_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What goes to stdout is a line of the file, for the token that goes to stderr; a bad tenant makes none."""
+    """What goes to stdout is a line of the file, for the token that goes to stderr; a bad tenant or role makes none."""
     assert auth.token_command("token", ["acme", "tenant", "night batches"]) == 0
     made = capsys.readouterr()
     assert auth.load_tokens(written(tmp_path, made.out)).value.get(auth.hash_of(made.err.strip())) == Identity(
@@ -160,6 +160,9 @@ def test_the_command_makes_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit, match="2"):
         auth.token_command("token", ["two words", "tenant"])
     assert "printable ASCII" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        auth.token_command("token", ["acme", "boss"])
+    assert "(choose from 'tenant', 'admin')" in capsys.readouterr().err.replace("tenant, admin", "'tenant', 'admin'")
 
 
 Metadata = Sequence[tuple[str, str]]

@@ -100,7 +100,7 @@ def test_a_number_that_is_none_or_out_of_bounds_stops_the_program(capsys: pytest
     [
         ("--queue-items=0", "1 to 18446744073709551615"),
         ("--queue-items=18446744073709551616", "1 to 18446744073709551615"),
-        ("--queue-items=1.5", "no int"),
+        ("--queue-items=1.5", "is not a whole number"),
         ("--log-format=xml", "human, json"),
         ("--writer=a\x07b", "has the control character U+0007"),
         ("--queue-items=13", "cannot be 13 with audit"),

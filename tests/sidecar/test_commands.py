@@ -140,7 +140,7 @@ def test_export_and_import(store: SqliteKit, run: Said, tmp_path: Path) -> None:
     file, other = tmp_path / "journal.jsonl", tmp_path / "other.db"
     run("export", file, "--journal", store.path)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert "File exists" in run("export", file, "--journal", store.path, code=1)
+    assert f"{file}: File exists" in run("export", file, "--journal", store.path, code=1)
     assert "7 entries, sequences to 3" in run("import", file, "--journal", other)
     assert "not empty" in run("import", file, "--journal", other, code=1)
     run("export", "-", "--journal", other)

@@ -21,7 +21,7 @@ from google.protobuf import json_format
 from ostinato import errors, requests
 from ostinato.cli import documents, show
 from ostinato.cli.generate import SAMPLING, Screen, TemplateKwargs, Tools, chat_arguments, placed, sampling_of
-from ostinato.cli.session import Session, lock, usage, wrong
+from ostinato.cli.session import Session, lock, options, usage, wrong
 from ostinato.client import Client
 from ostinato.compare import first_difference
 from ostinato.v1 import generation_pb2, types_pb2
@@ -152,14 +152,14 @@ def chat(
     """A conversation in the terminal. /again asks for the last answer once more and says MATCH, or where it parted."""
     if session.json:
         raise wrong("--json: is for commands that print records; generate --messages prints an answer as JSON")
-    with usage():
+    with options():
         parameters = requests.parameters(sampling_of(sampling)) or types_pb2.Parameters()
-    options = chat_arguments(tools, template_kwargs)
+    arguments = chat_arguments(tools, template_kwargs)
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
         client = session.client()
         stack.callback(lambda: runner.run(client.close()))
-        conversation = Conversation(client, session.timeout, parameters, options)
+        conversation = Conversation(client, session.timeout, parameters, arguments)
         if history is not None:
             conversation.history = stack.enter_context(_locked(history))
             conversation.turns = _read(conversation.history, history)

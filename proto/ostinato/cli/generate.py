@@ -22,7 +22,7 @@ import typer
 
 from ostinato import digest, errors, requests
 from ostinato.cli import documents, show
-from ostinato.cli.session import STDIN, Key, Session, lock, usage, wrong
+from ostinato.cli.session import STDIN, Key, Session, lock, option, options, usage, wrong
 from ostinato.client import DEFAULT_RESPONSE_BYTES, Client
 from ostinato.v1 import generation_pb2, types_pb2
 
@@ -77,6 +77,7 @@ Output = Annotated[
     ),
 ]
 RequireGrade = Annotated[str | None, typer.Option(metavar="exact|serial|best-effort", help="Fail below this grade.")]
+RESPONSE_BYTES_OPTION = "--max-response-bytes"
 MaxResponseBytes = Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Largest response to a request.")]
 
 
@@ -106,7 +107,7 @@ TemplateKwargs = Annotated[
 def chat_arguments(tools: str | None, template_kwargs: str | None) -> dict[str, str]:
     """Those of the two options that are given, as `requests.chat` takes them."""
     given = {"tools": tools, "template_kwargs": template_kwargs}
-    return {name: _text_or_file(_option(name), value) for name, value in given.items() if value}
+    return {name: _text_or_file(option(name), value) for name, value in given.items() if value}
 
 
 def generate(
@@ -141,27 +142,31 @@ def generate(
     With --key, the same command again returns the recorded outputs; the second of several requests has KEY/2, and so on.
     With --output, --file may have any length, and the same command continues after an interruption.
     """
-    with usage():
+    with options():
         parameters = sampling_of(sampling)
         common = requests.batch(types_pb2.Item(), key or "", request_id, require_grade, parameters, verify=verify)
     arguments = chat_arguments(tools, template_kwargs)
     if arguments and not (chat or file or messages is not None):
-        raise wrong(f"{', '.join(map(_option, arguments))}: for chats: add --chat, or give --messages or --file")
+        raise wrong(f"{', '.join(map(option, arguments))}: for chats: add --chat, or give --messages or --file")
     prompts = Prompts(texts or [], messages, file, n, chat, arguments)
-    options = GenerateOptions(prompts, common, batch, concurrency, progress, max_response_bytes)
+    given = GenerateOptions(prompts, common, batch, concurrency, progress, max_response_bytes)
     if output is not None:
         if file is None or str(file) == STDIN or texts or stream:
             raise typer.BadParameter("--output: takes the prompts of --file, which is read twice, and no others")
-        return _bulk(session, options, file, output)
+        return _bulk(session, given, file, output)
     listed = list(prompts)
     if not listed:
-        raise typer.BadParameter(NO_PROMPT)
+        raise _no_prompt(file)
     if stream:
         if len(listed) > 1:
             raise wrong(f"--stream: shows one prompt, not {len(listed)}")
         common.items[0].CopyFrom(listed[0].item)
         return _stream(session, common, listed[0].place, max_response_bytes)
-    return _print_table(session, listed, options)
+    return _print_table(session, listed, given)
+
+
+def _no_prompt(file: Path | None) -> typer.BadParameter:
+    return wrong(NO_PROMPT if file is None else f"--file: {file} has no prompt")
 
 
 def sampling_of(given: Mapping[str, Any]) -> requests.Sampling:
@@ -169,14 +174,10 @@ def sampling_of(given: Mapping[str, Any]) -> requests.Sampling:
     made: dict[str, Any] = {name: value or None if isinstance(value, list) else value for name, value in given.items()}
     formats = {name: value for name in FORMATS if (value := made.pop(name)) is not None}
     if len(formats) > 1:
-        raise wrong(f"{', '.join(map(_option, formats))}: give one of them")
+        raise wrong(f"{', '.join(map(option, formats))}: give one of them")
     for name, value in formats.items():
-        made["response_format"] = {name: value if name == "regex" else _text_or_file(_option(name), value)}
+        made["response_format"] = {name: value if name == "regex" else _text_or_file(option(name), value)}
     return cast(requests.Sampling, made)
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _text_or_file(option: str, given: str) -> str:
@@ -379,18 +380,21 @@ async def answers(
 
 async def _send(client: Client, timeout: float | None, batch: Batch) -> Answer:
     try:
-        with placed(*(prompt.place for prompt in batch.prompts)):
+        with placed(*(prompt.place for prompt in batch.prompts), response_bytes=RESPONSE_BYTES_OPTION):
             return await client.generate(batch.request, timeout=timeout)
     except errors.OstinatoError as error:
         return error
 
 
 @contextmanager
-def placed(*places: str) -> Iterator[None]:
+def placed(*places: str, response_bytes: str = "") -> Iterator[None]:
     """Bad fields of items have the places of their prompts: `items[3].parameters.top_p` is `questions.jsonl:7:
-    parameters.top_p`."""
+    parameters.top_p`. `response_bytes`: the option to name instead of the call's metadata, if there is one."""
+    metadata = f"metadata {requests.RESPONSE_BYTES_METADATA}"
 
     def named(violation: errors.Violation) -> errors.Violation:
+        described = violation.description.replace(metadata, response_bytes or metadata)
+        violation = errors.Violation(violation.field, described)
         found = re.fullmatch(r"items\[(\d+)\]\.?(.*)", violation.field)
         if found is None or int(found[1]) >= len(places):
             return violation
@@ -411,7 +415,7 @@ async def _stream(session: Session, request: generation_pb2.GenerateRequest, pla
         session.client(max_response_bytes) as client,
         aclosing(client.stream(request, timeout=session.timeout)) as events,
     ):
-        with placed(place), closing(Screen()) as screen:
+        with placed(place, response_bytes=RESPONSE_BYTES_OPTION), closing(Screen()) as screen:
             async for event in events:
                 finished = finished or event.HasField("finished")
                 if session.json:
@@ -440,6 +444,8 @@ class Screen:
                 self._write(event.finished.output.text.removeprefix(self._shown))
                 self.close()
                 show.note(_summary(event.finished))
+                if event.finished.HasField("comparison"):
+                    show.note(f"verified: {show.verdicts([event.finished])}")
             case "failed":
                 self.close()
                 show.note(_summary(event.failed))
@@ -473,7 +479,7 @@ def _bulk(session: Session, options: GenerateOptions, file: Path, output: Path) 
         options.common.idempotency_key = file.name.encode()[:RUN_NAME_BYTES_MAX].decode(errors="ignore")
     total = sum(1 for _ in options.prompts)
     if not total:
-        raise typer.BadParameter(NO_PROMPT)
+        raise _no_prompt(file)
     return _write_output(session, options, total, output)
 
 

@@ -12,7 +12,6 @@ Modules that only a running `serve` needs are imported in its functions: the oth
 from __future__ import annotations
 
 import asyncio
-import enum
 import fcntl
 import importlib.util
 import json
@@ -69,10 +68,13 @@ _SOCKET_FOLDER_BYTES_MAX = 80
 T = TypeVar("T")
 
 
-class Engine(enum.StrEnum):
-    LLAMA = "llama"
-    TURBOMIND = "turbomind"
-    SCRIPTED = "scripted"
+ENGINES = ("llama", "turbomind", "scripted")
+
+
+def _engine(name: str | None) -> str | None:
+    if name is not None and name not in ENGINES:
+        raise wrong(f"{name!r} is not one of {', '.join(ENGINES)}")
+    return name
 
 
 # The commands.
@@ -81,7 +83,10 @@ def serve(
         Path | None,
         typer.Argument(help="GGUF file (llama) or Hugging Face folder (turbomind). Default: SmolLM2, if installed."),
     ] = None,
-    engine: Annotated[Engine | None, typer.Option(help="Default: turbomind for a folder, else llama.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="|".join(ENGINES), callback=_engine, help="Default: turbomind for a folder, else llama."),
+    ] = None,
     listen: Annotated[str | None, typer.Option(metavar="ADDRESS", help=f"The sidecar's address. Default {LISTEN}.")] = None,
     metrics: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Address of the sidecar's metrics. Default 127.0.0.1:9400.")
@@ -114,7 +119,7 @@ def serve(
     if gateway_port is not None and not gateway:
         raise wrong("--gateway-port: needs --gateway")
     if engine is None and model is not None:
-        engine = Engine.TURBOMIND if model.is_dir() else Engine.LLAMA
+        engine = "turbomind" if model.is_dir() else "llama"
     services = _given({"--config": config, "--engine": engine, "--model": model, "--metrics": service_metrics})
     sidecars = _given({"--config": config, "--listen": listen, "--metrics": metrics})
     options = ServeOptions(

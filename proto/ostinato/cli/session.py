@@ -47,7 +47,7 @@ class Session:
 
     def at(self, option: str, target: str) -> Session:
         """For another sidecar, which this option names."""
-        with usage(option):
+        with options(target=option):
             return replace(self, target=requests.target(target))
 
     def client(self, max_response_bytes: int = DEFAULT_RESPONSE_BYTES) -> Client:
@@ -147,7 +147,7 @@ def command(function: Callable[..., bool | Coroutine[Any, Any, bool]]) -> None:
     @functools.wraps(function)
     def run(context: typer.Context, target: Any, json: Any, timeout: Any, **own: Any) -> None:
         session = _with(context.obj, target, json, timeout)
-        raise typer.Exit(_run(lambda: function(session, **own)))
+        raise typer.Exit(_run(lambda: function(session, **own), own.get("against")))
 
     signature = inspect.signature(function, eval_str=True)
     _, *listed = signature.parameters.values()
@@ -165,15 +165,18 @@ def command(function: Callable[..., bool | Coroutine[Any, Any, bool]]) -> None:
     app.command(function.__name__)(run)
 
 
-def _run(begin: Callable[[], bool | Coroutine[Any, Any, bool]]) -> int:
-    """Runs a command and returns its exit code."""
+def _run(begin: Callable[[], bool | Coroutine[Any, Any, bool]], against: str | None) -> int:
+    """Runs a command and returns its exit code. `against`: the target of its option --against."""
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `main` left it
             signal.signal(signal.SIGINT, signal.default_int_handler)
         begun = begin()
         succeeded = asyncio.run(begun) if inspect.iscoroutine(begun) else begun
     except errors.OstinatoError as error:
-        show.failure(error)
+        if isinstance(error, errors.Disconnected) and error.target == against:
+            show.failure(error, "--against")
+        else:
+            show.failure(error)
         return USAGE if isinstance(error, errors.InvalidRequest) else FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -207,6 +210,25 @@ def usage(where: str = "") -> Generator[None, None, None]:
         yield
     except (ImportError, OSError, RecursionError, TypeError, ValueError) as error:
         raise wrong(f"{where}: {_why(error)}" if where else _why(error)) from None
+
+
+_ARGUMENT = re.compile(r"\A(?:response_format\.)?(\w+)(?:\[\d+\])?(?=: )")
+_OPTIONS = {"required_grade": "--require-grade", "stop_token_ids": "--stop-token-id", "bad_words": "--bad-word"}
+"""Of the arguments whose option has another name."""
+
+
+def option(argument: str) -> str:
+    return _OPTIONS.get(argument, f"--{argument.replace('_', '-')}")
+
+
+@contextmanager
+def options(**others: str) -> Generator[None, None, None]:
+    """As `usage`, around code that checks options: an argument's name, with which its errors begin, becomes its option's, or
+    what `others` has for it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise wrong(_ARGUMENT.sub(lambda found: others.get(found[1], option(found[1])), str(error), count=1)) from None
 
 
 def _why(error: Exception) -> str:
@@ -245,7 +267,7 @@ def _token(file: Path | None) -> str | None:
 
 
 def _with(session: Session, target: str | None, json: bool | None, timeout: float | None) -> Session:
-    with usage():
+    with options():
         requests.seconds(timeout)
         if target is not None:
             requests.target(target)

@@ -132,8 +132,8 @@ def result(given: types_pb2.Result) -> tuple[str, ...]:
     )
 
 
-def failure(error: errors.OstinatoError) -> None:
-    """Prints an error in one line, and a hint."""
+def failure(error: errors.OstinatoError, targets: str = "--target or OSTINATO_TARGET") -> None:
+    """Prints an error in one line, and a hint. `targets`: how the sidecar of the call is chosen."""
     reason = error.reason if error.reason != errors.OstinatoError.reason else error.code.name
     if isinstance(error, errors.InvalidRequest) and error.violations:
         count = len(error.violations)
@@ -143,7 +143,7 @@ def failure(error: errors.OstinatoError) -> None:
     else:
         note(f"error: {reason}: {visible(error.message)}")
     if isinstance(error, errors.Disconnected) and error.target:
-        note(f"  Is a sidecar running at {error.target}? Choose another with --target or OSTINATO_TARGET.")
+        note(f"  Is a sidecar running at {error.target}? Choose another with {targets}.")
     if isinstance(error, errors.Unauthenticated):
         note("  Give a token with --token-file, before the command, or in OSTINATO_TOKEN.")
     if error.retry_after is not None:
