@@ -107,7 +107,11 @@ def verify(
     """Check every link, every invariant, every payload that is kept, and the tables beside the entries. The first bad entry
     ends it, with exit code 1."""
     keys = public_keys(key or ())
-    with closing(open_for_maintenance(journal)) as store, _progress(store) as came_to, closing(verify_all(store)) as pages:
+    with (
+        closing(open_for_maintenance(journal, reading=True)) as store,
+        _progress(store) as came_to,
+        closing(verify_all(store)) as pages,
+    ):
         index = 0
         for checked in pages:
             if checked.faults:
@@ -179,7 +183,7 @@ def export(
             raise typer.BadParameter("--until-damage is for a journal in a file")
         _export_sound_part(Path(journal), file)
         return
-    with closing(open_for_maintenance(journal)) as store, _progress(store) as came_to, _created(file) as lines:
+    with closing(open_for_maintenance(journal, reading=True)) as store, _progress(store) as came_to, _created(file) as lines:
         _write(lines_of(store), lines, came_to)
 
 
@@ -250,7 +254,7 @@ def accept_loss(
     path = high_water or mark_of(journal)
     file = MarkFile(path) if path is not None else None
     mark = file.read() if file is not None else None
-    with closing(open_for_maintenance(journal)) as store:
+    with closing(open_for_maintenance(journal, reading=True)) as store:
         log = store.log()
     if log is None and mark is None:
         raise JournalUnusable("the journal has no entries: it has lost nothing")

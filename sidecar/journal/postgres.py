@@ -255,6 +255,8 @@ CREATE INDEX unfinished ON items (owner, sequence) WHERE outcome IS NULL;
 """
 MIGRATIONS: tuple[str, ...] = (HEADS, "ALTER TABLE log ADD COLUMN secret bytea;" + KEYED_TWINS, OPENINGS)
 """The n-th makes version n + 1 of version n. Never edit one that was released."""
+_MAINTAINED_FROM = 3
+"""The oldest version that commands work with as it is. They never migrate a log, which sidecars may be using."""
 
 
 def migrate(db: Connection) -> None:
@@ -262,10 +264,7 @@ def migrate(db: Connection) -> None:
     with db.transaction():
         db.execute("SET LOCAL lock_timeout = 0")  # another sidecar's migration may take long
         db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
-        version = _version(db)
-        newest = len(MIGRATIONS) + 1
-        if version > newest:
-            raise JournalUnusable(f"the journal has version {version}; this sidecar knows up to {newest}: run a newer one")
+        version, newest = _known_version(db), len(MIGRATIONS) + 1
         for statements in MIGRATIONS[version - 1 :] if version else (_NEW, SCHEMA):
             db.execute(statements.format(**DIALECT).encode())
         db.execute("UPDATE ostinato SET version = %s", (newest,))
@@ -276,6 +275,14 @@ def check(db: Connection) -> None:
     for name in ("fsync", "full_page_writes"):
         if _one(db, f"SHOW {name}") != "on":
             raise JournalUnusable(f"the server runs with {name} off: what it acknowledges can be lost")
+
+
+def _known_version(db: Connection) -> int:
+    """Raises JournalUnusable for one that a newer sidecar has made."""
+    version, newest = _version(db), len(MIGRATIONS) + 1
+    if version > newest:
+        raise JournalUnusable(f"the journal has version {version}; this sidecar knows up to {newest}: run a newer one")
+    return version
 
 
 def _version(db: Connection) -> int:
@@ -568,8 +575,8 @@ class PostgresStore(SqlStore):
         return store, Opened(store.head, tuple(unfinished))
 
     @classmethod
-    def open_for_maintenance(cls, location: str, *, create: bool = False) -> PostgresStore:
-        """As in `SqlStore`. Sidecars may use it."""
+    def open_for_maintenance(cls, location: str, *, create: bool = False, reading: bool = False) -> PostgresStore:
+        """As in `SqlStore`. Sidecars may use it, so that an existing one is never migrated."""
         store = cls(Database(location, name="maintenance"), StoreSettings(), maintenance=True)
         with _unusable(), store._database.connected() as db:
             if create:
@@ -577,6 +584,11 @@ class PostgresStore(SqlStore):
                 migrate(db)
             elif db.execute("SELECT to_regclass('ostinato')").fetchone() == (None,):
                 raise JournalUnusable("there is no journal in this database")
+            elif (version := _known_version(db)) < _MAINTAINED_FROM:
+                raise JournalUnusable(
+                    f"the journal has version {version}, and commands work with version {_MAINTAINED_FROM} or newer: use the "
+                    "program that made it, or copy it and start a sidecar, which migrates it; the older program then refuses it"
+                )
         return store
 
     def _read(self, read: Callable[[PostgresTables], T]) -> T:

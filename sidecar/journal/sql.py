@@ -279,8 +279,9 @@ class SqlStore(ABC):
 
     @classmethod
     @abstractmethod
-    def open_for_maintenance(cls, location: str, *, create: bool = False) -> SqlStore:
-        """An existing journal, or with `create` maybe an empty one. JournalUnusable: the message says why."""
+    def open_for_maintenance(cls, location: str, *, create: bool = False, reading: bool = False) -> SqlStore:
+        """An existing journal, or with `create` maybe an empty one. `reading`: it is only read, and a journal of an older
+        version is not migrated. JournalUnusable: the message says why."""
 
     @abstractmethod
     def _read(self, read: Callable[[SqlTables], T]) -> T: ...

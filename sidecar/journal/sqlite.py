@@ -417,15 +417,18 @@ class SqliteStore(SqlStore):
             raise
 
     @classmethod
-    def open_for_maintenance(cls, location: str, *, create: bool = False) -> SqliteStore:
+    def open_for_maintenance(cls, location: str, *, create: bool = False, reading: bool = False) -> SqliteStore:
         """As in `SqlStore`. `close` removes a file that is made here, if it is still empty."""
+        assert not (create and reading)
         path = placed(Path(location))
         new = create and not path.exists()
         db = connect(path, create=create)
         store = cls(path, db, StoreSettings(), maintenance=True)
         store._remove = new
         try:
-            with store._transaction():
+            with store._errors() if reading else store._transaction():
+                if reading:
+                    db.execute("BEGIN IMMEDIATE")  # `close` undoes it
                 migrate(db)
             if not create and store.log() is None:
                 raise JournalUnusable(f"{path} has no entries: name the journal's file")
@@ -559,11 +562,12 @@ class SqliteStore(SqlStore):
     @contextmanager
     def snapshot(self) -> Iterator[SqlTables]:
         with self._errors():  # no other process has the file
-            self._db.execute("BEGIN")
+            self._db.execute("SAVEPOINT snapshot")
             try:
                 yield self._tables
             finally:
-                self._db.execute("ROLLBACK")
+                self._db.execute("ROLLBACK TO snapshot")
+                self._db.execute("RELEASE snapshot")
 
     @contextmanager
     def changing(self) -> Iterator[SqlTables]:

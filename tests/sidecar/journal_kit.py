@@ -38,7 +38,7 @@ NONCES = (number.to_bytes(16) for number in itertools.count(1))
 
 def verify_journal(journal: Path | str) -> Iterator[Checked]:
     """Check a journal, by its path or URL; a file must not be in use. JournalUnusable: it cannot be read."""
-    with closing(open_for_maintenance(str(journal))) as store:
+    with closing(open_for_maintenance(str(journal), reading=True)) as store:
         yield from verify_all(store)
 
 

@@ -203,6 +203,18 @@ def test_a_log_of_another_key(store: SqliteKit, run: Said, tmp_path: Path) -> No
     assert f"entry 8, OPENED: its epoch is signed by key {new.key_id}, which was not given" in said
 
 
+def test_commands_that_only_read(store: SqliteKit, run: Said, tmp_path: Path) -> None:
+    """verify, export and an accept-loss that is refused leave a file of an older version as it is, byte for byte."""
+    store.execute("DROP INDEX openings; PRAGMA user_version = 6")
+    content = store.path.read_bytes()
+    assert "7 entries are sound" in run("verify", "--journal", store.path)
+    run("export", tmp_path / "lines", "--journal", store.path)
+    assert "were given out" in run("accept-loss", "--through", 1, "--journal", store.path, code=1)
+    assert store.path.read_bytes() == content
+    run("redact", 1, "--journal", store.path)
+    assert store.execute("PRAGMA user_version") == [(7,)]
+
+
 def test_an_import_without_heads(store: SqliteKit, run: Said, tmp_path: Path) -> None:
     """Lines that lack a signed head of an epoch with a key are not taken in."""
     run("export", "-", "--journal", store.path)

@@ -24,6 +24,7 @@ from sidecar.journal.sqlite import SqliteStore
 from sidecar.journal.store import Store
 from sidecar.journal.transfer import export, take_in
 from sidecar.journal.writer import Journal
+from sidecar.opening import open_for_maintenance
 from tests.sidecar.journal_kit import Kit, PostgresKit, SqliteKit, admission, audit, completed, item, twin
 
 
@@ -492,6 +493,42 @@ def test_an_older_version_is_brought_up(kit: Kit) -> None:
         assert (store.notes("n"), found.verified, found.unsigned) == ({"name": b"value"}, None, "")
     kit.open()[0].close()
     assert kit.faults() == []
+
+
+@pytest.mark.parametrize("statements", ["DROP INDEX openings; PRAGMA user_version = 6", FIRST_VERSION[SqliteKit]])
+def test_reading_an_older_version(tmp_path: Path, statements: str) -> None:
+    """A journal in a file that is only read, as verify and export do, is read whole and keeps its version: the file stays
+    usable for the older program."""
+    kit = SqliteKit(tmp_path / "journal.db")
+    with kit.opened() as store:
+        store.append_many([admission(item(1), item(2))], 1)
+    kit.execute(statements)
+    version, tables = kit.execute("PRAGMA user_version"), kit.execute("SELECT name, sql FROM sqlite_schema ORDER BY name")
+
+    assert kit.faults() == []
+    with closing(open_for_maintenance(kit.location, reading=True)) as kept:
+        assert (log := kept.log()) is not None
+        assert (log.index, len(list(export(kept))), kept.structure()) == (3, 4, "")
+    assert kit.execute("PRAGMA user_version") == version
+    assert kit.execute("SELECT name, sql FROM sqlite_schema ORDER BY name") == tables
+
+
+def test_maintaining_a_database_of_an_older_version(store: PostgresKit) -> None:
+    """A log in PostgreSQL is never migrated by a command: before the last index it is read as it is, and one that is older, or
+    newer, is refused with a line that says what to do."""
+    with store.opened() as journal:
+        journal.append_many([admission()], 1)
+    store.execute("DROP INDEX openings")
+    store.execute("UPDATE ostinato SET version = 3")
+    assert store.faults() == []
+    with store.maintained() as kept:
+        assert len(list(export(kept))) == 3
+    assert store.execute("SELECT version FROM ostinato") == [(3,)]
+    for version, why in ((2, "has version 2, and commands work with version 3 or newer"), (99, "has version 99; .* newer one")):
+        store.execute(f"UPDATE ostinato SET version = {version}")
+        with pytest.raises(JournalUnusable, match=why):
+            store.faults()
+        assert store.execute("SELECT version FROM ostinato") == [(version,)]
 
 
 def test_a_newer_version(kit: Kit) -> None:
