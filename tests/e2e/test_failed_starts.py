@@ -232,7 +232,7 @@ def test_serve_lists_the_engines() -> None:
     done = python("-m", "ostinato.cli", "serve", "--engine", "vllm")
 
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith("'vllm' is not one of 'llama', 'turbomind', 'scripted'.")
+    assert done.stderr.splitlines()[-1].endswith("'vllm' is not one of llama, turbomind, scripted")
 
 
 def test_the_documented_file_is_one() -> None:
