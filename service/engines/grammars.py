@@ -20,12 +20,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import IO
 
 ANSWER_SECONDS_MAX = 30.0
 """For an answer of the child, its start included."""
 STACK_BYTES_MAX = 4 << 20
 """Less than a thread of the engine has: what passes here does not overflow there."""
+
+
+EXPLANATION_CHARACTERS_MAX = 300
+
+
+def cannot_be_obeyed(why: str) -> str:
+    """The message for a grammar that a compiler rejects: `why` in one line, shortened."""
+    return f"cannot be obeyed: {shorten(why, EXPLANATION_CHARACTERS_MAX, placeholder=' ...')}"
 
 
 class Checker:

@@ -179,8 +179,9 @@ def test_damaged_heads(store: SqliteKit, run: Said, tmp_path: Path, change: str,
 
 
 def test_a_log_of_another_key(store: SqliteKit, run: Said, tmp_path: Path) -> None:
-    """With keys, verify refuses an epoch or a head of a key that is none of them, and names it; also of an epoch whose heads
-    are gone under a recorded loss. With all keys of the log it says how many heads each has signed, and what none covers."""
+    """With --key, verify refuses an epoch or a signed head of a key that was not given, and names that key. So it does for an
+    epoch whose heads are gone under a recorded loss. With all keys of the log, it counts the heads of each key, and the entries
+    that no head covers."""
     old = store.settings.signer
     store.configure(signer=(new := signer_of(new_key())))
     store.open()[0].close()

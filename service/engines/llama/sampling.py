@@ -22,7 +22,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from textwrap import shorten
 from typing import IO, Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 
 from ostinato.v1 import types_pb2
 
-from service.engines.grammars import Limits, serve
+from service.engines.grammars import Limits, cannot_be_obeyed, serve
 from service.engines.llama.lark import lark_of
 from service.engines.llama.library import CANDIDATE, Library, library
 from service.engines.llama.model import LlamaVocabulary
@@ -47,7 +46,6 @@ WALKS, WALK_TOKENS = 3, 48
 LIMITS = Limits(seconds=0.5, memory_bytes=512 << 20, doing=f"compile and to follow for {WALK_TOKENS} tokens")
 OPTIONAL_PROPERTIES_MAX = 400
 """Of one object in a schema. llguidance gives up at about 500, when the object is begun."""
-EXPLANATION_CHARACTERS_MAX = 300
 _LOGIT_MAX = 1e30
 _ERRORS_ONLY = 1
 _QUOTED_LINE = re.compile(r"\d+ \| ")
@@ -327,8 +325,7 @@ def explanation(text: str) -> str:
     reason = " ".join(line for line in lines if line.strip("^") and not _QUOTED_LINE.match(line))
     if reason == "NoExtensionBias":
         return "allows no answer"
-    reason = reason or "llguidance does not say why"
-    return f"cannot be obeyed: {shorten(reason, EXPLANATION_CHARACTERS_MAX, placeholder=' ...')}"
+    return cannot_be_obeyed(reason or "llguidance does not say why")
 
 
 def main(model: Path) -> None:

@@ -22,7 +22,6 @@ from ctypes import c_bool, c_int, c_int32, c_int64, c_uint8, c_uint16, c_uint64,
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 
 from ostinato.v1 import types_pb2
 
-from service.engines.grammars import Checker, Limits, serve
+from service.engines.grammars import Checker, Limits, cannot_be_obeyed, serve
 from service.strict_json import object_of, schema_of
 
 WALKS, WALK_TOKENS = 2, 256
@@ -40,7 +39,6 @@ TRIES = 8
 """Of a draw, for a token that does not end the answer."""
 KEPT = 128
 """Compiled grammars."""
-EXPLANATION_CHARACTERS_MAX = 300
 RAW = 0
 """xgrammar's number of a vocabulary that is given as bytes."""
 _PLACE = re.compile(r"^\[[\d:]+\] \S+: (Check failed: .*? is false: )?")
@@ -110,8 +108,7 @@ def compiled(compiler: Any, kind: str, source: str) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # xgrammar may raise anything
-        told = shorten(_PLACE.sub("", str(error)), EXPLANATION_CHARACTERS_MAX, placeholder=" ...") or type(error).__name__
-        raise ValueError(f"cannot be obeyed: {told}") from error
+        raise ValueError(cannot_be_obeyed(_PLACE.sub("", str(error)).strip() or type(error).__name__)) from error
 
 
 def grammar_compiler(library: Any, pieces: Sequence[bytes], end_ids: Iterable[int], *, threads: int = 8) -> Any:
