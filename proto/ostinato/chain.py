@@ -53,6 +53,8 @@ REPEATED = ("log_id", "sequence", "first_sequence", "count", "seed", "input_dige
 
 SEQUENCE_MAX = 1 << 48
 """No log reaches it: at 100,000 items a second that takes 89 years."""
+BATCH_ITEMS_MAX = 4096
+"""No setting allows more items in a request."""
 
 _PLACE, _NUMBERS, _TEXT = struct.Struct(">Qq"), struct.Struct(">7Qq"), struct.Struct(">2Q")
 """Adjacent header fields, each as u64 or i64."""

@@ -30,6 +30,7 @@ import grpc
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError
 
+from ostinato.chain import BATCH_ITEMS_MAX
 from ostinato.errors import DeadlineExceeded, MalformedMessage, QueueFull, invalid
 from serving.program import BAD_CONFIGURATION, StartupError
 from serving.settings import field
@@ -85,7 +86,7 @@ class Bounds:
     """Of what a server lets in: settings, which a program's settings inherit."""
 
     message_bytes_max: int = field(4 << 20, "size of one request", minimum=1024, maximum=2**31 - 1)
-    batch_items_max: int = field(256, "items in one request", minimum=1, maximum=4096)
+    batch_items_max: int = field(256, "items in one request", minimum=1, maximum=BATCH_ITEMS_MAX)
     connections_max: int | None = field(
         None, "connections to each address", minimum=1, applies=f"what ulimit -n leaves room for, at most {CONNECTIONS_MAX}"
     )

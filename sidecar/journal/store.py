@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 from google.protobuf.message import DecodeError
 from msgspec.structs import replace
 
-from ostinato.chain import OUTCOMES, SEQUENCE_MAX, entry_hash, payload_digest
+from ostinato.chain import BATCH_ITEMS_MAX, OUTCOMES, SEQUENCE_MAX, entry_hash, payload_digest
 from ostinato.digest import DIGEST_BYTES, fingerprint_digest
 from ostinato.errors import RecordDamaged
 from ostinato.signature import SignedTree, Signer
@@ -68,10 +68,6 @@ class StoreSettings:
     """Held back for outcomes, of the disk and of journal_bytes_max, where the journal is a file; 0: nothing."""
     lease_seconds: float = 10.0
     """Where writers share a journal: after so long without a sign of life another may take over a writer's items."""
-
-
-BATCH_ITEMS_MAX = 4096
-"""No setting allows more."""
 
 
 class Name:
