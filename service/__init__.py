@@ -2,13 +2,12 @@
 
     __main__      `python -m service`: load the engine, test it, serve, drain
     config        settings from flags and environment
-    chat          chats to text, by the model's template; chat_tokens: to token ids
+    chat          chats to text, by the model's template
     parse         tool calls and reasoning in an output's text
-    prepare       items to token ids and resolved parameters, or every reason why not; bounds, lexicon: what they are judged by
+    prepare       items to token ids and resolved parameters, or every reason why not; bounds: what they are judged by
     stream        the Engine service: the Execute stream, and the runs
     fence         which sidecar may drive the engine, and what it may submit
     outbox        what waits to be written to the sidecar
-    workers       threads for long preparations
     answer        the text of one answer as it grows, and where it ends
     description   who answers: model, limits, fingerprint, grade, capacity
     grade         the self-test; cases: its prompts; proofs: its results, kept for the next start

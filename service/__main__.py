@@ -30,9 +30,8 @@ from service.engines.base import Engine, EngineUnusable
 from service.fence import Fence, SequenceFile
 from service.grade import find_grade
 from service.observe import Metrics
-from service.prepare import Preparer
+from service.prepare import Preparer, Workers
 from service.stream import NAME, EngineServicer, Runs, Streams
-from service.workers import Workers
 
 IDLE_SECONDS = 2.0
 """A service that was told to stop ends the stream of a sidecar that has had no run for this long."""

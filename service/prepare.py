@@ -1,23 +1,32 @@
 """Items to token ids and resolved parameters, or every reason why not. Runs nothing and keeps nothing.
 
 Sampling parameters are judged by one table (bounds.py): a client's in `Preparer.prepare`, and those that a sidecar submits in
-`Preparer.check_submit`.
+`Preparer.check_submit`. What takes long is done in the threads of `Workers`.
+
+In a chat, what a caller writes is data: a control token in a message, a tool or an argument is ordinary text, unless the chat
+allows control tokens. To tell the template's own control tokens from others, the chat is rendered again with marks in the
+caller's strings. A token that is not a control token, such as `<think>` in many models, is recognised everywhere, as in a text.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
+from typing import TypeVar
 
-from ostinato.errors import Cancelled, Internal, InvalidRequest, OstinatoError, Violation, invalid, to_status
+from ostinato.errors import Cancelled, Internal, InvalidRequest, OstinatoError, QueueFull, Violation, invalid, to_status
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
 from service.bounds import Limits, ParameterBounds
 from service.chat import Conversation, OutOfBounds, RenderBounds
-from service.chat_tokens import ChatTokenizer
-from service.engines.base import TooManyTokens, Vocabulary
-from service.lexicon import Lexicon
+from service.engines.base import Span, TooManyTokens, Vocabulary
 from service.observe import prepare_span
 from service.parse import form_of
 
@@ -28,7 +37,13 @@ FORMATS_MAX = 16
 NEW_TOKENS_DEFAULT = 128
 RECEIPT_BYTES = 1024
 """The most that a serialised Result takes besides the output's text, ids and logprobs."""
+RETRY_SECONDS = 1.0
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython", "model"})
+"""May be the name of a control token, as in `<|user|>`."""
+_PRIVATE = range(0xF0000, 0xFFFFE)
+"""Code points without a meaning, for marks."""
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -311,3 +326,178 @@ def _merged(batch: types_pb2.Parameters, item: types_pb2.Parameters) -> types_pb
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:40] + "…")
+
+
+# ---- chats
+
+
+class ChatTokenizer:
+    """Chats to token ids. Safe in any thread."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._begin, self._control_ids = vocabulary.encode("", special=True), frozenset(vocabulary.controls.values())
+        longest_first = sorted(vocabulary.controls, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._firsts = frozenset(control[0] for control in longest_first)
+        self._names = frozenset(name for control in longest_first if (name := _name(control)) not in ROLES)
+
+    def token_ids(
+        self, given: Conversation, bounds: RenderBounds, *, allow_control_tokens: bool, most: int = sys.maxsize
+    ) -> list[int]:
+        """Of the rendered chat. Only the template's own control tokens are control tokens, unless others are allowed.
+
+        Raises ValueError with the template's message, or if the two cannot be told apart, or for a role that is the name of a
+        control token, because some templates build control tokens from roles; OutOfBounds; and TooManyTokens, perhaps, for more
+        than `most`.
+        """
+        for message in given.messages:
+            if message["role"] in self._names:
+                raise ValueError(f"the role {message['role']} is the name of a control token")
+        text = self._vocabulary.render(given, bounds)
+        vocabulary, every = self._vocabulary, _spans(self._control, text)
+        own = every if allow_control_tokens else self._own(given, bounds, text, every)
+        if own == every:
+            ids = vocabulary.encode(text, special=True, most=most)
+            written = [vocabulary.controls[text[first:last]] for first, last in own]
+            found = [token_id for token_id in ids if token_id in self._control_ids]
+            # A tokenizer may find others than `every`: it may change the text before it looks for them.
+            if allow_control_tokens or found in (written, self._begin + written):
+                return ids
+        return vocabulary.encode_at(text, own, most=most)
+
+    def _own(self, given: Conversation, bounds: RenderBounds, text: str, every: list[Span]) -> list[Span]:
+        """Where the template's own control tokens are: all, if the caller's strings cannot make any.
+
+        The caller's strings are marked in two ways. If the first characters of control tokens are marked wherever they stand,
+        strings that are put together cannot make a control token either; but the template may look for such characters. If only
+        whole control tokens are marked, it rarely does; then it must write the same control tokens as with the other marks.
+        """
+        if not any(first in string for string in given.strings() for first in self._firsts):
+            return every
+        marks = self._marks(text, given)
+        plain = str.maketrans({mark: first for first, mark in marks.items()})
+        everywhere = str.maketrans(marks)
+        marked = self._vocabulary.render(given.mapped(lambda string: string.translate(everywhere)), bounds)
+        if marked.translate(plain) == text:
+            return _spans(self._control, marked)
+        written = self._control.findall(marked)
+        marked = self._vocabulary.render(
+            given.mapped(lambda string: self._control.sub(lambda found: marks[found[0][0]] + found[0][1:], string)), bounds
+        )
+        if marked.translate(plain) != text or self._control.findall(marked) != written:
+            raise ValueError("it depends on a control token in a string of the chat; remove it, or set allow_control_tokens")
+        return _spans(self._control, marked)
+
+    def _marks(self, text: str, given: Conversation) -> dict[str, str]:
+        """A character for each first character of a control token, which neither the text nor the caller's strings have."""
+        used = set(text).union(*map(set, given.strings()))
+        unused = (chr(point) for point in _PRIVATE if chr(point) not in used)
+        marks = dict(zip(sorted(self._firsts), unused, strict=False))
+        if len(marks) < len(self._firsts):
+            raise ValueError("it has too many characters of the private use area U+F0000")
+        return marks
+
+
+def _name(control: str) -> str:
+    """A control token without what stands around its name."""
+    return control.strip("<>[]|｜/▁ ")
+
+
+def _spans(pattern: re.Pattern[str], text: str) -> list[Span]:
+    return [found.span() for found in pattern.finditer(text)]
+
+
+# ---- the vocabulary
+
+
+class Lexicon:
+    """What is computed from a whole vocabulary, once. May be used from any thread."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+
+    def warm(self) -> None:
+        """Compute it now: that takes 0.1 s for a large vocabulary."""
+        _ = self._words, self.text_bytes_max
+
+    def ids_of(self, word: str) -> tuple[int, ...]:
+        """All tokens whose text is this word; white space before it is ignored. May be empty."""
+        return self._words.get(_bare(word), ())
+
+    @cached_property
+    def text_bytes_max(self) -> int:
+        """The most bytes of UTF-8 that one token can add to an answer's text, whatever tokens are beside it."""
+        return max(map(_text_bytes, self._pieces()), default=0)
+
+    @cached_property
+    def control_bytes_max(self) -> int:
+        """The most bytes that one control token adds, where control tokens are kept."""
+        return max((len(text.encode()) for text in self._vocabulary.controls), default=0)
+
+    @cached_property
+    def _words(self) -> Mapping[str, tuple[int, ...]]:
+        words: dict[str, tuple[int, ...]] = {}
+        for token_id, piece in enumerate(self._pieces()):
+            try:
+                word = _bare(piece.decode())
+            except UnicodeDecodeError:
+                continue
+            if word:
+                words[word] = (*words.get(word, ()), token_id)
+        return words
+
+    def _pieces(self) -> list[bytes]:
+        return [self._vocabulary.piece(token_id) for token_id in range(self._vocabulary.size)]
+
+
+def _bare(word: str) -> str:
+    """Without white space before it. White space alone stays as it is."""
+    return word.lstrip() or word
+
+
+def _text_bytes(piece: bytes) -> int:
+    """Of whole characters, their own bytes; of a broken one, three (U+FFFD) for each byte at worst."""
+    try:
+        piece.decode()
+    except UnicodeDecodeError:
+        return sum(1 if byte < 0x80 else 3 for byte in piece)
+    return len(piece)
+
+
+# ---- threads
+
+
+class Workers:
+    """A bounded number of threads with a bounded queue, for work that would block the event loop."""
+
+    def __init__(self, threads: int, queue_max: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, "prepare")
+        self._max = threads + queue_max
+        self._now = 0
+
+    async def run(self, work: Callable[[Wanted], T]) -> T:
+        """What `work` returns or raises, done in a thread. Raises QueueFull. When the caller is cancelled, work that waits is
+        dropped, and work that has begun is not wanted any more."""
+        if self._now >= self._max:
+            raise QueueFull(f"{self._now} requests are being prepared", retry_after=RETRY_SECONDS)
+        self._now += 1
+        gone = threading.Event()
+        job = self._pool.submit(work, lambda: not gone.is_set())
+        done = asyncio.wrap_future(job)
+        done.add_done_callback(self._count_down)  # not when the caller is cancelled: its thread goes on
+        try:
+            return await asyncio.shield(done)
+        except asyncio.CancelledError:
+            gone.set()
+            job.cancel()
+            raise
+
+    def _count_down(self, done: asyncio.Future[T]) -> None:
+        self._now -= 1
+        if not done.cancelled():
+            done.exception()  # retrieved here, because the caller may have been cancelled
+
+    def close(self) -> None:
+        """Cancels what waits."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -35,6 +35,7 @@ from ostinato.errors import (
     to_status,
 )
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
+from serving.hop import is_short
 
 from service.answer import Answer
 from service.config import Settings
@@ -45,14 +46,10 @@ from service.fence import Fence, SequenceFile, Submissions
 from service.observe import Metrics, RunStatistics
 from service.outbox import Outbox
 from service.parse import form_of, parsed
-from service.prepare import Preparer, Wanted, always
-from service.workers import Workers
+from service.prepare import Preparer, Wanted, Workers, always
 
 NAME = "ostinato.v1.Engine"
 RETRY_SECONDS = 1.0
-HEAVY_BYTES, ITEM_BYTES, MESSAGE_BYTES = 4096, 40, 128
-"""Items of fewer bytes are prepared on the event loop, which takes about 1.5 ms at most. An item, which takes about 16 us,
-and a message of a chat, which takes up to 30 us, count as that many bytes more. The sidecar has the same rule."""
 CHUNK_BYTES = 1 << 20
 """Size of one message of GetTokenizer."""
 SUBMITS_AT_ONCE = 16
@@ -95,11 +92,11 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
 
     async def Prepare(self, request: engine_pb2.PrepareRequest, context: Context) -> engine_pb2.PrepareResponse:
         preparer = self._ready().preparer
-        return await self._do(_is_heavy(request.items, request.parameters), lambda wanted: preparer.prepare(request, wanted))
+        return await self._do(request, lambda wanted: preparer.prepare(request, wanted))
 
     async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Context) -> generation_pb2.TokenizeResponse:
         preparer = self._ready().preparer
-        return await self._do(_is_heavy(request.items), lambda wanted: preparer.tokenize(request, wanted))
+        return await self._do(request, lambda wanted: preparer.tokenize(request, wanted))
 
     async def GetTokenizer(
         self, request: engine_pb2.GetTokenizerRequest, context: Context
@@ -117,15 +114,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             raise EngineUnavailable("the model is being loaded and tested", retry_after=RETRY_SECONDS)
         return self.streams
 
-    async def _do(self, heavy: bool, work: Callable[[Wanted], T]) -> T:
-        return await self._workers.run(work) if heavy else work(always)
-
-
-def _is_heavy(items: Sequence[types_pb2.Item], parameters: types_pb2.Parameters | None = None) -> bool:
-    """Whether it would block the event loop for too long: much text, or a grammar to compile."""
-    every = [item.parameters for item in items] + ([parameters] if parameters is not None else [])
-    size = sum(item.ByteSize() + ITEM_BYTES + MESSAGE_BYTES * len(item.chat.messages) for item in items)
-    return size > HEAVY_BYTES or any(each.HasField("response_format") for each in every)
+    async def _do(self, request: engine_pb2.PrepareRequest | generation_pb2.TokenizeRequest, work: Callable[[Wanted], T]) -> T:
+        return work(always) if is_short(request) else await self._workers.run(work)
 
 
 @dataclass(slots=True)

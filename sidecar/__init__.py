@@ -3,7 +3,6 @@
     pipeline              the life of a request; performs what the core decides
     core/                 what happens next: a pure state machine
     item, answers         an admitted item; those who wait for it, and what they are answered
-    streaming, remote     calls that stream, and calls that wait for another sidecar's items
     api, admission        the public services, and what refuses a request before it has a sequence
     link, preparing       the one ordered stream to the service, and the requests to prepare on it
     turns                 long work, a few at a time, in turns between tenants
@@ -14,7 +13,9 @@
     divergence/           verdicts, counted and judged
     gateway               an OpenAI gateway's protocol over Generation
     held                  bytes held for callers, and their bounds
-    high_water            a copy of the journal's position, outside of it
+    quota                 bytes of the journal by tenant
+    witness               publishes signed heads
+    fingerprints          those of the engine, by digest
     commands              the operator's commands for a journal
     config, opening, __main__   settings and wiring
 

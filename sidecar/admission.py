@@ -10,10 +10,10 @@ from ostinato.digest import request_digest
 from ostinato.errors import Violation
 from ostinato.requests import RESPONSE_BYTES_METADATA
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
+from serving.hop import text_cost
 
 from sidecar.config import Settings
 from sidecar.journal.model import Admission
-from sidecar.preparing import ITEM_BYTES
 
 STAMP_BYTES = 512
 """A GenerateResponse without its results, at worst."""
@@ -106,4 +106,4 @@ def prepare_cost(request: engine_pb2.PrepareRequest) -> int:
     """In bytes of text, for a TurnQueue."""
     parameters = (request.parameters, *(item.parameters for item in request.items))
     formats = {each.response_format.SerializeToString() for each in parameters if each.HasField("response_format")}
-    return request.ByteSize() + ITEM_BYTES * len(request.items) + FORMAT_BYTES * len(formats)
+    return text_cost(request) + FORMAT_BYTES * len(formats)

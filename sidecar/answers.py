@@ -1,24 +1,34 @@
 """Those who wait for items, and what they are answered.
 
-A `Waiter` collects the results of one call; `sidecar.streaming` has the one that streams. An answer is derived from journal
-entries alone: a later answer equals the first, byte for byte.
+A `Waiter` collects or streams the results of one call. An answer is derived from journal entries alone: a later answer equals
+the first, byte for byte.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping, Sequence
 
 import grpc
 
 from ostinato import enums, errors
-from ostinato.chain import receipt
-from ostinato.errors import PayloadPruned
+from ostinato.chain import OUTCOMES, receipt
+from ostinato.errors import Cancelled, JournalUnavailable, PayloadPruned
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
+from serving.handlers import written
 
 from sidecar.held import COPIES, Account
-from sidecar.journal.model import ItemEntries, Sealed
+from sidecar.journal.model import ItemEntries, JournalBroken, Outcome, Sealed
 from sidecar.journal.writer import Journal
+
+MESSAGE_BYTES = 1 << 16
+"""A message of tokens is closed at this size. Clients read 4 MiB; gRPC keeps one message of a lost call in memory."""
+PIECE_BYTES = 160
+"""Memory of a waiting piece beside its bytes: Python objects."""
+RUN_BYTES, RUN_FACTOR = 1024, 7
+"""Memory of a run that is not serialised, at worst: constant, and for each of its bytes."""
 
 
 class Waiter:
@@ -80,6 +90,159 @@ class UnaryWaiter(Waiter):
             raise error
         results = [self._results[sequence] for sequence in sorted(self._results)]
         return b"".join([generation_pb2.GenerateResponse(stamp=stamp).SerializeToString(), *results])
+
+
+class StreamWaiter(Waiter):
+    """Writes events as its reader takes them. Tokens that wait are merged."""
+
+    wants_tokens = True
+
+    def __init__(self, count: int, account: Account, write: Callable[[bytes], Awaitable[None]]) -> None:
+        self._open = count
+        self._events: deque[_Tokens | bytes] = deque()
+        self._lost: errors.OstinatoError | None = None
+        self._changed = asyncio.Event()
+        self._account, self._write = account, write
+        account.forget = self._forget
+
+    def tokens(self, run: generation_pb2.TokenRun) -> None:
+        if self._account.error is not None:
+            return
+        last = self._events[-1] if self._events else None
+        if not isinstance(last, _Tokens) or last.bytes > MESSAGE_BYTES:
+            last = _Tokens()
+            self._put(last)
+        before = last.held
+        last.add(run)
+        self._account.add(last.held - before)
+
+    def restarted(self, event: generation_pb2.Restarted) -> None:
+        self._put_event(generation_pb2.GenerateEvent(restarted=event))
+
+    def result(self, result: types_pb2.Result) -> None:
+        self._open -= 1
+        completed = result.HasField("output")
+        event = generation_pb2.GenerateEvent(finished=result) if completed else generation_pb2.GenerateEvent(failed=result)
+        self._put_event(event)
+
+    def lost(self, error: errors.OstinatoError) -> None:
+        self._lost = self._lost or error
+        self._changed.set()
+
+    def _put_event(self, event: generation_pb2.GenerateEvent) -> None:
+        if self._account.error is None:
+            data = event.SerializeToString()
+            self._put(data)
+            self._account.add(_held(data))
+
+    def _put(self, event: _Tokens | bytes) -> None:
+        self._events.append(event)
+        self._changed.set()
+
+    def _forget(self) -> None:
+        self._events.clear()
+        self._changed.set()
+
+    async def answer(self, stamp: types_pb2.Stamp, *, repeated: bool = False) -> None:
+        """Writes serialised events until each item has ended. Raises SlowReader, too."""
+        admitted = generation_pb2.Admitted(stamp=stamp, repeated_key=repeated)
+        event: bytes | None = generation_pb2.GenerateEvent(admitted=admitted).SerializeToString()
+        while event is not None:
+            await written(self._write(event), lost=self._account.lost)
+            event = await self.next()
+
+    async def next(self) -> bytes | None:
+        """The next serialised GenerateEvent; None: every item has ended. An error comes after the events before it."""
+        while not self._events and self._open and self._lost is None and self._account.error is None:
+            self._changed.clear()
+            await self._changed.wait()
+        if self._account.error is not None:
+            raise self._account.error
+        if self._events:
+            event = self._events.popleft()
+            self._account.add(-(event.held if isinstance(event, _Tokens) else _held(event)))
+            return event.data() if isinstance(event, _Tokens) else event
+        if self._lost is not None:
+            raise self._lost
+        return None
+
+
+def _held(data: bytes) -> int:
+    """Memory of a serialised event that waits."""
+    return COPIES * len(data) + PIECE_BYTES
+
+
+class _Run:
+    """Tokens of one item and attempt. The first piece stays a message, which is mostly all; further pieces are kept as bytes,
+    which are smaller. A message to whose text is appended would keep every earlier text."""
+
+    def __init__(self, first: generation_pb2.TokenRun) -> None:
+        self.attempt = first.attempt
+        self._first: generation_pb2.TokenRun | None = first
+        self._size = first.ByteSize()
+        self._pieces: list[bytes] = []
+        self.held = RUN_BYTES + RUN_FACTOR * self._size
+
+    def add(self, run: generation_pb2.TokenRun) -> int:
+        """Append the piece that continues the run. Its bytes."""
+        self.pack()
+        data = run.SerializeToString()
+        self._pieces.append(data)
+        self.held += PIECE_BYTES + len(data)
+        return len(data)
+
+    def pack(self) -> None:
+        """Serialise the first piece: the run will wait for longer."""
+        if self._first is not None:
+            self._pieces.append(self._first.SerializeToString())
+            self._first, self.held = None, PIECE_BYTES + self._size
+
+    def put_into(self, tokens: generation_pb2.Tokens) -> None:
+        if self._first is not None:
+            tokens.runs.append(self._first)
+            return
+        whole, *others = map(generation_pb2.TokenRun.FromString, self._pieces)
+        texts = [whole.text]
+        for run in others:
+            whole.token_ids.extend(run.token_ids)
+            whole.logprobs.extend(run.logprobs)
+            texts.append(run.text)
+        whole.text = "".join(texts)
+        tokens.runs.append(whole)
+
+
+class _Tokens:
+    """A message of tokens that grows while it waits."""
+
+    def __init__(self) -> None:
+        self._runs: list[_Run] = []
+        self._newest: dict[int, _Run] = {}
+        """By sequence."""
+        self.bytes = self.held = 0
+        """About its serialised size, and the memory that it takes at worst."""
+
+    def add(self, run: generation_pb2.TokenRun) -> None:
+        """Merge it with the run that it continues, if that is of the same attempt."""
+        newest = self._newest.get(run.sequence)
+        if newest is None or newest.attempt != run.attempt:
+            newest = self._newest[run.sequence] = _Run(run)
+            self._runs.append(newest)
+            self.held += newest.held
+            self.bytes += run.ByteSize()
+        else:
+            before = newest.held
+            self.bytes += newest.add(run)
+            self.held += newest.held - before
+        if self.bytes > MESSAGE_BYTES:
+            for each in self._runs:
+                each.pack()
+            self.held = sum(each.held for each in self._runs)
+
+    def data(self) -> bytes:
+        event = generation_pb2.GenerateEvent(tokens=generation_pb2.Tokens())
+        for run in self._runs:
+            run.put_into(event.tokens)
+        return event.SerializeToString()
 
 
 class CancelWaiter(Waiter):
@@ -238,3 +401,129 @@ async def pages(journal: Journal, first: int, last: int) -> AsyncIterator[Sequen
     while first <= last and (page := await journal.items(first, last, PAGE_ITEMS)):
         yield page
         first = page[-1].admitted.header.sequence + 1
+
+
+# ---- items that another sidecar of the same log runs
+
+
+PAGE_ENTRIES = 256
+"""Entries in one read."""
+ENDS = OUTCOMES | {types_pb2.ENTRY_KIND_AUDITED}
+"""Kinds of entries that may complete an answer."""
+PAUSE_SECONDS = 0.2
+"""Before the journal is read again, if it was unavailable."""
+
+
+class RemoteWaiters:
+    """Waiters for items that another sidecar runs. Follows the journal while there are any."""
+
+    def __init__(self, journal: Journal, supervise: Callable[[asyncio.Task[None]], None]) -> None:
+        """`supervise` gets the task that follows the journal. Its failure must end the process: calls would wait for ever."""
+        self._journal, self._supervise = journal, supervise
+        self._waiters: dict[int, list[Waiter]] = {}
+        """By sequence."""
+        self._following: asyncio.Task[None] | None = None
+
+    async def join(self, waiter: Waiter, sequences: Sequence[int]) -> None:
+        """Tell the waiter how these items end. They had not ended a moment ago, and another sidecar runs them."""
+        for sequence in sequences:
+            self._waiters.setdefault(sequence, []).append(waiter)
+        try:
+            head = await self._journal.head()
+            if self._following is None or self._following.done():
+                self._following = asyncio.create_task(self._follow(head.index + 1))
+                self._supervise(self._following)
+            for entries in await self._journal.items(sequences[0], sequences[-1], sequences[-1] - sequences[0] + 1):
+                self._deliver(entries, head.writer)
+        except BaseException:
+            self.remove(waiter)
+            raise
+
+    async def cancel(self, first: int, last: int, here: Container[int]) -> int:
+        """Append a CANCELLED outcome for items first to last that have no outcome, without those of `here`.
+
+        The number of outcomes that were appended: the other sidecar's may come first.
+        """
+        cancelled = 0
+        while page := await self._journal.unfinished(first, last, PAGE_ENTRIES):
+            appended = [
+                await self._journal.append(Outcome(entry.header, types_pb2.ENTRY_KIND_CANCELLED, 1, _cancelled(entry)))
+                for entry in page
+                if entry.header.sequence not in here
+            ]
+            cancelled += sum(len(each.entries) for each in appended)
+            first = page[-1].header.sequence + 1
+        return cancelled
+
+    def claim(self, sequence: int) -> list[Waiter]:
+        """Remove and give the waiters for an item that this sidecar takes over."""
+        return self._waiters.pop(sequence, [])
+
+    def remove(self, waiter: Waiter) -> None:
+        for sequence in waiter.sequences:
+            if waiter in (waiters := self._waiters.get(sequence, [])):
+                waiters.remove(waiter)
+                if not waiters:
+                    del self._waiters[sequence]
+        if not self._waiters and self._following is not None:
+            self._following.cancel()
+            self._following = None
+
+    async def _follow(self, index: int) -> None:
+        with contextlib.suppress(JournalBroken):  # the process ends, and its calls with it
+            while self._waiters:
+                try:
+                    index = await self._read(index)
+                except JournalUnavailable:
+                    await asyncio.sleep(PAUSE_SECONDS)
+                except errors.RecordDamaged as error:  # whether an item has ended cannot be read any more
+                    for sequence in list(self._waiters):
+                        self._lose(sequence, error)
+
+    async def _read(self, index: int) -> int:
+        """Await entries from this index on. The index behind them."""
+        await self._journal.wait(index)
+        page = await self._journal.entries(index, PAGE_ENTRIES, payloads=False)
+        for header in [entry.header for entry in page]:
+            if header.kind == types_pb2.ENTRY_KIND_OPENED:
+                for sequence in list(self._waiters):
+                    for entries in await self._journal.items(sequence, sequence, 1):
+                        self._deliver(entries, header.writer)
+            elif header.sequence in self._waiters and header.kind in ENDS:
+                self._deliver(await ended(self._journal, header.sequence))
+        return index + len(page)
+
+    def _deliver(self, entries: ItemEntries, restarted: str = "") -> None:
+        """Tell the result if it is whole. What the writer `restarted` left without a verdict will not get one."""
+        sequence = entries.admitted.header.sequence
+        if entries.outcome is None or sequence not in self._waiters:
+            return
+        if not is_whole(entries) and entries.outcome.header.writer != restarted:
+            return
+        try:
+            answer = answer_of(entries)
+        except PayloadPruned as error:  # as a later call with the same key
+            self._lose(sequence, error)
+            return
+        for waiter in self._waiters.pop(sequence):
+            waiter.result(answer)
+
+    def _lose(self, sequence: int, error: errors.OstinatoError) -> None:
+        for waiter in self._waiters.pop(sequence, ()):
+            waiter.lost(error)
+            self.remove(waiter)
+
+
+def _cancelled(admitted: Sealed) -> sequencer_pb2.EndedPayload:
+    nonce = sequencer_pb2.AdmittedPayload.FromString(admitted.payload).nonce
+    return ended_payload(Cancelled("cancelled on request"), types_pb2.Timing(), nonce)
+
+
+async def ended(journal: Journal, sequence: int) -> ItemEntries:
+    """What is recorded of an item that has ended, also if the journal is unavailable for a while."""
+    while True:
+        with contextlib.suppress(JournalUnavailable):
+            (entries,) = await journal.items(sequence, sequence, 1)
+            assert entries.outcome is not None
+            return entries
+        await asyncio.sleep(PAUSE_SECONDS)

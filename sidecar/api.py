@@ -14,9 +14,10 @@ from ostinato.requests import RESPONSE_BYTES_METADATA
 from ostinato.v1 import generation_pb2, generation_pb2_grpc, sequencer_pb2, sequencer_pb2_grpc, types_pb2
 from serving.auth import Context, caller
 from serving.handlers import remaining
+from serving.hop import is_short, text_cost
 
 from sidecar.admission import check_key, response_bytes_max
-from sidecar.answers import UnaryWaiter, pages, record_of
+from sidecar.answers import StreamWaiter, UnaryWaiter, pages, record_of
 from sidecar.checks import replay
 from sidecar.config import Settings
 from sidecar.divergence.output import report
@@ -26,8 +27,6 @@ from sidecar.held import Account
 from sidecar.journal.model import ItemEntries, Sealed
 from sidecar.journal.writer import Journal
 from sidecar.pipeline import Pipeline
-from sidecar.preparing import SHORT_BYTES
-from sidecar.streaming import StreamWaiter
 from sidecar.witness import Witness
 
 PAGE_ENTRIES = 256
@@ -96,10 +95,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         return generation_pb2.GetModelResponse(model=model)
 
     async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Context) -> generation_pb2.TokenizeResponse:
-        size = request.ByteSize()
-        if size <= SHORT_BYTES:
+        if is_short(request):
             return await self._pipeline.link.tokenize(request, remaining(context))
-        async with self._pipeline.preparing.place(caller().tenant, size):
+        async with self._pipeline.preparing.place(caller().tenant, text_cost(request)):
             return await self._pipeline.link.tokenize(request, remaining(context))
 
 

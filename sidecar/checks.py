@@ -24,12 +24,12 @@ from ostinato.chain import FORM, NONCE_BYTES, sealed_input
 from ostinato.digest import input_digest, is_sampled, model_digest
 from ostinato.replay import bounded_gather
 from ostinato.v1 import engine_pb2, sequencer_pb2, types_pb2
+from serving.hop import is_short
 
 from sidecar.answers import no_verdict, pages, record_of
 from sidecar.config import Settings
 from sidecar.journal.model import ItemEntries, Note
 from sidecar.pipeline import Pipeline
-from sidecar.preparing import is_short
 from sidecar.rerun import Record
 
 log = logging.getLogger(__name__)

@@ -18,10 +18,12 @@ from ostinato.digest import request_digest
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 from serving.auth import Context, caller
 from serving.handlers import ran_out, remaining
+from serving.hop import is_short
 from serving.intake import CHARGE, Charge
 
+from sidecar import answers
 from sidecar.admission import check, check_size, draft, prepare_cost, response_bytes_max
-from sidecar.answers import CancelWaiter, Waiter, answer_of, answer_or_header, is_whole, result_of, stamp_of
+from sidecar.answers import CancelWaiter, Waiter, answer_of, is_whole, result_of, stamp_of
 from sidecar.collisions import Collisions
 from sidecar.config import Settings
 from sidecar.core import events as ev
@@ -34,9 +36,7 @@ from sidecar.journal.model import Admission, Appended, Audit, Binding, JournalBr
 from sidecar.journal.writer import Journal
 from sidecar.link import EngineLink, run_error
 from sidecar.observe import Observer
-from sidecar.preparing import is_short
 from sidecar.quota import JournalQuota
-from sidecar.remote import RemoteWaiters, ended
 from sidecar.rerun import VERIFY, Record, Rerunner
 from sidecar.turns import TurnQueue
 
@@ -110,7 +110,7 @@ class Pipeline:
         self.fingerprints = Fingerprints(journal)
         self.quota = JournalQuota(settings.tenant_journal_bytes, settings.writer, keeps_payloads=settings.payloads == "full")
         self.rerunner = Rerunner(self.dispatch, journal, observer, self.fingerprints, self.quota)
-        self.remote = RemoteWaiters(journal, self.supervise)
+        self.remote = answers.RemoteWaiters(journal, self.supervise)
         self._pending: dict[int, PendingAdmission] = {}
         """By batch id."""
         self._last_batch_id = 0
@@ -413,7 +413,7 @@ class Pipeline:
         if not appended.entries:  # another writer's outcome came first
             item.cancel_verification(errors.Abandoned("another outcome came first"))
             item.span.end()
-            result = answer_or_header(await ended(self.journal, item.sequence))
+            result = answers.answer_or_header(await answers.ended(self.journal, item.sequence))
         else:
             result = self._recorded(item, outcome, appended.entries[0])
             if item.verification is not None and result.HasField("output"):

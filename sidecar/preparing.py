@@ -9,23 +9,7 @@ from collections.abc import Iterable, Iterator
 from ostinato import errors
 from ostinato.v1 import engine_pb2
 
-SHORT_BYTES, ITEM_BYTES, MESSAGE_BYTES = 4096, 40, 128
-"""A longer request to prepare has a call of its own, and a thread in the service. An item, which takes about 16 us, and a
-message of a chat, for which a template takes up to 30 us, count as that many bytes more."""
 Answer = asyncio.Future[engine_pb2.PrepareResponse | errors.OstinatoError]
-
-
-def is_short(request: engine_pb2.PrepareRequest) -> bool:
-    """Whether it delays no other: few items with little text, and no grammar to compile."""
-    size = request.ByteSize() + ITEM_BYTES * len(request.items)
-    if size > SHORT_BYTES or request.parameters.HasField("response_format"):
-        return False
-    for item in request.items:
-        if item.parameters.HasField("response_format"):
-            return False
-        if item.HasField("chat"):
-            size += MESSAGE_BYTES * len(item.chat.messages)
-    return size <= SHORT_BYTES
 
 
 def check_prepared(prepared: engine_pb2.PrepareResponse | None, count: int) -> engine_pb2.PrepareResponse:

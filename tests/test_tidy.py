@@ -52,7 +52,6 @@ BESIDE_THE_SPINE = {
     "service.chat": "chats to text",
     "service.engines.huggingface": "a tokenizer's files",
     "service.outbox": "what waits to be written, joined into messages",
-    "service.workers": "threads for long preparations",
     "service.prepare": "from a prompt to token ids",
     "service.parse": "what an output's text holds",
     "service.proofs": "the self-test's results, kept for the next start",
@@ -70,7 +69,6 @@ BESIDE_THE_SPINE = {
     "sidecar.observe": "metrics, spans and log lines",
     "sidecar.preparing": "requests to prepare, on the engine stream",
     "sidecar.quota": "bytes of the journal by tenant",
-    "sidecar.remote": "calls that wait for another sidecar's items",
     "sidecar.rerun": "second runs",
     "sidecar.turns": "turns between tenants for long work",
 }

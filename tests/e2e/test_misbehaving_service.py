@@ -19,10 +19,9 @@ from ostinato.chain import OUTCOMES
 from ostinato.digest import fingerprint_digest, model_digest
 from ostinato.v1 import engine_pb2, engine_pb2_grpc, generation_pb2, types_pb2
 from ostinato.v1.engine_pb2 import RunEvent, Submit
-from serving.hop import PEER_SUFFIX, ServiceEnd
+from serving.hop import PEER_SUFFIX, SHORT_BYTES, ServiceEnd
 from serving.server import Unix
 
-from sidecar.preparing import SHORT_BYTES
 from tests.e2e.kit import Door, opened, refused
 from tests.pair import Pair
 from tests.waiting import eventually

@@ -26,8 +26,8 @@ from service.engines.base import Run
 from service.engines.scripted import Script, ScriptedEngine, parse
 from service.fence import SequenceFile
 from service.observe import Metrics
+from service.prepare import Workers
 from service.stream import NAME, EngineServicer, Streams
-from service.workers import Workers
 
 LOG = "0123456789abcdef0123456789abcdef"
 PRIMARY, REPLAY = engine_pb2.PURPOSE_PRIMARY, engine_pb2.PURPOSE_REPLAY

@@ -18,8 +18,8 @@ from ostinato.errors import InvalidRequest
 from ostinato.v1 import types_pb2
 
 from service.chat import ChatTemplate, Conversation, OutOfBounds, RenderBounds
-from service.chat_tokens import ChatTokenizer
 from service.engines.base import Span
+from service.prepare import ChatTokenizer
 from service.strict_json import DEPTH_MAX
 
 TEMPLATES = {path.stem: path.read_text() for path in (Path(__file__).parent / "templates").glob("*.jinja")}

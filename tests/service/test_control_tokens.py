@@ -18,8 +18,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from service.chat import Conversation, RenderBounds
-from service.chat_tokens import ChatTokenizer
 from service.engines.turbomind.model import HuggingFaceVocabulary, read
+from service.prepare import ChatTokenizer
 
 NAMES = ("s", "user", "end", "INST")
 TRANSFORMERS: Any = PreTrainedTokenizerFast

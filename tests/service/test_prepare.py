@@ -17,8 +17,7 @@ from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 from service.answer import Answer
 from service.bounds import Limits
 from service.engines.scripted import BEGIN, CONTROLS, END, ByteVocabulary
-from service.lexicon import Lexicon
-from service.prepare import FORMATS_MAX, RECEIPT_BYTES, Preparer, result_bytes
+from service.prepare import FORMATS_MAX, RECEIPT_BYTES, Lexicon, Preparer, result_bytes
 
 LIMITS = Limits(
     context_tokens=200, new_tokens_max=199, top_k_max=1024, batch_items_max=4, prompt_bytes_max=1000, render_seconds_max=5

@@ -20,9 +20,8 @@ from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 from service import stream as module
 from service.engines.huggingface import zipped
 from service.engines.scripted import ByteVocabulary
-from service.prepare import Wanted
+from service.prepare import Wanted, Workers
 from service.stream import EngineServicer
-from service.workers import Workers
 from tests.service.support import refused, served
 from tests.waiting import eventually
 

@@ -11,6 +11,7 @@ from ostinato import errors
 from ostinato.digest import request_digest
 from ostinato.requests import RESPONSE_BYTES_METADATA
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
+from serving.hop import ITEM_BYTES
 
 from sidecar.admission import (
     FORMAT_BYTES,
@@ -25,7 +26,6 @@ from sidecar.admission import (
 )
 from sidecar.config import Settings
 from sidecar.journal.ledger import SIGNED_ENTRIES_MAX
-from sidecar.preparing import ITEM_BYTES
 
 SETTINGS = Settings(max_response_bytes=4096, response_bytes_ceiling=8192, batch_items_max=2)
 Request = generation_pb2.GenerateRequest

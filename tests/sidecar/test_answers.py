@@ -15,6 +15,8 @@ from ostinato.errors import Cancelled, Draining, SlowReader, to_status
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 from sidecar.answers import (
+    MESSAGE_BYTES,
+    StreamWaiter,
     UnaryWaiter,
     answer_of,
     ended_payload,
@@ -25,7 +27,6 @@ from sidecar.answers import (
 )
 from sidecar.journal.ledger import Known, Ledger
 from sidecar.journal.model import Head, ItemEntries, Outcome, Sealed
-from sidecar.streaming import MESSAGE_BYTES, StreamWaiter
 from tests.sidecar.held_kit import account, held
 from tests.sidecar.journal_kit import LOG_ID, SECRET, admission, audit, completed, ended, item
 

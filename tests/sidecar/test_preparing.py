@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ostinato import errors
-from ostinato.v1 import engine_pb2, types_pb2
+from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
+from serving.hop import SHORT_BYTES, is_short
 
-from sidecar.preparing import SHORT_BYTES, Preparing, check_prepared, is_short
+from sidecar.preparing import Preparing, check_prepared
 
 DEEDS = ("ask", "ask", "leave", "take", "answer", "answer", "refuse", "answer again", "lose")
 
@@ -131,7 +132,8 @@ def test_what_has_a_call_of_its_own() -> None:
         chat = types_pb2.Chat(messages=[types_pb2.Message()] * messages)
         assert is_short(engine_pb2.PrepareRequest(items=[types_pb2.Item(chat=chat)])) == short
     for items, short in ((90, True), (100, False)):
-        assert is_short(engine_pb2.PrepareRequest(items=[types_pb2.Item(text="x")] * items)) == short
+        for kind in (engine_pb2.PrepareRequest, generation_pb2.TokenizeRequest):
+            assert is_short(kind(items=[types_pb2.Item(text="x")] * items)) == short
     grammar = types_pb2.ResponseFormat(regex="a")
     assert not is_short(asked(response_format=grammar))
     assert not is_short(engine_pb2.PrepareRequest(parameters=types_pb2.Parameters(response_format=grammar)))

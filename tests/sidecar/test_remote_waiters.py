@@ -12,12 +12,11 @@ import pytest
 from ostinato import errors
 from ostinato.v1 import generation_pb2, types_pb2
 
-from sidecar.answers import UnaryWaiter
+from sidecar.answers import RemoteWaiters, UnaryWaiter
+from sidecar.answers import ended as recorded
 from sidecar.journal.model import Note, Sealed
 from sidecar.journal.store import StoreSettings
 from sidecar.journal.writer import Journal
-from sidecar.remote import RemoteWaiters
-from sidecar.remote import ended as recorded
 from tests.postgres import Postgres
 from tests.sidecar.held_kit import account
 from tests.sidecar.journal_kit import PostgresKit, admission, audit, completed, ended, item

@@ -15,7 +15,7 @@ from ostinato.resume import Progress
 from ostinato.v1 import generation_pb2, types_pb2
 
 from service.stream import Stream
-from sidecar import api, pipeline, streaming
+from sidecar import answers, api, pipeline
 from sidecar.answers import stamp_of
 from sidecar.core import events as ev
 from sidecar.core import sequencer
@@ -167,8 +167,8 @@ def a_stream_that_starts_over_unsaid(_: Real, self: Progress, attempt: int) -> N
     self.attempt, self._seen, self.sent = attempt, 0, []
 
 
-@fault(2, streaming.StreamWaiter, "result")
-def a_stream_that_ends_too_early(result_: Real, self: streaming.StreamWaiter, result: types_pb2.Result) -> None:
+@fault(2, answers.StreamWaiter, "result")
+def a_stream_that_ends_too_early(result_: Real, self: answers.StreamWaiter, result: types_pb2.Result) -> None:
     """A streamed failure is counted and not sent."""
     result_(self, result)
     if not result.HasField("output"):

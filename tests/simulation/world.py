@@ -27,8 +27,8 @@ from service.config import Settings as ServiceSettings
 from service.engines.base import Run
 from service.engines.scripted import ScriptedEngine, parse
 from service.observe import Metrics
+from service.prepare import Workers
 from service.stream import NAME, EngineServicer
-from service.workers import Workers
 from sidecar.config import Settings
 from sidecar.journal.model import JournalBroken, JournalUnusable, Opened, Unfinished
 from sidecar.journal.store import Store
