@@ -39,10 +39,13 @@ class Reruns:
         self.bounds, self._shares = bounds, shares
         self.waiting: dict[ev.Urgency, dict[int, ev.Rerun]] = {urgency: {} for urgency in ev.Urgency}
         """By rerun id, the oldest first."""
-        self.queued = 0
-        """Of all urgencies."""
         self.running: dict[int, Running] = {}
         """By run id."""
+
+    @property
+    def queued(self) -> bool:
+        """Whether any wait, of any urgency."""
+        return any(self.waiting.values())
 
     def room(self, tenant: str) -> bool:
         """Whether another replay of this tenant may wait."""
@@ -54,14 +57,13 @@ class Reruns:
     def react(self, event: ev.Rerun | ev.CancelRerun, window: Window | None, *, draining: bool) -> Iterator[ev.Effect]:
         if isinstance(event, ev.CancelRerun):
             for queue in self.waiting.values():
-                self.queued -= queue.pop(event.rerun_id, None) is not None
+                queue.pop(event.rerun_id, None)
             running = [run_id for run_id, running in self.running.items() if running.rerun.rerun_id == event.rerun_id]
             yield from self._cancel(running, window)
         elif (error := self._refusal(event, window, draining=draining)) is not None:
             yield ev.RerunLost(event.rerun_id, error)
         else:
             self.waiting[event.urgency][event.rerun_id] = event
-            self.queued += 1
 
     def _refusal(self, rerun: ev.Rerun, window: Window | None, *, draining: bool) -> errors.OstinatoError | None:
         if draining:
@@ -99,7 +101,6 @@ class Reruns:
 
     def _submit(self, rerun: ev.Rerun, window: Window, run_id: int, now: float) -> ev.Effect:
         del self.waiting[rerun.urgency][rerun.rerun_id]
-        self.queued -= 1
         blocks = window.need(rerun.kv_tokens)
         window.take(blocks, exclusive=rerun.exclusive)
         if rerun.tenant is not None:
@@ -144,7 +145,6 @@ class Reruns:
         for queue in self.waiting.values():
             lost += queue.values()
             queue.clear()
-        self.queued = 0
         for rerun in lost:
             yield ev.RerunLost(rerun.rerun_id, error)
 
