@@ -109,7 +109,7 @@ class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerS
                 if isinstance(answer, errors.OstinatoError):
                     await context.abort_with_status(rpc_status.to_status(errors.to_status(answer)))
                 yield answer
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # the latter if it ended while an answer was being written
             call.cancelled = True
             raise
 
