@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Generator, Iterator
 
 import pytest
 
-from tests.e2e.kit import SLOWLY, Door, opened, scripted
+from tests.e2e.kit import SLOWLY, Door, Tenants, opened, scripted
 from tests.pair import Pair, running_pair
 
 
@@ -31,7 +31,9 @@ def pytest_runtest_makereport(
     report = yield
     if report.failed and isinstance(item, pytest.Function):
         pairs = {
-            each.pair if isinstance(each, Door) else each for each in item.funcargs.values() if isinstance(each, Door | Pair)
+            each if isinstance(each, Pair) else each.pair
+            for each in item.funcargs.values()
+            if isinstance(each, Door | Pair | Tenants)
         }
         for program in (program for pair in pairs for program in pair.programs):
             report.sections.append(

@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +30,9 @@ from tests.waiting import eventually
 
 GENERATE = "/ostinato.v1.Generation/Generate"
 STREAM = "/ostinato.v1.Generation/GenerateStream"
-GET = "/ostinato.v1.Sequencer/Get"
 
-SLOWLY = {"delay_seconds": 0.005, "rules": [{"do": "diverge", "at": 3, "purposes": ["REPLAY"]}]}
-"""The script of a slow engine that diverges in replays."""
+SLOWLY = {"delay_seconds": 0.005}
+"""The script of an engine that takes its time."""
 
 
 async def refusal(call: Awaitable[object]) -> errors.OstinatoError:
@@ -61,17 +60,31 @@ class Door:
         self.generation: generation_pb2_grpc.GenerationAsyncStub = generation_pb2_grpc.GenerationStub(channel)
         self.sequencer: sequencer_pb2_grpc.SequencerAsyncStub = sequencer_pb2_grpc.SequencerStub(channel)
 
-    async def raw(self, method: str, data: bytes) -> bytes:
-        """Send and receive bytes; the messages of a stream are concatenated."""
-        if method == STREAM:
-            stream = self.channel.unary_stream(method, request_serializer=_as_is, response_deserializer=_as_is)(data)
-            return b"".join([part async for part in stream])
-        answer: bytes = await self.channel.unary_unary(method, request_serializer=_as_is, response_deserializer=_as_is)(data)
-        return answer
-
     async def streamed(self, request: generation_pb2.GenerateRequest) -> list[generation_pb2.GenerateEvent]:
         """All events of GenerateStream."""
         return [event async for event in self.generation.GenerateStream(request)]
+
+    async def begun(self, request: Request) -> tuple[Any, Heard]:
+        """A stream that has received its first tokens."""
+        stream: Any = self.generation.GenerateStream(request)
+        return stream, heard([await stream.read(), await stream.read()])
+
+    async def entries(self, from_index: int, *, payloads: bool = False) -> list[int]:
+        """The indexes of the entries that Tail sends without follow."""
+        stream = self.sequencer.Tail(sequencer_pb2.TailRequest(from_index=from_index, payloads=payloads))
+        return [entry.header.index async for response in stream for entry in response.entries]
+
+    async def health(self, service: str = "ostinato.v1.Generation") -> str:
+        answer = await health_pb2_grpc.HealthStub(self.channel).Check(health_pb2.HealthCheckRequest(service=service))
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+    async def becomes(self, status: str) -> None:
+        """Wait until this is its health."""
+
+        async def became() -> bool:
+            return await self.health() == status
+
+        await eventually(became, f"health says {status}")
 
     async def last_sequence(self) -> int:
         return (await self.client.head()).last_sequence
@@ -154,6 +167,28 @@ def ostinato(*arguments: str, stdin: str = "", **environment: str) -> Result:
         return apart.submit(CliRunner().invoke, app, arguments, input=stdin, env=environment).result()
 
 
+@dataclass(frozen=True)
+class Tenants:
+    """A pair that asks for tokens, and those of its tenants and of an admin, "ops"."""
+
+    pair: Pair
+    tokens: dict[str, str]
+
+    def client(self, name: str) -> Client:
+        return Client(self.pair.target, token=self.tokens[name])
+
+    def metadata(self, name: str) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.tokens[name]}"),)
+
+
+@contextlib.contextmanager
+def tenants(folder: Path, *names: str, sidecar: Sequence[str] = (), **script: Any) -> Iterator[Tenants]:
+    """A pair for these tenants, with this script."""
+    listed, tokens = tokens_file(folder, *names)
+    with running_pair(service=scripted(**script), sidecar=["--tokens", str(listed), *sidecar]) as pair:
+        yield Tenants(pair, tokens)
+
+
 def tokens_file(folder: Path, *tenants: str) -> tuple[Path, dict[str, str]]:
     """A file for --tokens, of these tenants and of an admin, "ops"; and the token of each."""
     made = {name: auth.new_token(name, Role.ADMIN if name == "ops" else Role.TENANT) for name in (*tenants, "ops")}
@@ -161,10 +196,6 @@ def tokens_file(folder: Path, *tenants: str) -> tuple[Path, dict[str, str]]:
     file.touch(mode=0o600)
     file.write_text("\n".join(line for _, line in made.values()))
     return file, {name: token for name, (token, _) in made.items()}
-
-
-def _as_is(data: bytes) -> bytes:
-    return data
 
 
 # Requests and listeners
@@ -230,12 +261,6 @@ def heard(events: Sequence[generation_pb2.GenerateEvent]) -> Heard:
     return listener
 
 
-async def begun(door: Door, request: Request) -> tuple[Any, Heard]:
-    """A stream that has received its first tokens."""
-    stream: Any = door.generation.GenerateStream(request)
-    return stream, heard([await stream.read(), await stream.read()])
-
-
 async def rest(stream: Any, listener: Heard) -> Heard:
     """Read a stream to its end."""
     while (event := await stream.read()) is not grpc.aio.EOF:
@@ -243,37 +268,17 @@ async def rest(stream: Any, listener: Heard) -> Heard:
     return listener
 
 
-async def newest_is(door: Door, sequence: int) -> bool:
-    return await door.last_sequence() == sequence
+async def numbered(client: Client, sequence: int) -> None:
+    """Wait until this sequence exists."""
+
+    async def exists() -> bool:
+        return (await client.head()).last_sequence >= sequence
+
+    await eventually(exists, f"sequence {sequence} exists")
 
 
 def span(first: int, last: int) -> generation_pb2.CancelRequest:
     return generation_pb2.CancelRequest(range=generation_pb2.SequenceRange(first=first, last=last))
-
-
-async def entries(door: Door, from_index: int, *, payloads: bool = False) -> list[int]:
-    """The indexes of the entries that Tail sends without follow."""
-    stream = door.sequencer.Tail(sequencer_pb2.TailRequest(from_index=from_index, payloads=payloads))
-    return [entry.header.index async for response in stream for entry in response.entries]
-
-
-async def replayed(door: Door, first: int, last: int, **options: Any) -> list[sequencer_pb2.ReplayResponse]:
-    span = generation_pb2.SequenceRange(first=first, last=last)
-    return [each async for each in door.sequencer.Replay(sequencer_pb2.ReplayRequest(range=span, **options))]
-
-
-async def health(door: Door, service: str = "ostinato.v1.Generation") -> str:
-    request = health_pb2.HealthCheckRequest(service=service)
-    answer = await health_pb2_grpc.HealthStub(door.channel).Check(request)
-    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
-
-
-async def healthy(door: Door) -> bool:
-    return await health(door) == "SERVING"
-
-
-async def not_serving(door: Door) -> bool:
-    return await health(door) == "NOT_SERVING"
 
 
 # Second runs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Mapping
+from typing import Any
 
 import pytest
 
@@ -12,27 +13,15 @@ from ostinato.client import Client
 from ostinato.requests import batch
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
-from tests.e2e.kit import (
-    GENERATE,
-    GET,
-    Door,
-    Item,
-    Parameters,
-    Request,
-    entries,
-    ids,
-    items,
-    one,
-    own,
-    refused,
-    replayed,
-    span,
-)
+from tests.e2e.kit import Door, Item, Parameters, Request, ids, items, one, own, refused, span
 
 CONFIDENCES = (1.0, -0.1, float("nan"), 1 - 2**-53)
 """Outside 0 to 1, or too close to 1."""
-LETTERS = b"etaoinshrdlcumwfgypbvkjxqz .,-\n"
-"""With all of these as stop tokens, a scripted answer ends at its first token."""
+
+
+def replay(door: Door, first: int, last: int, **options: Any) -> Awaitable[object]:
+    span = generation_pb2.SequenceRange(first=first, last=last)
+    return door.sequencer.Replay(sequencer_pb2.ReplayRequest(range=span, **options)).read()
 
 
 def chat(*roles: str) -> types_pb2.Item:
@@ -53,6 +42,7 @@ BAD: Mapping[str, tuple[Request, str]] = {
     ),
     "idempotency key too long": (batch("hello", key="é" * 128 + "x"), "idempotency_key"),
     "request id with a NUL": (batch("hello", request_id="a\0b"), "request_id"),
+    "an answer that may be too large": (items(*[Item(text="a")] * 4, max_new_tokens=4000, logprobs=20), "items"),
 }
 """One of each kind; all bounds are tested in tests/service/test_prepare.py and tests/sidecar/test_admission.py."""
 
@@ -82,33 +72,13 @@ async def test_bad_requests_among_good_ones(door: Door) -> None:
     assert left.cancelled()
 
 
-@pytest.mark.parametrize(("method", "no_utf8"), [(GENERATE, b"\x0a\x03\x0a\x01\xff"), (GET, b"\x12\x01\xff")])
-async def test_malformed_bytes(door: Door, method: str, no_utf8: bytes) -> None:
-    """Bytes that are not a message are the caller's error: INVALID_ARGUMENT, MALFORMED_MESSAGE."""
-    async with door.nothing_numbered():
-        for data in (b"\xff\xff\xff\xff", no_utf8):
-            await refused(door.raw(method, data), errors.MalformedMessage)
-
-
-LARGE = items(*[Item(text="a")] * 4, max_new_tokens=4000, logprobs=20, stop_token_ids=LETTERS)
-"""At most nearly 5 MB; it ends at its first token."""
-
-
-async def test_an_answer_that_may_be_too_large_is_refused_before_the_work(door: Door) -> None:
-    """The largest possible answer exceeds gRPC's default limit of a client; metadata raises the limit."""
-    async with door.nothing_numbered():
-        await refused(door.generation.Generate(LARGE), errors.InvalidRequest, "items")
-    response = await door.generation.Generate(LARGE, metadata=[("ostinato-max-response-bytes", str(8 << 20))])
-    assert [len(result.output.token_ids) for result in response.results] == [1] * 4
-
-
 async def test_a_bad_target_is_named(door: Door) -> None:
     """No target, an empty range, and a key that no database can hold are INVALID_ARGUMENT, with the field."""
     generation, sequencer, nul = door.generation, door.sequencer, "a\0b"
     async with door.nothing_numbered():
         for first, last in ((0, 1), (2, 1), (0, 0)):
             await refused(generation.Cancel(span(first, last)), errors.InvalidRequest, "range")
-            await refused(replayed(door, first, last), errors.InvalidRequest, "range")
+            await refused(replay(door, first, last), errors.InvalidRequest, "range")
         wrong: list[tuple[Awaitable[object], str]] = [
             (generation.Cancel(generation_pb2.CancelRequest()), "target"),
             (generation.Cancel(generation_pb2.CancelRequest(idempotency_key=nul)), "idempotency_key"),
@@ -116,7 +86,7 @@ async def test_a_bad_target_is_named(door: Door) -> None:
             (sequencer.Get(sequencer_pb2.GetRequest(sequence=0)), "sequence"),
             (sequencer.Get(sequencer_pb2.GetRequest(idempotency_key=nul)), "idempotency_key"),
             (sequencer.Replay(sequencer_pb2.ReplayRequest()).read(), "range"),
-            (replayed(door, 1, 1, concurrency=65), "concurrency"),
+            (replay(door, 1, 1, concurrency=65), "concurrency"),
             *((sequencer.Report(sequencer_pb2.ReportRequest(confidence=bad)), "confidence") for bad in CONFIDENCES),
         ]
         for call, field in wrong:
@@ -132,7 +102,7 @@ async def test_a_target_that_does_not_exist(door: Door) -> None:
     gets.append(sequencer_pb2.GetRequest(idempotency_key="never used"))
     async with door.nothing_numbered():
         calls: list[Awaitable[object]] = [*map(door.generation.Cancel, cancels), *map(door.sequencer.Get, gets)]
-        for call in (*calls, replayed(door, newest + 1, 2**63)):
+        for call in (*calls, replay(door, newest + 1, 2**63)):
             await refused(call, errors.NotFound)
 
 
@@ -141,10 +111,10 @@ async def test_tail_from_anywhere(door: Door) -> None:
     await door.client.generate("a", max_new_tokens=1)
     head = (await door.client.head()).index
 
-    assert await entries(door, 0) == await entries(door, 1) == list(range(1, head + 1))
-    assert await entries(door, head) == [head]
+    assert await door.entries(0) == await door.entries(1) == list(range(1, head + 1))
+    assert await door.entries(head) == [head]
     for beyond in (head + 1, 2**63, 2**64 - 1):
-        assert await entries(door, beyond) == []
+        assert await door.entries(beyond) == []
 
 
 async def test_reading_large_payloads() -> None:
@@ -158,7 +128,7 @@ async def test_reading_large_payloads() -> None:
         record = await door.client.get(response.stamp.first_sequence)
         assert 256 * record[0].input.ByteSize() > 4 << 20, "or nothing is tested"
 
-        assert await entries(door, 1, payloads=True) == list(range(1, 2 * 256 + 2))
+        assert await door.entries(1, payloads=True) == list(range(1, 2 * 256 + 2))
         said = await refused(
             door.sequencer.Get(sequencer_pb2.GetRequest(idempotency_key="large")), errors.InvalidRequest, "idempotency_key"
         )

@@ -13,29 +13,27 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ostinato import Client, SyncClient, errors, tls
+from ostinato import Client, errors, tls
 from serving import auth
 from serving.auth import Role
 
 from tests.certificates import Authority
-from tests.e2e.kit import ostinato, scripted, tokens_file
+from tests.e2e.kit import Tenants, ostinato, scripted, tokens_file
 from tests.pair import Pair, running_pair
 from tests.waiting import eventually
 
 
 @dataclass(frozen=True)
-class Guarded:
-    """A pair under TLS, and what its callers hold."""
+class Guarded(Tenants):
+    """Tenants of a pair under TLS."""
 
-    pair: Pair
     authority: Authority
     certificate: Path
     key: Path
-    tokens: dict[str, str]
 
-    def client(self, tenant: str) -> Client:
-        """Of this tenant, on a connection of its own."""
-        return Client(f"https://{self.pair.target}", credentials=tls(self.authority.file), token=self.tokens[tenant])
+    def client(self, name: str) -> Client:
+        """On a connection of its own."""
+        return Client(f"https://{self.pair.target}", credentials=tls(self.authority.file), token=self.tokens[name])
 
 
 @pytest.fixture(scope="module", name="guarded")
@@ -47,7 +45,7 @@ def _guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     flags = ["--tls-certificate", str(certificate), "--tls-key", str(key), "--tokens", str(listed)]
     with Pair(sidecar=[*flags, "--health-listen", "127.0.0.1:0"]) as pair:
         pair.start()
-        yield Guarded(pair, authority, certificate, key, tokens)
+        yield Guarded(pair, tokens, authority, certificate, key)
 
 
 async def test_the_same_key_of_two_tenants_is_two_requests(guarded: Guarded) -> None:
@@ -178,13 +176,6 @@ def test_the_command_sends_no_token_in_clear_text() -> None:
         done = ostinato("--timeout", "1", *options, OSTINATO_TOKEN="secret", **environment)
         told = (done.exit_code, "allow-plaintext-token" in done.stderr, "secret" in done.output)
         assert told == (code, code == 2, False), done.output
-
-
-def test_the_synchronous_client_has_credentials(guarded: Guarded) -> None:
-    """SyncClient takes the same arguments."""
-    trust = tls(guarded.authority.file)
-    with SyncClient(f"https://{guarded.pair.target}", credentials=trust, token=guarded.tokens["acme"]) as client:
-        assert client.generate("one", max_new_tokens=2).results[0].HasField("output")
 
 
 async def test_a_secret_is_rotated_as_a_kubelet_does(tmp_path: Path) -> None:

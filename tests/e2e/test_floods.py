@@ -5,21 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import pytest
 
 from ostinato import errors
-from ostinato.client import Client
 
 from tests.bench.floods import STRANGER, TENANT, begin
 from tests.bench.memory import Memory
-from tests.e2e.kit import GENERATE, one, own, refusal, scripted, tokens_file
+from tests.e2e.kit import GENERATE, Tenants, one, own, refusal, tenants
 from tests.floods import chatty, long_text
 from tests.http2 import connected, framed
-from tests.pair import Pair, running_pair
 from tests.waiting import eventually
 
 MEGABYTES_MAX = 400
@@ -27,23 +24,11 @@ SECONDS = 2.5
 """Without the bounds the slowest of these floods takes 400 MB in less."""
 
 
-@dataclass(frozen=True)
-class Attacked:
-    """A pair, and the tokens of its tenants: acme is hostile, zeta is not."""
-
-    pair: Pair
-    tokens: dict[str, str]
-
-    @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        return (("authorization", f"Bearer {self.tokens['acme']}"),)
-
-
 @pytest.fixture(scope="module", name="attacked")
-def _attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
-    listed, tokens = tokens_file(tmp_path_factory.mktemp("floods"), "acme", "zeta")
-    with running_pair(service=scripted(), sidecar=["--arrival-seconds-max", "3", "--tokens", str(listed)]) as pair:
-        yield Attacked(pair, tokens)
+def _attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenants]:
+    """acme is hostile, zeta is not."""
+    with tenants(tmp_path_factory.mktemp("floods"), "acme", "zeta", sidecar=["--arrival-seconds-max", "3"]) as attacked:
+        yield attacked
 
 
 @pytest.mark.parametrize(
@@ -57,10 +42,10 @@ def _attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
         ("unread_records", TENANT),
     ],
 )
-async def test_a_flood_leaves_memory_and_others_alone(attacked: Attacked, flood: str, who: str) -> None:
+async def test_a_flood_leaves_memory_and_others_alone(attacked: Tenants, flood: str, who: str) -> None:
     """At most 400 MB are resident at any moment, and each request of another tenant is answered."""
     peak, processes = 0.0, begin(flood, who, attacked.pair.target, attacked.tokens["acme"], SECONDS)
-    async with Client(attacked.pair.target, token=attacked.tokens["zeta"]) as other:
+    async with attacked.client("zeta") as other:
         end = time.monotonic() + SECONDS
         while time.monotonic() < end:
             peak = max(peak, Memory.of(attacked.pair.sidecar.pid).now)
@@ -72,13 +57,13 @@ async def test_a_flood_leaves_memory_and_others_alone(attacked: Attacked, flood:
     assert peak < MEGABYTES_MAX
 
 
-async def test_the_token_is_judged_before_the_request_is_there(attacked: Attacked) -> None:
+async def test_the_token_is_judged_before_the_request_is_there(attacked: Tenants) -> None:
     """A call whose request never comes is refused for its credentials; with a token it waits for the request."""
     async with connected(attacked.pair.target, window=65535) as peer:
         missing = peer.begin(GENERATE)
         await peer.send(missing, framed(b"", 1000))
         await asyncio.wait_for(peer.ended[missing].wait(), 10)
-        waiting, begun = peer.begin(GENERATE, attacked.metadata), time.monotonic()
+        waiting, begun = peer.begin(GENERATE, attacked.metadata("acme")), time.monotonic()
         await asyncio.wait_for(peer.ended[waiting].wait(), 10)
 
         assert b"who calls?" in peer.headers[missing]
@@ -86,13 +71,13 @@ async def test_the_token_is_judged_before_the_request_is_there(attacked: Attacke
         assert b"not whole within" in peer.headers[waiting]
 
 
-async def test_the_memory_of_requests_is_a_tenants_own(attacked: Attacked) -> None:
+async def test_the_memory_of_requests_is_a_tenants_own(attacked: Tenants) -> None:
     """Beyond its share of --request-bytes-max a tenant is refused with QUEUE_FULL and a time to retry after."""
     seen: list[errors.OstinatoError] = []
     async with grpc.aio.insecure_channel(attacked.pair.target) as channel:
         call: Any = channel.unary_unary(GENERATE)
         for _ in range(3):
-            calls = (refusal(call(long_text(), metadata=attacked.metadata)) for _ in range(8))
+            calls = (refusal(call(long_text(), metadata=attacked.metadata("acme"))) for _ in range(8))
             seen += await asyncio.gather(*calls)
 
     full = [each for each in seen if isinstance(each, errors.QueueFull)]
@@ -100,9 +85,9 @@ async def test_the_memory_of_requests_is_a_tenants_own(attacked: Attacked) -> No
     assert all(each.retry_after and "--request-bytes-max" in each.message for each in full), full
 
 
-async def test_charges_end_with_their_items(attacked: Attacked) -> None:
+async def test_charges_end_with_their_items(attacked: Tenants) -> None:
     """After requests that were answered, refused and cancelled nothing is charged any more."""
-    async with Client(attacked.pair.target, token=attacked.tokens["acme"]) as client:
+    async with attacked.client("acme") as client:
         await client.generate(["a"] * 8, max_new_tokens=2, key="twice")
         await client.generate(["a"] * 8, max_new_tokens=2, key="twice")
         with pytest.raises(errors.InvalidRequest):
@@ -128,7 +113,8 @@ async def test_a_connection_ends_at_its_age() -> None:
 
 async def test_connections_are_bounded() -> None:
     """Beyond --connections-max a connection is closed at once; those that are there are served."""
-    with running_pair(service=scripted(), sidecar=["--connections-max", "2"]) as pair:
+    async with own("--connections-max", "2") as door:
+        pair = door.pair
         async with connected(pair.target, window=65535) as first, connected(pair.target) as second:
             await asyncio.gather(*(asyncio.wait_for(peer.greeted.wait(), 10) for peer in (first, second)))
             async with connected(pair.target) as third:

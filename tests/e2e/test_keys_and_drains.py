@@ -19,17 +19,16 @@ from tests.e2e.kit import (
     Door,
     Heard,
     asked,
-    begun,
     bytes_of,
     ended,
-    health,
     heard,
-    newest_is,
+    numbered,
     one,
     own,
     refusal,
     refused,
     rest,
+    rule,
     span,
 )
 from tests.waiting import eventually
@@ -54,7 +53,7 @@ async def test_a_retry_joins_what_is_in_flight(door: Door) -> None:
     """Two callers with one key share one run; a stream that joins late gets every token from the first."""
     before = door.pair.metrics()["ostinato_admitted_items_total"]
     request = asked(["a", "b"], key="joined", max_new_tokens=200, ignore_eos=True)
-    early, first = await begun(door, request)
+    early, first = await door.begun(request)
 
     late, unary = await asyncio.gather(door.streamed(request), door.generation.Generate(request))
     first, second = await rest(early, first), heard(late)
@@ -69,7 +68,7 @@ async def test_a_retry_joins_what_is_in_flight(door: Door) -> None:
 async def test_a_keyed_caller_may_disconnect_and_retry(door: Door) -> None:
     """The work continues; retries get the same sequences and the same bytes."""
     request = asked(["a", "b"], key="left", max_new_tokens=40, ignore_eos=True)
-    call, listener = await begun(door, request)
+    call, listener = await door.begun(request)
     call.cancel()
 
     joined = await door.generation.Generate(request)
@@ -99,10 +98,10 @@ async def test_an_unkeyed_deadline_ends_the_work(door: Door) -> None:
 
 async def test_an_unkeyed_caller_that_disconnects_ends_the_work(door: Door) -> None:
     """All its items become CANCELLED, and the engine is free."""
-    call, listener = await begun(door, asked(["a", "b"], **ENDLESS))
+    call, listener = await door.begun(asked(["a", "b"], **ENDLESS))
     unary = asyncio.ensure_future(door.client.generate("c", **ENDLESS))
     first = listener.first
-    await eventually(lambda: newest_is(door, first + 2), "the unary call has its number")
+    await numbered(door.client, first + 2)
 
     call.cancel()
     unary.cancel()
@@ -114,7 +113,7 @@ async def test_an_unkeyed_caller_that_disconnects_ends_the_work(door: Door) -> N
 
 async def test_cancel_while_it_runs(door: Door) -> None:
     """Cancel answers once the outcomes are durable; the stream gets them, and the engine is free."""
-    stream, listener = await begun(door, asked(["a", "b"], **ENDLESS))
+    stream, listener = await door.begun(asked(["a", "b"], **ENDLESS))
     first = listener.first
 
     answer = await door.generation.Cancel(span(first, first + 1))
@@ -140,7 +139,7 @@ async def test_cancel_after_the_end(door: Door) -> None:
 async def test_cancel_by_key(door: Door) -> None:
     """Cancel by key ends the whole batch, also when its caller has disconnected; a retry gets those outcomes."""
     request = asked(["a", "b"], key="cancelled", **ENDLESS)
-    stream, listener = await begun(door, request)
+    stream, listener = await door.begun(request)
     stream.cancel()
 
     answer = await door.generation.Cancel(generation_pb2.CancelRequest(idempotency_key="cancelled"))
@@ -154,16 +153,15 @@ async def test_cancel_by_key(door: Door) -> None:
 
 async def test_draining() -> None:
     """On SIGTERM it refuses new work with a retry delay, finishes what it has, and exits with 0."""
-    script = {**SLOWLY, "rules": [{"do": "hang", "at": 1, "sequences": [1]}]}
-    async with own(**script) as door:
-        held, holder = await begun(door, one())
-        stream, listener = await begun(door, one(max_new_tokens=200, ignore_eos=True))
+    async with own(**SLOWLY, rules=[rule("hang", 1, sequences=[1])]) as door:
+        held, holder = await door.begun(one())
+        stream, listener = await door.begun(one(max_new_tokens=200, ignore_eos=True))
         os.kill(door.pair.sidecar.pid, signal.SIGTERM)
         door.pair.sidecar.wait_for("draining")
 
         said = await refused(door.generation.Generate(one()), errors.Draining)
         assert said.retry_after is not None, said
-        assert await health(door) == "NOT_SERVING"
+        assert await door.health() == "NOT_SERVING"
         assert await door.last_sequence() == listener.first
         (result,) = (await rest(stream, listener)).results
 
@@ -179,12 +177,11 @@ async def test_draining() -> None:
 async def test_a_drain_that_runs_out_of_time() -> None:
     """Callers with a key get DRAINING and a retry delay, and the next sidecar has their answers; items without a key are
     ABANDONED."""
-    script = {**SLOWLY, "rules": [{"do": "hang", "at": 1, "attempts": [1]}]}
-    async with own("--drain-seconds", "0", **script) as door:
+    async with own("--drain-seconds", "0", **SLOWLY, rules=[rule("hang", 1, attempts=[1])]) as door:
         request = asked("a", key="left", max_new_tokens=4)
-        stream, listener = await begun(door, request)
+        stream, listener = await door.begun(request)
         waiting = asyncio.ensure_future(refused(door.generation.Generate(request), errors.Draining))
-        unkeyed, other = await begun(door, one())
+        unkeyed, other = await door.begun(one())
         await eventually(lambda: door.pair.metrics()["ostinato_repeated_requests_total"] == 1, "it waits for the same answer")
         os.kill(door.pair.sidecar.pid, signal.SIGTERM)
 

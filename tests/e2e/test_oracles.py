@@ -17,9 +17,8 @@ from ostinato import chain, digest, errors
 from ostinato.client import Client
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from tests.e2e.kit import asked, own, tokens_file
+from tests.e2e.kit import asked, numbered, tenants
 from tests.pair import Pair
-from tests.waiting import eventually
 
 SECRET, GUESSES = "the merger", ("the weather", "the merger", "the match")
 CLOCKS_MILLIS = 3_000
@@ -38,15 +37,9 @@ class Callers:
 
 @asynccontextmanager
 async def callers(folder: Path, *flags: str, delay_seconds: float = 0.0) -> AsyncIterator[Callers]:
-    listed, tokens = tokens_file(folder, "rival", "acme")
-    async with own("--tokens", str(listed), *flags, delay_seconds=delay_seconds) as door:
-        target = door.pair.target
-        async with (
-            Client(target, token=tokens["rival"]) as rival,
-            Client(target, token=tokens["acme"]) as victim,
-            Client(target, token=tokens["ops"]) as admin,
-        ):
-            yield Callers(rival, victim, admin, door.pair)
+    with tenants(folder, "rival", "acme", sidecar=flags, delay_seconds=delay_seconds) as at:
+        async with at.client("rival") as rival, at.client("acme") as victim, at.client("ops") as admin:
+            yield Callers(rival, victim, admin, at.pair)
 
 
 def inputs(given: sequencer_pb2.AdmittedPayload, seeds: Sequence[int]) -> Iterator[sequencer_pb2.AdmittedPayload]:
@@ -71,7 +64,7 @@ async def test_a_receipts_previous_hash_tests_no_guess(tmp_path: Path) -> None:
     async with callers(tmp_path, delay_seconds=0.05) as here:
         before = (await here.rival.generate("x", max_new_tokens=8)).results[0]
         around = asyncio.create_task(here.rival.generate("x", max_new_tokens=8))
-        await eventually(lambda: newest(here.admin, 2), "its entry is there")
+        await numbered(here.admin, 2)
         theirs = asyncio.create_task(here.victim.generate(SECRET, max_new_tokens=8))
         own_result = (await around).results[0]
         (record,) = await here.rival.get(own_result.sequence)
@@ -187,7 +180,3 @@ async def _message(call: Awaitable[object]) -> str:
     with pytest.raises(errors.NotFound) as refused:
         await call
     return refused.value.message
-
-
-async def newest(client: Client, sequence: int) -> bool:
-    return (await client.head()).last_sequence >= sequence

@@ -13,6 +13,7 @@ import pytest
 from ostinato.client import Client
 from ostinato.v1 import sequencer_pb2, types_pb2
 
+from tests.e2e.kit import numbered
 from tests.pair import Pair
 from tests.postgres import Postgres
 from tests.soak import chaos, shared
@@ -35,15 +36,6 @@ def started(url: str, *writers: str, script: str = SLOW, payloads: str = "full")
         for program in [pair.start_sidecar() for pair in pairs]:
             program.wait_for("engine connected")
         yield pairs
-
-
-async def numbered(client: Client, sequence: int) -> None:
-    """Wait until this sequence exists."""
-    await eventually(lambda: _reached(client, sequence), f"sequence {sequence}")
-
-
-async def _reached(client: Client, sequence: int) -> bool:
-    return (await client.head()).last_sequence >= sequence
 
 
 async def test_a_key_is_one_key_everywhere(postgres: Postgres) -> None:

@@ -10,7 +10,7 @@ import pytest
 from ostinato import errors
 from ostinato.v1 import generation_pb2, sequencer_pb2
 
-from tests.e2e.kit import GENERATE, STREAM, Door, asked, entries, newest_is, one, own, refused
+from tests.e2e.kit import GENERATE, STREAM, Door, asked, numbered, one, own, refused
 from tests.http2 import Peer, connected
 from tests.waiting import eventually
 
@@ -48,7 +48,7 @@ async def test_a_peer_that_never_grants_a_window() -> None:
     other callers are served meanwhile."""
     async with own("--held-call-bytes-max", "100000") as door, connected(door.pair.target, window=0) as peer:
         plain = peer.call(STREAM, wanted(2))
-        await eventually(lambda: newest_is(door, 2), "the first has its numbers")
+        await numbered(door.client, 2)
         keyed = peer.call(STREAM, wanted(1, key="slow"))
 
         for _ in range(5):
@@ -110,7 +110,7 @@ async def test_followers_leave_room_for_readers() -> None:
         for follower in followers:
             assert (await follower.read()).entries
 
-        assert len(await entries(door, 1)) == (await door.client.head()).index
+        assert len(await door.entries(1)) == (await door.client.head()).index
         await refused(door.sequencer.Tail(follow).read(), errors.QueueFull)
         for follower in followers:
             follower.cancel()
@@ -145,7 +145,7 @@ async def test_a_caller_that_vanishes_leaves_no_traceback(door: Door, how: str) 
     async with connected(door.pair.target, window=0) as peer:
         streams = [peer.call(path, wanted(1)) for path in (STREAM, GENERATE) for _ in range(10)]
         streams += [peer.call(TAIL, sequencer_pb2.TailRequest(follow=True).SerializeToString()) for _ in range(10)]
-        await eventually(lambda: newest_is(door, before + 20), "all have their numbers")
+        await numbered(door.client, before + 20)
         if how == "reset":
             for stream in streams:
                 peer.reset(stream)

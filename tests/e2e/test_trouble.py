@@ -18,16 +18,10 @@ from tests.e2e.kit import (
     Heard,
     Item,
     asked,
-    begun,
     bytes_of,
     ended,
-    entries,
-    health,
-    healthy,
     ids,
     items,
-    newest_is,
-    not_serving,
     one,
     opened,
     own,
@@ -57,17 +51,17 @@ async def test_no_engine() -> None:
                 said = await refused(call, errors.EngineUnavailable)
                 assert said.retry_after is not None, said
             assert await door.last_sequence() == 0
-            assert len(await entries(door, 1)) == 1
-            assert await health(door) == "NOT_SERVING"
+            assert len(await door.entries(1)) == 1
+            assert await door.health() == "NOT_SERVING"
 
             service = pair.start_service()
 
             pair.sidecar.wait_for("engine connected")
             assert (await door.client.generate("a", max_new_tokens=1)).stamp.first_sequence == 1
-            await eventually(lambda: healthy(door), "health says so")
+            await door.becomes("SERVING")
 
             service.kill()
-            await eventually(lambda: not_serving(door), "health says so")
+            await door.becomes("NOT_SERVING")
 
 
 async def test_a_sidecar_that_was_replaced_ends() -> None:
@@ -94,7 +88,7 @@ async def test_a_full_journal() -> None:
     async with own(*limits, **SLOWLY) as door:
         kept = await door.client.generate("kept", key="kept", max_new_tokens=2)
         # Its outcome has some hundred thousand bytes, taken from the reserve once nothing else is left.
-        stream, listener = await begun(door, one(max_new_tokens=400, ignore_eos=True, logprobs=20))
+        stream, listener = await door.begun(one(max_new_tokens=400, ignore_eos=True, logprobs=20))
         said = await filled(door)
         assert isinstance(said, errors.JournalFull)
         assert said.retry_after is not None, said
@@ -110,8 +104,8 @@ async def test_a_full_journal() -> None:
         await refused(door.streamed(one()), errors.JournalFull)
         assert await door.last_sequence() == last
         assert bytes_of(await door.client.generate("kept", key="kept", max_new_tokens=2)) == bytes_of(kept)
-        await eventually(lambda: not_serving(door), "health says so")
-        assert await health(door, "ostinato.v1.Sequencer") == "SERVING"
+        await door.becomes("NOT_SERVING")
+        assert await door.health("ostinato.v1.Sequencer") == "SERVING"
         assert door.pair.metrics()["ostinato_journal_full"] == 1
 
 
@@ -161,7 +155,7 @@ async def test_a_grade_that_is_lost() -> None:
 
             async def numbered() -> bool:
                 assert not wanted.done(), f"refused: {wanted.exception()}"
-                return await newest_is(door, 2)
+                return await door.last_sequence() == 2
 
             await eventually(numbered, "those that asked for it have the first numbers")
             whatever = await door.client.generate("c", max_new_tokens=60, ignore_eos=True)

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
 
 from ostinato import install_hint
 from ostinato.chain import check_receipt
-from ostinato.client import Client
 from ostinato.v1 import types_pb2
 
-from tests.e2e.kit import ended, own, refusal, rule, scripted, tokens_file
+from tests.e2e.kit import Tenants, ended, own, refusal, rule, scripted, tenants
 from tests.pair import ROOT, Pair, Program, running_pair
 from tests.waiting import eventually
 
@@ -32,29 +30,14 @@ HANGS = 200
 NAME = "vllm.grpc.engine.VllmEngine"
 
 
-@dataclass(frozen=True)
-class Face:
-    """A pair with --vllm-face, and the tokens of two tenants and an operator."""
-
-    pair: Pair
-    tokens: dict[str, str]
-
-    def client(self, tenant: str) -> Client:
-        return Client(self.pair.target, token=self.tokens[tenant])
-
-    def metadata(self, tenant: str) -> tuple[tuple[str, str], ...]:
-        return (("authorization", f"Bearer {self.tokens[tenant]}"),)
-
-
 @pytest.fixture(scope="module", name="face")
-def _face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
-    listed, tokens = tokens_file(tmp_path_factory.mktemp("face"), "acme", "zeta")
-    with Pair(service=scripted(**SCRIPT), sidecar=["--vllm-face", "--tokens", str(listed)]) as pair:
-        yield Face(pair.start(), tokens)
+def _face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenants]:
+    with tenants(tmp_path_factory.mktemp("face"), "acme", "zeta", sidecar=["--vllm-face"], **SCRIPT) as face:
+        yield face
 
 
 @pytest.fixture(name="stub")
-async def _stub(face: Face) -> AsyncIterator[Any]:
+async def _stub(face: Tenants) -> AsyncIterator[Any]:
     async with grpc.aio.insecure_channel(face.pair.target) as channel:
         yield VllmEngineStub(channel)
 
@@ -79,7 +62,7 @@ async def code_of(call: Any) -> grpc.StatusCode:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_receipts_come_in_the_trailers(face: Face, stub: Any, stream: bool) -> None:
+async def test_receipts_come_in_the_trailers(face: Tenants, stub: Any, stream: bool) -> None:
     """The trailers have the stamp, and receipts that verify offline and equal the journal's."""
     call = stub.Generate(asked(stream=stream, n=2, seed=5), metadata=face.metadata("acme"))
     messages = [message async for message in call]
@@ -97,7 +80,7 @@ async def test_receipts_come_in_the_trailers(face: Face, stub: Any, stream: bool
             assert record.input.seed == 5 + number - stamp.first_sequence
 
 
-async def test_credentials_are_required(face: Face, stub: Any) -> None:
+async def test_credentials_are_required(face: Tenants, stub: Any) -> None:
     """Without a token every call is refused, health included; with one, the item belongs to its tenant."""
     for call in (stub.Generate(asked()).read(), stub.HealthCheck(vllm.HealthCheckRequest())):
         assert (await refusal(call)).code == grpc.StatusCode.UNAUTHENTICATED
@@ -110,7 +93,7 @@ async def test_credentials_are_required(face: Face, stub: Any) -> None:
     assert (record.input.tenant, record.input.request_id) == ("zeta", "mine")
 
 
-async def test_abort(face: Face, stub: Any) -> None:
+async def test_abort(face: Tenants, stub: Any) -> None:
     """Abort ends all calls of this tenant with this request id, as CANCELLED. Unknown ids are ignored."""
     calls = {
         name: stub.Generate(asked("same", stream=True, max_tokens=HANGS, ignore_eos=True), metadata=face.metadata(tenant))
@@ -141,7 +124,7 @@ async def test_a_call_without_a_deadline_has_one() -> None:
             assert record.result.status.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
 
 
-async def test_the_calls_of_a_gateway_s_start(face: Face, stub: Any) -> None:
+async def test_the_calls_of_a_gateway_s_start(face: Tenants, stub: Any) -> None:
     """Model, load, health and the whole tokenizer with its digest are returned."""
     seen = {"metadata": face.metadata("acme")}
     model = await stub.GetModelInfo(vllm.GetModelInfoRequest(), **seen)
@@ -158,7 +141,7 @@ async def test_the_calls_of_a_gateway_s_start(face: Face, stub: Any) -> None:
     assert health.status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_unsupported_calls_are_unimplemented(face: Face, stub: Any) -> None:
+async def test_unsupported_calls_are_unimplemented(face: Tenants, stub: Any) -> None:
     """Embeddings, profiles, cache events and the health of other kinds of workers are UNIMPLEMENTED."""
     async with grpc.aio.insecure_channel(face.pair.target) as channel:
         other: Any = sglang_scheduler_pb2_grpc.SglangSchedulerStub(channel)
