@@ -14,7 +14,7 @@ from rich.text import Text
 
 import ostinato
 from ostinato.chain import check_result
-from ostinato.cli.serve import Running, ServeOptions, run_until_signal, started
+from ostinato.cli.serve import Serving, run_until_signal, started
 from ostinato.digest import output_digest
 from ostinato.v1 import types_pb2
 
@@ -27,26 +27,26 @@ ANYWHERE = "127.0.0.1:0"
 
 def main() -> int:
     """0: everything that was shown is as promised."""
-    return asyncio.run(run_until_signal("demo", demo))
-
-
-async def demo(running: Running) -> int:
-    """The exit code. The journal is a new one, so that sequences begin at 1."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    with tempfile.TemporaryDirectory(prefix="ostinato-demo-") as folder:
-        options = ServeOptions(
+    with tempfile.TemporaryDirectory(prefix="ostinato-demo-") as folder:  # a new journal: sequences begin at 1
+        serving = Serving(
             state=Path(folder),
             service=["--engine", "llama", "--state-dir", str(STATE), "--metrics", ANYWHERE],
             sidecar=["--listen", ANYWHERE, "--metrics", ANYWHERE, "--journal-reserve-bytes", str(1 << 20)],
         )
-        async with started(options, running):
-            connected = running.connected
-            console.print(
-                f"engine [bold]{connected['model']}[/] at grade [bold]{str(connected['grade']).upper()}[/], "
-                f"ready after {running.seconds:.1f} s; fingerprint {connected['fingerprint']}"
-            )
-            promises = await show(running.target, console)
-            console.print(await asyncio.to_thread(counted, running.ports["sidecar"]))
+        return asyncio.run(run_until_signal("demo", serving, demo(serving)))
+
+
+async def demo(serving: Serving) -> int:
+    """The exit code."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    async with started(serving):
+        connected = serving.connected
+        console.print(
+            f"engine [bold]{connected['model']}[/] at grade [bold]{str(connected['grade']).upper()}[/], "
+            f"ready after {serving.seconds:.1f} s; fingerprint {connected['fingerprint']}"
+        )
+        promises = await show(serving.target, console)
+        console.print(await asyncio.to_thread(counted, serving.ports["sidecar"]))
     return 0 if promises else 1
 
 

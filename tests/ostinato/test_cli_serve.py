@@ -258,7 +258,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing package is named, with the command that installs it."""
     monkeypatch.setitem(serve.NEEDS, "sidecar", ("cryptography", "no_such_module"))
 
-    with pytest.raises(serve.Unusable, match=r"^sidecar needs no_such_module, .*: pip install '\.\[cpu\]' in a checkout"):
+    with pytest.raises(serve.ProgramFailed, match=r"^sidecar needs no_such_module, .*: pip install '\.\[cpu\]' in a checkout"):
         serve.check_installed("sidecar")
 
 
@@ -303,11 +303,11 @@ def test_a_journal_that_is_set_elsewhere(tmp_path: Path, monkeypatch: pytest.Mon
     """--state does not override a journal of the settings file or of the environment."""
     config = tmp_path / "ostinato.toml"
     config.write_text(f'[sidecar]\njournal = "{tmp_path / "other.sqlite"}"\n')
-    plain = serve.ServeOptions(state=tmp_path / "state")
-    told = serve.ServeOptions(state=tmp_path / "state", config=config)
-    assert any(flag.startswith("--journal=") for flag in serve._sidecar_flags(plain, "unix:x"))
-    assert not any(flag.startswith("--journal=") for flag in serve._sidecar_flags(told, "unix:x"))
+    plain = serve.Serving(state=tmp_path / "state")
+    told = serve.Serving(state=tmp_path / "state", config=config)
+    assert any(flag.startswith("--journal=") for flag in serve._flags(plain, "sidecar", "unix:x"))
+    assert not any(flag.startswith("--journal=") for flag in serve._flags(told, "sidecar", "unix:x"))
 
     monkeypatch.setenv("OSTINATO_SIDECAR_JOURNAL", str(tmp_path / "third.sqlite"))
 
-    assert not any(flag.startswith("--journal=") for flag in serve._sidecar_flags(plain, "unix:x"))
+    assert not any(flag.startswith("--journal=") for flag in serve._flags(plain, "sidecar", "unix:x"))

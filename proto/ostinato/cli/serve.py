@@ -24,11 +24,11 @@ import socket
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -64,9 +64,6 @@ _LAST_LINES_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 _SOCKET_FOLDER_BYTES_MAX = 80
 """Keeps the socket's path below the kernel's limit of 107."""
-
-T = TypeVar("T")
-
 
 ENGINES = ("llama", "turbomind", "scripted")
 
@@ -122,14 +119,14 @@ def serve(
         engine = "turbomind" if model.is_dir() else "llama"
     services = _given({"--config": config, "--engine": engine, "--model": model, "--metrics": service_metrics})
     sidecars = _given({"--config": config, "--listen": listen, "--metrics": metrics})
-    options = ServeOptions(
+    serving = Serving(
         state=state,
         config=config,
         gateway_port=(gateway_port or GATEWAY_PORT) if gateway else None,
         service=[*services, *_split("--service-flag", service_flag)],
         sidecar=[*sidecars, *_split("--sidecar-flag", sidecar_flag)],
     )
-    raise typer.Exit(asyncio.run(run_until_signal("serve", lambda running: _serve(options, running))))
+    raise typer.Exit(asyncio.run(run_until_signal("serve", serving, _serve(serving))))
 
 
 def service(context: typer.Context) -> None:
@@ -160,37 +157,33 @@ EXTRAS: Mapping[str, str] = {"service": "cpu", "sidecar": "cpu", "smg": "gateway
 """The extra to install if one is missing."""
 
 
-class Unusable(Exception):
-    """A program cannot be started. The message is one line and says what to do."""
+class ProgramFailed(Exception):
+    """A program cannot be started, or has ended by itself. The message is one line, and `code` an exit code."""
 
-
-def program_paths(name: str) -> list[str]:
-    """What a child needs in PYTHONPATH to find the program and this package. Raises Unusable."""
-    package = Path(ostinato.__file__).parent
-    places = {
-        package / "programs": (),  # the wheel
-        package.parents[1]: ("proto",),  # a checkout
-        package.parent: (),  # an image
-    }
-    for place, others in places.items():
-        if (place / name / "__main__.py").is_file():
-            return [str(place), *(str(place / folder) for folder in others)]
-    raise Unusable(f"{name} is not beside {package}: install the wheel, or use a checkout")
+    def __init__(self, why: str, code: int = FAILED) -> None:
+        super().__init__(why)
+        self.code = code
 
 
 def check_installed(name: str) -> None:
-    """Raises Unusable if a package is missing without which the program cannot start."""
+    """Raises ProgramFailed if a package is missing without which the program cannot start."""
     for module in NEEDS[name]:
         if importlib.util.find_spec(module) is None:
             who = "--gateway" if name == "smg" else name
-            raise Unusable(f"{who} needs {module}, which is not installed: {install_hint(EXTRAS[name])}")
+            raise ProgramFailed(f"{who} needs {module}, which is not installed: {install_hint(EXTRAS[name])}")
 
 
-def program_environment(*names: str) -> dict[str, str]:
-    """This process's variables, with a PYTHONPATH for these programs and without the working directory. Raises Unusable."""
-    listed = [path for name in names for path in program_paths(name)]
-    listed += [inherited] if (inherited := os.environ.get("PYTHONPATH")) else []
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(listed)), "PYTHONSAFEPATH": "1"}
+def _environment(name: str) -> dict[str, str]:
+    """This process's variables, with a PYTHONPATH for the program and this package, and without the working directory. Raises
+    ProgramFailed."""
+    package = Path(ostinato.__file__).parent
+    checkout = package.parents[1]
+    for place, *others in ([package / "programs"], [checkout, checkout / "proto"], [package.parent]):  # the last: an image
+        if (place / name / "__main__.py").is_file():
+            inherited = os.environ.get("PYTHONPATH")
+            path = os.pathsep.join(map(str, (place, *others, *([inherited] if inherited else []))))
+            return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    raise ProgramFailed(f"{name} is not beside {package}: install the wheel, or use a checkout")
 
 
 def _command(name: str, arguments: Sequence[str]) -> list[str]:
@@ -201,20 +194,11 @@ def _become(name: str, arguments: Sequence[str]) -> NoReturn:
     """Replaces this process by the program, which then gets its signals and sets its exit code."""
     try:
         check_installed(name)
-        variables = program_environment(name)
-    except Unusable as error:
+        variables = _environment(name)
+    except ProgramFailed as error:
         show.note(f"ostinato: {error}")
         raise typer.Exit(FAILED) from None
     os.execve(sys.executable, _command(name, arguments), variables)  # noqa: S606  # no shell is wanted
-
-
-# Children.
-class Ended(Exception):
-    """A program ended by itself. `why` is one line; `usage` is whether the program reported bad settings."""
-
-    def __init__(self, name: str, why: str, *, usage: bool = False) -> None:
-        super().__init__(f"{name}: {why}")
-        self.name, self.why, self.usage = name, why, usage
 
 
 class Child:
@@ -223,6 +207,8 @@ class Child:
     def __init__(self, name: str, process: asyncio.subprocess.Process, log: logging.Handler) -> None:
         self.name = name
         self._process = process
+        self.stopped = False
+        """By us: its end is expected."""
         self._records = defaultdict[str, asyncio.Future[Mapping[str, Any]]](asyncio.get_running_loop().create_future)
         self._causes: deque[str] = deque(maxlen=CAUSES_MAX)
         self._log = logging.Logger(name)  # noqa: LOG001  # not part of this process's logging
@@ -253,10 +239,15 @@ class Child:
         """The first log record with this message."""
         return await self._records[message]
 
-    async def ended(self) -> Ended:
-        """Waits until the program has ended."""
+    @property
+    def ended(self) -> bool:
+        return self._running.done()
+
+    async def watch(self) -> None:
+        """Until the program has ended. Raises ProgramFailed if it did so by itself."""
         await asyncio.wait({self._running})
-        return self._cause()
+        if not self.stopped:
+            raise self._failure()
 
     async def stop(self, seconds: float | None) -> None:
         """SIGTERM, and SIGKILL after this long; None: never."""
@@ -274,16 +265,21 @@ class Child:
         with suppress(ProcessLookupError):
             send(self._process.pid, number)
 
-    def _cause(self) -> Ended:
+    def _failure(self) -> ProgramFailed:
+        """With the name of `serve`'s own flag, or how it passes one on, and with what to do about a port that is taken."""
         code = self._process.returncode
         assert code is not None, "only of a program that has ended"
         if code < 0:
-            return Ended(self.name, f"was ended by {signal.Signals(-code).name}")
+            return ProgramFailed(f"{self.name}: was ended by {signal.Signals(-code).name}")
         if not self._causes:
-            return Ended(self.name, f"ended with exit code {code}")
+            return ProgramFailed(f"{self.name}: ended with exit code {code}")
         lines = list(self._causes) if code == USAGE else [self._causes[-1]]
         why = "; ".join(line.removeprefix(f"{self.name}: ") for line in lines)
-        return Ended(self.name, why, usage=code == USAGE)
+        why = why.replace("allow it with --", f"allow it with --{self.name}-flag --")
+        if self.name == "service" and why.startswith("--metrics:"):
+            why = f"--service{why.removeprefix('-')}"
+        remedy = f"; {REMEDY}" if why.endswith(TAKEN) else ""
+        return ProgramFailed(f"{self.name}: {why}{remedy}", USAGE if code == USAGE else FAILED)
 
     async def _run(self) -> None:
         """Until the program has ended and its output has been read."""
@@ -322,10 +318,9 @@ class Child:
             self._causes.append(f"{record.get('message')}: {last}" if last else str(record.get("message")))
 
 
-# What `serve` runs.
-@dataclass(frozen=True, slots=True)
-class ServeOptions:
-    """What to start."""
+@dataclass(slots=True)
+class Serving:
+    """What to start, then what runs and what the programs reported."""
 
     state: Path = STATE
     config: Path | None = None
@@ -333,16 +328,9 @@ class ServeOptions:
     gateway_port: int | None = None
     """None: no gateway."""
     service: Sequence[str] = ()
-    """Flags of the service."""
     sidecar: Sequence[str] = ()
-    """Flags of the sidecar."""
-
-
-@dataclass(slots=True)
-class Running:
-    """What runs, and what the programs reported."""
-
-    children: list[Child] = field(default_factory=list)
+    """Flags of the programs."""
+    children: dict[str, Child] = field(default_factory=dict)
     target: str = ""
     """Of the sidecar, for clients."""
     ports: dict[str, int] = field(default_factory=dict)
@@ -354,30 +342,25 @@ class Running:
     seconds: float = 0.0
     """From the start until it served."""
     openai: str = ""
-    """URL of the gateway; empty: there is none."""
+    """URL of the gateway."""
     openai_model: str = ""
 
-    async def unless_one_ends(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`. Raises Ended as soon as a program ends."""
-        working = asyncio.create_task(work)
-        ends = [asyncio.create_task(child.ended()) for child in self.children]
-        try:
-            done, _ = await asyncio.wait({working, *ends}, return_when=asyncio.FIRST_COMPLETED)
-            for end in ends:
-                if end in done:
-                    raise end.result()
-            return working.result()
-        finally:
-            for task in (working, *ends):
-                task.cancel()
+    async def stop(self) -> None:
+        """The sidecar drains, unless a program has ended by itself; then the gateway and the service end."""
+        drain = CUT_SHORT_SECONDS if any(child.ended for child in self.children.values()) else None
+        for child in self.children.values():
+            child.stopped = True
+        # At SIGTERM, smg would wait for a load balancer.
+        for name, seconds in (("sidecar", drain), ("smg", 0), ("service", SERVICE_STOP_SECONDS)):
+            if name in self.children:
+                await self.children[name].stop(seconds)
 
 
-async def run_until_signal(name: str, work: Callable[[Running], Coroutine[Any, Any, int]]) -> int:
+async def run_until_signal(name: str, serving: Serving, work: Coroutine[Any, Any, int]) -> int:
     """Runs `work` until it ends or a signal cancels it; a second signal kills the children. The exit code: that of `work`, 0 if
     it was stopped, 130 if it was killed. If it failed, prints one line on stderr; 2 for bad settings of a program, else 1."""
     loop = asyncio.get_running_loop()
-    running = Running()
-    working = asyncio.create_task(work(running))
+    working = asyncio.create_task(work)
     signals = 0
 
     def stop() -> None:
@@ -387,7 +370,7 @@ async def run_until_signal(name: str, work: Callable[[Running], Coroutine[Any, A
             show.note("stopping; Ctrl-C again stops at once")
             working.cancel()
             return
-        for child in running.children:
+        for child in serving.children.values():
             child.signal(signal.SIGKILL)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -397,85 +380,88 @@ async def run_until_signal(name: str, work: Callable[[Running], Coroutine[Any, A
         return await working
     except asyncio.CancelledError:
         return 0 if signals == 1 else INTERRUPTED
-    except (Unusable, Ended, OSError) as error:
+    except (ProgramFailed, OSError) as error:
         show.note(f"ostinato {name}: {show.visible(str(error))}")
-        return USAGE if isinstance(error, Ended) and error.usage else FAILED
+        return error.code if isinstance(error, ProgramFailed) else FAILED
 
 
-async def _serve(options: ServeOptions, running: Running) -> int:
-    async with started(options, running):
-        _announce(options, running)
-        await running.unless_one_ends(asyncio.Event().wait())
+async def _serve(serving: Serving) -> int:
+    async with started(serving):
+        _announce(serving)
+        await asyncio.Event().wait()
     raise AssertionError("it serves until it is cancelled or a program ends")
 
 
 @asynccontextmanager
-async def started(options: ServeOptions, running: Running) -> AsyncIterator[None]:
-    """Starts everything; at the end of the context stops it in order. Raises Unusable, Ended or OSError, whose
-    message is one line that says what to do."""
-    for name in ("service", "sidecar", *(["smg"] if options.gateway_port else [])):
+async def started(serving: Serving) -> AsyncIterator[None]:
+    """Starts everything; at the end of the context stops it in order. The end of a program ends the context. Raises
+    ProgramFailed or OSError, whose message is one line that says what to do."""
+    import tempfile
+
+    for name in ("service", "sidecar", *(["smg"] if serving.gateway_port else [])):
         check_installed(name)
-    if options.gateway_port:
-        _check_free(options.gateway_port)
-    with _locked(options.state), _socket_folder() as folder:
-        drain_seconds: float | None = None
+    if serving.gateway_port:
+        _check_free(serving.gateway_port)
+    place = tempfile.gettempdir()
+    if len(os.fsencode(place)) >= _SOCKET_FOLDER_BYTES_MAX:
+        place = "/tmp"  # noqa: S108
+    # The folder, for the socket between service and sidecar, is closed to other users.
+    with _locked(serving.state), tempfile.TemporaryDirectory(prefix="ostinato-", dir=place) as folder:
         try:
-            began = time.monotonic()
-            await _start_pair(options, running, f"unix:{folder}/engine.sock")
-            await _wait_until_serving(running)
-            if options.gateway_port:
-                await _start_gateway(options, options.gateway_port, running)
-            running.seconds = time.monotonic() - began
-            yield
-        except Ended as error:
-            drain_seconds = CUT_SHORT_SECONDS
-            raise _explained(error) from None
-        finally:
-            stopping = asyncio.create_task(_stop(running, drain_seconds))
-            try:
-                await asyncio.shield(stopping)
-            except asyncio.CancelledError:  # a first signal, after a program has ended by itself
-                await stopping
-                raise
+            async with asyncio.TaskGroup() as watching:
+                try:
+                    began = time.monotonic()
+                    await _start_pair(serving, watching, f"unix:{folder}/engine.sock")
+                    await _wait_until_serving(serving)
+                    if serving.gateway_port:
+                        await _start_gateway(serving, watching, serving.gateway_port)
+                    serving.seconds = time.monotonic() - began
+                    yield
+                finally:
+                    stopping = asyncio.create_task(serving.stop())
+                    try:
+                        await asyncio.shield(stopping)
+                    except asyncio.CancelledError:  # a first signal, after a program has ended by itself
+                        await stopping
+                        raise
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
 
 
-async def _start_pair(options: ServeOptions, running: Running, address: str) -> None:
+async def _start(
+    serving: Serving, watching: asyncio.TaskGroup, name: str, arguments: Sequence[str], variables: Mapping[str, str]
+) -> Child:
+    child = await Child.start(name, _command(name, arguments), variables, serving.state / f"{name}.log")
+    serving.children[name] = child
+    watching.create_task(child.watch())
+    return child
+
+
+async def _start_pair(serving: Serving, watching: asyncio.TaskGroup, address: str) -> None:
     """Until both listen, the service at `address`."""
-    variables = program_environment("service", "sidecar")
-    _make_signing_key(options.state / SIGNING_KEY)
-    for name, flags in (("service", _service_flags(options, address)), ("sidecar", _sidecar_flags(options, address))):
-        await _start(name, _command(name, flags), variables, options.state, running)
-    service, sidecar = running.children
-
-    async def listening() -> None:
-        running.ports["service"] = int((await service.record("metrics"))["port"])
-        running.ports["sidecar"] = int((await sidecar.record("metrics"))["port"])
-        running.target = _reachable(str((await sidecar.record("listening"))["addresses"]).split(",")[0])
-
-    await running.unless_one_ends(listening())
+    _make_signing_key(serving.state / SIGNING_KEY)
+    for name in ("service", "sidecar"):
+        await _start(serving, watching, name, _flags(serving, name, address), _environment(name))
+    for name, child in serving.children.items():
+        serving.ports[name] = int((await child.record("metrics"))["port"])
+    listening = await serving.children["sidecar"].record("listening")
+    serving.target = _reachable(str(listening["addresses"]).split(",")[0])
 
 
-async def _start(name: str, command: Sequence[str], variables: Mapping[str, str], state: Path, running: Running) -> None:
-    running.children.append(await Child.start(name, command, variables, state / f"{name}.log"))
-
-
-def _service_flags(options: ServeOptions, address: str) -> list[str]:
+def _flags(serving: Serving, name: str, address: str) -> list[str]:
     """The caller's flags come after those that they may override, and before those that `serve` depends on."""
-    state = {}
-    if options.state != STATE and not _is_set(options, "service", "state_dir"):
-        state["--state-dir"] = options.state / "service"
-    return [*_given(state), *options.service, "--listen", address, "--log-format", "json", "--log-level", "INFO"]
-
-
-def _sidecar_flags(options: ServeOptions, address: str) -> list[str]:
-    """In the same order."""
-    state = {}
-    if options.state != STATE and not _is_set(options, "sidecar", "journal"):
-        state["--journal"] = options.state / "journal.sqlite"
-    if not _is_set(options, "sidecar", "signing_key"):
-        state["--signing-key"] = options.state / SIGNING_KEY
-    gateway = ["--vllm-face"] if options.gateway_port else []
-    return [*_given(state), *options.sidecar, *gateway, "--engine", address, "--log-format", "json", "--log-level", "info"]
+    logs = ["--log-format", "json", "--log-level", "info"]
+    ours: dict[str, Path] = {}
+    if name == "service":
+        if serving.state != STATE and not _is_set(serving, name, "state_dir"):
+            ours["--state-dir"] = serving.state / "service"
+        return [*_given(ours), *serving.service, "--listen", address, *logs]
+    if serving.state != STATE and not _is_set(serving, name, "journal"):
+        ours["--journal"] = serving.state / "journal.sqlite"
+    if not _is_set(serving, name, "signing_key"):
+        ours["--signing-key"] = serving.state / SIGNING_KEY
+    gateway = ["--vllm-face"] if serving.gateway_port else []
+    return [*_given(ours), *serving.sidecar, *gateway, "--engine", address, *logs]
 
 
 def _make_signing_key(path: Path) -> None:
@@ -487,14 +473,14 @@ def _make_signing_key(path: Path) -> None:
         path.with_suffix(".pub").write_text(signer_of(path.read_bytes()).public_pem)
 
 
-def _is_set(options: ServeOptions, program: str, setting: str) -> bool:
+def _is_set(serving: Serving, program: str, setting: str) -> bool:
     """Whether the environment or the settings file has this setting, which --state must not override."""
     import tomllib
 
     prefix = f"OSTINATO_{program.upper()}_"
     if f"{prefix}{setting.upper()}" in os.environ:
         return True
-    file = options.config or os.environ.get(f"{prefix}CONFIG")
+    file = serving.config or os.environ.get(f"{prefix}CONFIG")
     try:
         table = tomllib.loads(Path(file).read_text("utf-8")).get(program) if file else None
     except (OSError, ValueError):
@@ -506,31 +492,28 @@ def _given(flags: Mapping[str, object]) -> list[str]:
     return [f"{name}={value}" for name, value in flags.items() if value is not None]
 
 
-async def _wait_until_serving(running: Running) -> None:
+async def _wait_until_serving(serving: Serving) -> None:
     """Until the service has its grade and the sidecar is connected."""
-    service, sidecar = running.children
+    service, sidecar = serving.children.values()
+    proof = "about 30 s, unless an earlier start left a proof"
     console = Console(stderr=True)
-    with console.status("loading the model") as status:
 
-        async def serving() -> None:
+    def reassure() -> None:
+        if not console.is_terminal:
+            show.note(f"loading and testing the model; the test takes {proof}")
+
+    reassuring = asyncio.get_running_loop().call_later(SILENCE_SECONDS, reassure)
+    try:
+        with console.status("loading the model") as status:
             await service.record("engine loaded")
-            status.update("testing the model; about 30 s, unless an earlier start left a proof")
-            running.earned = await service.record("grade earned")
-            running.connected = await sidecar.record("engine connected")
-
-        async def reassure() -> None:
-            await asyncio.sleep(SILENCE_SECONDS)
-            if not console.is_terminal:
-                show.note("loading and testing the model; the test takes about 30 s, unless an earlier start left a proof")
-
-        reassuring = asyncio.create_task(reassure())
-        try:
-            await running.unless_one_ends(serving())
-        finally:
-            reassuring.cancel()
+            status.update(f"testing the model; {proof}")
+            serving.earned = await service.record("grade earned")
+            serving.connected = await sidecar.record("engine connected")
+    finally:
+        reassuring.cancel()
 
 
-async def _start_gateway(options: ServeOptions, port: int, running: Running) -> None:
+async def _start_gateway(serving: Serving, watching: asyncio.TaskGroup, port: int) -> None:
     """Until smg serves the sidecar's model."""
     with socket.socket() as held:  # a free port for smg's own metrics, which cannot be turned off
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -538,18 +521,18 @@ async def _start_gateway(options: ServeOptions, port: int, running: Running) -> 
         flags = {
             "--host": "127.0.0.1",
             "--port": port,
-            "--worker-urls": f"grpc://{running.target}",
+            "--worker-urls": f"grpc://{serving.target}",
             "--prometheus-host": "127.0.0.1",
             "--prometheus-port": held.getsockname()[1],
             "--log-level": "warn",
         }
         words = [str(word) for pair in flags.items() for word in pair]
         # A retry by smg would be another request, with other sequences.
-        command = _command("smg", ["launch", *words, "--disable-retries"])
-        await _start("smg", command, {**os.environ, "PYTHONSAFEPATH": "1"}, options.state, running)
+        arguments = ["launch", *words, "--disable-retries"]
+        await _start(serving, watching, "smg", arguments, {**os.environ, "PYTHONSAFEPATH": "1"})
         url = f"http://127.0.0.1:{port}"
-        running.openai_model = await running.unless_one_ends(_gateway_model(url))
-        running.openai = f"{url}/v1"
+        serving.openai_model = await _gateway_model(url)
+        serving.openai = f"{url}/v1"
 
 
 async def _gateway_model(url: str) -> str:
@@ -570,43 +553,25 @@ async def _gateway_model(url: str) -> str:
         await asyncio.sleep(GATEWAY_POLL_SECONDS)
 
 
-async def _stop(running: Running, drain_seconds: float | None) -> None:
-    """The sidecar drains, at most this long; then the gateway and the service end."""
-    if len(running.children) > 1:
-        await running.children[1].stop(drain_seconds)
-    for child in running.children[2:]:
-        await child.stop(0)  # at SIGTERM, smg would wait for a load balancer
-    for child in running.children[:1]:
-        await child.stop(SERVICE_STOP_SECONDS)
-
-
-def _explained(error: Ended) -> Ended:
-    """With the name of `serve`'s own flag, or how it passes one on, and with what to do about a port that is taken."""
-    why = error.why.replace("allow it with --", f"allow it with --{error.name}-flag --")
-    if error.name == "service" and why.startswith("--metrics:"):
-        why = f"--service{why.removeprefix('-')}"
-    return Ended(error.name, f"{why}; {REMEDY}" if why.endswith(TAKEN) else why, usage=error.usage)
-
-
 def _check_free(port: int) -> None:
-    """Raises Unusable if the gateway's port is taken."""
+    """Raises ProgramFailed if the gateway's port is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             why = f"--gateway-port: cannot listen on 127.0.0.1:{port}: {error.strerror}"
-            raise Unusable(f"{why}; {REMEDY}") from None
+            raise ProgramFailed(f"{why}; {REMEDY}") from None
 
 
 @contextmanager
 def _locked(state: Path) -> Iterator[None]:
-    """Creates the folder and locks it for this process. Raises Unusable."""
+    """Creates the folder and locks it for this process. Raises ProgramFailed."""
     try:
         state.mkdir(parents=True, exist_ok=True)
         file = (state / "serve.lock").open("a+")
     except OSError as error:
-        raise Unusable(f"--state {state}: {error.strerror}; choose a folder that can be written") from None
+        raise ProgramFailed(f"--state {state}: {error.strerror}; choose a folder that can be written") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -614,24 +579,11 @@ def _locked(state: Path) -> Iterator[None]:
             file.seek(0)
             process = file.read().strip() or "another one"
             why = f"process {process} serves in {state.absolute()} already"
-            raise Unusable(f"{why}: stop it, or choose another folder with --state") from None
+            raise ProgramFailed(f"{why}: stop it, or choose another folder with --state") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-@contextmanager
-def _socket_folder() -> Iterator[str]:
-    """For the socket between service and sidecar; closed to other users."""
-    import tempfile
-
-    place = tempfile.gettempdir()
-    with tempfile.TemporaryDirectory(
-        prefix="ostinato-",
-        dir=place if len(os.fsencode(place)) < _SOCKET_FOLDER_BYTES_MAX else "/tmp",  # noqa: S108
-    ) as folder:
-        yield folder
 
 
 def _reachable(address: str) -> str:
@@ -642,31 +594,31 @@ def _reachable(address: str) -> str:
     return address
 
 
-def _announce(options: ServeOptions, running: Running) -> None:
+def _announce(serving: Serving) -> None:
     """Prints what runs, where, at which grade and why, and what to try now."""
-    earned, connected = running.earned, running.connected
+    earned, connected = serving.earned, serving.connected
     why = "; ".join(dict.fromkeys([str(earned["rests_on"]), str(earned["reason"])]))
     costs = ", ".join(f"{earned[f'{part}_seconds']} s of {part.replace('_', '-')}" for part in ("load", "proof", "self_test"))
     lines = [
-        f"{connected['model']} serves at grade {str(connected['grade']).upper()}, after {running.seconds:.1f} s",
+        f"{connected['model']} serves at grade {str(connected['grade']).upper()}, after {serving.seconds:.1f} s",
         f"  that rests on  {why}",
         f"  and it cost    {costs}",
         f"  fingerprint    {connected['fingerprint']}",
-        f"  gRPC           {running.target}",
+        f"  gRPC           {serving.target}",
     ]
-    if running.openai:
-        lines.append(f"  OpenAI's API   {running.openai}")
-    pages = [f"http://127.0.0.1:{port}/metrics ({name})" for name, port in sorted(running.ports.items()) if port]
+    if serving.openai:
+        lines.append(f"  OpenAI's API   {serving.openai}")
+    pages = [f"http://127.0.0.1:{port}/metrics ({name})" for name, port in sorted(serving.ports.items()) if port]
     lines += [
         f"  metrics        {', '.join(pages) or 'none'}",
-        f"  files          {options.state.absolute()}: *.log, signing.pub; unless set elsewhere, journal, key and proofs",
+        f"  files          {serving.state.absolute()}: *.log, signing.pub; unless set elsewhere, journal, key and proofs",
         "",
     ]
-    show.line("\n".join(lines + _what_to_try(running)))
+    show.line("\n".join(lines + _what_to_try(serving)))
 
 
-def _what_to_try(running: Running) -> list[str]:
-    command = f"{_own_name()}{'' if running.target == LISTEN else f' -t {shlex.quote(running.target)}'}"
+def _what_to_try(serving: Serving) -> list[str]:
+    command = f"{_own_name()}{'' if serving.target == LISTEN else f' -t {shlex.quote(serving.target)}'}"
     lines = [
         "Ctrl-C stops it all. In another terminal:",
         "",
@@ -674,10 +626,10 @@ def _what_to_try(running: Running) -> list[str]:
         f"  {command} tail --follow",
         f"  {command} replay 1..3",
     ]
-    if running.openai:
-        body = {"model": running.openai_model, "seed": 1, "messages": [{"role": "user", "content": "Where is Shanghai?"}]}
+    if serving.openai:
+        body = {"model": serving.openai_model, "seed": 1, "messages": [{"role": "user", "content": "Where is Shanghai?"}]}
         header = "-H 'Content-Type: application/json'"
-        lines.append(f"  curl -s {running.openai}/chat/completions {header} -d {shlex.quote(json.dumps(body))}")
+        lines.append(f"  curl -s {serving.openai}/chat/completions {header} -d {shlex.quote(json.dumps(body))}")
     return lines
 
 
