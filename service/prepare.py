@@ -78,8 +78,9 @@ class Preparer:
 
     def prepare(self, request: engine_pb2.PrepareRequest, wanted: Wanted = always) -> engine_pb2.PrepareResponse:
         """Raises InvalidRequest with everything that is wrong, each by its path; Cancelled when it is not wanted any more."""
-        items = _Request(self, request.items, wanted).prepared(request.parameters)
-        return engine_pb2.PrepareResponse(items=items, model_digest=self._model_digest)
+        response = engine_pb2.PrepareResponse(model_digest=self._model_digest)
+        _Request(self, request.items, wanted).prepare(request.parameters, response)
+        return response
 
     def answer(self, request: engine_pb2.PrepareRequest) -> engine_pb2.PrepareResponse:
         """As `prepare`, for a stream: an error is part of the response, because it must not end the stream."""
@@ -127,15 +128,22 @@ class _Request:
         self._found: list[Violation] = []
         self._formats: dict[bytes, str] = {}
         """What is wrong with each grammar so far; empty: nothing."""
+        self._shared: dict[tuple[bytes, int], engine_pb2.PreparedItem] = {}
+        """By an item's own parameters, and the length of answers without one."""
         self._rendering = RenderBounds(preparer.text_bytes_max, self._limits.render_seconds_max)
 
-    def prepared(self, batch: types_pb2.Parameters) -> list[engine_pb2.PreparedItem]:
-        """With the batch's parameters. Raises as `Preparer.prepare`."""
+    def prepare(self, batch: types_pb2.Parameters, response: engine_pb2.PrepareResponse) -> None:
+        """With the batch's parameters. Equal items are prepared once. Raises as `Preparer.prepare`."""
         self._judge(batch, "parameters")
-        good_batch = not self._found
-        items = [self._item(item, batch, path, good_batch=good_batch) for path, item in self._each()]
+        good_batch, places = not self._found, dict[bytes, int]()
+        for path, item in self._each():
+            key = item.SerializeToString(deterministic=True)
+            if key in places:
+                response.items.append(response.items[places[key]])
+            elif (prepared := self._item(item, batch, path, good_batch=good_batch)) is not None and not self._found:
+                places[key] = len(response.items)
+                response.items.append(prepared)
         self._raise_found()
-        return [item for item in items if item is not None]
 
     def token_ids(self) -> list[Sequence[int]]:
         """Raises as `Preparer.prepare`."""
@@ -163,20 +171,32 @@ class _Request:
         ids = self._token_ids(item, path)
         if not good_batch or len(self._found) > before:
             return None
-        merged = _merged(batch, item.parameters)
-        parameters = self._resolved(merged, len(ids))
-        for name, text in self._preparer.bounds.conflicts(parameters, len(ids)):
+        prepared = engine_pb2.PreparedItem()
+        prepared.CopyFrom(self._without_prompt(batch, item.parameters, len(ids)))
+        for name, text in self._preparer.bounds.conflicts(prepared.parameters, len(ids)):
             if batch.HasField(name) and not item.parameters.HasField(name):
                 self._found.append(Violation(f"parameters.{name}", f"{path}: {text}"))
             else:
                 self._found.append(Violation(f"{path}.parameters.{name}", text))
-        return engine_pb2.PreparedItem(
-            token_ids=ids,
-            parameters=parameters,
-            seed=merged.seed if merged.HasField("seed") else None,
-            kv_tokens=len(ids) + parameters.max_new_tokens,
-            result_bytes=result_bytes(parameters, self._token_bytes_max(parameters), self._vocabulary.size),
-        )
+        prepared.token_ids.extend(ids)
+        prepared.kv_tokens = len(ids) + prepared.parameters.max_new_tokens
+        return prepared
+
+    def _without_prompt(
+        self, batch: types_pb2.Parameters, own: types_pb2.Parameters, prompt_tokens: int
+    ) -> engine_pb2.PreparedItem:
+        """What items with the same parameters share, made once. `prompt_tokens` matter only to the default length."""
+        new_tokens = min(NEW_TOKENS_DEFAULT, self._limits.new_tokens_max, self._limits.context_tokens - prompt_tokens)
+        key = own.SerializeToString(deterministic=True), new_tokens
+        if key not in self._shared:
+            merged = _merged(batch, own)
+            parameters = self._resolved(merged, new_tokens)
+            self._shared[key] = engine_pb2.PreparedItem(
+                parameters=parameters,
+                seed=merged.seed if merged.HasField("seed") else None,
+                result_bytes=result_bytes(parameters, self._token_bytes_max(parameters), self._vocabulary.size),
+            )
+        return self._shared[key]
 
     def _judge(self, given: types_pb2.Parameters, path: str) -> None:
         """A client's parameters by themselves. Each value is judged where it is given: the batch's as `parameters.top_p`, an
@@ -206,17 +226,16 @@ class _Request:
                 self._formats[key] = str(error)
         return self._formats[key]
 
-    def _resolved(self, merged: types_pb2.Parameters, prompt_tokens: int) -> types_pb2.ResolvedParameters:
-        """The one canonical form of parameters that are within their bounds."""
-        has, limits = merged.HasField, self._limits
-        default = min(NEW_TOKENS_DEFAULT, limits.new_tokens_max, limits.context_tokens - prompt_tokens)
+    def _resolved(self, merged: types_pb2.Parameters, new_tokens: int) -> types_pb2.ResolvedParameters:
+        """The one canonical form of parameters that are within their bounds. `new_tokens`: if they give no length."""
+        has = merged.HasField
         return types_pb2.ResolvedParameters(
             temperature=merged.temperature + 0.0 if has("temperature") else 1.0,  # + 0.0 turns -0.0 into 0.0
             top_k=merged.top_k,
             top_p=merged.top_p if has("top_p") else 1.0,
             min_p=merged.min_p + 0.0,
             repetition_penalty=merged.repetition_penalty if has("repetition_penalty") else 1.0,
-            max_new_tokens=merged.max_new_tokens if has("max_new_tokens") else default,
+            max_new_tokens=merged.max_new_tokens if has("max_new_tokens") else new_tokens,
             min_new_tokens=merged.min_new_tokens,
             stop=dict.fromkeys(merged.stop),
             stop_token_ids=sorted(set(merged.stop_token_ids)),

@@ -20,12 +20,12 @@ import re
 import sys
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from hashlib import sha256
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import Annotated, Literal
 
 import msgspec
@@ -257,9 +257,11 @@ class Tokens:
         banned = self._banned if index >= self._end_free else self._banned_early
         if index < self._stop_free:
             banned = self._banned_at_first
+        # END ranks first for some values of `second`, else at a fixed place.
+        start, end_rank = _SPACE if first % 5 == 0 else first % len(LETTERS), 0 if second < 4 else _END_RANK
+        ranked = _ranking(start, 1 + second % (len(LETTERS) - 1), end_rank, banned)
         if self._top is None:
-            return next(islice(_ranking(first, second, banned), rank, None)), None
-        ranked = list(islice(_ranking(first, second, banned), max(rank + 1, self._top)))
+            return ranked[rank], None
         top = [types_pb2.TopLogprob(token_id=t, logprob=LOGPROBS[r]) for r, t in enumerate(ranked[: self._top])]
         return ranked[rank], types_pb2.TokenLogprobs(logprob=LOGPROBS[rank], top=top)
 
@@ -274,18 +276,12 @@ def choices(given: types_pb2.ResolvedParameters) -> int:
     return max(1, min(by_top_k, by_top_p, by_min_p))
 
 
-def _ranking(first: int, second: int, banned: frozenset[int]) -> Iterator[int]:
-    """All candidates, likeliest first. END ranks first for some values of `second`, else at a fixed rank."""
-    end_rank = 0 if second < 4 else _END_RANK
-    start = _SPACE if first % 5 == 0 else first
-    step = 1 + second % (len(LETTERS) - 1)
-    for rank in range(len(LETTERS)):
-        if rank == end_rank and END not in banned:
-            yield END
-        letter = LETTERS[(start + rank * step) % len(LETTERS)]
-        if letter not in banned:
-            yield letter
-    yield from (byte for byte in _OTHERS if byte not in banned)
+@lru_cache(maxsize=4096)
+def _ranking(start: int, step: int, end_rank: int, banned: frozenset[int]) -> tuple[int, ...]:
+    """All candidates, likeliest first."""
+    ranked = [LETTERS[(start + rank * step) % len(LETTERS)] for rank in range(len(LETTERS))]
+    ranked.insert(end_rank, END)
+    return tuple(token_id for token_id in (*ranked, *_OTHERS) if token_id not in banned)
 
 
 # The engine
