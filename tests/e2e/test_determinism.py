@@ -137,17 +137,3 @@ async def test_a_restart_of_both_changes_nothing(pair: Pair) -> None:
     assert outputs(before) == outputs(after)
     assert {result.receipt.header.epoch for result in (*before, *after)} == {1, 2}
     assert len({result.receipt.header.fingerprint_digest for result in (*before, *after)}) == 1
-
-
-async def test_a_replay_matches(pair: Pair) -> None:
-    """A replay of what completed gives the same outputs."""
-    async with Client(pair.target) as client:
-        await seeded(client, 3)
-        last = (await client.head()).last_sequence
-        responses = [response async for response in client.replay(max(1, last - 23), last)]
-        metrics = pair.metrics()
-
-    verdicts = [response.comparison for response in responses if response.HasField("comparison")]
-    assert {comparison.verdict for comparison in verdicts} == {types_pb2.VERDICT_MATCH}
-    assert len({comparison.sequence for comparison in verdicts}) == len(verdicts) >= 3
-    assert not any(value for name, value in metrics.items() if 'verdict="diverged"' in name)

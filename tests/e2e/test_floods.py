@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from typing import Any
 
-import grpc
 import pytest
 
 from ostinato import errors
 
 from tests.bench.floods import STRANGER, TENANT, begin
 from tests.bench.memory import Memory
-from tests.e2e.kit import GENERATE, Tenants, one, own, refusal, tenants
-from tests.floods import chatty, long_text
+from tests.e2e.kit import GENERATE, Tenants, one, own, tenants
+from tests.floods import chatty
 from tests.http2 import connected, framed
 from tests.waiting import eventually
 
@@ -69,20 +67,6 @@ async def test_the_token_is_judged_before_the_request_is_there(attacked: Tenants
         assert b"who calls?" in peer.headers[missing]
         assert time.monotonic() - begun > 2, "it was waited for"
         assert b"not whole within" in peer.headers[waiting]
-
-
-async def test_the_memory_of_requests_is_a_tenants_own(attacked: Tenants) -> None:
-    """Beyond its share of --request-bytes-max a tenant is refused with QUEUE_FULL and a time to retry after."""
-    seen: list[errors.OstinatoError] = []
-    async with grpc.aio.insecure_channel(attacked.pair.target) as channel:
-        call: Any = channel.unary_unary(GENERATE)
-        for _ in range(3):
-            calls = (refusal(call(long_text(), metadata=attacked.metadata("acme"))) for _ in range(8))
-            seen += await asyncio.gather(*calls)
-
-    full = [each for each in seen if isinstance(each, errors.QueueFull)]
-    assert full
-    assert all(each.retry_after and "--request-bytes-max" in each.message for each in full), full
 
 
 async def test_charges_end_with_their_items(attacked: Tenants) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +22,6 @@ from tests.pair import Pair, held_port, python
 from tests.waiting import eventually
 
 
-@pytest.fixture
-def secret(tmp_path: Path) -> Path:
-    path = tmp_path / "secret"
-    path.write_bytes(b"an engine secret of 32 bytes ...")
-    path.chmod(0o600)
-    return path
-
-
-@contextlib.contextmanager
-def over_tcp(service: list[str], sidecar: list[str]) -> Iterator[Pair]:
-    """Both programs, not started, with TCP between them."""
-    with held_port() as held, Pair(service=[*scripted(), *service], sidecar=[*sidecar, "--reconnect-seconds", "0.05"]) as pair:
-        pair.engine_address = f"127.0.0.1:{held.getsockname()[1]}"
-        yield pair
-
-
 async def driven(stub: Any, head: Any, *, epoch: int, sequence: int) -> errors.OstinatoError | None:
     """Says Hello with this epoch, and submits this sequence, as a stranger would. The error; None: it was accepted."""
     hello = engine_pb2.Hello(log_id=head.log_id, writer=head.writer, epoch=epoch, last_sequence=head.last_sequence)
@@ -55,65 +37,6 @@ async def driven(stub: Any, head: Any, *, epoch: int, sequence: int) -> errors.O
     return None
 
 
-class Poser(engine_pb2_grpc.EngineServicer):
-    """Poses as the service, and keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.given: list[object] = []
-
-    async def Execute(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[engine_pb2.ExecuteResponse]:
-        async for request in requests:
-            self.given.append(request)
-            capacity = engine_pb2.Capacity(runs=1, kv_blocks=64, block_tokens=16)
-            model = types_pb2.Model(name="poser", grade=types_pb2.GRADE_EXACT, vocabulary_size=256)
-            description = engine_pb2.DescribeResponse(model=model, capacity=capacity)
-            yield engine_pb2.ExecuteResponse(welcome=engine_pb2.Welcome(description=description))
-
-    async def _keep(self, request: Any, context: Any) -> Any:
-        self.given.append(request)
-
-    Describe: Any = _keep
-    Prepare: Any = _keep
-    Tokenize: Any = _keep
-    GetTokenizer: Any = _keep
-
-
-class FalseHop(engine_pb2_grpc.HopServicer):
-    """Answers an introduction without the key."""
-
-    async def Introduce(self, request: Any, context: Any) -> engine_pb2.IntroduceResponse:
-        return engine_pb2.IntroduceResponse(salt=bytes(32), proof=request.nonce)
-
-
-@pytest.mark.parametrize("answers", [False, True])
-async def test_a_process_that_poses_as_the_service(answers: bool, secret: Path) -> None:
-    """What listens at the service's port without the secret gets no prompt and no Hello, and the log says once what it is; the
-    service that follows it is believed."""
-    flags = ["--engine-secret", str(secret)]
-    with over_tcp(flags, flags) as pair:
-        poser, server = Poser(), grpc.aio.server()
-        engine_pb2_grpc.add_EngineServicer_to_server(poser, server)
-        if answers:
-            engine_pb2_grpc.add_HopServicer_to_server(FalseHop(), server)
-        server.add_insecure_port(pair.engine_address)
-        await server.start()
-        sidecar = pair.start_sidecar()
-
-        def why() -> list[str]:
-            return [line for line in sidecar.lines if "engine stream ended: UNAUTHENTICATED" in line]
-
-        await eventually(lambda: bool(why()), "the sidecar says why")
-        async with Client(pair.target) as client:
-            with pytest.raises(errors.EngineUnavailable):
-                await client.generate("a secret prompt", timeout=1)
-        await server.stop(0)
-        pair.start_service()
-        await asyncio.to_thread(sidecar.wait_for, "engine connected")
-        assert poser.given == []
-        assert ("does not hold the secret of --engine-secret" if answers else "does not introduce itself") in why()[0]
-        assert len(why()) == 1
-
-
 async def test_certificates_on_both_sides(tmp_path: Path) -> None:
     """With TLS on both sides the two need no secret, and a caller without a certificate of that CA reaches nothing."""
     authority, other = Authority(tmp_path), Authority(tmp_path, "other")
@@ -121,7 +44,8 @@ async def test_certificates_on_both_sides(tmp_path: Path) -> None:
     listening = ["--tls-certificate", str(served[0]), "--tls-key", str(served[1]), "--tls-client-ca", str(authority.file)]
     calling = ["--engine-certificate", str(called[0]), "--engine-key", str(called[1]), "--engine-ca", str(authority.file)]
     stranger = [path.read_bytes() for path in other.sign("sidecar", file="stranger")]
-    with over_tcp(listening, calling) as pair:
+    with held_port() as held, Pair(service=[*scripted(), *listening], sidecar=calling) as pair:
+        pair.engine_address = f"127.0.0.1:{held.getsockname()[1]}"
         pair.start()
         async with Client(pair.target) as client:
             await client.generate("a", max_new_tokens=1)

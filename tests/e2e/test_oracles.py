@@ -90,35 +90,6 @@ async def test_a_receipts_previous_hash_tests_no_guess(tmp_path: Path) -> None:
     assert found == []
 
 
-async def test_a_chain_without_payloads_is_no_dictionary(tmp_path: Path) -> None:
-    """A reader of the entries without their payloads, who knows all seeds, finds no prompt and no answer by trying."""
-    async with callers(tmp_path) as here:
-        own_result = (await here.rival.generate("x", max_new_tokens=8)).results[0]
-        answer = (await here.victim.generate(SECRET, max_new_tokens=8)).results[0]
-        await here.victim.generate(SECRET, max_new_tokens=8, seed=7)
-        (record,) = await here.rival.get(own_result.sequence)
-        headers = [entry.header async for entry in here.admin.tail()]
-
-    shown = {each for header in headers for each in (header.input_digest, header.output_digest, header.payload_digest) if each}
-    guesses = inputs(record.input, [header.seed for header in headers if header.seed])
-    assert [
-        list(each.token_ids) for each in guesses if digest.input_digest(each.token_ids, each.parameters, each.seed) in shown
-    ] == []
-    assert digest.output_digest(answer.output) not in shown
-    inputs_shown = [header.input_digest for header in headers if header.kind == types_pb2.ENTRY_KIND_ADMITTED]
-    assert len(set(inputs_shown)) == len(inputs_shown) == 3
-
-
-async def test_a_derived_seed_is_not_derived_by_others(tmp_path: Path) -> None:
-    """The log's id and a sequence, which every caller has, do not give the seed of that item."""
-    async with callers(tmp_path) as here:
-        stamp = (await here.rival.generate("x", max_new_tokens=8)).stamp
-        theirs = (await here.victim.generate(SECRET, max_new_tokens=8)).results[0]
-
-    assert theirs.sequence == stamp.first_sequence + 1
-    assert theirs.output.seed != public_seed(stamp.log_id, theirs.sequence)
-
-
 @pytest.mark.parametrize("joined", [False, True])
 async def test_no_verdict_is_about_another_tenants_item(tmp_path: Path, joined: bool) -> None:
     """Neither a twin nor a collision is counted or recorded for the prompt of another tenant, unless the two are joined."""

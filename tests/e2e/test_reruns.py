@@ -18,7 +18,7 @@ from ostinato.digest import is_sampled
 from ostinato.requests import Sampling, batch
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
-from tests.e2e.kit import Audited, Door, audited, counted, ended, missing, opened, own, rule, scripted
+from tests.e2e.kit import Audited, Door, audited, bytes_of, counted, ended, missing, opened, own, rule, scripted
 from tests.pair import Pair
 from tests.sidecar.journal_kit import verify_journal
 from tests.waiting import eventually
@@ -156,26 +156,19 @@ async def test_a_changed_answer_is_found(tmp_path: Path) -> None:
 
 
 async def test_answers_survive_a_restart() -> None:
-    """A restarted sidecar knows the answers of the default canaries. One that the engine refuses is logged once and counted."""
+    """A restarted sidecar knows the answers of the default canaries, and compares them in each round of the timer. One that the
+    engine refuses is counted in each round and logged once."""
     async with own(*WATCHING) as door:
         pair = door.pair
         await eventually(lambda: learned(pair).total() == 5, "all but one are learned")
-        refused = pair.sidecar.wait_for("canary refused")
-        assert refused["canary"] == "json"
+        assert pair.sidecar.wait_for("canary refused")["canary"] == "json"
         await eventually(lambda: missing(pair, "canary") == {"INVALID_REQUEST": 1}, "it is counted")
         pair.sidecar.kill()
-        pair.start_sidecar()
+        pair.start_sidecar("--canary-seconds", "0.2")
 
-        await eventually(lambda: counted(pair, "canary") == Counter(match=5), "all are compared")
-        assert learned(pair).total() == 5
-
-
-async def test_rounds() -> None:
-    """Canaries also run on a timer. A refused one is counted in each round and logged once."""
-    async with own("--canary-seconds", "0.2") as door:
-        pair = door.pair
-        await eventually(lambda: counted(pair, "canary")["match"] >= 10, "two more rounds")
+        await eventually(lambda: counted(pair, "canary")["match"] >= 15, "three rounds")
         await eventually(lambda: missing(pair, "canary")["INVALID_REQUEST"] >= 3, "each round counts the refused one")
+        assert learned(pair).total() == 5
         assert len(pair.sidecar.said("canary refused")) == 1
 
 
@@ -251,34 +244,29 @@ async def test_verdicts_come_with_the_answers() -> None:
 
         head = await door.client.head()
         again = await door.generation.Generate(asked([f"p{n}" for n in range(6)], key="k"))
-        assert again.SerializeToString(deterministic=True) == response.SerializeToString(deterministic=True)
+        assert bytes_of(again) == bytes_of(response)
         assert (await door.client.head()).entry_hash == head.entry_hash
 
         plain = await door.client.generate("p0", max_new_tokens=8)
         assert not plain.results[0].HasField("comparison")
 
 
-async def test_an_engine_lost_in_the_second_run() -> None:
-    """The answer has no verdict but a reason. Nothing runs again, and a retry by key gets the same bytes."""
-    async with own(rules=[rule("crash", 1, "VERIFY")]) as door:
+async def test_second_runs_that_end_without_a_verdict() -> None:
+    """If the second run fails, exceeds the item timeout, or is lost with the engine, the answer has a reason in place of a
+    verdict, and it is counted. Nothing runs again, and a retry by key gets the same bytes."""
+    ways = [rule("fail", 1, "VERIFY", sequences=[1]), rule("hang", 1, "VERIFY", sequences=[2])]
+    async with own("--item-timeout-seconds", "0.5", rules=[*ways, rule("crash", 1, "VERIFY", sequences=[3])]) as door:
         pair = door.pair
-        response = await door.generation.Generate(asked(["a"], key="k"))
-
-        assert why(response.results[0]) == "ENGINE_UNAVAILABLE"
-        await eventually(lambda: missing(pair, "verify") == {"ENGINE_UNAVAILABLE": 1}, "it is counted")
-        assert counted(pair, "verify") == Counter()
-        again = await door.generation.Generate(asked(["a"], key="k"))
-        assert again.SerializeToString(deterministic=True) == response.SerializeToString(deterministic=True)
-
-
-async def test_a_second_run_that_fails() -> None:
-    """If the second run fails or exceeds the item timeout, the answer is returned without a verdict."""
-    rules = [rule("fail", 1, "VERIFY", sequences=[1]), rule("hang", 1, "VERIFY", sequences=[2])]
-    async with own("--item-timeout-seconds", "0.5", rules=rules) as door:
         first, second = (await door.generation.Generate(asked(["a", "b"]))).results
-
-        assert (why(first), why(second)) == ("ENGINE_FAILED", "DEADLINE_EXCEEDED")
         await door.freed()
+        response = await door.generation.Generate(asked(["c"], key="k"))
+
+        reasons = [why(first), why(second), why(response.results[0])]
+        assert reasons == ["ENGINE_FAILED", "DEADLINE_EXCEEDED", "ENGINE_UNAVAILABLE"]
+        await eventually(lambda: missing(pair, "verify") == dict.fromkeys(reasons, 1), "they are counted")
+        assert counted(pair, "verify") == Counter()
+        again = await door.generation.Generate(asked(["c"], key="k"))
+        assert bytes_of(again) == bytes_of(response)
 
 
 async def test_a_drain_does_not_wait_for_second_runs() -> None:
@@ -324,7 +312,7 @@ async def test_a_sidecar_killed_in_the_second_run() -> None:
 
         answers = [await door.generation.Generate(asked(["a"], key="k"), wait_for_ready=True) for _ in range(2)]
         assert why(answers[0].results[0]) == "ABANDONED"
-        assert len({answer.SerializeToString(deterministic=True) for answer in answers}) == 1
+        assert len(set(map(bytes_of, answers))) == 1
         (record,) = (await door.sequencer.Get(sequencer_pb2.GetRequest(sequence=1))).items
         assert record.result == answers[0].results[0]
 

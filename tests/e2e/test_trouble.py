@@ -1,16 +1,14 @@
-"""No engine, a full journal or queue, and an engine that hangs, loses its grade or crashes."""
+"""No engine, a full journal or queue, and an engine that hangs or crashes."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 import grpc
 
 from ostinato import errors
-from ostinato.requests import batch
-from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
+from ostinato.v1 import engine_pb2, generation_pb2
 
 from tests.e2e.kit import (
     SLOWLY,
@@ -30,8 +28,7 @@ from tests.e2e.kit import (
     scripted,
 )
 from tests.hop import proved
-from tests.pair import Pair, running_pair
-from tests.sidecar.journal_kit import SqliteKit
+from tests.pair import Pair
 from tests.waiting import eventually
 
 
@@ -144,27 +141,6 @@ async def test_load_is_on_one_page() -> None:
         await eventually(lambda: load() == (0, 0, 0, 0), "nothing is left")
 
 
-async def test_a_grade_that_is_lost() -> None:
-    """Items that required the grade fail with GRADE_LOST, others name the lower grade, and no more of the first kind are
-    admitted."""
-    script = {"runs": 4, "delay_seconds": 0.002, "rules": [{"do": "lose_grade", "at": 3, "sequences": [1]}]}
-    with running_pair(service=["--script", json.dumps(script)]) as pair:
-        async with opened(pair) as door:
-            exact = door.client.generate(["a", "b"], required_grade="exact", max_new_tokens=60, ignore_eos=True)
-            wanted = asyncio.ensure_future(exact)
-
-            async def numbered() -> bool:
-                assert not wanted.done(), f"refused: {wanted.exception()}"
-                return await door.last_sequence() == 2
-
-            await eventually(numbered, "those that asked for it have the first numbers")
-            whatever = await door.client.generate("c", max_new_tokens=60, ignore_eos=True)
-            assert {errors.from_status(result.status).reason for result in (await wanted).results} == {"GRADE_LOST"}
-            assert whatever.results[0].output.grade == types_pb2.GRADE_BEST_EFFORT
-            async with door.nothing_numbered():
-                await refused(door.generation.Generate(batch("a", required_grade="exact")), errors.GradeNotEarned)
-
-
 async def test_a_listener_whose_engine_dies() -> None:
     """Attempt 2 continues after the sent tokens where it equals them; otherwise Restarted is sent once and counted."""
     script = {"delay_seconds": 0.005, "rules": [{"do": "diverge", "at": 4, "sequences": [2], "attempts": [2]}]}
@@ -187,21 +163,3 @@ async def test_a_listener_whose_engine_dies() -> None:
         metrics = door.pair.metrics()
         assert metrics['ostinato_first_difference_token_sum{grade="best_effort",kind="recovery"}'] == 4
         assert metrics["ostinato_attempts_total"] == 3
-
-
-async def test_a_record_that_was_changed() -> None:
-    """An answer that was changed in the file is served neither to a retry by key nor by Get. The sidecar logs that, and serves
-    on."""
-    async with own() as door:
-        request = asked("text", key="k", max_new_tokens=4)
-        (answer,) = (await door.client.generate(request)).results
-        assert door.pair.sidecar.stop() == 0
-        change = "UPDATE payloads SET payload = x'00' WHERE entry_index = ?"
-        SqliteKit(door.pair.folder / "journal.sqlite").execute(change, answer.receipt.header.index)
-        sidecar = door.pair.start_sidecar()
-        sidecar.wait_for("engine connected")
-
-        for call in (door.generation.Generate(request), door.sequencer.Get(sequencer_pb2.GetRequest(sequence=1))):
-            await refused(call, errors.RecordDamaged)
-        assert (await door.client.generate("other", max_new_tokens=1)).results[0].sequence == 2
-        sidecar.wait_for("a record is damaged: look at the journal with verify")

@@ -397,9 +397,11 @@ class Changing(SidecarEnd):
 
 
 @pytest.mark.parametrize("error", [errors.Unauthenticated("not the service"), None])
-async def test_no_hello_for_a_process_that_came_between(error: errors.OstinatoError | None, tmp_path: Path) -> None:
+async def test_no_hello_for_a_process_that_came_between(
+    error: errors.OstinatoError | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A process that takes the service's place after the introduction, or a service that was restarted then, gets no message on
-    the stream that was opened to the one before."""
+    the stream that was opened to the one before. Why it is refused is logged once."""
     service, hop = Service(endless), Changing(1, error)
     server = Server([f"unix:{tmp_path}/engine.sock"], registry=CollectorRegistry())
     server.add(engine_pb2_grpc.add_EngineServicer_to_server, service, "ostinato.v1.Engine")
@@ -411,6 +413,7 @@ async def test_no_hello_for_a_process_that_came_between(error: errors.OstinatoEr
         if error is not None:
             await eventually(lambda: hop.asked >= 6, "it tries again")
             assert service.requests == []
+            assert sum("engine stream ended: UNAUTHENTICATED" in message for message in caplog.messages) == 1
         else:
             await eventually(lambda: bool(service.requests), "it believes the one that it meets twice")
             assert hop.asked >= 4
