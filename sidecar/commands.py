@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,15 +24,10 @@ from serving.program import FAILED, StartupError
 from serving.settings import lookup
 
 from sidecar.config import Settings, is_shared, journal_fault, mark_of
-from sidecar.journal import maintenance
-from sidecar.journal.diagnosis import REBUILD, RESTORE
-from sidecar.journal.maintenance import verify_all, verify_heads
+from sidecar.journal import maintenance, transfer
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalBroken, JournalUnusable, Loss
 from sidecar.journal.sql import SqlStore
-from sidecar.journal.sqlite import copied
-from sidecar.journal.transfer import LinesUnusable, sound_keys, sound_lines, sound_part, take_in
-from sidecar.journal.transfer import export as lines_of
 from sidecar.opening import check_verified, open_for_maintenance, open_journal, read_signer
 
 _AGES = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -106,42 +101,21 @@ def verify(
 ) -> None:
     """Check every link, every invariant, every payload that is kept, and the tables beside the entries. The first bad entry
     ends it, with exit code 1."""
-    keys = public_keys(key or ())
-    with (
-        closing(open_for_maintenance(journal, reading=True)) as store,
-        _progress(store) as came_to,
-        closing(verify_all(store)) as pages,
-    ):
-        index = 0
-        for checked in pages:
-            if checked.faults:
-                others = f" (and {len(checked.faults) - 1} more, some because of it)" if len(checked.faults) > 1 else ""
-                remedy = REBUILD if checked.tables else RESTORE
-                raise JournalUnusable(f"{store.name} is damaged: {checked.faults[0]}{others}: {remedy}")
-            came_to(index := checked.index)
-        with store.snapshot() as tables:
-            heads = verify_heads(tables, keys)
-            tables.notes("")  # raises an error if they cannot be read
-        if fault := store.structure() or heads.fault:
-            raise JournalUnusable(f"{store.name} is damaged: {fault}: {RESTORE}")
-        if heads.foreign:
-            raise JournalUnusable(
-                f"{store.name} is not the log of this key: {heads.foreign}: "
-                f"if the log has had that key, give it as another --key; otherwise {RESTORE}"
-            )
+    with closing(open_for_maintenance(journal, reading=True)) as store, _progress(store) as came_to:
+        heads = maintenance.verify(store, public_keys(key or ()), came_to)
     verified = "".join(f"; {count} heads verified with key {key_id}" for key_id, count in heads.verified.items())
-    unsigned = f"; {index - heads.entries} entries have no signed head" if heads.verified else ""
-    note(f"{index} entries are sound{verified}{unsigned}")
+    unsigned = f"; {heads.index - heads.covered} entries have no signed head" if heads.verified else ""
+    note(f"{heads.index} entries are sound{verified}{unsigned}")
 
 
 @app.command()
 def rebuild(journal: Journal = JOURNAL, config: Config = None) -> None:
     """Make the tables of items and keys, and the row of the log, again from the entries, which have to be sound. A copy of the
     file is kept."""
-    with closing(open_for_maintenance(journal)) as store:
-        kept = store.keep_copy()
+    with closing(open_for_maintenance(journal, copying=True)) as store:
         maintenance.rebuild(store)
-    note("the tables are made again" + (f"; a copy of what was there is {visible(str(kept))}" if kept is not None else ""))
+    copied = f"; a copy of what was there is {visible(str(store.copy))}" if store.copy is not None else ""
+    note(f"the tables are made again{copied}")
 
 
 @app.command()
@@ -171,43 +145,13 @@ def redact(sequences: Annotated[list[int], typer.Argument(min=1)], journal: Jour
 
 @app.command()
 def export(
-    file: Annotated[str, typer.Argument(help="A new file; - for the standard output.")],
-    journal: Journal = JOURNAL,
-    until_damage: Annotated[
-        bool, typer.Option("--until-damage", help="Of a damaged file: the entries before the first that is bad.")
-    ] = False,
+    file: Annotated[str, typer.Argument(help="A new file; - for the standard output.")], journal: Journal = JOURNAL
 ) -> None:
     """Write the whole journal as lines of JSON, for another backend."""
-    if until_damage:
-        if is_shared(journal):
-            raise typer.BadParameter("--until-damage is for a journal in a file")
-        _export_sound_part(Path(journal), file)
-        return
     with closing(open_for_maintenance(journal, reading=True)) as store, _progress(store) as came_to, _created(file) as lines:
-        _write(lines_of(store), lines, came_to)
-
-
-def _write(lines: Iterable[str], file: IO[str], came_to: Callable[..., None]) -> None:
-    for number, line in enumerate(lines):
-        file.write(line + "\n")
-        came_to(number)
-
-
-def _export_sound_part(journal: Path, file: str) -> None:
-    with copied(journal) as tables:
-        part = sound_part(tables, str(journal))
-        keys, fault = sound_keys(tables, part)
-        told = (
-            f"the table of keys cannot be read ({fault}), so the {len(keys)} of prompts that are kept go along; "
-            if fault
-            else ""
-        )
-        with progress("entries", part.log.index) as came_to, _created(file) as lines:
-            _write(sound_lines(tables, part, keys), lines, came_to)
-    note(
-        f"entries to {part.log.index}, sequences to {part.log.last_sequence} are sound"
-        + visible(f"; then: {part.fault or 'nothing'}; {told}take them in with import, and what is lost with accept-loss")
-    )
+        for number, line in enumerate(transfer.export(store)):
+            lines.write(line + "\n")
+            came_to(number)
 
 
 @app.command("import")
@@ -223,10 +167,7 @@ def import_(
         closing(open_for_maintenance(journal, create=True)) as store,
         progress("entries", None) as came_to,
     ):
-        try:
-            log = take_in(store, lines, writer, came_to)
-        except LinesUnusable as error:
-            raise JournalUnusable(f"{'stdin' if file == '-' else file} {error}") from error
+        log = transfer.take_in(store, lines, "stdin" if file == "-" else file, writer, came_to)
     note(f"log {log.log_id}: {log.index} entries, sequences to {log.last_sequence}")
 
 

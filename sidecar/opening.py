@@ -67,9 +67,9 @@ def read_signer(path: Path) -> Signer:
         raise program.StartupError(f"--signing-key: {path}: {error}", exit_code=program.BAD_CONFIGURATION) from error
 
 
-def open_for_maintenance(journal: str, *, create: bool = False, reading: bool = False) -> SqlStore:
+def open_for_maintenance(journal: str, *, create: bool = False, reading: bool = False, copying: bool = False) -> SqlStore:
     """As `SqlStore.open_for_maintenance`."""
-    return _database(journal).open_for_maintenance(journal, create=create, reading=reading)
+    return _database(journal).open_for_maintenance(journal, create=create, reading=reading, copying=copying)
 
 
 def _database(journal: str) -> type[SqlStore]:

@@ -21,26 +21,21 @@ from sidecar.journal.diagnosis import REBUILD, RESTORE
 from sidecar.journal.ledger import ITEMS
 from sidecar.journal.model import JournalUnusable, Log, Sealed
 from sidecar.journal.sql import SqlTables
-from sidecar.journal.store import PAGE
+from sidecar.journal.store import BIND, END_KEYED
 
 CHECKED_ENTRIES = 4_096
 """Of the newest entries a start checks hashes and tables, of the tables also those since the oldest unfinished item."""
 PAYLOADS_READ = 64
-"""Payloads that a start has in memory at a time."""
+"""Entries, with their payloads, that a start has in memory at a time."""
 UNKNOWN = -1
 """When a key expires, if the epoch that ended its batch did not record how long it keeps keys."""
 
 _ALONE = frozenset({types_pb2.ENTRY_KIND_OPENED, types_pb2.ENTRY_KIND_PRUNED})
 """Kinds whose entries change rows that earlier entries made."""
 
-_BIND = """INSERT INTO batches (first_sequence, count, unfinished, request_digest, tenant, key)
-  SELECT * FROM unnest(?::bigint[], ?::bigint[], ?::bigint[], ?::bytea[], ?::name[], ?::name[])
-  ON CONFLICT (key, tenant) DO UPDATE SET first_sequence = excluded.first_sequence, count = excluded.count,
-    unfinished = excluded.unfinished, request_digest = excluded.request_digest, expires_millis = NULL"""
+_BIND, _END = BIND.replace("INTO keys", "INTO batches"), END_KEYED.replace("UPDATE keys", "UPDATE batches")
 _BIND_UNKNOWN = """INSERT INTO batches (first_sequence, count, unfinished)
   SELECT * FROM unnest(?::bigint[], ?::bigint[], ?::bigint[])"""
-_END = """UPDATE batches SET unfinished = unfinished - r.n, expires_millis = CASE unfinished WHEN r.n THEN r.expires END
-  FROM unnest(?::bigint[], ?::bigint[], ?::bigint[]) AS r (first, n, expires) WHERE first_sequence = r.first"""
 _PRUNE = """INSERT INTO pruned SELECT items.sequence FROM items, unnest(?::bigint[], ?::bigint[]) AS r (first, last)
   WHERE items.sequence BETWEEN r.first AND r.last AND items.outcome IS NOT NULL ON CONFLICT DO NOTHING"""
 
@@ -64,9 +59,8 @@ _UNPRUNED = """SELECT sequence FROM items WHERE NOT EXISTS (SELECT 1 FROM pruned
   ORDER BY sequence LIMIT 1"""
 _OLDEST_UNFINISHED = "SELECT sequence, admitted FROM items WHERE outcome IS NULL ORDER BY sequence LIMIT 1"
 
-_REPAIRS = (
-    "DELETE FROM {main}.items",
-    "INSERT INTO {main}.items ({columns}) SELECT {columns} FROM items",
+_REPAIR_ITEMS = ("DELETE FROM {main}.items", "INSERT INTO {main}.items ({columns}) SELECT {columns} FROM items")
+_REPAIR_KEYS = (
     "UPDATE batches SET bound = 1 WHERE first_sequence IN (SELECT first_sequence FROM {main}.keys)",
     # The names of keys whose prompts were dropped are only there.
     "DELETE FROM {main}.keys WHERE first_sequence NOT IN (SELECT first_sequence FROM batches WHERE key IS NULL)",
@@ -76,7 +70,7 @@ _REPAIRS = (
         expires_millis = CASE WHEN made.expires_millis >= 0 THEN made.expires_millis END
       FROM batches AS made WHERE made.first_sequence = keys.first_sequence""",
 )
-_REPAIR_KEYS = """INSERT INTO {main}.keys (first_sequence, count, request_digest, tenant, key, unfinished, expires_millis)
+_BIND_AGAIN = """INSERT INTO {main}.keys (first_sequence, count, request_digest, tenant, key, unfinished, expires_millis)
   SELECT first_sequence, count, request_digest, tenant, key, unfinished, CASE WHEN expires_millis >= 0 THEN expires_millis END
   FROM batches WHERE key IS NOT NULL AND (bound = 1 OR unfinished > 0 OR expires_millis > ?)"""
 
@@ -131,16 +125,13 @@ class Rebuilt:
                     self.last_sequence = self._lost_sequence = header.first_sequence + header.count - 1
             if kind == types_pb2.ENTRY_KIND_OPENED:
                 for entry in consecutive:
-                    self._reopen(entry)
+                    self._opened[entry.header.writer] = sequencer_pb2.OpenedPayload.FromString(entry.payload)
+                    self._tables.reopen(entry)
             elif kind == types_pb2.ENTRY_KIND_PRUNED:
                 payloads = [sequencer_pb2.PrunedPayload.FromString(entry.payload) for entry in consecutive]
                 self._tables.each(_PRUNE, [(each.first, each.last) for payload in payloads for each in payload.ranges])
             else:
                 self._add_items(consecutive)
-
-    def _reopen(self, entry: Sealed) -> None:
-        self._opened[entry.header.writer] = sequencer_pb2.OpenedPayload.FromString(entry.payload)
-        self._tables.reopen(entry)
 
     def _add_items(self, entries: Sequence[Sealed]) -> None:
         tables = self._tables
@@ -155,14 +146,14 @@ class Rebuilt:
             elif self._batch and not self._batch[-1].payload and entry.payload:
                 self._batch.append(entry)
             if self._batch and header.sequence == header.first_sequence + header.count - 1:
-                numbers = (header.first_sequence, header.count, header.count)
+                first, count = header.first_sequence, header.count
                 if not self._batch[-1].payload:
-                    unknown.append(numbers)
+                    unknown.append((first, count, count))
                 else:
                     given = sequencer_pb2.AdmittedPayload.FromString(self._batch[-1].payload)
                     if given.idempotency_key:
                         names = given.tenant, given.idempotency_key
-                        bound[names] = (*numbers, given.request_digest, *names)
+                        bound[names] = (first, count, given.request_digest, *names, count)
         tables.each(_BIND, list(bound.values()))
         tables.each(_BIND_UNKNOWN, unknown)
         ended, expires, dropped = Counter[int](), dict[int, int](), list[tuple[int, int]]()
@@ -176,50 +167,55 @@ class Rebuilt:
         tables.each(_END, [(first, count, expires[first]) for first, count in ended.items()])
         tables.each(_PRUNE, dropped)
 
-    def faults(self, log: Log, *, whole: bool) -> Iterator[str]:
-        """Where the tables are not what the entries say, one row of each kind. `whole`: all entries were added."""
-        if (
-            whole
-            and (newest := self._newest) is not None
-            and ((log.log_id, log.index, log.entry_hash) != (newest.header.log_id, newest.header.index, newest.entry_hash))
-        ):
-            yield f"the log is {log.log_id} to entry {log.index}, and that is not the newest entry"
+    def fault(self, log: Log, *, whole: bool) -> str:
+        """Where the tables are not what the entries say; empty: nowhere. `whole`: all entries were added."""
+        newest = self._newest
+        end = (newest.header.log_id, newest.header.index, newest.entry_hash) if newest is not None else None
+        if whole and (log.log_id, log.index, log.entry_hash) != end:
+            return f"the log is {log.log_id} to entry {log.index}, and that is not the newest entry"
         for writer, epoch in log.writers.items():
-            found = self.epochs.get(writer, 0 if whole else epoch)
-            if found != epoch:
-                yield f"writer {writer!r} has epoch {epoch}, and its newest entry {found}"
-        if self.last_sequence is not None and log.last_sequence != self.last_sequence:
-            yield f"the last sequence is {log.last_sequence}, and that of the entries {self.last_sequence}"
+            if (found := self.epochs.get(writer, 0 if whole else epoch)) != epoch:
+                return f"writer {writer!r} has epoch {epoch}, and its newest entry {found}"
+        if self.last_sequence not in (None, log.last_sequence):
+            return f"the last sequence is {log.last_sequence}, and that of the entries {self.last_sequence}"
         if self._first is None and not whole:
-            return
+            return ""
         first = 0 if whole or self._first is None else self._first
-        for statement, what in (
-            (_OTHER_ITEM, "table items: the row of sequence {} is not what the entries say"),
-            (_MISSING_ITEM, "table items: sequence {} has no row"),
-            (_OTHER_KEY, "table keys: the row of the batch from sequence {} is not what the entries say"),
-        ):
-            yield from self._found(statement, what, first)
-        unbound = "table keys: the key of the batch from sequence {} is not bound"
-        yield from self._found(_MISSING_KEY, unbound, first, self._newest_millis)
+        return (
+            self._found(_OTHER_ITEM, "table items: the row of sequence {} is not what the entries say", first)
+            or self._found(_MISSING_ITEM, "table items: sequence {} has no row", first)
+            or self._found(_OTHER_KEY, "table keys: the row of the batch from sequence {} is not what the entries say", first)
+            or self._found(
+                _MISSING_KEY, "table keys: the key of the batch from sequence {} is not bound", first, self._newest_millis
+            )
+        )
 
-    def missing_payloads(self) -> Iterator[str]:
-        """A payload that is missing, without an entry that says so. All entries were added. Of a log without forms nothing: it
-        does not record what it drops."""
-        if self._newest is not None and self._newest.header.form:
-            yield from self._found(_UNPRUNED, "a payload of sequence {} is missing, and no PRUNED entry says so")
+    def missing_payload(self) -> str:
+        """One that is missing, without an entry that says so; empty: none. All entries were added. Of a log without forms
+        nothing: it does not record what it drops."""
+        if self._newest is None or not self._newest.header.form:
+            return ""
+        return self._found(_UNPRUNED, "a payload of sequence {} is missing, and no PRUNED entry says so")
 
-    def _found(self, statement: str, what: str, *parameters: object) -> Iterator[str]:
+    def _found(self, statement: str, what: str, *parameters: object) -> str:
         text = statement.replace("{main}", self._main).replace("{differs}", self._tables.items_differ)
-        for (sequence,) in self._tables.select(text, *parameters):
-            yield what.format(sequence)
+        return next((what.format(sequence) for (sequence,) in self._tables.select(text, *parameters)), "")
+
+    def write_items(self) -> None:
+        """Put the items that were made in the place of those that are there."""
+        self._repair(_REPAIR_ITEMS)
 
     def repair(self) -> None:
         """Put what was made in the place of what is there. All entries were added."""
-        for statement in _REPAIRS:
-            text = statement.replace("{main}", self._main).replace("{columns}", ", ".join(self._tables.item_columns))
-            self._tables.execute(text)
-        self._tables.execute(_REPAIR_KEYS.replace("{main}", self._main), self._newest_millis)
+        self.write_items()
+        self._repair(_REPAIR_KEYS)
+        self._tables.execute(_BIND_AGAIN.replace("{main}", self._main), self._newest_millis)
         self._tables.repair_log(self.epochs, self.last_sequence or 0, self._lost_sequence)
+
+    def _repair(self, statements: Sequence[str]) -> None:
+        columns = ", ".join(self._tables.item_columns)
+        for statement in statements:
+            self._tables.execute(statement.replace("{main}", self._main).replace("{columns}", columns))
 
 
 LACKS = "payload: is missing, and none of this kind is ever dropped"
@@ -263,16 +259,15 @@ def _recent_fault(tables: SqlTables, log: Log) -> str:
         index = min(index, admitted - (sequence - header.first_sequence))
     try:
         with rebuilding(tables) as rebuilt:
-            while page := tables.entries(index, PAGE, payloads=False):
-                for start in range(0, len(page), PAYLOADS_READ):
-                    part = tables.with_payloads(page[start : start + PAYLOADS_READ], needs_payload)
-                    for entry in part:
-                        _check_entry(entry, index, log)
-                        index += 1
-                    rebuilt.add(part)
+            while page := tables.entries(index, PAYLOADS_READ, payloads=False):
+                page = tables.with_payloads(page, needs_payload)
+                for entry in page:
+                    _check_entry(entry, index, log)
+                    index += 1
+                rebuilt.add(page)
             if index <= log.index:
                 raise JournalUnusable(f"entry {index} is damaged or missing: {RESTORE}")
-            return next(rebuilt.faults(log, whole=False), "")
+            return rebuilt.fault(log, whole=False)
     except DecodeError:
         return f"entry {index} or one of the next: its payload cannot be read"
 

@@ -130,18 +130,3 @@ def header_fault(path: Path) -> str:
     if not (_PAGE_BYTES_MIN <= page_bytes <= _PAGE_BYTES_MAX) or page_bytes & (page_bytes - 1):
         return damaged(path, f"its header, bytes 16 and 17, says {page_bytes} bytes a page, which cannot be")
     return cut(path, page_bytes, int.from_bytes(header[28:32]))
-
-
-def lock_holder(path: Path) -> str:
-    """The process that has locked it, if the system says so."""
-    try:
-        found = path.stat()
-        device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
-        for line in Path("/proc/locks").read_text().splitlines():
-            fields = line.split()
-            if device in fields and "->" not in fields:
-                number = int(fields[fields.index(device) - 1])
-                return f", process {number} ({Path(f'/proc/{number}/comm').read_text().strip()})" if number > 0 else ""
-    except (OSError, ValueError):
-        pass  # of another machine, or the system does not say
-    return ""

@@ -1,177 +1,182 @@
-"""Maintenance of a journal, without an epoch: verify it, and drop payloads."""
+"""Maintenance of a journal, without an epoch: verify it, make its tables again, and drop payloads."""
 
 from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
+from ostinato import enums
 from ostinato.chain import OUTCOMES, PAYLOADS, check_link, check_nonce, sealed_input, sealed_output
 from ostinato.signature import PublicKeys, SignedTree
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.derived import LACKS, lacks_payload, rebuilding
-from sidecar.journal.diagnosis import RESTORE
+from sidecar.journal.diagnosis import REBUILD, RESTORE
 from sidecar.journal.model import JournalUnusable, Sealed, Signature
 from sidecar.journal.sql import SqlStore, SqlTables
 from sidecar.journal.store import PAGE
 
-MISSING = "its payload is missing, and its item has not ended"
+
+class Unsound(JournalUnusable):
+    """A fault was found. It begins with the entry's index and kind, `entry 7, ADMITTED:`, or with the table."""
+
+    def __init__(self, name: str, fault: str, remedy: str = RESTORE) -> None:
+        super().__init__(f"{name} is damaged: {fault}: {remedy}")
+        self.fault = fault
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """How far a verification has come, and the faults since the last one."""
-
-    index: int
-    """Of the last entry that was checked."""
-    faults: tuple[str, ...]
-    """Each begins with the entry's index and kind, `entry 7, ADMITTED:`, or with the table."""
-    tables: bool = False
-    """Whether they are of the tables, and every entry is sound."""
-
-
-def verify(
-    read: Callable[[int, int], Sequence[Sealed]], on_page: Callable[[Sequence[Sealed]], None] = lambda page: None
-) -> Iterator[Checked]:
-    """Check all entries, page by page. `read` takes an index and a limit and returns the entries from there, if any. `on_page`
-    is given each page up to the first fault."""
-    checker, index, sound = Checker(), 0, True
-    while page := read(index + 1, PAGE):
-        faults = [f"{name_of(sealed.header)}: {fault}" for sealed in page for fault in checker.check(sealed)]
-        index = max(index + len(page), page[-1].header.index)  # an index may be what is damaged
-        if sound := sound and not faults:
-            on_page(page)
-        yield Checked(index, tuple(faults))
-    if checker.missing:
-        yield Checked(index, tuple(f"entry {entry}, ADMITTED: {MISSING}" for entry in checker.missing.values()))
+def pages(read: Callable[..., Sequence[Sealed]], name: str, *, payloads: bool = True) -> Iterator[Sequence[Sealed]]:
+    """All entries. `read` is `entries` of the store or its tables, `name` the store's. Raises Unsound for the first that is
+    damaged: neither it nor what follows can be trusted."""
+    checker, index = Checker(payloads=payloads), 1
+    while page := read(index, PAGE, payloads=payloads):
+        for sealed in page:
+            if faults := checker.check(sealed):
+                raise Unsound(name, f"{name_of(sealed.header)}: {'; '.join(faults)}; entries to {index - 1} are sound")
+            index += 1
+        yield page
+    for entry in checker.missing.values() if payloads else ():
+        raise Unsound(name, f"entry {entry}, ADMITTED: its payload is missing, and its item has not ended")
 
 
-def verify_all(store: SqlStore) -> Generator[Checked]:
-    """Check all entries, and then, if they are sound, the tables beside them. To be closed."""
+def verify(store: SqlStore, keys: PublicKeys, on_page: Callable[[int], None]) -> Heads:
+    """Check all entries, the tables beside them, and the signed heads. `on_page` is given the last index of each page. Raises
+    Unsound."""
     with store.snapshot() as tables:
-        log, sound = tables.log(), True
+        log = tables.log()
+        heads = Heads(signatures_of(tables), keys, log.index if log is not None else 0)
         with rebuilding(tables) as rebuilt:
-            for checked in verify(lambda index, limit: tables.entries(index, limit, payloads=True), rebuilt.add):
-                sound = sound and not checked.faults
-                yield checked
-            if sound and log is not None and (found := tuple(rebuilt.faults(log, whole=True))):
-                yield Checked(log.index, found, tables=True)
-            elif sound and log is not None and (found := tuple(rebuilt.missing_payloads())):
-                yield Checked(log.index, found)
+            for page in pages(tables.entries, store.name):
+                rebuilt.add(page)
+                heads.add(page)
+                on_page(page[-1].header.index)
+            if log is not None and (fault := rebuilt.fault(log, whole=True)):
+                raise Unsound(store.name, fault, REBUILD)
+            missing = rebuilt.missing_payload()
+        tables.notes("")  # raises an error if they cannot be read
+    if fault := missing or store.structure() or heads.fault:
+        raise Unsound(store.name, fault)
+    if heads.foreign:
+        raise JournalUnusable(
+            f"{store.name} is not the log of this key: {heads.foreign}: "
+            f"if the log has had that key, give it as another --key; otherwise {RESTORE}"
+        )
+    for key_id, count in heads.verified.items() if heads.index else ():
+        if not count:
+            raise JournalUnusable(f"{store.name} is not the log of key {key_id}: no head of it is signed by this key")
+    return heads
 
 
 def rebuild(store: SqlStore) -> None:
-    """Make the tables beside the entries again. Raises JournalUnusable, and changes nothing, if an entry is not sound."""
+    """Make the tables beside the entries again. Raises Unsound, and changes nothing, if an entry is not sound."""
     with store.changing() as tables, rebuilding(tables) as rebuilt:
-        for page in pages(tables.entries, store.name, payloads=True):
+        for page in pages(tables.entries, store.name):
             rebuilt.add(page)
         rebuilt.repair()
 
 
-def signatures_of(read: Callable[[int, int], Sequence[Signature]]) -> Iterator[Signature]:
-    """All of them, by last index, ascending. `read` takes an index and a limit."""
+def signatures_of(tables: SqlTables) -> Iterator[Signature]:
+    """All of them, by last index, ascending."""
     index = 1
-    while page := read(index, PAGE):
+    while page := tables.signatures(index, PAGE):
         yield from page
         index = page[-1].last_index + 1
 
 
-def check_signatures(signatures: Sequence[Signature], last_index: int) -> None:
-    """Raises ValueError if they are not of transactions that come one after the other, up to this index."""
-    before = 0
-    for each in signatures:
-        if not before < each.first_index <= each.last_index <= last_index:
-            raise ValueError(f"head of entries {each.first_index} to {each.last_index}: they are no transaction of this log")
-        before = each.last_index
-
-
-@dataclass(slots=True)
 class Heads:
-    """What a verification of the signed heads has found."""
+    """Checks the signed heads beside sound entries, which are added in order.
 
-    verified: Counter[str]
-    """Heads by key id, for each key that was given."""
-    entries: int = 0
-    """Entries that they cover."""
-    fault: str = ""
-    """What is wrong with a head, or where one is missing; empty: nothing."""
-    foreign: str = ""
-    """The first epoch or head of a key that was not given, if some were; empty: none."""
+    If there are keys, their signatures are verified, and each epoch and head that is signed must be of one of them. An entry
+    must be covered by a head of the key that its epoch's OPENED entry names, if it names one. PRUNED entries need none:
+    commands make them, without the key. Nor do those before a LOST entry and its epoch: the end of a transaction may be what
+    was lost, and its head with it.
+    """
 
+    def __init__(self, signatures: Iterator[Signature], keys: PublicKeys, last_index: int) -> None:
+        """`last_index`: of the log."""
+        self._signatures, self._keys, self._last_index = signatures, keys, last_index
+        self.verified = Counter(dict.fromkeys(keys, 0))
+        """Heads by key id, for each key that was given."""
+        self.index = 0
+        """Of the newest entry that was added."""
+        self.covered = 0
+        """Entries that the verified heads cover."""
+        self.foreign = ""
+        """The first epoch or head of a key that was not given, if some were; empty: none."""
+        self._fault = self._uncovered = ""
+        self._uncovered_index = 0
+        """Of the newest entry that no head covers."""
+        self._signing_key: dict[str, str] = {}
+        """The key id of each writer's epoch."""
+        self._hashes: list[bytes] = []
+        """Of the entries so far that the next head covers."""
+        self._head = self._next_head()
 
-def verify_heads(tables: SqlTables, keys: PublicKeys) -> Heads:
-    """Verify the signed heads of sound entries. If there are keys, each epoch and head that is signed must be of one of them.
-    Without keys, no signature is verified."""
-    heads = Heads(Counter(dict.fromkeys(keys, 0)))
+    @property
+    def fault(self) -> str:
+        """What is wrong with a head, or the first entry that should be covered and is not; empty: nothing."""
+        return self._fault or self._uncovered
 
-    def opened(header: types_pb2.EntryHeader, key_id: str) -> None:
-        if len(keys) and key_id and key_id not in keys:
-            heads.foreign = heads.foreign or f"{name_of(header)}: its epoch is signed by key {key_id}, which was not given"
-
-    log, before = tables.log(), Signature(0, 0, "", b"")
-    for each in signatures_of(tables.signatures):
-        name = f"head of entries {each.first_index} to {each.last_index}"
-        try:
-            check_signatures([before, each] if before.last_index else [each], log.index if log is not None else 0)
-        except ValueError as error:
-            heads.fault = str(error)
-            return heads
-        before = each
-        if each.key_id in keys:
-            covered = tables.entries(each.first_index, each.last_index + 1 - each.first_index, payloads=False)
-            tree, hashes = SignedTree(), [entry.entry_hash for entry in covered]
-            tree.restore(covered[0].header.log_id, each.first_index, hashes, each.key_id, each.signature)
-            if not keys.verify(tree.head):
-                heads.fault = f"{name}: its signature is not by key {each.key_id}"
-                return heads
-            heads.verified[each.key_id] += 1
-            heads.entries += len(covered)
-        elif len(keys):
-            heads.foreign = heads.foreign or f"{name}: it is signed by key {each.key_id}, which was not given"
-    heads.fault = unsigned_fault(tables, opened)
-    return heads
-
-
-def unsigned_fault(
-    tables: SqlTables, on_opened: Callable[[types_pb2.EntryHeader, str], None] = lambda header, key_id: None
-) -> str:
-    """The first entry that no head covers, or one of another key, although its epoch's OPENED entry names a key; empty: none.
-    `on_opened` is given each OPENED entry up to it, and the id of that key.
-
-    PRUNED entries are not counted: commands make them, without the key. Nor are those before a LOST entry and its epoch: the
-    end of a transaction may be what was lost, and its head with it."""
-    heads, signing, fault, last = signatures_of(tables.signatures), dict[str, str](), "", 0
-    head, index = next(heads, None), 1
-    while page := tables.entries(index, PAGE, payloads=False):
-        for entry in tables.with_payloads(page, lambda header: header.kind == types_pb2.ENTRY_KIND_OPENED):
+    def add(self, entries: Sequence[Sealed]) -> None:
+        for entry in entries:
             header = entry.header
+            self.index = header.index
+            head = self._head if self._head is not None and self._head.first_index <= header.index else None
+            if head is not None:
+                self._hashes.append(entry.entry_hash)
+                if head.last_index == header.index:
+                    self._end_head(head, header.log_id)
             if header.kind == types_pb2.ENTRY_KIND_OPENED:
-                signing[header.writer] = sequencer_pb2.OpenedPayload.FromString(entry.payload).signing_key_id
-                on_opened(header, signing[header.writer])
-            while head is not None and head.last_index < header.index:
-                head = next(heads, None)
-            covering = head.key_id if head is not None and head.first_index <= header.index else ""
-            key_id = signing.get(header.writer, "")
-            if key_id and covering != key_id and header.kind != types_pb2.ENTRY_KIND_PRUNED:
-                fault, last = fault or f"{name_of(header)}: no signed head of key {key_id} covers it", header.index
-            elif fault and header.kind == types_pb2.ENTRY_KIND_LOST and header.index == last + 2:
-                fault = ""
-            elif fault and header.index > last + 1:
-                return fault
-        index += len(page)
-    return fault
+                key_id = sequencer_pb2.OpenedPayload.FromString(entry.payload).signing_key_id
+                self._signing_key[header.writer] = key_id
+                self._check_key(f"{name_of(header)}: its epoch", key_id)
+            self._check_covered(header, head.key_id if head is not None else "")
+
+    def _next_head(self) -> Signature | None:
+        """Heads are of transactions that come one after the other."""
+        head = next(self._signatures, None)
+        if head is not None and not self.index < head.first_index <= head.last_index <= self._last_index:
+            self._fault = f"{_name_of_head(head)}: they are no transaction of this log"
+            return None
+        return head
+
+    def _end_head(self, head: Signature, log_id: str) -> None:
+        if head.key_id in self._keys:
+            tree = SignedTree()
+            tree.restore(log_id, head.first_index, self._hashes, head.key_id, head.signature)
+            if not self._keys.verify(tree.head):
+                self._fault = self._fault or f"{_name_of_head(head)}: its signature is not by key {head.key_id}"
+            self.verified[head.key_id] += 1
+            self.covered += len(self._hashes)
+        self._check_key(f"{_name_of_head(head)}: it", head.key_id)
+        self._hashes, self._head = [], self._next_head()
+
+    def _check_key(self, signed: str, key_id: str) -> None:
+        if self._keys and key_id and key_id not in self._keys:
+            self.foreign = self.foreign or f"{signed} is signed by key {key_id}, which was not given"
+
+    def _check_covered(self, header: types_pb2.EntryHeader, head_key_id: str) -> None:
+        key_id = self._signing_key.get(header.writer, "")
+        if key_id and head_key_id != key_id and header.kind != types_pb2.ENTRY_KIND_PRUNED:
+            self._uncovered = self._uncovered or f"{name_of(header)}: no signed head of key {key_id} covers it"
+            self._uncovered_index = header.index
+        elif self._uncovered and header.index == self._uncovered_index + 2:
+            if header.kind != types_pb2.ENTRY_KIND_LOST:
+                self._fault = self._fault or self._uncovered
+            self._uncovered = ""
+
+
+def _name_of_head(head: Signature) -> str:
+    return f"head of entries {head.first_index} to {head.last_index}"
 
 
 def name_of(header: types_pb2.EntryHeader) -> str:
     """`entry 7, ADMITTED`."""
-    kinds = types_pb2.EntryKind
-    kind = kinds.Name(header.kind).removeprefix("ENTRY_KIND_") if header.kind in kinds.values() else f"kind {header.kind}"
-    return f"entry {header.index}, {kind}"
+    return f"entry {header.index}, {enums.word(types_pb2.EntryKind, header.kind)}"
 
 
 class Checker:
@@ -185,18 +190,13 @@ class Checker:
         self.missing: dict[int, int] = {}
         """Of them, those without a payload, with the index of their entry: a payload is dropped only after the outcome."""
         self.last_sequence = 0
-        self.epochs: dict[str, int] = {}
+        self._epochs: dict[str, int] = {}
         """The newest epoch of each writer."""
         self._previous: sequencer_pb2.Entry | None = None
         self._formless: int | None = None
         """Index of the newest entry without a form."""
         self._batch: tuple[int, int, int] | None = None
         """First sequence, count and position of the next entry, within a batch."""
-
-    @property
-    def whole(self) -> bool:
-        """Whether the last batch is complete."""
-        return self._batch is None
 
     def check(self, sealed: Sealed) -> list[str]:
         """The faults of the next entry."""
@@ -220,9 +220,9 @@ class Checker:
         return faults + _check_payload(sealed)
 
     def _check_epoch(self, header: types_pb2.EntryHeader) -> list[str]:
-        newest = self.epochs.get(header.writer, 0)
+        newest = self._epochs.get(header.writer, 0)
         if header.kind == types_pb2.ENTRY_KIND_OPENED:
-            self.epochs[header.writer] = max(newest, header.epoch)
+            self._epochs[header.writer] = max(newest, header.epoch)
             return [] if header.epoch > newest else [f"epoch: opens {header.epoch} after {newest}"]
         return [] if header.epoch == newest else [f"epoch: {header.epoch}, and the writer's newest is {newest}"]
 
@@ -232,10 +232,9 @@ class Checker:
             expected, self.last_sequence = self.last_sequence + 1, max(self.last_sequence, header.sequence)
             return [] if header.sequence == expected else [f"sequence: {header.sequence} instead of {expected}"]
         if header.kind == types_pb2.ENTRY_KIND_LOST:
-            expected, self.last_sequence = self.last_sequence + 1, header.first_sequence + header.count - 1
-            return (
-                [] if header.first_sequence == expected else [f"first_sequence: {header.first_sequence} instead of {expected}"]
-            )
+            expected, found = self.last_sequence + 1, header.first_sequence
+            self.last_sequence = found + header.count - 1
+            return [] if found == expected else [f"first_sequence: {found} instead of {expected}"]
         if header.kind not in OUTCOMES:
             return []
         if header.sequence not in self.unfinished:
@@ -257,14 +256,13 @@ class Checker:
 
     def _check_batch(self, header: types_pb2.EntryHeader) -> list[str]:
         """A batch's entries stand together: each but the last is followed by the next of the same batch."""
-        expected, self._batch = self._batch, None
-        admitted = header.kind == types_pb2.ENTRY_KIND_ADMITTED
-        position = header.sequence - header.first_sequence
-        if admitted and position + 1 < header.count:
-            self._batch = (header.first_sequence, header.count, position + 1)
-        found = (header.first_sequence, header.count, position) if admitted else None
-        begins = found is None or position == 0
-        return [] if found == expected or (expected is None and begins) else ["batch: is not whole"]
+        expected, self._batch, found = self._batch, None, None
+        if header.kind == types_pb2.ENTRY_KIND_ADMITTED:
+            first, count, position = header.first_sequence, header.count, header.sequence - header.first_sequence
+            found, expected = (first, count, position), expected or (first, count, 0)
+            if position + 1 < count:
+                self._batch = (first, count, position + 1)
+        return [] if found == expected else ["batch: is not whole"]
 
 
 def _check_payload(sealed: Sealed) -> list[str]:
@@ -285,18 +283,6 @@ def _check_payload(sealed: Sealed) -> list[str]:
         return ["payload: no digest can be taken of it, it holds NaN or a negative number"]
     faults = [f"{name}: is not the payload's" for name, actual in claims.items() if getattr(header, name) != actual]
     return check_nonce(header.form, payload.nonce) + faults
-
-
-def pages(read: Callable[..., Sequence[Sealed]], name: str, *, payloads: bool) -> Iterator[Sequence[Sealed]]:
-    """All entries. `read` is `entries` of the store or its tables, `name` the store's. Raises JournalUnusable for the first
-    that is damaged: neither it nor what follows can be trusted."""
-    checker, index = Checker(payloads=payloads), 1
-    while page := read(index, PAGE, payloads=payloads):
-        for sealed in page:
-            if faults := checker.check(sealed):
-                raise JournalUnusable(f"{name} is damaged: {name_of(sealed.header)}: {'; '.join(faults)}: {RESTORE}")
-        yield page
-        index += len(page)
 
 
 def prune(store: SqlStore, old: Callable[[types_pb2.EntryHeader], bool], now_millis: int) -> Iterator[tuple[int, int]]:

@@ -575,7 +575,9 @@ class PostgresStore(SqlStore):
         return store, Opened(store.head, tuple(unfinished))
 
     @classmethod
-    def open_for_maintenance(cls, location: str, *, create: bool = False, reading: bool = False) -> PostgresStore:
+    def open_for_maintenance(
+        cls, location: str, *, create: bool = False, reading: bool = False, copying: bool = False
+    ) -> PostgresStore:
         """As in `SqlStore`. Sidecars may use it, so that an existing one is never migrated."""
         store = cls(Database(location, name="maintenance"), StoreSettings(), maintenance=True)
         with _unusable(), store._database.connected() as db:

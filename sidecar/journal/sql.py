@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
@@ -208,14 +207,6 @@ class SqlTables(Tables):
         if sequences:
             self.execute(_FORGET_REQUESTS, b"", list(sequences), list(sequences))
 
-    def import_entries(self, entries: Sequence[Sealed]) -> None:
-        """The next entries of a journal that is imported. Everything has been checked."""
-        for kind, group in groupby(entries, key=lambda entry: entry.header.kind == types_pb2.ENTRY_KIND_OPENED):
-            consecutive = list(group)
-            self.write_entries(consecutive)
-            for opened in consecutive if kind else ():
-                self.reopen(opened)
-
     def import_twins(self, secret: bytes, twins: Iterable[tuple[bytes, Sealed]]) -> None:
         """What has to be compared with these COMPLETED entries, by `twins_of`, ascending."""
         self._write_twins((twins_tag(secret, name), entry.header, b"") for name, entry in twins)
@@ -266,6 +257,8 @@ class SqlStore(ABC):
     head: Head
     name: str
     """For errors. Not a database's URL, which may hold a password."""
+    copy: Path | None = None
+    """That was made at the opening. None: there is none; a database has its own means."""
     _settings: StoreSettings
     _maintenance: bool
     _secret = b""
@@ -279,9 +272,11 @@ class SqlStore(ABC):
 
     @classmethod
     @abstractmethod
-    def open_for_maintenance(cls, location: str, *, create: bool = False, reading: bool = False) -> SqlStore:
+    def open_for_maintenance(
+        cls, location: str, *, create: bool = False, reading: bool = False, copying: bool = False
+    ) -> SqlStore:
         """An existing journal, or with `create` maybe an empty one. `reading`: it is only read, and a journal of an older
-        version is not migrated. JournalUnusable: the message says why."""
+        version is not migrated. `copying`: a copy is kept of all that is there. JournalUnusable: the message says why."""
 
     @abstractmethod
     def _read(self, read: Callable[[SqlTables], T]) -> T: ...
@@ -393,10 +388,6 @@ class SqlStore(ABC):
     @abstractmethod
     def changing(self) -> AbstractContextManager[SqlTables]:
         """All that is changed within it is durable at the end, or undone. No writer appends meanwhile."""
-
-    def keep_copy(self) -> Path | None:
-        """Of all that is there, before it is changed; None: the database has its own means."""
-        return None
 
     @abstractmethod
     def importing(self, log: Log, writer: str, secret: bytes) -> AbstractContextManager[SqlTables]:

@@ -8,13 +8,11 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import apsw
@@ -25,7 +23,7 @@ from ostinato.v1 import types_pb2
 from serving import files
 
 from sidecar.journal.derived import check_recent, check_unfinished
-from sidecar.journal.diagnosis import RESTORE, cut, damaged, full_fault, header_fault, lock_holder, place_fault
+from sidecar.journal.diagnosis import RESTORE, cut, damaged, full_fault, header_fault, place_fault
 from sidecar.journal.ledger import NUMBER_MAX, SECRET_BYTES, Known, Ledger, needs
 from sidecar.journal.model import (
     Appended,
@@ -314,8 +312,8 @@ class SqliteTables(SqlTables):
     def last_sequence(self) -> int:
         return int(self._row(_LAST_SEQUENCE)[0])
 
-    def write_entries(self, entries: Sequence[Sealed]) -> None:
-        super().write_entries(entries)
+    def write_record(self, entries: Sequence[Sealed]) -> None:
+        super().write_record(entries)
         for header in (entry.header for entry in entries if entry.header.kind == types_pb2.ENTRY_KIND_LOST):
             self._db.execute("UPDATE journal SET lost_sequence = ?", (header.first_sequence + header.count - 1,))
 
@@ -417,7 +415,9 @@ class SqliteStore(SqlStore):
             raise
 
     @classmethod
-    def open_for_maintenance(cls, location: str, *, create: bool = False, reading: bool = False) -> SqliteStore:
+    def open_for_maintenance(
+        cls, location: str, *, create: bool = False, reading: bool = False, copying: bool = False
+    ) -> SqliteStore:
         """As in `SqlStore`. `close` removes a file that is made here, if it is still empty."""
         assert not (create and reading)
         path = placed(Path(location))
@@ -426,6 +426,8 @@ class SqliteStore(SqlStore):
         store = cls(path, db, StoreSettings(), maintenance=True)
         store._remove = new
         try:
+            if copying:
+                store._keep_copy()
             with store._errors() if reading else store._transaction():
                 if reading:
                     db.execute("BEGIN IMMEDIATE")  # `close` undoes it
@@ -574,15 +576,14 @@ class SqliteStore(SqlStore):
         with self._transaction():
             yield self._tables
 
-    def keep_copy(self) -> Path:
-        copy = self._path.with_name(self._path.name + ".before-rebuild")
+    def _keep_copy(self) -> None:
+        self.copy = copy = self._path.with_name(self._path.name + ".before-rebuild")
         try:
             os.close(files.opened(copy, os.O_RDWR | os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             raise JournalUnusable(f"{copy} is there already: move it away") from None
         with self._errors(), closing(apsw.Connection(str(copy))) as there, there.backup("main", self._db, "main") as pages:
             pages.step()
-        return copy
 
     @contextmanager
     def importing(self, log: Log, writer: str, secret: bytes) -> Iterator[SqlTables]:
@@ -647,7 +648,7 @@ def reason(path: Path, error: Exception, *, bytes_max: int = 0) -> str:
     more. `bytes_max`: the bound that was set for the file; 0: none.
     """
     if isinstance(error, apsw.BusyError):
-        return f"{path} is in use by another sidecar or command{lock_holder(path)}: stop that first"
+        return f"{path} is in use by another sidecar or command: stop that first"
     if isinstance(error, apsw.FullError):
         return full_fault(path, bytes_max)
     if isinstance(error, _REFUSAL) and (fault := place_fault(path, create=True)):
@@ -662,34 +663,3 @@ def reason(path: Path, error: Exception, *, bytes_max: int = 0) -> str:
     if fault := header_fault(path):
         return fault
     return damaged(path, str(error)) if isinstance(error, _DAMAGE) else f"{path} cannot be used: {error}"
-
-
-@contextmanager
-def copied(path: Path) -> Iterator[SqliteTables]:
-    """The tables of a copy in the folder for temporary files: the damaged file stays as it is. Raises JournalUnusable for a
-    file that is in use, is no journal, or cannot be copied."""
-    path = placed(path)
-    if fault := place_fault(path, create=False):
-        raise JournalUnusable(fault)
-    try:
-        with closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)) as db:
-            db.execute("SELECT count(*) FROM sqlite_schema").fetchall()
-    except (apsw.BusyError, apsw.NotADBError) as error:
-        raise JournalUnusable(reason(path, error)) from error
-    except apsw.Error:
-        pass  # it is damaged
-    with TemporaryDirectory(prefix="ostinato-") as folder:
-        copy = Path(folder) / "journal.sqlite"
-        for ending in ("", "-wal"):
-            if (source := path.with_name(path.name + ending)).exists():
-                shutil.copyfile(source, copy.with_name(copy.name + ending))
-        # Rows whose end is cut off inside a page would seem to be missing: without the page they cannot be read.
-        with copy.open("r+b") as file:
-            page_bytes, size = int.from_bytes(file.read(18)[16:]), copy.stat().st_size
-            file.truncate(size - size % page_bytes if page_bytes > 1 else size)
-        try:
-            with closing(apsw.Connection(str(copy))) as db:
-                db.pragma("writable_schema", True)  # or a file that is shorter than its header says is refused
-                yield SqliteTables(db)
-        except UNREADABLE as error:
-            raise JournalUnusable(reason(copy, error).replace(str(copy), str(path))) from error

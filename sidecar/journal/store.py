@@ -144,11 +144,11 @@ _WRITE_TWINS = """INSERT INTO twins SELECT * FROM unnest(?::bytea[], ?::bytea[],
   ON CONFLICT DO NOTHING"""
 _WRITE_NOTES = """INSERT INTO notes SELECT * FROM unnest(?::name[], ?::bytea[])
   ON CONFLICT (name) DO UPDATE SET value = excluded.value"""
-_BIND = """INSERT INTO keys (first_sequence, count, request_digest, tenant, key, unfinished)
+BIND = """INSERT INTO keys (first_sequence, count, request_digest, tenant, key, unfinished)
   SELECT * FROM unnest(?::bigint[], ?::integer[], ?::bytea[], ?::name[], ?::name[], ?::integer[])
   ON CONFLICT (key, tenant) DO UPDATE SET first_sequence = excluded.first_sequence, count = excluded.count,
     request_digest = excluded.request_digest, unfinished = excluded.unfinished, expires_millis = NULL"""
-_END_KEYED = """UPDATE keys SET unfinished = unfinished - r.n, expires_millis = CASE unfinished WHEN r.n THEN r.expires END
+END_KEYED = """UPDATE keys SET unfinished = unfinished - r.n, expires_millis = CASE unfinished WHEN r.n THEN r.expires END
   FROM unnest(?::bigint[], ?::integer[], ?::bigint[]) AS r (first, n, expires) WHERE first_sequence = r.first"""
 
 _PURGE = """DELETE FROM keys WHERE first_sequence IN
@@ -305,11 +305,11 @@ class Tables(ABC):
         if heads := ledger.sign():
             self.write_signatures([Signature(head.last_index, head.first_index, head.key_id, head.signature) for head in heads])
         if ledger.bound:
-            each(_BIND, [(b.first_sequence, b.count, b.request_digest, a.tenant, a.key, b.count) for a, b in ledger.bound])
+            each(BIND, [(b.first_sequence, b.count, b.request_digest, a.tenant, a.key, b.count) for a, b in ledger.bound])
         if outcomes := [entry.header for entry in ledger.entries if entry.header.kind in OUTCOMES]:
             expires_millis = now_millis + settings.idempotency_ttl_seconds * 1000
             batches = Counter(header.first_sequence for header in outcomes)
-            each(_END_KEYED, [(first, count, expires_millis) for first, count in batches.items()])
+            each(END_KEYED, [(first, count, expires_millis) for first, count in batches.items()])
         if ledger.notes:
             self.write_notes(ledger.notes)
         if ledger.twins:
@@ -326,10 +326,13 @@ class Tables(ABC):
 
     def write_entries(self, entries: Sequence[Sealed]) -> None:
         """The record, and the tables that say where to look in it."""
+        self.write_record(entries)
+        self.index(entries)
+
+    def write_record(self, entries: Sequence[Sealed]) -> None:
         rows = [(e.header.index, e.header.SerializeToString(deterministic=True), e.entry_hash) for e in entries]
         self.each(_WRITE_ENTRIES, rows)
         self.each(_WRITE_PAYLOADS, [(e.header.index, e.payload) for e in entries if e.payload])
-        self.index(entries)
 
     def index(self, entries: Sequence[Sealed]) -> None:
         """Where to look for items in these entries."""

@@ -17,14 +17,10 @@ from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 from tests.e2e.kit import opened, scripted
 from tests.pair import Pair
-from tests.sidecar.journal_kit import verify_journal
+from tests.sidecar.journal_kit import faults
 from tests.waiting import eventually
 
 HERE = Path(__file__).parent
-
-
-def faults(journal: Path) -> list[str]:
-    return [fault for page in verify_journal(journal) for fault in page.faults]
 
 
 async def test_an_older_journal() -> None:

@@ -20,7 +20,7 @@ from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 from tests.e2e.kit import Audited, Door, audited, bytes_of, counted, ended, missing, opened, own, rule, scripted
 from tests.pair import Pair
-from tests.sidecar.journal_kit import verify_journal
+from tests.sidecar.journal_kit import faults
 from tests.waiting import eventually
 
 ALL = ("--audit-rate", "1")
@@ -152,7 +152,7 @@ async def test_a_changed_answer_is_found(tmp_path: Path) -> None:
             assert {each.said.comparison.first_difference for each in found if each.verdict == "diverged"} == {5}
             assert await door.last_sequence() == 0
         pair.stop()
-        assert [fault for page in verify_journal(pair.folder / "journal.sqlite") for fault in page.faults] == []
+        assert faults(pair.folder / "journal.sqlite") == []
 
 
 async def test_answers_survive_a_restart() -> None:

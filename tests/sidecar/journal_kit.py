@@ -6,7 +6,7 @@ import itertools
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,10 +17,11 @@ import apsw
 import psycopg
 
 from ostinato.digest import input_digest
+from ostinato.signature import PublicKeys
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.ledger import twins_of
-from sidecar.journal.maintenance import Checked, verify_all
+from sidecar.journal.maintenance import Checker, Unsound, verify
 from sidecar.journal.model import Admission, Audit, Draft, Key, Mark, Opened, Outcome, Sealed
 from sidecar.journal.postgres import PostgresStore
 from sidecar.journal.sql import Opening, SqlStore
@@ -36,10 +37,22 @@ FINGERPRINT = b"f" * 32
 NONCES = (number.to_bytes(16) for number in itertools.count(1))
 
 
-def verify_journal(journal: Path | str) -> Iterator[Checked]:
-    """Check a journal, by its path or URL; a file must not be in use. JournalUnusable: it cannot be read."""
+def faults(journal: Path | str) -> list[str]:
+    """The first that verify finds in a journal, by its path or URL; a file must not be in use. JournalUnusable: it cannot be
+    read."""
     with closing(open_for_maintenance(str(journal), reading=True)) as store:
-        yield from verify_all(store)
+        try:
+            verify(store, PublicKeys(), lambda index: None)
+        except Unsound as error:
+            return [error.fault]
+    return []
+
+
+def checked(entries: Iterable[Sealed]) -> Checker:
+    """What the entries say; fails if there is a fault in them."""
+    checker = Checker()
+    assert [fault for entry in entries for fault in checker.check(entry)] == []
+    return checker
 
 
 @dataclass
@@ -168,11 +181,8 @@ class Kit(ABC):
         with self.maintained() as kept, kept.snapshot() as tables:
             return tables.keys(1, 99)
 
-    def verify(self) -> Iterator[Checked]:
-        return verify_journal(self.location)
-
     def faults(self) -> list[str]:
-        return [fault for page in self.verify() for fault in page.faults]
+        return faults(self.location)
 
     def configure(self, **settings: Any) -> None:
         self.settings = replace(self.settings, **settings)

@@ -205,15 +205,17 @@ def test_a_log_of_another_key(store: SqliteKit, run: Said, tmp_path: Path) -> No
 
 
 def test_commands_that_only_read(store: SqliteKit, run: Said, tmp_path: Path) -> None:
-    """verify, export and an accept-loss that is refused leave a file of an older version as it is, byte for byte."""
+    """verify, export and an accept-loss that is refused leave a file of an older version as it is, byte for byte. rebuild keeps
+    a copy of that version."""
     store.execute("DROP INDEX openings; PRAGMA user_version = 6")
     content = store.path.read_bytes()
     assert "7 entries are sound" in run("verify", "--journal", store.path)
     run("export", tmp_path / "lines", "--journal", store.path)
     assert "were given out" in run("accept-loss", "--through", 1, "--journal", store.path, code=1)
     assert store.path.read_bytes() == content
-    run("redact", 1, "--journal", store.path)
-    assert store.execute("PRAGMA user_version") == [(7,)]
+    copy = SqliteKit(store.path.with_name("journal.db.before-rebuild"))
+    assert f"a copy of what was there is {copy.path}" in run("rebuild", "--journal", store.path)
+    assert [kit.execute("PRAGMA user_version") for kit in (copy, store)] == [[(6,)], [(7,)]]
 
 
 def test_an_import_without_heads(store: SqliteKit, run: Said, tmp_path: Path) -> None:
@@ -225,15 +227,24 @@ def test_an_import_without_heads(store: SqliteKit, run: Said, tmp_path: Path) ->
     assert "no signed head" in run("import", tmp_path / "lines", "--journal", tmp_path / "other.db", code=1)
 
 
-def test_a_head_that_was_lost(store: SqliteKit, run: Said, tmp_path: Path) -> None:
-    """A transaction whose end was damaged has lost its signed head: it is taken in, and verify asks for none once the loss is
+def test_a_head_that_was_lost(store: SqliteKit, run: Said) -> None:
+    """Where a transaction has lost its signed head with the end of the journal, verify asks for none once the loss is
     accepted."""
-    store.execute("UPDATE entries SET header = x'ffff' WHERE entry_index = 6")
-    run("export", tmp_path / "lines", "--until-damage", "--journal", store.path)
-    run("import", tmp_path / "lines", "--journal", tmp_path / "other.db")
-    assert "entry 5, COMPLETED: no signed head" in run("verify", "--journal", tmp_path / "other.db", code=1)
-    run("accept-loss", "--through", 9, "--journal", tmp_path / "other.db")
-    assert "7 entries are sound" in run("verify", "--journal", tmp_path / "other.db")
+    store.execute("DELETE FROM heads WHERE last_index = 7")
+    assert "entry 5, COMPLETED: no signed head" in run("verify", "--journal", store.path, code=1)
+    run("accept-loss", "--through", 9, "--journal", store.path)
+    assert "9 entries are sound" in run("verify", "--journal", store.path)
+
+
+def test_a_log_that_is_not_signed(store: SqliteKit, run: Said, tmp_path: Path) -> None:
+    """With --key, verify does not call a log sound of which no head is signed by a key that was given."""
+    other = signer_of(new_key())
+    (tmp_path / "key").write_text(other.public_pem)
+    store = SqliteKit(tmp_path / "unsigned.db")
+    store.open()[0].close()
+    assert "1 entries are sound" in run("verify", "--journal", store.path)
+    said = run("verify", "--journal", store.path, "--key", tmp_path / "key", code=1)
+    assert f"is not the log of key {other.key_id}: no head of it is signed by this key" in said
 
 
 def test_a_signing_key(run: Said, tmp_path: Path) -> None:
@@ -260,12 +271,13 @@ def test_half_a_file(store: SqliteKit, run: Said, tmp_path: Path, monkeypatch: p
     run("export", "-", "--journal", store.path)
     lines, other = run.out.splitlines(keepends=True), tmp_path / "other.db"
     for text, why in (
-        ("".join(lines[:-1]), "ends at entry 6 of 7"),
+        ("".join(lines[:-1]), f"line {len(lines)}: is missing"),
+        ("".join([*lines, lines[-1]]), "goes on after"),
         ("".join(lines)[:-9], f"line {len(lines)}"),
-        ("", "stdin is empty"),
+        ("", "line 1: is missing"),
         ("\n \n", "line 1: is blank"),
         ("{}\n", "line 1"),
-        (lines[0] + "[]\n", "line 2: is no JSON object"),
+        (lines[0] + "[]\n", "line 2: is no head"),
         (json.dumps({**json.loads(lines[0]), "version": 2}), "version 1"),
     ):
         monkeypatch.setattr("sys.stdin", io.StringIO(text))

@@ -16,7 +16,6 @@ from ostinato.signature import PublicKeys, inclusion_fault, new_key, signer_of
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.ledger import keyed
-from sidecar.journal.maintenance import verify
 from sidecar.journal.model import Appended, Audit, ItemEntries, JournalBroken, Note, Opened, Sealed, Unfinished
 from sidecar.journal.writer import Journal
 from tests.sidecar.journal_kit import (
@@ -27,6 +26,7 @@ from tests.sidecar.journal_kit import (
     Kit,
     admission,
     audit,
+    checked,
     completed,
     ended,
     item,
@@ -70,8 +70,7 @@ async def assert_sound(journal: Journal) -> None:
     entries = await journal.entries(1, 10_000, payloads=True)
     head = await journal.head()
     assert (head.index, head.entry_hash) == (entries[-1].header.index, entries[-1].entry_hash)
-    pages = verify(lambda index, limit: entries[index - 1 : index - 1 + limit])
-    assert [fault for page in pages for fault in page.faults] == []
+    checked(entries)
 
 
 async def test_numbers(using: Open) -> None:

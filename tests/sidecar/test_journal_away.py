@@ -138,7 +138,7 @@ async def test_in_doubt(store: PostgresKit, line: Proxy, monkeypatch: pytest.Mon
 
         assert [answer.entries[0].header.index for answer in answers] == [4, 5, 6]
         assert list(entries[2:]) == [answer.entries[0] for answer in answers]
-        assert [fault for page in store.verify() for fault in page.faults] == []
+        assert store.faults() == []
 
 
 async def test_closing_while_in_doubt(store: PostgresKit, line: Proxy) -> None:
@@ -206,4 +206,4 @@ async def test_a_server_that_crashes(store: PostgresKit, postgres: Postgres) -> 
     assert [pair.admitted.header.sequence for pair in items] == list(range(1, len(items) + 1))
     assert {pair.outcome.header.kind for pair in items if pair.outcome} == {types_pb2.ENTRY_KIND_COMPLETED}
     assert all(pair.outcome for pair in items)
-    assert [fault for page in store.verify() for fault in page.faults] == []
+    assert store.faults() == []

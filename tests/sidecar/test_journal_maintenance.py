@@ -281,7 +281,7 @@ def exported(kit: Kit) -> list[str]:
 
 def taken_in(kit: Kit, lines: list[str], writer: str | None = None) -> None:
     with kit.maintained(create=True) as kept:
-        take_in(kept, lines, writer, lambda index, total: None)
+        take_in(kept, lines, "lines", writer, lambda index, total: None)
 
 
 def test_there_and_back(kit: Kit) -> None:
@@ -337,7 +337,7 @@ def test_an_import_reads_a_row_a_few_times(postgres: Postgres) -> None:
     kit.open()[0].close()
     other = kit.another()
     with other.maintained(create=True) as kept:
-        take_in(kept, exported(kit), None, lambda index, total: None)
+        take_in(kept, exported(kit), "lines", None, lambda index, total: None)
         assert isinstance(kept, PostgresStore)
         with kept._database.connected() as db:
             db.execute("SELECT pg_stat_force_next_flush()")

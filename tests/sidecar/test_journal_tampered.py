@@ -463,8 +463,8 @@ def test_tables_that_contradict_the_entries(kit: Kit, statement: str) -> None:
     assert kit.faults()
     with pytest.raises(JournalUnusable, match="python -m sidecar rebuild|has not ended"):
         kit.open()
-    with kit.maintained() as store:
-        assert (store.keep_copy() is None) == shared
+    with closing(open_for_maintenance(kit.location, copying=True)) as store:
+        assert (store.copy is None) == shared
         rebuild(store)
     assert kit.faults() == []
     again = seen(kit)
@@ -609,7 +609,7 @@ def test_an_import_without_payloads(kit: Kit, tmp_path: Path) -> None:
                 lines[number] = json.dumps({"entry": entry})
         store = SqliteStore.open_for_maintenance(str(tmp_path / "other.db"), create=True)
         with closing(store), pytest.raises(JournalUnusable, match="payload of sequence 4 is missing|none of this kind"):
-            take_in(store, lines, "w", lambda index, of: None)
+            take_in(store, lines, "lines", "w", lambda index, of: None)
 
 
 def test_digests_say_that_payloads_are_not_kept(kit: Kit) -> None:

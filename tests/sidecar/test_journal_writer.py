@@ -16,7 +16,6 @@ from ostinato.chain import GENESIS
 from ostinato.errors import JournalFull, RecordDamaged
 
 from sidecar.journal.ledger import Known, Ledger
-from sidecar.journal.maintenance import verify
 from sidecar.journal.model import (
     Appended,
     Binding,
@@ -31,7 +30,7 @@ from sidecar.journal.model import (
 from sidecar.journal.sqlite import Reserve
 from sidecar.journal.writer import DEFERRED_GROUP, Committer, GroupSettings, Job, Journal, Refusal
 from tests.sidecar.journal_disk import Disk
-from tests.sidecar.journal_kit import LOG_ID, SECRET, Clock, SqliteKit, admission, audit, completed, ended, item
+from tests.sidecar.journal_kit import LOG_ID, SECRET, Clock, SqliteKit, admission, audit, checked, completed, ended, item
 from tests.waiting import eventually
 
 
@@ -380,7 +379,7 @@ def test_outcomes_wait(full: Full) -> None:
     assert not full.is_full()
     assert isinstance(full.commit(admission=admission())["admission"], Appended)
     recorded = full.journal.entries(1, 100, payloads=True)
-    assert [fault for page in verify(lambda i, n: recorded[i - 1 : i - 1 + n]) for fault in page.faults] == []
+    checked(recorded)
 
 
 def test_little_room_is_used(full: Full) -> None:
@@ -456,7 +455,7 @@ def test_no_room_anywhere(full: Full, more: int) -> None:
     full.journal.close()
     with full.store.opened() as journal:
         recorded = journal.entries(1, 100, payloads=True)
-    assert [fault for page in verify(lambda i, n: recorded[i - 1 : i - 1 + n]) for fault in page.faults] == []
+    checked(recorded)
 
 
 async def test_grouped_journal(tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ from ostinato.chain import GENESIS, entry_hash
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.ledger import NUMBER_MAX, Known, Ledger, Needs, needs, twins_tag
-from sidecar.journal.maintenance import Checker
 from sidecar.journal.model import Binding, Draft, Head, Outcome, Sealed, Witnessed
-from tests.sidecar.journal_kit import ABOUT_AN_ITEM, LOG_ID, SECRET, admission, audit, completed, ended, item
+from tests.sidecar.journal_kit import ABOUT_AN_ITEM, LOG_ID, SECRET, admission, audit, checked, completed, ended, item
 
 EMPTY = Head(LOG_ID, "writer", 1, 0, GENESIS, 0)
 
@@ -107,20 +106,13 @@ def test_any_drafts_make_a_sound_chain(data: st.DataObject) -> None:
             items += ledger.append(admission(*(item(n) for n in range(1, data.draw(st.integers(2, 4)))), key=key)).entries
         else:
             make = ABOUT_AN_ITEM[data.draw(st.sampled_from(sorted(ABOUT_AN_ITEM)))]
-            known = Known({}, frozenset(checked(ledger).unfinished))
+            known = Known({}, frozenset(checked(ledger.entries).unfinished))
             later = Ledger(ledger.head, known, 2, SECRET)
             later.append(make(data.draw(st.sampled_from(items))))
             later.entries[:0] = ledger.entries
             ledger = later
 
-    assert checked(ledger).last_sequence == len(items) == ledger.head.last_sequence
-
-
-def checked(ledger: Ledger) -> Checker:
-    """The state that the entries tell; fails if there is a fault in them."""
-    checker = Checker()
-    assert [fault for entry in ledger.entries for fault in checker.check(entry)] == []
-    return checker
+    assert checked(ledger.entries).last_sequence == len(items) == ledger.head.last_sequence
 
 
 def wrong_drafts() -> list[tuple[str, Draft]]:

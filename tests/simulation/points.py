@@ -51,10 +51,11 @@ NOT_REACHED = {
     "database.end_stopped": "no other session holds the log's lock: tests/sidecar/test_journal_postgres_stopped.py",
     "database.committed": "only where a commit is in doubt: test_points.py has that, too",
     **dict.fromkeys(
-        ("database.look_up", "database.write", "database.write_entries", "database.write_notes"), "a part of a transaction"
+        ("database.look_up", "database.write", "database.write_entries", "database.write_record", "database.write_notes"),
+        "a part of a transaction",
     ),
     **dict.fromkeys(
-        ("database.drop_payloads", "database.import_entries", "database.import_keys", "database.keys"),
+        ("database.drop_payloads", "database.import_keys", "database.keys"),
         "an operator's command: tests/sidecar/test_journal_maintenance.py",
     ),
 }

@@ -17,7 +17,7 @@ from ostinato.client import Client
 
 from tests.pair import Pair
 from tests.postgres import Postgres
-from tests.sidecar.journal_kit import verify_journal
+from tests.sidecar.journal_kit import faults as faults_of
 from tests.simulation.plan import Job
 from tests.soak import checks
 from tests.soak.chaos import SCRIPT
@@ -199,7 +199,7 @@ async def chapter(
         record = await shared.settled(client)
         faults = await checks.kept(load.calls, client, most=200)
     faults += checks.kept_promises(load, record) + submitted(shared.pairs, record)
-    faults += [fault for page in verify_journal(shared.url) for fault in page.faults]
+    faults += faults_of(shared.url)
     return load, record, faults
 
 
