@@ -11,12 +11,13 @@ import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 from google.protobuf.json_format import ParseError
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from ostinato import chain
 from ostinato.cli import documents, show
@@ -28,8 +29,8 @@ from ostinato.signature import inclusion_fault
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 COUNT = 16
-NOT_CONSISTENT, NOT_COMPARED = "not consistent", "not compared"
-VERDICTS = ("match", "diverged", "incomparable", NOT_COMPARED, NOT_CONSISTENT)
+NOT_CONSISTENT = "not consistent"
+VERDICTS = ("match", "diverged", "incomparable", show.NOT_COMPARED, NOT_CONSISTENT)
 
 
 async def challenge(
@@ -40,16 +41,17 @@ async def challenge(
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**64 - 1, help="Seed of the choice. Default: a new one.", show_default=False)
     ] = None,
-) -> bool:
+) -> int:
     """Runs recorded items again at another sidecar, chosen at random. Exit code 0: all match; 1: an output differs, or a record
     is not consistent; 3: some could not be compared. Signatures are for `verify`."""
     name, content = documents.content_of(file)
     known = Records()
-    for place, value in documents.values(name, content):
-        known.take(place, value)
+    for line, value in documents.values(name, content):
+        for place, _, message in documents.messages(line, value):
+            known.take(place, message)
     if not known.records:
         show.note(f"error: nothing to challenge in {file}: {known.passed_over or 'it has no record'}; get --json has both")
-        return False
+        return FAILED
     seed = secrets.randbits(64) if seed is None else seed
     chosen, verdicts = choice(list(known.records.values()), count, seed), Counter[str]()
     async with session.at("--against", against).client(RESPONSE_BYTES) as client:
@@ -59,24 +61,18 @@ async def challenge(
                 async for run in runs:
                     verdicts[run.verdict] += 1
                     done(verdicts.total())
-                    if session.json:
-                        show.as_json(run.as_dict())
-                    else:
-                        show.line(show.visible(run.line()))
-    if session.json:
-        told = {each.replace(" ", "_"): verdicts[each] for each in VERDICTS}
-        told |= {"without_input": known.without_input, "without_output": known.without_output}
-        show.as_json({"challenge": {"seed": str(seed), "records": len(known.records), "chosen": len(chosen)} | told})
-    else:
-        counts = ", ".join(f"{verdicts[each]} {each}" for each in VERDICTS)
-        show.line(f"{counts}; {len(chosen)} of {len(known.records)} records, seed {seed}")
+                    session.print(run.as_dict(), partial(show.lines, [run.line()]))
+    told = {each.replace(" ", "_"): verdicts[each] for each in VERDICTS}
+    told |= {"without_input": known.without_input, "without_output": known.without_output}
+    about = {"seed": str(seed), "records": len(known.records), "chosen": len(chosen)}
+    counts = ", ".join(f"{verdicts[each]} {each}" for each in VERDICTS)
+    summary = f"{counts}; {len(chosen)} of {len(known.records)} records, seed {seed}"
+    session.print({"challenge": about | told}, lambda: show.line(summary))
     if known.passed_over:
         show.note(f"passed over: {known.passed_over}")
     if verdicts["diverged"] or verdicts[NOT_CONSISTENT]:
-        raise typer.Exit(FAILED)
-    if verdicts["match"] < len(chosen) or known.passed_over:
-        raise typer.Exit(UNJUDGED)
-    return True
+        return FAILED
+    return UNJUDGED if verdicts["match"] < len(chosen) or known.passed_over else 0
 
 
 def choice(records: Sequence[sequencer_pb2.ItemRecord], count: int, seed: int) -> list[sequencer_pb2.ItemRecord]:
@@ -89,7 +85,7 @@ def choice(records: Sequence[sequencer_pb2.ItemRecord], count: int, seed: int) -
 
 
 class Records:
-    """Completed items with input and output, from JSON values of a file."""
+    """Completed items with input and output, from the messages of a file."""
 
     def __init__(self) -> None:
         self.records: dict[tuple[str, int], sequencer_pb2.ItemRecord] = {}
@@ -104,17 +100,17 @@ class Records:
         counts = f"{self.without_input} records without input, {self.without_output} without output"
         return counts if self.without_input or self.without_output else ""
 
-    def take(self, place: str, value: Any) -> None:
-        """A JSON value of a file. Raises BadParameter for what is no record."""
+    def take(self, place: str, message: Message | Exception) -> None:
+        """Raises BadParameter for what is no record."""
         try:
-            for record in self._records(value):
+            for record in self._records(message):
                 if not record.result.HasField("output"):
                     self.without_output += 1
                 elif not record.HasField("input"):
                     self.without_input += 1
                 else:
                     self._add(record)
-        except (ValueError, RecursionError, DecodeError, ParseError) as error:
+        except (ValueError, DecodeError) as error:
             raise wrong(f"{place}: {error}") from None
 
     def _add(self, record: sequencer_pb2.ItemRecord) -> None:
@@ -125,24 +121,22 @@ class Records:
         if said[0] != said[1]:
             raise ValueError(f"another record of sequence {record.admitted.sequence} of this log is there")
 
-    def _records(self, value: Any) -> Iterator[sequencer_pb2.ItemRecord]:
-        if isinstance(value, Exception):
-            raise ValueError(f"is not JSON: {value}")
-        if isinstance(value, list):
-            for each in value:
-                yield from self._records(each)
-            return
-        match documents.message(value):
-            case sequencer_pb2.Entry() as entry:
-                yield from self._entry(entry)
-            case sequencer_pb2.GetResponse(items=records):
-                yield from records
-            case sequencer_pb2.ItemRecord() as record:
-                yield record
-            case generation_pb2.GenerateResponse(results=results):
-                yield from (sequencer_pb2.ItemRecord(result=result) for result in results)
-            case types_pb2.Result() as result:
-                yield sequencer_pb2.ItemRecord(result=result)
+    def _records(self, message: Message | Exception) -> Iterator[sequencer_pb2.ItemRecord]:
+        match message:
+            case ParseError():
+                raise ValueError(str(message))
+            case Exception():
+                raise ValueError(f"is not JSON: {message}")
+            case sequencer_pb2.Entry():
+                yield from self._entry(message)
+            case sequencer_pb2.GetResponse():
+                yield from message.items
+            case sequencer_pb2.ItemRecord():
+                yield message
+            case generation_pb2.GenerateResponse():
+                yield from (sequencer_pb2.ItemRecord(result=result) for result in message.results)
+            case types_pb2.Result():
+                yield sequencer_pb2.ItemRecord(result=message)
             case _:
                 raise ValueError("is no record")
 
@@ -180,9 +174,7 @@ class Run(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        if self.faults:
-            return NOT_CONSISTENT
-        return NOT_COMPARED if self.comparison.HasField("status") else show.word(self.comparison, "verdict")
+        return NOT_CONSISTENT if self.faults else show.verdict(self.comparison)
 
     def as_dict(self) -> dict[str, Any]:
         told = {"verdict": self.verdict, "claimed": show.as_dict(self.record), "comparison": show.as_dict(self.comparison)}

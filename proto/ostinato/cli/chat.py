@@ -21,7 +21,7 @@ from google.protobuf import json_format
 from ostinato import errors, requests
 from ostinato.cli import documents, show
 from ostinato.cli.generate import SAMPLING, Screen, TemplateKwargs, Tools, chat_arguments, placed, sampling_of
-from ostinato.cli.session import Session, lock, options, usage, wrong
+from ostinato.cli.session import FAILED, Session, lock, options, usage, wrong
 from ostinato.client import Client
 from ostinato.compare import first_difference
 from ostinato.v1 import generation_pb2, types_pb2
@@ -148,7 +148,7 @@ def chat(
     tools: Tools = None,
     template_kwargs: TemplateKwargs = None,
     **sampling: Annotated[Any, SAMPLING],
-) -> bool:
+) -> int:
     """A conversation in the terminal. /again asks for the last answer once more and says MATCH, or where it parted."""
     if session.json:
         raise wrong("--json: is for commands that print records; generate --messages prints an answer as JSON")
@@ -168,7 +168,7 @@ def chat(
                 raise wrong(f"--system: {history} has a conversation already")
             conversation.turns = [Turn({"role": "system", "content": system})]
             conversation.save(0)
-        return _converse(runner, conversation)
+        return 0 if _converse(runner, conversation) else FAILED
 
 
 def _locked(path: Path) -> IO[bytes]:

@@ -62,8 +62,23 @@ def values(name: str, content: bytes) -> Iterator[tuple[str, Any]]:
                 yield f"{name}:{number}", value
 
 
-def message(given: Any) -> Message:
-    """The message of the contract that a JSON value is. Raises ParseError."""
+def messages(place: str, value: Any) -> Iterator[tuple[str, Any, Message | Exception]]:
+    """Places, JSON values and messages of the contract in a value of `values`: itself, or those in a list. What is no message
+    has an exception: a ParseError, or that of a line that is no JSON."""
+    waiting = [(place, value)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, list):
+            waiting += reversed([(f"{place}[{position}]", each) for position, each in enumerate(value)])
+            continue
+        try:
+            yield place, value, value if isinstance(value, Exception) else _message(value)
+        except json_format.ParseError as error:
+            yield place, value, error
+
+
+def _message(given: Any) -> Message:
+    """Raises ParseError."""
     names = given.keys() if isinstance(given, dict) else set[str]()
     if "payloadType" in names:
         try:

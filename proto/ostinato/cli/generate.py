@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count, islice, repeat
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, cast
@@ -22,7 +23,7 @@ import typer
 
 from ostinato import digest, errors, requests
 from ostinato.cli import documents, show
-from ostinato.cli.session import STDIN, Key, Session, lock, option, options, usage, wrong
+from ostinato.cli.session import FAILED, STDIN, Key, Session, lock, option, options, usage, wrong
 from ostinato.client import DEFAULT_RESPONSE_BYTES, Client
 from ostinato.v1 import generation_pb2, types_pb2
 
@@ -134,7 +135,7 @@ def generate(
     progress: Annotated[bool | None, typer.Option(help="Progress on stderr. Default: if it is a terminal.")] = None,
     max_response_bytes: MaxResponseBytes = DEFAULT_RESPONSE_BYTES,
     **sampling: Annotated[Any, SAMPLING],
-) -> Coroutine[Any, Any, bool]:
+) -> Coroutine[Any, Any, int]:
     """Generates an output for each prompt.
 
     Prints a table, or with --json one line per result.
@@ -186,8 +187,8 @@ def _text_or_file(option: str, given: str) -> str:
         return Path(given[1:]).read_text("utf-8") if given.startswith("@") else given
 
 
-async def _print_table(session: Session, prompts: Sequence[Prompt], options: GenerateOptions) -> bool:
-    """Prints the results in the prompts' order. Whether every item has an output and no verification failed."""
+async def _print_table(session: Session, prompts: Sequence[Prompt], options: GenerateOptions) -> int:
+    """Prints the results in the prompts' order. FAILED if an item has no output, or a verification failed."""
     results: list[types_pb2.Result] = []
     key = options.common.idempotency_key
     async with session.client(options.max_response_bytes) as client:
@@ -210,7 +211,8 @@ async def _print_table(session: Session, prompts: Sequence[Prompt], options: Gen
                 show.table(show.RESULT_COLUMNS, map(show.result, results))
                 if options.common.verify:
                     show.note(f"verified: {show.verdicts(results)}")
-    return all(result.HasField("output") and result.comparison.verdict != types_pb2.VERDICT_DIVERGED for result in results)
+    complete = all(result.HasField("output") for result in results)
+    return FAILED if not complete or any(each.comparison.verdict == types_pb2.VERDICT_DIVERGED for each in results) else 0
 
 
 # Prompts.
@@ -408,21 +410,19 @@ def placed(*places: str, response_bytes: str = "") -> Iterator[None]:
 
 
 # --stream: the text on stdout as it comes, everything else on stderr.
-async def _stream(session: Session, request: generation_pb2.GenerateRequest, place: str, max_response_bytes: int) -> bool:
-    """Whether the item has an output."""
-    finished = False
+async def _stream(session: Session, request: generation_pb2.GenerateRequest, place: str, max_response_bytes: int) -> int:
+    """FAILED if the item has no output."""
+    code = FAILED
     async with (
         session.client(max_response_bytes) as client,
         aclosing(client.stream(request, timeout=session.timeout)) as events,
     ):
         with placed(place, response_bytes=RESPONSE_BYTES_OPTION), closing(Screen()) as screen:
             async for event in events:
-                finished = finished or event.HasField("finished")
-                if session.json:
-                    show.as_json(event)
-                else:
-                    screen.take(event)
-    return finished
+                if event.HasField("finished"):
+                    code = 0
+                session.print(event, partial(screen.take, event))
+    return code
 
 
 class Screen:
@@ -473,7 +473,7 @@ def _summary(result: types_pb2.Result) -> str:
 # Each batch has a key, `RUN/FIRST-LAST/DIGEST`: the name of the run (--key, or the name of the prompts' file), the numbers of
 # its prompts from 1, and the first half of the request's digest. Results that are in the output file are not requested again;
 # those that the sidecar has or is working on are found by their key. So nothing is generated twice while it keeps its keys.
-def _bulk(session: Session, options: GenerateOptions, file: Path, output: Path) -> Coroutine[Any, Any, bool]:
+def _bulk(session: Session, options: GenerateOptions, file: Path, output: Path) -> Coroutine[Any, Any, int]:
     """Reads every line first, so that a bad one is reported before anything is sent."""
     if not options.common.idempotency_key:
         options.common.idempotency_key = file.name.encode()[:RUN_NAME_BYTES_MAX].decode(errors="ignore")
@@ -483,8 +483,8 @@ def _bulk(session: Session, options: GenerateOptions, file: Path, output: Path) 
     return _write_output(session, options, total, output)
 
 
-async def _write_output(session: Session, options: GenerateOptions, total: int, path: Path) -> bool:
-    """Whether every prompt has an output and no verification failed."""
+async def _write_output(session: Session, options: GenerateOptions, total: int, path: Path) -> int:
+    """FAILED if a prompt has no output, or a verification failed."""
 
     def note_interrupted() -> None:
         show.note(f"interrupted: {output.lines} of {total} results are in {path}; the same command continues")
@@ -501,13 +501,11 @@ async def _write_output(session: Session, options: GenerateOptions, total: int, 
             raise
         if output.lines < total:
             note_interrupted()
-            return False
+            return FAILED
         summary = output.summary()
-    if session.json:
-        show.as_json(summary)
-    else:
-        show.card((name.replace("_", " "), _counts(value)) for name, value in summary.items())
-    return summary["outcomes"].get("completed") == total and "diverged" not in summary.get("verified", {})
+    session.print(summary, lambda: show.card((name.replace("_", " "), _counts(value)) for name, value in summary.items()))
+    failed = summary["outcomes"].get("completed") != total or "diverged" in summary.get("verified", {})
+    return FAILED if failed else 0
 
 
 def _counts(value: Any) -> str:

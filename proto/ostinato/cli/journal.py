@@ -25,7 +25,7 @@ async def get(
     key: Key = None,
     last: Annotated[bool, typer.Option("--last", help="The newest item.")] = False,
     dsse: Dsse = False,
-) -> bool:
+) -> None:
     """Shows the record of an item or a keyed batch. It has the input and the outcome."""
     if last and (sequence is not None or key):
         raise typer.BadParameter("--last: give no sequence and no --key with it")
@@ -43,7 +43,6 @@ async def get(
             if position:
                 show.line("")
             show.card(_record(record))
-    return True
 
 
 async def tail(
@@ -51,7 +50,7 @@ async def tail(
     from_index: Annotated[int, typer.Option("--from", min=0, metavar="N", help="Index of the first entry.")] = 1,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for new entries, also if the sidecar restarts.")] = False,
     payloads: Annotated[bool, typer.Option("--payloads", help="Show inputs and outputs too.")] = False,
-) -> bool:
+) -> None:
     """Shows the journal's entries. A line has index, kind, sequence, epoch, time and digest."""
     async with session.client() as client:
         with usage():
@@ -63,30 +62,26 @@ async def tail(
                     show.as_json(shown)
                 else:
                     show.line(_line(entry.header, shown.get("decoded")))
-    return True
 
 
-async def head(session: Session, dsse: Dsse = False) -> bool:
+async def head(session: Session, dsse: Dsse = False) -> None:
     """Shows the journal's newest entry and sequence."""
     async with session.client() as client:
         answer = await client.head(timeout=session.timeout)
-    if session.json or dsse:
-        show.as_json(_envelope(answer.signed) if dsse else answer)
-        return True
-    signed = f"to entry {answer.signed.last_index}, key {answer.signed.key_id}" if answer.HasField("signed") else "no"
-    show.card(
-        [
-            ("log", answer.log_id),
-            ("writer", answer.writer),
-            ("epoch", answer.epoch),
-            ("index", answer.index),
-            ("entry hash", answer.entry_hash.hex()),
-            ("last sequence", answer.last_sequence),
-            ("unfinished", answer.unfinished),
-            ("signed", signed),
-        ]
-    )
-    return True
+    if dsse:
+        show.as_json(_envelope(answer.signed))
+        return
+    shown = {
+        "log": answer.log_id,
+        "writer": answer.writer,
+        "epoch": answer.epoch,
+        "index": answer.index,
+        "entry hash": answer.entry_hash.hex(),
+        "last sequence": answer.last_sequence,
+        "unfinished": answer.unfinished,
+        "signed": f"to entry {answer.signed.last_index}, key {answer.signed.key_id}" if answer.HasField("signed") else "no",
+    }
+    session.print(answer, lambda: show.card(shown.items()))
 
 
 async def cancel(
@@ -95,47 +90,34 @@ async def cancel(
         str | None, typer.Argument(metavar="A..B", help="Sequences, both included; or one.", show_default=False)
     ] = None,
     key: Key = None,
-) -> bool:
+) -> None:
     """Cancels unfinished items. Takes a sequence, a range, or a key."""
-    range_ = span(sequences) if sequences is not None else None
-    first, last = (range_.first, range_.last) if range_ is not None else (None, None)
+    first, last = span(sequences) if sequences is not None else (None, None)
     async with session.client() as client:
         with usage():
             answer = await client.cancel(first, last, key=key or "", timeout=session.timeout)
-    if session.json:
-        show.as_json(answer)
-    else:
-        show.line(f"{answer.cancelled} cancelled, {answer.ended} had ended before")
-    return True
+    session.print(answer, lambda: show.line(f"{answer.cancelled} cancelled, {answer.ended} had ended before"))
 
 
-async def model(session: Session) -> bool:
+async def model(session: Session) -> None:
     """Shows the running model and its grade. Also its limits and its fingerprint."""
     async with session.client() as client:
         answer = await client.model(timeout=session.timeout)
-    if session.json:
-        show.as_json(answer)
-    else:
-        show.card(_model(answer))
-    return True
+    session.print(answer, lambda: show.card(_model(answer)))
 
 
 async def tokenize(
     session: Session,
     text: Annotated[str, typer.Argument(help="A text as generate takes it.", show_default=False)],
     chat: Annotated[bool, typer.Option("--chat", help="The text is a user's message.")] = False,
-) -> bool:
+) -> None:
     """Shows a prompt's token ids."""
     with usage():
         item = requests.item([{"role": "user", "content": text}] if chat else text, "text")
     async with session.client() as client:
         with placed("prompt"):
             [token_ids] = await client.tokenize(item, timeout=session.timeout)
-    if session.json:
-        show.as_json(types_pb2.TokenIds(ids=token_ids))
-    else:
-        show.line(" ".join(map(str, token_ids)))
-    return True
+    session.print(types_pb2.TokenIds(ids=token_ids), lambda: show.line(" ".join(map(str, token_ids))))
 
 
 def _envelope(head: types_pb2.SignedHead) -> dict[str, Any]:

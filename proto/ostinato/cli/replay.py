@@ -12,13 +12,13 @@ import typer
 
 from ostinato import errors
 from ostinato.cli import show
-from ostinato.cli.session import UNJUDGED, Session, open_span
+from ostinato.cli.session import FAILED, UNJUDGED, Session, open_span
 from ostinato.replay import CONCURRENCY, extent, replay_against
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 RESPONSE_BYTES = 2**28
 """A response may hold two outputs of the largest size that a caller was allowed."""
-NOT_COMPARED, PASSED_OVER = "not compared", "passed over"
+PASSED_OVER = "passed over"
 
 Against = Annotated[
     str | None,
@@ -42,27 +42,27 @@ async def replay(
     alone: Annotated[
         bool, typer.Option("--alone", help="Run one item at a time, while nothing else of the sidecar is in the engine.")
     ] = False,
-) -> bool:
+) -> int:
     """Runs completed items again and compares. Exit code 1 if an output differs, 3 if some could not be compared."""
-    wanted = open_span(sequences)
+    first, last = open_span(sequences)
     verdicts: Counter[str] = Counter()
     async with AsyncExitStack() as stack:
         source = await stack.enter_async_context(session.client(RESPONSE_BYTES))
         other = session.at("--against", against).client(RESPONSE_BYTES) if against is not None else None
-        _, last = await extent(source, wanted.first, wanted.last, timeout=session.timeout)
+        _, last = await extent(source, first, last, timeout=session.timeout)
         concurrency = 1 if alone else concurrency
         if other is None:
-            responses = source.replay(wanted.first, last, concurrency=concurrency, alone=alone, timeout=session.timeout)
+            responses = source.replay(first, last, concurrency=concurrency, alone=alone, timeout=session.timeout)
         else:
             await stack.enter_async_context(other)
             concurrency = concurrency or CONCURRENCY
-            responses = replay_against(source, other, wanted.first, last, concurrency=concurrency, timeout=session.timeout)
-        await _follow(session, responses, last - wanted.first + 1, verdicts)
+            responses = replay_against(source, other, first, last, concurrency=concurrency, timeout=session.timeout)
+        await _follow(session, responses, last - first + 1, verdicts)
     if not session.json:
         show.line(_summary(verdicts))
-    if not verdicts["diverged"] and (verdicts["incomparable"] or verdicts[NOT_COMPARED]):
-        raise typer.Exit(UNJUDGED)
-    return not verdicts["diverged"]
+    if verdicts["diverged"]:
+        return FAILED
+    return UNJUDGED if verdicts["incomparable"] or verdicts[show.NOT_COMPARED] else 0
 
 
 async def _follow(
@@ -75,29 +75,21 @@ async def _follow(
         with show.progress("replay", total) as done:
             async with aclosing(responses):
                 async for response in responses:
-                    verdicts.update(_verdicts(response))
+                    verdicts[PASSED_OVER] += len(response.passed_over)
+                    if response.HasField("comparison"):
+                        verdicts[show.verdict(response.comparison)] += 1
                     done(verdicts.total())
-                    _show(session, response)
+                    if session.json:
+                        show.as_json(response)
+                    elif response.HasField("comparison") and response.comparison.verdict != types_pb2.VERDICT_MATCH:
+                        show.line(show.headline(response.comparison))
+                        if response.HasField("record"):
+                            show.side_by_side(response)
     except (asyncio.CancelledError, errors.OstinatoError):
         show.note(f"interrupted after {verdicts.total()} of {total}: {_summary(verdicts)}")
         raise
 
 
-def _verdicts(response: sequencer_pb2.ReplayResponse) -> list[str]:
-    if response.passed_over:
-        return [PASSED_OVER] * len(response.passed_over)
-    comparison = response.comparison
-    return [NOT_COMPARED if comparison.HasField("status") else show.word(comparison, "verdict")]
-
-
-def _show(session: Session, response: sequencer_pb2.ReplayResponse) -> None:
-    if session.json:
-        show.as_json(response)
-    elif response.HasField("comparison") and response.comparison.verdict != types_pb2.VERDICT_MATCH:
-        show.line(show.headline(response.comparison))
-        if response.HasField("record"):
-            show.side_by_side(response)
-
-
 def _summary(verdicts: Counter[str]) -> str:
-    return ", ".join(f"{verdicts[each]} {each}" for each in ("match", "diverged", "incomparable", NOT_COMPARED, PASSED_OVER))
+    names = ("match", "diverged", "incomparable", show.NOT_COMPARED, PASSED_OVER)
+    return ", ".join(f"{verdicts[each]} {each}" for each in names)

@@ -11,7 +11,7 @@ import typer
 
 from ostinato import install_hint
 from ostinato.cli import show
-from ostinato.cli.session import Session, usage, wrong
+from ostinato.cli.session import FAILED, Session, usage, wrong
 from ostinato.v1.sequencer_pb2 import Rate, ReportResponse, Stratum
 
 COLUMNS = (
@@ -28,7 +28,7 @@ Html = Annotated[
 Confidence = Annotated[float, typer.Option(help="Confidence of the intervals, above 0 and below 1.")]
 
 
-async def report(session: Session, html: Html = None, confidence: Confidence = 0.95) -> bool:
+async def report(session: Session, html: Html = None, confidence: Confidence = 0.95) -> int:
     """Shows how often outputs diverged. With confidence intervals, since when, and where; fails while an alarm is up."""
     if not 0 < confidence < 1:
         raise typer.BadParameter("--confidence: must be above 0 and below 1")
@@ -39,11 +39,8 @@ async def report(session: Session, html: Html = None, confidence: Confidence = 0
     if html is not None:
         with usage("--html"):
             html.write_text(page(found), "utf-8")
-    if session.json:
-        show.as_json(found)
-    else:
-        _print(found)
-    return not found.alarm
+    session.print(found, lambda: _print(found))
+    return FAILED if found.alarm else 0
 
 
 def _require_matplotlib() -> None:

@@ -13,20 +13,20 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from json import JSONDecodeError
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, TypeAlias
 
 import grpc
 import typer
+from google.protobuf.message import Message
 
 from ostinato import __version__, errors, requests, tracing
 from ostinato.cli import show
 from ostinato.client import DEFAULT_RESPONSE_BYTES, DEFAULT_TARGET, Client, bearer, tls
-from ostinato.v1 import generation_pb2
 
 STDIN = "-"
 
@@ -59,6 +59,13 @@ class Session:
                 allow_plaintext_token=self.allow_plaintext_token,
                 max_response_bytes=max_response_bytes,
             )
+
+    def print(self, answer: Message | Mapping[str, Any], in_words: Callable[[], object]) -> None:
+        """Prints an answer with --json as one line of JSON, else as `in_words` prints it."""
+        if self.json:
+            show.as_json(answer)
+        else:
+            in_words()
 
 
 _TARGET = ("--target", "-t")
@@ -136,12 +143,16 @@ def common(
     context.obj = _with(session, target, json, timeout)
 
 
-def command(function: Callable[..., bool | Coroutine[Any, Any, bool]]) -> None:
+Code: TypeAlias = int | None
+"""An exit code; None is 0."""
+
+
+def command(function: Callable[..., Code | Coroutine[Any, Any, Code]]) -> None:
     """Registers a command. The function's first parameter is the session, the others are the command's own options; a `**`
     parameter's annotation holds a mapping of options.
 
-    The function returns whether the command succeeded, or a coroutine of that. What it does before it returns a coroutine runs
-    without an event loop, and may block.
+    The function returns the exit code, or a coroutine of it. What it does before it returns a coroutine runs without an event
+    loop, and may block.
     """
 
     @functools.wraps(function)
@@ -165,13 +176,14 @@ def command(function: Callable[..., bool | Coroutine[Any, Any, bool]]) -> None:
     app.command(function.__name__)(run)
 
 
-def _run(begin: Callable[[], bool | Coroutine[Any, Any, bool]], against: str | None) -> int:
+def _run(begin: Callable[[], Code | Coroutine[Any, Any, Code]], against: str | None) -> int:
     """Runs a command and returns its exit code. `against`: the target of its option --against."""
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `main` left it
             signal.signal(signal.SIGINT, signal.default_int_handler)
         begun = begin()
-        succeeded = asyncio.run(begun) if inspect.iscoroutine(begun) else begun
+        code = asyncio.run(begun) if isinstance(begun, Coroutine) else begun
+        return code or 0
     except errors.OstinatoError as error:
         if isinstance(error, errors.Disconnected) and error.target == against:
             show.failure(error, "--against")
@@ -189,7 +201,6 @@ def _run(begin: Callable[[], bool | Coroutine[Any, Any, bool]], against: str | N
         return FAILED
     finally:
         tracing.stop()
-    return 0 if succeeded else FAILED
 
 
 def _discard_stdout() -> None:
@@ -286,18 +297,19 @@ def _not_empty(key: str | None) -> str | None:
 Key = Annotated[str | None, typer.Option("--key", help="The batch's idempotency key.", show_default=False, callback=_not_empty)]
 
 
-def open_span(text: str) -> generation_pb2.SequenceRange:
+def open_span(text: str) -> tuple[int, int]:
     """As `span`; also `A..`, up to the newest, and `..B`, from 1."""
     if text.startswith(".."):
         text = f"1{text}"
     return span(f"{text}{2**64 - 1}" if text.endswith("..") else text)
 
 
-def span(text: str) -> generation_pb2.SequenceRange:
+def span(text: str) -> tuple[int, int]:
     """`A..B`, both included, or `A` alone."""
     found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text, re.ASCII)
     if found is None:
         raise wrong(f"{text!r} is not a sequence or a range of sequences, such as 3..17")
     first, last = found.groups()
     with usage(text):
-        return requests.span(int(first), None if last is None else int(last))
+        made = requests.span(int(first), None if last is None else int(last))
+    return made.first, made.last

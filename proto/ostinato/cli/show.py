@@ -26,12 +26,20 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 UNBOUNDED_COLUMNS = 10_000
 """Wider than any terminal."""
 
+NOT_COMPARED = "not compared"
+"""In place of a verdict."""
 RESULT_COLUMNS = ("sequence", "seed", "grade", "finish", "digest", "tokens", "ms", "text")
 
 
 def line(text: str) -> None:
     """Prints to stdout and flushes: the reader of a pipe waits for lines."""
     print(_safe(text), flush=True)
+
+
+def lines(texts: Iterable[str]) -> None:
+    """Prints each in one line."""
+    for text in texts:
+        line(visible(text))
 
 
 def note(text: str) -> None:
@@ -155,10 +163,15 @@ def visible(text: str) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
+def verdict(given: types_pb2.Comparison) -> str:
+    """In words."""
+    return NOT_COMPARED if given.HasField("status") or not given.verdict else word(given, "verdict")
+
+
 def verdicts(results: Iterable[types_pb2.Result]) -> str:
     """Counts of verdicts, such as "2 match, 1 diverged"."""
-    counts = Counter(word(each.comparison, "verdict") for each in results if each.HasField("comparison"))
-    return ", ".join(f"{count} {'not compared' if name == 'unspecified' else name}" for name, count in counts.items()) or "none"
+    counts = Counter(verdict(each.comparison) for each in results if each.HasField("comparison"))
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
 
 
 def word(message: Message, field: str) -> str:

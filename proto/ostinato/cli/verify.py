@@ -18,6 +18,7 @@ from __future__ import annotations
 import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from itertools import groupby
@@ -75,7 +76,7 @@ def verify(
     key: Keys = None,
     log: Log = None,
     witness: Witness = None,
-) -> bool:
+) -> int:
     """Verifies receipts, entries and heads offline. They are what generate, get, tail and head print with --json.
 
     Exit code 0: proved; 1: not consistent; 3: consistent, not proved; 4: not chained; 5: not signed by the key; 6: the witness
@@ -90,13 +91,10 @@ def verify(
     if session.json:
         show.as_json(verification.as_dict())
     else:
-        for line in verification.lines():
-            show.line(show.visible(line))
+        show.lines(verification.lines())
     if not verification.proofs:
         show.note(f"error: nothing to verify in {file}: {_nothing(content)}")
-    if code := verification.code:
-        raise typer.Exit(code)
-    return True
+    return verification.code
 
 
 def public_keys(paths: Iterable[Path]) -> PublicKeys:
@@ -208,9 +206,9 @@ class Verification:
         """What a witness holds: heads, or the WITNESSED entries of a second log. What is no valid head is passed over."""
         self._required.append(WITNESSED)
         passed_over = 0
-        for place, value in documents.values(name, content):
-            for each in value if isinstance(value, list) else [value]:
-                head = _witnessed_head(each)
+        for line, value in documents.values(name, content):
+            for place, _, message in documents.messages(line, value):
+                head = _witnessed_head(message)
                 if head is None:
                     continue
                 if head_fault(head) or (len(self._keys) and self._signed(head) is not None):
@@ -229,26 +227,19 @@ class Verification:
             return
         values = list(documents.values(name, content))
         no_json = all(isinstance(value, Exception) for _, value in values)
-        for place, value in values[:1] if no_json else values:
-            self._take(place, value)
+        for line, value in values[:1] if no_json else values:
+            for found in documents.messages(line, value):
+                self._take(*found)
         if no_json and len(values) > 1:
             self._fault(name, CONSISTENT, f"the other {len(values) - 1} lines are not JSON either")
 
-    def _take(self, place: str, value: Any) -> None:
-        """One JSON value: a message that contains proofs, or a list of messages."""
-        if isinstance(value, list):
-            for position, each in enumerate(value):
-                self._take(f"{place}[{position}]", each)
-            return
-        if isinstance(value, Exception):
-            self._fault(place, CONSISTENT, f"not JSON: {value}")
-            return
-        try:
-            message = documents.message(value)
-        except ParseError as error:
-            self._fault(place, CONSISTENT, f"not a message of the contract: {error}")
-            return
+    def _take(self, place: str, value: Any, message: Message | Exception) -> None:
+        """A message that contains proofs, and the JSON value that it was."""
         match message:
+            case ParseError():
+                self._fault(place, CONSISTENT, f"not a message of the contract: {message}")
+            case Exception():
+                self._fault(place, CONSISTENT, f"not JSON: {message}")
             case types_pb2.SignedHead():
                 self._head(place, message)
             case sequencer_pb2.HeadResponse():
@@ -534,18 +525,16 @@ class Verification:
             yield self.verdict
 
 
-def _witnessed_head(given: Any) -> types_pb2.SignedHead | None:
+def _witnessed_head(message: Message | Exception) -> types_pb2.SignedHead | None:
     """The head in a line of a witness: a SignedHead, an envelope, a HeadResponse or a WITNESSED entry. None: there is none."""
-    try:
-        match documents.message(given):
-            case types_pb2.SignedHead() as head:
-                return head
-            case sequencer_pb2.HeadResponse(signed=head) as answer if answer.HasField("signed"):
-                return head
-            case sequencer_pb2.Entry() as entry if entry.header.kind == types_pb2.ENTRY_KIND_WITNESSED and entry.payload:
-                return sequencer_pb2.WitnessedPayload.FromString(entry.payload).head
-    except (ParseError, DecodeError):
-        pass
+    match message:
+        case types_pb2.SignedHead():
+            return message
+        case sequencer_pb2.HeadResponse() if message.HasField("signed"):
+            return message.signed
+        case sequencer_pb2.Entry() if message.header.kind == types_pb2.ENTRY_KIND_WITNESSED and message.payload:
+            with suppress(DecodeError):
+                return sequencer_pb2.WitnessedPayload.FromString(message.payload).head
     return None
 
 
