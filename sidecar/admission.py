@@ -85,21 +85,21 @@ def draft(
 ) -> Admission:
     """What is appended to the journal. Seeds that were not given are derived there, from the sequence."""
     digest, nonces = request_digest(request), random_bytes(NONCE_BYTES * len(prepared.items))
-    items = tuple(
-        sequencer_pb2.AdmittedPayload(
-            token_ids=item.token_ids,
-            parameters=item.parameters,
-            seed=item.seed,
-            seed_derived=not item.HasField("seed"),
-            request_id=request.request_id,
-            required_grade=request.required_grade,
-            model_digest=prepared.model_digest,
-            verify=request.verify,
-            nonce=nonces[NONCE_BYTES * place : NONCE_BYTES * (place + 1)],
-        )
-        for place, item in enumerate(prepared.items)
+    shared = sequencer_pb2.AdmittedPayload(
+        request_id=request.request_id,
+        required_grade=request.required_grade,
+        model_digest=prepared.model_digest,
+        verify=request.verify,
     )
-    return Admission(items, digest, request.idempotency_key, tenant)
+    items = []
+    for place, item in enumerate(prepared.items):
+        items.append(payload := sequencer_pb2.AdmittedPayload())
+        payload.CopyFrom(shared)
+        payload.token_ids.extend(item.token_ids)
+        payload.parameters.CopyFrom(item.parameters)
+        payload.seed, payload.seed_derived = item.seed, not item.HasField("seed")
+        payload.nonce = nonces[NONCE_BYTES * place : NONCE_BYTES * (place + 1)]
+    return Admission(tuple(items), digest, request.idempotency_key, tenant)
 
 
 def prepare_cost(request: engine_pb2.PrepareRequest) -> int:

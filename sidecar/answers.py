@@ -27,6 +27,7 @@ MESSAGE_BYTES = 1 << 16
 """A message of tokens is closed at this size. Clients read 4 MiB; gRPC keeps one message of a lost call in memory."""
 PIECE_BYTES = 160
 """Memory of a waiting piece beside its bytes: Python objects."""
+RESULTS = generation_pb2.GenerateResponse.RESULTS_FIELD_NUMBER
 RUN_BYTES, RUN_FACTOR = 1024, 7
 """Memory of a run that is not serialised, at worst: constant, and for each of its bytes."""
 
@@ -62,14 +63,14 @@ class UnaryWaiter(Waiter):
     def __init__(self, count: int, account: Account) -> None:
         self._count, self._account = count, account
         self._results: dict[int, bytes] = {}
-        """By sequence: a response with this result alone. Serialised messages, concatenated, are one message."""
+        """By sequence."""
         self._ended: asyncio.Future[errors.OstinatoError | None] = asyncio.get_running_loop().create_future()
         account.forget = self._forget
 
     def result(self, result: types_pb2.Result) -> None:
         if self._account.error is not None:
             return
-        data = self._results[result.sequence] = generation_pb2.GenerateResponse(results=[result]).SerializeToString()
+        data = self._results[result.sequence] = result.SerializeToString()
         if len(self._results) == self._count and not self._ended.done():
             self._ended.set_result(None)
         self._account.add(COPIES * len(data))
@@ -88,8 +89,18 @@ class UnaryWaiter(Waiter):
         error = await self._ended or self._account.error
         if error is not None:
             raise error
-        results = [self._results[sequence] for sequence in sorted(self._results)]
+        results = [part for sequence in sorted(self._results) for part in _as_field(RESULTS, self._results[sequence])]
         return b"".join([generation_pb2.GenerateResponse(stamp=stamp).SerializeToString(), *results])
+
+
+def _as_field(number: int, data: bytes) -> tuple[bytes, bytes]:
+    """A serialised message as a field of a longer one, without a copy of it in between."""
+    head, size = bytearray((number << 3 | 2,)), len(data)
+    while size > 127:
+        head.append(size & 127 | 128)
+        size >>= 7
+    head.append(size)
+    return bytes(head), data
 
 
 class StreamWaiter(Waiter):
@@ -305,7 +316,8 @@ def result_of(
         completed = header.kind == types_pb2.ENTRY_KIND_COMPLETED
         kind = sequencer_pb2.CompletedPayload if completed else sequencer_pb2.EndedPayload
         payload = kind.FromString(outcome.payload)
-    result = types_pb2.Result(sequence=header.sequence, attempt=header.attempt, timing=payload.timing)
+    result = types_pb2.Result(sequence=header.sequence, attempt=header.attempt)
+    result.timing.CopyFrom(payload.timing)
     if isinstance(payload, sequencer_pb2.CompletedPayload):
         result.output.CopyFrom(payload.output)
         result.receipt.CopyFrom(receipt(header, outcome.previous_hash, outcome.entry_hash, payload.nonce))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
 
-from ostinato.digest import output_digest, unseeded_input_digest
+import msgspec
+
+from ostinato.digest import by_content, output_digest, unseeded_input_digest
 from ostinato.v1 import sequencer_pb2, types_pb2
 from ostinato.v1.sequencer_pb2 import COLLISION_FOUND, COLLISION_NONE, COLLISION_UNSPECIFIED
 
@@ -25,6 +26,7 @@ token counts as 0 bits, so that a loop does not look like choice. This is an est
 (docs/determinism.md); a model that is certain of its answer may have fewer."""
 
 
+@by_content(types_pb2.ResolvedParameters)
 def sampling_label(given: types_pb2.ResolvedParameters) -> str:
     """The sampling parameters that are not at their defaults and may matter to a divergence, or `defaults`.
 
@@ -51,8 +53,7 @@ def sampling_label(given: types_pb2.ResolvedParameters) -> str:
     return " ".join(words) or "defaults"
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """The choice that an answer took."""
 
     tokens: int

@@ -155,29 +155,26 @@ class ActiveItem:
         """What is to be recorded: the output, or the error. `group`: of tenants that the output may be compared with."""
         given, kind = self.input, outcome_kind(error)
         if error is not None:
-            ended = ended_payload(error, self._timing(now), given.nonce)
+            self._put_timing(timing := types_pb2.Timing(), now)
+            ended = ended_payload(error, timing, given.nonce)
             return Outcome(self.admitted, kind, attempt, ended, self.fingerprint_digest)
         assert self.output is not None
         self.collision = collisions.check(group, given, self.output)
-        payload = sequencer_pb2.CompletedPayload(
-            output=self.output,
-            timing=self._timing(now),
-            collision=self.collision,
-            company=self.company,
-            sampling=sampling_label(given.parameters),
-            nonce=given.nonce,
-        )
+        payload = sequencer_pb2.CompletedPayload(nonce=given.nonce, company=self.company, collision=self.collision)
+        payload.output.CopyFrom(self.output)
+        payload.sampling = sampling_label(given.parameters)
+        self._put_timing(payload.timing, now)
         digest = self.input_digest or input_digest(given.token_ids, given.parameters, given.seed)
         return Outcome(self.admitted, kind, attempt, payload, self.fingerprint_digest, twins_of(group, digest))
 
-    def _timing(self, now: float) -> types_pb2.Timing:
-        first_token, submitted = self.first_token_at, self.submitted_at
-        return types_pb2.Timing(
-            queue_micros=0 if submitted is None else _micros(submitted - self.admitted_at),
-            first_token_micros=0 if first_token is None else _micros(first_token - self.admitted_at),
-            total_micros=_micros(now - self.admitted_at),
-            cached_tokens=0 if self.output is None else self.output.cached_tokens,
-        )
+    def _put_timing(self, timing: types_pb2.Timing, now: float) -> None:
+        if self.submitted_at is not None:
+            timing.queue_micros = _micros(self.submitted_at - self.admitted_at)
+        if self.first_token_at is not None:
+            timing.first_token_micros = _micros(self.first_token_at - self.admitted_at)
+        timing.total_micros = _micros(now - self.admitted_at)
+        if self.output is not None:
+            timing.cached_tokens = self.output.cached_tokens
 
 
 def _micros(seconds: float) -> int:
@@ -206,16 +203,9 @@ def submission(
     ahead: bool = False,
 ) -> engine_pb2.Submit:
     """A recorded input as a run. It is not rendered or tokenised again."""
-    return engine_pb2.Submit(
-        run_id=run_id,
-        purpose=purpose,
-        sequence=sequence,
-        attempt=attempt,
-        token_ids=payload.token_ids,
-        parameters=payload.parameters,
-        seed=payload.seed,
-        stream=stream,
-        timeout_millis=max(1, round(timeout_seconds * 1000)),
-        traceparent=traceparent,
-        ahead=ahead,
-    )
+    submit = engine_pb2.Submit(run_id=run_id, purpose=purpose, sequence=sequence, attempt=attempt, seed=payload.seed)
+    submit.token_ids.extend(payload.token_ids)
+    submit.parameters.CopyFrom(payload.parameters)
+    submit.stream, submit.ahead, submit.traceparent = stream, ahead, traceparent
+    submit.timeout_millis = max(1, round(timeout_seconds * 1000))
+    return submit

@@ -207,27 +207,27 @@ def _extended_message(message: types_pb2.Message) -> bytes:
     )
 
 
-def _cached(kind: type[M]) -> Callable[[Callable[[M], bytes]], Callable[[M], bytes]]:
-    """Cache the encoding of a message of this type by its serialised bytes.
+def by_content(kind: type[M]) -> Callable[[Callable[[M], T]], Callable[[M], T]]:
+    """Cache a pure function of a message of this type by its serialised bytes.
 
     Most requests and items have one of a few sets of parameters. To serialise a set takes a fifth of the time to encode it.
     """
 
-    def decorate(encode: Callable[[M], bytes]) -> Callable[[M], bytes]:
+    def decorate(function: Callable[[M], T]) -> Callable[[M], T]:
         @lru_cache(maxsize=256)
-        def encoded(serialised: bytes) -> bytes:
-            return encode(kind.FromString(serialised))
+        def of_bytes(serialised: bytes) -> T:
+            return function(kind.FromString(serialised))
 
-        def cached(message: M) -> bytes:
+        def cached(message: M) -> T:
             serialised = message.SerializeToString(deterministic=True)
-            return encoded(serialised) if len(serialised) <= CACHED_PARAMETER_BYTES_MAX else encode(message)
+            return of_bytes(serialised) if len(serialised) <= CACHED_PARAMETER_BYTES_MAX else function(message)
 
         return cached
 
     return decorate
 
 
-@_cached(types_pb2.Parameters)
+@by_content(types_pb2.Parameters)
 def _parameters(given: types_pb2.Parameters) -> bytes:
     return b"".join(
         (
@@ -264,7 +264,7 @@ def _presentation(given: types_pb2.Parameters) -> bytes:
     )
 
 
-@_cached(types_pb2.ResolvedParameters)
+@by_content(types_pb2.ResolvedParameters)
 def _resolved(resolved: types_pb2.ResolvedParameters) -> bytes:
     return b"".join(
         (
