@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.pair import Program, held_port
+from tests.web import read
 
 START_SECONDS = 60.0
 
@@ -33,14 +34,10 @@ class Gateway(Program):
         deadline = time.monotonic() + seconds
         while self.running and time.monotonic() < deadline:
             with contextlib.suppress(OSError):
-                self._get("/readiness")
-                return str(self._get("/v1/models")["data"][0]["id"])
+                read(f"http://{self.address}/readiness")
+                return str(json.loads(read(f"{self.url}/models"))["data"][0]["id"])
             time.sleep(0.02)
         raise AssertionError("the gateway was never ready:\n" + "\n".join(self.lines[-40:]))
-
-    def _get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"http://{self.address}{path}", timeout=5) as answer:
-            return json.load(answer)
 
     def post(self, path: str, body: object) -> Any:
         request = urllib.request.Request(

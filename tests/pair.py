@@ -15,11 +15,12 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from tests.web import read
 
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 180.0
@@ -47,8 +48,7 @@ def held_port() -> socket.socket:
 
 def samples(port: int) -> dict[str, float]:
     """What /metrics at this port of the machine says, by name and labels as written."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
-        text = page.read().decode()
+    text = read(f"http://127.0.0.1:{port}/metrics")
     return {name: float(value) for name, value in re.findall(r"^([a-z]\S*(?: \S+=.*})?) (\S+)$", text, re.MULTILINE)}
 
 
@@ -108,6 +108,14 @@ class Program:
     def running(self) -> bool:
         return self._process.poll() is None
 
+    @property
+    def metrics_port(self) -> int:
+        return int(str(self.wait_for("metrics")["port"]))
+
+    def page(self, **headers: str) -> str:
+        """Its metrics page."""
+        return read(f"http://127.0.0.1:{self.metrics_port}/metrics", **headers)
+
     def records(self) -> list[dict[str, object]]:
         """The log's JSON lines."""
         return list(self._records)
@@ -155,14 +163,10 @@ class Pair:
     ) -> None:
         """`root`: the checkout whose programs they are."""
         self.folder = Path(tempfile.mkdtemp(prefix="ostinato-"))
-        self.metrics_address = "127.0.0.1:0"
-        self.second_runs = ["--audit-rate", "0", "--canary-seconds", "0"]
-        """Off, unless changed here or by the sidecar's flags."""
         self.descriptors: int | None = None
         """As by `ulimit -n`."""
         self.env: dict[str, str] = {}
         """Additional environment variables of both programs."""
-        self._temporary = self.folder
         self._root = root
         self._state = state or self.folder / "state"
         if state is None:
@@ -176,10 +180,6 @@ class Pair:
         self._running: dict[str, Program] = {}
         self._port = held_port()  # also while one sidecar is gone and the next is not there yet
         self.target = ""
-
-    def stay(self, folder: Path, target: str, metrics: str) -> None:
-        """Use this folder and these addresses instead; the folder is kept."""
-        self.folder, self.target, self.metrics_address = folder, target, metrics
 
     @property
     def service(self) -> Program:
@@ -199,17 +199,10 @@ class Pair:
         )
 
     def start_sidecar(self, *extra: str) -> Program:
-        """Listening; `target` is its address."""
-        args = [
-            "--engine",
-            self.engine_address,
-            "--journal",
-            str(self.folder / "journal.sqlite"),
-            "--metrics",
-            self.metrics_address,
-        ]
-        args += self.second_runs
+        """Listening; `target` is its address. Second runs are off, unless its flags say otherwise."""
+        args = ["--engine", self.engine_address, "--journal", f"{self.folder}/journal.sqlite", "--metrics", "127.0.0.1:0"]
         args += ["--listen", self.target or f"127.0.0.1:{self._port.getsockname()[1]}", "--journal-reserve-bytes", str(1 << 20)]
+        args += ["--audit-rate", "0", "--canary-seconds", "0"]
         sidecar = self._start("sidecar", args, [*self._sidecar_args, *extra])
         self.target = str(sidecar.wait_for("listening")["addresses"]).split(",")[0]
         return sidecar
@@ -243,8 +236,7 @@ class Pair:
 
     def metrics(self, program: Program | None = None) -> dict[str, float]:
         """Samples of a program's /metrics by name and labels, as written: `ostinato_comparisons_total{kind="twin"}`."""
-        port = (program or self._running.get("sidecar") or self.programs[0]).wait_for("metrics")["port"]
-        return samples(int(str(port)))
+        return samples((program or self._running.get("sidecar") or self.programs[0]).metrics_port)
 
     def __enter__(self) -> Self:
         return self
@@ -257,7 +249,7 @@ class Pair:
             for program in self.programs:
                 sys.stderr.write(f"---- {program.name}\n" + "\n".join(program.lines[-30:]) + "\n")
         self._port.close()
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -47,6 +47,11 @@ def test_this_python_will_do(install: ModuleType) -> None:
 
 def test_no_index_is_said_last(tmp_path: Path) -> None:
     """Where no package index can be reached the last line says so and what helps; exit code 1."""
+    there = tmp_path / "new" / "bin"
+    there.mkdir(parents=True)
+    (there / "pip").touch()  # it would make an environment, which takes longer than all else here
+    (there / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (there / "python").chmod(0o755)
     unreachable = {
         "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
         "PIP_CONFIG_FILE": os.devnull,

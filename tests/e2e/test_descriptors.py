@@ -49,7 +49,7 @@ async def test_half_requests_leave_descriptors(where: str, limit: int) -> None:
     with pair:
         pair.start()
         pid = pair.sidecar.pid
-        port = int(str(pair.sidecar.wait_for("metrics")["port"])) if where == "metrics" else int(pair.target.rpartition(":")[2])
+        port = pair.sidecar.metrics_port if where == "metrics" else int(pair.target.rpartition(":")[2])
         async with Client(pair.target) as client:
             await client.generate("before", max_new_tokens=1)
             with idle(port, limit + 40, HALVES[where]):

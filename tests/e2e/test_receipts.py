@@ -7,9 +7,7 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 from typer.testing import Result
@@ -20,9 +18,10 @@ from ostinato.client import Client
 from ostinato.signature import SignedTree, new_key, signer_of
 from ostinato.v1 import types_pb2
 
-from tests.e2e.kit import bytes_of, opened, ostinato
+from tests.e2e.kit import bytes_of, opened, ostinato, scripted
 from tests.pair import Pair, python
 from tests.waiting import eventually
+from tests.web import receiving
 
 
 @dataclass
@@ -56,7 +55,7 @@ class Signed:
 
 @pytest.fixture(scope="module", name="signed")
 def _signed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Signed]:
-    with Pair() as pair:
+    with Pair(service=scripted()) as pair:
         signed = Signed(pair, tmp_path_factory.mktemp("signed"))
         pair.start_service()
         pair.start_sidecar("--signing-key", str(signed.made_key("old"))).wait_for("engine connected")
@@ -88,7 +87,7 @@ async def test_a_log_is_proved_to_its_end(signed: Signed) -> None:
     """All that tail prints, with the head behind it, is proved under the log's key; so is the envelope of head and of get."""
     for prompt in ("a", "b"):
         generate(signed, prompt)
-    entries = signed.ostinato("--json", "tail", "--payloads").stdout
+    entries = entries_of(signed)
     head = signed.ostinato("head", "--dsse").stdout
 
     assert signed.verify(entries + head) == 0, signed.said
@@ -142,43 +141,27 @@ async def test_a_file_is_a_witness(signed: Signed) -> None:
     assert signed.verify(cut, "--witness", str(file)) == 6
 
 
-class Page(BaseHTTPRequestHandler):
-    """Keeps what is posted, once it is well, and shows it."""
-
-    kept: ClassVar[list[bytes]] = []
-    well: ClassVar[threading.Event] = threading.Event()
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(204 if self.well.is_set() else 503)
-        self.end_headers()
-        if self.well.is_set():
-            self.kept.append(body)
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b"\n".join(self.kept))
-
-    def log_message(self, *_: object) -> None: ...
-
-
 async def test_a_url_is_a_witness_and_may_be_away(signed: Signed) -> None:
     """While the witness answers with errors the door serves, the failures are counted and the lag is shown; when it is well it
     gets the newest head, and verify reads its heads from the URL."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/heads"
-        await restarted(signed, "--witness", url)
+    kept: list[bytes] = []
+    well = threading.Event()
+
+    def take(body: bytes) -> bool:
+        if well.is_set():
+            kept.append(body)
+        return well.is_set()
+
+    with receiving(take, lambda: b"\n".join(kept)) as url:
+        await restarted(signed, "--witness", f"{url}/heads")
         generate(signed)
         await eventually(lambda: signed.pair.metrics()["ostinato_witness_failures_total"] > 0, "a failure is counted")
         assert signed.pair.metrics()["ostinato_witness_lag_seconds"] > 0
-        Page.well.set()
+        well.set()
         await caught_up(signed)
 
-        assert signed.verify(entries_of(signed), "--witness", url) == 0, signed.said
+        assert signed.verify(entries_of(signed), "--witness", f"{url}/heads") == 0, signed.said
         assert signed.pair.metrics()["ostinato_witness_lag_seconds"] == 0
-        server.shutdown()
 
 
 async def test_a_second_log_is_a_witness(signed: Signed) -> None:

@@ -6,12 +6,8 @@ import asyncio
 import contextlib
 import json
 import re
-import threading
-import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import pytest
 
@@ -28,6 +24,7 @@ from ostinato.client import Client
 from tests.e2e.kit import own
 from tests.pair import Pair
 from tests.waiting import eventually
+from tests.web import receiving
 
 FAILING = {"rules": [{"do": "fail", "at": 1, "sequences": [1]}, {"do": "hang", "at": 2, "sequences": [2], "attempts": [1]}]}
 """The first item fails; the second goes on only in its second attempt."""
@@ -87,24 +84,13 @@ def collector() -> Iterator[tuple[str, Spans]]:
     """Its target, and what it was sent."""
     spans = Spans()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            request = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["Content-Length"])))
-            for group in request.resource_spans:
-                service = {each.key: each.value.string_value for each in group.resource.attributes}["service.name"]
-                spans.exported += [(f"{service} {span.name}", span) for scope in group.scope_spans for span in scope.spans]
-            self.send_response(200)
-            self.end_headers()
+    def take(body: bytes) -> None:
+        for group in ExportTraceServiceRequest.FromString(body).resource_spans:
+            service = {each.key: each.value.string_value for each in group.resource.attributes}["service.name"]
+            spans.exported += [(f"{service} {span.name}", span) for scope in group.scope_spans for span in scope.spans]
 
-        def log_message(self, *_: object) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"otlp:http://127.0.0.1:{server.server_port}", spans
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with receiving(take) as url:
+        yield f"otlp:{url}", spans
 
 
 @contextlib.contextmanager
@@ -174,9 +160,8 @@ async def test_one_trace_from_client_to_engine(pair: Pair, client: Client, colle
     assert SECRET not in str(found) and "a prompt" not in str(found)
     ended = [record for record in pair.sidecar.records() if record.get("request_id") == "night-7"]
     assert {record.get("trace_id") for record in ended} == {root.trace_id.hex()}
-    assert re.search(
-        f'ostinato_item_seconds_bucket.* # {{sequence="\\d+",trace_id="{root.trace_id.hex()}"}}', openmetrics(pair)
-    )
+    exemplar = f'ostinato_item_seconds_bucket.* # {{sequence="\\d+",trace_id="{root.trace_id.hex()}"}}'
+    assert re.search(exemplar, pair.sidecar.page(Accept="application/openmetrics-text; version=1.0.0"))
 
 
 async def test_a_refusal_is_marked(client: Client, collector: tuple[str, Spans]) -> None:
@@ -246,11 +231,3 @@ async def test_an_absent_collector_delays_nothing() -> None:
 
         assert answer.results[0].HasField("output")
         assert door.pair.sidecar.stop() == 0
-
-
-def openmetrics(pair: Pair) -> str:
-    """The sidecar's page with exemplars."""
-    port = pair.sidecar.wait_for("metrics")["port"]
-    accept: dict[str, Any] = {"Accept": "application/openmetrics-text; version=1.0.0"}
-    with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=accept), timeout=10) as page:
-        return str(page.read().decode())

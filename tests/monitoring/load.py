@@ -19,7 +19,7 @@ from ostinato.errors import OstinatoError
 
 from tests.certificates import Authority
 from tests.monitoring.watch import RULES, Prometheus, Webhook, set_targets, watching
-from tests.pair import Pair, Program
+from tests.pair import Pair
 from tests.waiting import until
 
 Caller: TypeAlias = tuple[Callable[[Client], Awaitable[None]], float]
@@ -136,13 +136,7 @@ def faulty(folder: Path, seconds: tuple[float, float, float]) -> Iterator[Runnin
 
 
 def _targets(pair: Pair) -> dict[str, int]:
-    return {SIDECAR: port(pair.sidecar), SERVICE: port(pair.service)}
-
-
-def port(program: Program | None) -> int:
-    """The port of its metrics."""
-    assert program is not None
-    return int(str(program.wait_for("metrics")["port"]))
+    return {SIDECAR: pair.sidecar.metrics_port, SERVICE: pair.service.metrics_port}
 
 
 async def _callers(connect: Callable[[], Client], callers: Sequence[Caller], over: threading.Event) -> None:

@@ -6,15 +6,13 @@ import contextlib
 import re
 import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator
 
 import pytest
 
 from tests.monitoring import names
-from tests.monitoring.load import SERVICE, SIDECAR, Running, faulty, port
+from tests.monitoring.load import SERVICE, SIDECAR, Running, faulty
 from tests.monitoring.watch import missing
-from tests.pair import Program
 from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(180)
@@ -30,13 +28,6 @@ def _running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         pytest.skip(why)
     with faulty(tmp_path_factory.mktemp("running"), (5, 4, 3)) as made:
         yield made
-
-
-def page(program: Program | None) -> str:
-    """Its metrics page."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port(program)}/metrics", timeout=10) as answer:
-        text: str = answer.read().decode()
-    return text
 
 
 def test_a_divergence_is_an_alert(running: Running) -> None:
@@ -80,7 +71,7 @@ def test_the_first_time_is_an_increase(running: Running) -> None:
     """A counter whose first increase raises an alert is on the page from the start; otherwise the first one would be missed."""
     once = [rule["expr"] for rule in names.alerts().values() if "last_over_time" not in rule["expr"]]
     counters = {name for expr in once for name in re.findall(r"increase\((ostinato_\w+)(?:{[^}]*})?\[1h]\)+ > 0", expr)}
-    samples = page(running.pair.sidecar)
+    samples = running.pair.sidecar.page()
 
     assert len(counters) >= 3
     assert [name for name in counters if not re.search(rf"^{name}(?:{{.*}})? ", samples, re.MULTILINE)] == []
@@ -144,7 +135,7 @@ def test_exemplars_are_sequences(running: Running, metric: str) -> None:
 @pytest.mark.parametrize("job", [SIDECAR, SERVICE])
 def test_promtool_accepts_the_metrics(running: Running, job: str) -> None:
     """promtool has no complaint about names, types and help of both programs' metrics, but for the colons of vLLM's names."""
-    text = page(running.pair.sidecar if job == SIDECAR else running.pair.service)
+    text = (running.pair.sidecar if job == SIDECAR else running.pair.service).page()
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
 
     said = (done.stdout + done.stderr).splitlines()
@@ -154,7 +145,7 @@ def test_promtool_accepts_the_metrics(running: Running, job: str) -> None:
 
 def test_every_metric_is_known_and_used(running: Running) -> None:
     """Panels, rules and docs name only existing metrics, and each metric is in a panel, a rule or the docs."""
-    there = names.served(page(running.pair.sidecar)) | names.served(page(running.pair.service)) | set(names.GPU)
+    there = names.served(running.pair.sidecar.page()) | names.served(running.pair.service.page()) | set(names.GPU)
 
     assert (names.in_panels() | names.in_rules() | names.in_docs()) - there == set()
     assert there - names.in_panels() - names.in_rules() - names.in_docs() == set()

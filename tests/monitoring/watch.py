@@ -6,11 +6,8 @@ import contextlib
 import json
 import shutil
 import subprocess
-import threading
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import yaml
 
 from tests.pair import held_port
 from tests.waiting import until
+from tests.web import read, receiving
 
 NEEDED = ("prometheus", "promtool", "prometheus-alertmanager")
 RULES = Path(__file__).parents[2] / "k8s" / "monitoring" / "rules.yaml"
@@ -30,35 +28,18 @@ def missing() -> str:
 
 
 class Webhook:
-    """Receives Alertmanager's calls."""
+    """What Alertmanager sent."""
 
     def __init__(self) -> None:
         self.alerts: list[dict[str, Any]] = []
-        alerts = self.alerts
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                alerts.extend(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["alerts"])
-                self.send_response(204)
-                self.end_headers()
-
-            def log_request(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}/"
+    def take(self, body: bytes) -> None:
+        self.alerts += json.loads(body)["alerts"]
 
     def received(self, name: str, **labels: str) -> list[dict[str, Any]]:
         """The alerts with this name and these labels, in order of arrival."""
         wanted = {"alertname": name, **labels}.items()
         return [alert for alert in list(self.alerts) if wanted <= alert["labels"].items()]
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 class Prometheus:
@@ -70,7 +51,7 @@ class Prometheus:
     def ready(self) -> bool:
         """Whether it answers."""
         with contextlib.suppress(OSError):
-            self._get("/-/ready")
+            read(f"{self._url}/-/ready")
             return True
         return False
 
@@ -94,22 +75,15 @@ class Prometheus:
         return [rule for group in self._api("rules")["groups"] for rule in group["rules"]]
 
     def _api(self, what: str, **values: object) -> Any:
-        return json.loads(self._get(f"/api/v1/{what}?{urllib.parse.urlencode(values)}"))["data"]
-
-    def _get(self, path: str) -> bytes:
-        with urllib.request.urlopen(self._url + path, timeout=10) as answer:
-            body: bytes = answer.read()
-        return body
+        return json.loads(read(f"{self._url}/api/v1/{what}?{urllib.parse.urlencode(values)}"))["data"]
 
 
 @contextlib.contextmanager
 def watching(folder: Path, targets: Mapping[str, int], rules: Path, period: str) -> Iterator[tuple[Prometheus, Webhook]]:
     """Scrapes the jobs' ports and evaluates the rules each period. `set_targets` changes the ports."""
-    webhook = Webhook()
     held = held_port(), held_port()
     ports = [each.getsockname()[1] for each in held]
     set_targets(folder, targets)
-    (folder / "alertmanager.yml").write_text(yaml.safe_dump(_alertmanager(webhook.url)))
     (folder / "prometheus.yml").write_text(yaml.safe_dump(_prometheus(folder, rules, period, list(targets), ports[1])))
     commands = (
         [
@@ -122,7 +96,9 @@ def watching(folder: Path, targets: Mapping[str, int], rules: Path, period: str)
         ],
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
-        stack.callback(webhook.close)
+        webhook = Webhook()
+        url = stack.enter_context(receiving(webhook.take))
+        (folder / "alertmanager.yml").write_text(yaml.safe_dump(_alertmanager(url)))
         for each in held:
             stack.enter_context(each)
         for command in commands:

@@ -6,7 +6,6 @@ import json
 import queue
 import signal
 import time
-import urllib.request
 from pathlib import Path
 from typing import Self
 
@@ -44,9 +43,7 @@ def test_start_and_stop(tmp_path: Path) -> None:
         service.program.wait_for("serving")
         with grpc.insecure_channel(service.address) as channel:
             described = Engine(channel, proof(service.address)).Describe(engine_pb2.DescribeRequest())
-        port = service.program.wait_for("metrics")["port"]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as page:
-            metrics = page.read().decode()
+        metrics = service.program.page()
         mode = (tmp_path / "deep" / "engine.sock").stat().st_mode & 0o777
 
         assert service.program.stop() == 0
