@@ -25,7 +25,7 @@ if LACKING:
     pytest.skip(f"the llama engine's packages are not installed: {LACKING}", allow_module_level=True)
 
 from service.engines.llama import batching, library
-from service.engines.llama.model import packaged_model
+from service.engines.llama.model import LlamaVocabulary, packaged_model
 from service.engines.llama.sampling import Grammar
 
 pytestmark = pytest.mark.llama
@@ -73,10 +73,10 @@ async def test_a_grammar_is_compiled_beside_the_runs(bench: Bench, monkeypatch: 
     order; a cancelled one never starts."""
     gate, compiled = threading.Event(), list[bytes]()
 
-    def slow(library: Any, vocabulary: int, size: int, kind: str, source: bytes) -> Grammar:
+    def slow(vocabulary: LlamaVocabulary, kind: str, source: bytes) -> Grammar:
         gate.wait(60)
         compiled.append(source)
-        return Grammar(library, vocabulary, size, kind, source)
+        return Grammar(vocabulary, kind, source)
 
     monkeypatch.setattr(batching, "Grammar", slow)
     running = bench.start("Rivers run", max_new_tokens=30, stream=True)

@@ -62,7 +62,7 @@ WORDS = st.text(KNOWN, max_size=8) | st.sampled_from([" ", "  ", "\n", "\r\n", "
 
 @pytest.fixture(scope="module", name="vocabulary")
 def _vocabulary() -> LlamaVocabulary:
-    return LlamaVocabulary(library(), packaged_model())
+    return LlamaVocabulary(packaged_model())
 
 
 @pytest.fixture(scope="module", name="tokenizer")
@@ -109,7 +109,7 @@ def test_a_text_that_is_cut_here_has_the_same_tokens(
 
 @cache
 def named(folder: Path, name: str) -> LlamaVocabulary:
-    return LlamaVocabulary(library(), told(folder / f"{name}.gguf", "smollm", name))
+    return LlamaVocabulary(told(folder / f"{name}.gguf", "smollm", name))
 
 
 def test_a_flood_of_control_tokens_is_not_tokenised(vocabulary: LlamaVocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_a_flood_of_control_tokens_is_not_tokenised(vocabulary: LlamaVocabulary,
 def test_every_known_way_of_cutting(tmp_path_factory: pytest.TempPathFactory, pre: str) -> None:
     """The same model with another pre-tokenizer has the same ids as in llama.cpp."""
     path = told(tmp_path_factory.getbasetemp() / f"{pre}.gguf", pre)
-    vocabulary = LlamaVocabulary(library(), path)
+    vocabulary = LlamaVocabulary(path)
     tokenizer = Tokenizer.from_str(vocabulary.files()["tokenizer.json"].decode())
 
     for text in TEXTS:

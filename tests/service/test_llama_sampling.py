@@ -20,7 +20,6 @@ if LACKING:
 import numpy as np
 
 from service.chat import Conversation, RenderBounds
-from service.engines.llama.library import library
 from service.engines.llama.sampling import Grammar, explanation, fold_seed, source_of, token_logprobs
 
 pytestmark = pytest.mark.llama
@@ -261,7 +260,7 @@ async def test_a_grammar_allows_what_it_says(bench: Bench, given: types_pb2.Resp
     """A text is allowed to its end, where the answer may end or not, or it is refused on the way."""
     bench.engine.check_format(given)
     vocabulary = bench.engine.vocabulary
-    grammar = Grammar(library(), vocabulary.handle, vocabulary.size, *source_of(given))
+    grammar = Grammar(vocabulary, *source_of(given))
     found = "refused"
     try:
         for token_id in vocabulary.encode(text, special=False):

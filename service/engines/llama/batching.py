@@ -25,7 +25,8 @@ from typing import NamedTuple
 from ostinato.v1 import types_pb2
 
 from service.engines.base import Events, Run
-from service.engines.llama.library import Batch, Library
+from service.engines.llama import LlamaOptions
+from service.engines.llama.library import Row, library
 from service.engines.llama.model import LlamaVocabulary
 from service.engines.llama.sampling import Grammar, GrammarLost, NoTokenAllowed, Sampler, fold_seed, source_of, token_logprobs
 
@@ -39,11 +40,6 @@ Command = Run | int | None
 Tokens = tuple[int, ...]
 
 _log = logging.getLogger(__name__)
-
-
-def rows_max(runs: int) -> int:
-    """Of one batch."""
-    return PREFILL_STEP + runs
 
 
 class Reuse(NamedTuple):
@@ -142,20 +138,16 @@ class Batching:
 
     def __init__(
         self,
-        library: Library,
         context: int,
         vocabulary: LlamaVocabulary,
+        options: LlamaOptions,
         *,
-        runs: int,
-        context_tokens: int,
         prefix_cache: bool,
         commands: SimpleQueue[Command],
         post: Callable[[Events], None],
     ) -> None:
-        self._library, self._context, self._vocabulary = library, context, vocabulary
-        self._context_tokens = context_tokens
+        self._library, self._context, self._vocabulary, self._options = library(), context, vocabulary, options
         self._commands, self._post = commands, post
-        self._batch = Batch(rows_max(runs), runs)
         self._waiting: dict[int, Run] = {}
         self._compiler = ThreadPoolExecutor(1, "grammar")
         self._compiled: tuple[tuple[str, bytes], Grammar] | None = None
@@ -163,8 +155,8 @@ class Batching:
         self._compiling: dict[int, Future[Sampler]] = {}
         """By run id: of waiting runs with a grammar."""
         self._active: dict[int, _Active] = {}
-        self._free = list(range(runs))
-        self._prefixes = Prefixes(runs, enabled=prefix_cache)
+        self._free = list(range(options.runs))
+        self._prefixes = Prefixes(options.runs, enabled=prefix_cache)
 
     def work(self) -> None:
         """Returns after the command to stop."""
@@ -246,27 +238,19 @@ class Batching:
             if self._compiled is not None:
                 self._compiled[1].close()
                 self._compiled = None
-            grammar = Grammar(self._library, self._vocabulary.handle, self._vocabulary.size, kind, source)
-            self._compiled = (kind, source), grammar
+            self._compiled = (kind, source), Grammar(self._vocabulary, kind, source)
         return self._compiled[1].copy()
 
     def _sampler(self, run: Run) -> Sampler:
         """`Preparer.check_submit` has judged the run; llama.cpp would end the process at one that does not fit."""
         size, parameters = self._vocabulary.size, run.parameters
         assert run.token_ids and max(run.token_ids) < size, f"a prompt has at least one token, all below {size}"
-        assert len(run.token_ids) + parameters.max_new_tokens <= self._context_tokens, "prompt and answer fit the context"
+        most = self._options.context_tokens
+        assert len(run.token_ids) + parameters.max_new_tokens <= most, "prompt and answer fit the context"
         grammar = None
         if parameters.HasField("response_format"):
             grammar = self._grammar(*source_of(parameters.response_format))
-        return Sampler(
-            self._library,
-            size=size,
-            end_ids=self._vocabulary.end_ids,
-            parameters=parameters,
-            prompt=run.token_ids,
-            seed=fold_seed(run.seed),
-            grammar=grammar,
-        )
+        return Sampler(self._vocabulary, parameters, run.token_ids, fold_seed(run.seed), grammar)
 
     def _choose(self) -> list[_Active]:
         """The runs of the next batch, in order of entry. A piece is taken whole or not at all: other runs do not change it."""
@@ -295,21 +279,20 @@ class Batching:
             self._clear(slot)
 
     def _decode(self, chosen: list[_Active], events: Events) -> None:
-        self._batch.clear()
-        rows = [(active, self._add_tokens(active)) for active in sorted(chosen, key=lambda active: active.slot)]
-        if code := self._library.decode(self._context, self._batch):
+        rows: list[Row] = []
+        last_rows: list[tuple[_Active, int]] = []
+        for active in sorted(chosen, key=lambda active: active.slot):
+            ids = active.run.token_ids[active.fed : active.fed + PIECE] or (active.last,)
+            rows += (Row(token_id, active.fed + place, active.slot, False) for place, token_id in enumerate(ids))
+            active.fed += len(ids)
+            rows[-1] = rows[-1]._replace(wanted=not active.prefilling)
+            last_rows.append((active, len(rows) - 1))
+        if code := self._library.decode(self._context, rows):
             raise RuntimeError(f"llama.cpp failed with code {code}")
-        for active, row in rows:
+        for active, row in last_rows:
             self._prefixes.computed(active.slot, active.run.token_ids, active.fed)
             if not active.prefilling:
                 self._advance(active, row, events)
-
-    def _add_tokens(self, active: _Active) -> int:
-        """Add a run's next tokens to the batch. Returns the row of the last one."""
-        prompt, fed = active.run.token_ids, active.fed
-        ids = prompt[fed : fed + PIECE] if active.prefilling else (active.last,)
-        active.fed += len(ids)
-        return self._batch.add(active.slot, fed, ids, wanted=not active.prefilling)
 
     def _advance(self, active: _Active, row: int, events: Events) -> None:
         """Draw the run's next token and report it."""

@@ -16,14 +16,13 @@ from ostinato.v1 import engine_pb2, types_pb2
 from service.engines.base import EngineUnusable, Events, Run
 from service.engines.grammars import Checker
 from service.engines.llama import LlamaOptions, sampling
-from service.engines.llama.batching import PIECE, PREFILL_STEP, Batching, Command, rows_max
+from service.engines.llama.batching import PIECE, PREFILL_STEP, Batching, Command
 from service.engines.llama.library import library
 from service.engines.llama.model import load_model, packaged_model
 from service.engines.llama.sampling import ORDER, PENALTY_WINDOW, SEPARATORS, Grammar, source_of
 
 BLOCK_TOKENS = 64
 """The unit of Capacity. Memory is allocated by the slot."""
-BATCH_ROWS_MIN = 512
 
 
 class LlamaEngine:
@@ -37,12 +36,15 @@ class LlamaEngine:
     def __init__(self, options: LlamaOptions) -> None:
         """Loads the model. Any thread. Raises EngineUnusable."""
         self._options = options
-        self._library = library()
-        self._model = load_model(self._library, options.model or packaged_model())
-        self.vocabulary, self.model_name, self.chat = self._model.vocabulary, self._model.path.stem, self._model.vocabulary.chat
+        self._library, c = library(), library().c
+        self._model = model = load_model(options.model or packaged_model())
+        self.vocabulary, self.model_name, self.chat = model.vocabulary, model.path.stem, model.vocabulary.chat
         self.context_tokens, self.top_k_max = options.context_tokens, self.vocabulary.size
-        allowed = options.prefix_cache == "on" and options.kv == "q8_0"
-        self.prefix_cache = allowed and self._library.can_truncate(self._model.handle)
+        blocks = options.runs * -(-options.context_tokens // BLOCK_TOKENS)
+        self.capacity = engine_pb2.Capacity(runs=options.runs, kv_blocks=blocks, block_tokens=BLOCK_TOKENS)
+        # A recurrent state cannot be cut at any token, as the memory of attention can.
+        recurrent = c.llama_model_is_recurrent(model.handle) or c.llama_model_is_hybrid(model.handle)
+        self.prefix_cache = options.prefix_cache == "on" and options.kv == "q8_0" and not recurrent
         self._commands: SimpleQueue[Command] = SimpleQueue()
         self._live: set[int] = set()
         """Runs that have neither ended nor been cancelled."""
@@ -52,18 +54,11 @@ class LlamaEngine:
         try:
             self._context = self._new_context()
         except EngineUnusable:
-            self._library.free(self._model.handle)
+            c.llama_model_free(model.handle)
             raise
-        self._checker = Checker(sampling.__name__, str(self._model.path))
-        # llguidance prepares once for a vocabulary, which takes a moment.
-        Grammar(self._library, self.vocabulary.handle, self.vocabulary.size, "regex", b"a").close()
+        self._checker = Checker(sampling.__name__, str(model.path))
+        Grammar(self.vocabulary, "regex", b"a").close()  # llguidance prepares once for a vocabulary, which takes a moment
         atexit.register(self._stop)  # otherwise the process would end while a thread is inside llama.cpp
-
-    @property
-    def capacity(self) -> engine_pb2.Capacity:
-        blocks_per_run = -(-self._options.context_tokens // BLOCK_TOKENS)
-        runs = self._options.runs
-        return engine_pb2.Capacity(runs=runs, kv_blocks=runs * blocks_per_run, block_tokens=BLOCK_TOKENS)
 
     @property
     def fields(self) -> Mapping[str, str]:
@@ -106,15 +101,9 @@ class LlamaEngine:
         assert self._thread is None, "an engine is started once"
         self._loop, self._on_events = asyncio.get_running_loop(), on_events
         batching = Batching(
-            self._library,
-            self._context,
-            self.vocabulary,
-            runs=self._options.runs,
-            context_tokens=self._options.context_tokens,
-            prefix_cache=self.prefix_cache,
-            commands=self._commands,
-            post=self._post,
-        )
+            self._context, self.vocabulary, self._options,
+            prefix_cache=self.prefix_cache, commands=self._commands, post=self._post,
+        )  # fmt: skip
         self._thread = threading.Thread(target=batching.work, name="llama", daemon=True)
         self._thread.start()
 
@@ -154,21 +143,13 @@ class LlamaEngine:
                 self._commands.put(None)
                 self._thread.join()
             self._checker.close()
-            self._library.free_context(self._context)
-            self._library.free(self._model.handle)
+            self._library.c.llama_free(self._context)
+            self._library.c.llama_model_free(self._model.handle)
             atexit.unregister(self._stop)
 
     def _new_context(self) -> int:
-        options, most = self._options, self._model.context_tokens_max
+        options, most = self._options, self._library.c.llama_model_n_ctx_train(self._model.handle)
         if options.context_tokens > most:
             name = self._model.path.name
             raise EngineUnusable(f"--context-tokens must be at most {most} for {name}, is {options.context_tokens}")
-        return self._library.new_context(
-            self._model.handle,
-            tokens=options.context_tokens,
-            runs=options.runs,
-            batch=max(BATCH_ROWS_MIN, rows_max(options.runs)),
-            ubatch=options.ubatch,
-            threads=options.threads,
-            kv=options.kv,
-        )
+        return self._library.new_context(self._model.handle, options)

@@ -21,7 +21,7 @@ import numpy as np
 from service.chat import ChatTemplate, Conversation, RenderBounds
 from service.engines import huggingface
 from service.engines.base import EngineUnusable, Span, TooManyTokens
-from service.engines.llama.library import INSTALL, Library, library
+from service.engines.llama.library import INSTALL, library
 
 _log = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ class Model:
     path: Path
     handle: int
     vocabulary: LlamaVocabulary
-    context_tokens_max: int
-    """The context that it was trained with."""
     fields: Mapping[str, str]
     """Of the fingerprint: model, weights, tokenizer, template, and the code and machine that run it."""
 
@@ -48,7 +46,7 @@ def packaged_model() -> Path:
     return found[0]
 
 
-def load_model(library: Library, path: Path) -> Model:
+def load_model(path: Path) -> Model:
     """Load a GGUF. Raises EngineUnusable, which names the file and what to do."""
     path = path.resolve()
     try:
@@ -57,11 +55,11 @@ def load_model(library: Library, path: Path) -> Model:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise EngineUnusable(f"--model: {path}: {reason}; name a readable GGUF file") from error
     with ThreadPoolExecutor(1) as executor:
-        digests = executor.submit(lambda: (_sha256(path), _sha256(library.path)))
-        vocabulary = LlamaVocabulary(library, path)
-        handle = library.load(path)
+        digests = executor.submit(lambda: (_sha256(path), _sha256(library().path)))
+        vocabulary = LlamaVocabulary(path)
+        handle = library().load(path)
     weights, code = digests.result()
-    _compare(library, handle, vocabulary, metadata, path)
+    _compare(handle, vocabulary, metadata, path)
     template = vocabulary.template
     fields = {
         "model": path.name,
@@ -73,14 +71,15 @@ def load_model(library: Library, path: Path) -> Model:
         "engine_version": f"xllamacpp {importlib.metadata.version('xllamacpp')}",
         "numpy": np.__version__,
         "cpu": f"{platform.machine()} {_cpu_name()}".strip(),
-        "cpu_features": library.features,
+        "cpu_features": library().features,
         "libc": " ".join(platform.libc_ver()).strip(),
     }
-    return Model(path, handle, vocabulary, library.trained_context(handle), fields)
+    return Model(path, handle, vocabulary, fields)
 
 
-def _compare(library: Library, handle: int, vocabulary: LlamaVocabulary, metadata: Mapping[str, bytes], path: Path) -> None:
+def _compare(handle: int, vocabulary: LlamaVocabulary, metadata: Mapping[str, bytes], path: Path) -> None:
     """What llama.cpp reads must equal what the file says; otherwise its interface differs from the declared one."""
+    c = library().c
     try:
         tokens = _array_length(metadata["tokenizer.ggml.tokens"])
         context = _uint32(metadata[f"{_text(metadata['general.architecture'])}.context_length"])
@@ -90,11 +89,11 @@ def _compare(library: Library, handle: int, vocabulary: LlamaVocabulary, metadat
         ) from error
     for what, found, expected in (
         ("a vocabulary", vocabulary.size, tokens),
-        ("a trained context", library.trained_context(handle), context),
+        ("a trained context", c.llama_model_n_ctx_train(handle), context),
     ):
         if found != expected:
             raise EngineUnusable(f"--model: {path}: llama.cpp finds {what} of {found}, the file says {expected}; {INSTALL}")
-    if not library.generates(handle):
+    if c.llama_model_has_encoder(handle) or not c.llama_model_has_decoder(handle):
         raise EngineUnusable(f"--model: {path}: is not a model that continues a text; name another GGUF file")
 
 
@@ -117,28 +116,28 @@ def _sha256(path: Path) -> str:
 class LlamaVocabulary:
     """A `service.engines.base.Vocabulary`. It stays usable after its engine has closed."""
 
-    def __init__(self, library: Library, path: Path) -> None:
+    def __init__(self, path: Path) -> None:
         """Raises EngineUnusable."""
-        self._library = library
-        self._path = path
+        c, self._path = library().c, path
         file = path.stat()
         model = _vocabulary_model(path, file.st_size, file.st_mtime_ns)
-        self.handle = library.vocabulary(model)
-        self.size = library.size(self.handle)
-        self.end_ids = frozenset(token_id for token_id in range(self.size) if library.is_end(self.handle, token_id))
-        self._pieces = [library.piece(self.handle, token_id, control=False) for token_id in range(self.size)]
-        marks = list(_marks(library, self.handle, self.size))
+        self.handle: int = c.llama_model_get_vocab(model)
+        self.size: int = c.llama_vocab_n_tokens(self.handle)
+        self.end_ids = frozenset(token_id for token_id in range(self.size) if c.llama_vocab_is_eog(self.handle, token_id))
+        self._pieces = [library().piece(self.handle, token_id, control=False) for token_id in range(self.size)]
+        marks = _marks(self.handle, self.size)
         self._marks = {True: marks, False: [mark for mark in marks if not mark.control]}
         self._replaced = [replace(mark, text=_place(mark.token_id)) if mark.control else mark for mark in marks]
         self.source_bytes_max = max(*map(len, self._pieces), *(len(mark.text) for mark in marks), 1)
-        begin, end = library.edge_ids(self.handle)
-        self._begin_ids = [begin] if begin is not None and library.wants_begin(self.handle) else []
-        self._begin, self._end = self._control_text(begin), self._control_text(end)
+        begin = c.llama_vocab_bos(self.handle)
+        self._begin_ids = [begin] if begin >= 0 and c.llama_vocab_get_add_bos(self.handle) else []
+        self._begin, self._end = self._control_text(begin), self._control_text(c.llama_vocab_eos(self.handle))
         silent = (token_id for token_id, piece in enumerate(self._pieces) if not piece)
         self.controls = {text: token_id for token_id in silent if (text := self._control_text(token_id))}
         self._control_texts = {token_id: text.encode() for text, token_id in self.controls.items()}
+        template: bytes | None = c.llama_model_chat_template(model, None)
         try:
-            self.template = library.template(model)
+            self.template = None if template is None else template.decode()
         except UnicodeDecodeError:
             raise EngineUnusable(f"--model: {path}: its chat template is not UTF-8 text") from None
         self._chat: ChatTemplate | None = None
@@ -155,7 +154,7 @@ class LlamaVocabulary:
     def encode(self, text: str, *, special: bool, most: int = sys.maxsize) -> list[int]:
         data = text.encode()
         if len(data) <= SHORT_BYTES:
-            return self._begun(self._library.tokenize(self.handle, data, control=special))
+            return self._begun(library().tokenize(self.handle, data, control=special))
         return self._begun(self.encode_parts(data, self._marks[special], most))
 
     def encode_at(self, text: str, places: Sequence[Span], *, most: int = sys.maxsize) -> list[int]:
@@ -177,7 +176,7 @@ class LlamaVocabulary:
             raise TooManyTokens(len(parts))
         ids: list[int] = []
         for part in parts:
-            ids += [part] if isinstance(part, int) else self._library.tokenize(self.handle, part, control=False)
+            ids += [part] if isinstance(part, int) else library().tokenize(self.handle, part, control=False)
         return ids
 
     def _begun(self, ids: list[int]) -> list[int]:
@@ -207,8 +206,9 @@ class LlamaVocabulary:
         probe = Conversation([{"role": "user", "content": "a"}])
         return self._chat is not None and self._chat.render(probe, RenderBounds()).startswith(self._begin)
 
-    def _control_text(self, token_id: int | None) -> str:
-        return "" if token_id is None else self._library.piece(self.handle, token_id, control=True).decode()
+    def _control_text(self, token_id: int) -> str:
+        """Empty for -1: the vocabulary has no such token."""
+        return library().piece(self.handle, token_id, control=True).decode() if token_id >= 0 else ""
 
 
 SHORT_BYTES = 4096
@@ -232,11 +232,14 @@ class Mark:
         return bool(self.attributes & (_CONTROL_TOKEN | _UNKNOWN_TOKEN))
 
 
-def _marks(library: Library, vocabulary: int, size: int) -> Iterator[Mark]:
+def _marks(vocabulary: int, size: int) -> list[Mark]:
     """In llama.cpp's order: the longest first."""
-    found = [Mark(each, library.text(vocabulary, each), library.attributes(vocabulary, each)) for each in range(size)]
+    c = library().c
+    found = [
+        Mark(each, c.llama_vocab_get_text(vocabulary, each), c.llama_vocab_get_attr(vocabulary, each)) for each in range(size)
+    ]
     marks = [mark for mark in found if mark.text and mark.attributes & (_UNKNOWN_TOKEN | _CONTROL_TOKEN | _USER_TOKEN)]
-    yield from sorted(marks, key=lambda mark: len(mark.text), reverse=True)
+    return sorted(marks, key=lambda mark: len(mark.text), reverse=True)
 
 
 def _cut(parts: Iterable[bytes | int], mark: Mark) -> Iterator[bytes | int]:

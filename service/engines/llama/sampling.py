@@ -31,7 +31,7 @@ from ostinato.v1 import types_pb2
 
 from service.engines.grammars import Limits, cannot_be_obeyed, serve
 from service.engines.llama.lark import lark_of
-from service.engines.llama.library import CANDIDATE, Library, library
+from service.engines.llama.library import CANDIDATE, library
 from service.engines.llama.model import LlamaVocabulary
 from service.strict_json import schema_of
 
@@ -62,17 +62,14 @@ class Sampler:
 
     def __init__(
         self,
-        library: Library,
-        *,
-        size: int,
-        end_ids: frozenset[int],
+        vocabulary: LlamaVocabulary,
         parameters: types_pb2.ResolvedParameters,
         prompt: Iterable[int],
         seed: int,
         grammar: Grammar | None,
     ) -> None:
-        """`size`: of the vocabulary; `seed`: from `fold_seed`; `grammar`: closed with the sampler."""
-        self._library, self._grammar = library, grammar
+        """`seed`: from `fold_seed`; `grammar`: closed with the sampler."""
+        end_ids, self._size, self._grammar = vocabulary.end_ids, vocabulary.size, grammar
         self._end_ids = sorted(end_ids)
         banned = {*parameters.bad_token_ids, *(end_ids if parameters.ignore_eos else ())}
         self._forbidden = sorted(banned)
@@ -80,14 +77,7 @@ class Sampler:
         self._min = parameters.min_new_tokens
         self._penalty = parameters.repetition_penalty
         self._recent = deque(prompt, PENALTY_WINDOW)
-        self._size = size
-        self._chain = library.chain(
-            top_k=parameters.top_k,
-            top_p=parameters.top_p,
-            min_p=parameters.min_p,
-            temperature=parameters.temperature,
-            seed=seed,
-        )
+        self._chain = library().chain(parameters, seed)
 
     def draw(self, logits: Logits, generated: int) -> int:
         """The next token, after `generated` others. Raises NoTokenAllowed, GrammarLost, and ValueError for infinite logits."""
@@ -99,14 +89,14 @@ class Sampler:
         candidates = np.empty(len(ids), CANDIDATE)
         candidates["id"] = ids
         candidates["logit"] = values - highest  # so that no temperature can make the highest infinite
-        token_id = int(candidates["id"][self._library.apply(self._chain, candidates)])
+        token_id = int(candidates["id"][library().apply(self._chain, candidates)])
         self._recent.append(token_id)
         if self._grammar is not None and token_id not in self._end_ids:
             self._grammar.accept(token_id)
         return token_id
 
     def close(self) -> None:
-        self._library.free_sampler(self._chain)
+        library().c.llama_sampler_free(self._chain)
         if self._grammar is not None:
             self._grammar.close()
 
@@ -139,17 +129,13 @@ class Sampler:
 def fold_seed(seed: int) -> int:
     """A uint64 as a llama.cpp seed. These have 32 bits, and the last value means "random". A seed that fits is unchanged; any
     other goes through a step of SplitMix64."""
-    reserved = 2**32 - 1
-    return seed if seed < reserved else _splitmix64(seed) % reserved
-
-
-def _splitmix64(state: int) -> int:
-    """The first output of the generator from this state."""
-    mask = 2**64 - 1
-    z = (state + 0x9E3779B97F4A7C15) & mask
+    reserved, mask = 2**32 - 1, 2**64 - 1
+    if seed < reserved:
+        return seed
+    z = (seed + 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)
+    return (z ^ (z >> 31)) % reserved
 
 
 def token_logprobs(logits: Logits, token_id: int, top: int) -> types_pb2.TokenLogprobs:
@@ -178,12 +164,11 @@ class GrammarLost(Exception):
 class Grammar:
     """The state of one answer's grammar. It belongs to one thread."""
 
-    def __init__(self, library: Library, vocabulary: int, size: int, kind: str, source: bytes) -> None:
-        """`vocabulary` is a handle, `size` its number of tokens; `kind` and `source` are from `source_of`."""
-        self._library = library
-        self._sampler = library.grammar(vocabulary, kind, source)
-        self._tokens = np.zeros(size, CANDIDATE)
-        self._tokens["id"] = np.arange(size)
+    def __init__(self, vocabulary: LlamaVocabulary, kind: str, source: bytes) -> None:
+        """`kind` and `source` are from `source_of`."""
+        self._sampler = library().grammar(vocabulary.handle, kind, source)
+        self._tokens = np.zeros(vocabulary.size, CANDIDATE)
+        self._tokens["id"] = np.arange(vocabulary.size)
 
     def allowed(self) -> NDArray[np.bool_]:
         """Which tokens may come next, by id. Raises GrammarLost.
@@ -191,7 +176,7 @@ class Grammar:
         A grammar always forbids something, at least control tokens. When llguidance fails, it forbids nothing.
         """
         self._tokens["logit"] = 0
-        self._library.apply(self._sampler, self._tokens)
+        library().apply(self._sampler, self._tokens)
         allowed: NDArray[np.bool_] = self._tokens["logit"] == 0
         if allowed.all():
             raise GrammarLost("llguidance has failed on this grammar")
@@ -200,16 +185,16 @@ class Grammar:
     def copy(self) -> Grammar:
         """Another one in the same state, to be closed too."""
         copied = copy.copy(self)
-        copied._sampler = self._library.copy_of(self._sampler)
+        copied._sampler = library().copy_of(self._sampler)
         copied._tokens = self._tokens.copy()
         return copied
 
     def accept(self, token_id: int) -> None:
         """Advance by a token, which must be allowed."""
-        self._library.accept(self._sampler, token_id)
+        library().c.llama_sampler_accept(self._sampler, token_id)
 
     def close(self) -> None:
-        self._library.free_sampler(self._sampler)
+        library().c.llama_sampler_free(self._sampler)
 
 
 _ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)
@@ -268,9 +253,8 @@ class _Compiler:
 
     def __init__(self, model: Path, errors: IO[bytes]) -> None:
         """`errors`: the file to which standard error goes."""
-        self._library, self._errors = library(), errors
-        self._vocabulary = LlamaVocabulary(self._library, model)
-        self._library.set_verbosity(_ERRORS_ONLY)
+        self._errors, self._vocabulary = errors, LlamaVocabulary(model)
+        library().c.common_log_set_verbosity_thold(_ERRORS_ONLY)
         self._quote = next((each for each in range(self._vocabulary.size) if self._vocabulary.piece(each) == b'"'), None)
         silent = set(self._vocabulary.controls.values()) - self._vocabulary.end_ids
         self._controls = np.array(sorted(silent), np.int64)
@@ -283,7 +267,7 @@ class _Compiler:
         self._tokens = 0
         if (control := control_in(source, self._vocabulary.controls)) is not None:
             return f"holds the text of a control token, {control}"
-        grammar = Grammar(self._library, self._vocabulary.handle, self._vocabulary.size, kind, source.encode())
+        grammar = Grammar(self._vocabulary, kind, source.encode())
         try:
             if not grammar.allowed().any():
                 return "allows no answer"
@@ -291,7 +275,7 @@ class _Compiler:
                 with closing(grammar.copy()) as followed:
                     self._follow(followed, walk)
         except GrammarLost:
-            self._library.flush_log()
+            library().c.common_log_flush(library().c.common_log_main())
             self._errors.seek(0)
             reason = explanation(self._errors.read().decode(errors="replace"))
             return f"{reason} (after {self._tokens} tokens)" if self._tokens else reason
