@@ -13,7 +13,7 @@ from typing import Protocol
 
 from prometheus_client import Metric
 
-from ostinato.errors import EngineFailed, to_status
+from ostinato.errors import EngineFailed, OstinatoError, to_status
 from ostinato.v1 import engine_pb2, types_pb2
 
 from service.answer import Answer, TokenTable
@@ -115,8 +115,10 @@ class Run:
         output.cached_tokens = cached_tokens
         return engine_pb2.RunEvent(run_id=self.run_id, finished=engine_pb2.Finished(output=output))
 
-    def failed(self, reason: str) -> engine_pb2.RunEvent:
-        return engine_pb2.RunEvent(run_id=self.run_id, failed=to_status(EngineFailed(reason)))
+    def failed(self, error: Exception | str) -> engine_pb2.RunEvent:
+        """What is not an OstinatoError is an ENGINE_FAILED."""
+        told = error if isinstance(error, OstinatoError) else EngineFailed(str(error) or type(error).__name__)
+        return engine_pb2.RunEvent(run_id=self.run_id, failed=to_status(told))
 
 
 Events = list[engine_pb2.RunEvent]

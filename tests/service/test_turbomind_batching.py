@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,10 +17,8 @@ from hypothesis import strategies as st
 from ostinato.errors import EngineFailed, InvalidRequest, OstinatoError, from_status
 from ostinato.v1 import engine_pb2, types_pb2
 
-from service.answer import Answer
-from service.engines.base import Run
 from service.engines.grammars import Checker
-from service.engines.scripted import END, ByteVocabulary
+from service.engines.scripted import END
 from service.engines.turbomind.batching import (
     PAGE_BYTES,
     Batching,
@@ -30,48 +28,9 @@ from service.engines.turbomind.batching import (
 )
 from service.engines.turbomind.grammars import Formats
 from service.engines.turbomind.metrics import Meter
-from service.engines.turbomind.native import Account, Load, Native, Progress, Status
+from service.engines.turbomind.native import FINISHED, Native
 from service.engines.turbomind.options import PIECE_TOKENS
-from service.engines.turbomind.request import Request
-
-VOCABULARY = ByteVocabulary()
-ACCOUNT = Account(queued=100.0, scheduled=101.0, cached=0)
-
-
-@dataclass
-class Handle:
-    """A run inside TurboMind; the test makes its tokens."""
-
-    tokens: list[int]
-    request: Request
-    grammar: object
-    on_change: Callable[[], None]
-    news: Progress | None = None
-    scheduled: bool = True
-    cancelled: bool = False
-    rows: list[dict[int, float]] = field(default_factory=list)
-    account: Account = ACCOUNT
-
-    def make(self, text: str | Sequence[int], status: int = Status.RUNNING) -> None:
-        """Reports as TurboMind does: a newer state replaces one that was not polled, and only the first one notifies."""
-        self.tokens += text.encode() if isinstance(text, str) else text
-        waits, self.news = self.news is not None, Progress(status, len(self.tokens))
-        if not waits:
-            self.on_change()
-
-    def poll(self) -> Progress | None:
-        news, self.news = self.news, None
-        return news
-
-    def ids(self, first: int, last: int) -> list[int]:
-        return self.tokens[first:last]
-
-    def logprobs(self, index: int) -> tuple[Any, Any]:
-        row = self.rows[index]
-        return np.array([*row], np.int32), np.array([*row.values()], np.float32)
-
-    def cancel(self) -> None:
-        self.cancelled = True
+from tests.service.turbomind_kit import CANCELLED, VOCABULARY, FakeHandle, FakeNative, run_of
 
 
 @dataclass
@@ -79,12 +38,14 @@ class Stage:
     """A batching, its events and the runs that it started."""
 
     batching: Batching
-    handles: dict[int, Handle]
-    """Of started runs, in that order."""
+    native: FakeNative
     events: list[engine_pb2.RunEvent]
     meter: Meter
-    tick: list[int]
-    """The engine's steps."""
+
+    @property
+    def handles(self) -> dict[int, FakeHandle]:
+        """Of started runs, in that order."""
+        return self.native.handles
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Waits for what another thread or task does soon."""
@@ -112,27 +73,13 @@ class Stage:
 async def staged(
     *, runs: int = 4, blocks: int = 100, compile_format: Callable[[str], object] = str, scheduled: bool = True
 ) -> AsyncIterator[Stage]:
-    handles: dict[int, Handle] = {}
-    tick = [7]
-
-    class FakeNative:
-        def start(
-            self, run_id: int, ids: Sequence[int], request: Request, grammar: object, change: Callable[[], None]
-        ) -> Handle:
-            handles[run_id] = Handle(list(ids), request, grammar, change, scheduled=scheduled)
-            return handles[run_id]
-
-        def load(self) -> Load:
-            return Load(tick[0], 0.5, len(handles), 0, 0.0)
-
-    events: list[engine_pb2.RunEvent] = []
+    turbomind, events = FakeNative(scheduled=scheduled), list[engine_pb2.RunEvent]()
     compiler = SimpleNamespace(compile_json_schema=compile_format, compile_regex=compile_format)
     checker = cast(Checker, SimpleNamespace(check=lambda kind, source: None, close=lambda: None))
     formats = Formats(checker, compiler)
-    native = cast(Native, FakeNative())
-    meter = Meter(4096, native.load)
+    meter = Meter(4096, turbomind.load)
     batching = Batching(
-        native,
+        cast(Native, turbomind),
         formats,
         meter,
         end_ids=VOCABULARY.end_ids,
@@ -143,17 +90,10 @@ async def staged(
         before_events=lambda: None,
     )
     feeding = asyncio.create_task(batching.feed())
-    yield Stage(batching, handles, events, meter, tick)
+    yield Stage(batching, turbomind, events, meter)
     feeding.cancel()
     await asyncio.gather(feeding, return_exceptions=True)
     formats.close()
-
-
-def run_of(run_id: int, *, prompt: bytes = b"ab", stream: bool = False, seed: int = 5, **changes: Any) -> Run:
-    given = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0, "max_new_tokens": 8}
-    parameters = types_pb2.ResolvedParameters(**(given | changes))
-    answer = Answer(parameters, VOCABULARY)
-    return Run(run_id, run_id, 1, engine_pb2.PURPOSE_PRIMARY, tuple(prompt), parameters, seed, stream, answer)
 
 
 async def test_runs_enter_in_order_as_slots_become_free() -> None:
@@ -163,7 +103,7 @@ async def test_runs_enter_in_order_as_slots_become_free() -> None:
             stage.batching.submit(run_of(run_id))
         await stage.rest()
         before = [*stage.handles]
-        stage.handles[1].make("x" * 8, Status.FINISHED)
+        stage.handles[1].make("x" * 8, FINISHED)
         await stage.rest()
 
     assert (before, [*stage.handles]) == ([3, 1], [3, 1, 2])
@@ -178,7 +118,7 @@ async def test_the_head_waits_for_room_and_nothing_overtakes_it() -> None:
         stage.batching.submit(run_of(3, max_new_tokens=1))  # 1 block
         await stage.rest()
         before = [*stage.handles]
-        stage.handles[1].make("x" * 8, Status.FINISHED)
+        stage.handles[1].make("x" * 8, FINISHED)
         await stage.rest()
 
     assert (before, [*stage.handles]) == ([1], [1, 2, 3])
@@ -200,7 +140,7 @@ async def test_a_run_that_is_not_streamed_is_reported_once_with_every_token() ->
     async with staged() as stage:
         stage.batching.submit(run_of(1))
         await stage.rest()
-        stage.handles[1].make([*b"hey", END], Status.FINISHED)
+        stage.handles[1].make([*b"hey", END], FINISHED)
         await stage.rest()
 
     output = stage.output(1)
@@ -220,7 +160,7 @@ async def test_a_streamed_runs_tokens_come_as_they_are_made() -> None:
         stage.handles[1].make("b")
         stage.handles[1].make("c")
         await stage.rest()
-        stage.handles[1].make("defgh", Status.FINISHED)
+        stage.handles[1].make("defgh", FINISHED)
         await stage.rest()
 
     assert [event.tokens.text for event in stage.of(1, "tokens")] == ["a", "bc", "defgh"]
@@ -236,7 +176,7 @@ async def test_an_answer_that_ends_here_stops_turbomind() -> None:
         stage.handles[1].make("ab!cd")
         await stage.rest()
         handed_over, cancelled = [*stage.handles], stage.handles[1].cancelled
-        stage.handles[1].make("e", Status.CANCELLED)
+        stage.handles[1].make("e", CANCELLED)
         await stage.rest()
 
     assert (stage.output(1).text, stage.output(1).matched_stop) == ("ab", "!")
@@ -266,7 +206,7 @@ async def test_a_cancelled_run_is_silent() -> None:
             stage.batching.cancel(run_id)
         stage.handles[1].make("late")
         await stage.rest()
-        stage.handles[1].make("later", Status.CANCELLED)
+        stage.handles[1].make("later", CANCELLED)
         await stage.rest()
 
     assert [event.WhichOneof("event") for event in stage.events if event.run_id == 1] == ["started"]
@@ -277,11 +217,11 @@ async def test_a_cancelled_run_is_silent() -> None:
 @pytest.mark.parametrize(
     ("status", "text"),
     [
-        (Status.OUT_OF_MEMORY, "no room for the run in its KV cache"),
-        (Status.FAILED, "had an internal error"),
-        (Status.TOO_LONG, "longer than its context"),
-        (Status.CANCELLED, "by itself"),
-        (Status.FINISHED, "before the answer was complete"),
+        (11, "no room for the run in its KV cache"),
+        (5, "had an internal error"),
+        (6, "longer than its context"),
+        (CANCELLED, "by itself"),
+        (FINISHED, "before the answer was complete"),
         (77, "with status 77"),
     ],
 )
@@ -305,7 +245,7 @@ async def test_logprobs_are_those_that_were_drawn_from() -> None:
         stage.batching.submit(run_of(1, logprobs=2, max_new_tokens=2))
         await stage.rest()
         stage.handles[1].rows = [{98: -0.5, 99: -1.0, 97: -1.0, 0: -np.inf}, {97: 0.0}]
-        stage.handles[1].make("ca", Status.FINISHED)
+        stage.handles[1].make("ca", FINISHED)
         await stage.rest()
 
     first, second = stage.output(1).logprobs
@@ -321,7 +261,7 @@ async def test_a_token_without_a_logprob_fails_the_run_alone() -> None:
         await stage.rest()
         stage.handles[1].rows = [{98: 0.0}]
         stage.handles[1].make("a")
-        stage.handles[2].make("x" * 8, Status.FINISHED)
+        stage.handles[2].make("x" * 8, FINISHED)
         await stage.rest()
 
     assert "no logprob for the token 97" in stage.failure(1).message
@@ -387,7 +327,7 @@ async def test_a_prompt_of_one_token_waits_for_all_pieces_of_a_long_one() -> Non
         for _ in range(3):
             await asyncio.sleep(0.01)
             assert [*stage.handles] == [1]
-            stage.tick[0] += 1
+            stage.native.tick += 1
         await stage.until(lambda: 2 in stage.handles)
 
 
@@ -417,12 +357,12 @@ async def test_a_runs_account_is_taken_when_it_leaves() -> None:
         for run_id in (1, 2, 3):
             stage.batching.submit(run_of(run_id, stop=["b"] if run_id == 2 else [], max_new_tokens=3))
         await stage.rest()
-        stage.handles[1].make("xyz", Status.FINISHED)
+        stage.handles[1].make("xyz", FINISHED)
         stage.handles[2].make("ab")
         await stage.rest()
-        stage.handles[2].make("", Status.CANCELLED)
+        stage.handles[2].make("", CANCELLED)
         stage.batching.cancel(3)
-        stage.handles[3].make("x", Status.CANCELLED)
+        stage.handles[3].make("x", CANCELLED)
         await stage.rest()
         found = {each.name: each.value for metric in stage.meter.collect(None) for each in metric.samples if not each.labels}
 

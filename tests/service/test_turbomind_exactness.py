@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import struct
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,46 +25,11 @@ from service.engines.turbomind.exactness import Exactness, table
 from service.engines.turbomind.kernels import Manifest, Permit, Product
 from service.engines.turbomind.native import Native
 from service.engines.turbomind.options import BLOCK_TOKENS, PIECE_TOKENS
-from service.engines.turbomind.overrides import REQUIRED, Counters, Mode, NoOverrides, Overrides, Shape
+from service.engines.turbomind.overrides import Mode, NoOverrides, Overrides, Shape
 from service.engines.turbomind.probe import KernelProof
-from tests.service.turbomind_kit import CONFIG, GPU, HEAD, LAYER, TAIL, folder, not_installed, without
+from tests.service.turbomind_kit import CONFIG, GPU, HEAD, LAYER, TAIL, FakeOverrides, folder, not_installed, without
 
 NATIVE = cast(Native, SimpleNamespace())
-
-
-class FakeOverrides:
-    """The methods that exactness uses."""
-
-    def __init__(self, shapes: Mapping[Shape, int], calls: int = 1, uncovered_n: int = 0) -> None:
-        self._shapes, self._uncovered_n = shapes, uncovered_n
-        self.counters = Counters(dict.fromkeys(REQUIRED, calls), 0, 0)
-        self.served: dict[tuple[int, ...], Sequence[int]] = {}
-        self.ignores_kernels = False
-        self.modes: list[Mode] = []
-        self.permitted: dict[Shape, tuple[int, ...]] = {}
-        self.preferred: list[tuple[Shape, int, bytes]] = []
-        self.omitted: frozenset[str] = frozenset()
-
-    def open(self) -> tuple[int, str]:
-        return 130100, "/somewhere/libcublasLt.so.13"
-
-    def shapes(self) -> Mapping[Shape, int]:
-        return self._shapes
-
-    def permit(self, shape: Shape, algorithms: tuple[int, ...]) -> None:
-        self.permitted[shape] = algorithms
-
-    def prefer(self, shape: Shape, n: int, code: bytes) -> None:
-        self.preferred.append((shape, n, code))
-
-    def covers(self, shape: Shape, n: int) -> bool:
-        return n != self._uncovered_n
-
-    def mode(self, mode: Mode) -> None:
-        self.modes.append(mode)
-
-    def kernels(self, permitted: dict[tuple[int, ...], Sequence[int]]) -> None:
-        self.served = permitted
 
 
 def proved(
@@ -262,13 +227,7 @@ def started(
     monkeypatch.setattr(probe, "prove_pieces", lambda *_: "")
     monkeypatch.setattr(probe, "prove_kernels", lambda *_: proof)
     overrides = overrides or FakeOverrides({HEAD: 1})
-
-    def first_run(*_: object) -> float:
-        if overrides.served and not overrides.ignores_kernels:
-            overrides.counters = dataclasses.replace(overrides.counters, pinned=overrides.counters.pinned + 1)
-        return 0.0
-
-    monkeypatch.setattr(probe, "first_run", first_run)
+    monkeypatch.setattr(probe, "first_run", lambda *_: overrides.serve())
     without(monkeypatch, "TM_GEMM_IMPORT", "TM_GEMM_EXPORT", "TM_GEMM_TUNE")
     read = model.read(folder(tmp_path, CONFIG | dict(config)))
     exactness = Exactness(TurbomindOptions(model=tmp_path, state_dir=tmp_path), read, cast(Overrides, overrides))

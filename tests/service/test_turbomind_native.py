@@ -19,9 +19,9 @@ from service.engines.turbomind.native import Account, Load, Native, Progress, im
 from service.engines.turbomind.options import PIECES_TOKENS, STEP_CONTEXT_TOKENS, TurbomindOptions
 from service.engines.turbomind.probe import first_run
 from service.engines.turbomind.request import Request
+from tests.service.turbomind_kit import MODEL
 
 Ring = Callable[[], None]
-MODEL = Model(Path("/models/tiny"), 4096, 300, 2, 2, 2, 16, "none", 0, 1, frozenset({2}), "0" * 64)
 REQUEST = Request(8, 0, 40, 0.9, 0.0, 0.7, 1.1, 2**64 - 1, (2,), (2, 5), (7,), 3, True)
 
 

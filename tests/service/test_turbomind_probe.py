@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,21 +12,20 @@ import pytest
 from service.engines.turbomind import TurbomindOptions, engine, probe
 from service.engines.turbomind.exactness import Exactness
 from service.engines.turbomind.kernels import Product
-from service.engines.turbomind.native import Account, Load, Native, Progress, Status
+from service.engines.turbomind.native import FINISHED, Native
 from service.engines.turbomind.options import PIECE_TOKENS
 from service.engines.turbomind.overrides import Counters, Overrides, Resume
 from service.engines.turbomind.probe import KernelProof, prove_kernels, prove_pieces, prove_prefix_cache
-from tests.service.test_turbomind_native import MODEL
-
-BLOCK = 64
+from service.engines.turbomind.request import Request
+from tests.service.turbomind_kit import MODEL, FakeHandle, FakeNative
 
 
 @dataclass
-class FakeTurboMind:
-    """Caches whole blocks, and calls the override for every prompt if `calls_override`."""
+class FakeTurboMind(FakeNative):
+    """Ends every run at once, and is its own overrides. Calls the override for every prompt if `calls_override`."""
 
-    calls_override: bool = True
     caches: bool = True
+    calls_override: bool = True
     late: int = 0
     """The first prompts that do not find cached blocks."""
     prompt_shift: int = 0
@@ -45,13 +44,11 @@ class FakeTurboMind:
     piece_tokens: int = 0
     cuts: int = 0
     strays: int = 0
-    vocabulary_size: int = 300
     mode: Resume = Resume.UNWATCHED
     resumed: tuple[int, int] = (0, 0)
     modes: list[Resume] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
     _calls: int = 0
-    _seen: set[tuple[int, ...]] = field(default_factory=set)
 
     @property
     def counters(self) -> Counters:
@@ -63,36 +60,34 @@ class FakeTurboMind:
     def kernels(self, served: dict[tuple[int, ...], list[int]]) -> None:
         self.served = served
 
-    def resume(self, mode: Resume) -> None:
-        self.mode = mode
-        self.modes.append(mode)
+    def resume(self, what: Any) -> Any:
+        """As TurboMind with a prompt; as the overrides with a mode."""
+        if isinstance(what, tuple):
+            return super().resume(what)
+        self.mode = what
+        self.modes.append(what)
+        return None
 
-    def start(self, run_id: int, ids: Sequence[int], request: object, grammar: object, change: Callable[[], None]) -> Any:
-        whole = [tuple(ids[:end]) for end in range(BLOCK, len(ids) + 1, BLOCK)]
-        found = min(BLOCK * sum(block in self._seen for block in whole), len(ids) - 1) if self.caches else 0
+    def start(
+        self, run_id: int, ids: Sequence[int], request: Request, grammar: object, change: Callable[[], None]
+    ) -> FakeHandle:
+        handle = super().start(run_id, ids, request, grammar, change)
+        found = handle.account.cached
         if found and self.late:
             self.late, found = self.late - 1, 0
-        self._seen.update(whole)
         self.prompts.append(len(ids))
         self._calls += self.calls_override
         if self.calls_override and self.mode != Resume.UNWATCHED:
             self.resumed = len(ids) + self.prompt_shift, found + self.resume_shift
         self.step = (1, 0, 0) if self.misreads else (0, len(ids), len(ids))
         self.cuts += (self.pieces_seen - 1) * bool(self.piece_tokens and len(ids) > self.piece_tokens + 1)
-        rounds = "".join(self.rounding[row] for rows in self.served.values() for row in rows[:1])
-        answer = f"{len(ids)} {rounds} {run_id if '?' in rounds else ''}".encode()
         corrected = self.mode == Resume.CORRECT and not self.ignores_override and len(ids) - found == 1
-        account = Account(1.0, 1.0, found - corrected)
-        news = [Progress(Status.FINISHED, len(ids) + 1)]
-        change()
-        logprobs = SimpleNamespace(tobytes=lambda: answer)
-        return SimpleNamespace(
-            poll=lambda: news.pop() if news else None, account=account, ids=lambda first, last: [first],
-            logprobs=lambda index: (logprobs, logprobs),
-        )  # fmt: skip
-
-    def load(self) -> Load:
-        return Load(1, 0.01, 0, 0, 0.0)
+        handle.account = replace(handle.account, cached=found - corrected)
+        rounds = "".join(self.rounding[row] for rows in self.served.values() for row in rows[:1])
+        answer = hash((len(ids), rounds, run_id if "?" in rounds else 0)) % 2**31
+        handle.rows = [{answer: 0.0}] * request.max_new_tokens
+        handle.make([answer] * request.max_new_tokens, FINISHED)
+        return handle
 
 
 def proof(turbomind: FakeTurboMind) -> str:
@@ -143,7 +138,7 @@ def test_two_starts_leave_no_common_prompt_in_the_cache() -> None:
     proof(first)
     proof(second)
 
-    assert not first._seen & second._seen
+    assert not first.blocks & second.blocks
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from service.engines.base import Events, Run
 from service.engines.llama import LlamaOptions
 from service.engines.llama.library import Row, library
 from service.engines.llama.model import LlamaVocabulary
-from service.engines.llama.sampling import Grammar, GrammarLost, NoTokenAllowed, Sampler, fold_seed, source_of, token_logprobs
+from service.engines.llama.sampling import Grammar, Sampler, fold_seed, source_of, token_logprobs
 
 PIECE = 64
 """Prompt tokens of a run that are computed in one step; the last piece may be shorter."""
@@ -148,12 +148,11 @@ class Batching:
     ) -> None:
         self._library, self._context, self._vocabulary, self._options = library(), context, vocabulary, options
         self._commands, self._post = commands, post
-        self._waiting: dict[int, Run] = {}
+        self._waiting: dict[int, tuple[Run, Future[Sampler] | None]] = {}
+        """By run id. The sampler of a run with a grammar is made in the compiler's thread."""
         self._compiler = ThreadPoolExecutor(1, "grammar")
         self._compiled: tuple[tuple[str, bytes], Grammar] | None = None
         """The newest grammar, before its first token."""
-        self._compiling: dict[int, Future[Sampler]] = {}
-        """By run id: of waiting runs with a grammar."""
         self._active: dict[int, _Active] = {}
         self._free = list(range(options.runs))
         self._prefixes = Prefixes(options.runs, enabled=prefix_cache)
@@ -165,7 +164,7 @@ class Batching:
                 self._step()
             except Exception as error:  # noqa: BLE001  # the error cannot be attributed to one run
                 _log.exception("a step failed")
-                self._fail_all(str(error) or type(error).__name__)
+                self._fail_all(error)
         for active in tuple(self._active.values()):
             self._release(active)
         for run_id in tuple(self._waiting):
@@ -184,9 +183,9 @@ class Batching:
             if command is None:
                 return False
             if isinstance(command, Run):
-                self._waiting[command.run_id] = command
-                if command.parameters.HasField("response_format"):
-                    self._compiling[command.run_id] = self._compiler.submit(self._sampler, command)
+                constrained = command.parameters.HasField("response_format")
+                made = self._compiler.submit(self._sampler, command) if constrained else None
+                self._waiting[command.run_id] = command, made
             elif (active := self._active.get(command)) is not None:
                 self._release(active)
             else:
@@ -194,8 +193,7 @@ class Batching:
 
     def _forget(self, run_id: int) -> None:
         """A waiting run was cancelled."""
-        self._waiting.pop(run_id, None)
-        compiling = self._compiling.pop(run_id, None)
+        _, compiling = self._waiting.pop(run_id, (None, None))
         if compiling is not None and not compiling.cancel():
             compiling.add_done_callback(lambda made: None if made.exception() else made.result().close())
 
@@ -219,16 +217,14 @@ class Batching:
     def _admit(self, events: Events) -> None:
         """Give free slots to waiting runs. The lowest slot first: only neighbouring slots are computed together."""
         while self._waiting and self._free:
-            run = next(iter(self._waiting.values()))
-            compiling = self._compiling.get(run.run_id)
+            run, compiling = next(iter(self._waiting.values()))
             if compiling is not None and self._active and not compiling.done():
                 return
             del self._waiting[run.run_id]
-            self._compiling.pop(run.run_id, None)
             try:
                 sampler = self._sampler(run) if compiling is None else compiling.result()
             except Exception as error:  # noqa: BLE001  # any error here concerns this run only
-                events.append(run.failed(str(error) or type(error).__name__))
+                events.append(run.failed(error))
             else:
                 self._active[run.run_id] = _Active(run, heapq.heappop(self._free), sampler)
 
@@ -303,23 +299,23 @@ class Batching:
             active.generated += 1
             logprobs = token_logprobs(logits, token_id, parameters.logprobs) if parameters.HasField("logprobs") else None
             complete = run.answer.accept(token_id, logprobs)
-        except (GrammarLost, NoTokenAllowed, ValueError) as error:
+        except ValueError as error:
             self._release(active)
-            events.append(run.failed(str(error)))
+            events.append(run.failed(error))
             return
         events += run.new_tokens()
         if complete:
             self._release(active)
             events.append(run.finished(fold_seed(run.seed), types_pb2.LOGPROB_KIND_RAW, active.cached))
 
-    def _fail_all(self, reason: str) -> None:
+    def _fail_all(self, error: Exception) -> None:
         """Fail all runs that have slots, and clear the memory: it is unknown what the failed step has written."""
         actives = tuple(self._active.values())
         for active in actives:
             self._release(active)
         for slot in self._free:
             self._clear(slot)
-        self._post([active.run.failed(reason) for active in actives])
+        self._post([active.run.failed(error) for active in actives])
 
     def _release(self, active: _Active) -> None:
         """Free the run's slot, keeping the pieces that `Prefixes` holds."""

@@ -17,9 +17,10 @@ from service.engines.base import EngineUnusable, Events, Run
 from service.engines.grammars import Checker
 from service.engines.llama import LlamaOptions, sampling
 from service.engines.llama.batching import PIECE, PREFILL_STEP, Batching, Command
+from service.engines.llama.lark import SEPARATORS
 from service.engines.llama.library import library
 from service.engines.llama.model import load_model, packaged_model
-from service.engines.llama.sampling import ORDER, PENALTY_WINDOW, SEPARATORS, Grammar, source_of
+from service.engines.llama.sampling import ORDER, PENALTY_WINDOW, Grammar, source_of
 
 BLOCK_TOKENS = 64
 """The unit of Capacity. Memory is allocated by the slot."""
@@ -51,11 +52,9 @@ class LlamaEngine:
         self._thread: threading.Thread | None = None
         self._closing = threading.Lock()
         self._closed = False
-        try:
-            self._context = self._new_context()
-        except EngineUnusable:
-            c.llama_model_free(model.handle)
-            raise
+        if options.context_tokens > (most := c.llama_model_n_ctx_train(model.handle)):
+            raise EngineUnusable(f"--context-tokens must be at most {most} for {model.path.name}, is {options.context_tokens}")
+        self._context = self._library.new_context(model.handle, options)
         self._checker = Checker(sampling.__name__, str(model.path))
         Grammar(self.vocabulary, "regex", b"a").close()  # llguidance prepares once for a vocabulary, which takes a moment
         atexit.register(self._stop)  # otherwise the process would end while a thread is inside llama.cpp
@@ -146,10 +145,3 @@ class LlamaEngine:
             self._library.c.llama_free(self._context)
             self._library.c.llama_model_free(self._model.handle)
             atexit.unregister(self._stop)
-
-    def _new_context(self) -> int:
-        options, most = self._options, self._library.c.llama_model_n_ctx_train(self._model.handle)
-        if options.context_tokens > most:
-            name = self._model.path.name
-            raise EngineUnusable(f"--context-tokens must be at most {most} for {name}, is {options.context_tokens}")
-        return self._library.new_context(self._model.handle, options)

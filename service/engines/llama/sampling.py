@@ -11,7 +11,6 @@ for some tokens, by this module as the child of a `Checker`.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import random
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 from ostinato.v1 import types_pb2
 
 from service.engines.grammars import Limits, cannot_be_obeyed, serve
-from service.engines.llama.lark import lark_of
+from service.engines.llama.lark import lark_of, on_one_line
 from service.engines.llama.library import CANDIDATE, library
 from service.engines.llama.model import LlamaVocabulary
 from service.strict_json import schema_of
@@ -39,8 +38,6 @@ PENALTY_WINDOW = 64
 """The repetition penalty applies to the last tokens, prompt included: this many."""
 ORDER = "grammar, forbidden, penalty, top_k, top_p, min_p, temperature, draw"
 """A field of the fingerprint."""
-SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON is written on one line, as by json.dumps: with free white space a small model may never leave it."""
 WALKS, WALK_TOKENS = 3, 48
 """How often a grammar is followed, and for how many tokens each time."""
 LIMITS = Limits(seconds=0.5, memory_bytes=512 << 20, doing=f"compile and to follow for {WALK_TOKENS} tokens")
@@ -51,10 +48,6 @@ _ERRORS_ONLY = 1
 _QUOTED_LINE = re.compile(r"\d+ \| ")
 
 Logits = NDArray[np.float32]
-
-
-class NoTokenAllowed(Exception):
-    """The grammar and the forbidden tokens together leave no token."""
 
 
 class Sampler:
@@ -80,7 +73,7 @@ class Sampler:
         self._chain = library().chain(parameters, seed)
 
     def draw(self, logits: Logits, generated: int) -> int:
-        """The next token, after `generated` others. Raises NoTokenAllowed, GrammarLost, and ValueError for infinite logits."""
+        """The next token, after `generated` others. Raises ValueError if there is none, or the logits are infinite."""
         ids = self._allowed(generated)
         values = self._penalised(logits)[ids]
         highest = values.max()
@@ -110,7 +103,7 @@ class Sampler:
         allowed[self._forbidden_at_first if generated < self._min else self._forbidden] = False
         ids = np.flatnonzero(allowed)
         if not len(ids):
-            raise NoTokenAllowed("no token may come next: all that the grammar allows is forbidden by other parameters")
+            raise ValueError("no token may come next: all that the grammar allows is forbidden by other parameters")
         return ids
 
     def _penalised(self, logits: Logits) -> Logits:
@@ -157,7 +150,7 @@ def token_logprobs(logits: Logits, token_id: int, top: int) -> types_pb2.TokenLo
 # Grammars
 
 
-class GrammarLost(Exception):
+class GrammarLost(ValueError):
     """llguidance has failed and would allow every token."""
 
 
@@ -213,14 +206,13 @@ def source_of(response_format: types_pb2.ResponseFormat) -> tuple[str, bytes]:
                 raise ValueError(
                     f"has an object with {most} optional properties, at most {OPTIONAL_PROPERTIES_MAX} are allowed"
                 )
-            # A schema's own x-guidance takes precedence.
-            return "json", json.dumps({"x-guidance": SEPARATORS} | schema).encode()
+            return "json", on_one_line(schema).encode()
         case "regex":
             return "regex", response_format.regex.encode()
         case "ebnf":
             return "lark", response_format.ebnf.encode()
         case _:
-            return "lark", lark_of(response_format.structural_tag, SEPARATORS).encode()
+            return "lark", lark_of(response_format.structural_tag).encode()
 
 
 def control_in(source: str, controls: Iterable[str]) -> str | None:
@@ -244,10 +236,6 @@ def _optional_properties(schema: dict[str, Any]) -> Iterator[int]:
             waiting += part
 
 
-class _ControlAllowed(Exception):
-    """A grammar allows a token that has no text and does not end the output."""
-
-
 class _Compiler:
     """In the child: compiles grammars and reads llguidance's messages."""
 
@@ -267,40 +255,39 @@ class _Compiler:
         self._tokens = 0
         if (control := control_in(source, self._vocabulary.controls)) is not None:
             return f"holds the text of a control token, {control}"
-        grammar = Grammar(self._vocabulary, kind, source.encode())
-        try:
-            if not grammar.allowed().any():
-                return "allows no answer"
-            for walk in range(WALKS):
-                with closing(grammar.copy()) as followed:
-                    self._follow(followed, walk)
-        except GrammarLost:
-            library().c.common_log_flush(library().c.common_log_main())
-            self._errors.seek(0)
-            reason = explanation(self._errors.read().decode(errors="replace"))
-            return f"{reason} (after {self._tokens} tokens)" if self._tokens else reason
-        except _ControlAllowed:
-            return "allows control tokens, which have no text"
-        finally:
-            grammar.close()
+        with closing(Grammar(self._vocabulary, kind, source.encode())) as grammar:
+            try:
+                if not grammar.allowed().any():
+                    return "allows no answer"
+                for walk in range(WALKS):
+                    with closing(grammar.copy()) as followed:
+                        if not self._follow(followed, walk):
+                            return "allows control tokens, which have no text"
+            except GrammarLost:
+                library().c.common_log_flush(library().c.common_log_main())
+                self._errors.seek(0)
+                reason = explanation(self._errors.read().decode(errors="replace"))
+                return f"{reason} (after {self._tokens} tokens)" if self._tokens else reason
         return None
 
-    def _follow(self, grammar: Grammar, walk: int) -> None:
+    def _follow(self, grammar: Grammar, walk: int) -> bool:
         """Follow the grammar by arbitrary tokens, always the same ones. The second walk and the third end strings early or at
-        once, and so reach more of a JSON schema. Raises GrammarLost."""
+        once, and so reach more of a JSON schema. False: it allows a token that has no text and does not end the output. Raises
+        GrammarLost."""
         chance = random.Random(walk)  # noqa: S311  # no secret
         for self._tokens in range(WALK_TOKENS):
             allowed = grammar.allowed()
             if not (ids := np.flatnonzero(allowed)).size:
-                return
+                break
             if allowed[self._controls].any():
-                raise _ControlAllowed
+                return False
             token_id = int(ids[chance.randrange(ids.size)])
             if self._quote is not None and allowed[self._quote] and 2 * chance.random() < walk:
                 token_id = self._quote
             if token_id in self._vocabulary.end_ids:
-                return
+                break
             grammar.accept(token_id)
+        return True
 
 
 def explanation(text: str) -> str:

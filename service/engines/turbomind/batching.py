@@ -19,13 +19,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from ostinato.errors import EngineFailed, OstinatoError, to_status
-from ostinato.v1 import engine_pb2, types_pb2
+from ostinato.errors import EngineFailed, OstinatoError
+from ostinato.v1 import types_pb2
 
 from service.engines.base import Events, Run
 from service.engines.turbomind.grammars import Formats
 from service.engines.turbomind.metrics import Meter
-from service.engines.turbomind.native import Handle, Native, Progress, Status, why
+from service.engines.turbomind.native import FINISHED, RUNNING, Handle, Native, Progress, why
 from service.engines.turbomind.options import PIECE_TOKENS
 from service.engines.turbomind.request import Request, request_of, token_logprobs
 
@@ -160,7 +160,7 @@ class Batching:
             request = request_of(run.parameters, run.seed, stream=run.stream, end_ids=self._end_ids)
             grammar: object = None
             if run.parameters.HasField("response_format"):
-                grammar = await self._grammar(run.parameters.response_format)
+                grammar = await self._formats.ready(run.parameters.response_format)
             one_token = len(run.token_ids) == 1
             if one_token:
                 await self._no_prompts()
@@ -172,14 +172,7 @@ class Batching:
             if not isinstance(error, OstinatoError):
                 _log.exception("a run cannot start")
             if self._waiting.pop(run.run_id, None) is not None:
-                self._on_events([_failed(run, error)])
-
-    async def _grammar(self, response_format: types_pb2.ResponseFormat) -> object:
-        """Raises EngineFailed with xgrammar's message. Prepare checks it too, but perhaps on another service."""
-        try:
-            return await self._formats.ready(response_format)
-        except ValueError as error:
-            raise EngineFailed(f"parameters.response_format {error}") from error
+                self._on_events([run.failed(error)])
 
     def _start(self, run: Run, request: Request, grammar: object, blocks: int) -> None:
         handle = self._native.start(run.run_id, run.token_ids, request, grammar, partial(self._notify, run.run_id))
@@ -229,13 +222,13 @@ class Batching:
         progress = active.handle.poll()
         if progress is None:
             return
-        ended = progress.status != Status.RUNNING
+        ended = progress.status != RUNNING
         if ended:
             self._release(active, progress)
         if not active.reporting:
             return
         run = active.run
-        if progress.status in (Status.RUNNING, Status.FINISHED):
+        if progress.status in (RUNNING, FINISHED):
             self._accept(active, progress.length)
             events += run.new_tokens()
         if run.answer.complete:
@@ -264,7 +257,7 @@ class Batching:
             _log.error("a run failed", exc_info=error)
         if active.reporting:
             active.reporting = False
-            events.append(_failed(active.run, error))
+            events.append(active.run.failed(error))
         active.handle.cancel()
 
     def _release(self, active: _Active, progress: Progress) -> None:
@@ -273,11 +266,5 @@ class Batching:
         self._slots += 1
         self._blocks += active.blocks
         made = max(0, progress.length - prompt)
-        succeeded = progress.status == Status.FINISHED or run.answer.complete
+        succeeded = progress.status == FINISHED or run.answer.complete
         self._meter.left(run.run_id, active.handle.account, prompt, made, succeeded=succeeded, now=time.time())
-
-
-def _failed(run: Run, error: Exception) -> engine_pb2.RunEvent:
-    if isinstance(error, OstinatoError):
-        return engine_pb2.RunEvent(run_id=run.run_id, failed=to_status(error))
-    return run.failed(str(error) or type(error).__name__)

@@ -24,7 +24,7 @@ from service.engines.base import EngineUnusable, Events, Run
 from service.engines.turbomind import host, model, probe
 from service.engines.turbomind.batching import Batching, block_bytes, blocks_needed, blocks_promised
 from service.engines.turbomind.exactness import Exactness
-from service.engines.turbomind.grammars import Formats, checker
+from service.engines.turbomind.grammars import Formats, checker, grammar_compiler
 from service.engines.turbomind.metrics import Meter
 from service.engines.turbomind.model import HuggingFaceVocabulary
 from service.engines.turbomind.native import Native, import_lmdeploy
@@ -72,6 +72,7 @@ class TurbomindEngine:
         self.fields, self.prefix_cache = fields, prefix_cache
         self.model_name, self.context_tokens = self.exactness.model.name, options.context_tokens
         self.piece_tokens = PIECE_TOKENS if self.exactness.overrides is not None else 0
+        self.chat, self.proof_seconds = vocabulary.chat, exactness.seconds
         self.capacity = engine_pb2.Capacity(runs=options.runs, kv_blocks=blocks, block_tokens=BLOCK_TOKENS)
         self._batching: Batching | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -81,16 +82,8 @@ class TurbomindEngine:
         self._closed = False
 
     @property
-    def chat(self) -> bool:
-        return self.vocabulary.chat
-
-    @property
     def ceiling(self) -> tuple[types_pb2.Grade.ValueType, str]:
         return self.exactness.ceiling
-
-    @property
-    def proof_seconds(self) -> float:
-        return self.exactness.seconds
 
     def check_format(self, response_format: types_pb2.ResponseFormat) -> None:
         """Any thread; waits for xgrammar."""
@@ -127,7 +120,9 @@ class TurbomindEngine:
         if self._batching is not None:
             self._batching.cancel_all()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._drained(self._batching), END_SECONDS)
+                async with asyncio.timeout(END_SECONDS):
+                    while len(self._batching):
+                        await asyncio.sleep(0.01)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -174,10 +169,6 @@ class TurbomindEngine:
             tick = now
         _log.critical("engine stalled", extra={"why": f"TurboMind has work and has made no step for {STALL_SECONDS:g} s"})
         self._end_process(FAILED)
-
-    async def _drained(self, batching: Batching) -> None:
-        while len(batching):
-            await asyncio.sleep(0.01)
 
     def _free(self, ended: threading.Event) -> None:
         try:
@@ -233,15 +224,11 @@ def load(options: TurbomindOptions) -> TurbomindEngine:
             "exact": "on" if options.exact else "off",
             "request_rules": RULES,
         }
-        formats = _formats(native, vocabulary)
+        tokens = vocabulary.pieces, vocabulary.end_ids
+        formats = Formats(checker(host.turbomind_library(), *tokens), grammar_compiler(native.tm, *tokens))
     return TurbomindEngine(
         options, native, vocabulary, exactness, formats, blocks=blocks, fields=fields, prefix_cache=prefix_cache
     )
-
-
-def _formats(native: Native, vocabulary: HuggingFaceVocabulary) -> Formats:
-    given = vocabulary.pieces, vocabulary.end_ids
-    return Formats(checker(host.turbomind_library(), *given), native.grammar_compiler(*given))
 
 
 def _model(options: TurbomindOptions, described: model.Model, exactness: Exactness) -> tuple[Native, float, bool]:

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ostinato.errors import EngineFailed
 from ostinato.v1 import types_pb2
 
 from service.engines.grammars import Checker, Limits, cannot_be_obeyed, serve
@@ -77,8 +78,11 @@ class Formats:
         self._compiled(response_format).result()
 
     async def ready(self, response_format: types_pb2.ResponseFormat) -> object:
-        """The compiled grammar for `Native.start`. Raises ValueError as `check` does."""
-        return await asyncio.shield(asyncio.wrap_future(self._compiled(response_format)))
+        """The compiled grammar for `Native.start`. Raises EngineFailed: `check` may have run in another service."""
+        try:
+            return await asyncio.shield(asyncio.wrap_future(self._compiled(response_format)))
+        except ValueError as error:
+            raise EngineFailed(f"parameters.response_format {error}") from error
 
     def _compiled(self, response_format: types_pb2.ResponseFormat) -> Future[Any]:
         key = source_of(response_format)

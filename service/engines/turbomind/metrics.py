@@ -8,7 +8,7 @@ docs/operations.md lists them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -78,18 +78,14 @@ class Meter:
         tokens = [value for power in range(8) for value in (10**power, 2 * 10**power, 5 * 10**power) if value <= context_tokens]
         self._prompt = Counter("lmdeploy_prompt_tokens", "Prompt tokens of runs that have left.", registry=own)
         self._generated = Counter("lmdeploy_generation_tokens", "Tokens made for runs that have left.", registry=own)
-        self._prompt_of_run = Histogram(
-            "lmdeploy_request_prompt_tokens", "Prompt tokens of a run that succeeded.", registry=own, buckets=tokens
-        )
-        self._generated_of_run = Histogram(
-            "lmdeploy_request_generation_tokens", "Tokens made for a run that succeeded.", registry=own, buckets=tokens
-        )
-        self._queue = Histogram(
-            "lmdeploy_request_queue_time_seconds", "From TurboMind's queue to its first step.", registry=own, buckets=SECONDS
-        )
-        self._inference = Histogram(
-            "lmdeploy_request_inference_time_seconds", "From a run's first step to its end.", registry=own, buckets=SECONDS
-        )
+
+        def histogram(name: str, what: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(f"lmdeploy_request_{name}", what, registry=own, buckets=buckets)
+
+        self._prompt_of_run = histogram("prompt_tokens", "Prompt tokens of a run that succeeded.", tokens)
+        self._generated_of_run = histogram("generation_tokens", "Tokens made for a run that succeeded.", tokens)
+        self._queue = histogram("queue_time_seconds", "From TurboMind's queue to its first step.", SECONDS)
+        self._inference = histogram("inference_time_seconds", "From a run's first step to its end.", SECONDS)
         self.preemptions = Preemptions(load)
         """Must stay 0."""
         self._ends = {"succeeded": 0, "failed": 0}
@@ -120,40 +116,34 @@ class Meter:
     def collect(self, overrides: Overrides | None) -> Iterator[Metric]:
         """Any thread."""
         load = self._load()
-        yield GaugeMetricFamily("ostinato_engine_kv_usage_ratio", "Part of the KV cache's memory in use.", value=load.usage)
-        yield CounterMetricFamily("ostinato_engine_steps", "Steps of the engine's scheduler.", value=load.tick)
-        yield CounterMetricFamily(
-            "ostinato_engine_preemptions",
-            "Runs that TurboMind took out of its batch, as far as observed.",
-            value=self.preemptions.count,
-        )
-        if overrides is not None:
-            yield from _of_overrides(overrides)
         yield from self._own.collect()
-        yield CounterMetricFamily(
-            "lmdeploy_cached_tokens", "Prompt tokens that came from the prefix cache.", value=self.cached_tokens
-        )
+        counted: list[tuple[str, str, int]] = []
+        if overrides is not None:
+            counters = overrides.counters
+            calls = CounterMetricFamily("ostinato_engine_override_calls", "Calls that an override served.", labels=["override"])
+            for override, count in counters.calls.items():
+                calls.add_metric([override], count)
+            yield calls
+            counted = [
+                ("override_plans", "Products planned, by number of tokens.", counters.plans),
+                ("override_corrected", "Prompts of which two tokens were computed, not one.", counters.corrected),
+                ("override_uncovered", "Products that no permitted algorithm could serve.", counters.uncovered),
+            ]
+        counted += [
+            ("steps", "Steps of the engine's scheduler.", load.tick),
+            ("preemptions", "Runs that TurboMind took out of its batch, as far as observed.", self.preemptions.count),
+        ]
+        for name, text, count in counted:
+            yield CounterMetricFamily(f"ostinato_engine_{name}", text, value=count)
+        cached = "Prompt tokens that came from the prefix cache."
+        yield CounterMetricFamily("lmdeploy_cached_tokens", cached, value=self.cached_tokens)
         for name, text, value in (
-            ("requests_succeeded", "Runs that came to their end.", self._ends["succeeded"]),
-            ("requests_failed", "Runs that were cancelled or failed.", self._ends["failed"]),
-            ("requests_running", "Runs in TurboMind's batch.", load.active),
-            ("requests_waiting", "Runs that wait inside TurboMind.", load.waiting),
+            ("ostinato_engine_kv_usage_ratio", "Part of the KV cache's memory in use.", load.usage),
+            ("lmdeploy_num_requests_succeeded", "Runs that came to their end.", self._ends["succeeded"]),
+            ("lmdeploy_num_requests_failed", "Runs that were cancelled or failed.", self._ends["failed"]),
+            ("lmdeploy_num_requests_running", "Runs in TurboMind's batch.", load.active),
+            ("lmdeploy_num_requests_waiting", "Runs that wait inside TurboMind.", load.waiting),
+            ("lmdeploy_gpu_cache_usage_perc", "Part of the KV cache in use; 1 is all.", load.usage),
+            ("lmdeploy_prefix_cache_hit_rate", "Part of prompts found in the cache.", load.prefix_hits),
         ):
-            yield GaugeMetricFamily(f"lmdeploy_num_{name}", text, value=value)
-        yield GaugeMetricFamily("lmdeploy_gpu_cache_usage_perc", "Part of the KV cache in use; 1 is all.", value=load.usage)
-        yield GaugeMetricFamily("lmdeploy_prefix_cache_hit_rate", "Part of prompts found in the cache.", value=load.prefix_hits)
-
-
-def _of_overrides(overrides: Overrides) -> Iterator[Metric]:
-    counters = overrides.counters
-    calls = CounterMetricFamily("ostinato_engine_override_calls", "Calls that an override served.", labels=["override"])
-    for name, value in counters.calls.items():
-        calls.add_metric([name], value)
-    yield calls
-    yield CounterMetricFamily("ostinato_engine_override_plans", "Products planned, by number of tokens.", value=counters.plans)
-    yield CounterMetricFamily(
-        "ostinato_engine_override_corrected", "Prompts of which two tokens were computed, not one.", value=counters.corrected
-    )
-    yield CounterMetricFamily(
-        "ostinato_engine_override_uncovered", "Products that no permitted algorithm could serve.", value=counters.uncovered
-    )
+            yield GaugeMetricFamily(name, text, value=value)

@@ -11,14 +11,12 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 from service.engines.base import EngineUnusable
-from service.engines.turbomind.grammars import grammar_compiler
 from service.engines.turbomind.host import module
 from service.engines.turbomind.model import Model
 from service.engines.turbomind.options import BLOCK_TOKENS, TurbomindOptions
@@ -29,37 +27,24 @@ BESIDE_NEW = 2
 TurboMind ends a pass at the first prompt that does not fit its own limit, and takes the runs behind it out of the batch."""
 
 
-class Status(IntEnum):
-    """Of a run: `Request` in TurboMind's src/turbomind/engine/request.h."""
-
-    RUNNING = 0
-    INVALID = 1
-    CONFLICT = 2
-    FAILED = 5
-    TOO_LONG = 6
-    FINISHED = 7
-    CANCELLED = 8
-    INCONSISTENT = 9
-    NO_QUEUE = 10
-    OUT_OF_MEMORY = 11
-
-
+RUNNING, FINISHED = 0, 7
 _WHY = {
-    Status.INVALID: "TurboMind finds the run malformed",
-    Status.CONFLICT: "TurboMind has another run of this number",
-    Status.FAILED: "TurboMind had an internal error",
-    Status.TOO_LONG: "TurboMind finds the prompt longer than its context",
-    Status.FINISHED: "TurboMind ended the run before the answer was complete",
-    Status.CANCELLED: "TurboMind cancelled the run by itself",
-    Status.INCONSISTENT: "TurboMind finds the run inconsistent with its cache",
-    Status.NO_QUEUE: "TurboMind takes no runs any more",
-    Status.OUT_OF_MEMORY: "TurboMind has no room for the run in its KV cache",
+    1: "TurboMind finds the run malformed",
+    2: "TurboMind has another run of this number",
+    5: "TurboMind had an internal error",
+    6: "TurboMind finds the prompt longer than its context",
+    FINISHED: "TurboMind ended the run before the answer was complete",
+    8: "TurboMind cancelled the run by itself",
+    9: "TurboMind finds the run inconsistent with its cache",
+    10: "TurboMind takes no runs any more",
+    11: "TurboMind has no room for the run in its KV cache",
 }
+"""By status of a run: `Request` in TurboMind's src/turbomind/engine/request.h."""
 
 
 def why(status: int) -> str:
     """A status in words."""
-    return next((text for known, text in _WHY.items() if known == status), f"TurboMind ended the run with status {status}")
+    return _WHY.get(status, f"TurboMind ended the run with status {status}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +152,8 @@ class Native:
         """
         from lmdeploy import TurbomindEngineConfig, turbomind
 
-        self._tm: Any = turbomind._tm
+        self.tm: Any = turbomind._tm
+        """The module `_turbomind`."""
         config = TurbomindEngineConfig(
             dtype=options.dtype,
             model_format=options.model_format,
@@ -189,7 +175,7 @@ class Native:
                 "max_context_token_num": options.step_context_tokens + BESIDE_NEW * options.session_tokens,
                 "tune_layer_num": model.tuned_layers,
             }
-            with _engine_config(self._tm, own if options.exact else {}):
+            with _engine_config(self.tm, own if options.exact else {}):
                 self._engine: Any = turbomind.TurboMind.from_pretrained(str(model.path), engine_config=config)
         except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
             raise EngineUnusable(f"--model: TurboMind cannot load {model.path}: {type(error).__name__}: {error}") from error
@@ -201,7 +187,7 @@ class Native:
     ) -> Handle:
         """Starts a run. Runs begin in order of these calls. `on_change` is called in a thread of TurboMind, with the GIL,
         when there is a new state to poll, and never after the end."""
-        torch, tm = module("torch"), self._tm
+        torch, tm = module("torch"), self.tm
         instance = self._engine.model_comm.create_request()
         if grammar is not None:
             instance.set_grammar(grammar)
@@ -217,10 +203,6 @@ class Native:
         now = self._engine.model_comm.get_schedule_metrics(0)
         return Load(now.scheduler_tick, now.cache_usage, now.active_seqs, now.waiting_seqs, now.prefix_cache_hit_rate)
 
-    def grammar_compiler(self, pieces: Sequence[bytes], end_ids: Iterable[int]) -> Any:
-        """TurboMind's own xgrammar, for this vocabulary."""
-        return grammar_compiler(self._tm, pieces, end_ids)
-
     def close(self) -> None:
         """Waits for TurboMind's threads, which end with the last reference to it. Nothing may be called afterwards."""
         self._engine.close()
@@ -228,7 +210,7 @@ class Native:
         gc.collect()
 
     def _config(self, request: Request) -> Any:
-        made = self._tm.GenerationConfig()
+        made = self.tm.GenerationConfig()
         for name in (
             "max_new_tokens", "min_new_tokens", "top_k", "top_p", "min_p", "temperature", "repetition_penalty", "random_seed",
             "output_logprobs",

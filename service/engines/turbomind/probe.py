@@ -20,7 +20,7 @@ from ostinato.v1 import types_pb2
 
 from service.engines.base import EngineUnusable
 from service.engines.turbomind.kernels import Product, alike
-from service.engines.turbomind.native import Handle, Native, Status, why
+from service.engines.turbomind.native import FINISHED, RUNNING, Handle, Native, why
 from service.engines.turbomind.options import BLOCK_TOKENS, PIECE_TOKENS, PIECES_TOKENS, TurbomindOptions
 from service.engines.turbomind.overrides import PIECE, RESUME, Overrides, Resume
 from service.engines.turbomind.request import request_of
@@ -88,9 +88,9 @@ def finish(
             progress = handle.poll()
             if progress is None:
                 continue
-            if progress.status == Status.FINISHED:
+            if progress.status == FINISHED:
                 running.remove(handle)
-            elif progress.status != Status.RUNNING:
+            elif progress.status != RUNNING:
                 raise EngineUnusable(f"--engine turbomind fails its first runs: {why(progress.status)}")
         if not running:
             return handles
@@ -112,7 +112,9 @@ def prove_prefix_cache(native: Native, overrides: Overrides) -> str:
     why = _watched(native, overrides, text)
     if not why and RESUME not in overrides.omitted:
         overrides.resume(Resume.CORRECT)
-        why = _corrected(native, text)
+        for length, expected in CORRECTED:
+            if not why and (found := _cached(native, text[:length])) != expected:
+                why = f"with the override resume {_taken(found, length, expected)}"
     if why:
         overrides.resume(Resume.UNWATCHED)
     return why
@@ -132,7 +134,7 @@ def _watched(native: Native, overrides: Overrides, text: Sequence[int]) -> str:
     for length, expected in WATCHED:
         found = _cached(native, text[:length])
         if found != expected:
-            return f"TurboMind took {found} of {length} prompt tokens from its cache, not {expected}"
+            return _taken(found, length, expected)
         if (seen := overrides.resumed) != (length, expected):
             return _differs(length, expected, seen)
     return ""
@@ -142,12 +144,8 @@ def _differs(length: int, cached: int, seen: tuple[int, int]) -> str:
     return f"of a prompt of {length} tokens, {cached} of them cached, the override resume reads {seen[0]} and {seen[1]}"
 
 
-def _corrected(native: Native, text: Sequence[int]) -> str:
-    for length, expected in CORRECTED:
-        found = _cached(native, text[:length])
-        if found != expected:
-            return f"with the override resume TurboMind took {found} of {length} prompt tokens from its cache, not {expected}"
-    return ""
+def _taken(found: int, length: int, expected: int) -> str:
+    return f"TurboMind took {found} of {length} prompt tokens from its cache, not {expected}"
 
 
 def prove_pieces(native: Native, overrides: Overrides, options: TurbomindOptions) -> str:

@@ -13,7 +13,7 @@ What TurboMind would misread is handled here:
 
 from __future__ import annotations
 
-import struct
+from ctypes import c_float
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,28 +69,17 @@ def request_of(given: types_pb2.ResolvedParameters, seed: int, *, stream: bool, 
         top_k=1 if greedy else given.top_k,
         top_p=1.0 if greedy else given.top_p,
         min_p=0.0 if greedy else given.min_p,
-        temperature=ALMOST_ONE if greedy or _float32(given.temperature) == 1 else given.temperature,
+        temperature=ALMOST_ONE if greedy or c_float(given.temperature).value == 1 else given.temperature,
         repetition_penalty=given.repetition_penalty,
         random_seed=seed,
         eos_ids=tuple(sorted(end_ids) + [each for each in given.stop_token_ids if each not in end_ids])[:IDS_MAX]
         or (NO_TOKEN,),
         stop_ids=tuple(stops) if knows else (),
-        bad_ids=_bad_ids(given, end_ids),
+        # The caller's forbidden tokens; and, if ends are to be ignored, as many of the model's ends as there is room for.
+        bad_ids=(*given.bad_token_ids, *(sorted(end_ids - set(given.bad_token_ids)) if given.ignore_eos else ()))[:IDS_MAX],
         output_logprobs=max(1, given.logprobs) if given.HasField("logprobs") else 0,
         each_step=stream or bool(given.stop) or (bool(stops) and not knows),
     )
-
-
-def _bad_ids(given: types_pb2.ResolvedParameters, end_ids: frozenset[int]) -> tuple[int, ...]:
-    """The caller's forbidden tokens; and, if ends are to be ignored, as many of the model's ends as there is room for."""
-    ignored = sorted(end_ids - set(given.bad_token_ids)) if given.ignore_eos else []
-    return (*given.bad_token_ids, *ignored)[:IDS_MAX]
-
-
-def _float32(value: float) -> float:
-    """The value as the GPU has it. Parameters are bounded, so it fits."""
-    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
-    return rounded
 
 
 def token_logprobs(token_id: int, ids: Any, values: Any, top: int) -> types_pb2.TokenLogprobs | None:
