@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.registry import Collector
 
 from ostinato import enums, errors, tracing
-from ostinato.tracing import OFF, Kind
+from ostinato.tracing import OFF
 from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.base import Engine
@@ -77,7 +77,7 @@ def prepare_span(traceparent: str) -> tracing.Span:
     if not tracing.on():
         return OFF
     attributes = {"rpc.system.name": "grpc", "rpc.method": PREPARE}
-    return tracing.span(PREPARE, attributes, Kind.SERVER, _parent(traceparent))
+    return tracing.span(PREPARE, attributes, "SERVER", _parent(traceparent))
 
 
 def _parent(traceparent: str) -> tracing.Metadata:
@@ -103,7 +103,7 @@ class RunStatistics:
                 "ostinato.attempt": submit.attempt,
                 "ostinato.seed": str(submit.seed),
             }
-            self._run = tracing.span("run", attributes, Kind.SERVER, _parent(submit.traceparent))
+            self._run = tracing.span("run", attributes, "SERVER", _parent(submit.traceparent))
 
     def started(self, now: float) -> None:
         metrics = self._metrics

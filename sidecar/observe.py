@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ostinato import enums, errors, tracing
 from ostinato.errors import ProtocolViolation
-from ostinato.tracing import OFF, Kind, Span
+from ostinato.tracing import OFF, Span
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 
 from sidecar.collisions import choice_of
@@ -167,7 +167,7 @@ class Observer:
         if attempt > 1:
             item.span.event("submitted again", {"ostinato.attempt": attempt})
         attributes = {"ostinato.sequence": item.sequence, "ostinato.attempt": attempt, "ostinato.company": item.company}
-        item.stage = item.span.child("run", attributes, Kind.CLIENT)
+        item.stage = item.span.child("run", attributes, "CLIENT")
         return item.stage.traceparent
 
     def tokens(self, item: ActiveItem, count: int, now: float) -> None:
@@ -325,7 +325,7 @@ class Observer:
 
 def run_span(purpose: engine_pb2.Purpose.ValueType, sequence: int) -> Span:
     """The span of a second run, from when it is asked for."""
-    return tracing.span(enums.word(engine_pb2.Purpose, purpose).lower(), {"ostinato.sequence": sequence}, Kind.CLIENT)
+    return tracing.span(enums.word(engine_pb2.Purpose, purpose).lower(), {"ostinato.sequence": sequence}, "CLIENT")
 
 
 def _word(kind: types_pb2.EntryKind.ValueType) -> str:

@@ -19,10 +19,9 @@ import threading
 from asyncio import CancelledError
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from enum import Enum, auto
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeAlias
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias
 
 from ostinato import __version__, install_hint
 from ostinato.errors import Cancelled, OstinatoError
@@ -42,12 +41,8 @@ _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL
 _INT64 = range(-(2**63), 2**63)
 
 
-class Kind(Enum):
-    """Which side of a call a span is."""
-
-    INTERNAL = auto()
-    CLIENT = auto()
-    SERVER = auto()
+Kind: TypeAlias = Literal["INTERNAL", "CLIENT", "SERVER"]
+"""Which side of a call a span is."""
 
 
 class Span:
@@ -67,7 +62,7 @@ class Span:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
-    def child(self, name: str, attributes: Attributes | None = None, kind: Kind = Kind.INTERNAL) -> Span:
+    def child(self, name: str, attributes: Attributes | None = None, kind: Kind = "INTERNAL") -> Span:
         """Starts a span within this one."""
         return self
 
@@ -95,35 +90,38 @@ class Span:
 
 OFF = Span()
 
-_tracer: _Tracer | None = None
+_tracer: trace.Tracer | None = None
+_shutdown: Callable[[], None] | None = None
+"""Ends a provider that is ours."""
 
 
 def on() -> bool:
     return _tracer is not None
 
 
-def span(name: str, attributes: Attributes | None = None, kind: Kind = Kind.INTERNAL, parent: Metadata | None = None) -> Span:
+def span(name: str, attributes: Attributes | None = None, kind: Kind = "INTERNAL", parent: Metadata | None = None) -> Span:
     """Starts a span: within the current one, or within the span of a peer whose metadata is `parent`."""
-    return OFF if _tracer is None else _tracer.span(name, attributes, kind, parent)
+    return OFF if _tracer is None else _started(_tracer, name, attributes, kind, None if parent is None else _peer(parent))
 
 
 def call(method: str, attributes: Attributes | None = None) -> Span:
     """Starts the span of a call to a peer, such as "ostinato.v1.Engine/Prepare". Send the span's `metadata` with the call."""
-    if _tracer is None:
-        return OFF
-    return _tracer.span(method, {"rpc.system.name": "grpc", "rpc.method": method, **(attributes or {})}, Kind.CLIENT, None)
+    return span(method, {"rpc.system.name": "grpc", "rpc.method": method, **(attributes or {})}, "CLIENT")
 
 
 def current() -> Span:
     """The span that this task or thread has entered."""
-    return OFF if _tracer is None else _tracer.current()
+    if _tracer is None:
+        return OFF
+    from opentelemetry.trace import get_current_span
+
+    return _OtelSpan(_tracer, get_current_span())
 
 
 def start(target: str, service: str, instance: str, environ: Mapping[str, str]) -> None:
     """Exports spans to `target`, such as "otlp:http://host:port", or if that is empty, to the endpoint in OpenTelemetry's
     standard variables. Tracing stays off if neither is set. `service` and `instance` name the program, unless those variables
     do. Raises ValueError that names the bad flag or variable."""
-    global _tracer
     endpoint = _endpoint(target)
     if not (endpoint or _enabled_by(environ)) or environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return
@@ -131,7 +129,7 @@ def start(target: str, service: str, instance: str, environ: Mapping[str, str]) 
         if environ.get(name, "http/protobuf") != "http/protobuf":
             raise ValueError(f"{name}: {environ[name]!r} is not http/protobuf")
     try:
-        _tracer = _exporting(endpoint, service, instance)
+        _export(endpoint, service, instance)
     except ModuleNotFoundError as error:
         flag = "--traces" if endpoint else "OTEL_…"
         raise ValueError(f"{flag}: needs OpenTelemetry, but {error.name} is missing: {install_hint('tracing')}") from None
@@ -142,15 +140,17 @@ def use(provider: trace.TracerProvider | None = None) -> None:
     global _tracer
     from opentelemetry import trace
 
-    _tracer = _Tracer(provider or trace.get_tracer_provider())
+    _tracer = (provider or trace.get_tracer_provider()).get_tracer("ostinato", __version__)
 
 
 def stop(seconds: float = 1.0) -> None:
-    """Turns tracing off. Waits at most this long for spans to be exported."""
-    global _tracer
-    tracer, _tracer = _tracer, None
-    if tracer is not None:
-        tracer.close(seconds)
+    """Turns tracing off. Waits at most this long for spans to be exported: a collector may not answer."""
+    global _tracer, _shutdown
+    shutdown, _tracer, _shutdown = _shutdown, None, None
+    if shutdown is not None:
+        ending = threading.Thread(target=shutdown, name="traces-end", daemon=True)
+        ending.start()
+        ending.join(seconds)
 
 
 def _endpoint(target: str) -> str:
@@ -205,8 +205,8 @@ class _OtelSpan(Span):
     def traceparent(self) -> str:  # type: ignore[override]
         return dict(self.metadata).get("traceparent", "")
 
-    def child(self, name: str, attributes: Attributes | None = None, kind: Kind = Kind.INTERNAL) -> Span:
-        return _started(self._tracer, name, self._context(), kind, attributes)
+    def child(self, name: str, attributes: Attributes | None = None, kind: Kind = "INTERNAL") -> Span:
+        return _started(self._tracer, name, attributes, kind, self._context())
 
     def note(self, attributes: Attributes) -> None:
         self._span.set_attributes(_int64(attributes))
@@ -247,43 +247,23 @@ class _OtelSpan(Span):
         return set_span_in_context(self._span, Context())
 
 
-def _started(tracer: trace.Tracer, name: str, context: Context | None, kind: Kind, attributes: Attributes | None) -> _OtelSpan:
+def _started(tracer: trace.Tracer, name: str, attributes: Attributes | None, kind: Kind, context: Context | None) -> Span:
     from opentelemetry.trace import SpanKind
 
-    return _OtelSpan(tracer, tracer.start_span(name, context, SpanKind[kind.name], _int64(attributes)))
+    return _OtelSpan(tracer, tracer.start_span(name, context, SpanKind[kind], _int64(attributes)))
 
 
-class _Tracer:
-    """Starts spans with a provider. `shutdown` ends a provider that is ours."""
+def _peer(metadata: Metadata) -> Context:
+    from opentelemetry.context import Context
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    def __init__(self, provider: trace.TracerProvider, shutdown: Callable[[], None] | None = None) -> None:
-        self._otel, self._shutdown = provider.get_tracer("ostinato", __version__), shutdown
-
-    def span(self, name: str, attributes: Attributes | None, kind: Kind, parent: Metadata | None) -> Span:
-        from opentelemetry.context import Context
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-        context = None
-        if parent is not None:
-            context = TraceContextTextMapPropagator().extract({key: str(value) for key, value in parent}, Context())
-        return _started(self._otel, name, context, kind, attributes)
-
-    def current(self) -> Span:
-        from opentelemetry.trace import get_current_span
-
-        return _OtelSpan(self._otel, get_current_span())
-
-    def close(self, seconds: float) -> None:
-        """Exports the last spans, but does not wait longer for a collector that does not answer."""
-        if self._shutdown is not None:
-            ending = threading.Thread(target=self._shutdown, name="traces-end", daemon=True)
-            ending.start()
-            ending.join(seconds)
+    return TraceContextTextMapPropagator().extract({key: str(value) for key, value in metadata}, Context())
 
 
-def _exporting(endpoint: str, service: str, instance: str) -> _Tracer:
+def _export(endpoint: str, service: str, instance: str) -> None:
     """Exports batches from a thread with a bounded queue, to `endpoint` or as the environment says. Raises ValueError for
     variables that OpenTelemetry would only warn about."""
+    global _shutdown
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -294,7 +274,8 @@ def _exporting(endpoint: str, service: str, instance: str) -> _Tracer:
         resource = Resource.create(ours).merge(OTELResourceDetector().detect())
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint or None)))
-    return _Tracer(provider, provider.shutdown)
+    use(provider)
+    _shutdown = provider.shutdown
 
 
 @contextmanager

@@ -331,7 +331,7 @@ def _span(name: str, context: Context) -> tracing.Span:
     """Of a call, within the caller's. gRPC's own retries say how many came before."""
     metadata = dict(context.invocation_metadata() or ())
     attributes = {"rpc.system.name": "grpc", "rpc.method": name}
-    span = tracing.span(name, attributes, tracing.Kind.SERVER, metadata.items())
+    span = tracing.span(name, attributes, "SERVER", metadata.items())
     if retries := metadata.get("grpc-previous-rpc-attempts"):
         span.event("retried", {"ostinato.previous_attempts": str(retries)})
     return span
