@@ -37,22 +37,18 @@ async def bounded_gather(works: AsyncIterable[Coroutine[Any, Any, T]], limit: in
     """The results of coroutines in the order in which they end, with at most `limit` of them running. An exception of one is
     raised and cancels the others."""
     running: set[asyncio.Task[T]] = set()
-
-    async def next_results() -> AsyncGenerator[T, None]:
-        done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            running.remove(task)
-            yield task.result()
-
+    ended = asyncio.Queue[asyncio.Task[T]]()
     try:
         async for work in works:
-            running.add(asyncio.create_task(work))
-            while len(running) >= limit:
-                async for result in next_results():
-                    yield result
+            task = asyncio.create_task(work)
+            task.add_done_callback(ended.put_nowait)
+            running.add(task)
+            if len(running) == limit:
+                running.remove(task := await ended.get())
+                yield task.result()
         while running:
-            async for result in next_results():
-                yield result
+            running.remove(task := await ended.get())
+            yield task.result()
     finally:
         for task in running:
             task.cancel()

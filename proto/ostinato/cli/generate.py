@@ -395,13 +395,11 @@ def placed(*places: str, response_bytes: str = "") -> Iterator[None]:
     metadata = f"metadata {requests.RESPONSE_BYTES_METADATA}"
 
     def named(violation: errors.Violation) -> errors.Violation:
-        described = violation.description.replace(metadata, response_bytes or metadata)
-        violation = errors.Violation(violation.field, described)
-        found = re.fullmatch(r"items\[(\d+)\]\.?(.*)", violation.field)
-        if found is None or int(found[1]) >= len(places):
-            return violation
-        place = places[int(found[1])]
-        return errors.Violation(f"{place}: {found[2]}" if found[2] else place, violation.description)
+        field = violation.field
+        found = re.fullmatch(r"items\[(\d+)\]\.?(.*)", field)
+        if found is not None and int(found[1]) < len(places):
+            field = ": ".join(filter(None, (places[int(found[1])], found[2])))
+        return errors.Violation(field, violation.description.replace(metadata, response_bytes or metadata))
 
     try:
         yield

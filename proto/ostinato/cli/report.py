@@ -33,7 +33,10 @@ async def report(session: Session, html: Html = None, confidence: Confidence = 0
     if not 0 < confidence < 1:
         raise typer.BadParameter("--confidence: must be above 0 and below 1")
     if html is not None:
-        _require_matplotlib()
+        try:
+            import ostinato.cli.charts  # noqa: F401  # before the call
+        except ModuleNotFoundError as error:
+            raise wrong(f"--html: {error.name} is missing: {install_hint('report')}") from None
     async with session.client() as client:
         found = await client.report(confidence=confidence, timeout=session.timeout)
     if html is not None:
@@ -41,14 +44,6 @@ async def report(session: Session, html: Html = None, confidence: Confidence = 0
             html.write_text(page(found), "utf-8")
     session.print(found, lambda: _print(found))
     return FAILED if found.alarm else 0
-
-
-def _require_matplotlib() -> None:
-    """Before the call."""
-    try:
-        import ostinato.cli.charts  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise wrong(f"--html: {error.name} is missing: {install_hint('report')}") from None
 
 
 def _print(found: ReportResponse) -> None:
@@ -152,38 +147,26 @@ def page(found: ReportResponse) -> str:
 
 
 def _charts(groups: Mapping[str, Stratum], confidence: float) -> Iterable[str]:
-    """Each chart with its numbers below."""
+    """Each with its numbers below."""
     if not groups:
         return
     from ostinato.cli import charts
 
     interval = f"its {100 * confidence:.4g} % confidence interval (Wilson's)"
     text = f"Points: the share of comparisons that diverged. Whiskers: {interval}."
-    columns = ("diverged", "compared", "rate", "interval")
-    occupancy = ((n, show.occupancy(c), *_rate(c.rate)) for n, s in groups.items() for c in s.companies)
-    times = ((n, show.moment(t.time_unix_millis), *_rate(t.rate)) for n, s in groups.items() for t in s.times)
-    yield _figure(
-        "by-occupancy",
-        "By batch occupancy",
-        f"Batch occupancy: how many runs the engine held. {text}",
-        charts.svg(charts.by_occupancy, groups),
-    )
-    yield _numbers(("", "occupancy", *columns), occupancy)
-    yield _figure("by-time", "Over time", text, charts.svg(charts.by_time, groups))
-    yield _numbers(("", "time", *columns), times)
+    about = f"Batch occupancy: how many runs the engine held. {text}"
+    occupancy = [(n, show.occupancy(c), c.rate) for n, s in groups.items() for c in s.companies]
+    times = [(n, show.moment(t.time_unix_millis), t.rate) for n, s in groups.items() for t in s.times]
+    yield _figure("occupancy", "By batch occupancy", about, charts.svg(charts.by_occupancy, groups), occupancy)
+    yield _figure("time", "Over time", text, charts.svg(charts.by_time, groups), times)
 
 
-def _rate(rate: Rate) -> tuple[str, ...]:
-    return str(rate.events), str(rate.trials), f"{rate.value:.3%}", _interval(rate)
-
-
-def _figure(key: str, title: str, text: str, svg: str) -> str:
+def _figure(by: str, title: str, text: str, svg: str, points: Iterable[tuple[str, str, Rate]]) -> str:
+    rows = ((n, at, str(rate.events), str(rate.trials), f"{rate.value:.3%}", _interval(rate)) for n, at, rate in points)
+    numbers = _table("", ("", by, "diverged", "compared", "rate", "interval"), rows)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
-    return f'<h2>{title}</h2><p>{text}</p><figure id="{key}" style="margin: 0">{svg}</figure>'
-
-
-def _numbers(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return f"<details><summary>Numbers</summary>{_table('', columns, rows)}</details>"
+    figure = f'<h2>{title}</h2><p>{text}</p><figure id="by-{by}" style="margin: 0">{svg}</figure>'
+    return f"{figure}<details><summary>Numbers</summary>{numbers}</details>"
 
 
 def _tables(found: ReportResponse) -> Iterable[str]:
