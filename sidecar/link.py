@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
 import grpc
@@ -51,7 +51,7 @@ class Listener(Protocol):
         """Welcome, or a changed description."""
         ...
 
-    def engine_events(self, events: list[engine_pb2.RunEvent]) -> None: ...
+    def engine_events(self, events: Sequence[engine_pb2.RunEvent]) -> None: ...
 
     def engine_fault(self, error: errors.ProtocolViolation) -> None:
         """The service violated the protocol. The stream ends."""
@@ -166,7 +166,7 @@ class EngineLink:
                 if response.prepared:
                     self._preparing.settle(response.prepared)
                 if response.events:
-                    listener.engine_events(list(response.events))
+                    listener.engine_events(response.events)
         except grpc.aio.AioRpcError as failure:
             error = from_rpc_error(failure)
         except errors.ProtocolViolation as fault:

@@ -340,36 +340,47 @@ class Pipeline:
     def engine_fault(self, error: errors.ProtocolViolation) -> None:
         self.observer.fault(error)
 
-    def engine_events(self, events: list[engine_pb2.RunEvent]) -> None:
+    def engine_events(self, events: Sequence[engine_pb2.RunEvent]) -> None:
+        """What is said of a run after its end is ignored, as of one that was cancelled."""
+        reports, ended, fault = list[ev.Report](), set[int](), ""
         for event in events:
+            run = self.core.runs.get(event.run_id) if event.run_id not in ended else None
             try:
-                self._engine_event(event)
-            except ValueError as fault:
-                self._perform(ev.Fault(errors.ProtocolViolation(str(fault))))
-                return
+                report = self._report(event, self.items[run.sequence] if run is not None else None)
+            except ValueError as error:
+                fault = str(error)
+                break
+            if report is not None:
+                reports.append(report)
+                if type(report) is not ev.Started:
+                    ended.add(report.run_id)
+        if reports:
+            self.dispatch(ev.Reported(tuple(reports)))
+        if fault:
+            self._perform(ev.Fault(errors.ProtocolViolation(fault)))
 
-    def _engine_event(self, event: engine_pb2.RunEvent) -> None:
-        run = self.core.runs.get(event.run_id)
-        item = None if run is None else self.items[run.sequence]
+    def _report(self, event: engine_pb2.RunEvent, item: ActiveItem | None) -> ev.Report | None:
+        """What the core has to know of it. Raises ValueError for what the service must not say."""
         match event.WhichOneof("event"):
             case "started":
-                self.dispatch(ev.Started(event.run_id))
+                return ev.Started(event.run_id)
             case "tokens":
                 if item is not None:
                     now = self.clock()
                     self.observer.tokens(item, len(event.tokens.token_ids), now)
                     item.tokens(event.tokens, now)
+                return None
             case "finished":
                 output = event.finished.output
                 if item is not None:
                     self._finished(item, output)
                 else:
                     self.rerunner.finished(event.run_id, output)
-                self.dispatch(ev.Finished(event.run_id, output.grade))
+                return ev.Finished(event.run_id, output.grade)
             case "failed":
                 error = run_error(event.failed)
                 self.rerunner.failed(event.run_id, error)
-                self.dispatch(ev.Failed(event.run_id, error))
+                return ev.Failed(event.run_id, error)
             case _:
                 raise ValueError(f"an event of run {event.run_id} that says nothing")
 
@@ -400,13 +411,16 @@ class Pipeline:
         appended = await self.journal.append_outcomes(outcomes)
         for span in spans:
             span.end()
+        answered = []
         for item, outcome, each in zip(items, outcomes, appended, strict=True):
             self.quota.add(item.input.tenant, each.entries)
             if each.entries and item.verification is None and item.recovery is None:
                 self._answer(item, self._recorded(item, outcome, each.entries[0]))
-                self.dispatch(ev.Ended(item.sequence))
+                answered.append(item.sequence)
             else:
                 self.spawn(self._answer_later(item, outcome, each))
+        if answered:
+            self.dispatch(ev.Ended(tuple(answered)))
 
     async def _answer_later(self, item: ActiveItem, outcome: Outcome, appended: Appended) -> None:
         """More has to be awaited, and other items need not wait for it. Raises JournalBroken."""
@@ -426,7 +440,7 @@ class Pipeline:
         if item.recovery is not None and item.output is not None:  # not part of the answer, which is durable
             nonce, digest = item.input.nonce, item.fingerprint_digest
             await self.rerunner.append(Audit(item.admitted, item.recovery, nonce, digest, item.output.grade))
-        self.dispatch(ev.Ended(item.sequence))
+        self.dispatch(ev.Ended((item.sequence,)))
 
     def _recorded(self, item: ActiveItem, outcome: Outcome, sealed: Sealed) -> types_pb2.Result:
         """The outcome is durable. The result, as every later reader of the journal derives it."""

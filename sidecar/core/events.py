@@ -77,9 +77,9 @@ class Recovered(msgspec.Struct, frozen=True):
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """The item's outcome is durable."""
+    """The outcomes of these items are durable."""
 
-    sequence: int
+    sequences: tuple[int, ...]
 
 
 class CancelItems(msgspec.Struct, frozen=True):
@@ -144,6 +144,15 @@ class Failed(msgspec.Struct, frozen=True):
     error: OstinatoError
 
 
+Report = Started | Finished | Failed
+
+
+class Reported(msgspec.Struct, frozen=True):
+    """What the engine reported together, in order. What waits for room is submitted after all of it."""
+
+    reports: tuple[Report, ...]
+
+
 # ---- events: reruns
 
 
@@ -198,9 +207,7 @@ Event = (
     | Connected
     | Regraded
     | Disconnected
-    | Started
-    | Finished
-    | Failed
+    | Reported
     | Rerun
     | CancelRerun
     | Tick

@@ -32,8 +32,8 @@ class ThroughputEstimator:
         self._unknown_seconds = unknown_seconds
         self._ended, self._at = 0.0, 0.0
 
-    def ended(self, now: float) -> None:
-        self._ended, self._at = self._weight(now) + 1.0, now
+    def ended(self, count: int, now: float) -> None:
+        self._ended, self._at = self._weight(now) + count, now
 
     def retry_after(self, queued: int, now: float) -> float:
         """Seconds until half of `queued` items have ended at this rate. The engine still has work then."""
@@ -199,7 +199,7 @@ class AdmissionQueue:
             return self._wait(event, now)
         effects = list(self._before(event, now)) if self.waiting.items else []
         if type(event) is ev.Ended:
-            self.throughput.ended(now)
+            self.throughput.ended(len(event.sequences), now)
         effects += self._core.step(event, now)
         while self.waiting.items and self._core.window is not None:
             admit = self._next()

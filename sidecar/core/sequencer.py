@@ -161,14 +161,16 @@ class Sequencer:
         """The effects of one event, in the order in which they are to be performed."""
         effects = self._effects = []
         match event:
-            case ev.Started() | ev.Finished() | ev.Failed():
-                self._run_event(event)
+            case ev.Reported(reports):
+                for report in reports:
+                    self._report(report)
             case ev.Admit():
                 self._admit(event)
             case ev.Numbered(batch_id, first_sequence):
                 self._numbered(self._batches[batch_id], first_sequence)
-            case ev.Ended(sequence):
-                self._ended(self.items.pop(sequence))
+            case ev.Ended(sequences):
+                for sequence in sequences:
+                    self._ended(self.items.pop(sequence))
             case ev.Tick():
                 for sequence in self._timers.due(now):
                     self._expire(self.items[sequence])
@@ -329,12 +331,12 @@ class Sequencer:
         self._timers.put(item.sequence, item.expires_at + self.bounds.overdue_seconds)
         self._effects.append(ev.Submit(item.run_id, item.sequence, item.attempt, item.expires_at, window.runs, ahead))
 
-    def _run_event(self, event: ev.Started | ev.Finished | ev.Failed) -> None:
-        item = self.runs.get(event.run_id)
+    def _report(self, report: ev.Report) -> None:
+        item = self.runs.get(report.run_id)
         if item is None:
-            self._stray_event(event)
+            self._stray(report)
             return
-        match event:
+        match report:
             case ev.Started() if item.phase is Phase.SUBMITTED:
                 item.phase = Phase.STARTED
             case ev.Finished(grade=grade) if item.phase is Phase.STARTED:
@@ -344,15 +346,15 @@ class Sequencer:
             case ev.Failed(error=error):
                 self._end(item, error, ran=True)
             case _:
-                self._fault(f"{type(event).__name__} for a run that is {item.phase.name}")
+                self._fault(f"{type(report).__name__} for a run that is {item.phase.name}")
 
-    def _stray_event(self, event: ev.Started | ev.Finished | ev.Failed) -> None:
-        """Of a rerun, of a run that was cancelled while the event was in flight, or of an unknown run."""
-        run_id, ended = event.run_id, not isinstance(event, ev.Started)
+    def _stray(self, report: ev.Report) -> None:
+        """Of a rerun, of a run that was cancelled while the report was in flight, or of an unknown run."""
+        run_id, ended = report.run_id, not isinstance(report, ev.Started)
         if self.window is not None and ended and self.reruns.ended(run_id, self.window):
             return
         if not self._stream_after_run_id < run_id <= self._last_run_id:
-            self._fault(f"{type(event).__name__} for run {run_id}, which was never submitted")
+            self._fault(f"{type(report).__name__} for run {run_id}, which was never submitted")
 
     def _fault(self, what: str) -> None:
         self._effects.append(ev.Fault(errors.ProtocolViolation(what)))

@@ -64,9 +64,9 @@ class Edge:
         return [submit.run_id for submit in self.submits() if submit.sequence == sequence][-1]
 
     def finish(self, sequence: int, grade: types_pb2.Grade.ValueType = EXACT) -> None:
-        self.dispatch(ev.Started(self.run_of(sequence)))
-        self.dispatch(ev.Finished(self.run_of(sequence), grade))
-        self.dispatch(ev.Ended(sequence))
+        self.dispatch(ev.Reported((ev.Started(self.run_of(sequence)),)))
+        self.dispatch(ev.Reported((ev.Finished(self.run_of(sequence), grade),)))
+        self.dispatch(ev.Ended((sequence,)))
 
     def reason(self, sequence: int) -> str:
         (end,) = [end for end in self.ends() if end.sequence == sequence]

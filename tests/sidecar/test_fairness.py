@@ -229,7 +229,7 @@ class World:
                 self.started_at.setdefault(sequence, self.now)
                 heapq.heappush(self.runs, (self.now + self._tokens[sequence] / 100, run_id))
             case ev.End(sequence):
-                self.dispatch(ev.Ended(sequence))
+                self.dispatch(ev.Ended((sequence,)))
             case ev.Drained():
                 self.drained = True
 
@@ -237,8 +237,8 @@ class World:
         """Lets the engine work."""
         while self.runs and self.runs[0][0] <= until:
             self.now, run_id = heapq.heappop(self.runs)
-            self.dispatch(ev.Started(run_id))
-            self.dispatch(ev.Finished(run_id, types_pb2.GRADE_EXACT))
+            self.dispatch(ev.Reported((ev.Started(run_id),)))
+            self.dispatch(ev.Reported((ev.Finished(run_id, types_pb2.GRADE_EXACT),)))
         self.now = until
 
 
@@ -401,7 +401,7 @@ def test_the_hint_follows_the_pace(ended: int, gap: float, queued: int, later: f
     pace = ThroughputEstimator(unknown_seconds=1.0)
     assert pace.retry_after(queued, 0.0) == 1.0
     for number in range(ended):
-        pace.ended(number * gap)
+        pace.ended(1, number * gap)
     now = (ended - 1) * gap
     hint = pace.retry_after(queued, now)
 
@@ -414,6 +414,6 @@ def test_the_hint_is_half_the_queues_time() -> None:
     """At a steady 20 items a second, 400 that wait are a hint of 10 seconds."""
     pace = ThroughputEstimator(unknown_seconds=1.0)
     for number in range(2000):
-        pace.ended(number / 20)
+        pace.ended(1, number / 20)
 
     assert pace.retry_after(400, 2000 / 20) == pytest.approx(10, rel=0.02)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,7 +65,7 @@ class Listener:
     def engine_up(self, description: engine_pb2.DescribeResponse) -> None:
         self._tell("up")
 
-    def engine_events(self, events: list[engine_pb2.RunEvent]) -> None:
+    def engine_events(self, events: Sequence[engine_pb2.RunEvent]) -> None:
         self.events += events
         self._tell(f"{len(events)} events")
 

@@ -95,7 +95,7 @@ async def test_another_outcome_whose_payload_was_dropped(journal: Journal, first
 
     (result,) = generation_pb2.GenerateResponse.FromString(await waiter.answer(types_pb2.Stamp())).results
     assert (result.sequence, result.attempt, errors.from_status(result.status).reason) == (1, 1, reason)
-    assert (pipeline.items, pipeline.told) == ({}, [ev.Ended(1)])
+    assert (pipeline.items, pipeline.told) == ({}, [ev.Ended((1,))])
 
 
 async def test_the_load_of_a_tenant_is_its_own(journal: Journal) -> None:

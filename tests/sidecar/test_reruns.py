@@ -60,17 +60,17 @@ def test_a_verification_takes_over_the_room_of_its_item() -> None:
     """1: told before the end of the first run, it goes before the head that waits for the same room."""
     edge = connected(runs=8, blocks=4)
     edge.admit(need(24), need(16), need(8))
-    edge.dispatch(ev.Started(edge.run_of(1)))
+    edge.dispatch(ev.Reported((ev.Started(edge.run_of(1)),)))
     edge.dispatch(ev.Rerun(1, 24, VERIFY))
 
     assert begun(edge) == []
 
-    edge.dispatch(ev.Finished(edge.run_of(1), EXACT))
+    edge.dispatch(ev.Reported((ev.Finished(edge.run_of(1), EXACT),)))
 
     assert begun(edge) == [1]
     assert [submit.sequence for submit in edge.submits()] == [1]
 
-    edge.dispatch(ev.Finished(run_of(edge, 1), EXACT))
+    edge.dispatch(ev.Reported((ev.Finished(run_of(edge, 1), EXACT),)))
 
     assert [submit.sequence for submit in edge.submits()] == [1, 2, 3]
 
@@ -95,7 +95,7 @@ def test_the_urgent_go_first() -> None:
     for rerun_id, urgency in enumerate([BACKGROUND, BACKGROUND, BACKGROUND, REPLAY], start=1):
         edge.dispatch(ev.Rerun(rerun_id, 8, urgency))
     for rerun_id in (1, 4, 2):
-        edge.dispatch(ev.Finished(run_of(edge, rerun_id), EXACT))
+        edge.dispatch(ev.Reported((ev.Finished(run_of(edge, rerun_id), EXACT),)))
 
     assert begun(edge) == [1, 4, 2, 3]
 
@@ -133,7 +133,7 @@ def test_replays_of_tenants_take_turns() -> None:
         edge.dispatch(ev.Rerun(rerun_id, 8, REPLAY, tenant="flood"))
     edge.dispatch(ev.Rerun(9, 8, REPLAY, tenant="other"))
     for rerun_id in (1, 2, 9):
-        edge.dispatch(ev.Finished(run_of(edge, rerun_id), EXACT))
+        edge.dispatch(ev.Reported((ev.Finished(run_of(edge, rerun_id), EXACT),)))
 
     assert begun(edge) == [1, 2, 9, 3, 4]
 
@@ -207,4 +207,4 @@ def test_late_events_of_a_dropped_rerun() -> None:
     edge.dispatch(ev.Rerun(1, 8, BACKGROUND))
     edge.dispatch(ev.CancelRerun(1))
 
-    assert edge.dispatch(ev.Failed(run_of(edge, 1), errors.EngineFailed("late"))) == []
+    assert edge.dispatch(ev.Reported((ev.Failed(run_of(edge, 1), errors.EngineFailed("late")),))) == []

@@ -81,7 +81,7 @@ def test_second_attempt_keeps_number_and_order() -> None:
     """4: after a lost engine the same items are submitted again, first, ascending, and only those that had started count."""
     edge = connected(runs=1)
     edge.admit(need(), need(), need(), keyed=True)
-    edge.dispatch(ev.Started(edge.run_of(2)))
+    edge.dispatch(ev.Reported((ev.Started(edge.run_of(2)),)))
     edge.dispatch(ev.Disconnected())
     edge.dispatch(engine(runs=2))
 
@@ -92,7 +92,7 @@ def test_an_attempt_that_never_began_is_not_recorded() -> None:
     """4: an item that ends while it waits to be run again names the attempt that was lost, not the one that was to come."""
     edge = connected()
     edge.admit(need(), keyed=True)
-    edge.dispatch(ev.Started(edge.run_of(1)))
+    edge.dispatch(ev.Reported((ev.Started(edge.run_of(1)),)))
     edge.dispatch(ev.Disconnected())
     edge.dispatch(ev.CancelItems(1, 1))
 
@@ -105,11 +105,11 @@ def test_poison_item_runs_alone_and_is_given_up() -> None:
     edge.admit(*[need()] * 3)
     for _ in range(2):
         for sequence in (1, 2, 3):
-            edge.dispatch(ev.Started(edge.run_of(sequence)))
+            edge.dispatch(ev.Reported((ev.Started(edge.run_of(sequence)),)))
         edge.dispatch(ev.Disconnected())
         edge.dispatch(engine(runs=2))
     alone = len(edge.submits())
-    edge.dispatch(ev.Started(edge.run_of(1)))
+    edge.dispatch(ev.Reported((ev.Started(edge.run_of(1)),)))
 
     assert edge.submits()[alone - 1].sequence == 1
     assert edge.core.window is not None
@@ -201,10 +201,10 @@ def test_late_events_of_a_cancelled_run() -> None:
     """2: what the engine says of a run after it was cancelled changes nothing."""
     edge = connected()
     edge.admit(need())
-    edge.dispatch(ev.Started(edge.run_of(1)))
+    edge.dispatch(ev.Reported((ev.Started(edge.run_of(1)),)))
     edge.dispatch(ev.CancelItems(1, 1))
 
-    assert edge.dispatch(ev.Finished(edge.run_of(1), EXACT)) == []
+    assert edge.dispatch(ev.Reported((ev.Finished(edge.run_of(1), EXACT),))) == []
     assert edge.reason(1) == "CANCELLED"
 
 
@@ -213,10 +213,10 @@ def test_out_of_protocol() -> None:
     edge = connected()
     edge.admit(need())
 
-    assert isinstance(edge.dispatch(ev.Finished(99, EXACT))[0], ev.Fault)
-    assert isinstance(edge.dispatch(ev.Finished(edge.run_of(1), EXACT))[0], ev.Fault)
-    edge.dispatch(ev.Started(edge.run_of(1)))
-    assert isinstance(edge.dispatch(ev.Started(edge.run_of(1)))[0], ev.Fault)
+    assert isinstance(edge.dispatch(ev.Reported((ev.Finished(99, EXACT),)))[0], ev.Fault)
+    assert isinstance(edge.dispatch(ev.Reported((ev.Finished(edge.run_of(1), EXACT),)))[0], ev.Fault)
+    edge.dispatch(ev.Reported((ev.Started(edge.run_of(1)),)))
+    assert isinstance(edge.dispatch(ev.Reported((ev.Started(edge.run_of(1)),)))[0], ev.Fault)
 
 
 def test_another_model_takes_nothing_over() -> None:
@@ -290,8 +290,8 @@ def test_drain_end() -> None:
     edge.admit(need(), keyed=True)
     edge.dispatch(ev.Drain())
     edge.dispatch(ev.DrainEnd())
-    edge.dispatch(ev.Ended(1))
-    made = edge.dispatch(ev.Ended(2))
+    edge.dispatch(ev.Ended((1,)))
+    made = edge.dispatch(ev.Ended((2,)))
 
     assert [edge.reason(sequence) for sequence in (1, 2)] == ["ABANDONED"] * 2
     assert made == [ev.Drained()]
@@ -319,7 +319,7 @@ def test_drain_without_an_engine() -> None:
     edge.admit(need(), keyed=True)
     edge.dispatch(ev.Drain())
     edge.dispatch(ev.Disconnected())
-    made = edge.dispatch(ev.Ended(1))
+    made = edge.dispatch(ev.Ended((1,)))
 
     assert made == [ev.Drained()]
 
@@ -337,6 +337,6 @@ def test_a_rerun_alone_has_nothing_beside_it() -> None:
 
     edge.admit(need())
     assert [submit.sequence for submit in edge.submits()] == [1]
-    edge.dispatch(ev.Finished(reruns(edge)[0].run_id, EXACT))
+    edge.dispatch(ev.Reported((ev.Finished(reruns(edge)[0].run_id, EXACT),)))
     assert [submit.sequence for submit in edge.submits()] == [1, 2]
     assert [effect.rerun_id for effect in reruns(edge)] == [1, 2]

@@ -62,7 +62,8 @@ class AnyOrder(RuleBasedStateMachine):
         running = sorted(self.edge.core.reruns.running)
         if running:
             run_id = data.draw(st.sampled_from(running))
-            self.dispatch(ev.Failed(run_id, errors.EngineFailed("no")) if failed else ev.Finished(run_id, EXACT))
+            ended: ev.Report = ev.Failed(run_id, errors.EngineFailed("no")) if failed else ev.Finished(run_id, EXACT)
+            self.dispatch(ev.Reported((ended,)))
 
     @rule(target=batch_ids, sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), keyed=st.booleans())
     def admit(self, sizes: list[int], keyed: bool) -> int:
@@ -99,7 +100,7 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting_for_disk)
     @rule()
     def outcome_durable(self) -> None:
-        self.dispatch(ev.Ended(self.waiting_for_disk.pop(0)))
+        self.dispatch(ev.Ended((self.waiting_for_disk.pop(0),)))
 
     @rule(batch_id=batch_ids, late=st.booleans())
     def leave(self, batch_id: int, late: bool) -> None:
@@ -132,11 +133,11 @@ class AnyOrder(RuleBasedStateMachine):
             return
         item = data.draw(st.sampled_from(running))
         if what == "failed":
-            self.dispatch(ev.Failed(item.run_id, errors.EngineFailed("no")))
+            self.dispatch(ev.Reported((ev.Failed(item.run_id, errors.EngineFailed("no")),)))
         elif item.phase is Phase.SUBMITTED:
-            self.dispatch(ev.Started(item.run_id))
+            self.dispatch(ev.Reported((ev.Started(item.run_id),)))
         elif what == "finished":
-            self.dispatch(ev.Finished(item.run_id, EXACT))
+            self.dispatch(ev.Reported((ev.Finished(item.run_id, EXACT),)))
 
     @precondition(lambda self: self.edge.next_sequence > DRAINED_FROM)
     @rule()

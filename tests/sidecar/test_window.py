@@ -90,7 +90,7 @@ class World:
                 self.started_at[sequence] = self.now
                 heapq.heappush(self.ends, (self.now + self.tokens[sequence] / 100, sequence, run_id))
             case ev.End(sequence):
-                yield ev.Ended(sequence)
+                yield ev.Ended((sequence,))
             case ev.Refuse(batch_id, error):
                 self.refused[batch_id] = error
 
@@ -123,8 +123,8 @@ class World:
         while self.ends and self.ends[0][0] <= until:
             self.now, sequence, run_id = heapq.heappop(self.ends)
             self.held.remove(sequence)
-            self.dispatch(ev.Started(run_id))
-            self.dispatch(ev.Finished(run_id, types_pb2.GRADE_EXACT))
+            self.dispatch(ev.Reported((ev.Started(run_id),)))
+            self.dispatch(ev.Reported((ev.Finished(run_id, types_pb2.GRADE_EXACT),)))
         self.now = until
 
 
