@@ -196,13 +196,15 @@ async def settled(door: Door, audits: int) -> None:
 
 
 async def lost_and_recovered(door: Door, plan: Plan) -> None:
-    """Items that are streamed up to a token, whose engine is killed, and that the next engine runs again."""
-    received: Counter[int] = Counter()
+    """Items that are streamed up to a token, and whose engine is killed: the next one runs them again. A stream goes on where
+    the second run repeats what was sent, and is told once to start again where it does not."""
+    received, restarted = Counter[int](), Counter[int]()
 
     async def listen() -> None:
         stream = door.client.stream([f"lost {number}" for number in range(N)], **SEEDED)
         async with aclosing(stream):
             async for event in stream:
+                restarted.update([event.restarted.sequence] if event.HasField("restarted") else [])
                 for run in event.tokens.runs:
                     received[run.sequence] += len(run.token_ids)
 
@@ -214,6 +216,10 @@ async def lost_and_recovered(door: Door, plan: Plan) -> None:
     door.pair.service.kill()
     door.pair.start_service("--script", plan.script(canaries_diverge=True))
     await listening
+    parted = plan.kind("recovery").parted
+    assert restarted == Counter(parted.keys())
+    assert received == {item: TOKENS + SENT * (item in parted) for item in RECOVERED}
+    assert door.pair.metrics()["ostinato_attempts_total"] == N
     await eventually(lambda: counted(door.pair, "canary").total() == N, "the canaries are compared")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import re
@@ -60,12 +59,15 @@ class Failure(NamedTuple):
         return line.split(), said
 
 
-def listed(part: str) -> pytest.MarkDecorator:
-    """One test for each failure of this part of failed_starts.txt."""
+def listed(*parts: str) -> pytest.MarkDecorator:
+    """One test for each failure of these parts of failed_starts.txt."""
     text = Path(__file__).with_name("failed_starts.txt").read_text()
-    lines = re.findall(rf"^\[{part}\]\n([^\[]+)", text, re.MULTILINE)[0].strip().split("\n\n")
-    halves = (each.split("\n") for each in lines)
-    failures = [Failure(line, said, 2 if part == "settings" else 1) for line, said in halves]
+    failures = [
+        Failure(line, said, 2 if part == "settings" else 1)
+        for part in parts
+        for each in re.findall(rf"^\[{part}\]\n([^\[]+)", text, re.MULTILINE)[0].strip().split("\n\n")
+        for line, said in [each.split("\n")]
+    ]
     return pytest.mark.parametrize("failure", failures, ids=lambda failure: failure.line)
 
 
@@ -148,64 +150,48 @@ def _undisturbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def check(failure: Failure, names: Mapping[str, object], form: str, code: int, errors: str) -> None:
+def check(failure: Failure, names: Mapping[str, object], code: object, errors: str) -> None:
     """Exit code, and a last line that is the reason; earlier lines are those of every start."""
     (program, *_), said = failure.of(names)
     *before, last = (line for line in errors.splitlines() if "high-water mark is on the journal's file system" not in line)
-    if form == "human":
-        levels = [line.split()[1] for line in before]
-        name, _, reason = last.partition(": ")
-    else:
-        levels = [json.loads(line)["level"] for line in before]
-        record = json.loads(last)
-        assert (record["level"], record["exit_code"]) == ("CRITICAL", failure.code), errors
-        name, reason = record["logger"], record["message"]
+    name, _, reason = last.partition(": ")
 
     assert (code, name) == (failure.code, program), errors
     assert reason == said or (said.endswith("…") and reason.startswith(said[:-1])), errors
-    assert set(levels) <= {"INFO"}, errors
+    assert {line.split()[1] for line in before} <= {"INFO"}, errors
     assert "Traceback" not in errors and "tiger" not in errors, errors
 
 
 @pytest.fixture(name="fails")
 def _fails(
     names: Mapping[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, undisturbed: None
-) -> Callable[[Failure, str], None]:
-    """Starts the program in this process, with a log of this form, and checks how it fails."""
+) -> Callable[[Failure], None]:
+    """Starts the program in this process, and checks how it fails."""
 
-    def start(failure: Failure, form: str) -> None:
+    def start(failure: Failure) -> None:
         (program, *flags), _ = failure.of(names)
-        monkeypatch.setattr(sys, "argv", [program, "--log-format", form, *flags])
+        monkeypatch.setattr(sys, "argv", [program, "--log-format", "human", *flags])
         main = service.__main__.main if program == "service" else sidecar.__main__.main
         with pytest.raises(SystemExit) as exited:
             sys.exit(main())
-        code = exited.value.code
-        assert isinstance(code, int)
-        check(failure, names, form, code, capsys.readouterr().err)
+        check(failure, names, exited.value.code, capsys.readouterr().err)
 
     return start
 
 
-@pytest.mark.parametrize("form", ["human", "json"])
-@listed("settings")
-def test_a_setting_that_cannot_be_says_why(failure: Failure, form: str, fails: Callable[[Failure, str], None]) -> None:
-    """The last line names the flag or file and the cause, once; it is one record where the log is JSON."""
-    fails(failure, form)
-
-
-@pytest.mark.parametrize("form", ["human", "json"])
-@listed("starts")
-def test_a_start_that_fails_says_why(failure: Failure, form: str, fails: Callable[[Failure, str], None]) -> None:
-    """Likewise where all settings are good."""
-    fails(failure, form)
+@listed("settings", "starts")
+def test_a_start_that_fails_says_why(failure: Failure, fails: Callable[[Failure], None]) -> None:
+    """The last line names the flag or file and the cause, once, where a setting cannot be and where all settings are good. One
+    record of a JSON log says the same: tests/serving/test_program.py, test_settings.py."""
+    fails(failure)
 
 
 @pytest.mark.llama
 @pytest.mark.skipif(bool(LACKING), reason=f"without {', '.join(LACKING)}")
 @listed("models")
-def test_a_model_that_cannot_be_loaded_says_why(failure: Failure, fails: Callable[[Failure, str], None]) -> None:
+def test_a_model_that_cannot_be_loaded_says_why(failure: Failure, fails: Callable[[Failure], None]) -> None:
     """What is wrong with a model's file is said in llama.cpp's own words where it is llama.cpp that finds it."""
-    fails(failure, "human")
+    fails(failure)
 
 
 @listed("processes")
@@ -214,7 +200,7 @@ def test_a_process_that_fails_says_why(failure: Failure, names: Mapping[str, obj
     (program, *flags), _ = failure.of(names)
     done = python("-c", AS_ANYBODY, program, "--log-format", "human", *flags)
 
-    check(failure, names, "human", done.returncode, done.stderr)
+    check(failure, names, done.returncode, done.stderr)
 
 
 LOW = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())

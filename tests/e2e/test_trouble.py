@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import grpc
 
 from ostinato import errors
 from ostinato.v1 import engine_pb2, generation_pb2
 
-from tests.e2e.kit import (
-    SLOWLY,
-    Door,
-    Heard,
-    Item,
-    asked,
-    bytes_of,
-    ended,
-    ids,
-    items,
-    one,
-    opened,
-    own,
-    refused,
-    rest,
-    scripted,
-)
+from tests.e2e.kit import SLOWLY, Door, Item, bytes_of, ended, ids, items, one, opened, own, refused, rest, scripted
 from tests.hop import proved
 from tests.pair import Pair
 from tests.waiting import eventually
@@ -139,27 +122,3 @@ async def test_load_is_on_one_page() -> None:
         await door.client.cancel(1, 7)
         await asyncio.gather(*calls)
         await eventually(lambda: load() == (0, 0, 0, 0), "nothing is left")
-
-
-async def test_a_listener_whose_engine_dies() -> None:
-    """Attempt 2 continues after the sent tokens where it equals them; otherwise Restarted is sent once and counted."""
-    script = {"delay_seconds": 0.005, "rules": [{"do": "diverge", "at": 4, "sequences": [2], "attempts": [2]}]}
-    async with own(**script) as door:
-        stream: Any = door.generation.GenerateStream(asked(["a", "b", "c"], max_new_tokens=100, ignore_eos=True))
-        listener = Heard()
-        while len(listener.tokens) < 3 or min(map(len, listener.tokens.values())) < 10:
-            listener.hear(await stream.read())
-
-        door.pair.service.kill()
-        door.pair.start_service()
-        await rest(stream, listener)
-
-        listener.whole()
-        assert listener.restarts == 1
-        assert [result.attempt for result in listener.results] == [2, 2, 2]
-        counted = 'ostinato_comparisons_total{grade="best_effort",kind="recovery",replica="same",verdict="%s"}'
-        verdicts = {counted % "diverged": 1.0, counted % "match": 2.0}
-        await eventually(lambda: verdicts.items() <= door.pair.metrics().items(), "the verdicts are durable")
-        metrics = door.pair.metrics()
-        assert metrics['ostinato_first_difference_token_sum{grade="best_effort",kind="recovery"}'] == 4
-        assert metrics["ostinato_attempts_total"] == 3
