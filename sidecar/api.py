@@ -231,7 +231,7 @@ class SequencerServicer(sequencer_pb2_grpc.SequencerServicer):
         if not (request.confidence >= 0 and (1 + request.confidence) / 2 < 1):  # NaN is neither
             raise errors.invalid("confidence", "must be above 0 and below 1, or 0 for 0.95")
         head, known = await self._journal.head(), self._pipeline.fingerprints.known
-        response = report(self._tracker.counts, self._tracker.index, request.confidence or CONFIDENCE, known)
+        response = report(self._tracker.checkpoint, request.confidence or CONFIDENCE, known)
         response.log_id, response.writer = head.log_id, head.writer
         return response
 

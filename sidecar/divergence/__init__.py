@@ -3,9 +3,8 @@
 All of it is a fold over the journal's entries in the order of their indexes. It can be repeated at any time, so a crash loses
 no count and counts nothing twice.
 
-    verdicts    journal entries as events
     statistics  confidence intervals and the sequential test
-    tracker     the counts, and their checkpoint beside the chain
+    tracker     journal entries as events, the counts, and their checkpoint beside the chain
     output      the counts as metrics and as a report
 
 Counts are immutable, so the thread that serves metrics may read them at any time.

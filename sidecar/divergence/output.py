@@ -17,9 +17,8 @@ from prometheus_client.registry import Collector
 from ostinato import enums
 from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.divergence.statistics import Rate, Share, bin_bounds
-from sidecar.divergence.tracker import GROUPS_MAX, Counts, Group
-from sidecar.divergence.verdicts import Moment
+from sidecar.divergence.statistics import Share, bin_bounds
+from sidecar.divergence.tracker import GROUPS_MAX, Checkpoint, Counts, Group, Moment
 
 TOKEN_BINS = 18
 """Buckets of the first difference's index, up to 2^17 - 1. Larger indexes are in +Inf."""
@@ -84,9 +83,9 @@ def _first_difference(counts: Counts) -> Metric:
 def _gauges(counts: Counts) -> Iterator[Metric]:
     newest = counts.newest().items()
     gauges: tuple[tuple[str, str, Callable[[Group], float]], ...] = (
-        ("rate", "Share of the newest 1,000 comparisons that diverged.", lambda group: group.recent_rate().value),
-        ("rate_lower", "Its lower bound, 95 % confidence.", lambda group: group.recent_rate().lower),
-        ("rate_upper", "Its upper bound, 95 % confidence.", lambda group: group.recent_rate().upper),
+        ("rate", "Share of the newest 1,000 comparisons that diverged.", lambda group: group.recent_share.value),
+        ("rate_lower", "Its lower bound, 95 % confidence.", lambda group: group.recent_share.lower()),
+        ("rate_upper", "Its upper bound, 95 % confidence.", lambda group: group.recent_share.upper()),
         ("evidence_log10", "Logarithm of the evidence that more than 1 in 1,000 diverges.", lambda group: group.evidence.log10),
         ("alarm", "1 while that evidence is 100 or more.", lambda group: group.evidence.alarm),
     )
@@ -105,12 +104,13 @@ def _counter(name: str, text: str, labels: tuple[str, ...], counts: Iterable[tup
 
 
 def report(
-    counts: Counts, index: int, confidence: float, fingerprints: Mapping[bytes, types_pb2.Fingerprint]
+    checkpoint: Checkpoint, confidence: float, fingerprints: Mapping[bytes, types_pb2.Fingerprint]
 ) -> sequencer_pb2.ReportResponse:
     """The response without log id and writer. `fingerprints`: by digest."""
+    counts = checkpoint.counts
     seen = {bytes.fromhex(group.key.fingerprint) for group in counts.groups}
     return sequencer_pb2.ReportResponse(
-        index=index,
+        index=checkpoint.index,
         confidence=confidence,
         alarm=any(group.evidence.alarm for group in counts.groups),
         strata=[_stratum(group, confidence) for group in reversed(counts.groups)],
@@ -138,9 +138,9 @@ def _stratum(group: Group, confidence: float) -> sequencer_pb2.Stratum:
         incomparable=sums.incomparable,
         drift=sums.drift,
         compared_tokens=sums.compared_tokens,
-        per_comparison=_rate(Rate(sums.diverged, sums.compared, confidence)),
-        recent=_rate(group.recent_rate(confidence)),
-        per_token=_rate(group.token_rate(confidence)),
+        per_comparison=_rate(Share(sums.compared, sums.diverged), confidence),
+        recent=_rate(group.recent_share, confidence),
+        per_token=_rate(group.token_share, confidence),
         evidence_log10=group.evidence.log10,
         alarm=group.evidence.alarm,
         alarmed=_moment(group.alarmed),
@@ -153,30 +153,32 @@ def _stratum(group: Group, confidence: float) -> sequencer_pb2.Stratum:
             for bits, count in sorted(sums.first_differences.items())
         ],
         samplings=[
-            sequencer_pb2.SamplingShare(sampling=name, rate=_share(share, confidence))
-            for name, share in sorted(group.samplings.items(), key=lambda item: item[1].worst_first)
+            sequencer_pb2.SamplingShare(sampling=name, rate=_rate(share, confidence))
+            for name, share in sorted(group.samplings.items(), key=lambda item: (-item[1].value, -item[1].compared))
         ],
         companies=[
-            sequencer_pb2.CompanyShare(first=bin_bounds(bits)[0], last=bin_bounds(bits)[1], rate=_share(share, confidence))
+            sequencer_pb2.CompanyShare(first=bin_bounds(bits)[0], last=bin_bounds(bits)[1], rate=_rate(share, confidence))
             for bits, share in sorted(group.companies.items())
         ],
         times=[
             sequencer_pb2.TimeShare(
                 time_unix_millis=number * series.bucket_millis,
                 width_millis=series.bucket_millis,
-                rate=_share(share, confidence),
+                rate=_rate(share, confidence),
             )
             for number, share in sorted(series.buckets.items())
         ],
     )
 
 
-def _share(share: Share, confidence: float) -> sequencer_pb2.Rate:
-    return _rate(Rate(share.diverged, share.compared, confidence))
-
-
-def _rate(rate: Rate) -> sequencer_pb2.Rate:
-    return sequencer_pb2.Rate(events=rate.events, trials=rate.trials, value=rate.value, lower=rate.lower, upper=rate.upper)
+def _rate(share: Share, confidence: float) -> sequencer_pb2.Rate:
+    return sequencer_pb2.Rate(
+        events=share.diverged,
+        trials=share.compared,
+        value=share.value,
+        lower=share.lower(confidence),
+        upper=share.upper(confidence),
+    )
 
 
 def _moment(moment: Moment | None) -> sequencer_pb2.Moment | None:

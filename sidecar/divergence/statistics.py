@@ -23,33 +23,30 @@ BUCKETS_MAX = 96
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
-    """Events per trials, with Wilson's score interval for the probability."""
+class Share:
+    """Comparisons, and how many of them diverged, with Wilson's score interval for the probability."""
 
-    events: int
-    trials: int
-    confidence: float = CONFIDENCE
+    compared: int = 0
+    diverged: int = 0
 
-    def __post_init__(self) -> None:
-        assert 0 <= self.events <= self.trials
-        assert 0 < self.confidence < 1
+    def __add__(self, other: Share) -> Share:
+        return Share(self.compared + other.compared, self.diverged + other.diverged)
 
     @property
     def value(self) -> float:
-        """0 without trials. The interval is then 0 to 1."""
-        return self.events / self.trials if self.trials else 0.0
+        """0 without comparisons. The interval is then 0 to 1."""
+        return self.diverged / self.compared if self.compared else 0.0
 
-    @property
-    def lower(self) -> float:
-        return self._bound(-1) if self.events else 0.0
+    def lower(self, confidence: float = CONFIDENCE) -> float:
+        return self._bound(confidence, -1) if self.diverged else 0.0
 
-    @property
-    def upper(self) -> float:
-        return self._bound(1) if self.events < self.trials else 1.0
+    def upper(self, confidence: float = CONFIDENCE) -> float:
+        return self._bound(confidence, 1) if self.diverged < self.compared else 1.0
 
-    def _bound(self, side: int) -> float:
-        z = NormalDist().inv_cdf((1 + self.confidence) / 2)
-        n, p = self.trials, self.value
+    def _bound(self, confidence: float, side: int) -> float:
+        assert 0 < confidence < 1
+        z = NormalDist().inv_cdf((1 + confidence) / 2)
+        n, p = self.compared, self.value
         spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return min(1.0, max(0.0, (p + z * z / (2 * n) + side * spread) / (1 + z * z / n)))
 
@@ -100,22 +97,6 @@ def _log_add(a: float | None, b: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """Comparisons, and how many of them diverged."""
-
-    compared: int = 0
-    diverged: int = 0
-
-    def __add__(self, other: Share) -> Share:
-        return Share(self.compared + other.compared, self.diverged + other.diverged)
-
-    @property
-    def worst_first(self) -> tuple[float, int]:
-        """A sort key: the largest rate of divergence first, then the most comparisons."""
-        return (-self.diverged / self.compared if self.compared else 0.0, -self.compared)
-
-
-@dataclass(frozen=True, slots=True)
 class Series:
     """Shares over time, in at most BUCKETS_MAX buckets of equal width."""
 
@@ -128,14 +109,11 @@ class Series:
         number = unix_millis // self.bucket_millis
         series = Series(self.bucket_millis, {**self.buckets, number: self.buckets.get(number, Share()) + share})
         while len(series.buckets) > BUCKETS_MAX:
-            series = series._coarser()
+            buckets: dict[int, Share] = {}
+            for number, each in series.buckets.items():
+                buckets[number // 2] = buckets.get(number // 2, Share()) + each
+            series = Series(2 * series.bucket_millis, buckets)
         return series
-
-    def _coarser(self) -> Series:
-        buckets: dict[int, Share] = {}
-        for number, share in self.buckets.items():
-            buckets[number // 2] = buckets.get(number // 2, Share()) + share
-        return Series(2 * self.bucket_millis, buckets)
 
 
 def bin_bounds(number: int) -> tuple[int, int]:

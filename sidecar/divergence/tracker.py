@@ -14,17 +14,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import starmap
 from typing import TypeVar
 
 import msgspec
 
 from ostinato import enums, errors
-from ostinato.v1 import types_pb2
+from ostinato.v1 import sequencer_pb2, types_pb2
 
-from sidecar.divergence.statistics import CONFIDENCE, Evidence, Rate, Series, Share
-from sidecar.divergence.verdicts import CollisionCheck, Compared, Event, GroupKey, Moment, events
+from sidecar.divergence.statistics import Evidence, Series, Share
 from sidecar.journal.model import Note, Sealed
 from sidecar.journal.writer import Journal
 
@@ -42,6 +42,9 @@ SAMPLINGS_MAX = 32
 DRIFT_MAX = 64
 """Names of drifted fields in a group."""
 
+FAILED = "failed"
+"""The drift of a comparison whose second run made no output."""
+
 SAVE_ENTRIES = 4_096
 """A checkpoint is saved after this many entries,"""
 SAVE_SECONDS = 30.0
@@ -50,6 +53,89 @@ PAGE_ENTRIES = 256
 """Entries in one read of the journal."""
 VERSION = 2
 """Of the checkpoint's format. One of another version is ignored, and the journal is counted from its start."""
+
+
+# ---- journal entries as events
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A journal index, and the writer's time there."""
+
+    index: int
+    unix_millis: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupKey:
+    """Comparisons are counted by this."""
+
+    kind: str
+    """A metric label: twin, audit, …"""
+    grade: str
+    """A metric label: exact, serial, best_effort."""
+    fingerprint: str
+    """Digest of the second run's fingerprint, in hexadecimal. Empty if there was no second run."""
+    other_replica: bool
+    """Whether another sidecar recorded the first run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One comparison."""
+
+    at: Moment
+    key: GroupKey
+    comparison: types_pb2.Comparison
+
+    @property
+    def diverged(self) -> bool:
+        return self.comparison.verdict == types_pb2.VERDICT_DIVERGED
+
+    @property
+    def drift(self) -> tuple[str, ...]:
+        """Why the runs are incomparable. Empty if they were compared."""
+        if self.comparison.verdict != types_pb2.VERDICT_INCOMPARABLE:
+            return ()
+        return tuple(self.comparison.drift) or (FAILED,)
+
+
+@dataclass(frozen=True, slots=True)
+class CollisionCheck:
+    """An unseeded output was compared with those of other seeds."""
+
+    collides: bool
+
+
+Event = Compared | CollisionCheck
+
+
+def events(header: types_pb2.EntryHeader, payload: bytes) -> Iterator[Event]:
+    """The events of one entry, in order. There are none if its payload was dropped."""
+    at = Moment(header.index, header.time_unix_millis)
+    if header.kind == types_pb2.ENTRY_KIND_COMPLETED:
+        completed = sequencer_pb2.CompletedPayload.FromString(payload)
+        if completed.HasField("twin"):
+            yield _compared(at, header, completed.twin)
+        if completed.collision:
+            yield CollisionCheck(completed.collision == sequencer_pb2.COLLISION_FOUND)
+    elif header.kind == types_pb2.ENTRY_KIND_AUDITED:
+        comparison = sequencer_pb2.AuditedPayload.FromString(payload).comparison
+        if comparison.verdict:
+            yield _compared(at, header, comparison)
+
+
+def _compared(at: Moment, header: types_pb2.EntryHeader, comparison: types_pb2.Comparison) -> Compared:
+    key = GroupKey(
+        enums.word(types_pb2.ComparisonKind, comparison.kind).lower(),
+        enums.word(types_pb2.Grade, comparison.grade or header.grade).lower(),
+        header.fingerprint_digest.hex(),
+        comparison.expected_writer not in ("", header.writer),
+    )
+    return Compared(at, key, comparison)
+
+
+# ---- counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +190,16 @@ class Group:
     """By bit length of the batch occupancy, which is 0 if unknown."""
     series: Series = field(default_factory=Series)
 
-    def recent_rate(self, confidence: float = CONFIDENCE) -> Rate:
-        """Divergence per comparison, over the newest ones."""
-        return Rate(self.recent.count("1"), len(self.recent), confidence)
+    @property
+    def recent_share(self) -> Share:
+        """Of the newest comparisons."""
+        return Share(len(self.recent), self.recent.count("1"))
 
-    def token_rate(self, confidence: float = CONFIDENCE) -> Rate:
-        """First differences per compared token position. The differing position was compared too."""
+    @property
+    def token_share(self) -> Share:
+        """First differences among the compared token positions. The differing position was compared too."""
         diverged = sum(self.sums.first_differences.values())
-        return Rate(diverged, self.sums.compared_tokens + diverged, confidence)
+        return Share(self.sums.compared_tokens + diverged, diverged)
 
     def after(self, event: Compared) -> Group:
         """The group after one more comparison."""
@@ -194,14 +282,11 @@ class Counts:
         others = tuple(each for each in self.groups if each.key != event.key)
         group = next((each for each in self.groups if each.key == event.key), Group(event.key, event.at, event.at))
         groups = (*others, group.after(event))
-        retired = self.retired
+        retired = {each.key: each.sums for each in self.retired}
         for dropped in groups[:-GROUPS_MAX]:
-            retired = _retire(retired, dropped)
-        return replace(self, groups=groups[-GROUPS_MAX:], retired=retired)
-
-    def without_verdict(self, kind: str, reason: str) -> Counts:
-        """The counts after a second run that was due and gave no verdict."""
-        return replace(self, not_compared={**self.not_compared, kind: _plus(self.not_compared.get(kind, {}), reason, 1)})
+            key = replace(dropped.key, fingerprint="")
+            retired[key] = retired.get(key, Sums()) + dropped.sums
+        return replace(self, groups=groups[-GROUPS_MAX:], retired=tuple(starmap(RetiredGroups, retired.items())))
 
     @property
     def all_sums(self) -> tuple[tuple[GroupKey, Sums], ...]:
@@ -215,11 +300,7 @@ class Counts:
         return {(each.key.kind, each.key.grade): each for each in sorted(current, key=lambda each: each.evidence.log)}
 
 
-def _retire(retired: tuple[RetiredGroups, ...], group: Group) -> tuple[RetiredGroups, ...]:
-    key = replace(group.key, fingerprint="")
-    others = tuple(each for each in retired if each.key != key)
-    sums = next((each.sums for each in retired if each.key == key), Sums())
-    return (*others, RetiredGroups(key, sums + group.sums))
+# ---- the checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,24 +318,15 @@ class DivergenceTracker:
     def __init__(self, writer: str) -> None:
         self._writer = writer
         self._name = f"divergence/{writer}"
-        self._current = self._saved = Checkpoint()
+        self.checkpoint = self._saved = Checkpoint()
         self._early: list[Sealed] | None = []
         """Entries that were committed during `restore`, by a takeover for example. None after it."""
         self._save_now = asyncio.Event()
 
     @property
-    def counts(self) -> Counts:
-        return self._current.counts
-
-    @property
     def restored_counts(self) -> Counts | None:
         """The counts, or None before `restore` has ended."""
-        return self.counts if self._early is None else None
-
-    @property
-    def index(self) -> int:
-        """Index of the newest entry that is counted."""
-        return self._current.index
+        return self.checkpoint.counts if self._early is None else None
 
     async def restore(self, journal: Journal) -> None:
         """Load the checkpoint and count the entries since. To be called once.
@@ -265,10 +337,14 @@ class DivergenceTracker:
         head = (await journal.head()).index
         if self._early:
             head = self._early[0].header.index - 1
-        self._current = self._saved = _read((await journal.notes(self._name)).get(self._name), head)
-        while page := await journal.entries(self.index + 1, min(PAGE_ENTRIES, head - self.index), payloads=True):
+        self.checkpoint = self._saved = _read((await journal.notes(self._name)).get(self._name), head)
+        while page := await journal.entries(
+            self.checkpoint.index + 1, min(PAGE_ENTRIES, head - self.checkpoint.index), payloads=True
+        ):
             self._count(page)
-        log.info("divergence restored", extra={"index": self.index, "read": self.index - self._saved.index})
+        log.info(
+            "divergence restored", extra={"index": self.checkpoint.index, "read": self.checkpoint.index - self._saved.index}
+        )
         early, self._early = self._early, None
         self.committed(early)
 
@@ -289,13 +365,14 @@ class DivergenceTracker:
                         "index": event.at.index,
                     },
                 )
-        if self.index - self._saved.index >= SAVE_ENTRIES:
+        if self.checkpoint.index - self._saved.index >= SAVE_ENTRIES:
             self._save_now.set()
 
     def not_compared(self, kind: types_pb2.ComparisonKind.ValueType, reason: str) -> None:
         """Count a second run that was due and gave no verdict."""
-        word = enums.word(types_pb2.ComparisonKind, kind).lower()
-        self._current = replace(self._current, counts=self.counts.without_verdict(word, reason))
+        word, counts = enums.word(types_pb2.ComparisonKind, kind).lower(), self.checkpoint.counts
+        not_compared = {**counts.not_compared, word: _plus(counts.not_compared.get(word, {}), reason, 1)}
+        self.checkpoint = replace(self.checkpoint, counts=replace(counts, not_compared=not_compared))
 
     async def run(self, journal: Journal) -> None:
         """Save checkpoints until cancelled."""
@@ -307,7 +384,7 @@ class DivergenceTracker:
 
     async def save(self, journal: Journal) -> None:
         """Save a checkpoint if anything has changed. Does nothing if the journal is full."""
-        checkpoint = self._current
+        checkpoint = self.checkpoint
         if checkpoint is not self._saved:
             with contextlib.suppress(errors.Refused):
                 await journal.append(Note(self._name, msgspec.json.encode(checkpoint)))
@@ -316,26 +393,24 @@ class DivergenceTracker:
     def _count(self, entries: Sequence[Sealed]) -> list[Event]:
         if not entries:
             return []
-        assert entries[0].header.index > self.index, "invariant 1: an entry is counted once"
+        assert entries[0].header.index > self.checkpoint.index, "invariant 1: an entry is counted once"
         own = [entry for entry in entries if entry.header.writer == self._writer]
         found = [event for entry in own for event in events(entry.header, entry.payload)]
-        counts = self.counts
+        counts = self.checkpoint.counts
         for event in found:
             counts = counts.after(event)
-        self._current = Checkpoint(index=entries[-1].header.index, counts=counts)
+        self.checkpoint = Checkpoint(index=entries[-1].header.index, counts=counts)
         return found
 
 
 def _read(note: bytes | None, head: int) -> Checkpoint:
     """The checkpoint, or an empty one if the note is missing, damaged, of another version, or newer than the journal."""
-    if note is None:
-        return Checkpoint()
     try:
-        checkpoint = msgspec.json.decode(note, type=Checkpoint)
+        checkpoint = msgspec.json.decode(note, type=Checkpoint) if note is not None else Checkpoint()
+        if checkpoint.version == VERSION and checkpoint.index <= head:
+            return checkpoint
+        why = "it is of another version or journal"
     except (msgspec.DecodeError, ValueError) as error:
-        log.warning("the divergence checkpoint cannot be read; the journal is counted from its start: %s", error)
-        return Checkpoint()
-    if checkpoint.version != VERSION or checkpoint.index > head:
-        log.warning("the divergence checkpoint is of another version or journal; the journal is counted from its start")
-        return Checkpoint()
-    return checkpoint
+        why = str(error)
+    log.warning("the divergence checkpoint cannot be used; the journal is counted from its start", extra={"why": why})
+    return Checkpoint()

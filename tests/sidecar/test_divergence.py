@@ -18,18 +18,24 @@ from scipy import stats
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.divergence.output import DivergenceCollector, report
-from sidecar.divergence.statistics import ALARM, BUCKETS_MAX, FAULTY, TOLERABLE, Evidence, Rate, Share, bin_bounds
+from sidecar.divergence.statistics import ALARM, BUCKETS_MAX, FAULTY, TOLERABLE, Evidence, Share, bin_bounds
 from sidecar.divergence.tracker import (
     DRIFT_MAX,
+    FAILED,
     GROUPS_MAX,
     SAMPLINGS_MAX,
     WINDOW_COMPARISONS,
+    Checkpoint,
+    CollisionCheck,
+    Compared,
     Counts,
     DivergenceTracker,
     Group,
+    GroupKey,
+    Moment,
     RetiredGroups,
+    events,
 )
-from sidecar.divergence.verdicts import FAILED, CollisionCheck, Compared, GroupKey, Moment, events
 from tests.sidecar.evidence_paths import NEVER, alarms, log_evidence
 
 counts = st.integers(1, 10**7).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -41,15 +47,15 @@ def test_the_interval_is_wilsons(count: tuple[int, int], confidence: float) -> N
     """The bounds are those of scipy's Wilson score interval."""
     events, trials = count
     expected = stats.binomtest(events, trials).proportion_ci(confidence, method="wilson")
-    rate = Rate(events, trials, confidence)
+    share = Share(trials, events)
 
-    assert (rate.lower, rate.upper) == pytest.approx((expected.low, expected.high), abs=1e-9)
-    assert rate.lower <= rate.value <= rate.upper
+    assert (share.lower(confidence), share.upper(confidence)) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert share.lower(confidence) <= share.value <= share.upper(confidence)
 
 
-def test_no_trials() -> None:
-    """Without trials the interval is 0 to 1."""
-    assert (Rate(0, 0).value, Rate(0, 0).lower, Rate(0, 0).upper) == (0.0, 0.0, 1.0)
+def test_no_comparisons() -> None:
+    """Without comparisons the interval is 0 to 1."""
+    assert (Share().value, Share().lower(), Share().upper()) == (0.0, 0.0, 1.0)
 
 
 @settings(deadline=None)
@@ -195,7 +201,7 @@ def test_counts_equal_those_of_a_list(given: list[tuple[GroupKey, types_pb2.Comp
 @given(st.lists(st.tuples(keys, comparisons), max_size=30))
 def test_counts_survive_json(given: list[tuple[GroupKey, types_pb2.Comparison]]) -> None:
     """Counts survive JSON unchanged, to the last bit of the evidence."""
-    counts = Counts().without_verdict("audit", "busy").after(CollisionCheck(Moment(1, 1), 1, collides=True))
+    counts = Counts(not_compared={"audit": {"busy": 1}}).after(CollisionCheck(collides=True))
     for n, (key, said) in enumerate(given, start=1):
         counts = counts.after(compared(said, n, key, n))
     counts = replace(counts, retired=tuple(RetiredGroups(group.key, group.sums) for group in counts.groups))
@@ -223,7 +229,7 @@ def test_the_recent_rate_has_a_window() -> None:
     for index in range(WINDOW_COMPARISONS):
         group = group.after(compared(verdict(), index))
 
-    assert (group.recent_rate().events, group.recent_rate().trials) == (0, WINDOW_COMPARISONS)
+    assert group.recent_share == Share(WINDOW_COMPARISONS, 0)
     assert (group.sums.diverged, group.sums.compared) == (1, WINDOW_COMPARISONS + 1)
 
 
@@ -261,7 +267,7 @@ def test_events_of_a_completed_entry() -> None:
 
     assert list(events(entry, payload)) == [
         Compared(Moment(9, 5), GroupKey("twin", "best_effort", "ab", other_replica=True), twin),
-        CollisionCheck(Moment(9, 5), 3, collides=True),
+        CollisionCheck(collides=True),
     ]
     assert list(events(entry, b"")) == [], "a payload that was dropped says nothing"
 
@@ -303,7 +309,7 @@ def test_a_divergence_without_a_position() -> None:
 
     (group,) = counts.groups
     assert (group.sums.diverged, group.sums.compared, group.sums.compared_tokens) == (2, 2, 7)
-    assert (group.token_rate().events, group.token_rate().trials) == (1, 8)
+    assert group.token_share == Share(8, 1)
 
 
 OLD, NEW, OTHER = (
@@ -313,7 +319,7 @@ OLD, NEW, OTHER = (
 
 def made() -> Counts:
     """Two fingerprints, the newer one with two replicas, and every kind of event."""
-    counts, index = Counts(), 0
+    counts, index = Counts(not_compared={"audit": {"busy": 1}}), 0
     for key, verdict, tokens, company, sampling, times in (
         (OLD, DIVERGED, 5, 1, "greedy", 2),
         (OTHER, MATCH, 8, 0, "", 4),
@@ -326,8 +332,8 @@ def made() -> Counts:
             said = types_pb2.Comparison(verdict=verdict, compared_tokens=tokens, company=company, sampling=sampling)
             counts = counts.after(compared(said, index, key, index * 60_000))
     for collides in (True, False, False):
-        counts = counts.after(CollisionCheck(Moment(99, 1), 1, collides))
-    return counts.without_verdict("audit", "busy")
+        counts = counts.after(CollisionCheck(collides))
+    return counts
 
 
 def metrics(counts: Counts | None) -> dict[str, float]:
@@ -385,12 +391,12 @@ def test_nothing_is_served_before_it_is_restored() -> None:
 
 def test_gauges_are_the_newest_fingerprints() -> None:
     """The gauges are of the newest fingerprint, and of its replicas of the one with more evidence."""
-    seen, rate = metrics(made()), Rate(1, 7)
+    seen, share = metrics(made()), Share(7, 1)
     labels = '{grade="exact",kind="twin"}'
 
-    assert seen[f"ostinato_divergence_rate{labels}"] == rate.value
-    assert seen[f"ostinato_divergence_rate_lower{labels}"] == rate.lower
-    assert seen[f"ostinato_divergence_rate_upper{labels}"] == rate.upper
+    assert seen[f"ostinato_divergence_rate{labels}"] == share.value
+    assert seen[f"ostinato_divergence_rate_lower{labels}"] == share.lower()
+    assert seen[f"ostinato_divergence_rate_upper{labels}"] == share.upper()
     assert seen[f"ostinato_divergence_alarm{labels}"] == 0
 
 
@@ -403,9 +409,9 @@ def test_no_rate_without_comparisons() -> None:
 def test_a_report(confidence: float) -> None:
     """The report has the newest group and the worst samplings first, the rest ascending, with the requested confidence."""
     known = {digest: types_pb2.Fingerprint(digest=digest) for digest in (b"\xcc" * 32, b"\xbb" * 32)}
-    found = report(made(), 77, confidence, known)
+    found = report(Checkpoint(index=77, counts=made()), confidence, known)
     group = found.strata[0]
-    rate = Rate(1, 7, confidence)
+    lower, upper = Share(7, 1).lower(confidence), Share(7, 1).upper(confidence)
 
     assert (found.index, found.confidence, found.alarm) == (77, confidence, False)
     assert [(each.fingerprint_digest[:1], each.other_replica) for each in found.strata] == [
@@ -416,7 +422,7 @@ def test_a_report(confidence: float) -> None:
     assert [each.digest for each in found.fingerprints] == [b"\xbb" * 32]
     assert (group.kind, group.grade) == (types_pb2.COMPARISON_KIND_TWIN, types_pb2.GRADE_EXACT)
     assert (group.matched, group.diverged, group.incomparable) == (6, 1, 1)
-    assert group.per_comparison == sequencer_pb2.Rate(events=1, trials=7, value=1 / 7, lower=rate.lower, upper=rate.upper)
+    assert group.per_comparison == sequencer_pb2.Rate(events=1, trials=7, value=1 / 7, lower=lower, upper=upper)
     assert (group.per_token.events, group.per_token.trials) == (1, 6 * 8 + 200_000 + 1)
     assert [(each.sampling, each.rate.events, each.rate.trials) for each in group.samplings] == [
         ("greedy", 1, 1),

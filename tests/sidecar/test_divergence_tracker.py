@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.divergence import tracker
-from sidecar.divergence.tracker import VERSION, Checkpoint, Counts, DivergenceTracker
-from sidecar.divergence.verdicts import events
+from sidecar.divergence.tracker import VERSION, Checkpoint, Counts, DivergenceTracker, events
 from sidecar.journal.model import Admission, Audit, Note, Outcome, Sealed
 from sidecar.journal.writer import Journal
 from tests.sidecar.journal_kit import SqliteKit, admission, completed, item, prompt
@@ -101,10 +100,10 @@ def test_a_crash_anywhere_changes_no_count(given: list[tuple[str, int]]) -> None
                         await life.tracker.save(life.journal)
                     case _:
                         await life.crash()
-                assert life.tracker.counts == await life.everything()
+                assert life.tracker.checkpoint.counts == await life.everything()
             await life.crash()
-            assert life.tracker.counts == await life.everything()
-            assert life.tracker.index == (await life.journal.head()).index
+            assert life.tracker.checkpoint.counts == await life.everything()
+            assert life.tracker.checkpoint.index == (await life.journal.head()).index
             await life.journal.close()
 
     asyncio.run(live())
@@ -122,7 +121,7 @@ async def test_a_start_reads_only_new_entries(tmp_path: Path, monkeypatch: pytes
     for _ in range(3):
         await life.complete(0)
     await life.tracker.save(life.journal)
-    saved = life.tracker.index
+    saved = life.tracker.checkpoint.index
     await life.complete(1)
     asked: list[int] = []
     entries = Journal.entries
@@ -135,7 +134,7 @@ async def test_a_start_reads_only_new_entries(tmp_path: Path, monkeypatch: pytes
     await life.crash()
 
     assert min(asked) == saved + 1
-    assert life.tracker.counts == await life.everything()
+    assert life.tracker.checkpoint.counts == await life.everything()
     await life.journal.close()
 
 
@@ -159,7 +158,7 @@ async def test_an_unusable_checkpoint(tmp_path: Path, kept: bytes) -> None:
     await life.journal.append(Note(f"divergence/{WRITER}", kept))
     await life.crash()
 
-    assert life.tracker.counts == await life.everything() != Counts()
+    assert life.tracker.checkpoint.counts == await life.everything() != Counts()
     await life.journal.close()
 
 
@@ -173,7 +172,7 @@ async def test_what_is_committed_while_it_is_restored(
     for _ in range(6):
         await life.complete(0)
     await life.journal.close()
-    counted = life.tracker.counts.collision_checks
+    counted = life.tracker.checkpoint.counts.collision_checks
     life.store.settings = replace(life.store.settings, digests_only=digests_only)
     life.tracker = DivergenceTracker(WRITER)
     life.journal = Journal(
@@ -197,10 +196,10 @@ async def test_what_is_committed_while_it_is_restored(
     await life.complete(0)
 
     assert reads > 1
-    assert life.tracker.counts.collision_checks == counted + 1 + reads + 1
-    assert life.tracker.index == (await life.journal.head()).index
+    assert life.tracker.checkpoint.counts.collision_checks == counted + 1 + reads + 1
+    assert life.tracker.checkpoint.index == (await life.journal.head()).index
     if not digests_only:
-        assert life.tracker.counts == await life.everything()
+        assert life.tracker.checkpoint.counts == await life.everything()
     await life.journal.close()
 
 
@@ -212,8 +211,8 @@ async def test_only_own_entries_are_counted(tmp_path: Path) -> None:
     other = DivergenceTracker("another")
     await other.restore(life.journal)
 
-    assert other.counts == Counts()
-    assert other.index == life.tracker.index
+    assert other.checkpoint.counts == Counts()
+    assert other.checkpoint.index == life.tracker.checkpoint.index
     await life.journal.close()
 
 
@@ -225,7 +224,7 @@ async def test_what_was_not_compared_is_kept(tmp_path: Path) -> None:
     await life.tracker.save(life.journal)
     await life.crash()
 
-    assert life.tracker.counts.not_compared == {"audit": {"busy": 2, "drained": 1}}
+    assert life.tracker.checkpoint.counts.not_compared == {"audit": {"busy": 2, "drained": 1}}
     await life.journal.close()
 
 
@@ -250,7 +249,7 @@ async def test_a_batch_of_many(tmp_path: Path) -> None:
     batches = await asyncio.gather(*(life.journal.append(draft) for draft in drafts))
     await asyncio.gather(*(life.journal.append(outcome(entry, 0)) for batch in batches for entry in batch.entries))
 
-    (group,) = life.tracker.counts.groups
+    (group,) = life.tracker.checkpoint.counts.groups
     assert (group.sums.matched, group.sums.diverged) == (49, 0)
-    assert life.tracker.counts.collision_checks == 50
+    assert life.tracker.checkpoint.counts.collision_checks == 50
     await life.journal.close()
