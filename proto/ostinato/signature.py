@@ -13,7 +13,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -203,25 +203,20 @@ def inclusion_fault(receipt: types_pb2.Receipt) -> str:
 # ---- keys
 
 
-class PublicKeys:
+class PublicKeys(dict[str, "Ed25519PublicKey"]):
     """Public keys by their ids."""
 
-    def __init__(self) -> None:
-        self._keys: dict[str, Ed25519PublicKey] = {}
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def add(self, pem: bytes) -> str:
-        """All keys in the text; the id of the last. ValueError: one is no public key that can be used, or there is none.
-        ImportError: `cryptography` is not installed."""
-        _need_cryptography()
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-        from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    def add(self, pem: bytes) -> None:
+        """All keys in the text. ValueError: one is no public key that can be used, or there is none. ImportError:
+        `cryptography` is not installed."""
+        try:
+            from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+            from cryptography.hazmat.primitives.serialization import load_pem_public_key
+        except ImportError as error:
+            raise ImportError(f"signatures need the package cryptography: {install_hint('verify')}") from error
 
         if b"PRIVATE KEY" in pem:
             raise ValueError("is a private key: give the public one")
-        id_ = ""
         for block in _PEM.findall(pem) or [pem]:
             try:
                 key = load_pem_public_key(block)
@@ -229,22 +224,14 @@ class PublicKeys:
                 raise ValueError("holds no public key in PEM form") from None
             if not isinstance(key, Ed25519PublicKey):
                 raise ValueError("is not an Ed25519 key")
-            id_ = key_id(key.public_bytes_raw())
-            self._keys[id_] = key
-        return id_
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __contains__(self, key_id: str) -> bool:
-        return key_id in self._keys
+            self[key_id(key.public_bytes_raw())] = key
 
     def verify(self, head: types_pb2.SignedHead) -> bool:
         """Whether the key with the head's key id, which must be among these, has signed it."""
         from cryptography.exceptions import InvalidSignature
 
         try:
-            self._keys[head.key_id].verify(head.signature, pae(statement(head)))
+            self[head.key_id].verify(head.signature, pae(statement(head)))
         except InvalidSignature:
             return False
         return True
@@ -278,13 +265,5 @@ def signer_of(pem: bytes) -> Signer:
     if not isinstance(key, Ed25519PrivateKey):
         raise ValueError("is not an Ed25519 key")
     public = key.public_key()
-    pem_of_it = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-    return Signer(key_id(public.public_bytes_raw()), key.sign, pem_of_it)
-
-
-def _need_cryptography() -> None:
-    """Raises ImportError that says what to install."""
-    try:
-        import cryptography  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"signatures need the package cryptography: {install_hint('verify')}") from error
+    public_pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    return Signer(key_id(public.public_bytes_raw()), key.sign, public_pem)

@@ -211,11 +211,11 @@ class Verification:
                 head = _witnessed_head(message)
                 if head is None:
                     continue
-                if head_fault(head) or (len(self._keys) and self._signed(head) is not None):
+                if head_fault(head) or (self._keys and self._signed(head) is not None):
                     passed_over += 1
                     continue
                 self._note_head(head, place, witness=True)
-                for what in (SIGNED, WITNESSED) if len(self._keys) else (WITNESSED,):
+                for what in (SIGNED, WITNESSED) if self._keys else (WITNESSED,):
                     self._heads[what][head.log_id, head.last_index] = head.entry_hash
         if passed_over:
             show.note(f"passed over: {passed_over} heads of the witness, which no given key has signed")
@@ -388,7 +388,7 @@ class Verification:
     def _signed(self, head: types_pb2.SignedHead) -> str | None:
         """None: a given key has signed it. Otherwise why that is not known, or empty: the signature is not valid."""
         if head.key_id not in self._keys:
-            return f"it is signed with key {head.key_id}, which was not given" if len(self._keys) else "no key was given"
+            return f"it is signed with key {head.key_id}, which was not given" if self._keys else "no key was given"
         name = head.SerializeToString(deterministic=True)
         if name not in self._signatures:  # all receipts of a transaction have one head
             self._signatures[name] = self._keys.verify(head)
