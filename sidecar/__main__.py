@@ -30,7 +30,7 @@ from serving.server import Server, probe
 from serving.settings import describe, read
 
 from sidecar.api import GenerationServicer, SequencerServicer
-from sidecar.checks import Auditor, Canary, CanaryRunner, read_canaries
+from sidecar.checks import Auditor, CanaryRunner, read_canaries
 from sidecar.config import Settings, is_shared
 from sidecar.core import events as ev
 from sidecar.divergence.output import DivergenceCollector
@@ -64,7 +64,8 @@ class Sidecar:
         self.numbers = numbers
         self.credentials = _credentials(settings)
         hop, tls = _engine_credentials(settings)
-        watched = _canaries(settings)
+        with program.configuring("--canaries"):
+            watched = read_canaries(settings.canaries)
         gateway = _gateway() if settings.vllm_face else None
         self.tracker = DivergenceTracker(settings.writer)
         self.observer = Observer(Metrics(numbers), self.tracker.not_compared)
@@ -219,14 +220,6 @@ def _engine_credentials(settings: Settings) -> tuple[SidecarEnd | None, grpc.Cha
 
     tls = client_credentials(settings.engine_ca, settings.engine_certificate, settings.engine_key)
     return SidecarEnd(settings.engine, secret) if secret else None, tls
-
-
-def _canaries(settings: Settings) -> tuple[Canary, ...]:
-    """Raises StartupError that says what is wrong with the file."""
-    try:
-        return read_canaries(settings.canaries)
-    except ValueError as error:
-        raise program.StartupError(f"--canaries: {error}", exit_code=program.BAD_CONFIGURATION) from error
 
 
 @contextlib.contextmanager

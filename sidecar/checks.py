@@ -11,7 +11,7 @@ import contextlib
 import logging
 import tomllib
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -322,28 +322,20 @@ class CanaryRunner:
 
     async def _run(self, canary: Canary, given: sequencer_pb2.AdmittedPayload, fingerprint: bytes) -> None:
         digest = input_digest(given.token_ids, given.parameters, given.seed)
-        name = _note_name(fingerprint, digest)
+        name, known = _note_name(fingerprint, digest), None
         try:
-            with self._counted():
-                known = (await self._pipeline.journal.notes(name)).get(name)
-                if known is None:
-                    await self._learn(canary, given, digest)
-            if known is not None:
+            known = (await self._pipeline.journal.notes(name)).get(name)
+            if known is None:
+                await self._learn(canary, given, digest)
+            else:
                 await self._compare(canary, given, fingerprint, types_pb2.Output.FromString(known))
-        except errors.EngineUnavailable:
-            self._losses[canary.name] += 1
-        except errors.OstinatoError:
-            pass  # it is counted
+        except errors.OstinatoError as error:
+            if known is None:  # otherwise check has counted it
+                self._pipeline.observer.not_compared(CANARY, error.reason)
+            if isinstance(error, errors.EngineUnavailable):
+                self._losses[canary.name] += 1
         else:
             del self._losses[canary.name]
-
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        try:
-            yield
-        except errors.OstinatoError as error:
-            self._pipeline.observer.not_compared(CANARY, error.reason)
-            raise
 
     async def _learn(self, canary: Canary, given: sequencer_pb2.AdmittedPayload, digest: bytes) -> None:
         result = await self._pipeline.rerunner.start(given, 0, CANARY)
@@ -352,11 +344,7 @@ class CanaryRunner:
         log.info("canary learned", extra={"canary": canary.name, "fingerprint": result.fingerprint_digest.hex()[:16]})
 
     async def _compare(
-        self,
-        canary: Canary,
-        given: sequencer_pb2.AdmittedPayload,
-        fingerprint: bytes,
-        output: types_pb2.Output,
+        self, canary: Canary, given: sequencer_pb2.AdmittedPayload, fingerprint: bytes, output: types_pb2.Output
     ) -> None:
         header = types_pb2.EntryHeader(
             form=FORM,

@@ -61,10 +61,8 @@ def _mark(path: Path) -> Mark | None:
 
 def read_signer(path: Path) -> Signer:
     """The key in this file. Raises StartupError that says why it cannot be used."""
-    try:
+    with program.configuring(f"--signing-key: {path}"):
         return signer_of(Source("--signing-key", path, private=True).read())
-    except ValueError as error:
-        raise program.StartupError(f"--signing-key: {path}: {error}", exit_code=program.BAD_CONFIGURATION) from error
 
 
 def open_for_maintenance(journal: str, *, create: bool = False, reading: bool = False, copying: bool = False) -> SqlStore:

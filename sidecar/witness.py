@@ -62,22 +62,17 @@ class Publisher:
 
     async def run(self) -> None:
         """Until it is cancelled."""
-        async with self._client or nullcontext():
-            await self._run()
-
-    async def _run(self) -> None:
         pause_seconds = 0.0
-        while True:
-            await self._journal.wait(self._index + 1)
-            self._observer.witness_behind()
-            if self._index and not pause_seconds:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._journal.wait(self._index + self._entries), self._seconds)
-            if await self._publish_newest():
-                pause_seconds = 0.0
-                continue
-            pause_seconds = min(max(RETRY_SECONDS, 2 * pause_seconds), RETRY_SECONDS_MAX)
-            await asyncio.sleep(pause_seconds)
+        async with self._client or nullcontext():
+            while True:
+                await self._journal.wait(self._index + 1)
+                self._observer.witness_behind()
+                if self._index and not pause_seconds:
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._journal.wait(self._index + self._entries), self._seconds)
+                published = await self._publish_newest()
+                pause_seconds = 0.0 if published else min(max(RETRY_SECONDS, 2 * pause_seconds), RETRY_SECONDS_MAX)
+                await asyncio.sleep(pause_seconds)
 
     async def _publish_newest(self) -> bool:
         """Whether the witness has a newer head now."""
@@ -98,11 +93,9 @@ class Publisher:
 
 def _client(settings: Settings) -> ostinato.Client:
     """Of a witness that is another sidecar."""
-    try:
+    with program.configuring("--witness"):
         credentials = ostinato.tls(settings.witness_ca) if settings.witness_ca is not None else None
         return ostinato.Client(settings.witness, credentials=credentials, token=_token(settings.witness_token))
-    except ValueError as error:
-        raise program.StartupError(f"--witness: {error}", exit_code=program.BAD_CONFIGURATION) from error
 
 
 def _publish(settings: Settings) -> Publish:
@@ -121,12 +114,10 @@ def _publish(settings: Settings) -> Publish:
 def _token(path: Path | None) -> str | None:
     if path is None:
         return None
-    try:
+    with program.configuring(f"--witness-token: {path}"):
         token = Source("--witness-token", path, private=True).read().decode("ascii").strip()
         bearer(token)
-    except ValueError as error:
-        raise program.StartupError(f"--witness-token: {path}: {error}", exit_code=program.BAD_CONFIGURATION) from error
-    return token
+        return token
 
 
 async def _post(url: str, given: Mapping[str, object], token: str | None, context: ssl.SSLContext | None) -> None:
@@ -158,14 +149,11 @@ async def _post(url: str, given: Mapping[str, object], token: str | None, contex
 
 def _append(path: Path, given: Mapping[str, object]) -> None:
     """A line at the file's end. Durable on return."""
-    handle = files.opened(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-    try:
-        size = os.fstat(handle).st_size
-        torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"  # a line that a crash has cut ends here
-        os.write(handle, b"\n" * torn + json.dumps(given).encode() + b"\n")
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with os.fdopen(files.opened(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "rb+", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"  # a line that a crash has cut ends here
+        file.write(b"\n" * torn + json.dumps(given).encode() + b"\n")
+        os.fsync(file.fileno())
     if not size:
         files.sync_folder(path.parent)
 
@@ -179,10 +167,8 @@ class Witness:
     def __init__(self, path: Path, journal: Journal, observer: Observer) -> None:
         """`path`: lines of a log's id and a public key of it. Raises StartupError."""
         self._journal, self._observer = journal, observer
-        try:
+        with program.configuring(f"--witness-keys: {path}"):
             self._keys = _keys(Source("--witness-keys", path).read().decode())
-        except ValueError as error:
-            raise program.StartupError(f"--witness-keys: {path}: {error}", exit_code=program.BAD_CONFIGURATION) from error
 
     async def record(self, head: types_pb2.SignedHead) -> sequencer_pb2.WitnessResponse:
         """Durable on return; a head that is recorded already has its entry. Raises InvalidRequest that names the field."""

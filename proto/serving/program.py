@@ -60,6 +60,15 @@ def run(program: str, main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
 
 
 @contextmanager
+def configuring(what: str) -> Iterator[None]:
+    """Around what is made of a setting. Raises StartupError for a ValueError. `what`: the flag, and its file, if any."""
+    try:
+        yield
+    except ValueError as error:
+        raise StartupError(f"{what}: {error}", exit_code=BAD_CONFIGURATION) from error
+
+
+@contextmanager
 def exporting_traces(target: str, service: str, instance: str = "") -> Iterator[None]:
     """Exports spans as `tracing.start` does, if they are on, while the context lasts. Raises StartupError."""
     try:

@@ -44,31 +44,21 @@ def place_fault(path: Path, *, create: bool) -> str:
     for file in (path.with_name(path.name + ending) for ending in ("", *SIDE_FILES)):
         try:
             if not stat.S_ISREG(mode := file.lstat().st_mode):
-                return f"{file} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}: {_why_file(file, path)}"
+                what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+                beside = f"{path} needs a file of this name beside it; move it away"
+                return f"{file} is {what}: {beside}" if file != path else f"{file} is {what}: name the journal's file"
+            if fault := _access_fault(file, os.R_OK | os.W_OK):
+                return fault
+            files.check(file, file.stat())  # without opening it: closing it would release this process's locks on it
         except FileNotFoundError:
             if file == path and not create:
                 return f"{path} does not exist: name a journal that does"
+        except files.Untrusted as error:
+            return str(error)
         except OSError as error:
             return f"{file} cannot be read by {files.user()}: {error.strerror}"
-        else:
-            if fault := _access_fault(file, os.R_OK | os.W_OK) or _trust_fault(file):
-                return fault
     fault = _access_fault(folder, os.W_OK | os.X_OK)
     return f"{path}: its folder {fault}, and the journal needs files beside it" if fault else ""
-
-
-def _why_file(file: Path, path: Path) -> str:
-    return "name the journal's file" if file == path else f"{path} needs a file of this name beside it; move it away"
-
-
-def _trust_fault(path: Path) -> str:
-    """Why its content may be another user's; empty: no fault. Without opening it: closing it would release this process's
-    locks on it."""
-    try:
-        files.check(path, path.stat())
-    except OSError as error:
-        return str(error)
-    return ""
 
 
 def _access_fault(path: Path, mode: int) -> str:
