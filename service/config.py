@@ -85,13 +85,16 @@ class Settings(Common):
     )
     tp: int | None = field(
         None,
-        "turbomind: GPUs for tensor parallelism, a power of two; more than one is best effort",
+        "turbomind: GPUs for tensor parallelism, a power of two; more than two are best effort",
         minimum=1,
         maximum=INT32_MAX,
         applies=_applies("tp"),
     )
     communicator: str | None = field(
-        None, "turbomind: what those GPUs communicate by", choices=("nccl", "cuda-ipc"), applies=_applies("communicator")
+        None,
+        "turbomind: what those GPUs communicate by; cuda-ipc is best effort",
+        choices=("nccl", "cuda-ipc"),
+        applies=_applies("communicator"),
     )
     cache_fraction: float | None = field(
         None,

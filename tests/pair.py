@@ -98,7 +98,9 @@ class Program:
             for line in stream:
                 self.lines.append(line.rstrip("\n"))
                 with contextlib.suppress(ValueError):
-                    self._records.append(json.loads(line))
+                    record = json.loads(line)
+                    if isinstance(record, dict):  # TurboMind also prints lines that are numbers
+                        self._records.append(record)
 
     @property
     def pid(self) -> int:

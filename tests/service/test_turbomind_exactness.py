@@ -41,6 +41,7 @@ def proved(
     gpu: host.Gpu = GPU,
     measured: list[Mapping[Shape, int]] | None = None,
     pieces: str = "",
+    **options: Any,
 ) -> Exactness:
     """An exactness after its proof, with these permits as the measurement."""
 
@@ -51,9 +52,10 @@ def proved(
     monkeypatch.setattr(kernels, "set_workspace", lambda _, gpus: None)
     monkeypatch.setattr(kernels, "measure", measure)
     monkeypatch.setattr(probe, "prove_pieces", lambda *_: pieces)
-    without(monkeypatch, "TM_GEMM_TUNE")
+    without(monkeypatch, "TM_GEMM_TUNE", "NCCL_NVLS_ENABLE")
     read = model.read(folder(tmp_path))
-    exactness = Exactness(TurbomindOptions(model=tmp_path, state_dir=tmp_path), read, cast(Overrides, overrides))
+    given = TurbomindOptions(model=tmp_path, state_dir=tmp_path, **options)
+    exactness = Exactness(given, read, cast(Overrides, overrides))
     exactness.prepare(gpu, "0.18.0")
     exactness.prove(NATIVE)
     return exactness
@@ -182,6 +184,26 @@ def test_what_is_missing_is_the_ceilings_reason(
     overrides.omitted = frozenset(filter(None, [omitted]))
 
     assert proved(tmp_path, monkeypatch, overrides, permits, pieces=pieces).ceiling == (types_pb2.GRADE_BEST_EFFORT, why)
+
+
+@pytest.mark.parametrize(
+    ("tp", "communicator", "why"),
+    [
+        (2, "nccl", ""),
+        (2, "cuda-ipc", "two GPUs round otherwise for large batches with --communicator cuda-ipc: use nccl"),
+        (4, "nccl", "more than two GPUs add in an order that depends on the batch: --tp is 4"),
+    ],
+)
+def test_two_gpus_may_be_exact_with_nccl(
+    tp: int, communicator: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two GPUs that add with NCCL may earn EXACT, without sums by the switch; others may not, and the reason says why."""
+    overrides = FakeOverrides({LAYER: 8448, HEAD: 1})
+    grade, reason = proved(tmp_path, monkeypatch, overrides, PERMITS, tp=tp, communicator=communicator).ceiling
+
+    assert grade == (types_pb2.GRADE_BEST_EFFORT if why else types_pb2.GRADE_EXACT)
+    assert reason == why or not why
+    assert os.environ["NCCL_NVLS_ENABLE"] == "0"
 
 
 def test_without_overrides_the_engine_runs_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

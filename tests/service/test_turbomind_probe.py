@@ -180,22 +180,24 @@ def test_a_cache_that_does_not_fit_is_off(
 
 
 @pytest.mark.parametrize(
-    ("turbomind", "context_tokens", "why", "piece_tokens"),
+    ("turbomind", "given", "why", "piece_tokens"),
     [
-        (FakeTurboMind(), 4096, "", PIECE_TOKENS),
-        (FakeTurboMind(), 100, "", PIECE_TOKENS),
-        (FakeTurboMind(pieces_seen=1, omitted=frozenset({"piece"})), 4096, "", 0),
-        (FakeTurboMind(misreads=True), 4096, "of a prompt of 2176 tokens the override piece reads (1, 0, 0)", 0),
-        (FakeTurboMind(strays=1), 4096, "does not find a prompt among those of its pass", PIECE_TOKENS),
-        (FakeTurboMind(pieces_seen=3), 4096, "computed a prompt of 2176 tokens in 3 pieces, not 2", PIECE_TOKENS),
+        (FakeTurboMind(), {}, "", PIECE_TOKENS),
+        (FakeTurboMind(), {"context_tokens": 100}, "", PIECE_TOKENS),
+        (FakeTurboMind(pieces_seen=3), {"tp": 2}, "", PIECE_TOKENS),  # each of two GPUs has cut it once
+        (FakeTurboMind(pieces_seen=2), {"tp": 2}, "computed a prompt of 2176 tokens in 1.5 pieces, not 2", PIECE_TOKENS),
+        (FakeTurboMind(pieces_seen=1, omitted=frozenset({"piece"})), {}, "", 0),
+        (FakeTurboMind(misreads=True), {}, "of a prompt of 2176 tokens the override piece reads (1, 0, 0)", 0),
+        (FakeTurboMind(strays=1), {}, "does not find a prompt among those of its pass", PIECE_TOKENS),
+        (FakeTurboMind(pieces_seen=3), {}, "computed a prompt of 2176 tokens in 3 pieces, not 2", PIECE_TOKENS),
     ],
 )
 def test_prompts_are_cut_once_the_override_reads_right(
-    turbomind: FakeTurboMind, context_tokens: int, why: str, piece_tokens: int
+    turbomind: FakeTurboMind, given: dict[str, Any], why: str, piece_tokens: int
 ) -> None:
-    """A prompt longer than a piece must be cut as expected; a small context has none."""
-    given = TurbomindOptions(context_tokens=context_tokens, runs=8)
-    found = prove_pieces(cast(Native, turbomind), cast(Overrides, turbomind), given)
+    """A prompt longer than a piece must be cut as expected, on each GPU; a small context has none."""
+    options = TurbomindOptions(**({"context_tokens": 4096, "runs": 8} | given))
+    found = prove_pieces(cast(Native, turbomind), cast(Overrides, turbomind), options)
 
     assert why in found if why else not found
     assert turbomind.piece_tokens == piece_tokens

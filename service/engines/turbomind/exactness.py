@@ -23,9 +23,6 @@ from service.engines.turbomind.overrides import digest as overrides_digest
 
 NO_SPLITS = "max_splits=1"
 """TurboMind's setting: its own kernels, which serve quantised weights and experts, do not split K."""
-TP_REASONS = {1: "", 2: "a sum of two does not depend on their order, but two GPUs are not yet proved on any host: --tp is 2"}
-"""By number of GPUs that share the model, why the result cannot be exact; empty if it can."""
-TP_REASON = "several GPUs add up in an order of their own: --tp is more than 2"
 _log = logging.getLogger(__name__)
 
 
@@ -81,8 +78,9 @@ class Exactness:
             self.overrides = None
             return
         self.cublas = f"{Path(library).name} {number}"
-        kernels.set_workspace(self.overrides, self.options.tp)
         options = self.options
+        kernels.set_workspace(self.overrides, options.tp)
+        os.environ["NCCL_NVLS_ENABLE"] = "0"  # a switch that adds would round in its own way
         self._environment = {
             "lmdeploy": version, "cublas": self.cublas, "gpu": gpu.name, "capability": gpu.capability, "driver": gpu.driver,
             "config": self.model.config_digest, "dtype": options.dtype, "model_format": options.model_format or "",
@@ -199,7 +197,7 @@ class Exactness:
     @property
     def ceiling(self) -> tuple[types_pb2.Grade.ValueType, str]:
         """The best grade that the self-test may give, and why."""
-        if why := TP_REASONS.get(self.options.tp, TP_REASON):
+        if why := _sums_vary(self.options):
             return types_pb2.GRADE_BEST_EFFORT, why
         if self.options.runs == 1:
             return types_pb2.GRADE_SERIAL, "there is one slot: runs are computed one at a time"
@@ -236,6 +234,16 @@ class Exactness:
     def _miss(self, why: str) -> None:
         self.why_not = self.why_not or why
         _log.warning("not exact", extra={"why": why})
+
+
+def _sums_vary(options: TurbomindOptions) -> str:
+    """Why the sums of several GPUs depend on the batch; empty: they do not. NCCL adds two numbers, in any order, with one
+    rounding for messages of every size."""
+    if options.tp > 2:
+        return f"more than two GPUs add in an order that depends on the batch: --tp is {options.tp}"
+    if options.tp == 2 and options.communicator != "nccl":
+        return f"two GPUs round otherwise for large batches with --communicator {options.communicator}: use nccl"
+    return ""
 
 
 def _sha256(path: Path) -> str:

@@ -160,8 +160,9 @@ def prove_pieces(native: Native, overrides: Overrides, options: TurbomindOptions
     overrides.pieces(PIECE_TOKENS, PIECES_TOKENS, options.step_context_tokens)
     before, expected = overrides.counters.cuts, int(length > PIECE_TOKENS + 1 and PIECE not in overrides.omitted)
     finish(native, [fresh_prompt(native.vocabulary_size, length)], 1)
-    if (found := overrides.counters.cuts - before) != expected:
-        return f"TurboMind computed a prompt of {length} tokens in {found + 1} pieces, not {expected + 1}"
+    found = (overrides.counters.cuts - before) / options.tp  # each GPU has a scheduler
+    if found != expected:
+        return f"TurboMind computed a prompt of {length} tokens in {found + 1:g} pieces, not {expected + 1}"
     if overrides.counters.strays:
         return "the override piece does not find a prompt among those of its pass"
     return ""
