@@ -162,10 +162,9 @@ def calibrate(settings: Settings) -> int:
     except EngineUnusable as error:
         report_failure("service", f"calibrate: {error}", FAILED)
         return FAILED
-    text, covered = turbomind.report(engine)
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(engine.exactness.table() + "\n")
     asyncio.run(engine.close())
-    return DRAINED if covered else FAILED
+    return FAILED if engine.exactness.why_not else DRAINED
 
 
 def main() -> None:

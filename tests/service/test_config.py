@@ -132,6 +132,8 @@ def test_the_line_at_start_has_what_applies() -> None:
         (["--engine", "turbomind", "--tp", "3"], "--tp must be a power of two, is 3"),
         (["--engine", "turbomind", "--cache-fraction", "1"], "--cache-fraction must be above 0 and below 1, is 1.0"),
         (["--engine", "turbomind", "--runs", "4096", "--attention-splits", "2"], "--attention-splits (2) times --runs (4096)"),
+        (["--engine", "turbomind", "--runs", "0"], "--runs: '0' is not 1 to 4096"),
+        (["--engine", "turbomind", "--attention-splits", "129"], "--attention-splits: '129' is not 0 to 128"),
         (["--engine", "turbomind", "--model-format", "gguf"], "--model-format: 'gguf' is not one of hf, awq"),
         (["--listen", ""], "--listen: needs at least one address"),
     ],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -29,8 +29,8 @@ from service.engines.turbomind.batching import (
 from service.engines.turbomind.grammars import Formats
 from service.engines.turbomind.metrics import Meter
 from service.engines.turbomind.native import FINISHED, Native
-from service.engines.turbomind.options import PIECE_TOKENS
-from tests.service.turbomind_kit import CANCELLED, VOCABULARY, FakeHandle, FakeNative, run_of
+from service.engines.turbomind.options import PIECE_TOKENS, TurbomindOptions
+from tests.service.turbomind_kit import CANCELLED, MODEL, VOCABULARY, FakeHandle, FakeNative, run_of
 
 
 @dataclass
@@ -376,14 +376,21 @@ MIB = 1 << 20
 
 
 @pytest.mark.parametrize(
-    ("layers", "kv_heads", "head_dim", "bits", "expected"),
-    [(32, 8, 128, 16, 8 * MIB), (30, 3, 64, 16, 1_474_560), (80, 8, 128, 16, 20 * MIB), (32, 8, 128, 8, 4 * MIB + 131_072)],
+    ("shape", "options", "expected"),
+    [
+        ((32, 8, 128), {}, 8 * MIB),
+        ((30, 3, 64), {}, 1_474_560),
+        ((80, 8, 128), {}, 20 * MIB),
+        ((80, 8, 128), {"tp": 2}, 10 * MIB),
+        ((32, 8, 128), {"kv_bits": 8}, 4 * MIB + 131_072),
+    ],
 )
 def test_a_block_has_keys_and_values_of_every_layer(
-    layers: int, kv_heads: int, head_dim: int, bits: int, expected: int
+    shape: tuple[int, int, int], options: dict[str, Any], expected: int
 ) -> None:
     """A block of 64 tokens of an 8B model has 8 MiB."""
-    assert block_bytes(layers=layers, kv_heads=kv_heads, head_dim=head_dim, block_tokens=64, kv_bits=bits) == expected
+    model = replace(MODEL, layers=shape[0], kv_heads=shape[1], head_dim=shape[2])
+    assert block_bytes(model, TurbomindOptions(**options)) == expected
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from service.config import Settings
 from service.engines import load
 from service.engines.base import EngineUnusable
 from service.engines.turbomind import TurbomindOptions, engine, host, kernels, model, probe
-from service.engines.turbomind.exactness import Exactness, table
+from service.engines.turbomind.exactness import Exactness
 from service.engines.turbomind.kernels import Manifest, Permit, Product
 from service.engines.turbomind.native import Native
 from service.engines.turbomind.options import BLOCK_TOKENS, PIECE_TOKENS
@@ -115,7 +115,7 @@ def test_a_manifest_that_is_refused_says_why(tmp_path: Path, monkeypatch: pytest
 def test_the_table_of_what_was_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table has a row for each product, covered or not, then the digest, its path and the best grade."""
     exactness = proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448, HEAD: 1}), {LAYER: Permit((66, 71), 8448)})
-    lines = table(exactness).splitlines()
+    lines = exactness.table().splitlines()
     assert exactness.manifest is not None
 
     assert lines[:3] == [
@@ -377,9 +377,7 @@ def test_a_missing_package_is_named() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"runs": 0}, "--runs must be at least 1, is 0"),
         ({"cache_fraction": 1.0}, "--cache-fraction must be above 0 and below 1"),
-        ({"attention_splits": 129}, "--attention-splits must be 0 to 128"),
         ({"attention_splits": 32}, r"--attention-splits \(32\) times --runs \(256\)"),
         ({"tp": 0}, "--tp must be a power of two, is 0"),
         ({"tp": 6}, "--tp must be a power of two, is 6"),

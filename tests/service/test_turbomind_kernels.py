@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -26,6 +27,8 @@ from service.engines.turbomind.kernels import (
     fastest,
     from_json,
     grid,
+    load,
+    save,
     timed,
 )
 from service.engines.turbomind.overrides import Candidate, Shape
@@ -123,16 +126,13 @@ def test_a_manifest_survives_its_file() -> None:
 
 
 @pytest.mark.parametrize("name", ENVIRONMENT)
-def test_a_manifest_from_elsewhere_does_not_fit(name: str) -> None:
-    """A manifest of another environment does not fit."""
-    assert MANIFEST.fits(ENVIRONMENT, [SHAPE, OTHER])
-    assert not MANIFEST.fits(ENVIRONMENT | {name: "another"}, [SHAPE])
+def test_a_manifest_from_elsewhere_is_not_used(name: str, tmp_path: Path) -> None:
+    """A manifest of another environment is not used, whatever its file's name."""
+    save(tmp_path / "plans", MANIFEST)
+    why = f"the kept one is of another environment: {name} was {ENVIRONMENT[name]}, is another"
 
-
-def test_a_manifest_that_lacks_a_shape_does_not_fit() -> None:
-    """A manifest fits if it has all shapes."""
-    assert MANIFEST.fits(ENVIRONMENT, [OTHER])
-    assert not MANIFEST.fits(ENVIRONMENT, [SHAPE, dataclasses.replace(SHAPE, k=64)])
+    assert load(tmp_path / "plans", ENVIRONMENT) == (MANIFEST, "kept")
+    assert load(tmp_path / "plans", ENVIRONMENT | {name: "another"}) == (None, why)
 
 
 def test_the_digest_is_of_kernels_alone() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engines.huggingface import letters
-from service.engines.turbomind.model import Kind, begin_of, kind_of, pieces
+from service.engines.turbomind.model import begin_of, is_byte_level, pieces
 
 BYTE_LEVEL = {"decoder": {"type": "ByteLevel"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}]}}
 SENTENCEPIECE = {
@@ -18,26 +18,29 @@ SENTENCEPIECE = {
 }
 
 
-@pytest.mark.parametrize(("layout", "expected"), [(BYTE_LEVEL, "byte-level"), (SENTENCEPIECE, "sentencepiece")])
-def test_the_tokenizers_description_says_how_bytes_are_written(layout: object, expected: str) -> None:
+NESTED = {"decoder": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}]}}
+
+
+@pytest.mark.parametrize(("layout", "expected"), [(BYTE_LEVEL, True), (NESTED, True), (SENTENCEPIECE, False)])
+def test_the_tokenizers_description_says_how_bytes_are_written(layout: object, expected: bool) -> None:
     """The kind is found in the decoder or the pre-tokenizer, at any depth."""
-    assert kind_of(json.dumps(layout)) == expected
+    assert is_byte_level(json.dumps(layout)) is expected
 
 
 @pytest.mark.parametrize(
-    ("kind", "tokens", "expected"),
+    ("byte_level", "tokens", "expected"),
     [
-        ("byte-level", ["Ġthe", "Ċ", "Ã", "¤", "a b"], [b" the", b"\n", b"\xc3", b"\xa4", b"a b", b""]),
+        (True, ["Ġthe", "Ċ", "Ã", "¤", "a b"], [b" the", b"\n", b"\xc3", b"\xa4", b"a b", b""]),
         (
-            "sentencepiece", ["▁the", "<0x0A>", "<0xE2>", "<0xZZ>", "ä"],
+            False, ["▁the", "<0x0A>", "<0xE2>", "<0xZZ>", "ä"],
             [b" the", b"\n", b"\xe2", b"<0xZZ>", "ä".encode(), b""],
         ),
     ],
 )  # fmt: skip
-def test_tokens_are_bytes(kind: Kind, tokens: list[str], expected: list[bytes]) -> None:
+def test_tokens_are_bytes(byte_level: bool, tokens: list[str], expected: list[bytes]) -> None:
     """Byte-level tokens are decoded to their bytes, also parts of characters; sentencepiece byte tokens are bytes, and similar
     texts are text."""
-    assert pieces({token: number for number, token in enumerate(tokens)}, {}, kind, 6) == expected
+    assert pieces({token: number for number, token in enumerate(tokens)}, {}, 6, byte_level=byte_level) == expected
 
 
 @given(st.binary(max_size=8))
@@ -46,13 +49,13 @@ def test_every_byte_has_a_letter(data: bytes) -> None:
     token = "".join(letters()[byte] for byte in data)
 
     assert len(set(letters())) == 256
-    assert pieces({token: 0}, {}, "byte-level", 1) == [data]
+    assert pieces({token: 0}, {}, 1, byte_level=True) == [data]
 
 
 def test_control_tokens_add_nothing_and_other_added_ones_are_text() -> None:
     """Ids beyond the model's vocabulary are ignored."""
     added = {1: ("<|im_end|>", True), 2: ("<tool Ġ>", False), 9: ("<image>", True)}
-    found = pieces({"a": 0, "<|im_end|>": 1, "<tool Ġ>": 2, "<image>": 9}, added, "byte-level", 4)
+    found = pieces({"a": 0, "<|im_end|>": 1, "<tool Ġ>": 2, "<image>": 9}, added, 4, byte_level=True)
 
     assert found == [b"a", b"", "<tool Ġ>".encode(), b""]
 

@@ -34,12 +34,4 @@ def load(options: TurbomindOptions) -> TurbomindEngine:
     return load_all(options)
 
 
-def report(engine: TurbomindEngine) -> tuple[str, bool]:
-    """What was proved when it was loaded, as a table, and whether all of it is covered."""
-    from service.engines.turbomind.exactness import table
-
-    exactness = engine.exactness
-    return table(exactness), not exactness.why_not
-
-
-__all__ = ["TurbomindOptions", "load", "report"]
+__all__ = ["TurbomindOptions", "load"]

@@ -25,8 +25,9 @@ from ostinato.v1 import types_pb2
 from service.engines.base import Events, Run
 from service.engines.turbomind.grammars import Formats
 from service.engines.turbomind.metrics import Meter
+from service.engines.turbomind.model import Model
 from service.engines.turbomind.native import FINISHED, RUNNING, Handle, Native, Progress, why
-from service.engines.turbomind.options import PIECE_TOKENS
+from service.engines.turbomind.options import BLOCK_TOKENS, PIECE_TOKENS, TurbomindOptions
 from service.engines.turbomind.request import Request, request_of, token_logprobs
 
 PAGE_BYTES, SLAB_BYTES_MAX = 32 << 20, 1 << 30
@@ -36,11 +37,11 @@ POLL_SECONDS = 0.001
 _log = logging.getLogger(__name__)
 
 
-def block_bytes(*, layers: int, kv_heads: int, head_dim: int, block_tokens: int, kv_bits: int) -> int:
+def block_bytes(model: Model, options: TurbomindOptions) -> int:
     """Of the keys and values of one block on one GPU. Quantised, each head of a token has a scale and a zero point of 16
     bits."""
-    heads = 2 * layers * kv_heads * block_tokens
-    return heads * head_dim * kv_bits // 8 + (heads * 4 if kv_bits < 16 else 0)
+    heads = 2 * model.layers * -(-model.kv_heads // options.tp) * BLOCK_TOKENS
+    return heads * model.head_dim * options.kv_bits // 8 + (heads * 4 if options.kv_bits < 16 else 0)
 
 
 def blocks_promised(*, share: float, size: int, runs: int) -> int:
@@ -178,7 +179,7 @@ class Batching:
         handle = self._native.start(run.run_id, run.token_ids, request, grammar, partial(self._notify, run.run_id))
         del self._waiting[run.run_id]
         self._active[run.run_id] = _Active(run, handle, blocks, taken=len(run.token_ids))
-        self._meter.entered(run.run_id, handle)
+        self._meter.preemptions.enter(run.run_id, handle)
         self._slots -= 1
         self._blocks -= blocks
         self._on_events([run.started()])

@@ -127,9 +127,10 @@ class TurbomindEngine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._formats.close)
-        ended = threading.Event()
-        threading.Thread(target=self._free, args=(ended,), name="turbomind-close", daemon=True).start()
-        if not await asyncio.get_running_loop().run_in_executor(None, ended.wait, END_SECONDS):
+        freeing = threading.Thread(target=self._native.close, name="turbomind-close", daemon=True)
+        freeing.start()
+        await asyncio.to_thread(freeing.join, END_SECONDS)
+        if freeing.is_alive():
             _log.warning("TurboMind does not end")
 
     def collect(self) -> Iterable[Metric]:
@@ -169,12 +170,6 @@ class TurbomindEngine:
             tick = now
         _log.critical("engine stalled", extra={"why": f"TurboMind has work and has made no step for {STALL_SECONDS:g} s"})
         self._end_process(FAILED)
-
-    def _free(self, ended: threading.Event) -> None:
-        try:
-            self._native.close()
-        finally:
-            ended.set()
 
 
 def load(options: TurbomindOptions) -> TurbomindEngine:
@@ -279,13 +274,7 @@ def check(options: TurbomindOptions, described: model.Model) -> None:
 
 def _blocks(options: TurbomindOptions, described: model.Model, share: float) -> int:
     """Of the KV cache, which can be promised. Raises EngineUnusable for too few."""
-    size = block_bytes(
-        layers=described.layers,
-        kv_heads=-(-described.kv_heads // options.tp),
-        head_dim=described.head_dim,
-        block_tokens=BLOCK_TOKENS,
-        kv_bits=options.kv_bits,
-    )
+    size = block_bytes(described, options)
     found = blocks_promised(share=share, size=size, runs=options.runs)
     _log.info("KV cache", extra={"blocks": found, "block_bytes": size, "block_share": share})
     if found < blocks_needed(options.context_tokens, BLOCK_TOKENS):

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,9 @@ from service.engines.turbomind.options import TurbomindOptions
 from service.engines.turbomind.overrides import LOOKUP, PIECE, REQUIRED, Mode, NoOverrides, Overrides, Shape, build
 from service.engines.turbomind.overrides import digest as overrides_digest
 
+HEADS = ("product", "type", "algorithms", "tokens")
+TYPES = {0: "fp32", 2: "fp16", 14: "bf16"}
+"""By cudaDataType_t."""
 NO_SPLITS = "max_splits=1"
 """TurboMind's setting: its own kernels, which serve quantised weights and experts, do not split K."""
 _log = logging.getLogger(__name__)
@@ -129,7 +132,7 @@ class Exactness:
         if PIECE in overrides.omitted:
             self._miss("prompts are cut where others leave off")
         shapes = overrides.shapes()
-        kept = self._kept if self._kept is not None and self._kept.fits(environment, shapes) else None
+        kept = self._kept if self._kept is not None and self._kept.permits.keys() >= shapes.keys() else None
         try:
             permits = kept.permits if kept is not None else self._measured(overrides, shapes)
             if bare := shapes.keys() - permits.keys():
@@ -231,6 +234,27 @@ class Exactness:
         lines = [f"{key}={value}\n" for key, value in sorted((self._environment or {}).items())]
         return (self.folder / f"{name}-{hashlib.sha256(''.join(lines).encode()).hexdigest()[:16]}.{suffix}").absolute()
 
+    def table(self) -> str:
+        """What was proved. Products are outputs x inputs. One without algorithms is served by what cuBLAS prefers."""
+        manifest, lines = self.manifest, list[str]()
+        if manifest is not None and self.overrides is not None:
+            rows = [HEADS]
+            for shape in sorted({*self.overrides.shapes(), *manifest.permits}):
+                permit = manifest.permits.get(shape)
+                served = (" ".join(map(str, permit.algorithms)), f"1 to {permit.rows}") if permit else ("none", "none")
+                rows.append((f"{shape.m} x {shape.k}", TYPES.get(shape.a_type, str(shape.a_type)), *served))
+            for product, tuned in sorted(manifest.own.items()):
+                rows.append((product.name, "own", "TurboMind's", f"as for {', '.join(map(str, tuned))}"))
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+            lines += [f"not used      {text}" for text in manifest.excluded]
+            lines += ["", f"kernel plan  {manifest.digest}", f"kept at      {self.path}", f"origin       {self.origin}"]
+        grade, why = self.ceiling
+        lines.append(f"can earn     {types_pb2.Grade.Name(grade).removeprefix('GRADE_')}: {why}")
+        if self.why_not:
+            lines.append(f"not covered  {self.why_not}")
+        return "\n".join(lines)
+
     def _miss(self, why: str) -> None:
         self.why_not = self.why_not or why
         _log.warning("not exact", extra={"why": why})
@@ -255,44 +279,3 @@ def _sha256(path: Path) -> str:
     except OSError as error:
         _log.warning("kernel table unreadable", extra={"path": path, "why": str(error)})
         return ""
-
-
-HEADS = ("product", "type", "algorithms", "tokens")
-TYPES = {0: "fp32", 2: "fp16", 14: "bf16"}
-"""By cudaDataType_t."""
-
-
-def table(exactness: Exactness) -> str:
-    """After `prove`. Products are outputs x inputs. One without algorithms is served by what cuBLAS prefers."""
-    manifest, overrides = exactness.manifest, exactness.overrides
-    lines: list[str] = []
-    if manifest is not None and overrides is not None:
-        shapes = sorted({*overrides.shapes(), *manifest.permits})
-        rows = [_row(shape, manifest.permits.get(shape)) for shape in shapes]
-        rows += [
-            (product.name, "own", "TurboMind's", f"as for {_listed(tuned)}") for product, tuned in sorted(manifest.own.items())
-        ]
-        lines += _laid_out([HEADS, *rows])
-        lines += [f"not used      {text}" for text in manifest.excluded]
-        lines += ["", f"kernel plan  {manifest.digest}", f"kept at      {exactness.path}", f"origin       {exactness.origin}"]
-    grade, why = exactness.ceiling
-    lines.append(f"can earn     {types_pb2.Grade.Name(grade).removeprefix('GRADE_')}: {why}")
-    if exactness.why_not:
-        lines.append(f"not covered  {exactness.why_not}")
-    return "\n".join(lines)
-
-
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
-def _row(shape: Shape, permit: Permit | None) -> Sequence[str]:
-    product, kind = f"{shape.m} x {shape.k}", TYPES.get(shape.a_type, str(shape.a_type))
-    if permit is None:
-        return product, kind, "none", "none"
-    return product, kind, " ".join(map(str, permit.algorithms)), f"1 to {permit.rows}"
-
-
-def _laid_out(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -22,6 +22,8 @@ from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from serving import files
 
 from service.engines.turbomind.host import module
@@ -231,10 +233,6 @@ class Manifest:
     excluded: tuple[str, ...] = ()
     """The others, in words."""
 
-    def fits(self, environment: Mapping[str, str], shapes: Iterable[Shape] = ()) -> bool:
-        """Whether it was measured in this environment, and has these shapes."""
-        return dict(self.environment) == dict(environment) and self.permits.keys() >= set(shapes)
-
     @property
     def digest(self) -> str:
         """Of the kernels: equal digests round alike."""
@@ -259,17 +257,9 @@ def from_json(text: str) -> Manifest:
     try:
         body: Any = json.loads(text)
         checksum = body.pop("checksum")
-        permits = {
-            Shape(**each["shape"]): Permit(
-                tuple(map(int, each["algorithms"])),
-                int(each["rows"]),
-                tuple((int(n), str(code)) for n, code in each["fastest"]),
-            )
-            for each in body["permits"]
-        }
-        own = {Product(tuple(map(int, each["product"]))): tuple(map(int, each["rows"])) for each in body["own"]}
-        excluded = tuple(map(str, body["excluded"]))
-        manifest = Manifest(dict(body["environment"]), permits, str(body["table"]), own, excluded)
+        permits = {msgspec.convert(each["shape"], Shape): msgspec.convert(each, Permit) for each in body["permits"]}
+        own = {Product(tuple(each["product"])): tuple(each["rows"]) for each in body["own"]}
+        manifest = Manifest(body["environment"], permits, body["table"], own, tuple(body["excluded"]))
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"lacks something: {error}") from error
     if checksum != _checksum(body):
@@ -397,7 +387,7 @@ def load(path: Path, environment: Mapping[str, str]) -> tuple[Manifest | None, s
     except (OSError, ValueError) as error:
         _log.warning("kernel plans unreadable", extra={"path": path, "why": str(error)})
         return None, f"the kept one {error}"
-    return (manifest, "kept") if manifest.fits(environment) else (None, _difference(manifest.environment, environment))
+    return (manifest, "kept") if manifest.environment == environment else (None, _difference(manifest.environment, environment))
 
 
 def _most_similar(path: Path, environment: Mapping[str, str]) -> str:

@@ -94,9 +94,6 @@ class Meter:
         self.rests_of_one = 0
         """Prompts of which all but one token came from the cache. Must stay 0."""
 
-    def entered(self, run_id: int, handle: Handle) -> None:
-        self.preemptions.enter(run_id, handle)
-
     def left(self, run_id: int, account: Account, prompt: int, made: int, *, succeeded: bool, now: float) -> None:
         """With `prompt` prompt tokens and `made` new ones. `now` is Unix time in seconds, as TurboMind's times are."""
         self.preemptions.leave(run_id)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from service.chat import ChatTemplate, Conversation, RenderBounds
 from service.engines import huggingface
@@ -148,10 +148,6 @@ def _sha256(path: Path) -> str:
 
 _log = logging.getLogger(__name__)
 
-Kind = Literal["byte-level", "sentencepiece"]
-"""How a vocabulary encodes bytes: each byte as a printable character (GPT-2), or as text with a mark for spaces."""
-
-
 _SHRINKS: Mapping[str | None, int] = {None: 1, "NFC": 3}
 """The most by which a normalizer shortens a text in UTF-8; another one may drop any of it."""
 
@@ -180,7 +176,7 @@ class HuggingFaceVocabulary:
         own = self._hf.eos_token_id
         self.end_ids = frozenset(each for each in (*model.end_ids, own) if each is not None and each < self.size)
         added = {token_id: (each.content, each.special) for token_id, each in backend.get_added_tokens_decoder().items()}
-        self.pieces = pieces(backend.get_vocab(with_added_tokens=True), added, kind_of(layout), self.size)
+        self.pieces = pieces(backend.get_vocab(with_added_tokens=True), added, self.size, byte_level=is_byte_level(layout))
         self.controls = {text: token_id for token_id, (text, control) in added.items() if control and token_id < self.size}
         self._control_texts = {token_id: text.encode() for text, token_id in self.controls.items()}
         self._places = self._add_places(tokenizers.AddedToken, backend.get_added_tokens_decoder())
@@ -280,22 +276,14 @@ def _place(token_id: int) -> str:
     return f"{_PLACE}{chr(0xF0000 + token_id // 4096)}{chr(0xF0000 + token_id % 4096)}"
 
 
-def kind_of(layout: str) -> Kind:
-    """From the tokenizer's description in JSON."""
+def is_byte_level(layout: str) -> bool:
+    """Whether tokens have a printable character for each byte, as in GPT-2, and are not text with a mark for spaces.
+    `layout`: the tokenizer's description."""
     described = json.loads(layout)
-    kinds = set(_types(described.get("decoder"))) | set(_types(described.get("pre_tokenizer")))
-    return "byte-level" if "ByteLevel" in kinds else "sentencepiece"
+    return '"type": "ByteLevel"' in json.dumps([described.get("decoder"), described.get("pre_tokenizer")])
 
 
-def _types(part: Any) -> Iterable[str]:
-    """The types of a part and of its parts."""
-    if isinstance(part, dict):
-        yield str(part.get("type"))
-        for inner in (*part.get("decoders", ()), *part.get("pretokenizers", ())):
-            yield from _types(inner)
-
-
-def pieces(tokens: Mapping[str, int], added: Mapping[int, tuple[str, bool]], kind: Kind, size: int) -> list[bytes]:
+def pieces(tokens: Mapping[str, int], added: Mapping[int, tuple[str, bool]], size: int, *, byte_level: bool) -> list[bytes]:
     """The bytes that each of `size` tokens adds to the text. `added` has literal tokens, or, if True, control tokens, which add
     none. Ids that the tokenizer does not know add none."""
     found = [b""] * size
@@ -306,7 +294,7 @@ def pieces(tokens: Mapping[str, int], added: Mapping[int, tuple[str, bool]], kin
         text, control = added.get(token_id, (token, False))
         if token_id in added:
             found[token_id] = b"" if control else text.encode()
-        elif kind == "byte-level":
+        elif byte_level:
             found[token_id] = b"".join(letters.get(letter) or letter.encode() for letter in token)
         else:
             found[token_id] = _sentencepiece(token)

@@ -65,16 +65,12 @@ class TurbomindOptions:
     """False: stock TurboMind, for comparison."""
 
     def __post_init__(self) -> None:
-        """Raises EngineUnusable for values that TurboMind would refuse with a worse message, or not notice."""
-        for name, bad, wanted in (
-            ("context_tokens", self.context_tokens < 2, "at least 2"),
-            ("runs", self.runs < 1, "at least 1"),
-            ("tp", self.tp < 1 or self.tp & (self.tp - 1), "a power of two"),
-            ("cache_fraction", not 0 < self.cache_fraction < 1, "above 0 and below 1"),
-            ("attention_splits", self.attention_splits not in range(SPLITS_MAX + 1), f"0 to {SPLITS_MAX}"),
-        ):
-            if bad:
-                raise EngineUnusable(f"--{name.replace('_', '-')} must be {wanted}, is {getattr(self, name)}")
+        """Raises EngineUnusable for what TurboMind would refuse with a worse message, or not notice. `service.config` has the
+        other bounds."""
+        if self.tp < 1 or self.tp & (self.tp - 1):
+            raise EngineUnusable(f"--tp must be a power of two, is {self.tp}")
+        if not 0 < self.cache_fraction < 1:
+            raise EngineUnusable(f"--cache-fraction must be above 0 and below 1, is {self.cache_fraction}")
         if self.splits * self.runs > SPLIT_WORKSPACE:
             raise EngineUnusable(
                 f"--attention-splits ({self.splits}) times --runs ({self.runs}) is more than TurboMind has room for,"
