@@ -305,26 +305,23 @@ def ended_payload(error: errors.OstinatoError, timing: types_pb2.Timing, nonce: 
     return sequencer_pb2.EndedPayload(code=code, reason=reason, message=error.message, timing=timing, nonce=nonce)
 
 
-def result_of(
-    outcome: Sealed, payload: sequencer_pb2.CompletedPayload | sequencer_pb2.EndedPayload | None = None
-) -> types_pb2.Result:
-    """The result of an outcome's entry. `payload`: the entry's, if it need not be parsed. Raises PayloadPruned."""
+def result_of(outcome: Sealed) -> types_pb2.Result:
+    """The result of an outcome's entry. Raises PayloadPruned."""
     header = outcome.header
-    if payload is None:
-        if not outcome.payload:
-            raise PayloadPruned(f"the payload of sequence {header.sequence} is not kept any more")
-        completed = header.kind == types_pb2.ENTRY_KIND_COMPLETED
-        kind = sequencer_pb2.CompletedPayload if completed else sequencer_pb2.EndedPayload
-        payload = kind.FromString(outcome.payload)
+    if not outcome.payload:
+        raise PayloadPruned(f"the payload of sequence {header.sequence} is not kept any more")
     result = types_pb2.Result(sequence=header.sequence, attempt=header.attempt)
-    result.timing.CopyFrom(payload.timing)
-    if isinstance(payload, sequencer_pb2.CompletedPayload):
-        result.output.CopyFrom(payload.output)
-        result.receipt.CopyFrom(receipt(header, outcome.previous_hash, outcome.entry_hash, payload.nonce))
+    if header.kind == types_pb2.ENTRY_KIND_COMPLETED:
+        completed = outcome.read(sequencer_pb2.CompletedPayload)
+        result.timing.CopyFrom(completed.timing)
+        result.output.CopyFrom(completed.output)
+        result.receipt.CopyFrom(receipt(header, outcome.previous_hash, outcome.entry_hash, completed.nonce))
         if outcome.signed is not None:
             outcome.signed.put_into(result.receipt)
     else:
-        error = errors.TABLE.get(payload.reason, errors.EngineFailed)(payload.message)
+        ended = outcome.read(sequencer_pb2.EndedPayload)
+        result.timing.CopyFrom(ended.timing)
+        error = errors.TABLE.get(ended.reason, errors.EngineFailed)(ended.message)
         result.status.CopyFrom(errors.to_status(error))
     return result
 
@@ -359,8 +356,7 @@ def is_whole(entries: ItemEntries) -> bool:
 
 
 def _verify(entries: ItemEntries) -> bool:
-    payload = entries.admitted.payload
-    return bool(payload) and sequencer_pb2.AdmittedPayload.FromString(payload).verify
+    return bool(entries.admitted.payload) and entries.admitted.read(sequencer_pb2.AdmittedPayload).verify
 
 
 def verification_of(sequence: int, verified: Sealed | None) -> types_pb2.Comparison:
@@ -394,7 +390,7 @@ def record_of(entries: ItemEntries, fingerprints: Mapping[bytes, types_pb2.Finge
     """What the journal has of an item; what was pruned is left out. `fingerprints`: by digest."""
     record = sequencer_pb2.ItemRecord(admitted=entries.admitted.header)
     if entries.admitted.payload:
-        record.input.CopyFrom(sequencer_pb2.AdmittedPayload.FromString(entries.admitted.payload))
+        record.input.CopyFrom(entries.admitted.read(sequencer_pb2.AdmittedPayload))
     if entries.outcome is not None:
         record.outcome.CopyFrom(entries.outcome.header)
         if entries.outcome.payload:
@@ -527,7 +523,7 @@ class RemoteWaiters:
 
 
 def _cancelled(admitted: Sealed) -> sequencer_pb2.EndedPayload:
-    nonce = sequencer_pb2.AdmittedPayload.FromString(admitted.payload).nonce
+    nonce = admitted.read(sequencer_pb2.AdmittedPayload).nonce
     return ended_payload(Cancelled("cancelled on request"), types_pb2.Timing(), nonce)
 
 

@@ -275,7 +275,7 @@ def visible(item: ItemEntries) -> bool:
     """Whether the caller may see it. Without its payload the tenant is unknown, and only an admin may."""
     if not item.admitted.payload:
         return caller().admin
-    return caller().may_see(sequencer_pb2.AdmittedPayload.FromString(item.admitted.payload).tenant)
+    return caller().may_see(item.admitted.read(sequencer_pb2.AdmittedPayload).tenant)
 
 
 async def reach(journal: Journal, first: int, last: int) -> int:

@@ -32,7 +32,7 @@ from sidecar.core.sequencer import Sequencer, numbered
 from sidecar.fingerprints import Fingerprints
 from sidecar.held import Held
 from sidecar.item import ActiveItem, need_of, submission
-from sidecar.journal.model import Admission, Appended, Audit, Binding, JournalBroken, Outcome, Sealed, Unfinished
+from sidecar.journal.model import Admission, Appended, Audit, Binding, JournalBroken, Sealed, Unfinished
 from sidecar.journal.writer import Journal
 from sidecar.link import EngineLink, run_error
 from sidecar.observe import Observer
@@ -274,8 +274,9 @@ class Pipeline:
             return
         now, stamp = self.clock(), stamp_of(appended.entries[0].header)
         batch.waiter.sequences = range(stamp.first_sequence, stamp.first_sequence + stamp.count)
-        for entry, payload, digest in zip(appended.entries, appended.items, appended.inputs, strict=True):
-            item = ActiveItem(entry.header, payload, now, [batch.waiter], batch.charge, digest)
+        for entry, digest in zip(appended.entries, appended.inputs, strict=True):
+            given = entry.read(sequencer_pb2.AdmittedPayload)
+            item = ActiveItem(entry.header, given, now, [batch.waiter], batch.charge, digest)
             self.items[item.sequence] = item
             if batch.caller is not tracing.OFF:
                 self.observer.activated(item, batch.caller)
@@ -286,7 +287,7 @@ class Pipeline:
     def recover(self, unfinished: Sequence[Unfinished]) -> None:
         """Take up what earlier epochs or other writers left, ascending."""
         for each in unfinished:
-            header, payload = each.admitted.header, sequencer_pb2.AdmittedPayload.FromString(each.admitted.payload)
+            header, payload = each.admitted.header, each.admitted.read(sequencer_pb2.AdmittedPayload)
             waiters = self.remote.claim(header.sequence)
             item = self.items[header.sequence] = ActiveItem(header, payload, self.clock(), waiters)
             self.observer.activated(item, tracing.current())
@@ -412,24 +413,24 @@ class Pipeline:
         for span in spans:
             span.end()
         answered = []
-        for item, outcome, each in zip(items, outcomes, appended, strict=True):
+        for item, each in zip(items, appended, strict=True):
             self.quota.add(item.input.tenant, each.entries)
             if each.entries and item.verification is None and item.recovery is None:
-                self._answer(item, self._recorded(item, outcome, each.entries[0]))
+                self._answer(item, self._recorded(item, each.entries[0]))
                 answered.append(item.sequence)
             else:
-                self.spawn(self._answer_later(item, outcome, each))
+                self.spawn(self._answer_later(item, each))
         if answered:
             self.dispatch(ev.Ended(tuple(answered)))
 
-    async def _answer_later(self, item: ActiveItem, outcome: Outcome, appended: Appended) -> None:
+    async def _answer_later(self, item: ActiveItem, appended: Appended) -> None:
         """More has to be awaited, and other items need not wait for it. Raises JournalBroken."""
         if not appended.entries:  # another writer's outcome came first
             item.cancel_verification(errors.Abandoned("another outcome came first"))
             item.span.end()
             result = answers.answer_or_header(await answers.ended(self.journal, item.sequence))
         else:
-            result = self._recorded(item, outcome, appended.entries[0])
+            result = self._recorded(item, appended.entries[0])
             if item.verification is not None and result.HasField("output"):
                 assert item.output is not None
                 record = Record(item.admitted, appended.entries[0].header, item.input, item.output, item.company)
@@ -442,9 +443,9 @@ class Pipeline:
             await self.rerunner.append(Audit(item.admitted, item.recovery, nonce, digest, item.output.grade))
         self.dispatch(ev.Ended((item.sequence,)))
 
-    def _recorded(self, item: ActiveItem, outcome: Outcome, sealed: Sealed) -> types_pb2.Result:
+    def _recorded(self, item: ActiveItem, sealed: Sealed) -> types_pb2.Result:
         """The outcome is durable. The result, as every later reader of the journal derives it."""
-        result = result_of(sealed, outcome.payload)
+        result = result_of(sealed)
         self.observer.recorded(item, sealed, result)
         if result.HasField("output"):
             for listener in self.completion_listeners:

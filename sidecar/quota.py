@@ -76,13 +76,12 @@ class JournalQuota:
         """Of an item's entry; "" if its payload was dropped. `tenants`: of unfinished items."""
         sequence = entry.header.sequence
         if entry.header.kind == types_pb2.ENTRY_KIND_ADMITTED:
-            tenants[sequence] = sequencer_pb2.AdmittedPayload.FromString(entry.payload).tenant
+            tenants[sequence] = entry.read(sequencer_pb2.AdmittedPayload).tenant
             return tenants[sequence]
         if sequence in tenants:
             return tenants.pop(sequence)
         return "".join(
-            sequencer_pb2.AdmittedPayload.FromString(item.admitted.payload).tenant
-            for item in await journal.items(sequence, sequence, 1)
+            item.admitted.read(sequencer_pb2.AdmittedPayload).tenant for item in await journal.items(sequence, sequence, 1)
         )
 
     async def run(self, journal: Journal) -> None:

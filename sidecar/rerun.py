@@ -54,8 +54,8 @@ class Record:
         assert outcome.header.kind == types_pb2.ENTRY_KIND_COMPLETED
         if not (admitted.payload and outcome.payload):
             raise errors.PayloadPruned(f"the payloads of sequence {outcome.header.sequence} are not kept any more")
-        given = sequencer_pb2.AdmittedPayload.FromString(admitted.payload)
-        completed = sequencer_pb2.CompletedPayload.FromString(outcome.payload)
+        given = admitted.read(sequencer_pb2.AdmittedPayload)
+        completed = outcome.read(sequencer_pb2.CompletedPayload)
         return cls(admitted.header, outcome.header, given, completed.output, completed.company)
 
 

@@ -110,17 +110,18 @@ class CollisionCheck:
 Event = Compared | CollisionCheck
 
 
-def events(header: types_pb2.EntryHeader, payload: bytes) -> Iterator[Event]:
+def events(entry: Sealed) -> Iterator[Event]:
     """The events of one entry, in order. There are none if its payload was dropped."""
+    header = entry.header
     at = Moment(header.index, header.time_unix_millis)
     if header.kind == types_pb2.ENTRY_KIND_COMPLETED:
-        completed = sequencer_pb2.CompletedPayload.FromString(payload)
+        completed = entry.read(sequencer_pb2.CompletedPayload)
         if completed.HasField("twin"):
             yield _compared(at, header, completed.twin)
         if completed.collision:
             yield CollisionCheck(completed.collision == sequencer_pb2.COLLISION_FOUND)
     elif header.kind == types_pb2.ENTRY_KIND_AUDITED:
-        comparison = sequencer_pb2.AuditedPayload.FromString(payload).comparison
+        comparison = entry.read(sequencer_pb2.AuditedPayload).comparison
         if comparison.verdict:
             yield _compared(at, header, comparison)
 
@@ -395,7 +396,7 @@ class DivergenceTracker:
             return []
         assert entries[0].header.index > self.checkpoint.index, "invariant 1: an entry is counted once"
         own = [entry for entry in entries if entry.header.writer == self._writer]
-        found = [event for entry in own for event in events(entry.header, entry.payload)]
+        found = [event for entry in own for event in events(entry)]
         counts = self.checkpoint.counts
         for event in found:
             counts = counts.after(event)

@@ -143,19 +143,19 @@ def verifications(entries: Iterable[Sealed]) -> list[types_pb2.EntryHeader]:
     """The headers of the AUDITED entries of kind VERIFY among these."""
     audited = (entry for entry in entries if entry.header.kind == types_pb2.ENTRY_KIND_AUDITED)
     verify = types_pb2.COMPARISON_KIND_VERIFY
-    return [e.header for e in audited if sequencer_pb2.AuditedPayload.FromString(e.payload).comparison.kind == verify]
+    return [e.header for e in audited if e.read(sequencer_pb2.AuditedPayload).comparison.kind == verify]
 
 
 def _is_twin(twin: Twin, header: types_pb2.EntryHeader, twins: bytes) -> bool:
     """Whether the item of this entry had the input of `twins_of`, as far as its payload is kept."""
-    recorded, payload = twin.entry.header, twin.entry.payload
+    recorded = twin.entry.header
     if recorded.kind != types_pb2.ENTRY_KIND_COMPLETED or recorded.seed != header.seed:
         return False
     try:
-        nonce = sequencer_pb2.CompletedPayload.FromString(payload).nonce
+        nonce = twin.entry.read(sequencer_pb2.CompletedPayload).nonce
     except DecodeError:
         return False
-    return not payload or recorded.input_digest == sealed(recorded.form, nonce, "input", twins[:DIGEST_BYTES])
+    return not twin.entry.payload or recorded.input_digest == sealed(recorded.form, nonce, "input", twins[:DIGEST_BYTES])
 
 
 class Ledger:
@@ -253,19 +253,17 @@ class Ledger:
             return Appended((), binding=binding)
         binding = Binding(admission.request_digest, self.head.last_sequence + 1, len(admission.items))
         made = [self._admit_item(item, admission, binding) for item in admission.items]
-        entries, items, inputs = zip(*made, strict=True)
+        entries, inputs = zip(*made, strict=True)
         assert self.head.last_sequence == binding.first_sequence + binding.count - 1
         assert self.head.index == entries[0].header.index + binding.count - 1, "a batch stands together"
         assert len({item.nonce for item in admission.items}) == len(admission.items), "each item has its own nonce"
         if admission.key:
             self._bindings[admission.tenant, admission.key] = binding
             self.bound.append((admission, binding))
-        return Appended(entries, items=items, inputs=inputs)
+        return Appended(entries, inputs=inputs)
 
-    def _admit_item(
-        self, item: sequencer_pb2.AdmittedPayload, admission: Admission, batch: Binding
-    ) -> tuple[Sealed, sequencer_pb2.AdmittedPayload, bytes]:
-        """The entry, its payload, and the bare input digest."""
+    def _admit_item(self, item: sequencer_pb2.AdmittedPayload, admission: Admission, batch: Binding) -> tuple[Sealed, bytes]:
+        """The entry, and the bare input digest."""
         sequence = self.head.last_sequence + 1
         payload = sequencer_pb2.AdmittedPayload()
         payload.CopyFrom(item)
@@ -283,7 +281,7 @@ class Ledger:
             input_digest=sealed(FORM, payload.nonce, "input", digest),
             form=FORM,
         )
-        return self._seal(header, payload), payload, digest
+        return self._seal(header, payload), digest
 
     def _end(self, outcome: Outcome) -> Appended:
         assert outcome.kind in OUTCOMES
@@ -326,7 +324,7 @@ class Ledger:
         if twin is None:
             return given
         recorded, equal = twin.entry.header, None
-        first = sequencer_pb2.CompletedPayload.FromString(twin.entry.payload)
+        first = twin.entry.read(sequencer_pb2.CompletedPayload)
         if not twin.entry.payload:
             first.output.grade, equal = recorded.grade, twin.output_tag == self.output_tag(given.output)
         expected, actual = (
@@ -429,7 +427,7 @@ class Ledger:
         if self._signer is not None and len(self.entries) % SIGNED_ENTRIES_MAX == 0:
             self._trees.append(SignedTree())
         tree = self._trees[-1] if self._trees and header.kind in OUTCOMES else None
-        entry = Sealed(header, head.entry_hash, entry_hash(head.entry_hash, header), recorded, tree)
+        entry = Sealed(header, head.entry_hash, entry_hash(head.entry_hash, header), recorded, tree, payload)
         last = head.last_sequence
         if header.kind == types_pb2.ENTRY_KIND_ADMITTED:
             assert header.sequence == last + 1, "sequences have no gap"

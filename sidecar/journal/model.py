@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
+from google.protobuf.message import Message
 
 from ostinato.errors import Disconnected
 from ostinato.signature import SignedTree
 from ostinato.v1 import sequencer_pb2, types_pb2
+
+M = TypeVar("M", bound=Message)
 
 
 class Admission(msgspec.Struct, frozen=True):
@@ -113,9 +116,15 @@ class Sealed(msgspec.Struct, frozen=True, eq=False):
     """As recorded; empty if it was dropped."""
     signed: SignedTree | None = None
     """Of an outcome whose transaction was signed."""
+    made: Message | None = None
+    """What was serialised as the payload, if the entry was made here."""
+
+    def read(self, kind: type[M]) -> M:
+        """The payload as a message, which must not be changed. Raises DecodeError."""
+        return self.made if isinstance(self.made, kind) else kind.FromString(self.payload)
 
     def __eq__(self, other: object) -> bool:
-        """As entries: `signed` is beside them."""
+        """As entries: `signed` and `made` are beside them."""
         if not isinstance(other, Sealed):
             return NotImplemented
         ours, theirs = ((e.header, e.previous_hash, e.entry_hash, e.payload) for e in (self, other))
@@ -148,8 +157,6 @@ class Appended(msgspec.Struct, frozen=True):
     """Empty for a Note, and where the key was bound or another outcome came first."""
     binding: Binding | None = None
     """Of an Admission whose key was bound before."""
-    items: tuple[sequencer_pb2.AdmittedPayload, ...] = ()
-    """Of an Admission: the payload of each entry."""
     inputs: tuple[bytes, ...] = ()
     """Of an Admission: the bare input digest of each item."""
     damaged: str = ""

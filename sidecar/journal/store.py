@@ -389,7 +389,7 @@ def check_batch(items: Sequence[ItemEntries], tenant: str, key: str, binding: Bi
         raise RecordDamaged(f"{named} no batch")
     for each in items:
         if each.admitted.payload:
-            given = sequencer_pb2.AdmittedPayload.FromString(each.admitted.payload)
+            given = each.admitted.read(sequencer_pb2.AdmittedPayload)
             if (given.tenant, given.idempotency_key) != (tenant, key):
                 raise RecordDamaged(f"{named} another key's")
             if binding.request_digest not in (b"", given.request_digest):

@@ -30,12 +30,14 @@ from sidecar.divergence.tracker import (
     Compared,
     Counts,
     DivergenceTracker,
+    Event,
     Group,
     GroupKey,
     Moment,
     RetiredGroups,
     events,
 )
+from sidecar.journal.model import Sealed
 from tests.sidecar.evidence_paths import NEVER, alarms, log_evidence
 
 counts = st.integers(1, 10**7).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -255,48 +257,44 @@ def test_the_size_is_bounded() -> None:
     assert counts.groups[-1].last.index == 2 * GROUPS_MAX - 1, "the newest stay"
 
 
-def header(kind: types_pb2.EntryKind.ValueType, **fields: object) -> types_pb2.EntryHeader:
-    return types_pb2.EntryHeader(index=9, time_unix_millis=5, kind=kind, writer="w", fingerprint_digest=b"\xab", **fields)  # type: ignore[arg-type]
+def said(kind: types_pb2.EntryKind.ValueType, payload: bytes, **fields: object) -> list[Event]:
+    """The events of an entry."""
+    header = types_pb2.EntryHeader(index=9, time_unix_millis=5, kind=kind, writer="w", fingerprint_digest=b"\xab", **fields)  # type: ignore[arg-type]
+    return list(events(Sealed(header, b"", b"", payload)))
 
 
 def test_events_of_a_completed_entry() -> None:
     """A COMPLETED entry has the twin's verdict, at the lower of the two grades, and the result of the collision check."""
     twin = verdict(sequence=3, kind=types_pb2.COMPARISON_KIND_TWIN, grade=types_pb2.GRADE_BEST_EFFORT, expected_writer="v")
     payload = sequencer_pb2.CompletedPayload(twin=twin, collision=sequencer_pb2.COLLISION_FOUND).SerializeToString()
-    entry = header(types_pb2.ENTRY_KIND_COMPLETED, sequence=3, grade=types_pb2.GRADE_EXACT)
-
-    assert list(events(entry, payload)) == [
+    assert said(types_pb2.ENTRY_KIND_COMPLETED, payload, sequence=3, grade=types_pb2.GRADE_EXACT) == [
         Compared(Moment(9, 5), GroupKey("twin", "best_effort", "ab", other_replica=True), twin),
         CollisionCheck(collides=True),
     ]
-    assert list(events(entry, b"")) == [], "a payload that was dropped says nothing"
+    assert said(types_pb2.ENTRY_KIND_COMPLETED, b"") == [], "a payload that was dropped says nothing"
 
 
 def test_events_of_an_audited_entry() -> None:
     """An AUDITED entry has a verdict or none; a second run without output is incomparable because it failed."""
-    entry = header(types_pb2.ENTRY_KIND_AUDITED, grade=types_pb2.GRADE_SERIAL)
-
-    def said(comparison: types_pb2.Comparison) -> list[Compared | CollisionCheck]:
-        return list(events(entry, sequencer_pb2.AuditedPayload(comparison=comparison).SerializeToString()))
-
-    (event,) = said(verdict(INCOMPARABLE, kind=types_pb2.COMPARISON_KIND_AUDIT))
+    payload = sequencer_pb2.AuditedPayload(comparison=verdict(INCOMPARABLE, kind=types_pb2.COMPARISON_KIND_AUDIT))
+    (event,) = said(types_pb2.ENTRY_KIND_AUDITED, payload.SerializeToString(), grade=types_pb2.GRADE_SERIAL)
     assert isinstance(event, Compared)
     assert event.key == GroupKey("audit", "serial", "ab", other_replica=False)
     assert event.drift == (FAILED,)
-    assert said(types_pb2.Comparison()) == []
+    assert said(types_pb2.ENTRY_KIND_AUDITED, sequencer_pb2.AuditedPayload().SerializeToString()) == []
 
 
 def test_other_entries_have_no_events() -> None:
     """Entries of other kinds have no events, whatever their payloads hold."""
     for kind in (types_pb2.ENTRY_KIND_OPENED, types_pb2.ENTRY_KIND_ADMITTED, types_pb2.ENTRY_KIND_FAILED):
-        assert list(events(header(kind), b"\x08\x01")) == []
+        assert said(kind, b"\x08\x01") == []
 
 
 def test_values_of_a_newer_version_are_numbers() -> None:
     """The journal of a newer sidecar can be counted: an unknown enum value is counted under its number."""
     comparison = types_pb2.Comparison.FromString(b"\x10\x63\x18\x01\x68\x62")
     payload = sequencer_pb2.AuditedPayload(comparison=comparison).SerializeToString()
-    (event,) = events(header(types_pb2.ENTRY_KIND_AUDITED), payload)
+    (event,) = said(types_pb2.ENTRY_KIND_AUDITED, payload)
 
     assert isinstance(event, Compared)
     assert (event.key.kind, event.key.grade) == ("99", "98")

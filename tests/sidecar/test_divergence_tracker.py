@@ -69,7 +69,7 @@ class Life:
         """The fold over the whole journal."""
         counts = Counts()
         for entry in await self.journal.entries(1, 10_000, payloads=True):
-            for event in events(entry.header, entry.payload):
+            for event in events(entry):
                 counts = counts.after(event)
         return counts
 
