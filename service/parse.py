@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import NamedTuple
 
 from ostinato.v1 import engine_pb2, types_pb2
 
@@ -27,27 +26,12 @@ _LAST_TOKENS = 8
 """Of the prompt: enough for <think>, in several tokens, and white space."""
 
 
-class Call(NamedTuple):
-    name: str
-    arguments: str
-    """JSON text."""
+Form = Callable[[str], types_pb2.Parsed]
+"""From a text to its content and calls, without ids, and why a part of the content is not a call."""
 
 
-class Found(NamedTuple):
-    """Of a text with calls."""
-
-    content: str
-    calls: list[Call]
-    fault: str
-    """Why a part is not a call; it is in the content. Empty: nothing is wrong."""
-
-
-Form = Callable[[str], Found]
-
-
-def hermes(text: str) -> Found:
-    content: list[str] = []
-    calls: list[Call] = []
+def hermes(text: str) -> types_pb2.Parsed:
+    content, calls = list[str](), list[types_pb2.ToolCall]()
     fault, place = "", 0
     while (begin := text.find(_CALL, place)) >= 0:
         content.append(text[place:begin])
@@ -62,22 +46,22 @@ def hermes(text: str) -> Found:
             fault = fault or f"call {len(calls) + 1}: {error}"
             content.append(_CALL)
     content.append(text[place:])
-    return Found("".join(content).strip() if calls else text, calls, fault)
+    return types_pb2.Parsed(content="".join(content).strip() if calls else text, tool_calls=calls, fault=fault)
 
 
-def llama(text: str) -> Found:
+def llama(text: str) -> types_pb2.Parsed:
     written = text.strip()
     if not written.startswith((_PYTHON_TAG, "{")):
-        return Found(text, [], "")
-    rest, calls = written.removeprefix(_PYTHON_TAG).strip(), []
+        return types_pb2.Parsed(content=text)
+    rest, calls = written.removeprefix(_PYTHON_TAG).strip(), list[types_pb2.ToolCall]()
     try:
         while rest:
             value, end = _decoded(rest, 0)
             calls.append(_call(value, "parameters"))
             rest = rest[end:].lstrip().removeprefix(";").lstrip()
     except (ValueError, RecursionError) as error:
-        return Found(text, [], f"call {len(calls) + 1}: {error}")
-    return Found("" if calls else text, calls, "")
+        return types_pb2.Parsed(content=text, fault=f"call {len(calls) + 1}: {error}")
+    return types_pb2.Parsed(content="" if calls else text, tool_calls=calls)
 
 
 def form_of(template: str | None) -> Form | None:
@@ -96,7 +80,7 @@ def _decoded(text: str, place: int) -> tuple[object, int]:
     return DECODER.raw_decode(text, place)
 
 
-def _call(value: object, arguments: str) -> Call:
+def _call(value: object, arguments: str) -> types_pb2.ToolCall:
     """Raises ValueError."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         raise ValueError("is not an object with a name")
@@ -104,9 +88,9 @@ def _call(value: object, arguments: str) -> Call:
     if not isinstance(given, dict):
         raise ValueError(f"{arguments} is not an object")
     check_depth(given, f"{arguments} ")
-    call = Call(value["name"], json.dumps(given, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
-    "".join(call).encode()  # a ValueError for half of a surrogate pair
-    return call
+    text = json.dumps(given, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    (value["name"] + text).encode()  # a ValueError for half of a surrogate pair
+    return types_pb2.ToolCall(name=value["name"], arguments=text)
 
 
 def split_reasoning(text: str, *, inside: bool) -> tuple[str, str]:
@@ -126,12 +110,11 @@ def parsed(vocabulary: Vocabulary, form: Form | None, output: types_pb2.Output, 
     if types_pb2.PARSE_REASONING in wanted:
         last = b"".join(map(vocabulary.written, submit.token_ids[-_LAST_TOKENS:]))
         reasoning, text = split_reasoning(text, inside=last.rstrip().endswith(_THINK.encode()))
-    found = Found(text, [], "")
+    found = types_pb2.Parsed(content=text)
     if types_pb2.PARSE_TOOLS in wanted:
         assert form is not None, "Prepare refuses to parse calls of no known form"
         found = form(text)
-    calls = [
-        types_pb2.ToolCall(id=f"call_{submit.sequence}_{index}", name=call.name, arguments=call.arguments)
-        for index, call in enumerate(found.calls)
-    ]
-    return types_pb2.Parsed(content=found.content, reasoning=reasoning, tool_calls=calls, fault=found.fault)
+    for index, call in enumerate(found.tool_calls):
+        call.id = f"call_{submit.sequence}_{index}"
+    found.reasoning = reasoning
+    return found

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
 def letters() -> list[str]:
@@ -37,11 +38,15 @@ def byte_level_bpe(
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added(token_id, tokens[token_id], special=special) for token_id, special in sorted(controls.items())],
+        "added_tokens": [
+            {"id": token_id, "content": tokens[token_id], "special": special}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for token_id, special in sorted(controls.items())
+        ],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*map(_split, splits), _byte_level()]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*map(_split, splits), BYTE_LEVEL]},
         "post_processor": None if begin is None else _begins_with(tokens[begin], begin),
-        "decoder": _byte_level(),
+        "decoder": BYTE_LEVEL,
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -79,24 +84,14 @@ def zipped(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def _added(token_id: int, text: str, *, special: bool) -> dict[str, object]:
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": token_id, "content": text, "special": special, **plain}
-
-
 def _split(pattern: str) -> dict[str, object]:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
-def _byte_level() -> dict[str, object]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-
-
 def _begins_with(text: str, token_id: int) -> dict[str, object]:
-    begin, one, other = {"SpecialToken": {"id": text, "type_id": 0}}, _sequence("A"), _sequence("B")
+    begin, one, other = (
+        {"SpecialToken": {"id": text, "type_id": 0}},
+        *({"Sequence": {"id": name, "type_id": 0}} for name in "AB"),
+    )
     special = {text: {"id": text, "ids": [token_id], "tokens": [text]}}
     return {"type": "TemplateProcessing", "single": [begin, one], "pair": [begin, one, other], "special_tokens": special}
-
-
-def _sequence(name: str) -> dict[str, object]:
-    return {"Sequence": {"id": name, "type_id": 0}}

@@ -83,7 +83,7 @@ def _calls(form: parse.Form, *names: str, least: int = 1) -> Callable[[str], boo
 
     def fits(text: str) -> bool:
         found = form(text)
-        called = [call.name in names and _fits(json.loads(call.arguments), ARGUMENTS) for call in found.calls]
+        called = [call.name in names and _fits(json.loads(call.arguments), ARGUMENTS) for call in found.tool_calls]
         return not found.fault and len(called) >= least and all(called)
 
     return fits

@@ -13,12 +13,18 @@ from ostinato.v1 import engine_pb2, types_pb2
 
 from service.chat import ChatTemplate, Conversation, RenderBounds
 from service.engines.scripted import ByteVocabulary
-from service.parse import Call, form_of, hermes, llama, parsed, split_reasoning
+from service.parse import form_of, hermes, llama, parsed, split_reasoning
 from tests.service.test_chat import TEMPLATES, TOKENS
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>{};"), max_size=8)
 NAME = st.text("abc_-é", min_size=1, max_size=8)
 ARGUMENTS = st.dictionaries(TEXT, st.none() | st.integers() | TEXT | st.lists(TEXT, max_size=2), max_size=3)
+
+
+def call_of(name: str, arguments: str) -> types_pb2.ToolCall:
+    return types_pb2.ToolCall(name=name, arguments=arguments)
+
+
 CALLS = st.lists(st.tuples(NAME, ARGUMENTS), min_size=1, max_size=3)
 
 
@@ -41,7 +47,7 @@ def test_hermes_calls_come_back(content: str, calls: list[tuple[str, dict[str, A
     written = answer_in("hermes", content=content, calls=calls).removesuffix("<|im_end|>\n")
     found = hermes(written.removeprefix("<think>\n\n</think>\n\n"))
 
-    assert [(call.name, json.loads(call.arguments)) for call in found.calls] == calls
+    assert [(call.name, json.loads(call.arguments)) for call in found.tool_calls] == calls
     assert (found.content, found.fault) == (content, "")
 
 
@@ -50,7 +56,7 @@ def test_llama_s_call_comes_back(calls: list[tuple[str, dict[str, Any]]]) -> Non
     """The same for Llama's form, whose template writes one call."""
     found = llama(answer_in("llama", content="", calls=calls).removesuffix("<|eot_id|>"))
 
-    assert [(call.name, json.loads(call.arguments)) for call in found.calls] == calls
+    assert [(call.name, json.loads(call.arguments)) for call in found.tool_calls] == calls
     assert (found.content, found.fault) == ("", "")
 
 
@@ -60,7 +66,7 @@ def test_any_text_is_parsed(text: str) -> None:
     """No text is an error, and one without calls is the content unchanged."""
     for parse in (hermes, llama):
         found = parse(text)
-        if not found.calls:
+        if not found.tool_calls:
             assert found.content == text
     reasoning, rest = split_reasoning(text, inside=False)
     assert (reasoning, rest) == ("", text) or text.lstrip().startswith("<think>")
@@ -69,12 +75,12 @@ def test_any_text_is_parsed(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "content", "calls", "fault"),
     [
-        ('a <tool_call>{"name": "f"}</tool_call> b', "a  b", [Call("f", "{}")], ""),
-        ('<tool_call>{"name": "f", "arguments": {"a": [1, "é"]}}', "", [Call("f", '{"a":[1,"é"]}')], ""),
+        ('a <tool_call>{"name": "f"}</tool_call> b', "a  b", [call_of("f", "{}")], ""),
+        ('<tool_call>{"name": "f", "arguments": {"a": [1, "é"]}}', "", [call_of("f", '{"a":[1,"é"]}')], ""),
         (
             '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call>',
             "",
-            [Call("f", '{"a":"</tool_call>"}')],
+            [call_of("f", '{"a":"</tool_call>"}')],
             "",
         ),
         ('<tool_call>{"name": "f"} x</tool_call>', None, [], "call 1: something follows its object"),
@@ -93,10 +99,10 @@ def test_any_text_is_parsed(text: str) -> None:
         ("<tool_call>" + "[" * 100_000, None, [], "call 1: "),
     ],
 )
-def test_hermes(text: str, content: str | None, calls: list[Call], fault: str) -> None:
+def test_hermes(text: str, content: str | None, calls: list[types_pb2.ToolCall], fault: str) -> None:
     """A part that is not a call stays in the content, and the fault says why."""
     found = hermes(text)
-    assert (found.content, found.calls) == (text if content is None else content, calls)
+    assert (found.content, [*found.tool_calls]) == (text if content is None else content, calls)
     assert found.fault.startswith(fault)
     assert bool(found.fault) == bool(fault)
 
@@ -104,17 +110,17 @@ def test_hermes(text: str, content: str | None, calls: list[Call], fault: str) -
 @pytest.mark.parametrize(
     ("text", "calls"),
     [
-        ('{"name": "f", "parameters": {"a": 1}}', [Call("f", '{"a":1}')]),
-        ('<|python_tag|>{"name": "f", "parameters": {}}; {"name": "g", "parameters": {}}', [Call("f", "{}"), Call("g", "{}")]),
+        ('{"name": "f", "parameters": {"a": 1}}', [call_of("f", '{"a":1}')]),
+        ('<|python_tag|>{"name": "f"}; {"name": "g", "parameters": {}}', [call_of("f", "{}"), call_of("g", "{}")]),
         ('I call {"name": "f", "parameters": {}}', []),
         ('{"name": "f", "parameters": {}} and so on', []),
         ('{"a": 1}', []),
     ],
 )
-def test_llama(text: str, calls: list[Call]) -> None:
+def test_llama(text: str, calls: list[types_pb2.ToolCall]) -> None:
     """Calls are the whole text, or it is content."""
     found = llama(text)
-    assert (found.calls, found.content) == (calls, "" if calls else text)
+    assert ([*found.tool_calls], found.content) == (calls, "" if calls else text)
 
 
 @pytest.mark.parametrize(

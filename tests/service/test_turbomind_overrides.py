@@ -291,7 +291,7 @@ def test_left_out_overrides_behave_as_stock_and_still_count(stand_ins: Path) -> 
         """
         overrides.mode(Mode.LEARN), gemm(3), overrides.mode(Mode.SERVE)
         found = [turbomind.drive_split(7), turbomind.drive_top_k(40), gemm(3)[1][0], overrides.counters.calls]
-        print(json.dumps([found, overrides.uncovered]))
+        print(json.dumps([found, overrides.counters.uncovered]))
         """,
         omit="split_count,top_k,gemm",
     )
@@ -510,13 +510,13 @@ def test_what_cannot_be_served_exactly_goes_to_cublas_and_is_counted(stand_ins: 
         stand_ins,
         """
         shape = serve(66, 67)
-        counts = [overrides.uncovered]
+        counts = [overrides.counters.uncovered]
         for call in (lambda: gemm(2), lambda: gemm(13), lambda: gemm(2, k=2)):
             status, values = call()
-            counts.append([status, values[0] == 7777, overrides.uncovered])
+            counts.append([status, values[0] == 7777, overrides.counters.uncovered])
         value("fail").value = 1
         status, values = gemm(2)
-        counts.append([status, values[0] == 7777, overrides.uncovered])
+        counts.append([status, values[0] == 7777, overrides.counters.uncovered])
         print(json.dumps([counts, overrides.covers(shape, 2), overrides.covers(shape, 13)]))
         """,
     )
@@ -534,7 +534,7 @@ def test_others_who_use_cublas_are_left_alone(stand_ins: Path) -> None:
         other.foreign.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         c = array("H", [0] * 8)
         status = other.foreign(HANDLE, c.buffer_info()[0])
-        print(json.dumps([status, c[0], overrides.counters.calls["gemm"], overrides.uncovered]))
+        print(json.dumps([status, c[0], overrides.counters.calls["gemm"], overrides.counters.uncovered]))
         """,
     )
 
@@ -591,7 +591,7 @@ def test_the_fastest_serves_up_to_the_number_of_tokens_it_was_found_at(stand_ins
         for n in (1, 2, 3, 4, 5, 7, 10, 11, 14):
             assert alike(gemm(n)[1], n)
             tiles[n] = value("last_tile").value
-        print(json.dumps([tiles, overrides.uncovered]))
+        print(json.dumps([tiles, overrides.counters.uncovered]))
         """,
     )
 
@@ -665,7 +665,7 @@ def test_products_with_few_outputs_are_padded(stand_ins: Path) -> None:
             b, c = array("H", [17 * (j % PERIOD) for j in range(n) for _ in range(K)]), array("H", [5] * (n + 4))
             status = turbomind.drive_gemm(HANDLE, 1, n, K, b.buffer_info()[0], b.buffer_info()[0], c.buffer_info()[0])
             rows.append([status, value("last_tokens").value, alike(list(c)[:n], n), list(c)[n:] == [5] * 4])
-        print(json.dumps([rows, [shape.computed(n) for n in (1, 8, 9)], overrides.uncovered]))
+        print(json.dumps([rows, [shape.computed(n) for n in (1, 8, 9)], overrides.counters.uncovered]))
         """,
     )
 

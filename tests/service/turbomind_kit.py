@@ -137,10 +137,6 @@ class FakeOverrides:
         self.preferred: list[tuple[Shape, int, bytes]] = []
         self.omitted: frozenset[str] = frozenset()
 
-    @property
-    def uncovered(self) -> int:
-        return self.counters.uncovered
-
     def open(self) -> tuple[int, str]:
         return 130100, "/somewhere/libcublasLt.so.13"
 

@@ -298,7 +298,8 @@ def tokenizer_json(metadata: Mapping[str, bytes], begin: int | None) -> bytes:
     kind, pre = (_text(metadata[key]) if key in metadata else "" for key in keys)
     if kind != "gpt2" or pre not in SPLITS:
         raise ValueError(f"vocabulary {kind!r} with pre-tokenizer {pre!r} is not one of gpt2 with {', '.join(SPLITS)}")
-    token_types = _int32s(metadata["tokenizer.ggml.token_type"])
+    kinds = metadata["tokenizer.ggml.token_type"]
+    token_types = struct.unpack_from(f"<{_array_length(kinds)}i", kinds, 16)
     return huggingface.byte_level_bpe(
         strings(metadata["tokenizer.ggml.tokens"]),
         strings(metadata["tokenizer.ggml.merges"]),
@@ -353,10 +354,6 @@ def strings(value: bytes) -> list[str]:
         found.append(value[at + 8 : at + 8 + size].decode())
         at += 8 + size
     return found
-
-
-def _int32s(value: bytes) -> list[int]:
-    return list(struct.unpack_from(f"<{_array_length(value)}i", value, 16))
 
 
 def _array_length(value: bytes) -> int:

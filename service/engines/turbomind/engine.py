@@ -153,7 +153,7 @@ class TurbomindEngine:
             return "TurboMind took part of a prompt from a cache, which is off"
         if self._meter.rests_of_one:
             return "TurboMind took all but one token of a prompt from its cache, and computed that one as a decode's"
-        if self.ceiling[0] == types_pb2.GRADE_EXACT and overrides is not None and overrides.uncovered:
+        if self.ceiling[0] == types_pb2.GRADE_EXACT and overrides is not None and overrides.counters.uncovered:
             return "a product had to be served by an algorithm that is not permitted"
         return ""
 
@@ -203,19 +203,15 @@ def load(options: TurbomindOptions) -> TurbomindEngine:
             "template": vocabulary.template_digest,
             "dtype": native.dtype,
             "quantisation": options.model_format or described.quantisation,
-            "tp": str(options.tp),
+            **{name: str(getattr(options, name)) for name in ("tp", "kv_bits", "context_tokens", "prefill_tokens", "runs")},
             "communicator": options.communicator if options.tp > 1 else "none",
             "device": gpu.name,
             "capability": gpu.capability,
             "driver": gpu.driver,
             "top_k_bucket": str(TOP_K_BUCKET) if exactness.overrides is not None else "its own",
-            "kv_bits": str(options.kv_bits),
-            "context_tokens": str(options.context_tokens),
-            "prefill_tokens": str(options.prefill_tokens),
             "piece_tokens": str(PIECE_TOKENS) if exactness.overrides is not None else "its own",
             "block_tokens": str(BLOCK_TOKENS),
             "prefix_cache": "on" if prefix_cache else "off",
-            "runs": str(options.runs),
             "exact": "on" if options.exact else "off",
             "request_rules": RULES,
         }
@@ -233,33 +229,23 @@ def _model(options: TurbomindOptions, described: model.Model, exactness: Exactne
     if wanted and options.context_tokens < probe.CONTEXT_TOKENS_MIN:
         wanted = False
         _log.info("prefix cache off", extra={"why": f"--context-tokens is below {probe.CONTEXT_TOKENS_MIN}"})
-    native, share = _loaded(options, described, prefix_cache=wanted)
-    if not wanted or exactness.overrides is None:
-        return native, share, wanted
-    try:
-        why = probe.prove_prefix_cache(native, exactness.overrides)
-    except EngineUnusable:
+    while True:
+        began = time.monotonic()
+        native = Native(options, described, prefix_cache=wanted)
+        seconds = round(time.monotonic() - began, 3)
+        _log.info("model loaded", extra={"dtype": native.dtype, "prefix_cache": wanted, "seconds": seconds})
+        try:
+            share = probe.first_run(native, options.context_tokens)
+            overrides = exactness.overrides
+            why = probe.prove_prefix_cache(native, overrides) if wanted and overrides is not None else ""
+        except EngineUnusable:
+            native.close()
+            raise
+        if not why:
+            return native, share, wanted
+        _log.warning("prefix cache off", extra={"why": why})
         native.close()
-        raise
-    if not why:
-        return native, share, True
-    _log.warning("prefix cache off", extra={"why": why})
-    native.close()
-    return (*_loaded(options, described, prefix_cache=False), False)
-
-
-def _loaded(options: TurbomindOptions, described: model.Model, *, prefix_cache: bool) -> tuple[Native, float]:
-    began = time.monotonic()
-    native = Native(options, described, prefix_cache=prefix_cache)
-    _log.info(
-        "model loaded",
-        extra={"dtype": native.dtype, "prefix_cache": prefix_cache, "seconds": round(time.monotonic() - began, 3)},
-    )
-    try:
-        return native, probe.first_run(native, options.context_tokens)
-    except EngineUnusable:
-        native.close()
-        raise
+        wanted = False
 
 
 def check(options: TurbomindOptions, described: model.Model) -> None:

@@ -14,11 +14,10 @@ import os
 import random
 import re
 import sys
-import threading
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from ctypes import c_bool, c_int, c_int32, c_int64, c_uint8, c_uint16, c_uint64, c_void_p
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -70,30 +69,21 @@ class Formats:
         """Both are called in that thread. `compiler` is xgrammar's."""
         self._checker, self._compiler = checker, compiler
         self._thread = ThreadPoolExecutor(1, "xgrammar")
-        self._futures: OrderedDict[tuple[str, str], Future[Any]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._started = lru_cache(KEPT)(self._start)
 
     def check(self, response_format: types_pb2.ResponseFormat) -> None:
         """Raises ValueError with xgrammar's message, or what the grammar costs. Any thread; waits."""
-        self._compiled(response_format).result()
+        self._started(*source_of(response_format)).result()
 
     async def ready(self, response_format: types_pb2.ResponseFormat) -> object:
         """The compiled grammar for `Native.start`. Raises EngineFailed: `check` may have run in another service."""
         try:
-            return await asyncio.shield(asyncio.wrap_future(self._compiled(response_format)))
+            return await asyncio.shield(asyncio.wrap_future(self._started(*source_of(response_format))))
         except ValueError as error:
             raise EngineFailed(f"parameters.response_format {error}") from error
 
-    def _compiled(self, response_format: types_pb2.ResponseFormat) -> Future[Any]:
-        key = source_of(response_format)
-        with self._lock:
-            future = self._futures.get(key)
-            if future is None:
-                future = self._futures[key] = self._thread.submit(self._compile, *key)
-            self._futures.move_to_end(key)
-            while len(self._futures) > KEPT:
-                self._futures.popitem(last=False)
-        return future
+    def _start(self, kind: str, source: str) -> Future[Any]:
+        return self._thread.submit(self._compile, kind, source)
 
     def close(self) -> None:
         """Waits for the check of a grammar, and not for its compilation."""

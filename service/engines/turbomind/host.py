@@ -47,7 +47,7 @@ def lmdeploy_version() -> str:
     except importlib.metadata.PackageNotFoundError:
         raise EngineUnusable(f"--engine turbomind needs lmdeploy: {INSTALL}; {ELSE}") from None
     least, below = VERSIONS
-    if not least <= _numbers(version) < below:
+    if not least <= tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < below:
         wanted = f">={least[0]}.{least[1]},<{below[0]}.{below[1]}"
         raise EngineUnusable(f"--engine turbomind was made for lmdeploy{wanted}, found {version}: {INSTALL}")
     return version
@@ -87,7 +87,3 @@ def _driver() -> str:
         return "unknown"
     found = _DRIVER.search(text)
     return found.group(1) if found else "unknown"
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

@@ -322,11 +322,6 @@ class Overrides:
         calls = dict(zip(NAMES, self._calls, strict=True))
         return Counters(calls, **{name: counter.value for name, counter in self._counted.items()})
 
-    @property
-    def uncovered(self) -> int:
-        """As in `counters`, but cheap enough for every step."""
-        return self._counted["uncovered"].value
-
 
 def _native(shape: Shape) -> _Shape:
     return _Shape(*(getattr(shape, each.name) for each in fields(Shape)))
