@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from google.protobuf.descriptor import EnumDescriptor
 
-V_co = TypeVar("V_co", bound=int, covariant=True)
+if TYPE_CHECKING:  # the name exists for type checkers only
+    from google.protobuf.internal.enum_type_wrapper import _EnumTypeWrapper as Enum
+
+V = TypeVar("V", bound=int)
 
 
-class Enum(Protocol[V_co]):
-    """A generated enum, such as types_pb2.Grade."""
-
-    @property
-    def DESCRIPTOR(self) -> EnumDescriptor: ...  # noqa: N802
-
-    def Value(self, name: str) -> V_co: ...  # noqa: N802
-
-
-def word(enum: Enum[int], value: int) -> str:
+def word(enum: Enum[Any], value: int) -> str:
     return words(enum.DESCRIPTOR).get(value, str(value))
 
 
-def value(enum: Enum[V_co], word: str) -> V_co:
+def value(enum: Enum[V], word: str) -> V:
     """The inverse of `word`. Raises ValueError."""
-    return cast(V_co, int(word)) if word.isdecimal() else enum.Value(_prefix(enum.DESCRIPTOR) + word)
+    return cast(V, int(word)) if word.isdecimal() else enum.Value(_prefix(enum.DESCRIPTOR) + word)
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +17,20 @@ from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 ADDED = {"line", "key"}
 """What `generate --output` puts before a Result."""
-_EVENTS = {"finished", "failed", "tokens", "restarted"}
+_BESIDE: Mapping[type[Message], set[str]] = {sequencer_pb2.Entry: {"decoded"}, types_pb2.Result: ADDED}
+"""What the commands print beside a message's own fields."""
+_KNOWN_BY: Sequence[tuple[set[str], type[Message]]] = (
+    ({"root"}, types_pb2.SignedHead),
+    ({"index", "entry_hash"}, sequencer_pb2.HeadResponse),
+    ({"header", "previous_hash"}, types_pb2.Receipt),
+    ({"header"}, sequencer_pb2.Entry),
+    ({"results"}, generation_pb2.GenerateResponse),
+    ({"items"}, sequencer_pb2.GetResponse),
+    *(({name}, generation_pb2.GenerateEvent) for name in ("finished", "failed", "tokens", "restarted")),
+    ({"admitted"}, sequencer_pb2.ItemRecord),
+    *(({name}, types_pb2.Result) for name in ("output", "status", "receipt")),
+)
+"""The fields that a kind of message has; the first that fits counts."""
 _KINDS = "Result, GenerateResponse, GenerateEvent, ItemRecord, Receipt, Entry, SignedHead or DSSE envelope"
 
 
@@ -85,32 +98,13 @@ def _message(given: Any) -> Message:
             return opened(given)
         except ValueError as error:
             raise json_format.ParseError(str(error)) from None
-    admitted = given["admitted"] if "admitted" in names else None
-    if "root" in names:
-        kind: type[Message] = types_pb2.SignedHead
-    elif {"index", "entry_hash"} <= names:
-        kind = sequencer_pb2.HeadResponse
-    elif {"header", "previous_hash"} <= names:
-        kind = types_pb2.Receipt
-    elif "header" in names:
-        kind, given = sequencer_pb2.Entry, _without(given, {"decoded"})
-    elif "results" in names:
-        kind = generation_pb2.GenerateResponse
-    elif "items" in names:
-        kind = sequencer_pb2.GetResponse
-    elif names & _EVENTS or (isinstance(admitted, dict) and "stamp" in admitted):
-        kind = generation_pb2.GenerateEvent
-    elif "admitted" in names:
-        kind = sequencer_pb2.ItemRecord
-    elif names & {"output", "status", "receipt"}:
-        kind, given = types_pb2.Result, _without(given, ADDED)
-    else:
+    kind = next((kind for fields, kind in _KNOWN_BY if fields <= names), None)
+    if kind is None:
         raise json_format.ParseError(f"it is no {_KINDS}")
+    if kind is sequencer_pb2.ItemRecord and isinstance(given["admitted"], dict) and "stamp" in given["admitted"]:
+        kind = generation_pb2.GenerateEvent
+    own = {name: value for name, value in given.items() if name not in _BESIDE.get(kind, ())}
     try:
-        return json_format.ParseDict(given, kind())
+        return json_format.ParseDict(own, kind())
     except RecursionError:
         raise json_format.ParseError("it is nested too deeply") from None
-
-
-def _without(given: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if name not in names}

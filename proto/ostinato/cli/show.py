@@ -230,8 +230,8 @@ def side_by_side(response: sequencer_pb2.ReplayResponse) -> None:
         ("", "recorded", "now"),
         [
             ("text", *_texts(*(output.text for output in outputs))),
-            (f"token {at}", *(_token(output, at) for output in outputs)),
-            ("logprob", *(_logprob(output, at) for output in outputs)),
+            (f"token {at}", *(str(each.token_ids[at]) if at < len(each.token_ids) else "none" for each in outputs)),
+            ("logprob", *(f"{each.logprobs[at].logprob:.6f}" if at < len(each.logprobs) else "unknown" for each in outputs)),
             ("tokens", *(f"{len(output.token_ids)}, {word(output, 'finish_reason')}" for output in outputs)),
         ],
     )
@@ -248,14 +248,6 @@ def _texts(expected: str, actual: str) -> list[str]:
         )
         for text in (expected, actual)
     ]
-
-
-def _token(output: types_pb2.Output, at: int) -> str:
-    return str(output.token_ids[at]) if at < len(output.token_ids) else "none"
-
-
-def _logprob(output: types_pb2.Output, at: int) -> str:
-    return f"{output.logprobs[at].logprob:.6f}" if at < len(output.logprobs) else "unknown"
 
 
 def _about(
