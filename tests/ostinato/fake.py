@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partialmethod
@@ -137,9 +137,15 @@ class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerS
             self.keyed[key] = response
         return response
 
-    async def answer(self, request: generation_pb2.GenerateRequest, _context: Any) -> generation_pb2.GenerateResponse:
-        """For a script: as without one."""
-        return self._generate(request)
+    def altering(self, change: Callable[[types_pb2.Result], object]) -> Any:
+        """For a script: as without one, with a change of the first result."""
+
+        async def answer(request: generation_pb2.GenerateRequest, _context: Any) -> generation_pb2.GenerateResponse:
+            response = self._generate(request)
+            change(response.results[0])
+            return response
+
+        return answer
 
     def _run(
         self, request: generation_pb2.GenerateRequest, item: types_pb2.Item, first: int, sequence: int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 import pytest
 
@@ -76,13 +75,7 @@ def test_the_seed_decides_the_choice(ostinato: Terminal, elsewhere: tuple[Fake, 
 def test_a_divergence_is_told(ostinato: Terminal, elsewhere: tuple[Fake, str]) -> None:
     """An output that differs there is DIVERGED, with exit code 1, and --json has what was claimed and what was recomputed."""
     other, target = elsewhere
-
-    async def another(request: generation_pb2.GenerateRequest, _: Any) -> generation_pb2.GenerateResponse:
-        response = other._generate(request)
-        response.results[0].output.CopyFrom(other.another(response.results[0].output))
-        return response
-
-    other.script["Generate"].append(another)
+    other.script["Generate"].append(other.altering(lambda result: result.output.CopyFrom(other.another(result.output))))
     result = ostinato("--json", "challenge", "-", "--against", target, stdin=records(ostinato))
 
     *runs, summary = map(json.loads, result.stdout.splitlines())
@@ -134,12 +127,10 @@ def test_another_engine_is_incomparable(ostinato: Terminal, elsewhere: tuple[Fak
     """Where the fingerprint differs there is no verdict about the output: exit code 3."""
     other, target = elsewhere
 
-    async def drifted(request: generation_pb2.GenerateRequest, _: Any) -> generation_pb2.GenerateResponse:
-        response = other._generate(request)
-        response.results[0].receipt.header.fingerprint_digest = bytes(32)
-        return response
+    def drift(result: types_pb2.Result) -> None:
+        result.receipt.header.fingerprint_digest = bytes(32)
 
-    other.script["Generate"].append(drifted)
+    other.script["Generate"].append(other.altering(drift))
     result = ostinato("challenge", "-", "--against", target, stdin=records(ostinato))
 
     assert result.exit_code == 3

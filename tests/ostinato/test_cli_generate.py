@@ -6,8 +6,10 @@ import asyncio
 import fcntl
 import json
 import resource
+import shlex
 import signal
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -96,80 +98,96 @@ def test_what_else_is_said_is_sent(ostinato: Terminal) -> None:
     assert call.seconds_left == pytest.approx(20, abs=3)
 
 
-def test_verified_answers_are_counted(ostinato: Terminal) -> None:
-    """--verify requests second runs, prints the verdicts, and fails if one differs."""
-    results = [
-        types_pb2.Result(sequence=n, output=types_pb2.Output(), comparison=types_pb2.Comparison(verdict=verdict))  # type: ignore[arg-type]
-        for n, verdict in enumerate([1, 1, 2, 0], start=1)
+def results(*verdicts: int, text: str = "done") -> list[types_pb2.Result]:
+    """Of verified items."""
+    made = types_pb2.Output(text=text)
+    return [
+        types_pb2.Result(sequence=n, output=made, comparison=types_pb2.Comparison(verdict=verdict))  # type: ignore[arg-type]
+        for n, verdict in enumerate(verdicts, start=1)
     ]
-    ostinato.fake.script["Generate"].append(generation_pb2.GenerateResponse(results=results))
 
+
+FELL = types_pb2.Result(sequence=9, status=errors.to_status(errors.GradeLost("fell to\nserial")))
+
+
+@pytest.mark.parametrize(
+    ("answers", "code", "rows", "stderr"),
+    [
+        ([FELL, *results(1)], 1, [r"9 *GRADE_LOST *fell to\nserial", "1 *done"], "verified: 1 match\n"),
+        (results(1, 1, 2, 0), 1, ["*"] * 4, "verified: 2 match, 1 diverged, 1 not compared\n"),
+        (results(1, text="a\x1b[31m\nb\u202e\tc\\é"), 0, [r"*a\x1b*31m\nb\u202e\tc\é"], "verified: 1 match\n"),
+    ],
+    ids=["failed", "verified", "control characters"],
+)
+def test_what_a_table_shows(ostinato: Terminal, answers: list[Any], code: int, rows: list[str], stderr: str) -> None:
+    """An item without an output has its reason and message in its row. --verify requests second runs and prints the verdicts.
+    A failed item, or a run that differs, makes the exit code 1. Control characters are shown as escapes."""
+    ostinato.fake.script["Generate"].append(generation_pb2.GenerateResponse(results=answers))
     result = ostinato("generate", "a", "--verify")
-
     assert ostinato.sent[0].verify
-    assert (result.exit_code, result.stderr) == (1, "verified: 2 match, 1 diverged, 1 not compared\n")
+    assert (result.exit_code, result.stderr) == (code, stderr)
+    assert all(map(fnmatchcase, result.stdout.splitlines()[1:], rows)) and len(result.stdout.splitlines()) == 1 + len(rows)
 
 
-def test_stdin_is_a_prompt_a_line(ostinato: Terminal) -> None:
-    """- reads prompts from stdin; only a line feed ends a prompt, and blank lines are skipped."""
-    ostinato.lines("generate", "first", "-", "last", stdin="a\r\n\n  \nb\u2028c\n")
-    assert [item.text for item in ostinato.sent[0].items] == ["first", "a", "b\u2028c", "last"]
+def chat(text: str, **more: Any) -> types_pb2.Item:
+    """A user's message."""
+    return types_pb2.Item(chat=requests.chat([{"role": "user", "content": text}], **more))
 
 
-def test_chat_makes_messages_of_texts(ostinato: Terminal, tmp_path: Path) -> None:
-    """--chat turns texts into user messages with the same parameters, and does not change other prompts."""
-    (tmp_path / "f").write_text('{"text": "a", "seed": 1}\n{"token_ids": [1]}\n')
-    ostinato.lines("generate", "hi", "--chat", "--file", tmp_path / "f")
-
-    first, second, third = ostinato.sent[0].items
-    assert [(each.role, each.content) for each in first.chat.messages] == [("user", "hi")]
-    assert not first.HasField("text"), "an item has one prompt"
-    assert (second.chat.messages[0].content, second.parameters.seed) == ("a", 1)
-    assert third.HasField("token_ids")
+def with_parameters(item: types_pb2.Item, **given: Any) -> types_pb2.Item:
+    item.parameters.CopyFrom(types_pb2.Parameters(**given))
+    return item
 
 
-def test_a_chat_is_a_prompt(ostinato: Terminal, tmp_path: Path) -> None:
-    """--messages is one prompt; --tools and --template-kwargs are for every chat that has none of its own."""
-    (tmp_path / "tools").write_text('[{"type": "function"}]')
-    line = {"messages": [{"role": "user", "content": "b"}], "tools": [], "continue_final_message": True}
-    (tmp_path / "f").write_text(json.dumps(line) + "\n")
-    options = [
-        "--messages",
-        '[{"role": "user", "content": "a"}]',
-        "--tools",
-        f"@{tmp_path}/tools",
-        "--template-kwargs",
-        '{"x": 1}',
-    ]
-    ostinato.lines("generate", "c", "--chat", "--file", tmp_path / "f", *options)
-
-    own, given, text = (item.chat for item in sorted(ostinato.sent[0].items, key=lambda item: item.chat.tools))
-    assert (own.tools, own.template_kwargs, own.continue_final_message) == ("[]", '{"x": 1}', True)
-    assert given.tools == text.tools == '[{"type": "function"}]'
-    assert {each.messages[0].content for each in (given, text)} == {"a", "c"}
+OPTIONS = {"tools": '[{"type": "function"}]', "template_kwargs": '{"x": 1}'}
 
 
-def test_a_file_holds_every_form_of_prompt(ostinato: Terminal, tmp_path: Path) -> None:
-    """Lines are strings or objects with one prompt and any parameters; a seed may be a string, as our own JSON has it. A byte
-    order mark and carriage returns are not part of a prompt."""
-    chat = [{"role": "user", "content": "hi"}]
-    objects: list[Any] = [
-        "a\u2028b",
-        {"text": "c", "seed": str(2**64 - 1)},
-        {"token_ids": [1, 2], "stop": "x"},
-        {"messages": chat},
-    ]
-    file = tmp_path / "prompts.jsonl"
-    file.write_text("\ufeff" + "\r\n\n".join(map(json.dumps, objects)))
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "file", "expected"),
+    [
+        ("first - last", "a\r\n\n  \nb\u2028c\n", "", list(map(requests.item, ["first", "a", "b\u2028c", "last"]))),
+        (
+            "hi --chat",
+            "",
+            '{"text": "a", "seed": 1}\n{"token_ids": [1]}\n',
+            [chat("hi"), with_parameters(chat("a"), seed=1), requests.item([1])],
+        ),
+        (
+            """c --chat --messages '[{"role": "user", "content": "a"}]' --tools @TOOLS --template-kwargs '{"x": 1}'""",
+            "",
+            '{"messages": [{"role": "user", "content": "b"}], "tools": [], "continue_final_message": true}\n',
+            [chat("c", **OPTIONS), chat("a", **OPTIONS), chat("b", **OPTIONS | {"tools": "[]"}, continue_final_message=True)],
+        ),
+        (
+            "",
+            "",
+            "\ufeff"
+            '"a\u2028b"\r\n\n{"text": "c", "seed": "18446744073709551615"}\r\n\n{"token_ids": [1, 2], "stop": "x"}\r\n\n'
+            '{"messages": [{"role": "user", "content": "hi"}]}',
+            [
+                requests.item("a\u2028b"),
+                with_parameters(requests.item("c"), seed=2**64 - 1),
+                with_parameters(requests.item([1, 2]), stop=["x"]),
+                chat("hi"),
+            ],
+        ),
+    ],
+    ids=["stdin", "texts as chats", "chats", "a file"],
+)
+def test_prompts_of_every_source(
+    ostinato: Terminal, tmp_path: Path, arguments: str, stdin: str, file: str, expected: list[types_pb2.Item]
+) -> None:
+    """- reads prompts from stdin; only a line feed ends one, and blank lines are skipped. --chat makes user messages of texts,
+    with the same parameters. --messages is one prompt; --tools and --template-kwargs are for every chat that has none of its
+    own. Lines of --file are strings or objects with one prompt and any parameters; a seed may be a string, as our own JSON has
+    it. A byte order mark and carriage returns are not part of a prompt."""
+    (tmp_path / "tools").write_text(OPTIONS["tools"])
+    (tmp_path / "prompts").write_text(file)
 
-    ostinato.lines("generate", "--file", file)
+    given = shlex.split(arguments.replace("TOOLS", f"{tmp_path}/tools"))
+    ostinato.lines("generate", *given, "--file", tmp_path / "prompts", stdin=stdin)
 
-    assert list(ostinato.sent[0].items) == [
-        requests.item("a\u2028b"),
-        types_pb2.Item(text="c", parameters=types_pb2.Parameters(seed=2**64 - 1)),
-        types_pb2.Item(token_ids=types_pb2.TokenIds(ids=[1, 2]), parameters=types_pb2.Parameters(stop=["x"])),
-        requests.item(chat),
-    ]
+    assert list(ostinato.sent[0].items) == expected
 
 
 @pytest.mark.parametrize(
@@ -268,21 +286,6 @@ def test_at_most_so_many_requests_at_once(ostinato: Terminal) -> None:
     assert most == 2
 
 
-def test_a_failed_item_is_shown_and_fails_the_command(ostinato: Terminal) -> None:
-    """An item without an output has its reason and message in its row, and the exit code is 1."""
-    failed = types_pb2.Result(sequence=9, status=errors.to_status(errors.GradeLost("fell to\nserial")))
-    done = ostinato.fake._run(generation_pb2.GenerateRequest(), requests.item("a"), 1, 1)
-    ostinato.fake.script["Generate"].append(generation_pb2.GenerateResponse(results=[failed, done]))
-
-    result = ostinato("generate", "a", "b")
-
-    _, first, second = result.stdout.splitlines()
-    assert result.exit_code == 1
-    assert first.split(maxsplit=2)[:2] == ["9", "GRADE_LOST"]
-    assert first.endswith(r"fell to\nserial")
-    assert done.output.text in second
-
-
 def test_after_a_failed_call_nothing_more_begins(ostinato: Terminal) -> None:
     """After a failed request the results so far are printed, no more requests are sent, and the error says when to retry."""
     ostinato.fake.script["Generate"].extend([ostinato.fake._generate(_request("a")), errors.QueueFull("full", retry_after=2.5)])
@@ -310,55 +313,43 @@ def test_a_stream_shows_the_text(ostinato: Terminal) -> None:
     assert "verified" not in result.stderr
 
 
-def test_a_stream_tells_what_its_verification_found(ostinato: Terminal) -> None:
-    """After the summary of a verified stream comes the verdict, also if it is a match."""
-    comparison = types_pb2.Comparison(verdict=types_pb2.VERDICT_MATCH)
-    finished = types_pb2.Result(sequence=1, output=types_pb2.Output(text="hello"), comparison=comparison)
-    ostinato.fake.script["GenerateStream"].append([generation_pb2.GenerateEvent(finished=finished)])
+def _tokens(text: str) -> generation_pb2.GenerateEvent:
+    run = generation_pb2.TokenRun(sequence=1, attempt=1, text=text)
+    return generation_pb2.GenerateEvent(tokens=generation_pb2.Tokens(runs=[run]))
 
+
+def finished(text: str, **more: Any) -> generation_pb2.GenerateEvent:
+    return generation_pb2.GenerateEvent(finished=types_pb2.Result(sequence=1, output=types_pb2.Output(text=text), **more))
+
+
+RESTARTED = generation_pb2.GenerateEvent(restarted=generation_pb2.Restarted(sequence=1, attempt=2))
+ABANDONED = generation_pb2.GenerateEvent(failed=types_pb2.Result(sequence=1, status=errors.to_status(errors.Abandoned("gone"))))
+MATCHED = types_pb2.Comparison(verdict=types_pb2.VERDICT_MATCH)
+
+
+@pytest.mark.parametrize(
+    ("events", "code", "stdout", "stderr"),
+    [
+        ([finished("hello", comparison=MATCHED)], 0, "hello\n", "sequence 1, *\nverified: 1 match\n"),
+        (
+            [_tokens("hel"), RESTARTED, _tokens("world"), finished("world!", attempt=2)],
+            0,
+            "hel\nworld!\n",
+            "restarted: attempt 2 has other tokens; discard what came before\nsequence 1, *\n",
+        ),
+        ([_tokens("hel"), ABANDONED], 1, "hel\n", "*ABANDONED*"),
+        ([_tokens("hel"), errors.SlowReader("too slow")], 1, "hel\n", "error: SLOW_READER: too slow\n"),
+    ],
+    ids=["verified", "restarted", "a failed item", "a failed call"],
+)
+def test_what_a_stream_shows(ostinato: Terminal, events: list[Any], code: int, stdout: str, stderr: str) -> None:
+    """After the summary of a verified stream comes the verdict, also if it is a match. If a second attempt generates other
+    tokens, the text starts again; text that was held back comes at the end. If an item or a call fails, the text so far stays,
+    the reason follows, and the exit code is 1."""
+    ostinato.fake.script["GenerateStream"].append(events)
     result = ostinato("generate", "--stream", "--verify", "a")
-
-    assert (result.exit_code, result.stderr.splitlines()[1:]) == (0, ["verified: 1 match"])
-
-
-def test_a_restart_is_said(ostinato: Terminal) -> None:
-    """If a second attempt generates other tokens, the text starts again; text that was held back comes at the end."""
-    finished = types_pb2.Result(sequence=1, output=types_pb2.Output(text="world!"), attempt=2)
-    ostinato.fake.script["GenerateStream"].append(
-        [
-            _tokens("hel"),
-            generation_pb2.GenerateEvent(restarted=generation_pb2.Restarted(sequence=1, attempt=2)),
-            _tokens("world"),
-            generation_pb2.GenerateEvent(finished=finished),
-        ]
-    )
-
-    result = ostinato("generate", "--stream", "a")
-
-    assert (result.exit_code, result.stdout) == (0, "hel\nworld!\n")
-    assert result.stderr.startswith("restarted: attempt 2 has other tokens; discard what came before\n")
-
-
-def test_a_broken_stream_ends_its_line(ostinato: Terminal) -> None:
-    """If an item or a call fails, the text so far stays, the reason follows, and the exit code is 1."""
-    failed = types_pb2.Result(sequence=1, status=errors.to_status(errors.Abandoned("gone")))
-    ostinato.fake.script["GenerateStream"].append([_tokens("hel"), generation_pb2.GenerateEvent(failed=failed)])
-    ostinato.fake.script["GenerateStream"].append([_tokens("hel"), errors.SlowReader("too slow")])
-
-    first, second = ostinato("generate", "--stream", "a"), ostinato("generate", "--stream", "a")
-
-    assert (first.exit_code, first.stdout) == (second.exit_code, second.stdout) == (1, "hel\n")
-    assert "ABANDONED" in first.stderr
-    assert second.stderr == "error: SLOW_READER: too slow\n"
-
-
-def test_a_text_cannot_control_the_terminal(ostinato: Terminal) -> None:
-    """The table shows control characters of an output as escapes."""
-    output = types_pb2.Output(text="a\x1b[31m\nb\u202e\tc\\é")
-    ostinato.fake.script["Generate"].append(
-        generation_pb2.GenerateResponse(results=[types_pb2.Result(sequence=1, output=output)])
-    )
-    assert ostinato("generate", "a").stdout.splitlines()[1].endswith(r"a\x1b[31m\nb\u202e\tc\é")
+    assert (result.exit_code, result.stdout) == (code, stdout)
+    assert fnmatchcase(result.stderr, stderr)
 
 
 def test_progress_stays_off_stdout(ostinato: Terminal) -> None:
@@ -427,11 +418,6 @@ def test_global_options_stand_anywhere(ostinato: Terminal) -> None:
 
 def _request(text: str) -> generation_pb2.GenerateRequest:
     return generation_pb2.GenerateRequest(items=[types_pb2.Item(text=text)])
-
-
-def _tokens(text: str) -> generation_pb2.GenerateEvent:
-    run = generation_pb2.TokenRun(sequence=1, attempt=1, text=text)
-    return generation_pb2.GenerateEvent(tokens=generation_pb2.Tokens(runs=[run]))
 
 
 # ---- --output: every prompt once, in order, through any interruption
@@ -511,7 +497,7 @@ def test_a_cut_anywhere_is_gone_on_with(ostinato: Terminal, file: Path) -> None:
 
 def test_a_failed_call_leaves_a_beginning(ostinato: Terminal, file: Path) -> None:
     """After a failed request the output ends before it, also if later ones were answered; the same command continues."""
-    generate = ostinato.fake.answer
+    generate = ostinato.fake.altering(id)
     ostinato.fake.script["Generate"].extend([generate, errors.EngineFailed("broken"), generate])
 
     first = ostinato(*_command(file, "--concurrency", 3))
@@ -566,7 +552,7 @@ def test_a_bad_line_is_named_before_anything_is_sent(
 
 def test_a_refused_line_can_be_mended(ostinato: Terminal, file: Path) -> None:
     """An invalid prompt is reported with its line; after a correction the earlier results are kept."""
-    generate = ostinato.fake.answer
+    generate = ostinato.fake.altering(id)
     refused = errors.InvalidRequest("bad", violations=[errors.Violation("items[1].text", "too long")])
     ostinato.fake.script["Generate"].extend([generate, refused])
     first = ostinato(*_command(file))
@@ -665,7 +651,7 @@ def test_a_full_disk_is_said(ostinato: Terminal, file: Path) -> None:
 
 def test_an_interrupt_is_gone_on_with(ostinato: Terminal, file: Path) -> None:
     """Ctrl-C exits 130 and keeps the results so far; the same command continues and generates nothing twice."""
-    answer = ostinato.fake.answer
+    answer = ostinato.fake.altering(id)
     ostinato.fake.script["Generate"].extend([answer, answer, lambda *_: asyncio.sleep(1000)])
     with start(*_command(file), target=ostinato.target) as process:
         until(lambda: ostinato.fake.count("Generate") == 3)

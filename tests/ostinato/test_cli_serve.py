@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Self
 
@@ -171,35 +173,30 @@ def test_it_takes_its_children_along_when_killed(state: Path) -> None:
         until(lambda: not serve.children())
 
 
-def only_line(serve: Serve, code: int = 1) -> str:
-    """Of one that fails with this code and leaves nothing behind."""
-    assert (serve.ended(), len(serve.lines), serve.children()) == (code, 1, []), "\n".join(serve.lines)
-    return serve.lines[0]
-
-
 @pytest.mark.parametrize(
-    ("flag", "program"),
-    [("--listen", "sidecar: "), ("--metrics", "sidecar: "), ("--service-metrics", "service: "), ("--gateway-port", "")],
+    ("flags", "code", "why"),
+    [
+        ("--listen={taken}", 1, "sidecar: --listen: cannot listen on {taken}: {in_use}"),
+        ("--metrics={taken}", 1, "sidecar: --metrics: cannot listen on {taken}: {in_use}"),
+        ("--service-metrics={taken}", 1, "service: --service-metrics: cannot listen on {taken}: {in_use}"),
+        ("--gateway --gateway-port={port}", 1, "--gateway-port: cannot listen on {taken}: {in_use}"),
+        ("--listen=0.0.0.0:0", 2, "sidecar: --listen: '0.0.0.0:0': anyone * or allow it with --sidecar-flag --open"),
+        ("--service-flag='--runs=none --engine=llama'", 2, "service: --runs: 'none' is not a whole number"),
+        (
+            "--service-flag='--require-grade EXACT'",
+            1,
+            "service: --require-grade: EXACT is required, BEST_EFFORT was earned: not tested",
+        ),
+        ("--state=/dev/null/x", 1, "--state /dev/null/x: Not a directory; choose a folder that can be written"),
+    ],
 )
-def test_a_taken_port_is_named(state: Path, taken: str, flag: str, program: str) -> None:
-    """A taken port is one line with the program, the address and its flag; the gateway's is found before anything starts."""
-    others = [each for each in ANYWHERE if not each.startswith(f"{flag}=")]
-    given = [f"{flag}={taken}"] if program else ["--gateway", f"{flag}={taken.rpartition(':')[2]}"]
-    with Serve(state, *given, addresses=others) as serve:
-        line = only_line(serve)
-
-    why = "Address already in use; stop what listens there, or choose another"
-    assert line == f"ostinato serve: {program}{flag}: cannot listen on {taken}: {why}"
-
-
-def test_an_open_address_is_explained(state: Path) -> None:
-    """An address beyond loopback needs credentials or a flag, and the line has that flag as `serve` takes it."""
-    addresses = ["--listen=0.0.0.0:0", *(each for each in ANYWHERE if not each.startswith("--listen="))]
-    with Serve(state, addresses=addresses) as serve:
-        line = only_line(serve, code=2)
-
-    assert line.startswith("ostinato serve: sidecar: --listen: '0.0.0.0:0': anyone who reaches it could do everything: ")
-    assert line.endswith("or allow it with --sidecar-flag --open")
+def test_what_prevents_serving_is_one_line(state: Path, taken: str, flags: str, code: int, why: str) -> None:
+    """A taken port, an address beyond loopback without credentials, a setting or a grade that a program refuses, and a folder
+    that cannot be written are one line, with the program and its flag as `serve` takes it. Nothing is left behind."""
+    told = {"taken": taken, "port": taken.rpartition(":")[2], "in_use": f"{serve.TAKEN}; {serve.REMEDY}"}
+    with Serve(state, *shlex.split(flags.format(**told))) as running:
+        assert (running.ended(), len(running.lines), running.children()) == (code, 1, []), "\n".join(running.lines)
+        assert fnmatchcase(running.lines[0], f"ostinato serve: {why.format(**told)}")
 
 
 def test_one_state_folder_serves_once(state: Path) -> None:
@@ -214,26 +211,6 @@ def test_one_state_folder_serves_once(state: Path) -> None:
         first.stop()
     with Serve(state) as third, ostinato.SyncClient(third.target) as client:
         assert client.head().epoch == 2
-
-
-def test_what_a_program_refuses_is_said(state: Path) -> None:
-    """A bad setting, with exit code 2, and a grade that is not earned are one line, from the program itself."""
-    with Serve(state, "--service-flag", "--runs=none --engine=llama") as serve:
-        assert only_line(serve, 2) == "ostinato serve: service: --runs: 'none' is not a whole number"
-    with Serve(state, "--service-flag", "--require-grade EXACT") as serve:
-        assert (
-            only_line(serve)
-            == "ostinato serve: service: --require-grade: EXACT is required, BEST_EFFORT was earned: not tested"
-        )
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    """A folder that cannot be written is one line that says what to do."""
-    (tmp_path / "file").write_text("")
-    with Serve(tmp_path / "file" / "state") as serve:
-        line = only_line(serve)
-
-    assert line == f"ostinato serve: --state {tmp_path}/file/state: Not a directory; choose a folder that can be written"
 
 
 @pytest.mark.parametrize(

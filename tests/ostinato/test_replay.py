@@ -205,17 +205,14 @@ def test_drift_elsewhere_names_its_fields(ostinato: Terminal, elsewhere: tuple[F
     model = types_pb2.Model(fingerprint=types_pb2.Fingerprint(digest=digest.fingerprint_digest(fields), fields=fields))
     other.script["GetModel"].append(generation_pb2.GetModelResponse(model=model))
 
-    async def drifted(request: generation_pb2.GenerateRequest, _: Any) -> generation_pb2.GenerateResponse:
-        response = other._generate(request)
-        response.results[0].receipt.header.fingerprint_digest = model.fingerprint.digest
-        return response
+    def drift(result: types_pb2.Result) -> None:
+        result.receipt.header.fingerprint_digest = model.fingerprint.digest
 
-    async def another(request: generation_pb2.GenerateRequest, context: Any) -> generation_pb2.GenerateResponse:
-        response = await drifted(request, context)
-        response.results[0].output.CopyFrom(other.another(response.results[0].output))
-        return response
+    def differ(result: types_pb2.Result) -> None:
+        drift(result)
+        result.output.CopyFrom(other.another(result.output))
 
-    other.script["Generate"].extend([drifted, another])
+    other.script["Generate"].extend(map(other.altering, (drift, differ)))
     result = ostinato("replay", "1..2", "--against", target, "--concurrency", 1)
 
     lines = result.stdout.splitlines()
