@@ -69,12 +69,13 @@ class StreamResume:
                     yield from self._tokens(event.tokens)
                 case "restarted":
                     self._of(event.restarted.sequence, event.restarted.attempt).restart(event.restarted.attempt)
-                case "finished":
-                    if event.finished.sequence not in self._ended:
-                        yield from self._missed(event.finished)
-                        yield from self._end(event, event.finished)
-                case "failed":
-                    yield from self._end(event, event.failed)
+                case "finished" | "failed" as end:
+                    sequence = getattr(event, end).sequence
+                    if sequence not in self._ended:
+                        if self._lost and end == "finished":
+                            yield from self._missed(event.finished)
+                        self._ended.add(sequence)
+                        yield event
                 case _:
                     yield event
         except ValueError as error:
@@ -104,8 +105,6 @@ class StreamResume:
 
     def _missed(self, result: types_pb2.Result) -> Iterator[GenerateEvent]:
         """The tokens that were generated while no connection was open."""
-        if not self._lost:
-            return
         progress = self._of(result.sequence, result.attempt)
         restarted, run = progress.finish(result.output)
         if restarted is not None:
@@ -113,11 +112,6 @@ class StreamResume:
         run = run or progress.rest(result.output)
         if run is not None:
             yield GenerateEvent(tokens=generation_pb2.Tokens(runs=[run]))
-
-    def _end(self, event: GenerateEvent, result: types_pb2.Result) -> Iterator[GenerateEvent]:
-        if result.sequence not in self._ended:
-            self._ended.add(result.sequence)
-            yield event
 
     def _of(self, sequence: int, attempt: int) -> Progress:
         progress = self._progress.setdefault(sequence, Progress(sequence, attempt))
@@ -160,14 +154,16 @@ class Progress:
         start, self._seen = self._seen, self._seen + len(tokens.token_ids)
         if self._repeat is None:
             return None, self._send(self._run(start, tokens))
-        self._repeat.token_ids.extend(tokens.token_ids)
-        self._repeat.logprobs.extend(tokens.logprobs)
+        repeat = self._repeat
+        repeat.token_ids.extend(tokens.token_ids)
+        repeat.logprobs.extend(tokens.logprobs)
         self._repeat_texts.append(tokens.text)
         before = self.sent[start : self._seen]
-        if before != tokens.token_ids[: len(before)]:
-            self._repeat.text = "".join(self._repeat_texts)
-            return self._replace(self._repeat)
-        return None, self._beyond(self._repeat)
+        differs = before != tokens.token_ids[: len(before)]
+        if not differs and self._seen < len(self.sent):
+            return None, None
+        self._repeat, repeat.text = None, "".join(self._repeat_texts)
+        return self._replace(repeat) if differs else (None, self.rest(repeat))
 
     def finish(self, output: types_pb2.Output) -> tuple[Restarted | None, TokenRun | None]:
         """What to send before this output of the running attempt, if it does not begin with the sent tokens. Raises ValueError
@@ -200,13 +196,6 @@ class Progress:
         self.sent, self.texts, self.logprobs, self._repeat = [], [], [], None
         restarted = Restarted(sequence=self.sequence, attempt=self.attempt)
         return restarted, self._send(run) if run.token_ids or run.text else None
-
-    def _beyond(self, repeat: TokenRun) -> TokenRun | None:
-        """What the attempt has after the sent tokens, once it has repeated them."""
-        if self._seen < len(self.sent):
-            return None
-        self._repeat, repeat.text = None, "".join(self._repeat_texts)
-        return self.rest(repeat)
 
     def _run(self, first_token: int, tokens: engine_pb2.RunTokens | TokenRun | types_pb2.Output) -> TokenRun:
         return TokenRun(

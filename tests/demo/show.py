@@ -30,8 +30,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="ostinato-demo-") as folder:  # a new journal: sequences begin at 1
         serving = Serving(
             state=Path(folder),
-            service=["--engine", "llama", "--state-dir", str(STATE), "--metrics", ANYWHERE],
-            sidecar=["--listen", ANYWHERE, "--metrics", ANYWHERE, "--journal-reserve-bytes", str(1 << 20)],
+            flags={
+                "service": ["--engine", "llama", "--state-dir", str(STATE), "--metrics", ANYWHERE],
+                "sidecar": ["--listen", ANYWHERE, "--metrics", ANYWHERE, "--journal-reserve-bytes", str(1 << 20)],
+            },
         )
         return asyncio.run(run_until_signal("demo", serving, demo(serving)))
 

@@ -117,14 +117,16 @@ def serve(
         raise wrong("--gateway-port: needs --gateway")
     if engine is None and model is not None:
         engine = "turbomind" if model.is_dir() else "llama"
-    services = _given({"--config": config, "--engine": engine, "--model": model, "--metrics": service_metrics})
-    sidecars = _given({"--config": config, "--listen": listen, "--metrics": metrics})
+    services = {"--config": config, "--engine": engine, "--model": model, "--metrics": service_metrics}
+    sidecars = {"--config": config, "--listen": listen, "--metrics": metrics}
     serving = Serving(
         state=state,
         config=config,
         gateway_port=(gateway_port or GATEWAY_PORT) if gateway else None,
-        service=[*services, *_split("--service-flag", service_flag)],
-        sidecar=[*sidecars, *_split("--sidecar-flag", sidecar_flag)],
+        flags={
+            "service": [*_given(services), *_split("--service-flag", service_flag)],
+            "sidecar": [*_given(sidecars), *_split("--sidecar-flag", sidecar_flag)],
+        },
     )
     raise typer.Exit(asyncio.run(run_until_signal("serve", serving, _serve(serving))))
 
@@ -327,9 +329,8 @@ class Serving:
     """Also among the flags of both programs."""
     gateway_port: int | None = None
     """None: no gateway."""
-    service: Sequence[str] = ()
-    sidecar: Sequence[str] = ()
-    """Flags of the programs."""
+    flags: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"service": (), "sidecar": ()})
+    """By program."""
     children: dict[str, Child] = field(default_factory=dict)
     target: str = ""
     """Of the sidecar, for clients."""
@@ -450,18 +451,15 @@ async def _start_pair(serving: Serving, watching: asyncio.TaskGroup, address: st
 
 def _flags(serving: Serving, name: str, address: str) -> list[str]:
     """The caller's flags come after those that they may override, and before those that `serve` depends on."""
-    logs = ["--log-format", "json", "--log-level", "info"]
-    ours: dict[str, Path] = {}
-    if name == "service":
-        if serving.state != STATE and not _is_set(serving, name, "state_dir"):
-            ours["--state-dir"] = serving.state / "service"
-        return [*_given(ours), *serving.service, "--listen", address, *logs]
-    if serving.state != STATE and not _is_set(serving, name, "journal"):
-        ours["--journal"] = serving.state / "journal.sqlite"
-    if not _is_set(serving, name, "signing_key"):
-        ours["--signing-key"] = serving.state / SIGNING_KEY
-    gateway = ["--vllm-face"] if serving.gateway_port else []
-    return [*_given(ours), *serving.sidecar, *gateway, "--engine", address, *logs]
+    state = serving.state
+    places = {
+        "service": {"state_dir": state / "service"},
+        "sidecar": {"journal": state / "journal.sqlite", "signing_key": state / SIGNING_KEY},
+    }
+    ours = {f"--{each.replace('_', '-')}": place for each, place in places[name].items() if not _is_set(serving, name, each)}
+    gateway = ["--vllm-face"] if name == "sidecar" and serving.gateway_port else []
+    socket = ["--listen" if name == "service" else "--engine", address]
+    return [*_given(ours), *serving.flags[name], *gateway, *socket, "--log-format", "json", "--log-level", "info"]
 
 
 def _make_signing_key(path: Path) -> None:

@@ -52,6 +52,8 @@ COVERED = {
     sequencer_pb2.HeadResponse: {"log_id", "index", "entry_hash", "signed"},
 }
 """The fields that a receipt or a signed head covers, or that are compared with it."""
+ON_TRUST = "the entry before it is unknown, so its content is on trust"
+"""The next entry names the hash of such an entry; nothing else about it can be verified."""
 KINDS = {"receipt": "receipts", "entry": "entries", "head": "heads"}
 """Kinds of proofs, and how several are called."""
 
@@ -166,8 +168,6 @@ class Verification:
         self.faults: list[str] = []
         self._broken: set[str] = set()
         """What does not hold, by the faults."""
-        self._on_trust = 0
-        """Entries whose previous entry is unknown. The next entry names them; nothing else about them can be verified."""
         self._beside = Counter[str]()
         """What the files have beside proofs that nothing proves."""
         self._uncovered: set[str] = set()
@@ -344,8 +344,7 @@ class Verification:
         place = f"{place}: index {entry.header.index}"
         faults = _payload_faults(entry, decoded)
         if previous is None and entry.header.index != 1:
-            self._on_trust += 1
-            self._beside["the entry before it is unknown, so its content is on trust"] += 1
+            self._beside[ON_TRUST] += 1
             self._fault(place, CONSISTENT, *faults)
             self._note_hash(entry.header.log_id, entry.header.index, entry.entry_hash, place)
             self._runs.append([])
@@ -503,7 +502,7 @@ class Verification:
             | ({} if each.text is None else {"text": each.text})
             for each in self.proofs
         ]
-        told = {"verdict": self.verdict, "entries_on_trust": self._on_trust, "faults": self.faults, "proofs": proofs}
+        told = {"verdict": self.verdict, "entries_on_trust": self._beside[ON_TRUST], "faults": self.faults, "proofs": proofs}
         return counts | told | {"not_covered": sorted(self._uncovered)}
 
     def lines(self) -> Iterator[str]:
@@ -517,7 +516,7 @@ class Verification:
                 yield from (f"{proof.place}: {state}" for proof in (first, *others))
         for kind, total in self._totals():
             counts = [f"{self.count(kind, each)} {each}" for each in self._required]
-            trust = ["1 before them on trust"] if kind == "entry" and self._on_trust else []
+            trust = ["1 before them on trust"] if kind == "entry" and self._beside[ON_TRUST] else []
             yield f"{total} {kind if total == 1 else KINDS[kind]}: {', '.join(counts + trust)}"
         if self._uncovered and not self._broken:
             yield f"not covered: {', '.join(sorted(self._uncovered))}"
